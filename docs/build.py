@@ -6,7 +6,8 @@
 Pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md, docs/events.md and its JSON schema,
 docs/faults.md (from docs/faults.json, which `make faults` writes).
 Parts, between the marks `<!-- NAME -->` and `<!-- /NAME -->`: the tree of the layers in README.md and their table in
-docs/architecture.md (`architecture`), the table in docs/export.md (`targets`).
+docs/architecture.md (`architecture`), the table in docs/export.md (`targets`), the one of families and formats in
+docs/models.md (`formats`), which takes what a family can be tuned and compressed with from the page's own `matrix`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from fleetune import compression
 from fleetune.cli import main as cli
 from fleetune.common import settings
 from fleetune.deploy import targets
+from fleetune.deploy.formats import mlx
+from fleetune.models.families import table
 from fleetune.runs import events
 from fleetune.tuning import methods, recipe
 
@@ -110,6 +113,60 @@ def targets_table() -> str:
         source = {"model": "any model", "codes": "a compressed model", "adapter": "a run"}[target.takes]
         rows.append(f"| `{target.name}` | {_cell(target.help)} | {source} | {runtime} |")
     return "\n".join(rows)
+
+
+# Families ----------------------------------------------------------------------------------------
+
+WEIGHTS = (
+    "fedkseed",
+    "onebyte",
+    "mezo",
+    "zosgd",
+    "bitfit",
+    "full",
+)  # the columns that move a model's own weights
+ADAPTERS = ("lora", "adapter", "prefix", "prompt")
+COMPRESSORS = ("rtn", "optq", "sparsegpt", "llm-pruner")
+
+
+def formats_table(page: str) -> str:
+    """Every family of decoders: what it is tuned, compressed and written with."""
+    head = (
+        "| family | tune | adapters | compress | GGUF (llama.cpp's name) | MLX | GPTQ | compressed-tensors |"
+    )
+    rows = [head, "|---" * 8 + "|"]
+    for family, cells in matrix(page).items():
+        if cells["rtn"] == ENCODER:
+            continue
+        codes = "yes" if cells["rtn"] == "ok" else "-"
+        record = table.FAMILIES.get(family)
+        columns = [
+            *(_fine(cells, names) for names in (WEIGHTS, ADAPTERS, COMPRESSORS)),
+            f"`{record.architecture}`" if record else "-",
+            "yes" if family in mlx.ARCHITECTURES else "-",
+            codes,
+            codes,
+        ]
+        rows.append(f"| {family} | {' | '.join(columns)} |")
+    return "\n".join(rows)
+
+
+def matrix(page: str) -> dict[str, dict[str, str]]:
+    """The table that `benchmarks.families` wrote into a page, by family and column; a note's number is its text."""
+    text = page.partition("<!-- matrix -->")[2].partition("<!-- /matrix -->")[0]
+    said = dict(re.findall(r"(?m)^(\d+)\. (.*)$", text))
+    (_, *columns), _, *rows = (
+        [c.strip() for c in r.strip("|").split("|")] for r in re.findall(r"(?m)^\|.*\|$", text)
+    )
+    return {name: {c: said.get(x, x) for c, x in zip(columns, cells, strict=True)} for name, *cells in rows}
+
+
+ENCODER = "an encoder cannot be compressed"
+
+
+def _fine(cells: dict[str, str], names: Sequence[str]) -> str:
+    fine = [name for name in names if cells[name] == "ok"]
+    return "all" if len(fine) == len(names) else ", ".join(fine) or "-"
 
 
 # Events ------------------------------------------------------------------------------------------
@@ -276,6 +333,7 @@ def parts() -> dict[Path, str]:
         ROOT / "README.md": ("architecture", architecture_tree(found)),
         DOCS / "architecture.md": ("architecture", architecture_table(found)),
         DOCS / "export.md": ("targets", targets_table()),
+        DOCS / "models.md": ("formats", formats_table((DOCS / "models.md").read_text(encoding="utf-8"))),
     }
     return {path: with_part(path.read_text(encoding="utf-8"), *part) for path, part in written.items()}
 

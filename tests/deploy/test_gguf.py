@@ -268,13 +268,16 @@ def test_plain_weights_are_not_quantised_here(tmp_path: Path, to: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "why"),
     [
-        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' in a llama"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "scaling 'linear'"),
-        ({"kind": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "sliding-window"),
+        (
+            {"kind": "qwen2", "use_sliding_window": True, "sliding_window": 8},
+            "use_sliding_window=True in a qwen2",
+        ),
         ({"kind": "qwen3", "rope_parameters": LLAMA3}, "scaling 'llama3'"),
         (
             {"kind": "qwen2", "head_dim": 32},
-            "no qwen2 whose heads are 128 wide together where the model is 64",
+            "a qwen2 whose heads are 128 wide together where the model is 64",
         ),
     ],
 )
@@ -286,14 +289,15 @@ def test_configurations_without_a_place(tmp_path: Path, sizes: dict[str, Any], w
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import OPTConfig, OPTForCausalLM
 
-    net = GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=32, n_layer=1, n_head=2))
+    net = OPTForCausalLM(
+        OPTConfig(vocab_size=264, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2)
+    )
     models.save(net, tiny().tokenizer, tmp_path / "plain")
-    with pytest.raises(
-        UsageError, match="for llama, qwen2, qwen3, gemma, gemma2, gemma3_text, not for 'gpt2'"
-    ):
+    with pytest.raises(UsageError, match=r"written for llama, mistral, qwen2, .*, not for 'opt'") as caught:
         export(tmp_path / "plain", "gguf", tmp_path / "x.gguf")
+    assert caught.value.hint == "export to a directory instead: --to hf"
 
 
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
@@ -335,7 +339,7 @@ def test_every_damaged_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
     path = export(tmp_path / "m", "gguf", tmp_path / "x.gguf").path
     model = open_checkpoint(tmp_path / "m")
     entries = gguf._plan(model, None, [])
-    factors = rope.factors(model.config)
+    factors = rope.tensors(model.config)
     whole = path.read_bytes()
     rounded = gguf.verify(path, model, entries, factors)
     assert [entry.parameter for entry in rounded] == ["model.embed_tokens.weight"]

@@ -44,7 +44,7 @@ def without_unknown(pre: Any, **model: Any) -> PreTrainedTokenizerBase:
 
 def llama3() -> PreTrainedTokenizerBase:
     """With Llama 3's rule, whole words taken as they are, a start mark in front and a word added later."""
-    rule = next(steps for steps, name in gguf_tokens.RULES.items() if name == "llama-bpe")[0]
+    rule = gguf_tokens.RULES["llama-bpe"][0]
     split = pre_tokenizers.Split(Regex(rule), behavior="isolated", invert=False)
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocab = tokenizer().backend_tokenizer.get_vocab(with_added_tokens=False)
@@ -163,8 +163,7 @@ def test_the_published_rescalings_are_found_in_other_files() -> None:
     for factor in (8.0, 32.0):
         llama = LLAMA3 | {"factor": factor, "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
         config = tiny(head_dim=64, rope_parameters=llama).net.config
-        found = rope.factors(config)
-        assert found is not None
+        found = rope.tensors(config)[rope.TENSOR]
         assert rope.parameters(found, None, 500000.0, 64) == llama
         assert rope.parameters(found, "[1", 500000.0, 64) == llama
         assert rope.parameters(found, json.dumps(LLAMA3 | {"factor": "x"}), 500000.0, 64) == llama

@@ -3,20 +3,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import pytest
-from deploy_harness import TEMPLATE, piece_tokenizer, qwen_split, tokenizer
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import WordLevel
+from deploy_harness import TEMPLATE, piece_tokenizer, qwen_split, tiny, tokenizer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from fleetune import models
+from fleetune.deploy.export import export
 from fleetune.deploy.formats import _gguf_vocabulary
+from fleetune.deploy.measure import llamacpp
 from fleetune.errors import ModelError, UsageError
+from fleetune.models.gguf.tokenizer import MARKS, RULES, WHOLE, _step
 
 NONE = SimpleNamespace()
 KIND = gguf.TokenType
@@ -31,9 +40,9 @@ def read(words: Any, folder: Path, rows: int = 264, config: Any = NONE) -> _gguf
     return _gguf_vocabulary.read(folder, rows, config)
 
 
-def split(pattern: str) -> Any:
+def split(pattern: str, behavior: str = "isolated", *, invert: bool = False) -> Any:
     steps = [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False),
+        pre_tokenizers.Split(Regex(pattern), behavior=behavior, invert=invert),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
     return pre_tokenizers.Sequence(steps)
@@ -68,7 +77,9 @@ def test_bytes_merges_marks_and_unused_rows(tmp_path: Path) -> None:
     [
         (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
         (qwen_split(), "qwen2"),
-        (split(LLAMA3), "llama-bpe"),
+        (split(LLAMA3), "smaug-bpe"),
+        (split(LLAMA3, "removed", invert=True), "smaug-bpe"),
+        (split(LLAMA3, "merged_with_previous"), "default"),
         (split(r"\p{L}+"), "default"),
         (pre_tokenizers.ByteLevel(add_prefix_space=True), "default"),
         (pre_tokenizers.Digits(individual_digits=False), "default"),
@@ -78,7 +89,17 @@ def test_the_splitting_rule_is_named_by_what_it_does(tmp_path: Path, pre: Any, n
     found = read(tokenizer(pre), tmp_path)
     assert found.pre == name
     assert any("no name" in note for note in found.notes) == (name == "default")
-    assert any("merges words" in note for note in found.notes) == (name == "llama-bpe")
+    assert not any("merges words" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(("name", "whole"), [("llama-bpe", True), ("tekken", False), ("gpt-4o", True)])
+def test_whole_words_belong_to_a_rule(tmp_path: Path, name: str, whole: bool) -> None:
+    """Llama 3's rule has a name with them and one without; of another rule that is told."""
+    words = tokenizer(split(RULES[name][0]))
+    words.backend_tokenizer.model.ignore_merges = whole
+    found = read(words, tmp_path)
+    assert found.pre == name
+    assert any("merges words" in note for note in found.notes) == (name != "llama-bpe")
 
 
 def test_normalisation_is_noted(tmp_path: Path) -> None:
@@ -125,3 +146,64 @@ def test_what_gguf_has_no_place_for(tmp_path: Path) -> None:
     (tmp_path / "few" / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot be loaded"):
         _gguf_vocabulary.read(tmp_path / "few", 264, NONE)
+
+
+# ---------------------------------------------------------------- the rules in llama.cpp itself
+
+CORPUS = """He's said: "HELLO, I'll've 12345 items"; they'D re-read x/y//z\n/\n  end.\r\n\tÜberGröße naïve ÉCOLE café's ΑΒγδ 你好世界 42nd\t
+print(foo_bar1234[0])  #  a   comment    with     spaces\n\n\nMcDonald isN'T iPhone12 don't DON'T  éé  ½ ²³ ١٢٣"""
+MARKED = " cafe\u0301s e\u0301"
+PIECE = st.sampled_from(re.findall(r"(?s).{1,4}", CORPUS))
+
+
+def trained(name: str) -> PreTrainedTokenizerFast:
+    """Merges that were learned without any rule, so that they go over every border that the rule draws."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False, max_token_length=4)
+    backend.train_from_iterator([CORPUS + MARKED] * 3, trainer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([_step(step) for step in RULES[name]])
+    backend.model.ignore_merges = name in WHOLE
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|end|>", normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module", params=RULES)
+def engine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[PreTrainedTokenizerFast, llamacpp.LlamaCpp]]:
+    if not llamacpp.available():
+        pytest.skip("llama.cpp is not installed")
+    folder, words = tmp_path_factory.mktemp("rule"), trained(request.param)
+    net = tiny(vocab_size=704).net
+    models.save(net, words, folder / "m")
+    report = export(folder / "m", "gguf:f16", folder / "x.gguf")
+    said = [note for note in report.notes if "rounded" not in note]
+    parts = f"llama.cpp's rule '{request.param}' parts a letter from a combining mark that follows"
+    assert said == ([parts] if request.param in MARKS else [])
+    with llamacpp.opened(report.path, 1) as opened:
+        yield words, opened
+
+
+@settings(max_examples=150, deadline=None)
+@example(pieces=[CORPUS])
+@given(pieces=st.lists(PIECE, max_size=12))
+def test_llama_cpp_splits_any_text_in_the_same_way(engine: Any, pieces: list[str]) -> None:
+    same(*engine, "".join(pieces))
+
+
+def test_combining_marks_are_parted_by_the_rules_that_say_so(
+    engine: Any, request: pytest.FixtureRequest
+) -> None:
+    parted = request.node.callspec.params["engine"] in MARKS
+    with pytest.raises(AssertionError) if parted else contextlib.nullcontext():
+        same(*engine, MARKED)
+
+
+def same(words: PreTrainedTokenizerFast, opened: Any, text: str) -> None:
+    raw, ids = text.encode(), opened._ffi.new("llama_token[]", 4096)
+    vocab = opened._lib.llama_model_get_vocab(opened._model)
+    count = opened._lib.llama_tokenize(vocab, raw, len(raw), ids, 4096, False, False)
+    assert list(ids[0:count]) == words(text).input_ids

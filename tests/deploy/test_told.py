@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from deploy_harness import tiny
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import OPTConfig, OPTForCausalLM
 
 from fleetune import models
 from fleetune.cli.main import main
@@ -47,8 +47,15 @@ def test_the_next_command_is_one_that_works(
 
 
 def test_a_family_without_a_gguf_file_goes_elsewhere(m: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = MistralConfig(**tiny().net.config.to_dict() | {"model_type": "mistral"})
-    net = MistralForCausalLM(config)
+    config = OPTConfig(
+        vocab_size=264,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    net = OPTForCausalLM(config)
     models.save(net, tiny().tokenizer, m.parent / "other")
     out = told(capsys, str(m.parent / "other"), "--method", "rtn")
     assert out.split("next")[1].split()[3:] == ["--to", "hf"]

@@ -10,6 +10,7 @@ every one of them and nothing else.
 from __future__ import annotations
 
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -17,6 +18,8 @@ from typing import Any, Final, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.artefact import Master, Quantised
@@ -145,15 +148,27 @@ class Checkpoint:
         return tensor
 
 
-def _stored_names(net: nn.Module, source: TensorSource) -> dict[str, str]:
+def _stored_names(net: PreTrainedModel, source: TensorSource) -> dict[str, str]:
     """Return for each parameter the name that the source stores it under."""
     aliases: dict[int, list[str]] = {}
     for name, parameter in net.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
+    front, (written, parts) = f"{net.base_model_prefix}.", _written_names(net)
     has = set(source.names)
-    stored = {names[0]: next((n for n in names if n in has), "") for names in aliases.values()}
+    stored, known = dict[str, str](), set[str]()
+    for identity, names in aliases.items():
+        # checkpoints of a bare body (GPT-2's, Bloom's) have no name of the body in front
+        spellings = [*names, *written[identity], *(name.removeprefix(front) for name in names)]
+        stored[names[0]] = next((name for name in spellings if name in has), "")
+        known.update(spellings)
     missing = sorted(name for name, found in stored.items() if not found)
-    extra = sorted(has - {name for names in aliases.values() for name in names})
+    ignored = [re.compile(pattern) for pattern in net._keys_to_ignore_on_load_unexpected or ()]
+    extra = sorted(name for name in has - known if not any(pattern.search(name) for pattern in ignored))
+    if missing and has & parts:
+        raise UsageError(
+            f"{source.folder} stores {missing[0]} in parts, as transformers writes experts, and exports do not join them",
+            hint="the directory is ready for transformers as it is",
+        )
     if missing or extra:
         what = (
             f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the configuration does not have"
@@ -163,6 +178,18 @@ def _stored_names(net: nn.Module, source: TensorSource) -> dict[str, str]:
             hint="the weights belong to another configuration: make or fetch the model again",
         )
     return stored
+
+
+def _written_names(net: PreTrainedModel) -> tuple[dict[int, list[str]], set[str]]:
+    """Return the names under which transformers writes each parameter, by its identity, and those of parts of parameters."""
+    whole: dict[int, list[str]] = {id(parameter): [] for parameter in net.parameters()}
+    parts = set[str]()
+    for name, tensor in revert_weight_conversion(net, dict(net.named_parameters())).items():
+        if id(tensor) in whole:
+            whole[id(tensor)].append(name)
+        else:
+            parts.add(name)
+    return whole, parts
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

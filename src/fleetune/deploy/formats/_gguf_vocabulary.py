@@ -33,7 +33,7 @@ from fleetune.data.encode import encode, prompt_ids
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import chat_template as plain
 from fleetune.models.foreign import foreign_file
-from fleetune.models.gguf.tokenizer import RULES, WHOLE
+from fleetune.models.gguf.tokenizer import MARKS, RULES, WHOLE
 from fleetune.models.hf_folder import config_of
 
 SPECIAL: Final = ("bos", "eos", "unk", "pad")
@@ -237,21 +237,32 @@ def _steps(pre: Mapping[str, Any] | None) -> list[str]:
             return ["digit"]
         case {"type": "ByteLevel", "add_prefix_space": False}:
             return ["bytes+words" if pre.get("use_regex", True) else "bytes"]
-        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
-            return [pattern]
+        case {
+            "type": "Split",
+            "pattern": {"Regex": str(pattern)},
+            "behavior": behavior,
+            "invert": bool(invert),
+        }:
+            # the rules' patterns leave no text between matches, so what is removed around them is nothing
+            same = (behavior, invert) in (("Isolated", False), ("Removed", True))
+            return [pattern if same else f"?{behavior}"]
     return [f"?{pre.get('type')}"]
 
 
 def _rule(rules: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Return llama.cpp's name of the rule that splits text, and notes on what it does differently."""
     notes = []
-    pre = RULES.get(tuple(_steps(rules["pre_tokenizer"])))
+    steps, whole = tuple(_steps(rules["pre_tokenizer"])), bool(rules["model"].get("ignore_merges"))
+    names = sorted((name for name in RULES if RULES[name] == steps), key=lambda n: (n in WHOLE) != whole)
+    pre = next(iter(names), None)
     if pre is None:
         notes.append(
             "llama.cpp has no name for the tokenizer's splitting rule: some text may split differently"
         )
-    elif bool(rules["model"].get("ignore_merges")) != (pre in WHOLE):
+    elif whole != (pre in WHOLE):
         notes.append(f"llama.cpp's rule '{pre}' merges words that are tokens themselves differently")
+    if pre in MARKS:
+        notes.append(f"llama.cpp's rule '{pre}' parts a letter from a combining mark that follows")
     if (rules["normalizer"] or {}).get("type") not in (None, "NFC"):
         notes.append(
             "llama.cpp leaves the tokenizer's text normalisation out: some text may split differently"

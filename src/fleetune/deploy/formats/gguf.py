@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a model as one .gguf file, for llama.cpp and what is built on it (Ollama, LM Studio, llamafile).
 
-The container is the ggml project's docs/gguf.md, version 3; tensor names are gguf.TensorNameMap's and
-metadata keys those that llama.cpp reads for architectures llama, qwen2 and qwen3.  Quantised matrices are
-repacked without loss (`_ggml_blocks.py`); a target that cannot hold the codes is refused before anything is written.
+The container is the ggml project's docs/gguf.md, version 3; tensor names are gguf.TensorNameMap's, and what else a
+family needs stands in one table (`models/families/table.py`).  Quantised matrices are repacked without loss
+(`_ggml_blocks.py`); a target that cannot hold the codes is refused before anything is written.
 
     target      quantised matrices             embedding, head        other matrices       norms, biases
     gguf        Q4_0, IQ4_NL, Q4_1, Q5_0,      Q8_0                   F16 (BF16 stays)     F32
@@ -17,10 +17,10 @@ of a plain directory: gguf:q8_0, f16, bf16, f32 for all matrices; gguf alone is 
 Q8_0's blocks of 32 do not divide become F16, and the report says so.
 
 llama.cpp rotates pairs of neighbouring rows of a llama's q and k, transformers pairs of row i and i + d/2;
-so the rows of a head are interleaved, [2, d/2] -> [d/2, 2].  Groups lie along columns and are left whole.
-Gemma's norms are held as 1 + w (`gemma.py`).  Llama 3's rescaled frequencies go into the tensor rope_freqs.weight
-(`rope.py`); other rescalings are refused.  A pruned llama whose blocks differ in width is architecture "deci", whose
-numbers of heads and channels are lists.
+so the rows of a head are interleaved, [2, d/2] -> [d/2, 2]; and it wants all queries of a fused matrix first.  Groups lie
+along columns and are left whole.  Norms that multiply by 1 + w are held as that.  Rescaled frequencies of Llama 3 and
+Phi-3 go into tensors of their own (`rope.py`); other rescalings are refused.  A pruned llama whose blocks differ in width
+is architecture "deci", whose numbers of heads and channels are lists.
 
 One tensor at a time is in memory, in writing and in reading back.
 """
@@ -46,15 +46,15 @@ from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report, _ggml_blocks, _gguf_vocabulary
 from fleetune.deploy.formats._gguf_header import (
     add_metadata,
-    architecture,
     check_config,
+    notes_on,
     open_written,
-    tensor_names,
+    tensor_name,
 )
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
 from fleetune.models.dtypes import WEIGHTS
-from fleetune.models.families import gemma, rope, widths
+from fleetune.models.families import gemma, rope, table
 from fleetune.models.tensor_file import damaged
 
 TARGETS: Final = {
@@ -85,7 +85,9 @@ FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
 )
 # types that plain weights are not rounded to here
 ROUNDED_BY_COMPRESS: Final = tuple(kind.lower() for kind in _ggml_blocks.PACKERS if kind != "Q8_0")
-ENDS: Final = ("token_embd.weight", "output.weight")
+EMBEDDING: Final = "token_embd.weight"
+ENDS: Final = (EMBEDDING, "output.weight")
+FULL: Final = ("norm.weight", "position_embd.weight", "shortconv.conv.weight")  # F32, whatever their shape
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,13 @@ class GgufTensor:
 
     name: str  # in the file
     parameter: str  # transformers' name
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in the file
     kind: str  # one of `_ggml_blocks.PACKERS`, F32, F16 or BF16
-    heads: int  # in how many heads the rows are interleaved; 0: as they are
-    shifted: bool  # whether the file holds 1 + w: gemma's norms
+    order: (
+        np.ndarray | None
+    )  # int64 [rows]: which row of the model each row of the file is; None: as they are
+    shifted: bool  # whether the file holds 1 + w
+    transposed: bool  # whether the model has it as [in, out]
 
     @property
     def bytes(self) -> int:
@@ -141,9 +146,9 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
     notes: list[str] = []
     entries = _plan(model, kind, notes)
     vocabulary = _vocabulary(model)
-    notes.extend(vocabulary.notes)
-    factors = rope.factors(model.config)
-    writer = gguf.GGUFWriter(path, architecture(model.config))
+    notes += [*notes_on(model.config), *vocabulary.notes]
+    factors = rope.tensors(model.config)
+    writer = gguf.GGUFWriter(path, table.architecture(model.config))
     try:
         add_metadata(writer, model.config, _file_type(entries), path.stem)
         for key, text in made.items():
@@ -166,8 +171,8 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
 
 
 def _vocabulary(model: Checkpoint) -> _gguf_vocabulary.Vocabulary:
-    rows = model.shapes["model.embed_tokens.weight"][0]
-    return _gguf_vocabulary.read(model.folder, rows, model.config)
+    embedding = next(name for name in model.names if tensor_name(model.config, name) == EMBEDDING)
+    return _gguf_vocabulary.read(model.folder, model.shapes[embedding][0], model.config)
 
 
 def _rounded(entries: Sequence[GgufTensor]) -> list[str]:
@@ -194,24 +199,32 @@ def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTen
             hint="compress it first (fleetune compress), or use --to gguf:q8_0",
         )
     config = model.config
-    names = tensor_names(config)
     entries, odd = list[GgufTensor](), list[str]()
-    for name, shape in model.shapes.items():
-        tensor = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    for name, own in model.shapes.items():
+        tensor = tensor_name(config, name)
         if tensor is None:
             raise UsageError(f"GGUF has no place for {name}", hint="export to a directory instead: --to hf")
-        chosen = _kind_of(model, name, tensor, kind, odd)
-        shifted = gemma.is_norm(architecture(config), tensor)
-        entries.append(GgufTensor(tensor, name, shape, chosen, widths.heads_of(config, tensor), shifted))
+        transposed = table.is_transposed(config, tensor)
+        shape = own[::-1] if transposed else _flat(own)
+        chosen = _kind_of(model, name, tensor, shape, kind, odd)
+        order = table.row_order(config, tensor, shape[0])
+        shifted = table.is_shifted(config, tensor)
+        entries.append(GgufTensor(tensor, name, shape, chosen, order, shifted, transposed))
     if odd:
         notes.append(f"{_counted(odd)} not Q8_0: blocks of {_ggml_blocks.BLOCK} do not divide the rows")
     return entries
 
 
-def _kind_of(model: Checkpoint, name: str, tensor: str, kind: str | None, odd: list[str]) -> str:
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a convolution's shape [C, 1, K] as [C, K], and others as they are."""
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
+
+
+def _kind_of(
+    model: Checkpoint, name: str, tensor: str, shape: tuple[int, ...], kind: str | None, odd: list[str]
+) -> str:
     """Return the type of a tensor in the file; `odd` gets the names of those whose rows Q8_0 does not fit."""
-    shape = model.shapes[name]
-    if len(shape) == 1:
+    if len(shape) == 1 or tensor.endswith(FULL):
         return "F32"
     plain = "BF16" if model.dtype == torch.bfloat16 else "F16"
     if (q := model.quantised(name)) is not None:
@@ -254,7 +267,7 @@ def _file_type(entries: list[GgufTensor]) -> LlamaFileType:
     """Return the type that llama.cpp shows for the file: that of most weights in the layers."""
     weights: Counter[str] = Counter()
     for entry in entries:
-        if len(entry.shape) == 2 and entry.name not in ENDS:
+        if len(entry.shape) == 2 and entry.name not in ENDS and not entry.name.endswith(FULL):
             weights[entry.kind] += math.prod(entry.shape)
     main = weights.most_common(1)[0][0]
     if main == "F32":
@@ -266,19 +279,19 @@ def _file_type(entries: list[GgufTensor]) -> LlamaFileType:
 
 
 def _write_tensors(
-    writer: Any, model: Checkpoint, entries: list[GgufTensor], factors: np.ndarray | None
+    writer: Any, model: Checkpoint, entries: list[GgufTensor], factors: Mapping[str, np.ndarray]
 ) -> None:
     """Write the table of tensors, then their values one at a time."""
-    if factors is not None:
-        writer.add_tensor_info(rope.TENSOR, factors.shape, factors.dtype, factors.nbytes)
+    for name, values in factors.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     for entry in entries:
         kind = GGMLQuantizationType[entry.kind]
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.bytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors)
+    for values in factors.values():
+        writer.write_tensor_data(values)
     for entry in entries:
         writer.write_tensor_data(_encode(model, entry))
 
@@ -287,10 +300,8 @@ def _encode(model: Checkpoint, entry: GgufTensor) -> np.ndarray:
     """Encode a tensor as the file has it: uint8, with rows (or values of a bias) in the file's order."""
     if entry.kind in _ggml_blocks.PACKERS and (q := model.quantised(entry.parameter)) is not None:
         raw = _ggml_blocks.PACKERS[entry.kind](q)
-        return np.ascontiguousarray(raw[_order(entry)]) if entry.heads else raw
+        return raw if entry.order is None else np.ascontiguousarray(raw[entry.order])
     weight = _values(model, entry)
-    if entry.heads:
-        weight = weight[torch.from_numpy(_order(entry))]
     if entry.kind == "Q8_0":
         blocks_of_rows: np.ndarray = gguf.quants.quantize(weight.float().numpy(), GGMLQuantizationType.Q8_0)
         return blocks_of_rows
@@ -298,8 +309,11 @@ def _encode(model: Checkpoint, entry: GgufTensor) -> np.ndarray:
 
 
 def _values(model: Checkpoint, entry: GgufTensor) -> Tensor:
-    """Return what the file's tensor should hold, rows in the model's order."""
+    """Return what the file's tensor should hold."""
     weight = model.weight(entry.parameter)
+    weight = weight.T.contiguous() if entry.transposed else weight.reshape(entry.shape)
+    if entry.order is not None:
+        weight = weight[torch.from_numpy(entry.order)]
     return torch.from_numpy(gemma.plus_one(weight.float().numpy())) if entry.shifted else weight
 
 
@@ -312,20 +326,11 @@ def _float_bytes(weight: Tensor, entry: GgufTensor) -> np.ndarray:
     return values.view(torch.uint8).numpy()
 
 
-def _order(entry: GgufTensor) -> np.ndarray:
-    return interleaved(entry.shape[0], entry.heads)
-
-
-def interleaved(rows: int, heads: int) -> np.ndarray:
-    """Return, for each row of the file's q or k, the row of the model that it is."""
-    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
-
-
 # ---------------------------------------------------------------- reading back
 
 
 def verify(
-    path: Path, model: Checkpoint, entries: list[GgufTensor], factors: np.ndarray | None = None
+    path: Path, model: Checkpoint, entries: list[GgufTensor], factors: Mapping[str, np.ndarray]
 ) -> list[GgufTensor]:
     """Compare the file with the model tensor by tensor; return those that do not hold the model's values exactly.
 
@@ -334,10 +339,10 @@ def verify(
     """
     reader = open_written(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
-    if factors is not None:
-        held = found.pop(rope.TENSOR, None)
-        if held is None or not np.array_equal(held.data, factors):
-            raise damaged(path, f"{rope.TENSOR} is not what was written")
+    for name, values in factors.items():
+        held = found.pop(name, None)
+        if held is None or not np.array_equal(held.data, values):
+            raise damaged(path, f"{name} is not what was written")
     if sorted(found) != sorted(entry.name for entry in entries):
         raise damaged(path, "it does not hold the tensors that were written")
     return [entry for entry in entries if not _compare(path, model, entry, found[entry.name])]
@@ -361,11 +366,10 @@ def _compare(path: Path, model: Checkpoint, entry: GgufTensor, tensor: Any) -> b
 def _value_pairs(
     model: Checkpoint, entry: GgufTensor, tensor: Any
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield values in fp32 as read and as they should be, some rows at a time in the file's order."""
+    """Yield values in fp32 as read and as they should be, some rows at a time."""
     own = _values(model, entry)
-    order = torch.from_numpy(_order(entry)) if entry.heads else torch.arange(len(own))
     step = max(1, (1 << 22) // max(1, own[0].numel()))
     for start in range(0, len(own), step):
         rows = tensor.data[start : start + step]
         read = gguf.quants.dequantize(rows, tensor.tensor_type)
-        yield read, own[order[start : start + step]].float().numpy()
+        yield read, own[start : start + step].float().numpy()

@@ -5,7 +5,7 @@ The file (llama.cpp's src/llama-adapter.cpp says what it reads) has general.type
 base's architecture, adapter.lora.alpha, and for each adapted matrix NAME of the base two tensors in fp32
 
     NAME.lora_a  [r, in]      A as it is
-    NAME.lora_b  [out, r]     B, with the rows of a llama's q and k in the order of the base's file (`gguf.py`)
+    NAME.lora_b  [out, r]     B, with its rows in the order of the base's file (`gguf.py`)
 
 llama.cpp adds (alpha / r) B A x with r the width of B, as LoRA does.  The base's file may be of any type; its
 weights stay what they are.  What PEFT can say and the file cannot is refused: weights instead of factors (modules to
@@ -28,14 +28,12 @@ from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report
 from fleetune.deploy.formats._gguf_header import (
     UNREADABLE,
-    architecture,
     check_config,
     open_written,
-    tensor_names,
+    tensor_name,
 )
-from fleetune.deploy.formats.gguf import interleaved
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.families.widths import heads_of
+from fleetune.models.families import table
 from fleetune.models.tensor_file import damaged
 
 TARGETS: Final = {"gguf:lora": "a run's LoRA adapter, for llama.cpp beside a GGUF file of the base"}
@@ -67,7 +65,7 @@ def write(
     check_config(base.config)
     settings, factors = _read(adapter)
     tensors = dict(_tensors(factors, base))
-    writer = gguf.GGUFWriter(path, architecture(base.config))
+    writer = gguf.GGUFWriter(path, table.architecture(base.config))
     try:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_name(path.stem)
@@ -130,7 +128,6 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _tensors(factors: Mapping[str, np.ndarray], base: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the tensors of the file in the order of their names."""
     config = base.config
-    names = tensor_names(config)
     for name in sorted(factors):
         part = next((s for s in SUFFIXES if name.endswith(s)), None)
         if part is None or not name.startswith(FRONT):
@@ -139,14 +136,14 @@ def _tensors(factors: Mapping[str, np.ndarray], base: Checkpoint) -> Iterator[tu
         if layer not in base.shapes:
             why = "is the input embedding too" if layer in base.linears else "is not in the base"
             raise UsageError(f"the adapter adapts {layer}, which {why}", hint=INSTEAD)
-        tensor = str(names.get_name(layer, try_suffixes=(".weight",)))
+        tensor = str(tensor_name(config, layer))
         values, other = (
             factors[name],
             factors.get(name.replace("_A.", "_B.") if "_A." in name else name.replace("_B.", "_A.")),
         )
         _check_shapes(layer, values, other, base.shapes[layer], part)
-        if part == ".lora_B.weight" and (heads := heads_of(config, tensor)):
-            values = values[interleaved(len(values), heads)]
+        if part == ".lora_B.weight" and (order := table.row_order(config, tensor, len(values))) is not None:
+            values = values[order]
         yield tensor + SUFFIXES[part], np.ascontiguousarray(values, dtype=np.float32)
 
 

@@ -63,24 +63,20 @@ def _misfit_of_windows(config: Any) -> str | None:
     return None
 
 
-def add_to(writer: Any, config: Any) -> None:
-    """Write Gemma's own settings into the metadata of a gguf.GGUFWriter."""
+def keys(config: Any) -> dict[str, int | float | str]:
+    """Return Gemma's own settings as metadata, by keys without the architecture."""
     full, *local = _ropes(config)
+    found: dict[str, int | float | str] = {}
     if local:
-        writer.add_rope_freq_base_swa(float(local[0]["rope_theta"]))
+        found["rope.freq_base_swa"] = float(local[0]["rope_theta"])
     if full.get("rope_type", "default") == "linear":
-        writer.add_string(f"{ARCHITECTURES[config.model_type]}.rope.scaling.type", "linear")
-        writer.add_rope_scaling_factor(float(full["factor"]))
+        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(full["factor"])}
     if config.model_type != "gemma":
-        writer.add_sliding_window(config.sliding_window)
+        found["attention.sliding_window"] = int(config.sliding_window)
     if config.model_type == "gemma2":
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-
-
-def rope_theta(config: Any) -> float:
-    """Return the base of the rotary frequencies (of the blocks without a window, where those have their own)."""
-    return float(_ropes(config)[0]["rope_theta"])
+        for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+            found[cap] = float(getattr(config, cap))
+    return found
 
 
 def config_of(architecture: str, field: Callable[[str], Any]) -> Any:
@@ -126,11 +122,6 @@ def plus_one(values: np.ndarray) -> np.ndarray:
     """Return a norm's weights as the file stores them: 1 + w, fp32."""
     shifted: np.ndarray = np.float32(1) + values.astype(np.float32)
     return shifted
-
-
-def is_norm(architecture: str, tensor: str) -> bool:
-    """Return whether a tensor of a file of this architecture is a norm's weights, stored as 1 + w."""
-    return architecture in ARCHITECTURES.values() and tensor.endswith("norm.weight")
 
 
 def _ropes(config: Any) -> list[Mapping[str, Any]]:

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert Llama 3's rescaled rotary frequencies between a GGUF file's factors and transformers' settings.
+"""Read the rotary embedding of a configuration, and convert rescaled frequencies to and from a GGUF file's factors.
 
-A file stores what each of the d / 2 frequencies is divided by (tensor rope_freqs.weight); transformers stores four
-numbers from which these follow.  Our files have the numbers too (key `KEY`); for others, those of Llama 3.1 and 3.2 are
-tried.  Numbers that do not give the file's factors are rejected.
+A file stores what each of the d / 2 frequencies is divided by (tensor rope_freqs.weight); transformers stores, for Llama 3,
+four numbers from which these follow.  Our files have the numbers too (key `KEY`); for others, those of Llama 3.1 and 3.2
+are tried.  Numbers that do not give the file's factors are rejected.
+
+Phi-3's LongRoPE has two lists of factors, for contexts up to the original length and for longer ones (`SHORT`, `LONG`), and
+scales queries and keys by a number.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -16,6 +20,8 @@ import numpy as np
 
 KEY: Final = "fleetune.rope_parameters"  # JSON
 TENSOR: Final = "rope_freqs.weight"
+SHORT: Final = "rope_factors_short.weight"
+LONG: Final = "rope_factors_long.weight"
 _PUBLISHED: Final = tuple(
     {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -30,10 +36,47 @@ def head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def factors(config: Any) -> np.ndarray | None:
-    """Return what Llama 3's rescaling divides each of the d / 2 rotary frequencies by, fp32; None without it."""
-    rope = config.rope_parameters
-    return _factors(rope, head_dim(config)) if rope.get("rope_type", "default") == "llama3" else None
+def settings(config: Any) -> Mapping[str, Any]:
+    """Return the rotary settings (of the blocks without a window, where those have their own); empty for none."""
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    found: Mapping[str, Any] = rope.get("full_attention", rope)
+    return found
+
+
+def kind(config: Any) -> str:
+    """Return how the frequencies are rescaled: "default" for not at all."""
+    return str(settings(config).get("rope_type", "default"))
+
+
+def width(config: Any) -> int:
+    """Return how many numbers of a head are rotated."""
+    return int(head_dim(config) * settings(config).get("partial_rotary_factor", 1.0))
+
+
+def tensors(config: Any) -> dict[str, np.ndarray]:
+    """Return the tensors of a file that say what the rotary frequencies are divided by, fp32 [width / 2] each."""
+    rope = settings(config)
+    if kind(config) == "llama3":
+        return {TENSOR: _factors(rope, head_dim(config))}
+    if kind(config) == "longrope":
+        both = {LONG: rope["long_factor"], SHORT: rope["short_factor"]}
+        return {name: np.array(factors, np.float32) for name, factors in both.items()}
+    return {}
+
+
+def original_length(config: Any) -> int:
+    """Return the context of a LongRoPE model up to which the short factors hold."""
+    rope = settings(config)
+    return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+
+
+def attention_factor(config: Any) -> float:
+    """Return what LongRoPE multiplies rotated queries and keys by (transformers' _compute_longrope_parameters)."""
+    rope = settings(config)
+    if (stated := rope.get("attention_factor")) is not None:
+        return float(stated)
+    factor = float(rope.get("factor") or config.max_position_embeddings / original_length(config))
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_length(config)))
 
 
 def _factors(rope: Mapping[str, Any], width: int) -> np.ndarray:

@@ -76,17 +76,6 @@ def block_widths(config: Any) -> list[Width]:
     return [Width(*(int(getattr(config, name)) for name in Width._fields))] * count
 
 
-def heads_of(config: Any, tensor: str) -> int:
-    """Return in how many heads the rows of a GGUF file's tensor are interleaved; 0: not at all."""
-    if config.model_type != "llama":
-        return 0
-    part = tensor.split(".")
-    if part[-2] not in ("attn_q", "attn_k"):
-        return 0
-    width = block_widths(config)[int(part[1])]
-    return width.num_attention_heads if part[-2] == "attn_q" else width.num_key_value_heads
-
-
 # ---------------------------------------------------------------- cutting
 
 

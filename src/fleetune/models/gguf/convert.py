@@ -38,7 +38,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from fleetune.common.shell import quoted
 from fleetune.errors import ModelError
 from fleetune.models.bounds import check_blocks, check_config, check_range
-from fleetune.models.families import deci, gemma, rope, widths
+from fleetune.models.families import deci, gemma, rope, table, widths
 from fleetune.models.foreign import foreign_file
 from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
@@ -63,7 +63,7 @@ ARCHITECTURES: Final[Mapping[str, str]] = MappingProxyType(
         "deci": "interleaved q, k",
     }
 )
-KNOWN_SPLITS: Final = ("default", "gpt-2", "llama-bpe", "llama3", "qwen2", "tekken", "gpt-4o", "smollm")
+KNOWN_SPLITS: Final = ("default", "llama3", *gguf_tokens.RULES)
 
 
 def load_config(path: Path) -> Any:
@@ -239,7 +239,7 @@ def _placed(path: Path, reader: Any, config: Any, shapes: Mapping[str, tuple[int
             )
         tensors[name] = Stored(
             file, int(found.data_offset), int(found.n_bytes), found.tensor_type.name, shape,
-            _row_order(found.name, shape, config), gemma.is_norm(architecture, found.name),
+            _row_order(found.name, shape, config), table.is_shifted(config, found.name),
         )  # fmt: skip
     if left:
         raise ModelError(
@@ -251,10 +251,8 @@ def _placed(path: Path, reader: Any, config: Any, shapes: Mapping[str, tuple[int
 
 
 def _row_order(name: str, shape: tuple[int, ...], config: Any) -> np.ndarray | None:
-    heads = widths.heads_of(config, name)
-    if not heads:
-        return None
-    return np.arange(shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    order = table.row_order(config, name, shape[0])
+    return None if order is None else np.argsort(order)
 
 
 def _write_weights(

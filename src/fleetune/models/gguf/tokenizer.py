@@ -25,19 +25,41 @@ from fleetune.models.families import deci
 
 log = logging.getLogger(__name__)
 
-_WORDS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_SHORT: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS: Final = _SHORT + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# the steps of a pre_tokenizer -> llama.cpp's name for the rule (llama-vocab.cpp); a step is "digit" (one by one),
-# "bytes", "bytes+words" (GPT-2's rule) or a regular expression
-RULES: Final[Mapping[tuple[str, ...], str]] = MappingProxyType(
+_LLAMA3: Final = (_WORDS + r"\p{N}{1,3}" + _REST, "bytes")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _cased(short: str, digits: str) -> tuple[str, ...]:
+    """Return the steps of a rule that also splits a word where capitals follow small letters."""
+    front = r"[^\r\n\p{L}\p{N}]?"
+    words = f"{front}{_UPPER}*{_LOWER}+{short}|{front}{_UPPER}+{_LOWER}*{short}|"
+    return (words + digits + _REST.replace(r"[\r\n]*", r"[\r\n/]*"), "bytes")
+
+
+# llama.cpp's name for a rule (llama-vocab.cpp) -> the steps of the pre_tokenizer that does the same; a step is "digit" (one
+# by one), "bytes", "bytes+words" (GPT-2's rule) or a regular expression
+RULES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
-        ("bytes+words",): "gpt-2",
-        ("digit", "bytes+words"): "smollm",
-        (_WORDS + r"\p{N}{1,3}" + _REST, "bytes"): "llama-bpe",
-        (_WORDS + r"\p{N}" + _REST, "bytes"): "qwen2",
+        "gpt-2": ("bytes+words",),
+        "smollm": ("digit", "bytes+words"),
+        "llama-bpe": _LLAMA3,
+        "smaug-bpe": _LLAMA3,
+        "qwen2": (_WORDS + r"\p{N}" + _REST, "bytes"),
+        "tekken": _cased("", r"\p{N}"),
+        "gpt-4o": _cased(_SHORT + "?", r"\p{N}{1,3}"),
     }
 )
-WHOLE: Final = ("llama-bpe",)  # rules with which llama.cpp takes a word that is a token without merging
+WHOLE: Final = (
+    "llama-bpe",
+    "tekken",
+)  # rules with which llama.cpp takes a word that is a token without merging
+MARKS: Final = (
+    "tekken",
+    "gpt-4o",
+)  # rules with which llama.cpp parts a letter from a combining mark that follows
 # transformers' name -> the one in GGUF's key
 SPECIAL: Final[Mapping[str, str]] = MappingProxyType(
     {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -88,10 +110,9 @@ def _bytes(field: Field) -> Tokenizer:
     if field(UNKNOWN) is not None:  # as transformers' reader has it, to the same digest
         model.continuing_subword_prefix = model.end_of_word_suffix = ""
     backend = Tokenizer(model)
-    steps = {rule: steps for steps, rule in RULES.items()}
-    if name not in steps:
+    if name not in RULES:
         log.warning("no rule for tokenizer '%s'; some text may be split differently", name)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([_step(s) for s in steps.get(name, ("bytes+words",))])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([_step(s) for s in RULES.get(name, ("bytes+words",))])
     backend.decoder = decoders.ByteLevel()
     return backend
 

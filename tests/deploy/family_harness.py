@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models of every family that has a place in GGUF, and their logits in llama.cpp beside transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deploy_harness import tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from fleetune import models
+from fleetune.deploy.measure import llamacpp
+
+TEXT = [int(token) for token in np.random.default_rng(5).integers(0, 259, 48)]
+# no two of the widths are alike, and blocks of 32 divide them all
+PLAIN: dict[str, Any] = {
+    "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+GROUPED = PLAIN | {"num_key_value_heads": 2}
+WIDE = GROUPED | {"head_dim": 32}  # heads that are wider together than the model
+OLD: dict[str, Any] = {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 128}
+FALCON = PLAIN | {"ffn_hidden_size": 160}
+WINDOW = {"sliding_window": 64}  # longer than the text
+SHORT, LONG = [1.0 + i / 8 for i in range(8)], [2.0 + i / 4 for i in range(8)]
+LONGROPE: dict[str, Any] = {
+    "max_position_embeddings": 1024, "original_max_position_embeddings": 256,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": SHORT, "long_factor": LONG,
+        "original_max_position_embeddings": 256,
+    },
+}  # fmt: skip
+PARTLY = LONGROPE | {
+    "rope_parameters": LONGROPE["rope_parameters"]
+    | {"partial_rotary_factor": 0.5, "short_factor": SHORT[:4], "long_factor": LONG[:4]}
+}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+SCALES = {
+    "attention_multiplier": 0.2, "residual_multiplier": 0.6, "embedding_multiplier": 3.0, "logits_scaling": 0.7,
+}  # fmt: skip
+LFM2 = GROUPED | {
+    "intermediate_size": 230, "block_multiple_of": 32, "layer_types": ["conv", "full_attention", "conv", "conv"],
+}  # fmt: skip
+GEMMA = WIDE | {"query_pre_attn_scalar": 32, "sliding_window": 16}
+
+# a name: the model type and what its configuration has
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", WIDE),
+    "llama, biases": ("llama", GROUPED | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama, llama3": ("llama", GROUPED | {"rope_parameters": LLAMA3}),
+    "mistral": ("mistral", WIDE | WINDOW),
+    "mistral, no window": ("mistral", GROUPED | {"sliding_window": None, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen3": ("qwen3", WIDE),
+    "gemma": ("gemma", WIDE),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
+    "gemma3_text": ("gemma3_text", GEMMA | {"num_hidden_layers": 7}),
+    "smollm3": ("smollm3", GROUPED),
+    "phi3": ("phi3", GROUPED | WINDOW),
+    "phi3, longrope": ("phi3", GROUPED | LONGROPE),
+    "phi3, longrope in part": ("phi3", GROUPED | {"tie_word_embeddings": True, **PARTLY}),
+    "phi": ("phi", GROUPED | {"partial_rotary_factor": 0.5}),
+    "olmo2": ("olmo2", GROUPED),
+    "granite": ("granite", GROUPED | SCALES),
+    "granite, biases": ("granite", GROUPED | SCALES | {"attention_bias": True, "mlp_bias": True}),
+    "stablelm": ("stablelm", GROUPED | {"partial_rotary_factor": 0.5}),
+    "stablelm, parallel": ("stablelm", GROUPED | {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "starcoder2": ("starcoder2", GROUPED | WINDOW),
+    "gpt2": ("gpt2", OLD | {"n_inner": 160}),
+    "gpt_neox": ("gpt_neox", PLAIN | {"rotary_pct": 0.5}),
+    "gpt_neox, in turn": ("gpt_neox", PLAIN | {"use_parallel_residual": False}),
+    "falcon": ("falcon", FALCON),
+    "falcon, heads": ("falcon", FALCON | {"multi_query": False}),
+    "falcon, groups": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, one norm": (
+        "falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "bloom": ("bloom", {"hidden_size": 96, "n_layer": 3, "n_head": 6}),
+    "glm4": ("glm4", WIDE),
+    "glm4, no biases": ("glm4", WIDE | {"attention_bias": False, "head_dim": 16}),
+    "ernie4_5": ("ernie4_5", WIDE),
+    "cohere": ("cohere", GROUPED | {"logit_scale": 0.5}),
+    "cohere, norms": ("cohere", GROUPED | {"num_hidden_layers": 64, "use_qk_norm": True, "logit_scale": 0.5}),
+    "cohere2": ("cohere2", GROUPED | {"sliding_window": 16, "logit_scale": 0.5}),
+    "nemotron": ("nemotron", GROUPED | {"partial_rotary_factor": 0.5}),
+    "lfm2": ("lfm2", LFM2),
+    "exaone4": ("exaone4", GROUPED | {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "exaone4, windows": ("exaone4", GROUPED | {"num_hidden_layers": 64, "sliding_window": 16}),
+    "seed_oss": ("seed_oss", WIDE),
+    "arcee": ("arcee", WIDE),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", WIDE),
+    "gpt_bigcode": ("gpt_bigcode", OLD | {"n_inner": 160}),
+    "glm": ("glm", GROUPED | {"head_dim": 16}),
+}  # fmt: skip
+
+
+def build(case: str, **changes: Any) -> PreTrainedModel:
+    """The net of a case; every bias and norm is off its start, and logits have a spread of about one."""
+    family, sizes = CASES[case]
+    config = AutoConfig.for_model(
+        family, **({"vocab_size": 264, "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261} | sizes | changes)
+    )  # fmt: skip
+    if "rope_parameters" not in sizes | changes:
+        _set_bases(getattr(config, "rope_parameters", None))
+    with torch.random.fork_rng(devices=[]):
+        net: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    rng = np.random.default_rng(3)
+    with torch.no_grad():
+        for name, tensor in net.named_parameters():
+            noise = torch.from_numpy(rng.standard_normal(tuple(tensor.shape), dtype=np.float32))
+            if tensor.dim() == 1 or "norm" in name:
+                tensor.add_(0.3 * noise)
+            else:
+                tensor.copy_(noise * (0.12 if "head" in name or "embed" in name or "wte" in name else 0.13))
+    return net.eval().requires_grad_(False)
+
+
+def _set_bases(rope: dict[str, Any] | None) -> None:
+    """Give rotary settings bases that llama.cpp does not take where a file says nothing (10,000)."""
+    if rope and "full_attention" in rope:
+        rope["full_attention"]["rope_theta"], rope["sliding_attention"]["rope_theta"] = 3000.0, 700.0
+    elif rope:
+        rope["rope_theta"] = 3000.0
+
+
+def save(case: str, folder: Path, **changes: Any) -> PreTrainedModel:
+    """Write a case as a directory, and return its net."""
+    net = build(case, **changes)
+    models.save(net, tokenizer(), folder)
+    return net
+
+
+class Adapted(llamacpp.LlamaCpp):
+    """llama.cpp with an adapter of `lora` in every context."""
+
+    def __init__(self, file: Path, lora: Path) -> None:
+        super().__init__(file, 1)
+        adapter = self._lib.llama_adapter_lora_init(self._model, str(lora).encode())
+        assert adapter != self._ffi.NULL
+        self._adapters = self._ffi.new("struct llama_adapter_lora *[]", [adapter])
+
+    def open(self, length: int) -> None:
+        super().open(length)
+        scales = self._ffi.new("float[]", [1.0])
+        assert self._lib.llama_set_adapters_lora(self._context, self._adapters, 1, scales) == 0
+
+
+@torch.inference_mode()
+def divergence(
+    net: PreTrainedModel, file: Path, ids: Sequence[int] = TEXT, *, lora: Path | None = None
+) -> float:
+    """The mean Kullback-Leibler divergence, in nats, of llama.cpp's next tokens from transformers'."""
+    own = net(input_ids=torch.tensor([list(ids)])).logits[0, :-1].double().log_softmax(-1)
+    engine = llamacpp.LlamaCpp(file, 1) if lora is None else Adapted(file, lora)
+    try:
+        found = np.concatenate([piece.copy() for piece in engine.scored_logits([(list(ids), 0)])])
+    finally:
+        engine.close()
+    theirs = torch.from_numpy(found).double().log_softmax(-1)
+    return float((own.exp() * (own - theirs)).sum(-1).mean())

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes of every family that is compressed, in the formats that docs/models.md says: written, read back and compared."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))  # the benchmarks are no package of the wheel
+
+from benchmarks.tiny_families import DECODERS, save  # noqa: E402
+
+import fleetune  # noqa: E402
+from fleetune.deploy.checkpoint import open_checkpoint  # noqa: E402
+from fleetune.deploy.export import export  # noqa: E402
+from fleetune.errors import UsageError  # noqa: E402
+from fleetune.models.families import table  # noqa: E402
+from fleetune.models.mapped.stored import weight_files  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+
+
+def test_the_page_has_every_family_with_a_place_in_gguf() -> None:
+    assert set(table.FAMILIES) <= set(DECODERS)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_codes_of_a_family(family: str, tmp_path: Path) -> None:
+    model = save(family, tmp_path)
+    if family == "gpt2":
+        with pytest.raises(UsageError, match="no matrices of torch's linear layers"):
+            fleetune.compress(model, method="rtn", settings={"group": 8}, out=tmp_path / "runs")
+        return
+    folder = (
+        fleetune.compress(model, method="rtn", settings={"group": 8}, out=tmp_path / "runs").folder / "model"
+    )
+    master = open_checkpoint(folder)
+    codes = [name for name in master.names if master.quantised(name) is not None]
+    assert codes
+    for to in ("gptq", "compressed-tensors"):
+        report = export(folder, to, tmp_path / to)
+        stored = {name for file in weight_files(report.path) for name in load_file(file)}
+        packed = ".qweight" if to == "gptq" else ".weight_packed"
+        assert {name.removesuffix(packed) for name in stored if name.endswith(packed)} == {
+            name.removesuffix(".weight") for name in codes
+        }
+        assert report.exact >= len(codes)

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family of the table as .gguf: llama.cpp's next tokens are transformers', and what it does not hold is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf as package
+import numpy as np
+import pytest
+import torch
+from deploy_harness import tokenizer
+from family_harness import CASES, TEXT, build, divergence, save
+from safetensors.numpy import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import fleetune
+from fleetune import adapters, models
+from fleetune.deploy.export import export, export_adapter
+from fleetune.deploy.measure import llamacpp
+from fleetune.errors import ModelError, UsageError
+from fleetune.models.families import table
+
+needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+SAME = 1e-5  # nats: llama.cpp's cache of keys and values is fp16
+SEEN = 30 * SAME  # what one tensor in another order must be off by at least
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {key: field.contents() for key, field in package.GGUFReader(path).fields.items()}
+
+
+def test_every_family_has_a_case() -> None:
+    assert {family for family, _ in CASES.values()} == set(table.FAMILIES)
+
+
+@pytest.mark.parametrize("family", table.FAMILIES)
+def test_transformers_own_sizes_have_a_place(family: str) -> None:
+    """They are those of a published model; of EXAONE 4 and LFM2 they are of none."""
+    usual = {
+        "exaone4": {"num_hidden_layers": 64},
+        "lfm2": {"full_attn_idxs": [2, 5, 8, 10, 12, 14], "num_hidden_layers": 16},
+    }
+    assert table.misfit(AutoConfig.for_model(family, **usual.get(family, {}))) is None
+
+
+@needs_engine
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_what_transformers_does(case: str, tmp_path: Path) -> None:
+    net = save(case, tmp_path / "m")
+    report = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf")
+    assert report.exact == report.tensors
+    assert divergence(net, report.path) <= SAME
+
+
+@needs_engine
+@pytest.mark.parametrize("case", [case for case in CASES if case == CASES[case][0]])
+def test_a_tensor_in_another_order_shows(case: str, tmp_path: Path) -> None:
+    """What keeps the test above honest: no tensor of the last block but one can be mixed up without a trace."""
+    net = save(case, tmp_path / "m")
+    path = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path
+    for tensor in package.GGUFReader(path).tensors:
+        if tensor.name.startswith("blk.") and not tensor.name.startswith("blk.1."):
+            continue
+        changed = tmp_path / "changed.gguf"
+        shutil.copy(path, changed)
+        values = np.roll(np.array(tensor.data), 1, axis=0)
+        with changed.open("r+b") as file:
+            file.seek(int(tensor.data_offset))
+            file.write(values.tobytes())
+        assert divergence(net, changed) > SEEN, tensor.name
+
+
+@needs_engine
+def test_longrope_s_long_factors_are_used_in_a_long_context(tmp_path: Path) -> None:
+    net = save("phi3, longrope", tmp_path / "m")
+    report = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf")
+    assert divergence(net, report.path, TEXT * 6) <= SAME  # beyond the original length of 256
+    assert divergence(net, report.path, TEXT) <= SAME
+    assert report.notes == (
+        "llama.cpp takes the long factors of the rotary embedding when its context is longer than 256, transformers when the "
+        "text is",
+    )
+
+
+# ---------------------------------------------------------------- codes and adapters
+
+LINEAR = [
+    case for case in CASES if case == CASES[case][0] and case != "gpt2"
+]  # whose blocks are of torch's linear layers
+ROUNDED = 2e-2  # nats: llama.cpp rounds what goes into a quantised matrix to 8 bits
+
+
+@needs_engine
+@pytest.mark.parametrize("case", LINEAR)
+def test_codes_are_kept(case: str, tmp_path: Path) -> None:
+    save(case, tmp_path / "m")
+    folder = fleetune.compress(tmp_path / "m", method="rtn", out=tmp_path / "runs").folder / "model"
+    net = AutoModelForCausalLM.from_pretrained(export(folder, "hf", tmp_path / "hf").path)
+    report = export(folder, "gguf", tmp_path / "q.gguf")
+    linears = {name for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+    assert report.types["Q4_0"] == len(linears - {"lm_head"})
+    whole = export(folder, "gguf:f32", tmp_path / "x.gguf")
+    assert whole.exact == whole.tensors
+    assert divergence(net, whole.path) <= SAME
+    assert divergence(net, report.path) <= ROUNDED
+
+
+@needs_engine
+@pytest.mark.parametrize("case", LINEAR)
+def test_an_adapter_beside_its_base(case: str, tmp_path: Path) -> None:
+    save(case, tmp_path / "m")
+    model = models.load(str(tmp_path / "m"), device="cpu")
+    base = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path
+    adapters.attach_lora(model, r=4, alpha=6, seed=1)
+    rng = np.random.default_rng(1)
+    found = sorted(adapters.export(model).items())
+    adapters.load_(model, {n: rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in found})
+    adapters.save(model, tmp_path / "adapter")
+    lora = export_adapter(tmp_path / "adapter", tmp_path / "m", "gguf:lora", tmp_path / "l.gguf").path
+    assert divergence(model.net, base, lora=lora) <= SAME
+    assert divergence(model.net, base) > SEEN
+
+
+# ---------------------------------------------------------------- a window that llama.cpp does not have
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3", "starcoder2"])
+def test_a_context_ends_where_a_window_would_matter(family: str, tmp_path: Path) -> None:
+    save(family, tmp_path / "m")
+    report = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf")
+    architecture = table.FAMILIES[family].architecture
+    assert fields(report.path)[f"{architecture}.context_length"] == 64
+    assert report.notes == (
+        f"llama.cpp has no window in a {family}: the file states a context of 64 tokens instead of 128, up to which it is "
+        "the same",
+    )
+    save(family, tmp_path / "n", sliding_window=200)  # longer than the context
+    report = export(tmp_path / "n", "gguf:f32", tmp_path / "y.gguf")
+    assert fields(report.path)[f"{architecture}.context_length"] == 128
+    assert report.notes == ()
+
+
+# ---------------------------------------------------------------- refusals
+
+EXPERTS = {
+    "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 24, "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+OTHERWISE: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' in a llama"),
+    ("qwen3", {"attention_bias": True}, "attention_bias=True in a qwen3"),
+    ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True in a qwen3"),
+    ("smollm3", {"no_rope_layer_interval": 3}, "no_rope_layers other than each 4th"),
+    ("smollm3", {"attention_bias": True}, "attention_bias=True in a smollm3"),
+    ("phi", {"qk_layernorm": True}, "qk_layernorm=True in a phi"),
+    ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings=True in a olmo2"),
+    ("granite", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rotary scaling 'linear'"),
+    ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True in a stablelm"),
+    ("starcoder2", {"use_bias": False}, "use_bias=False in a starcoder2"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True in a gpt2"),
+    ("gpt_neox", {"attention_bias": False}, "attention_bias=False in a gpt_neox"),
+    ("falcon", {"alibi": True}, "alibi=True in a falcon"),
+    ("falcon", {"bias": True}, "bias=True in a falcon"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=True"),
+    ("ernie4_5", {"use_bias": True}, "use_bias=True in a ernie4_5"),
+    ("cohere", {"use_qk_norm": True}, "use_qk_norm=True with 4 blocks"),
+    ("cohere2", {"layer_types": ["sliding_attention"] * 4}, "layer_types other than each 4th"),
+    ("cohere2", {"sliding_window": None}, "sliding_window=None in a cohere2"),
+    ("exaone4", {"sliding_window": 16}, "sliding_window=16 with 4 blocks"),
+    ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "layer_types with 'sliding_attention' in a smollm3"),
+    ("lfm2", {"layer_types": ["full_attention"] * 4}, "layer_types of full_attention alone in a lfm2"),
+    ("nemotron", {"hidden_act": "silu"}, "hidden_act='silu' in a nemotron"),
+    ("lfm2", {"conv_bias": True}, "conv_bias=True in a lfm2"),
+    ("mistral", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partly rotated"),
+    ("phi3", {"head_dim": 32}, "heads are 192 wide together where the model is 96"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "changes", "why"), OTHERWISE)
+def test_what_llama_cpp_does_not_hold_is_named(
+    case: str, changes: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    save(case, tmp_path / "m", **changes)
+    with pytest.raises(UsageError, match=why) as caught:
+        export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
+    assert "--to hf" in (caught.value.hint or "")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_stored_one_by_one_are_named(kind: str, tmp_path: Path) -> None:
+    net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **EXPERTS))
+    models.save(net, tokenizer(), tmp_path / "m")
+    for to, place in (("gguf", "x.gguf"), ("hf", "x")):
+        with pytest.raises(
+            UsageError, match=r"stores model.layers.0.mlp.experts.* in parts, as transformers writes experts"
+        ):
+            export(tmp_path / "m", to, tmp_path / place)
+
+
+def test_experts_in_one_tensor_are_named(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    net = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **EXPERTS, rope_parameters=rope))
+    models.save(net, tokenizer(), tmp_path / "m")
+    with pytest.raises(UsageError, match="not written for mixtures of experts, which 'gpt_oss' is"):
+        export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
+
+
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default", "rope_theta": 500.0},
+    {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64},
+]
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+
+
+def variants(config: Any) -> Iterator[dict[str, Any]]:
+    """One field of a configuration changed at a time: every switch and number, activations, rotary settings, windows."""
+    fields = config.to_dict()
+    for name, value in fields.items():
+        if isinstance(value, bool) and name not in ("is_encoder_decoder", "return_dict"):
+            yield {name: not value}
+        elif isinstance(value, float):
+            yield {name: 1.5 * value or 0.1}
+        elif name in ACTIVATIONS:
+            yield from ({name: other} for other in ("relu", "gelu", "silu") if other != value)
+    if "full_attention" not in (fields.get("rope_parameters") or {"full_attention": {}}):
+        yield from ({"rope_parameters": rope} for rope in ROPES)
+    if "sliding_window" in fields:
+        yield from ({"sliding_window": window} for window in (16, None))
+    if "layer_types" in fields:
+        count = config.num_hidden_layers
+        yield {"layer_types": ["full_attention"] * count}
+        yield {"layer_types": ["sliding_attention"] * count, "sliding_window": 16}
+    yield from ({"num_key_value_heads": 6}, {"head_dim": 24})
+
+
+@needs_engine
+@pytest.mark.parametrize("case", [case for case in CASES if case == CASES[case][0]])
+def test_an_option_is_written_or_refused(case: str, tmp_path: Path) -> None:
+    """Whatever a configuration says, there is no file with which llama.cpp computes something else."""
+    refused, same = 0, 0
+    for i, change in enumerate(variants(build(case).config)):
+        folder = tmp_path / str(i)
+        try:
+            net = save(case, folder / "m", **change)
+            net(torch.tensor([TEXT]))
+        except Exception:  # no model in transformers either
+            continue
+        try:
+            report = export(folder / "m", "gguf:f32", folder / "x.gguf")
+        except UsageError:
+            refused += 1
+            continue
+        length = fields(report.path)[f"{table.FAMILIES[case].architecture}.context_length"]
+        assert divergence(net, report.path, TEXT[:length]) <= SAME, change
+        same += 1
+    assert refused > 0
+    assert same > 0
+
+
+# ---------------------------------------------------------------- names in directories
+
+
+@pytest.mark.parametrize("case", ["gpt2", "bloom"])
+def test_a_body_s_names_without_their_front(case: str, tmp_path: Path) -> None:
+    """As the Hub has GPT-2 and Bloom, with buffers that old versions wrote."""
+    save(case, tmp_path / "m")
+    want = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path.read_bytes()
+    file = tmp_path / "m" / "model.safetensors"
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    assert all(not name.startswith("transformer") for name in bare)
+    if case == "gpt2":
+        bare["h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
+    save_file(bare, file, {"format": "pt"})
+    assert export(tmp_path / "m", "gguf:f32", tmp_path / "x2" / "x.gguf").path.read_bytes() == want
+    save_file(bare | {"h.0.attn.other": np.ones(3, np.float32)}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"holds h.0.attn.other, which the configuration does not have"):
+        export(tmp_path / "m", "gguf:f32", tmp_path / "y.gguf")
+
+
+def test_the_old_name_of_a_head(tmp_path: Path) -> None:
+    save("gpt_neox", tmp_path / "m")
+    assert "embed_out.weight" in load_file(tmp_path / "m" / "model.safetensors")
+    report = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf")
+    assert "output.weight" in {tensor.name for tensor in package.GGUFReader(report.path).tensors}
+
+
+def test_a_mistral_loads_back_as_a_llama(tmp_path: Path) -> None:
+    net = save("mistral, no window", tmp_path / "m")
+    back = models.load(str(export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path), device="cpu")
+    assert back.net.config.model_type == "llama"
+    ids = torch.tensor([TEXT])
+    assert torch.allclose(back.net(ids).logits, net(ids).logits, atol=1e-5)
+
+
+def test_other_files_of_ours_are_not_read(tmp_path: Path) -> None:
+    save("smollm3", tmp_path / "m")
+    path = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path
+    with pytest.raises(ModelError, match="holds architecture 'smollm3'; GGUF files are read for llama"):
+        models.load(str(path))
