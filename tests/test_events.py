@@ -83,8 +83,8 @@ TOUR = {
     "runs show 1 4": {"RunListed", "CompressionListed"},
     "runs rm 6 7": {"RunRemoved"},
 }  # fmt: skip
-ELSEWHERE = {  # these need an engine, the network, devices, Ctrl-C or a run that diverges: their tests check the lines
-    "DeviceEvaluated", "Diverging", "ExportPushed", "FleetEvaluated", "FleetShown", "ModelPulled", "PatchApplied", "PatchMade", "Serving", "Stopped", "ThreadsChosen",
+ELSEWHERE = {  # these need an engine, a tokenizer with merges, the network, devices, Ctrl-C or a run that diverges: their tests check the lines
+    "BudgetSpent", "DeviceEvaluated", "Diverging", "ExportPushed", "FleetEvaluated", "FleetShown", "ModelPulled", "PatchApplied", "PatchMade", "Serving", "Stopped", "ThreadsChosen",
 }  # fmt: skip
 
 

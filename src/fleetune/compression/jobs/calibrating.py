@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, sealed
+from fleetune.runs.compression_folder import CompressRequest
 from fleetune.runs.events import CalibrationReply
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fleetune.compression.jobs.solve import SolveJob
+    from fleetune.compression.jobs.contract import Devices, Share
+    from fleetune.compression.jobs.inputs import Inputs
     from fleetune.compression.layerwise.activations import HessianSource
     from fleetune.compression.layerwise.sums import HessianReply
 
@@ -27,6 +30,38 @@ ORIGIN: Final = (
     "origin.json"  # in the folder of finished blocks: the weights, settings and text that made them
 )
 REPLIES: Final = "replies.jsonl"  # there too: of the clients
+
+
+class Calibrated(Protocol):
+    """The parts of a job that calibration works with."""
+
+    @property
+    def request(self) -> CompressRequest:
+        """The request."""
+
+    @property
+    def inputs(self) -> Inputs:
+        """The model and its rows."""
+
+    @property
+    def calibration(self) -> Tensor | None:
+        """Windows int64 [n, length]; None where others have them, or the solver needs none."""
+
+    @property
+    def shares(self) -> Mapping[int, Tensor]:
+        """The windows of each client; {} unless clients calibrate."""
+
+    @property
+    def devices(self) -> Devices | None:
+        """Real devices, where these calibrate."""
+
+    @property
+    def replies(self) -> list[HessianReply]:
+        """The clients' replies so far."""
+
+    @property
+    def agreed(self) -> dict[int, Share]:
+        """What each client calibrates on, once it is known."""
 
 
 def check_origin(listener: Listener, own: str, model: str, parts: Path) -> None:
@@ -62,7 +97,7 @@ def _origin(file: Path) -> str:
         return ""
 
 
-def source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | HessianSource | None:
+def source(listener: Listener, job: Calibrated, parts: Path) -> Tensor | HessianSource | None:
     """Return the windows of a job, or its clients' or devices' Hessians; None for a solver without data."""
     from fleetune.compression.layerwise.federated import ClientHessians
     from fleetune.compression.layerwise.sums import WARNING
@@ -103,7 +138,7 @@ def _earlier(log: Path) -> list[HessianReply]:
     return found
 
 
-def stated(job: SolveJob) -> dict[str, Any]:
+def stated(job: Calibrated) -> dict[str, Any]:
     """Return what the head of an artefact states of the calibration text: its size and digest; {} for none.
 
     Where clients calibrate it is the digest of their digests, in their order: nobody has all of the text.

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -42,6 +42,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
+from fleetune.common.ggml import padded
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report, _ggml_blocks, _gguf_vocabulary
 from fleetune.deploy.formats._gguf_header import (
@@ -145,16 +146,14 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
     check_config(model.config)
     notes: list[str] = []
     entries = _plan(model, kind, notes)
-    vocabulary = _vocabulary(model)
-    notes += [*notes_on(model.config), *vocabulary.notes]
     factors = rope.tensors(model.config)
     writer = gguf.GGUFWriter(path, table.architecture(model.config))
     try:
-        add_metadata(writer, model.config, _file_type(entries), path.stem)
-        for key, text in made.items():
-            writer.add_string(key, text)
-        vocabulary.add_to(writer)
-        _write_tensors(writer, model, entries, factors)
+        notes += _write_header(writer, model, entries, path.stem, made, factors)
+        for values in factors.values():
+            writer.write_tensor_data(values)
+        for entry in entries:
+            writer.write_tensor_data(_encode(model, entry))
     finally:
         writer.close()
     rounded = verify(path, model, entries, factors)
@@ -168,6 +167,23 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
         types=dict(Counter(entry.kind for entry in entries)),
         notes=tuple(notes),
     )
+
+
+def size_beside(model: Checkpoint, without: Collection[str], path: Path, made: Mapping[str, str]) -> int:
+    """Return the bytes of the file of a compressed model beside the parameters `without`; its header is written to `path`.
+
+    UsageError when the architecture or the tokenizer has no place in GGUF.
+    """
+    check_config(model.config)
+    entries, factors = _plan(model, None, []), rope.tensors(model.config)
+    writer = gguf.GGUFWriter(path, table.architecture(model.config))
+    try:
+        _write_header(writer, model, entries, path.stem, made, factors)
+    finally:
+        writer.close()
+    sizes = [path.stat().st_size, *(values.nbytes for values in factors.values())]
+    sizes += [entry.bytes for entry in entries if entry.parameter not in without]
+    return sum(map(padded, sizes))
 
 
 def _vocabulary(model: Checkpoint) -> _gguf_vocabulary.Vocabulary:
@@ -278,22 +294,29 @@ def _file_type(entries: list[GgufTensor]) -> LlamaFileType:
 # ---------------------------------------------------------------- writing
 
 
-def _write_tensors(
-    writer: Any, model: Checkpoint, entries: list[GgufTensor], factors: Mapping[str, np.ndarray]
-) -> None:
-    """Write the table of tensors, then their values one at a time."""
-    for name, values in factors.items():
-        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+def _write_header(
+    writer: Any,
+    model: Checkpoint,
+    entries: list[GgufTensor],
+    name: str,
+    made: Mapping[str, str],
+    factors: Mapping[str, np.ndarray],
+) -> list[str]:
+    """Write everything in front of the tensors' values; return notes for the user."""
+    vocabulary = _vocabulary(model)
+    add_metadata(writer, model.config, _file_type(entries), name)
+    for key, text in made.items():
+        writer.add_string(key, text)
+    vocabulary.add_to(writer)
+    for tensor, values in factors.items():
+        writer.add_tensor_info(tensor, values.shape, values.dtype, values.nbytes)
     for entry in entries:
         kind = GGMLQuantizationType[entry.kind]
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.bytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for values in factors.values():
-        writer.write_tensor_data(values)
-    for entry in entries:
-        writer.write_tensor_data(_encode(model, entry))
+    return [*notes_on(model.config), *vocabulary.notes]
 
 
 def _encode(model: Checkpoint, entry: GgufTensor) -> np.ndarray:
