@@ -35,6 +35,15 @@ class Mutant(NamedTuple):
 
 
 MUTANTS: tuple[Mutant, ...] = (
+    # sizes and trained scales
+    Mutant("compression/budget/sensitivity.py", "head += (p * (1 - p)).sum", "head += p.sum", "compression/test_budget.py"),
+    Mutant("compression/budget/sensitivity.py", "p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))", "p.scatter_add_(1, y, torch.full_like(y, -2, dtype=p.dtype))", "compression/test_budget.py"),
+    Mutant("compression/budget/choose.py", "if found and option.cost >= found[-1].cost:", "if False:", "compression/test_budget.py"),
+    Mutant("compression/budget/choose.py", "continue  # a smaller matrix may still fit", "break", "compression/test_budget.py"),
+    Mutant("compression/jobs/solve.py", 'own.data = dense(weights[name]).to(own)', 'own.data = own.data', "compression/test_budget_command.py compression/test_train_scales.py"),
+    Mutant("compression/distillation/scales.py", "return back, of_scale, None if offset is None else -of_weight.sum(2), None", "return back, of_scale, None if offset is None else of_weight.sum(2), None", "compression/test_train_scales.py"),
+    Mutant("compression/distillation/scales.py", "unit = significant(unit, min(SIGNIFICANT, HALF_BITS - q.bits))", "pass", "compression/test_train_scales.py"),
+    Mutant("deploy/formats/gguf.py", "return sum(map(padded, sizes))", "return sum(sizes)", "compression/test_budget_command.py"),
     # directions and ledgers
     Mutant("seeds/noise.py", "(h[:, None] + np.arange(WIDTH)) & (K - 1)", "(h[:, None] - np.arange(WIDTH)) & (K - 1)", "seeds/test_noise.py"),
     Mutant("seeds/loops_numba.py", "return (x >> u64(40)) & end", "return (x >> u64(41)) & end", "seeds/test_kernels.py"),

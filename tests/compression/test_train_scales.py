@@ -186,6 +186,13 @@ def test_it_resumes_with_the_same_bits(
     assert not kept.exists()
 
 
+def test_a_model_that_is_read_a_block_at_a_time_gives_the_same(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (model, "--bytes", "260kB", "--train-scales", "3")
+    assert after(capsys, *flags)[:2] == after(capsys, *flags, "--low-memory")[:2]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -32,6 +32,7 @@ from fleetune.evaluation.head_loss import CHUNK_BYTES
 from fleetune.evaluation.losses import pad_id, predictors
 from fleetune.models.artefact import Quantised, dense
 from fleetune.models.checkpointing import by_layer
+from fleetune.models.mapped.lazy import LazyWeight
 from fleetune.models.model import Model
 
 TOKENS: Final = 512  # of a step
@@ -159,7 +160,15 @@ def _forward(linear: nn.Module, scales: Scales) -> Iterator[None]:
 
 
 @contextmanager
-def _values(weight: nn.Parameter, values: Tensor) -> Iterator[None]:
+def _values(weight: Tensor, values: Tensor) -> Iterator[None]:
+    if isinstance(weight, LazyWeight):
+        of_others = weight.memory.changed
+        weight.memory.changed = lambda name: values if name == weight.tensor_name else of_others(name)
+        try:
+            yield
+        finally:
+            weight.memory.changed = of_others
+        return
     own = weight.data
     weight.data = values
     try:
