@@ -9,7 +9,7 @@ as it was (the dense row says so) and takes the weights off that grid.
 
 LLM-Pruner takes a fifth of the heads and channels out of all blocks but the first four and the last two, told by 10 of
 80 windows of 256 tokens of the calibration file, and trains what is left on these windows once: LoRA, or all weights by
-distillation from the whole model, on the text as it is.
+distillation from the whole model, on the text as it is.  Scales are trained on the same 80 windows.
 
 Calibration is the first 16 windows of 256 tokens of one file, the test the first 24 windows of 512 of the other; a
 difference of 0.5 in perplexity is noise at that size.  Seconds are the processor's, on one thread.
@@ -30,8 +30,11 @@ import torch
 from torch import Tensor
 
 from fleetune import compression, data, models
+from fleetune.compression.distillation import scales
+from fleetune.compression.jobs.scales import Trained
 from fleetune.compression.layerwise import driver
 from fleetune.compression.methods import gkd
+from fleetune.compression.training.steps import Checkpoints
 from fleetune.data import Encoded
 from fleetune.models import Model
 
@@ -53,6 +56,10 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "**OPTQ**, asymmetric grid, 4 bit g64": ("optq", {"grid": "asymmetric", "group": 64}),
     "RTN, asymmetric grid, 3 bit g32": ("rtn", {"grid": "asymmetric", "bits": 3}),
     "**OPTQ**, asymmetric grid, 3 bit g32": ("optq", {"grid": "asymmetric", "bits": 3}),
+    "**OPTQ**, asymmetric grid, 3 bit g32, then its scales trained": (
+        "optq",
+        {"grid": "asymmetric", "bits": 3, "train_scales": 120},
+    ),
     "magnitude 50 %": ("", {}),
     "**SparseGPT** 50 %": ("sparsegpt", {}),
     "**SparseGPT** 50 %, true sequential": ("sparsegpt", {"true_sequential": True}),
@@ -125,12 +132,12 @@ def perplexity(model: Model, test: Tensor) -> float:
 
 
 def row(
-    model: Model, name: str, values: dict[str, Any], calibration: Tensor, test: Tensor
+    model: Model, name: str, values: dict[str, Any], calibration: Tensor, more: Tensor, test: Tensor
 ) -> tuple[float, float]:
     """(perplexity, processor seconds of the compression) of one way."""
     linears = {n: m for _, found in driver.linears_of(model) for n, m in found.items()}
     dense = {n: m.weight.data for n, m in linears.items()}
-    own = {n: v for n, v in values.items() if n != "true_sequential"}
+    own = {n: v for n, v in values.items() if n not in ("true_sequential", "train_scales")}
     began = time.process_time()
     try:
         for method in name.split("+") if name else ():
@@ -140,8 +147,16 @@ def row(
                     model, solver, calibration if solver.data else None, Path(folder),
                     true_sequential="true_sequential" in values,
                 )  # fmt: skip
+                weights: Any = parts
+                if steps := values.get("train_scales", 0):
+                    student, kept = (
+                        scales.student_of(model, parts),
+                        Checkpoints(Path(folder) / "s", "", steps),
+                    )
+                    scales.train(model, student, more, steps, 0, kept, lambda step, steps, loss: None)
+                    weights = Trained(parts, student.scales)
                 for n, m in linears.items():
-                    weight = parts[f"{n}.weight"]
+                    weight = weights[f"{n}.weight"]
                     m.weight.data = weight if isinstance(weight, Tensor) else weight.dense()
         for n, m in linears.items() if not name else ():
             cut = dense[n].abs().flatten().kthvalue(dense[n].numel() // 2).values
@@ -186,9 +201,8 @@ def main() -> None:
     permute(model)
     calibration = windows(model, options.calibration, 256, 16)
     count = STEPS * BATCH
-    rows = [
-        Encoded(ids.numpy().astype("int32"), 1) for ids in windows(model, options.calibration, 256, count)
-    ]
+    more = windows(model, options.calibration, 256, count)
+    rows = [Encoded(ids.numpy().astype("int32"), 1) for ids in more]
     print(f"permuted: {perplexity(model, test):.3f}; {test.shape[0] * (test.shape[1] - 1):,} tokens\n")
     print("| how | perplexity | processor s |\n|---|---|---|", flush=True)
     for name, (method, values) in ROWS.items():
@@ -196,7 +210,7 @@ def main() -> None:
             if method == "llm-pruner":
                 found, seconds = pruned(model, values, rows, test)
             else:
-                found, seconds = row(model, method, values, calibration, test)
+                found, seconds = row(model, method, values, calibration, more, test)
             print(f"| {name} | {found:.2f} | {seconds:.0f} |", flush=True)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.compression import permute, windows
 from fleetune import compression, models
+from fleetune.compression.budget.costs import Candidate
 from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
@@ -46,7 +47,7 @@ TEST: Final = (12, 256)
 THEIRS: Final = {"Q4_0": 2, "IQ4_NL": 25, "IQ4_XS": 30, "Q4_K_M": 15}  # llama.cpp's numbers of file types
 OURS: Final[Mapping[str, Mapping[str, Any]]] = {
     "optq, Q4_0": {}, "optq, IQ4_NL": {"grid": "iq4_nl"},
-    "optq, asymmetric grid (the paper's loop), 5 bits a weight": {"grid": "asymmetric"},
+
 }  # fmt: skip
 SMALLER: Final = 0.85
 
@@ -135,7 +136,7 @@ def _sample(
     costs = budget.measured(Quiet(), model, calibration, 42) if limits else None
     for name, limit in limits.items():
         assert costs is not None
-        others = gguf_size.beside(model, list(costs.options), head)
+        others = gguf_size.beside(model, list(costs.options), head, "model")
         if limit - others < min_bytes(costs):
             continue
         spent = budget.chosen(costs, budget.Room(limit - others, others))
@@ -154,12 +155,20 @@ def _solved(model: Model, solver: Any, calibration: Tensor, spent: Any, measured
         plan = spent.plan(solver) if spent else None
         found = driver.run(model, solver, calibration, Path(parts), plan=plan)
         weights = {name: dense(found[name]) for name in found}
-    size = spent.bytes if spent else 0
+    size = spent.bytes if spent else _bytes(model, found)
     if not spent:
         table = model.net.get_input_embeddings().weight.numpy()
         rounded = gguf.quants.dequantize(gguf.quants.quantize(table, kind), kind)
         weights["lm_head.weight"] = torch.from_numpy(rounded)
     return measured(weights, size)
+
+
+def _bytes(model: Model, found: Mapping[str, Any]) -> int:
+    """Return the bytes of the file of codes of 4 bits in groups of 32, with the embedding in Q8_0."""
+    head = ArtefactHead("optq", {}, "0" * 64, "")
+    return gguf_size.beside(model, list(found), head, "model") + sum(
+        Candidate("iq4_nl", 4, "IQ4_NL").bytes(*found[name].codes.shape) for name in found
+    )
 
 
 @contextmanager

@@ -85,6 +85,37 @@ def test_predicted_divergence_is_the_one_that_small_errors_cause(tied: bool) -> 
         assert as_table == pytest.approx(caused(model.net.get_input_embeddings().weight, E), rel=0.25)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("granite", {"logits_scaling": 8.0}), ("gemma3_text", {}), ("cohere", {"logit_scale": 0.25})],
+)
+def test_factors_on_embedding_and_logits_are_counted(kind: str, sizes: dict[str, float]) -> None:
+    """Gemma multiplies what is looked up, Granite and Cohere the logits."""
+    model = lively(kind, tie_word_embeddings=False, **sizes)
+    windows = drawn(24, 24)
+    found = sensitivity.measure(model, windows, [], 3)
+    states = HiddenStates(model, windows)
+    with torch.inference_mode():
+        for number in range(len(states.blocks)):
+            states.advance(number)
+        last = states.head_hessian() / (2 * windows.numel())
+    before, g = log_p(model, windows), torch.Generator().manual_seed(1)
+    table, head = model.net.get_input_embeddings().weight, model.net.get_output_embeddings().weight
+    for weight in [table] if table is head else [table, head]:
+        E = 1e-4 * torch.randn(weight.shape, generator=g) * weight.std()
+        predicted = 0.0
+        if weight is head:
+            predicted += 0.5 * float(found.head @ ((E @ last) * E).sum(1).double())
+        if weight is table:
+            predicted += 0.5 * float(found.shares @ ((E.double() @ found.table) * E).sum(1))
+        with torch.no_grad():
+            weight.add_(E)
+            after = log_p(model, windows)
+            weight.sub_(E)
+        caused = float((before.exp() * (before - after)).sum(1).mean())
+        assert predicted == pytest.approx(caused, rel=0.35)
+
+
 def test_sensitivity_of_the_head_is_the_variance_of_each_tokens_indicator() -> None:
     model, windows = lively(), drawn(3, 16)
     found = sensitivity.measure(model, windows, [], 0)

@@ -50,10 +50,10 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 
 def exported(capsys: pytest.CaptureFixture[str], folder: Path) -> Path:
-    """The compressed model as a file with the name that sizes are stated for."""
-    code, _, err = call(capsys, "export", "latest", "--to", "gguf", "--path", str(folder / "model.gguf"))
+    """The newest compressed model as a file with the name that `export` gives it."""
+    code, events, err = call(capsys, "export", "latest", "--to", "gguf")
     assert code == 0, err
-    return folder / "model.gguf"
+    return folder / events[0]["path"]
 
 
 @pytest.mark.parametrize("size", ["240kB", "260 kB", "300000"])
@@ -126,6 +126,8 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(
     [
         (("--bytes", "1MB", "--bpw", "5"), "both say how large", "give one of them"),
         (("--bytes", "1MB", "--set", "bits=5"), "chooses bits for each matrix", "leave out --set bits"),
+        (("--bytes", "1MB", "--set", "order=gar"), "order=gar would move", "order=static"),
+        (("--bpw", "0"), "holds nothing", "--bpw 4.5"),
         (("--bytes", "1MB", "--method", "rtn"), "rtn does not", "--method optq"),
         (("--bytes", "1MB", "--method", "sparsegpt"), "sparsegpt does not", "--method optq"),
         (("--bytes", "1MB", "--method", "llm-pruner"), "leaves floats", "--method"),
@@ -140,6 +142,39 @@ def test_what_has_no_place_beside_a_budget_is_refused(
     err = refused(capsys, "compress", model, *SMALL, *flags)
     assert message in err
     assert hint in err
+
+
+def test_a_pruned_model_is_told_the_least_that_it_can_have(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Grids without a 0 are not for it, so the least is more; some pruned rows of the embedding are enough."""
+    made = dataclasses.replace(tiny("llama", **SIZES), tokenizer=tokenizer())
+    with torch.no_grad():
+        for name, p in made.net.named_parameters():
+            if "down_proj" in name or "embed" in name:
+                p[-20:] = 0.0
+    models.save(made.net, made.tokenizer, at / "tiny")
+    bits = refused(capsys, "compress", "tiny", *SMALL, "--bpw", "2.7").split("--bpw ")[1].split()[0]
+    code, events, err = call(capsys, "compress", "tiny", *SMALL, "--bpw", bits)
+    assert code == 0, err
+    assert not {"Q2_K", "Q4_K", "IQ4_XS"} & set(told(events)["kinds"])
+
+
+def test_a_lost_choice_is_made_again_and_the_blocks_with_it(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = (*SMALL, "--bytes", "260kB")
+    whole = call(capsys, "compress", model, *flags)[1][-1]["digest"]
+    with monkeypatch.context() as patch:
+        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(60))
+        assert call(capsys, "compress", model, *flags)[0] == 130
+    parts = at / "runs" / "0002-optq-tiny" / "parts"
+    assert list(parts.glob("block-*"))
+    (parts / budget.FILE).write_bytes(b"damaged")
+    code, events, err = call(capsys, "compress", "--resume", "2")
+    assert code == 0, err
+    assert "it is made again, and the blocks are solved again" in err
+    assert events[-1]["digest"] == whole
 
 
 def test_rows_that_no_type_fits_are_refused(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

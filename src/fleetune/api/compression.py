@@ -34,7 +34,7 @@ def compress(
     clients: int = 0,
     low_memory: bool = False,
     true_sequential: bool = False,
-    bytes: int | str = 0,
+    bytes: float | str = 0,
     bpw: float = 0.0,
     train_scales: int = 0,
     seed: int = 42,
@@ -106,11 +106,11 @@ def resume_compression(
     )
 
 
-def _size(size: int | str) -> int:
+def _size(size: float | str) -> int:
     """Return a size in bytes, given as a number or as people write it."""
     from fleetune.planning import plan
 
-    return size if isinstance(size, int) else plan.parse_bytes(size, "--bytes", least=1) or 0
+    return int(size) if isinstance(size, int | float) else plan.parse_bytes(size, "--bytes", least=1) or 0
 
 
 def _devices(served: Served | None) -> Calibrators | None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -19,8 +18,6 @@ from fleetune.models.artefact import ArtefactHead
 from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families.widths import mark_config
 from fleetune.models.model import Model, named_tensors
-
-FILE: Final = "model.gguf"
 
 
 class _Names:
@@ -48,11 +45,11 @@ class _ToBeCompressed(Checkpoint):
         self.dtype: torch.dtype = getattr(torch, WEIGHTS[model.dtype].full)
 
 
-def beside(model: Model, quantised: Collection[str], head: ArtefactHead) -> int:
+def beside(model: Model, quantised: Collection[str], head: ArtefactHead, name: str) -> int:
     """Return the bytes of a model's GGUF file beside the matrices `quantised`: the header and all other tensors.
 
-    `head` is that of the artefact to come.  It is exact for a file called `model.gguf`; a longer name takes its further
-    characters, in steps of 32 bytes.  UsageError when the model has no place in GGUF.
+    `head` is that of the artefact to come, `name` the file's, without its ending: the header holds it.  UsageError when the
+    model has no place in GGUF.
     """
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -63,7 +60,7 @@ def beside(model: Model, quantised: Collection[str], head: ArtefactHead) -> int:
             checkpoint = _ToBeCompressed(model, folder)
             without = {name for name in checkpoint.names if checkpoint.stored_name(name) in quantised}
             made = provenance.of_head(head, "0" * 64)
-            return gguf.size_beside(checkpoint, without, folder / FILE, made)
+            return gguf.size_beside(checkpoint, without, folder / f"{name}.gguf", made)
         except UsageError as error:
             told = error.message.replace(scratch, model.name)
             raise UsageError(

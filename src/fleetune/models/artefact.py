@@ -208,6 +208,8 @@ def assembled(
     superblocks: str = "",
 ) -> Quantised:
     """Return the matrix whose parts `get` reads by name (`part_names`); ValueError for parts of no such matrix."""
+    if group < 1 or not 1 <= bits <= 8:
+        raise ValueError(f"codes of {bits} bits in groups of {group}")
     packed, *rest = (get(part) for part in part_names(superblocks))
     R = len(packed)
     if packed.shape != (R, -(-columns * bits // 8)):
@@ -215,7 +217,7 @@ def assembled(
     if not superblocks:
         scale, zero = rest
         groups = (R, columns // group)
-        if group < 1 or columns % group or scale.shape != groups or zero.shape != groups:
+        if columns % group or scale.shape != groups or zero.shape != groups:
             raise ValueError(f"parts that are not those of groups of {group}")
         return Quantised(unpack(packed, bits, columns), scale, zero, bits, group, codebook)
     of = SUPER_TYPES[superblocks]

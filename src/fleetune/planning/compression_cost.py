@@ -41,6 +41,7 @@ EVALUATED: Final = (8, 512)  # rows of a batch when measuring, and tokens of a r
 SCORES: Final = 2.0  # copies of attention's scores: as they are, and their softmax
 BACKWARD: Final = 4  # widest activations of a layer alive together in a backward pass
 LOGITS: Final = 3 * 4 * (1 << 23)  # logits, probabilities and gradient of a piece of tokens
+STEP: Final = 512  # tokens of a step of training scales, or one window
 SCALE: Final = 24  # bytes for each scale that is trained
 END_ROWS: Final = 8192  # of embedding or head that are solved together
 WRITTEN: Final = 2.0  # a finished block on its way to the disk: tensors and bytes
@@ -78,7 +79,8 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
     if work.budget:
         stages["choosing"] = max(_backward(shape, work), _ends(shape))
     if work.trained:
-        stages["training"] = _backward(shape, work) + _scales(shape, work)
+        step = work._replace(length=max(work.length, STEP))
+        stages["training"] = _backward(shape, step) + _scales(shape, work)
     if work.measured:
         from fleetune.evaluation.head_loss import CHUNK_BYTES
 

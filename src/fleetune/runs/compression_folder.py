@@ -112,11 +112,16 @@ def listing(out: Path) -> list[Path]:
 def create(request: CompressRequest, out: Path) -> Path:
     """Make a new folder `NNNN-method-model` under `out` with the request in it.  StorageError when it cannot be."""
     rundir.check_writable(out)
-    name = name_of(request.model)
-    name = name.removeprefix(f"{folder_names.number(Path(name)):04d}-")  # of a run: without its number
-    folder = rundir.numbered(out, f"{request.method}-{folder_names.slug(name) or 'model'}")
+    folder = rundir.numbered(out, stem_of(request))
     write_record(folder, request, None)
     return folder
+
+
+def stem_of(request: CompressRequest) -> str:
+    """Return the name of a request's folder behind its number."""
+    name = name_of(request.model)
+    name = name.removeprefix(f"{folder_names.number(Path(name)):04d}-")  # of a run: without its number
+    return f"{request.method}-{folder_names.slug(name) or 'model'}"
 
 
 def name_of(model: str) -> str:

@@ -72,21 +72,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="solve a layer on inputs that have passed the compressed layers of its own block (GPTQ's option of that name): "
         "one pass of all windows together, a fifth less time, more memory for activations",
     )
-    sub.add_argument(
-        "--bytes",
-        metavar="SIZE",
-        help="choose a grid for each matrix, embedding included, so that the GGUF file keeps within SIZE (91.7MB) and the "
-        "model changes least",
-    )
-    sub.add_argument(
-        "--bpw", type=float, metavar="BITS", help="the same, for so many bits a weight (such as 4.5)"
-    )
-    sub.add_argument(
-        "--train-scales",
-        type=int,
-        metavar="STEPS",
-        help="after solving, train the scales for so many steps to follow the dense model; the codes stay",
-    )
+    _add_result_arguments(sub)
     sub.add_argument(
         "--eval-text",
         help="plain text file: its perplexity before and after, and the KL divergence from the dense model on it",
@@ -106,6 +92,25 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     door_flags.add(
         sub.add_argument_group("--calibrate fleet (with --resume too)"),
         "the first block (default: those of the run)",
+    )
+
+
+def _add_result_arguments(sub: argparse.ArgumentParser) -> None:
+    """Add what says how large the result may be, and what is done to it after solving."""
+    sub.add_argument(
+        "--bytes",
+        metavar="SIZE",
+        help="choose a grid for each matrix, embedding included, so that the GGUF file keeps within SIZE (91.7MB) and the "
+        "model changes least",
+    )
+    sub.add_argument(
+        "--bpw", type=float, metavar="BITS", help="the same, for so many bits a weight (such as 4.5)"
+    )
+    sub.add_argument(
+        "--train-scales",
+        type=int,
+        metavar="STEPS",
+        help="after solving, train the scales for so many steps to follow the dense model; the codes stay",
     )
 
 
@@ -211,6 +216,10 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         from fleetune.planning import plan
 
         given["bytes"] = plan.parse_bytes(given["bytes"], "--bytes", least=1)
+    if given.get("bpw", 1) == 0:
+        raise UsageError(
+            "--bpw 0 holds nothing", hint="give bits a weight, such as --bpw 4.5, or leave it out"
+        )
     return given
 
 

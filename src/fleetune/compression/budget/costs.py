@@ -31,8 +31,9 @@ from fleetune.models.artefact import dense
 from fleetune.models.mapped.net import in_memory
 from fleetune.models.model import Model, named_tensors
 from fleetune.models.superblocks import SUPER_TYPES
+from fleetune.planning.compression_cost import END_ROWS
 
-ROWS: Final = 8192  # of a matrix that are rounded together
+TOGETHER: Final = 1 << 21  # weights that are rounded together
 DAMPING: Final = 0.01
 
 
@@ -140,9 +141,10 @@ def matrix_names(model: Model) -> list[str]:
     return [*layers, *end_names(model)]
 
 
-def least_bytes(R: int, C: int) -> int:
-    """Return the bytes of a matrix [R, C] on the smallest grid."""
-    return min(candidate.bytes(R, C) for candidate in CANDIDATES if candidate.fits(C))
+def least_bytes(model: Model) -> int:
+    """Return the bytes of all matrices, each on the smallest grid that it can have."""
+    weights = (_values(model.net.get_parameter(name)) for name in matrix_names(model))
+    return sum(min(each.bytes(*W.shape) for each in candidates(W)) for W in weights)
 
 
 def end_names(model: Model) -> list[str]:
@@ -164,13 +166,23 @@ def _curvature(H: Tensor) -> Tensor:
 
 def of_matrix(W: Tensor, terms: Sequence[Term]) -> list[Option]:
     """Return what every candidate costs W float32 [R, C]: the sum over `terms`."""
-    pruned = int((W == 0).sum()) >= PRUNED * W.numel()
     R, C = W.shape
-    grids = [(each, Grid(each.grid, each.bits)) for each in CANDIDATES if each.fits(C)]
     return [
-        Option(candidate, candidate.bytes(R, C), _cost(W, grid, terms))
-        for candidate, grid in grids
-        if grid.holds_zero or not pruned
+        Option(candidate, candidate.bytes(R, C), _cost(W, Grid(candidate.grid, candidate.bits), terms))
+        for candidate in candidates(W)
+    ]
+
+
+def candidates(W: Tensor) -> list[Candidate]:
+    """Return the candidates for W [R, C]: those whose blocks divide its rows, and that have a 0 where it was pruned.
+
+    As it is solved, some rows at a time: pruned rows among others count as well.
+    """
+    pruned = any(int((rows == 0).sum()) >= PRUNED * rows.numel() for rows in W.split(END_ROWS))  # type: ignore[no-untyped-call]
+    return [
+        each
+        for each in CANDIDATES
+        if each.fits(W.shape[1]) and (not pruned or Grid(each.grid, each.bits).holds_zero)
     ]
 
 
@@ -178,10 +190,11 @@ def _cost(W: Tensor, grid: Grid, terms: Sequence[Term]) -> float:
     """Return the cost of rounding W to nearest on a grid that is fitted by the terms' curvature."""
     fit = sum((term.F.mean().float() * term.c for term in terms), torch.zeros(W.shape[1]))
     cost = 0.0
-    for a in range(0, len(W), ROWS):
-        rows = W[a : a + ROWS]
+    size = max(1, TOGETHER // W.shape[1])
+    for a in range(0, len(W), size):
+        rows = W[a : a + size]
         zeros = (rows == 0).T if grid.holds_zero and bool((rows == 0).any()) else None
         error = rows - dense(quantise(rows, grid, BLOCK, nearest, zeros, fit).solved(grid, BLOCK).weight)
         squares = error.double().square()
-        cost += sum(float(term.F[a : a + ROWS] @ (squares @ term.c.double())) for term in terms) / 2
+        cost += sum(float(term.F[a : a + size] @ (squares @ term.c.double())) for term in terms) / 2
     return cost

@@ -7,9 +7,10 @@ own distribution p.  Of F the diagonal is kept: for a matrix W [R, C] with input
 
     KL  ~  1/2 sum_i F_i (E_i H E_i'),        F_i = mean g_i^2,  H = mean x x'
 
-with the mean over tokens, as if g and x were independent (K-FAC: Martens and Grosse 2015, arXiv 1503.05671).  For the rows of the
-output head it is exact: F_v = mean p_v (1 - p_v).  As the table of the input, a row counts only where its token is: the
-gradients of the embedding's outputs, G = mean g g', take H's place there, and the token's share that of F.
+with the mean over tokens, as if g and x were independent (K-FAC: Martens and Grosse 2015, arXiv 1503.05671).  For the rows of
+the output head it is F_v = mean p_v (1 - p_v), times the square of a factor on the logits where a model has one.  As the table
+of the input, a row counts only where its token is: the gradients of the rows that are looked up, G = mean g g', take H's place
+there, and the token's share that of F.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fleetune.data.encode import Encoded, collate
@@ -64,11 +66,15 @@ def measure(
     with _frozen(net), by_layer(net), _observed(net, names, see), torch.enable_grad():
         for number, window in enumerate(windows):
             on_window(number, len(windows))
-            with _first(table) as embedded:
+            with _first(table) as embedded, _norm_of(net.get_output_embeddings()) as norm:
                 batch = collate([Encoded(ids=window.numpy(), n_prompt=1)], pad_id(model), model.device)
                 hidden, logits = predictors(net, batch)
-                torch.autograd.backward(hidden, _gradient(hidden.detach(), logits, head, draw))
-            g = _gradient_of(embedded[-1]).reshape(-1, len(G)).double().cpu()
+                # a model that changes its logits after the head gives these, and not what goes into the head
+                scale = float(hidden.detach().norm()) / norm[-1] if hidden.shape[-1] == V else 1.0
+                gradient = _gradient(hidden.detach(), logits, head, draw, scale)
+                torch.autograd.backward(hidden, gradient)
+            leaf, times = embedded[-1]
+            g = times * _gradient_of(leaf).reshape(-1, len(G)).double().cpu()
             G.addmm_(g.T, g)
     tokens = windows.numel()
     shares = torch.bincount(windows.reshape(-1), minlength=V).double() / tokens
@@ -76,15 +82,18 @@ def measure(
 
 
 def _gradient(
-    hidden: Tensor, logits: Callable[[Tensor], Tensor], head: Tensor, draw: torch.Generator
+    hidden: Tensor, logits: Callable[[Tensor], Tensor], head: Tensor, draw: torch.Generator, scale: float
 ) -> Tensor:
-    """Return the gradient of sum -log p(y) by the head's inputs [N, H], y drawn from p; add p (1 - p) to `head` [V]."""
+    """Return the gradient of sum -log p(y) by the head's inputs [N, H], y drawn from p; add p (1 - p) to `head` [V].
+
+    `scale` is what the logits are of the head's outputs.
+    """
     size, parts = max(1, PIECE // len(head)), []
     for rows in hidden.split(size):  # type: ignore[no-untyped-call]
         x = rows.clone().requires_grad_()
         z = logits(x).float()
         p = z.detach().softmax(-1)
-        head += (p * (1 - p)).sum(0, dtype=torch.float64).cpu()[: len(head)]
+        head += scale**2 * (p * (1 - p)).sum(0, dtype=torch.float64).cpu()[: len(head)]
         u = torch.rand(len(p), 1, generator=draw).to(p.device)
         y = torch.searchsorted(p.cumsum(-1), u).clamp_(max=p.shape[1] - 1)
         p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))
@@ -120,17 +129,33 @@ def _frozen(net: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _first(table: nn.Module) -> Iterator[list[Tensor]]:
-    """Make the embedding's outputs the leaf that gradients flow to; they are collected in the list."""
-    leaves = list[Tensor]()
+def _first(table: Any) -> Iterator[list[tuple[Tensor, float]]]:
+    """Make the embedding's outputs the leaf that gradients flow to; the list gets it, and what it is of the table's rows.
 
-    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        leaves.append(out.detach().requires_grad_())
-        return leaves[-1]
+    Some modules multiply the rows by a number.
+    """
+    leaves = list[tuple[Tensor, float]]()
+
+    def hook(module: Any, args: Any, out: Tensor) -> Tensor:
+        rows = F.embedding(args[0], module.weight)
+        leaf = out.detach().requires_grad_()
+        leaves.append((leaf, float(out.norm()) / max(float(rows.norm()), 1e-30)))
+        return leaf
 
     handle = table.register_forward_hook(hook)
     try:
         yield leaves
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _norm_of(head: nn.Module) -> Iterator[list[float]]:
+    """Collect the norms of what a head returns."""
+    found = list[float]()
+    handle = head.register_forward_hook(lambda module, args, out: found.append(float(out.detach().norm())))
+    try:
+        yield found
     finally:
         handle.remove()
 

@@ -34,8 +34,8 @@ from fleetune.models.artefact import Quantised, dense
 from fleetune.models.checkpointing import by_layer
 from fleetune.models.mapped.lazy import LazyWeight
 from fleetune.models.model import Model
+from fleetune.planning.compression_cost import STEP
 
-TOKENS: Final = 512  # of a step
 RATE: Final = 1e-3  # the highest learning rate of delta, which falls to 0
 WARMUP: Final = 0.05  # share of the steps
 CLIP: Final = 1.0  # of the gradient's norm
@@ -48,7 +48,7 @@ class Scales(nn.Module):
 
     def __init__(self, q: Quantised) -> None:
         super().__init__()
-        self.steps, blocks = q.steps().to(torch.int8), q.blocks
+        self.steps, blocks = _small(q.steps()), q.blocks
         self.unit = (q.scale if blocks is None else blocks.d).float()
         self.multiples = None if blocks is None else blocks.multiples
         self.delta = nn.Parameter(torch.zeros_like(self.unit))
@@ -85,6 +85,11 @@ class Scales(nn.Module):
             else _half(self.low_unit * (1 + self.low))
         )
         return Quantised.of_blocks(q.codes, q.blocks._replace(d=_half(unit), dmin=low))
+
+
+def _small(steps: Tensor) -> Tensor:
+    """Return whole numbers as int8 where they fit; those of 8 bits with a zero may not."""
+    return steps.to(torch.int8) if int(steps.min()) >= -128 and int(steps.max()) <= 127 else steps
 
 
 def _times(unit: Tensor, multiples: Tensor | None) -> Tensor:
@@ -222,7 +227,7 @@ def train(
 def _batches(model: Model, windows: Tensor, steps: int, seed: int) -> Iterator[Batch]:
     """Yield a batch for each step: all windows in an order of their own, then again in another."""
     generator, order = torch.Generator().manual_seed(seed), list[int]()
-    each = max(1, TOKENS // windows.shape[1])
+    each = max(1, STEP // windows.shape[1])
     for _ in range(steps):
         while len(order) < each:
             order += torch.randperm(len(windows), generator=generator).tolist()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from fleetune.common.display import human_bytes
 from fleetune.common.files import write_atomic
 from fleetune.compression.training import checksum
-from fleetune.errors import Interrupted, UsageError
+from fleetune.errors import FleetuneError, Interrupted, UsageError
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.runs.events import BudgetSpent
 from fleetune.runs.listener import Listener
@@ -51,6 +51,11 @@ def check(request: CompressRequest, solver: Solver) -> None:
         )
     if given := [name for name in (*CHOSEN, "group", "search") if name in request.set]:
         raise UsageError(f"{flag} chooses {given[0]} for each matrix", hint=f"leave out --set {given[0]}=..")
+    if cast(Any, solver).order == "gar":
+        raise UsageError(
+            f"{flag} may choose super-blocks, whose groups order=gar would move",
+            hint="--set order=static or none",
+        )
     if request.calibrate != "server":
         raise UsageError(
             f"{flag} needs the text on this machine, and --calibrate {request.calibrate} leaves it where it is",
@@ -110,10 +115,9 @@ def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]
     from fleetune.compression.budget import costs
 
     names = costs.matrix_names(model)
-    shapes = [tuple(model.net.get_parameter(name).shape) for name in names]
-    others, weights = beside(names), sum(R * C for R, C in shapes)
+    others, weights = beside(names), sum(model.net.get_parameter(name).numel() for name in names)
     limit = request.bytes - others if request.bytes else int(request.bpw * weights / 8)
-    if limit < (least := sum(costs.least_bytes(R, C) for R, C in shapes)):
+    if limit < (least := costs.least_bytes(model)):
         raise _too_small(request, least, others, weights)
     return Room(limit, others)
 
@@ -134,7 +138,7 @@ def measured(listener: Listener, model: Model, windows: Tensor, seed: int) -> Co
         _checked(listener, "sensitivity", number, count, "")
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
-        _checked(listener, "grids", block, blocks, name.rsplit(".", 1)[-1])
+        _checked(listener, "grids", block, blocks, name.removesuffix(".weight").rsplit(".", 1)[-1])
 
     names = [name for _, linears in linears_of(model) for name in linears]
     found = sensitivity.measure(model, some, names, seed, on_window)
@@ -145,6 +149,14 @@ def chosen(costs: Costs, room: Room) -> Budget:
     """Choose the grid of each matrix within the room."""
     from fleetune.compression.budget import choose
 
+    lost = [
+        name for name, options in costs.options.items() if not all(math.isfinite(o.cost) for o in options)
+    ]
+    if lost:
+        raise FleetuneError(
+            f"what rounding costs {lost[0]} is not a finite number: the text's activations overflow",
+            hint="compress with one grid: leave out --bytes and --bpw",
+        )
     found = choose.choose(costs.options, room.matrices)
     kinds = Counter(option.candidate.kind for option in found.values())
     return Budget(

@@ -51,8 +51,11 @@ class Outcome:
 class FileSize(Protocol):
     """The size of a file before it is written (`deploy/gguf_size.py`, which lies above this layer)."""
 
-    def __call__(self, model: Model, quantised: Collection[str], head: ArtefactHead) -> int:
-        """Return the bytes of the file beside the matrices `quantised`.  UsageError when it has no place for the model."""
+    def __call__(self, model: Model, quantised: Collection[str], head: ArtefactHead, name: str) -> int:
+        """Return the bytes of the file `name` beside the matrices `quantised`.
+
+        UsageError when it has no place for the model.
+        """
         ...
 
 

@@ -160,7 +160,9 @@ def resume(
 def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: Path) -> CompressResult:
     """Run a prepared job in a folder that is locked."""
     own = settings.of(compression.method_class(request.method))
-    fields = {s.name: s.default for s in own} | request.set
+    fields: dict[str, Any] = {s.name: s.default for s in own} | request.set
+    if (solver := getattr(job, "solver", None)) is not None:  # a grid may say bits and group
+        fields |= {name: getattr(solver, name) for name in ("bits", "group") if name in fields}
     if budget.asked(request):
         limit = human_bytes(request.bytes) if request.bytes else f"{request.bpw:g} bits a weight"
         fields = {n: v for n, v in fields.items() if n not in budget.CHOSEN} | {"within": limit}

@@ -57,6 +57,9 @@ class Trained(Mapping[str, "Quantised | Tensor"]):
         scales = self._scales.get(name)
         return weight if scales is None else scales.on_grid(cast("Quantised", weight))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._solved
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._solved)
 

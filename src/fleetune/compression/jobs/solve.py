@@ -88,7 +88,7 @@ class SolveJob:
             size=WEIGHTS[self.inputs.model.dtype].size, low_memory=self.request.low_memory,
             measured=self.inputs.measured, clients=len(self.shares), together=self.request.true_sequential,
             heads=_written_heads(self.inputs.model.net.config), budget=budget.asked(self.request),
-            trained=bool(self.request.train_scales),
+            trained=bool(self.request.train_scales), **({"bits": 8} if budget.asked(self.request) else {}),
         )  # fmt: skip
 
     def run(self, listener: Listener, folder: Path) -> Outcome:
@@ -177,7 +177,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
     calibrating.check_origin(listener, origin, job.request.model, folder / PARTS)
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
-        listener.progress("blocks", block, blocks, name.rsplit(".", 1)[-1])
+        listener.progress("blocks", block, blocks, name.removesuffix(".weight").rsplit(".", 1)[-1])
         if listener.stop_requested:
             raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=resume_command)
 
@@ -217,6 +217,12 @@ def _plan(listener: Listener, job: SolveJob, parts: Path) -> Plan | None:
         return None
     if (found := budget.saved(parts)) is None:
         assert job.calibration is not None
+        if any(parts.glob("block-*")):
+            listener.note(
+                "the choice of grids is damaged or gone: it is made again, and the blocks are solved again"
+            )
+            for file in parts.glob("block-*"):
+                file.unlink()
         found = budget.spend(listener, job.inputs.model, job.calibration, job.request.seed, _room(job))
         budget.save(found, parts)
     found.report(listener)
@@ -228,7 +234,8 @@ def _room(job: SolveJob) -> budget.Room:
     beside, model, about = job.beside, job.inputs.model, head(job)
     if beside is None:
         raise ValueError("a budget needs the size of the file to come")
-    return budget.room(model, job.request, lambda names: beside(model, names, about))
+    name = f"0000-{compression_folder.stem_of(job.request)}"  # as `export` calls it
+    return budget.room(model, job.request, lambda names: beside(model, names, about, name))
 
 
 def head(job: SolveJob) -> ArtefactHead:
@@ -318,7 +325,9 @@ def _summary(blocks: Sequence[BlockResult]) -> str:
     """Return a line on all blocks: how many, the errors of their layers, the time that solving took."""
     errors = _errors(blocks)
     told = f"  error {statistics.fmean(errors):.4f}, at most {max(errors):.4f}" if errors else ""
-    return f"{counted(len(blocks), 'block')}{told}  {human_time(sum(block.seconds for block in blocks))}"
+    ends = any("layers" not in m.name and m.name.endswith(".weight") for m in blocks[-1].matrices)
+    what = counted(len(blocks) - ends, "block") + ", embedding and head" * ends
+    return f"{what}{told}  {human_time(sum(block.seconds for block in blocks))}"
 
 
 def _mean(errors: Sequence[float]) -> dict[str, float]:

@@ -94,6 +94,9 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
                 return floats
             return assembled(lambda part: opened.get_tensor(f"{name}.{part}"), *grid)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 

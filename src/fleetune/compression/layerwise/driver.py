@@ -200,7 +200,7 @@ def run(
             if not (found := parts.open(number)):
                 on_name = functools.partial(on_matrix, number, len(blocks))
                 _solve_block(solver_of, number, linears, source, parts, on_name, placing)
-            on_block(parts.blocks[-1], len(blocks))
+            on_block(parts.blocks[-1], len(blocks) + bool(plan))
             if source and (plan or number + 1 < len(blocks)):
                 if found or not placing:
                     place_weights(linears, parts)
@@ -209,7 +209,7 @@ def run(
         assert isinstance(source, HiddenStates)
         if not parts.open(len(blocks)):
             _solve_ends(model, plan, source, parts, functools.partial(on_matrix, len(blocks), len(blocks)))
-        on_block(parts.blocks[-1], len(blocks))
+        on_block(parts.blocks[-1], len(blocks) + 1)
     return parts
 
 

@@ -31,6 +31,11 @@ def check(subjects: Sequence[Subject]) -> None:
             f"{found.folder} was calibrated by devices, so the base would have to be calibrated by them as well",
             hint="leave out --kept-gain; or compress with --calibrate clients, which simulates the devices",
         )
+    if request.bytes or request.bpw:
+        raise UsageError(
+            f"the grids of {found.folder} were chosen for its weights within a size, and the base's would be others",
+            hint="leave out --kept-gain; or compress with one grid: --set grid=iq4_nl",
+        )
     compression_folder.model_in(found.folder)
 
 

@@ -67,11 +67,11 @@ class MatrixSolved:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSolved(Event):
-    """A decoder block is compressed and written to disk."""
+    """A decoder block is compressed and written to disk; with a size the embedding and the head are the last one."""
 
     event: ClassVar[str] = "block"
     block: int  # from 0
-    blocks: int  # number of blocks in the model
+    blocks: int  # number of blocks in the model, and one more with a size
     seconds: float  # of this block
     matrices: Sequence[MatrixSolved]  # its linear layers: name, relative error of the outputs, notes
 
