@@ -380,3 +380,14 @@ def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
     assert not [key for key in found if key.startswith("fleetune.") or key == "general.license"]
     assert provenance.of_base("smollm2-135m") == {"general.license": "apache-2.0"}
     assert provenance.of_base("elsewhere/model") == {}
+
+
+@pytest.mark.parametrize("name", ["my-Phi-3-mini", "phi3"])
+def test_a_name_that_llamacpp_takes_for_another_vocabulary_is_spelt_otherwise(
+    tmp_path: Path, name: str
+) -> None:
+    """llama.cpp loads no file whose name has phi-3 in it and whose vocabulary lacks that model's tokens."""
+    model = tiny()
+    compressed(model, tmp_path / "model")
+    export(tmp_path / "model", "gguf", tmp_path / f"{name}.gguf")
+    assert "phi 3" in str(fields(tmp_path / f"{name}.gguf")["general.name"]).lower()

@@ -193,22 +193,22 @@ def _too_small(request: CompressRequest, least: int, others: int, weights: int) 
 # Keeping it -----------------------------------------------------------------------------------------
 
 
-def save(budget: Budget, folder: Path) -> None:
-    """Write the choice into the folder of finished blocks.  StorageError when it cannot be written."""
+def save(budget: Budget, folder: Path, origin: str) -> None:
+    """Write the choice into the folder of finished blocks, with what it was made of.  StorageError when it cannot be."""
     from safetensors.torch import save as to_bytes
 
     tensors = {f"table.{name}": table for name, _, table in budget.ends if table is not None}
     head = json.dumps({
         "chosen": budget.chosen, "kinds": budget.kinds, "bytes": budget.bytes, "cost": budget.cost,
-        "ends": [(name, share) for name, share, _ in budget.ends],
+        "ends": [(name, share) for name, share, _ in budget.ends], "origin": origin,
     })  # fmt: skip
     about = {"budget": head, "crc32": checksum.of_tensors(head, tensors.items())}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / FILE, to_bytes(tensors, metadata=about))
 
 
-def saved(folder: Path) -> Budget | None:
-    """Read the choice from the folder of finished blocks; None where it is not there or damaged."""
+def saved(folder: Path, origin: str) -> Budget | None:
+    """Read the choice from the folder of finished blocks; None where it is not there, damaged, or of another origin."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -218,6 +218,8 @@ def saved(folder: Path) -> Budget | None:
         if checksum.of_tensors(about["budget"], tensors.items()) != about["crc32"]:
             return None
         raw = json.loads(about["budget"])
+        if raw["origin"] != origin:
+            return None
         ends = [(name, share, tensors.get(f"table.{name}")) for name, share in raw["ends"]]
         chosen = {name: (grid, bits) for name, (grid, bits) in raw["chosen"].items()}
         return Budget(chosen, raw["kinds"], raw["bytes"], raw["cost"], ends)

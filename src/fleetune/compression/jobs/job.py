@@ -194,7 +194,9 @@ def check(request: CompressRequest) -> None:
         raise UsageError(f"the run {request.model} is gone", hint="fleetune runs   lists what there is")
     integers = ("windows", "length", "clients", "seed", "bytes", "train_scales")
     numbers: dict[str, object] = {n: getattr(request, n) for n in integers}
-    problems = [f"{n} = {v!r} is not an integer" for n, v in numbers.items() if not isinstance(v, int)]
+    problems = [f"{n} = {v!r} is not an integer" for n, v in numbers.items() if type(v) is not int]
+    if type(request.bpw) not in (int, float):
+        problems.append(f"bpw = {request.bpw!r} is not a number")
     if problems:
         raise RecipeError(problems, hint="fleetune compress --help")
     problems += [
@@ -274,4 +276,6 @@ def _check_whole(request: CompressRequest) -> None:
         problems.append(f"{request.method} leaves floats, which no budget of bytes is spent on")
     if problems:
         solvers = [name for name in compression.entries() if compression.kind_of(name) == "solver"]
+        if request.bytes or request.bpw or request.train_scales:
+            solvers = ["optq"]
         raise RecipeError(problems, hint=f"--method {', '.join(solvers)}")

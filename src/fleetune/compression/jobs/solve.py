@@ -181,7 +181,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         if listener.stop_requested:
             raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=resume_command)
 
-    plan = _plan(listener, job, folder / PARTS)
+    plan = _plan(listener, job, folder / PARTS, origin)
     blocks = driver.run(
         job.inputs.model,
         job.solver,
@@ -211,20 +211,20 @@ def _origin_of(job: SolveJob) -> str:
     ])  # fmt: skip
 
 
-def _plan(listener: Listener, job: SolveJob, parts: Path) -> Plan | None:
+def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> Plan | None:
     """Return the grid of each matrix where there is a budget: the choice in `parts`, or a new one, which is kept there."""
     if not budget.asked(job.request):
         return None
-    if (found := budget.saved(parts)) is None:
+    if (found := budget.saved(parts, origin)) is None:
         assert job.calibration is not None
         if any(parts.glob("block-*")):
             listener.note(
-                "the choice of grids is damaged or gone: it is made again, and the blocks are solved again"
+                "the choice of grids is damaged, gone or of other weights: it is made again, and the blocks are solved again"
             )
             for file in parts.glob("block-*"):
                 file.unlink()
         found = budget.spend(listener, job.inputs.model, job.calibration, job.request.seed, _room(job))
-        budget.save(found, parts)
+        budget.save(found, parts, origin)
     found.report(listener)
     return found.plan(job.solver)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +17,7 @@ from fleetune.errors import UsageError
 from fleetune.models.families import rope, table, widths
 from fleetune.models.tensor_file import damaged
 
+PHI3_TOKENS: Final = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
 INSTEAD: Final = "export to a directory instead: --to hf"
 UNREADABLE: Final = (  # what the gguf package raises for a file that is none, or is damaged
     OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
@@ -127,3 +130,11 @@ def _add_widths(writer: Any, config: Any) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(family.key_heads(config))
     writer.add_feed_forward_length(family.channels(config))
+
+
+def loadable_name(name: str, tokens: Sequence[str]) -> str:
+    """Return a model's name as the header of its file has it.
+
+    Of a name with "phi-3" or "phi3" llama.cpp takes it that the vocabulary is Phi-3's, and loads no other.
+    """
+    return name if set(tokens) >= PHI3_TOKENS else re.sub("(?i)phi-?3", "phi 3", name)

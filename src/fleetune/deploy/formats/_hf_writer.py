@@ -143,7 +143,8 @@ def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
             continue
         if name not in model.linears:
             raise Misfit(
-                f"{to} holds quantised linear layers; {name} is none", remedy="compress again without it"
+                f"{to} holds quantised linear layers; {name} is none",
+                remedy="compress again without --bytes and --bpw",
             )
         if q.blocks is not None:
             raise Misfit(

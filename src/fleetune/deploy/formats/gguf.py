@@ -48,6 +48,7 @@ from fleetune.deploy.formats import Report, _ggml_blocks, _gguf_vocabulary
 from fleetune.deploy.formats._gguf_header import (
     add_metadata,
     check_config,
+    loadable_name,
     notes_on,
     open_written,
     tensor_name,
@@ -304,7 +305,7 @@ def _write_header(
 ) -> list[str]:
     """Write everything in front of the tensors' values; return notes for the user."""
     vocabulary = _vocabulary(model)
-    add_metadata(writer, model.config, _file_type(entries), name)
+    add_metadata(writer, model.config, _file_type(entries), loadable_name(name, vocabulary.tokens))
     for key, text in made.items():
         writer.add_string(key, text)
     vocabulary.add_to(writer)
