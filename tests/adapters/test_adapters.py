@@ -354,6 +354,15 @@ def test_the_base_is_named_so_that_others_find_it(tmp_path: Path) -> None:
         assert str(tmp_path) not in config + card
 
 
+def test_the_card_of_a_gguf_base_says_how_transformers_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "base-q8.gguf").touch()
+    model = tuned()
+    model.name = str(tmp_path / "base-q8.gguf")
+    adapters.save(model, tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert 'from_pretrained("FOLDER OF base-q8.gguf", gguf_file="base-q8.gguf")' in card
+
+
 def test_the_card_says_in_which_form_to_prompt(tmp_path: Path) -> None:
     model = tuned()
     model.name = str(tmp_path)

@@ -283,7 +283,9 @@ def _card(model: Model, spec: AdapterSpec, in_peft: bool) -> str:
     title = "LoRA adapter" if isinstance(spec, Lora) else type(spec).__name__
     sizes = ", ".join(f"{k} = {v}" for k, v in _fields(spec).items() if v not in (None, 0.0))
     auto = "AutoModelForSequenceClassification" if head_of(model.net) else "AutoModelForCausalLM"
-    place = f"PATH OF {base}" if _is_local(model) else base
+    place = f'"PATH OF {base}"' if _is_local(model) else f'"{base}"'
+    if _is_local(model) and base.endswith(".gguf"):
+        place = f'"FOLDER OF {base}", gguf_file="{base}"'
     use = _WITH_PEFT.format(base=place, auto=auto) if in_peft else _WITH_FLEETUNE
     form = "" if head_of(model.net) else _form(model.tokenizer)
     return f"""---
@@ -320,7 +322,7 @@ _WITH_PEFT = """```python
 from peft import PeftModel
 from transformers import {auto}
 
-model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "PATH OF THIS FOLDER")
+model = PeftModel.from_pretrained({auto}.from_pretrained({base}), "PATH OF THIS FOLDER")
 ```
 """
 _WITH_FLEETUNE = """PEFT has no such module, so this folder is Fleetune's own: `module.json` says what it is, `module.safetensors`
