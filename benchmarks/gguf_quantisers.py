@@ -155,7 +155,7 @@ def _solved(model: Model, solver: Any, calibration: Tensor, spent: Any, measured
         plan = spent.plan(solver) if spent else None
         found = driver.run(model, solver, calibration, Path(parts), plan=plan)
         weights = {name: dense(found[name]) for name in found}
-    size = spent.bytes if spent else _bytes(model, found)
+        size = spent.bytes if spent else _bytes(model, found)
     if not spent:
         table = model.net.get_input_embeddings().weight.numpy()
         rounded = gguf.quants.dequantize(gguf.quants.quantize(table, kind), kind)
