@@ -36,7 +36,7 @@ class Mutant(NamedTuple):
 
 MUTANTS: tuple[Mutant, ...] = (
     # sizes and trained scales
-    Mutant("compression/budget/sensitivity.py", "head += (p * (1 - p)).sum", "head += p.sum", "compression/test_budget.py"),
+    Mutant("compression/budget/sensitivity.py", "scale**2 * (p * (1 - p)).sum", "scale * (p * (1 - p)).sum", "compression/test_budget.py"),
     Mutant("compression/budget/sensitivity.py", "p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))", "p.scatter_add_(1, y, torch.full_like(y, -2, dtype=p.dtype))", "compression/test_budget.py"),
     Mutant("compression/budget/choose.py", "if found and option.cost >= found[-1].cost:", "if False:", "compression/test_budget.py"),
     Mutant("compression/budget/choose.py", "continue  # a smaller matrix may still fit", "break", "compression/test_budget.py"),
