@@ -68,11 +68,11 @@ class SuperBlocks(NamedTuple):
 
     def scale(self) -> Tensor:
         """Return the groups' scales, float32 [R, C / group], exact."""
-        return _times(self.d, self.multiples)
+        return times(self.d, self.multiples)
 
     def offset(self) -> Tensor | None:
         """Return what is taken off a group's weights, float32 [R, C / group], exact; None where there is no minimum."""
-        return _times(self.dmin, self.minima) if self.type.minimum else None
+        return times(self.dmin, self.minima) if self.type.minimum else None
 
     def misfit(self, R: int, C: int) -> str:
         """Say what keeps the parts from being those of a matrix [R, C]; "" where nothing does."""
@@ -91,6 +91,7 @@ class SuperBlocks(NamedTuple):
         return ""
 
 
-def _times(unit: Tensor, multiples: Tensor) -> Tensor:
+def times(unit: Tensor, multiples: Tensor) -> Tensor:
+    """Return multiples [R, groups] of the units [R, blocks] that groups share, float32 [R, groups]."""
     each = multiples.shape[1] // max(1, unit.shape[1])
     return unit.float().repeat_interleave(each, 1) * multiples.float()

@@ -15,19 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-import gguf
 import torch
 from torch import Tensor
 
 from fleetune.common.ggml import BLOCK, padded
 from fleetune.compression.budget.sensitivity import Sensitivity
 from fleetune.compression.layerwise.activations import HiddenStates
-from fleetune.compression.layerwise.column_loop import nearest
 from fleetune.compression.layerwise.driver import End, linears_of
 from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.groups import PRUNED, quantise
+from fleetune.compression.layerwise.groups import PRUNED, rounded
 from fleetune.compression.layerwise.hessian import inverse_cholesky
-from fleetune.models.artefact import dense
 from fleetune.models.mapped.net import in_memory
 from fleetune.models.model import Model, named_tensors
 from fleetune.models.superblocks import SUPER_TYPES
@@ -56,8 +53,9 @@ class Candidate(NamedTuple):
     @property
     def _block(self) -> tuple[int, int]:
         """The columns and the bytes of a block."""
-        columns, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
-        return int(columns), int(size)
+        found = Grid(self.grid, self.bits).block
+        assert found is not None
+        return found
 
 
 CANDIDATES: Final = (
@@ -120,7 +118,7 @@ def measure(
         head = states.head_hessian() / (2 * windows.numel())
         ends, terms = _ends(model, found, head)
         for end in ends:
-            on_matrix(len(blocks), len(blocks), end.name)
+            on_matrix(len(blocks), len(blocks), end.name.removesuffix(".weight"))
             options[end.name] = of_matrix(_values(model.net.get_parameter(end.name)), terms[end.name])
     return Costs(options, ends)
 
@@ -193,8 +191,6 @@ def _cost(W: Tensor, grid: Grid, terms: Sequence[Term]) -> float:
     size = max(1, TOGETHER // W.shape[1])
     for a in range(0, len(W), size):
         rows = W[a : a + size]
-        zeros = (rows == 0).T if grid.holds_zero and bool((rows == 0).any()) else None
-        error = rows - dense(quantise(rows, grid, BLOCK, nearest, zeros, fit).solved(grid, BLOCK).weight)
-        squares = error.double().square()
+        squares = (rows - rounded(rows, grid, BLOCK, fit).dense()).double().square()
         cost += sum(float(term.F[a : a + size] @ (squares @ term.c.double())) for term in terms) / 2
     return cost

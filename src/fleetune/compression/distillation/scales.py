@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.compression.distillation.divergence import divergence
-from fleetune.compression.layerwise.grids import HALF_BITS, SIGNIFICANT, significant
+from fleetune.compression.layerwise.grids import HALF_BITS, SIGNIFICANT, significant, to_half
 from fleetune.compression.training.steps import Checkpoints, clipped_step, learning_rate
 from fleetune.data.encode import Batch, Encoded, collate
 from fleetune.evaluation.head_loss import CHUNK_BYTES
@@ -34,6 +34,7 @@ from fleetune.models.artefact import Quantised, dense
 from fleetune.models.checkpointing import by_layer
 from fleetune.models.mapped.lazy import LazyWeight
 from fleetune.models.model import Model
+from fleetune.models.superblocks import times
 from fleetune.planning.compression_cost import STEP
 
 RATE: Final = 1e-3  # the highest learning rate of delta, which falls to 0
@@ -93,13 +94,11 @@ def _small(steps: Tensor) -> Tensor:
 
 
 def _times(unit: Tensor, multiples: Tensor | None) -> Tensor:
-    if multiples is None:
-        return unit
-    return unit.repeat_interleave(multiples.shape[1] // unit.shape[1], 1) * multiples.float()
+    return unit if multiples is None else times(unit, multiples)
 
 
 def _half(unit: Tensor) -> Tensor:
-    return unit.clamp(-65504, 65504).to(torch.float16)
+    return to_half(unit).to(torch.float16)
 
 
 def _exact_minimum(q: Quantised) -> bool:

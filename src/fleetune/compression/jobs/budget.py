@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 FILE: Final = "budget.safetensors"
 TOKENS: Final = 8192  # of the windows that sensitivities are measured on
 CHOSEN: Final = ("bits", "grid")  # settings of a solver that the budget chooses
-GROUP: Final = 32  # columns that share a scale in every type
 
 
 def check(request: CompressRequest, solver: Solver) -> None:
@@ -138,7 +137,7 @@ def measured(listener: Listener, model: Model, windows: Tensor, seed: int) -> Co
         _checked(listener, "sensitivity", number, count, "")
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
-        _checked(listener, "grids", block, blocks, name.removesuffix(".weight").rsplit(".", 1)[-1])
+        _checked(listener, "grids", block, blocks, name.rsplit(".", 1)[-1])
 
     names = [name for _, linears in linears_of(model) for name in linears]
     found = sensitivity.measure(model, some, names, seed, on_window)

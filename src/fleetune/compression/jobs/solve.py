@@ -76,6 +76,19 @@ class SolveJob:
 
         return sum(compression_cost.memory(shape_of(self.inputs.model.net.config), self.cost).values())
 
+    @cached_property
+    def room(self) -> budget.Room:
+        """The room that a budget leaves for the matrices.  UsageError for one that is too small."""
+        from fleetune.models.artefact import ArtefactHead
+
+        beside, model = self.beside, self.inputs.model
+        if beside is None:
+            raise ValueError("a budget needs the size of the file to come")
+        # a digest has 64 characters, whichever it is
+        about = ArtefactHead(self.request.method, _settings(self), "0" * 64, model.tokenizer_digest)
+        name = f"0000-{compression_folder.stem_of(self.request)}"  # as `export` calls it
+        return budget.room(model, self.request, lambda names: beside(model, names, about, name))
+
     @property
     def cost(self) -> CompressionSize:
         """The quantities that memory and disk depend on."""
@@ -98,13 +111,6 @@ class SolveJob:
         """
         _check_room(listener, self, folder)
         return _compress(listener, self, folder)
-
-
-def _with_room(job: SolveJob) -> SolveJob:
-    """Return the job; UsageError when it has a budget that cannot be met."""
-    if budget.asked(job.request):
-        _room(job)
-    return job
 
 
 def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
@@ -150,12 +156,19 @@ def prepare(
         return SolveJob(request, solver, inputs, None, {}, devices=devices)
     if request.uses_held_out:
         calibration, inputs = windows.of_run(request, inputs, listener)
-        return _with_room(SolveJob(request, solver, inputs, calibration, {}, beside=beside))
+        return _checked(SolveJob(request, solver, inputs, calibration, {}, beside=beside))
     clients = request.calibrate == CLIENTS
     shares = windows.of_clients(request, inputs, listener) if clients else {}
     calibration = torch.cat(list(shares.values())) if clients else windows.windows(request, inputs, listener)
     agreed = {client: Share(len(own), calibrating.sha256(own)) for client, own in shares.items()}
-    return _with_room(SolveJob(request, solver, inputs, calibration, shares, agreed=agreed, beside=beside))
+    return _checked(SolveJob(request, solver, inputs, calibration, shares, agreed=agreed, beside=beside))
+
+
+def _checked(job: SolveJob) -> SolveJob:
+    """Return the job; UsageError when it has a budget that cannot be met."""
+    if budget.asked(job.request):
+        _ = job.room  # refused here, before any work
+    return job
 
 
 class Weights(NamedTuple):
@@ -177,7 +190,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
     calibrating.check_origin(listener, origin, job.request.model, folder / PARTS)
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
-        listener.progress("blocks", block, blocks, name.removesuffix(".weight").rsplit(".", 1)[-1])
+        listener.progress("blocks", block, blocks, name.rsplit(".", 1)[-1])
         if listener.stop_requested:
             raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=resume_command)
 
@@ -192,7 +205,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         true_sequential=job.request.true_sequential,
         plan=plan,
     )
-    listener.note(_summary(blocks.blocks))
+    listener.note(_summary(blocks.blocks, plan is not None))
     if not job.request.train_scales:
         return Weights(blocks.blocks, blocks)
     assert job.calibration is not None
@@ -223,19 +236,10 @@ def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> Plan |
             )
             for file in parts.glob("block-*"):
                 file.unlink()
-        found = budget.spend(listener, job.inputs.model, job.calibration, job.request.seed, _room(job))
+        found = budget.spend(listener, job.inputs.model, job.calibration, job.request.seed, job.room)
         budget.save(found, parts, origin)
     found.report(listener)
     return found.plan(job.solver)
-
-
-def _room(job: SolveJob) -> budget.Room:
-    """Return the room that a budget leaves for the matrices; UsageError for one that is too small."""
-    beside, model, about = job.beside, job.inputs.model, head(job)
-    if beside is None:
-        raise ValueError("a budget needs the size of the file to come")
-    name = f"0000-{compression_folder.stem_of(job.request)}"  # as `export` calls it
-    return budget.room(model, job.request, lambda names: beside(model, names, about, name))
 
 
 def head(job: SolveJob) -> ArtefactHead:
@@ -321,11 +325,13 @@ def _report_block(listener: Listener, block: BlockResult, blocks: int) -> None:
             listener.note(f"{matrix.name}: {note}")
 
 
-def _summary(blocks: Sequence[BlockResult]) -> str:
-    """Return a line on all blocks: how many, the errors of their layers, the time that solving took."""
+def _summary(blocks: Sequence[BlockResult], ends: bool) -> str:
+    """Return a line on all blocks: how many, the errors of their layers, the time that solving took.
+
+    `ends` tells whether the last one is embedding and head.
+    """
     errors = _errors(blocks)
     told = f"  error {statistics.fmean(errors):.4f}, at most {max(errors):.4f}" if errors else ""
-    ends = any("layers" not in m.name and m.name.endswith(".weight") for m in blocks[-1].matrices)
     what = counted(len(blocks) - ends, "block") + ", embedding and head" * ends
     return f"{what}{told}  {human_time(sum(block.seconds for block in blocks))}"
 

@@ -220,13 +220,14 @@ def _solve_ends(
     began, found, matrices = time.monotonic(), dict[str, Quantised | Tensor](), list[MatrixResult]()
     inputs = source.head_hessian() / (2 * source.tokens)
     for end in plan.ends:
-        on_name(end.name)
+        layer = end.name.removesuffix(".weight")
+        on_name(layer)
         H = end.head * inputs if end.table is None else end.head * inputs + end.table
         W, solver = model.net.get_parameter(end.name).detach().float().cpu(), plan.solvers[end.name]
         solved = [solver.solve(rows, H) for rows in W.split(END_ROWS)]
         found[end.name] = joined([s.weight for s in solved])
         loss = sum(_loss(rows, s, H) for rows, s in zip(W.split(END_ROWS), solved, strict=True))
-        matrices.append(MatrixResult(end.name, share(loss, trace(W, H)), solved[0].notes))
+        matrices.append(MatrixResult(layer, share(loss, trace(W, H)), solved[0].notes))
     parts.put(BlockResult(len(parts.blocks), tuple(matrices), round(time.monotonic() - began, 3)), found)
 
 

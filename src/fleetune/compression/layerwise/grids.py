@@ -89,10 +89,15 @@ class Grid:
         return not (self.codebook or (self.blocks and self.blocks.minimum))
 
     @property
-    def bits_per_weight(self) -> float | None:
-        """Bits a weight of a GGUF file in the smallest type that holds any codes of the grid; None where only floats do."""
+    def block(self) -> tuple[int, int] | None:
+        """Columns and bytes of a block of GGUF's smallest type that holds any codes of the grid; None where only floats do."""
         found = [block for (kind, bits), block in _BLOCKS.items() if kind == self.kind and self.bits <= bits]
-        return 8 * found[0][0] / found[0][1] if found else None
+        return (found[0][1], found[0][0]) if found else None
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits a weight of a GGUF file in blocks of that type."""
+        return 8 * self.block[1] / self.block[0] if self.block else None
 
     @property
     def by_curvature(self) -> bool:
@@ -118,7 +123,7 @@ class Grid:
             scale = _fp16(fit_scale(x, torch.arange(-half, half), curvature))
             return scale, torch.full_like(scale, float(half))
         if (levels := self.levels) is not None:
-            scale = _half(fit_scale(x, levels, curvature))
+            scale = to_half(fit_scale(x, levels, curvature))
             return scale, torch.zeros_like(scale)
         best = self._fit(x, 1.0)
         if not self.search:
@@ -173,11 +178,11 @@ def _extreme(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 def _fp16(scale: Tensor) -> Tensor:
     """Round to fp16 and back; 1 where that gives 0 (a group of zeros, or of numbers too small for fp16)."""
-    rounded = _half(scale)
+    rounded = to_half(scale)
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
 
-def _half(scale: Tensor) -> Tensor:
+def to_half(scale: Tensor) -> Tensor:
     """Round to fp16 and back, without infinities."""
     return scale.clamp(-65504, 65504).to(torch.float16).to(scale.dtype)
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fleetune.common.numba_cache import cached_njit
 from fleetune.compression.layerwise.codebook_fit import fit_scale
+from fleetune.compression.layerwise.grids import to_half
 from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.superblocks import SuperType
 
@@ -35,7 +36,6 @@ INSETS: Final = (-0.06, -0.03, 0.0, 0.03, 0.06, 0.1, 0.15, 0.22, 0.3)
 # of the largest multiple, where the largest scale is put
 PLACES: Final = (1.0, 0.94, 0.86, 1.1)
 REFITS: Final = 2  # times that d and dmin are fitted to the codes
-LIMIT: Final = 65504.0  # of fp16
 LEAST: Final = 2.0**-24  # of fp16, above 0
 # with all codes one up and M one S up a group is as good: rounding is not to decide such ties
 BETTER: Final = 1 + 1e-6
@@ -145,14 +145,16 @@ class _Work:
         qq, qm, mm, qx, mx = sums
         d = torch.where(qq > 0, qx / qq, 0.0)
         if not self.of.minimum:
-            return SuperFit(half(d.to(self.dtype)), tried.dmin, tried.k.clone(), tried.m.clone())
+            return SuperFit(to_half(d.to(self.dtype)), tried.dmin, tried.k.clone(), tried.m.clone())
         det = qq * mm - qm * qm
         joint = det > 1e-9 * qq * mm
         both = (qx * mm - mx * qm) / det, (qm * qx - qq * mx) / det
         joint &= (both[0] >= 0) & (both[1] >= 0)
         d = torch.where(joint, both[0], torch.where(mm == 0, d, tried.d.double()))
         dmin = torch.where(joint, both[1], tried.dmin.double())
-        return SuperFit(half(d.to(self.dtype)), half(dmin.to(self.dtype)), tried.k.clone(), tried.m.clone())
+        return SuperFit(
+            to_half(d.to(self.dtype)), to_half(dmin.to(self.dtype)), tried.k.clone(), tried.m.clone()
+        )
 
     def _steps(self) -> Tensor:
         if self.of.codebook:
@@ -160,14 +162,9 @@ class _Work:
         return torch.arange(int(self.ends[0]), int(self.ends[1]) + 1)
 
 
-def half(scale: Tensor) -> Tensor:
-    """Round to fp16 and back, without infinities."""
-    return scale.clamp(-LIMIT, LIMIT).to(torch.float16).to(scale.dtype)
-
-
 def _unit(value: Tensor) -> Tensor:
     """Round to fp16 and back; what is not 0 stays so, since its multiples are not all too small."""
-    rounded = half(value)
+    rounded = to_half(value)
     return torch.where((rounded == 0) & (value != 0), torch.sign(value) * LEAST, rounded)
 
 
