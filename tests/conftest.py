@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 from fault_report import injected, pytest_addoption, pytest_sessionfinish  # noqa: F401
@@ -24,3 +25,9 @@ for harnesses in ("contract", "deploy"):
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("fuzz", derandomize=False, deadline=None, max_examples=1000)
 settings.load_profile("fixed")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test fill a cache of its own."""
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from fleetune import models
+from fleetune.deploy.export import export
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
 from fleetune.models.codebooks import CODEBOOKS
@@ -174,6 +175,14 @@ def compressed(
         if name in quantised:
             tensor.copy_(quantised[name].dense())
     return quantised
+
+
+def gguf_of(folder: Path, kind: str = "Q4_0", model: Model | None = None) -> Path:
+    """Write a tiny model as the GGUF file `m.gguf` of these blocks."""
+    compressed(model or tiny(), folder / "codes", **BLOCKS[kind])
+    report = export(folder / "codes", "gguf", folder / "m.gguf")
+    assert kind in report.types
+    return report.path
 
 
 # what makes `compressed` fit each of GGUF's formats whose scales can be trained

@@ -24,6 +24,7 @@ from fleetune.tuning import finished, methods
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import Message, encode
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 IDS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -34,11 +35,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compressed(tiny(), at / "codes")
     export(at / "codes", "gguf", at / "m.gguf")
     return at / "m.gguf"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
 
 
 def test_a_gguf_file_is_read_where_it_is(file: Path) -> None:

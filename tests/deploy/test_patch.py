@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deploy_harness import BLOCKS, compressed, tiny
+from deploy_harness import BLOCKS, gguf_of
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -22,7 +22,6 @@ from fleetune import api, models
 from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.sums import sha256
 from fleetune.deploy import patch, patch_make
-from fleetune.deploy.export import export
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models.model import Model
 from fleetune.seeds.ledger import Ledger
@@ -30,18 +29,12 @@ from fleetune.seeds.view import View
 from fleetune.tuning import finished
 from fleetune.tuning.methods import _zeroth
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 @pytest.fixture(scope="module", params=BLOCKS)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    at = tmp_path_factory.mktemp("gguf")
-    compressed(tiny(), at / "codes", **BLOCKS[request.param])
-    export(at / "codes", "gguf", at / "m.gguf")
-    return at / "m.gguf"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
+    return gguf_of(tmp_path_factory.mktemp("gguf"), request.param)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from deploy_harness import BLOCKS, compressed, tiny
+from deploy_harness import BLOCKS, gguf_of, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from fleetune import models
 from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.data import Batch
-from fleetune.deploy.export import export
 from fleetune.errors import UsageError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.mapped.quants import dequantise
@@ -30,22 +29,14 @@ from fleetune.seeds.project import Projection
 from fleetune.seeds.scale_view import ScaleView, holds_scales, moved_tensors
 from fleetune.seeds.tape import Tape
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 KEY, GRID = 11, 1e-5
 
 
 @pytest.fixture(scope="module", params=BLOCKS)
 def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama as a GGUF file of each kind of blocks."""
-    at = tmp_path_factory.mktemp("gguf")
-    compressed(tiny(), at / "codes", **BLOCKS[request.param])
-    report = export(at / "codes", "gguf", at / "m.gguf")
-    assert request.param in report.types
-    return at / "m.gguf"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
+    return gguf_of(tmp_path_factory.mktemp("gguf"), request.param)
 
 
 def mapped(file: Path, dtype: str = "fp32") -> Model:

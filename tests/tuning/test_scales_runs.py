@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deploy_harness import compressed, tiny
+from deploy_harness import gguf_of
 
 from fleetune import api, models
-from fleetune.deploy.export import export
 from fleetune.errors import LedgerError, RecipeError, UsageError
 from fleetune.seeds.ledger_head import LedgerHead
 from fleetune.seeds.scale_view import ScaleView
@@ -20,27 +19,20 @@ from fleetune.tuning import finished, prepare
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import _zeroth
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 ROWS = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
 FEW: dict[str, Any] = {"clients": 2, "rounds": 2, "samples": 0, "client_rows": 0, "held_out": 4}
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    at = tmp_path_factory.mktemp("gguf")
-    compressed(tiny(), at / "codes")
-    export(at / "codes", "gguf", at / "m.gguf")
-    return at / "m.gguf"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
+    return gguf_of(tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"method": "fedit"}, "train = scales is for mezo, fedkseed, onebyte, not for fedit"),
+        ({"method": "fedit"}, "train = scales is for mezo, fedkseed, onebyte, fedpetuning, not for fedit"),
         ({"method": "zosgd"}, "not for zosgd"),
         ({"base": "memory"}, "leave out --base"),
         ({"device": "cuda"}, "leave out --base and --device"),

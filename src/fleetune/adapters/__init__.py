@@ -36,10 +36,11 @@ from fleetune.adapters.lora import (
 from fleetune.adapters.lora_init_eva import directions
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
+from fleetune.adapters.scales import Scales, ScalesPart, moved_scales
 
 __all__ = [
     "ALL_LINEAR", "INITS", "QUERY_VALUE", "AdapterSpec", "Attachment", "Bitfit", "Bottleneck", "Full", "Lora",
-    "Part", "Prefix", "Prompt", "attach", "attach_lora", "attachment_of", "detach", "digest", "directions",
-    "export", "file_digest", "load", "load_", "merge", "pairs", "save", "subtract_factors",
+    "Part", "Prefix", "Prompt", "Scales", "ScalesPart", "attach", "attach_lora", "attachment_of", "detach", "digest",
+    "directions", "export", "file_digest", "load", "load_", "merge", "moved_scales", "pairs", "save", "subtract_factors",
     "subtracted_factors", "trainable", "training",
 ]  # fmt: skip

@@ -5,7 +5,7 @@
 |---|---|
 | LoRA | PEFT, a classification head with it (`modules_to_save`) |
 | prefix in every layer of a decoder, soft prompt of a decoder | PEFT |
-| bottleneck adapters, BitFit, full; prefixes in some layers; prefixes and prompts of encoders | ours |
+| bottleneck adapters, BitFit, full, scales; prefixes in some layers; prefixes and prompts of encoders | ours |
 
 PEFT: adapter_config.json, adapter_model.safetensors.  Ours: module.json (the spec, and the base it belongs to) and
 module.safetensors (the fp32 tensors by name).  Both have a README.md and the digests of the other files in `SHA256SUMS`,
@@ -35,6 +35,7 @@ from fleetune.adapters.bottleneck import Bottleneck
 from fleetune.adapters.lora import ADAPTER, Lora, LoraPart, subtracted_factors
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
+from fleetune.adapters.scales import Scales
 from fleetune.common import sums
 from fleetune.common.folders import staged
 from fleetune.data.encode import DATE, end_id
@@ -58,6 +59,7 @@ KINDS: Final[Mapping[str, type[Any]]] = MappingProxyType(
         "lora": Lora,
         "prefix": Prefix,
         "prompt": Prompt,
+        "scales": Scales,
     }
 )
 

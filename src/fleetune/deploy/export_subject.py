@@ -168,14 +168,13 @@ def _of_run(
 def _with_other_scales(run: Run, out: Path, *, offline: bool) -> Report:
     """Write the GGUF file that a run was tuned on with the scales that it has found; its codes and all else stay as they are."""
     from fleetune.deploy import patch, patch_make
-    from fleetune.tuning import finished
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(error, out) from error
     source = patch_make.file_of(run.recipe.model, offline=offline)
-    made = patch_make.make(source, finished.ledger_of(run.folder), name=run.recipe.model, offline=offline)
+    made = patch_make.of_run(source, run.folder, name=run.recipe.model, offline=offline)
     patch.apply(source, made, out)
     return patch_make.report(out)
 

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a patch (`patch.py`) from the ledger of a run that trained the scales of a GGUF file."""
+"""Make a patch (`patch.py`) from what a run leaves that trained the scales of a GGUF file: a ledger, or moved scales."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from fleetune import models
+from fleetune import adapters, models
 from fleetune.common.ggml import BLOCK
 from fleetune.common.sums import sha256
 from fleetune.deploy.formats import Report
@@ -20,6 +22,7 @@ from fleetune.deploy.patch import Packed, patched
 from fleetune.deploy.patch_file import Patch, Place, with_changes, with_entries
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import placement
+from fleetune.models.mapped.lazy import LazyWeight, weights_of
 from fleetune.models.mapped.stored import Stored
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.scale_view import ScaleView
@@ -46,6 +49,40 @@ def report(path: Path) -> Report:
     return Report(path, "gguf", path.stat().st_size, count, count, dict(kinds))
 
 
+def of_run(base: Path, run: Path, *, changes: bool = False, name: str = "", offline: bool = False) -> Patch:
+    """Return the patch from a GGUF file to the model of a run, as `make` does of a ledger.
+
+    Where the run leaves moved scales and no ledger, the patch carries their differences.
+    UsageError for a run that trained something else, ModelError where the file is not the run's base.
+    """
+    if finished.recipe_of(run).train != "scales":
+        raise UsageError(
+            f"{run} trained something else than scales, which no quantised file holds",
+            hint="tune with --train scales, or export the run: fleetune export RUN --to gguf",
+        )
+    if finished.result_of(run).name == finished.RESULT["ledger"]:
+        return make(base, finished.ledger_of(run), changes=changes, name=name, offline=offline)
+    model = finished.load(run, model=name or str(base), offline=offline)
+    return _with_bits(base, weights_of(model.net), adapters.moved_scales(model))
+
+
+def _with_bits(base: Path, weights: Mapping[str, LazyWeight], bits: Mapping[str, Tensor]) -> Patch:
+    """Return the patch to scales with these bits, by the weight's name: int16 [blocks, 1 or 2], rows as in the model."""
+    placed = sorted((_place(weights[name].stored, start=0), name) for name in bits)
+    places = tuple(place for place, _ in placed)
+
+    def moved(number: int, first: int, old: np.ndarray) -> np.ndarray:
+        place, name = placed[number]
+        at = place.in_model()[first : first + len(old) // place.per_row]
+        new: np.ndarray = bits[name].numpy().view(np.uint16).reshape(place.rows, -1)[at].reshape(-1)
+        return new
+
+    sha, packed = hashlib.sha256(), Packed(9)
+    for part in patched(base, Patch("", "", places, lambda: moved, b""), packed.add):
+        sha.update(part)
+    return with_changes(sha256(base), sha.hexdigest(), places, packed.bytes())
+
+
 def make(
     base: Path, ledger: Ledger, *, changes: bool = False, name: str = "", offline: bool = False
 ) -> Patch:
@@ -65,7 +102,9 @@ def make(
     view = place_at(model, ledger)
     assert isinstance(view, ScaleView)
     finished.require_digest(models.digest(view.pieces()), ledger.final_check(), "the ledger")
-    places, slots = zip(*sorted((_place(slot), slot) for slot in view.slots), strict=True)
+    places, slots = zip(
+        *sorted((_place(_stored(slot), slot.start), slot) for slot in view.slots), strict=True
+    )
     head, compact = ledger.head, ledger.compact()
     source = sha256(base)
 
@@ -108,15 +147,19 @@ class _Expected:
         self._left = self._left[len(new) :]
 
 
-def _place(slot: WeightSlot) -> Place:
+def _stored(slot: WeightSlot) -> Stored:
     weight: Any = slot.tensor
     stored: Stored = weight.stored
+    return stored
+
+
+def _place(stored: Stored, start: int) -> Place:
     rows, width = stored.shape
     heads, order = 0, stored.order
     if order is not None:
         half = int(np.flatnonzero(order == 1)[0])  # rows of half a head
         heads = rows // (2 * half)
-    place = Place(stored.offset, stored.kind, rows, width // BLOCK, heads, slot.start)
+    place = Place(stored.offset, stored.kind, rows, width // BLOCK, heads, start)
     if stored.size != place.size or (
         order is not None and not np.array_equal(np.argsort(order), place.in_model())
     ):

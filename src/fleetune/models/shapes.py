@@ -45,9 +45,8 @@ class Shape(NamedTuple):
     query_value: tuple[Linear, ...]  # the projections that LoRA adapts by default
     labels: int = 0  # label words that an encoder's head chooses among (0: a causal language model)
     head: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # of an encoder: trained with any module
-    dropped: int = (
-        0  # heads of a layer whose attention is thinned out in training (0: the model has no dropout)
-    )
+    heads: int = 0  # of a layer's attention
+    dropped: int = 0  # as many where attention is thinned out in training (0: the model has no dropout)
 
     @property
     def outputs(self) -> int:
@@ -107,6 +106,7 @@ def _llama(c: Mapping[str, Any], family: str) -> Shape:
         largest=max(vocab * h, inner * h, q * h),
         attention=tuple((f"model.layers.{i}.self_attn", kv) for i in range(layers)),
         query_value=tuple(x for x in linears if x.name.endswith((".q_proj", ".v_proj"))),
+        heads=heads,
     )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def counted(config: PretrainedConfig) -> Shape:
         query_value=tuple(linear for linear in linears if linear.name in projections),
         labels=config.num_labels if encoder else 0,
         head={name: tuple(net.get_parameter(name).shape) for name in head_of(net)},
-        dropped=heads if thins else 0,
+        heads=heads, dropped=heads if thins else 0,
     )  # fmt: skip
 
 

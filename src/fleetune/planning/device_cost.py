@@ -55,6 +55,7 @@ LOGITS_BACKWARD: Final = 5.0  # ... and their gradients, and the first chunk's o
 # back-propagation only its own: the others are gone before there are moments, or come when these are gone.
 COPIES: Final = 4
 CURVED: Final = 4.8  # a graph that can be differentiated twice holds so much for each byte kept
+EAGER: Final = 5.0  # ... and so many fp32 arrays of all attention weights
 LOGITS_CURVED: Final = 3.7  # ... and so many fp32 arrays of all logits
 LOGITS_FROZEN: Final = 1.5  # ... of a block of a head that is not trained, with its gradient
 LOGITS_CHUNK: Final = 0.5  # what each further chunk leaves behind (freed blocks, as for `HEAP`)
@@ -235,12 +236,14 @@ def _beside(work: Workload, module: Module, shape: Shape) -> int:
 
 def _curvature(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:
     """Return bytes of the graph that Hessian products go through (a forward and its backward), and of their vectors."""
-    work = dataclasses.replace(work, batch=min(work.batch, footprint.hessian_rows or work.batch))
+    work = dataclasses.replace(work, batch=footprint.hessian_rows or work.batch)
     module, positions = footprint.module, work.batch if shape.labels else work.tokens
     numbers = module.size - sum(math.prod(sizes) for sizes in shape.head.values())
     vectors = footprint.hessian_products * 8 * 4 * numbers
+    pairs = work.tokens * (work.length + module.tokens)  # of a token and one that it sees
+    attention = EAGER * 4 * shape.layers * shape.heads * pairs
     return {
-        "activations": int(CURVED * activation_bytes(shape._replace(dropped=0), work, module)),
+        "activations": int(CURVED * activation_bytes(shape._replace(dropped=0), work, module) + attention),
         "logits": int(LOGITS_CURVED * positions * shape.outputs * 4),
         "lanczos": vectors,
     }

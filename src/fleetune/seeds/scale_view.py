@@ -6,7 +6,7 @@ scales alone (PEQA, Kim et al. 2023, arXiv 2305.14152; EfficientQAT, Chen et al.
 same codes, so nothing is rounded after training.  Here a direction moves them on the grid of fp16 itself (`scale_grid.py`).
 z has a number for each scale, a 16th or a 32nd of what the weights would need, so a pass costs next to nothing.
 
-For back-propagation the rounding is passed over (straight-through): dL/dp = 2^e sign(d) sum_q q dL/dw, with e the exponent.
+For back-propagation the rounding is passed over (`scale_steps.py`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,10 @@ from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.mapped.lazy import LazyWeight
 from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
 from fleetune.models.model import Model, Pieces, named_tensors
-from fleetune.seeds.scale_grid import LARGEST, STEPS, rounding
+from fleetune.seeds.scale_grid import rounding
+from fleetune.seeds.scale_steps import gradient_of_places, holds_scales, on_grid, place_of
 from fleetune.seeds.slots import WeightSlot, layout
 from fleetune.seeds.view import View
-
-
-def holds_scales(tensor: Tensor) -> bool:
-    """Return whether a weight lies in a file as blocks whose scales can be moved."""
-    return isinstance(tensor, LazyWeight) and tensor.stored.kind in HALVES and tensor.dim() == 2
 
 
 def scales_of(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, tuple[int, ...]]]:
@@ -107,11 +103,8 @@ class ScaleView(View):
         stored = _weight(slot).stored
         top, end = first // stored.width, (first + gradient.numel()) // stored.width
         blocks, (bits,) = self._bits(slot, top, end, signs=1)
-        g = gradient.reshape(-1, BLOCK).float()
-        codes = torch.empty_like(g)
-        write_codes(codes, blocks, stored.kind)
-        parts = [codes.mul_(g).sum(1)] + [g.sum(1)] * (bits.shape[1] - 1)
-        return slot.start + top * _per_row(slot), torch.stack(parts, 1).mul_(_slope(bits)).view(-1)
+        moved = gradient_of_places(gradient, blocks, bits, stored.kind)
+        return slot.start + top * _per_row(slot), moved.view(-1)
 
     def pieces(self) -> Iterator[tuple[str, Pieces | Tensor]]:  # type: ignore[override]
         """Yield (name, tensor) of all tensors of the net at the view's point, those with scales in pieces."""
@@ -157,14 +150,14 @@ class ScaleView(View):
         blocks = stored.blocks(top, end)
         bits = scale_bits(blocks, stored.kind)
         flat = bits.view(-1)
-        at = (flat & 0x7FFF).float().div_(STEPS)
+        at = place_of(flat)
         sums = self.folded.sums.get(slot.name)
         lo, hi = top * per_row, end * per_row
         part = None if sums is None else sums[lo:hi]
         outs = [torch.empty_like(at) for _ in range(signs)]
         self._sweep(outs[0], at, slot.start + lo, part, self.direction, *outs[1:])
         offsets = self._offsets_of(slot)[lo:hi]
-        return blocks, [_on_grid(p, flat, offsets).view_as(bits) for p in outs]
+        return blocks, [on_grid(p, flat, offsets.float().add_(0.5).div_(256)).view_as(bits) for p in outs]
 
     def _offsets_of(self, slot: WeightSlot) -> Tensor:
         """Return 256 u - 0.5 of the scales of a matrix: uint8."""
@@ -172,19 +165,6 @@ class ScaleView(View):
             count = slot.tensor.shape[0] * _per_row(slot)
             self._offsets[slot.name] = torch.from_numpy(rounding(self.run_key, slot.start, count))
         return self._offsets[slot.name]
-
-
-def _on_grid(p: Tensor, bits: Tensor, offsets: Tensor) -> Tensor:
-    """Return the bits of the scales at p: int16, in the sign of the file's."""
-    whole = p.mul_(STEPS).add_(offsets.float().add_(0.5).div_(256)).floor_().clamp_(0, LARGEST)
-    found = whole.to(torch.int16) | (bits & -0x8000)
-    return torch.where((bits & 0x7FFF) == 0, bits, found)
-
-
-def _slope(bits: Tensor) -> Tensor:
-    """Return dd/dp of scales: 2^(e - 15) in the sign of d, with e the exponent's bits (0: as 1)."""
-    power = (bits & -0x400).view(torch.float16).float()
-    return torch.where((bits & 0x7C00) == 0, (1.0 - 2.0 * (bits < 0)) * 2.0**-14, power)
 
 
 def _weight(slot: WeightSlot) -> LazyWeight:

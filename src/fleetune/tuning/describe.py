@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from fleetune.runs import env_file, sealed
 from fleetune.runs.events import RateFound, TuneStart
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
+from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import foundations, methods, places
 from fleetune.tuning.methods import Method
 from fleetune.tuning.settled import given
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from fleetune.tuning.recipe import Recipe
 
 TRAINED: dict[str, Callable[[Model], int]] = {
-    "ledger": lambda model: model.n_params,
+    "ledger": lambda model: sum(math.prod(shape) for _, shape, _ in moved_tensors(model)),
     "adapter": lambda model: sum(p.numel() for p in adapters.trainable(model).values()),
 }
 
@@ -136,8 +138,12 @@ def letters(method: Method, name: str) -> str:
 def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
     """Return what is about to run, for the console; `fleet` says where."""
     recipe, m = job.recipe, job.model
+    scales = " · trains its scales" if recipe.train == "scales" else ""
     return [
-        ("model", f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}"),
+        (
+            "model",
+            f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}{scales}",
+        ),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
         ("data", f"{Path(recipe.data).name} · {_split(job)}{_held(job)} held out"),
         *(("rows", remark) for remark in job.about_rows()),

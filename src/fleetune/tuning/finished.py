@@ -156,21 +156,29 @@ def verify(model: Model, ledger: Ledger) -> tuple[str, dict[int, bool]]:
 
 
 def load(
-    run: str | Path, *, offline: bool = False, device: str | None = None, base: str | None = None
+    run: str | Path,
+    *,
+    offline: bool = False,
+    device: str | None = None,
+    base: str | None = None,
+    model: str | None = None,
 ) -> Model:
     """The tuned model of a finished run; its stored weights stay the base's, so that it refuses to be copied (`unmerged.py`).
 
-    `device` and `base` (where the base's weights are) are the run's own unless given.
+    `device`, `base` (where the base's weights are) and `model` (the base's name now) are the run's own unless given.
 
     UsageError when the run has no result yet, LedgerError when the base is another now.
     """
     run = Path(run)
     recipe, result = recipe_of(run), result_of(run)
     entry = entry_of(run, recipe)
-    recipe = dataclasses.replace(recipe, device=device or recipe.device, base=base or recipe.base)
-    model = _LOAD[entry.kind](result, recipe, offline)
-    unmerged.guard(model.net)
-    return model
+    where = "mapped" if recipe.train == "scales" else base or recipe.base
+    recipe = dataclasses.replace(
+        recipe, device=device or recipe.device, base=where, model=model or recipe.model
+    )
+    tuned = _LOAD[entry.kind](result, recipe, offline)
+    unmerged.guard(tuned.net)
+    return tuned
 
 
 def _load_ledger(path: Path, recipe: Recipe, offline: bool) -> Model:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
+from fleetune.common.ggml import BLOCK
 from fleetune.models.shapes import Linear, Shape
 
 if TYPE_CHECKING:
@@ -84,6 +85,12 @@ def lora_module(
         tensors[f"{linear.name}.lora_A.weight"] = (rank, linear.into)
         tensors[f"{linear.name}.lora_B.weight"] = (linear.out, rank)
     return Module(f"r={rank}", tensors | dict(head), adapted, rank, dropout=dropout) if adapted else None
+
+
+def scales_module(shape: Shape) -> Module | None:
+    """Return the scales of all linear layers, two a block as Q4_1 has; None where there are no such layers."""
+    tensors = {f"{x.name}.scales": (x.out, x.into // BLOCK, 2) for x in shape.linears}
+    return Module("scales", tensors, shape.linears) if tensors else None
 
 
 def placeholders(module: Module) -> dict[str, np.ndarray]:

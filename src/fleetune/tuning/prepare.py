@@ -152,8 +152,10 @@ def _of_scales(recipe: Recipe) -> list[str]:
     if recipe.train != "scales":
         return []
     found = []
-    if recipe.method not in recipes.MOVE_SCALES:
-        found.append(f"train = scales is for {', '.join(recipes.MOVE_SCALES)}, not for {recipe.method}")
+    if recipe.method not in recipes.TRAIN_SCALES:
+        found.append(f"train = scales is for {', '.join(recipes.TRAIN_SCALES)}, not for {recipe.method}")
+    if recipe.set.get("module", "scales") != "scales":
+        found.append(f"train = scales is the module scales: leave out module={recipe.set['module']}")
     if recipe.base == "memory" or recipe.device not in ("auto", "cpu"):
         found.append(
             "train = scales reads the base from its GGUF file, on the CPU: leave out --base and --device"

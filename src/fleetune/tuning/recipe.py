@@ -14,6 +14,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, TypedDict
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -29,6 +30,10 @@ from fleetune.tuning import recipe_problems
 AUTO_METHOD: Final = recipe_problems.AUTO
 MOVE_SCALES: Final = ("mezo", "fedkseed", "onebyte")  # methods that can train the scales of a quantised base
 SCALES_EPS: Final = 0.01  # their perturbation, unless given: ten steps of fp16
+SCALES_MODULE: Final = (
+    "fedpetuning"  # the method that trains them by back-propagation, as its module `scales`
+)
+TRAIN_SCALES: Final = (*MOVE_SCALES, SCALES_MODULE)
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
 MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's
 
@@ -263,16 +268,23 @@ def make(values: Mapping[str, Any]) -> Recipe:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with the partition that `auto` means for its data, and the eps of scales.
+    """The recipe with the partition that `auto` means for its data, and what training scales means for its method.
 
     The partition stays as it is where the data's columns cannot be read.
     """
-    if recipe.train == "scales" and "eps" not in recipe.set and recipe.method in MOVE_SCALES:
-        recipe = dataclasses.replace(recipe, set={**recipe.set, "eps": SCALES_EPS})
+    if recipe.method == SCALES_MODULE and recipe.set.get("module") == "scales":
+        recipe = dataclasses.replace(recipe, train="scales")
+    if recipe.train == "scales" and (own := _OF_SCALES.get(recipe.method)):
+        recipe = dataclasses.replace(recipe, set={**own, **recipe.set})
     try:
         return dataclasses.replace(recipe, partition=rows_of(recipe).rule)
     except RecipeError:  # told when the recipe is checked, with all else
         return recipe
+
+
+_OF_SCALES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {name: {"eps": SCALES_EPS} for name in MOVE_SCALES} | {SCALES_MODULE: {"module": "scales"}}
+)
 
 
 def rows_of(recipe: Recipe) -> Rows:

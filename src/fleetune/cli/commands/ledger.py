@@ -113,7 +113,7 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
     last = int(ledger.rounds.max(initial=0))
     ui.event(LedgerShown(
         file=str(path), bytes=size, entries=len(ledger), rounds=last, base=head.base, law=head.law, K=head.K,
-        grid=head.grid, method=head.method, checks=head.checks, fingerprint=ledger.fingerprint(),
+        grid=head.grid, method=head.method, checks=head.checks, fingerprint=ledger.fingerprint(), trains=head.trains,
     ))  # fmt: skip
     if ui.json:
         return

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
@@ -26,6 +27,9 @@ fleetune patch make smollm2.gguf latest --to tuned.patch
 fleetune patch apply smollm2.gguf tuned.patch
 fleetune patch undo smollm2.gguf
 """
+if TYPE_CHECKING:
+    from fleetune.deploy.patch_file import Patch
+
 NEEDS = {"make": 2, "apply": 2, "undo": 1}
 
 
@@ -55,23 +59,15 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _make(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.cli.commands.ledger import file_of
     from fleetune.common.files import write_atomic
     from fleetune.deploy import patch_make
-    from fleetune.seeds import ledger as ledgers
 
     if not args.to:
         raise UsageError("patch make needs --to FILE, the patch to write")
     if (out := Path(args.to)).exists():
         raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
     base = patch_make.file_of(args.files[0], offline=args.offline)
-    made = patch_make.make(
-        base,
-        ledgers.load(file_of(args.files[1], args.out)),
-        changes=args.changes,
-        name=args.files[0],
-        offline=args.offline,
-    )
+    made = _patch(args, base)
     write_atomic(out, made.file)
     ui.event(PatchMade(path=str(out), bytes=len(made.file), base=made.base, result=made.result))
     if ui.json:
@@ -79,6 +75,21 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
     ui.paths(
         [("patch", f"{out} ({human_bytes(len(made.file))})"), ("makes", f"a file with SHA-256 {made.result}")]
     )
+
+
+def _patch(args: argparse.Namespace, base: Path) -> Patch:
+    """Return the patch from a base to a run, or to the model of a ledger alone."""
+    from fleetune import subject
+    from fleetune.cli.commands.ledger import file_of
+    from fleetune.deploy import patch_make
+    from fleetune.seeds import ledger as ledgers
+
+    name, run = args.files
+    how = {"changes": args.changes, "name": name, "offline": args.offline}
+    found = None if Path(run).is_file() else subject.open(run, args.out)
+    if isinstance(found, subject.Run):
+        return patch_make.of_run(base, found.folder, **how)
+    return patch_make.make(base, ledgers.load(file_of(run, args.out)), **how)
 
 
 def _apply(args: argparse.Namespace, ui: Ui) -> None:

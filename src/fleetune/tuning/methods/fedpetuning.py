@@ -17,6 +17,7 @@ rate falls to 0 within the round, and sends it back; the server averages, weight
 | lora | B A beside the query and value projections (or the one matrix of both) | rank (alpha = rank) | |
 | bitfit | the biases; in a model without biases the norms' weights | | |
 | prompt | embeddings of virtual tokens at the input (not in the paper) | tokens | least |
+| scales | the scales of a quantised base (PEQA, arXiv 2305.14152; not in the paper) | | more than LoRA |
 
 A classification head, where the model has one, is trained with any of them and travels too, as in the paper.
 
@@ -54,7 +55,7 @@ from fleetune.data import Batches
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.tuning import server_rules
-from fleetune.tuning.footprint import Footprint, lora_layers, lora_module
+from fleetune.tuning.footprint import Footprint, lora_layers, lora_module, scales_module
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _lora_start
 from fleetune.tuning.methods._adapter import State, Training
@@ -70,7 +71,7 @@ RECOMMENDED = 2
 class Method:
     """Hyper-parameters with the paper's defaults for QNLI."""
 
-    module: str = setting("lora", "module", "full, prefix, adapter, lora, bitfit or prompt")
+    module: str = setting("lora", "module", "full, prefix, adapter, lora, bitfit, prompt or scales")
     size: int = setting(0, "r", "rank, inner size or tokens (0: lora 16, adapter 16, prefix 64, prompt 20)")
     lr: float = setting(
         0.0, "η", "AdamW learning rate (0: the module's own, between 5e-5 and 3e-2)", auto=True
@@ -195,8 +196,10 @@ class Method:
         return replace(self, steps=steps, batch_size=batch_size, warmup=warmup)
 
     def footprint(self, shape: Shape) -> Footprint | None:
-        if self.module != "lora":
+        if self.module not in ("lora", "scales"):
             return None  # the other modules are not counted yet
+        if self.module == "scales":
+            return _adapter.footprint(scales_module(shape), self.training())
         layers = lora_layers(shape, self.targets)
         module = lora_module(layers, shape.head, self.size or MODULES["lora"].size)
         return _adapter.footprint(module, self.training())
@@ -218,5 +221,6 @@ MODULES: Final[Mapping[str, Kind]] = MappingProxyType(
         "lora": Kind(1e-3, 16, lambda method, size: adapters.Lora(size, size, targets=method.targets)),
         "bitfit": Kind(1e-3, 0, lambda method, size: adapters.Bitfit()),
         "prompt": Kind(3e-2, 20, lambda method, size: adapters.Prompt(size)),
+        "scales": Kind(5e-3, 0, lambda method, size: adapters.Scales()),
     }
 )

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the scales of a quantised base by back-propagation, and leave its codes as they are.
+
+PEQA (Kim et al., NeurIPS 2023, arXiv 2305.14152, section 3): a linear layer's weight is W = s q, with q the codes of its file,
+which are frozen, and s a scale for each group, which is trained.  Here a group is a block of ggml, which may have an offset
+too, and what is trained is a move delta of p, about log2 |s|, in fp32 (`seeds/scale_steps.py`).  A forward pass runs on the
+scales' nearest numbers in fp16, so the net that is trained, measured and written is the file with other scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fleetune.adapters.attachment import attachment_of
+from fleetune.common.ggml import BLOCK, HALVES
+from fleetune.errors import ModelError
+from fleetune.models.mapped import lazy
+from fleetune.models.mapped.lazy import LazyWeight
+from fleetune.models.mapped.net import into_memory
+from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
+from fleetune.models.model import Model
+from fleetune.seeds.scale_steps import gradient_of_places, holds_scales, on_grid, place_of
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of the linear layers, the output head's not."""
+
+    def put_on(self, model: Model, seed: int) -> ScalesPart:
+        """Let the layers run on scales that can move, which start at the file's whatever the seed."""
+        return ScalesPart(model.net)
+
+
+class ScalesPart:
+    """The moves of a net's scales: of each layer float32 [rows, blocks of a row, 1 or 2], in steps of log2."""
+
+    def __init__(self, net: Any) -> None:
+        self._net, head = net, net.get_output_embeddings()
+        self._layers: dict[str, nn.Linear] = {
+            name: module
+            for name, module in net.named_modules()
+            if type(module) is nn.Linear and holds_scales(module.weight) and module is not head
+        }
+        if not self._layers:
+            raise ModelError(
+                "this base has no scales that could be trained",
+                hint=f"give a GGUF file of {', '.join(HALVES)}, with base=mapped",
+            )
+        self._of = {f"{name}.scales": layer for name, layer in self._layers.items()}
+        self.parameters: Mapping[str, nn.Parameter] = {
+            name: nn.Parameter(torch.zeros(_shape(_weight(layer)))) for name, layer in self._of.items()
+        }
+        for name, layer in self._of.items():
+            layer.forward = _forward(layer, self.parameters[name])  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Let the layers run on the file's scales."""
+        for layer in self._layers.values():
+            del layer.forward
+
+    def fold(self) -> None:
+        """Put the matrices of the moved scales into memory, as the stored weights."""
+        made = {
+            f"{name}.weight": _matrix(_weight(layer), self.parameters[f"{name}.scales"]).clone()
+            for name, layer in self._layers.items()
+        }
+        into_memory(self._net, made)
+        with torch.no_grad():
+            for name, values in made.items():
+                self._net.get_parameter(name).copy_(values)
+
+    def bits(self) -> dict[str, Tensor]:
+        """Return the scales' bits now by the weight's name: fp16 as int16 [blocks, 1 or 2], rows as in the model."""
+        return {
+            f"{name}.weight": torch.cat(
+                [bits for _, _, bits in _moved(_weight(layer), self.parameters[f"{name}.scales"])]
+            )
+            for name, layer in self._layers.items()
+        }
+
+
+def moved_scales(model: Model) -> dict[str, Tensor]:
+    """Return `ScalesPart.bits` of a model that carries one; ModelError where it does not."""
+    part = attachment_of(model).parts[0]
+    if not isinstance(part, ScalesPart):
+        raise ModelError("the model carries no moved scales", hint="tune with --train scales")
+    return part.bits()
+
+
+def _weight(layer: nn.Linear) -> LazyWeight:
+    assert isinstance(layer.weight, LazyWeight)
+    return layer.weight
+
+
+def _shape(weight: LazyWeight) -> tuple[int, int, int]:
+    rows, width = weight.stored.shape
+    return rows, width // BLOCK, HALVES[weight.stored.kind]
+
+
+def _forward(layer: nn.Linear, delta: nn.Parameter) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        y: Tensor = _Product.apply(x, delta, [layer.weight])  # type: ignore[no-untyped-call]
+        return y if layer.bias is None else y + layer.bias
+
+    return forward
+
+
+class _Product(torch.autograd.Function):
+    """x W' with W' the matrix of the moved scales, which is made in forward and again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, held: list[LazyWeight]) -> Tensor:
+        ctx.save_for_backward(x, delta)
+        ctx.held = held
+        return F.linear(x, _matrix(held[0], delta))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (g,), (x, delta), (weight,) = gradients, ctx.saved_tensors, ctx.held
+        flat, inputs = g.flatten(0, -2), x.flatten(0, -2)
+        back = flat.mm(_matrix(weight, delta)).view(x.shape) if ctx.needs_input_grad[0] else None
+        of_delta = torch.empty_like(delta)
+        for rows, blocks, bits in _moved(weight, delta):
+            of_weights = flat[:, rows].T @ inputs
+            moved = gradient_of_places(of_weights, blocks, bits, weight.stored.kind)
+            of_delta[rows] = moved.view_as(of_delta[rows])
+        return back, of_delta, None
+
+
+def _moved(weight: LazyWeight, delta: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield (rows, their blocks uint8 [n, bytes], the bits of their moved scales int16 [n, 1 or 2]), some rows at a time."""
+    stored = weight.stored
+    count, width = stored.shape
+    step = max(1, lazy.BLOCK // width)
+    for top in range(0, count, step):
+        rows = slice(top, min(top + step, count))
+        blocks = stored.blocks(rows.start, rows.stop)
+        bits = scale_bits(blocks, stored.kind)
+        p = place_of(bits).add_(delta.detach()[rows].view(bits.shape))
+        yield rows, blocks, on_grid(p, bits, 0.5)
+
+
+def _matrix(weight: LazyWeight, delta: Tensor) -> Tensor:
+    """Return W' in the model's dtype, in scratch that the next matrix overwrites."""
+    count, width = weight.stored.shape
+    out = weight.memory.scratch(count * width).view(count, width)
+    for rows, blocks, bits in _moved(weight, delta):
+        part = out[rows].view(-1, BLOCK)
+        write_codes(part, blocks, weight.stored.kind)
+        apply_scales(part, bits.view(torch.float16).float())
+    return out.to(weight.dtype)
