@@ -643,6 +643,15 @@ def test_evaluate_gives_what_the_parts_give(tiny: Model, monkeypatch: pytest.Mon
     assert got["perplexity"] == perplexity(tiny, [TEXT])
 
 
+def test_a_text_is_measured_beside_the_rows_and_alone_without_any(tiny: Model) -> None:
+    examples = _examples(2)
+    assert list(evaluate(tiny, examples, max_new_tokens=2).values) == ["loss", "rouge_l"]
+    both = evaluate(tiny, examples, max_new_tokens=2, texts=[TEXT]).values
+    assert list(both) == ["loss", "rouge_l", "perplexity"]
+    assert both["perplexity"] == perplexity(tiny, [TEXT])
+    assert evaluate(tiny, [], texts=[TEXT]).values == {"perplexity": both["perplexity"]}
+
+
 def test_unknown_tasks_are_all_named() -> None:
     with pytest.raises(RecipeError, match="'rogue_l'; did you mean 'rouge_l'") as caught:
         check_tasks(["rogue_l", "loss", "gsm8k"])

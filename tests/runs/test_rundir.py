@@ -90,7 +90,7 @@ def test_runs_are_numbered_and_latest_points_to_the_newest(tmp_path):
             assert (run.path / "checkpoints").is_dir()
             assert (out / "latest").resolve() == run.path.resolve()
             assert os.readlink(out / "latest") == run.path.name  # so that the folder can be moved
-    assert names == ["0001-mezo-smollm2-135m", "0002-fedit-my-model.q4.gguf", "0003-x-name-1b"]
+    assert names == ["0001-mezo-smollm2-135m", "0002-fedit-my-model.q4", "0003-x-name-1b"]
     with create(out, "x", "???") as run:
         assert run.path.name == "0004-x-model"
     assert sorted(p.name for p in out.iterdir()) == [*names, "0004-x-model", "latest"]

@@ -43,13 +43,13 @@ def evaluate(
     """Measure a model on rows and return task -> value; a run or a compressed run has held-out rows of its own.
 
     `columns` says which columns of the rows are which, as in `tune`; a run's are used where none are given and they fit.
-    `tasks` are loss, rouge_l, f1, exact_match, accuracy (by the words in `labels`) and perplexity (of the file `text`);
-    the default is loss and rouge_l; for an encoder, loss and accuracy.  At most `limit` rows are measured, cut to the
-    `max_length` of the run that the model comes from (512 tokens for others).  The event of a run has the loss of its base
-    model on the same rows as well, and how sure the change is.  Losses are in nats per token (of an
-    encoder: per row); perplexity has no unit; the others are in percent.  Any other name is a task of
-    lm-evaluation-harness, of which at most `limit` questions are asked; `task_files` is a folder of tasks of one's own.  Its
-    values are named TASK.METRIC and have the harness's unit; the event has their standard errors.
+    `tasks` are loss, rouge_l, f1, exact_match, accuracy (by the words in `labels`) and perplexity (of the file `text`); the
+    default is loss and rouge_l; for an encoder, loss and accuracy; with a `text`, perplexity too.  At most `limit` rows are
+    measured, cut to the `max_length` of the run that the model comes from (512 tokens for others).  The event of a run has
+    the loss of its base model on the same rows as well, and how sure the change is.  Losses are in nats per token (of an
+    encoder: per row); perplexity has no unit; the others are in percent.  Any other name is a task of lm-evaluation-harness,
+    of which at most `limit` questions are asked; `task_files` is a folder of tasks of one's own.  Its values are named
+    TASK.METRIC and have the harness's unit; the event has their standard errors.
     `base` is memory or mapped: where the base's weights are (a run: as while it was tuned).
     With a model `reference` the values have kl_divergence as well, of the next-token distributions from that model's (nats
     a token), and same_top (percent), with their standard errors over the tokens (`_error`) and the number of these

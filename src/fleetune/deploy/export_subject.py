@@ -66,7 +66,7 @@ def export(
 
     _require_codes(targets.find(kind), subject.name)
     source = subject.directory(offline=offline)
-    out = path or targets.find(kind).place(Path("."), folder_names.slug(Path(subject.name).name))
+    out = path or targets.find(kind).place(Path("."), folder_names.of_model(subject.name))
     return write(source, kind, out, listener, provenance.of_base(subject.name), _rows(source, text))
 
 

@@ -121,12 +121,14 @@ def evaluate(
     """Return task name -> value on held-out `examples`: loss in nats, perplexity, the rest in percent.
 
     `tasks` are keys of `TASKS` or their short names (rouge, em, acc, ppl); by default loss and rouge_l, of an
-    encoder loss and accuracy (it has no others).  `answer_rows`: how many examples, from the first, are answered
-    for rouge_l, f1 and exact_match (default: all; answers are the slow part).
+    encoder loss and accuracy (it has no others), and perplexity where there are `texts` (alone where there
+    are no examples).  `answer_rows`: how many examples, from the first, are answered for rouge_l, f1 and
+    exact_match (default: all; answers are the slow part).
     `labels`: the label words of "accuracy" (default: the different responses).  `texts`: what "perplexity"
     reads (default: the responses).  RecipeError for an unknown task, DataError for rows that do not fit one.
     """
-    names = check_tasks(tasks or ("loss", "accuracy" if model.labels else "rouge_l"))
+    of_rows = ("loss", "accuracy" if model.labels else "rouge_l") if examples or not texts else ()
+    names = check_tasks(tasks or (*of_rows, *(["perplexity"] if texts else [])))
     for name in names:
         if name not in ("loss", "accuracy"):
             require_text_model(model, f"task '{name}'")

@@ -121,7 +121,7 @@ def stem_of(request: CompressRequest) -> str:
     """Return the name of a request's folder behind its number."""
     name = name_of(request.model)
     name = name.removeprefix(f"{folder_names.number(Path(name)):04d}-")  # of a run: without its number
-    return f"{request.method}-{folder_names.slug(name) or 'model'}"
+    return f"{request.method}-{folder_names.of_model(name)}"
 
 
 def name_of(model: str) -> str:

@@ -17,6 +17,11 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
+def of_model(name: str) -> str:
+    """The name of a model (a hub id, a file, a folder) as part of a folder's or a file's name, a GGUF file's without its end."""
+    return slug(Path(name).name.removesuffix(".gguf")) or "model"
+
+
 def number(path: Path) -> int:
     """The number that a run folder's name begins with, 0 for none."""
     match = re.match(r"(\d{4,})-", path.name)

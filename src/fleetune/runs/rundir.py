@@ -37,7 +37,7 @@ from fleetune.common.files import PRIVATE, read_bytes, read_text, regular, stora
 from fleetune.common.locks import lock
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import folder_names
-from fleetune.runs.folder_names import number, slug
+from fleetune.runs.folder_names import number, of_model
 from fleetune.runs.metrics import Metrics, Tally
 from fleetune.runs.metrics import events as events
 
@@ -180,7 +180,7 @@ def create(out: Path, method: str, model: str) -> RunDir:
 
     StorageError when `out` cannot be written.
     """
-    run = at(numbered(out, f"{method}-{slug(Path(model).name) or 'model'}"))
+    run = at(numbered(out, f"{method}-{of_model(model)}"))
     _point_latest(out, run.path)
     return run
 

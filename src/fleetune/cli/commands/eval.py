@@ -27,7 +27,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--tasks",
-        help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge; of an encoder loss,accuracy), and any task of "
+        help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge; of an encoder loss,accuracy; with "
+        "--text perplexity too), and any task of "
         "lm-evaluation-harness by its name: hellaswag, arc_easy",
     )
     sub.add_argument(
