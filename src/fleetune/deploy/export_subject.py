@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TARGET = "gguf"
 DEFAULT_TARGET_OF_A_RUN = "hf"
+FILES = ("gguf", "ollama")  # targets that hold the GGUF file itself
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,8 @@ def _of_run(
         source = base.directory(offline=offline) if target.states("BASE") else None
         report = exporting.export_adapter(adapter, source, kind, out, made=made)
         return ExportResult(out, _done(report, listener))
-    if recipe.train == "scales" and kind == DEFAULT_TARGET:
-        report = _with_other_scales(run, out, offline=offline)
+    if recipe.train == "scales" and kind in FILES:
+        report = _with_other_scales(run, kind, out, offline=offline)
         rows = _rows(base.directory(offline=offline), text) if text else []
         return _finish(run.folder, kind, _done(report, listener), rows, listener, offline=offline)
     rows = _rows(base.directory(offline=offline), text)
@@ -165,9 +166,12 @@ def _of_run(
             return write(plain, kind, out, listener, made, rows)
 
 
-def _with_other_scales(run: Run, out: Path, *, offline: bool) -> Report:
+def _with_other_scales(run: Run, kind: str, out: Path, *, offline: bool) -> Report:
     """Write the GGUF file that a run was tuned on with the scales that it has found; its codes and all else stay as they are."""
+    from fleetune import models
+    from fleetune.common.folders import staged
     from fleetune.deploy import patch, patch_make
+    from fleetune.deploy.formats import ollama
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -175,8 +179,16 @@ def _with_other_scales(run: Run, out: Path, *, offline: bool) -> Report:
         raise storage_error(error, out) from error
     source = patch_make.file_of(run.recipe.model, offline=offline)
     made = patch_make.of_run(source, run.folder, name=run.recipe.model, offline=offline)
-    patch.apply(source, made, out)
-    return patch_make.report(out)
+    if kind == DEFAULT_TARGET:
+        patch.apply(source, made, out)
+        return patch_make.report(out)
+    with staged(out) as folder:
+        file = folder / ollama.FILE
+        patch.write(source, made, file)
+        report = patch_make.report(file)
+        notes = ollama.add_modelfile(models.load_tokenizer(run.recipe.model, offline=offline), folder)
+    size = compression_folder.size(out)
+    return dataclasses.replace(report, path=out, to=kind, bytes=size, notes=(*report.notes, *notes))
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def apply(path: Path, patch: Patch, out: Path | None = None) -> Path | None:
             raise UsageError(f"{out} exists already", hint="choose a new name: nothing is overwritten")
         require_base(path, patch)
         with _alone(out):
-            _write(path, patch, out)
+            write(path, patch, out)
         return None
     with _alone(path):
         require_base(path, patch)
@@ -126,19 +126,19 @@ def _in_place(path: Path, patch: Patch) -> Path:
     def keep_undo() -> None:
         write_atomic(_next(back), with_changes(patch.result, patch.base, patch.places, changes.bytes()).file)
 
-    _write(path, patch, path, lambda old, new: changes.add(new, old), keep_undo)
+    write(path, patch, path, lambda old, new: changes.add(new, old), keep_undo)
     os.replace(_next(back), back)
     return back
 
 
-def _write(
+def write(
     path: Path,
     patch: Patch,
     target: Path,
     seen: Seen | None = None,
     before: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the patched file beside `target`, check it, call `before`, and rename it into place."""
+    """Write the patched file beside `target`, check it, call `before`, and rename it into place; errors as of `apply`."""
     sha, temporary = hashlib.sha256(), None
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
@@ -202,7 +202,7 @@ def _undo(path: Path) -> None:
             continue
         patch = load(candidate)
         if patch.base == found:
-            _write(path, patch, path)
+            write(path, patch, path)
             candidate.unlink()
             return
         if candidate != back:
