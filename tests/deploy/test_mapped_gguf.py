@@ -12,10 +12,10 @@ import pytest
 import torch
 from deploy_harness import compressed, tiny
 
-from fleetune import models
+from fleetune import api, models
 from fleetune.data import Encoded
 from fleetune.deploy.export import export
-from fleetune.errors import ModelError
+from fleetune.errors import ModelError, RecipeError
 from fleetune.evaluation.losses import response_loss
 from fleetune.models import placement
 from fleetune.models.mapped import places
@@ -156,3 +156,15 @@ def test_a_run_is_measured_replayed_and_written_from_a_mapped_base(
         written = finished.export_hf(fleetune.open(run.folder).load(base=base), tmp_path / f"out-{base}")
         found[base] = (run.done.digest, run.done.tuned["loss"], values["loss"], written)
     assert found["memory"] == found["mapped"]
+
+
+def test_a_run_goes_on_where_the_base_is_elsewhere_to_the_same_bits(file: Path, tmp_path: Path) -> None:
+    few: dict[str, Any] = {
+        "clients": 2, "samples": 0, "client_rows": 0, "held_out": 4, "settings": {"lr": 1e-3, "steps": 2},
+    }  # fmt: skip
+    rows = [{"prompt": f"say {i}", "response": f"it is {i}"} for i in range(24)]
+    whole = api.tune(str(file), rows, method="fedit", rounds=2, base="memory", out=tmp_path / "a", **few)
+    half = api.tune(str(file), rows, method="fedit", rounds=1, base="memory", out=tmp_path / "b", **few)
+    with pytest.raises(RecipeError, match="base = 'disk' is none of auto, memory, mapped"):
+        api.resume_run(half, rounds=2, base="disk")
+    assert api.resume_run(half, rounds=2, base="mapped").done.digest == whole.done.digest

@@ -62,6 +62,7 @@ def resume_run(
     run: object,
     *,
     rounds: int = 0,
+    base: str = "",
     tracker: str | Sequence[str] = (),
     out: str | Path = "runs",
     offline: bool = False,
@@ -73,19 +74,24 @@ def resume_run(
     With more `rounds` than the run has, finished or not, it goes on until it has as many, to the bits of a run that had them
     from the start, and the same learning rate; its result, answers and report are then those of the longer run.  UsageError
     where it cannot be.
-    `run` is a name, number, path or result; `tracker` as in `tune`, which a run does not remember.
+    `run` is a name, number, path or result; `tracker` as in `tune`, which a run does not remember.  `base` is auto, memory or
+    mapped: where the base's weights are from now on (the run's own unless given).
     """
     from fleetune.tuning import extension
     from fleetune.tuning import run as running
 
     rounds = rounds and extension.number(rounds)
+    if base and base not in (places := recipes.choices("base")):
+        raise RecipeError(
+            [f"base = {base!r} is none of {', '.join(places)}"], hint="leave it out for the run's own"
+        )
     folder = getattr(run, "folder", None)
     path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))
     hearing = heard_by(listener, progress)
     if isinstance(hearing, Progress):
         hearing.goes_on(path)
     with tracking.tracked(hearing, words(tracker), offline=offline) as heard:
-        return running.resume(path, heard, offline=offline, rounds=rounds)
+        return running.resume(path, heard, offline=offline, rounds=rounds, base=base)
 
 
 def recipe_for(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,8 +41,12 @@ def of_job(job: TuneJob) -> StandsOn:
 
 def options_of(recipe: Recipe) -> dict[str, Any]:
     """The options that decide the outcome, by name, with the method's defaults; its settings as `set.NAME`."""
-    found = settled_options(all_options(recipe))
-    return {n: v for n, v in found.items() if n not in PATHS}
+    return _deciding(all_options(recipe))
+
+
+def _deciding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what may differ: the names of what is compared itself, and where the base's weights are (`base`)."""
+    return {n: v for n, v in settled_options(options).items() if n not in (*PATHS, "base")}
 
 
 def same(one: Recipe, other: Recipe) -> bool:
@@ -112,7 +116,7 @@ def stated_by(run: Path) -> StandsOn | None:
     """What the newest readable checkpoint of a run states, with the method's defaults; None for a run of an earlier version."""
     found = (checkpoint.stated_in(file) for _, file in reversed(rundir.checkpoints(run)))
     stated = next((stands_on for stands_on in found if stands_on is not None), None)
-    return stated and dataclasses.replace(stated, recipe=settled_options(stated.recipe))
+    return stated and dataclasses.replace(stated, recipe=_deciding(stated.recipe))
 
 
 def recipe_of(run: Path, *, longer: bool = False) -> Recipe:

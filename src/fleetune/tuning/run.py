@@ -75,14 +75,22 @@ def start(
 
 
 def resume(
-    path: Path, listener: Listener, *, offline: bool, fleets: Fleets = SIMULATED, rounds: int = 0
+    path: Path,
+    listener: Listener,
+    *,
+    offline: bool,
+    fleets: Fleets = SIMULATED,
+    rounds: int = 0,
+    base: str = "",
 ) -> TuneResult:
     """Resume a stopped run by its own recipe; return the result of a finished one.
 
     With more `rounds` than it has it goes on until it has as many, finished or not; UsageError where it cannot.
+    `base` is where the base's weights are from now on, which changes no bit of the result.
     A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
     """
     recipe = places.recipe_of(path, longer=rounds > 0)
+    recipe = dataclasses.replace(recipe, base=base or recipe.base)
     had = recipe.rounds
     if rounds:
         recipe = extension.longer(recipe, path, rounds)

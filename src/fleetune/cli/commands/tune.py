@@ -49,7 +49,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--resume", metavar="RUN",
-        help="continue a stopped run (a path, a number, or latest); with --rounds N, also a finished one, up to N rounds",
+        help="continue a stopped run (a path, a number, or latest); with --rounds N, also a finished one, up to N rounds; "
+        "--base says where the base's weights are from now on",
     )  # fmt: skip
     sub.add_argument("--dry-run", action="store_true", help="check recipe, data and model, then stop")
     tracker_flags.add(sub)
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         from fleetune import api
 
         path = rundir.find(args.resume, Path(args.out))
-        recipe_flags.check_resume(args, path, "fleetune tune --resume", ("rounds",))
+        recipe_flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
         rounds = _more_rounds(args)
         if args.dry_run:
             from fleetune.tuning import extension, given_methods
@@ -73,8 +74,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             return
         with screen(ui, path) as shown:
             result = api.resume_run(
-                path, rounds=rounds, out=args.out, offline=args.offline, listener=shown, tracker=args.tracker
-            )
+                path, rounds=rounds, base=recipe_flags.given(args).get("base", ""), out=args.out, offline=args.offline,
+                listener=shown, tracker=args.tracker,
+            )  # fmt: skip
             finish(ui, result, resumed=True)
         return
     recipe = recipe_of(args)
