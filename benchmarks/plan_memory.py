@@ -34,12 +34,14 @@ from benchmarks.harness import child
 KERNELS: Final = "inference with kernels"
 TORCH: Final = "mezo, torch's kernels"  # FLEETUNE_KERNELS=torch
 BACKWARD: Final = "fedkseed, backward"  # a device that back-propagates
+SCALES: Final = "fedpetuning, scales"  # of a base in a GGUF file: with --base mapped alone
 # A method's settings for one step.
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "mezo": {"tau": 1}, "zosgd": {"tau": 1}, "fedkseed": {"tau": 1}, "onebyte": {"directions": 1},
         BACKWARD: {"backprop_steps": 1, "backprop": 1.0, "K": 1024},
         "fwdllm": {"P": 1}, "fedit": {"steps": 1}, "fedpetuning": {"steps": 1}, "fedpeptao": {"steps": 1},
+        SCALES: {"steps": 1, "module": "scales"},
     }
 )  # fmt: skip
 PARTS: Final = ("inference", KERNELS, TORCH, *SETTINGS, "full SGD", "full Adam")
@@ -57,9 +59,10 @@ def compare(
 
     work = plan.Workload(batch, length, steps, dtype, base)
     planned = {row.method: row for row in plan.table(models.load_config(model), work)}
-    planned[BACKWARD] = _backward(model, work, planned["fedkseed"])
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for name in list(names) * repeats:
+    planned[BACKWARD] = _row(model, work, planned["fedkseed"], {"backprop": 1.0})
+    planned[SCALES] = _row(model, work, planned["fedpetuning"], {"module": "scales"})
+    turns: dict[str, list[dict[str, float]]] = {n: [] for n in names if n != SCALES or base == "mapped"}
+    for name in list(turns) * repeats:
         turns[name].append(child("plan_memory", model, "--one", name, "--batch", batch, "--length", length,
                                  "--steps", steps, "--dtype", dtype, "--base", base))  # fmt: skip
     rows: dict[str, Any] = {}
@@ -86,17 +89,18 @@ def compare(
     }
 
 
-def _backward(model: str, work: Any, forward: Any) -> Any:
-    """Return the row of a FedKSeed device that back-propagates, which the plan's table does not show."""
+def _row(model: str, work: Any, usual: Any, settings: Mapping[str, Any]) -> Any:
+    """Return the row of a method with other settings, which the plan's table does not show."""
     from fleetune import models
     from fleetune.models.shapes import shape_of
     from fleetune.planning import device_cost
     from fleetune.tuning import methods
 
     shape = shape_of(models.load_config(model))
-    method: Any = methods.make("fedkseed", {"backprop": 1.0})
-    parts = device_cost.memory(shape, work, method.footprints(shape)[1])
-    return dataclasses.replace(forward, peak=sum(parts.values()), parts=parts, seconds=None)
+    method: Any = methods.make(usual.method, settings)
+    _, *other = method.footprints(shape) if hasattr(method, "footprints") else (None, method.footprint(shape))
+    parts = device_cost.memory(shape, work, other[0])
+    return dataclasses.replace(usual, peak=sum(parts.values()), parts=parts, seconds=None)
 
 
 def _kernels(name: str) -> int:
