@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fleetune.evaluation import head_loss
 from fleetune.evaluation.head_loss import head_nll
+from fleetune.evaluation.logit_changes import Cap, Change, Divide, Multiply
 
 N, H, V = 11, 6, 37
 
@@ -155,3 +158,86 @@ def test_without_a_gradient_the_losses_are_the_same(pieces: tuple[int, int]) -> 
     torch.testing.assert_close(
         found.double(), by_formula(head, rows, targets, weights)[0], rtol=1e-6, atol=1e-6
     )
+
+
+# ---------------------------------------------------------------- logits that a model changes after its head
+
+each_change = pytest.mark.parametrize("change", [Cap(2.0), Divide(0.7), Multiply(0.3)])
+
+
+def in_float64(
+    head: nn.Linear, rows: Tensor, targets: Tensor, weights: Tensor, change: Change
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of the changed logits, and autograd's gradients of their weighted sum by the inputs and by the matrix."""
+    W, x = (t.detach().double().requires_grad_() for t in (head.weight, rows))
+    z = change(x @ W.T + head.bias.double())
+    losses = nn.functional.cross_entropy(z, targets, reduction="none")
+    back, own = torch.autograd.grad((losses * weights.double()).sum(), (x, W))
+    return losses.detach(), back, own
+
+
+class Streamed:
+    """The rows of a matrix in blocks, as a view of a net gives them, and their gradients."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias, self.root = weight, bias, torch.zeros((), requires_grad=True)
+        self.found = torch.zeros_like(weight)
+
+    def __call__(self) -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, V, 5):
+            yield first, self.weight[first : first + 5]
+
+    def gradient(self, first: int, of_block: Tensor) -> None:
+        self.found[first : first + len(of_block)] += of_block
+
+
+@each_change
+@pytest.mark.parametrize("trained", [False, True])
+def test_changed_logits_have_their_loss_and_gradients(
+    change: Change, trained: bool, pieces: tuple[int, int]
+) -> None:
+    head, rows, targets, weights = made()
+    head.requires_grad_(trained)
+    expected, back, own = in_float64(head, rows, targets, weights, change)
+    losses = head_nll(head, rows, targets, V, change)
+    (losses * weights).sum().backward()
+    with torch.inference_mode():
+        measured = head_nll(head, rows, targets, V, change)
+    assert rows.grad is not None
+    for found in (losses, measured):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rows.grad.double(), back, rtol=1e-5, atol=1e-6)
+    if trained:
+        assert head.weight.grad is not None
+        torch.testing.assert_close(head.weight.grad.double(), own, rtol=1e-5, atol=1e-6)
+
+
+@each_change
+def test_changed_logits_of_a_view_have_their_gradients(change: Change, pieces: tuple[int, int]) -> None:
+    head, rows, targets, weights = made()
+    nn.init.zeros_(head.bias)  # a view's rows have none
+    blocks = Streamed(head.weight, head.bias)
+    head.__dict__["row_blocks"] = blocks
+    expected, back, own = in_float64(head, rows, targets, weights, change)
+    losses = head_nll(head, rows, targets, V, change)
+    (losses * weights).sum().backward()
+    assert rows.grad is not None
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rows.grad.double(), back, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(blocks.found.double(), own, rtol=1e-5, atol=1e-6)
+
+
+@each_change
+def test_changed_logits_can_be_differentiated_twice(change: Change, pieces: tuple[int, int]) -> None:
+    head, rows, targets, weights = made()
+    v = torch.randn(N, H, generator=torch.Generator().manual_seed(5))
+    (g,) = torch.autograd.grad(
+        (head_nll(head, rows, targets, V, change) * weights).sum(), rows, create_graph=True
+    )
+    (found,) = torch.autograd.grad((g * v).sum(), rows)
+    x = rows.detach().double().requires_grad_()
+    z = change(x @ head.weight.double().T + head.bias.double())
+    plain = (nn.functional.cross_entropy(z, targets, reduction="none") * weights.double()).sum()
+    (g,) = torch.autograd.grad(plain, x, create_graph=True)
+    (expected,) = torch.autograd.grad((g * v.double()).sum(), x)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)

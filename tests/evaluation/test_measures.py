@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from fleetune.data.encode import Batch, Encoded, collate, encode_all, prompt_ids
 from fleetune.data.examples import Example
@@ -210,6 +210,28 @@ def test_a_model_that_caps_its_logits_after_the_head(chunk: int, monkeypatch: py
     net.config.final_logit_softcapping = None
     uncapped = [loss for _, loss in _by_hand(net, _odd_batch())]
     assert np.abs(np.subtract(ours, uncapped)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"), [("granite", "logits_scaling", 3.0), ("cohere", "logit_scale", 0.2)]
+)
+def test_a_model_that_scales_its_logits_after_the_head_is_read_in_pieces(
+    kind: str, name: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = CONFIG_MAPPING[kind](
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=257, bos_token_id=256, eos_token_id=257, **{name: value},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = AutoModelForCausalLM.from_config(made).eval()
+    monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * 4)
+    _same_losses(net, _odd_batch())
+    handed: list[int] = []
+    net.lm_head.register_forward_hook(lambda module, args, out: handed.append(out.shape[1]))
+    with eval_mode(net):
+        token_losses(net, _odd_batch())
+    assert max(handed) <= 4, "no array of all tokens"
 
 
 def test_a_model_that_no_longer_changes_its_logits_is_read_in_pieces_again(

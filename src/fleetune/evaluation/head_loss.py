@@ -15,6 +15,8 @@ scaled down to it (Milakov and Gimelshein 2018, arXiv 1805.02867; for the second
                  backward only scales it
     of a view    (`seeds/view.py`) the first sum forward; backward goes over the blocks once more, for the blocks' gradients
     trained, or any other module (LoRA, hooks): some tokens' logits at a time, again in backward
+
+A model may change each logit after its head (`logit_changes.py`): with s_v the slope of that, p_v W_v becomes s_v p_v W_v.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fleetune.evaluation.logit_changes import Change
 from fleetune.models.mapped.lazy import LazyWeight
 
 CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time where no gradient is wanted
@@ -40,21 +43,25 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def head_nll(head: nn.Module, rows: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+def head_nll(
+    head: nn.Module, rows: Tensor, targets: Tensor, vocabulary: int, change: Change | None = None
+) -> Tensor:
     """Return `nll` of what a head makes of its inputs: rows [N, H], targets int64 [N] -> float32 [N].
 
-    `vocabulary` is the number V of its logits.  With gradients enabled it can be back-propagated, twice if need be.
+    `vocabulary` is the number V of its logits, `change` what the model does to each of them afterwards.  With gradients
+    enabled it can be back-propagated, twice if need be.
     """
     blocks = getattr(head, "row_blocks", None) or _blocks(head)
     if not torch.is_grad_enabled():
         if blocks:
-            return _stream(rows, None, blocks, targets)
-        return torch.cat([nll(_logits(head, rows[at]), targets[at]) for at in _pieces(rows, vocabulary)])
+            return _stream(rows, None, blocks, targets, change)
+        pieces = _pieces(rows, vocabulary)
+        return torch.cat([nll(logits_of(head, rows[at], change), targets[at]) for at in pieces])
     if not blocks:
-        return _again(head, rows, targets, vocabulary)
+        return _again(head, rows, targets, vocabulary, change)
     if blocks.root is not None:
-        return _stream(rows, blocks.root, blocks, targets)
-    return cast(Tensor, _FrozenNll.apply(rows, head, blocks, targets))  # type: ignore[no-untyped-call]
+        return _stream(rows, blocks.root, blocks, targets, change)
+    return cast(Tensor, _FrozenNll.apply(rows, head, blocks, targets, change))  # type: ignore[no-untyped-call]
 
 
 class _Blocks:
@@ -95,15 +102,17 @@ def tokens_a_piece(vocabulary: int) -> int:
     return max(1, CHUNK_BYTES // (4 * share * vocabulary))
 
 
-def _logits(head: nn.Module, rows: Tensor) -> Tensor:
-    return cast(Tensor, head(rows.unsqueeze(0))[0])
+def logits_of(head: nn.Module, rows: Tensor, change: Change | None) -> Tensor:
+    """Return the logits [n, V] of a head's inputs [n, H]."""
+    logits = cast(Tensor, head(rows.unsqueeze(0))[0])
+    return logits if change is None else change(logits)
 
 
-def _again(head: nn.Module, rows: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+def _again(head: nn.Module, rows: Tensor, targets: Tensor, vocabulary: int, change: Change | None) -> Tensor:
     """Compute each piece again in the backward pass instead of keeping it."""
 
     def piece(rows: Tensor, targets: Tensor) -> Tensor:
-        return nll(_logits(head, rows), targets)
+        return nll(logits_of(head, rows, change), targets)
 
     return torch.cat(
         [
@@ -117,10 +126,12 @@ class _FrozenNll(torch.autograd.Function):
     """Compute `nll` of a head that is not trained, and the gradient of its inputs, in one pass over its rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, head: nn.Module, blocks: Any, targets: Tensor) -> Tensor:
-        ctx.head = head
+    def forward(
+        ctx: Any, rows: Tensor, head: nn.Module, blocks: Any, targets: Tensor, change: Change | None
+    ) -> Tensor:
+        ctx.head, ctx.change = head, change
         back = torch.zeros(rows.shape, device=rows.device)
-        losses, _ = _online(rows, blocks, targets, back)
+        losses, _ = _online(rows, blocks, targets, back, change)
         ctx.save_for_backward(rows, targets, back.to(rows.dtype))
         return losses
 
@@ -128,22 +139,25 @@ class _FrozenNll(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         rows, targets, back = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted: by the loss itself
-            losses = nll(_logits(ctx.head, rows), targets)
-            return torch.autograd.grad(losses, rows, gradients[0], create_graph=True)[0], None, None, None
-        return back * gradients[0][:, None].to(back.dtype), None, None, None
+            losses = nll(logits_of(ctx.head, rows, ctx.change), targets)
+            (back,) = torch.autograd.grad(losses, rows, gradients[0], create_graph=True)
+            return back, None, None, None, None
+        return back * gradients[0][:, None].to(back.dtype), None, None, None, None
 
 
-def _stream(rows: Tensor, root: Tensor | None, blocks: Any, targets: Tensor) -> Tensor:
-    return cast(Tensor, _StreamedNll.apply(rows, root, blocks, targets))  # type: ignore[no-untyped-call]
+def _stream(rows: Tensor, root: Tensor | None, blocks: Any, targets: Tensor, change: Change | None) -> Tensor:
+    return cast(Tensor, _StreamedNll.apply(rows, root, blocks, targets, change))  # type: ignore[no-untyped-call]
 
 
 class _StreamedNll(torch.autograd.Function):
     """Compute `nll` by blocks; backward goes over them once more, with softmax - onehot as the gradient of a block's logits."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, root: Tensor | None, blocks: Any, targets: Tensor) -> Tensor:
-        ctx.blocks = blocks
-        losses, log_sums = _online(rows, blocks, targets, None)
+    def forward(
+        ctx: Any, rows: Tensor, root: Tensor | None, blocks: Any, targets: Tensor, change: Change | None
+    ) -> Tensor:
+        ctx.blocks, ctx.change = blocks, change
+        losses, log_sums = _online(rows, blocks, targets, None, change)
         ctx.save_for_backward(rows, log_sums, targets)
         return losses
 
@@ -155,17 +169,29 @@ class _StreamedNll(torch.autograd.Function):
             gradient = torch.zeros_like(weight)
             for _, at in _rows_beside(len(rows), [weight]):
                 room, logits = _product(rows[at], weight, room)
+                logits, slope = _changed(logits, ctx.change)
                 p = logits.float().sub_(log_sums[at, None]).exp_()
                 inside, here = _here(targets[at], first, len(weight))
                 p[inside, here] -= 1.0
+                p = p.mul_(slope) if ctx.change is not None else p
                 p = p.mul_(gradients[0][at, None]).to(weight.dtype)
                 back[at].addmm_(p, weight)
                 gradient.addmm_(p.t(), rows[at])
             ctx.blocks.gradient(first, gradient)
-        return back, None, None, None
+        return back, None, None, None, None
 
 
-def _online(rows: Tensor, blocks: Any, targets: Tensor, back: Tensor | None) -> tuple[Tensor, Tensor]:
+def _changed(logits: Tensor, change: Change | None) -> tuple[Tensor, Tensor | float]:
+    """Return what the model makes of its head's output, and the slope of that."""
+    if change is None:
+        return logits, 1.0
+    changed = change(logits)
+    return changed, change.slope(changed.float())
+
+
+def _online(
+    rows: Tensor, blocks: Any, targets: Tensor, back: Tensor | None, change: Change | None
+) -> tuple[Tensor, Tensor]:
     """Return the losses and the log-sum-exp of the logits, float32 [N] each; `back` float32 [N, H], of zeros, becomes dl/dx.
 
     The target stays out of both running sums and is added at the end: of a token that is nearly certain, p W_y and W_y
@@ -179,7 +205,7 @@ def _online(rows: Tensor, blocks: Any, targets: Tensor, back: Tensor | None) -> 
         torch.zeros_like(top),
     )  # sum over v != y of exp(logit - top); the target's logit
     target_rows = None if back is None else torch.zeros_like(back)
-    bias = getattr(blocks, "bias", None)
+    bias, slope = getattr(blocks, "bias", None), cast("Tensor | float", 1.0)
     room = rows.new_empty(0)
     # of a view that runs both signs of a probe there is a matrix for each half of the rows
     for first, *weights in blocks():
@@ -188,6 +214,7 @@ def _online(rows: Tensor, blocks: Any, targets: Tensor, back: Tensor | None) -> 
             room, logits = _product(rows[at], weight, room)
             if bias is not None:
                 logits += bias[first : first + width]
+            logits, slope = _changed(logits, change)
             p = logits.float()
             inside, here = _here(targets[at], first, width)
             own[at][inside] = p[inside, here]
@@ -198,6 +225,9 @@ def _online(rows: Tensor, blocks: Any, targets: Tensor, back: Tensor | None) -> 
             total[at] = total[at] * faded + p.sum(1)
             if back is not None and target_rows is not None:
                 target_rows[at][inside] = weight[here].float()
+                if isinstance(slope, Tensor):
+                    target_rows[at][inside] *= slope[inside, here, None]
+                    p = p.mul_(slope)
                 part = back[at].mul_(faded[:, None])
                 if p.dtype == weight.dtype:
                     part.addmm_(p, weight)
@@ -207,6 +237,8 @@ def _online(rows: Tensor, blocks: Any, targets: Tensor, back: Tensor | None) -> 
     whole = total + torch.exp(own - top)
     if back is not None and target_rows is not None:  # (sum over v != y of p_v W_v) - (1 - p_y) W_y
         back.sub_(target_rows.mul_(total[:, None])).div_(whole[:, None])
+        if not isinstance(slope, Tensor):
+            back.mul_(slope)
     return (top - own) + whole.log(), top + whole.log()
 
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
-from weakref import WeakSet
+from typing import Any, Final, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -34,11 +34,13 @@ from fleetune.common.display import counted
 from fleetune.common.memory import give_back
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import DataError, RecipeError
-from fleetune.evaluation.head_loss import head_nll, nll, tokens_a_piece
+from fleetune.evaluation.head_loss import head_nll, logits_of, nll, tokens_a_piece
+from fleetune.evaluation.logit_changes import Change, Multiply, stated
 from fleetune.models.model import Model
 
-# nets that change the logits after their head, which was seen when they ran
-_CHANGED: WeakSet[nn.Module] = WeakSet()
+_UNKNOWN: Final[Change] = Multiply(math.nan)
+# nets that change the logits after their head, which was seen when they ran, and how
+_CHANGED: WeakKeyDictionary[nn.Module, Change] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -114,8 +116,9 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     A row for an encoder scores one thing, its label word.
 
     The label at position t is predicted at t-1, so a label at position 0 is never scored.  The head runs over
-    the N predicting positions in pieces (`head_loss`); a model that changes the logits after its head (a soft cap, a
-    scale) is run with all N in one, and the first time twice.  With gradients enabled the result can be back-propagated.
+    the N predicting positions in pieces (`head_loss`).  A model that changes the logits after its head is run
+    again the first time, to see how; where that is none of `logit_changes`, it is run with all N in one.  With
+    gradients enabled the result can be back-propagated.
     """
     if batch.labels.ndim == 1:
         rows = torch.arange(len(batch.labels), device=batch.labels.device)
@@ -125,10 +128,11 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     places = wanted.nonzero()
     base = base_of(net)
     head = base.get_output_embeddings()
-    changed = base in _CHANGED
-    narrow = _Narrow(wanted, len(targets) if changed else 0)
+    way = _CHANGED.get(base)
+    narrow = _Narrow(wanted, len(targets) if way is _UNKNOWN else 0)
     logits = narrow.run(net, head, batch)
-    if narrow.rows is None:
+    inputs = narrow.rows
+    if inputs is None:
         logits = logits[:, -wanted.shape[1] :]
         size = tokens_a_piece(logits.shape[-1])
         parts = [
@@ -137,27 +141,44 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         ]
         return torch.cat(parts), places[:, 0]
     if logits is narrow.output:
-        _CHANGED.discard(base)
-        return head_nll(cast(nn.Module, head), narrow.rows, targets, logits.shape[-1]), places[:, 0]
-    if changed:
+        _CHANGED.pop(base, None)
+        return head_nll(cast(nn.Module, head), inputs, targets, logits.shape[-1]), places[:, 0]
+    if way is _UNKNOWN:
         return nll(logits[0], targets), places[:, 0]
-    _CHANGED.add(base)
-    del narrow, logits
-    return token_losses(net, batch)
+    if way is None or way != stated(base.config):
+        if stated(base.config) is not None:
+            narrow = _Narrow(wanted, 1)
+            with torch.no_grad():
+                logits = narrow.run(net, head, batch)
+        _CHANGED[base] = _change_of(base, narrow.output, logits)
+        del narrow, logits, inputs
+        return token_losses(net, batch)
+    return head_nll(cast(nn.Module, head), inputs, targets, logits.shape[-1], way), places[:, 0]
+
+
+def _change_of(base: PreTrainedModel, output: Tensor | None, logits: Tensor) -> Change:
+    """Return what a model did to the `output` of its head to make `logits` of it: what its configuration states, or unknown."""
+    change = stated(base.config)
+    if change is None or output is None:
+        return _UNKNOWN
+    with torch.no_grad():
+        return change if torch.equal(change(output), logits) else _UNKNOWN
 
 
 def predictors(net: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return the inputs of the N scored tokens' prediction, and a function from any n of these to logits [n, V].
 
-    These are the head's inputs [N, H] and the head or, where a model changes the logits after its head (see
-    `token_losses`), all logits [N, V] and the identity.  Runs under the current gradient setting.
+    These are the head's inputs [N, H] and the head, with what the model does to the logits after it.  Where that is not known
+    (see `token_losses`) they are all logits [N, V] and the identity.  Runs under the current gradient setting.
     """
     wanted = F.pad(batch.labels[:, 1:] != MASKED, (0, 1))
     head = cast(nn.Module, base_of(net).get_output_embeddings())
     narrow = _Narrow(wanted, 1)
     logits = narrow.run(net, head, batch)
-    if narrow.rows is not None and logits is narrow.output:
-        return narrow.rows, lambda rows: cast(Tensor, head(rows.unsqueeze(0))[0])
+    if narrow.rows is not None and narrow.output is not None:
+        change = None if logits is narrow.output else _change_of(base_of(net), narrow.output, logits)
+        if change is not _UNKNOWN:
+            return narrow.rows, lambda rows: logits_of(head, rows, change)
     narrow = _Narrow(wanted, int(wanted.sum()))
     logits = narrow.run(net, head, batch)
     rows = logits[:, -wanted.shape[1] :][wanted] if narrow.rows is None else logits[0]

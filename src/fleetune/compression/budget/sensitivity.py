@@ -69,9 +69,7 @@ def measure(
             with _first(table) as embedded, _norm_of(net.get_output_embeddings()) as norm:
                 batch = collate([Encoded(ids=window.numpy(), n_prompt=1)], pad_id(model), model.device)
                 hidden, logits = predictors(net, batch)
-                # a model that changes its logits after the head gives these, and not what goes into the head
-                scale = float(hidden.detach().norm()) / norm[-1] if hidden.shape[-1] == V else 1.0
-                gradient = _gradient(hidden.detach(), logits, head, draw, scale)
+                gradient = _gradient(hidden.detach(), logits, head, draw, norm)
                 torch.autograd.backward(hidden, gradient)
             leaf, times = embedded[-1]
             g = times * _gradient_of(leaf).reshape(-1, len(G)).double().cpu()
@@ -82,16 +80,19 @@ def measure(
 
 
 def _gradient(
-    hidden: Tensor, logits: Callable[[Tensor], Tensor], head: Tensor, draw: torch.Generator, scale: float
+    hidden: Tensor, logits: Callable[[Tensor], Tensor], head: Tensor, draw: torch.Generator, norm: list[float]
 ) -> Tensor:
     """Return the gradient of sum -log p(y) by the head's inputs [N, H], y drawn from p; add p (1 - p) to `head` [V].
 
-    `scale` is what the logits are of the head's outputs.
+    `norm` ends with the norm of what the head returned last: a model may change its logits after the head.
     """
     size, parts = max(1, PIECE // len(head)), []
+    whole = float(hidden.norm())  # where these are all logits, whose head is not called again
     for rows in hidden.split(size):  # type: ignore[no-untyped-call]
         x = rows.clone().requires_grad_()
+        seen = len(norm)
         z = logits(x).float()
+        scale = (float(z.detach().norm()) if len(norm) > seen else whole) / norm[-1]
         p = z.detach().softmax(-1)
         head += scale**2 * (p * (1 - p)).sum(0, dtype=torch.float64).cpu()[: len(head)]
         u = torch.rand(len(p), 1, generator=draw).to(p.device)
