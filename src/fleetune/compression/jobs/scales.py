@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FOLDER: Final = "scales"  # in the folder of finished blocks: the state of a training
 EVERY: Final = 20  # steps between two checkpoints
 FLAG: Final = "--train-scales"
+LITTLE: Final = 4096  # tokens of text; on 1,024 the divergence on other text rose
 
 
 def check(request: CompressRequest, solver: Solver) -> None:
@@ -42,6 +43,15 @@ def check(request: CompressRequest, solver: Solver) -> None:
         raise UsageError(
             f"{FLAG} needs the text on this machine, and --calibrate {request.calibrate} leaves it where it is",
             hint=f"leave out {FLAG}, or calibrate on --text",
+        )
+
+
+def warn(request: CompressRequest, windows: Tensor, listener: Listener) -> None:
+    """Say that scales are trained on little text."""
+    if request.train_scales and windows.numel() < LITTLE:
+        listener.note(
+            f"{FLAG} has {windows.numel():,} tokens to train on: with fewer than {LITTLE:,} the model may follow that "
+            "text alone; give more (--windows)"
         )
 
 

@@ -188,6 +188,8 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
 
     origin = _origin_of(job)
     calibrating.check_origin(listener, origin, job.request.model, folder / PARTS)
+    if job.calibration is not None:
+        scales.warn(job.request, job.calibration, listener)
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
         listener.progress("blocks", block, blocks, name.rsplit(".", 1)[-1])
