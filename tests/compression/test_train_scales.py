@@ -166,14 +166,13 @@ def test_training_brings_the_model_nearer_to_the_dense_one(
     assert second.head.settings["train_scales"] == 60
 
 
-def test_little_text_is_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for flags, said in (
-        (("--train-scales", "1"), True),
-        ((), False),
-        (("--train-scales", "1", "--length", "1024"), False),
-    ):
-        assert main(["compress", model, *SMALL, *flags]) == 0
-        assert ("tokens to train on" in capsys.readouterr().err) == said
+def test_little_text_is_said(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for steps, little, said in (("1", 129, True), ("0", 129, False), ("1", 128, False)):  # of 128 tokens
+        monkeypatch.setattr("fleetune.compression.jobs.scales.LITTLE", little)
+        assert main(["compress", model, *SMALL, "--train-scales", steps]) == 0
+        assert ("128 tokens to train on" in capsys.readouterr().err) == said
 
 
 def test_it_resumes_with_the_same_bits(
