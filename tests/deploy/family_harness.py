@@ -46,6 +46,13 @@ LLAMA3 = {
 SCALES = {
     "attention_multiplier": 0.2, "residual_multiplier": 0.6, "embedding_multiplier": 3.0, "logits_scaling": 0.7,
 }  # fmt: skip
+YARN = {
+    "max_position_embeddings": 4096,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 3000.0, "factor": 4.0, "original_max_position_embeddings": 1024,
+        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
+    },
+}  # fmt: skip
 LFM2 = GROUPED | {
     "intermediate_size": 230, "block_multiple_of": 32, "layer_types": ["conv", "full_attention", "conv", "conv"],
 }  # fmt: skip
@@ -56,6 +63,7 @@ EXPERTS = {
 }  # of another width than the block's
 LOCAL = {"num_local_experts": 5, "num_experts_per_tok": 3}
 ERNIE = {"moe_num_experts": 5, "moe_k": 3, "moe_intermediate_size": 64}
+OSS = WIDE | LOCAL | {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 3000.0}}
 GEMMA = WIDE | {"query_pre_attn_scalar": 32, "sliding_window": 16}
 
 # a name: the model type and what its configuration has
@@ -114,6 +122,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("granitemoe", GROUPED | SCALES | LOCAL),
     "granitemoeshared": ("granitemoeshared", GROUPED | SCALES | LOCAL | {"shared_intermediate_size": 128}),
     "granitemoeshared, none": ("granitemoeshared", GROUPED | SCALES | LOCAL),
+    "gpt_oss": ("gpt_oss", OSS),
+    "gpt_oss, yarn": ("gpt_oss", OSS | YARN),
     "ernie4_5_moe": ("ernie4_5_moe", WIDE | ERNIE),
     "ernie4_5_moe, none shared": ("ernie4_5_moe", WIDE | ERNIE | {"moe_layer_start_index": 2, "moe_num_shared_experts": 0}),
 }  # fmt: skip
@@ -134,7 +144,7 @@ def build(case: str, **changes: Any) -> PreTrainedModel:
         for name, tensor in net.named_parameters():
             noise = torch.from_numpy(rng.standard_normal(tuple(tensor.shape), dtype=np.float32))
             if tensor.dim() == 1 or "norm" in name:
-                tensor.add_(0.3 * noise)
+                tensor.add_((2.0 if name.endswith("sinks") else 0.3) * noise)
             else:
                 tensor.copy_(noise * (0.12 if "head" in name or "embed" in name or "wte" in name else 0.13))
     return net.eval().requires_grad_(False)

@@ -124,16 +124,38 @@ def test_three_stacked_tensors_and_a_router(tmp_path: Path) -> None:
 
 
 @needs_engine
-@pytest.mark.parametrize("case", [*PARTED, "granitemoe", "granitemoeshared"])
+@pytest.mark.parametrize("case", [*PARTED, "granitemoe", "granitemoeshared", "gpt_oss"])
 @pytest.mark.parametrize(("kind", "bound"), [("gguf:f16", 1e-4), ("gguf:q8_0", 2e-2)])
 def test_rounded_experts_run(case: str, kind: str, bound: float, tmp_path: Path) -> None:
     net = save(case, tmp_path / "m")
     report = export(tmp_path / "m", kind, tmp_path / "x.gguf")
     types = {name: tensor.tensor_type.name for name, tensor in tensors(report.path).items()}
-    stacked = {name: kind for name, kind in types.items() if "_exps" in name}
+    stacked = {name: kind for name, kind in types.items() if name.endswith("_exps.weight")}
     assert len(stacked) >= 9
     assert set(stacked.values()) == {kind.removeprefix("gguf:").upper()}
     assert divergence(net, report.path) <= bound
+
+
+PUBLISHED: dict[str, Any] = {  # gpt-oss-20b's
+    "head_dim": 64, "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    },
+}  # fmt: skip
+
+
+@needs_engine
+def test_a_ramp_that_llama_cpp_rounds_is_said(tmp_path: Path) -> None:
+    net = save("gpt_oss", tmp_path / "m", **PUBLISHED)
+    report = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf")
+    assert any("rounds the ends of YaRN's ramp" in note for note in report.notes)
+    assert 1e-7 < divergence(net, report.path) < 1e-5  # of the rotation: without it 1e-11
+    rope = PUBLISHED["rope_parameters"] | {"truncate": True}
+    net = save("gpt_oss", tmp_path / "n", **PUBLISHED | {"rope_parameters": rope})
+    report = export(tmp_path / "n", "gguf:f32", tmp_path / "y.gguf")
+    assert report.notes == ()
+    assert divergence(net, report.path, TEXT * 10) < 1e-8
 
 
 def test_a_mixture_s_file_is_not_read_back(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from deploy_harness import tokenizer
-from family_harness import CASES, TEXT, build, divergence, save
+from family_harness import CASES, TEXT, YARN, build, divergence, save
 from safetensors.numpy import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -195,6 +195,10 @@ OTHERWISE: list[tuple[str, dict[str, Any], str]] = [
     ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads=2 of 6 heads in a olmoe"),
     ("ernie4_5_moe", {"moe_layer_interval": 2}, "moe_layer_interval=2 in a ernie4_5_moe"),
     ("ernie4_5_moe", {"moe_layer_end_index": 2}, "moe_layer_end_index=2 of 4 blocks"),
+    ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0 in a gpt_oss"),
+    ("gpt_oss", {"layer_types": ["full_attention"] * 4}, "layer_types other than each 2nd without a window"),
+    ("gpt_oss, yarn", {"rope_parameters": YARN["rope_parameters"] | {"beta_fast": 20.0}}, "'yarn' with beta_fast=20.0"),
+    ("gpt_oss, yarn", {"rope_parameters": YARN["rope_parameters"] | {"attention_factor": 1.5}}, "'yarn' with attention_factor=1.5"),
     ("phi3", {"head_dim": 32}, "heads are 192 wide together where the model is 96"),
 ]  # fmt: skip
 

@@ -69,36 +69,9 @@ def _granite_keys(config: Any) -> dict[str, Value]:
     }  # fmt: skip
 
 
-def _narrow_experts(config: Any) -> dict[str, Value]:
-    return dict(experts.keys(config, "moe_intermediate_size"))
-
-
 def _granite_experts_keys(config: Any) -> dict[str, Value]:
     shared = int(getattr(config, "shared_intermediate_size", 0))
     return _granite_keys(config) | experts.keys(config) | {"expert_shared_feed_forward_length": shared}
-
-
-def _olmoe_misfit(config: Any) -> str | None:
-    heads, keys = int(config.num_attention_heads), int(config.num_key_value_heads)
-    return None if keys == heads else f"num_key_value_heads={keys} of {heads} heads in a olmoe"
-
-
-def _ernie_keys(config: Any) -> dict[str, Value]:
-    shared = int(config.moe_num_shared_experts) * int(config.moe_intermediate_size)
-    return _narrow_experts(config) | {
-        "expert_shared_count": int(config.moe_num_shared_experts), "expert_shared_feed_forward_length": shared,
-        "interleave_moe_layer_step": int(config.moe_layer_interval),
-        "leading_dense_block_count": int(config.moe_layer_start_index),
-    }  # fmt: skip
-
-
-def _ernie_misfit(config: Any) -> str | None:
-    last = config.moe_layer_end_index
-    return (
-        None
-        if last == config.num_hidden_layers - 1
-        else f"moe_layer_end_index={last} of {config.num_hidden_layers} blocks"
-    )
 
 
 def _longrope_keys(config: Any) -> dict[str, Value]:
@@ -298,23 +271,28 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             "llama", interleaved=True, square=False, options=_SILU, window="sliding_window", keys=experts.keys,
         ),
         "qwen3_moe": Family(
-            "qwen3moe", square=False, keys=_narrow_experts,
+            "qwen3moe", square=False, keys=experts.narrow_keys,
             options=_only(_SILU, _NO_WINDOW, _ALL_EXPERTS, attention_bias=(False,), norm_topk_prob=(True,)),
         ),
         "qwen2_moe": Family(
             "qwen2moe", options=_only(_SILU, _NO_WINDOW, _OWN_HEAD, _ALL_EXPERTS, norm_topk_prob=(False,)),
-            keys=lambda config: _narrow_experts(config)
+            keys=lambda config: experts.narrow_keys(config)
             | {"expert_shared_feed_forward_length": int(config.shared_expert_intermediate_size)},
         ),
         "olmoe": Family(
-            "olmoe", keys=experts.keys, misfit=_olmoe_misfit,
+            "olmoe", keys=experts.keys, misfit=experts.olmoe_misfit,
             options=_only(_SILU, _OWN_HEAD, attention_bias=(False,), clip_qkv=(None,), norm_topk_prob=(False,)),
         ),
         "granitemoe": Family("granitemoe", interleaved=True, options=_SILU, keys=_granite_experts_keys),
         "granitemoeshared": Family("granitemoe", interleaved=True, options=_SILU, keys=_granite_experts_keys),
         "ernie4_5_moe": Family(
-            "ernie4_5-moe", square=False, keys=_ernie_keys, misfit=_ernie_misfit,
+            "ernie4_5-moe", square=False, keys=experts.ernie_keys, misfit=experts.ernie_misfit,
             options=_only(_SILU, use_bias=(False,), moe_layer_interval=(1,)),
+        ),
+        "gpt_oss": Family(
+            "gpt-oss", square=False, paired=True, transposed=experts.STACKED, layers=_WINDOWS,
+            scalings=("default", "yarn"), keys=experts.gpt_oss_keys, misfit=experts.gpt_oss_misfit,
+            options=_only(_OWN_HEAD, attention_bias=(True,), swiglu_alpha=(1.702,), swiglu_limit=(7.0,)),
         ),
     }
 )  # fmt: skip
