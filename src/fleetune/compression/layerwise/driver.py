@@ -45,15 +45,17 @@ from fleetune.planning.compression_cost import END_ROWS
 
 
 def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
-    """Return (block, its linear layers by name in the net) for every decoder block."""
+    """Return (block, its linear layers by name in the net) for every decoder block, without gates of a single output."""
     modules = dict(model.net.named_modules())
     found = []
     for layer in layers_of(model.net):
         inside = modules[layer.name].named_modules()
-        found.append(
-            (modules[layer.name], {f"{layer.name}.{n}": m for n, m in inside if isinstance(m, nn.Linear)})
-        )
+        found.append((modules[layer.name], {f"{layer.name}.{n}": m for n, m in inside if _is_matrix(m)}))
     return found
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module.out_features > 1
 
 
 def check(model: Model, solver: Solver) -> None:
