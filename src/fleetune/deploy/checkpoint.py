@@ -124,12 +124,14 @@ class Checkpoint:
         """Return the codes of a parameter; None for a dense one."""
         q = self._joined.quantised(self._stored[name])
         if q is not None:
-            self._check_shape(name, q.codes)
+            self._check_shape(name, q.shape)
         return q
 
     def weight(self, name: str) -> Tensor:
         """Return the values of a parameter: float32 for a quantised one, else in the stored dtype."""
-        return self._check_shape(name, self._joined.weight(self._stored[name]))
+        weight = self._joined.weight(self._stored[name])
+        self._check_shape(name, tuple(weight.shape))
+        return weight
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -141,13 +143,12 @@ class Checkpoint:
         """Whether the source is a master artefact."""
         return isinstance(self.source, Master)
 
-    def _check_shape(self, name: str, tensor: Tensor) -> Tensor:
-        if tuple(tensor.shape) != self.shapes[name]:
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if shape != self.shapes[name]:
             raise ModelError(
-                f"{self.folder}: {name} has shape {tuple(tensor.shape)}, the configuration says {self.shapes[name]}",
+                f"{self.folder}: {name} has shape {shape}, the configuration says {self.shapes[name]}",
                 hint="the weights belong to another configuration: make or fetch the model again",
             )
-        return tensor
 
 
 def _stored_names(net: PreTrainedModel, source: TensorSource) -> dict[str, str]:

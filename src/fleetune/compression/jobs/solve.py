@@ -137,7 +137,7 @@ def prepare(
     from fleetune.compression.layerwise import driver
 
     try:
-        driver.check(inputs.model, solver)
+        driver.check(inputs.model, solver, experts=_takes_experts(request))
     except RecipeError as error:
         if budget.asked(request):
             error.hint = f"leave out {budget.flag_of(request)}; then {error.hint}"
@@ -204,6 +204,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         lambda block, blocks: _report_block(listener, block, blocks),
         true_sequential=job.request.true_sequential,
         plan=plan,
+        experts=_takes_experts(job.request),
     )
     listener.note(_summary(blocks.blocks, plan is not None))
     if not job.request.train_scales:
@@ -213,6 +214,11 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         listener, job.inputs.model, blocks, job.calibration, job.request, folder / PARTS, origin
     )
     return Weights(blocks.blocks, trained)
+
+
+def _takes_experts(request: CompressRequest) -> bool:
+    """Return whether a mixture's experts are compressed: not on a budget, nor from the sums of clients."""
+    return not budget.asked(request) and request.calibrate not in (CLIENTS, FLEET)
 
 
 def _origin_of(job: SolveJob) -> str:
