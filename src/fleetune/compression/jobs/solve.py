@@ -195,6 +195,8 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
             raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=resume_command)
 
     plan = _plan(listener, job, folder / PARTS, origin)
+    if left := driver.experts_left(job.inputs.model, taken=_takes_experts(job.request)):
+        listener.note(f"the experts of {counted(left, 'layer')} stay as they are: {_reason(job.request)}")
     blocks = driver.run(
         job.inputs.model,
         job.solver,
@@ -219,6 +221,15 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
 def _takes_experts(request: CompressRequest) -> bool:
     """Return whether a mixture's experts are compressed: not on a budget, nor from the sums of clients."""
     return not budget.asked(request) and request.calibrate not in (CLIENTS, FLEET)
+
+
+def _reason(request: CompressRequest) -> str:
+    """Say why experts are not compressed."""
+    if budget.asked(request):
+        return "a budget is spent on the other matrices"
+    if not _takes_experts(request):
+        return "the devices send no sums of theirs"
+    return "their matrices are stored the other way round, or have biases"
 
 
 def _origin_of(job: SolveJob) -> str:

@@ -35,7 +35,7 @@ from fleetune.common.display import counted
 from fleetune.compression import Solved, Solver
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates
 from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks, MatrixResult
-from fleetune.compression.layerwise.experts import Experts, Routed, experts_of, solve_experts
+from fleetune.compression.layerwise.experts import Experts, Routed, experts_of, has_experts, solve_experts
 from fleetune.compression.layerwise.grids import DEFAULTS, GROUPS, INSTEAD
 from fleetune.compression.layerwise.hessian import share, trace
 from fleetune.errors import DataError, ModelError, RecipeError
@@ -60,6 +60,13 @@ def _experts_in(model: Model) -> list[list[Experts]]:
     """Return the experts of every decoder block whose matrices can be solved."""
     modules = dict(model.net.named_modules())
     return [experts_of(layer.name, modules[layer.name]) for layer in layers_of(model.net)]
+
+
+def experts_left(model: Model, *, taken: bool) -> int:
+    """Return how many blocks have experts that stay as they are; `taken` tells whether experts are compressed at all."""
+    solved = _experts_in(model) if taken else [[] for _ in layers_of(model.net)]
+    blocks = [block for block, _ in linears_of(model)]
+    return sum(has_experts(block) and not found for block, found in zip(blocks, solved, strict=True))
 
 
 def _is_matrix(module: nn.Module) -> bool:

@@ -47,6 +47,11 @@ class Routed(NamedTuple):
     chosen: Tensor  # int64 [T, k]: each token's experts
 
 
+def has_experts(block: nn.Module) -> bool:
+    """Return whether a block has matrices of experts, in whatever form (a convolution's [C, 1, K] is none)."""
+    return any(p.dim() == 3 and p.shape[1] > 1 for p in block.parameters())
+
+
 def experts_of(name: str, block: nn.Module) -> list[Experts]:
     """Return the experts in a block whose matrices are [out, in], gate above up; `name` is the block's."""
     found = []

@@ -115,6 +115,10 @@ def write_codes(
             if not torch.equal(decode(file, layer, q), q.dense()):
                 raise damaged(folder / FILE, f"{layer} does not decode to its weights")
     of_rounding = [f"{are(len(rounded), 'dense tensor')} rounded to fp16"] if rounded else []
+    if any((q := model.quantised(name)) is not None and q.experts for name in model.names):
+        of_rounding.append(
+            f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF holds theirs"
+        )
     return report(model, folder, to, len(rounded), [*of_runtimes, *of_rounding, *notes])
 
 

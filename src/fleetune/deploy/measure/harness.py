@@ -303,7 +303,8 @@ def _of_folder(folder: Path) -> Iterator[tuple[bool, int, int]]:
             size = count * model.weight(name).element_size()
         else:
             size = sum(part.numel() * part.element_size() for part in stored(name, q).values())
-        yield inside and (name in model.linears or (q is not None and q.experts > 0)), count, size
+        matrix = name in model.linears or (len(shape) == 3 and shape[1] > 1)  # experts
+        yield inside and matrix, count, size
 
 
 # ---------------------------------------------------------------- kept gain
