@@ -13,6 +13,7 @@ import pytest
 import torch
 from adapters_harness import IDS, MASK, NETS, SPECS, each, on, out, stored
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
