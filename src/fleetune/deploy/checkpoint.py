@@ -13,7 +13,7 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from fleetune.deploy.joining import JoinedSource
+from fleetune.deploy.joining import JoinedSource, TensorSource
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.artefact import Master, Quantised
 from fleetune.models.artefact_folder import is_master
@@ -29,24 +29,6 @@ from fleetune.models.families.widths import build
 from fleetune.models.hf_folder import check_folder, config_of, is_encoder
 
 BUFFERS: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
-
-
-class TensorSource(Protocol):
-    """A model on disk, read one tensor at a time."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder with config.json and the tokenizer's files."""
-
-    @property
-    def names(self) -> list[str]:
-        """The parameters, quantised or not."""
-
-    def quantised(self, name: str) -> Quantised | None:
-        """Return the codes of a parameter; None for a dense one."""
-
-    def weight(self, name: str) -> Tensor:
-        """Return the values of a parameter."""
 
 
 class PlainFolder:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Final, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,12 +25,27 @@ from transformers.core_model_loading import (
 )
 
 from fleetune.errors import ModelError
+from fleetune.models.artefact import Quantised
 
-if TYPE_CHECKING:
-    from fleetune.deploy.checkpoint import TensorSource
-    from fleetune.models.artefact import Quantised
+AGAIN: Final = "the weights belong to another configuration: make or fetch the model again"
 
-AGAIN = "the weights belong to another configuration: make or fetch the model again"
+
+class TensorSource(Protocol):
+    """A model on disk, read one tensor at a time."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder with config.json and the tokenizer's files."""
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters, quantised or not."""
+
+    def quantised(self, name: str) -> Quantised | None:
+        """Return the codes of a parameter; None for a dense one."""
+
+    def weight(self, name: str) -> Tensor:
+        """Return the values of a parameter."""
 
 
 class JoinedSource:
