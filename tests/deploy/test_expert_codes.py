@@ -22,6 +22,7 @@ from fleetune.deploy.export import export
 from fleetune.errors import ModelError
 from fleetune.models.artefact import Master
 from fleetune.models.loading import load_artefact
+from fleetune.runs.listener import Silent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 
@@ -121,3 +122,38 @@ def test_a_mapped_mixture_is_compressed_the_same(tmp_path: Path) -> None:
     ]
     one, other = ((folder / "model" / "master.safetensors").read_bytes() for folder in made)
     assert one == other
+
+
+class Heard(Silent):
+    """Keeps the remarks."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ({"bpw": 6.0}, "a budget is spent on the other matrices"),
+        ({"calibrate": "clients"}, "the devices send no sums of theirs"),
+    ],
+)
+def test_experts_that_stay_are_said(how: dict[str, Any], why: str, tmp_path: Path) -> None:
+    save("qwen3_moe", tmp_path / "m")
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
+    heard = Heard()
+    subject, given = tmp_path / "m", {"text": tmp_path / "t.txt"}
+    if "calibrate" in how:
+        rows = [{"instruction": f"say {i}", "output": "yes and no, as it is said"} for i in range(12)]
+        subject, given = fleetune.tune(
+            tmp_path / "m", rows, method="fedpetuning", settings={"module": "full", "epochs": 1, "batch_size": 4},
+            clients=2, rounds=1, samples=0, max_length=64, held_out=4, out=tmp_path / "tuned",
+        ).folder, {}  # fmt: skip
+    made = fleetune.compress(
+        subject, method="optq", out=tmp_path / "runs", length=16, windows=4, listener=heard, **given, **how
+    )
+    assert Master(made.folder / "model").head.experts == {}
+    assert f"the experts of 4 layers stay as they are: {why}" in heard.notes
