@@ -85,25 +85,29 @@ class HiddenStates:
         if self.true_sequential:
             self._ahead = self._solve_in_pass(number, linears, solve, experts, solve_routed)
             return
-        calls = {each.name: list[Routed]() for each in experts}
-        H = self.hessians(number, linears, experts, lambda each, routed: calls[each.name].append(routed))
+        if not experts:
+            H = self.hessians(number, linears)
+        else:
+            calls = {each.name: list[Routed]() for each in experts}
+            H = self._collect(number, linears, experts, lambda each, routed: calls[each.name].append(routed))
         for name in [name for name in linears if name in H]:
             solve(name, H[name])
         for each in experts:
             if found := calls.pop(each.name):
                 solve_routed(each, Routed(*(torch.cat(parts) for parts in zip(*found, strict=True))))
 
-    def hessians(
+    def hessians(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+        """Return H by layer name; layers that read the same tensor share one H."""
+        return self._collect(number, linears, (), lambda experts, routed: None)
+
+    def _collect(
         self,
         number: int,
         linears: Mapping[str, nn.Linear],
-        experts: Sequence[Experts] = (),
-        take: SolveExperts = lambda experts, routed: None,
+        experts: Sequence[Experts],
+        take: SolveExperts,
     ) -> dict[str, Tensor]:
-        """Return H by layer name; layers that read the same tensor share one H.
-
-        `take` gets what experts are called with, in every window.
-        """
+        """Return H by layer name; `take` gets what experts are called with, in every window."""
         H: dict[str, Tensor] = {}
         shared = _SharedInputs()
         called = list[str]()  # in this window
