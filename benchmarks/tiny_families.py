@@ -27,14 +27,15 @@ _GROUPED: Final = _PLAIN | {"num_key_value_heads": 2}
 _OLD: Final = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _GEMMA: Final = _GROUPED | {"head_dim": 8}
 _WINDOW: Final = {"sliding_window": 16, "query_pre_attn_scalar": 8}
+_EXPERTS: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LOCAL: Final = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 DECODERS: Final[dict[str, dict[str, Any]]] = {
     "llama": _GROUPED,
     "mistral": _GROUPED | {"head_dim": 8, "sliding_window": 16},
     "qwen2": _GROUPED,
     "qwen3": _GROUPED | {"head_dim": 8},
-    "qwen3_moe": _GROUPED
-    | {"head_dim": 8, "moe_intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": _GROUPED | _EXPERTS | {"head_dim": 8},
     "gemma": _GEMMA,
     "gemma2": _GEMMA | _WINDOW,
     "gemma3_text": _GEMMA | _WINDOW,
@@ -61,7 +62,12 @@ DECODERS: Final[dict[str, dict[str, Any]]] = {
     "hunyuan_v1_dense": _GROUPED | {"head_dim": 8},
     "gpt_bigcode": _OLD,
     "glm": _GROUPED | {"head_dim": 8},
-    "mixtral": _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": _GROUPED | _LOCAL,
+    "qwen2_moe": _GROUPED | _EXPERTS | {"shared_expert_intermediate_size": 40},
+    "olmoe": _PLAIN | _EXPERTS,
+    "granitemoe": _GROUPED | _LOCAL,
+    "granitemoeshared": _GROUPED | _LOCAL | {"shared_intermediate_size": 40},
+    "ernie4_5_moe": _GROUPED | {"head_dim": 8, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
     "lfm2": _GROUPED | {"block_multiple_of": 8, "layer_types": ["conv", "full_attention"]},
     "cohere": _GROUPED,
     "cohere2": _GROUPED | {"sliding_window": 16},

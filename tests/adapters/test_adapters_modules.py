@@ -13,6 +13,7 @@ import pytest
 import torch
 from adapters_harness import IDS, MASK, NETS, SPECS, each, on, out, stored
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -97,6 +98,16 @@ def test_bitfit_takes_biases_where_there_are_some() -> None:
     biases = {n for n, _ in models.tiny_bert().net.named_parameters() if n.endswith("bias")}
     assert biases < names
     assert names - biases == {"bert.pooler.dense.weight", "classifier.weight"}
+
+
+def test_a_bias_that_only_chooses_experts_is_none() -> None:
+    """It has no gradient; without others the norms are trained."""
+    model = models.tiny_llama()
+    layer = model.net.model.layers[0]
+    layer.mlp.moe_statics = nn.Module()
+    layer.mlp.moe_statics.e_score_correction_bias = nn.Parameter(torch.zeros(1, 4), requires_grad=False)
+    adapters.attach(model, Bitfit(), seed=1)
+    assert all(n.endswith("norm.weight") for n in adapters.trainable(model))
 
 
 # ---------------------------------------------------------------- training

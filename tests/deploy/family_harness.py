@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fleetune import models
 from fleetune.deploy.measure import llamacpp
+from fleetune.models.families import experts
 
 TEXT = [int(token) for token in np.random.default_rng(5).integers(0, 259, 48)]
 # no two of the widths are alike, and blocks of 32 divide them all
@@ -45,9 +46,24 @@ LLAMA3 = {
 SCALES = {
     "attention_multiplier": 0.2, "residual_multiplier": 0.6, "embedding_multiplier": 3.0, "logits_scaling": 0.7,
 }  # fmt: skip
+YARN = {
+    "max_position_embeddings": 4096,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 3000.0, "factor": 4.0, "original_max_position_embeddings": 1024,
+        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
+    },
+}  # fmt: skip
 LFM2 = GROUPED | {
     "intermediate_size": 230, "block_multiple_of": 32, "layer_types": ["conv", "full_attention", "conv", "conv"],
 }  # fmt: skip
+EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+}  # of another width than the block's
+LOCAL = {"num_local_experts": 5, "num_experts_per_tok": 3}
+ERNIE = {"moe_num_experts": 5, "moe_k": 3, "moe_intermediate_size": 64}
+OSS = WIDE | LOCAL | {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 3000.0}}
 GEMMA = WIDE | {"query_pre_attn_scalar": 32, "sliding_window": 16}
 
 # a name: the model type and what its configuration has
@@ -98,6 +114,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_v1_dense": ("hunyuan_v1_dense", WIDE),
     "gpt_bigcode": ("gpt_bigcode", OLD | {"n_inner": 160}),
     "glm": ("glm", GROUPED | {"head_dim": 16}),
+    "mixtral": ("mixtral", WIDE | LOCAL | WINDOW),
+    "mixtral, tied": ("mixtral", GROUPED | LOCAL | {"tie_word_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", WIDE | EXPERTS | {"norm_topk_prob": True}),
+    "qwen2_moe": ("qwen2_moe", GROUPED | EXPERTS | {"shared_expert_intermediate_size": 128}),
+    "olmoe": ("olmoe", PLAIN | EXPERTS),
+    "granitemoe": ("granitemoe", GROUPED | SCALES | LOCAL),
+    "granitemoeshared": ("granitemoeshared", GROUPED | SCALES | LOCAL | {"shared_intermediate_size": 128}),
+    "granitemoeshared, none": ("granitemoeshared", GROUPED | SCALES | LOCAL),
+    "gpt_oss": ("gpt_oss", OSS),
+    "gpt_oss, yarn": ("gpt_oss", OSS | YARN),
+    "ernie4_5_moe": ("ernie4_5_moe", WIDE | ERNIE),
+    "ernie4_5_moe, none shared": ("ernie4_5_moe", WIDE | ERNIE | {"moe_layer_start_index": 2, "moe_num_shared_experts": 0}),
 }  # fmt: skip
 
 
@@ -116,7 +144,7 @@ def build(case: str, **changes: Any) -> PreTrainedModel:
         for name, tensor in net.named_parameters():
             noise = torch.from_numpy(rng.standard_normal(tuple(tensor.shape), dtype=np.float32))
             if tensor.dim() == 1 or "norm" in name:
-                tensor.add_(0.3 * noise)
+                tensor.add_((2.0 if name.endswith("sinks") else 0.3) * noise)
             else:
                 tensor.copy_(noise * (0.12 if "head" in name or "embed" in name or "wte" in name else 0.13))
     return net.eval().requires_grad_(False)
@@ -137,19 +165,32 @@ def save(case: str, folder: Path, **changes: Any) -> PreTrainedModel:
     return net
 
 
-class Adapted(llamacpp.LlamaCpp):
-    """llama.cpp with an adapter of `lora` in every context."""
+class Engine(llamacpp.LlamaCpp):
+    """llama.cpp with an adapter in every context where there is one, and for a mixture with attention in fp32.
 
-    def __init__(self, file: Path, lora: Path) -> None:
+    A mixture whose attention is rounded to fp16 chooses other experts where two score nearly alike.
+    """
+
+    def __init__(self, file: Path, *, lora: Path | None, precise: bool) -> None:
         super().__init__(file, 1)
-        adapter = self._lib.llama_adapter_lora_init(self._model, str(lora).encode())
-        assert adapter != self._ffi.NULL
-        self._adapters = self._ffi.new("struct llama_adapter_lora *[]", [adapter])
+        self._precise, self._adapters = precise, None
+        if lora is not None:
+            adapter = self._lib.llama_adapter_lora_init(self._model, str(lora).encode())
+            assert adapter != self._ffi.NULL
+            self._adapters = self._ffi.new("struct llama_adapter_lora *[]", [adapter])
+
+    def _settings(self, length: int) -> Any:
+        settings = super()._settings(length)
+        if self._precise:
+            settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
+            settings.flash_attn_type = 0  # disabled
+        return settings
 
     def open(self, length: int) -> None:
         super().open(length)
-        scales = self._ffi.new("float[]", [1.0])
-        assert self._lib.llama_set_adapters_lora(self._context, self._adapters, 1, scales) == 0
+        if self._adapters is not None:
+            scales = self._ffi.new("float[]", [1.0])
+            assert self._lib.llama_set_adapters_lora(self._context, self._adapters, 1, scales) == 0
 
 
 @torch.inference_mode()
@@ -158,7 +199,7 @@ def divergence(
 ) -> float:
     """The mean Kullback-Leibler divergence, in nats, of llama.cpp's next tokens from transformers'."""
     own = net(input_ids=torch.tensor([list(ids)])).logits[0, :-1].double().log_softmax(-1)
-    engine = llamacpp.LlamaCpp(file, 1) if lora is None else Adapted(file, lora)
+    engine = Engine(file, lora=lora, precise=experts.count(net.config) > 0)
     try:
         found = np.concatenate([piece.copy() for piece in engine.scored_logits([(list(ids), 0)])])
     finally:

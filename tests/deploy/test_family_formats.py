@@ -22,6 +22,7 @@ from fleetune.models.families import table  # noqa: E402
 from fleetune.models.mapped.stored import weight_files  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "granitemoeshared", "ernie4_5_moe")
 
 
 def test_the_page_has_every_family_with_a_place_in_gguf() -> None:
@@ -39,8 +40,11 @@ def test_codes_of_a_family(family: str, tmp_path: Path) -> None:
         fleetune.compress(model, method="rtn", settings={"group": 8}, out=tmp_path / "runs").folder / "model"
     )
     master = open_checkpoint(folder)
-    codes = [name for name in master.names if master.quantised(name) is not None]
+    found = {name: q for name in master.names if (q := master.quantised(name)) is not None}
+    codes = [name for name, q in found.items() if not q.experts]
+    experts = [name for name, q in found.items() if q.experts]
     assert codes
+    assert bool(experts) == (family in MIXTURES)
     for to in ("gptq", "compressed-tensors"):
         report = export(folder, to, tmp_path / to)
         stored = {name for file in weight_files(report.path) for name in load_file(file)}
@@ -48,4 +52,5 @@ def test_codes_of_a_family(family: str, tmp_path: Path) -> None:
         assert {name.removesuffix(packed) for name in stored if name.endswith(packed)} == {
             name.removesuffix(".weight") for name in codes
         }
+        assert set(experts) <= stored  # in 16 bits
         assert report.exact >= len(codes)

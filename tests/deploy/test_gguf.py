@@ -338,7 +338,7 @@ def test_every_damaged_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
     compressed(tiny(rope_parameters=LLAMA3), tmp_path / "m")
     path = export(tmp_path / "m", "gguf", tmp_path / "x.gguf").path
     model = open_checkpoint(tmp_path / "m")
-    entries = gguf._plan(model, None, [])
+    entries = gguf.plan(model, None, [])
     factors = rope.tensors(model.config)
     whole = path.read_bytes()
     rounded = gguf.verify(path, model, entries, factors)

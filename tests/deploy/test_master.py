@@ -167,8 +167,8 @@ def test_damage_is_said(tmp_path: Path) -> None:
     changed({f"{name}.scale": torch.zeros(1, 1, dtype=torch.float16)})
     with pytest.raises(ModelError, match=f"the parts of {name} do not fit"):
         Master(path.parent).quantised(name)
-    changed({}, version=4)
-    with pytest.raises(ModelError, match="version 4, this Fleetune reads 1 to 3"):
+    changed({}, version=5)
+    with pytest.raises(ModelError, match="version 5, this Fleetune reads 1 to 4"):
         Master(path.parent)
     changed({}, grids=[1])
     with pytest.raises(ModelError, match="head is damaged"):

@@ -2,7 +2,8 @@
 """Train some of the model's own parameters (BitFit, norms, or all) as fp32 copies.
 
 BitFit (Ben Zaken, Ravfogel, Goldberg, ACL 2022, arXiv 2106.10199) trains the biases alone.  Models without
-biases (llama and its relatives) train the weights of the norms instead, also one number a channel and layer.
+biases (llama and its relatives) train the weights of the norms instead, also one number a channel and layer.  A bias by which
+a router only chooses experts (ERNIE 4.5's) has no gradient and counts as none.
 `Full` trains every tensor.
 
 The stored tensors are put aside, untouched, and restored when the part is removed.  On a 16-bit base the copies
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from fleetune.errors import ModelError
 from fleetune.models.mapped.net import into_memory
 from fleetune.models.model import Model, named_tensors
+
+CHOOSING: Final = "e_score_correction_bias"
 
 
 class ParameterCopies:
@@ -108,7 +111,8 @@ class Bitfit:
 
     def put_on(self, model: Model, seed: int) -> ParameterCopies:
         """Replace them by copies, which start at their values whatever the seed."""
-        names = [n for n, _ in named_tensors(model.net) if n.endswith("bias")] or norms(model.net)
+        biases = [n for n, _ in named_tensors(model.net) if n.endswith("bias") and not n.endswith(CHOOSING)]
+        names = biases or norms(model.net)
         if not names:
             raise ModelError("the model has neither biases nor norms to tune", hint="choose another module")
         return ParameterCopies(model.net, names)

@@ -85,6 +85,7 @@ class Lora:
                 hint="name other layers: targets=...",
             ) from error
         part = _part(tuner)
+        _check_linear(part, type(model.net).__name__)
         if self.dropout and model.device == "cpu":
             _drop_lean(part, self.dropout)
         try:
@@ -200,6 +201,22 @@ def _part(tuner: LoraModel) -> LoraPart:
         b, a = _names(name)
         parameters |= {b: layer.lora_B[ADAPTER].weight, a: layer.lora_A[ADAPTER].weight}
     return LoraPart(tuner, layers, dict(sorted(parameters.items())))
+
+
+def _check_linear(part: LoraPart, net: str) -> None:
+    """Take LoRA off again and raise ModelError where PEFT has put it on experts, which are no linear layers.
+
+    PEFT does so where linear layers beside the experts have the names of the experts' own (ERNIE's shared experts).
+    """
+    linear = {name for name, layer in part.layers.items() if is_linear(layer.get_base_layer())}
+    if len(linear) == len(part.layers):
+        return
+    part.remove()
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    raise ModelError(
+        f"PEFT takes targets of a {net} for its experts, which are no linear layers",
+        hint=f"name the others: targets={','.join(leaves)}",
+    )
 
 
 def _drop_lean(part: LoraPart, share: float) -> None:

@@ -4,7 +4,7 @@
 A source is a master artefact (`artefact.Master`) or a plain Hugging Face directory (`PlainFolder`).  A `Checkpoint`
 gives either the names of transformers: a model built from the configuration on the meta device says which parameters
 there are, which of them are one tensor (tied embeddings) and which belong to linear layers.  The source must hold
-every one of them and nothing else.
+every one of them and nothing else; it may hold a parameter in parts (`joining.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from fleetune.deploy.joining import JoinedSource, TensorSource
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.artefact import Master, Quantised
 from fleetune.models.artefact_folder import is_master
@@ -28,24 +29,6 @@ from fleetune.models.families.widths import build
 from fleetune.models.hf_folder import check_folder, config_of, is_encoder
 
 BUFFERS: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
-
-
-class TensorSource(Protocol):
-    """A model on disk, read one tensor at a time."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder with config.json and the tokenizer's files."""
-
-    @property
-    def names(self) -> list[str]:
-        """The parameters, quantised or not."""
-
-    def quantised(self, name: str) -> Quantised | None:
-        """Return the codes of a parameter; None for a dense one."""
-
-    def weight(self, name: str) -> Tensor:
-        """Return the values of a parameter."""
 
 
 class PlainFolder:
@@ -107,7 +90,8 @@ class Checkpoint:
         net = build(self.config)
         self.shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}  # tied ones once
         self.linears = frozenset(f"{n}.weight" for n, m in net.named_modules() if isinstance(m, nn.Linear))
-        self._stored = _stored_names(net, source)
+        self._joined = JoinedSource(source, net)
+        self._stored = _stored_names(net, self._joined)
 
     @property
     def names(self) -> list[str]:
@@ -120,14 +104,16 @@ class Checkpoint:
 
     def quantised(self, name: str) -> Quantised | None:
         """Return the codes of a parameter; None for a dense one."""
-        q = self.source.quantised(self._stored[name])
+        q = self._joined.quantised(self._stored[name])
         if q is not None:
-            self._check_shape(name, q.codes)
+            self._check_shape(name, q.shape)
         return q
 
     def weight(self, name: str) -> Tensor:
         """Return the values of a parameter: float32 for a quantised one, else in the stored dtype."""
-        return self._check_shape(name, self.source.weight(self._stored[name]))
+        weight = self._joined.weight(self._stored[name])
+        self._check_shape(name, tuple(weight.shape))
+        return weight
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -139,13 +125,12 @@ class Checkpoint:
         """Whether the source is a master artefact."""
         return isinstance(self.source, Master)
 
-    def _check_shape(self, name: str, tensor: Tensor) -> Tensor:
-        if tuple(tensor.shape) != self.shapes[name]:
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if shape != self.shapes[name]:
             raise ModelError(
-                f"{self.folder}: {name} has shape {tuple(tensor.shape)}, the configuration says {self.shapes[name]}",
+                f"{self.folder}: {name} has shape {shape}, the configuration says {self.shapes[name]}",
                 hint="the weights belong to another configuration: make or fetch the model again",
             )
-        return tensor
 
 
 def _stored_names(net: PreTrainedModel, source: TensorSource) -> dict[str, str]:
@@ -153,7 +138,7 @@ def _stored_names(net: PreTrainedModel, source: TensorSource) -> dict[str, str]:
     aliases: dict[int, list[str]] = {}
     for name, parameter in net.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
-    front, (written, parts) = f"{net.base_model_prefix}.", _written_names(net)
+    front, written = f"{net.base_model_prefix}.", _written_names(net)
     has = set(source.names)
     stored, known = dict[str, str](), set[str]()
     for identity, names in aliases.items():
@@ -164,11 +149,6 @@ def _stored_names(net: PreTrainedModel, source: TensorSource) -> dict[str, str]:
     missing = sorted(name for name, found in stored.items() if not found)
     ignored = [re.compile(pattern) for pattern in net._keys_to_ignore_on_load_unexpected or ()]
     extra = sorted(name for name in has - known if not any(pattern.search(name) for pattern in ignored))
-    if missing and has & parts:
-        raise UsageError(
-            f"{source.folder} stores {missing[0]} in parts, as transformers writes experts, and exports do not join them",
-            hint="the directory is ready for transformers as it is",
-        )
     if missing or extra:
         what = (
             f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the configuration does not have"
@@ -180,16 +160,13 @@ def _stored_names(net: PreTrainedModel, source: TensorSource) -> dict[str, str]:
     return stored
 
 
-def _written_names(net: PreTrainedModel) -> tuple[dict[int, list[str]], set[str]]:
-    """Return the names under which transformers writes each parameter, by its identity, and those of parts of parameters."""
+def _written_names(net: PreTrainedModel) -> dict[int, list[str]]:
+    """Return the names under which transformers writes each parameter that it writes whole, by its identity."""
     whole: dict[int, list[str]] = {id(parameter): [] for parameter in net.parameters()}
-    parts = set[str]()
     for name, tensor in revert_weight_conversion(net, dict(net.named_parameters())).items():
         if id(tensor) in whole:
             whole[id(tensor)].append(name)
-        else:
-            parts.add(name)
-    return whole, parts
+    return whole
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

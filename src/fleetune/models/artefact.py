@@ -22,10 +22,12 @@ scale and zero
                             NAME.dmin        float16 [R, C / 256]         both of types with a minimum alone
                             NAME.minima      int8 [R, C / group], of dmin
 
+The experts of a mixture are one parameter [E, R, C]: the file holds their rows one below another, [E R, C], and the header says
+how many experts NAME has.
+
 Every export is a repacking of it.  The header (JSON under "master" in the file's metadata) says how it was
-made and from which base; it has no time and no path, so the same work gives the same bytes.  It is of version 3 where it
-names a super-block type, of version 2 where it names a codebook and no such type, which earlier programs cannot read, else of
-version 1.
+made and from which base; it has no time and no path, so the same work gives the same bytes.  It is of the lowest version that
+can say it, since earlier programs cannot read a later one: 4 names experts, 3 a super-block type, 2 a codebook.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ from fleetune.models.tensor_file import write_in_turn
 VERSION: Final = 1
 WITH_CODEBOOKS: Final = 2  # the version of an artefact that names a codebook
 WITH_SUPERBLOCKS: Final = 3  # the version of an artefact that names a super-block type
+WITH_EXPERTS: Final = 4  # the version of an artefact that names experts
 AGAIN: Final = "compress the model again"
 
 
@@ -75,6 +78,13 @@ class Quantised:
     group: int  # columns that share a scale and a zero
     codebook: str = ""  # of CODEBOOKS; "" where codes are evenly spaced
     blocks: SuperBlocks | None = None  # what `scale` is made of, where it is made of super-blocks' parts
+    experts: int = 0  # whose matrices' rows stand one below another; 0 for a single matrix
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's shape: [R, C], or [experts, R / experts, C]."""
+        R, C = self.codes.shape
+        return (self.experts, R // self.experts, C) if self.experts else (R, C)
 
     @staticmethod
     def of_blocks(codes: Tensor, blocks: SuperBlocks) -> Quantised:
@@ -90,10 +100,11 @@ class Quantised:
         return self.codes.to(torch.int16) - self.zero.to(torch.int16).repeat_interleave(self.group, 1)
 
     def dense(self) -> Tensor:
-        """Return the weights, float32 [R, C]."""
+        """Return the weights, float32, of `shape`."""
         values = self.steps().float() * self.scale.float().repeat_interleave(self.group, 1)
         offset = None if self.blocks is None else self.blocks.offset()
-        return values if offset is None else values - offset.repeat_interleave(self.group, 1)
+        values = values if offset is None else values - offset.repeat_interleave(self.group, 1)
+        return values.view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -110,11 +121,12 @@ class ArtefactHead:
     version: int = VERSION
     codebooks: Mapping[str, str] = field(default_factory=dict)  # NAME on a codebook -> its name
     superblocks: Mapping[str, str] = field(default_factory=dict)  # NAME in super-blocks -> their type
+    experts: Mapping[str, int] = field(default_factory=dict)  # NAME of experts -> how many
 
     def to_json(self) -> str:
         """Return canonical JSON."""
         raw = dataclasses.asdict(self)
-        for later in ("codebooks", "superblocks"):  # earlier versions do not know them
+        for later in ("codebooks", "superblocks", "experts"):  # earlier versions do not know them
             if not raw[later]:
                 del raw[later]
         return json.dumps(raw, sort_keys=True, separators=(",", ":"))
@@ -124,15 +136,17 @@ class ArtefactHead:
         """Parse a header; ModelError when it is not that of a master artefact of this version."""
         try:
             raw = json.loads(text)
-            if raw["version"] not in range(VERSION, WITH_SUPERBLOCKS + 1):
+            if raw["version"] not in range(VERSION, WITH_EXPERTS + 1):
                 raise ModelError(
-                    f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION} to {WITH_SUPERBLOCKS}",
+                    f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION} to {WITH_EXPERTS}",
                     hint="update Fleetune, or compress the model again",
                 )
             if unknown := sorted(set(raw.get("codebooks", {}).values()) - set(CODEBOOKS)):
                 raise ValueError(f"the codebook {unknown[0]!r}")
             if unknown := sorted(set(raw.get("superblocks", {}).values()) - set(SUPER_TYPES)):
                 raise ValueError(f"the super-block type {unknown[0]!r}")
+            if not all(type(n) is int and n > 0 for n in raw.get("experts", {}).values()):
+                raise ValueError("its numbers of experts")
             pairs = {k: {n: (int(a), int(b)) for n, (a, b) in raw[k].items()} for k in ("grids", "shapes")}
             return ArtefactHead(**{**raw, **pairs})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -206,6 +220,7 @@ def assembled(
     columns: int,
     codebook: str = "",
     superblocks: str = "",
+    experts: int = 0,
 ) -> Quantised:
     """Return the matrix whose parts `get` reads by name (`part_names`); ValueError for parts of no such matrix."""
     if group < 1 or not 1 <= bits <= 8:
@@ -214,12 +229,14 @@ def assembled(
     R = len(packed)
     if packed.shape != (R, -(-columns * bits // 8)):
         raise ValueError(f"codes that are not {columns} a row")
+    if experts and R % experts:
+        raise ValueError(f"{R} rows of {experts} experts")
     if not superblocks:
         scale, zero = rest
         groups = (R, columns // group)
         if columns % group or scale.shape != groups or zero.shape != groups:
             raise ValueError(f"parts that are not those of groups of {group}")
-        return Quantised(unpack(packed, bits, columns), scale, zero, bits, group, codebook)
+        return Quantised(unpack(packed, bits, columns), scale, zero, bits, group, codebook, experts=experts)
     of = SUPER_TYPES[superblocks]
     if (bits, group, codebook) != (of.bits, of.group, ""):
         raise ValueError(f"codes of {bits} bits in groups of {group} for {superblocks}")
@@ -227,7 +244,7 @@ def assembled(
     blocks = SuperBlocks(superblocks, *rest)
     if problem := blocks.misfit(R, columns):
         raise ValueError(problem)
-    return Quantised.of_blocks(unpack(packed, bits, columns), blocks)
+    return dataclasses.replace(Quantised.of_blocks(unpack(packed, bits, columns), blocks), experts=experts)
 
 
 def _merged(
@@ -245,21 +262,24 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
     StorageError when it cannot be written or `folder` holds something else; then `folder` is unchanged.
     """
     grids, shapes = dict[str, tuple[int, int]](), dict[str, tuple[int, int]]()
-    codebooks, superblocks = dict[str, str](), dict[str, str]()
+    codebooks, superblocks, experts = dict[str, str](), dict[str, str](), dict[str, int]()
     table = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
     for name, weight in _merged(model, changed):
         table |= {n: (t.dtype, tuple(t.shape)) for n, t in stored(name, weight).items()}
         if isinstance(weight, Quantised):
             (R, C) = weight.codes.shape
             grids[name], shapes[name] = (weight.bits, weight.group), (R, C)
+            if weight.experts:
+                experts[name] = weight.experts
             if weight.blocks is not None:
                 superblocks[name] = weight.blocks.kind
             elif weight.codebook:
                 codebooks[name] = weight.codebook
     version = WITH_SUPERBLOCKS if superblocks else WITH_CODEBOOKS if codebooks else VERSION
     head = dataclasses.replace(
-        head, grids=grids, shapes=shapes, codebooks=codebooks, superblocks=superblocks, version=version
-    )
+        head, grids=grids, shapes=shapes, codebooks=codebooks, superblocks=superblocks, experts=experts,
+        version=WITH_EXPERTS if experts else version,
+    )  # fmt: skip
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, weight in _merged(model, changed):
@@ -316,8 +336,9 @@ class Master:
         kind = self.head.superblocks.get(name, "")
         try:
             found = assembled(
-                lambda part: self._file.get_tensor(f"{name}.{part}"), bits, group, C, codebook, kind
-            )
+                lambda part: self._file.get_tensor(f"{name}.{part}"), bits, group, C, codebook, kind,
+                self.head.experts.get(name, 0),
+            )  # fmt: skip
             if len(found.codes) != R:
                 raise ValueError(f"{len(found.codes)} rows")
         except SafetensorError as error:

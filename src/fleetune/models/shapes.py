@@ -47,6 +47,9 @@ class Shape(NamedTuple):
     head: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # of an encoder: trained with any module
     heads: int = 0  # of a layer's attention
     dropped: int = 0  # as many where attention is thinned out in training (0: the model has no dropout)
+    experts: tuple[
+        Linear, ...
+    ] = ()  # parameters with the matrices of all experts of a layer, one below another
 
     @property
     def outputs(self) -> int:
@@ -153,8 +156,13 @@ def counted(config: PretrainedConfig) -> Shape:
         query_value=tuple(linear for linear in linears if linear.name in projections),
         labels=config.num_labels if encoder else 0,
         head={name: tuple(net.get_parameter(name).shape) for name in head_of(net)},
-        heads=heads, dropped=heads if thins else 0,
+        heads=heads, dropped=heads if thins else 0, experts=_experts(net),
     )  # fmt: skip
+
+
+def _experts(net: Any) -> tuple[Linear, ...]:
+    stacked = ((name, p.shape) for name, p in net.named_parameters() if p.dim() == 3 and p.shape[1] > 1)
+    return tuple(Linear(name, count * out, into) for name, (count, out, into) in stacked)
 
 
 def _places(net: Any) -> list[Layer]:

@@ -13,7 +13,8 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
     work      the largest of three stages, which follow each other:
               solving   the block's Hessians, 4 C^2 for each distinct input (q, k and v share one); copies of one
                         matrix (4 R C each) and of its Hessian (4 C^2 each); the results so far, a byte a weight or,
-                        where they stay floats, s
+                        where they stay floats, s; of experts the results of each and of all, and what a layer's read in
+                        all windows
               running   a window through the block: length * s * (its widest point), its scores where attention is not
                         fused (4 heads length^2, twice), and the block's compressed weights
               (with `--true-sequential` a layer is solved while all windows are at it: both at once)
@@ -67,10 +68,15 @@ class CompressionSize(NamedTuple):
 def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
     """Return the bytes of the peak by part; see the module's text."""
     block = max(blocks(shape).values(), key=_weights)  # after pruning they differ
-    inner = _weights(block)
+    front = ".".join(block[0].name.split(".")[:3])
+    experts = [x for x in shape.experts if x.name.startswith(f"{front}.")]
+    inner = _weights(block) + _weights(experts)
     ends = shape.largest * work.size
     whole = shape.params * work.size
     stages = {"solving": _solving(block, work), "running": 0, "measuring": 0}
+    if experts:
+        stages["solving"] += 2 * _weights(experts) * (work.size if not work.bits else 1)
+        stages["solving"] += 4 * work.windows * work.length * shape.hidden
     if work.windows:
         once = work.windows if work.together else 1
         scores = SCORES * work.heads * work.length**2 * 4
@@ -167,7 +173,7 @@ def _ends(shape: Shape) -> int:
 
 def disk(shape: Shape, work: CompressionSize) -> int:
     """Return the bytes that must be free: the artefact, finished blocks beside it, waiting clients' states."""
-    inner = _weights(shape.linears)
+    inner = _weights(shape.linears) + _weights(shape.experts)
     weight = work.bits / 8 + 3 / (work.group or 1 << 30) if work.bits else float(work.size)
     states = work.windows * work.length * shape.hidden * work.size if work.clients else 0
     return int(2 * inner * weight + (shape.params - inner) * work.size) + states

@@ -137,7 +137,7 @@ def prepare(
     from fleetune.compression.layerwise import driver
 
     try:
-        driver.check(inputs.model, solver)
+        driver.check(inputs.model, solver, experts=_takes_experts(request))
     except RecipeError as error:
         if budget.asked(request):
             error.hint = f"leave out {budget.flag_of(request)}; then {error.hint}"
@@ -197,6 +197,8 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
             raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=resume_command)
 
     plan = _plan(listener, job, folder / PARTS, origin)
+    if left := driver.experts_left(job.inputs.model, taken=_takes_experts(job.request)):
+        listener.note(f"the experts of {counted(left, 'layer')} stay as they are: {_reason(job.request)}")
     blocks = driver.run(
         job.inputs.model,
         job.solver,
@@ -206,6 +208,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         lambda block, blocks: _report_block(listener, block, blocks),
         true_sequential=job.request.true_sequential,
         plan=plan,
+        experts=_takes_experts(job.request),
     )
     listener.note(_summary(blocks.blocks, plan is not None))
     if not job.request.train_scales:
@@ -215,6 +218,20 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         listener, job.inputs.model, blocks, job.calibration, job.request, folder / PARTS, origin
     )
     return Weights(blocks.blocks, trained)
+
+
+def _takes_experts(request: CompressRequest) -> bool:
+    """Return whether a mixture's experts are compressed: not on a budget, nor from the sums of clients."""
+    return not budget.asked(request) and request.calibrate not in (CLIENTS, FLEET)
+
+
+def _reason(request: CompressRequest) -> str:
+    """Say why experts are not compressed."""
+    if budget.asked(request):
+        return "a budget is spent on the other matrices"
+    if not _takes_experts(request):
+        return "the devices send no sums of theirs"
+    return "their matrices are stored the other way round, or have biases"
 
 
 def _origin_of(job: SolveJob) -> str:

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fleetune.compression.layerwise.experts import Experts, Routed
 from fleetune.compression.layerwise.hessian import accumulate, mirrored
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
 
 # Called with a layer's name and its H.  With `true_sequential` it also puts the compressed weights in place.
 SolveLayer = Callable[[str, Tensor], None]
+SolveExperts = Callable[[Experts, Routed], None]
 
 
 class HessianSource(Protocol):
@@ -71,17 +73,41 @@ class HiddenStates:
         """Return states as a block of this net returns them."""
         return (state,) if self._in_tuple else state
 
-    def solve_layers(self, number: int, linears: Mapping[str, nn.Linear], solve: SolveLayer) -> None:
+    def solve_layers(
+        self,
+        number: int,
+        linears: Mapping[str, nn.Linear],
+        solve: SolveLayer,
+        experts: Sequence[Experts] = (),
+        solve_routed: SolveExperts = lambda experts, routed: None,
+    ) -> None:
         """Solve a block's layers: during its forward pass (`true_sequential`), or all of them after it."""
         if self.true_sequential:
-            self._ahead = self._solve_in_pass(number, linears, solve)
+            self._ahead = self._solve_in_pass(number, linears, solve, experts, solve_routed)
             return
-        H = self.hessians(number, linears)
+        if not experts:
+            H = self.hessians(number, linears)
+        else:
+            calls = {each.name: list[Routed]() for each in experts}
+            H = self._collect(number, linears, experts, lambda each, routed: calls[each.name].append(routed))
         for name in [name for name in linears if name in H]:
             solve(name, H[name])
+        for each in experts:
+            if found := calls.pop(each.name):
+                solve_routed(each, Routed(*(torch.cat(parts) for parts in zip(*found, strict=True))))
 
     def hessians(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
         """Return H by layer name; layers that read the same tensor share one H."""
+        return self._collect(number, linears, (), lambda experts, routed: None)
+
+    def _collect(
+        self,
+        number: int,
+        linears: Mapping[str, nn.Linear],
+        experts: Sequence[Experts],
+        take: SolveExperts,
+    ) -> dict[str, Tensor]:
+        """Return H by layer name; `take` gets what experts are called with, in every window."""
         H: dict[str, Tensor] = {}
         shared = _SharedInputs()
         called = list[str]()  # in this window
@@ -93,15 +119,23 @@ class HiddenStates:
                 H[name] = torch.zeros(x.shape[-1], x.shape[-1]) if first == name else H[first]
             if first == name:
                 accumulate(H[name], x.cpu())
+            note(name)
+
+        def note(name: str) -> None:
             called.append(name)
             if called == order:  # the rest of the block is not needed
                 raise _Stop
 
-        with _observed_inputs(linears, observe):
+        def observe_experts(each: Experts, routed: Routed) -> None:
+            take(each, routed)
+            note(each.name)
+
+        every = sorted([*linears, *(each.name for each in experts)])
+        with _observed_inputs(linears, observe), _observed_routes(experts, observe_experts):
             for state in self.states:
                 with suppress(_Stop):
                     self.forward(number, state)
-                if not order and sorted(called) == sorted(linears):
+                if not order and sorted(called) == every:
                     order = called.copy()
                 called.clear()
                 shared = _SharedInputs()
@@ -110,7 +144,12 @@ class HiddenStates:
         return H
 
     def _solve_in_pass(
-        self, number: int, linears: Mapping[str, nn.Linear], solve: SolveLayer
+        self,
+        number: int,
+        linears: Mapping[str, nn.Linear],
+        solve: SolveLayer,
+        experts: Sequence[Experts],
+        solve_routed: SolveExperts,
     ) -> Tensor | None:
         """Solve each layer when all windows reach it; the block's output, None for the last block."""
         shared, done, last = _SharedInputs(), set[str](), number + 1 == len(self.blocks)
@@ -125,11 +164,25 @@ class HiddenStates:
                 accumulate(H, x.cpu())
                 mirrored(H)
             solve(name, H)
+            note(name)
+
+        def note(name: str) -> None:
             done.add(name)
-            if last and len(done) == len(linears):  # nothing reads the output of the last block
+            if last and len(done) == len(linears) + len(
+                experts
+            ):  # nothing reads the output of the last block
                 raise _Stop
 
-        with _observed_inputs(linears, observe), suppress(_Stop):
+        def observe_experts(each: Experts, routed: Routed) -> None:
+            if each.name not in done:
+                solve_routed(each, routed)
+                note(each.name)
+
+        with (
+            _observed_inputs(linears, observe),
+            _observed_routes(experts, observe_experts),
+            suppress(_Stop),
+        ):
             return self.forward(number, self.states[0])
         return None
 
@@ -182,6 +235,21 @@ def _observed_inputs(
         return lambda module, args: observe(name, args[0])
 
     handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _observed_routes(experts: Sequence[Experts], observe: SolveExperts) -> Iterator[None]:
+    """Call `observe(experts, routed)` with what experts are called with, on the CPU, just before they run."""
+
+    def hook(each: Experts) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: observe(each, Routed(args[0].cpu(), args[1].cpu()))
+
+    handles = [each.module.register_forward_pre_hook(hook(each)) for each in experts]
     try:
         yield
     finally:

@@ -42,7 +42,10 @@ def block_file(folder: Path, number: int) -> Path:
 
 
 def described(q: Quantised) -> list[Any]:
-    """Return what `assembled` needs beside the parts: bits, group, columns; then a codebook or a super-block type, if any."""
+    """Return what `assembled` needs beside the parts: bits, group, columns; then codebook, super-block type, experts, if any."""
+    if q.experts:
+        kind = "" if q.blocks is None else q.blocks.kind
+        return [q.bits, q.group, q.codes.shape[1], q.codebook * (not kind), kind, q.experts]
     if q.blocks is not None:
         return [q.bits, q.group, q.codes.shape[1], "", q.blocks.kind]
     return [q.bits, q.group, q.codes.shape[1], *([q.codebook] if q.codebook else [])]

@@ -3,7 +3,8 @@
 
 For every decoder block: run the calibration windows through it and sum the Hessians of its linear layers
 (`hessian.py`; layers that read the same tensor share one), solve the layers, then run the windows through the compressed
-block.  Its outputs are the inputs of the next block.  Norms are not compressed, and embedding and head only with a `Plan`.
+block.  Its outputs are the inputs of the next block.  Norms and routers are not compressed, experts (`experts.py`) without a
+`Plan`, and embedding and head only with one.
 
 With `true_sequential` (GPTQ's name for it) a layer also sees the outputs of the compressed layers before it in its own
 block: all windows go through the block together, and each layer is solved when they reach it.  That is one pass
@@ -34,6 +35,7 @@ from fleetune.common.display import counted
 from fleetune.compression import Solved, Solver
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates
 from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks, MatrixResult
+from fleetune.compression.layerwise.experts import Experts, Routed, experts_of, has_experts, solve_experts
 from fleetune.compression.layerwise.grids import DEFAULTS, GROUPS, INSTEAD
 from fleetune.compression.layerwise.hessian import share, trace
 from fleetune.errors import DataError, ModelError, RecipeError
@@ -45,20 +47,39 @@ from fleetune.planning.compression_cost import END_ROWS
 
 
 def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
-    """Return (block, its linear layers by name in the net) for every decoder block."""
+    """Return (block, its linear layers by name in the net) for every decoder block, without gates of a single output."""
     modules = dict(model.net.named_modules())
     found = []
     for layer in layers_of(model.net):
         inside = modules[layer.name].named_modules()
-        found.append(
-            (modules[layer.name], {f"{layer.name}.{n}": m for n, m in inside if isinstance(m, nn.Linear)})
-        )
+        found.append((modules[layer.name], {f"{layer.name}.{n}": m for n, m in inside if _is_matrix(m)}))
     return found
 
 
-def check(model: Model, solver: Solver) -> None:
-    """Raise RecipeError with every matrix that the settings do not fit or that holds values that are not finite."""
+def _experts_in(model: Model) -> list[list[Experts]]:
+    """Return the experts of every decoder block whose matrices can be solved."""
+    modules = dict(model.net.named_modules())
+    return [experts_of(layer.name, modules[layer.name]) for layer in layers_of(model.net)]
+
+
+def experts_left(model: Model, *, taken: bool) -> int:
+    """Return how many blocks have experts that stay as they are; `taken` tells whether experts are compressed at all."""
+    solved = _experts_in(model) if taken else [[] for _ in layers_of(model.net)]
+    blocks = [block for block, _ in linears_of(model)]
+    return sum(has_experts(block) and not found for block, found in zip(blocks, solved, strict=True))
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module.out_features > 1
+
+
+def check(model: Model, solver: Solver, *, experts: bool = False) -> None:
+    """Raise RecipeError with every matrix that the settings do not fit or that holds values that are not finite.
+
+    `experts` tells whether those of a mixture are compressed too.
+    """
     found = linears_of(model)
+    of_blocks = _experts_in(model) if experts else [[] for _ in found]
     if not any(linears for _, linears in found):
         raise ModelError(
             f"the blocks of a {type(model.net).__name__} have no matrices of torch's linear layers, which are what is "
@@ -67,15 +88,14 @@ def check(model: Model, solver: Solver) -> None:
         )
     alike: dict[str, list[str]] = {}  # a problem without the matrix's name -> those that have it
     shapes = []
-    for block, linears in found:
+    for (block, linears), inside in zip(found, of_blocks, strict=True):
         with in_memory(block):
-            for name, linear in linears.items():
-                R, C = linear.weight.shape
-                shapes.append((f"{name}.weight", R, C))
+            for name, weight in _parameters(linears, inside).items():
+                shapes.append((name, *weight.shape[-2:]))
                 if problem := solver.check(*shapes[-1]):
-                    alike.setdefault(problem.replace(name, ""), []).append(problem)
-                if not _finite(linear.weight):
-                    alike.setdefault("values", []).append(f"{name}.weight holds values that are not finite")
+                    alike.setdefault(problem.replace(name.removesuffix(".weight"), ""), []).append(problem)
+                if not _finite(weight):
+                    alike.setdefault("values", []).append(f"{name} holds values that are not finite")
     if alike:
         problems = [
             same[0] + (f"; and {counted(len(same) - 1, 'matrix', 'matrices')} more" if same[1:] else "")
@@ -176,17 +196,20 @@ def run(
     *,
     true_sequential: bool = False,
     plan: Plan | None = None,
+    experts: bool = False,
 ) -> FinishedBlocks:
     """Compress every block of `model`; blocks that are finished in `folder` are read from there.
 
     calibration: int64 [N, length] windows of tokens, or another source of Hessians; None for a solver without data.
     `on_matrix(block, blocks, name)` is called before every matrix and may raise to stop; finished blocks stay in
-    `folder`.  The weights of `model` are restored afterwards.  A `plan` is for windows.
+    `folder`.  The weights of `model` are restored afterwards.  A `plan` is for windows.  With `experts` those of a mixture are
+    compressed too, from windows or without data.
     """
     if true_sequential and not isinstance(calibration, Tensor):
         raise ValueError("true_sequential is for windows; a source has an order of its own")
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = FinishedBlocks(folder), linears_of(model)
+    of_blocks = _experts_in(model) if experts else [[] for _ in blocks]
     source = (
         HiddenStates(model, calibration, true_sequential) if isinstance(calibration, Tensor) else calibration
     )
@@ -196,14 +219,16 @@ def run(
         return plan.solvers[name] if plan else solver
 
     for number, (block, linears) in enumerate(blocks):
-        with in_memory(block), restored_weights(linears):
+        inside = of_blocks[number]
+        with in_memory(block), restored_weights(linears, inside):
             if not (found := parts.open(number)):
                 on_name = functools.partial(on_matrix, number, len(blocks))
-                _solve_block(solver_of, number, linears, source, parts, on_name, placing)
+                solving = Solving(solver_of, solver, number, on_name, placing)
+                solving.block(linears, inside, source, parts)
             on_block(parts.blocks[-1], len(blocks) + bool(plan))
             if source and (plan or number + 1 < len(blocks)):
                 if found or not placing:
-                    place_weights(linears, parts)
+                    place_weights(linears, parts, inside)
                 source.advance(number)
     if plan:
         assert isinstance(source, HiddenStates)
@@ -231,34 +256,52 @@ def _solve_ends(
     parts.put(BlockResult(len(parts.blocks), tuple(matrices), round(time.monotonic() - began, 3)), found)
 
 
-def _solve_block(
-    solver_of: Callable[[str], Solver],
-    number: int,
-    linears: Mapping[str, nn.Linear],
-    source: HessianSource | None,
-    parts: FinishedBlocks,
-    on_name: Callable[[str], None],
-    placing: bool,
-) -> None:
-    """Solve a block and write it; with `placing` each layer gets its compressed weights as soon as it is solved."""
-    began = time.monotonic()
-    weights, matrices = dict[str, Quantised | Tensor](), list[MatrixResult]()
+class Solving(NamedTuple):
+    """How a block is solved; with `placing` each layer gets its compressed weights as soon as it is solved."""
 
-    def solve(name: str, H: Tensor | None) -> None:
-        on_name(name)
-        linear = linears[name]
-        weight, matrix = _solve_layer(solver_of(f"{name}.weight"), name, linear, H)
-        weights[f"{name}.weight"] = weight
-        matrices.append(matrix)
-        if placing:
-            linear.weight.data = dense(weight).to(linear.weight)
+    solver_of: Callable[[str], Solver]
+    of_experts: Solver
+    number: int
+    on_name: Callable[[str], None]
+    placing: bool
 
-    if source:
-        source.solve_layers(number, linears, solve)
-    for name in linears:
-        if f"{name}.weight" not in weights:  # no window used it, or the solver needs no data
-            solve(name, None)
-    parts.put(BlockResult(number, tuple(matrices), round(time.monotonic() - began, 3)), weights)
+    def block(
+        self,
+        linears: Mapping[str, nn.Linear],
+        experts: Sequence[Experts],
+        source: HessianSource | None,
+        parts: FinishedBlocks,
+    ) -> None:
+        """Solve a block and write it."""
+        began = time.monotonic()
+        weights, matrices = dict[str, Quantised | Tensor](), list[MatrixResult]()
+
+        def solve(name: str, H: Tensor | None) -> None:
+            self.on_name(name)
+            linear = linears[name]
+            weight, matrix = _solve_layer(self.solver_of(f"{name}.weight"), name, linear, H)
+            weights[f"{name}.weight"] = weight
+            matrices.append(matrix)
+            if self.placing:
+                linear.weight.data = dense(weight).to(linear.weight)
+
+        def solve_routed(each: Experts, routed: Routed | None) -> None:
+            found = solve_experts(self.of_experts, each, routed, self.on_name, placing=self.placing)
+            for name, weight, matrix in found:
+                weights[name] = weight
+                matrices.append(matrix)
+
+        if isinstance(source, HiddenStates):
+            source.solve_layers(self.number, linears, solve, experts, solve_routed)
+        elif source:
+            source.solve_layers(self.number, linears, solve)
+        for name in linears:
+            if f"{name}.weight" not in weights:  # no window used it, or the solver needs no data
+                solve(name, None)
+        for each in experts:
+            if not each.parameters.keys() & weights.keys():
+                solve_routed(each, None)
+        parts.put(BlockResult(self.number, tuple(matrices), round(time.monotonic() - began, 3)), weights)
 
 
 def _solve_layer(
@@ -276,18 +319,29 @@ def _loss(W: Tensor, solved: Solved, H: Tensor) -> float:
     return trace(W - dense(solved.weight), H) if solved.loss is None else solved.loss
 
 
+def _parameters(linears: Mapping[str, nn.Linear], experts: Sequence[Experts]) -> dict[str, Tensor]:
+    """Return what is compressed of a block, by name."""
+    found: dict[str, Tensor] = {f"{name}.weight": linear.weight for name, linear in linears.items()}
+    return found | {name: p for each in experts for name, p in each.parameters.items()}
+
+
 @contextmanager
-def restored_weights(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
-    """Restore the weights of the linear layers afterwards."""
-    before = {name: linear.weight.data for name, linear in linears.items()}
+def restored_weights(linears: Mapping[str, nn.Linear], experts: Sequence[Experts] = ()) -> Iterator[None]:
+    """Restore the weights of a block's layers afterwards."""
+    parameters = _parameters(linears, experts)
+    before = {name: parameter.data for name, parameter in parameters.items()}
     try:
         yield
     finally:
-        for name, linear in linears.items():
-            linear.weight.data = before[name]
+        for name, parameter in parameters.items():
+            parameter.data = before[name]
 
 
-def place_weights(linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor]) -> None:
-    """Give the linear layers their compressed weights."""
-    for name, linear in linears.items():
-        linear.weight.data = dense(parts[f"{name}.weight"]).to(linear.weight)
+def place_weights(
+    linears: Mapping[str, nn.Linear],
+    parts: Mapping[str, Quantised | Tensor],
+    experts: Sequence[Experts] = (),
+) -> None:
+    """Give a block's layers their compressed weights."""
+    for name, parameter in _parameters(linears, experts).items():
+        parameter.data = dense(parts[name]).to(parameter)

@@ -109,19 +109,23 @@ def write_codes(
         (folder / name).write_text(text, encoding="utf-8")
     with safe_open(folder / FILE, framework="pt") as file:
         for name in model.names:
-            if (q := model.quantised(name)) is None:
+            if (q := codes_of(model, name)) is None:
                 continue
             layer = name.removesuffix(".weight")
             if not torch.equal(decode(file, layer, q), q.dense()):
                 raise damaged(folder / FILE, f"{layer} does not decode to its weights")
     of_rounding = [f"{are(len(rounded), 'dense tensor')} rounded to fp16"] if rounded else []
+    if any((q := model.quantised(name)) is not None and q.experts for name in model.names):
+        of_rounding.append(
+            f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF holds theirs"
+        )
     return report(model, folder, to, len(rounded), [*of_runtimes, *of_rounding, *notes])
 
 
 def packed(model: Checkpoint, parts: Parts, rounded: set[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a file: the `parts` of what is quantised, the rest in 16 bits; `rounded` gets what changed."""
     for name in model.names:
-        if (q := model.quantised(name)) is not None:
+        if (q := codes_of(model, name)) is not None:
             yield from parts(name, q)
             continue
         weight = model.weight(name)
@@ -129,6 +133,12 @@ def packed(model: Checkpoint, parts: Parts, rounded: set[str]) -> Iterator[tuple
         if bool((dense.float() != weight.float()).any()):
             rounded.add(name)
         yield name, dense
+
+
+def codes_of(model: Checkpoint, name: str) -> Quantised | None:
+    """Return the codes of a matrix; None for a dense one, and for experts, which these formats hold in 16 bits."""
+    q = model.quantised(name)
+    return None if q is None or q.experts else q
 
 
 def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
@@ -139,7 +149,7 @@ def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
     """
     found: dict[str, Quantised] = {}
     for name in model.names:
-        if (q := model.quantised(name)) is None:
+        if (q := codes_of(model, name)) is None:
             continue
         if name not in model.linears:
             raise Misfit(

@@ -22,24 +22,24 @@ along columns and are left whole.  Norms that multiply by 1 + w are held as that
 Phi-3 go into tensors of their own (`rope.py`); other rescalings are refused.  A pruned llama whose blocks differ in width
 is architecture "deci", whose numbers of heads and channels are lists.
 
+The experts of a mixture, which transformers holds in one or two tensors a layer, go into llama.cpp's three
+(`models/families/experts.py`), and the router into fp32.
+
 One tensor at a time is in memory, in writing and in reading back.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, LlamaFileType
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from fleetune.common.ggml import padded
@@ -53,9 +53,8 @@ from fleetune.deploy.formats._gguf_header import (
     open_written,
     tensor_name,
 )
+from fleetune.deploy.formats._gguf_layout import EMBEDDING, FLOATS, GgufTensor, counted, file_type, plan
 from fleetune.errors import UsageError
-from fleetune.models.artefact import Quantised
-from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families import gemma, rope, table
 from fleetune.models.tensor_file import damaged
 
@@ -82,41 +81,12 @@ BLOCK_WIDTHS: Final = True
 PROVENANCE: Final = True
 RUNTIME: Final = "llama.cpp"
 ORDER: Final = 10
-FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
-    {dtype.tag: getattr(torch, dtype.full) for dtype in WEIGHTS.values()}
-)
-# types that plain weights are not rounded to here
-ROUNDED_BY_COMPRESS: Final = tuple(kind.lower() for kind in _ggml_blocks.PACKERS if kind != "Q8_0")
-EMBEDDING: Final = "token_embd.weight"
-ENDS: Final = (EMBEDDING, "output.weight")
-FULL: Final = ("norm.weight", "position_embd.weight", "shortconv.conv.weight")  # F32, whatever their shape
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """A tensor of the file, and the parameter that it comes from."""
-
-    name: str  # in the file
-    parameter: str  # transformers' name
-    shape: tuple[int, ...]  # in the file
-    kind: str  # one of `_ggml_blocks.PACKERS`, F32, F16 or BF16
-    order: (
-        np.ndarray | None
-    )  # int64 [rows]: which row of the model each row of the file is; None: as they are
-    shifted: bool  # whether the file holds 1 + w
-    transposed: bool  # whether the model has it as [in, out]
-
-    @property
-    def bytes(self) -> int:
-        """Size in the file."""
-        block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
-        return math.prod(self.shape) // int(block) * int(size)
 
 
 def check(model: Checkpoint, kind: str | None) -> None:
     """Raise UsageError when the architecture, the tokenizer or the codes have no place in GGUF."""
     check_config(model.config)
-    _plan(model, kind, [])
+    plan(model, kind, [])
     _vocabulary(model)
 
 
@@ -146,7 +116,7 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
     """
     check_config(model.config)
     notes: list[str] = []
-    entries = _plan(model, kind, notes)
+    entries = plan(model, kind, notes)
     factors = rope.tensors(model.config)
     writer = gguf.GGUFWriter(path, table.architecture(model.config))
     try:
@@ -176,7 +146,7 @@ def size_beside(model: Checkpoint, without: Collection[str], path: Path, made: M
     UsageError when the architecture or the tokenizer has no place in GGUF.
     """
     check_config(model.config)
-    entries, factors = _plan(model, None, []), rope.tensors(model.config)
+    entries, factors = plan(model, None, []), rope.tensors(model.config)
     writer = gguf.GGUFWriter(path, table.architecture(model.config))
     try:
         _write_header(writer, model, entries, path.stem, made, factors)
@@ -198,98 +168,7 @@ def _rounded(entries: Sequence[GgufTensor]) -> list[str]:
         kind: [entry.parameter for entry in entries if entry.kind == kind]
         for kind in sorted({entry.kind for entry in entries})
     }
-    return [f"{_counted(found)} rounded to {kind}" for kind, found in names.items()]
-
-
-def _counted(names: Sequence[str]) -> str:
-    return f"{names[0]} is" if len(names) == 1 else f"{len(names)} tensors are"
-
-
-# ---------------------------------------------------------------- what goes where
-
-
-def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTensor]:
-    """Return the tensors of the file in the model's order; `notes` gets the fallbacks."""
-    if not model.compressed and kind in ROUNDED_BY_COMPRESS:
-        raise UsageError(
-            f"{model.folder} holds plain weights, and gguf:{kind} is for compressed ones",
-            hint="compress it first (fleetune compress), or use --to gguf:q8_0",
-        )
-    config = model.config
-    entries, odd = list[GgufTensor](), list[str]()
-    for name, own in model.shapes.items():
-        tensor = tensor_name(config, name)
-        if tensor is None:
-            raise UsageError(f"GGUF has no place for {name}", hint="export to a directory instead: --to hf")
-        transposed = table.is_transposed(config, tensor)
-        shape = own[::-1] if transposed else _flat(own)
-        chosen = _kind_of(model, name, tensor, shape, kind, odd)
-        order = table.row_order(config, tensor, shape[0])
-        shifted = table.is_shifted(config, tensor)
-        entries.append(GgufTensor(tensor, name, shape, chosen, order, shifted, transposed))
-    if odd:
-        notes.append(f"{_counted(odd)} not Q8_0: blocks of {_ggml_blocks.BLOCK} do not divide the rows")
-    return entries
-
-
-def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a convolution's shape [C, 1, K] as [C, K], and others as they are."""
-    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
-
-
-def _kind_of(
-    model: Checkpoint, name: str, tensor: str, shape: tuple[int, ...], kind: str | None, odd: list[str]
-) -> str:
-    """Return the type of a tensor in the file; `odd` gets the names of those whose rows Q8_0 does not fit."""
-    if len(shape) == 1 or tensor.endswith(FULL):
-        return "F32"
-    plain = "BF16" if model.dtype == torch.bfloat16 else "F16"
-    if (q := model.quantised(name)) is not None:
-        return _exact_kind(name, q, kind)
-    if kind in ("f16", "bf16", "f32"):
-        return kind.upper()
-    if model.compressed and tensor not in ENDS:
-        return plain
-    if not model.compressed and kind is None:
-        return plain
-    if shape[-1] % _ggml_blocks.BLOCK:
-        odd.append(name)
-        return plain
-    return "Q8_0"
-
-
-def _exact_kind(name: str, q: Quantised, kind: str | None) -> str:
-    """Return the type that holds a quantised matrix without loss; UsageError when there is none, or not `kind`."""
-    fits = {k: _ggml_blocks.misfit(q, k) for k in _ggml_blocks.PACKERS}
-    possible = [k for k, why in fits.items() if why is None]
-    wanted = "Q4_0" if kind is None else kind.upper()
-    reason = _inexact(q, wanted) if wanted in FLOATS else fits[wanted]
-    if reason is None:
-        return wanted
-    if kind is None and possible:
-        return possible[0]
-    raise UsageError(
-        f"{name} does not go into {'GGUF blocks' if kind is None else f'gguf:{kind}'} without loss: {reason}",
-        hint=f"use --to {'gguf' if possible else 'gguf:f32'} or --to hf, or compress again for this target",
-    )
-
-
-def _inexact(q: Quantised, kind: str) -> str | None:
-    dense = q.dense()
-    same = bool((dense.to(FLOATS[kind]).float() == dense).all())
-    return None if same else f"scale * (code - zero) is not exact in {kind}"
-
-
-def _file_type(entries: list[GgufTensor]) -> LlamaFileType:
-    """Return the type that llama.cpp shows for the file: that of most weights in the layers."""
-    weights: Counter[str] = Counter()
-    for entry in entries:
-        if len(entry.shape) == 2 and entry.name not in ENDS and not entry.name.endswith(FULL):
-            weights[entry.kind] += math.prod(entry.shape)
-    main = weights.most_common(1)[0][0]
-    if main == "F32":
-        return LlamaFileType.ALL_F32
-    return LlamaFileType[f"MOSTLY_{main}" + ("_S" if main in ("Q3_K", "Q4_K", "Q5_K") else "")]
+    return [f"{counted(found)} rounded to {kind}" for kind, found in names.items()]
 
 
 # ---------------------------------------------------------------- writing
@@ -305,7 +184,7 @@ def _write_header(
 ) -> list[str]:
     """Write everything in front of the tensors' values; return notes for the user."""
     vocabulary = _vocabulary(model)
-    add_metadata(writer, model.config, _file_type(entries), loadable_name(name, vocabulary.tokens))
+    add_metadata(writer, model.config, file_type(entries), loadable_name(name, vocabulary.tokens))
     for key, text in made.items():
         writer.add_string(key, text)
     vocabulary.add_to(writer)
@@ -324,7 +203,8 @@ def _encode(model: Checkpoint, entry: GgufTensor) -> np.ndarray:
     """Encode a tensor as the file has it: uint8, with rows (or values of a bias) in the file's order."""
     if entry.kind in _ggml_blocks.PACKERS and (q := model.quantised(entry.parameter)) is not None:
         raw = _ggml_blocks.PACKERS[entry.kind](q)
-        return raw if entry.order is None else np.ascontiguousarray(raw[entry.order])
+        taken = raw if entry.order is None else np.ascontiguousarray(raw[entry.order])
+        return taken.reshape(*entry.shape[:-1], -1)
     weight = _values(model, entry)
     if entry.kind == "Q8_0":
         blocks_of_rows: np.ndarray = gguf.quants.quantize(weight.float().numpy(), GGMLQuantizationType.Q8_0)
@@ -335,9 +215,11 @@ def _encode(model: Checkpoint, entry: GgufTensor) -> np.ndarray:
 def _values(model: Checkpoint, entry: GgufTensor) -> Tensor:
     """Return what the file's tensor should hold."""
     weight = model.weight(entry.parameter)
-    weight = weight.T.contiguous() if entry.transposed else weight.reshape(entry.shape)
+    if entry.transposed:
+        weight = weight.mT
     if entry.order is not None:
-        weight = weight[torch.from_numpy(entry.order)]
+        weight = weight.reshape(len(entry.order) * entry.parts, -1)[torch.from_numpy(entry.order)]
+    weight = weight.reshape(entry.shape).contiguous()
     return torch.from_numpy(gemma.plus_one(weight.float().numpy())) if entry.shifted else weight
 
 

@@ -33,7 +33,7 @@ from fleetune.deploy.formats._gguf_header import (
     tensor_name,
 )
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.families import table
+from fleetune.models.families import experts, table
 from fleetune.models.tensor_file import damaged
 
 TARGETS: Final = {"gguf:lora": "a run's LoRA adapter, for llama.cpp beside a GGUF file of the base"}
@@ -136,15 +136,17 @@ def _tensors(factors: Mapping[str, np.ndarray], base: Checkpoint) -> Iterator[tu
         if layer not in base.shapes:
             why = "is the input embedding too" if layer in base.linears else "is not in the base"
             raise UsageError(f"the adapter adapts {layer}, which {why}", hint=INSTEAD)
-        tensor = str(tensor_name(config, layer))
-        values, other = (
-            factors[name],
-            factors.get(name.replace("_A.", "_B.") if "_A." in name else name.replace("_B.", "_A.")),
-        )
-        _check_shapes(layer, values, other, base.shapes[layer], part)
-        if part == ".lora_B.weight" and (order := table.row_order(config, tensor, len(values))) is not None:
-            values = values[order]
-        yield tensor + SUFFIXES[part], np.ascontiguousarray(values, dtype=np.float32)
+        own = factors[name]
+        other = factors.get(name.replace("_A.", "_B.") if "_A." in name else name.replace("_B.", "_A."))
+        _check_shapes(layer, own, other, base.shapes[layer], part)
+        for piece in experts.parts(layer):
+            tensor = str(tensor_name(config, piece.name))
+            values = own
+            if part == ".lora_B.weight":
+                order = piece.order(base.shapes[layer], True, False)
+                order = table.row_order(config, tensor, len(own)) if order is None else order
+                values = own if order is None else own[order]
+            yield tensor + SUFFIXES[part], np.ascontiguousarray(values, dtype=np.float32)
 
 
 def _check_shapes(

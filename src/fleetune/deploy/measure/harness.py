@@ -286,7 +286,7 @@ def _of_gguf(file: Path) -> Iterator[tuple[bool, int, int]]:
     from gguf import GGUFReader
 
     for tensor in GGUFReader(file).tensors:
-        linear = len(tensor.shape) == 2 and tensor.name.startswith("blk.")
+        linear = len(tensor.shape) > 1 and tensor.name.startswith("blk.")
         yield linear, int(tensor.n_elements), int(tensor.n_bytes)
 
 
@@ -303,7 +303,8 @@ def _of_folder(folder: Path) -> Iterator[tuple[bool, int, int]]:
             size = count * model.weight(name).element_size()
         else:
             size = sum(part.numel() * part.element_size() for part in stored(name, q).values())
-        yield name in model.linears and inside, count, size
+        matrix = name in model.linears or (len(shape) == 3 and shape[1] > 1)  # experts
+        yield inside and matrix, count, size
 
 
 # ---------------------------------------------------------------- kept gain

@@ -51,13 +51,17 @@ class LlamaCpp:
     def open(self, length: int) -> None:
         """Make room for sequences of `length` tokens."""
         self._free()
-        settings = self._lib.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch = length, BATCH, BATCH
-        settings.n_threads = settings.n_threads_batch = self._threads
-        self._context = self._lib.llama_init_from_model(self._model, settings)
+        self._context = self._lib.llama_init_from_model(self._model, self._settings(length))
         if self._context == self._ffi.NULL:
             raise ModelError(f"llama.cpp has no room for {length} tokens of {self._file}", hint="free memory")
         self._at, self._room = 0, length
+
+    def _settings(self, length: int) -> Any:
+        """Return the parameters of a context of `length` tokens."""
+        settings = self._lib.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = length, BATCH, BATCH
+        settings.n_threads = settings.n_threads_batch = self._threads
+        return settings
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Forget everything and read `ids`, at the last of which the next token is predicted."""

@@ -6,7 +6,7 @@ four numbers from which these follow.  Our files have the numbers too (key `KEY`
 are tried.  Numbers that do not give the file's factors are rejected.
 
 Phi-3's LongRoPE has two lists of factors, for contexts up to the original length and for longer ones (`SHORT`, `LONG`), and
-scales queries and keys by a number.
+scales queries and keys by a number.  YaRN's numbers (gpt-oss) are metadata.
 """
 
 from __future__ import annotations
@@ -77,6 +77,39 @@ def attention_factor(config: Any) -> float:
         return float(stated)
     factor = float(rope.get("factor") or config.max_position_embeddings / original_length(config))
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_length(config)))
+
+
+def yarn_keys(config: Any) -> dict[str, Any]:
+    """Return the metadata of YaRN's rescaling; {} for another."""
+    if kind(config) != "yarn":
+        return {}
+    rope = settings(config)
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(rope["factor"]),
+        "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
+    }
+
+
+def yarn_misfit(config: Any) -> str | None:
+    """Return what of YaRN's settings llama.cpp computes otherwise; of its file's keys it reads no ends of the ramp."""
+    rope = settings(config) if kind(config) == "yarn" else {}
+    fixed = {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "attention_factor": None,
+        "mscale": None,
+        "mscale_all_dim": None,
+    }
+    for name, value in fixed.items():
+        if (rope.get(name) or value) != value:
+            return f"rotary scaling 'yarn' with {name}={rope[name]}"
+    return None
+
+
+def is_yarn_between(config: Any) -> bool:
+    """Return whether YaRN's ramp ends between two frequencies: llama.cpp always rounds its ends to whole numbers."""
+    return kind(config) == "yarn" and not settings(config).get("truncate", True)
 
 
 def _factors(rope: Mapping[str, Any], width: int) -> np.ndarray:

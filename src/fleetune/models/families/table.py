@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from fleetune.models.families import deci, gemma, rope, widths
+from fleetune.models.families import deci, experts, gemma, rope, widths
 
 Value = int | float | str  # bool is an int
 Options = Mapping[str, tuple[Any, ...]]
@@ -37,6 +37,7 @@ class Family:
     grouped: bool = False  # the model's fused matrix has a key head's q, k, v together, the file all q first
     shifted: bool = False  # norms multiply by 1 + w, and the file holds that
     transposed: tuple[str, ...] = ()  # tensors that the model stores as [in, out]
+    paired: bool = False  # rows of an expert's gate and up alternate in the model
     rotary: bool = True
     partial: bool = False  # a part of each head may be rotated
     square: bool = True  # heads must be as wide together as the model
@@ -66,6 +67,11 @@ def _granite_keys(config: Any) -> dict[str, Value]:
         "logit_scale": float(config.logits_scaling), "residual_scale": float(config.residual_multiplier),
         "embedding_scale": float(config.embedding_multiplier), "attention.scale": float(config.attention_multiplier),
     }  # fmt: skip
+
+
+def _granite_experts_keys(config: Any) -> dict[str, Value]:
+    shared = int(getattr(config, "shared_intermediate_size", 0))
+    return _granite_keys(config) | experts.keys(config) | {"expert_shared_feed_forward_length": shared}
 
 
 def _longrope_keys(config: Any) -> dict[str, Value]:
@@ -151,6 +157,7 @@ _PLAIN: Final = _only(_SILU, attention_bias=(False,), mlp_bias=(False,))
 _OWN_HEAD: Final = _only(tie_word_embeddings=(False,))
 _TIED: Final = _only(tie_word_embeddings=(True,))
 _NO_WINDOW: Final = _only(use_sliding_window=(False,))
+_ALL_EXPERTS: Final = _only(decoder_sparse_step=(1,), mlp_only_layers=([],))
 _TANH: Final = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 # llama.cpp approximates the exact GELU by tanh, for every family that has it
 _GELU: Final = (*_TANH, "gelu")
@@ -260,9 +267,35 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             channels=lambda config: config.n_inner or 4 * config.hidden_size, key_heads=lambda config: 1,
         ),
         "glm": Family("chatglm", partial=True, options=_SILU),
+        "mixtral": Family(
+            "llama", interleaved=True, square=False, options=_SILU, window="sliding_window", keys=experts.keys,
+        ),
+        "qwen3_moe": Family(
+            "qwen3moe", square=False, keys=experts.narrow_keys,
+            options=_only(_SILU, _NO_WINDOW, _ALL_EXPERTS, attention_bias=(False,), norm_topk_prob=(True,)),
+        ),
+        "qwen2_moe": Family(
+            "qwen2moe", options=_only(_SILU, _NO_WINDOW, _OWN_HEAD, _ALL_EXPERTS, norm_topk_prob=(False,)),
+            keys=lambda config: experts.narrow_keys(config)
+            | {"expert_shared_feed_forward_length": int(config.shared_expert_intermediate_size)},
+        ),
+        "olmoe": Family(
+            "olmoe", keys=experts.keys, misfit=experts.olmoe_misfit,
+            options=_only(_SILU, _OWN_HEAD, attention_bias=(False,), clip_qkv=(None,), norm_topk_prob=(False,)),
+        ),
+        "granitemoe": Family("granitemoe", interleaved=True, options=_SILU, keys=_granite_experts_keys),
+        "granitemoeshared": Family("granitemoe", interleaved=True, options=_SILU, keys=_granite_experts_keys),
+        "ernie4_5_moe": Family(
+            "ernie4_5-moe", square=False, keys=experts.ernie_keys, misfit=experts.ernie_misfit,
+            options=_only(_SILU, use_bias=(False,), moe_layer_interval=(1,)),
+        ),
+        "gpt_oss": Family(
+            "gpt-oss", square=False, paired=True, transposed=experts.STACKED, layers=_WINDOWS,
+            scalings=("default", "yarn"), keys=experts.gpt_oss_keys, misfit=experts.gpt_oss_misfit,
+            options=_only(_OWN_HEAD, attention_bias=(True,), swiglu_alpha=(1.702,), swiglu_limit=(7.0,)),
+        ),
     }
 )  # fmt: skip
-EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def family_of(config: Any) -> Family:
@@ -296,8 +329,6 @@ def misfit(config: Any) -> str | None:
 
 def unknown(config: Any) -> str:
     """Say for what files are written, where a configuration has no record."""
-    if any(getattr(config, name, None) for name in EXPERTS):
-        return f"are not written for mixtures of experts, which '{config.model_type}' is"
     return f"are written for {', '.join(FAMILIES)}, not for '{config.model_type}'"
 
 

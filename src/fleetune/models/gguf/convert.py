@@ -137,6 +137,10 @@ def _config(path: Path, reader: Any) -> Any:
         raise ModelError(
             f"{path} holds architecture '{architecture}'; GGUF files are read for {known}", hint=instead
         )
+    if _field(reader, f"{architecture}.expert_count"):
+        raise ModelError(
+            f"{path} holds a mixture of experts; GGUF files are read for dense models", hint=instead
+        )
     scaling = _field(reader, f"{architecture}.rope.scaling.type")
     if scaling not in (None, "none") and (architecture, scaling) != ("gemma3", "linear"):
         raise ModelError(

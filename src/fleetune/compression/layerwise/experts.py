@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Solve the matrices of a mixture's experts, each with the Hessian of the tokens that were routed to it.
+
+transformers has the matrices of all experts of a layer in two parameters, [E, 2 F, H] (gate and up) and [E, H, F] (down).
+Every [R, C] of them is solved as a linear layer is: its inputs are the tokens whose router chose the expert, for `down` after
+they went through the expert's gate and up.
+
+With fewer tokens than columns a Hessian has no full rank: in the directions that no token had, columns would be corrected
+at will.  Such an expert, and one that no token chose, gets the Hessian of all tokens of the layer instead, as if all had
+been routed to it, and the report says how many these are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fleetune.compression import Solved, Solver
+from fleetune.compression.layerwise.blocks import MatrixResult
+from fleetune.compression.layerwise.hessian import TOKENS_AT_ONCE, accumulate, mirrored, share, trace
+from fleetune.models.artefact import Quantised, dense, joined
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+
+
+class Experts(NamedTuple):
+    """The experts of a layer."""
+
+    name: str  # of their module in the net
+    module: Any
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters by name, in the order in which a token meets them."""
+        return {f"{self.name}.{part}": getattr(self.module, part) for part in (GATE_UP, DOWN)}
+
+
+class Routed(NamedTuple):
+    """What a layer's experts were called with."""
+
+    x: Tensor  # [T, H]
+    chosen: Tensor  # int64 [T, k]: each token's experts
+
+
+def has_experts(block: nn.Module) -> bool:
+    """Return whether a block has matrices of experts, in whatever form (a convolution's [C, 1, K] is none)."""
+    return any(p.dim() == 3 and p.shape[1] > 1 for p in block.parameters())
+
+
+def experts_of(name: str, block: nn.Module) -> list[Experts]:
+    """Return the experts in a block whose matrices are [out, in], gate above up; `name` is the block's."""
+    found = []
+    for inner, module in block.named_modules():
+        parts = [getattr(module, part, None) for part in (GATE_UP, DOWN)]
+        if not all(isinstance(p, nn.Parameter) and p.dim() == 3 for p in parts):
+            continue
+        if not (getattr(module, "is_transposed", True) or getattr(module, "has_bias", True)):
+            found.append(Experts(f"{name}.{inner}", module))
+    return found
+
+
+def solve_experts(
+    solver: Solver, experts: Experts, routed: Routed | None, on_name: Callable[[str], None], *, placing: bool
+) -> Iterator[tuple[str, Quantised | Tensor, MatrixResult]]:
+    """Yield each parameter of the experts of a layer, its compressed weights and the result over all experts.
+
+    `routed` is None where nothing is known of the inputs.  With `placing` the compressed gates and ups are in place when the
+    downs' inputs are computed.
+    """
+    for name, parameter in experts.parameters.items():
+        on_name(name)
+        count, _, C = parameter.shape
+        solved, lost, given, few = list[Solved](), 0.0, 0.0, list[int]()
+        for number in range(count):
+            W = parameter[number].detach().float().cpu()
+            H, tokens = torch.zeros(C, C), 0
+            if routed is not None:
+                H, tokens = _hessian(experts, name, number, routed)
+                few += [tokens] * (tokens < C)
+            solved.append(solver.solve(W, H))
+            if routed is not None:
+                lost += _loss(W, solved[-1], H)
+                given += trace(W, H)
+        weight = _stacked(solved, parameter)
+        if placing:
+            parameter.data = dense(weight).to(parameter)
+        error = share(lost, given) if routed is not None else float("nan")
+        yield name, weight, MatrixResult(name, error, _notes(solved, few, C))
+
+
+def _hessian(experts: Experts, name: str, number: int, routed: Routed) -> tuple[Tensor, int]:
+    """Return the Hessian [C, C] of an expert's matrix, and how many tokens chose the expert."""
+    module, parameter = experts.module, experts.parameters[name]
+    C = parameter.shape[-1]
+    mine = (routed.chosen == number).any(-1)
+    tokens = int(mine.sum())
+    H = torch.zeros(C, C)
+    x = routed.x[mine] if tokens >= C else routed.x
+    for first in range(0, len(x), TOKENS_AT_ONCE):
+        inputs = x[first : first + TOKENS_AT_ONCE]
+        if name.endswith(DOWN):
+            gates_and_ups = getattr(module, GATE_UP)[number]
+            inputs = module._apply_gate(nn.functional.linear(inputs.to(gates_and_ups), gates_and_ups))
+        accumulate(H, inputs.cpu())
+    return mirrored(H), tokens
+
+
+def _loss(W: Tensor, solved: Solved, H: Tensor) -> float:
+    return trace(W - dense(solved.weight), H) if solved.loss is None else solved.loss
+
+
+def _stacked(solved: list[Solved], parameter: nn.Parameter) -> Quantised | Tensor:
+    """Return the weights of all experts as one, of the parameter's shape."""
+    weight = joined([each.weight for each in solved])
+    if isinstance(weight, Quantised):
+        return replace(weight, experts=len(solved))
+    return weight.view(parameter.shape).to(parameter.dtype)
+
+
+def _notes(solved: list[Solved], few: list[int], C: int) -> tuple[str, ...]:
+    said = []
+    if few:
+        seen = f"{len(few)} of {len(solved)} experts saw fewer than {C} tokens (the least {min(few)})"
+        said.append(f"{seen}: solved on all tokens of the layer")
+    counts: Mapping[str, int] = Counter(note for each in solved for note in each.notes)
+    return (*said, *(f"{note} ({n} of {len(solved)} experts)" for note, n in counts.items()))

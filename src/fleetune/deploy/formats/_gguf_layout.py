@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lay out the tensors of a GGUF file: which parameter each comes from, in which order of rows, and in which type."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, LlamaFileType
+
+from fleetune.deploy.checkpoint import Checkpoint
+from fleetune.deploy.formats import _ggml_blocks
+from fleetune.deploy.formats._gguf_header import tensor_name
+from fleetune.errors import UsageError
+from fleetune.models.artefact import Quantised
+from fleetune.models.dtypes import WEIGHTS
+from fleetune.models.families import experts, table
+
+FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
+    {dtype.tag: getattr(torch, dtype.full) for dtype in WEIGHTS.values()}
+)
+# types that plain weights are not rounded to here
+ROUNDED_BY_COMPRESS: Final = tuple(kind.lower() for kind in _ggml_blocks.PACKERS if kind != "Q8_0")
+EMBEDDING: Final = "token_embd.weight"
+ENDS: Final = (EMBEDDING, "output.weight")
+FULL: Final = (  # F32, whatever their shape
+    "norm.weight", "position_embd.weight", "shortconv.conv.weight", "ffn_gate_inp.weight",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of the file, and the parameter that it comes from."""
+
+    name: str  # in the file
+    parameter: str  # transformers' name
+    shape: tuple[int, ...]  # in the file
+    kind: str  # one of `_ggml_blocks.PACKERS`, F32, F16 or BF16
+    order: np.ndarray | None  # int64: which of the parameter's rows each row is; None: as they are
+    parts: int  # tensors of the file that the parameter is
+    shifted: bool  # whether the file holds 1 + w
+    transposed: bool  # whether the model has it as [in, out]
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
+        return math.prod(self.shape) // int(block) * int(size)
+
+
+def plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTensor]:
+    """Return the tensors of the file in the model's order; `notes` gets the fallbacks."""
+    if not model.compressed and kind in ROUNDED_BY_COMPRESS:
+        raise UsageError(
+            f"{model.folder} holds plain weights, and gguf:{kind} is for compressed ones",
+            hint="compress it first (fleetune compress), or use --to gguf:q8_0",
+        )
+    entries, odd = list[GgufTensor](), list[str]()
+    for name in model.names:
+        for part in experts.parts(name):
+            tensor = tensor_name(model.config, part.name)
+            if tensor is None:
+                raise UsageError(
+                    f"GGUF has no place for {name}", hint="export to a directory instead: --to hf"
+                )
+            entries.append(_entry(model, name, part, tensor, kind, odd))
+    if odd:
+        notes.append(f"{counted(odd)} not Q8_0: blocks of {_ggml_blocks.BLOCK} do not divide the rows")
+    return entries
+
+
+def _entry(
+    model: Checkpoint, name: str, part: experts.Part, tensor: str, kind: str | None, odd: list[str]
+) -> GgufTensor:
+    """Return the tensor of the file for a part of a parameter; `odd` as in `_kind_of`."""
+    config, own = model.config, model.shapes[name]
+    transposed = table.is_transposed(config, tensor)
+    whole = (*own[:-2], own[-1], own[-2]) if transposed else _flat(own)
+    shape = experts.part_shape(whole, part, tensor)
+    order = part.order(whole, not experts.is_bias(tensor), table.family_of(config).paired)
+    if order is None:
+        order = table.row_order(config, tensor, shape[0])
+    chosen = _kind_of(model, name, tensor, shape, kind, odd)
+    shifted = table.is_shifted(config, tensor)
+    return GgufTensor(tensor, name, shape, chosen, order, part.of, shifted, transposed)
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a convolution's shape [C, 1, K] as [C, K], and others as they are."""
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
+
+
+def _kind_of(
+    model: Checkpoint, name: str, tensor: str, shape: tuple[int, ...], kind: str | None, odd: list[str]
+) -> str:
+    """Return the type of a tensor in the file; `odd` gets the names of those whose rows Q8_0 does not fit."""
+    if len(shape) == 1 or experts.is_bias(tensor) or tensor.endswith(FULL):
+        return "F32"
+    plain = "BF16" if model.dtype == torch.bfloat16 else "F16"
+    if (q := model.quantised(name)) is not None:
+        return _exact_kind(name, q, kind)
+    if kind in ("f16", "bf16", "f32"):
+        return kind.upper()
+    if model.compressed and tensor not in ENDS:
+        return plain
+    if not model.compressed and kind is None:
+        return plain
+    if shape[-1] % _ggml_blocks.BLOCK:
+        odd.append(name)
+        return plain
+    return "Q8_0"
+
+
+def _exact_kind(name: str, q: Quantised, kind: str | None) -> str:
+    """Return the type that holds a quantised matrix without loss; UsageError when there is none, or not `kind`."""
+    fits = {k: _ggml_blocks.misfit(q, k) for k in _ggml_blocks.PACKERS}
+    possible = [k for k, why in fits.items() if why is None]
+    wanted = "Q4_0" if kind is None else kind.upper()
+    reason = _inexact(q, wanted) if wanted in FLOATS else fits[wanted]
+    if reason is None:
+        return wanted
+    if kind is None and possible:
+        return possible[0]
+    raise UsageError(
+        f"{name} does not go into {'GGUF blocks' if kind is None else f'gguf:{kind}'} without loss: {reason}",
+        hint=f"use --to {'gguf' if possible else 'gguf:f32'} or --to hf, or compress again for this target",
+    )
+
+
+def _inexact(q: Quantised, kind: str) -> str | None:
+    dense = q.dense()
+    same = bool((dense.to(FLOATS[kind]).float() == dense).all())
+    return None if same else f"scale * (code - zero) is not exact in {kind}"
+
+
+def file_type(entries: list[GgufTensor]) -> LlamaFileType:
+    """Return the type that llama.cpp shows for the file: that of most weights in the layers."""
+    weights: Counter[str] = Counter()
+    for entry in entries:
+        if len(entry.shape) > 1 and entry.name not in ENDS and not entry.name.endswith(FULL):
+            weights[entry.kind] += math.prod(entry.shape)
+    main = weights.most_common(1)[0][0]
+    if main == "F32":
+        return LlamaFileType.ALL_F32
+    return LlamaFileType[f"MOSTLY_{main}" + ("_S" if main in ("Q3_K", "Q4_K", "Q5_K") else "")]
+
+
+def counted(names: Sequence[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{len(names)} tensors are"

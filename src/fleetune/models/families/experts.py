@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Split the tensors of experts as a GGUF file has them: one tensor each of all experts' gates, ups and downs.
+
+transformers has a parameter with the matrices of all experts of a layer, [E, rows, columns], and in it the rows of gate and
+up of an expert together.  llama.cpp has three tensors, [E, rows, columns] too.  So a parameter has one or two parts, and a
+part is some rows of all rows of the parameter, E times `rows` of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from fleetune.models.families import rope
+
+# what the configurations call the number of experts
+COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# the end of a parameter's name -> the ends of its parts' names, as the gguf package's map has them
+_ENDS: Final = {
+    "experts.gate_up_proj": ("experts.gate_proj.weight", "experts.up_proj.weight"),
+    "experts.gate_up_proj_bias": ("experts.gate_proj.bias", "experts.up_proj.bias"),
+    "experts.down_proj": ("experts.down_proj.weight",),
+    "experts.down_proj_bias": ("experts.down_proj.bias",),
+    ".shared_mlp.input_linear.weight": (
+        ".mlp.shared_experts.gate_proj.weight", ".mlp.shared_experts.up_proj.weight",
+    ),
+    ".gate.moe_statics.e_score_correction_bias": (".moe_statics.e_score_correction.bias",),
+    ".self_attn.sinks": (".self_attn.sinks.weight",),
+}  # fmt: skip
+STACKED: Final = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # the file's tensors
+_ONE_ROW: Final = ("ffn_gate_inp_shexp.weight", "exp_probs_b.bias")  # a vector in the file
+
+
+class Part(NamedTuple):
+    """A part of a parameter."""
+
+    name: str  # as the gguf package's map has it
+    number: int
+    of: int  # the number of the parameter's parts
+
+    def order(self, shape: tuple[int, ...], matrix: bool, paired: bool) -> np.ndarray | None:
+        """Return which of all rows of the parameter each row of the part is, int64; None: all of them, as they are.
+
+        `shape` is the parameter's, [.., rows, columns] of a matrix and [.., rows] of a bias; `paired`: gates and ups alternate.
+        """
+        if self.of == 1:
+            return None
+        before, rows = (shape[:-2], shape[-2]) if matrix else (shape[:-1], shape[-1])
+        own = np.arange(rows).reshape((-1, self.of) if paired else (self.of, -1))
+        taken = own[:, self.number] if paired else own[self.number]
+        found: np.ndarray = (np.arange(math.prod(before))[:, None] * rows + taken).reshape(-1)
+        return found
+
+
+def parts(parameter: str) -> list[Part]:
+    """Return the parts of a parameter; one, under the parameter's own name, of those that are no experts'."""
+    name = parameter.replace(".block_sparse_moe.", ".mlp.")
+    for end, found in _ENDS.items():
+        if name.endswith(end):
+            front = name.removesuffix(end)
+            return [Part(front + part, i, len(found)) for i, part in enumerate(found)]
+    return [Part(name, 0, 1)]
+
+
+def is_bias(tensor: str) -> bool:
+    """Return whether a tensor of the file is a bias, of one layer or of all experts'."""
+    return tensor.endswith(".bias")
+
+
+def part_shape(shape: tuple[int, ...], part: Part, tensor: str) -> tuple[int, ...]:
+    """Return the shape in the file of a part of a parameter of this shape (with the rows of a matrix last but one)."""
+    if tensor.endswith(_ONE_ROW):
+        return shape[-1:]
+    rows = -1 if is_bias(tensor) or len(shape) == 1 else -2
+    whole = list(shape)
+    whole[rows] //= part.of
+    return tuple(whole)
+
+
+def count(config: Any) -> int:
+    """Return the number of experts of a layer; 0 where a configuration has none."""
+    return next((int(n) for name in COUNTS if (n := getattr(config, name, None))), 0)
+
+
+def keys(config: Any, width: str = "") -> dict[str, int]:
+    """Return the metadata that all mixtures have; `width` is the field of the experts' width, if they have one of their own."""
+    found = {"expert_count": count(config), "expert_used_count": int(config.num_experts_per_tok)}
+    return found | ({"expert_feed_forward_length": int(getattr(config, width))} if width else {})
+
+
+# ---------------------------------------------------------------- what the table needs of single families
+
+
+def narrow_keys(config: Any) -> dict[str, Any]:
+    """Return the metadata of a mixture whose experts have a width of their own."""
+    return keys(config, "moe_intermediate_size")
+
+
+def olmoe_misfit(config: Any) -> str | None:
+    """Return why llama.cpp does not take an OLMoE: it wants a key for each query."""
+    heads, of_keys = int(config.num_attention_heads), int(config.num_key_value_heads)
+    return None if of_keys == heads else f"num_key_value_heads={of_keys} of {heads} heads in a olmoe"
+
+
+def ernie_keys(config: Any) -> dict[str, Any]:
+    """Return the metadata of an ERNIE 4.5 mixture, whose first blocks have no experts."""
+    shared = int(config.moe_num_shared_experts)
+    return narrow_keys(config) | {
+        "expert_shared_count": shared,
+        "expert_shared_feed_forward_length": shared * int(config.moe_intermediate_size),
+        "interleave_moe_layer_step": int(config.moe_layer_interval),
+        "leading_dense_block_count": int(config.moe_layer_start_index),
+    }
+
+
+def ernie_misfit(config: Any) -> str | None:
+    """Return why llama.cpp does not take an ERNIE 4.5 mixture: it has experts up to the last block."""
+    last, blocks = int(config.moe_layer_end_index), int(config.num_hidden_layers)
+    return None if last == blocks - 1 else f"moe_layer_end_index={last} of {blocks} blocks"
+
+
+def gpt_oss_keys(config: Any) -> dict[str, Any]:
+    """Return the metadata of a gpt-oss."""
+    window = {"attention.sliding_window": int(config.sliding_window)}
+    return keys(config, "intermediate_size") | window | rope.yarn_keys(config)
+
+
+def gpt_oss_misfit(config: Any) -> str | None:
+    """Return why llama.cpp does not take a gpt-oss: it has a window in each second block, from the first on."""
+    kinds = ["sliding_attention", "full_attention"]
+    if list(config.layer_types) != [kinds[i % 2] for i in range(config.num_hidden_layers)]:
+        return "layer_types other than each 2nd without a window"
+    return rope.yarn_misfit(config)

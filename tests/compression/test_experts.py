@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts: each matrix is solved with the tokens that its expert saw; few are said; runs resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import fleetune
+from fleetune import compression, models
+from fleetune.compression import Solved
+from fleetune.compression.layerwise import driver
+from fleetune.compression.layerwise.blocks import block_file
+from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
+from fleetune.compression.layerwise.experts import Experts, experts_of
+from fleetune.errors import RecipeError
+from fleetune.models import Model, tiny_tokenizer
+from fleetune.models.artefact import Master, Quantised
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+SIZES: dict[str, Any] = {
+    "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "num_experts": 4,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+    "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257,
+}  # fmt: skip
+FORMS = ["qwen3_moe", "mixtral", "granitemoe"]
+
+
+def model_of(family: str, **changes: Any) -> Model:
+    """A mixture whose first expert is chosen by few tokens."""
+    model = models.tiny_llama()
+    config = AutoConfig.for_model(family, **SIZES | changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        net = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        for name, p in net.named_parameters():
+            p.copy_(torch.randn_like(p) * 0.3 if p.dim() > 1 else p)
+            if name.endswith(("mlp.gate.weight", "router.weight")):
+                p[0] *= 0.05  # its score is near the middle of the others', and rarely among the two largest
+    model.net = net
+    return model
+
+
+def folder_of(family: str, folder: Path, **changes: Any) -> Path:
+    models.save(model_of(family, **changes).net, tiny_tokenizer(), folder)
+    return folder
+
+
+def text(count: int, length: int) -> Tensor:
+    return torch.randint(0, 250, (count, length), generator=torch.Generator().manual_seed(3))
+
+
+class Spy:
+    """Rounds coarsely and keeps the Hessians it was given."""
+
+    data = True
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def check(self, name: str, R: int, C: int) -> str:
+        return ""
+
+    def solve(self, W: Tensor, H: Tensor) -> Solved:
+        self.seen.append(H.clone())
+        return Solved(torch.round(W * 16) / 16)
+
+
+def experts_in(model: Model) -> list[Experts]:
+    modules = dict(model.net.named_modules())
+    return [e for i in range(3) for e in experts_of(f"model.layers.{i}", modules[f"model.layers.{i}"])]
+
+
+@torch.inference_mode()
+def inputs_of(model: Model, each: Experts, windows: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    """For each expert, how many tokens chose it, and what its two matrices read: of these tokens, or of all if few."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    hook = each.module.register_forward_pre_hook(lambda module, args: calls.append((args[0], args[1])))
+    for window in windows:
+        model.net(input_ids=window[None], use_cache=False)
+    hook.remove()
+    x, chosen = torch.cat([a for a, _ in calls]).double(), torch.cat([b for _, b in calls]).tolist()
+    found = []
+    for number, W in enumerate(each.module.gate_up_proj.double()):
+        mine = [token for token, of in enumerate(chosen) if number in of]
+        gate, up = (x @ W.T).chunk(2, -1)
+        down = torch.nn.functional.silu(gate) * up
+        found.append((len(mine), *(a[mine] if len(mine) >= a.shape[1] else a for a in (x, down))))
+    return found
+
+
+# ---------------------------------------------------------------- solving
+
+
+@pytest.mark.parametrize("family", FORMS)
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_hessians_are_of_the_tokens_that_an_expert_saw(
+    family: str, true_sequential: bool, tmp_path: Path
+) -> None:
+    """In the compressed model: with its own block as it was, or up to this matrix."""
+    model, spy, windows = model_of(family), Spy(), text(4, 24)
+    before = {n: p.clone() for n, p in model.net.named_parameters()}
+    parts = driver.run(model, spy, windows, tmp_path, true_sequential=true_sequential, experts=True)
+    assert all(torch.equal(p, before[n]) for n, p in model.net.named_parameters())  # the model is as it was
+    every, blocks, at, few = experts_in(model), linears_of(model), 0, 0
+    own = {name: (i, j) for i, each in enumerate(every) for j, name in enumerate(each.parameters)}
+    for block in parts.blocks:
+        for matrix in block.matrices:
+            if matrix.name not in own:
+                at += 1
+                continue
+            number, part = own[matrix.name]
+            done = dict(l for _, found in blocks[:number] for l in found.items())
+            now = dict(blocks[number][1]) if true_sequential else {}
+            with restored_weights(done | now, every):
+                place_weights(done, parts, every[:number])
+                place_weights(now, parts)
+                if true_sequential and part:  # the gates and ups are in place, the downs not yet
+                    name = f"{every[number].name}.gate_up_proj"
+                    every[number].module.gate_up_proj.data = parts[name]
+                want = inputs_of(model, every[number], windows)
+            for tokens, *inputs in want:
+                x, got = inputs[part], spy.seen[at].double()
+                torch.testing.assert_close(got, 2 * x.T @ x, rtol=1e-4, atol=1e-4 * got.abs().max().item())
+                few += tokens < x.shape[1]
+                at += 1
+    assert at == len(spy.seen)
+    assert 0 < few < 3 * 2 * 4
+
+
+def test_experts_that_saw_few_tokens_are_said(tmp_path: Path) -> None:
+    model, windows = model_of("qwen3_moe"), text(4, 24)
+    parts = driver.run(model, Spy(), windows, tmp_path, experts=True)
+    for each in experts_in(model):
+        counts = [tokens for tokens, _, _ in inputs_of(model, each, windows)] if each.name[13] == "0" else []
+        for (name, parameter), C in zip(each.parameters.items(), (32, 64), strict=True):
+            notes = next(m.notes for b in parts.blocks for m in b.matrices if m.name == name)
+            if few := [n for n in counts if n < C]:
+                assert notes == (
+                    f"{len(few)} of 4 experts saw fewer than {C} tokens (the least {min(few)}): solved on all tokens of the "
+                    "layer",
+                )
+            assert parameter.shape[0] == 4
+
+
+@pytest.mark.parametrize("method", ["rtn", "optq"])
+def test_an_expert_is_solved_as_a_layer_is(method: str, tmp_path: Path) -> None:
+    """The codes of each are those that the solver gives for its matrix and Hessian alone."""
+    model, windows = model_of("qwen3_moe"), text(8, 24)
+    solver = compression.make(method, {"group": 16})
+    parts = driver.run(model, solver, windows if solver.data else None, tmp_path, experts=True)
+    each = experts_in(model)[0]
+    for number, (_, x, down) in enumerate(inputs_of(model, each, windows)):
+        for name, inputs in zip(each.parameters, (x, down), strict=True):
+            W, q = each.parameters[name][number], parts[name]
+            assert isinstance(q, Quantised)
+            assert q.experts == 4
+            H = (2 * inputs.T @ inputs).float()
+            one = solver.solve(W, H).weight
+            assert isinstance(one, Quantised)
+            rows = slice(number * len(W), (number + 1) * len(W))
+            same = (q.codes[rows] == one.codes).float().mean().item()
+            assert same == 1.0 if method == "rtn" else same > 0.99  # the sums were added in another order
+
+
+def test_optq_beats_rounding_on_experts(tmp_path: Path) -> None:
+    """By the error on what each expert saw."""
+    model, windows = model_of("mixtral"), text(16, 24)
+    parts = {
+        method: driver.run(
+            model,
+            compression.make(method, {"group": 16, "bits": 3}),
+            windows,
+            tmp_path / method,
+            experts=True,
+        )
+        for method in ("rtn", "optq")
+    }
+    errors = {
+        method: {m.name: m.error for b in found.blocks for m in b.matrices if "experts" in m.name}
+        for method, found in parts.items()
+    }
+    assert len(errors["optq"]) == 6
+    assert all(errors["optq"][name] < 0.9 * errors["rtn"][name] for name in errors["optq"])
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_a_killed_run_resumes(true_sequential: bool, tmp_path: Path) -> None:
+    def stop(block: int, blocks: int, name: str) -> None:
+        if block == 1 and name.endswith("experts.down_proj"):
+            raise KeyboardInterrupt
+
+    solver, windows = compression.make("optq", {"group": 16}), text(4, 24)
+    settings: dict[str, Any] = {"true_sequential": true_sequential, "experts": True}
+    driver.run(model_of("qwen3_moe"), solver, windows, tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        driver.run(model_of("qwen3_moe"), solver, windows, tmp_path / "half", stop, **settings)
+    assert block_file(tmp_path / "half", 0).is_file()
+    assert not block_file(tmp_path / "half", 1).is_file()
+    driver.run(model_of("qwen3_moe"), solver, windows, tmp_path / "half", **settings)
+    for number in range(3):
+        whole, again = (load_file(block_file(tmp_path / at, number)) for at in ("whole", "half"))
+        assert set(whole) == set(again)
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_sparsegpt_prunes_every_expert(tmp_path: Path) -> None:
+    model = model_of("mixtral")
+    parts = driver.run(model, compression.make("sparsegpt", {}), text(4, 24), tmp_path, experts=True)
+    for each in experts_in(model):
+        for name, parameter in each.parameters.items():
+            weight = parts[name]
+            assert isinstance(weight, Tensor)
+            assert weight.shape == parameter.shape
+            zeros = (weight == 0).float().mean((1, 2))
+            assert torch.allclose(zeros, torch.full((4,), 0.5), atol=0.02)
+
+
+def test_a_group_that_does_not_fit_experts_is_said(tmp_path: Path) -> None:
+    model = folder_of("qwen3_moe", tmp_path / "m", moe_intermediate_size=40)
+    with pytest.raises(
+        RecipeError, match=r"model.layers.0.mlp.experts.down_proj.* and 2 matrices more"
+    ) as caught:
+        fleetune.compress(model, method="rtn", settings={"group": 32}, out=tmp_path / "runs")
+    assert caught.value.hint == "--set group=8 fits every layer"
+    values = model_of("qwen3_moe")
+    values.net.model.layers[1].mlp.experts.gate_up_proj[2, 3, 4] = float("nan")
+    with pytest.raises(
+        RecipeError, match=r"layers.1.mlp.experts.gate_up_proj holds values that are not finite"
+    ):
+        driver.check(values, compression.make("rtn", {"group": 8}), experts=True)
+
+
+# ---------------------------------------------------------------- what stays as it is
+
+
+def test_experts_stored_the_other_way_round_stay(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    model = model_of("gpt_oss", rope_parameters=rope)
+    assert driver.experts_left(model, taken=True) == 3
+    assert driver.experts_left(model_of("qwen3_moe"), taken=True) == 0
+    assert driver.experts_left(model_of("qwen3_moe"), taken=False) == 3
+    assert driver.experts_left(models.tiny_llama(), taken=False) == 0
+    folder = folder_of("gpt_oss", tmp_path / "m", rope_parameters=rope)
+    made = fleetune.compress(folder, method="rtn", settings={"group": 32}, out=tmp_path / "runs").folder
+    assert Master(made / "model").head.experts == {}
+    assert Master(made / "model").head.version == 1
