@@ -72,6 +72,19 @@ class Solver(Protocol):
 
 
 @runtime_checkable
+class Corrector(Solver, Protocol):
+    """A solver that first corrects the weights for the errors of the blocks before.  It needs windows on this machine."""
+
+    def correct(self, W: Tensor, H: Tensor, D: Tensor) -> Tensor:
+        """Return the weights float32 [R, C] to solve for: those whose outputs in the compressed model come close to the dense one's.
+
+        W and H as in `solve`; D float32 [C, C] is the sum of 2 (x - y) y^T, with x the inputs of the tokens in the dense model
+        and y in the compressed one (H is of y).  All are left unchanged.
+        """
+        ...
+
+
+@runtime_checkable
 class Trainer(Protocol):
     """Train a whole model on rows and a teacher."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fleetune.common.display import counted, human_bytes, human_time
-from fleetune.compression import Solver
+from fleetune.compression import Corrector, Solver
 from fleetune.compression.jobs import budget, calibrating, progress, scales, windows
 from fleetune.compression.jobs.contract import Devices, FileSize, Outcome, Share
 from fleetune.compression.jobs.inputs import Inputs
@@ -118,7 +118,8 @@ def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
     from fleetune.planning.compression_cost import CompressionSize
 
     bits, group = int(getattr(solver, "bits", 0)), int(getattr(solver, "group", 0))
-    return CompressionSize(windows if solver.data else 0, length, bits=bits, group=group)
+    dense = isinstance(solver, Corrector)
+    return CompressionSize(windows if solver.data else 0, length, bits=bits, group=group, dense=dense)
 
 
 def prepare(

@@ -5,6 +5,9 @@ For every decoder block: run the calibration windows through it and sum the Hess
 (`hessian.py`; layers that read the same tensor share one), solve the layers, then run the windows through the compressed
 block.  Its outputs are the inputs of the next block.  Norms are not compressed, and embedding and head only with a `Plan`.
 
+A solver that is a `Corrector` also gets what the inputs of a layer have drifted from those in the dense model, whose hidden
+states are kept beside the others.
+
 With `true_sequential` (GPTQ's name for it) a layer also sees the outputs of the compressed layers before it in its own
 block: all windows go through the block together, and each layer is solved when they reach it.  That is one pass
 instead of two, but needs memory for the activations of all windows at once.
@@ -31,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.common.display import counted
-from fleetune.compression import Solved, Solver
+from fleetune.compression import Corrector, Solved, Solver
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates
 from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks, MatrixResult
 from fleetune.compression.layerwise.grids import DEFAULTS, GROUPS, INSTEAD
@@ -185,10 +188,14 @@ def run(
     """
     if true_sequential and not isinstance(calibration, Tensor):
         raise ValueError("true_sequential is for windows; a source has an order of its own")
+    if isinstance(solver, Corrector) and not isinstance(calibration, Tensor):
+        raise ValueError("a solver that corrects the weights needs windows")
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = FinishedBlocks(folder), linears_of(model)
     source = (
-        HiddenStates(model, calibration, true_sequential) if isinstance(calibration, Tensor) else calibration
+        HiddenStates(model, calibration, true_sequential, isinstance(solver, Corrector))
+        if isinstance(calibration, Tensor)
+        else calibration
     )
     placing = isinstance(source, HiddenStates) and source.true_sequential
 
@@ -202,6 +209,8 @@ def run(
                 _solve_block(solver_of, number, linears, source, parts, on_name, placing)
             on_block(parts.blocks[-1], len(blocks) + bool(plan))
             if source and (plan or number + 1 < len(blocks)):
+                if found and isinstance(source, HiddenStates):
+                    source.pass_over(number)
                 if found or not placing:
                     place_weights(linears, parts)
                 source.advance(number)
@@ -244,10 +253,10 @@ def _solve_block(
     began = time.monotonic()
     weights, matrices = dict[str, Quantised | Tensor](), list[MatrixResult]()
 
-    def solve(name: str, H: Tensor | None) -> None:
+    def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
         on_name(name)
         linear = linears[name]
-        weight, matrix = _solve_layer(solver_of(f"{name}.weight"), name, linear, H)
+        weight, matrix = _solve_layer(solver_of(f"{name}.weight"), name, linear, H, D)
         weights[f"{name}.weight"] = weight
         matrices.append(matrix)
         if placing:
@@ -262,10 +271,12 @@ def _solve_block(
 
 
 def _solve_layer(
-    solver: Solver, name: str, linear: nn.Linear, H: Tensor | None
+    solver: Solver, name: str, linear: nn.Linear, H: Tensor | None, D: Tensor | None
 ) -> tuple[Quantised | Tensor, MatrixResult]:
     W = linear.weight.detach().float().cpu()
     C = W.shape[1]
+    if isinstance(solver, Corrector) and H is not None and D is not None:
+        W = solver.correct(W, H, D)
     solved = solver.solve(W, torch.zeros(C, C) if H is None else H)
     error = float("nan") if H is None else share(_loss(W, solved, H), trace(W, H))
     weight = solved.weight if isinstance(solved.weight, Quantised) else solved.weight.to(linear.weight.dtype)
