@@ -16,7 +16,7 @@ from fleetune import compression, models
 from fleetune.compression import Corrector, Solved
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
-from fleetune.compression.layerwise.blocks import block_file
+from fleetune.compression.layerwise.blocks import FinishedBlocks, block_file
 from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
 from fleetune.compression.layerwise.federated import ClientHessians
 from fleetune.compression.layerwise.grids import KINDS, Grid
@@ -31,7 +31,9 @@ def drifted(seed: int, share: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
     """(weights [R, C], inputs X and Y [tokens, C] in the dense and the compressed model), float64."""
     g = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(C, C, generator=g, dtype=torch.float64))[0]
-    X = torch.randn(4 * C, C, generator=g, dtype=torch.float64) @ (torch.arange(1, C + 1)[:, None] ** -0.7 * turn)
+    X = torch.randn(4 * C, C, generator=g, dtype=torch.float64) @ (
+        torch.arange(1, C + 1)[:, None] ** -0.7 * turn
+    )
     Y = X + share * X.std() * torch.randn(X.shape, generator=g, dtype=torch.float64)
     return torch.randn(5, C, generator=g, dtype=torch.float64), X, Y
 
@@ -159,99 +161,92 @@ class Corrected(Spy):
 
 
 @pytest.mark.parametrize("family", ["llama", *FAMILIES])
-@pytest.mark.parametrize("true_sequential", [False, True])
-def test_drifts_are_of_the_inputs_in_both_models(family: str, true_sequential: bool, tmp_path: Path) -> None:
+def test_drifts_are_of_the_inputs_in_both_models(family: str, tmp_path: Path) -> None:
+    """The compressed model with all layers solved so far, those of its own block as well."""
     model, spy, windows = model_of(family), Corrected(), text(3, 20)
     assert isinstance(spy, Corrector)
-    parts = driver.run(model, spy, windows, tmp_path, true_sequential=true_sequential)
-    blocks = linears_of(model)
+    parts = driver.run(model, spy, windows, tmp_path)
     names = [matrix.name for block in parts.blocks for matrix in block.matrices]
+    every = {name: m for _, linears in linears_of(model) for name, m in linears.items()}
     assert len(spy.drifts) == len(spy.seen) == len(names)
-    for number, (_, linears) in enumerate(blocks):
-        done = {n: m for _, found in blocks[:number] for n, m in found.items()}
-        for name in [n for n in names if n in linears]:
-            x = inputs_of(model, {name: linears[name]}, windows)[name]
-            with restored_weights(done):
-                place_weights(done, parts)
-                y = inputs_of(model, {name: linears[name]}, windows)[name]
-            want, got = 2 * (x - y).T @ y, spy.drifts[names.index(name)].double()
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(y.square().sum()))
-            if true_sequential:
-                done[name] = linears[name]
-            else:
-                assert got.any() == (number > 0)
-        assert torch.equal(dense(Solved(parts[f"{name}.weight"])), torch.round(16 * linears[name].weight + 1) / 16)
+    for at, name in enumerate(names):
+        x = inputs_of(model, {name: every[name]}, windows)[name]
+        done = {n: every[n] for n in names[:at]}
+        with restored_weights(done):
+            place_weights(done, parts)
+            y = inputs_of(model, {name: every[name]}, windows)[name]
+        tolerance = 1e-5 * float(y.square().sum())
+        torch.testing.assert_close(spy.seen[at].double(), 2 * y.T @ y, rtol=1e-4, atol=tolerance)
+        torch.testing.assert_close(spy.drifts[at].double(), 2 * (x - y).T @ y, rtol=1e-4, atol=tolerance)
+        assert spy.drifts[at].any() == (at > 2), (
+            "the first three layers read what the model's first norm gives"
+        )
+        want = torch.round(16 * (every[name].weight + 1 / 16)) / 16
+        assert torch.equal(dense(Solved(parts[f"{name}.weight"])), want)
 
 
 def test_the_dense_stream_is_that_of_the_model(tmp_path: Path) -> None:
-    """Bit for bit, with layers that are solved and layers that are passed over after a stop."""
+    """Bit for bit, through blocks that are solved and blocks that are passed over after a stop."""
     model, windows = models.tiny_llama(layers=3), text(3, 20)
+    blocks = [linears for _, linears in linears_of(model)]
     streams = []
     with torch.inference_mode():
         for solved in (True, False):
-            stream = HiddenStates(model, windows, dense=True)
-            for number, (_, linears) in enumerate(linears_of(model)[:2]):
+            stream = HiddenStates(model, windows, True, drift=True)
+            for number, linears in enumerate(blocks[:2]):
                 if solved:
-                    stream.sums(number, linears)
+                    stream.solve_layers(number, linears, lambda name, H, D=None: None)
                 else:
                     stream.pass_over(number)
             streams.append(stream.dense)
-        own = HiddenStates(model, windows)
+        own = HiddenStates(model, windows, True)
         own.advance(0)
         own.advance(1)
-    for found in streams:
-        assert found is not None
-        assert all(torch.equal(a, b) for a, b in zip(found, own.states, strict=True))
+    assert all(found is not None and torch.equal(found, own.states[0]) for found in streams)
 
 
-@pytest.mark.parametrize("true_sequential", [False, True])
-def test_a_run_that_was_killed_goes_on_bit_for_bit(true_sequential: bool, tmp_path: Path) -> None:
-    solver, windows = compression.make("qronos", {"group": 8}), text(4, 16)
-    assert isinstance(solver, compression.Solver)
-    whole = driver.run(models.tiny_llama(layers=4), solver, windows, tmp_path, true_sequential=true_sequential)
+def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def run(method: str, folder: str, **more: bool) -> FinishedBlocks:
+        solver = compression.make(method, {"group": 8})
+        assert isinstance(solver, compression.Solver)
+        return driver.run(models.tiny_llama(layers=4), solver, text(4, 16), tmp_path / folder, **more)
+
+    whole = run("qronos", "q")
+    codes = {name: found.codes for name, found in whole.items() if isinstance(found, Quantised)}
     for last in (2, 3):
-        block_file(tmp_path, last).unlink()
-    again = driver.run(models.tiny_llama(layers=4), solver, windows, tmp_path, true_sequential=true_sequential)
-    plain = driver.run(
-        models.tiny_llama(layers=4), compression.make("optq", {"group": 8}), windows, tmp_path / "optq",  # type: ignore[arg-type]
-        true_sequential=true_sequential,
-    )  # fmt: skip
-    changed = 0
-    for name in whole:
-        left, right, other = whole[name], again[name], plain[name]
-        assert isinstance(left, Quantised)
-        assert isinstance(right, Quantised)
+        block_file(tmp_path / "q", last).unlink()
+    again, plain = run("qronos", "q"), run("optq", "o", true_sequential=True)
+    assert len(codes) == len(whole) == 28
+    for name, own in codes.items():
+        found, other = again[name], plain[name]
+        assert isinstance(found, Quantised)
         assert isinstance(other, Quantised)
-        assert torch.equal(left.codes, right.codes)
-        assert torch.equal(left.scale, right.scale)
-        first = ".layers.0." in name
-        if first and not true_sequential:  # nothing is compressed before it
-            assert torch.equal(left.codes, other.codes)
-        changed += not torch.equal(left.codes, other.codes)
-    assert changed > 10
+        assert torch.equal(own, found.codes)
+        early = ".layers.0." in name and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        assert torch.equal(own, other.codes) == early, "nothing is compressed before these"
 
 
 def test_inputs_of_other_tokens_have_no_drift() -> None:
     """As those of experts, which a token may reach in one model and not in the other."""
-    model, windows = models.tiny_llama(layers=2), text(3, 16)
+    model, found = models.tiny_llama(layers=2), dict[str, tuple[Tensor | None, Tensor | None]]()
     block, linears = linears_of(model)[1]
     mlp: Any = block.mlp
     forward = mlp.forward
+    mlp.forward = lambda x: x * forward(x[x.sum(-1) > 0]).sum()
 
-    def routed(x: Tensor) -> Tensor:
-        out = forward(x[:, x[0].sum(-1) > 0])
-        return torch.zeros_like(x) + out.sum()
+    def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
+        found[name.rsplit(".", 1)[-1]] = H, D
 
-    mlp.forward = routed
     with torch.inference_mode():
-        stream = HiddenStates(model, windows, dense=True)
+        stream = HiddenStates(model, text(3, 16), True, drift=True)
         stream.pass_over(0)
-        stream.states = [state + 0.5 * torch.randn_like(state) for state in stream.states]
-        H, D = stream.sums(1, linears)
-    assert D["model.layers.1.self_attn.q_proj"].any()
-    assert not D["model.layers.1.mlp.gate_proj"].any()
-    assert not D["model.layers.1.mlp.down_proj"].any()
-    assert H["model.layers.1.mlp.down_proj"].any()
+        stream.states = [state + torch.randn_like(state) for state in stream.states]
+        stream.solve_layers(1, linears, solve)
+    q, up = found["q_proj"], found["up_proj"]
+    assert q[1] is not None
+    assert q[1].any()
+    assert up[0] is not None
+    assert up[1] is None
 
 
 def test_a_source_without_a_dense_model_is_refused(tmp_path: Path) -> None:

@@ -73,13 +73,17 @@ class Solver(Protocol):
 
 @runtime_checkable
 class Corrector(Solver, Protocol):
-    """A solver that first corrects the weights for the errors of the blocks before.  It needs windows on this machine."""
+    """A solver that first corrects the weights for the errors of the layers before.
+
+    It needs text on this machine, since the dense model runs beside the compressed one, and its layers are solved in turn
+    (`true_sequential`).
+    """
 
     def correct(self, W: Tensor, H: Tensor, D: Tensor) -> Tensor:
-        """Return the weights float32 [R, C] to solve for: those whose outputs in the compressed model come close to the dense one's.
+        """Return the weights float32 [R, C] that are then solved for.
 
-        W and H as in `solve`; D float32 [C, C] is the sum of 2 (x - y) y^T, with x the inputs of the tokens in the dense model
-        and y in the compressed one (H is of y).  All are left unchanged.
+        W and H as in `solve`.  D float32 [C, C] is the sum of 2 (x - y) y^T over the calibration tokens, with x the inputs in
+        the dense model and y those in the compressed one, which H is of.  All are left unchanged.
         """
         ...
 

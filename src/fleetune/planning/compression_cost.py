@@ -17,7 +17,7 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
               running   a window through the block: length * s * (its widest point), its scores where attention is not
                         fused (4 heads length^2, twice), and the block's compressed weights
               (with `--true-sequential` a layer is solved while all windows are at it: both at once; a method that
-              compares with the dense model has states and Hessians twice, and a window's inputs of all layers)
+              compares with the dense model has states and Hessians twice, and the inputs of all layers of a block)
               choosing  grids for a byte budget: a window forward and back, layer by layer; embedding and head solved
                         some rows at a time, and their codes
               training  scales: the same, a byte for each weight, and a scale's moments
@@ -93,7 +93,12 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
     return {
         "floor": FLOOR + PIECE * shape.vocab + KERNELS["numba"],
         "weights": max(inner * work.size, ends) if work.low_memory else whole,
-        "states": (1 + work.dense) * work.windows // max(1, work.clients) * work.length * shape.hidden * work.size,
+        "states": (1 + work.dense)
+        * work.windows
+        // max(1, work.clients)
+        * work.length
+        * shape.hidden
+        * work.size,
         "work": int(max(stages.values())),
     }
 

@@ -66,12 +66,18 @@ class Calibrated(Protocol):
 
 
 def check(request: CompressRequest, solver: Solver) -> None:
-    """Raise UsageError for a solver that needs the text on this machine, where others have it."""
-    if isinstance(solver, Corrector) and request.calibrate in (CLIENTS, FLEET):
+    """Raise UsageError for options that a solver that compares with the dense model has no place for."""
+    if not isinstance(solver, Corrector):
+        return
+    if request.calibrate in (CLIENTS, FLEET):
         raise UsageError(
             f"{request.method} compares with the dense model on text that is here, and --calibrate {request.calibrate} "
             "leaves it where it is",
             hint="--method optq   or calibrate on --text",
+        )
+    if request.true_sequential:
+        raise UsageError(
+            f"{request.method} is true sequential in any case", hint="leave out --true-sequential"
         )
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run calibration windows through a model block by block, and collect the Hessians of each block's linear layers.
 
-For a solver that aims at the dense model's outputs (`Corrector`) the windows also go through the dense model, a block at a
-time beside the compressed one.  With x the input of a layer there, and y its input in the compressed model, the drift of the
-layer's inputs is D = sum of 2 (x - y) y^T over all tokens.
+For a solver that aims at the dense model's outputs (`Corrector`) the windows go through the dense model as well, a block at a
+time beside the compressed one.  With x the input of a layer there and y its input in the compressed model, the drift of its
+inputs is D = sum of 2 (x - y) y^T over all tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from fleetune.compression.layerwise.hessian import accumulate, accumulate_drift, mirrored
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
-
 
 
 class SolveLayer(Protocol):
@@ -50,9 +49,9 @@ class HiddenStates:
     """The hidden states of the calibration windows in front of a block."""
 
     def __init__(
-        self, model: Model, calibration: Tensor, true_sequential: bool = False, dense: bool = False
+        self, model: Model, calibration: Tensor, true_sequential: bool = False, *, drift: bool = False
     ) -> None:
-        """calibration: int64 [n, length].  With `dense`, the states of the dense model are kept as well."""
+        """calibration: int64 [n, length].  `drift` is for `true_sequential`: the dense model's states are kept as well."""
         modules = dict(model.net.named_modules())
         self.model, self.blocks = model, [modules[layer.name] for layer in layers_of(model.net)]
         self.true_sequential, self.tokens = true_sequential, calibration.numel()
@@ -60,8 +59,8 @@ class HiddenStates:
         self.states = self.first_block_inputs(calibration)
         if true_sequential:
             self.states = [torch.cat(self.states)]
-        # in the dense model; the first block's are those of the compressed one, and take no more memory
-        self.dense = list(self.states) if dense else None
+        # in the dense model; in front of the first block they are the same
+        self.dense = self.states[0] if drift else None
         self._ahead: Tensor | None = None  # states after a block solved sequentially
         self._in_tuple = False  # whether blocks return their states in a tuple
 
@@ -92,19 +91,13 @@ class HiddenStates:
         if self.true_sequential:
             self._ahead = self._solve_in_pass(number, linears, solve)
             return
-        H, D = self.sums(number, linears)
+        H = self.hessians(number, linears)
         for name in [name for name in linears if name in H]:
-            solve(name, H[name], D.get(name))
+            solve(name, H[name])
 
     def hessians(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
         """Return H by layer name; layers that read the same tensor share one H."""
-        return self.sums(number, linears)[0]
-
-    def sums(
-        self, number: int, linears: Mapping[str, nn.Linear]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return H and D by layer name; layers that read the same tensor share them.  D is {} without a dense model."""
-        H, D = dict[str, Tensor](), dict[str, Tensor]()
+        H: dict[str, Tensor] = {}
         shared = _SharedInputs()
         called = list[str]()  # in this window
         order = list[str]()  # in the first window that calls every layer exactly once
@@ -115,47 +108,28 @@ class HiddenStates:
                 H[name] = torch.zeros(x.shape[-1], x.shape[-1]) if first == name else H[first]
             if first == name:
                 accumulate(H[name], x.cpu())
-                if name in dense:
-                    D.setdefault(name, torch.zeros_like(H[name]))
-                    dense.add_drift(D[name], name, x)
-            elif first in D:
-                D[name] = D[first]
             called.append(name)
             if called == order:  # the rest of the block is not needed
                 raise _Stop
 
-        for i, state in enumerate(self.states):
-            dense = self._dense_inputs(number, linears, i)
-            with _observed_inputs(linears, observe), suppress(_Stop):
-                self.forward(number, state)
-            if not order and sorted(called) == sorted(linears):
-                order = called.copy()
-            called.clear()
-            shared = _SharedInputs()
+        with _observed_inputs(linears, observe):
+            for state in self.states:
+                with suppress(_Stop):
+                    self.forward(number, state)
+                if not order and sorted(called) == sorted(linears):
+                    order = called.copy()
+                called.clear()
+                shared = _SharedInputs()
         for h in {id(h): h for h in H.values()}.values():
             mirrored(h)
-        return H, D
-
-    def _dense_inputs(self, number: int, linears: Mapping[str, nn.Linear], i: int) -> _Inputs:
-        """Run states i of the dense model through the block, whose weights are still its own; return the layers' inputs."""
-        found = _Inputs()
-        if self.dense is not None:
-            with _observed_inputs(linears, found.keep):
-                self.dense[i] = self.forward(number, self.dense[i])
-        return found
-
-    def pass_over(self, number: int) -> None:
-        """Run the dense model's states through a block that is solved already; called while the weights are its own."""
-        for i, state in enumerate(self.dense or ()):
-            assert self.dense is not None
-            self.dense[i] = self.forward(number, state)
+        return H
 
     def _solve_in_pass(
         self, number: int, linears: Mapping[str, nn.Linear], solve: SolveLayer
     ) -> Tensor | None:
         """Solve each layer when all windows reach it; the block's output, None for the last block."""
         shared, done, last = _SharedInputs(), set[str](), number + 1 == len(self.blocks)
-        dense = self._dense_inputs(number, linears, 0)
+        dense = self._dense_inputs(number, linears)
         H, D = torch.empty(0), None
 
         def observe(name: str, x: Tensor) -> None:
@@ -163,12 +137,10 @@ class HiddenStates:
             if name in done:
                 return
             if shared.first(name, x) == name:
-                H, D = torch.zeros(x.shape[-1], x.shape[-1]), None
+                H = torch.zeros(x.shape[-1], x.shape[-1])
                 accumulate(H, x.cpu())
                 mirrored(H)
-                if name in dense:
-                    D = torch.zeros_like(H)
-                    dense.add_drift(D, name, x)
+                D = drift(dense.pop(name), x) if name in dense else None
             solve(name, H, D)
             done.add(name)
             if last and len(done) == len(linears):  # nothing reads the output of the last block
@@ -177,6 +149,26 @@ class HiddenStates:
         with _observed_inputs(linears, observe), suppress(_Stop):
             return self.forward(number, self.states[0])
         return None
+
+    def _dense_inputs(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+        """Run the dense model's states through the block, whose weights are still its own.
+
+        Returns the first input of each layer; of layers that read one tensor, that of the first.  {} without such states.
+        """
+        found, shared = dict[str, Tensor](), _SharedInputs()
+
+        def observe(name: str, x: Tensor) -> None:
+            if shared.first(name, x) == name:
+                found.setdefault(name, x)
+
+        with _observed_inputs(linears, observe):
+            self.pass_over(number)
+        return found
+
+    def pass_over(self, number: int) -> None:
+        """Run the dense model's states through a block; called while its weights are its own."""
+        if self.dense is not None:
+            self.dense = self.forward(number, self.dense)
 
     def head_hessian(self) -> Tensor:
         """Return the Hessian of the head's inputs, float32 [H, H]; the states are those behind the last block."""
@@ -203,6 +195,18 @@ class HiddenStates:
             self.states[i] = self.forward(number, state)
 
 
+def drift(x: Tensor, y: Tensor) -> Tensor | None:
+    """Return D float32 [C, C] of inputs x in the dense and y in the compressed model, [.., C].
+
+    None where the two are not of the same tokens, as those of experts.
+    """
+    if x.shape != y.shape:
+        return None
+    D = torch.zeros(x.shape[-1], x.shape[-1])
+    accumulate_drift(D, x.cpu(), y.cpu())
+    return D
+
+
 class _SharedInputs:
     """Finds layers that read the same tensor: those called with the tensor of the layer before."""
 
@@ -215,30 +219,6 @@ class _SharedInputs:
         if x is not self._x:
             self._x, self.reader = x, name
         return self.reader
-
-
-class _Inputs:
-    """The inputs of a block's layers in the dense model, of some windows; of layers that read one tensor, the first's."""
-
-    def __init__(self) -> None:
-        self._shared, self._found = _SharedInputs(), dict[str, list[Tensor]]()
-
-    def keep(self, name: str, x: Tensor) -> None:
-        """Keep what a layer reads."""
-        if self._shared.first(name, x) == name:
-            self._found.setdefault(name, []).append(x)
-
-    def __contains__(self, name: str) -> bool:
-        return bool(self._found.get(name))
-
-    def add_drift(self, D: Tensor, name: str, y: Tensor) -> None:
-        """Add what a layer's next input has drifted to D, where y is what it reads in the compressed model.
-
-        Nothing is added where the two are not of the same tokens, as those of experts.
-        """
-        x = self._found[name].pop(0)
-        if x.shape == y.shape:
-            accumulate_drift(D, x.cpu(), y.cpu())
 
 
 @contextmanager

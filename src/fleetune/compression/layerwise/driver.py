@@ -5,12 +5,12 @@ For every decoder block: run the calibration windows through it and sum the Hess
 (`hessian.py`; layers that read the same tensor share one), solve the layers, then run the windows through the compressed
 block.  Its outputs are the inputs of the next block.  Norms are not compressed, and embedding and head only with a `Plan`.
 
-A solver that is a `Corrector` also gets what the inputs of a layer have drifted from those in the dense model, whose hidden
-states are kept beside the others.
-
 With `true_sequential` (GPTQ's name for it) a layer also sees the outputs of the compressed layers before it in its own
 block: all windows go through the block together, and each layer is solved when they reach it.  That is one pass
 instead of two, but needs memory for the activations of all windows at once.
+
+A solver that is a `Corrector` is always run so, since two layers in a row would else both correct the same error.  It also gets
+what the inputs of a layer have drifted from those in the dense model, whose hidden states are kept beside the others.
 
 Memory holds the model (with `--low-memory` one block of it: `models/mapped`), the Hessians and dense copies of one
 block, and the hidden states of the windows; never a second model (`planning/compression_cost.py` adds it up).  Every
@@ -192,8 +192,9 @@ def run(
         raise ValueError("a solver that corrects the weights needs windows")
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = FinishedBlocks(folder), linears_of(model)
+    corrects = isinstance(solver, Corrector)
     source = (
-        HiddenStates(model, calibration, true_sequential, isinstance(solver, Corrector))
+        HiddenStates(model, calibration, true_sequential or corrects, drift=corrects)
         if isinstance(calibration, Tensor)
         else calibration
     )
