@@ -12,7 +12,7 @@ cites the paper, a constant `PAPER`, and a frozen dataclass whose fields are the
 | `Trainer` | trains a whole model, or a part of its blocks, on rows and a teacher |
 | `Pruner` | removes parts of the model, then trains what is left |
 
-Listing reads the files as text and imports nothing.
+A `Solver` with a method `correct` is a `Corrector`.  Listing reads the files as text and imports nothing.
 """
 
 from __future__ import annotations

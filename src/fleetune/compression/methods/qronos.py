@@ -35,7 +35,13 @@ The error that is reported is that of the quantisation alone: relative to the co
 
 ## Options
 
-Those of `optq`.
+Those of `optq`.  With little damping the correction fits the calibration tokens alone.  The default was chosen by the KL
+divergence on held-out text, 12 windows of WikiText-2 (SmolLM2-135M, calibrated on 16 others of 256 tokens):
+
+| damping | 0.01 | 0.1 | 0.3 | 1 | `optq`, 0.01 | `optq`, 0.1 |
+|---|---|---|---|---|---|---|
+| Q4_0 | 0.083 | 0.063 | 0.060 | 0.061 | 0.091 | 0.105 |
+| 3 bits, asymmetric | | 0.286 | 0.277 | | 0.497 | |
 """
 
 from __future__ import annotations
@@ -69,7 +75,7 @@ class Solver:
     )
     search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
     order: str = setting("none", "act", "order of the columns: none, static or gar")
-    damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
+    damping: float = setting(0.3, "λ", "added to H's diagonal, of its mean")
 
     def __post_init__(self) -> None:
         settled = self._optq()
