@@ -140,7 +140,7 @@ class HiddenStates:
                 H = torch.zeros(x.shape[-1], x.shape[-1])
                 accumulate(H, x.cpu())
                 mirrored(H)
-                D = drift(dense.pop(name), x) if name in dense else None
+                D = self._drift(dense.pop(name), x) if name in dense else None
             solve(name, H, D)
             done.add(name)
             if last and len(done) == len(linears):  # nothing reads the output of the last block
@@ -164,6 +164,17 @@ class HiddenStates:
         with _observed_inputs(linears, observe):
             self.pass_over(number)
         return found
+
+    def _drift(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """Return D float32 [C, C] of inputs x in the dense and y in the compressed model, [.., C].
+
+        None unless both are of all tokens: those of routed experts are not the same ones.
+        """
+        if not x.shape[:-1].numel() == y.shape[:-1].numel() == self.tokens:
+            return None
+        D = torch.zeros(x.shape[-1], x.shape[-1])
+        accumulate_drift(D, x.cpu(), y.cpu())
+        return D
 
     def pass_over(self, number: int) -> None:
         """Run the dense model's states through a block; called while its weights are its own."""
@@ -193,18 +204,6 @@ class HiddenStates:
             return
         for i, state in enumerate(self.states):
             self.states[i] = self.forward(number, state)
-
-
-def drift(x: Tensor, y: Tensor) -> Tensor | None:
-    """Return D float32 [C, C] of inputs x in the dense and y in the compressed model, [.., C].
-
-    None where the two are not of the same tokens, as those of experts.
-    """
-    if x.shape != y.shape:
-        return None
-    D = torch.zeros(x.shape[-1], x.shape[-1])
-    accumulate_drift(D, x.cpu(), y.cpu())
-    return D
 
 
 class _SharedInputs:

@@ -188,11 +188,11 @@ def run(
     """
     if true_sequential and not isinstance(calibration, Tensor):
         raise ValueError("true_sequential is for windows; a source has an order of its own")
-    if isinstance(solver, Corrector) and not isinstance(calibration, Tensor):
+    corrects = isinstance(solver, Corrector)
+    if corrects and not isinstance(calibration, Tensor):
         raise ValueError("a solver that corrects the weights needs windows")
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = FinishedBlocks(folder), linears_of(model)
-    corrects = isinstance(solver, Corrector)
     source = (
         HiddenStates(model, calibration, true_sequential or corrects, drift=corrects)
         if isinstance(calibration, Tensor)

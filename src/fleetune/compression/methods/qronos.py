@@ -92,14 +92,14 @@ class Solver:
     def correct(self, W: Tensor, H: Tensor, D: Tensor) -> Tensor:
         """Return the weights to quantise: steps 1 and 2.  W itself where H has no factor."""
         refuse_pruned(W, Grid(self.grid, self.bits))
-        U, _, damping, _ = inverse_cholesky(H, self.damping)
+        U, dead, damping, _ = inverse_cholesky(H, self.damping)
         if U is None:
             return W
         drift = W @ D
         order = optq.column_order(H.diagonal(), self.group or W.shape[1], self.order)
         first = 0 if order is None else int(order[0])
         corrected = W + (drift @ U.T) @ U
-        value = W[:, first] + drift[:, first] / (H[first, first] + damping)
+        value = W[:, first] + drift[:, first] / (H[first, first] + damping + dead[first])
         inverse = U[:, first] @ U  # the first column's row of H^-1
         corrected += torch.outer((value - corrected[:, first]) / inverse[first], inverse)
         return corrected.masked_fill_(W == 0, 0.0)
