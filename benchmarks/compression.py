@@ -41,11 +41,13 @@ from fleetune.models import Model
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "RTN, ggml grid, 4 bit g32": ("rtn", {}),
     "**OPTQ**, ggml grid, 4 bit g32": ("optq", {}),
+    "**Qronos**, ggml grid, 4 bit g32": ("qronos", {}),
     "**OPTQ**, the same, order static": ("optq", {"order": "static"}),
     "**OPTQ**, the same, order gar": ("optq", {"order": "gar"}),
     "**OPTQ**, the same, true sequential": ("optq", {"true_sequential": True}),
     "RTN, iq4_nl grid, 4 bit g32": ("rtn", {"grid": "iq4_nl"}),
     "**OPTQ**, iq4_nl grid, 4 bit g32": ("optq", {"grid": "iq4_nl"}),
+    "**Qronos**, iq4_nl grid, 4 bit g32": ("qronos", {"grid": "iq4_nl"}),
     "**OPTQ**, iq4_nl grid, true sequential": ("optq", {"grid": "iq4_nl", "true_sequential": True}),
     "RTN, symmetric grid, 4 bit g32": ("rtn", {"grid": "symmetric"}),
     "**OPTQ**, symmetric grid, 4 bit g32": ("optq", {"grid": "symmetric"}),
@@ -56,6 +58,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "**OPTQ**, asymmetric grid, 4 bit g64": ("optq", {"grid": "asymmetric", "group": 64}),
     "RTN, asymmetric grid, 3 bit g32": ("rtn", {"grid": "asymmetric", "bits": 3}),
     "**OPTQ**, asymmetric grid, 3 bit g32": ("optq", {"grid": "asymmetric", "bits": 3}),
+    "**Qronos**, asymmetric grid, 3 bit g32": ("qronos", {"grid": "asymmetric", "bits": 3}),
     "**OPTQ**, asymmetric grid, 3 bit g32, then its scales trained": (
         "optq",
         {"grid": "asymmetric", "bits": 3, "train_scales": 120},

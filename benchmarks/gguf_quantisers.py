@@ -45,10 +45,13 @@ from fleetune.runs.listener import Listener
 SAMPLE: Final = (16, 256)  # windows, tokens
 TEST: Final = (12, 256)
 THEIRS: Final = {"Q4_0": 2, "IQ4_NL": 25, "IQ4_XS": 30, "Q4_K_M": 15}  # llama.cpp's numbers of file types
-OURS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "optq, Q4_0": {}, "optq, IQ4_NL": {"grid": "iq4_nl"},
-
+GRIDS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "Q4_0": {}, "IQ4_NL": {"grid": "iq4_nl"}, "3 bits": {"grid": "asymmetric", "bits": 3},
 }  # fmt: skip
+METHODS: Final = ("optq", "qronos")
+OURS: Final = {
+    f"{method}, {grid}": (method, settings) for grid, settings in GRIDS.items() for method in METHODS
+}
 SMALLER: Final = 0.85
 
 
@@ -125,14 +128,17 @@ def _sample(
     head = ArtefactHead(
         "optq", {"bytes": 0, "damping": 0.01, "group": 32, "order": "none", "search": False}, "0" * 64, ""
     )
-    for name, settings in OURS.items():
+    for name, (method, settings) in OURS.items():
         if wanted(name):
-            yield name, _solved(model, compression.make("optq", settings), calibration, None, measured)
-    limits = {f"optq, within {name}": size for name, size in sizes.items() if name not in ("Q4_0",)}
-    limits |= {
-        f"optq, within {SMALLER:.0%} of {name}": int(SMALLER * sizes[name]) for name in ("IQ4_NL", "Q4_K_M")
+            yield name, _solved(model, compression.make(method, settings), calibration, None, measured)
+    limits = {f"within {name}": size for name, size in sizes.items() if name not in ("Q4_0",)}
+    limits |= {f"within {SMALLER:.0%} of {name}": int(SMALLER * sizes[name]) for name in ("IQ4_NL", "Q4_K_M")}
+    limits = {
+        f"{method}, {name}": size
+        for name, size in limits.items()
+        for method in METHODS
+        if wanted(f"{method}, {name}")
     }
-    limits = {name: size for name, size in limits.items() if wanted(name)}
     costs = budget.measured(Quiet(), model, calibration, 42) if limits else None
     for name, limit in limits.items():
         assert costs is not None
@@ -140,7 +146,8 @@ def _sample(
         if limit - others < min_bytes(costs):
             continue
         spent = budget.chosen(costs, budget.Room(limit - others, others))
-        yield name, _solved(model, compression.make("optq", {}), calibration, spent, measured)
+        solver = compression.make(name.split(",")[0], {})
+        yield name, _solved(model, solver, calibration, spent, measured)
 
 
 def min_bytes(costs: Any) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TUNING = ("fedit", "fedpetuning", "fedpeptao", "fwdllm", "mezo", "zosgd", "fedkseed", "onebyte")
-COMPRESSORS = ("optq", "sparsegpt", "rtn", "llm_pruner", "gkd")
+COMPRESSORS = ("optq", "qronos", "sparsegpt", "rtn", "llm_pruner", "gkd")
 TARGETS = ("compressed-tensors", "gptq", "mlx", "peft")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -56,11 +56,13 @@ def exported(capsys: pytest.CaptureFixture[str], folder: Path) -> Path:
     return folder / events[0]["path"]
 
 
-@pytest.mark.parametrize("size", ["240kB", "260 kB", "300000"])
+@pytest.mark.parametrize(
+    ("size", "method"), [("240kB", "optq"), ("260 kB", "optq"), ("300000", "optq"), ("280kB", "qronos")]
+)
 def test_the_file_has_the_size_that_was_said(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str], size: str
+    model: str, at: Path, capsys: pytest.CaptureFixture[str], size: str, method: str
 ) -> None:
-    code, events, err = call(capsys, "compress", model, *SMALL, "--bytes", size)
+    code, events, err = call(capsys, "compress", model, *SMALL, "--bytes", size, "--method", method)
     assert code == 0, err
     found, limit = told(events), int(float(size.rstrip(" kB")) * (1000 if "k" in size else 1))
     file = exported(capsys, at)

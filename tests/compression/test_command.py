@@ -229,6 +229,7 @@ BAD = {
     "windows beyond the context": (["compress", "{tiny}", "--length", "9999", "--set", "group=8"], 2, "longer than the model's"),
     "rounding in an order": (["compress", "{tiny}", "--method", "rtn", "--set", "group=8", "--true-sequential"], 2, "not calibrated"),
     "a student in an order": (["compress", "{tiny}", "--method", "gkd", "--set", "teacher=same", "--true-sequential"], 2, "solves no layers"),
+    "an order that is there": (["compress", "{tiny}", "--method", "qronos", "--set", "group=8", "--true-sequential"], 2, "qronos is true sequential in any case"),
     "a model that is none": (["compress", "./nothing"], 2, "nothing"),
     "an encoder": (["compress", "{bert}"], 2, "an encoder cannot be compressed"),
     "nothing to resume": (["compress", "--resume", "9"], 2, "no compression '9'"),
@@ -264,7 +265,7 @@ def test_methods_are_listed_with_their_settings(at: Path, capsys: pytest.Capture
     code, out, _ = call(capsys, "compress", "--list", "--json")
     assert code == 0
     listed = {e["name"]: e for e in events(out)}
-    assert set(listed) == {"gkd", "llm-pruner", "optq", "rtn", "sparsegpt"}
+    assert set(listed) == {"gkd", "llm-pruner", "optq", "qronos", "rtn", "sparsegpt"}
     assert {s["name"] for s in listed["sparsegpt"]["settings"]} >= {"sparsity", "n", "m"}
     code, out, _ = call(capsys, "compress", "--list", "optq")
     assert code == 0

@@ -76,7 +76,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["optq", "sparsegpt", "rtn"])
+@pytest.mark.parametrize("method", ["optq", "qronos", "sparsegpt", "rtn"])
 def test_low_memory_gives_the_same_bytes(
     method: str, dtype: torch.dtype, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,6 +269,20 @@ def test_the_plan_with_low_memory_does_not_depend_on_the_blocks() -> None:
     assert (
         peak(20, measured=True) - peak(20) == peak(2, measured=True) - peak(2) > 0
     )  # no second copy of the blocks
+
+
+def test_a_method_that_compares_with_the_dense_model_is_planned_for() -> None:
+    """Its states and sums twice, and the inputs of all layers of a block: 64 thrice and 160 numbers a token."""
+    optq, qronos = (compression.make(name, {"group": 8}) for name in ("optq", "qronos"))
+    assert isinstance(optq, compression.Solver)
+    assert isinstance(qronos, compression.Solver)
+    plain, own = (solve.size_of(solver, 8, 64) for solver in (optq, qronos))
+    assert own == plain._replace(dense=True)
+    shape, tokens = shape_of(llama()), 8 * 64
+    parts = [compression_cost.memory(shape, work._replace(together=True)) for work in (plain, own)]
+    assert parts[1]["states"] - parts[0]["states"] == tokens * 64 * 4
+    drifts = 4 * (3 * 64**2 + 160**2)
+    assert parts[1]["work"] - parts[0]["work"] == tokens * (3 * 64 + 160) * 4 + drifts
 
 
 def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ QUICK: dict[str, dict[str, Any]] = {
 # Options that change what is computed keep the contract too.
 VARIANTS = [
     "optq:order=static", "optq:order=gar", "optq:grid=asymmetric,bits=3",
-    "optq:grid=universal", "optq:group=0", "rtn:grid=universal,search=true", "sparsegpt:n=2", "sparsegpt:bits=4",
-    "sparsegpt:sparsity=0", "gkd:lmbda=1,reward=rouge_l,alpha=0.5", "gkd:lmbda=0,seq_kd=true,beta=0",
+    "optq:grid=universal", "optq:group=0", "qronos:order=gar", "rtn:grid=universal,search=true", "sparsegpt:n=2",
+    "sparsegpt:bits=4", "sparsegpt:sparsity=0", "gkd:lmbda=1,reward=rouge_l,alpha=0.5", "gkd:lmbda=0,seq_kd=true,beta=0",
     "llm-pruner:mode=hidden,first=4,last=2,ratio=0.5", "llm-pruner:mode=depth", "llm-pruner:recover=gkd",
     "llm-pruner:importance=mixed,scope=global",
 ]  # fmt: skip

@@ -329,8 +329,9 @@ def test_a_compressor_of_another_package_keeps_the_contract(other: str, tmp_path
 
 
 def test_a_compressor_of_another_package_is_listed_and_compresses(
-    other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # the help breaks lines at hyphens
     assert other in cli.command_parsers()["compress"].format_help()
     for spelling in ("row-sign", "row_sign"):
         assert cli.main(["compress", "--list", spelling]) == 0

@@ -12,7 +12,7 @@ cites the paper, a constant `PAPER`, and a frozen dataclass whose fields are the
 | `Trainer` | trains a whole model, or a part of its blocks, on rows and a teacher |
 | `Pruner` | removes parts of the model, then trains what is left |
 
-Listing reads the files as text and imports nothing.
+A `Solver` with a method `correct` is a `Corrector`.  Listing reads the files as text and imports nothing.
 """
 
 from __future__ import annotations
@@ -67,6 +67,23 @@ class Solver(Protocol):
         """Return the compressed matrix.
 
         W float32 [R, C] and H float32 [C, C], the sum of 2 x x^T over the calibration tokens, are left unchanged.
+        """
+        ...
+
+
+@runtime_checkable
+class Corrector(Solver, Protocol):
+    """A solver that first corrects the weights for the errors of the layers before.
+
+    It needs text on this machine, since the dense model runs beside the compressed one, and its layers are solved in turn
+    (`true_sequential`).
+    """
+
+    def correct(self, W: Tensor, H: Tensor, D: Tensor) -> Tensor:
+        """Return the weights float32 [R, C] that are then solved for.
+
+        W and H as in `solve`.  D float32 [C, C] is the sum of 2 (x - y) y^T over the calibration tokens, with x the inputs in
+        the dense model and y those in the compressed one, which H is of.  All are left unchanged.
         """
         ...
 

@@ -17,7 +17,8 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
                         all windows
               running   a window through the block: length * s * (its widest point), its scores where attention is not
                         fused (4 heads length^2, twice), and the block's compressed weights
-              (with `--true-sequential` a layer is solved while all windows are at it: both at once)
+              (with `--true-sequential` a layer is solved while all windows are at it: both at once; a method that
+              compares with the dense model has states and Hessians twice, and the inputs of all layers of a block)
               choosing  grids for a byte budget: a window forward and back, layer by layer; embedding and head solved
                         some rows at a time, and their codes
               training  scales: the same, a byte for each weight, and a scale's moments
@@ -63,6 +64,7 @@ class CompressionSize(NamedTuple):
     heads: int = 0  # whose attention scores are stored; 0 for fused attention
     budget: bool = False  # grids are chosen for a byte budget
     trained: bool = False  # the scales are trained afterwards
+    dense: bool = False  # the windows go through the dense model as well (`Corrector`)
 
 
 def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
@@ -80,7 +82,9 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
     if work.windows:
         once = work.windows if work.together else 1
         scores = SCORES * work.heads * work.length**2 * 4
-        stages["running"] = int(once * (work.length * work.size * shape.widest + scores)) + 2 * inner * 4
+        kept = work.dense * sum(_inputs(block))  # what the layers read in the dense model
+        stages["running"] = int(once * (work.length * work.size * (shape.widest + kept) + scores))
+        stages["running"] += 2 * inner * 4
         stages["solving"] += stages["running"] if work.together else 0
     if work.budget:
         stages["choosing"] = max(_backward(shape, work), _ends(shape))
@@ -95,7 +99,12 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
     return {
         "floor": FLOOR + PIECE * shape.vocab + KERNELS["numba"],
         "weights": max(inner * work.size, ends) if work.low_memory else whole,
-        "states": work.windows // max(1, work.clients) * work.length * shape.hidden * work.size,
+        "states": (1 + work.dense)
+        * work.windows
+        // max(1, work.clients)
+        * work.length
+        * shape.hidden
+        * work.size,
         "work": int(max(stages.values())),
     }
 
@@ -134,8 +143,13 @@ def _weights(linears: Iterable[Linear]) -> int:
 
 def hessians(block: list[Linear]) -> int:
     """Return the bytes of a block's Hessians: one for each distinct input."""
+    return sum(4 * into * into for into in _inputs(block))
+
+
+def _inputs(block: list[Linear]) -> list[int]:
+    """Return the size of each distinct input of a block."""
     inputs = {(x.name.rpartition(".")[0], x.name.endswith(("o_proj", "down_proj")), x.into) for x in block}
-    return sum(4 * into * into for _, _, into in inputs)
+    return [into for _, _, into in inputs]
 
 
 def _solving(block: list[Linear], work: CompressionSize) -> float:
@@ -145,7 +159,8 @@ def _solving(block: list[Linear], work: CompressionSize) -> float:
         4 * (MATRICES * x.out * x.into + (FACTORS * x.into * x.into if work.windows else 0)) for x in block
     )
     written = WRITTEN * done * (work.bits / 8 if work.bits else 1)
-    return (hessians(block) if work.windows else 0) + done + max(own, written)
+    sums = (1 + work.dense) * hessians(block) if work.windows else 0
+    return sums + done + max(own, written)
 
 
 def _backward(shape: Shape, work: CompressionSize) -> int:

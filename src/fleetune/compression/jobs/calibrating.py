@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say what finished blocks were made of, and give the Hessians that a solver calibrates on."""
+"""Check who calibrates, say what finished blocks were made of, and give the Hessians that a solver calibrates on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from fleetune.common.shell import quoted
+from fleetune.compression import Corrector, Solver
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, sealed
-from fleetune.runs.compression_folder import CompressRequest
+from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
 from fleetune.runs.events import CalibrationReply
 from fleetune.runs.listener import Listener
 
@@ -62,6 +63,22 @@ class Calibrated(Protocol):
     @property
     def agreed(self) -> dict[int, Share]:
         """What each client calibrates on, once it is known."""
+
+
+def check(request: CompressRequest, solver: Solver) -> None:
+    """Raise UsageError for options that a solver that compares with the dense model has no place for."""
+    if not isinstance(solver, Corrector):
+        return
+    if request.calibrate in (CLIENTS, FLEET):
+        raise UsageError(
+            f"{request.method} compares with the dense model on text that is here, and --calibrate {request.calibrate} "
+            "leaves it where it is",
+            hint="--method optq   or calibrate on --text",
+        )
+    if request.true_sequential:
+        raise UsageError(
+            f"{request.method} is true sequential in any case", hint="leave out --true-sequential"
+        )
 
 
 def check_origin(listener: Listener, own: str, model: str, parts: Path) -> None:

@@ -12,7 +12,7 @@ from fleetune import compression, subject
 from fleetune.common import settings, sums
 from fleetune.common.display import human_bytes
 from fleetune.common.shell import quoted
-from fleetune.compression.jobs import budget, progress, scales
+from fleetune.compression.jobs import budget, calibrating, progress, scales
 from fleetune.compression.jobs.contract import Devices, FileSize, Job
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
@@ -105,6 +105,7 @@ def prepare(
         return distil.prepare(request, method, out, offline=offline)
     if isinstance(method, compression.Pruner):
         return prune.prepare(request, method, listener, offline=offline)
+    calibrating.check(request, method)
     budget.check(request, method)
     scales.check(request, method)
     return solve.prepare(request, method, inputs.load(request, offline=offline), listener, devices, beside)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fleetune.common.display import counted, human_bytes, human_time
-from fleetune.compression import Solver
+from fleetune.compression import Corrector, Solver
 from fleetune.compression.jobs import budget, calibrating, progress, scales, windows
 from fleetune.compression.jobs.contract import Devices, FileSize, Outcome, Share
 from fleetune.compression.jobs.inputs import Inputs
@@ -64,7 +64,7 @@ class SolveJob:
             return [("memory", memory)]
         count, length = self.calibration.shape
         text = f"{self.inputs.source} · {counted(count, 'window')} of {length} tokens"
-        text += " · true sequential" if self.request.true_sequential else ""
+        text += " · true sequential" if self.cost.together else ""
         whose = [("clients", f"{len(self.shares)} of them, in turn")] if self.shares else []
         return [("text", text), *whose, ("memory", memory)]
 
@@ -97,11 +97,13 @@ class SolveJob:
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
         if self.request.calibrate == FLEET:  # the windows are on the devices, the Hessians here
             count, length = 1, self.request.length
-        return size_of(self.solver, count, length)._replace(
+        found, limited = size_of(self.solver, count, length), budget.asked(self.request)
+        return found._replace(
             size=WEIGHTS[self.inputs.model.dtype].size, low_memory=self.request.low_memory,
-            measured=self.inputs.measured, clients=len(self.shares), together=self.request.true_sequential,
-            heads=_written_heads(self.inputs.model.net.config), budget=budget.asked(self.request),
-            trained=bool(self.request.train_scales), **({"bits": 8} if budget.asked(self.request) else {}),
+            measured=self.inputs.measured, clients=len(self.shares),
+            together=self.request.true_sequential or found.dense,
+            heads=_written_heads(self.inputs.model.net.config), budget=limited,
+            trained=bool(self.request.train_scales), bits=8 if limited else found.bits,
         )  # fmt: skip
 
     def run(self, listener: Listener, folder: Path) -> Outcome:
@@ -118,7 +120,8 @@ def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
     from fleetune.planning.compression_cost import CompressionSize
 
     bits, group = int(getattr(solver, "bits", 0)), int(getattr(solver, "group", 0))
-    return CompressionSize(windows if solver.data else 0, length, bits=bits, group=group)
+    dense = isinstance(solver, Corrector)
+    return CompressionSize(windows if solver.data else 0, length, bits=bits, group=group, dense=dense)
 
 
 def prepare(

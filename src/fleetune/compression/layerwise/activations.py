@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run calibration windows through a model block by block, and collect the Hessians of each block's linear layers."""
+"""Run calibration windows through a model block by block, and collect the Hessians of each block's linear layers.
+
+For a solver that aims at the dense model's outputs (`Corrector`) the windows go through the dense model as well, a block at a
+time beside the compressed one.  With x the input of a layer there and y its input in the compressed model, the drift of its
+inputs is D = sum of 2 (x - y) y^T over all tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.compression.layerwise.experts import Experts, Routed
-from fleetune.compression.layerwise.hessian import accumulate, mirrored
+from fleetune.compression.layerwise.hessian import accumulate, accumulate_drift, mirrored
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
 
-# Called with a layer's name and its H.  With `true_sequential` it also puts the compressed weights in place.
-SolveLayer = Callable[[str, Tensor], None]
 SolveExperts = Callable[[Experts, Routed], None]
+
+
+class SolveLayer(Protocol):
+    """Solve a layer; with `true_sequential`, also put the compressed weights in place."""
+
+    def __call__(self, name: str, H: Tensor | None, D: Tensor | None = None) -> None:
+        """Solve layer `name` with the Hessian and the drift of its inputs, [C, C]; None where nothing is known."""
+        ...
 
 
 class HessianSource(Protocol):
@@ -40,7 +51,10 @@ class _Stop(Exception):
 class HiddenStates:
     """The hidden states of the calibration windows in front of a block."""
 
-    def __init__(self, model: Model, calibration: Tensor, true_sequential: bool = False) -> None:
+    def __init__(
+        self, model: Model, calibration: Tensor, true_sequential: bool = False, *, drift: bool = False
+    ) -> None:
+        """calibration: int64 [n, length].  `drift` is for `true_sequential`: the dense model's states are kept as well."""
         modules = dict(model.net.named_modules())
         self.model, self.blocks = model, [modules[layer.name] for layer in layers_of(model.net)]
         self.true_sequential, self.tokens = true_sequential, calibration.numel()
@@ -48,6 +62,8 @@ class HiddenStates:
         self.states = self.first_block_inputs(calibration)
         if true_sequential:
             self.states = [torch.cat(self.states)]
+        # in the dense model; in front of the first block they are the same
+        self.dense = self.states[0] if drift else None
         self._ahead: Tensor | None = None  # states after a block solved sequentially
         self._in_tuple = False  # whether blocks return their states in a tuple
 
@@ -153,17 +169,19 @@ class HiddenStates:
     ) -> Tensor | None:
         """Solve each layer when all windows reach it; the block's output, None for the last block."""
         shared, done, last = _SharedInputs(), set[str](), number + 1 == len(self.blocks)
-        H = torch.empty(0)
+        dense = self._dense_inputs(number, linears)
+        H, D = torch.empty(0), None
 
         def observe(name: str, x: Tensor) -> None:
-            nonlocal H
+            nonlocal H, D
             if name in done:
                 return
             if shared.first(name, x) == name:
                 H = torch.zeros(x.shape[-1], x.shape[-1])
                 accumulate(H, x.cpu())
                 mirrored(H)
-            solve(name, H)
+                D = self._drift(dense.pop(name), x) if name in dense else None
+            solve(name, H, D)
             note(name)
 
         def note(name: str) -> None:
@@ -185,6 +203,37 @@ class HiddenStates:
         ):
             return self.forward(number, self.states[0])
         return None
+
+    def _dense_inputs(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+        """Run the dense model's states through the block, whose weights are still its own.
+
+        Returns the first input of each layer; of layers that read one tensor, that of the first.  {} without such states.
+        """
+        found, shared = dict[str, Tensor](), _SharedInputs()
+
+        def observe(name: str, x: Tensor) -> None:
+            if shared.first(name, x) == name:
+                found.setdefault(name, x)
+
+        with _observed_inputs(linears, observe):
+            self.pass_over(number)
+        return found
+
+    def _drift(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """Return D float32 [C, C] of inputs x in the dense and y in the compressed model, [.., C].
+
+        None unless both are of all tokens: those of routed experts are not the same ones.
+        """
+        if not x.shape[:-1].numel() == y.shape[:-1].numel() == self.tokens:
+            return None
+        D = torch.zeros(x.shape[-1], x.shape[-1])
+        accumulate_drift(D, x.cpu(), y.cpu())
+        return D
+
+    def pass_over(self, number: int) -> None:
+        """Run the dense model's states through a block; called while its weights are its own."""
+        if self.dense is not None:
+            self.dense = self.forward(number, self.dense)
 
     def head_hessian(self) -> Tensor:
         """Return the Hessian of the head's inputs, float32 [H, H]; the states are those behind the last block."""

@@ -10,6 +10,9 @@ With `true_sequential` (GPTQ's name for it) a layer also sees the outputs of the
 block: all windows go through the block together, and each layer is solved when they reach it.  That is one pass
 instead of two, but needs memory for the activations of all windows at once.
 
+A solver that is a `Corrector` is always run so, since two layers in a row would else both correct the same error.  It also gets
+what the inputs of a layer have drifted from those in the dense model, whose hidden states are kept beside the others.
+
 Memory holds the model (with `--low-memory` one block of it: `models/mapped`), the Hessians and dense copies of one
 block, and the hidden states of the windows; never a second model (`planning/compression_cost.py` adds it up).  Every
 finished block is a file.  A run that was killed reads the files it finds and resumes with the next block.
@@ -32,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.common.display import counted
-from fleetune.compression import Solved, Solver
+from fleetune.compression import Corrector, Solved, Solver
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates
 from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks, MatrixResult
 from fleetune.compression.layerwise.experts import Experts, Routed, experts_of, has_experts, solve_experts
@@ -207,11 +210,16 @@ def run(
     """
     if true_sequential and not isinstance(calibration, Tensor):
         raise ValueError("true_sequential is for windows; a source has an order of its own")
+    corrects = isinstance(solver, Corrector)
+    if corrects and not isinstance(calibration, Tensor):
+        raise ValueError("a solver that corrects the weights needs windows")
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = FinishedBlocks(folder), linears_of(model)
     of_blocks = _experts_in(model) if experts else [[] for _ in blocks]
     source = (
-        HiddenStates(model, calibration, true_sequential) if isinstance(calibration, Tensor) else calibration
+        HiddenStates(model, calibration, true_sequential or corrects, drift=corrects)
+        if isinstance(calibration, Tensor)
+        else calibration
     )
     placing = isinstance(source, HiddenStates) and source.true_sequential
 
@@ -227,6 +235,8 @@ def run(
                 solving.block(linears, inside, source, parts)
             on_block(parts.blocks[-1], len(blocks) + bool(plan))
             if source and (plan or number + 1 < len(blocks)):
+                if found and isinstance(source, HiddenStates):
+                    source.pass_over(number)
                 if found or not placing:
                     place_weights(linears, parts, inside)
                 source.advance(number)
@@ -276,10 +286,10 @@ class Solving(NamedTuple):
         began = time.monotonic()
         weights, matrices = dict[str, Quantised | Tensor](), list[MatrixResult]()
 
-        def solve(name: str, H: Tensor | None) -> None:
+        def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
             self.on_name(name)
             linear = linears[name]
-            weight, matrix = _solve_layer(self.solver_of(f"{name}.weight"), name, linear, H)
+            weight, matrix = _solve_layer(self.solver_of(f"{name}.weight"), name, linear, H, D)
             weights[f"{name}.weight"] = weight
             matrices.append(matrix)
             if self.placing:
@@ -305,10 +315,12 @@ class Solving(NamedTuple):
 
 
 def _solve_layer(
-    solver: Solver, name: str, linear: nn.Linear, H: Tensor | None
+    solver: Solver, name: str, linear: nn.Linear, H: Tensor | None, D: Tensor | None
 ) -> tuple[Quantised | Tensor, MatrixResult]:
     W = linear.weight.detach().float().cpu()
     C = W.shape[1]
+    if isinstance(solver, Corrector) and H is not None and D is not None:
+        W = solver.correct(W, H, D)
     solved = solver.solve(W, torch.zeros(C, C) if H is None else H)
     error = float("nan") if H is None else share(_loss(W, solved, H), trace(W, H))
     weight = solved.weight if isinstance(solved.weight, Quantised) else solved.weight.to(linear.weight.dtype)

@@ -33,6 +33,15 @@ def accumulate(H: Tensor, x: Tensor) -> None:
             H[first:last, :last].addmm_(flat[:, first:last].T, flat[:, :last], alpha=2.0)
 
 
+def accumulate_drift(D: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add 2 (x - y) y^T of every token to D float32 [C, C]; x and y [.., C] are inputs in the dense and compressed model."""
+    C = len(D)
+    pairs = zip(x.reshape(-1, C).split(TOKENS_AT_ONCE), y.reshape(-1, C).split(TOKENS_AT_ONCE), strict=True)  # type: ignore[no-untyped-call]
+    for dense, compressed in pairs:
+        to = compressed.to(D.dtype)
+        D.addmm_((dense.to(D.dtype) - to).T, to, alpha=2.0)
+
+
 def mirrored(H: Tensor) -> Tensor:
     """Copy the lower triangle of H to its upper one, in place, and return H."""
     for first in range(0, len(H), STRIP):
