@@ -38,6 +38,11 @@ MISTRAL = (
     "{% if m['role'] == 'user' %}{{ '[INST] ' + (system if loop.first else '') + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+LAST_END = CHATML.replace(
+    "+ '<|im_end|>\\n' }}{% endfor %}",
+    "}}{% if loop.last and m['role'] == 'assistant' and not "
+    "add_generation_prompt %}{{ eos_token }}{% else %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}",
+)
 LAST_ONLY = CHATML.replace("in messages", "in messages[-1:]")
 BRACES = "{% for m in messages %}{{ '{{' + m['role'] + '}}' + m['content'] + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '{{a}}' }}{% endif %}"
 TALKS: tuple[tuple[str, ...], ...] = (
@@ -86,7 +91,7 @@ def of(template: str | None, *, pieces: bool = False) -> Any:
 @pytest.mark.parametrize(
     ("template", "pieces", "system"),
     [
-        (CHATML, False, True), (LLAMA3, True, True), (LLAMA3, False, True), (GEMMA, True, False), (MISTRAL, True, False),
+        (CHATML, False, True), (LAST_END, False, True), (LLAMA3, True, True), (LLAMA3, False, True), (GEMMA, True, False), (MISTRAL, True, False),
         (BRACES, False, True), (None, False, True), (None, True, True),
     ],
 )  # fmt: skip

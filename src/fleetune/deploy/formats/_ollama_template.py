@@ -66,9 +66,12 @@ def _without_system(render: Render) -> Turns:
     )
     between, _ = _split(rest, AGAIN)  # the end of an answer, and the begin of a question
     _, last = _split(render([user, answer], False), ANSWER)
-    # an answer may end otherwise where it is the last
-    after_answer = last if between.startswith(last) else between.removesuffix(_common_end(between, head))
-    before_user = between[len(after_answer) :]
+    before_user = between.removeprefix(last)
+    if not between.startswith(last) or not head.endswith(
+        before_user
+    ):  # an answer ends otherwise where it is the last
+        before_user = _common_end(between, head)
+    after_answer = between.removesuffix(before_user)
     around = {"user": (before_user, after_user), "assistant": (before_answer, after_answer)}
     return Turns(head.removesuffix(before_user), around, _rest(render([user], True), one), None)
 
