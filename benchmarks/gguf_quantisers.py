@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compression import permute, windows
+from benchmarks.solvers import PlainOptq
 from fleetune import compression, models
 from fleetune.compression.budget.costs import Candidate
 from fleetune.compression.jobs import budget
@@ -53,6 +54,7 @@ OURS: Final = {
     f"{method}, {grid}": (method, settings) for grid, settings in GRIDS.items() for method in METHODS
 }
 SMALLER: Final = 0.85
+GPTQ: Final = "GPTQ's published loop, symmetric, Q4_0's bytes"
 
 
 class Quiet(Listener):
@@ -131,6 +133,8 @@ def _sample(
     for name, (method, settings) in OURS.items():
         if wanted(name):
             yield name, _solved(model, compression.make(method, settings), calibration, None, measured)
+    if wanted(GPTQ):
+        yield GPTQ, _solved(model, PlainOptq("symmetric", stale=True), calibration, None, measured)
     limits = {f"within {name}": size for name, size in sizes.items() if name not in ("Q4_0",)}
     limits |= {f"within {SMALLER:.0%} of {name}": int(SMALLER * sizes[name]) for name in ("IQ4_NL", "Q4_K_M")}
     limits = {

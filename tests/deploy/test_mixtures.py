@@ -150,7 +150,7 @@ def test_a_ramp_that_llama_cpp_rounds_is_said(tmp_path: Path) -> None:
     net = save("gpt_oss", tmp_path / "m", **PUBLISHED)
     report = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf")
     assert any("rounds the ends of YaRN's ramp" in note for note in report.notes)
-    assert 1e-7 < divergence(net, report.path) < 1e-5  # of the rotation: without it 1e-11
+    assert 1e-7 < divergence(net, report.path) < 1e-3  # of the rotation: without it 1e-11
     rope = PUBLISHED["rope_parameters"] | {"truncate": True}
     net = save("gpt_oss", tmp_path / "n", **PUBLISHED | {"rope_parameters": rope})
     report = export(tmp_path / "n", "gguf:f32", tmp_path / "y.gguf")
