@@ -21,6 +21,7 @@ OWN: Final = "com.microsoft"
 FLOAT, INT32, INT64 = 1, 6, 7  # TensorProto.DataType
 TYPES: Final[Mapping[str, int]] = {"F32": FLOAT, "U8": 2, "F16": 10, "BF16": 16}
 IR_VERSION: Final = 10
+FP32: Final = 1  # accuracy_level of MatMulNBits; with 4 the inputs are rounded to 8 bits
 OPSETS: Final = (("", 21), (OWN, 1))
 PAST, PRESENT = "past_key_values.%d.", "present.%d."
 INVERSE, POSITIONS = "rotary.inverse_frequencies", "rotary.positions"
@@ -52,6 +53,7 @@ class Graph:
 
     file: str  # of the tensors
     stored: Mapping[str, Stored]
+    facts: Mapping[str, str]  # where the model comes from
     nodes: list[bytes] = field(default_factory=list)
     constants: dict[str, bytes] = field(default_factory=dict)
 
@@ -94,7 +96,9 @@ class Graph:
             + b"".join(_bytes(12, value) for value in outputs)
         )
         opsets = b"".join(_bytes(8, _text(1, domain) + _int(2, version)) for domain, version in OPSETS)
-        return _int(1, IR_VERSION) + _text(2, "fleetune") + _bytes(7, graph) + opsets
+        return (
+            _int(1, IR_VERSION) + _text(2, "fleetune") + _bytes(7, graph) + opsets + _entries(14, self.facts)
+        )
 
 
 # The decoder -------------------------------------------------------------------------------------
@@ -103,9 +107,9 @@ class Graph:
 class Decoder:
     """The graph of a llama, mistral, qwen2 or qwen3 whose tensors have transformers' names."""
 
-    def __init__(self, graph: Graph, config: Any, matrices: Mapping[str, Matrix], accuracy: int) -> None:
-        """`accuracy` is MatMulNBits' accuracy_level: 1 computes in fp32, 4 with inputs rounded to 8 bits."""
-        self.g, self.config, self.matrices, self.accuracy = graph, config, matrices, accuracy
+    def __init__(self, graph: Graph, config: Any, matrices: Mapping[str, Matrix]) -> None:
+        """`matrices` are the quantised layers by the names of their weights."""
+        self.g, self.config, self.matrices = graph, config, matrices
 
     def to_bytes(self) -> bytes:
         """Return the ONNX file."""
@@ -153,7 +157,7 @@ class Decoder:
             parts = [f"{name}.{part}" for part in ("codes", "scales", "zeros")]
             y = g.op(
                 "MatMulNBits", x, *parts, domain=OWN, out=last,
-                K=of.C, N=of.R, bits=of.bits, block_size=of.block, accuracy_level=self.accuracy,
+                K=of.C, N=of.R, bits=of.bits, block_size=of.block, accuracy_level=FP32,
             )  # fmt: skip
         else:
             held = weight if weight in g.stored else "model.embed_tokens.weight"  # a tied head
@@ -219,11 +223,14 @@ def _attribute(name: str, value: Attribute) -> bytes:
     return _text(1, name) + _int(3, value) + _int(20, 2)
 
 
+def _entries(number: int, texts: Mapping[str, str]) -> bytes:
+    return b"".join(_bytes(number, _text(1, key) + _text(2, value)) for key, value in texts.items())
+
+
 def _external(name: str, tensor: Stored, file: str) -> bytes:
     place = {"location": file, "offset": str(tensor.offset), "length": str(tensor.size)}
-    entries = b"".join(_bytes(13, _text(1, key) + _text(2, value)) for key, value in place.items())
     dims = b"".join(_int(1, size) for size in tensor.shape)
-    return dims + _int(2, TYPES[tensor.kind]) + _text(8, name) + entries + _int(14, 1)
+    return dims + _int(2, TYPES[tensor.kind]) + _text(8, name) + _entries(13, place) + _int(14, 1)
 
 
 def _value(name: str, kind: int, shape: Sequence[int | str]) -> bytes:

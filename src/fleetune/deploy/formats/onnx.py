@@ -15,7 +15,7 @@ are not quantised are fp16 (bf16 stays) and computed in fp32, norms and biases a
     model.onnx.data    the tensors, laid out as a safetensors file
     genai_config.json  what ONNX Runtime GenAI reads, with the tokenizer's files
 
-`onnx:int8` is the same file but for the operator's accuracy_level 4: the runtime rounds inputs of linear layers to 8 bits.
+The operator's accuracy_level is 1: the runtime computes in fp32.
 """
 
 from __future__ import annotations
@@ -38,28 +38,27 @@ from fleetune.models.families import rope
 from fleetune.models.families.widths import build
 from fleetune.models.tensor_file import compare, damaged, write_tensors
 
-TARGETS: Final = {
-    "onnx": "a folder for ONNX Runtime GenAI: codes of 2 to 8 bits in MatMulNBits",
-    "onnx:int8": "the same, run faster with the inputs of linear layers rounded to 8 bits",
-}
+TARGETS: Final = {"onnx": "a folder for ONNX Runtime GenAI: codes of 2 to 8 bits in MatMulNBits"}
 TAKES: Final = "codes"
+PROVENANCE: Final = True
 ORDER: Final = 60
+TARGET: Final = "onnx"
 DATA: Final = "model.onnx.data"
-ACCURACY: Final = {None: 1, "int8": 4}  # MatMulNBits' accuracy_level
 ARCHITECTURES: Final = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY: Final = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the text
 SMALLEST, LARGEST = 16, 128  # columns of a block that the kernels have
+ROOM: Final = 4096  # tokens that a text gets room for unless the user says otherwise
 
 
 def check(model: Checkpoint, kind: str | None) -> None:
     """Raise Misfit when the architecture or the codes have no place in the graph, UsageError for plain weights."""
-    _grids(model, kind)
+    _grids(model)
 
 
 def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
     """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
-    grids, rounded = _grids(model, kind), set[str]()
-    tables = _rotary(model.config)
+    grids, rounded = _grids(model), set[str]()
+    tables, tokenizer = _rotary(model.config), _gguf_vocabulary.load(model.folder)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from tables.items()
@@ -72,13 +71,12 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     compare(data, tensors)
     _check_codes(model, data)
     matrices = {name: _matrix(q, model.shapes[name]) for name, q in grids.items()}
-    decoder = Decoder(Graph(DATA, _stored(data)), model.config, matrices, ACCURACY[kind])
+    decoder = Decoder(Graph(DATA, _stored(data), made), model.config, matrices)
     (folder / "model.onnx").write_bytes(decoder.to_bytes())
-    tokenizer = _gguf_vocabulary.load(model.folder)
     text = json.dumps(genai_config(model.config, tokenizer), indent=2, sort_keys=True)
     (folder / "genai_config.json").write_text(text + "\n", encoding="utf-8")
     notes = [*_hf_writer.add_companions(model, folder), *_hf_writer.of_rounding(rounded)]
-    return _hf_writer.report(model, folder, _name(kind), len(rounded), notes, DATA)
+    return _hf_writer.report(model, folder, TARGET, len(rounded), notes, DATA)
 
 
 def parts(name: str, q: Quantised) -> Iterator[tuple[str, Tensor]]:
@@ -115,15 +113,11 @@ def genai_config(config: Any, tokenizer: Any) -> dict[str, Any]:
     }  # fmt: skip
     if tokenizer.bos_token_id is not None:
         model["bos_token_id"] = tokenizer.bos_token_id
-    search = {"max_length": config.max_position_embeddings, "past_present_share_buffer": True}
+    search = {"max_length": min(ROOM, config.max_position_embeddings), "past_present_share_buffer": True}
     return {"model": model, "search": search}
 
 
-def _name(kind: str | None) -> str:
-    return f"onnx:{kind}" if kind else "onnx"
-
-
-def _check_config(model: Checkpoint, to: str) -> None:
+def _check_config(model: Checkpoint) -> None:
     config: Any = model.config
     problem = None
     if config.model_type not in ARCHITECTURES:
@@ -135,18 +129,17 @@ def _check_config(model: Checkpoint, to: str) -> None:
     elif rope.width(config) != rope.head_dim(config):
         problem = "partly rotated heads"
     if problem is not None:
-        raise Misfit(f"{to} has no place for {problem}")
+        raise Misfit(f"{TARGET} has no place for {problem}")
 
 
-def _grids(model: Checkpoint, kind: str | None) -> dict[str, Quantised]:
+def _grids(model: Checkpoint) -> dict[str, Quantised]:
     """Return the grids of the linear layers; Misfit when the graph cannot hold the model."""
-    to = _name(kind)
-    _check_config(model, to)
-    grids = _hf_writer.matrices(model, to)
+    _check_config(model)
+    grids = _hf_writer.matrices(model, TARGET)
     for name, q in grids.items():
         if _block(q.group) < SMALLEST:
             raise Misfit(
-                f"{to} cannot hold the codes: {name} has groups of {q.group}, "
+                f"{TARGET} cannot hold the codes: {name} has groups of {q.group}, "
                 f"which are not made of blocks of {SMALLEST}",
                 remedy="compress again for this target",
             )
