@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from torch import Tensor
 from fleetune import models
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import rounded
-from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import onnx
 from fleetune.errors import FleetuneError, UsageError
@@ -119,10 +119,9 @@ def test_the_graph_gives_the_model_s_logits(
     want = own_logits(with_half_matrices(model, quantised))
     np.testing.assert_allclose(got["logits"][0].numpy(), want, atol=2e-5)
     dense = 1 + (not model.net.config.tie_word_embeddings)
-    assert (
-        report.types == {"F16": dense, "F32": len(file.tensors) - 2 * len(quantised) - dense - 5, "U8": 28}
-        or report
-    )
+    held = Counter(str(t.dtype) for name, t in file.tensors.items() if not name.startswith("constant"))
+    assert report.types == {"F16": dense, "F32": held["torch.float32"], "U8": 2 * len(quantised)}
+    assert held["torch.float16"] == dense
     assert report.tensors - report.exact == dense
 
 
@@ -167,11 +166,9 @@ def test_what_genai_reads(tmp_path: Path) -> None:
     sizes = ("head_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
     assert [decoder[size] for size in sizes] == [16, 64, 4, 2, 2]
     file = onnx_harness.read(folder / decoder["filename"])
-    names = {key: name for key, name in (decoder["inputs"] | decoder["outputs"]).items()}
-    bound = [name % i for name in names.values() if "%d" in name for i in range(2)]
-    assert sorted([*bound, *(name for name in names.values() if "%d" not in name)]) == sorted(
-        file.inputs + file.outputs
-    )
+    names = [*decoder["inputs"].values(), *decoder["outputs"].values()]
+    bound = {name % i if "%d" in name else name for name in names for i in range(2)}
+    assert bound == {*file.inputs, *file.outputs}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {
         f.name for f in folder.iterdir()
     }
@@ -280,8 +277,3 @@ def test_genai_generates_the_same_tokens(tmp_path: Path, kind: str) -> None:
             torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=24
         )
     assert generator.get_sequence(0).tolist() == want[0].tolist()
-
-
-def test_the_check_reads_no_weights(tmp_path: Path) -> None:
-    compressed(tiny(), tmp_path / "m")
-    onnx.check(open_checkpoint(tmp_path / "m"), None)
