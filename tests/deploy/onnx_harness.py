@@ -51,8 +51,8 @@ class Node(NamedTuple):
 class File(NamedTuple):
     nodes: list[Node]
     tensors: dict[str, Tensor]
-    inputs: list[str]
-    outputs: list[str]
+    inputs: dict[str, list[int | str]]  # the shapes
+    outputs: dict[str, list[int | str]]
     facts: dict[str, str]
 
 
@@ -60,8 +60,15 @@ def read(path: Path) -> File:
     model = fields(path.read_bytes())
     graph = fields(model[7][0])
     tensors = dict(tensor(raw, path.parent) for raw in graph[5])
-    values = [[fields(raw)[1][0].decode() for raw in graph[number]] for number in (11, 12)]
+    values = [dict(map(value, graph[number])) for number in (11, 12)]
     return File([node(raw) for raw in graph[1]], tensors, *values, entries(model[14]))
+
+
+def value(raw: bytes) -> tuple[str, list[int | str]]:
+    found = fields(raw)
+    shape = fields(fields(fields(found[2][0])[1][0])[2][0])
+    sizes = [fields(dim) for dim in shape[1]]
+    return found[1][0].decode(), [size[1][0] if size[1] else size[2][0].decode() for size in sizes]
 
 
 def entries(raw: list[bytes]) -> dict[str, str]:
@@ -165,11 +172,43 @@ OWN = ("MatMulNBits", "GroupQueryAttention")
 
 
 def run(file: File, feed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs of a file for inputs by name."""
+    """The outputs of a file for inputs by name; every size of a name is the same, and outputs have the shapes stated."""
     assert sorted(feed) == sorted(file.inputs)
     known = {**file.tensors, **feed}
     for each in file.nodes:
         assert each.domain == ("com.microsoft" if each.kind in OWN else ""), each
         made = OPERATORS[each.kind](*(known[name] for name in each.inputs), **each.attributes)
         known |= zip(each.outputs, made if isinstance(made, tuple) else (made,), strict=True)
+    shapes = file.inputs | file.outputs
+    sizes = {size for name in shapes for size in zip(shapes[name], known[name].shape, strict=True)}
+    assert len(dict(sizes)) == len(sizes), sizes
     return {name: known[name] for name in file.outputs}
+
+
+# ONNX Runtime's interface ------------------------------------------------------------------------
+
+
+class Value(NamedTuple):
+    name: str
+    shape: list[int | str]
+
+
+class SessionOptions:
+    intra_op_num_threads = 0
+
+
+class InferenceSession:
+    def __init__(self, file: str, options: SessionOptions, providers: list[str]) -> None:
+        assert options.intra_op_num_threads == 1
+        assert providers == ["CPUExecutionProvider"]
+        self.file = read(Path(file))
+
+    def get_inputs(self) -> list[Value]:
+        return [Value(*item) for item in self.file.inputs.items()]
+
+    def get_outputs(self) -> list[Value]:
+        return [Value(*item) for item in self.file.outputs.items()]
+
+    def run(self, names: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        found = run(self.file, {name: torch.from_numpy(array) for name, array in feed.items()})
+        return [found[name].numpy() for name in names]

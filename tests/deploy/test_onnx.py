@@ -22,6 +22,7 @@ from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import rounded
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import onnx
+from fleetune.deploy.measure import exported_perplexity, onnx_runtime
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
@@ -236,6 +237,62 @@ def test_a_wrong_value_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "x").exists()
 
 
+# ---------------------------------------------------------------- the engine of --text
+
+
+def rows_of(ids: list[int]) -> list[tuple[list[int], int]]:
+    return [
+        (ids, 1),
+        (ids[:5], 3),
+        (ids * 4, 70),
+    ]  # one that is read in several pieces, scored from within one
+
+
+def losses(net: Any, rows: list[tuple[list[int], int]]) -> list[tuple[float, int]]:
+    found = []
+    for ids, n_prompt in rows:
+        with torch.no_grad():
+            logits = net(torch.tensor([ids])).logits[0].double()
+        loss = torch.nn.functional.cross_entropy(
+            logits[n_prompt - 1 : -1], torch.tensor(ids[n_prompt:]), reduction="sum"
+        )
+        found.append((float(loss), len(ids) - n_prompt))
+    return found
+
+
+def test_the_engine_measures_what_torch_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_runtime, "MODULE", onnx_harness.__name__)
+    model = tiny()
+    quantised = compressed(model, tmp_path / "m")
+    engine = onnx_runtime.OnnxRuntime(export(tmp_path / "m", "onnx", tmp_path / "x").path, threads=1)
+    net, rows = with_half_matrices(model, quantised), rows_of(IDS)
+    assert engine.vocab == 264
+    for (got, count), (want, scored) in zip(engine.losses(rows), losses(net, rows), strict=True):
+        assert count == scored
+        assert got == pytest.approx(want, rel=1e-5)
+    engine.open(30)
+    engine.prefill(IDS[:20])
+    for _ in range(10):
+        engine.step()
+    with torch.no_grad():
+        want = net.generate(torch.tensor([IDS[:20]]), do_sample=False, max_new_tokens=10, eos_token_id=None)
+        last = net(want).logits[0, -1]
+    np.testing.assert_allclose(engine._logits[-1], last.numpy(), atol=2e-5)
+
+
+def test_without_the_runtime_the_command_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = exported_perplexity.ENGINES["ONNX Runtime"]._replace(modules=("no_such_engine",))
+    monkeypatch.setattr(exported_perplexity, "ENGINES", {"ONNX Runtime": lacking})
+    monkeypatch.setattr(onnx_runtime, "MODULE", "no_such_engine")
+    want = "ONNX Runtime for onnx: pip install 'fleetune[onnx]'"
+    assert exported_perplexity.obstacle("onnx", tmp_path) == want
+    with pytest.raises(UsageError, match="ONNX Runtime is not installed") as told:
+        onnx_runtime.OnnxRuntime(tmp_path, threads=1)
+    assert told.value.hint == "pip install 'fleetune[onnx]'"
+
+
 # ---------------------------------------------------------------- the runtime itself
 
 
@@ -254,6 +311,24 @@ def test_onnx_runtime_gives_the_same_logits(
     }
     want = own_logits(with_half_matrices(model, quantised))
     np.testing.assert_allclose(session.run(["logits"], feed)[0][0], want, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_an_export_is_run_in_it(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    compressed(tiny(), tmp_path / "m")
+    (tmp_path / "text.txt").write_text("hello well he will tell all " * 30)
+    rows = exported_perplexity.windows_of(str(tmp_path / "text.txt"), tmp_path / "m")
+    out = export(tmp_path / "m", "onnx", tmp_path / "x").path
+    runtime = exported_perplexity.runtime_of("onnx")
+    assert runtime is not None
+    assert exported_perplexity.obstacle("onnx", out) == ""
+    found = exported_perplexity.compare(tmp_path / "m", out, runtime, rows)
+    assert found.runtime == "ONNX Runtime"
+    assert found.ratio == pytest.approx(1, abs=1e-3)  # the embedding is fp16 in the file
+    (out / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(FleetuneError, match="ONNX Runtime does not load"):
+        exported_perplexity.compare(tmp_path / "m", out, runtime, rows)
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ from fleetune.models.tensor_file import compare, damaged, write_tensors
 TARGETS: Final = {"onnx": "a folder for ONNX Runtime GenAI: codes of 2 to 8 bits in MatMulNBits"}
 TAKES: Final = "codes"
 PROVENANCE: Final = True
+RUNTIME: Final = "ONNX Runtime"
 ORDER: Final = 60
 TARGET: Final = "onnx"
 DATA: Final = "model.onnx.data"
