@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,11 @@ def write_folder(model: Checkpoint, folder: Path, tensors: Tensors, config: Mapp
     raw.pop("torch_dtype", None)  # the older name of "dtype"
     text = json.dumps(raw | config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    return add_companions(model, folder)
+
+
+def add_companions(model: Checkpoint, folder: Path) -> list[str]:
+    """Copy the tokenizer's files into `folder`; return notes on what runtimes will do differently."""
     for pattern in COMPANIONS:
         for file in sorted(model.folder.glob(pattern)):
             if file.is_file():
@@ -114,17 +119,27 @@ def write_codes(
             layer = name.removesuffix(".weight")
             if not torch.equal(decode(file, layer, q), q.dense()):
                 raise damaged(folder / FILE, f"{layer} does not decode to its weights")
-    of_rounding = [f"{are(len(rounded), 'dense tensor')} rounded to fp16"] if rounded else []
+    more = of_rounding(rounded)
     if any((q := model.quantised(name)) is not None and q.experts for name in model.names):
-        of_rounding.append(
-            f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF holds theirs"
-        )
-    return report(model, folder, to, len(rounded), [*of_runtimes, *of_rounding, *notes])
+        more.append(f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF holds theirs")
+    return report(model, folder, to, len(rounded), [*of_runtimes, *more, *notes])
 
 
-def packed(model: Checkpoint, parts: Parts, rounded: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file: the `parts` of what is quantised, the rest in 16 bits; `rounded` gets what changed."""
+def of_rounding(rounded: Collection[str]) -> list[str]:
+    """Return the note on dense tensors that changed in fp16."""
+    return [f"{are(len(rounded), 'dense tensor')} rounded to fp16"] if rounded else []
+
+
+def packed(
+    model: Checkpoint, parts: Parts, rounded: set[str], besides: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file: the `parts` of what is quantised, the rest in 16 bits; `rounded` gets what changed.
+
+    Those called `besides` are left out.
+    """
     for name in model.names:
+        if name in besides:
+            continue
         if (q := codes_of(model, name)) is not None:
             yield from parts(name, q)
             continue
@@ -180,9 +195,11 @@ def group_size(q: Quantised, grids: Mapping[str, Quantised]) -> int:
     return -1 if all(other.zero.shape[1] == 1 for other in grids.values()) else q.group
 
 
-def report(model: Checkpoint, folder: Path, to: str, inexact: int, notes: list[str]) -> Report:
-    """Report what was written; `inexact` parameters have other values than the source."""
-    with safe_open(folder / FILE, framework="pt") as file:
+def report(
+    model: Checkpoint, folder: Path, to: str, inexact: int, notes: list[str], held: str = FILE
+) -> Report:
+    """Report what was written, the tensors to the file `held`; `inexact` parameters have other values than the source."""
+    with safe_open(folder / held, framework="pt") as file:
         names = list(file.keys())
         types = dict(Counter(file.get_slice(name).get_dtype() for name in names))
     return Report(

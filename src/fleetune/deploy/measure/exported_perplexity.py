@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from fleetune import data, models
 from fleetune.deploy import targets
-from fleetune.deploy.measure import harness, llamacpp
+from fleetune.deploy.measure import harness, llamacpp, onnx_runtime
 from fleetune.deploy.measure.harness import Row
 from fleetune.models.families import widths
 
@@ -37,6 +37,7 @@ class Runtime(NamedTuple):
 ENGINES: Final[Mapping[str, Runtime]] = MappingProxyType(
     {
         "llama.cpp": Runtime("gguf", "llama.cpp", (llamacpp.MODULE,), llamacpp.INSTALL),
+        "ONNX Runtime": Runtime("onnx", "ONNX Runtime", (onnx_runtime.MODULE,), onnx_runtime.INSTALL),
         "transformers": Runtime("transformers", "transformers", (), ""),
     }
 )

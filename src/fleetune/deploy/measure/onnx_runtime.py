@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of `--to onnx` in ONNX Runtime itself: its losses on given tokens, and one token after another for the clock.
+
+The engine is the package onnxruntime (an extra: `fleetune[onnx]`).  The tokens are given, never made by the folder's own
+tokenizer, and keys and values are fp32, as the graph has them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from fleetune.errors import ModelError, UsageError
+
+MODULE: Final = "onnxruntime"
+INSTALL: Final = "pip install 'fleetune[onnx]'"
+SCORED: Final = 64  # positions whose logits are alive at a time
+
+
+class OnnxRuntime:
+    """A folder's model, loaded for `threads` threads."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        """UsageError when the engine is not installed, ModelError when it does not take the folder."""
+        if importlib.util.find_spec(MODULE) is None:
+            raise UsageError(f"ONNX Runtime is not installed, so {folder} cannot be run", hint=INSTALL)
+        runtime: Any = importlib.import_module(MODULE)
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        file, processors = str(folder / "model.onnx"), ["CPUExecutionProvider"]
+        try:
+            self._session = runtime.InferenceSession(file, options, providers=processors)
+        except Exception as error:  # of classes without a common base
+            raise ModelError(
+                f"ONNX Runtime does not load {folder}: {error}", hint="export it again"
+            ) from error
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._past = {
+            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+            for value in self._session.get_inputs()
+            if value.name.startswith("past")
+        }
+        self.vocab = int(self._session.get_outputs()[0].shape[-1])
+
+    def open(self, length: int) -> None:
+        """Nothing to do: keys and values grow with the text."""
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Forget everything and read `ids`, at the last of which the next token is predicted."""
+        self._clear()
+        self._read(ids)
+
+    def step(self) -> None:
+        """Append the likeliest token and predict the next."""
+        self._read([int(self._logits[-1].argmax())])
+
+    def losses(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, int]]:
+        """Cross-entropy in nats over the tokens of rows (ids, n_prompt) from number n_prompt on (from 1): sums and numbers."""
+        found = []
+        for ids, n_prompt in rows:
+            total, at = 0.0, max(n_prompt, 1)
+            for piece in self.scored_logits([(ids, n_prompt)]):
+                logits = piece.astype(np.float64)
+                top = logits.max(1)
+                own = logits[np.arange(len(logits)), np.asarray(ids)[at : at + len(logits)]]
+                total += float((top + np.log(np.exp(logits - top[:, None]).sum(1)) - own).sum())
+                at += len(logits)
+            found.append((total, len(ids) - max(n_prompt, 1)))
+        return found
+
+    def scored_logits(self, rows: Sequence[tuple[Sequence[int], int]]) -> Iterator[np.ndarray]:
+        """Yield the logits of the tokens that `losses` scores, in order: float32 [n, V]."""
+        for ids, n_prompt in rows:
+            self._clear()
+            first = max(n_prompt, 1) - 1
+            for at in range(0, len(ids) - 1, SCORED):
+                self._read(ids[at : min(at + SCORED, len(ids) - 1)])
+                if first < at + len(self._logits):
+                    yield self._logits[max(0, first - at) :]
+
+    def close(self) -> None:
+        """Nothing to do: the process ends."""
+
+    def _clear(self) -> None:
+        self._kept, self._at = self._past, 0
+
+    def _read(self, ids: Sequence[int]) -> None:
+        self._at += len(ids)
+        feed = {
+            "input_ids": np.array([list(ids)], np.int64),
+            "attention_mask": np.ones((1, self._at), np.int64),
+            **self._kept,
+        }
+        found = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
+        self._logits: np.ndarray = found.pop("logits")[0]
+        self._kept = {name.replace("present", "past_key_values", 1): kept for name, kept in found.items()}
