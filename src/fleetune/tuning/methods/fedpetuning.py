@@ -221,6 +221,6 @@ MODULES: Final[Mapping[str, Kind]] = MappingProxyType(
         "lora": Kind(1e-3, 16, lambda method, size: adapters.Lora(size, size, targets=method.targets)),
         "bitfit": Kind(1e-3, 0, lambda method, size: adapters.Bitfit()),
         "prompt": Kind(3e-2, 20, lambda method, size: adapters.Prompt(size)),
-        "scales": Kind(5e-3, 0, lambda method, size: adapters.Scales()),
+        "scales": Kind(2e-3, 0, lambda method, size: adapters.Scales()),
     }
 )
