@@ -156,10 +156,20 @@ def test_our_own_loader_refuses_it(tmp_path: Path) -> None:
     [
         ({}, 4, 16, r"q_proj.weight has groups of 16, MLX has 32, 64, 128"),
         ({}, 7, 32, r"q_proj.weight has 7 bits, MLX has 2, 3, 4, 5, 6, 8"),
-        ({"hidden_act": "gelu"}, 4, 32, "activation 'gelu'"),
-        ({"kind": "qwen2", "head_dim": 32}, 4, 32, "qwen2 heads of 32"),
-        ({"kind": "qwen3", "attention_bias": True}, 4, 32, "qwen3 with biases"),
-        ({"kind": "qwen2", "use_sliding_window": True, "sliding_window": 8}, 4, 32, "sliding-window"),
+        ({"hidden_act": "gelu"}, 4, 32, "hidden_act='gelu' in a llama"),
+        (
+            {"kind": "qwen2", "head_dim": 32},
+            4,
+            32,
+            "a qwen2 whose heads are 128 wide together where the model is 64",
+        ),
+        ({"kind": "qwen3", "attention_bias": True}, 4, 32, "attention_bias=True in a qwen3"),
+        (
+            {"kind": "qwen2", "use_sliding_window": True, "sliding_window": 8},
+            4,
+            32,
+            "use_sliding_window=True in a qwen2",
+        ),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 4, 32, "'dynamic'"),
     ],
 )

@@ -76,7 +76,6 @@ def test_what_mlx_lm_reads_of_a_family(family: str, tmp_path: Path) -> None:
         ("hunyuan_v1_dense", bench._rope(rope_type="dynamic", factor=2.0), "'dynamic' without alpha"),
         ("gpt_neox", {"intermediate_size": 160}, "an MLP of 160, not 384, in a gpt_neox"),
         ("gptj", {"n_inner": 160}, "an MLP of 160, not 384, in a gptj"),
-        ("gptj", {"rotary_dim": None}, "rotary_dim=None in a gptj"),
         ("gpt_bigcode", {"multi_query": False}, "multi_query=False in a gpt_bigcode"),
         ("lfm2", {"layer_types": ["conv"] * 4}, "layer_types without full_attention in a lfm2"),
         ("mamba", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06 in a mamba"),
@@ -98,7 +97,11 @@ def test_what_is_written_is_not_refused(case: str) -> None:
     [
         ("llama", {}, []),
         ("mistral", {"sliding_window": None}, []),
-        ("mistral", {"sliding_window": 4096}, ["no window in a mistral: it gives the same up to 4,096 tokens"]),
+        (
+            "mistral",
+            {"sliding_window": 4096},
+            ["no window in a mistral: it gives the same up to 4,096 tokens"],
+        ),
         ("gemma", {}, ["the GELU of a gemma exactly, transformers as 'gelu_pytorch_tanh'"]),
         ("gpt_neox", {}, ["the GELU of a gpt_neox by tanh, transformers as 'gelu'"]),
         ("gpt_neox", {"hidden_act": "gelu_fast"}, []),
@@ -120,7 +123,11 @@ def test_layers_on_other_grids_have_mlx_lm_s_names() -> None:
         for block, bits in enumerate((4, 4, 8))
     }
     found = mlx.quantization(config("gpt_neox"), grids)
-    assert found == {"group_size": 32, "bits": 4, "model.h.2.mlp.dense_4h_to_h": {"group_size": 32, "bits": 8}}
+    assert found == {
+        "group_size": 32,
+        "bits": 4,
+        "model.h.2.mlp.dense_4h_to_h": {"group_size": 32, "bits": 8},
+    }
 
 
 @pytest.mark.parametrize("case", FIRST.values())

@@ -131,8 +131,6 @@ def _lfm2_misfit(config: Any) -> str | None:
 
 
 def _gptj_misfit(config: Any) -> str | None:
-    if config.rotary_dim is None:
-        return "rotary_dim=None in a gptj"
     return _wide(config, config.n_inner, 4 * config.n_embd)
 
 
