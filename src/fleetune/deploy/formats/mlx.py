@@ -33,6 +33,7 @@ TARGETS: Final = {
     "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128",
 }
 TAKES: Final = "codes"
+RUNTIME: Final = "mlx-lm"
 ORDER: Final = 50
 TARGET: Final = "mlx"
 BITS: Final = (2, 3, 4, 5, 6, 8)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from fleetune import data, models
 from fleetune.deploy import targets
-from fleetune.deploy.measure import harness, llamacpp
+from fleetune.deploy.measure import harness, llamacpp, mlx_lm
 from fleetune.deploy.measure.harness import Row
 from fleetune.models.families import widths
 
@@ -37,6 +37,7 @@ class Runtime(NamedTuple):
 ENGINES: Final[Mapping[str, Runtime]] = MappingProxyType(
     {
         "llama.cpp": Runtime("gguf", "llama.cpp", (llamacpp.MODULE,), llamacpp.INSTALL),
+        "mlx-lm": Runtime("mlx", "mlx-lm", mlx_lm.MODULES, mlx_lm.INSTALL),
         "transformers": Runtime("transformers", "transformers", (), ""),
     }
 )
