@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a directory of `--to mlx` in mlx-lm itself: its losses on given tokens, and one token after another for the clock.
 
-mlx-lm is installed by hand (`INSTALL`): on Apple computers it runs on their graphics, elsewhere on the processor.
+mlx-lm is installed by hand (`INSTALL`): on Apple computers it runs on their graphics, elsewhere on the processor, and there in
+fp32, since mlx has no fast fp16 for processors.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class MlxLm:
             raise ModelError(
                 f"mlx-lm does not load {folder}: {error}", hint="export the model again"
             ) from error
+        if self._mx.default_device() == self._mx.cpu:
+            self._net.set_dtype(self._mx.float32)
         self.vocab = int(config["vocab_size"])
 
     def open(self, length: int) -> None:
