@@ -18,6 +18,7 @@ from fleetune import models
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import _hf_writer, mlx
+from fleetune.deploy.measure import exported_perplexity, mlx_lm
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
@@ -156,10 +157,20 @@ def test_our_own_loader_refuses_it(tmp_path: Path) -> None:
     [
         ({}, 4, 16, r"q_proj.weight has groups of 16, MLX has 32, 64, 128"),
         ({}, 7, 32, r"q_proj.weight has 7 bits, MLX has 2, 3, 4, 5, 6, 8"),
-        ({"hidden_act": "gelu"}, 4, 32, "activation 'gelu'"),
-        ({"kind": "qwen2", "head_dim": 32}, 4, 32, "qwen2 heads of 32"),
-        ({"kind": "qwen3", "attention_bias": True}, 4, 32, "qwen3 with biases"),
-        ({"kind": "qwen2", "use_sliding_window": True, "sliding_window": 8}, 4, 32, "sliding-window"),
+        ({"hidden_act": "gelu"}, 4, 32, "hidden_act='gelu' in a llama"),
+        (
+            {"kind": "qwen2", "head_dim": 32},
+            4,
+            32,
+            "a qwen2 whose heads are 128 wide together where the model is 64",
+        ),
+        ({"kind": "qwen3", "attention_bias": True}, 4, 32, "attention_bias=True in a qwen3"),
+        (
+            {"kind": "qwen2", "use_sliding_window": True, "sliding_window": 8},
+            4,
+            32,
+            "use_sliding_window=True in a qwen2",
+        ),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 4, 32, "'dynamic'"),
     ],
 )
@@ -255,3 +266,45 @@ def test_mlx_reads_the_same_weights_and_gives_the_same_logits(
     with torch.no_grad():
         own = model.net(torch.tensor([IDS])).logits[0]
     np.testing.assert_allclose(np.array(net(mx.array([IDS])))[0], own.numpy(), atol=2e-5)
+
+
+def test_mlx_lm_gives_the_source_s_perplexity(tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    compressed(tiny(), tmp_path / "m")
+    path = export(tmp_path / "m", "mlx", tmp_path / "x").path
+    runtime = exported_perplexity.runtime_of("mlx")
+    assert runtime is not None
+    assert exported_perplexity.obstacle("mlx", path) == ""
+    rows = [(IDS, 1), (IDS[::-1], 4)]
+    found = exported_perplexity.compare(tmp_path / "m", path, runtime, rows)
+    assert (found.runtime, found.tokens) == ("mlx-lm", 16)
+    assert found.ratio == pytest.approx(1, abs=2e-3)  # fp16
+
+
+def test_the_engine_scores_and_generates(tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    model = tiny()
+    compressed(model, tmp_path / "m")
+    engine = mlx_lm.MlxLm(export(tmp_path / "m", "mlx", tmp_path / "x").path)
+    with torch.no_grad():
+        own = model.net(torch.tensor([IDS])).logits[0].log_softmax(-1)
+    (loss, count), (late, few) = engine.losses([(IDS, 0), (IDS, 6)])
+    by_token = -own[range(len(IDS) - 1), IDS[1:]]
+    assert (count, few) == (8, 3)
+    assert (loss, late) == pytest.approx((float(by_token.sum()), float(by_token[5:].sum())), abs=2e-2)
+    engine.prefill(IDS[:-1])
+    engine.step()
+    assert int(np.array(engine._logits).shape[0]) == engine.vocab
+
+
+def test_without_mlx_lm_the_export_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exported_perplexity, "missing", lambda runtime: True)
+    why = exported_perplexity.obstacle("mlx", Path("x"))
+    assert why == "mlx-lm for mlx: pip install mlx mlx-lm (on Linux also mlx-cpu)"
+
+
+def test_a_folder_that_mlx_lm_does_not_take(tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    (tmp_path / "config.json").write_text('{"model_type": "opt", "vocab_size": 9}')
+    with pytest.raises(FleetuneError, match="mlx-lm does not load"):
+        mlx_lm.MlxLm(tmp_path)

@@ -10,7 +10,7 @@
     BASE          True where an adapter is written with the help of its base model (default False)
     BLOCK_WIDTHS  True where blocks of different widths have a place (default False: they are refused)
     PROVENANCE    True where the file says where the model comes from (`provenance.py`; default False)
-    RUNTIME       "llama.cpp", "ONNX Runtime" or "transformers": what `--text` runs the result in; left out for none
+    RUNTIME       "llama.cpp", "mlx-lm", "ONNX Runtime" or "transformers": what `--text` runs the result in; left out for none
     NEEDS         what that runtime must have installed besides, as names of modules
     INSTALL       the command that installs it
     ORDER         place in listings (default: last)

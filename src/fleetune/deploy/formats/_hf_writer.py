@@ -102,21 +102,23 @@ def write_codes(
     *,
     notes: Sequence[str] = (),
     files: Mapping[str, str] = NO_FILES,
+    rename: Callable[[str], str] = str,
 ) -> Report:
     """Write a compressed model into `folder`, and decode every quantised layer from it as a runtime would.
 
     `parts` gives the tensors of a quantised layer, `decode` its weights from the opened file; `config` replaces keys of
-    config.json, `files` are further files.  FleetuneError when a layer does not decode to the source's weights.
+    config.json, `files` are further files, `rename` gives the file's name of a tensor.  FleetuneError when a layer does not
+    decode to the source's weights.
     """
     rounded: set[str] = set()
-    of_runtimes = write_folder(model, folder, partial(packed, model, parts, rounded), config)
+    of_runtimes = write_folder(model, folder, partial(packed, model, parts, rounded, rename), config)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     with safe_open(folder / FILE, framework="pt") as file:
         for name in model.names:
             if (q := codes_of(model, name)) is None:
                 continue
-            layer = name.removesuffix(".weight")
+            layer = rename(name).removesuffix(".weight")
             if not torch.equal(decode(file, layer, q), q.dense()):
                 raise damaged(folder / FILE, f"{layer} does not decode to its weights")
     more = of_rounding(rounded)
@@ -131,7 +133,11 @@ def of_rounding(rounded: Collection[str]) -> list[str]:
 
 
 def packed(
-    model: Checkpoint, parts: Parts, rounded: set[str], besides: Collection[str] = ()
+    model: Checkpoint,
+    parts: Parts,
+    rounded: set[str],
+    rename: Callable[[str], str] = lambda name: name,
+    besides: Collection[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a file: the `parts` of what is quantised, the rest in 16 bits; `rounded` gets what changed.
 
@@ -141,13 +147,13 @@ def packed(
         if name in besides:
             continue
         if (q := codes_of(model, name)) is not None:
-            yield from parts(name, q)
+            yield from parts(rename(name), q)
             continue
         weight = model.weight(name)
         dense = half(name, weight)
         if bool((dense.float() != weight.float()).any()):
             rounded.add(name)
-        yield name, dense
+        yield rename(name), dense
 
 
 def codes_of(model: Checkpoint, name: str) -> Quantised | None:

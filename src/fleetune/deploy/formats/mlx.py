@@ -11,8 +11,7 @@ Both are fp16 where every scale * zero of the model is exact in it (a zero in th
 of few bits: grids `ggml` and `universal`), else both are fp32, and mlx computes in fp32 then.  config.json names
 group and bits, and the layers that have others.
 
-mlx-lm (0.32) does not read transformers 5's "rope_parameters", and what config.json leaves out it fills with
-defaults that are not transformers'; so what it needs is written out.
+What else mlx-lm needs of a family stands in `_mlx_families.py`.
 """
 
 from __future__ import annotations
@@ -27,21 +26,19 @@ import torch
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Misfit, Report, _hf_writer
+from fleetune.deploy.formats import Misfit, Report, _hf_writer, _mlx_families
 from fleetune.models.artefact import Quantised
-from fleetune.models.families.rope import head_dim
 
 TARGETS: Final = {
     "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128",
 }
 TAKES: Final = "codes"
+RUNTIME: Final = "mlx-lm"
 ORDER: Final = 50
 TARGET: Final = "mlx"
 BITS: Final = (2, 3, 4, 5, 6, 8)
 GROUPS: Final = (32, 64, 128)
-ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
-# fields that config.json may leave to transformers' defaults
-STATED: Final = ("head_dim", "num_key_value_heads", "tie_word_embeddings", "attention_bias", "mlp_bias")
+ARCHITECTURES: Final = tuple(_mlx_families.FAMILIES)
 
 
 def check(model: Checkpoint, kind: str | None) -> None:
@@ -53,7 +50,7 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
     grids = _grids(model)
     dtype = torch.float16 if all(_exact(model, name) for name in grids) else torch.float32
-    settings = quantization(grids)
+    settings = quantization(model.config, grids)
     config = {"dtype": "float16", "quantization": settings, "quantization_config": settings}
     note = "scale * zero is not exact in fp16: scales and biases are fp32, in which MLX computes then"
     return _hf_writer.write_codes(
@@ -62,8 +59,9 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
         TARGET,
         partial(parts, dtype=dtype),
         _decode,
-        config | _stated(model.config),
-        notes=[note] if dtype == torch.float32 else [],
+        config | _mlx_families.fields(model.config),
+        rename=partial(_mlx_families.renamed, model.config),
+        notes=[*_mlx_families.notes(model.config), *([note] if dtype == torch.float32 else [])],
     )
 
 
@@ -75,9 +73,12 @@ def parts(name: str, q: Quantised, dtype: torch.dtype) -> Iterator[tuple[str, Te
     yield f"{layer}.biases", _biases(q).to(dtype)
 
 
-def quantization(grids: Mapping[str, Quantised]) -> dict[str, Any]:
+def quantization(config: Any, grids: Mapping[str, Quantised]) -> dict[str, Any]:
     """Return "quantization" of config.json: the commonest group and bits, and each layer that has others."""
-    kinds = {name.removesuffix(".weight"): (q.group, q.bits) for name, q in grids.items()}
+    kinds = {
+        _mlx_families.renamed(config, name).removesuffix(".weight"): (q.group, q.bits)
+        for name, q in grids.items()
+    }
     main = Counter(kinds.values()).most_common(1)[0][0]
     others = {layer: _kind(kind) for layer, kind in kinds.items() if kind != main}
     return _kind(main) | others
@@ -98,42 +99,10 @@ def _exact(model: Checkpoint, name: str) -> bool:
     return bool((_biases(q).half().float() == _biases(q)).all())
 
 
-def _stated(config: Any) -> dict[str, Any]:
-    """Return the fields that mlx-lm reads, under its names."""
-    rope = dict(config.rope_parameters)
-    found = {key: value for key in STATED if (value := getattr(config, key, None)) is not None}
-    scaled = rope.get("rope_type", "default") != "default"
-    return found | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if scaled else None}
-
-
-def _check_config(model: Checkpoint) -> None:
-    config: Any = model.config
-    kind, problem = config.model_type, None
-    if kind not in ARCHITECTURES:
-        problem = f"'{kind}': it is written for {', '.join(ARCHITECTURES)}"
-    elif config.hidden_act != "silu":
-        problem = f"the activation '{config.hidden_act}'"
-    elif getattr(config, "use_sliding_window", False):
-        problem = "sliding-window attention"
-    elif (scaling := config.rope_parameters.get("rope_type", "default")) not in (
-        "default",
-        "linear",
-        "llama3",
-    ):
-        problem = f"rotary scaling '{scaling}'"
-    elif config.rope_parameters.get("partial_rotary_factor", 1) != 1:
-        problem = "partly rotated heads"
-    elif kind == "qwen2" and head_dim(config) * config.num_attention_heads != config.hidden_size:
-        problem = f"qwen2 heads of {head_dim(config)}, which do not make up its width"
-    elif kind == "qwen3" and config.attention_bias:
-        problem = "qwen3 with biases in its attention"
-    if problem is not None:
-        raise Misfit(f"{TARGET} has no place for {problem}")
-
-
 def _grids(model: Checkpoint) -> dict[str, Quantised]:
     """Return the grids of the linear layers; Misfit when MLX cannot hold the model."""
-    _check_config(model)
+    if (problem := _mlx_families.misfit(model.config)) is not None:
+        raise Misfit(f"{TARGET} has no place for {problem}")
     grids = _hf_writer.matrices(model, TARGET)
     for name, q in grids.items():
         problem = None
