@@ -578,6 +578,12 @@ def test_an_export_is_a_model_and_words_may_be_one_text(at: Path) -> None:
     assert set(found) == {"loss", "perplexity"}
 
 
+def test_a_text_that_no_task_reads_is_refused(at: Path) -> None:
+    Path("some.txt").write_text("a text")
+    with pytest.raises(errors.RecipeError, match="is for the task perplexity"):
+        fleetune.evaluate(tune(), "rows.jsonl", tasks="loss", text="some.txt")
+
+
 def test_two_threads_load_and_tune_as_one_would(at: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -178,6 +178,28 @@ def test_a_folder_holds_the_moves(one: Path, tmp_path: Path) -> None:
     assert adapters.file_digest(tmp_path / "adapter") == adapters.digest(adapters.export(model))
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_a_folder_with_numbers_that_are_not_finite_is_refused(one: Path, odd: float, tmp_path: Path) -> None:
+    model = mapped(one)
+    values = moves(model)
+    next(iter(values.values()))[0, 0, 0] = odd
+    adapters.load_(model, values)
+    adapters.save(model, tmp_path / "adapter")
+    again = mapped(one, on=False)
+    with pytest.raises(ModelError, match="not finite"):
+        adapters.load(again, tmp_path / "adapter")
+    assert again.attachment is None
+
+
+def test_the_method_is_found_by_the_module_and_by_the_option(one: Path, tmp_path: Path) -> None:
+    few: dict[str, Any] = {**FEW, "rounds": 1, "out": tmp_path / "runs"}
+    settings = {"steps": 1, "lr": 1e-3}
+    for given in ({"settings": {"module": "scales", **settings}}, {"train": "scales", "settings": settings}):
+        run = api.tune(str(one), ROWS, **given, **few)
+        found = finished.recipe_of(run.folder)
+        assert (found.method, found.train, found.set["module"]) == ("fedpetuning", "scales", "scales")
+
+
 def test_a_base_in_memory_has_no_scales(one: Path) -> None:
     with pytest.raises(ModelError, match="no scales"):
         adapters.attach(models.load(str(one), device="cpu"), Scales(), seed=1)

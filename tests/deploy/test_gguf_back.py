@@ -194,4 +194,4 @@ def test_a_file_learns_and_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     given = [f"--set={x}" for x in ("teacher=f16.gguf", "steps=1", "batch_size=1", "max_new_tokens=2")]
     few = ["--data", "rows.jsonl", "--length", "64"]
     assert main(["compress", "f32.gguf", "--method", "gkd", *given, *few]) == 0
-    assert models.load("runs/0001-gkd-f32.gguf/model").n_params == model.n_params
+    assert models.load("runs/0001-gkd-f32/model").n_params == model.n_params

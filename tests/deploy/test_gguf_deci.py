@@ -208,7 +208,7 @@ def test_the_file_teaches_learns_and_is_tuned(file: Path, capsys: pytest.Capture
     given = [f"--set={x}" for x in ("teacher=m.gguf", "steps=1", "batch_size=1", "max_new_tokens=2")]
     few = ["--data", "rows.jsonl", "--length", "64"]
     assert main(["compress", "m.gguf", "--method", "gkd", *given, *few]) == 0
-    assert widths.block_widths(models.load("runs/0001-gkd-m.gguf/model").net.config)[1] == Width(2, 1, 96)
+    assert widths.block_widths(models.load("runs/0001-gkd-m/model").net.config)[1] == Width(2, 1, 96)
     quick = ["--limit=8", "--held-out=2", "--max-length=64", "--samples=0", "--rounds=1", "--clients=2"]
     tune = ["tune", "m.gguf", "rows.jsonl", "--method=fedkseed", "--set=tau=2", "--set=K=4", *quick]
     assert main(tune) == 0, capsys.readouterr().err

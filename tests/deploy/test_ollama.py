@@ -14,7 +14,7 @@ from deploy_harness import compressed, gguf_of, piece_tokenizer, tiny, tokenizer
 from fleetune import api
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import ollama
-from fleetune.errors import UsageError
+from fleetune.errors import ModelError, UsageError
 from fleetune.models import chat_template
 
 CHATML = (
@@ -27,6 +27,14 @@ LLAMA3 = (
     "{% if loop.index0 == 0 %}{% set text = bos_token + text %}{% endif %}{{ text }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\\n\\n' }}{% endif %}"
 )
+LLAMA32 = (  # a system turn in any case, with a date in front of the text
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{{ '<|start|>system<|end|>\\n\\nToday Date: 26 Jul 2024\\n\\n' + system + '<|eot|>' }}"
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\\n\\n' + m['content'] | trim + '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\\n\\n' }}{% endif %}"
+)
+BRACE = "{% for m in messages %}{{ m['role'] + ': {' + m['content'] + '} {' }}{% endfor %}{% if add_generation_prompt %}{{ 'a: {' }}{% endif %}"
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{{ '<turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\\n' + m['content'] | trim"
@@ -62,7 +70,11 @@ def in_ollama(modelfile: str, messages: Sequence[Mapping[str, str]]) -> str:
     assert template
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system[1]}, *messages]
-    tokens = re.split(r"(\{\{ .*? \}\})", template[1])
+    asked = any(m["role"] == "system" and m["content"] for m in messages)
+    written = re.sub(
+        r"\{\{ if not \.System \}\}(.*?)\{\{ end \}\}", "" if asked else r"\1", template[1], flags=re.S
+    )
+    tokens = re.split(r"(\{\{.*?\}\})", written)  # Go takes the leftmost braces
     opened = next(i for i, t in enumerate(tokens) if t == "{{ range .Messages }}")
     closed = len(tokens) - 1 - next(i for i, t in enumerate(reversed(tokens)) if t == "{{ end }}")
 
@@ -91,7 +103,7 @@ def of(template: str | None, *, pieces: bool = False) -> Any:
 @pytest.mark.parametrize(
     ("template", "pieces", "system"),
     [
-        (CHATML, False, True), (LAST_END, False, True), (LLAMA3, True, True), (LLAMA3, False, True), (GEMMA, True, False), (MISTRAL, True, False),
+        (CHATML, False, True), (LAST_END, False, True), (LLAMA3, True, True), (LLAMA3, False, True), (LLAMA32, True, True), (LLAMA32, False, True), (BRACE, False, True), (GEMMA, True, False), (MISTRAL, True, False),
         (BRACES, False, True), (None, False, True), (None, True, True),
     ],
 )  # fmt: skip
@@ -151,3 +163,22 @@ def test_a_run_that_trained_scales_gives_its_own_file(tmp_path: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["Modelfile", "model.gguf"]
     assert (folder / "model.gguf").read_bytes() == whole.read_bytes()
     assert "TEMPLATE" in (folder / "Modelfile").read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}x",
+        "{{ 'A' * 1000000000 }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="rendered"):
+        ollama.add_modelfile(of(text), tmp_path)
+    assert not (tmp_path / "Modelfile").exists()
+
+
+def test_a_template_that_refuses_every_conversation_leaves_a_modelfile(tmp_path: Path) -> None:
+    (note,) = ollama.add_modelfile(of("{{ raise_exception('no') }}"), tmp_path)
+    assert "no form" in note
+    assert (tmp_path / "Modelfile").read_text() == 'FROM ./model.gguf\nPARAMETER stop "<|im_end|>"\n'

@@ -353,3 +353,16 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
     made = patch_make.make(file, finished.ledger_of(Path(run.done.run)))
     assert made.result == sha256(out)
     assert len(made.file) < 20_000
+
+
+def test_what_a_killed_patch_left_is_removed_and_nothing_of_other_files(file: Path) -> None:
+    odd = file.with_name("m[1].gguf")
+    odd.write_bytes(file.read_bytes())
+    left = [
+        odd.with_name(name) for name in (".m[1].gguf.abc.tmp", ".m1.gguf.abc.tmp", ".m[1].gguf.x.abc.tmp")
+    ]
+    for each in left:
+        each.touch()
+    ledger, _ = ledger_on(file)
+    patch.apply(odd, patch_make.make(file, ledger))
+    assert [each.exists() for each in left] == [False, True, True]

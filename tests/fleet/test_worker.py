@@ -20,7 +20,7 @@ from fleetune.deploy.export import export
 from fleetune.errors import FitError, FleetError
 from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
-from fleetune.fleet.worker import ANSWER, Brings, Worker
+from fleetune.fleet.worker import ANSWER, Brings, Worker, fitting_kinds
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
@@ -199,6 +199,29 @@ def test_a_device_short_of_memory_refuses_before_it_loads_the_model(
     assert "fedit on this model takes about" in reply.reason
     assert "this device has 1.0 MB" in reply.reason
     assert isinstance(worker.error, FitError)
+
+
+def test_scales_are_counted_with_the_base_in_its_file(
+    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"module": "scales", "batch_size": 2}
+    scales = dataclasses.replace(job, method="fedpetuning", set=settings, train="scales")
+    shape = shape_of(models.load_config(str(place / "model")))._replace(params=1 << 30)
+    monkeypatch.setattr("fleetune.fleet.worker.shape_of", lambda config: shape)
+    method = methods.make("fedpetuning", settings)
+    memory, mapped = (
+        sum(
+            device_cost.memory(
+                shape, Workload(batch=2, length=job.max_length, base=base), method.footprint(shape)
+            ).values()
+        )
+        for base in ("memory", "mapped")
+    )
+    assert mapped < memory
+    brings = make_worker(place, tmp_path, memory=mapped).brings
+    assert fitting_kinds(scales, method, str(place / "model"), brings) == (0,)
+    with pytest.raises(FitError):
+        fitting_kinds(scales, method, str(place / "model"), dataclasses.replace(brings, memory=mapped - 1))
 
 
 def test_it_says_which_kinds_of_work_fit_it_and_does_the_one_that_it_is_sent(

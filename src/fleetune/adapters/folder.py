@@ -21,6 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+import numpy as np
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, TaskType
 from safetensors import SafetensorError
@@ -103,6 +104,8 @@ def load(model: Model, path: Path) -> None:
         raise ModelError(
             f"{path} is not a usable adapter ({error})", hint="finish or repeat the run"
         ) from error
+    if odd := [name for name, values in arrays.items() if not np.isfinite(values).all()]:
+        raise ModelError(f"{path} has numbers in '{odd[0]}' that are not finite", hint=REMEDY)
     attach(model, spec, seed=0)
     try:
         load_(model, arrays)
@@ -288,7 +291,8 @@ def _card(model: Model, spec: AdapterSpec, in_peft: bool) -> str:
     place = f'"PATH OF {base}"' if _is_local(model) else f'"{base}"'
     if _is_local(model) and base.endswith(".gguf"):
         place = f'"FOLDER OF {base}", gguf_file="{base}"'
-    use = _WITH_PEFT.format(base=place, auto=auto) if in_peft else _WITH_FLEETUNE
+    where = ', base="mapped"' if isinstance(spec, Scales) else ""
+    use = _WITH_PEFT.format(base=place, auto=auto) if in_peft else _WITH_FLEETUNE.format(where=where)
     form = "" if head_of(model.net) else _form(model.tokenizer)
     return f"""---
 base_model: {base}
@@ -303,7 +307,7 @@ tags:
 Tuned with Fleetune.
 
 - base weights as loaded: {source}, {model.dtype}, SHA-256 `{model.digest}`
-- {title}: {sizes or "no sizes"}{_RESIDUAL if subtracted_factors(model) else ""}
+- {title}{sizes and f": {sizes}"}{_RESIDUAL if subtracted_factors(model) else ""}
 
 {use}{form}"""
 
@@ -335,7 +339,7 @@ from pathlib import Path
 
 from fleetune import adapters, models
 
-model = models.load("THE BASE")
+model = models.load("THE BASE"{where})
 adapters.load(model, Path("PATH OF THIS FOLDER"))
 ```
 """

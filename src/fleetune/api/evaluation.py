@@ -63,7 +63,7 @@ def evaluate(
 
     heard, labels = heard_by(listener, progress), words(labels)
     own, others = harness_tasks.divided(words(tasks))
-    wanted = _checked_tasks(own, limit, answer_tokens, text)
+    wanted = _checked_tasks(own, limit, answer_tokens, text, compared=dense is not None)
     if dense is not None and others and not own:
         raise UsageError("a reference is compared with on rows or a text", hint="--tasks loss as well")
     of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
@@ -147,7 +147,7 @@ def _check_labels(rows: Sequence[Example], labels: Sequence[str]) -> None:
 
 
 def _checked_tasks(
-    tasks: Sequence[str], limit: int, answer_tokens: int, text: str | Path | None
+    tasks: Sequence[str], limit: int, answer_tokens: int, text: str | Path | None, *, compared: bool
 ) -> tuple[str, ...]:
     """Return the tasks; RecipeError for bad options, before anything is loaded."""
     from fleetune.evaluation import measures
@@ -157,6 +157,8 @@ def _checked_tasks(
     problems += [f"{n} = {v} is below 1" for n, v in numbers.items() if isinstance(v, int) and v < 1]
     if text and not Path(text).is_file():
         problems.append(f"no text file at {text}")
+    if text and tasks and not compared and not {"perplexity", "ppl"} & set(tasks):
+        problems.append(f"{text} is for the task perplexity, which --tasks does not name")
     if problems:
         raise RecipeError(problems, hint="fleetune eval --help")
     return measures.check_tasks(list(tasks))

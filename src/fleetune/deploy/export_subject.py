@@ -66,6 +66,10 @@ def export(
     from fleetune.deploy import provenance
 
     _require_codes(targets.find(kind), subject.name)
+    if subject.name.endswith(".gguf") and kind in FILES:
+        listener.note(
+            f"note: {subject.name} is a GGUF file already; what is written has its weights as plain numbers, which may be larger"
+        )
     source = subject.directory(offline=offline)
     out = path or targets.find(kind).place(Path("."), folder_names.of_model(subject.name))
     return write(source, kind, out, listener, provenance.of_base(subject.name), _rows(source, text))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -115,8 +116,10 @@ def apply(path: Path, patch: Patch, out: Path | None = None) -> Path | None:
 def _alone(target: Path) -> Iterator[None]:
     """Wait for other processes that write a file, and remove what killed ones have left beside it."""
     with locked(target):
-        for left in target.parent.glob(f".{target.name}.*.tmp"):
-            left.unlink(missing_ok=True)
+        own = re.compile(rf"\.{re.escape(target.name)}(\.undo\.new)?\.[^.]+\.tmp")
+        for left in target.parent.iterdir():
+            if own.fullmatch(left.name):
+                left.unlink(missing_ok=True)
         yield
 
 

@@ -327,7 +327,8 @@ def fitting_kinds(job: Job, method: Method, model: str, brings: Brings) -> tuple
         return tuple(range(len(methods.kind_names(method))))
     shape = shape_of(models.load_config(model, offline=brings.offline))
     rows = int(getattr(method, "batch_size", 1))
-    work = Workload(batch=rows, length=job.max_length, dtype=job.dtype)
+    base = "mapped" if job.train == "scales" or brings.base == "mapped" else "memory"
+    work = Workload(batch=rows, length=job.max_length, dtype=job.dtype, base=base)
     needs = [
         sum(device_cost.memory(shape, work, footprint).values()) if footprint is not None else 0
         for footprint in methods.footprints_of(method, shape)

@@ -31,7 +31,7 @@ def settled_method(recipe: Recipe, note: Callable[[str], None], *, offline: bool
         return recipe
     name, base, why = method_for(recipe, offline=offline)
     note(f"method {name}, since none was given: {why}; choose another with --method (fleetune methods)")
-    return dataclasses.replace(recipe, method=name, base=base)
+    return recipes.resolved(dataclasses.replace(recipe, method=name, base=base))
 
 
 def settled_sweep(
@@ -52,27 +52,34 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     from fleetune import models
 
     able = methods.having(recipe.set)
-    if recipe.train == "scales":
-        able = [name for name in able if name in recipes.MOVE_SCALES]
+    scales = recipe.train == "scales" or recipe.set.get("module") == "scales"
+    if scales:
+        of_module = "module" in recipe.set
+        able = [
+            n for n in able if n in recipes.TRAIN_SCALES and (n == recipes.SCALES_MODULE or not of_module)
+        ]
     if not able:
         raise RecipeError(
             recipe_problems.of_no_method(list(recipe.set)),
             hint="name the one that is meant: --method NAME (fleetune methods)",
         )
-    prepare.check(dataclasses.replace(recipe, method=able[0]))  # all else that is wrong is said first
+    prepare.check(
+        recipes.resolved(dataclasses.replace(recipe, method=able[0]))
+    )  # all else that is wrong is said first
     try:
         config = models.load_config(recipe.model, offline=offline)
     except ModelError as error:  # loading it says what is wrong, and what to do
         return able[0], recipe.base, f"the model's configuration cannot be read ({error.message})"
     ram = usable_memory() or None
     asked: dict[str, Any] = {"length": recipe.max_length, "dtype": recipe.dtype}
-    if recipe.base != "auto":
-        asked["base"] = recipe.base
+    if scales or recipe.base != "auto":
+        asked["base"] = "mapped" if scales else recipe.base
     rows = plan.table(config, Workload(**asked), ram=ram, rates=NOT_MEASURED)
     search = Search(shape_of(config), ram, asked, recipe.set, shrinks=False)
     settings = search.best([name for name in plan.order(rows) if name in able])
     mapped = settings.work.base == "mapped"
-    return settings.method, "mapped" if mapped else recipe.base, _why(settings) + ", base mapped" * mapped
+    base = "mapped" if mapped and not scales else recipe.base
+    return settings.method, base, _why(settings) + ", base mapped" * mapped
 
 
 def _why(settings: Settings) -> str:

@@ -67,11 +67,19 @@ class CompressionSize(NamedTuple):
     dense: bool = False  # the windows go through the dense model as well (`Corrector`)
 
 
+def _experts(shape: Shape, block: list[Linear]) -> list[Linear]:
+    """Return the experts of a block, by its linear layers."""
+    front = ".".join(block[0].name.split(".")[:3])
+    return [x for x in shape.experts if x.name.startswith(f"{front}.")]
+
+
 def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
     """Return the bytes of the peak by part; see the module's text."""
-    block = max(blocks(shape).values(), key=_weights)  # after pruning they differ
-    front = ".".join(block[0].name.split(".")[:3])
-    experts = [x for x in shape.experts if x.name.startswith(f"{front}.")]
+    # after pruning they differ, and the first ones of a mixture may have no experts
+    block, experts = max(
+        ((block, _experts(shape, block)) for block in blocks(shape).values()),
+        key=lambda both: _weights(both[0]) + _weights(both[1]),
+    )
     inner = _weights(block) + _weights(experts)
     ends = shape.largest * work.size
     whole = shape.params * work.size
@@ -91,6 +99,9 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
     if work.trained:
         step = work._replace(length=max(work.length, STEP))
         stages["training"] = _backward(shape, step) + _scales(shape, work)
+        stages["training"] += work.size * _weights(
+            list(shape.experts)
+        )  # of the compressed model, in its place
     if work.measured:
         from fleetune.evaluation.head_loss import CHUNK_BYTES
 

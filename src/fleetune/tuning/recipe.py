@@ -114,8 +114,8 @@ class Recipe:
     train: str = Field(
         default="weights",
         pattern="^(weights|scales)$",
-        description="what mezo, fedkseed and onebyte tune: all weights, or the scales of a quantised GGUF file's blocks, whose "
-        "codes stay: then the result is that file with other scales, and nothing is rounded afterwards",
+        description="scales: tune the scales of a quantised GGUF file's blocks, whose codes stay (fedpetuning, mezo, fedkseed, "
+        "onebyte): the result is that file with other scales, and nothing is rounded afterwards; weights: what the method tunes",
     )
     kinds: str = Field(
         default="",

@@ -18,7 +18,7 @@ HELP = "update a quantised model on a device by a file of kilobytes"
 ORDER = 65
 VERBS = """\
 make BASE RUN --to FILE          the patch of a run that was tuned with --train scales (BASE: its model;
-                                 RUN: a run or its ledger)
+                                 RUN: a run or a ledger)
 apply BASE.gguf FILE             patch the file in its place, and leave BASE.gguf.undo (--to NEW.gguf: write a copy)
 undo BASE.gguf                   take back the last patch that was applied in place
 """

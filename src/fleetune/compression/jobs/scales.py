@@ -46,8 +46,12 @@ def check(request: CompressRequest, solver: Solver) -> None:
         )
 
 
-def warn(request: CompressRequest, windows: Tensor, listener: Listener) -> None:
-    """Say that scales are trained on little text."""
+def warn(request: CompressRequest, windows: Tensor, listener: Listener, *, experts: bool) -> None:
+    """Say that scales are trained on little text, and that those of experts are not."""
+    if request.train_scales and experts:
+        listener.note(
+            f"{FLAG} leaves the scales of experts as they are solved, and holds their weights meanwhile"
+        )
     if request.train_scales and windows.numel() < LITTLE:
         listener.note(
             f"{FLAG} has {windows.numel():,} tokens to train on: with fewer than {LITTLE:,} the model may follow that "

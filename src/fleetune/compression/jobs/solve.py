@@ -192,7 +192,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
     origin = _origin_of(job)
     calibrating.check_origin(listener, origin, job.request.model, folder / PARTS)
     if job.calibration is not None:
-        scales.warn(job.request, job.calibration, listener)
+        scales.warn(job.request, job.calibration, listener, experts=driver.solves_experts(job.inputs.model))
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
         listener.progress("blocks", block, blocks, name.rsplit(".", 1)[-1])
@@ -239,10 +239,14 @@ def _reason(request: CompressRequest) -> str:
 
 def _origin_of(job: SolveJob) -> str:
     """Return what finished blocks are made of, as text: weights, settings, calibration text."""
+    from fleetune.compression.layerwise import driver
+
     model = job.inputs.model
+    experts = _takes_experts(job.request) and driver.solves_experts(model)
     return json.dumps([
         job.request.method, _settings(job), model.digest, model.dtype,
         calibrating.stated(job), [[client, len(own)] for client, own in job.shares.items()],
+        *(["experts"] if experts else []),
     ])  # fmt: skip
 
 

@@ -29,7 +29,8 @@ class Turns(NamedTuple):
     start: str  # in front of the first turn
     around: Mapping[str, tuple[str, str]]  # role -> what stands before and after its text
     answer: str  # what an answer begins after
-    usual: str | None  # the system message that the template gives itself where there is none; None for none
+    # the system message that the template gives itself where there is none; None for none, "" for a turn without a text
+    usual: str | None
 
 
 def read(render: Render, bos: str) -> Turns | None:
@@ -88,7 +89,7 @@ def _with_system(render: Render, plain: Turns) -> Turns:
     before, rest = _split(whole, SYSTEM)
     after = rest.removesuffix(f"{before_user}{USER}{after_user}")
     begin, room = plain.start, len(plain.start) - len(before) - len(after)
-    if before and begin.startswith(before) and begin.endswith(after) and room > 0:
+    if before and begin.startswith(before) and begin.endswith(after) and room >= 0:
         usual = begin[len(before) :][:room]
         return Turns("", {**plain.around, "system": (before, after)}, plain.answer, usual)
     return plain._replace(around={**plain.around, "system": (before.removeprefix(begin), after)})
@@ -128,9 +129,15 @@ def go(turns: Turns) -> str:
         for role, (before, after) in turns.around.items()
     )
     loop = f"{{{{ range .Messages }}}}{{{{ {cases} end }}}}{{{{ end }}}}"
-    return _text(turns.start) + loop + _text(turns.answer)
+    empty = (
+        f"{{{{ if not .System }}}}{_text(''.join(turns.around['system']))}{{{{ end }}}}"
+        if turns.usual == ""
+        else ""
+    )
+    return _text(turns.start) + empty + loop + _text(turns.answer)
 
 
 def _text(text: str) -> str:
-    """Return text that stands for itself in a Go template."""
-    return text.replace("{{", '{{ "{{" }}')
+    """Return text that stands for itself in a Go template, where an action may follow."""
+    escaped = text.replace("{{", '{{ "{{" }}')
+    return f'{escaped[:-1]}{{{{ "{{" }}}}' if escaped.endswith("{") else escaped

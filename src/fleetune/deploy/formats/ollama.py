@@ -18,7 +18,9 @@ from typing import Any, Final
 from fleetune.data.encode import DATE, stop_ids
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report, _gguf_vocabulary, _ollama_template, gguf
+from fleetune.errors import FleetuneError
 from fleetune.models import chat_template as plain
+from fleetune.models.template_trial import template_trial
 
 TARGETS: Final = {
     "ollama": "a folder with the GGUF file and a Modelfile: ollama create NAME -f FOLDER/Modelfile",
@@ -50,7 +52,12 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
 
 
 def add_modelfile(tokenizer: Any, folder: Path) -> list[str]:
-    """Write the Modelfile of a model with this tokenizer; return notes for the user."""
+    """Write the Modelfile of a model with this tokenizer; return notes for the user.
+
+    ModelError for a chat template that does not end, or takes too much memory, when it is rendered.
+    """
+    with template_trial(tokenizer, folder):
+        pass  # in a process of its own, before it runs in this one
     text, notes = modelfile(tokenizer)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     return notes
@@ -72,7 +79,7 @@ def modelfile(tokenizer: Any) -> tuple[str, list[str]]:
         note = "the chat template has no form in Ollama's language, which takes its own guess: compare its prompts"
         return "\n".join([*lines, *_stops(tokenizer), ""]), [note]
     lines.append(f"TEMPLATE {QUOTES}{_ollama_template.go(turns)}{QUOTES}")
-    if turns.usual is not None:
+    if turns.usual:
         lines.append(f"SYSTEM {QUOTES}{turns.usual}{QUOTES}")
     notes = (
         [] if "system" in turns.around else ["the chat template has no system message: Ollama's are left out"]
@@ -87,6 +94,10 @@ def _first(tokenizer: Any) -> str:
 
 
 def _stops(tokenizer: Any) -> list[str]:
-    """Return the lines that name the tokens which end an answer."""
-    tokens = tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer)))
-    return [f'PARAMETER stop "{token}"' for token in tokens if '"' not in token]
+    """Return the lines that name the tokens which end an answer, but those that a Modelfile cannot quote."""
+    try:
+        ids = sorted(stop_ids(tokenizer))
+    except FleetuneError:  # a template that refuses a question and its answer
+        ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    return [f'PARAMETER stop "{token}"' for token in tokens if '"' not in token and token.isprintable()]
