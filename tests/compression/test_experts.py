@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import fleetune
 from fleetune import compression, models
 from fleetune.compression import Solved
+from fleetune.compression.jobs import inputs as job_inputs
+from fleetune.compression.jobs import solve
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
@@ -22,6 +25,10 @@ from fleetune.compression.layerwise.experts import Experts, experts_of
 from fleetune.errors import RecipeError
 from fleetune.models import Model, tiny_tokenizer
 from fleetune.models.artefact import Master, Quantised
+from fleetune.models.shapes import shape_of
+from fleetune.planning import compression_cost
+from fleetune.runs.compression_folder import CompressRequest
+from fleetune.runs.listener import Silent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SIZES: dict[str, Any] = {
@@ -252,3 +259,40 @@ def test_experts_stored_the_other_way_round_stay(tmp_path: Path) -> None:
     made = fleetune.compress(folder, method="rtn", settings={"group": 32}, out=tmp_path / "runs").folder
     assert Master(made / "model").head.experts == {}
     assert Master(made / "model").head.version == 1
+
+
+# ---------------------------------------------------------------- what is stated of them
+
+
+def test_the_plan_finds_experts_behind_dense_first_blocks() -> None:
+    def planned(first: int) -> dict[str, int]:
+        config = CONFIG_MAPPING["ernie4_5_moe"](
+            vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, moe_num_experts=8, moe_k=2, moe_intermediate_size=64, moe_layer_start_index=first,
+        )  # fmt: skip
+        size = compression_cost.CompressionSize(4, 64, bits=4, group=32, low_memory=True)
+        return compression_cost.memory(shape_of(config), size)
+
+    assert planned(1) == planned(0)
+
+
+def test_finished_blocks_state_whether_they_have_experts(tmp_path: Path) -> None:
+    """Blocks that an earlier version left, with dense experts, are not taken for whole."""
+    (tmp_path / "t.txt").write_text("words of some length " * 200)
+    folder_of("qwen2_moe", tmp_path / "mixture")
+    llama = models.tiny_llama()
+    models.save(llama.net, llama.tokenizer, tmp_path / "llama")
+
+    def origin(name: str) -> list[Any]:
+        request = CompressRequest(
+            str(tmp_path / name), False, "optq", text=str(tmp_path / "t.txt"), windows=2, length=32
+        )
+        solver: Any = compression.make("optq", {"group": 8})
+        job = solve.prepare(request, solver, job_inputs.load(request, offline=True), Silent(), None, None)
+        assert isinstance(job, solve.SolveJob)
+        stated: list[Any] = json.loads(solve._origin_of(job))
+        return stated
+
+    assert origin("mixture") != origin("llama")
+    assert origin("mixture")[-1] == "experts"
+    assert origin("llama")[-1] != "experts", "blocks of an earlier version go on"
