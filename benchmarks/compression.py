@@ -63,6 +63,10 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "optq",
         {"grid": "asymmetric", "bits": 3, "train_scales": 120},
     ),
+    "**Qronos**, asymmetric grid, 3 bit g32, then its scales trained": (
+        "qronos",
+        {"grid": "asymmetric", "bits": 3, "train_scales": 120},
+    ),
     "magnitude 50 %": ("", {}),
     "**SparseGPT** 50 %": ("sparsegpt", {}),
     "**SparseGPT** 50 %, true sequential": ("sparsegpt", {"true_sequential": True}),
