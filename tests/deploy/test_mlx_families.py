@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -33,8 +34,7 @@ FIRST = bench.first_cases()
 def config(family: str, **changes: Any) -> Any:
     """The configuration of a family's first case, with changes."""
     sizes = DECODERS[family] | (bench.CASES[FIRST[family]].changes if family in FIRST else {})
-    sizes = {k: dict(v) if isinstance(v, dict) else v for k, v in sizes.items()}
-    return AutoConfig.for_model(family, **(sizes | changes))
+    return AutoConfig.for_model(family, **copy.deepcopy(sizes | changes))  # it writes into what it is given
 
 
 def test_every_family_of_the_table_has_cases_and_facts() -> None:
