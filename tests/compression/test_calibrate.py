@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from spy_harness import Spy, text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 from fleetune import compression, models
-from fleetune.compression import Solved
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.blocks import FinishedBlocks, block_file
@@ -39,26 +39,6 @@ def model_of(family: str) -> Model:
         torch.manual_seed(1)
         model.net = AutoModelForCausalLM.from_config(FAMILIES[family]).eval().requires_grad_(False)
     return model
-
-
-def text(count: int, length: int) -> Tensor:
-    return torch.randint(0, 250, (count, length), generator=torch.Generator().manual_seed(3))
-
-
-class Spy:
-    """Rounds coarsely and keeps the Hessians it was given."""
-
-    data = True
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def check(self, name: str, R: int, C: int) -> str:
-        return ""
-
-    def solve(self, W: Tensor, H: Tensor) -> Solved:
-        self.seen.append(H.clone())
-        return Solved(torch.round(W * 16) / 16)
 
 
 def inputs_of(model: Model, linears: Mapping[str, nn.Linear], windows: Tensor) -> dict[str, Tensor]:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from spy_harness import Spy, text
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import fleetune
 from fleetune import compression, models
-from fleetune.compression import Solved
 from fleetune.compression.jobs import inputs as job_inputs
 from fleetune.compression.jobs import solve
 from fleetune.compression.layerwise import driver
@@ -58,26 +58,6 @@ def model_of(family: str, **changes: Any) -> Model:
 def folder_of(family: str, folder: Path, **changes: Any) -> Path:
     models.save(model_of(family, **changes).net, tiny_tokenizer(), folder)
     return folder
-
-
-def text(count: int, length: int) -> Tensor:
-    return torch.randint(0, 250, (count, length), generator=torch.Generator().manual_seed(3))
-
-
-class Spy:
-    """Rounds coarsely and keeps the Hessians it was given."""
-
-    data = True
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def check(self, name: str, R: int, C: int) -> str:
-        return ""
-
-    def solve(self, W: Tensor, H: Tensor) -> Solved:
-        self.seen.append(H.clone())
-        return Solved(torch.round(W * 16) / 16)
 
 
 def experts_in(model: Model) -> list[Experts]:

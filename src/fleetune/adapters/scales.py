@@ -22,7 +22,7 @@ from fleetune.common.ggml import BLOCK, HALVES
 from fleetune.errors import ModelError
 from fleetune.models.mapped import lazy
 from fleetune.models.mapped.lazy import LazyWeight
-from fleetune.models.mapped.net import into_memory
+from fleetune.models.mapped.net import replace_parameters
 from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
 from fleetune.models.model import Model
 from fleetune.seeds.scale_steps import gradient_of_places, holds_scales, on_grid, place_of
@@ -52,12 +52,14 @@ class ScalesPart:
                 "this base has no scales that could be trained",
                 hint=f"give a GGUF file of {', '.join(HALVES)}, with base=mapped",
             )
-        self._of = {f"{name}.scales": layer for name, layer in self._layers.items()}
-        self.parameters: Mapping[str, nn.Parameter] = {
-            name: nn.Parameter(torch.zeros(_shape(_weight(layer)))) for name, layer in self._of.items()
+        moves = {
+            name: nn.Parameter(torch.zeros(_shape(_weight(layer)))) for name, layer in self._layers.items()
         }
-        for name, layer in self._of.items():
-            layer.forward = _forward(layer, self.parameters[name])  # type: ignore[method-assign]
+        self.parameters: Mapping[str, nn.Parameter] = {
+            f"{name}.scales": delta for name, delta in moves.items()
+        }
+        for name, layer in self._layers.items():
+            layer.forward = _forward(layer, moves[name])  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """Let the layers run on the file's scales."""
@@ -67,22 +69,22 @@ class ScalesPart:
     def fold(self) -> None:
         """Put the matrices of the moved scales into memory, as the stored weights."""
         made = {
-            f"{name}.weight": _matrix(_weight(layer), self.parameters[f"{name}.scales"]).clone()
-            for name, layer in self._layers.items()
+            id(layer.weight): nn.Parameter(_matrix(_weight(layer), delta).clone(), requires_grad=False)
+            for layer, delta in self._moves()
         }
-        into_memory(self._net, made)
-        with torch.no_grad():
-            for name, values in made.items():
-                self._net.get_parameter(name).copy_(values)
+        replace_parameters(self._net, made)
 
     def bits(self) -> dict[str, Tensor]:
         """Return the scales' bits now by the weight's name: fp16 as int16 [blocks, 1 or 2], rows as in the model."""
         return {
-            f"{name}.weight": torch.cat(
-                [bits for _, _, bits in _moved(_weight(layer), self.parameters[f"{name}.scales"])]
-            )
-            for name, layer in self._layers.items()
+            f"{name}.weight": torch.cat([bits for _, _, bits in _moved(_weight(layer), delta)])
+            for name, (layer, delta) in zip(self._layers, self._moves(), strict=True)
         }
+
+    def _moves(self) -> Iterator[tuple[nn.Linear, Tensor]]:
+        """Yield each layer, and the moves of its scales."""
+        for name, layer in self._layers.items():
+            yield layer, self.parameters[f"{name}.scales"]
 
 
 def moved_scales(model: Model) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from fleetune.evaluation.head_loss import head_nll, logits_of, nll, tokens_a_pie
 from fleetune.evaluation.logit_changes import Change, Multiply, stated
 from fleetune.models.model import Model
 
-_UNKNOWN: Final[Change] = Multiply(math.nan)
+_UNKNOWN: Final[Change] = Multiply(math.nan)  # stands for a change that is none of `logit_changes`
 # nets that change the logits after their head, which was seen when they ran, and how
 _CHANGED: WeakKeyDictionary[nn.Module, Change] = WeakKeyDictionary()
 

@@ -54,18 +54,15 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     able = methods.having(recipe.set)
     scales = recipe.train == "scales" or recipe.set.get("module") == "scales"
     if scales:
-        of_module = "module" in recipe.set
-        able = [
-            n for n in able if n in recipes.TRAIN_SCALES and (n == recipes.SCALES_MODULE or not of_module)
-        ]
+        wanted = (recipes.SCALES_MODULE,) if "module" in recipe.set else recipes.TRAIN_SCALES
+        able = [name for name in able if name in wanted]
     if not able:
         raise RecipeError(
             recipe_problems.of_no_method(list(recipe.set)),
             hint="name the one that is meant: --method NAME (fleetune methods)",
         )
-    prepare.check(
-        recipes.resolved(dataclasses.replace(recipe, method=able[0]))
-    )  # all else that is wrong is said first
+    # all else that is wrong is said first
+    prepare.check(recipes.resolved(dataclasses.replace(recipe, method=able[0])))
     try:
         config = models.load_config(recipe.model, offline=offline)
     except ModelError as error:  # loading it says what is wrong, and what to do

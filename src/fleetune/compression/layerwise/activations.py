@@ -169,6 +169,7 @@ class HiddenStates:
     ) -> Tensor | None:
         """Solve each layer when all windows reach it; the block's output, None for the last block."""
         shared, done, last = _SharedInputs(), set[str](), number + 1 == len(self.blocks)
+        every = len(linears) + len(experts)
         dense = self._dense_inputs(number, linears)
         H, D = torch.empty(0), None
 
@@ -186,9 +187,7 @@ class HiddenStates:
 
         def note(name: str) -> None:
             done.add(name)
-            if last and len(done) == len(linears) + len(
-                experts
-            ):  # nothing reads the output of the last block
+            if last and len(done) == every:  # nothing reads the output of the last block
                 raise _Stop
 
         def observe_experts(each: Experts, routed: Routed) -> None:

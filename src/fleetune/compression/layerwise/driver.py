@@ -35,12 +35,12 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.common.display import counted
-from fleetune.compression import Corrector, Solved, Solver
+from fleetune.compression import Corrector, Solver
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates
 from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks, MatrixResult
 from fleetune.compression.layerwise.experts import Experts, Routed, experts_of, has_experts, solve_experts
 from fleetune.compression.layerwise.grids import DEFAULTS, GROUPS, INSTEAD
-from fleetune.compression.layerwise.hessian import share, trace
+from fleetune.compression.layerwise.hessian import lost, share, trace
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.models.artefact import Quantised, dense, joined
 from fleetune.models.layers import layers_of
@@ -266,7 +266,7 @@ def _solve_ends(
         W, solver = model.net.get_parameter(end.name).detach().float().cpu(), plan.solvers[end.name]
         solved = [solver.solve(rows, H) for rows in W.split(END_ROWS)]
         found[end.name] = joined([s.weight for s in solved])
-        loss = sum(_loss(rows, s, H) for rows, s in zip(W.split(END_ROWS), solved, strict=True))
+        loss = sum(lost(rows, s, H) for rows, s in zip(W.split(END_ROWS), solved, strict=True))
         matrices.append(MatrixResult(layer, share(loss, trace(W, H)), solved[0].notes))
     parts.put(BlockResult(len(parts.blocks), tuple(matrices), round(time.monotonic() - began, 3)), found)
 
@@ -327,13 +327,9 @@ def _solve_layer(
     if isinstance(solver, Corrector) and H is not None and D is not None:
         W = solver.correct(W, H, D)
     solved = solver.solve(W, torch.zeros(C, C) if H is None else H)
-    error = float("nan") if H is None else share(_loss(W, solved, H), trace(W, H))
+    error = float("nan") if H is None else share(lost(W, solved, H), trace(W, H))
     weight = solved.weight if isinstance(solved.weight, Quantised) else solved.weight.to(linear.weight.dtype)
     return weight, MatrixResult(name, error, solved.notes)
-
-
-def _loss(W: Tensor, solved: Solved, H: Tensor) -> float:
-    return trace(W - dense(solved.weight), H) if solved.loss is None else solved.loss
 
 
 def _parameters(linears: Mapping[str, nn.Linear], experts: Sequence[Experts]) -> dict[str, Tensor]:

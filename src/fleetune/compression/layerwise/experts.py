@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fleetune.compression import Solved, Solver
 from fleetune.compression.layerwise.blocks import MatrixResult
-from fleetune.compression.layerwise.hessian import TOKENS_AT_ONCE, accumulate, mirrored, share, trace
+from fleetune.compression.layerwise.hessian import TOKENS_AT_ONCE, accumulate, lost, mirrored, share, trace
 from fleetune.models.artefact import Quantised, dense, joined
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -75,7 +75,7 @@ def solve_experts(
     for name, parameter in experts.parameters.items():
         on_name(name)
         count, _, C = parameter.shape
-        solved, lost, given, few = list[Solved](), 0.0, 0.0, list[int]()
+        solved, error, given, few = list[Solved](), 0.0, 0.0, list[int]()
         for number in range(count):
             W = parameter[number].detach().float().cpu()
             H, tokens = torch.zeros(C, C), 0
@@ -84,13 +84,13 @@ def solve_experts(
                 few += [tokens] * (tokens < C)
             solved.append(solver.solve(W, H))
             if routed is not None:
-                lost += _loss(W, solved[-1], H)
+                error += lost(W, solved[-1], H)
                 given += trace(W, H)
         weight = _stacked(solved, parameter)
         if placing:
             parameter.data = dense(weight).to(parameter)
-        error = share(lost, given) if routed is not None else float("nan")
-        yield name, weight, MatrixResult(name, error, _notes(solved, few, C))
+        left = share(error, given) if routed is not None else float("nan")
+        yield name, weight, MatrixResult(name, left, _notes(solved, few, C))
 
 
 def _hessian(experts: Experts, name: str, number: int, routed: Routed) -> tuple[Tensor, int]:
@@ -108,10 +108,6 @@ def _hessian(experts: Experts, name: str, number: int, routed: Routed) -> tuple[
             inputs = module._apply_gate(nn.functional.linear(inputs.to(gates_and_ups), gates_and_ups))
         accumulate(H, inputs.cpu())
     return mirrored(H), tokens
-
-
-def _loss(W: Tensor, solved: Solved, H: Tensor) -> float:
-    return trace(W - dense(solved.weight), H) if solved.loss is None else solved.loss
 
 
 def _stacked(solved: list[Solved], parameter: nn.Parameter) -> Quantised | Tensor:

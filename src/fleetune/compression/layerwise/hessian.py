@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fleetune.compression import Solved
+from fleetune.models.artefact import dense
+
 DAMPING_GROWTH = 10.0  # factor of damping while the matrix is not positive definite
 MAX_DAMPING = 1.0  # no factor is sought with more
 DIRECT_SIZE = 64  # columns up to which a triangle is inverted in one call
@@ -37,9 +40,9 @@ def accumulate_drift(D: Tensor, x: Tensor, y: Tensor) -> None:
     """Add 2 (x - y) y^T of every token to D float32 [C, C]; x and y [.., C] are inputs in the dense and compressed model."""
     C = len(D)
     pairs = zip(x.reshape(-1, C).split(TOKENS_AT_ONCE), y.reshape(-1, C).split(TOKENS_AT_ONCE), strict=True)  # type: ignore[no-untyped-call]
-    for dense, compressed in pairs:
-        to = compressed.to(D.dtype)
-        D.addmm_((dense.to(D.dtype) - to).T, to, alpha=2.0)
+    for of_dense, of_compressed in pairs:
+        to = of_compressed.to(D.dtype)
+        D.addmm_((of_dense.to(D.dtype) - to).T, to, alpha=2.0)
 
 
 def mirrored(H: Tensor) -> Tensor:
@@ -126,6 +129,11 @@ def _triangular_inverse(lower: Tensor) -> Tensor:
 def share(lost: float, given: float) -> float:
     """Return lost / given, or 0 where `given` is 0."""
     return lost / given if given > 0 else 0.0
+
+
+def lost(W: Tensor, solved: Solved, H: Tensor) -> float:
+    """Return the squared error of a matrix's outputs: what the solver tells, else tr(E H E^T) of the errors E of its weights."""
+    return trace(W - dense(solved.weight), H) if solved.loss is None else solved.loss
 
 
 def trace(W: Tensor, H: Tensor) -> float:

@@ -47,14 +47,12 @@ divergence on held-out text, 12 windows of WikiText-2 (SmolLM2-135M, calibrated 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fleetune.common.settings import setting
-from fleetune.compression import Solved
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import refuse_pruned
 from fleetune.compression.layerwise.hessian import inverse_cholesky
@@ -64,31 +62,10 @@ PAPER = "Zhang et al., ICLR 2026, arXiv 2505.11695"
 
 
 @dataclass(frozen=True)
-class Solver:
-    """OPTQ's settings, with the paper's symbols."""
+class Solver(optq.Solver):
+    """OPTQ's settings, with a damping of its own; step 3 is OPTQ's `solve`."""
 
-    data: ClassVar[bool] = True
-
-    bits: int = setting(4, "b", "bits of a code: 2, 3, 4, 5 or 8")
-    group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
-    grid: str = setting(
-        "ggml", "grid", "ggml, symmetric, asymmetric, universal, iq4_nl; q6_k, q5_k, q4_k, q3_k, q2_k, iq4_xs"
-    )
-    search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
-    order: str = setting("none", "act", "order of the columns: none, static or gar")
     damping: float = setting(0.3, "λ", "added to H's diagonal, of its mean")
-
-    def __post_init__(self) -> None:
-        settled = self._optq()
-        object.__setattr__(self, "bits", settled.bits)  # what the grid says
-        object.__setattr__(self, "group", settled.group)
-
-    def _optq(self) -> optq.Solver:
-        return optq.Solver(**asdict(self))
-
-    def check(self, name: str, R: int, C: int) -> str:
-        """Say why rows of C columns cannot be divided into groups, or "" when they can."""
-        return self._optq().check(name, R, C)
 
     def correct(self, W: Tensor, H: Tensor, D: Tensor) -> Tensor:
         """Return the weights to quantise: steps 1 and 2.  W itself where H has no factor."""
@@ -104,7 +81,3 @@ class Solver:
         inverse = U[:, first] @ U  # the first column's row of H^-1
         corrected += torch.outer((value - corrected[:, first]) / inverse[first], inverse)
         return corrected.masked_fill_(W == 0, 0.0)
-
-    def solve(self, W: Tensor, H: Tensor) -> Solved:
-        """Run step 3 on corrected weights."""
-        return self._optq().solve(W, H)

@@ -114,15 +114,19 @@ def write_codes(
     of_runtimes = write_folder(model, folder, partial(packed, model, parts, rounded, rename), config)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
+    experts = False
     with safe_open(folder / FILE, framework="pt") as file:
         for name in model.names:
-            if (q := codes_of(model, name)) is None:
+            if (q := model.quantised(name)) is None:
+                continue
+            if q.experts:
+                experts = True
                 continue
             layer = rename(name).removesuffix(".weight")
             if not torch.equal(decode(file, layer, q), q.dense()):
                 raise damaged(folder / FILE, f"{layer} does not decode to its weights")
     more = of_rounding(rounded)
-    if any((q := model.quantised(name)) is not None and q.experts for name in model.names):
+    if experts:
         more.append(f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF holds theirs")
     return report(model, folder, to, len(rounded), [*of_runtimes, *more, *notes])
 
@@ -136,7 +140,7 @@ def packed(
     model: Checkpoint,
     parts: Parts,
     rounded: set[str],
-    rename: Callable[[str], str] = lambda name: name,
+    rename: Callable[[str], str] = str,
     besides: Collection[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a file: the `parts` of what is quantised, the rest in 16 bits; `rounded` gets what changed.

@@ -24,8 +24,17 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from fleetune.models.families import rope
-
-Options = Mapping[str, tuple[Any, ...]]
+from fleetune.models.families.limits import (
+    NO_WINDOW,
+    OWN_HEAD,
+    SILU,
+    TANH,
+    TIED,
+    WINDOWS,
+    Limits,
+    Options,
+    only,
+)
 
 # fields of transformers that mlx-lm reads under the same name, and that config.json may leave to transformers' defaults
 STATED: Final = (
@@ -38,38 +47,22 @@ STATED: Final = (
     "intermediate_size", "hidden_act", "n_positions", "rotary_dim", "conv_kernel", "state_size", "time_step_rank",
     "conv_L_cache", "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim",
 )  # fmt: skip
-TANH: Final = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 EXACT: Final = ("gelu",)
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(Limits):
     """How mlx-lm reads a family; functions take a configuration."""
 
     options: Options = field(default_factory=dict)
-    scalings: tuple[str, ...] = ("default",)
-    partial: bool = False  # a part of each head may be rotated
-    square: bool = True  # heads must be as wide together as the model
-    rotary: bool = True
-    layers: tuple[str, ...] = ("full_attention",)  # what a block may be, where a configuration says
     window: str = ""
     gelu: tuple[str, ...] = ()
     names: tuple[tuple[str, str], ...] = ()  # how transformers' names of tensors begin, and mlx-lm's
     fields: Callable[[Any], Mapping[str, Any]] = lambda config: {}
-    misfit: Callable[[Any], str | None] = lambda config: None
 
 
-def _only(*others: Options, **fields: tuple[Any, ...]) -> Options:
-    return {name: values for options in (*others, fields) for name, values in options.items()}
-
-
-_SILU: Final = _only(hidden_act=("silu",))
-_OWN_HEAD: Final = _only(tie_word_embeddings=(False,))
-_TIED: Final = _only(tie_word_embeddings=(True,))
-_NO_WINDOW: Final = _only(use_sliding_window=(False,))
 _SCALED: Final = ("default", "linear", "llama3")  # of mlx-lm's initialize_rope
-_WINDOWS: Final = ("full_attention", "sliding_attention")
-_GEMMA: Final = _only(hidden_activation=TANH, use_bidirectional_attention=(False, None))
+_GEMMA: Final = only(hidden_activation=TANH, use_bidirectional_attention=(False, None))
 
 
 def _pattern(config: Any) -> int:
@@ -108,7 +101,7 @@ def _exaone4_fields(config: Any) -> dict[str, Any]:
 
 def _exaone4_misfit(config: Any) -> str | None:
     found = sorted(set(config.layer_types))
-    if found == (["full_attention"] if config.sliding_window is None else sorted(_WINDOWS)):
+    if found == (["full_attention"] if config.sliding_window is None else sorted(WINDOWS)):
         return None
     return f"sliding_window={config.sliding_window} with blocks of {' and '.join(found)} in an exaone4"
 
@@ -144,15 +137,15 @@ def _wide(config: Any, width: int | None, fixed: int) -> str | None:
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
     {  # by transformers' model type
-        "llama": Family(_SILU, scalings=_SCALED, square=False),
-        "mistral": Family(_SILU, scalings=_SCALED, square=False, window="sliding_window"),
-        "qwen2": Family(_only(_SILU, _NO_WINDOW), scalings=_SCALED),
-        "qwen3": Family(_only(_SILU, _NO_WINDOW, attention_bias=(False,)), scalings=_SCALED, square=False),
+        "llama": Family(SILU, scalings=_SCALED, square=False),
+        "mistral": Family(SILU, scalings=_SCALED, square=False, window="sliding_window"),
+        "qwen2": Family(only(SILU, NO_WINDOW), scalings=_SCALED),
+        "qwen3": Family(only(SILU, NO_WINDOW, attention_bias=(False,)), scalings=_SCALED, square=False),
         "gemma": Family(
-            _only(_TIED, hidden_act=(*TANH, *EXACT), attention_bias=(False,)), square=False, gelu=EXACT
+            only(TIED, hidden_act=(*TANH, *EXACT), attention_bias=(False,)), square=False, gelu=EXACT
         ),
         "gemma2": Family(
-            _only(_GEMMA, _TIED, attention_bias=(False,)), square=False, layers=_WINDOWS, window="sliding_window",
+            only(_GEMMA, TIED, attention_bias=(False,)), square=False, layers=WINDOWS, window="sliding_window",
             misfit=lambda config: next(
                 (
                     f"{name}=None in a gemma2" for name in ("attn_logit_softcapping", "final_logit_softcapping")
@@ -161,15 +154,15 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             ),
         ),
         "gemma3_text": Family(
-            _only(
+            only(
                 _GEMMA, attention_bias=(False,), attn_logit_softcapping=(None,), final_logit_softcapping=(None,)
             ),
-            scalings=_SCALED, square=False, layers=_WINDOWS, fields=_gemma3_fields, misfit=_gemma3_misfit,
+            scalings=_SCALED, square=False, layers=WINDOWS, fields=_gemma3_fields, misfit=_gemma3_misfit,
         ),
-        "phi": Family(_only(_OWN_HEAD, hidden_act=TANH, qk_layernorm=(False,)), partial=True),
-        "phi3": Family(_SILU, partial=True, window="sliding_window"),
+        "phi": Family(only(OWN_HEAD, hidden_act=TANH, qk_layernorm=(False,)), partial=True),
+        "phi3": Family(SILU, partial=True, window="sliding_window"),
         "gpt_neox": Family(
-            _only(_OWN_HEAD, hidden_act=(*TANH, *EXACT), attention_bias=(True,)), partial=True, gelu=TANH,
+            only(OWN_HEAD, hidden_act=(*TANH, *EXACT), attention_bias=(True,)), partial=True, gelu=TANH,
             names=(("gpt_neox.layers.", "model.h."), ("gpt_neox.", "model."), ("lm_head.", "model.embed_out.")),
             fields=lambda config: {
                 "rotary_emb_base": rope.settings(config)["rope_theta"],
@@ -178,46 +171,46 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             misfit=_neox_misfit,
         ),
         "gptj": Family(
-            _only(_OWN_HEAD, activation_function=TANH), rotary=False, names=(("transformer.", "model."),),
+            only(OWN_HEAD, activation_function=TANH), rotary=False, names=(("transformer.", "model."),),
             misfit=_gptj_misfit,
         ),
-        "stablelm": Family(_only(_SILU, _OWN_HEAD), partial=True),
-        "olmo2": Family(_SILU, scalings=_SCALED, square=False),
-        "granite": Family(_SILU, scalings=_SCALED),
-        "smollm3": Family(_only(_SILU, _NO_WINDOW), scalings=_SCALED, square=False),
+        "stablelm": Family(only(SILU, OWN_HEAD), partial=True),
+        "olmo2": Family(SILU, scalings=_SCALED, square=False),
+        "granite": Family(SILU, scalings=_SCALED),
+        "smollm3": Family(only(SILU, NO_WINDOW), scalings=_SCALED, square=False),
         "starcoder2": Family(
-            _only(hidden_act=(*TANH, *EXACT), use_bias=(True,)), window="sliding_window", gelu=EXACT
+            only(hidden_act=(*TANH, *EXACT), use_bias=(True,)), window="sliding_window", gelu=EXACT
         ),
         "exaone4": Family(
-            _SILU, scalings=_SCALED, square=False, layers=_WINDOWS, fields=_exaone4_fields, misfit=_exaone4_misfit
+            SILU, scalings=_SCALED, square=False, layers=WINDOWS, fields=_exaone4_fields, misfit=_exaone4_misfit
         ),
-        "seed_oss": Family(_SILU, scalings=_SCALED, square=False),
+        "seed_oss": Family(SILU, scalings=_SCALED, square=False),
         "hunyuan_v1_dense": Family(
-            _SILU, scalings=("default", "dynamic"), square=False, fields=_hunyuan_fields, misfit=_hunyuan_misfit
+            SILU, scalings=("default", "dynamic"), square=False, fields=_hunyuan_fields, misfit=_hunyuan_misfit
         ),
         "gpt_bigcode": Family(
-            _only(
+            only(
                 activation_function=(*TANH, *EXACT), scale_attn_weights=(True,), add_cross_attention=(False,),
                 multi_query=(True,),
             ),
             rotary=False, gelu=EXACT,
             fields=lambda config: {"n_inner": config.n_inner or 4 * config.n_embd},
         ),
-        "glm": Family(_SILU, square=False),
+        "glm": Family(SILU, square=False),
         "lfm2": Family(
-            _only(_TIED), layers=("full_attention", "conv"), fields=lambda config: {"block_dim": config.hidden_size},
+            only(TIED), layers=("full_attention", "conv"), fields=lambda config: {"block_dim": config.hidden_size},
             misfit=_lfm2_misfit,
         ),
-        "cohere": Family(_only(_SILU, _TIED)),
+        "cohere": Family(only(SILU, TIED)),
         "cohere2": Family(
-            _only(_SILU, _TIED), layers=_WINDOWS,
+            only(SILU, TIED), layers=WINDOWS,
             fields=lambda config: {"sliding_window_pattern": _pattern(config)}, misfit=_pattern_misfit,
         ),
-        "glm4": Family(_only(_SILU, _OWN_HEAD), partial=True, square=False),
-        "ernie4_5": Family(_SILU, square=False),
-        "nemotron": Family(_only(hidden_act=("relu2",)), partial=True, square=False),
+        "glm4": Family(only(SILU, OWN_HEAD), partial=True, square=False),
+        "ernie4_5": Family(SILU, square=False),
+        "nemotron": Family(only(hidden_act=("relu2",)), partial=True, square=False),
         "mamba": Family(
-            _only(_SILU, layer_norm_epsilon=(1e-5,)), rotary=False, square=False, layers=("linear_attention",)
+            only(SILU, layer_norm_epsilon=(1e-5,)), rotary=False, square=False, layers=("linear_attention",)
         ),
     }
 )  # fmt: skip
@@ -228,19 +221,7 @@ def misfit(config: Any) -> str | None:
     kind = str(config.model_type)
     if (family := FAMILIES.get(kind)) is None:
         return f"'{kind}': it is written for {', '.join(FAMILIES)}"
-    for name, values in family.options.items():
-        if (value := getattr(config, name, values[0])) not in values:
-            return f"{name}={value!r} in a {kind}"
-    if family.rotary and (scaling := rope.kind(config)) not in family.scalings:
-        return f"rotary scaling '{scaling}' in a {kind}"
-    if family.rotary and not family.partial and rope.width(config) != rope.head_dim(config):
-        return f"partly rotated heads in a {kind}"
-    for layer in getattr(config, "layer_types", None) or ():
-        if layer not in family.layers:
-            return f"layer_types with '{layer}' in a {kind}"
-    if family.square and (wide := rope.head_dim(config) * config.num_attention_heads) != config.hidden_size:
-        return f"a {kind} whose heads are {wide} wide together where the model is {config.hidden_size}"
-    return family.misfit(config)
+    return family.unmet(config)
 
 
 def fields(config: Any) -> dict[str, Any]:

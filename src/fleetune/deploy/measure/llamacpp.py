@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from fleetune.deploy.measure import cross_entropy
 from fleetune.errors import ModelError, UsageError
 
 MODULE: Final = "llama_cpp_py_sync"
@@ -100,10 +101,7 @@ class LlamaCpp:
         """float64 [T - 1]: the cross-entropy of every token but the first."""
         parts, targets = [np.zeros(0)], np.asarray(ids)[1:]
         for first, piece in self._pieces(ids):
-            logits = piece.astype(np.float64)
-            top = logits.max(1)
-            own = logits[np.arange(len(logits)), targets[first : first + len(logits)]]
-            parts.append(top + np.log(np.exp(logits - top[:, None]).sum(1)) - own)
+            parts.append(cross_entropy.of_tokens(piece, targets[first : first + len(piece)]))
         return np.concatenate(parts)
 
     def _pieces(self, ids: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from fleetune.deploy.measure import cross_entropy
 from fleetune.errors import ModelError, UsageError
 
 MODULES: Final = ("mlx", "mlx_lm")
@@ -57,10 +58,8 @@ class MlxLm:
         """Cross-entropy in nats over the tokens of rows (ids, n_prompt) from number n_prompt on (from 1): sums and numbers."""
         found = list[tuple[float, int]]()
         for (ids, n_prompt), piece in zip(rows, self.scored_logits(rows), strict=True):
-            logits, targets = piece.astype(np.float64), np.asarray(ids)[max(n_prompt, 1) :]
-            top = logits.max(1)
-            sums = top + np.log(np.exp(logits - top[:, None]).sum(1))
-            found.append((float((sums - logits[np.arange(len(targets)), targets]).sum()), len(targets)))
+            losses = cross_entropy.of_tokens(piece, np.asarray(ids)[max(n_prompt, 1) :])
+            found.append((float(losses.sum()), len(losses)))
         return found
 
     def scored_logits(self, rows: Sequence[tuple[Sequence[int], int]]) -> Iterator[np.ndarray]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from fleetune.deploy.measure import cross_entropy
 from fleetune.errors import ModelError, UsageError
 
 MODULE: Final = "onnxruntime"
@@ -65,11 +66,8 @@ class OnnxRuntime:
         for ids, n_prompt in rows:
             total, at = 0.0, max(n_prompt, 1)
             for piece in self.scored_logits([(ids, n_prompt)]):
-                logits = piece.astype(np.float64)
-                top = logits.max(1)
-                own = logits[np.arange(len(logits)), np.asarray(ids)[at : at + len(logits)]]
-                total += float((top + np.log(np.exp(logits - top[:, None]).sum(1)) - own).sum())
-                at += len(logits)
+                total += float(cross_entropy.of_tokens(piece, np.asarray(ids)[at : at + len(piece)]).sum())
+                at += len(piece)
             found.append((total, len(ids) - max(n_prompt, 1)))
         return found
 

@@ -14,20 +14,20 @@ Everything here was checked by running llama.cpp beside transformers (`tests/dep
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 
 from fleetune.models.families import deci, experts, gemma, rope, widths
+from fleetune.models.families.limits import NO_WINDOW, OWN_HEAD, SILU, TANH, TIED, WINDOWS, Limits, only
 
 Value = int | float | str  # bool is an int
-Options = Mapping[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(Limits):
     """How llama.cpp holds a family; functions take a configuration."""
 
     architecture: str  # llama.cpp's name
@@ -38,27 +38,17 @@ class Family:
     shifted: bool = False  # norms multiply by 1 + w, and the file holds that
     transposed: tuple[str, ...] = ()  # tensors that the model stores as [in, out]
     paired: bool = False  # rows of an expert's gate and up alternate in the model
-    rotary: bool = True
-    partial: bool = False  # a part of each head may be rotated
-    square: bool = True  # heads must be as wide together as the model
-    layers: tuple[str, ...] = ("full_attention",)  # what a block may be, where a configuration says
     window: str = ""  # a window that llama.cpp has not: the file states it as the longest context
-    scalings: tuple[str, ...] = ("default",)
-    options: Options = field(default_factory=dict)
     keys: Callable[[Any], Mapping[str, Value]] = lambda config: {}  # metadata beyond what all families have
-    misfit: Callable[[Any], str | None] = lambda config: None
     length: Callable[[Any], int] = lambda config: config.max_position_embeddings
     channels: Callable[[Any], int] = lambda config: config.intermediate_size
     key_heads: Callable[[Any], int | list[int]] = lambda config: config.num_key_value_heads
 
 
-_WINDOWS: Final = ("full_attention", "sliding_attention")
-
-
 def _gemma(architecture: str) -> Family:
     return Family(
         architecture, shifted=True, square=False, scalings=("default", "linear"), keys=gemma.keys,
-        misfit=gemma.misfit, layers=_WINDOWS,
+        misfit=gemma.misfit, layers=WINDOWS,
     )  # fmt: skip
 
 
@@ -148,58 +138,49 @@ def _lfm2_key_heads(config: Any) -> list[int]:
     return [0 if kind == "conv" else config.num_key_value_heads for kind in config.layer_types]
 
 
-def _only(*others: Options, **fields: tuple[Any, ...]) -> Options:
-    return {name: values for options in (*others, fields) for name, values in options.items()}
-
-
-_SILU: Final = _only(hidden_act=("silu",))
-_PLAIN: Final = _only(_SILU, attention_bias=(False,), mlp_bias=(False,))
-_OWN_HEAD: Final = _only(tie_word_embeddings=(False,))
-_TIED: Final = _only(tie_word_embeddings=(True,))
-_NO_WINDOW: Final = _only(use_sliding_window=(False,))
-_ALL_EXPERTS: Final = _only(decoder_sparse_step=(1,), mlp_only_layers=([],))
-_TANH: Final = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+_PLAIN: Final = only(SILU, attention_bias=(False,), mlp_bias=(False,))
+_ALL_EXPERTS: Final = only(decoder_sparse_step=(1,), mlp_only_layers=([],))
 # llama.cpp approximates the exact GELU by tanh, for every family that has it
-_GELU: Final = (*_TANH, "gelu")
+_GELU: Final = (*TANH, "gelu")
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
     {  # by transformers' model type
         "llama": Family(
-            "llama", interleaved=True, square=False, scalings=("default", "llama3"), options=_SILU
+            "llama", interleaved=True, square=False, scalings=("default", "llama3"), options=SILU
         ),
         "mistral": Family(
-            "llama", interleaved=True, square=False, scalings=("default", "llama3"), options=_SILU,
+            "llama", interleaved=True, square=False, scalings=("default", "llama3"), options=SILU,
             window="sliding_window",
         ),
-        "qwen2": Family("qwen2", options=_only(_SILU, _NO_WINDOW)),
-        "qwen3": Family("qwen3", square=False, options=_only(_SILU, _NO_WINDOW, attention_bias=(False,))),
+        "qwen2": Family("qwen2", options=only(SILU, NO_WINDOW)),
+        "qwen3": Family("qwen3", square=False, options=only(SILU, NO_WINDOW, attention_bias=(False,))),
         "gemma": _gemma("gemma"),
         "gemma2": _gemma("gemma2"),
         "gemma3_text": _gemma("gemma3"),
         "smollm3": Family(
-            "smollm3", interleaved=True, options=_only(_PLAIN, _NO_WINDOW), misfit=_smollm3_misfit
+            "smollm3", interleaved=True, options=only(_PLAIN, NO_WINDOW), misfit=_smollm3_misfit
         ),
         "phi3": Family(
-            "phi3", partial=True, options=_SILU, window="sliding_window", scalings=("default", "longrope"), keys=_longrope_keys
+            "phi3", partial=True, options=SILU, window="sliding_window", scalings=("default", "longrope"), keys=_longrope_keys
         ),
         "phi": Family(
             "phi2", epsilon="layer_norm_eps", layer_norm=True, partial=True,
-            options=_only(_OWN_HEAD, hidden_act=_TANH, qk_layernorm=(False,)),
+            options=only(OWN_HEAD, hidden_act=TANH, qk_layernorm=(False,)),
         ),
-        "olmo2": Family("olmo2", options=_only(_PLAIN, _OWN_HEAD)),
-        "granite": Family("granite", interleaved=True, options=_SILU, keys=_granite_keys),
+        "olmo2": Family("olmo2", options=only(_PLAIN, OWN_HEAD)),
+        "granite": Family("granite", interleaved=True, options=SILU, keys=_granite_keys),
         "stablelm": Family(
             "stablelm", epsilon="layer_norm_eps", layer_norm=True, partial=True,
-            options=_only(_SILU, _OWN_HEAD, qk_layernorm=(False,)),
+            options=only(SILU, OWN_HEAD, qk_layernorm=(False,)),
         ),
         "starcoder2": Family(
             "starcoder2", epsilon="norm_epsilon", layer_norm=True, window="sliding_window",
-            options=_only(hidden_act=_GELU, use_bias=(True,)),
+            options=only(hidden_act=_GELU, use_bias=(True,)),
         ),
         "gpt2": Family(
             "gpt2", epsilon="layer_norm_epsilon", layer_norm=True, rotary=False,
             transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
-            options=_only(
+            options=only(
                 activation_function=_GELU, scale_attn_weights=(True,), add_cross_attention=(False,),
                 scale_attn_by_inverse_layer_idx=(False,),
             ),
@@ -208,91 +189,91 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         ),
         "gpt_neox": Family(
             "gptneox", epsilon="layer_norm_eps", layer_norm=True, partial=True, grouped=True,
-            options=_only(_OWN_HEAD, hidden_act=_GELU, attention_bias=(True,)),
+            options=only(OWN_HEAD, hidden_act=_GELU, attention_bias=(True,)),
             keys=lambda config: {"use_parallel_residual": bool(config.use_parallel_residual)},
             key_heads=lambda config: config.num_attention_heads,
         ),
         "falcon": Family(
             "falcon", epsilon="layer_norm_epsilon", layer_norm=True, grouped=True,
-            options=_only(activation=_GELU, alibi=(False,), bias=(False,), parallel_attn=(True,)),
+            options=only(activation=_GELU, alibi=(False,), bias=(False,), parallel_attn=(True,)),
             channels=lambda config: config.ffn_hidden_size, key_heads=_falcon_key_heads,
         ),
         "bloom": Family(
             "bloom", epsilon="layer_norm_epsilon", layer_norm=True, grouped=True, rotary=False,
-            options=_only(apply_residual_connection_post_layernorm=(False,)),
+            options=only(apply_residual_connection_post_layernorm=(False,)),
             length=lambda config: 2048,  # what Bloom was trained on; the configuration has none
             channels=lambda config: 4 * config.hidden_size,
             key_heads=lambda config: config.num_attention_heads,
         ),
-        "glm4": Family("glm4", partial=True, square=False, options=_SILU),
-        "ernie4_5": Family("ernie4_5", square=False, options=_only(_SILU, use_bias=(False,))),
+        "glm4": Family("glm4", partial=True, square=False, options=SILU),
+        "ernie4_5": Family("ernie4_5", square=False, options=only(SILU, use_bias=(False,))),
         "cohere": Family(
-            "command-r", epsilon="layer_norm_eps", layer_norm=True, options=_only(_PLAIN, _TIED),
+            "command-r", epsilon="layer_norm_eps", layer_norm=True, options=only(_PLAIN, TIED),
             keys=lambda config: {"logit_scale": float(config.logit_scale)}, misfit=_cohere_misfit,
         ),
         "cohere2": Family(
-            "cohere2", epsilon="layer_norm_eps", layer_norm=True, options=_only(_PLAIN, _TIED),
+            "cohere2", epsilon="layer_norm_eps", layer_norm=True, options=only(_PLAIN, TIED),
             keys=lambda config: {
                 "logit_scale": float(config.logit_scale), "attention.sliding_window": config.sliding_window,
             },
-            misfit=_cohere2_misfit, layers=_WINDOWS,
+            misfit=_cohere2_misfit, layers=WINDOWS,
         ),
         "nemotron": Family(
             "nemotron", epsilon="norm_eps", layer_norm=True, partial=True, shifted=True,
-            options=_only(_OWN_HEAD, hidden_act=("relu2",), attention_bias=(False,), mlp_bias=(False,)),
+            options=only(OWN_HEAD, hidden_act=("relu2",), attention_bias=(False,), mlp_bias=(False,)),
         ),
         "lfm2": Family(
-            "lfm2", epsilon="norm_eps", layers=("full_attention", "conv"), options=_only(conv_bias=(False,)),
+            "lfm2", epsilon="norm_eps", layers=("full_attention", "conv"), options=only(conv_bias=(False,)),
             keys=lambda config: {"shortconv.l_cache": int(config.conv_L_cache)},
             channels=_lfm2_channels, key_heads=_lfm2_key_heads, misfit=_lfm2_misfit,
         ),
         "exaone4": Family(
-            "exaone4", layers=_WINDOWS, options=_SILU, keys=_exaone4_keys, misfit=_exaone4_misfit
+            "exaone4", layers=WINDOWS, options=SILU, keys=_exaone4_keys, misfit=_exaone4_misfit
         ),
         "seed_oss": Family(
             "seed_oss", square=False,
-            options=_only(_SILU, attention_bias=(True,), attention_out_bias=(False,), mlp_bias=(False,)),
+            options=only(SILU, attention_bias=(True,), attention_out_bias=(False,), mlp_bias=(False,)),
         ),
         "arcee": Family(
             "arcee", interleaved=True, square=False,
-            options=_only(hidden_act=("relu2",), attention_bias=(False,), mlp_bias=(False,)),
+            options=only(hidden_act=("relu2",), attention_bias=(False,), mlp_bias=(False,)),
         ),
-        "hunyuan_v1_dense": Family("hunyuan-dense", square=False, options=_only(_SILU, attention_bias=(False,))),
+        "hunyuan_v1_dense": Family("hunyuan-dense", square=False, options=only(SILU, attention_bias=(False,))),
         "gpt_bigcode": Family(
             "starcoder", epsilon="layer_norm_epsilon", layer_norm=True, rotary=False,
-            options=_only(
+            options=only(
                 activation_function=_GELU, scale_attn_weights=(True,), add_cross_attention=(False,),
                 multi_query=(True,),
             ),
             channels=lambda config: config.n_inner or 4 * config.hidden_size, key_heads=lambda config: 1,
         ),
-        "glm": Family("chatglm", partial=True, options=_SILU),
+        "glm": Family("chatglm", partial=True, options=SILU),
         "mixtral": Family(
-            "llama", interleaved=True, square=False, options=_SILU, window="sliding_window", keys=experts.keys,
+            "llama", interleaved=True, square=False, options=SILU, window="sliding_window", keys=experts.keys,
         ),
         "qwen3_moe": Family(
             "qwen3moe", square=False, keys=experts.narrow_keys,
-            options=_only(_SILU, _NO_WINDOW, _ALL_EXPERTS, attention_bias=(False,), norm_topk_prob=(True,)),
+            options=only(SILU, NO_WINDOW, _ALL_EXPERTS, attention_bias=(False,), norm_topk_prob=(True,)),
         ),
         "qwen2_moe": Family(
-            "qwen2moe", options=_only(_SILU, _NO_WINDOW, _OWN_HEAD, _ALL_EXPERTS, norm_topk_prob=(False,)),
+            "qwen2moe", options=only(SILU, NO_WINDOW, OWN_HEAD, _ALL_EXPERTS, norm_topk_prob=(False,)),
             keys=lambda config: experts.narrow_keys(config)
             | {"expert_shared_feed_forward_length": int(config.shared_expert_intermediate_size)},
         ),
         "olmoe": Family(
             "olmoe", keys=experts.keys, misfit=experts.olmoe_misfit,
-            options=_only(_SILU, _OWN_HEAD, attention_bias=(False,), clip_qkv=(None,), norm_topk_prob=(False,)),
+            options=only(SILU, OWN_HEAD, attention_bias=(False,), clip_qkv=(None,), norm_topk_prob=(False,)),
         ),
-        "granitemoe": Family("granitemoe", interleaved=True, options=_SILU, keys=_granite_experts_keys),
-        "granitemoeshared": Family("granitemoe", interleaved=True, options=_SILU, keys=_granite_experts_keys),
+        "granitemoe": Family("granitemoe", interleaved=True, options=SILU, keys=_granite_experts_keys),
+        "granitemoeshared": Family("granitemoe", interleaved=True, options=SILU, keys=_granite_experts_keys),
         "ernie4_5_moe": Family(
             "ernie4_5-moe", square=False, keys=experts.ernie_keys, misfit=experts.ernie_misfit,
-            options=_only(_SILU, use_bias=(False,), moe_layer_interval=(1,)),
+            options=only(SILU, use_bias=(False,), moe_layer_interval=(1,)),
         ),
         "gpt_oss": Family(
-            "gpt-oss", square=False, paired=True, transposed=experts.STACKED, layers=_WINDOWS,
+            "gpt-oss", square=False, paired=True, transposed=experts.STACKED, layers=WINDOWS,
             scalings=("default", "yarn"), keys=experts.gpt_oss_keys, misfit=experts.gpt_oss_misfit,
-            options=_only(_OWN_HEAD, attention_bias=(True,), swiglu_alpha=(1.702,), swiglu_limit=(7.0,)),
+            options=only(OWN_HEAD, attention_bias=(True,), swiglu_alpha=(1.702,), swiglu_limit=(7.0,)),
         ),
     }
 )  # fmt: skip
@@ -310,21 +291,7 @@ def architecture(config: Any) -> str:
 
 def misfit(config: Any) -> str | None:
     """Return what of a configuration of a known family llama.cpp cannot express; None when it can all."""
-    family, kind = family_of(config), str(config.model_type)
-    for name, values in family.options.items():
-        if (value := getattr(config, name, values[0])) not in values:
-            return f"{name}={value!r} in a {kind}"
-    if family.rotary and (scaling := rope.kind(config)) not in family.scalings:
-        return f"rotary scaling '{scaling}' in a {kind}"
-    if family.rotary and not family.partial and rope.width(config) != rope.head_dim(config):
-        return f"partly rotated heads in a {kind}"
-    for layer in getattr(config, "layer_types", None) or ():
-        if layer not in family.layers:
-            return f"layer_types with '{layer}' in a {kind}"
-    wide = rope.head_dim(config) * int(config.num_attention_heads)
-    if family.square and wide != config.hidden_size:
-        return f"a {kind} whose heads are {wide} wide together where the model is {config.hidden_size}"
-    return family.misfit(config)
+    return family_of(config).unmet(config)
 
 
 def unknown(config: Any) -> str:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State for which configurations of a family a runtime computes the same as transformers; the tables of runtimes build on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from fleetune.models.families import rope
+
+Options = Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a configuration may say; any other value is refused."""
+
+    options: Options = field(
+        default_factory=dict
+    )  # fields, and the values for which the runtime computes the same
+    rotary: bool = True
+    scalings: tuple[str, ...] = ("default",)  # kinds of rescaled rotary frequencies
+    partial: bool = False  # a part of each head may be rotated
+    square: bool = True  # heads must be as wide together as the model
+    layers: tuple[str, ...] = ("full_attention",)  # what a block may be, where a configuration says
+    misfit: Callable[[Any], str | None] = lambda config: None  # what else has no place
+
+    def unmet(self, config: Any) -> str | None:
+        """Return what of a configuration has no place; None when all has one."""
+        kind = str(config.model_type)
+        for name, values in self.options.items():
+            if (value := getattr(config, name, values[0])) not in values:
+                return f"{name}={value!r} in a {kind}"
+        if self.rotary and (scaling := rope.kind(config)) not in self.scalings:
+            return f"rotary scaling '{scaling}' in a {kind}"
+        if self.rotary and not self.partial and rope.width(config) != rope.head_dim(config):
+            return f"partly rotated heads in a {kind}"
+        for layer in getattr(config, "layer_types", None) or ():
+            if layer not in self.layers:
+                return f"layer_types with '{layer}' in a {kind}"
+        if self.square and (wide := rope.head_dim(config) * config.num_attention_heads) != config.hidden_size:
+            return f"a {kind} whose heads are {wide} wide together where the model is {config.hidden_size}"
+        return self.misfit(config)
+
+
+def only(*others: Options, **fields: tuple[Any, ...]) -> Options:
+    """Return options: those of others, and the values that fields may have."""
+    return {name: values for options in (*others, fields) for name, values in options.items()}
+
+
+SILU: Final = only(hidden_act=("silu",))
+OWN_HEAD: Final = only(tie_word_embeddings=(False,))
+TIED: Final = only(tie_word_embeddings=(True,))
+NO_WINDOW: Final = only(use_sliding_window=(False,))
+WINDOWS: Final = ("full_attention", "sliding_attention")
+TANH: Final = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # transformers' names of the GELU by tanh
