@@ -4,8 +4,9 @@
     python -m benchmarks.tuned_files [--seeds 42 43 44]
 
 The demo's 24 sites, three rounds, for each seed: the scales of SmolLM2-135M's Q4_1 file (98.4 MB) by back-propagation
-(`fedpetuning`, docs/scales.md), and the demo's LoRA (`fedit`) in fp32, which is then compressed by OPTQ to the same type, and to
-the same bytes in types of several kinds.  The loss is that of every second held-out row: `compress` calibrates on the others.
+(`fedpetuning`, docs/scales.md), and the demo's LoRA (`fedit`) in fp32, which is then compressed by `optq` and by `qronos`, to the
+same type, and to the same bytes in types of several kinds.  The loss is that of every second held-out row: `compress`
+calibrates on the others.
 """
 
 from __future__ import annotations
@@ -53,10 +54,15 @@ def _losses(seed: int, out: Path) -> dict[str, float]:
     options = dataclasses.asdict(recipe)
     model, data, settings = (options.pop(name) for name in ("model", "data", "set"))
     run = fleetune.tune(model, data, settings=settings, **options, **quiet)
-    small = fleetune.compress(run, settings={"grid": "universal"}, length=demo.LENGTH, **quiet)
+    found: dict[str, Any] = {"fedit, fp32": run}
+    for method in ("optq", "qronos"):
+        how = {"method": method, "length": demo.LENGTH, **quiet}
+        small = fleetune.compress(run, settings={"grid": "universal"}, **how)
+        found |= {
+            f"fedit, {method}, Q4_1": small,
+            f"fedit, {method}, {BYTES}": fleetune.compress(run, bytes=BYTES, **how),
+        }
     rows = [row_of(example) for example in fleetune.open(small.folder).held_out()]
-    found = {"fedit, fp32": run, "fedit, OPTQ, Q4_1": small}
-    found[f"fedit, OPTQ, {BYTES}"] = fleetune.compress(run, bytes=BYTES, length=demo.LENGTH, **quiet)
     for rate in RATES:
         found[f"scales, lr {rate:g}"] = fleetune.tune(
             demo.MODEL, "demo", settings={"batch_size": 2, "lr": rate}, seed=seed, **SCALES, **quiet
