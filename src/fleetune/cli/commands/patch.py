@@ -95,8 +95,10 @@ def _patch(args: argparse.Namespace, base: Path) -> Patch:
 def _apply(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.deploy import patch
 
-    path, out = Path(args.files[0]), Path(args.to) if args.to else None
-    loaded = patch.load(Path(args.files[1]))
+    path, file = map(Path, args.files)
+    out = Path(args.to) if args.to else None
+    patch.check_order(path, file, out)
+    loaded = patch.load(file)
     back = patch.apply(path, loaded, out)
     ui.event(
         PatchApplied(path=str(out or path), result=loaded.result, undo=None if back is None else str(back))
