@@ -198,7 +198,7 @@ def _why(error: BaseException) -> str:
         return "its head is not JSON"
     if isinstance(error, KeyError):
         return f"it has no {error.args[0]!r:.80}"
-    return f"{str(error):.120}" if type(error) is ValueError else "its head is not that of a patch"
+    return f"{error!s:.120}" if type(error) is ValueError else "its head is not that of a patch"
 
 
 def _key(text: Any) -> int:

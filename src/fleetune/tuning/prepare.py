@@ -107,7 +107,9 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         problems.append(
             f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
         )
-    problems += _of_course(recipe) + _of_scales(recipe)
+    of_scales, change = recipe_problems.of_scales(recipe, recipes.TRAIN_SCALES)
+    hint = hint if problems else change
+    problems += of_scales + _of_course(recipe)
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
@@ -145,26 +147,6 @@ def _of_course(recipe: Recipe) -> list[str]:
         name = "patience" if recipe.patience else "keep = best"
         return [f"{name} compares evaluated rounds, and eval_every = 0 evaluates none: set --eval-every 1"]
     return []
-
-
-def _of_scales(recipe: Recipe) -> list[str]:
-    """Say what cannot train the scales of a quantised base."""
-    if recipe.train != "scales":
-        return []
-    found = []
-    if recipe.method not in recipes.TRAIN_SCALES:
-        found.append(f"train = scales is for {', '.join(recipes.TRAIN_SCALES)}, not for {recipe.method}")
-    if recipe.set.get("module", "scales") != "scales":
-        found.append(f"train = scales is the module scales: leave out module={recipe.set['module']}")
-    if recipe.base == "memory" or recipe.device not in ("auto", "cpu"):
-        found.append(
-            "train = scales reads the base from its GGUF file, on the CPU: leave out --base and --device"
-        )
-    if recipe.set.get("law") == "gaussian":
-        found.append(
-            "train = scales takes integer sums of directions, which law = gaussian has not: use law=hashed"
-        )
-    return found
 
 
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:

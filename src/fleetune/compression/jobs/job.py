@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fleetune import compression, subject
 from fleetune.common import settings, sums
 from fleetune.common.display import human_bytes
+from fleetune.common.files import resumable
 from fleetune.common.shell import quoted
 from fleetune.compression.jobs import budget, calibrating, progress, scales
 from fleetune.compression.jobs.contract import Devices, FileSize, Job
@@ -173,14 +174,15 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
         ("method", f"{request.method} · " + " · ".join(f"{k} {v}" for k, v in fields.items())),
         *job.about(), ("folder", str(folder)),
     ])  # fmt: skip
-    compression_folder.write_record(folder, request, None)  # what it says of a result that is gone
-    try:
-        outcome = job.run(listener, folder)
-    except Interrupted as stopped:
-        stopped.hint = stopped.hint or progress.resume_command(folder)
-        raise
-    result = {**outcome.done, "result_sha256": sums.sealed(folder / "model", compression_folder.RECORD)}
-    compression_folder.finish(folder, request, result)
+    with resumable(progress.resume_command(folder)):
+        compression_folder.write_record(folder, request, None)  # what it says of a result that is gone
+        try:
+            outcome = job.run(listener, folder)
+        except Interrupted as stopped:
+            stopped.hint = stopped.hint or progress.resume_command(folder)
+            raise
+        result = {**outcome.done, "result_sha256": sums.sealed(folder / "model", compression_folder.RECORD)}
+        compression_folder.finish(folder, request, result)
     done = CompressDone(folder=str(folder), **result)
     listener.event(done)
     return CompressResult(request, folder, done, outcome.sizes)
