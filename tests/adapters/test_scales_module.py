@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -262,10 +263,48 @@ def test_a_run_of_another_module_has_no_patch(one: Path, tmp_path: Path) -> None
         patch_make.of_run(one, run.folder)
 
 
+def tuned(file: Path, out: Path, method: str = "fedpetuning", **settings: float) -> Path:
+    """The folder of a run of one step on the scales of a file."""
+    return api.tune(
+        str(file), ROWS, method=method, train="scales", settings={"lr": 1e-2, **settings}, out=out, **{**FEW, "rounds": 1}
+    ).folder  # fmt: skip
+
+
+def test_an_export_that_has_no_place_for_scales_names_one_that_has(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fleetune.cli.main import main
+
+    for run in (
+        tuned(one, tmp_path / "runs", steps=1),
+        tuned(one, tmp_path / "runs", "mezo", tau=1, batch_size=1),
+    ):
+        with pytest.raises(
+            UsageError, match="has tuned the scales of a GGUF file: there is no LoRA"
+        ) as no_lora:
+            api.export(run, to="gguf:lora", path=tmp_path / "no.gguf")
+        with pytest.raises(
+            UsageError, match="and mlx is for codes that fleetune compress has written"
+        ) as no_codes:
+            api.export(run, to="mlx", path=tmp_path / "no")
+        assert no_lora.value.hint is not None
+        assert no_codes.value.hint is not None
+        for hint in (no_lora.value.hint, no_codes.value.hint):
+            assert hint.startswith("--to gguf writes")
+        made = shlex.split(no_lora.value.hint.partition("alone: fleetune ")[2])
+        assert main([*made[:-1], str(tmp_path / f"{run.name}.patch")]) == 0, capsys.readouterr().err
+        assert api.export(run, to="gguf", path=tmp_path / f"{run.name}.gguf").path.is_file()
+
+
+def test_scales_are_not_moved_in_memory(one: Path, tmp_path: Path) -> None:
+    run = tuned(one, tmp_path / "runs", steps=1)
+    with pytest.raises(UsageError, match="base = memory cannot be") as refused:
+        api.evaluate(run, tasks=["loss"], base="memory")
+    assert f"fleetune export {run} --to gguf" in str(refused.value.hint)
+    assert api.evaluate(run, tasks=["loss"], base="mapped") == api.evaluate(run, tasks=["loss"])
+
+
 def test_a_patch_for_another_file_is_not_made(one: Path, tmp_path: Path) -> None:
-    run = api.tune(
-        str(one), ROWS, method="fedpetuning", train="scales", settings={"steps": 1, "lr": 1e-2}, out=tmp_path / "runs",
-        **{**FEW, "rounds": 1},
-    )  # fmt: skip
+    folder = tuned(one, tmp_path / "runs", steps=1)
     with pytest.raises(ModelError, match="was made on base"):
-        patch_make.of_run(gguf_of(tmp_path, "Q4_1", tiny(seed=4)), run.folder)
+        patch_make.of_run(gguf_of(tmp_path, "Q4_1", tiny(seed=4)), folder)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.common.files import storage_error
 from fleetune.common.folders import scratch
+from fleetune.common.shell import command, quoted
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
 from fleetune.errors import FleetuneError, UsageError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_TARGET = "gguf"
 DEFAULT_TARGET_OF_A_RUN = "hf"
 FILES = ("gguf", "ollama")  # targets that hold the GGUF file itself
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -65,23 +67,49 @@ def export(
         return write(source, kind, out, listener, rows=_rows(source, text))
     from fleetune.deploy import provenance
 
-    _require_codes(targets.find(kind), subject.name)
-    if subject.name.endswith(".gguf") and kind in FILES:
+    _require_codes(targets.find(kind), subject.name, _of_gguf(subject.name))
+    if subject.name.endswith(GGUF) and kind in FILES:
         listener.note(
-            f"note: {subject.name} is a GGUF file already; what is written has its weights as plain numbers, which may be larger"
+            f"note: {subject.name} is a GGUF file already: its blocks are read as plain numbers, and these are written "
+            "in 16 bits a weight, which may be larger"
         )
     source = subject.directory(offline=offline)
     out = path or targets.find(kind).place(Path("."), folder_names.of_model(subject.name))
     return write(source, kind, out, listener, provenance.of_base(subject.name), _rows(source, text))
 
 
-def _require_codes(target: targets.Target, name: str) -> None:
-    """UsageError when a target is for codes alone, and the subject holds plain weights."""
+def _require_codes(target: targets.Target, name: str, holds: str = "plain weights") -> None:
+    """UsageError when a target is for the codes of a compressed model alone, and the subject `holds` something else."""
     if target.takes == "codes":
         raise UsageError(
-            f"{name} holds plain weights, and {target.name} is for compressed ones",
-            hint="compress it first (fleetune compress), or use --to hf",
+            f"{name} holds {holds}, and {target.name} is for compressed ones",
+            hint=f"compress it first: fleetune compress {quoted(name)}; or use --to hf",
         )
+
+
+def _check_of_scales(target: targets.Target, run: Run) -> None:
+    """UsageError for a target that has no place for a GGUF file whose scales a run has tuned."""
+    what = f"{run.folder} has tuned the scales of a GGUF file"
+    if target.takes == "codes":
+        raise UsageError(
+            f"{what}, and {target.name} is for codes that fleetune compress has written",
+            hint=f"--to gguf writes the file; or compress the run first: fleetune compress {quoted(run.folder)}",
+        )
+    if target.name == "gguf:lora":
+        make = command("patch", "make", run.recipe.model, run.folder, "--to", "tuned.patch")
+        raise UsageError(
+            f"{what}: there is no LoRA",
+            hint=f"--to gguf writes the whole file; what has changed alone: {make}",
+        )
+
+
+def _of_gguf(name: str) -> str:
+    """Return what a plain model holds, in words."""
+    return (
+        "the blocks of a GGUF file, which are read as plain weights"
+        if name.endswith(GGUF)
+        else "plain weights"
+    )
 
 
 def check(to: str | None, path: Path | None, text: str | None) -> None:
@@ -145,6 +173,8 @@ def _of_run(
     recipe, target = run.recipe, targets.find(kind)
     out = path or target.place(run.folder)
     check_place(kind, out)
+    if recipe.train == "scales":
+        _check_of_scales(target, run)
     _require_codes(target, str(run.folder))
     base, made = Plain(recipe.model), provenance.of_run(run.folder, recipe)
     if target.takes == "adapter":
