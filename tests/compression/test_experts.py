@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,31 @@ def test_experts_that_saw_few_tokens_are_said(tmp_path: Path) -> None:
                     "layer",
                 )
             assert parameter.shape[0] == 4
+
+
+def test_experts_that_saw_few_tokens_are_told_in_one_line(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Heard(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    (tmp_path / "text.txt").write_text("some words of a text " * 30)
+    done = fleetune.compress(
+        folder_of("qwen3_moe", tmp_path / "m"), settings={"group": 8}, text=str(tmp_path / "text.txt"), windows=2, length=16,
+        out=tmp_path / "runs", listener=Heard(),
+    )  # fmt: skip
+    each = [note for said in (done.done.notes or {}).values() for note in said if "saw fewer than" in note]
+    counts = [tuple(map(int, re.findall(r"\d+", note)[:4])) for note in each]  # few, of, columns, least
+    assert len(each) > 1
+    (line,) = [note for note in notes if "saw fewer" in note]
+    few, every, least = sum(c[0] for c in counts), sum(c[1] for c in counts), min(c[3] for c in counts)
+    assert line.startswith(
+        f"{few} of {every} matrices of experts, in {len(each)} tensors, saw fewer tokens than they have"
+    )
+    assert f"(the least {least})" in line
+    assert "compress.json has the numbers of each tensor" in line
+    assert each[0] in (done.folder / "compress.json").read_text()
 
 
 @pytest.mark.parametrize("method", ["rtn", "optq"])

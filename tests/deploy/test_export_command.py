@@ -199,9 +199,7 @@ def test_an_unfinished_compression_is_not_exported(
     assert "is not finished" in capsys.readouterr().err
 
 
-def test_what_is_said_of_a_gguf_file_is_what_is_written(
-    at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_said_of_a_gguf_file_is_what_is_written(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = gguf_of(at / "base")
     code, said, err = call(capsys, "export", str(file), "--to", "mlx")
     assert (code, err) == (2, "")
