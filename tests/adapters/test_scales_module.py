@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from fleetune.models import Model
 from fleetune.models.mapped.lazy import weights_of
 from fleetune.models.mapped.quants import dequantise
 from fleetune.models.mapped.stored import Stored
+from fleetune.models.shapes import shape_of
+from fleetune.planning import choose
 from fleetune.tuning import finished, prepare
 from fleetune.tuning import recipe as recipes
+from fleetune.tuning.footprint import scales_module
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -199,6 +203,21 @@ def test_the_method_is_found_by_the_module_and_by_the_option(one: Path, tmp_path
         run = api.tune(str(one), ROWS, **given, **few)
         found = finished.recipe_of(run.folder)
         assert (found.method, found.train, found.set["module"]) == ("fedpetuning", "scales", "scales")
+
+
+def test_the_plan_counts_the_scales_that_the_files_blocks_have(file: Path) -> None:
+    shape = shape_of(models.load_config(str(file)))
+    planned = scales_module(choose.with_scales(shape, str(file)))
+    unknown = scales_module(shape)
+    assert planned is not None
+    assert unknown is not None
+    own = {name: array.shape for name, array in adapters.export(mapped(file)).items()}
+    assert {math.prod(sizes) for sizes in planned.tensors.values()} == {
+        math.prod(sizes) for sizes in own.values()
+    }
+    assert planned.size == sum(map(math.prod, own.values()))
+    (kind,) = {w.stored.kind for n, w in weights_of(mapped(file).net).items() if "layers" in n}
+    assert unknown.size == planned.size * 2 // HALVES[kind]
 
 
 def test_a_base_in_memory_has_no_scales(one: Path) -> None:
