@@ -218,6 +218,13 @@ BAD = {
     "unknown setting": (["compress", "{tiny}", "--set", "bit=4"], 2, "Did you mean 'bits'"),
     "setting without a value": (["compress", "{tiny}", "--set", "bits"], 2, "NAME=VALUE"),
     "a group that divides nothing": (["compress", "{tiny}", "--set", "group=7"], 2, "do not divide"),
+    "bits beside a grid that has others": (
+        ["compress", "./nothing", "--set", "grid=q6_k", "--set", "bits=4"], 2, "has bits = 6, and bits = 4 is given as well",
+    ),
+    "a group beside a grid that has another": (
+        ["compress", "./nothing", "--method", "rtn", "--set", "grid=q3_k", "--set", "group=32"], 2,
+        "has group = 16, and group = 32 is given as well",
+    ),
     "a pattern that makes no sense": (
         ["compress", "{tiny}", "--method", "sparsegpt", "--set", "n=4"], 2, "0 < n < m",
     ),

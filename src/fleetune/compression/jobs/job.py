@@ -97,6 +97,7 @@ def prepare(
 
     release_memory()  # an earlier job's, so that the peak is this one's
     method = compression.make(request.method, request.set)
+    _check_grid(request, method)
     check(request)
     if not request.run:
         subject.open_weights(request.model, out)  # it may hold codes by now
@@ -228,6 +229,19 @@ def check(request: CompressRequest) -> None:
     for name in (request.text, request.eval_text):
         if name and not Path(name).is_file():
             raise UsageError(f"no text file at {name}", hint="check the path")
+
+
+def _check_grid(request: CompressRequest, method: object) -> None:
+    """Raise RecipeError for bits or a group that were given beside a grid which has others of its own."""
+    problems = [
+        f"grid = {request.set['grid']!r} has {name} = {own}, and {name} = {given} is given as well"
+        for name in ("bits", "group")
+        if "grid" in request.set
+        and (given := request.set.get(name)) is not None
+        and int(given) != (own := getattr(method, name, int(given)))
+    ]
+    if problems:
+        raise RecipeError(problems, hint=f"leave out --set grid={request.set['grid']}, or the other")
 
 
 def _check_devices(request: CompressRequest, devices: Devices | None) -> None:
