@@ -66,7 +66,8 @@ class SolveJob:
         text = f"{self.inputs.source} · {counted(count, 'window')} of {length} tokens"
         text += " · true sequential" if self.cost.together else ""
         whose = [("clients", f"{len(self.shares)} of them, in turn")] if self.shares else []
-        return [("text", text), *whose, ("memory", memory)]
+        limit = [("budget", self.room.about)] if budget.asked(self.request) else []
+        return [("text", text), *whose, ("memory", memory), *limit]
 
     @cached_property
     def memory(self) -> int:
