@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from command_harness import pulled_after
+from deploy_harness import gguf_of
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common.display import human_bytes
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.models.artefact import Master, Quantised
 from fleetune.runs import sealed
@@ -81,6 +83,19 @@ def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: pytest.
         result["digest"],
     )  # the same work, the same bytes
     assert [e["block"] for e in events(out) if e["event"] == "block"] == list(range(len(events(out)) - 2))
+
+
+def test_the_size_of_a_gguf_file_is_told_beside_that_of_its_plain_numbers(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = gguf_of(at / "base")
+    assert main(["compress", str(file), "--method", "rtn", "--set", "group=8"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["weights"]]
+    plain = human_bytes(4 * models.load(str(file), device="cpu").n_params)
+    assert f"{plain}, {human_bytes(file.stat().st_size)} in its file" in line
+    models.save(models.tiny_llama().net, models.tiny_llama().tokenizer, at / "folder")
+    assert main(["compress", "folder", "--method", "rtn", "--set", "group=8"]) == 0
+    assert "in its file" not in capsys.readouterr().out
 
 
 def test_a_tuned_run_is_compressed_from_its_ledger(
