@@ -15,7 +15,7 @@ from fleetune.common.folders import scratch
 from fleetune.common.shell import command, quoted
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
-from fleetune.errors import FleetuneError, UsageError
+from fleetune.errors import UsageError, called
 from fleetune.runs import compression_folder, folder_names
 from fleetune.runs.events import ExportChecked, ExportDone, ExportPushed
 from fleetune.runs.listener import Listener
@@ -75,7 +75,8 @@ def export(
         )
     source = subject.directory(offline=offline)
     out = path or targets.find(kind).place(Path("."), folder_names.of_model(subject.name))
-    return write(source, kind, out, listener, provenance.of_base(subject.name), _rows(source, text))
+    with called(source, subject.name):
+        return write(source, kind, out, listener, provenance.of_base(subject.name), _rows(source, text))
 
 
 def _require_codes(target: targets.Target, name: str, holds: str = "plain weights") -> None:
@@ -196,7 +197,7 @@ def _of_run(
     with _scratch(out) as folder:
         plain = folder / run.folder.name
         _write_tuned(run, plain, offline=offline)
-        with _called(plain, run.folder):
+        with called(plain, run.folder):
             return write(plain, kind, out, listener, made, rows)
 
 
@@ -212,10 +213,11 @@ def _with_other_scales(run: Run, kind: str, out: Path, *, offline: bool) -> Repo
     except OSError as error:
         raise storage_error(error, out) from error
     source = patch_make.file_of(run.recipe.model, offline=offline)
-    made = patch_make.of_run(source, run.folder, name=run.recipe.model, offline=offline)
-    if kind == DEFAULT_TARGET:
-        patch.apply(source, made, out)
-        return patch_make.report(out)
+    with called(source, run.recipe.model):
+        made = patch_make.of_run(source, run.folder, name=run.recipe.model, offline=offline)
+        if kind == DEFAULT_TARGET:
+            patch.apply(source, made, out)
+            return patch_make.report(out)
     with staged(out) as folder:
         file = folder / ollama.FILE
         patch.write(source, made, file)
@@ -223,18 +225,6 @@ def _with_other_scales(run: Run, kind: str, out: Path, *, offline: bool) -> Repo
         notes = ollama.add_modelfile(models.load_tokenizer(run.recipe.model, offline=offline), folder)
     size = compression_folder.size(out)
     return dataclasses.replace(report, path=out, to=kind, bytes=size, notes=(*report.notes, *notes))
-
-
-@contextmanager
-def _called(scratch: Path, name: Path) -> Iterator[None]:
-    """Let an error of the block name the run instead of the folder that is gone after it."""
-    try:
-        yield
-    except FleetuneError as error:
-        error.message = error.message.replace(str(scratch), str(name))
-        error.hint = error.hint and error.hint.replace(str(scratch), str(name))
-        error.args = (error.message,)
-        raise
 
 
 @contextmanager
