@@ -30,6 +30,7 @@ from fleetune.seeds.slopes import Probe, Slopes, along, rate
 from fleetune.seeds.view import View
 from fleetune.tuning import methods, prepare, rates
 from fleetune.tuning import recipe as recipes
+from fleetune.tuning.estimate import Estimate
 from fleetune.tuning.rates import rounded
 from fleetune.tuning.rates.trial import Bench, Trials, Tried, climb, hold, loss_after
 
@@ -268,6 +269,67 @@ def test_what_is_found_learns_and_leaves_the_model_alone(name: str, model: Model
     best = harness.QUICK[name]["lr"]
     assert best / 12 < found.rate < best * 12  # of the rate that was chosen by hand
     assert rates.find(recipe, rates.wanted(recipe), model, rows, 3)[1][0].rate == found.rate
+
+
+@pytest.mark.parametrize("name", ["mezo", "fedkseed", "fedit", "onebyte"])
+def test_a_search_says_how_far_it_is(name: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {k: v for k, v in harness.QUICK[name].items() if k != "lr"}
+    recipe = recipes.make(
+        {"model": "m", "data": "d", "method": name, "rounds": 1, "set": {**given, "lr": "auto"}}
+    )
+    told: list[tuple[str, int, int, str]] = []
+    rows = harness.rows(model)
+    plain = rates.find(recipe, ["lr"], model, rows, 3)[1][0]
+    found = rates.find(recipe, ["lr"], model, rows, 3, lambda *part: told.append(part))[1][0]  # type: ignore[misc]
+    assert found.rate == plain.rate
+    assert {part[0] for part in told} == {"finding lr"}
+    done = [part[1] for part in told]
+    assert done == sorted(set(done))
+    if found.way == "slopes":
+        assert (done[0], done[-1]) == (3, slopes.PASSES)
+        assert {part[2:] for part in told} == {(slopes.PASSES, "forward passes")}
+    else:
+        assert done == list(range(len(done)))
+        assert len(done) > len(found.tried)
+        assert {part[2:] for part in told} == {(0, "losses after trials")}
+
+
+@pytest.mark.parametrize(("name", "batch"), [("mezo", 5), ("fedkseed", 1)])
+def test_the_time_of_a_search_is_that_of_its_rows(
+    name: str, batch: int, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {k: v for k, v in harness.QUICK[name].items() if k != "lr"} | {"batch_size": batch}
+    recipe = recipes.make({"model": "m", "data": "d", "method": name, "rounds": 1, "set": given})
+    count = 0
+
+    def counted(found: Any) -> Any:
+        def called(model: Model, batch: Any) -> Any:
+            nonlocal count
+            count += len(batch.labels)
+            return found(model, batch)
+
+        return called
+
+    monkeypatch.setattr(slopes, "row_losses", counted(slopes.row_losses))
+    monkeypatch.setattr(slopes, "batch_loss", counted(slopes.batch_loss))
+    rows = harness.rows(model)
+    rates.find(recipe, ["lr"], model, rows, 3)
+    assert rates.slopes_seconds(recipe, ["lr"], len(rows), 0.5) == 0.5 * count
+    assert rates.slopes_seconds(recipe, [], len(rows), 0.5) == 0
+    trial = recipes.make({"model": "m", "data": "d", "method": "fedit", "set": {"lr": "auto"}})
+    assert rates.slopes_seconds(trial, ["lr"], len(rows), 0.5) == 0
+
+
+def test_a_search_that_is_long_beside_its_run_says_so() -> None:
+    recipe = recipes.make({"model": "m", "data": "d", "method": "fedkseed"})
+    short = Estimate(1, 2, 2, 1.5, 2, 4.0, rows=8)
+    assert rates.slopes_seconds(recipe, ["lr"], 400, 0.5) == 0.5 * (36 * 24 + 32)
+    assert prepare._search(recipe, ["lr"], 400, short) == (
+        "finding lr on training rows: about 7m28s, as for a long run, where this one takes about 14 s; "
+        "--set lr=NUMBER leaves the search out"
+    )
+    for other in (None, dataclasses.replace(short, rounds=1000), dataclasses.replace(short, rows=8000)):
+        assert prepare._search(recipe, ["lr"], 400, other) == "finding lr on training rows .."
 
 
 def test_a_mixed_fleet_has_both_rates_found(model: Model) -> None:

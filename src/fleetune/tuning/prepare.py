@@ -15,7 +15,7 @@ import torch
 
 from fleetune import data, models
 from fleetune.common import commas
-from fleetune.common.display import counted
+from fleetune.common.display import counted, human_time
 from fleetune.common.memory import release_memory
 from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
 from fleetune.data.labelled import encode_rows
@@ -162,10 +162,12 @@ def prepare(
     find: bool = True,
     measure: bool = True,
     note: Callable[[str], None] = log.info,
+    progress: rates.Progress = rates.unheard,
 ) -> TuneJob:
     """Check a recipe and load what it names; for a fleet that is not simulated, the held-out rows alone.
 
-    With `find`, learning rates that are to be found are found, which takes some steps; `note` is told before.  With
+    With `find`, learning rates that are to be found are found, which takes some steps; `note` is told before, `progress`
+    how far it is.  With
     `measure`, the time is estimated from a measured step, and the run made to fit into `recipe.within`.
     """
     release_memory()  # an earlier job's, so that the peak is this one's
@@ -203,11 +205,18 @@ def prepare(
         recipe = dataclasses.replace(recipe, set=methods.values_of(method))
     prompts = [begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]]
     estimated: Estimate | None = None
+    found: list[Found] = []
     if measure and rows:
         measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
         recipe, method, estimated = _timed(recipe, method, model, rows, measured, prompts, note)
     recipe = dataclasses.replace(recipe, within="")
-    recipe, method, found = _with_rates(recipe, method, names, given, model, train, rows, note)
+    if names:
+        note(_search(recipe, names, len(train), estimated))
+        asked = _asked(recipe, rows)
+        if "lr" in names:
+            recipe, method = _for_clients(recipe, method, given, asked)
+        recipe, found = rates.find(recipe, names, model, train, asked, progress)
+        method = methods.make(recipe.method, recipe.set)
     return TuneJob(
         recipe, entry, method, model, parts, rows,
         held=[row for i in held[: recipe.eval_rows] for row in place[i]],
@@ -261,25 +270,16 @@ def _check_rows(rows: Sequence[Sequence[Encoded]], held: Sequence[int]) -> None:
         )
 
 
-def _with_rates(
-    recipe: Recipe,
-    method: Method,
-    names: Sequence[str],
-    given: Set[str],
-    model: Model,
-    train: Sequence[Encoded],
-    rows: Sequence[Sequence[Encoded]],
-    note: Callable[[str], None],
-) -> tuple[Recipe, Method, list[Found]]:
-    """Return the run with the learning rates of these names, found on training rows; `note` is told before."""
-    if not names:
-        return recipe, method, []
-    note(f"finding {' and '.join(names)} on training rows ..")
-    asked = _asked(recipe, rows)
-    if "lr" in names:
-        recipe, method = _for_clients(recipe, method, given, asked)
-    recipe, found = rates.find(recipe, names, model, train, asked)
-    return recipe, methods.make(recipe.method, recipe.set), found
+def _search(recipe: Recipe, names: Sequence[str], rows: int, run: Estimate | None) -> str:
+    """Say that learning rates are sought on so many training rows, and how long where that is much beside the run."""
+    words = f"finding {' and '.join(names)} on training rows"
+    seconds = 0.0 if run is None else rates.slopes_seconds(recipe, names, rows, run.evaluation / run.rows)
+    if run is None or seconds < max(LONG_SEARCH, run.seconds / 10):
+        return f"{words} .."
+    return (
+        f"{words}: about {human_time(seconds)}, as for a long run, where this one takes about {human_time(run.seconds)}; "
+        f"--set {names[0]}=NUMBER leaves the search out"
+    )
 
 
 def _for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:
@@ -360,6 +360,7 @@ def usual_threads(params: int) -> int:
 
 
 SMALL = 5_000_000  # parameters
+LONG_SEARCH = 20.0  # seconds of a search for a learning rate, from which on it is said how long it takes
 
 
 def dry_run(recipe: Recipe, *, offline: bool) -> TuneChecked:

@@ -70,7 +70,13 @@ def start(
         recipe, data=data_name(recipe.data, out)
     )  # rows from standard input are stored
     with _ONE_AT_A_TIME:
-        job = prepare(recipe, offline=offline, simulated=fleets.simulated, note=listener.note)
+        job = prepare(
+            recipe,
+            offline=offline,
+            simulated=fleets.simulated,
+            note=listener.note,
+            progress=listener.progress,
+        )
         recipe = job.recipe
         with rundir.create(out, recipe.method, recipe.model) as folder, _resumable(folder.path, fleets):
             return TuneResult(folder.path.absolute(), tune(job, folder, listener, fleets))
