@@ -189,7 +189,6 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
     weights, settings or text.
     """
     from fleetune.compression.layerwise import driver
-    from fleetune.compression.layerwise.experts import of_few
 
     origin = _origin_of(job)
     calibrating.check_origin(listener, origin, job.request.model, folder / PARTS)
@@ -215,7 +214,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         plan=plan,
         experts=_takes_experts(job.request),
     )
-    if few := of_few(note for b in blocks.blocks for m in b.matrices for note in m.notes):
+    if few := progress.of_few(note for b in blocks.blocks for m in b.matrices for note in m.notes):
         listener.note(f"{few}; {RECORD} has the numbers of each tensor")
     listener.note(_summary(blocks.blocks, plan is not None))
     if not job.request.train_scales:
@@ -348,13 +347,11 @@ def _traffic(listener: Listener, job: SolveJob) -> dict[str, int]:
 
 def _report_block(listener: Listener, block: BlockResult, blocks: int) -> None:
     """Report a finished block as an event, and what a solver remarked on its layers, but for experts that saw few tokens."""
-    from fleetune.compression.layerwise.experts import is_of_few
-
     matrices = [MatrixSolved(name=m.name, error=m.error, notes=list(m.notes)) for m in block.matrices]
     listener.event(BlockSolved(block=block.number, blocks=blocks, seconds=block.seconds, matrices=matrices))
     for matrix in block.matrices:
         for note in matrix.notes:
-            if not is_of_few(note):
+            if not progress.is_of_few(note):
                 listener.note(f"{matrix.name}: {note}")
 
 

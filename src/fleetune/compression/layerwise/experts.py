@@ -12,11 +12,10 @@ been routed to it, and the report says how many these are.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,23 +125,3 @@ def _notes(solved: list[Solved], few: list[int], C: int) -> tuple[str, ...]:
         said.append(f"{seen}: solved on all tokens of the layer")
     counts: Mapping[str, int] = Counter(note for each in solved for note in each.notes)
     return (*said, *(f"{note} ({n} of {len(solved)} experts)" for note, n in counts.items()))
-
-
-_FEW: Final = re.compile(r"(\d+) of (\d+) experts saw fewer than \d+ tokens \(the least (\d+)\)")
-
-
-def is_of_few(note: str) -> bool:
-    """Tell whether a note is on experts that saw few tokens."""
-    return _FEW.match(note) is not None
-
-
-def of_few(notes: Iterable[str]) -> str:
-    """Return one line for the notes of all layers on experts that saw few tokens; "" without any."""
-    found = [tuple(map(int, seen.groups())) for note in notes if (seen := _FEW.match(note))]
-    if not found:
-        return ""
-    few, every, tokens = zip(*found, strict=True)
-    return (
-        f"{sum(few)} of {sum(every)} matrices of experts, in {len(found)} tensors, saw fewer tokens than they have columns "
-        f"(the least {min(tokens)}): solved on all tokens of their layer. More --windows give them more"
-    )
