@@ -107,9 +107,12 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         problems.append(
             f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
         )
-    of_scales, change = recipe_problems.of_scales(recipe, recipes.TRAIN_SCALES)
-    hint = hint if problems else change
-    problems += of_scales + _of_course(recipe)
+    if recipe.train == "scales":
+        of_scales, change = recipe_problems.of_scales(
+            recipe.method, recipe.set, recipe.base, recipe.device, recipes.TRAIN_SCALES
+        )
+        hint, problems = hint if problems else change, problems + of_scales
+    problems += _of_course(recipe)
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)

@@ -9,16 +9,13 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from fleetune.common import setting_names
 from fleetune.common.spellings import meant
 from fleetune.data.examples import looks_like_model, looks_like_rows
 from fleetune.errors import FleetuneError, RecipeError, UsageError, suggest
 from fleetune.models.short_names import hub_of
-
-if TYPE_CHECKING:
-    from fleetune.tuning.recipe import Recipe
 
 CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
 AUTO: Final = "auto"  # the method of a recipe that names none
@@ -108,30 +105,30 @@ def of_settings(values: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def of_scales(recipe: Recipe, able: Sequence[str]) -> tuple[list[str], str]:
-    """Say what cannot train the scales of a quantised base, and what to change; [] and "" where all can.
+def of_scales(
+    method: str, chosen: Mapping[str, Any], base: str, device: str, able: Sequence[str]
+) -> tuple[list[str], str]:
+    """Say what of a recipe cannot train the scales of a quantised base, and what to change; [] and "" where all can.
 
-    `able` are the methods that can.
+    `chosen` are the method's settings, `able` the methods that can.
     """
-    if recipe.train != "scales":
-        return [], ""
     found: list[tuple[str, str]] = []
-    if recipe.method not in able:
+    if method not in able:
         found.append(
             (
-                f"train = scales is for {', '.join(able)}, not for {recipe.method}",
+                f"train = scales is for {', '.join(able)}, not for {method}",
                 f"--method {able[0]}, or --train weights",
             )
         )
-    elif (module := recipe.set.get("module", "scales")) != "scales":
+    elif (module := chosen.get("module", "scales")) != "scales":
         found.append((f"train = scales is the module scales, not {module}", "--set module=scales"))
-    if recipe.base == "memory":
+    if base == "memory":
         found.append(
             ("train = scales reads the base from its GGUF file, base = memory does not", "--base mapped")
         )
-    if recipe.device not in ("auto", "cpu"):
-        found.append((f"train = scales runs on the CPU, not on device = {recipe.device}", "--device cpu"))
-    if recipe.set.get("law") == "gaussian":
+    if device not in ("auto", "cpu"):
+        found.append((f"train = scales runs on the CPU, not on device = {device}", "--device cpu"))
+    if chosen.get("law") == "gaussian":
         found.append(
             (
                 "train = scales takes integer sums of directions, which law = gaussian has not",
