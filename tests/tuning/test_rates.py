@@ -457,9 +457,9 @@ def test_the_docs_say_how_many_rows_are_looked_at() -> None:
 def test_rounding_of_coarse_weights_is_not_taken_for_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
     seen = [of(1.0, 1.0, 10.0)]
-    monkeypatch.setattr(slopes, "measure", lambda model, rows, how, choose: asked.append(how.eps) or seen)
+    monkeypatch.setattr(slopes, "measure", lambda model, rows, how, *_: asked.append(how.eps) or seen)
     for dtype in ("fp32", "bf16"):
         method: Any = methods.make("fedkseed", {})
         coarse = dataclasses.replace(models.tiny_llama(), dtype=dtype)
-        rates.from_slopes(method, "lr", coarse, [], 1, 2)
+        rates.from_slopes(method, "lr", coarse, [], 1, 2, rates.unheard)
     assert asked == [5e-4, 2e-3]
