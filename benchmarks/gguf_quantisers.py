@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks.compression import permute, windows
 from benchmarks.solvers import PlainOptq
 from fleetune import compression, models
-from fleetune.compression.budget.costs import Candidate
+from fleetune.compression.budget.costs import Candidate, reach
 from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
@@ -149,7 +149,7 @@ def _sample(
         others = gguf_size.beside(model, list(costs.options), head, "model")
         if limit - others < min_bytes(costs):
             continue
-        spent = budget.chosen(costs, budget.Room(limit - others, others))
+        spent = budget.chosen(costs, budget.Room(limit - others, others, reach(model)))
         solver = compression.make(name.split(",")[0], {})
         yield name, _solved(model, solver, calibration, spent, measured)
 

@@ -84,7 +84,7 @@ TOUR = {
     "runs rm 6 7": {"RunRemoved"},
 }  # fmt: skip
 ELSEWHERE = {  # these need an engine, a tokenizer with merges, the network, devices, Ctrl-C or a run that diverges: their tests check the lines
-    "BudgetSpent", "DeviceEvaluated", "Diverging", "ExportPushed", "FleetEvaluated", "FleetShown", "ModelPulled", "PatchApplied", "PatchMade", "Serving", "Stopped", "ThreadsChosen",
+    "BudgetMeasured", "BudgetSpent", "DeviceEvaluated", "Diverging", "ExportPushed", "FleetEvaluated", "FleetShown", "ModelPulled", "PatchApplied", "PatchMade", "Serving", "Stopped", "ThreadsChosen",
 }  # fmt: skip
 
 

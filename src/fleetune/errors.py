@@ -21,7 +21,8 @@ from __future__ import annotations
 import difflib
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -135,6 +136,18 @@ class Interrupted(FleetuneError):
     """Stopped by the user between two steps; nothing that was acknowledged is lost."""
 
     exit_code = 130
+
+
+@contextmanager
+def called(path: Path, name: object) -> Iterator[None]:
+    """Let an error of the block name what the user has named instead of the folder or file that it lies in."""
+    try:
+        yield
+    except FleetuneError as error:
+        error.message = error.message.replace(str(path), str(name))
+        error.hint = error.hint and error.hint.replace(str(path), str(name))
+        error.args = (error.message,)
+        raise
 
 
 def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,11 @@ from fleetune.models import Model
 from fleetune.models.mapped.lazy import weights_of
 from fleetune.models.mapped.quants import dequantise
 from fleetune.models.mapped.stored import Stored
+from fleetune.models.shapes import shape_of
+from fleetune.planning import choose
 from fleetune.tuning import finished, prepare
 from fleetune.tuning import recipe as recipes
+from fleetune.tuning.footprint import scales_module
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -200,6 +205,21 @@ def test_the_method_is_found_by_the_module_and_by_the_option(one: Path, tmp_path
         assert (found.method, found.train, found.set["module"]) == ("fedpetuning", "scales", "scales")
 
 
+def test_the_plan_counts_the_scales_that_the_files_blocks_have(file: Path) -> None:
+    shape = shape_of(models.load_config(str(file)))
+    planned = scales_module(choose.with_scales(shape, str(file)))
+    unknown = scales_module(shape)
+    assert planned is not None
+    assert unknown is not None
+    own = {name: array.shape for name, array in adapters.export(mapped(file)).items()}
+    assert {math.prod(sizes) for sizes in planned.tensors.values()} == {
+        math.prod(sizes) for sizes in own.values()
+    }
+    assert planned.size == sum(map(math.prod, own.values()))
+    (kind,) = {w.stored.kind for n, w in weights_of(mapped(file).net).items() if "layers" in n}
+    assert unknown.size == planned.size * 2 // HALVES[kind]
+
+
 def test_a_base_in_memory_has_no_scales(one: Path) -> None:
     with pytest.raises(ModelError, match="no scales"):
         adapters.attach(models.load(str(one), device="cpu"), Scales(), seed=1)
@@ -220,9 +240,9 @@ def test_the_option_and_the_module_mean_one_another() -> None:
     assert recipe(train="scales").set["module"] == "scales"
     assert recipe(set={"module": "scales"}).train == "scales"
     assert recipe(set={"module": "bitfit"}).train == "weights"
-    with pytest.raises(RecipeError, match="leave out module=lora"):
+    with pytest.raises(RecipeError, match="is the module scales, not lora"):
         prepare.check(recipe(train="scales", set={"module": "lora"}))
-    with pytest.raises(RecipeError, match="leave out --base"):
+    with pytest.raises(RecipeError, match="base = memory does not"):
         prepare.check(recipe(set={"module": "scales"}, base="memory"))
 
 
@@ -262,10 +282,48 @@ def test_a_run_of_another_module_has_no_patch(one: Path, tmp_path: Path) -> None
         patch_make.of_run(one, run.folder)
 
 
+def tuned(file: Path, out: Path, method: str = "fedpetuning", **settings: float) -> Path:
+    """The folder of a run of one step on the scales of a file."""
+    return api.tune(
+        str(file), ROWS, method=method, train="scales", settings={"lr": 1e-2, **settings}, out=out, **{**FEW, "rounds": 1}
+    ).folder  # fmt: skip
+
+
+def test_an_export_that_has_no_place_for_scales_names_one_that_has(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fleetune.cli.main import main
+
+    for run in (
+        tuned(one, tmp_path / "runs", steps=1),
+        tuned(one, tmp_path / "runs", "mezo", tau=1, batch_size=1),
+    ):
+        with pytest.raises(
+            UsageError, match="has tuned the scales of a GGUF file: there is no LoRA"
+        ) as no_lora:
+            api.export(run, to="gguf:lora", path=tmp_path / "no.gguf")
+        with pytest.raises(
+            UsageError, match="and mlx is for codes that fleetune compress has written"
+        ) as no_codes:
+            api.export(run, to="mlx", path=tmp_path / "no")
+        assert no_lora.value.hint is not None
+        assert no_codes.value.hint is not None
+        for hint in (no_lora.value.hint, no_codes.value.hint):
+            assert hint.startswith("--to gguf writes")
+        made = shlex.split(no_lora.value.hint.partition("alone: fleetune ")[2])
+        assert main([*made[:-1], str(tmp_path / f"{run.name}.patch")]) == 0, capsys.readouterr().err
+        assert api.export(run, to="gguf", path=tmp_path / f"{run.name}.gguf").path.is_file()
+
+
+def test_scales_are_not_moved_in_memory(one: Path, tmp_path: Path) -> None:
+    run = tuned(one, tmp_path / "runs", steps=1)
+    with pytest.raises(UsageError, match="base = memory cannot be") as refused:
+        api.evaluate(run, tasks=["loss"], base="memory")
+    assert f"fleetune export {run} --to gguf" in str(refused.value.hint)
+    assert api.evaluate(run, tasks=["loss"], base="mapped") == api.evaluate(run, tasks=["loss"])
+
+
 def test_a_patch_for_another_file_is_not_made(one: Path, tmp_path: Path) -> None:
-    run = api.tune(
-        str(one), ROWS, method="fedpetuning", train="scales", settings={"steps": 1, "lr": 1e-2}, out=tmp_path / "runs",
-        **{**FEW, "rounds": 1},
-    )  # fmt: skip
+    folder = tuned(one, tmp_path / "runs", steps=1)
     with pytest.raises(ModelError, match="was made on base"):
-        patch_make.of_run(gguf_of(tmp_path, "Q4_1", tiny(seed=4)), run.folder)
+        patch_make.of_run(gguf_of(tmp_path, "Q4_1", tiny(seed=4)), folder)

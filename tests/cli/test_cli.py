@@ -549,6 +549,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, at, capsys, monkeypatc
     code, _, err = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3")
     assert code == 1
     assert "the disk is full" in err
+    assert "free some space, then: fleetune tune --resume runs/0001" in err.replace(str(at) + "/", "")
     assert "Traceback" not in err
     monkeypatch.setattr(rd, "write_atomic", real)
     code, out, _ = call(capsys, "tune", "--resume", "latest", "--json")

@@ -270,10 +270,10 @@ def test_an_export_says_what_was_rounded_as_asked(capsys: pytest.CaptureFixture[
 
 
 def test_an_error_names_the_run_and_not_the_folder_on_the_way() -> None:
-    from fleetune.deploy.export_subject import _called
+    from fleetune.errors import called
 
     scratch, run = Path("runs/.export-x/0001-a"), Path("runs/0001-a")
-    with pytest.raises(UsageError) as caught, _called(scratch, run):
+    with pytest.raises(UsageError) as caught, called(scratch, run):
         raise UsageError(f"{scratch} holds plain weights", hint=f"not {scratch}")
     assert (str(caught.value), caught.value.message) == ("runs/0001-a holds plain weights",) * 2
     assert caught.value.hint == "not runs/0001-a"

@@ -526,3 +526,17 @@ def test_a_round_that_asked_nobody_has_its_line() -> None:
         ))  # fmt: skip
         shown.event(RoundEvaluated(round=1, loss=2.5))
     assert "round 1" in out.getvalue() + err.getvalue()
+
+
+def test_the_bar_of_a_run_shows_the_search_for_a_rate_and_then_its_rounds() -> None:
+    ui, _, _ = plain()
+    with screen(ui) as shown:
+        shown.progress("finding lr", 21, 68, "forward passes")
+        live = shown.bar.live
+        assert (live.label, live.fraction) == ("finding lr", 21 / 68)
+        assert shown.bar.text.startswith("21/68 · forward passes")
+        shown.progress("rounds", 0, 4)
+        shown.progress("clients", 0, 2)
+        shown.step(0, 1)
+        assert live.label == "rounds"
+        assert shown.bar.text.startswith("0/4 · client 1/2")

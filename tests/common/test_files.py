@@ -19,7 +19,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fleetune.common.files import default_mode, read_bytes, read_text, regular, storage_error, write_atomic
+from fleetune.common.files import (
+    default_mode,
+    read_bytes,
+    read_text,
+    regular,
+    resumable,
+    storage_error,
+    write_atomic,
+)
 from fleetune.errors import StorageError
 
 
@@ -83,6 +91,18 @@ def test_a_secret_is_never_readable_by_others_not_even_before_its_rename(tmp_pat
     assert seen == [0o600]
 
 
+def test_a_full_disk_names_the_command_that_goes_on_where_there_is_one() -> None:
+    with pytest.raises(StorageError) as full, resumable("fleetune tune --resume runs/1"):
+        raise storage_error(OSError(errno.ENOSPC, ""), Path("x"))
+    assert (
+        full.value.hint
+        == "free some space, then: fleetune tune --resume runs/1   (nothing written before is lost)"
+    )
+    with pytest.raises(StorageError) as other, resumable("fleetune tune --resume runs/1"):
+        raise storage_error(OSError(errno.EROFS, ""), Path("x"))
+    assert other.value.hint == "choose a place that you can write to"
+
+
 def test_the_new_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     order = []
     fsync, replace = os.fsync, os.replace
@@ -103,8 +123,8 @@ def test_the_new_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch
 
 
 REASONS = [
-    (errno.ENOSPC, "the disk is full", "free some space"),
-    (errno.EDQUOT, "quota", "free some space"),
+    (errno.ENOSPC, "the disk is full", "free some space, then repeat the command"),
+    (errno.EDQUOT, "quota", "free some space, then repeat the command"),
     (errno.EROFS, "read-only", "can write to"),
     (errno.EACCES, "permission denied", "can write to"),
     (errno.EPERM, "not permitted", "can write to"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,37 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(
     code, _, err = call(capsys, "compress", model, *SMALL, "--bpw", str(bits))
     assert code == 0, err
     refused(capsys, "compress", model, *SMALL, "--bpw", str(bits - 0.01))
+
+
+def test_the_choice_of_grids_is_followed_in_json(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, events, err = call(capsys, "compress", model, *SMALL, "--bytes", "240kB")
+    assert code == 0, err
+    names = [event["event"] for event in events]
+    assert names.index("start") < names.index("choosing") < names.index("budget") < names.index("block")
+    steps = [(e["phase"], e["done"], e["total"]) for e in events if e["event"] == "choosing"]
+    assert steps == [*(("sensitivity", k, 4) for k in range(4)), *(("grids", k, 4) for k in range(5))]
+
+
+def test_a_dry_run_says_what_a_budget_buys(model: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, (checked,), err = call(capsys, "compress", model, *SMALL, "--bytes", "240kB", "--dry-run")
+    assert code == 0, err
+    assert checked["budget"] in err
+    assert "sensitivities that the run measures first" in checked["budget"]
+    found = re.match(
+        r"240 kB as gguf, where (\S+) kB to (\S+) kB can be had · each matrix (.*), by", checked["budget"]
+    )
+    assert found is not None
+    assert found[3].split(", ")[:2] == ["Q2_K", "Q3_K"]
+    assert found[3].split(", ")[-1] == "Q8_0"
+    for size, kind in (
+        ("9MB", 2),
+        (f"{float(found[1]) + 1:.0f}kB", 1),
+    ):  # the file of the largest types, of the smallest
+        code, events, err = call(capsys, "compress", model, *SMALL, "--bytes", size)
+        assert code == 0, err
+        assert abs(told(events)["bytes"] / 1000 - float(found[kind])) < 1
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from command_harness import pulled_after
+from deploy_harness import gguf_of
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common.display import human_bytes
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.models.artefact import Master, Quantised
 from fleetune.runs import sealed
@@ -81,6 +83,19 @@ def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: pytest.
         result["digest"],
     )  # the same work, the same bytes
     assert [e["block"] for e in events(out) if e["event"] == "block"] == list(range(len(events(out)) - 2))
+
+
+def test_the_size_of_a_gguf_file_is_told_beside_that_of_its_plain_numbers(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = gguf_of(at / "base")
+    assert main(["compress", str(file), "--method", "rtn", "--set", "group=8"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["weights"]]
+    plain = human_bytes(4 * models.load(str(file), device="cpu").n_params)
+    assert f"{plain}, {human_bytes(file.stat().st_size)} in its file" in line
+    models.save(models.tiny_llama().net, models.tiny_llama().tokenizer, at / "folder")
+    assert main(["compress", "folder", "--method", "rtn", "--set", "group=8"]) == 0
+    assert "in its file" not in capsys.readouterr().out
 
 
 def test_a_tuned_run_is_compressed_from_its_ledger(
@@ -218,6 +233,13 @@ BAD = {
     "unknown setting": (["compress", "{tiny}", "--set", "bit=4"], 2, "Did you mean 'bits'"),
     "setting without a value": (["compress", "{tiny}", "--set", "bits"], 2, "NAME=VALUE"),
     "a group that divides nothing": (["compress", "{tiny}", "--set", "group=7"], 2, "do not divide"),
+    "bits beside a grid that has others": (
+        ["compress", "./nothing", "--set", "grid=q6_k", "--set", "bits=4"], 2, "has bits = 6, and bits = 4 is given as well",
+    ),
+    "a group beside a grid that has another": (
+        ["compress", "./nothing", "--method", "rtn", "--set", "grid=q3_k", "--set", "group=32"], 2,
+        "has group = 16, and group = 32 is given as well",
+    ),
     "a pattern that makes no sense": (
         ["compress", "{tiny}", "--method", "sparsegpt", "--set", "n=4"], 2, "0 < n < m",
     ),

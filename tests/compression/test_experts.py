@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
 from fleetune.compression.layerwise.experts import Experts, experts_of
-from fleetune.errors import RecipeError
+from fleetune.errors import RecipeError, UsageError
 from fleetune.models import Model, tiny_tokenizer
 from fleetune.models.artefact import Master, Quantised
 from fleetune.models.shapes import shape_of
@@ -135,6 +136,44 @@ def test_experts_that_saw_few_tokens_are_said(tmp_path: Path) -> None:
                     "layer",
                 )
             assert parameter.shape[0] == 4
+
+
+def test_experts_that_saw_few_tokens_are_told_in_one_line(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Heard(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    (tmp_path / "text.txt").write_text("some words of a text " * 30)
+    done = fleetune.compress(
+        folder_of("qwen3_moe", tmp_path / "m"), settings={"group": 8}, text=str(tmp_path / "text.txt"), windows=2, length=16,
+        out=tmp_path / "runs", listener=Heard(),
+    )  # fmt: skip
+    each = [note for said in (done.done.notes or {}).values() for note in said if "saw fewer than" in note]
+    counts = [tuple(map(int, re.findall(r"\d+", note)[:4])) for note in each]  # few, of, columns, least
+    assert len(each) > 1
+    (line,) = [note for note in notes if "saw fewer" in note]
+    few, every, least = sum(c[0] for c in counts), sum(c[1] for c in counts), min(c[3] for c in counts)
+    assert line.startswith(
+        f"{few} of {every} matrices of experts, in {len(each)} tensors, saw fewer tokens than they have"
+    )
+    assert f"(the least {least})" in line
+    assert "compress.json has the numbers of each tensor" in line
+    assert each[0] in (done.folder / "compress.json").read_text()
+
+
+def test_what_is_said_to_a_mapped_base_of_codes_works(tmp_path: Path) -> None:
+    rows = [{"prompt": "a b", "response": "c d"}] * 2
+    llama = models.tiny_llama()
+    models.save(llama.net, llama.tokenizer, tmp_path / "dense")
+    for folder, more in ((folder_of("qwen3_moe", tmp_path / "mixture"), False), (tmp_path / "dense", True)):
+        done = fleetune.compress(folder, method="rtn", settings={"group": 8}, out=tmp_path / "runs")
+        with pytest.raises(UsageError, match="holds codes, which are read into memory") as refused:
+            fleetune.evaluate(done, rows, tasks=["loss"], base="mapped")
+        assert (refused.value.hint == "leave out --base") is not more
+        assert ("--to gguf" in str(refused.value.hint)) is more
+        assert fleetune.evaluate(done, rows, tasks=["loss"])["loss"] > 0
 
 
 @pytest.mark.parametrize("method", ["rtn", "optq"])

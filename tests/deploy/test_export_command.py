@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from deploy_harness import QUICK, tiny
+from deploy_harness import QUICK, gguf_of, tiny
 from safetensors.torch import load_file
 
 from fleetune import models
@@ -197,3 +197,15 @@ def test_an_unfinished_compression_is_not_exported(
     (at / "runs" / "0001-rtn-little" / "model" / "master.safetensors").unlink()
     assert main(["export", "latest"]) == 2
     assert "is not finished" in capsys.readouterr().err
+
+
+def test_what_is_said_of_a_gguf_file_is_what_is_written(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = gguf_of(at / "base")
+    code, said, err = call(capsys, "export", str(file), "--to", "mlx")
+    assert (code, err) == (2, "")
+    assert "holds the blocks of a GGUF file, which are read as plain weights, and mlx" in said[-1]["message"]
+    assert said[-1]["hint"].startswith(f"compress it first: fleetune compress {file}")
+    code, said, err = call(capsys, "export", str(file), "--to", "gguf", "--path", "new.gguf")
+    assert code == 0
+    assert "its blocks are read as plain numbers, and these are written in 16 bits a weight" in err
+    assert set(said[-1]["types"]) == {"F16", "F32"}

@@ -104,8 +104,9 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "write", full)
-    with pytest.raises(StorageError, match="the disk is full"):
+    with pytest.raises(StorageError, match="the disk is full") as refused:
         export(tmp_path / "m", to, tmp_path / "new" / place(to))
+    assert refused.value.hint == "free some space, then repeat the command"
     assert list((tmp_path / "new").iterdir()) == []
 
 

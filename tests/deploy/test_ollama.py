@@ -130,6 +130,19 @@ def test_what_is_usual_is_the_system_message() -> None:
     assert 'PARAMETER stop "<|im_end|>"' in ollama.modelfile(of(CHATML))[0]
 
 
+@pytest.mark.parametrize(
+    ("end", "shown"), [('<|"|>', "'<|\"|>'"), ("<\n>", r"'<\n>'"), ("<\x1b>", r"'<\x1b>'")]
+)
+def test_a_stop_token_that_a_modelfile_cannot_quote_is_said(end: str, shown: str) -> None:
+    made = of(LLAMA3)
+    usual = ollama.modelfile(made)[1]
+    made.add_special_tokens({"eos_token": end})
+    text, notes = ollama.modelfile(made)
+    (more,) = [note for note in notes if note not in usual]
+    assert more == f"a Modelfile cannot quote {shown}: answers that end so do not stop there"
+    assert end not in text
+
+
 @pytest.mark.parametrize("template", [LAST_ONLY, CHATML.replace("Be kind", '\\"\\"\\"')])
 def test_a_template_without_that_form_is_left_to_ollama(template: str) -> None:
     text, notes = ollama.modelfile(of(template))

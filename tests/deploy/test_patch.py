@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -191,6 +193,57 @@ def test_a_damaged_or_another_patch_is_named_as_such(file: Path, tmp_path: Path)
         patch.apply(file, patch.load(tmp_path / "q"))
     with pytest.raises(ModelError, match="there is no patch"):
         patch.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    ({"places": None}, "it has no 'places'"), ({"K": None}, "it has no 'K'"), ({"run_key": "zz"}, "no key: 'zz'"),
+    ({"places": [[1, 2]]}, "its head is not that of a patch"), ({"places": []}, "it has no tensors"),
+    ({"run_key": 5}, "no key: 5"), ({"K": 63}, "power of two"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_patch_is_said_in_words(
+    changed: dict[str, object], words: str, file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
+    gone = {name for name, value in changed.items() if value is None}
+    rewritten(tmp_path / "p", **changed)
+    if gone:
+        with safe_open(str(tmp_path / "p"), framework="numpy") as opened:
+            head = json.loads(opened.metadata()["patch"])
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        kept = {name: value for name, value in head.items() if name not in gone}
+        save_file(arrays, tmp_path / "p", {"patch": json.dumps(kept)})
+    with pytest.raises(ModelError) as refused:
+        patch.load(tmp_path / "p")
+    assert f"is no patch, or is damaged: {words}" in refused.value.message or words == "power of two"
+    assert words in refused.value.message
+    assert not re.search(r"Error|\(\)|literal|unpack|argument", refused.value.message)
+
+
+def test_a_file_that_is_no_patch_is_said_to_be_none(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("not a patch")
+    with pytest.raises(ModelError, match="is no patch, or is damaged: it is not a whole safetensors file"):
+        patch.load(tmp_path / "text")
+    save_file({"x": np.ones(2)}, tmp_path / "other", {"patch": "{"})
+    with pytest.raises(ModelError, match="is no patch, or is damaged: its head is not JSON"):
+        patch.load(tmp_path / "other")
+
+
+def test_a_patch_before_its_model_is_said_to_be_swapped(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fleetune.cli.main import main
+
+    (tmp_path / "a patch").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
+    before = file.read_bytes()
+    given = [str(tmp_path / "a patch"), str(file), "--to", str(tmp_path / "new.gguf")]
+    assert main(["patch", "apply", *given]) == 2
+    said = capsys.readouterr().err
+    assert "the model comes first, then the patch" in said
+    right = re.search("try: fleetune (.*)", said)
+    assert right is not None
+    assert file.read_bytes() == before
+    assert main(shlex.split(right[1])) == 0
+    assert (tmp_path / "new.gguf").is_file()
 
 
 def test_the_command_prints_json_for_a_devices_script(

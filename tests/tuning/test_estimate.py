@@ -97,6 +97,41 @@ def test_the_parts_are_what_the_run_does(place: Path, monkeypatch: pytest.Monkey
     assert min(found.answer, found.client_row, found.evaluation, found.step) > 0
 
 
+def test_a_first_step_that_compiles_or_reads_from_the_disk_is_not_the_estimate(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, calls = [0.0], {"round": 0, "loss": 0}
+
+    def slow(name: str, function: Any) -> Any:
+        def called(*args: Any) -> Any:
+            calls[name] += 1
+            clock[0] += 40.0 if calls[name] == 1 else 1.0
+            return function(*args)
+
+        return called
+
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
+    for name in calls:
+        monkeypatch.setattr(estimate.Bench, name, slow(name, getattr(estimate.Bench, name)))
+    own = recipe(
+        "mezo",
+        model="tiny",
+        data="rows.jsonl",
+        held_out=6,
+        samples=0,
+        client_rows=0,
+        device="cpu",
+        set={"lr": 1e-6},
+    )
+    found = prepare.prepare(own).estimate
+    assert found is not None
+    assert (found.step, found.evaluation) == (
+        1.0,
+        40.0,
+    )  # by then all is read: a slow loss is not measured twice
+    assert calls == {"round": 2, "loss": 1}
+
+
 def test_an_answer_counts_all_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 

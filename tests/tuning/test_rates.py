@@ -30,6 +30,7 @@ from fleetune.seeds.slopes import Probe, Slopes, along, rate
 from fleetune.seeds.view import View
 from fleetune.tuning import methods, prepare, rates
 from fleetune.tuning import recipe as recipes
+from fleetune.tuning.estimate import Estimate
 from fleetune.tuning.rates import rounded
 from fleetune.tuning.rates.trial import Bench, Trials, Tried, climb, hold, loss_after
 
@@ -270,6 +271,67 @@ def test_what_is_found_learns_and_leaves_the_model_alone(name: str, model: Model
     assert rates.find(recipe, rates.wanted(recipe), model, rows, 3)[1][0].rate == found.rate
 
 
+@pytest.mark.parametrize("name", ["mezo", "fedkseed", "fedit", "onebyte"])
+def test_a_search_says_how_far_it_is(name: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {k: v for k, v in harness.QUICK[name].items() if k != "lr"}
+    recipe = recipes.make(
+        {"model": "m", "data": "d", "method": name, "rounds": 1, "set": {**given, "lr": "auto"}}
+    )
+    told: list[tuple[str, int, int, str]] = []
+    rows = harness.rows(model)
+    plain = rates.find(recipe, ["lr"], model, rows, 3)[1][0]
+    found = rates.find(recipe, ["lr"], model, rows, 3, lambda *part: told.append(part))[1][0]  # type: ignore[misc]
+    assert found.rate == plain.rate
+    assert {part[0] for part in told} == {"finding lr"}
+    done = [part[1] for part in told]
+    assert done == sorted(set(done))
+    if found.way == "slopes":
+        assert (done[0], done[-1]) == (3, slopes.PASSES)
+        assert {part[2:] for part in told} == {(slopes.PASSES, "forward passes")}
+    else:
+        assert done == list(range(len(done)))
+        assert len(done) > len(found.tried)
+        assert {part[2:] for part in told} == {(0, "losses after trials")}
+
+
+@pytest.mark.parametrize(("name", "batch"), [("mezo", 5), ("fedkseed", 1)])
+def test_the_time_of_a_search_is_that_of_its_rows(
+    name: str, batch: int, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {k: v for k, v in harness.QUICK[name].items() if k != "lr"} | {"batch_size": batch}
+    recipe = recipes.make({"model": "m", "data": "d", "method": name, "rounds": 1, "set": given})
+    count = 0
+
+    def counted(found: Any) -> Any:
+        def called(model: Model, batch: Any) -> Any:
+            nonlocal count
+            count += len(batch.labels)
+            return found(model, batch)
+
+        return called
+
+    monkeypatch.setattr(slopes, "row_losses", counted(slopes.row_losses))
+    monkeypatch.setattr(slopes, "batch_loss", counted(slopes.batch_loss))
+    rows = harness.rows(model)
+    rates.find(recipe, ["lr"], model, rows, 3)
+    assert rates.slopes_seconds(recipe, ["lr"], len(rows), 0.5) == 0.5 * count
+    assert rates.slopes_seconds(recipe, [], len(rows), 0.5) == 0
+    trial = recipes.make({"model": "m", "data": "d", "method": "fedit", "set": {"lr": "auto"}})
+    assert rates.slopes_seconds(trial, ["lr"], len(rows), 0.5) == 0
+
+
+def test_a_search_that_is_long_beside_its_run_says_so() -> None:
+    recipe = recipes.make({"model": "m", "data": "d", "method": "fedkseed"})
+    short = Estimate(1, 2, 2, 1.5, 2, 4.0, rows=8)
+    assert rates.slopes_seconds(recipe, ["lr"], 400, 0.5) == 0.5 * (36 * 24 + 32)
+    assert prepare._search(recipe, ["lr"], 400, short) == (
+        "finding lr on training rows: about 7m28s, as for a long run, where this one takes about 14 s; "
+        "--set lr=NUMBER leaves the search out"
+    )
+    for other in (None, dataclasses.replace(short, rounds=1000), dataclasses.replace(short, rows=8000)):
+        assert prepare._search(recipe, ["lr"], 400, other) == "finding lr on training rows .."
+
+
 def test_a_mixed_fleet_has_both_rates_found(model: Model) -> None:
     given = {k: v for k, v in harness.QUICK["fedkseed"].items() if k != "lr"}
     recipe = recipes.make(
@@ -395,9 +457,9 @@ def test_the_docs_say_how_many_rows_are_looked_at() -> None:
 def test_rounding_of_coarse_weights_is_not_taken_for_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
     seen = [of(1.0, 1.0, 10.0)]
-    monkeypatch.setattr(slopes, "measure", lambda model, rows, how, choose: asked.append(how.eps) or seen)
+    monkeypatch.setattr(slopes, "measure", lambda model, rows, how, *_: asked.append(how.eps) or seen)
     for dtype in ("fp32", "bf16"):
         method: Any = methods.make("fedkseed", {})
         coarse = dataclasses.replace(models.tiny_llama(), dtype=dtype)
-        rates.from_slopes(method, "lr", coarse, [], 1, 2)
+        rates.from_slopes(method, "lr", coarse, [], 1, 2, rates.unheard)
     assert asked == [5e-4, 2e-3]

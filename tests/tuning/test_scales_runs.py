@@ -34,15 +34,23 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"method": "fedit"}, "train = scales is for mezo, fedkseed, onebyte, fedpetuning, not for fedit"),
         ({"method": "zosgd"}, "not for zosgd"),
-        ({"base": "memory"}, "leave out --base"),
-        ({"device": "cuda"}, "leave out --base and --device"),
+        ({"base": "memory"}, "base = memory does not"),
+        ({"device": "cuda"}, "not on device = cuda"),
         ({"set": {"law": "gaussian"}}, "law = gaussian"),
+        ({"method": "fedpetuning", "set": {"module": "lora"}}, "is the module scales, not lora"),
+        ({"method": "fedit", "base": "memory", "device": "cuda"}, "not for fedit"),
     ],
 )
 def test_what_cannot_train_scales_is_refused_before_any_work(changed: dict[str, Any], words: str) -> None:
     given = {"model": "m.gguf", "data": "demo", "method": "mezo", "train": "scales", **changed}
-    with pytest.raises(RecipeError, match=words):
+    with pytest.raises(RecipeError, match=words) as refused:
         prepare.check(recipes.make(given))
+    assert refused.value.hint
+    for change in refused.value.hint.split("; "):  # what the hint says is good
+        flag, value = change.split(",")[0].removeprefix("--").split(" ")
+        named = dict([value.split("=")]) if flag == "set" else {}
+        given |= {"set": {**given.get("set", {}), **named}} if named else {flag: value}
+    prepare.check(recipes.make(given))
 
 
 def test_a_model_without_scales_is_refused(tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ class Live:
             self.bar.stop()
             self.bar = None
 
+    def relabel(self, label: str) -> None:
+        """Begin another count under another name."""
+        self.label, self.began = clean(label), None
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], description=self.label)
+
     def set(self, fraction: float, parts: Sequence[str]) -> None:
         """Move the bar and say `parts` and the time left, reckoned from the pace since the first call."""
         self.fraction = min(max(fraction, 0.0), 1.0)

@@ -8,12 +8,15 @@ import os
 import re
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from fleetune.errors import StorageError
 
 WRITABLE: Final = "choose a place that you can write to"
+FULL: Final = "free some space, then repeat the command"
 PRIVATE: Final = 0o600  # the mode of a file that holds rows of people, or what was learned from them
 # numpy's words where the disk takes less than it is given, without the system's number
 SHORT: Final = re.compile(r"\d+ requested and \d+ written")
@@ -92,14 +95,22 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def resumable(command: str) -> Iterator[None]:
+    """Let a full disk's hint name the command that goes on with the job in the block."""
+    try:
+        yield
+    except StorageError as error:
+        if error.hint == FULL:
+            error.hint = f"free some space, then: {command}   (nothing written before is lost)"
+        raise
+
+
 def storage_error(error: OSError, path: Path) -> StorageError:
     """Return the StorageError for an operating-system error met while writing `path`."""
     reasons = {
-        errno.ENOSPC: ("the disk is full", "free some space, then resume: nothing written before is lost"),
-        errno.EDQUOT: (
-            "the disk quota is used up",
-            "free some space, then resume: nothing written before is lost",
-        ),
+        errno.ENOSPC: ("the disk is full", FULL),
+        errno.EDQUOT: ("the disk quota is used up", FULL),
         errno.EROFS: ("the file system is read-only", WRITABLE),
         errno.EACCES: ("permission denied", WRITABLE),
         errno.EPERM: ("not permitted", WRITABLE),

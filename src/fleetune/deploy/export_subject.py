@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from fleetune.common.files import storage_error
 from fleetune.common.folders import scratch
+from fleetune.common.shell import command, quoted
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
-from fleetune.errors import FleetuneError, UsageError
+from fleetune.errors import UsageError, called
 from fleetune.runs import compression_folder, folder_names
 from fleetune.runs.events import ExportChecked, ExportDone, ExportPushed
 from fleetune.runs.listener import Listener
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_TARGET = "gguf"
 DEFAULT_TARGET_OF_A_RUN = "hf"
 FILES = ("gguf", "ollama")  # targets that hold the GGUF file itself
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -65,23 +67,50 @@ def export(
         return write(source, kind, out, listener, rows=_rows(source, text))
     from fleetune.deploy import provenance
 
-    _require_codes(targets.find(kind), subject.name)
-    if subject.name.endswith(".gguf") and kind in FILES:
+    _require_codes(targets.find(kind), subject.name, _of_gguf(subject.name))
+    if subject.name.endswith(GGUF) and kind in FILES:
         listener.note(
-            f"note: {subject.name} is a GGUF file already; what is written has its weights as plain numbers, which may be larger"
+            f"note: {subject.name} is a GGUF file already: its blocks are read as plain numbers, and these are written "
+            "in 16 bits a weight, which may be larger"
         )
     source = subject.directory(offline=offline)
     out = path or targets.find(kind).place(Path("."), folder_names.of_model(subject.name))
-    return write(source, kind, out, listener, provenance.of_base(subject.name), _rows(source, text))
+    with called(source, subject.name):
+        return write(source, kind, out, listener, provenance.of_base(subject.name), _rows(source, text))
 
 
-def _require_codes(target: targets.Target, name: str) -> None:
-    """UsageError when a target is for codes alone, and the subject holds plain weights."""
+def _require_codes(target: targets.Target, name: str, holds: str = "plain weights") -> None:
+    """UsageError when a target is for the codes of a compressed model alone, and the subject `holds` something else."""
     if target.takes == "codes":
         raise UsageError(
-            f"{name} holds plain weights, and {target.name} is for compressed ones",
-            hint="compress it first (fleetune compress), or use --to hf",
+            f"{name} holds {holds}, and {target.name} is for compressed ones",
+            hint=f"compress it first: fleetune compress {quoted(name)}; or use --to hf",
         )
+
+
+def _check_of_scales(target: targets.Target, run: Run) -> None:
+    """UsageError for a target that has no place for a GGUF file whose scales a run has tuned."""
+    what = f"{run.folder} has tuned the scales of a GGUF file"
+    if target.takes == "codes":
+        raise UsageError(
+            f"{what}, and {target.name} is for codes that fleetune compress has written",
+            hint=f"--to gguf writes the file; or compress the run first: fleetune compress {quoted(run.folder)}",
+        )
+    if target.name == "gguf:lora":
+        make = command("patch", "make", run.recipe.model, run.folder, "--to", "tuned.patch")
+        raise UsageError(
+            f"{what}: there is no LoRA",
+            hint=f"--to gguf writes the whole file; what has changed alone: {make}",
+        )
+
+
+def _of_gguf(name: str) -> str:
+    """Return what a plain model holds, in words."""
+    return (
+        "the blocks of a GGUF file, which are read as plain weights"
+        if name.endswith(GGUF)
+        else "plain weights"
+    )
 
 
 def check(to: str | None, path: Path | None, text: str | None) -> None:
@@ -145,6 +174,8 @@ def _of_run(
     recipe, target = run.recipe, targets.find(kind)
     out = path or target.place(run.folder)
     check_place(kind, out)
+    if recipe.train == "scales":
+        _check_of_scales(target, run)
     _require_codes(target, str(run.folder))
     base, made = Plain(recipe.model), provenance.of_run(run.folder, recipe)
     if target.takes == "adapter":
@@ -166,7 +197,7 @@ def _of_run(
     with _scratch(out) as folder:
         plain = folder / run.folder.name
         _write_tuned(run, plain, offline=offline)
-        with _called(plain, run.folder):
+        with called(plain, run.folder):
             return write(plain, kind, out, listener, made, rows)
 
 
@@ -182,10 +213,11 @@ def _with_other_scales(run: Run, kind: str, out: Path, *, offline: bool) -> Repo
     except OSError as error:
         raise storage_error(error, out) from error
     source = patch_make.file_of(run.recipe.model, offline=offline)
-    made = patch_make.of_run(source, run.folder, name=run.recipe.model, offline=offline)
-    if kind == DEFAULT_TARGET:
-        patch.apply(source, made, out)
-        return patch_make.report(out)
+    with called(source, run.recipe.model):
+        made = patch_make.of_run(source, run.folder, name=run.recipe.model, offline=offline)
+        if kind == DEFAULT_TARGET:
+            patch.apply(source, made, out)
+            return patch_make.report(out)
     with staged(out) as folder:
         file = folder / ollama.FILE
         patch.write(source, made, file)
@@ -193,18 +225,6 @@ def _with_other_scales(run: Run, kind: str, out: Path, *, offline: bool) -> Repo
         notes = ollama.add_modelfile(models.load_tokenizer(run.recipe.model, offline=offline), folder)
     size = compression_folder.size(out)
     return dataclasses.replace(report, path=out, to=kind, bytes=size, notes=(*report.notes, *notes))
-
-
-@contextmanager
-def _called(scratch: Path, name: Path) -> Iterator[None]:
-    """Let an error of the block name the run instead of the folder that is gone after it."""
-    try:
-        yield
-    except FleetuneError as error:
-        error.message = error.message.replace(str(scratch), str(name))
-        error.hint = error.hint and error.hint.replace(str(scratch), str(name))
-        error.args = (error.message,)
-        raise
 
 
 @contextmanager

@@ -20,16 +20,17 @@ from typing import Any, Final
 
 import numpy as np
 
-from fleetune.common.files import storage_error, sync_folder, write_atomic
+from fleetune.common.files import regular, storage_error, sync_folder, write_atomic
 from fleetune.common.folders import locked
 from fleetune.common.ggml import BYTES, HALVES
-from fleetune.common.shell import quoted
+from fleetune.common.shell import command, quoted
 from fleetune.common.sums import sha256
 from fleetune.deploy.patch_file import AGAIN, Patch, with_changes
 from fleetune.deploy.patch_file import load as load
 from fleetune.errors import ModelError, UsageError
 
 PIECE: Final = 1 << 20  # bytes that are copied, or whose scales are moved, at a time
+GGUF: Final = b"GGUF"  # what such a file begins with
 
 Seen = Callable[[np.ndarray, np.ndarray], None]
 
@@ -110,6 +111,24 @@ def apply(path: Path, patch: Patch, out: Path | None = None) -> Path | None:
     with _alone(path):
         require_base(path, patch)
         return _in_place(path, patch)
+
+
+def check_order(path: Path, patch: Path, out: Path | None) -> None:
+    """Raise UsageError where the model and the patch of `apply` are given the wrong way round."""
+    if _begins(patch, GGUF) and path.is_file() and not _begins(path, GGUF):
+        raise UsageError(
+            f"{patch} is a GGUF file and {path} is none: the model comes first, then the patch",
+            hint=command("patch", "apply", patch, path, *(["--to", out] if out else [])),
+        )
+
+
+def _begins(path: Path, mark: bytes) -> bool:
+    """Tell whether a file begins with these bytes; False for one that cannot be read."""
+    try:
+        with open(path, "rb", opener=regular) as file:
+            return file.read(len(mark)) == mark
+    except OSError:
+        return False
 
 
 @contextmanager

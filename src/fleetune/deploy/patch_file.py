@@ -170,7 +170,7 @@ def load(path: Path) -> Patch:
         if type(head["K"]) is not int or type(head["grid"]) is not float:
             raise ValueError("its head has the wrong types")
         return with_entries(
-            base, result, places, run_key=int(head["run_key"], 16), law=str(head["law"]), K=head["K"],
+            base, result, places, run_key=_key(head["run_key"]), law=str(head["law"]), K=head["K"],
             grid=head["grid"], ids=arrays["id"], coefficients=arrays["coefficient"],
         )  # fmt: skip
     except _OtherFormat as error:
@@ -179,13 +179,33 @@ def load(path: Path) -> Patch:
             hint="apply it with the version of Fleetune that made it",
         ) from error
     except DAMAGED as error:
-        raise ModelError(f"{path} is no patch, or is damaged ({error!r:.120})", hint=AGAIN) from error
+        raise ModelError(f"{path} is no patch, or is damaged: {_why(error)}", hint=AGAIN) from error
     except UsageError as error:
-        raise ModelError(f"{path} is no patch, or is damaged ({error.message:.120})", hint=AGAIN) from error
+        raise ModelError(f"{path} is no patch, or is damaged: {error.message:.120}", hint=AGAIN) from error
 
 
 class _OtherFormat(Exception):
     pass
+
+
+def _why(error: BaseException) -> str:
+    """Say in words what is wrong with bytes that are no patch."""
+    if isinstance(error, OSError):
+        return error.strerror or "it cannot be read"
+    if isinstance(error, SafetensorError | RecursionError):
+        return "it is not a whole safetensors file"
+    if isinstance(error, json.JSONDecodeError | UnicodeError):
+        return "its head is not JSON"
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]!r:.80}"
+    return f"{error!s:.120}" if type(error) is ValueError else "its head is not that of a patch"
+
+
+def _key(text: Any) -> int:
+    try:
+        return int(text, 16)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"no key: {text!r:.80}") from error
 
 
 def _digest(text: Any) -> str:

@@ -50,6 +50,8 @@ class Shape(NamedTuple):
     experts: tuple[
         Linear, ...
     ] = ()  # parameters with the matrices of all experts of a layer, one below another
+    # scales of a block by linear layer, where the model's file is known and has blocks with scales
+    scales: Mapping[str, int] = MappingProxyType({})
 
     @property
     def outputs(self) -> int:

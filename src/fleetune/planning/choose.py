@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from fleetune.common.display import human_bytes
+from fleetune.common.ggml import HALVES
 from fleetune.common.memory import usable_memory
 from fleetune.errors import ModelError, RecipeError
-from fleetune.models.shapes import shape_of
+from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import plan
 from fleetune.planning.device_cost import Rates
 from fleetune.planning.fitting import Search, Settings
@@ -72,11 +74,28 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     if scales or recipe.base != "auto":
         asked["base"] = "mapped" if scales else recipe.base
     rows = plan.table(config, Workload(**asked), ram=ram, rates=NOT_MEASURED)
-    search = Search(shape_of(config), ram, asked, recipe.set, shrinks=False)
+    shape = shape_of(config)
+    shape = with_scales(shape, recipe.model, offline=offline) if scales else shape
+    search = Search(shape, ram, asked, recipe.set, shrinks=False)
     settings = search.best([name for name in plan.order(rows) if name in able])
     mapped = settings.work.base == "mapped"
     base = "mapped" if mapped and not scales else recipe.base
     return settings.method, base, _why(settings) + ", base mapped" * mapped
+
+
+def with_scales(shape: Shape, name: str, *, offline: bool = False) -> Shape:
+    """Return a model's shape with the scales that its file has in a block; as it is where none can be read."""
+    from fleetune import models
+    from fleetune.models import placement
+
+    try:
+        _, tensors = placement.tensors_of(
+            name, functools.partial(models.resolve, offline=offline), offline=offline
+        )
+    except ModelError:  # loading it says what is wrong, and what to do
+        return shape
+    kinds = {weight.removesuffix(".weight"): stored.kind for weight, stored in tensors.items()}
+    return shape._replace(scales={layer: HALVES[kind] for layer, kind in kinds.items() if kind in HALVES})
 
 
 def _why(settings: Settings) -> str:

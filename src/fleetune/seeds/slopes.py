@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -88,28 +88,45 @@ def rate(points: Sequence[Slopes], batch: int, averaged: float = 1.0) -> float:
     return min(CAREFUL * signal * math.sqrt(averaged), CAP) / curvature
 
 
+PASSES: Final = 2 * 3 * DIRECTIONS + 2 * STEPS  # forward passes of a measurement, the walk among them
+
+
 def measure(
-    model: Model, rows: Sequence[Encoded], how: Probe, choose: Callable[[Slopes], float]
+    model: Model,
+    rows: Sequence[Encoded],
+    how: Probe,
+    choose: Callable[[Slopes], float],
+    on_passes: Callable[[int], None] = lambda done: None,
 ) -> list[Slopes]:
     """Return what is found at the base and, unless `choose` makes no rate of that, where a walk at its rate leads.
 
-    The model is left as it was.  Takes 3 forward passes over the rows of each direction, and 2 over those of each step.
+    The model is left as it was.  Takes 3 forward passes over the rows of each direction, and 2 over those of each step;
+    `on_passes(done)` is called after each, with how many of `PASSES` are done.
     """
     key = run_key(how.key.to_bytes(8, "little"))
     view = view_on(model, run_key=key, law=how.law, grid=GRID)
     model.attachment = view
     try:
-        points = [_at_point(model, view, rows, how, 0)]
+        points = [_at_point(model, view, rows, how, 0, on_passes)]
         if step := choose(points[0]):
-            _walk(model, view, rows, how, step)
-            points.append(_at_point(model, view, rows, how, DIRECTIONS))
+            begun = 3 * DIRECTIONS
+            _walk(model, view, rows, how, step, lambda done: on_passes(begun + done))
+            begun += 2 * STEPS
+            points.append(_at_point(model, view, rows, how, DIRECTIONS, lambda done: on_passes(begun + done)))
     finally:
         view.remove()
         model.attachment = None
     return points
 
 
-def _at_point(model: Model, view: View, rows: Sequence[Encoded], how: Probe, first: int) -> Slopes:
+def _at_point(
+    model: Model,
+    view: View,
+    rows: Sequence[Encoded],
+    how: Probe,
+    first: int,
+    on_passes: Callable[[int], None],
+) -> Slopes:
     """Measure along `DIRECTIONS` members of the pool from `first` on, each on up to `ROWS` of the rows."""
     size, found = min(ROWS, len(rows)), []
     for k in range(first, first + DIRECTIONS):
@@ -121,6 +138,7 @@ def _at_point(model: Model, view: View, rows: Sequence[Encoded], how: Probe, fir
             view, probe(how.law, how.K, k % how.K), how.eps, functools.partial(_heard, model, batch, sides)
         )
         found.append(along(middle, sides[0], sides[1], tokens, how.eps))
+        on_passes(3 * len(found))
     slopes, variances, curvatures = (np.array(column) for column in zip(*found, strict=True))
     noise = float(variances.mean())
     return Slopes(
@@ -135,13 +153,26 @@ def _heard(model: Model, batch: Batch, sides: list[np.ndarray]) -> float:
     return float(sides[-1].sum())
 
 
-def _walk(model: Model, view: View, rows: Sequence[Encoded], how: Probe, step: float) -> None:
+def _walk(
+    model: Model,
+    view: View,
+    rows: Sequence[Encoded],
+    how: Probe,
+    step: float,
+    on_passes: Callable[[int], None],
+) -> None:
     """Take `STEPS` two-point steps at a rate from the base; the view stays where they lead."""
     position = Position(how.law, how.K, np.zeros(0, np.uint64), np.zeros(0, np.int64))
     batches = Batches(rows, pad_id(model), how.key, model.device).steps(STEPS, min(how.batch, ROWS))
+
+    def taken() -> Iterator[Batch]:
+        for number, batch in enumerate(batches, 1):
+            yield batch
+            on_passes(2 * number)  # the step on it is done
+
     ids = [(1 << 32) | (k % how.K) for k in range(STEPS)]  # of another pool than what is measured
     descend(
-        model, view, position, ids, batches, batch_loss, eps=how.eps, clip=0.0,
+        model, view, position, ids, taken(), batch_loss, eps=how.eps, clip=0.0,
         to_units=lambda _, g: max(-LIMIT, min(LIMIT, round(-g * step / GRID))),
     )  # fmt: skip
 

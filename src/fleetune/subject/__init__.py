@@ -180,10 +180,19 @@ class Compressed:
             )
         if base == "mapped":
             raise UsageError(
-                f"{self.name} holds codes, which are read into memory",
-                hint=f"fleetune export {quoted(self.argument)} --to gguf   and give the file that it writes",
+                f"{self.name} holds codes, which are read into memory", hint=self._instead_of_mapped
             )
         return models.load_artefact(self.model, dtype=dtype, device=device)
+
+    @property
+    def _instead_of_mapped(self) -> str:
+        """Say what to do where codes cannot stay in their file: a mixture's GGUF file is not read back."""
+        from fleetune.models.artefact import Master
+
+        codes = Master(self.model)
+        if codes.head.experts or any(".experts." in name for name in codes.names):
+            return "leave out --base"
+        return f"leave out --base; or fleetune export {quoted(self.argument)} --to gguf   and give the file that it writes"
 
     def held_out(self, *, offline: bool = False) -> list[Example]:
         """Return the run's held-out rows, without those used to compress it; [] when the model does not come from a run.

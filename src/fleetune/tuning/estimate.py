@@ -38,6 +38,9 @@ LONG: Final = 3600.0  # seconds of a run beyond which it is said what would make
 ENOUGH: Final = 0.3  # seconds of timing, after which no more is measured
 REPEATS: Final = 3
 SLOW: Final = 6.0  # seconds of a first call whose warming up is not looked at
+WARMING: Final = (
+    60.0  # the same of the very first step, which may compile kernels and read the base from the disk
+)
 ROWS: Final = 8  # whose loss is timed
 SPARE: Final = 0.8  # of a stated time is planned for
 FEW_STEPS: Final = 4  # of a client in a round, below which rounds and then clients become fewer
@@ -123,7 +126,7 @@ def of(
     try:
         with restored(model):
             state = bench.begin(one)
-            step = _timed(lambda: bench.round(one, state, 1))
+            step = _timed(lambda: bench.round(one, state, 1), WARMING)
     except FAULTS as error:
         if state is None and isinstance(error, FleetuneError):
             raise
@@ -177,10 +180,10 @@ def made_smaller(before: Estimate, after: Estimate, within: str) -> str:
     return f"to fit into {within}: {', '.join(changed)}" if changed else ""
 
 
-def _timed(work: Callable[[], object]) -> float:
-    """Return the seconds of the fastest of a few calls: of two at least, since the first warms up, unless it is slow."""
+def _timed(work: Callable[[], object], slow: float = SLOW) -> float:
+    """Return the seconds of the fastest of a few calls: of two at least, since the first warms up, unless it is `slow`."""
     taken: list[float] = []
-    while len(taken) < REPEATS and sum(taken) < (SLOW if len(taken) < 2 else ENOUGH):
+    while len(taken) < REPEATS and sum(taken) < (slow if len(taken) < 2 else ENOUGH):
         began = time.perf_counter()
         work()
         taken.append(time.perf_counter() - began)

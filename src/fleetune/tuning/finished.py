@@ -167,11 +167,16 @@ def load(
 
     `device`, `base` (where the base's weights are) and `model` (the base's name now) are the run's own unless given.
 
-    UsageError when the run has no result yet, LedgerError when the base is another now.
+    UsageError when the run has no result yet, or cannot have its base there; LedgerError when the base is another now.
     """
     run = Path(run)
     recipe, result = recipe_of(run), result_of(run)
     entry = entry_of(run, recipe)
+    if recipe.train == "scales" and base == "memory":
+        raise UsageError(
+            f"{run} has tuned the scales of a GGUF file, which are moved while they are read from it: base = memory cannot be",
+            hint=f"leave out --base; or write the tuned file, and give that: fleetune export {quoted(run)} --to gguf",
+        )
     where = "mapped" if recipe.train == "scales" else base or recipe.base
     recipe = dataclasses.replace(
         recipe, device=device or recipe.device, base=where, model=model or recipe.model

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from fleetune.common.ggml import BLOCK
+from fleetune.common.ggml import BLOCK, HALVES
 from fleetune.models.shapes import Linear, Shape
 
 if TYPE_CHECKING:
@@ -88,9 +88,14 @@ def lora_module(
 
 
 def scales_module(shape: Shape) -> Module | None:
-    """Return the scales of all linear layers, two a block as Q4_1 has; None where there are no such layers."""
-    tensors = {f"{x.name}.scales": (x.out, x.into // BLOCK, 2) for x in shape.linears}
-    return Module("scales", tensors, shape.linears) if tensors else None
+    """Return the scales of the linear layers that have some; None where none has.
+
+    Where the model's file is not known, all have two a block, which is the most (Q4_1, Q5_1).
+    """
+    counts = shape.scales or dict.fromkeys((x.name for x in shape.linears), max(HALVES.values()))
+    layers = tuple(x for x in shape.linears if x.name in counts)
+    tensors = {f"{x.name}.scales": (x.out, x.into // BLOCK, counts[x.name]) for x in layers}
+    return Module("scales", tensors, layers) if tensors else None
 
 
 def placeholders(module: Module) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import torch
 
 from fleetune import data, models
 from fleetune.common import commas
-from fleetune.common.display import counted
+from fleetune.common.display import counted, human_time
 from fleetune.common.memory import release_memory
 from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
 from fleetune.data.labelled import encode_rows
@@ -107,7 +107,12 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         problems.append(
             f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
         )
-    problems += _of_course(recipe) + _of_scales(recipe)
+    if recipe.train == "scales":
+        of_scales, change = recipe_problems.of_scales(
+            recipe.method, recipe.set, recipe.base, recipe.device, recipes.TRAIN_SCALES
+        )
+        hint, problems = hint if problems else change, problems + of_scales
+    problems += _of_course(recipe)
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
@@ -147,26 +152,6 @@ def _of_course(recipe: Recipe) -> list[str]:
     return []
 
 
-def _of_scales(recipe: Recipe) -> list[str]:
-    """Say what cannot train the scales of a quantised base."""
-    if recipe.train != "scales":
-        return []
-    found = []
-    if recipe.method not in recipes.TRAIN_SCALES:
-        found.append(f"train = scales is for {', '.join(recipes.TRAIN_SCALES)}, not for {recipe.method}")
-    if recipe.set.get("module", "scales") != "scales":
-        found.append(f"train = scales is the module scales: leave out module={recipe.set['module']}")
-    if recipe.base == "memory" or recipe.device not in ("auto", "cpu"):
-        found.append(
-            "train = scales reads the base from its GGUF file, on the CPU: leave out --base and --device"
-        )
-    if recipe.set.get("law") == "gaussian":
-        found.append(
-            "train = scales takes integer sums of directions, which law = gaussian has not: use law=hashed"
-        )
-    return found
-
-
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:
     """Read the data, hold rows out, and give every other row to a client."""
     return splitting.split(recipes.rows_of(recipe), entry.clients, offline=offline)
@@ -180,10 +165,12 @@ def prepare(
     find: bool = True,
     measure: bool = True,
     note: Callable[[str], None] = log.info,
+    progress: rates.Progress = rates.unheard,
 ) -> TuneJob:
     """Check a recipe and load what it names; for a fleet that is not simulated, the held-out rows alone.
 
-    With `find`, learning rates that are to be found are found, which takes some steps; `note` is told before.  With
+    With `find`, learning rates that are to be found are found, which takes some steps; `note` is told before, `progress`
+    how far it is.  With
     `measure`, the time is estimated from a measured step, and the run made to fit into `recipe.within`.
     """
     release_memory()  # an earlier job's, so that the peak is this one's
@@ -221,11 +208,18 @@ def prepare(
         recipe = dataclasses.replace(recipe, set=methods.values_of(method))
     prompts = [begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]]
     estimated: Estimate | None = None
+    found: list[Found] = []
     if measure and rows:
         measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
         recipe, method, estimated = _timed(recipe, method, model, rows, measured, prompts, note)
     recipe = dataclasses.replace(recipe, within="")
-    recipe, method, found = _with_rates(recipe, method, names, given, model, train, rows, note)
+    if names:
+        note(_search(recipe, names, len(train), estimated))
+        asked = _asked(recipe, rows)
+        if "lr" in names:
+            recipe, method = _for_clients(recipe, method, given, asked)
+        recipe, found = rates.find(recipe, names, model, train, asked, progress)
+        method = methods.make(recipe.method, recipe.set)
     return TuneJob(
         recipe, entry, method, model, parts, rows,
         held=[row for i in held[: recipe.eval_rows] for row in place[i]],
@@ -279,25 +273,16 @@ def _check_rows(rows: Sequence[Sequence[Encoded]], held: Sequence[int]) -> None:
         )
 
 
-def _with_rates(
-    recipe: Recipe,
-    method: Method,
-    names: Sequence[str],
-    given: Set[str],
-    model: Model,
-    train: Sequence[Encoded],
-    rows: Sequence[Sequence[Encoded]],
-    note: Callable[[str], None],
-) -> tuple[Recipe, Method, list[Found]]:
-    """Return the run with the learning rates of these names, found on training rows; `note` is told before."""
-    if not names:
-        return recipe, method, []
-    note(f"finding {' and '.join(names)} on training rows ..")
-    asked = _asked(recipe, rows)
-    if "lr" in names:
-        recipe, method = _for_clients(recipe, method, given, asked)
-    recipe, found = rates.find(recipe, names, model, train, asked)
-    return recipe, methods.make(recipe.method, recipe.set), found
+def _search(recipe: Recipe, names: Sequence[str], rows: int, run: Estimate | None) -> str:
+    """Say that learning rates are sought on so many training rows, and how long where that is much beside the run."""
+    words = f"finding {' and '.join(names)} on training rows"
+    seconds = 0.0 if run is None else rates.slopes_seconds(recipe, names, rows, run.evaluation / run.rows)
+    if run is None or seconds < max(LONG_SEARCH, run.seconds / 10):
+        return f"{words} .."
+    return (
+        f"{words}: about {human_time(seconds)}, as for a long run, where this one takes about {human_time(run.seconds)}; "
+        f"--set {names[0]}=NUMBER leaves the search out"
+    )
 
 
 def _for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:
@@ -378,6 +363,7 @@ def usual_threads(params: int) -> int:
 
 
 SMALL = 5_000_000  # parameters
+LONG_SEARCH = 20.0  # seconds of a search for a learning rate, from which on it is said how long it takes
 
 
 def dry_run(recipe: Recipe, *, offline: bool) -> TuneChecked:

@@ -105,6 +105,39 @@ def of_settings(values: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def of_scales(
+    method: str, chosen: Mapping[str, Any], base: str, device: str, able: Sequence[str]
+) -> tuple[list[str], str]:
+    """Say what of a recipe cannot train the scales of a quantised base, and what to change; [] and "" where all can.
+
+    `chosen` are the method's settings, `able` the methods that can.
+    """
+    found: list[tuple[str, str]] = []
+    if method not in able:
+        found.append(
+            (
+                f"train = scales is for {', '.join(able)}, not for {method}",
+                f"--method {able[0]}, or --train weights",
+            )
+        )
+    elif (module := chosen.get("module", "scales")) != "scales":
+        found.append((f"train = scales is the module scales, not {module}", "--set module=scales"))
+    if base == "memory":
+        found.append(
+            ("train = scales reads the base from its GGUF file, base = memory does not", "--base mapped")
+        )
+    if device not in ("auto", "cpu"):
+        found.append((f"train = scales runs on the CPU, not on device = {device}", "--device cpu"))
+    if chosen.get("law") == "gaussian":
+        found.append(
+            (
+                "train = scales takes integer sums of directions, which law = gaussian has not",
+                "--set law=hashed",
+            )
+        )
+    return [problem for problem, _ in found], "; ".join(change for _, change in found)
+
+
 def check_order(model: str, rows: str) -> None:
     """Raise UsageError where the model is the data, and the data are the model."""
     if looks_like_rows(model) and (os.path.isfile(model) or hub_of(rows) or looks_like_model(rows)):

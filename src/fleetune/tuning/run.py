@@ -8,11 +8,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fleetune.common.energy import EnergyMeter
+from fleetune.common.files import resumable
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
 from fleetune.errors import FleetuneError, Interrupted, StorageError, fault
@@ -68,9 +70,15 @@ def start(
         recipe, data=data_name(recipe.data, out)
     )  # rows from standard input are stored
     with _ONE_AT_A_TIME:
-        job = prepare(recipe, offline=offline, simulated=fleets.simulated, note=listener.note)
+        job = prepare(
+            recipe,
+            offline=offline,
+            simulated=fleets.simulated,
+            note=listener.note,
+            progress=listener.progress,
+        )
         recipe = job.recipe
-        with rundir.create(out, recipe.method, recipe.model) as folder:
+        with rundir.create(out, recipe.method, recipe.model) as folder, _resumable(folder.path, fleets):
             return TuneResult(folder.path.absolute(), tune(job, folder, listener, fleets))
 
 
@@ -106,7 +114,7 @@ def resume(
         listener.event(found.done)
         return found
     places.check_rows(recipe, path)
-    with _ONE_AT_A_TIME, RunDir(path) as folder:
+    with _ONE_AT_A_TIME, _resumable(path, fleets), RunDir(path) as folder:
         rundir.check_writable(path)
         job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False, measure=False)
         if not any(round for round, _ in rundir.checkpoints(path)):  # no round tells how long one takes
@@ -114,6 +122,12 @@ def resume(
         if recipe.rounds != had:
             extension.write(job.recipe, folder)
         return TuneResult(path.absolute(), tune(job, folder, listener, fleets))
+
+
+def _resumable(path: Path, fleets: Fleets) -> AbstractContextManager[None]:
+    """Let a full disk's hint name the command that goes on with a run."""
+    verb = "tune" if fleets.simulated else "fleet serve"
+    return resumable(f"fleetune {verb} --resume {quoted(path)}")
 
 
 def is_done(path: Path, note: Callable[[str], None]) -> bool:

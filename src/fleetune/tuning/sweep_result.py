@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fleetune.common.files import resumable
 from fleetune.errors import Interrupted
 from fleetune.runs.events import Event, TuneDone
 from fleetune.runs.listener import Listener
@@ -87,7 +88,8 @@ def perform(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: boo
     path = folder.path
     listener.header(*sweep.header(grid, path))
     listener.event(sweep.started(grid, path))
-    failed = sweep.run(folder, grid, _Followed(listener, path), offline=offline)
+    with resumable(sweep.resume_command(path)):
+        failed = sweep.run(folder, grid, _Followed(listener, path), offline=offline)
     done, table = sweep.finished(grid, path)
     listener.event(done)
     for caveat in table.caveats:

@@ -163,7 +163,10 @@ def show(ui: Ui, result: CompressResult) -> None:
     if not columns:  # it was finished before
         return
     measured: dict[str, Any] = asdict(done)
-    rows: list[list[object]] = [["weights", *(human_bytes(size) for size in result.sizes.values())]]
+    sizes = [human_bytes(size) for size in result.sizes.values()]
+    if in_file := _file_size(result):
+        sizes[0] += f", {human_bytes(in_file)} in its file"
+    rows: list[list[object]] = [["weights", *sizes]]
     names = dict.fromkeys(name for column in columns for name in measured[column])
     rows += [[name, *(_shown(measured[c], name) for c in columns)] for name in names if name not in BESIDE]
     if not ui.json:
@@ -175,6 +178,12 @@ def show(ui: Ui, result: CompressResult) -> None:
         *_latest(result.folder),
         ("next", f"fleetune export {quoted(result.folder)} --to {_next_target(result.folder / 'model')}"),
     ])  # fmt: skip
+
+
+def _file_size(result: CompressResult) -> int:
+    """Return the bytes of the GGUF file that was compressed, whose weights were read into plain numbers; 0 for no file."""
+    file = Path(result.request.model).expanduser()
+    return file.stat().st_size if file.is_file() else 0
 
 
 def _shown(values: Mapping[str, float], name: str) -> str:

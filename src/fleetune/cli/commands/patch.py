@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
 from fleetune.common.shell import quoted
-from fleetune.errors import UsageError
+from fleetune.errors import UsageError, called
 from fleetune.runs.events import PatchApplied, PatchMade
 
 HELP = "update a quantised model on a device by a file of kilobytes"
@@ -67,7 +67,8 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
     if (out := Path(args.to)).exists():
         raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
     base = patch_make.file_of(args.files[0], offline=args.offline)
-    made = _patch(args, base)
+    with called(base, args.files[0]):
+        made = _patch(args, base)
     write_atomic(out, made.file)
     ui.event(PatchMade(path=str(out), bytes=len(made.file), base=made.base, result=made.result))
     if ui.json:
@@ -95,8 +96,10 @@ def _patch(args: argparse.Namespace, base: Path) -> Patch:
 def _apply(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.deploy import patch
 
-    path, out = Path(args.files[0]), Path(args.to) if args.to else None
-    loaded = patch.load(Path(args.files[1]))
+    path, file = map(Path, args.files)
+    out = Path(args.to) if args.to else None
+    patch.check_order(path, file, out)
+    loaded = patch.load(file)
     back = patch.apply(path, loaded, out)
     ui.event(
         PatchApplied(path=str(out or path), result=loaded.result, undo=None if back is None else str(back))

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from fleetune.cli import recipe_flags, tracker_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
-from fleetune.cli.progress import RoundBar
+from fleetune.cli.progress import CountBar, RoundBar
 from fleetune.cli.sharing import say_what_is_shared
-from fleetune.common.display import counted, human_bytes, human_time, show
+from fleetune.common.display import counted, human_bytes, human_count, human_time, show
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import metrics, rundir
@@ -227,11 +227,17 @@ class RunScreen:
             raise Interrupted(f"stopped after round {self.round}; nothing that was finished is lost")
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
-        """Note how many rounds there are, and how many clients are asked in each."""
+        """Note how many rounds there are, and how many clients are asked in each; show any other count on the bar."""
+        live = self.bar.live
+        if what == "clients":
+            self.bar.update(clients=total)
+            return
+        if live.label != what:
+            live.relabel(what)
         if what == "rounds":
             self.bar.rounds = total
-        elif what == "clients":
-            self.bar.update(clients=total)
+        else:
+            CountBar(live, total, human_count).update(done, total, text)
 
     @property
     def stop_requested(self) -> bool:

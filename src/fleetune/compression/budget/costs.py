@@ -51,6 +51,12 @@ class Candidate(NamedTuple):
         return padded(R * (C // columns) * size)
 
     @property
+    def bits_a_weight(self) -> float:
+        """Return the size of a weight in the file, in bits."""
+        columns, size = self._block
+        return 8 * size / columns
+
+    @property
     def _block(self) -> tuple[int, int]:
         """The columns and the bytes of a block."""
         found = Grid(self.grid, self.bits).block
@@ -139,10 +145,26 @@ def matrix_names(model: Model) -> list[str]:
     return [*layers, *end_names(model)]
 
 
-def least_bytes(model: Model) -> int:
-    """Return the bytes of all matrices, each on the smallest grid that it can have."""
-    weights = (_values(model.net.get_parameter(name)) for name in matrix_names(model))
-    return sum(min(each.bytes(*W.shape) for each in candidates(W)) for W in weights)
+class Reach(NamedTuple):
+    """What all matrices can take in a file."""
+
+    least: int  # bytes, each matrix on the smallest grid that it can have
+    most: int  # ... on the largest
+    kinds: tuple[str, ...]  # types of llama.cpp that some matrix can have, by rising size
+
+
+def reach(model: Model) -> Reach:
+    """Return what the matrices of a model can take."""
+    least = most = 0
+    possible = set[Candidate]()
+    for name in matrix_names(model):
+        W = _values(model.net.get_parameter(name))
+        found = candidates(W)
+        sizes = [each.bytes(*W.shape) for each in found]
+        least, most = least + min(sizes), most + max(sizes)
+        possible |= set(found)
+    rising = sorted(possible, key=lambda each: (each.bits_a_weight, each.kind))
+    return Reach(least, most, tuple(each.kind for each in rising))
 
 
 def end_names(model: Model) -> list[str]:

@@ -19,14 +19,14 @@ from fleetune.common.files import write_atomic
 from fleetune.compression.training import checksum
 from fleetune.errors import FleetuneError, Interrupted, UsageError
 from fleetune.runs.compression_folder import CompressRequest
-from fleetune.runs.events import BudgetSpent
+from fleetune.runs.events import BudgetMeasured, BudgetSpent
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fleetune.compression import Solver
-    from fleetune.compression.budget.costs import Costs
+    from fleetune.compression.budget.costs import Costs, Reach
     from fleetune.compression.layerwise.driver import Plan
     from fleetune.models.model import Model
 
@@ -104,6 +104,16 @@ class Room(NamedTuple):
 
     matrices: int
     others: int  # bytes of the header and all else
+    reach: Reach  # what the matrices can take
+
+    @property
+    def about(self) -> str:
+        """Say what the room can buy, for the header."""
+        least, most = (human_bytes(size + self.others) for size in (self.reach.least, self.reach.most))
+        return (
+            f"{human_bytes(self.matrices + self.others)} as gguf, where {least} to {most} can be had · each matrix "
+            f"{', '.join(self.reach.kinds)}, by sensitivities that the run measures first"
+        )
 
 
 def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]], int]) -> Room:
@@ -116,9 +126,10 @@ def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]
     names = costs.matrix_names(model)
     others, weights = beside(names), sum(model.net.get_parameter(name).numel() for name in names)
     limit = request.bytes - others if request.bytes else int(request.bpw * weights / 8)
-    if limit < (least := costs.least_bytes(model)):
-        raise _too_small(request, least, others, weights)
-    return Room(limit, others)
+    reach = costs.reach(model)
+    if limit < reach.least:
+        raise _too_small(request, reach.least, others, weights)
+    return Room(limit, others, reach)
 
 
 def spend(listener: Listener, model: Model, windows: Tensor, seed: int, room: Room) -> Budget:
@@ -133,10 +144,17 @@ def measured(listener: Listener, model: Model, windows: Tensor, seed: int) -> Co
 
     some = windows[: max(1, TOKENS // windows.shape[1])]
 
+    seen = -1  # block whose matrices are at work
+
     def on_window(number: int, count: int) -> None:
+        listener.event(BudgetMeasured(phase="sensitivity", done=number, total=count))
         _checked(listener, "sensitivity", number, count, "")
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
+        nonlocal seen
+        if block != seen:
+            seen = block
+            listener.event(BudgetMeasured(phase="grids", done=block, total=blocks))
         _checked(listener, "grids", block, blocks, name.rsplit(".", 1)[-1])
 
     names = [name for _, linears in linears_of(model) for name in linears]

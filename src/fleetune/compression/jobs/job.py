@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fleetune import compression, subject
 from fleetune.common import settings, sums
 from fleetune.common.display import human_bytes
+from fleetune.common.files import resumable
 from fleetune.common.shell import quoted
 from fleetune.compression.jobs import budget, calibrating, progress, scales
 from fleetune.compression.jobs.contract import Devices, FileSize, Job
@@ -96,6 +97,7 @@ def prepare(
 
     release_memory()  # an earlier job's, so that the peak is this one's
     method = compression.make(request.method, request.set)
+    _check_grid(request, method)
     check(request)
     if not request.run:
         subject.open_weights(request.model, out)  # it may hold codes by now
@@ -173,14 +175,15 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
         ("method", f"{request.method} · " + " · ".join(f"{k} {v}" for k, v in fields.items())),
         *job.about(), ("folder", str(folder)),
     ])  # fmt: skip
-    compression_folder.write_record(folder, request, None)  # what it says of a result that is gone
-    try:
-        outcome = job.run(listener, folder)
-    except Interrupted as stopped:
-        stopped.hint = stopped.hint or progress.resume_command(folder)
-        raise
-    result = {**outcome.done, "result_sha256": sums.sealed(folder / "model", compression_folder.RECORD)}
-    compression_folder.finish(folder, request, result)
+    with resumable(progress.resume_command(folder)):
+        compression_folder.write_record(folder, request, None)  # what it says of a result that is gone
+        try:
+            outcome = job.run(listener, folder)
+        except Interrupted as stopped:
+            stopped.hint = stopped.hint or progress.resume_command(folder)
+            raise
+        result = {**outcome.done, "result_sha256": sums.sealed(folder / "model", compression_folder.RECORD)}
+        compression_folder.finish(folder, request, result)
     done = CompressDone(folder=str(folder), **result)
     listener.event(done)
     return CompressResult(request, folder, done, outcome.sizes)
@@ -226,6 +229,19 @@ def check(request: CompressRequest) -> None:
     for name in (request.text, request.eval_text):
         if name and not Path(name).is_file():
             raise UsageError(f"no text file at {name}", hint="check the path")
+
+
+def _check_grid(request: CompressRequest, method: object) -> None:
+    """Raise RecipeError for bits or a group that were given beside a grid which has others of its own."""
+    problems = [
+        f"grid = {request.set['grid']!r} has {name} = {own}, and {name} = {given} is given as well"
+        for name in ("bits", "group")
+        if "grid" in request.set
+        and (given := request.set.get(name)) is not None
+        and int(given) != (own := getattr(method, name, int(given)))
+    ]
+    if problems:
+        raise RecipeError(problems, hint=f"leave out --set grid={request.set['grid']}, or the other")
 
 
 def _check_devices(request: CompressRequest, devices: Devices | None) -> None:

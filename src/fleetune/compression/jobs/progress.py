@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from fleetune.common.display import human_bytes
 from fleetune.common.shell import quoted
@@ -84,3 +85,24 @@ def weight_bytes(model: Model) -> int:
     from fleetune.models.dtypes import WEIGHTS
 
     return model.n_params * WEIGHTS[model.dtype].size
+
+
+# what `layerwise.experts` notes of a tensor
+_FEW: Final = re.compile(r"(\d+) of (\d+) experts saw fewer than \d+ tokens \(the least (\d+)\)")
+
+
+def is_of_few(note: str) -> bool:
+    """Tell whether a note is on experts that saw few tokens."""
+    return _FEW.match(note) is not None
+
+
+def of_few(notes: Iterable[str]) -> str:
+    """Return one line for the notes of all layers on experts that saw few tokens; "" without any."""
+    found = [tuple(map(int, seen.groups())) for note in notes if (seen := _FEW.match(note))]
+    if not found:
+        return ""
+    few, every, tokens = zip(*found, strict=True)
+    return (
+        f"{sum(few)} of {sum(every)} matrices of experts, in {len(found)} tensors, saw fewer tokens than they have columns "
+        f"(the least {min(tokens)}): solved on all tokens of their layer. More --windows give them more"
+    )

@@ -20,7 +20,7 @@ from fleetune.compression.jobs.contract import Devices, FileSize, Outcome, Share
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder
-from fleetune.runs.compression_folder import CLIENTS, FLEET, PARTS, CompressRequest
+from fleetune.runs.compression_folder import CLIENTS, FLEET, PARTS, RECORD, CompressRequest
 from fleetune.runs.events import BlockSolved, CompressStart, MatrixSolved
 from fleetune.runs.listener import Listener
 
@@ -66,7 +66,8 @@ class SolveJob:
         text = f"{self.inputs.source} · {counted(count, 'window')} of {length} tokens"
         text += " · true sequential" if self.cost.together else ""
         whose = [("clients", f"{len(self.shares)} of them, in turn")] if self.shares else []
-        return [("text", text), *whose, ("memory", memory)]
+        limit = [("budget", self.room.about)] if budget.asked(self.request) else []
+        return [("text", text), *whose, ("memory", memory), *limit]
 
     @cached_property
     def memory(self) -> int:
@@ -213,6 +214,8 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         plan=plan,
         experts=_takes_experts(job.request),
     )
+    if few := progress.of_few(note for b in blocks.blocks for m in b.matrices for note in m.notes):
+        listener.note(f"{few}; {RECORD} has the numbers of each tensor")
     listener.note(_summary(blocks.blocks, plan is not None))
     if not job.request.train_scales:
         return Weights(blocks.blocks, blocks)
@@ -343,12 +346,13 @@ def _traffic(listener: Listener, job: SolveJob) -> dict[str, int]:
 
 
 def _report_block(listener: Listener, block: BlockResult, blocks: int) -> None:
-    """Report a finished block as an event, and what a solver remarked on its layers."""
+    """Report a finished block as an event, and what a solver remarked on its layers, but for experts that saw few tokens."""
     matrices = [MatrixSolved(name=m.name, error=m.error, notes=list(m.notes)) for m in block.matrices]
     listener.event(BlockSolved(block=block.number, blocks=blocks, seconds=block.seconds, matrices=matrices))
     for matrix in block.matrices:
         for note in matrix.notes:
-            listener.note(f"{matrix.name}: {note}")
+            if not progress.is_of_few(note):
+                listener.note(f"{matrix.name}: {note}")
 
 
 def _summary(blocks: Sequence[BlockResult], ends: bool) -> str:

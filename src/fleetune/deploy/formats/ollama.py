@@ -73,18 +73,17 @@ def modelfile(tokenizer: Any) -> tuple[str, list[str]]:
         )  # fmt: skip
         return str(text)
 
-    lines = [f"FROM ./{FILE}"]
+    lines, (stops, notes) = [f"FROM ./{FILE}"], _stops(tokenizer)
     turns = _ollama_template.read(render, _first(tokenizer))
     if turns is None or any(QUOTES in text for text in (_ollama_template.go(turns), turns.usual or "")):
         note = "the chat template has no form in Ollama's language, which takes its own guess: compare its prompts"
-        return "\n".join([*lines, *_stops(tokenizer), ""]), [note]
+        return "\n".join([*lines, *stops, ""]), [note, *notes]
     lines.append(f"TEMPLATE {QUOTES}{_ollama_template.go(turns)}{QUOTES}")
     if turns.usual:
         lines.append(f"SYSTEM {QUOTES}{turns.usual}{QUOTES}")
-    notes = (
-        [] if "system" in turns.around else ["the chat template has no system message: Ollama's are left out"]
-    )
-    return "\n".join([*lines, *_stops(tokenizer), ""]), notes
+    if "system" not in turns.around:
+        notes.insert(0, "the chat template has no system message: Ollama's are left out")
+    return "\n".join([*lines, *stops, ""]), notes
 
 
 def _first(tokenizer: Any) -> str:
@@ -93,11 +92,13 @@ def _first(tokenizer: Any) -> str:
     return str(tokenizer.bos_token) if begins and tokenizer.bos_token_id is not None else ""
 
 
-def _stops(tokenizer: Any) -> list[str]:
-    """Return the lines that name the tokens which end an answer, but those that a Modelfile cannot quote."""
+def _stops(tokenizer: Any) -> tuple[list[str], list[str]]:
+    """Return the lines that name the tokens which end an answer, and a note on those that a Modelfile cannot quote."""
     try:
         ids = sorted(stop_ids(tokenizer))
     except FleetuneError:  # a template that refuses a question and its answer
         ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    return [f'PARAMETER stop "{token}"' for token in tokens if '"' not in token and token.isprintable()]
+    odd = [token for token in tokens if '"' in token or not token.isprintable()]
+    note = f"a Modelfile cannot quote {', '.join(map(ascii, odd))}: answers that end so do not stop there"
+    return [f'PARAMETER stop "{token}"' for token in tokens if token not in odd], [note] * bool(odd)

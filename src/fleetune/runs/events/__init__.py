@@ -37,6 +37,7 @@ from fleetune.runs.events.base import VERSION, Event, Measures, Recorded, as_dic
 from fleetune.runs.events.checks import DataChecked, Lengths, RowShown, TuneChecked
 from fleetune.runs.events.compression import (
     BlockSolved,
+    BudgetMeasured,
     BudgetSpent,
     CalibrationReply,
     CompressChecked,
@@ -118,6 +119,7 @@ __all__ = [
     "VERSION",
     "Answered",
     "BlockSolved",
+    "BudgetMeasured",
     "BudgetSpent",
     "CalibrationReply",
     "ClientReply",

@@ -23,6 +23,9 @@ class CompressChecked(Event):
     text: str | None = None  # calibration text: source, windows, tokens
     clients: str | None = None  # number of clients that would calibrate
     memory: str | None = None  # planned peak memory
+    budget: str | None = (
+        None  # with a size: bytes, the least and the most that can be had, types of llama.cpp
+    )
     teacher: str | None = None  # name and size
     rows: str | None = None  # training rows: source, number, longest
 
@@ -74,6 +77,16 @@ class BlockSolved(Event):
     blocks: int  # number of blocks in the model, and one more with a size
     seconds: float  # of this block
     matrices: Sequence[MatrixSolved]  # its linear layers: name, relative error of the outputs, notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetMeasured(Event):
+    """A part of what `--bytes` or `--bpw` chooses by begins to be measured."""
+
+    event: ClassVar[str] = "choosing"
+    phase: str  # sensitivity (of the outputs of each matrix, a window at a time) or grids (of a block, a block at a time)
+    done: int  # windows, or blocks, that are measured; the last block is embedding and head
+    total: int  # number of windows, or of blocks without the last
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from fleetune.common.settings import AUTO, Setting
 from fleetune.data import Encoded, keyed_order
@@ -46,6 +47,17 @@ AT_SERVER: Final = 4  # of a trial of the server's step, which is as noisy as th
 MEASURED: Final = 32  # rows on which a trial is measured, at most
 COARSE: Final = {"bf16": 2e-3}  # least perturbation: below, a second difference of losses is rounding
 SERIES: Final = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
+
+
+class Progress(Protocol):
+    """Callback while a rate is sought, as `Listener.progress`."""
+
+    def __call__(self, what: str, done: int, total: int, text: str = "") -> None:
+        """Note that `done` of `total` parts are finished."""
+
+
+def unheard(what: str, done: int, total: int, text: str = "") -> None:
+    """Do nothing: nobody follows the search."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +113,22 @@ def _idle(recipe: Recipe, method: Method, setting: Setting) -> str:
 
 
 def find(
-    recipe: Recipe, names: Sequence[str], model: Model, rows: Sequence[Encoded], clients: int
+    recipe: Recipe,
+    names: Sequence[str],
+    model: Model,
+    rows: Sequence[Encoded],
+    clients: int,
+    progress: Progress = unheard,
 ) -> tuple[Recipe, list[Found]]:
     """Return the recipe with the rates of these names (`wanted`), and how each was found.
 
-    `rows` are training rows that the server has, `clients` is the number of those asked in a round.
+    `rows` are training rows that the server has, `clients` is the number of those asked in a round.  `progress` is told
+    how many forward passes, or losses after trials, there were (of how many is not known of trials: 0).
     """
     found = []
     for name in names:
         try:
-            done = _find(recipe, name, model, few(rows, recipe.seed), clients)
+            done = _find(recipe, name, model, few(rows, recipe.seed), clients, progress)
         except FleetuneError:
             raise
         except FAULTS as error:
@@ -122,13 +140,30 @@ def find(
     return recipe, found
 
 
+def slopes_seconds(recipe: Recipe, names: Sequence[str], rows: int, row: float) -> float:
+    """Return about how long rates take that are found from slopes, on so many rows of `row` seconds a loss; 0 for none.
+
+    The search is the same for a long run and a short one.
+    """
+    method = methods.make(recipe.method, recipe.set)
+    if not isinstance(method, FromSlopes) or not any(
+        s.name in names and not s.only_if for s in methods.settings(recipe.method)
+    ):
+        return 0.0
+    measured = 2 * 3 * slopes.DIRECTIONS * min(slopes.ROWS, rows)
+    walked = 2 * slopes.STEPS * min(getattr(method, "batch_size", 1), slopes.ROWS, rows)
+    return row * (measured + walked)
+
+
 def few(rows: Sequence[Encoded], seed: int) -> list[Encoded]:
     """Return some of the rows, in an order keyed by the seed."""
     order = keyed_order(derive(seed, "rate rows"), 0, len(rows))
     return [rows[i] for i in order[: slopes.DIRECTIONS * slopes.ROWS].tolist()]
 
 
-def _find(recipe: Recipe, name: str, model: Model, rows: Sequence[Encoded], clients: int) -> Found | None:
+def _find(
+    recipe: Recipe, name: str, model: Model, rows: Sequence[Encoded], clients: int, progress: Progress
+) -> Found | None:
     began = time.perf_counter()
     switch = next(s.only_if for s in methods.settings(recipe.method) if s.name == name)
     beside = {switch: 1} if switch else {}  # the rate of devices of one kind: all are of it in a trial
@@ -140,20 +175,29 @@ def _find(recipe: Recipe, name: str, model: Model, rows: Sequence[Encoded], clie
     if isinstance(method, FromSlopes) and not switch:
         if getattr(method, "objective", "loss") != "loss":
             return None
-        found = from_slopes(method, name, model, rows, recipe.seed, clients)
+        found = from_slopes(method, name, model, rows, recipe.seed, clients, progress)
     else:
-        found = from_trial(method, make, name, model, rows, recipe, clients)
+        found = from_trial(method, make, name, model, rows, recipe, clients, progress)
     return dataclasses.replace(found, seconds=round(time.perf_counter() - began, 3))
 
 
 def from_slopes(
-    method: FromSlopes, name: str, model: Model, rows: Sequence[Encoded], seed: int, clients: int
+    method: FromSlopes,
+    name: str,
+    model: Model,
+    rows: Sequence[Encoded],
+    seed: int,
+    clients: int,
+    progress: Progress,
 ) -> Found:
     """Return the rate that slopes, noise and curvature along random directions give."""
     m: Any = method
     eps = max(m.eps, COARSE.get(model.dtype, 0.0))
     how = slopes.Probe(m.law, m.K, eps, derive(seed, "rate"), m.batch_size)
-    points = slopes.measure(model, rows, how, lambda point: method.rate_from([point], clients))
+    points = slopes.measure(
+        model, rows, how, lambda point: method.rate_from([point], clients),
+        lambda done: progress(f"finding {name}", done, slopes.PASSES, "forward passes"),
+    )  # fmt: skip
     rate = method.rate_from(points, clients)
     seen = max(points, key=lambda point: point.curvature)
     found = Found(
@@ -178,10 +222,15 @@ def from_trial(
     rows: Sequence[Encoded],
     recipe: Recipe,
     clients: int,
+    progress: Progress,
 ) -> Found:
     """Return the rate after which the loss on rows that were not trained on is lowest."""
     at_server = bool(getattr(method, "rate_at_server", False))
-    bench = bench_of(model, rows, recipe.seed, min(clients, AT_SERVER if at_server else CLIENTS))
+    losses = itertools.count()
+    bench = dataclasses.replace(
+        bench_of(model, rows, recipe.seed, min(clients, AT_SERVER if at_server else CLIENTS)),
+        on_loss=lambda: progress(f"finding {name}", next(losses), 0, "losses after trials"),
+    )
     first = first_rate(method, name)
     make = make if at_server else functools.partial(_short, make, len(bench.clients[0]))
     trials = (trial.try_on_server if at_server else trial.try_on_devices)(bench, make, first)

@@ -56,9 +56,11 @@ class Bench:
     clients: Sequence[Sequence[Encoded]]
     rows: Sequence[Encoded]  # measured on, not trained on
     seed: int
+    on_loss: Callable[[], None] = lambda: None  # called before each measurement
 
     def loss(self) -> float:
         """Return the loss on the measured rows, infinite where it is no number."""
+        self.on_loss()
         few = list(self.rows)
         found = class_measures(self.model, few)[0] if self.model.labels else response_loss(self.model, few)
         return found if math.isfinite(found) else math.inf
