@@ -181,8 +181,8 @@ def test_a_link_stays_one(file: Path, tmp_path: Path) -> None:
 def test_a_damaged_or_another_patch_is_named_as_such(file: Path, tmp_path: Path) -> None:
     made = patch_make.make(file, ledger_on(file)[0], changes=True)
     (tmp_path / "p").write_bytes(made.file)
-    rewritten(tmp_path / "p", format=2)
-    with pytest.raises(ModelError, match="a patch of format 2, this program reads 1"):
+    rewritten(tmp_path / "p", format=3)
+    with pytest.raises(ModelError, match="a patch of format 3, this program reads 1, 2"):
         patch.load(tmp_path / "p")
     raw = bytearray(made.file)
     raw[-40] ^= 4
@@ -256,7 +256,7 @@ def rewritten(path: Path, **changed: object) -> Path:
 
 
 @pytest.mark.parametrize("what", [
-    {"format": 2}, {"K": 63}, {"K": 1 << 40}, {"law": "none"}, {"grid": "x"}, {"run_key": "zz"}, {"places": [[1, 2]]},
+    {"format": 3}, {"format": 2.0}, {"K": 63}, {"K": 1 << 40}, {"law": "none"}, {"grid": "x"}, {"run_key": "zz"}, {"places": [[1, 2]]},
     {"places": [[0, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q9", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 5, 1, 2, 0]]},
     {"places": [[64, "Q4_0", 64, 2, 0, 0], [65, "Q4_0", 64, 2, 0, 0]]}, {"id": np.arange(3, dtype=np.uint64)},
     {"coefficient": np.ones(40)}, {"run_key": "f" * 40}, {"run_key": "-5"}, {"grid": float("nan")}, {"grid": 1e400}, {"K": "64"},

@@ -91,7 +91,7 @@ def test_a_ledger_of_what_no_version_trains_is_refused(file: Path) -> None:
     head = _zeroth.new_ledger(
         model, 5, law="hashed", K=64, lr=0.1, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
     ).head
-    text = dataclasses.replace(head, hyper={"train": "codes"}).to_json()
+    text = dataclasses.replace(head, hyper={"train": "norms"}).to_json()
     with pytest.raises(LedgerError, match="is damaged"):
         LedgerHead.from_json(text)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.common.files import storage_error
 from fleetune.common.folders import scratch
+from fleetune.common.ggml import PARTS
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
 from fleetune.errors import FleetuneError, UsageError
@@ -56,7 +57,7 @@ def export(
     """
     check(to, path, text)
     if isinstance(subject, Run):
-        own = DEFAULT_TARGET if subject.recipe.train == "scales" else DEFAULT_TARGET_OF_A_RUN
+        own = DEFAULT_TARGET if subject.recipe.train in PARTS else DEFAULT_TARGET_OF_A_RUN
         return _of_run(subject, to or own, path, text, listener, offline=offline)
     kind = to or DEFAULT_TARGET
     if isinstance(subject, Compressed):
@@ -155,8 +156,8 @@ def _of_run(
         source = base.directory(offline=offline) if target.states("BASE") else None
         report = exporting.export_adapter(adapter, source, kind, out, made=made)
         return ExportResult(out, _done(report, listener))
-    if recipe.train == "scales" and kind in FILES:
-        report = _with_other_scales(run, kind, out, offline=offline)
+    if recipe.train in PARTS and kind in FILES:
+        report = _with_other_blocks(run, kind, out, offline=offline)
         rows = _rows(base.directory(offline=offline), text) if text else []
         return _finish(run.folder, kind, _done(report, listener), rows, listener, offline=offline)
     rows = _rows(base.directory(offline=offline), text)
@@ -170,8 +171,8 @@ def _of_run(
             return write(plain, kind, out, listener, made, rows)
 
 
-def _with_other_scales(run: Run, kind: str, out: Path, *, offline: bool) -> Report:
-    """Write the GGUF file that a run was tuned on with the scales that it has found; its codes and all else stay as they are."""
+def _with_other_blocks(run: Run, kind: str, out: Path, *, offline: bool) -> Report:
+    """Write the GGUF file that a run was tuned on with the scales or codes that it has found; all else stays as it is."""
     from fleetune import models
     from fleetune.common.folders import staged
     from fleetune.deploy import patch, patch_make

@@ -16,6 +16,7 @@ import torch
 from fleetune import data, models
 from fleetune.common import commas
 from fleetune.common.display import counted
+from fleetune.common.ggml import PARTS
 from fleetune.common.memory import release_memory
 from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
 from fleetune.data.labelled import encode_rows
@@ -28,7 +29,7 @@ from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
-from fleetune.seeds import kernel_choice, scale_view
+from fleetune.seeds import kernel_choice, trained
 from fleetune.tuning import estimate, kinds, labels, methods, rates, recipe_problems, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.estimate import Estimate
@@ -107,7 +108,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         problems.append(
             f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
         )
-    problems += _of_course(recipe) + _of_scales(recipe)
+    problems += _of_course(recipe) + _of_blocks(recipe)
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
@@ -147,22 +148,23 @@ def _of_course(recipe: Recipe) -> list[str]:
     return []
 
 
-def _of_scales(recipe: Recipe) -> list[str]:
-    """Say what cannot train the scales of a quantised base."""
-    if recipe.train != "scales":
+def _of_blocks(recipe: Recipe) -> list[str]:
+    """Say what cannot train the scales or codes of a quantised base."""
+    if recipe.train not in PARTS:
         return []
-    found = []
-    if recipe.method not in recipes.TRAIN_SCALES:
-        found.append(f"train = scales is for {', '.join(recipes.TRAIN_SCALES)}, not for {recipe.method}")
-    if recipe.set.get("module", "scales") != "scales":
-        found.append(f"train = scales is the module scales: leave out module={recipe.set['module']}")
+    found, able, module = [], recipes.TRAIN_PARTS[recipe.train], recipe.set.get("module")
+    if recipe.method not in able:
+        also = ", which has train = scales" if recipe.method in recipes.TRAIN_PARTS["scales"] else ""
+        found.append(f"train = {recipe.train} is for {', '.join(able)}, not for {recipe.method}{also}")
+    elif module not in (None, "scales"):
+        found.append(f"train = scales is the module scales: leave out module={module}")
     if recipe.base == "memory" or recipe.device not in ("auto", "cpu"):
         found.append(
-            "train = scales reads the base from its GGUF file, on the CPU: leave out --base and --device"
+            f"train = {recipe.train} reads the base from its GGUF file, on the CPU: leave out --base and --device"
         )
     if recipe.set.get("law") == "gaussian":
         found.append(
-            "train = scales takes integer sums of directions, which law = gaussian has not: use law=hashed"
+            f"train = {recipe.train} takes integer sums of directions, which law = gaussian has not: use law=hashed"
         )
     return found
 
@@ -203,10 +205,10 @@ def prepare(
     labels.check_rows(recipe, objective, batch_size_of(method), parts.examples, held_out, offline=offline)
     model = models.load(
         recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts),
-        base="mapped" if recipe.train == "scales" else recipe.base,
+        base="mapped" if recipe.train in PARTS else recipe.base,
     )  # fmt: skip
     model.trains = recipe.train
-    scale_view.moved_tensors(model)  # refuses a base that has no scales
+    trained.moved_tensors(model)  # refuses a base that has no blocks where these are trained
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
     torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
     place = _tokens(model, parts, recipe.max_length)
