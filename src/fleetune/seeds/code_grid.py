@@ -2,7 +2,7 @@
 """Move the codes of ggml's blocks along directions, and leave the scales: the readable reference, in numpy alone.
 
     D    the ledger's sum at a weight, in units of weights: grid * sum_k c_k z_k, and eps z of a probe
-    q'   = floor(q + D / d + u), at least the lowest code and at most the highest
+    q'   = floor(D / d + (q + u)), at least the lowest code and at most the highest
 
 with q what the scale d is multiplied by, so w' = d q' (+ m).  u in (0, 1) is a fixed number of each weight, from Philox, so a
 move of a tenth of d moves a tenth of the codes by one: the mean of w' is w + D, to 2^-16 of d, but at the ends.  The point is a
@@ -89,12 +89,13 @@ def packed(codes: Codes, kind: str) -> NDArray[np.uint8]:
 def stepped(codes: Codes, D: Codes, scales: NDArray[np.float32], u: Codes, kind: str) -> Codes:
     """Return q' of blocks: codes, D and u float32 [n, 32], scales float32 [n, 1]."""
     still = (scales == 0) | ~np.isfinite(scales)
-    moved = D / np.where(still, np.float32(np.inf), scales) + codes
+    steps = D / np.where(still, np.float32(np.inf), scales)
     q: Codes
     if kind != "IQ4_NL":
         low, high = RANGES[kind]
-        q = np.floor(moved + u).clip(np.float32(low), np.float32(high))
+        q = np.floor(steps + (codes + u)).clip(np.float32(low), np.float32(high))
         return q
+    moved = steps + codes
     below = np.searchsorted(VALUES[1:-1], moved, side="right")
     place = (moved - VALUES[below]) / (VALUES[below + 1] - VALUES[below])
     up = np.floor(place + u).clip(0, 1).astype(np.int64)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Move the codes of a quantised base, and leave its scales as they are.
 
-With D the ledger's sum at a weight the code is floor(q + D / d + u), u a fixed number of each weight (`code_grid.py`).  QES
+With D the ledger's sum at a weight the code is floor(D / d + q + u), u a fixed number of each weight (`code_grid.py`).  QES
 (arXiv 2602.03120) moves codes by evolution strategies and carries what rounding loses from step to step, or rebuilds it from the
 last seeds approximately; here the ledger holds D whole, so nothing is carried and a point is a function of the ledger alone.
 u is made anew for each block of rows, so nothing of the size of the model is kept.
@@ -69,10 +69,11 @@ class CodeView(BlockView):
 def step(D: Tensor, codes: Tensor, scales: Tensor, u: Tensor, kind: str) -> None:
     """Turn moves D of weights into the codes that they lead to, in place: `code_grid.stepped` to the bit."""
     still = (scales == 0) | ~scales.isfinite()
-    D.div_(scales.masked_fill(still, torch.inf)).add_(codes)
+    D.div_(scales.masked_fill(still, torch.inf))
     if kind != "IQ4_NL":
-        D.add_(u).floor_().clamp_(*code_grid.RANGES[kind])
+        D.add_(codes + u).floor_().clamp_(*code_grid.RANGES[kind])
         return
+    D.add_(codes)
     below = torch.bucketize(D, _VALUES[1:-1], right=True, out_int32=True)
     low, high = (_VALUES.index_select(0, at.view(-1)).view_as(D) for at in (below, below + 1))
     up = D.sub_(low).div_(high - low).add_(u).floor_().clamp_(0, 1)
