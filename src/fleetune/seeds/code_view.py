@@ -24,6 +24,7 @@ from fleetune.seeds import code_grid
 from fleetune.seeds.block_view import BlockView, weight_of
 from fleetune.seeds.slots import WeightSlot
 
+TOGETHER: Final = 1 << 18  # weights whose codes are moved at a time: few for the cache
 _VALUES: Final = torch.from_numpy(code_grid.VALUES)
 
 
@@ -52,17 +53,21 @@ class CodeView(BlockView):
     def _codes(self, slot: WeightSlot, top: int, end: int, signs: int) -> tuple[Tensor, Tensor]:
         """Return the codes of rows top..end for each sign, float32 [signs, n, 32], and their scales float32 [n, 1 or 2]."""
         stored = weight_of(slot).stored
-        blocks = stored.blocks(top, end)
+        blocks, first = stored.blocks(top, end), slot.start + top * stored.width
         scales = scale_bits(blocks, stored.kind).view(torch.float16).float()
-        count, first = (end - top) * stored.width, slot.start + top * stored.width
-        room = self._take((signs + 2) * count, torch.float32).view(signs + 2, count)
-        moved, codes, u = room[:signs], room[-2], room[-1]
-        moved[0].zero_()
-        self._sweep(moved[0], moved[0], first, None, self.direction, *moved[1:])
-        write_codes(codes.view(-1, BLOCK), blocks, stored.kind)
-        self.kernels.offsets(u, first, self.run_key, code_grid.OFFSETS, threads=self.threads)
-        for D in moved:
-            step(D.view(-1, BLOCK), codes.view(-1, BLOCK), scales[:, :1], u.view(-1, BLOCK), stored.kind)
+        count, most = len(blocks) * BLOCK, min(len(blocks) * BLOCK, TOGETHER)
+        room = self._take(signs * count + 2 * most, torch.float32)
+        moved, (codes, u) = room[: signs * count].view(signs, count), room[signs * count :].view(2, most)
+        for lo in range(0, count, most):
+            hi = min(lo + most, count)
+            some, part = slice(lo // BLOCK, hi // BLOCK), moved[:, lo:hi]
+            part[0].zero_()
+            self._sweep(part[0], part[0], first + lo, None, self.direction, *part[1:])
+            q, offsets = codes[: hi - lo].view(-1, BLOCK), u[: hi - lo]
+            write_codes(q, blocks[some], stored.kind)
+            self.kernels.offsets(offsets, first + lo, self.run_key, code_grid.OFFSETS, threads=self.threads)
+            for D in part:
+                step(D.view(-1, BLOCK), q, scales[some, :1], offsets.view(-1, BLOCK), stored.kind)
         return moved.view(signs, -1, BLOCK), scales
 
 

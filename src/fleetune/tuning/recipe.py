@@ -32,7 +32,7 @@ MOVE_BLOCKS: Final = (
     "mezo",
     "fedkseed",
     "onebyte",
-)  # methods that can train the scales or codes of a quantised base
+)  # methods that can train a quantised base's scales or codes
 SCALES_EPS: Final = 0.01  # their perturbation of scales, unless given: ten steps of fp16
 CODES_EPS: Final = 4e-3  # ... of codes, in units of weights: about a tenth of the scale of 4-bit blocks
 SCALES_MODULE: Final = (
@@ -280,7 +280,7 @@ def resolved(recipe: Recipe) -> Recipe:
 
     The partition stays as it is where the data's columns cannot be read.
     """
-    if recipe.method == SCALES_MODULE and recipe.set.get("module") == "scales":
+    if (recipe.method, recipe.train, recipe.set.get("module")) == (SCALES_MODULE, "weights", "scales"):
         recipe = dataclasses.replace(recipe, train="scales")
     if own := _OF_PARTS.get(recipe.train, {}).get(recipe.method):
         recipe = dataclasses.replace(recipe, set={**own, **recipe.set})
