@@ -25,7 +25,7 @@ from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.mapped.lazy import in_blocks
 from fleetune.models.mapped.stored import Stored
 from fleetune.models.model import Model, named_tensors
-from fleetune.seeds import code_grid, kernels_numba, kernels_torch, noise, scale_grid, spsa
+from fleetune.seeds import code_grid, code_view, kernels_numba, kernels_torch, noise, scale_grid, spsa
 from fleetune.seeds.code_view import CodeView
 from fleetune.seeds.noise import EMPTY, passes, probe
 from fleetune.seeds.project import Projection
@@ -167,6 +167,20 @@ def test_a_piece_is_part_of_the_whole_wherever_it_begins(file: Path) -> None:
             assert torch.equal(view.piece(slot, first, last), whole[first:last])
 
 
+def test_codes_that_are_moved_few_at_a_time_are_the_same(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = view_of(mapped(file))
+    view.place(passes("hashed", 64, *some("hashed")))
+    view.probe(probe("hashed", 64, 3), 0.02)
+    whole = [view.whole(slot) for slot in view.slots]
+    for count in (BLOCK, 3 * BLOCK):
+        monkeypatch.setattr(code_view, "TOGETHER", count)
+        for slot, want in zip(view.slots[:2], whole, strict=False):
+            assert torch.equal(view.whole(slot), want)
+            assert np.array_equal(view.packed(slot), np.concatenate(
+                [view.packed_rows(slot, row, row + 1) for row in range(len(want))]
+            ))  # fmt: skip
+
+
 def test_at_the_base_the_digest_is_the_bases_own_and_nothing_is_kept(file: Path) -> None:
     model = mapped(file)
     view = view_of(model)
@@ -270,10 +284,10 @@ def test_a_block_without_a_scale_stays_and_without_passes_all_do(kind: str) -> N
         still = with_scales(blocks, kind, d)
         assert np.array_equal(code_grid.moved(still, kind, 0, KEY, far, "rademacher", 1.0), blocks[:, rest])
         found = torch.full((400, 32), 1000.0)
-        from fleetune.seeds.code_view import step
-
         codes, scales = code_grid.unpacked(still, kind), still[:, :2].copy().view("<f2").astype(np.float32)
-        step(found, torch.from_numpy(codes), torch.from_numpy(scales), torch.full_like(found, 0.99), kind)
+        code_view.step(
+            found, torch.from_numpy(codes), torch.from_numpy(scales), torch.full_like(found, 0.99), kind
+        )
         assert np.array_equal(found.numpy(), codes)
 
 

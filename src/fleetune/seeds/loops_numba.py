@@ -7,8 +7,7 @@ of 128 elements, so the inner loop over a row tests one fixed bit of consecutive
 CPU; the sums of many passes stay in the first-level cache while all passes go by.  Then each row is read into
 128 float32, moved, and rounded back to 16 bits with integer operations: once, or once for each sign of the probe.
 
-All compiled code is in this file, because Numba's cache on disk knows the text of one file only; whoever
-changes a number of `noise` must touch this file.
+All compiled code is in this file, because Numba's cache on disk knows one file's text only; touch it for new numbers of `noise`.
 """
 
 from __future__ import annotations
@@ -397,6 +396,5 @@ def fill_offsets(floats, codes, kinds, start, lo, hi, move):
         for half in range(2):
             first, shift = (2 * row + half) * WIDTH - start, u32(16 * half)
             for e in range(max(first, lo), min(first + WIDTH, hi)):
-                out[e] = f32(f32(i32(words[e - first] >> shift & u32(0xFFFF))) * f32(2.0**-16)) + f32(
-                    2.0**-17
-                )
+                bits = i32(words[e - first] >> shift & u32(0xFFFF))
+                out[e] = f32(f32(bits) * f32(2.0**-16)) + f32(2.0**-17)
