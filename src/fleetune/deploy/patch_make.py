@@ -114,7 +114,7 @@ def make(
             ids=compact.ids, coefficients=compact.coefficients.astype(np.int64),
         )  # fmt: skip
 
-    sha, expected, packed = hashlib.sha256(), _Expected(view, slots, places), Packed(view.part, 9)
+    sha, expected, packed = hashlib.sha256(), _Expected(view, slots, places), Packed(view.part, 6)
 
     def seen(old: np.ndarray, new: np.ndarray) -> None:
         expected.require(new)
