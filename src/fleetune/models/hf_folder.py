@@ -20,10 +20,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from fleetune.common.shell import quoted
 from fleetune.errors import ModelError
 from fleetune.models import bounds
-from fleetune.models.artefact_folder import is_master
 from fleetune.models.families.widths import KEY, base_type, config_from
 from fleetune.models.foreign import AGAIN, foreign_file
 from fleetune.models.names import NAME_HINT
@@ -47,9 +45,12 @@ def check_folder(folder: Path) -> None:
                 f"{folder} lacks {len(missing)} of its weight files: {missing[0]}, ..", hint="fetch it again"
             )
     elif not (folder / "model.safetensors").is_file():
+        from fleetune.models.artefact_folder import is_master
+
         if is_master(folder):
             raise ModelError(
-                f"{folder} holds a compressed model, in a file of Fleetune's own", hint=_exported(folder)
+                f"{folder} holds a compressed model, in a file of Fleetune's own",
+                hint="fleetune export RUN --to hf",
             )
         pickled = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
         raise ModelError(
@@ -150,11 +151,4 @@ def _instead(folder: Path) -> str:
         return "it is an adapter: give the base model that its adapter_config.json names"
     if files := sorted(folder.glob("*.gguf")):
         return f"give the file: {files[0]}"
-    return _exported(folder) if is_master(folder / "model") else NAME_HINT
-
-
-def _exported(folder: Path) -> str:
-    return (
-        f"fleetune export {quoted(folder)} --to hf   and give the folder that it writes; to train its scales or codes: "
-        f"fleetune export {quoted(folder)} --to gguf   and give the file"
-    )
+    return NAME_HINT
