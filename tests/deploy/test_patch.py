@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of a GGUF file's scales: what they make, what they refuse, and what a kill leaves."""
+"""Patches of a GGUF file's scales or codes: what they make, what they refuse, and what a kill leaves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fleetune import api, models
-from fleetune.common.ggml import BYTES, HALVES
+from fleetune.common.ggml import BYTES, HALVES, PARTS
 from fleetune.common.sums import sha256
 from fleetune.deploy import patch, patch_make
 from fleetune.errors import LedgerError, ModelError, UsageError
@@ -53,15 +53,18 @@ def visible(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if not p.name.endswith(".lock"))
 
 
-def load(file: Path) -> Model:
+BOTH = pytest.mark.parametrize("trains", PARTS)
+
+
+def load(file: Path, trains: str = "scales") -> Model:
     model = models.load(str(file), device="cpu", base="mapped")
-    model.trains = "scales"
+    model.trains = trains
     return model
 
 
-def ledger_on(file: Path) -> tuple[Ledger, str]:
+def ledger_on(file: Path, trains: str = "scales") -> tuple[Ledger, str]:
     """A ledger of 40 steps, and the digest of the weights that it leads to."""
-    model = load(file)
+    model = load(file, trains)
     made = _zeroth.new_ledger(
         model,
         5,
@@ -82,9 +85,10 @@ def ledger_on(file: Path) -> tuple[Ledger, str]:
     return made.with_check(1, digest), digest
 
 
+@BOTH
 @pytest.mark.parametrize("changes", [False, True])
-def test_the_patched_file_is_the_tuned_model(changes: bool, file: Path, tmp_path: Path) -> None:
-    ledger, digest = ledger_on(file)
+def test_the_patched_file_is_the_tuned_model(changes: bool, trains: str, file: Path, tmp_path: Path) -> None:
+    ledger, digest = ledger_on(file, trains)
     made = patch_make.make(file, ledger, changes=changes)
     (tmp_path / "p").write_bytes(made.file)
     before, own = file.read_bytes(), load(file).digest
@@ -95,16 +99,18 @@ def test_the_patched_file_is_the_tuned_model(changes: bool, file: Path, tmp_path
     changed = np.frombuffer(before, np.uint8) != np.frombuffer((tmp_path / "new.gguf").read_bytes(), np.uint8)
     places = made.places
     inside = np.zeros(len(before), bool)
-    for place in places:  # nothing but scales has changed
-        size = BYTES[place.kind]
-        inside[place.offset : place.offset + place.size].reshape(-1, size)[:, : 2 * HALVES[place.kind]] = True
+    for place in places:  # nothing but scales, or nothing but codes, has changed
+        size, end = BYTES[place.kind], 2 * HALVES[place.kind]
+        part = slice(end) if trains == "scales" else slice(end, None)
+        inside[place.offset : place.offset + place.size].reshape(-1, size)[:, part] = True
     assert changed.any()
     assert not (changed & ~inside).any()
 
 
-def test_a_patch_in_place_is_undone_to_the_byte(file: Path, tmp_path: Path) -> None:
+@BOTH
+def test_a_patch_in_place_is_undone_to_the_byte(trains: str, file: Path, tmp_path: Path) -> None:
     before = file.read_bytes()
-    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
+    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file, trains)[0]).file)
     back = patch.apply(file, patch.load(tmp_path / "p"))
     assert back == file.with_name("m.gguf.undo")
     assert file.read_bytes() != before
@@ -138,30 +144,32 @@ def test_the_last_undo_is_kept_until_the_next_patch_is_in_place(
 def test_patches_follow_one_another_and_the_last_is_undone(file: Path) -> None:
     patch.apply(file, patch_make.make(file, ledger_on(file)[0]))
     second = file.read_bytes()
-    patch.apply(file, patch_make.make(file, ledger_on(file)[0]))
+    patch.apply(file, patch_make.make(file, ledger_on(file, "codes")[0]))
     assert file.read_bytes() != second
     patch.undo(file)
     assert file.read_bytes() == second
 
 
+@BOTH
 def test_rows_in_pieces_make_the_same_file(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trains: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for changes in (False, True):
-        made = patch_make.make(file, ledger_on(file)[0], changes=changes)
+        made = patch_make.make(file, ledger_on(file, trains)[0], changes=changes)
         for piece in (1, 700, 5000):
             monkeypatch.setattr(patch, "PIECE", piece)
             patch.apply(file, made, tmp_path / f"{changes}-{piece}.gguf")  # its SHA-256 is the stated one
 
 
+@BOTH
 def test_a_patch_that_would_make_another_model_is_not_made(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+    trains: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fleetune.seeds import scale_grid
 
-    ledger, summed = ledger_on(file)[0], scale_grid.summed
+    ledger, summed = ledger_on(file, trains)[0], scale_grid.summed
     monkeypatch.setattr(scale_grid, "summed", lambda *given: summed(*given) + 300)
-    with pytest.raises(ModelError, match="would not make the scales of the run"):
+    with pytest.raises(ModelError, match=f"would not make the {trains} of the run"):
         patch_make.make(file, ledger)
 
 
@@ -183,8 +191,8 @@ def test_a_link_stays_one(file: Path, tmp_path: Path) -> None:
 def test_a_damaged_or_another_patch_is_named_as_such(file: Path, tmp_path: Path) -> None:
     made = patch_make.make(file, ledger_on(file)[0], changes=True)
     (tmp_path / "p").write_bytes(made.file)
-    rewritten(tmp_path / "p", format=2)
-    with pytest.raises(ModelError, match="a patch of format 2, this program reads 1"):
+    rewritten(tmp_path / "p", format=3)
+    with pytest.raises(ModelError, match="a patch of format 3, this program reads 1, 2"):
         patch.load(tmp_path / "p")
     raw = bytearray(made.file)
     raw[-40] ^= 4
@@ -309,7 +317,7 @@ def rewritten(path: Path, **changed: object) -> Path:
 
 
 @pytest.mark.parametrize("what", [
-    {"format": 2}, {"K": 63}, {"K": 1 << 40}, {"law": "none"}, {"grid": "x"}, {"run_key": "zz"}, {"places": [[1, 2]]},
+    {"format": 3}, {"format": 2.0}, {"K": 63}, {"K": 1 << 40}, {"law": "none"}, {"grid": "x"}, {"run_key": "zz"}, {"places": [[1, 2]]},
     {"places": [[0, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q9", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 5, 1, 2, 0]]},
     {"places": [[64, "Q4_0", 64, 2, 0, 0], [65, "Q4_0", 64, 2, 0, 0]]}, {"id": np.arange(3, dtype=np.uint64)},
     {"coefficient": np.ones(40)}, {"run_key": "f" * 40}, {"run_key": "-5"}, {"grid": float("nan")}, {"grid": 1e400}, {"K": "64"},
@@ -324,10 +332,11 @@ def test_a_patch_that_states_what_cannot_be_is_refused(
         patch.load(rewritten(tmp_path / "p", **what))
 
 
-def test_changes_that_unpack_to_more_or_less_are_refused(file: Path, tmp_path: Path) -> None:
+@BOTH
+def test_changes_that_unpack_to_more_or_less_are_refused(trains: str, file: Path, tmp_path: Path) -> None:
     import zlib
 
-    made = patch_make.make(file, ledger_on(file)[0], changes=True)
+    made = patch_make.make(file, ledger_on(file, trains)[0], changes=True)
     before = file.read_bytes()
     for size in (0, 10, 10_000_000):
         (tmp_path / "p").write_bytes(made.file)
@@ -337,8 +346,9 @@ def test_changes_that_unpack_to_more_or_less_are_refused(file: Path, tmp_path: P
     assert file.read_bytes() == before
 
 
-def test_applying_needs_no_torch(file: Path, tmp_path: Path) -> None:
-    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
+@BOTH
+def test_applying_needs_no_torch(trains: str, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file, trains)[0]).file)
     code = (
         "import sys; from fleetune.cli.main import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
@@ -387,8 +397,9 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_pa
 # A run ----------------------------------------------------------------------------------------------
 
 
+@BOTH
 @pytest.mark.parametrize("method", ["mezo", "fedkseed", "onebyte"])
-def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path) -> None:
+def test_a_run_tunes_the_file_that_ships(method: str, trains: str, file: Path, tmp_path: Path) -> None:
     """From the rows to the patched file: export, patch and replay give one file, which lost nothing."""
     settings = {
         "mezo": {"tau": 6, "batch_size": 4}, "fedkseed": {"tau": 4, "K": 64, "backprop": 0.5, "backprop_steps": 3},
@@ -396,7 +407,7 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
     }[method]  # fmt: skip
     rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
     run = api.tune(
-        str(file), rows, method=method, train="scales", clients=1 if method == "mezo" else 2, rounds=2,
+        str(file), rows, method=method, train=trains, clients=1 if method == "mezo" else 2, rounds=2,
         settings={"lr": 0.05, "eps": 0.01, **settings}, out=tmp_path / "runs", samples=0, client_rows=0, held_out=4,
     )  # fmt: skip
     assert run.done.digest != models.load(str(file), device="cpu").digest

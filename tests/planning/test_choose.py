@@ -52,6 +52,17 @@ def test_the_method_has_the_settings_that_are_given(tiny: str) -> None:
         choose.method_for(recipe(tiny, set={"r": 4, "K": 64}), offline=True)
 
 
+def test_what_trains_a_part_of_blocks_is_chosen_among_the_methods_that_can(tiny: str) -> None:
+    for part, able in recipes.TRAIN_PARTS.items():
+        settled = choose.settled_method(recipe(tiny, train=part), lambda _: None, offline=True)
+        assert settled.method in able
+        assert settled.base == "auto", "the file is mapped whatever the recipe says"
+    assert "fedpetuning" not in recipes.TRAIN_PARTS["codes"]
+    assert choose.method_for(recipe(tiny, set={"module": "scales"}), offline=True)[0] == "fedpetuning"
+    with pytest.raises(RecipeError, match="not for fedpetuning"):
+        choose.method_for(recipe(tiny, train="codes", set={"module": "scales"}))
+
+
 def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
     tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

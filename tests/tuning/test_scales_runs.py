@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that train the scales of a quantised base: what is refused, what a device is told, and what a ledger says of it."""
+"""Runs that train the scales or the codes of a quantised base: what is refused, what a device is told, and what a ledger says of it."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from deploy_harness import gguf_of
+from deploy_harness import compressed, gguf_of, tiny
 
 from fleetune import api, models
+from fleetune.common.ggml import PARTS
 from fleetune.errors import LedgerError, RecipeError, UsageError
+from fleetune.seeds.code_view import CodeView
 from fleetune.seeds.ledger_head import LedgerHead
 from fleetune.seeds.scale_view import ScaleView
 from fleetune.seeds.view import View
@@ -33,6 +36,13 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("changed", "words"),
     [
         ({"method": "fedit"}, "train = scales is for mezo, fedkseed, onebyte, fedpetuning, not for fedit"),
+        (
+            {"method": "fedit", "train": "codes"},
+            "train = codes is for mezo, fedkseed, onebyte, not for fedit",
+        ),
+        ({"method": "fedpetuning", "train": "codes"}, "not for fedpetuning, which has train = scales"),
+        ({"device": "cuda", "train": "codes"}, "train = codes reads the base from its GGUF file"),
+        ({"set": {"law": "gaussian"}, "train": "codes"}, "train = codes takes integer sums"),
         ({"method": "zosgd"}, "not for zosgd"),
         ({"base": "memory"}, "base = memory does not"),
         ({"device": "cuda"}, "not on device = cuda"),
@@ -41,7 +51,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"method": "fedit", "base": "memory", "device": "cuda"}, "not for fedit"),
     ],
 )
-def test_what_cannot_train_scales_is_refused_before_any_work(changed: dict[str, Any], words: str) -> None:
+def test_what_cannot_train_scales_or_codes_is_refused_before_any_work(
+    changed: dict[str, Any], words: str
+) -> None:
     given = {"model": "m.gguf", "data": "demo", "method": "mezo", "train": "scales", **changed}
     with pytest.raises(RecipeError, match=words) as refused:
         prepare.check(recipes.make(given))
@@ -53,67 +65,80 @@ def test_what_cannot_train_scales_is_refused_before_any_work(changed: dict[str, 
     prepare.check(recipes.make(given))
 
 
-def test_a_model_without_scales_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_a_model_without_blocks_is_refused(part: str, tmp_path: Path) -> None:
     model = models.tiny_llama()
     models.save(model.net, model.tokenizer, tmp_path / "plain")
-    with pytest.raises(UsageError, match="no scales"):
-        api.tune(str(tmp_path / "plain"), ROWS, method="mezo", train="scales", out=tmp_path / "runs", **FEW)
+    with pytest.raises(UsageError, match=f"no {part}"):
+        api.tune(str(tmp_path / "plain"), ROWS, method="mezo", train=part, out=tmp_path / "runs", **FEW)
 
 
-def test_eps_is_in_the_units_of_scales_unless_given() -> None:
+def test_a_compressed_model_is_refused_with_the_command_that_makes_it_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "a b"
+    compressed(tiny(), folder)
+    with pytest.raises(UsageError, match="is a compressed model") as caught:
+        api.tune(str(folder), ROWS, method="mezo", train="codes", out=tmp_path / "runs", **FEW)
+    assert f"fleetune export '{folder}' --to gguf" in (caught.value.hint or "")
+
+
+def test_eps_is_in_the_units_of_what_is_trained_unless_given() -> None:
     given = {"model": "m.gguf", "data": "demo", "method": "mezo"}
     assert "eps" not in recipes.make(given).set
     assert recipes.make({**given, "train": "scales"}).set["eps"] == 0.01
     assert recipes.make({**given, "train": "scales", "set": {"eps": 0.5}}).set["eps"] == 0.5
+    assert recipes.make({**given, "train": "codes"}).set["eps"] == recipes.CODES_EPS
+    assert recipes.make({**given, "train": "codes", "method": "fedit"}).set == {}
 
 
-def test_a_device_does_what_the_message_says_and_the_base_must_have_scales(file: Path) -> None:
+@pytest.mark.parametrize(("part", "kind"), [("scales", ScaleView), ("codes", CodeView)])
+def test_a_device_does_what_the_message_says_and_the_base_must_have_blocks(
+    part: str, kind: type, file: Path
+) -> None:
     model = models.load(str(file), device="cpu", base="mapped")
-    model.trains = "scales"
+    model.trains = part
     made = _zeroth.new_ledger(
         model, 5, law="hashed", K=64, lr=0.1, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
     )
     payload = _zeroth.ledger_payload(made, 64, 0)
-    assert payload.scalars["train"] == "scales"
+    assert payload.scalars["train"] == part
     device = models.load(str(file), device="cpu", base="mapped")
     view, _ = _zeroth.open_view(device, payload)
-    assert isinstance(view, ScaleView)
+    assert type(view) is kind
     plain = _zeroth.ledger_payload(_zeroth.Ledger(_of_weights(made.head)), 64, 0)
     assert "train" not in plain.scalars, "messages of earlier versions are these"
     view, _ = _zeroth.open_view(device, plain)
     assert type(view) is View
-    with pytest.raises(UsageError, match="has no scales"):
+    with pytest.raises(UsageError, match=f"has no {part}"):
         _zeroth.open_view(models.load(str(file), device="cpu"), payload)
 
 
 def _of_weights(head: LedgerHead) -> LedgerHead:
-    import dataclasses
-
     return dataclasses.replace(head, hyper={})
 
 
 def test_a_ledger_of_what_no_version_trains_is_refused(file: Path) -> None:
-    import dataclasses
-
     model = models.load(str(file), device="cpu", base="mapped")
     head = _zeroth.new_ledger(
         model, 5, law="hashed", K=64, lr=0.1, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
     ).head
-    text = dataclasses.replace(head, hyper={"train": "codes"}).to_json()
+    text = dataclasses.replace(head, hyper={"train": "norms"}).to_json()
     with pytest.raises(LedgerError, match="is damaged"):
         LedgerHead.from_json(text)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("part", "kind"), [("scales", ScaleView), ("codes", CodeView)])
+def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(
+    part: str, kind: type, file: Path, tmp_path: Path
+) -> None:
     settings = {"lr": 0.05, "tau": 3, "K": 64}
     whole = api.tune(
-        str(file), ROWS, method="fedkseed", train="scales", settings=settings, out=tmp_path / "a", **FEW
+        str(file), ROWS, method="fedkseed", train=part, settings=settings, out=tmp_path / "a", **FEW
     )
     half = api.tune(
         str(file),
         ROWS,
         method="fedkseed",
-        train="scales",
+        train=part,
         settings=settings,
         out=tmp_path / "b",
         **{**FEW, "rounds": 1},
@@ -121,7 +146,18 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file: 
     longer = api.resume_run(half.folder, rounds=2)
     assert longer.done.digest == whole.done.digest
     model = finished.load(whole.folder)
-    assert isinstance(model.attachment, ScaleView)
+    assert type(model.attachment) is kind
+    ledger = finished.ledger_of(whole.folder)
+    assert ledger.head.trains == part
+    base = finished.base_of(ledger, str(file))
+    digest, stated = finished.verify(base, ledger)
+    assert digest == whole.done.digest
+    assert stated
+    assert all(stated.values())
+    other = {"scales": "codes", "codes": "scales"}[part]
+    confused = dataclasses.replace(ledger, head=dataclasses.replace(ledger.head, hyper={"train": other}))
+    with pytest.raises(LedgerError, match="belongs to another base model"):
+        finished.check_base(base, confused)
     merged = model.merge()
     assert merged.digest == whole.done.digest
     assert not any(np.isnan(p.numpy()).any() for p in merged.net.parameters())

@@ -21,11 +21,11 @@ from fleetune.adapters.attachment import attachment_of
 from fleetune.common.ggml import BLOCK, HALVES
 from fleetune.errors import ModelError
 from fleetune.models.mapped import lazy
-from fleetune.models.mapped.lazy import LazyWeight
+from fleetune.models.mapped.lazy import LazyWeight, in_blocks
 from fleetune.models.mapped.net import replace_parameters
 from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
 from fleetune.models.model import Model
-from fleetune.seeds.scale_steps import gradient_of_places, holds_scales, on_grid, place_of
+from fleetune.seeds.scale_steps import gradient_of_places, on_grid, place_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ScalesPart:
         self._layers: dict[str, nn.Linear] = {
             name: module
             for name, module in net.named_modules()
-            if type(module) is nn.Linear and holds_scales(module.weight) and module is not head
+            if type(module) is nn.Linear and in_blocks(module.weight) and module is not head
         }
         if not self._layers:
             raise ModelError(

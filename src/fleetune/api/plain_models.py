@@ -49,7 +49,10 @@ def check(name: str, out: Path) -> None:
         model = found.artefact or Path(found.argument) / "model"
         if is_master(model):
             what = f"{name} is a compressed model: codes, not plain weights"
-            raise _written_out(what, found, found.home)
+            refused = _written_out(what, found, found.home)
+            file = f"fleetune export {quoted(found.argument)} --to gguf"
+            refused.hint = f"{refused.hint}; for --train scales or codes: {file}   and give the file"
+            raise refused
         raise UsageError(f"{name} is the folder of a compression", hint=f"its model is {quoted(model)}")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.common.files import storage_error
 from fleetune.common.folders import scratch
+from fleetune.common.ggml import PARTS
 from fleetune.common.shell import command, quoted
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
@@ -58,7 +59,7 @@ def export(
     """
     check(to, path, text)
     if isinstance(subject, Run):
-        own = DEFAULT_TARGET if subject.recipe.train == "scales" else DEFAULT_TARGET_OF_A_RUN
+        own = DEFAULT_TARGET if subject.recipe.train in PARTS else DEFAULT_TARGET_OF_A_RUN
         return _of_run(subject, to or own, path, text, listener, offline=offline)
     kind = to or DEFAULT_TARGET
     if isinstance(subject, Compressed):
@@ -88,9 +89,9 @@ def _require_codes(target: targets.Target, name: str, holds: str = "plain weight
         )
 
 
-def _check_of_scales(target: targets.Target, run: Run) -> None:
-    """UsageError for a target that has no place for a GGUF file whose scales a run has tuned."""
-    what = f"{run.folder} has tuned the scales of a GGUF file"
+def _check_of_blocks(target: targets.Target, run: Run) -> None:
+    """UsageError for a target that has no place for a GGUF file whose scales or codes a run has tuned."""
+    what = f"{run.folder} has tuned the {run.recipe.train} of a GGUF file"
     if target.takes == "codes":
         raise UsageError(
             f"{what}, and {target.name} is for codes that fleetune compress has written",
@@ -174,8 +175,8 @@ def _of_run(
     recipe, target = run.recipe, targets.find(kind)
     out = path or target.place(run.folder)
     check_place(kind, out)
-    if recipe.train == "scales":
-        _check_of_scales(target, run)
+    if recipe.train in PARTS:
+        _check_of_blocks(target, run)
     _require_codes(target, str(run.folder))
     base, made = Plain(recipe.model), provenance.of_run(run.folder, recipe)
     if target.takes == "adapter":
@@ -186,8 +187,8 @@ def _of_run(
         source = base.directory(offline=offline) if target.states("BASE") else None
         report = exporting.export_adapter(adapter, source, kind, out, made=made)
         return ExportResult(out, _done(report, listener))
-    if recipe.train == "scales" and kind in FILES:
-        report = _with_other_scales(run, kind, out, offline=offline)
+    if recipe.train in PARTS and kind in FILES:
+        report = _with_other_blocks(run, kind, out, offline=offline)
         rows = _rows(base.directory(offline=offline), text) if text else []
         return _finish(run.folder, kind, _done(report, listener), rows, listener, offline=offline)
     rows = _rows(base.directory(offline=offline), text)
@@ -201,8 +202,8 @@ def _of_run(
             return write(plain, kind, out, listener, made, rows)
 
 
-def _with_other_scales(run: Run, kind: str, out: Path, *, offline: bool) -> Report:
-    """Write the GGUF file that a run was tuned on with the scales that it has found; its codes and all else stay as they are."""
+def _with_other_blocks(run: Run, kind: str, out: Path, *, offline: bool) -> Report:
+    """Write the GGUF file that a run was tuned on with the scales or codes that it has found; all else stays as it is."""
     from fleetune import models
     from fleetune.common.folders import staged
     from fleetune.deploy import patch, patch_make

@@ -22,28 +22,28 @@ import numpy as np
 
 from fleetune.common.files import regular, storage_error, sync_folder, write_atomic
 from fleetune.common.folders import locked
-from fleetune.common.ggml import BYTES, HALVES
+from fleetune.common.ggml import BYTES
 from fleetune.common.shell import command, quoted
 from fleetune.common.sums import sha256
-from fleetune.deploy.patch_file import AGAIN, Patch, with_changes
+from fleetune.deploy.patch_file import AGAIN, PARTS, Patch, difference, with_changes
 from fleetune.deploy.patch_file import load as load
 from fleetune.errors import ModelError, UsageError
 
-PIECE: Final = 1 << 20  # bytes that are copied, or whose scales are moved, at a time
+PIECE: Final = 1 << 20  # bytes that are copied, or of blocks that are moved, at a time
 GGUF: Final = b"GGUF"  # what such a file begins with
 
 Seen = Callable[[np.ndarray, np.ndarray], None]
 
 
 def patched(path: Path, patch: Patch, seen: Seen | None = None) -> Iterator[bytes]:
-    """Yield the new file a piece at a time; `seen` gets the bits of scales before and after, in the file's order.
+    """Yield the new file a piece at a time; `seen` gets what moves before and after, in the file's order.
 
     ModelError where the file is too short.
     """
     end = patch.places[-1].offset + patch.places[-1].size
     if path.stat().st_size < end:
         raise ModelError(f"{path} is shorter than the patch's tensors", hint="the patch is for another file")
-    moves = patch.moves()
+    moves, part = patch.moves(), PARTS[patch.trains]
     with open(path, "rb") as file:
         at = 0
         for number, place in enumerate(patch.places):
@@ -53,12 +53,10 @@ def patched(path: Path, patch: Patch, seen: Seen | None = None) -> Iterator[byte
                 rows = min(step, place.rows - first)
                 raw = np.frombuffer(bytearray(_read(file, rows * place.row_bytes, path)), np.uint8)
                 blocks = raw.reshape(-1, BYTES[place.kind])
-                halves = blocks[:, : 2 * HALVES[place.kind]]
-                old = np.ascontiguousarray(halves).view("<u2").reshape(-1)
-                new = moves(number, first, old)
+                new = moves(number, first, blocks)
                 if seen is not None:
-                    seen(old, new)
-                halves[:] = new.astype("<u2").view(np.uint8).reshape(halves.shape)
+                    seen(part.read(blocks, place.kind), new)
+                part.write(blocks, place.kind, new)
                 yield raw.tobytes()
             at = place.offset + place.size
         while rest := file.read(PIECE):
@@ -80,14 +78,14 @@ def _read(file: Any, size: int, path: Path) -> bytes:
 
 
 class Packed:
-    """Differences of scales, compressed as they come."""
+    """Differences of scales or codes, compressed as they come."""
 
-    def __init__(self, level: int) -> None:
-        self._packer, self._parts = zlib.compressobj(level), list[bytes]()
+    def __init__(self, trains: str, level: int) -> None:
+        self._trains, self._packer, self._parts = trains, zlib.compressobj(level), list[bytes]()
 
     def add(self, old: np.ndarray, new: np.ndarray) -> None:
-        """Add what leads from old to new bits."""
-        self._parts.append(self._packer.compress((new - old).astype("<u2").tobytes()))
+        """Add what leads from old to new."""
+        self._parts.append(self._packer.compress(difference(old, new, self._trains)))
 
     def bytes(self) -> bytes:
         """Return all of it."""
@@ -143,10 +141,11 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _in_place(path: Path, patch: Patch) -> Path:
-    back, changes = undo_file(path), Packed(1)
+    back, changes = undo_file(path), Packed(patch.trains, 1)
 
     def keep_undo() -> None:
-        write_atomic(_next(back), with_changes(patch.result, patch.base, patch.places, changes.bytes()).file)
+        back_again = with_changes(patch.result, patch.base, patch.trains, patch.places, changes.bytes())
+        write_atomic(_next(back), back_again.file)
 
     write(path, patch, path, lambda old, new: changes.add(new, old), keep_undo)
     os.replace(_next(back), back)

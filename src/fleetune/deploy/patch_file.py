@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read and write patches: files of kilobytes that move the scales of a quantised model and leave its codes (`patch.py`).
+"""Read and write patches: files that move the scales of a quantised model, or its codes, and leave all else (`patch.py`).
 
 A patch is a safetensors file.  Its metadata `patch` is JSON: the SHA-256 of the GGUF file it is for and of the one it makes,
-and where the scales lie.  It carries one of two things:
+and where the blocks lie.  Format 1 moves scales, format 2 codes.  It carries one of two things:
 
-    entries    a ledger's directions and coefficients, with its key, law and grid: kilobytes; the device computes the moves
-    changes    the differences of the scales' bits, compressed (zlib): megabytes at most, for a device that only copies
+    entries    a ledger's directions and coefficients, with its key, law and grid: kilobytes; the device computes the moves,
+               a number for each scale or code and pass
+    changes    the differences of the scales' bits or of the codes' bytes, compressed (zlib): megabytes, for a device that only
+               copies
 """
 
 from __future__ import annotations
@@ -13,19 +15,20 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fleetune.common.ggml import BYTES, HALVES
+from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.errors import ModelError, UsageError
-from fleetune.seeds import noise, scale_grid
+from fleetune.seeds import code_grid, noise, scale_grid
+from fleetune.seeds.noise import Passes
 
-FORMAT: Final = 1
 MOST: Final = 1 << 48  # of a place's numbers
 LAWS: Final = ("hashed", "pooled", "rademacher")  # whose sums are integers
 # what reading bytes that are no patch can raise
@@ -35,7 +38,41 @@ DAMAGED: Final = (
 AGAIN: Final = "get the patch again from its origin"
 
 Moves = Callable[[int, int, np.ndarray], np.ndarray]
-"""(number of a place, its first row, the scales' bits of some rows uint16 [n]) -> their new bits; rows come in order."""
+"""(number of a place, its first row, blocks of some rows uint8 [n, bytes]) -> what moves of them, new; rows come in order."""
+
+
+class Part(NamedTuple):
+    """What a patch moves of a block."""
+
+    format: int  # of its patches
+    type: str  # numpy's, of the numbers that move
+    lies: Callable[[int], slice]  # in a block that begins with so many fp16 numbers
+    numbers: Callable[[str], int]  # of a block of a kind that a direction has
+    moved: Callable[[np.ndarray, str, int, int, Passes, str, float], np.ndarray]
+
+    def read(self, blocks: np.ndarray, kind: str) -> np.ndarray:
+        """Return what moves of blocks uint8 [n, bytes]: [n, ..], a copy."""
+        return np.ascontiguousarray(blocks[:, self.lies(HALVES[kind])]).view(self.type)
+
+    def write(self, blocks: np.ndarray, kind: str, new: np.ndarray) -> None:
+        """Put it into blocks."""
+        blocks[:, self.lies(HALVES[kind])] = np.ascontiguousarray(new.astype(self.type)).view(np.uint8)
+
+
+def _moved_scales(
+    blocks: np.ndarray, kind: str, start: int, run_key: int, passes: Passes, law: str, grid: float
+) -> np.ndarray:
+    bits = PARTS["scales"].read(blocks, kind)
+    return scale_grid.moved(bits.reshape(-1), start, run_key, passes, law, grid).reshape(bits.shape)
+
+
+PARTS: Final[Mapping[str, Part]] = MappingProxyType(
+    {
+        "scales": Part(1, "<u2", lambda halves: slice(2 * halves), lambda kind: HALVES[kind], _moved_scales),
+        "codes": Part(2, "u1", lambda halves: slice(2 * halves, None), lambda kind: BLOCK, code_grid.moved),
+    }
+)
+TRAINS: Final = {part.format: name for name, part in PARTS.items()}
 
 
 class Place(NamedTuple):
@@ -46,12 +83,7 @@ class Place(NamedTuple):
     rows: int
     blocks: int  # of a row
     heads: int  # in how many heads the file's rows are interleaved; 0: as they are
-    start: int  # global number of the first scale
-
-    @property
-    def per_row(self) -> int:
-        """Scales of a row."""
-        return self.blocks * HALVES[self.kind]
+    start: int  # global number of the first scale, or of the first weight
 
     @property
     def row_bytes(self) -> int:
@@ -82,13 +114,14 @@ class Patch(NamedTuple):
 
     base: str  # SHA-256 of the file that it is for
     result: str  # ... and of the one that it makes
+    trains: str  # one of PARTS
     places: tuple[Place, ...]  # by rising offset
     moves: Callable[[], Moves]  # to be called for each writing
     file: bytes
 
 
 def with_entries(
-    base: str, result: str, places: tuple[Place, ...], *, run_key: int, law: str, K: int, grid: float,
+    base: str, result: str, trains: str, places: tuple[Place, ...], *, run_key: int, law: str, K: int, grid: float,
     ids: np.ndarray, coefficients: np.ndarray,
 ) -> Patch:  # fmt: skip
     """Return a patch that carries a ledger's entries: ids uint64 [n], coefficients int64 [n]; ValueError for what cannot be."""
@@ -96,56 +129,63 @@ def with_entries(
         raise ValueError(f"no ledger has law {law!r:.40}, key {run_key:x} and grid {grid}")
     if (ids.dtype, coefficients.dtype) != (np.dtype(np.uint64), np.dtype(np.int64)):
         raise ValueError(f"its entries are {ids.dtype} and {coefficients.dtype}")
-    passes = noise.passes(law, K, ids, coefficients)
+    passes, part = noise.passes(law, K, ids, coefficients), PARTS[trains]
 
-    def moved(number: int, first: int, bits: np.ndarray) -> np.ndarray:
+    def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
         place = places[number]
-        rows = bits.reshape(-1, place.per_row)
+        rows = blocks.reshape(-1, place.row_bytes)
         order = place.in_model(len(rows))
         model = np.empty_like(rows)
         model[order] = rows
-        new = scale_grid.moved(
-            model.reshape(-1), place.start + first * place.per_row, run_key, passes, law, grid
-        )
-        in_file: np.ndarray = new.reshape(rows.shape)[order].reshape(-1)
+        start = place.start + first * place.blocks * part.numbers(place.kind)
+        new = part.moved(model.reshape(blocks.shape), place.kind, start, run_key, passes, law, grid)
+        in_file: np.ndarray = new.reshape(len(rows), -1)[order].reshape(new.shape)
         return in_file
 
     head = {"run_key": f"{run_key:016x}", "law": law, "K": K, "grid": grid}
-    file = _encoded(base, result, places, head, {"id": ids, "coefficient": coefficients})
-    return Patch(base, result, places, lambda: moved, file)
+    file = _encoded(base, result, trains, places, head, {"id": ids, "coefficient": coefficients})
+    return Patch(base, result, trains, places, lambda: moved, file)
 
 
-def with_changes(base: str, result: str, places: tuple[Place, ...], changes: bytes) -> Patch:
-    """Return a patch that carries differences of bits, uint16 modulo 2^16 of all places one after the other, compressed."""
-    last = len(places) - 1
+def with_changes(base: str, result: str, trains: str, places: tuple[Place, ...], changes: bytes) -> Patch:
+    """Return a patch that carries differences (`difference`) of all places one after the other, compressed."""
+    last, part = len(places) - 1, PARTS[trains]
 
     def moves() -> Moves:
         reader, rest = zlib.decompressobj(), [changes]
 
-        def moved(number: int, first: int, bits: np.ndarray) -> np.ndarray:
+        def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
             place = places[number]
-            ends = number == last and first * place.per_row + len(bits) == place.rows * place.per_row
+            old = part.read(blocks, place.kind)
+            ends = number == last and first * place.blocks + len(blocks) == place.rows * place.blocks
             try:
-                raw = reader.decompress(rest[0], 2 * len(bits))
+                raw = reader.decompress(rest[0], old.nbytes)
                 rest[0] = reader.unconsumed_tail
                 more = ends and (reader.decompress(rest[0], 1) or not reader.eof or reader.unused_data)
             except zlib.error as error:
                 raise ModelError(f"the patch is damaged ({error})", hint=AGAIN) from error
-            if more or len(raw) != 2 * len(bits):
+            if more or len(raw) != old.nbytes:
                 raise ModelError("the patch is damaged: its changes are not those of its tensors", hint=AGAIN)
-            new: np.ndarray = bits + np.frombuffer(raw, "<u2")
+            new: np.ndarray = old + np.frombuffer(raw, part.type).reshape(old.shape)
             return new
 
         return moved
 
-    file = _encoded(base, result, places, {}, {"changes": np.frombuffer(changes, np.uint8)})
-    return Patch(base, result, places, moves, file)
+    file = _encoded(base, result, trains, places, {}, {"changes": np.frombuffer(changes, np.uint8)})
+    return Patch(base, result, trains, places, moves, file)
+
+
+def difference(old: np.ndarray, new: np.ndarray, trains: str) -> bytes:
+    """Return what leads from old to new numbers of a part: their differences, modulo 2^16 or 2^8."""
+    moved: np.ndarray = (new - old).astype(PARTS[trains].type)
+    return moved.tobytes()
 
 
 def _encoded(
-    base: str, result: str, places: tuple[Place, ...], head: dict[str, Any], arrays: dict[str, np.ndarray]
-) -> bytes:
-    stated = {"format": FORMAT, "base": base, "result": result, "places": places, **head}
+    base: str, result: str, trains: str, places: tuple[Place, ...], head: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+) -> bytes:  # fmt: skip
+    stated = {"format": PARTS[trains].format, "base": base, "result": result, "places": places, **head}
     raw: bytes = save(arrays, {"patch": json.dumps(stated, sort_keys=True, separators=(",", ":"))})
     return raw
 
@@ -158,7 +198,7 @@ def load(path: Path) -> Patch:
         with safe_open(str(path), framework="numpy") as file:
             head = json.loads((file.metadata() or {})["patch"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if head["format"] != FORMAT:
+        if type(head["format"]) is not int or (trains := TRAINS.get(head["format"])) is None:
             raise _OtherFormat(repr(head["format"])[:40])
         places = tuple(_place(row) for row in head["places"])
         _check_order(places)
@@ -166,16 +206,16 @@ def load(path: Path) -> Patch:
         if set(arrays) == {"changes"}:
             if arrays["changes"].dtype != np.uint8:
                 raise ValueError(f"its changes are {arrays['changes'].dtype}")
-            return with_changes(base, result, places, arrays["changes"].tobytes())
+            return with_changes(base, result, trains, places, arrays["changes"].tobytes())
         if type(head["K"]) is not int or type(head["grid"]) is not float:
             raise ValueError("its head has the wrong types")
         return with_entries(
-            base, result, places, run_key=_key(head["run_key"]), law=str(head["law"]), K=head["K"],
+            base, result, trains, places, run_key=_key(head["run_key"]), law=str(head["law"]), K=head["K"],
             grid=head["grid"], ids=arrays["id"], coefficients=arrays["coefficient"],
         )  # fmt: skip
     except _OtherFormat as error:
         raise ModelError(
-            f"{path} is a patch of format {error}, this program reads {FORMAT}",
+            f"{path} is a patch of format {error}, this program reads {', '.join(map(str, TRAINS))}",
             hint="apply it with the version of Fleetune that made it",
         ) from error
     except DAMAGED as error:

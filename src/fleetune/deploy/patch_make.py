@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a patch (`patch.py`) from what a run leaves that trained the scales of a GGUF file: a ledger, or moved scales."""
+"""Make a patch (`patch.py`) from what a run leaves that trained scales or codes of a GGUF file: a ledger, or moved scales."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fleetune import adapters, models
-from fleetune.common.ggml import BLOCK
+from fleetune.common.ggml import BLOCK, PARTS
 from fleetune.common.sums import sha256
 from fleetune.deploy.formats import Report
 from fleetune.deploy.formats._gguf_header import open_written
@@ -24,8 +24,8 @@ from fleetune.errors import ModelError, UsageError
 from fleetune.models import placement
 from fleetune.models.mapped.lazy import LazyWeight, weights_of
 from fleetune.models.mapped.stored import Stored
+from fleetune.seeds.block_view import BlockView
 from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.scale_view import ScaleView
 from fleetune.seeds.slots import WeightSlot
 from fleetune.tuning import finished
 from fleetune.tuning.methods._zeroth import place_at
@@ -38,7 +38,7 @@ def file_of(name: str, *, offline: bool = False) -> Path:
     )
     file = next(iter(tensors.values())).file.path
     if file.suffix != ".gguf":
-        raise UsageError(f"{name} is no GGUF file, whose scales could be patched", hint="give the .gguf file")
+        raise UsageError(f"{name} is no GGUF file, which could be patched", hint="give the .gguf file")
     return file
 
 
@@ -55,10 +55,10 @@ def of_run(base: Path, run: Path, *, changes: bool = False, name: str = "", offl
     Where the run leaves moved scales and no ledger, the patch carries their differences.
     UsageError for a run that trained something else, ModelError where the file is not the run's base.
     """
-    if finished.recipe_of(run).train != "scales":
+    if finished.recipe_of(run).train not in PARTS:
         raise UsageError(
-            f"{run} trained something else than scales, which no quantised file holds",
-            hint="tune with --train scales, or export the run: fleetune export RUN --to gguf",
+            f"{run} trained something else than scales or codes, which no quantised file holds",
+            hint="tune with --train scales or --train codes, or export the run: fleetune export RUN --to gguf",
         )
     if finished.result_of(run).name == finished.RESULT["ledger"]:
         return make(base, finished.ledger_of(run), changes=changes, name=name, offline=offline)
@@ -71,36 +71,36 @@ def _with_bits(base: Path, weights: Mapping[str, LazyWeight], bits: Mapping[str,
     placed = sorted((_place(weights[name].stored, start=0), name) for name in bits)
     places = tuple(place for place, _ in placed)
 
-    def moved(number: int, first: int, old: np.ndarray) -> np.ndarray:
+    def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
         place, name = placed[number]
-        at = place.in_model()[first : first + len(old) // place.per_row]
-        new: np.ndarray = bits[name].numpy().view(np.uint16).reshape(place.rows, -1)[at].reshape(-1)
-        return new
+        at = place.in_model()[first : first + len(blocks) // place.blocks]
+        new: np.ndarray = bits[name].numpy().view(np.uint16).reshape(place.rows, -1)[at]
+        return new.reshape(len(blocks), -1)
 
-    sha, packed = hashlib.sha256(), Packed(9)
-    for part in patched(base, Patch("", "", places, lambda: moved, b""), packed.add):
+    sha, packed = hashlib.sha256(), Packed("scales", 9)
+    for part in patched(base, Patch("", "", "scales", places, lambda: moved, b""), packed.add):
         sha.update(part)
-    return with_changes(sha256(base), sha.hexdigest(), places, packed.bytes())
+    return with_changes(sha256(base), sha.hexdigest(), "scales", places, packed.bytes())
 
 
 def make(
     base: Path, ledger: Ledger, *, changes: bool = False, name: str = "", offline: bool = False
 ) -> Patch:
-    """Return the patch from a GGUF file to the ledger's model; with `changes` it carries the scales' differences.
+    """Return the patch from a GGUF file to the ledger's model; with `changes` it carries differences.
 
     `name` is the model that the file belongs to, if not a path.
 
     UsageError for a ledger that moves weights, LedgerError where it belongs to another base, or does not rebuild the weights
     that it states.
     """
-    if ledger.head.trains != "scales":
+    if ledger.head.trains not in PARTS:
         raise UsageError(
             "this ledger moves all weights, which no quantised file holds",
-            hint="tune with --train scales, or export the run: fleetune export RUN --to gguf",
+            hint="tune with --train scales or --train codes, or export the run: fleetune export RUN --to gguf",
         )
     model = finished.base_of(ledger, name or str(base), base="mapped", offline=offline)
     view = place_at(model, ledger)
-    assert isinstance(view, ScaleView)
+    assert isinstance(view, BlockView)
     finished.require_digest(models.digest(view.pieces()), ledger.final_check(), "the ledger")
     places, slots = zip(
         *sorted((_place(_stored(slot), slot.start), slot) for slot in view.slots), strict=True
@@ -110,11 +110,11 @@ def make(
 
     def carrying(result: str) -> Patch:
         return with_entries(
-            source, result, places, run_key=head.run_key, law=head.law, K=head.K, grid=head.grid,
+            source, result, view.part, places, run_key=head.run_key, law=head.law, K=head.K, grid=head.grid,
             ids=compact.ids, coefficients=compact.coefficients.astype(np.int64),
         )  # fmt: skip
 
-    sha, expected, packed = hashlib.sha256(), _Expected(view, slots, places), Packed(9)
+    sha, expected, packed = hashlib.sha256(), _Expected(view, slots, places), Packed(view.part, 6)
 
     def seen(old: np.ndarray, new: np.ndarray) -> None:
         expected.require(new)
@@ -124,26 +124,27 @@ def make(
     for part in patched(base, carrying(""), seen):
         sha.update(part)
     if changes:
-        return with_changes(source, sha.hexdigest(), places, packed.bytes())
+        return with_changes(source, sha.hexdigest(), view.part, places, packed.bytes())
     return carrying(sha.hexdigest())
 
 
 class _Expected:
-    """The scales that the view of the net has, in the file's order."""
+    """The scales or codes that the view of the net has, in the file's order."""
 
-    def __init__(self, view: ScaleView, slots: tuple[WeightSlot, ...], places: tuple[Place, ...]) -> None:
+    def __init__(self, view: BlockView, slots: tuple[WeightSlot, ...], places: tuple[Place, ...]) -> None:
+        self._part = view.part
         self._matrices = (
-            view.scales(slot).numpy().view(np.uint16).reshape(place.rows, -1)[place.in_model()].reshape(-1)
-            for slot, place in zip(slots, places, strict=True)
+            view.packed(slot)[place.in_model()].reshape(-1) for slot, place in zip(slots, places, strict=True)
         )
-        self._left = np.zeros(0, np.uint16)  # of the matrix that is compared
+        self._left = np.zeros(0)  # of the matrix that is compared
 
     def require(self, new: np.ndarray) -> None:
-        """Raise ModelError unless the next scales, all of one matrix, are these."""
+        """Raise ModelError unless the next numbers, all of one matrix, are these."""
+        new = new.reshape(-1)
         if not len(self._left):
             self._left = next(self._matrices)
         if not np.array_equal(new, self._left[: len(new)]):
-            raise ModelError("the patch would not make the scales of the run")
+            raise ModelError(f"the patch would not make the {self._part} of the run")
         self._left = self._left[len(new) :]
 
 

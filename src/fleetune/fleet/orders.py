@@ -68,7 +68,7 @@ class Job:
     rounds: int
     task: str = "tune"  # or eval, or calibrate
     result: str = ""  # SHA-256 of the result that is measured or calibrated: of the ledger, or of the adapter's SHA256SUMS
-    train: str = "weights"  # or scales, of a GGUF file
+    train: str = "weights"  # or scales or codes, of a GGUF file
     format: int = 1
 
     def to_json(self) -> str:

@@ -25,6 +25,7 @@ import torch
 from fleetune import models
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, regular, write_atomic
+from fleetune.common.ggml import PARTS
 from fleetune.common.memory import rss, total_memory
 from fleetune.common.shell import quoted
 from fleetune.common.version import __version__
@@ -52,7 +53,7 @@ from fleetune.models.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
-from fleetune.seeds.scale_view import moved_tensors
+from fleetune.seeds.trained import moved_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
@@ -265,7 +266,7 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
     kinds = fitting_kinds(job, method, name, brings) if job.task == "tune" and method is not None else (0,)
     model = models.load(
         name, dtype=job.dtype, device=brings.device, offline=brings.offline, labels=job.labels,
-        base="mapped" if job.train == "scales" else brings.base,
+        base="mapped" if job.train in PARTS else brings.base,
     )  # fmt: skip
     if model.digest != job.base:
         raise ModelError(
@@ -273,7 +274,7 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
             hint=f"give the same model and revision: --model PATH   (the server calls it {job.model})",
         )
     model.trains = job.train
-    moved_tensors(model)  # refuses a base without scales where these are trained
+    moved_tensors(model)  # refuses a base without blocks where these are trained
     torch.set_num_threads(brings.threads or usual_threads(model.n_params))
     training, held_out = brings.divided()
     rows = _encoded(model, training, job.max_length, brings.data)
@@ -327,7 +328,7 @@ def fitting_kinds(job: Job, method: Method, model: str, brings: Brings) -> tuple
         return tuple(range(len(methods.kind_names(method))))
     shape = shape_of(models.load_config(model, offline=brings.offline))
     rows = int(getattr(method, "batch_size", 1))
-    base = "mapped" if job.train == "scales" or brings.base == "mapped" else "memory"
+    base = "mapped" if job.train in PARTS or brings.base == "mapped" else "memory"
     work = Workload(batch=rows, length=job.max_length, dtype=job.dtype, base=base)
     needs = [
         sum(device_cost.memory(shape, work, footprint).values()) if footprint is not None else 0

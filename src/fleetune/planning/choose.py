@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from fleetune.common.display import human_bytes
-from fleetune.common.ggml import HALVES
+from fleetune.common.ggml import HALVES, PARTS
 from fleetune.common.memory import usable_memory
 from fleetune.errors import ModelError, RecipeError
 from fleetune.models.shapes import Shape, shape_of
@@ -54,9 +54,10 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     from fleetune import models
 
     able = methods.having(recipe.set)
-    scales = recipe.train == "scales" or recipe.set.get("module") == "scales"
-    if scales:
-        wanted = (recipes.SCALES_MODULE,) if "module" in recipe.set else recipes.TRAIN_SCALES
+    part = "scales" if recipe.set.get("module") == "scales" else recipe.train
+    blocks = part in PARTS
+    if blocks:
+        wanted = (recipes.SCALES_MODULE,) if "module" in recipe.set else recipes.TRAIN_PARTS[part]
         able = [name for name in able if name in wanted]
     if not able:
         raise RecipeError(
@@ -71,15 +72,15 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
         return able[0], recipe.base, f"the model's configuration cannot be read ({error.message})"
     ram = usable_memory() or None
     asked: dict[str, Any] = {"length": recipe.max_length, "dtype": recipe.dtype}
-    if scales or recipe.base != "auto":
-        asked["base"] = "mapped" if scales else recipe.base
+    if blocks or recipe.base != "auto":
+        asked["base"] = "mapped" if blocks else recipe.base
     rows = plan.table(config, Workload(**asked), ram=ram, rates=NOT_MEASURED)
     shape = shape_of(config)
-    shape = with_scales(shape, recipe.model, offline=offline) if scales else shape
+    shape = with_scales(shape, recipe.model, offline=offline) if part == "scales" else shape
     search = Search(shape, ram, asked, recipe.set, shrinks=False)
     settings = search.best([name for name in plan.order(rows) if name in able])
     mapped = settings.work.base == "mapped"
-    base = "mapped" if mapped and not scales else recipe.base
+    base = "mapped" if mapped and not blocks else recipe.base
     return settings.method, base, _why(settings) + ", base mapped" * mapped
 
 

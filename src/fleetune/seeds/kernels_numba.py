@@ -34,6 +34,7 @@ from fleetune.seeds.loops_numba import (
     FP16,
     FP32,
     f32,
+    fill_offsets,
     i32,
     sweep_groups,
     sweep_tiles,
@@ -133,6 +134,13 @@ def sweep_gaussian_both(
     """`sweep_both` for the gaussian law: `sweep_gaussian` with the probe (id, scale) and with (id, -scale)."""
     move, cost = _group_move(run_key, ids, coefficients, grid, probe)
     _share(sweep_groups, _weights(plus, minus, base, start), start, cost, move, threads, block)
+
+
+def offsets(out: Tensor, start: int, run_key: int, id: int, *, threads: int | None = None) -> None:
+    """Write `code_grid.offsets` of the elements from `start` on, of the words of direction `id`: out float32, 1-D, contiguous."""
+    if out.dtype != torch.float32:
+        raise ValueError(f"offsets are float32, out is {out.dtype}")
+    _share(fill_offsets, _weights(out, None, out, start), start, 8, (u64(run_key), u64(id)), threads, None)
 
 
 _NONE = np.zeros(0, f32)

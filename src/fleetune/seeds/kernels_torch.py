@@ -188,6 +188,23 @@ def _sweep_gaussian(
             _write(outputs, lo, hi, x, step)
 
 
+def offsets(out: Tensor, start: int, run_key: int, id: int, *, threads: int | None = None) -> None:
+    """Write `code_grid.offsets` of the elements from `start` on, of the words of direction `id`: out float32, 1-D, contiguous.
+
+    threads has no effect.
+    """
+    if out.dtype != torch.float32:
+        raise ValueError(f"offsets are float32, out is {out.dtype}")
+    _check([out], out, start)
+    shifts = torch.tensor([[0], [16]], dtype=torch.int32, device=out.device)
+    with torch.inference_mode():
+        for lo, hi, row, n_rows in _blocks(out, start, 2 * WIDTH, None):
+            (words,) = _words(run_key, np.array([id], np.uint64), row, n_rows, out.device)
+            halves = (words[:, None, :] >> shifts).bitwise_and_(0xFFFF).view(-1)
+            where = slice(start + lo - row * 2 * WIDTH, start + hi - row * 2 * WIDTH)
+            out[lo:hi].copy_(halves[where].float().mul_(2.0**-16).add_(2.0**-17))
+
+
 def _write(outputs: list[Tensor], lo: int, hi: int, x: Tensor, step: Tensor | None) -> None:
     # x + step to the first output and x - step to a second.  Both are computed first: x may lie in an output.
     moved = [x] if step is None else [x + step, x - step] if len(outputs) > 1 else [step.add_(x)]

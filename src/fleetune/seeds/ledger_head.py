@@ -7,12 +7,13 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fleetune.common.ggml import PARTS
 from fleetune.errors import LedgerError
 from fleetune.seeds.noise import LAW_VERSION, LAWS, MOST
 
 FORMAT = 1
 AGAIN = "get it again from its origin; a run writes its own again: fleetune tune --resume RUN"
-TRAINS = ("weights", "scales")
+TRAINS = ("weights", *PARTS)
 GRID_LIMIT = 1000.0  # the weight change of one unit: far above any learning rate
 
 
@@ -40,7 +41,7 @@ class LedgerHead:
 
     @property
     def trains(self) -> str:
-        """Return what its directions move: weights, or the scales of a quantised base (`scale_view.py`)."""
+        """Return what its directions move: weights, or the scales or codes of a quantised base (`block_view.py`)."""
         return str(self.hyper.get("train", "weights"))
 
     def to_json(self) -> str:

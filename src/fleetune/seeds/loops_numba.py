@@ -7,8 +7,7 @@ of 128 elements, so the inner loop over a row tests one fixed bit of consecutive
 CPU; the sums of many passes stay in the first-level cache while all passes go by.  Then each row is read into
 128 float32, moved, and rounded back to 16 bits with integer operations: once, or once for each sign of the probe.
 
-All compiled code is in this file, because Numba's cache on disk knows the text of one file only; whoever
-changes a number of `noise` must touch this file.
+All compiled code is in this file, because Numba's cache on disk knows one file's text only; touch it for new numbers of `noise`.
 """
 
 from __future__ import annotations
@@ -135,11 +134,9 @@ def _from_fp16(code):
     return -y if code & u32(0x8000) else y
 
 
-# Rounding to 16 bits is to nearest, ties to even; NaN stays a quiet NaN.
-
-
 @_inlined
 def _to_bf16(x):
+    # This and the next round to nearest, ties to even; NaN stays a quiet NaN.
     b = f32(x).view(u32)
     nearest = u32(b + (u32(0x8000) if b & u32(0x10000) else u32(0x7FFF)))
     return u16(u32(u32(b | u32(0x400000)) if x != x else nearest) >> u32(16))
@@ -388,3 +385,16 @@ def sweep_groups(floats, codes, kinds, start, lo, hi, move):
         if n < WIDTH:
             _leave(edges, edges16, floats, codes, at, lo, n)
         lo += n
+
+
+@cached_njit
+def fill_offsets(floats, codes, kinds, start, lo, hi, move):
+    # `code_grid.offsets`: a row of words serves 256 elements, 128 by their low halves and 128 by their high ones.
+    out, words = floats[PLUS], np.empty(WIDTH, u32)
+    for row in range((start + lo) // (2 * WIDTH), (start + hi - 1) // (2 * WIDTH) + 1):
+        _philox(words, u64(row) * u64(32), move[1], move[0])
+        for half in range(2):
+            first, shift = (2 * row + half) * WIDTH - start, u32(16 * half)
+            for e in range(max(first, lo), min(first + WIDTH, hi)):
+                bits = i32(words[e - first] >> shift & u32(0xFFFF))
+                out[e] = f32(f32(bits) * f32(2.0**-16)) + f32(2.0**-17)

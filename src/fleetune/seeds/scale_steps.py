@@ -12,15 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fleetune.common.ggml import BLOCK, HALVES
-from fleetune.models.mapped.lazy import LazyWeight
+from fleetune.common.ggml import BLOCK
 from fleetune.models.mapped.quants import write_codes
 from fleetune.seeds.scale_grid import LARGEST, STEPS
-
-
-def holds_scales(tensor: Tensor) -> bool:
-    """Return whether a weight lies in a file as blocks whose scales can be moved."""
-    return isinstance(tensor, LazyWeight) and tensor.stored.kind in HALVES and tensor.dim() == 2
 
 
 def place_of(bits: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fleetune import adapters
+from fleetune.common.ggml import PARTS
 from fleetune.data.encode import digest
 from fleetune.errors import StorageError
 from fleetune.models.model import Model
@@ -21,7 +22,7 @@ from fleetune.runs import env_file, sealed
 from fleetune.runs.events import RateFound, TuneStart
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
-from fleetune.seeds.scale_view import moved_tensors
+from fleetune.seeds.trained import moved_tensors
 from fleetune.tuning import foundations, methods, places
 from fleetune.tuning.methods import Method
 from fleetune.tuning.settled import given
@@ -138,11 +139,11 @@ def letters(method: Method, name: str) -> str:
 def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
     """Return what is about to run, for the console; `fleet` says where."""
     recipe, m = job.recipe, job.model
-    scales = " · trains its scales" if recipe.train == "scales" else ""
+    part = f" · trains its {recipe.train}" if recipe.train in PARTS else ""
     return [
         (
             "model",
-            f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}{scales}",
+            f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}{part}",
         ),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
         ("data", f"{Path(recipe.data).name} · {_split(job)}{_held(job)} held out"),

@@ -11,6 +11,7 @@ from typing import Any
 from fleetune import adapters, models
 from fleetune.adapters.lora_init import FROM_WEIGHTS
 from fleetune.common import sums
+from fleetune.common.ggml import PARTS
 from fleetune.common.shell import quoted
 from fleetune.data import Example
 from fleetune.errors import LedgerError, ModelError, UsageError
@@ -19,7 +20,7 @@ from fleetune.models.model import Model
 from fleetune.runs import env_file, rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.scale_view import moved_tensors
+from fleetune.seeds.trained import moved_tensors
 from fleetune.seeds.view import kernels
 from fleetune.tuning import foundations, methods, places
 from fleetune.tuning import recipe as recipes
@@ -123,7 +124,7 @@ def base_of(
             f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
         )
     labels = recipes.label_words(str(ledger.head.hyper.get("labels", "")))
-    if ledger.head.trains == "scales":
+    if ledger.head.trains in PARTS:
         base = "mapped"
     model = models.load(name, dtype=dtype, device=device, offline=offline, labels=labels, base=base)
     check_base(model, ledger)
@@ -172,12 +173,12 @@ def load(
     run = Path(run)
     recipe, result = recipe_of(run), result_of(run)
     entry = entry_of(run, recipe)
-    if recipe.train == "scales" and base == "memory":
+    if recipe.train in PARTS and base == "memory":
         raise UsageError(
-            f"{run} has tuned the scales of a GGUF file, which are moved while they are read from it: base = memory cannot be",
+            f"{run} has tuned the {recipe.train} of a GGUF file, which move as they are read from it: base = memory cannot be",
             hint=f"leave out --base; or write the tuned file, and give that: fleetune export {quoted(run)} --to gguf",
         )
-    where = "mapped" if recipe.train == "scales" else base or recipe.base
+    where = "mapped" if recipe.train in PARTS else base or recipe.base
     recipe = dataclasses.replace(
         recipe, device=device or recipe.device, base=where, model=model or recipe.model
     )

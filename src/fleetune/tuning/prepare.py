@@ -16,6 +16,7 @@ import torch
 from fleetune import data, models
 from fleetune.common import commas
 from fleetune.common.display import counted, human_time
+from fleetune.common.ggml import PARTS
 from fleetune.common.memory import release_memory
 from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
 from fleetune.data.labelled import encode_rows
@@ -28,7 +29,7 @@ from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
-from fleetune.seeds import kernel_choice, scale_view
+from fleetune.seeds import kernel_choice, trained
 from fleetune.tuning import estimate, kinds, labels, methods, rates, recipe_problems, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.estimate import Estimate
@@ -107,11 +108,11 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         problems.append(
             f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
         )
-    if recipe.train == "scales":
-        of_scales, change = recipe_problems.of_scales(
-            recipe.method, recipe.set, recipe.base, recipe.device, recipes.TRAIN_SCALES
+    if recipe.train in PARTS:
+        of_blocks, change = recipe_problems.of_blocks(
+            recipe.train, recipe.method, recipe.set, recipe.base, recipe.device, recipes.TRAIN_PARTS
         )
-        hint, problems = hint if problems else change, problems + of_scales
+        hint, problems = hint if problems else change, problems + of_blocks
     problems += _of_course(recipe)
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
@@ -190,10 +191,10 @@ def prepare(
     labels.check_rows(recipe, objective, batch_size_of(method), parts.examples, held_out, offline=offline)
     model = models.load(
         recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts),
-        base="mapped" if recipe.train == "scales" else recipe.base,
+        base="mapped" if recipe.train in PARTS else recipe.base,
     )  # fmt: skip
     model.trains = recipe.train
-    scale_view.moved_tensors(model)  # refuses a base that has no scales
+    trained.moved_tensors(model)  # refuses a base that has no blocks where these are trained
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
     torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
     place = _tokens(model, parts, recipe.max_length)

@@ -28,12 +28,19 @@ from fleetune.errors import RecipeError
 from fleetune.tuning import recipe_problems
 
 AUTO_METHOD: Final = recipe_problems.AUTO
-MOVE_SCALES: Final = ("mezo", "fedkseed", "onebyte")  # methods that can train the scales of a quantised base
-SCALES_EPS: Final = 0.01  # their perturbation, unless given: ten steps of fp16
+MOVE_BLOCKS: Final = (
+    "mezo",
+    "fedkseed",
+    "onebyte",
+)  # methods that can train a quantised base's scales or codes
+SCALES_EPS: Final = 0.01  # their perturbation of scales, unless given: ten steps of fp16
+CODES_EPS: Final = 4e-3  # ... of codes, in units of weights: about a tenth of the scale of 4-bit blocks
 SCALES_MODULE: Final = (
-    "fedpetuning"  # the method that trains them by back-propagation, as its module `scales`
+    "fedpetuning"  # the method that trains scales by back-propagation, as its module `scales`
 )
-TRAIN_SCALES: Final = (*MOVE_SCALES, SCALES_MODULE)
+TRAIN_PARTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"scales": (*MOVE_BLOCKS, SCALES_MODULE), "codes": MOVE_BLOCKS}
+)
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
 MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's
 
@@ -113,9 +120,10 @@ class Recipe:
     )
     train: str = Field(
         default="weights",
-        pattern="^(weights|scales)$",
+        pattern="^(weights|scales|codes)$",
         description="scales: tune the scales of a quantised GGUF file's blocks, whose codes stay (fedpetuning, mezo, fedkseed, "
-        "onebyte): the result is that file with other scales, and nothing is rounded afterwards; weights: what the method tunes",
+        "onebyte), or codes: the codes, whose scales stay (mezo, fedkseed, onebyte); the result is that file with other scales "
+        "or codes, and nothing is rounded afterwards; weights: what the method tunes",
     )
     kinds: str = Field(
         default="",
@@ -268,13 +276,13 @@ def make(values: Mapping[str, Any]) -> Recipe:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with the partition that `auto` means for its data, and what training scales means for its method.
+    """The recipe with the partition that `auto` means for its data, and what training scales or codes means for its method.
 
     The partition stays as it is where the data's columns cannot be read.
     """
-    if recipe.method == SCALES_MODULE and recipe.set.get("module") == "scales":
+    if (recipe.method, recipe.train, recipe.set.get("module")) == (SCALES_MODULE, "weights", "scales"):
         recipe = dataclasses.replace(recipe, train="scales")
-    if recipe.train == "scales" and (own := _OF_SCALES.get(recipe.method)):
+    if own := _OF_PARTS.get(recipe.train, {}).get(recipe.method):
         recipe = dataclasses.replace(recipe, set={**own, **recipe.set})
     try:
         return dataclasses.replace(recipe, partition=rows_of(recipe).rule)
@@ -282,8 +290,11 @@ def resolved(recipe: Recipe) -> Recipe:
         return recipe
 
 
-_OF_SCALES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
-    {name: {"eps": SCALES_EPS} for name in MOVE_SCALES} | {SCALES_MODULE: {"module": "scales"}}
+_OF_PARTS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = MappingProxyType(
+    {
+        "scales": {name: {"eps": SCALES_EPS} for name in MOVE_BLOCKS} | {SCALES_MODULE: {"module": "scales"}},
+        "codes": {name: {"eps": CODES_EPS} for name in MOVE_BLOCKS},
+    }
 )
 
 

@@ -105,35 +105,37 @@ def of_settings(values: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def of_scales(
-    method: str, chosen: Mapping[str, Any], base: str, device: str, able: Sequence[str]
+def of_blocks(
+    part: str,
+    method: str,
+    chosen: Mapping[str, Any],
+    base: str,
+    device: str,
+    able: Mapping[str, Sequence[str]],
 ) -> tuple[list[str], str]:
-    """Say what of a recipe cannot train the scales of a quantised base, and what to change; [] and "" where all can.
+    """Say what of a recipe cannot train a part of a quantised base, and what to change; [] and "" where all can.
 
-    `chosen` are the method's settings, `able` the methods that can.
+    `part` is scales or codes, `chosen` are the method's settings, `able` the methods that can, by part.
     """
+    train = f"train = {part}"
     found: list[tuple[str, str]] = []
-    if method not in able:
+    if method not in able[part]:
+        also = next((f", which has train = {other}" for other, those in able.items() if method in those), "")
         found.append(
             (
-                f"train = scales is for {', '.join(able)}, not for {method}",
-                f"--method {able[0]}, or --train weights",
+                f"{train} is for {', '.join(able[part])}, not for {method}{also}",
+                f"--method {able[part][0]}, or --train weights",
             )
         )
-    elif (module := chosen.get("module", "scales")) != "scales":
-        found.append((f"train = scales is the module scales, not {module}", "--set module=scales"))
+    elif (module := chosen.get("module", part)) != part:
+        found.append((f"{train} is the module {part}, not {module}", f"--set module={part}"))
     if base == "memory":
-        found.append(
-            ("train = scales reads the base from its GGUF file, base = memory does not", "--base mapped")
-        )
+        found.append((f"{train} reads the base from its GGUF file, base = memory does not", "--base mapped"))
     if device not in ("auto", "cpu"):
-        found.append((f"train = scales runs on the CPU, not on device = {device}", "--device cpu"))
+        found.append((f"{train} runs on the CPU, not on device = {device}", "--device cpu"))
     if chosen.get("law") == "gaussian":
         found.append(
-            (
-                "train = scales takes integer sums of directions, which law = gaussian has not",
-                "--set law=hashed",
-            )
+            (f"{train} takes integer sums of directions, which law = gaussian has not", "--set law=hashed")
         )
     return [problem for problem, _ in found], "; ".join(change for _, change in found)
 

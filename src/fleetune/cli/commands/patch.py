@@ -17,8 +17,8 @@ from fleetune.runs.events import PatchApplied, PatchMade
 HELP = "update a quantised model on a device by a file of kilobytes"
 ORDER = 65
 VERBS = """\
-make BASE RUN --to FILE          the patch of a run that was tuned with --train scales (BASE: its model;
-                                 RUN: a run or a ledger)
+make BASE RUN --to FILE          the patch of a run that was tuned with --train scales or codes (BASE: its
+                                 model; RUN: a run or a ledger)
 apply BASE.gguf FILE             patch the file in its place, and leave BASE.gguf.undo (--to NEW.gguf: write a copy)
 undo BASE.gguf                   take back the last patch that was applied in place
 """
@@ -42,7 +42,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--changes",
         action="store_true",
-        help="for make: carry the scales' differences, not the ledger's entries: a larger patch that nothing is computed for",
+        help="for make: carry differences, not the ledger's entries: a larger patch that nothing is computed for",
     )
 
 

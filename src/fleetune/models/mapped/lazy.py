@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from fleetune.common.ggml import HALVES
 from fleetune.errors import ModelError
 from fleetune.models.mapped.stored import Stored
 
@@ -267,3 +268,8 @@ def _embedding(input: Tensor, weight: Any, *more: Any, **given: Any) -> Tensor:
 def weights_of(net: nn.Module) -> dict[str, LazyWeight]:
     """Return the lazy weights of a net by name, tied ones once; {} for a net in memory."""
     return {n: p for n, p in net.named_parameters() if isinstance(p, LazyWeight)}
+
+
+def in_blocks(tensor: Tensor) -> bool:
+    """Return whether a weight is a matrix that lies in a file as blocks whose scales or codes can be moved."""
+    return isinstance(tensor, LazyWeight) and tensor.stored.kind in HALVES and tensor.dim() == 2

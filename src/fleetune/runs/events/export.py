@@ -39,7 +39,7 @@ class PatchMade(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class PatchApplied(Event):
-    """`patch apply`: a file has other scales now."""
+    """`patch apply`: a file has other scales or codes now."""
 
     event: ClassVar[str] = "patched"
     path: str  # of the new file

@@ -26,7 +26,7 @@ class LedgerShown(Event):
     method: str  # that made it
     checks: Mapping[str, str]  # by round: SHA-256 of the weights after it
     fingerprint: str  # SHA-256 of the head and all entries
-    trains: str  # what its directions move: weights, or the scales of a GGUF file
+    trains: str  # what its directions move: weights, or the scales or codes of a GGUF file
 
 
 @dataclass(frozen=True, kw_only=True)

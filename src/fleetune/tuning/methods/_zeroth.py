@@ -17,8 +17,8 @@ from fleetune.models.model import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.ledger_head import TRAINS, LedgerHead
 from fleetune.seeds.noise import LAWS, POOLS, run_key
-from fleetune.seeds.scale_view import ScaleView, moved_tensors, view_on
 from fleetune.seeds.spsa import Position, uniforms
+from fleetune.seeds.trained import VIEWS, moved_tensors, view_on
 from fleetune.seeds.view import View
 from fleetune.tuning.messages import Payload, Scalar, narrow
 
@@ -129,7 +129,7 @@ def view_of(model: Model, run_key: int, law: str, grid: float) -> View:
     """Return the view that `model` carries, made anew if it has none or one of another key, law or grid."""
     view = model.attachment
     if isinstance(view, View):
-        same = isinstance(view, ScaleView) == (model.trains == "scales")
+        same = type(view) is VIEWS[model.trains]
         if same and (view.run_key, view.law, view.grid) == (run_key, law, grid):
             return view
         view.remove()
