@@ -56,7 +56,7 @@ from fleetune.compression.layerwise import superblock_fit
 from fleetune.compression.layerwise.column_loop import ColumnLoop, CompensatedLoop, Segment
 from fleetune.compression.layerwise.grids import Grid, grid_problems, row_problem, settled
 from fleetune.compression.layerwise.groups import Codes, codes_of, quantise, refuse_pruned, segment
-from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
+from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky, token_problems
 from fleetune.models.superblocks import SUPER_TYPES, WIDTH
 
 PAPER = "Frantar et al., ICLR 2023, arXiv 2210.17323"
@@ -76,10 +76,13 @@ class Solver:
     search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
     order: str = setting("none", "act", "order of the columns: none, static or gar")
     damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
+    tokens: str = setting(
+        "equal", "s", "what a token counts in H: equal, or by the loss's gradient: gradient"
+    )
 
     def __post_init__(self) -> None:
         problems = grid_problems(self.grid, self.bits, self.group, search=self.search)
-        problems += damping_problems(self.damping)
+        problems += damping_problems(self.damping) + token_problems(self.tokens)
         if self.search and self.grid == "ggml" and self.bits <= 5:
             problems.append("grid = ggml is fitted to the errors that count: leave search out")
         if self.order not in ("none", "static", "gar"):
