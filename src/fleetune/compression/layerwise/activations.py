@@ -3,7 +3,8 @@
 
 For a solver that aims at the dense model's outputs (`Corrector`) the windows go through the dense model as well, a block at a
 time beside the compressed one.  With x the input of a layer there and y its input in the compressed model, the drift of its
-inputs is D = sum of 2 (x - y) y^T over all tokens.  Where tokens do not count alike (`budget/token_weights.py`) both sums are weighted.
+inputs is D = sum of 2 (x - y) y^T over all tokens.  Where tokens do not count alike
+(`budget/token_weights.py`) both sums are weighted.
 """
 
 from __future__ import annotations

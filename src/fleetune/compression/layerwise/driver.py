@@ -212,7 +212,8 @@ def run(
     calibration: int64 [N, length] windows of tokens, or another source of Hessians; None for a solver without data.
     `on_matrix(block, blocks, name)` is called before every matrix and may raise to stop; finished blocks stay in
     `folder`.  The weights of `model` are restored afterwards.  A `plan` is for windows.  With `experts` those of a mixture are
-    compressed too, from windows or without data.  `weights` (`budget/token_weights.py`) are what the tokens of windows count, by layer.
+    compressed too, from windows or without data.  `weights` are what the tokens of windows count, by layer
+    (`budget/token_weights.py`).
     """
     if true_sequential and not isinstance(calibration, Tensor):
         raise ValueError("true_sequential is for windows; a source has an order of its own")
