@@ -104,12 +104,15 @@ def weights(listener: Listener, job: Calibrated) -> Mapping[str, Tensor] | None:
     if job.calibration is None or not weighs(job.solver):
         return None
     from fleetune.compression.budget import token_weights
+    from fleetune.compression.layerwise import driver
 
     def on_window(number: int, count: int) -> None:
         listener.progress("gradients", number, count, "")
         if listener.stop_requested:
             raise Interrupted("stopped before a block; finished blocks are kept")
 
+    if driver.solves_experts(job.inputs.model):
+        listener.note("tokens count by the gradient in all layers but the experts, where they count alike")
     return token_weights.measure(job.inputs.model, job.calibration, job.request.seed, on_window)
 
 

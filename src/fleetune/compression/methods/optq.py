@@ -40,6 +40,12 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
   it, a group's own whole numbers once more when it reaches the group (`layerwise/superblock_fit.py`).
 - The scales of `ggml` and `iq4_nl` are fitted: the errors of a column weigh as its curvature given those before it, 1 / U_ii^2.
 - `search=true` also tries smaller ranges for each of the other grids and takes the best.
+- `tokens=gradient` weighs each token x_t of H by how much the layer's outputs there change the model's predictions:
+  H = sum of 2 s_t x_t x_t^T, with s_t the mean square of the loss's gradient by these outputs (GuidedQuant: Kim et al., ICML
+  2025, arXiv 2505.07004; here with one group of output channels).  First the windows go through the dense model and back
+  (`budget/token_weights.py`).  The loss is that of tokens drawn from the model's own distribution, not of the text's next
+  tokens.  Layers that read the same inputs share the mean of their weights, and with it H.  Experts of a mixture, embedding and
+  head count their tokens alike.  The text must be on this machine.  The error that is reported is the weighted one.
 """
 
 from __future__ import annotations

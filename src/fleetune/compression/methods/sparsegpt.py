@@ -24,7 +24,7 @@ w^2 / [H_F^-1]_ii = w^2 / U_ii^2 is among the smallest, and moves all later colu
 ## Options
 
 Sparsity makes the download smaller, not inference faster: no runtime for edge devices has kernels for it.  For speed,
-set `bits`.
+set `bits`.  `tokens=gradient` is that of `optq`.
 """
 
 from __future__ import annotations
