@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compression import permute, windows
+from benchmarks.rotations import rotated_heads
 from benchmarks.solvers import PlainOptq
 from fleetune import compression, models
 from fleetune.compression.budget import token_weights
@@ -60,6 +61,7 @@ OURS: Final = {
     for method in METHODS
     for about, tokens in TOKENS.items()
 }
+ROTATED: Final = ", heads rotated"  # only where it is asked for
 SMALLER: Final = 0.85
 GPTQ: Final = "GPTQ's published loop, symmetric, Q4_0's bytes"
 
@@ -138,8 +140,13 @@ def _sample(
         "optq", {"bytes": 0, "damping": 0.01, "group": 32, "order": "none", "search": False}, "0" * 64, ""
     )
     for name, (method, settings) in OURS.items():
+        solver = compression.make(method, settings)
         if wanted(name):
-            yield name, _solved(model, compression.make(method, settings), calibration, None, measured)
+            yield name, _solved(model, solver, calibration, None, measured)
+        if any(part == f"{name}{ROTATED}" for part in only):
+            with rotated_heads(model):
+                row = _solved(model, solver, calibration, None, measured)
+            yield f"{name}{ROTATED}", row
     if wanted(GPTQ):
         yield GPTQ, _solved(model, PlainOptq("symmetric", stale=True), calibration, None, measured)
     limits = {f"within {name}": size for name, size in sizes.items() if name not in ("Q4_0",)}
