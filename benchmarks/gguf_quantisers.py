@@ -28,10 +28,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.compression import permute, windows
+from benchmarks.rotations import rotated_heads
 from benchmarks.solvers import PlainOptq
 from fleetune import compression, models
+from fleetune.compression.budget import token_weights
 from fleetune.compression.budget.costs import Candidate, reach
-from fleetune.compression.jobs import budget
+from fleetune.compression.jobs import budget, calibrating
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.data import Encoded
@@ -50,9 +52,16 @@ GRIDS: Final[Mapping[str, Mapping[str, Any]]] = {
     "Q4_0": {}, "IQ4_NL": {"grid": "iq4_nl"}, "3 bits": {"grid": "asymmetric", "bits": 3},
 }  # fmt: skip
 METHODS: Final = ("optq", "qronos")
+TOKENS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "": {"tokens": "equal"}, ", tokens by gradient": {"tokens": "gradient"},
+}  # fmt: skip
 OURS: Final = {
-    f"{method}, {grid}": (method, settings) for grid, settings in GRIDS.items() for method in METHODS
+    f"{method}, {grid}{about}": (method, {**settings, **tokens})
+    for grid, settings in GRIDS.items()
+    for method in METHODS
+    for about, tokens in TOKENS.items()
 }
+ROTATED: Final = ", heads rotated"  # only where it is asked for
 SMALLER: Final = 0.85
 GPTQ: Final = "GPTQ's published loop, symmetric, Q4_0's bytes"
 
@@ -131,8 +140,13 @@ def _sample(
         "optq", {"bytes": 0, "damping": 0.01, "group": 32, "order": "none", "search": False}, "0" * 64, ""
     )
     for name, (method, settings) in OURS.items():
+        solver = compression.make(method, settings)
         if wanted(name):
-            yield name, _solved(model, compression.make(method, settings), calibration, None, measured)
+            yield name, _solved(model, solver, calibration, None, measured)
+        if any(part == f"{name}{ROTATED}" for part in only):
+            with rotated_heads(model):
+                row = _solved(model, solver, calibration, None, measured)
+            yield f"{name}{ROTATED}", row
     if wanted(GPTQ):
         yield GPTQ, _solved(model, PlainOptq("symmetric", stale=True), calibration, None, measured)
     limits = {f"within {name}": size for name, size in sizes.items() if name not in ("Q4_0",)}
@@ -164,7 +178,8 @@ def _solved(model: Model, solver: Any, calibration: Tensor, spent: Any, measured
     kind = gguf.GGMLQuantizationType.Q8_0
     with tempfile.TemporaryDirectory() as parts:
         plan = spent.plan(solver) if spent else None
-        found = driver.run(model, solver, calibration, Path(parts), plan=plan)
+        counts = token_weights.measure(model, calibration, 42) if calibrating.weighs(solver) else None
+        found = driver.run(model, solver, calibration, Path(parts), plan=plan, weights=counts)
         weights = {name: dense(found[name]) for name in found}
         size = spent.bytes if spent else _bytes(model, found)
     if not spent:

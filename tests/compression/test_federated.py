@@ -349,6 +349,7 @@ BAD = {
     "below zero": (["latest", "--calibrate", "clients", "--clients", "-1"], "below 0"),
     "no calibration": (["latest", "--calibrate", "clients", "--method", "rtn", "--set", "group=8"], "is not calibrated"),
     "a dense model": (["latest", "--calibrate", "clients", "--method", "qronos", "--set", "group=8"], "on text that is here"),
+    "gradients": (["latest", "--calibrate", "clients", "--set", "group=8", "--set", "tokens=gradient"], "on text that is here"),
     "a trainer": (["latest", "--calibrate", "clients", "--method", "gkd", "--set", "teacher=same"], "not calibrated by clients"),
     "a tuned one in its files": (["latest", "--low-memory"], "a run's weights"),
 }  # fmt: skip

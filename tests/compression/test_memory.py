@@ -76,13 +76,15 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["optq", "qronos", "sparsegpt", "rtn"])
+@pytest.mark.parametrize("method", ["optq", "optq tokens=gradient", "qronos", "sparsegpt", "rtn"])
 def test_low_memory_gives_the_same_bytes(
     method: str, dtype: torch.dtype, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = saved(at / "m", dtype, shard="20KB")
+    method, *settings = method.split()
     text = ["--text", "text.txt", "--windows", "4", "--length", "16", "--eval-text", "text.txt"]
     group = [] if method == "sparsegpt" else ["--set", "group=8"]
+    group += [part for each in settings for part in ("--set", each)]
     done = []
     for more in ([], ["--low-memory"]):
         code, events, err = call(capsys, name, "--method", method, *group, *text, *more)

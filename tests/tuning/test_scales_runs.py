@@ -41,7 +41,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train = codes is for mezo, fedkseed, onebyte, not for fedit",
         ),
         ({"method": "fedpetuning", "train": "codes"}, "not for fedpetuning, which has train = scales"),
-        ({"device": "cuda", "train": "codes"}, "train = codes reads the base from its GGUF file"),
+        ({"device": "cuda", "train": "codes"}, "train = codes runs on the CPU"),
         ({"set": {"law": "gaussian"}, "train": "codes"}, "train = codes takes integer sums"),
         ({"method": "zosgd"}, "not for zosgd"),
         ({"base": "memory"}, "base = memory does not"),

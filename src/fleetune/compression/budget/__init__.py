@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose a grid for each matrix so that the file keeps within a size and the model changes least."""
+"""Measure what errors cost: choose the grid of each matrix by it within a size, and what each calibration token counts."""

@@ -63,20 +63,64 @@ def measure(
     def see(name: str) -> Callable[[Tensor], None]:
         return lambda g: _add_squares(found[name], g)
 
-    with _frozen(net), by_layer(net), _observed(net, names, see), torch.enable_grad():
+    with _watched(net, names, see):
         for number, window in enumerate(windows):
             on_window(number, len(windows))
-            with _first(table) as embedded, _norm_of(net.get_output_embeddings()) as norm:
-                batch = collate([Encoded(ids=window.numpy(), n_prompt=1)], pad_id(model), model.device)
-                hidden, logits = predictors(net, batch)
-                gradient = _gradient(hidden.detach(), logits, head, draw, norm)
-                torch.autograd.backward(hidden, gradient)
-            leaf, times = embedded[-1]
+            leaf, times = _back(model, window, head, draw)
             g = times * _gradient_of(leaf).reshape(-1, len(G)).double().cpu()
             G.addmm_(g.T, g)
     tokens = windows.numel()
     shares = torch.bincount(windows.reshape(-1), minlength=V).double() / tokens
     return Sensitivity({n: f / tokens for n, f in found.items()}, head / tokens, G / tokens, shares)
+
+
+def of_tokens(
+    model: Model,
+    windows: Tensor,
+    names: list[str],
+    seed: int,
+    on_window: Callable[[int, int], None] = lambda number, count: None,
+) -> dict[str, Tensor]:
+    """Return the mean square of g over the outputs of each linear layer at each token of windows int64 [n, length].
+
+    Float32 [n, length] by name.  A layer that does not see every token of a window once, as one that tokens are routed to, is
+    left out.  `on_window(number, count)` may raise to stop.
+    """
+    found = {name: list[Tensor]() for name in names}
+    head = torch.zeros(model.net.get_input_embeddings().weight.shape[0], dtype=torch.float64)
+    draw = torch.Generator().manual_seed(seed)
+
+    def see(name: str) -> Callable[[Tensor], None]:
+        return lambda g: found[name].append(g.flatten(0, -2).float().square().mean(-1).cpu())
+
+    with _watched(model.net, names, see):
+        for number, window in enumerate(windows):
+            on_window(number, len(windows))
+            _back(model, window, head, draw)
+    n, length = windows.shape
+    whole = {name: parts for name, parts in found.items() if [len(p) for p in parts] == [length] * n}
+    return {name: torch.stack(parts) for name, parts in whole.items()}
+
+
+@contextmanager
+def _watched(net: Any, names: list[str], see: Callable[[str], Callable[[Tensor], None]]) -> Iterator[None]:
+    """Call `see(name)` with the gradient of a layer's outputs in every backward pass; the net is frozen meanwhile."""
+    with _frozen(net), by_layer(net), _observed(net, names, see), torch.enable_grad():
+        yield
+
+
+def _back(model: Model, window: Tensor, head: Tensor, draw: torch.Generator) -> tuple[Tensor, float]:
+    """Run a window int64 [length] forward and back; add p (1 - p) of all tokens to `head` [V].
+
+    Returns the embedding's outputs, which have their gradient, and the factor that they are of the table's rows.
+    """
+    net: Any = model.net
+    with _first(net.get_input_embeddings()) as embedded, _norm_of(net.get_output_embeddings()) as norm:
+        batch = collate([Encoded(ids=window.numpy(), n_prompt=1)], pad_id(model), model.device)
+        hidden, logits = predictors(net, batch)
+        gradient = _gradient(hidden.detach(), logits, head, draw, norm)
+        torch.autograd.backward(hidden, gradient)
+    return embedded[-1]
 
 
 def _gradient(

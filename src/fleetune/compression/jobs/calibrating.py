@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from fleetune.common.shell import quoted
 from fleetune.compression import Corrector, Solver
-from fleetune.errors import UsageError
+from fleetune.errors import Interrupted, UsageError
 from fleetune.runs import compression_folder, sealed
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
 from fleetune.runs.events import CalibrationReply
@@ -41,6 +41,10 @@ class Calibrated(Protocol):
         """The request."""
 
     @property
+    def solver(self) -> Solver:
+        """The method and its settings."""
+
+    @property
     def inputs(self) -> Inputs:
         """The model and its rows."""
 
@@ -66,7 +70,13 @@ class Calibrated(Protocol):
 
 
 def check(request: CompressRequest, solver: Solver) -> None:
-    """Raise UsageError for options that a solver that compares with the dense model has no place for."""
+    """Raise UsageError for options that a solver has no place for that compares with the dense model, or weighs tokens."""
+    if weighs(solver) and request.calibrate in (CLIENTS, FLEET):
+        raise UsageError(
+            f"tokens = gradient takes the gradient of the whole model on text that is here, and --calibrate {request.calibrate} "
+            "leaves it where it is",
+            hint="--set tokens=equal   or calibrate on --text",
+        )
     if not isinstance(solver, Corrector):
         return
     if request.calibrate in (CLIENTS, FLEET):
@@ -79,6 +89,31 @@ def check(request: CompressRequest, solver: Solver) -> None:
         raise UsageError(
             f"{request.method} is true sequential in any case", hint="leave out --true-sequential"
         )
+
+
+def weighs(solver: Solver) -> bool:
+    """Tell whether a solver's tokens count by the gradient of the loss."""
+    return getattr(solver, "tokens", "equal") == "gradient"
+
+
+def weights(listener: Listener, job: Calibrated) -> Mapping[str, Tensor] | None:
+    """Return what the tokens of a job's windows count, by layer; None where they count alike.  Interrupted on Ctrl-C.
+
+    They are measured again in a resumed job, which gives the same numbers.
+    """
+    if job.calibration is None or not weighs(job.solver):
+        return None
+    from fleetune.compression.budget import token_weights
+    from fleetune.compression.layerwise import driver
+
+    def on_window(number: int, count: int) -> None:
+        listener.progress("gradients", number, count, "")
+        if listener.stop_requested:
+            raise Interrupted("stopped before a block; finished blocks are kept")
+
+    if driver.solves_experts(job.inputs.model):
+        listener.note("tokens count by the gradient in all layers but the experts, where they count alike")
+    return token_weights.measure(job.inputs.model, job.calibration, job.request.seed, on_window)
 
 
 def check_origin(listener: Listener, own: str, model: str, parts: Path) -> None:

@@ -121,8 +121,10 @@ def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
     from fleetune.planning.compression_cost import CompressionSize
 
     bits, group = int(getattr(solver, "bits", 0)), int(getattr(solver, "group", 0))
-    dense = isinstance(solver, Corrector)
-    return CompressionSize(windows if solver.data else 0, length, bits=bits, group=group, dense=dense)
+    dense, weighted = isinstance(solver, Corrector), calibrating.weighs(solver)
+    return CompressionSize(
+        windows if solver.data else 0, length, bits=bits, group=group, dense=dense, weighted=weighted
+    )
 
 
 def prepare(
@@ -213,6 +215,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         true_sequential=job.request.true_sequential,
         plan=plan,
         experts=_takes_experts(job.request),
+        weights=calibrating.weights(listener, job),
     )
     if few := progress.of_few(note for b in blocks.blocks for m in b.matrices for note in m.notes):
         listener.note(f"{few}; {RECORD} has the numbers of each tensor")

@@ -3,7 +3,8 @@
 
 For a solver that aims at the dense model's outputs (`Corrector`) the windows go through the dense model as well, a block at a
 time beside the compressed one.  With x the input of a layer there and y its input in the compressed model, the drift of its
-inputs is D = sum of 2 (x - y) y^T over all tokens.
+inputs is D = sum of 2 (x - y) y^T over all tokens.  Where tokens do not count alike
+(`budget/token_weights.py`) both sums are weighted.
 """
 
 from __future__ import annotations
@@ -52,12 +53,23 @@ class HiddenStates:
     """The hidden states of the calibration windows in front of a block."""
 
     def __init__(
-        self, model: Model, calibration: Tensor, true_sequential: bool = False, *, drift: bool = False
+        self,
+        model: Model,
+        calibration: Tensor,
+        true_sequential: bool = False,
+        *,
+        drift: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """calibration: int64 [n, length].  `drift` is for `true_sequential`: the dense model's states are kept as well."""
+        """calibration: int64 [n, length].  `drift` is for `true_sequential`: the dense model's states are kept as well.
+
+        `weights` [n, length] by layer are what tokens count in its Hessian; 1 for a layer that has none.  Layers that read one
+        tensor have the same.
+        """
         modules = dict(model.net.named_modules())
         self.model, self.blocks = model, [modules[layer.name] for layer in layers_of(model.net)]
         self.true_sequential, self.tokens = true_sequential, calibration.numel()
+        self.weights = weights or {}
         self.kwargs = _block_arguments(model, self.blocks, calibration[:1])
         self.states = self.first_block_inputs(calibration)
         if true_sequential:
@@ -128,13 +140,15 @@ class HiddenStates:
         shared = _SharedInputs()
         called = list[str]()  # in this window
         order = list[str]()  # in the first window that calls every layer exactly once
+        window = 0  # its number
 
         def observe(name: str, x: Tensor) -> None:
             first = shared.first(name, x)
             if name not in H:
                 H[name] = torch.zeros(x.shape[-1], x.shape[-1]) if first == name else H[first]
             if first == name:
-                accumulate(H[name], x.cpu())
+                s = self.weights.get(name)
+                accumulate(H[name], x.cpu(), None if s is None else s[window])
             note(name)
 
         def note(name: str) -> None:
@@ -155,6 +169,7 @@ class HiddenStates:
                     order = called.copy()
                 called.clear()
                 shared = _SharedInputs()
+                window += 1
         for h in {id(h): h for h in H.values()}.values():
             mirrored(h)
         return H
@@ -179,9 +194,9 @@ class HiddenStates:
                 return
             if shared.first(name, x) == name:
                 H = torch.zeros(x.shape[-1], x.shape[-1])
-                accumulate(H, x.cpu())
+                accumulate(H, x.cpu(), self.weights.get(name))
                 mirrored(H)
-                D = self._drift(dense.pop(name), x) if name in dense else None
+                D = self._drift(name, dense.pop(name), x) if name in dense else None
             solve(name, H, D)
             note(name)
 
@@ -218,15 +233,15 @@ class HiddenStates:
             self.pass_over(number)
         return found
 
-    def _drift(self, x: Tensor, y: Tensor) -> Tensor | None:
-        """Return D float32 [C, C] of inputs x in the dense and y in the compressed model, [.., C].
+    def _drift(self, name: str, x: Tensor, y: Tensor) -> Tensor | None:
+        """Return D float32 [C, C] of a layer's inputs x in the dense and y in the compressed model, [.., C].
 
         None unless both are of all tokens: those of routed experts are not the same ones.
         """
         if not x.shape[:-1].numel() == y.shape[:-1].numel() == self.tokens:
             return None
         D = torch.zeros(x.shape[-1], x.shape[-1])
-        accumulate_drift(D, x.cpu(), y.cpu())
+        accumulate_drift(D, x.cpu(), y.cpu(), self.weights.get(name))
         return D
 
     def pass_over(self, number: int) -> None:
@@ -271,6 +286,21 @@ class _SharedInputs:
         if x is not self._x:
             self._x, self.reader = x, name
         return self.reader
+
+
+@torch.inference_mode()
+def same_inputs(model: Model, linears: Mapping[str, nn.Linear], ids: Tensor) -> list[list[str]]:
+    """Return the layers that a text int64 [length] reaches, those together that read the same tensor."""
+    found, shared = dict[str, list[str]](), _SharedInputs()
+
+    def observe(name: str, x: Tensor) -> None:
+        readers = found.setdefault(shared.first(name, x), [])
+        if name not in readers:
+            readers.append(name)
+
+    with _observed_inputs(linears, observe):
+        model.net(input_ids=ids[None].to(model.device), use_cache=False)
+    return list(found.values())
 
 
 @contextmanager

@@ -205,16 +205,20 @@ def run(
     true_sequential: bool = False,
     plan: Plan | None = None,
     experts: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> FinishedBlocks:
     """Compress every block of `model`; blocks that are finished in `folder` are read from there.
 
     calibration: int64 [N, length] windows of tokens, or another source of Hessians; None for a solver without data.
     `on_matrix(block, blocks, name)` is called before every matrix and may raise to stop; finished blocks stay in
     `folder`.  The weights of `model` are restored afterwards.  A `plan` is for windows.  With `experts` those of a mixture are
-    compressed too, from windows or without data.
+    compressed too, from windows or without data.  `weights` are what the tokens of windows count, by layer
+    (`budget/token_weights.py`).
     """
     if true_sequential and not isinstance(calibration, Tensor):
         raise ValueError("true_sequential is for windows; a source has an order of its own")
+    if weights and not isinstance(calibration, Tensor):
+        raise ValueError("weights are of the tokens of windows")
     corrects = isinstance(solver, Corrector)
     if corrects and not isinstance(calibration, Tensor):
         raise ValueError("a solver that corrects the weights needs windows")
@@ -222,7 +226,7 @@ def run(
     parts, blocks = FinishedBlocks(folder), linears_of(model)
     of_blocks = _experts_in(model) if experts else [[] for _ in blocks]
     source = (
-        HiddenStates(model, calibration, true_sequential or corrects, drift=corrects)
+        HiddenStates(model, calibration, true_sequential or corrects, drift=corrects, weights=weights)
         if isinstance(calibration, Tensor)
         else calibration
     )

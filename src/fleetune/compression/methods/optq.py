@@ -40,6 +40,12 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
   it, a group's own whole numbers once more when it reaches the group (`layerwise/superblock_fit.py`).
 - The scales of `ggml` and `iq4_nl` are fitted: the errors of a column weigh as its curvature given those before it, 1 / U_ii^2.
 - `search=true` also tries smaller ranges for each of the other grids and takes the best.
+- `tokens=gradient` weighs each token x_t of H by how much the layer's outputs there change the model's predictions:
+  H = sum of 2 s_t x_t x_t^T, with s_t the mean square of the loss's gradient by these outputs (GuidedQuant: Kim et al., ICML
+  2025, arXiv 2505.07004; here with one group of output channels).  First the windows go through the dense model and back
+  (`budget/token_weights.py`).  The loss is that of tokens drawn from the model's own distribution, not of the text's next
+  tokens.  Layers that read the same inputs share the mean of their weights, and with it H.  Experts of a mixture, embedding and
+  head count their tokens alike.  The text must be on this machine.  The error that is reported is the weighted one.
 """
 
 from __future__ import annotations
@@ -56,7 +62,7 @@ from fleetune.compression.layerwise import superblock_fit
 from fleetune.compression.layerwise.column_loop import ColumnLoop, CompensatedLoop, Segment
 from fleetune.compression.layerwise.grids import Grid, grid_problems, row_problem, settled
 from fleetune.compression.layerwise.groups import Codes, codes_of, quantise, refuse_pruned, segment
-from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
+from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky, token_problems
 from fleetune.models.superblocks import SUPER_TYPES, WIDTH
 
 PAPER = "Frantar et al., ICLR 2023, arXiv 2210.17323"
@@ -76,10 +82,13 @@ class Solver:
     search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
     order: str = setting("none", "act", "order of the columns: none, static or gar")
     damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
+    tokens: str = setting(
+        "equal", "s", "what a token counts in H: equal, or by the loss's gradient: gradient"
+    )
 
     def __post_init__(self) -> None:
         problems = grid_problems(self.grid, self.bits, self.group, search=self.search)
-        problems += damping_problems(self.damping)
+        problems += damping_problems(self.damping) + token_problems(self.tokens)
         if self.search and self.grid == "ggml" and self.bits <= 5:
             problems.append("grid = ggml is fitted to the errors that count: leave search out")
         if self.order not in ("none", "static", "gar"):
