@@ -19,7 +19,7 @@ from torch import Tensor
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.compression.budget import sensitivity, token_weights
-from fleetune.compression.jobs import solve
+from fleetune.compression.jobs import progress, solve
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
@@ -270,7 +270,7 @@ def test_a_stopped_one_resumes_with_the_same_bits(
     args = ("m", "--method", method, "--set", "group=4", *TEXT, *GRADIENT)
     code, events, err = call(capsys, *args)
     assert code == 0, err
-    written, block = solve._report_block, list[int]()
+    written, block = progress.report_block, list[int]()
 
     def stop(*about: Any) -> None:
         written(*about)
@@ -279,7 +279,7 @@ def test_a_stopped_one_resumes_with_the_same_bits(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(solve, "_report_block", stop)
+        patch.setattr(progress, "report_block", stop)
         assert call(capsys, *args)[0] == 130
     folder = sorted((at / "runs").iterdir())[-1]
     assert block_file(folder / "parts", 1).is_file()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import statistics
@@ -10,14 +11,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
-from fleetune.common.display import human_bytes
+from fleetune.common.display import counted, human_bytes, human_time
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, StorageError
 from fleetune.runs import compression_folder
-from fleetune.runs.events import StepDone
+from fleetune.runs.events import BlockSolved, MatrixSolved, StepDone
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
+    from fleetune.compression.layerwise.blocks import BlockResult
     from fleetune.models.model import Model
 
 
@@ -106,3 +108,39 @@ def of_few(notes: Iterable[str]) -> str:
         f"{sum(few)} of {sum(every)} matrices of experts, in {len(found)} tensors, saw fewer tokens than they have columns "
         f"(the least {min(tokens)}): solved on all tokens of their layer. More --windows give them more"
     )
+
+
+def report_block(listener: Listener, block: BlockResult, blocks: int) -> None:
+    """Report a finished block as an event, and what a solver remarked on its layers, but for experts that saw few tokens."""
+    matrices = [MatrixSolved(name=m.name, error=m.error, notes=list(m.notes)) for m in block.matrices]
+    listener.event(BlockSolved(block=block.number, blocks=blocks, seconds=block.seconds, matrices=matrices))
+    for matrix in block.matrices:
+        for note in matrix.notes:
+            if not is_of_few(note):
+                listener.note(f"{matrix.name}: {note}")
+
+
+def summary(blocks: Sequence[BlockResult], ends: bool) -> str:
+    """Return a line on all blocks: how many, the errors of their layers, the time that solving took.
+
+    `ends` tells whether the last one is embedding and head.
+    """
+    errors = errors_of(blocks)
+    told = f"  error {statistics.fmean(errors):.4f}, at most {max(errors):.4f}" if errors else ""
+    what = counted(len(blocks) - ends, "block") + ", embedding and head" * ends
+    return f"{what}{told}  {human_time(sum(block.seconds for block in blocks))}"
+
+
+def mean_error(errors: Sequence[float]) -> dict[str, float]:
+    """Return the mean of the errors as the field of an event; {} for none."""
+    return {"error": statistics.fmean(errors)} if errors else {}
+
+
+def errors_of(blocks: Sequence[BlockResult]) -> list[float]:
+    """Return the errors of all layers, without those that are not a number."""
+    return [m.error for b in blocks for m in b.matrices if not math.isnan(m.error)]
+
+
+def notes_of(blocks: Sequence[BlockResult]) -> dict[str, list[str]]:
+    """Return what a solver remarked, by layer."""
+    return {m.name: list(m.notes) for b in blocks for m in b.matrices if m.notes}

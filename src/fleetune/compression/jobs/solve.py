@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fleetune.common.display import counted, human_bytes, human_time
+from fleetune.common.display import counted, human_bytes
 from fleetune.compression import Corrector, Solver
 from fleetune.compression.jobs import budget, calibrating, progress, scales, windows
 from fleetune.compression.jobs.contract import Devices, FileSize, Outcome, Share
@@ -21,7 +19,7 @@ from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import CLIENTS, FLEET, PARTS, RECORD, CompressRequest
-from fleetune.runs.events import BlockSolved, CompressStart, MatrixSolved
+from fleetune.runs.events import CompressStart
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
@@ -211,7 +209,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         calibrating.source(listener, job, folder / PARTS),
         folder / PARTS,
         on_matrix,
-        lambda block, blocks: _report_block(listener, block, blocks),
+        lambda block, blocks: progress.report_block(listener, block, blocks),
         true_sequential=job.request.true_sequential,
         plan=plan,
         experts=_takes_experts(job.request),
@@ -219,7 +217,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
     )
     if few := progress.of_few(note for b in blocks.blocks for m in b.matrices for note in m.notes):
         listener.note(f"{few}; {RECORD} has the numbers of each tensor")
-    listener.note(_summary(blocks.blocks, plan is not None))
+    listener.note(progress.summary(blocks.blocks, plan is not None))
     if not job.request.train_scales:
         return Weights(blocks.blocks, blocks)
     assert job.calibration is not None
@@ -331,8 +329,8 @@ def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
     done = {
         "before": before, "after": after, "bytes": compression_folder.size(written),
         "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
-        "digest": artefact.Master(written).digest(), **_mean(_errors(found.blocks)),
-        "notes": _notes(found.blocks), "planned": job.memory, **_traffic(listener, job),
+        "digest": artefact.Master(written).digest(), **progress.mean_error(progress.errors_of(found.blocks)),
+        "notes": progress.notes_of(found.blocks), "planned": job.memory, **_traffic(listener, job),
     }  # fmt: skip
     sizes = {"before": progress.weight_bytes(model), "after": compression_folder.weights_size(written)}
     return Outcome(done, sizes)
@@ -346,40 +344,6 @@ def _traffic(listener: Listener, job: SolveJob) -> dict[str, int]:
     count = len(job.agreed)
     listener.note(f"a client sent {human_bytes(up / count)} and got {human_bytes(down / count)}")
     return {"bytes_up": up, "bytes_down": down}
-
-
-def _report_block(listener: Listener, block: BlockResult, blocks: int) -> None:
-    """Report a finished block as an event, and what a solver remarked on its layers, but for experts that saw few tokens."""
-    matrices = [MatrixSolved(name=m.name, error=m.error, notes=list(m.notes)) for m in block.matrices]
-    listener.event(BlockSolved(block=block.number, blocks=blocks, seconds=block.seconds, matrices=matrices))
-    for matrix in block.matrices:
-        for note in matrix.notes:
-            if not progress.is_of_few(note):
-                listener.note(f"{matrix.name}: {note}")
-
-
-def _summary(blocks: Sequence[BlockResult], ends: bool) -> str:
-    """Return a line on all blocks: how many, the errors of their layers, the time that solving took.
-
-    `ends` tells whether the last one is embedding and head.
-    """
-    errors = _errors(blocks)
-    told = f"  error {statistics.fmean(errors):.4f}, at most {max(errors):.4f}" if errors else ""
-    what = counted(len(blocks) - ends, "block") + ", embedding and head" * ends
-    return f"{what}{told}  {human_time(sum(block.seconds for block in blocks))}"
-
-
-def _mean(errors: Sequence[float]) -> dict[str, float]:
-    return {"error": statistics.fmean(errors)} if errors else {}
-
-
-def _errors(blocks: Sequence[BlockResult]) -> list[float]:
-    """Return the errors of all layers, without those that are not a number."""
-    return [m.error for b in blocks for m in b.matrices if not math.isnan(m.error)]
-
-
-def _notes(blocks: Sequence[BlockResult]) -> dict[str, list[str]]:
-    return {m.name: list(m.notes) for b in blocks for m in b.matrices if m.notes}
 
 
 def _after(
