@@ -253,7 +253,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("tuning/foundations.py", 'if n not in (*PATHS, "base")', "if n not in PATHS", "deploy/test_mapped_gguf.py -k goes_on"),
     Mutant("deploy/patch.py", "    require_base(path, patch)\n        return _in_place", "    return _in_place", "deploy/test_patch.py -k another_file"),
     Mutant("deploy/patch.py", "if sha.hexdigest() != patch.result:", "if False:", "deploy/test_patch.py -k not_the_stated"),
-    Mutant("deploy/patch.py", "write_atomic(_next(back), with_changes", "write_atomic(back, with_changes", "deploy/test_patch.py -k last_undo"),
+    Mutant("deploy/patch.py", "write_atomic(_next(back), back_again.file)", "write_atomic(back, back_again.file)", "deploy/test_patch.py -k last_undo"),
     Mutant("deploy/patch_file.py", "model[order] = rows", "model[:] = rows", "deploy/test_patch.py -k tuned_model"),
     Mutant("deploy/patch_make.py", "        if not np.array_equal(new, self._left[: len(new)]):", "        if False:", "deploy/test_patch.py -k another_model"),
     Mutant("fleet/worker.py", 'base="mapped" if job.train in PARTS else brings.base', "base=brings.base", "fleet/test_worker.py -k blocks"),
