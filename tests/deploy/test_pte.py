@@ -236,16 +236,18 @@ def test_executorch_s_own_runner_generates_the_tokens_of_torch(tmp_path: Path) -
     with _pte_program.quiet():
         from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-    model = tiny()
+    model = tiny(seed=125, tie_word_embeddings=False)  # its first tokens are letters and control characters
     symmetric(model, tmp_path / "m")
     folder = export(tmp_path / "m", "pte", tmp_path / "x").path
+    _pte_program.Program(folder / "model.pte")  # loads the libraries; the runner alone does not (1.5)
     said: list[str] = []
     runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
-    settings = GenerationConfig(echo=False, max_new_tokens=12, temperature=0.0)
+    settings = GenerationConfig(echo=False, max_new_tokens=6, temperature=0.0)
     runner.generate("hello 12 worlds", settings, said.append)
     ids = model.tokenizer("hello 12 worlds", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        want = model.net.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+        want = model.net.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :]
+    assert len(set(want.tolist())) == 5
     assert "".join(said) == model.tokenizer.decode(want)
 
 

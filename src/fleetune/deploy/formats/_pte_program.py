@@ -46,6 +46,8 @@ def quiet() -> Iterator[None]:
 class CodedLinear(nn.Module):
     """x W' + b of codes int8 [R, C] about 0, whose scales are fp32 [R, C / group]."""
 
+    bias: Tensor | None
+
     def __init__(self, codes: Tensor, scale: Tensor, bits: int, bias: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
@@ -53,7 +55,6 @@ class CodedLinear(nn.Module):
         self.register_buffer("zero", torch.zeros_like(scale, dtype=torch.int8))
         self.register_buffer("bias", bias)
         self.range, self.group = SIGNED[bits], codes.shape[1] // scale.shape[1]
-
         with quiet():
             self.ops = importlib.import_module("torchao.quantization.quant_primitives")
 
@@ -75,6 +76,8 @@ class CodedLinear(nn.Module):
 
 class HalfEmbedding(nn.Module):
     """An embedding that is stored in 16 bits and read as fp32."""
+
+    weight: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

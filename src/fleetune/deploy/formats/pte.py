@@ -64,31 +64,38 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     coded = _coded(model)
     tokenizer, config = _gguf_vocabulary.load(model.folder), model.config
     net = models.load_artefact(model.folder).net
-    name = next(n for n in model.names if net.get_parameter(n) is net.get_input_embeddings().weight)
-    table = _hf_writer.half(name, model.weight(name))
+    names = {id(net.get_parameter(name)): name for name in model.names}
+    table, head = (names[id(of.weight)] for of in (net.get_input_embeddings(), net.get_output_embeddings()))
+    half = _hf_writer.half(table, model.weight(table))
     rounded = {n for n, (_, scale) in coded.items() if not torch.equal(scale.bfloat16().float(), scale)}
-    dense = {name} if not torch.equal(table.float(), model.weight(name).float()) else set[str]()
-    dense |= {n for n in model.linears - coded.keys() if n in model.names}  # an untied head
-    _pte_program.on_codes(net, coded, table)
+    halved = not torch.equal(half.float(), model.weight(table).float())
+    dense = {head} - coded.keys() | ({table} if halved else set())
+    _pte_program.on_codes(net, coded, half)
     decoder = _pte_program.Decoder(net, room(config))
     file = folder / FILE
     file.write_bytes(_pte_program.lower(decoder, AT_ONCE, methods(config, tokenizer, made)))
     _check_codes(file, coded)
     _check_runtime(file, decoder, config.vocab_size)
-    notes = [
-        *_hf_writer.add_companions(model, folder),
-        *([f"the scales of {are(len(rounded), 'layer')} rounded to bf16"] if rounded else []),
-        "the head is rounded to 8 bits and the embedding to 16; the runtime rounds the inputs of linear layers to 8",
-    ]  # fmt: skip
+    eight = int(head not in coded)
+    said = {
+        f"the scales of {are(len(rounded), 'layer')} rounded to bf16": rounded,
+        "the head is rounded to 8 bits": eight,
+        "the embedding is rounded to fp16": halved,
+        "the runtime rounds the inputs of linear layers to 8 bits": True,
+    }
+    notes = [*_hf_writer.add_companions(model, folder), *(note for note, holds in said.items() if holds)]
     return Report(
         path=folder,
         to=TARGET,
         bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
         tensors=len(model.names),
         exact=len(model.names) - len(rounded | dense),
-        types={"4-bit": len(coded), "8-bit": 1, "F16": 1, "F32": len(model.names) - len(coded) - 1},
+        types={
+            "4-bit": len(coded), "8-bit": eight, "BF16" if half.dtype == torch.bfloat16 else "F16": 1,
+            "F32": len({*model.names} - coded.keys() - {table, head}),
+        },
         notes=tuple(notes),
-    )
+    )  # fmt: skip
 
 
 def room(config: Any) -> int:
@@ -117,7 +124,7 @@ def signed(name: str, q: Quantised) -> tuple[Tensor, Tensor]:
             remedy=REMEDY,
         )
     scale = q.scale.float()
-    steps = (q.steps().unflatten(1, (-1, q.group)) * scale.sign()[..., None].short()).flatten(1)
+    steps = q.steps() * scale.sign().to(torch.int16).repeat_interleave(q.group, 1)
     low, high = _pte_program.SIGNED[4]
     if int(steps.min()) < low or int(steps.max()) > high or bool((scale == 0).any()):
         raise Misfit(
