@@ -48,7 +48,9 @@ ROTARY: Final = ("default", "linear", "llama3", "yarn")  # whose frequencies do 
 COLUMNS: Final = 32  # a group is a multiple of
 ROOM: Final = 2048  # positions that keys and values have room for
 AT_ONCE: Final = 128  # tokens that a call reads at most
-FARTHEST: Final = 0.25  # nats between the next tokens of the runtime and of torch, which round inputs at other places
+FARTHEST: Final = (
+    0.25  # nats between the next tokens of the runtime and of torch, which round inputs at other places
+)
 REMEDY: Final = "compress again with --set grid=symmetric"
 
 
