@@ -180,7 +180,8 @@ def test_the_room_is_within_the_window_and_the_context() -> None:
     assert pte.room(tiny(max_position_embeddings=8192).net.config) == 2048
     assert pte.room(tiny(max_position_embeddings=1024).net.config) == 1024
     window = tiny("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    assert pte.room(window.net.config) == 8
+    assert pte.room(window.net.config) == pte.at_once(window.net.config) == 8
+    assert pte.at_once(tiny().net.config) == 128
 
 
 def test_the_methods_of_the_runner() -> None:

@@ -47,7 +47,7 @@ ARCHITECTURES: Final = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY: Final = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the text
 COLUMNS: Final = 32  # a group is a multiple of
 ROOM: Final = 2048  # positions that keys and values have room for
-AT_ONCE: Final = 128  # tokens that a call reads at most
+AT_ONCE: Final = 128  # tokens that a call reads at most, where there is room for them
 FARTHEST: Final = (
     0.25  # nats between the next tokens of the runtime and of torch, which round inputs at other places
 )
@@ -75,9 +75,9 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     _pte_program.on_codes(net, coded, half)
     decoder = _pte_program.Decoder(net, room(config))
     file = folder / FILE
-    file.write_bytes(_pte_program.lower(decoder, AT_ONCE, methods(config, tokenizer, made)))
+    file.write_bytes(_pte_program.lower(decoder, at_once(config), methods(config, tokenizer, made)))
     _check_codes(file, coded)
-    _check_runtime(file, decoder, config.vocab_size)
+    _check_runtime(file, decoder)
     eight = int(head not in coded)
     said = {
         f"the scales of {are(len(rounded), 'layer')} rounded to bf16": rounded,
@@ -106,10 +106,15 @@ def room(config: Any) -> int:
     return int(min(ROOM, config.max_position_embeddings, window))
 
 
+def at_once(config: Any) -> int:
+    """Return how many tokens a call reads at most."""
+    return min(AT_ONCE, room(config))
+
+
 def methods(config: Any, tokenizer: Any, made: Mapping[str, str]) -> dict[str, Any]:
     """Return the methods that ExecuTorch's runner asks for (extension/llm/runner), and the provenance as JSON."""
     facts = {
-        "get_max_seq_len": AT_ONCE, "get_max_context_len": room(config), "get_vocab_size": config.vocab_size,
+        "get_max_seq_len": at_once(config), "get_max_context_len": room(config), "get_vocab_size": config.vocab_size,
         "get_n_layers": config.num_hidden_layers, "get_eos_ids": list(stop_ids(tokenizer)),
         "use_kv_cache": True, "use_sdpa_with_kv_cache": False, "enable_dynamic_shape": True,
     }  # fmt: skip
@@ -183,9 +188,10 @@ def _check_codes(file: Path, coded: Mapping[str, tuple[Tensor, Tensor]]) -> None
                 raise damaged(file, f"{name} is not among its codes and scales")
 
 
-def _check_runtime(file: Path, decoder: _pte_program.Decoder, vocab: int) -> None:
+def _check_runtime(file: Path, decoder: _pte_program.Decoder) -> None:
     """Run the file; FleetuneError where its next tokens are not torch's of the same codes."""
-    tokens = torch.arange(16)[None] * 37 % vocab
+    config: Any = decoder.net.config
+    tokens = torch.arange(min(16, at_once(config)))[None] * 37 % config.vocab_size
     with torch.no_grad():
         want = decoder(tokens, torch.tensor([0])).double().log_softmax(-1)
     found = _pte_program.Program(file).forward(tokens, 0).double().log_softmax(-1)
