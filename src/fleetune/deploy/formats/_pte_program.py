@@ -56,21 +56,23 @@ class CodedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.range, self.group = SIGNED[bits], codes.shape[1] // scale.shape[1]
         with quiet():
-            self.ops = importlib.import_module("torchao.quantization.quant_primitives")
+            importlib.import_module("torchao.quantization.quant_primitives")  # registers the operators
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply as the runtime does: the inputs are rounded to 8 bits."""
-        ops, (low, high), token = self.ops, SIGNED[8], [*[1] * (x.dim() - 1), x.shape[-1]]
+        """Multiply as the runtime does: the inputs are rounded to 8 bits.
+
+        The operators are called as they are: torchao's functions of the same names turn gradients off and on again, which
+        torch.export takes the square of the number of layers to undo.
+        """
+        ops, (low, high), token = torch.ops.torchao, SIGNED[8], [*[1] * (x.dim() - 1), x.shape[-1]]
         scale, zero = ops.choose_qparams_affine(
-            x, ops.MappingType.ASYMMETRIC, token, torch.int8, low, high, zero_point_dtype=torch.int8
+            x, "ASYMMETRIC", token, torch.int8, low, high, zero_point_dtype=torch.int8
         )
         codes = ops.quantize_affine(x, token, scale, zero, torch.int8, low, high)
-        x = ops.dequantize_affine(
-            codes, token, scale, zero, torch.int8, low, high, output_dtype=torch.float32
-        )
+        x = ops.dequantize_affine(codes, token, scale, zero, torch.int8, low, high)
         weight = ops.dequantize_affine(
-            self.codes, [1, self.group], self.scale, self.zero, torch.int8, *self.range, output_dtype=torch.float32
-        )  # fmt: skip
+            self.codes, [1, self.group], self.scale, self.zero, torch.int8, *self.range
+        )
         return nn.functional.linear(x, weight, self.bias)
 
 
