@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,12 @@ class Target:
     def states(self, constant: str) -> Any:
         """A constant of the format; None where it does not state it."""
         return self.format.constants.get(constant)
+
+    @property
+    def missing(self) -> list[str]:
+        """The modules that are not installed and without which it cannot be written."""
+        needs: tuple[str, ...] = self.states("WRITER_NEEDS") or ()
+        return [module for module in needs if importlib.util.find_spec(module) is None]
 
     def load(self) -> ModuleType:
         """Import the format's module."""

@@ -10,9 +10,11 @@
     BASE          True where an adapter is written with the help of its base model (default False)
     BLOCK_WIDTHS  True where blocks of different widths have a place (default False: they are refused)
     PROVENANCE    True where the file says where the model comes from (`provenance.py`; default False)
-    RUNTIME       "llama.cpp", "mlx-lm", "ONNX Runtime" or "transformers": what `--text` runs the result in; left out for none
+    WRITER_NEEDS  names of modules without which it cannot be written; INSTALL says how to get them (default: none)
+    RUNTIME       what `--text` runs the result in: "llama.cpp", "mlx-lm", "ONNX Runtime", "ExecuTorch" or "transformers"; left
+                  out for none
     NEEDS         what that runtime must have installed besides, as names of modules
-    INSTALL       the command that installs it
+    INSTALL       the command that installs it (and what writing needs)
     ORDER         place in listings (default: last)
 
 and has the functions of `ModelFormat` or, for TAKES = "adapter", of `AdapterFormat`.

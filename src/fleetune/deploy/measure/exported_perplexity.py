@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from fleetune import data, models
 from fleetune.deploy import targets
-from fleetune.deploy.measure import harness, llamacpp, mlx_lm, onnx_runtime
+from fleetune.deploy.measure import executorch_runtime, harness, llamacpp, mlx_lm, onnx_runtime
 from fleetune.deploy.measure.harness import Row
 from fleetune.models.families import widths
 
@@ -38,6 +38,7 @@ ENGINES: Final[Mapping[str, Runtime]] = MappingProxyType(
     {
         "llama.cpp": Runtime("gguf", "llama.cpp", (llamacpp.MODULE,), llamacpp.INSTALL),
         "ONNX Runtime": Runtime("onnx", "ONNX Runtime", (onnx_runtime.MODULE,), onnx_runtime.INSTALL),
+        "ExecuTorch": Runtime("pte", "ExecuTorch", (executorch_runtime.MODULE,), executorch_runtime.INSTALL),
         "mlx-lm": Runtime("mlx", "mlx-lm", mlx_lm.MODULES, mlx_lm.INSTALL),
         "transformers": Runtime("transformers", "transformers", (), ""),
     }

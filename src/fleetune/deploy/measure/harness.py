@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 FILE: Final = "measure.json"  # in a compression's folder
 # Export warns below it.  A convention: who deploys should know that a tenth of the gain is lost.
 KEPT_BAR: Final = 0.9
-KINDS: Final = ("model", "run", "artefact", "gguf", "transformers", "mlx", "onnx")
+KINDS: Final = ("model", "run", "artefact", "gguf", "transformers", "mlx", "onnx", "pte")
 THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 Row = tuple[list[int], int]  # tokens, and how many of the first are context only
@@ -192,6 +192,11 @@ def _engine(job: MeasureJob) -> Iterator[LoadedEngine]:
         from fleetune.deploy.measure import onnx_runtime
 
         yield onnx_runtime.OnnxRuntime(Path(job.path), job.threads)
+        return
+    if job.kind == "pte":
+        from fleetune.deploy.measure import executorch_runtime
+
+        yield executorch_runtime.ExecuTorch(Path(job.path), job.threads)
         return
     if job.kind == "mlx":
         from fleetune.deploy.measure import mlx_lm

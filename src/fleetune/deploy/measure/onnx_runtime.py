@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from fleetune.deploy.measure import cross_entropy
+from fleetune.deploy.measure.stepwise import Stepwise
 from fleetune.errors import ModelError, UsageError
 
 MODULE: Final = "onnxruntime"
 INSTALL: Final = "pip install 'fleetune[onnx]'"
-SCORED: Final = 64  # positions whose logits are alive at a time
 
 
-class OnnxRuntime:
+class OnnxRuntime(Stepwise):
     """A folder's model, loaded for `threads` threads."""
 
     def __init__(self, folder: Path, threads: int) -> None:
@@ -51,36 +50,6 @@ class OnnxRuntime:
     def open(self, length: int) -> None:
         """Nothing to do: keys and values grow with the text."""
 
-    def prefill(self, ids: Sequence[int]) -> None:
-        """Forget everything and read `ids`, at the last of which the next token is predicted."""
-        self._clear()
-        self._read(ids)
-
-    def step(self) -> None:
-        """Append the likeliest token and predict the next."""
-        self._read([int(self._logits[-1].argmax())])
-
-    def losses(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, int]]:
-        """Cross-entropy in nats over the tokens of rows (ids, n_prompt) from number n_prompt on (from 1): sums and numbers."""
-        found = []
-        for ids, n_prompt in rows:
-            total, at = 0.0, max(n_prompt, 1)
-            for piece in self.scored_logits([(ids, n_prompt)]):
-                total += float(cross_entropy.of_tokens(piece, np.asarray(ids)[at : at + len(piece)]).sum())
-                at += len(piece)
-            found.append((total, len(ids) - max(n_prompt, 1)))
-        return found
-
-    def scored_logits(self, rows: Sequence[tuple[Sequence[int], int]]) -> Iterator[np.ndarray]:
-        """Yield the logits of the tokens that `losses` scores, in order: float32 [n, V]."""
-        for ids, n_prompt in rows:
-            self._clear()
-            first = max(n_prompt, 1) - 1
-            for at in range(0, len(ids) - 1, SCORED):
-                self._read(ids[at : min(at + SCORED, len(ids) - 1)])
-                if first < at + len(self._logits):
-                    yield self._logits[max(0, first - at) :]
-
     def close(self) -> None:
         """Nothing to do: the process ends."""
 
@@ -95,5 +64,5 @@ class OnnxRuntime:
             **self._kept,
         }
         found = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
-        self._logits: np.ndarray = found.pop("logits")[0]
+        self._logits = found.pop("logits")[0]
         self._kept = {name.replace("present", "past_key_values", 1): kept for name, kept in found.items()}
