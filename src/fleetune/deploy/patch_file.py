@@ -163,7 +163,7 @@ def with_changes(
     last, part = len(places) - 1, PARTS[trains]
 
     def moves() -> Moves:
-        unpack = _unpacker(memoryview(changes))
+        unpack = _unpacker(changes.data)
 
         def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
             place = places[number]
