@@ -240,6 +240,15 @@ BAD = {
         ["compress", "./nothing", "--method", "rtn", "--set", "grid=q3_k", "--set", "group=32"], 2,
         "has group = 16, and group = 32 is given as well",
     ),
+    "bits as a fraction beside a grid": (
+        ["compress", "./nothing", "--set", "grid=q6_k", "--set", "bits=4.0"], 2, "has bits = 6, and bits = 4.0 is given as well",
+    ),
+    "gradients of windows without a prediction": (
+        ["compress", "./nothing", "--length", "1", "--set", "tokens=gradient"], 2, "no gradient by which tokens could count",
+    ),
+    "a size by gradients of windows without a prediction": (
+        ["compress", "./nothing", "--length", "1", "--bpw", "5"], 2, "no gradient by which a size could be spent",
+    ),
     "a pattern that makes no sense": (
         ["compress", "{tiny}", "--method", "sparsegpt", "--set", "n=4"], 2, "0 < n < m",
     ),

@@ -19,7 +19,7 @@ from torch import Tensor
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.compression.budget import sensitivity, token_weights
-from fleetune.compression.jobs import progress, solve
+from fleetune.compression.jobs import calibrating, progress, solve
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
@@ -263,13 +263,13 @@ def test_it_is_what_the_driver_does_with_the_weights(at: Path, capsys: pytest.Ca
         assert torch.equal(own.codes, found.codes)
 
 
-@pytest.mark.parametrize("method", ["optq", "qronos"])
-def test_a_stopped_one_resumes_with_the_same_bits(
-    method: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = ("m", "--method", method, "--set", "group=4", *TEXT, *GRADIENT)
-    code, events, err = call(capsys, *args)
-    assert code == 0, err
+def stopped(
+    args: tuple[str, ...],
+    at: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """The folder of a compression that was stopped after its second block."""
     written, block = progress.report_block, list[int]()
 
     def stop(*about: Any) -> None:
@@ -281,7 +281,28 @@ def test_a_stopped_one_resumes_with_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(progress, "report_block", stop)
         assert call(capsys, *args)[0] == 130
-    folder = sorted((at / "runs").iterdir())[-1]
+    return sorted((at / "runs").iterdir())[-1]
+
+
+def test_blocks_of_before_there_was_a_choice_are_gone_on_with(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("m", "--method", "optq", "--set", "group=4", *TEXT)
+    stated = [
+        (stopped((*args, *more), at, capsys, monkeypatch) / "parts" / calibrating.ORIGIN).read_text()
+        for more in ((), GRADIENT)
+    ]
+    assert ["tokens" in text for text in stated] == [False, True]
+
+
+@pytest.mark.parametrize("method", ["optq", "qronos"])
+def test_a_stopped_one_resumes_with_the_same_bits(
+    method: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("m", "--method", method, "--set", "group=4", *TEXT, *GRADIENT)
+    code, events, err = call(capsys, *args)
+    assert code == 0, err
+    folder = stopped(args, at, capsys, monkeypatch)
     assert block_file(folder / "parts", 1).is_file()
     code, again, err = call(capsys, "--resume", str(folder))
     assert code == 0, err

@@ -12,18 +12,22 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from deploy_harness import BLOCKS, gguf_of
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fleetune import api, models
 from fleetune.common.ggml import BYTES, HALVES, PARTS
 from fleetune.common.sums import sha256
-from fleetune.deploy import patch, patch_make
+from fleetune.deploy import patch, patch_file, patch_make
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models.model import Model
 from fleetune.seeds.ledger import Ledger
@@ -320,7 +324,7 @@ def rewritten(path: Path, **changed: object) -> Path:
     {"format": 3}, {"format": 2.0}, {"K": 63}, {"K": 1 << 40}, {"law": "none"}, {"grid": "x"}, {"run_key": "zz"}, {"places": [[1, 2]]},
     {"places": [[0, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q9", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 5, 1, 2, 0]]},
     {"places": [[64, "Q4_0", 64, 2, 0, 0], [65, "Q4_0", 64, 2, 0, 0]]}, {"id": np.arange(3, dtype=np.uint64)},
-    {"coefficient": np.ones(40)}, {"run_key": "f" * 40}, {"run_key": "-5"}, {"grid": float("nan")}, {"grid": 1e400}, {"K": "64"},
+    {"coefficient": np.ones(40)}, {"run_key": "f" * 40}, {"run_key": "-5"}, {"grid": float("nan")}, {"grid": 1e400}, {"grid": 1e39}, {"K": "64"},
     {"base": None}, {"result": "x" * 64}, {"places": [[64, "Q4_0", 1 << 40, 1 << 40, 0, 0]]}, {"law": "gaussian"},
     {"places": [[64, "Q4_0", 1, 1, 0, 1 << 80]]}, {"places": []}, {"places": [[True, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 1, 1, 0, -4096]]},
 ])  # fmt: skip
@@ -334,8 +338,6 @@ def test_a_patch_that_states_what_cannot_be_is_refused(
 
 @BOTH
 def test_changes_that_unpack_to_more_or_less_are_refused(trains: str, file: Path, tmp_path: Path) -> None:
-    import zlib
-
     made = patch_make.make(file, ledger_on(file, trains)[0], changes=True)
     before = file.read_bytes()
     for size in (0, 10, 10_000_000):
@@ -344,6 +346,37 @@ def test_changes_that_unpack_to_more_or_less_are_refused(trains: str, file: Path
         with pytest.raises(ModelError, match="its changes are not"):
             patch.apply(file, patch.load(rewritten(tmp_path / "p", changes=packed)))
     assert file.read_bytes() == before
+
+
+@given(st.binary(max_size=3000), st.integers(0, 9), st.integers(1, 500), st.integers(1, 400))
+def test_changes_unpack_in_any_pieces_without_the_rest_being_copied(
+    raw: bytes, level: int, size: int, fed: int
+) -> None:
+    taken = list[int]()
+
+    class Watched:
+        def __init__(self) -> None:
+            self.inner = zlib.decompressobj()
+
+        def decompress(self, part: bytes, most: int) -> bytes:
+            taken.append(len(part))
+            return self.inner.decompress(part, most)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+    packed = zlib.compress(raw, level)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(patch_file, "FED", fed)
+        patched.setattr(patch_file, "zlib", SimpleNamespace(decompressobj=Watched))
+        unpack = patch_file._unpacker(memoryview(packed))
+        for at in range(0, len(raw), size):
+            part = raw[at : at + size]
+            assert unpack(len(part), at + size >= len(raw)) == (part, True)
+        assert max(taken, default=0) <= fed, "the rest is copied for each piece"
+        for wrong in (packed[:-1], packed + b"x", zlib.compress(raw + b"x", level)):
+            assert not patch_file._unpacker(memoryview(wrong))(len(raw), True)[1]
+        assert not patch_file._unpacker(memoryview(packed))(len(raw) + 1, False)[1]
 
 
 @BOTH

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Update a quantised model on a device by a patch (`patch_file.py`), and take it back.
 
-Applying needs numpy, no torch, and a few MB.  The file is checked before and after, written beside the old one and renamed into
-its place, so at any instant there is the old file or the new one.  A patch in place leaves `FILE.undo`, a patch that leads
-back.  A patch says what it makes; who made it it does not say: get it from where you get models.
+Applying needs numpy, no torch, and a few MB beside the patch; in place also about three times the size of `FILE.undo`, which
+for codes grows with the model.  The file is checked before and after, written beside the old one and renamed into its place, so
+at any instant there is the old file or the new one.  A patch in place leaves `FILE.undo`, a patch that leads back.  A patch says
+what it makes; who made it it does not say: get it from where you get models.
 """
 
 from __future__ import annotations
@@ -87,9 +88,11 @@ class Packed:
         """Add what leads from old to new."""
         self._parts.append(self._packer.compress(difference(old, new, self._trains)))
 
-    def bytes(self) -> bytes:
-        """Return all of it."""
-        return b"".join([*self._parts, self._packer.flush()])
+    def all(self) -> np.ndarray:
+        """Return all of it, uint8 [n]; nothing can be added afterwards."""
+        self._parts.append(self._packer.flush())
+        found, self._parts = b"".join(self._parts), []
+        return np.frombuffer(found, np.uint8)
 
 
 def apply(path: Path, patch: Patch, out: Path | None = None) -> Path | None:
@@ -144,7 +147,7 @@ def _in_place(path: Path, patch: Patch) -> Path:
     back, changes = undo_file(path), Packed(patch.trains, 1)
 
     def keep_undo() -> None:
-        back_again = with_changes(patch.result, patch.base, patch.trains, patch.places, changes.bytes())
+        back_again = with_changes(patch.result, patch.base, patch.trains, patch.places, changes.all())
         write_atomic(_next(back), back_again.file)
 
     write(path, patch, path, lambda old, new: changes.add(new, old), keep_undo)

@@ -13,7 +13,6 @@ and where the blocks lie.  Format 1 moves scales, format 2 codes.  It carries on
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors.numpy import save
 from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.errors import ModelError, UsageError
 from fleetune.seeds import code_grid, noise, scale_grid
+from fleetune.seeds.ledger_head import GRID_LIMIT
 from fleetune.seeds.noise import Passes
 
 MOST: Final = 1 << 48  # of a place's numbers
@@ -36,6 +36,7 @@ DAMAGED: Final = (
     SafetensorError, OSError, ArithmeticError, LookupError, ValueError, TypeError, AttributeError, RecursionError,
 )  # fmt: skip
 AGAIN: Final = "get the patch again from its origin"
+FED: Final = 1 << 16  # bytes of packed changes that are unpacked at a time: zlib copies what it leaves
 
 Moves = Callable[[int, int, np.ndarray], np.ndarray]
 """(number of a place, its first row, blocks of some rows uint8 [n, bytes]) -> what moves of them, new; rows come in order."""
@@ -117,7 +118,12 @@ class Patch(NamedTuple):
     trains: str  # one of PARTS
     places: tuple[Place, ...]  # by rising offset
     moves: Callable[[], Moves]  # to be called for each writing
-    file: bytes
+    encoded: Callable[[], bytes]
+
+    @property
+    def file(self) -> bytes:
+        """Return the bytes of its file, encoded anew."""
+        return self.encoded()
 
 
 def with_entries(
@@ -125,7 +131,7 @@ def with_entries(
     ids: np.ndarray, coefficients: np.ndarray,
 ) -> Patch:  # fmt: skip
     """Return a patch that carries a ledger's entries: ids uint64 [n], coefficients int64 [n]; ValueError for what cannot be."""
-    if law not in LAWS or not 0 <= run_key < 1 << 64 or not (math.isfinite(grid) and grid > 0):
+    if law not in LAWS or not 0 <= run_key < 1 << 64 or not 0.0 < grid <= GRID_LIMIT:
         raise ValueError(f"no ledger has law {law!r:.40}, key {run_key:x} and grid {grid}")
     if (ids.dtype, coefficients.dtype) != (np.dtype(np.uint64), np.dtype(np.int64)):
         raise ValueError(f"its entries are {ids.dtype} and {coefficients.dtype}")
@@ -143,36 +149,68 @@ def with_entries(
         return in_file
 
     head = {"run_key": f"{run_key:016x}", "law": law, "K": K, "grid": grid}
-    file = _encoded(base, result, trains, places, head, {"id": ids, "coefficient": coefficients})
-    return Patch(base, result, trains, places, lambda: moved, file)
+    arrays = {"id": ids, "coefficient": coefficients}
+    return Patch(
+        base, result, trains, places, lambda: moved,
+        lambda: _encoded(base, result, trains, places, head, arrays),
+    )  # fmt: skip
 
 
-def with_changes(base: str, result: str, trains: str, places: tuple[Place, ...], changes: bytes) -> Patch:
-    """Return a patch that carries differences (`difference`) of all places one after the other, compressed."""
+def with_changes(
+    base: str, result: str, trains: str, places: tuple[Place, ...], changes: np.ndarray
+) -> Patch:
+    """Return a patch that carries differences (`difference`) of all places one after the other, compressed: uint8 [n]."""
     last, part = len(places) - 1, PARTS[trains]
 
     def moves() -> Moves:
-        reader, rest = zlib.decompressobj(), [changes]
+        unpack = _unpacker(changes.data)
 
         def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
             place = places[number]
             old = part.read(blocks, place.kind)
             ends = number == last and first * place.blocks + len(blocks) == place.rows * place.blocks
             try:
-                raw = reader.decompress(rest[0], old.nbytes)
-                rest[0] = reader.unconsumed_tail
-                more = ends and (reader.decompress(rest[0], 1) or not reader.eof or reader.unused_data)
+                raw, whole = unpack(old.nbytes, ends)
             except zlib.error as error:
                 raise ModelError(f"the patch is damaged ({error})", hint=AGAIN) from error
-            if more or len(raw) != old.nbytes:
+            if not whole:
                 raise ModelError("the patch is damaged: its changes are not those of its tensors", hint=AGAIN)
             new: np.ndarray = old + np.frombuffer(raw, part.type).reshape(old.shape)
             return new
 
         return moved
 
-    file = _encoded(base, result, trains, places, {}, {"changes": np.frombuffer(changes, np.uint8)})
-    return Patch(base, result, trains, places, moves, file)
+    return Patch(
+        base, result, trains, places, moves,
+        lambda: _encoded(base, result, trains, places, {}, {"changes": changes}),
+    )  # fmt: skip
+
+
+def _unpacker(packed: memoryview) -> Callable[[int, bool], tuple[bytes, bool]]:
+    """Return a function (size, ends) that unpacks the next bytes and tells whether there are so many, and none after an end."""
+    reader, at = zlib.decompressobj(), 0
+
+    def some(size: int) -> bytes:
+        nonlocal at
+        parts = list[bytes]()
+        while size and not reader.eof:
+            fed: bytes | memoryview = reader.unconsumed_tail
+            if not fed:
+                fed = packed[at : at + FED]
+                at += len(fed)
+            part = reader.decompress(fed, size)
+            if not part and not fed:
+                break
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def unpack(size: int, ends: bool) -> tuple[bytes, bool]:
+        raw = some(size)
+        left = ends and (some(1) or not reader.eof or reader.unused_data or at < len(packed))
+        return raw, len(raw) == size and not left
+
+    return unpack
 
 
 def difference(old: np.ndarray, new: np.ndarray, trains: str) -> bytes:
@@ -206,7 +244,7 @@ def load(path: Path) -> Patch:
         if set(arrays) == {"changes"}:
             if arrays["changes"].dtype != np.uint8:
                 raise ValueError(f"its changes are {arrays['changes'].dtype}")
-            return with_changes(base, result, trains, places, arrays["changes"].tobytes())
+            return with_changes(base, result, trains, places, arrays["changes"].reshape(-1))
         if type(head["K"]) is not int or type(head["grid"]) is not float:
             raise ValueError("its head has the wrong types")
         return with_entries(

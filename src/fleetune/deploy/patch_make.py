@@ -78,9 +78,9 @@ def _with_bits(base: Path, weights: Mapping[str, LazyWeight], bits: Mapping[str,
         return new.reshape(len(blocks), -1)
 
     sha, packed = hashlib.sha256(), Packed("scales", 9)
-    for part in patched(base, Patch("", "", "scales", places, lambda: moved, b""), packed.add):
+    for part in patched(base, Patch("", "", "scales", places, lambda: moved, bytes), packed.add):
         sha.update(part)
-    return with_changes(sha256(base), sha.hexdigest(), "scales", places, packed.bytes())
+    return with_changes(sha256(base), sha.hexdigest(), "scales", places, packed.all())
 
 
 def make(
@@ -124,7 +124,7 @@ def make(
     for part in patched(base, carrying(""), seen):
         sha.update(part)
     if changes:
-        return with_changes(source, sha.hexdigest(), view.part, places, packed.bytes())
+        return with_changes(source, sha.hexdigest(), view.part, places, packed.all())
     return carrying(sha.hexdigest())
 
 

@@ -69,12 +69,13 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
     base = patch_make.file_of(args.files[0], offline=args.offline)
     with called(base, args.files[0]):
         made = _patch(args, base)
-    write_atomic(out, made.file)
-    ui.event(PatchMade(path=str(out), bytes=len(made.file), base=made.base, result=made.result))
+    file = made.file
+    write_atomic(out, file)
+    ui.event(PatchMade(path=str(out), bytes=len(file), base=made.base, result=made.result))
     if ui.json:
         return
     ui.paths(
-        [("patch", f"{out} ({human_bytes(len(made.file))})"), ("makes", f"a file with SHA-256 {made.result}")]
+        [("patch", f"{out} ({human_bytes(len(file))})"), ("makes", f"a file with SHA-256 {made.result}")]
     )
 
 

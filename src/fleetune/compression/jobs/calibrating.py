@@ -70,7 +70,16 @@ class Calibrated(Protocol):
 
 
 def check(request: CompressRequest, solver: Solver) -> None:
-    """Raise UsageError for options that a solver has no place for that compares with the dense model, or weighs tokens."""
+    """Raise UsageError for options that a solver has no place for that compares with the dense model, or weighs tokens.
+
+    Gradients, which a size is spent by as well, are of predictions: of windows of 2 tokens or more.
+    """
+    if request.length < 2 and (weighs(solver) or request.bytes or request.bpw):
+        raise UsageError(
+            "--length 1: nothing is predicted in windows of 1 token, so there is no gradient by which "
+            + ("tokens could count" if weighs(solver) else "a size could be spent"),
+            hint="give a larger --length",
+        )
     if weighs(solver) and request.calibrate in (CLIENTS, FLEET):
         raise UsageError(
             f"tokens = gradient takes the gradient of the whole model on text that is here, and --calibrate {request.calibrate} "

@@ -238,7 +238,7 @@ def _check_grid(request: CompressRequest, method: object) -> None:
         for name in ("bits", "group")
         if "grid" in request.set
         and (given := request.set.get(name)) is not None
-        and int(given) != (own := getattr(method, name, int(given)))
+        and float(given) != (own := getattr(method, name, float(given)))
     ]
     if problems:
         raise RecipeError(problems, hint=f"leave out --set grid={request.set['grid']}, or the other")

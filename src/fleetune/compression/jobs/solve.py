@@ -242,13 +242,17 @@ def _reason(request: CompressRequest) -> str:
 
 
 def _origin_of(job: SolveJob) -> str:
-    """Return what finished blocks are made of, as text: weights, settings, calibration text."""
+    """Return what finished blocks are made of, as text: weights, settings, calibration text.
+
+    Tokens that count alike are left out: blocks of before there was a choice are of such.
+    """
     from fleetune.compression.layerwise import driver
 
     model = job.inputs.model
+    settings = {name: value for name, value in _settings(job).items() if (name, value) != ("tokens", "equal")}
     experts = _takes_experts(job.request) and driver.solves_experts(model)
     return json.dumps([
-        job.request.method, _settings(job), model.digest, model.dtype,
+        job.request.method, settings, model.digest, model.dtype,
         calibrating.stated(job), [[client, len(own)] for client, own in job.shares.items()],
         *(["experts"] if experts else []),
     ])  # fmt: skip
