@@ -258,6 +258,20 @@ def test_a_patch_before_its_model_is_said_to_be_swapped(
     assert (tmp_path / "new.gguf").is_file()
 
 
+def test_a_run_before_its_model_is_said_to_be_swapped(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fleetune.cli.main import main
+
+    ledger = tmp_path / "a ledger.safetensors"
+    ledger_on(file)[0].save(ledger)
+    assert main(["patch", "make", str(ledger), str(file), "--to", str(tmp_path / "p")]) == 2
+    right = re.search("try: fleetune (.*)", capsys.readouterr().err)
+    assert right is not None
+    assert main(shlex.split(right[1])) == 0
+    assert (tmp_path / "p").is_file()
+
+
 def test_the_command_prints_json_for_a_devices_script(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -306,7 +306,7 @@ BAD_HEADS = {
     "a check of a number": changed(checks={"1": 1}), "tensors is a number": changed(tensors=1),
     "tensors is a map": changed(tensors={"a": 1}), "a tensor of two parts": changed(tensors=[["a", [1]]]),
     "a tensor without end": changed(tensors=[["a", [float("inf")], "float32"]]),
-    "a tensor of halves": changed(tensors=[["a", [2.5], "float32"]]), "a name that is a number": changed(tensors=[[1, [2], "x"]]),
+    "trains is none of three": changed(hyper={"train": "codes\n"}), "a tensor of halves": changed(tensors=[["a", [2.5], "float32"]]), "a name that is a number": changed(tensors=[[1, [2], "x"]]),
 }  # fmt: skip
 
 

@@ -163,6 +163,20 @@ def test_rates_are_tried_up_and_down_until_clearly_worse() -> None:
     assert found.best() == pytest.approx(1e-2)
 
 
+def test_rates_that_do_nothing_are_left_behind() -> None:
+    """Losses differ by noise up to 1e-2, fall beyond, and are lost from 5 on."""
+    losses = {1e-4: 5.0 - 1e-4, 1e-3: 5.0 + 2e-4, 1e-2: 4.9, 3e-2: 4.5, 9e-2: 4.0, 0.27: 6.0, 1e-2 / 3: 4.99}
+    found = climb(
+        5.0, lambda rate: losses[min(losses, key=lambda known: abs(math.log(known / rate)))], 1e-4, 3.0, 5
+    )
+    assert [t.rate for t in found.tried] == pytest.approx(sorted(losses))
+    assert found.best() == pytest.approx(9e-2)
+
+
+def test_where_no_rate_does_anything_few_are_tried() -> None:
+    assert len(climb(5.0, lambda rate: 5.0, 1e-4, 3.0, 5).tried) == 17
+
+
 def test_of_a_plateau_the_middle_is_taken() -> None:
     flat = [(1e-4, 3.9), (1e-3, 3.01), (1e-2, 3.0), (1e-1, 3.02), (1.0, 8.0)]
     assert Trials(4.0, [Tried(*t) for t in flat]).best() == pytest.approx(1e-2)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fleetune import adapters, models
 from fleetune.common.ggml import BLOCK, PARTS
+from fleetune.common.shell import command
 from fleetune.common.sums import sha256
 from fleetune.deploy.formats import Report
 from fleetune.deploy.formats._gguf_header import open_written
@@ -40,6 +41,15 @@ def file_of(name: str, *, offline: bool = False) -> Path:
     if file.suffix != ".gguf":
         raise UsageError(f"{name} is no GGUF file, which could be patched", hint="give the .gguf file")
     return file
+
+
+def check_order(name: str, run: str, out: Path) -> None:
+    """Raise UsageError where the model and the run of `make` are given the wrong way round."""
+    if Path(run).suffix == ".gguf" and Path(run).is_file() and Path(name).suffix != ".gguf":
+        raise UsageError(
+            f"{run} is a GGUF file: the model comes first, then the run",
+            hint=command("patch", "make", run, name, "--to", out),
+        )
 
 
 def report(path: Path) -> Report:

@@ -37,7 +37,7 @@ from transformers import (
 
 from fleetune.common.memory import give_back, is_out_of_memory
 from fleetune.common.shell import quoted
-from fleetune.errors import FitError, FleetuneError, ModelError
+from fleetune.errors import FitError, FleetuneError, ModelError, called
 from fleetune.models import cache, encoders, names, placement, stated
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import FILE as MASTER
@@ -229,7 +229,8 @@ def load(
         return _load_folder(name, folder_of(name), dtype, device, labels)
     path, tensors = tensors_of(name)
     try:
-        return _load_folder(name, path, dtype, device, labels, tensors)
+        with called(path, name):
+            return _load_folder(name, path, dtype, device, labels, tensors)
     except NotMappable as error:
         if base == "mapped":
             raise

@@ -69,8 +69,13 @@ class LedgerHead:
             )
         if not _sound(head):
             raise LedgerError(
-                f"the ledger's head is damaged (law {head.law!r}, K {head.K}, grid {head.grid})",
+                f"the ledger's head is damaged (law {head.law!r:.40}, K {head.K}, grid {head.grid})",
                 hint=f"K is at most {MOST}, a grid lies above 0 and is at most {GRID_LIMIT:g}",
+            )
+        if head.trains not in TRAINS:
+            raise LedgerError(
+                f"the ledger's head is damaged (it trains {head.trains!r:.40}, not {', '.join(TRAINS)})",
+                hint=AGAIN,
             )
         if strange := [r for r in head.checks if not _is_round(r)]:
             raise LedgerError(
@@ -95,7 +100,6 @@ def _sound(head: LedgerHead) -> bool:
         and type(head.eps) in (float, int)
         and type(head.hyper) is type(head.checks) is dict
         and all(type(d) is str for d in head.checks.values())
-        and head.trains in TRAINS
     )
 
 

@@ -66,6 +66,7 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError("patch make needs --to FILE, the patch to write")
     if (out := Path(args.to)).exists():
         raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
+    patch_make.check_order(args.files[0], args.files[1], out)
     base = patch_make.file_of(args.files[0], offline=args.offline)
     with called(base, args.files[0]):
         made = _patch(args, base)

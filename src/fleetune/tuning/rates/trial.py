@@ -35,6 +35,9 @@ TRIALS: Final = 5  # in each direction, at most
 FINER: Final = 2.0  # of trials that cost an evaluation only
 FINE_TRIALS: Final = 14
 SLACK: Final = 0.1  # of the best fall of the loss
+FLAT: Final = 1e-4  # of the loss: a rate that changes it by less does nothing,
+LEAP: Final = 10.0  # and one so many times as large is tried,
+LEAPS: Final = 6  # so often at most
 MOVES: Final = 32  # rounds at most until a server that waits for agreement has moved
 HELD: Final = 3  # moves of the model for which a rate is held,
 HELD_ROUNDS: Final = 20  # in so many rounds at most
@@ -144,9 +147,15 @@ def loss_after(bench: Bench, make: Callable[[float], Method], moves: int, start:
 def climb(start: float, loss_of: Callable[[float], float], first: float, factor: float, most: int) -> Trials:
     """Try `first`, then rates `factor` times as large until the loss is clearly above the best, then smaller ones likewise.
 
-    Clearly: by more than a tenth of the best fall.  At most `most` rates in each direction.
+    Clearly: by more than a tenth of the best fall.  At most `most` rates in each direction.  Where `first` does nothing to the
+    loss, the first of 10, 100, .. times as much that does takes its place.
     """
     tried = {first: loss_of(first)}
+    for _ in range(LEAPS):
+        if abs(tried[first] - start) > FLAT * abs(start):
+            break
+        first *= LEAP
+        tried[first] = loss_of(first)
     for ratio in (factor, 1 / factor):
         rate = first
         for _ in range(most):
