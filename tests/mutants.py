@@ -279,7 +279,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("tuning/footprint.py", "counts[x.name])", "2)", "adapters/test_scales_module.py -k plan_counts"),
     Mutant("common/files.py", "if error.hint == FULL:", "if False:", "common/test_files.py -k goes_on"),
     Mutant("tuning/finished.py", "if recipe.train in PARTS and base == \"memory\":", "if False:", "adapters/test_scales_module.py -k moved_in_memory"),
-    Mutant("deploy/patch_file.py", "0.0 < grid <= GRID_LIMIT", "0.0 < grid", "deploy/test_patch.py -k states_what_cannot_be"),
+    Mutant("deploy/patch_file.py", "0.0 < grid <= GRID_LIMIT", "0.0 < grid", "deploy/test_patch_files.py -k states_what_cannot_be"),
     Mutant("compression/jobs/calibrating.py", "if request.length < 2 and", "if request.length < 1 and", "compression/test_command.py"),
     Mutant("compression/jobs/solve.py", "if (name, value) != (\"tokens\", \"equal\")}", "}", "compression/test_token_weights.py -k before_there"),
     Mutant("compression/layerwise/hessian.py", "s.reshape(-1).to(H.dtype).sqrt()[:, None]", "s.reshape(-1).to(H.dtype)[:, None]", "compression/test_token_weights.py"),

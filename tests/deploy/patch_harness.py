@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests of patches share: a mapped model of a GGUF file, and a ledger on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fleetune import models
+from fleetune.common.ggml import PARTS
+from fleetune.models.model import Model
+from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.view import View
+from fleetune.tuning.methods import _zeroth
+
+BOTH = pytest.mark.parametrize("trains", PARTS)
+
+
+def visible(folder: Path) -> list[str]:
+    """The files of a folder but for lock files, which stay."""
+    return sorted(p.name for p in folder.iterdir() if not p.name.endswith(".lock"))
+
+
+def load(file: Path, trains: str = "scales") -> Model:
+    model = models.load(str(file), device="cpu", base="mapped")
+    model.trains = trains
+    return model
+
+
+def ledger_on(file: Path, trains: str = "scales") -> tuple[Ledger, str]:
+    """A ledger of 40 steps, and the digest of the weights that it leads to."""
+    model = load(file, trains)
+    made = _zeroth.new_ledger(
+        model,
+        5,
+        law="hashed",
+        K=64,
+        lr=0.02,
+        eps=0.01,
+        rule="constant",
+        method="mezo",
+        hyper={},
+        aggregation="mean",
+    )
+    rng = np.random.default_rng(1)
+    made = made.append(np.arange(40, dtype=np.uint64), rng.integers(-90, 90, 40), 1)
+    view = _zeroth.place_at(model, made)
+    assert isinstance(view, View)
+    digest = models.digest(view.pieces())
+    return made.with_check(1, digest), digest

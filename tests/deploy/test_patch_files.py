@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of patches: which are read, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from patch_harness import BOTH, ledger_on
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from fleetune.deploy import patch, patch_file, patch_make
+from fleetune.errors import ModelError
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_a_damaged_or_another_patch_is_named_as_such(file: Path, tmp_path: Path) -> None:
+    made = patch_make.make(file, ledger_on(file)[0], changes=True)
+    (tmp_path / "p").write_bytes(made.file)
+    rewritten(tmp_path / "p", format=3)
+    with pytest.raises(ModelError, match="a patch of format 3, this program reads 1, 2"):
+        patch.load(tmp_path / "p")
+    raw = bytearray(made.file)
+    raw[-40] ^= 4
+    (tmp_path / "q").write_bytes(raw)
+    with pytest.raises(ModelError, match=r"is damaged|would have SHA-256"):
+        patch.apply(file, patch.load(tmp_path / "q"))
+    with pytest.raises(ModelError, match="there is no patch"):
+        patch.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    ({"places": None}, "it has no 'places'"), ({"K": None}, "it has no 'K'"), ({"run_key": "zz"}, "no key: 'zz'"),
+    ({"places": [[1, 2]]}, "its head is not that of a patch"), ({"places": []}, "it has no tensors"),
+    ({"run_key": 5}, "no key: 5"), ({"K": 63}, "power of two"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_patch_is_said_in_words(
+    changed: dict[str, object], words: str, file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
+    gone = {name for name, value in changed.items() if value is None}
+    rewritten(tmp_path / "p", **changed)
+    if gone:
+        with safe_open(str(tmp_path / "p"), framework="numpy") as opened:
+            head = json.loads(opened.metadata()["patch"])
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        kept = {name: value for name, value in head.items() if name not in gone}
+        save_file(arrays, tmp_path / "p", {"patch": json.dumps(kept)})
+    with pytest.raises(ModelError) as refused:
+        patch.load(tmp_path / "p")
+    assert f"is no patch, or is damaged: {words}" in refused.value.message or words == "power of two"
+    assert words in refused.value.message
+    assert not re.search(r"Error|\(\)|literal|unpack|argument", refused.value.message)
+
+
+def test_a_file_that_is_no_patch_is_said_to_be_none(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("not a patch")
+    with pytest.raises(ModelError, match="is no patch, or is damaged: it is not a whole safetensors file"):
+        patch.load(tmp_path / "text")
+    save_file({"x": np.ones(2)}, tmp_path / "other", {"patch": "{"})
+    with pytest.raises(ModelError, match="is no patch, or is damaged: its head is not JSON"):
+        patch.load(tmp_path / "other")
+
+
+def rewritten(path: Path, **changed: object) -> Path:
+    """A patch with other metadata, or with an array replaced."""
+    with safe_open(str(path), framework="numpy") as opened:
+        head = json.loads(opened.metadata()["patch"])
+        arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    arrays |= {name: value for name, value in changed.items() if isinstance(value, np.ndarray)}
+    head |= {name: value for name, value in changed.items() if not isinstance(value, np.ndarray)}
+    save_file(arrays, path, {"patch": json.dumps(head)})
+    return path
+
+
+@pytest.mark.parametrize("what", [
+    {"format": 3}, {"format": 2.0}, {"K": 63}, {"K": 1 << 40}, {"law": "none"}, {"grid": "x"}, {"run_key": "zz"}, {"places": [[1, 2]]},
+    {"places": [[0, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q9", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 5, 1, 2, 0]]},
+    {"places": [[64, "Q4_0", 64, 2, 0, 0], [65, "Q4_0", 64, 2, 0, 0]]}, {"id": np.arange(3, dtype=np.uint64)},
+    {"coefficient": np.ones(40)}, {"run_key": "f" * 40}, {"run_key": "-5"}, {"grid": float("nan")}, {"grid": 1e400}, {"grid": 1e39}, {"K": "64"},
+    {"base": None}, {"result": "x" * 64}, {"places": [[64, "Q4_0", 1 << 40, 1 << 40, 0, 0]]}, {"law": "gaussian"},
+    {"places": [[64, "Q4_0", 1, 1, 0, 1 << 80]]}, {"places": []}, {"places": [[True, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 1, 1, 0, -4096]]},
+])  # fmt: skip
+def test_a_patch_that_states_what_cannot_be_is_refused(
+    what: dict[str, object], file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
+    with pytest.raises(ModelError):
+        patch.load(rewritten(tmp_path / "p", **what))
+
+
+@BOTH
+def test_changes_that_unpack_to_more_or_less_are_refused(trains: str, file: Path, tmp_path: Path) -> None:
+    made = patch_make.make(file, ledger_on(file, trains)[0], changes=True)
+    before = file.read_bytes()
+    for size in (0, 10, 10_000_000):
+        (tmp_path / "p").write_bytes(made.file)
+        packed = np.frombuffer(zlib.compress(bytes(size)), np.uint8)
+        with pytest.raises(ModelError, match="its changes are not"):
+            patch.apply(file, patch.load(rewritten(tmp_path / "p", changes=packed)))
+    assert file.read_bytes() == before
+
+
+@given(st.binary(max_size=3000), st.integers(0, 9), st.integers(1, 500), st.integers(1, 400))
+def test_changes_unpack_in_any_pieces_without_the_rest_being_copied(
+    raw: bytes, level: int, size: int, fed: int
+) -> None:
+    taken = list[int]()
+
+    class Watched:
+        def __init__(self) -> None:
+            self.inner = zlib.decompressobj()
+
+        def decompress(self, part: bytes, most: int) -> bytes:
+            taken.append(len(part))
+            return self.inner.decompress(part, most)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+    packed = zlib.compress(raw, level)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(patch_file, "FED", fed)
+        patched.setattr(patch_file, "zlib", SimpleNamespace(decompressobj=Watched))
+        unpack = patch_file._unpacker(memoryview(packed))
+        for at in range(0, len(raw), size):
+            part = raw[at : at + size]
+            assert unpack(len(part), at + size >= len(raw)) == (part, True)
+        assert max(taken, default=0) <= fed, "the rest is copied for each piece"
+        for wrong in (packed[:-1], packed + b"x", zlib.compress(raw + b"x", level)):
+            assert not patch_file._unpacker(memoryview(wrong))(len(raw), True)[1]
+        assert not patch_file._unpacker(memoryview(packed))(len(raw) + 1, False)[1]
