@@ -59,7 +59,7 @@ def write_codes(out: Tensor, blocks: Tensor, kind: str) -> None:
     out[:, : BLOCK // 2] = nibbles & 15
     out[:, BLOCK // 2 :] = nibbles >> 4
     if kind in ("Q5_0", "Q5_1"):
-        word = codes[:, :4].contiguous().view(torch.int32)
+        word = codes[:, :4].clone(memory_format=torch.contiguous_format).view(torch.int32)  # aligned
         out.add_((word >> _BITS & 1) << 4)
     if kind in _MIDDLES:
         out.sub_(_MIDDLES[kind])
