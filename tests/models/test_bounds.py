@@ -58,12 +58,13 @@ def test_what_real_models_say_is_taken(key: str, value: object) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, value: float) -> None:
+    words = "are no numbers" if math.isnan(value) else "go from"
     for size in (1, 7, 64, 1_000, 70_001):
         for at in {0, size // 3, size - 1}:
             tensor = torch.ones(size, dtype=dtype)
             assert list(bounds.finite([("w", tensor)], HERE))
             tensor[at] = value
-            with pytest.raises(ModelError, match="the weights of w go from"):
+            with pytest.raises(ModelError, match=f"the weights of w {words}"):
                 list(bounds.finite([("w", tensor)], HERE))
 
 

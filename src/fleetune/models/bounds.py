@@ -104,8 +104,11 @@ def finite(
 def check_range(low: float, high: float, name: str, path: Path, hint: str = AGAIN) -> None:
     """Raise ModelError unless a tensor's least and largest values are finite and small enough to compute with."""
     if not -LARGEST_WEIGHT <= low <= high <= LARGEST_WEIGHT:  # also for NaN
-        known = math.isfinite(low) and math.isfinite(high)
-        what = f"go from {low:.3g} to {high:.3g}" if known else "are infinite or no numbers in places"
+        what = (
+            "are no numbers in places"
+            if math.isnan(low) or math.isnan(high)
+            else f"go from {low:.3g} to {high:.3g}"
+        )
         raise ModelError(
             f"{path}: the weights of {name} {what}; no step can be computed with such",
             hint=hint,
