@@ -242,17 +242,13 @@ def _reason(request: CompressRequest) -> str:
 
 
 def _origin_of(job: SolveJob) -> str:
-    """Return what finished blocks are made of, as text: weights, settings, calibration text.
-
-    Tokens that count alike are left out: blocks of before there was a choice are of such.
-    """
+    """Return what finished blocks are made of, as text: weights, settings, calibration text."""
     from fleetune.compression.layerwise import driver
 
     model = job.inputs.model
-    settings = {name: value for name, value in _settings(job).items() if (name, value) != ("tokens", "equal")}
     experts = _takes_experts(job.request) and driver.solves_experts(model)
     return json.dumps([
-        job.request.method, settings, model.digest, model.dtype,
+        job.request.method, _settings(job), model.digest, model.dtype,
         calibrating.stated(job), [[client, len(own)] for client, own in job.shares.items()],
         *(["experts"] if experts else []),
     ])  # fmt: skip
@@ -289,8 +285,12 @@ def head(job: SolveJob) -> ArtefactHead:
 
 
 def _settings(job: SolveJob) -> dict[str, Any]:
-    """Return the settings that an artefact states; with a budget it takes the place of those that it chooses."""
-    settings: dict[str, Any] = asdict(job.solver)  # type: ignore[call-overload]
+    """Return the settings that an artefact states; with a budget it takes the place of those that it chooses.
+
+    Tokens that count alike are left out: so were those of artefacts and blocks of before there was a choice.
+    """
+    every: dict[str, Any] = asdict(job.solver)  # type: ignore[call-overload]
+    settings = {name: value for name, value in every.items() if (name, value) != ("tokens", "equal")}
     if budget.asked(job.request):
         limit = {"bytes": job.request.bytes} if job.request.bytes else {"bpw": job.request.bpw}
         settings = {name: value for name, value in settings.items() if name not in budget.CHOSEN} | limit
