@@ -112,7 +112,9 @@ def moved(
     """
     size = 2 * HALVES[kind]
     new = blocks[:, size:].copy()
-    for first in range(0, len(blocks), TOGETHER // BLOCK) if len(passes.ids) else ():
+    if not len(passes.ids):
+        return new
+    for first in range(0, len(blocks), TOGETHER // BLOCK):
         part = blocks[first : first + TOGETHER // BLOCK]
         at, count = start + first * BLOCK, len(part) * BLOCK
         D = scale_grid.summed(passes, law, run_key, at, count).astype(np.float32) * np.float32(grid)

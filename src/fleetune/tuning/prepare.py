@@ -171,8 +171,7 @@ def prepare(
     """Check a recipe and load what it names; for a fleet that is not simulated, the held-out rows alone.
 
     With `find`, learning rates that are to be found are found, which takes some steps; `note` is told before, `progress`
-    how far it is.  With
-    `measure`, the time is estimated from a measured step, and the run made to fit into `recipe.within`.
+    how far it is.  With `measure`, the time is estimated from a measured step, and the run made to fit into `recipe.within`.
     """
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)

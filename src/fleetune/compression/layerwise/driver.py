@@ -215,21 +215,10 @@ def run(
     compressed too, from windows or without data.  `weights` are what the tokens of windows count, by layer
     (`budget/token_weights.py`).
     """
-    if true_sequential and not isinstance(calibration, Tensor):
-        raise ValueError("true_sequential is for windows; a source has an order of its own")
-    if weights and not isinstance(calibration, Tensor):
-        raise ValueError("weights are of the tokens of windows")
-    corrects = isinstance(solver, Corrector)
-    if corrects and not isinstance(calibration, Tensor):
-        raise ValueError("a solver that corrects the weights needs windows")
+    source = _source(model, calibration, true_sequential, isinstance(solver, Corrector), weights)
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = FinishedBlocks(folder), linears_of(model)
     of_blocks = _experts_in(model) if experts else [[] for _ in blocks]
-    source = (
-        HiddenStates(model, calibration, true_sequential or corrects, drift=corrects, weights=weights)
-        if isinstance(calibration, Tensor)
-        else calibration
-    )
     placing = isinstance(source, HiddenStates) and source.true_sequential
 
     def solver_of(name: str) -> Solver:
@@ -255,6 +244,22 @@ def run(
             _solve_ends(model, plan, source, parts, functools.partial(on_matrix, len(blocks), len(blocks)))
         on_block(parts.blocks[-1], len(blocks) + 1)
     return parts
+
+
+def _source(
+    model: Model, calibration: Tensor | HessianSource | None, true_sequential: bool, corrects: bool,
+    weights: Mapping[str, Tensor] | None,
+) -> HessianSource | None:  # fmt: skip
+    """Return what gives the Hessians; ValueError for what another source than windows cannot do."""
+    if isinstance(calibration, Tensor):
+        return HiddenStates(model, calibration, true_sequential or corrects, drift=corrects, weights=weights)
+    if true_sequential:
+        raise ValueError("true_sequential is for windows; a source has an order of its own")
+    if weights:
+        raise ValueError("weights are of the tokens of windows")
+    if corrects:
+        raise ValueError("a solver that corrects the weights needs windows")
+    return calibration
 
 
 def _solve_ends(

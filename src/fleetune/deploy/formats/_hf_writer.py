@@ -166,13 +166,13 @@ def codes_of(model: Checkpoint, name: str) -> Quantised | None:
     return None if q is None or q.experts else q
 
 
-def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
-    """Return the grids of the quantised matrices, without their codes.
+def coded(model: Checkpoint, to: str, grid: str = "ggml") -> Iterator[tuple[str, Quantised]]:
+    """Yield (name, codes) of the quantised matrices; `grid` is one that the target `to` holds, for what it refuses.
 
     UsageError when nothing is quantised, Misfit when something else than linear layers is, where values are not evenly spaced,
     and for super-blocks.
     """
-    found: dict[str, Quantised] = {}
+    another, nothing = f"compress again on another grid (--set grid={grid})", True
     for name in model.names:
         if (q := codes_of(model, name)) is None:
             continue
@@ -184,20 +184,25 @@ def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
         if q.blocks is not None:
             raise Misfit(
                 f"{to} holds groups with a scale of their own; those of {name} are of {q.blocks.kind}'s super-blocks",
-                remedy="compress again on another grid (--set grid=ggml)",
+                remedy=another,
             )
         if q.codebook:
             raise Misfit(
                 f"{to} holds evenly spaced values; those of {name} are of the grid {q.codebook}",
-                remedy="compress again on another grid (--set grid=ggml)",
+                remedy=another,
             )
-        found[name] = replace(q, codes=q.codes[:0], scale=q.scale[:0])
-    if not found:
+        nothing = False
+        yield name, q
+    if nothing:
         raise UsageError(
             f"{model.folder} holds plain weights, and {to} is for compressed ones",
             hint="compress it first (fleetune compress), or use --to hf",
         )
-    return found
+
+
+def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
+    """Return the grids of the quantised matrices, without their codes; refuses what `coded` does."""
+    return {name: replace(q, codes=q.codes[:0], scale=q.scale[:0]) for name, q in coded(model, to)}
 
 
 def group_size(q: Quantised, grids: Mapping[str, Quantised]) -> int:

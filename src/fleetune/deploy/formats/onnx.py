@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fleetune.data.encode import stop_ids
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary, _hf_writer
+from fleetune.deploy.formats import Misfit, Report, _decoders, _gguf_vocabulary, _hf_writer
 from fleetune.deploy.formats._onnx_graph import INVERSE, POSITIONS, Decoder, Graph, Matrix, Stored
 from fleetune.models.artefact import Quantised, pack
 from fleetune.models.families import rope
@@ -45,8 +45,6 @@ RUNTIME: Final = "ONNX Runtime"
 ORDER: Final = 60
 TARGET: Final = "onnx"
 DATA: Final = "model.onnx.data"
-ARCHITECTURES: Final = ("llama", "mistral", "qwen2", "qwen3")
-ROTARY: Final = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the text
 SMALLEST, LARGEST = 16, 128  # columns of a block that the kernels have
 ROOM: Final = 4096  # tokens that a text gets room for unless the user says otherwise
 
@@ -118,24 +116,9 @@ def genai_config(config: Any, tokenizer: Any) -> dict[str, Any]:
     return {"model": model, "search": search}
 
 
-def _check_config(model: Checkpoint) -> None:
-    config: Any = model.config
-    problem = None
-    if config.model_type not in ARCHITECTURES:
-        problem = f"'{config.model_type}': it is written for {', '.join(ARCHITECTURES)}"
-    elif config.hidden_act != "silu":
-        problem = f"the activation '{config.hidden_act}'"
-    elif (scaling := rope.kind(config)) not in ROTARY:
-        problem = f"rotary scaling '{scaling}'"
-    elif rope.width(config) != rope.head_dim(config):
-        problem = "partly rotated heads"
-    if problem is not None:
-        raise Misfit(f"{TARGET} has no place for {problem}")
-
-
 def _grids(model: Checkpoint) -> dict[str, Quantised]:
     """Return the grids of the linear layers; Misfit when the graph cannot hold the model."""
-    _check_config(model)
+    _decoders.check(model.config, TARGET, whole_heads=True)
     grids = _hf_writer.matrices(model, TARGET)
     for name, q in grids.items():
         if _block(q.group) < SMALLEST:

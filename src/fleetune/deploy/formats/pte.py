@@ -28,10 +28,8 @@ from fleetune import models
 from fleetune.common.display import are
 from fleetune.data.encode import stop_ids
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary, _hf_writer, _pte_program
-from fleetune.errors import UsageError
+from fleetune.deploy.formats import Misfit, Report, _decoders, _gguf_vocabulary, _hf_writer, _pte_program
 from fleetune.models.artefact import Quantised
-from fleetune.models.families import rope
 from fleetune.models.tensor_file import damaged
 
 TARGETS: Final = {"pte": "a folder for ExecuTorch: codes of 2 to 4 bits for XNNPACK, with scales in bf16"}
@@ -43,26 +41,23 @@ INSTALL: Final = "pip install 'fleetune[executorch]'"
 ORDER: Final = 65
 TARGET: Final = "pte"
 FILE: Final = "model.pte"
-ARCHITECTURES: Final = ("llama", "mistral", "qwen2", "qwen3")
-ROTARY: Final = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the text
 COLUMNS: Final = 32  # a group is a multiple of
 ROOM: Final = 2048  # positions that keys and values have room for
 AT_ONCE: Final = 128  # tokens that a call reads at most, where there is room for them
 FARTHEST: Final = (
     0.25  # nats between the next tokens of the runtime and of torch, which round inputs at other places
 )
-REMEDY: Final = "compress again with --set grid=symmetric"
+GRID: Final = "symmetric"  # of `compress`, whose 4-bit codes have a place
+REMEDY: Final = f"compress again with --set grid={GRID}"
 
 
 def check(model: Checkpoint, kind: str | None) -> None:
     """Raise Misfit when the architecture or the codes have no place in the program, UsageError for plain weights."""
-    _check_config(model)
     _coded(model)
 
 
 def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
     """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
-    _check_config(model)
     coded = _coded(model)
     tokenizer, config = _gguf_vocabulary.load(model.folder), model.config
     net = models.load_artefact(model.folder).net
@@ -141,37 +136,10 @@ def signed(name: str, q: Quantised) -> tuple[Tensor, Tensor]:
     return steps.to(torch.int8), scale.abs()
 
 
-def _check_config(model: Checkpoint) -> None:
-    config: Any = model.config
-    problem = None
-    if config.model_type not in ARCHITECTURES:
-        problem = f"'{config.model_type}': it is written for {', '.join(ARCHITECTURES)}"
-    elif config.hidden_act != "silu":
-        problem = f"the activation '{config.hidden_act}'"
-    elif (scaling := rope.kind(config)) not in ROTARY:
-        problem = f"rotary scaling '{scaling}'"
-    if problem is not None:
-        raise Misfit(f"{TARGET} has no place for {problem}")
-
-
 def _coded(model: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
     """Return codes and scales of the linear layers; Misfit when the program cannot hold the model."""
-    found = {}
-    for name in model.names:
-        if (q := model.quantised(name)) is None:
-            continue
-        if name not in model.linears:
-            raise Misfit(f"{TARGET} holds quantised linear layers; {name} is none", remedy=REMEDY)
-        if q.blocks is not None or q.codebook:
-            what = f"{q.blocks.kind}'s super-blocks" if q.blocks else f"the grid {q.codebook}"
-            raise Misfit(f"{TARGET} holds evenly spaced values; those of {name} are of {what}", remedy=REMEDY)
-        found[name] = signed(name, q)
-    if not found:
-        raise UsageError(
-            f"{model.folder} holds plain weights, and {TARGET} is for compressed ones",
-            hint="compress it first (fleetune compress --set grid=symmetric), or use --to hf",
-        )
-    return found
+    _decoders.check(model.config, TARGET, whole_heads=False)
+    return {name: signed(name, q) for name, q in _hf_writer.coded(model, TARGET, GRID)}
 
 
 def _check_codes(file: Path, coded: Mapping[str, tuple[Tensor, Tensor]]) -> None:
