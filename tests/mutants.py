@@ -239,7 +239,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("models/mapped/quants.py", "out.add_((word >> _BITS & 1) << 4)", "out.add_((word >> _BITS & 1) << 3)", "models/test_mapped.py -k numbers"),
     Mutant("seeds/scale_grid.py", "+ u), 0, LARGEST)", "+ 0 * u), 0, LARGEST)", "seeds/test_scales.py -k right_in_the_mean"),
     Mutant("seeds/scale_grid.py", "    return np.where(bits & 0x7FFF, whole | (bits & 0x8000), bits)", "    return whole | (bits & 0x8000)", "seeds/test_scales.py -k right_in_the_mean"),
-    Mutant("seeds/scale_view.py", "self._sweep(outs[0], at, slot.start + lo, part", "self._sweep(outs[0], at, slot.start, part", "seeds/test_scales.py -k part_of_the_whole"),
+    Mutant("seeds/scale_view.py", "self._sweep(outs[0], at, slot.start + lo, part", "self._sweep(outs[0], at, slot.start, part", "seeds/test_block_views.py -k part_of_the_whole"),
     Mutant("seeds/scale_steps.py", ".mul_(slope(bits))", "", "seeds/test_scales.py -k slopes"),
     Mutant("seeds/scale_steps.py", "[g.sum(1)] * (bits.shape[1] - 1)", "[0 * g.sum(1)] * (bits.shape[1] - 1)", "adapters/test_scales_module.py -k gradients"),
     Mutant("adapters/scales.py", "yield rows, blocks, on_grid(p, bits, 0.5)", "yield rows, blocks, on_grid(p, bits, 0.0)", "adapters/test_scales_module.py -k matrices"),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,26 @@ def inputs_of(model: Model, linears: Mapping[str, nn.Linear], windows: Tensor) -
     return {name: torch.cat(found).double() for name, found in seen.items()}
 
 
+def compressed_inputs(
+    model: Model, parts: FinishedBlocks, windows: Tensor, true_sequential: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, inputs) of each layer in the order they were solved, from the model with the blocks before it compressed.
+
+    With `true_sequential` the layers of its own block that were solved before it are compressed too.
+    """
+    every = {name: linear for _, linears in linears_of(model) for name, linear in linears.items()}
+    done: dict[str, Any] = {}
+    for block in parts.blocks:
+        names = [matrix.name for matrix in block.matrices]
+        for at, name in enumerate(names):
+            own = {n: every[n] for n in names[:at]} if true_sequential else {}
+            with restored_weights(done | own):
+                place_weights(done | own, parts)
+                x = inputs_of(model, {name: every[name]}, windows)[name]
+            yield name, x
+        done |= {n: every[n] for n in names}
+
+
 @pytest.mark.parametrize("family", ["llama", *FAMILIES])
 @pytest.mark.parametrize("true_sequential", [False, True])
 def test_hessians_are_of_the_inputs_in_the_compressed_model(
@@ -73,17 +93,10 @@ def test_hessians_are_of_the_inputs_in_the_compressed_model(
     ]  # in the order they were solved
     assert sorted(names) == sorted(name for _, linears in blocks for name in linears)
     assert len(spy.seen) == len(names) == len(parts)
-    for number, (_, linears) in enumerate(blocks):
-        done = {n: m for _, found in blocks[:number] for n, m in found.items()}
-        for name in [n for n in names if n in linears]:
-            with restored_weights(done):
-                place_weights(done, parts)
-                x = inputs_of(model, {name: linears[name]}, windows)[name]
-            assert len(x) == 60
-            got = spy.seen[names.index(name)].double()
-            torch.testing.assert_close(got, 2 * x.T @ x, rtol=1e-4, atol=1e-4 * got.abs().max().item())
-            if true_sequential:
-                done[name] = linears[name]
+    for at, (_, x) in enumerate(compressed_inputs(model, parts, windows, true_sequential)):
+        assert len(x) == 60
+        got = spy.seen[at].double()
+        torch.testing.assert_close(got, 2 * x.T @ x, rtol=1e-4, atol=1e-4 * got.abs().max().item())
 
 
 @pytest.mark.parametrize("true_sequential", [False, True])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_calibrate import FAMILIES, Spy, inputs_of, model_of, text
+from test_calibrate import FAMILIES, Spy, compressed_inputs, inputs_of, model_of, text
 from test_solvers import curvature, damped, dense, onto
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from fleetune.compression import Corrector, Solved
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.blocks import FinishedBlocks, block_file
-from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
+from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import ClientHessians
 from fleetune.compression.layerwise.grids import KINDS, Grid
 from fleetune.compression.methods import optq
@@ -179,12 +179,8 @@ def test_drifts_are_of_the_inputs_in_both_models(family: str, tmp_path: Path) ->
     names = [matrix.name for block in parts.blocks for matrix in block.matrices]
     every = {name: m for _, linears in linears_of(model) for name, m in linears.items()}
     assert len(spy.drifts) == len(spy.seen) == len(names)
-    for at, name in enumerate(names):
+    for at, (name, y) in enumerate(compressed_inputs(model, parts, windows, true_sequential=True)):
         x = inputs_of(model, {name: every[name]}, windows)[name]
-        done = {n: every[n] for n in names[:at]}
-        with restored_weights(done):
-            place_weights(done, parts)
-            y = inputs_of(model, {name: every[name]}, windows)[name]
         tolerance = 1e-5 * float(y.square().sum())
         torch.testing.assert_close(spy.seen[at].double(), 2 * y.T @ y, rtol=1e-4, atol=tolerance)
         torch.testing.assert_close(spy.drifts[at].double(), 2 * (x - y).T @ y, rtol=1e-4, atol=tolerance)

@@ -3,26 +3,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_harness import call
 from spy_harness import Spy, text
 from test_budget import lively
-from test_calibrate import inputs_of, model_of
+from test_calibrate import compressed_inputs, inputs_of, model_of
 from test_experts import folder_of
 from test_qronos import Corrected
 from torch import Tensor
 
 from fleetune import compression, models
-from fleetune.cli.main import main
 from fleetune.compression.budget import sensitivity, token_weights
 from fleetune.compression.jobs import calibrating, progress, solve
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import block_file
-from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
+from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import ClientHessians
 from fleetune.compression.layerwise.hessian import accumulate, accumulate_drift, mirrored
 from fleetune.errors import FleetuneError
@@ -160,31 +159,17 @@ def test_hessians_are_weighted_in_the_compressed_model(true_sequential: bool, tm
     model, spy, windows = model_of("llama"), Spy(), text(3, 20)
     weights = some_weights(model, windows)
     parts = driver.run(model, spy, windows, tmp_path, true_sequential=true_sequential, weights=weights)
-    names = [matrix.name for block in parts.blocks for matrix in block.matrices]
-    blocks = linears_of(model)
-    for number, (_, linears) in enumerate(blocks):
-        done = {n: m for _, found in blocks[:number] for n, m in found.items()}
-        for name in [n for n in names if n in linears]:
-            with restored_weights(done):
-                place_weights(done, parts)
-                x = inputs_of(model, {name: linears[name]}, windows)[name]
-            got, s = spy.seen[names.index(name)].double(), weights[name].double().reshape(-1, 1)
-            torch.testing.assert_close(got, 2 * (s * x).T @ x, rtol=1e-4, atol=1e-4 * float(got.abs().max()))
-            if true_sequential:
-                done[name] = linears[name]
+    for at, (name, x) in enumerate(compressed_inputs(model, parts, windows, true_sequential)):
+        got, s = spy.seen[at].double(), weights[name].double().reshape(-1, 1)
+        torch.testing.assert_close(got, 2 * (s * x).T @ x, rtol=1e-4, atol=1e-4 * float(got.abs().max()))
 
 
 def test_drifts_are_weighted(tmp_path: Path) -> None:
     model, spy, windows = model_of("llama"), Corrected(), text(3, 20)
     weights, every = some_weights(model, windows), every_linear(model)
     parts = driver.run(model, spy, windows, tmp_path, weights=weights)
-    names = [matrix.name for block in parts.blocks for matrix in block.matrices]
-    for at, name in enumerate(names):
+    for at, (name, y) in enumerate(compressed_inputs(model, parts, windows, true_sequential=True)):
         x = inputs_of(model, {name: every[name]}, windows)[name]
-        done = {n: every[n] for n in names[:at]}
-        with restored_weights(done):
-            place_weights(done, parts)
-            y = inputs_of(model, {name: every[name]}, windows)[name]
         s = weights[name].double().reshape(-1, 1)
         tolerance = 1e-5 * float((s * y**2).sum())
         torch.testing.assert_close(spy.seen[at].double(), 2 * (s * y).T @ y, rtol=1e-4, atol=tolerance)
@@ -224,12 +209,6 @@ def test_weights_are_of_windows(tmp_path: Path) -> None:
 # Commands -------------------------------------------------------------------------------------------
 
 
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
-    code = main(["compress", *args, "--json"])
-    out, err = capsys.readouterr()
-    return code, [json.loads(line) for line in out.splitlines()], err + out
-
-
 @pytest.fixture
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -244,7 +223,9 @@ TEXT = ("--text", "text.txt", "--windows", "4", "--length", "16")
 def test_it_is_what_the_driver_does_with_the_weights(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digests = []
     for tokens in ((), ("--set", "tokens=equal"), GRADIENT):
-        code, events, err = call(capsys, "m", "--method", "optq", "--set", "group=4", *TEXT, *tokens)
+        code, events, err = call(
+            capsys, "compress", "m", "--method", "optq", "--set", "group=4", *TEXT, *tokens
+        )
         assert code == 0, err
         digests.append(events[-1]["digest"])
     assert digests[0] == digests[1] != digests[2]
@@ -280,7 +261,7 @@ def stopped(
 
     with monkeypatch.context() as patch:
         patch.setattr(progress, "report_block", stop)
-        assert call(capsys, *args)[0] == 130
+        assert call(capsys, "compress", *args)[0] == 130
     return sorted((at / "runs").iterdir())[-1]
 
 
@@ -300,11 +281,11 @@ def test_a_stopped_one_resumes_with_the_same_bits(
     method: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ("m", "--method", method, "--set", "group=4", *TEXT, *GRADIENT)
-    code, events, err = call(capsys, *args)
+    code, events, err = call(capsys, "compress", *args)
     assert code == 0, err
     folder = stopped(args, at, capsys, monkeypatch)
     assert block_file(folder / "parts", 1).is_file()
-    code, again, err = call(capsys, "--resume", str(folder))
+    code, again, err = call(capsys, "compress", "--resume", str(folder))
     assert code == 0, err
     assert again[-1]["digest"] == events[-1]["digest"]
 
@@ -314,7 +295,7 @@ def test_a_mixtures_experts_count_their_tokens_alike(at: Path, capsys: pytest.Ca
     model = models.load("moe", device="cpu")
     found = token_weights.measure(model, text(2, 16), 0)
     assert set(found) == {name for name in every_linear(model) if ".self_attn." in name}
-    code, _, said = call(capsys, "moe", "--method", "optq", "--set", "group=8", *TEXT, *GRADIENT)
+    code, _, said = call(capsys, "compress", "moe", "--method", "optq", "--set", "group=8", *TEXT, *GRADIENT)
     assert code == 0, said
     assert "all layers but the experts" in said
 

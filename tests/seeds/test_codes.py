@@ -25,7 +25,7 @@ from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.mapped.lazy import in_blocks
 from fleetune.models.mapped.stored import Stored
 from fleetune.models.model import Model, named_tensors
-from fleetune.seeds import code_grid, code_view, kernels_numba, kernels_torch, noise, scale_grid, spsa
+from fleetune.seeds import code_grid, code_view, kernels_numba, kernels_torch, noise, scale_grid
 from fleetune.seeds.code_view import CodeView
 from fleetune.seeds.noise import EMPTY, passes, probe
 from fleetune.seeds.project import Projection
@@ -158,15 +158,6 @@ def test_a_point_is_that_of_the_reference_for_every_matrix(law: str, backend: st
     assert changed > 1000
 
 
-def test_a_piece_is_part_of_the_whole_wherever_it_begins(file: Path) -> None:
-    view = view_of(mapped(file))
-    view.place(passes("hashed", 64, *some("hashed")))
-    for slot in view.slots[:3]:
-        whole = view.whole(slot).view(-1)
-        for first, last in ((0, 1), (5, 70), (63, 64), (64, 192), (1, len(whole))):
-            assert torch.equal(view.piece(slot, first, last), whole[first:last])
-
-
 def test_codes_that_are_moved_few_at_a_time_are_the_same(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     view = view_of(mapped(file))
     view.place(passes("hashed", 64, *some("hashed")))
@@ -193,18 +184,6 @@ def test_at_the_base_the_digest_is_the_bases_own_and_nothing_is_kept(file: Path)
     assert not view.folded.sums
     view.place(None)
     assert models.digest(view.pieces()) == model.digest
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_both_signs_in_one_forward_are_two_forwards(dtype: str, file: Path) -> None:
-    model = mapped(file, dtype)
-    view = view_of(model)
-    view.place(passes("hashed", 64, *some("hashed")))
-    direction = probe("hashed", 64, 3)
-    with torch.inference_mode():
-        two = spsa.two_point(view, direction, 0.02, lambda: spsa.batch_loss(model, batch()))
-        assert spsa._in_one_forward(model, view, direction, batch(), 0.02) == two
-    assert two[0] != two[1]
 
 
 def batch(rows: int = 2, length: int = 9) -> Batch:
