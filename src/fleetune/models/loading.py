@@ -225,19 +225,17 @@ def load(
     def tensors_of(name: str) -> tuple[Path, Mapping[str, Stored]]:
         return placement.tensors_of(name, folder_of, offline=offline, progress=progress)
 
-    def read(path: Path, tensors: Mapping[str, Stored] | None = None) -> Model:
+    if placement.chosen(base, name, WEIGHTS[dtype].size, device, folder_of, tensors_of) == "memory":
+        return _load_folder(name, folder_of(name), dtype, device, labels)
+    path, tensors = tensors_of(name)
+    try:
         with called(path, name):
             return _load_folder(name, path, dtype, device, labels, tensors)
-
-    if placement.chosen(base, name, WEIGHTS[dtype].size, device, folder_of, tensors_of) == "memory":
-        return read(folder_of(name))
-    try:
-        return read(*tensors_of(name))
     except NotMappable as error:
         if base == "mapped":
             raise
         log.info("%s", error)
-        return read(folder_of(name))
+        return _load_folder(name, folder_of(name), dtype, device, labels)
 
 
 def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Model:

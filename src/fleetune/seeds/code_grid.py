@@ -108,7 +108,7 @@ def moved(
 ) -> NDArray[np.uint8]:
     """Return the bytes behind the scales after passes: uint8 [n, bytes] -> uint8 [n, fewer].
 
-    `start` is the global number of the first weight.  It takes some 20 ns for each weight and pass.
+    `start` is the global number of the first weight.
     """
     size = 2 * HALVES[kind]
     new = blocks[:, size:].copy()
