@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 import fleetune
 from fleetune import api, errors, models
 from fleetune.cli.main import main
-from fleetune.compression.methods import optq
+from fleetune.compression.methods import qronos
 from fleetune.deploy.measure import harness
 from fleetune.evaluation import losses
 from fleetune.runs import events
@@ -312,7 +312,7 @@ def test_the_pipeline_goes_from_a_run_to_a_file(at: Path, monkeypatch: pytest.Mo
     assert small.done.after["loss"] == pytest.approx(
         fleetune.evaluate(small, tasks=["loss"], device="cpu")["loss"], rel=1e-5
     )
-    typed = fleetune.compress(run, method=optq.Solver(group=8), windows=2, length=16)
+    typed = fleetune.compress(run, method=qronos.Solver(group=8), windows=2, length=16)
     assert typed.done.digest == small.done.digest
     assert fleetune.resume_compression(small.folder).done.digest == small.done.digest
     file = fleetune.export(small, to="hf")

@@ -4,7 +4,7 @@
     import fleetune
 
     run = fleetune.tune("smollm2-135m", "demo", method="fedkseed", rounds=2)
-    small = fleetune.compress(run, method="optq")
+    small = fleetune.compress(run)
     file = fleetune.export(small, to="gguf")
     model = fleetune.open("latest").load()
 

@@ -70,7 +70,7 @@ TOLD = {  # command line: (exit code, words on stdout or stderr)
     "tune m rows.jsonl --method fedit --r 8": (2, "r is a setting of the method fedit: --set r=8\n"),
     "tune m rows.jsonl --method fedit --K 8": (2, "fedit has no such setting; K is one of fedkseed: --method fedkseed"),
     "tune -c mezo.toml --lr 3": (2, "lr is a setting of the method mezo: --set lr=3\n"),
-    "compress m --bits 4": (2, "bits is a setting of the method optq: --set bits=4\n"),
+    "compress m --bits 4": (2, "bits is a setting of the method qronos: --set bits=4\n"),
     "compress m --method gkd --beta 1": (2, "beta is a setting of the method gkd: --set beta=1\n"),
     "tune m rows.jsonl --set lr 1e-4": (2, "--set lr 1e-4 has no '=': --set lr=1e-4\n"),
     "tune --set lr 1e-4 -c mezo.toml": (2, "--set lr 1e-4 has no '=': --set lr=1e-4\n"),

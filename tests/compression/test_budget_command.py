@@ -202,7 +202,7 @@ def test_a_lost_choice_is_made_again_and_the_blocks_with_it(
     with monkeypatch.context() as patch:
         patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(60))
         assert call(capsys, "compress", model, *flags)[0] == 130
-    parts = at / "runs" / "0002-optq-tiny" / "parts"
+    parts = at / "runs" / "0002-qronos-tiny" / "parts"
     assert list(parts.glob("block-*"))
     (parts / budget.FILE).write_bytes(b"damaged")
     code, events, err = call(capsys, "compress", "--resume", "2")
@@ -235,7 +235,7 @@ def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(
     monkeypatch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(60))
     code, events, err = call(capsys, "compress", model, *flags)
     assert code == 130, err
-    parts = at / "runs" / "0002-optq-tiny" / "parts"
+    parts = at / "runs" / "0002-qronos-tiny" / "parts"
     assert list(parts.glob("block-*"))
     monkeypatch.undo()
     monkeypatch.chdir(at)

@@ -103,7 +103,7 @@ def test_hessians_are_of_the_inputs_in_the_compressed_model(
 def test_windows_go_through_a_block_as_often_as_they_must(
     true_sequential: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice, of the last block once; or all together once."""
+    """Twice, of the last block once; in turn up to each layer with an input of its own, and once more."""
     model, windows, passes = model_of("qwen2"), text(3, 20), list[tuple[int, int]]()
     forward = HiddenStates.forward
 
@@ -119,9 +119,12 @@ def test_windows_go_through_a_block_as_often_as_they_must(
     driver.run(model, Spy(), windows, tmp_path, true_sequential=true_sequential)
     blocks = len(linears_of(model))
     # the first block is run for what the other blocks are called with; nobody needs what the last one gives
-    if true_sequential:
-        assert passes == [(number, 3) for number in range(blocks)]
-        assert products == {0: [1, 3], 1: [3], 2: []}
+    if true_sequential:  # q, k and v; o; gate and up; down
+        assert passes == [
+            (number, 1) for number in range(blocks) for _ in range(3 * (4 if number + 1 == blocks else 5))
+        ]
+        # `down` is only known to be the last one after the first window
+        assert products == {0: [1] * 5, 1: [1] * 4, 2: [1]}
     else:
         assert passes == [
             (number, 1) for number in range(blocks) for _ in range(3 if number + 1 == blocks else 6)

@@ -262,11 +262,7 @@ def test_the_plan_with_low_memory_does_not_depend_on_the_blocks() -> None:
     assert peak(20) - peak(2) == 18 * block
     assert peak(2, windows=16) - peak(2) == 8 * 64 * 64 * 4
     assert peak(2, windows=16, clients=2) == peak(2)
-    assert (
-        peak(2, together=True) > peak(2) + 7 * 64 * 2 * 160 * 4
-    )  # the other seven windows, at least twice their channels
     assert peak(2, heads=4) == peak(2)  # of one window they are little
-    assert peak(2, together=True, heads=4) - peak(2, together=True) == 2 * 8 * 4 * 64 * 64 * 4
     assert peak(2, windows=0) < peak(2)
     assert (
         peak(20, measured=True) - peak(20) == peak(2, measured=True) - peak(2) > 0
@@ -274,17 +270,17 @@ def test_the_plan_with_low_memory_does_not_depend_on_the_blocks() -> None:
 
 
 def test_a_method_that_compares_with_the_dense_model_is_planned_for() -> None:
-    """Its states and sums twice, and the inputs of all layers of a block: 64 thrice and 160 numbers a token."""
+    """Its states and sums twice."""
     optq, qronos = (compression.make(name, {"group": 8}) for name in ("optq", "qronos"))
     assert isinstance(optq, compression.Solver)
     assert isinstance(qronos, compression.Solver)
     plain, own = (solve.size_of(solver, 8, 64) for solver in (optq, qronos))
     assert own == plain._replace(dense=True)
     shape, tokens = shape_of(llama()), 8 * 64
-    parts = [compression_cost.memory(shape, work._replace(together=True)) for work in (plain, own)]
+    parts = [compression_cost.memory(shape, work) for work in (plain, own)]
     assert parts[1]["states"] - parts[0]["states"] == tokens * 64 * 4
     drifts = 4 * (3 * 64**2 + 160**2)
-    assert parts[1]["work"] - parts[0]["work"] == tokens * (3 * 64 + 160) * 4 + drifts
+    assert parts[1]["work"] - parts[0]["work"] == drifts
 
 
 def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:
@@ -354,11 +350,11 @@ def test_what_it_takes_is_said_before_it_begins(
     code, _, err = call(capsys, *args)
     assert code == 1
     assert "has 10 B free" in err
-    assert "fleetune compress --resume runs/0003-optq-m" in err
-    assert not (at / "runs" / "0003-optq-m" / "parts").exists()
+    assert "fleetune compress --resume runs/0003-qronos-m" in err
+    assert not (at / "runs" / "0003-qronos-m" / "parts").exists()
 
 
 def test_plan_says_what_compressing_takes() -> None:
     text = dict(plan.describe(llama(), "m", plan.Workload()))["compress"]
-    assert "optq over 128 windows of 512 tokens" in text
+    assert "qronos over 128 windows of 512 tokens" in text
     assert "with --low-memory" in text

@@ -126,7 +126,7 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
         "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
     }
     assert told == own.calibration == Master(path).head.calibration
-    parts = driver.run(base, compression.make("optq", {}), windows, at / "parts")
+    parts = driver.run(base, compression.make(compression.DEFAULT, {}), windows, at / "parts")
     for name, weight in parts.items():
         assert isinstance(weight, Quantised)
         found = Master(path).quantised(name)

@@ -3,7 +3,7 @@
 
     plan = fleetune.plan("smollm2-135m", ram="2GB", uplink="1Mbps")
     run = fleetune.tune("smollm2-135m", "demo", method="fedkseed", rounds=2)
-    small = fleetune.compress(run, method="optq", settings={"bits": 4})
+    small = fleetune.compress(run, settings={"bits": 4})
     file = fleetune.export(small, to="gguf")
     table = fleetune.measure(small, kept_gain=True)
 

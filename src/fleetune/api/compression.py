@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def compress(
     model: object,
     *,
-    method: object = "optq",
+    method: object = None,
     settings: Mapping[str, Setting] | None = None,
     tokenizer: object = None,
     data: Rows | None = None,
@@ -47,16 +47,16 @@ def compress(
 ) -> CompressResult:
     """Make a model or a finished run smaller in a new folder under `out`, and return it.
 
-    `method` is a name (`fleetune.compressors()`) or a method's own dataclass (`optq.Solver(bits=3)`); `settings` are the
-    method's, by name.  A solver calibrates on `windows` windows of `length` tokens, of `data` (rows) or `text` (a file),
-    of the run's held-out rows with text that its model writes, or of such text alone; with `calibrate="clients"` the run's
-    clients calibrate on their training rows, with `calibrate="fleet"` the real devices that join at the door `served`
-    (`fleetune.fleet.server.Served`, in its `with` block).  `low_memory` loads one block at a time from disk.  With
-    `true_sequential` a layer is solved on inputs that have passed the already compressed layers of its own block (GPTQ's
-    option of that name).  `bytes` (a number, or text such as "91.7MB") limits the GGUF file, or `bpw` the bits of a weight
-    in it: the grid of each matrix, embedding and head included, is chosen so that the model changes least.  `train_scales`
-    are steps in which the scales are trained, after solving, to follow the dense model.  The perplexity
-    of the text file `eval_text` is measured before and after.
+    `method` is a name (`fleetune.compressors()`) or a method's own dataclass (`optq.Solver(bits=3)`); without one it is
+    `qronos`, or `optq` where devices calibrate.  `settings` are the method's, by name.  A solver calibrates on `windows`
+    windows of `length` tokens, of `data` (rows) or `text` (a file), of the run's held-out rows with text that its model
+    writes, or of such text alone; with `calibrate="clients"` the run's clients calibrate on their training rows, with
+    `calibrate="fleet"` the real devices that join at the door `served` (`fleetune.fleet.server.Served`, in its `with`
+    block).  `low_memory` loads one block at a time from disk.  With `true_sequential` a layer is solved on inputs that have
+    passed the already compressed layers of its own block (GPTQ's option of that name).  `bytes` (a number, or text such as
+    "91.7MB") limits the GGUF file, or `bpw` the bits of a weight in it: the grid of each matrix, embedding and head included,
+    is chosen so that the model changes least.  `train_scales` are steps in which the scales are trained, after solving, to
+    follow the dense model.  The perplexity of the text file `eval_text` is measured before and after.
     """
     if isinstance(model, str | Path):
         subjects.open_weights(model, out)  # refused before torch is imported

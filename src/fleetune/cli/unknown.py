@@ -6,13 +6,10 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
 
 from fleetune.cli import setting_flags
 from fleetune.common import setting_names
 from fleetune.errors import UsageError, suggest
-
-DEFAULTS: Final[Mapping[str, str]] = {"compress": "optq"}  # method unless one is given; else the recipe's
 
 
 def check_set(command: str, words: Sequence[str]) -> None:
@@ -114,8 +111,12 @@ def _as_setting(args: argparse.Namespace, flag: str, value: str, *, chosen: bool
 def method_of(args: argparse.Namespace) -> str:
     """Return the method that the command would use."""
     given = getattr(args, "recipe_method", None) or getattr(args, "method", None)
-    if given or args.command in DEFAULTS:
-        return str(given or DEFAULTS[args.command])
+    if given:
+        return str(given)
+    if args.command == "compress":
+        from fleetune import compression
+
+        return compression.DEFAULT  # that of devices has the same settings
     from pathlib import Path
 
     from fleetune.tuning import recipe as recipes

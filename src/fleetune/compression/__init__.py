@@ -168,6 +168,13 @@ Compressor: TypeAlias = Solver | Trainer | Pruner
 Kind: TypeAlias = Literal["solver", "trainer", "pruner"]
 CONTRACTS: Final[Mapping[Kind, type[Any]]] = {"solver": Solver, "trainer": Trainer, "pruner": Pruner}
 
+DEFAULT: Final = (
+    "qronos"  # the method unless one is asked for: it changes the model least (docs/compression.md)
+)
+DEFAULT_OF_DEVICES: Final = (
+    "optq"  # where devices calibrate, which have no dense model beside the compressed one
+)
+
 REGISTRY: Final = Registry(
     "compression method",
     package="fleetune.compression.methods",

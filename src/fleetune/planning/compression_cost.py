@@ -18,8 +18,7 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
                         all windows
               running   a window through the block: length * s * (its widest point), its scores where attention is not
                         fused (4 heads length^2, twice), and the block's compressed weights
-              (with `--true-sequential` a layer is solved while all windows are at it: both at once; a method that
-              compares with the dense model has states and Hessians twice, and the inputs of all layers of a block)
+              (a method that compares with the dense model has states and Hessians twice)
               weighing  tokens by the gradient of the loss: a window forward and back, layer by layer
               choosing  grids for a byte budget: a window forward and back, layer by layer; embedding and head solved
                         some rows at a time, and their codes
@@ -62,7 +61,6 @@ class CompressionSize(NamedTuple):
     low_memory: bool = False
     measured: bool = False
     clients: int = 0  # that calibrate in turn; the hidden states of one are in memory
-    together: bool = False  # true_sequential: all windows go through the block at once
     heads: int = 0  # whose attention scores are stored; 0 for fused attention
     budget: bool = False  # grids are chosen for a byte budget
     trained: bool = False  # the scales are trained afterwards
@@ -91,12 +89,9 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
         stages["solving"] += 2 * _weights(experts) * (work.size if not work.bits else 1)
         stages["solving"] += 4 * work.windows * work.length * shape.hidden
     if work.windows:
-        once = work.windows if work.together else 1
         scores = SCORES * work.heads * work.length**2 * 4
-        kept = work.dense * sum(_inputs(block))  # what the layers read in the dense model
-        stages["running"] = int(once * (work.length * work.size * (shape.widest + kept) + scores))
+        stages["running"] = int(work.length * work.size * shape.widest + scores)
         stages["running"] += 2 * inner * 4
-        stages["solving"] += stages["running"] if work.together else 0
     if work.weighted:
         stages["weighing"] = _backward(shape, work)
     if work.budget:

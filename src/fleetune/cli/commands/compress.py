@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 HELP = "make a model or a finished run smaller"
 ORDER = 70
 EXAMPLES = """\
-fleetune compress latest --method optq --set bits=4
+fleetune compress latest --set bits=3
 fleetune compress smollm2-135m --text book.txt --dry-run
-fleetune compress --list optq                              its settings
+fleetune compress --list qronos                            its settings
 """
-METHOD = "optq"  # unless another is asked for
 BESIDE = {*(f"{name}_error" for name in COMPARED), "kl_tokens"}  # these have no line of their own
 
 
@@ -41,7 +40,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     from fleetune import compression
 
     sub.add_argument("model", metavar="RUN|MODEL", nargs="?", help="what to make smaller")
-    sub.add_argument("--method", help=f"{', '.join(compression.entries())} (default {METHOD})")
+    sub.add_argument(
+        "--method",
+        help=f"{', '.join(compression.entries())} (default {compression.DEFAULT}; with --calibrate clients or fleet "
+        f"{compression.DEFAULT_OF_DEVICES})",
+    )
     sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the method; repeat")
     sub.add_argument(
         "--list", nargs="?", const="all", metavar="METHOD", help="the methods with their settings"
@@ -69,8 +72,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--true-sequential",
         action="store_true",
         default=None,
-        help="solve a layer on inputs that have passed the compressed layers of its own block (GPTQ's option of that name): "
-        "one pass of all windows together, a fifth less time, more memory for activations",
+        help="solve a layer on inputs that have passed the compressed layers of its own block (GPTQ's option of that name); "
+        "qronos always does",
     )
     _add_result_arguments(sub)
     sub.add_argument(
@@ -129,9 +132,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if resumed is not None:
         _check_resume(args, resumed)
     elif not args.model:
-        raise UsageError(
-            "compress needs a model or a run", hint=f"fleetune compress latest --method {METHOD}"
-        )
+        raise UsageError("compress needs a model or a run", hint="fleetune compress latest")
     with console_listener(ui) as listener:
         if args.dry_run:
             _dry_run(args, ui, resumed, listener)
@@ -143,7 +144,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         else:
             with _door(args, args.calibrate) as served:
                 show(ui, api.compress(
-                    args.model, method=args.method or METHOD, settings=settings.pairs(args.set or []), out=out,
+                    args.model, method=args.method, settings=settings.pairs(args.set or []), out=out,
                     offline=args.offline, listener=listener, served=served, **_options(args),
                 ))  # fmt: skip
 
@@ -256,7 +257,7 @@ def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: C
         request = compression_folder.request_of(resumed)
     else:
         options, chosen = cast(CompressOptions, _options(args)), settings.pairs(args.set or [])
-        request = job.request_for(args.model, args.method or METHOD, chosen, options, out=out)
+        request = job.request_for(args.model, args.method, chosen, options, out=out)
     found = job.prepare(request, listener, out, offline=args.offline, beside=gguf_size.beside)
     about, count = found.about(), found.inputs.model.n_params
     ui.event(CompressChecked(parameters=count, **dict(about)))

@@ -61,8 +61,12 @@ def request_for(
 ) -> CompressRequest:
     """Return the request to compress a model (a name, a result, an object) with a method and its settings.
 
-    `options` are fields of the request that are not the defaults.  UsageError when `model` means no plain weights.
+    `method` None is the default method.  `options` are fields of the request that are not the defaults.  UsageError when
+    `model` means no plain weights.
     """
+    if method is None:
+        devices = options.get("calibrate") in (CLIENTS, FLEET)
+        method = compression.DEFAULT_OF_DEVICES if devices else compression.DEFAULT
     modules = {name: member.module for name, member in compression.REGISTRY.members().items()}
     name, own = settings.named(method, modules)
     values = own | objects_to_files.setting_values(chosen)
@@ -294,5 +298,5 @@ def _check_whole(request: CompressRequest) -> None:
     if problems:
         solvers = [name for name in compression.entries() if compression.kind_of(name) == "solver"]
         if request.bytes or request.bpw or request.train_scales:
-            solvers = ["optq"]
+            solvers = [compression.DEFAULT, compression.DEFAULT_OF_DEVICES]
         raise RecipeError(problems, hint=f"--method {', '.join(solvers)}")

@@ -62,7 +62,7 @@ class SolveJob:
             return [("memory", memory)]
         count, length = self.calibration.shape
         text = f"{self.inputs.source} · {counted(count, 'window')} of {length} tokens"
-        text += " · true sequential" if self.cost.together else ""
+        text += " · true sequential" if self.request.true_sequential or self.cost.dense else ""
         whose = [("clients", f"{len(self.shares)} of them, in turn")] if self.shares else []
         limit = [("budget", self.room.about)] if budget.asked(self.request) else []
         return [("text", text), *whose, ("memory", memory), *limit]
@@ -100,7 +100,6 @@ class SolveJob:
         return found._replace(
             size=WEIGHTS[self.inputs.model.dtype].size, low_memory=self.request.low_memory,
             measured=self.inputs.measured, clients=len(self.shares),
-            together=self.request.true_sequential or found.dense,
             heads=_written_heads(self.inputs.model.net.config), budget=limited,
             trained=bool(self.request.train_scales), bits=8 if limited else found.bits,
         )  # fmt: skip
@@ -305,7 +304,6 @@ def _check_room(listener: Listener, job: SolveJob, folder: Path) -> None:
     from fleetune.planning import compression_cost
 
     ways = [] if job.request.low_memory else ["with --low-memory"]
-    ways += ["without --true-sequential"] if job.request.true_sequential else []
     progress.warn_of_memory(listener, job.memory, ways)
     need = compression_cost.disk(shape_of(job.inputs.model.net.config), job.cost)
     need += job.inputs.logits_size(job.inputs.model)

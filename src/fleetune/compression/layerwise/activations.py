@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run calibration windows through a model block by block, and collect the Hessians of each block's linear layers.
 
-For a solver that aims at the dense model's outputs (`Corrector`) the windows go through the dense model as well, a block at a
-time beside the compressed one.  With x the input of a layer there and y its input in the compressed model, the drift of its
-inputs is D = sum of 2 (x - y) y^T over all tokens.  Where tokens do not count alike
-(`budget/token_weights.py`) both sums are weighted.
+Where tokens do not count alike (`budget/token_weights.py`) the sums are weighted.  `in_turn.py` has the layers of a block solved
+in turn.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.compression.layerwise.experts import Experts, Routed
-from fleetune.compression.layerwise.hessian import accumulate, accumulate_drift, mirrored
+from fleetune.compression.layerwise.hessian import accumulate, mirrored
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
 
@@ -26,7 +24,7 @@ SolveExperts = Callable[[Experts, Routed], None]
 
 
 class SolveLayer(Protocol):
-    """Solve a layer; with `true_sequential`, also put the compressed weights in place."""
+    """Solve a layer; where layers are solved in turn, also put the compressed weights in place."""
 
     def __call__(self, name: str, H: Tensor | None, D: Tensor | None = None) -> None:
         """Solve layer `name` with the Hessian and the drift of its inputs, [C, C]; None where nothing is known."""
@@ -45,7 +43,7 @@ class HessianSource(Protocol):
         ...
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass early."""
 
 
@@ -56,27 +54,19 @@ class HiddenStates:
         self,
         model: Model,
         calibration: Tensor,
-        true_sequential: bool = False,
-        *,
-        drift: bool = False,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """calibration: int64 [n, length].  `drift` is for `true_sequential`: the dense model's states are kept as well.
+        """calibration: int64 [n, length].
 
         `weights` [n, length] by layer are what tokens count in its Hessian; 1 for a layer that has none.  Layers that read one
         tensor have the same.
         """
         modules = dict(model.net.named_modules())
         self.model, self.blocks = model, [modules[layer.name] for layer in layers_of(model.net)]
-        self.true_sequential, self.tokens = true_sequential, calibration.numel()
+        self.tokens = calibration.numel()
         self.weights = weights or {}
         self.kwargs = _block_arguments(model, self.blocks, calibration[:1])
         self.states = self.first_block_inputs(calibration)
-        if true_sequential:
-            self.states = [torch.cat(self.states)]
-        # in the dense model; in front of the first block they are the same
-        self.dense = self.states[0] if drift else None
-        self._ahead: Tensor | None = None  # states after a block solved sequentially
         self._in_tuple = False  # whether blocks return their states in a tuple
 
     def first_block_inputs(self, calibration: Tensor) -> list[Tensor]:
@@ -86,7 +76,7 @@ class HiddenStates:
             for window in calibration:
                 try:
                     self.model.net(input_ids=window[None].to(self.model.device), use_cache=False)
-                except _Stop:
+                except Stop:
                     continue
         return states
 
@@ -109,10 +99,7 @@ class HiddenStates:
         experts: Sequence[Experts] = (),
         solve_routed: SolveExperts = lambda experts, routed: None,
     ) -> None:
-        """Solve a block's layers: during its forward pass (`true_sequential`), or all of them after it."""
-        if self.true_sequential:
-            self._ahead = self._solve_in_pass(number, linears, solve, experts, solve_routed)
-            return
+        """Solve a block's layers, on what reaches them through its dense weights."""
         if not experts:
             H = self.hessians(number, linears)
         else:
@@ -154,16 +141,16 @@ class HiddenStates:
         def note(name: str) -> None:
             called.append(name)
             if called == order:  # the rest of the block is not needed
-                raise _Stop
+                raise Stop
 
         def observe_experts(each: Experts, routed: Routed) -> None:
             take(each, routed)
             note(each.name)
 
         every = sorted([*linears, *(each.name for each in experts)])
-        with _observed_inputs(linears, observe), _observed_routes(experts, observe_experts):
+        with observed_inputs(linears, observe), observed_routes(experts, observe_experts):
             for state in self.states:
-                with suppress(_Stop):
+                with suppress(Stop):
                     self.forward(number, state)
                 if not order and sorted(called) == every:
                     order = called.copy()
@@ -174,81 +161,6 @@ class HiddenStates:
             mirrored(h)
         return H
 
-    def _solve_in_pass(
-        self,
-        number: int,
-        linears: Mapping[str, nn.Linear],
-        solve: SolveLayer,
-        experts: Sequence[Experts],
-        solve_routed: SolveExperts,
-    ) -> Tensor | None:
-        """Solve each layer when all windows reach it; the block's output, None for the last block."""
-        shared, done, last = _SharedInputs(), set[str](), number + 1 == len(self.blocks)
-        every = len(linears) + len(experts)
-        dense = self._dense_inputs(number, linears)
-        H, D = torch.empty(0), None
-
-        def observe(name: str, x: Tensor) -> None:
-            nonlocal H, D
-            if name in done:
-                return
-            if shared.first(name, x) == name:
-                H = torch.zeros(x.shape[-1], x.shape[-1])
-                accumulate(H, x.cpu(), self.weights.get(name))
-                mirrored(H)
-                D = self._drift(name, dense.pop(name), x) if name in dense else None
-            solve(name, H, D)
-            note(name)
-
-        def note(name: str) -> None:
-            done.add(name)
-            if last and len(done) == every:  # nothing reads the output of the last block
-                raise _Stop
-
-        def observe_experts(each: Experts, routed: Routed) -> None:
-            if each.name not in done:
-                solve_routed(each, routed)
-                note(each.name)
-
-        with (
-            _observed_inputs(linears, observe),
-            _observed_routes(experts, observe_experts),
-            suppress(_Stop),
-        ):
-            return self.forward(number, self.states[0])
-        return None
-
-    def _dense_inputs(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-        """Run the dense model's states through the block, whose weights are still its own.
-
-        Returns the first input of each layer; of layers that read one tensor, that of the first.  {} without such states.
-        """
-        found, shared = dict[str, Tensor](), _SharedInputs()
-
-        def observe(name: str, x: Tensor) -> None:
-            if shared.first(name, x) == name:
-                found.setdefault(name, x)
-
-        with _observed_inputs(linears, observe):
-            self.pass_over(number)
-        return found
-
-    def _drift(self, name: str, x: Tensor, y: Tensor) -> Tensor | None:
-        """Return D float32 [C, C] of a layer's inputs x in the dense and y in the compressed model, [.., C].
-
-        None unless both are of all tokens: those of routed experts are not the same ones.
-        """
-        if not x.shape[:-1].numel() == y.shape[:-1].numel() == self.tokens:
-            return None
-        D = torch.zeros(x.shape[-1], x.shape[-1])
-        accumulate_drift(D, x.cpu(), y.cpu(), self.weights.get(name))
-        return D
-
-    def pass_over(self, number: int) -> None:
-        """Run the dense model's states through a block; called while its weights are its own."""
-        if self.dense is not None:
-            self.dense = self.forward(number, self.dense)
-
     def head_hessian(self) -> Tensor:
         """Return the Hessian of the head's inputs, float32 [H, H]; the states are those behind the last block."""
         head: Any = self.model.net.get_output_embeddings()
@@ -256,20 +168,17 @@ class HiddenStates:
 
         def observe(name: str, x: Tensor) -> None:
             accumulate(H, x.cpu())
-            raise _Stop
+            raise Stop
 
-        with _observed_inputs({"head": head}, observe):
+        with observed_inputs({"head": head}, observe):
             for state in (one[None] for states in self.states for one in states):
-                with _passed_on(self.blocks, functools.partial(self._as_output, state)), suppress(_Stop):
+                with _passed_on(self.blocks, functools.partial(self._as_output, state)), suppress(Stop):
                     ids = torch.zeros(state.shape[:2], dtype=torch.int64, device=self.model.device)
                     self.model.net(input_ids=ids, use_cache=False)
         return mirrored(H)
 
     def advance(self, number: int) -> None:
         """Replace the states by the output of the block."""
-        if self._ahead is not None:
-            self.states, self._ahead = [self._ahead], None
-            return
         for i, state in enumerate(self.states):
             self.states[i] = self.forward(number, state)
 
@@ -298,13 +207,13 @@ def same_inputs(model: Model, linears: Mapping[str, nn.Linear], ids: Tensor) -> 
         if name not in readers:
             readers.append(name)
 
-    with _observed_inputs(linears, observe):
+    with observed_inputs(linears, observe):
         model.net(input_ids=ids[None].to(model.device), use_cache=False)
     return list(found.values())
 
 
 @contextmanager
-def _observed_inputs(
+def observed_inputs(
     linears: Mapping[str, nn.Linear], observe: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Call `observe(name, x)` with the input of a layer, just before the layer runs."""
@@ -321,7 +230,7 @@ def _observed_inputs(
 
 
 @contextmanager
-def _observed_routes(experts: Sequence[Experts], observe: SolveExperts) -> Iterator[None]:
+def observed_routes(experts: Sequence[Experts], observe: SolveExperts) -> Iterator[None]:
     """Call `observe(experts, routed)` with what experts are called with, on the CPU, just before they run."""
 
     def hook(each: Experts) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -348,7 +257,7 @@ def _intercepted(
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         take(args, kwargs)
-        raise _Stop
+        raise Stop
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -368,7 +277,7 @@ def _block_arguments(model: Model, blocks: Sequence[nn.Module], window: Tensor) 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
         if len(found) == len(blocks):
-            raise _Stop  # neither the last block nor the head is needed
+            raise Stop  # neither the last block nor the head is needed
 
     def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         given.append(out)
@@ -376,7 +285,7 @@ def _block_arguments(model: Model, blocks: Sequence[nn.Module], window: Tensor) 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles.append(blocks[0].register_forward_hook(after))
     try:
-        with _passed_on(blocks[1:], lambda: given[0]), suppress(_Stop):
+        with _passed_on(blocks[1:], lambda: given[0]), suppress(Stop):
             model.net(input_ids=window.to(model.device), use_cache=False)
     finally:
         for handle in handles:

@@ -7,8 +7,7 @@ block.  Its outputs are the inputs of the next block.  Norms and routers are not
 `Plan`, and embedding and head only with one.
 
 With `true_sequential` (GPTQ's name for it) a layer also sees the outputs of the compressed layers before it in its own
-block: all windows go through the block together, and each layer is solved when they reach it.  That is one pass
-instead of two, but needs memory for the activations of all windows at once.
+block (`in_turn.py`).
 
 A solver that is a `Corrector` is always run so, since two layers in a row would else both correct the same error.  It also gets
 what the inputs of a layer have drifted from those in the dense model, whose hidden states are kept beside the others.
@@ -38,9 +37,17 @@ from fleetune.common.display import counted
 from fleetune.compression import Corrector, Solver
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates
 from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks, MatrixResult
-from fleetune.compression.layerwise.experts import Experts, Routed, experts_of, has_experts, solve_experts
+from fleetune.compression.layerwise.experts import (
+    Experts,
+    Routed,
+    experts_of,
+    has_experts,
+    parameters_of,
+    solve_experts,
+)
 from fleetune.compression.layerwise.grids import DEFAULTS, GROUPS, INSTEAD
 from fleetune.compression.layerwise.hessian import lost, share, trace
+from fleetune.compression.layerwise.in_turn import StatesInTurn
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.models.artefact import Quantised, dense, joined
 from fleetune.models.layers import layers_of
@@ -98,7 +105,7 @@ def check(model: Model, solver: Solver, *, experts: bool = False) -> None:
     shapes = []
     for (block, linears), inside in zip(found, of_blocks, strict=True):
         with in_memory(block):
-            for name, weight in _parameters(linears, inside).items():
+            for name, weight in parameters_of(linears, inside).items():
                 shapes.append((name, *weight.shape[-2:]))
                 if problem := solver.check(*shapes[-1]):
                     alike.setdefault(problem.replace(name.removesuffix(".weight"), ""), []).append(problem)
@@ -219,7 +226,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = FinishedBlocks(folder), linears_of(model)
     of_blocks = _experts_in(model) if experts else [[] for _ in blocks]
-    placing = isinstance(source, HiddenStates) and source.true_sequential
+    placing = isinstance(source, StatesInTurn)
 
     def solver_of(name: str) -> Solver:
         return plan.solvers[name] if plan else solver
@@ -233,7 +240,7 @@ def run(
                 solving.block(linears, inside, source, parts)
             on_block(parts.blocks[-1], len(blocks) + bool(plan))
             if source and (plan or number + 1 < len(blocks)):
-                if found and isinstance(source, HiddenStates):
+                if found and isinstance(source, StatesInTurn):
                     source.pass_over(number)
                 if found or not placing:
                     place_weights(linears, parts, inside)
@@ -252,7 +259,9 @@ def _source(
 ) -> HessianSource | None:  # fmt: skip
     """Return what gives the Hessians; ValueError for what another source than windows cannot do."""
     if isinstance(calibration, Tensor):
-        return HiddenStates(model, calibration, true_sequential or corrects, drift=corrects, weights=weights)
+        if true_sequential or corrects:
+            return StatesInTurn(model, calibration, weights, drift=corrects)
+        return HiddenStates(model, calibration, weights)
     if true_sequential:
         raise ValueError("true_sequential is for windows; a source has an order of its own")
     if weights:
@@ -341,16 +350,10 @@ def _solve_layer(
     return weight, MatrixResult(name, error, solved.notes)
 
 
-def _parameters(linears: Mapping[str, nn.Linear], experts: Sequence[Experts]) -> dict[str, Tensor]:
-    """Return what is compressed of a block, by name."""
-    found: dict[str, Tensor] = {f"{name}.weight": linear.weight for name, linear in linears.items()}
-    return found | {name: p for each in experts for name, p in each.parameters.items()}
-
-
 @contextmanager
 def restored_weights(linears: Mapping[str, nn.Linear], experts: Sequence[Experts] = ()) -> Iterator[None]:
     """Restore the weights of a block's layers afterwards."""
-    parameters = _parameters(linears, experts)
+    parameters = parameters_of(linears, experts)
     before = {name: parameter.data for name, parameter in parameters.items()}
     try:
         yield
@@ -365,5 +368,5 @@ def place_weights(
     experts: Sequence[Experts] = (),
 ) -> None:
     """Give a block's layers their compressed weights."""
-    for name, parameter in _parameters(linears, experts).items():
+    for name, parameter in parameters_of(linears, experts).items():
         parameter.data = dense(parts[name]).to(parameter)

@@ -13,7 +13,7 @@ been routed to it, and the report says how many these are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -62,6 +62,12 @@ def experts_of(name: str, block: nn.Module) -> list[Experts]:
         if not (getattr(module, "is_transposed", True) or getattr(module, "has_bias", True)):
             found.append(Experts(f"{name}.{inner}", module))
     return found
+
+
+def parameters_of(linears: Mapping[str, nn.Linear], experts: Sequence[Experts]) -> dict[str, nn.Parameter]:
+    """Return what is compressed of a block, by name."""
+    found = {f"{name}.weight": linear.get_parameter("weight") for name, linear in linears.items()}
+    return found | {name: p for each in experts for name, p in each.parameters.items()}
 
 
 def solve_experts(
