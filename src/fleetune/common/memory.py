@@ -25,6 +25,8 @@ NO_MEMORY: Final = (
     "Cannot allocate memory",
     "failed to map segment",
 )
+M_MMAP_THRESHOLD: Final = -3  # of glibc's malloc.h
+LARGE: Final = 1 << 23  # smaller pieces are used again: the system clears what it hands out, which takes time
 
 
 def peak_rss() -> int:
@@ -77,6 +79,16 @@ def give_back() -> None:
     """Give freed memory back to the system, where possible (Linux, glibc)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows has no library without a name
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_large_pieces() -> None:
+    """Have freed pieces of `LARGE` bytes and more given back at once from now on, where possible (glibc).
+
+    By itself glibc raises its limit to the largest piece freed so far, up to 32 MB, and keeps what is below it. Activations of
+    many tokens then leave holes that others do not fit: a llama of 1.07 B weights took 0.2 GB more for 16 x 64 tokens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

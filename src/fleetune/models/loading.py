@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fleetune.common.memory import give_back, is_out_of_memory
+from fleetune.common.memory import give_back, is_out_of_memory, return_large_pieces
 from fleetune.common.shell import quoted
 from fleetune.errors import FitError, FleetuneError, ModelError, called
 from fleetune.models import cache, encoders, names, placement, stated
@@ -260,6 +260,7 @@ def _load_folder(
     try:
         tokenizer = _read_tokenizer(path)
         with template_trial(tokenizer, path):
+            return_large_pieces()
             net, words, new = _read_net(path, DTYPES[dtype], labels, tensors)
             named = named_tensors(net)
             base = digest(finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
