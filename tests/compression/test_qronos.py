@@ -262,6 +262,38 @@ def test_inputs_of_other_tokens_have_no_drift() -> None:
     assert up[1] is None
 
 
+def test_layers_that_windows_reach_in_different_order_have_all_their_inputs() -> None:
+    model, found = models.tiny_llama(layers=2), dict[str, tuple[Tensor | None, Tensor | None]]()
+    block, linears = linears_of(model)[1]
+    mlp: Any = block.mlp
+
+    def forward(x: Tensor) -> Tensor:
+        calls = (lambda: mlp.gate_proj(x), lambda: mlp.up_proj(3 * x))
+        values = [call() for call in (calls if x.sum() > 0 else reversed(calls))]
+        return mlp.down_proj(values[0] * values[1])
+
+    mlp.forward = forward
+
+    def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
+        assert name not in found
+        found[name.rsplit(".", 1)[-1]] = H, D
+
+    signs = set[bool]()
+    with torch.inference_mode():
+        stream = StatesInTurn(model, text(6, 16), drift=True)
+        stream.pass_over(0)
+        stream.states = [state + torch.randn_like(state) for state in stream.states]
+        mlp.register_forward_pre_hook(lambda module, args: signs.add(bool(args[0].sum() > 0)))
+        stream.solve_layers(1, linears, solve)
+    assert signs == {True, False}
+    assert len(found) == 7
+    for gate, up in zip(found["gate_proj"], found["up_proj"], strict=True):
+        assert gate is not None
+        assert up is not None
+        assert gate.any()
+        torch.testing.assert_close(up, 9 * gate, rtol=1e-4, atol=1e-4 * float(up.abs().max()))
+
+
 def test_a_source_without_a_dense_model_is_refused(tmp_path: Path) -> None:
     model, solver = models.tiny_llama(), compression.make("qronos", {"group": 8})
     assert isinstance(solver, compression.Solver)

@@ -46,6 +46,7 @@ class StatesInTurn(HiddenStates):
         """As `HiddenStates`.  With `drift` the dense model's states are kept as well."""
         super().__init__(model, calibration, weights)
         self.dense = list(self.states) if drift else []  # in front of the first block they are the same
+        self._behind = set[int]()  # windows whose state in the dense model is behind the block already
 
     def solve_layers(
         self,
@@ -70,9 +71,11 @@ class StatesInTurn(HiddenStates):
                 self.pass_over(number)
 
     def pass_over(self, number: int) -> None:
-        """Run the dense model's states through a block; called while its weights are its own."""
+        """Run the dense model's states through a block, those that are not behind it yet, while its weights are its own."""
         for i, state in enumerate(self.dense):
-            self.dense[i] = self.forward(number, state)
+            if i not in self._behind:
+                self.dense[i] = self.forward(number, state)
+        self._behind.clear()
 
     def _next(
         self,
@@ -90,8 +93,12 @@ class StatesInTurn(HiddenStates):
                     continue
                 x = None
                 if self.dense and isinstance(y, Tensor):
+                    last = len(found.readers) == len(linears) + len(experts)  # so the pass goes on to the end
                     with dense.in_place():
-                        x = found.input_of(self.forward, number, self.dense[window])
+                        x = found.input_of(self.forward, number, self.dense[window], whole=last)
+                    if found.output is not None:
+                        self.dense[window] = found.output
+                        self._behind.add(window)
                 s = self.weights.get(found.first)
                 found.add(y, x, state.shape[:-1].numel(), None if s is None else s[window])
         mirrored(found.H)
@@ -107,8 +114,10 @@ class _Next:
     H: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     D: Tensor | None = None  # None where the inputs are not of the same tokens in both models: routed experts
     calls: list[Routed] = field(default_factory=list)  # of experts
+    output: Tensor | None = None  # of the block, where the last pass went through the whole of it
     _input: Tensor | Routed | None = None  # in this pass
     _called: list[str] = field(default_factory=list)  # in this pass
+    _whole: bool = False  # whether this pass goes through the whole block
 
     @property
     def routed(self) -> Routed:
@@ -116,12 +125,13 @@ class _Next:
         return Routed(*(torch.cat(parts) for parts in zip(*self.calls, strict=True)))
 
     def input_of(
-        self, forward: Callable[[int, Tensor], Tensor], number: int, state: Tensor
+        self, forward: Callable[[int, Tensor], Tensor], number: int, state: Tensor, *, whole: bool = False
     ) -> Tensor | Routed | None:
-        """Run a window up to the layer and return its input; None where the layer is not called."""
-        self._input, self._called = None, []
+        """Run a window up to the layer, or through the `whole` block, and return the layer's input; None if it is not called."""
+        self._input, self._called, self._whole, self.output = None, [], whole, None
         with suppress(Stop):
-            forward(number, state)
+            after = forward(number, state)
+            self.output = after if whole else None
         if not self.readers:
             self.readers = self._called
         return self._input
@@ -135,7 +145,7 @@ class _Next:
         elif x is not self._input:
             raise Stop
         self._called.append(name)
-        if self._called == self.readers:  # the rest of the block is not needed
+        if self._called == self.readers and not self._whole:  # the rest of the block is not needed
             raise Stop
 
     def observe_experts(self, each: Experts, routed: Routed) -> None:
