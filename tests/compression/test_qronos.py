@@ -214,6 +214,28 @@ def test_the_dense_stream_is_that_of_the_model(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, own.states, strict=True))
 
 
+def test_the_dense_stream_of_a_window_that_misses_a_layer_is_that_of_the_model() -> None:
+    """Such a window goes through the block once more, with the dense weights although others are in place by then."""
+    model, windows = models.tiny_llama(layers=2), text(6, 16)
+    block, linears = linears_of(model)[0]
+    mlp: Any = block.mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x) if x.sum() > 0 else 0 * x
+    signs = set[bool]()
+    mlp.register_forward_pre_hook(lambda module, args: signs.add(bool(args[0].sum() > 0)))
+
+    def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
+        linears[name].weight.data = torch.zeros_like(linears[name].weight)
+
+    with torch.inference_mode(), driver.restored_weights(linears):
+        own = HiddenStates(model, windows)
+        own.advance(0)
+        stream = StatesInTurn(model, windows, drift=True)
+        stream.solve_layers(0, linears, solve)
+    assert signs == {True, False}
+    assert all(torch.equal(a, b) for a, b in zip(stream.dense, own.states, strict=True))
+
+
 def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
     def run(method: str, folder: str, **more: bool) -> FinishedBlocks:
         solver = compression.make(method, {"group": 8, "damping": DAMPING})
