@@ -84,7 +84,7 @@ def check(recipe: recipes.Recipe, out: str) -> None:
     from fleetune.tuning import methods, recipe_problems, robust
 
     recipe_problems.check_order(recipe.model, recipe.data)
-    check_model(recipe.model, out)
+    check_model_of(recipe, out)
     for rows in filter(None, (recipe.data, recipe.eval_data)):
         check_data(rows)
     problems: list[str] = []
@@ -101,6 +101,14 @@ def check(recipe: recipes.Recipe, out: str) -> None:
         problems += settings.parsed_values(methods.settings(recipe.method), recipe.method, recipe.set)[1]
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
+
+
+def check_model_of(recipe: recipes.Recipe, out: str) -> None:
+    """UsageError as `check_model` raises it, but for a compressed model whose scales or codes the recipe trains."""
+    from fleetune.api import plain_models
+
+    if plain_models.compressed_of(recipe, Path(out)) is None:
+        check_model(recipe.model, out)
 
 
 def check_model(model: str, out: str) -> None:

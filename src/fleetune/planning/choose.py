@@ -53,23 +53,12 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     """Return the method to begin with among those that have the recipe's settings, where its base is, and why, in words."""
     from fleetune import models
 
-    able = methods.having(recipe.set)
-    part = "scales" if recipe.set.get("module") == "scales" else recipe.train
+    candidates, part = able(recipe), recipes.part(recipe)
     blocks = part in PARTS
-    if blocks:
-        wanted = (recipes.SCALES_MODULE,) if "module" in recipe.set else recipes.TRAIN_PARTS[part]
-        able = [name for name in able if name in wanted]
-    if not able:
-        raise RecipeError(
-            recipe_problems.of_no_method(list(recipe.set)),
-            hint="name the one that is meant: --method NAME (fleetune methods)",
-        )
-    # all else that is wrong is said first
-    prepare.check(recipes.resolved(dataclasses.replace(recipe, method=able[0])))
     try:
         config = models.load_config(recipe.model, offline=offline)
     except ModelError as error:  # loading it says what is wrong, and what to do
-        return able[0], recipe.base, f"the model's configuration cannot be read ({error.message})"
+        return candidates[0], recipe.base, f"the model's configuration cannot be read ({error.message})"
     ram = usable_memory() or None
     asked: dict[str, Any] = {"length": recipe.max_length, "dtype": recipe.dtype}
     if blocks or recipe.base != "auto":
@@ -78,10 +67,28 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     shape = shape_of(config)
     shape = with_scales(shape, recipe.model, offline=offline) if part == "scales" else shape
     search = Search(shape, ram, asked, recipe.set, shrinks=False)
-    settings = search.best([name for name in plan.order(rows) if name in able])
+    settings = search.best([name for name in plan.order(rows) if name in candidates])
     mapped = settings.work.base == "mapped"
     base = "mapped" if mapped and not blocks else recipe.base
     return settings.method, base, _why(settings) + ", base mapped" * mapped
+
+
+def able(recipe: Recipe) -> list[str]:
+    """Return the methods that can do what a recipe says: the one that it names, else all that have its settings.
+
+    RecipeError for anything wrong that needs neither the clients' data nor the model.
+    """
+    found = [recipe.method] if recipe.method != AUTO_METHOD else methods.having(recipe.set)
+    if recipe.method == AUTO_METHOD and (part := recipes.part(recipe)) in PARTS:
+        wanted = (recipes.SCALES_MODULE,) if "module" in recipe.set else recipes.TRAIN_PARTS[part]
+        found = [name for name in found if name in wanted]
+    if not found:
+        raise RecipeError(
+            recipe_problems.of_no_method(list(recipe.set)),
+            hint="name the one that is meant: --method NAME (fleetune methods)",
+        )
+    prepare.check(recipes.resolved(dataclasses.replace(recipe, method=found[0])))
+    return found
 
 
 def with_scales(shape: Shape, name: str, *, offline: bool = False) -> Shape:

@@ -49,7 +49,10 @@ MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machi
 class Recipe:
     """All that decides a run.  The same recipe on the same machine gives the same bits."""
 
-    model: str = Field(description="hub id, HF directory, GGUF file, or a built-in name (fleetune models)")
+    model: str = Field(
+        description="hub id, HF directory, GGUF file, or a built-in name (fleetune models); with train = scales or codes also a "
+        "compressed model, whose GGUF file is written first"
+    )
     data: str = Field(
         description="JSONL, CSV or Parquet file, a folder with one file per client, hub id, - (JSONL from standard input), or "
         "'demo' for the built-in set"
@@ -296,6 +299,11 @@ _OF_PARTS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = MappingProxyTy
         "codes": {name: {"eps": CODES_EPS} for name in MOVE_BLOCKS},
     }
 )
+
+
+def part(recipe: Recipe) -> str:
+    """Return what a recipe trains (`train`); where no method is named yet, the module `scales` says it too."""
+    return "scales" if recipe.set.get("module") == "scales" else recipe.train
 
 
 def rows_of(recipe: Recipe) -> Rows:

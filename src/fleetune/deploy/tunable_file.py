@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the GGUF file of a compressed model once, in which its scales or codes are then tuned.
+
+It is the file that `fleetune export --to gguf` writes, at the place where that puts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fleetune.common.display import human_bytes
+from fleetune.common.ggml import HALVES
+from fleetune.common.shell import command, quoted
+from fleetune.deploy import provenance, targets
+from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
+from fleetune.deploy.export import export
+from fleetune.deploy.formats import Report, gguf
+from fleetune.errors import StorageError, UsageError
+from fleetune.models.families import table
+from fleetune.models.gguf.convert import ARCHITECTURES
+from fleetune.subject import Compressed
+
+TARGET = "gguf"
+
+
+def of(found: Compressed, part: str, note: Callable[[str], None]) -> Path:
+    """Return the GGUF file of a compressed model; it is written unless it is there, and `note` is told so in a line.
+
+    `part` is what is to be tuned of its blocks, scales or codes.  UsageError, before anything is written, for codes that no
+    blocks with such a part hold, and where something else is in the file's place.
+    """
+    place, source = targets.find(TARGET).place(found.home), found.model
+    model = open_checkpoint(source)
+    _check(found, model, part)
+    report = None if place.exists() else _written(source, place)
+    if report is not None:
+        size = human_bytes(report.bytes)
+        note(
+            "; ".join([f"the {part} are tuned in a GGUF file, {place}, now written ({size})", *report.notes])
+        )
+    elif place.is_file() and gguf.is_written(place, model, provenance.of_artefact(model)):
+        note(f"the {part} are tuned in a GGUF file, {place}, which is there already")
+    else:
+        raise UsageError(
+            f"{place} is not what fleetune export --to {TARGET} writes of {found.argument}, whose {part} are tuned in that file",
+            hint=f"move {quoted(place)} away; or, if it is the file to tune, give it as the model",
+        )
+    return place
+
+
+def _written(source: Path, place: Path) -> Report | None:
+    """Write the file, and return what was written; None where another process was faster."""
+    try:
+        return export(source, TARGET, place)
+    except (StorageError, UsageError):
+        if not place.exists():
+            raise
+        return None
+
+
+def _check(found: Compressed, model: Checkpoint, part: str) -> None:
+    """Raise UsageError for a model whose GGUF file would have no such part, or would not be read."""
+    request = found.request
+    again = command("compress", "MODEL" if request is None else request.model, "--set", "grid=ggml")
+    able = f"--train {part} is for blocks of {', '.join(HALVES)}"
+    try:
+        kinds = gguf.layer_types(model)
+    except UsageError as error:
+        raise UsageError(f"{error.message}; {able}", hint=f"compress again: {again}") from error
+    family, experts = table.architecture(model.config), any("_exps." in name for name in kinds)
+    if family not in ARCHITECTURES or experts:
+        what = "mixtures of experts" if experts else f"models of architecture {family}"
+        raise UsageError(
+            f"{found.argument}: GGUF files of {what} are not read, so no {part} of one are tuned",
+            hint=f"export it and tune all weights: {command('export', found.argument, '--to', 'hf')}",
+        )
+    if not set(kinds.values()) & set(HALVES):
+        raise UsageError(
+            f"the layers of {found.argument} are {', '.join(sorted(set(kinds.values())))} in a GGUF file; {able}",
+            hint=f"compress again: {again}",
+        )
