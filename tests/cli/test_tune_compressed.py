@@ -204,6 +204,41 @@ def test_a_dry_run_and_a_sweep_take_it(at: Path) -> None:
     assert [recipes.read(file)["model"] for file in found] == [FILE, FILE]
 
 
+def test_a_plan_counts_it_and_writes_nothing(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = fleetune.plan(CODES, train="scales")
+    assert {row.method for row in plan.rows if row.tunes} == set(recipes.TRAIN_PARTS["scales"])
+    assert {row.method for row in fleetune.plan("latest", train="codes").rows if row.tunes} == set(
+        recipes.MOVE_BLOCKS
+    )
+    assert not Path(FILE).exists()
+    one, two = (_trained(plan) for plan in (plan, fleetune.plan("tiny", train="scales")))
+    assert one * 2 == two, "Q4_0 has one scale a block; where the file is not known two are counted"
+    assert main(["plan", CODES, "--train", "scales", "--batch", "4", "--length", "64"]) == 0
+    command = capsys.readouterr().out.partition("fleetune tune ")[2].split()
+    told = said("tune", *(word if word != "DATA" else "rows.jsonl" for word in command), *(f"--{n.replace('_', '-')}={v}" for n, v in FEW.items()))  # fmt: skip
+    assert f"{FILE}, now written" in told
+    own = fleetune.plan(FILE, train="scales")
+    assert (own.rows[0].trainable, _trained(own)) == (plan.rows[0].trainable, one)
+
+
+def _trained(plan: Any) -> int:
+    """Numbers that fedpetuning trains."""
+    return int(next(row for row in plan.rows if row.method == "fedpetuning").trainable)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "is a compressed model: codes, not plain weights"),
+        ({"train": "norms"}, "train = 'norms' is none of weights, scales, codes"),
+        ({"train": "codes", "base": "memory"}, "train = codes reads the base from its GGUF file"),
+    ],
+)
+def test_a_plan_of_what_cannot_be_is_refused(given: dict[str, Any], words: str, at: Path) -> None:
+    with pytest.raises(UsageError, match=words):
+        fleetune.plan(CODES, **given)
+
+
 # What is refused ------------------------------------------------------------------------------------
 
 

@@ -36,8 +36,13 @@ def path_of(result: object) -> object:
     return str(found) if isinstance(found, Path) and not model_in_memory else result
 
 
-def check(name: str, out: Path) -> None:
-    """Raise UsageError for a name that means a run, an adapter or a compressed model; `out` is the folder of the runs."""
+def check(name: str, out: Path, train: str = "weights") -> None:
+    """Raise UsageError for a name that means a run, an adapter or a compressed model; `out` is the folder of the runs.
+
+    A compressed model passes where `train` is scales or codes: `with_file` is for it.
+    """
+    if compressed_of(name, train, out) is not None:
+        return
     found, path = subjects.open(name, out), Path(name).expanduser()
     if name in cache.ORIGINS or ((path / "config.json").is_file() and not is_master(path)):
         return
@@ -60,17 +65,11 @@ def check(name: str, out: Path) -> None:
         raise UsageError(f"{name} is the folder of a compression", hint=f"its model is {quoted(model)}")
 
 
-def check_of(recipe: Recipe, out: Path) -> None:
-    """Raise UsageError as `check` does, but for a compressed model whose scales or codes the recipe trains."""
-    if compressed_of(recipe, out) is None:
-        check(recipe.model, out)
-
-
-def compressed_of(recipe: Recipe, out: Path) -> Compressed | None:
-    """Return the compressed model whose scales or codes a recipe trains; None where it trains anything else."""
-    if recipes.part(recipe) not in recipes.TRAIN_PARTS:
+def compressed_of(name: str, train: str, out: Path) -> Compressed | None:
+    """Return the compressed model that a name means where `train` is scales or codes, which it has; None for any other."""
+    if train not in recipes.TRAIN_PARTS:
         return None
-    found = subjects.open(recipe.model, out)
+    found = subjects.open(name, out)
     if isinstance(found, Compressed) and is_master(found.artefact or Path(found.argument) / "model"):
         return found
     return None
@@ -82,7 +81,7 @@ def with_file(recipe: Recipe, out: Path, note: Callable[[str], None]) -> Recipe:
     The file is written unless it is there, and `note` is told.  RecipeError, before that, for what needs neither model nor
     data to be seen to be wrong; UsageError as in `tunable_file.of`.
     """
-    if (found := compressed_of(recipe, out)) is None:
+    if (found := compressed_of(recipe.model, recipes.part(recipe), out)) is None:
         return recipe
     from fleetune.deploy import tunable_file
     from fleetune.planning import choose

@@ -91,7 +91,7 @@ def with_files(grid: SweepGrid, out: Path, note: Callable[[str], None]) -> Sweep
     """Return a checked grid whose compressed models are their GGUF files, as in `plain_models.with_file`."""
     files: dict[str, str] = {}
     for recipe in {(p.recipe.model, p.recipe.train): p.recipe for p in grid.points}.values():
-        plain_models.check_of(recipe, out)
+        plain_models.check(recipe.model, out, recipe.train)
         files[recipe.model] = plain_models.with_file(recipe, out, note).model
 
     def tuned(recipe: Recipe) -> Recipe:

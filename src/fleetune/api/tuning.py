@@ -111,7 +111,7 @@ def recipe_for(
 
     model = plain_models.path_of(model)
     if isinstance(model, Recipe):
-        plain_models.check_of(model, out)
+        plain_models.check(model.model, out, recipes.part(model))
         if data is None and tokenizer is None and not (settings or options) and method == recipes.AUTO_METHOD:
             return model
         raise UsageError(
@@ -142,7 +142,7 @@ def recipe_for(
         "method": name, "set": values,
     })  # fmt: skip
     if is_named:
-        plain_models.check_of(recipe, out)
+        plain_models.check(recipe.model, out, recipes.part(recipe))
     return dataclasses.replace(
         recipe,
         model=objects_to_files.model_name(model, tokenizer, out),

@@ -13,7 +13,7 @@ from fleetune.common.display import human_bytes
 from fleetune.common.ggml import HALVES
 from fleetune.common.shell import command, quoted
 from fleetune.deploy import provenance, targets
-from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
+from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import Report, gguf
 from fleetune.errors import StorageError, UsageError
@@ -30,16 +30,15 @@ def of(found: Compressed, part: str, note: Callable[[str], None]) -> Path:
     `part` is what is to be tuned of its blocks, scales or codes.  UsageError, before anything is written, for codes that no
     blocks with such a part hold, and where something else is in the file's place.
     """
+    _types_of(found, part)
     place, source = targets.find(TARGET).place(found.home), found.model
-    model = open_checkpoint(source)
-    _check(found, model, part)
     report = None if place.exists() else _written(source, place)
     if report is not None:
         size = human_bytes(report.bytes)
         note(
             "; ".join([f"the {part} are tuned in a GGUF file, {place}, now written ({size})", *report.notes])
         )
-    elif place.is_file() and gguf.is_written(place, model, provenance.of_artefact(model)):
+    elif place.is_file() and _is_written(place, source):
         note(f"the {part} are tuned in a GGUF file, {place}, which is there already")
     else:
         raise UsageError(
@@ -59,16 +58,30 @@ def _written(source: Path, place: Path) -> Report | None:
         return None
 
 
-def _check(found: Compressed, model: Checkpoint, part: str) -> None:
-    """Raise UsageError for a model whose GGUF file would have no such part, or would not be read."""
-    request = found.request
+def scales_of(found: Compressed, part: str) -> dict[str, int]:
+    """Return how many scales the blocks of a compressed model's file have, by layer; UsageError as in `of`."""
+    kinds = {name.removesuffix(".weight"): kind for name, kind in _types_of(found, part).items()}
+    return {layer: HALVES[kind] for layer, kind in kinds.items() if kind in HALVES}
+
+
+def _is_written(place: Path, source: Path) -> bool:
+    model = open_checkpoint(source)
+    return gguf.is_written(place, model, provenance.of_artefact(model))
+
+
+def _types_of(found: Compressed, part: str) -> dict[str, str]:
+    """Return the types of the layers' matrices in a compressed model's GGUF file, by parameter.
+
+    UsageError where the file would have no such `part` (scales or codes), or would not be read.
+    """
+    model, request = open_checkpoint(found.model), found.request
     again = command("compress", "MODEL" if request is None else request.model, "--set", "grid=ggml")
     able = f"--train {part} is for blocks of {', '.join(HALVES)}"
     try:
         kinds = gguf.layer_types(model)
     except UsageError as error:
         raise UsageError(f"{error.message}; {able}", hint=f"compress again: {again}") from error
-    family, experts = table.architecture(model.config), any("_exps." in name for name in kinds)
+    family, experts = table.architecture(model.config), any(".experts." in name for name in kinds)
     if family not in ARCHITECTURES or experts:
         what = "mixtures of experts" if experts else f"models of architecture {family}"
         raise UsageError(
@@ -80,3 +93,4 @@ def _check(found: Compressed, model: Checkpoint, part: str) -> None:
             f"the layers of {found.argument} are {', '.join(sorted(set(kinds.values())))} in a GGUF file; {able}",
             hint=f"compress again: {again}",
         )
+    return kinds

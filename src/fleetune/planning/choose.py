@@ -12,7 +12,7 @@ from fleetune.common.display import human_bytes
 from fleetune.common.ggml import HALVES, PARTS
 from fleetune.common.memory import usable_memory
 from fleetune.errors import ModelError, RecipeError
-from fleetune.models.shapes import Shape, shape_of
+from fleetune.models.shapes import shape_of
 from fleetune.planning import plan
 from fleetune.planning.device_cost import Rates
 from fleetune.planning.fitting import Search, Settings
@@ -65,8 +65,9 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
         asked["base"] = "mapped" if blocks else recipe.base
     rows = plan.table(config, Workload(**asked), ram=ram, rates=NOT_MEASURED)
     shape = shape_of(config)
-    shape = with_scales(shape, recipe.model, offline=offline) if part == "scales" else shape
-    search = Search(shape, ram, asked, recipe.set, shrinks=False)
+    if part == "scales":
+        shape = shape._replace(scales=scales_of(recipe.model, offline=offline))
+    search = Search(shape, ram, asked, recipe.set, shrinks=False, train=part)
     settings = search.best([name for name in plan.order(rows) if name in candidates])
     mapped = settings.work.base == "mapped"
     base = "mapped" if mapped and not blocks else recipe.base
@@ -91,8 +92,8 @@ def able(recipe: Recipe) -> list[str]:
     return found
 
 
-def with_scales(shape: Shape, name: str, *, offline: bool = False) -> Shape:
-    """Return a model's shape with the scales that its file has in a block; as it is where none can be read."""
+def scales_of(name: str, *, offline: bool = False) -> dict[str, int]:
+    """Return how many scales a block of a model's file has, by linear layer (`Shape.scales`); {} where none can be read."""
     from fleetune import models
     from fleetune.models import placement
 
@@ -101,9 +102,9 @@ def with_scales(shape: Shape, name: str, *, offline: bool = False) -> Shape:
             name, functools.partial(models.resolve, offline=offline), offline=offline
         )
     except ModelError:  # loading it says what is wrong, and what to do
-        return shape
+        return {}
     kinds = {weight.removesuffix(".weight"): stored.kind for weight, stored in tensors.items()}
-    return shape._replace(scales={layer: HALVES[kind] for layer, kind in kinds.items() if kind in HALVES})
+    return {layer: HALVES[kind] for layer, kind in kinds.items() if kind in HALVES}
 
 
 def _why(settings: Settings) -> str:

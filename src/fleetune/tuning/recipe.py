@@ -285,20 +285,24 @@ def resolved(recipe: Recipe) -> Recipe:
     """
     if (recipe.method, recipe.train, recipe.set.get("module")) == (SCALES_MODULE, "weights", "scales"):
         recipe = dataclasses.replace(recipe, train="scales")
-    if own := _OF_PARTS.get(recipe.train, {}).get(recipe.method):
-        recipe = dataclasses.replace(recipe, set={**own, **recipe.set})
+    recipe = dataclasses.replace(recipe, set={**of_part(recipe.train, recipe.method), **recipe.set})
     try:
         return dataclasses.replace(recipe, partition=rows_of(recipe).rule)
     except RecipeError:  # told when the recipe is checked, with all else
         return recipe
 
 
-_OF_PARTS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = MappingProxyType(
+_OF_PARTS: Final[Mapping[str, Mapping[str, Mapping[str, Value]]]] = MappingProxyType(
     {
         "scales": {name: {"eps": SCALES_EPS} for name in MOVE_BLOCKS} | {SCALES_MODULE: {"module": "scales"}},
         "codes": {name: {"eps": CODES_EPS} for name in MOVE_BLOCKS},
     }
 )
+
+
+def of_part(train: str, method: str) -> Mapping[str, Value]:
+    """Return the settings that a method has by itself where it trains `train`: weights, scales or codes."""
+    return _OF_PARTS.get(train, {}).get(method, {})
 
 
 def part(recipe: Recipe) -> str:

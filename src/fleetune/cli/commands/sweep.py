@@ -146,8 +146,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         grid = sweep_grid.make(
             _with_method(recipe_flags.keys(args, args.recipe), args, ui), args.vary, args.seeds
         )
-        for recipe in {(p.recipe.model, p.recipe.train): p.recipe for p in grid.points}.values():
-            recipe_flags.check_model_of(recipe, args.out)
+        for model, train in {(point.recipe.model, point.recipe.train) for point in grid.points}:
+            recipe_flags.check_model(model, args.out, train)
     sweeps.check(grid, folder=path if args.resume else None, offline=args.offline)
     if args.dry_run:
         _plan(grid, ui)

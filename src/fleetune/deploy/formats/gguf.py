@@ -155,14 +155,11 @@ def size_beside(model: Checkpoint, without: Collection[str], path: Path, made: M
 
 
 def layer_types(model: Checkpoint) -> dict[str, str]:
-    """Return the types that the matrices of a compressed model's layers get in its file, by their names there.
-
-    UsageError as in `check`.
-    """
+    """Return the types that the matrices of a model's layers get in its file, by parameter; UsageError as in `check`."""
     check_config(model.config)
     _vocabulary(model)
     return {
-        entry.name: entry.kind
+        entry.parameter: entry.kind
         for entry in plan(model, None, [])
         if entry.name.startswith("blk.") and len(entry.shape) > 1 and entry.kind != "F32"
     }
