@@ -125,6 +125,13 @@ def test_every_name_of_it_means_it(name: str, at: Path) -> None:
     assert {fleetune.open(n).recipe.model for n in "23"} == {FILE}  # type: ignore[union-attr]
 
 
+def test_a_compression_of_a_models_name_is_no_misspelling_of_it(at: Path) -> None:
+    """`0001-rtn-smollm2-135m` is like smollm2-135m, which is no hub id either."""
+    Path(CODES).rename("runs/0001-rtn-smollm2-135m")
+    notes = said("tune", "0001-rtn-smollm2-135m", "rows.jsonl", *flags("mezo, scales"), "--rounds=1")
+    assert "runs/0001-rtn-smollm2-135m/0001-rtn-smollm2-135m.gguf, now written" in notes
+
+
 def test_python_takes_names_results_subjects_and_recipes(at: Path) -> None:
     codes = fleetune.open(CODES)
     recipe = recipes.make({
@@ -204,8 +211,24 @@ def test_a_dry_run_and_a_sweep_take_it(at: Path) -> None:
     assert [recipes.read(file)["model"] for file in found] == [FILE, FILE]
 
 
+def test_a_sweep_over_compressed_models_is_resumed(at: Path) -> None:
+    fleetune.compress("tiny", method="rtn", settings={"bits": 8})
+    names = [CODES, "runs/0002-rtn-tiny"]
+    files = [f"{name}/{Path(name).name}.gguf" for name in names]
+    options = {**FEW, "rounds": 1, "train": "scales", "method": "mezo", "settings": {"tau": 2, "lr": 0.05}}
+    done = fleetune.sweep(CODES, "rows.jsonl", vary={"model": names}, **options)
+    runs = sorted(done.folder.glob("*/run.toml"))
+    assert [recipes.read(run)["model"] for run in runs] == files
+    assert fleetune.resume_sweep(done).folder == done.folder
+    shutil.rmtree(runs[1].parent)
+    said("sweep", "--resume", "latest", "-q")
+    assert [recipes.read(run)["model"] for run in runs] == files
+
+
 def test_a_plan_counts_it_and_writes_nothing(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = fleetune.plan(CODES, train="scales")
+    assert plan.settings().options()["train"] == "scales"
+    assert plan.settings().options()["base"] == "mapped"
     assert {row.method for row in plan.rows if row.tunes} == set(recipes.TRAIN_PARTS["scales"])
     assert {row.method for row in fleetune.plan("latest", train="codes").rows if row.tunes} == set(
         recipes.MOVE_BLOCKS

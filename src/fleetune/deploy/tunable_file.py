@@ -32,12 +32,9 @@ def of(found: Compressed, part: str, note: Callable[[str], None]) -> Path:
     """
     _types_of(found, part)
     place, source = targets.find(TARGET).place(found.home), found.model
-    report = None if place.exists() else _written(source, place)
-    if report is not None:
-        size = human_bytes(report.bytes)
-        note(
-            "; ".join([f"the {part} are tuned in a GGUF file, {place}, now written ({size})", *report.notes])
-        )
+    if (report := _written(source, place)) is not None:
+        written = f"now written ({human_bytes(report.bytes)})"
+        note("; ".join([f"the {part} are tuned in a GGUF file, {place}, {written}", *report.notes]))
     elif place.is_file() and _is_written(place, source):
         note(f"the {part} are tuned in a GGUF file, {place}, which is there already")
     else:
@@ -49,7 +46,7 @@ def of(found: Compressed, part: str, note: Callable[[str], None]) -> Path:
 
 
 def _written(source: Path, place: Path) -> Report | None:
-    """Write the file, and return what was written; None where another process was faster."""
+    """Write the file, and return what was written; None where there is one, from before or by a process that was faster."""
     try:
         return export(source, TARGET, place)
     except (StorageError, UsageError):

@@ -161,7 +161,7 @@ def layer_types(model: Checkpoint) -> dict[str, str]:
     return {
         entry.parameter: entry.kind
         for entry in plan(model, None, [])
-        if entry.name.startswith("blk.") and len(entry.shape) > 1 and entry.kind != "F32"
+        if entry.name.startswith("blk.") and len(entry.shape) > 1
     }
 
 
