@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,16 +15,21 @@ from typing import Any
 
 import gguf
 import pytest
-from deploy_harness import BLOCKS, LLAMA3, compressed, gguf_of, tiny
+from deploy_harness import BLOCKS, LAYER, LLAMA3, compressed, gguf_of, on_grid, tiny, tokenizer
 from family_harness import save
 from test_super_blocks import in_super_blocks
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fleetune import api, models, subject
 from fleetune.cli.main import main
 from fleetune.common.ggml import PARTS
+from fleetune.compression.layerwise.grids import Grid
+from fleetune.compression.layerwise.groups import rounded
 from fleetune.deploy import tunable_file
 from fleetune.errors import StorageError, UsageError
+from fleetune.models import artefact
 from fleetune.runs.listener import Silent
+from fleetune.seeds.trained import moved_tensors
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -202,6 +208,36 @@ def test_families_whose_files_are_not_read_are_refused_before_one_is_written(
     assert (found.home / "hf" / "config.json").is_file()
 
 
+@pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+def test_a_family_that_has_no_place_in_gguf_is_not_told_to_compress_again(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "gptj", vocab_size=264, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64
+    )
+    models.save(AutoModelForCausalLM.from_config(config), tokenizer(), tmp_path / "m")
+    found = compression(tmp_path, tmp_path / "m")
+    with pytest.raises(UsageError, match="not for 'gptj'") as refused:
+        tunable_file.of(found, "scales", lambda _: None)
+    assert refused.value.hint == "export to a directory instead: --to hf"
+
+
+def test_of_a_file_of_several_types_those_that_can_be_are_tuned(tmp_path: Path) -> None:
+    model, quantised = tiny(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64), {}
+    for name, tensor in models.named_tensors(model.net):
+        if name.split(".")[-2] in LAYER:
+            wide = ".mlp." in name
+            quantised[name] = rounded(tensor, Grid("q4_k", 4), 32) if wide else on_grid(tensor, 4, 32)
+    head = artefact.ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest)
+    artefact.write(tmp_path / "codes", model, quantised, head)
+    found = subject.open(tmp_path / "codes")
+    assert isinstance(found, subject.Compressed)
+    scales = tunable_file.scales_of(found, "scales")
+    assert scales == {name.removesuffix(".weight"): 1 for name in quantised if ".mlp." not in name}
+    mapped = models.load(str(tunable_file.of(found, "scales", lambda _: None)), device="cpu", base="mapped")
+    mapped.trains = "scales"
+    moved = [name.removesuffix(".weight.scales") for name, _, _ in moved_tensors(mapped)]
+    assert [name for name in moved if ".layers." in name] == sorted(scales)
+
+
 def test_an_artefact_of_other_blocks_names_the_command_without_a_model(tmp_path: Path) -> None:
     in_super_blocks(tmp_path / "codes", "q4_k")
     found = subject.open(tmp_path / "codes")
@@ -243,17 +279,17 @@ def test_a_killed_process_leaves_the_whole_file_or_none(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_that_another_process_writes_meanwhile_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found, told, real = codes(tmp_path / "codes"), list[str](), tunable_file.export
+def test_a_file_that_another_process_writes_meanwhile_is_taken(tmp_path: Path) -> None:
+    found, told, real = codes(tmp_path / "codes"), list[str](), tunable_file.gguf.write
 
-    def second(*given: Any) -> Any:
-        real(*given)
-        return real(*given)
+    def slower(model: Any, path: Path, kind: str | None, made: Any) -> Any:
+        report = real(model, path, kind, made)
+        shutil.copy(path, found.home / path.name)
+        return report
 
-    monkeypatch.setattr(tunable_file, "export", second)
-    place = tunable_file.of(found, "scales", told.append)
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(tunable_file.gguf, "write", slower)
+        place = tunable_file.of(found, "scales", told.append)
     assert place.read_bytes() == exported(found, tmp_path).read_bytes()
     assert len(told) == 1
     assert "there already" in told[0]

@@ -86,7 +86,7 @@ def with_file(recipe: Recipe, out: Path, note: Callable[[str], None]) -> Recipe:
     from fleetune.deploy import tunable_file
     from fleetune.planning import choose
 
-    choose.able(recipe)
+    choose.able_methods(recipe)
     return dataclasses.replace(recipe, model=str(tunable_file.of(found, recipes.part(recipe), note)))
 
 

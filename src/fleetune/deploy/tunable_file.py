@@ -16,6 +16,7 @@ from fleetune.deploy import provenance, targets
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import Report, gguf
+from fleetune.deploy.formats._gguf_header import check_config
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.families import table
 from fleetune.models.gguf.convert import ARCHITECTURES
@@ -72,19 +73,20 @@ def _types_of(found: Compressed, part: str) -> dict[str, str]:
     UsageError where the file would have no such `part` (scales or codes), or would not be read.
     """
     model, request = open_checkpoint(found.model), found.request
-    again = command("compress", "MODEL" if request is None else request.model, "--set", "grid=ggml")
-    able = f"--train {part} is for blocks of {', '.join(HALVES)}"
-    try:
-        kinds = gguf.layer_types(model)
-    except UsageError as error:
-        raise UsageError(f"{error.message}; {able}", hint=f"compress again: {again}") from error
-    family, experts = table.architecture(model.config), any(".experts." in name for name in kinds)
+    check_config(model.config)
+    family, experts = table.architecture(model.config), any(".experts." in name for name in model.names)
     if family not in ARCHITECTURES or experts:
         what = "mixtures of experts" if experts else f"models of architecture {family}"
         raise UsageError(
             f"{found.argument}: GGUF files of {what} are not read, so no {part} of one are tuned",
             hint=f"export it and tune all weights: {command('export', found.argument, '--to', 'hf')}",
         )
+    able = f"--train {part} is for blocks of {', '.join(HALVES)}"
+    again = command("compress", "MODEL" if request is None else request.model, "--set", "grid=ggml")
+    try:
+        kinds = gguf.layer_types(model)
+    except UsageError as error:
+        raise UsageError(f"{error.message}; {able}", hint=f"compress again: {again}") from error
     if not set(kinds.values()) & set(HALVES):
         raise UsageError(
             f"the layers of {found.argument} are {', '.join(sorted(set(kinds.values())))} in a GGUF file; {able}",

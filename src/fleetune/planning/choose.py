@@ -53,12 +53,12 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     """Return the method to begin with among those that have the recipe's settings, where its base is, and why, in words."""
     from fleetune import models
 
-    candidates, part = able(recipe), recipes.part(recipe)
+    able, part = able_methods(recipe), recipes.part(recipe)
     blocks = part in PARTS
     try:
         config = models.load_config(recipe.model, offline=offline)
     except ModelError as error:  # loading it says what is wrong, and what to do
-        return candidates[0], recipe.base, f"the model's configuration cannot be read ({error.message})"
+        return able[0], recipe.base, f"the model's configuration cannot be read ({error.message})"
     ram = usable_memory() or None
     asked: dict[str, Any] = {"length": recipe.max_length, "dtype": recipe.dtype}
     if blocks or recipe.base != "auto":
@@ -68,13 +68,13 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     if part == "scales":
         shape = shape._replace(scales=scales_of(recipe.model, offline=offline))
     search = Search(shape, ram, asked, recipe.set, shrinks=False, train=part)
-    settings = search.best([name for name in plan.order(rows) if name in candidates])
+    settings = search.best([name for name in plan.order(rows) if name in able])
     mapped = settings.work.base == "mapped"
     base = "mapped" if mapped and not blocks else recipe.base
     return settings.method, base, _why(settings) + ", base mapped" * mapped
 
 
-def able(recipe: Recipe) -> list[str]:
+def able_methods(recipe: Recipe) -> list[str]:
     """Return the methods that can do what a recipe says: the one that it names, else all that have its settings.
 
     RecipeError for anything wrong that needs neither the clients' data nor the model.

@@ -155,9 +155,7 @@ def size_beside(model: Checkpoint, without: Collection[str], path: Path, made: M
 
 
 def layer_types(model: Checkpoint) -> dict[str, str]:
-    """Return the types that the matrices of a model's layers get in its file, by parameter; UsageError as in `check`."""
-    check_config(model.config)
-    _vocabulary(model)
+    """Return the types that the matrices of a model's layers get in its file, by parameter; UsageError where none is exact."""
     return {
         entry.parameter: entry.kind
         for entry in plan(model, None, [])
