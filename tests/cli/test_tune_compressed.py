@@ -229,6 +229,7 @@ def test_a_plan_counts_it_and_writes_nothing(at: Path, capsys: pytest.CaptureFix
     plan = fleetune.plan(CODES, train="scales")
     assert plan.settings().options()["train"] == "scales"
     assert plan.settings().options()["base"] == "mapped"
+    assert set(plan.search.shape.scales.values()) == {1}
     assert {row.method for row in plan.rows if row.tunes} == set(recipes.TRAIN_PARTS["scales"])
     assert {row.method for row in fleetune.plan("latest", train="codes").rows if row.tunes} == set(
         recipes.MOVE_BLOCKS
