@@ -125,6 +125,14 @@ def test_every_name_of_it_means_it(name: str, at: Path) -> None:
     assert {fleetune.open(n).recipe.model for n in "23"} == {FILE}  # type: ignore[union-attr]
 
 
+def test_the_folder_that_a_command_runs_in_means_it_too(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, name in ((CODES, "."), (f"{CODES}/model", "..")):
+        monkeypatch.chdir(at / folder)
+        notes = said("tune", name, str(at / "rows.jsonl"), *flags("mezo, scales"), "--rounds=1", "--out", str(at / "new"))  # fmt: skip
+        assert f"{Path(name, '0001-rtn-tiny.gguf')}, " in notes
+    assert (at / FILE).is_file()
+
+
 def test_a_compression_of_a_models_name_is_no_misspelling_of_it(at: Path) -> None:
     """`0001-rtn-smollm2-135m` is like smollm2-135m, which is no hub id either."""
     Path(CODES).rename("runs/0001-rtn-smollm2-135m")
