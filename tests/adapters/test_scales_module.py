@@ -207,7 +207,7 @@ def test_the_method_is_found_by_the_module_and_by_the_option(one: Path, tmp_path
 
 def test_the_plan_counts_the_scales_that_the_files_blocks_have(file: Path) -> None:
     shape = shape_of(models.load_config(str(file)))
-    planned = scales_module(choose.with_scales(shape, str(file)))
+    planned = scales_module(shape._replace(scales=choose.scales_of(str(file))))
     unknown = scales_module(shape)
     assert planned is not None
     assert unknown is not None

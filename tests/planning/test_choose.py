@@ -63,6 +63,23 @@ def test_what_trains_a_part_of_blocks_is_chosen_among_the_methods_that_can(tiny:
         choose.method_for(recipe(tiny, train="codes", set={"module": "scales"}))
 
 
+def test_training_scales_is_counted_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.tiny_llama(vocab=8192, hidden=512, layers=8, heads=8)
+    models.save(model.net, model.tokenizer, tmp_path / "m")
+    shape = shape_of(models.load_config(str(tmp_path / "m")))
+    asked = {"length": 512, "dtype": "fp32", "base": "mapped"}
+    lora, scales = (
+        next(Search(shape, None, asked, train=train).tried("fedpetuning")).peak
+        for train in ("weights", "scales")
+    )
+    assert lora != scales
+    monkeypatch.setattr(choose, "usable_memory", lambda: 10**12)
+    name, _, why = choose.method_for(recipe(str(tmp_path / "m"), train="scales"), offline=True)
+    assert name == "fedpetuning"
+    assert f"about {human_bytes(scales)} of" in why
+    assert human_bytes(scales) != human_bytes(lora)
+
+
 def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
     tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,12 +73,18 @@ def test_a_model_without_blocks_is_refused(part: str, tmp_path: Path) -> None:
         api.tune(str(tmp_path / "plain"), ROWS, method="mezo", train=part, out=tmp_path / "runs", **FEW)
 
 
-def test_a_compressed_model_is_refused_with_the_command_that_makes_it_a_file(tmp_path: Path) -> None:
+def test_a_compressed_model_whose_weights_are_to_be_trained_is_refused_with_what_can_be(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "a b"
     compressed(tiny(), folder)
     with pytest.raises(UsageError, match="is a compressed model") as caught:
-        api.tune(str(folder), ROWS, method="mezo", train="codes", out=tmp_path / "runs", **FEW)
-    assert f"fleetune export '{folder}' --to gguf" in (caught.value.hint or "")
+        api.tune(str(folder), ROWS, method="mezo", out=tmp_path / "runs", **FEW)
+    assert f"fleetune export '{folder}' --to hf" in (caught.value.hint or "")
+    assert "--train scales" in (caught.value.hint or "")
+    assert api.tune(
+        str(folder), ROWS, method="mezo", train="scales", out=tmp_path / "runs", **{**FEW, "rounds": 1}
+    ).folder.is_dir()
 
 
 def test_eps_is_in_the_units_of_what_is_trained_unless_given() -> None:

@@ -2,11 +2,14 @@
 """Refuse what is no plain model where one is needed, before anything is loaded: runs, adapters, compressed models.
 
 Tuning begins at weights that a runtime can load.  The result of a run is a change of such weights, and codes stand for
-weights; each error has the command that writes the model out.
+weights; each error has the command that writes the model out.  Where the scales or codes of a compressed model are to be
+tuned, its GGUF file is written and takes its place in the recipe.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +19,8 @@ from fleetune.errors import UsageError
 from fleetune.models import cache
 from fleetune.models.artefact_folder import is_master
 from fleetune.subject import Compressed, Run
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import Recipe
 
 RESULTS: Final = ("adapter", "ledger.safetensors")  # of a run
 HF: Final = "hf"  # target of an export, and its folder
@@ -31,8 +36,13 @@ def path_of(result: object) -> object:
     return str(found) if isinstance(found, Path) and not model_in_memory else result
 
 
-def check(name: str, out: Path) -> None:
-    """Raise UsageError for a name that means a run, an adapter or a compressed model; `out` is the folder of the runs."""
+def check(name: str, out: Path, train: str = "weights") -> None:
+    """Raise UsageError for a name that means a run, an adapter or a compressed model; `out` is the folder of the runs.
+
+    A compressed model passes where `train` is scales or codes: `with_file` is for it.
+    """
+    if compressed_of(name, train, out) is not None:
+        return
     found, path = subjects.open(name, out), Path(name).expanduser()
     if name in cache.ORIGINS or ((path / "config.json").is_file() and not is_master(path)):
         return
@@ -50,10 +60,34 @@ def check(name: str, out: Path) -> None:
         if is_master(model):
             what = f"{name} is a compressed model: codes, not plain weights"
             refused = _written_out(what, found, found.home)
-            file = f"fleetune export {quoted(found.argument)} --to gguf"
-            refused.hint = f"{refused.hint}; for --train scales or codes: {file}   and give the file"
+            refused.hint = f"{refused.hint}; or tune its scales or codes as they are: --train scales"
             raise refused
         raise UsageError(f"{name} is the folder of a compression", hint=f"its model is {quoted(model)}")
+
+
+def compressed_of(name: str, train: str, out: Path) -> Compressed | None:
+    """Return the compressed model that a name means where `train` is scales or codes, which it has; None for any other."""
+    if train not in recipes.TRAIN_PARTS:
+        return None
+    found = subjects.open(name, out)
+    if isinstance(found, Compressed) and is_master(found.artefact or Path(found.argument) / "model"):
+        return found
+    return None
+
+
+def with_file(recipe: Recipe, out: Path, note: Callable[[str], None]) -> Recipe:
+    """Return a recipe that trains scales or codes of a compressed model with its GGUF file as the model; others as they are.
+
+    The file is written unless it is there, and `note` is told.  RecipeError, before that, for what needs neither model nor
+    data to be seen to be wrong; UsageError as in `tunable_file.of`.
+    """
+    if (found := compressed_of(recipe.model, recipes.part(recipe), out)) is None:
+        return recipe
+    from fleetune.deploy import tunable_file
+    from fleetune.planning import choose
+
+    choose.able_methods(recipe)
+    return dataclasses.replace(recipe, model=str(tunable_file.of(found, recipes.part(recipe), note)))
 
 
 def _written_out(what: str, found: Run | Compressed, home: Path) -> UsageError:

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
 from fleetune.api import plain_models
+from fleetune.errors import UsageError
+from fleetune.tuning import recipe as recipes
 
 if TYPE_CHECKING:
     from fleetune.planning.plan import Plan
@@ -23,6 +26,8 @@ def plan(
     steps: int = 200,
     dtype: str | None = None,
     base: str | None = None,
+    train: str = "weights",
+    out: str | Path = "runs",
     offline: bool = False,
 ) -> Plan:
     """Return memory, traffic and time of every method for one device and one round, before any work.
@@ -30,7 +35,8 @@ def plan(
     `ram` is the device's memory (4GB, or bytes), `uplink` its upload speed (1Mbps, or bytes a second); without them
     the plan does not say what fits, or how long sending takes.  A round is `steps` local steps of `batch` rows (None: 8) of
     `length` tokens (None: 512), with weights in `dtype` (None: fp32), in
-    memory or mapped (`base`, None: memory).
+    memory or mapped (`base`, None: memory).  With `train` scales or codes the methods are those that tune these in a GGUF
+    file (the base is mapped), and the model may be a compressed one, of which no file is written.
 
     `Plan.settings` finds the method to begin with and what makes it fit `ram`: a `batch`, `length` or `dtype` that is None
     may become smaller and a `base` mapped, one that is given stays.  `Settings.options` are the arguments for `tune`:
@@ -41,11 +47,32 @@ def plan(
     from fleetune.planning import plan as planning
 
     name = str(model) if isinstance(model, str | Path) else subjects.open(model).argument
-    plain_models.check(name, Path("runs"))
-    config = models.load_config(name, offline=offline)
+    if train not in (known := recipes.choices("train")):
+        raise UsageError(f"train = {train!r} is none of {', '.join(known)}")
+    if train in recipes.TRAIN_PARTS:
+        if base == "memory":
+            raise UsageError(f"train = {train} reads the base from its GGUF file", hint="--base mapped")
+        base = "mapped"
+    source, scales = _blocks(name, train, Path(out))
+    config = models.load_config(source, offline=offline)
     given = {"batch": batch, "length": length, "dtype": dtype, "base": base}
     return planning.make(
         config, name, {field: value for field, value in given.items() if value is not None}, steps=steps,
         ram=planning.parse_bytes(f"{ram} B" if isinstance(ram, int) else ram),
         uplink=planning.parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink),
+        train=train, scales=scales,
     )  # fmt: skip
+
+
+def _blocks(name: str, train: str, out: Path) -> tuple[str, Mapping[str, int]]:
+    """Return what has a model's configuration, and how many scales its blocks have, by layer; {} where that is not known."""
+    plain_models.check(name, out, train)
+    if (found := plain_models.compressed_of(name, train, out)) is not None:
+        from fleetune.deploy import tunable_file
+
+        return str(found.model), tunable_file.scales_of(found, train)
+    if train in recipes.TRAIN_PARTS and name.endswith(".gguf"):
+        from fleetune.planning import choose
+
+        return name, choose.scales_of(name)
+    return name, {}

@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from fleetune.api import plain_models
 from fleetune.api.arguments import Rows, Setting
 from fleetune.api.tuning import recipe_for
 from fleetune.common.settings import Value
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
-from fleetune.tuning.recipe import RecipeOptions
+from fleetune.tuning.recipe import Recipe, RecipeOptions
 
 if TYPE_CHECKING:
+    from fleetune.tuning.sweep_grid import SweepGrid
     from fleetune.tuning.sweep_result import SweepResult
 
 
@@ -54,6 +56,7 @@ def sweep(
     grid = sweep_grid.make(choose.settled_sweep(values, (), heard.note, offline=offline))
     sweeps.check(grid, offline=offline)
     rundir.check_writable(Path(out))
+    grid = with_files(grid, Path(out), heard.note)
     with sweeps.create(Path(out), name, grid) as folder:
         return sweep_result.perform(folder, grid, heard, offline=offline)
 
@@ -79,5 +82,20 @@ def resume_sweep(
     grid = sweeps.read(path)
     sweeps.check(grid, folder=path, offline=offline)
     rundir.check_writable(path)
+    grid = with_files(grid, Path(out), heard.note)
     with rundir.RunDir(path) as folder:
         return sweep_result.perform(folder, grid, heard, offline=offline)
+
+
+def with_files(grid: SweepGrid, out: Path, note: Callable[[str], None]) -> SweepGrid:
+    """Return a checked grid whose compressed models are their GGUF files, as in `plain_models.with_file`."""
+    files: dict[str, str] = {}
+    for recipe in {(p.recipe.model, p.recipe.train): p.recipe for p in grid.points}.values():
+        plain_models.check(recipe.model, out, recipe.train)
+        files[recipe.model] = plain_models.with_file(recipe, out, note).model
+
+    def tuned(recipe: Recipe) -> Recipe:
+        return dataclasses.replace(recipe, model=files.get(recipe.model, recipe.model))
+
+    points = tuple(dataclasses.replace(point, recipe=tuned(point.recipe)) for point in grid.points)
+    return dataclasses.replace(grid, base=tuned(grid.base), points=points)

@@ -40,8 +40,9 @@ def tune(
     """Tune a model over a simulated fleet in a new folder under `out`, and return the run.
 
     `model` is a name or path, a `fleetune.Model`, a transformers or PEFT model (with its `tokenizer`), or a whole
-    `Recipe`, which then holds all options.  `data` (and the option `eval_data`) is a file, a hub id, `"demo"`, or rows: dicts,
-    a `datasets.Dataset`, a DataFrame.  `method` is a name,
+    `Recipe`, which then holds all options; with `train="scales"` or `"codes"` also a compressed model, which is tuned in its
+    GGUF file: it is written beside the model, unless it is there.  `data` (and the option `eval_data`) is a file, a hub id,
+    `"demo"`, or rows: dicts, a `datasets.Dataset`, a DataFrame.  `method` is a name,
     `auto` for the one that `plan` recommends, or a method's own dataclass: `fedkseed.Method(K=1024)`, or one that you wrote,
     which is then known in this process alone.  `settings` are the method's, by name.  `options` are those of
     `fleetune.Recipe`.  A model or rows given as Python objects are saved under `OUT/objects`, so that the run can be
@@ -53,6 +54,7 @@ def tune(
 
     watching, trackers = heard_by(listener, progress), tracking.check(words(tracker))
     recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
+    recipe = plain_models.with_file(recipe, Path(out), watching.note)
     recipe = choose.settled_method(recipe, watching.note, offline=offline)
     with tracking.tracked(watching, trackers, offline=offline) as heard:
         return run.start(recipe, Path(out), heard, offline=offline)
@@ -108,10 +110,8 @@ def recipe_for(
     from fleetune.tuning import methods, objects_to_files
 
     model = plain_models.path_of(model)
-    if isinstance(model, str | Path):
-        plain_models.check(str(model), out)
     if isinstance(model, Recipe):
-        plain_models.check(model.model, out)
+        plain_models.check(model.model, out, recipes.part(model))
         if data is None and tokenizer is None and not (settings or options) and method == recipes.AUTO_METHOD:
             return model
         raise UsageError(
@@ -136,9 +136,13 @@ def recipe_for(
     named_rows, named_held_out = (
         str(rows) if isinstance(rows, str | Path) else "data" for rows in (data, held_out)
     )
+    is_named = isinstance(model, str | Path)
     recipe = recipes.make({
-        **options, "eval_data": named_held_out, "model": "model", "data": named_rows, "method": name, "set": values,
+        **options, "eval_data": named_held_out, "model": str(model) if is_named else "model", "data": named_rows,
+        "method": name, "set": values,
     })  # fmt: skip
+    if is_named:
+        plain_models.check(recipe.model, out, recipes.part(recipe))
     return dataclasses.replace(
         recipe,
         model=objects_to_files.model_name(model, tokenizer, out),

@@ -13,7 +13,7 @@ from fleetune import recipes as named
 from fleetune.common import settings
 from fleetune.common.shell import quoted
 from fleetune.errors import RecipeError, UsageError
-from fleetune.runs import env_file, rundir
+from fleetune.runs import env_file
 from fleetune.tuning import recipe as recipes
 
 PREFIX = "recipe_"
@@ -84,7 +84,7 @@ def check(recipe: recipes.Recipe, out: str) -> None:
     from fleetune.tuning import methods, recipe_problems, robust
 
     recipe_problems.check_order(recipe.model, recipe.data)
-    check_model(recipe.model, out)
+    check_model(recipe.model, out, recipes.part(recipe))
     for rows in filter(None, (recipe.data, recipe.eval_data)):
         check_data(rows)
     problems: list[str] = []
@@ -103,14 +103,17 @@ def check(recipe: recipes.Recipe, out: str) -> None:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
 
 
-def check_model(model: str, out: str) -> None:
-    """UsageError for what is no plain model, before torch is loaded: a run, an adapter, a path that leads nowhere."""
+def check_model(model: str, out: str, train: str = "weights") -> None:
+    """UsageError for what is no plain model, before torch is loaded: a run, an adapter, a path that leads nowhere.
+
+    A compressed model passes where `train` is scales or codes.
+    """
     from fleetune.api import plain_models
     from fleetune.models import names
 
-    rundir.check_name(model, Path(out))
-    plain_models.check(model, Path(out))
-    names.check(model)
+    plain_models.check(model, Path(out), train)
+    if plain_models.compressed_of(model, train, Path(out)) is None:
+        names.check(model)
 
 
 def check_data(data: str) -> None:

@@ -62,7 +62,8 @@ class Target:
         """Return the default path of an export: in `folder`, for the model `name` (default: the folder's name)."""
         if self.suffix:
             kind = f"-{self.kind}" if self.kind else ""
-            return folder / f"{name or folder.name}{kind}{self.suffix}"
+            own = folder.name if folder.name not in ("", "..") else folder.resolve().name
+            return folder / f"{name or own}{kind}{self.suffix}"
         return folder / (f"{name}-{self.name}" if name else self.name).replace(":", "-")
 
 

@@ -12,7 +12,7 @@ from fleetune.common.display import human_bytes
 from fleetune.common.ggml import HALVES, PARTS
 from fleetune.common.memory import usable_memory
 from fleetune.errors import ModelError, RecipeError
-from fleetune.models.shapes import Shape, shape_of
+from fleetune.models.shapes import shape_of
 from fleetune.planning import plan
 from fleetune.planning.device_cost import Rates
 from fleetune.planning.fitting import Search, Settings
@@ -53,19 +53,8 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     """Return the method to begin with among those that have the recipe's settings, where its base is, and why, in words."""
     from fleetune import models
 
-    able = methods.having(recipe.set)
-    part = "scales" if recipe.set.get("module") == "scales" else recipe.train
+    able, part = able_methods(recipe), recipes.part(recipe)
     blocks = part in PARTS
-    if blocks:
-        wanted = (recipes.SCALES_MODULE,) if "module" in recipe.set else recipes.TRAIN_PARTS[part]
-        able = [name for name in able if name in wanted]
-    if not able:
-        raise RecipeError(
-            recipe_problems.of_no_method(list(recipe.set)),
-            hint="name the one that is meant: --method NAME (fleetune methods)",
-        )
-    # all else that is wrong is said first
-    prepare.check(recipes.resolved(dataclasses.replace(recipe, method=able[0])))
     try:
         config = models.load_config(recipe.model, offline=offline)
     except ModelError as error:  # loading it says what is wrong, and what to do
@@ -76,16 +65,35 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
         asked["base"] = "mapped" if blocks else recipe.base
     rows = plan.table(config, Workload(**asked), ram=ram, rates=NOT_MEASURED)
     shape = shape_of(config)
-    shape = with_scales(shape, recipe.model, offline=offline) if part == "scales" else shape
-    search = Search(shape, ram, asked, recipe.set, shrinks=False)
+    if part == "scales":
+        shape = shape._replace(scales=scales_of(recipe.model, offline=offline))
+    search = Search(shape, ram, asked, recipe.set, shrinks=False, train=part)
     settings = search.best([name for name in plan.order(rows) if name in able])
     mapped = settings.work.base == "mapped"
     base = "mapped" if mapped and not blocks else recipe.base
     return settings.method, base, _why(settings) + ", base mapped" * mapped
 
 
-def with_scales(shape: Shape, name: str, *, offline: bool = False) -> Shape:
-    """Return a model's shape with the scales that its file has in a block; as it is where none can be read."""
+def able_methods(recipe: Recipe) -> list[str]:
+    """Return the methods that can do what a recipe says: the one that it names, else all that have its settings.
+
+    RecipeError for anything wrong that needs neither the clients' data nor the model.
+    """
+    found = [recipe.method] if recipe.method != AUTO_METHOD else methods.having(recipe.set)
+    if recipe.method == AUTO_METHOD and (part := recipes.part(recipe)) in PARTS:
+        wanted = (recipes.SCALES_MODULE,) if "module" in recipe.set else recipes.TRAIN_PARTS[part]
+        found = [name for name in found if name in wanted]
+    if not found:
+        raise RecipeError(
+            recipe_problems.of_no_method(list(recipe.set)),
+            hint="name the one that is meant: --method NAME (fleetune methods)",
+        )
+    prepare.check(recipes.resolved(dataclasses.replace(recipe, method=found[0])))
+    return found
+
+
+def scales_of(name: str, *, offline: bool = False) -> dict[str, int]:
+    """Return how many scales a block of a model's file has, by linear layer (`Shape.scales`); {} where none can be read."""
     from fleetune import models
     from fleetune.models import placement
 
@@ -94,9 +102,9 @@ def with_scales(shape: Shape, name: str, *, offline: bool = False) -> Shape:
             name, functools.partial(models.resolve, offline=offline), offline=offline
         )
     except ModelError:  # loading it says what is wrong, and what to do
-        return shape
+        return {}
     kinds = {weight.removesuffix(".weight"): stored.kind for weight, stored in tensors.items()}
-    return shape._replace(scales={layer: HALVES[kind] for layer, kind in kinds.items() if kind in HALVES})
+    return {layer: HALVES[kind] for layer, kind in kinds.items() if kind in HALVES}
 
 
 def _why(settings: Settings) -> str:

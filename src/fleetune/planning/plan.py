@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common.display import counted, human_bytes, human_count, human_time
@@ -29,6 +30,7 @@ from fleetune.planning.fitting import TIGHT, Search, Settings, longest
 from fleetune.planning.traffic import traffic
 from fleetune.planning.workload import Workload
 from fleetune.tuning import methods
+from fleetune.tuning import recipe as recipes
 from fleetune.tuning.footprint import Footprint
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+NO_SCALES: Final[Mapping[str, int]] = MappingProxyType({})
 LEAST: Final = 1_000_000  # a number without a unit that is smaller was meant in another one
 
 
@@ -98,14 +101,17 @@ def table(
     ram: int | None = None,
     uplink: float | None = None,
     rates: Rates | None = None,
+    train: str = "weights",
+    scales: Mapping[str, int] = NO_SCALES,
 ) -> list[Row]:
     """Return the costs of every method and of the comparisons, on one device and for one of its rounds.
 
-    A method is left out where it has no place on the model (query and value projections that are not found).
+    A method is left out where it has no place on the model (query and value projections that are not found), or does not
+    `train` scales or codes where these are to be trained; `scales` as in `Shape`.
     `ram` in bytes, `uplink` in bytes a second.  `rates` None measures this machine, which takes some tenths
     of a second.
     """
-    shape = shape_of(config)
+    shape = shape_of(config)._replace(scales=scales)
     speed = rates or device_cost.calibrate(work)
 
     whole = shape.params * work.size
@@ -120,7 +126,7 @@ def table(
             up / uplink if up is not None and uplink else None, ram,
         )  # fmt: skip
 
-    stated, unstated = _methods(shape, work)
+    stated, unstated = _methods(shape, work, train)
     rows = [row(name, footprint, *traffic(method, footprint)) for name, method, footprint in stated]
     rows += [Row(name, "", True, None, {}, None, None, None, None, None, None, ram) for name in unstated]
     for name, footprint in device_cost.COMPARISON.items():
@@ -129,15 +135,19 @@ def table(
     return rows
 
 
-def _methods(shape: Shape, work: Workload) -> tuple[list[tuple[str, methods.Method, Footprint]], list[str]]:
-    """Return (name, method, footprint) of all with a place on a model, and the names of those that state no footprint.
+def _methods(
+    shape: Shape, work: Workload, train: str
+) -> tuple[list[tuple[str, methods.Method, Footprint]], list[str]]:
+    """Return (name, method, footprint) of all that train `train` of a model, and the names of those that state no footprint.
 
     Forward passes come before back-propagation, all weights before a module, then as methods are recommended.
     """
     found, unstated = [], []
-    for entry in methods.entries().values():
+    able = recipes.TRAIN_PARTS.get(train, methods.entries())
+    for entry in (entry for name, entry in methods.entries().items() if name in able):
         try:
-            method = methods.sized(methods.make(entry.name, {}), work.steps, work.batch)
+            method = methods.make(entry.name, recipes.of_part(train, entry.name))
+            method = methods.sized(method, work.steps, work.batch)
         except UsageError as error:  # of another package's module, which does not stop the table
             log.warning("%s is left out: %s", entry.name, error)
             continue
@@ -178,15 +188,17 @@ def make(
     steps: int = Workload.steps,
     ram: int | None = None,
     uplink: float | None = None,
+    train: str = "weights",
+    scales: Mapping[str, int] = NO_SCALES,
 ) -> Plan:
-    """Plan a model; `ram` in bytes, `uplink` in bytes a second.
+    """Plan a model; `ram` in bytes, `uplink` in bytes a second; `train` and `scales` as in `table`.
 
     `asked` are the fields of `Workload` that are given: the table is of them and of that class's defaults, and the search
     for what fits leaves them as they are.
     """
     work = Workload(steps=steps, **asked)
-    rows = table(config, work, ram=ram, uplink=uplink)
-    search = Search(shape_of(config), ram, asked)
+    rows = table(config, work, ram=ram, uplink=uplink, train=train, scales=scales)
+    search = Search(shape_of(config)._replace(scales=scales), ram, asked, train=train)
     return Plan(tuple(rows), tuple(describe(config, name, work, uplink=uplink)), search)
 
 

@@ -49,7 +49,10 @@ MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machi
 class Recipe:
     """All that decides a run.  The same recipe on the same machine gives the same bits."""
 
-    model: str = Field(description="hub id, HF directory, GGUF file, or a built-in name (fleetune models)")
+    model: str = Field(
+        description="hub id, HF directory, GGUF file, or a built-in name (fleetune models); with train = scales or codes also a "
+        "compressed model, whose GGUF file is written first"
+    )
     data: str = Field(
         description="JSONL, CSV or Parquet file, a folder with one file per client, hub id, - (JSONL from standard input), or "
         "'demo' for the built-in set"
@@ -282,20 +285,29 @@ def resolved(recipe: Recipe) -> Recipe:
     """
     if (recipe.method, recipe.train, recipe.set.get("module")) == (SCALES_MODULE, "weights", "scales"):
         recipe = dataclasses.replace(recipe, train="scales")
-    if own := _OF_PARTS.get(recipe.train, {}).get(recipe.method):
-        recipe = dataclasses.replace(recipe, set={**own, **recipe.set})
+    recipe = dataclasses.replace(recipe, set={**of_part(recipe.train, recipe.method), **recipe.set})
     try:
         return dataclasses.replace(recipe, partition=rows_of(recipe).rule)
     except RecipeError:  # told when the recipe is checked, with all else
         return recipe
 
 
-_OF_PARTS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = MappingProxyType(
+_OF_PARTS: Final[Mapping[str, Mapping[str, Mapping[str, Value]]]] = MappingProxyType(
     {
         "scales": {name: {"eps": SCALES_EPS} for name in MOVE_BLOCKS} | {SCALES_MODULE: {"module": "scales"}},
         "codes": {name: {"eps": CODES_EPS} for name in MOVE_BLOCKS},
     }
 )
+
+
+def of_part(train: str, method: str) -> Mapping[str, Value]:
+    """Return the settings that a method has by itself where it trains `train`: weights, scales or codes."""
+    return _OF_PARTS.get(train, {}).get(method, {})
+
+
+def part(recipe: Recipe) -> str:
+    """Return what a recipe trains (`train`); where no method is named yet, the module `scales` says it too."""
+    return "scales" if recipe.set.get("module") == "scales" else recipe.train
 
 
 def rows_of(recipe: Recipe) -> Rows:

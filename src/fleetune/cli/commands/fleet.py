@@ -127,6 +127,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _serve(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.api import plain_models
     from fleetune.planning import choose
 
     _no_words(args)
@@ -136,7 +137,8 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     recipe = None if path else _recipe(args)
     page, fleets = _page(args, ui), door_flags.served(args)
     if recipe:
-        recipe_flags.check_model(recipe.model, args.out)
+        recipe_flags.check_model(recipe.model, args.out, recipes.part(recipe))
+        recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
     from fleetune.tuning import run as running
 

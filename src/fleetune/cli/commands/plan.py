@@ -26,7 +26,11 @@ fleetune plan ./my-model --dtype bf16 --length 512 --batch 4
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("model", metavar="MODEL", help="hub id, HF directory, GGUF file or built-in name")
+    sub.add_argument(
+        "model",
+        metavar="MODEL",
+        help="hub id, HF directory, GGUF file or built-in name; with --train scales or codes also a compressed model",
+    )
     sub.add_argument(
         "--ram",
         help="memory of a device, e.g. 4GB: says what fits, and finds settings with which a method does",
@@ -48,6 +52,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         choices=["memory", "mapped"],
         help="where the base's weights are: memory, or mapped, in their file (default memory; what fits may be mapped)",
     )
+    sub.add_argument(
+        "--train",
+        choices=["weights", "scales", "codes"],
+        default="weights",
+        help="scales or codes: the methods that tune these in a GGUF file, or in that of a compressed model (default weights)",
+    )
     sub.add_argument("--steps", type=int, default=200, help="local steps of a round (default 200)")
 
 
@@ -57,10 +67,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.cli import recipe_flags
     from fleetune.planning import plan as planning
 
-    recipe_flags.check_model(args.model, args.out)
+    recipe_flags.check_model(args.model, args.out, args.train)
     plan = api.plan(
         args.model, ram=args.ram, uplink=args.uplink, batch=args.batch, length=args.length, steps=args.steps,
-        dtype=args.dtype, base=args.base, offline=args.offline,
+        dtype=args.dtype, base=args.base, train=args.train, out=args.out, offline=args.offline,
     )  # fmt: skip
     for row in plan.rows:
         ui.event(PlanRow(model=args.model, **dataclasses.asdict(row), fits=row.fits))

@@ -125,6 +125,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Begin a sweep or resume one."""
+    from fleetune.api.sweeping import with_files
     from fleetune.tuning import sweep as sweeps
     from fleetune.tuning import sweep_grid
 
@@ -145,13 +146,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         grid = sweep_grid.make(
             _with_method(recipe_flags.keys(args, args.recipe), args, ui), args.vary, args.seeds
         )
-        for model in {point.recipe.model for point in grid.points}:
-            recipe_flags.check_model(model, args.out)
+        for model, train in {(point.recipe.model, point.recipe.train) for point in grid.points}:
+            recipe_flags.check_model(model, args.out, train)
     sweeps.check(grid, folder=path if args.resume else None, offline=args.offline)
     if args.dry_run:
         _plan(grid, ui)
         return
     rundir.check_writable(path if args.resume else out)
+    grid = with_files(grid, out, ui.note)
     with rundir.RunDir(path) if args.resume else sweeps.create(out, Path(args.recipe).stem, grid) as folder:
         _start(grid, folder, args, ui)
 

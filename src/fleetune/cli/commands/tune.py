@@ -41,7 +41,10 @@ fleetune tune --resume latest --rounds 40                  give it more rounds: 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     sub.add_argument(
-        "model", metavar="MODEL", nargs="?", help="hub id, HF directory, GGUF file or built-in name"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="hub id, HF directory, GGUF file or built-in name; with --train scales or codes also a compressed model",
     )
     sub.add_argument("data", metavar="DATA", nargs="?", help="JSONL, CSV or Parquet file, hub id, or 'demo'")
     sub.add_argument(
@@ -151,9 +154,11 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.api import plain_models
     from fleetune.planning import choose
     from fleetune.tuning import prepare
 
+    recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
     recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
     found = prepare.dry_run(recipe, offline=args.offline)
     ui.note(

@@ -32,8 +32,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import gguf
@@ -147,14 +148,34 @@ def size_beside(model: Checkpoint, without: Collection[str], path: Path, made: M
     """
     check_config(model.config)
     entries, factors = plan(model, None, []), rope.tensors(model.config)
-    writer = gguf.GGUFWriter(path, table.architecture(model.config))
-    try:
-        _write_header(writer, model, entries, path.stem, made, factors)
-    finally:
-        writer.close()
+    _write_header_alone(path, model, entries, made, factors)
     sizes = [path.stat().st_size, *(values.nbytes for values in factors.values())]
     sizes += [entry.bytes for entry in entries if entry.parameter not in without]
     return sum(map(padded, sizes))
+
+
+def layer_types(model: Checkpoint) -> dict[str, str]:
+    """Return the types that the matrices of a model's layers get in its file, by parameter; UsageError where none is exact."""
+    return {
+        entry.parameter: entry.kind
+        for entry in plan(model, None, [])
+        if entry.name.startswith("blk.") and len(entry.shape) > 1
+    }
+
+
+def is_written(path: Path, model: Checkpoint, made: Mapping[str, str]) -> bool:
+    """Return whether the file `path` is, byte for byte, what `write` makes there of the smallest types that are exact."""
+    entries, factors = plan(model, None, []), rope.tensors(model.config)
+    with TemporaryDirectory() as scratch, path.open("rb") as file:
+        header = Path(scratch) / path.name
+        _write_header_alone(header, model, entries, made, factors)
+        parts = chain(
+            [np.fromfile(header, np.uint8)], factors.values(), (_encode(model, entry) for entry in entries)
+        )
+        for part in parts:
+            if file.read(padded(part.nbytes)) != part.tobytes().ljust(padded(part.nbytes), b"\0"):
+                return False
+        return not file.read(1)
 
 
 def _vocabulary(model: Checkpoint) -> _gguf_vocabulary.Vocabulary:
@@ -172,6 +193,21 @@ def _rounded(entries: Sequence[GgufTensor]) -> list[str]:
 
 
 # ---------------------------------------------------------------- writing
+
+
+def _write_header_alone(
+    path: Path,
+    model: Checkpoint,
+    entries: list[GgufTensor],
+    made: Mapping[str, str],
+    factors: Mapping[str, np.ndarray],
+) -> None:
+    """Write a file that ends where the tensors' values would begin; its name is the model's in it."""
+    writer = gguf.GGUFWriter(path, table.architecture(model.config))
+    try:
+        _write_header(writer, model, entries, path.stem, made, factors)
+    finally:
+        writer.close()
 
 
 def _write_header(
