@@ -22,7 +22,7 @@ from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.models.artefact import Master, Quantised
 from fleetune.runs import sealed
 
-SMALL = ["--windows", "4", "--length", "16", "--set", "group=8"]
+SMALL = ["--method", "optq", "--windows", "4", "--length", "16", "--set", "group=8"]
 
 
 @pytest.fixture(scope="module")
@@ -334,3 +334,15 @@ def test_runs_lists_and_removes_what_was_compressed(
     assert (at / "runs" / "0001-rtn-tiny").is_dir(), "nothing is removed when a name is wrong"
     assert call(capsys, "runs", "rm", "1")[0] == 0
     assert [p.name for p in (at / "runs").iterdir()] == ["0002-rtn-tiny"]
+
+
+def test_the_default_method_is_that_which_changes_the_model_least(tmp_path: Path) -> None:
+    """Where devices calibrate it is one that needs no dense model beside the compressed one."""
+    from fleetune import compression
+    from fleetune.compression.jobs import job
+
+    def method(**options: Any) -> str:
+        return job.request_for("tiny", None, {}, options, out=tmp_path).method  # type: ignore[arg-type]
+
+    assert method() == method(calibrate="server") == compression.DEFAULT == "qronos"
+    assert method(calibrate="clients") == method(calibrate="fleet") == "optq"

@@ -356,5 +356,5 @@ def test_what_it_takes_is_said_before_it_begins(
 
 def test_plan_says_what_compressing_takes() -> None:
     text = dict(plan.describe(llama(), "m", plan.Workload()))["compress"]
-    assert "qronos over 128 windows of 512 tokens" in text
+    assert "the default method over 128 windows of 512 tokens" in text
     assert "with --low-memory" in text

@@ -277,14 +277,13 @@ def _usual_batches() -> str:
 
 def _compression(shape: Shape, work: Workload) -> str:
     """Describe the peak memory of `fleetune compress` with its default method and windows."""
-    from fleetune.compression import DEFAULT
     from fleetune.planning import compression_cost as compress
 
     job = compress.CompressionSize(128, 512, size=work.size, dense=True)
     whole, paged = (
         sum(compress.memory(shape, job._replace(low_memory=low)).values()) for low in (False, True)
     )
-    return f"{DEFAULT} over 128 windows of 512 tokens: {human_bytes(whole)} · with --low-memory {human_bytes(paged)}"
+    return f"the default method over 128 windows of 512 tokens: {human_bytes(whole)} · with --low-memory {human_bytes(paged)}"
 
 
 def state_bytes(params: int, use: str) -> int:
