@@ -194,7 +194,7 @@ def test_a_true_sequential_one_says_so_and_is_taken_up_as_one(
     whole = Master(at / "runs" / "0003-optq-tiny" / "model")
     assert whole.digest() == resumed["digest"] != plain["digest"]
     assert whole.head.calibration["true_sequential"]
-    assert resumed["planned"] > plain["planned"]
+    assert resumed["planned"] == plain["planned"]
 
 
 @pytest.mark.parametrize("change", ["text", "weights", "settings", "order"])
