@@ -28,7 +28,7 @@ from fleetune.common.display import counted
 from fleetune.common.files import write_atomic
 from fleetune.errors import LedgerError, UsageError
 from fleetune.seeds.ledger_head import AGAIN, GRID_LIMIT, LedgerHead, short
-from fleetune.seeds.noise import POOLS, Passes, check_size, merged, passes
+from fleetune.seeds.noise import POOLS, Passes, check_size, count_passes, merged, passes
 
 LARGEST = (1 << 31) - 1  # a coefficient, of either sign
 
@@ -88,8 +88,7 @@ class Ledger:
 
     def count_passes(self) -> int:
         """Return the number of replay passes, without their tables."""
-        ids, _ = self._sums()
-        return len(np.unique(ids >> np.uint64(32))) if self.head.law in POOLS else len(ids)
+        return count_passes(self.head.law, self.ids, self.coefficients)
 
     def _sums(self) -> tuple[np.ndarray, np.ndarray]:
         return merged(self.ids, self.coefficients.astype(np.int64))

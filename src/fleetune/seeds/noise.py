@@ -280,6 +280,12 @@ def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
     return Passes(ids, np.ascontiguousarray(tables, dtype=np.int32 if reach < 2**31 else np.int64))
 
 
+def count_passes(law: str, ids: Ids, coefficients: NDArray[Any]) -> int:
+    """Return the number of passes that `passes` makes of these entries, without their tables."""
+    found, _ = merged(ids, coefficients.astype(np.int64))
+    return len(np.unique(found >> np.uint64(32))) if law in POOLS else len(found)
+
+
 def check_size(law: str, K: int, count: int) -> None:
     """Raise UsageError for more passes, or more numbers in their tables, than any run makes: `PASSES`, `TABLES`."""
     if law in POOLS and count * K > TABLES:

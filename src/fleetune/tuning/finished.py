@@ -165,10 +165,10 @@ def rebuild(
     work = counted(len(passes.ids), "pass", "passes")
     listener.note(f"{work} over {model.n_params:,} weights to rebuild")
     view.place(passes, fold=False)
-    return models.digest(_told(view.pieces(), listener, model.n_params, work))
+    return models.digest(told(view.pieces(), listener, model.n_params, work))
 
 
-def _told(
+def told(
     tensors: Iterable[tuple[str, Tensor | Pieces]], listener: Listener, total: int, work: str
 ) -> Iterator[tuple[str, Tensor | Pieces]]:
     """Yield the tensors, and tell the listener of each weight that went by; Interrupted when it asks to stop."""
