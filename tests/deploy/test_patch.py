@@ -199,8 +199,12 @@ def test_a_patch_for_another_file_is_refused(file: Path, tmp_path: Path) -> None
     for out in (None, tmp_path / "new.gguf"):
         with pytest.raises(ModelError, match="the patch is for a file with SHA-256"):
             patch.apply(file, made, out)
+    with pytest.raises(ModelError, match="there is no file"):
+        patch.apply(tmp_path / "none" / "m.gguf", made)
     assert file.read_bytes() == bytes(raw)
+    assert visible(file.parent) == ["m.gguf"]
     assert not (tmp_path / "new.gguf").exists()
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_result_that_is_not_the_stated_one_is_not_kept(file: Path) -> None:

@@ -34,7 +34,7 @@ from typing import IO, Any, TypeVar
 
 from fleetune.common import folders
 from fleetune.common.files import PRIVATE, read_bytes, read_text, regular, storage_error, write_atomic
-from fleetune.common.locks import lock
+from fleetune.common.locks import lock, names
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import folder_names
 from fleetune.runs.folder_names import number, of_model
@@ -361,7 +361,7 @@ def _locked(path: Path) -> IO[bytes]:
                     break
                 time.sleep(0.05)  # somebody may only have looked (`held`)
                 continue
-            if _in_place(file, path / LOCK):
+            if names(path / LOCK, file.fileno()):
                 return file
             file.close()  # who had it has removed it meanwhile
     except OSError as error:
@@ -369,11 +369,3 @@ def _locked(path: Path) -> IO[bytes]:
             file.close()
         raise storage_error(error, path) from error
     raise UsageError(f"{path} is in use by another process", hint="wait for it, or stop it, then try again")
-
-
-def _in_place(file: IO[bytes], path: Path) -> bool:
-    """Whether an open file is what `path` names."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
