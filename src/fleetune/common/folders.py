@@ -46,8 +46,9 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
             os.close(handle)
 
 
-def sweep(parent: Path) -> None:
-    """Remove the hidden folders in `parent` that killed processes left; one that a process still holds stays."""
+def sweep(parent: Path) -> int:
+    """Remove the hidden folders in `parent` that killed processes left, and count them; one that a process still holds stays."""
+    swept = 0
     for folder in parent.glob(f".*{SUFFIX}"):
         try:
             handle = _lock_folder(folder)
@@ -57,6 +58,8 @@ def sweep(parent: Path) -> None:
         if handle is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)
+            swept += 1
+    return swept
 
 
 def _held(parent: Path, name: str) -> tuple[Path, int | None]:

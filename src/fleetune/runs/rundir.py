@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from fleetune.common import folders
+from fleetune.common.display import counted
 from fleetune.common.files import PRIVATE, read_bytes, read_text, regular, storage_error, write_atomic
 from fleetune.common.locks import lock, names
 from fleetune.errors import MessageError, StorageError, UsageError
@@ -119,20 +120,26 @@ class RunDir:
         """Append one event to metrics.jsonl, as `Metrics.record`."""
         return self.metrics.record(event, last=last)
 
-    def cut(self, round: int, stated: Tally | None = None) -> str:
+    def cut(self, round: int, stated: Tally | None = None) -> list[str]:
         """Drop what a kill left: metrics after `round` and of the end, later checkpoints, temporary files.
 
-        `stated` is what the checkpoint of the round states of metrics.jsonl.  What of it was lost is returned as a text.
+        `stated` is what the checkpoint of the round states of metrics.jsonl.  What of it was lost, and what was not finished
+        and is dropped, is logged and returned as texts.
         """
+        lines, torn = self.metrics.unfinished(round)
         loss = self.metrics.cut(round, stated)
-        later = [p for r, p in checkpoints(self.path) if r > round]
-        for path in (*later, *self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")):
-            if not path.is_dir():
-                path.unlink(missing_ok=True)
-        folders.sweep(self.path)
-        if loss:
-            self.log(loss)
-        return loss
+        left = [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]
+        left = [path for path in left if not path.is_dir()]
+        for path in (*left, *(p for r, p in checkpoints(self.path) if r > round)):
+            path.unlink(missing_ok=True)
+        parts = [counted(lines, "record")] if lines else []
+        parts += ["a torn line"] if torn else []
+        parts += [counted(n, "half-written file")] if (n := len(left) + folders.sweep(self.path)) else []
+        dropped = f"what was not finished after round {round} is dropped: {', '.join(parts)}" if parts else ""
+        told = [text for text in (loss, dropped) if text and round >= 0]
+        for text in told:
+            self.log(text)
+        return told
 
     # Checkpoints --------------------------------------------------------------------------------
 
