@@ -10,9 +10,14 @@ from typing import Final
 
 from fleetune.cli import setting_flags
 from fleetune.common import setting_names
+from fleetune.common.shell import command
 from fleetune.errors import UsageError, suggest
 
 DEFAULTS: Final[Mapping[str, str]] = {"compress": "optq"}  # method unless one is given; else the recipe's
+
+TEXTS: Final[Mapping[str, str]] = {
+    "chat": "--prompt"
+}  # the option of a command that a text without one is meant for
 
 
 def check_set(command: str, words: Sequence[str]) -> None:
@@ -50,6 +55,11 @@ def error(
             name, equals, _ = word.partition("=")
             again = f": write --set {word}" if equals and name.isidentifier() and "--set" in words else ""
             found.append(f"'{word}' is one word too many{again}")
+    option = TEXTS.get(args.command)
+    if option and not asked:
+        text = " ".join(unknown)
+        again = command(args.command, args.subject, option, text)
+        return UsageError(f"'{text}' needs {option} before it", hint=again)
     return UsageError("\n  ".join(found), hint=f"all of them: fleetune {args.command} --help")
 
 
