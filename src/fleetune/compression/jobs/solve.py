@@ -323,7 +323,7 @@ def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
 
     began, model = time.monotonic(), job.inputs.model
     before = job.inputs.measure(model)
-    request = asdict(job.request)
+    request = asdict(job.request) | {"true_sequential": job.cost.together}
     listener.event(CompressStart(**request, folder=str(folder), before=before, planned=job.memory))
     with job.inputs.reference(model, folder, listener) as reference:
         found = solve(listener, job, folder, progress.resume_command(folder))
