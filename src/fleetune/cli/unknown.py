@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from fleetune.cli import setting_flags
 from fleetune.common import setting_names
-from fleetune.common.shell import command
+from fleetune.common.shell import command, quoted
 from fleetune.errors import UsageError, suggest
 
 DEFAULTS: Final[Mapping[str, str]] = {"compress": "optq"}  # method unless one is given; else the recipe's
@@ -26,7 +25,7 @@ def check_set(command: str, words: Sequence[str]) -> None:
     for at, word in enumerate(words[:-2]):
         name, value = words[at + 1 : at + 3]
         if word == "--set" and name.isidentifier() and not value.startswith("--") and _is_value(value):
-            wrong.append(f"--set {name} {value} has no '=': --set {name}={shlex.quote(value)}")
+            wrong.append(f"--set {name} {value} has no '=': --set {name}={quoted(value)}")
     if wrong:
         raise UsageError("\n  ".join(wrong), hint=f"one --set for each setting: fleetune {command} --help")
 
@@ -108,7 +107,7 @@ def _as_setting(args: argparse.Namespace, flag: str, value: str, *, chosen: bool
     names = [method] if chosen and not auto else [name for name in registry.members() if name != method]
     for name in names:
         if setting := setting_flags.close_to(flag, setting_names.of_method(registry, name)):
-            pair = f"--set {setting}={shlex.quote(value) if value else 'VALUE'}"
+            pair = f"--set {setting}={quoted(value) if value else 'VALUE'}"
             if chosen:
                 return (
                     f"'{flag}': {setting} is a setting of the method{'' if auto else f' {name}'}: {pair}",
