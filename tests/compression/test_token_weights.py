@@ -15,6 +15,7 @@ from test_calibrate import compressed_inputs, inputs_of, model_of
 from test_experts import folder_of
 from test_qronos import Corrected
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fleetune import compression, models
 from fleetune.compression.budget import sensitivity, token_weights
@@ -95,6 +96,28 @@ def test_squares_are_those_of_the_gradients(tied: bool) -> None:
     for name, of in want.items():
         torch.testing.assert_close(got[name].double(), of, rtol=1e-4, atol=1e-6 * float(of.max()))
         assert not got[name][:, -1].any(), "nothing is predicted after a window's last token"
+
+
+class Watched(TorchDispatchMode):
+    """Counts how often 1 minus something of this width is computed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.count = width, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.rsub.Scalar and args[0].shape[-1] == self.width
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_only_a_budget_needs_is_not_computed() -> None:
+    model, windows = lively(), text(3, 20)
+    names = list(every_linear(model))
+    with Watched(len(model.net.get_input_embeddings().weight)) as watched:
+        sensitivity.of_tokens(model, windows, names, 5)
+        assert watched.count == 0
+        sensitivity.measure(model, windows, names, 5)
+        assert watched.count == len(windows)
 
 
 def test_weights_have_mean_1_and_layers_that_read_one_tensor_share_them() -> None:
