@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fleetune import compression, models
 from fleetune.compression.budget import sensitivity, token_weights
-from fleetune.compression.jobs import calibrating, progress, solve
+from fleetune.compression.jobs import calibrating, progress, solve, weighing
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import linears_of
@@ -308,9 +308,35 @@ def test_a_stopped_one_resumes_with_the_same_bits(
     assert code == 0, err
     folder = stopped(args, at, capsys, monkeypatch)
     assert block_file(folder / "parts", 1).is_file()
-    code, again, err = call(capsys, "compress", "--resume", str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(token_weights, "measure", None)  # they are kept
+        code, again, err = call(capsys, "compress", "--resume", str(folder))
     assert code == 0, err
     assert again[-1]["digest"] == events[-1]["digest"]
+    assert not (folder / "parts").exists()
+
+
+@pytest.mark.parametrize("spoilt", ["bit", "gone", "noise", "other"])
+def test_kept_weights_that_are_damaged_or_of_something_else_are_measured_again(
+    spoilt: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("m", "--method", "optq", "--set", "group=4", *TEXT, *GRADIENT)
+    folder = stopped(args, at, capsys, monkeypatch)
+    file = folder / "parts" / weighing.FILE
+    raw = bytearray(file.read_bytes())
+    if spoilt == "other":
+        other = stopped((*args, "--seed", "7"), at, capsys, monkeypatch)
+        raw = bytearray((other / "parts" / weighing.FILE).read_bytes())
+    raw[-5] ^= spoilt == "bit"
+    file.unlink() if spoilt == "gone" else file.write_bytes(b"x" * 90 if spoilt == "noise" else raw)
+    measured, real = list[Any](), token_weights.measure
+    monkeypatch.setattr(token_weights, "measure", lambda *given: measured.append(real(*given)) or measured[0])
+    code, again, err = call(capsys, "compress", "--resume", str(folder))
+    assert code == 0, err
+    assert len(measured) == 1
+    code, whole, err = call(capsys, "compress", *args)
+    assert code == 0, err
+    assert again[-1]["digest"] == whole[-1]["digest"]
 
 
 def test_a_mixtures_experts_count_their_tokens_alike(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fleetune.common.display import counted, human_bytes
 from fleetune.compression import Corrector, Solver
-from fleetune.compression.jobs import budget, calibrating, progress, scales, windows
+from fleetune.compression.jobs import budget, calibrating, progress, scales, weighing, windows
 from fleetune.compression.jobs.contract import Devices, FileSize, Outcome, Share
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import Interrupted, RecipeError, UsageError
@@ -213,7 +213,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         true_sequential=job.request.true_sequential,
         plan=plan,
         experts=_takes_experts(job.request),
-        weights=calibrating.weights(listener, job),
+        weights=weighing.weights(listener, job, folder / PARTS, origin),
     )
     if few := progress.of_few(note for b in blocks.blocks for m in b.matrices for note in m.notes):
         listener.note(f"{few}; {RECORD} has the numbers of each tensor")
