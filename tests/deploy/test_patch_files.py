@@ -167,7 +167,12 @@ def test_differences_are_written_as_they_come(trains: str, file: Path, tmp_path:
     for new in news:
         packed.add(old, new)
     whole = patch_file.with_changes(*tracked, places, packed.all())
-    assert patch.load(tmp_path / "p")[:4] == whole[:4]
+    tracemalloc.start()
+    try:
+        assert patch.load(tmp_path / "p")[:4] == whole[:4]
+        assert tracemalloc.get_traced_memory()[1] < 1.2 * len(whole.file), "it is read once"
+    finally:
+        tracemalloc.stop()
     assert int.from_bytes((tmp_path / "p").read_bytes()[:8], "little") % 8 == 0
     assert len(whole.file) <= (tmp_path / "p").stat().st_size < len(whole.file) + 100
 

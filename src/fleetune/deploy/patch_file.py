@@ -13,6 +13,8 @@ and where the blocks lie.  Format 1 moves scales, format 2 codes.  It carries on
 from __future__ import annotations
 
 import json
+import math
+import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fleetune.common.display import counted
+from fleetune.common.files import regular
 from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.errors import ModelError, UsageError
 from fleetune.seeds import code_grid, noise, scale_grid
@@ -275,16 +278,19 @@ def load(path: Path) -> Patch:
     try:
         with safe_open(str(path), framework="numpy") as file:
             head = json.loads((file.metadata() or {})["patch"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = set(file.keys())
+            changes = file.get_slice("changes") if names == {"changes"} else None
+            arrays = {} if changes else {name: file.get_tensor(name) for name in names}
         if type(head["format"]) is not int or (trains := TRAINS.get(head["format"])) is None:
             raise _OtherFormat(repr(head["format"])[:40])
         places = tuple(_place(row) for row in head["places"])
         _check_order(places)
         base, result = _digest(head["base"]), _digest(head["result"])
-        if set(arrays) == {"changes"}:
-            if arrays["changes"].dtype != np.uint8:
-                raise ValueError(f"its changes are {arrays['changes'].dtype}")
-            return with_changes(base, result, trains, places, arrays["changes"].reshape(-1))
+        if changes:
+            if changes.get_dtype() != "U8":
+                raise ValueError(f"its changes are {changes.get_dtype()}")
+            packed = _last_bytes(path, math.prod(changes.get_shape()))
+            return with_changes(base, result, trains, places, packed)
         if type(head["K"]) is not int or type(head["grid"]) is not float:
             raise ValueError("its head has the wrong types")
         check_work(
@@ -305,6 +311,13 @@ def load(path: Path) -> Patch:
         raise ModelError(f"{path}: {error.message}", hint=error.hint) from error
     except UsageError as error:
         raise ModelError(f"{path} is no patch, or is damaged: {error.message:.120}", hint=AGAIN) from error
+
+
+def _last_bytes(path: Path, size: int) -> np.ndarray:
+    """Read the end of a file, uint8 [size]: safetensors' own reading of a tensor holds it three times."""
+    with open(path, "rb", opener=regular) as file:
+        file.seek(-size, os.SEEK_END)
+        return np.fromfile(file, np.uint8)
 
 
 class _OtherFormat(Exception):
