@@ -98,7 +98,7 @@ def test_counts_are_printed_every_ten_seconds_and_names_are_made_safe() -> None:
         now[0] = float(done)
         shown.progress("blocks", done, 30)
     shown.note("a client\x1b[31m")
-    assert stream.getvalue().splitlines() == ["blocks 10/30", "blocks 20/30", "a client[31m"]
+    assert stream.getvalue().splitlines() == ["blocks 10/30", "blocks 20/30", "a client\\x1b[31m"]
 
 
 def test_a_listener_and_progress_cannot_both_be(tmp_path: Path) -> None:

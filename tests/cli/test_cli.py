@@ -571,3 +571,29 @@ def test_a_read_only_folder_is_said_before_any_work(tiny, at, capsys, monkeypatc
     assert code == 1
     assert "read-only" in err
     assert "can write to" in err
+
+
+ODD = "m\x1b]0;title\x07\x1b[31m\nerror: all is lost\u2028"
+
+
+@pytest.mark.parametrize("words", [
+    ["patch", "undo", "{odd}.gguf"], ["patch", "apply", "{odd}.gguf", "{odd}"], ["eval", "{odd}"], ["ledger", "show", "{odd}"],
+    ["tune", "{odd}.gguf", "demo"], ["runs", "show", "{odd}"], ["export", "{odd}"], ["chat", "{odd}", "why?"],
+    ["compress", "{odd}", "--method", "rtn"], ["tune", "-c", "{odd}.toml"], ["eval", "0009-mezo-m", "--out", "{odd}"],
+])  # fmt: skip
+def test_the_name_of_a_file_drives_no_terminal(words, at, capsys):
+    Path(f"{ODD}.gguf").write_bytes(b"none")
+    code, out, err = call(capsys, *(word.format(odd=ODD) for word in words))
+    assert code in (1, 2)
+    assert not [line for line in (out + err).splitlines() if line.startswith("error: all is lost")]
+    assert set("\x1b\x07\u2028") & set(out + err) == set()
+    assert "\\x1b]0;title\\x07" in err
+
+
+def test_the_log_of_a_name_drives_no_terminal(at):
+    program = (
+        "import logging, sys\nfrom fleetune.cli import main\nmain.main(['version', '-q'])\n"
+        "logging.getLogger('fleetune').warning('lost %s', sys.argv[1])"
+    )
+    said = subprocess.run([sys.executable, "-c", program, ODD], capture_output=True, text=True, check=True)
+    assert "WARNING: lost m\\x1b]0;title\\x07\\x1b[31m\\nerror: all is lost\\u2028\n" in said.stderr

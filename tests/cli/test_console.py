@@ -28,6 +28,7 @@ from fleetune.common.display import (
     human_count,
     human_time,
     improved,
+    message_text,
     metric,
     show,
 )
@@ -243,8 +244,11 @@ def test_names_are_neither_markup_nor_escape_codes(
     assert "\x1b[2J" not in text
     assert "\x07" not in text
     assert "\u202e" not in text
-    assert ESCAPE.sub("", text).count("[red]m[/red][2J") >= 8
+    plain = ESCAPE.sub("", text)
+    assert plain.count("[red]m[/red][2J") >= 6
+    assert plain.count(r"[red]m[/red]\x1b[2J\x07\u202e") >= 2
     assert clean("a\tb\nc\x00\x9b") == "a\tb\nc"
+    assert message_text("a\tb\n  c\x00\nd\u2028") == "a\tb\n  c\\x00\\nd\\u2028"
 
 
 def test_json_mode_puts_events_and_nothing_else_on_stdout() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,13 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(
     err = refused(capsys, "compress", model, *SMALL, "--bytes", "100kB")
     assert "no file of 100 kB can hold this model" in err
     assert not list(at.glob("runs/*")), "refused before a folder is made"
+    shutil.copytree(model, "my tiny")
+    hint = (
+        refused(capsys, "compress", "my tiny", *SMALL, "--bytes", "100kB").split("try: ")[1].splitlines()[0]
+    )
+    words = shlex.split(hint[hint.index("fleetune compress") :])
+    assert [words[1], Path(words[2]).name, *words[3:]] == ["compress", "my tiny", "--method", "llm-pruner"]
+    assert Path(words[2]).is_dir()
     least = err.split("--bytes ")[1].split()[0]
     assert call(capsys, "compress", model, *SMALL, "--bytes", least)[0] == 0
     err = refused(capsys, "compress", model, *SMALL, "--bpw", "3")

@@ -197,6 +197,18 @@ def test_a_true_sequential_one_says_so_and_is_taken_up_as_one(
     assert resumed["planned"] == plain["planned"]
 
 
+@pytest.mark.parametrize(("words", "sequential"), [
+    (["--method", "optq"], False), (["--method", "optq", "--true-sequential"], True), (["--method", "qronos"], True),
+])  # fmt: skip
+def test_the_start_says_whether_layers_are_solved_in_turn(
+    words: list[str], sequential: bool, tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(capsys, "compress", tiny, *SMALL, *words, "--text", "text.txt", "--json")
+    assert code == 0, err
+    (start,) = [event for event in events(out) if event["event"] == "start"]
+    assert start["true_sequential"] is sequential
+
+
 @pytest.mark.parametrize("change", ["text", "weights", "settings", "order"])
 def test_a_stopped_one_does_not_go_on_with_something_else(
     change: str, tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -15,10 +15,11 @@ from test_calibrate import compressed_inputs, inputs_of, model_of
 from test_experts import folder_of
 from test_qronos import Corrected
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fleetune import compression, models
 from fleetune.compression.budget import sensitivity, token_weights
-from fleetune.compression.jobs import calibrating, progress, solve
+from fleetune.compression.jobs import calibrating, progress, solve, weighing
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import linears_of
@@ -95,6 +96,28 @@ def test_squares_are_those_of_the_gradients(tied: bool) -> None:
     for name, of in want.items():
         torch.testing.assert_close(got[name].double(), of, rtol=1e-4, atol=1e-6 * float(of.max()))
         assert not got[name][:, -1].any(), "nothing is predicted after a window's last token"
+
+
+class Watched(TorchDispatchMode):
+    """Counts how often 1 minus something of this width is computed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.count = width, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.rsub.Scalar and args[0].shape[-1] == self.width
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_only_a_budget_needs_is_not_computed() -> None:
+    model, windows = lively(), text(3, 20)
+    names = list(every_linear(model))
+    with Watched(len(model.net.get_input_embeddings().weight)) as watched:
+        sensitivity.of_tokens(model, windows, names, 5)
+        assert watched.count == 0
+        sensitivity.measure(model, windows, names, 5)
+        assert watched.count == len(windows)
 
 
 def test_weights_have_mean_1_and_layers_that_read_one_tensor_share_them() -> None:
@@ -285,9 +308,35 @@ def test_a_stopped_one_resumes_with_the_same_bits(
     assert code == 0, err
     folder = stopped(args, at, capsys, monkeypatch)
     assert block_file(folder / "parts", 1).is_file()
-    code, again, err = call(capsys, "compress", "--resume", str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(token_weights, "measure", None)  # they are kept
+        code, again, err = call(capsys, "compress", "--resume", str(folder))
     assert code == 0, err
     assert again[-1]["digest"] == events[-1]["digest"]
+    assert not (folder / "parts").exists()
+
+
+@pytest.mark.parametrize("spoilt", ["bit", "gone", "noise", "other"])
+def test_kept_weights_that_are_damaged_or_of_something_else_are_measured_again(
+    spoilt: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("m", "--method", "optq", "--set", "group=4", *TEXT, *GRADIENT)
+    folder = stopped(args, at, capsys, monkeypatch)
+    file = folder / "parts" / weighing.FILE
+    raw = bytearray(file.read_bytes())
+    if spoilt == "other":
+        other = stopped((*args, "--seed", "7"), at, capsys, monkeypatch)
+        raw = bytearray((other / "parts" / weighing.FILE).read_bytes())
+    raw[-5] ^= spoilt == "bit"
+    file.unlink() if spoilt == "gone" else file.write_bytes(b"x" * 90 if spoilt == "noise" else raw)
+    measured, real = list[Any](), token_weights.measure
+    monkeypatch.setattr(token_weights, "measure", lambda *given: measured.append(real(*given)) or measured[0])
+    code, again, err = call(capsys, "compress", "--resume", str(folder))
+    assert code == 0, err
+    assert len(measured) == 1
+    code, whole, err = call(capsys, "compress", *args)
+    assert code == 0, err
+    assert again[-1]["digest"] == whole[-1]["digest"]
 
 
 def test_a_mixtures_experts_count_their_tokens_alike(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

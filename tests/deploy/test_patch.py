@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import random
 import re
@@ -22,7 +24,8 @@ from fleetune import api, models
 from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.sums import sha256
 from fleetune.deploy import patch, patch_make
-from fleetune.errors import LedgerError, ModelError, UsageError
+from fleetune.errors import Interrupted, LedgerError, ModelError, UsageError
+from fleetune.runs.listener import Silent
 from fleetune.tuning import finished
 from fleetune.tuning.methods import _zeroth
 
@@ -74,9 +77,15 @@ def test_the_last_undo_is_kept_until_the_next_patch_is_in_place(
     patch.apply(file, patch_make.make(file, ledger_on(file)[0]))
     second = file.read_bytes()
     made = patch_make.make(file, ledger_on(file)[0])
-    with monkeypatch.context() as stopped:
-        stopped.setattr(patch.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        stopped.setattr(patch, "write_atomic", lambda path, data: path.write_bytes(data))
+    real = os.replace
+
+    def stopped(source: Path, target: Path) -> None:
+        if Path(target) == file:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", stopped)
         with pytest.raises(KeyboardInterrupt):
             patch.apply(file, made)
     assert file.read_bytes() == second
@@ -190,8 +199,12 @@ def test_a_patch_for_another_file_is_refused(file: Path, tmp_path: Path) -> None
     for out in (None, tmp_path / "new.gguf"):
         with pytest.raises(ModelError, match="the patch is for a file with SHA-256"):
             patch.apply(file, made, out)
+    with pytest.raises(ModelError, match="there is no file"):
+        patch.apply(tmp_path / "none" / "m.gguf", made)
     assert file.read_bytes() == bytes(raw)
+    assert visible(file.parent) == ["m.gguf"]
     assert not (tmp_path / "new.gguf").exists()
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_result_that_is_not_the_stated_one_is_not_kept(file: Path) -> None:
@@ -213,6 +226,93 @@ def test_only_a_ledger_of_scales_makes_a_patch(file: Path) -> None:
     ledger, _ = ledger_on(file)
     with pytest.raises(LedgerError, match="rebuilds other weights"):
         patch_make.make(file, ledger.with_check(1, "0" * 64))
+
+
+class Heard(Silent):
+    """A listener that writes down what it is told, and may ask to stop at a count."""
+
+    def __init__(self, stop_at: str = "") -> None:
+        self.notes, self.counts, self.stop_at = list[str](), list[tuple[str, int, int, str]](), stop_at
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        self.counts.append((what, done, total, text))
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.counts[-1][0] == self.stop_at
+
+
+def test_a_listener_is_told_the_work_ahead_and_every_piece(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, size = ledger_on(file)[0], file.stat().st_size
+    scales = sum(math.prod(shape) for _, shape, _ in ledger.head.tensors)
+    work = f"1 pass over {scales:,} scales"
+    making, applying, undoing = Heard(), Heard(), Heard()
+    monkeypatch.setattr(patch, "PIECE", 5000)
+    made = patch_make.make(file, ledger, listener=making)
+    patch.apply(file, made, listener=applying)
+    patch.undo(file, undoing)
+    assert applying.notes == [f"{work} to compute"]
+    assert {count[0] for count in making.counts} == {"weights", "bytes patched"}
+    assert making.counts[-1] == ("bytes patched", size, size, work)
+    for heard, text in ((applying, work), (undoing, "")):
+        compared = [count for count in heard.counts if count[0] == "bytes compared"]
+        written = [count for count in heard.counts if count[0] == "bytes written"]
+        assert heard.counts == compared + written
+        assert (compared[-1], written[-1]) == (
+            ("bytes compared", size, size, ""), ("bytes written", size, size, text),
+        )  # fmt: skip
+        assert len(written) > size / 5000 / 2
+        assert [done for _, done, *_ in written] == sorted(done for _, done, *_ in written)
+    assert not undoing.notes
+
+
+def test_the_command_shows_how_far_it_is_on_a_terminal_and_only_events_in_json(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fleetune.cli.main import main
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    ledger_on(file)[0].save(tmp_path / "l")
+    for words, shown in (
+        (["make", str(file), str(tmp_path / "l"), "--to", str(tmp_path / "p")], ["weights", "bytes patched"]),
+        (["apply", str(file), str(tmp_path / "p")], ["to compute", "bytes compared", "bytes written"]),
+        (["undo", str(file)], ["bytes compared", "bytes written"]),
+    ):
+        with monkeypatch.context() as seated:
+            seated.setattr(sys, "stderr", seen := Terminal())
+            assert main(["patch", *words]) == 0
+        assert [what for what in shown if what not in seen.getvalue()] == []
+    capsys.readouterr()
+    assert main(["patch", "apply", str(file), str(tmp_path / "p"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["event"] for line in out.splitlines()] == ["patched"]
+    assert re.fullmatch(r"1 pass over [\d,]+ scales to compute\n", err)
+
+
+@pytest.mark.parametrize("stop_at", ["bytes compared", "bytes written"])
+def test_a_stop_changes_nothing(stop_at: str, file: Path, tmp_path: Path) -> None:
+    made, before = patch_make.make(file, ledger_on(file)[0]), file.read_bytes()
+    for out in (None, tmp_path / "new.gguf"):
+        with pytest.raises(Interrupted, match="nothing was changed"):
+            patch.apply(file, made, out, Heard(stop_at))
+    assert file.read_bytes() == before
+    patch.apply(file, made)
+    after = file.read_bytes()
+    with pytest.raises(Interrupted, match="nothing was changed"):
+        patch.undo(file, Heard(stop_at))
+    assert file.read_bytes() == after
+    assert visible(file.parent) == ["m.gguf", "m.gguf.undo"]
+    assert not (tmp_path / "new.gguf").exists()
 
 
 @BOTH

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fleetune.deploy import patch, patch_file, patch_make
+from fleetune.deploy.changes_file import ChangesFile
+from fleetune.deploy.patch import Packed
 from fleetune.errors import ModelError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -96,6 +100,81 @@ def test_a_patch_that_states_what_cannot_be_is_refused(
     (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
     with pytest.raises(ModelError):
         patch.load(rewritten(tmp_path / "p", **what))
+
+
+@pytest.mark.parametrize(("law", "K", "passes", "most", "said"), [
+    ("rademacher", 1, 1, 1 << 14, "16,385 passes; at most 16,384 passes and 4,194,304 numbers are computed"),
+    ("pooled", 2, 1 << 32, 1 << 14, "16,385 passes with tables of 32,770 numbers; at most"),
+    ("hashed", 1 << 20, 1 << 32, 4, "5 passes with tables of 5,242,880 numbers; at most"),
+    ("hashed", 1 << 24, 1 << 32, 0, "1 pass with tables of 16,777,216 numbers; at most"),
+])  # fmt: skip
+def test_a_patch_that_asks_for_more_than_a_run_makes_is_refused_before_any_work(
+    law: str, K: int, passes: int, most: int, said: str, file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
+
+    def asking(count: int) -> Path:
+        ids = np.arange(count, dtype=np.uint64) * np.uint64(passes)
+        return rewritten(tmp_path / "p", law=law, K=K, id=ids, coefficient=np.ones(count, np.int64))
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelError, match=said) as refused:
+            patch.load(asking(most + 1))
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000, "the tables were made"
+    finally:
+        tracemalloc.stop()
+    assert "--changes" in (refused.value.hint or "")
+    assert patch.load(asking(most)).passes == most
+
+
+def test_a_run_of_too_many_passes_makes_a_patch_of_changes(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fleetune.cli.main import main
+
+    ledger = ledger_on(file)[0]
+    ids = np.arange(16_385, dtype=np.uint64) << np.uint64(32)
+    many = replace(ledger, head=replace(ledger.head, K=1, checks={}), ids=ids,
+                   coefficients=np.ones(len(ids), np.int32), rounds=np.ones(len(ids), np.uint32))  # fmt: skip
+    many.save(tmp_path / "l")
+    assert main(["patch", "make", str(file), str(tmp_path / "l"), "--to", str(tmp_path / "p")]) == 2
+    assert "make it with --changes" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+@BOTH
+def test_differences_are_written_as_they_come(trains: str, tmp_path: Path) -> None:
+    places = (patch_file.Place(64, "Q4_0", 2, 2, 0, 0),)
+    kind, rng, tracked = patch_file.PARTS[trains].type, np.random.default_rng(2), ("a" * 64, "b" * 64, trains)
+    old = rng.integers(0, 200, 500_000).astype(kind)
+    tracemalloc.start()
+    try:
+        with ChangesFile(tmp_path / "p", *tracked, places) as changes:
+            for _ in range(20):
+                changes.add(old, rng.permutation(old))
+            changes.keep()
+        assert tracemalloc.get_traced_memory()[1] < 6_000_000 < (tmp_path / "p").stat().st_size
+    finally:
+        tracemalloc.stop()
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["p"]
+    with safe_open(str(tmp_path / "p"), framework="numpy") as opened:
+        raw = zlib.decompress(opened.get_tensor("changes").tobytes())
+    rng, packed = np.random.default_rng(2), Packed(trains, 1)
+    old = rng.integers(0, 200, 500_000).astype(kind)
+    news = [rng.permutation(old) for _ in range(20)]
+    assert raw == b"".join((new - old).tobytes() for new in news)
+    for new in news:
+        packed.add(old, new)
+    whole = patch_file.with_changes(*tracked, places, packed.all())
+    tracemalloc.start()
+    try:
+        assert patch.load(tmp_path / "p")[:4] == whole[:4]
+        assert tracemalloc.get_traced_memory()[1] < 1.2 * len(whole.file), "it is read once"
+    finally:
+        tracemalloc.stop()
+    assert int.from_bytes((tmp_path / "p").read_bytes()[:8], "little") % 8 == 0
+    assert len(whole.file) <= (tmp_path / "p").stat().st_size < len(whole.file) + 100
 
 
 @BOTH

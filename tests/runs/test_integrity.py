@@ -473,6 +473,26 @@ def test_a_folder_that_was_swept_before_it_was_locked_is_made_anew(
         assert folder.is_dir()
 
 
+def test_a_resumed_run_says_in_one_line_what_it_drops(copy) -> None:
+    folder, path = copy("fedkseed", "stopped")
+    last = max(round for round, _ in rundir.checkpoints(path))
+    lost = Metrics(path).unfinished(last)[0]
+    with (path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"v": 1, "event": "cli')
+    (path / "checkpoints" / f".round-{last + 1:06d}.ckpt.ab.tmp").write_bytes(b"half")
+    said = resume("fedkseed", path)
+    assert said.code == 0, said.text
+    parts = [f"{lost} record{'s' if lost > 1 else ''}"] if lost else []
+    wanted = ", ".join([*parts, "a torn line", "1 half-written file"])
+    assert said.text.splitlines().count(f"what was not finished after round {last} is dropped: {wanted}") == 1
+    assert torn_harness.digest_of("fedkseed", path) == folder.digest
+    shutil.rmtree(path)
+    _, whole = copy("fedkseed", "done")
+    longer = call("tune", "--resume", str(whole), "--rounds", "4")
+    assert longer.code == 0, longer.text
+    assert "is dropped" not in longer.text, "nothing of a finished run was left half done"
+
+
 def test_a_killed_export_is_swept_by_the_next_and_by_a_resumed_run(copy) -> None:
     _, path = copy("fedkseed", "done")
     for name in ("export", "exported.gguf"):

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fleetune.common.folders import SUFFIX
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import env_file, rundir
 from fleetune.runs.rundir import KEEP, RunDir, checkpoints, create, events, find, listing
@@ -374,15 +375,19 @@ def test_cut_drops_later_rounds_the_end_and_what_was_torn(run):
     with (run.path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"event": "client", "round": 1')
     before = (run.path / "metrics.jsonl").read_bytes()
-    run.cut(2)
+    said = ["what was not finished after round 2 is dropped: 1 record, a torn line"]
+    assert run.cut(2) == said
+    assert said[0] in (run.path / "log.txt").read_text()
     after = (run.path / "metrics.jsonl").read_bytes()
     assert list(events(run.path)) == kept
     assert after == b"".join(line + b"\n" for line in before.split(b"\n")[: len(kept)])  # byte for byte
     again = run.record({"event": "client", "round": 3})  # the open file is the new one
     assert list(events(run.path)) == [*kept, again]
-    run.cut(2)
+    run.record({"event": "done"})
+    assert run.cut(2) == ["what was not finished after round 2 is dropped: 1 record"]
     assert (run.path / "metrics.jsonl").read_bytes() == after
-    run.cut(-1)
+    assert run.cut(2) == []
+    assert run.cut(-1) == []
     assert (run.path / "metrics.jsonl").read_bytes() == b""
 
 
@@ -392,7 +397,8 @@ def test_cut_removes_temporary_files_and_checkpoints_of_later_rounds(run):
     left = [run.path / ".ledger.safetensors.x1.tmp", run.path / "checkpoints" / ".round-000003.ckpt.x2.tmp"]
     for path in left:
         path.write_bytes(b"half")
-    run.cut(1)
+    (run.path / f".adapter.x3{SUFFIX}").mkdir()
+    assert run.cut(1)[-1] == "what was not finished after round 1 is dropped: 3 half-written files"
     assert not any(path.exists() for path in left)
     assert [r for r, _ in checkpoints(run.path)] == [1]
     assert (run.path / "run.toml").exists()

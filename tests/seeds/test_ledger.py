@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import stat
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -496,13 +497,36 @@ def test_passes_are_counted_without_their_tables(law, monkeypatch):
     assert Ledger(head()).count_passes() == 0
 
 
-def test_tables_that_no_machine_has_room_for_are_refused():
-    """A ledger of a few kilobytes can name many epochs, each with a table of K numbers."""
-    ids = np.arange(300, dtype=np.uint64) << np.uint64(32)
-    ledger = Ledger(head(law="pooled", K=1 << 24)).append(ids, np.ones(300, np.int64), 1)
-    assert ledger.count_passes() == 300
-    with pytest.raises(UsageError, match="300 epochs of K = 16777216 directions need tables of"):
+@pytest.mark.parametrize(("law", "K", "count", "said"), [
+    ("pooled", 1 << 24, 5, "5 epochs of K = 16777216 directions need tables of 83,886,080 numbers, 67,108,864 at most"),
+    ("rademacher", 1, (1 << 20) + 1, "its directions take 1,048,577 passes over the weights, 1,048,576 at most"),
+    ("pooled", 2, (1 << 20) + 1, "its directions take 1,048,577 passes over the weights, 1,048,576 at most"),
+])  # fmt: skip
+def test_more_work_than_any_run_asks_for_is_refused_when_the_file_is_read(law, K, count, said, tmp_path):
+    ids = np.arange(count, dtype=np.uint64) << np.uint64(32)
+    ledger = Ledger(head(law=law, K=K)).append(ids, np.ones(count, np.int64), 1)
+    ledger.save(tmp_path / "l")
+    with pytest.raises(UsageError, match=said):
         ledger.passes()
+    with pytest.raises(LedgerError, match=f"l asks for more than a run makes: {said}"):
+        load(tmp_path / "l")
+    most = Ledger(ledger.head, ledger.ids[1:], ledger.coefficients[1:], ledger.rounds[1:])
+    most.save(tmp_path / "l")
+    assert load(tmp_path / "l").count_passes() == count - 1
+
+
+def test_a_table_takes_no_memory_beside_it():
+    """A few bytes of a ledger ask for a table of K numbers."""
+    K = 1 << 20
+    ledger = Ledger(head(law="pooled", K=K)).append(np.arange(3), np.array([1, -2, 5]), 1)
+    tracemalloc.start()
+    try:
+        tables = ledger.passes().tables
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * tables.nbytes
+    finally:
+        tracemalloc.stop()
+    wanted = sum(c * noise.hadamard_column(K, k).astype(np.int64) for k, c in ((0, 1), (1, -2), (2, 5)))
+    assert np.array_equal(tables[0], wanted)
 
 
 def test_the_last_check_is_that_of_all_rounds():

@@ -138,6 +138,17 @@ def test_fwht_and_columns_equal_the_dense_matrix(K):
     assert np.array_equal(np.stack([noise.hadamard_column(K, k) for k in range(K)], axis=1), H)
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.float64])
+def test_a_transform_in_blocks_equals_the_dense_matrix(kind, monkeypatch):
+    a = np.random.default_rng(3).integers(-1000, 1000, 128).astype(kind)
+    given = a.copy()
+    monkeypatch.setattr(noise, "BLOCK", 8)
+    found = noise.fwht(a)
+    assert found.dtype == kind
+    assert found.tolist() == (dense_hadamard(128) @ a).tolist()
+    assert np.array_equal(a, given)
+
+
 def test_a_long_column_equals_the_transform_of_a_unit():
     K, k = 1 << 17, 0x1ABCD
     unit = np.zeros(K, np.int64)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, words
@@ -58,8 +59,7 @@ def evaluate(
     found = subjects.open(model, out=out)  # before torch is imported
     dense = subjects.open(reference, out=out) if reference is not None else None
     from fleetune.data import read_text
-    from fleetune.evaluation import harness_tasks, measures
-    from fleetune.runs.events import evaluated
+    from fleetune.evaluation import harness_tasks
 
     heard, labels = heard_by(listener, progress), words(labels)
     own, others = harness_tasks.divided(words(tasks))
@@ -76,25 +76,52 @@ def evaluate(
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
     _check_labels(given[:limit], labels if "accuracy" in wanted else ())
     texts, compared = read_text(str(text)) if text else [], loading.rows_of(found, given, offline=offline)
-    with logits_of(
-        dense, compared[:limit], texts, heard, max_length=found.max_length, dtype=dtype, device=device, offline=offline
-    ) as kept:  # fmt: skip
-        loaded, every = loading.load_with_rows(
-            found, compared, labels=labels, dtype=dtype, device=device, base=base, needs_rows=not text, offline=offline
-        )  # fmt: skip
-        examples = every[:limit]
-        values, rows = measures.evaluate(
-            loaded, examples, wanted, max_length=found.max_length, max_new_tokens=answer_tokens, labels=labels, texts=texts
-        )  # fmt: skip
-        values |= kept.compare(loaded).values() if kept else {}
-    scores = of_harness.evaluate(loaded, limit=limit) if of_harness is not None else []
-    # `loaded` is the base from here on
-    before = loading.base_losses(found, loaded, examples) if rows else None
-    heard.event(evaluated(
-        found.argument, len(examples), values, of=len(every), max_length=found.max_length, rows_of=(before, rows),
-        harness=scores,
-    ))  # fmt: skip
-    return values | harness_tasks.by_name(scores)
+    how = _Measuring(wanted, limit, answer_tokens, labels, dtype, device, base, offline)
+    return how.measured(found, compared, texts, dense, of_harness, heard)
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """How a model is loaded and measured."""
+
+    tasks: tuple[str, ...]
+    limit: int
+    answer_tokens: int
+    labels: Sequence[str]
+    dtype: str | None
+    device: str
+    base: str | None
+    offline: bool
+
+    def measured(
+        self, found: Subject, given: list[Example], texts: list[str], dense: Subject | None,
+        of_harness: HarnessTasks | None, heard: Listener,
+    ) -> dict[str, float]:  # fmt: skip
+        """Load a model, measure it, by tasks of the harness too, and compare it with `dense`; report and return the values."""
+        from fleetune.evaluation import harness_tasks, measures
+        from fleetune.runs.events import evaluated
+
+        where: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "offline": self.offline}
+        with logits_of(
+            dense, given[: self.limit], texts, heard, max_length=found.max_length, **where
+        ) as kept:
+            loaded, every = loading.load_with_rows(
+                found, given, labels=self.labels, base=self.base, needs_rows=not texts, **where
+            )
+            examples = every[: self.limit]
+            values, rows = measures.evaluate(
+                loaded, examples, self.tasks, max_length=found.max_length, max_new_tokens=self.answer_tokens,
+                labels=self.labels, texts=texts,
+            )  # fmt: skip
+            values |= kept.compare(loaded).values() if kept else {}
+        scores = of_harness.evaluate(loaded, limit=self.limit) if of_harness is not None else []
+        # `loaded` is the base from here on
+        before = loading.base_losses(found, loaded, examples) if rows else None
+        heard.event(evaluated(
+            found.argument, len(examples), values, of=len(every), max_length=found.max_length, rows_of=(before, rows),
+            harness=scores,
+        ))  # fmt: skip
+        return values | harness_tasks.by_name(scores)
 
 
 def _by_harness(

@@ -32,6 +32,7 @@ from fleetune.common.display import (
     human_time,
     improved,
     is_noise,
+    message_text,
     metric,
     one_line,
     show,
@@ -135,7 +136,7 @@ class Ui:
     def note(self, text: str) -> None:
         """A remark on stderr, above a live bar if there is one."""
         if self.quiet < 1:
-            self._say(self._err, text)
+            self._say(self._err, message_text(text))
 
     def _still_at(self, text: str) -> None:
         """Say how far it is, where nothing was said for SILENCE seconds."""
@@ -309,7 +310,7 @@ class Ui:
         if self.quiet >= 2:
             return
         for label, text in rows:
-            self._say(self._results, f" {clean(label):9} {text}")
+            self._say(self._results, f" {clean(label):9} {message_text(text)}")
 
     def table(
         self,
@@ -376,11 +377,10 @@ class Ui:
                 type=type(err).__name__, message=err.message, hint=err.hint, exit_code=err.exit_code
             ))  # fmt: skip
             return
-        self._say(
-            self._err, err.message if stopped else f"error: {err.message}", "" if stopped else "bold red"
-        )
+        message = message_text(err.message)
+        self._say(self._err, message if stopped else f"error: {message}", "" if stopped else "bold red")
         if err.hint:
-            self._say(self._err, f"  {'resume' if stopped else 'try'}: {err.hint}")
+            self._say(self._err, f"  {'resume' if stopped else 'try'}: {message_text(err.hint)}")
         if not stopped:
             self._say(self._err, f"  see: {err.page}", "dim")
 

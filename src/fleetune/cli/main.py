@@ -26,6 +26,7 @@ from fleetune.cli.command_line import (
 )
 from fleetune.cli.console import Ui
 from fleetune.cli.engine_flags import Signalled
+from fleetune.common.display import message_text
 from fleetune.common.memory import is_out_of_memory
 from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault
 from fleetune.seeds.kernel_choice import chosen_kernels
@@ -103,9 +104,18 @@ def _command_in(words: Sequence[str]) -> str | None:
     return next((word for word in words if not word.startswith("-")), "")
 
 
+class _Formatter(logging.Formatter):
+    """Writes names of files in a message so that they cannot drive a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return message_text(super().formatMessage(record))
+
+
 def _set_environment(args: argparse.Namespace) -> None:
     level = logging.DEBUG if args.verbose > 1 else logging.INFO if args.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[shown])
     logging.getLogger("fleetune").setLevel(level)
     for noisy in ("transformers", "numba", "httpx", "huggingface_hub", "peft"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

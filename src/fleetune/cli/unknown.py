@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from fleetune.cli import setting_flags
 from fleetune.common import setting_names
+from fleetune.common.shell import command, quoted
 from fleetune.errors import UsageError, suggest
+
+TEXTS: Final[Mapping[str, str]] = {
+    "chat": "--prompt"
+}  # the option of a command that a text without one is meant for
 
 
 def check_set(command: str, words: Sequence[str]) -> None:
@@ -18,7 +23,7 @@ def check_set(command: str, words: Sequence[str]) -> None:
     for at, word in enumerate(words[:-2]):
         name, value = words[at + 1 : at + 3]
         if word == "--set" and name.isidentifier() and not value.startswith("--") and _is_value(value):
-            wrong.append(f"--set {name} {value} has no '=': --set {name}={shlex.quote(value)}")
+            wrong.append(f"--set {name} {value} has no '=': --set {name}={quoted(value)}")
     if wrong:
         raise UsageError("\n  ".join(wrong), hint=f"one --set for each setting: fleetune {command} --help")
 
@@ -47,6 +52,11 @@ def error(
             name, equals, _ = word.partition("=")
             again = f": write --set {word}" if equals and name.isidentifier() and "--set" in words else ""
             found.append(f"'{word}' is one word too many{again}")
+    option = TEXTS.get(args.command)
+    if option and not asked:
+        text = " ".join(unknown)
+        again = command(args.command, args.subject, option, text)
+        return UsageError(f"'{text}' needs {option} before it", hint=again)
     return UsageError("\n  ".join(found), hint=f"all of them: fleetune {args.command} --help")
 
 
@@ -95,7 +105,7 @@ def _as_setting(args: argparse.Namespace, flag: str, value: str, *, chosen: bool
     names = [method] if chosen and not auto else [name for name in registry.members() if name != method]
     for name in names:
         if setting := setting_flags.close_to(flag, setting_names.of_method(registry, name)):
-            pair = f"--set {setting}={shlex.quote(value) if value else 'VALUE'}"
+            pair = f"--set {setting}={quoted(value) if value else 'VALUE'}"
             if chosen:
                 return (
                     f"'{flag}': {setting} is a setting of the method{'' if auto else f' {name}'}: {pair}",

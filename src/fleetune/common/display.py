@@ -15,6 +15,7 @@ from fleetune.common.paired import within_noise
 
 SAME = 1e-7  # relative: float noise of a measure, since kernels differ by less
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_FOREIGN = re.compile(r"\n(?!  )|[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _BREAK = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -26,6 +27,14 @@ def clean(text: str) -> str:
 def one_line(text: str) -> str:
     """Return a name as it can stand in a line or a table: line ends, tabs and control characters as escapes (`\\n`)."""
     return _BREAK.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def message_text(text: str) -> str:
+    """Return a message with its own line breaks, which two spaces follow, and all else that drives a terminal as escapes.
+
+    So the name of a file in it can neither colour the screen nor begin a line of its own.
+    """
+    return _FOREIGN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def human_bytes(count: float | None) -> str:

@@ -15,12 +15,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from fleetune.common.files import PRIVATE, default_mode, storage_error
-from fleetune.common.locks import lock
+from fleetune.common.locks import lock, names
 from fleetune.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -46,8 +46,9 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
             os.close(handle)
 
 
-def sweep(parent: Path) -> None:
-    """Remove the hidden folders in `parent` that killed processes left; one that a process still holds stays."""
+def sweep(parent: Path) -> int:
+    """Remove the hidden folders in `parent` that killed processes left, and count them; one that a process still holds stays."""
+    swept = 0
     for folder in parent.glob(f".*{SUFFIX}"):
         try:
             handle = _lock_folder(folder)
@@ -57,6 +58,8 @@ def sweep(parent: Path) -> None:
         if handle is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)
+            swept += 1
+    return swept
 
 
 def _held(parent: Path, name: str) -> tuple[Path, int | None]:
@@ -77,7 +80,7 @@ def _lock_folder(folder: Path) -> int | None:
     """Lock a folder and return its open handle; None where another process has it.  OSError where it cannot be locked."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        if lock(handle) and os.path.samestat(os.fstat(handle), folder.stat()):
+        if lock(handle) and names(folder, handle):
             return handle
     except OSError:
         os.close(handle)
@@ -149,29 +152,38 @@ def _rename(temporary: Path, target: Path, replace: str | None) -> None:
 def locked(target: Path) -> Iterator[None]:
     """Hold `target`'s lock file, waiting for another process; remove what a killed process left behind.
 
+    The lock's file goes at the end, whatever became of the block; one that a kill leaves behind is nobody's.
     Where the system has no file locks the block runs without one: `staged` alone is already safe.
     """
+    place = target.with_name(f".{target.name}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(target.with_name(f".{target.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        handle, alone = _acquired(place, target)
     except OSError as error:
         raise storage_error(error, target) from error
     try:
-        if _acquire(handle, target):
+        if alone:
             for stale in target.parent.glob(f".{target.name}.*.tmp"):
                 shutil.rmtree(stale, ignore_errors=True)
         yield
     finally:
+        if alone:
+            with suppress(OSError):  # Windows removes no file that is open
+                place.unlink()
         os.close(handle)
 
 
-def _acquire(handle: int, target: Path) -> bool:
-    """Take the lock, waiting for it; False where the file system has no locks."""
-    try:
-        if not lock(handle):
-            log.info("another process is preparing %s; waiting for it", target)
-            lock(handle, wait=True)
-    except OSError as error:
-        log.debug("no file lock for %s (%s)", target, error)
-        return False
-    return True
+def _acquired(place: Path, target: Path) -> tuple[int, bool]:
+    """Open a lock file and take its lock, waiting for it: (open handle, whether the file system has locks)."""
+    while True:
+        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not lock(handle):
+                log.info("another process is preparing %s; waiting for it", target)
+                lock(handle, wait=True)
+        except OSError as error:
+            log.debug("no file lock for %s (%s)", target, error)
+            return handle, False
+        if names(place, handle):
+            return handle, True
+        os.close(handle)  # who had it has removed it meanwhile

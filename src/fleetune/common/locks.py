@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
+from pathlib import Path
 from typing import Final
 
 SECONDS: Final = 0.1  # between two tries, where the system does not wait for us
@@ -28,6 +29,14 @@ def lock(handle: int, *, wait: bool = False) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def names(path: Path, handle: int) -> bool:
+    """Tell whether `path` still names the open file: who had its lock before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock_byte(handle: int, wait: bool) -> bool:

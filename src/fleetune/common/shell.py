@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a command so that it can be pasted into a shell: a path with a space is quoted."""
+"""Write a command so that it can be pasted into a shell: a path with a space is quoted.
+
+A word with line breaks or other control characters is written as bash and zsh read it, `$'a\\nb'`: shown as it is it would
+drive the terminal.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,23 @@ import shlex
 
 def quoted(word: object) -> str:
     """Return one word of a command, in quotes where a shell would split or expand it."""
-    return shlex.quote(str(word))
+    text = str(word)
+    if text.isprintable():
+        return shlex.quote(text)
+    return "$'" + "".join(map(_escaped, text)) + "'"
+
+
+def _escaped(letter: str) -> str:
+    if letter.isprintable():
+        return "\\" + letter if letter in "\\'" else letter
+    code = ord(letter)
+    if letter == "\n":
+        return r"\n"
+    if code < 0x80 or 0xDC80 <= code < 0xDD00:  # ASCII, or a byte of a name that is not UTF-8
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\U{code:08x}"
 
 
 def command(*words: object) -> str:
     """Return `fleetune WORD ..`, each word quoted where it needs to be."""
-    return shlex.join(["fleetune", *map(str, words)])
+    return " ".join(["fleetune", *map(quoted, words)])

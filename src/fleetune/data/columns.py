@@ -8,10 +8,10 @@ stays, and `client` is a column too, so that `--partition column:client` makes a
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Mapping
 from typing import Final
 
+from fleetune.common.shell import quoted
 from fleetune.data.fields import NoForm, shown
 from fleetune.data.readers import names_of
 from fleetune.errors import RecipeError, closest, suggest
@@ -73,7 +73,7 @@ def check_first(fields: Mapping[str, object], mapped: Mapping[str, str], optiona
 
 def flag(fields: Mapping[str, object]) -> str:
     """Return how to map a row's columns, with the flag that may be meant."""
-    return f"say which columns are which: --columns {shlex.quote(guess(fields))}; all forms: docs/data.md"
+    return f"say which columns are which: --columns {quoted(guess(fields))}; all forms: docs/data.md"
 
 
 def guess(fields: Mapping[str, object]) -> str:

@@ -188,7 +188,7 @@ def _of_run(
         report = exporting.export_adapter(adapter, source, kind, out, made=made)
         return ExportResult(out, _done(report, listener))
     if recipe.train in PARTS and kind in FILES:
-        report = _with_other_blocks(run, kind, out, offline=offline)
+        report = _with_other_blocks(run, kind, out, listener, offline=offline)
         rows = _rows(base.directory(offline=offline), text) if text else []
         return _finish(run.folder, kind, _done(report, listener), rows, listener, offline=offline)
     rows = _rows(base.directory(offline=offline), text)
@@ -202,7 +202,7 @@ def _of_run(
             return write(plain, kind, out, listener, made, rows)
 
 
-def _with_other_blocks(run: Run, kind: str, out: Path, *, offline: bool) -> Report:
+def _with_other_blocks(run: Run, kind: str, out: Path, listener: Listener, *, offline: bool) -> Report:
     """Write the GGUF file that a run was tuned on with the scales or codes that it has found; all else stays as it is."""
     from fleetune import models
     from fleetune.common.folders import staged
@@ -215,13 +215,15 @@ def _with_other_blocks(run: Run, kind: str, out: Path, *, offline: bool) -> Repo
         raise storage_error(error, out) from error
     source = patch_make.file_of(run.recipe.model, offline=offline)
     with called(source, run.recipe.model):
-        made = patch_make.of_run(source, run.folder, name=run.recipe.model, offline=offline)
+        made = patch_make.of_run(
+            source, run.folder, name=run.recipe.model, offline=offline, listener=listener
+        )
         if kind == DEFAULT_TARGET:
-            patch.apply(source, made, out)
+            patch.apply(source, made, out, listener)
             return patch_make.report(out)
     with staged(out) as folder:
         file = folder / ollama.FILE
-        patch.write(source, made, file)
+        patch.write(source, made, file, listener=listener)
         report = patch_make.report(file)
         notes = ollama.add_modelfile(models.load_tokenizer(run.recipe.model, offline=offline), folder)
     size = compression_folder.size(out)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Update a quantised model on a device by a patch (`patch_file.py`), and take it back.
 
-Applying needs numpy, no torch, and a few MB beside the patch; in place also about three times the size of `FILE.undo`, which
-for codes grows with the model.  The file is checked before and after, written beside the old one and renamed into its place, so
-at any instant there is the old file or the new one.  A patch in place leaves `FILE.undo`, a patch that leads back.  A patch says
-what it makes; who made it it does not say: get it from where you get models.
+Applying needs numpy, no torch, and a few MB beside the patch.  The file is checked before and after, written beside the old one
+and renamed into its place, so at any instant there is the old file or the new one.  A patch in place leaves `FILE.undo`, a patch
+that leads back.  A patch says what it makes; who made it it does not say: get it from where you get models.
 """
 
 from __future__ import annotations
@@ -21,17 +20,21 @@ from typing import Any, Final
 
 import numpy as np
 
-from fleetune.common.files import regular, storage_error, sync_folder, write_atomic
+from fleetune.common.files import regular, storage_error, sync_folder
 from fleetune.common.folders import locked
 from fleetune.common.ggml import BYTES
 from fleetune.common.shell import command, quoted
 from fleetune.common.sums import sha256
-from fleetune.deploy.patch_file import AGAIN, PARTS, Patch, difference, with_changes
+from fleetune.deploy.changes_file import ChangesFile
+from fleetune.deploy.patch_file import AGAIN, PARTS, Patch, difference
 from fleetune.deploy.patch_file import load as load
-from fleetune.errors import ModelError, UsageError
+from fleetune.errors import Interrupted, ModelError, UsageError
+from fleetune.runs.listener import Listener, Silent
 
 PIECE: Final = 1 << 20  # bytes that are copied, or of blocks that are moved, at a time
 GGUF: Final = b"GGUF"  # what such a file begins with
+
+SILENT: Final = Silent()
 
 Seen = Callable[[np.ndarray, np.ndarray], None]
 
@@ -95,23 +98,24 @@ class Packed:
         return np.frombuffer(found, np.uint8)
 
 
-def apply(path: Path, patch: Patch, out: Path | None = None) -> Path | None:
+def apply(path: Path, patch: Patch, out: Path | None = None, listener: Listener = SILENT) -> Path | None:
     """Write the patched file to `out`, or in the place of `path`; return the file that undoes it, None with an `out`.
 
     ModelError, with nothing changed, where the file is not the patch's base or the result is not what the patch states;
-    UsageError where `out` exists; StorageError where it cannot be written.
+    UsageError where `out` exists; StorageError where it cannot be written; Interrupted where the listener asks to stop.
     """
     path = path.resolve()  # a link stays one
     if out is not None:
         if os.path.lexists(out):
             raise UsageError(f"{out} exists already", hint="choose a new name: nothing is overwritten")
-        require_base(path, patch)
+        require_base(path, patch, listener)
         with _alone(out):
-            write(path, patch, out)
+            write(path, patch, out, listener=listener)
         return None
+    _require_file(path)
     with _alone(path):
-        require_base(path, patch)
-        return _in_place(path, patch)
+        require_base(path, patch, listener)
+        return _in_place(path, patch, listener)
 
 
 def check_order(path: Path, patch: Path, out: Path | None) -> None:
@@ -143,16 +147,23 @@ def _alone(target: Path) -> Iterator[None]:
         yield
 
 
-def _in_place(path: Path, patch: Patch) -> Path:
-    back, changes = undo_file(path), Packed(patch.trains, 1)
-
-    def keep_undo() -> None:
-        back_again = with_changes(patch.result, patch.base, patch.trains, patch.places, changes.all())
-        write_atomic(_next(back), back_again.file)
-
-    write(path, patch, path, lambda old, new: changes.add(new, old), keep_undo)
+def _in_place(path: Path, patch: Patch, listener: Listener) -> Path:
+    back = undo_file(path)
+    with ChangesFile(_next(back), patch.result, patch.base, patch.trains, patch.places) as changes:
+        write(path, patch, path, lambda old, new: changes.add(new, old), changes.keep, listener)
     os.replace(_next(back), back)
     return back
+
+
+def told(listener: Listener, what: str, text: str = "") -> Callable[[int, int], None]:
+    """Return a function that tells a listener how many bytes are done, and raises Interrupted when it asks to stop."""
+
+    def tell(done: int, total: int) -> None:
+        listener.progress(what, done, total, text)
+        if listener.stop_requested:
+            raise Interrupted("stopped before the new file was whole; nothing was changed")
+
+    return tell
 
 
 def write(
@@ -161,15 +172,19 @@ def write(
     target: Path,
     seen: Seen | None = None,
     before: Callable[[], None] = lambda: None,
+    listener: Listener = SILENT,
 ) -> None:
     """Write the patched file beside `target`, check it, call `before`, and rename it into place; errors as of `apply`."""
-    sha, temporary = hashlib.sha256(), None
+    sha, temporary, done = hashlib.sha256(), None, 0
+    tell, size = told(listener, "bytes written", patch.work), path.stat().st_size
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             for part in patched(path, patch, seen):
                 file.write(part)
                 sha.update(part)
+                done += len(part)
+                tell(done, size)
             file.flush()
             os.fsync(file.fileno())
         if sha.hexdigest() != patch.result:
@@ -189,11 +204,12 @@ def write(
                 os.unlink(temporary)
 
 
-def require_base(path: Path, patch: Patch) -> None:
+def require_base(path: Path, patch: Patch, listener: Listener = SILENT) -> None:
     """Raise ModelError unless a file is the one that a patch is for."""
-    if not path.is_file():
-        raise ModelError(f"there is no file {path}", hint="give the GGUF file on the device")
-    found = sha256(path)
+    _require_file(path)
+    if patch.work:
+        listener.note(f"{patch.work} to compute")
+    found = sha256(path, told(listener, "bytes compared"))
     if found == patch.base:
         return
     if found == patch.result:
@@ -206,27 +222,31 @@ def require_base(path: Path, patch: Patch) -> None:
     )
 
 
-def undo(path: Path) -> None:
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}", hint="give the GGUF file on the device")
+
+
+def undo(path: Path, listener: Listener = SILENT) -> None:
     """Take back the last patch that was applied in place; ModelError, with nothing changed, where none is for this file.
 
     An undo file of a patch that never took its place (the device was stopped before) is removed.
     """
     path = path.resolve()
-    if not path.is_file():
-        raise ModelError(f"there is no file {path}", hint="give the GGUF file on the device")
+    _require_file(path)
     with _alone(path):
-        _undo(path)
+        _undo(path, listener)
 
 
-def _undo(path: Path) -> None:
+def _undo(path: Path, listener: Listener) -> None:
     back = undo_file(path)
-    found = sha256(path)
+    found = sha256(path, told(listener, "bytes compared"))
     for candidate in (_next(back), back):
         if not candidate.is_file():
             continue
         patch = load(candidate)
         if patch.base == found:
-            write(path, patch, path)
+            write(path, patch, path, listener=listener)
             candidate.unlink()
             return
         if candidate != back:

@@ -13,6 +13,8 @@ and where the blocks lie.  Format 1 moves scales, format 2 codes.  It carries on
 from __future__ import annotations
 
 import json
+import math
+import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +25,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fleetune.common.display import counted
+from fleetune.common.files import regular
 from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.errors import ModelError, UsageError
 from fleetune.seeds import code_grid, noise, scale_grid
@@ -36,6 +40,10 @@ DAMAGED: Final = (
     SafetensorError, OSError, ArithmeticError, LookupError, ValueError, TypeError, AttributeError, RecursionError,
 )  # fmt: skip
 AGAIN: Final = "get the patch again from its origin"
+# what a patch's entries may ask of a device: passes, and numbers in their tables (4 M steps of 4,096 directions a pool)
+PASSES: Final = 1 << 14
+TABLES: Final = 1 << 22
+DIGITS: Final = 20  # of a size
 FED: Final = 1 << 16  # bytes of packed changes that are unpacked at a time: zlib copies what it leaves
 
 Moves = Callable[[int, int, np.ndarray], np.ndarray]
@@ -119,6 +127,15 @@ class Patch(NamedTuple):
     places: tuple[Place, ...]  # by rising offset
     moves: Callable[[], Moves]  # to be called for each writing
     encoded: Callable[[], bytes]
+    passes: int = 0  # over its numbers, that are computed; 0 where it carries differences
+
+    @property
+    def work(self) -> str:
+        """Say what applying it computes, "12 passes over 3,072 scales"; "" where it carries differences."""
+        numbers = sum(p.rows * p.blocks * PARTS[self.trains].numbers(p.kind) for p in self.places)
+        return (
+            f"{counted(self.passes, 'pass', 'passes')} over {numbers:,} {self.trains}" if self.passes else ""
+        )
 
     @property
     def file(self) -> bytes:
@@ -152,8 +169,20 @@ def with_entries(
     arrays = {"id": ids, "coefficient": coefficients}
     return Patch(
         base, result, trains, places, lambda: moved,
-        lambda: _encoded(base, result, trains, places, head, arrays),
+        lambda: _encoded(base, result, trains, places, head, arrays), len(passes.ids),
     )  # fmt: skip
+
+
+def check_work(law: str, K: int, passes: int) -> None:
+    """Raise ModelError where a patch's entries would ask a device for more than `PASSES`, or for larger tables than `TABLES`."""
+    tables = passes * K if law in noise.POOLS else passes
+    if passes > PASSES or tables > TABLES:
+        size = f" with tables of {tables:,} numbers" if tables > passes else ""
+        raise ModelError(
+            f"the patch's entries ask a device for {counted(passes, 'pass', 'passes')}{size}; at most {PASSES:,} "
+            f"passes and {TABLES:,} numbers are computed",
+            hint="make it with --changes: nothing is computed for such a patch",
+        )
 
 
 def with_changes(
@@ -223,30 +252,50 @@ def _encoded(
     base: str, result: str, trains: str, places: tuple[Place, ...], head: dict[str, Any],
     arrays: dict[str, np.ndarray],
 ) -> bytes:  # fmt: skip
-    stated = {"format": PARTS[trains].format, "base": base, "result": result, "places": places, **head}
-    raw: bytes = save(arrays, {"patch": json.dumps(stated, sort_keys=True, separators=(",", ":"))})
+    raw: bytes = save(arrays, {"patch": _stated(base, result, trains, places, head)})
     return raw
 
 
+def _stated(base: str, result: str, trains: str, places: tuple[Place, ...], head: dict[str, Any]) -> str:
+    stated = {"format": PARTS[trains].format, "base": base, "result": result, "places": places, **head}
+    return json.dumps(stated, sort_keys=True, separators=(",", ":"))
+
+
+def header_of_changes(base: str, result: str, trains: str, places: tuple[Place, ...], size: int) -> bytes:
+    """Return what stands before `size` bytes of packed changes in a patch's file: as many bytes whatever the size is."""
+    changes = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    stated = {"patch": _stated(base, result, trains, places, {})}
+    text = json.dumps({"__metadata__": stated, "changes": changes}, separators=(",", ":"))
+    room = len(text) + 2 * (DIGITS - len(str(size)))
+    room += -room % 8  # where safetensors wants the data to begin
+    return room.to_bytes(8, "little") + text.encode().ljust(room)
+
+
 def load(path: Path) -> Patch:
-    """Read a patch; ModelError for a file that is none or is damaged."""
+    """Read a patch; ModelError for a file that is none, is damaged, or asks for too much work (`check_work`)."""
     if not path.is_file():
         raise ModelError(f"there is no patch {path}", hint="check the path")
     try:
         with safe_open(str(path), framework="numpy") as file:
             head = json.loads((file.metadata() or {})["patch"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = set(file.keys())
+            changes = file.get_slice("changes") if names == {"changes"} else None
+            arrays = {} if changes else {name: file.get_tensor(name) for name in names}
         if type(head["format"]) is not int or (trains := TRAINS.get(head["format"])) is None:
             raise _OtherFormat(repr(head["format"])[:40])
         places = tuple(_place(row) for row in head["places"])
         _check_order(places)
         base, result = _digest(head["base"]), _digest(head["result"])
-        if set(arrays) == {"changes"}:
-            if arrays["changes"].dtype != np.uint8:
-                raise ValueError(f"its changes are {arrays['changes'].dtype}")
-            return with_changes(base, result, trains, places, arrays["changes"].reshape(-1))
+        if changes:
+            if changes.get_dtype() != "U8":
+                raise ValueError(f"its changes are {changes.get_dtype()}")
+            packed = _last_bytes(path, math.prod(changes.get_shape()))
+            return with_changes(base, result, trains, places, packed)
         if type(head["K"]) is not int or type(head["grid"]) is not float:
             raise ValueError("its head has the wrong types")
+        check_work(
+            head["law"], head["K"], noise.count_passes(head["law"], arrays["id"], arrays["coefficient"])
+        )
         return with_entries(
             base, result, trains, places, run_key=_key(head["run_key"]), law=str(head["law"]), K=head["K"],
             grid=head["grid"], ids=arrays["id"], coefficients=arrays["coefficient"],
@@ -258,8 +307,17 @@ def load(path: Path) -> Patch:
         ) from error
     except DAMAGED as error:
         raise ModelError(f"{path} is no patch, or is damaged: {_why(error)}", hint=AGAIN) from error
+    except ModelError as error:
+        raise ModelError(f"{path}: {error.message}", hint=error.hint) from error
     except UsageError as error:
         raise ModelError(f"{path} is no patch, or is damaged: {error.message:.120}", hint=AGAIN) from error
+
+
+def _last_bytes(path: Path, size: int) -> np.ndarray:
+    """Read the end of a file, uint8 [size]: safetensors' own reading of a tensor holds it three times."""
+    with open(path, "rb", opener=regular) as file:
+        file.seek(-size, os.SEEK_END)
+        return np.fromfile(file, np.uint8)
 
 
 class _OtherFormat(Exception):

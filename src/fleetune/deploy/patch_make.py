@@ -14,17 +14,19 @@ import numpy as np
 from torch import Tensor
 
 from fleetune import adapters, models
+from fleetune.common.display import counted
 from fleetune.common.ggml import BLOCK, PARTS
 from fleetune.common.shell import command
 from fleetune.common.sums import sha256
 from fleetune.deploy.formats import Report
 from fleetune.deploy.formats._gguf_header import open_written
-from fleetune.deploy.patch import Packed, patched
-from fleetune.deploy.patch_file import Patch, Place, with_changes, with_entries
+from fleetune.deploy.patch import SILENT, Packed, Seen, patched, told
+from fleetune.deploy.patch_file import Patch, Place, check_work, with_changes, with_entries
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import placement
 from fleetune.models.mapped.lazy import LazyWeight, weights_of
 from fleetune.models.mapped.stored import Stored
+from fleetune.runs.listener import Listener
 from fleetune.seeds.block_view import BlockView
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.slots import WeightSlot
@@ -59,7 +61,10 @@ def report(path: Path) -> Report:
     return Report(path, "gguf", path.stat().st_size, count, count, dict(kinds))
 
 
-def of_run(base: Path, run: Path, *, changes: bool = False, name: str = "", offline: bool = False) -> Patch:
+def of_run(
+    base: Path, run: Path, *, changes: bool = False, name: str = "", offline: bool = False,
+    for_device: bool = False, listener: Listener = SILENT,
+) -> Patch:  # fmt: skip
     """Return the patch from a GGUF file to the model of a run, as `make` does of a ledger.
 
     Where the run leaves moved scales and no ledger, the patch carries their differences.
@@ -71,12 +76,17 @@ def of_run(base: Path, run: Path, *, changes: bool = False, name: str = "", offl
             hint="tune with --train scales or --train codes, or export the run: fleetune export RUN --to gguf",
         )
     if finished.result_of(run).name == finished.RESULT["ledger"]:
-        return make(base, finished.ledger_of(run), changes=changes, name=name, offline=offline)
+        return make(
+            base, finished.ledger_of(run), changes=changes, name=name, offline=offline,
+            for_device=for_device, listener=listener,
+        )  # fmt: skip
     model = finished.load(run, model=name or str(base), offline=offline)
-    return _with_bits(base, weights_of(model.net), adapters.moved_scales(model))
+    return _with_bits(base, weights_of(model.net), adapters.moved_scales(model), listener)
 
 
-def _with_bits(base: Path, weights: Mapping[str, LazyWeight], bits: Mapping[str, Tensor]) -> Patch:
+def _with_bits(
+    base: Path, weights: Mapping[str, LazyWeight], bits: Mapping[str, Tensor], listener: Listener
+) -> Patch:
     """Return the patch to scales with these bits, by the weight's name: int16 [blocks, 1 or 2], rows as in the model."""
     placed = sorted((_place(weights[name].stored, start=0), name) for name in bits)
     places = tuple(place for place, _ in placed)
@@ -87,31 +97,47 @@ def _with_bits(base: Path, weights: Mapping[str, LazyWeight], bits: Mapping[str,
         new: np.ndarray = bits[name].numpy().view(np.uint16).reshape(place.rows, -1)[at]
         return new.reshape(len(blocks), -1)
 
-    sha, packed = hashlib.sha256(), Packed("scales", 9)
-    for part in patched(base, Patch("", "", "scales", places, lambda: moved, bytes), packed.add):
+    packed = Packed("scales", 9)
+    result = _result(base, Patch("", "", "scales", places, lambda: moved, bytes), packed.add, listener)
+    return with_changes(sha256(base), result, "scales", places, packed.all())
+
+
+def _result(base: Path, patch: Patch, seen: Seen, listener: Listener) -> str:
+    """Return the SHA-256 of the file that a patch makes; `seen` as of `patched`."""
+    sha, done, size = hashlib.sha256(), 0, base.stat().st_size
+    tell = told(listener, "bytes patched", patch.work)
+    for part in patched(base, patch, seen):
         sha.update(part)
-    return with_changes(sha256(base), sha.hexdigest(), "scales", places, packed.all())
+        done += len(part)
+        tell(done, size)
+    return sha.hexdigest()
 
 
 def make(
-    base: Path, ledger: Ledger, *, changes: bool = False, name: str = "", offline: bool = False
-) -> Patch:
+    base: Path, ledger: Ledger, *, changes: bool = False, name: str = "", offline: bool = False,
+    for_device: bool = False, listener: Listener = SILENT,
+) -> Patch:  # fmt: skip
     """Return the patch from a GGUF file to the ledger's model; with `changes` it carries differences.
 
     `name` is the model that the file belongs to, if not a path.
 
     UsageError for a ledger that moves weights, LedgerError where it belongs to another base, or does not rebuild the weights
-    that it states.
+    that it states; with `for_device` ModelError where a device would have too much to compute (`check_work`).
     """
     if ledger.head.trains not in PARTS:
         raise UsageError(
             "this ledger moves all weights, which no quantised file holds",
             hint="tune with --train scales or --train codes, or export the run: fleetune export RUN --to gguf",
         )
+    if for_device and not changes:
+        check_work(ledger.head.law, ledger.head.K, ledger.count_passes())
     model = finished.base_of(ledger, name or str(base), base="mapped", offline=offline)
     view = place_at(model, ledger)
     assert isinstance(view, BlockView)
-    finished.require_digest(models.digest(view.pieces()), ledger.final_check(), "the ledger")
+    tensors = finished.told(
+        view.pieces(), listener, model.n_params, counted(ledger.count_passes(), "pass", "passes")
+    )
+    finished.require_digest(models.digest(tensors), ledger.final_check(), "the ledger")
     places, slots = zip(
         *sorted((_place(_stored(slot), slot.start), slot) for slot in view.slots), strict=True
     )
@@ -124,18 +150,17 @@ def make(
             ids=compact.ids, coefficients=compact.coefficients.astype(np.int64),
         )  # fmt: skip
 
-    sha, expected, packed = hashlib.sha256(), _Expected(view, slots, places), Packed(view.part, 6)
+    expected, packed = _Expected(view, slots, places), Packed(view.part, 6)
 
     def seen(old: np.ndarray, new: np.ndarray) -> None:
         expected.require(new)
         if changes:
             packed.add(old, new)
 
-    for part in patched(base, carrying(""), seen):
-        sha.update(part)
+    result = _result(base, carrying(""), seen, listener)
     if changes:
-        return with_changes(source, sha.hexdigest(), view.part, places, packed.all())
-    return carrying(sha.hexdigest())
+        return with_changes(source, result, view.part, places, packed.all())
+    return carrying(result)
 
 
 class _Expected:

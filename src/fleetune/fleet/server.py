@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import platform
 import secrets
-import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +92,7 @@ class Place:
             ("--host", self.host, usual.host), ("--port", self.port, usual.port), ("--keys", self.keys, None),
             ("--certificate", self.certificate, None),
         ]  # fmt: skip
-        return "".join(f" {flag} {shlex.quote(str(value))}" for flag, value, other in given if value != other)
+        return "".join(f" {flag} {quoted(value)}" for flag, value, other in given if value != other)
 
 
 @dataclass

@@ -87,6 +87,12 @@ class Metrics:
         self._tally = before.plus(text)
         return line
 
+    def unfinished(self, round: int) -> tuple[int, bool]:
+        """Return how many lines are of later rounds, and whether the last line is torn: what a stopped sitting left."""
+        *lines, last = _bytes(self.file).split(b"\n")
+        found = [event for line in [*lines, last] if (event := event_of(line)) is not None]
+        return sum(_round_of(event) > round for event in found), bool(last) and event_of(last) is None
+
     def cut(self, round: int, stated: Tally | None) -> str:
         """Keep what stood there after `round`, as its checkpoint states it; return what was lost, "" for nothing.
 

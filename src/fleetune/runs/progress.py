@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TextIO
 
-from fleetune.common.display import changes, clean, human_bytes, human_time, show
+from fleetune.common.display import changes, human_bytes, human_time, message_text, show
 from fleetune.errors import UsageError
 from fleetune.runs import metrics
 from fleetune.runs.events import (
@@ -110,7 +110,7 @@ class Progress(Silent):
         stream = self._stream or sys.stdout
         self._spoke = self._clock()
         if stream is not None:  # a process without a console has none
-            print("\n".join(clean(line) for line in lines), file=stream, flush=True)
+            print("\n".join(message_text(line) for line in lines), file=stream, flush=True)
 
 
 def run_words(event: SweepRun) -> str:

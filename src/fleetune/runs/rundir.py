@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from fleetune.common import folders
+from fleetune.common.display import counted
 from fleetune.common.files import PRIVATE, read_bytes, read_text, regular, storage_error, write_atomic
-from fleetune.common.locks import lock
+from fleetune.common.locks import lock, names
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import folder_names
 from fleetune.runs.folder_names import number, of_model
@@ -119,20 +120,26 @@ class RunDir:
         """Append one event to metrics.jsonl, as `Metrics.record`."""
         return self.metrics.record(event, last=last)
 
-    def cut(self, round: int, stated: Tally | None = None) -> str:
+    def cut(self, round: int, stated: Tally | None = None) -> list[str]:
         """Drop what a kill left: metrics after `round` and of the end, later checkpoints, temporary files.
 
-        `stated` is what the checkpoint of the round states of metrics.jsonl.  What of it was lost is returned as a text.
+        `stated` is what the checkpoint of the round states of metrics.jsonl.  What of it was lost, and what was not finished
+        and is dropped, is logged and returned as texts.
         """
+        lines, torn = self.metrics.unfinished(round)
         loss = self.metrics.cut(round, stated)
-        later = [p for r, p in checkpoints(self.path) if r > round]
-        for path in (*later, *self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")):
-            if not path.is_dir():
-                path.unlink(missing_ok=True)
-        folders.sweep(self.path)
-        if loss:
-            self.log(loss)
-        return loss
+        left = [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]
+        left = [path for path in left if not path.is_dir()]
+        for path in (*left, *(p for r, p in checkpoints(self.path) if r > round)):
+            path.unlink(missing_ok=True)
+        parts = [counted(lines, "record")] if lines else []
+        parts += ["a torn line"] if torn else []
+        parts += [counted(n, "half-written file")] if (n := len(left) + folders.sweep(self.path)) else []
+        dropped = f"what was not finished after round {round} is dropped: {', '.join(parts)}" if parts else ""
+        told = [text for text in (loss, dropped) if text and round >= 0]
+        for text in told:
+            self.log(text)
+        return told
 
     # Checkpoints --------------------------------------------------------------------------------
 
@@ -361,7 +368,7 @@ def _locked(path: Path) -> IO[bytes]:
                     break
                 time.sleep(0.05)  # somebody may only have looked (`held`)
                 continue
-            if _in_place(file, path / LOCK):
+            if names(path / LOCK, file.fileno()):
                 return file
             file.close()  # who had it has removed it meanwhile
     except OSError as error:
@@ -369,11 +376,3 @@ def _locked(path: Path) -> IO[bytes]:
             file.close()
         raise storage_error(error, path) from error
     raise UsageError(f"{path} is in use by another process", hint="wait for it, or stop it, then try again")
-
-
-def _in_place(file: IO[bytes], path: Path) -> bool:
-    """Whether an open file is what `path` names."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 
 from fleetune.common.display import counted
 from fleetune.common.files import write_atomic
-from fleetune.errors import LedgerError
+from fleetune.errors import LedgerError, UsageError
 from fleetune.seeds.ledger_head import AGAIN, GRID_LIMIT, LedgerHead, short
-from fleetune.seeds.noise import POOLS, Passes, merged, passes
+from fleetune.seeds.noise import POOLS, Passes, check_size, count_passes, merged, passes
 
 LARGEST = (1 << 31) - 1  # a coefficient, of either sign
 
@@ -88,8 +88,7 @@ class Ledger:
 
     def count_passes(self) -> int:
         """Return the number of replay passes, without their tables."""
-        ids, _ = self._sums()
-        return len(np.unique(ids >> np.uint64(32))) if self.head.law in POOLS else len(ids)
+        return count_passes(self.head.law, self.ids, self.coefficients)
 
     def _sums(self) -> tuple[np.ndarray, np.ndarray]:
         return merged(self.ids, self.coefficients.astype(np.int64))
@@ -239,7 +238,7 @@ MUST_AGREE = ("base", "tokenizer", "tensors", "run_key", "law", "law_version", "
 
 
 def load(path: str | os.PathLike[str]) -> Ledger:
-    """Read a ledger file.  LedgerError when it is missing, damaged or of another format."""
+    """Read a ledger file.  LedgerError when it is missing, damaged, of another format, or asks for too much (`check_size`)."""
     path = Path(path)
     if not path.is_file():
         raise LedgerError(
@@ -272,6 +271,10 @@ def load(path: str | os.PathLike[str]) -> Ledger:
             f"{path} is not what was written: its fingerprint is {found.fingerprint()[:16]}.., it states {stated[:16]}..",
             hint=AGAIN,
         )
+    try:
+        check_size(head.law, head.K, found.count_passes())
+    except UsageError as error:
+        raise LedgerError(f"{path} asks for more than a run makes: {error.message}", hint=AGAIN) from error
     return found
 
 

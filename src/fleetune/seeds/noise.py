@@ -38,7 +38,9 @@ LAW_VERSION = 1
 LAWS = ("hashed", "pooled", "rademacher", "gaussian")
 POOLS = ("hashed", "pooled")  # laws with K directions in one pass
 MOST = 1 << 24  # directions of a pool: the table of a pass has as many numbers
-TABLES = 1 << 28  # numbers in the tables of all passes: 2 GiB
+PASSES = 1 << 20  # of a sum: ten times the 100,000 steps of the longest runs in MeZO's paper
+TABLES = 1 << 26  # numbers in the tables of all passes, 256 MiB: 67 million steps along fresh directions
+BLOCK = 1 << 16  # numbers of a table that are transformed at a time
 MIX = 0x9E3779B97F4A7C15  # the multiplier of `run_hashes`: 2^64 over the golden ratio
 TILE = 4096  # elements that share 32 Philox calls: one bit each
 WIDTH = 128  # words of a tile, and elements of one row of it
@@ -207,15 +209,35 @@ def fwht(a: ArrayLike) -> NDArray[Any]:
 
     The fast Walsh-Hadamard transform, K log2 K additions.  Raises UsageError if K is not a power of two.
     """
-    v = np.asarray(a)
-    v = v.astype(np.float64 if v.dtype.kind == "f" else np.int64)
-    K = _power_of_two(len(v))
-    half = 1
-    while half < K:
-        pair = v.reshape(-1, 2, half)
-        v = np.stack([pair[:, 0] + pair[:, 1], pair[:, 0] - pair[:, 1]], axis=1).reshape(K)
-        half *= 2
+    v = np.array(a)
+    v = v.astype(np.float64 if v.dtype.kind == "f" else np.int64, copy=False)
+    _power_of_two(len(v))
+    _transform(v)
     return v
+
+
+def _transform(v: NDArray[Any]) -> None:
+    """Replace v, [K], by H v, in a block of memory beside it."""
+    for first in range(0, len(v), BLOCK):
+        part = v[first : first + BLOCK]
+        half = 1
+        while half < len(part):
+            pairs = part.reshape(-1, 2, half)
+            _butterfly(pairs[:, 0], pairs[:, 1])
+            half *= 2
+    half = BLOCK
+    while half < len(v):
+        for left, right in v.reshape(-1, 2, half):
+            for first in range(0, half, BLOCK):
+                _butterfly(left[first : first + BLOCK], right[first : first + BLOCK])
+        half *= 2
+
+
+def _butterfly(left: NDArray[Any], right: NDArray[Any]) -> None:
+    """Replace left by left + right, and right by left - right."""
+    less = left - right
+    left += right
+    right[:] = less
 
 
 def hadamard_column(K: int, k: int) -> NDArray[np.int8]:
@@ -235,7 +257,7 @@ def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
     ids: uint64 [n], equal ones are merged; coefficients: integers [n].  The order of the entries has no
     effect.  Tables are int32 unless an element's sum could reach 2^31, then int64.  K counts for pools
     only.  Raises UsageError for an unknown law, a K that is not a power of two, a k outside the pool or
-    sums beyond 2^62, or tables of more than `TABLES` numbers.
+    sums beyond 2^62, and as `check_size`.
     """
     check_law(law, K)
     ids = np.asarray(ids, dtype=np.uint64).reshape(-1)
@@ -244,14 +266,38 @@ def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
         raise ValueError(
             f"{ids.shape} ids need as many integers, got {coefficients.shape} {coefficients.dtype}"
         )
-    if np.abs(coefficients.astype(np.float64)).sum() >= 2.0**62:
+    most = np.abs(coefficients.astype(np.float64)).sum()
+    if most >= 2.0**62:
         raise UsageError("the coefficients sum to more than 2^62", hint="scale the ledger down")
     ids, sums = merged(ids, coefficients.astype(np.int64))
+    sums = sums.astype(np.int32 if most < 2.0**31 else np.int64, copy=False)
     tables = sums[:, None]
     if law in POOLS:
-        ids, tables = _pool(ids, sums, K)
-    reach = int(np.abs(tables).max(axis=1, initial=0).sum())
+        ids, tables = _pool(law, ids, sums, K)
+    else:
+        check_size(law, K, len(ids))
+    reach = int(np.maximum(tables.max(axis=1, initial=0), -tables.min(axis=1, initial=0)).sum())
     return Passes(ids, np.ascontiguousarray(tables, dtype=np.int32 if reach < 2**31 else np.int64))
+
+
+def count_passes(law: str, ids: Ids, coefficients: NDArray[Any]) -> int:
+    """Return the number of passes that `passes` makes of these entries, without their tables."""
+    found, _ = merged(ids, coefficients.astype(np.int64))
+    return len(np.unique(found >> np.uint64(32))) if law in POOLS else len(found)
+
+
+def check_size(law: str, K: int, count: int) -> None:
+    """Raise UsageError for more passes, or more numbers in their tables, than any run makes: `PASSES`, `TABLES`."""
+    if law in POOLS and count * K > TABLES:
+        raise UsageError(
+            f"{count:,} epochs of K = {K} directions need tables of {count * K:,} numbers, {TABLES:,} at most",
+            hint="a run of that size takes a smaller K, or fewer epochs",
+        )
+    if count > PASSES:
+        raise UsageError(
+            f"its directions take {count:,} passes over the weights, {PASSES:,} at most",
+            hint="law=hashed takes a pass for K directions",
+        )
 
 
 def probe(law: str, K: int, id: int) -> tuple[int, NDArray[np.int8]]:
@@ -290,20 +336,16 @@ def merged(ids: Ids, values: Sums) -> tuple[Ids, Sums]:
     return unique[sums != 0], sums[sums != 0]
 
 
-def _pool(ids: Ids, sums: Sums, K: int) -> tuple[Ids, Sums]:
+def _pool(law: str, ids: Ids, sums: NDArray[Any], K: int) -> tuple[Ids, NDArray[Any]]:
     k = ids & np.uint64(LOW)
     if len(k) and int(k.max()) >= K:
         raise UsageError(f"direction {int(k.max())} is outside a pool of K = {K}", hint=f"use 0 to {K - 1}")
     epochs, row = np.unique(ids >> np.uint64(32), return_inverse=True)
-    if len(epochs) * K > TABLES:
-        raise UsageError(
-            f"{len(epochs)} epochs of K = {K} directions need tables of {len(epochs) * K:,} numbers, {TABLES:,} at most",
-            hint="a run of that size takes a smaller K, or fewer epochs",
-        )
-    a = np.zeros((len(epochs), K), np.int64)
+    check_size(law, K, len(epochs))
+    a = np.zeros((len(epochs), K), sums.dtype)
     a[row, k.astype(np.int64)] = sums
     for line in a:
-        line[:] = fwht(line)
+        _transform(line)
     return epochs, a
 
 

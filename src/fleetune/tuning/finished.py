@@ -4,22 +4,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
+from torch import Tensor
 
 from fleetune import adapters, models
 from fleetune.adapters.lora_init import FROM_WEIGHTS
 from fleetune.common import sums
+from fleetune.common.display import counted
 from fleetune.common.ggml import PARTS
 from fleetune.common.shell import quoted
 from fleetune.data import Example
-from fleetune.errors import LedgerError, ModelError, UsageError
+from fleetune.errors import Interrupted, LedgerError, ModelError, UsageError
 from fleetune.models import dtypes, unmerged
-from fleetune.models.model import Model
+from fleetune.models.model import Model, Pieces
 from fleetune.runs import env_file, rundir
+from fleetune.runs.listener import Listener, Silent
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.noise import PASSES
 from fleetune.seeds.trained import moved_tensors
 from fleetune.seeds.view import kernels
 from fleetune.tuning import foundations, methods, places
@@ -30,6 +36,8 @@ from fleetune.tuning.methods._zeroth import place_at as place_at
 from fleetune.tuning.methods._zeroth import view_of
 from fleetune.tuning.prepare import split
 from fleetune.tuning.recipe import Recipe
+
+REPLAYS: Final = 256  # of a ledger that is verified; a run states one digest
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -137,23 +145,80 @@ def check_base(model: Model, ledger: Ledger) -> None:
     ledgers.require_base(ledger.head, model.digest, model.tokenizer_digest, moved_tensors(model))
 
 
-def rebuild(model: Model, ledger: Ledger, *, threads: int | None = None, backend: str = "auto") -> str:
-    """Put `model` at the ledger's point and give the SHA-256 of the rebuilt weights (the base stays as it was)."""
+def rebuild(
+    model: Model,
+    ledger: Ledger,
+    *,
+    threads: int | None = None,
+    backend: str = "auto",
+    listener: Listener | None = None,
+) -> str:
+    """Put `model` at the ledger's point and give the SHA-256 of the rebuilt weights (the base stays as it was).
+
+    The listener is told what work is ahead, and how far it is.
+    """
+    listener = listener or Silent()
     model.trains = ledger.head.trains
     view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
     view.threads, view.kernels = threads, kernels(view.device, backend)
-    view.place(ledger.passes(), fold=False)
-    return models.digest(view.pieces())
+    passes = ledger.passes()
+    work = counted(len(passes.ids), "pass", "passes")
+    listener.note(f"{work} over {model.n_params:,} weights to rebuild")
+    view.place(passes, fold=False)
+    return models.digest(told(view.pieces(), listener, model.n_params, work))
 
 
-def verify(model: Model, ledger: Ledger) -> tuple[str, dict[int, bool]]:
-    """(digest of the rebuilt weights, round -> whether its stated digest was found again)."""
-    last = int(ledger.rounds.max(initial=0))
-    found: dict[int, str] = {}
-    for r in sorted({int(r) for r in ledger.head.checks} | {last}):
-        found[r] = rebuild(model, ledger if r >= last else ledger.truncate(r))
-    digest = found[max(found)]
-    return digest, {int(r): found[int(r)] == stated for r, stated in ledger.head.checks.items()}
+def told(
+    tensors: Iterable[tuple[str, Tensor | Pieces]], listener: Listener, total: int, work: str
+) -> Iterator[tuple[str, Tensor | Pieces]]:
+    """Yield the tensors, and tell the listener of each weight that went by; Interrupted when it asks to stop."""
+    done = 0
+
+    def parts(pieces: Pieces) -> Iterator[Tensor]:
+        nonlocal done
+        for part in pieces.parts:
+            yield part
+            done += part.numel()
+            listener.progress("weights", done, total, work)
+            if listener.stop_requested:
+                raise Interrupted("stopped before all weights were rebuilt; nothing was written")
+
+    for name, tensor in tensors:
+        if isinstance(tensor, Pieces):
+            yield name, tensor._replace(parts=parts(tensor))
+        else:
+            yield name, tensor
+            done += tensor.numel()
+
+
+def stated_points(ledger: Ledger) -> dict[int, Ledger]:
+    """Return round -> the ledger up to there, for each round after which it states a digest; one object where they are the same.
+
+    LedgerError where these take more replays or passes than any run's ledger, which states one digest.
+    """
+    order = np.sort(ledger.rounds)
+    entries = {int(r): int(np.searchsorted(order, int(r), side="right")) for r in ledger.head.checks}
+    points = {len(ledger): ledger}
+    for r, count in entries.items():
+        if count not in points and len(points) <= REPLAYS:
+            points[count] = ledger.truncate(r)
+    if len(set(entries.values())) > REPLAYS or sum(p.count_passes() for p in points.values()) > PASSES:
+        raise LedgerError(
+            f"to verify the digests after {len(entries):,} rounds takes more work than a run asks for: at most {REPLAYS:,} "
+            f"replays and {PASSES:,} passes",
+            hint="rebuild the end alone: fleetune ledger replay FILE",
+        )
+    return {r: points[count] for r, count in entries.items()}
+
+
+def verify(model: Model, ledger: Ledger, *, listener: Listener | None = None) -> tuple[str, dict[int, bool]]:
+    """(digest of the rebuilt weights, round -> whether its stated digest was found again); errors as of `stated_points`."""
+    points, found = stated_points(ledger), dict[int, str]()
+    for point in [*points.values(), ledger]:
+        if id(point) not in found:
+            found[id(point)] = rebuild(model, point, listener=listener)
+    stated = ledger.head.checks
+    return found[id(ledger)], {r: found[id(point)] == stated[str(r)] for r, point in points.items()}
 
 
 def load(

@@ -178,24 +178,10 @@ def prepare(
     method = methods.written_out(method)
     names = rates.wanted(recipe) if find else []
     given = set(recipe.set)
-    parts = split(recipe, entry, offline=offline)
-    recipe = dataclasses.replace(recipe, partition=parts.partition)
-    if not simulated:
-        parts = dataclasses.replace(parts, clients=[])
-    recipe = settled(recipe) if simulated else dataclasses.replace(settled(recipe), clients=recipe.clients)
-    if clients := len(parts.clients) or recipe.clients:
-        check_aggregation(recipe, method, clients)
-        _check_quorum(recipe, clients)
+    recipe, parts = _divided(recipe, entry, method, offline=offline, simulated=simulated)
     objective, held_out = objective_of(method), [parts.examples[i] for i in parts.held.tolist()]
     labels.check_rows(recipe, objective, batch_size_of(method), parts.examples, held_out, offline=offline)
-    model = models.load(
-        recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts),
-        base="mapped" if recipe.train in PARTS else recipe.base,
-    )  # fmt: skip
-    model.trains = recipe.train
-    trained.moved_tensors(model)  # refuses a base that has no blocks where these are trained
-    recipe = _for_encoder(recipe, method, model) if model.labels else recipe
-    torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
+    recipe, model = _loaded(recipe, method, parts, offline=offline)
     place = _tokens(model, parts, recipe.max_length)
     rows = [[row for i in part.tolist() for row in place.get(i, ())] for part in parts.clients]
     held = [i for i in parts.held.tolist() if i in place]
@@ -229,6 +215,34 @@ def prepare(
         objective=objective, found=found, estimate=estimated, words=labels.measured(recipe, objective, parts.examples),
         files=_digests(recipe, offline),
     )  # fmt: skip
+
+
+def _divided(
+    recipe: Recipe, entry: MethodEntry, method: Method, *, offline: bool, simulated: bool
+) -> tuple[Recipe, Split]:
+    """Return the settled recipe, and its rows in parts: of a fleet that is not simulated the held-out ones alone."""
+    parts = split(recipe, entry, offline=offline)
+    recipe = dataclasses.replace(recipe, partition=parts.partition)
+    if not simulated:
+        parts = dataclasses.replace(parts, clients=[])
+    recipe = settled(recipe) if simulated else dataclasses.replace(settled(recipe), clients=recipe.clients)
+    if clients := len(parts.clients) or recipe.clients:
+        check_aggregation(recipe, method, clients)
+        _check_quorum(recipe, clients)
+    return recipe, parts
+
+
+def _loaded(recipe: Recipe, method: Method, parts: Split, *, offline: bool) -> tuple[Recipe, Model]:
+    """Return the recipe, of an encoder with its label words, and its model; the threads are set for it."""
+    model = models.load(
+        recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts),
+        base="mapped" if recipe.train in PARTS else recipe.base,
+    )  # fmt: skip
+    model.trains = recipe.train
+    trained.moved_tensors(model)  # refuses a base that has no blocks where these are trained
+    recipe = _for_encoder(recipe, method, model) if model.labels else recipe
+    torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
+    return recipe, model
 
 
 def _tokens(model: Model, parts: Split, max_length: int) -> dict[int, list[Encoded]]:

@@ -7,11 +7,11 @@ import difflib
 import importlib
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fleetune.common import setting_names
+from fleetune.common.shell import quoted
 from fleetune.common.spellings import meant
 from fleetune.data.examples import looks_like_model, looks_like_rows
 from fleetune.errors import FleetuneError, RecipeError, UsageError, suggest
@@ -146,5 +146,5 @@ def check_order(model: str, rows: str) -> None:
         raise UsageError(
             f"MODEL and DATA are swapped: {model} holds rows"
             + (f", {rows} is a model" * looks_like_model(rows)),
-            hint=f"fleetune tune {shlex.quote(rows)} {shlex.quote(model)}",
+            hint=f"fleetune tune {quoted(rows)} {quoted(model)}",
         )

@@ -216,8 +216,8 @@ def _start(
     last, payload = saved
     state, totals = checkpoint.unpack(payload, state)
     stated = checkpoint.stands_on(payload)
-    if loss := run.cut(last, stated[1] if stated else None):
-        hooks.note(loss)
+    for told in run.cut(last, stated[1] if stated else None):
+        hooks.note(told)
     fleet.rewind(last)
     courses.cut(run, last)
     hooks.resumed()

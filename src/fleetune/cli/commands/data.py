@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Mapping, Sequence
 
 from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
 from fleetune.common.display import clean, counted, one_line
+from fleetune.common.shell import quoted
 from fleetune.runs.events import DataChecked, RowShown
 from fleetune.tuning import recipe as recipes
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _flags(given: Mapping[str, object]) -> str:
     """Return the settings of the recipe that were given, as flags of the command that follows."""
-    return "".join(f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items())
+    return "".join(f" --{name.replace('_', '-')} {quoted(value)}" for name, value in given.items())
 
 
 def _print(found: DataChecked, data: str, model: str, flags: str, ui: Ui) -> None:
@@ -80,9 +80,7 @@ def _print(found: DataChecked, data: str, model: str, flags: str, ui: Ui) -> Non
         ui.paths([("note", clean(remark))])
     for sample in found.samples:
         _show(sample, ui)
-    ui.paths(
-        [("next", f"fleetune tune {shlex.quote(model) if model else 'MODEL'} {shlex.quote(data)}{flags}")]
-    )
+    ui.paths([("next", f"fleetune tune {quoted(model) if model else 'MODEL'} {quoted(data)}{flags}")])
 
 
 def _cut(found: DataChecked) -> str:

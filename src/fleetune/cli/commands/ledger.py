@@ -139,11 +139,15 @@ def _rate(head: LedgerHead) -> str:
 
 
 def _replay(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
+    from fleetune.cli.listener import console_listener
     from fleetune.tuning import finished
 
     ledger = loaded[0] if args.round is None else loaded[0].truncate(args.round)
     model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline, base=args.base)
-    digest = finished.rebuild(model, ledger, threads=args.threads, backend=args.backend)
+    with console_listener(ui) as listener:
+        digest = finished.rebuild(
+            model, ledger, threads=args.threads, backend=args.backend, listener=listener
+        )
     finished.require_digest(digest, ledger.final_check(), paths[0])
     if ledger.final_check() is None:
         ui.note("the ledger states no digest of these weights, so there was none to compare with")
@@ -157,6 +161,7 @@ def _digest(ui: Ui, digest: str) -> None:
 
 
 def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
+    from fleetune.cli.listener import console_listener
     from fleetune.tuning import finished
 
     ledger = loaded[0]
@@ -165,8 +170,10 @@ def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
             f"{paths[0]} states no digest, so there is nothing to verify",
             hint=f"fleetune ledger replay {quoted(args.files[0])}   prints the digest of what it rebuilds, to compare yourself",
         )
+    finished.stated_points(ledger)  # too many are refused before the base is loaded
     model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline, base=args.base)
-    digest, checks = finished.verify(model, ledger)
+    with console_listener(ui) as listener:
+        digest, checks = finished.verify(model, ledger, listener=listener)
     wrong = [r for r, ok in checks.items() if not ok]
     if wrong:
         raise LedgerError(

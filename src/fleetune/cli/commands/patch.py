@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
@@ -29,6 +29,7 @@ fleetune patch undo smollm2.gguf
 """
 if TYPE_CHECKING:
     from fleetune.deploy.patch_file import Patch
+    from fleetune.runs.listener import Listener
 
 NEEDS = {"make": 2, "apply": 2, "undo": 1}
 
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _make(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.cli.listener import console_listener
     from fleetune.common.files import write_atomic
     from fleetune.deploy import patch_make
 
@@ -68,8 +70,8 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
     patch_make.check_order(args.files[0], args.files[1], out)
     base = patch_make.file_of(args.files[0], offline=args.offline)
-    with called(base, args.files[0]):
-        made = _patch(args, base)
+    with called(base, args.files[0]), console_listener(ui) as listener:
+        made = _patch(args, base, listener)
     file = made.file
     write_atomic(out, file)
     ui.event(PatchMade(path=str(out), bytes=len(file), base=made.base, result=made.result))
@@ -80,7 +82,7 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
     )
 
 
-def _patch(args: argparse.Namespace, base: Path) -> Patch:
+def _patch(args: argparse.Namespace, base: Path, listener: Listener) -> Patch:
     """Return the patch from a base to a run, or to the model of a ledger alone."""
     from fleetune import subject
     from fleetune.cli.commands.ledger import file_of
@@ -88,7 +90,9 @@ def _patch(args: argparse.Namespace, base: Path) -> Patch:
     from fleetune.seeds import ledger as ledgers
 
     name, run = args.files
-    how = {"changes": args.changes, "name": name, "offline": args.offline}
+    how: dict[str, Any] = {
+        "changes": args.changes, "name": name, "offline": args.offline, "for_device": True, "listener": listener,
+    }  # fmt: skip
     found = None if Path(run).is_file() else subject.open(run, args.out)
     if isinstance(found, subject.Run):
         return patch_make.of_run(base, found.folder, **how)
@@ -96,13 +100,15 @@ def _patch(args: argparse.Namespace, base: Path) -> Patch:
 
 
 def _apply(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.cli.listener import console_listener
     from fleetune.deploy import patch
 
     path, file = map(Path, args.files)
     out = Path(args.to) if args.to else None
     patch.check_order(path, file, out)
     loaded = patch.load(file)
-    back = patch.apply(path, loaded, out)
+    with console_listener(ui) as listener:
+        back = patch.apply(path, loaded, out, listener)
     ui.event(
         PatchApplied(path=str(out or path), result=loaded.result, undo=None if back is None else str(back))
     )
@@ -114,11 +120,13 @@ def _apply(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _undo(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.cli.listener import console_listener
     from fleetune.deploy import patch
 
     if args.to:
         raise UsageError("patch undo changes the file in its place: leave out --to")
-    patch.undo(Path(args.files[0]))
+    with console_listener(ui) as listener:
+        patch.undo(Path(args.files[0]), listener)
     if ui.json:
         return
     ui.paths([("model", args.files[0])])

@@ -16,7 +16,7 @@ there, and the token's share that of F.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -66,7 +66,7 @@ def measure(
     with _watched(net, names, see):
         for number, window in enumerate(windows):
             on_window(number, len(windows))
-            leaf, times = _back(model, window, head, draw)
+            leaf, times = _back(model, window, draw, head)
             g = times * _gradient_of(leaf).reshape(-1, len(G)).double().cpu()
             G.addmm_(g.T, g)
     tokens = windows.numel()
@@ -87,7 +87,6 @@ def of_tokens(
     left out.  `on_window(number, count)` may raise to stop.
     """
     found = {name: list[Tensor]() for name in names}
-    head = torch.zeros(model.net.get_input_embeddings().weight.shape[0], dtype=torch.float64)
     draw = torch.Generator().manual_seed(seed)
 
     def see(name: str) -> Callable[[Tensor], None]:
@@ -96,7 +95,7 @@ def of_tokens(
     with _watched(model.net, names, see):
         for number, window in enumerate(windows):
             on_window(number, len(windows))
-            _back(model, window, head, draw)
+            _back(model, window, draw)
     n, length = windows.shape
     whole = {name: parts for name, parts in found.items() if [len(p) for p in parts] == [length] * n}
     return {name: torch.stack(parts) for name, parts in whole.items()}
@@ -109,36 +108,46 @@ def _watched(net: Any, names: list[str], see: Callable[[str], Callable[[Tensor],
         yield
 
 
-def _back(model: Model, window: Tensor, head: Tensor, draw: torch.Generator) -> tuple[Tensor, float]:
-    """Run a window int64 [length] forward and back; add p (1 - p) of all tokens to `head` [V].
+def _back(
+    model: Model, window: Tensor, draw: torch.Generator, head: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """Run a window int64 [length] forward and back; add p (1 - p) of all tokens to `head` [V], if it is given.
 
     Returns the embedding's outputs, which have their gradient, and the factor that they are of the table's rows.
     """
     net: Any = model.net
-    with _first(net.get_input_embeddings()) as embedded, _norm_of(net.get_output_embeddings()) as norm:
+    table, out = net.get_input_embeddings(), net.get_output_embeddings()
+    norms: AbstractContextManager[list[float]] = nullcontext([]) if head is None else _norm_of(out)
+    with _first(table) as embedded, norms as norm:
         batch = collate([Encoded(ids=window.numpy(), n_prompt=1)], pad_id(model), model.device)
         hidden, logits = predictors(net, batch)
-        gradient = _gradient(hidden.detach(), logits, head, draw, norm)
+        size = max(1, PIECE // len(table.weight))
+        gradient = _gradient(hidden.detach(), logits, size, draw, head, norm)
         torch.autograd.backward(hidden, gradient)
     return embedded[-1]
 
 
 def _gradient(
-    hidden: Tensor, logits: Callable[[Tensor], Tensor], head: Tensor, draw: torch.Generator, norm: list[float]
-) -> Tensor:
-    """Return the gradient of sum -log p(y) by the head's inputs [N, H], y drawn from p; add p (1 - p) to `head` [V].
+    hidden: Tensor, logits: Callable[[Tensor], Tensor], size: int, draw: torch.Generator, head: Tensor | None,
+    norm: list[float],
+) -> Tensor:  # fmt: skip
+    """Return the gradient of sum -log p(y) by the head's inputs [N, H], y drawn from p, `size` tokens at a time.
 
-    `norm` ends with the norm of what the head returned last: a model may change its logits after the head.
+    p (1 - p) is added to `head` [V], if it is given.  `norm` then ends with the norm of what the head returned last: a model
+    may change its logits after the head.
     """
-    size, parts = max(1, PIECE // len(head)), []
-    whole = float(hidden.norm())  # where these are all logits, whose head is not called again
+    parts = []
+    whole = (
+        0.0 if head is None else float(hidden.norm())
+    )  # if these are all logits, their head is not called again
     for rows in hidden.split(size):  # type: ignore[no-untyped-call]
         x = rows.clone().requires_grad_()
         seen = len(norm)
         z = logits(x).float()
-        scale = (float(z.detach().norm()) if len(norm) > seen else whole) / norm[-1]
         p = z.detach().softmax(-1)
-        head += scale**2 * (p * (1 - p)).sum(0, dtype=torch.float64).cpu()[: len(head)]
+        if head is not None:
+            scale = (float(z.detach().norm()) if len(norm) > seen else whole) / norm[-1]
+            head += scale**2 * (p * (1 - p)).sum(0, dtype=torch.float64).cpu()[: len(head)]
         u = torch.rand(len(p), 1, generator=draw).to(p.device)
         y = torch.searchsorted(p.cumsum(-1), u).clamp_(max=p.shape[1] - 1)
         p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))

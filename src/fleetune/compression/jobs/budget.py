@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from fleetune.common.display import human_bytes
 from fleetune.common.files import write_atomic
+from fleetune.common.shell import command
 from fleetune.compression.training import checksum
 from fleetune.errors import FleetuneError, Interrupted, UsageError
 from fleetune.runs.compression_folder import CompressRequest
@@ -198,7 +199,8 @@ def _too_small(request: CompressRequest, least: int, others: int, weights: int) 
         return UsageError(
             f"no file of {human_bytes(request.bytes)} can hold this model: the smallest that llama.cpp's types allow here has "
             f"{human_bytes(size)}",
-            hint=f"--bytes {need}   or remove parts of it first: fleetune compress MODEL --method llm-pruner",
+            hint=f"--bytes {need}   or remove parts of it first: "
+            f"{command('compress', request.model, '--method', 'llm-pruner')}",
         )
     bits = math.ceil(800 * least / weights) / 100
     return UsageError(

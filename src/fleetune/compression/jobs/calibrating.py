@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from fleetune.common.shell import quoted
 from fleetune.compression import Corrector, Solver
-from fleetune.errors import Interrupted, UsageError
+from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, sealed
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
 from fleetune.runs.events import CalibrationReply
@@ -103,26 +103,6 @@ def check(request: CompressRequest, solver: Solver) -> None:
 def weighs(solver: Solver) -> bool:
     """Tell whether a solver's tokens count by the gradient of the loss."""
     return getattr(solver, "tokens", "equal") == "gradient"
-
-
-def weights(listener: Listener, job: Calibrated) -> Mapping[str, Tensor] | None:
-    """Return what the tokens of a job's windows count, by layer; None where they count alike.  Interrupted on Ctrl-C.
-
-    They are measured again in a resumed job, which gives the same numbers.
-    """
-    if job.calibration is None or not weighs(job.solver):
-        return None
-    from fleetune.compression.budget import token_weights
-    from fleetune.compression.layerwise import driver
-
-    def on_window(number: int, count: int) -> None:
-        listener.progress("gradients", number, count, "")
-        if listener.stop_requested:
-            raise Interrupted("stopped before a block; finished blocks are kept")
-
-    if driver.solves_experts(job.inputs.model):
-        listener.note("tokens count by the gradient in all layers but the experts, where they count alike")
-    return token_weights.measure(job.inputs.model, job.calibration, job.request.seed, on_window)
 
 
 def check_origin(listener: Listener, own: str, model: str, parts: Path) -> None:

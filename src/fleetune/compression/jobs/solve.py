@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fleetune.common.display import counted, human_bytes
 from fleetune.compression import Corrector, Solver
-from fleetune.compression.jobs import budget, calibrating, progress, scales, windows
+from fleetune.compression.jobs import budget, calibrating, progress, scales, weighing, windows
 from fleetune.compression.jobs.contract import Devices, FileSize, Outcome, Share
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import Interrupted, RecipeError, UsageError
@@ -62,10 +62,15 @@ class SolveJob:
             return [("memory", memory)]
         count, length = self.calibration.shape
         text = f"{self.inputs.source} · {counted(count, 'window')} of {length} tokens"
-        text += " · true sequential" if self.request.true_sequential or self.cost.dense else ""
+        text += " · true sequential" if self.in_turn else ""
         whose = [("clients", f"{len(self.shares)} of them, in turn")] if self.shares else []
         limit = [("budget", self.room.about)] if budget.asked(self.request) else []
         return [("text", text), *whose, ("memory", memory), *limit]
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether a layer's inputs have passed the compressed layers of its own block."""
+        return self.request.true_sequential or isinstance(self.solver, Corrector)
 
     @cached_property
     def memory(self) -> int:
@@ -212,7 +217,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         true_sequential=job.request.true_sequential,
         plan=plan,
         experts=_takes_experts(job.request),
-        weights=calibrating.weights(listener, job),
+        weights=weighing.weights(listener, job, folder / PARTS, origin),
     )
     if few := progress.of_few(note for b in blocks.blocks for m in b.matrices for note in m.notes):
         listener.note(f"{few}; {RECORD} has the numbers of each tensor")
@@ -321,7 +326,7 @@ def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
 
     began, model = time.monotonic(), job.inputs.model
     before = job.inputs.measure(model)
-    request = asdict(job.request)
+    request = asdict(job.request) | {"true_sequential": job.in_turn}
     listener.event(CompressStart(**request, folder=str(folder), before=before, planned=job.memory))
     with job.inputs.reference(model, folder, listener) as reference:
         found = solve(listener, job, folder, progress.resume_command(folder))
