@@ -93,7 +93,7 @@ class StatesInTurn(HiddenStates):
                     continue
                 x = None
                 if self.dense and isinstance(y, Tensor):
-                    last = len(found.readers) == len(linears) + len(experts)  # so the pass goes on to the end
+                    last = len({*found.readers}) == len(linears) + len(experts)  # so the pass goes on to the end
                     with dense.in_place():
                         x = found.input_of(self.forward, number, self.dense[window], whole=last)
                     if found.output is not None:
@@ -145,7 +145,7 @@ class _Next:
         elif x is not self._input:
             raise Stop
         self._called.append(name)
-        if self._called == self.readers and not self._whole:  # the rest of the block is not needed
+        if self.readers and not self._whole:  # the layer itself and all behind it need not run
             raise Stop
 
     def observe_experts(self, each: Experts, routed: Routed) -> None:
