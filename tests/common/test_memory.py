@@ -49,4 +49,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_smaller_pieces_are_not_fetched_from_the_system_each_time() -> None:
     done = subprocess.run([sys.executable, "-c", USED_AGAIN], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 5 * 1024, "pages that the system had to clear: those of every result would be 150 * 1024"
+    assert int(done.stdout) < 5 * 1024, (
+        "pages that the system had to clear: those of every result would be 150 * 1024"
+    )
