@@ -219,6 +219,16 @@ def test_a_dry_run_and_a_sweep_take_it(at: Path) -> None:
     assert [recipes.read(file)["model"] for file in found] == [FILE, FILE]
 
 
+def test_a_sweep_chooses_its_method_by_the_compressed_models_configuration(at: Path) -> None:
+    Path("r.toml").write_text(
+        'model = "runs/0001-rtn-tiny"\ndata = "rows.jsonl"\ntrain = "scales"\nclients = 2\nheld_out = 4\n[set]\nlr = 0.05\n'
+    )
+    notes = said("sweep", "r.toml", "--vary", "lr=0.01,0.02", "--dry-run")
+    assert "method fedpetuning, since none was given: it learns most" in notes
+    assert "of this machine's" in notes
+    assert not Path(FILE).exists()
+
+
 def test_a_sweep_over_compressed_models_is_resumed(at: Path) -> None:
     fleetune.compress("tiny", method="rtn", settings={"bits": 8})
     names = [CODES, "runs/0002-rtn-tiny"]

@@ -116,6 +116,12 @@ def test_windows_go_through_a_block_as_often_as_they_must(
     for number, seen in products.items():
         last = linears_of(model)[number][1][f"model.layers.{number}.mlp.down_proj"]
         last.register_forward_hook(lambda module, args, out, seen=seen: seen.append(len(out)))
+    readers = dict[str, int]()  # of one tensor, in the second block: how often they run
+    for name in "self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj":
+        readers[name] = 0
+        linears_of(model)[1][1][f"model.layers.1.{name}"].register_forward_hook(
+            lambda module, args, out, name=name: readers.update({name: readers[name] + 1})
+        )
     driver.run(model, Spy(), windows, tmp_path, true_sequential=true_sequential)
     blocks = len(linears_of(model))
     # the first block is run for what the other blocks are called with; nobody needs what the last one gives
@@ -125,6 +131,10 @@ def test_windows_go_through_a_block_as_often_as_they_must(
         ]
         # `down` is only known to be the last one after the first window
         assert products == {0: [1] * 5, 1: [1] * 4, 2: [1]}
+        # the first window, which tells the readers of a tensor, runs them; the others stop in front of the first one
+        assert readers == {
+            "self_attn.q_proj": 1 + 4 * 3, "self_attn.v_proj": 1 + 4 * 3, "mlp.gate_proj": 1 + 2 * 3, "mlp.up_proj": 1 + 2 * 3
+        }  # fmt: skip
     else:
         assert passes == [
             (number, 1) for number in range(blocks) for _ in range(3 if number + 1 == blocks else 6)

@@ -90,6 +90,15 @@ def with_file(recipe: Recipe, out: Path, note: Callable[[str], None]) -> Recipe:
     return dataclasses.replace(recipe, model=str(tunable_file.of(found, recipes.part(recipe), note)))
 
 
+def with_artefact(recipe: Recipe, out: Path) -> Recipe:
+    """Return a recipe that trains scales or codes of a compressed model with its artefact as the model; others as they are.
+
+    The artefact has the model's configuration, so a method can be chosen before the GGUF file is written.
+    """
+    found = compressed_of(recipe.model, recipes.part(recipe), out)
+    return recipe if found is None else dataclasses.replace(recipe, model=str(found.model))
+
+
 def _written_out(what: str, found: Run | Compressed, home: Path) -> UsageError:
     place, number = home / HF, 1
     while place.exists():

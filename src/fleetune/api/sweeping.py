@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -53,7 +54,10 @@ def sweep(
     recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, heard)
     table = {n: [*values] if isinstance(values, list | tuple) else values for n, values in varied.items()}
     values = dataclasses.asdict(recipe) | {"sweep": {**table, "seeds": seeds}}
-    grid = sweep_grid.make(choose.settled_sweep(values, (), heard.note, offline=offline))
+    configured = functools.partial(plain_models.with_artefact, out=Path(out))
+    grid = sweep_grid.make(
+        choose.settled_sweep(values, (), heard.note, configured=configured, offline=offline)
+    )
     sweeps.check(grid, offline=offline)
     rundir.check_writable(Path(out))
     grid = with_files(grid, Path(out), heard.note)

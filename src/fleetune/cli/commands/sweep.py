@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,10 +161,12 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _with_method(values: dict[str, Any], args: argparse.Namespace, ui: Ui) -> dict[str, Any]:
     """Return the keys of a sweep's recipe with a method, unless the method is what varies."""
+    from fleetune.api import plain_models
     from fleetune.planning import choose
 
     varied = [text.partition("=")[0].strip() for text in args.vary]
-    return choose.settled_sweep(values, varied, ui.note, offline=args.offline)
+    configured = functools.partial(plain_models.with_artefact, out=Path(args.out))
+    return choose.settled_sweep(values, varied, ui.note, configured=configured, offline=args.offline)
 
 
 def _plan(grid: SweepGrid, ui: Ui) -> None:

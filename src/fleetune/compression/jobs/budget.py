@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
+from fleetune import compression
 from fleetune.common.display import human_bytes
 from fleetune.common.files import write_atomic
 from fleetune.common.shell import command
@@ -47,7 +48,7 @@ def check(request: CompressRequest, solver: Solver) -> None:
     if not solver.data or not own.issuperset((*CHOSEN, "group", "order")):
         raise UsageError(
             f"{flag} chooses the grid of each matrix by the loss, for a method that solves for it: {request.method} does not",
-            hint="--method optq",
+            hint=f"--method {compression.DEFAULT}",
         )
     if given := [name for name in (*CHOSEN, "group", "search") if name in request.set]:
         raise UsageError(f"{flag} chooses {given[0]} for each matrix", hint=f"leave out --set {given[0]}=..")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from fleetune.common.shell import quoted
-from fleetune.compression import Corrector, Solver
+from fleetune.compression import DEFAULT_OF_DEVICES, Corrector, Solver
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, sealed
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
@@ -92,7 +92,7 @@ def check(request: CompressRequest, solver: Solver) -> None:
         raise UsageError(
             f"{request.method} compares with the dense model on text that is here, and --calibrate {request.calibrate} "
             "leaves it where it is",
-            hint="--method optq   or calibrate on --text",
+            hint=f"--method {DEFAULT_OF_DEVICES}   or calibrate on --text",
         )
     if request.true_sequential:
         raise UsageError(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from fleetune import compression
 from fleetune.compression.jobs import progress
 from fleetune.errors import UsageError
 from fleetune.runs.compression_folder import CompressRequest
@@ -32,7 +33,8 @@ def check(request: CompressRequest, solver: Solver) -> None:
         return
     if not solver.data:
         raise UsageError(
-            f"{FLAG} trains on the calibration text, and {request.method} takes none", hint="--method optq"
+            f"{FLAG} trains on the calibration text, and {request.method} takes none",
+            hint=f"--method {compression.DEFAULT}",
         )
     if not getattr(cast(Any, solver), "bits", 0):
         raise UsageError(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Solve the layers of a block in turn, each on inputs that have passed the compressed layers before it.
 
-For every layer that is next, each calibration window runs through the block up to that layer, and what reaches it is added to
-its Hessian.  So a window runs through the first layers of a block several times, about 2.3 times as much as through the block
-once, and no activations are kept but the hidden states in front of the block.
+Each calibration window runs through the block up to the next layer that is to be solved, whose input is added to that layer's
+Hessian.  Then the layer is solved, its compressed weights are put in place, and the windows run up to the layer after it.  In all
+a window takes the time of about 2.3 passes through the block.  Only the hidden states in front of the block are kept.
 
 For a solver that aims at the dense model's outputs (`Corrector`) the windows go through the dense model as well, with the
 block's dense weights in place for that moment.  With x the input of a layer there and y its input in the compressed model, the
@@ -93,7 +93,9 @@ class StatesInTurn(HiddenStates):
                     continue
                 x = None
                 if self.dense and isinstance(y, Tensor):
-                    last = len(found.readers) == len(linears) + len(experts)  # so the pass goes on to the end
+                    last = len({*found.readers}) == len(linears) + len(
+                        experts
+                    )  # so the pass goes on to the end
                     with dense.in_place():
                         x = found.input_of(self.forward, number, self.dense[window], whole=last)
                     if found.output is not None:
@@ -145,7 +147,7 @@ class _Next:
         elif x is not self._input:
             raise Stop
         self._called.append(name)
-        if self._called == self.readers and not self._whole:  # the rest of the block is not needed
+        if self.readers and not self._whole:  # the layer itself and all behind it need not run
             raise Stop
 
     def observe_experts(self, each: Experts, routed: Routed) -> None:

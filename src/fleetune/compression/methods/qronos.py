@@ -8,7 +8,7 @@ arXiv 2505.11695 (in its equivalent form with a Cholesky factor).
 
 Let X be the inputs of a layer in the dense model, and Y those in the model as compressed so far; the calibration windows go
 through both, a block at a time.  OPTQ makes Q Y close to W Y.  Qronos makes it close to W X, what the layer returns in the dense
-model: it minimises ||W X - Q Y||^2 + λ ||W - Q||^2 / 2.  With H = 2 Y Y^T + λ and D = 2 (X - Y) Y^T (`layerwise/activations.py`):
+model: it minimises ||W X - Q Y||^2 + λ ||W - Q||^2 / 2.  With H = 2 Y Y^T + λ and D = 2 (X - Y) Y^T (`layerwise/in_turn.py`):
 
 1. Choose the value of the first column with all others as they are: w_1 + (W D)_1 / H_11.
 2. Move the other columns to the least-squares solution for this value.  (Without it the solution is W + W D H^-1.)
