@@ -90,8 +90,9 @@ def return_large_pieces() -> None:
     By itself glibc raises its limit to the largest piece freed so far, up to 32 MB, and keeps what is below it. Activations of
     many tokens then leave holes that others do not fit: a llama of 1.07 B weights took 0.2 GB more for 16 x 64 tokens.
 
-    Limits that the user has set in the environment stay.  What it keeps at the end of the heap is set as well: with the one limit set, glibc leaves the other at 128 kB, and smaller
-    pieces go back and forth too (a forward pass of 8 x 256 tokens took 20 % more time).
+    Limits that the user has set in the environment stay.  What it keeps at the end of the heap is set as well: with the one
+    limit set, glibc leaves the other at 128 kB, and smaller pieces go back and forth too (a forward pass of 8 x 256 tokens took
+    20 % more time).
     """
     if any(name in os.environ for name in OWN_LIMITS):
         return
