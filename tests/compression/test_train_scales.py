@@ -25,7 +25,7 @@ from fleetune.deploy.formats import _ggml_blocks
 from fleetune.evaluation.losses import pad_id
 from fleetune.models.artefact import Quantised
 
-SMALL = ("--text", "text.txt", "--windows", "4", "--length", "32")
+SMALL = ("--method", "optq", "--text", "text.txt", "--windows", "4", "--length", "32")
 SIZES = {
     "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32,
 }  # fmt: skip
