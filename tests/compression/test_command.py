@@ -348,6 +348,13 @@ def test_runs_lists_and_removes_what_was_compressed(
     assert [p.name for p in (at / "runs").iterdir()] == ["0002-rtn-tiny"]
 
 
+def test_an_unmeasured_quality_is_said(tiny: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, said in (([], True), (["--eval-text", "text.txt"], False)):
+        code, out, err = call(capsys, "compress", tiny, *SMALL, "--text", "text.txt", *more)
+        assert code == 0, err
+        assert ("not measured; fleetune measure runs/0001-optq-tiny --text FILE" in out) == said
+
+
 def test_the_default_method_is_that_which_changes_the_model_least(tmp_path: Path) -> None:
     """Where devices calibrate it is one that needs no dense model beside the compressed one."""
     from fleetune import compression

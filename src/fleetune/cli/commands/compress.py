@@ -177,6 +177,7 @@ def show(ui: Ui, result: CompressResult) -> None:
         ("time · peak memory", f"{human_time(done.seconds)} · {human_bytes(done.peak_rss)}"),
         ("digest", done.digest),
         *_latest(result.folder),
+        *([] if names else [("quality", f"not measured; fleetune measure {quoted(result.folder)} --text FILE does it")]),
         ("next", f"fleetune export {quoted(result.folder)} --to {_next_target(result.folder / 'model')}"),
     ])  # fmt: skip
 
