@@ -25,6 +25,7 @@ from fleetune.common.folders import locked
 from fleetune.common.ggml import BYTES
 from fleetune.common.shell import command, quoted
 from fleetune.common.sums import sha256
+from fleetune.common.undo import undo_file
 from fleetune.deploy.changes_file import ChangesFile
 from fleetune.deploy.patch_file import AGAIN, PARTS, Patch, difference
 from fleetune.deploy.patch_file import load as load
@@ -255,11 +256,6 @@ def _undo(path: Path, listener: Listener) -> None:
         f"{path} has no patch that could be taken back",
         hint=f"a patch that is applied in place leaves {back.name}, for as long as the file is what it made",
     )
-
-
-def undo_file(path: Path) -> Path:
-    """Return the name of the file that undoes a patch."""
-    return path.with_name(path.name + ".undo")
 
 
 def _next(back: Path) -> Path:

@@ -178,6 +178,47 @@ def is_written(path: Path, model: Checkpoint, made: Mapping[str, str]) -> bool:
         return not file.read(1)
 
 
+def holds(path: Path, model: Checkpoint) -> bool:
+    """Return whether the tensors of the file `path` are, byte for byte, those that a target of this module writes of `model`.
+
+    Its header is not compared: a file may have been renamed.  FleetuneError for a file that cannot be read.
+    """
+    found, factors = (
+        {tensor.name: tensor for tensor in open_written(path).tensors},
+        rope.tensors(model.config),
+    )
+    layers = Counter(
+        t.tensor_type.name for t in found.values() if t.name.startswith("blk.") and len(t.shape) > 1
+    )
+    stated = [kind.lower() for kind, _ in layers.most_common(1) if f"gguf:{kind.lower()}" in TARGETS]
+    return any(_holds(found, model, kind, factors) for kind in (None, *stated))
+
+
+def _holds(
+    found: Mapping[str, Any], model: Checkpoint, kind: str | None, factors: Mapping[str, np.ndarray]
+) -> bool:
+    try:
+        entries = plan(model, kind, [])
+    except UsageError:
+        return False
+    stated = {entry.name: (entry.kind, tuple(entry.shape)) for entry in entries}
+    own = {
+        n: (t.tensor_type.name, tuple(map(int, reversed(t.shape))))
+        for n, t in found.items()
+        if n not in factors
+    }
+    return (
+        own == stated
+        and all(
+            name in found and np.array_equal(found[name].data, values) for name, values in factors.items()
+        )
+        and all(
+            np.array_equal(np.ascontiguousarray(found[e.name].data).view(np.uint8), _encode(model, e))
+            for e in entries
+        )
+    )
+
+
 def _vocabulary(model: Checkpoint) -> _gguf_vocabulary.Vocabulary:
     embedding = next(name for name in model.names if tensor_name(model.config, name) == EMBEDDING)
     return _gguf_vocabulary.read(model.folder, model.shapes[embedding][0], model.config)
