@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,27 @@ def test_every_name_of_it_means_it(name: str, at: Path) -> None:
     assert "which is there already" in said("tune", CODES, "rows.jsonl", *flags("mezo, codes"), "--rounds=1")
     assert Path(FILE).stat().st_mtime_ns == before
     assert {fleetune.open(n).recipe.model for n in "23"} == {FILE}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("way", ["mezo, codes", "fedpetuning, scales"])
+def test_a_run_of_scales_or_codes_as_model_is_written_out_as_its_file(way: str, at: Path) -> None:
+    """The hint's export is a file that has scales and codes, and it is the model to give; one of fewer rounds is not."""
+    said("tune", CODES, "rows.jsonl", *flags(way), "--rounds=1")
+    ended = Path(fleetune.open("2").argument, "status")
+    for later in (0, 60):
+        at_end = ended.stat().st_mtime + later
+        os.utime(ended, (at_end, at_end))
+        refused = said("tune", "latest", "rows.jsonl", *flags(way), code=2)
+        command, _, rest = refused.partition("try: ")[2].partition("   and then give ")
+        file = Path(rest.split()[0])
+        assert "--to gguf" in command
+        assert file.suffix == ".gguf"
+        assert not file.exists()
+        said(*shlex.split(command)[1:])
+        os.utime(file, (at_end, at_end))
+        assert f"written out already: give {file} as" in said("tune", "2", "rows.jsonl", *flags(way), code=2)
+    said("tune", str(file), "rows.jsonl", *flags(way), "--rounds=1")
+    assert fleetune.open("3").recipe.model == str(file)  # type: ignore[union-attr]
 
 
 def test_the_folder_that_a_command_runs_in_means_it_too(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,11 +101,15 @@ def test_only_files_that_export_writes_of_a_compression_are_measured_as_its_own(
         changed.write_bytes(raw)
     Path(f"{file}.undo").write_bytes(b"")
     Path(CODES, "broken.gguf").write_bytes(b"GGUF")
+    raw = Path(CODES, "renamed.gguf").read_bytes()
+    Path(CODES, "lacks one.gguf").write_bytes(raw.replace(b"blk.1.attn_q.weight", b"blk.9.attn_q.weight"))
     shutil.copy(fleetune.export("runs/0003-rtn-fedit-hf", to="gguf").path, Path(CODES, "another.gguf"))
     found = lines.of(fleetune.open(CODES), offline=True)
     assert measured() == ["renamed.gguf"]
     said = {note.partition(" is left out: ")[0]: note for note in listener.notes}
-    assert sorted(said) == sorted([file.name, wide.name, plain.name, "broken.gguf", "another.gguf"])
+    assert sorted(said) == sorted(
+        [file.name, wide.name, plain.name, "broken.gguf", "lacks one.gguf", "another.gguf"]
+    )
     assert f"fleetune measure '{plain}'" in said[plain.name]
     assert [name for name, note in said.items() if "patch undo" in note] == [file.name]
     assert f"take its patch back: fleetune patch undo {file}" in said[file.name]
