@@ -127,6 +127,39 @@ def test_every_name_of_it_means_it(name: str, at: Path) -> None:
     assert {fleetune.open(n).recipe.model for n in "23"} == {FILE}  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("to", ["gguf", "gguf:q8_0"])
+def test_export_takes_the_file_that_is_there_where_it_is_the_same(
+    to: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "1", "--to", to, "--json"]) == 0
+    first = capsys.readouterr()
+    file = Path(json.loads(first.out)["path"])
+    raw, before = file.read_bytes(), file.stat().st_mtime_ns
+    assert main(["export", "1", "--to", to, "--json"]) == 0
+    again = capsys.readouterr()
+    assert json.loads(again.out) == json.loads(first.out)
+    assert f"{file} is there already" in again.err
+    assert "already" not in first.err
+    assert file.stat().st_mtime_ns == before
+    for place in range(40, len(raw), len(raw) // 5):
+        file.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        refused = said("export", "1", "--to", to, code=2)
+        assert "exists already" in refused
+        assert "undo" not in refused
+        assert len(file.read_bytes()) == len(raw)
+    assert "exists already" in said("export", "1", "--to", to, "--path", str(file), code=2)
+
+
+def test_export_takes_the_file_that_was_tuned_and_names_the_undo_of_a_patched_one(at: Path) -> None:
+    said("tune", CODES, "rows.jsonl", *flags("mezo, scales"), "--rounds=1")
+    assert f"{FILE} is there already" in said("export", "1", "--to", "gguf")
+    said("patch", "make", FILE, "2", "--to", "p")
+    said("patch", "apply", FILE, "p")
+    _, _, undo = said("export", "1", "--to", "gguf", code=2).partition("take its patch back: ")
+    assert main(shlex.split(undo.splitlines()[0])[1:]) == 0
+    assert f"{FILE} is there already" in said("export", "1", "--to", "gguf")
+
+
 @pytest.mark.parametrize("way", ["mezo, codes", "fedpetuning, scales"])
 def test_a_run_of_scales_or_codes_as_model_is_written_out_as_its_file(way: str, at: Path) -> None:
     """The hint's export is a file that has scales and codes, and it is the model to give; one of fewer rounds is not."""

@@ -128,8 +128,19 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
             writer.write_tensor_data(_encode(model, entry))
     finally:
         writer.close()
+    return _verified(path, model, entries, factors, kind, notes)
+
+
+def _verified(
+    path: Path,
+    model: Checkpoint,
+    entries: list[GgufTensor],
+    factors: Mapping[str, np.ndarray],
+    kind: str | None,
+    notes: list[str],
+) -> Report:
+    """Read a file back and describe it; FleetuneError as of `verify`."""
     rounded = verify(path, model, entries, factors)
-    notes += _rounded(rounded)
     return Report(
         path=path,
         to="gguf" if kind is None else f"gguf:{kind}",
@@ -137,8 +148,19 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
         tensors=len(entries),
         exact=len(entries) - len(rounded),
         types=dict(Counter(entry.kind for entry in entries)),
-        notes=tuple(notes),
+        notes=(*notes, *_rounded(rounded)),
     )
+
+
+def written(path: Path, model: Checkpoint, kind: str | None, made: Mapping[str, str]) -> Report | None:
+    """Return what `write` returns where the file `path` is what it makes there, None for another; UsageError as of `write`."""
+    check_config(model.config)
+    if not is_written(path, model, made, kind):
+        return None
+    notes: list[str] = []
+    entries = plan(model, kind, notes)
+    notes += [*notes_on(model.config), *_vocabulary(model).notes]
+    return _verified(path, model, entries, rope.tensors(model.config), kind, notes)
 
 
 def size_beside(model: Checkpoint, without: Collection[str], path: Path, made: Mapping[str, str]) -> int:
@@ -163,9 +185,9 @@ def layer_types(model: Checkpoint) -> dict[str, str]:
     }
 
 
-def is_written(path: Path, model: Checkpoint, made: Mapping[str, str]) -> bool:
-    """Return whether the file `path` is, byte for byte, what `write` makes there of the smallest types that are exact."""
-    entries, factors = plan(model, None, []), rope.tensors(model.config)
+def is_written(path: Path, model: Checkpoint, made: Mapping[str, str], kind: str | None = None) -> bool:
+    """Return whether the file `path` is, byte for byte, what `write` makes there; `kind` as for that."""
+    entries, factors = plan(model, kind, []), rope.tensors(model.config)
     with TemporaryDirectory() as scratch, path.open("rb") as file:
         header = Path(scratch) / path.name
         _write_header_alone(header, model, entries, made, factors)
