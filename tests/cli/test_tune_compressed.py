@@ -160,6 +160,29 @@ def test_export_takes_the_file_that_was_tuned_and_names_the_undo_of_a_patched_on
     assert f"{FILE} is there already" in said("export", "1", "--to", "gguf")
 
 
+@pytest.mark.parametrize("way", ["mezo, scales", "fedpetuning, scales"])
+def test_what_a_patched_file_is_in_the_way_of_names_its_undo(way: str, at: Path) -> None:
+    said("tune", CODES, "rows.jsonl", *flags(way), "--rounds=1")
+    said("patch", "make", FILE, "2", "--to", "p")
+    shutil.copy(FILE, "untouched.gguf")
+    said("patch", "apply", FILE, "p")
+    changed = 1 if "mezo" in way else 2  # LedgerError, ModelError
+    for code, words in (
+        (2, ["tune", "1", "rows.jsonl", *flags(way)]),
+        (changed, ["eval", "2"]),
+        (2, ["tune", "--resume", "2", "--rounds", "2"]),
+        (changed, ["patch", "make", FILE, "2", "--to", "again"]),
+    ):
+        refused = said(*words, code=code)
+        assert f"take its patch back: fleetune patch undo {FILE}" in refused, refused
+    Path(f"{FILE}.undo").rename("undo")
+    assert "undo" not in said("eval", "2", code=changed)
+    Path("undo").rename(f"{FILE}.undo")
+    said("patch", "undo", FILE)
+    assert sha256(Path(FILE)) == sha256(Path("untouched.gguf"))
+    said("eval", "2")
+
+
 @pytest.mark.parametrize("way", ["mezo, codes", "fedpetuning, scales"])
 def test_a_run_of_scales_or_codes_as_model_is_written_out_as_its_file(way: str, at: Path) -> None:
     """The hint's export is a file that has scales and codes, and it is the model to give; one of fewer rounds is not."""

@@ -19,3 +19,8 @@ def take_back(path: Path | str) -> str:
     if not (file.is_file() and undo_file(file.resolve()).is_file()):
         return ""
     return f"take its patch back: {command('patch', 'undo', path)}"
+
+
+def hint_with_undo(path: Path | str, otherwise: str) -> str:
+    """Return a hint for a file that is another than it was: `otherwise`, or to take its patch back where there is one."""
+    return "; or ".join(filter(None, (otherwise, take_back(path))))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from fleetune.common.shell import command
-from fleetune.common.undo import take_back
+from fleetune.common.undo import hint_with_undo
 from fleetune.errors import FleetuneError
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
@@ -133,10 +133,9 @@ def _own(measurable: Measurable, files: Sequence[Line], listener: Listener) -> l
         if holds:
             own.append(line)
             continue
-        hints = [f"measure it as a model of its own: {command('measure', line.path)}", take_back(line.path)]
+        hint = hint_with_undo(line.path, f"measure it as a model of its own: {command('measure', line.path)}")
         listener.note(
-            f"{line.name} is left out: it does not hold what fleetune export writes of {subject.argument} "
-            f"({'; or '.join(filter(None, hints))})"
+            f"{line.name} is left out: it does not hold what fleetune export writes of {subject.argument} ({hint})"
         )
     return own
 
