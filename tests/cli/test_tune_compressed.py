@@ -161,6 +161,35 @@ def test_export_takes_the_file_that_was_tuned_and_names_the_undo_of_a_patched_on
 
 
 @pytest.mark.parametrize("way", ["mezo, scales", "fedpetuning, scales"])
+def test_the_names_of_patch_make_are_those_of_tune(way: str, at: Path) -> None:
+    said("tune", CODES, "rows.jsonl", *flags(way), "--rounds=1")
+    said("patch", "make", FILE, "2", "--to", "p")
+    own = Path("p").read_bytes()
+    for name in ("1", CODES, "0001-rtn-tiny", f"{CODES}/model"):
+        said("patch", "make", name, "latest", "--to", "q")
+        assert Path("q").read_bytes() == own
+        Path("q").unlink()
+
+    def tried(*words: str, code: int = 2) -> str:
+        refused = said("patch", "make", *words, "--to", "q", code=code)
+        _, _, right = refused.partition("fleetune patch make ")
+        said("patch", "make", *shlex.split(right.splitlines()[0]))
+        assert Path("q").read_bytes() == own
+        Path("q").unlink()
+        return refused
+
+    for words in (("latest", "1"), ("2", CODES), ("2", "2"), ("latest", FILE)):
+        assert "the model comes first" in tried(*words)
+    said("patch", "apply", FILE, "p", "--to", "another.gguf")
+    refused = tried("another.gguf", "2", code=1 if "mezo" in way else 2)
+    assert f"the run was tuned on another file: fleetune patch make {FILE} 2 --to q" in refused
+    Path("copy.gguf").write_bytes(Path(FILE).read_bytes())
+    said("patch", "make", "copy.gguf", "2", "--to", "q")
+    assert Path("q").read_bytes() == own
+    assert "hub cache" not in said("patch", "make", "1", "1", "--to", "r", code=2)
+
+
+@pytest.mark.parametrize("way", ["mezo, scales", "fedpetuning, scales"])
 def test_what_a_patched_file_is_in_the_way_of_names_its_undo(way: str, at: Path) -> None:
     said("tune", CODES, "rows.jsonl", *flags(way), "--rounds=1")
     said("patch", "make", FILE, "2", "--to", "p")
