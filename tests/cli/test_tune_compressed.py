@@ -187,6 +187,7 @@ def test_the_names_of_patch_make_are_those_of_tune(way: str, at: Path) -> None:
     said("patch", "make", "copy.gguf", "2", "--to", "q")
     assert Path("q").read_bytes() == own
     assert "hub cache" not in said("patch", "make", "1", "1", "--to", "r", code=2)
+    assert "make it first: mkdir -p no/such" in said("patch", "make", "1", "2", "--to", "no/such/r", code=2)
 
 
 @pytest.mark.parametrize("way", ["mezo, scales", "fedpetuning, scales"])

@@ -62,12 +62,13 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 def _make(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.cli.listener import console_listener
     from fleetune.common.files import write_atomic
-    from fleetune.deploy import patch_make, patch_subject
+    from fleetune.deploy import patch, patch_make, patch_subject
 
     if not args.to:
         raise UsageError("patch make needs --to FILE, the patch to write")
     if (out := Path(args.to)).exists():
         raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
+    patch.require_folder(out)
     run = args.files[1]
     with console_listener(ui) as listener:
         name = patch_subject.model_of(args.files[0], run, out, args.out, listener.note)
