@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,113 @@ def test_every_name_of_it_means_it(name: str, at: Path) -> None:
     assert "which is there already" in said("tune", CODES, "rows.jsonl", *flags("mezo, codes"), "--rounds=1")
     assert Path(FILE).stat().st_mtime_ns == before
     assert {fleetune.open(n).recipe.model for n in "23"} == {FILE}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf:q8_0"])
+def test_export_takes_the_file_that_is_there_where_it_is_the_same(
+    to: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "1", "--to", to, "--json"]) == 0
+    first = capsys.readouterr()
+    file = Path(json.loads(first.out)["path"])
+    raw, before = file.read_bytes(), file.stat().st_mtime_ns
+    assert main(["export", "1", "--to", to, "--json"]) == 0
+    again = capsys.readouterr()
+    assert json.loads(again.out) == json.loads(first.out)
+    assert f"{file} is there already" in again.err
+    assert "already" not in first.err
+    assert file.stat().st_mtime_ns == before
+    for place in range(40, len(raw), len(raw) // 5):
+        file.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        refused = said("export", "1", "--to", to, code=2)
+        assert "exists already" in refused
+        assert "undo" not in refused
+        assert len(file.read_bytes()) == len(raw)
+    assert "exists already" in said("export", "1", "--to", to, "--path", str(file), code=2)
+
+
+def test_export_takes_the_file_that_was_tuned_and_names_the_undo_of_a_patched_one(at: Path) -> None:
+    said("tune", CODES, "rows.jsonl", *flags("mezo, scales"), "--rounds=1")
+    assert f"{FILE} is there already" in said("export", "1", "--to", "gguf")
+    said("patch", "make", FILE, "2", "--to", "p")
+    said("patch", "apply", FILE, "p")
+    _, _, undo = said("export", "1", "--to", "gguf", code=2).partition("take its patch back: ")
+    assert main(shlex.split(undo.splitlines()[0])[1:]) == 0
+    assert f"{FILE} is there already" in said("export", "1", "--to", "gguf")
+
+
+@pytest.mark.parametrize("way", ["mezo, scales", "fedpetuning, scales"])
+def test_the_names_of_patch_make_are_those_of_tune(way: str, at: Path) -> None:
+    said("tune", CODES, "rows.jsonl", *flags(way), "--rounds=1")
+    said("patch", "make", FILE, "2", "--to", "p")
+    own = Path("p").read_bytes()
+    for name in ("1", CODES, "0001-rtn-tiny", f"{CODES}/model"):
+        said("patch", "make", name, "latest", "--to", "q")
+        assert Path("q").read_bytes() == own
+        Path("q").unlink()
+
+    def tried(*words: str, code: int = 2) -> str:
+        refused = said("patch", "make", *words, "--to", "q", code=code)
+        _, _, right = refused.partition("fleetune patch make ")
+        said("patch", "make", *shlex.split(right.splitlines()[0]))
+        assert Path("q").read_bytes() == own
+        Path("q").unlink()
+        return refused
+
+    for words in (("latest", "1"), ("2", CODES), ("2", "2"), ("latest", FILE)):
+        assert "the model comes first" in tried(*words)
+    said("patch", "apply", FILE, "p", "--to", "another.gguf")
+    refused = tried("another.gguf", "2", code=1 if "mezo" in way else 2)
+    assert f"the run was tuned on another file: fleetune patch make {FILE} 2 --to q" in refused
+    Path("copy.gguf").write_bytes(Path(FILE).read_bytes())
+    said("patch", "make", "copy.gguf", "2", "--to", "q")
+    assert Path("q").read_bytes() == own
+    assert "hub cache" not in said("patch", "make", "1", "1", "--to", "r", code=2)
+    assert "make it first: mkdir -p no/such" in said("patch", "make", "1", "2", "--to", "no/such/r", code=2)
+
+
+@pytest.mark.parametrize("way", ["mezo, scales", "fedpetuning, scales"])
+def test_what_a_patched_file_is_in_the_way_of_names_its_undo(way: str, at: Path) -> None:
+    said("tune", CODES, "rows.jsonl", *flags(way), "--rounds=1")
+    said("patch", "make", FILE, "2", "--to", "p")
+    shutil.copy(FILE, "untouched.gguf")
+    said("patch", "apply", FILE, "p")
+    changed = 1 if "mezo" in way else 2  # LedgerError, ModelError
+    for code, words in (
+        (2, ["tune", "1", "rows.jsonl", *flags(way)]),
+        (changed, ["eval", "2"]),
+        (2, ["tune", "--resume", "2", "--rounds", "2"]),
+        (changed, ["patch", "make", FILE, "2", "--to", "again"]),
+    ):
+        refused = said(*words, code=code)
+        assert f"take its patch back: fleetune patch undo {FILE}" in refused, refused
+    Path(f"{FILE}.undo").rename("undo")
+    assert "undo" not in said("eval", "2", code=changed)
+    Path("undo").rename(f"{FILE}.undo")
+    said("patch", "undo", FILE)
+    assert sha256(Path(FILE)) == sha256(Path("untouched.gguf"))
+    said("eval", "2")
+
+
+@pytest.mark.parametrize("way", ["mezo, codes", "fedpetuning, scales"])
+def test_a_run_of_scales_or_codes_as_model_is_written_out_as_its_file(way: str, at: Path) -> None:
+    """The hint's export is a file that has scales and codes, and it is the model to give; one of fewer rounds is not."""
+    said("tune", CODES, "rows.jsonl", *flags(way), "--rounds=1")
+    ended = Path(fleetune.open("2").argument, "status")
+    for later in (0, 60):
+        at_end = ended.stat().st_mtime + later
+        os.utime(ended, (at_end, at_end))
+        refused = said("tune", "latest", "rows.jsonl", *flags(way), code=2)
+        command, _, rest = refused.partition("try: ")[2].partition("   and then give ")
+        file = Path(rest.split()[0])
+        assert "--to gguf" in command
+        assert file.suffix == ".gguf"
+        assert not file.exists()
+        said(*shlex.split(command)[1:])
+        os.utime(file, (at_end, at_end))
+        assert f"written out already: give {file} as" in said("tune", "2", "rows.jsonl", *flags(way), code=2)
+    said("tune", str(file), "rows.jsonl", *flags(way), "--rounds=1")
+    assert fleetune.open("3").recipe.model == str(file)  # type: ignore[union-attr]
 
 
 def test_the_folder_that_a_command_runs_in_means_it_too(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:

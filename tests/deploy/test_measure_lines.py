@@ -70,6 +70,52 @@ def test_a_file_in_a_folder_that_is_named_has_one_line_in_llama_cpp(
     assert listed(str(file), str(file)) == [both[2], both[1], both[2]]
 
 
+class Noted(Silent):
+    """A listener that keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_only_files_that_export_writes_of_a_compression_are_measured_as_its_own(
+    at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamacpp, "available", lambda: True)
+    file = fleetune.export(CODES, to="gguf").path
+    wide = fleetune.export(CODES, to="gguf:q8_0").path
+    plain = fleetune.export(CODES, to="gguf:f32", path=Path(CODES, "any name.gguf")).path
+    shutil.copy(file, Path(CODES, "renamed.gguf"))
+    found, listener = lines.of(fleetune.open(CODES), offline=True), Noted()
+
+    def measured() -> list[str]:
+        return [line.name for _, line in lines.chosen([found], listener) if line.kind == "gguf"]
+
+    assert measured() == sorted([file.name, wide.name, plain.name, "renamed.gguf"])
+    assert listener.notes == []
+    for changed in (file, wide, plain):
+        raw = bytearray(changed.read_bytes())
+        raw[-40] ^= 1
+        changed.write_bytes(raw)
+    Path(f"{file}.undo").write_bytes(b"")
+    Path(CODES, "broken.gguf").write_bytes(b"GGUF")
+    raw = Path(CODES, "renamed.gguf").read_bytes()
+    Path(CODES, "lacks one.gguf").write_bytes(raw.replace(b"blk.1.attn_q.weight", b"blk.9.attn_q.weight"))
+    shutil.copy(fleetune.export("runs/0003-rtn-fedit-hf", to="gguf").path, Path(CODES, "another.gguf"))
+    found = lines.of(fleetune.open(CODES), offline=True)
+    assert measured() == ["renamed.gguf"]
+    said = {note.partition(" is left out: ")[0]: note for note in listener.notes}
+    assert sorted(said) == sorted(
+        [file.name, wide.name, plain.name, "broken.gguf", "lacks one.gguf", "another.gguf"]
+    )
+    assert f"fleetune measure '{plain}'" in said[plain.name]
+    assert [name for name, note in said.items() if "patch undo" in note] == [file.name]
+    assert f"take its patch back: fleetune patch undo {file}" in said[file.name]
+    assert listed(str(file))[1] == (file.name, "llama.cpp"), "by its name it is measured"
+
+
 def test_a_gain_over_a_compressed_base_is_said_to_be_that(
     at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

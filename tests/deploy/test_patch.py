@@ -141,6 +141,17 @@ def test_a_link_stays_one(file: Path, tmp_path: Path) -> None:
         patch.apply(file, made, dangling)
 
 
+def test_a_copy_in_a_folder_that_is_not_there_is_refused_before_any_work(file: Path, tmp_path: Path) -> None:
+    made = patch_make.make(file, ledger_on(file)[0])
+    file.write_bytes(b"GGUF")  # is not looked at
+    for out in (tmp_path / "no such" / "deep" / "x.gguf", file / "x.gguf"):
+        before = visible(tmp_path)
+        with pytest.raises(UsageError, match="there is no folder") as refused:
+            patch.apply(file, made, out)
+        assert refused.value.hint == f"make it first: mkdir -p {shlex.quote(str(out.parent))}"
+        assert visible(tmp_path) == before
+
+
 def test_a_patch_before_its_model_is_said_to_be_swapped(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,7 +141,7 @@ def test_other_data_and_another_model_are_refused(copy, made, tmp_path: Path) ->
     models.save(other.net, other.tokenizer, tmp_path / "other")
     for old, new, words in (
         ("data.jsonl", tmp_path / "other.jsonl", "the clients' rows have the digest"),
-        ('"model"', f'"{tmp_path / "other"}"', "the base model have the digest"),
+        ('"model"', f'"{tmp_path / "other"}"', "the base model has the digest"),
     ):
         (path / "run.toml").write_text(recipe.replace(old, str(new)))
         status = (path / "status").read_text()

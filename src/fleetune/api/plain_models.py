@@ -15,6 +15,7 @@ from typing import Final
 
 from fleetune import subject as subjects
 from fleetune.common.shell import quoted
+from fleetune.deploy import targets
 from fleetune.errors import UsageError
 from fleetune.models import cache
 from fleetune.models.artefact_folder import is_master
@@ -24,6 +25,7 @@ from fleetune.tuning.recipe import Recipe
 
 RESULTS: Final = ("adapter", "ledger.safetensors")  # of a run
 HF: Final = "hf"  # target of an export, and its folder
+GGUF: Final = "gguf"
 ADAPTERS: Final = ("adapter_config.json", "module.json")
 
 
@@ -100,16 +102,19 @@ def with_artefact(recipe: Recipe, out: Path) -> Recipe:
 
 
 def _written_out(what: str, found: Run | Compressed, home: Path) -> UsageError:
-    place, number = home / HF, 1
+    """Return the error with the command that writes the model out: as a GGUF file where a run has tuned scales or codes."""
+    to = GGUF if isinstance(found, Run) and found.recipe.train in recipes.TRAIN_PARTS else HF
+    first = targets.find(to).place(home)
+    place, number = first, 1
     while place.exists():
-        if _is_new(place / "config.json", home / "status"):
+        if _is_new(place if to == GGUF else place / "config.json", home / "status"):
             return UsageError(what, hint=f"it is written out already: give {quoted(place)} as the model")
         number += 1
-        place = home / f"{HF}-{number}"  # the one before is of fewer rounds, and export overwrites nothing
+        place = first.with_name(f"{first.stem}-{number}{first.suffix}")  # export overwrites nothing
     where = f" --path {quoted(place)}" if number > 1 else ""
     return UsageError(
         what,
-        hint=f"fleetune export {quoted(found.argument)} --to {HF}{where}   and then give {quoted(place)} as the model",
+        hint=f"fleetune export {quoted(found.argument)} --to {to}{where}   and then give {quoted(place)} as the model",
     )
 
 

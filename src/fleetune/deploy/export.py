@@ -59,6 +59,22 @@ def export(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHIN
     return dataclasses.replace(report, path=out)
 
 
+def written(source: Path, to: str, out: Path) -> Report | None:
+    """Return what `export` reports of a GGUF file `out` that it has written of an artefact before; None for any other file.
+
+    The file is compared byte for byte.  UsageError for a model that the target cannot hold, ModelError for a source that is none.
+    """
+    if not out.is_file():
+        return None
+    from fleetune.deploy.formats import gguf
+
+    if to not in gguf.TARGETS:
+        return None
+    model = open_checkpoint(source)
+    with _hinted(model):
+        return gguf.written(out, model, find(to).kind, provenance.of_artefact(model))
+
+
 def export_adapter(
     adapter: Path, base: Path | None, to: str, out: Path, *, made: Mapping[str, str] = NOTHING
 ) -> Report:

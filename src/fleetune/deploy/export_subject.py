@@ -65,7 +65,7 @@ def export(
     if isinstance(subject, Compressed):
         source = subject.model
         out = path or targets.find(kind).place(subject.home)
-        return write(source, kind, out, listener, rows=_rows(source, text))
+        return write(source, kind, out, listener, rows=_rows(source, text), keeps=path is None)
     from fleetune.deploy import provenance
 
     _require_codes(targets.find(kind), subject.name, _of_gguf(subject.name))
@@ -153,14 +153,23 @@ def write(
     listener: Listener,
     made: Mapping[str, str] | None = None,
     rows: Sequence[Row] = (),
+    *,
+    keeps: bool = False,
 ) -> ExportResult:
-    """Export the folder `source`, and run what was written and `source` on the same windows of a text, if there are any."""
+    """Export the folder `source`, and run what was written and `source` on the same windows of a text, if there are any.
+
+    With `keeps` a GGUF file that is at `out` already is taken where it is, byte for byte, what would be written.
+    """
     from fleetune.deploy import export as exporting
     from fleetune.deploy.measure import harness
     from fleetune.models.artefact import Master
     from fleetune.models.artefact_folder import is_master
 
-    report = exporting.export(source, kind, out, made=made or {})
+    report = exporting.written(source, kind, out) if keeps else None
+    if report is None:
+        report = exporting.export(source, kind, out, made=made or {})
+    else:
+        listener.note(f"{out} is there already: it is, byte for byte, what would be written")
     if is_master(source) and (warning := harness.warning(Master(source))):
         report = dataclasses.replace(report, notes=(*report.notes, warning))
     return _finish(source, kind, _done(report, listener), rows, listener)

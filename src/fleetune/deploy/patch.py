@@ -25,6 +25,7 @@ from fleetune.common.folders import locked
 from fleetune.common.ggml import BYTES
 from fleetune.common.shell import command, quoted
 from fleetune.common.sums import sha256
+from fleetune.common.undo import undo_file
 from fleetune.deploy.changes_file import ChangesFile
 from fleetune.deploy.patch_file import AGAIN, PARTS, Patch, difference
 from fleetune.deploy.patch_file import load as load
@@ -102,12 +103,14 @@ def apply(path: Path, patch: Patch, out: Path | None = None, listener: Listener 
     """Write the patched file to `out`, or in the place of `path`; return the file that undoes it, None with an `out`.
 
     ModelError, with nothing changed, where the file is not the patch's base or the result is not what the patch states;
-    UsageError where `out` exists; StorageError where it cannot be written; Interrupted where the listener asks to stop.
+    UsageError where `out` exists or its folder does not; StorageError where it cannot be written; Interrupted where the
+    listener asks to stop.
     """
     path = path.resolve()  # a link stays one
     if out is not None:
         if os.path.lexists(out):
             raise UsageError(f"{out} exists already", hint="choose a new name: nothing is overwritten")
+        require_folder(out)
         require_base(path, patch, listener)
         with _alone(out):
             write(path, patch, out, listener=listener)
@@ -116,6 +119,15 @@ def apply(path: Path, patch: Patch, out: Path | None = None, listener: Listener 
     with _alone(path):
         require_base(path, patch, listener)
         return _in_place(path, patch, listener)
+
+
+def require_folder(out: Path) -> None:
+    """Raise UsageError where the folder of a file to write does not exist."""
+    if not out.parent.is_dir():
+        raise UsageError(
+            f"there is no folder {out.parent} for {out.name}",
+            hint=f"make it first: mkdir -p {quoted(out.parent)}",
+        )
 
 
 def check_order(path: Path, patch: Path, out: Path | None) -> None:
@@ -255,11 +267,6 @@ def _undo(path: Path, listener: Listener) -> None:
         f"{path} has no patch that could be taken back",
         hint=f"a patch that is applied in place leaves {back.name}, for as long as the file is what it made",
     )
-
-
-def undo_file(path: Path) -> Path:
-    """Return the name of the file that undoes a patch."""
-    return path.with_name(path.name + ".undo")
 
 
 def _next(back: Path) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from fleetune.common.display import human_bytes
 from fleetune.common.ggml import HALVES
 from fleetune.common.shell import command, quoted
+from fleetune.common.undo import hint_with_undo
 from fleetune.deploy import provenance, targets
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
@@ -41,7 +42,9 @@ def of(found: Compressed, part: str, note: Callable[[str], None]) -> Path:
     else:
         raise UsageError(
             f"{place} is not what fleetune export --to {TARGET} writes of {found.argument}, whose {part} are tuned in that file",
-            hint=f"move {quoted(place)} away; or, if it is the file to tune, give it as the model",
+            hint=hint_with_undo(
+                place, f"move {quoted(place)} away; or, if it is the file to tune, give it as the model"
+            ),
         )
     return place
 

@@ -69,10 +69,14 @@ class StandsOn:
             for name, value in now.recipe.items()
             if name not in self.recipe and name.startswith("set.")
         ]
-        whats = (("base", "the base model"), ("rows", "the clients' rows"), ("held_out", "the held-out rows"))
+        whats = (
+            ("base", "the base model has"),
+            ("rows", "the clients' rows have"),
+            ("held_out", "the held-out rows have"),
+        )
         for name, what in whats:
             own, other = getattr(self, name), getattr(now, name)
-            found += [] if own == other else [f"{what} have the digest {other[:16]}.., and had {own[:16]}.."]
+            found += [] if own == other else [f"{what} the digest {other[:16]}.., and had {own[:16]}.."]
         return found
 
 

@@ -17,6 +17,7 @@ from fleetune.common import sums
 from fleetune.common.display import counted
 from fleetune.common.ggml import PARTS
 from fleetune.common.shell import quoted
+from fleetune.common.undo import hint_with_undo
 from fleetune.data import Example
 from fleetune.errors import Interrupted, LedgerError, ModelError, UsageError
 from fleetune.models import dtypes, unmerged
@@ -135,7 +136,11 @@ def base_of(
     if ledger.head.trains in PARTS:
         base = "mapped"
     model = models.load(name, dtype=dtype, device=device, offline=offline, labels=labels, base=base)
-    check_base(model, ledger)
+    try:
+        check_base(model, ledger)
+    except LedgerError as error:
+        error.hint = hint_with_undo(name, str(error.hint))
+        raise
     return model
 
 
@@ -285,7 +290,9 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
         if (then := made_on[what]) != now:
             raise ModelError(
                 f"{path} was made on {what} {then[:16]}.., that of {recipe.model} is now {now[:16]}..",
-                hint="get the base it was made on (fleetune models shows sources)",
+                hint=hint_with_undo(
+                    recipe.model, "get the base it was made on (fleetune models shows sources)"
+                ),
             )
     adapters.load(model, path)
     return model

@@ -18,7 +18,7 @@ HELP = "update a quantised model on a device by a file of kilobytes"
 ORDER = 65
 VERBS = """\
 make BASE RUN --to FILE          the patch of a run that was tuned with --train scales or codes (BASE: its
-                                 model; RUN: a run or a ledger)
+                                 model, or the compression; RUN: a run or a ledger)
 apply BASE.gguf FILE             patch the file in its place, and leave BASE.gguf.undo (--to NEW.gguf: write a copy)
 undo BASE.gguf                   take back the last patch that was applied in place
 """
@@ -62,16 +62,19 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 def _make(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.cli.listener import console_listener
     from fleetune.common.files import write_atomic
-    from fleetune.deploy import patch_make
+    from fleetune.deploy import patch, patch_make, patch_subject
 
     if not args.to:
         raise UsageError("patch make needs --to FILE, the patch to write")
     if (out := Path(args.to)).exists():
         raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
-    patch_make.check_order(args.files[0], args.files[1], out)
-    base = patch_make.file_of(args.files[0], offline=args.offline)
-    with called(base, args.files[0]), console_listener(ui) as listener:
-        made = _patch(args, base, listener)
+    patch.require_folder(out)
+    run = args.files[1]
+    with console_listener(ui) as listener:
+        name = patch_subject.model_of(args.files[0], run, out, args.out, listener.note)
+        base = patch_make.file_of(name, offline=args.offline)
+        with called(base, name), patch_subject.base_hinted(base, run, out, args.out, offline=args.offline):
+            made = _patch(args, name, base, listener)
     file = made.file
     write_atomic(out, file)
     ui.event(PatchMade(path=str(out), bytes=len(file), base=made.base, result=made.result))
@@ -82,18 +85,18 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
     )
 
 
-def _patch(args: argparse.Namespace, base: Path, listener: Listener) -> Patch:
+def _patch(args: argparse.Namespace, name: str, base: Path, listener: Listener) -> Patch:
     """Return the patch from a base to a run, or to the model of a ledger alone."""
     from fleetune import subject
     from fleetune.cli.commands.ledger import file_of
-    from fleetune.deploy import patch_make
+    from fleetune.deploy import patch_make, patch_subject
     from fleetune.seeds import ledger as ledgers
 
-    name, run = args.files
+    run = args.files[1]
     how: dict[str, Any] = {
         "changes": args.changes, "name": name, "offline": args.offline, "for_device": True, "listener": listener,
     }  # fmt: skip
-    found = None if Path(run).is_file() else subject.open(run, args.out)
+    found = patch_subject.run_of(run, args.out)
     if isinstance(found, subject.Run):
         return patch_make.of_run(base, found.folder, **how)
     return patch_make.make(base, ledgers.load(file_of(run, args.out)), **how)

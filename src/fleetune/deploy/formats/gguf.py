@@ -128,8 +128,19 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
             writer.write_tensor_data(_encode(model, entry))
     finally:
         writer.close()
+    return _verified(path, model, entries, factors, kind, notes)
+
+
+def _verified(
+    path: Path,
+    model: Checkpoint,
+    entries: list[GgufTensor],
+    factors: Mapping[str, np.ndarray],
+    kind: str | None,
+    notes: list[str],
+) -> Report:
+    """Read a file back and describe it; FleetuneError as of `verify`."""
     rounded = verify(path, model, entries, factors)
-    notes += _rounded(rounded)
     return Report(
         path=path,
         to="gguf" if kind is None else f"gguf:{kind}",
@@ -137,8 +148,19 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
         tensors=len(entries),
         exact=len(entries) - len(rounded),
         types=dict(Counter(entry.kind for entry in entries)),
-        notes=tuple(notes),
+        notes=(*notes, *_rounded(rounded)),
     )
+
+
+def written(path: Path, model: Checkpoint, kind: str | None, made: Mapping[str, str]) -> Report | None:
+    """Return what `write` returns where the file `path` is what it makes there, None for another; UsageError as of `write`."""
+    check_config(model.config)
+    if not is_written(path, model, made, kind):
+        return None
+    notes: list[str] = []
+    entries = plan(model, kind, notes)
+    notes += [*notes_on(model.config), *_vocabulary(model).notes]
+    return _verified(path, model, entries, rope.tensors(model.config), kind, notes)
 
 
 def size_beside(model: Checkpoint, without: Collection[str], path: Path, made: Mapping[str, str]) -> int:
@@ -163,9 +185,9 @@ def layer_types(model: Checkpoint) -> dict[str, str]:
     }
 
 
-def is_written(path: Path, model: Checkpoint, made: Mapping[str, str]) -> bool:
-    """Return whether the file `path` is, byte for byte, what `write` makes there of the smallest types that are exact."""
-    entries, factors = plan(model, None, []), rope.tensors(model.config)
+def is_written(path: Path, model: Checkpoint, made: Mapping[str, str], kind: str | None = None) -> bool:
+    """Return whether the file `path` is, byte for byte, what `write` makes there; `kind` as for that."""
+    entries, factors = plan(model, kind, []), rope.tensors(model.config)
     with TemporaryDirectory() as scratch, path.open("rb") as file:
         header = Path(scratch) / path.name
         _write_header_alone(header, model, entries, made, factors)
@@ -176,6 +198,47 @@ def is_written(path: Path, model: Checkpoint, made: Mapping[str, str]) -> bool:
             if file.read(padded(part.nbytes)) != part.tobytes().ljust(padded(part.nbytes), b"\0"):
                 return False
         return not file.read(1)
+
+
+def holds(path: Path, model: Checkpoint) -> bool:
+    """Return whether the tensors of the file `path` are, byte for byte, those that a target of this module writes of `model`.
+
+    Its header is not compared: a file may have been renamed.  FleetuneError for a file that cannot be read.
+    """
+    found, factors = (
+        {tensor.name: tensor for tensor in open_written(path).tensors},
+        rope.tensors(model.config),
+    )
+    layers = Counter(
+        t.tensor_type.name for t in found.values() if t.name.startswith("blk.") and len(t.shape) > 1
+    )
+    stated = [kind.lower() for kind, _ in layers.most_common(1) if f"gguf:{kind.lower()}" in TARGETS]
+    return any(_holds(found, model, kind, factors) for kind in (None, *stated))
+
+
+def _holds(
+    found: Mapping[str, Any], model: Checkpoint, kind: str | None, factors: Mapping[str, np.ndarray]
+) -> bool:
+    try:
+        entries = plan(model, kind, [])
+    except UsageError:
+        return False
+    stated = {entry.name: (entry.kind, tuple(entry.shape)) for entry in entries}
+    own = {
+        n: (t.tensor_type.name, tuple(map(int, reversed(t.shape))))
+        for n, t in found.items()
+        if n not in factors
+    }
+    return (
+        own == stated
+        and all(
+            name in found and np.array_equal(found[name].data, values) for name, values in factors.items()
+        )
+        and all(
+            np.array_equal(np.ascontiguousarray(found[e.name].data).view(np.uint8), _encode(model, e))
+            for e in entries
+        )
+    )
 
 
 def _vocabulary(model: Checkpoint) -> _gguf_vocabulary.Vocabulary:

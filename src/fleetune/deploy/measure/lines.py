@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """List the lines of the table of `fleetune measure`: which models are run, and in which engine.
 
-A run has two lines, the base and the tuned model; a compression also the compressed model and its exported .gguf files;
-a plain model has one (a .gguf file one in torch and one in llama.cpp).  With several models, only the last stage of each
-is measured, in torch and as its exported files.
+A run has two lines, the base and the tuned model; a compression also the compressed model and its exported .gguf files
+(a note names other files in its folder); a plain model has one (a .gguf file one in torch and one in llama.cpp).  With
+several models, only the last stage of each is measured, in torch and as its exported files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from fleetune.common.shell import command
+from fleetune.common.undo import hint_with_undo
+from fleetune.errors import FleetuneError
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
 from fleetune.subject import ROW, Compressed, Plain, Run, Subject
@@ -103,12 +106,38 @@ def chosen(found: Sequence[Measurable], listener: Listener) -> list[tuple[Measur
         files = [
             line for line in files if Path(line.path).resolve() not in there
         ]  # named, and in a folder that is
+        if llamacpp.available():
+            files = _own(measurable, files, listener)
         lines += [(measurable, line) for line in own + (files if llamacpp.available() else [])]
         if files and not llamacpp.available():
             listener.note(
                 f"{files[0].name} is not run in llama.cpp, which is not installed: {llamacpp.INSTALL}"
             )
     return lines
+
+
+def _own(measurable: Measurable, files: Sequence[Line], listener: Listener) -> list[Line]:
+    """Leave out the files in a compression's folder that do not hold its model, as one does that was patched; each is noted."""
+    from fleetune.deploy.checkpoint import open_checkpoint
+    from fleetune.deploy.formats import gguf
+
+    subject = measurable.subject
+    if not isinstance(subject, Compressed) or not files:
+        return list(files)
+    model, own = open_checkpoint(subject.model), list[Line]()
+    for line in files:
+        try:
+            holds = gguf.holds(Path(line.path), model)
+        except FleetuneError:  # not readable as a GGUF file
+            holds = False
+        if holds:
+            own.append(line)
+            continue
+        hint = hint_with_undo(line.path, f"measure it as a model of its own: {command('measure', line.path)}")
+        listener.note(
+            f"{line.name} is left out: it does not hold what fleetune export writes of {subject.argument} ({hint})"
+        )
+    return own
 
 
 def _of_run(run: Run, *, offline: bool) -> tuple[tuple[Line, Line], Path]:
