@@ -93,7 +93,8 @@ def resume(
 ) -> TuneResult:
     """Resume a stopped run by its own recipe; return the result of a finished one.
 
-    With more `rounds` than it has it goes on until it has as many, finished or not; UsageError where it cannot.
+    With more `rounds` than it has it goes on until it has as many, finished or not; UsageError, with nothing written,
+    where it cannot.
     `base` is where the base's weights are from now on, which changes no bit of the result.
     A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
     """
@@ -120,6 +121,7 @@ def resume(
         if not any(round for round, _ in rundir.checkpoints(path)):  # no round tells how long one takes
             job = timed(job)
         if recipe.rounds != had:
+            foundations.check(job, path, longer=True)  # a refusal leaves a finished run as it is
             extension.write(job.recipe, folder)
         return TuneResult(path.absolute(), tune(job, folder, listener, fleets))
 
