@@ -49,7 +49,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("names", metavar="RUN", nargs="*", help="a path, a name, a number, or latest")
     sub.add_argument(
-        "--force", action="store_true", help="rm: also what another run or compression was made from, which stays"
+        "--force",
+        action="store_true",
+        help="rm: also what another run or compression was made from, which stays",
     )
 
 
