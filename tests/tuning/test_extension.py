@@ -18,7 +18,7 @@ from fleetune.cli.main import main
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import events as kinds
 from fleetune.runs import metrics, report, rundir
-from fleetune.tuning import extension, rates
+from fleetune.tuning import extension, prepare, rates
 from fleetune.tuning import recipe as recipes
 
 FEW: dict[str, Any] = {
@@ -251,6 +251,27 @@ def test_a_refusal_writes_nothing(
     assert f"{what} have the digest" in err
     assert "rounds =" not in err, "the number of rounds is what was asked for"
     assert files_of(run.folder) == before
+
+
+@pytest.mark.parametrize(("more", "left"), [((), 0), (("--rounds", "4"), 3)])
+def test_a_dry_run_states_the_time_of_the_rounds_that_are_left(
+    more: tuple[str, ...], left: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tuned(1)
+    before = files_of(run.folder)
+    assert main(["tune", "--resume", "1", *more, "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert f"goes on after round 1 of {1 + left}" in err
+    assert f"{left} rounds × 2 clients" in err or not left
+    if left:
+        as_many = recipes.make(recipes.read(run.folder / "run.toml") | {"rounds": left})
+        assert found["steps"] == prepare.dry_run(as_many, offline=True).steps
+    else:
+        assert "steps" not in found
+    assert files_of(run.folder) == before
+    changed_base()
+    assert main(["tune", "--resume", "1", *more, "--dry-run"]) == 2, "what would be refused is"
 
 
 def files_of(run: Path) -> dict[str, bytes]:
