@@ -405,3 +405,14 @@ def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys
     assert main(["eval", "latest", "third.jsonl", "--device", "cpu"]) == 2
     assert "has no column 'ask' to read as prompt" in capsys.readouterr().err
     assert main(["eval", "tiny", "more.jsonl", *mapping, "--tasks", "loss", "--device", "cpu"]) == 0
+
+
+def test_the_help_says_no_more_of_the_model_than_holds_here(capsys: pytest.CaptureFixture[str]) -> None:
+    told = {}
+    for command in (["data"], ["tune"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        told[command[0]] = " ".join(capsys.readouterr().out.split())
+    assert "compressed model" not in told["data"]
+    assert "whose tokens lengths are counted in" in told["data"]
+    assert "with train = scales or codes also a compressed model" in told["tune"]

@@ -308,6 +308,40 @@ def test_a_compressed_run_is_tuned_on_and_measured(at: Path, monkeypatch: pytest
     assert losses == pytest.approx([second.done.base["loss"], second.done.tuned["loss"]], rel=1e-4)
 
 
+def test_what_a_run_was_tuned_from_stays_unless_it_is_forced(
+    at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that `tune` wrote beside a compression, and a model that was exported from a run."""
+    run = tuned(CODES)
+    plain: dict[str, Any] = {"method": "fedit", "settings": {"r": 2, "lr": 1e-3, "steps": 1}, **FEW}
+    other = fleetune.tune("tiny", "rows.jsonl", **plain)
+    said("export", "3", "--to", "hf")
+    onward = fleetune.tune(f"{other.folder}/hf", "rows.jsonl", **plain)
+    names = [Path("runs") / r.folder.name for r in (run, other, onward)]
+    for number, needing in (("1", names[0]), ("3", names[2])):
+        err = said("runs", "rm", number, code=2)
+        assert f"is needed by {needing}: made from it" in err
+        assert f"{needing}   or it alone, with --force" in err
+    inside = at / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)  # run.toml names the files as they are seen from where the run was started
+    assert "0002-mezo" in said("runs", "rm", "1", "--out", "../runs", code=2)
+    monkeypatch.chdir(at)
+    said("runs", "rm", "1", str(names[0]))
+    said("runs", "rm", "3", "--force")
+    assert [p.name for p in sorted(Path("runs").glob("0*"))] == [names[2].name]
+    said("runs", "rm", "4")  # its base is gone
+
+
+def test_a_run_of_a_sweep_needs_its_base_too(at: Path) -> None:
+    done = fleetune.sweep(
+        CODES, "rows.jsonl", method="mezo", settings={"tau": 2}, vary={"lr": [0.05]}, train="scales",
+        **{**FEW, "rounds": 1},
+    )  # fmt: skip
+    (run,) = (file.parent.name for file in done.folder.glob("*/run.toml"))
+    assert f"is needed by runs/{done.folder.name}/{run}: made" in said("runs", "rm", "1", code=2)
+
+
 def test_a_dry_run_and_a_sweep_take_it(at: Path) -> None:
     checked = said("tune", CODES, "rows.jsonl", *flags("mezo, scales"), "--dry-run")
     assert f"{FILE}, now written" in checked

@@ -266,6 +266,9 @@ BAD = {
     ),
     "too little text": (["compress", "{tiny}", *SMALL, "--text", "short.txt"], 2, "a window needs 16"),
     "no text file": (["compress", "{tiny}", *SMALL, "--text", "no.txt"], 2, "no text file at no.txt"),
+    "rows as text": (["compress", "{tiny}", *SMALL, "--text", "pairs.jsonl"], 2, "try: --data pairs.jsonl"),
+    "text as rows": (["compress", "{tiny}", *SMALL, "--data", "text.txt"], 2, "try: --text text.txt"),
+    "a binary file as rows": (["compress", "{tiny}", *SMALL, "--data", "binary.dat"], 2, "no reader for '.dat'"),
     "no eval text": (["compress", "{tiny}", *SMALL, "--eval-text", "no.txt"], 2, "no text file at no.txt"),
     "two texts": (["compress", "{tiny}", "--text", "text.txt", "--data", "demo"], 2, "both given"),
     "no windows": (["compress", "{tiny}", "--windows", "0"], 2, "windows = 0 is below 1"),
@@ -294,6 +297,8 @@ def test_bad_input_is_a_clear_error(
     if case == "an encoder":
         model = models.tiny_bert()
         models.save(model.net, model.tokenizer, bert)
+    Path("pairs.jsonl").write_text('{"prompt": "say a", "response": "a it is"}\n')
+    Path("binary.dat").write_bytes(bytes(range(256)))
     args, code, text = BAD[case]
     found, out, err = call(capsys, *[a.format(tiny=tiny, bert=bert) for a in args])
     assert found == code, err

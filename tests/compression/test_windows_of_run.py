@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from fleetune import models
 from fleetune.common.display import counted
 from fleetune.compression.jobs import windows
 from fleetune.compression.jobs.inputs import Inputs
+from fleetune.compression.layerwise import driver
 from fleetune.data.encode import Encoded
-from fleetune.errors import DataError
 from fleetune.evaluation.losses import row_perplexity
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.runs.listener import Silent
@@ -61,9 +62,45 @@ def test_what_is_measured_on_is_not_calibrated_on_and_follows_from_the_seed() ->
     assert 1 < measured["own_perplexity"] < 1000
 
 
-def test_rows_that_fill_no_window_are_refused() -> None:
-    with pytest.raises(DataError, match="the calibration text has 12 tokens"):
-        windows.of_run(asked(128), inputs_of(12), Silent())
+class Notes(Silent):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize(("tokens", "count", "own"), [(15, 128, 8), (12, 3, 3), (12, 1, 1), (0, 128, 8)])
+def test_where_the_rows_fill_no_window_all_are_written(tokens: int, count: int, own: int) -> None:
+    notes = Notes()
+    found, inputs = windows.of_run(asked(count), inputs_of(tokens), notes)
+    expected = driver.sampled_windows(inputs.model, LENGTH, own + windows.MEASURED, 42, batch=99)
+    assert torch.equal(found, expected[:own])
+    assert [tuple(row.ids) for row in inputs.own_text] == [tuple(w.tolist()) for w in expected[own:]]
+    assert inputs.source == f"{counted(own, 'window')} that the run's model wrote"
+    assert f"rows has {tokens} tokens, and a window needs {LENGTH}" in notes.said[0]
+    notes.said.clear()
+    filled, _ = windows.of_run(asked(count), inputs_of(LENGTH), notes)
+    assert torch.equal(filled[0], torch.arange(LENGTH)), "just one window"
+    assert not any("a window needs" in note for note in notes.said)
+
+
+def test_a_run_of_few_rows_is_compressed_with_the_usual_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    rows = [{"prompt": f"say {n}", "response": "so"} for n in range(8)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--method", "fedkseed", "--set", "K=4", "--set", "tau=1", "--set", "lr=1e-4", "--clients", "2"]
+    assert call(capsys, "tune", "tiny", "rows.jsonl", *flags, "--rounds", "1", "--held-out", "4")[0] == 0
+    code, events, err = call(capsys, "compress", "latest", "--set", "group=8")
+    assert code == 0, err
+    assert "tokens, and a window needs 512" in err
+    assert list(events[-1]["before"]) == ["loss", "own_perplexity"]
 
 
 def test_the_table_has_the_second_figure(

@@ -20,7 +20,7 @@ from fleetune.errors import FitError, ModelError, RecipeError
 from fleetune.models.model import Model
 from fleetune.tuning import estimate, eval_file, methods, per_client, prepare, validation
 from fleetune.tuning import recipe as recipes
-from fleetune.tuning.estimate import Estimate, advice, fitted, seconds_of
+from fleetune.tuning.estimate import Estimate, advice, evaluations_of, fitted, rest, seconds_of
 from fleetune.tuning.recipe import Recipe
 
 
@@ -264,3 +264,17 @@ def test_a_run_that_was_fitted_is_repeated_by_its_own_recipe(place: Path) -> Non
     assert written["within"] == ""
     assert written["rounds"] < 500
     assert fleetune.tune(recipes.make(written), offline=True).digest == run.digest
+
+
+@pytest.mark.parametrize(
+    ("done", "every", "evaluations"), [(4, 1, 6), (4, 3, 3), (3, 3, 3), (5, 0, 1), (9, 4, 1)]
+)
+def test_what_is_left_of_a_run(done: int, every: int, evaluations: int) -> None:
+    """The rounds after `done` of ten, their evaluations, and the answers of the end."""
+    whole = Estimate(10, 2, 10, 0.1, evaluations_of(10, every), 0.05, 20, 4, 1.0, 24, 0.5)
+    found = rest(whole, done, every)
+    told = [r for r in range(done + 1, 11) if r == 10 or (every and r % every == 0)]
+    assert found.evaluations == len(told) == evaluations
+    assert found.seconds == pytest.approx((10 - done) * 2 + evaluations * 0.05 + 4 + 12)
+    assert "4 answers of 1.0 s, 24 rows of clients" in found.text
+    assert rest(whole, 0, every) == whole

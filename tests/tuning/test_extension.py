@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fleetune.cli.main import main
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import events as kinds
 from fleetune.runs import metrics, report, rundir
-from fleetune.tuning import extension, rates
+from fleetune.tuning import extension, prepare, rates
 from fleetune.tuning import recipe as recipes
 
 FEW: dict[str, Any] = {
@@ -220,6 +221,66 @@ def test_what_cannot_be_longer_says_why_and_stays_as_it_is() -> None:
         fleetune.resume_run(short, rounds=3)
     assert rundir.status_of(short.folder) == "done"
     assert fleetune.resume_run(short).digest == digest
+
+
+def changed_base() -> None:
+    other = models.tiny_llama(seed=7)
+    models.save(other.net, other.tokenizer, "tiny")
+
+
+def changed_rows() -> None:
+    file = Path("rows.jsonl")
+    file.write_text(file.read_text().replace("say", "shout"))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(changed_base, "the base model"), (changed_rows, "the clients' rows")]
+)
+def test_a_refusal_writes_nothing(
+    change: Callable[[], None], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that the run stands on is compared before a run that is done is said to be unfinished."""
+    rows = [{"prompt": f"say {n}", "response": f"{n} it is"} for n in range(12)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = fleetune.tune("tiny", "rows.jsonl", method="fedit", settings=METHODS["fedit"], rounds=1, **FEW)
+    before = files_of(run.folder)
+    change()
+    assert main(["tune", "--resume", "1", "--rounds", "2"]) == 2
+    err = capsys.readouterr().err
+    assert "was begun with something else than there is now" in err
+    assert f"{what} have the digest" in err
+    assert "rounds =" not in err, "the number of rounds is what was asked for"
+    assert files_of(run.folder) == before
+
+
+@pytest.mark.parametrize(("more", "left"), [((), 0), (("--rounds", "4"), 3)])
+def test_a_dry_run_states_the_time_of_the_rounds_that_are_left(
+    more: tuple[str, ...], left: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tuned(1)
+    before = files_of(run.folder)
+    assert main(["tune", "--resume", "1", *more, "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert f"goes on after round 1 of {1 + left}" in err
+    assert f"{left} rounds × 2 clients" in err or not left
+    if left:
+        as_many = recipes.make(recipes.read(run.folder / "run.toml") | {"rounds": left})
+        assert found["steps"] == prepare.dry_run(as_many, offline=True).steps
+    else:
+        assert "steps" not in found
+    assert files_of(run.folder) == before
+    changed_base()
+    assert main(["tune", "--resume", "1", *more, "--dry-run"]) == 2, "what would be refused is"
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """Every file of a run, by its path in there, but the lock."""
+    return {
+        str(p.relative_to(run)): p.read_bytes()
+        for p in run.rglob("*")
+        if p.is_file() and p.name != rundir.LOCK
+    }
 
 
 def test_a_run_whose_patience_was_over_is_not_longer() -> None:

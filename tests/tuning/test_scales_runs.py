@@ -65,6 +65,15 @@ def test_what_cannot_train_scales_or_codes_is_refused_before_any_work(
     prepare.check(recipes.make(given))
 
 
+@pytest.mark.parametrize(("method", "train"), [("fedpetuning", "scales"), ("fedit", "weights")])
+def test_the_other_way_that_is_named_is_one_that_the_method_has(method: str, train: str) -> None:
+    given = {"model": "m.gguf", "data": "demo", "method": method, "train": "codes"}
+    with pytest.raises(RecipeError) as refused:
+        prepare.check(recipes.make(given))
+    assert refused.value.hint == f"--method mezo, or --train {train}"
+    prepare.check(recipes.make({**given, "train": train}))
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_a_model_without_blocks_is_refused(part: str, tmp_path: Path) -> None:
     model = models.tiny_llama()

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fleetune import recipes as named
@@ -32,8 +33,10 @@ def add(sub: argparse.ArgumentParser) -> None:
     add_some(sub, [name for name in recipes.fields() if name != "set"])
 
 
-def add_some(sub: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Add a flag for each of these fields of a recipe."""
+def add_some(
+    sub: argparse.ArgumentParser, names: Sequence[str], texts: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Add a flag for each of these fields of a recipe; `texts` say what some of them are here, by name."""
     group = sub.add_argument_group("recipe")
     declared = recipes.fields()
     for name in names:
@@ -43,7 +46,7 @@ def add_some(sub: argparse.ArgumentParser, names: Sequence[str]) -> None:
             f"--{name.replace('_', '-')}",
             dest=PREFIX + name,
             metavar=kind.__name__.upper(),
-            help=(text + shown).replace("%", "%%"),
+            help=(texts.get(name, text) + shown).replace("%", "%%"),
         )
     if "samples" in names:
         group.add_argument(

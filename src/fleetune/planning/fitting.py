@@ -155,7 +155,8 @@ class Search:
             yield Settings(method_name, work, peak, step["weights"], self.ram, self.train)
 
     def _nothing_fits(self, least: Settings) -> FitError:
-        flags = ", ".join(f"--{name}" for name in self.asked)
+        asked = {n: v for n, v in self.asked.items() if (n, v) != ("base", "mapped")}  # memory needs more
+        flags = ", ".join(f"--{name}" for name in asked)
         if not self.shrinks:
             hint = "fleetune plan MODEL --ram SIZE finds settings that need less"
         else:

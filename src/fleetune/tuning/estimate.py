@@ -66,6 +66,7 @@ class Estimate:
     answer: float = 0.0  # seconds
     client_rows: int = 0  # of all clients, whose loss is measured before the run and after it
     client_row: float = 0.0  # seconds
+    ends: int = 2  # how often there are answers and losses of each client: before the run and after it
 
     @property
     def training(self) -> float:
@@ -75,7 +76,7 @@ class Estimate:
     @property
     def around(self) -> float:
         """Seconds of what is done once before the rounds and once after them: answers, and the losses of each client."""
-        return 2 * (self.answers * self.answer + self.client_rows * self.client_row)
+        return self.ends * (self.answers * self.answer + self.client_rows * self.client_row)
 
     @property
     def seconds(self) -> float:
@@ -92,13 +93,27 @@ class Estimate:
             if self.steps < 10
             else f"{self.steps:,.0f} steps"
         )
-        more = f", {counted(2 * self.answers, 'answer')} of {_short(self.answer)}" if self.answers else ""
+        more = (
+            f", {counted(self.ends * self.answers, 'answer')} of {_short(self.answer)}"
+            if self.answers
+            else ""
+        )
         if self.client_rows:
-            more += f", {counted(2 * self.client_rows, 'row')} of clients of {_short(self.client_row)}"
+            more += (
+                f", {counted(self.ends * self.client_rows, 'row')} of clients of {_short(self.client_row)}"
+            )
         return (
             f"about {human_time(max(self.seconds, 0.1))}: {counted(self.rounds, 'round')} × {counted(self.clients, 'client')} × "
             f"{steps} of {_short(self.step)}, and {counted(self.evaluations, 'evaluation')} of {_short(self.evaluation)}{more}"
         )
+
+
+def rest(whole: Estimate, done: int, every: int) -> Estimate:
+    """Return the size and time of what is left of a run after `done` rounds; it is evaluated every so many."""
+    if not done:
+        return whole
+    left = evaluations_of(whole.rounds, every) - 1 - (done // every if every else 0)
+    return dataclasses.replace(whole, rounds=whole.rounds - done, evaluations=left, ends=1)
 
 
 def _short(seconds: float) -> str:

@@ -60,7 +60,10 @@ def checkpoint_rounds(run: Path) -> int:
 
 
 def write(recipe: Recipe, run: RunDir) -> None:
-    """Write the recipe's number of rounds into the checkpoints and run.toml of an open run; it is no longer finished."""
+    """Write the recipe's number of rounds into the checkpoints and run.toml of an open run; it is no longer finished.
+
+    Call it once all else is found to be as the run was begun with (`foundations.check`).
+    """
     run.status("interrupted")
     for _, file in rundir.checkpoints(run.path):
         try:

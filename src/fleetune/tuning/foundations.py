@@ -147,9 +147,14 @@ def recipe_of(run: Path, *, longer: bool = False) -> Recipe:
     return recipe
 
 
-def check(job: TuneJob, run: Path) -> StandsOn:
-    """What a job stands on; UsageError when its run was begun on another recipe, model or rows."""
+def check(job: TuneJob, run: Path, *, longer: bool = False) -> StandsOn:
+    """What a job stands on; UsageError when its run was begun on another recipe, model or rows.
+
+    With `longer` the number of rounds may differ.
+    """
     now, stated = of_job(job), stated_by(run)
+    if longer and stated is not None:
+        now = dataclasses.replace(now, recipe={**now.recipe, "rounds": stated.recipe.get("rounds")})
     differences = stated.differences(now) if stated is not None else []
     if differences:
         differences = _with_row(differences, run, job.split)

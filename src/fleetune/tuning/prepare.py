@@ -386,9 +386,14 @@ def dry_run(recipe: Recipe, *, offline: bool) -> TuneChecked:
     told: list[str] = []
     with stdin.borrowed(recipe.data) as source:
         job = prepare(dataclasses.replace(recipe, data=source), offline=offline, find=False, note=told.append)
+    return checked(job, [*job.about_rows(), *told, *job.about_time()])
+
+
+def checked(job: TuneJob, remarks: Sequence[str]) -> TuneChecked:
+    """Return what is said of a job that can be run."""
     found = job.estimate
     return TuneChecked(
-        clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held), cut=job.cut.longer,
-        remarks=[*job.about_rows(), *told, *job.about_time()], seconds=None if found is None else round(found.seconds, 3),
+        clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held), cut=job.cut.longer, remarks=remarks,
+        seconds=None if found is None else round(found.seconds, 3),
         steps=None if found is None else round(found.rounds * found.clients * found.steps),
     )  # fmt: skip

@@ -120,11 +120,12 @@ def of_blocks(
     train = f"train = {part}"
     found: list[tuple[str, str]] = []
     if method not in able[part]:
-        also = next((f", which has train = {other}" for other, those in able.items() if method in those), "")
+        other = next((other for other, those in able.items() if method in those), "")
+        also = f", which has train = {other}" if other else ""
         found.append(
             (
                 f"{train} is for {', '.join(able[part])}, not for {method}{also}",
-                f"--method {able[part][0]}, or --train weights",
+                f"--method {able[part][0]}, or --train {other or 'weights'}",
             )
         )
     elif (module := chosen.get("module", part)) != part:

@@ -19,12 +19,21 @@ from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
 from fleetune.errors import FleetuneError, Interrupted, StorageError, fault
 from fleetune.runs import env_file, metrics, rundir, sealed, tracking
-from fleetune.runs.events import ClientReply, Recorded, RoundEvaluated, TuneDone, as_dict, round_evaluated
+from fleetune.runs.events import (
+    ClientReply,
+    Recorded,
+    RoundEvaluated,
+    TuneChecked,
+    TuneDone,
+    as_dict,
+    round_evaluated,
+)
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning import (
     describe,
+    estimate,
     eval_file,
     extension,
     finished,
@@ -46,7 +55,7 @@ from fleetune.tuning.eval_file import EVALUATION
 from fleetune.tuning.fleets import OLDEST, Fleet
 from fleetune.tuning.methods import entry
 from fleetune.tuning.objects_to_files import data_name
-from fleetune.tuning.prepare import TuneJob, check, prepare, timed
+from fleetune.tuning.prepare import TuneJob, check, checked, prepare, timed
 from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.result import TuneResult, read
 from fleetune.tuning.save_result import ARTEFACTS, finish
@@ -93,19 +102,12 @@ def resume(
 ) -> TuneResult:
     """Resume a stopped run by its own recipe; return the result of a finished one.
 
-    With more `rounds` than it has it goes on until it has as many, finished or not; UsageError where it cannot.
+    With more `rounds` than it has it goes on until it has as many, finished or not; UsageError, with nothing written,
+    where it cannot.
     `base` is where the base's weights are from now on, which changes no bit of the result.
     A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
     """
-    recipe = places.recipe_of(path, longer=rounds > 0)
-    recipe = dataclasses.replace(recipe, base=base or recipe.base)
-    had = recipe.rounds
-    if rounds:
-        recipe = extension.longer(recipe, path, rounds)
-        had = extension.checkpoint_rounds(path) or had
-    places.check_code(recipe, path)
-    given_methods.check_known(recipe.method, path)
-    check(recipe)
+    recipe, had = _own_recipe(path, rounds, base)
     fleets.check(recipe)
     if recipe.rounds == had and is_done(path, listener.note):
         found = read(path)
@@ -120,8 +122,39 @@ def resume(
         if not any(round for round, _ in rundir.checkpoints(path)):  # no round tells how long one takes
             job = timed(job)
         if recipe.rounds != had:
+            foundations.check(job, path, longer=True)  # a refusal leaves a finished run as it is
             extension.write(job.recipe, folder)
         return TuneResult(path.absolute(), tune(job, folder, listener, fleets))
+
+
+def _own_recipe(path: Path, rounds: int, base: str) -> tuple[Recipe, int]:
+    """Return the recipe by which a run is resumed, checked, and how many rounds the run has; arguments as for `resume`."""
+    recipe = places.recipe_of(path, longer=rounds > 0)
+    recipe = dataclasses.replace(recipe, base=base or recipe.base)
+    had = recipe.rounds
+    if rounds:
+        recipe = extension.longer(recipe, path, rounds)
+        had = extension.checkpoint_rounds(path) or had
+    places.check_code(recipe, path)
+    given_methods.check_known(recipe.method, path)
+    check(recipe)
+    return recipe, had
+
+
+def check_resume(path: Path, *, offline: bool, rounds: int = 0, base: str = "") -> TuneChecked:
+    """Check all that `resume` checks of a simulated run, and return how long the rounds that are left take; write nothing."""
+    recipe, had = _own_recipe(path, rounds, base)
+    SIMULATED.check(recipe)
+    places.check_rows(recipe, path)
+    with _ONE_AT_A_TIME:
+        job = prepare(recipe, offline=offline, find=False, measure=False)
+        foundations.check(job, path, longer=recipe.rounds != had)
+        done = max((round for round, _ in rundir.checkpoints(path)), default=0)
+        remarks = [*job.about_rows(), f"goes on after round {done} of {recipe.rounds}"]
+        if done < recipe.rounds and (whole := timed(job).estimate) is not None:
+            left = estimate.rest(whole, done, recipe.eval_every)
+            job, remarks = dataclasses.replace(job, estimate=left), [*remarks, f"left: {left.text}"]
+        return checked(job, remarks)
 
 
 def _resumable(path: Path, fleets: Fleets) -> AbstractContextManager[None]:

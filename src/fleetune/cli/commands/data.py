@@ -16,6 +16,7 @@ from fleetune.tuning import recipe as recipes
 HELP = "look at rows before they are trained on: lengths, clients, duplicates, samples"
 ORDER = 25
 OPTIONS = ("model", "columns", "max_length", "partition", "clients", "held_out", "eval_data", "limit", "seed")
+MODEL = "hub id, HF directory, GGUF file, or a built-in name (fleetune models), whose tokens lengths are counted in"
 EXAMPLES = """\
 fleetune data check rows.jsonl --model smollm2-135m       lengths in tokens, and what max_length cuts
 fleetune data check rows.jsonl --columns prompt=question,response=answer
@@ -32,7 +33,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "data", metavar="DATA", help="as for `fleetune tune`: a file, a folder, a hub id, -, or 'demo'"
     )
-    recipe_flags.add_some(sub, OPTIONS)
+    recipe_flags.add_some(sub, OPTIONS, {"model": MODEL})
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

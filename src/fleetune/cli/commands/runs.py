@@ -16,7 +16,7 @@ from fleetune.cli.sharing import say_what_is_shared
 from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.files import storage_error, write_atomic
 from fleetune.common.shell import command, quoted
-from fleetune.errors import StorageError, UsageError
+from fleetune.errors import FleetuneError, StorageError, UsageError
 from fleetune.runs import compression_folder, report, rundir
 from fleetune.runs.compression_folder import RECORD
 from fleetune.runs.events import CompressionListed, RunListed, RunRemoved, SweepListed
@@ -26,6 +26,7 @@ from fleetune.tuning import recipe as recipes
 
 HELP = "list, show, compare or remove runs"
 ORDER = 120
+NEEDING = (f"*/{RECORD}", "*/run.toml", "*/*/run.toml")  # compressions, runs, and runs of a sweep
 VERBS = """\
 list (default)       runs, sweeps and compressions under --out
 show RUN ..          status and why, settings, results, cost; the report is written anew
@@ -48,7 +49,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("names", metavar="RUN", nargs="*", help="a path, a name, a number, or latest")
     sub.add_argument(
-        "--force", action="store_true", help="rm: also a run that something was compressed from, which stays"
+        "--force",
+        action="store_true",
+        help="rm: also what another run or compression was made from, which stays",
     )
 
 
@@ -264,8 +267,8 @@ def _check_needed(found: Sequence[Path], out: Path) -> None:
     """UsageError when something that stays needs one of these folders."""
     gone = {folder.resolve() for folder in found}
     for folder in found:
-        records = [*folder.resolve().parent.glob(f"*/{RECORD}"), *out.glob(f"*/{RECORD}")]
-        staying = {p.parent.resolve(): p.parent for p in records if p.parent.resolve() not in gone}
+        files = [p for at in (folder.resolve().parent, out) for kind in NEEDING for p in at.glob(kind)]
+        staying = {p.parent.resolve(): p.parent for p in files if p.parent.resolve() not in gone}
         needing = sorted(str(p) for p in staying.values() if folder.resolve() in _needs(p))
         if needing:
             raise UsageError(
@@ -275,7 +278,9 @@ def _check_needed(found: Sequence[Path], out: Path) -> None:
 
 
 def _needs(folder: Path) -> set[Path]:
-    """Return the folders that a compression was made from; of a stopped one also its teacher's."""
+    """Return the folders that a compression or a run was made from; of a stopped compression also its teacher's."""
+    if not (folder / RECORD).is_file():
+        return _holding(_base_of(folder))
     try:
         record = compression_folder.record(folder)
     except StorageError:  # a damaged record needs nothing
@@ -283,7 +288,23 @@ def _needs(folder: Path) -> set[Path]:
     teacher = "" if record.get("result") else record.get("set", {}).get("teacher", "")
     names = [record["model"], teacher] if teacher else [record["model"]]
     numbered = folder.parent.glob(f"{teacher.zfill(4)}-*") if teacher.isdigit() else []
-    paths = [*numbered, *(p for name in names for p in (Path(name), folder.parent / name))]
+    return _holding([*numbered, *(p for name in names for p in (Path(name), folder.parent / name))])
+
+
+def _base_of(run: Path) -> list[Path]:
+    """Return the file or folder of a run's base model, if it is there."""
+    from fleetune.tuning import places
+
+    try:
+        model = places.found_again(recipes.read(run / "run.toml"), run).get("model")
+    except FleetuneError:  # a damaged recipe needs nothing
+        return []
+    path = Path(model).expanduser() if isinstance(model, str) else None
+    return [path] if path is not None and path.exists() else []
+
+
+def _holding(paths: Sequence[Path]) -> set[Path]:
+    """Return these paths and all folders that they are in."""
     return {inside for p in paths for inside in (p.resolve(), *p.resolve().parents)}
 
 

@@ -19,7 +19,7 @@ from fleetune.common.display import counted, human_bytes, human_count, human_tim
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import metrics, rundir
-from fleetune.runs.events import ClientReply, Event, RoundDone, RoundEvaluated
+from fleetune.runs.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
@@ -67,18 +67,15 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
         path = rundir.find(args.resume, Path(args.out))
         recipe_flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
-        rounds = _more_rounds(args)
+        rounds, base = _more_rounds(args), recipe_flags.given(args).get("base", "")
         if args.dry_run:
-            from fleetune.tuning import extension, given_methods
+            from fleetune.tuning.run import check_resume
 
-            recipe = recipes.make(recipes.read(path / "run.toml"))
-            given_methods.check_known(recipe.method, path)
-            _check_only(extension.longer(recipe, path, rounds) if rounds else recipe, args, ui)
+            _say_checked(check_resume(path, offline=args.offline, rounds=rounds, base=base), ui)
             return
         with screen(ui, path) as shown:
             result = api.resume_run(
-                path, rounds=rounds, base=recipe_flags.given(args).get("base", ""), out=args.out, offline=args.offline,
-                listener=shown, tracker=args.tracker,
+                path, rounds=rounds, base=base, out=args.out, offline=args.offline, listener=shown, tracker=args.tracker,
             )  # fmt: skip
             finish(ui, result, resumed=True)
         return
@@ -160,7 +157,10 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
 
     recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
     recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
-    found = prepare.dry_run(recipe, offline=args.offline)
+    _say_checked(prepare.dry_run(recipe, offline=args.offline), ui)
+
+
+def _say_checked(found: TuneChecked, ui: Ui) -> None:
     ui.note(
         f"the recipe is good: {counted(found.clients, 'client')}, {counted(found.rows, 'row')}, {found.held_out} held out"
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune.common.display import counted, human_bytes
-from fleetune.errors import UsageError
+from fleetune.common.shell import quoted
+from fleetune.errors import DataError, UsageError
 from fleetune.runs.compression_folder import CLIENTS, FLEET, LOGITS, CompressRequest
 from fleetune.runs.listener import Listener
 
@@ -106,6 +107,39 @@ def load(request: CompressRequest, *, offline: bool) -> Inputs:
     examples = data.read(request.data, offline=offline) if request.data else []
     rows = encode_all(examples, model.tokenizer, request.length)[0] if examples else []
     return Inputs(model, rows, [], texts, request.data or request.text or "text of its own")
+
+
+def check_kinds(request: CompressRequest) -> None:
+    """Raise UsageError for rows that are given as text, and for text that is given as rows; the hint has the flag that fits.
+
+    Of rows the first is looked at; what cannot be read is told where it is read.
+    """
+    from fleetune.data import readers
+
+    text, rows = Path(request.text).expanduser(), Path(request.data).expanduser()
+    if request.text and text.suffix.lower() in readers.READERS:
+        first = next(readers.rows_of(text, request.text), None)
+        if isinstance(first, readers.FileRow) and "text" not in first.fields:
+            raise UsageError(
+                f"{request.text} holds rows without a field 'text' (there are: {', '.join(first.fields)}), and --text is plain "
+                "text",
+                hint=f"--data {quoted(request.text)}",
+            )
+    other = request.data and rows.is_file() and rows.suffix.lower() not in readers.READERS
+    if other and _is_text(rows):
+        raise UsageError(
+            f"{request.data} is plain text, and --data is rows in {', '.join(readers.READERS)}",
+            hint=f"--text {quoted(request.data)}",
+        )
+
+
+def _is_text(file: Path) -> bool:
+    from fleetune import data
+
+    try:
+        return bool(data.read_text(file))
+    except DataError:
+        return False
 
 
 def _of_run(request: CompressRequest, texts: Sequence[str], *, offline: bool) -> Inputs:

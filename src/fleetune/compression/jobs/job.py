@@ -109,6 +109,7 @@ def prepare(
         _check_whole(request)
     if isinstance(method, compression.Trainer):
         return distil.prepare(request, method, out, offline=offline)
+    inputs.check_kinds(request)
     if isinstance(method, compression.Pruner):
         return prune.prepare(request, method, listener, offline=offline)
     calibrating.check(request, method)

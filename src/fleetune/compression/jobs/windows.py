@@ -3,7 +3,7 @@
 
 A run's held-out rows are few and all of one kind.  Calibrated on them alone a model is good at rows like these and worse
 at everything else, and its loss on the other rows does not show it.  So a run is calibrated on its rows and on text that
-its model writes, and is measured on more of that text as well.
+its model writes, and is measured on more of that text as well.  Where the rows fill no window, that text stands alone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def windows(request: CompressRequest, inputs: Inputs, listener: Listener) -> Ten
 def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tuple[Tensor, Inputs]:
     """Return int64 [N, length], windows of a run's rows and of its model's text, and the inputs with more of that text.
 
-    At most half of the request's windows are the model's.  DataError when the rows do not fill one window.
+    At most half of the request's windows are the model's; all are where the rows do not fill one, and that is noted.
     """
     import numpy as np
     import torch
@@ -63,16 +63,25 @@ def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tupl
     from fleetune.data.encode import Encoded
 
     check_length(request, inputs)
-    own = min(OWN, request.windows // 2)
+    tokens = sum(len(row.ids) for row in inputs.rows)
+    filled = tokens >= request.length
+    own = min(OWN, request.windows // 2 if filled else request.windows)
     ids = [np.asarray(row.ids) for row in inputs.rows]
-    rows = driver.windows(ids, request.length, request.windows - own)
+    rows = [driver.windows(ids, request.length, request.windows - own)] if filled else []
+    if not filled:
+        listener.note(
+            f"{inputs.source} has {counted(tokens, 'token')}, and a window needs {request.length}: the model is calibrated on "
+            "text alone that it writes itself; a smaller --length takes the rows in, --data FILE or --text FILE gives more"
+        )
     listener.note(f"the model writes {own + MEASURED} windows of text: {MEASURED} of them are measured on")
     written = driver.sampled_windows(
         inputs.model, request.length, own + MEASURED, request.seed, batch=own + MEASURED
     )
-    source = f"{inputs.source}: {counted(len(rows), 'window')}, and {own} that its model wrote"
+    source = f"{counted(own, 'window')} that the run's model wrote"
+    if filled:
+        source = f"{inputs.source}: {counted(len(rows[0]), 'window')}, and {own} that its model wrote"
     text = [Encoded(ids=window, n_prompt=1) for window in written[own:].numpy()]
-    return torch.cat([rows, written[:own]]), replace(inputs, own_text=text, source=source)
+    return torch.cat([*rows, written[:own]]), replace(inputs, own_text=text, source=source)
 
 
 def of_clients(request: CompressRequest, inputs: Inputs, listener: Listener) -> dict[int, Tensor]:
