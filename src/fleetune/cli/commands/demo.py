@@ -46,8 +46,13 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     question, answer = _ask(Run(run.folder), file, offline=args.offline)
     ui.event(Answered(prompt=question, text=answer))
     ui.paths([
-        ("question", question), (f"{file.name} says", answer), ("next", f"fleetune serve {quoted(file)}"),
+        ("question", question), (f"{file.name} says", indented(answer)), ("next", f"fleetune serve {quoted(file)}"),
     ])  # fmt: skip
+
+
+def indented(text: str) -> str:
+    """Return a text whose lines stay lines where results are shown: a line break alone is shown as an escape."""
+    return text.replace("\n", "\n  ")
 
 
 def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
