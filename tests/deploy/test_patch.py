@@ -25,9 +25,9 @@ from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.sums import sha256
 from fleetune.deploy import patch, patch_make
 from fleetune.errors import Interrupted, LedgerError, ModelError, UsageError
-from fleetune.runs.listener import Silent
 from fleetune.tuning import finished
 from fleetune.tuning.methods import _zeroth
+from heard import Heard
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -239,23 +239,6 @@ def test_only_a_ledger_of_scales_makes_a_patch(file: Path) -> None:
         patch_make.make(file, ledger.with_check(1, "0" * 64))
 
 
-class Heard(Silent):
-    """A listener that writes down what it is told, and may ask to stop at a count."""
-
-    def __init__(self, stop_at: str = "") -> None:
-        self.notes, self.counts, self.stop_at = list[str](), list[tuple[str, int, int, str]](), stop_at
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
-        self.counts.append((what, done, total, text))
-
-    @property
-    def stop_requested(self) -> bool:
-        return self.counts[-1][0] == self.stop_at
-
-
 def test_a_listener_is_told_the_work_ahead_and_every_piece(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,12 +298,12 @@ def test_a_stop_changes_nothing(stop_at: str, file: Path, tmp_path: Path) -> Non
     made, before = patch_make.make(file, ledger_on(file)[0]), file.read_bytes()
     for out in (None, tmp_path / "new.gguf"):
         with pytest.raises(Interrupted, match="nothing was changed"):
-            patch.apply(file, made, out, Heard(stop_at))
+            patch.apply(file, made, out, Heard(stop_at=stop_at))
     assert file.read_bytes() == before
     patch.apply(file, made)
     after = file.read_bytes()
     with pytest.raises(Interrupted, match="nothing was changed"):
-        patch.undo(file, Heard(stop_at))
+        patch.undo(file, Heard(stop_at=stop_at))
     assert file.read_bytes() == after
     assert visible(file.parent) == ["m.gguf", "m.gguf.undo"]
     assert not (tmp_path / "new.gguf").exists()

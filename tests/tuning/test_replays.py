@@ -13,26 +13,11 @@ import pytest
 from fleetune import models
 from fleetune.errors import Interrupted, LedgerError
 from fleetune.models.model import Model
-from fleetune.runs.listener import Silent
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger
 from fleetune.tuning import finished
 from fleetune.tuning.methods import _zeroth
-
-
-class Heard(Silent):
-    def __init__(self, stop: bool = False) -> None:
-        self.notes, self.counts, self.stop = list[str](), list[tuple[str, int, int, str]](), stop
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
-        self.counts.append((what, done, total, text))
-
-    @property
-    def stop_requested(self) -> bool:
-        return self.stop
+from heard import Heard
 
 
 @pytest.fixture
