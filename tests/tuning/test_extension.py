@@ -234,7 +234,8 @@ def changed_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "what"), [(changed_base, "the base model"), (changed_rows, "the clients' rows")]
+    ("change", "what"),
+    [(changed_base, "the base model has"), (changed_rows, "the clients' rows have")],
 )
 def test_a_refusal_writes_nothing(
     change: Callable[[], None], what: str, capsys: pytest.CaptureFixture[str]
@@ -248,7 +249,7 @@ def test_a_refusal_writes_nothing(
     assert main(["tune", "--resume", "1", "--rounds", "2"]) == 2
     err = capsys.readouterr().err
     assert "was begun with something else than there is now" in err
-    assert f"{what} have the digest" in err
+    assert f"{what} the digest" in err
     assert "rounds =" not in err, "the number of rounds is what was asked for"
     assert files_of(run.folder) == before
 
