@@ -93,9 +93,8 @@ class StatesInTurn(HiddenStates):
                     continue
                 x = None
                 if self.dense and isinstance(y, Tensor):
-                    last = len({*found.readers}) == len(linears) + len(
-                        experts
-                    )  # so the pass goes on to the end
+                    # where no other layer is left, the pass goes on to the end
+                    last = len({*found.readers}) == len(linears) + len(experts)
                     with dense.in_place():
                         x = found.input_of(self.forward, number, self.dense[window], whole=last)
                     if found.output is not None:
