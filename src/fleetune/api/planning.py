@@ -71,7 +71,7 @@ def _blocks(name: str, train: str, out: Path) -> tuple[str, Mapping[str, int]]:
         from fleetune.deploy import tunable_file
 
         return str(found.model), tunable_file.scales_of(found, train)
-    if train in recipes.TRAIN_PARTS and name.endswith(".gguf"):
+    if train in recipes.TRAIN_PARTS and name.lower().endswith(".gguf"):
         from fleetune.planning import choose
 
         return name, choose.scales_of(name)

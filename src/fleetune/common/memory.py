@@ -26,8 +26,12 @@ NO_MEMORY: Final = (
     "failed to map segment",
 )
 M_TRIM_THRESHOLD: Final = -1  # of glibc's malloc.h
-OWN_LIMITS: Final = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 M_MMAP_THRESHOLD: Final = -3
+OWN_LIMITS: Final = (
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "GLIBC_TUNABLES",
+)  # in the environment
 LARGE: Final = 1 << 23  # smaller pieces are used again: the system clears what it hands out, which takes time
 KEPT: Final = 1 << 25  # bytes of them at the end of the heap that are not given back
 
@@ -91,8 +95,7 @@ def return_large_pieces() -> None:
     many tokens then leave holes that others do not fit: a llama of 1.07 B weights took 0.2 GB more for 16 x 64 tokens.
 
     Limits that the user has set in the environment stay.  What it keeps at the end of the heap is set as well: with the one
-    limit set, glibc leaves the other at 128 kB, and smaller pieces go back and forth too (a forward pass of 8 x 256 tokens took
-    20 % more time).
+    limit set, glibc leaves the other at 128 kB, and smaller pieces go back and forth too, which takes time.
     """
     if any(name in os.environ for name in OWN_LIMITS):
         return

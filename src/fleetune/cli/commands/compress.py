@@ -49,6 +49,32 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--list", nargs="?", const="all", metavar="METHOD", help="the methods with their settings"
     )
+    _add_calibration_arguments(sub)
+    _add_result_arguments(sub)
+    sub.add_argument(
+        "--eval-text",
+        help="plain text file: its perplexity before and after, and the KL divergence from the dense model on it",
+    )
+    sub.add_argument(
+        "--seed", type=int, help="seed of what a model writes, and of the order of rows (default 42)"
+    )
+    sub.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], help="type a model is loaded in (default fp32)"
+    )
+    sub.add_argument(
+        "--resume",
+        metavar="FOLDER",
+        help="continue a stopped one (a path, a number, or latest), as it was asked for",
+    )
+    sub.add_argument("--dry-run", action="store_true", help="check settings, model and text, then stop")
+    door_flags.add(
+        sub.add_argument_group("--calibrate fleet (with --resume too)"),
+        "the first block (default: those of the run)",
+    )
+
+
+def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
+    """Add what a method works on, and where and how it does."""
     sub.add_argument(
         "--data",
         help="calibrate or train on these rows (a run: every second held-out row of its own, and text that it writes)",
@@ -74,27 +100,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         default=None,
         help="solve a layer on inputs that have passed the compressed layers of its own block (GPTQ's option of that name); "
         "qronos always does",
-    )
-    _add_result_arguments(sub)
-    sub.add_argument(
-        "--eval-text",
-        help="plain text file: its perplexity before and after, and the KL divergence from the dense model on it",
-    )
-    sub.add_argument(
-        "--seed", type=int, help="seed of what a model writes, and of the order of rows (default 42)"
-    )
-    sub.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16"], help="type a model is loaded in (default fp32)"
-    )
-    sub.add_argument(
-        "--resume",
-        metavar="FOLDER",
-        help="continue a stopped one (a path, a number, or latest), as it was asked for",
-    )
-    sub.add_argument("--dry-run", action="store_true", help="check settings, model and text, then stop")
-    door_flags.add(
-        sub.add_argument_group("--calibrate fleet (with --resume too)"),
-        "the first block (default: those of the run)",
     )
 
 

@@ -3,7 +3,8 @@
 
 Each calibration window runs through the block up to the next layer that is to be solved, whose input is added to that layer's
 Hessian.  Then the layer is solved, its compressed weights are put in place, and the windows run up to the layer after it.  In all
-a window takes the time of about 2.3 passes through the block.  Only the hidden states in front of the block are kept.
+a window takes the time of somewhat more than two passes through a decoder's block.  Only the hidden states in front of the
+block are kept.
 
 For a solver that aims at the dense model's outputs (`Corrector`) the windows go through the dense model as well, with the
 block's dense weights in place for that moment.  With x the input of a layer there and y its input in the compressed model, the
