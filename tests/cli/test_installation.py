@@ -15,6 +15,7 @@ import pytest
 
 from fleetune.cli import completion
 from fleetune.cli import main as cli
+from fleetune.common.extras import pip_install
 from fleetune.common.version import __version__
 from fleetune.deploy import doctor
 from fleetune.deploy.serving import engines
@@ -81,11 +82,11 @@ def test_doctor_says_what_is_missing_and_the_pip_line(capsys, monkeypatch):
     extras = {extra["name"]: extra for extra in event["extras"]}
     assert code == 0
     assert extras["parquet"]["missing"] == ["pyarrow"]
-    assert extras["parquet"]["install"] == "pip install 'fleetune[parquet]'"
+    assert extras["parquet"]["install"] == pip_install("parquet")
     assert extras["new"]["missing"] == []
     assert "all" not in extras
     assert event["versions"]["numba"] == ""
-    assert "numba is not installed: pip install fleetune" in event["problems"]
+    assert f"numba is not installed: {pip_install()}" in event["problems"]
 
 
 def test_doctor_never_fails(capsys, monkeypatch):
@@ -228,7 +229,7 @@ def test_without_the_library_the_extra_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "argcomplete", None)
     code, _, err = call(capsys, "completion", "bash")
     assert code == 2
-    assert "pip install 'fleetune[completion]'" in err
+    assert pip_install("completion") in err
 
 
 # runs ---------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fleetune.common.extras import pip_install
 from fleetune.data import Example, read, read_text
 from fleetune.data.examples import row_of
 from fleetune.errors import DataError
@@ -484,7 +485,7 @@ def test_parquet_needs_pyarrow_and_parquet(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match="needs pyarrow") as caught:
         read(str(path))
-    assert caught.value.hint == "pip install 'fleetune[parquet]'"
+    assert caught.value.hint == pip_install("parquet")
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from deploy_harness import compressed, tiny
 
+from fleetune.common.extras import pip_install
 from fleetune.data import Encoded
 from fleetune.deploy import export
 from fleetune.deploy.measure import harness, llamacpp
@@ -171,4 +172,4 @@ def test_without_the_engine_what_to_install_is_said(monkeypatch: pytest.MonkeyPa
     assert not llamacpp.available()
     with pytest.raises(UsageError, match="not installed") as told:
         llamacpp.LlamaCpp(tmp_path / "a.gguf", 1)
-    assert told.value.hint == "pip install 'fleetune[llamacpp]'"
+    assert told.value.hint == pip_install("llamacpp")

@@ -16,6 +16,7 @@ from deploy_harness import tiny
 
 from fleetune import compression, models
 from fleetune.cli.main import main
+from fleetune.common.extras import pip_install
 from fleetune.compression.jobs import compressed_base
 from fleetune.compression.jobs.windows import MEASURED
 from fleetune.compression.layerwise import driver
@@ -312,7 +313,7 @@ def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
     monkeypatch.setattr(llamacpp, "MODULE", "no_such_engine")
     code, told, err = call(capsys, "measure", "a.gguf", *text, *FAST)
     assert (code, len(told[-1]["rows"])) == (0, 1)
-    assert "pip install 'fleetune[llamacpp]'" in err
+    assert pip_install("llamacpp") in err
 
 
 def test_a_kept_gain_stays_known_and_a_damaged_record_is_written_anew(
@@ -425,7 +426,7 @@ def test_a_runtime_that_is_not_there_is_named(
     monkeypatch.setattr(exported_perplexity, "ENGINES", {"llama.cpp": lacking})
     code, told, err = call(capsys, "export", "2", "--to", "gguf", "--path", "c.gguf", "--text", "text.txt")
     assert (code, told[-1]["runtime"]) == (0, None)
-    assert "not run: llama.cpp for gguf: pip install 'fleetune[llamacpp]'" in err
+    assert f"not run: llama.cpp for gguf: {pip_install('llamacpp')}" in err
 
 
 # ---------------------------------------------------------------- bad input

@@ -18,6 +18,7 @@ from family_harness import save
 from torch import Tensor
 
 from fleetune import models
+from fleetune.common.extras import pip_install
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import rounded
 from fleetune.deploy.export import export
@@ -286,11 +287,11 @@ def test_without_the_runtime_the_command_says_how_to_get_it(
     lacking = exported_perplexity.ENGINES["ONNX Runtime"]._replace(modules=("no_such_engine",))
     monkeypatch.setattr(exported_perplexity, "ENGINES", {"ONNX Runtime": lacking})
     monkeypatch.setattr(onnx_runtime, "MODULE", "no_such_engine")
-    want = "ONNX Runtime for onnx: pip install 'fleetune[onnx]'"
+    want = f"ONNX Runtime for onnx: {pip_install('onnx')}"
     assert exported_perplexity.obstacle("onnx", tmp_path) == want
     with pytest.raises(UsageError, match="ONNX Runtime is not installed") as told:
         onnx_runtime.OnnxRuntime(tmp_path, threads=1)
-    assert told.value.hint == "pip install 'fleetune[onnx]'"
+    assert told.value.hint == pip_install("onnx")
 
 
 # ---------------------------------------------------------------- the runtime itself

@@ -16,6 +16,7 @@ from family_harness import save
 from torch import Tensor
 
 from fleetune import models
+from fleetune.common.extras import pip_install
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import rounded
 from fleetune.deploy import targets
@@ -170,7 +171,7 @@ def test_without_the_package_the_command_says_how_to_get_it(
     assert targets.find("onnx").missing == []
     with pytest.raises(UsageError, match="pte cannot be written without executorch") as caught:
         export(tmp_path / "no model is looked for", "pte", tmp_path / "x")
-    assert caught.value.hint == "pip install 'fleetune[executorch]'"
+    assert caught.value.hint == pip_install("executorch")
 
 
 # ---------------------------------------------------------------- what the runner asks for

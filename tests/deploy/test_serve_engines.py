@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from serve_harness import Upstream, little_file, lives, running, stand_in, starts
 
 from fleetune import models
+from fleetune.common.extras import pip_install
 from fleetune.deploy import export
 from fleetune.deploy.serving import engines, openai_client, threads
 from fleetune.deploy.serving.engines import ENGINES, LaunchOptions
@@ -69,7 +70,7 @@ def test_auto_takes_the_first_that_is_installed(path, monkeypatch):
     assert engines.choose("auto").name == "transformers"
     with pytest.raises(UsageError, match="'xllamacpp' is not installed") as refused:
         engines.choose("xllamacpp")
-    assert refused.value.hint == "pip install 'fleetune[serve]'"
+    assert refused.value.hint == pip_install("serve")
     installed.discard("openai")
     with pytest.raises(UsageError, match="no engine is installed"):
         engines.choose("auto")

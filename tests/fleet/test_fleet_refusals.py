@@ -11,6 +11,7 @@ import pytest
 from test_loopback import FEDKSEED, folder, place
 
 from fleetune.cli.main import main
+from fleetune.common.extras import pip_install
 from fleetune.errors import FleetError, UsageError
 from fleetune.fleet import device as devices_module
 from fleetune.fleet import keys
@@ -96,7 +97,7 @@ def test_without_flower_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyP
     )
     with pytest.raises(UsageError) as caught:
         Served(Place())
-    assert "fleetune[fleet]" in str(caught.value.hint)
+    assert pip_install("fleet") in str(caught.value.hint)
 
 
 def test_a_port_in_use_and_a_second_process_of_a_device_are_refused(place: Path) -> None:

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve_harness import ask, error_of
 
 from fleetune.cli.main import main
+from fleetune.common.extras import pip_install
 from fleetune.errors import UsageError
 from fleetune.fleet import page, prometheus, status
 from fleetune.fleet.page import LivePage, PagePlace
@@ -149,7 +150,7 @@ def test_without_the_library_metrics_say_how_to_install_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(UsageError) as caught:
         prometheus.text(status.look(run))
-    assert "fleetune[fleet]" in str(caught.value.hint)
+    assert pip_install("fleet") in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from typing import Any, Final
 
 from fleetune.cli import recipe_flags, setting_flags, unknown
 from fleetune.common import setting_names
+from fleetune.common.extras import pip_install
 from fleetune.errors import UsageError
 
 SHELLS: Final = ("bash", "zsh", "fish")
-INSTALL: Final = "pip install 'fleetune[completion]'"
+INSTALL: Final = pip_install("completion")
 RUNS: Final = ("--resume", "RUN", "FILE|RUN")
 SUBJECTS: Final = ("RUN|FOLDER|MODEL", "FOLDER|RUN|MODEL", "RUN|MODEL")
 

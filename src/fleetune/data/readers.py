@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from fleetune.common.extras import pip_install
 from fleetune.errors import DataError, FleetuneError
 from fleetune.models.foreign import short_error
 
@@ -171,7 +172,7 @@ def _parquet(path: Path, shown: str) -> Iterator[FileRow | Problem]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(f"{shown}: Parquet needs pyarrow", hint="pip install 'fleetune[parquet]'") from error
+        raise DataError(f"{shown}: Parquet needs pyarrow", hint=pip_install("parquet")) from error
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

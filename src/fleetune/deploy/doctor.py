@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from fleetune.common import memory
+from fleetune.common.extras import pip_install
 from fleetune.common.version import __version__
 
 T = TypeVar("T")
@@ -167,7 +168,7 @@ def _extras() -> list[Extra]:
         if extra and name and name[0] != "fleetune" and extra[1] not in NOT_SHOWN:
             wanted.setdefault(extra[1], []).append(name[0])
     found = [
-        Extra(n, SERVES.get(n, ""), [p for p in ps if not _version(p)], f"pip install 'fleetune[{n}]'")
+        Extra(n, SERVES.get(n, ""), [p for p in ps if not _version(p)], pip_install(n))
         for n, ps in wanted.items()
         if ps
     ]
@@ -180,9 +181,9 @@ def _extras() -> list[Extra]:
 def _problems(found: Found) -> list[str]:
     """Return what stops work: a needed package that is missing, a cache that takes no file."""
     needed: list[Any] = [name for name in PACKAGES if name != "flwr" and not found.versions[name]]
-    said = [f"{name} is not installed: pip install fleetune" for name in needed]
+    said = [f"{name} is not installed: {pip_install()}" for name in needed]
     if not found.cache_writable:
         said.append(f"the cache {found.cache} cannot be written: set FLEETUNE_HOME to another folder")
     if not any(found.engines.values()):
-        said.append("no engine to serve with: pip install 'fleetune[serve]'")
+        said.append(f"no engine to serve with: {pip_install('serve')}")
     return said

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fleetune.common.extras import pip_install
 from fleetune.common.files import PRIVATE, storage_error, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
 
 DAYS: Final = 3650  # that a certificate is valid
-INSTALL: Final = "pip install 'fleetune[fleet]'"
+INSTALL: Final = pip_install("fleet")
 
 
 def fingerprint(pem: bytes) -> str:

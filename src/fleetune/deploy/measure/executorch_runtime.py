@@ -16,12 +16,13 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from fleetune.common.extras import pip_install
 from fleetune.deploy.formats._pte_program import Program, quiet
 from fleetune.deploy.measure.stepwise import Stepwise
 from fleetune.errors import ModelError, UsageError
 
 MODULE: Final = "executorch"
-INSTALL: Final = "pip install 'fleetune[executorch]'"
+INSTALL: Final = pip_install("executorch")
 
 
 class ExecuTorch(Stepwise):

@@ -17,11 +17,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from fleetune.common.extras import pip_install
 from fleetune.deploy.measure import cross_entropy
 from fleetune.errors import ModelError, UsageError
 
 MODULE: Final = "llama_cpp_py_sync"
-INSTALL: Final = "pip install 'fleetune[llamacpp]'"
+INSTALL: Final = pip_install("llamacpp")
 BATCH: Final = 512  # tokens at a time in a prefill: llama.cpp's own default
 SCORED: Final = 64  # positions whose logits are alive at a time: 13 MB of them for 49,152 pieces
 

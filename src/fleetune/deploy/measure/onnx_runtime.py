@@ -15,11 +15,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from fleetune.common.extras import pip_install
 from fleetune.deploy.measure.stepwise import Stepwise
 from fleetune.errors import ModelError, UsageError
 
 MODULE: Final = "onnxruntime"
-INSTALL: Final = "pip install 'fleetune[onnx]'"
+INSTALL: Final = pip_install("onnx")
 
 
 class OnnxRuntime(Stepwise):

@@ -33,10 +33,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
+from fleetune.common.extras import pip_install
 from fleetune.deploy.serving.openai_client import Address
 from fleetune.errors import FleetuneError, UsageError
 
-INSTALL: Final = "pip install 'fleetune[serve]'"
+INSTALL: Final = pip_install("serve")
 LOOPBACK: Final = "127.0.0.1"
 KEY: Final = "LLAMA_API_KEY"  # llama-server's own name for it
 START_SECONDS: Final = 600.0  # a large model from a slow card takes minutes

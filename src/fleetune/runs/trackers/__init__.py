@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from fleetune.common.extras import pip_install
 from fleetune.common.files import read_text, write_atomic
 from fleetune.common.registry import Registry
 from fleetune.common.settings import Value
@@ -87,7 +88,7 @@ def check(wanted: Iterable[str]) -> tuple[str, ...]:
         if importlib.util.find_spec(needs) is None:
             raise UsageError(
                 f"the tracker {member.name} needs the package {needs}, which is not installed",
-                hint=f"pip install 'fleetune[{member.name}]'" if own else f"pip install {needs}",
+                hint=pip_install(member.name) if own else f"pip install {needs}",
             )
         found.append(member.name)
     return tuple(found)
