@@ -249,6 +249,7 @@ def test_threads_are_measured_and_the_fastest_are_kept(at, capsys):
     rates = measured["tokens_per_second"]
     assert rates["1"] > 1.5 * rates["2"] > 0  # the stand-in sleeps twice as long with two
     assert "measured: 2 threads" in err
+    assert err.index("trying up to 2 threads") < err.index("measured: 1 thread")
     assert answer["text"] == "1:hello"
     assert not any(lives(start["pid"]) for start in starts(at / "bin"))
 

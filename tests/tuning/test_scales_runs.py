@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from deploy_harness import compressed, gguf_of, tiny
 
-from fleetune import api, models
+from fleetune import api, models, subject
 from fleetune.common.ggml import PARTS
+from fleetune.deploy.measure import harness, lines
 from fleetune.errors import LedgerError, RecipeError, UsageError
 from fleetune.seeds.code_view import CodeView
 from fleetune.seeds.ledger_head import LedgerHead
@@ -21,6 +22,7 @@ from fleetune.seeds.view import View
 from fleetune.tuning import finished, prepare
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import _zeroth
+from heard import Heard
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 ROWS = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
@@ -94,6 +96,27 @@ def test_a_compressed_model_whose_weights_are_to_be_trained_is_refused_with_what
     assert api.tune(
         str(folder), ROWS, method="mezo", train="scales", out=tmp_path / "runs", **{**FEW, "rounds": 1}
     ).folder.is_dir()
+
+
+def test_a_run_that_tuned_a_file_has_the_bits_of_that_file_and_compressing_it_is_said_to_round_again(
+    file: Path, tmp_path: Path
+) -> None:
+    options: Any = {"out": tmp_path / "runs", **FEW, "rounds": 1}
+    run = api.tune(str(file), ROWS, method="mezo", train="scales", **options)
+    plain = api.tune(str(file), ROWS, method="mezo", **options)
+    found = {
+        folder: lines.of(subject.Run(folder), offline=True).lines for folder in (run.folder, plain.folder)
+    }
+    base, tuned = found[run.folder]
+    assert harness.bits(base.weights) == harness.bits(tuned.weights) == harness.bits(file)
+    assert (base.bytes, tuned.bytes) == (file.stat().st_size, file.stat().st_size + run.path.stat().st_size)
+    assert harness.bits(found[plain.folder][0].weights).all == 32
+    for folder, said in ((run.folder, True), (plain.folder, False)):
+        heard = Heard()
+        api.compress(folder, method="rtn", out=tmp_path / "runs", listener=heard)
+        noted = "\n".join(heard.notes)
+        assert (f"{folder} tuned the scales of a file that is compressed already" in noted) == said
+        assert (f"fleetune export {folder} --to gguf" in noted) == said
 
 
 def test_eps_is_in_the_units_of_what_is_trained_unless_given() -> None:

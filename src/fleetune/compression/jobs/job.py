@@ -12,6 +12,7 @@ from fleetune import compression, subject
 from fleetune.common import settings, sums
 from fleetune.common.display import human_bytes
 from fleetune.common.files import resumable
+from fleetune.common.ggml import PARTS
 from fleetune.common.shell import quoted
 from fleetune.compression.jobs import budget, calibrating, progress, scales
 from fleetune.compression.jobs.contract import Devices, FileSize, Job
@@ -103,7 +104,9 @@ def prepare(
     method = compression.make(request.method, request.set)
     _check_grid(request, method)
     check(request)
-    if not request.run:
+    if request.run:
+        _note_codes(request, listener)
+    else:
         subject.open_weights(request.model, out)  # it may hold codes by now
     if isinstance(method, compression.Trainer | compression.Pruner):
         _check_whole(request)
@@ -234,6 +237,16 @@ def check(request: CompressRequest) -> None:
     for name in (request.text, request.eval_text):
         if name and not Path(name).is_file():
             raise UsageError(f"no text file at {name}", hint="check the path")
+
+
+def _note_codes(request: CompressRequest, listener: Listener) -> None:
+    """Say that the weights of a run which tuned a file of codes are rounded once more, and how the file is to be had."""
+    run = subject.Run(Path(request.model))
+    if (part := run.recipe.train) in PARTS:
+        listener.note(
+            f"{run.folder} tuned the {part} of a file that is compressed already; here its weights are rounded once more. For that "
+            f"file with nothing rounded: fleetune export {quoted(run.folder)} --to gguf"
+        )
 
 
 def _check_grid(request: CompressRequest, method: object) -> None:

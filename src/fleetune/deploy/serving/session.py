@@ -180,6 +180,9 @@ def _fastest(engine: Engine, model: Path, context: int, listener: Listener) -> i
     counts = threads.candidates(threads.cores())
     if len(counts) == 1:
         return 1
+    listener.note(
+        f"trying up to {counted(counts[-1], 'thread')}, since more can be slower; --threads N skips this"
+    )
 
     def rate(count: int) -> float:
         with engines.started(engine, model, count, context) as running, running.request():
