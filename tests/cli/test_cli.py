@@ -343,7 +343,9 @@ def test_a_round_whose_only_client_fails_leaves_the_model_and_the_run_goes_on(ti
         real(self, round, payload)
 
     monkeypatch.setattr(rundir.RunDir, "checkpoint", checkpoint)
-    assert call(capsys, "tune", *args, "--out", "stopped")[0] == 130
+    code, said, _ = call(capsys, "tune", *args, "--out", "stopped")
+    assert code == 130
+    assert events(said)[-1]["hint"] == "fleetune tune --resume stopped/0001-fedkseed-tiny", "stopped at once"
     monkeypatch.setattr(rundir.RunDir, "checkpoint", real)
     _, resumed, _ = call(capsys, "tune", "--resume", "latest", "--out", "stopped", "--json")
     assert events(resumed)[-1]["digest"] == events(out)[-1]["digest"]

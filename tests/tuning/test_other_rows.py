@@ -128,7 +128,7 @@ def test_a_run_of_an_earlier_version_states_no_rows_and_is_measured(
 
 
 @pytest.fixture
-def half(at: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+def half(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[], int]:
     """A sweep of which one of two runs is finished; what continues it."""
     tune = jobs.tune
     begun: list[object] = []
@@ -141,6 +141,7 @@ def half(at: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
     monkeypatch.setattr(jobs, "tune", once)
     assert main(["sweep", "sweep.toml"]) == 130
+    assert "resume: fleetune sweep --resume runs/0001-sweep-sweep\n" in capsys.readouterr().err
     return lambda: main(["sweep", "--resume", "latest"])
 
 

@@ -19,6 +19,7 @@ from fleetune.subject.reference import logits_of
 if TYPE_CHECKING:
     from fleetune.data import Example
     from fleetune.evaluation.harness_tasks import HarnessTasks
+    from fleetune.evaluation.losses import OnRows
 
 
 def evaluate(
@@ -101,6 +102,9 @@ class _Measuring:
         from fleetune.evaluation import harness_tasks, measures
         from fleetune.runs.events import evaluated
 
+        def told(what: str) -> OnRows:
+            return lambda done, total: heard.progress(what, done, total)
+
         where: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "offline": self.offline}
         with logits_of(
             dense, given[: self.limit], texts, heard, max_length=found.max_length, **where
@@ -111,12 +115,12 @@ class _Measuring:
             examples = every[: self.limit]
             values, rows = measures.evaluate(
                 loaded, examples, self.tasks, max_length=found.max_length, max_new_tokens=self.answer_tokens,
-                labels=self.labels, texts=texts,
+                labels=self.labels, texts=texts, told=told,
             )  # fmt: skip
-            values |= kept.compare(loaded).values() if kept else {}
+            values |= kept.compare(loaded, told("rows compared")).values() if kept else {}
         scores = of_harness.evaluate(loaded, limit=self.limit) if of_harness is not None else []
         # `loaded` is the base from here on
-        before = loading.base_losses(found, loaded, examples) if rows else None
+        before = loading.base_losses(found, loaded, examples, told) if rows else None
         heard.event(evaluated(
             found.argument, len(examples), values, of=len(every), max_length=found.max_length, rows_of=(before, rows),
             harness=scores,

@@ -15,10 +15,12 @@ from fleetune.runs.events import Event
 class ConsoleListener:
     """A `runs.listener.Listener` for jobs that count one thing at a time: blocks, steps, rows.
 
-    From the first count on, Ctrl-C asks the job to stop where it can be resumed; before that it ends the command.
+    From the first count on, Ctrl-C asks the job to stop where it can be resumed; before that, and where nothing `resumes`, it
+    ends the command.
     """
 
-    def __init__(self, ui: Ui, stack: ExitStack) -> None:
+    def __init__(self, ui: Ui, stack: ExitStack, *, resumes: bool) -> None:
+        self.resumes = resumes
         self.ui, self.stack, self.bars = ui, stack, stack.enter_context(ExitStack())
         self.interrupt: InterruptHandler | None = None
         self.what = ""
@@ -43,7 +45,7 @@ class ConsoleListener:
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
         """Move the bar of `what`; the bar of something else ends."""
-        if self.interrupt is None:
+        if self.resumes and self.interrupt is None:
             self.interrupt = self.stack.enter_context(InterruptHandler(self.ui))
         if self.bar is None or what != self.what:
             self.bars.close()
@@ -58,7 +60,7 @@ class ConsoleListener:
 
 
 @contextmanager
-def console_listener(ui: Ui) -> Iterator[ConsoleListener]:
-    """A listener on `ui` for the time of the block."""
+def console_listener(ui: Ui, *, resumes: bool = True) -> Iterator[ConsoleListener]:
+    """A listener on `ui` for the time of the block; `resumes`: whether the job can be resumed where it is stopped."""
     with ExitStack() as stack:
-        yield ConsoleListener(ui, stack)
+        yield ConsoleListener(ui, stack, resumes=resumes)

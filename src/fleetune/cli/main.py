@@ -75,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except SystemExit as error:
         return _told_of_exit(ui, error)
-    except KeyboardInterrupt:
-        ui.error(Interrupted("stopped"))
+    except KeyboardInterrupt as error:
+        # a job that can be resumed leaves the command as a note of the exception; the outermost one's is the last
+        ui.error(Interrupted("stopped", hint=[None, *getattr(error, "__notes__", [])][-1]))
         return 130
     except Exception as error:
         if not is_out_of_memory(error):

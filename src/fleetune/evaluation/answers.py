@@ -27,12 +27,14 @@ from fleetune.data.examples import Example
 from fleetune.data.labelled import encode_texts
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation.losses import (
+    OnRows,
     all_class_logits,
     all_row_losses,
     base_of,
     context_length,
     eval_mode,
     pad_id,
+    unheard,
 )
 from fleetune.models.encoders import MAX_LABELS
 from fleetune.models.model import Model
@@ -45,17 +47,21 @@ def generate(
     max_new_tokens: int = 128,
     batch_size: int = 8,
     max_length: int = 1 << 20,
+    on_rows: OnRows = unheard,
 ) -> list[str]:
     """Return the model's greedy answer to each example's prompt, without special tokens and outer white space.
 
     128 new tokens is FedKSeed's evaluation.  A prompt longer than `max_length`, or too long for the context less
-    `max_new_tokens`, is cut as `prompt_ids` does.  An encoder's answers are its label words.
+    `max_new_tokens`, is cut as `prompt_ids` does.  An encoder's answers are its label words.  `on_rows` is called after
+    each batch that a decoder has answered.
     """
     if model.labels:
         return predict(model, examples, batch_size=batch_size)
     room = max(1, min(max_length, context_length(model) - max_new_tokens))
     prompts = [prompt_ids(example, model.tokenizer, room) for example in examples]
-    return generate_from_ids(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return generate_from_ids(
+        model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, on_rows=on_rows
+    )
 
 
 def predict(
@@ -81,7 +87,12 @@ def require_text_model(model: Model, what: str) -> None:
 
 
 def generate_from_ids(
-    model: Model, prompts: Sequence[np.ndarray], *, max_new_tokens: int = 128, batch_size: int = 8
+    model: Model,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    on_rows: OnRows = unheard,
 ) -> list[str]:
     """Return the greedy continuation of each prompt (int ids [T], not empty) as text, in the order of the prompts.
 
@@ -91,7 +102,7 @@ def generate_from_ids(
     """
     require_text_model(model, "generation")
     config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **_ends(model))
-    return [decode_answer(model, ids) for ids in _continued(model, prompts, config, batch_size)]
+    return [decode_answer(model, ids) for ids in _continued(model, prompts, config, batch_size, on_rows)]
 
 
 def sample_from_ids(
@@ -123,7 +134,11 @@ def _ends(model: Model) -> dict[str, Any]:
 
 
 def _continued(
-    model: Model, prompts: Sequence[np.ndarray], config: GenerationConfig, batch_size: int
+    model: Model,
+    prompts: Sequence[np.ndarray],
+    config: GenerationConfig,
+    batch_size: int,
+    on_rows: OnRows = unheard,
 ) -> list[list[int]]:
     """Return what `config` makes the model write after each prompt, padding after its end included."""
     written: list[list[int]] = [[] for _ in prompts]
@@ -138,6 +153,7 @@ def _continued(
             out = generator.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             for i, row in zip(at, out[:, ids.shape[1] :].tolist(), strict=True):
                 written[i] = row
+            on_rows(start + len(at), len(order))
     return written
 
 

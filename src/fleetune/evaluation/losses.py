@@ -38,6 +38,8 @@ from fleetune.evaluation.head_loss import head_nll, logits_of, nll, tokens_a_pie
 from fleetune.evaluation.logit_changes import Change, Multiply, stated
 from fleetune.models.model import Model
 
+OnRows = Callable[[int, int], None]  # called with the rows that are done, and the number of all rows
+
 _UNKNOWN: Final[Change] = Multiply(math.nan)  # stands for a change that is none of `logit_changes`
 # nets that change the logits after their head, which was seen when they ran, and how
 _CHANGED: WeakKeyDictionary[nn.Module, Change] = WeakKeyDictionary()
@@ -214,12 +216,20 @@ def pad_id(model: Model) -> int:
     return 0
 
 
-def all_row_losses(model: Model, rows: Sequence[Encoded], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Compute `row_losses` of any number of rows."""
-    sums, counts = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+def unheard(done: int, total: int) -> None:
+    """Take no notice of how many rows are done."""
+
+
+def all_row_losses(
+    model: Model, rows: Sequence[Encoded], batch_size: int, on_rows: OnRows = unheard
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute `row_losses` of any number of rows; `on_rows` is called after each batch."""
+    sums, counts, done = np.zeros(len(rows)), np.zeros(len(rows), np.int64), 0
     give_back()  # what a training step or an answer left, so that this does not come on top of it
     for at, batch in _longest_first(model, rows, batch_size):
         sums[at], counts[at] = row_losses(model, batch)
+        done += len(at)
+        on_rows(done, len(rows))
     return sums, counts
 
 
@@ -258,13 +268,15 @@ def class_rows(
     return losses, logits.argmax(1) == targets
 
 
-def response_loss(model: Model, rows: Sequence[Encoded], *, batch_size: int = 8) -> float:
+def response_loss(
+    model: Model, rows: Sequence[Encoded], *, batch_size: int = 8, on_rows: OnRows = unheard
+) -> float:
     """Return the mean cross-entropy over all response tokens of `rows`, in nats.
 
     Token-weighted: a long answer counts for more than a short one, as in training.  DataError when there is
     no response token at all.
     """
-    return token_mean(*all_row_losses(model, rows, batch_size))
+    return token_mean(*all_row_losses(model, rows, batch_size, on_rows))
 
 
 def token_mean(sums: np.ndarray, counts: np.ndarray) -> float:
@@ -284,6 +296,7 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     batch_size: int = 1,
+    on_rows: OnRows = unheard,
 ) -> float:
     """Return exp(mean cross-entropy per token) of plain text, by windows of `window` tokens that move by `stride`.
 
@@ -297,7 +310,7 @@ def perplexity(
     rows = text_rows(model, texts, window=window, stride=stride)
     if not rows:
         raise DataError(f"no token to score in {counted(len(texts), 'text')}", hint="give a longer text")
-    return row_perplexity(model, rows, batch_size=batch_size)
+    return row_perplexity(model, rows, batch_size=batch_size, on_rows=on_rows)
 
 
 def text_rows(
@@ -314,9 +327,11 @@ def text_rows(
     return [row for text in texts for row in _windows(_text_ids(model, text), length, step)]
 
 
-def row_perplexity(model: Model, rows: Sequence[Encoded], *, batch_size: int = 1) -> float:
+def row_perplexity(
+    model: Model, rows: Sequence[Encoded], *, batch_size: int = 1, on_rows: OnRows = unheard
+) -> float:
     """Return exp(mean cross-entropy per scored token) of rows; each token after a row's "prompt" is scored."""
-    mean = response_loss(model, rows, batch_size=batch_size)
+    mean = response_loss(model, rows, batch_size=batch_size, on_rows=on_rows)
     return math.exp(mean) if mean < 700 else math.inf
 
 

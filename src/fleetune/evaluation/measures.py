@@ -22,7 +22,7 @@ from fleetune.data.plain_text import begun
 from fleetune.errors import RecipeError, closest
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import generate, label_accuracy, require_text_model
-from fleetune.evaluation.losses import all_row_losses, class_rows, perplexity, token_mean
+from fleetune.evaluation.losses import OnRows, all_row_losses, class_rows, perplexity, token_mean, unheard
 from fleetune.evaluation.scores import exact_match, rouge_l, token_f1
 from fleetune.models.model import Model
 
@@ -38,20 +38,22 @@ class _Work:
     max_new_tokens: int
     labels: Sequence[str]
     texts: Sequence[str]
+    told: Callable[[str], OnRows]
 
     @functools.cached_property
     def answers(self) -> tuple[list[str], list[str]]:
         """Return the model's answers and the references."""
         made = generate(
-            self.model, self.examples, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
-        )
+            self.model, self.examples, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
+            on_rows=self.told("answers"),
+        )  # fmt: skip
         return made, [example.response for example in self.examples]
 
     @functools.cached_property
     def losses(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the loss sums of the rows and their numbers of scored tokens."""
         rows, _ = encode_rows(self.model, self.examples, self.max_length)
-        return all_row_losses(self.model, rows, self.batch_size)
+        return all_row_losses(self.model, rows, self.batch_size, self.told("rows"))
 
 
 def _loss_task(work: _Work) -> float:
@@ -59,7 +61,8 @@ def _loss_task(work: _Work) -> float:
 
 
 def _perplexity_task(work: _Work) -> float:
-    return perplexity(work.model, work.texts or [example.response for example in work.examples])
+    texts = work.texts or [example.response for example in work.examples]
+    return perplexity(work.model, texts, on_rows=work.told("rows of the text"))
 
 
 def _accuracy_task(work: _Work) -> float:
@@ -117,6 +120,7 @@ def evaluate(
     answer_rows: int | None = None,
     labels: Sequence[str] = (),
     texts: Sequence[str] = (),
+    told: Callable[[str], OnRows] = lambda what: unheard,
 ) -> Evaluated:
     """Return task name -> value on held-out `examples`: loss in nats, perplexity, the rest in percent.
 
@@ -125,14 +129,15 @@ def evaluate(
     are no examples).  `answer_rows`: how many examples, from the first, are answered for rouge_l, f1 and
     exact_match (default: all; answers are the slow part).
     `labels`: the label words of "accuracy" (default: the different responses).  `texts`: what "perplexity"
-    reads (default: the responses).  RecipeError for an unknown task, DataError for rows that do not fit one.
+    reads (default: the responses).  `told` gives for what is counted ("rows", "answers") what is called after each batch.
+    RecipeError for an unknown task, DataError for rows that do not fit one.
     """
     of_rows = ("loss", "accuracy" if model.labels else "rouge_l") if examples or not texts else ()
     names = check_tasks(tasks or (*of_rows, *(["perplexity"] if texts else [])))
     for name in names:
         if name not in ("loss", "accuracy"):
             require_text_model(model, f"task '{name}'")
-    work = _Work(model, examples, max_length, batch_size, max_new_tokens, labels, texts)
+    work = _Work(model, examples, max_length, batch_size, max_new_tokens, labels, texts, told)
     answered = replace(work, examples=[begun(example) for example in examples[:answer_rows]])
     of_answers = {"rouge_l", "f1", "exact_match"}
     values = {name: TASKS[name](answered if name in of_answers else work) for name in names}

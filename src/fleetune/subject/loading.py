@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fleetune.common.shell import quoted
@@ -13,6 +13,7 @@ from fleetune.subject import Compressed, Plain, Run, Subject
 if TYPE_CHECKING:
     from fleetune.common.paired import RowLosses
     from fleetune.data import Example
+    from fleetune.evaluation.losses import OnRows
     from fleetune.models.model import Model
 
 
@@ -53,14 +54,16 @@ def load_with_rows(
     return model, rows
 
 
-def base_losses(subject: Subject, model: Model, examples: Sequence[Example]) -> RowLosses | None:
+def base_losses(
+    subject: Subject, model: Model, examples: Sequence[Example], told: Callable[[str], OnRows]
+) -> RowLosses | None:
     """Return the losses of rows under the base of a run, whose tuned `model` becomes that base; None for anything else."""
     from fleetune.evaluation import measures
 
     if not isinstance(subject, Run) or model.attachment is None:
         return None
     model.attachment.detach(model)
-    return measures.evaluate(model, examples, ["loss"], max_length=subject.max_length).rows
+    return measures.evaluate(model, examples, ["loss"], max_length=subject.max_length, told=told).rows
 
 
 def load_alone(

@@ -16,6 +16,7 @@ from fleetune.subject import Run, Subject, loading
 
 if TYPE_CHECKING:
     from fleetune.data import Example
+    from fleetune.evaluation.losses import OnRows
     from fleetune.evaluation.reference import Reference
 
 
@@ -40,7 +41,13 @@ def logits_of(
         return
     with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
         file = Path(folder) / "reference.npy"
-        kept = _write(subject, examples, texts, file, max_length, dtype, device, offline=offline)
+
+        def on_rows(done: int, total: int) -> None:
+            listener.progress("rows of the reference", done, total)
+
+        kept = _write(
+            subject, examples, texts, file, max_length, dtype, device, offline=offline, on_rows=on_rows
+        )
         size = human_bytes(file.stat().st_size)
         listener.note(
             f"{subject.argument} is the reference: {counted(kept.tokens, 'token')}, {size} of logits in {folder} until the end"
@@ -58,6 +65,7 @@ def _write(
     device: str,
     *,
     offline: bool,
+    on_rows: OnRows,
 ) -> Reference:
     from fleetune.data.encode import encode_all
     from fleetune.evaluation import kl_divergence, reference
@@ -70,4 +78,4 @@ def _write(
     rows = text_rows(model, texts) if texts else encode_all(examples, model.tokenizer, max_length)[0]
     if not reference.scored(rows):
         raise DataError("there is no token to compare", hint="give rows with an answer, or a longer text")
-    return reference.keep(model, rows, file, kl_divergence.TEMPORARY)
+    return reference.keep(model, rows, file, kl_divergence.TEMPORARY, on_rows)

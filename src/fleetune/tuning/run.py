@@ -211,6 +211,8 @@ def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULAT
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         if isinstance(error, Interrupted):
             error.hint = error.hint or f"fleetune tune --resume {quoted(run.path)}"
+        elif isinstance(error, KeyboardInterrupt):
+            error.add_note(f"fleetune tune --resume {quoted(run.path)}")
         try:
             run.log(f"stopped: {type(error).__name__}: {error}")
             why = fault(error) if isinstance(error, SystemExit) else str(error)

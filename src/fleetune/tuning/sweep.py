@@ -232,6 +232,8 @@ def run(folder: RunDir, grid: SweepGrid, watch: Watch, *, offline: bool = False)
             if not had:
                 write_page(folder.path, grid)
     except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(resume_command(folder.path))
         folder.status(
             "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else f"failed: {error}"
         )

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     tasks = [t.strip() for t in (args.tasks or "").split(",") if t.strip()]
     if args.tasks is not None and not tasks:
         raise RecipeError(["--tasks names no task"], hint="fleetune eval --help")
-    with console_listener(ui) as listener:
+    with console_listener(ui, resumes=False) as listener:
         api.evaluate(
             args.model, args.data, tasks=tasks, columns=args.columns, limit=args.limit, text=args.text,
             answer_tokens=args.answer_tokens, task_files=args.task_files, labels=args.labels or "", reference=args.reference,

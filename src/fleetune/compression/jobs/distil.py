@@ -118,10 +118,10 @@ def _train(listener: Listener, job: DistilJob, folder: Path) -> Outcome:
     from fleetune.common.memory import peak_rss
 
     began, teacher = time.monotonic(), job.teacher
-    of_teacher = job.inputs.measure(teacher)
+    of_teacher = job.inputs.measure(teacher, listener, folder)
     student = job.trainer.student(job.inputs.model)
     with job.inputs.reference(teacher, folder, listener) as reference:
-        before = _measure(job, student, reference)
+        before = _measure(listener, job, folder, student, reference)
         listener.event(CompressStart(
             **asdict(job.request), folder=str(folder), before=before, teacher=of_teacher, planned=job.memory
         ))  # fmt: skip
@@ -130,7 +130,7 @@ def _train(listener: Listener, job: DistilJob, folder: Path) -> Outcome:
         written = folder / "model"
         models.save(student.net, student.tokenizer, written, card=_card(job))
         sums.write(written)
-        after = _measure(job, student, reference)
+        after = _measure(listener, job, folder, student, reference)
     done = {
         "before": before, "after": after, "teacher": of_teacher, "bytes": compression_folder.size(written),
         "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
@@ -142,8 +142,10 @@ def _train(listener: Listener, job: DistilJob, folder: Path) -> Outcome:
     })  # fmt: skip
 
 
-def _measure(job: DistilJob, student: Model, reference: Reference | None) -> dict[str, float]:
-    found, rows = job.inputs.measure(student, reference), job.inputs.held_out
+def _measure(
+    listener: Listener, job: DistilJob, folder: Path, student: Model, reference: Reference | None
+) -> dict[str, float]:
+    found, rows = job.inputs.measure(student, listener, folder, reference), job.inputs.held_out
     return found | ({"divergence": job.trainer.distance(student, job.teacher, rows)} if rows else {})
 
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 from fleetune.common.display import counted, human_bytes
 from fleetune.common.shell import quoted
+from fleetune.compression.jobs import progress
 from fleetune.errors import DataError, UsageError
 from fleetune.runs.compression_folder import CLIENTS, FLEET, LOGITS, CompressRequest
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from fleetune.data import Encoded, Example
+    from fleetune.evaluation.losses import OnRows
     from fleetune.evaluation.reference import Reference
     from fleetune.models.model import Model
     from fleetune.tuning.recipe import Recipe
@@ -63,7 +65,8 @@ class Inputs:
             return
         file = folder / LOGITS
         try:
-            found = reference.keep(model, rows, file)
+            on_rows = progress.row_reporter(listener, folder, "rows of the reference")
+            found = reference.keep(model, rows, file, on_rows=on_rows)
             listener.note(
                 f"{counted(found.tokens, 'token')} to compare by: {human_bytes(file.stat().st_size)} of logits, on the disk "
                 "until the end"
@@ -72,17 +75,29 @@ class Inputs:
         finally:
             file.unlink(missing_ok=True)
 
-    def measure(self, model: Model, reference: Reference | None = None) -> dict[str, float]:
+    def measure(
+        self, model: Model, listener: Listener, folder: Path, reference: Reference | None = None
+    ) -> dict[str, float]:
         """Measure a model: loss on the held-out rows, perplexity of its own text and of the text, where there are any.
 
-        With a `reference` also how far its next-token distributions are from that model's.
+        With a `reference` also how far its next-token distributions are from that model's.  Interrupted on Ctrl-C; `folder`
+        is the job's, for the command that resumes it.
         """
         from fleetune.evaluation.losses import perplexity, response_loss, row_perplexity
 
-        found = {"loss": response_loss(model, self.held_out)} if self.held_out else {}
-        found |= {"own_perplexity": row_perplexity(model, self.own_text)} if self.own_text else {}
-        found |= {"perplexity": perplexity(model, self.texts)} if self.texts else {}
-        return found | (reference.compare(model).values() if reference else {})
+        def told(what: str) -> OnRows:
+            return progress.row_reporter(listener, folder, what)
+
+        found = {"loss": response_loss(model, self.held_out, on_rows=told("rows"))} if self.held_out else {}
+        if self.own_text:
+            found["own_perplexity"] = row_perplexity(
+                model, self.own_text, on_rows=told("rows of its own text")
+            )
+        if self.texts:
+            found["perplexity"] = perplexity(model, self.texts, on_rows=told("rows of the text"))
+        if reference:
+            found |= reference.compare(model, told("rows compared")).values()
+        return found
 
 
 def load(request: CompressRequest, *, offline: bool) -> Inputs:

@@ -190,6 +190,9 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
         except Interrupted as stopped:
             stopped.hint = stopped.hint or progress.resume_command(folder)
             raise
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(progress.resume_command(folder))
+            raise
         result = {**outcome.done, "result_sha256": sums.sealed(folder / "model", compression_folder.RECORD)}
         compression_folder.finish(folder, request, result)
     done = CompressDone(folder=str(folder), **result)
@@ -244,8 +247,8 @@ def _note_codes(request: CompressRequest, listener: Listener) -> None:
     run = subject.Run(Path(request.model))
     if (part := run.recipe.train) in PARTS:
         listener.note(
-            f"{run.folder} tuned the {part} of a file that is compressed already; here its weights are rounded once more. For that "
-            f"file with nothing rounded: fleetune export {quoted(run.folder)} --to gguf"
+            f"{run.folder} tuned the {part} of a file that is compressed already; here its weights are rounded once more. For "
+            f"that file with nothing rounded: fleetune export {quoted(run.folder)} --to gguf"
         )
 
 

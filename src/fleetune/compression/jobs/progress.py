@@ -20,6 +20,7 @@ from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from fleetune.compression.layerwise.blocks import BlockResult
+    from fleetune.evaluation.losses import OnRows
     from fleetune.models.model import Model
 
 
@@ -48,6 +49,19 @@ def step_reporter(listener: Listener, folder: Path, what: str) -> OnStep:
             raise Interrupted(f"stopped after step {step}; it is kept", hint=resume_command(folder))
 
     return on_step
+
+
+def row_reporter(listener: Listener, folder: Path, what: str) -> OnRows:
+    """Return a callback that counts the rows of a measurement, and raises Interrupted when a stop is requested."""
+
+    def on_rows(done: int, total: int) -> None:
+        listener.progress(what, done, total)
+        if listener.stop_requested:
+            raise Interrupted(
+                "stopped while the model was measured; finished work is kept", hint=resume_command(folder)
+            )
+
+    return on_rows
 
 
 def resume_command(folder: Path) -> str:

@@ -83,12 +83,12 @@ def _prune(listener: Listener, job: PruneJob, folder: Path) -> Outcome:
 
     began, inputs = time.monotonic(), job.inputs
     parameters, sizes = inputs.model.n_params, {"before": progress.weight_bytes(inputs.model)}
-    before = inputs.measure(inputs.model)
+    before = inputs.measure(inputs.model, listener, folder)
     listener.event(CompressStart(**asdict(job.request), folder=str(folder), before=before))
     with inputs.reference(inputs.model, folder, listener) as reference:
         pruned = _cut(listener, job, folder)
         _report(listener, parameters, pruned)
-        after = cut = inputs.measure(pruned, reference)
+        after = cut = inputs.measure(pruned, listener, folder, reference)
         trained = job.pruner.recover != "none"
         if trained:
             sizes["pruned"] = progress.weight_bytes(pruned)
@@ -97,7 +97,7 @@ def _prune(listener: Listener, job: PruneJob, folder: Path) -> Outcome:
         models.save(pruned.net, pruned.tokenizer, written, card=_card(job, pruned))
         sums.write(written)
         if trained:
-            after = inputs.measure(pruned, reference)
+            after = inputs.measure(pruned, listener, folder, reference)
     done = {
         "before": before, "pruned": cut, "after": after, "bytes": compression_folder.size(written),
         "parameters": {"before": parameters, "after": pruned.n_params},

@@ -325,14 +325,14 @@ def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
     from fleetune.models import artefact
 
     began, model = time.monotonic(), job.inputs.model
-    before = job.inputs.measure(model)
+    before = job.inputs.measure(model, listener, folder)
     request = asdict(job.request) | {"true_sequential": job.in_turn}
     listener.event(CompressStart(**request, folder=str(folder), before=before, planned=job.memory))
     with job.inputs.reference(model, folder, listener) as reference:
         found = solve(listener, job, folder, progress.resume_command(folder))
         written = folder / "model"
         artefact.write(written, model, found.weights, head(job))
-        after = _after(job.inputs, found.weights, reference)
+        after = _after(listener, job.inputs, folder, found.weights, reference)
     done = {
         "before": before, "after": after, "bytes": compression_folder.size(written),
         "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
@@ -354,7 +354,11 @@ def _traffic(listener: Listener, job: SolveJob) -> dict[str, int]:
 
 
 def _after(
-    inputs: Inputs, weights: Mapping[str, Quantised | Tensor], reference: Reference | None
+    listener: Listener,
+    inputs: Inputs,
+    folder: Path,
+    weights: Mapping[str, Quantised | Tensor],
+    reference: Reference | None,
 ) -> dict[str, float]:
     """Measure the compressed model.  Its weights take the place of the model's own, which are not needed any more."""
     from fleetune.common.memory import give_back
@@ -366,9 +370,9 @@ def _after(
     model = inputs.model
     if lazy := memory_of(model.net):
         lazy.changed = lambda name: dense(weights[name]) if name in weights else None
-        return inputs.measure(model, reference)
+        return inputs.measure(model, listener, folder, reference)
     for name in weights:
         own = model.net.get_parameter(name)
         own.data = dense(weights[name]).to(own)
     give_back()  # what the model's own weights leave behind
-    return inputs.measure(model, reference)
+    return inputs.measure(model, listener, folder, reference)
