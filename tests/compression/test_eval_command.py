@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from command_harness import call, tuned
+from command_harness import QUICK, ZEROTH, call, tuned
 
+import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 
@@ -74,3 +76,25 @@ def test_a_run_has_a_dtype_of_its_own(tiny: str, at: Path, capsys: pytest.Captur
     assert "no device named 'foo'" in capsys.readouterr().err
     for own in ([], ["--dtype", "fp32"]):
         assert call(capsys, "eval", "1", *LOSS, *own)[0] == 0
+
+
+def test_rows_that_were_trained_on_are_said_to_be(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"say {n}", "response": f"{n} it is"}) + "\n" for n in range(20))
+    )
+    assert call(capsys, "tune", tiny, "rows.jsonl", *QUICK, *ZEROTH)[0] == 0
+    assert call(capsys, "compress", "1", *RTN)[0] == 0
+    rows = Path("rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    held = fleetune.open("runs/0001-fedkseed-tiny").held_out()  # type: ignore[union-attr]
+    trained = len(rows) - len(held)
+    for subject in ("1", "2"):
+        said = f"{trained} of {len(rows)} rows were trained on in runs/0001-fedkseed-tiny"
+        assert said in call(capsys, "eval", subject, *LOSS)[2]
+    for given in ([], ["other.jsonl"]):
+        Path("other.jsonl").write_text(json.dumps({"prompt": "none of", "response": "those rows"}))
+        assert "trained on" not in call(capsys, "eval", "1", *given, "--tasks", "loss")[2]
+    assert "trained on" not in call(capsys, "eval", tiny, *LOSS)[2]
+    Path("rows.jsonl").rename("moved.jsonl")
+    assert call(capsys, "eval", "1", "moved.jsonl", "--tasks", "loss")[0] == 0, "nothing is known of them"

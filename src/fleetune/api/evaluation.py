@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, words
+from fleetune.common.display import counted
 from fleetune.errors import DataError, RecipeError, UsageError
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
-from fleetune.subject import Subject, loading
+from fleetune.subject import Compressed, Run, Subject, loading
 from fleetune.subject.reference import logits_of
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def evaluate(
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
     _check_labels(given[:limit], labels if "accuracy" in wanted else ())
     texts, compared = read_text(str(text)) if text else [], loading.rows_of(found, given, offline=offline)
+    if given:
+        _note_trained_on(found, given[:limit], heard, offline=offline)
     how = _Measuring(wanted, limit, answer_tokens, labels, dtype, device, base, offline)
     return how.measured(found, compared, texts, dense, of_harness, heard)
 
@@ -166,6 +169,18 @@ def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bo
             return read(file, offline=offline)
         except DataError:
             raise error from None
+
+
+def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *, offline: bool) -> None:
+    """Say how many rows the run behind a model has trained on: its values on them are no measure of anything else."""
+    from fleetune.tuning import finished
+
+    run = found.run if isinstance(found, Compressed) else found if isinstance(found, Run) else None
+    if run is not None and (count := finished.trained_on(run.folder, rows, offline=offline)):
+        heard.note(
+            f"{count:,} of {counted(len(rows), 'row')} were trained on in {run.folder}: values on them say little of other rows; "
+            "leave the rows out for those that it held out"
+        )
 
 
 def _check_labels(rows: Sequence[Example], labels: Sequence[str]) -> None:

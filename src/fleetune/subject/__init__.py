@@ -145,15 +145,15 @@ class Compressed:
     @property
     def max_length(self) -> int:
         """Tokens of a row at most: those of the run that it comes from, so that losses compare; else `ROW`."""
-        return self._run.max_length if self._run is not None else ROW
+        return self.run.max_length if self.run is not None else ROW
 
     @property
     def columns(self) -> str:
         """Which columns the rows of the run that it comes from were read from; "" for those of a form."""
-        return self._run.columns if self._run is not None else ""
+        return self.run.columns if self.run is not None else ""
 
     @cached_property
-    def _run(self) -> Run | None:
+    def run(self) -> Run | None:
         """The run that it comes from, where that is still there."""
         request = self.request
         if request is None or not request.run or not (Path(request.model) / "run.toml").is_file():

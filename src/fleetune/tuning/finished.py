@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from fleetune.common.ggml import PARTS
 from fleetune.common.shell import quoted
 from fleetune.common.undo import hint_with_undo
 from fleetune.data import Example
-from fleetune.errors import Interrupted, LedgerError, ModelError, UsageError
+from fleetune.errors import FleetuneError, Interrupted, LedgerError, ModelError, UsageError
 from fleetune.models import dtypes, unmerged
 from fleetune.models.model import Model, Pieces
 from fleetune.runs import env_file, rundir
@@ -116,6 +116,18 @@ def held_out(run: Path, *, offline: bool = False) -> list[Example]:
     parts = split(recipe, entry_of(run, recipe), offline=offline)
     foundations.check_rows(run, recipe, parts)
     return [parts.examples[i] for i in parts.held.tolist()]
+
+
+def trained_on(run: Path, rows: Sequence[Example], *, offline: bool = False) -> int:
+    """Return how many of `rows` the run trained on, by their words; 0 where its data cannot be read any more."""
+    recipe = recipe_of(run)
+    try:
+        parts = split(recipe, entry_of(run, recipe), offline=offline)
+    except FleetuneError:
+        return 0
+    held = set(parts.held.tolist())
+    own = {(row.messages, row.response) for i, row in enumerate(parts.examples) if i not in held}
+    return sum((row.messages, row.response) in own for row in rows)
 
 
 def base_of(
