@@ -70,7 +70,9 @@ class Family(Limits):
     options: Options = field(default_factory=dict)
     window: str = ""
     gelu: tuple[str, ...] = ()
-    names: tuple[tuple[str, str], ...] = ()  # parts of transformers' names of tensors, and of mlx-lm's: the first found counts
+    names: tuple[
+        tuple[str, str], ...
+    ] = ()  # parts of transformers' names of tensors, and of mlx-lm's: the first found counts
     absent: tuple[str, ...] = ()  # ends of transformers' names of parameters
     paired: bool = False  # rows of an expert's gate and up alternate in the model
     transposed: bool = False  # the model has the matrices of experts as [in, out]
@@ -144,11 +146,16 @@ def _lfm2_misfit(config: Any) -> str | None:
 
 
 def _granite_shared_fields(config: Any) -> dict[str, Any]:
-    """Return what makes a mixture with shared experts one of mlx-lm's class of hybrids, or of the class without any."""
+    """Return what makes it a model of mlx-lm's class of hybrids with attention in every block; without shared experts a granitemoe.
+
+    transformers, in which mlx-lm reads the tokenizer, checks a hybrid's Mamba widths, though no block has them.
+    """
     if config.shared_intermediate_size == 0:
         return {"model_type": "granitemoe"}
-    kinds = ["attention"] * config.num_hidden_layers
-    return {"model_type": "granitemoehybrid", "layer_types": kinds, "position_embedding_type": "rope"}
+    return {
+        "model_type": "granitemoehybrid", "layer_types": ["attention"] * config.num_hidden_layers,
+        "position_embedding_type": "rope", "mamba_expand": 1, "mamba_n_heads": 1, "mamba_d_head": config.hidden_size,
+    }  # fmt: skip
 
 
 def _gpt_oss_misfit(config: Any) -> str | None:
@@ -282,9 +289,10 @@ def misfit(config: Any) -> str | None:
 
 
 def fields(config: Any) -> dict[str, Any]:
-    """Return what config.json states for mlx-lm, under its names."""
+    """Return what config.json states for mlx-lm, under its names; nothing that transformers could not read back from it."""
     family = FAMILIES[config.model_type]
-    found = {key: value for key in STATED if (value := getattr(config, key, None)) is not None}
+    held = (key for key in STATED if not isinstance(getattr(type(config), key, None), property))
+    found = {key: value for key in held if (value := getattr(config, key, None)) is not None}
     if family.rotary:
         settings = dict(rope.settings(config))
         found["rope_theta"] = settings.pop("rope_theta")
