@@ -146,7 +146,7 @@ def _lfm2_misfit(config: Any) -> str | None:
 
 
 def _granite_shared_fields(config: Any) -> dict[str, Any]:
-    """Return what makes it a model of mlx-lm's class of hybrids with attention in every block; without shared experts a granitemoe.
+    """Return what makes it one of mlx-lm's hybrids, with attention in every block; without shared experts a granitemoe.
 
     transformers, in which mlx-lm reads the tokenizer, checks a hybrid's Mamba widths, though no block has them.
     """
