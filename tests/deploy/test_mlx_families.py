@@ -105,6 +105,26 @@ def test_what_a_family_has_no_place_for(family: str, changes: dict[str, Any], wh
     assert why in str(families.misfit(config(family, **changes)))
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "field", "value"),
+    [
+        (
+            "ernie4_5_moe",
+            {"moe_layer_end_index": -1},
+            "moe_layer_end_index",
+            3,
+        ),  # as published; to mlx-lm it is no block
+        ("qwen3_moe", {"head_dim": None}, "head_dim", 16),
+        ("qwen3_moe", {}, "num_experts", 5),
+        ("granitemoeshared", {"shared_intermediate_size": 0}, "model_type", "granitemoe"),
+    ],
+)
+def test_what_config_json_states_whatever_a_model_left_out(
+    family: str, changes: dict[str, Any], field: str, value: Any
+) -> None:
+    assert families.fields(config(family, **changes))[field] == value
+
+
 @pytest.mark.parametrize("case", bench.CASES)
 def test_what_is_written_is_not_refused(case: str) -> None:
     family, changes, _ = bench.CASES[case]
