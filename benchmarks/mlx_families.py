@@ -13,8 +13,8 @@ with the same compressed model:
     16 bits  as mlx-lm loads what was written: the grid ggml, in fp16 (not of experts without codes: mlx multiplies by those in
              fp32 alone on a processor)
 
-The first two must be at most `SAME`.  Those of a family whose GELU is the other one in mlx-lm, or whose embedding it scales
-by a number in bf16, may reach `NEAR`.
+The first two must be at most `SAME`.  Those of a family whose GELU is the other one in mlx-lm, whose embedding it scales by a
+number in bf16, or whose ramp of YaRN it rounds, may reach `NEAR`.
 
 `--facts` writes, for the first case of each family, the fields of config.json that mlx-lm reads, and the tensors of its model:
 what the test suite holds an export against where mlx-lm is not installed.
@@ -77,6 +77,10 @@ _LLAMA3: Final = _rope(
 )  # fmt: skip
 _YARN: Final = _rope(
     rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=32.0, beta_slow=1.0, truncate=True
+)  # fmt: skip
+_PUBLISHED_YARN: Final = _rope(  # gpt-oss-20b's
+    rope_type="yarn", rope_theta=150000.0, factor=32.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0,
+    truncate=False,
 )  # fmt: skip
 _LINEAR: Final = _rope(rope_type="linear", factor=3.0)
 _BIASES: Final = {"attention_bias": True, "mlp_bias": True}
@@ -214,6 +218,7 @@ CASES: Final[dict[str, Case]] = {
     ),
     "gpt_oss": Case("gpt_oss", _OSS),
     "gpt_oss, yarn": Case("gpt_oss", _OSS | _YARN),
+    "gpt_oss, yarn as published": Case("gpt_oss", _OSS | {"head_dim": 64} | _PUBLISHED_YARN, NEAR),
 }  # fmt: skip
 
 
