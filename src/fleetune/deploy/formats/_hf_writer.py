@@ -32,9 +32,6 @@ Layers = Callable[[str, Quantised | Tensor], Iterator[tuple[str, Quantised | Ten
 
 NO_FILES: Final[Mapping[str, str]] = MappingProxyType({})
 FILE: Final = "model.safetensors"
-EXPERTS_IN_16_BITS: Final = (
-    "experts are in 16 bits: the codes of {to} are of linear layers; GGUF and MLX hold theirs"
-)
 COMPANIONS: Final = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "chat_template*", "generation_config.json",
@@ -125,21 +122,25 @@ def write_codes(
     of_runtimes = write_folder(model, folder, tensors, config)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    more = of_rounding(rounded)
+    left = False  # whether codes of experts are
     with safe_open(folder / FILE, framework="pt") as file:
         for name in model.names:
             if (q := model.quantised(name)) is None:
                 continue
             if q.experts and not experts:
-                more.append(EXPERTS_IN_16_BITS.format(to=to))
+                left = True
                 continue
-            for layer, part in layers(name, q):
+            for tensor, part in layers(name, q):
                 assert isinstance(part, Quantised)
-                if not torch.equal(decode(file, layer.removesuffix(".weight"), part), part.dense()):
-                    raise damaged(
-                        folder / FILE, f"{layer.removesuffix('.weight')} does not decode to its weights"
-                    )
-    return report(model, folder, to, len(rounded), list(dict.fromkeys([*of_runtimes, *more, *notes])))
+                layer = tensor.removesuffix(".weight")
+                if not torch.equal(decode(file, layer, part), part.dense()):
+                    raise damaged(folder / FILE, f"{layer} does not decode to its weights")
+    more = of_rounding(rounded)
+    if left:
+        more.append(
+            f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF and MLX hold theirs"
+        )
+    return report(model, folder, to, len(rounded), [*of_runtimes, *more, *notes])
 
 
 def of_rounding(rounded: Collection[str]) -> list[str]:

@@ -72,7 +72,7 @@ class Family(Limits):
     gelu: tuple[str, ...] = ()
     names: tuple[
         tuple[str, str], ...
-    ] = ()  # parts of transformers' names of tensors, and of mlx-lm's: the first found counts
+    ] = ()  # parts of transformers' names, and mlx-lm's: the first found counts
     absent: tuple[str, ...] = ()  # ends of transformers' names of parameters
     paired: bool = False  # rows of an expert's gate and up alternate in the model
     transposed: bool = False  # the model has the matrices of experts as [in, out]
@@ -322,7 +322,7 @@ def layers(
     for name, part in parts(config, parameter):
         matrix, whole = not experts.is_bias(name), weight
         if family.transposed and of_experts and matrix and isinstance(weight, Tensor):
-            whole = weight.mT
+            whole = weight.mT.contiguous()
         order = part.order(tuple(whole.shape), matrix, family.paired)
         yield name, whole if order is None else _rows(whole, torch.from_numpy(order), part, name)
 

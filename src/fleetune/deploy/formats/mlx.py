@@ -10,9 +10,9 @@ A quantised layer NAME of shape [R, C] in groups of G columns (mlx.core.quantize
 The experts of a mixture are three such layers for a block, gate_proj, up_proj and down_proj, whose tensors have the experts as a
 dimension in front: [E, R, ..].
 
-Scales and biases are fp16 where every scale * zero of the model is exact in it (a zero in the middle of the codes, or scales
-of few bits: grids `ggml` and `universal`), else both are fp32, and mlx computes in fp32 then.  config.json names
-group and bits, and the layers that have others; a layer without scales (a router, the head) is a plain one to mlx-lm.
+Scales and biases are fp16 where every scale * zero of the model is exact in it (a zero in the middle of the codes, or scales of
+few bits: grids `ggml` and `universal`), else both are fp32, and mlx computes in fp32 then.  config.json names group and bits, and
+the layers that have others; a layer without scales (a router, the head) is a plain one to mlx-lm.
 
 What else mlx-lm needs of a family stands in `_mlx_families.py`.
 """
