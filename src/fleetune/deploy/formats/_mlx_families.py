@@ -10,7 +10,8 @@ of its own.  So a record states
     window      the field of a window that mlx-lm does not have: longer texts differ, which a note says
     gelu        the GELU of mlx-lm's code, where a configuration may have the other one; a note says when it has
     fields      what its class reads under names that transformers does not have
-    absent      parameters that its class does not have: a model where they are not 0 is refused
+    names       parts of transformers' names of tensors, and what mlx-lm has in their place; the first that is found counts
+    absent      how parameters end that its class does not have: a model where they are not 0 is refused
     misfit      what the two cannot say
 
 The experts of a mixture are a layer of their own for gates, ups and downs (`SwitchLinear`), which `layers` splits transformers'
@@ -70,10 +71,8 @@ class Family(Limits):
     options: Options = field(default_factory=dict)
     window: str = ""
     gelu: tuple[str, ...] = ()
-    names: tuple[
-        tuple[str, str], ...
-    ] = ()  # parts of transformers' names, and mlx-lm's: the first found counts
-    absent: tuple[str, ...] = ()  # ends of transformers' names of parameters
+    names: tuple[tuple[str, str], ...] = ()
+    absent: tuple[str, ...] = ()
     paired: bool = False  # rows of an expert's gate and up alternate in the model
     transposed: bool = False  # the model has the matrices of experts as [in, out]
     fields: Callable[[Any], Mapping[str, Any]] = lambda config: {}
