@@ -81,6 +81,7 @@ COLUMNS: Final[dict[str, Column]] = {
 SOLVERS: Final[dict[str, dict[str, Any]]] = {
     "rtn": {"group": 8},
     "optq": {"group": 8},
+    "qronos": {"group": 8},
     "sparsegpt": {},
     "llm-pruner": {"first": 0, "last": 0, "ratio": 0.5, "round_to": 8, "recover": "none"},
 }

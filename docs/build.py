@@ -126,7 +126,7 @@ WEIGHTS = (
     "full",
 )  # the columns that move a model's own weights
 ADAPTERS = ("lora", "adapter", "prefix", "prompt")
-COMPRESSORS = ("rtn", "optq", "sparsegpt", "llm-pruner")
+COMPRESSORS = ("rtn", "optq", "qronos", "sparsegpt", "llm-pruner")
 
 
 def formats_table(page: str) -> str:

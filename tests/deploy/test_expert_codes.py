@@ -83,7 +83,7 @@ def test_formats_of_linear_layers_hold_experts_in_16_bits(tmp_path: Path) -> Non
     for to in ("gptq", "compressed-tensors"):
         report = export(folder, to, tmp_path / to)
         assert (
-            f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF holds theirs"
+            f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF and MLX hold theirs"
             in report.notes
         )
         stored = load_file(report.path / "model.safetensors")

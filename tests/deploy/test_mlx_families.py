@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are no package of the wheel
@@ -50,6 +50,7 @@ def test_what_mlx_lm_reads_of_a_family(family: str, tmp_path: Path) -> None:
     facts = FACTS[family]
     assert {name: said.get(name, "missing") for name in facts["read"]} == facts["read"]
     assert [name for name in facts["missing"] if name in said] == []
+    AutoTokenizer.from_pretrained(path)  # as mlx-lm reads it, which has transformers check config.json
     with safe_open(path / "model.safetensors", framework="pt") as file:
         assert sorted({bench.block_free(name) for name in file.keys()}) == facts["tensors"]  # noqa: SIM118
 
@@ -58,7 +59,7 @@ def test_what_mlx_lm_reads_of_a_family(family: str, tmp_path: Path) -> None:
     ("family", "changes", "why"),
     [
         ("opt", {}, "'opt': it is written for llama, mistral,"),
-        ("mixtral", {}, "'mixtral': it is written for"),
+        ("falcon", {}, "'falcon': it is written for"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' in a llama"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window=True in a qwen2"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True in a qwen3"),
@@ -79,11 +80,49 @@ def test_what_mlx_lm_reads_of_a_family(family: str, tmp_path: Path) -> None:
         ("gpt_bigcode", {"multi_query": False}, "multi_query=False in a gpt_bigcode"),
         ("lfm2", {"layer_types": ["conv"] * 4}, "layer_types without full_attention in a lfm2"),
         ("mamba", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06 in a mamba"),
+        ("mixtral", {"head_dim": 32}, "a mixtral whose heads are 192 wide together where the model is 96"),
+        ("mixtral", bench._LINEAR, "rotary scaling 'linear' in a mixtral"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob=True in a qwen2_moe"),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 in a qwen2_moe"),
+        ("qwen2_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=[1] in a qwen2_moe"),
+        ("qwen2_moe", {"qkv_bias": False}, "qkv_bias=False in a qwen2_moe"),
+        ("qwen2_moe", {"tie_word_embeddings": True}, "tie_word_embeddings=True in a qwen2_moe"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias=True in a qwen3_moe"),
+        ("qwen3_moe", bench._LLAMA3, "rotary scaling 'llama3' in a qwen3_moe"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 in a olmoe"),
+        ("granitemoe", {"hidden_act": "gelu"}, "hidden_act='gelu' in a granitemoe"),
+        ("granitemoeshared", bench._LINEAR, "rotary scaling 'linear' in a granitemoeshared"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias=True in a ernie4_5_moe"),
+        ("ernie4_5_moe", {"moe_norm_min": 1e-6}, "moe_norm_min=1e-06 in a ernie4_5_moe"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 4}, "layer_types without sliding_attention in a gpt_oss"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0 in a gpt_oss"),
+        ("gpt_oss", bench._YARN | bench._rope(**bench._YARN["rope_parameters"] | {"beta_fast": 8.0}),
+         "rotary scaling 'yarn' with beta_fast=8.0"),
     ],
 )  # fmt: skip
 def test_what_a_family_has_no_place_for(family: str, changes: dict[str, Any], why: str) -> None:
     assert families.misfit(config(family)) is None or family not in FACTS
     assert why in str(families.misfit(config(family, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "field", "value"),
+    [
+        (
+            "ernie4_5_moe",
+            {"moe_layer_end_index": -1},
+            "moe_layer_end_index",
+            3,
+        ),  # as published; to mlx-lm it is no block
+        ("qwen3_moe", {"head_dim": None}, "head_dim", 16),
+        ("qwen3_moe", {}, "num_experts", 5),
+        ("granitemoeshared", {"shared_intermediate_size": 0}, "model_type", "granitemoe"),
+    ],
+)
+def test_what_config_json_states_whatever_a_model_left_out(
+    family: str, changes: dict[str, Any], field: str, value: Any
+) -> None:
+    assert families.fields(config(family, **changes))[field] == value
 
 
 @pytest.mark.parametrize("case", bench.CASES)
@@ -106,6 +145,17 @@ def test_what_is_written_is_not_refused(case: str) -> None:
         ("gpt_neox", {}, ["the GELU of a gpt_neox by tanh, transformers as 'gelu'"]),
         ("gpt_neox", {"hidden_act": "gelu_fast"}, []),
         ("gpt_bigcode", {"activation_function": "gelu"}, []),
+        (
+            "mixtral",
+            {"sliding_window": 4096},
+            ["no window in a mixtral: it gives the same up to 4,096 tokens"],
+        ),
+        ("gpt_oss", bench._YARN, []),
+        (
+            "gpt_oss",
+            bench._rope(**bench._YARN["rope_parameters"] | {"truncate": False}),
+            ["mlx-lm rounds the ends of YaRN's ramp to whole frequencies"],
+        ),
     ],
 )
 def test_notes(family: str, changes: dict[str, Any], notes: list[str]) -> None:

@@ -61,12 +61,7 @@ def notes_on(config: Any) -> list[str]:
             f"llama.cpp takes the long factors of the rotary embedding when its context is longer than "
             f"{rope.original_length(config)}, transformers when the text is"
         )
-    if rope.is_yarn_between(config):
-        found.append(
-            "llama.cpp rounds the ends of YaRN's ramp to whole frequencies, transformers does not (truncate=false): those "
-            "between are rotated a little differently, and more so with the length of the text"
-        )
-    return found
+    return [*found, *rope.ramp_notes(config, "llama.cpp")]
 
 
 def context_length(config: Any) -> int:

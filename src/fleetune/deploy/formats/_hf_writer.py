@@ -28,6 +28,7 @@ from fleetune.models.artefact import Quantised, pack
 from fleetune.models.tensor_file import Tensors, compare, damaged, write_tensors
 
 Parts = Callable[[str, Quantised], Iterator[tuple[str, Tensor]]]
+Layers = Callable[[str, Quantised | Tensor], Iterator[tuple[str, Quantised | Tensor]]]
 
 NO_FILES: Final[Mapping[str, str]] = MappingProxyType({})
 FILE: Final = "model.safetensors"
@@ -92,6 +93,11 @@ def half(name: str, weight: Tensor) -> Tensor:
     return values
 
 
+def as_it_is(name: str, weight: Quantised | Tensor) -> Iterator[tuple[str, Quantised | Tensor]]:
+    """Yield a parameter as a layer of its own name."""
+    yield name, weight
+
+
 def write_codes(
     model: Checkpoint,
     folder: Path,
@@ -102,32 +108,38 @@ def write_codes(
     *,
     notes: Sequence[str] = (),
     files: Mapping[str, str] = NO_FILES,
-    rename: Callable[[str], str] = str,
+    layers: Layers = as_it_is,
+    experts: bool = False,
 ) -> Report:
     """Write a compressed model into `folder`, and decode every quantised layer from it as a runtime would.
 
     `parts` gives the tensors of a quantised layer, `decode` its weights from the opened file; `config` replaces keys of
-    config.json, `files` are further files, `rename` gives the file's name of a tensor.  FleetuneError when a layer does not
-    decode to the source's weights.
+    config.json, `files` are further files, `layers` gives the file's layers of a parameter.  With `experts` their codes are
+    written too.  FleetuneError when a layer does not decode to the source's weights.
     """
     rounded: set[str] = set()
-    of_runtimes = write_folder(model, folder, partial(packed, model, parts, rounded, rename), config)
+    tensors = partial(packed, model, parts, rounded, layers=layers, experts=experts)
+    of_runtimes = write_folder(model, folder, tensors, config)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    experts = False
+    left = False  # whether codes of experts are
     with safe_open(folder / FILE, framework="pt") as file:
         for name in model.names:
             if (q := model.quantised(name)) is None:
                 continue
-            if q.experts:
-                experts = True
+            if q.experts and not experts:
+                left = True
                 continue
-            layer = rename(name).removesuffix(".weight")
-            if not torch.equal(decode(file, layer, q), q.dense()):
-                raise damaged(folder / FILE, f"{layer} does not decode to its weights")
+            for tensor, part in layers(name, q):
+                assert isinstance(part, Quantised)
+                layer = tensor.removesuffix(".weight")
+                if not torch.equal(decode(file, layer, part), part.dense()):
+                    raise damaged(folder / FILE, f"{layer} does not decode to its weights")
     more = of_rounding(rounded)
-    if experts:
-        more.append(f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF holds theirs")
+    if left:
+        more.append(
+            f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF and MLX hold theirs"
+        )
     return report(model, folder, to, len(rounded), [*of_runtimes, *more, *notes])
 
 
@@ -140,43 +152,48 @@ def packed(
     model: Checkpoint,
     parts: Parts,
     rounded: set[str],
-    rename: Callable[[str], str] = str,
+    *,
+    layers: Layers = as_it_is,
     besides: Collection[str] = (),
+    experts: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a file: the `parts` of what is quantised, the rest in 16 bits; `rounded` gets what changed.
 
-    Those called `besides` are left out.
+    Those called `besides` are left out; `layers` and `experts` as for `write_codes`.
     """
     for name in model.names:
         if name in besides:
             continue
-        if (q := codes_of(model, name)) is not None:
-            yield from parts(rename(name), q)
-            continue
-        weight = model.weight(name)
-        dense = half(name, weight)
-        if bool((dense.float() != weight.float()).any()):
-            rounded.add(name)
-        yield rename(name), dense
+        q = codes_of(model, name, experts)
+        for layer, weight in layers(name, model.weight(name) if q is None else q):
+            if isinstance(weight, Quantised):
+                yield from parts(layer, weight)
+                continue
+            dense = half(name, weight)
+            if bool((dense.float() != weight.float()).any()):
+                rounded.add(name)
+            yield layer, dense
 
 
-def codes_of(model: Checkpoint, name: str) -> Quantised | None:
-    """Return the codes of a matrix; None for a dense one, and for experts, which these formats hold in 16 bits."""
+def codes_of(model: Checkpoint, name: str, experts: bool = False) -> Quantised | None:
+    """Return the codes of a matrix; None for a dense one, and for experts where a format holds them in 16 bits."""
     q = model.quantised(name)
-    return None if q is None or q.experts else q
+    return None if q is None or (q.experts and not experts) else q
 
 
-def coded(model: Checkpoint, to: str, grid: str = "ggml") -> Iterator[tuple[str, Quantised]]:
+def coded(
+    model: Checkpoint, to: str, grid: str = "ggml", *, experts: bool = False
+) -> Iterator[tuple[str, Quantised]]:
     """Yield (name, codes) of the quantised matrices; `grid` is one that the target `to` holds, for what it refuses.
 
-    UsageError when nothing is quantised, Misfit when something else than linear layers is, where values are not evenly spaced,
-    and for super-blocks.
+    UsageError when nothing is quantised, Misfit when something else than linear layers (and with `experts` theirs) is, where
+    values are not evenly spaced, and for super-blocks.
     """
     another, nothing = f"compress again on another grid (--set grid={grid})", True
     for name in model.names:
-        if (q := codes_of(model, name)) is None:
+        if (q := codes_of(model, name, experts)) is None:
             continue
-        if name not in model.linears:
+        if name not in model.linears and not q.experts:
             raise Misfit(
                 f"{to} holds quantised linear layers; {name} is none",
                 remedy="compress again without --bytes and --bpw",
@@ -200,9 +217,10 @@ def coded(model: Checkpoint, to: str, grid: str = "ggml") -> Iterator[tuple[str,
         )
 
 
-def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
+def matrices(model: Checkpoint, to: str, *, experts: bool = False) -> dict[str, Quantised]:
     """Return the grids of the quantised matrices, without their codes; refuses what `coded` does."""
-    return {name: replace(q, codes=q.codes[:0], scale=q.scale[:0]) for name, q in coded(model, to)}
+    found = coded(model, to, experts=experts)
+    return {name: replace(q, codes=q.codes[:0], scale=q.scale[:0]) for name, q in found}
 
 
 def group_size(q: Quantised, grids: Mapping[str, Quantised]) -> int:

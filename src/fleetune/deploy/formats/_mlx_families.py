@@ -10,7 +10,12 @@ of its own.  So a record states
     window      the field of a window that mlx-lm does not have: longer texts differ, which a note says
     gelu        the GELU of mlx-lm's code, where a configuration may have the other one; a note says when it has
     fields      what its class reads under names that transformers does not have
+    names       parts of transformers' names of tensors, and what mlx-lm has in their place; the first that is found counts
+    absent      how parameters end that its class does not have: a model where they are not 0 is refused
     misfit      what the two cannot say
+
+The experts of a mixture are a layer of their own for gates, ups and downs (`SwitchLinear`), which `layers` splits transformers'
+parameters into.
 
 Families that are missing have no class in mlx-lm, or one that computes something else.  Everything here was checked by
 running mlx-lm beside transformers (`python -m benchmarks.mlx_families`).
@@ -19,12 +24,17 @@ running mlx-lm beside transformers (`python -m benchmarks.mlx_families`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
 
-from fleetune.models.families import rope
+import torch
+from torch import Tensor
+
+from fleetune.models.artefact import Quantised
+from fleetune.models.families import experts, rope
 from fleetune.models.families.limits import (
+    ALL_EXPERTS,
     NO_WINDOW,
     OWN_HEAD,
     SILU,
@@ -46,6 +56,10 @@ STATED: Final = (
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
     "intermediate_size", "hidden_act", "n_positions", "rotary_dim", "conv_kernel", "state_size", "time_step_rank",
     "conv_L_cache", "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim",
+    "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size",
+    "moe_num_experts", "moe_k", "moe_num_shared_experts",
+    "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval",
 )  # fmt: skip
 EXACT: Final = ("gelu",)
 
@@ -57,11 +71,18 @@ class Family(Limits):
     options: Options = field(default_factory=dict)
     window: str = ""
     gelu: tuple[str, ...] = ()
-    names: tuple[tuple[str, str], ...] = ()  # how transformers' names of tensors begin, and mlx-lm's
+    names: tuple[tuple[str, str], ...] = ()
+    absent: tuple[str, ...] = ()
+    paired: bool = False  # rows of an expert's gate and up alternate in the model
+    transposed: bool = False  # the model has the matrices of experts as [in, out]
     fields: Callable[[Any], Mapping[str, Any]] = lambda config: {}
 
 
 _SCALED: Final = ("default", "linear", "llama3")  # of mlx-lm's initialize_rope
+_SWITCH: Final = ((".mlp.experts.", ".mlp.switch_mlp."),)
+_GRANITE_SWITCH: Final = (
+    (".block_sparse_moe.experts.", ".block_sparse_moe.switch_mlp."), (".router.", ".router.layer."),
+)  # fmt: skip
 _GEMMA: Final = only(hidden_activation=TANH, use_bidirectional_attention=(False, None))
 
 
@@ -121,6 +142,25 @@ def _hunyuan_misfit(config: Any) -> str | None:
 
 def _lfm2_misfit(config: Any) -> str | None:
     return None if "full_attention" in config.layer_types else "layer_types without full_attention in a lfm2"
+
+
+def _granite_shared_fields(config: Any) -> dict[str, Any]:
+    """Return what makes it one of mlx-lm's hybrids, with attention in every block; without shared experts a granitemoe.
+
+    transformers, in which mlx-lm reads the tokenizer, checks a hybrid's Mamba widths, though no block has them.
+    """
+    if config.shared_intermediate_size == 0:
+        return {"model_type": "granitemoe"}
+    return {
+        "model_type": "granitemoehybrid", "layer_types": ["attention"] * config.num_hidden_layers,
+        "position_embedding_type": "rope", "mamba_expand": 1, "mamba_n_heads": 1, "mamba_d_head": config.hidden_size,
+    }  # fmt: skip
+
+
+def _gpt_oss_misfit(config: Any) -> str | None:
+    if missing := [kind for kind in WINDOWS if kind not in config.layer_types]:
+        return f"layer_types without {missing[0]} in a gpt_oss"
+    return rope.yarn_misfit(config)
 
 
 def _gptj_misfit(config: Any) -> str | None:
@@ -212,6 +252,29 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         "mamba": Family(
             only(SILU, layer_norm_epsilon=(1e-5,)), rotary=False, square=False, layers=("linear_attention",)
         ),
+        "mixtral": Family(
+            SILU, window="sliding_window",
+            names=((".mlp.experts.", ".block_sparse_moe.switch_mlp."), (".mlp.", ".block_sparse_moe.")),
+        ),
+        "qwen2_moe": Family(
+            only(SILU, NO_WINDOW, OWN_HEAD, ALL_EXPERTS, qkv_bias=(True,), norm_topk_prob=(False,)), names=_SWITCH
+        ),
+        "qwen3_moe": Family(
+            only(SILU, NO_WINDOW, attention_bias=(False,)), square=False, names=_SWITCH,
+            fields=lambda config: {"head_dim": rope.head_dim(config)},
+        ),
+        "olmoe": Family(only(SILU, clip_qkv=(None,)), scalings=_SCALED, names=_SWITCH),
+        "granitemoe": Family(SILU, scalings=_SCALED, names=_GRANITE_SWITCH),
+        "granitemoeshared": Family(SILU, names=_GRANITE_SWITCH, fields=_granite_shared_fields),
+        "ernie4_5_moe": Family(
+            only(SILU, use_bias=(False,), moe_norm_min=(1e-12,)), square=False, names=_SWITCH,
+            absent=(".e_score_correction_bias",), fields=lambda config: {"moe_gate_act": "softmax"},
+        ),
+        "gpt_oss": Family(
+            only(OWN_HEAD, attention_bias=(True,), swiglu_alpha=(1.702,), swiglu_limit=(7.0,)),
+            scalings=("default", "yarn"), square=False, layers=WINDOWS, paired=True, transposed=True,
+            misfit=_gpt_oss_misfit,
+        ),
     }
 )  # fmt: skip
 
@@ -225,9 +288,10 @@ def misfit(config: Any) -> str | None:
 
 
 def fields(config: Any) -> dict[str, Any]:
-    """Return what config.json states for mlx-lm, under its names."""
+    """Return what config.json states for mlx-lm, under its names; nothing that transformers could not read back from it."""
     family = FAMILIES[config.model_type]
-    found = {key: value for key in STATED if (value := getattr(config, key, None)) is not None}
+    held = (key for key in STATED if not isinstance(getattr(type(config), key, None), property))
+    found = {key: value for key in held if (value := getattr(config, key, None)) is not None}
     if family.rotary:
         settings = dict(rope.settings(config))
         found["rope_theta"] = settings.pop("rope_theta")
@@ -236,12 +300,46 @@ def fields(config: Any) -> dict[str, Any]:
     return {**found, **family.fields(config)}
 
 
-def renamed(config: Any, name: str) -> str:
-    """Return mlx-lm's name of a tensor of the model."""
+def is_absent(config: Any, parameter: str) -> bool:
+    """Return whether mlx-lm has nothing for a parameter."""
+    return parameter.endswith(FAMILIES[config.model_type].absent)
+
+
+def parts(config: Any, parameter: str) -> Iterator[tuple[str, experts.Part]]:
+    """Yield the tensors that a parameter is in mlx-lm: their names there, and which parts of it they are."""
+    if not is_absent(config, parameter):
+        for part in experts.stacked(parameter):
+            yield _renamed(config, part.name), part
+
+
+def layers(
+    config: Any, parameter: str, weight: Quantised | Tensor
+) -> Iterator[tuple[str, Quantised | Tensor]]:
+    """Yield the tensors that a parameter is in mlx-lm: their names there, and their values."""
+    family = FAMILIES[config.model_type]
+    of_experts = experts.stacked(parameter)[0].name != parameter
+    for name, part in parts(config, parameter):
+        matrix, whole = not experts.is_bias(name), weight
+        if family.transposed and of_experts and matrix and isinstance(weight, Tensor):
+            whole = weight.mT.contiguous()
+        order = part.order(tuple(whole.shape), matrix, family.paired)
+        yield name, whole if order is None else _rows(whole, torch.from_numpy(order), part, name)
+
+
+def _renamed(config: Any, name: str) -> str:
     for ours, theirs in FAMILIES[config.model_type].names:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
+        if ours in name:
+            return name.replace(ours, theirs)
     return name
+
+
+def _rows(weight: Quantised | Tensor, order: Tensor, part: experts.Part, name: str) -> Quantised | Tensor:
+    """Return the rows of a part; of a bias, its values."""
+    if isinstance(weight, Quantised):
+        codes, scale, zero = (values[order] for values in (weight.codes, weight.scale, weight.zero))
+        return replace(weight, codes=codes, scale=scale, zero=zero)
+    shape = experts.part_shape(tuple(weight.shape), part, name)
+    return weight.reshape(len(order) * part.of, -1)[order].reshape(shape)
 
 
 def notes(config: Any) -> Iterator[str]:
@@ -255,3 +353,4 @@ def notes(config: Any) -> Iterator[str]:
     ):
         own = "exactly" if family.gelu == EXACT else "by tanh"
         yield f"mlx-lm computes the GELU of a {kind} {own}, transformers as '{gelu}'"
+    yield from rope.ramp_notes(config, "mlx-lm")

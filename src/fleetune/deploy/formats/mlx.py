@@ -7,9 +7,12 @@ A quantised layer NAME of shape [R, C] in groups of G columns (mlx.core.quantize
     NAME.scales  [R, C / G]
     NAME.biases  [R, C / G]                 w = scales * code + biases, so biases = -scale * zero
 
-Both are fp16 where every scale * zero of the model is exact in it (a zero in the middle of the codes, or scales
-of few bits: grids `ggml` and `universal`), else both are fp32, and mlx computes in fp32 then.  config.json names
-group and bits, and the layers that have others.
+The experts of a mixture are three such layers for a block, gate_proj, up_proj and down_proj, whose tensors have the experts as a
+dimension in front: [E, R, ..].
+
+Scales and biases are fp16 where every scale * zero of the model is exact in it (a zero in the middle of the codes, or scales of
+few bits: grids `ggml` and `universal`), else both are fp32, and mlx computes in fp32 then.  config.json names group and bits, and
+the layers that have others; a layer without scales (a router, the head) is a plain one to mlx-lm.
 
 What else mlx-lm needs of a family stands in `_mlx_families.py`.
 """
@@ -60,24 +63,26 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
         partial(parts, dtype=dtype),
         _decode,
         config | _mlx_families.fields(model.config),
-        rename=partial(_mlx_families.renamed, model.config),
+        layers=partial(_mlx_families.layers, model.config),
+        experts=True,
         notes=[*_mlx_families.notes(model.config), *([note] if dtype == torch.float32 else [])],
     )
 
 
 def parts(name: str, q: Quantised, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a quantised layer."""
-    layer = name.removesuffix(".weight")
-    yield f"{layer}.weight", _hf_writer.words(q.codes, q.bits).view(torch.uint32)
-    yield f"{layer}.scales", q.scale.to(dtype)
-    yield f"{layer}.biases", _biases(q).to(dtype)
+    layer, rows = name.removesuffix(".weight"), q.shape[:-1]
+    yield f"{layer}.weight", _hf_writer.words(q.codes, q.bits).view(torch.uint32).view(*rows, -1)
+    yield f"{layer}.scales", q.scale.to(dtype).view(*rows, -1)
+    yield f"{layer}.biases", _biases(q).to(dtype).view(*rows, -1)
 
 
 def quantization(config: Any, grids: Mapping[str, Quantised]) -> dict[str, Any]:
     """Return "quantization" of config.json: the commonest group and bits, and each layer that has others."""
     kinds = {
-        _mlx_families.renamed(config, name).removesuffix(".weight"): (q.group, q.bits)
+        layer.removesuffix(".weight"): (q.group, q.bits)
         for name, q in grids.items()
+        for layer, _ in _mlx_families.parts(config, name)
     }
     main = Counter(kinds.values()).most_common(1)[0][0]
     others = {layer: _kind(kind) for layer, kind in kinds.items() if kind != main}
@@ -100,10 +105,13 @@ def _exact(model: Checkpoint, name: str) -> bool:
 
 
 def _grids(model: Checkpoint) -> dict[str, Quantised]:
-    """Return the grids of the linear layers; Misfit when MLX cannot hold the model."""
+    """Return the grids of linear layers and experts; Misfit when MLX cannot hold the model."""
     if (problem := _mlx_families.misfit(model.config)) is not None:
         raise Misfit(f"{TARGET} has no place for {problem}")
-    grids = _hf_writer.matrices(model, TARGET)
+    for name in model.names:
+        if _mlx_families.is_absent(model.config, name) and bool(model.weight(name).any()):
+            raise Misfit(f"{TARGET} has no place for {name}: mlx-lm leaves it out, and it is not 0")
+    grids = _hf_writer.matrices(model, TARGET, experts=True)
     for name, q in grids.items():
         problem = None
         if q.bits not in BITS:
@@ -119,11 +127,11 @@ def _grids(model: Checkpoint) -> dict[str, Quantised]:
 
 def _decode(file: Any, layer: str, q: Quantised) -> Tensor:
     """Decode a layer from the file as mlx does."""
-    packed = file.get_tensor(f"{layer}.weight").view(torch.int32)
+    packed = file.get_tensor(f"{layer}.weight").view(torch.int32).flatten(0, -2)
     codes = _hf_writer.unwords(packed, q.bits, q.codes.shape[1]).float()
     scales, biases = (
-        file.get_tensor(f"{layer}.{part}").float().repeat_interleave(q.group, 1)
+        file.get_tensor(f"{layer}.{part}").float().flatten(0, -2).repeat_interleave(q.group, 1)
         for part in ("scales", "biases")
     )
     weight: Tensor = scales * codes + biases
-    return weight
+    return weight.view(q.shape)

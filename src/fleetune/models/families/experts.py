@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Split the tensors of experts as a GGUF file has them: one tensor each of all experts' gates, ups and downs.
+"""Split the tensors of experts as runtimes have them: one tensor each of all experts' gates, ups and downs.
 
 transformers has a parameter with the matrices of all experts of a layer, [E, rows, columns], and in it the rows of gate and
-up of an expert together.  llama.cpp has three tensors, [E, rows, columns] too.  So a parameter has one or two parts, and a
-part is some rows of all rows of the parameter, E times `rows` of them.
+up of an expert together.  llama.cpp and mlx-lm have three tensors, [E, rows, columns] too.  So a parameter has one or two
+parts, and a part is some rows of all rows of the parameter, E times `rows` of them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,12 +18,15 @@ from fleetune.models.families import rope
 
 # what the configurations call the number of experts
 COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-# the end of a parameter's name -> the ends of its parts' names, as the gguf package's map has them
+# the end of a parameter's name -> the ends of its parts' names
 _ENDS: Final = {
     "experts.gate_up_proj": ("experts.gate_proj.weight", "experts.up_proj.weight"),
     "experts.gate_up_proj_bias": ("experts.gate_proj.bias", "experts.up_proj.bias"),
     "experts.down_proj": ("experts.down_proj.weight",),
     "experts.down_proj_bias": ("experts.down_proj.bias",),
+}  # fmt: skip
+# the same of what has another name in the gguf package's map
+_ENDS_IN_GGUF: Final = _ENDS | {
     ".shared_mlp.input_linear.weight": (
         ".mlp.shared_experts.gate_proj.weight", ".mlp.shared_experts.up_proj.weight",
     ),
@@ -36,7 +40,7 @@ _ONE_ROW: Final = ("ffn_gate_inp_shexp.weight", "exp_probs_b.bias")  # a vector 
 class Part(NamedTuple):
     """A part of a parameter."""
 
-    name: str  # as the gguf package's map has it
+    name: str
     number: int
     of: int  # the number of the parameter's parts
 
@@ -54,10 +58,18 @@ class Part(NamedTuple):
         return found
 
 
-def parts(parameter: str) -> list[Part]:
+def stacked(parameter: str) -> list[Part]:
     """Return the parts of a parameter; one, under the parameter's own name, of those that are no experts'."""
-    name = parameter.replace(".block_sparse_moe.", ".mlp.")
-    for end, found in _ENDS.items():
+    return _split(parameter, _ENDS)
+
+
+def parts(parameter: str) -> list[Part]:
+    """Return the parts of a parameter as `stacked` does, under names of the gguf package's map."""
+    return _split(parameter.replace(".block_sparse_moe.", ".mlp."), _ENDS_IN_GGUF)
+
+
+def _split(name: str, ends: Mapping[str, tuple[str, ...]]) -> list[Part]:
+    for end, found in ends.items():
         if name.endswith(end):
             front = name.removesuffix(end)
             return [Part(front + part, i, len(found)) for i, part in enumerate(found)]

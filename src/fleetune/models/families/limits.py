@@ -52,6 +52,7 @@ def only(*others: Options, **fields: tuple[Any, ...]) -> Options:
 SILU: Final = only(hidden_act=("silu",))
 OWN_HEAD: Final = only(tie_word_embeddings=(False,))
 TIED: Final = only(tie_word_embeddings=(True,))
+ALL_EXPERTS: Final = only(decoder_sparse_step=(1,), mlp_only_layers=([],))  # in every block
 NO_WINDOW: Final = only(use_sliding_window=(False,))
 WINDOWS: Final = ("full_attention", "sliding_attention")
 TANH: Final = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # transformers' names of the GELU by tanh

@@ -92,7 +92,7 @@ def yarn_keys(config: Any) -> dict[str, Any]:
 
 
 def yarn_misfit(config: Any) -> str | None:
-    """Return what of YaRN's settings llama.cpp computes otherwise; of its file's keys it reads no ends of the ramp."""
+    """Return what of YaRN's settings runtimes compute otherwise: llama.cpp reads no ends of the ramp from its file."""
     rope = settings(config) if kind(config) == "yarn" else {}
     fixed = {
         "beta_fast": 32,
@@ -107,9 +107,14 @@ def yarn_misfit(config: Any) -> str | None:
     return None
 
 
-def is_yarn_between(config: Any) -> bool:
-    """Return whether YaRN's ramp ends between two frequencies: llama.cpp always rounds its ends to whole numbers."""
-    return kind(config) == "yarn" and not settings(config).get("truncate", True)
+def ramp_notes(config: Any, runtime: str) -> list[str]:
+    """Return a note where YaRN's ramp ends between two frequencies, of a runtime that rounds its ends to whole numbers."""
+    if kind(config) != "yarn" or settings(config).get("truncate", True):
+        return []
+    return [
+        f"{runtime} rounds the ends of YaRN's ramp to whole frequencies, transformers does not (truncate=false): those "
+        "between are rotated a little differently, and more so with the length of the text"
+    ]
 
 
 def _factors(rope: Mapping[str, Any], width: int) -> np.ndarray:

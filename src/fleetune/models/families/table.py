@@ -21,7 +21,17 @@ from typing import Any, Final
 import numpy as np
 
 from fleetune.models.families import deci, experts, gemma, rope, widths
-from fleetune.models.families.limits import NO_WINDOW, OWN_HEAD, SILU, TANH, TIED, WINDOWS, Limits, only
+from fleetune.models.families.limits import (
+    ALL_EXPERTS,
+    NO_WINDOW,
+    OWN_HEAD,
+    SILU,
+    TANH,
+    TIED,
+    WINDOWS,
+    Limits,
+    only,
+)
 
 Value = int | float | str  # bool is an int
 
@@ -139,7 +149,6 @@ def _lfm2_key_heads(config: Any) -> list[int]:
 
 
 _PLAIN: Final = only(SILU, attention_bias=(False,), mlp_bias=(False,))
-_ALL_EXPERTS: Final = only(decoder_sparse_step=(1,), mlp_only_layers=([],))
 # llama.cpp approximates the exact GELU by tanh, for every family that has it
 _GELU: Final = (*TANH, "gelu")
 
@@ -253,10 +262,10 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         ),
         "qwen3_moe": Family(
             "qwen3moe", square=False, keys=experts.narrow_keys,
-            options=only(SILU, NO_WINDOW, _ALL_EXPERTS, attention_bias=(False,), norm_topk_prob=(True,)),
+            options=only(SILU, NO_WINDOW, ALL_EXPERTS, attention_bias=(False,), norm_topk_prob=(True,)),
         ),
         "qwen2_moe": Family(
-            "qwen2moe", options=only(SILU, NO_WINDOW, OWN_HEAD, _ALL_EXPERTS, norm_topk_prob=(False,)),
+            "qwen2moe", options=only(SILU, NO_WINDOW, OWN_HEAD, ALL_EXPERTS, norm_topk_prob=(False,)),
             keys=lambda config: experts.narrow_keys(config)
             | {"expert_shared_feed_forward_length": int(config.shared_expert_intermediate_size)},
         ),
