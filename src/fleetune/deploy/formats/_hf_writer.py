@@ -119,7 +119,7 @@ def write_codes(
         for name in model.names:
             if (q := model.quantised(name)) is None:
                 continue
-            if q.experts:
+            if not isinstance(q, Quantised) or q.experts:
                 experts = True
                 continue
             layer = rename(name).removesuffix(".weight")
@@ -163,7 +163,7 @@ def packed(
 def codes_of(model: Checkpoint, name: str) -> Quantised | None:
     """Return the codes of a matrix; None for a dense one, and for experts, which these formats hold in 16 bits."""
     q = model.quantised(name)
-    return None if q is None or q.experts else q
+    return q if isinstance(q, Quantised) and not q.experts else None
 
 
 def coded(model: Checkpoint, to: str, grid: str = "ggml") -> Iterator[tuple[str, Quantised]]:

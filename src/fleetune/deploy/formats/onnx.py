@@ -169,7 +169,7 @@ def _check_codes(model: Checkpoint, data: Path) -> None:
     """Decode every quantised layer from the file as the runtime does; FleetuneError for other weights than the source's."""
     with safe_open(data, framework="pt") as file:
         for name in model.names:
-            if (q := model.quantised(name)) is None:
+            if (q := _hf_writer.codes_of(model, name)) is None:
                 continue
             layer = name.removesuffix(".weight")
             if not torch.equal(_decode(file, layer, _matrix(q, q.codes.shape)), q.dense()):
