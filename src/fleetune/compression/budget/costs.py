@@ -29,7 +29,6 @@ from fleetune.compression.layerwise.experts import Experts, Routed, hessian, ten
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import PRUNED, rounded
 from fleetune.compression.layerwise.hessian import inverse_cholesky
-from fleetune.models.families import experts as of_file
 from fleetune.models.mapped.net import in_memory
 from fleetune.models.model import Model, named_tensors
 from fleetune.models.superblocks import SUPER_TYPES
@@ -50,10 +49,10 @@ class Candidate(NamedTuple):
         """Tell whether blocks of this type divide rows of C columns."""
         return C % self._block[0] == 0
 
-    def bytes(self, R: int, C: int, tensors: int = 1) -> int:
-        """Return the size of a matrix in the file, in bytes; it may be so many tensors there."""
+    def bytes(self, R: int, C: int) -> int:
+        """Return the size of a matrix in the file, in bytes."""
         columns, size = self._block
-        return tensors * padded(R // tensors * (C // columns) * size)
+        return padded(R * (C // columns) * size)
 
     @property
     def bits_a_weight(self) -> float:
@@ -147,8 +146,7 @@ def _of_layers(
         if h is not None:
             c = known[id(h)] if id(h) in known else _curvature(h / (2 * tokens))
             known[id(h)] = c
-        weight = f"{name}.weight"
-        options[weight] = of_matrix(_values(linear.weight), [Term(found.rows[name], c)], _tensors(weight))
+        options[f"{name}.weight"] = of_matrix(_values(linear.weight), [Term(found.rows[name], c)])
     return options
 
 
@@ -225,7 +223,7 @@ def _possible(name: str, weight: Tensor) -> Iterator[tuple[list[Candidate], list
     """Yield the candidates of each tensor that has a grid of its own, and their bytes."""
     if weight.dim() == 2:
         found, (R, C) = candidates(_values(weight)), weight.shape
-        yield found, [each.bytes(R, C, _tensors(name)) for each in found]
+        yield found, [each.bytes(R, C) for each in found]
         return
     count, R, C = weight.shape
     halves = len(tensors_of(name))
@@ -233,11 +231,6 @@ def _possible(name: str, weight: Tensor) -> Iterator[tuple[list[Candidate], list
     for of_all in zip(*of_each, strict=True):
         found = [each for each in of_all[0] if all(each in own for own in of_all)]
         yield found, [each.bytes(count * R // halves, C) for each in found]
-
-
-def _tensors(name: str) -> int:
-    """Return how many tensors a weight is in the file."""
-    return len(of_file.parts(name))
 
 
 def end_names(model: Model) -> list[str]:
@@ -257,13 +250,11 @@ def _curvature(H: Tensor) -> Tensor:
     return H.diagonal().clone() if found is None else found
 
 
-def of_matrix(W: Tensor, terms: Sequence[Term], tensors: int = 1) -> list[Option]:
-    """Return what every candidate costs W float32 [R, C]: the sum over `terms`; in the file it may be several `tensors`."""
+def of_matrix(W: Tensor, terms: Sequence[Term]) -> list[Option]:
+    """Return what every candidate costs W float32 [R, C]: the sum over `terms`."""
     R, C = W.shape
     return [
-        Option(
-            candidate, candidate.bytes(R, C, tensors), _cost(W, Grid(candidate.grid, candidate.bits), terms)
-        )
+        Option(candidate, candidate.bytes(R, C), _cost(W, Grid(candidate.grid, candidate.bits), terms))
         for candidate in candidates(W)
     ]
 
