@@ -41,7 +41,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -54,6 +53,7 @@ from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.families.widths import mark_config
 from fleetune.models.model import Model, named_tensors
+from fleetune.models.packing import pack, unpack
 from fleetune.models.superblocks import SUPER_TYPES, SuperBlocks
 from fleetune.models.tensor_file import write_in_turn
 
@@ -209,31 +209,6 @@ def joined(rows: Sequence[Quantised | Tensor]) -> Quantised | Tensor:
 def dense(weight: Codes | Tensor) -> Tensor:
     """Return a weight's values, quantised or not."""
     return weight if isinstance(weight, Tensor) else weight.dense()
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 [R, C] codes below 2**bits into uint8 [R, ceil(C bits / 8)], little-endian bits within a row."""
-    if 8 % bits:
-        planes = np.unpackbits(codes.numpy()[..., None], axis=-1, bitorder="little")[..., :bits]
-        return torch.from_numpy(np.packbits(planes.reshape(len(codes), -1), axis=1, bitorder="little"))
-    each = 8 // bits  # codes of a byte
-    R, C = len(codes), -(-codes.shape[1] // each)
-    whole = torch.nn.functional.pad(codes, (0, C * each - codes.shape[1])).reshape(R, C, each)
-    packed = whole[..., 0].clone()
-    for i in range(1, each):
-        packed |= whole[..., i] << bits * i
-    return packed
-
-
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Undo `pack`."""
-    if 8 % bits:
-        flat = np.unpackbits(packed.numpy(), axis=1, bitorder="little")[:, : columns * bits]
-        planes = flat.reshape(len(packed), columns, bits)
-        return torch.from_numpy(np.packbits(planes, axis=2, bitorder="little")[..., 0])
-    each = 8 // bits
-    codes = torch.stack([packed >> bits * i & (1 << bits) - 1 for i in range(each)], 2)
-    return codes.flatten(1)[:, :columns].contiguous()
 
 
 def stored(name: str, weight: Codes | Tensor) -> dict[str, Tensor]:

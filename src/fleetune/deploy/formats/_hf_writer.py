@@ -24,7 +24,8 @@ from fleetune.common.display import are
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary
 from fleetune.errors import UsageError
-from fleetune.models.artefact import Quantised, pack
+from fleetune.models.artefact import Quantised
+from fleetune.models.packing import pack
 from fleetune.models.tensor_file import Tensors, compare, damaged, write_tensors
 
 Parts = Callable[[str, Quantised], Iterator[tuple[str, Tensor]]]
