@@ -25,7 +25,7 @@ from fleetune.common.ggml import BLOCK, padded
 from fleetune.compression.budget.sensitivity import Sensitivity
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.driver import End, experts_in, linears_of
-from fleetune.compression.layerwise.experts import Experts, Routed, hessian, tensors_of
+from fleetune.compression.layerwise.experts import DOWN, Experts, Routed, hessian, tensors_of
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import PRUNED, rounded
 from fleetune.compression.layerwise.hessian import inverse_cholesky
@@ -158,18 +158,34 @@ def _of_experts(
     for name, parameter in experts.parameters.items():
         on_name(name)
         names, of_each = tensors_of(name), list[list[list[Option]]]()
+        of_all = list[
+            Tensor
+        ]()  # what gates and ups read is the same for each expert that is solved on all tokens
         for number in range(len(parameter)):
-            c = torch.ones(parameter.shape[2])
-            if routed is not None:
-                H, tokens = hessian(experts, name, number, routed)
-                few = tokens < parameter.shape[2]  # H is of all tokens of the layer
-                c = _curvature(H / (2 * (len(routed.x) if few else tokens)))
+            c = _of_inputs(experts, name, number, routed, of_all)
             W, F = _values(parameter[number]), found.experts[name][number]
             halves = zip(W.chunk(len(names)), F.chunk(len(names)), strict=True)
             of_each.append([of_matrix(rows, [Term(f, c)]) for rows, f in halves])
         for tensor, found_of in zip(names, zip(*of_each, strict=True), strict=True):
             options[tensor] = _together(found_of, parameter.shape[1] // len(names), parameter.shape[2])
     return options
+
+
+def _of_inputs(
+    experts: Experts, name: str, number: int, routed: Routed | None, of_all: list[Tensor]
+) -> Tensor:
+    """Return the curvature [C] of an expert's inputs; `of_all` keeps that of all tokens, where it is the same for others."""
+    C = experts.parameters[name].shape[2]
+    if routed is None:
+        return torch.ones(C)  # nothing reached it
+    few = routed.tokens(number) < C
+    if few and of_all:
+        return of_all[0]
+    H, tokens = hessian(experts, name, number, routed)
+    c = _curvature(H / (2 * (len(routed.x) if few else tokens)))
+    if few and not name.endswith(DOWN):
+        of_all.append(c)
+    return c
 
 
 def _together(of_each: Sequence[Sequence[Option]], R: int, C: int) -> list[Option]:

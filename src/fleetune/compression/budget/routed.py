@@ -30,9 +30,7 @@ ROUNDING: Final = 0.02  # relative error of outputs in bf16 that were added up i
 class Squares(NamedTuple):
     """The sums of squared gradients."""
 
-    sums: dict[
-        str, Tensor
-    ]  # parameter of experts -> float64 [experts, R]: over the tokens that chose an expert
+    sums: dict[str, Tensor]  # parameter of experts -> float64 [experts, R], over each expert's tokens
     estimated: list[str]  # experts that compute in another way, by their module's name
 
 

@@ -188,9 +188,7 @@ def sampled_windows(model: Model, length: int, count: int, seed: int, *, batch: 
 class Plan(NamedTuple):
     """Solvers for single matrices, and the embedding and the head, which are not compressed without a plan."""
 
-    solvers: Mapping[
-        str, Solver
-    ]  # by the weight's name, those of experts by their tensor's (`experts.tensors_of`)
+    solvers: Mapping[str, Solver]  # by the weight's name; for experts, by `experts.tensors_of`
     ends: Sequence[End]
 
 

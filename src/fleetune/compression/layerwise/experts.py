@@ -49,6 +49,10 @@ class Routed(NamedTuple):
     x: Tensor  # [T, H]
     chosen: Tensor  # int64 [T, k]: each token's experts
 
+    def tokens(self, number: int) -> int:
+        """Return how many tokens chose an expert."""
+        return int((self.chosen == number).any(-1).sum())
+
 
 def has_experts(block: nn.Module) -> bool:
     """Return whether a block has matrices of experts, in whatever form (a convolution's [C, 1, K] is none)."""
@@ -120,10 +124,9 @@ def hessian(experts: Experts, name: str, number: int, routed: Routed) -> tuple[T
     """Return the Hessian [C, C] of an expert's matrix, and how many tokens chose the expert: fewer than C, and it is of all."""
     module, parameter = experts.module, experts.parameters[name]
     C = parameter.shape[-1]
-    mine = (routed.chosen == number).any(-1)
-    tokens = int(mine.sum())
+    tokens = routed.tokens(number)
     H = torch.zeros(C, C)
-    x = routed.x[mine] if tokens >= C else routed.x
+    x = routed.x[(routed.chosen == number).any(-1)] if tokens >= C else routed.x
     for first in range(0, len(x), TOKENS_AT_ONCE):
         inputs = x[first : first + TOKENS_AT_ONCE]
         if name.endswith(DOWN):
