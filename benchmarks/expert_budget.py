@@ -29,7 +29,7 @@ from fleetune.runs.events import BudgetSpent
 from fleetune.runs.listener import Silent
 
 GRIDS = ("q3_k", "iq4_xs", "iq4_nl", "q4_k", "q5_k")
-STEPS, BATCH, LENGTH, RATE = 250, 8, 128, 2e-3
+STEPS, BATCH, LENGTH, RATE = 400, 8, 128, 2e-3
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -53,6 +53,7 @@ def mixture(text: str, steps: int) -> tuple[Any, PreTrainedTokenizerFast]:
         num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=8,
         num_experts_per_tok=2, norm_topk_prob=True, max_position_embeddings=512, output_router_logits=True,
         router_aux_loss_coef=0.01, bos_token_id=257, eos_token_id=258, pad_token_id=258,
+        initializer_range=0.006 if steps else 0.08,
     )  # fmt: skip
     torch.manual_seed(0)
     net = AutoModelForCausalLM.from_config(config)

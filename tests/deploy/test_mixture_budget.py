@@ -104,14 +104,14 @@ def test_the_file_has_the_size_that_was_said_and_runs(family: str, tmp_path: Pat
     assert divergence(net, report.path) <= ROUNDED
 
 
-def mixed(folder: Path, method: str, heard: Silent | None = None) -> Any:
+def mixed(folder: Path, method: str, heard: Silent | None = None, **how: Any) -> Any:
     """A mixture on super-blocks, with gates and ups of some layers on two grids: what the gates decide, and little beside it."""
     net = save("qwen3_moe", folder / "m", **SUPER)
     with torch.no_grad():
         for block in net.model.layers[:2]:
             block.mlp.experts.gate_up_proj[:, 256:] *= 0.05
     models.save(net, tokenizer(), folder / "m")
-    return compressed(folder, heard or Heard(), method, bpw=4.4)
+    return compressed(folder, heard or Heard(), method, bpw=4.4, **how)
 
 
 @needs_engine
@@ -194,6 +194,16 @@ def test_other_formats_say_what_they_do_not_hold(tmp_path: Path) -> None:
     for to in ("gptq", "compressed-tensors"):
         with pytest.raises(UsageError, match="holds quantised linear layers"):
             export(model, to, tmp_path / to)
+
+
+def test_trained_scales_leave_the_parts_of_experts(tmp_path: Path) -> None:
+    solved, trained = (Master(mixed(tmp_path, "optq", train_scales=n).folder / "model") for n in (0, 2))
+    assert solved.head.parts == trained.head.parts != {}
+    names = [name for name in solved.names if ".experts." in name]
+    assert len(names) == 8
+    assert all(torch.equal(solved.weight(name), trained.weight(name)) for name in names)
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(solved.weight(layer), trained.weight(layer))
 
 
 def test_a_head_that_lies_about_parts_is_refused(tmp_path: Path) -> None:
