@@ -85,10 +85,12 @@ class Spent(Silent):
             self.found = event
 
 
-def compare(model: str, text: str, held: str, method: str, windows: int, length: int) -> None:
+def compare(
+    model: str, text: str, held: str, method: str, windows: int, length: int, grids: list[str]
+) -> None:
     """Compress a mixture on each grid, and by a budget of the size of that file; print both divergences."""
     print(f"{'grid':8}{'file':>10}{'one grid':>18}{'a budget':>18}{'expected':>10}   types")
-    for grid in GRIDS:
+    for grid in grids:
         with TemporaryDirectory() as folder:
             given: dict[str, Any] = {
                 "method": method, "text": text, "eval_text": held, "windows": windows, "length": length,
@@ -120,8 +122,9 @@ def main() -> None:
     parser.add_argument("--method", default="qronos")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--grids", nargs="+", default=list(GRIDS))
     asked = parser.parse_args()
-    given = (asked.text, asked.held, asked.method, asked.windows, asked.length)
+    given = (asked.text, asked.held, asked.method, asked.windows, asked.length, asked.grids)
     if asked.model not in ("random", "trained"):
         compare(asked.model, *given)
         return
