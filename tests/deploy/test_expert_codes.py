@@ -134,26 +134,22 @@ class Heard(Silent):
         self.notes.append(text)
 
 
-@pytest.mark.parametrize(
-    ("how", "why"),
-    [
-        ({"bpw": 6.0}, "a budget is spent on the other matrices"),
-        ({"calibrate": "clients"}, "the devices send no sums of theirs"),
-    ],
-)
-def test_experts_that_stay_are_said(how: dict[str, Any], why: str, tmp_path: Path) -> None:
+def test_experts_that_stay_are_said(tmp_path: Path) -> None:
     save("qwen3_moe", tmp_path / "m")
-    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
     heard = Heard()
-    subject, given = tmp_path / "m", {"text": tmp_path / "t.txt"}
-    if "calibrate" in how:
-        rows = [{"instruction": f"say {i}", "output": "yes and no, as it is said"} for i in range(12)]
-        subject, given = fleetune.tune(
-            tmp_path / "m", rows, method="fedpetuning", settings={"module": "full", "epochs": 1, "batch_size": 4},
-            clients=2, rounds=1, samples=0, max_length=64, held_out=4, out=tmp_path / "tuned",
-        ).folder, {}  # fmt: skip
+    rows = [{"instruction": f"say {i}", "output": "yes and no, as it is said"} for i in range(12)]
+    tuned = fleetune.tune(
+        tmp_path / "m", rows, method="fedpetuning", settings={"module": "full", "epochs": 1, "batch_size": 4},
+        clients=2, rounds=1, samples=0, max_length=64, held_out=4, out=tmp_path / "tuned",
+    )  # fmt: skip
     made = fleetune.compress(
-        subject, method="optq", out=tmp_path / "runs", length=16, windows=4, listener=heard, **given, **how
+        tuned.folder,
+        method="optq",
+        out=tmp_path / "runs",
+        length=16,
+        windows=4,
+        listener=heard,
+        calibrate="clients",
     )
     assert Master(made.folder / "model").head.experts == {}
-    assert f"the experts of 4 layers stay as they are: {why}" in heard.notes
+    assert "the experts of 4 layers stay as they are: the devices send no sums of theirs" in heard.notes

@@ -20,8 +20,9 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
                         fused (4 heads length^2, twice), and the block's compressed weights
               (a method that compares with the dense model has states and Hessians twice)
               weighing  tokens by the gradient of the loss: a window forward and back, layer by layer
-              choosing  grids for a byte budget: a window forward and back, layer by layer; embedding and head solved
-                        some rows at a time, and their codes
+              choosing  grids for a byte budget: a window forward and back, layer by layer, with what enters the experts
+                        of each and 8 bytes for each of their outputs; embedding and head solved some rows at a time, and
+                        their codes
               training  scales: the same, a byte for each weight, and a scale's moments
               measuring the model on rows or text, before and after: activations and logits of a batch
 
@@ -95,7 +96,7 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
     if work.weighted:
         stages["weighing"] = _backward(shape, work)
     if work.budget:
-        stages["choosing"] = max(_backward(shape, work), _ends(shape))
+        stages["choosing"] = max(_backward(shape, work) + _sensitivity(shape, work), _ends(shape))
     if work.trained:
         step = work._replace(length=max(work.length, STEP))
         stages["training"] = _backward(shape, step) + _scales(shape, work)
@@ -180,6 +181,14 @@ def _backward(shape: Shape, work: CompressionSize) -> int:
     layers = len(blocks(shape))
     entering = layers * shape.hidden
     return work.length * work.size * (entering + BACKWARD * shape.widest) + LOGITS
+
+
+def _sensitivity(shape: Shape, work: CompressionSize) -> int:
+    """Return the bytes of the sensitivity of experts: what enters those of each layer, and the sums of squares."""
+    entering = (
+        work.length * work.size * shape.hidden * len({x.name.rpartition(".")[0] for x in shape.experts})
+    )
+    return entering + 8 * sum(x.out for x in shape.experts)
 
 
 def _scales(shape: Shape, work: CompressionSize) -> int:

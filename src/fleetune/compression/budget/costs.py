@@ -8,20 +8,24 @@ rounding.  So with F from `sensitivity.py` the loss in KL divergence is about
     1/2 sum_i F_i sum_j c_j e_ij^2
 
 without running the loop.  Blocks are visited in turn on the dense model's inputs, so that one block's Hessians are in memory.
+
+The experts of a mixture have an F and a c each, and a tensor of all of them one grid: its cost is the sum of theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fleetune.common.ggml import BLOCK, padded
 from fleetune.compression.budget.sensitivity import Sensitivity
 from fleetune.compression.layerwise.activations import HiddenStates
-from fleetune.compression.layerwise.driver import End, linears_of
+from fleetune.compression.layerwise.driver import End, experts_in, linears_of
+from fleetune.compression.layerwise.experts import DOWN, Experts, Routed, hessian, tensors_of
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import PRUNED, rounded
 from fleetune.compression.layerwise.hessian import inverse_cholesky
@@ -107,19 +111,15 @@ def measure(
     """
     options = dict[str, list[Option]]()
     with torch.inference_mode():
-        states, blocks = HiddenStates(model, windows), linears_of(model)
+        states, blocks, of_blocks = HiddenStates(model, windows), linears_of(model), experts_in(model)
         for number, (block, linears) in enumerate(blocks):
+            on_name = functools.partial(on_matrix, number, len(blocks))
             with in_memory(block):
-                H = states.hessians(number, linears)
-                known = dict[int, Tensor]()  # layers that read the same tensor share one H
-                for name, linear in linears.items():
-                    on_matrix(number, len(blocks), name)
-                    h = H.get(name)
-                    c = torch.ones(linear.weight.shape[1])  # nothing reached it
-                    if h is not None:
-                        c = known[id(h)] if id(h) in known else _curvature(h / (2 * windows.numel()))
-                        known[id(h)] = c
-                    options[f"{name}.weight"] = of_matrix(_values(linear.weight), [Term(found.rows[name], c)])
+                H, routed = states.inputs(number, linears, of_blocks[number])
+                options |= _of_layers(linears, H, found, windows.numel(), on_name)
+                del H
+                for each in of_blocks[number]:
+                    options |= _of_experts(each, routed.pop(each.name, None), found, on_name)
                 states.advance(number)
         head = states.head_hessian() / (2 * windows.numel())
         ends, terms = _ends(model, found, head)
@@ -127,6 +127,75 @@ def measure(
             on_matrix(len(blocks), len(blocks), end.name.removesuffix(".weight"))
             options[end.name] = of_matrix(_values(model.net.get_parameter(end.name)), terms[end.name])
     return Costs(options, ends)
+
+
+def _of_layers(
+    linears: Mapping[str, nn.Linear],
+    H: Mapping[str, Tensor],
+    found: Sensitivity,
+    tokens: int,
+    on_name: Callable[[str], None],
+) -> dict[str, list[Option]]:
+    """Return what every candidate costs each linear layer of a block."""
+    options = dict[str, list[Option]]()
+    known = dict[int, Tensor]()  # layers that read the same tensor share one H
+    for name, linear in linears.items():
+        on_name(name)
+        h = H.get(name)
+        c = torch.ones(linear.weight.shape[1])  # nothing reached it
+        if h is not None:
+            c = known[id(h)] if id(h) in known else _curvature(h / (2 * tokens))
+            known[id(h)] = c
+        options[f"{name}.weight"] = of_matrix(_values(linear.weight), [Term(found.rows[name], c)])
+    return options
+
+
+def _of_experts(
+    experts: Experts, routed: Routed | None, found: Sensitivity, on_name: Callable[[str], None]
+) -> dict[str, list[Option]]:
+    """Return what every candidate costs each tensor of the experts of a layer: the sum over the experts."""
+    options = dict[str, list[Option]]()
+    for name, parameter in experts.parameters.items():
+        on_name(name)
+        names, of_each = tensors_of(name), list[list[list[Option]]]()
+        of_all = list[
+            Tensor
+        ]()  # what gates and ups read is the same for each expert that is solved on all tokens
+        for number in range(len(parameter)):
+            c = _of_inputs(experts, name, number, routed, of_all)
+            W, F = _values(parameter[number]), found.experts[name][number]
+            halves = zip(W.chunk(len(names)), F.chunk(len(names)), strict=True)
+            of_each.append([of_matrix(rows, [Term(f, c)]) for rows, f in halves])
+        for tensor, found_of in zip(names, zip(*of_each, strict=True), strict=True):
+            options[tensor] = _together(found_of, parameter.shape[1] // len(names), parameter.shape[2])
+    return options
+
+
+def _of_inputs(
+    experts: Experts, name: str, number: int, routed: Routed | None, of_all: list[Tensor]
+) -> Tensor:
+    """Return the curvature [C] of an expert's inputs; `of_all` keeps that of all tokens, where it is the same for others."""
+    C = experts.parameters[name].shape[2]
+    if routed is None:
+        return torch.ones(C)  # nothing reached it
+    few = routed.tokens(number) < C
+    if few and of_all:
+        return of_all[0]
+    H, tokens = hessian(experts, name, number, routed)
+    c = _curvature(H / (2 * (len(routed.x) if few else tokens)))
+    if few and not name.endswith(DOWN):
+        of_all.append(c)
+    return c
+
+
+def _together(of_each: Sequence[Sequence[Option]], R: int, C: int) -> list[Option]:
+    """Return the options that all experts have, with what they cost together; their matrices are [R, C]."""
+    costs = [{option.candidate: option.cost for option in each} for each in of_each]
+    return [
+        Option(each, each.bytes(len(costs) * R, C), sum(cost[each] for cost in costs))
+        for each in costs[0]
+        if all(each in cost for cost in costs)
+    ]
 
 
 def _ends(model: Model, found: Sensitivity, head: Tensor) -> tuple[list[End], dict[str, list[Term]]]:
@@ -139,10 +208,11 @@ def _ends(model: Model, found: Sensitivity, head: Tensor) -> tuple[list[End], di
     return [End(first, 0.0, table), End(last[0], total, None)], {first: [as_table], last[0]: [as_head]}
 
 
-def matrix_names(model: Model) -> list[str]:
-    """Return the names of all weights that a grid is chosen for."""
+def parameter_names(model: Model) -> list[str]:
+    """Return the names of all weights that grids are chosen for."""
     layers = [f"{name}.weight" for _, linears in linears_of(model) for name in linears]
-    return [*layers, *end_names(model)]
+    experts = [name for inside in experts_in(model) for each in inside for name in each.parameters]
+    return [*layers, *experts, *end_names(model)]
 
 
 class Reach(NamedTuple):
@@ -157,14 +227,26 @@ def reach(model: Model) -> Reach:
     """Return what the matrices of a model can take."""
     least = most = 0
     possible = set[Candidate]()
-    for name in matrix_names(model):
-        W = _values(model.net.get_parameter(name))
-        found = candidates(W)
-        sizes = [each.bytes(*W.shape) for each in found]
-        least, most = least + min(sizes), most + max(sizes)
-        possible |= set(found)
+    for name in parameter_names(model):
+        for found, sizes in _possible(name, model.net.get_parameter(name)):
+            least, most = least + min(sizes), most + max(sizes)
+            possible |= set(found)
     rising = sorted(possible, key=lambda each: (each.bits_a_weight, each.kind))
     return Reach(least, most, tuple(each.kind for each in rising))
+
+
+def _possible(name: str, weight: Tensor) -> Iterator[tuple[list[Candidate], list[int]]]:
+    """Yield the candidates of each tensor that has a grid of its own, and their bytes."""
+    if weight.dim() == 2:
+        found, (R, C) = candidates(_values(weight)), weight.shape
+        yield found, [each.bytes(R, C) for each in found]
+        return
+    count, R, C = weight.shape
+    halves = len(tensors_of(name))
+    of_each = [[candidates(rows) for rows in _values(W).chunk(halves)] for W in weight]
+    for of_all in zip(*of_each, strict=True):
+        found = [each for each in of_all[0] if all(each in own for own in of_all)]
+        yield found, [each.bytes(count * R // halves, C) for each in found]
 
 
 def end_names(model: Model) -> list[str]:

@@ -10,12 +10,12 @@ own distribution p.  Of F the diagonal is kept: for a matrix W [R, C] with input
 with the mean over tokens, as if g and x were independent (K-FAC: Martens and Grosse 2015, arXiv 1503.05671).  For the rows of
 the output head it is F_v = mean p_v (1 - p_v), times the square of a factor on the logits where a model has one.  As the table
 of the input, a row counts only where its token is: the gradients of the rows that are looked up, G = mean g g', take H's place
-there, and the token's share that of F.
+there, and the token's share that of F.  The experts of a mixture have an F each (`routed.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fleetune.compression.budget import routed
+from fleetune.compression.layerwise.experts import Experts
 from fleetune.data.encode import Encoded, collate
 from fleetune.evaluation.losses import pad_id, predictors
 from fleetune.models.checkpointing import by_layer
@@ -40,6 +42,8 @@ class Sensitivity:
     head: Tensor  # float64 [V]: F of the head's rows
     table: Tensor  # float64 [H, H]: G of the embedding's outputs
     shares: Tensor  # float64 [V]: each token's share of the windows
+    experts: dict[str, Tensor]  # parameter of experts -> F float64 [experts, R] of each
+    estimated: list[str]  # experts whose F is an estimate, by their module's name
 
 
 def measure(
@@ -48,8 +52,9 @@ def measure(
     names: list[str],
     seed: int,
     on_window: Callable[[int, int], None] = lambda number, count: None,
+    experts: Sequence[Experts] = (),
 ) -> Sensitivity:
-    """Measure the sensitivity of the linear layers `names`, of the head and of the embedding on windows int64 [n, length].
+    """Measure the sensitivity of the linear layers `names`, of experts, head and embedding on windows int64 [n, length].
 
     One window is in memory at a time, its activations layer by layer.  `on_window(number, count)` may raise to stop.
     """
@@ -63,7 +68,7 @@ def measure(
     def see(name: str) -> Callable[[Tensor], None]:
         return lambda g: _add_squares(found[name], g)
 
-    with _watched(net, names, see):
+    with _watched(net, names, see), routed.squares(experts) as of_experts:
         for number, window in enumerate(windows):
             on_window(number, len(windows))
             leaf, times = _back(model, window, draw, head)
@@ -71,7 +76,8 @@ def measure(
             G.addmm_(g.T, g)
     tokens = windows.numel()
     shares = torch.bincount(windows.reshape(-1), minlength=V).double() / tokens
-    return Sensitivity({n: f / tokens for n, f in found.items()}, head / tokens, G / tokens, shares)
+    of_layers, of_routed = ({n: f / tokens for n, f in each.items()} for each in (found, of_experts.sums))
+    return Sensitivity(of_layers, head / tokens, G / tokens, shares, of_routed, of_experts.estimated)
 
 
 def of_tokens(

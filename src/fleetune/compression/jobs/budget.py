@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from fleetune import compression
-from fleetune.common.display import human_bytes
+from fleetune.common.display import counted, human_bytes
 from fleetune.common.files import write_atomic
 from fleetune.common.shell import command
 from fleetune.compression.training import checksum
@@ -78,7 +78,7 @@ def flag_of(request: CompressRequest) -> str:
 class Budget:
     """The bytes of a file, and what they were spent on."""
 
-    chosen: Mapping[str, tuple[str, int]]  # grid and bits of each matrix, by the weight's name
+    chosen: Mapping[str, tuple[str, int]]  # grid and bits of each matrix, by the names that `costs.py` has
     kinds: Mapping[str, int]  # how many matrices are of each type of GGUF
     bytes: int  # of the file
     cost: float  # estimated KL divergence from the dense model, nats a token
@@ -125,7 +125,7 @@ def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]
     """
     from fleetune.compression.budget import costs
 
-    names = costs.matrix_names(model)
+    names = costs.parameter_names(model)
     others, weights = beside(names), sum(model.net.get_parameter(name).numel() for name in names)
     limit = request.bytes - others if request.bytes else int(request.bpw * weights / 8)
     reach = costs.reach(model)
@@ -142,7 +142,7 @@ def spend(listener: Listener, model: Model, windows: Tensor, seed: int, room: Ro
 def measured(listener: Listener, model: Model, windows: Tensor, seed: int) -> Costs:
     """Measure what each grid costs each matrix, on some of the windows int64 [n, length].  Interrupted on Ctrl-C."""
     from fleetune.compression.budget import costs, sensitivity
-    from fleetune.compression.layerwise.driver import linears_of
+    from fleetune.compression.layerwise.driver import experts_in, linears_of
 
     some = windows[: max(1, TOKENS // windows.shape[1])]
 
@@ -160,7 +160,13 @@ def measured(listener: Listener, model: Model, windows: Tensor, seed: int) -> Co
         _checked(listener, "grids", block, blocks, name.rsplit(".", 1)[-1])
 
     names = [name for _, linears in linears_of(model) for name in linears]
-    found = sensitivity.measure(model, some, names, seed, on_window)
+    experts = [each for inside in experts_in(model) for each in inside]
+    found = sensitivity.measure(model, some, names, seed, on_window, experts)
+    if found.estimated:
+        listener.note(
+            f"how much the experts of {counted(len(found.estimated), 'layer')} change the predictions is an estimate: they "
+            "return something else than the sum of what each computes"
+        )
     return costs.measure(model, some, found, on_matrix)
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fleetune.compression.layerwise.driver import Plan
     from fleetune.compression.layerwise.sums import HessianReply
     from fleetune.evaluation.reference import Reference
-    from fleetune.models.artefact import ArtefactHead, Quantised
+    from fleetune.models.artefact import ArtefactHead, Codes
     from fleetune.planning.compression_cost import CompressionSize
 
 
@@ -183,7 +183,7 @@ class Weights(NamedTuple):
     """What a solver found: of each block, and the weights by name, read on access."""
 
     blocks: Sequence[BlockResult]
-    weights: Mapping[str, Quantised | Tensor]
+    weights: Mapping[str, Codes | Tensor]
 
 
 def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> Weights:
@@ -232,14 +232,12 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
 
 
 def _takes_experts(request: CompressRequest) -> bool:
-    """Return whether a mixture's experts are compressed: not on a budget, nor from the sums of clients."""
-    return not budget.asked(request) and request.calibrate not in (CLIENTS, FLEET)
+    """Return whether a mixture's experts are compressed: not from the sums of clients."""
+    return request.calibrate not in (CLIENTS, FLEET)
 
 
 def _reason(request: CompressRequest) -> str:
     """Say why experts are not compressed."""
-    if budget.asked(request):
-        return "a budget is spent on the other matrices"
     if not _takes_experts(request):
         return "the devices send no sums of theirs"
     return "their matrices are stored the other way round, or have biases"
@@ -357,7 +355,7 @@ def _after(
     listener: Listener,
     inputs: Inputs,
     folder: Path,
-    weights: Mapping[str, Quantised | Tensor],
+    weights: Mapping[str, Codes | Tensor],
     reference: Reference | None,
 ) -> dict[str, float]:
     """Measure the compressed model.  Its weights take the place of the model's own, which are not needed any more."""

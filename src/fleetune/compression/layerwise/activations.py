@@ -100,20 +100,28 @@ class HiddenStates:
         solve_routed: SolveExperts = lambda experts, routed: None,
     ) -> None:
         """Solve a block's layers, on what reaches them through its dense weights."""
-        if not experts:
-            H = self.hessians(number, linears)
-        else:
-            calls = {each.name: list[Routed]() for each in experts}
-            H = self._collect(number, linears, experts, lambda each, routed: calls[each.name].append(routed))
+        H, routed = self.inputs(number, linears, experts)
         for name in [name for name in linears if name in H]:
             solve(name, H[name])
         for each in experts:
-            if found := calls.pop(each.name):
-                solve_routed(each, Routed(*(torch.cat(parts) for parts in zip(*found, strict=True))))
+            if each.name in routed:
+                solve_routed(each, routed.pop(each.name))
 
     def hessians(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
         """Return H by layer name; layers that read the same tensor share one H."""
-        return self._collect(number, linears, (), lambda experts, routed: None)
+        return self.inputs(number, linears, ())[0]
+
+    def inputs(
+        self, number: int, linears: Mapping[str, nn.Linear], experts: Sequence[Experts]
+    ) -> tuple[dict[str, Tensor], dict[str, Routed]]:
+        """Return H by layer name as `hessians` does, and what experts are called with by their module's; of those in use."""
+        calls = {each.name: list[Routed]() for each in experts}
+        H = self._collect(number, linears, experts, lambda each, routed: calls[each.name].append(routed))
+        joined = {
+            name: Routed(*(torch.cat(parts) for parts in zip(*calls.pop(name), strict=True)))
+            for name in [name for name, found in calls.items() if found]
+        }
+        return H, joined
 
     def _collect(
         self,

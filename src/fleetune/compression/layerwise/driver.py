@@ -3,8 +3,8 @@
 
 For every decoder block: run the calibration windows through it and sum the Hessians of its linear layers
 (`hessian.py`; layers that read the same tensor share one), solve the layers, then run the windows through the compressed
-block.  Its outputs are the inputs of the next block.  Norms and routers are not compressed, experts (`experts.py`) without a
-`Plan`, and embedding and head only with one.
+block.  Its outputs are the inputs of the next block.  Norms and routers are not compressed, and embedding and head only with
+a `Plan`; `experts.py` has the experts of a mixture.
 
 With `true_sequential` (GPTQ's name for it) a layer also sees the outputs of the compressed layers before it in its own
 block (`in_turn.py`).
@@ -49,7 +49,7 @@ from fleetune.compression.layerwise.grids import DEFAULTS, GROUPS, INSTEAD
 from fleetune.compression.layerwise.hessian import lost, share, trace
 from fleetune.compression.layerwise.in_turn import StatesInTurn
 from fleetune.errors import DataError, ModelError, RecipeError
-from fleetune.models.artefact import Quantised, dense, joined
+from fleetune.models.artefact import Codes, Quantised, dense, joined
 from fleetune.models.layers import layers_of
 from fleetune.models.mapped.net import in_memory
 from fleetune.models.model import Model
@@ -66,7 +66,7 @@ def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
     return found
 
 
-def _experts_in(model: Model) -> list[list[Experts]]:
+def experts_in(model: Model) -> list[list[Experts]]:
     """Return the experts of every decoder block whose matrices can be solved."""
     modules = dict(model.net.named_modules())
     return [experts_of(layer.name, modules[layer.name]) for layer in layers_of(model.net)]
@@ -74,12 +74,12 @@ def _experts_in(model: Model) -> list[list[Experts]]:
 
 def solves_experts(model: Model) -> bool:
     """Return whether a model has experts whose matrices can be solved."""
-    return any(_experts_in(model))
+    return any(experts_in(model))
 
 
 def experts_left(model: Model, *, taken: bool) -> int:
     """Return how many blocks have experts that stay as they are; `taken` tells whether experts are compressed at all."""
-    solved = _experts_in(model) if taken else [[] for _ in layers_of(model.net)]
+    solved = experts_in(model) if taken else [[] for _ in layers_of(model.net)]
     blocks = [block for block, _ in linears_of(model)]
     return sum(has_experts(block) and not found for block, found in zip(blocks, solved, strict=True))
 
@@ -94,7 +94,7 @@ def check(model: Model, solver: Solver, *, experts: bool = False) -> None:
     `experts` tells whether those of a mixture are compressed too.
     """
     found = linears_of(model)
-    of_blocks = _experts_in(model) if experts else [[] for _ in found]
+    of_blocks = experts_in(model) if experts else [[] for _ in found]
     if not any(linears for _, linears in found):
         raise ModelError(
             f"the blocks of a {type(model.net).__name__} have no matrices of torch's linear layers, which are what is "
@@ -188,7 +188,7 @@ def sampled_windows(model: Model, length: int, count: int, seed: int, *, batch: 
 class Plan(NamedTuple):
     """Solvers for single matrices, and the embedding and the head, which are not compressed without a plan."""
 
-    solvers: Mapping[str, Solver]  # by the weight's name
+    solvers: Mapping[str, Solver]  # by the weight's name; for experts, by `experts.tensors_of`
     ends: Sequence[End]
 
 
@@ -225,7 +225,7 @@ def run(
     source = _source(model, calibration, true_sequential, isinstance(solver, Corrector), weights)
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = FinishedBlocks(folder), linears_of(model)
-    of_blocks = _experts_in(model) if experts else [[] for _ in blocks]
+    of_blocks = experts_in(model) if experts else [[] for _ in blocks]
     placing = isinstance(source, StatesInTurn)
 
     def solver_of(name: str) -> Solver:
@@ -236,7 +236,7 @@ def run(
         with in_memory(block), restored_weights(linears, inside):
             if not (found := parts.open(number)):
                 on_name = functools.partial(on_matrix, number, len(blocks))
-                solving = Solving(solver_of, solver, number, on_name, placing)
+                solving = Solving(solver_of, number, on_name, placing)
                 solving.block(linears, inside, source, parts)
             on_block(parts.blocks[-1], len(blocks) + bool(plan))
             if source and (plan or number + 1 < len(blocks)):
@@ -293,7 +293,6 @@ class Solving(NamedTuple):
     """How a block is solved; with `placing` each layer gets its compressed weights as soon as it is solved."""
 
     solver_of: Callable[[str], Solver]
-    of_experts: Solver
     number: int
     on_name: Callable[[str], None]
     placing: bool
@@ -307,7 +306,7 @@ class Solving(NamedTuple):
     ) -> None:
         """Solve a block and write it."""
         began = time.monotonic()
-        weights, matrices = dict[str, Quantised | Tensor](), list[MatrixResult]()
+        weights, matrices = dict[str, Codes | Tensor](), list[MatrixResult]()
 
         def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
             self.on_name(name)
@@ -319,7 +318,7 @@ class Solving(NamedTuple):
                 linear.weight.data = dense(weight).to(linear.weight)
 
         def solve_routed(each: Experts, routed: Routed | None) -> None:
-            found = solve_experts(self.of_experts, each, routed, self.on_name, placing=self.placing)
+            found = solve_experts(self.solver_of, each, routed, self.on_name, placing=self.placing)
             for name, weight, matrix in found:
                 weights[name] = weight
                 matrices.append(matrix)
@@ -364,7 +363,7 @@ def restored_weights(linears: Mapping[str, nn.Linear], experts: Sequence[Experts
 
 def place_weights(
     linears: Mapping[str, nn.Linear],
-    parts: Mapping[str, Quantised | Tensor],
+    parts: Mapping[str, Codes | Tensor],
     experts: Sequence[Experts] = (),
 ) -> None:
     """Give a block's layers their compressed weights."""

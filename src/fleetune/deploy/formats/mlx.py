@@ -99,7 +99,7 @@ def _biases(q: Quantised) -> Tensor:
 
 
 def _exact(model: Checkpoint, name: str) -> bool:
-    q = model.quantised(name)
+    q = _hf_writer.codes_of(model, name)
     assert q is not None
     return bool((_biases(q).half().float() == _biases(q)).all())
 

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A byte budget on a mixture: how sensitive experts are, what a grid costs each of their tensors, and how halves are solved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_harness import build
+from torch import Tensor
+from torch.nn import functional as F
+
+from fleetune import compression, models
+from fleetune.compression.budget import costs, sensitivity
+from fleetune.compression.budget.costs import CANDIDATES, Term
+from fleetune.compression.jobs import budget
+from fleetune.compression.layerwise import driver
+from fleetune.compression.layerwise.driver import Plan, experts_in, linears_of
+from fleetune.compression.layerwise.experts import Experts, tensors_of
+from fleetune.models import Model, artefact, checkpointing, tiny_tokenizer
+from fleetune.models.artefact import ArtefactHead, Master, Quantised, SplitExperts
+from fleetune.runs.listener import Silent
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "ernie4_5_moe"]
+
+
+def mixture(family: str, **changes: Any) -> Model:
+    """A random mixture, whose predictions depend on its experts."""
+    net = build(family, **changes).eval().requires_grad_(False)
+    for name, p in net.named_parameters():
+        if "experts." in name and p.dim() == 3:
+            p.mul_(2.0)
+    words = tiny_tokenizer()
+    return Model(
+        net, words, family, Path(family), models.digest(models.named_tensors(net)),
+        models.tokenizer_digest(words), "fp32", "cpu",
+    )  # fmt: skip
+
+
+def drawn(count: int, length: int) -> Tensor:
+    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def experts_of(model: Model) -> list[Experts]:
+    return [each for inside in experts_in(model) for each in inside]
+
+
+def log_p(model: Model, windows: Tensor) -> Tensor:
+    """Log-probabilities [tokens, V] in float64."""
+    with torch.no_grad():
+        return model.net(input_ids=windows).logits.double().log_softmax(-1).flatten(0, 1)
+
+
+# ---------------------------------------------------------------- sensitivity
+
+
+@contextmanager
+def squares_by_autograd(experts: list[Experts]) -> Iterator[dict[str, Tensor]]:
+    """Let experts run one at a time, and sum the squared gradients by what each matrix returns as autograd has them."""
+    sums = {
+        n: torch.zeros(p.shape[:2], dtype=torch.float64)
+        for each in experts
+        for n, p in each.parameters.items()
+    }
+
+    def add(to: Tensor, g: Tensor) -> None:
+        to += g.double().square().sum(0)
+
+    def forward(each: Experts) -> Any:
+        def run(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            names = list(each.parameters)
+
+            def see(of: Tensor, name: str, number: int) -> None:
+                if of.requires_grad:
+                    of.register_hook(lambda g: add(sums[name][number], g))
+
+            for number in range(len(each.module.gate_up_proj)):
+                token, slot = torch.where(chosen == number)
+                z = F.linear(x[token], each.module.gate_up_proj[number])
+                gate, up = z.chunk(2, -1)
+                y = F.linear(F.silu(gate) * up, each.module.down_proj[number])
+                see(z, names[0], number)
+                see(y, names[1], number)
+                out = out.index_add(0, token, y * weights[token, slot, None].to(y.dtype))
+            return out
+
+        return run
+
+    for each in experts:
+        each.module.forward = forward(each)
+    try:
+        yield sums
+    finally:
+        for each in experts:
+            del each.module.forward
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_squared_gradients_are_those_of_autograd(family: str) -> None:
+    model, windows = mixture(family), drawn(3, 24)
+    experts = experts_of(model)
+    with squares_by_autograd(experts) as want:
+        sensitivity.measure(model, windows, [], 3)
+    found = sensitivity.measure(model, windows, [], 3, experts=experts)
+    assert found.estimated == []
+    assert set(found.experts) == set(want)
+    for name, of in found.experts.items():
+        assert of.count_nonzero() > 0
+        torch.testing.assert_close(of * windows.numel(), want[name], rtol=1e-3, atol=1e-9)
+
+
+def test_activations_that_are_computed_again_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, windows = mixture("qwen3_moe"), drawn(2, 24)
+    found = []
+    for small in (1 << 40, 0):
+        monkeypatch.setattr(checkpointing, "SMALL", small)
+        found.append(sensitivity.measure(model, windows, [], 3, experts=experts_of(model)).experts)
+    for name, of in found[0].items():
+        torch.testing.assert_close(of, found[1][name], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_predicted_divergence_is_the_one_that_small_errors_cause(family: str) -> None:
+    """1/2 sum F_i (E_i H E_i') of the tokens of an expert, against the KL divergence in float64.
+
+    In the last block: behind others a token may be sent to another expert, a jump that no gradient tells.
+    """
+    model, windows = mixture(family), drawn(48, 24)
+    experts = experts_of(model)
+    found = sensitivity.measure(model, windows, [], 3, experts=experts)
+    inputs = inputs_of(model, experts[-1], windows)
+    before, g = log_p(model, windows), torch.Generator().manual_seed(1)
+    for name, parameter in experts[-1].parameters.items():
+        E, predicted = torch.zeros_like(parameter), 0.0
+        for number in (0, 3):
+            E[number] = 1e-2 * torch.randn(parameter[number].shape, generator=g)
+            x = inputs[name][number]
+            outputs = (x @ E[number].double().T).square().mean(0)
+            predicted += 0.5 * float(found.experts[name][number] @ outputs)
+        with torch.no_grad():
+            parameter.add_(E)
+            after = log_p(model, windows)
+            parameter.sub_(E)
+        caused = float((before.exp() * (before - after)).sum(1).mean())
+        assert predicted == pytest.approx(caused, rel=0.25)
+
+
+@torch.no_grad()
+def inputs_of(model: Model, each: Experts, windows: Tensor) -> dict[str, list[Tensor]]:
+    """What the matrices of each expert read, float64 [its tokens, C], by parameter."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    hook = each.module.register_forward_pre_hook(lambda module, args: calls.append((args[0], args[1])))
+    for window in windows:
+        model.net(input_ids=window[None], use_cache=False)
+    hook.remove()
+    x, chosen = torch.cat([a for a, _ in calls]).double(), torch.cat([b for _, b in calls])
+    found: dict[str, list[Tensor]] = {name: [] for name in each.parameters}
+    for number, W in enumerate(each.module.gate_up_proj.double()):
+        mine = x[(chosen == number).any(-1)]
+        gate, up = (mine @ W.T).chunk(2, -1)
+        for name, of in zip(found, (mine, F.silu(gate) * up), strict=True):
+            found[name].append(of)
+    return found
+
+
+class Heard(Silent):
+    """Keeps the remarks."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_experts_that_compute_in_another_way_are_said() -> None:
+    model, windows, heard = mixture("qwen3_moe"), drawn(1, 24), Heard()
+    module = experts_of(model)[2].module
+    normed, plain = module.forward, module.forward
+    module.forward = lambda *args: F.normalize(normed(*args), dim=-1)
+    found = budget.measured(heard, model, windows, 0)
+    assert heard.notes == [
+        "how much the experts of 1 layer change the predictions is an estimate: they return something else than the sum of "
+        "what each computes"
+    ]
+    assert len(found.options) == 4 * (4 + 3) + 2
+    heard.notes.clear()
+    module.forward = plain
+    budget.measured(heard, model, windows, 0)
+    assert heard.notes == []
+
+
+# ---------------------------------------------------------------- costs
+
+
+def test_a_tensor_costs_what_its_experts_do() -> None:
+    """Each with its own gradients and inputs; an expert that few tokens chose with the inputs of all."""
+    model, windows = mixture("mixtral"), drawn(4, 24)
+    experts = experts_of(model)
+    found = sensitivity.measure(
+        model, windows, [n for _, l in linears_of(model) for n in l], 3, experts=experts
+    )
+    got = costs.measure(model, windows, found)
+    each, few = experts[0], 0  # behind the dense attention of the first block
+    every = inputs_of(model, each, windows)
+    whole = torch.cat(whole_inputs(model, each, windows))
+    for name, parameter in each.parameters.items():
+        names = tensors_of(name)
+        want: dict[str, dict[Any, float]] = {tensor: {} for tensor in names}
+        for number in range(len(parameter)):
+            x, C = every[name][number], parameter.shape[2]
+            if len(x) < C:
+                few += 1
+                x = whole
+                if name.endswith("down_proj"):
+                    gate, up = (whole @ each.module.gate_up_proj[number].double().T).chunk(2, -1)
+                    x = F.silu(gate) * up
+            c = costs._curvature((x.T @ x / len(x)).float())
+            halves = zip(
+                names,
+                parameter[number].chunk(len(names)),
+                found.experts[name][number].chunk(len(names)),
+                strict=True,
+            )
+            for tensor, W, f in halves:
+                for option in costs.of_matrix(W, [Term(f, c)]):
+                    want[tensor][option.candidate] = want[tensor].get(option.candidate, 0.0) + option.cost
+        for tensor in names:
+            options = {option.candidate: option for option in got.options[tensor]}
+            assert set(options) == set(want[tensor]) == set(CANDIDATES[:4])
+            for candidate, option in options.items():
+                assert option.cost == pytest.approx(want[tensor][candidate], rel=1e-3)
+                assert option.bytes == candidate.bytes(
+                    5 * parameter.shape[1] // len(names), parameter.shape[2]
+                )
+    assert few > 0
+
+
+def whole_inputs(model: Model, each: Experts, windows: Tensor) -> list[Tensor]:
+    calls: list[Tensor] = []
+    hook = each.module.register_forward_pre_hook(lambda module, args: calls.append(args[0].double()))
+    for window in windows:
+        model.net(input_ids=window[None], use_cache=False)
+    hook.remove()
+    return calls
+
+
+def test_one_pruned_expert_gives_its_tensor_a_grid_with_a_zero() -> None:
+    model, windows = (
+        mixture("qwen3_moe", moe_intermediate_size=256, hidden_size=256, num_hidden_layers=2),
+        drawn(1, 16),
+    )
+    each = experts_of(model)[1]
+    each.module.gate_up_proj[3, 256:, :200] = 0.0  # of the ups
+    before = costs.reach(
+        mixture("qwen3_moe", moe_intermediate_size=256, hidden_size=256, num_hidden_layers=2)
+    )
+    names = [n for _, l in linears_of(model) for n in l]
+    found = costs.measure(
+        model, windows, sensitivity.measure(model, windows, names, 0, experts=experts_of(model))
+    )
+    gate, up, down = (
+        {option.candidate.kind for option in found.options[tensor]}
+        for name in each.parameters
+        for tensor in tensors_of(name)
+    )
+    assert "Q2_K" in gate
+    assert gate == down == {candidate.kind for candidate in CANDIDATES}
+    assert up == {"Q4_0", "Q5_0", "Q8_0", "Q6_K", "Q3_K"}
+    q2, q3 = (next(c for c in CANDIDATES if c.kind == kind).bytes(5 * 256, 256) for kind in ("Q2_K", "Q3_K"))
+    after = costs.reach(model)
+    assert after.least == before.least - q2 + q3
+    assert after.least == sum(min(o.bytes for o in options) for options in found.options.values())
+    assert after.most == sum(max(o.bytes for o in options) for options in found.options.values())
+
+
+# ---------------------------------------------------------------- solving
+
+
+def planned(model: Model, grids: dict[str, tuple[str, int]], method: str = "optq") -> Plan:
+    """A plan in which tensors of experts have the grids of their kind (gate, up, down), and all else codes of 8 bits."""
+    solver: Any = compression.make(method, {"group": 32})
+
+    def on(grid: str, bits: int) -> Any:
+        return dataclasses.replace(solver, grid=grid, bits=bits)
+
+    solvers = {f"{n}.weight": on("ggml", 8) for _, linears in linears_of(model) for n in linears}
+    for each in experts_of(model):
+        for name in each.parameters:
+            for tensor in tensors_of(name):
+                solvers[tensor] = on(*grids[tensor.split(".")[-2]])
+    return Plan(solvers, [])
+
+
+@pytest.mark.parametrize("method", ["optq", "qronos"])
+def test_gates_and_ups_on_grids_of_their_own_are_solved_as_alone(method: str, tmp_path: Path) -> None:
+    model, windows = mixture("qwen3_moe"), drawn(8, 32)
+    first, second, down = ("iq4_nl", 4), ("ggml", 5), ("ggml", 4)
+    found = {}
+    for at, gate, up in (("split", first, second), ("first", first, first), ("second", second, second)):
+        plan = planned(model, {"gate_proj": gate, "up_proj": up, "down_proj": down}, method)
+        found[at] = driver.run(
+            model, compression.make(method, {"group": 32}), windows, tmp_path / at, plan=plan, experts=True
+        )
+    name = next(iter(experts_of(model)[0].parameters))  # of the first block, whose inputs are the same in all
+    split, one, other = (found[at][name] for at in ("split", "first", "second"))
+    assert isinstance(split, SplitExperts)
+    assert isinstance(one, Quantised)
+    assert isinstance(other, Quantised)
+    assert (split.experts, split.shape) == (5, one.shape)
+    rows = one.shape[1] // 2
+    assert torch.equal(split.parts[0].dense(), one.dense()[:, :rows])
+    assert torch.equal(split.parts[1].dense(), other.dense()[:, rows:])
+    assert torch.equal(split.dense(), torch.cat([one.dense()[:, :rows], other.dense()[:, rows:]], 1))
+    results = {m.name: m for m in found["split"].blocks[0].matrices}
+    both = [{m.name: m for m in found[at].blocks[0].matrices}[name].error for at in ("first", "second")]
+    assert min(both) < results[name].error < max(both)
+
+
+def test_an_artefact_holds_parts_and_says_so(tmp_path: Path) -> None:
+    model = mixture("qwen3_moe")
+    grids = {"gate_proj": ("iq4_nl", 4), "up_proj": ("ggml", 5), "down_proj": ("ggml", 4)}
+    windows = drawn(2, 24)
+    parts = driver.run(
+        model,
+        compression.make("optq", {"group": 32}),
+        windows,
+        tmp_path / "p",
+        plan=planned(model, grids),
+        experts=True,
+    )
+    head = ArtefactHead("optq", {}, model.digest, model.tokenizer_digest)
+    artefact.write(tmp_path / "m", model, parts, head)
+    master = Master(tmp_path / "m")
+    assert master.head.version == 5
+    names = [name for each in experts_of(model) for name in each.parameters]
+    assert master.head.parts == dict.fromkeys(names[::2], 2)
+    assert set(master.names) == {name for name, _ in models.named_tensors(model.net)}
+    for name in names:
+        q, own = master.quantised(name), parts[name]
+        assert q is not None
+        assert type(q) is type(own) is (SplitExperts if name in master.head.parts else Quantised)
+        assert torch.equal(q.dense(), artefact.dense(own))
+    again = models.load_artefact(tmp_path / "m").net
+    assert all(torch.equal(again.get_parameter(n), artefact.dense(parts[n])) for n in names)
