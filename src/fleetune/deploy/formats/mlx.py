@@ -99,7 +99,7 @@ def _biases(q: Quantised) -> Tensor:
 
 
 def _exact(model: Checkpoint, name: str) -> bool:
-    q = _hf_writer.codes_of(model, name)
+    q = _hf_writer.codes_of(model, name, experts=True)
     assert q is not None
     return bool((_biases(q).half().float() == _biases(q)).all())
 
