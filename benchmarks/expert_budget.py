@@ -89,7 +89,7 @@ def compare(
     model: str, text: str, held: str, method: str, windows: int, length: int, grids: list[str]
 ) -> None:
     """Compress a mixture on each grid, and by a budget of the size of that file; print both divergences."""
-    print(f"{'grid':8}{'file':>10}{'one grid':>18}{'a budget':>18}{'expected':>10}   types")
+    print(f"{'grid':8}{'file':>10}{'one grid':>20}{'a budget':>20}{'expected':>10}   types")
     for grid in grids:
         with TemporaryDirectory() as folder:
             given: dict[str, Any] = {
@@ -101,9 +101,9 @@ def compare(
             spent = Spent()
             other = fleetune.compress(model, bytes=size, listener=spent, **given)
         kinds = ", ".join(f"{count} {kind}" for kind, count in spent.found.kinds.items())
-        expected = f"{spent.found.kl_divergence:.4f}"
+        expected = f"{spent.found.kl_divergence:.5f}"
         print(
-            f"{grid:8}{human_bytes(size):>10}{told(one):>18}{told(other):>18}{expected:>10}   {kinds}",
+            f"{grid:8}{human_bytes(size):>10}{told(one):>20}{told(other):>20}{expected:>10}   {kinds}",
             flush=True,
         )
 
@@ -111,7 +111,7 @@ def compare(
 def told(done: Any) -> str:
     """A divergence with its standard error."""
     after = done.done.after
-    return f"{after['kl_divergence']:.4f} ± {after['kl_divergence_error']:.4f}"
+    return f"{after['kl_divergence']:.5f} ± {after['kl_divergence_error']:.5f}"
 
 
 def main() -> None:

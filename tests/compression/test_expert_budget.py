@@ -24,6 +24,8 @@ from fleetune.compression.layerwise.driver import Plan, experts_in, linears_of
 from fleetune.compression.layerwise.experts import Experts, tensors_of
 from fleetune.models import Model, artefact, checkpointing, tiny_tokenizer
 from fleetune.models.artefact import ArtefactHead, Master, Quantised, SplitExperts
+from fleetune.models.shapes import shape_of
+from fleetune.planning import compression_cost
 from fleetune.runs.listener import Silent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
@@ -195,6 +197,18 @@ def test_experts_that_compute_in_another_way_are_said() -> None:
     module.forward = plain
     budget.measured(heard, model, windows, 0)
     assert heard.notes == []
+
+
+def test_what_measuring_keeps_is_planned() -> None:
+    """The sums of squares, and the inputs of each layer's experts from the pass forward on."""
+    model, windows = mixture("ernie4_5_moe"), drawn(2, 24)  # the first block has none
+    experts = experts_of(model)
+    found = sensitivity.measure(model, windows, [], 3, experts=experts)
+    kept = sum(of.numel() * of.element_size() for of in found.experts.values())
+    entering = sum(4 * x.numel() for each in experts for x in whole_inputs(model, each, windows[:1]))
+    size = compression_cost.CompressionSize(2, 24, size=4, budget=True)
+    assert compression_cost._sensitivity(shape_of(model.net.config), size) == kept + entering
+    assert compression_cost._sensitivity(shape_of(models.tiny_llama().net.config), size) == 0
 
 
 # ---------------------------------------------------------------- costs

@@ -140,6 +140,23 @@ def test_tensors_of_experts_have_types_of_their_own(method: str, tmp_path: Path)
     assert divergence(back, report.path) <= ROUNDED
 
 
+def test_a_budget_changes_a_mixture_less_than_one_grid_of_the_same_size(tmp_path: Path) -> None:
+    """Of a mixture whose later layers matter less."""
+    net = save("qwen3_moe", tmp_path / "m", **SUPER)
+    with torch.no_grad():
+        for block in net.model.layers[2:]:
+            block.mlp.experts.down_proj *= 0.1
+    models.save(net, tokenizer(), tmp_path / "m")
+    (tmp_path / "held.txt").write_text("she said that the train was late again, and so was he. " * 12)
+    how: dict[str, Any] = {"eval_text": str(tmp_path / "held.txt")}
+    one = compressed(tmp_path, Heard(), settings={"grid": "q4_k"}, **how)
+    size = export(one.folder / "model", "gguf", tmp_path / "one.gguf").bytes
+    heard = Heard()
+    other = compressed(tmp_path, heard, bytes=size, **how)
+    assert 0.97 * size < heard.spent[0].bytes <= size
+    assert other.done.after["kl_divergence"] < 0.8 * one.done.after["kl_divergence"]
+
+
 def refusal(folder: Path, **how: Any) -> UsageError:
     with pytest.raises(UsageError) as refused:
         compressed(folder, Heard(), **how)
