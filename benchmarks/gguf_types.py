@@ -34,7 +34,7 @@ ROUNDED: Final[Mapping[str, Mapping[str, Any]]] = {
     "q5_1": {"grid": "universal", "bits": 5}, "q8_0": {"bits": 8}, "iq4_nl": {"grid": "iq4_nl"},
 }  # fmt: skip
 PLAIN: Final = ("f32", "f16", "bf16")
-BUDGETS: Final = ("66MB", "91.7MB", "105MB")
+BUDGETS: Final = ("72MB", "91.7MB", "105MB")
 
 
 def main() -> None:
