@@ -35,6 +35,21 @@ class Mutant(NamedTuple):
 
 
 MUTANTS: tuple[Mutant, ...] = (
+    # mixtures in MLX
+    Mutant("deploy/formats/_mlx_families.py", "whole = weight.mT.contiguous()", "whole = weight", "deploy/test_mlx_experts.py -k gpt_oss"),
+    Mutant("deploy/formats/_mlx_families.py", "part.order(tuple(whole.shape), matrix, family.paired)", "part.order(tuple(whole.shape), matrix, False)", "deploy/test_mlx_experts.py -k gpt_oss"),
+    Mutant("deploy/formats/_mlx_families.py", '"mamba_expand": 1, "mamba_n_heads": 1, ', "", "deploy/test_mlx_families.py -k reads_of_a_family"),
+    Mutant("deploy/formats/mlx.py", "and bool(model.weight(name).any())", "and False", "deploy/test_mlx_experts.py -k ernie_s_correction"),
+    Mutant("deploy/formats/mlx.py", "for layer, _ in _mlx_families.parts(config, name)", "for layer, _ in [*_mlx_families.parts(config, name)][:1]", "deploy/test_mlx_experts.py -k other_bits"),
+    Mutant("deploy/formats/_hf_writer.py", "(experts or not q.experts) else None", "not q.experts else None", "deploy/test_mlx_experts.py -k stacked_as"),
+    # measuring is counted; the command that resumes
+    Mutant("evaluation/losses.py", "        on_rows(done, len(rows))", "        pass", "compression/test_measuring_progress.py"),
+    Mutant("evaluation/reference.py", "        on_rows(done, len(rows))", "        pass", "compression/test_measuring_progress.py"),
+    Mutant("compression/jobs/progress.py", "        listener.progress(what, done, total)", "        pass", "compression/test_measuring_progress.py"),
+    Mutant("tuning/finished.py", "if i not in held}", "}", "compression/test_eval_command.py -k trained_on"),
+    Mutant("cli/main.py", '[None, *getattr(error, "__notes__", [])][-1]', "None", "compression/test_measuring_progress.py cli/test_cli.py -k stopped"),
+    Mutant("common/extras.py", 'editable = str(origin.get("url", "")), bool(', 'editable = str(origin.get("url", "")), not bool(', "common/test_extras.py"),
+    Mutant("deploy/measure/lines.py", "base = replace(base, weights=file, bytes=file.stat().st_size)", "pass", "tuning/test_scales_runs.py -k bits_of_that_file"),
     # sizes and trained scales
     Mutant("compression/budget/sensitivity.py", "scale**2 * (p * (1 - p)).sum", "scale * (p * (1 - p)).sum", "compression/test_budget.py"),
     Mutant("compression/budget/sensitivity.py", "p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))", "p.scatter_add_(1, y, torch.full_like(y, -2, dtype=p.dtype))", "compression/test_budget.py"),

@@ -86,7 +86,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         told = f"{found}: about {human_bytes(found.peak)}" + (
             f" of {human_bytes(found.ram)}" if found.ram else ""
         )
-        counted = "the table: a device's round · best: one process that trains, measures, answers and averages"
+        counted = (
+            "the table: a device's round · best: one process that trains, measures, answers and averages"
+        )
         ui.paths([("best", told), ("counted", counted), ("next", _command(args.model, found))])
 
 
