@@ -21,9 +21,9 @@ from fleetune.compression.budget.costs import CANDIDATES, Term
 from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.driver import Plan, experts_in, linears_of
-from fleetune.compression.layerwise.experts import Experts, tensors_of
+from fleetune.compression.layerwise.experts import Experts
 from fleetune.models import Model, artefact, checkpointing, tiny_tokenizer
-from fleetune.models.artefact import ArtefactHead, Master, Quantised, SplitExperts
+from fleetune.models.artefact import Quantised
 from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 from fleetune.runs.listener import Silent
@@ -192,7 +192,7 @@ def test_experts_that_compute_in_another_way_are_said() -> None:
         "how much the experts of 1 layer change the predictions is an estimate: they return something else than the sum of "
         "what each computes"
     ]
-    assert len(found.options) == 4 * (4 + 3) + 2
+    assert len(found.options) == 4 * (4 + 2) + 2
     heard.notes.clear()
     module.forward = plain
     budget.measured(heard, model, windows, 0)
@@ -214,7 +214,7 @@ def test_what_measuring_keeps_is_planned() -> None:
 # ---------------------------------------------------------------- costs
 
 
-def test_a_tensor_costs_what_its_experts_do() -> None:
+def test_a_parameter_costs_what_its_experts_do() -> None:
     """Each with its own gradients and inputs; an expert that few tokens chose with the inputs of all."""
     model, windows = mixture("mixtral"), drawn(4, 24)
     experts = experts_of(model)
@@ -226,8 +226,7 @@ def test_a_tensor_costs_what_its_experts_do() -> None:
     every = inputs_of(model, each, windows)
     whole = torch.cat(whole_inputs(model, each, windows))
     for name, parameter in each.parameters.items():
-        names = tensors_of(name)
-        want: dict[str, dict[Any, float]] = {tensor: {} for tensor in names}
+        want = dict[Any, float]()
         for number in range(len(parameter)):
             x, C = every[name][number], parameter.shape[2]
             if len(x) < C:
@@ -237,23 +236,13 @@ def test_a_tensor_costs_what_its_experts_do() -> None:
                     gate, up = (whole @ each.module.gate_up_proj[number].double().T).chunk(2, -1)
                     x = F.silu(gate) * up
             c = costs._curvature((x.T @ x / len(x)).float())
-            halves = zip(
-                names,
-                parameter[number].chunk(len(names)),
-                found.experts[name][number].chunk(len(names)),
-                strict=True,
-            )
-            for tensor, W, f in halves:
-                for option in costs.of_matrix(W, [Term(f, c)]):
-                    want[tensor][option.candidate] = want[tensor].get(option.candidate, 0.0) + option.cost
-        for tensor in names:
-            options = {option.candidate: option for option in got.options[tensor]}
-            assert set(options) == set(want[tensor]) == set(CANDIDATES[:4])
-            for candidate, option in options.items():
-                assert option.cost == pytest.approx(want[tensor][candidate], rel=1e-3)
-                assert option.bytes == candidate.bytes(
-                    5 * parameter.shape[1] // len(names), parameter.shape[2]
-                )
+            for option in costs.of_matrix(parameter[number], [Term(found.experts[name][number], c)]):
+                want[option.candidate] = want.get(option.candidate, 0.0) + option.cost
+        options = {option.candidate: option for option in got.options[name]}
+        assert set(options) == set(want) == set(CANDIDATES[:4])
+        for candidate, option in options.items():
+            assert option.cost == pytest.approx(want[candidate], rel=1e-3)
+            assert option.bytes == candidate.bytes(5 * parameter.shape[1], parameter.shape[2])
     assert few > 0
 
 
@@ -266,7 +255,7 @@ def whole_inputs(model: Model, each: Experts, windows: Tensor) -> list[Tensor]:
     return calls
 
 
-def test_one_pruned_expert_gives_its_tensor_a_grid_with_a_zero() -> None:
+def test_one_pruned_expert_gives_all_of_its_layer_a_grid_with_a_zero() -> None:
     model, windows = (
         mixture("qwen3_moe", moe_intermediate_size=256, hidden_size=256, num_hidden_layers=2),
         drawn(1, 16),
@@ -280,17 +269,14 @@ def test_one_pruned_expert_gives_its_tensor_a_grid_with_a_zero() -> None:
     found = costs.measure(
         model, windows, sensitivity.measure(model, windows, names, 0, experts=experts_of(model))
     )
-    gate, up, down = (
-        {option.candidate.kind for option in found.options[tensor]}
-        for name in each.parameters
-        for tensor in tensors_of(name)
+    gates_and_ups, downs = (
+        {option.candidate.kind for option in found.options[name]} for name in each.parameters
     )
-    assert "Q2_K" in gate
-    assert gate == down == {candidate.kind for candidate in CANDIDATES}
-    assert up == {"Q4_0", "Q5_0", "Q8_0", "Q6_K", "Q3_K"}
+    assert downs == {candidate.kind for candidate in CANDIDATES}
+    assert gates_and_ups == {"Q4_0", "Q5_0", "Q8_0", "Q6_K", "Q3_K"}
     q2, q3 = (next(c for c in CANDIDATES if c.kind == kind).bytes(5 * 256, 256) for kind in ("Q2_K", "Q3_K"))
     after = costs.reach(model)
-    assert after.least == before.least - q2 + q3
+    assert after.least == before.least - 2 * q2 + 2 * q3
     assert after.least == sum(min(o.bytes for o in options) for options in found.options.values())
     assert after.most == sum(max(o.bytes for o in options) for options in found.options.values())
 
@@ -298,69 +284,33 @@ def test_one_pruned_expert_gives_its_tensor_a_grid_with_a_zero() -> None:
 # ---------------------------------------------------------------- solving
 
 
-def planned(model: Model, grids: dict[str, tuple[str, int]], method: str = "optq") -> Plan:
-    """A plan in which tensors of experts have the grids of their kind (gate, up, down), and all else codes of 8 bits."""
-    solver: Any = compression.make(method, {"group": 32})
-
-    def on(grid: str, bits: int) -> Any:
-        return dataclasses.replace(solver, grid=grid, bits=bits)
-
-    solvers = {f"{n}.weight": on("ggml", 8) for _, linears in linears_of(model) for n in linears}
-    for each in experts_of(model):
-        for name in each.parameters:
-            for tensor in tensors_of(name):
-                solvers[tensor] = on(*grids[tensor.split(".")[-2]])
-    return Plan(solvers, [])
-
-
 @pytest.mark.parametrize("method", ["optq", "qronos"])
-def test_gates_and_ups_on_grids_of_their_own_are_solved_as_alone(method: str, tmp_path: Path) -> None:
+def test_gates_with_ups_and_downs_on_grids_of_their_own_are_solved_as_alone(
+    method: str, tmp_path: Path
+) -> None:
     model, windows = mixture("qwen3_moe"), drawn(8, 32)
-    first, second, down = ("iq4_nl", 4), ("ggml", 5), ("ggml", 4)
-    found = {}
-    for at, gate, up in (("split", first, second), ("first", first, first), ("second", second, second)):
-        plan = planned(model, {"gate_proj": gate, "up_proj": up, "down_proj": down}, method)
-        found[at] = driver.run(
-            model, compression.make(method, {"group": 32}), windows, tmp_path / at, plan=plan, experts=True
-        )
-    name = next(iter(experts_of(model)[0].parameters))  # of the first block, whose inputs are the same in all
-    split, one, other = (found[at][name] for at in ("split", "first", "second"))
-    assert isinstance(split, SplitExperts)
-    assert isinstance(one, Quantised)
-    assert isinstance(other, Quantised)
-    assert (split.experts, split.shape) == (5, one.shape)
-    rows = one.shape[1] // 2
-    assert torch.equal(split.parts[0].dense(), one.dense()[:, :rows])
-    assert torch.equal(split.parts[1].dense(), other.dense()[:, rows:])
-    assert torch.equal(split.dense(), torch.cat([one.dense()[:, :rows], other.dense()[:, rows:]], 1))
-    results = {m.name: m for m in found["split"].blocks[0].matrices}
-    both = [{m.name: m for m in found[at].blocks[0].matrices}[name].error for at in ("first", "second")]
-    assert min(both) < results[name].error < max(both)
-
-
-def test_an_artefact_holds_parts_and_says_so(tmp_path: Path) -> None:
-    model = mixture("qwen3_moe")
-    grids = {"gate_proj": ("iq4_nl", 4), "up_proj": ("ggml", 5), "down_proj": ("ggml", 4)}
-    windows = drawn(2, 24)
-    parts = driver.run(
-        model,
-        compression.make("optq", {"group": 32}),
-        windows,
-        tmp_path / "p",
-        plan=planned(model, grids),
-        experts=True,
+    solver: Any = compression.make(method, {"group": 32})
+    both, first, second = (
+        ("both", "iq4_nl", "ggml"),
+        ("first", "iq4_nl", "iq4_nl"),
+        ("second", "ggml", "ggml"),
     )
-    head = ArtefactHead("optq", {}, model.digest, model.tokenizer_digest)
-    artefact.write(tmp_path / "m", model, parts, head)
-    master = Master(tmp_path / "m")
-    assert master.head.version == 5
-    names = [name for each in experts_of(model) for name in each.parameters]
-    assert master.head.parts == dict.fromkeys(names[::2], 2)
-    assert set(master.names) == {name for name, _ in models.named_tensors(model.net)}
-    for name in names:
-        q, own = master.quantised(name), parts[name]
-        assert q is not None
-        assert type(q) is type(own) is (SplitExperts if name in master.head.parts else Quantised)
-        assert torch.equal(q.dense(), artefact.dense(own))
-    again = models.load_artefact(tmp_path / "m").net
-    assert all(torch.equal(again.get_parameter(n), artefact.dense(parts[n])) for n in names)
+    found = {}
+    for at, gates_and_ups, downs in (both, first, second):
+        solvers = {f"{n}.weight": solver for _, linears in linears_of(model) for n in linears}
+        for each in experts_of(model):
+            of_both = zip(each.parameters, (gates_and_ups, downs), strict=True)
+            solvers |= {name: dataclasses.replace(solver, grid=grid) for name, grid in of_both}
+        found[at] = driver.run(model, solver, windows, tmp_path / at, plan=Plan(solvers, []), experts=True)
+    # of the first block, whose inputs are the same in all; qronos gives the downs inputs from solved gates and ups
+    gates_and_ups, downs = experts_of(model)[0].parameters
+    got, want = found["both"][gates_and_ups], found["first"][gates_and_ups]
+    assert isinstance(got, Quantised)
+    assert isinstance(want, Quantised)
+    assert (got.codebook, got.experts) == ("iq4_nl", 5)
+    assert torch.equal(got.dense(), want.dense())
+    other = found["both"][downs]
+    assert isinstance(other, Quantised)
+    assert (other.codebook, other.experts) == ("", 5)
+    if method == "optq":
+        assert torch.equal(other.dense(), artefact.dense(found["second"][downs]))

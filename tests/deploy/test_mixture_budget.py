@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ import pytest
 import torch
 from deploy_harness import tokenizer
 from family_harness import divergence, save
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fleetune
@@ -23,7 +19,7 @@ from fleetune import models
 from fleetune.compression.jobs import budget
 from fleetune.deploy.export import export
 from fleetune.deploy.measure import llamacpp
-from fleetune.errors import Interrupted, ModelError, UsageError
+from fleetune.errors import Interrupted, UsageError
 from fleetune.models.artefact import Master
 from fleetune.models.families.experts import STACKED
 from fleetune.runs.events import BudgetSpent
@@ -87,11 +83,12 @@ def test_the_file_has_the_size_that_was_said_and_runs(family: str, tmp_path: Pat
     report = export(model, "gguf", named_by_export(tmp_path, done.folder))
     (spent,) = heard.spent
     assert report.path.stat().st_size == report.bytes == spent.bytes
-    halves = (
-        4 if family == "granitemoeshared" else 0
-    )  # its shared experts' gate and up are one layer, and two tensors
-    assert sum(spent.kinds.values()) + halves == sum(kinds_in(report.path).values())
-    assert halves or spent.kinds == kinds_in(report.path)
+    # a gate and an up are one parameter, and two tensors; those of granitemoeshared's shared experts too
+    mixed = sum(name.endswith("gate_up_proj") for name in Master(model).names)
+    halves = mixed + (4 if family == "granitemoeshared" else 0)
+    kinds = kinds_in(report.path)
+    assert sum(spent.kinds.values()) + halves == sum(kinds.values())
+    assert all(count <= kinds[kind] for kind, count in spent.kinds.items())
     weights = Counter[str]()
     for tensor in gguf.GGUFReader(report.path).tensors:
         if tensor.tensor_type.name in kinds_in(report.path):
@@ -104,38 +101,32 @@ def test_the_file_has_the_size_that_was_said_and_runs(family: str, tmp_path: Pat
     assert divergence(net, report.path) <= ROUNDED
 
 
-def mixed(folder: Path, method: str, heard: Silent | None = None, **how: Any) -> Any:
-    """A mixture on super-blocks, with gates and ups of some layers on two grids: what the gates decide, and little beside it."""
-    net = save("qwen3_moe", folder / "m", **SUPER)
-    with torch.no_grad():
-        for block in net.model.layers[:2]:
-            block.mlp.experts.gate_up_proj[:, 256:] *= 0.05
-    models.save(net, tokenizer(), folder / "m")
-    return compressed(folder, heard or Heard(), method, bpw=4.4, **how)
-
-
 @needs_engine
 @pytest.mark.parametrize("method", ["optq", "qronos"])
-def test_tensors_of_experts_have_types_of_their_own(method: str, tmp_path: Path) -> None:
-    """Super-blocks too, and gates and ups of one layer in two types: the file holds the codes as they are."""
+def test_experts_have_types_of_their_own(method: str, tmp_path: Path) -> None:
+    """Super-blocks too: the file holds the codes as they are."""
+    net = save("qwen3_moe", tmp_path / "m", **SUPER)
+    with torch.no_grad():  # the downs of two layers decide little
+        for block in net.model.layers[:2]:
+            block.mlp.experts.down_proj *= 0.05
+    models.save(net, tokenizer(), tmp_path / "m")
     heard = Heard()
-    done = mixed(tmp_path, method, heard)
+    done = compressed(tmp_path, heard, method, bpw=4.4)
     master = Master(done.folder / "model")
-    assert master.head.version == 5
     report = export(done.folder / "model", "gguf", named_by_export(tmp_path, done.folder))
     assert report.bytes == heard.spent[0].bytes
     tensors = {t.name: t for t in gguf.GGUFReader(report.path).tensors}
-    split = 0
+    kinds = set()
     for block in range(4):
         name = f"model.layers.{block}.mlp.experts"
         of_block = [tensors[f"blk.{block}.{stacked}.weight"] for stacked in STACKED]
         values = [torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type)) for t in of_block]
         assert torch.equal(torch.cat(values[:2], 1), master.weight(f"{name}.gate_up_proj"))
         assert torch.equal(values[2], master.weight(f"{name}.down_proj"))
-        two = of_block[0].tensor_type != of_block[1].tensor_type
-        assert two == (f"{name}.gate_up_proj" in master.head.parts)
-        split += two
-    assert split
+        assert of_block[0].tensor_type == of_block[1].tensor_type
+        kinds.add((of_block[0].tensor_type, of_block[2].tensor_type))
+    assert len(kinds) > 1
+    assert any(one != other for one, other in kinds)
     back = AutoModelForCausalLM.from_pretrained(export(done.folder / "model", "hf", tmp_path / "hf").path)
     assert divergence(back, report.path) <= ROUNDED
 
@@ -213,29 +204,15 @@ def test_other_formats_say_what_they_do_not_hold(tmp_path: Path) -> None:
             export(model, to, tmp_path / to)
 
 
-def test_trained_scales_leave_the_parts_of_experts(tmp_path: Path) -> None:
-    solved, trained = (Master(mixed(tmp_path, "optq", train_scales=n).folder / "model") for n in (0, 2))
-    assert solved.head.parts == trained.head.parts != {}
+def test_trained_scales_leave_experts(tmp_path: Path) -> None:
+    save("qwen3_moe", tmp_path / "m", **SUPER)
+    solved, trained = (
+        Master(compressed(tmp_path, Heard(), "optq", bpw=4.4, train_scales=n).folder / "model")
+        for n in (0, 2)
+    )
+    assert solved.head.grids == trained.head.grids
     names = [name for name in solved.names if ".experts." in name]
     assert len(names) == 8
     assert all(torch.equal(solved.weight(name), trained.weight(name)) for name in names)
     layer = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(solved.weight(layer), trained.weight(layer))
-
-
-def test_a_head_that_lies_about_parts_is_refused(tmp_path: Path) -> None:
-    model = mixed(tmp_path, "optq").folder / "model"
-    folder = Path(shutil.copytree(model, tmp_path / "copy"))
-    file = folder / "master.safetensors"
-    tensors = load_file(file)
-    with safe_open(file, "pt") as opened:
-        head = json.loads(opened.metadata()["master"])
-    (folder / "SHA256SUMS").unlink()
-    name = next(iter(head["parts"]))
-    for changed, why in (
-        ({"parts": {name: 3}}, "its numbers of parts"), ({"parts": {name: 1}}, "its numbers of parts"),
-        ({"parts": {name: "2"}}, "its numbers of parts"), ({"experts": head["experts"] | {f"{name}.1": 10}}, "do not fit each other"),
-    ):  # fmt: skip
-        save_file(tensors, file, {"format": "pt", "master": json.dumps(head | changed)})
-        with pytest.raises(ModelError, match=why):
-            Master(folder).quantised(name)

@@ -23,7 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from fleetune.deploy.joining import JoinedSource, TensorSource
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.artefact import Codes, Master
+from fleetune.models.artefact import Master, Quantised
 from fleetune.models.artefact_folder import is_master
 from fleetune.models.families.widths import build
 from fleetune.models.hf_folder import check_folder, config_of, is_encoder
@@ -102,7 +102,7 @@ class Checkpoint:
         """Return the name under which the source has a parameter."""
         return self._stored[name]
 
-    def quantised(self, name: str) -> Codes | None:
+    def quantised(self, name: str) -> Quantised | None:
         """Return the codes of a parameter; None for a dense one."""
         q = self._joined.quantised(self._stored[name])
         if q is not None:

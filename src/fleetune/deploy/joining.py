@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from fleetune.errors import ModelError
-from fleetune.models.artefact import Codes
+from fleetune.models.artefact import Quantised
 
 AGAIN: Final = "the weights belong to another configuration: make or fetch the model again"
 
@@ -41,7 +41,7 @@ class TensorSource(Protocol):
     def names(self) -> list[str]:
         """The parameters, quantised or not."""
 
-    def quantised(self, name: str) -> Codes | None:
+    def quantised(self, name: str) -> Quantised | None:
         """Return the codes of a parameter; None for a dense one."""
 
     def weight(self, name: str) -> Tensor:
@@ -74,7 +74,7 @@ class JoinedSource:
         parts = {part for found in self._parts.values() for part in found}
         return [*(name for name in self.source.names if name not in parts), *self._parts]
 
-    def quantised(self, name: str) -> Codes | None:
+    def quantised(self, name: str) -> Quantised | None:
         """Return the codes of a parameter; None for a dense one, as those in parts are."""
         return None if name in self._parts else self.source.quantised(name)
 

@@ -23,12 +23,11 @@ scale and zero
                             NAME.minima      int8 [R, C / group], of dmin
 
 The experts of a mixture are one parameter [E, R, C]: the file holds their rows one below another, [E R, C], and the header says
-how many experts NAME has.  Where gates and ups are on different grids, the header says of how many parts NAME is made: they are
-NAME.0 and NAME.1, experts' matrices each, with the first and the second half of the rows of every expert.
+how many experts NAME has.
 
 Every export is a repacking of it.  The header (JSON under "master" in the file's metadata) says how it was
 made and from which base; it has no time and no path, so the same work gives the same bytes.  It is of the lowest version that
-can say it, since earlier programs cannot read a later one: 5 names parts, 4 experts, 3 a super-block type, 2 a codebook.
+can say it, since earlier programs cannot read a later one: 4 names experts, 3 a super-block type, 2 a codebook.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -53,7 +53,6 @@ from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.families.widths import mark_config
 from fleetune.models.model import Model, named_tensors
-from fleetune.models.packing import pack, unpack
 from fleetune.models.superblocks import SUPER_TYPES, SuperBlocks
 from fleetune.models.tensor_file import write_in_turn
 
@@ -61,7 +60,6 @@ VERSION: Final = 1
 WITH_CODEBOOKS: Final = 2  # the version of an artefact that names a codebook
 WITH_SUPERBLOCKS: Final = 3  # the version of an artefact that names a super-block type
 WITH_EXPERTS: Final = 4  # the version of an artefact that names experts
-WITH_PARTS: Final = 5  # the version of an artefact that names parts of experts
 AGAIN: Final = "compress the model again"
 
 
@@ -110,38 +108,6 @@ class Quantised:
 
 
 @dataclass(frozen=True)
-class SplitExperts:
-    """The matrices of experts whose rows are on several grids: gates above ups."""
-
-    parts: tuple[Quantised, ...]  # of all experts each
-
-    @property
-    def experts(self) -> int:
-        """The number of experts."""
-        return self.parts[0].experts
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The parameter's shape: [experts, rows of all parts, C]."""
-        count, _, C = self.parts[0].shape
-        return (count, sum(part.shape[1] for part in self.parts), C)
-
-    def dense(self) -> Tensor:
-        """Return the weights, float32, of `shape`."""
-        return torch.cat([part.dense() for part in self.parts], 1)
-
-
-Codes = Quantised | SplitExperts
-
-
-def matrices_of(name: str, weight: Codes | Tensor) -> dict[str, Quantised]:
-    """Return the quantised matrices that the file holds for a parameter, by the names that they have there."""
-    if isinstance(weight, SplitExperts):
-        return {f"{name}.{number}": part for number, part in enumerate(weight.parts)}
-    return {name: weight} if isinstance(weight, Quantised) else {}
-
-
-@dataclass(frozen=True)
 class ArtefactHead:
     """The header of an artefact: how it was made, and from which base."""
 
@@ -156,12 +122,11 @@ class ArtefactHead:
     codebooks: Mapping[str, str] = field(default_factory=dict)  # NAME on a codebook -> its name
     superblocks: Mapping[str, str] = field(default_factory=dict)  # NAME in super-blocks -> their type
     experts: Mapping[str, int] = field(default_factory=dict)  # NAME of experts -> how many
-    parts: Mapping[str, int] = field(default_factory=dict)  # NAME in parts -> how many
 
     def to_json(self) -> str:
         """Return canonical JSON."""
         raw = dataclasses.asdict(self)
-        for later in ("codebooks", "superblocks", "experts", "parts"):  # earlier versions do not know them
+        for later in ("codebooks", "superblocks", "experts"):  # earlier versions do not know them
             if not raw[later]:
                 del raw[later]
         return json.dumps(raw, sort_keys=True, separators=(",", ":"))
@@ -171,9 +136,9 @@ class ArtefactHead:
         """Parse a header; ModelError when it is not that of a master artefact of this version."""
         try:
             raw = json.loads(text)
-            if raw["version"] not in range(VERSION, WITH_PARTS + 1):
+            if raw["version"] not in range(VERSION, WITH_EXPERTS + 1):
                 raise ModelError(
-                    f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION} to {WITH_PARTS}",
+                    f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION} to {WITH_EXPERTS}",
                     hint="update Fleetune, or compress the model again",
                 )
             if unknown := sorted(set(raw.get("codebooks", {}).values()) - set(CODEBOOKS)):
@@ -182,13 +147,6 @@ class ArtefactHead:
                 raise ValueError(f"the super-block type {unknown[0]!r}")
             if not all(type(n) is int and n > 0 for n in raw.get("experts", {}).values()):
                 raise ValueError("its numbers of experts")
-            for name, count in raw.get("parts", {}).items():
-                if (
-                    type(count) is not int
-                    or count < 2
-                    or any(f"{name}.{i}" not in raw["experts"] for i in range(count))
-                ):
-                    raise ValueError("its numbers of parts")
             pairs = {k: {n: (int(a), int(b)) for n, (a, b) in raw[k].items()} for k in ("grids", "shapes")}
             return ArtefactHead(**{**raw, **pairs})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -206,21 +164,45 @@ def joined(rows: Sequence[Quantised | Tensor]) -> Quantised | Tensor:
     return dataclasses.replace(first, codes=codes, scale=scale, zero=zero, blocks=blocks)
 
 
-def dense(weight: Codes | Tensor) -> Tensor:
+def dense(weight: Quantised | Tensor) -> Tensor:
     """Return a weight's values, quantised or not."""
-    return weight if isinstance(weight, Tensor) else weight.dense()
+    return weight.dense() if isinstance(weight, Quantised) else weight
 
 
-def stored(name: str, weight: Codes | Tensor) -> dict[str, Tensor]:
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 [R, C] codes below 2**bits into uint8 [R, ceil(C bits / 8)], little-endian bits within a row."""
+    if 8 % bits:
+        planes = np.unpackbits(codes.numpy()[..., None], axis=-1, bitorder="little")[..., :bits]
+        return torch.from_numpy(np.packbits(planes.reshape(len(codes), -1), axis=1, bitorder="little"))
+    each = 8 // bits  # codes of a byte
+    R, C = len(codes), -(-codes.shape[1] // each)
+    whole = torch.nn.functional.pad(codes, (0, C * each - codes.shape[1])).reshape(R, C, each)
+    packed = whole[..., 0].clone()
+    for i in range(1, each):
+        packed |= whole[..., i] << bits * i
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Undo `pack`."""
+    if 8 % bits:
+        flat = np.unpackbits(packed.numpy(), axis=1, bitorder="little")[:, : columns * bits]
+        planes = flat.reshape(len(packed), columns, bits)
+        return torch.from_numpy(np.packbits(planes, axis=2, bitorder="little")[..., 0])
+    each = 8 // bits
+    codes = torch.stack([packed >> bits * i & (1 << bits) - 1 for i in range(each)], 2)
+    return codes.flatten(1)[:, :columns].contiguous()
+
+
+def stored(name: str, weight: Quantised | Tensor) -> dict[str, Tensor]:
     """Return the tensors that the file holds for a parameter."""
     if isinstance(weight, Tensor):
         return {name: weight.detach().cpu().contiguous()}
-    found = dict[str, Tensor]()
-    for matrix, q in matrices_of(name, weight).items():
-        found[f"{matrix}.codes"] = pack(q.codes.cpu(), q.bits)
-        for part in part_names("" if q.blocks is None else q.blocks.kind)[1:]:
-            found[f"{matrix}.{part}"] = getattr(q if q.blocks is None else q.blocks, part).cpu().contiguous()
-    return found
+    found = {"codes": pack(weight.codes.cpu(), weight.bits)}
+    kind = "" if weight.blocks is None else weight.blocks.kind
+    for part in part_names(kind)[1:]:
+        found[part] = getattr(weight if weight.blocks is None else weight.blocks, part).cpu().contiguous()
+    return {f"{name}.{part}": tensor for part, tensor in found.items()}
 
 
 def part_names(superblocks: str) -> tuple[str, ...]:
@@ -265,39 +247,38 @@ def assembled(
     return dataclasses.replace(Quantised.of_blocks(unpack(packed, bits, columns), blocks), experts=experts)
 
 
-def _merged(model: Model, changed: Mapping[str, Codes | Tensor]) -> Iterator[tuple[str, Codes | Tensor]]:
+def _merged(
+    model: Model, changed: Mapping[str, Quantised | Tensor]
+) -> Iterator[tuple[str, Quantised | Tensor]]:
     """Yield (name, value) of every parameter in name order, with one of them in memory at a time."""
     for name, tensor in named_tensors(model.net):
         yield name, changed.get(name, tensor)
 
 
-def write(folder: Path, model: Model, changed: Mapping[str, Codes | Tensor], head: ArtefactHead) -> None:
+def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor], head: ArtefactHead) -> None:
     """Write the artefact of `model`, with the parameters in `changed` replaced; an older artefact is overwritten.
 
     One parameter is in memory at a time; the bytes are those of safetensors' own writer.
     StorageError when it cannot be written or `folder` holds something else; then `folder` is unchanged.
     """
     grids, shapes = dict[str, tuple[int, int]](), dict[str, tuple[int, int]]()
-    codebooks, superblocks = dict[str, str](), dict[str, str]()
-    experts, parts = dict[str, int](), dict[str, int]()
+    codebooks, superblocks, experts = dict[str, str](), dict[str, str](), dict[str, int]()
     table = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
     for name, weight in _merged(model, changed):
         table |= {n: (t.dtype, tuple(t.shape)) for n, t in stored(name, weight).items()}
-        if isinstance(weight, SplitExperts):
-            parts[name] = len(weight.parts)
-        for matrix, q in matrices_of(name, weight).items():
-            (R, C) = q.codes.shape
-            grids[matrix], shapes[matrix] = (q.bits, q.group), (R, C)
-            if q.experts:
-                experts[matrix] = q.experts
-            if q.blocks is not None:
-                superblocks[matrix] = q.blocks.kind
-            elif q.codebook:
-                codebooks[matrix] = q.codebook
+        if isinstance(weight, Quantised):
+            (R, C) = weight.codes.shape
+            grids[name], shapes[name] = (weight.bits, weight.group), (R, C)
+            if weight.experts:
+                experts[name] = weight.experts
+            if weight.blocks is not None:
+                superblocks[name] = weight.blocks.kind
+            elif weight.codebook:
+                codebooks[name] = weight.codebook
     version = WITH_SUPERBLOCKS if superblocks else WITH_CODEBOOKS if codebooks else VERSION
     head = dataclasses.replace(
         head, grids=grids, shapes=shapes, codebooks=codebooks, superblocks=superblocks, experts=experts,
-        parts=parts, version=WITH_PARTS if parts else WITH_EXPERTS if experts else version,
+        version=WITH_EXPERTS if experts else version,
     )  # fmt: skip
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -340,22 +321,12 @@ class Master:
         parts = {
             f"{n}.{part}" for n in self.head.grids for part in part_names(self.head.superblocks.get(n, ""))
         }
-        split = {f"{n}.{i}" for n, count in self.head.parts.items() for i in range(count)}
-        return sorted((self._stored - parts) | (set(self.head.grids) - split) | set(self.head.parts))
+        return sorted((self._stored - parts) | set(self.head.grids))
 
-    def quantised(self, name: str) -> Codes | None:
+    def quantised(self, name: str) -> Quantised | None:
         """Read the codes of a parameter; None for one that is not quantised.  ModelError for wrong shapes."""
-        if name in self.head.parts:
-            parts = tuple(self._matrix(f"{name}.{i}") for i in range(self.head.parts[name]))
-            if len({(part.experts, part.codes.shape[1]) for part in parts}) > 1:
-                raise ModelError(
-                    f"{self.folder / FILE}: the parts of {name} do not fit each other", hint=AGAIN
-                )
-            return SplitExperts(parts)
-        return self._matrix(name) if name in self.head.grids else None
-
-    def _matrix(self, name: str) -> Quantised:
-        """Read the codes of one of the file's matrices."""
+        if name not in self.head.grids:
+            return None
         (bits, group), (R, C) = self.head.grids[name], self.head.shapes[name]
         codebook = self.head.codebooks.get(name, "")
         if codebook and len(CODEBOOKS[codebook]) != 1 << bits:

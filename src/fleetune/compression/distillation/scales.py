@@ -30,7 +30,7 @@ from fleetune.compression.training.steps import Checkpoints, clipped_step, learn
 from fleetune.data.encode import Batch, Encoded, collate
 from fleetune.evaluation.head_loss import CHUNK_BYTES
 from fleetune.evaluation.losses import pad_id, predictors
-from fleetune.models.artefact import Codes, Quantised, dense
+from fleetune.models.artefact import Quantised, dense
 from fleetune.models.checkpointing import by_layer
 from fleetune.models.mapped.lazy import LazyWeight
 from fleetune.models.model import Model
@@ -181,7 +181,7 @@ def _values(weight: Tensor, values: Tensor) -> Iterator[None]:
         weight.data = own
 
 
-def student_of(model: Model, weights: Mapping[str, Codes | Tensor]) -> Student:
+def student_of(model: Model, weights: Mapping[str, Quantised | Tensor]) -> Student:
     """Return the quantised form of a model, of its solved weights by name."""
     linears = {name for name, module in model.net.named_modules() if type(module) is nn.Linear}
     head = model.net.get_output_embeddings()

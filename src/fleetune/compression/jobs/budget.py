@@ -78,7 +78,7 @@ def flag_of(request: CompressRequest) -> str:
 class Budget:
     """The bytes of a file, and what they were spent on."""
 
-    chosen: Mapping[str, tuple[str, int]]  # grid and bits of each matrix, by the names that `costs.py` has
+    chosen: Mapping[str, tuple[str, int]]  # grid and bits of each matrix, by the weight's name
     kinds: Mapping[str, int]  # how many matrices are of each type of GGUF
     bytes: int  # of the file
     cost: float  # estimated KL divergence from the dense model, nats a token

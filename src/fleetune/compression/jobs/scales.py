@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fleetune.compression import Solver
     from fleetune.compression.distillation.scales import Scales
-    from fleetune.models.artefact import Codes, Quantised
+    from fleetune.models.artefact import Quantised
     from fleetune.models.model import Model
 
 FOLDER: Final = "scales"  # in the folder of finished blocks: the state of a training
@@ -61,14 +61,14 @@ def warn(request: CompressRequest, windows: Tensor, listener: Listener, *, exper
         )
 
 
-class Trained(Mapping[str, "Codes | Tensor"]):
+class Trained(Mapping[str, "Quantised | Tensor"]):
     """Solved weights by name, read on access, with the scales that were trained."""
 
-    def __init__(self, solved: Mapping[str, Codes | Tensor], scales: Mapping[str, Scales]) -> None:
+    def __init__(self, solved: Mapping[str, Quantised | Tensor], scales: Mapping[str, Scales]) -> None:
         self._solved = solved
         self._scales = {f"{layer}.weight": found for layer, found in scales.items()}
 
-    def __getitem__(self, name: str) -> Codes | Tensor:
+    def __getitem__(self, name: str) -> Quantised | Tensor:
         weight = self._solved[name]
         scales = self._scales.get(name)
         return weight if scales is None else scales.on_grid(cast("Quantised", weight))
@@ -86,12 +86,12 @@ class Trained(Mapping[str, "Codes | Tensor"]):
 def train(
     listener: Listener,
     model: Model,
-    solved: Mapping[str, Codes | Tensor],
+    solved: Mapping[str, Quantised | Tensor],
     windows: Tensor,
     request: CompressRequest,
     parts: Path,
     origin: str,
-) -> Mapping[str, Codes | Tensor]:
+) -> Mapping[str, Quantised | Tensor]:
     """Return the solved weights with trained scales; resume from the checkpoint in `parts`.
 
     `origin` says what the weights were made of.  Interrupted, after the step is saved, on Ctrl-C.

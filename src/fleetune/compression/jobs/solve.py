@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fleetune.compression.layerwise.driver import Plan
     from fleetune.compression.layerwise.sums import HessianReply
     from fleetune.evaluation.reference import Reference
-    from fleetune.models.artefact import ArtefactHead, Codes
+    from fleetune.models.artefact import ArtefactHead, Quantised
     from fleetune.planning.compression_cost import CompressionSize
 
 
@@ -183,7 +183,7 @@ class Weights(NamedTuple):
     """What a solver found: of each block, and the weights by name, read on access."""
 
     blocks: Sequence[BlockResult]
-    weights: Mapping[str, Codes | Tensor]
+    weights: Mapping[str, Quantised | Tensor]
 
 
 def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> Weights:
@@ -355,7 +355,7 @@ def _after(
     listener: Listener,
     inputs: Inputs,
     folder: Path,
-    weights: Mapping[str, Codes | Tensor],
+    weights: Mapping[str, Quantised | Tensor],
     reference: Reference | None,
 ) -> dict[str, float]:
     """Measure the compressed model.  Its weights take the place of the model's own, which are not needed any more."""

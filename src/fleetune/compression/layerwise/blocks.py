@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fleetune.common.files import write_atomic
 from fleetune.compression.training import checksum
-from fleetune.models.artefact import Codes, Quantised, SplitExperts, assembled, stored
+from fleetune.models.artefact import Quantised, assembled, stored
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,8 @@ def block_file(folder: Path, number: int) -> Path:
     return folder / f"block-{number:04d}.safetensors"
 
 
-def described(q: Codes) -> list[Any]:
-    """Return what `assembled` needs beside the parts: bits, group, columns; then codebook, super-block type, experts, if any.
-
-    Of what is stored in parts, a list of these.
-    """
-    if isinstance(q, SplitExperts):
-        return [described(part) for part in q.parts]
+def described(q: Quantised) -> list[Any]:
+    """Return what `assembled` needs beside the parts: bits, group, columns; then codebook, super-block type, experts, if any."""
     if q.experts:
         kind = "" if q.blocks is None else q.blocks.kind
         return [q.bits, q.group, q.codes.shape[1], q.codebook * (not kind), kind, q.experts]
@@ -56,7 +51,7 @@ def described(q: Codes) -> list[Any]:
     return [q.bits, q.group, q.codes.shape[1], *([q.codebook] if q.codebook else [])]
 
 
-class FinishedBlocks(Mapping[str, "Codes | Tensor"]):
+class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
     """The weights of finished blocks by parameter name, read from disk on access."""
 
     def __init__(self, folder: Path) -> None:
@@ -84,9 +79,9 @@ class FinishedBlocks(Mapping[str, "Codes | Tensor"]):
         self.blocks.append(BlockResult(number, tuple(matrices), head["seconds"]))
         return True
 
-    def put(self, block: BlockResult, weights: Mapping[str, Codes | Tensor]) -> None:
+    def put(self, block: BlockResult, weights: Mapping[str, Quantised | Tensor]) -> None:
         """Write a finished block.  StorageError when it cannot be written."""
-        grids = {n: None if isinstance(w, Tensor) else described(w) for n, w in weights.items()}
+        grids = {n: described(w) if isinstance(w, Quantised) else None for n, w in weights.items()}
         matrices = [[m.name, m.error, m.notes] for m in block.matrices]
         head = json.dumps({"weights": grids, "matrices": matrices, "seconds": block.seconds})
         tensors = {k: v for n, w in weights.items() for k, v in stored(n, w).items()}
@@ -94,15 +89,13 @@ class FinishedBlocks(Mapping[str, "Codes | Tensor"]):
         write_atomic(block_file(self.folder, block.number), save(tensors, metadata=about))
         self.open(block.number)
 
-    def __getitem__(self, name: str) -> Codes | Tensor:
+    def __getitem__(self, name: str) -> Quantised | Tensor:
         number, grid = self._where[name]
         with safe_open(block_file(self.folder, number), framework="pt") as opened:
             if grid is None:
                 floats: Tensor = opened.get_tensor(name)
                 return floats
-            if isinstance(grid[0], list):
-                return SplitExperts(tuple(_read(opened, f"{name}.{i}", each) for i, each in enumerate(grid)))
-            return _read(opened, name, grid)
+            return assembled(lambda part: opened.get_tensor(f"{name}.{part}"), *grid)
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -112,8 +105,3 @@ class FinishedBlocks(Mapping[str, "Codes | Tensor"]):
 
     def __len__(self) -> int:
         return len(self._where)
-
-
-def _read(opened: Any, name: str, grid: list[Any]) -> Quantised:
-    """Read a matrix from the file of a block; `grid` as `described` gives it."""
-    return assembled(lambda part: opened.get_tensor(f"{name}.{part}"), *grid)

@@ -49,7 +49,7 @@ from fleetune.compression.layerwise.grids import DEFAULTS, GROUPS, INSTEAD
 from fleetune.compression.layerwise.hessian import lost, share, trace
 from fleetune.compression.layerwise.in_turn import StatesInTurn
 from fleetune.errors import DataError, ModelError, RecipeError
-from fleetune.models.artefact import Codes, Quantised, dense, joined
+from fleetune.models.artefact import Quantised, dense, joined
 from fleetune.models.layers import layers_of
 from fleetune.models.mapped.net import in_memory
 from fleetune.models.model import Model
@@ -188,7 +188,7 @@ def sampled_windows(model: Model, length: int, count: int, seed: int, *, batch: 
 class Plan(NamedTuple):
     """Solvers for single matrices, and the embedding and the head, which are not compressed without a plan."""
 
-    solvers: Mapping[str, Solver]  # by the weight's name; for experts, by `experts.tensors_of`
+    solvers: Mapping[str, Solver]  # by the weight's name
     ends: Sequence[End]
 
 
@@ -306,7 +306,7 @@ class Solving(NamedTuple):
     ) -> None:
         """Solve a block and write it."""
         began = time.monotonic()
-        weights, matrices = dict[str, Codes | Tensor](), list[MatrixResult]()
+        weights, matrices = dict[str, Quantised | Tensor](), list[MatrixResult]()
 
         def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
             self.on_name(name)
@@ -363,7 +363,7 @@ def restored_weights(linears: Mapping[str, nn.Linear], experts: Sequence[Experts
 
 def place_weights(
     linears: Mapping[str, nn.Linear],
-    parts: Mapping[str, Codes | Tensor],
+    parts: Mapping[str, Quantised | Tensor],
     experts: Sequence[Experts] = (),
 ) -> None:
     """Give a block's layers their compressed weights."""

@@ -9,7 +9,7 @@ With fewer tokens than columns a Hessian has no full rank: in the directions tha
 at will.  Such an expert, and one that no token chose, gets the Hessian of all tokens of the layer instead, as if all had
 been routed to it, and the report says how many these are.
 
-llama.cpp has gates, ups and downs in a tensor each, so with a byte budget (`budget/costs.py`) each has a solver of its own.
+With a byte budget (`budget/costs.py`) each parameter has a solver of its own.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from fleetune.compression import Solved, Solver
 from fleetune.compression.layerwise.blocks import MatrixResult
 from fleetune.compression.layerwise.hessian import TOKENS_AT_ONCE, accumulate, lost, mirrored, share, trace
-from fleetune.models.artefact import Codes, Quantised, SplitExperts, dense, joined
-from fleetune.models.families import experts as of_file
+from fleetune.models.artefact import Quantised, dense, joined
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
@@ -77,11 +76,6 @@ def parameters_of(linears: Mapping[str, nn.Linear], experts: Sequence[Experts]) 
     return found | {name: p for each in experts for name, p in each.parameters.items()}
 
 
-def tensors_of(parameter: str) -> list[str]:
-    """Return the names of the tensors of a GGUF file for a parameter of experts: each has as many rows of an expert."""
-    return [part.name for part in of_file.parts(parameter)]
-
-
 def solve_experts(
     solver_of: Callable[[str], Solver],
     experts: Experts,
@@ -89,30 +83,26 @@ def solve_experts(
     on_name: Callable[[str], None],
     *,
     placing: bool,
-) -> Iterator[tuple[str, Codes | Tensor, MatrixResult]]:
+) -> Iterator[tuple[str, Quantised | Tensor, MatrixResult]]:
     """Yield each parameter of the experts of a layer, its compressed weights and the result over all experts.
 
-    `solver_of` gives the solver of a tensor (`tensors_of`).  `routed` is None where nothing is known of the inputs.  With
-    `placing` the compressed gates and ups are in place when the downs' inputs are computed.
+    `solver_of` gives the solver of a parameter.  `routed` is None where nothing is known of the inputs.  With `placing` the
+    compressed gates and ups are in place when the downs' inputs are computed.
     """
     for name, parameter in experts.parameters.items():
         on_name(name)
         count, _, C = parameter.shape
-        solvers = [solver_of(tensor) for tensor in tensors_of(name)]
-        if all(solver == solvers[0] for solver in solvers):
-            solvers = solvers[:1]  # all rows at once
-        solved, error, given, few = [list[Solved]() for _ in solvers], 0.0, 0.0, list[int]()
+        solver, solved, error, given, few = solver_of(name), list[Solved](), 0.0, 0.0, list[int]()
         for number in range(count):
             W = parameter[number].detach().float().cpu()
             H, tokens = torch.zeros(C, C), 0
             if routed is not None:
                 H, tokens = hessian(experts, name, number, routed)
-                given += trace(W, H)
                 few += [tokens] * (tokens < C)
-            for rows, solver, answers in zip(W.chunk(len(solvers)), solvers, solved, strict=True):
-                answers.append(solver.solve(rows, H))
-                if routed is not None:
-                    error += lost(rows, answers[-1], H)
+            solved.append(solver.solve(W, H))
+            if routed is not None:
+                error += lost(W, solved[-1], H)
+                given += trace(W, H)
         weight = _stacked(solved, parameter)
         if placing:
             parameter.data = dense(weight).to(parameter)
@@ -136,23 +126,18 @@ def hessian(experts: Experts, name: str, number: int, routed: Routed) -> tuple[T
     return mirrored(H), tokens
 
 
-def _stacked(solved: list[list[Solved]], parameter: nn.Parameter) -> Codes | Tensor:
-    """Return the weights of all experts as one, of the parameter's shape; `solved` is of all rows, or of each half of them."""
-    found = [joined([each.weight for each in answers]) for answers in solved]
-    halves = [replace(half, experts=len(parameter)) for half in found if isinstance(half, Quantised)]
-    if len(halves) == len(found):
-        return halves[0] if len(halves) == 1 else SplitExperts(tuple(halves))
-    (weight,) = found
-    assert isinstance(weight, Tensor)
+def _stacked(solved: list[Solved], parameter: nn.Parameter) -> Quantised | Tensor:
+    """Return the weights of all experts as one, of the parameter's shape."""
+    weight = joined([each.weight for each in solved])
+    if isinstance(weight, Quantised):
+        return replace(weight, experts=len(solved))
     return weight.view(parameter.shape).to(parameter.dtype)
 
 
-def _notes(solved: list[list[Solved]], few: list[int], C: int) -> tuple[str, ...]:
-    said, count = [], len(solved[0])
+def _notes(solved: list[Solved], few: list[int], C: int) -> tuple[str, ...]:
+    said = []
     if few:
-        seen = f"{len(few)} of {count} experts saw fewer than {C} tokens (the least {min(few)})"
+        seen = f"{len(few)} of {len(solved)} experts saw fewer than {C} tokens (the least {min(few)})"
         said.append(f"{seen}: solved on all tokens of the layer")
-    counts: Mapping[str, int] = Counter(
-        note for halves in zip(*solved, strict=True) for note in {n: 0 for half in halves for n in half.notes}
-    )
-    return (*said, *(f"{note} ({n} of {count} experts)" for note, n in counts.items()))
+    counts: Mapping[str, int] = Counter(note for each in solved for note in each.notes)
+    return (*said, *(f"{note} ({n} of {len(solved)} experts)" for note, n in counts.items()))

@@ -19,7 +19,7 @@ from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.deploy.formats._gguf_header import tensor_name
 from fleetune.errors import UsageError
-from fleetune.models.artefact import Quantised, SplitExperts
+from fleetune.models.artefact import Quantised
 from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families import experts, table
 
@@ -44,8 +44,7 @@ class GgufTensor:
     shape: tuple[int, ...]  # in the file
     kind: str  # one of `_ggml_blocks.PACKERS`, F32, F16 or BF16
     order: np.ndarray | None  # int64: which of the parameter's rows each row is; None: as they are
-    number: int  # of this one among the tensors of the file that the parameter is
-    parts: int  # how many they are
+    parts: int  # tensors of the file that the parameter is
     shifted: bool  # whether the file holds 1 + w
     transposed: bool  # whether the model has it as [in, out]
 
@@ -88,9 +87,9 @@ def _entry(
     order = part.order(whole, not experts.is_bias(tensor), table.family_of(config).paired)
     if order is None:
         order = table.row_order(config, tensor, shape[0])
-    chosen = _kind_of(model, name, part.number, tensor, shape, kind, odd)
+    chosen = _kind_of(model, name, tensor, shape, kind, odd)
     shifted = table.is_shifted(config, tensor)
-    return GgufTensor(tensor, name, shape, chosen, order, part.number, part.of, shifted, transposed)
+    return GgufTensor(tensor, name, shape, chosen, order, part.of, shifted, transposed)
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -98,21 +97,14 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
 
 
-def tensor_codes(model: Checkpoint, name: str, number: int) -> tuple[Quantised | None, bool]:
-    """Return the codes of a tensor of the file, and whether they are of its rows alone, not of all of the parameter's."""
-    q = model.quantised(name)
-    return (q.parts[number], True) if isinstance(q, SplitExperts) else (q, False)
-
-
 def _kind_of(
-    model: Checkpoint, name: str, number: int, tensor: str, shape: tuple[int, ...], kind: str | None,
-    odd: list[str],
-) -> str:  # fmt: skip
+    model: Checkpoint, name: str, tensor: str, shape: tuple[int, ...], kind: str | None, odd: list[str]
+) -> str:
     """Return the type of a tensor in the file; `odd` gets the names of those whose rows Q8_0 does not fit."""
     if len(shape) == 1 or experts.is_bias(tensor) or tensor.endswith(FULL):
         return "F32"
     plain = "BF16" if model.dtype == torch.bfloat16 else "F16"
-    if (q := tensor_codes(model, name, number)[0]) is not None:
+    if (q := model.quantised(name)) is not None:
         return _exact_kind(name, q, kind)
     if kind in ("f16", "bf16", "f32"):
         return kind.upper()

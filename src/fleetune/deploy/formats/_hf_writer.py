@@ -24,8 +24,7 @@ from fleetune.common.display import are
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary
 from fleetune.errors import UsageError
-from fleetune.models.artefact import Quantised
-from fleetune.models.packing import pack
+from fleetune.models.artefact import Quantised, pack
 from fleetune.models.tensor_file import Tensors, compare, damaged, write_tensors
 
 Parts = Callable[[str, Quantised], Iterator[tuple[str, Tensor]]]
@@ -128,7 +127,7 @@ def write_codes(
         for name in model.names:
             if (q := model.quantised(name)) is None:
                 continue
-            if not isinstance(q, Quantised) or (q.experts and not experts):
+            if q.experts and not experts:
                 left = True
                 continue
             for tensor, part in layers(name, q):
@@ -179,7 +178,7 @@ def packed(
 def codes_of(model: Checkpoint, name: str, experts: bool = False) -> Quantised | None:
     """Return the codes of a matrix; None for a dense one, and for experts where a format holds them in 16 bits."""
     q = model.quantised(name)
-    return q if isinstance(q, Quantised) and (experts or not q.experts) else None
+    return None if q is None or (q.experts and not experts) else q
 
 
 def coded(

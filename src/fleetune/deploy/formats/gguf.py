@@ -54,17 +54,8 @@ from fleetune.deploy.formats._gguf_header import (
     open_written,
     tensor_name,
 )
-from fleetune.deploy.formats._gguf_layout import (
-    EMBEDDING,
-    FLOATS,
-    GgufTensor,
-    counted,
-    file_type,
-    plan,
-    tensor_codes,
-)
+from fleetune.deploy.formats._gguf_layout import EMBEDDING, FLOATS, GgufTensor, counted, file_type, plan
 from fleetune.errors import UsageError
-from fleetune.models.artefact import matrices_of
 from fleetune.models.families import gemma, rope, table
 from fleetune.models.tensor_file import damaged
 
@@ -109,12 +100,7 @@ def exact_target(model: Checkpoint, *, sample: bool = False) -> str | None:
         check_config(model.config)
     except UsageError:
         return None
-    codes = (
-        q
-        for name in model.names
-        if (weight := model.quantised(name)) is not None
-        for q in matrices_of(name, weight).values()
-    )
+    codes = (q for name in model.names if (q := model.quantised(name)) is not None)
     for q in islice(codes, 1 if sample else None):
         if all(_ggml_blocks.misfit(q, kind) is not None for kind in _ggml_blocks.PACKERS):
             return "gguf:f32"
@@ -314,10 +300,9 @@ def _write_header(
 
 def _encode(model: Checkpoint, entry: GgufTensor) -> np.ndarray:
     """Encode a tensor as the file has it: uint8, with rows (or values of a bias) in the file's order."""
-    q, alone = tensor_codes(model, entry.parameter, entry.number)
-    if entry.kind in _ggml_blocks.PACKERS and q is not None:
+    if entry.kind in _ggml_blocks.PACKERS and (q := model.quantised(entry.parameter)) is not None:
         raw = _ggml_blocks.PACKERS[entry.kind](q)
-        taken = raw if alone or entry.order is None else np.ascontiguousarray(raw[entry.order])
+        taken = raw if entry.order is None else np.ascontiguousarray(raw[entry.order])
         return taken.reshape(*entry.shape[:-1], -1)
     weight = _values(model, entry)
     if entry.kind == "Q8_0":

@@ -33,10 +33,9 @@ from fleetune.data.encode import stop_ids
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, _decoders, _gguf_vocabulary, _hf_writer
 from fleetune.deploy.formats._onnx_graph import INVERSE, POSITIONS, Decoder, Graph, Matrix, Stored
-from fleetune.models.artefact import Quantised
+from fleetune.models.artefact import Quantised, pack
 from fleetune.models.families import rope
 from fleetune.models.families.widths import build
-from fleetune.models.packing import pack
 from fleetune.models.tensor_file import compare, damaged, write_tensors
 
 TARGETS: Final = {"onnx": "a folder for ONNX Runtime GenAI: codes of 2 to 8 bits in MatMulNBits"}
@@ -170,7 +169,7 @@ def _check_codes(model: Checkpoint, data: Path) -> None:
     """Decode every quantised layer from the file as the runtime does; FleetuneError for other weights than the source's."""
     with safe_open(data, framework="pt") as file:
         for name in model.names:
-            if (q := _hf_writer.codes_of(model, name)) is None:
+            if (q := model.quantised(name)) is None:
                 continue
             layer = name.removesuffix(".weight")
             if not torch.equal(_decode(file, layer, _matrix(q, q.codes.shape)), q.dense()):
