@@ -14,11 +14,13 @@ import gguf
 import pytest
 import torch
 from command_harness import call, pulled_after
+from deploy_harness import tiny as wide
 from deploy_harness import tokenizer
 from pruner_harness import tiny
 
 from fleetune import compression, models
 from fleetune.cli.main import main
+from fleetune.compression.budget import costs
 from fleetune.compression.jobs import budget
 from fleetune.models.artefact import Master
 
@@ -256,23 +258,37 @@ def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(
 
 
 def test_a_choice_comes_back_as_it_was_kept_and_a_damaged_one_not_at_all(tmp_path: Path) -> None:
-    table = torch.rand(4, 4)
-    kept = budget.Budget(
-        {"a": ("q4_k", 4), "b": ("ggml", 8)}, {"Q4_K": 1}, 99, 0.5, [("b", 0.25, table), ("c", 1.0, None)]
-    )
+    table, model = torch.rand(4, 4), wide()
+    first, second, *others = costs.parameter_names(model)
+    chosen = {first: ("iq4_nl", 4), second: ("ggml", 8)} | dict.fromkeys(others, ("ggml", 5))
+    kept = budget.Budget(chosen, {"IQ4_NL": 1}, 99, 0.5, [("b", 0.25, table), ("c", 1.0, None)])
     budget.save(kept, tmp_path, "o")
-    assert budget.saved(tmp_path, "another") is None
-    found = budget.saved(tmp_path, "o")
+    assert budget.saved(tmp_path, "another", model) is None
+    found = budget.saved(tmp_path, "o", model)
     assert found is not None
     assert dataclasses.replace(found, ends=[]) == dataclasses.replace(kept, ends=[])
     torch.testing.assert_close(found.ends[0][2], table)
     assert [end[:2] for end in found.ends] == [("b", 0.25), ("c", 1.0)]
     plan = found.plan(compression.make("optq", {}))  # type: ignore[arg-type]
-    assert (plan.solvers["a"].grid, plan.solvers["b"].bits) == ("q4_k", 8)  # type: ignore[attr-defined]
+    assert (plan.solvers[first].grid, plan.solvers[second].bits) == ("iq4_nl", 8)  # type: ignore[attr-defined]
     file = tmp_path / budget.FILE
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    assert budget.saved(tmp_path, "o") is None
+    assert budget.saved(tmp_path, "o", model) is None
     file.unlink()
-    assert budget.saved(tmp_path, "o") is None
+    assert budget.saved(tmp_path, "o", model) is None
+
+
+@pytest.mark.parametrize("grid", [("ggml", 99), ("q4_k", 4), ("none", 4), (None, [4]), None])
+def test_a_choice_that_the_model_cannot_have_is_made_again(grid: Any, tmp_path: Path) -> None:
+    """Signed as a good one is: of bits that no type has, of rows that super-blocks do not fit, of another matrix."""
+    model = wide()
+    chosen = dict.fromkeys(costs.parameter_names(model), ("ggml", 4))
+    name = next(iter(chosen))
+    if grid is None:
+        del chosen[name]
+    else:
+        chosen[name] = grid
+    budget.save(budget.Budget(chosen, {}, 99, 0.5, []), tmp_path, "o")
+    assert budget.saved(tmp_path, "o", model) is None

@@ -70,6 +70,20 @@ def test_a_compression_that_is_stopped_at_once_says_how_it_is_resumed(
     )
 
 
+class Hasty(Heard):
+    """Ctrl-C as soon as the header is shown: the job's folder is there."""
+
+    def header(self, title: str, rows: object) -> None:
+        raise KeyboardInterrupt
+
+
+def test_so_does_one_that_is_stopped_before_its_first_step(at: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        fleetune.compress("little", method="rtn", listener=Hasty())
+    assert stopped.value.__notes__ == ["fleetune compress --resume runs/0001-rtn-little"]
+    assert fleetune.resume_compression("runs/0001-rtn-little").digest
+
+
 def test_eval_counts_rows_answers_and_what_is_compared(at: Path) -> None:
     heard = Heard()
     fleetune.evaluate(

@@ -183,3 +183,49 @@ def test_damage_is_said(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ModelError, match="is damaged"):
         Master(path.parent)
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"version": True},
+        {"method": ["a"]},
+        {"settings": 3},
+        {"base": 7},
+        {"calibration": "x"},
+        {"shapes": {}},
+        {"grids": {Q: [1e999, 32]}},
+        {"experts": {"another": 2}, "version": 4},
+        {"codebooks": {"another": "iq4_nl"}, "version": 2},
+    ],
+    ids=str,
+)
+def test_a_head_with_other_fields_is_damaged(forged: dict[str, object], tmp_path: Path) -> None:
+    head = json.loads(made(tmp_path)[1].head.to_json())
+    with pytest.raises(ModelError, match="head is damaged"):
+        ArtefactHead.from_json(json.dumps({**head, **forged}).replace("Infinity", "1e999"))
+
+
+def test_a_head_that_is_nested_without_end_is_damaged() -> None:
+    with pytest.raises(ModelError, match="head is damaged"):
+        ArtefactHead.from_json("[" * 200_000)
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype"), [("scale", torch.int32), ("zero", torch.float32), ("scale", None)]
+)
+def test_scales_and_zeros_of_other_types_or_that_are_not_finite_are_refused(
+    part: str, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    _, master = made(tmp_path)
+    file = tmp_path / "model" / FILE
+    tensors = load_file(file)
+    (tmp_path / "model" / sums.FILE).unlink()
+    name = f"{Q}.{part}"
+    tensors[name] = torch.full_like(tensors[name], float("nan")) if dtype is None else tensors[name].to(dtype)
+    save_file(tensors, file, metadata={"format": "pt", "master": master.head.to_json()})
+    with pytest.raises(ModelError, match="no finite numbers"):
+        Master(tmp_path / "model").quantised(Q)

@@ -141,6 +141,8 @@ class ArtefactHead:
                     f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION} to {WITH_EXPERTS}",
                     hint="update Fleetune, or compress the model again",
                 )
+            if type(raw["version"]) is not int:
+                raise ValueError("its version")
             if unknown := sorted(set(raw.get("codebooks", {}).values()) - set(CODEBOOKS)):
                 raise ValueError(f"the codebook {unknown[0]!r}")
             if unknown := sorted(set(raw.get("superblocks", {}).values()) - set(SUPER_TYPES)):
@@ -148,9 +150,22 @@ class ArtefactHead:
             if not all(type(n) is int and n > 0 for n in raw.get("experts", {}).values()):
                 raise ValueError("its numbers of experts")
             pairs = {k: {n: (int(a), int(b)) for n, (a, b) in raw[k].items()} for k in ("grids", "shapes")}
-            return ArtefactHead(**{**raw, **pairs})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if set(pairs["grids"]) != set(pairs["shapes"]):
+                raise ValueError("its shapes are not of the matrices that have grids")
+            head = ArtefactHead(**{**raw, **pairs})
+            head._check_types()
+            return head
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ModelError(f"the artefact's head is damaged ({error!r})", hint=AGAIN) from error
+
+    def _check_types(self) -> None:
+        """Raise ValueError where a field is of another type, or names a matrix that has no grid."""
+        texts = all(isinstance(text, str) for text in (self.method, self.base, self.tokenizer))
+        named = (self.codebooks, self.superblocks, self.experts)
+        if not texts or not all(isinstance(of, dict) for of in (self.settings, self.calibration, *named)):
+            raise ValueError("fields of other types")
+        if unknown := sorted({name for of in named for name in of} - set(self.grids)):
+            raise ValueError(f"{unknown[0]} has no grid")
 
 
 def joined(rows: Sequence[Quantised | Tensor]) -> Quantised | Tensor:
@@ -236,6 +251,8 @@ def assembled(
         groups = (R, columns // group)
         if columns % group or scale.shape != groups or zero.shape != groups:
             raise ValueError(f"parts that are not those of groups of {group}")
+        if not scale.is_floating_point() or zero.dtype != torch.uint8 or not bool(scale.isfinite().all()):
+            raise ValueError("scales that are no finite numbers, or zeros that are no codes")
         return Quantised(unpack(packed, bits, columns), scale, zero, bits, group, codebook, experts=experts)
     of = SUPER_TYPES[superblocks]
     if (bits, group, codebook) != (of.bits, of.group, ""):

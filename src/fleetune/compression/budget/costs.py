@@ -215,6 +215,14 @@ def parameter_names(model: Model) -> list[str]:
     return [*layers, *experts, *end_names(model)]
 
 
+def are_possible(chosen: Mapping[str, tuple[str, int]], model: Model) -> bool:
+    """Tell whether grids and bits are of candidates, one for each weight that a grid is chosen for, and fit its rows."""
+    known = {(each.grid, each.bits): each for each in CANDIDATES}
+    return set(chosen) == set(parameter_names(model)) and all(
+        of in known and known[of].fits(model.net.get_parameter(name).shape[-1]) for name, of in chosen.items()
+    )
+
+
 class Reach(NamedTuple):
     """What all matrices can take in a file."""
 

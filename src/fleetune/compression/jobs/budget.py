@@ -130,7 +130,7 @@ def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]
     limit = request.bytes - others if request.bytes else int(request.bpw * weights / 8)
     reach = costs.reach(model)
     if limit < reach.least:
-        raise _too_small(request, reach.least, others, weights)
+        raise _too_small(request, model, reach.least, others, weights)
     return Room(limit, others, reach)
 
 
@@ -199,15 +199,18 @@ def _checked(listener: Listener, what: str, number: int, count: int, text: str) 
         raise Interrupted("stopped before the first block; nothing is kept of the choice of grids")
 
 
-def _too_small(request: CompressRequest, least: int, others: int, weights: int) -> UsageError:
+def _too_small(request: CompressRequest, model: Model, least: int, others: int, weights: int) -> UsageError:
+    from fleetune.models.families.widths import FAMILIES
+
     if request.bytes:
         size = least + others
+        prune = command("compress", request.model, "--method", "llm-pruner")
+        fewer = f"   or remove parts of it first: {prune}" if model.net.config.model_type in FAMILIES else ""
         need = f"{math.ceil(size / 1e3)}kB" if size < 1e6 else f"{math.ceil(size / 1e5) / 10:g}MB"
         return UsageError(
             f"no file of {human_bytes(request.bytes)} can hold this model: the smallest that llama.cpp's types allow here has "
             f"{human_bytes(size)}",
-            hint=f"--bytes {need}   or remove parts of it first: "
-            f"{command('compress', request.model, '--method', 'llm-pruner')}",
+            hint=f"--bytes {need}{fewer}",
         )
     bits = math.ceil(800 * least / weights) / 100
     return UsageError(
@@ -233,9 +236,14 @@ def save(budget: Budget, folder: Path, origin: str) -> None:
     write_atomic(folder / FILE, to_bytes(tensors, metadata=about))
 
 
-def saved(folder: Path, origin: str) -> Budget | None:
-    """Read the choice from the folder of finished blocks; None where it is not there, damaged, or of another origin."""
+def saved(folder: Path, origin: str, model: Model) -> Budget | None:
+    """Read the choice from the folder of finished blocks.
+
+    None where it is not there, damaged, of another origin, or of other grids than the model's weights can have.
+    """
     from safetensors import SafetensorError, safe_open
+
+    from fleetune.compression.budget import costs
 
     try:
         with safe_open(folder / FILE, framework="pt") as opened:
@@ -248,6 +256,7 @@ def saved(folder: Path, origin: str) -> Budget | None:
             return None
         ends = [(name, share, tensors.get(f"table.{name}")) for name, share in raw["ends"]]
         chosen = {name: (grid, bits) for name, (grid, bits) in raw["chosen"].items()}
-        return Budget(chosen, raw["kinds"], raw["bytes"], raw["cost"], ends)
-    except (OSError, SafetensorError, KeyError, ValueError):
+        found = Budget(chosen, raw["kinds"], raw["bytes"], raw["cost"], ends)
+        return found if costs.are_possible(chosen, model) else None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return None

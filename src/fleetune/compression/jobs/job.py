@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +139,7 @@ def start(
     _check_devices(request, devices)
     job = prepare(request, listener, out, offline=offline, devices=devices, beside=beside)
     folder = compression_folder.create(request, out)
-    with rundir.locked(folder):
+    with rundir.locked(folder), _named_when_stopped(folder):
         return _carry_out(request, job, listener, folder)
 
 
@@ -156,7 +157,7 @@ def resume(
     ModelError when a finished result is not what was written.
     """
     request = compression_folder.request_of(folder)
-    with rundir.locked(folder):
+    with rundir.locked(folder), _named_when_stopped(folder):
         if (result := compression_folder.finished(folder)) is not None:
             subject.check_compressed(folder)
             done = CompressDone(folder=str(folder), **result)
@@ -166,6 +167,21 @@ def resume(
         _check_devices(request, devices)
         job = prepare(request, listener, out, offline=offline, devices=devices, beside=beside)
         return _carry_out(request, job, listener, folder)
+
+
+@contextmanager
+def _named_when_stopped(folder: Path) -> Iterator[None]:
+    """Let what stops the job in the block (Ctrl-C, a full disk) name the command that resumes it."""
+    command = progress.resume_command(folder)
+    with resumable(command):
+        try:
+            yield
+        except Interrupted as stopped:
+            stopped.hint = stopped.hint or command
+            raise
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(command)
+            raise
 
 
 def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: Path) -> CompressResult:
@@ -183,18 +199,10 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
         ("method", f"{request.method} · " + " · ".join(f"{k} {v}" for k, v in fields.items())),
         *job.about(), ("folder", str(folder)),
     ])  # fmt: skip
-    with resumable(progress.resume_command(folder)):
-        compression_folder.write_record(folder, request, None)  # what it says of a result that is gone
-        try:
-            outcome = job.run(listener, folder)
-        except Interrupted as stopped:
-            stopped.hint = stopped.hint or progress.resume_command(folder)
-            raise
-        except KeyboardInterrupt as stopped:
-            stopped.add_note(progress.resume_command(folder))
-            raise
-        result = {**outcome.done, "result_sha256": sums.sealed(folder / "model", compression_folder.RECORD)}
-        compression_folder.finish(folder, request, result)
+    compression_folder.write_record(folder, request, None)  # what it says of a result that is gone
+    outcome = job.run(listener, folder)
+    result = {**outcome.done, "result_sha256": sums.sealed(folder / "model", compression_folder.RECORD)}
+    compression_folder.finish(folder, request, result)
     done = CompressDone(folder=str(folder), **result)
     listener.event(done)
     return CompressResult(request, folder, done, outcome.sizes)

@@ -260,7 +260,7 @@ def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> Plan |
     """Return the grid of each matrix where there is a budget: the choice in `parts`, or a new one, which is kept there."""
     if not budget.asked(job.request):
         return None
-    if (found := budget.saved(parts, origin)) is None:
+    if (found := budget.saved(parts, origin, job.inputs.model)) is None:
         assert job.calibration is not None
         if any(parts.glob("block-*")):
             listener.note(
