@@ -160,16 +160,16 @@ def test_a_stopped_one_is_taken_up_again(
 def test_a_layer_that_nothing_reaches_has_no_part_in_the_error(
     tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hessians = HiddenStates.hessians
+    inputs = HiddenStates.inputs
 
-    def but_one(self: HiddenStates, number: int, linears: Mapping[str, Any]) -> dict[str, Any]:
-        H = hessians(self, number, linears)
+    def but_one(self: HiddenStates, number: int, linears: Mapping[str, Any], experts: Any) -> Any:
+        H, routed = inputs(self, number, linears, experts)
         H.pop("model.layers.1.mlp.up_proj", None)
-        return H
+        return H, routed
 
     code, out, _ = call(capsys, "compress", tiny, *SMALL, "--json")
     whole = events(out)[-1]["error"]
-    monkeypatch.setattr(HiddenStates, "hessians", but_one)
+    monkeypatch.setattr(HiddenStates, "inputs", but_one)
     code, out, err = call(capsys, "compress", tiny, *SMALL, "--json")
     assert code == 0, err
     assert 0 < events(out)[-1]["error"] != whole

@@ -132,7 +132,7 @@ def most_alive(folder: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> tu
         inputs = Inputs(model, [], [], ["a text to measure on"], "a text")
         with inputs.reference(model, folder, Silent()) as reference:
             parts = driver.run(model, solver, windows, folder / "parts")
-            assert "kl_divergence" in solve._after(inputs, parts, reference)
+            assert "kl_divergence" in solve._after(Silent(), inputs, folder, parts, reference)
         from fleetune.models import artefact
 
         artefact.write(
@@ -161,9 +161,11 @@ def test_afterwards_the_compressed_weights_take_the_place_of_the_own(
     own = {name: Room(m.weight) for name, m in linears.items()}
     held: list[int] = []
     monkeypatch.setattr(
-        Inputs, "measure", lambda self, net, reference: held.append(sum(r.held() for r in own.values()))
+        Inputs,
+        "measure",
+        lambda self, net, listener, folder, reference: held.append(sum(r.held() for r in own.values())),
     )
-    solve._after(Inputs(model, [], [], ["a text to measure on"], "a text"), parts, None)
+    solve._after(Silent(), Inputs(model, [], [], ["a text to measure on"], "a text"), tmp_path, parts, None)
     assert held == [0]
     for name, linear in linears.items():
         torch.testing.assert_close(linear.weight.data, dense(parts[f"{name}.weight"]))

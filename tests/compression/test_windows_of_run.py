@@ -57,7 +57,7 @@ def test_what_is_measured_on_is_not_calibrated_on_and_follows_from_the_seed() ->
     assert texts == [tuple(row.ids) for row in same.own_text]
     assert len(set(texts)) == windows.MEASURED
     assert not set(texts) & {tuple(window.tolist()) for window in found}
-    measured = inputs.measure(inputs.model)
+    measured = inputs.measure(inputs.model, Silent(), Path())
     assert measured == {"own_perplexity": row_perplexity(inputs.model, inputs.own_text)}
     assert 1 < measured["own_perplexity"] < 1000
 

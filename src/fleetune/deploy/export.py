@@ -44,7 +44,7 @@ def export(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHIN
     if target.missing:
         raise UsageError(
             f"{to} cannot be written without {' and '.join(target.missing)}",
-            hint=target.format.text("INSTALL"),
+            hint=target.install,
         )
     model = open_checkpoint(source)
     if has_block_widths(model.config) and not target.states("BLOCK_WIDTHS"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from fleetune.common.extras import pip_install
 from fleetune.common.registry import Member, Registry
 from fleetune.common.undo import hint_with_undo
 from fleetune.errors import UsageError, suggest
@@ -54,6 +55,12 @@ class Target:
         """The modules that are not installed and without which it cannot be written."""
         needs: tuple[str, ...] = self.states("WRITER_NEEDS") or ()
         return [module for module in needs if importlib.util.find_spec(module) is None]
+
+    @property
+    def install(self) -> str:
+        """The command that installs what its files are run in, and what writing them needs; "" where none is stated."""
+        extra = self.format.text("EXTRA")
+        return pip_install(extra) if extra else self.format.text("INSTALL")
 
     def load(self) -> ModuleType:
         """Import the format's module."""

@@ -14,7 +14,8 @@
     RUNTIME       what `--text` runs the result in: "llama.cpp", "mlx-lm", "ONNX Runtime", "ExecuTorch" or "transformers"; left
                   out for none
     NEEDS         what that runtime must have installed besides, as names of modules
-    INSTALL       the command that installs it (and what writing needs)
+    INSTALL       the command that installs it (and what writing needs); or
+    EXTRA         the extra of Fleetune that does
     ORDER         place in listings (default: last)
 
 and has the functions of `ModelFormat` or, for TAKES = "adapter", of `AdapterFormat`.

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from fleetune import models
 from fleetune.common.display import are
-from fleetune.common.extras import pip_install
 from fleetune.data.encode import stop_ids
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, _decoders, _gguf_vocabulary, _hf_writer, _pte_program
@@ -38,7 +37,7 @@ TAKES: Final = "codes"
 PROVENANCE: Final = True
 WRITER_NEEDS: Final = ("executorch", "torchao")
 RUNTIME: Final = "ExecuTorch"
-INSTALL: Final = pip_install("executorch")
+EXTRA: Final = "executorch"
 ORDER: Final = 65
 TARGET: Final = "pte"
 FILE: Final = "model.pte"

@@ -47,12 +47,13 @@ ENGINES: Final[Mapping[str, Runtime]] = MappingProxyType(
 
 def runtime_of(target: str) -> Runtime | None:
     """Return the runtime that reads the files of a target, with all that it needs; None when Fleetune can run none."""
-    format = targets.find(target).format
+    found = targets.find(target)
+    format = found.format
     engine = ENGINES.get(format.text("RUNTIME"))
     if engine is None or "NEEDS" not in format.constants:
         return engine
     modules = (*engine.modules, *format.constants["NEEDS"])
-    return engine._replace(modules=modules, install=format.text("INSTALL"))
+    return engine._replace(modules=modules, install=found.install)
 
 
 def missing(runtime: Runtime) -> bool:
