@@ -48,7 +48,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("compression/jobs/progress.py", "        listener.progress(what, done, total)", "        pass", "compression/test_measuring_progress.py"),
     Mutant("tuning/finished.py", "if i not in held}", "}", "compression/test_eval_command.py -k trained_on"),
     Mutant("cli/main.py", '[None, *getattr(error, "__notes__", [])][-1]', "None", "compression/test_measuring_progress.py cli/test_cli.py -k stopped"),
-    Mutant("common/extras.py", 'editable = str(origin.get("url", "")), bool(', 'editable = str(origin.get("url", "")), not bool(', "common/test_extras.py"),
+    Mutant("common/extras.py", "'-e ' if folder.get('editable') else ''", "'' if folder.get('editable') else '-e '", "common/test_extras.py"),
     Mutant("deploy/measure/lines.py", "base = replace(base, weights=file, bytes=file.stat().st_size)", "pass", "tuning/test_scales_runs.py -k bits_of_that_file"),
     # sizes and trained scales
     Mutant("compression/budget/sensitivity.py", "scale**2 * (p * (1 - p)).sum", "scale * (p * (1 - p)).sum", "compression/test_budget.py"),

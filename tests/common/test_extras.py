@@ -34,12 +34,12 @@ def installed(monkeypatch: pytest.MonkeyPatch, folder: Path, origin: object) -> 
 def test_a_package_from_an_index_is_had_by_its_name(monkeypatch, tmp_path):
     installed(monkeypatch, tmp_path, None)
     assert pip_install("serve") == "pip install 'fleetune[serve]'"
-    assert pip_install() == "pip install 'fleetune'"
+    assert pip_install() == "pip install fleetune"
 
 
 def test_one_from_a_folder_is_had_from_that_folder(monkeypatch, tmp_path):
-    home = tmp_path / "a folder"
-    installed(monkeypatch, tmp_path, {"url": home.as_uri(), "dir_info": {}})
+    home = tmp_path / "a folder" / "py"
+    installed(monkeypatch, tmp_path, {"url": home.parent.as_uri(), "subdirectory": "py", "dir_info": {}})
     assert shlex.split(pip_install("serve")) == ["pip", "install", f"{home}[serve]"]
     assert shlex.split(pip_install()) == ["pip", "install", str(home)]
 
@@ -53,7 +53,9 @@ def test_an_editable_one_stays_editable(monkeypatch, tmp_path):
     ("origin", "url"),
     [
         ({"url": "file:///w/fleetune-9-py3-none-any.whl", "archive_info": {}}, "file:///w/fleetune-9-py3-none-any.whl"),
-        ({"url": "https://host/f.git", "vcs_info": {"vcs": "git", "commit_id": "0"}}, "git+https://host/f.git"),
+        ({"url": "https://host/f.git", "vcs_info": {"vcs": "git", "commit_id": "0a"}}, "git+https://host/f.git@0a"),
+        ({"url": "https://host/f.git", "subdirectory": "py", "vcs_info": {"vcs": "git", "requested_revision": "v1", "commit_id": "0a"}},
+         "git+https://host/f.git@v1#subdirectory=py"),
     ],
 )  # fmt: skip
 def test_one_from_a_file_or_a_repository_is_a_requirement_with_its_address(
@@ -65,7 +67,11 @@ def test_one_from_a_file_or_a_repository_is_a_requirement_with_its_address(
     assert (found.name, found.extras, found.url) == ("fleetune", {"fleet"}, url)
 
 
-@pytest.mark.parametrize("origin", ["", "no JSON", "[]"])
+@pytest.mark.parametrize(
+    "origin",
+    ["", "no JSON", "[]", {"url": None, "archive_info": {}}, {"dir_info": None}, {"vcs_info": None}],
+    ids=str,
+)
 def test_notes_that_cannot_be_read_are_none(monkeypatch, tmp_path, origin):
     installed(monkeypatch, tmp_path, origin)
     assert pip_install("serve") == "pip install 'fleetune[serve]'"

@@ -199,7 +199,7 @@ def test_a_mapped_mixture_gets_the_same_grids(tmp_path: Path) -> None:
 def test_other_formats_say_what_they_do_not_hold(tmp_path: Path) -> None:
     save("qwen3_moe", tmp_path / "m")
     model = compressed(tmp_path, Heard(), bpw=5.2).folder / "model"
-    for to in ("gptq", "compressed-tensors"):
+    for to in ("gptq", "compressed-tensors", "mlx"):
         with pytest.raises(UsageError, match="holds quantised linear layers"):
             export(model, to, tmp_path / to)
 

@@ -178,8 +178,7 @@ def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *
     run = found.run if isinstance(found, Compressed) else found if isinstance(found, Run) else None
     if run is not None and (count := finished.trained_on(run.folder, rows, offline=offline)):
         heard.note(
-            f"{count:,} of {counted(len(rows), 'row')} were trained on in {run.folder}: values on them say little of other rows; "
-            "leave the rows out for those that it held out"
+            f"{count:,} of {counted(len(rows), 'row')} were trained on in {run.folder}: values on them say little of other rows"
         )
 
 

@@ -8,8 +8,12 @@ A Fleetune that came from a folder or a file is not to be had by its name: pip s
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -21,20 +25,28 @@ def pip_install(extra: str = "") -> str:
     """Return the command that installs Fleetune with an extra (none for ""), from where this Fleetune came from."""
     wanted = f"[{extra}]" if extra else ""
     origin = _origin()
-    url, editable = str(origin.get("url", "")), bool(origin.get("dir_info", {}).get("editable"))
-    if "dir_info" in origin:
-        place = url2pathname(urlsplit(url).path)
-        return f"pip install {'-e ' if editable else ''}{quoted(place + wanted)}"
-    if "vcs_info" in origin:
-        url = f"{origin['vcs_info'].get('vcs', 'git')}+{url}"
-    return f"pip install '{'fleetune' + wanted}{' @ ' + url if url else ''}'"
+    url, inside = (_text(origin, name) for name in ("url", "subdirectory"))
+    if isinstance(folder := origin.get("dir_info"), dict):
+        place = Path(url2pathname(urlsplit(url).path), inside)
+        return f"pip install {'-e ' if folder.get('editable') else ''}{quoted(f'{place}{wanted}')}"
+    if isinstance(source := origin.get("vcs_info"), dict):
+        revision = _text(source, "requested_revision") or _text(source, "commit_id")
+        url = f"{_text(source, 'vcs') or 'git'}+{url}" + (f"@{revision}" if revision else "")
+        url += f"#subdirectory={inside}" if inside else ""
+    return f"pip install {shlex.quote(f'fleetune{wanted}' + (f' @ {url}' if url else ''))}"
 
 
-def _origin() -> dict[str, dict[str, object]]:
+def _text(found: Mapping[str, Any], name: str) -> str:
+    """Return a text of pip's notes; "" where there is none."""
+    text = found.get(name)
+    return text if isinstance(text, str) else ""
+
+
+def _origin() -> dict[str, Any]:
     """Return what pip noted of the origin; {} for a package from an index, and where nothing can be read."""
     try:
         text = metadata.distribution("fleetune").read_text("direct_url.json")
         found = json.loads(text or "{}")
-    except (metadata.PackageNotFoundError, OSError, ValueError):
+    except (metadata.PackageNotFoundError, OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
