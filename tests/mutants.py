@@ -35,6 +35,12 @@ class Mutant(NamedTuple):
 
 
 MUTANTS: tuple[Mutant, ...] = (
+    # a mixture's experts in a byte budget
+    Mutant("compression/budget/routed.py", "by_y = g[token].float() * r", "by_y = g[token].float()", "compression/test_expert_budget.py"),
+    Mutant("compression/budget/routed.py", "return bool((total - out.float()).norm() <= ROUNDING * total.norm())", "return True", "compression/test_expert_budget.py"),
+    Mutant("compression/budget/costs.py", "(len(routed.x) if few else tokens)", "tokens", "compression/test_expert_budget.py"),
+    Mutant("compression/budget/costs.py", "if all(each in cost for cost in costs)", "if True", "compression/test_expert_budget.py"),
+    Mutant("compression/jobs/budget.py", "names, seed, on_window, experts)", "names, seed, on_window)", "compression/test_expert_budget.py"),
     # mixtures in MLX
     Mutant("deploy/formats/_mlx_families.py", "whole = weight.mT.contiguous()", "whole = weight", "deploy/test_mlx_experts.py -k gpt_oss"),
     Mutant("deploy/formats/_mlx_families.py", "part.order(tuple(whole.shape), matrix, family.paired)", "part.order(tuple(whole.shape), matrix, False)", "deploy/test_mlx_experts.py -k gpt_oss"),
