@@ -8,7 +8,6 @@ A Fleetune that came from a folder or a file is not to be had by its name: pip s
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
@@ -33,7 +32,7 @@ def pip_install(extra: str = "") -> str:
         revision = _text(source, "requested_revision") or _text(source, "commit_id")
         url = f"{_text(source, 'vcs') or 'git'}+{url}" + (f"@{revision}" if revision else "")
         url += f"#subdirectory={inside}" if inside else ""
-    return f"pip install {shlex.quote(f'fleetune{wanted}' + (f' @ {url}' if url else ''))}"
+    return f"pip install {quoted(f'fleetune{wanted}' + (f' @ {url}' if url else ''))}"
 
 
 def _text(found: Mapping[str, Any], name: str) -> str:

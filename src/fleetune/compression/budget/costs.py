@@ -10,7 +10,7 @@ rounding.  So with F from `sensitivity.py` the loss in KL divergence is about
 without running the loop.  Blocks are visited in turn on the dense model's inputs, so that one block's Hessians are in memory.
 
 The experts of a mixture have an F and a c each, and a parameter of all of them one grid: its cost is the sum of theirs.  Gates
-and ups are one parameter; grids of their own gained 1 % of the divergence at 3 bits, and nothing above.
+and ups are one parameter.
 """
 
 from __future__ import annotations
@@ -171,9 +171,10 @@ def _of_experts(
 def _of_inputs(
     experts: Experts, name: str, number: int, routed: Routed | None, of_all: list[Tensor]
 ) -> Tensor:
-    """Return the curvature [C] of an expert's inputs; `of_all` keeps that of all tokens, where it is the same for others.
+    """Return the curvature [C] of an expert's inputs.
 
-    It is for gates and ups, of experts that are solved on all tokens.
+    Experts that few tokens chose are solved on all tokens of the layer: what their gates and ups read is the same for each, and
+    `of_all` keeps its curvature.
     """
     C = experts.parameters[name].shape[2]
     if routed is None:

@@ -16,7 +16,6 @@ from typing import Final
 from fleetune.common.ggml import PARTS
 from fleetune.common.shell import command
 from fleetune.common.undo import hint_with_undo
-from fleetune.deploy import patch_make
 from fleetune.errors import FleetuneError
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
@@ -147,6 +146,8 @@ def _of_run(run: Run, *, offline: bool) -> tuple[tuple[Line, Line], Path]:
     recipe, weights = run.recipe, Plain(run.recipe.model).directory(offline=offline)
     base, result = line_of("base", "model", recipe.model, weights, recipe.dtype), run.result
     if recipe.train in PARTS:  # the file itself was tuned
+        from fleetune.deploy import patch_make  # imports torch
+
         file = patch_make.file_of(recipe.model, offline=offline)
         base = replace(base, weights=file, bytes=file.stat().st_size)
     more = compression_folder.size(result) if result.is_dir() else result.stat().st_size
