@@ -298,3 +298,16 @@ def test_latest_is_looked_for_where_the_runs_are(at: Path) -> None:
     (at / "runs" / "0001-mezo-m").mkdir(parents=True)
     (at / "runs" / "0001-mezo-m" / "run.toml").write_text("")
     assert fleetune.open("latest").folder == Path("runs/0001-mezo-m")  # type: ignore[union-attr]
+
+
+def test_a_command_ends_without_looking_for_cycles() -> None:
+    """With torch loaded that takes a second; a handler that was registered before the command's runs after it."""
+    script = (
+        "import atexit, gc, sys\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"
+        "from fleetune.cli.main import main\n"
+        "main(['version']) if sys.argv[1:] == ['inside'] else main()"
+    )
+    for words, frozen in ((["version"], "True"), (["inside"], "False")):
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == frozen

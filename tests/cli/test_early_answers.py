@@ -45,6 +45,7 @@ REFUSED = {
     "tune tiny rows.jsonl --method fedkseed --set K=many": "fedkseed: K = 'many' is not an integer",
     "tune tiny rows.jsonl --method fedit --aggregation medain": "aggregation = 'medain' is none of mean, median",
     "tune tiny rows.jsonl --partition dirichlet:0.5": "dirichlet:ALPHA:COLUMN",
+    "tune loop rows.jsonl": "'loop' is a link that leads nowhere",
     "plan a/b/c": "there is no file or directory 'a/b/c'",
     "measure 1 --kept-gain": f"fleetune measure {SMALL} --kept-gain",
     "measure rows --kept-gain": "--kept-gain is of a compressed run's folder",
@@ -55,6 +56,7 @@ REFUSED = {
 
 def test_what_cannot_work_is_refused_without_torch(at: Path) -> None:
     """One process for all lines: each must be refused, and torch must not be there at the end."""
+    Path("loop").symlink_to("loop")
     script = (
         "import sys, fleetune.cli.main as c\n"
         f"codes = [c.main(line.split()) for line in {list(REFUSED)!r}]\n"

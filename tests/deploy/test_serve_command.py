@@ -205,7 +205,8 @@ def test_serve_takes_a_token_from_the_environment_and_does_not_show_it(at, monke
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nothing.gguf"], "there is no file 'nothing.gguf'"),
+        (["nothing.gguf"], "there is no file or directory 'nothing.gguf'"),
+        (["./nowhere"], "there is no file or directory './nowhere'"),
         (["text.gguf"], "text.gguf is not a GGUF file"),
         (["cut.gguf"], "cut.gguf is cut off: it has"),
         (["lora.gguf"], "lora.gguf is an adapter, not a model"),

@@ -30,6 +30,8 @@ def local(name: str) -> Path | None:
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"'{name}' is a file, but not a .gguf file", hint=NAME_HINT)
         return path
+    if path.is_symlink():
+        raise ModelError(f"'{name}' is a link that leads nowhere", hint=f"remove it, or {NAME_HINT}")
     like_a_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or re.match(r"[A-Za-z]:[\\/]", name)
     if like_a_path or path.suffix.lower() == ".gguf":
         raise ModelError(f"there is no file or directory '{name}'", hint="check the path, or " + NAME_HINT)

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 LONG: Final = 3600.0  # seconds of a run beyond which it is said what would make it shorter
 ENOUGH: Final = 0.3  # seconds of timing, after which no more is measured
 REPEATS: Final = 3
-SLOW: Final = 6.0  # seconds of a first call whose warming up is not looked at
+SLOW: Final = 1.0  # seconds of a first call after which there is no second: a step before it has warmed up
 WARMING: Final = (
     60.0  # the same of the very first step, which may compile kernels and read the base from the disk
 )

@@ -15,6 +15,7 @@ from gguf import LlamaFileType
 
 from fleetune.errors import UsageError
 from fleetune.models.families import rope, table, widths
+from fleetune.models.gguf.reader import Reader
 from fleetune.models.tensor_file import damaged
 
 PHI3_TOKENS: Final = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
@@ -24,10 +25,10 @@ UNREADABLE: Final = (  # what the gguf package raises for a file that is none, o
 )  # fmt: skip
 
 
-def open_written(path: Path) -> Any:
-    """Open a file that was just written with a gguf.GGUFReader; FleetuneError when it cannot be read."""
+def open_written(path: Path) -> Reader:
+    """Open a file that was just written; FleetuneError when it cannot be read."""
     try:
-        return gguf.GGUFReader(path)
+        return Reader(path)
     except UNREADABLE as error:
         raise damaged(path, str(error)) from error
 

@@ -27,13 +27,13 @@ from safetensors.numpy import load_file
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report
 from fleetune.deploy.formats._gguf_header import (
-    UNREADABLE,
     check_config,
     open_written,
     tensor_name,
 )
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.families import experts, table
+from fleetune.models.gguf import header
 from fleetune.models.tensor_file import damaged
 
 TARGETS: Final = {"gguf:lora": "a run's LoRA adapter, for llama.cpp beside a GGUF file of the base"}
@@ -107,10 +107,9 @@ def check(adapter: Path, kind: str | None) -> None:
 def is_adapter(path: Path) -> bool:
     """Return whether a .gguf file holds an adapter; False for one that cannot be read."""
     try:
-        found = gguf.GGUFReader(path).fields.get(gguf.Keys.General.TYPE)
-    except UNREADABLE:
+        return header.read(path).values.get(gguf.Keys.General.TYPE) == gguf.GGUFType.ADAPTER
+    except ModelError:
         return False
-    return found is not None and found.contents() == gguf.GGUFType.ADAPTER
 
 
 def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -298,9 +298,9 @@ def bits(source: Path) -> Bits:
 
 
 def _of_gguf(file: Path) -> Iterator[tuple[bool, int, int]]:
-    from gguf import GGUFReader
+    from fleetune.models.gguf.reader import Reader
 
-    for tensor in GGUFReader(file).tensors:
+    for tensor in Reader(file).tensors:
         linear = len(tensor.shape) > 1 and tensor.name.startswith("blk.")
         yield linear, int(tensor.n_elements), int(tensor.n_bytes)
 

@@ -19,7 +19,8 @@ from fleetune.deploy.serving import engines, threads
 from fleetune.deploy.serving.engine_site import EngineSite
 from fleetune.deploy.serving.engines import Engine, Running
 from fleetune.deploy.serving.front import Front, listening, token_for
-from fleetune.errors import ModelError, UsageError
+from fleetune.errors import UsageError
+from fleetune.models import names
 from fleetune.models.gguf import header
 from fleetune.runs import folder_names
 from fleetune.runs.events import Serving, ThreadsChosen
@@ -165,10 +166,9 @@ def check(subject: Subject, options: EngineOptions) -> None:
         raise UsageError(f"--context {options.context} is below 64 tokens", hint="the default is 4096")
     if isinstance(subject, Run | Compressed):
         return
+    names.check(subject.name)
     path = Path(subject.name)
     if path.suffix.lower() == ".gguf" and not path.is_dir():
-        if not path.is_file():
-            raise ModelError(f"there is no file '{path}'", hint="check the path")
         header.check(path)
 
 

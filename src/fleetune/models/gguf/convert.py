@@ -43,6 +43,7 @@ from fleetune.models.foreign import foreign_file
 from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
 from fleetune.models.gguf.claims import ANOTHER, check_claims
+from fleetune.models.gguf.reader import Reader, lent
 from fleetune.models.mapped import places
 from fleetune.models.mapped.file import MappedFile
 from fleetune.models.mapped.stored import Stored
@@ -106,30 +107,30 @@ def convert(
         tokenizer.save_pretrained(folder)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> Reader:
     header.read(path)  # the package would loop over a list as long as the file claims
     try:
         with foreign_file(path, "is not a readable GGUF file", hint=ANOTHER):
-            reader = gguf.GGUFReader(path)
+            reader = Reader(path)
     except MemoryError as error:  # of a length that the file claims
         raise ModelError(f"{path} is not a readable GGUF file (it claims too much)", hint=ANOTHER) from error
     check_claims(path, reader)
     return reader
 
 
-def _field(reader: Any, key: str) -> Any:
+def _field(reader: Reader, key: str) -> Any:
     field = reader.fields.get(key)
     return None if field is None else field.contents()
 
 
-def _numbers(reader: Any) -> dict[str, Any]:
+def _numbers(reader: Reader) -> dict[str, Any]:
     """Return the single values of the metadata, with names of ours for what `check_config` looks at."""
     own = {"block_count": "num_layers", "freq_base": "theta", "freq_base_swa": "theta"}
     found = {key: _field(reader, key) for key, field in reader.fields.items() if len(field.types) == 1}
     return {own.get(key.rpartition(".")[2], key): value for key, value in found.items()}
 
 
-def _config(path: Path, reader: Any) -> Any:
+def _config(path: Path, reader: Reader) -> Any:
     architecture = str(_field(reader, "general.architecture"))
     instead = "use the model's hub id or a Hugging Face directory of it"
     if architecture not in ARCHITECTURES:
@@ -162,7 +163,7 @@ def _config(path: Path, reader: Any) -> Any:
     return config
 
 
-def _described(path: Path, architecture: str, reader: Any) -> Any:
+def _described(path: Path, architecture: str, reader: Reader) -> Any:
     """Return the configuration of metadata and tensor names; a configuration class may raise anything for a wrong value."""
     if architecture in (*gemma.ARCHITECTURES.values(), deci.ARCHITECTURE):
         config = _own(path, architecture, reader)
@@ -170,7 +171,8 @@ def _described(path: Path, architecture: str, reader: Any) -> Any:
             if name != "unk":
                 setattr(config, f"{name}_token_id", _field(reader, f"tokenizer.ggml.{key}_token_id"))
     else:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        with lent(reader):
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     if config.model_type == "llama":
         names = {tensor.name for tensor in reader.tensors}
         config.tie_word_embeddings = "output.weight" not in names
@@ -179,7 +181,7 @@ def _described(path: Path, architecture: str, reader: Any) -> Any:
     return config
 
 
-def _own(path: Path, architecture: str, reader: Any) -> Any:
+def _own(path: Path, architecture: str, reader: Reader) -> Any:
     """Return the configuration of what transformers cannot read: gemma and deci, and gemma2's and gemma3's caps and bases."""
     tokens = _field(reader, "tokenizer.ggml.tokens") or []
 
@@ -197,7 +199,7 @@ def _own(path: Path, architecture: str, reader: Any) -> Any:
     return deci.config_of(field)
 
 
-def _take_factors(path: Path, reader: Any, config: Any, instead: str) -> None:
+def _take_factors(path: Path, reader: Reader, config: Any, instead: str) -> None:
     """Set Llama 3's rescaled frequencies in the configuration; ModelError for factors that are not Llama 3's."""
     found = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
     if not found:
@@ -213,7 +215,7 @@ def _take_factors(path: Path, reader: Any, config: Any, instead: str) -> None:
     config.rope_parameters = rescaled
 
 
-def _tensors(path: Path, reader: Any, config: Any) -> dict[str, Stored]:
+def _tensors(path: Path, reader: Reader, config: Any) -> dict[str, Stored]:
     """Return for each tensor of the model where it is in the file, and how its rows lie there."""
     with foreign_file(path, "describes a model that cannot be made", hint=ANOTHER):
         net = widths.build(config)
@@ -222,7 +224,7 @@ def _tensors(path: Path, reader: Any, config: Any) -> dict[str, Stored]:
         return _placed(path, reader, config, shapes)
 
 
-def _placed(path: Path, reader: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+def _placed(path: Path, reader: Reader, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
     architecture = str(_field(reader, "general.architecture"))
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
@@ -290,12 +292,15 @@ def _write_weights(
                 progress("convert to safetensors", done, end)
 
 
-def _tokenizer(path: Path, reader: Any, config: Any) -> Any:
+def _tokenizer(path: Path, reader: Reader, config: Any) -> Any:
     hint = "use the model's hub id or a Hugging Face directory of it"
     with foreign_file(path, "has a tokenizer that cannot be read", hint=hint):
         tokenizer: Any = gguf_tokens.build_tokenizer(lambda key: _field(reader, key))
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            with lent(reader):
+                tokenizer = AutoTokenizer.from_pretrained(
+                    path.parent, gguf_file=path.name, local_files_only=True
+                )
     split = _field(reader, "tokenizer.ggml.pre")
     if split == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
