@@ -29,7 +29,7 @@ def recipes(*, quick: bool = False) -> list[Recipe]:
         "set": {"r": 8, "alpha": 16, "dropout": 0.0, "lr": 2e-3, "batch_size": 2, "epochs": 1},
     }  # fmt: skip
     fedkseed = shared | {
-        "method": "fedkseed", "rounds": 1 if quick else 2, "participation": 0.167, "samples": 0,
+        "method": "fedkseed", "rounds": 1 if quick else 2, "participation": 0.167, "samples": 0, "eval_every": 2,
         "set": {
             "K": 1024, "tau": 1 if quick else 4, "lr": 1e-4, "eps": 1e-3, "batch_size": 4,
             "backprop": 0.5, "backprop_steps": 1 if quick else 3, "backprop_lr": 5e-3,
