@@ -309,5 +309,7 @@ def test_a_command_ends_without_looking_for_cycles() -> None:
         "main(['version']) if sys.argv[1:] == ['inside'] else main()"
     )
     for words, frozen in ((["version"], "True"), (["inside"], "False")):
-        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], capture_output=True, text=True, check=True
+        )
         assert done.stdout.splitlines()[-1] == frozen

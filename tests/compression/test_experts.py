@@ -22,7 +22,7 @@ from fleetune.compression.jobs import solve
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
-from fleetune.compression.layerwise.experts import Experts, experts_of
+from fleetune.compression.layerwise.experts import Experts, Routed, experts_of, hessian
 from fleetune.errors import RecipeError, UsageError
 from fleetune.models import Model, tiny_tokenizer
 from fleetune.models.artefact import Master, Quantised
@@ -121,6 +121,22 @@ def test_hessians_are_of_the_tokens_that_an_expert_saw(
                 at += 1
     assert at == len(spy.seen)
     assert 0 < few < 3 * 2 * 4
+
+
+def test_the_inputs_of_all_tokens_are_summed_once_for_gates_and_ups() -> None:
+    each = experts_in(model_of("qwen3_moe"))[0]
+    x = torch.randn(9, each.module.gate_up_proj.shape[-1])
+    routed = Routed(
+        x, torch.zeros(9, 1, dtype=torch.int64)
+    )  # every token chose the first expert, and few they are
+    for name in each.parameters:
+        kept: list[Tensor] = []
+        found = [hessian(each, name, number, routed, kept) for number in range(3)]
+        assert [tokens for _, tokens in found] == [9, 0, 0]
+        assert all((H is found[0][0]) == name.endswith("gate_up_proj") for H, _ in found[1:])
+        alone = [hessian(each, name, number, routed)[0] for number in range(3)]
+        assert all(torch.equal(H, own) for (H, _), own in zip(found, alone, strict=True))
+    assert kept == []
 
 
 def test_experts_that_saw_few_tokens_are_said(tmp_path: Path) -> None:

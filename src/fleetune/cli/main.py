@@ -40,7 +40,9 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code (0 ok, 1 failed, 2 usage, 3 does not fit, 4 fleet, 130 stopped)."""
-    if argv is None:  # the process ends with the command: what is left need not be searched for cycles, for a second
+    if (
+        argv is None
+    ):  # the process ends with the command: what is left need not be searched for cycles, for a second
         atexit.register(gc.freeze)
     words = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:

@@ -93,11 +93,12 @@ def solve_experts(
         on_name(name)
         count, _, C = parameter.shape
         solver, solved, error, given, few = solver_of(name), list[Solved](), 0.0, 0.0, list[int]()
+        of_all = list[Tensor]()
         for number in range(count):
             W = parameter[number].detach().float().cpu()
             H, tokens = torch.zeros(C, C), 0
             if routed is not None:
-                H, tokens = hessian(experts, name, number, routed)
+                H, tokens = hessian(experts, name, number, routed, of_all)
                 few += [tokens] * (tokens < C)
             solved.append(solver.solve(W, H))
             if routed is not None:
@@ -110,20 +111,31 @@ def solve_experts(
         yield name, weight, MatrixResult(name, left, _notes(solved, few, C))
 
 
-def hessian(experts: Experts, name: str, number: int, routed: Routed) -> tuple[Tensor, int]:
-    """Return the Hessian [C, C] of an expert's matrix, and how many tokens chose the expert: fewer than C, and it is of all."""
+def hessian(
+    experts: Experts, name: str, number: int, routed: Routed, of_all: list[Tensor] | None = None
+) -> tuple[Tensor, int]:
+    """Return the Hessian [C, C] of an expert's matrix, and how many tokens chose the expert: fewer than C, and it is of all.
+
+    What gates and ups read is then the same for every expert: `of_all`, empty for a parameter's first expert, keeps it.
+    """
     module, parameter = experts.module, experts.parameters[name]
     C = parameter.shape[-1]
     tokens = routed.tokens(number)
+    few = tokens < C
+    if few and of_all:
+        return of_all[0], tokens
     H = torch.zeros(C, C)
-    x = routed.x[(routed.chosen == number).any(-1)] if tokens >= C else routed.x
+    x = routed.x if few else routed.x[(routed.chosen == number).any(-1)]
     for first in range(0, len(x), TOKENS_AT_ONCE):
         inputs = x[first : first + TOKENS_AT_ONCE]
         if name.endswith(DOWN):
             gates_and_ups = getattr(module, GATE_UP)[number]
             inputs = module._apply_gate(nn.functional.linear(inputs.to(gates_and_ups), gates_and_ups))
         accumulate(H, inputs.cpu())
-    return mirrored(H), tokens
+    H = mirrored(H)
+    if few and of_all is not None and not name.endswith(DOWN):
+        of_all.append(H)
+    return H, tokens
 
 
 def _stacked(solved: list[Solved], parameter: nn.Parameter) -> Quantised | Tensor:

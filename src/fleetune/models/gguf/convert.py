@@ -224,7 +224,9 @@ def _tensors(path: Path, reader: Reader, config: Any) -> dict[str, Stored]:
         return _placed(path, reader, config, shapes)
 
 
-def _placed(path: Path, reader: Reader, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+def _placed(
+    path: Path, reader: Reader, config: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Stored]:
     architecture = str(_field(reader, "general.architecture"))
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
