@@ -107,7 +107,7 @@ def check(adapter: Path, kind: str | None) -> None:
 def is_adapter(path: Path) -> bool:
     """Return whether a .gguf file holds an adapter; False for one that cannot be read."""
     try:
-        return header.read(path).values.get(gguf.Keys.General.TYPE) == gguf.GGUFType.ADAPTER
+        return bool(header.read(path).values.get(gguf.Keys.General.TYPE) == gguf.GGUFType.ADAPTER)
     except ModelError:
         return False
 

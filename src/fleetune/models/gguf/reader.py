@@ -20,7 +20,7 @@ import numpy as np
 _lending = threading.RLock()
 
 
-class Reader(gguf.GGUFReader):
+class Reader(gguf.GGUFReader):  # type: ignore[misc]
     """The package's reader, whose arrays are plain views of the mapped file.
 
     Errors are the package's own.  Should it read through another method one day, it reads as slowly as before.
@@ -34,7 +34,7 @@ class Reader(gguf.GGUFReader):
         if isinstance(self.data, np.memmap):
             self.data: Any = self.data.view(np.ndarray)
         kind = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
-        return self.data[offset : offset + kind.itemsize * int(count)].view(kind)  # type: ignore[no-any-return]
+        return self.data[offset : offset + kind.itemsize * int(count)].view(kind)
 
 
 @contextmanager
@@ -49,8 +49,8 @@ def lent(reader: Reader) -> Iterator[None]:
 
     with _lending:
         theirs = gguf.GGUFReader
-        gguf.GGUFReader = opened  # type: ignore[assignment,misc]
+        gguf.GGUFReader = opened
         try:
             yield
         finally:
-            gguf.GGUFReader = theirs  # type: ignore[misc]
+            gguf.GGUFReader = theirs
