@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,17 @@ def test_what_was_asked_for_stays(shape: Any) -> None:
         with pytest.raises(FitError) as error:
             found(shape, 1, asked={"base": base})
         assert error.value.hint == hint, "a mapped base needs least"
+
+
+def test_no_smaller_model_is_named_where_none_would_fit(shape: Any) -> None:
+    with pytest.raises(FitError) as error:
+        found(shape, 100_000_000)
+    assert re.fullmatch(
+        r"take a device with more memory, as no model is small enough for this one: --ram 5\d\dMB",
+        error.value.hint or "",
+    )
+    ram = int(re.findall(r"(\d+)MB", error.value.hint or "")[0]) * 1_000_000
+    assert found(shape, ram)[0] == "fedit"
 
 
 @pytest.mark.usefixtures("counted")

@@ -85,6 +85,8 @@ def _flag(
         return told
     by_command = flags()
     own = by_command.get(args.command, ())
+    if (plain := flag.removeprefix("--")) in vars(args):
+        return f"unknown argument '{flag}': {plain.upper()} is given without a flag before it"
     owners = [name for name, theirs in by_command.items() if flag in theirs]
     near = suggest(flag, own, cutoff=0.9 if owners else 0.75)
     if not near and not owners:

@@ -160,7 +160,11 @@ class Search:
         if not self.shrinks:
             hint = "fleetune plan MODEL --ram SIZE finds settings that need less"
         else:
-            hint = f"leave out {flags}, or take a smaller model" if flags else "take a smaller model"
+            other = "take a smaller model"
+            if least.peak - least.weights > (self.ram or 0):
+                needed = human_bytes(1.05 * least.peak).replace(" ", "")
+                other = f"take a device with more memory, as no model is small enough for this one: --ram {needed}"
+            hint = f"leave out {flags}, or {other}" if flags else other
         return FitError(
             f"no method fits {human_bytes(self.ram)}: the smallest, {least}, needs "
             f"{human_bytes(least.peak - (self.ram or 0))} more ({human_bytes(least.peak)}, of which "
