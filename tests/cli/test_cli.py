@@ -455,7 +455,11 @@ BAD = {
     "setting without a value": (["tune", "{tiny}", "demo", "--set", "tau"], 2, "NAME=VALUE"),
     "K not a power of two": (["tune", "{tiny}", "demo", "--set", "K=1000"], 2, "try K=512 or K=1024"),
     "unknown flag": (["tune", "{tiny}", "demo", "--rouns", "3"], 2, "Did you mean '--rounds'"),
-    "a flag of another command": (["eval", "{tiny}", "demo", "--rounds", "2"], 2, "'--rounds'. It is for tune"),
+    "a flag of another command": (
+        ["eval", "{tiny}", "demo", "--rounds", "2"],
+        2,
+        "'--rounds'. It is for tune",
+    ),
     "two models": (["tune", "{tiny}", "demo", "--model", "other"], 2, "two values of model"),
     "two data sets": (["tune", "{tiny}", "demo", "--data", "rows.jsonl"], 2, "two values of data"),
     "unknown TOML key": (["tune", "-c", "typo.toml"], 2, "Did you mean 'rounds'"),

@@ -77,6 +77,7 @@ TOLD = {  # command line: (exit code, words on stdout or stderr)
     "tune m rows.jsonl --set lr=1 K=64": (2, "'K=64' is one word too many: write --set K=64\n"),
     "tune m rows.jsonl more.jsonl": (2, "'more.jsonl' is one word too many\n"),
     "tune m rows.jsonl --round 1": (2, "unknown argument '--round'. Did you mean '--rounds'?"),
+    "tune m rows.jsonl --command x": (2, "unknown argument '--command'. Did you mean '--columns'?"),
     "eval m --data rows.jsonl": (2, "unknown argument '--data': DATA is given without a flag before it"),
     "runs --forc": (2, "unknown argument '--forc'. Did you mean '--force'?"),
     "tune m rows.jsonl --zzz --lr 3": (2, "unknown argument '--zzz'.\n  '--lr': lr is a setting"),

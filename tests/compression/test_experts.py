@@ -20,6 +20,7 @@ from fleetune import compression, models
 from fleetune.compression.jobs import inputs as job_inputs
 from fleetune.compression.jobs import solve
 from fleetune.compression.layerwise import driver
+from fleetune.compression.layerwise import experts as layerwise_experts
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
 from fleetune.compression.layerwise.experts import Experts, Routed, experts_of, hessian
@@ -123,20 +124,40 @@ def test_hessians_are_of_the_tokens_that_an_expert_saw(
     assert 0 < few < 3 * 2 * 4
 
 
-def test_the_inputs_of_all_tokens_are_summed_once_for_gates_and_ups() -> None:
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_the_inputs_of_all_tokens_are_summed_once_for_gates_and_ups(order: tuple[int, ...]) -> None:
+    """Those that few tokens chose, here the second and third expert, share them; the first has its own."""
     each = experts_in(model_of("qwen3_moe"))[0]
-    x = torch.randn(9, each.module.gate_up_proj.shape[-1])
-    routed = Routed(
-        x, torch.zeros(9, 1, dtype=torch.int64)
-    )  # every token chose the first expert, and few they are
-    for name in each.parameters:
+    for name, parameter in each.parameters.items():
+        C = parameter.shape[-1]
+        chosen = torch.zeros(C + 3, 2, dtype=torch.int64)
+        chosen[:2, 1] = 1
+        chosen[2:, 1] = 3
+        routed = Routed(torch.randn(C + 3, each.module.gate_up_proj.shape[-1]), chosen)
         kept: list[Tensor] = []
-        found = [hessian(each, name, number, routed, kept) for number in range(3)]
-        assert [tokens for _, tokens in found] == [9, 0, 0]
-        assert all((H is found[0][0]) == name.endswith("gate_up_proj") for H, _ in found[1:])
-        alone = [hessian(each, name, number, routed)[0] for number in range(3)]
-        assert all(torch.equal(H, own) for (H, _), own in zip(found, alone, strict=True))
-    assert kept == []
+        found = {number: hessian(each, name, number, routed, kept) for number in order}
+        alone = {number: hessian(each, name, number, routed) for number in order}
+        assert [found[number][1] for number in range(3)] == [C + 3, 2, 0]
+        for number in order:
+            assert found[number][1] == alone[number][1]
+            assert torch.equal(found[number][0], alone[number][0])
+        assert (found[1][0] is found[2][0]) == name.endswith("gate_up_proj")
+        assert found[0][0] is not found[1][0]
+
+
+def test_solving_sums_them_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summed, real = list[str](), layerwise_experts.hessian
+
+    def spied(each: Experts, name: str, number: int, routed: Routed, *kept: list[Tensor]) -> Any:
+        (of_all,) = kept
+        H, tokens = real(each, name, number, routed, of_all)
+        summed.extend([name] * (tokens < H.shape[0] and any(H is one for one in of_all)))
+        return H, tokens
+
+    monkeypatch.setattr(layerwise_experts, "hessian", spied)
+    driver.run(model_of("qwen3_moe"), Spy(), text(1, 8), tmp_path, experts=True)
+    assert summed  # of eight tokens every expert saw few
+    assert all(name.endswith("gate_up_proj") for name in summed)
 
 
 def test_experts_that_saw_few_tokens_are_said(tmp_path: Path) -> None:

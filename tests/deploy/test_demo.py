@@ -49,6 +49,11 @@ def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
     )  # the embedding is Q8_0 in the file
 
 
+def test_the_mixed_run_is_evaluated_before_and_after() -> None:
+    """As the README shows it; an evaluation takes as long as a fifth of a round."""
+    assert [(recipe.rounds, recipe.eval_every) for recipe in demo.recipes()] == [(3, 1), (2, 2)]
+
+
 def test_the_answer_is_shown_in_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
     Ui().paths([("it says", indented("**In short:** rain.\n- Dry it.\n\nCheck: the crust."))])
     assert capsys.readouterr().out == " it says   **In short:** rain.\n  - Dry it.\n  \n  Check: the crust.\n"

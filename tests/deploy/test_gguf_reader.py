@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import mmap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,13 @@ def written(path: Path, endianess: package.GGUFEndian) -> Path:
     return path
 
 
+def owner(array: Any) -> Any:
+    """What an array's bytes belong to."""
+    while isinstance(array, np.ndarray | memoryview):
+        array = array.base if isinstance(array, np.ndarray) else array.obj
+    return array
+
+
 @pytest.mark.parametrize("endianess", package.GGUFEndian)
 def test_it_reads_what_the_package_reads(endianess: package.GGUFEndian, tmp_path: Path) -> None:
     path = written(tmp_path / "x.gguf", endianess)
@@ -53,6 +62,7 @@ def test_it_reads_what_the_package_reads(endianess: package.GGUFEndian, tmp_path
         assert one.data.dtype == two.data.dtype
         assert one.data.tobytes() == two.data.tobytes()
         assert not isinstance(two.data, np.memmap)
+        assert isinstance(owner(two.data), mmap.mmap)  # nothing was read into memory
 
 
 def test_a_file_is_parsed_once_for_weights_configuration_and_tokenizer(
@@ -64,13 +74,13 @@ def test_a_file_is_parsed_once_for_weights_configuration_and_tokenizer(
     parsed, parse = list[Any](), package.GGUFReader.__init__
 
     def counted(self: Any, file: Any, mode: Any = "r") -> None:
-        parsed.append(file)
+        parsed.append((type(self), file))
         parse(self, file, mode)
 
     monkeypatch.setattr(package.GGUFReader, "__init__", counted)
     (tmp_path / "back").mkdir()
     convert.convert(path, tmp_path / "back")
-    assert parsed == [path]
+    assert parsed == [(Reader, path)]
 
 
 def test_only_the_file_that_is_lent_is_not_parsed_and_only_meanwhile(tmp_path: Path) -> None:
@@ -83,4 +93,31 @@ def test_only_the_file_that_is_lent_is_not_parsed_and_only_meanwhile(tmp_path: P
         assert package.GGUFReader(tmp_path / "link.gguf") is reader
         assert package.GGUFReader(other).path == other
         raise KeyError
+    assert package.GGUFReader is theirs
+
+
+def test_two_threads_that_lend_leave_the_package_as_it_was(tmp_path: Path) -> None:
+    """The second waits for the first: ending in the order in which they began, they would leave the first one's."""
+    reader = Reader(written(tmp_path / "x.gguf", package.GGUFEndian.LITTLE))
+    theirs, lending, end = (
+        package.GGUFReader,
+        [threading.Event() for _ in "ab"],
+        [threading.Event() for _ in "ab"],
+    )
+
+    def lend(number: int) -> None:
+        with lent(reader):
+            lending[number].set()
+            end[number].wait(30)
+
+    threads = [threading.Thread(target=lend, args=(number,)) for number in range(2)]
+    threads[0].start()
+    assert lending[0].wait(30)
+    threads[1].start()
+    assert not lending[1].wait(0.2)
+    end[0].set()
+    threads[0].join(30)
+    assert lending[1].wait(30)
+    end[1].set()
+    threads[1].join(30)
     assert package.GGUFReader is theirs

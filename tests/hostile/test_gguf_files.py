@@ -17,7 +17,9 @@ import hostile
 from fault_report import Injected
 from fleetune import models
 from fleetune.deploy.export import export
+from fleetune.deploy.formats.gguf_lora import is_adapter
 from fleetune.models.gguf import convert, header
+from fleetune.models.gguf.claims import check_claims
 from hostile import put, refusal
 
 NAN = float("nan")
@@ -159,6 +161,43 @@ def test_a_list_that_claims_to_be_longer_than_the_file_is_refused(tmp_path: Path
 def test_a_token_as_long_as_a_book_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "x.gguf", tokens=["a", "b" * 1_000_000], scores=[0.0, 0.0], token_type=[1, 1])
     assert "token of more than" in str(refusal(lambda: use(tmp_path / "x.gguf", tmp_path)))
+
+
+def test_an_honest_file_may_state_its_alignment(honest: Path, tmp_path: Path) -> None:
+    """Other writers do; a file with two tensors, of which the first ends between two places."""
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_custom_alignment(64)
+    for name in ("token_embd.weight", "output_norm.weight"):
+        writer.add_tensor(name, np.zeros(3, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    header.check(tmp_path / "x.gguf")
+    check_claims(tmp_path / "x.gguf", gguf.GGUFReader(tmp_path / "x.gguf"))
+
+
+@pytest.mark.parametrize("alignment", [0.5, 0, -1, 33, "32", True])
+def test_an_alignment_that_is_none_is_refused(tmp_path: Path, alignment: object) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    kind = {float: "FLOAT32", int: "INT32", str: "STRING", bool: "BOOL"}[type(alignment)]
+    writer.add_key_value("general.alignment", alignment, gguf.GGUFValueType[kind])
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "its head cannot be read" in str(refusal(lambda: header.check(tmp_path / "x.gguf")))
+    assert not is_adapter(tmp_path / "x.gguf")  # as serve looks through a folder
+
+
+def test_a_text_in_no_encoding_is_refused(honest: Path, tmp_path: Path) -> None:
+    raw = bytearray(honest.read_bytes())
+    at = raw.index(b"general.architecture") + len("general.architecture") + 12
+    assert raw[at : at + 5] == b"llama"
+    raw[at] = 0xFF
+    put(tmp_path / "x.gguf", bytes(raw))
+    assert "has unusable metadata" in str(refusal(lambda: convert.load_config(tmp_path / "x.gguf")))
 
 
 def test_the_honest_one_is_accepted(honest: Path, tmp_path: Path) -> None:

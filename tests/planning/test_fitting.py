@@ -40,6 +40,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"weights": work.batch * work.length * work.size * (footprint.gradient != "none")}
 
     monkeypatch.setattr(fitting, "SERVER", 0)
+    monkeypatch.setattr(device_cost, "FLOOR", 0)
     monkeypatch.setattr(fitting, "_cached", lambda shape, work: 0)
     monkeypatch.setattr(device_cost, "memory", memory)
 
@@ -97,12 +98,13 @@ def test_what_was_asked_for_stays(shape: Any) -> None:
 def test_no_smaller_model_is_named_where_none_would_fit(shape: Any) -> None:
     with pytest.raises(FitError) as error:
         found(shape, 100_000_000)
-    assert re.fullmatch(
-        r"take a device with more memory, as no model is small enough for this one: --ram 5\d\dMB",
-        error.value.hint or "",
-    )
-    ram = int(re.findall(r"(\d+)MB", error.value.hint or "")[0]) * 1_000_000
+    told = re.fullmatch(r"--ram (5\d\d)MB: a process without any model takes \d+ MB", error.value.hint or "")
+    assert told is not None
+    ram = 1_000_000 * int(told[1])
     assert found(shape, ram)[0] == "fedit"
+    with pytest.raises(FitError) as error:
+        found(shape, 450_000_000)
+    assert error.value.hint == "take a smaller model"
 
 
 @pytest.mark.usefixtures("counted")

@@ -132,6 +132,18 @@ def test_a_first_step_that_compiles_or_reads_from_the_disk_is_not_the_estimate(
     assert calls == {"round": 2, "loss": 1}
 
 
+@pytest.mark.parametrize(("seconds", "calls"), [(0.2, 2), (0.9, 2), (1.5, 1)])
+def test_what_takes_long_is_timed_once(seconds: float, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def work() -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
+    assert estimate._timed(work) == pytest.approx(seconds)
+    assert clock[0] == pytest.approx(calls * seconds)
+
+
 def test_an_answer_counts_all_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 

@@ -71,6 +71,11 @@ def sub_parser(parser: argparse.ArgumentParser, command: str) -> argparse.Argume
     return found
 
 
+def plain_arguments(parser: argparse.ArgumentParser, command: str) -> list[str]:
+    """Return the names of a command's arguments that have no flag."""
+    return [action.dest for action in sub_parser(parser, command)._actions if not action.option_strings]
+
+
 def command_parsers() -> dict[str, argparse.ArgumentParser]:
     """Every command's parser by name (for the docs)."""
     (action,) = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]

@@ -25,6 +25,7 @@ from fleetune.cli.command_line import (
     command_parsers,
     flags_by_command,
     help_page,
+    plain_arguments,
 )
 from fleetune.cli.console import Ui
 from fleetune.cli.engine_flags import Signalled
@@ -40,9 +41,8 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code (0 ok, 1 failed, 2 usage, 3 does not fit, 4 fleet, 130 stopped)."""
-    if (
-        argv is None
-    ):  # the process ends with the command: what is left need not be searched for cycles, for a second
+    if argv is None:
+        # the process ends with the command: to search for cycles what is left then would take a second
         atexit.register(gc.freeze)
     words = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:
@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_environment(args)
     try:
         if unknown:
-            raise unknowns.error(args, words, unknown, flags_by_command)
+            raise unknowns.error(
+                args, words, unknown, flags_by_command, plain_arguments(parser, args.command)
+            )
         chosen_kernels()  # a wrong choice is refused before any work
         with announcing(ui):
             COMMANDS.load(args.command).run(args, ui)

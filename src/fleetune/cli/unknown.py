@@ -42,10 +42,11 @@ def error(
     words: Sequence[str],
     unknown: Sequence[str],
     flags: Callable[[], Mapping[str, Sequence[str]]],
+    plain: Sequence[str],
 ) -> UsageError:
-    """Return what to say of all `unknown` words; `flags` gives every command's options."""
+    """Return what to say of all `unknown` words; `flags` gives every command's options, `plain` this one's arguments without."""
     asked = [word for word in unknown if _is_flag(word)]
-    found = [_flag(args, words, word, flags) for word in asked]
+    found = [_flag(args, words, word, flags, plain) for word in asked]
     taken = {_after(words, word) for word in asked}
     for word in unknown:
         if not _is_flag(word) and word not in taken:
@@ -78,6 +79,7 @@ def _flag(
     words: Sequence[str],
     word: str,
     flags: Callable[[], Mapping[str, Sequence[str]]],
+    plain: Sequence[str],
 ) -> str:
     flag, value = word.partition("=")[0], _after(words, word)
     told, owner = _as_setting(args, flag, value, chosen=True)
@@ -85,8 +87,8 @@ def _flag(
         return told
     by_command = flags()
     own = by_command.get(args.command, ())
-    if (plain := flag.removeprefix("--")) in vars(args):
-        return f"unknown argument '{flag}': {plain.upper()} is given without a flag before it"
+    if (name := flag.removeprefix("--")) in plain:
+        return f"unknown argument '{flag}': {name.upper()} is given without a flag before it"
     owners = [name for name, theirs in by_command.items() if flag in theirs]
     near = suggest(flag, own, cutoff=0.9 if owners else 0.75)
     if not near and not owners:

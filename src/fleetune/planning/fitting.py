@@ -161,9 +161,9 @@ class Search:
             hint = "fleetune plan MODEL --ram SIZE finds settings that need less"
         else:
             other = "take a smaller model"
-            if least.peak - least.weights > (self.ram or 0):
+            if (self.ram or 0) < device_cost.FLOOR:
                 needed = human_bytes(1.05 * least.peak).replace(" ", "")
-                other = f"take a device with more memory, as no model is small enough for this one: --ram {needed}"
+                other = f"--ram {needed}: a process without any model takes {human_bytes(device_cost.FLOOR)}"
             hint = f"leave out {flags}, or {other}" if flags else other
         return FitError(
             f"no method fits {human_bytes(self.ram)}: the smallest, {least}, needs "

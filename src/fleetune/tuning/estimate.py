@@ -38,9 +38,7 @@ LONG: Final = 3600.0  # seconds of a run beyond which it is said what would make
 ENOUGH: Final = 0.3  # seconds of timing, after which no more is measured
 REPEATS: Final = 3
 SLOW: Final = 1.0  # seconds of a first call after which there is no second: a step before it has warmed up
-WARMING: Final = (
-    60.0  # the same of the very first step, which may compile kernels and read the base from the disk
-)
+WARMING: Final = 60.0  # the same of what nothing has warmed up: the very first step, which may compile kernels, and answers
 ROWS: Final = 8  # whose loss is timed
 SPARE: Final = 0.8  # of a stated time is planned for
 FEW_STEPS: Final = 4  # of a client in a round, below which rounds and then clients become fewer
@@ -171,7 +169,7 @@ def _answer(model: Model, prompts: Sequence[Example], tokens: int, max_length: i
         return 0.0
     few = prompts[:ANSWERED]
     first, more = (
-        _timed(lambda n=n: generate(model, few, max_new_tokens=n, max_length=max_length))  # type: ignore[misc]
+        _timed(lambda n=n: generate(model, few, max_new_tokens=n, max_length=max_length), WARMING)  # type: ignore[misc]
         for n in (1, 1 + TOKENS)
     )
     batch = first + (tokens - 1) * max(0.0, more - first) / TOKENS

@@ -235,7 +235,7 @@ def check(request: CompressRequest) -> None:
     if request.bytes < 0:
         problems.append(f"bytes = {request.bytes} is below 0")
     if not 0 <= request.bpw < 33:
-        problems.append(f"bpw = {request.bpw} is not a number of bits a weight from 0 to 33")
+        problems.append(f"bpw = {request.bpw} is not a number of bits a weight, below 33")
     if request.run and request.dtype != "fp32":
         problems.append("a run has a dtype of its own")
     if request.run and request.low_memory:

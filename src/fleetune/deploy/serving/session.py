@@ -20,7 +20,7 @@ from fleetune.deploy.serving.engine_site import EngineSite
 from fleetune.deploy.serving.engines import Engine, Running
 from fleetune.deploy.serving.front import Front, listening, token_for
 from fleetune.errors import UsageError
-from fleetune.models import names
+from fleetune.models import names as model_names
 from fleetune.models.gguf import header
 from fleetune.runs import folder_names
 from fleetune.runs.events import Serving, ThreadsChosen
@@ -166,8 +166,8 @@ def check(subject: Subject, options: EngineOptions) -> None:
         raise UsageError(f"--context {options.context} is below 64 tokens", hint="the default is 4096")
     if isinstance(subject, Run | Compressed):
         return
-    names.check(subject.name)
-    path = Path(subject.name)
+    model_names.check(subject.name)
+    path = Path(subject.name).expanduser()
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         header.check(path)
 
@@ -215,7 +215,7 @@ def _home(subject: Subject) -> Path:
     """The subject's folder or file."""
     if isinstance(subject, Run):
         return subject.folder
-    return subject.home if isinstance(subject, Compressed) else Path(subject.name)
+    return subject.home if isinstance(subject, Compressed) else Path(subject.name).expanduser()
 
 
 def _with_template(file: Path, listener: Listener) -> Path:

@@ -26,7 +26,7 @@ def check_claims(path: Path, reader: Any) -> None:
     """Raise ModelError unless tensors are of known types and lie as ggml wants them, and tokens are no novels."""
     if not reader.tensors:
         raise ModelError(f"{path} holds no tensors", hint=ANOTHER)
-    at = 0
+    at, alignment = 0, int(reader.alignment)
     for tensor in reader.tensors:
         if tensor.tensor_type not in READ:
             kind = getattr(tensor.tensor_type, "name", tensor.tensor_type)
@@ -37,7 +37,7 @@ def check_claims(path: Path, reader: Any) -> None:
                 f"{path}: {tensor.name:.80} starts at {offset:,}, the tensors before it end at {at:,}",
                 hint="the file is damaged: " + ANOTHER,
             )
-        at = -(-(at + int(tensor.n_bytes)) // reader.alignment) * reader.alignment
+        at = -(-(at + int(tensor.n_bytes)) // alignment) * alignment
     field = reader.fields.get("tokenizer.ggml.tokens")
     if field is not None and max((len(field.parts[i]) for i in field.data), default=0) > TOKEN:
         raise ModelError(f"{path} has a token of more than {TOKEN} bytes", hint=ANOTHER)

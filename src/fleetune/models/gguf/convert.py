@@ -131,8 +131,25 @@ def _numbers(reader: Reader) -> dict[str, Any]:
 
 
 def _config(path: Path, reader: Reader) -> Any:
-    architecture = str(_field(reader, "general.architecture"))
     instead = "use the model's hub id or a Hugging Face directory of it"
+    with foreign_file(path, "has unusable metadata", hint=instead):  # a text may be in no encoding
+        architecture = _checked_architecture(path, reader, instead)
+        config = _described(path, architecture, reader)
+        if (width := _field(reader, f"{architecture}.attention.key_length")) is not None:
+            config.head_dim = int(width)  # transformers does not read it for every architecture
+        _take_factors(path, reader, config, instead)
+        # metadata hold fp32: 1e-05 comes back as 9.999999747378752e-06
+        config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
+    check_config(config.to_dict(), path)
+    if "_model_name_or_path" in config.__dict__:
+        del config._model_name_or_path
+    config.name_or_path = ""
+    return config
+
+
+def _checked_architecture(path: Path, reader: Reader, instead: str) -> str:
+    """Return the architecture of the metadata; ModelError for one that is not read, and for sizes that no model has."""
+    architecture = str(_field(reader, "general.architecture"))
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(
@@ -149,18 +166,7 @@ def _config(path: Path, reader: Reader) -> Any:
         )
     check_config(_numbers(reader), path)
     check_blocks(_field(reader, f"{architecture}.block_count"), len(reader.tensors), path)
-    with foreign_file(path, "has unusable metadata", hint=instead):
-        config = _described(path, architecture, reader)
-        if (width := _field(reader, f"{architecture}.attention.key_length")) is not None:
-            config.head_dim = int(width)  # transformers does not read it for every architecture
-        _take_factors(path, reader, config, instead)
-        # metadata hold fp32: 1e-05 comes back as 9.999999747378752e-06
-        config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
-    check_config(config.to_dict(), path)
-    if "_model_name_or_path" in config.__dict__:
-        del config._model_name_or_path
-    config.name_or_path = ""
-    return config
+    return architecture
 
 
 def _described(path: Path, architecture: str, reader: Reader) -> Any:

@@ -132,7 +132,9 @@ def _head(reader: _HeaderReader) -> GgufHeader:
         shape = [reader.number("Q") for _ in range(dims)]
         kind, offset = reader.number("I"), reader.number("Q")
         ends.append(offset + _bytes(kind, math.prod(shape)))
-    alignment = int(values.get("general.alignment") or 32)
+    alignment = values.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError("an alignment that is none")
     start = -(-reader.at // alignment) * alignment if tensors else reader.at
     return GgufHeader(values, tensors, start + max(ends))
 

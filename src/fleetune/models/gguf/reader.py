@@ -17,7 +17,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-_lending = threading.RLock()
+_lending = threading.Lock()
 
 
 class Reader(gguf.GGUFReader):  # type: ignore[misc]
@@ -26,9 +26,9 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
     Errors are the package's own.  Should it read through another method one day, it reads as slowly as before.
     """
 
-    def __init__(self, path: str | os.PathLike[str], mode: Any = "r") -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        super().__init__(path, mode)
+        super().__init__(path)
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
         if isinstance(self.data, np.memmap):
@@ -41,16 +41,17 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
 def lent(reader: Reader) -> Iterator[None]:
     """Give transformers an open file while the body runs, in place of parsing it; any other file is parsed.
 
-    transformers takes `GGUFReader` from the package at each call.
+    transformers takes `GGUFReader` from the package at each call.  Meanwhile that is a function, in all threads.  One of
+    them lends at a time.
     """
 
-    def opened(path: str | os.PathLike[str], mode: Any = "r") -> Reader:
-        return reader if os.path.samefile(path, reader.path) else Reader(path, mode)
+    def opened(path: str | os.PathLike[str]) -> Reader:
+        return reader if os.path.samefile(path, reader.path) else Reader(path)
 
     with _lending:
         theirs = gguf.GGUFReader
-        gguf.GGUFReader = opened
         try:
+            gguf.GGUFReader = opened
             yield
         finally:
             gguf.GGUFReader = theirs
