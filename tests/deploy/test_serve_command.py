@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from deploy_harness import compressed, tiny
 from serve_harness import Upstream, little_file, lives, running, stand_in, starts
@@ -35,7 +36,10 @@ from fleetune.deploy.serving.openai_client import Refused
 from fleetune.evaluation import answers
 from fleetune.evaluation.losses import context_length
 from fleetune.models import Model
+from fleetune.runs.listener import Silent
 from fleetune.tuning import finished
+
+CORES = threads.cores  # the tests stand in for it
 
 PATH = os.environ["PATH"]
 
@@ -514,6 +518,29 @@ def test_torch_answers_as_eval_does(at, plain, model, capsys, monkeypatch):
     code, out, err = call(capsys, *args)
     assert (code, out) == (0, clean(wanted) + "\n")
     assert "measured: 1 thread, " in err
+
+
+def test_measuring_threads_is_bounded_in_time(model, monkeypatch):
+    """Threads that wait for each other may take seconds a token."""
+    ids = [np.arange(5, 9, dtype=np.int32)]
+    how = {"temperature": 1.0, "max_new_tokens": 16, "seed": 0}
+    (whole,) = answers.sample_from_ids(model, ids, **how)
+    (cut,) = answers.sample_from_ids(model, ids, **how, seconds=0.0)
+    assert len(whole) > 2
+    assert cut.tolist() == whole[:1].tolist()
+    given = []
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    monkeypatch.setattr(answers, "sample_from_ids", lambda *a, **k: given.append(k.get("seconds")) or [whole])
+    torch_chat.use_threads(model, None, Silent())
+    assert given[1] == threads.SECONDS
+
+
+@pytest.mark.parametrize(("asked", "most"), [("1", 1), ("999", 999), ("0", 999), ("many", 999), ("", 999)])
+def test_threads_are_no_more_than_the_environment_allows(asked, most, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    found = CORES()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert found == min(most, CORES())
 
 
 def test_torch_cuts_no_conversation_and_refuses_one_without_room_for_an_answer(model):

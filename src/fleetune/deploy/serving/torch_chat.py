@@ -74,7 +74,9 @@ def _fastest(model: Model, listener: Listener) -> int:
         _set_threads(count)
         answers.sample_from_ids(model, [ids], temperature=1.0, max_new_tokens=1, seed=0)
         began = time.monotonic()
-        drawn = answers.sample_from_ids(model, [ids], temperature=1.0, max_new_tokens=16, seed=0)
+        drawn = answers.sample_from_ids(
+            model, [ids], temperature=1.0, max_new_tokens=16, seed=0, seconds=threads.SECONDS
+        )
         found = len(drawn[0]) / (time.monotonic() - began)
         listener.note(f"measured: {counted(count, 'thread')}, {found:.1f} tokens/s")
         return found
