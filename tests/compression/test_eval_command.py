@@ -98,3 +98,17 @@ def test_rows_that_were_trained_on_are_said_to_be(
     assert "trained on" not in call(capsys, "eval", tiny, *LOSS)[2]
     Path("rows.jsonl").rename("moved.jsonl")
     assert call(capsys, "eval", "1", "moved.jsonl", "--tasks", "loss")[0] == 0, "nothing is known of them"
+
+
+def test_perplexity_without_a_text_is_said_to_be_of_the_answers_alone(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loss counts the answer after its prompt, so the two do not belong together."""
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "say it", "response": "it is said"}))
+    Path("book.txt").write_text("it is said")
+    _, own, _ = call(capsys, "eval", tiny, "rows.jsonl", "--tasks", "loss,perplexity")
+    _, text, _ = call(capsys, "eval", tiny, "rows.jsonl", "--tasks", "loss,perplexity", "--text", "book.txt")
+    (line,) = [line for line in own.splitlines() if "perplexity" in line]
+    assert line.split()[:6] == "perplexity of the answers without prompts,".split()
+    (other,) = [line for line in text.splitlines() if "perplexity" in line]
+    assert other.split() == ["perplexity", line.split()[-1]]

@@ -40,7 +40,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--task-files", metavar="DIR", help="folder with lm-evaluation-harness tasks (YAML) of your own"
     )
     sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
-    sub.add_argument("--text", help="plain text file for perplexity")
+    sub.add_argument(
+        "--text",
+        help="plain text file for perplexity (without one it is that of the answers of the rows, without their prompts)",
+    )
     sub.add_argument(
         "--reference", metavar="MODEL",
         help="compare with this model: KL divergence and same top token, on the text or the rows",
@@ -76,7 +79,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     done = listener.last
     if isinstance(done, EvalDone) and not ui.json:
         rows = _rows(done, own=not args.data)
-        named = {k: k if k == "perplexity" and args.text else k + rows for k in done.values}
+        named = {k: k + rows for k in done.values}
+        named |= {
+            "perplexity": "perplexity" if args.text else f"perplexity of the answers without prompts{rows}"
+        }
         named |= {k: f"{k}, {counted(done.kl_tokens, 'token')}" for k in COMPARED}
         if done.values:
             ui.table(
