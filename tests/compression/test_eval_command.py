@@ -106,9 +106,10 @@ def test_perplexity_without_a_text_is_said_to_be_of_the_answers_alone(
     """A loss counts the answer after its prompt, so the two do not belong together."""
     Path("rows.jsonl").write_text(json.dumps({"prompt": "say it", "response": "it is said"}))
     Path("book.txt").write_text("it is said")
-    _, own, _ = call(capsys, "eval", tiny, "rows.jsonl", "--tasks", "loss,perplexity")
-    _, text, _ = call(capsys, "eval", tiny, "rows.jsonl", "--tasks", "loss,perplexity", "--text", "book.txt")
-    (line,) = [line for line in own.splitlines() if "perplexity" in line]
-    assert line.split()[:6] == "perplexity of the answers without prompts,".split()
-    (other,) = [line for line in text.splitlines() if "perplexity" in line]
-    assert other.split() == ["perplexity", line.split()[-1]]
+    lines = []
+    for more in ([], ["--text", "book.txt"]):
+        assert main(["eval", tiny, "rows.jsonl", "--tasks", "loss,perplexity", *more]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "perplexity" in line]
+        lines.append(line.split())
+    assert lines[0][:6] == ["perplexity", "of", "the", "answers", "without", "prompts,"]
+    assert lines[1] == ["perplexity", lines[0][-1]]
