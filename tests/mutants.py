@@ -35,6 +35,16 @@ class Mutant(NamedTuple):
 
 
 MUTANTS: tuple[Mutant, ...] = (
+    # GGUF files are parsed once; what experts share; times
+    Mutant("models/gguf/reader.py", "reader if os.path.samefile(path, reader.path) else Reader(path)", "reader", "deploy/test_gguf_reader.py"),
+    Mutant("models/gguf/reader.py", "            gguf.GGUFReader = theirs", "            pass", "deploy/test_gguf_reader.py"),
+    Mutant("models/gguf/reader.py", "self.data.view(np.ndarray)", "np.array(self.data)", "deploy/test_gguf_reader.py"),
+    Mutant("models/gguf/claims.py", "int(reader.alignment)", "reader.alignment", "hostile/test_gguf_files.py -k alignment"),
+    Mutant("models/gguf/header.py", "alignment < 1 or alignment & (alignment - 1)", "alignment < 1", "hostile/test_gguf_files.py -k alignment"),
+    Mutant("compression/layerwise/experts.py", "if few and of_all:", "if of_all:", "compression/test_experts.py -k summed_once"),
+    Mutant("compression/layerwise/experts.py", "of_all is not None and not name.endswith(DOWN)", "of_all is not None", "compression/test_experts.py -k summed_once"),
+    Mutant("tuning/estimate.py", "SLOW: Final = 1.0", "SLOW: Final = 6.0", "tuning/test_estimate.py -k timed_once"),
+    Mutant("evaluation/answers.py", "max_time=seconds,", "", "deploy/test_serve_command.py -k bounded"),
     # a mixture's experts in a byte budget
     Mutant("compression/budget/routed.py", "by_y = g[token].float() * r", "by_y = g[token].float()", "compression/test_expert_budget.py"),
     Mutant("compression/budget/routed.py", "return bool((total - out.float()).norm() <= ROUNDING * total.norm())", "return True", "compression/test_expert_budget.py"),
