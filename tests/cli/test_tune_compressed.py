@@ -20,7 +20,8 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.sums import sha256
 from fleetune.deploy.measure import harness
-from fleetune.errors import Interrupted, RecipeError, UsageError
+from fleetune.errors import Interrupted, ModelError, RecipeError, UsageError
+from fleetune.planning import plan as planning
 from fleetune.runs.events import Event, RoundDone
 from fleetune.runs.listener import Silent
 from fleetune.tuning import recipe as recipes
@@ -396,7 +397,8 @@ def test_a_plan_counts_it_and_writes_nothing(at: Path, capsys: pytest.CaptureFix
         recipes.MOVE_BLOCKS
     )
     assert not Path(FILE).exists()
-    one, two = (_trained(plan) for plan in (plan, fleetune.plan("tiny", train="scales")))
+    unknown = planning.make(models.load_config("tiny"), "tiny", {"base": "mapped"}, train="scales")
+    one, two = (_trained(plan) for plan in (plan, unknown))
     assert one * 2 == two, "Q4_0 has one scale a block; where the file is not known two are counted"
     assert main(["plan", CODES, "--train", "scales", "--batch", "4", "--length", "64"]) == 0
     command = capsys.readouterr().out.partition("fleetune tune ")[2].split()
@@ -406,6 +408,36 @@ def test_a_plan_counts_it_and_writes_nothing(at: Path, capsys: pytest.CaptureFix
     for file in (FILE, "DEVICE.GGUF"):
         own = fleetune.plan(file, train="scales")
         assert (own.rows[0].trainable, _trained(own)) == (plan.rows[0].trainable, one)
+
+
+@pytest.mark.parametrize("part", ["scales", "codes"])
+def test_a_plan_of_what_has_no_blocks_is_refused_as_tune_refuses_it(
+    at: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plain directory, and a GGUF file of floats; a name whose file is not fetched yet is not."""
+    fleetune.export("tiny", to="gguf:f16", path="plain.gguf")
+    for model in ("tiny", "plain.gguf"):
+        assert main(["plan", model, "--train", part]) == 2
+        planned = capsys.readouterr()
+        assert f"this base has no {part} that could be trained" in planned.err
+        assert "GGUF file of Q4_0" in planned.err
+        assert "fleetune compress" in planned.err
+        assert "fleetune tune" not in planned.out
+        few = (f"--{name.replace('_', '-')}={value}" for name, value in FEW.items())
+        assert (
+            main(["tune", model, "rows.jsonl", "--method=mezo", f"--train={part}", "--set=lr=0.1", *few]) == 2
+        )
+        tuned = capsys.readouterr().err
+        assert (
+            tuned[tuned.index("this base") :].split() == planned.err[planned.err.index("this base") :].split()
+        )
+        with pytest.raises(ModelError, match=f"this base has no {part}"):
+            fleetune.plan(model, train=part)
+    with pytest.raises(ModelError, match=f"this base has no {part}"):
+        fleetune.plan("minilm-l6", train=part, offline=True)
+    assert fleetune.plan("smollm2-135m", train=part, offline=True).settings().options()["train"] == part
+    artefact = fleetune.plan(f"{CODES}/model", train=part)
+    assert set(artefact.search.shape.scales.values()) == {1}, "of the artefact itself"
 
 
 def _trained(plan: Any) -> int:

@@ -20,8 +20,10 @@ from pruner_harness import tiny
 
 from fleetune import compression, models
 from fleetune.cli.main import main
+from fleetune.common.display import human_bytes
 from fleetune.compression.budget import costs
 from fleetune.compression.jobs import budget
+from fleetune.compression.layerwise import driver
 from fleetune.models.artefact import Master
 
 SMALL = ("--text", "text.txt", "--windows", "4", "--length", "16")
@@ -133,6 +135,95 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(
     code, _, err = call(capsys, "compress", model, *SMALL, "--bpw", str(bits))
     assert code == 0, err
     refused(capsys, "compress", model, *SMALL, "--bpw", str(bits - 0.01))
+
+
+@pytest.fixture
+def asked_to_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many windows of text a model was asked to write, each time."""
+    counts: list[int] = []
+
+    def written(model: Any, length: int, count: int, seed: int, *, batch: int = 8) -> torch.Tensor:
+        counts.append(count)
+        return torch.arange(count * length).view(count, length) % 64
+
+    monkeypatch.setattr(driver, "sampled_windows", written)
+    return counts
+
+
+def run_of(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tune a model for a round: its held-out rows fill no window of 512."""
+    Path("rows.jsonl").write_text("".join(f'{{"prompt": "say {n}", "response": "so"}}\n' for n in range(8)))
+    flags = ("--method", "fedkseed", "--set", "K=4", "--set", "tau=1", "--set", "lr=1e-4", "--clients", "2")
+    code, _, err = call(capsys, "tune", model, "rows.jsonl", *flags, "--rounds", "1", "--held-out", "4")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("limit", [("--bytes", "1kB"), ("--bpw", "0.5")])
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_budget_that_cannot_be_met_is_refused_before_any_text_is_written(
+    model: str, capsys: pytest.CaptureFixture[str], limit: tuple[str, ...], dry: tuple[str, ...],
+    asked_to_write: list[int],
+) -> None:  # fmt: skip
+    err = refused(capsys, "compress", model, "--length", "16", *limit, *dry)
+    assert "can hold this model" in err or "bits a weight are too few" in err
+    assert "the model w" not in err, "no word of text either"
+    assert asked_to_write == []
+
+
+def test_a_run_s_budget_is_refused_before_any_text_is_written(
+    model: str, capsys: pytest.CaptureFixture[str], asked_to_write: list[int]
+) -> None:
+    run_of(model, capsys)
+    assert "no file of 1.0 kB" in refused(capsys, "compress", "latest", "--length", "16", "--bytes", "1kB")
+    assert asked_to_write == []
+
+
+def test_a_dry_run_writes_no_text_and_says_the_same_of_it(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str], asked_to_write: list[int]
+) -> None:
+    flags = ("--length", "16", "--windows", "6", "--bytes", "90GB")
+    code, (checked,), err = call(capsys, "compress", model, *flags, "--dry-run")
+    assert code == 0, err
+    assert asked_to_write == []
+    assert "no calibration text is given: the model would write 6 windows itself" in err
+    assert checked["text"] == "text of its own · 6 windows of 16 tokens · true sequential"
+    code, events, err = call(capsys, "compress", model, *flags)
+    assert code == 0, err
+    assert asked_to_write == [6]
+    planned = human_bytes(next(event["planned"] for event in events if event["event"] == "start"))
+    assert checked["memory"] == f"about {planned}"
+    asked_to_write.clear()
+    made = dataclasses.replace(tiny("llama"), tokenizer=tokenizer())
+    models.save(made.net, made.tokenizer, at / "other")
+    code, (pruning,), err = call(
+        capsys,
+        "compress",
+        "other",
+        "--method",
+        "llm-pruner",
+        "--set",
+        "first=1",
+        "--set",
+        "last=1",
+        "--length",
+        "16",
+        "--windows",
+        "6",
+        "--dry-run",
+    )
+    assert code == 0, err
+    assert pruning["text"] == "text of its own · 6 windows of 16 tokens at most"
+    run_of(model, capsys)
+    code, (of_run,), err = call(capsys, "compress", "latest", "--length", "512", "--dry-run")
+    assert code == 0, err
+    assert "the model would write 12 windows of text: 4 of them are measured on" in err
+    assert of_run["text"].startswith("8 windows that the run's model would write · 8 windows of 512 tokens")
+    assert asked_to_write == []
+    code, events, err = call(capsys, "compress", "latest", "--length", "512")
+    assert code == 0, err
+    assert asked_to_write == [12]
+    planned = human_bytes(next(event["planned"] for event in events if event["event"] == "start"))
+    assert of_run["memory"] == f"about {planned}"
 
 
 def test_the_choice_of_grids_is_followed_in_json(

@@ -24,6 +24,7 @@ from fleetune.models.mapped import lazy
 from fleetune.models.mapped.lazy import LazyWeight, in_blocks
 from fleetune.models.mapped.net import replace_parameters
 from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
+from fleetune.models.mapped.stored import check_part
 from fleetune.models.model import Model
 from fleetune.seeds.scale_steps import gradient_of_places, on_grid, place_of
 
@@ -47,11 +48,7 @@ class ScalesPart:
             for name, module in net.named_modules()
             if type(module) is nn.Linear and in_blocks(module.weight) and module is not head
         }
-        if not self._layers:
-            raise ModelError(
-                "this base has no scales that could be trained",
-                hint=f"give a GGUF file of {', '.join(HALVES)}, with base=mapped",
-            )
+        check_part(self._layers, "scales")
         moves = {
             name: nn.Parameter(torch.zeros(_shape(_weight(layer)))) for name, layer in self._layers.items()
         }

@@ -13,7 +13,10 @@ from fleetune.errors import UsageError
 from fleetune.tuning import recipe as recipes
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from fleetune.planning.plan import Plan
+    from fleetune.subject import Compressed
 
 
 def plan(
@@ -36,14 +39,14 @@ def plan(
     the plan does not say what fits, or how long sending takes.  A round is `steps` local steps of `batch` rows (None: 8) of
     `length` tokens (None: 512), with weights in `dtype` (None: fp32), in
     memory or mapped (`base`, None: memory).  With `train` scales or codes the methods are those that tune these in a GGUF
-    file (the base is mapped), and the model may be a compressed one, of which no file is written.
+    file (the base is mapped), and the model may be a compressed one, of which no file is written; ModelError for a model
+    that has none.
 
     `Plan.settings` finds the method to begin with and what makes it fit `ram`: a `batch`, `length` or `dtype` that is None
     may become smaller and a `base` mapped, one that is given stays.  `Settings.options` are the arguments for `tune`:
 
         fleetune.tune(model, data, **fleetune.plan(model, ram="2GB").settings().options())
     """
-    from fleetune import models
     from fleetune.planning import plan as planning
 
     name = str(model) if isinstance(model, str | Path) else subjects.open(model).argument
@@ -53,8 +56,9 @@ def plan(
         if base == "memory":
             raise UsageError(f"train = {train} reads the base from its GGUF file", hint="--base mapped")
         base = "mapped"
-    source, scales = _blocks(name, train, Path(out))
-    config = models.load_config(source, offline=offline)
+    plain_models.check(name, Path(out), train)
+    found = plain_models.compressed_of(name, train, Path(out))
+    config, scales = _parts(name, found, train, offline=offline)
     given = {"batch": batch, "length": length, "dtype": dtype, "base": base}
     return planning.make(
         config, name, {field: value for field, value in given.items() if value is not None}, steps=steps,
@@ -64,15 +68,23 @@ def plan(
     )  # fmt: skip
 
 
-def _blocks(name: str, train: str, out: Path) -> tuple[str, Mapping[str, int]]:
-    """Return what has a model's configuration, and how many scales its blocks have, by layer; {} where that is not known."""
-    plain_models.check(name, out, train)
-    if (found := plain_models.compressed_of(name, train, out)) is not None:
+def _parts(
+    name: str, found: Compressed | None, train: str, *, offline: bool
+) -> tuple[PretrainedConfig, Mapping[str, int]]:
+    """Return a model's configuration, and how many scales its blocks have, by layer; {} where that is not known.
+
+    `found` is the compressed model that the name means.
+    """
+    from fleetune import models
+
+    if found is not None:
         from fleetune.deploy import tunable_file
 
-        return str(found.model), tunable_file.scales_of(found, train)
-    if train in recipes.TRAIN_PARTS and name.lower().endswith(".gguf"):
-        from fleetune.planning import choose
+        scales = tunable_file.scales_of(found, train)
+        return models.load_config(str(found.model), offline=offline), scales
+    config = models.load_config(name, offline=offline)
+    if train not in recipes.TRAIN_PARTS:
+        return config, {}
+    from fleetune.planning import choose
 
-        return name, choose.scales_of(name)
-    return name, {}
+    return config, choose.checked_scales(name, train)

@@ -100,15 +100,36 @@ def able_methods(recipe: Recipe) -> list[str]:
 
 def scales_of(name: str, *, offline: bool = False) -> dict[str, int]:
     """Return how many scales a block of a model's file has, by linear layer (`Shape.scales`); {} where none can be read."""
+    try:
+        return _scales_in(name, offline=offline)
+    except ModelError:  # loading it says what is wrong, and what to do
+        return {}
+
+
+def checked_scales(name: str, part: str) -> dict[str, int]:
+    """Return `scales_of` a model whose `part`, scales or codes, is to be tuned; nothing is fetched, {} for a built-in name.
+
+    ModelError where no layer has such a part, as loading it to tune would raise: of a directory or hub id, whose weights are
+    plain, and of a GGUF file of other types.
+    """
+    from fleetune.models import cache, names
+    from fleetune.models.mapped.stored import check_part
+
+    if name in cache.ORIGINS and cache.ORIGINS[name].member.endswith(".gguf"):
+        return {}
+    in_file = name not in cache.ORIGINS and (path := names.local(name)) is not None and path.is_file()
+    found = _scales_in(name, offline=True) if in_file else {}
+    check_part(found, part)
+    return found
+
+
+def _scales_in(name: str, *, offline: bool) -> dict[str, int]:
     from fleetune import models
     from fleetune.models import placement
 
-    try:
-        _, tensors = placement.tensors_of(
-            name, functools.partial(models.resolve, offline=offline), offline=offline
-        )
-    except ModelError:  # loading it says what is wrong, and what to do
-        return {}
+    _, tensors = placement.tensors_of(
+        name, functools.partial(models.resolve, offline=offline), offline=offline
+    )
     kinds = {weight.removesuffix(".weight"): stored.kind for weight, stored in tensors.items()}
     return {layer: HALVES[kind] for layer, kind in kinds.items() if kind in HALVES}
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.common.ggml import HALVES
 from fleetune.errors import UsageError
 from fleetune.models.mapped.lazy import LazyWeight, in_blocks
+from fleetune.models.mapped.stored import check_part
 from fleetune.models.model import Pieces, named_tensors
 from fleetune.seeds.slots import WeightSlot, layout
 from fleetune.seeds.view import CHUNK, View
@@ -33,13 +33,9 @@ class BlockView(View):
 
     @classmethod
     def moved_of(cls, named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, tuple[int, ...]]]:
-        """Return (name, shape) of what directions move of a net; UsageError where none of its layers is in blocks."""
+        """Return (name, shape) of what directions move of a net; ModelError where none of its layers is in blocks."""
         found = [(n, cls.shape_of(t)) for n, t in named if isinstance(t, LazyWeight) and in_blocks(t)]
-        if not any(word.isdigit() for name, _ in found for word in name.split(".")):  # layers have a number
-            raise UsageError(
-                f"this base has no {cls.part} that could be trained",
-                hint=f"train={cls.part} is for a GGUF file of {', '.join(HALVES)}, with base=mapped",
-            )
+        check_part((name for name, _ in found), cls.part)
         return [(f"{name}.{cls.part}", shape) for name, shape in found]
 
     @classmethod

@@ -264,7 +264,7 @@ def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: C
     else:
         options, chosen = cast(CompressOptions, _options(args)), settings.pairs(args.set or [])
         request = job.request_for(args.model, args.method, chosen, options, out=out)
-    found = job.prepare(request, listener, out, offline=args.offline, beside=gguf_size.beside)
+    found = job.prepare(request, listener, out, offline=args.offline, beside=gguf_size.beside, dry=True)
     about, count = found.about(), found.inputs.model.n_params
     ui.event(CompressChecked(parameters=count, **dict(about)))
     for name, text in about:

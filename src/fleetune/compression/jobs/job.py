@@ -96,8 +96,12 @@ def prepare(
     offline: bool,
     devices: Devices | None = None,
     beside: FileSize | None = None,
+    dry: bool = False,
 ) -> Job:
-    """Check a request, and load its model and data."""
+    """Check a request, and load its model and data.
+
+    Where a run is `dry` the job is not to be carried out: no text is written for it.
+    """
     from fleetune.common.memory import release_memory
     from fleetune.compression.jobs import distil, inputs, prune, solve
 
@@ -115,11 +119,12 @@ def prepare(
         return distil.prepare(request, method, out, offline=offline)
     inputs.check_kinds(request)
     if isinstance(method, compression.Pruner):
-        return prune.prepare(request, method, listener, offline=offline)
+        return prune.prepare(request, method, listener, offline=offline, dry=dry)
     calibrating.check(request, method)
     budget.check(request, method)
     scales.check(request, method)
-    return solve.prepare(request, method, inputs.load(request, offline=offline), listener, devices, beside)
+    loaded = inputs.load(request, offline=offline)
+    return solve.prepare(request, method, loaded, listener, devices, beside, dry=dry)
 
 
 def start(

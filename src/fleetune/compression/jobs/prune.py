@@ -57,23 +57,28 @@ class PruneJob:
         return _prune(listener, self, folder)
 
 
-def prepare(request: CompressRequest, pruner: Pruner, listener: Listener, *, offline: bool) -> PruneJob:
-    """Load the model and its rows, and check the pruner on them; UsageError when it cannot use them."""
+def prepare(
+    request: CompressRequest, pruner: Pruner, listener: Listener, *, offline: bool, dry: bool = False
+) -> PruneJob:
+    """Load the model and its rows, and check the pruner on them; UsageError when it cannot use them.
+
+    `dry` as in `windows.windows`.
+    """
     inputs = loading.load(request, offline=offline)
     if request.data and not inputs.rows:
         raise UsageError("there are no rows to prune with", hint="give some with --data")
     longest = max((len(row.ids) for row in inputs.rows), default=request.length)
     pruner.check(inputs.model, longest, plain=not inputs.rows)
-    return PruneJob(request, pruner, inputs, inputs.rows or _text_rows(request, inputs, listener))
+    return PruneJob(request, pruner, inputs, inputs.rows or _text_rows(request, inputs, listener, dry))
 
 
-def _text_rows(request: CompressRequest, inputs: Inputs, listener: Listener) -> list[Encoded]:
+def _text_rows(request: CompressRequest, inputs: Inputs, listener: Listener, dry: bool) -> list[Encoded]:
     """Return windows of text as rows: the loss of every token but the first counts."""
     import numpy as np
 
     from fleetune.data import Encoded
 
-    found = windows.windows(request, inputs, listener)
+    found = windows.windows(request, inputs, listener, dry=dry)
     return [Encoded(ids.numpy().astype(np.int32), 1) for ids in found]
 
 

@@ -47,7 +47,7 @@ class SolveJob:
     agreed: dict[int, Share] = field(
         default_factory=dict
     )  # client -> what it calibrates on, once it is known
-    beside: FileSize | None = None  # for a budget in bytes
+    room: budget.Room | None = None  # that a budget leaves for the matrices; None without one
 
     def about(self) -> list[tuple[str, str]]:
         """Return rows of the header: calibration text, clients, planned memory."""
@@ -64,7 +64,7 @@ class SolveJob:
         text = f"{self.inputs.source} · {counted(count, 'window')} of {length} tokens"
         text += " · true sequential" if self.in_turn else ""
         whose = [("clients", f"{len(self.shares)} of them, in turn")] if self.shares else []
-        limit = [("budget", self.room.about)] if budget.asked(self.request) else []
+        limit = [("budget", self.room.about)] if self.room else []
         return [("text", text), *whose, ("memory", memory), *limit]
 
     @property
@@ -79,19 +79,6 @@ class SolveJob:
         from fleetune.planning import compression_cost
 
         return sum(compression_cost.memory(shape_of(self.inputs.model.net.config), self.cost).values())
-
-    @cached_property
-    def room(self) -> budget.Room:
-        """The room that a budget leaves for the matrices.  UsageError for one that is too small."""
-        from fleetune.models.artefact import ArtefactHead
-
-        beside, model = self.beside, self.inputs.model
-        if beside is None:
-            raise ValueError("a budget needs the size of the file to come")
-        # a digest has 64 characters, whichever it is
-        about = ArtefactHead(self.request.method, _settings(self), "0" * 64, model.tokenizer_digest)
-        name = f"0000-{compression_folder.stem_of(self.request)}"  # as `export` calls it
-        return budget.room(model, self.request, lambda names: beside(model, names, about, name))
 
     @property
     def cost(self) -> CompressionSize:
@@ -136,11 +123,13 @@ def prepare(
     listener: Listener,
     devices: Devices | None = None,
     beside: FileSize | None = None,
+    *,
+    dry: bool = False,
 ) -> SolveJob:
-    """Check the solver on every matrix and cut the calibration windows.
+    """Check the solver on every matrix and cut the calibration windows; `dry` as in `windows.windows`.
 
-    UsageError when a matrix cannot be compressed, the text is too short for a window, or a window is longer than the
-    model's context.
+    UsageError when a matrix cannot be compressed, a budget cannot be met, the text is too short for a window, or a window is
+    longer than the model's context.
     """
     from fleetune.compression.layerwise import driver
 
@@ -162,21 +151,34 @@ def prepare(
     if request.calibrate == FLEET:
         windows.check_length(request, inputs)
         return SolveJob(request, solver, inputs, None, {}, devices=devices)
+    room = _room(request, solver, inputs, beside)  # before any text is written, which takes minutes
     if request.uses_held_out:
-        calibration, inputs = windows.of_run(request, inputs, listener)
-        return _checked(SolveJob(request, solver, inputs, calibration, {}, beside=beside))
+        calibration, inputs = windows.of_run(request, inputs, listener, dry=dry)
+        return SolveJob(request, solver, inputs, calibration, {}, room=room)
     clients = request.calibrate == CLIENTS
     shares = windows.of_clients(request, inputs, listener) if clients else {}
-    calibration = torch.cat(list(shares.values())) if clients else windows.windows(request, inputs, listener)
+    calibration = (
+        torch.cat(list(shares.values())) if clients else windows.windows(request, inputs, listener, dry=dry)
+    )
     agreed = {client: Share(len(own), calibrating.sha256(own)) for client, own in shares.items()}
-    return _checked(SolveJob(request, solver, inputs, calibration, shares, agreed=agreed, beside=beside))
+    return SolveJob(request, solver, inputs, calibration, shares, agreed=agreed, room=room)
 
 
-def _checked(job: SolveJob) -> SolveJob:
-    """Return the job; UsageError when it has a budget that cannot be met."""
-    if budget.asked(job.request):
-        _ = job.room  # refused here, before any work
-    return job
+def _room(
+    request: CompressRequest, solver: Solver, inputs: Inputs, beside: FileSize | None
+) -> budget.Room | None:
+    """Return the room that a budget leaves for the matrices, None without one.  UsageError for one that is too small."""
+    from fleetune.models.artefact import ArtefactHead
+
+    if not budget.asked(request):
+        return None
+    if beside is None:
+        raise ValueError("a budget needs the size of the file to come")
+    model = inputs.model
+    # a digest has 64 characters, whichever it is
+    about = ArtefactHead(request.method, _settings(request, solver), "0" * 64, model.tokenizer_digest)
+    name = f"0000-{compression_folder.stem_of(request)}"  # as `export` calls it
+    return budget.room(model, request, lambda names: beside(model, names, about, name))
 
 
 class Weights(NamedTuple):
@@ -250,7 +252,7 @@ def _origin_of(job: SolveJob) -> str:
     model = job.inputs.model
     experts = _takes_experts(job.request) and driver.solves_experts(model)
     return json.dumps([
-        job.request.method, _settings(job), model.digest, model.dtype,
+        job.request.method, _settings(job.request, job.solver), model.digest, model.dtype,
         calibrating.stated(job), [[client, len(own)] for client, own in job.shares.items()],
         *(["experts"] if experts else []),
     ])  # fmt: skip
@@ -258,7 +260,7 @@ def _origin_of(job: SolveJob) -> str:
 
 def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> Plan | None:
     """Return the grid of each matrix where there is a budget: the choice in `parts`, or a new one, which is kept there."""
-    if not budget.asked(job.request):
+    if job.room is None:
         return None
     if (found := budget.saved(parts, origin, job.inputs.model)) is None:
         assert job.calibration is not None
@@ -281,23 +283,23 @@ def head(job: SolveJob) -> ArtefactHead:
 
     model = job.inputs.model
     return ArtefactHead(
-        job.request.method, _settings(job), models.digest(models.named_tensors(model.net)),
+        job.request.method, _settings(job.request, job.solver), models.digest(models.named_tensors(model.net)),
         model.tokenizer_digest, calibrating.stated(job),
     )  # fmt: skip
 
 
-def _settings(job: SolveJob) -> dict[str, Any]:
+def _settings(request: CompressRequest, solver: Solver) -> dict[str, Any]:
     """Return the settings that an artefact states; with a budget it takes the place of those that it chooses.
 
     Tokens that count alike are left out: so were those of artefacts and blocks of before there was a choice.
     """
-    every: dict[str, Any] = asdict(job.solver)  # type: ignore[call-overload]
+    every: dict[str, Any] = asdict(solver)  # type: ignore[call-overload]
     settings = {name: value for name, value in every.items() if (name, value) != ("tokens", "equal")}
-    if budget.asked(job.request):
-        limit = {"bytes": job.request.bytes} if job.request.bytes else {"bpw": job.request.bpw}
+    if budget.asked(request):
+        limit = {"bytes": request.bytes} if request.bytes else {"bpw": request.bpw}
         settings = {name: value for name, value in settings.items() if name not in budget.CHOSEN} | limit
-    if job.request.train_scales:
-        settings |= {"train_scales": job.request.train_scales}
+    if request.train_scales:
+        settings |= {"train_scales": request.train_scales}
     return settings
 
 

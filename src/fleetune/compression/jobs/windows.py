@@ -24,8 +24,11 @@ OWN: Final = 8  # windows that the model of a run writes to be calibrated on
 MEASURED: Final = 4  # and to be measured on
 
 
-def windows(request: CompressRequest, inputs: Inputs, listener: Listener) -> Tensor:
-    """Return int64 [N, length]: windows of the request's rows or text; without both, of text that the model writes."""
+def windows(request: CompressRequest, inputs: Inputs, listener: Listener, *, dry: bool = False) -> Tensor:
+    """Return int64 [N, length]: windows of the request's rows or text; without both, of text that the model writes.
+
+    Where a run is `dry` the model writes nothing, and zeros stand for its text: their number is all that is needed.
+    """
     import numpy as np
 
     from fleetune import data
@@ -45,16 +48,31 @@ def windows(request: CompressRequest, inputs: Inputs, listener: Listener) -> Ten
         )
     else:
         listener.note(
-            f"no calibration text is given: the model writes {counted(request.windows, 'window')} itself"
+            f"no calibration text is given: the model {_writes(dry)} {counted(request.windows, 'window')} itself"
         )
+        if dry:
+            return _unwritten(request.windows, request.length)
         return driver.sampled_windows(model, request.length, request.windows, request.seed)
     return driver.windows(ids, request.length, request.windows)
 
 
-def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tuple[Tensor, Inputs]:
+def _writes(dry: bool) -> str:
+    return "would write" if dry else "writes"
+
+
+def _unwritten(count: int, length: int) -> Tensor:
+    import torch
+
+    return torch.zeros(count, length, dtype=torch.int64)
+
+
+def of_run(
+    request: CompressRequest, inputs: Inputs, listener: Listener, *, dry: bool = False
+) -> tuple[Tensor, Inputs]:
     """Return int64 [N, length], windows of a run's rows and of its model's text, and the inputs with more of that text.
 
     At most half of the request's windows are the model's; all are where the rows do not fill one, and that is noted.
+    `dry` as in `windows`.
     """
     import numpy as np
     import torch
@@ -73,13 +91,15 @@ def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tupl
             f"{inputs.source} has {counted(tokens, 'token')}, and a window needs {request.length}: the model is calibrated on "
             "text alone that it writes itself; a smaller --length takes the rows in, --data FILE or --text FILE gives more"
         )
-    listener.note(f"the model writes {own + MEASURED} windows of text: {MEASURED} of them are measured on")
-    written = driver.sampled_windows(
-        inputs.model, request.length, own + MEASURED, request.seed, batch=own + MEASURED
-    )
-    source = f"{counted(own, 'window')} that the run's model wrote"
+    count, wrote = own + MEASURED, "would write" if dry else "wrote"
+    listener.note(f"the model {_writes(dry)} {count} windows of text: {MEASURED} of them are measured on")
+    if dry:
+        written = _unwritten(count, request.length)
+    else:
+        written = driver.sampled_windows(inputs.model, request.length, count, request.seed, batch=count)
+    source = f"{counted(own, 'window')} that the run's model {wrote}"
     if filled:
-        source = f"{inputs.source}: {counted(len(rows[0]), 'window')}, and {own} that its model wrote"
+        source = f"{inputs.source}: {counted(len(rows[0]), 'window')}, and {own} that its model {wrote}"
     text = [Encoded(ids=window, n_prompt=1) for window in written[own:].numpy()]
     return torch.cat([*rows, written[:own]]), replace(inputs, own_text=text, source=source)
 

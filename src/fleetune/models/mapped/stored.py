@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fleetune.common.ggml import BLOCK, BYTES
+from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.errors import ModelError
 from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.foreign import AGAIN, foreign_file
@@ -107,6 +107,16 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a directory: one, or shards."""
     one = folder / "model.safetensors"
     return [one] if one.is_file() else sorted(folder.glob("model-*.safetensors"))
+
+
+def check_part(names: Iterable[str], part: str) -> None:
+    """Raise ModelError where none of the matrices in blocks (`names`) is of a layer: no scales or codes could be trained."""
+    if not any(word.isdigit() for name in names for word in name.split(".")):  # layers have a number
+        raise ModelError(
+            f"this base has no {part} that could be trained",
+            hint=f"train={part} is for a GGUF file of {', '.join(HALVES)}, with base=mapped, or for a model that "
+            "fleetune compress has written",
+        )
 
 
 def of_folder(folder: Path) -> dict[str, Stored]:
