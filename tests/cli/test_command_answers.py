@@ -126,6 +126,43 @@ def test_errors_of_the_command_line_are_events_too(line: str) -> None:
     assert (event["event"], event["exit_code"]) == ("error", 2)
 
 
+def interrupted(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "where", ["build_parser", "help_page", "unknowns.check_set", "chosen_kernels", "_set_environment"]
+)
+def test_ctrl_c_before_a_command_begins_is_no_traceback(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"fleetune.cli.main.{where}", interrupted)
+    words = [] if where == "help_page" else ["methods"]
+    assert call(*words) == (130, "", "stopped\n")
+
+
+def test_ctrl_c_before_a_command_begins_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "build_parser", interrupted)
+    code, out, err = call("methods", "--json")
+    assert (code, err) == (130, "")
+    assert json.loads(out)["event"] == "interrupted"
+
+
+def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(at: Path) -> None:
+    (at / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'fleetune.cli.main':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+    )
+    there = os.pathsep.join([str(at), str(Path(fleetune.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", "fleetune", "methods"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": there},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_has_an_example_that_parses(name: str) -> None:
     page = call("help", name)[1]
