@@ -114,3 +114,12 @@ def test_a_compression_that_cannot_be_written_is_refused_before_the_model_is_loa
     Path("file").write_text("")
     assert main(["compress", "tiny", "--method", "rtn", "--out", "file/runs"]) == 1
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_the_list_of_runs_names_a_report_that_is_there(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs"]) == 0
+    assert "report" not in capsys.readouterr().out
+    page = Path(RUN, "report.html")
+    page.write_text("<html></html>")
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["report", str(page)]
