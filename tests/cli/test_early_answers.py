@@ -12,6 +12,8 @@ import pytest
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.data import readers
+from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, folder_names
 from fleetune.runs.compression_folder import CompressRequest
 
@@ -36,6 +38,8 @@ REFUSED = {
     "measure 7": f"the newest is {RUN}",
     "eval runs/0001-typo rows.jsonl": f"did you mean {RUN}",
     "compress runs/0001-typo": f"did you mean {RUN}",
+    "eval runs/0001-fedit-tiny --text rows.jsonl": f"try: fleetune eval {RUN} rows.jsonl",
+    "eval tiny rows.jsonl --text rows.jsonl": "without a field 'text' (there are: prompt, response), and --text is plain text",
     "export runs/0001-typo --to hf": f"did you mean {RUN}",
     "tune runs/0001-typo rows.jsonl": f"did you mean {RUN}",
     "tune ./nowhere rows.jsonl": "there is no file or directory './nowhere'",
@@ -123,3 +127,12 @@ def test_the_list_of_runs_names_a_report_that_is_there(at: Path, capsys: pytest.
     page.write_text("<html></html>")
     assert main(["runs"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["report", str(page)]
+
+
+def test_rows_with_a_field_text_are_a_text(at: Path) -> None:
+    Path("texts.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    Path("a.txt").write_text("a")
+    for name in ("texts.jsonl", "a.txt", "nowhere.txt", "nowhere.jsonl"):
+        readers.require_text(name, hint="")
+    with pytest.raises(UsageError, match=r"rows\.jsonl holds rows"):
+        readers.require_text("rows.jsonl", hint="")

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from fleetune.common.extras import pip_install
 from fleetune.common.shell import quoted
-from fleetune.errors import DataError, FleetuneError
+from fleetune.errors import DataError, FleetuneError, UsageError
 from fleetune.models.foreign import short_error
 
 
@@ -241,6 +241,21 @@ def decode(raw: bytes, shown: str) -> str:
         raise DataError(
             f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x})", hint=_utf8_fix(shown)
         ) from error
+
+
+def require_text(source: str, hint: str) -> None:
+    """Raise UsageError for a file of rows without a field `text`, given as plain text; `hint` says how rows are given.
+
+    The first row is looked at; what cannot be read is told where it is read.
+    """
+    path = Path(os.path.expanduser(source))
+    first = next(rows_of(path, source), None) if path.suffix.lower() in READERS and path.is_file() else None
+    if isinstance(first, FileRow) and "text" not in first.fields:
+        there = names_of(first.fields)
+        raise UsageError(
+            f"{source} holds rows without a field 'text' (there are: {there}), and --text is plain text",
+            hint=hint,
+        )
 
 
 def _require_no_utf16(raw: bytes, shown: str) -> None:
