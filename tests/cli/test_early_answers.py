@@ -136,3 +136,16 @@ def test_rows_with_a_field_text_are_a_text(at: Path) -> None:
         readers.require_text(name, hint="")
     with pytest.raises(UsageError, match=r"rows\.jsonl holds rows"):
         readers.require_text("rows.jsonl", hint="")
+
+
+@pytest.mark.parametrize("line", ["compress tiny --text rows.jsonl", "eval tiny --text rows.jsonl"])
+def test_rows_that_are_given_as_a_text_are_told_how_to_be_given(
+    line: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == 2
+    err = capsys.readouterr().err
+    again = "--data rows.jsonl" if line.startswith("compress") else "fleetune eval tiny rows.jsonl"
+    told = (
+        "rows.jsonl holds rows without a field 'text' (there are: prompt, response), and --text is plain text"
+    )
+    assert err.startswith(f"error: {told}\n  try: {again}\n")
