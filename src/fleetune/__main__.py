@@ -3,7 +3,11 @@
 
 import sys
 
-from fleetune.cli.main import main
+try:
+    from fleetune.cli.main import main
+except KeyboardInterrupt:  # Ctrl-C while the program is loaded
+    sys.stderr.write("stopped\n")
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

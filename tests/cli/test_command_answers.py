@@ -75,6 +75,14 @@ TOLD = {  # command line: (exit code, words on stdout or stderr)
     "tune m rows.jsonl --set lr 1e-4": (2, "--set lr 1e-4 has no '=': --set lr=1e-4\n"),
     "tune --set lr 1e-4 -c mezo.toml": (2, "--set lr 1e-4 has no '=': --set lr=1e-4\n"),
     "tune m rows.jsonl --set lr=1 K=64": (2, "'K=64' is one word too many: write --set K=64\n"),
+    "tune m rows.jsonl --method mezo lr=3": (2, "'lr=3' is one word too many: write --set lr=3\n"),
+    "tune m rows.jsonl 'law=a b' more=": (2, "write --set 'law=a b'\n  'more=' is one word too many: write --set more=\n"),
+    "tune m rows.jsonl 2=3 a.b=c =d": (2, "'2=3' is one word too many\n  'a.b=c' is one word too many\n  '=d' is one word too many\n"),
+    "eval m rows.jsonl lr=3": (2, "'lr=3' is one word too many\n"),
+    "compress m bits=4": (2, "'bits=4' is one word too many: write --set bits=4\n"),
+    "compress m --bpw 4,5": (2, "--bpw 4,5 is not a number. Did you mean 4.5?\n"),
+    "compress m --bpw 4,5,6": (2, "--bpw 4,5,6 is not a number\n"),
+    "eval m --limit 1,000": (2, "--limit 1,000 is not an integer\n"),
     "tune m rows.jsonl more.jsonl": (2, "'more.jsonl' is one word too many\n"),
     "tune m rows.jsonl --round 1": (2, "unknown argument '--round'. Did you mean '--rounds'?"),
     "tune m rows.jsonl --command x": (2, "unknown argument '--command'. Did you mean '--columns'?"),
@@ -124,6 +132,43 @@ def test_errors_of_the_command_line_are_events_too(line: str) -> None:
     (event,) = [json.loads(text) for text in out.splitlines()]
     assert (code, err) == (2, "")
     assert (event["event"], event["exit_code"]) == ("error", 2)
+
+
+def interrupted(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "where", ["build_parser", "help_page", "unknowns.check_set", "chosen_kernels", "_set_environment"]
+)
+def test_ctrl_c_before_a_command_begins_is_no_traceback(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"fleetune.cli.main.{where}", interrupted)
+    words = [] if where == "help_page" else ["methods"]
+    assert call(*words) == (130, "", "stopped\n")
+
+
+def test_ctrl_c_before_a_command_begins_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "build_parser", interrupted)
+    code, out, err = call("methods", "--json")
+    assert (code, err) == (130, "")
+    assert json.loads(out)["event"] == "interrupted"
+
+
+def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(at: Path) -> None:
+    (at / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'fleetune.cli.main':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+    )
+    there = os.pathsep.join([str(at), str(Path(fleetune.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", "fleetune", "methods"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": there},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

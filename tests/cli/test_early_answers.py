@@ -12,6 +12,8 @@ import pytest
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.data import readers
+from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, folder_names
 from fleetune.runs.compression_folder import CompressRequest
 
@@ -36,6 +38,8 @@ REFUSED = {
     "measure 7": f"the newest is {RUN}",
     "eval runs/0001-typo rows.jsonl": f"did you mean {RUN}",
     "compress runs/0001-typo": f"did you mean {RUN}",
+    "eval runs/0001-fedit-tiny --text rows.jsonl": f"try: fleetune eval {RUN} rows.jsonl",
+    "eval tiny rows.jsonl --text rows.jsonl": "without a field 'text' (there are: prompt, response), and --text is plain text",
     "export runs/0001-typo --to hf": f"did you mean {RUN}",
     "tune runs/0001-typo rows.jsonl": f"did you mean {RUN}",
     "tune ./nowhere rows.jsonl": "there is no file or directory './nowhere'",
@@ -114,3 +118,34 @@ def test_a_compression_that_cannot_be_written_is_refused_before_the_model_is_loa
     Path("file").write_text("")
     assert main(["compress", "tiny", "--method", "rtn", "--out", "file/runs"]) == 1
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_the_list_of_runs_names_a_report_that_is_there(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs"]) == 0
+    assert "report" not in capsys.readouterr().out
+    page = Path(RUN, "report.html")
+    page.write_text("<html></html>")
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["report", str(page)]
+
+
+def test_rows_with_a_field_text_are_a_text(at: Path) -> None:
+    Path("texts.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    Path("a.txt").write_text("a")
+    for name in ("texts.jsonl", "a.txt", "nowhere.txt", "nowhere.jsonl"):
+        readers.require_text(name, hint="")
+    with pytest.raises(UsageError, match=r"rows\.jsonl holds rows"):
+        readers.require_text("rows.jsonl", hint="")
+
+
+@pytest.mark.parametrize("line", ["compress tiny --text rows.jsonl", "eval tiny --text rows.jsonl"])
+def test_rows_that_are_given_as_a_text_are_told_how_to_be_given(
+    line: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == 2
+    err = capsys.readouterr().err
+    again = "--data rows.jsonl" if line.startswith("compress") else "fleetune eval tiny rows.jsonl"
+    told = (
+        "rows.jsonl holds rows without a field 'text' (there are: prompt, response), and --text is plain text"
+    )
+    assert err.startswith(f"error: {told}\n  try: {again}\n")

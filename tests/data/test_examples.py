@@ -7,6 +7,9 @@ import contextlib
 import csv
 import json
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -511,6 +514,25 @@ def test_no_bytes_raise_anything_but_a_data_error(tmp_path, raw, at, suffix):
     path.write_bytes(GOOD[:at] + raw + GOOD[at:])
     with contextlib.suppress(DataError):
         assert read(str(path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a b.txt"])
+def test_a_file_in_utf16_is_told_once_with_what_turns_it_into_utf8(tmp_path, monkeypatch, name, encoding):
+    monkeypatch.chdir(tmp_path)
+    text = "instruction,response\nq,é\n" if name == "a.csv" else GOOD.decode() * 6
+    Path(name).write_bytes(f"\ufeff{text}".encode(encoding))
+    with pytest.raises(DataError) as caught:
+        (read_text if name.endswith(".txt") else read)(name)
+    kind = encoding[:6]
+    assert caught.value.message == f"{name} is written in {kind.upper()}, not UTF-8"
+    words = shlex.split((caught.value.hint or "").partition(": ")[2])
+    new = name.replace(".", "-utf8.")
+    assert words == ["iconv", "-f", kind, "-t", "utf-8", name, ">", new]
+    if shutil.which("iconv") is not None:
+        subprocess.run(shlex.join(words[:6]) + " > " + shlex.quote(new), shell=True, check=True)
+        assert Path(new).read_text(encoding="utf-8-sig") == text
+        assert read_text(new) if new.endswith(".txt") else read(new)
 
 
 def test_plain_text(tmp_path):

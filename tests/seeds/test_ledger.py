@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load as safetensors_load
 from safetensors.numpy import save as safetensors_save
 
+from fleetune.cli.main import main
 from fleetune.errors import FleetuneError, LedgerError, UsageError
 from fleetune.models import digest, uniform
 from fleetune.seeds import ledger as ledgers
@@ -585,8 +586,8 @@ def test_truncate():
     assert two.head.previous == ledger.fingerprint()
     assert replace(two.head, previous="", checks={}) == replace(ledger.head, checks={})
     assert rows(ledger.truncate(0)) == []
-    assert rows(ledger.truncate(99)) == rows(ledger)
-    assert ledger.truncate(99).head.checks == ledger.head.checks
+    assert rows(ledger.truncate(3)) == rows(ledger)
+    assert ledger.truncate(3).head.checks == ledger.head.checks
 
 
 def test_drop():
@@ -595,7 +596,49 @@ def test_drop():
     assert rows(left) == [r for r in rows(ledger) if r[2] != 2]
     assert left.head.checks == {"1": "11" * 32}
     assert left.head.previous == ledger.fingerprint()
-    assert rows(ledger.drop(7)) == rows(ledger)
+
+
+@pytest.mark.parametrize(
+    ("operation", "round", "hint"),
+    [("truncate", -1, "from 0 to 3; 0 is its base"), ("truncate", 4, "from 0 to 3"), ("truncate", 99, "from 0 to 3"),
+     ("drop", -1, "from 1 to 3"), ("drop", 0, "from 1 to 3"), ("drop", 4, "from 1 to 3")],
+)  # fmt: skip
+def test_a_round_that_a_ledger_does_not_have_is_refused(operation, round, hint):
+    with pytest.raises(UsageError, match=f"^the ledger has rounds 1 to 3, none {round}$") as caught:
+        getattr(some(), operation)(round)
+    assert f"name a round {hint}" in (caught.value.hint or "")
+
+
+def test_a_round_without_entries_is_one_of_the_ledgers():
+    ledger = Ledger(head()).append(np.array([1]), np.array([1]), 2).with_check(5, "55" * 32)
+    assert ledger.last_round() == 5
+    for r in (1, 3, 5):  # nobody replied
+        assert rows(ledger.drop(r)) == rows(ledger)
+    assert rows(ledger.truncate(1)) == []
+    assert rows(ledger.truncate(4)) == rows(ledger.truncate(5)) == rows(ledger)
+    with pytest.raises(UsageError, match="the ledger has rounds 1 to 5, none 6"):
+        ledger.truncate(6)
+
+
+@pytest.mark.parametrize("action", ["truncate", "drop", "replay"])
+def test_the_command_refuses_a_round_that_the_ledger_does_not_have(action, tmp_path, capsys):
+    some().save(tmp_path / "l")
+    to = ("--to", str(tmp_path / "new")) if action != "replay" else ("--model", "tiny")
+    assert main(["ledger", action, str(tmp_path / "l"), "--round", "9", *to]) == 2
+    assert "the ledger has rounds 1 to 3, none 9" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_rounds_of_a_short_ledger_are_named():
+    one = Ledger(head()).append(np.array([1]), np.array([1]), 1)
+    with pytest.raises(UsageError, match="the ledger has round 1 alone, none 2") as caught:
+        one.drop(2)
+    assert caught.value.hint == "name round 1"
+    none = one.truncate(0)
+    assert none.last_round() == 0
+    assert rows(none.truncate(0)) == []
+    with pytest.raises(UsageError, match="the ledger has no rounds, so none 1"):
+        none.drop(1)
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5, -1.0, 0.3])

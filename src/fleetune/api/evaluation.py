@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, words
 from fleetune.common.display import counted
+from fleetune.common.shell import command
 from fleetune.errors import DataError, RecipeError, UsageError
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
@@ -60,7 +61,10 @@ def evaluate(
     """
     found = subjects.open(model, out=out)  # before torch is imported
     dense = subjects.open(reference, out=out) if reference is not None else None
-    from fleetune.data import read_text
+    from fleetune.data import read_text, readers
+
+    if text:
+        readers.require_text(str(text), hint=command("eval", found.argument, text))
     from fleetune.evaluation import harness_tasks
 
     heard, labels = heard_by(listener, progress), words(labels)

@@ -45,6 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the process ends with the command: to search for cycles what is left then would take a second
         atexit.register(gc.freeze)
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _answer(words)
+    except KeyboardInterrupt as error:  # before the command began, or after it ended
+        return _stopped(Ui(json="--json" in words), error)
+
+
+def _answer(words: Sequence[str]) -> int:
+    """Parse the words, run their command, and return its exit code."""
     if "_ARGCOMPLETE" in os.environ:
         from fleetune.cli import completion
 
@@ -84,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         return _told_of_exit(ui, error)
     except KeyboardInterrupt as error:
-        # a job that can be resumed leaves the command as a note of the exception; the outermost one's is the last
-        ui.error(Interrupted("stopped", hint=[None, *getattr(error, "__notes__", [])][-1]))
-        return 130
+        return _stopped(ui, error)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -95,6 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ui.error(fit)
         return fit.exit_code
     return int(ui.output_lost)
+
+
+def _stopped(ui: Ui, error: KeyboardInterrupt) -> int:
+    """Say that Ctrl-C ended the command, and how it is resumed: a job that can be leaves that as a note, the outermost last."""
+    ui.error(Interrupted("stopped", hint=[None, *getattr(error, "__notes__", [])][-1]))
+    return 130
 
 
 def _told_of_exit(ui: Ui, error: SystemExit) -> int:

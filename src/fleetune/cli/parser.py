@@ -32,7 +32,13 @@ class Parser(argparse.ArgumentParser):
             return f"{self.prog} needs {found[1]}"
         if found := re.fullmatch(r"argument (.*): invalid (int|float) value: '(.*)'", message):
             kind = "an integer" if found[2] == "int" else "a number"
-            return f"{found[1]} {found[3]} is not {kind}"
+            point = found[3].replace(",", ".")
+            near = (
+                f". Did you mean {point}?"
+                if re.fullmatch(r"-?\d+,\d+", found[3]) and found[2] == "float"
+                else ""
+            )
+            return f"{found[1]} {found[3]} is not {kind}{near}"
         if found := re.fullmatch(r"argument (.*): expected (?:one|at least one) argument", message):
             return f"{found[1]} needs a value"
         return message.removeprefix("argument ")

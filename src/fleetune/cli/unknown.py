@@ -51,7 +51,8 @@ def error(
     for word in unknown:
         if not _is_flag(word) and word not in taken:
             name, equals, _ = word.partition("=")
-            again = f": write --set {word}" if equals and name.isidentifier() and "--set" in words else ""
+            is_setting = equals and name.isidentifier() and "--set" in flags().get(args.command, ())
+            again = f": write --set {quoted(word)}" if is_setting else ""
             found.append(f"'{word}' is one word too many{again}")
     option = TEXTS.get(args.command)
     if option and not asked:

@@ -6,6 +6,7 @@ A reader yields a `Problem` in place of an invalid row; an invalid file as a who
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import io
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fleetune.common.extras import pip_install
-from fleetune.errors import DataError, FleetuneError
+from fleetune.common.shell import quoted
+from fleetune.errors import DataError, FleetuneError, UsageError
 from fleetune.models.foreign import short_error
 
 
@@ -65,6 +67,8 @@ def _jsonl(path: Path, shown: str) -> Iterator[FileRow | Problem]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             where = f"{shown}:{number}"
+            if number == 1:
+                _require_no_utf16(raw, shown)
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             if not line.strip():
                 continue
@@ -228,7 +232,8 @@ def names_of(fields: Mapping[str, object]) -> str:
 
 
 def decode(raw: bytes, shown: str) -> str:
-    """Decode UTF-8 text, without a byte-order mark; DataError names the line that is not UTF-8."""
+    """Decode UTF-8 text, without a byte-order mark; DataError names the line that is not UTF-8, or says that all is UTF-16."""
+    _require_no_utf16(raw, shown)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -236,6 +241,33 @@ def decode(raw: bytes, shown: str) -> str:
         raise DataError(
             f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x})", hint=_utf8_fix(shown)
         ) from error
+
+
+def require_text(source: str, hint: str) -> None:
+    """Raise UsageError for a file of rows without a field `text`, given as plain text; `hint` says how rows are given.
+
+    The first row is looked at; what cannot be read is told where it is read.
+    """
+    path = Path(os.path.expanduser(source))
+    first = next(rows_of(path, source), None) if path.suffix.lower() in READERS and path.is_file() else None
+    if isinstance(first, FileRow) and "text" not in first.fields:
+        there = names_of(first.fields)
+        raise UsageError(
+            f"{source} holds rows without a field 'text' (there are: {there}), and --text is plain text",
+            hint=hint,
+        )
+
+
+def _require_no_utf16(raw: bytes, shown: str) -> None:
+    """Raise DataError for a file that begins with the mark of UTF-16 or UTF-32, in which no line of it can be read."""
+    if not raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        return
+    bits = 32 if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else 16
+    name, suffix = os.path.splitext(shown)
+    raise DataError(
+        f"{shown} is written in UTF-{bits}, not UTF-8",
+        hint=f"save it as UTF-8, for example: iconv -f utf-{bits} -t utf-8 {quoted(shown)} > {quoted(f'{name}-utf8{suffix}')}",
+    )
 
 
 def _utf8_fix(shown: str) -> str:

@@ -308,13 +308,11 @@ def parse_bytes(text: str | None, flag: str = "--ram", least: int = LEAST) -> in
     found = _BYTES.fullmatch(text)
     value = float(found[1]) * _factor(found[2]) if found else 0.0
     if not 1 <= value < math.inf:
-        raise UsageError(
-            f"{flag} {text!r} is not a size", hint="write 4GB, 512 MB, 2GiB or a number of bytes"
-        )
+        raise UsageError(f"{flag} {text!r} is not a size", hint="write 4GB, 512MB, 2GiB or a number of bytes")
     if found and text.strip()[-1] in "0123456789." and value < least:
         raise UsageError(
             f"{flag} {text}: {text.strip()} bytes are too few. Did you mean {text.strip()}GB?",
-            hint="write 4GB, 512 MB, 2GiB or a number of bytes",
+            hint="write 4GB, 512MB, 2GiB or a number of bytes",
         )
     return int(value)
 
@@ -326,7 +324,7 @@ def parse_rate(text: str | None) -> float | None:
     found = _RATE.fullmatch(text)
     value = float(found[1]) * _factor(found[2]) / (1 if found[3] == "B" else 8) if found else 0.0
     if not 0 < value < math.inf:
-        raise UsageError(f"--uplink {text!r} is not a speed", hint="write 1Mbps, 500kbit/s or 2 MB/s")
+        raise UsageError(f"--uplink {text!r} is not a speed", hint="write 1Mbps, 500kbit/s or 2MB/s")
     return value
 
 

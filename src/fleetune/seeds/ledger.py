@@ -110,13 +110,33 @@ class Ledger:
         head = replace(self.head, previous=self.fingerprint(), checks=checks)
         return Ledger(head, self.ids[keep], self.coefficients[keep], self.rounds[keep])
 
+    def last_round(self) -> int:
+        """Return the last round of which the ledger has an entry or states a digest; 0 for none."""
+        return max(int(self.rounds.max(initial=0)), *map(int, self.head.checks), 0)
+
+    def _require_round(self, round: int, first: int) -> None:
+        last = self.last_round()
+        if first <= round <= last:
+            return
+        if not last:
+            raise UsageError(f"the ledger has no rounds, so none {round}", hint="fleetune ledger show FILE")
+        has = f"rounds 1 to {last:,}" if last > 1 else "round 1 alone"
+        base = "; 0 is its base" if first == 0 else ""
+        named = f"a round from {first} to {last:,}" if first < last else f"round {last:,}"
+        raise UsageError(f"the ledger has {has}, none {round:,}", hint=f"name {named}{base}")
+
     def truncate(self, round: int) -> Ledger:
-        """Return the ledger up to and including `round`."""
+        """Return the ledger up to and including `round`, 0 for none of them; UsageError for a round that it does not have."""
+        self._require_round(round, 0)
         checks = {r: d for r, d in self.head.checks.items() if int(r) <= round}
         return self._derived(self.rounds <= round, checks)
 
     def drop(self, round: int) -> Ledger:
-        """Return the ledger without the entries of `round`, and without the checks from there on."""
+        """Return the ledger without the entries of `round`, and without the checks from there on.
+
+        UsageError for a round that it does not have; one in which nobody replied has no entries, and counts.
+        """
+        self._require_round(round, 1)
         checks = {r: d for r, d in self.head.checks.items() if int(r) < round}
         return self._derived(self.rounds != round, checks)
 

@@ -100,13 +100,14 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
         cells = [[r.name, r.of, r.status, human_bytes(r.bytes)] for r in smaller]
         ui.table(["compressed", "of", "status", "size"], cells, align="lllr")
     if rows:
-        newest = Path(args.out) / str(rows[-1]["name"])
         failed = [r["name"] for r in rows if kind_of(str(r["status"])) == "failed"]
         if failed:
             ui.paths(
                 [("reason", f"of {failed[-1]}: {command('runs', 'show', Path(args.out) / str(failed[-1]))}")]
             )
-        ui.paths([("report", str(newest / "report.html"))])
+        page = Path(args.out) / str(rows[-1]["name"]) / "report.html"  # of the newest, once it has one
+        if page.is_file():
+            ui.paths([("report", str(page))])
 
 
 def _runs_table(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:

@@ -131,15 +131,9 @@ def check_kinds(request: CompressRequest) -> None:
     """
     from fleetune.data import readers
 
-    text, rows = Path(request.text).expanduser(), Path(request.data).expanduser()
-    if request.text and text.suffix.lower() in readers.READERS:
-        first = next(readers.rows_of(text, request.text), None)
-        if isinstance(first, readers.FileRow) and "text" not in first.fields:
-            raise UsageError(
-                f"{request.text} holds rows without a field 'text' (there are: {', '.join(first.fields)}), and --text is plain "
-                "text",
-                hint=f"--data {quoted(request.text)}",
-            )
+    if request.text:
+        readers.require_text(request.text, hint=f"--data {quoted(request.text)}")
+    rows = Path(request.data).expanduser()
     other = request.data and rows.is_file() and rows.suffix.lower() not in readers.READERS
     if other and _is_text(rows):
         raise UsageError(
