@@ -27,6 +27,7 @@ from fleetune.common import sums
 from fleetune.errors import ModelError, StorageError
 from fleetune.models import cache, download
 from fleetune.models.gguf.convert import convert, load_config
+from fleetune.models.mapped.lazy import weights_of
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -358,6 +359,37 @@ def test_a_built_in_comes_from_the_hub_when_it_answers(
     monkeypatch.setenv("FLEETUNE_MODEL_SOURCE", "moon")
     with pytest.raises(ModelError, match="no model source named 'moon'"):
         models.resolve("tiny-test")
+
+
+def test_blocks_are_those_of_the_file_whatever_else_of_a_model_is_in_the_cache(
+    origin: cache.Origin, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that tunes the scales of a built-in model needs its GGUF file: neither the hub nor a converted copy has any."""
+
+    def place(base: str, **how: Any) -> Path:
+        net = models.load("tiny-test", device="cpu", base=base, **how).net
+        (file,) = {weight.stored.file.path for weight in weights_of(net).values()}
+        return file
+
+    converted = models.pull("tiny-test")
+    assert place("mapped", offline=True) == converted / "model.safetensors"
+    with pytest.raises(ModelError, match="not in the cache") as caught:
+        place("blocks", offline=True)
+    assert "fleetune models pull tiny-test --base mapped" in str(caught.value.hint)
+    file = cache.mapped_target(origin.weights_sha256) / cache.GGUF
+    assert place("blocks") == file
+    monkeypatch.setattr(cache, "hub_commit", lambda hub: ("0123456789", 5))
+    monkeypatch.setattr(
+        cache,
+        "hub_snapshot",
+        lambda hub, *, commit, folder: shutil.copytree(saved, folder, dirs_exist_ok=True),
+    )
+    hub = models.pull("tiny-test", source="hub")
+    assert place("mapped") == hub / "model.safetensors"
+    for source in ("auto", "hub"):
+        monkeypatch.setenv("FLEETUNE_MODEL_SOURCE", source)
+        assert place("blocks") == file
+        assert models.pull("tiny-test", base="mapped") == file.parent
 
 
 def test_a_damaged_download_names_both_digests(origin: cache.Origin, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,7 +291,7 @@ def _card(model: Model, spec: AdapterSpec, in_peft: bool) -> str:
     place = f'"PATH OF {base}"' if _is_local(model) else f'"{base}"'
     if _is_local(model) and base.endswith(".gguf"):
         place = f'"FOLDER OF {base}", gguf_file="{base}"'
-    where = ', base="mapped"' if isinstance(spec, Scales) else ""
+    where = ', base="blocks"' if isinstance(spec, Scales) else ""
     use = _WITH_PEFT.format(base=place, auto=auto) if in_peft else _WITH_FLEETUNE.format(where=where)
     form = "" if head_of(model.net) else _form(model.tokenizer)
     return f"""---

@@ -24,6 +24,7 @@ from fleetune.deploy.patch import SILENT, Packed, Seen, patched, told
 from fleetune.deploy.patch_file import Patch, Place, check_work, with_changes, with_entries
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import placement
+from fleetune.models.bases import BLOCKS
 from fleetune.models.mapped.lazy import LazyWeight, weights_of
 from fleetune.models.mapped.stored import Stored
 from fleetune.runs.listener import Listener
@@ -37,7 +38,7 @@ from fleetune.tuning.methods._zeroth import place_at
 def file_of(name: str, *, offline: bool = False) -> Path:
     """Return the GGUF file of a built-in model or a path; UsageError for a model that is none."""
     _, tensors = placement.tensors_of(
-        name, functools.partial(models.resolve, offline=offline), offline=offline
+        name, functools.partial(models.resolve, offline=offline), offline=offline, blocks=True
     )
     file = next(iter(tensors.values())).file.path
     if file.suffix != ".gguf":
@@ -131,7 +132,7 @@ def make(
         )
     if for_device and not changes:
         check_work(ledger.head.law, ledger.head.K, ledger.count_passes())
-    model = finished.base_of(ledger, name or str(base), base="mapped", offline=offline)
+    model = finished.base_of(ledger, name or str(base), base=BLOCKS, offline=offline)
     view = place_at(model, ledger)
     assert isinstance(view, BlockView)
     tensors = finished.told(

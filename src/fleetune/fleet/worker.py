@@ -49,6 +49,7 @@ from fleetune.fleet import eval_device
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply, is_path
+from fleetune.models.bases import BLOCKS
 from fleetune.models.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
@@ -266,7 +267,7 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
     kinds = fitting_kinds(job, method, name, brings) if job.task == "tune" and method is not None else (0,)
     model = models.load(
         name, dtype=job.dtype, device=brings.device, offline=brings.offline, labels=job.labels,
-        base="mapped" if job.train in PARTS else brings.base,
+        base=BLOCKS if job.train in PARTS else brings.base,
     )  # fmt: skip
     if model.digest != job.base:
         raise ModelError(

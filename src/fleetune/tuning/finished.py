@@ -21,6 +21,7 @@ from fleetune.common.undo import hint_with_undo
 from fleetune.data import Example
 from fleetune.errors import FleetuneError, Interrupted, LedgerError, ModelError, UsageError
 from fleetune.models import dtypes, unmerged
+from fleetune.models.bases import BLOCKS
 from fleetune.models.model import Model, Pieces
 from fleetune.runs import env_file, rundir
 from fleetune.runs.listener import Listener, Silent
@@ -146,7 +147,7 @@ def base_of(
         )
     labels = recipes.label_words(str(ledger.head.hyper.get("labels", "")))
     if ledger.head.trains in PARTS:
-        base = "mapped"
+        base = BLOCKS
     model = models.load(name, dtype=dtype, device=device, offline=offline, labels=labels, base=base)
     try:
         check_base(model, ledger)
@@ -260,7 +261,7 @@ def load(
             f"{run} has tuned the {recipe.train} of a GGUF file, which move as they are read from it: base = memory cannot be",
             hint=f"leave out --base; or write the tuned file, and give that: fleetune export {quoted(run)} --to gguf",
         )
-    where = "mapped" if recipe.train in PARTS else base or recipe.base
+    where = BLOCKS if recipe.train in PARTS else base or recipe.base
     recipe = dataclasses.replace(
         recipe, device=device or recipe.device, base=where, model=model or recipe.model
     )

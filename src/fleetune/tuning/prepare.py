@@ -27,6 +27,7 @@ from fleetune.data.splitting import Split as Split
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
+from fleetune.models.bases import BLOCKS
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice, trained
@@ -236,7 +237,7 @@ def _loaded(recipe: Recipe, method: Method, parts: Split, *, offline: bool) -> t
     """Return the recipe, of an encoder with its label words, and its model; the threads are set for it."""
     model = models.load(
         recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts),
-        base="mapped" if recipe.train in PARTS else recipe.base,
+        base=BLOCKS if recipe.train in PARTS else recipe.base,
     )  # fmt: skip
     model.trains = recipe.train
     trained.moved_tensors(model)  # refuses a base that has no blocks where these are trained
