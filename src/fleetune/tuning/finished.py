@@ -261,7 +261,7 @@ def load(
             f"{run} has tuned the {recipe.train} of a GGUF file, which move as they are read from it: base = memory cannot be",
             hint=f"leave out --base; or write the tuned file, and give that: fleetune export {quoted(run)} --to gguf",
         )
-    where = BLOCKS if recipe.train in PARTS else base or recipe.base
+    where = "mapped" if recipe.train in PARTS else base or recipe.base
     recipe = dataclasses.replace(
         recipe, device=device or recipe.device, base=where, model=model or recipe.model
     )
@@ -294,7 +294,7 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
         recipe.model,
         dtype=recipe.dtype,
         device=recipe.device,
-        base=recipe.base,
+        base=BLOCKS if recipe.train in PARTS else recipe.base,
         offline=offline,
         labels=recipes.label_words(recipe.labels),
     )
