@@ -351,5 +351,6 @@ def test_the_speed_is_pieces_over_the_clock_and_a_slow_engine_is_not_heard_out()
 
 
 def test_only_the_cores_that_this_process_may_use_count(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
     assert threads.cores() == 3
