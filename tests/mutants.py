@@ -287,7 +287,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("deploy/patch.py", "ChangesFile(_next(back), patch.result", "ChangesFile(back, patch.result", "deploy/test_patch.py"),
     Mutant("deploy/patch_file.py", "model[order] = rows", "model[:] = rows", "deploy/test_patch.py -k tuned_model"),
     Mutant("deploy/patch_make.py", "        if not np.array_equal(new, self._left[: len(new)]):", "        if False:", "deploy/test_patch.py -k another_model"),
-    Mutant("fleet/worker.py", 'base="mapped" if job.train in PARTS else brings.base', "base=brings.base", "fleet/test_worker.py -k blocks"),
+    Mutant("fleet/worker.py", 'base=BLOCKS if job.train in PARTS else brings.base', "base=brings.base", "fleet/test_worker.py -k blocks"),
     Mutant("deploy/formats/_pte_program.py", "later = torch.arange(self.room) > positions[:, None]", "later = torch.arange(self.room) >= self.room + positions[:, None]", "deploy/test_pte.py -k decoder_gives"),
     Mutant("deploy/formats/_pte_program.py", "positions = torch.arange(tokens.shape[1]) + input_pos", "positions = torch.arange(tokens.shape[1]) + 0 * input_pos", "deploy/test_pte.py -k decoder_gives"),
     Mutant("deploy/formats/pte.py", "steps = q.steps() * scale.sign().to(torch.int16).repeat_interleave(q.group, 1)", "steps = q.steps()", "deploy/test_pte.py -k negative_scale"),
