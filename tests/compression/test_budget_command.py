@@ -350,7 +350,7 @@ def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(
 
 def test_a_choice_comes_back_as_it_was_kept_and_a_damaged_one_not_at_all(tmp_path: Path) -> None:
     table, model = torch.rand(4, 4), wide()
-    first, second, *others = costs.parameter_names(model)
+    first, second, *others = costs.matrices(model)
     chosen = {first: ("iq4_nl", 4), second: ("ggml", 8)} | dict.fromkeys(others, ("ggml", 5))
     kept = budget.Budget(chosen, {"IQ4_NL": 1}, 99, 0.5, [("b", 0.25, table), ("c", 1.0, None)])
     budget.save(kept, tmp_path, "o")
@@ -375,7 +375,7 @@ def test_a_choice_comes_back_as_it_was_kept_and_a_damaged_one_not_at_all(tmp_pat
 def test_a_choice_that_the_model_cannot_have_is_made_again(grid: Any, tmp_path: Path) -> None:
     """Signed as a good one is: of bits that no type has, of rows that super-blocks do not fit, of another matrix."""
     model = wide()
-    chosen = dict.fromkeys(costs.parameter_names(model), ("ggml", 4))
+    chosen = dict.fromkeys(costs.matrices(model), ("ggml", 4))
     name = next(iter(chosen))
     if grid is None:
         del chosen[name]

@@ -29,7 +29,7 @@ from fleetune.planning import compression_cost
 from fleetune.runs.listener import Silent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
-FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "ernie4_5_moe"]
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "ernie4_5_moe", "gpt_oss"]
 
 
 def mixture(family: str, **changes: Any) -> Model:
@@ -53,6 +53,36 @@ def experts_of(model: Model) -> list[Experts]:
     return [each for inside in experts_in(model) for each in inside]
 
 
+def matrices(each: Experts) -> dict[str, Tensor]:
+    """Each parameter as [E, out, in]: gpt-oss's are [E, in, out]."""
+    return {n: p.mT if "gate_up_proj_bias" in dir(each.module) else p for n, p in each.parameters.items()}
+
+
+def gates_and_ups(each: Experts, number: int, x: Tensor) -> Tensor:
+    """What an expert's first matrix returns [n, 2 F], in the type of x."""
+    W = each.module.gate_up_proj[number].to(x)
+    if "gate_up_proj_bias" in dir(each.module):  # gpt-oss
+        return x @ W + each.module.gate_up_proj_bias[number].to(x)
+    return x @ W.T
+
+
+def inputs_of_downs(each: Experts, z: Tensor) -> Tensor:
+    """What an expert's second matrix reads [n, F]."""
+    if "gate_up_proj_bias" in dir(each.module):
+        gate, up = z[:, ::2].clamp(max=7), z[:, 1::2].clamp(-7, 7)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    gate, up = z.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def downs(each: Experts, number: int, a: Tensor) -> Tensor:
+    """What it returns [n, H]."""
+    W = each.module.down_proj[number]
+    if "gate_up_proj_bias" in dir(each.module):
+        return a @ W + each.module.down_proj_bias[number]
+    return a @ W.T
+
+
 def log_p(model: Model, windows: Tensor) -> Tensor:
     """Log-probabilities [tokens, V] in float64."""
     with torch.no_grad():
@@ -66,9 +96,9 @@ def log_p(model: Model, windows: Tensor) -> Tensor:
 def squares_by_autograd(experts: list[Experts]) -> Iterator[dict[str, Tensor]]:
     """Let experts run one at a time, and sum the squared gradients by what each matrix returns as autograd has them."""
     sums = {
-        n: torch.zeros(p.shape[:2], dtype=torch.float64)
+        n: torch.zeros(W.shape[:2], dtype=torch.float64)
         for each in experts
-        for n, p in each.parameters.items()
+        for n, W in matrices(each).items()
     }
 
     def add(to: Tensor, g: Tensor) -> None:
@@ -85,9 +115,8 @@ def squares_by_autograd(experts: list[Experts]) -> Iterator[dict[str, Tensor]]:
 
             for number in range(len(each.module.gate_up_proj)):
                 token, slot = torch.where(chosen == number)
-                z = F.linear(x[token], each.module.gate_up_proj[number])
-                gate, up = z.chunk(2, -1)
-                y = F.linear(F.silu(gate) * up, each.module.down_proj[number])
+                z = gates_and_ups(each, number, x[token])
+                y = downs(each, number, inputs_of_downs(each, z))
                 see(z, names[0], number)
                 see(y, names[1], number)
                 out = out.index_add(0, token, y * weights[token, slot, None].to(y.dtype))
@@ -128,7 +157,7 @@ def test_activations_that_are_computed_again_are_counted_once(monkeypatch: pytes
         torch.testing.assert_close(of, found[1][name], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
 def test_predicted_divergence_is_the_one_that_small_errors_cause(family: str) -> None:
     """1/2 sum F_i (E_i H E_i') of the tokens of an expert, against the KL divergence in float64.
 
@@ -139,17 +168,17 @@ def test_predicted_divergence_is_the_one_that_small_errors_cause(family: str) ->
     found = sensitivity.measure(model, windows, [], 3, experts=experts)
     inputs = inputs_of(model, experts[-1], windows)
     before, g = log_p(model, windows), torch.Generator().manual_seed(1)
-    for name, parameter in experts[-1].parameters.items():
-        E, predicted = torch.zeros_like(parameter), 0.0
+    for name, weight in matrices(experts[-1]).items():
+        E, predicted = torch.zeros_like(weight), 0.0
         for number in (0, 3):
-            E[number] = 1e-2 * torch.randn(parameter[number].shape, generator=g)
+            E[number] = 1e-2 * torch.randn(weight[number].shape, generator=g)
             x = inputs[name][number]
             outputs = (x @ E[number].double().T).square().mean(0)
             predicted += 0.5 * float(found.experts[name][number] @ outputs)
         with torch.no_grad():
-            parameter.add_(E)
+            weight.add_(E)
             after = log_p(model, windows)
-            parameter.sub_(E)
+            weight.sub_(E)
         caused = float((before.exp() * (before - after)).sum(1).mean())
         assert predicted == pytest.approx(caused, rel=0.25)
 
@@ -164,10 +193,10 @@ def inputs_of(model: Model, each: Experts, windows: Tensor) -> dict[str, list[Te
     hook.remove()
     x, chosen = torch.cat([a for a, _ in calls]).double(), torch.cat([b for _, b in calls])
     found: dict[str, list[Tensor]] = {name: [] for name in each.parameters}
-    for number, W in enumerate(each.module.gate_up_proj.double()):
+    for number in range(len(each.module.gate_up_proj)):
         mine = x[(chosen == number).any(-1)]
-        gate, up = (mine @ W.T).chunk(2, -1)
-        for name, of in zip(found, (mine, F.silu(gate) * up), strict=True):
+        read = inputs_of_downs(each, gates_and_ups(each, number, mine))
+        for name, of in zip(found, (mine, read), strict=True):
             found[name].append(of)
     return found
 
@@ -214,9 +243,10 @@ def test_what_measuring_keeps_is_planned() -> None:
 # ---------------------------------------------------------------- costs
 
 
-def test_a_parameter_costs_what_its_experts_do() -> None:
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_parameter_costs_what_its_experts_do(family: str) -> None:
     """Each with its own gradients and inputs; an expert that few tokens chose with the inputs of all."""
-    model, windows = mixture("mixtral"), drawn(4, 24)
+    model, windows = mixture(family), drawn(4, 24)
     experts = experts_of(model)
     found = sensitivity.measure(
         model, windows, [n for _, l in linears_of(model) for n in l], 3, experts=experts
@@ -225,24 +255,23 @@ def test_a_parameter_costs_what_its_experts_do() -> None:
     each, few = experts[0], 0  # behind the dense attention of the first block
     every = inputs_of(model, each, windows)
     whole = torch.cat(whole_inputs(model, each, windows))
-    for name, parameter in each.parameters.items():
+    for name, weight in matrices(each).items():
         want = dict[Any, float]()
-        for number in range(len(parameter)):
-            x, C = every[name][number], parameter.shape[2]
+        for number in range(len(weight)):
+            x, C = every[name][number], weight.shape[2]
             if len(x) < C:
                 few += 1
                 x = whole
                 if name.endswith("down_proj"):
-                    gate, up = (whole @ each.module.gate_up_proj[number].double().T).chunk(2, -1)
-                    x = F.silu(gate) * up
+                    x = inputs_of_downs(each, gates_and_ups(each, number, whole))
             c = costs._curvature((x.T @ x / len(x)).float())
-            for option in costs.of_matrix(parameter[number], [Term(found.experts[name][number], c)]):
+            for option in costs.of_matrix(weight[number], [Term(found.experts[name][number], c)]):
                 want[option.candidate] = want.get(option.candidate, 0.0) + option.cost
         options = {option.candidate: option for option in got.options[name]}
         assert set(options) == set(want) == set(CANDIDATES[:4])
         for candidate, option in options.items():
             assert option.cost == pytest.approx(want[candidate], rel=1e-3)
-            assert option.bytes == candidate.bytes(5 * parameter.shape[1], parameter.shape[2])
+            assert option.bytes == candidate.bytes(5 * weight.shape[1], weight.shape[2])
     assert few > 0
 
 

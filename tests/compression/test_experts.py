@@ -39,7 +39,7 @@ SIZES: dict[str, Any] = {
     "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
     "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257,
 }  # fmt: skip
-FORMS = ["qwen3_moe", "mixtral", "granitemoe"]
+FORMS = ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss"]
 
 
 def model_of(family: str, **changes: Any) -> Model:
@@ -77,10 +77,16 @@ def inputs_of(model: Model, each: Experts, windows: Tensor) -> list[tuple[int, T
     hook.remove()
     x, chosen = torch.cat([a for a, _ in calls]).double(), torch.cat([b for _, b in calls]).tolist()
     found = []
-    for number, W in enumerate(each.module.gate_up_proj.double()):
+    module, turned = each.module, each.module.gate_up_proj.shape[1] == x.shape[1]
+    for number, W in enumerate(module.gate_up_proj.double()):
         mine = [token for token, of in enumerate(chosen) if number in of]
-        gate, up = (x @ W.T).chunk(2, -1)
-        down = torch.nn.functional.silu(gate) * up
+        if turned:  # gpt-oss
+            both = x @ W + module.gate_up_proj_bias[number].double()
+            gate, up = both[:, ::2].clamp(max=7), both[:, 1::2].clamp(-7, 7)
+            down = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+        else:
+            gate, up = (x @ W.T).chunk(2, -1)
+            down = torch.nn.functional.silu(gate) * up
         found.append((len(mine), *(a[mine] if len(mine) >= a.shape[1] else a for a in (x, down))))
     return found
 
@@ -304,14 +310,15 @@ def test_a_group_that_does_not_fit_experts_is_said(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what stays as it is
 
 
-def test_experts_stored_the_other_way_round_stay(tmp_path: Path) -> None:
-    rope = {"rope_type": "default", "rope_theta": 1e4}
-    model = model_of("gpt_oss", rope_parameters=rope)
+def test_experts_of_which_transformers_says_nothing_stay(tmp_path: Path) -> None:
+    """Whether their matrices are [in, out], and what is between them."""
+    changes: dict[str, Any] = {"intermediate_size_mlp": 64, "attention_chunk_size": 64, "no_rope_layers": [1] * 3}
+    model = model_of("llama4_text", **changes)
     assert driver.experts_left(model, taken=True) == 3
     assert driver.experts_left(model_of("qwen3_moe"), taken=True) == 0
     assert driver.experts_left(model_of("qwen3_moe"), taken=False) == 3
     assert driver.experts_left(models.tiny_llama(), taken=False) == 0
-    folder = folder_of("gpt_oss", tmp_path / "m", rope_parameters=rope)
+    folder = folder_of("llama4_text", tmp_path / "m", **changes)
     made = fleetune.compress(folder, method="rtn", settings={"group": 32}, out=tmp_path / "runs").folder
     assert Master(made / "model").head.experts == {}
     assert Master(made / "model").head.version == 1

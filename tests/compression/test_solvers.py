@@ -108,6 +108,28 @@ def test_optq_is_the_optimal_brain_surgeon_on_a_grid(kind: str, block: int) -> N
     torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        *(("rtn", {"grid": kind, "bits": 4, "group": 8}) for kind in KINDS),
+        *(("optq", {"grid": kind, "bits": 4, "group": 8}) for kind in KINDS),
+        ("qronos", {"group": 8}), ("sparsegpt", {}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("R", [1, 5])
+def test_weights_in_another_layout_are_solved_alike_and_stay(
+    method: str, settings: dict[str, object], R: int
+) -> None:
+    """gpt-oss has its experts as [in, out]: a matrix is a view of them, contiguous when it is transposed."""
+    W, H = work(8, R, 24, torch.float32)
+    solver = compression.make(method, settings)
+    want = dense(solver.solve(W.clone(), H))
+    for weights in (W.clone(), W.T.contiguous().T):
+        found = solver.solve(weights, H)
+        assert torch.equal(weights, W)
+        assert torch.equal(dense(found), want)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("order", ["none", "static", "gar"])
 def test_optq_in_any_order_is_the_surgeon_on_sorted_columns(kind: str, order: str) -> None:

@@ -32,7 +32,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "granitemoe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss"])
 @pytest.mark.parametrize("grid", ["symmetric", "iq4_nl", "asymmetric", "q4_k"])
 def test_codes_of_experts_reach_every_export(family: str, grid: str, tmp_path: Path) -> None:
     save(family, tmp_path / "m")
@@ -50,7 +50,9 @@ def test_codes_of_experts_reach_every_export(family: str, grid: str, tmp_path: P
         )
     folder = fleetune.compress(model, method="rtn", settings=settings, out=tmp_path / "runs").folder / "model"
     master = Master(folder)
-    assert master.head.version == 4
+    turned = family == "gpt_oss"  # the model holds them as [in, out]
+    assert master.head.version == (5 if turned else 4)
+    assert set(master.head.turned) == (set(master.head.experts) if turned else set())
     assert set(master.head.experts.values()) == {5}
     assert len(master.head.experts) == 8
     net = load_artefact(folder).net
@@ -65,7 +67,10 @@ def test_codes_of_experts_reach_every_export(family: str, grid: str, tmp_path: P
     gate_up = next(n for n in master.head.experts if "layers.1." in n and n.endswith("gate_up_proj"))
     weights = net.get_parameter(gate_up).numpy()
     F = weights.shape[1] // 2
-    for name, own in (("gate", weights[:, :F]), ("up", weights[:, F:])):
+    gates, ups = weights[:, :F], weights[:, F:]
+    if turned:
+        gates, ups = (weights[:, :, first::2].swapaxes(1, 2) for first in (0, 1))
+    for name, own in (("gate", gates), ("up", ups)):
         tensor = found[f"blk.1.ffn_{name}_exps.weight"]
         assert tensor.tensor_type.name == kind
         assert np.array_equal(package.quants.dequantize(tensor.data, tensor.tensor_type), own)

@@ -167,8 +167,8 @@ def test_damage_is_said(tmp_path: Path) -> None:
     changed({f"{name}.scale": torch.zeros(1, 1, dtype=torch.float16)})
     with pytest.raises(ModelError, match=f"the parts of {name} do not fit"):
         Master(path.parent).quantised(name)
-    changed({}, version=5)
-    with pytest.raises(ModelError, match="version 5, this Fleetune reads 1 to 4"):
+    changed({}, version=6)
+    with pytest.raises(ModelError, match="version 6, this Fleetune reads 1 to 5"):
         Master(path.parent)
     changed({}, grids=[1])
     with pytest.raises(ModelError, match="head is damaged"):
@@ -199,6 +199,9 @@ Q = "model.layers.0.self_attn.q_proj.weight"
         {"shapes": {}},
         {"grids": {Q: [1e999, 32]}},
         {"experts": {"another": 2}, "version": 4},
+        {"turned": [Q], "version": 5},  # and not of experts
+        {"turned": [7], "version": 5},
+        {"turned": 7, "version": 5},
         {"codebooks": {"another": "iq4_nl"}, "version": 2},
     ],
     ids=str,

@@ -29,7 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
 SAME, ROUNDED = 1e-5, 2e-2  # nats: as in test_gguf_families
 SUPER = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 256, "moe_intermediate_size": 256}
-MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "ernie4_5_moe"]
+MIXTURES = [
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "ernie4_5_moe", "gpt_oss",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

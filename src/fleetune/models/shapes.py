@@ -163,8 +163,14 @@ def counted(config: PretrainedConfig) -> Shape:
 
 
 def _experts(net: Any) -> tuple[Linear, ...]:
-    stacked = ((name, p.shape) for name, p in net.named_parameters() if p.dim() == 3 and p.shape[1] > 1)
-    return tuple(Linear(name, count * out, into) for name, (count, out, into) in stacked)
+    found = []
+    for name, p in net.named_parameters():
+        if p.dim() == 3 and p.shape[1] > 1:
+            count, out, into = p.shape
+            if getattr(net.get_submodule(name.rpartition(".")[0]), "is_transposed", False):
+                out, into = into, out
+            found.append(Linear(name, count * out, into))
+    return tuple(found)
 
 
 def _places(net: Any) -> list[Layer]:

@@ -27,7 +27,7 @@ from fleetune.common.ggml import BLOCK, padded
 from fleetune.compression.budget.sensitivity import Sensitivity
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.driver import End, experts_in, linears_of
-from fleetune.compression.layerwise.experts import DOWN, Experts, Routed, hessian
+from fleetune.compression.layerwise.experts import DOWN, Experts, Routed, hessian, matrices_of
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import PRUNED, rounded
 from fleetune.compression.layerwise.hessian import inverse_cholesky
@@ -158,13 +158,13 @@ def _of_experts(
 ) -> dict[str, list[Option]]:
     """Return what every candidate costs each parameter of the experts of a layer: the sum over the experts."""
     options = dict[str, list[Option]]()
-    for name, parameter in experts.parameters.items():
+    for name, matrices in experts.matrices.items():
         on_name(name)
         of_each, of_all = list[list[Option]](), list[Tensor]()
-        for number in range(len(parameter)):
+        for number in range(len(matrices)):
             c = _of_inputs(experts, name, number, routed, of_all)
-            of_each.append(of_matrix(_values(parameter[number]), [Term(found.experts[name][number], c)]))
-        options[name] = _together(of_each, name, parameter.shape)
+            of_each.append(of_matrix(_values(matrices[number]), [Term(found.experts[name][number], c)]))
+        options[name] = _together(of_each, name, matrices.shape)
     return options
 
 
@@ -176,7 +176,7 @@ def _of_inputs(
     Experts that few tokens chose are solved on all tokens of the layer: what their gates and ups read is the same for each, and
     `of_all` keeps its curvature.
     """
-    C = experts.parameters[name].shape[2]
+    C = experts.matrices[name].shape[2]
     if routed is None:
         return torch.ones(C)  # nothing reached it
     few = routed.tokens(number) < C
@@ -190,7 +190,7 @@ def _of_inputs(
 
 
 def _together(of_each: Sequence[Sequence[Option]], name: str, shape: Sequence[int]) -> list[Option]:
-    """Return the options that all experts have, with what they cost together; the parameter's `shape` is [experts, R, C]."""
+    """Return the options that all experts have, with what they cost together; `shape` is [experts, R, C]."""
     costs = [{option.candidate: option.cost for option in each} for each in of_each]
     return [
         Option(each, _bytes(each, name, shape), sum(cost[each] for cost in costs))
@@ -209,18 +209,19 @@ def _ends(model: Model, found: Sensitivity, head: Tensor) -> tuple[list[End], di
     return [End(first, 0.0, table), End(last[0], total, None)], {first: [as_table], last[0]: [as_head]}
 
 
-def parameter_names(model: Model) -> list[str]:
-    """Return the names of all weights that grids are chosen for."""
-    layers = [f"{name}.weight" for _, linears in linears_of(model) for name in linears]
-    experts = [name for inside in experts_in(model) for each in inside for name in each.parameters]
-    return [*layers, *experts, *end_names(model)]
+def matrices(model: Model) -> dict[str, Tensor]:
+    """Return all weights that grids are chosen for by name, as [.., R, C] = [.., out, in]."""
+    layers = {name: linear for _, linears in linears_of(model) for name, linear in linears.items()}
+    experts = [each for inside in experts_in(model) for each in inside]
+    return matrices_of(layers, experts) | {n: model.net.get_parameter(n) for n in end_names(model)}
 
 
 def are_possible(chosen: Mapping[str, tuple[str, int]], model: Model) -> bool:
     """Tell whether grids and bits are of candidates, one for each weight that a grid is chosen for, and fit its rows."""
     known = {(each.grid, each.bits): each for each in CANDIDATES}
-    return set(chosen) == set(parameter_names(model)) and all(
-        of in known and known[of].fits(model.net.get_parameter(name).shape[-1]) for name, of in chosen.items()
+    weights = matrices(model)
+    return chosen.keys() == weights.keys() and all(
+        of in known and known[of].fits(weights[name].shape[-1]) for name, of in chosen.items()
     )
 
 
@@ -236,8 +237,7 @@ def reach(model: Model) -> Reach:
     """Return what the matrices of a model can take."""
     least = most = 0
     possible = set[Candidate]()
-    for name in parameter_names(model):
-        weight = model.net.get_parameter(name)
+    for name, weight in matrices(model).items():
         found = _possible(weight)
         sizes = [_bytes(each, name, weight.shape) for each in found]
         least, most = least + min(sizes), most + max(sizes)

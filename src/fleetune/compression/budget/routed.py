@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fleetune.compression.layerwise.experts import DOWN, GATE_UP, Experts
@@ -51,7 +50,7 @@ class _Call(NamedTuple):
 def squares(experts: Sequence[Experts]) -> Iterator[Squares]:
     """Add up the squared gradients of the outputs of experts in every backward pass while the block runs."""
     found = Squares(
-        {n: torch.zeros(p.shape[:2], dtype=torch.float64) for each in experts for n, p in each.parameters.items()}, []
+        {n: torch.zeros(W.shape[:2], dtype=torch.float64) for each in experts for n, W in each.matrices.items()}, []
     )  # fmt: skip
     seen = set[str]()
 
@@ -78,28 +77,26 @@ def squares(experts: Sequence[Experts]) -> Iterator[Squares]:
 @torch.no_grad()
 def _is_sum(each: Experts, call: _Call, out: Tensor) -> bool:
     """Return whether what experts returned is the weighted sum of what each of them computes."""
-    module: Any = each.module
     total = torch.zeros_like(out, dtype=torch.float32)
-    with in_memory(module):
+    with in_memory(each.module):
         for number in torch.unique(call.chosen).tolist():
             token, r = call.of(number)
-            a = module._apply_gate(F.linear(call.x[token], getattr(module, GATE_UP)[number]))
-            total.index_add_(0, token, r * F.linear(a, getattr(module, DOWN)[number]).float())
+            a = each.activation(each.linear(GATE_UP, number, call.x[token]))
+            total.index_add_(0, token, r * each.linear(DOWN, number, a).float())
     return bool((total - out.float()).norm() <= ROUNDING * total.norm())
 
 
 @torch.no_grad()
 def _add(each: Experts, call: _Call, g: Tensor, sums: dict[str, Tensor]) -> None:
     """Add the squares of the gradients by what the experts' matrices return; g [T, H] is that by the experts' output."""
-    module: Any = each.module
     up, down = each.parameters
-    with in_memory(module):
+    with in_memory(each.module):
         for number in torch.unique(call.chosen).tolist():
             token, r = call.of(number)
             by_y = g[token].float() * r
-            z = F.linear(call.x[token], getattr(module, GATE_UP)[number]).float().requires_grad_()
+            z = each.linear(GATE_UP, number, call.x[token]).float().requires_grad_()
             with torch.enable_grad():
-                a = module._apply_gate(z)
-            (by_z,) = torch.autograd.grad(a, z, by_y @ getattr(module, DOWN)[number].float())
+                a = each.activation(z)
+            (by_z,) = torch.autograd.grad(a, z, by_y @ each.matrices[down][number].float())
             for name, by in ((up, by_z), (down, by_y)):
                 sums[name][number] += by.double().square().sum(0).cpu()

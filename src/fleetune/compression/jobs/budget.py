@@ -125,8 +125,8 @@ def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]
     """
     from fleetune.compression.budget import costs
 
-    names = costs.parameter_names(model)
-    others, weights = beside(names), sum(model.net.get_parameter(name).numel() for name in names)
+    matrices = costs.matrices(model)
+    others, weights = beside(list(matrices)), sum(W.numel() for W in matrices.values())
     limit = request.bytes - others if request.bytes else int(request.bpw * weights / 8)
     reach = costs.reach(model)
     if limit < reach.least:

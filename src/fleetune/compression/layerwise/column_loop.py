@@ -57,7 +57,8 @@ def sweep(W: Tensor, U: Tensor, choose: ChooseSegment, block: int = BLOCK) -> tu
     `choose(Wt, begin, block_end)` returns the next segment.  Wt [C, R] are the weights as updated so far: those of the
     block by all earlier columns, those after it by all earlier blocks.  W is left unchanged.
     """
-    Wt, C = W.T.contiguous(), W.shape[1]
+    # a copy in any layout of W: `contiguous` is none where W is the transpose of a contiguous matrix
+    Wt, C = W.T.clone(memory_format=torch.contiguous_format), W.shape[1]
     codes = torch.zeros_like(Wt, dtype=torch.uint8)
     U, squares = U.contiguous(), 0.0
     for first in range(0, C, block):

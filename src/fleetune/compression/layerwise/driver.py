@@ -42,6 +42,7 @@ from fleetune.compression.layerwise.experts import (
     Routed,
     experts_of,
     has_experts,
+    matrices_of,
     parameters_of,
     solve_experts,
 )
@@ -105,7 +106,7 @@ def check(model: Model, solver: Solver, *, experts: bool = False) -> None:
     shapes = []
     for (block, linears), inside in zip(found, of_blocks, strict=True):
         with in_memory(block):
-            for name, weight in parameters_of(linears, inside).items():
+            for name, weight in matrices_of(linears, inside).items():
                 shapes.append((name, *weight.shape[-2:]))
                 if problem := solver.check(*shapes[-1]):
                     alike.setdefault(problem.replace(name.removesuffix(".weight"), ""), []).append(problem)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Solve the matrices of a mixture's experts, each with the Hessian of the tokens that were routed to it.
 
-transformers has the matrices of all experts of a layer in two parameters, [E, 2 F, H] (gate and up) and [E, H, F] (down).
-Every [R, C] of them is solved as a linear layer is: its inputs are the tokens whose router chose the expert, for `down` after
-they went through the expert's gate and up.
+transformers has the matrices of all experts of a layer in two parameters, [E, 2 F, H] (gate and up) and [E, H, F] (down);
+gpt-oss has them turned, [E, H, 2 F] and [E, F, H].  Every matrix [R, C] = [out, in] is solved as a linear layer is: its inputs are the
+tokens whose router chose the expert, for `down` after they went through the expert's gate and up.
 
 With fewer tokens than columns a Hessian has no full rank: in the directions that no token had, columns would be corrected
 at will.  Such an expert, and one that no token chose, gets the Hessian of all tokens of the layer instead, as if all had
@@ -41,6 +41,27 @@ class Experts(NamedTuple):
         """The parameters by name, in the order in which a token meets them."""
         return {f"{self.name}.{part}": getattr(self.module, part) for part in (GATE_UP, DOWN)}
 
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """The parameters as [E, R, C] = [E, out, in] by name, in the same order; a turned one is a view of it."""
+        return {name: p.mT if self.turned else p for name, p in self.parameters.items()}
+
+    @property
+    def turned(self) -> bool:
+        """Whether the parameters hold every matrix as [in, out]."""
+        return bool(self.module.is_transposed)
+
+    def linear(self, part: str, number: int, x: Tensor) -> Tensor:
+        """Return what a matrix of an expert gives for its inputs x [n, C], [n, R]; `part` is GATE_UP or DOWN."""
+        W = self.matrices[f"{self.name}.{part}"][number]
+        bias = getattr(self.module, f"{part}_bias")[number] if self.module.has_bias else None
+        return nn.functional.linear(x.to(W), W, bias)
+
+    def activation(self, gates_and_ups: Tensor) -> Tensor:
+        """Return what the downs read of what GATE_UP gives [n, 2 F], [n, F]."""
+        inputs: Tensor = self.module._apply_gate(gates_and_ups)
+        return inputs
+
 
 class Routed(NamedTuple):
     """What a layer's experts were called with."""
@@ -59,21 +80,27 @@ def has_experts(block: nn.Module) -> bool:
 
 
 def experts_of(name: str, block: nn.Module) -> list[Experts]:
-    """Return the experts in a block whose matrices are [out, in], gate above up; `name` is the block's."""
+    """Return the experts in a block whose matrices can be solved: gates with ups, and downs; `name` is the block's."""
     found = []
     for inner, module in block.named_modules():
         parts = [getattr(module, part, None) for part in (GATE_UP, DOWN)]
         if not all(isinstance(p, nn.Parameter) and p.dim() == 3 for p in parts):
             continue
-        if not (getattr(module, "is_transposed", True) or getattr(module, "has_bias", True)):
+        if hasattr(module, "is_transposed"):  # transformers says how they are stored
             found.append(Experts(f"{name}.{inner}", module))
     return found
 
 
 def parameters_of(linears: Mapping[str, nn.Linear], experts: Sequence[Experts]) -> dict[str, nn.Parameter]:
-    """Return what is compressed of a block, by name."""
+    """Return what is compressed of a block, by name, as the block holds it."""
     found = {f"{name}.weight": linear.get_parameter("weight") for name, linear in linears.items()}
     return found | {name: p for each in experts for name, p in each.parameters.items()}
+
+
+def matrices_of(linears: Mapping[str, nn.Linear], experts: Sequence[Experts]) -> dict[str, Tensor]:
+    """Return the same by name as matrices, [.., R, C] = [.., out, in]."""
+    found: dict[str, Tensor] = {f"{name}.weight": linear.weight for name, linear in linears.items()}
+    return found | {name: W for each in experts for name, W in each.matrices.items()}
 
 
 def solve_experts(
@@ -89,13 +116,13 @@ def solve_experts(
     `solver_of` gives the solver of a parameter.  `routed` is None where nothing is known of the inputs.  With `placing` the
     compressed gates and ups are in place when the downs' inputs are computed.
     """
-    for name, parameter in experts.parameters.items():
+    for name, matrices in experts.matrices.items():
         on_name(name)
-        count, _, C = parameter.shape
+        count, _, C = matrices.shape
         solver, solved, error, given, few = solver_of(name), list[Solved](), 0.0, 0.0, list[int]()
         of_all = list[Tensor]()
         for number in range(count):
-            W = parameter[number].detach().float().cpu()
+            W = matrices[number].detach().float().cpu()
             H, tokens = torch.zeros(C, C), 0
             if routed is not None:
                 H, tokens = hessian(experts, name, number, routed, of_all)
@@ -104,8 +131,9 @@ def solve_experts(
             if routed is not None:
                 error += lost(W, solved[-1], H)
                 given += trace(W, H)
-        weight = _stacked(solved, parameter)
+        weight = _stacked(solved, experts, name)
         if placing:
+            parameter = experts.parameters[name]
             parameter.data = dense(weight).to(parameter)
         left = share(error, given) if routed is not None else float("nan")
         yield name, weight, MatrixResult(name, left, _notes(solved, few, C))
@@ -118,8 +146,7 @@ def hessian(
 
     What gates and ups read is then the same for every expert: `of_all`, empty for a parameter's first expert, keeps it.
     """
-    module, parameter = experts.module, experts.parameters[name]
-    C = parameter.shape[-1]
+    C = experts.matrices[name].shape[-1]
     tokens = routed.tokens(number)
     few = tokens < C
     if few and of_all:
@@ -129,8 +156,7 @@ def hessian(
     for first in range(0, len(x), TOKENS_AT_ONCE):
         inputs = x[first : first + TOKENS_AT_ONCE]
         if name.endswith(DOWN):
-            gates_and_ups = getattr(module, GATE_UP)[number]
-            inputs = module._apply_gate(nn.functional.linear(inputs.to(gates_and_ups), gates_and_ups))
+            inputs = experts.activation(experts.linear(GATE_UP, number, inputs))
         accumulate(H, inputs.cpu())
     H = mirrored(H)
     if few and of_all is not None and not name.endswith(DOWN):
@@ -138,12 +164,13 @@ def hessian(
     return H, tokens
 
 
-def _stacked(solved: list[Solved], parameter: nn.Parameter) -> Quantised | Tensor:
+def _stacked(solved: list[Solved], experts: Experts, name: str) -> Quantised | Tensor:
     """Return the weights of all experts as one, of the parameter's shape."""
-    weight = joined([each.weight for each in solved])
+    weight, matrices = joined([each.weight for each in solved]), experts.matrices[name]
     if isinstance(weight, Quantised):
-        return replace(weight, experts=len(solved))
-    return weight.view(parameter.shape).to(parameter.dtype)
+        return replace(weight, experts=len(solved), turned=experts.turned)
+    rows = weight.view(matrices.shape).to(matrices.dtype)
+    return rows.mT.contiguous() if experts.turned else rows
 
 
 def _notes(solved: list[Solved], few: list[int], C: int) -> tuple[str, ...]:

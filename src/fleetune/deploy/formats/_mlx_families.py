@@ -320,8 +320,8 @@ def layers(
     of_experts = experts.stacked(parameter)[0].name != parameter
     for name, part in parts(config, parameter):
         matrix, whole = not experts.is_bias(name), weight
-        if family.transposed and of_experts and matrix and isinstance(weight, Tensor):
-            whole = weight.mT.contiguous()
+        if family.transposed and of_experts and matrix:
+            whole = weight.mT.contiguous() if isinstance(weight, Tensor) else replace(weight, turned=False)
         order = part.order(tuple(whole.shape), matrix, family.paired)
         yield name, whole if order is None else _rows(whole, torch.from_numpy(order), part, name)
 
