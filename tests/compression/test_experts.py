@@ -219,16 +219,18 @@ def test_what_is_said_to_a_mapped_base_of_codes_works(tmp_path: Path) -> None:
         assert fleetune.evaluate(done, rows, tasks=["loss"])["loss"] > 0
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("method", ["rtn", "optq"])
-def test_an_expert_is_solved_as_a_layer_is(method: str, tmp_path: Path) -> None:
+def test_an_expert_is_solved_as_a_layer_is(method: str, family: str, tmp_path: Path) -> None:
     """The codes of each are those that the solver gives for its matrix and Hessian alone."""
-    model, windows = model_of("qwen3_moe"), text(8, 24)
+    model, windows = model_of(family), text(8, 24)
     solver = compression.make(method, {"group": 16})
     parts = driver.run(model, solver, windows if solver.data else None, tmp_path, experts=True)
     each = experts_in(model)[0]
     for number, (_, x, down) in enumerate(inputs_of(model, each, windows)):
         for name, inputs in zip(each.parameters, (x, down), strict=True):
             W, q = each.parameters[name][number], parts[name]
+            W = W.T.contiguous() if family == "gpt_oss" else W
             assert isinstance(q, Quantised)
             assert q.experts == 4
             H = (2 * inputs.T @ inputs).float()
@@ -260,28 +262,30 @@ def test_optq_beats_rounding_on_experts(tmp_path: Path) -> None:
     assert all(errors["optq"][name] < 0.9 * errors["rtn"][name] for name in errors["optq"])
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("true_sequential", [False, True])
-def test_a_killed_run_resumes(true_sequential: bool, tmp_path: Path) -> None:
+def test_a_killed_run_resumes(true_sequential: bool, family: str, tmp_path: Path) -> None:
     def stop(block: int, blocks: int, name: str) -> None:
         if block == 1 and name.endswith("experts.down_proj"):
             raise KeyboardInterrupt
 
     solver, windows = compression.make("optq", {"group": 16}), text(4, 24)
     settings: dict[str, Any] = {"true_sequential": true_sequential, "experts": True}
-    driver.run(model_of("qwen3_moe"), solver, windows, tmp_path / "whole", **settings)
+    driver.run(model_of(family), solver, windows, tmp_path / "whole", **settings)
     with pytest.raises(KeyboardInterrupt):
-        driver.run(model_of("qwen3_moe"), solver, windows, tmp_path / "half", stop, **settings)
+        driver.run(model_of(family), solver, windows, tmp_path / "half", stop, **settings)
     assert block_file(tmp_path / "half", 0).is_file()
     assert not block_file(tmp_path / "half", 1).is_file()
-    driver.run(model_of("qwen3_moe"), solver, windows, tmp_path / "half", **settings)
+    driver.run(model_of(family), solver, windows, tmp_path / "half", **settings)
     for number in range(3):
         whole, again = (load_file(block_file(tmp_path / at, number)) for at in ("whole", "half"))
         assert set(whole) == set(again)
         assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_sparsegpt_prunes_every_expert(tmp_path: Path) -> None:
-    model = model_of("mixtral")
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_sparsegpt_prunes_every_expert(family: str, tmp_path: Path) -> None:
+    model = model_of(family)
     parts = driver.run(model, compression.make("sparsegpt", {}), text(4, 24), tmp_path, experts=True)
     for each in experts_in(model):
         for name, parameter in each.parameters.items():
@@ -290,6 +294,8 @@ def test_sparsegpt_prunes_every_expert(tmp_path: Path) -> None:
             assert weight.shape == parameter.shape
             zeros = (weight == 0).float().mean((1, 2))
             assert torch.allclose(zeros, torch.full((4,), 0.5), atol=0.02)
+            kept = weight != 0
+            assert torch.corrcoef(torch.stack([weight[kept], parameter[kept]]))[0, 1] > 0.9
 
 
 def test_a_group_that_does_not_fit_experts_is_said(tmp_path: Path) -> None:
@@ -312,7 +318,11 @@ def test_a_group_that_does_not_fit_experts_is_said(tmp_path: Path) -> None:
 
 def test_experts_of_which_transformers_says_nothing_stay(tmp_path: Path) -> None:
     """Whether their matrices are [in, out], and what is between them."""
-    changes: dict[str, Any] = {"intermediate_size_mlp": 64, "attention_chunk_size": 64, "no_rope_layers": [1] * 3}
+    changes: dict[str, Any] = {
+        "intermediate_size_mlp": 64,
+        "attention_chunk_size": 64,
+        "no_rope_layers": [1] * 3,
+    }
     model = model_of("llama4_text", **changes)
     assert driver.experts_left(model, taken=True) == 3
     assert driver.experts_left(model_of("qwen3_moe"), taken=True) == 0
@@ -325,6 +335,17 @@ def test_experts_of_which_transformers_says_nothing_stay(tmp_path: Path) -> None
 
 
 # ---------------------------------------------------------------- what is stated of them
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_the_plan_counts_rows_and_columns_of_experts(family: str) -> None:
+    net = model_of(family).net
+    found = {linear.name: (linear.out, linear.into) for linear in shape_of(net.config).experts}
+    assert found == {
+        f"model.layers.{i}.mlp.experts.{part}": of
+        for i in range(3)
+        for part, of in (("gate_up_proj", (4 * 2 * 64, 32)), ("down_proj", (4 * 32, 64)))
+    }
 
 
 def test_the_plan_finds_experts_behind_dense_first_blocks() -> None:

@@ -109,6 +109,10 @@ def test_a_head_that_lies_about_experts_is_refused(tmp_path: Path) -> None:
         head = json.loads(opened.metadata()["master"])
     (folder / "SHA256SUMS").unlink()
     name = "model.layers.0.mlp.experts.down_proj"
+    lied = head | {"version": 5, "turned": [name.replace("down_proj", "gate")]}
+    save_file(tensors, file, {"format": "pt", "master": json.dumps(lied)})
+    with pytest.raises(ModelError, match=r"experts.gate is turned and not of experts"):
+        Master(folder)
     for lie, why in ((7, "rows of 7 experts"), (0, "numbers of experts"), ("4", "numbers of experts")):
         text = json.dumps(head | {"experts": head["experts"] | {name: lie}})
         save_file(tensors, file, {"format": "pt", "master": text})
@@ -116,12 +120,23 @@ def test_a_head_that_lies_about_experts_is_refused(tmp_path: Path) -> None:
             Master(folder).quantised(name)
 
 
-def test_a_mapped_mixture_is_compressed_the_same(tmp_path: Path) -> None:
-    save("qwen3_moe", tmp_path / "m")
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("method", ["rtn", "optq"])
+def test_a_mapped_mixture_is_compressed_the_same(family: str, method: str, tmp_path: Path) -> None:
+    save(family, tmp_path / "m")
+    (tmp_path / "t.txt").write_text("a text about nothing much, of some length. " * 20)
+    given: dict[str, Any] = (
+        {"text": str(tmp_path / "t.txt"), "windows": 4, "length": 32} if method == "optq" else {}
+    )
     model = export(tmp_path / "m", "hf", tmp_path / "hf").path  # joined, as in memory
     made = [
         fleetune.compress(
-            model, method="rtn", settings={"group": 32}, out=tmp_path / at, low_memory=at == "mapped"
+            model,
+            method=method,
+            settings={"group": 32},
+            out=tmp_path / at,
+            low_memory=at == "mapped",
+            **given,
         ).folder
         for at in ("whole", "mapped")
     ]

@@ -22,7 +22,16 @@ from fleetune.models.families import table  # noqa: E402
 from fleetune.models.mapped.stored import weight_files  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
-MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "granitemoeshared", "ernie4_5_moe", "gpt_oss")
+MIXTURES = (
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "olmoe",
+    "granitemoe",
+    "granitemoeshared",
+    "ernie4_5_moe",
+    "gpt_oss",
+)
 
 
 def test_the_page_has_every_family_with_a_place_in_gguf() -> None:

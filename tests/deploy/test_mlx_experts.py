@@ -108,21 +108,29 @@ def test_codes_of_experts_are_stacked_as_mlx_lm_has_them(family: str, tmp_path: 
     assert config(path)["quantization"] == {"group_size": 32, "bits": 4}
 
 
-def test_gpt_oss_has_gates_and_ups_apart_in_16_bits(tmp_path: Path) -> None:
-    path, plain = bench.compressed("gpt_oss", tmp_path, "ggml")
+def test_gpt_oss_has_gates_and_ups_apart_with_biases(tmp_path: Path) -> None:
+    """In the model they alternate, and its matrices are [in, out]."""
+    path, plain = bench.compressed("gpt_oss", tmp_path, "asymmetric")
     tensors, own = stored(path), stored(plain)
     experts = f"{BLOCK}.mlp.experts"
     gate_up, bias = own[f"{experts}.gate_up_proj"], own[f"{experts}.gate_up_proj_bias"]
-    want = {
-        "gate_proj.weight": gate_up[:, :, ::2].swapaxes(1, 2), "up_proj.weight": gate_up[:, :, 1::2].swapaxes(1, 2),
-        "gate_proj.bias": bias[:, ::2], "up_proj.bias": bias[:, 1::2],
-        "down_proj.weight": own[f"{experts}.down_proj"].swapaxes(1, 2), "down_proj.bias": own[f"{experts}.down_proj_bias"],
-    }  # fmt: skip
-    assert {name: tensor for name, tensor in tensors.items() if name.startswith(f"{experts}.")}.keys() == {
-        f"{experts}.{name}" for name in want
+    weights = {
+        "gate_proj": gate_up[:, :, ::2],
+        "up_proj": gate_up[:, :, 1::2],
+        "down_proj": own[f"{experts}.down_proj"],
     }
-    for name, values in want.items():
-        assert np.array_equal(tensors[f"{experts}.{name}"], values.astype(np.float16)), name
+    biases = {
+        "gate_proj": bias[:, ::2],
+        "up_proj": bias[:, 1::2],
+        "down_proj": own[f"{experts}.down_proj_bias"],
+    }
+    parts = ("weight", "scales", "biases", "bias")
+    assert {name for name in tensors if name.startswith(f"{experts}.")} == {
+        f"{experts}.{name}.{part}" for name in weights for part in parts
+    }
+    for name, weight in weights.items():
+        assert np.array_equal(decoded(tensors, f"{experts}.{name}"), weight.swapaxes(1, 2)), name
+        assert np.array_equal(tensors[f"{experts}.{name}.bias"], biases[name].astype(np.float16)), name
     assert f"{BLOCK}.self_attn.q_proj.scales" in tensors
 
 

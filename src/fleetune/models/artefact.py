@@ -293,7 +293,12 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
     StorageError when it cannot be written or `folder` holds something else; then `folder` is unchanged.
     """
     grids, shapes = dict[str, tuple[int, int]](), dict[str, tuple[int, int]]()
-    codebooks, superblocks, experts, turned = dict[str, str](), dict[str, str](), dict[str, int](), list[str]()
+    codebooks, superblocks, experts, turned = (
+        dict[str, str](),
+        dict[str, str](),
+        dict[str, int](),
+        list[str](),
+    )
     table = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
     for name, weight in _merged(model, changed):
         table |= {n: (t.dtype, tuple(t.shape)) for n, t in stored(name, weight).items()}
