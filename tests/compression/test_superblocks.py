@@ -95,6 +95,18 @@ def test_any_matrix_is_rounded_to_the_nearest_and_the_file_holds_it(
 
 
 @pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_units_that_are_not_finite_do_not_fit(kind: str, value: float) -> None:
+    q = rounded(torch.randn(2, 256), super_blocks.grid_of(kind), 32)
+    assert q.blocks is not None
+    for part in ("d", "dmin") if SUPER_TYPES[kind].minimum else ("d",):
+        unit = getattr(q.blocks, part).clone()
+        unit[1, 0] = value
+        blocks = q.blocks._replace(**{part: unit})
+        assert blocks.misfit(2, 256) == "units that are no finite numbers"
+
+
+@pytest.mark.parametrize("kind", TYPES)
 def test_the_scales_are_those_that_take_least_of_all_near_them(kind: str) -> None:
     """No other k and m of a group, for the same d and dmin, has an error that is much smaller: all of them are tried."""
     of = SUPER_TYPES[kind]

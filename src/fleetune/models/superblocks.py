@@ -85,6 +85,8 @@ class SuperBlocks(NamedTuple):
             return f"parts that are not those of super-blocks of {WIDTH} columns"
         if any(t.dtype != dtype for t, dtype in zip(found, dtypes, strict=True)):
             return f"parts of another type than {self.kind}'s"
+        if not all(bool(unit.isfinite().all()) for unit in (self.d, self.dmin)):
+            return "units that are no finite numbers"
         ends = [(self.multiples, of.low), (self.minima, 0)]
         if any(t.numel() and (int(t.min()) < low or int(t.max()) > of.high) for t, low in ends):
             return f"multiples that {self.kind} has not"
