@@ -5,6 +5,8 @@
     python -m benchmarks.expert_budget random calibration.txt held-out.txt    a random one of 7 million weights
     python -m benchmarks.expert_budget trained calibration.txt held-out.txt   the same, trained on the calibration text first
 
+It is a Qwen3-MoE, or a gpt-oss with `--family gpt_oss`.
+
 Told is the KL divergence from the dense model on the held-out text, of each grid with embedding and head in 8 bits, as `export`
 writes them, and of a budget of as many bytes for the whole file, with what it expected.
 """
@@ -45,13 +47,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def mixture(text: str, steps: int) -> tuple[Any, PreTrainedTokenizerFast]:
+def mixture(family: str, text: str, steps: int) -> tuple[Any, PreTrainedTokenizerFast]:
     """A mixture of 8 experts a layer, 2 of which a token is sent to, trained for so many steps on a text."""
     words = tokenizer()
     config = AutoConfig.for_model(
-        "qwen3_moe", vocab_size=264, hidden_size=256, intermediate_size=256, moe_intermediate_size=256,
+        family, vocab_size=264, hidden_size=256, intermediate_size=256, moe_intermediate_size=256,
         num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=8,
-        num_experts_per_tok=2, norm_topk_prob=True, max_position_embeddings=512, output_router_logits=True,
+        num_local_experts=8, num_experts_per_tok=2, norm_topk_prob=True, max_position_embeddings=512, output_router_logits=True,
         router_aux_loss_coef=0.01, bos_token_id=257, eos_token_id=258, pad_token_id=258,
         initializer_range=0.006 if steps else 0.08,
     )  # fmt: skip
@@ -119,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.expert_budget")
     for name in ("model", "text", "held"):
         parser.add_argument(name)
+    parser.add_argument("--family", choices=["qwen3_moe", "gpt_oss"], default="qwen3_moe")
     parser.add_argument("--method", default="qronos")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
@@ -130,7 +133,7 @@ def main() -> None:
         return
     text = Path(asked.text).read_text(encoding="utf-8")
     with TemporaryDirectory() as folder:
-        net, words = mixture(text, STEPS if asked.model == "trained" else 0)
+        net, words = mixture(asked.family, text, STEPS if asked.model == "trained" else 0)
         models.save(net, words, Path(folder) / "m")
         compare(str(Path(folder) / "m"), *given)
 

@@ -45,6 +45,18 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("compression/layerwise/experts.py", "of_all is not None and not name.endswith(DOWN)", "of_all is not None", "compression/test_experts.py -k summed_once"),
     Mutant("tuning/estimate.py", "SLOW: Final = 1.0", "SLOW: Final = 6.0", "tuning/test_estimate.py -k timed_once"),
     Mutant("evaluation/answers.py", "max_time=seconds,", "", "deploy/test_serve_command.py -k bounded"),
+    # gpt-oss's experts, whose matrices are [in, out]
+    Mutant("models/artefact.py", "return values.view(self.experts, -1, values.shape[1]).mT.contiguous()", "return values.view(self.shape)", "deploy/test_expert_codes.py"),
+    Mutant("models/artefact.py", "(self.experts, C, rows) if self.turned", "(self.experts, rows, C) if self.turned", "deploy/test_expert_codes.py"),
+    Mutant("models/artefact.py", "version=WITH_TURNED if turned else WITH_EXPERTS", "version=WITH_EXPERTS", "deploy/test_expert_codes.py -k reach_every"),
+    Mutant("models/artefact.py", "set(self.turned) - set(self.experts)", "set()", "deploy/test_master.py deploy/test_expert_codes.py"),
+    Mutant("compression/layerwise/blocks.py", "turned = [True] if q.turned else []", "turned = []", "compression/test_experts.py"),
+    Mutant("compression/layerwise/experts.py", "return rows.mT.contiguous() if experts.turned else rows", "return rows.reshape(experts.parameters[name].shape)", "compression/test_experts.py -k sparsegpt"),
+    Mutant("compression/layerwise/experts.py", "if self.module.has_bias else None", "if False else None", "compression/test_experts.py -k saw"),
+    Mutant("compression/layerwise/column_loop.py", "W.T.clone(memory_format=torch.contiguous_format)", "W.T.contiguous()", "compression/test_solvers.py -k layout"),
+    Mutant("compression/layerwise/driver.py", "in matrices_of(linears, inside).items()", "in parameters_of(linears, inside).items()", "compression/test_experts.py"),
+    Mutant("models/shapes.py", "out, into = into, out", "pass", "compression/test_experts.py -k plan_counts"),
+    Mutant("models/superblocks.py", "for unit in (self.d, self.dmin)", "for unit in (self.d,)", "compression/test_superblocks.py -k finite"),
     # a mixture's experts in a byte budget
     Mutant("compression/budget/routed.py", "by_y = g[token].float() * r", "by_y = g[token].float()", "compression/test_expert_budget.py"),
     Mutant("compression/budget/routed.py", "return bool((total - out.float()).norm() <= ROUNDING * total.norm())", "return True", "compression/test_expert_budget.py"),
@@ -52,7 +64,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("compression/budget/costs.py", "if all(each in cost for cost in costs)", "if True", "compression/test_expert_budget.py"),
     Mutant("compression/jobs/budget.py", "names, seed, on_window, experts)", "names, seed, on_window)", "compression/test_expert_budget.py"),
     # mixtures in MLX
-    Mutant("deploy/formats/_mlx_families.py", "whole = weight.mT.contiguous()", "whole = weight", "deploy/test_mlx_experts.py -k gpt_oss"),
+    Mutant("deploy/formats/_mlx_families.py", "whole = weight.mT.contiguous() if", "whole = weight if", "deploy/test_mlx_experts.py -k gpt_oss"),
+    Mutant("deploy/formats/_mlx_families.py", "replace(weight, turned=False)", "weight", "deploy/test_mlx_experts.py -k gpt_oss"),
     Mutant("deploy/formats/_mlx_families.py", "part.order(tuple(whole.shape), matrix, family.paired)", "part.order(tuple(whole.shape), matrix, False)", "deploy/test_mlx_experts.py -k gpt_oss"),
     Mutant("deploy/formats/_mlx_families.py", '"mamba_expand": 1, "mamba_n_heads": 1, ', "", "deploy/test_mlx_families.py -k reads_of_a_family"),
     Mutant("deploy/formats/mlx.py", "and bool(model.weight(name).any())", "and False", "deploy/test_mlx_experts.py -k ernie_s_correction"),

@@ -298,8 +298,11 @@ def test_sparsegpt_prunes_every_expert(family: str, tmp_path: Path) -> None:
             assert torch.corrcoef(torch.stack([weight[kept], parameter[kept]]))[0, 1] > 0.9
 
 
-def test_a_group_that_does_not_fit_experts_is_said(tmp_path: Path) -> None:
-    model = folder_of("qwen3_moe", tmp_path / "m", moe_intermediate_size=40)
+@pytest.mark.parametrize(
+    ("family", "width"), [("qwen3_moe", "moe_intermediate_size"), ("gpt_oss", "intermediate_size")]
+)
+def test_a_group_that_does_not_fit_experts_is_said(family: str, width: str, tmp_path: Path) -> None:
+    model = folder_of(family, tmp_path / "m", **{width: 40})
     with pytest.raises(
         RecipeError, match=r"model.layers.0.mlp.experts.down_proj.* and 2 matrices more"
     ) as caught:

@@ -142,9 +142,9 @@ def test_granite_without_shared_experts_is_a_granitemoe(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- codes of other kinds, and none
 
 
-def grids(folder: Path, **kinds: Any) -> tuple[Model, dict[str, Quantised]]:
+def grids(folder: Path, family: str = "qwen3_moe", **kinds: Any) -> tuple[Model, dict[str, Quantised]]:
     """Write a tiny mixture whose linear layers are on 4 bits and whose experts are on `kinds`; return what is quantised."""
-    save("qwen3_moe", folder / "plain")
+    save(family, folder / "plain")
     model = models.load(str(folder / "plain"), device="cpu")
     found = dict[str, Quantised]()
     for name, tensor in models.named_tensors(model.net):
@@ -175,6 +175,20 @@ def test_experts_without_codes_are_in_16_bits(tmp_path: Path) -> None:
     up = model.net.get_parameter(f"{BLOCK}.mlp.experts.gate_up_proj").detach().half().numpy()[:, 64:]
     assert np.array_equal(tensors[f"{BLOCK}.mlp.switch_mlp.up_proj.weight"], up)
     assert not any("switch_mlp" in name and name.endswith(("scales", "biases")) for name in tensors)
+
+
+def test_gpt_oss_s_experts_without_codes_are_turned(tmp_path: Path) -> None:
+    model, _ = grids(tmp_path, "gpt_oss")
+    tensors = stored(export(tmp_path / "m", "mlx", tmp_path / "x").path)
+    experts = f"{BLOCK}.mlp.experts"
+    own = {n: model.net.get_parameter(f"{experts}.{n}_proj").half().numpy() for n in ("gate_up", "down")}
+    for name, values in {
+        "gate": own["gate_up"][..., ::2],
+        "up": own["gate_up"][..., 1::2],
+        "down": own["down"],
+    }.items():
+        assert np.array_equal(tensors[f"{experts}.{name}_proj.weight"], values.swapaxes(1, 2)), name
+    assert not any(experts in name and name.endswith(("scales", "biases")) for name in tensors)
 
 
 @pytest.mark.parametrize(
