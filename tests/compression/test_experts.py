@@ -77,10 +77,10 @@ def inputs_of(model: Model, each: Experts, windows: Tensor) -> list[tuple[int, T
     hook.remove()
     x, chosen = torch.cat([a for a, _ in calls]).double(), torch.cat([b for _, b in calls]).tolist()
     found = []
-    module, turned = each.module, each.module.gate_up_proj.shape[1] == x.shape[1]
+    module, transposed = each.module, each.module.gate_up_proj.shape[1] == x.shape[1]
     for number, W in enumerate(module.gate_up_proj.double()):
         mine = [token for token, of in enumerate(chosen) if number in of]
-        if turned:  # gpt-oss
+        if transposed:  # gpt-oss
             both = x @ W + module.gate_up_proj_bias[number].double()
             gate, up = both[:, ::2].clamp(max=7), both[:, 1::2].clamp(-7, 7)
             down = (up + 1) * gate * torch.sigmoid(1.702 * gate)

@@ -50,9 +50,9 @@ def test_codes_of_experts_reach_every_export(family: str, grid: str, tmp_path: P
         )
     folder = fleetune.compress(model, method="rtn", settings=settings, out=tmp_path / "runs").folder / "model"
     master = Master(folder)
-    turned = family == "gpt_oss"  # the model holds them as [in, out]
-    assert master.head.version == (5 if turned else 4)
-    assert set(master.head.turned) == (set(master.head.experts) if turned else set())
+    transposed = family == "gpt_oss"  # the model holds them as [in, out]
+    assert master.head.version == (5 if transposed else 4)
+    assert set(master.head.transposed) == (set(master.head.experts) if transposed else set())
     assert set(master.head.experts.values()) == {5}
     assert len(master.head.experts) == 8
     net = load_artefact(folder).net
@@ -68,7 +68,7 @@ def test_codes_of_experts_reach_every_export(family: str, grid: str, tmp_path: P
     weights = net.get_parameter(gate_up).numpy()
     F = weights.shape[1] // 2
     gates, ups = weights[:, :F], weights[:, F:]
-    if turned:
+    if transposed:
         gates, ups = (weights[:, :, first::2].swapaxes(1, 2) for first in (0, 1))
     for name, own in (("gate", gates), ("up", ups)):
         tensor = found[f"blk.1.ffn_{name}_exps.weight"]
@@ -109,9 +109,9 @@ def test_a_head_that_lies_about_experts_is_refused(tmp_path: Path) -> None:
         head = json.loads(opened.metadata()["master"])
     (folder / "SHA256SUMS").unlink()
     name = "model.layers.0.mlp.experts.down_proj"
-    lied = head | {"version": 5, "turned": [name.replace("down_proj", "gate")]}
+    lied = head | {"version": 5, "transposed": [name.replace("down_proj", "gate")]}
     save_file(tensors, file, {"format": "pt", "master": json.dumps(lied)})
-    with pytest.raises(ModelError, match=r"experts.gate is turned and not of experts"):
+    with pytest.raises(ModelError, match=r"experts.gate is transposed and not of experts"):
         Master(folder)
     for lie, why in ((7, "rows of 7 experts"), (0, "numbers of experts"), ("4", "numbers of experts")):
         text = json.dumps(head | {"experts": head["experts"] | {name: lie}})

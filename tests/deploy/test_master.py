@@ -199,9 +199,9 @@ Q = "model.layers.0.self_attn.q_proj.weight"
         {"shapes": {}},
         {"grids": {Q: [1e999, 32]}},
         {"experts": {"another": 2}, "version": 4},
-        {"turned": [Q], "version": 5},  # and not of experts
-        {"turned": [7], "version": 5},
-        {"turned": 7, "version": 5},
+        {"transposed": [Q], "version": 5},  # and not of experts
+        {"transposed": [7], "version": 5},
+        {"transposed": 7, "version": 5},
         {"codebooks": {"another": "iq4_nl"}, "version": 2},
     ],
     ids=str,

@@ -23,11 +23,11 @@ scale and zero
                             NAME.minima      int8 [R, C / group], of dmin
 
 The experts of a mixture are one parameter [E, R, C]: the file holds their rows one below another, [E R, C], and the header says
-how many experts NAME has.  The header lists under "turned" those that the model holds as [E, C, R] (gpt-oss).
+how many experts NAME has.  The header lists under "transposed" those that the model holds as [E, C, R] (gpt-oss).
 
 Every export is a repacking of it.  The header (JSON under "master" in the file's metadata) says how it was
 made and from which base; it has no time and no path, so the same work gives the same bytes.  It is of the lowest version that
-can say it, since earlier programs cannot read a later one: 5 names turned experts, 4 experts, 3 a super-block type, 2 a
+can say it, since earlier programs cannot read a later one: 5 names transposed experts, 4 experts, 3 a super-block type, 2 a
 codebook.
 """
 
@@ -61,7 +61,7 @@ VERSION: Final = 1
 WITH_CODEBOOKS: Final = 2  # the version of an artefact that names a codebook
 WITH_SUPERBLOCKS: Final = 3  # the version of an artefact that names a super-block type
 WITH_EXPERTS: Final = 4  # the version of an artefact that names experts
-WITH_TURNED: Final = 5  # the version of an artefact that names experts which the model holds as [in, out]
+WITH_TRANSPOSED: Final = 5  # the version of an artefact that names experts which the model holds as [in, out]
 AGAIN: Final = "compress the model again"
 
 
@@ -81,16 +81,16 @@ class Quantised:
     codebook: str = ""  # of CODEBOOKS; "" where codes are evenly spaced
     blocks: SuperBlocks | None = None  # what `scale` is made of, where it is made of super-blocks' parts
     experts: int = 0  # whose matrices' rows stand one below another; 0 for a single matrix
-    turned: bool = False  # whether the parameter holds each expert's matrix as [in, out]
+    transposed: bool = False  # whether the parameter holds each expert's matrix as [in, out]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The parameter's shape: [R, C], [experts, R / experts, C], or [experts, C, R / experts] where it is turned."""
+        """The parameter's shape: [R, C], [experts, R / experts, C], or [experts, C, R / experts] where it is transposed."""
         R, C = self.codes.shape
         if not self.experts:
             return R, C
         rows = R // self.experts
-        return (self.experts, C, rows) if self.turned else (self.experts, rows, C)
+        return (self.experts, C, rows) if self.transposed else (self.experts, rows, C)
 
     @staticmethod
     def of_blocks(codes: Tensor, blocks: SuperBlocks) -> Quantised:
@@ -110,7 +110,7 @@ class Quantised:
         values = self.steps().float() * self.scale.float().repeat_interleave(self.group, 1)
         offset = None if self.blocks is None else self.blocks.offset()
         values = values if offset is None else values - offset.repeat_interleave(self.group, 1)
-        if self.turned:
+        if self.transposed:
             return values.view(self.experts, -1, values.shape[1]).mT.contiguous()
         return values.view(self.shape)
 
@@ -130,12 +130,17 @@ class ArtefactHead:
     codebooks: Mapping[str, str] = field(default_factory=dict)  # NAME on a codebook -> its name
     superblocks: Mapping[str, str] = field(default_factory=dict)  # NAME in super-blocks -> their type
     experts: Mapping[str, int] = field(default_factory=dict)  # NAME of experts -> how many
-    turned: Sequence[str] = ()  # NAME of experts that the model holds as [in, out]
+    transposed: Sequence[str] = ()  # NAME of experts that the model holds as [in, out]
 
     def to_json(self) -> str:
         """Return canonical JSON."""
         raw = dataclasses.asdict(self)
-        for later in ("codebooks", "superblocks", "experts", "turned"):  # earlier versions do not know them
+        for later in (
+            "codebooks",
+            "superblocks",
+            "experts",
+            "transposed",
+        ):  # earlier versions do not know them
             if not raw[later]:
                 del raw[later]
         return json.dumps(raw, sort_keys=True, separators=(",", ":"))
@@ -145,9 +150,9 @@ class ArtefactHead:
         """Parse a header; ModelError when it is not that of a master artefact of this version."""
         try:
             raw = json.loads(text)
-            if raw["version"] not in range(VERSION, WITH_TURNED + 1):
+            if raw["version"] not in range(VERSION, WITH_TRANSPOSED + 1):
                 raise ModelError(
-                    f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION} to {WITH_TURNED}",
+                    f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION} to {WITH_TRANSPOSED}",
                     hint="update Fleetune, or compress the model again",
                 )
             if type(raw["version"]) is not int:
@@ -169,14 +174,16 @@ class ArtefactHead:
 
     def _check_types(self) -> None:
         """Raise ValueError where a field is of another type, or names a matrix that has no grid."""
-        texts = all(isinstance(text, str) for text in (self.method, self.base, self.tokenizer, *self.turned))
+        texts = all(
+            isinstance(text, str) for text in (self.method, self.base, self.tokenizer, *self.transposed)
+        )
         named = (self.codebooks, self.superblocks, self.experts)
         if not texts or not all(isinstance(of, dict) for of in (self.settings, self.calibration, *named)):
             raise ValueError("fields of other types")
         if unknown := sorted({name for of in named for name in of} - set(self.grids)):
             raise ValueError(f"{unknown[0]} has no grid")
-        if unknown := sorted(set(self.turned) - set(self.experts)):
-            raise ValueError(f"{unknown[0]} is turned and not of experts")
+        if unknown := sorted(set(self.transposed) - set(self.experts)):
+            raise ValueError(f"{unknown[0]} is transposed and not of experts")
 
 
 def joined(rows: Sequence[Quantised | Tensor]) -> Quantised | Tensor:
@@ -247,7 +254,7 @@ def assembled(
     codebook: str = "",
     superblocks: str = "",
     experts: int = 0,
-    turned: bool = False,
+    transposed: bool = False,
 ) -> Quantised:
     """Return the matrix whose parts `get` reads by name (`part_names`); ValueError for parts of no such matrix."""
     if group < 1 or not 1 <= bits <= 8:
@@ -266,7 +273,7 @@ def assembled(
         if not scale.is_floating_point() or zero.dtype != torch.uint8 or not bool(scale.isfinite().all()):
             raise ValueError("scales that are no finite numbers, or zeros that are no codes")
         codes = unpack(packed, bits, columns)
-        return Quantised(codes, scale, zero, bits, group, codebook, experts=experts, turned=turned)
+        return Quantised(codes, scale, zero, bits, group, codebook, experts=experts, transposed=transposed)
     of = SUPER_TYPES[superblocks]
     if (bits, group, codebook) != (of.bits, of.group, ""):
         raise ValueError(f"codes of {bits} bits in groups of {group} for {superblocks}")
@@ -275,7 +282,7 @@ def assembled(
     if problem := blocks.misfit(R, columns):
         raise ValueError(problem)
     found = Quantised.of_blocks(unpack(packed, bits, columns), blocks)
-    return dataclasses.replace(found, experts=experts, turned=turned)
+    return dataclasses.replace(found, experts=experts, transposed=transposed)
 
 
 def _merged(
@@ -293,7 +300,7 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
     StorageError when it cannot be written or `folder` holds something else; then `folder` is unchanged.
     """
     grids, shapes = dict[str, tuple[int, int]](), dict[str, tuple[int, int]]()
-    codebooks, superblocks, experts, turned = (
+    codebooks, superblocks, experts, transposed = (
         dict[str, str](),
         dict[str, str](),
         dict[str, int](),
@@ -307,8 +314,8 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
             grids[name], shapes[name] = (weight.bits, weight.group), (R, C)
             if weight.experts:
                 experts[name] = weight.experts
-            if weight.turned:
-                turned.append(name)
+            if weight.transposed:
+                transposed.append(name)
             if weight.blocks is not None:
                 superblocks[name] = weight.blocks.kind
             elif weight.codebook:
@@ -316,7 +323,7 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
     version = WITH_SUPERBLOCKS if superblocks else WITH_CODEBOOKS if codebooks else VERSION
     head = dataclasses.replace(
         head, grids=grids, shapes=shapes, codebooks=codebooks, superblocks=superblocks, experts=experts,
-        turned=turned, version=WITH_TURNED if turned else WITH_EXPERTS if experts else version,
+        transposed=transposed, version=WITH_TRANSPOSED if transposed else WITH_EXPERTS if experts else version,
     )  # fmt: skip
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -375,7 +382,7 @@ class Master:
         try:
             found = assembled(
                 lambda part: self._file.get_tensor(f"{name}.{part}"), bits, group, C, codebook, kind,
-                self.head.experts.get(name, 0), name in self.head.turned,
+                self.head.experts.get(name, 0), name in self.head.transposed,
             )  # fmt: skip
             if len(found.codes) != R:
                 raise ValueError(f"{len(found.codes)} rows")

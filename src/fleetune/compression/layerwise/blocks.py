@@ -44,12 +44,12 @@ def block_file(folder: Path, number: int) -> Path:
 def described(q: Quantised) -> list[Any]:
     """Return what `assembled` needs beside the parts, as far as there is any.
 
-    Bits, group and columns; then codebook, super-block type, number of experts, and whether these are turned.
+    Bits, group and columns; then codebook, super-block type, number of experts, and whether these are transposed.
     """
     if q.experts:
         kind = "" if q.blocks is None else q.blocks.kind
-        turned = [True] if q.turned else []
-        return [q.bits, q.group, q.codes.shape[1], q.codebook * (not kind), kind, q.experts, *turned]
+        transposed = [True] if q.transposed else []
+        return [q.bits, q.group, q.codes.shape[1], q.codebook * (not kind), kind, q.experts, *transposed]
     if q.blocks is not None:
         return [q.bits, q.group, q.codes.shape[1], "", q.blocks.kind]
     return [q.bits, q.group, q.codes.shape[1], *([q.codebook] if q.codebook else [])]

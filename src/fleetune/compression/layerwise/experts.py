@@ -2,7 +2,7 @@
 """Solve the matrices of a mixture's experts, each with the Hessian of the tokens that were routed to it.
 
 transformers has the matrices of all experts of a layer in two parameters, [E, 2 F, H] (gate and up) and [E, H, F] (down);
-gpt-oss has them turned, [E, H, 2 F] and [E, F, H].  Every matrix [R, C] = [out, in] is solved as a linear layer is: its
+gpt-oss has them transposed, [E, H, 2 F] and [E, F, H].  Every matrix [R, C] = [out, in] is solved as a linear layer is: its
 inputs are the tokens whose router chose the expert, for `down` after they went through the expert's gate and up.
 
 With fewer tokens than columns a Hessian has no full rank: in the directions that no token had, columns would be corrected
@@ -43,11 +43,11 @@ class Experts(NamedTuple):
 
     @property
     def matrices(self) -> dict[str, Tensor]:
-        """The parameters as [E, R, C] = [E, out, in] by name, in the same order; a turned one is a view of it."""
-        return {name: p.mT if self.turned else p for name, p in self.parameters.items()}
+        """The parameters as [E, R, C] = [E, out, in] by name, in the same order; a transposed one is a view of it."""
+        return {name: p.mT if self.transposed else p for name, p in self.parameters.items()}
 
     @property
-    def turned(self) -> bool:
+    def transposed(self) -> bool:
         """Whether the parameters hold every matrix as [in, out]."""
         return bool(self.module.is_transposed)
 
@@ -168,9 +168,9 @@ def _stacked(solved: list[Solved], experts: Experts, name: str) -> Quantised | T
     """Return the weights of all experts as one, of the parameter's shape."""
     weight, matrices = joined([each.weight for each in solved]), experts.matrices[name]
     if isinstance(weight, Quantised):
-        return replace(weight, experts=len(solved), turned=experts.turned)
+        return replace(weight, experts=len(solved), transposed=experts.transposed)
     rows = weight.view(matrices.shape).to(matrices.dtype)
-    return rows.mT.contiguous() if experts.turned else rows
+    return rows.mT.contiguous() if experts.transposed else rows
 
 
 def _notes(solved: list[Solved], few: list[int], C: int) -> tuple[str, ...]:

@@ -321,7 +321,9 @@ def layers(
     for name, part in parts(config, parameter):
         matrix, whole = not experts.is_bias(name), weight
         if family.transposed and of_experts and matrix:
-            whole = weight.mT.contiguous() if isinstance(weight, Tensor) else replace(weight, turned=False)
+            whole = (
+                weight.mT.contiguous() if isinstance(weight, Tensor) else replace(weight, transposed=False)
+            )
         order = part.order(tuple(whole.shape), matrix, family.paired)
         yield name, whole if order is None else _rows(whole, torch.from_numpy(order), part, name)
 
