@@ -64,7 +64,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("compression/budget/costs.py", "if all(each in cost for cost in costs)", "if True", "compression/test_expert_budget.py"),
     Mutant("compression/jobs/budget.py", "names, seed, on_window, experts)", "names, seed, on_window)", "compression/test_expert_budget.py"),
     # mixtures in MLX
-    Mutant("deploy/formats/_mlx_families.py", "whole = weight.mT.contiguous() if", "whole = weight if", "deploy/test_mlx_experts.py -k gpt_oss"),
+    Mutant("deploy/formats/_mlx_families.py", "weight.mT.contiguous() if isinstance", "weight if isinstance", "deploy/test_mlx_experts.py -k gpt_oss"),
     Mutant("deploy/formats/_mlx_families.py", "replace(weight, transposed=False)", "weight", "deploy/test_mlx_experts.py -k gpt_oss"),
     Mutant("deploy/formats/_mlx_families.py", "part.order(tuple(whole.shape), matrix, family.paired)", "part.order(tuple(whole.shape), matrix, False)", "deploy/test_mlx_experts.py -k gpt_oss"),
     Mutant("deploy/formats/_mlx_families.py", '"mamba_expand": 1, "mamba_n_heads": 1, ', "", "deploy/test_mlx_families.py -k reads_of_a_family"),
