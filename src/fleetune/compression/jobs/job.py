@@ -106,9 +106,9 @@ def prepare(
     from fleetune.compression.jobs import distil, inputs, prune, solve
 
     release_memory()  # an earlier job's, so that the peak is this one's
+    check(request)  # before the method's module is imported, which loads torch
     method = compression.make(request.method, request.set)
     _check_grid(request, method)
-    check(request)
     if request.run:
         _note_codes(request, listener)
     else:
