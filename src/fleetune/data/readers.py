@@ -243,8 +243,8 @@ def decode(raw: bytes, shown: str) -> str:
         ) from error
 
 
-def require_text(source: str, hint: str) -> None:
-    """Raise UsageError for a file of rows without a field `text`, given as plain text; `hint` says how rows are given.
+def require_text(source: str, hint: str, flag: str = "--text") -> None:
+    """Raise UsageError for a file of rows without a field `text`, given as the plain text of `flag`; `hint` says how to give rows.
 
     The first row is looked at; what cannot be read is told where it is read.
     """
@@ -253,7 +253,7 @@ def require_text(source: str, hint: str) -> None:
     if isinstance(first, FileRow) and "text" not in first.fields:
         there = names_of(first.fields)
         raise UsageError(
-            f"{source} holds rows without a field 'text' (there are: {there}), and --text is plain text",
+            f"{source} holds rows without a field 'text' (there are: {there}), and {flag} is plain text",
             hint=hint,
         )
 
