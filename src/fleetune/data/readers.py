@@ -244,7 +244,7 @@ def decode(raw: bytes, shown: str) -> str:
 
 
 def require_text(source: str, hint: str, flag: str = "--text") -> None:
-    """Raise UsageError for a file of rows without a field `text`, given as the plain text of `flag`; `hint` says how to give rows.
+    """Raise UsageError for a file of rows without a field `text`, given as the plain text of `flag`; `hint` gives rows instead.
 
     The first row is looked at; what cannot be read is told where it is read.
     """
