@@ -321,6 +321,23 @@ def test_rows_from_standard_input_that_are_not_utf_8_name_no_file(
         assert f"  try: convert them on the way: {hint}" in err
 
 
+@pytest.mark.parametrize("words", [("data", "check"), ("tune", "tiny")])
+def test_a_single_row_is_told_what_to_give_beside_it(
+    at: Path, capsys: Capture, words: tuple[str, ...]
+) -> None:
+    row = json.dumps({"prompt": "a", "response": "b"}) + "\n"
+    Path("one.jsonl").write_text(row)
+    assert main([*words, "one.jsonl"]) == 2
+    said = capsys.readouterr().err
+    assert "error: cannot hold out 1 of 1 row: none would be left for training\n" in said
+    assert "try: give more data, or the rows to measure on in a file of their own: --eval-data FILE\n" in said
+    Path("two.jsonl").write_text(row * 2)
+    assert main([*words, "two.jsonl", "--held-out", "2"]) == 2
+    assert "try: hold out fewer rows (--held-out 1 at most), or give more data\n" in capsys.readouterr().err
+    assert main(["data", "check", "two.jsonl", "--held-out", "1"]) == 0
+    assert main(["data", "check", "one.jsonl", "--eval-data", "two.jsonl"]) == 0
+
+
 @pytest.mark.parametrize("words", [("tune", "tiny", "-", "--dry-run"), ("data", "check", "-")])
 def test_bad_rows_from_standard_input_name_no_file_that_is_gone(
     at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
