@@ -61,8 +61,7 @@ def evaluate(
     """
     found = subjects.open(model, out=out)  # before torch is imported
     dense = subjects.open(reference, out=out) if reference is not None else None
-    _check_text(found, text)
-    _check_options(limit, answer_tokens, text)
+    _check_options(found, limit, answer_tokens, text)
     from fleetune.data import read_text
     from fleetune.evaluation import harness_tasks
 
@@ -185,14 +184,6 @@ def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *
         )
 
 
-def _check_text(found: Subject, text: str | Path | None) -> None:
-    """UsageError for rows that are given as text."""
-    from fleetune.data import readers
-
-    if text:
-        readers.require_text(str(text), hint=command("eval", found.argument, text))
-
-
 def _check_labels(rows: Sequence[Example], labels: Sequence[str]) -> None:
     """DataError for rows with another answer than the label words, where there are any."""
     from fleetune.data.labelled import check_answers
@@ -202,8 +193,12 @@ def _check_labels(rows: Sequence[Example], labels: Sequence[str]) -> None:
         check_answers(answers, labels, f"labels = {', '.join(labels)}", "name all label words of the data")
 
 
-def _check_options(limit: int, answer_tokens: int, text: str | Path | None) -> None:
-    """RecipeError for numbers and a text that no model can be measured with."""
+def _check_options(found: Subject, limit: int, answer_tokens: int, text: str | Path | None) -> None:
+    """UsageError for rows that are given as text, RecipeError for numbers and a text that no model can be measured with."""
+    from fleetune.data import readers
+
+    if text:
+        readers.require_text(str(text), hint=command("eval", found.argument, text))
     numbers: dict[str, object] = {"limit": limit, "answer_tokens": answer_tokens}
     problems = [f"{n} = {v!r} is not an integer" for n, v in numbers.items() if not isinstance(v, int)]
     problems += [f"{n} = {v} is below 1" for n, v in numbers.items() if isinstance(v, int) and v < 1]
