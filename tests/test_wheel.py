@@ -78,7 +78,7 @@ def test_its_metadata_name_the_command_the_licence_and_every_extra(wheel: Path) 
     assert set(stated.get_all("Provides-Extra") or ()) == set(project["optional-dependencies"])
     assert stated["License-Expression"] == "Apache-2.0"
     assert "LICENSE" in texts
-    assert "fleetune = fleetune.cli.main:main" in texts["entry_points.txt"]
+    assert "fleetune = fleetune.__main__:main" in texts["entry_points.txt"]
 
 
 def test_the_command_recipes_and_demo_work_outside_the_repository(site: Path, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m fleetune` is the `fleetune` command."""
+"""The `fleetune` command, and `python -m fleetune`."""
 
 import sys
 

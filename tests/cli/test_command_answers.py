@@ -12,6 +12,7 @@ import pty
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,14 @@ def test_ctrl_c_before_a_command_begins_is_an_event(monkeypatch: pytest.MonkeyPa
     assert json.loads(out)["event"] == "interrupted"
 
 
-def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(at: Path) -> None:
+PROJECT = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
+SCRIPT = "import sys; from {} import {} as run; sys.exit(run())".format(
+    *PROJECT["scripts"]["fleetune"].split(":")
+)  # as pip writes it
+
+
+@pytest.mark.parametrize("started", [["-m", "fleetune"], ["-c", SCRIPT]], ids=["module", "script"])
+def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(started: list[str], at: Path) -> None:
     (at / "sitecustomize.py").write_text(
         "import sys\n"
         "class Stop:\n"
@@ -165,7 +173,7 @@ def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(at: Path) -> None:
     )
     there = os.pathsep.join([str(at), str(Path(fleetune.__file__).parents[1])])
     done = subprocess.run(
-        [sys.executable, "-m", "fleetune", "methods"],
+        [sys.executable, *started, "methods"],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": there},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")

@@ -51,6 +51,20 @@ REFUSED = {
     "tune tiny rows.jsonl --partition dirichlet:0.5": "dirichlet:ALPHA:COLUMN",
     "tune loop rows.jsonl": "'loop' is a link that leads nowhere",
     "plan a/b/c": "there is no file or directory 'a/b/c'",
+    "plan smollm2-135m --ram lots": "--ram 'lots' is not a size",
+    "plan smollm2-135m --uplink fast": "--uplink 'fast' is not a speed",
+    "plan smollm2-135m --steps 0": "--steps 0 must be at least 1",
+    "compress smollm2-135m --bpw 40": "bpw = 40.0 is not a number of bits a weight, below 33",
+    "compress smollm2-135m --windows 0": "windows = 0 is below 1",
+    "compress smollm2-135m --windows 0 --dry-run": "windows = 0 is below 1",
+    "compress smollm2-135m --method rnt": "no compression method named 'rnt'. Did you mean 'rtn'?",
+    "compress smollm2-135m --method optq --eval-text gone.txt": "no text file at gone.txt",
+    "compress smollm2-135m --method rtn --eval-text rows.jsonl": "rows.jsonl holds rows without a field 'text'",
+    "compress runs/0001-fedit-tiny --calibrate server --clients 2": "clients = 2 needs --calibrate clients or fleet",
+    "eval smollm2-135m --limit 0": "limit = 0 is below 1",
+    "eval smollm2-135m --answer-tokens 0": "answer_tokens = 0 is below 1",
+    "eval smollm2-135m --text gone.txt": "no text file at gone.txt",
+    "tune smollm2-135m rows.jsonl --train scales --method fedit": "fedpetuning, not for fedit\n  try: --method mezo, or --train",
     "measure 1 --kept-gain": f"fleetune measure {SMALL} --kept-gain",
     "measure rows --kept-gain": "--kept-gain is of a compressed run's folder",
     "measure 1 2 --kept-gain": "--kept-gain is of one compressed run",
@@ -138,14 +152,23 @@ def test_rows_with_a_field_text_are_a_text(at: Path) -> None:
         readers.require_text("rows.jsonl", hint="")
 
 
-@pytest.mark.parametrize("line", ["compress tiny --text rows.jsonl", "eval tiny --text rows.jsonl"])
+AS_TEXT = {
+    "compress tiny --text rows.jsonl": "--data rows.jsonl",
+    "compress tiny --eval-text rows.jsonl":
+        "leave it out, and measure on rows once it is compressed: fleetune eval latest rows.jsonl",
+    "compress tiny --method gkd --data rows.jsonl --eval-text rows.jsonl":
+        "leave it out, and measure on rows once it is compressed: fleetune eval latest rows.jsonl",
+    "eval tiny --text rows.jsonl": "fleetune eval tiny rows.jsonl",
+    "measure tiny --text rows.jsonl": "--data rows.jsonl",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", AS_TEXT)
 def test_rows_that_are_given_as_a_text_are_told_how_to_be_given(
     line: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(line.split()) == 2
-    err = capsys.readouterr().err
-    again = "--data rows.jsonl" if line.startswith("compress") else "fleetune eval tiny rows.jsonl"
-    told = (
-        "rows.jsonl holds rows without a field 'text' (there are: prompt, response), and --text is plain text"
-    )
+    err, again = capsys.readouterr().err, AS_TEXT[line]
+    flag = "--eval-text" if "--eval-text" in line else "--text"
+    told = f"rows.jsonl holds rows without a field 'text' (there are: prompt, response), and {flag} is plain text"
     assert err.startswith(f"error: {told}\n  try: {again}\n")

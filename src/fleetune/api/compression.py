@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fleetune.compression.jobs.job import CompressResult
     from fleetune.fleet.calibration_server import Calibrators
     from fleetune.fleet.server import Served
+    from fleetune.models.artefact import ArtefactHead
+    from fleetune.models.model import Model
     from fleetune.runs.compression_folder import CompressOptions
 
 
@@ -61,7 +63,6 @@ def compress(
     if isinstance(model, str | Path):
         subjects.open_weights(model, out)  # refused before torch is imported
     from fleetune.compression.jobs import job
-    from fleetune.deploy import gguf_size
     from fleetune.tuning import objects_to_files
 
     watching = heard_by(listener, progress)
@@ -73,7 +74,7 @@ def compress(
     }  # fmt: skip
     request = job.request_for(model, method, settings or {}, options, tokenizer=tokenizer, out=Path(out))
     return job.start(
-        request, watching, Path(out), offline=offline, devices=_devices(served), beside=gguf_size.beside
+        request, watching, Path(out), offline=offline, devices=_devices(served), beside=file_size
     )
 
 
@@ -91,7 +92,6 @@ def resume_compression(
     `folder` is a name, number, path or result; `served` is the door for devices, where these calibrate.
     """
     from fleetune.compression.jobs import job
-    from fleetune.deploy import gguf_size
     from fleetune.runs import compression_folder
 
     found = getattr(folder, "folder", None)
@@ -102,8 +102,15 @@ def resume_compression(
         Path(out),
         offline=offline,
         devices=_devices(served),
-        beside=gguf_size.beside,
+        beside=file_size,
     )
+
+
+def file_size(model: Model, quantised: Collection[str], head: ArtefactHead, name: str) -> int:
+    """Return what `gguf_size.beside` does; that module, which imports torch, is imported once it is called."""
+    from fleetune.deploy import gguf_size
+
+    return gguf_size.beside(model, quantised, head, name)
 
 
 def _size(size: float | str) -> int:

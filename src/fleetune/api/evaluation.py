@@ -61,13 +61,13 @@ def evaluate(
     """
     found = subjects.open(model, out=out)  # before torch is imported
     dense = subjects.open(reference, out=out) if reference is not None else None
-    _check_text(found, text)
+    _check_options(found, limit, answer_tokens, text)
     from fleetune.data import read_text
     from fleetune.evaluation import harness_tasks
 
     heard, labels = heard_by(listener, progress), words(labels)
     own, others = harness_tasks.divided(words(tasks))
-    wanted = _checked_tasks(own, limit, answer_tokens, text, compared=dense is not None)
+    wanted = _checked_tasks(own, text, compared=dense is not None)
     if dense is not None and others and not own:
         raise UsageError("a reference is compared with on rows or a text", hint="--tasks loss as well")
     of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
@@ -184,14 +184,6 @@ def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *
         )
 
 
-def _check_text(found: Subject, text: str | Path | None) -> None:
-    """UsageError for rows that are given as text."""
-    from fleetune.data import readers
-
-    if text:
-        readers.require_text(str(text), hint=command("eval", found.argument, text))
-
-
 def _check_labels(rows: Sequence[Example], labels: Sequence[str]) -> None:
     """DataError for rows with another answer than the label words, where there are any."""
     from fleetune.data.labelled import check_answers
@@ -201,19 +193,26 @@ def _check_labels(rows: Sequence[Example], labels: Sequence[str]) -> None:
         check_answers(answers, labels, f"labels = {', '.join(labels)}", "name all label words of the data")
 
 
-def _checked_tasks(
-    tasks: Sequence[str], limit: int, answer_tokens: int, text: str | Path | None, *, compared: bool
-) -> tuple[str, ...]:
-    """Return the tasks; RecipeError for bad options, before anything is loaded."""
-    from fleetune.evaluation import measures
+def _check_options(found: Subject, limit: int, answer_tokens: int, text: str | Path | None) -> None:
+    """UsageError for rows that are given as text, RecipeError for numbers and a text that no model can be measured with."""
+    from fleetune.data import readers
 
+    if text:
+        readers.require_text(str(text), hint=command("eval", found.argument, text))
     numbers: dict[str, object] = {"limit": limit, "answer_tokens": answer_tokens}
     problems = [f"{n} = {v!r} is not an integer" for n, v in numbers.items() if not isinstance(v, int)]
     problems += [f"{n} = {v} is below 1" for n, v in numbers.items() if isinstance(v, int) and v < 1]
     if text and not Path(text).is_file():
         problems.append(f"no text file at {text}")
-    if text and tasks and not compared and not {"perplexity", "ppl"} & set(tasks):
-        problems.append(f"{text} is for the task perplexity, which --tasks does not name")
     if problems:
         raise RecipeError(problems, hint="fleetune eval --help")
+
+
+def _checked_tasks(tasks: Sequence[str], text: str | Path | None, *, compared: bool) -> tuple[str, ...]:
+    """Return the tasks; RecipeError for unknown ones, and where none of them is of the text."""
+    from fleetune.evaluation import measures
+
+    if text and tasks and not compared and not {"perplexity", "ppl"} & set(tasks):
+        problem = f"{text} is for the task perplexity, which --tasks does not name"
+        raise RecipeError([problem], hint="fleetune eval --help")
     return measures.check_tasks(list(tasks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fleetune import subject as subjects
 from fleetune.api import plain_models
@@ -56,16 +56,17 @@ def plan(
         if base == "memory":
             raise UsageError(f"train = {train} reads the base from its GGUF file", hint="--base mapped")
         base = "mapped"
+    given = {"batch": batch, "length": length, "dtype": dtype, "base": base}
+    asked: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+    planning.Workload(steps=steps, **asked)  # bad numbers are refused before transformers is imported
+    memory = planning.parse_bytes(f"{ram} B" if isinstance(ram, int) else ram)
+    speed = planning.parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink)
     plain_models.check(name, Path(out), train)
     found = plain_models.compressed_of(name, train, Path(out))
     config, scales = _parts(name, found, train, offline=offline)
-    given = {"batch": batch, "length": length, "dtype": dtype, "base": base}
     return planning.make(
-        config, name, {field: value for field, value in given.items() if value is not None}, steps=steps,
-        ram=planning.parse_bytes(f"{ram} B" if isinstance(ram, int) else ram),
-        uplink=planning.parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink),
-        train=train, scales=scales,
-    )  # fmt: skip
+        config, name, asked, steps=steps, ram=memory, uplink=speed, train=train, scales=scales
+    )
 
 
 def _parts(

@@ -102,6 +102,11 @@ def check(recipe: recipes.Recipe, out: str) -> None:
         problems.append(str(error))
     if recipe.method != recipes.AUTO_METHOD:
         problems += settings.parsed_values(methods.settings(recipe.method), recipe.method, recipe.set)[1]
+        if recipe.train in recipes.TRAIN_PARTS:
+            of_blocks, change = recipe_problems.of_blocks(
+                recipe.train, recipe.method, recipe.set, recipe.base, recipe.device, recipes.TRAIN_PARTS
+            )
+            hint, problems = hint if problems else change, problems + of_blocks
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
 

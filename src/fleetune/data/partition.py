@@ -141,7 +141,9 @@ def hold_out(
     if count >= n:
         raise DataError(
             f"cannot hold out {count} of {counted(n, 'row')}: none would be left for training",
-            hint="hold out fewer rows, or give more data",
+            hint="give more data, or the rows to measure on in a file of their own: --eval-data FILE"
+            if n == 1
+            else f"hold out fewer rows (--held-out {n - 1} at most), or give more data",
         )
     strata = _strata(examples, column) if column is not None else [("", np.arange(n, dtype=np.int64))]
     quotas = _quotas([len(rows) for _, rows in strata], count)

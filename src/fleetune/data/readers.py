@@ -243,8 +243,8 @@ def decode(raw: bytes, shown: str) -> str:
         ) from error
 
 
-def require_text(source: str, hint: str) -> None:
-    """Raise UsageError for a file of rows without a field `text`, given as plain text; `hint` says how rows are given.
+def require_text(source: str, hint: str, flag: str = "--text") -> None:
+    """Raise UsageError for a file of rows without a field `text`, given as the plain text of `flag`; `hint` gives rows instead.
 
     The first row is looked at; what cannot be read is told where it is read.
     """
@@ -253,21 +253,28 @@ def require_text(source: str, hint: str) -> None:
     if isinstance(first, FileRow) and "text" not in first.fields:
         there = names_of(first.fields)
         raise UsageError(
-            f"{source} holds rows without a field 'text' (there are: {there}), and --text is plain text",
+            f"{source} holds rows without a field 'text' (there are: {there}), and {flag} is plain text",
             hint=hint,
         )
 
 
 def _require_no_utf16(raw: bytes, shown: str) -> None:
     """Raise DataError for a file that begins with the mark of UTF-16 or UTF-32, in which no line of it can be read."""
-    if not raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+    if not (wide := wide_encoding(raw)):
         return
-    bits = 32 if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else 16
     name, suffix = os.path.splitext(shown)
     raise DataError(
-        f"{shown} is written in UTF-{bits}, not UTF-8",
-        hint=f"save it as UTF-8, for example: iconv -f utf-{bits} -t utf-8 {quoted(shown)} > {quoted(f'{name}-utf8{suffix}')}",
+        f"{shown} is written in {wide}, not UTF-8",
+        hint=f"save it as UTF-8, for example: iconv -f {wide.lower()} -t utf-8 {quoted(shown)} > "
+        f"{quoted(f'{name}-utf8{suffix}')}",
     )
+
+
+def wide_encoding(raw: bytes) -> str:
+    """Return UTF-16 or UTF-32 where bytes begin with its mark, "" for any others."""
+    if not raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        return ""
+    return "UTF-32" if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else "UTF-16"
 
 
 def _utf8_fix(shown: str) -> str:

@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 
 SOURCES: Final = ("auto", "hub", "index")
 SOURCE_FILE: Final = "fleetune_source.json"
+OF_FILE: Final = "file "  # begins the source of a model made of a GGUF file that was given by its path
 GGUF: Final = "model.gguf"  # in a folder whose weights stay in that file
 
 
@@ -334,7 +335,7 @@ def import_gguf(path: Path, *, weights: bool = True, progress: Progress | None =
         if not _complete(target):
             with staged(target) as folder:
                 convert(path, folder, weights=weights, progress=progress)
-                _write_source(folder, f"file {path.name}", file=path.name, sha256={"gguf": digest})
+                _write_source(folder, f"{OF_FILE}{path.name}", file=path.name, sha256={"gguf": digest})
     return target
 
 

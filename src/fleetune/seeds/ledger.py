@@ -54,7 +54,7 @@ class Ledger:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        head, last = self.head, int(self.rounds.max(initial=0))
+        head, last = self.head, self.last_round()
         return (
             f"<Ledger of {head.method}: {counted(len(self), 'entry', 'entries')}, {counted(last, 'round')}, law {head.law}, "
             f"base {head.base[:8]}>"

@@ -21,7 +21,6 @@ from typing import Any, Final
 from fleetune.common.settings import Value
 from fleetune.data import stdin
 from fleetune.errors import DataError, ModelError, RecipeError
-from fleetune.evaluation.objectives import GIVEN
 from fleetune.runs import rundir
 
 FOLDER: Final = "objects"
@@ -196,6 +195,8 @@ def _setting_value(name: str, value: Any) -> Value:
 
 def function_name(function: Callable[..., Any]) -> str:
     """Return `module:function` for a function that can be imported; else register it for this process alone."""
+    from fleetune.evaluation.objectives import GIVEN
+
     name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", "") or ""
     if name.isidentifier() and module not in ("", "__main__"):
         with suppress(ImportError):

@@ -255,8 +255,8 @@ def _check_resume(args: argparse.Namespace, folder: Path) -> None:
 
 def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: ConsoleListener) -> None:
     """Load the model and data and check the request; write nothing."""
+    from fleetune.api.compression import file_size
     from fleetune.compression.jobs import job
-    from fleetune.deploy import gguf_size
 
     out = Path(args.out)
     if resumed is not None:
@@ -264,7 +264,7 @@ def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: C
     else:
         options, chosen = cast(CompressOptions, _options(args)), settings.pairs(args.set or [])
         request = job.request_for(args.model, args.method, chosen, options, out=out)
-    found = job.prepare(request, listener, out, offline=args.offline, beside=gguf_size.beside, dry=True)
+    found = job.prepare(request, listener, out, offline=args.offline, beside=file_size, dry=True)
     about, count = found.about(), found.inputs.model.n_params
     ui.event(CompressChecked(parameters=count, **dict(about)))
     for name, text in about:

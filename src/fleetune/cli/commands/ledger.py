@@ -110,7 +110,7 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
     ledger, path = loaded[0], paths[0]
     head = ledger.head
     size = path.stat().st_size
-    last = int(ledger.rounds.max(initial=0))
+    last = ledger.last_round()
     ui.event(LedgerShown(
         file=str(path), bytes=size, entries=len(ledger), rounds=last, base=head.base, law=head.law, K=head.K,
         grid=head.grid, method=head.method, checks=head.checks, fingerprint=ledger.fingerprint(), trains=head.trains,
@@ -125,11 +125,17 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
         [head.trains, f"{parameters:,} in {counted(len(head.tensors), 'tensor')}"],
         ["method", f"{head.method}, lr {_rate(head)}, eps {head.eps:g}, {head.aggregation}"],
         ["directions", f"{head.law}, K {head.K:,}, law version {head.law_version}, grid {head.grid:.9g}"],
-        ["entries", f"{len(ledger):,} over {counted(last, 'round')}, {passes} to replay"],
+        ["entries", f"{len(ledger):,} over {counted(last, 'round')}{_empty(ledger)}, {passes} to replay"],
         ["privacy", head.privacy],
         *[[f"after round {r}", d] for r, d in sorted(head.checks.items(), key=lambda c: int(c[0]))],
         ["fingerprint", ledger.fingerprint()],
     ], align="ll")  # fmt: skip
+
+
+def _empty(ledger: Ledger) -> str:
+    """Say how many rounds added no entry; "" for none, and of a derived ledger, which may have lost whose its entries were."""
+    empty = ledger.last_round() - len(set(ledger.rounds.tolist()))
+    return f" ({empty:,} of them without any)" if empty and not ledger.head.previous else ""
 
 
 def _rate(head: LedgerHead) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fleetune.cli.console import Ui
-from fleetune.common.display import human_bytes, human_count
+from fleetune.common.display import counted, human_bytes, human_count
 from fleetune.common.shell import command
 from fleetune.errors import UsageError
 from fleetune.models import cache, cache_contents
@@ -35,7 +36,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         choices=["list", "pull", "rm"],
         help="list (default); pull: fetch NAME into the cache; rm: remove NAME from the cache",
     )
-    sub.add_argument("name", metavar="NAME", nargs="?", help="a name of the list, or a hub id")
+    sub.add_argument(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        help="a name of the list, or a hub id; rm: or a folder of the cache",
+    )
     sub.add_argument(
         "--base",
         choices=["memory", "mapped"],
@@ -73,14 +79,45 @@ def _list(ui: Ui) -> None:
         ui.event(ModelCached(**{**dataclasses.asdict(other), "path": str(other.path)}))
     if ui.json:
         return
-    rows = [[m.name, human_count(m.params), m.licence, *_where(m, sizes), m.source or m.hub] for m in found]
+    folders = _folders(lying)
+    rows = [
+        [
+            m.name,
+            human_count(m.params),
+            m.licence,
+            *_where(m, sizes),
+            (m.source or m.hub) + folders.get(m.cached, ""),
+        ]
+        for m in found
+    ]
     rows += [[s.name, human_count(s.params), s.licence, _of_hub(s), "", s.hub] for s in SHORT_NAMES.values()]
-    rows += [[o.name, "", o.licence, "yes", human_bytes(o.bytes), o.source] for o in others]
+    rows += [
+        [o.name, "", o.licence, "yes", human_bytes(o.bytes), o.source + folders.get(o.path, "")]
+        for o in others
+    ]
     ui.table(["model", "parameters", "licence", "here", "size", "source"], rows, align="lrllrl")
     ui.paths([
         ("cache", f"{cache.cache()} ({human_bytes(sum(m.bytes for m in lying))})"),
+        *_kept(lying),
         ("also", "any hub id, Hugging Face directory or GGUF file is a MODEL"),
     ])  # fmt: skip
+
+
+def _folders(lying: Sequence[cache_contents.CachedModel]) -> dict[Path | None, str]:
+    """Return path -> ", in FOLDER" of the copies that share their name with another one."""
+    copies = Counter(model.name for model in lying)
+    return {model.path: f", in {model.path.name}" for model in lying if copies[model.name] > 1}
+
+
+def _kept(lying: Sequence[cache_contents.CachedModel]) -> list[tuple[str, str]]:
+    """Say that copies of GGUF files which were read stay in the cache, and how they are removed; nothing without any."""
+    read = [model.bytes for model in lying if model.source.startswith(cache.OF_FILE)]
+    if not read:
+        return []
+    what = (
+        f"{counted(len(read), 'copy', 'copies')} made of GGUF files that were read ({human_bytes(sum(read))})"
+    )
+    return [("kept", f"{what}, until: fleetune models rm NAME   (of several with one name: rm FOLDER)")]
 
 
 def _of_hub(model: ShortName) -> str:

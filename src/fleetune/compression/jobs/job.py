@@ -14,9 +14,10 @@ from fleetune.common import settings, sums
 from fleetune.common.display import human_bytes
 from fleetune.common.files import resumable
 from fleetune.common.ggml import PARTS
-from fleetune.common.shell import quoted
+from fleetune.common.shell import command, quoted
 from fleetune.compression.jobs import budget, calibrating, progress, scales
 from fleetune.compression.jobs.contract import Devices, FileSize, Job
+from fleetune.data import readers
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressOptions, CompressRequest
@@ -106,9 +107,9 @@ def prepare(
     from fleetune.compression.jobs import distil, inputs, prune, solve
 
     release_memory()  # an earlier job's, so that the peak is this one's
+    check(request)  # before the method's module is imported, which loads torch
     method = compression.make(request.method, request.set)
     _check_grid(request, method)
-    check(request)
     if request.run:
         _note_codes(request, listener)
     else:
@@ -253,6 +254,9 @@ def check(request: CompressRequest) -> None:
     for name in (request.text, request.eval_text):
         if name and not Path(name).is_file():
             raise UsageError(f"no text file at {name}", hint="check the path")
+    if request.eval_text:
+        after = f"leave it out, and measure on rows once it is compressed: {command('eval', 'latest', request.eval_text)}"
+        readers.require_text(request.eval_text, hint=after, flag="--eval-text")
 
 
 def _note_codes(request: CompressRequest, listener: Listener) -> None:

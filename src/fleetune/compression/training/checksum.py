@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def of_tensors(head: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return the CRC-32, as 8 digits, of a text and of named tensors in the order of their names."""
+    import torch
+
     crc = zlib.crc32(head.encode())
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         values = tensor.detach().cpu().contiguous()

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from fleetune.common import paired
 from fleetune.common.display import COMPARED, counted
 from fleetune.common.paired import RowLosses
+from fleetune.common.shell import quoted
+from fleetune.data import readers
 from fleetune.deploy.measure import compared, harness, kept_gain, lines, record
 from fleetune.deploy.measure.compared import ReferenceLine
 from fleetune.deploy.measure.harness import KeptGain, Measurement, Row
@@ -119,6 +121,8 @@ def check(count: int, options: MeasureOptions) -> list[str]:
             raise UsageError(f"{name} = {value} is below {least}", hint="fleetune measure --help")
     if options.text and not Path(options.text).is_file():
         raise UsageError(f"no text file at {options.text}", hint="check the path")
+    if options.text:
+        readers.require_text(options.text, hint=f"--data {quoted(options.text)}")
     if options.kept_gain and count > 1:
         raise UsageError("--kept-gain is of one compressed run", hint="name its folder alone")
     tasks = measures.check_tasks(list(options.tasks))

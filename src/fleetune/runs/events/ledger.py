@@ -18,7 +18,7 @@ class LedgerShown(Event):
     file: str  # path
     bytes: int  # size of the file
     entries: int  # number of entries
-    rounds: int  # last round that has an entry
+    rounds: int  # last round that has an entry or a digest
     base: str  # SHA-256 of the base model's weights
     law: str  # how an id becomes a direction: hashed, pooled, rademacher or gaussian
     K: int  # directions of a pool; 1 for a law without pools
