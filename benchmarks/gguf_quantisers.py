@@ -47,7 +47,12 @@ from fleetune.runs.listener import Listener
 
 SAMPLE: Final = (16, 256)  # windows, tokens
 TEST: Final = (12, 256)
-THEIRS: Final = {"Q4_0": 2, "IQ4_NL": 25, "IQ4_XS": 30, "Q4_K_M": 15}  # llama.cpp's numbers of file types
+STOCK: Final = {"Q4_0": 2, "IQ4_NL": 25, "IQ4_XS": 30, "Q4_K_M": 15}  # llama.cpp's numbers of file types
+# the same with the embedding, which is the head too, in a type that is asked for: llama-quantize's --token-embedding-type
+MIXED: Final = {
+    ("Q4_K_M", "IQ4_NL"): 15, ("Q4_K_S", "Q5_1"): 14, ("Q5_K_S", "IQ4_NL"): 16, ("Q5_K_M", "IQ4_NL"): 17,
+    ("Q5_K_M", "Q5_1"): 17,
+}  # fmt: skip
 GRIDS: Final[Mapping[str, Mapping[str, Any]]] = {
     "Q4_0": {}, "IQ4_NL": {"grid": "iq4_nl"}, "3 bits": {"grid": "asymmetric", "bits": 3},
 }  # fmt: skip
@@ -130,12 +135,17 @@ def _sample(
         }
 
     importance, sizes = _mean_squares(model, calibration), dict[str, int]()
-    for name, number in THEIRS.items():
+    for name, number in STOCK.items():
         file = folder / f"{name}.gguf"
         _quantise(folder / "f32.gguf", file, number, importance)
         sizes[name] = file.stat().st_size
         if wanted(f"llama.cpp, {name}"):
             yield f"llama.cpp, {name}", measured(_values(model, file), sizes[name])
+    for (kind, embedding), number in MIXED.items():
+        if wanted(name := f"llama.cpp, {kind}, embedding in {embedding}"):
+            file = folder / "mixed.gguf"
+            _quantise(folder / "f32.gguf", file, number, importance, embedding)
+            yield name, measured(_values(model, file), file.stat().st_size)
     head = ArtefactHead(
         "optq", {"bytes": 0, "damping": 0.01, "group": 32, "order": "none", "search": False}, "0" * 64, ""
     )
@@ -227,12 +237,16 @@ def _mean_squares(model: Model, calibration: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _quantise(source: Path, target: Path, number: int, importance: Mapping[str, Tensor]) -> None:
-    """Run llama.cpp's quantiser."""
+def _quantise(
+    source: Path, target: Path, number: int, importance: Mapping[str, Tensor], embedding: str = ""
+) -> None:
+    """Run llama.cpp's quantiser; `embedding` is a type for the embedding, "" for the one that llama.cpp takes."""
     bindings = importlib.import_module("llama_cpp_py_sync._cffi_bindings")
     ffi, library = bindings.get_ffi(), bindings.get_lib()
     settings = library.llama_model_quantize_default_params()
     settings.nthread, settings.ftype = 1, number
+    if embedding:
+        settings.token_embedding_type = int(gguf.GGMLQuantizationType[embedding])
     # struct llama_model_imatrix_data { const char * name; const float * data; size_t size; }, ended by a null name
     kept = [
         (ffi.new("char[]", name.encode()), ffi.from_buffer("float[]", x.contiguous().numpy()), len(x))

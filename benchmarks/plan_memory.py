@@ -34,6 +34,7 @@ from benchmarks.harness import child
 KERNELS: Final = "inference with kernels"
 TORCH: Final = "mezo, torch's kernels"  # FLEETUNE_KERNELS=torch
 BACKWARD: Final = "fedkseed, backward"  # a device that back-propagates
+PEPTAO: Final = "fedpeptao"
 SCALES: Final = "fedpetuning, scales"  # of a base in a GGUF file: with --base mapped alone
 # A method's settings for one step.
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
@@ -41,7 +42,7 @@ SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "mezo": {"tau": 1}, "zosgd": {"tau": 1}, "fedkseed": {"tau": 1}, "onebyte": {"directions": 1},
         BACKWARD: {"backprop_steps": 1, "backprop": 1.0, "K": 1024},
         "fwdllm": {"P": 1}, "fedit": {"steps": 1}, "fedpetuning": {"steps": 1},
-        "fedpeptao": {"steps": 1, "lanczos": 2},  # its products come one after another: more of them take time alone
+        PEPTAO: {"steps": 1, "lanczos": 2},  # a tenth of its products, one after another; the plan counts as many vectors
         SCALES: {"steps": 1, "module": "scales"},
     }
 )  # fmt: skip
@@ -61,6 +62,7 @@ def compare(
     work = plan.Workload(batch, length, steps, dtype, base)
     planned = {row.method: row for row in plan.table(models.load_config(model), work)}
     planned[BACKWARD] = _row(model, work, planned["fedkseed"], {"backprop": 1.0})
+    planned[PEPTAO] = _row(model, work, planned[PEPTAO], {"lanczos": SETTINGS[PEPTAO]["lanczos"]})
     planned[SCALES] = _row(model, work, planned["fedpetuning"], {"module": "scales"})
     turns: dict[str, list[dict[str, float]]] = {n: [] for n in names if n != SCALES or base == "mapped"}
     for name in list(turns) * repeats:
