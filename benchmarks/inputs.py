@@ -7,6 +7,8 @@ SOURCES is a folder with what was downloaded; what is not there is left out.
 
     local_training_0.json .. _9.json, global_test.json   Dolly, cut for ten clients
         github.com/ZeenathulNizreen/FedAgg, commit 59cd0654, folder data/10
+    valid.txt, test.txt                                  WikiText-2, the version with <unk>
+        github.com/pytorch/examples, commit 77f55b91, folder word_language_model/data/wikitext-2
     dev.tsv                                              QNLI's development set
         github.com/llm-eff/FedPepTAO, commit 84311d5e, folder datasets/qnli
     shakespeare.zip                                      eight plays
@@ -47,6 +49,9 @@ DIGESTS: Final = {
     "databricks-dolly-15k.jsonl": "1629f7b74b317f212b82c9825f1ba6a5fc858ee1b2d91590a3e430402b5a9447",
     "demo_train.jsonl": "032fe31ec401b899c13040f0d5903941009ab522b3f3ba860471f9ad324201a0",
     "demo_eval.jsonl": "5e40544fab483a7f02d92ffb9c648ec49960a2b51c1ea54cd0e4a65a3792fe3f",
+    "dolly.txt": "3e5e8ea433a4d78118a36937b431934d35cf1b1031515cf837b05c37cecb6d71",
+    "wiki.valid.txt": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+    "wiki.test.txt": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
     "qnli-train.jsonl": "5309374d27221e064df4419c3466ce901d6aad2b9728907e04dd05e900c61496",
     "qnli-test.jsonl": "e4c346baf8a0d01c1175fe14f223defd5b9ec9d9d2d967cb028d73578f41c355",
     "roles.jsonl": "07d035935775eda09f804fc36c7315f1c0a579df62f689ee13fd58957ab88166",
@@ -59,7 +64,7 @@ DIGESTS: Final = {
 
 
 def dolly(sources: Path) -> dict[str, bytes]:
-    """Join the parts in the order of Shepherd's ten clients; draw 220 + 20 rows of each category."""
+    """Join the parts in the order of Shepherd's ten clients; draw 220 + 20 rows of each category, the 20 as a text too."""
     parts = [sources / f"local_training_{i}.json" for i in range(10)]
     rows: list[Row] = [row for part in parts for row in json.loads(part.read_text(encoding="utf-8"))]
     test: list[Row] = json.loads((sources / "global_test.json").read_text(encoding="utf-8"))
@@ -68,6 +73,9 @@ def dolly(sources: Path) -> dict[str, bytes]:
         "databricks-dolly-15k.jsonl": jsonl(rows + test),
         "demo_train.jsonl": jsonl(train),
         "demo_eval.jsonl": jsonl(held),
+        "dolly.txt": "\n\n".join(
+            "\n".join(filter(None, (r["instruction"], r["context"], r["response"]))) for r in held
+        ).encode(),
     }
 
 
@@ -91,6 +99,14 @@ def drawn(rows: Iterable[Row], test: Iterable[Row]) -> tuple[list[Row], list[Row
         train += kinds[kind][:220]
         held += kinds[kind][220:240]
     return train, held
+
+
+# --- WikiText-2 -----------------------------------------------------------------------------------------------
+
+
+def wikitext(sources: Path) -> dict[str, bytes]:
+    """Name the two parts, as they are."""
+    return {f"wiki.{part}.txt": (sources / f"{part}.txt").read_bytes() for part in ("valid", "test")}
 
 
 # --- QNLI -----------------------------------------------------------------------------------------------------
@@ -223,7 +239,7 @@ def tokenizer(stored: bytes) -> bytes:
 # --- Files ----------------------------------------------------------------------------------------------------
 
 MAKERS: Final[dict[str, Callable[[Path], dict[str, bytes]]]] = {
-    "global_test.json": dolly, "dev.tsv": qnli, "shakespeare.zip": shakespeare, "stories260K.bin": stories
+    "global_test.json": dolly, "valid.txt": wikitext, "dev.tsv": qnli, "shakespeare.zip": shakespeare, "stories260K.bin": stories
 }  # fmt: skip
 
 
