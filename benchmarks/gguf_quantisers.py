@@ -49,10 +49,7 @@ SAMPLE: Final = (16, 256)  # windows, tokens
 TEST: Final = (12, 256)
 STOCK: Final = {"Q4_0": 2, "IQ4_NL": 25, "IQ4_XS": 30, "Q4_K_M": 15}  # llama.cpp's numbers of file types
 # the same with the embedding, which is the head too, in a type that is asked for: llama-quantize's --token-embedding-type
-MIXED: Final = {
-    ("Q4_K_M", "IQ4_NL"): 15, ("Q4_K_S", "Q5_1"): 14, ("Q5_K_S", "IQ4_NL"): 16, ("Q5_K_M", "IQ4_NL"): 17,
-    ("Q5_K_M", "Q5_1"): 17,
-}  # fmt: skip
+MIXED: Final = {("Q4_K_M", "IQ4_NL"): 15, ("Q4_K_S", "Q5_1"): 14, ("Q5_K_M", "Q5_1"): 17}
 GRIDS: Final[Mapping[str, Mapping[str, Any]]] = {
     "Q4_0": {}, "IQ4_NL": {"grid": "iq4_nl"}, "3 bits": {"grid": "asymmetric", "bits": 3},
 }  # fmt: skip
@@ -142,10 +139,11 @@ def _sample(
         if wanted(f"llama.cpp, {name}"):
             yield f"llama.cpp, {name}", measured(_values(model, file), sizes[name])
     for (kind, embedding), number in MIXED.items():
-        if wanted(name := f"llama.cpp, {kind}, embedding in {embedding}"):
-            file = folder / "mixed.gguf"
-            _quantise(folder / "f32.gguf", file, number, importance, embedding)
-            yield name, measured(_values(model, file), file.stat().st_size)
+        name, file = f"{kind}, embedding in {embedding}", folder / "mixed.gguf"
+        _quantise(folder / "f32.gguf", file, number, importance, embedding)
+        sizes[name] = file.stat().st_size
+        if wanted(f"llama.cpp, {name}"):
+            yield f"llama.cpp, {name}", measured(_values(model, file), sizes[name])
     head = ArtefactHead(
         "optq", {"bytes": 0, "damping": 0.01, "group": 32, "order": "none", "search": False}, "0" * 64, ""
     )
