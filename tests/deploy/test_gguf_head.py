@@ -133,7 +133,12 @@ def test_an_adapter_s_base_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_tuning_says_it_before_the_data_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.jsonl").write_text("no row\n")
     path = made(tmp_path / "m-00001-of-00002.gguf", split__no=0, split__count=2)
-    for words in (["tune", str(path), str(tmp_path / "rows.jsonl")], ["plan", str(path)]):
+    data = str(tmp_path / "rows.jsonl")
+    for words in (
+        ["tune", str(path), data],
+        ["tune", str(path), data, "--method", "fedit"],
+        ["plan", str(path)],
+    ):
         assert main(words) == 2
         assert "is part 1 of 2 of a split model" in capsys.readouterr().err
 

@@ -279,6 +279,19 @@ def test_it_is_said_how_many_matrices_are_trained_and_which_stay(
     assert f"trains its {part}" not in told
 
 
+def test_only_layers_count() -> None:
+    """An embedding or a head of another type says nothing of the layers."""
+    layers = {"model.layers.0.mlp.up_proj": "Q8_0", "model.layers.1.mlp.up_proj": "IQ4_NL"}
+    assert ggml.share(layers | {"model.embed_tokens": "Q6_K", "lm_head": "F16"}, "scales") == ""
+    several = layers | {
+        f"model.layers.{n}.mlp.up_proj": kind for n, kind in enumerate(("Q6_K", "F16", "Q2_K", "F16"), 2)
+    }
+    assert (
+        ggml.share(several, "codes")
+        == "the codes of 2 of the layers' 6 matrices; those in F16, Q2_K and Q6_K stay"
+    )
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
