@@ -10,6 +10,7 @@ the move is the same log added up in fp64.  Our ledger is replayed as it is for 
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -106,6 +107,7 @@ def our_way(dtype: str) -> float:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     dtypes = ("bf16", "fp16", "fp32")
     print(f"| | {' | '.join(dtypes)} |\n|---|---|---|---|")

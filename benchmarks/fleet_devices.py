@@ -8,12 +8,12 @@ stock node does: one request for the message, one for each of its objects, and a
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import hashlib
 import json
 import random
 import resource
-import sys
 import time
 from typing import Any
 
@@ -224,6 +224,12 @@ async def main(address: str, count: int, protocol: str, register: bool) -> dict[
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(asyncio.run(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] == "register")))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("address", help="the server's HOST:PORT")
+    parser.add_argument("count", type=int, help="devices")
+    parser.add_argument("protocol", help="exchange, flower or stock")
+    parser.add_argument(
+        "keys", choices=("register", "keys"), help="register: the server does not know the keys"
     )
+    args = parser.parse_args()
+    print(json.dumps(asyncio.run(main(args.address, args.count, args.protocol, args.keys == "register"))))

@@ -7,6 +7,7 @@ FedKSeed's kernels take memory of their own on a device, in a simulated fleet to
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -111,5 +112,14 @@ def _play(folder: Path) -> dict[str, Any]:
     return {"seconds": seconds, "work": list(work.values()), "device_rss": most}
 
 
+def main() -> None:
+    """Print what was measured, as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("rounds", type=int)
+    args = parser.parse_args()
+    print(json.dumps(run(args.method, args.rounds)))
+
+
 if __name__ == "__main__":
-    print(json.dumps(run(sys.argv[1], int(sys.argv[2]))))
+    main()

@@ -8,9 +8,9 @@ local steps a round are unfavourable to us: the papers take 200.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -159,4 +159,8 @@ def main(clients: int, quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), bool(int(sys.argv[2])))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("clients", type=int)
+    parser.add_argument("quick", type=int, choices=(0, 1))
+    args = parser.parse_args()
+    main(args.clients, bool(args.quick))

@@ -7,6 +7,7 @@ the log of answers.  Only `aggregate` is empty.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -154,4 +155,9 @@ def _play(gate: Gate, folder: Path, keys: list[Any], rounds: int, method: NoOp) 
 
 
 if __name__ == "__main__":
-    print(json.dumps(serve(*map(int, sys.argv[1:4]), *sys.argv[4:6])))  # type: ignore[arg-type]
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("devices", "rounds", "numbers"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("dtype", help="of the numbers: float32 or float16")
+    parser.add_argument("protocol", help="exchange or flower")
+    print(json.dumps(serve(*vars(parser.parse_args()).values())))

@@ -7,6 +7,7 @@ the devices of `fleet_devices.py`, all in one process, which speak Flower's prot
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -226,4 +227,9 @@ def measured(
 
 if __name__ == "__main__":
     kinds = {"light": light, "supernodes": super_nodes}
-    print(json.dumps(run(kinds[sys.argv[1]], *map(int, sys.argv[2:]))))  # type: ignore[arg-type]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=kinds)
+    for name in ("nodes", "rounds", "numbers", "bits"):
+        parser.add_argument(name, type=int)
+    kind, *numbers = vars(parser.parse_args()).values()
+    print(json.dumps(run(kinds[kind], *numbers)))

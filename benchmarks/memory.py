@@ -9,9 +9,9 @@ whatever the size of the model.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 
 import torch
 
@@ -122,4 +122,9 @@ WORK = {
 }
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], bool(int(sys.argv[3])))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("mode", choices=WORK)
+    parser.add_argument("dtype", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("quick", type=int, choices=(0, 1))
+    args = parser.parse_args()
+    main(args.mode, args.dtype, bool(args.quick))

@@ -8,6 +8,7 @@ prints the table of docs/memory.md: llamas of 1 to 13 B weights as Q4_0 files, o
 
 from __future__ import annotations
 
+import argparse
 from typing import Final
 
 from transformers import LlamaConfig
@@ -67,6 +68,7 @@ def footprint(name: str, of: Shape) -> Footprint:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print("| llama | method | peak | of it private | file | read a step | fits |")
     print("|---|---|---|---|---|---|---|")
     for model, sizes in MODELS.items():

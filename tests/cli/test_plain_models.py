@@ -5,19 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shlex
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fleetune
 from fleetune import models
 from fleetune.api import plain_models
 from fleetune.cli.main import main
 from fleetune.errors import UsageError
+from fleetune.models import adapter_folder, hf_folder
 
 FEW: dict[str, Any] = {
     "clients": 2, "rounds": 1, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu", "limit": 16,
@@ -139,3 +143,82 @@ def test_a_folder_of_peft_is_refused_with_where_it_is_told(tmp_path: Path) -> No
     said = refused("tune", str(tmp_path / "mine"), "demo")
     assert "is an adapter, not a model" in said
     assert "docs/models.md#tuning-on-from-an-adapter" in said
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT itself
+def test_every_command_says_that_an_adapter_is_merged_first(place: Path, tmp_path: Path) -> None:
+    (run,) = fleetune.list_runs()
+    mine = str(tmp_path / "mine")
+    fleetune.export(run, to="peft", path=mine)
+    name_base(Path(mine), str(place / "tiny"))
+    told = set()
+    for words in (
+        ["tune", mine, "demo"],
+        ["eval", mine, "demo"],
+        ["eval", "tiny", "demo", "--reference", mine],
+        ["export", mine],
+        ["export", mine, "--to", "gguf:f16"],
+        ["compress", mine],
+        ["plan", mine],
+        ["chat", mine],
+        ["measure", mine],
+        ["serve", mine],
+    ):
+        said = refused(*words)
+        assert "is an adapter, not a model: its base without it is another model" in said, words
+        told.add(said.partition("python -c ")[2])
+    (rest,) = told
+    code = shlex.split("python -c " + rest)[2]
+    (tmp_path / "work").mkdir()
+    with contextlib.chdir(tmp_path / "work"):
+        exec(code, {})  # as it is to be pasted
+        merged = models.load("merged")
+    net = fleetune.open(RUN).load().net
+    assert merged.tokenizer.get_vocab() == models.load("tiny").tokenizer.get_vocab()
+    ids = torch.arange(24)[None]
+    assert torch.allclose(merged.net(ids).logits, net(ids).logits, atol=1e-5)
+    assert not torch.allclose(merged.net(ids).logits, models.load("tiny").net(ids).logits, atol=1e-5)
+
+
+def test_the_page_has_the_lines_of_the_error() -> None:
+    code = adapter_folder.MERGE.format(auto="AutoModelForCausalLM", base='"BASE"', adapter='"ADAPTER"')
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    lines = [line.strip() for line in page.splitlines()]
+    first = lines.index(
+        "from peft import PeftModel; from transformers import AutoModelForCausalLM, AutoTokenizer"
+    )
+    assert "; ".join(lines[first : first + 3]) == code
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING cannot be merged"),
+        (
+            {"peft_type": "LORA", "task_type": "SEQ_CLS"},
+            "AutoModelForSequenceClassification.from_pretrained(",
+        ),
+        ([], "merge it into its base first"),
+    ],
+)
+def test_what_the_adapter_says_of_itself_is_heeded(tmp_path: Path, settings: object, says: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert says in refused("eval", str(tmp_path), "demo")
+
+
+def test_adapters_that_come_without_settings_or_from_a_run() -> None:
+    assert f"give the run: {RUN}" in refused("eval", f"{RUN}/adapter", "demo")
+    for file, says in (
+        ("adapter_model.safetensors", "merge it"),
+        ("module.json", "give the run that it was made in"),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / file).write_bytes(b"{}")
+            assert says in refused("eval", folder, "demo")
+            with pytest.raises(UsageError, match="is an adapter, not a model"):  # a fetched one
+                hf_folder.config_of(Path(folder))
+
+
+def name_base(adapter: Path, base: str) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))

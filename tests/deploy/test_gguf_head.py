@@ -6,12 +6,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf as package
+import numpy as np
 import pytest
 from deploy_harness import compressed, tiny
 from serve_harness import little_file
 
+from fleetune import models
+from fleetune.cli.main import main
 from fleetune.deploy.export import export
 from fleetune.errors import ModelError, UsageError
+from fleetune.models import cache
 from fleetune.models.gguf import header
 
 
@@ -68,6 +72,75 @@ def test_an_adapter_is_named_as_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is an adapter, not a model") as caught:
         header.check(little_file(tmp_path / "y.gguf", "adapter"))
     assert "--lora" in (caught.value.hint or "")
+
+
+def made(path: Path, **values: str | int) -> Path:
+    """A file with one tensor and these values, a dot for each __."""
+    writer = package.GGUFWriter(path, "llama")
+    for key, value in values.items():
+        name = key.replace("__", ".")
+        writer.add_string(name, value) if isinstance(value, str) else writer.add_uint16(name, value)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("base", ["memory", "mapped"])
+def test_a_part_of_a_split_model_is_said_to_be_one_before_it_is_hashed(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache.sums, "sha256", lambda path: pytest.fail("hashed"))
+    path = made(tmp_path / "my m-00002-of-00003.gguf", split__no=1, split__count=3)
+    with pytest.raises(ModelError, match=r"is part 2 of 3 of a split model") as caught:
+        models.load(str(path), base=base)
+    assert f"--merge '{tmp_path}/my m-00001-of-00003.gguf' '{tmp_path}/my m.gguf'   and" in (
+        caught.value.hint or ""
+    )
+    with pytest.raises(ModelError, match=r"is part 2 of 3 of a split model"):
+        models.load_config(str(path))
+    header.check(path)  # llama.cpp finds the others
+    other = made(tmp_path / "odd.gguf", split__count=2)
+    with pytest.raises(ModelError, match=r"is one of 2 parts of a split") as caught:
+        header.read_whole(other)
+    assert "--merge FIRST.gguf OUT.gguf" in (caught.value.hint or "")
+    header.read_whole(made(tmp_path / "one.gguf", split__no=0, split__count=1))
+
+
+def test_an_adapter_s_base_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.sums, "sha256", lambda path: pytest.fail("hashed"))
+    stated = {
+        "general__base_model__0__name": "Little",
+        "general__base_model__0__repo_url": "https://x.org/a/b",
+    }
+    for given, words in (
+        ({}, "is an adapter, not a model"),
+        (stated, r"is an adapter of Little \(https://x.org/a/b\), not a model"),
+        (
+            {"general__base_model__0__repo_url": "https://x.org/a/b"},
+            "is an adapter of https://x.org/a/b, not a model",
+        ),
+    ):
+        path = made(tmp_path / "l.gguf", general__type="adapter", **given)
+        with pytest.raises(UsageError, match=words) as caught:
+            models.load(str(path))
+        assert f"llama-export-lora -m BASE.gguf --lora {path} -o merged.gguf" in (caught.value.hint or "")
+        path.unlink()
+
+
+def test_tuning_says_it_before_the_data_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text("no row\n")
+    path = made(tmp_path / "m-00001-of-00002.gguf", split__no=0, split__count=2)
+    data = str(tmp_path / "rows.jsonl")
+    for words in (
+        ["tune", str(path), data],
+        ["tune", str(path), data, "--method", "fedit"],
+        ["plan", str(path)],
+    ):
+        assert main(words) == 2
+        assert "is part 1 of 2 of a split model" in capsys.readouterr().err
 
 
 def test_a_type_that_is_not_known_here_is_left_to_the_engine(tmp_path: Path) -> None:

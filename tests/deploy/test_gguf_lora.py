@@ -10,15 +10,18 @@ from typing import Any
 import gguf as package
 import numpy as np
 import pytest
+import torch
 from deploy_harness import tiny
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 from fleetune import adapters, models
 from fleetune.cli.main import main
 from fleetune.deploy.export import export, export_adapter
 from fleetune.deploy.formats import gguf_lora
 from fleetune.errors import FleetuneError, ModelError, UsageError
-from fleetune.models import Model
+from fleetune.models import Model, adapter_folder
+from fleetune.models.cache import ORIGINS
 
 PEFT = "base_model.model.model.layers."
 
@@ -125,6 +128,7 @@ def test_what_the_header_says(tmp_path: Path) -> None:
         {"rank_pattern": {"q_proj": 2}},
         {"alpha_pattern": {"q_proj": 2}},
         {"modules_to_save": ["lm_head"]},
+        {"alora_invocation_tokens": [5]},
     ],
 )
 def test_what_is_no_plain_lora_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -254,3 +258,53 @@ def test_a_run_is_exported_by_the_command(
     )
     assert main(["export", "latest", "--to", "gguf:lora"]) == 2
     assert "merge it into the base" in capsys.readouterr().err
+
+
+def test_a_folder_of_peft_is_exported_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tuned(tmp_path)
+    whole = write(tmp_path).read_bytes()
+    (tmp_path / "adapter").rename(tmp_path / "mine")
+    change_in = tmp_path / "mine" / "adapter_config.json"
+    settings = json.loads(change_in.read_text())
+    assert settings["base_model_name_or_path"] == "base"
+    assert main(["export", "mine", "--to", "gguf:lora", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (done["path"], done["exact"], done["tensors"]) == ("mine-lora.gguf", 28, 28)
+    header = {key: f.contents() for key, f in package.GGUFReader("mine-lora.gguf").fields.items()}
+    assert header.pop("general.name") == "mine-lora"
+    assert main(["export", "mine", "--to", "gguf:lora", "--path", "deep/l.gguf"]) == 0
+    assert (tmp_path / "deep" / "l.gguf").read_bytes() == whole
+    assert main(["export", "mine", "--to", "peft"]) == 0
+    for file in sorted((tmp_path / "mine").iterdir()):
+        assert (tmp_path / "mine-peft" / file.name).read_bytes() == file.read_bytes()
+    assert main(["export", "mine", "--to", "peft"]) == 2  # it is there
+    capsys.readouterr()
+
+    change_in.write_text(json.dumps(settings | {"base_model_name_or_path": "./elsewhere"}))
+    assert main(["export", "mine", "--to", "gguf:lora", "--path", "b.gguf"]) == 2
+    said = capsys.readouterr().err
+    assert "mine says that it is of the base './elsewhere'" in said
+    assert "base_model_name_or_path into mine/adapter_config.json" in said
+    (tmp_path / "mine" / "adapter_model.safetensors").rename(tmp_path / "mine" / "adapter_model.bin")
+    assert main(["export", "mine", "--to", "peft", "--path", "c"]) == 2
+    assert "has no adapter_model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_hub_id_of_a_built_in_model_is_that_model(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_config.json"
+    for stated, base in ((ORIGINS["smollm2-135m"].hub, "smollm2-135m"), ("a/b", "a/b"), (None, "")):
+        file.write_text(json.dumps({"base_model_name_or_path": stated}))
+        assert adapter_folder.base_of(tmp_path) == base
+
+
+def test_factors_in_16_bits_become_fp32(tmp_path: Path) -> None:
+    tuned(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    rounded = {name: torch.from_numpy(values).bfloat16() for name, values in load_file(file).items()}
+    save_torch(rounded, file)
+    found = stored(write(tmp_path))["blk.0.attn_v.weight.lora_a"]
+    assert np.array_equal(found, rounded[f"{PEFT}0.self_attn.v_proj.lora_A.weight"].float().numpy())

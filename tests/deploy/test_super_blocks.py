@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fleetune import compression, models
+import fleetune
+from fleetune import adapters, compression, models
+from fleetune.adapters.scales import Scales
 from fleetune.common import sums
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import FinishedBlocks
@@ -336,7 +338,14 @@ def test_scales_in_super_blocks_are_not_trained(tmp_path: Path) -> None:
     model.trains = "scales"
     with pytest.raises(UsageError, match="no scales that could be trained") as caught:
         trained.moved_tensors(model)
+    assert "its layers are in Q4_K, and super-blocks are not trained" in str(caught.value)
     assert "Q4_0, Q4_1" in (caught.value.hint or "")
+    for verb in (
+        lambda: fleetune.plan(path, train="scales"),
+        lambda: adapters.attach(model, Scales(), seed=0),
+    ):
+        with pytest.raises(UsageError, match="its layers are in Q4_K, and super-blocks are not trained"):
+            verb()
 
 
 def test_a_packer_that_is_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

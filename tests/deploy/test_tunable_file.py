@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fleetune import api, models, subject
 from fleetune.cli.main import main
+from fleetune.common import ggml
 from fleetune.common.ggml import PARTS
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import rounded
@@ -230,12 +231,69 @@ def test_of_a_file_of_several_types_those_that_can_be_are_tuned(tmp_path: Path) 
     artefact.write(tmp_path / "codes", model, quantised, head)
     found = subject.open(tmp_path / "codes")
     assert isinstance(found, subject.Compressed)
-    scales = tunable_file.scales_of(found, "scales")
+    scales = ggml.scales_in(tunable_file.kinds_of(found, "scales"))
     assert scales == {name.removesuffix(".weight"): 1 for name in quantised if ".mlp." not in name}
     mapped = models.load(str(tunable_file.of(found, "scales", lambda _: None)), device="cpu", base="mapped")
     mapped.trains = "scales"
     moved = [name.removesuffix(".weight.scales") for name, _, _ in moved_tensors(mapped)]
     assert [name for name in moved if ".layers." in name] == sorted(scales)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_it_is_said_how_many_matrices_are_trained_and_which_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    """In the header of a run, in a dry run and in a plan; of the file, and of the artefact that it is written of."""
+    model, quantised = tiny(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64), {}
+    for name, tensor in models.named_tensors(model.net):
+        if (layer := name.split(".")[-2]) in LAYER:
+            kind = {"down_proj": "q6_k", "up_proj": "q4_k"}.get(layer)
+            bits = 6 if kind == "q6_k" else 4
+            quantised[name] = (
+                rounded(tensor, Grid(kind, bits), 16 if bits == 6 else 32) if kind else on_grid(tensor, 4, 32)
+            )
+    head = artefact.ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest)
+    artefact.write(tmp_path / "codes", model, quantised, head)
+    monkeypatch.chdir(tmp_path)
+    share = f"the {part} of 10 of the layers' 14 matrices; those in Q4_K and Q6_K stay"
+    few = [
+        "--method=mezo",
+        "--set=lr=0.01",
+        "--set=tau=1",
+        "--rounds=1",
+        "--clients=1",
+        "--limit=8",
+        "--held-out=2",
+        "--samples=0",
+    ]
+    assert main(["plan", "codes", "--train", part]) == 0
+    assert share in _one_line("".join(capsys.readouterr()))
+    assert main(["tune", "codes", "demo", f"--train={part}", *few, "--dry-run"]) == 0
+    assert f"trains {share}" in _one_line("".join(capsys.readouterr()))
+    (file,) = tmp_path.glob("codes/*.gguf")
+    assert main(["plan", str(file), "--train", part]) == 0
+    assert share in _one_line("".join(capsys.readouterr()))
+    assert main(["tune", str(file), "demo", f"--train={part}", *few]) == 0
+    told = _one_line("".join(capsys.readouterr()))
+    assert f"trains {share}" in told
+    assert f"trains its {part}" not in told
+
+
+def test_only_layers_count() -> None:
+    """An embedding or a head of another type says nothing of the layers."""
+    layers = {"model.layers.0.mlp.up_proj": "Q8_0", "model.layers.1.mlp.up_proj": "IQ4_NL"}
+    assert ggml.share(layers | {"model.embed_tokens": "Q6_K", "lm_head": "F16"}, "scales") == ""
+    several = layers | {
+        f"model.layers.{n}.mlp.up_proj": kind for n, kind in enumerate(("Q6_K", "F16", "Q2_K", "F16"), 2)
+    }
+    assert (
+        ggml.share(several, "codes")
+        == "the codes of 2 of the layers' 6 matrices; those in F16, Q2_K and Q6_K stay"
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def test_an_artefact_of_other_blocks_names_the_command_without_a_model(tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
 REMOTE = {"model_type": "zebra", "auto_map": {"AutoConfig": "x.y"}}
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
-    "an adapter": (adapter_only, "no config.json"),
+    "an adapter": (adapter_only, "is an adapter, not a model"),
     "bad JSON": (lambda f: (f / "config.json").write_text("{"), "not a model configuration"),
     "no type": (lambda f: (f / "config.json").write_text("{}"), "not a model configuration"),
     "unknown type": (lambda f: edit_config(f, model_type="zebra"), "'zebra', which is not"),

@@ -21,7 +21,7 @@ from fleetune.adapters.attachment import attachment_of
 from fleetune.common.ggml import BLOCK, HALVES
 from fleetune.errors import ModelError
 from fleetune.models.mapped import lazy
-from fleetune.models.mapped.lazy import LazyWeight, in_blocks
+from fleetune.models.mapped.lazy import LazyWeight, in_blocks, kinds_of
 from fleetune.models.mapped.net import replace_parameters
 from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
 from fleetune.models.mapped.stored import check_part
@@ -48,7 +48,8 @@ class ScalesPart:
             for name, module in net.named_modules()
             if type(module) is nn.Linear and in_blocks(module.weight) and module is not head
         }
-        check_part(self._layers, "scales")
+        linears = ((n, m.weight) for n, m in net.named_modules() if type(m) is nn.Linear and m is not head)
+        check_part(kinds_of(linears), "scales")
         moves = {
             name: nn.Parameter(torch.zeros(_shape(_weight(layer)))) for name, layer in self._layers.items()
         }

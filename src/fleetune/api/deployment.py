@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, words
 from fleetune.errors import UsageError
+from fleetune.models import adapter_folder
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
 
@@ -33,7 +34,7 @@ def export(
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> ExportResult:
-    """Write a model for a runtime, and read it back.
+    """Write a model for a runtime, and read it back; of PEFT's adapter in a folder: to gguf:lora or peft.
 
     `to` is a target (`fleetune.targets()`; default `gguf`; for a run `hf`), `path` a new file or folder (default: in the
     folder of the run or compression; of a plain model here).  With a text file `text`, the perplexity of the source in
@@ -49,8 +50,11 @@ def export(
     )
     export_subject.check(to, place, words)
     to_hub = export_subject.destination(push, private=private, offline=offline)
-    found = subjects.open(model, out=out)
-    done = export_subject.export(found, to, place, words, watching, offline=offline)
+    if (adapter := adapter_folder.of_peft(model)) is not None:
+        done = export_subject.of_adapter(adapter, to, place, watching, offline=offline)
+    else:
+        found = subjects.open(model, out=out)
+        done = export_subject.export(found, to, place, words, watching, offline=offline)
     return export_subject.pushed(done, to_hub, watching) if to_hub else done
 
 

@@ -26,7 +26,6 @@ from fleetune.tuning.recipe import Recipe
 RESULTS: Final = ("adapter", "ledger.safetensors")  # of a run
 HF: Final = "hf"  # target of an export, and its folder
 GGUF: Final = "gguf"
-ADAPTERS: Final = ("adapter_config.json", "module.json")
 
 
 def path_of(result: object) -> object:
@@ -43,18 +42,13 @@ def check(name: str, out: Path, train: str = "weights") -> None:
 
     A compressed model passes where `train` is scales or codes: `with_file` is for it.
     """
-    if compressed_of(name, train, out) is not None:
+    path = Path(name).expanduser()
+    of_run = path.name in RESULTS and (path.parent / "run.toml").is_file()
+    if not of_run and compressed_of(name, train, out) is not None:
         return
-    found, path = subjects.open(name, out), Path(name).expanduser()
+    found = Run(path.parent) if of_run else subjects.open(name, out)
     if name in cache.ORIGINS or ((path / "config.json").is_file() and not is_master(path)):
         return
-    if path.name in RESULTS and (path.parent / "run.toml").is_file():
-        found = Run(path.parent)
-    elif any((path / file).is_file() for file in ADAPTERS):
-        raise UsageError(
-            f"{name} is an adapter, not a model",
-            hint="merge it into its base first: docs/models.md#tuning-on-from-an-adapter",
-        )
     if isinstance(found, Run):
         raise _written_out(f"{name} is a run: a change of its base, not a plain model", found, found.folder)
     if isinstance(found, Compressed):

@@ -63,16 +63,14 @@ def plan(
     speed = planning.parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink)
     plain_models.check(name, Path(out), train)
     found = plain_models.compressed_of(name, train, Path(out))
-    config, scales = _parts(name, found, train, offline=offline)
-    return planning.make(
-        config, name, asked, steps=steps, ram=memory, uplink=speed, train=train, scales=scales
-    )
+    config, kinds = _parts(name, found, train, offline=offline)
+    return planning.make(config, name, asked, steps=steps, ram=memory, uplink=speed, train=train, kinds=kinds)
 
 
 def _parts(
     name: str, found: Compressed | None, train: str, *, offline: bool
-) -> tuple[PretrainedConfig, Mapping[str, int]]:
-    """Return a model's configuration, and how many scales its blocks have, by layer; {} where that is not known.
+) -> tuple[PretrainedConfig, Mapping[str, str]]:
+    """Return a model's configuration, and the types of its matrices in its file, by layer; {} where that is not known.
 
     `found` is the compressed model that the name means.
     """
@@ -81,11 +79,11 @@ def _parts(
     if found is not None:
         from fleetune.deploy import tunable_file
 
-        scales = tunable_file.scales_of(found, train)
-        return models.load_config(str(found.model), offline=offline), scales
+        kinds = tunable_file.kinds_of(found, train)
+        return models.load_config(str(found.model), offline=offline), kinds
     config = models.load_config(name, offline=offline)
     if train not in recipes.TRAIN_PARTS:
         return config, {}
     from fleetune.planning import choose
 
-    return config, choose.checked_scales(name, train)
+    return config, choose.checked_kinds(name, train)

@@ -112,16 +112,19 @@ def check(recipe: recipes.Recipe, out: str) -> None:
 
 
 def check_model(model: str, out: str, train: str = "weights") -> None:
-    """UsageError for what is no plain model, before torch is loaded: a run, an adapter, a path that leads nowhere.
+    """UsageError for what is no plain model, before torch is loaded: a run, an adapter, a path to nothing or to a part.
 
     A compressed model passes where `train` is scales or codes.
     """
     from fleetune.api import plain_models
-    from fleetune.models import names
+    from fleetune.models import cache, names
+    from fleetune.models.gguf import header
 
     plain_models.check(model, Path(out), train)
     if plain_models.compressed_of(model, train, Path(out)) is None:
         names.check(model)
+        if model not in cache.ORIGINS and (file := Path(model).expanduser()).is_file():
+            header.read_whole(file)
 
 
 def check_data(data: str) -> None:

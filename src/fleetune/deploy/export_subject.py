@@ -16,7 +16,8 @@ from fleetune.common.ggml import PARTS
 from fleetune.common.shell import command, quoted
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
-from fleetune.errors import UsageError, called
+from fleetune.errors import ModelError, UsageError, called
+from fleetune.models import adapter_folder
 from fleetune.runs import compression_folder, folder_names
 from fleetune.runs.events import ExportChecked, ExportDone, ExportPushed
 from fleetune.runs.listener import Listener
@@ -209,6 +210,50 @@ def _of_run(
         _write_tuned(run, plain, offline=offline)
         with called(plain, run.folder):
             return write(plain, kind, out, listener, made, rows)
+
+
+def of_adapter(
+    adapter: Path, to: str | None, path: Path | None, listener: Listener, *, offline: bool
+) -> ExportResult:
+    """Write the adapter in a folder of PEFT, of the base that it names, as target `to` to `path` (default: here).
+
+    ModelError for a target that takes whole models, with how to merge it, and where its base is not found; the rest as in
+    `export.export_adapter`.
+    """
+    target = targets.find(to or DEFAULT_TARGET)
+    if target.takes != "adapter":
+        taken = " or ".join(name for name, other in targets.every().items() if other.takes == "adapter")
+        refused = adapter_folder.refused(adapter, adapter)
+        refused.hint = f"--to {taken} takes it as it is; {refused.hint}"
+        raise refused
+    if not (adapter / adapter_folder.WEIGHTS).is_file():
+        raise ModelError(
+            f"{adapter} has no {adapter_folder.WEIGHTS}, which is all that is read of an adapter's weights",
+            hint="save it again with PEFT, which writes it so",
+        )
+    out = path or target.place(Path("."), adapter.resolve().name)
+    check_place(target.name, out)
+    from fleetune.deploy import export as exporting
+    from fleetune.deploy import provenance
+
+    exporting.check_adapter(adapter, target.name)
+    base = adapter_folder.base_of(adapter)
+    source = _base_of_adapter(adapter, base, offline=offline) if target.states("BASE") else None
+    made = provenance.of_base(base)
+    return ExportResult(
+        out, _done(exporting.export_adapter(adapter, source, target.name, out, made=made), listener)
+    )
+
+
+def _base_of_adapter(adapter: Path, base: str, *, offline: bool) -> Path:
+    """Return the directory of the base that an adapter names; ModelError, with what to change, where it is not found."""
+    try:
+        return Plain(base).directory(offline=offline)
+    except ModelError as error:
+        raise ModelError(
+            f"{adapter} says that it is of the base '{base}': {error.message}",
+            hint=f"write the base's path or hub id as {adapter_folder.BASE} into {adapter / adapter_folder.PEFT}",
+        ) from error
 
 
 def _with_other_blocks(run: Run, kind: str, out: Path, listener: Listener, *, offline: bool) -> Report:

@@ -59,10 +59,9 @@ def _written(source: Path, place: Path) -> Report | None:
         return None
 
 
-def scales_of(found: Compressed, part: str) -> dict[str, int]:
-    """Return how many scales the blocks of a compressed model's file have, by layer; UsageError as in `of`."""
-    kinds = {name.removesuffix(".weight"): kind for name, kind in _types_of(found, part).items()}
-    return {layer: HALVES[kind] for layer, kind in kinds.items() if kind in HALVES}
+def kinds_of(found: Compressed, part: str) -> dict[str, str]:
+    """Return the types of the matrices in a compressed model's file, by layer; UsageError as in `of`."""
+    return {name.removesuffix(".weight"): kind for name, kind in _types_of(found, part).items()}
 
 
 def _is_written(place: Path, source: Path) -> bool:

@@ -322,11 +322,11 @@ def _unpack(
 def import_gguf(path: Path, *, weights: bool = True, progress: Progress | None = None) -> Path:
     """Return the Hugging Face directory of a GGUF file, converted once into the cache (keyed by its SHA-256).
 
-    Without `weights` it has configuration and tokenizer alone, and where in the file the tensors are.  ModelError for a file
-    that cannot be read or converted; StorageError when the disk is full.
+    Without `weights`: configuration, tokenizer, and where the tensors are.  ModelError: an unusable file; StorageError: no room.
     """
-    from fleetune.models.gguf.convert import convert
+    from fleetune.models.gguf import convert, header
 
+    header.read_whole(path)  # what is no model is not hashed
     digest = sums.sha256(path)
     target = (gguf_target if weights else mapped_target)(digest)
     if _complete(target):
@@ -334,7 +334,7 @@ def import_gguf(path: Path, *, weights: bool = True, progress: Progress | None =
     with locked(target):
         if not _complete(target):
             with staged(target) as folder:
-                convert(path, folder, weights=weights, progress=progress)
+                convert.convert(path, folder, weights=weights, progress=progress)
                 _write_source(folder, f"{OF_FILE}{path.name}", file=path.name, sha256={"gguf": digest})
     return target
 

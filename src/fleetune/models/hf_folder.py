@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fleetune.errors import ModelError
-from fleetune.models import bounds
+from fleetune.models import adapter_folder, bounds
 from fleetune.models.families.widths import KEY, base_type, config_from
 from fleetune.models.foreign import AGAIN, foreign_file
 from fleetune.models.names import NAME_HINT
@@ -77,6 +77,8 @@ def config_of(folder: Path) -> Any:
     """Read a directory's configuration; ModelError unless it is a causal language model or an encoder."""
     file = folder / "config.json"
     if not file.is_file():
+        if adapter_folder.is_adapter(folder):
+            raise adapter_folder.refused(folder, folder)
         raise ModelError(f"'{folder}' is not a model directory: it has no config.json", hint=_instead(folder))
     with foreign_file(file, "is not a model configuration"):
         if (size := file.stat().st_size) > bounds.CONFIG_BYTES:
@@ -147,8 +149,6 @@ def _causal_classes() -> set[str]:
 
 
 def _instead(folder: Path) -> str:
-    if (folder / "adapter_config.json").is_file():
-        return "it is an adapter: give the base model that its adapter_config.json names"
     if files := sorted(folder.glob("*.gguf")):
         return f"give the file: {files[0]}"
     return NAME_HINT

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from fleetune.common.display import human_bytes
-from fleetune.common.ggml import HALVES, PARTS
+from fleetune.common.ggml import PARTS, scales_in
 from fleetune.common.memory import usable_memory
 from fleetune.errors import ModelError, RecipeError
 from fleetune.models.shapes import shape_of
@@ -101,14 +101,15 @@ def able_methods(recipe: Recipe) -> list[str]:
 def scales_of(name: str, *, offline: bool = False) -> dict[str, int]:
     """Return how many scales a block of a model's file has, by linear layer (`Shape.scales`); {} where none can be read."""
     try:
-        return _scales_in(name, offline=offline)
+        return scales_in(_kinds_in(name, offline=offline))
     except ModelError:  # loading it says what is wrong, and what to do
         return {}
 
 
-def checked_scales(name: str, part: str) -> dict[str, int]:
-    """Return `scales_of` a model whose `part`, scales or codes, is to be tuned; nothing is fetched, {} for a built-in name.
+def checked_kinds(name: str, part: str) -> dict[str, str]:
+    """Return the types of the matrices in the file of a model whose `part`, scales or codes, is to be tuned, by layer.
 
+    Nothing is fetched, {} for a built-in name.
     ModelError where no layer has such a part, as loading it to tune would raise: of a directory or hub id, whose weights are
     plain, and of a GGUF file of other types.
     """
@@ -118,20 +119,19 @@ def checked_scales(name: str, part: str) -> dict[str, int]:
     if name in cache.ORIGINS and cache.ORIGINS[name].member.endswith(".gguf"):
         return {}
     in_file = name not in cache.ORIGINS and (path := names.local(name)) is not None and path.is_file()
-    found = _scales_in(name, offline=True) if in_file else {}
+    found = _kinds_in(name, offline=True) if in_file else {}
     check_part(found, part)
     return found
 
 
-def _scales_in(name: str, *, offline: bool) -> dict[str, int]:
+def _kinds_in(name: str, *, offline: bool) -> dict[str, str]:
     from fleetune import models
     from fleetune.models import placement
 
     _, tensors = placement.tensors_of(
         name, functools.partial(models.resolve, offline=offline), offline=offline, blocks=True
     )
-    kinds = {weight.removesuffix(".weight"): stored.kind for weight, stored in tensors.items()}
-    return {layer: HALVES[kind] for layer, kind in kinds.items() if kind in HALVES}
+    return {name.removesuffix(".weight"): t.kind for name, t in tensors.items() if len(t.shape) == 2}
 
 
 def _why(settings: Settings) -> str:

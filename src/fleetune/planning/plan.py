@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+from fleetune.common import ggml
 from fleetune.common.display import counted, human_bytes, human_count, human_time
 from fleetune.errors import UsageError
 from fleetune.models.shapes import Shape, shape_of
@@ -55,6 +56,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 NO_SCALES: Final[Mapping[str, int]] = MappingProxyType({})
+NO_KINDS: Final[Mapping[str, str]] = MappingProxyType({})
 LEAST: Final = 1_000_000  # a number without a unit that is smaller was meant in another one
 
 
@@ -189,17 +191,21 @@ def make(
     ram: int | None = None,
     uplink: float | None = None,
     train: str = "weights",
-    scales: Mapping[str, int] = NO_SCALES,
+    kinds: Mapping[str, str] = NO_KINDS,
 ) -> Plan:
-    """Plan a model; `ram` in bytes, `uplink` in bytes a second; `train` and `scales` as in `table`.
+    """Plan a model; `ram` in bytes, `uplink` in bytes a second; `train` as in `table`.
+
+    `kinds` are the types of the matrices in its file, by layer, where scales or codes are trained and the file is known.
 
     `asked` are the fields of `Workload` that are given: the table is of them and of that class's defaults, and the search
     for what fits leaves them as they are.
     """
-    work = Workload(steps=steps, **asked)
+    work, scales = Workload(steps=steps, **asked), ggml.scales_in(kinds)
     rows = table(config, work, ram=ram, uplink=uplink, train=train, scales=scales)
     search = Search(shape_of(config)._replace(scales=scales), ram, asked, train=train)
-    return Plan(tuple(rows), tuple(describe(config, name, work, uplink=uplink)), search)
+    about = describe(config, name, work, uplink=uplink)
+    about[1:1] = [("trains", share)] if (share := ggml.share(kinds, train)) else []
+    return Plan(tuple(rows), tuple(about), search)
 
 
 def columns(rows: Sequence[Row]) -> list[str]:

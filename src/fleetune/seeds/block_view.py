@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fleetune.errors import UsageError
-from fleetune.models.mapped.lazy import LazyWeight, in_blocks
+from fleetune.models.mapped.lazy import LazyWeight, in_blocks, kinds_of
 from fleetune.models.mapped.stored import check_part
 from fleetune.models.model import Pieces, named_tensors
 from fleetune.seeds.slots import WeightSlot, layout
@@ -34,8 +34,9 @@ class BlockView(View):
     @classmethod
     def moved_of(cls, named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, tuple[int, ...]]]:
         """Return (name, shape) of what directions move of a net; ModelError where none of its layers is in blocks."""
+        named = list(named)
+        check_part(kinds_of(named), cls.part)
         found = [(n, cls.shape_of(t)) for n, t in named if isinstance(t, LazyWeight) and in_blocks(t)]
-        check_part((name for name, _ in found), cls.part)
         return [(f"{name}.{cls.part}", shape) for name, shape in found]
 
     @classmethod

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from fleetune.common import ggml
 from fleetune.models.dtypes import WEIGHTS
+from fleetune.models.mapped.lazy import kinds_of
 from fleetune.models.model import Model, named_tensors
 from fleetune.seeds.block_view import BlockView
 from fleetune.seeds.code_view import CodeView
@@ -26,6 +28,12 @@ def moved_tensors(model: Model) -> tuple[tuple[str, tuple[int, ...], str], ...]:
         dtype = WEIGHTS[model.dtype].full
         return tuple((name, shape, dtype) for name, shape in view.moved_of(named))
     return tuple((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in named)
+
+
+def blocks_share(model: Model) -> list[str]:
+    """Say how much a model trains whose layers are not all in blocks that have what it trains, in one text; [] for others."""
+    share = ggml.share(kinds_of(named_tensors(model.net)), model.trains) if model.trains in ggml.PARTS else ""
+    return [share] if share else []
 
 
 def view_on(model: Model, *, run_key: int, law: str, grid: float) -> View:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from fleetune.common import sums
 from fleetune.common.shell import quoted
 from fleetune.errors import ModelError, UsageError
-from fleetune.models import seals
+from fleetune.models import adapter_folder, seals
 from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.runs import compression_folder, folder_names, rundir
 from fleetune.runs.compression_folder import CompressRequest
@@ -250,7 +250,7 @@ Subject = Run | Compressed | Plain
 def open(name: object, out: str | Path = "runs") -> Subject:
     """Return what `name` means: a text, a path, a result of `tune`, `compress` or `export`, or a subject itself.
 
-    UsageError for `latest` or a number where there is no such run, and for a text that no name can be.
+    UsageError for `latest` or a number where there is no such run, for a text that no name can be, and for an adapter.
     """
     if isinstance(name, Run | Compressed | Plain):
         return name
@@ -274,6 +274,7 @@ def open(name: object, out: str | Path = "runs") -> Subject:
     if run:
         return Run(run)
     rundir.check_name(text, runs)
+    adapter_folder.check(text)
     return Plain(text)
 
 

@@ -22,7 +22,7 @@ from fleetune.runs import env_file, sealed
 from fleetune.runs.events import RateFound, TuneStart
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
-from fleetune.seeds.trained import moved_tensors
+from fleetune.seeds.trained import blocks_share, moved_tensors
 from fleetune.tuning import foundations, methods, places
 from fleetune.tuning.methods import Method
 from fleetune.tuning.settled import given
@@ -139,12 +139,14 @@ def letters(method: Method, name: str) -> str:
 def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
     """Return what is about to run, for the console; `fleet` says where."""
     recipe, m = job.recipe, job.model
-    part = f" · trains its {recipe.train}" if recipe.train in PARTS else ""
+    share = blocks_share(m)
+    part = f" · trains its {recipe.train}" if recipe.train in PARTS and not share else ""
     return [
         (
             "model",
             f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}{part}",
         ),
+        *(("trains", words) for words in share),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
         ("data", f"{Path(recipe.data).name} · {_split(job)}{_held(job)} held out"),
         *(("rows", remark) for remark in job.about_rows()),

@@ -392,9 +392,9 @@ def dry_run(recipe: Recipe, *, offline: bool) -> TuneChecked:
 
 def checked(job: TuneJob, remarks: Sequence[str]) -> TuneChecked:
     """Return what is said of a job that can be run."""
-    found = job.estimate
+    found, share = job.estimate, map("trains {}".format, trained.blocks_share(job.model))
     return TuneChecked(
-        clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held), cut=job.cut.longer, remarks=remarks,
-        seconds=None if found is None else round(found.seconds, 3),
+        clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held), cut=job.cut.longer,
+        seconds=None if found is None else round(found.seconds, 3), remarks=[*share, *remarks],
         steps=None if found is None else round(found.rounds * found.clients * found.steps),
     )  # fmt: skip

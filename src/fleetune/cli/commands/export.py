@@ -25,7 +25,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     from fleetune.deploy import targets
 
-    sub.add_argument("subject", metavar="RUN|FOLDER|MODEL", help="what to write")
+    sub.add_argument(
+        "subject",
+        metavar="RUN|FOLDER|MODEL",
+        help="what to write; a folder of PEFT's: its adapter alone, --to gguf:lora or peft",
+    )
     sub.add_argument(
         "--to",
         metavar="TARGET",

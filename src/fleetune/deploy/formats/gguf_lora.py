@@ -22,7 +22,7 @@ from typing import Any, Final
 import gguf
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report
@@ -49,7 +49,14 @@ INSTEAD: Final = "merge it into the base: --to gguf:f16, or fleetune compress an
 PLAIN: Final[Mapping[str, Any]] = {
     "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
 }  # fmt: skip
-EMPTY: Final = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters")
+EMPTY: Final = (
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layer_replication",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
 
 
 def write(
@@ -113,12 +120,13 @@ def is_adapter(path: Path) -> bool:
 
 
 def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return adapter_config.json, and the factors by PEFT's names."""
+    """Return adapter_config.json, and the factors by PEFT's names, in fp32 (which holds bf16 and fp16 exactly)."""
     check(adapter, None)
     try:
         settings: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_bytes())
-        return settings, load_file(adapter / "adapter_model.safetensors")
-    except (OSError, SafetensorError, TypeError) as error:  # TypeError: bf16, which numpy has not
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        return settings, {name: factor.float().numpy() for name, factor in tensors.items()}
+    except (OSError, SafetensorError) as error:
         raise ModelError(
             f"{adapter} is not a usable adapter ({error})", hint="finish or repeat the run"
         ) from error

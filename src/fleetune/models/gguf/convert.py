@@ -108,7 +108,7 @@ def convert(
 
 
 def _open(path: Path) -> Reader:
-    header.read(path)  # the package would loop over a list as long as the file claims
+    header.read_whole(path)  # the package would loop over a list as long as the file claims
     try:
         with foreign_file(path, "is not a readable GGUF file", hint=ANOTHER):
             reader = Reader(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from fleetune.common.shell import quoted
 from fleetune.errors import ModelError, UsageError
 
 # the numbers of the types of values -> struct's letter; 8 is text, 9 a list
@@ -27,6 +29,7 @@ TEXT, LIST = 8, 9
 DIMS: Final = 4  # of a tensor, ggml's own bound
 LISTED: Final = 1 << 22  # values in all lists; the largest vocabularies have a third of that
 KEPT: Final = 1 << 20  # bytes of the longest text that is looked at: a chat template has thousands
+PARTS, PART = "split.count", "split.no"  # of a model that lies in several files
 AGAIN: Final = "copy, fetch or export it again"
 
 
@@ -44,19 +47,51 @@ def check(path: Path) -> GgufHeader:
 
     ModelError when it is missing, damaged or cut off; UsageError for an adapter, which is no model.
     """
-    head = read(path)
-    if head.values.get("general.type") == "adapter":
-        raise UsageError(
-            f"{path} is an adapter, not a model: it runs beside a file of its base",
-            hint=f"name the run it is of, or: llama-cli -m BASE.gguf --lora {path}",
-        )
+    head = _of_model(path)
     has = path.stat().st_size
     if has < head.size:
         raise ModelError(
             f"{path} is cut off: it has {has:,} bytes, its tensors take {head.size:,}", hint=AGAIN
         )
-    if not head.tensors and "split.count" not in head.values:
+    if not head.tensors and PARTS not in head.values:
         raise ModelError(f"{path} holds no tensors", hint="give a file with a model")
+    return head
+
+
+def read_whole(path: Path) -> GgufHeader:
+    """Read the header of a file that a model is to be made of; no tensor is looked at.
+
+    UsageError for an adapter, ModelError for a part of a split model; the rest as in `read`.
+    """
+    head = _of_model(path)
+    if type(count := head.values.get(PARTS)) is int and count > 1:
+        number = head.values.get(PART)
+        what = f"part {number + 1} of {count}" if type(number) is int else f"one of {count} parts"
+        parts = re.fullmatch(r"(.+)-\d{5}(-of-\d{5}\.gguf)", path.name)
+        first, joined = (
+            (path.with_name(f"{parts[1]}-00001{parts[2]}"), path.with_name(f"{parts[1]}.gguf"))
+            if parts
+            else ("FIRST.gguf", "OUT.gguf")
+        )
+        raise ModelError(
+            f"{path} is {what} of a split model, and models are read from one file",
+            hint=f"with all parts in a folder: llama-gguf-split --merge {quoted(first)} {quoted(joined)}   "
+            f"and then give {quoted(joined)} as the model",
+        )
+    return head
+
+
+def _of_model(path: Path) -> GgufHeader:
+    """Read the header of a file; UsageError for an adapter."""
+    head = read(path)
+    if head.values.get("general.type") == "adapter":
+        name, place = (head.values.get(f"general.base_model.0.{key}") for key in ("name", "repo_url"))
+        of = f" of {name or place}" + (f" ({place})" if name and place else "") if name or place else ""
+        raise UsageError(
+            f"{path} is an adapter{of}, not a model: it runs beside a file of its base",
+            hint=f"name the run it is of, or: llama-cli -m BASE.gguf --lora {quoted(path)}; or merge it: "
+            f"llama-export-lora -m BASE.gguf --lora {quoted(path)} -o merged.gguf   and then give merged.gguf as the model",
+        )
     return head
 
 

@@ -17,7 +17,7 @@ itself in place is refused; whoever takes its values (`weight.data`, `weight.det
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final, Self
 
@@ -268,6 +268,11 @@ def _embedding(input: Tensor, weight: Any, *more: Any, **given: Any) -> Tensor:
 def weights_of(net: nn.Module) -> dict[str, LazyWeight]:
     """Return the lazy weights of a net by name, tied ones once; {} for a net in memory."""
     return {n: p for n, p in net.named_parameters() if isinstance(p, LazyWeight)}
+
+
+def kinds_of(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Return the types that the matrices of a net have in its file, by name; {} for a net in memory."""
+    return {name: t.stored.kind for name, t in named if isinstance(t, LazyWeight) and t.dim() == 2}
 
 
 def in_blocks(tensor: Tensor) -> bool:

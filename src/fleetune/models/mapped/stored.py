@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fleetune.common.ggml import BLOCK, BYTES, HALVES
+from fleetune.common.ggml import BLOCK, BYTES, HALVES, has_super_blocks, in_layers, listed, scales_in
 from fleetune.errors import ModelError
 from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.foreign import AGAIN, foreign_file
@@ -109,11 +109,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [one] if one.is_file() else sorted(folder.glob("model-*.safetensors"))
 
 
-def check_part(names: Iterable[str], part: str) -> None:
-    """Raise ModelError where none of the matrices in blocks (`names`) is of a layer: no scales or codes could be trained."""
-    if not any(word.isdigit() for name in names for word in name.split(".")):  # layers have a number
+def check_part(kinds: Mapping[str, str], part: str) -> None:
+    """Raise ModelError where no layer has a matrix in blocks, whose scales or codes could be trained; `kinds`: types by name."""
+    found = in_layers(kinds)
+    if not scales_in(found):
+        has = f": its layers are in {listed(found.values())}" if set(found.values()) - set(PLAIN) else ""
+        why = ", and super-blocks are not trained" if has_super_blocks(found.values()) else ""
         raise ModelError(
-            f"this base has no {part} that could be trained",
+            f"this base has no {part} that could be trained{has}{why}",
             hint=f"train={part} is for a GGUF file of {', '.join(HALVES)}, with base=mapped, or for a model that "
             "fleetune compress has written",
         )
