@@ -364,12 +364,13 @@ def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         return {name: weight.to(dtype) for name, weight in Master(path).items()}
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path):
-        with safe_open(file, "pt") as head:
-            names = list(head.keys())
-        for name in names:
-            with safe_open(file, "pt") as mapped:
-                tensor = mapped.get_tensor(name)
-            tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        with safe_open(file, "pt") as whole:
+            for name in whole.keys():  # noqa: SIM118
+                tensor = whole.get_tensor(name)
+                if tensor.is_floating_point() and tensor.dtype != dtype:
+                    with safe_open(file, "pt") as mapped:
+                        tensor = mapped.get_tensor(name).to(dtype)
+                tensors[name] = tensor
     return tensors
 
 
