@@ -207,7 +207,7 @@ def knock(place: Place, reference: Any) -> tuple[int, list[str]]:
 
 def reference_of(place: Place) -> Any:
     """The state of a round in which the liar is away."""
-    place.link.lie = lambda h: h.reply(what="failed", reason="away")
+    place.link.lie = lambda h: h.outer(what="failed", code="fault")
     return place.played()
 
 

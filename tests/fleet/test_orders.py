@@ -11,8 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetune.errors import MessageError
+from fleetune.errors import (
+    DataError,
+    FitError,
+    FleetError,
+    LedgerError,
+    MessageError,
+    ModelError,
+    StorageError,
+    UsageError,
+)
 from fleetune.fleet.orders import ANSWERS, ORDERS, Device, Job, Order, Reply
+from fleetune.fleet.reasons import WORDS, Declined, in_words, reason_of
 from fleetune.tuning.messages import Message, Payload, encode
 
 JOB = Job(
@@ -20,7 +30,8 @@ JOB = Job(
 )
 DEVICE = Device(50, "c" * 64, 1 << 33, 2, "0.1.0")
 number = st.integers(0, 2**64 - 1)
-small = st.integers(-1, 2**31)
+small = st.integers(0, 2**31 - 1)
+crc = st.integers(0, 2**32 - 1)
 
 
 @given(
@@ -29,7 +40,7 @@ small = st.integers(-1, 2**31)
     small,
     number,
     st.binary(max_size=99),
-    st.tuples(small, small),
+    st.tuples(st.integers(-1, 2**31 - 1), crc),
     small,
     st.text(),
 )
@@ -40,14 +51,17 @@ def test_an_order_comes_back(what, round, client, key, body, kept, oldest, reaso
 
 @given(
     st.sampled_from(ANSWERS),
+    st.sampled_from(["", "battery", "busy 75", "few-tokens 3 9000"]),
     st.binary(min_size=16, max_size=16),
-    st.integers(3, 2**31),
+    st.integers(3, 2**31 - 1),
     st.binary(max_size=99),
     st.floats(0, 1e6),
     st.integers(0, 2**40),
 )
-def test_an_answer_comes_back(what, nonce, round, body, seconds, rss):
-    reply = Reply(what, nonce, round, body, (3, 7), seconds, rss, "a reason")
+def test_an_answer_comes_back(what, code, nonce, round, body, seconds, rss):
+    if what not in ("ready", "done"):
+        code = code or "fault"
+    reply = Reply(what, nonce, round, body, (3, 7), seconds, rss, code)
     assert Reply.decode(reply.encode()) == reply
 
 
@@ -65,14 +79,14 @@ def test_no_two_orders_are_the_same():
 
 
 def test_an_order_is_no_answer_and_the_other_way_round():
-    with pytest.raises(MessageError, match="'work' is none of"):
+    with pytest.raises(MessageError, match="a device's reason is a code"):
         Reply.decode(Order("work").encode())
-    with pytest.raises(MessageError, match="'done' is none of"):
+    with pytest.raises(MessageError, match="the order is not as agreed"):
         Order.decode(Reply("done", bytes(16)).encode())
 
 
 @pytest.mark.parametrize("name", ["client", "key", "body", "kept_round", "kept_crc", "oldest", "reason"])
-@pytest.mark.parametrize("value", [None, 1.5, [1]])
+@pytest.mark.parametrize("value", [1.5, [1]])
 def test_an_order_with_a_part_of_another_type_is_refused(name, value):
     whole = {
         "what": "work",
@@ -84,9 +98,7 @@ def test_an_order_with_a_part_of_another_type_is_refused(name, value):
         "oldest": 0,
         "reason": "",
     }
-    if value is None:
-        del whole[name]
-    elif value == [1]:
+    if value == [1]:
         whole[name] = True
     else:
         whole[name] = value
@@ -128,11 +140,59 @@ def test_a_job_comes_back():
     [
         {"run": 3}, {"set": []}, {"set": {"K": [1]}}, {"set": {"K": None}}, {"labels": "yes"}, {"labels": [1]},
         {"max_length": "9"}, {"max_length": True}, {"format": 2}, {"more": 1}, {"method": None}, {"rounds": 1.0},
+        # what would lead a device out of its state folder, or fill its memory
+        {"run": "x/../../victim"}, {"run": "a" * 300}, {"run": "A" * 32}, {"run": "a" * 31 + "\n"}, {"run": "a" * 32 + "\n"},
+        {"base": "../" + "b" * 61}, {"result": "b" * 63}, {"method": "../fedit"}, {"method": "os.path"}, {"method": ""},
+        {"set": {"../K": 1}}, {"set": {"r": 1 << 63}}, {"set": {"r": -(1 << 64)}}, {"set": {"lr": "x" * 5000}},
+        {"set": {str(i): i for i in range(101)}}, {"rounds": -1}, {"rounds": 1 << 30}, {"max_length": 0},
+        {"max_length": 1 << 63}, {"labels": ["a"] * 1001}, {"labels": ["a" * 201]}, {"labels": [""]}, {"dtype": "fp8"},
+        {"train": "all"}, {"task": "calibrated"}, {"model": "m" * 5000},
     ],
 )  # fmt: skip
-def test_a_job_of_another_form_is_refused(change):
-    with pytest.raises(MessageError):
+def test_a_job_of_another_form_or_size_is_refused(change):
+    with pytest.raises(MessageError, match="the job is not as agreed"):
         Job.from_json(json.dumps(json.loads(JOB.to_json()) | change))
+
+
+@pytest.mark.parametrize("set_", ['{"lr": NaN}', '{"lr": 1e999}', '{"K": 1' + "0" * 5000 + "}"])
+def test_a_setting_that_is_no_number_is_refused(set_):
+    text = JOB.to_json().replace(json.dumps(JOB.set), set_)
+    assert set_ in text
+    with pytest.raises(MessageError):
+        Job.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["", "busy", "busy 75 80", "busy -1", "busy x", "busy 9" + "0" * 20, "HIV positive since 2019", "rows 12", "Rows", "busy  75"],
+)  # fmt: skip
+def test_a_reason_is_a_code_with_its_numbers_and_nothing_else(reason):
+    whole = {
+        "what": "failed",
+        "body": b"",
+        "kept_round": -1,
+        "kept_crc": 0,
+        "seconds": 0.0,
+        "rss": 0,
+        "code": reason,
+    }
+    with pytest.raises(MessageError, match="is none that a device can have"):
+        Reply.decode(encode(Message(0, bytes(16), Payload({}, whole))))
+    with pytest.raises(MessageError, match="a device's reason is a code"):
+        Reply.decode(encode(Message(0, bytes(16), Payload({}, {**whole, "reason": "words"}))))
+
+
+def test_every_error_of_ours_has_a_code_of_the_list():
+    errors = [
+        DataError("'HIV positive' is none of the words"), ModelError("m"), FitError("f"), StorageError("s"), MessageError("m"),
+        LedgerError("l"), UsageError("u"), FleetError("f"), ValueError("v"), MemoryError(), Declined("busy", 75),
+    ]  # fmt: skip
+    told = [reason_of(error, 5 << 20) for error in errors]
+    assert told == [
+        "rows", "model", "memory 5", "storage", "order", "order", "settings", "fault", "fault", "memory 5", "busy 75",
+    ]  # fmt: skip
+    assert in_words("busy 75") == "other programs take 75 % of its processors" == Declined("busy", 75).message
+    assert all(in_words(" ".join([code, *["7"] * words.count("{}")])) for code, words in WORDS.items())
 
 
 @pytest.mark.parametrize("text", ["", "[]", "7", "{", "[" * 100_000, "{}"])
@@ -145,16 +205,16 @@ def test_what_is_no_job_is_refused(text):
 
 def test_a_device_comes_back_and_its_claim_of_rows_is_bounded():
     assert Device.from_json(DEVICE.to_json()) == DEVICE
-    for rows in (0, -1, 1 << 31, 1 << 70):
+    for rows in (0, -1, 1 << 22, 1 << 70):
         with pytest.raises(MessageError, match="rows"):
-            Device.from_json(dataclasses.replace(DEVICE, rows=rows).to_json())
+            Device.from_json(json.dumps(json.loads(DEVICE.to_json()) | {"rows": rows}).encode())
     able = dataclasses.replace(DEVICE, speed=41.5, kinds=(0, 2))
     assert Device.from_json(able.to_json()) == able
     whole = json.loads(DEVICE.to_json())
     for name, odd in (("speed", -1.0), ("speed", float("nan")), ("speed", float("inf")), ("kinds", []), ("kinds", [True]),
-                      ("kinds", ["0"]), ("kinds", [0] * 1001), ("kinds", 0), ("speed", 3)):  # fmt: skip
+                      ("kinds", ["0"]), ("kinds", [0] * 1001), ("kinds", 0), ("speed", "3")):  # fmt: skip
         with pytest.raises(MessageError):
             Device.from_json(json.dumps(whole | {name: odd}).encode())
     for odd in (True, 1.0, "9"):
-        with pytest.raises(MessageError, match="fields"):
+        with pytest.raises(MessageError, match="rows"):
             Device.from_json(json.dumps(json.loads(DEVICE.to_json()) | {"rows": odd}).encode())

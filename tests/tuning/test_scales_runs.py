@@ -140,14 +140,14 @@ def test_a_device_does_what_the_message_says_and_the_base_must_have_blocks(
     payload = _zeroth.ledger_payload(made, 64, 0)
     assert payload.scalars["train"] == part
     device = models.load(str(file), device="cpu", base="mapped")
-    view, _ = _zeroth.open_view(device, payload)
+    view, _ = _zeroth.open_view(device, payload, law="hashed", K=64, lr=0.1)
     assert type(view) is kind
     plain = _zeroth.ledger_payload(_zeroth.Ledger(_of_weights(made.head)), 64, 0)
     assert "train" not in plain.scalars, "messages of earlier versions are these"
-    view, _ = _zeroth.open_view(device, plain)
+    view, _ = _zeroth.open_view(device, plain, law="hashed", K=64, lr=0.1)
     assert type(view) is View
     with pytest.raises(UsageError, match=f"has no {part}"):
-        _zeroth.open_view(models.load(str(file), device="cpu"), payload)
+        _zeroth.open_view(models.load(str(file), device="cpu"), payload, law="hashed", K=64, lr=0.1)
 
 
 def _of_weights(head: LedgerHead) -> LedgerHead:

@@ -12,6 +12,7 @@ from fleetune.adapters.attachment import (
     Part,
     attach,
     attachment_of,
+    check_form,
     detach,
     digest,
     export,
@@ -40,7 +41,7 @@ from fleetune.adapters.scales import Scales, ScalesPart, moved_scales
 
 __all__ = [
     "ALL_LINEAR", "INITS", "QUERY_VALUE", "AdapterSpec", "Attachment", "Bitfit", "Bottleneck", "Full", "Lora",
-    "Part", "Prefix", "Prompt", "Scales", "ScalesPart", "attach", "attach_lora", "attachment_of", "detach", "digest",
-    "directions", "export", "file_digest", "load", "load_", "merge", "moved_scales", "pairs", "save", "subtract_factors",
-    "subtracted_factors", "trainable", "training",
+    "Part", "Prefix", "Prompt", "Scales", "ScalesPart", "attach", "attach_lora", "attachment_of", "check_form", "detach",
+    "digest", "directions", "export", "file_digest", "load", "load_", "merge", "moved_scales", "pairs", "save",
+    "subtract_factors", "subtracted_factors", "trainable", "training",
 ]  # fmt: skip

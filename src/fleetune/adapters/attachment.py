@@ -142,8 +142,8 @@ def export(model: Model) -> dict[str, np.ndarray]:
     return {n: p.detach().cpu().numpy().copy() for n, p in attachment_of(model).parameters.items()}
 
 
-def load_(model: Model, arrays: Mapping[str, np.ndarray]) -> None:
-    """Set the adapter's values.  MessageError, with nothing changed, unless names, shapes and dtype (fp32) agree."""
+def check_form(model: Model, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise MessageError unless names, shapes and dtype (fp32) are those of the model's adapter."""
     parameters = attachment_of(model).parameters
     if arrays.keys() != parameters.keys():
         odd = sorted(arrays.keys() ^ parameters.keys())
@@ -155,6 +155,12 @@ def load_(model: Model, arrays: Mapping[str, np.ndarray]) -> None:
                 f"adapter tensor '{name}' is {array.dtype.name} {list(array.shape)}, "
                 f"this model's is float32 {list(parameter.shape)}"
             )
+
+
+def load_(model: Model, arrays: Mapping[str, np.ndarray]) -> None:
+    """Set the adapter's values.  MessageError, with nothing changed, as in `check_form`."""
+    check_form(model, arrays)
+    parameters = attachment_of(model).parameters
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(np.array(arrays[name])))  # a copy can be written to

@@ -100,7 +100,8 @@ def load(model: Model, path: Path) -> None:
         spec, arrays = (
             _from_ours(config, tensors) if ours else _FROM_PEFT[config["peft_type"]](config, tensors, model)
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        _check_size(spec, arrays)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise ModelError(
             f"{path} is not a usable adapter ({error})", hint="finish or repeat the run"
         ) from error
@@ -112,6 +113,15 @@ def load(model: Model, path: Path) -> None:
     except FleetuneError:
         detach(model)
         raise
+
+
+def _check_size(spec: AdapterSpec, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError where the tensors are not of the size that is about to be taken for them."""
+    for name in {"r", "tokens", "size"} & _fields(spec).keys():
+        size = _fields(spec)[name]
+        largest = max(arrays.values(), key=lambda a: a.size, default=np.zeros(0))
+        if size not in largest.shape:
+            raise ValueError(f"its {name} is {size}, and its largest tensor is {list(largest.shape)}")
 
 
 def file_digest(path: Path) -> str | None:

@@ -16,6 +16,7 @@ import gc
 import mmap
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, Final
 
 # torch's words where the CPU's memory does not suffice, Linux' own (ENOMEM), and its loader's
@@ -33,6 +34,7 @@ OWN_LIMITS: Final = (
     "GLIBC_TUNABLES",
 )  # in the environment
 LARGE: Final = 1 << 23  # smaller pieces are used again: the system clears what it hands out, which takes time
+STACKS: Final = 1 << 24  # bytes of address space that threads of a core may take
 KEPT: Final = 1 << 25  # bytes of them at the end of the heap that are not given back
 
 
@@ -72,6 +74,36 @@ def usable_memory() -> int:
         with contextlib.suppress(OSError, ValueError), open(name, "rb") as file:
             limits.append(int(file.read()))
     return min(limit for limit in limits if limit > 0) if any(limits) else 0
+
+
+@contextlib.contextmanager
+def at_most(total: int) -> Iterator[None]:
+    """Let this process have about `total` bytes of its own while the block runs: MemoryError, or torch's, for more (Linux).
+
+    Bounded are the private pages that can be written to (RLIMIT_DATA).  Those that are there without being in memory, such
+    as a mapped model's, come on top, and so do stacks of threads.
+    """
+    if not total or sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    mapped, own = (_status(name) for name in ("VmData", "RssAnon"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = mapped + max(0, total - own) + total // 8 + STACKS * (os.cpu_count() or 1) + LARGE
+    limits = [most, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _status(name: str) -> int:
+    """Return a number of bytes in /proc/self/status; 0 where it is not there."""
+    with open("/proc/self/status", "rb") as file:
+        lines = (line.split() for line in file)
+        return next((int(words[1]) * 1024 for words in lines if words[0] == f"{name}:".encode()), 0)
 
 
 def release_memory() -> None:

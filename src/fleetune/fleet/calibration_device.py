@@ -9,6 +9,10 @@
 The device stands in front of a block.  An order for block k brings block k-1 compressed: the windows go through it, the
 states are on the disk, and then the sums of block k are made.  A device that is killed goes on from its states, whatever it
 was doing.
+
+Sums over few tokens give these away: over fewer than an input is wide, each token can be tested for; and the difference of
+two sums over nearly the same tokens holds the others.  So sums are over at least 4 times the model's width and twice the
+widest input (`least_tokens`), and over one choice of windows of the same rows (`DeviceState.calibrate_on`).
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -32,41 +35,63 @@ from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.sums import message_of, weights_of
 from fleetune.data import Encoded
+from fleetune.data.encode import digest
 from fleetune.errors import MessageError
 from fleetune.fleet import result
+from fleetune.fleet.device_state import DeviceState
+from fleetune.fleet.orders import Job
+from fleetune.fleet.reasons import Declined
 from fleetune.models.model import Model
 from fleetune.tuning import finished
 from fleetune.tuning.messages import Message, Payload, decode, encode
 
 BEGIN: Final = "begin"
+LONGEST: Final = 1 << 17  # tokens of a window
 
 
 class Calibration:
     """A device's part in a compression; `model` is the base, and becomes the tuned model that is compressed."""
 
-    def __init__(self, model: Model, rows: Sequence[Encoded], folder: Path, stated: str) -> None:
-        """`stated` is the digest of the result that the server sends."""
-        self.model, self.rows, self.stated = model, rows, stated
+    def __init__(self, model: Model, rows: Sequence[Encoded], own: DeviceState, job: Job) -> None:
+        self.model, self.rows, self.own, self.job = model, rows, own, job
         self.base = bytes.fromhex(model.digest)[:8]
-        self.folder = folder / "calibration"
+        self.folder = own.run(job.run) / "calibration"
 
     def begin(self, message: bytes, on_step: Callable[[int], None]) -> bytes:
-        """Take the result, and run the windows up to block 0; return their number and digest.
+        """Take the result, and run the windows up to block 0; return their number and their keyed digest.
 
-        `on_step(number)` is called before each piece of work, and may raise.  DataError when the rows do not fill a window.
+        `on_step(number)` is called before each piece of work, and may raise.  Declined for windows of too few tokens, and
+        for others than before.
         """
         file = self.folder / BEGIN
         if not (file.exists() and file.read_bytes() == message):
-            self.remove()
-            self.folder.mkdir(parents=True, mode=0o700)
+            self._check(decode(message).payload)
+            self.own.renewed(self.folder)
             write_atomic(file, message, mode=PRIVATE)
         windows = self._windows
         if self._stands() is None:
             on_step(0)
             with torch.inference_mode():
                 self._save(0, self._stream.first_block_inputs(windows))
-        sha = hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
+        sha = self.own.keyed(hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest())
         return encode(Message(0, self.base, Payload({}, {"windows": len(windows), "sha256": sha})))
+
+    def _check(self, asked: Payload) -> None:
+        count, length = asked.int("windows"), asked.int("length")
+        if count < 1 or not 1 <= length <= LONGEST:
+            raise MessageError(f"{count} windows of {length} tokens were asked for")
+        count = min(count, sum(len(row.ids) for row in self.rows) // length)
+        if count * length < (least := self.least_tokens()):
+            raise Declined("few-tokens", count * length, least)
+        self.own.calibrate_on(digest([self.rows]), count, length)
+
+    def least_tokens(self) -> int:
+        """Return over how many tokens a sum is made at least."""
+        width = self.model.net.get_input_embeddings().weight.shape[1]
+        widest = max(
+            (linear.in_features for _, linears in self._blocks for linear in linears.values()), default=0
+        )
+        return max(4 * int(width), 2 * widest)
 
     @torch.inference_mode()
     def block(self, number: int, message: bytes, on_step: Callable[[int], None]) -> bytes:
@@ -80,7 +105,13 @@ class Calibration:
         stream = self._stream
         if stands == number - 1:
             on_step(number)
-            driver.place_weights(self._blocks[stands][1], weights_of(decode(message).payload))
+            weights = weights_of(decode(message).payload)
+            shapes = {name: linear.weight.shape for name, linear in self._blocks[stands][1].items()}
+            if {name: weight.shape for name, weight in weights.items()} != shapes:
+                raise MessageError(
+                    f"the compressed block {stands} has other layers or shapes than this model's"
+                )
+            driver.place_weights(self._blocks[stands][1], weights)
             stream.states = self._load(stands)
             stream.advance(stands)
             self._save(number, stream.states)
@@ -96,7 +127,7 @@ class Calibration:
 
     def remove(self) -> None:
         """Delete what was kept: the compression is over."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.own.remove(self.folder)
 
     # The model and the windows ----------------------------------------------------------------------------
 
@@ -112,7 +143,7 @@ class Calibration:
         """The tuned model, with its weights merged as the server has them, and the states of the windows."""
         windows = self._windows
         scalars = decode((self.folder / BEGIN).read_bytes()).payload.scalars
-        result.put_on(self.model, result.placed(scalars, self.folder / "result", self.stated))
+        result.put_on(self.model, result.placed(scalars, self.own, self.job))
         finished.merge_weights(self.model)
         return HiddenStates(self.model, windows[:1])
 

@@ -68,7 +68,7 @@ class Calibrators:
 
         DataError when no device has text for a window, UsageError when all that began are left out.
         """
-        self.served.farewell = "the compression is finished"
+        self.served.farewell, self.served.more = "the compression is finished", " --calibrate"
         run, parts = Path(request.model), folder / PARTS
         devices = Devices(folder)
         devices.take_from(run)

@@ -43,11 +43,11 @@ class Conditions:
             raise UsageError(f"--max-load: this machine has no {self.load} to tell by")
 
     def reason(self) -> str:
-        """Return why the device declines now, "" where it does not."""
+        """Return why the device declines now, by its code (`reasons.py`); "" where it does not."""
         if self.only_on_power and self.on_battery():
-            return "on battery"
+            return "battery"
         if self.max_load and (busy := self.busy()) > self.max_load:
-            return f"busy: other programs take {busy:.0%} of the processors"
+            return f"busy {100 * busy:.0f}"
         return ""
 
     def on_battery(self) -> bool:

@@ -54,7 +54,8 @@ def join(
             f"{host} is another machine: a device talks to it with TLS alone",
             hint="bring the server's ca.pem here and give it: --ca ca.pem",
         )
-    brings.divided(note)
+    _, held_out = brings.divided(note)
+    note(f"this device {brings.part(len(held_out))}")
     with _alone(home.state):
         from fleetune.fleet.flower.node import Server, stay
 

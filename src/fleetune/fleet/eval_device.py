@@ -10,34 +10,31 @@ The answer to the order `eval` holds
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from fleetune.data import Encoded
-from fleetune.errors import DataError
 from fleetune.evaluation.losses import all_row_losses
 from fleetune.fleet import result
+from fleetune.fleet.device_state import DeviceState
+from fleetune.fleet.orders import Job
 from fleetune.models.model import Model
 from fleetune.tuning.messages import Message, Payload, decode, encode
 
 BATCH: Final = 1  # rows at a time: a device that has trained has the memory for one
 
 
-def measure(model: Model, held: Sequence[Encoded], order: bytes, folder: Path, stated: str) -> bytes:
+def measure(model: Model, held: Sequence[Encoded], order: bytes, own: DeviceState, job: Job) -> bytes:
     """Return the answer to an order `eval`; `model` is the base, and afterwards the tuned model.
 
-    `stated` is the digest of the result, "" where the base alone is measured; its files go into `folder`.
-    DataError when the device holds out no rows.
+    The files of the job's result go into the run's folder; without a result the base alone is measured.
     """
-    if not held:
-        raise DataError("the device holds out no rows", hint="join with --held-out, or with --eval-data")
     received = decode(order)
     base, counts = all_row_losses(model, held, BATCH)
     tuned = base
-    if stated:
-        result.put_on(model, result.placed(received.payload.scalars, folder, stated))
+    if job.result:
+        result.put_on(model, result.placed(received.payload.scalars, own, job))
         tuned, _ = all_row_losses(model, held, BATCH)
     sums = {
         "rows": len(held), "tokens": int(counts.sum()), "base": float(np.sum(base)), "tuned": float(np.sum(tuned)),

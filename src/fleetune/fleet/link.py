@@ -66,5 +66,5 @@ def answer_in(data: bytes | None, order: Order) -> Reply | None:
         if reply.what not in MAY_ANSWER.get(order.what, USUAL):
             raise MessageError(f"'{order.what}' was answered with '{reply.what}'")
     except MessageError as error:
-        return Reply("failed", order.nonce, reason=str(error))
+        return Reply.unusable(order, str(error))
     return reply

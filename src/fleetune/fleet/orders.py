@@ -17,24 +17,28 @@ method sends travel inside, as they would in a simulated fleet, so that traffic 
 
 Each order holds a random number that its answer repeats: an answer is bound to one order, and that to one device,
 run and round.
+
+What both sides believe of each other stands in the fields of these classes: pydantic refuses every other type, size and
+name (MessageError).  A device's reasons are codes (`reasons.py`).
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from dataclasses import asdict, field
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypeVar
 
-from fleetune.common.settings import Value
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
 from fleetune.errors import MessageError, cut_reason
-from fleetune.seeds.ledger_head import TRAINS
+from fleetune.fleet.reasons import in_words
+from fleetune.models import names
 from fleetune.tuning.messages import Message, Payload, Scalar, decode, encode
 from fleetune.tuning.recipe import label_words
+from fleetune.tuning.recipe_problems import told
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
@@ -43,33 +47,62 @@ T = TypeVar("T")
 
 ORDERS: Final = ("job", "work", "eval", "begin", "block", "end")
 ANSWERS: Final = ("ready", "done", "failed", "declined", "refused")
-TASKS: Final = ("tune", "eval", "calibrate")
+TASKS: Final[Mapping[str, tuple[str, ...]]] = {  # and the orders that belong to each
+    "tune": ("work",), "eval": ("eval",), "calibrate": ("begin", "block"),
+}  # fmt: skip
 REFUSED: Final = b"refused"  # body of an "end" for a device that cannot take part
 NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there
 MAX_JOB: Final = 1 << 20  # characters
-MOST_KINDS: Final = 1000  # of work, that a device can do
-FOREVER: Final = 1e9  # seconds
-DIGEST: Final = re.compile("[0-9a-f]{64}")
-MAX_VERSION: Final = 64  # characters
+
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]
+Key = Annotated[int, Field(ge=0, lt=1 << 64)]
+Crc = Annotated[int, Field(ge=0, lt=1 << 32)]
+Id = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]  # it names a folder on the device
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+OptionalDigest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{0,64}$")]  # of a method or a setting
+Label = Annotated[str, Field(min_length=1, max_length=200)]
+Text = Annotated[str, Field(max_length=4096)]
+Line = Annotated[str, Field(pattern=r"^[ -~]{0,64}$")]  # printable ASCII
+Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+Setting = bool | Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | Number | Text
+Kinds = Annotated[tuple[Annotated[int, Field(ge=0, lt=1000)], ...], Field(min_length=1, max_length=1000)]
+Speed = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Dtype = Annotated[str, Field(pattern="^(fp32|bf16|fp16)$")]
+Task = Annotated[str, Field(pattern="^(tune|eval|calibrate)$")]
+Trained = Annotated[str, Field(pattern="^(weights|scales|codes)$")]
+Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
+Kept = tuple[Annotated[int, Field(ge=-1, lt=1 << 31)], Crc]
+
+EXACT: Final = ConfigDict(strict=True, extra="forbid")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class Job:
     """What a device needs to know of a run.  All of it is data: a device runs only what is installed on it."""
 
-    run: str  # names the run, 32 hexadecimal digits
-    method: str
-    set: Mapping[str, Value]  # the method's settings
-    model: str  # as the server's recipe names it
-    base: str  # digest of the base model
-    dtype: str
-    max_length: int
-    labels: tuple[str, ...]
-    rounds: int
-    task: str = "tune"  # or eval, or calibrate
-    result: str = ""  # SHA-256 of the result that is measured or calibrated: of the ledger, or of the adapter's SHA256SUMS
-    train: str = "weights"  # or scales or codes, of a GGUF file
-    format: int = 1
+    run: Id
+    method: Name  # "" where a plain model is measured
+    set: Annotated[dict[Name, Setting], Field(max_length=100)]  # the method's settings
+    model: Text  # as the server's recipe names it
+    base: Digest  # of the base model
+    dtype: Dtype
+    max_length: Annotated[int, Field(ge=1, le=1 << 20)]  # tokens of a row
+    labels: Annotated[tuple[Label, ...], Field(max_length=1000)]
+    rounds: Annotated[int, Field(ge=0, le=1_000_000)]
+    task: Task = "tune"
+    result: OptionalDigest = (
+        ""  # SHA-256 of the ledger, or of the adapter's SHA256SUMS, that is measured or calibrated
+    )
+    train: Trained = "weights"  # of a GGUF file
+    format: Literal[1] = 1
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        if not self.method and self.task != "eval":
+            raise MessageError(f"the job is not as agreed: one to {self.task} names no method")
+        return self
 
     def to_json(self) -> str:
         """Return the job as one text."""
@@ -78,31 +111,12 @@ class Job:
     @classmethod
     def from_json(cls, text: str) -> Job:
         """Read a job; MessageError for a text that is none."""
-        try:
-            found = json.loads(text) if len(text) <= MAX_JOB else None
-        except (ValueError, RecursionError) as error:
-            raise MessageError(f"the job is not JSON ({error})") from error
-        if not isinstance(found, dict) or set(found) != {f.name for f in fields(cls)}:
-            raise MessageError("the job has other fields than this version of Fleetune knows; update it")
-        kinds = {"set": dict, "labels": list, "max_length": int, "rounds": int, "format": int}
-        for name, value in found.items():
-            if type(value) is not kinds.get(name, str):
-                raise MessageError(f"the job's {name} is a {type(value).__name__}")
-        if found["format"] != cls.format:
-            raise MessageError(f"the job has format {found['format']}, this version reads {cls.format}")
-        if found["task"] not in TASKS:
-            raise MessageError(f"the job's task {found['task']!r} is none of {', '.join(TASKS)}")
-        if found["train"] not in TRAINS:
-            raise MessageError(f"the job trains {found['train']!r:.40}, which is none of {', '.join(TRAINS)}")
-        plain = all(type(v) in (bool, int, float, str) for v in found["set"].values())
-        if not plain or not all(type(word) is str for word in found["labels"]):
-            raise MessageError("the job's settings or labels are not plain values")
-        return cls(**{**found, "labels": tuple(found["labels"])})
+        return _read(_JOB, text, "the job")
 
 
 def is_path(model: str) -> bool:
-    """Whether a job's model is a path on the server, which a device cannot fetch by that name."""
-    return Path(model).is_absolute() or model.count("/") > 1 or model.startswith(".")
+    """Whether a job's model is no name that a device could fetch: a path on the server."""
+    return not names.can_be_fetched(model)
 
 
 def job_of(job: TuneJob, run: str) -> Job:
@@ -114,25 +128,25 @@ def job_of(job: TuneJob, run: str) -> Job:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class Order:
     """What the server wants of a device."""
 
-    what: str
-    round: int = 0
-    client: int = 0
-    key: int = 0  # of the client's work in this round
+    what: Literal["job", "work", "eval", "begin", "block", "end"]
+    round: Count = 0
+    client: Count = 0
+    key: Key = 0  # of the client's work in this round
     body: bytes = b""  # the job, or the method's message
-    kept: tuple[int, int] = NOTHING_KEPT  # round and CRC-32 of the memory that the work stands on
-    oldest: int = 0  # memories before this round are needed no longer where a newer one is there
-    reason: str = ""
-    nonce: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    kept: Kept = NOTHING_KEPT  # round and CRC-32 of the memory that the work stands on
+    oldest: Count = 0  # memories before this round are needed no longer where a newer one is there
+    reason: Text = ""
+    nonce: Nonce = field(default_factory=lambda: secrets.token_bytes(16))
 
     def encode(self) -> bytes:
         """Return the order as bytes; they end with the body, which the orders of a round may have in common."""
-        return _encode(self.what, self.round, self.nonce, {
-            "client": self.client, "key": self.key, "kept_round": self.kept[0], "kept_crc": self.kept[1],
-            "oldest": self.oldest, "reason": self.reason, "body": self.body,
+        return _encode(self.round, self.nonce, {
+            "what": self.what, "client": self.client, "key": self.key, "kept_round": self.kept[0],
+            "kept_crc": self.kept[1], "oldest": self.oldest, "reason": self.reason, "body": self.body,
         })  # fmt: skip
 
     def take(self) -> bytes:
@@ -149,65 +163,67 @@ class Order:
     @classmethod
     def decode(cls, data: bytes | bytearray) -> Order:
         """Read an order; MessageError for bytes that are none."""
-        what, round, nonce, payload = _decode(data, ORDERS)
-        return cls(
-            what, round, payload.int("client"), payload.int("key"), _bytes(payload, "body"),
-            (payload.int("kept_round"), payload.int("kept_crc")), payload.int("oldest"), _text(payload, "reason"), nonce,
-        )  # fmt: skip
+        return _made(cls, _decode(data), "the order")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class Reply:
     """What a device answers to an order."""
 
-    what: str
-    nonce: bytes
-    round: int = 0
+    what: Literal["ready", "done", "failed", "declined", "refused"]
+    nonce: Nonce
+    round: Count = 0
     body: bytes = b""  # the method's reply, or a `Device` as JSON
-    kept: tuple[int, int] = NOTHING_KEPT  # round and CRC-32 of what the device remembers now
-    seconds: float = 0.0
-    rss: int = 0
-    reason: str = ""
+    kept: Kept = NOTHING_KEPT  # round and CRC-32 of what the device remembers now
+    seconds: Annotated[float, Field(ge=0, lt=1e9)] = 0.0
+    rss: Bytes = 0
+    code: Annotated[str, Field(max_length=60)] = (
+        ""  # why it is not done: one of `reasons.WORDS`, with its numbers
+    )
+    reason: Text = ""  # the same in words; it is not sent
+
+    @model_validator(mode="after")
+    def _explain(self) -> Self:
+        if not -1 <= self.kept[0] <= self.round:
+            raise MessageError(f"the device claims to remember round {self.kept[0]} after round {self.round}")
+        if self.what not in ("ready", "done") and not self.reason:
+            object.__setattr__(self, "reason", in_words(self.code))
+        return self
 
     def encode(self) -> bytes:
         """Return the answer as bytes."""
-        return _encode(self.what, self.round, self.nonce, {
-            "body": self.body, "kept_round": self.kept[0], "kept_crc": self.kept[1], "seconds": self.seconds,
-            "rss": self.rss, "reason": cut_reason(self.reason),
+        return _encode(self.round, self.nonce, {
+            "what": self.what, "body": self.body, "kept_round": self.kept[0], "kept_crc": self.kept[1],
+            "seconds": self.seconds, "rss": self.rss, "code": self.code,
         })  # fmt: skip
 
     @classmethod
     def decode(cls, data: bytes) -> Reply:
         """Read an answer; MessageError for bytes that are none."""
-        what, round, nonce, payload = _decode(data, ANSWERS)
-        kept, seconds, rss = (
-            (payload.int("kept_round"), payload.int("kept_crc")),
-            payload.float("seconds"),
-            payload.int("rss"),
-        )
-        if kept != NOTHING_KEPT and not (0 <= kept[0] <= round and 0 <= kept[1] < 1 << 32):
-            raise MessageError(f"the device claims to remember {kept} after round {round}")
-        if not 0 <= seconds < FOREVER or not 0 <= rss < 1 << 63:
-            raise MessageError(f"the device claims to have worked {seconds} s in {rss} bytes of memory")
-        reason = cut_reason(_text(payload, "reason")) or (
-            "" if what in ("ready", "done") else "it gives no reason"
-        )
-        return cls(what, nonce, round, _bytes(payload, "body"), kept, seconds, rss, reason)
+        found = _decode(data)
+        if "reason" in found:
+            raise MessageError("a device's reason is a code; it is of another version of Fleetune")
+        return _made(cls, found, "the answer")
+
+    @classmethod
+    def unusable(cls, order: Order, reason: str) -> Reply:
+        """Return what stands for an answer that the server cannot use, and says why."""
+        return cls("failed", order.nonce, order.round, reason=cut_reason(reason))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class Device:
     """What a device says of itself when it is ready."""
 
-    rows: int
-    rows_digest: str
-    memory: int  # bytes of it, free and used
-    threads: int
-    version: str
-    speed: float = 0.0  # tokens a second of a forward pass, measured once
-    kinds: tuple[int, ...] = (0,)  # those of the method's kinds of work that fit its memory
-    held_out: int = 0  # rows that it never trains on, to measure on
-    held_out_digest: str = ""
+    rows: Annotated[int, Field(ge=1, lt=1 << 22)]  # the server counts the steps that so many rows make
+    rows_digest: Digest  # of the encoded rows, keyed with a secret of the device: it tells whether they are those of before
+    memory: Bytes  # that its work may take
+    threads: Count
+    version: Line
+    speed: Speed = 0.0  # tokens a second of a forward pass
+    kinds: Kinds = (0,)  # of the method's work, those that fit it
+    held_out: Count = 0  # rows that it never trains on, to measure on
+    held_out_digest: OptionalDigest = ""
 
     def to_json(self) -> bytes:
         """Return it as one text, in UTF-8."""
@@ -216,55 +232,39 @@ class Device:
     @classmethod
     def from_json(cls, data: bytes) -> Device:
         """Read it; MessageError for bytes that are none, or for rows that cannot be."""
-        try:
-            found = json.loads(data) if len(data) <= MAX_JOB else None
-        except (ValueError, RecursionError) as error:
-            raise MessageError(f"what the device says of itself is not JSON ({error})") from error
-        types = {"rows_digest": str, "version": str, "held_out_digest": str, "speed": float, "kinds": list}
-        agreed = {f.name: types.get(f.name, int) for f in fields(cls)}
-        if not isinstance(found, dict) or {n: type(v) for n, v in found.items()} != agreed:
-            raise MessageError("what the device says of itself has other fields than agreed")
-        if not 1 <= found["rows"] < 1 << 31:
-            raise MessageError(f"the device says that it has {found['rows']} rows")
-        if not 0 <= found["held_out"] < 1 << 31:
-            raise MessageError(f"the device says that it holds out {found['held_out']} rows")
-        if not 0 <= found["speed"] < math.inf:
-            raise MessageError(f"the device says that it does {found['speed']} tokens a second")
-        if not 1 <= len(found["kinds"]) <= MOST_KINDS or not all(type(k) is int for k in found["kinds"]):
-            raise MessageError("the device does not say which kinds of work it can do")
-        if not DIGEST.fullmatch(found["rows_digest"]):
-            raise MessageError("the digest of the device's rows is not SHA-256 in hexadecimal")
-        if not 0 <= found["memory"] < 1 << 63 or not 0 <= found["threads"] < 1 << 31:
-            raise MessageError(
-                f"the device says that it has {found['memory']} bytes of memory and {found['threads']} threads"
-            )
-        if len(found["version"]) > MAX_VERSION:
-            raise MessageError(f"the device's version has {len(found['version'])} characters")
-        return cls(**{**found, "kinds": tuple(found["kinds"])})
+        return _read(_DEVICE, data, "what the device says of itself")
 
 
-def _encode(what: str, round: int, nonce: bytes, scalars: Mapping[str, Scalar]) -> bytes:
-    return encode(Message(round, nonce, Payload({}, {"what": what, **scalars})))
+_JOB: Final = TypeAdapter(Job)
+_DEVICE: Final = TypeAdapter(Device)
 
 
-def _decode(data: bytes | bytearray, known: tuple[str, ...]) -> tuple[str, int, bytes, Payload]:
+def _read(form: TypeAdapter[T], text: str | bytes, what: str) -> T:
+    if len(text) > MAX_JOB:
+        raise MessageError(f"{what} has {len(text):,} characters, {MAX_JOB:,} at most")
+    try:
+        return form.validate_json(text)
+    except ValidationError as error:
+        raise MessageError(f"{what} is not as agreed: {told(error.errors()[0])}") from error
+
+
+def _encode(round: int, nonce: bytes, scalars: Mapping[str, Scalar]) -> bytes:
+    return encode(Message(round, nonce, Payload({}, scalars)))
+
+
+def _decode(data: bytes | bytearray) -> dict[str, Any]:
+    """Return the parts of an order or an answer, by the names of its fields."""
     message = decode(data)
-    what = message.payload.scalars.get("what")
-    if what not in known or message.payload.arrays:
-        raise MessageError(f"{what!r} is none of {', '.join(known)}")
-    return str(what), message.round, message.base, message.payload
+    if message.payload.arrays:
+        raise MessageError("an order or an answer holds no arrays of its own")
+    found: dict[str, Any] = {**message.payload.scalars, "round": message.round, "nonce": message.base}
+    found["kept"] = found.pop("kept_round", None), found.pop("kept_crc", None)
+    return found
 
 
-def _bytes(payload: Payload, name: str) -> bytes:
-    return _of(payload, name, bytes)
-
-
-def _text(payload: Payload, name: str) -> str:
-    return _of(payload, name, str)
-
-
-def _of(payload: Payload, name: str, kind: type[T]) -> T:
-    value = payload.scalars.get(name)
-    if type(value) is not kind:
-        raise MessageError(f"scalar '{name}' is a {type(value).__name__}, not {kind.__name__}")
-    return value
+def _made(cls: type[T], found: Mapping[str, Any], what: str) -> T:
+    try:
+        return cls(**found)
+    except (ValidationError, TypeError) as error:
+        why = told(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
+        raise MessageError(f"{what} is not as agreed: {why}") from error

@@ -7,7 +7,6 @@ there, and the digest of the weights is compared with the one that it states.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -17,6 +16,7 @@ from fleetune.common import sums
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, MessageError, UsageError
+from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.orders import Job
 from fleetune.models.model import Model
 from fleetune.runs import env_file
@@ -27,6 +27,9 @@ from fleetune.tuning.recipe import label_words
 
 FILE: Final = "file "  # begins the name of a file's bytes in a message
 LEDGER: Final = finished.RESULT["ledger"]
+FILES: Final = frozenset({
+    LEDGER, "adapter_config.json", "adapter_model.safetensors", "module.json", "module.safetensors", "README.md", sums.FILE,
+})  # fmt: skip
 
 
 def job_of_run(folder: Path, run: str, task: str, steps: int = 0) -> Job:
@@ -55,29 +58,28 @@ def packed(result: Path) -> Mapping[str, Scalar]:
     return {FILE + file.name: file.read_bytes() for file in files if file.is_file()}
 
 
-def placed(scalars: Mapping[str, Scalar], folder: Path, stated: str) -> Path:
-    """Write the files of a message into a new `folder`, and return the ledger or adapter.
+def placed(scalars: Mapping[str, Scalar], own: DeviceState, job: Job) -> Path:
+    """Write the files of a message into the run's folder `result`, and return the ledger or adapter.
 
-    MessageError, with nothing left behind, when they are not the result with the digest `stated`.
+    MessageError, with nothing left behind, when they are not the job's result.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, mode=0o700)
+    files = {name.removeprefix(FILE): data for name, data in scalars.items() if name.startswith(FILE)}
+    if odd := sorted(files.keys() - FILES):
+        raise MessageError(f"{odd[0]!r} is no file of a result")
+    folder = own.renewed(own.run(job.run) / "result")
     try:
-        for name, data in scalars.items():
-            if not name.startswith(FILE):
-                continue
-            plain = name.removeprefix(FILE)
-            if type(data) is not bytes or plain != Path(plain).name or plain in ("", "..") or "\\" in plain:
-                raise MessageError(f"{plain!r} is no file of a result")
-            write_atomic(folder / plain, data, mode=PRIVATE)
-        result = folder / LEDGER if (folder / LEDGER).is_file() else folder
+        for name, data in files.items():
+            if type(data) is not bytes:
+                raise MessageError(f"{name!r} does not come as bytes")
+            write_atomic(folder / name, data, mode=PRIVATE)
+        result = folder / LEDGER if LEDGER in files else folder
         sums.check(result, remedy="the server sends it again")
         file = result / sums.FILE if result.is_dir() else result
         found = sums.sha256(file) if file.is_file() else "none"
-        if found != stated:
-            raise MessageError(f"the result has the SHA-256 {found:.16}.., the job states {stated:.16}..")
+        if found != job.result:
+            raise MessageError(f"the result has the SHA-256 {found:.16}.., the job states {job.result:.16}..")
     except Exception:
-        shutil.rmtree(folder, ignore_errors=True)
+        own.remove(folder)
         raise
     return result
 

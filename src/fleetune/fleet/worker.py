@@ -5,9 +5,11 @@
       run-3f2a../client-000002.round-000005.ckpt     what the method remembers here
       run-3f2a../result/, calibration/               a result that is measured or compressed
       answer                                         the last answer: given again when its order comes again
+      secret, calibrated.json                        as `device_state.py` has it
 
 A device runs what is installed on it.  An order is data: a method's name and settings, numbers, and the bytes that the
-method itself would read in a simulated fleet.
+method itself would read in a simulated fleet.  It does the orders of the task that it has agreed to, of at most `PASSES`
+passes over its rows, and says why it does not by a code (`reasons.py`).
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
 from fleetune import models
-from fleetune.common.display import human_bytes, human_time, show
+from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import PARTS
-from fleetune.common.memory import rss, total_memory
+from fleetune.common.memory import at_most, rss, total_memory
 from fleetune.common.shell import quoted
 from fleetune.common.version import __version__
 from fleetune.data import Batches, Encoded, Example
@@ -47,8 +49,10 @@ from fleetune.errors import (
 from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.fleet import eval_device
 from fleetune.fleet.calibration_device import Calibration
+from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.held_out import divided
-from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply, is_path
+from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, TASKS, Device, Job, Order, Reply, is_path
+from fleetune.fleet.reasons import Declined, in_words, reason_of
 from fleetune.models.bases import BLOCKS
 from fleetune.models.model import Model
 from fleetune.models.shapes import shape_of
@@ -65,6 +69,8 @@ from fleetune.tuning.prepare import usual_threads
 log = logging.getLogger(__name__)
 
 ANSWER: Final = "answer"
+PASSES: Final = 100  # over its rows that a device makes in a round, at most
+FEW: Final = 256  # rows: a device that has fewer does as many passes as one with so many
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,17 @@ class Brings:
     eval_data: str = ""  # or a file of its own with rows to measure on
     columns: str = ""  # which columns of the rows are which
     base: str = "auto"  # where the base's weights are, as in `models.load`
+    calibrate: bool = False  # whether sums over its rows may leave it
+
+    def part(self, held_out: int) -> str:
+        """Return what a device with so many held-out rows takes part in, and in what it does not."""
+        measures = (
+            f"measures results on {counted(held_out, 'held-out row')}"
+            if held_out
+            else "measures no result (--held-out)"
+        )
+        sums = "gives sums over its rows for calibration" if self.calibrate else "gives no sums (--calibrate)"
+        return f"trains on its rows, {measures}, {sums}"
 
     def divided(self, note: Callable[[str], None] = log.info) -> tuple[Sequence[Example], Sequence[Example]]:
         """Return (training rows, held-out rows); DataError as in `held_out.divided`."""
@@ -101,7 +118,6 @@ class Loaded:
     memories: Memories
     kinds: tuple[int, ...]  # kinds of the method's work that fit this device
     speed: float  # tokens a second of a forward pass
-    folder: Path  # what the device keeps of this job
     calibration: Calibration
 
 
@@ -118,7 +134,8 @@ class Worker:
         declines: Callable[[], str] = lambda: "",
     ) -> None:
         self.brings, self.state, self.note, self.on_step = brings, state, note, on_step
-        self.declines = declines  # why it would rather not work now, "" for nothing
+        self.declines = declines  # why it would rather not work now, by its code; "" for nothing
+        self.own = DeviceState(state)
         self.loaded: Loaded | None = None
         self.ended = ""  # why the run is over for this device; "" while it is not
         self.error: FleetuneError | None = None  # that keeps it from taking part
@@ -132,7 +149,7 @@ class Worker:
         if isinstance(data, bytearray):
             data.clear()
         if order.what == "end":
-            if self.loaded is not None:
+            if self.loaded is not None and self.loaded.job.task == "calibrate":
                 self.loaded.calibration.remove()
             self.ended = order.reason or "the run is over"
             if order.body == REFUSED:
@@ -143,20 +160,29 @@ class Worker:
     # The job ----------------------------------------------------------------------------------------------
 
     def _ready(self, order: Order) -> bytes:
+        self.error, self.ended = None, ""
         try:
             job = Job.from_json(order.body.decode("utf-8", "replace"))
             if self.loaded is None or self.loaded.job != job:
-                self.loaded = load(job, self.brings, self.state)
+                self.loaded = load(job, self.brings, self.own)
+            loaded = self.loaded
             told = Device(
-                len(self.loaded.rows), digest([self.loaded.rows]), self.brings.memory or total_memory(),
-                torch.get_num_threads(), __version__, self.loaded.speed, self.loaded.kinds, len(self.loaded.held),
-                digest([self.loaded.held]),
+                len(loaded.rows), self.own.keyed(digest([loaded.rows])), self.brings.memory or total_memory(),
+                torch.get_num_threads(), __version__, loaded.speed, loaded.kinds, len(loaded.held),
+                self.own.keyed(digest([loaded.held])),
             )  # fmt: skip
             return Reply("ready", order.nonce, order.round, told.to_json()).encode()
-        except FleetuneError as error:
-            self.error = error
-            self.ended = error.message
-            return Reply("refused", order.nonce, order.round, reason=error.message).encode()
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except FAULTS as error:
+            self.error = error if isinstance(error, FleetuneError) else FleetError(fault(error))
+            self.ended = self.error.message
+            return self._without("refused", order, error)
+
+    def _without(self, what: Literal["refused", "failed"], order: Order, error: BaseException) -> bytes:
+        """Return the answer that there is none, with the error's code."""
+        code = reason_of(error, self.brings.memory or total_memory())
+        return Reply(what, order.nonce, order.round, code=code).encode()
 
     # The work ---------------------------------------------------------------------------------------------
 
@@ -166,43 +192,42 @@ class Worker:
         if (kept := _kept_answer(file, digest)) is not None:
             self.note(f"{_title(order)}: answered again from the disk")
             return kept
-        if order.what == "work" and (reason := self.declines()):
-            self.note(f"{_title(order)}: declined ({reason})")
-            return Reply("declined", order.nonce, order.round, reason=reason).encode()
-        reply = self._work(order)
-        done, encoded = reply.what == "done", reply.encode()
-        del reply  # its bytes are in `encoded`
-        if done:
-            try:
-                write_atomic(file, digest + encoded, mode=PRIVATE)
-            except StorageError as error:  # without it, a restarted device does the work again
-                self.note(error.message)
-        return encoded
-
-    def _work(self, order: Order) -> Reply:
-        began = time.monotonic()
-        loaded = self.loaded
+        if order.what == "work" and (code := self.declines()):
+            self.note(f"{_title(order)}: declined ({in_words(code)})")
+            return Reply("declined", order.nonce, order.round, code=code).encode()
         try:
-            if loaded is None:
-                raise MessageError("the device has no job yet; does another process use its key?")
-            body = WORK[order.what](self, loaded, order)
+            encoded = self._work(order)
         except (Interrupted, KeyboardInterrupt):
             raise
         except FAULTS as error:
-            reason = error.message if isinstance(error, FleetuneError) else fault(error)
-            log.error("%s failed: %s", _title(order), reason, exc_info=log.isEnabledFor(logging.INFO))
-            return Reply("failed", order.nonce, order.round, seconds=time.monotonic() - began, reason=reason)
+            why = error.message if isinstance(error, FleetuneError) else fault(error)
+            log.error("%s failed: %s", _title(order), why, exc_info=log.isEnabledFor(logging.INFO))
+            return self._without("failed", order, error)
+        try:
+            write_atomic(file, digest + encoded, mode=PRIVATE)
+        except StorageError as error:  # without it, a restarted device does the work again
+            self.note(error.message)
+        return encoded
+
+    def _work(self, order: Order) -> bytes:
+        """Return the answer to an order; Declined for one that does not belong to the task that was agreed to."""
+        began, loaded = time.monotonic(), self.loaded
+        if loaded is None:
+            raise Declined("no-job")
+        if order.what not in TASKS[loaded.job.task]:
+            raise MessageError(f"the job is to {loaded.job.task}, and the order to {order.what}")
+        with at_most(self.brings.memory or total_memory()):
+            body = WORK[order.what](self, loaded, order)
         kept = loaded.memories.kept().get(order.client, NOTHING_KEPT)
         seconds = round(time.monotonic() - began, 3)
         told = [f"{human_time(seconds)}", f"{human_bytes(len(body))} to send", f"memory {human_bytes(rss())}"]
         if isinstance(loss := decode(body).payload.scalars.get("loss"), float):
             told.insert(0, f"loss {show('loss', loss)}")
         self.note(f"{_title(order, loaded.job.rounds)}: {' · '.join(told)}")
-        return Reply("done", order.nonce, order.round, body, kept, seconds, rss())
+        return Reply("done", order.nonce, order.round, body, kept, seconds, rss()).encode()
 
     def _train(self, loaded: Loaded, order: Order) -> bytes:
-        if loaded.method is None:
-            raise MessageError("a plain model is measured, not trained")
+        assert loaded.method is not None  # a job to tune names one
         self._stand_on(loaded.memories, order)
         batches = Batches(loaded.rows, pad_id(loaded.model), order.key, loaded.model.device, order.client)
         received = decode(order.take())
@@ -210,9 +235,7 @@ class Worker:
 
     def _measure(self, loaded: Loaded, order: Order) -> bytes:
         self.loaded = None  # the model is the tuned one afterwards: another order begins with the job
-        return eval_device.measure(
-            loaded.model, loaded.held, order.body, loaded.folder / "result", loaded.job.result
-        )
+        return eval_device.measure(loaded.model, loaded.held, order.body, self.own, loaded.job)
 
     def _begin(self, loaded: Loaded, order: Order) -> bytes:
         return loaded.calibration.begin(order.body, lambda step: self.on_step(order.client, step))
@@ -260,8 +283,17 @@ def _kept_answer(file: Path, digest: bytes) -> bytes | None:
     return None
 
 
-def load(job: Job, brings: Brings, state: Path) -> Loaded:
-    """Load what a job needs: method, model and rows; every problem is found here, before any work."""
+def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
+    """Load what a job needs: method, model and rows; every problem is found here, before any work.
+
+    Declined for a task that the device takes no part in.
+    """
+    training, held_out = brings.divided()
+    if job.task == "calibrate" and not brings.calibrate:
+        raise Declined("no-calibration")
+    if job.task == "eval" and not held_out:
+        raise Declined("no-evaluation")
+    folder = own.run(job.run)
     method = _method(job) if job.method else None
     name = _model(job, brings)
     kinds = fitting_kinds(job, method, name, brings) if job.task == "tune" and method is not None else (0,)
@@ -277,13 +309,21 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
     model.trains = job.train
     moved_tensors(model)  # refuses a base without blocks where these are trained
     torch.set_num_threads(brings.threads or usual_threads(model.n_params))
-    training, held_out = brings.divided()
     rows = _encoded(model, training, job.max_length, brings.data)
+    if method is not None and job.task == "tune":
+        check_work(method, len(rows))
     held = _encoded(model, held_out, job.max_length, brings.eval_data or brings.data) if held_out else []
-    folder = state / f"run-{job.run}"
-    calibration = Calibration(model, rows, folder, job.result)
+    calibration = Calibration(model, rows, own, job)
     speed = measured_speed(model, rows) if job.task == "tune" else 0.0
-    return Loaded(job, method, model, rows, held, Memories(folder), kinds, speed, folder, calibration)
+    return Loaded(job, method, model, rows, held, Memories(folder), kinds, speed, calibration)
+
+
+def check_work(method: Method, rows: int) -> None:
+    """Declined for more work in a round than `PASSES` passes over so many rows."""
+    steps = max(methods.local_steps(method, rows), int(getattr(method, "backprop_steps", 0)))
+    asked, most = steps * int(getattr(method, "batch_size", 1)), PASSES * max(rows, FEW)
+    if asked > most:
+        raise Declined("work", asked, most)
 
 
 def _encoded(model: Model, examples: Sequence[Example], max_length: int, source: str) -> list[Encoded]:
@@ -347,11 +387,12 @@ def fitting_kinds(job: Job, method: Method, model: str, brings: Brings) -> tuple
 
 
 def _model(job: Job, brings: Brings) -> str:
+    """Return the device's own model, or the name by which the job's is fetched; ModelError for a path, which is not looked at."""
     if brings.model:
         return brings.model
-    if is_path(job.model):
+    if is_path(job.model) or Path(job.model).exists():
         raise ModelError(
-            f"the run tunes {Path(job.model).name}, a folder of the server's",
+            f"the run tunes {Path(job.model).name}, which this device does not fetch",
             hint="give this device's copy: --model PATH",
         )
     return job.model

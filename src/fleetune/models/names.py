@@ -38,6 +38,13 @@ def local(name: str) -> Path | None:
     return None
 
 
+def can_be_fetched(name: str) -> bool:
+    """Whether a name, as another machine gives it, is a built-in model's, a short name or a hub id: no path of any kind."""
+    part = r"[A-Za-z0-9]\w*(?:[.-]\w+)*"
+    known = name in cache.ORIGINS or name in short_names.SHORT_NAMES
+    return known or (not name.endswith(".gguf") and bool(re.fullmatch(f"{part}(/{part})?", name, re.ASCII)))
+
+
 def hub_id(name: str) -> str:
     """Return the hub id that a name is or stands for; ModelError for one that cannot be, with a built-in name that is like it."""
     if name in short_names.SHORT_NAMES:

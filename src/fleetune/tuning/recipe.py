@@ -334,6 +334,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
+    except RecursionError as error:
+        raise RecipeError([f"{path} is nested too deep"]) from error
     except FileNotFoundError as error:
         raise RecipeError(
             [f"no recipe at {path}"], hint="give a TOML file, or a run folder's run.toml"

@@ -105,6 +105,11 @@ def _join_arguments(join: argparse._ArgumentGroup) -> None:
     join.add_argument(
         "--ca", metavar="FILE", help="ca.pem of the server; needed unless the server is this machine"
     )
+    join.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="let sums over its rows go to a compression (compress --calibrate fleet); words can be learned from them",
+    )
     join.add_argument("--ram", metavar="SIZE", help="memory that the work may take, e.g. 2GB (default: all)")
     join.add_argument(
         "--only-on-power", action="store_true", help="decline rounds while this device runs on its battery"
@@ -251,7 +256,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     rows = str(stdin.stored(Path(args.state))) if rows == stdin.NAME else rows
     brings = Brings(
         rows, own["model"], own["device"] or "auto", int(own["threads"] or 0), memory, args.offline,
-        _held_out(own), own["eval_data"], own["columns"], own["base"] or "auto",
+        _held_out(own), own["eval_data"], own["columns"], own["base"] or "auto", args.calibrate,
     )  # fmt: skip
     home = Home(Path(args.state), _path(args.key), _path(args.ca))
     with InterruptHandler(ui) as interrupt:

@@ -12,15 +12,17 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from fleetune.common.locks import lock
-from fleetune.errors import FleetError, FleetuneError, MessageError, UsageError
+from fleetune.common.memory import usable_memory
+from fleetune.errors import FAULTS, FleetuneError, UsageError, fault
 from fleetune.fleet.flower import wire
 from fleetune.fleet.orders import Order, Reply
+from fleetune.fleet.reasons import reason_of
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.planning.plan import parse_bytes
 
@@ -45,21 +47,17 @@ def answer(data: bytes, context: Context) -> bytes:
         with _alone(worker.state):
             if order.what == "job":
                 context.state[JOB] = ConfigRecord({"order": data})
-            elif order.what == "work":
-                _take_job(worker, context)
+            elif (
+                order.what == "work" and JOB in context.state
+            ):  # it loads what the job needs, where this process has not
+                worker.answer(context.state[JOB]["order"])  # type: ignore[arg-type]
+                if worker.error is not None:
+                    raise worker.error
             return worker.answer(data)
-    except FleetuneError as error:
-        what = "refused" if order.what == "job" else "failed"
-        return Reply(what, order.nonce, order.round, reason=error.message).encode()
-
-
-def _take_job(worker: Worker, context: Context) -> None:
-    """Load what the run's job needs, where this process has not; FleetuneError where that is not possible."""
-    if JOB not in context.state:
-        raise MessageError("the device has no job yet")
-    reply = Reply.decode(worker.answer(context.state[JOB]["order"]))  # type: ignore[arg-type]
-    if reply.what != "ready":
-        raise FleetError(reply.reason)
+    except FAULTS as error:
+        log.error("%s", error.message if isinstance(error, FleetuneError) else fault(error))
+        what: Literal["refused", "failed"] = "refused" if order.what == "job" else "failed"
+        return Reply(what, order.nonce, order.round, code=reason_of(error, usable_memory())).encode()
 
 
 def brought(config: Mapping[str, Any], node: int) -> tuple[Brings, Path]:

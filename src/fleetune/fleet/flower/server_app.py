@@ -25,7 +25,7 @@ from fleetune.errors import MessageError, RecipeError, UsageError
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.flower import wire
 from fleetune.fleet.keys import fingerprint
-from fleetune.fleet.orders import Order, Reply, job_of
+from fleetune.fleet.orders import job_of
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
@@ -148,7 +148,6 @@ class GridLink:
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self._nodes: dict[str, NodeInfo] = {}  # by hash of the key, of those that were ever there
-        self._sent: dict[str, tuple[bytes, int]] = {}  # by number of the order: its nonce and round
 
     def online(self) -> Mapping[str, str]:
         """Return the SuperNodes that are there now, each with the time at which it came in."""
@@ -171,25 +170,20 @@ class GridLink:
         if (info := self._nodes.get(key)) is None:
             return None
         (number,) = self.grid.push_messages([Message(wire.pack(data, common), info.node_id, "train")])
-        if number:
-            order = Order.decode(data)
-            self._sent[number] = order.nonce, order.round
         return number or None
 
     def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
         """Yield the answers that have come; None where the SuperNode has gone before it answered."""
         for reply in self.grid.pull_messages(numbers) if numbers else ():
             number = reply.metadata.reply_to_message_id
-            nonce, round = self._sent.pop(number)
             try:
                 yield number, _answer_in(reply)
             except MessageError as error:
-                yield number, Reply("failed", nonce, round, reason=error.message).encode()
+                log.warning("%s", error.message)
+                yield number, b""
 
     def drop(self, numbers: set[str]) -> None:
-        """Forget orders that nobody waits for any longer; a SuperNode may still work on them."""
-        for number in numbers:
-            self._sent.pop(number, None)
+        """Do nothing: a SuperNode may still work on orders that nobody waits for any longer."""
 
 
 def _answer_in(reply: Message) -> bytes | None:

@@ -97,12 +97,16 @@ class Training:
         """Return the warmup of a round made as short as this: as it is where the round has no fewer steps, else half at most."""
         return self.warmup if 0 < self.steps <= steps else min(self.warmup, steps // 2)
 
+    def count(self, n: int) -> int:
+        """Return how many steps a device with n rows makes in a round."""
+        return self.steps or self.epochs * -(-n // self.batch_size)
+
     def rates(self, n: int) -> list[float]:
         """Return the learning rate of every step of a device with n rows.
 
         It rises for `warmup` steps, from lr / (warmup + 1) on, and may fall linearly afterwards.
         """
-        count, warm = self.steps or self.epochs * -(-n // self.batch_size), self.warmup
+        count, warm = self.count(n), self.warmup
         rising = [self.lr * (t + 1) / (warm + 1) for t in range(min(warm, count))]
         rest = count - len(rising)
         return rising + [self.lr * (1 - t / rest if self.decay else 1) for t in range(rest)]
@@ -159,9 +163,11 @@ def local(
     arrays = payload.take()
     adapters.subtract_factors(model, group(arrays, "start/"))
     adapters.load_(model, group(arrays))
+    if c := group(arrays, "c/"):
+        adapters.check_form(model, c)
     if not how.scaffold:
         arrays.clear()
-    w, c, c_k = group(arrays), group(arrays, "c/"), group(memory, "c/")
+    w, c_k = group(arrays), group(memory, "c/")
     pull = {n: np.asarray(c.get(n, 0.0) - c_k.get(n, 0.0)) for n in w} if c or c_k else {}
     loss = train(model, batches, key, how, pull)
     sent = coded(adapters.export(model), how.wire)

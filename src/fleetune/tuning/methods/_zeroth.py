@@ -25,6 +25,7 @@ from fleetune.tuning.messages import Payload, Scalar, narrow
 log = logging.getLogger(__name__)
 
 INT32 = (1 << 31) - 1
+MOST_SUMS = 1 << 20  # in a message, of all pools so far; a device takes 40 bytes for each
 MOST = 1e3  # of a learning rate and a perturbation: far beyond any that learns
 UNITS = 256  # grid = lr / 256: a slope of 1 is 256 units, so a usual step is hundreds to thousands
 
@@ -67,6 +68,11 @@ def pool_ids(epoch: int, k: np.ndarray) -> np.ndarray:
     return (np.uint64(epoch) << np.uint64(32)) | k.astype(np.uint64)
 
 
+def grid_of(lr: float) -> float:
+    """Return the grid of a ledger: lr / 256, in fp32."""
+    return float(np.float32(lr) / np.float32(UNITS))
+
+
 def new_ledger(
     model: Model,
     key: int,
@@ -90,7 +96,7 @@ def new_ledger(
         run_key=run_key(key.to_bytes(8, "little")),
         law=law,
         K=K if law in POOLS else 1,
-        grid=float(np.float32(lr) / np.float32(UNITS)),
+        grid=grid_of(lr),
         eps=eps,
         lr=rule,
         method=method,
@@ -112,16 +118,22 @@ def ledger_payload(ledger: Ledger, pool: int, epoch: int) -> Payload:
     return Payload({"a": narrow(sums)}, numbers)
 
 
-def open_view(model: Model, payload: Payload) -> tuple[View, Position]:
-    """Return, on a device, a view of `model` and the position that a `ledger_payload` stands for."""
-    a = payload.array("a")
+def open_view(model: Model, payload: Payload, *, law: str, K: int, lr: float) -> tuple[View, Position]:
+    """Return, on a device, a view of `model` and the position that a `ledger_payload` stands for.
+
+    MessageError for sums of another law, pool or grid than those of the run's settings, and for too many.
+    """
+    a, grid = payload.array("a"), grid_of(lr)
+    if a.dtype.kind != "i" or a.ndim != 2 or a.shape[1] != K or a.size > max(2 * K, MOST_SUMS):
+        raise MessageError(f"the sums are {a.dtype} {list(a.shape)}, of a pool of {K} directions")
+    if (payload.scalars.get("law"), payload.float("grid")) != (law, grid):
+        raise MessageError(f"the sums are of another law or grid than {law}, {grid:g}")
     epochs, k = np.nonzero(a)
     ids = (epochs.astype(np.uint64) << np.uint64(32)) | k.astype(np.uint64)
-    law = str(payload.scalars["law"])
     if (train := payload.scalars.get("train", "weights")) not in TRAINS:
         raise MessageError(f"the message trains {train!r:.40}, which is none of {', '.join(TRAINS)}")
     model.trains = str(train)
-    view = view_of(model, payload.int("run_key"), law, payload.float("grid"))
+    view = view_of(model, payload.int("run_key"), law, grid)
     return view, Position(law, a.shape[1] if law in POOLS else 1, ids, a[epochs, k].astype(np.int64))
 
 

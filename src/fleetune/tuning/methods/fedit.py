@@ -56,6 +56,7 @@ from typing import Any
 from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batches
+from fleetune.errors import MessageError
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.tuning import server_rules
@@ -196,7 +197,10 @@ class Method:
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Do epochs (or steps) of AdamW on the adapter, of the rank that came, moments fresh every round."""
-        rank = next(len(a) for n, a in payload.arrays.items() if n.endswith(".lora_A.weight"))
+        came = {a.shape[:1] for n, a in payload.arrays.items() if n.endswith(".lora_A.weight")}
+        rank = next((k for k in _lora_start.each_rank(self.ranks, self.r) if came == {(k,)}), None)
+        if rank is None:
+            raise MessageError("the adapter that came has none of the run's ranks")
         self.attach(model, payload.int("seed"), rank)
         return _adapter.local(model, payload, batches, key, memory, self.training())
 
@@ -231,7 +235,7 @@ class Method:
         _lora_start.check_files(self.start, self.start_data)
 
     def local_steps(self, rows: int) -> int:
-        return len(self.training().rates(rows))
+        return self.training().count(rows)
 
     def sized(self, steps: int, batch_size: int) -> Method:
         warmup = self.training().warmup_in(steps)

@@ -48,6 +48,7 @@ import numpy as np
 
 from fleetune.common.settings import setting
 from fleetune.data import Batches
+from fleetune.errors import MessageError
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
@@ -188,7 +189,7 @@ class Method:
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Take tau two-point steps along drawn directions, or back-propagate where `payload` says so; reply with integers."""
-        view, position = _zeroth.open_view(model, payload)
+        view, position = _zeroth.open_view(model, payload, law=self.law, K=self.K, lr=self.lr)
         epoch = len(payload.array("a")) - 1
         if _mixed_fleet.is_ordered(payload):
             projected, loss = _mixed_fleet.descend(
@@ -197,6 +198,8 @@ class Method:
             )  # fmt: skip
             return Payload({"projected": projected}, {"n": batches.n, "loss": loss})
         p = payload.arrays.get("p")
+        if p is not None and (p.shape != (self.K,) or not np.isfinite(p).all()):
+            raise MessageError(f"the probabilities are not of {self.K} directions")
         k, weights = draw(key, self.tau, p, self.K), _pro.weights(p, self.K)
         coins = uniforms(key, "rounding", self.tau)
         steps = descend(

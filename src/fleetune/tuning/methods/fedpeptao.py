@@ -310,7 +310,7 @@ class Method:
         adapters.load_(model, state.tensors)
 
     def local_steps(self, rows: int) -> int:
-        return len(self.training().rates(rows))
+        return self.training().count(rows)
 
     def sized(self, steps: int, batch_size: int) -> Method:
         return replace(self, steps=steps, batch_size=batch_size)

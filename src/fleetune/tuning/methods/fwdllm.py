@@ -176,6 +176,7 @@ class Method:
         self.attach(model, payload.int("seed"))
         parameters, measure = adapters.trainable(model), objectives.get(self.objective)
         tensors = {n: payload.array(n) for n in parameters}
+        adapters.check_form(model, tensors)
         view = self.view(tensors, payload.int("seed"), payload.float("rate"), model.device)
         ids = self.directions(payload.arrays.get("seeds"), key)
         same = batches.repeat_batch(payload.int("batch"), self.batch_size, self.P)

@@ -109,7 +109,7 @@ class Method:
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Take tau steps along fresh directions; reply with the integers that were stepped by."""
-        view, position = _zeroth.open_view(model, payload)
+        view, position = _zeroth.open_view(model, payload, law=self.law, K=self.K, lr=self.lr)
         first = payload.int("step")
         steps = descend(
             model, view, position, self.ids(first).tolist(), batches.steps(self.tau, self.batch_size),

@@ -101,11 +101,16 @@ class Method:
     def init(self, model: Model, key: int) -> State:
         vote = self.wire == "sign"
         ledger = _zeroth.new_ledger(
-            model, key, law=self.law, K=self.K, lr=self.lr / (self.directions * FINER), eps=self.eps,
+            model, key, law=self.law, K=self.K, lr=self.grid_lr, eps=self.eps,
             method="onebyte", rule="constant", hyper=asdict(self),
             aggregation="majority vote weighted by rows" if vote else "mean weighted by rows",
         )  # fmt: skip
         return State(ledger, 0)
+
+    @property
+    def grid_lr(self) -> float:
+        """Return the rate of a slope of 1 in one of the directions."""
+        return self.lr / (self.directions * FINER)
 
     def epoch(self, round: int) -> int:
         """Return the number of the pool that a round draws from."""
@@ -128,7 +133,7 @@ class Method:
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Measure n slopes at one point; then step by what is sent, as if this machine were alone."""
-        view, position = _zeroth.open_view(model, payload)
+        view, position = _zeroth.open_view(model, payload, law=self.law, K=self.K, lr=self.grid_lr)
         position.place(view)
         round = payload.int("round")
         ids = pool_ids(self.epoch(round), self.draw(round, payload.int("run_key"), key)).tolist()

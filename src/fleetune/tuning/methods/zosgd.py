@@ -84,7 +84,7 @@ class Method:
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Do MeZO's round with every direction stored."""
-        view, _ = open_view(model, payload)
+        view, _ = open_view(model, payload, law=self.law, K=self.K, lr=self.lr)
         with view.storing():
             return self.step().local(model, payload, batches, key, memory)
 

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say to a server why a device does not do a work: by a code of this list and numbers, never by words of the device's own.
+
+The text of an error may quote a row, a label or a path.  So it stays on the device's console, and what leaves the device is
+`code number ..`: "busy 75" is "other programs take 75 % of its processors" on the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from fleetune.errors import (
+    DataError,
+    FitError,
+    FleetError,
+    LedgerError,
+    MessageError,
+    ModelError,
+    StorageError,
+    UsageError,
+)
+
+WORDS: Final[Mapping[str, str]] = MappingProxyType({
+    "battery": "it runs on its battery",
+    "busy": "other programs take {} % of its processors",
+    "calibrated": "it has calibrated on {} windows of {} tokens before, and gives no sums over others of the same rows",
+    "fault": "its work ended in an error; its console says which",
+    "few-tokens": "sums over {} tokens could give its rows away; it makes none over fewer than {}",
+    "memory": "the work does not fit the {} MB that it may use",
+    "model": "it has no model such as the run's; its console says more",
+    "no-calibration": "it takes no part in calibrations: fleetune fleet join .. --calibrate",
+    "no-evaluation": "it takes no part in evaluations: fleetune fleet join .. --held-out 0.1, or --eval-data FILE",
+    "no-job": "it has no job yet; does another process use its key?",
+    "order": "it was sent something that it does not obey; its console says more",
+    "rows": "its rows cannot be used for this run; its console says more",
+    "settings": "it cannot do this work with these settings; its console says more",
+    "storage": "its disk takes no more",
+    "work": "it was asked for {} rows' work in a round, and does {} at most",
+})  # fmt: skip
+OF_ERRORS: Final = (
+    (MessageError, "order"), (LedgerError, "order"), (DataError, "rows"), (ModelError, "model"),
+    (StorageError, "storage"), (UsageError, "settings"), (MemoryError, "memory"), (FitError, "memory"),
+)  # fmt: skip
+LARGEST: Final = 1 << 63  # of a number
+
+
+class Declined(FleetError):
+    """A device does not do what it is asked: `WORDS[code]` with these numbers, and for its own console a hint."""
+
+    def __init__(self, code: str, *numbers: int, hint: str | None = None) -> None:
+        super().__init__(WORDS[code].format(*(f"{n:,}" for n in numbers)), hint=hint)
+        self.reason = " ".join([code, *map(str, numbers)])
+
+
+def reason_of(error: BaseException, memory: int) -> str:
+    """Return what a server is told of an error, on a device that may use so many bytes of memory."""
+    if isinstance(error, Declined):
+        return error.reason
+    code = next((code for kind, code in OF_ERRORS if isinstance(error, kind)), "fault")
+    return f"memory {memory >> 20}" if code == "memory" else code
+
+
+def in_words(reason: str) -> str:
+    """Return a device's reason as a sentence; MessageError for one that is none of the list."""
+    code, *numbers = reason.split(" ")
+    plain = all(n.isascii() and n.isdigit() and len(n) < 20 and int(n) < LARGEST for n in numbers)
+    if code not in WORDS or not plain or WORDS[code].count("{}") != len(numbers):
+        raise MessageError(f"the reason {reason!r:.60} is none that a device can have")
+    return WORDS[code].format(*(f"{int(n):,}" for n in numbers))
