@@ -77,7 +77,7 @@ class Device(threading.Thread):
         super().__init__(daemon=True)
         self.port, self.number = port, number
         self.home = Home(Path(f"state-{number}"), poll=0.1)
-        rows = {"data": f"rows/client-{number:03d}.jsonl"} | brings
+        rows = {"data": f"rows/client-{number:03d}.jsonl", "calibrate": True} | brings
         self.brings = Brings(model="model", device="cpu", threads=1, offline=True, **rows)
         self.leave = threading.Event()
         self.notes: list[str] = []
@@ -192,7 +192,7 @@ class Door:
 
 def worker(number: int, **brings: Any) -> Worker:
     """A device's worker, with its state in the working directory."""
-    rows = {"data": f"rows/client-{number:03d}.jsonl"} | brings
+    rows = {"data": f"rows/client-{number:03d}.jsonl", "calibrate": True} | brings
     Path(f"direct-{number}").mkdir(exist_ok=True)
     return Worker(
         Brings(model="model", device="cpu", threads=1, offline=True, **rows),

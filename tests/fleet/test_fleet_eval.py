@@ -18,7 +18,6 @@ from devices_harness import (
     Door,
     Heard,
     devices,
-    direct,
     free_port,
     simulated,
     worker,
@@ -32,6 +31,7 @@ from fleetune.data.labelled import encode_rows
 from fleetune.errors import DataError, FleetError, MessageError, StorageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.fleet import eval_server, keys, result, status
+from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.eval_server import FILE, mean, measured, ratio
 from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import Device as Told
@@ -86,7 +86,9 @@ def test_each_device_measures_what_the_server_would_on_its_rows(run: Path) -> No
     for one in heard.of("device"):
         rows = encode_rows(base, data.read(f"own-{one.client}.jsonl"), 48)[0]
         both += rows
-        assert (one.rows, one.digest, one.status) == (len(rows), digest([rows]), "ok")
+        keyed = DeviceState(Path(f"direct-{one.client}")).keyed(digest([rows]))
+        assert (one.rows, one.digest, one.status) == (len(rows), keyed, "ok")
+        assert keyed != digest([rows])
         assert one.base == pytest.approx(response_loss(base, rows), rel=1e-6)
         assert one.tuned == pytest.approx(response_loss(tuned, rows), rel=1e-6)
         assert one.tuned != one.base
@@ -119,7 +121,9 @@ def test_over_the_network_by_the_commands(run: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("made", ["ledger"], indirect=True)
-def test_a_plain_model_is_measured_and_a_wrong_result_is_not(run: Path) -> None:
+def test_a_plain_model_is_measured_and_a_wrong_result_is_not(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _, done = evaluated(link(), "model")
     assert done.base == done.tuned
     assert done.change == 0
@@ -134,19 +138,20 @@ def test_a_plain_model_is_measured_and_a_wrong_result_is_not(run: Path) -> None:
     assert taken.what == "ready"
     body = encode(Message(0, bytes(8), Payload({}, {name: bytes(spoilt)})))
     reply = Reply.decode(served.workers["k0"].answer(Order("eval", body=body).encode()))
-    assert reply.what == "failed"
-    assert "the job states" in reply.reason
+    assert (reply.what, reply.code) == ("failed", "order")
+    assert "the job states" in caplog.text
     assert not list(Path("direct-0").glob("run-*/result/*"))
-    with pytest.raises(
-        FleetError, match="no device has measured anything; the first: the device holds out no rows"
-    ):
-        evaluated(direct())
+    refused = Reply.decode(worker(1).answer(Order("job", body=job.to_json().encode()).encode()))
+    assert (refused.what, refused.code) == ("refused", "no-evaluation")
 
 
-@pytest.mark.parametrize("name", ["file ../x", "file a/b", "file ", "file ..", "file a\\b"])
-def test_files_of_a_result_stay_in_their_folder(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "", "..", "a\\b", "evil.py", "__init__.py", "authorized_keys"]
+)
+def test_files_of_a_result_stay_in_their_folder_and_are_those_of_a_result(tmp_path: Path, name: str) -> None:
+    job = Job("a" * 32, "fedit", {}, "m", "b" * 64, "fp32", 8, (), 0, "eval", "c" * 64)
     with pytest.raises(MessageError, match="is no file of a result"):
-        result.placed({name: b"x"}, tmp_path / "result", "a" * 64)
+        result.placed({result.FILE + name: b"x"}, DeviceState(tmp_path), job)
     assert not list(tmp_path.iterdir())
 
 

@@ -46,7 +46,7 @@ class Slow(Memory):
     def answer(self, key: str, order: Order) -> bytes:
         if order.what == "work" and key in self.declining:
             self.seen.append(order)
-            return Reply("declined", order.nonce, order.round, reason=self.declining[key]).encode()
+            return Reply("declined", order.nonce, order.round, code=self.declining[key]).encode()
         return super().answer(key, order)
 
 
@@ -168,9 +168,9 @@ def test_whatever_is_late_or_lost_no_work_counts_twice_and_each_counts_for_its_r
 
 def test_a_device_that_declines_is_absent_for_the_round_and_asked_in_the_next(tmp_path: Path) -> None:
     there, fleet, _ = made(tmp_path)
-    there.declining = {"k1": "on battery"}
+    there.declining = {"k1": "battery"}
     found = asked(fleet, 1)
-    assert (found[1].status, found[1].reason, found[1].data) == ("declined", "on battery", None)
+    assert (found[1].status, found[1].reason, found[1].data) == ("declined", "it runs on its battery", None)
     assert {a.status for c, a in found.items() if c != 1} == {"ok"}
     assert ("k1", 1, "declined") in fleet.doing()
     there.declining = {}
@@ -185,14 +185,14 @@ def test_where_all_decline_they_are_asked_again_until_one_works(tmp_path: Path) 
 
     there, fleet, _ = made(tmp_path, 2)
     fleet.look = look
-    there.declining = {"k0": "busy", "k1": "on battery"}
+    there.declining = {"k0": "busy 75", "k1": "battery"}
     assert {c: a.status for c, a in asked(fleet, 1).items()} == {0: "ok", 1: "declined"}
     assert sum(o.what == "work" for o in there.seen) >= 7
 
 
 def test_where_all_decline_the_deadline_ends_the_round(tmp_path: Path) -> None:
     there, fleet, _ = made(tmp_path, 2, dataclasses.replace(USE, deadline=0.1, again=60))
-    there.declining = {"k0": "busy", "k1": "on battery"}
+    there.declining = {"k0": "busy 75", "k1": "battery"}
     assert {c: a.status for c, a in asked(fleet, 1).items()} == {0: "declined", 1: "declined"}
 
 
@@ -271,7 +271,7 @@ BOTH = (0, 1)
         (((0,), (0,), BOTH, BOTH), [0, 0, 1, 1]),
         (((0,), (0,), (0,), (0,)), [0, 0, 0, 0]),
         ((BOTH, (0,), (0,), BOTH), [0, 0, 0, 1]),
-        (((1, 0), BOTH, (0, 9, -3), BOTH), [0, 1, 0, 1]),
+        (((1, 0), BOTH, (0, 9, 3), BOTH), [0, 1, 0, 1]),
     ],
 )
 def test_what_a_device_does_is_by_what_it_can(

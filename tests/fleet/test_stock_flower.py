@@ -8,6 +8,7 @@ Most of it runs in this process, on a grid that calls the ClientApp itself, anew
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ from fleetune.cli.main import main
 from fleetune.errors import MessageError, RecipeError, UsageError
 from fleetune.fleet import keys
 from fleetune.fleet.flower import client_app, server_app, wire
+from fleetune.fleet.link import answer_in
 from fleetune.fleet.orders import Order, Reply
 from fleetune.fleet.remote import ROOM
 from fleetune.runs import rundir
@@ -147,8 +149,11 @@ def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulat
     ]
 
 
-def test_a_failing_client_app_is_a_failed_answer(place: Path) -> None:
+def test_a_failing_client_app_is_a_failed_answer(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     assert server_app.recipe_from(RECIPE) == server_app.recipe_from("recipe.toml")
+    monkeypatch.setattr(server_app, "log", logging.getLogger("said"))
     grid = GridHere()
     link = server_app.GridLink(grid)  # type: ignore[arg-type]
     (key, _) = link.online()
@@ -157,9 +162,11 @@ def test_a_failing_client_app_is_a_failed_answer(place: Path) -> None:
     number = link.push(key, order.encode(), 0, ROOM)
     assert number is not None
     ((_, data),) = link.pull({number})
-    reply = Reply.decode(data or b"")
+    reply = answer_in(data, order)
+    assert reply is not None
     assert (reply.what, reply.nonce, reply.round) == ("failed", order.nonce, 3)
-    assert "the ClientApp failed: because" in reply.reason
+    assert "the answer could not be read" in reply.reason
+    assert "the ClientApp failed: because" in caplog.text
     assert link.push("unknown", order.encode(), 0, ROOM) is None
     assert (link.name(key), link.name("0123456789")) == ("edge-0", "01234567")
 
@@ -168,17 +175,21 @@ def ask(order: Order, config: dict[str, Any], state: RecordDict | None = None) -
     return Reply.decode(client_app.answer(order.encode(), Context(0, 5, config, state or RecordDict(), {})))
 
 
-def test_what_a_device_lacks_is_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_device_lacks_is_its_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(client_app, "log", logging.getLogger("said"))
     reply = ask(Order("job"), {})
-    assert (reply.what, "--node-config" in reply.reason) == ("refused", True)
+    assert (reply.what, reply.code, "--node-config" in caplog.text) == ("refused", "settings", True)
     reply = ask(Order("job"), {"data": "rows", "threads": "two"})
-    assert (reply.what, "no number of threads" in reply.reason) == ("refused", True)
+    assert (reply.what, "no number of threads" in caplog.text) == ("refused", True)
     reply = ask(Order("work", 2), {"data": "rows"})
-    assert (reply.what, reply.round, reply.reason) == ("failed", 2, "the device has no job yet")
+    assert (reply.what, reply.round, reply.code) == ("failed", 2, "no-job")
     assert (tmp_path / "fleetune-device" / "5" / ".lock").exists()
     bad = RecordDict({client_app.JOB: ConfigRecord({"order": Order("job", body=b"{}").encode()})})
-    assert "the job has other fields" in ask(Order("work", 2), {"data": "rows"}, bad).reason
+    assert ask(Order("work", 2), {"data": "rows"}, bad).code == "order"
+    assert "the job is not as agreed" in caplog.text
     with pytest.raises(MessageError):
         client_app.answer(b"x", Context(0, 5, {}, RecordDict(), {}))
 

@@ -146,17 +146,14 @@ def test_its_memory_follows_the_servers_word(place: Path, tmp_path: Path, worker
     assert files == ["client-000000.round-000002.ckpt", "client-000000.round-000003.ckpt"]
     lost = step(4, (1, first.kept[1]))
     assert lost.what == "failed"
-    assert "is gone" in lost.reason
+    assert lost.code == "remembers 1"
     other = step(4, (3, 12345))
     assert other.what == "failed"
 
 
 def test_work_before_the_job_fails_and_says_so(place: Path, worker: Worker, job: Job) -> None:
     reply = Reply.decode(worker.answer(Order("work", 1, 0, 7, message(place, job, 1)).encode()))
-    assert (reply.what, reply.reason) == (
-        "failed",
-        "the device has no job yet; does another process use its key?",
-    )
+    assert (reply.what, reply.code) == ("failed", "no-job")
 
 
 @pytest.mark.parametrize("body", [b"", b"rubbish", encode(Message(1, bytes(8), methods.Payload()))])
@@ -173,22 +170,25 @@ def test_a_message_that_is_none_fails_the_round_and_no_more(
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "code", "reason"),
     [
-        ({"base": "0" * 64}, "the run tunes a model with digest 0000"),
-        ({"method": "nothing"}, "nothing"),
-        ({"set": {"r": 0}}, "r = 0"),
-        ({"method": "fedkseed", "set": {"objective": "os:system"}}, "a function of the server's"),
+        ({"base": "0" * 64}, "model", "the run tunes a model with digest 0000"),
+        ({"method": "nothing"}, "settings", "nothing"),
+        ({"set": {"r": 0}}, "settings", "r = 0"),
+        ({"method": "fedkseed", "set": {"objective": "os:system"}}, "fault", "a function of the server's"),
+        ({"set": {"steps": 10**9}}, "work 8000000000 25600", "asked for 8,000,000,000 rows' work in a round"),
+        ({"set": {"epochs": 10**9}}, "work 16000000000 25600", "does 25,600 at most"),
+        ({"method": "mezo", "set": {"tau": 10**9}}, "work 16000000000 25600", "does 25,600 at most"),
+        ({"method": "fedkseed", "set": {"backprop": 0.5, "backprop_steps": 10**9}}, "work 1000000000 25600", "at most"),
     ],
-)
+)  # fmt: skip
 def test_a_job_that_it_cannot_do_is_refused_before_any_work(
-    worker: Worker, job: Job, change: dict[str, object], reason: str
+    worker: Worker, job: Job, change: dict[str, object], code: str, reason: str
 ) -> None:
     reply = take(worker, dataclasses.replace(job, **change))  # type: ignore[arg-type]
-    assert reply.what == "refused"
-    assert reason in reply.reason
-    assert worker.ended == reply.reason
+    assert (reply.what, reply.code) == ("refused", code)
     assert worker.error is not None
+    assert reason in worker.error.message == worker.ended
 
 
 def test_a_device_short_of_memory_refuses_before_it_loads_the_model(
@@ -197,9 +197,10 @@ def test_a_device_short_of_memory_refuses_before_it_loads_the_model(
     worker = make_worker(place, tmp_path, memory=1 << 20)
     monkeypatch.setattr(models, "load", None)
     reply = take(worker, job)
-    assert "fedit on this model takes about" in reply.reason
-    assert "this device has 1.0 MB" in reply.reason
+    assert reply.code == "memory 1"
     assert isinstance(worker.error, FitError)
+    assert "fedit on this model takes about" in worker.error.message
+    assert "this device has 1.0 MB" in worker.error.message
 
 
 def test_scales_are_counted_with_the_base_in_its_file(
@@ -238,8 +239,9 @@ def test_it_says_which_kinds_of_work_fit_it_and_does_the_one_that_it_is_sent(
     told = Device.from_json(take(worker, run).body)
     assert told.kinds == (0,)
     assert (told.memory, told.speed > 0) == (back - 1, True)
-    refused = take(make_worker(place, tmp_path, memory=forward - 1), run)
-    assert f"takes about {human_bytes(forward)}" in refused.reason
+    small = make_worker(place, tmp_path, memory=forward - 1)
+    assert take(small, run).code == f"memory {(forward - 1) >> 20}"
+    assert f"takes about {human_bytes(forward)}" in small.ended
     both = make_worker(place, tmp_path, memory=back)
     assert Device.from_json(take(both, run).body).kinds == (0, 1)
     model = models.load(str(place / "model"), device="cpu")
@@ -254,13 +256,13 @@ def test_it_says_which_kinds_of_work_fit_it_and_does_the_one_that_it_is_sent(
 def test_it_declines_while_there_is_a_reason_and_works_afterwards(
     place: Path, tmp_path: Path, job: Job
 ) -> None:
-    reasons = ["on battery", ""]
+    reasons = ["battery", ""]
     worker = make_worker(place, tmp_path)
     worker.declines = lambda: reasons.pop(0)
     take(worker, job)
     order = Order("work", 1, 0, 7, message(place, job, 1)).encode()
     first = Reply.decode(worker.answer(order))
-    assert (first.what, first.reason, first.round) == ("declined", "on battery", 1)
+    assert (first.what, first.code, first.round) == ("declined", "battery", 1)
     assert not (tmp_path / ANSWER).exists()
     done = worker.answer(order)
     assert Reply.decode(done).what == "done"
@@ -268,12 +270,25 @@ def test_it_declines_while_there_is_a_reason_and_works_afterwards(
 
 
 def test_a_folder_of_the_servers_is_not_looked_for_on_the_device(
-    place: Path, tmp_path: Path, job: Job
+    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = make_worker(place, tmp_path, model="")
-    for name in (str(place / "model"), "../model", "a/b/c"):
-        reply = take(worker, dataclasses.replace(job, model=name))
-        assert "a folder of the server's" in reply.reason
+    monkeypatch.chdir(place)  # which has a folder "model"
+    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(models, "load_config", None)
+    for name in (
+        str(place / "model"),
+        "../model",
+        "a/b/c",
+        "~/.bashrc",
+        "~/nothing",
+        "model",
+        ".",
+        "a\\b",
+        "x.gguf",
+    ):
+        assert take(worker, dataclasses.replace(job, model=name)).code == "model"
+        assert "which this device does not fetch" in worker.ended
 
 
 def test_the_end_of_a_run_is_heard(worker: Worker) -> None:
@@ -306,6 +321,6 @@ def test_a_run_of_blocks_maps_the_devices_file_and_one_without_any_is_refused_at
     body = encode(Message(1, bytes.fromhex(digest)[:8], method.broadcast(method.init(server, 5))))
     assert Reply.decode(worker.answer(Order("work", 1, 0, 3, body).encode())).what == "done"
     plain = models.load(str(place / "model"), device="cpu").digest
-    reply = take(make_worker(place, tmp_path / "b"), dataclasses.replace(job, base=plain))
-    assert reply.what == "refused"
-    assert f"no {part}" in reply.reason
+    other = make_worker(place, tmp_path / "b")
+    assert take(other, dataclasses.replace(job, base=plain)).what == "refused"
+    assert f"no {part}" in other.ended

@@ -17,7 +17,6 @@ widest input (`least_tokens`), and over one choice of windows of the same rows (
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from torch import Tensor
 from fleetune.common.files import PRIVATE, storage_error, write_atomic
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
+from fleetune.compression.layerwise.experts import parameters_of
 from fleetune.compression.layerwise.sums import message_of, weights_of
 from fleetune.data import Encoded
 from fleetune.data.encode import digest
@@ -58,7 +58,7 @@ class Calibration:
         self.folder = own.run(job.run) / "calibration"
 
     def begin(self, message: bytes, on_step: Callable[[int], None]) -> bytes:
-        """Take the result, and run the windows up to block 0; return their number and their keyed digest.
+        """Take the result, and run the windows up to block 0; return their number.
 
         `on_step(number)` is called before each piece of work, and may raise.  Declined for windows of too few tokens, and
         for others than before.
@@ -73,8 +73,7 @@ class Calibration:
             on_step(0)
             with torch.inference_mode():
                 self._save(0, self._stream.first_block_inputs(windows))
-        sha = self.own.keyed(hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest())
-        return encode(Message(0, self.base, Payload({}, {"windows": len(windows), "sha256": sha})))
+        return encode(Message(0, self.base, Payload({}, {"windows": len(windows)})))
 
     def _check(self, asked: Payload) -> None:
         count, length = asked.int("windows"), asked.int("length")
@@ -106,7 +105,7 @@ class Calibration:
         if stands == number - 1:
             on_step(number)
             weights = weights_of(decode(message).payload)
-            shapes = {name: linear.weight.shape for name, linear in self._blocks[stands][1].items()}
+            shapes = {name: p.shape for name, p in parameters_of(self._blocks[stands][1], ()).items()}
             if {name: weight.shape for name, weight in weights.items()} != shapes:
                 raise MessageError(
                     f"the compressed block {stands} has other layers or shapes than this model's"

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.shell import quoted
-from fleetune.compression.jobs.contract import Share
 from fleetune.compression.jobs.windows import each_of
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates, SolveLayer
 from fleetune.compression.layerwise.sums import Answer, HessianReply, HessianSums, block_message, sharing
@@ -63,7 +62,7 @@ class Calibrators:
         without: frozenset[int],
         on_reply: Callable[[HessianReply], None],
         listener: Listener,
-    ) -> tuple[HessianSource, Mapping[int, Share]]:
+    ) -> tuple[HessianSource, Mapping[int, int]]:
         """Return the Hessians of the devices that join, and the windows of each.
 
         DataError when no device has text for a window, UsageError when all that began are left out.
@@ -76,7 +75,7 @@ class Calibrators:
         listener.progress("blocks", 0, blocks)
         job = result.job_of_run(run, devices.run, "calibrate", blocks)
         agreed = _read_agreed(parts / AGREED)
-        left = {client: share for client, share in agreed.items() if client not in without}
+        left = {client: windows for client, windows in agreed.items() if client not in without}
         if agreed and not left:
             raise UsageError(
                 "all devices that began this compression were left out",
@@ -87,9 +86,9 @@ class Calibrators:
         base = bytes.fromhex(job.base)[:8]  # the model's own digest is that of merged weights
         if not agreed:
             agreed = left = _begun(request, fleet, base, listener)
-            content = {str(client): list(share) for client, share in agreed.items()}
+            content = {str(client): windows for client, windows in agreed.items()}
             write_atomic(parts / AGREED, sealed.to_text(content) + "\n", mode=PRIVATE)
-        tokens = {client: share.windows * request.length for client, share in left.items()}
+        tokens = {client: windows * request.length for client, windows in left.items()}
 
         def heard(reply: HessianReply) -> None:
             member = devices.members[reply.client]
@@ -164,7 +163,7 @@ def in_order(answers: Iterable[fleets.Answer], clients: Sequence[int], folder: P
             wanted = next(turn, None)
 
 
-def _begun(request: CompressRequest, fleet: RemoteFleet, base: bytes, listener: Listener) -> dict[int, Share]:
+def _begun(request: CompressRequest, fleet: RemoteFleet, base: bytes, listener: Listener) -> dict[int, int]:
     """Send the run's result to the devices that calibrate; return client -> the windows that it has agreed to."""
     chosen = _chosen(request, fleet)
     asked = {"windows": each_of(request.windows, len(chosen)), "length": request.length}
@@ -192,18 +191,18 @@ def _agreed(
     max_length: int,
     base: bytes,
     listener: Listener,
-) -> dict[int, Share]:
+) -> dict[int, int]:
     """Let devices begin; return client -> its windows.  One that cannot is left out, with a note.
 
     DataError when none is left.
     """
-    found, reason = dict[int, Share](), ""
+    found, reason = dict[int, int](), ""
     for answer in fleet.give(orders):
         device = fleet.told[answer.client]
         try:
             if answer.data is None:
                 raise MessageError(answer.reason or answer.status)
-            found[answer.client] = _share(answer.data, device, asked, max_length, base)
+            found[answer.client] = _windows(answer.data, device, asked, max_length, base)
         except MessageError as error:
             reason = error.message
             listener.note(f"client {answer.client} is left out: {reason}")
@@ -215,22 +214,16 @@ def _agreed(
     return {client: found[client] for client in sorted(found)}
 
 
-def _share(data: bytes, device: Device, asked: Mapping[str, int], max_length: int, base: bytes) -> Share:
-    """Return what a device says of its windows; MessageError for more of them than its rows can fill."""
+def _windows(data: bytes, device: Device, asked: Mapping[str, int], max_length: int, base: bytes) -> int:
+    """Return how many windows a device has; MessageError for more of them than its rows can fill."""
     most = min(asked["windows"], device.rows * max_length // asked["length"])
-    message = decode(data)
-    sha256 = message.payload.scalars.get("sha256")
-    if type(sha256) is not str or len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
-        raise MessageError("the digest of its windows is none")
-    numbers = {n: v for n, v in message.payload.scalars.items() if n != "sha256"}
-    plain = Message(message.round, message.base, Payload(message.payload.arrays, numbers))
-    payload = check(plain, ReplySpec({}, {"windows": (int, 1, most)}), round=0, base=base)
-    return Share(payload.int("windows"), sha256)
+    spec = ReplySpec({}, {"windows": (int, 1, most)})
+    return check(decode(data), spec, round=0, base=base).int("windows")
 
 
-def _read_agreed(file: Path) -> dict[int, Share]:
+def _read_agreed(file: Path) -> dict[int, int]:
     """Return what was agreed before a stop, {} for nothing; StorageError where the file is damaged."""
     if not file.exists():
         return {}
     found = sealed.read(file, "compress again")
-    return {int(client): Share(int(windows), str(sha256)) for client, (windows, sha256) in found.items()}
+    return {int(client): int(windows) for client, windows in found.items()}

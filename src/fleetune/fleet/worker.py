@@ -247,11 +247,15 @@ class Worker:
 
     @staticmethod
     def _stand_on(memories: Memories, order: Order) -> None:
-        """Go back to the memory that the order names; MessageError where it is not there."""
+        """Go back to the memory that the order names; Declined where it is not there."""
         round = order.kept[0]
         memories.rewind(round)
         if order.kept != NOTHING_KEPT:
-            memories.check({order.client: order.kept})
+            try:
+                memories.check({order.client: order.kept})
+            except MessageError as error:
+                log.error("%s", error.message)
+                raise Declined("remembers", round) from error
         memories.forget_before(min(order.oldest, round))
 
 

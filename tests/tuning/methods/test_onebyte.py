@@ -281,7 +281,9 @@ class Machine:
         """SHA-256 of all weights after the last message."""
         from fleetune.tuning.methods._zeroth import open_view
 
-        view, position = open_view(self.model, decode(message).payload, law=chosen.law, K=chosen.K, lr=chosen.grid_lr)
+        view, position = open_view(
+            self.model, decode(message).payload, law=chosen.law, K=chosen.K, lr=chosen.grid_lr
+        )
         position.place(view)
         return weights(view)
 

@@ -22,7 +22,7 @@ from fleetune.runs.listener import Listener
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fleetune.compression.jobs.contract import Devices, Share
+    from fleetune.compression.jobs.contract import Devices
     from fleetune.compression.jobs.inputs import Inputs
     from fleetune.compression.layerwise.activations import HessianSource
     from fleetune.compression.layerwise.sums import HessianReply
@@ -65,8 +65,8 @@ class Calibrated(Protocol):
         """The clients' replies so far."""
 
     @property
-    def agreed(self) -> dict[int, Share]:
-        """What each client calibrates on, once it is known."""
+    def agreed(self) -> dict[int, int]:
+        """How many windows each client calibrates on, once it is known."""
 
 
 def check(request: CompressRequest, solver: Solver) -> None:
@@ -182,13 +182,11 @@ def _earlier(log: Path) -> list[HessianReply]:
 def stated(job: Calibrated) -> dict[str, Any]:
     """Return what the head of an artefact states of the calibration text: its size and digest; {} for none.
 
-    Where clients calibrate it is the digest of their digests, in their order: nobody has all of the text.
+    Clients that calibrate keep the digest of their text to themselves: who guesses a text could confirm it.
     """
     if job.agreed:
-        shares = [job.agreed[client] for client in sorted(job.agreed)]
-        whole = hashlib.sha256("".join(share.sha256 for share in shares).encode()).hexdigest()
-        count = sum(share.windows for share in shares)
-        return {"windows": count, "length": job.request.length, "clients": len(shares), "sha256": whole}
+        count = sum(job.agreed.values())
+        return {"windows": count, "length": job.request.length, "clients": len(job.agreed)}
     if job.calibration is None:
         return {}
     count, length = job.calibration.shape

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fleetune.runs.listener import Listener
 
@@ -59,13 +59,6 @@ class FileSize(Protocol):
         ...
 
 
-class Share(NamedTuple):
-    """The windows of one client: how many, and their SHA-256 (int64, little-endian, hexadecimal)."""
-
-    windows: int
-    sha256: str
-
-
 class Devices(Protocol):
     """Real devices that calibrate."""
 
@@ -81,8 +74,8 @@ class Devices(Protocol):
         without: frozenset[int],
         on_reply: Callable[[HessianReply], None],
         listener: Listener,
-    ) -> tuple[HessianSource, Mapping[int, Share]]:
-        """Return the Hessians of devices that join, and the share of each; those `without` take no part any more.
+    ) -> tuple[HessianSource, Mapping[int, int]]:
+        """Return the Hessians of devices that join, and how many windows each has; those `without` take no part any more.
 
         `folder` is the compression's.  DataError when no device has text for a window.
         """

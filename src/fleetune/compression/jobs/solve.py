@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fleetune.common.display import counted, human_bytes
 from fleetune.compression import Corrector, Solver
 from fleetune.compression.jobs import budget, calibrating, progress, scales, weighing, windows
-from fleetune.compression.jobs.contract import Devices, FileSize, Outcome, Share
+from fleetune.compression.jobs.contract import Devices, FileSize, Outcome
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder
@@ -44,9 +44,7 @@ class SolveJob:
     shares: Mapping[int, Tensor]  # client -> its windows; {} unless clients calibrate
     replies: list[HessianReply] = field(default_factory=list)  # of these clients, in order of arrival
     devices: Devices | None = None  # real ones, that calibrate
-    agreed: dict[int, Share] = field(
-        default_factory=dict
-    )  # client -> what it calibrates on, once it is known
+    agreed: dict[int, int] = field(default_factory=dict)  # client -> its windows, once they are known
     room: budget.Room | None = None  # that a budget leaves for the matrices; None without one
 
     def about(self) -> list[tuple[str, str]]:
@@ -160,7 +158,7 @@ def prepare(
     calibration = (
         torch.cat(list(shares.values())) if clients else windows.windows(request, inputs, listener, dry=dry)
     )
-    agreed = {client: Share(len(own), calibrating.sha256(own)) for client, own in shares.items()}
+    agreed = {client: len(own) for client, own in shares.items()}
     return SolveJob(request, solver, inputs, calibration, shares, agreed=agreed, room=room)
 
 
