@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from fleetune.common.memory import is_out_of_memory
 from fleetune.errors import (
     DataError,
     FitError,
@@ -42,7 +43,7 @@ WORDS: Final[Mapping[str, str]] = MappingProxyType({
 })  # fmt: skip
 OF_ERRORS: Final = (
     (MessageError, "order"), (LedgerError, "order"), (DataError, "rows"), (ModelError, "model"),
-    (StorageError, "storage"), (UsageError, "settings"), (MemoryError, "memory"), (FitError, "memory"),
+    (StorageError, "storage"), (UsageError, "settings"),
 )  # fmt: skip
 LARGEST: Final = 1 << 63  # of a number
 
@@ -59,8 +60,9 @@ def reason_of(error: BaseException, memory: int) -> str:
     """Return what a server is told of an error, on a device that may use so many bytes of memory."""
     if isinstance(error, Declined):
         return error.reason
-    code = next((code for kind, code in OF_ERRORS if isinstance(error, kind)), "fault")
-    return f"memory {memory >> 20}" if code == "memory" else code
+    if isinstance(error, FitError) or is_out_of_memory(error):
+        return f"memory {memory >> 20}"
+    return next((code for kind, code in OF_ERRORS if isinstance(error, kind)), "fault")
 
 
 def in_words(reason: str) -> str:

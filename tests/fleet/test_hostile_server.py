@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server that lies: it writes, reads and removes nothing on a device, fills no memory, and reads no row."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from devices_harness import RECIPES, Device, devices, door, free_port
+
+import fleetune
+from fleetune import data, models, subject
+from fleetune.common import sums
+from fleetune.common.memory import rss
+from fleetune.compression.layerwise.sums import from_lower_triangle
+from fleetune.data.encode import digest
+from fleetune.data.labelled import encode_rows
+from fleetune.errors import DataError
+from fleetune.fleet import eval_server, result
+from fleetune.fleet.calibration_device import Calibration
+from fleetune.fleet.device_state import MARK, DeviceState
+from fleetune.fleet.orders import Job, Order, Reply
+from fleetune.fleet.worker import Brings, Worker
+from fleetune.runs.listener import Silent
+from fleetune.tuning import methods
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning import run as running
+from fleetune.tuning.messages import Message, Payload, decode, encode
+
+RUN = "d" * 32
+SET = {"r": 2, "steps": 1, "dropout": 0.0}
+WORDS = ("wolpertinger", "seropositive", "7391", "Obersulm")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and rows whose words are found nowhere else."""
+    place = tmp_path_factory.mktemp("hostile")
+    tiny = models.tiny_llama(layers=2)
+    models.save(tiny.net, tiny.tokenizer, place / "model")
+    for c in range(2):
+        rows = [
+            {"instruction": f"who is patient {c} {i}?", "response": f"{WORDS[i % 4]} {i} {WORDS[(i + 1) % 4]} {c}"}
+            for i in range(12)
+        ]  # fmt: skip
+        (place / f"rows-{c}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return place
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for path in made.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    """A job as a server may send it, with fields that `Job` would not let it have."""
+    base = models.load("model", device="cpu").digest
+    whole = Job(RUN, "fedit", SET, "tiny", base, "fp32", 48, (), 3)
+    return {**json.loads(whole.to_json()), **changes}
+
+
+def worker(**more: Any) -> Worker:
+    brings = Brings("rows-0.jsonl", "model", "cpu", 1, offline=True, **more)
+    return Worker(brings, Path("state"))
+
+
+def ask(device: Worker, what: str, body: bytes, round: int = 0) -> Reply:
+    return Reply.decode(device.answer(Order(what, round, body=body).encode()))
+
+
+def take(device: Worker, **changes: Any) -> Reply:
+    return ask(device, "job", json.dumps(job(**changes)).encode())
+
+
+def files(**scalars: bytes) -> bytes:
+    """An order's body that brings files."""
+    return encode(Message(0, bytes(8), Payload({}, {result.FILE + n: b for n, b in scalars.items()})))
+
+
+# Files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "run", ["x/../../victim", "../victim", "/victim", "x\0", "", RUN + "/..", RUN.upper()]
+)
+def test_the_name_of_a_run_leads_nowhere(place: Path, run: str) -> None:
+    victim = place / "victim" / "result"
+    victim.mkdir(parents=True)
+    (victim / "precious.txt").write_text("mine")
+    before = sorted(place.rglob("*"))
+    device = worker(held_out=4, calibrate=True)
+    for task in ("eval", "calibrate", "tune"):
+        assert take(device, run=run, task=task, result="e" * 64).code == "order"
+        for what in ("eval", "begin", "block"):
+            assert ask(device, what, files(**{"evil.py": b"import os"})).code == "no-job"
+        device.answer(Order("end").encode())
+    assert [p for p in sorted(place.rglob("*")) if "state" not in p.parts] == before
+    assert (victim / "precious.txt").read_text() == "mine"
+
+
+def test_a_folder_of_the_run_that_leads_elsewhere_or_was_not_made_here_is_left_alone(place: Path) -> None:
+    victim = place / "victim"
+    (victim / "result").mkdir(parents=True)
+    (victim / "result" / "precious.txt").write_text("mine")
+    device = worker(held_out=4)
+    Path("state").mkdir()
+    (Path("state") / f"run-{RUN}").symlink_to(victim)
+    assert take(device, task="eval", result="e" * 64).code == "storage"
+    assert "leads out of" in device.ended
+    (Path("state") / f"run-{RUN}").unlink()
+    ours = Path("state") / f"run-{RUN}" / "result"
+    ours.mkdir(parents=True)
+    (ours / "precious.txt").write_text("mine")
+    assert take(device, task="eval", result="e" * 64).what == "ready"
+    assert ask(device, "eval", files(**{"module.json": b"{}"})).code == "storage"
+    assert [p.name for p in ours.iterdir()] == ["precious.txt"]
+    assert [p.name for p in (victim / "result").iterdir()] == ["precious.txt"]
+
+
+def test_a_folder_is_emptied_where_this_device_made_it(tmp_path: Path) -> None:
+    own = DeviceState(tmp_path / "state")
+    folder = own.renewed(own.run(RUN) / "result")
+    (folder / "old").write_text("x")
+    own.renewed(folder)
+    assert [p.name for p in folder.iterdir()] == [MARK]
+    own.remove(folder)
+    assert not folder.exists()
+
+
+# Memory -----------------------------------------------------------------------------------------------
+
+
+def lora(rank: int, columns: int = 1) -> bytes:
+    arrays = {
+        f"model.layers.0.self_attn.q_proj.lora_{which}.weight": np.zeros((rank, columns), np.float32)
+        for which in "AB"
+    }
+    return encode(Message(1, bytes(8), Payload(arrays, {"seed": 1})))
+
+
+BOMBS: dict[str, tuple[dict[str, Any], bytes]] = {
+    "an adapter of another rank": ({}, lora(10**6)),
+    "no arrays": ({}, encode(Message(1, bytes(8), Payload({}, {"seed": 1})))),
+    "sums of another pool": (
+        {"method": "mezo", "set": {"tau": 1, "K": 16}},
+        encode(Message(1, bytes(8), Payload(
+            {"a": np.zeros((1, 1 << 22), np.int8)}, {"run_key": 1, "law": "hashed", "grid": 1e-9, "step": 0},
+        ))),
+    ),
+    "many pools": (
+        {"method": "mezo", "set": {"tau": 1, "K": 16}},
+        encode(Message(1, bytes(8), Payload(
+            {"a": np.ones((1 << 18, 16), np.int8)}, {"run_key": 1, "law": "hashed", "grid": 1e-9, "step": 0},
+        ))),
+    ),
+    "probabilities of another pool": (
+        {"method": "fedkseed", "set": {"tau": 1, "K": 16, "pro": True}},
+        encode(Message(1, bytes(8), Payload(
+            {"a": np.zeros((1, 16), np.int8), "p": np.ones(1 << 22, np.float32)},
+            {"run_key": 1, "law": "hashed", "grid": float(np.float32(3e-7) / np.float32(256))},
+        ))),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_message_larger_than_the_job_is_refused_before_it_is_taken(place: Path, kind: str) -> None:
+    changes, body = BOMBS[kind]
+    device = worker()
+    assert take(device, **changes).what == "ready"
+    before, began = rss(), time.process_time()
+    assert ask(device, "work", body, 1).code == "order"
+    assert rss() - before < 64 << 20
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("r", [10**7, 3])
+def test_an_adapter_that_states_another_size_than_its_tensors_is_refused(place: Path, r: int) -> None:
+    made = Path("sent")
+    made.mkdir()
+    model = models.load("model", device="cpu")
+    methods.make("fedit", SET).init(model, 5)
+    fleetune.adapters.save(model, made / "adapter")
+    adapter = made / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": r}))
+    sums.write(adapter)
+    device = worker(held_out=4)
+    stated = result.digest_of(adapter)
+    assert take(device, task="eval", result=stated).what == "ready"
+    before = rss()
+    reply = ask(device, "eval", encode(Message(0, bytes(8), Payload({}, result.packed(adapter)))))
+    assert reply.code == "model"
+    assert rss() - before < 64 << 20
+
+
+def test_work_that_would_take_more_memory_than_the_device_gives_ends(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = worker(memory=rss() + (64 << 20))
+    assert take(device).what == "ready"
+    taken: list[int] = []
+
+    def greedy(*args: object) -> bytes:
+        hoard = []
+        for _ in range(64):
+            hoard.append(torch.ones(1 << 24))  # 64 MB
+            taken.append(1)
+        return b""
+
+    monkeypatch.setattr("fleetune.fleet.worker.work", greedy)
+    body = encode(Message(1, bytes(8), Payload()))
+    assert ask(device, "work", body, 1).reason.startswith("the work does not fit the")
+    assert len(taken) < 16
+    torch.ones(1 << 26)  # afterwards there is no bound
+
+
+# What a device has agreed to --------------------------------------------------------------------------
+
+
+def test_a_device_does_the_orders_of_the_task_that_it_joined_for(place: Path) -> None:
+    device = worker()
+    assert take(device, task="eval", result="e" * 64).code == "no-evaluation"
+    assert take(device, task="calibrate", result="e" * 64).code == "no-calibration"
+    assert take(device).what == "ready"
+    for what in ("eval", "begin", "block"):
+        assert ask(device, what, b"").code == "order"
+    both = worker(held_out=4, calibrate=True)
+    assert take(both, task="eval", result="e" * 64).what == "ready"
+    assert ask(both, "begin", b"").code == "order"
+    assert take(both, task="calibrate", result="e" * 64).what == "ready"
+    assert ask(both, "eval", b"").code == "order"
+    assert ask(both, "work", b"", 1).code == "order"
+
+
+# Rows -------------------------------------------------------------------------------------------------
+
+
+def sums_of(device: Worker, adapter: Path, windows: int, length: int) -> np.ndarray | str:
+    """What a server gets of block 0's first input when it asks for so many windows; or the code of the refusal."""
+    stated = result.digest_of(adapter)
+    assert take(device, task="calibrate", result=stated).what == "ready"
+    asked = {"windows": windows, "length": length, **result.packed(adapter)}
+    begun = ask(device, "begin", encode(Message(0, bytes(8), Payload({}, asked))))
+    if begun.what != "done":
+        return begun.code
+    answer = decode(ask(device, "block", b"").body).payload
+    (name,) = [n for n in answer.arrays if n.endswith(("q_proj", "k_proj"))]
+    return from_lower_triangle(torch.from_numpy(answer.array(name).copy()), 32).numpy()
+
+
+def tokens_in(more: np.ndarray, less: np.ndarray) -> list[int]:
+    """The token by which two sums differ, by what each token of the vocabulary would add."""
+    net = models.load("model", device="cpu").net
+    with torch.inference_mode():
+        x = net.model.layers[0].input_layernorm(net.get_input_embeddings().weight).numpy().astype(np.float64)
+    distances = [np.abs(more - less - 2 * np.outer(v, v)).max() for v in x]
+    return [int(np.argmin(distances))]
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_tokens_are_read_out_of_two_sums_where_a_device_lets_them(
+    place: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    model = models.load("model", device="cpu")
+    methods.make("fedit", SET).init(model, 5)
+    fleetune.adapters.save(model, Path("adapter"))
+    plain = models.load("model", device="cpu")
+    ids = np.concatenate([row.ids for row in encode_rows(plain, data.read("rows-0.jsonl"), 48)[0]])
+    if not guarded:
+        monkeypatch.setattr(Calibration, "least_tokens", lambda self: 1)
+        monkeypatch.setattr(DeviceState, "calibrate_on", lambda self, *asked: None)
+        found: list[int] = []
+        before = np.zeros((32, 32))
+        for n in range(1, 25):
+            now = sums_of(worker(calibrate=True), Path("adapter"), n, 1)
+            assert isinstance(now, np.ndarray)
+            found += tokens_in(now, before)
+            before = now
+        assert found == ids[:24].tolist()
+        return
+    for n in (1, 2, 60, 143):
+        assert sums_of(worker(calibrate=True), Path("adapter"), n, 1) == f"few-tokens {n} 144"
+    first = sums_of(worker(calibrate=True), Path("adapter"), 150, 1)
+    assert isinstance(first, np.ndarray)
+    for n, length in ((151, 1), (149, 1), (75, 2), (10, 16)):
+        assert sums_of(worker(calibrate=True), Path("adapter"), n, length) == "calibrated 150 1"
+    again = sums_of(worker(calibrate=True), Path("adapter"), 150, 1)
+    assert (again == first).all()  # the same sums tell nothing more
+
+
+def test_a_digest_that_leaves_a_device_confirms_no_guess(place: Path) -> None:
+    rows = encode_rows(models.load("model", device="cpu"), data.read("rows-0.jsonl"), 48)[0]
+    told = [take(Worker(worker().brings, Path(name))).body for name in ("a", "a", "b")]
+    digests = [json.loads(body)["rows_digest"] for body in told]
+    assert digests[0] == digests[1] != digests[2]
+    assert digest([rows]) not in digests
+    assert (Path("a") / "secret").stat().st_mode & 0o777 == 0o600
+
+
+class Relay(threading.Thread):
+    """A wire between a device and its server, on which every byte that the device sends is written down."""
+
+    def __init__(self, to: int) -> None:
+        super().__init__(daemon=True)
+        self.to, self.sent, self.pumps = to, bytearray(), list[threading.Thread]()
+        self.door = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self.door.getsockname()[1])
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                one, _ = self.door.accept()
+                other = socket.create_connection(("127.0.0.1", self.to))
+                for source, sink, kept in ((one, other, True), (other, one, False)):
+                    self.pumps.append(
+                        threading.Thread(target=self.pump, args=(source, sink, kept), daemon=True)
+                    )
+                    self.pumps[-1].start()
+
+    def pump(self, source: socket.socket, sink: socket.socket, kept: bool) -> None:
+        with contextlib.suppress(OSError):
+            while part := source.recv(1 << 16):
+                if kept:
+                    self.sent += part
+                sink.sendall(part)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        source.close()
+
+    def close(self) -> None:
+        """Wait until all has gone through."""
+        self.door.shutdown(socket.SHUT_RDWR)
+        self.join(10)
+        for pump in self.pumps:
+            pump.join(10)
+        self.door.close()
+
+
+@contextlib.contextmanager
+def watched(port: int) -> Iterator[bytearray]:
+    """Two devices at a server, through relays that write down what they send."""
+    relays = [Relay(port) for _ in range(2)]
+    for relay in relays:
+        relay.start()
+    sent = bytearray()
+    joined = [
+        Device(r.port, c, data=f"rows-{c}.jsonl", held_out=4, calibrate=True) for c, r in enumerate(relays)
+    ]
+    try:
+        with devices(*joined):
+            yield sent
+    finally:
+        for relay in relays:
+            relay.close()
+            sent += relay.sent
+
+
+def shapes_of(ids: list[int]) -> Iterator[bytes]:
+    """The ways in which a run of tokens may be written."""
+    for dtype in ("<u2", "<i4", "<i8", ">i4"):
+        yield np.array(ids).astype(dtype).tobytes()
+    yield json.dumps(ids)[1:-1].encode()
+    yield json.dumps(ids, separators=(",", ":"))[1:-1].encode()
+
+
+def test_no_byte_that_leaves_a_device_is_of_its_rows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In joining, training, evaluating, calibrating and failing: neither words, nor tokens, nor an unkeyed digest."""
+    recipe = {**RECIPES["adapter"], "data": "rows-0.jsonl", "clients": 2}
+    streams: dict[str, bytearray] = {}
+
+    def trained(out: str) -> Path:
+        port = free_port()
+        with door(port) as served, watched(port) as sent:
+            streams[out] = sent
+            running.start(recipes.make(recipe), Path(out), Silent(), offline=True, fleets=served)
+        return Path(out, "latest").resolve()
+
+    run = trained("training")
+    port = free_port()
+    with door(port) as served, watched(port) as sent:
+        eval_server.evaluate(subject.open(str(run)), served, Silent(), offline=True)
+    streams["evaluating"] = sent
+    port = free_port()
+    with door(port) as served, watched(port) as sent:
+        fleetune.compress(
+            run, calibrate="fleet", served=served, windows=10, length=32, settings={"group": 8}, out="c"
+        )
+    streams["calibrating"] = sent
+
+    def failing(*args: object) -> bytes:
+        raise DataError(f"the answer '{' '.join(WORDS)}' is none of the label words")
+
+    monkeypatch.setattr("fleetune.fleet.worker.work", failing)
+    with contextlib.suppress(fleetune.errors.FleetError):
+        trained("failing")
+    assert b"rows" in streams["failing"]  # the code is there, the words are not
+    encoded = [
+        encode_rows(models.load("model", device="cpu"), data.read(f"rows-{c}.jsonl"), 48)[0] for c in range(2)
+    ]
+    for what, sent in streams.items():
+        assert len(sent) > 2000, what
+        low = bytes(sent).lower()
+        assert not [w for w in WORDS if w.lower().encode() in low], what
+        for rows in encoded:
+            assert digest([rows]).encode() not in sent
+            for row in rows:
+                runs = [row.ids[i : i + 6].tolist() for i in range(0, len(row.ids) - 6, 3)]
+                assert not any(shape in sent for ids in runs for shape in shapes_of(ids)), what
