@@ -227,6 +227,26 @@ def test_work_that_would_take_more_memory_than_the_device_gives_ends(
     torch.ones(1 << 26)  # afterwards there is no bound
 
 
+def test_a_device_remembers_few_rounds_and_one_client(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that never lets it forget, or gives it other numbers, does not fill its disk."""
+    monkeypatch.setattr("fleetune.fleet.worker.MEMORIES", 3)
+    device = worker()
+    assert take(device, set={**SET, "scaffold": True}).what == "ready"
+    model = models.load("model", device="cpu")
+    method = methods.make("fedit", {**SET, "scaffold": True})
+    sent, kept = method.broadcast(method.init(model, 5)), (-1, 0)
+    for round in range(1, 9):
+        body = encode(Message(round, bytes(8), sent))
+        reply = Reply.decode(device.answer(Order("work", round, 4, 7, body, kept).encode()))
+        assert reply.what == "done"
+        kept = reply.kept
+    rounds = sorted(int(p.name[-11:-5]) for p in Path("state").glob("run-*/client-*"))
+    assert rounds == [4, 5, 6, 7, 8]
+    other = Reply.decode(device.answer(Order("work", 9, 5, 7, encode(Message(9, bytes(8), sent))).encode()))
+    assert other.code == "order"
+    assert {p.name[:13] for p in Path("state").glob("run-*/client-*")} == {"client-000004"}
+
+
 # What a device has agreed to --------------------------------------------------------------------------
 
 

@@ -209,7 +209,8 @@ def _agreed(
     if not found:
         raise DataError(
             f"no device can calibrate on windows of {asked['length']} tokens; the last: {reason}",
-            hint="where the text is too short: a smaller --length",
+            hint="give each more windows (a larger --windows, or fewer of them: --clients), or where the text is too short "
+            "a smaller --length",
         )
     return {client: found[client] for client in sorted(found)}
 

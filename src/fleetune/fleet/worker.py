@@ -70,6 +70,7 @@ log = logging.getLogger(__name__)
 
 ANSWER: Final = "answer"
 PASSES: Final = 100  # over its rows that a device makes in a round, at most
+MEMORIES: Final = 16  # rounds that it remembers, at most
 FEW: Final = 256  # rows: a device that has fewer does as many passes as one with so many
 
 
@@ -249,6 +250,8 @@ class Worker:
     def _stand_on(memories: Memories, order: Order) -> None:
         """Go back to the memory that the order names; Declined where it is not there."""
         round = order.kept[0]
+        if others := memories.kept().keys() - {order.client}:
+            raise MessageError(f"this device is client {min(others)} of the run, not {order.client}")
         memories.rewind(round)
         if order.kept != NOTHING_KEPT:
             try:
@@ -256,7 +259,7 @@ class Worker:
             except MessageError as error:
                 log.error("%s", error.message)
                 raise Declined("remembers", round) from error
-        memories.forget_before(min(order.oldest, round))
+        memories.forget_before(max(min(order.oldest, round), round - MEMORIES))
 
 
 WORK: Final[Mapping[str, Callable[[Worker, Loaded, Order], bytes]]] = {
