@@ -26,7 +26,7 @@ from fleetune import models
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import PARTS
-from fleetune.common.memory import rss, total_memory
+from fleetune.common.memory import rss
 from fleetune.common.shell import quoted
 from fleetune.common.version import __version__
 from fleetune.data import Batches, Encoded, Example
@@ -49,7 +49,8 @@ from fleetune.fleet import eval_device
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply, is_path
-from fleetune.models.bases import BLOCKS
+from fleetune.models.bases import BLOCKS, MAPPED, PLACES
+from fleetune.models.mapped.net import memory_of
 from fleetune.models.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
@@ -147,8 +148,11 @@ class Worker:
             job = Job.from_json(order.body.decode("utf-8", "replace"))
             if self.loaded is None or self.loaded.job != job:
                 self.loaded = load(job, self.brings, self.state)
+                mapped = memory_of(self.loaded.model.net) is not None
+                self.note("base mapped: the weights stay in their file" if mapped else "base in memory")
             told = Device(
-                len(self.loaded.rows), digest([self.loaded.rows]), self.brings.memory or total_memory(),
+                len(self.loaded.rows), digest([self.loaded.rows]),
+                self.brings.memory or models.device_memory(self.loaded.model.device),
                 torch.get_num_threads(), __version__, self.loaded.speed, self.loaded.kinds, len(self.loaded.held),
                 digest([self.loaded.held]),
             )  # fmt: skip
@@ -264,10 +268,13 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
     """Load what a job needs: method, model and rows; every problem is found here, before any work."""
     method = _method(job) if job.method else None
     name = _model(job, brings)
-    kinds = fitting_kinds(job, method, name, brings) if job.task == "tune" and method is not None else (0,)
+    kinds: tuple[int, ...] = (0,)
+    base = BLOCKS if job.train in PARTS else brings.base
+    if job.task == "tune" and method is not None:
+        kinds, base = fitting_kinds(job, method, name, brings, base)
     model = models.load(
-        name, dtype=job.dtype, device=brings.device, offline=brings.offline, labels=job.labels,
-        base=BLOCKS if job.train in PARTS else brings.base,
+        name, dtype=job.dtype, device=brings.device, offline=brings.offline, labels=job.labels, base=base,
+        ram=brings.memory,
     )  # fmt: skip
     if model.digest != job.base:
         raise ModelError(
@@ -319,31 +326,41 @@ def measured_speed(model: Model, rows: Sequence[Encoded]) -> float:
     return round(len(rows[0].ids) / max(1e-6, time.monotonic() - began), 1)
 
 
-def fitting_kinds(job: Job, method: Method, model: str, brings: Brings) -> tuple[int, ...]:
-    """Return those of the method's kinds of work that fit the device's memory.
+def fitting_kinds(
+    job: Job, method: Method, model: str, brings: Brings, base: str
+) -> tuple[tuple[int, ...], str]:
+    """Return those of the method's kinds of work that fit the device's memory, and the base: mapped for auto if more fit so.
 
     FitError, before the model is loaded, where none does.  Work that the planner cannot count is let through.
     """
-    have = brings.memory or total_memory()
+    device = models.check_device(brings.device, job.dtype, base)
+    have = brings.memory or models.device_memory(device)
     if not have:
-        return tuple(range(len(methods.kind_names(method))))
+        return tuple(range(len(methods.kind_names(method)))), base
     shape = shape_of(models.load_config(model, offline=brings.offline))
     rows = int(getattr(method, "batch_size", 1))
-    base = "mapped" if job.train in PARTS or brings.base == "mapped" else "memory"
-    work = Workload(batch=rows, length=job.max_length, dtype=job.dtype, base=base)
-    needs = [
-        sum(device_cost.memory(shape, work, footprint).values()) if footprint is not None else 0
-        for footprint in methods.footprints_of(method, shape)
-    ]
-    fitting = tuple(kind for kind, need in enumerate(needs) if need <= have)
-    if not fitting:
-        need = min(needs)
+    footprints = methods.footprints_of(method, shape)
+
+    def needs(place: str) -> list[int]:
+        work = Workload(batch=rows, length=job.max_length, dtype=job.dtype, base=place)
+        return [sum(device_cost.memory(shape, work, f).values()) if f is not None else 0 for f in footprints]
+
+    either = base == "auto" and device == "cpu"
+    stated = "mapped" if base in MAPPED else "memory"
+    places = {place: needs(place) for place in (PLACES if either else (stated,))}
+    fitting = {
+        place: tuple(kind for kind, need in enumerate(found) if need <= have)
+        for place, found in places.items()
+    }
+    place = max(fitting, key=lambda place: len(fitting[place]))  # memory, the first, where as many fit
+    if not fitting[place]:
+        need = min(map(min, places.values()))
         raise FitError(
             f"{job.method} on this model takes about {human_bytes(need)} at {rows} rows of {job.max_length} tokens, "
             f"and this device has {human_bytes(have)}",
             hint=f"see what fits: fleetune plan {quoted(model)} --ram {human_bytes(have).replace(' ', '')}",
         )
-    return fitting
+    return fitting[place], "mapped" if either and place == "mapped" else base
 
 
 def _model(job: Job, brings: Brings) -> str:

@@ -44,6 +44,9 @@ PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
 # By `seeds.kernel_choice`: numba and its compiled kernels (the very first run, which compiles: 90 MiB more), or torch's
 # pieces of words and sums.
 KERNELS: Final[Mapping[str, int]] = {"auto": 104 * MIB, "numba": 104 * MIB, "torch": 10 * MIB}
+# Of both: pages of libraries' files (128 MiB, and 72 MiB), which the system takes back where memory is short.
+CODE: Final = 200 * MIB
+SURE: Final = 0.93  # of a count: no run that was measured took less of it (docs/memory.md)
 PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
 # with checkpoints: a layer's activations, their gradients, and what a few layers leave behind
 LAYERS: Final = 1.2
@@ -110,6 +113,14 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
         logits = min(logits, n * (CHUNK // shape.hidden) * 4)
     logits = int(logits * (1 + narrow if moves_weights else LOGITS_FORWARD + narrow))
     return parts | {"activations": both * n * (s * shape.widest + 8 * module.rank), "logits": both * logits}
+
+
+def least(parts: Mapping[str, int], *, in_file: bool) -> int:
+    """Return the bytes of a peak (of `memory`) that cannot be done without: what no file backs.
+
+    `in_file`: the weights are pages of their file, as those of a mapped base, and of one whose file has the weights' type.
+    """
+    return int(SURE * sum(parts.values())) - CODE - in_file * parts["weights"]
 
 
 def _runs_both_signs(shape: Shape, work: Workload, footprint: Footprint) -> bool:
