@@ -163,23 +163,27 @@ def test_the_base_of_a_named_method_is_mapped_where_it_fits_only_so_which_is_sai
     found, _, told = settled_base(recipe(large, method="mezo", ram=tight))
     assert found.base == "mapped"
     assert f"in memory the run takes about {human_bytes(in_memory)}" in told
-    stated = recipe(large, method="mezo", ram=tight, base="memory")
-    assert settled_base(stated)[0].base == "memory"
+    stated, _, told = settled_base(recipe(large, method="mezo", ram=f"{in_memory - 9}", base="memory"))
+    assert stated.base == "memory"
+    assert "mezo with 16 x 512 tokens a step in fp32 takes about" in told
 
 
 def test_what_cannot_fit_is_refused_by_what_no_file_backs_with_what_fits(
     large: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape, work = shape_of(models.load_config(large)), choose.Workload(16, 200)
-    parts = device_cost.memory(shape, work, methods.make("mezo", {}).footprint(shape))
-    peak, sure = sum(parts.values()), int(device_cost.SURE * sum(parts.values())) - device_cost.CODE
-    own = sure - parts["weights"]
+    footprint = methods.make("mezo", {}).footprint(shape)
+    parts = device_cost.memory(shape, work, footprint)
+    peak, own = sum(parts.values()), device_cost.least(shape, work, footprint, in_file=True)
+    kept = own + device_cost.CODE + device_cost.KERNEL_CODE
+    assert kept == int(device_cost.SURE * (peak - parts["weights"]))
+    assert device_cost.least(shape, work, footprint, in_file=False) == own + parts["weights"]
 
     def check(have: int, rows: int = 100, tokens: int = 200, **more: object) -> None:
         monkeypatch.setattr(models, "device_memory", lambda device: have)
         settled_base(recipe(large, method="mezo", base="memory", **more))[1](rows, tokens)
 
-    assert own < peak / 2
+    assert own < peak - parts["weights"]
     check(own)  # the file's pages are read again and again, but it works
     with pytest.raises(FitError) as error:
         check(own - 1)
@@ -231,7 +235,9 @@ def test_tune_refuses_what_cannot_fit_before_any_work(
     for more in ([], ["--dry-run"]):
         assert main([*words, *out, "--ram", "200MB", *more]) == 3
         assert "--ram SIZE" in capsys.readouterr().err
-    monkeypatch.setattr(choose.device_cost, "least", lambda parts, in_file: 10**9 * (parts["logits"] > 10**5))
+    monkeypatch.setattr(
+        device_cost, "least", lambda shape, work, footprint, in_file: 10**9 * (work.length > 9)
+    )
     assert main([*words, *out, "--ram", "999MB"]) == 3, "the rows' lengths are known after they are read"
     assert "tokens a step in fp32, base mapped, takes at least 1.00 GB" in capsys.readouterr().err
     assert not list((tmp_path / "runs").glob("0*"))

@@ -90,6 +90,7 @@ def settled_base(
     """
     from fleetune import models
 
+    prepare.check(recipe)
     asked, device, ram = _asked(recipe)
     try:
         config = models.load_config(recipe.model, offline=offline)
@@ -97,16 +98,18 @@ def settled_base(
         ram = None
     if ram is None or device != "cpu":
         return recipe, lambda rows, tokens: None
-    shape = _shape(recipe, config, offline=offline)
+    shape, there = _shape(recipe, config, offline=offline), human_bytes(ram)
     tried = [*Search(shape, ram, asked, recipe.set, shrinks=False, train=recipe.train).tried(recipe.method)]
     if len(tried) > 1 and tried[0].peak > TIGHT * ram:
         recipe = dataclasses.replace(recipe, base="mapped")
         note(
-            f"base mapped: in memory the run takes about {human_bytes(tried[0].peak)}, of {human_bytes(ram)} that there are"
+            f"base mapped: in memory the run takes about {human_bytes(tried[0].peak)}, and there are {there}"
         )
-    stored = str(config.dtype).removeprefix(
-        "torch."
-    )  # the type of the weights in their file; None where it is not said
+    if tried and tried[-1].peak > ram:
+        note(
+            f"{tried[-1]} takes about {human_bytes(tried[-1].peak)}, and there are {there}: slow, or ended by the system"
+        )
+    stored = str(config.dtype).removeprefix("torch.")  # the type of the weights in their file; None: not said
     check = functools.partial(_check_memory, recipe, shape, stored, ram)
     check(1, 1)
     return recipe, check
@@ -117,9 +120,9 @@ def _check_memory(recipe: Recipe, shape: Shape, stored: str, ram: int, rows: int
     method = methods.make(recipe.method, recipe.set)
     base = "memory" if recipe.base == "memory" else "mapped"
     work = Workload(min(rows, prepare.batch_size_of(method)), tokens, dtype=recipe.dtype, base=base)
-    in_file = base == "mapped" or stored in ("None", WEIGHTS[recipe.dtype].full)
-    counted = [device_cost.memory(shape, work, f) for f in methods.footprints_of(method, shape) if f]
-    least = min((device_cost.least(parts, in_file=in_file) for parts in counted), default=0)
+    in_file = stored in ("None", WEIGHTS[recipe.dtype].full)
+    counted = filter(None, methods.footprints_of(method, shape))
+    least = min((device_cost.least(shape, work, f, in_file=in_file) for f in counted), default=0)
     if least <= ram:
         return
     asked = {n: v for n, v in _asked(recipe)[0].items() if (n, v) != ("base", "memory")}

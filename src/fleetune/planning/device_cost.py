@@ -44,9 +44,11 @@ PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
 # By `seeds.kernel_choice`: numba and its compiled kernels (the very first run, which compiles: 90 MiB more), or torch's
 # pieces of words and sums.
 KERNELS: Final[Mapping[str, int]] = {"auto": 104 * MIB, "numba": 104 * MIB, "torch": 10 * MIB}
-# Of both: pages of libraries' files (128 MiB, and 72 MiB), which the system takes back where memory is short.
-CODE: Final = 200 * MIB
-SURE: Final = 0.93  # of a count: no run that was measured took less of it (docs/memory.md)
+CODE: Final = (
+    128 * MIB
+)  # of FLOOR: pages of libraries' files, which the system takes back where memory is short
+KERNEL_CODE: Final = 64 * MIB  # ... and of KERNELS
+SURE: Final = 0.92  # of a count without weights: no run that was measured took less (docs/memory.md)
 PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
 # with checkpoints: a layer's activations, their gradients, and what a few layers leave behind
 LAYERS: Final = 1.2
@@ -115,12 +117,15 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
     return parts | {"activations": both * n * (s * shape.widest + 8 * module.rank), "logits": both * logits}
 
 
-def least(parts: Mapping[str, int], *, in_file: bool) -> int:
-    """Return the bytes of a peak (of `memory`) that cannot be done without: what no file backs.
+def least(shape: Shape, work: Workload, footprint: Footprint, *, in_file: bool) -> int:
+    """Return the bytes of a device's peak that cannot be done without: what no file backs, by a count that may be too high.
 
-    `in_file`: the weights are pages of their file, as those of a mapped base, and of one whose file has the weights' type.
+    `in_file`: a base in memory is a mapping of its file, which has weights of that type.
     """
-    return int(SURE * sum(parts.values())) - CODE - in_file * parts["weights"]
+    parts = memory(shape, work, footprint)
+    weights = 0 if in_file or work.base == "mapped" else parts["weights"]
+    code = CODE + KERNEL_CODE * (footprint.gradient == "two-point" or footprint.projects)
+    return int(SURE * (sum(parts.values()) - parts["weights"])) - code + weights
 
 
 def _runs_both_signs(shape: Shape, work: Workload, footprint: Footprint) -> bool:
