@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common.display import human_bytes
@@ -14,6 +15,7 @@ from fleetune.common.shell import quoted
 from fleetune.common.sizes import parse_bytes
 from fleetune.errors import FitError, ModelError, RecipeError
 from fleetune.models.dtypes import WEIGHTS
+from fleetune.models.foreign import foreign_file
 from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import device_cost, plan
 from fleetune.planning.device_cost import Rates
@@ -92,26 +94,28 @@ def settled_base(
 
     prepare.check(recipe)
     asked, device, ram = _asked(recipe)
-    try:
-        config = models.load_config(recipe.model, offline=offline)
-    except ModelError:  # loading it says what is wrong, and what to do
-        ram = None
     if ram is None or device != "cpu":
         return recipe, lambda rows, tokens: None
-    shape, there = _shape(recipe, config, offline=offline), human_bytes(ram)
+    try:
+        config = models.load_config(recipe.model, offline=offline)
+        with foreign_file(Path(recipe.model)):
+            shape = _shape(recipe, config, offline=offline)
+    except ModelError:  # loading it says what is wrong, and what to do
+        return recipe, lambda rows, tokens: None
+    there = human_bytes(ram)
     tried = [*Search(shape, ram, asked, recipe.set, shrinks=False, train=recipe.train).tried(recipe.method)]
     if len(tried) > 1 and tried[0].peak > TIGHT * ram:
         recipe = dataclasses.replace(recipe, base="mapped")
         note(
             f"base mapped: in memory the run takes about {human_bytes(tried[0].peak)}, and there are {there}"
         )
+    stored = str(config.dtype).removeprefix("torch.")  # the type of the weights in their file; None: not said
+    check = functools.partial(_check_memory, recipe, shape, stored, ram)
+    check(1, 1)
     if tried and tried[-1].peak > ram:
         note(
             f"{tried[-1]} takes about {human_bytes(tried[-1].peak)}, and there are {there}: slow, or ended by the system"
         )
-    stored = str(config.dtype).removeprefix("torch.")  # the type of the weights in their file; None: not said
-    check = functools.partial(_check_memory, recipe, shape, stored, ram)
-    check(1, 1)
     return recipe, check
 
 
@@ -128,14 +132,15 @@ def _check_memory(recipe: Recipe, shape: Shape, stored: str, ram: int, rows: int
     asked = {n: v for n, v in _asked(recipe)[0].items() if (n, v) != ("base", "memory")}
     search = Search(shape, ram, asked, recipe.set, train=recipe.train)
     found = next((s.work for s in search.tried(recipe.method) if s.peak <= ram), None)
-    flags = ["--base mapped"] if base == "memory" else []
-    flags += [f"--set batch_size={found.batch}"] if found and found.batch < work.batch else []
+    changes = "--base mapped" * (base == "memory")
+    changes += f" --set batch_size={found.batch}" if found and found.batch < work.batch else ""
+    changes += " fits; " if found else " needs less; " if changes else ""
     size = human_bytes(ram).replace(" ", "")
     raise FitError(
         f"{recipe.method} with {work.batch:,} x {tokens:,} tokens a step in {recipe.dtype}, base {base}, takes at least "
         f"{human_bytes(least)} beside pages of files, and there are {human_bytes(ram)}",
-        hint=(f"{' '.join(flags)} fits; " if found else "")
-        + f"what else fits: fleetune plan {quoted(recipe.model)} --ram {size}; where there is more memory: --ram SIZE",
+        hint=f"{changes.lstrip()}what else fits: fleetune plan {quoted(recipe.model)} --ram {size}; "
+        "where there is more memory: --ram SIZE",
     )
 
 
