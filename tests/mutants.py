@@ -468,6 +468,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("common/files.py", "if os.path.exists(path) and not os.path.isfile(path):", "if False:", "common/test_files.py"),
     Mutant("tuning/estimate.py", "budget = SPARE * within", "budget = 9 * within", "tuning/test_estimate.py"),
     Mutant("planning/choose.py", "if name in able]", "]", "planning/test_choose.py"),
+    Mutant("common/memory.py", "(own, *own.parents[: len(own.parts) - len(top.parts)])", "(own,)", "common/test_memory.py"),
+    Mutant("common/memory.py", "limit - (mapped - resident) * mmap.PAGESIZE", "limit", "common/test_memory.py"),
+    Mutant("planning/choose.py", "tried[0].peak > TIGHT * ram", "tried[0].peak > 2 * ram", "planning/test_choose.py -k mapped"),
+    Mutant("planning/choose.py", "if least <= ram:", "if least <= 2 * ram:", "planning/test_choose.py -k refused"),
+    Mutant("planning/device_cost.py", "weights = 0 if in_file or", "weights = 0 if", "planning/test_choose.py -k refused"),
+    Mutant("tuning/prepare.py", "    if rows:\n        check_memory(", "    if not rows:\n        check_memory(", "planning/test_choose.py -k refuses"),
+    Mutant("fleet/worker.py", "PLACES if either else (stated,)", "(stated,)", "fleet/test_worker.py -k left_there"),
+    Mutant("fleet/worker.py", "base=base,\n        ram=brings.memory", "base=base", "fleet/test_worker.py -k left_there"),
 )  # fmt: skip
 
 

@@ -240,7 +240,7 @@ def test_a_base_that_fits_only_in_its_file_is_left_there_and_the_person_is_told(
     )
     assert mapped < memory
 
-    def told(ram: int, **more: object) -> tuple[list[str], Reply]:
+    def told(ram: int, job: Job = job, **more: object) -> tuple[list[str], Reply]:
         notes: list[str] = []
         worker = make_worker(place, tmp_path, memory=ram, **more)
         worker.note = notes.append
@@ -251,6 +251,9 @@ def test_a_base_that_fits_only_in_its_file_is_left_there_and_the_person_is_told(
     assert notes == ["base mapped: the weights stay in their file"]
     assert (reply.what, Device.from_json(reply.body).memory) == ("ready", memory - 1)
     assert told(mapped - 1)[1].what == told(memory - 1, base="memory")[1].what == "refused"
+    measures, half = dataclasses.replace(job, task="eval"), 8 * models.load(str(place / "model")).n_params
+    assert told(half, measures)[0] == ["base in memory"]
+    assert told(half - 9, measures)[0] == notes
 
 
 def test_a_device_without_a_stated_memory_has_what_its_container_allows(

@@ -123,7 +123,7 @@ class Recipe:
     )
     ram: str = Field(
         default="",
-        description="memory that the work may take on the CPU, as 2GB (default: what this machine, or the container or unit "
+        description="memory that the work may take, as 2GB (default: what this machine, or the container or unit "
         "that it runs in, allows)",
     )
     train: str = Field(
