@@ -204,7 +204,7 @@ def test_what_cannot_fit_is_refused_by_what_no_file_backs_with_what_fits(
 def test_of_a_gpu_its_own_memory_counts(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "check_device", lambda *_: "cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 10**6))
-    with pytest.raises(FitError, match="no method fits 1.0 MB"):
+    with pytest.raises(FitError, match=r"no method fits 1\.0 MB"):
         choose.method_for(recipe(large), offline=True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 10**12))
     name, base, why = choose.method_for(recipe(large), offline=True)
