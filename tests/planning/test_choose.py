@@ -242,6 +242,20 @@ def test_tune_refuses_what_cannot_fit_before_any_work(
     large: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["tune", large, "demo", "--method", "mezo", "--limit", "40", "--max-length", "64", "--offline"]
+    words += [
+        "--rounds",
+        "1",
+        "--clients",
+        "1",
+        "--set",
+        "tau=1",
+        "--set",
+        "lr=1e-4",
+        "--samples",
+        "0",
+        "--eval-rows",
+        "1",
+    ]
     out = ["--out", str(tmp_path / "runs")]
     for more in ([], ["--dry-run"]):
         assert main([*words, *out, "--ram", "200MB", *more]) == 3
