@@ -349,7 +349,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("deploy/patch.py", "ChangesFile(_next(back), patch.result", "ChangesFile(back, patch.result", "deploy/test_patch.py"),
     Mutant("deploy/patch_file.py", "model[order] = rows", "model[:] = rows", "deploy/test_patch.py -k tuned_model"),
     Mutant("deploy/patch_make.py", "        if not np.array_equal(new, self._left[: len(new)]):", "        if False:", "deploy/test_patch.py -k another_model"),
-    Mutant("fleet/worker.py", 'base=BLOCKS if job.train in PARTS else brings.base', "base=brings.base", "fleet/test_worker.py -k blocks"),
+    Mutant("fleet/worker.py", 'base = BLOCKS if job.train in PARTS else brings.base', "base = brings.base", "fleet/test_worker.py -k blocks"),
     Mutant("deploy/formats/_pte_program.py", "later = torch.arange(self.room) > positions[:, None]", "later = torch.arange(self.room) >= self.room + positions[:, None]", "deploy/test_pte.py -k decoder_gives"),
     Mutant("deploy/formats/_pte_program.py", "positions = torch.arange(tokens.shape[1]) + input_pos", "positions = torch.arange(tokens.shape[1]) + 0 * input_pos", "deploy/test_pte.py -k decoder_gives"),
     Mutant("deploy/formats/pte.py", "steps = q.steps() * scale.sign().to(torch.int16).repeat_interleave(q.group, 1)", "steps = q.steps()", "deploy/test_pte.py -k negative_scale"),
@@ -449,7 +449,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("compression/jobs/calibrating.py", "getattr(solver, \"tokens\", \"equal\") == \"gradient\"", "False", "compression/test_token_weights.py"),
     Mutant("tuning/rates/trial.py", "replace(kinds[methods.kind_of(method, client)][0])", "kinds[methods.kind_of(method, client)][0]", "tuning/test_rates.py -k fedit"),
     Mutant("compression/layerwise/grids.py", "if self.by_curvature and not self.codebook and curvature is not None:", "if False:", "compression/test_grids.py -k weighed"),
-    Mutant("models/placement.py", "SHARE * usable_memory() / size", "usable_memory() / size", "deploy/test_mapped_gguf.py -k auto"),
+    Mutant("models/placement.py", "SHARE * ram / size", "ram / size", "deploy/test_mapped_gguf.py -k auto"),
     Mutant("evaluation/head_loss.py", "part = back[at].mul_(faded[:, None])", "part = back[at]", "evaluation/test_head_loss.py -k far"),
     Mutant("tuning/extension.py", '    run.status("interrupted")\n', "", "tuning/test_extension.py"),
     Mutant("api/tuning.py", "rounds = rounds and extension.number(rounds)", "rounds = rounds", "tuning/test_extension.py"),
@@ -484,6 +484,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("common/files.py", "if os.path.exists(path) and not os.path.isfile(path):", "if False:", "common/test_files.py"),
     Mutant("tuning/estimate.py", "budget = SPARE * within", "budget = 9 * within", "tuning/test_estimate.py"),
     Mutant("planning/choose.py", "if name in able]", "]", "planning/test_choose.py"),
+    Mutant("common/memory.py", "(own, *own.parents[: len(own.parts) - len(top.parts)])", "(own,)", "common/test_memory.py"),
+    Mutant("common/memory.py", "limit - (mapped - resident) * mmap.PAGESIZE", "limit", "common/test_memory.py"),
+    Mutant("planning/choose.py", "tried[0].peak > TIGHT * ram", "tried[0].peak > 2 * ram", "planning/test_choose.py -k mapped"),
+    Mutant("planning/choose.py", "if least <= ram:", "if least <= 2 * ram:", "planning/test_choose.py -k refused"),
+    Mutant("planning/device_cost.py", "weights = 0 if in_file or", "weights = 0 if", "planning/test_choose.py -k refused"),
+    Mutant("tuning/prepare.py", "    if rows:\n        check_memory(", "    if not rows:\n        check_memory(", "planning/test_choose.py -k refuses"),
+    Mutant("fleet/worker.py", "PLACES if either else (stated,)", "(stated,)", "fleet/test_worker.py -k left_there"),
+    Mutant("fleet/worker.py", "base=base,\n        ram=brings.memory", "base=base", "fleet/test_worker.py -k left_there"),
 )  # fmt: skip
 
 

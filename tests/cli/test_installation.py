@@ -94,7 +94,7 @@ def test_doctor_never_fails(capsys, monkeypatch):
         raise OSError("no")
 
     for place, name in [
-        (doctor.memory, "total_memory"), (doctor.shutil, "which"), (doctor.shutil, "disk_usage"),
+        (doctor.memory, "usable_memory"), (doctor.shutil, "which"), (doctor.shutil, "disk_usage"),
         (doctor.platform, "machine"), (doctor.metadata, "version"), (doctor.metadata, "requires"),
         (doctor.tempfile, "TemporaryFile"), (cache_contents, "size"), (doctor, "_engines"),
     ]:  # fmt: skip

@@ -17,7 +17,6 @@ from fleetune.data import Encoded
 from fleetune.deploy.export import export
 from fleetune.errors import ModelError, RecipeError
 from fleetune.evaluation.losses import response_loss
-from fleetune.models import placement
 from fleetune.models.mapped import places
 from fleetune.models.mapped.lazy import weights_of
 from fleetune.tuning import finished, methods
@@ -85,19 +84,16 @@ def test_a_file_that_was_cut_is_refused(file: Path, tmp_path: Path) -> None:
         places.read(mapped.path, short)
 
 
-def test_auto_leaves_weights_in_their_file_where_they_would_fill_memory(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_leaves_weights_in_their_file_where_they_would_fill_memory(file: Path, tmp_path: Path) -> None:
     tiny_one = models.tiny_llama()
     models.save(tiny_one.net, tiny_one.tokenizer, tmp_path / "m")
     need = 4 * models.load(str(tmp_path / "m"), device="cpu").n_params
     for name in (tmp_path / "m", file):
         assert not weights_of(models.load(str(name), device="cpu", base="auto").net)
     for ram, lazy_ones in ((2 * need + 8, False), (2 * need - 8, True)):
-        monkeypatch.setattr(placement, "usable_memory", lambda ram=ram: ram)
-        assert bool(weights_of(models.load(str(tmp_path / "m"), device="cpu", base="auto").net)) == lazy_ones
-    monkeypatch.setattr(placement, "usable_memory", lambda: 1000)
-    assert weights_of(models.load(str(file), device="cpu", base="auto").net)
+        loaded = models.load(str(tmp_path / "m"), device="cpu", base="auto", ram=ram)
+        assert bool(weights_of(loaded.net)) == lazy_ones
+    assert weights_of(models.load(str(file), device="cpu", base="auto", ram=1000).net)
 
 
 @pytest.mark.parametrize(

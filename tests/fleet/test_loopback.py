@@ -140,7 +140,10 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
     monkeypatch.setattr(
         worker,
         "fitting_kinds",
-        lambda job, method, name, brings: (0, 1)[: 1 if not kinds or "001" in brings.data else 2],
+        lambda job, method, name, brings, base: (
+            (0, 1)[: 1 if not kinds or "001" in brings.data else 2],
+            base,
+        ),
     )
     simulated = fleetune.tune(recipes.make(recipe | {"kinds": kinds}), out="simulated")
     split(recipe)

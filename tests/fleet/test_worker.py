@@ -22,6 +22,8 @@ from fleetune.errors import FitError, FleetError
 from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
 from fleetune.fleet.worker import ANSWER, Brings, Worker, fitting_kinds
+from fleetune.models import loading
+from fleetune.models.bases import BLOCKS
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
@@ -221,9 +223,47 @@ def test_scales_are_counted_with_the_base_in_its_file(
     )
     assert mapped < memory
     brings = make_worker(place, tmp_path, memory=mapped).brings
-    assert fitting_kinds(scales, method, str(place / "model"), brings) == (0,)
+    assert fitting_kinds(scales, method, str(place / "model"), brings, BLOCKS) == ((0,), BLOCKS)
+    short = dataclasses.replace(brings, memory=mapped - 1)
     with pytest.raises(FitError):
-        fitting_kinds(scales, method, str(place / "model"), dataclasses.replace(brings, memory=mapped - 1))
+        fitting_kinds(scales, method, str(place / "model"), short, BLOCKS)
+
+
+def test_a_base_that_fits_only_in_its_file_is_left_there_and_the_person_is_told(
+    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = shape_of(models.load_config(str(place / "model")))._replace(params=1 << 28)
+    monkeypatch.setattr("fleetune.fleet.worker.shape_of", lambda config: shape)
+    footprint = methods.make("fedit", SET).footprint(shape)
+    memory, mapped = (
+        sum(device_cost.memory(shape, Workload(batch=8, length=48, base=base), footprint).values())
+        for base in ("memory", "mapped")
+    )
+    assert mapped < memory
+
+    def told(ram: int, job: Job = job, **more: object) -> tuple[list[str], Reply]:
+        notes: list[str] = []
+        worker = make_worker(place, tmp_path, memory=ram, **more)
+        worker.note = notes.append
+        return notes, take(worker, job)
+
+    assert told(memory)[0] == ["base in memory"]
+    notes, reply = told(memory - 1)
+    assert notes == ["base mapped: the weights stay in their file"]
+    assert (reply.what, Device.from_json(reply.body).memory) == ("ready", memory - 1)
+    assert told(mapped - 1)[1].what == told(memory - 1, base="memory")[1].what == "refused"
+    measures, half = dataclasses.replace(job, task="eval"), 8 * models.load(str(place / "model")).n_params
+    assert told(half, measures)[0] == ["base in memory"]
+    assert told(half - 9, measures)[0] == notes
+
+
+def test_a_device_without_a_stated_memory_has_what_its_container_allows(
+    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "usable_memory", lambda: 1 << 20)
+    assert "this device has 1.0 MB" in take(make_worker(place, tmp_path), job).reason
+    monkeypatch.setattr(loading, "usable_memory", lambda: 3 << 30)
+    assert Device.from_json(take(make_worker(place, tmp_path), job).body).memory == 3 << 30
 
 
 def test_it_says_which_kinds_of_work_fit_it_and_does_the_one_that_it_is_sent(

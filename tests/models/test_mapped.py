@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from fleetune import models
 from fleetune.common.ggml import HALVES
 from fleetune.errors import ModelError
-from fleetune.models import placement
 from fleetune.models.mapped import lazy, quants
 from fleetune.models.mapped.file import MappedFile
 from fleetune.models.mapped.lazy import LazyWeight, Memory, weights_of
@@ -265,16 +264,13 @@ def test_a_model_of_any_family_is_the_one_in_memory(family: str, dtype: str, tmp
 
 
 @pytest.mark.parametrize("family", STACKED)
-def test_experts_that_are_put_together_are_refused_or_taken_into_memory(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_that_are_put_together_are_refused_or_taken_into_memory(family: str, tmp_path: Path) -> None:
     folder = str(tiny_families.save(family, tmp_path))
     with pytest.raises(ModelError, match="in another form") as refused:
         models.load(folder, device="cpu", base="mapped")
     assert "--base memory" in (refused.value.hint or "")
     whole = models.load(folder, device="cpu")
-    monkeypatch.setattr(placement, "usable_memory", lambda: 1000)
-    found = models.load(folder, device="cpu", base="auto")
+    found = models.load(folder, device="cpu", base="auto", ram=1000)
     assert found.digest == whole.digest
     assert not weights_of(found.net)
 

@@ -6,14 +6,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from fleetune import models
-from fleetune.common import memory
+from fleetune.cli.main import main
 from fleetune.common.display import human_bytes
 from fleetune.errors import FitError, RecipeError
 from fleetune.models.shapes import shape_of
-from fleetune.planning import choose
+from fleetune.planning import choose, device_cost
 from fleetune.planning.fitting import Search
+from fleetune.tuning import methods
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
@@ -73,7 +75,7 @@ def test_training_scales_is_counted_as_that(tmp_path: Path, monkeypatch: pytest.
         for train in ("weights", "scales")
     )
     assert lora != scales
-    monkeypatch.setattr(choose, "usable_memory", lambda: 10**12)
+    monkeypatch.setattr(models, "device_memory", lambda device: 10**12)
     name, _, why = choose.method_for(recipe(str(tmp_path / "m"), train="scales"), offline=True)
     assert name == "fedpetuning"
     assert f"about {human_bytes(scales)} of" in why
@@ -89,11 +91,11 @@ def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
     )}  # fmt: skip
     most = max(r.peak or 0 for n, r in rows.items() if n in ("mezo", "fedkseed", "onebyte"))
     assert most < (rows["fedit"].peak or 0)
-    monkeypatch.setattr(choose, "usable_memory", lambda: most + 1)
+    monkeypatch.setattr(models, "device_memory", lambda device: most + 1)
     name, _, why = choose.method_for(recipe(tiny, base="memory"), offline=True)
     assert name in ("fedkseed", "mezo", "onebyte")
     assert "of this machine's" in why
-    monkeypatch.setattr(choose, "usable_memory", lambda: 1_000_000)
+    monkeypatch.setattr(models, "device_memory", lambda device: 1_000_000)
     with pytest.raises(FitError, match="no method fits"):
         choose.method_for(recipe(tiny), offline=True)
 
@@ -105,12 +107,12 @@ def test_a_method_is_counted_with_the_rows_that_its_steps_will_have(
     asked = {"length": 512, "dtype": "fp32", "base": "memory"}
     peaks = {s.work.batch: s.peak for s in Search(shape, None, asked).tried("fedit")}
     assert peaks[1] < peaks[8]
-    monkeypatch.setattr(choose, "usable_memory", lambda: peaks[1] * 10 // 9 + 1)
+    monkeypatch.setattr(models, "device_memory", lambda device: peaks[1] * 10 // 9 + 1)
     small = recipe(tiny, base="memory", set={"batch_size": 1, "r": 16, "alpha": 16})
     name, _, why = choose.method_for(small, offline=True)
     assert name == "fedit"
     assert f"about {human_bytes(peaks[1])} of this machine's" in why
-    monkeypatch.setattr(choose, "usable_memory", lambda: peaks[8] - 1)
+    monkeypatch.setattr(models, "device_memory", lambda device: peaks[8] - 1)
     with pytest.raises(FitError, match="fedit with 8 x 512 tokens a step in fp32, needs 1 B more"):
         choose.method_for(
             recipe(tiny, base="memory", set={"batch_size": 8, "r": 16, "dropout": 0.05}), offline=True
@@ -126,14 +128,146 @@ def test_a_base_that_memory_cannot_hold_stays_in_its_file(
     tried = Search(shape_of(models.load_config(name)), None, {"length": 512, "dtype": "fp32"}).tried("fedit")
     in_memory, mapped = [s.peak for s in tried][:2]
     for ram, base in ((in_memory * 10 // 9 + 1, "auto"), (mapped * 10 // 9 + 1, "mapped")):
-        monkeypatch.setattr(choose, "usable_memory", lambda ram=ram: ram)
+        monkeypatch.setattr(models, "device_memory", lambda device, ram=ram: ram)
         _, found, why = choose.method_for(recipe(name, set={"r": 16, "dropout": 0.05}), offline=True)
         assert found == base
         assert why.endswith("base mapped") == (base == "mapped")
 
 
-def test_memory_is_the_machines_or_its_groups_limit() -> None:
-    assert 0 < memory.usable_memory() <= memory.total_memory()
+# The base, and what is refused ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of 30 M parameters, in fp32 in its file."""
+    model = models.tiny_llama(vocab=8192, hidden=512, layers=8, heads=8)
+    folder = tmp_path_factory.mktemp("choose") / "large"
+    models.save(model.net, model.tokenizer, folder)
+    return str(folder)
+
+
+def settled_base(recipe: Recipe) -> tuple[Recipe, choose.CheckMemory, str]:
+    told: list[str] = []
+    found, check = choose.settled_base(recipe, told.append, offline=True)
+    return found, check, " ".join(told)
+
+
+def test_the_base_of_a_named_method_is_mapped_where_it_fits_only_so_which_is_said(large: str) -> None:
+    shape = shape_of(models.load_config(large))
+    tried = Search(shape, None, {"length": 512, "dtype": "fp32"}, shrinks=False).tried("mezo")
+    in_memory, mapped = (settings.peak for settings in tried)
+    assert mapped < in_memory
+    roomy, tight = f"{in_memory * 10 // 9 + 9}", f"{in_memory * 10 // 9 - 9}"
+    found, _, told = settled_base(recipe(large, method="mezo", ram=roomy))
+    assert (found.base, told) == ("auto", "")
+    found, _, told = settled_base(recipe(large, method="mezo", ram=tight))
+    assert found.base == "mapped"
+    assert f"in memory the run takes about {human_bytes(in_memory)}" in told
+    stated, _, told = settled_base(recipe(large, method="mezo", ram=f"{in_memory - 9}", base="memory"))
+    assert stated.base == "memory"
+    assert "mezo with 16 x 512 tokens a step in fp32 takes about" in told
+
+
+def test_what_cannot_fit_is_refused_by_what_no_file_backs_with_what_fits(
+    large: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, work = shape_of(models.load_config(large)), choose.Workload(16, 200)
+    footprint = methods.make("mezo", {}).footprint(shape)
+    parts = device_cost.memory(shape, work, footprint)
+    peak, own = sum(parts.values()), device_cost.least(shape, work, footprint, in_file=True)
+    kept = own + device_cost.CODE + device_cost.KERNEL_CODE
+    assert kept == int(device_cost.SURE * (peak - parts["weights"]))
+    assert device_cost.least(shape, work, footprint, in_file=False) == own + parts["weights"]
+
+    def check(have: int, rows: int = 100, tokens: int = 200, **more: object) -> None:
+        monkeypatch.setattr(models, "device_memory", lambda device: have)
+        settled_base(recipe(large, method="mezo", base="memory", **more))[1](rows, tokens)
+
+    assert own < peak - parts["weights"]
+    check(own)  # the file's pages are read again and again, but it works
+    with pytest.raises(FitError) as error:
+        check(own - 1)
+    assert "mezo with 16 x 200 tokens a step in fp32, base memory, takes at least" in error.value.message
+    assert (
+        f"{human_bytes(own)} beside pages of files, and there are {human_bytes(own - 1)}"
+        in error.value.message
+    )
+    assert f"what else fits: fleetune plan {large} --ram" in (error.value.hint or "")
+    check(own - 1, tokens=100)  # shorter rows
+    check(own - 1, rows=8)  # a client has fewer rows than a step
+    check(own - 1, set={"batch_size": 8})
+    check(own - 1, ram="10GB")  # who knows better says so
+    monkeypatch.setattr(models, "check_device", lambda *_: "cuda")
+    check(own - 1)  # the weights are not in this memory
+
+
+def test_of_a_gpu_its_own_memory_counts(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "check_device", lambda *_: "cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 10**6))
+    with pytest.raises(FitError, match=r"no method fits 1\.0 MB"):
+        choose.method_for(recipe(large), offline=True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 10**12))
+    name, base, why = choose.method_for(recipe(large), offline=True)
+    assert (name, base) == ("fedit", "auto")
+    assert "of this machine's 1.00 TB of memory" in why
+
+
+def test_weights_of_another_type_than_their_files_are_counted_and_refused_before_data_is_read(
+    large: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "device_memory", lambda device: 350_000_000)
+    settled_base(recipe(large, method="mezo", base="memory", dtype="fp32"))
+    config = models.load_config(large)
+    config.dtype = torch.bfloat16
+    monkeypatch.setattr(models, "load_config", lambda name, offline: config)
+    with pytest.raises(FitError, match="mezo with 1 x 1 tokens"):
+        settled_base(recipe(large, method="mezo", base="memory", dtype="fp32"))
+    settled_base(recipe(large, method="mezo", base="mapped", dtype="fp32"))
+
+
+def test_the_hint_of_a_refusal_fits(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = shape_of(models.load_config(large))
+    asked = {"length": 512, "dtype": "fp32", "base": "mapped", "batch": 4}
+    ram = next(Search(shape, None, asked).tried("fedit")).peak
+    monkeypatch.setattr(models, "device_memory", lambda device: ram)
+    _, check, _ = settled_base(recipe(large, method="fedit", base="memory", set={"batch_size": 64}))
+    with pytest.raises(FitError) as error:
+        check(100, 512)
+    assert (error.value.hint or "").startswith("--base mapped --set batch_size=4 fits; ")
+    _, check, _ = settled_base(recipe(large, method="fedit", base="mapped", set={"batch_size": 4}))
+    check(100, 512)
+
+
+def test_tune_refuses_what_cannot_fit_before_any_work(
+    large: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["tune", large, "demo", "--method", "mezo", "--limit", "40", "--max-length", "64", "--offline"]
+    words += [
+        "--rounds",
+        "1",
+        "--clients",
+        "1",
+        "--set",
+        "tau=1",
+        "--set",
+        "lr=1e-4",
+        "--samples",
+        "0",
+        "--eval-rows",
+        "1",
+    ]
+    out = ["--out", str(tmp_path / "runs")]
+    for more in ([], ["--dry-run"]):
+        assert main([*words, *out, "--ram", "200MB", *more]) == 3
+        assert "--ram SIZE" in capsys.readouterr().err
+    monkeypatch.setattr(
+        device_cost, "least", lambda shape, work, footprint, in_file: 10**9 * (work.length > 9)
+    )
+    assert main([*words, *out, "--ram", "999MB"]) == 3, "the rows' lengths are known after they are read"
+    assert "tokens a step in fp32, base mapped, takes at least 1.00 GB" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").glob("0*"))
+    assert main([*words, "--ram", "2"]) == 2
+    assert "--ram 2: 2 bytes are too few" in capsys.readouterr().err
 
 
 def test_an_unknown_setting_is_told_alike_before_and_after_the_recipe_is_made(tiny: str) -> None:

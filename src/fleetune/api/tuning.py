@@ -56,8 +56,9 @@ def tune(
     recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
     recipe = plain_models.with_file(recipe, Path(out), watching.note)
     recipe = choose.settled_method(recipe, watching.note, offline=offline)
+    recipe, check_memory = choose.settled_base(recipe, watching.note, offline=offline)
     with tracking.tracked(watching, trackers, offline=offline) as heard:
-        return run.start(recipe, Path(out), heard, offline=offline)
+        return run.start(recipe, Path(out), heard, offline=offline, check_memory=check_memory)
 
 
 def resume_run(

@@ -17,6 +17,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 # torch's words where the CPU's memory does not suffice, Linux' own (ENOMEM), and its loader's
@@ -64,16 +65,49 @@ def total_memory() -> int:
         return 0
 
 
-def usable_memory() -> int:
-    """Return the bytes of memory that this process may use: the machine's, or its control group's limit where that is less.
+def usable_memory(process: Path = Path("/proc/self"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes of memory that this process may use; 0 where the system does not tell.
 
-    0 where the system does not tell.
+    That is the least of the machine's memory, the limits of the process's control group and of those above it
+    (`docker --memory`, systemd's `MemoryMax=` and `MemoryHigh=`), and what `ulimit -v` leaves.
     """
-    limits = [total_memory()]
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError), open(name, "rb") as file:
-            limits.append(int(file.read()))
-    return min(limit for limit in limits if limit > 0) if any(limits) else 0
+    found = [total_memory(), *_group_limits(process, groups), _address_space(process)]
+    return min((limit for limit in found if limit > 0), default=0)
+
+
+def _group_limits(process: Path, groups: Path) -> Iterator[int]:
+    """Yield the limits that a process's control groups state, from its own up: of version 2, and of 1's memory controller.
+
+    In a container the names may be the host's, and the files of its own group lie at the top: what is not there is passed by.
+    """
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = (process / "cgroup").read_text().splitlines()
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = groups / "memory" if controllers else groups
+        own = top / name.lstrip("/")
+        for group in (own, *own.parents[: len(own.parts) - len(top.parts)]):
+            for file in ("memory.limit_in_bytes",) if controllers else ("memory.max", "memory.high"):
+                with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                    yield int((group / file).read_text())
+
+
+def _address_space(process: Path) -> int:
+    """Return the bytes that the limit on addresses (`ulimit -v`) leaves for memory; 0 where there is none.
+
+    Libraries and stacks of threads take more addresses than memory.  What is mapped now and not in memory is not to be had.
+    """
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        mapped, resident = map(int, (process / "statm").read_text().split()[:2])
+    except (ImportError, OSError, ValueError):  # Windows; macOS
+        return 0
+    return 0 if limit == resource.RLIM_INFINITY else max(1, limit - (mapped - resident) * mmap.PAGESIZE)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ class Found:
     system: str
     processors: int
     threads: str  # what limits them: OMP_NUM_THREADS, "" for nothing
-    memory: int  # bytes of this machine
+    memory: int  # bytes that a process may use here
     gpu: str  # the driver's program, "" for none
     cache: str
     cache_bytes: int
@@ -102,7 +102,7 @@ def look() -> Found:
     found = Found(
         versions=versions, python=platform.python_version(), program=sys.executable,
         system=_safe(lambda: f"{platform.system()} {platform.machine()}", ""), processors=_processors(),
-        threads=os.environ.get("OMP_NUM_THREADS", ""), memory=_safe(memory.total_memory, 0),
+        threads=os.environ.get("OMP_NUM_THREADS", ""), memory=_safe(memory.usable_memory, 0),
         gpu=_safe(lambda: shutil.which("nvidia-smi") or "", ""), cache=str(home),
         cache_bytes=_safe(lambda: _size(home), 0), cache_free=_safe(lambda: _free(home), 0), cache_writable=writable,
         offline=_safe(download.offline_by_environment, False), engines=engines, extras=_safe(_extras, []),

@@ -28,7 +28,7 @@ from fleetune import models
 from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import PARTS
-from fleetune.common.memory import at_most, rss, total_memory
+from fleetune.common.memory import at_most, rss, usable_memory
 from fleetune.common.shell import quoted
 from fleetune.common.version import __version__
 from fleetune.data import Batches, Encoded, Example
@@ -53,7 +53,8 @@ from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, TASKS, Device, Job, Order, Reply, is_path
 from fleetune.fleet.reasons import Declined, in_words, reason_of
-from fleetune.models.bases import BLOCKS
+from fleetune.models.bases import BLOCKS, MAPPED, PLACES
+from fleetune.models.mapped.net import memory_of
 from fleetune.models.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
@@ -62,6 +63,7 @@ from fleetune.seeds.trained import moved_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
+from fleetune.tuning.footprint import Footprint
 from fleetune.tuning.messages import decode
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare import usual_threads
@@ -166,9 +168,12 @@ class Worker:
             job = Job.from_json(order.body.decode("utf-8", "replace"))
             if self.loaded is None or self.loaded.job != job:
                 self.loaded = load(job, self.brings, self.own)
+                mapped = memory_of(self.loaded.model.net) is not None
+                self.note("base mapped: the weights stay in their file" if mapped else "base in memory")
             loaded = self.loaded
             told = Device(
-                len(loaded.rows), self.own.keyed(digest([loaded.rows])), self.brings.memory or total_memory(),
+                len(loaded.rows), self.own.keyed(digest([loaded.rows])),
+                self.brings.memory or models.device_memory(loaded.model.device),
                 torch.get_num_threads(), __version__, loaded.speed, loaded.kinds, len(loaded.held),
                 self.own.keyed(digest([loaded.held])),
             )  # fmt: skip
@@ -182,7 +187,7 @@ class Worker:
 
     def _without(self, what: Literal["refused", "failed"], order: Order, error: BaseException) -> bytes:
         """Return the answer that there is none, with the error's code."""
-        code = reason_of(error, self.brings.memory or total_memory())
+        code = reason_of(error, self.brings.memory or usable_memory())
         return Reply(what, order.nonce, order.round, code=code).encode()
 
     # The work ---------------------------------------------------------------------------------------------
@@ -217,7 +222,8 @@ class Worker:
             raise Declined("no-job")
         if order.what not in TASKS[loaded.job.task]:
             raise MessageError(f"the job is to {loaded.job.task}, and the order to {order.what}")
-        with at_most(self.brings.memory or total_memory()):
+        own = loaded.model.device == "cpu"  # and not an accelerator's
+        with at_most((self.brings.memory or usable_memory()) if own else 0):
             body = WORK[order.what](self, loaded, order)
         kept = loaded.memories.kept().get(order.client, NOTHING_KEPT)
         seconds = round(time.monotonic() - began, 3)
@@ -303,10 +309,13 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
     folder = own.run(job.run)
     method = _method(job) if job.method else None
     name = _model(job, brings)
-    kinds = fitting_kinds(job, method, name, brings) if job.task == "tune" and method is not None else (0,)
+    kinds: tuple[int, ...] = (0,)
+    base = BLOCKS if job.train in PARTS else brings.base
+    if job.task == "tune" or not brings.model:  # what is fetched is known to fit
+        kinds, base = fitting_kinds(job, method, name, brings, base)
     model = models.load(
-        name, dtype=job.dtype, device=brings.device, offline=brings.offline, labels=job.labels,
-        base=BLOCKS if job.train in PARTS else brings.base,
+        name, dtype=job.dtype, device=brings.device, offline=brings.offline, labels=job.labels, base=base,
+        ram=brings.memory,
     )  # fmt: skip
     if model.digest != job.base:
         raise ModelError(
@@ -366,31 +375,42 @@ def measured_speed(model: Model, rows: Sequence[Encoded]) -> float:
     return round(len(rows[0].ids) / max(1e-6, time.monotonic() - began), 1)
 
 
-def fitting_kinds(job: Job, method: Method, model: str, brings: Brings) -> tuple[int, ...]:
-    """Return those of the method's kinds of work that fit the device's memory.
+def fitting_kinds(
+    job: Job, method: Method | None, model: str, brings: Brings, base: str
+) -> tuple[tuple[int, ...], str]:
+    """Return those of the method's kinds of work that fit the device's memory, and the base: mapped for auto if more fit so.
 
     FitError, before the model is loaded, where none does.  Work that the planner cannot count is let through.
     """
-    have = brings.memory or total_memory()
+    device = models.check_device(brings.device, job.dtype, base)
+    have = brings.memory or models.device_memory(device)
+    trains = method if job.task == "tune" else None
     if not have:
-        return tuple(range(len(methods.kind_names(method))))
+        return tuple(range(len(methods.kind_names(trains)) if trains is not None else 1)), base
     shape = shape_of(models.load_config(model, offline=brings.offline))
-    rows = int(getattr(method, "batch_size", 1))
-    base = "mapped" if job.train in PARTS or brings.base == "mapped" else "memory"
-    work = Workload(batch=rows, length=job.max_length, dtype=job.dtype, base=base)
-    needs = [
-        sum(device_cost.memory(shape, work, footprint).values()) if footprint is not None else 0
-        for footprint in methods.footprints_of(method, shape)
-    ]
-    fitting = tuple(kind for kind, need in enumerate(needs) if need <= have)
-    if not fitting:
-        need = min(needs)
+    rows = int(getattr(trains, "batch_size", 1))
+    footprints = methods.footprints_of(trains, shape) if trains is not None else [Footprint("none")]
+
+    def needs(place: str) -> list[int]:
+        work = Workload(batch=rows, length=job.max_length, dtype=job.dtype, base=place)
+        return [sum(device_cost.memory(shape, work, f).values()) if f is not None else 0 for f in footprints]
+
+    either = base == "auto" and device == "cpu"
+    stated = "mapped" if base in MAPPED else "memory"
+    places = {place: needs(place) for place in (PLACES if either else (stated,))}
+    fitting = {
+        place: tuple(kind for kind, need in enumerate(found) if need <= have)
+        for place, found in places.items()
+    }
+    place = max(fitting, key=lambda place: len(fitting[place]))  # memory, the first, where as many fit
+    if not fitting[place]:
+        need = min(map(min, places.values()))
         raise FitError(
-            f"{job.method} on this model takes about {human_bytes(need)} at {rows} rows of {job.max_length} tokens, "
+            f"{job.method if trains is not None else 'measuring'} on this model takes about {human_bytes(need)} at {rows} rows of {job.max_length} tokens, "
             f"and this device has {human_bytes(have)}",
             hint=f"see what fits: fleetune plan {quoted(model)} --ram {human_bytes(have).replace(' ', '')}",
         )
-    return fitting
+    return fitting[place], "mapped" if either and place == "mapped" else base
 
 
 def _model(job: Job, brings: Brings) -> str:

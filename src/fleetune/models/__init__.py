@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         DTYPES,
         builtin,
         check_device,
+        device_memory,
         disk_errors,
         load,
         load_artefact,
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
     from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
 
 __all__ = [
-    "DEVICES", "DTYPES", "Model", "builtin", "check_device", "digest", "disk_errors", "load", "load_artefact", "load_config",
-    "load_tokenizer", "move_model", "named_tensors", "pull", "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta",
-    "tiny_tokenizer", "tokenizer_digest", "uniform",
+    "DEVICES", "DTYPES", "Model", "builtin", "check_device", "device_memory", "digest", "disk_errors", "load",
+    "load_artefact", "load_config", "load_tokenizer", "move_model", "named_tensors", "pull", "resolve", "save", "tiny_bert",
+    "tiny_llama", "tiny_roberta", "tiny_tokenizer", "tokenizer_digest", "uniform",
 ]  # fmt: skip
 
 _MODEL = ("Model", "digest", "named_tensors", "tokenizer_digest", "uniform")

@@ -10,4 +10,5 @@ BASES: Final = ("auto", *PLACES)
 BLOCKS: Final = (
     "blocks"  # mapped; of a built-in model its GGUF file, also where plain weights of it are in the cache
 )
+MAPPED: Final = ("mapped", BLOCKS)
 SHARE: Final = 0.5  # of the memory: weights that would take more stay in their file, under auto

@@ -35,14 +35,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fleetune.common.memory import give_back, is_out_of_memory, return_large_pieces
+from fleetune.common.memory import give_back, is_out_of_memory, return_large_pieces, usable_memory
 from fleetune.common.shell import quoted
 from fleetune.errors import FitError, FleetuneError, ModelError, called
 from fleetune.models import cache, encoders, names, placement, stated
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import FILE as MASTER
 from fleetune.models.artefact_folder import is_master
-from fleetune.models.bases import BLOCKS
+from fleetune.models.bases import BLOCKS, MAPPED
 from fleetune.models.bounds import check_blocks, check_size, check_step, check_tensors, finite
 from fleetune.models.cache import BuiltIn
 from fleetune.models.download import Progress
@@ -156,11 +156,21 @@ def load_config(name: str, *, offline: bool = False) -> PretrainedConfig:
 # ---------------------------------------------------------------- load
 
 
-def check_device(device: str, dtype: str) -> str:
-    """Return the device that is meant; ModelError when there is none such, or it cannot hold this dtype."""
+def check_device(device: str, dtype: str, base: str = "memory") -> str:
+    """Return the device that is meant (auto is the CPU for a mapped base).
+
+    ModelError when there is none such, or it cannot hold this dtype.
+    """
     if dtype not in DTYPES:
         raise ModelError(f"no dtype named '{dtype}'", hint="choose one of " + ", ".join(DTYPES))
-    return _device(device, DTYPES[dtype])
+    return _device("cpu" if device == "auto" and base in MAPPED else device, DTYPES[dtype])
+
+
+def device_memory(device: str) -> int:
+    """Return the bytes of memory that work on a device (`check_device`) may take; 0 where the system does not tell."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[1])
+    return int(torch.mps.recommended_max_memory()) if device == "mps" else usable_memory()
 
 
 def move_model(model: Model, *, dtype: str, device: str) -> Model:
@@ -207,18 +217,19 @@ def load(
     progress: Progress | None = None,
     labels: Sequence[str] = (),
     base: str = "memory",
+    ram: int = 0,
 ) -> Model:
     """Load a model and its tokenizer, ready to run: eval mode, no gradients, on the device.
 
     `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
     the label words that an encoder's head chooses among; a causal model ignores them.  `base` is memory,
     mapped (the weights stay in their file, a GGUF file as it is or safetensors, and are read piece by piece; on the CPU), blocks
-    (mapped, and a built-in model is its GGUF file, whose scales or codes are tuned) or auto (`placement.py`).  ModelError when
-    the name, its files, the labels, the dtype or the device cannot be used; FitError when
-    memory does not suffice.
+    (mapped, and a built-in model is its GGUF file, whose scales or codes are tuned) or auto (`placement.py`: by `ram`, the
+    bytes that the work may take, 0 for all that this process may use).  ModelError when the name, its files, the labels, the
+    dtype or the device cannot be used; FitError when memory does not suffice.
     """
-    mapped = base in ("mapped", BLOCKS)
-    device = check_device("cpu" if mapped and device == "auto" else device, dtype)
+    device = check_device(device, dtype, base)
+    ram = ram or usable_memory()
 
     @functools.cache
     def folder_of(name: str) -> Path:
@@ -230,14 +241,14 @@ def load(
             name, folder_of, offline=offline, progress=progress, blocks=base == BLOCKS
         )
 
-    if placement.chosen(base, name, WEIGHTS[dtype].size, device, folder_of, tensors_of) == "memory":
+    if placement.chosen(base, name, WEIGHTS[dtype].size, device, ram, folder_of, tensors_of) == "memory":
         return _load_folder(name, folder_of(name), dtype, device, labels)
     path, tensors = tensors_of(name)
     try:
         with called(path, name):
             return _load_folder(name, path, dtype, device, labels, tensors)
     except NotMappable as error:
-        if mapped:
+        if base in MAPPED:
             raise
         log.info("%s", error)
         return _load_folder(name, folder_of(name), dtype, device, labels)

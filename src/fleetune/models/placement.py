@@ -10,10 +10,9 @@ from typing import Final
 
 from safetensors import safe_open
 
-from fleetune.common.memory import usable_memory
 from fleetune.errors import ModelError
 from fleetune.models import cache, names
-from fleetune.models.bases import BASES, BLOCKS, SHARE
+from fleetune.models.bases import BASES, BLOCKS, MAPPED, SHARE
 from fleetune.models.download import Progress
 from fleetune.models.foreign import foreign_file
 from fleetune.models.mapped import places
@@ -25,21 +24,21 @@ Resolve = Callable[[str], Path]
 Tensors = Callable[[str], tuple[Path, Mapping[str, Stored]]]
 
 
-def chosen(base: str, name: str, size: int, device: str, resolve: Resolve, tensors: Tensors) -> str:
-    """Return memory or mapped; auto is mapped on a CPU whose memory weights of `size` bytes each would fill by half.
+def chosen(base: str, name: str, size: int, device: str, ram: int, resolve: Resolve, tensors: Tensors) -> str:
+    """Return memory or mapped; auto is mapped on a CPU where weights of `size` bytes each would take half of `ram` bytes.
 
     `resolve` and `tensors` (`tensors_of`) are asked where the size cannot be told without.  ModelError for another word, and
     for mapped on another device.
     """
     if base not in (*BASES, BLOCKS):
         raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(BASES))
-    if base in ("mapped", BLOCKS) and device != "cpu":
+    if base in MAPPED and device != "cpu":
         raise ModelError(
             f"a mapped base is for the CPU, not for '{device}'", hint="leave out --base or --device"
         )
     if base != "auto":
         return base
-    room = SHARE * usable_memory() / size
+    room = SHARE * ram / size
     return "mapped" if device == "cpu" and room and _count(name, room, resolve, tensors) > room else "memory"
 
 

@@ -6,20 +6,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common.display import human_bytes
 from fleetune.common.ggml import PARTS, scales_in
-from fleetune.common.memory import usable_memory
-from fleetune.errors import ModelError, RecipeError
-from fleetune.models.shapes import shape_of
-from fleetune.planning import plan
+from fleetune.common.shell import quoted
+from fleetune.common.sizes import parse_bytes
+from fleetune.errors import FitError, ModelError, RecipeError
+from fleetune.models.dtypes import WEIGHTS
+from fleetune.models.foreign import foreign_file
+from fleetune.models.shapes import Shape, shape_of
+from fleetune.planning import device_cost, plan
 from fleetune.planning.device_cost import Rates
-from fleetune.planning.fitting import Search, Settings
+from fleetune.planning.fitting import TIGHT, Search, Settings
 from fleetune.planning.workload import Workload
 from fleetune.tuning import methods, prepare, recipe_problems
 from fleetune.tuning import recipe as recipes
+from fleetune.tuning.prepare import CheckMemory
 from fleetune.tuning.recipe import AUTO_METHOD, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 NOT_MEASURED: Final = Rates(1e11, 1e10)  # what fits does not depend on the speed
 
@@ -60,24 +68,98 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     from fleetune import models
 
     able, part = able_methods(recipe), recipes.part(recipe)
-    blocks = part in PARTS
     try:
         config = models.load_config(recipe.model, offline=offline)
     except ModelError as error:  # loading it says what is wrong, and what to do
         return able[0], recipe.base, f"the model's configuration cannot be read ({error.message})"
-    ram = usable_memory() or None
-    asked: dict[str, Any] = {"length": recipe.max_length, "dtype": recipe.dtype}
-    if blocks or recipe.base != "auto":
-        asked["base"] = "mapped" if blocks else recipe.base
+    asked, _, ram = _asked(recipe)
     rows = plan.table(config, Workload(**asked), ram=ram, rates=NOT_MEASURED)
-    shape = shape_of(config)
-    if part == "scales":
-        shape = shape._replace(scales=scales_of(recipe.model, offline=offline))
+    shape = _shape(recipe, config, offline=offline)
     search = Search(shape, ram, asked, recipe.set, shrinks=False, train=part)
     settings = search.best([name for name in plan.order(rows) if name in able])
     mapped = settings.work.base == "mapped"
-    base = "mapped" if mapped and not blocks else recipe.base
+    base = "mapped" if mapped and part not in PARTS else recipe.base
     return settings.method, base, _why(settings) + ", base mapped" * mapped
+
+
+def settled_base(
+    recipe: Recipe, note: Callable[[str], None], *, offline: bool = False
+) -> tuple[Recipe, CheckMemory]:
+    """Return the recipe, its base mapped where it fits only so, which `note` is told, and the check of its memory by its rows.
+
+    FitError, here already, where a step of one token does not fit.  Only what is certain is refused: pages of files do not
+    count, nor does a method without a footprint, nor a GPU, which says itself what does not fit.
+    """
+    from fleetune import models
+
+    prepare.check(recipe)
+    asked, device, ram = _asked(recipe)
+    if ram is None or device != "cpu":
+        return recipe, lambda rows, tokens: None
+    try:
+        config = models.load_config(recipe.model, offline=offline)
+        with foreign_file(Path(recipe.model)):
+            shape = _shape(recipe, config, offline=offline)
+    except ModelError:  # loading it says what is wrong, and what to do
+        return recipe, lambda rows, tokens: None
+    there = human_bytes(ram)
+    tried = [*Search(shape, ram, asked, recipe.set, shrinks=False, train=recipe.train).tried(recipe.method)]
+    if len(tried) > 1 and tried[0].peak > TIGHT * ram:
+        recipe = dataclasses.replace(recipe, base="mapped")
+        note(
+            f"base mapped: in memory the run takes about {human_bytes(tried[0].peak)}, and there are {there}"
+        )
+    stored = str(config.dtype).removeprefix("torch.")  # the type of the weights in their file; None: not said
+    check = functools.partial(_check_memory, recipe, shape, stored, ram)
+    check(1, 1)
+    if tried and tried[-1].peak > ram:
+        note(
+            f"{tried[-1]} takes about {human_bytes(tried[-1].peak)}, and there are {there}: slow, or ended by the system"
+        )
+    return recipe, check
+
+
+def _check_memory(recipe: Recipe, shape: Shape, stored: str, ram: int, rows: int, tokens: int) -> None:
+    """Raise FitError where a step of a client with so many rows, each of so many tokens, cannot fit into `ram` bytes."""
+    method = methods.make(recipe.method, recipe.set)
+    base = "memory" if recipe.base == "memory" else "mapped"
+    work = Workload(min(rows, prepare.batch_size_of(method)), tokens, dtype=recipe.dtype, base=base)
+    in_file = stored in ("None", WEIGHTS[recipe.dtype].full)
+    counted = filter(None, methods.footprints_of(method, shape))
+    least = min((device_cost.least(shape, work, f, in_file=in_file) for f in counted), default=0)
+    if least <= ram:
+        return
+    asked = {n: v for n, v in _asked(recipe)[0].items() if (n, v) != ("base", "memory")}
+    search = Search(shape, ram, asked, recipe.set, train=recipe.train)
+    found = next((s.work for s in search.tried(recipe.method) if s.peak <= ram), None)
+    changes = "--base mapped" * (base == "memory")
+    changes += f" --set batch_size={found.batch}" if found and found.batch < work.batch else ""
+    changes += " fits; " if found else " needs less; " if changes else ""
+    size = human_bytes(ram).replace(" ", "")
+    raise FitError(
+        f"{recipe.method} with {work.batch:,} x {tokens:,} tokens a step in {recipe.dtype}, base {base}, takes at least "
+        f"{human_bytes(least)} beside pages of files, and there are {human_bytes(ram)}",
+        hint=f"{changes.lstrip()}what else fits: fleetune plan {quoted(recipe.model)} --ram {size}; "
+        "where there is more memory: --ram SIZE",
+    )
+
+
+def _asked(recipe: Recipe) -> tuple[dict[str, Any], str, int | None]:
+    """Return the fields of `Workload` that a recipe states, its device, and the memory of its work there (None: not known)."""
+    from fleetune import models
+
+    base = "mapped" if recipes.part(recipe) in PARTS else recipe.base
+    device = models.check_device(recipe.device, recipe.dtype, base)
+    base = base if device == "cpu" else "memory"
+    asked = {"length": recipe.max_length, "dtype": recipe.dtype} | ({} if base == "auto" else {"base": base})
+    return asked, device, parse_bytes(recipe.ram or None) or models.device_memory(device) or None
+
+
+def _shape(recipe: Recipe, config: PretrainedConfig, *, offline: bool) -> Shape:
+    """Return the shape of a recipe's model, where scales are trained with how many there are."""
+    if recipes.part(recipe) != "scales":
+        return shape_of(config)
+    return shape_of(config)._replace(scales=scales_of(recipe.model, offline=offline))
 
 
 def able_methods(recipe: Recipe) -> list[str]:

@@ -44,6 +44,11 @@ PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
 # By `seeds.kernel_choice`: numba and its compiled kernels (the very first run, which compiles: 90 MiB more), or torch's
 # pieces of words and sums.
 KERNELS: Final[Mapping[str, int]] = {"auto": 104 * MIB, "numba": 104 * MIB, "torch": 10 * MIB}
+CODE: Final = (
+    128 * MIB
+)  # of FLOOR: pages of libraries' files, which the system takes back where memory is short
+KERNEL_CODE: Final = 64 * MIB  # ... and of KERNELS
+SURE: Final = 0.92  # of a count without weights: no run that was measured took less (docs/memory.md)
 PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
 # with checkpoints: a layer's activations, their gradients, and what a few layers leave behind
 LAYERS: Final = 1.2
@@ -110,6 +115,17 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
         logits = min(logits, n * (CHUNK // shape.hidden) * 4)
     logits = int(logits * (1 + narrow if moves_weights else LOGITS_FORWARD + narrow))
     return parts | {"activations": both * n * (s * shape.widest + 8 * module.rank), "logits": both * logits}
+
+
+def least(shape: Shape, work: Workload, footprint: Footprint, *, in_file: bool) -> int:
+    """Return the bytes of a device's peak that cannot be done without: what no file backs, by a count that may be too high.
+
+    `in_file`: a base in memory is a mapping of its file, which has weights of that type.
+    """
+    parts = memory(shape, work, footprint)
+    weights = 0 if in_file or work.base == "mapped" else parts["weights"]
+    code = CODE + KERNEL_CODE * (footprint.gradient == "two-point" or footprint.projects)
+    return int(SURE * (sum(parts.values()) - parts["weights"])) - code + weights
 
 
 def _runs_both_signs(shape: Shape, work: Workload, footprint: Footprint) -> bool:

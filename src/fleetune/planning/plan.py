@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common import ggml
 from fleetune.common.display import counted, human_bytes, human_count, human_time
+from fleetune.common.sizes import parse_bytes, parse_rate
 from fleetune.errors import UsageError
 from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import device_cost
@@ -57,7 +57,6 @@ log = logging.getLogger(__name__)
 
 NO_SCALES: Final[Mapping[str, int]] = MappingProxyType({})
 NO_KINDS: Final[Mapping[str, str]] = MappingProxyType({})
-LEAST: Final = 1_000_000  # a number without a unit that is smaller was meant in another one
 
 
 @dataclass(frozen=True)
@@ -295,48 +294,3 @@ def _compression(shape: Shape, work: Workload) -> str:
 def state_bytes(params: int, use: str) -> int:
     """Return the bytes of state alone: "inference" is fp16 weights; "adam" fp32 weights, gradients and two moments."""
     return params * {"inference": 2, "adam": 16}[use]
-
-
-# Sizes and speeds as people write them ---------------------------------------------------------------
-
-_NUMBER = r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*"
-_BYTES = re.compile(_NUMBER + r"(?:([kmgt]i?)?b?)\s*", re.IGNORECASE)
-_RATE = re.compile(_NUMBER + r"([kKmMgG]i?)?(bits?|b|B)(?:/s|ps|/sec)\s*")
-
-
-def parse_bytes(text: str | None, flag: str = "--ram", least: int = LEAST) -> int | None:
-    """Parse a size as bytes: 4GB, 512 MB, 2GiB, 8e9.  None stays None; UsageError, which names `flag`, for anything else.
-
-    A plain number below `least` is taken for one whose unit was forgotten.
-    """
-    if text is None:
-        return None
-    found = _BYTES.fullmatch(text)
-    value = float(found[1]) * _factor(found[2]) if found else 0.0
-    if not 1 <= value < math.inf:
-        raise UsageError(f"{flag} {text!r} is not a size", hint="write 4GB, 512MB, 2GiB or a number of bytes")
-    if found and text.strip()[-1] in "0123456789." and value < least:
-        raise UsageError(
-            f"{flag} {text}: {text.strip()} bytes are too few. Did you mean {text.strip()}GB?",
-            hint="write 4GB, 512MB, 2GiB or a number of bytes",
-        )
-    return int(value)
-
-
-def parse_rate(text: str | None) -> float | None:
-    """Parse a speed as bytes a second: 1Mbps, 500kbit/s, 2 MB/s (b is a bit, B a byte).  None stays None."""
-    if text is None:
-        return None
-    found = _RATE.fullmatch(text)
-    value = float(found[1]) * _factor(found[2]) / (1 if found[3] == "B" else 8) if found else 0.0
-    if not 0 < value < math.inf:
-        raise UsageError(f"--uplink {text!r} is not a speed", hint="write 1Mbps, 500kbit/s or 2MB/s")
-    return value
-
-
-def _factor(prefix: str | None) -> int:
-    """Return what a prefix stands for: k 1000, Ki 1024, .."""
-    if not prefix:
-        return 1
-    power = "kmgt".index(prefix[0].lower()) + 1
-    return int(1024**power if len(prefix) == 2 else 1000**power)

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from statistics import median_low
 
 import torch
 
@@ -18,6 +19,7 @@ from fleetune.common import commas
 from fleetune.common.display import counted, human_time
 from fleetune.common.ggml import PARTS
 from fleetune.common.memory import release_memory
+from fleetune.common.sizes import parse_bytes
 from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
 from fleetune.data.labelled import encode_rows
 from fleetune.data.lengths import Cut
@@ -40,6 +42,10 @@ from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.settled import settled
 
 log = logging.getLogger(__name__)
+
+CheckMemory = Callable[
+    [int, int], None
+]  # of the rows of a usual client, and the tokens of a usual row; FitError
 
 
 @dataclass
@@ -89,6 +95,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         lambda: objectives.get(str(recipe.set.get("objective", "loss"))),
         lambda: robust.parse(recipe.aggregation),
         lambda: estimate.seconds_of(recipe.within),
+        lambda: parse_bytes(recipe.ram or None),
     )
     for test in tests:
         try:
@@ -168,11 +175,13 @@ def prepare(
     measure: bool = True,
     note: Callable[[str], None] = log.info,
     progress: rates.Progress = rates.unheard,
+    check_memory: CheckMemory = lambda rows, tokens: None,
 ) -> TuneJob:
     """Check a recipe and load what it names; for a fleet that is not simulated, the held-out rows alone.
 
     With `find`, learning rates that are to be found are found, which takes some steps; `note` is told before, `progress`
-    how far it is.  With `measure`, the time is estimated from a measured step, and the run made to fit into `recipe.within`.
+    how far it is.  `check_memory` is told how long the rows are, once they are known.  With `measure`, the time is estimated
+    from a measured step, and the run made to fit into `recipe.within`.
     """
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
@@ -187,6 +196,8 @@ def prepare(
     rows = [[row for i in part.tolist() for row in place.get(i, ())] for part in parts.clients]
     held = [i for i in parts.held.tolist() if i in place]
     _check_rows(rows, held)
+    if rows:
+        check_memory(median_low(map(len, rows)), median_low(len(row.ids) for part in rows for row in part))
     aside = set(parts.held.tolist())
     train = [row for i, pieces in place.items() if i not in aside for row in pieces]
     new = find or measure  # not one that is resumed
@@ -237,7 +248,7 @@ def _loaded(recipe: Recipe, method: Method, parts: Split, *, offline: bool) -> t
     """Return the recipe, of an encoder with its label words, and its model; the threads are set for it."""
     model = models.load(
         recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts),
-        base=BLOCKS if recipe.train in PARTS else recipe.base,
+        base=BLOCKS if recipe.train in PARTS else recipe.base, ram=parse_bytes(recipe.ram or None) or 0,
     )  # fmt: skip
     model.trains = recipe.train
     trained.moved_tensors(model)  # refuses a base that has no blocks where these are trained
@@ -381,12 +392,15 @@ SMALL = 5_000_000  # parameters
 LONG_SEARCH = 20.0  # seconds of a search for a learning rate, from which on it is said how long it takes
 
 
-def dry_run(recipe: Recipe, *, offline: bool) -> TuneChecked:
+def dry_run(recipe: Recipe, *, offline: bool, check_memory: CheckMemory) -> TuneChecked:
     """Load the data and model of a recipe and check it; write nothing."""
     check(recipe)
     told: list[str] = []
     with stdin.borrowed(recipe.data) as source:
-        job = prepare(dataclasses.replace(recipe, data=source), offline=offline, find=False, note=told.append)
+        job = prepare(
+            dataclasses.replace(recipe, data=source),
+            offline=offline, find=False, note=told.append, check_memory=check_memory,
+        )  # fmt: skip
     return checked(job, [*job.about_rows(), *told, *job.about_time()])
 
 

@@ -121,6 +121,11 @@ class Recipe:
         description="where the base's weights are: memory, or mapped, in their file (GGUF or safetensors; on the CPU), from "
         "which pieces are read; auto: mapped where the weights would take half of the memory.  The result is the same",
     )
+    ram: str = Field(
+        default="",
+        description="memory that the work may take, as 2GB (default: what this machine, or the container or unit "
+        "that it runs in, allows)",
+    )
     train: str = Field(
         default="weights",
         pattern="^(weights|scales|codes)$",
@@ -220,6 +225,7 @@ class RecipeOptions(TypedDict, total=False):
     dtype: str
     device: str
     base: str
+    ram: str
     train: str
     kinds: str
     drop: float

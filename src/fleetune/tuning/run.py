@@ -55,7 +55,7 @@ from fleetune.tuning.eval_file import EVALUATION
 from fleetune.tuning.fleets import OLDEST, Fleet
 from fleetune.tuning.methods import entry
 from fleetune.tuning.objects_to_files import data_name
-from fleetune.tuning.prepare import TuneJob, check, checked, prepare, timed
+from fleetune.tuning.prepare import CheckMemory, TuneJob, check, checked, prepare, timed
 from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.result import TuneResult, read
 from fleetune.tuning.save_result import ARTEFACTS, finish
@@ -69,7 +69,13 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def start(
-    recipe: Recipe, out: Path, listener: Listener, *, offline: bool, fleets: Fleets = SIMULATED
+    recipe: Recipe,
+    out: Path,
+    listener: Listener,
+    *,
+    offline: bool,
+    fleets: Fleets = SIMULATED,
+    check_memory: CheckMemory = lambda rows, tokens: None,
 ) -> TuneResult:
     """Check a recipe, then run it in a new folder under `out`."""
     check(recipe)
@@ -85,6 +91,7 @@ def start(
             simulated=fleets.simulated,
             note=listener.note,
             progress=listener.progress,
+            check_memory=check_memory,
         )
         recipe = job.recipe
         with rundir.create(out, recipe.method, recipe.model) as folder, _resumable(folder.path, fleets):

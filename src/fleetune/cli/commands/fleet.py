@@ -66,7 +66,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     _join_arguments(
         sub.add_argument_group(
-            "join (with --data, --columns, --held-out or --eval-data, --model, --base, --device and --threads of this device)"
+            "join (with --data, --columns, --held-out or --eval-data, --model, --base, --ram, --device, --threads of this device)"
         )
     )
     sub.add_argument("--to", metavar="DIR", help="for split: folder for the files")
@@ -110,7 +110,6 @@ def _join_arguments(join: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="let sums over its rows go to a compression (compress --calibrate fleet); words can be learned from them",
     )
-    join.add_argument("--ram", metavar="SIZE", help="memory that the work may take, e.g. 2GB (default: all)")
     join.add_argument(
         "--only-on-power", action="store_true", help="decline rounds while this device runs on its battery"
     )
@@ -228,11 +227,11 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
 
 
 def _join(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.common.sizes import parse_bytes
     from fleetune.data import check_columns, stdin
     from fleetune.fleet.conditions import Conditions
     from fleetune.fleet.device import Home, join
     from fleetune.fleet.worker import Brings
-    from fleetune.planning.plan import parse_bytes
 
     if len(args.words) != 1:
         raise UsageError(
@@ -242,17 +241,17 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     given = recipe_flags.given(args)
     if not (rows := given.pop("data", "")):
         raise UsageError("which rows does this device have?", hint="--data rows.jsonl")
-    names = ("model", "device", "threads", "held_out", "eval_data", "columns", "base")
+    names = ("model", "device", "threads", "held_out", "eval_data", "columns", "base", "ram")
     own = {name: given.pop(name, "") for name in names}
     if other := [*given, *args.set]:
         raise UsageError(
             f"{other[0]} is the server's to say",
-            hint="a device gives --data, --columns, --held-out or --eval-data, --model, --base, --device, --threads",
+            hint="a device gives --data, --columns, --held-out or --eval-data, --model, --base, --ram, --device, --threads",
         )
     if not own["threads"].isdigit() and own["threads"]:
         raise UsageError(f"--threads {own['threads']} is no number")
     check_columns(own["columns"])
-    memory = parse_bytes(args.ram) or 0
+    memory = parse_bytes(own["ram"] or None) or 0
     rows = str(stdin.stored(Path(args.state))) if rows == stdin.NAME else rows
     brings = Brings(
         rows, own["model"], own["device"] or "auto", int(own["threads"] or 0), memory, args.offline,

@@ -157,7 +157,8 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
 
     recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
     recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
-    _say_checked(prepare.dry_run(recipe, offline=args.offline), ui)
+    recipe, check_memory = choose.settled_base(recipe, ui.note, offline=args.offline)
+    _say_checked(prepare.dry_run(recipe, offline=args.offline, check_memory=check_memory), ui)
 
 
 def _say_checked(found: TuneChecked, ui: Ui) -> None:
