@@ -253,15 +253,17 @@ def test_a_base_that_fits_only_in_its_file_is_left_there_and_the_person_is_told(
     assert (reply.what, Device.from_json(reply.body).memory) == ("ready", memory - 1)
     assert told(mapped - 1)[1].what == told(memory - 1, base="memory")[1].what == "refused"
     measures, half = dataclasses.replace(job, task="eval"), 8 * models.load(str(place / "model")).n_params
-    assert told(half, measures)[0] == ["base in memory"]
-    assert told(half - 9, measures)[0] == notes
+    assert told(half, measures, held_out=4)[0] == ["base in memory"]
+    assert told(half - 9, measures, held_out=4)[0] == notes
 
 
 def test_a_device_without_a_stated_memory_has_what_its_container_allows(
     place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "usable_memory", lambda: 1 << 20)
-    assert "this device has 1.0 MB" in take(make_worker(place, tmp_path), job).reason
+    device = make_worker(place, tmp_path)
+    assert take(device, job).what == "refused"
+    assert "this device has 1.0 MB" in device.ended
     monkeypatch.setattr(loading, "usable_memory", lambda: 3 << 30)
     assert Device.from_json(take(make_worker(place, tmp_path), job).body).memory == 3 << 30
 

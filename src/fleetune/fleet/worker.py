@@ -406,8 +406,8 @@ def fitting_kinds(
     if not fitting[place]:
         need = min(map(min, places.values()))
         raise FitError(
-            f"{job.method if trains is not None else 'measuring'} on this model takes about {human_bytes(need)} at {rows} rows of {job.max_length} tokens, "
-            f"and this device has {human_bytes(have)}",
+            f"{'measuring' if trains is None else job.method} on this model takes about {human_bytes(need)} at {rows} rows "
+            f"of {job.max_length} tokens, and this device has {human_bytes(have)}",
             hint=f"see what fits: fleetune plan {quoted(model)} --ram {human_bytes(have).replace(' ', '')}",
         )
     return fitting[place], "mapped" if either and place == "mapped" else base
