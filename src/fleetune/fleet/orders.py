@@ -50,7 +50,8 @@ MAX_JOB: Final = 1 << 20  # characters
 MOST_KINDS: Final = 1000  # of work, that a device can do
 FOREVER: Final = 1e9  # seconds
 DIGEST: Final = re.compile("[0-9a-f]{64}")
-MAX_VERSION: Final = 64  # characters
+ABOUT: Final = ("version", "torch", "processor")  # texts of a device about itself
+MAX_VERSION: Final = 64  # characters of one
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,8 @@ class Device:
     kinds: tuple[int, ...] = (0,)  # those of the method's kinds of work that fit its memory
     held_out: int = 0  # rows that it never trains on, to measure on
     held_out_digest: str = ""
+    torch: str = ""  # its version
+    processor: str = ""  # its kind
 
     def to_json(self) -> bytes:
         """Return it as one text, in UTF-8."""
@@ -220,7 +223,8 @@ class Device:
             found = json.loads(data) if len(data) <= MAX_JOB else None
         except (ValueError, RecursionError) as error:
             raise MessageError(f"what the device says of itself is not JSON ({error})") from error
-        types = {"rows_digest": str, "version": str, "held_out_digest": str, "speed": float, "kinds": list}
+        types = {"rows_digest": str, "held_out_digest": str, "speed": float, "kinds": list}
+        types |= dict.fromkeys(ABOUT, str)
         agreed = {f.name: types.get(f.name, int) for f in fields(cls)}
         if not isinstance(found, dict) or {n: type(v) for n, v in found.items()} != agreed:
             raise MessageError("what the device says of itself has other fields than agreed")
@@ -238,8 +242,11 @@ class Device:
             raise MessageError(
                 f"the device says that it has {found['memory']} bytes of memory and {found['threads']} threads"
             )
-        if len(found["version"]) > MAX_VERSION:
-            raise MessageError(f"the device's version has {len(found['version'])} characters")
+        for name in ABOUT:
+            if len(found[name]) > MAX_VERSION or not found[name].isprintable():
+                raise MessageError(
+                    f"the device's {name} has {len(found[name])} characters, or one that is not printable"
+                )
         return cls(**{**found, "kinds": tuple(found["kinds"])})
 
 

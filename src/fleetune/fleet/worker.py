@@ -28,7 +28,7 @@ from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import PARTS
 from fleetune.common.memory import rss, total_memory
 from fleetune.common.shell import quoted
-from fleetune.common.version import __version__
+from fleetune.common.version import __version__, processor
 from fleetune.data import Batches, Encoded, Example
 from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
@@ -150,7 +150,7 @@ class Worker:
             told = Device(
                 len(self.loaded.rows), digest([self.loaded.rows]), self.brings.memory or total_memory(),
                 torch.get_num_threads(), __version__, self.loaded.speed, self.loaded.kinds, len(self.loaded.held),
-                digest([self.loaded.held]),
+                digest([self.loaded.held]), torch.__version__, processor(self.loaded.model.device),
             )  # fmt: skip
             return Reply("ready", order.nonce, order.round, told.to_json()).encode()
         except FleetuneError as error:
