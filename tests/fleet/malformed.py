@@ -248,5 +248,7 @@ JOB: dict[str, Case] = {
     "a digest that is none": Case(lambda h: h.told(rows_digest="../../etc"), "not SHA-256"),
     "-1 bytes": Case(lambda h: h.told(memory=-1), "it has -1 bytes"),
     "2^70 threads": Case(lambda h: h.told(threads=1 << 70), "1180591620717411303424 threads"),
+    "escapes in the version of torch": Case(lambda h: h.told(torch="2.0\x1b[2J"), "torch has 7 characters, or one that is not"),
+    "a processor of a megabyte": Case(lambda h: h.told(processor="v" * MILLION), "processor has 1000000 characters"),
     "a version of a megabyte": Case(lambda h: h.told(version="v" * MILLION), "version has 1000000 characters"),
 }  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 import flwr  # noqa: F401
 import peft  # noqa: F401
@@ -17,11 +18,14 @@ import fleetune.fleet.flower.gate
 import fleetune.fleet.flower.node
 import fleetune.tuning.run  # noqa: F401
 from fleetune.cli.main import main
+from fleetune.fleet import worker
 
 
-def command(words: list[str], said: str) -> None:
-    """Run `fleetune WORDS`; what it says is added to the file `said`."""
+def command(words: list[str], said: str, sleeps: float = 0.0) -> None:
+    """Run `fleetune WORDS`; what it says is added to the file `said`.  A device `sleeps` so many seconds in each order."""
     torch.set_num_threads(1)
+    work = worker.work
+    worker.work = lambda *given: (time.sleep(sleeps), work(*given))[1]  # type: ignore[func-returns-value]
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

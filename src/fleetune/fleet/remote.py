@@ -144,7 +144,7 @@ class RemoteFleet:
 
     def forget_before(self, round: int) -> None:
         """Let devices delete memories that a newer one, not after `round`, replaces."""
-        self._oldest = round
+        self._oldest = max(0, round)
 
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes], goal: int = 0
@@ -346,9 +346,11 @@ class RemoteFleet:
     # Orders and answers -----------------------------------------------------------------------------------
 
     def _work(self, round: int, client: int, message: bytes) -> Order:
+        """Return a client's order, the same bytes from a resumed server: the device then has its answer already."""
+        nonce = hashlib.sha256(f"{self.devices.run} {round} {client}".encode()).digest()[:16]
         return Order(
             "work", round, client, derive(self.seed, "local", round, client), message,
-            self._kept.get(client, NOTHING_KEPT), self._oldest,
+            self._kept.get(client, NOTHING_KEPT), self._oldest, nonce=nonce,
         )  # fmt: skip
 
     def _push(self, key: str, order: Order, here: Mapping[str, str], room: int = 0) -> str | None:
