@@ -27,6 +27,7 @@ from fleetune.deploy.serving.front import listening
 from fleetune.errors import Interrupted, UsageError
 from fleetune.fleet import device as devices_module
 from fleetune.fleet import keys, server, worker
+from fleetune.fleet import status as fleet_status
 from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.device import Home
 from fleetune.fleet.pace import Pace
@@ -207,17 +208,39 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
         hint = str(stopped.value.hint)
         assert "fleet serve --resume" in hint
         assert hint.endswith(
-            f" --port {port} --keys keys --certificate certs"
-        )  # so that devices find it again
+            f" --port {port} --keys keys --certificate certs --grace 20"
+        )  # so that devices find it again, and are waited for as long
         assert (shown["status"], shown["replies"]["ok"]) == ("interrupted", 2 * CLIENTS)
+        goes_on = Resumed()
         joined[1].leave.set()  # and one is replaced by a new process meanwhile
         joined[1].join(20)
         joined[1] = Device(port, 1)
         joined[1].start()
         (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
         with Served(where, pace=QUICK) as fleets:
-            found = running.resume(run, fleetune.Silent(), offline=True, fleets=fleets)
+            found = running.resume(run, goes_on, offline=True, fleets=fleets)
     assert found.done.digest == simulated.done.digest
+    assert goes_on.rounds == {2}
+
+
+class Resumed(fleetune.Silent):
+    """Looks, while devices are waited for, how many rounds are finished: on the bar, and as `fleet status` has it."""
+
+    def __init__(self) -> None:
+        self.rounds, self.waits = set[int](), True
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        self.rounds |= {done} if what == "rounds" else set()
+
+    def note(self, text: str) -> None:
+        self.waits &= not text.startswith(f"{CLIENTS} of {CLIENTS}")
+
+    @property
+    def stop_requested(self) -> bool:
+        (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+        if self.waits:
+            self.rounds.add(fleet_status.word_of(run)["round"])
+        return False
 
 
 def status_of_the_fleet(run: str) -> None:

@@ -159,7 +159,8 @@ class Served:
             ("--round-deadline", self.pace.deadline, usual.deadline),
         ]  # fmt: skip
         pace = "".join(f" {flag} {value:g}" for flag, value, other in given if value != other)
-        return self.place.flags() + pace + (f" --page {self.page.at}" if self.page is not None else "")
+        page = f" --page {self.page.at}" if self.page is not None and self.page.at else ""
+        return self.place.flags() + pace + page
 
     def about(self, job: TuneJob) -> str:
         """Return where, and how many are waited for."""
