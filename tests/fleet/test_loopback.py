@@ -369,28 +369,30 @@ def answer_to_head(port: int, head: str) -> bytes:
         return opened.recv(4096)
 
 
-def test_a_device_with_another_model_is_told_and_ends(place: Path) -> None:
+def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No device is left that could come: every registered key has refused."""
+    monkeypatch.setattr(server, "PUBLISHED", 0.0)
     split(FEDKSEED)
     other = models.tiny_llama(seed=1)
     models.save(other.net, other.tokenizer, Path("other"))
-    port = free_port()
-    notes: list[str] = []
-
-    class Notes(fleetune.Silent):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-        @property
-        def stop_requested(self) -> bool:
-            return any("takes no part" in n for n in notes)
-
-    with Served(Place("127.0.0.1", port, Path("keys"), Path("certs")), pace=QUICK) as fleets:
-        odd = Device(port, 0)
-        odd.brings = Brings("rows/client-000.jsonl", "other", "cpu", 1, offline=True)
-        odd.start()
-        with pytest.raises(Interrupted):
-            running.start(recipes.make(FEDKSEED), Path("real"), Notes(), offline=True, fleets=fleets)
-        odd.join(20)
+    Path("one").mkdir()
+    Path("one/dev-0.pub").write_bytes(Path("keys/dev-0.pub").read_bytes())
+    odd = Device(port := free_port(), 0)
+    odd.brings = Brings("rows/client-000.jsonl", "other", "cpu", 1, offline=True)
+    odd.start()
+    where = ["--port", str(port), "--keys", "one", "--certificate", "certs", "--out", "real", "--wait", "1"]
+    assert main(["fleet", "serve", "-c", "recipe.toml", *where]) == 4
+    odd.join(20)
     assert "tunes a model with digest" in str(odd.outcome)
     assert isinstance(odd.outcome, UsageError)
-    assert any("device dev-0 takes no part: the run tunes a model with digest" in n for n in notes)
+    said = capsys.readouterr()
+    assert "device dev-0 takes no part: the run tunes a model with digest" in said.out + said.err
+    assert "no device can take part: 1 came; the last, dev-0: the run tunes a model with digest" in said.err
+    (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+    assert rundir.status_of(run).startswith("failed: no device can take part")
+    assert main(["fleet", "status", "latest", "--out", "real"]) == 0
+    assert f"fleet serve --resume {run} --port {port} --keys one --certificate certs --wait 1" in "".join(
+        capsys.readouterr()
+    )

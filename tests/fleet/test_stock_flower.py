@@ -28,7 +28,7 @@ from flwr.supercore.task_identity import TaskIdentity
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.errors import MessageError, RecipeError, UsageError
+from fleetune.errors import FleetError, MessageError, RecipeError, UsageError
 from fleetune.fleet import keys
 from fleetune.fleet.flower import client_app, server_app, wire
 from fleetune.fleet.orders import Order, Reply
@@ -145,6 +145,18 @@ def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulat
         ["0", "edge-0"],
         ["1", "edge-1"],
     ]
+
+
+def test_a_run_ends_when_all_supernodes_have_refused(place: Path) -> None:
+    """Flower's own simulation starts them without rows."""
+    grid = GridHere()
+    for context in grid.contexts.values():
+        del context.node_config["data"]
+    with pytest.raises(
+        FleetError, match="no device can take part: 2 came; the last, edge-1: which rows"
+    ) as ends:
+        run(grid)
+    assert ends.value.exit_code == 4
 
 
 def test_a_failing_client_app_is_a_failed_answer(place: Path) -> None:
