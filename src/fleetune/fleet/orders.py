@@ -50,8 +50,7 @@ MAX_JOB: Final = 1 << 20  # characters
 MOST_KINDS: Final = 1000  # of work, that a device can do
 FOREVER: Final = 1e9  # seconds
 DIGEST: Final = re.compile("[0-9a-f]{64}")
-ABOUT: Final = ("version", "torch", "processor")  # texts of a device about itself
-MAX_VERSION: Final = 64  # characters of one
+MAX_VERSION: Final = 64  # characters
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ class Device:
         except (ValueError, RecursionError) as error:
             raise MessageError(f"what the device says of itself is not JSON ({error})") from error
         types = {"rows_digest": str, "held_out_digest": str, "speed": float, "kinds": list}
-        types |= dict.fromkeys(ABOUT, str)
+        types |= dict.fromkeys(texts := ("version", "torch", "processor"), str)
         agreed = {f.name: types.get(f.name, int) for f in fields(cls)}
         if not isinstance(found, dict) or {n: type(v) for n, v in found.items()} != agreed:
             raise MessageError("what the device says of itself has other fields than agreed")
@@ -242,7 +241,7 @@ class Device:
             raise MessageError(
                 f"the device says that it has {found['memory']} bytes of memory and {found['threads']} threads"
             )
-        for name in ABOUT:
+        for name in texts:
             if len(found[name]) > MAX_VERSION or not found[name].isprintable():
                 raise MessageError(
                     f"the device's {name} has {len(found[name])} characters, or one that is not printable"
