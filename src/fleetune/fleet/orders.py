@@ -15,7 +15,7 @@ method sends travel inside, as they would in a simulated fleet, so that traffic 
                         failed   why there is none; refused: why the device will not take part
                         declined why it does not work now; it is asked again
 
-Each order holds a random number that its answer repeats: an answer is bound to one order, and that to one device,
+Each order holds a number of its own that its answer repeats: an answer is bound to one order, and that to one device,
 run and round.
 """
 
