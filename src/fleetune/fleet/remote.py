@@ -267,6 +267,7 @@ class RemoteFleet:
         """Wait until so many devices are ready; FleetError when none is left that could be."""
         said = ""
         while True:
+            self._check_prospect(count)
             here, refused = len(self._ready), len(self._refused)
             word = f"{here} of {counted(count, 'device')} {'is' if here == 1 else 'are'} ready"
             if refused and here < count:
@@ -276,7 +277,6 @@ class RemoteFleet:
                 said = word
             if here >= count:
                 return
-            self._check_prospect(count)
             self.look()
             self._greet()
             for _ in self._answers():
