@@ -33,7 +33,7 @@ KINDS = {  # what is injected -> what it means that it was survived
     "clock of a device set by a day": "refused; the device is told which clock is wrong and what to do",
     "clock of server and devices set by a day in a run": "the run ends in the digest of the run without jumps",
     "disk of the server full": "the run stops and says so, no file is half written; resumed, it ends in the same digest",
-    "disk of a device full": "its rounds fail with the reason, the run goes on, and the device takes part again",
+    "disk of a device full": "where the method keeps something on it (SCAFFOLD) its rounds fail with the reason; the run goes on, and the device takes part again",
     "torn files of the server": "read as they were, mended, or refused by name",
     "torn files of a device": "the work is done again, or its answer says which file is damaged",
     "torn folders of jobs": "right, refused by name, or a loss that is said",

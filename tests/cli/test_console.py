@@ -544,3 +544,6 @@ def test_the_bar_of_a_run_shows_the_search_for_a_rate_and_then_its_rounds() -> N
         shown.step(0, 1)
         assert live.label == "rounds"
         assert shown.bar.text.startswith("0/4 · client 1/2")
+        shown.progress("rounds", 2, 4)  # of a run that is resumed
+        shown.step(0, 1)
+        assert shown.bar.text.startswith("2/4 · client 1/2")

@@ -171,7 +171,8 @@ def test_the_page_runs_its_own_script_and_style_alone(front):
         "bearer secret",
     ],
 )
-def test_without_the_token_nothing_reaches_the_engine(given, upstream):
+def test_without_the_token_nothing_reaches_the_engine(given, upstream, monkeypatch):
+    monkeypatch.setattr(serve, "GUESS", 0.0)
     with door(upstream, "secret") as front:
         for method, path, body in (("POST", CHAT, QUESTION), ("GET", "/v1/models", None)):
             headers = {"Authorization": given} if given else {}
@@ -199,6 +200,38 @@ def test_a_token_is_compared_in_constant_time(upstream, monkeypatch):
     with door(upstream, "secret") as front:
         assert ask(front, "GET", "/v1/models", Authorization="Bearer wrong")[0] == 401
     assert compared == [(b"Bearer wrong", b"Bearer secret")]
+
+
+def test_after_a_wrong_token_its_address_waits_and_no_other(upstream, monkeypatch):
+    monkeypatch.setattr(serve, "GUESS", 1.0)
+    with door(upstream, "secret") as front:
+
+        def seconds(token: str, source: str = "127.0.0.1") -> float:
+            began = time.monotonic()
+            head = f"Authorization: Bearer {token}\r\n" if token else ""
+            with socket.create_connection(front.server_address[:2], 10, (source, 0)) as opened:
+                opened.sendall(f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n{head}\r\n".encode())
+                assert opened.recv(12) == (b"HTTP/1.1 200" if token == "secret" else b"HTTP/1.1 401")
+            return time.monotonic() - began
+
+        assert max(seconds(""), seconds("secret"), seconds("wrong")) < 0.7
+        assert seconds("secret", "127.0.0.2") < 0.7
+        assert seconds("secret") > 0.3  # right or wrong
+        seconds("wrong")
+        assert seconds("wrong") > 0.9
+        assert seconds("wrong", "127.0.0.2") < 0.7
+        time.sleep(1.1)
+        seconds("wrong", "127.0.0.2")
+        assert list(front.guessed) == ["127.0.0.2"]
+
+
+def test_a_short_token_is_for_this_machine_alone():
+    assert serve.token_for("127.0.0.1", "x") == ("x", False)
+    assert serve.token_for("0.0.0.0", "x" * 16) == ("x" * 16, False)
+    with pytest.raises(
+        UsageError, match="the token has 15 characters, and others can guess at it: 16 at least"
+    ):
+        serve.token_for("0.0.0.0", "x" * 15)
 
 
 def test_a_token_beyond_ascii_is_only_wrong(upstream):

@@ -250,4 +250,6 @@ JOB: dict[str, Case] = {
     "-1 bytes": Case(lambda h: h.told(memory=-1), "memory = -1"),
     "2^70 threads": Case(lambda h: h.told(threads=1 << 70), "threads = 1180591620717411303424"),
     "a version of a megabyte": Case(lambda h: h.told(version="v" * MILLION), "version = "),
+    "escapes in the version of torch": Case(lambda h: h.told(torch="2.0\x1b[2J"), "torch = '2.0"),
+    "a processor of a megabyte": Case(lambda h: h.told(processor="v" * MILLION), "processor = "),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -96,11 +97,11 @@ def pull(place: Place, number: str) -> list[tuple[str, bytes | None]]:
     return []
 
 
-def test_an_order_is_given_once_and_its_answer_taken(place: Place) -> None:
+def test_an_order_is_given_until_it_is_answered_and_its_answer_taken_once(place: Place) -> None:
     number = push(place, place.one, b"head tail", 4)
-    got = post(place, place.one)
-    assert (got.status_code, got.content, got.headers[wire.ORDER]) == (200, b"head tail", number)
-    assert post(place, place.one).status_code == 204
+    for _ in range(2):
+        got = post(place, place.one)
+        assert (got.status_code, got.content, got.headers[wire.ORDER]) == (200, b"head tail", number)
     assert post(place, place.one, b"done", number).status_code == 204
     assert pull(place, number) == [(number, b"done")]
     assert not list(place.gate.pull({number}))
@@ -111,8 +112,10 @@ def test_a_request_waits_for_the_order(place: Place, monkeypatch: pytest.MonkeyP
     later = threading.Timer(0.2, push, (place, place.one))
     later.start()
     began = time.monotonic()
-    assert post(place, place.one).content == b"work"
+    got = post(place, place.one)
+    assert got.content == b"work"
     assert time.monotonic() - began < 5
+    post(place, place.one, b"done", got.headers[wire.ORDER], "nothing")
     # a later request of the device sends the earlier away: its connection may be dead, and would swallow the order
     lost: list[int] = []
     earlier = threading.Thread(target=lambda: lost.append(post(place, place.one).status_code))
@@ -167,13 +170,71 @@ def test_what_is_too_large_is_refused(place: Place) -> None:
 def test_a_large_answer_comes_in_pieces(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "PIECE", 1000)
     number = push(place, place.one, data := bytes(range(256)) * 1000, 200_000)
-    with httpx.Client(base_url=place.url, timeout=20) as line:
+    server = node.Server(place.url.removeprefix("http://"))
+    line = node.Line(server, False)
+    with line.http:
         session = node._Session.__new__(node._Session)
-        session.line, session.key = line, place.one
+        session.line, session.key, session.server = line, place.one, server
         got = session._send("", b"", "order")
         assert got.content == data
         session._send(number, data[:12_345], "nothing")
     assert pull(place, number) == [(number, data[:12_345])]
+
+
+def test_an_order_that_went_to_a_dead_connection_is_given_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its device is killed while its request waits: the socket is closed with a reset, which nobody looks at."""
+    monkeypatch.setattr(exchange, "HOLD", 10.0)
+    host, _, port = place.url.removeprefix("http://").partition(":")
+    heads = "".join(f"{k}: {v}\r\n" for k, v in wire.signed(place.one).items()) + "content-length: 0\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as dead:
+        dead.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        dead.sendall(f"POST {wire.EXCHANGE} HTTP/1.1\r\nhost: x\r\n{heads}".encode())
+        waits(place, place.one)
+    number = push(place, place.one)
+    got = post(place, place.one)
+    assert (got.status_code, got.content, got.headers[wire.ORDER]) == (200, b"work", number)
+
+
+def test_what_was_ordered_in_an_earlier_session_is_lost(place: Place) -> None:
+    """So a process that has not taken the job yet is given no work."""
+    number, node = push(place, place.two), node_of(place, place.two)
+    place.gate.state.deactivate_node(node)
+    assert place.gate.state.activate_node(node, 30.0)
+    assert pull(place, number) == [(number, None)]
+    assert post(place, place.two).status_code == 204
+
+
+def test_a_device_of_an_earlier_servers_life_is_told_to_come_in_anew(place: Place, tmp_path: Path) -> None:
+    third = keys.make(tmp_path / "third")
+    place.gate.admit([place.one.public, place.two.public, third.public])
+    try:
+        assert post(place, third).status_code == 410
+        assert third.public.fingerprint not in place.gate.online()
+    finally:
+        place.gate.admit([place.one.public, place.two.public])
+
+
+def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(place: Place, tmp_path: Path) -> None:
+    """The server was started anew: it shows the device while it works on, and has its next order ready."""
+    place.gate.state.deactivate_node(node_of(place, place.two))
+    server = node.Server(place.url.removeprefix("http://"))
+    line = node.Line(server, False)
+    signs = NodeAuthHttpInterceptor(place.two.secret, place.two.secret.public_key())
+    with FleetHttpClient(place.url, interceptors=[signs, line]) as client, line.http:
+        session = node._Session(client, line, place.two, tmp_path, server)
+        try:
+            place.gate.admit([place.one.public])
+            place.gate.admit([place.one.public, place.two.public])  # a new server knows as much of it
+            assert place.two.public.fingerprint not in place.gate.online()
+            session._beat_once()
+            assert place.two.public.fingerprint in place.gate.online()
+            number = push(place, place.two, b"the next")
+            got = session._send("0" * 32, b"what nobody waits for", "order")
+            assert (got.content, got.headers[wire.ORDER]) == (b"the next", number)
+        finally:
+            session.end()
 
 
 def test_nobody_answers_the_order_of_another(place: Place) -> None:
@@ -198,7 +259,7 @@ def test_orders_that_end_alike_share_their_end() -> None:
     body = bytes(1000)
     for device in range(3):
         box.put(device, b"%d" % device + body, len(body), 100)
-    letters = [box.take(device) for device in range(3)]
+    letters = [box.first(device) for device in range(3)]
     assert [letter.head for letter in letters if letter] == [b"0", b"1", b"2"]
     assert len({id(letter.tail) for letter in letters if letter}) == 1
 
@@ -339,6 +400,27 @@ def test_a_connection_without_a_request_is_closed(place: Place, monkeypatch: pyt
         opened.sendall(b"POST /v1/control/start-run HTTP/1.1\r\n\r\n")
         assert b" 404 " in opened.recv(4096)
         assert opened.recv(1) == b""
+
+
+@pytest.mark.parametrize("begin", [b"X: a", b"POST /v1/fleet/"])
+def test_a_head_that_does_not_end_is_not_kept(place: Place, begin: bytes) -> None:
+    """Of a first request, of a later one on the connection, and of a line of any kind."""
+    host, _, port = place.url.removeprefix("http://").partition(":")
+    heads = "".join(f"{k}: {v}\r\n" for k, v in wire.signed(place.one).items())
+    whole = f"POST {wire.EXCHANGE} HTTP/1.1\r\nhost: x\r\n{heads}content-length: 0\r\n\r\n"
+    for first in ("", whole):
+        with socket.create_connection((host, int(port)), timeout=10) as opened:
+            if first:
+                opened.sendall(first.encode())
+                assert b" 204 " in opened.recv(4096)
+            opened.sendall((b"POST / HTTP/1.1\r\n" if begin[:1] == b"X" else b"") + begin)
+            sent = 0
+            with pytest.raises(ConnectionError):
+                while sent < 50 * door.LONGEST_HEAD:
+                    opened.sendall(b"a" * 4096)
+                    sent += 4096
+                    time.sleep(0.001)
+            assert sent >= door.LONGEST_HEAD - 4096
 
 
 def test_a_strangers_body_is_not_read(place: Place) -> None:

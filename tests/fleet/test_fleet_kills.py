@@ -24,9 +24,10 @@ from fault_report import Injected
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.fleet.audit import FILE, verify
-from fleetune.runs import rundir
+from fleetune.runs import rundir, sealed
 
 KILLS = int(os.environ.get("FLEETUNE_KILLS", "12"))
+ALONE = int(os.environ.get("FLEETUNE_KILLS", "2"))  # of the server alone
 DEVICES = 2
 PATIENCE = 120.0  # seconds for a part of the work without a kill
 MINUTES = float(
@@ -57,14 +58,14 @@ FORKED.set_forkserver_preload(["preloaded"])
 class Process:
     """A command of ours that can be killed and started again."""
 
-    def __init__(self, name: str, *words: str) -> None:
-        self.name, self.words = name, words
+    def __init__(self, name: str, *words: str, held: bool = False) -> None:
+        self.name, self.words, self.held = name, words, held
         self.running: ForkServerProcess | None = None
 
     def start(self) -> None:
         """Start it; what it says is added to its own file."""
         self.running = FORKED.Process(
-            target=preloaded.command, args=(["fleet", *self.words], f"{self.name}.txt")
+            target=preloaded.command, args=(["fleet", *self.words], f"{self.name}.txt", self.held)
         )
         self.running.start()
 
@@ -109,11 +110,9 @@ def digest_of(out: str) -> str:
     return str([e for e in rundir.events(run) if e["event"] == "done"][-1]["digest"])
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("method", list(METHODS))
-def test_kills_of_server_and_devices_change_nothing(place: Path, injected: Injected, method: str) -> None:
-    rounds = 4 + 2 * KILLS
-    Path("recipe.toml").write_text(RECIPE.format(rounds=rounds) + METHODS[method])
+def started(recipe: str, *, held: bool = False) -> tuple[Process, Process, list[Process]]:
+    """The simulation of a recipe, then a server and devices of the same; (server, its resumption, devices)."""
+    Path("recipe.toml").write_text(recipe)
     assert main(["tune", "-c", "recipe.toml", "--out", "simulated", "-qq"]) == 0
     assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-qq"]) == 0
     port = free_port()
@@ -123,7 +122,7 @@ def test_kills_of_server_and_devices_change_nothing(place: Path, injected: Injec
     devices = [
         Process(
             f"device-{c}", "join", f"localhost:{port}", "--data", f"rows/client-{c:03d}.jsonl", "--model", "model",
-            "--key", f"dev-{c}", "--ca", "certs/ca.pem", "--state", f"state-{c}",
+            "--key", f"dev-{c}", "--ca", "certs/ca.pem", "--state", f"state-{c}", held=held,
         )
         for c in range(DEVICES)
     ]  # fmt: skip
@@ -132,6 +131,51 @@ def test_kills_of_server_and_devices_change_nothing(place: Path, injected: Injec
     warm.join()
     for process in (begin, *devices):
         process.start()
+    return begin, again, devices
+
+
+@pytest.mark.injects
+def test_a_server_killed_alone_in_the_middle_of_long_orders_gets_all_devices_back(
+    place: Path, injected: Injected
+) -> None:
+    """It is up again before the orders are over, so that no device meets a server that is gone."""
+    begin, again, devices = started(RECIPE.format(rounds=ALONE + 1) + METHODS["scaffold"], held=True)
+    server = begin
+    try:
+        for kill in range(1, ALONE + 1):
+            wait_until(lambda: all_do("at work", kill), server)  # noqa: B023
+            server.kill()
+            server = again
+            server.start()
+            wait_until(lambda: said("server").count("0 of 2 devices are ready") > kill, server)  # noqa: B023
+            if kill % 2 == 0:  # a heartbeat brings them back while they work, else the end of the work
+                wait_until(lambda: all_do("joining", kill - 1), server)  # noqa: B023
+            Path(f"go-{kill}").touch()
+        Path(f"go-{ALONE + 1}").touch()
+        wait_until(lambda: server.ended is not None, None)
+        assert server.ended == 0, said("server")[-2000:]
+    finally:
+        for process in (begin, again, *devices):
+            process.kill()
+    assert digest_of("real") == digest_of("simulated")
+    for device in devices:
+        assert "no server there" not in said(device.name).partition("connected to")[2]
+        assert said(device.name).count("answered again from the disk") == ALONE  # no work is done twice
+    injected("kill -9 of the server", ALONE)
+
+
+def all_do(what: str, round: int) -> bool:
+    """Whether all devices do that in this round, as `fleet status` has it."""
+    word = next(Path("real").glob("0*/fleet.json"), None)
+    now = None if word is None else sealed.read(word, "")
+    return now is not None and now["round"] == round and all(d["does"] == what for d in now["devices"])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("method", list(METHODS))
+def test_kills_of_server_and_devices_change_nothing(place: Path, injected: Injected, method: str) -> None:
+    rounds = 4 + 2 * KILLS
+    begin, again, devices = started(RECIPE.format(rounds=rounds) + METHODS[method])
     try:
         wait_until(lambda: "round 1/" in said("server"), begin, seconds=5 * PATIENCE)
         server, rng, kills = begin, random.Random(f"{method} 1"), Counter[str]()

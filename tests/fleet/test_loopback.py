@@ -27,6 +27,7 @@ from fleetune.deploy.serving.front import listening
 from fleetune.errors import Interrupted, UsageError
 from fleetune.fleet import device as devices_module
 from fleetune.fleet import keys, server, worker
+from fleetune.fleet import status as fleet_status
 from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.device import Home
 from fleetune.fleet.pace import Pace
@@ -210,17 +211,39 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
         hint = str(stopped.value.hint)
         assert "fleet serve --resume" in hint
         assert hint.endswith(
-            f" --port {port} --keys keys --certificate certs"
-        )  # so that devices find it again
+            f" --port {port} --keys keys --certificate certs --grace 20"
+        )  # so that devices find it again, and are waited for as long
         assert (shown["status"], shown["replies"]["ok"]) == ("interrupted", 2 * CLIENTS)
+        goes_on = Resumed()
         joined[1].leave.set()  # and one is replaced by a new process meanwhile
         joined[1].join(20)
         joined[1] = Device(port, 1)
         joined[1].start()
         (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
         with Served(where, pace=QUICK) as fleets:
-            found = running.resume(run, fleetune.Silent(), offline=True, fleets=fleets)
+            found = running.resume(run, goes_on, offline=True, fleets=fleets)
     assert found.done.digest == simulated.done.digest
+    assert goes_on.rounds == {2}
+
+
+class Resumed(fleetune.Silent):
+    """Looks, while devices are waited for, how many rounds are finished: on the bar, and as `fleet status` has it."""
+
+    def __init__(self) -> None:
+        self.rounds, self.waits = set[int](), True
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        self.rounds |= {done} if what == "rounds" else set()
+
+    def note(self, text: str) -> None:
+        self.waits &= not text.startswith(f"{CLIENTS} of {CLIENTS}")
+
+    @property
+    def stop_requested(self) -> bool:
+        (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+        if self.waits:
+            self.rounds.add(fleet_status.word_of(run)["round"])
+        return False
 
 
 def status_of_the_fleet(run: str) -> None:
@@ -349,28 +372,33 @@ def answer_to_head(port: int, head: str) -> bytes:
         return opened.recv(4096)
 
 
-def test_a_device_with_another_model_is_told_and_ends(place: Path) -> None:
+def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No device is left that could come: every registered key has refused."""
+    monkeypatch.setattr(server, "PUBLISHED", 0.0)
     split(FEDKSEED)
     other = models.tiny_llama(seed=1)
     models.save(other.net, other.tokenizer, Path("other"))
-    port = free_port()
-    notes: list[str] = []
-
-    class Notes(fleetune.Silent):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-        @property
-        def stop_requested(self) -> bool:
-            return any("takes no part" in n for n in notes)
-
-    with Served(Place("127.0.0.1", port, Path("keys"), Path("certs")), pace=QUICK) as fleets:
-        odd = Device(port, 0)
-        odd.brings = Brings("rows/client-000.jsonl", "other", "cpu", 1, offline=True)
-        odd.start()
-        with pytest.raises(Interrupted):
-            running.start(recipes.make(FEDKSEED), Path("real"), Notes(), offline=True, fleets=fleets)
-        odd.join(20)
+    Path("one").mkdir()
+    Path("one/dev-0.pub").write_bytes(Path("keys/dev-0.pub").read_bytes())
+    odd = Device(port := free_port(), 0)
+    odd.brings = Brings("rows/client-000.jsonl", "other", "cpu", 1, offline=True)
+    odd.start()
+    where = ["--port", str(port), "--keys", "one", "--certificate", "certs", "--out", "real", "--wait", "1"]
+    assert main(["fleet", "serve", "-c", "recipe.toml", *where]) == 4
+    odd.join(20)
     assert "tunes a model with digest" in str(odd.outcome)
     assert isinstance(odd.outcome, UsageError)
-    assert any("device dev-0 takes no part: it has not the run's model in this revision" in n for n in notes)
+    said = capsys.readouterr()
+    assert "device dev-0 takes no part: it has not the run's model in this revision" in said.out + said.err
+    assert (
+        "no device can take part: 1 came; the last, dev-0: it has not the run's model in this revision"
+        in said.err
+    )
+    (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+    assert rundir.status_of(run).startswith("failed: no device can take part")
+    assert main(["fleet", "status", "latest", "--out", "real"]) == 0
+    assert f"fleet serve --resume {run} --port {port} --keys one --certificate certs --wait 1" in "".join(
+        capsys.readouterr()
+    )

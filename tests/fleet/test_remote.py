@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleetune.common.version import __version__
 from fleetune.errors import FleetError, Interrupted, StorageError
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.fleet.pace import Pace
@@ -185,6 +188,115 @@ def test_a_newcomer_gets_the_next_number(tmp_path: Path) -> None:
         list(made.ask(1, made.present(), b"x"))
     assert list(made.rows) == [10, 11, 7]
     assert list(made.present()) == [0, 1, 2]
+
+
+class Refusing(Memory):
+    """Devices that refuse the job; those that `lie` say they are ready, with rows that cannot be."""
+
+    lie: bool = False
+
+    def answer(self, key: str, order: Order) -> bytes:
+        self.seen.append(order)
+        if order.what == "end":
+            return Reply("done", order.nonce).encode()
+        if self.lie:
+            return Reply("ready", order.nonce, body=Device(0, "0" * 64, 1, 1, "0").to_json()).encode()
+        return Reply("refused", order.nonce, reason="no such model here").encode()
+
+
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("lie", [True, False])
+def test_waiting_ends_when_all_that_could_come_have_refused(
+    tmp_path: Path, registered: bool, lie: bool
+) -> None:
+    memory, notes = Refusing(link(3).devices, random.Random(0)), list[str]()
+    memory.lie = lie
+    devices = Devices(tmp_path)
+    devices.register([(key, key) for key in memory.devices] if registered else [])
+    made = RemoteFleet(memory, devices, JOB, 42, QUICK, note=notes.append)
+    with pytest.raises(
+        FleetError, match=r"no device can take part: 3 came; the last, device-k\d: "
+    ) as refused:
+        made.wait_for(3)
+    assert refused.value.exit_code == 4
+    assert ("it has 0 rows" if lie else "no such model here") in str(refused.value)
+    assert sum("takes no part" in n for n in notes) == 3
+    assert [o.what for o in memory.seen].count("end") == 3 * lie  # each knows why
+
+
+@pytest.mark.parametrize("key", ["k1", "new"])
+def test_waiting_goes_on_while_a_device_could_come(tmp_path: Path, key: str) -> None:
+    """One whose key is registered, or any where any key may join; what is waited for is said."""
+    memory, notes = Refusing(link(1).devices, random.Random(0)), list[str]()
+    devices, looks = Devices(tmp_path), iter(range(50))
+    devices.register([("k0", "k0"), ("k1", "k1")] if key == "k1" else [])
+
+    def look() -> None:
+        if next(looks, None) is None:
+            raise Interrupted("stopped")
+
+    made = RemoteFleet(memory, devices, JOB, 42, QUICK, look=look, note=notes.append)
+    with pytest.raises(Interrupted):
+        made.wait_for(1 if key == "k1" else 2)
+    assert notes[-1].endswith("1 cannot take part: waiting for others, or for these to come in anew")
+
+
+def test_a_run_ends_when_all_its_devices_come_back_with_other_rows(tmp_path: Path) -> None:
+    memory = link(2)
+    made = fleet(memory, tmp_path)
+    for number, key in enumerate(list(memory.devices)):
+        memory.devices[key] = Device(99, "f" * 64, 1, 1, "0")
+        memory.marks[key] = 7 + number
+    list(made.ask(1, [0, 1], b"x"))
+    with pytest.raises(FleetError, match="no device can take part: 2 came"):
+        made.present()
+
+
+def test_versions_are_kept_shown_and_named_once_where_they_are_others(tmp_path: Path) -> None:
+    memory, notes, log = link(2), list[str](), list[dict[str, object]]()
+    own = dataclasses.replace(
+        memory.devices["k0"], version=__version__, torch=torch.__version__, processor="arm AVX"
+    )
+    memory.devices |= {"k0": own, "k1": dataclasses.replace(own, version="0.0.9", torch="1.2.3+cu")}
+    made = RemoteFleet(
+        memory,
+        Devices(tmp_path),
+        JOB,
+        42,
+        QUICK,
+        note=notes.append,
+        audit=lambda what, **fields: log.append(fields),
+    )
+    made.wait_for(2)
+    memory.marks["k1"] = 5  # it comes in anew
+    made.ready()
+    for _ in range(3):
+        list(made.ask(1, [0, 1], b"x"))
+    told = [n for n in notes if "it has" in n]
+    assert len(told) == 1
+    assert told[0].startswith(
+        "device device-k1: it has fleetune 0.0.9 and torch 1.2.3+cu: the digest need not be"
+    )
+    public = torch.__version__.partition("+")[0]
+    assert told[0].endswith(f"pip install fleetune=={__version__} torch=={public}")
+    assert f"torch {torch.__version__}, arm AVX" in next(n for n in notes if "k0 is ready" in n)
+    (joined,) = (e for e in log if e.get("name") == "device-k0" and "rows" in e)
+    assert {k: joined[k] for k in ("version", "torch", "processor")} == {
+        "version": __version__, "torch": torch.__version__, "processor": "arm AVX",
+    }  # fmt: skip
+    (kept,) = (m for m in Devices(tmp_path).members if m.key == "k1")
+    assert (kept.version, kept.torch, kept.processor) == ("0.0.9", "1.2.3+cu", "arm AVX")
+
+
+def test_a_resumed_server_gives_the_same_order(tmp_path: Path) -> None:
+    """To the bit, so that a device that has done it answers from its disk."""
+    orders = []
+    for _ in range(2):
+        memory = link(1)
+        made = fleet(memory, tmp_path)
+        list(made.ask(3, [0], b"x"))
+        orders += [o.encode() for o in memory.seen if o.what == "work"]
+    assert orders[0] == orders[1]
 
 
 def test_waiting_can_be_stopped(tmp_path: Path) -> None:

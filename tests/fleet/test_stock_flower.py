@@ -29,7 +29,7 @@ from flwr.supercore.task_identity import TaskIdentity
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.errors import MessageError, RecipeError, UsageError
+from fleetune.errors import FleetError, MessageError, RecipeError, UsageError
 from fleetune.fleet import keys
 from fleetune.fleet.flower import client_app, server_app, wire
 from fleetune.fleet.link import answer_in
@@ -149,6 +149,18 @@ def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulat
     ]
 
 
+def test_a_run_ends_when_all_supernodes_have_refused(place: Path) -> None:
+    """Flower's own simulation starts them without rows."""
+    grid = GridHere()
+    for context in grid.contexts.values():
+        del context.node_config["data"]
+    with pytest.raises(
+        FleetError, match="no device can take part: 2 came; the last, edge-1: it was not told which rows"
+    ) as ends:
+        run(grid)
+    assert ends.value.exit_code == 4
+
+
 def test_a_failing_client_app_is_a_failed_answer(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -181,7 +193,7 @@ def test_what_a_device_lacks_is_its_answer(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(client_app, "log", logging.getLogger("said"))
     reply = ask(Order("job"), {})
-    assert (reply.what, reply.code, "--node-config" in caplog.text) == ("refused", "settings", True)
+    assert (reply.what, reply.code, "--node-config" in caplog.text) == ("refused", "no-data", True)
     reply = ask(Order("job"), {"data": "rows", "threads": "two"})
     assert (reply.what, "no number of threads" in caplog.text) == ("refused", True)
     reply = ask(Order("work", 2), {"data": "rows"})

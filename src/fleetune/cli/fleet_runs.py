@@ -27,10 +27,24 @@ def devices(args: argparse.Namespace, ui: Ui) -> None:
         [
             str(c), m.name, m.key[:16], str(m.rows or "has not joined"), human_bytes(m.memory) if m.memory else "",
             str(m.threads or ""), f"{m.speed:,.0f}" if m.speed else "", names[m.kind] if 0 <= m.kind < len(names) else "",
+            m.version, m.torch, m.processor,
         ]
         for c, m in enumerate(found.members)
     ]  # fmt: skip
-    ui.table(["client", "device", "key", "rows", "memory", "threads", "tokens/s", "does"], rows)
+    head = [
+        "client",
+        "device",
+        "key",
+        "rows",
+        "memory",
+        "threads",
+        "tokens/s",
+        "does",
+        "fleetune",
+        "torch",
+        "processor",
+    ]
+    ui.table(head, rows)
     if len(names) > 1 and all(m.kind >= 0 for m in found.members):
         given = ",".join(str(m.kind) for m in found.members)
         ui.note(f"the same in the simulation: --kinds {given}")

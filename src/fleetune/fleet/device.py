@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from fleetune.common.locks import lock
+from fleetune.common.memory import usable_memory
 from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import PORT
 from fleetune.fleet import keys as keyring
@@ -17,6 +18,7 @@ from fleetune.fleet.conditions import Conditions
 from fleetune.fleet.worker import Brings, Worker
 
 ALWAYS: Final = Conditions()  # it never declines
+MEMORY: Final = 1 << 33  # bytes, where the system does not tell
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def join(
     _, held_out = brings.divided(note)
     note(f"this device {brings.part(len(held_out))}")
     with _alone(home.state):
-        from fleetune.fleet.flower.node import Server, stay
+        from fleetune.fleet.flower.node import FIRST, Server, stay
 
         key = keyring.read(home.key) if home.key else _own_key(home.state)
 
@@ -66,8 +68,13 @@ def join(
                 raise Interrupted("stopped between two steps; the device can join again at any time")
 
         worker = Worker(brings, home.state, note=note, on_step=step, declines=conditions.reason)
+
+        def room() -> int:
+            """Half of the memory that the work may take, once there is work."""
+            return (brings.memory or usable_memory() or MEMORY) // 2 if worker.loaded is not None else FIRST
+
         stay(
-            Server(address, home.ca, home.poll, home.heartbeat), key, home.state, worker.answer,
+            Server(address, home.ca, home.poll, home.heartbeat, room), key, home.state, worker.answer,
             over=lambda: bool(worker.ended) or stop(), note=note,
         )  # fmt: skip
     if worker.error is not None:

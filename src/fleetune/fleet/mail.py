@@ -36,7 +36,7 @@ class Mail:
     def __init__(self) -> None:
         self.ring: Callable[[int], None] = lambda device: None
         self._lock = threading.Lock()
-        self._boxes: dict[int, list[Letter]] = {}  # by device: orders that it has not taken
+        self._boxes: dict[int, list[Letter]] = {}  # by device: orders that it has not answered
         self._open: dict[str, _Open] = {}  # by number: orders that somebody waits for
         self._answers: dict[str, bytes | None] = {}  # by number: those that are complete, None for a lost one
         self._pieces: dict[str, bytearray] = {}  # by number: what has come of those that are not
@@ -55,6 +55,12 @@ class Mail:
             self._open[number] = _Open(device, room)
         self.ring(device)
         return number
+
+    def first(self, device: int) -> Letter | None:
+        """Return the next order for a device: the same until it is answered, since it may never have arrived."""
+        with self._lock:
+            box = self._boxes.get(device)
+            return box[0] if box else None
 
     def take(self, device: int) -> Letter | None:
         """Return the next order for a device, once; None where there is none."""
@@ -84,6 +90,8 @@ class Mail:
                 self._pieces[number] = (pieces or bytearray()) + piece
             else:
                 self._answers[number] = (bytes(pieces + piece) if pieces else piece) or None
+            if number in self._answers:
+                self._take_out(device, number)
 
     def lose(self, device: int) -> None:
         """Note that a device has gone: no answer to what it was ordered will come."""
@@ -111,5 +119,9 @@ class Mail:
                 order = self._open.pop(number, None)
                 self._answers.pop(number, None)
                 self._pieces.pop(number, None)
-                if order is not None and (box := self._boxes.get(order.device)):
-                    box[:] = [letter for letter in box if letter.number != number]
+                if order is not None:
+                    self._take_out(order.device, number)
+
+    def _take_out(self, device: int, number: str) -> None:
+        if box := self._boxes.get(device):
+            box[:] = [letter for letter in box if letter.number != number]

@@ -15,7 +15,7 @@ method sends travel inside, as they would in a simulated fleet, so that traffic 
                         failed   why there is none; refused: why the device will not take part
                         declined why it does not work now; it is asked again
 
-Each order holds a random number that its answer repeats: an answer is bound to one order, and that to one device,
+Each order holds a number of its own that its answer repeats: an answer is bound to one order, and that to one device,
 run and round.
 
 What both sides believe of each other stands in the fields of these classes: pydantic refuses every other type, size and
@@ -224,6 +224,8 @@ class Device:
     kinds: Kinds = (0,)  # of the method's work, those that fit it
     held_out: Count = 0  # rows that it never trains on, to measure on
     held_out_digest: OptionalDigest = ""
+    torch: Line = ""  # its version
+    processor: Line = ""  # its kind, with the instructions that torch uses
 
     def to_json(self) -> bytes:
         """Return it as one text, in UTF-8."""

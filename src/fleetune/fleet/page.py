@@ -67,7 +67,7 @@ class PagePlace:
 def opened(place: PagePlace, note: Callable[[str], None]) -> Iterator[LivePage]:
     """Show a page while the block runs, and say where; UsageError where it cannot listen there."""
     token, made = token_for(place.host, place.token)
-    live = LivePage()
+    live = LivePage(f"{place.host}:{place.port}")
     with listening(place.host, place.port, token, live) as front:
         note(f"page: {front.url}/{f'#{token}' if made else ''}")
         if not front.loopback:
@@ -104,7 +104,9 @@ class LivePage:
 
     methods: tuple[str, ...] = ("GET",)
 
-    def __init__(self) -> None:
+    def __init__(self, at: str = "") -> None:
+        """`at` is the HOST:PORT that was asked for."""
+        self.at = at
         text = resources.files("fleetune.fleet").joinpath("page.html").read_text(encoding="utf-8")
         text = text.replace("/* style of the report */", page.style())
         self.page, self.policy = text.encode(), content_policy(text)

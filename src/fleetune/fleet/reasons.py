@@ -32,6 +32,7 @@ WORDS: Final[Mapping[str, str]] = MappingProxyType({
     "memory": "the work does not fit the {} MB that it may use",
     "model": "it has not the run's model in this revision; its console says more",
     "no-calibration": "it takes no part in calibrations: fleetune fleet join .. --calibrate",
+    "no-data": "it was not told which rows it has: start the SuperNode with --node-config \"data='FILE'\"",
     "no-evaluation": "it takes no part in evaluations: fleetune fleet join .. --held-out 0.1, or --eval-data FILE",
     "no-job": "it has no job yet; does another process use its key?",
     "order": "it was sent something that it does not obey; its console says more",

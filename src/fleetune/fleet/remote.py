@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from fleetune.common.display import counted
-from fleetune.errors import MessageError
+from fleetune.errors import FleetError, MessageError
 from fleetune.fleet.asking import WORD, Asking
 from fleetune.fleet.link import Link, answer_in
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
 from fleetune.fleet.pace import Pace
-from fleetune.fleet.table import Devices
+from fleetune.fleet.table import Devices, apart
 from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
 from fleetune.tuning.fleets import OLDEST, Answer, outrun
@@ -67,6 +67,8 @@ class RemoteFleet:
         self.look, self.note, self.audit, self.kinds = look, note, audit, kinds
         self._ready: dict[str, str] = {}  # key -> mark of the session in which the device took the job
         self._greeted: dict[str, str] = {}  # key -> mark of the session in which it was sent
+        self._refused: dict[str, str] = {}  # key -> why it takes no part, until it comes in anew
+        self._said = set[str]()  # of devices' versions
         self._orders: dict[str, _Order] = {}  # by number
         self._kept: dict[int, tuple[int, int]] = {}
         self._digests: dict[int, str] = {}  # client -> SHA-256 of its last reply
@@ -98,6 +100,7 @@ class RemoteFleet:
             found = [c for c, rows in enumerate(self.devices.rows) if rows and c not in away]
             if found or busy:
                 return found
+            self._check_prospect(1)
             if time.monotonic() >= next_word:
                 next_word += WORD
                 self.note("no device is there: waiting for one")
@@ -141,7 +144,7 @@ class RemoteFleet:
 
     def forget_before(self, round: int) -> None:
         """Let devices delete memories that a newer one, not after `round`, replaces."""
-        self._oldest = round
+        self._oldest = max(0, round)
 
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes], goal: int = 0
@@ -261,12 +264,17 @@ class RemoteFleet:
     # Devices come and go ----------------------------------------------------------------------------------
 
     def wait_for(self, count: int) -> None:
-        """Wait until so many devices are ready."""
-        said = -1
+        """Wait until so many devices are ready; FleetError when none is left that could be."""
+        said = ""
         while True:
-            if (here := len(self._ready)) != said:
-                self.note(f"{here} of {counted(count, 'device')} {'is' if here == 1 else 'are'} ready")
-                said = here
+            self._check_prospect(count)
+            here, refused = len(self._ready), len(self._refused)
+            word = f"{here} of {counted(count, 'device')} {'is' if here == 1 else 'are'} ready"
+            if refused and here < count:
+                word += f"; {refused} cannot take part: waiting for others, or for these to come in anew"
+            if word != said:
+                self.note(word)
+                said = word
             if here >= count:
                 return
             self.look()
@@ -274,6 +282,19 @@ class RemoteFleet:
             for _ in self._answers():
                 pass
             time.sleep(self.pace.poll)
+
+    def _check_prospect(self, count: int) -> None:
+        """FleetError when `count` devices or more have refused, and all that are known; they were told by then.
+
+        Where any key may join, others could still come: `count` are all that are expected.
+        """
+        known = {m.key for m in self.devices.members} | self._greeted.keys()
+        told = all(found.order.what != "end" for found in self._orders.values())
+        if len(self._refused) >= max(1, count) and known <= self._refused.keys() and told:
+            raise FleetError(
+                f"no device can take part: {len(self._refused)} came; the last, {list(self._refused.values())[-1]}",
+                hint="mend that on the devices, then start them and this command again",
+            )
 
     def end(self, reason: str) -> None:
         """Tell every device that is there that the run is over, and wait a moment until they know."""
@@ -315,6 +336,7 @@ class RemoteFleet:
             if self._greeted.get(key) != mark:
                 self._greeted[key] = mark
                 self._ready.pop(key, None)
+                self._refused.pop(key, None)
                 self._push(key, Order("job", body=self.job.to_json().encode()), here)
         for key in self._greeted.keys() - here.keys():
             del self._greeted[key]  # it is greeted again, even if it comes back in the same session
@@ -324,9 +346,11 @@ class RemoteFleet:
     # Orders and answers -----------------------------------------------------------------------------------
 
     def _work(self, round: int, client: int, message: bytes) -> Order:
+        """Return a client's order, the same bytes from a resumed server: the device then has its answer already."""
+        nonce = hashlib.sha256(f"{self.devices.run} {round} {client}".encode()).digest()[:16]
         return Order(
             "work", round, client, derive(self.seed, "local", round, client), message,
-            self._kept.get(client, NOTHING_KEPT), self._oldest,
+            self._kept.get(client, NOTHING_KEPT), self._oldest, nonce=nonce,
         )  # fmt: skip
 
     def _push(self, key: str, order: Order, here: Mapping[str, str], room: int = 0) -> str | None:
@@ -367,6 +391,7 @@ class RemoteFleet:
             client = self.devices.join(found.key, name, device, able)
         except MessageError as error:
             self.note(f"device {name} takes no part: {error.message}")
+            self._refused[found.key] = f"{name}: {error.message}"
             self.audit("not admitted", device=found.key, name=name, reason=error.message)
             if reply.what == "ready":
                 end = Order("end", body=REFUSED, reason=error.message)
@@ -375,8 +400,15 @@ class RemoteFleet:
         self._ready[found.key] = found.mark
         self.told[client] = device
         self._gone.discard(client)
-        self.audit("joined", device=found.key, name=name, client=client, rows=device.rows)
-        self.note(f"device {name} is ready: client {client}, {counted(device.rows, 'row')}")
+        about = {"version": device.version, "torch": device.torch, "processor": device.processor}
+        self.audit("joined", device=found.key, name=name, client=client, rows=device.rows, **about)
+        self.note(
+            f"device {name} is ready: client {client}, {counted(device.rows, 'row')} · fleetune {device.version}, "
+            f"torch {device.torch}, {device.processor}"
+        )
+        if (differs := apart(device)) and (word := f"device {name}: {differs}") not in self._said:
+            self._said.add(word)
+            self.note(word)
 
     def _able(self, device: Device) -> list[int]:
         """Return the kinds of the run's work that a device can do; MessageError where there are none."""

@@ -24,7 +24,7 @@ from fleetune.fleet.orders import Job, is_path, job_of
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
-from fleetune.runs import sealed
+from fleetune.runs import rundir, sealed
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.fleets import Fleet
@@ -107,6 +107,7 @@ class Served:
     session: str = field(init=False, default_factory=lambda: secrets.token_hex(16))  # of this process
     farewell: str = "the run is finished"  # what devices are told at the end
     more: str = ""  # that devices need beside their rows, for the command that is shown
+    _done: int = field(init=False, default=0)  # rounds that were finished before
     _keys: list[PublicKey] | None = field(init=False)
     _fleet: RemoteFleet | None = field(init=False, default=None)
     _next_look: float = field(init=False, default=0.0)  # at the folder of keys
@@ -150,6 +151,17 @@ class Served:
             check_count(wanted, registered)
         return wanted
 
+    def flags(self) -> str:
+        """Return the flags that open the same door again, with the same pace and page, each with a space before it."""
+        usual = Pace()
+        given = [
+            ("--wait", self.wait, 0), ("--grace", self.pace.grace, usual.grace),
+            ("--round-deadline", self.pace.deadline, usual.deadline),
+        ]  # fmt: skip
+        pace = "".join(f" {flag} {value:g}" for flag, value, other in given if value != other)
+        page = f" --page {self.page.at}" if self.page is not None and self.page.at else ""
+        return self.place.flags() + pace + page
+
     def about(self, job: TuneJob) -> str:
         """Return where, and how many are waited for."""
         return self.where(self.count(job))
@@ -172,6 +184,7 @@ class Served:
             )
         devices = Devices(run.path)
         told = job_of(job, devices.run)
+        self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
         self.pace = self.pace.of(job.recipe)
         kinds = wanted(job.method, job.recipe.kinds)
         return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds)
@@ -198,7 +211,7 @@ class Served:
             self._read_keys_again(devices, listener)
             self._log_refusals(audit)
             if self._publish(folder) or listener.stop_requested:
-                hint = f"{AGAIN[job.task]} {folder}{self.place.flags()}" if job.task in AGAIN else None
+                hint = f"{AGAIN[job.task]} {folder}{self.flags()}" if job.task in AGAIN else None
                 raise Interrupted(f"stopped while waiting for devices{KEPT[job.task]}", hint=hint)
 
         self._fleet = RemoteFleet(
@@ -251,8 +264,9 @@ class Served:
         doing = [{"name": name, "client": client, "does": does} for name, client, does in self._fleet.doing()]
         content = {
             "t": round(time.time(), 1), "session": self.session, "pid": os.getpid(), "machine": platform.node(),
-            "rss": rss(), "address": f"{self.place.host}:{self.place.port}", "flags": self.place.flags(),
-            "round": job.rounds if job.task == "eval" else self._fleet.round, "rounds": job.rounds, "devices": doing,
+            "rss": rss(), "address": f"{self.place.host}:{self.place.port}", "flags": self.flags(),
+            "round": job.rounds if job.task == "eval" else self._fleet.round or self._done, "rounds": job.rounds,
+            "devices": doing,
         }  # fmt: skip
         write_atomic(folder / status.FILE, sealed.to_text(content) + "\n", mode=PRIVATE)
         return status.take_stop(folder, self.session)

@@ -13,10 +13,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.version import __version__
 from fleetune.errors import MessageError, StorageError
 from fleetune.fleet.orders import Device
 from fleetune.runs import sealed
@@ -38,6 +40,9 @@ class Member:
     speed: float = 0.0  # tokens a second of a forward pass, when it first joined
     able: Sequence[int] = ()  # kinds of work that fit it
     kind: int = -1  # of its work, among the kinds of the method; -1: not given yet
+    version: str = ""  # of Fleetune
+    torch: str = ""
+    processor: str = ""
 
 
 class Devices:
@@ -123,7 +128,8 @@ class Devices:
             kind = member.kind if member.kind in able else -1
         now = replace(
             member, rows=device.rows, rows_digest=device.rows_digest, memory=device.memory, threads=device.threads,
-            speed=member.speed or device.speed, able=list(able), kind=kind,
+            speed=member.speed or device.speed, able=list(able), kind=kind, version=device.version, torch=device.torch,
+            processor=device.processor,
         )  # fmt: skip
         if now != member:
             self.members[client] = now
@@ -141,3 +147,15 @@ class Devices:
             self.members[client] = replace(member, kind=assignment.next(member.able))
         self._changed = True
         self.save()
+
+
+def apart(device: Device) -> str:
+    """Say which versions of a device are not this server's, and what to do; "" where they are."""
+    stated = {"fleetune": device.version, "torch": device.torch}
+    ours = {"fleetune": __version__, "torch": version("torch").partition("+")[0]}
+    other = {name: own for name, own in ours.items() if stated[name].partition("+")[0] != own}
+    if not other:
+        return ""
+    has = " and ".join(f"{name} {stated[name] or 'of another version'}" for name in other)
+    wanted = " ".join(f"{name}=={own}" for name, own in other.items())
+    return f"it has {has}: the digest need not be that of the simulation; for the same there: pip install {wanted}"

@@ -30,7 +30,7 @@ from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import PARTS
 from fleetune.common.memory import at_most, rss, usable_memory
 from fleetune.common.shell import quoted
-from fleetune.common.version import __version__
+from fleetune.common.version import __version__, processor
 from fleetune.data import Batches, Encoded, Example
 from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
@@ -175,7 +175,7 @@ class Worker:
                 len(loaded.rows), self.own.keyed(digest([loaded.rows])),
                 self.brings.memory or models.device_memory(loaded.model.device),
                 torch.get_num_threads(), __version__, loaded.speed, loaded.kinds, len(loaded.held),
-                self.own.keyed(digest([loaded.held])),
+                self.own.keyed(digest([loaded.held])), str(torch.__version__), processor(loaded.model.device),
             )  # fmt: skip
             return Reply("ready", order.nonce, order.round, told.to_json()).encode()
         except (Interrupted, KeyboardInterrupt):

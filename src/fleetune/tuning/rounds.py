@@ -219,6 +219,7 @@ def _start(
     for told in run.cut(last, stated[1] if stated else None):
         hooks.note(told)
     fleet.rewind(last)
+    fleet.forget_before(last + 1 - plan.kept)
     courses.cut(run, last)
     hooks.resumed()
     return last, state, totals, checkpoint.course_in(payload)

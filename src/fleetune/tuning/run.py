@@ -380,5 +380,6 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
         listener.note(told)
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))
-    listener.progress("rounds", 0, recipe.rounds)
+    done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
+    listener.progress("rounds", done, recipe.rounds)
     listener.progress("clients", 0, asked)

@@ -241,7 +241,7 @@ class RunScreen:
         if live.label != what:
             live.relabel(what)
         if what == "rounds":
-            self.bar.rounds = total
+            self.bar.rounds, self.bar.round, self.round = total, done, done
         else:
             CountBar(live, total, human_count).update(done, total, text)
 

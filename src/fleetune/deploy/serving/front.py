@@ -38,6 +38,8 @@ HEAD_SECONDS: Final = 10.0  # a client whose request's head is not here by then 
 IDLE_SECONDS: Final = 60.0  # and one that sends or takes nothing for so long
 REQUEST_SECONDS: Final = 180.0  # and one whose whole request is not here by then
 TOKEN: Final = "FLEETUNE_TOKEN"  # in the environment: the token that clients must present
+SHORTEST: Final = 16  # characters of one that others than this machine may guess at
+GUESS: Final = 1.0  # seconds after a wrong token in which its address gets no answer, right or wrong
 
 
 class Site(Protocol):
@@ -67,6 +69,7 @@ class Front(ThreadingHTTPServer):
         if not self.loopback and not token:
             raise UsageError(f"{host} is open to others, so it needs a token", hint="give one with --token")
         self.places = Places()
+        self.guessed: dict[str, float] = {}  # address -> when its last wrong token came
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), Exchange)
@@ -154,6 +157,11 @@ def token_for(host: str, given: str | None) -> tuple[str, bool]:
         raise UsageError("a token is of letters, digits and marks, without spaces", hint="leave it out")
     if given == "":
         raise UsageError("the token is empty", hint=f"leave it out, or set {TOKEN}")
+    if 0 < len(token) < SHORTEST and not is_loopback(host):
+        raise UsageError(
+            f"the token has {len(token)} characters, and others can guess at it: {SHORTEST} at least",
+            hint="leave it out: one is made",
+        )
     if token or is_loopback(host):
         return token, False
     return secrets.token_urlsafe(24), True
@@ -229,8 +237,21 @@ class Exchange(BaseHTTPRequestHandler):
     # For sites ----------------------------------------------------------------------------------------
 
     def check_token(self) -> None:
-        """Refuse a request without the server's token, where it has one."""
-        checks.check_token(self.headers, self.server.token)
+        """Refuse a request without the server's token, where it has one.
+
+        An address whose guess was wrong waits before its next one is looked at.  Other addresses do not.
+        """
+        address, guessed = str(self.client_address[0]), self.server.guessed
+        time.sleep(max(0.0, guessed.get(address, 0.0) + GUESS - time.monotonic()))
+        try:
+            checks.check_token(self.headers, self.server.token)
+        except Refusal:
+            if "Authorization" not in self.headers:
+                raise  # no guess
+            guessed[address] = time.monotonic()
+            for old in [a for a, at in guessed.copy().items() if time.monotonic() - at > GUESS]:
+                guessed.pop(old, None)
+            raise
 
     def hold(self) -> None:
         """Keep this connection's place until it is answered, whoever else comes."""

@@ -29,6 +29,7 @@ is otherwise than in its own programs, and why:
   reads any, before it looks at the key.
 - An answer belongs to an open order of the device and has a bound (`mail.py`, and `limits.py` for Flower's protocol), and a
   signed time counts once.  Flower keeps what comes, and takes the same signature for five minutes.
+- A device reads what a server sends up to a limit, and nothing compressed (`node.py`); Flower's client reads any.
 - The server's clock cannot be set while it runs (`clock.py`).
 - Heartbeats come every 10 s instead of 30 s, so that a dead device is noticed sooner.
 """

@@ -22,7 +22,7 @@ from fleetune.common.memory import usable_memory
 from fleetune.errors import FAULTS, FleetuneError, UsageError, fault
 from fleetune.fleet.flower import wire
 from fleetune.fleet.orders import Order, Reply
-from fleetune.fleet.reasons import reason_of
+from fleetune.fleet.reasons import Declined, reason_of
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.planning.plan import parse_bytes
 
@@ -63,13 +63,11 @@ def answer(data: bytes, context: Context) -> bytes:
 def brought(config: Mapping[str, Any], node: int) -> tuple[Brings, Path]:
     """Return what the SuperNode's --node-config says that the device brings, and the device's folder.
 
-    UsageError for a value that is none.  Other names are those of other apps.
+    Declined without rows, UsageError for a value that is none.  Other names are those of other apps.
     """
     data = str(config.get("data", ""))
     if not data:
-        raise UsageError(
-            "which rows does this device have? Start the SuperNode with --node-config \"data='FILE'\""
-        )
+        raise Declined("no-data")
     threads = config.get("threads", 0)
     if type(threads) is not int or threads < 0:
         raise UsageError(f"threads={threads!r} in the SuperNode's --node-config is no number of threads")

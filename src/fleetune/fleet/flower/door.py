@@ -21,6 +21,7 @@ from fleetune.fleet.flower.state import State
 
 LIMIT: Final = 2 << 20  # bytes of a request's body: a piece and its frame
 HEAD: Final = 20.0  # seconds in which a new connection has to send the head of a request
+LONGEST_HEAD: Final = 1 << 15  # bytes of it
 
 
 class Door:
@@ -73,12 +74,35 @@ def _check_size(request: Request) -> None:
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that is closed when no request comes: half-open ones would take all that the system allows."""
+    """A connection that is closed when no request comes: half-open ones would take all that the system allows.
+
+    So is one whose request's head does not end: the parser keeps a line, however long, until it is whole.
+    """
+
+    _head: int | None = None  # bytes that came with a head that has not ended, None outside of one
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the head of a request."""
         super().connection_made(transport)
         self.loop.call_later(HEAD, self._check_head)
+
+    def on_message_begin(self) -> None:
+        """Begin to count."""
+        super().on_message_begin()
+        self._head = 0
+
+    def on_headers_complete(self) -> None:
+        """Count no more: the body has a limit of its own."""
+        self._head = None
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, unless the head has become too long."""
+        super().data_received(data)
+        if self._head is not None:
+            self._head += len(data)
+            if self._head > LONGEST_HEAD:
+                self.transport.abort()
 
     def _check_head(self) -> None:
         if cast(object, self.cycle) is None:

@@ -10,8 +10,10 @@ heartbeat meanwhile.
         fleetune-next: order        wait for the next order (the default)
                        piece        none: the next piece follows
                        nothing      none: the device leaves
-    200     fleetune-order: NUMBER; the body is the order
+    200     fleetune-order: NUMBER; the body is the order.  A device that asks has no other to work on: one that it has not
+            answered did not arrive, and is given again
     204     there was none
+    410     the server has begun anew: the device has to come in first
 
 Whose request it is says the signature alone, before a byte of the body is read: the node is the one with that key
 (`door.py`).  A signature is good for one request (`limits.py`).
@@ -50,13 +52,18 @@ class Exchange:
         state.mail.ring = self._ring
 
     async def answer(self, node: int, request: Request, send: Send) -> None:
-        """Answer a node's request; HTTPException 401 for one that was sent before, 409 where `_body` has it."""
+        """Answer a node's request.
+
+        HTTPException 401 for one that was sent before, 410 for a node that has not come in since the server began, 409 where
+        `_body` has it.
+        """
         self._loop = asyncio.get_running_loop()
         if not self.once.fresh(
             request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], request.headers[TIMESTAMP_HEADER]
         ):
             raise HTTPException(401)
-        self.state.alive(node)
+        if not self.state.alive(node):
+            raise HTTPException(410)
         wants = request.headers.get(wire.NEXT, "order")
         if number := request.headers.get(wire.ORDER):
             try:
@@ -94,7 +101,7 @@ class Exchange:
         """Return the next order for a node; None where none comes, or a later request of the node waits for it."""
         assert self._loop is not None
         self._wake(node)  # a request of the node that waits is from before: its connection is dead
-        if (letter := self.state.mail.take(node)) is not None:
+        if (letter := self.state.mail.first(node)) is not None:
             return letter
         mine = self._waiting[node] = self._loop.create_future()
         await asyncio.wait([mine], timeout=HOLD)
@@ -104,7 +111,7 @@ class Exchange:
         if not self.state.is_online(node):
             return None
         self.state.alive(node)
-        return self.state.mail.take(node)
+        return self.state.mail.first(node)
 
     def _ring(self, node: int) -> None:
         """Have a node's request look again; from any thread."""

@@ -8,6 +8,7 @@ import datetime
 import email.utils
 import logging
 import random
+import re
 import ssl
 import threading
 import time
@@ -20,14 +21,15 @@ import httpx
 from flwr.proto import fleet_pb2 as fleet
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fleetune.common.display import human_time
+from fleetune.common.display import human_bytes, human_time
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.errors import FleetError, FleetuneError, Interrupted
 from fleetune.fleet.flower import wire
-from fleetune.fleet.keys import PrivateKey
+from fleetune.fleet.keys import PrivateKey, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,9 @@ PIECE: Final = 1 << 20  # bytes of an answer in one request
 QUIET: Final = 1.6  # heartbeats until a request that lasts needs another beside it: the server takes two for a device's end
 AGAIN: Final = 1.0  # seconds before a device says that it could not read an order: it is given it again
 TWICE: Final = 412  # status for a key that comes in while it is there; one that is not registered gets 401
+ANEW: Final = 410  # status from a server that was started after the device came in
+SMALL: Final = 1 << 16  # bytes of any answer but an order
+FIRST: Final = 2 << 20  # bytes of an order to a device that has taken no job: of the job itself
 AHEAD: Final = 5.0  # seconds by which a device's clock may be ahead of the server's
 BEHIND: Final = 300.0  # and behind it
 NO_TLS: Final = (
@@ -58,6 +63,7 @@ class Server:
     certificate: Path | None = None
     poll: float = 0.2  # seconds between two looks whether to leave
     heartbeat: float = 10.0  # seconds
+    room: Callable[[], int] = lambda: FIRST  # bytes that the next order may have
 
     @property
     def url(self) -> str:
@@ -77,36 +83,92 @@ class Server:
         return context
 
 
+class TooMuch(httpx.HTTPError):
+    """An answer of a server that is larger than it may be, or compressed."""
+
+
+class Line:
+    """Carry requests to a server, Flower's too: an answer is read up to a limit, and never decompressed.
+
+    No proxy of the environment is between a machine and itself.
+    """
+
+    def __init__(self, server: Server, trust: ssl.SSLContext | bool) -> None:
+        self.http = httpx.Client(
+            base_url=server.url, verify=trust, timeout=PATIENCE, limits=httpx.Limits(keepalive_expiry=IDLE),
+            trust_env=not is_loopback(server.address.rpartition(":")[0]),
+        )  # fmt: skip
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Send a request of Flower's client, in the place of its own way to send it."""
+        return self.send(context.request, SMALL)
+
+    def send(self, request: httpx.Request, most: int) -> httpx.Response:
+        """Return the answer to a request, read; `TooMuch` for one of more than `most` bytes."""
+        request.headers["accept-encoding"] = "identity"
+        response = self.http.send(request, stream=True)
+        try:
+            if "content-encoding" in response.headers:
+                raise TooMuch("the server compresses what it sends, which a device does not take")
+            body = bytearray()
+            for piece in response.iter_raw():
+                if len(body) + len(piece) > most:
+                    raise TooMuch(
+                        f"the server sends more than the {human_bytes(most)} that this device takes"
+                    )
+                body += piece
+        finally:
+            response.close()
+        return httpx.Response(
+            response.status_code, headers=response.headers, content=bytes(body), request=request
+        )
+
+
 class _Session:
     """One stay at a server: heartbeats in a thread, requests for orders in another."""
 
     def __init__(
-        self, client: FleetHttpClient, line: httpx.Client, key: PrivateKey, state: Path, server: Server
+        self, client: FleetHttpClient, line: Line, key: PrivateKey, state: Path, server: Server
     ) -> None:
         self.client, self.line, self.key, self.server = client, line, key, server
         self.over, self.asking = threading.Event(), False
         self.said = time.monotonic()  # when the last request or heartbeat began
-        file = state / NODE
-        if file.exists():  # the last process may have gone without a word: its session would last on
+        self.file = state / NODE
+        if self.file.exists():  # the last process may have gone without a word: its session would last on
             with contextlib.suppress(httpx.HTTPStatusError, ValueError, OSError):
-                client.DeactivateNode(fleet.DeactivateNodeRequest(node_id=int(file.read_text())))
-        if server.certificate is None:
-            with contextlib.suppress(httpx.HTTPStatusError):  # it is registered already
-                client.RegisterNode(fleet.RegisterNodeFleetRequest(public_key=key.public.pem))
-        request = fleet.ActivateNodeRequest(public_key=key.public.pem, heartbeat_interval=server.heartbeat)
-        self.node = Node(node_id=client.ActivateNode(request).node_id)
-        write_atomic(file, str(self.node.node_id), mode=PRIVATE)
+                client.DeactivateNode(fleet.DeactivateNodeRequest(node_id=int(self.file.read_text())))
+        self._come_in()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
+    def _come_in(self) -> None:
+        pem = self.key.public.pem
+        if self.server.certificate is None:
+            with contextlib.suppress(httpx.HTTPStatusError):  # it is registered already
+                self.client.RegisterNode(fleet.RegisterNodeFleetRequest(public_key=pem))
+        request = fleet.ActivateNodeRequest(public_key=pem, heartbeat_interval=self.server.heartbeat)
+        self.node = Node(node_id=self.client.ActivateNode(request).node_id)
+        write_atomic(self.file, str(self.node.node_id), mode=PRIVATE)
+
     def _beat(self) -> None:
-        """Send heartbeats; a request for an order is one too, until a slow line makes it last."""
-        request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=self.server.heartbeat)
+        """Send heartbeats; a request for an order is one too, until a slow line makes it last.
+
+        A server that was started anew does not know the session: the device comes in again, while it works.
+        """
         while not self.over.wait(self.server.heartbeat / 20):
             beats = QUIET if self.asking else random.uniform(0.5, 0.7)
             if time.monotonic() - self.said > beats * self.server.heartbeat:
                 self.said = time.monotonic()
-                with contextlib.suppress(httpx.HTTPError):  # the main loop meets it too, and acts
-                    self.client.SendNodeHeartbeat(request)
+                with contextlib.suppress(httpx.HTTPError, FleetuneError):  # the main loop meets it, and acts
+                    self._beat_once()
+
+    def _beat_once(self) -> None:
+        interval = self.server.heartbeat
+        try:
+            self.client.SendNodeHeartbeat(
+                SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=interval)
+            )
+        except httpx.HTTPStatusError:
+            self._come_in()
 
     def end(self) -> None:
         """Leave; a request that still waits for an order is sent away by the server."""
@@ -175,9 +237,10 @@ class _Session:
         headers = {**wire.signed(self.key), wire.NEXT: wants, **({wire.ORDER: number} if number else {})}
         self.said = time.monotonic()
         patience = httpx.Timeout(PATIENCE, read=PATIENCE + len(piece) / SLOWEST)  # what is sent is on its way
-        return self.line.post(
-            wire.EXCHANGE, content=piece, headers=headers, timeout=patience
-        ).raise_for_status()
+        request = self.line.http.build_request(
+            "POST", wire.EXCHANGE, content=piece, headers=headers, timeout=patience
+        )
+        return self.line.send(request, self.server.room() if wants == "order" else SMALL).raise_for_status()
 
 
 def stay(
@@ -197,12 +260,9 @@ def stay(
     trust = server.trust()
     wait, said = 0.0, ""
     while not over():
-        signed = [NodeAuthHttpInterceptor(key.secret, key.secret.public_key())]
-        kept = httpx.Limits(keepalive_expiry=IDLE)
-        with (
-            FleetHttpClient(server.url, interceptors=signed, verify=trust) as client,
-            httpx.Client(base_url=server.url, verify=trust, timeout=PATIENCE, limits=kept) as line,
-        ):
+        line = Line(server, trust)
+        signs = NodeAuthHttpInterceptor(key.secret, key.secret.public_key())
+        with FleetHttpClient(server.url, interceptors=[signs, line], verify=trust) as client, line.http:
             session = None
             try:
                 session = _Session(client, line, key, state, server)
@@ -213,9 +273,10 @@ def stay(
                 raise
             except Exception as error:  # the network, the server, or what Flower makes of their answers
                 wait = min(max(0.5, wait * 2), LONGEST)
-                if (why := _why(error, tls=server.certificate is not None)) != said:
+                why = _why(error, tls=server.certificate is not None)
+                if (kind := re.sub(r"\d+", "", why)) != said:  # a clock's seconds flicker
                     note(f"{why}; trying again")
-                    said = why
+                    said = kind
             finally:
                 if session is not None:
                     session.end()
@@ -232,7 +293,11 @@ def _why(error: Exception, *, tls: bool = True) -> str:
             return _clocks_apart(error.response) or (
                 "the server does not know this device's key: bring its .pub file into the server's folder of keys"
             )
+        if error.response.status_code == ANEW:
+            return "the server was started anew"
         return f"the server answered {error.response.status_code}"
+    if isinstance(error, TooMuch):
+        return str(error)
     if not isinstance(error, httpx.HTTPError):
         return f"{type(error).__name__}: {error}"
     if words := str(error).partition("certificate verify failed: ")[2]:

@@ -56,13 +56,21 @@ class State(InMemoryLinkState):
     # Nodes ------------------------------------------------------------------------------------------------
 
     def alive(self, node: int) -> bool:
-        """Note that a node is there; False for one that is not registered."""
+        """Note that a node is there; False for one that this server has not seen come in."""
         info = self.nodes.get(node)
-        return info is not None and self.acknowledge_node_heartbeat(node, info.heartbeat_interval)
+        if info is None or info.status == NodeStatus.REGISTERED:
+            return False
+        return self.acknowledge_node_heartbeat(node, info.heartbeat_interval)
 
     def is_online(self, node: int) -> bool:
         """Whether a node is there now."""
         return (info := self.nodes.get(node)) is not None and info.status == NodeStatus.ONLINE
+
+    def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
+        """As Flower's; what the node was ordered before it came in is lost."""
+        if done := super().activate_node(node_id, heartbeat_interval):
+            self.mail.lose(node_id)
+        return done
 
     def deactivate_node(self, node_id: int) -> bool:
         """As Flower's; a request of the node that waits for an order is answered at once."""

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server sends is read by a device up to a limit, never decompressed, and by no proxy on the machine itself."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from fleetune.common.memory import rss
+from fleetune.fleet import keys
+
+node = pytest.importorskip("fleetune.fleet.flower.node")
+
+MILLION = 1_000_000
+
+
+@contextlib.contextmanager
+def hostile(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server on this machine whose answers are those of a handler; its HOST:PORT."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
+class Quiet(BaseHTTPRequestHandler):
+    """Takes a request, and answers with the head of 200."""
+
+    asked: ClassVar[list[Any]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.asked.append(self.headers)
+        self.answer()
+
+    def answer(self) -> None:
+        raise NotImplementedError
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class Bomb(Quiet):
+    """Compresses a thousand to one."""
+
+    def answer(self) -> None:
+        body = gzip.compress(bytes(100 * MILLION))
+        self.send_response(200)
+        self.send_header("content-encoding", "gzip")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(body)
+
+
+class Endless(Quiet):
+    """Sends for as long as somebody reads."""
+
+    def answer(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(400):
+                self.wfile.write(bytes(MILLION))
+
+
+@pytest.mark.parametrize(
+    ("handler", "why"), [(Bomb, "compresses what it sends"), (Endless, "sends more than the")]
+)
+@pytest.mark.parametrize("ours", [True, False])
+def test_no_answer_fills_a_devices_memory(tmp_path: Path, handler: type[Quiet], why: str, ours: bool) -> None:
+    """Neither that to our request, nor that to one of Flower's client."""
+    key, said, before = keys.make(tmp_path / "key"), list[str](), rss()
+    with hostile(handler) as address:
+        server = node.Server(address)
+        if ours:
+            session = node._Session.__new__(node._Session)
+            session.line, session.key, session.server = node.Line(server, False), key, server
+            with session.line.http, pytest.raises(node.TooMuch, match=why):
+                session._send("", b"", "order")
+        else:
+            node.stay(server, key, tmp_path, lambda order: b"", over=lambda: bool(said), note=said.append)
+            assert why in said[0]
+    assert rss() - before < 30 * MILLION
+    assert handler.asked.pop()["accept-encoding"] == "identity"
+
+
+def test_an_order_may_be_as_large_as_the_device_says(tmp_path: Path) -> None:
+    class Large(Quiet):
+        def answer(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", str(3 * MILLION))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(bytes(3 * MILLION))
+
+    key, most = keys.make(tmp_path / "key"), [3 * MILLION]
+    with hostile(Large) as address:
+        server = node.Server(address, room=lambda: most[0])
+        session = node._Session.__new__(node._Session)
+        session.line, session.key, session.server = node.Line(server, False), key, server
+        with session.line.http:
+            assert len(session._send("", b"", "order").content) == 3 * MILLION
+            most[0] -= 1
+            with pytest.raises(node.TooMuch):
+                session._send("", b"", "order")
+
+
+def test_no_proxy_is_between_a_machine_and_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refuses(Quiet):
+        def answer(self) -> None:
+            self.send_response(401)
+            self.end_headers()
+
+    Refuses.asked = []
+    with socket.create_server(("127.0.0.1", 0)) as proxy, hostile(Refuses) as address:
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        said = list[str]()
+        node.stay(
+            node.Server(address), keys.make(tmp_path / "key"), tmp_path, lambda order: b"",
+            over=lambda: bool(said), note=said.append,
+        )  # fmt: skip
+        proxy.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            proxy.accept()
+    assert Refuses.asked
+    assert node.Line(node.Server("fleet.example.org:1"), False).http.trust_env  # others are reached as usual
+
+
+def test_a_wrong_clock_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its seconds flicker from try to try."""
+    tries = iter(range(3598, 3608))
+
+    class Told(Quiet):
+        def answer(self) -> None:
+            self.send_response(401)
+            self.end_headers()
+
+    Told.asked, said = [], list[str]()
+    monkeypatch.setattr(
+        node, "_clocks_apart", lambda response: f"this device's clock is {next(tries)}s ahead"
+    )
+    monkeypatch.setattr(node, "LONGEST", 0.01)
+    with hostile(Told) as address:
+        node.stay(
+            node.Server(address), keys.make(tmp_path / "key"), tmp_path, lambda order: b"",
+            over=lambda: len(Told.asked) >= 6, note=said.append,
+        )  # fmt: skip
+    assert said == ["this device's clock is 3598s ahead; trying again"]
