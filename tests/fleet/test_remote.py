@@ -200,8 +200,12 @@ class Refusing(Memory):
         if order.what == "end":
             return Reply("done", order.nonce).encode()
         if self.lie:
-            return Reply("ready", order.nonce, body=Device(0, "0" * 64, 1, 1, "0").to_json()).encode()
-        return Reply("refused", order.nonce, reason="no such model here").encode()
+            return Reply(
+                "ready",
+                order.nonce,
+                body=Device(1, "0" * 64, 1, 1, "0").to_json().replace(b'"rows": 1', b'"rows": 0'),
+            ).encode()
+        return Reply("refused", order.nonce, code="model").encode()
 
 
 @pytest.mark.parametrize("registered", [True, False])
@@ -219,7 +223,7 @@ def test_waiting_ends_when_all_that_could_come_have_refused(
     ) as refused:
         made.wait_for(3)
     assert refused.value.exit_code == 4
-    assert ("it has 0 rows" if lie else "no such model here") in str(refused.value)
+    assert ("rows = 0: must be at least 1" if lie else "it has not the run's model") in str(refused.value)
     assert sum("takes no part" in n for n in notes) == 3
     assert [o.what for o in memory.seen].count("end") == 3 * lie  # each knows why
 
