@@ -94,7 +94,7 @@ def _content_digest(net: Any, tokenizer: Any) -> str:
     from fleetune import models
 
     parts = [
-        models.digest(models.named_tensors(net)), net.config.to_json_string(), models.tokenizer_digest(tokenizer),
+        models.digest(stored_tensors(net)), net.config.to_json_string(), models.tokenizer_digest(tokenizer),
         str(tokenizer.chat_template),
     ]  # fmt: skip
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -157,7 +157,7 @@ def packed(
     besides: Collection[str] = (),
     experts: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file: the `parts` of what is quantised, the rest in 16 bits; `rounded` gets what changed.
+    """Yield the tensors of a file: the `parts` of what is quantised, the rest in 16 bits, but for buffers; `rounded` gets what changed.
 
     Those called `besides` are left out; `layers` and `experts` as for `write_codes`.
     """
@@ -169,7 +169,7 @@ def packed(
             if isinstance(weight, Quantised):
                 yield from parts(layer, weight)
                 continue
-            dense = half(name, weight)
+            dense = weight if name in model.buffers else half(name, weight)
             if bool((dense.float() != weight.float()).any()):
                 rounded.add(name)
             yield layer, dense
