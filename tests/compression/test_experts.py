@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from heard import Heard
 from safetensors.torch import load_file
 from spy_harness import Spy, text
 from torch import Tensor
@@ -32,6 +31,7 @@ from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.runs.listener import Silent
+from heard import Heard
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SIZES: dict[str, Any] = {

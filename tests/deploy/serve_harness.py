@@ -38,7 +38,9 @@ class Upstream(ThreadingHTTPServer):
         self.answer = ["Par", "is", "."]
         self.mode = "answer"  # or: die (in the middle), fall (before the answer), refuse, plain, tools, wait (for `go`)
         self.go = threading.Event()  # set: the pieces after the first may come
-        self.gone = threading.Event()  # set: a client went away in the middle of a stream, or before an answer
+        self.gone = (
+            threading.Event()
+        )  # set: a client went away in the middle of a stream, or before its answer
         self.go.set()
 
     @property
@@ -69,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
             }
             self._reply(400, json.dumps(error).encode())
         elif self.server.mode == "tools":
-            self._reply(500, json.dumps({"error": {"message": "Failed to parse tools: 5", "code": 500}}).encode())
+            self._reply(500, b'{"error": {"message": "Failed to parse tools: 5", "code": 500}}')
         elif self.server.mode == "wait" and not self._may_answer():
             self.server.gone.set()
             self.close_connection = True
@@ -86,7 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _may_answer(self) -> bool:
         """Wait for `go`; False when the client goes away before."""
         while not self.server.go.wait(0.02):
-            if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+            ready = select.select([self.connection], [], [], 0)[0]
+            if ready and not self.connection.recv(1, socket.MSG_PEEK):
                 return False
         return True
 

@@ -90,7 +90,9 @@ def test_a_client_that_goes_away_before_its_answer_frees_the_engine(front, upstr
 def test_a_next_request_before_the_answer_is_no_leaving(front, upstream):
     upstream.mode = "wait"
     upstream.go.clear()
-    head = b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    head = (
+        b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", front.server_port), timeout=10) as client:
         request = head % (CHAT.encode(), len(QUESTION)) + QUESTION
         client.sendall(request)
@@ -100,7 +102,8 @@ def test_a_next_request_before_the_answer_is_no_leaving(front, upstream):
         upstream.go.set()
         found = b""
         while found.count(b"Paris.") < 2:
-            assert (piece := client.recv(1 << 16)), found
+            piece = client.recv(1 << 16)
+            assert piece, found
             found += piece
 
 

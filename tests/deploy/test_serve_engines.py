@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from serve_harness import Upstream, little_file, lives, running, stand_in, starts
 
 from fleetune import models
+from fleetune.common.display import message_text
 from fleetune.common.extras import pip_install
 from fleetune.deploy import export
-from fleetune.common.display import message_text
 from fleetune.deploy.serving import engines, openai_client, threads
 from fleetune.deploy.serving.engines import ENGINES, LaunchOptions
 from fleetune.errors import FleetuneError, UsageError

@@ -121,7 +121,8 @@ class Checkpoint:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters that are not quantised, taken from the smallest of them."""
-        return self.weight(min(self.shapes.keys() - self.buffers, key=lambda name: (len(self.shapes[name]), name))).dtype
+        names = self.shapes.keys() - self.buffers
+        return self.weight(min(names, key=lambda name: (len(self.shapes[name]), name))).dtype
 
     @property
     def compressed(self) -> bool:

@@ -157,9 +157,9 @@ def packed(
     besides: Collection[str] = (),
     experts: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file: the `parts` of what is quantised, the rest in 16 bits, but for buffers; `rounded` gets what changed.
+    """Yield the tensors of a file: the `parts` of what is quantised, buffers as they are, the rest in 16 bits.
 
-    Those called `besides` are left out; `layers` and `experts` as for `write_codes`.
+    `rounded` gets what changed.  Those called `besides` are left out; `layers` and `experts` as for `write_codes`.
     """
     for name in model.names:
         if name in besides:
