@@ -29,7 +29,7 @@ from fleetune.models.artefact_folder import is_master
 from fleetune.models.families.widths import build
 from fleetune.models.hf_folder import check_folder, config_of, is_encoder
 
-BUFFERS: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
+COMPUTED: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
 
 
 class PlainFolder:
@@ -50,7 +50,7 @@ class PlainFolder:
     @property
     def names(self) -> list[str]:
         """The parameters in the order of their names."""
-        return sorted(name for name in self._files if not name.endswith(BUFFERS))
+        return sorted(name for name in self._files if not name.endswith(COMPUTED))
 
     def quantised(self, name: str) -> None:
         """Return None: nothing in a plain directory is quantised."""
