@@ -32,7 +32,8 @@ def answered(
         headers = engine.headers() | ({"Content-Type": "application/json"} if body else {})
         try:
             connection.request(command, path, body or None, headers)
-            _wait(connection.sock, client)
+            if body:  # what has none is answered at once
+                _wait(connection.sock, client)
             response = connection.getresponse()
         except TimeoutError:
             raise Refusal(504, "engine_timeout", f"no answer within {SECONDS:.0f} s") from None
