@@ -63,7 +63,9 @@ def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: pytest.
     assert folder.name == "0001-optq-tiny"
     assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
     assert "perplexity" in out
-    assert f"fleetune export runs/{folder.name} --to hf" in out, "groups of 8 fit no GGUF file"
+    assert f"fleetune export runs/{folder.name} --to compressed-tensors" in out, (
+        "groups of 8 fit no GGUF file"
+    )
     master = Master(folder / "model")
     assert master.head.method == "optq"
     assert master.head.settings["group"] == 8

@@ -31,6 +31,7 @@ from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.runs.listener import Silent
+from heard import Heard
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SIZES: dict[str, Any] = {
@@ -182,21 +183,16 @@ def test_experts_that_saw_few_tokens_are_said(tmp_path: Path) -> None:
 
 
 def test_experts_that_saw_few_tokens_are_told_in_one_line(tmp_path: Path) -> None:
-    notes: list[str] = []
-
-    class Heard(Silent):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
+    heard = Heard()
     (tmp_path / "text.txt").write_text("some words of a text " * 30)
     done = fleetune.compress(
         folder_of("qwen3_moe", tmp_path / "m"), settings={"group": 8}, text=str(tmp_path / "text.txt"), windows=2, length=16,
-        out=tmp_path / "runs", listener=Heard(),
+        out=tmp_path / "runs", listener=heard,
     )  # fmt: skip
     each = [note for said in (done.done.notes or {}).values() for note in said if "saw fewer than" in note]
     counts = [tuple(map(int, re.findall(r"\d+", note)[:4])) for note in each]  # few, of, columns, least
     assert len(each) > 1
-    (line,) = [note for note in notes if "saw fewer" in note]
+    (line,) = [note for note in heard.notes if "saw fewer" in note]
     few, every, least = sum(c[0] for c in counts), sum(c[1] for c in counts), min(c[3] for c in counts)
     assert line.startswith(
         f"{few} of {every} matrices of experts, in {len(each)} tensors, saw fewer tokens than they have"
@@ -383,3 +379,17 @@ def test_finished_blocks_state_whether_they_have_experts(tmp_path: Path) -> None
     assert origin("mixture") != origin("llama")
     assert origin("mixture")[-1] == "experts"
     assert origin("llama")[-1] != "experts", "blocks of an earlier version go on"
+
+
+@pytest.mark.parametrize(("normed", "notes"), [
+    (True, []),
+    (False, ["no GGUF file can be made of the result: GGUF has no place for norm_topk_prob=False in a qwen3_moe"]),
+])  # fmt: skip
+def test_what_the_export_would_refuse_is_said_before_the_work(
+    normed: bool, notes: list[str], tmp_path: Path
+) -> None:
+    folder_of("qwen3_moe", tmp_path / "m", norm_topk_prob=normed)
+    request, heard = CompressRequest(str(tmp_path / "m"), False, "rtn"), Heard()
+    solver: Any = compression.make("rtn", {"group": 8})
+    solve.prepare(request, solver, job_inputs.load(request, offline=True), heard)
+    assert heard.notes == notes

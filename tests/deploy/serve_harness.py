@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
 import socket
 import struct
 import sys
@@ -35,9 +36,11 @@ class Upstream(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.seen: list[tuple[str, str, dict[str, str], bytes]] = []
         self.answer = ["Par", "is", "."]
-        self.mode = "answer"  # or: die (in the middle), fall (before the answer), refuse, plain
+        self.mode = "answer"  # or: die (in the middle), fall (before the answer), refuse, plain, tools, wait (for `go`)
         self.go = threading.Event()  # set: the pieces after the first may come
-        self.gone = threading.Event()  # set: a client went away in the middle of a stream
+        self.gone = (
+            threading.Event()
+        )  # set: a client went away in the middle of a stream, or before its answer
         self.go.set()
 
     @property
@@ -67,6 +70,11 @@ class _Handler(BaseHTTPRequestHandler):
                 "error": {"message": "the context is full", "type": "invalid_request_error", "code": 400}
             }
             self._reply(400, json.dumps(error).encode())
+        elif self.server.mode == "tools":
+            self._reply(500, b'{"error": {"message": "Failed to parse tools: 5", "code": 500}}')
+        elif self.server.mode == "wait" and not self._may_answer():
+            self.server.gone.set()
+            self.close_connection = True
         elif self.server.mode == "plain":
             self._reply(500, b"Internal Server Error", "text/plain")
         elif json.loads(body).get("stream"):
@@ -76,6 +84,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(
                 200, json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
             )
+
+    def _may_answer(self) -> bool:
+        """Wait for `go`; False when the client goes away before."""
+        while not self.server.go.wait(0.02):
+            ready = select.select([self.connection], [], [], 0)[0]
+            if ready and not self.connection.recv(1, socket.MSG_PEEK):
+                return False
+        return True
 
     def _see(self, body: bytes) -> None:
         self.server.seen.append((self.command, self.path, dict(self.headers), body))
@@ -159,11 +175,12 @@ def ask(
         connection.close()
 
 
-def raw(front: Front, text: bytes) -> bytes:
-    """What comes back for bytes that are sent as they are, up to the end of the connection."""
+def raw(front: Front, text: bytes, *, ends: bool = True) -> bytes:
+    """What comes back for bytes that are sent as they are, up to the end of the connection; `ends`: nothing more is sent."""
     with socket.create_connection(("127.0.0.1", front.server_port), timeout=20) as connection:
         connection.sendall(text)
-        connection.shutdown(socket.SHUT_WR)
+        if ends:
+            connection.shutdown(socket.SHUT_WR)
         found = b""
         while piece := connection.recv(1 << 16):
             found += piece

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from deploy_harness import compressed, tiny
@@ -113,6 +115,61 @@ def test_a_full_disk_leaves_nothing(
         export(tmp_path / "m", to, tmp_path / "new" / place(to))
     assert refused.value.hint == "free some space, then repeat the command"
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(("to", "module"), [("gguf", gguf), ("hf", hf)])
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_exports_into_one_place_one_is_refused(
+    to: str, module: ModuleType, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, both = tmp_path / place(to), threading.Barrier(2, timeout=60)
+    write, done = module.write, dict[str, object]()
+
+    def together(*args: object, **named: object) -> object:
+        report = write(*args, **named)
+        both.wait()
+        return report
+
+    def run(name: str) -> None:
+        try:
+            done[name] = export(tmp_path / name, to, out)
+        except StorageError as error:
+            done[name] = error
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    for seed in range(2):
+        compressed(tiny(seed=seed), tmp_path / f"m{seed}")
+        export(tmp_path / f"m{seed}", to, tmp_path / f"alone{seed}" / out.name)
+    monkeypatch.setattr(module, "write", together)
+    threads = [threading.Thread(target=run, args=(f"m{seed}",)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (lost,) = [name for name, found in done.items() if isinstance(found, StorageError)]
+    assert str(out) in str(done[lost])
+    won = tmp_path / f"alone{1 - int(lost[1])}" / out.name
+    file = "model.safetensors" if to == "hf" else ""
+    assert (out / file).read_bytes() == (won / file).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["alone0", "alone1", "m0", "m1", out.name])
+
+
+def test_of_two_models_saved_into_one_place_one_is_refused(tmp_path: Path) -> None:
+    model, words = tiny(), tiny(seed=1)
+    saving = words.tokenizer.save_pretrained
+
+    def slow(folder: Path) -> None:
+        model.save(tmp_path / "race")
+        saving(folder)
+
+    words.tokenizer.save_pretrained = slow
+    with pytest.raises(StorageError, match="race has appeared meanwhile"):
+        words.save(tmp_path / "race")
+    assert models.load(str(tmp_path / "race"), device="cpu").digest == model.digest
 
 
 def test_a_file_that_appears_meanwhile_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,7 +218,7 @@ def test_what_llama_cpp_does_not_hold_is_named(
 def test_a_mixture_without_a_record_is_named(tmp_path: Path) -> None:
     net = AutoModelForCausalLM.from_config(AutoConfig.for_model("phimoe", **EXPERTS))
     models.save(net, tokenizer(), tmp_path / "m")
-    with pytest.raises(UsageError, match=r"written for llama, .*, not for 'phimoe'"):
+    with pytest.raises(UsageError, match="not written for a 'phimoe'"):
         export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
 
 

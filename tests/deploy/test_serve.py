@@ -77,9 +77,49 @@ def test_a_client_that_goes_away_ends_the_request_to_the_engine(front, upstream)
     assert upstream.gone.wait(20)
 
 
+def test_a_client_that_goes_away_before_its_answer_frees_the_engine(front, upstream):
+    upstream.mode = "wait"
+    upstream.go.clear()
+    connection = http.client.HTTPConnection("127.0.0.1", front.server_port, timeout=10)
+    connection.request("POST", CHAT, QUESTION, {"Content-Type": "application/json"})
+    assert not upstream.gone.wait(0.3)
+    connection.close()
+    assert upstream.gone.wait(20)
+
+
+def test_a_next_request_before_the_answer_is_no_leaving(front, upstream):
+    upstream.mode = "wait"
+    upstream.go.clear()
+    head = (
+        b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", front.server_port), timeout=10) as client:
+        request = head % (CHAT.encode(), len(QUESTION)) + QUESTION
+        client.sendall(request)
+        assert not upstream.gone.wait(0.3)
+        client.sendall(request)
+        assert not upstream.gone.wait(0.3)
+        upstream.go.set()
+        found = b""
+        while found.count(b"Paris.") < 2:
+            piece = client.recv(1 << 16)
+            assert piece, found
+            found += piece
+
+
+def test_what_the_engine_cannot_parse_is_the_requests_fault(front, upstream):
+    upstream.mode = "tools"
+    status, _, body = ask(front, "POST", CHAT, QUESTION)
+    assert status == 400
+    assert error_of(body) == {
+        "message": "Failed to parse tools: 5", "type": "invalid_request_error", "param": None, "code": "bad_request"
+    }  # fmt: skip
+
+
 def test_a_stream_for_http_1_0_ends_with_the_connection(front):
     head = f"POST {CHAT} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    answer = raw(front, head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(STREAM), STREAM))
+    request = head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(STREAM), STREAM)
+    answer = raw(front, request, ends=False)
     headers, _, body = answer.partition(b"\r\n\r\n")
     assert b"chunked" not in headers
     assert body.startswith(b"data: {")

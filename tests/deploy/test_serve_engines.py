@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from serve_harness import Upstream, little_file, lives, running, stand_in, starts
 
 from fleetune import models
+from fleetune.common.display import message_text
 from fleetune.common.extras import pip_install
 from fleetune.deploy import export
 from fleetune.deploy.serving import engines, openai_client, threads
@@ -183,7 +184,8 @@ def test_one_that_says_much_and_dies_is_heard_out(path, gguf):
     (path / "broken").touch()
     with pytest.raises(FleetuneError, match="exit code 1") as died:
         engines.started(LLAMA, gguf, 1, 512).__enter__()
-    assert str(died.value.hint).endswith("line 199999\ntensor 'blk.0' is missing")
+    told = message_text(str(died.value.hint))
+    assert told.endswith("line 199999\n  tensor 'blk.0' is missing"), "lines of their own, none an escape"
 
 
 def _soon(state):

@@ -216,9 +216,9 @@ def test_a_family_that_has_no_place_in_gguf_is_not_told_to_compress_again(tmp_pa
     )
     models.save(AutoModelForCausalLM.from_config(config), tokenizer(), tmp_path / "m")
     found = compression(tmp_path, tmp_path / "m")
-    with pytest.raises(UsageError, match="not for 'gptj'") as refused:
+    with pytest.raises(UsageError, match="not written for a 'gptj'") as refused:
         tunable_file.of(found, "scales", lambda _: None)
-    assert refused.value.hint == "export to a directory instead: --to hf"
+    assert refused.value.hint == f"export it and tune all weights: fleetune export {found.argument} --to hf"
 
 
 def test_of_a_file_of_several_types_those_that_can_be_are_tuned(tmp_path: Path) -> None:

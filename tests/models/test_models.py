@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_the_old_model(
 
 
 def test_staged_keeps_the_first_of_two(tmp_path: Path) -> None:
-    with staged(tmp_path / "a") as outer:
+    with pytest.raises(StorageError, match="a has appeared meanwhile"), staged(tmp_path / "a") as outer:
         (outer / "who").write_text("outer")
         with staged(tmp_path / "a") as inner:
             (inner / "who").write_text("inner")

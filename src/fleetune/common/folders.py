@@ -94,7 +94,7 @@ def staged(target: Path, *, replace: str | None = None, private: bool = False) -
     """Give a hidden folder beside `target` that becomes `target` when the block ends without an error.
 
     Files and folders get the mode that the umask gives (`private`: the owner's alone) and are flushed to the disk before
-    the rename.  An existing `target` stays and the new one is dropped (another process was faster).  With `replace`, a file's
+    the rename.  An existing `target` stays: StorageError (another process was faster).  With `replace`, a file's
     name, a target that is empty or holds that file is replaced; StorageError if it is something else.  An
     operating-system error in the block becomes a StorageError; `target` is as it was.
     A killed process leaves at most a folder that the next `scratch` there removes.
@@ -137,15 +137,25 @@ def _flush_tree(folder: Path, mode: int) -> None:
 def _rename(temporary: Path, target: Path, replace: str | None) -> None:
     if not target.exists():
         temporary.rename(target)
-    elif replace is not None:
-        old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        target.rename(old)
-        try:
-            temporary.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        return
+    if replace is None:
+        raise appeared(target)
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    target.rename(old)
+    try:
+        temporary.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def appeared(target: Path) -> StorageError:
+    """Return the error for a place that was free when the work began, and is taken at its end."""
+    return StorageError(
+        f"{target} has appeared meanwhile; it is left alone, and what was to be written there is dropped",
+        hint="choose a new place",
+    )
 
 
 @contextmanager

@@ -2,15 +2,16 @@
 """Read the source of an export one tensor at a time, under transformers' parameter names.
 
 A source is a master artefact (`artefact.Master`) or a plain Hugging Face directory (`PlainFolder`).  A `Checkpoint`
-gives either the names of transformers: a model built from the configuration on the meta device says which parameters
-there are, which of them are one tensor (tied embeddings) and which belong to linear layers.  The source must hold
-every one of them and nothing else; it may hold a parameter in parts (`joining.py`).
+gives either the names of transformers: the `state_dict` of a model built from the configuration on the meta device says which
+tensors there are, buffers among them, which of them are one (tied embeddings) and which belong to linear layers.  The source
+must hold every one of them and nothing else; it may hold a parameter in parts (`joining.py`).
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +29,7 @@ from fleetune.models.artefact_folder import is_master
 from fleetune.models.families.widths import build
 from fleetune.models.hf_folder import check_folder, config_of, is_encoder
 
-BUFFERS: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
+COMPUTED: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
 
 
 class PlainFolder:
@@ -49,7 +50,7 @@ class PlainFolder:
     @property
     def names(self) -> list[str]:
         """The parameters in the order of their names."""
-        return sorted(name for name in self._files if not name.endswith(BUFFERS))
+        return sorted(name for name in self._files if not name.endswith(COMPUTED))
 
     def quantised(self, name: str) -> None:
         """Return None: nothing in a plain directory is quantised."""
@@ -88,37 +89,40 @@ class Checkpoint:
                 hint="save it as it is: an encoder's directory is ready for transformers",
             )
         net = build(self.config)
-        self.shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}  # tied ones once
-        self.linears = frozenset(f"{n}.weight" for n, m in net.named_modules() if isinstance(m, nn.Linear))
+        state: dict[str, Tensor] = net.state_dict(keep_vars=True)
         self._joined = JoinedSource(source, net)
-        self._stored = _stored_names(net, self._joined)
+        self._stored = _stored_names(net, state, self._joined)
+        self.shapes = {name: tuple(state[name].shape) for name in self._stored}
+        self.buffers = self.shapes.keys() - dict(net.named_parameters())
+        self.linears = frozenset(f"{n}.weight" for n, m in net.named_modules() if isinstance(m, nn.Linear))
 
     @property
     def names(self) -> list[str]:
-        """The parameters; a tied one under the name of the input embedding."""
+        """The parameters and the `buffers`; a tied one under the name of the input embedding."""
         return list(self.shapes)
 
     def stored_name(self, name: str) -> str:
-        """Return the name under which the source has a parameter."""
+        """Return the name under which the source has a tensor."""
         return self._stored[name]
 
     def quantised(self, name: str) -> Quantised | None:
-        """Return the codes of a parameter; None for a dense one."""
+        """Return the codes of a tensor; None for a dense one."""
         q = self._joined.quantised(self._stored[name])
         if q is not None:
             self._check_shape(name, q.shape)
         return q
 
     def weight(self, name: str) -> Tensor:
-        """Return the values of a parameter: float32 for a quantised one, else in the stored dtype."""
+        """Return the values of a tensor: float32 for a quantised one, else in the stored dtype."""
         weight = self._joined.weight(self._stored[name])
         self._check_shape(name, tuple(weight.shape))
         return weight
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype of what is not quantised, taken from its smallest tensor."""
-        return self.weight(min(self.shapes, key=lambda name: (len(self.shapes[name]), name))).dtype
+        """The dtype of the parameters that are not quantised, taken from the smallest of them."""
+        names = self.shapes.keys() - self.buffers
+        return self.weight(min(names, key=lambda name: (len(self.shapes[name]), name))).dtype
 
     @property
     def compressed(self) -> bool:
@@ -133,12 +137,12 @@ class Checkpoint:
             )
 
 
-def _stored_names(net: PreTrainedModel, source: TensorSource) -> dict[str, str]:
-    """Return for each parameter the name that the source stores it under."""
+def _stored_names(net: PreTrainedModel, state: Mapping[str, Tensor], source: TensorSource) -> dict[str, str]:
+    """Return for each tensor of a net's `state`, tied ones once, the name that the source stores it under."""
     aliases: dict[int, list[str]] = {}
-    for name, parameter in net.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    front, written = f"{net.base_model_prefix}.", _written_names(net)
+    for name, tensor in state.items():
+        aliases.setdefault(id(tensor), []).append(name)
+    front, written = f"{net.base_model_prefix}.", _written_names(net, state)
     has = set(source.names)
     stored, known = dict[str, str](), set[str]()
     for identity, names in aliases.items():
@@ -160,10 +164,10 @@ def _stored_names(net: PreTrainedModel, source: TensorSource) -> dict[str, str]:
     return stored
 
 
-def _written_names(net: PreTrainedModel) -> dict[int, list[str]]:
-    """Return the names under which transformers writes each parameter that it writes whole, by its identity."""
-    whole: dict[int, list[str]] = {id(parameter): [] for parameter in net.parameters()}
-    for name, tensor in revert_weight_conversion(net, dict(net.named_parameters())).items():
+def _written_names(net: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[int, list[str]]:
+    """Return the names under which transformers writes each tensor that it writes whole, by its identity."""
+    whole: dict[int, list[str]] = {id(tensor): [] for tensor in state.values()}
+    for name, tensor in revert_weight_conversion(net, dict(state)).items():
         if id(tensor) in whole:
             whole[id(tensor)].append(name)
     return whole

@@ -14,12 +14,12 @@ from typing import Final
 
 from fleetune import models
 from fleetune.common.files import default_mode, storage_error
-from fleetune.common.folders import scratch, staged
+from fleetune.common.folders import appeared, scratch, staged
 from fleetune.deploy import alternatives, provenance
 from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
 from fleetune.deploy.formats import AdapterFormat, Misfit, ModelFormat, Report
 from fleetune.deploy.targets import Target, check_place, find
-from fleetune.errors import StorageError, UsageError
+from fleetune.errors import UsageError
 from fleetune.models.artefact_folder import is_master
 from fleetune.models.families.widths import has_block_widths
 from fleetune.models.gguf import convert
@@ -87,8 +87,8 @@ def export_adapter(
     check_adapter(adapter, to)
     target = find(to)
     writer: AdapterFormat = target.load()
-    with _staged(target, out) as place:
-        model = None if base is None else open_checkpoint(base)
+    model = None if base is None else open_checkpoint(base)
+    with _staged(target, out) as place, _hinted(model):
         report = writer.write(adapter, model, place, target.kind, made)
     return dataclasses.replace(report, path=out)
 
@@ -120,12 +120,12 @@ def load(source: Path) -> Model:
 
 
 @contextmanager
-def _hinted(model: Checkpoint) -> Iterator[None]:
+def _hinted(model: Checkpoint | None) -> Iterator[None]:
     """Name the targets that can hold the model where the format says that it cannot."""
     try:
         yield
     except Misfit as misfit:
-        hint = alternatives.hint(model, misfit.remedy)
+        hint = alternatives.hint(model, misfit.remedy) if model else misfit.hint
         raise UsageError(misfit.message, hint=hint) from misfit
 
 
@@ -151,10 +151,13 @@ def _staged_file(out: Path) -> Iterator[Path]:
             with file.open("rb+") as written:
                 os.fsync(written.fileno())
             file.chmod(default_mode())
-            if out.exists():
-                raise StorageError(
-                    f"{out} has appeared meanwhile; it is left alone", hint="choose a new --path"
-                )
-            file.rename(out)
+            try:
+                os.link(file, out)  # which fails where a rename would replace what has appeared there
+            except FileExistsError:
+                raise appeared(out) from None
+            except OSError:  # a file system without hard links
+                if out.exists():
+                    raise appeared(out) from None
+                file.rename(out)
     except OSError as error:
         raise storage_error(error, out) from error

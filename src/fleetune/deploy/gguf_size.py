@@ -17,15 +17,15 @@ from fleetune.errors import UsageError
 from fleetune.models.artefact import ArtefactHead
 from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families.widths import mark_config
-from fleetune.models.model import Model, named_tensors
+from fleetune.models.model import Model, stored_tensors
 
 
 class _Names:
-    """The names of a model's parameters, as a source that is asked for no values."""
+    """The names of a model's tensors, as a source that is asked for no values."""
 
     def __init__(self, model: Model, folder: Path) -> None:
         self.folder = folder
-        self.names = [name for name, _ in named_tensors(model.net)]
+        self.names = [name for name, _ in stored_tensors(model.net)]
 
     def quantised(self, name: str) -> None:
         """Return None: nothing is compressed yet."""

@@ -108,11 +108,11 @@ def apply(path: Path, patch: Patch, out: Path | None = None, listener: Listener 
     """
     path = path.resolve()  # a link stays one
     if out is not None:
-        if os.path.lexists(out):
-            raise UsageError(f"{out} exists already", hint="choose a new name: nothing is overwritten")
         require_folder(out)
-        require_base(path, patch, listener)
         with _alone(out):
+            if os.path.lexists(out):
+                raise UsageError(f"{out} exists already", hint="choose a new name: nothing is overwritten")
+            require_base(path, patch, listener)
             write(path, patch, out, listener=listener)
         return None
     _require_file(path)

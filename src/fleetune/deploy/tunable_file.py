@@ -17,7 +17,6 @@ from fleetune.deploy import provenance, targets
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import Report, gguf
-from fleetune.deploy.formats._gguf_header import check_config
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.families import table
 from fleetune.models.gguf.convert import ARCHITECTURES
@@ -75,12 +74,13 @@ def _types_of(found: Compressed, part: str) -> dict[str, str]:
     UsageError where the file would have no such `part` (scales or codes), or would not be read.
     """
     model, request = open_checkpoint(found.model), found.request
-    check_config(model.config)
-    family, experts = table.architecture(model.config), any(".experts." in name for name in model.names)
-    if family not in ARCHITECTURES or experts:
+    why, experts = table.misfit(model.config), any(".experts." in name for name in model.names)
+    if why is None and ((family := table.architecture(model.config)) not in ARCHITECTURES or experts):
         what = "mixtures of experts" if experts else f"models of architecture {family}"
+        why = f"GGUF files of {what} are not read, so no {part} of one are tuned"
+    if why is not None:
         raise UsageError(
-            f"{found.argument}: GGUF files of {what} are not read, so no {part} of one are tuned",
+            f"{found.argument}: {why}",
             hint=f"export it and tune all weights: {command('export', found.argument, '--to', 'hf')}",
         )
     able = f"--train {part} is for blocks of {', '.join(HALVES)}"

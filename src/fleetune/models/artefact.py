@@ -53,7 +53,7 @@ from fleetune.models import seals
 from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.families.widths import mark_config
-from fleetune.models.model import Model, named_tensors
+from fleetune.models.model import Model, stored_tensors
 from fleetune.models.superblocks import SUPER_TYPES, SuperBlocks
 from fleetune.models.tensor_file import write_in_turn
 
@@ -288,8 +288,8 @@ def assembled(
 def _merged(
     model: Model, changed: Mapping[str, Quantised | Tensor]
 ) -> Iterator[tuple[str, Quantised | Tensor]]:
-    """Yield (name, value) of every parameter in name order, with one of them in memory at a time."""
-    for name, tensor in named_tensors(model.net):
+    """Yield (name, value) of every tensor of a checkpoint in name order, with one of them in memory at a time."""
+    for name, tensor in stored_tensors(model.net):
         yield name, changed.get(name, tensor)
 
 

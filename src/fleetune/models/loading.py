@@ -372,7 +372,8 @@ def _sizes(path: Path, stored: Mapping[str, Stored] | None) -> tuple[int, int]:
 def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Read all tensors of a directory in `dtype`, mapping the file anew for each so that read pages are given back."""
     if is_master(path):
-        return {name: weight.to(dtype) for name, weight in Master(path).items()}
+        every = Master(path).items()
+        return {name: w.to(dtype) if w.is_floating_point() else w for name, w in every}
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path):
         with safe_open(file, "pt") as whole:

@@ -86,19 +86,27 @@ class Model:
         if place.exists():
             raise ModelError(f"{place} exists already", hint="choose a new place: nothing is overwritten")
         self.merge()
-        saving.save(self.net, self.tokenizer, place)
+        saving.save(self.net, self.tokenizer, place, replace=False)
         return place
 
 
 def named_tensors(net: PreTrainedModel) -> list[tuple[str, Tensor]]:
     """Return the parameters in name order; tied ones once, under the first of their names."""
-    seen: set[int] = set()
-    found = []
-    for name, tensor in sorted(net.named_parameters(remove_duplicate=False), key=lambda item: item[0]):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found.append((name, tensor))
-    return found
+    return _once(net.named_parameters(remove_duplicate=False))
+
+
+def stored_tensors(net: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """Return what a checkpoint holds, as `named_tensors` does: the parameters, and the buffers that are no function of the
+    configuration (the bias by which a router chooses experts, say).
+    """
+    return _once(net.state_dict(keep_vars=True).items())
+
+
+def _once(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in sorted(named, key=lambda item: item[0]):
+        first.setdefault(id(tensor), (name, tensor))
+    return list(first.values())
 
 
 class Pieces(NamedTuple):

@@ -33,18 +33,23 @@ def quiet() -> Iterator[None]:
 
 
 def save(
-    net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, card: str | None = None
+    net: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    card: str | None = None,
+    replace: bool = True,
 ) -> None:
     """Write a Hugging Face directory: configuration, safetensors, tokenizer, chat template, README (`card`).
 
     Tied weights are written once; file modes follow the umask.  Whole or not at all: an existing model
     directory is replaced when the new one is complete.  StorageError when the disk is full or not writable,
-    or `path` holds something that is not a model.
+    or `path` holds something that is not a model (without `replace`: is there).
     """
     path = Path(path)
     if any(".base_layer." in name for name, _ in net.named_parameters()):
         raise ModelError("the model still carries adapters", hint="merge or detach them before saving")
-    with staged(path, replace="config.json") as folder, disk_errors(path), quiet():
+    with staged(path, replace="config.json" if replace else None) as folder, disk_errors(path), quiet():
         net.save_pretrained(folder)
         mark_config(folder)
         tokenizer.save_pretrained(folder)

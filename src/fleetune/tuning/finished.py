@@ -328,7 +328,7 @@ def export_hf(model: Model, out: Path, *, card: str | None = None, stated: str |
     merge_weights(model)
     digest = models.digest(models.named_tensors(model.net))
     require_digest(digest, stated, "the ledger")
-    models.save(model.net, model.tokenizer, out, card=card)
+    models.save(model.net, model.tokenizer, out, card=card, replace=False)
     return digest
 
 

@@ -92,9 +92,10 @@ def _parts(model: Any, tokenizer: Any) -> tuple[Any, Any]:
 def _content_digest(net: Any, tokenizer: Any) -> str:
     """SHA-256 of all that a saved directory holds: weights, configuration, tokenizer and chat template."""
     from fleetune import models
+    from fleetune.models.model import stored_tensors
 
     parts = [
-        models.digest(models.named_tensors(net)), net.config.to_json_string(), models.tokenizer_digest(tokenizer),
+        models.digest(stored_tensors(net)), net.config.to_json_string(), models.tokenizer_digest(tokenizer),
         str(tokenizer.chat_template),
     ]  # fmt: skip
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

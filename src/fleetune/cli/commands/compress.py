@@ -217,11 +217,14 @@ def _latest(folder: Path) -> list[tuple[str, str]]:
 
 
 def _next_target(model: Path) -> str:
-    """Return a target that holds the result without loss: gguf if a GGUF file can, else hf."""
+    """Return a target that holds the result without loss: gguf or compressed-tensors where these keep its codes, else hf."""
     from fleetune.deploy.checkpoint import open_checkpoint
-    from fleetune.deploy.formats import gguf
+    from fleetune.deploy.formats import compressed_tensors, gguf
 
-    return "gguf" if gguf.exact_target(open_checkpoint(model), sample=True) == "gguf" else "hf"
+    found = open_checkpoint(model)
+    if gguf.exact_target(found, sample=True) == "gguf":
+        return "gguf"
+    return compressed_tensors.exact_target(found) or "hf"
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

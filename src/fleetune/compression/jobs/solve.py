@@ -130,6 +130,7 @@ def prepare(
     longer than the model's context.
     """
     from fleetune.compression.layerwise import driver
+    from fleetune.models.families import table
 
     try:
         driver.check(inputs.model, solver, experts=_takes_experts(request))
@@ -137,6 +138,8 @@ def prepare(
         if budget.asked(request):
             error.hint = f"leave out {budget.flag_of(request)}; then {error.hint}"
         raise
+    if (why := table.misfit(inputs.model.net.config)) is not None:
+        listener.note(f"no GGUF file can be made of the result: {why}")
     if not solver.data:
         for asked, flag in (
             (request.calibrate in (CLIENTS, FLEET), "--calibrate"), (request.true_sequential, "--true-sequential")

@@ -13,13 +13,12 @@ from typing import Any, Final
 import gguf
 from gguf import LlamaFileType
 
-from fleetune.errors import UsageError
+from fleetune.deploy.formats import Misfit
 from fleetune.models.families import rope, table, widths
 from fleetune.models.gguf.reader import Reader
 from fleetune.models.tensor_file import damaged
 
 PHI3_TOKENS: Final = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
-INSTEAD: Final = "export to a directory instead: --to hf"
 UNREADABLE: Final = (  # what the gguf package raises for a file that is none, or is damaged
     OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
 )  # fmt: skip
@@ -34,18 +33,11 @@ def open_written(path: Path) -> Reader:
 
 
 def check_config(config: Any) -> None:
-    """Raise UsageError for a configuration that has no place in GGUF, whatever the weights."""
-    if config.model_type not in table.FAMILIES:
-        raise UsageError(f"GGUF files {table.unknown(config)}", hint=INSTEAD)
-    if widths.has_block_widths(config) and config.model_type != "llama":
-        raise UsageError(
-            f"GGUF has no place for blocks of different widths in a {config.model_type}",
-            hint=INSTEAD
-            if config.model_type == "qwen2"
-            else "--to hf, or prune it again with --set first=0 --set last=0, which leaves all blocks alike",
-        )
+    """Raise Misfit for a configuration that has no place in GGUF, whatever the weights."""
     if (why := table.misfit(config)) is not None:
-        raise UsageError(f"GGUF has no place for {why}", hint=INSTEAD)
+        remedy = "prune it again with --set first=0 --set last=0, which leaves all blocks alike"
+        alike = widths.has_block_widths(config) and config.model_type == "qwen3"
+        raise Misfit(why, remedy=remedy if alike else "")
 
 
 def notes_on(config: Any) -> list[str]:

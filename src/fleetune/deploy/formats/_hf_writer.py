@@ -157,9 +157,9 @@ def packed(
     besides: Collection[str] = (),
     experts: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file: the `parts` of what is quantised, the rest in 16 bits; `rounded` gets what changed.
+    """Yield the tensors of a file: the `parts` of what is quantised, buffers as they are, the rest in 16 bits.
 
-    Those called `besides` are left out; `layers` and `experts` as for `write_codes`.
+    `rounded` gets what changed.  Those called `besides` are left out; `layers` and `experts` as for `write_codes`.
     """
     for name in model.names:
         if name in besides:
@@ -169,7 +169,7 @@ def packed(
             if isinstance(weight, Quantised):
                 yield from parts(layer, weight)
                 continue
-            dense = half(name, weight)
+            dense = weight if name in model.buffers else half(name, weight)
             if bool((dense.float() != weight.float()).any()):
                 rounded.add(name)
             yield layer, dense

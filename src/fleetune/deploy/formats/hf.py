@@ -55,7 +55,7 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in model.names:
             weight = model.weight(name)
-            cast = weight.to(dtype)
+            cast = weight if name in model.buffers else weight.to(dtype)
             if bool((cast.float() != weight.float()).any()):
                 rounded.add(name)
             if bool(cast.isinf().any()) and not bool(weight.isinf().any()):

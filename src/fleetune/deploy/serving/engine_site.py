@@ -91,7 +91,8 @@ class EngineSite:
     def _forward(self, exchange: Exchange, body: bytes) -> None:
         """Pass a request on, and its answer back: as it comes where it is a stream."""
         exchange.hold()
-        with proxy.answered(self._engine_for(body), exchange.command, exchange.path, body) as response:
+        engine, client = self._engine_for(body), exchange.connection
+        with proxy.answered(engine, exchange.command, exchange.path, body, client) as response:
             kind = response.headers.get("Content-Type", "application/json")
             if not kind.startswith("text/event-stream"):
                 answer = proxy.whole(response)

@@ -192,7 +192,7 @@ class Running:
             if time.monotonic() > end:
                 raise FleetuneError(
                     f"{self.engine.name} has not loaded {self.options.model} within {seconds:.0f} s",
-                    hint="see what it says: " + (self.tail() or "nothing"),
+                    hint=self._last_words(),
                 )
             time.sleep(0.05)
 
@@ -204,7 +204,7 @@ class Running:
         how = f"exit code {code}" if code is None or code >= 0 else f"killed by signal {-code}"
         return FleetuneError(
             f"the engine {self.engine.name} has ended ({how})",
-            hint="its last words: " + (self.tail() or "none"),
+            hint=self._last_words(),
         )
 
     @contextmanager
@@ -219,8 +219,11 @@ class Running:
                 raise self.exit_error() from error
             raise FleetuneError(
                 f"the answer of {self.engine.name} broke off: {error!r}",
-                hint="its last words: " + (self.tail() or "none"),
+                hint=self._last_words(),
             ) from error
+
+    def _last_words(self) -> str:
+        return "its last words: " + (self.tail().replace("\n", "\n  ") or "none")  # as a message has lines
 
     def tail(self) -> str:
         """Return the last lines of the engine's output."""

@@ -299,13 +299,12 @@ def architecture(config: Any) -> str:
 
 
 def misfit(config: Any) -> str | None:
-    """Return what of a configuration of a known family llama.cpp cannot express; None when it can all."""
-    return family_of(config).unmet(config)
-
-
-def unknown(config: Any) -> str:
-    """Say for what files are written, where a configuration has no record."""
-    return f"are written for {', '.join(FAMILIES)}, not for '{config.model_type}'"
+    """Return why no GGUF file can be made of a configuration; None when one can."""
+    if (kind := config.model_type) not in FAMILIES:
+        return f"GGUF files are not written for a '{kind}' (docs/models.md lists the families)"
+    narrow = widths.has_block_widths(config) and kind != "llama"
+    what = f"blocks of different widths in a {kind}" if narrow else family_of(config).unmet(config)
+    return what and f"GGUF has no place for {what}"
 
 
 def is_shifted(config: Any, tensor: str) -> bool:
