@@ -463,7 +463,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("tuning/methods/_adapter.py", "by_layer(model.net) if how.checkpointing else nullcontext()", "by_layer(model.net)", "tuning/methods/test_checkpointed_rounds.py"),
     Mutant("tuning/methods/fedkseed.py", "server_lr=round(math.sqrt(clients), 3)", "server_lr=float(clients)", "tuning/test_rates.py -k root_of"),
     Mutant("tuning/methods/fedkseed.py", 'if self.server != "avg" or self.backprop:', 'if self.server != "avg":', "tuning/test_rates.py -k root_of"),
-    Mutant("tuning/prepare.py", 'mean = recipe.aggregation == "mean"', "mean = True", "tuning/test_rates.py -k root_of"),
+    Mutant("tuning/prepare.py", 'mean = robust.parse(recipe.aggregation).name in ("mean", "norm-clip")', "mean = True", "tuning/test_rates.py -k root_of"),
     Mutant("tuning/prepare.py", "names = rates.wanted(recipe) if find else []", "names = []", "tuning/test_rates.py"),
     Mutant("common/files.py", "if os.path.exists(path) and not os.path.isfile(path):", "if False:", "common/test_files.py"),
     Mutant("tuning/estimate.py", "budget = SPARE * within", "budget = 9 * within", "tuning/test_estimate.py"),

@@ -7,6 +7,9 @@ their median (`allowed`) is refused.  How far a reply goes is the method's to sa
 2019, arXiv 1911.07963 ("norm thresholding"), cut such an update down to the bound; here it is left out, since what is
 known to be wrong need not be used in part.
 
+- Rows weigh in a mean, and are what a client says of itself.  Where the rule bounds them (`mean:TIMES`), a reply counts at
+  most so many times the median rows of those that were asked, and its rows times its distance stay within the bound
+  too: no reply moves the mean further than one of the median rows may.
 - Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
   may send fewer than it was asked for, and the slack is not its to choose.
 - With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.
@@ -54,6 +57,7 @@ class Kept(NamedTuple):
     agreed: int | None  # numbers that a reply of its form has at most; None: any
     numbers: int  # in its arrays
     distance: float
+    n: int  # rows that it counts; 0 where the method sends none
 
 
 class Round(NamedTuple):
@@ -64,6 +68,7 @@ class Round(NamedTuple):
     rows: Sequence[int]  # of every client
     state: Any
     kind: Callable[[int], int] = lambda client: 0  # of a client that was asked
+    most: float = math.inf  # rows that a reply counts at most
 
 
 class Replies:
@@ -114,9 +119,11 @@ class Replies:
             self.bytes_down += answer.sent
             self.bytes_up += len(answer.data or b"")
             self._take(answer)
-        self.kept.sort(key=lambda kept: (kept.answer.client, kept.answer.late))
         for kept, reason in too_far(self.kept):
             self._refuse(kept, reason)
+        if self.rule.times < math.inf:
+            self.kept = lighter(self.kept)
+        self.kept.sort(key=lambda kept: (kept.answer.client, kept.answer.late))
 
     def _take(self, answer: Answer) -> None:
         payload, status, reason = None, answer.status, cut_reason(answer.reason)
@@ -135,6 +142,8 @@ class Replies:
         sent, spec = self._kinds(asked)[asked.kind(answer.client)]
         payload = check(decode(data), spec, round=asked.number, base=asked.base)
         _check_rows(payload, self.round.rows[answer.client])
+        n = int(min(payload.scalars.get("n", 0), self.round.most))
+        payload = _counting(payload, n)
         try:
             distance = methods.distance_of(self.method, asked.state, sent, self._reply(answer, payload))
         except (MessageError, MemoryError):
@@ -145,7 +154,7 @@ class Replies:
         arrays = payload.arrays
         numbers = sum(a.size for a in arrays.values())
         self.kept.append(Kept(
-            answer._replace(data=None), self._spool.store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance,
+            answer._replace(data=None), self._spool.store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance, n,
         ))  # fmt: skip
         return payload
 
@@ -199,7 +208,7 @@ class Replies:
     # One reply ------------------------------------------------------------------------------------------
 
     def _payload(self, kept: Kept) -> Payload:
-        return decode(self._spool.read(kept.offset, kept.size)).payload
+        return _counting(decode(self._spool.read(kept.offset, kept.size)).payload, kept.n)
 
     def _refuse(self, kept: Kept, reason: str) -> None:
         """Leave out a reply that had been taken; its client's event is written again."""
@@ -228,6 +237,30 @@ def _check_rows(payload: Payload, rows: int) -> None:
     claimed = payload.scalars.get("n")
     if isinstance(claimed, int) and claimed > rows:
         raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
+
+
+def _counting(payload: Payload, n: int) -> Payload:
+    """Return the payload with the rows that it counts."""
+    return Payload(payload.arrays, {**payload.scalars, "n": n}) if n else payload
+
+
+def most_rows(rows: Sequence[int], rule: Rule, max_rows: int) -> float:
+    """Return how many rows a reply counts at most; `rows` are those of the clients that are asked, `max_rows` 0 is any number."""
+    most = max_rows or math.inf
+    return min(most, rule.times * usual(rows)) if rule.times < math.inf else most
+
+
+def lighter(kept: Sequence[Kept]) -> list[Kept]:
+    """Return the replies with fewer rows where rows times distance are more than `bound` times the medians of their kind."""
+    found = []
+    for kind in dict.fromkeys(k.kind for k in kept):
+        same = [k for k in kept if k.kind == kind]
+        middle = median([k.distance for k in same]) * usual([k.n for k in same])
+        found += [
+            k._replace(n=int(min(k.n, bound(k, same) * middle / k.distance))) if k.distance else k
+            for k in same
+        ]
+    return found
 
 
 def too_far(kept: Sequence[Kept]) -> list[tuple[Kept, str]]:

@@ -30,7 +30,7 @@ from fleetune.tuning.course import Course
 from fleetune.tuning.fleets import Fleet
 from fleetune.tuning.messages import Message, Payload, encode
 from fleetune.tuning.methods import Method
-from fleetune.tuning.replies import Replies, Round
+from fleetune.tuning.replies import Replies, Round, most_rows
 from fleetune.tuning.robust import MEAN, Rule
 from fleetune.tuning.watch import advice
 
@@ -79,6 +79,7 @@ class RoundPlan:
     late: int = 0  # rounds that a reply may come late and still count
     patience: int = 0  # evaluated rounds in a row without a better one after which the run ends; 0: never
     keep_best: bool = False  # whether the best evaluated round's state is the result
+    max_rows: int = 0  # that a reply counts at most; 0: any number
 
     @property
     def kept(self) -> int:
@@ -256,7 +257,8 @@ def _played(
     goal = share_of(len(present) + fleet.busy, plan.participation)
     chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection, fleet.busy)
     kinds = {client: fleet.kind(client) for client in chosen}
-    asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__)
+    most = most_rows([fleet.rows[client] for client in chosen], plan.rule, plan.max_rows)
+    asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__, most)
     with Replies(method, asked, run, hooks.emit, plan.rule, past) as replies:
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
         messages = {client: coded[kind] for client, kind in kinds.items()}

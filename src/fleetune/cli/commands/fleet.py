@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.cli import door_flags, fleet_runs, recipe_flags
 from fleetune.cli.commands.tune import finish, screen
@@ -20,7 +20,6 @@ from fleetune.errors import RecipeError, UsageError
 from fleetune.fleet import PAGE_PORT, PORT
 from fleetune.runs import rundir
 from fleetune.tuning import recipe as recipes
-from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from fleetune.fleet.page import LivePage
@@ -134,12 +133,14 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     path = rundir.find(args.resume, Path(args.out)) if args.resume else None
     if path is not None:
         recipe_flags.check_resume(args, path, "fleetune fleet serve --resume")
-    recipe = None if path else _recipe(args)
+    values = {} if path else _values(args)
+    recipe = recipes.make(values) if values else None
     page, fleets = _page(args, ui), door_flags.served(args)
     if recipe:
         recipe_flags.check_model(recipe.model, args.out, recipes.part(recipe))
         recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
+        recipe = fleets.settled(recipe, ruled="aggregation" in values)
     from fleetune.tuning import run as running
 
     with screen(ui, path) as shown, page as fleets.page, fleets:
@@ -162,7 +163,7 @@ def _page(args: argparse.Namespace, ui: Ui) -> AbstractContextManager[LivePage |
     return page.opened(page.PagePlace.of(args.page, args.page_token), ui.note)
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def _values(args: argparse.Namespace) -> Mapping[str, Any]:
     values = recipe_flags.keys(args, args.config)
     if not args.config and "model" not in values:
         raise UsageError(
@@ -171,7 +172,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         )
     if "sweep" in values:
         raise RecipeError([f"{args.config} is the recipe of a sweep, which runs in the simulator alone"])
-    return recipes.make(values)
+    return values
 
 
 def _eval(args: argparse.Namespace, ui: Ui) -> None:
@@ -289,7 +290,7 @@ def _split(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError("where to?", hint="--to DIR")
     from fleetune.planning import choose
 
-    recipe = choose.settled_method(_recipe(args), ui.note, offline=args.offline)
+    recipe = choose.settled_method(recipes.make(_values(args)), ui.note, offline=args.offline)
     parts = prepare.split(recipe, methods.entry(recipe.method), offline=args.offline)
     folder = Path(args.to)
     folder.mkdir(parents=True, exist_ok=True)

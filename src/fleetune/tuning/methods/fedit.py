@@ -231,7 +231,7 @@ class Method:
         _lora_start.check_files(self.start, self.start_data)
 
     def local_steps(self, rows: int) -> int:
-        return len(self.training().rates(rows))
+        return self.training().count(rows)
 
     def sized(self, steps: int, batch_size: int) -> Method:
         warmup = self.training().warmup_in(steps)

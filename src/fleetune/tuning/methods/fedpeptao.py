@@ -281,7 +281,8 @@ class Method:
         measured = rule.combining()
         for reply in replies:
             n, scalars = reply.payload.int("n"), reply.payload.scalars
-            variates.add(reply, self.training().rates(n))
+            how = self.training()
+            variates.add(reply, how.count(n), how.walked(n)[0])
             measured.add(n, {x: np.array(scalars.get(x, 0.0)) for x in ("personal", "common")})
         if not variates.answered:
             return state
@@ -310,7 +311,7 @@ class Method:
         adapters.load_(model, state.tensors)
 
     def local_steps(self, rows: int) -> int:
-        return len(self.training().rates(rows))
+        return self.training().count(rows)
 
     def sized(self, steps: int, batch_size: int) -> Method:
         return replace(self, steps=steps, batch_size=batch_size)
