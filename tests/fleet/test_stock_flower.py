@@ -133,7 +133,9 @@ def digest_of(out: str) -> str:
 def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulation(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = server_app.values_from("recipe.toml") | {"aggregation": "mean:4"}  # two SuperNodes outvote nobody
+    values = server_app.values_from("recipe.toml") | {
+        "aggregation": "mean:4"
+    }  # two SuperNodes outvote nobody
     simulated = fleetune.tune(recipes.make(values), out="simulated")
     grid = GridHere()
     grid.errors = [ErrorCode.NODE_UNAVAILABLE]  # the first job is lost, and given again
@@ -315,7 +317,9 @@ def test_with_flowers_own_programs_stopped_and_resumed(place: Path) -> None:
     Path("recipe.toml").write_text(
         RECIPE.replace("rounds = 2", "rounds = 30")
     )  # some must be left when it is stopped
-    values = server_app.values_from("recipe.toml") | {"aggregation": "mean:4"}  # two SuperNodes outvote nobody
+    values = server_app.values_from("recipe.toml") | {
+        "aggregation": "mean:4"
+    }  # two SuperNodes outvote nobody
     simulated = fleetune.tune(recipes.make(values), out="simulated")
     keys.make_certificate(Path("certs"), ["localhost", "127.0.0.1"])
     assert main(["fleet", "app", "app"]) == 0

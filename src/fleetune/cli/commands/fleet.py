@@ -195,7 +195,7 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> None:
-    """Print the figures of every device, and the means with their standard errors."""
+    """Print the figures of every device, the means, the standard errors and the medians."""
 
     def cells(base: float | None, tuned: float | None) -> list[str]:
         if base is None or tuned is None:
@@ -211,8 +211,17 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
     ]
     errors = map(error, (done.base_error, done.tuned_error, done.change_error))
     rows += [
-        ["", "mean by tokens", done.rows, done.tokens, *cells(done.base, done.tuned), ""],
+        [
+            "",
+            "mean by tokens",
+            done.rows,
+            done.tokens,
+            *cells(done.base, done.tuned),
+            f"{done.largest_share:.0%} of one device",
+        ],
         ["", "standard error", "", "", *errors, ""],
+        ["", "plain mean", "", "", *cells(done.base_plain, done.tuned_plain), ""],
+        ["", "median", "", "", *cells(done.base_median, done.median)[:2], f"{done.change_median:+.4f}", ""],
         ["", "perplexity", "", "", f"{done.base_perplexity:.3f}", f"{done.tuned_perplexity:.3f}", "", ""],
     ]
     ui.table(["client", "device", "rows", "tokens", "base", "tuned", "change", ""], rows, align="llrrrrrl")
