@@ -464,7 +464,7 @@ def test_the_slack_is_by_the_numbers_that_were_agreed(
 def test_where_any_length_was_agreed_the_usual_one_counts() -> None:
     def kept(client: int, numbers: int) -> replies.Kept:
         answer = Answer(client, client, None, "ok", "", 0.0, 0)
-        return replies.Kept(answer, 0, 0, frozenset("w"), None, numbers, 6.0 if client == 0 else 1.0, 1)
+        return replies.Kept(answer, 0, 0, frozenset("w"), None, numbers, 6.0 if client == 0 else 1.0, 1, 1.0)
 
     taken = [kept(0, 1), kept(1, 20), kept(2, 20), kept(3, 30)]
     assert [k.answer.client for k, _ in replies.too_far(taken)] == [0]

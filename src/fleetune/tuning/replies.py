@@ -9,7 +9,8 @@ known to be wrong need not be used in part.
 
 - Rows weigh in a mean, and are what a client says of itself.  Where the rule bounds them (`mean:TIMES`), a reply counts at
   most so many times the median rows of those that were asked, and its rows times its distance stay within the bound
-  too: no reply moves the mean further than one of the median rows may.
+  too: no reply moves the mean further than one of the median rows may.  That distance is the one of a client with the
+  median rows: steps that a claim of rows stands for would else make it short.
 - Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
   may send fewer than it was asked for, and the slack is not its to choose.
 - With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.
@@ -58,6 +59,7 @@ class Kept(NamedTuple):
     numbers: int  # in its arrays
     distance: float
     n: int  # rows that it counts; 0 where the method sends none
+    reach: float  # the distance of the same reply from a client with the median rows
 
 
 class Round(NamedTuple):
@@ -68,7 +70,7 @@ class Round(NamedTuple):
     rows: Sequence[int]  # of every client
     state: Any
     kind: Callable[[int], int] = lambda client: 0  # of a client that was asked
-    most: float = math.inf  # rows that a reply counts at most
+    usual: int = 0  # median rows of the clients that were asked
 
 
 class Replies:
@@ -81,6 +83,7 @@ class Replies:
         run: RunDir,
         emit: Callable[[ClientReply], None],
         rule: Rule = MEAN,
+        max_rows: int = 0,
         past: Mapping[int, Round] = MappingProxyType({}),
     ) -> None:
         self.method, self.round, self.emit, self.past = method, round, emit, past
@@ -92,6 +95,7 @@ class Replies:
         self.reason = ""  # of the first that failed
         self._spool = Spool(run.path, IN_MEMORY)
         self.rule = replace(rule, spool=self._spool)
+        self.most = min(max_rows or math.inf, rule.times * round.usual if rule.times < math.inf else math.inf)
         self._in_hand: Kept | None = None
 
     def __enter__(self) -> Replies:
@@ -141,11 +145,16 @@ class Replies:
         asked = self._asked(answer)
         sent, spec = self._kinds(asked)[asked.kind(answer.client)]
         payload = check(decode(data), spec, round=asked.number, base=asked.base)
-        _check_rows(payload, self.round.rows[answer.client])
-        n = int(min(payload.scalars.get("n", 0), self.round.most))
+        n = _rows_of(payload, self.round.rows[answer.client], self.most)
         payload = _counting(payload, n)
+
+        def distance_with(rows: int) -> float:
+            told = self._reply(answer, _counting(payload, rows))
+            return methods.distance_of(self.method, asked.state, sent, told)
+
         try:
-            distance = methods.distance_of(self.method, asked.state, sent, self._reply(answer, payload))
+            distance = distance_with(n)
+            reach = distance_with(self.round.usual) if n and self.rule.times < math.inf else distance
         except (MessageError, MemoryError):
             raise
         except FAULTS as error:
@@ -154,7 +163,7 @@ class Replies:
         arrays = payload.arrays
         numbers = sum(a.size for a in arrays.values())
         self.kept.append(Kept(
-            answer._replace(data=None), self._spool.store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance, n,
+            answer._replace(data=None), self._spool.store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance, n, reach,
         ))  # fmt: skip
         return payload
 
@@ -232,11 +241,14 @@ class Replies:
         ))  # fmt: skip
 
 
-def _check_rows(payload: Payload, rows: int) -> None:
-    """Raise MessageError for a client that claims more rows, and so more weight, than it is known to have."""
+def _rows_of(payload: Payload, rows: int, most: float) -> int:
+    """Return how many rows a reply counts, 0 where none are sent; MessageError for more than the client is known to have."""
     claimed = payload.scalars.get("n")
-    if isinstance(claimed, int) and claimed > rows:
+    if not isinstance(claimed, int):
+        return 0
+    if claimed > rows:
         raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
+    return int(min(claimed, most))
 
 
 def _counting(payload: Payload, n: int) -> Payload:
@@ -244,22 +256,15 @@ def _counting(payload: Payload, n: int) -> Payload:
     return Payload(payload.arrays, {**payload.scalars, "n": n}) if n else payload
 
 
-def most_rows(rows: Sequence[int], rule: Rule, max_rows: int) -> float:
-    """Return how many rows a reply counts at most; `rows` are those of the clients that are asked, `max_rows` 0 is any number."""
-    most = max_rows or math.inf
-    return min(most, rule.times * usual(rows)) if rule.times < math.inf else most
-
-
 def lighter(kept: Sequence[Kept]) -> list[Kept]:
-    """Return the replies with fewer rows where rows times distance are more than `bound` times the medians of their kind."""
+    """Return the replies with fewer rows where rows times reach are more than `bound` times the medians of their kind."""
     found = []
     for kind in dict.fromkeys(k.kind for k in kept):
         same = [k for k in kept if k.kind == kind]
-        middle = median([k.distance for k in same]) * usual([k.n for k in same])
-        found += [
-            k._replace(n=int(min(k.n, bound(k, same) * middle / k.distance))) if k.distance else k
-            for k in same
-        ]
+        middle = median([k.reach for k in same]) * usual([k.n for k in same])
+        for k in same:
+            most = bound(k, same) * middle / k.reach if k.n and k.reach else k.n
+            found.append(k._replace(n=int(min(k.n, max(1.0, most)))))
     return found
 
 

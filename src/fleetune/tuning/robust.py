@@ -13,7 +13,7 @@ A method adds each reply as named arrays (`Rule.combining`, then `add`), and get
 - All rules but the mean count every client once.  Rows are what a client says of itself, so a weight by rows would be the
   liar's to choose; and the bounds of Yin et al. are for equal weights.
 - Portnoy et al. cut weights so that a given share of the clients has at most a given weight together; a multiple of the
-  median does so too, and needs no guess of how many lie.  `replies.py` cuts them (`most_rows`, `lighter`).
+  median does so too, and needs no guess of how many lie.  `replies.py` cuts them (`Replies.most`, `lighter`).
 - Size is the root mean square of a move's numbers.  The vote's step has that size, so a learning rate means the same
   under every rule (the paper and FeedSign, arXiv 2501.17610, agree on a constant instead).
 - A number that a client could not have is NaN: a direction that its walk did not meet.  A coordinate is then combined among

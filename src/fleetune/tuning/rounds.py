@@ -30,8 +30,8 @@ from fleetune.tuning.course import Course
 from fleetune.tuning.fleets import Fleet
 from fleetune.tuning.messages import Message, Payload, encode
 from fleetune.tuning.methods import Method
-from fleetune.tuning.replies import Replies, Round, most_rows
-from fleetune.tuning.robust import MEAN, Rule
+from fleetune.tuning.replies import Replies, Round
+from fleetune.tuning.robust import MEAN, Rule, usual
 from fleetune.tuning.watch import advice
 
 log = logging.getLogger(__name__)
@@ -257,9 +257,9 @@ def _played(
     goal = share_of(len(present) + fleet.busy, plan.participation)
     chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection, fleet.busy)
     kinds = {client: fleet.kind(client) for client in chosen}
-    most = most_rows([fleet.rows[client] for client in chosen], plan.rule, plan.max_rows)
-    asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__, most)
-    with Replies(method, asked, run, hooks.emit, plan.rule, past) as replies:
+    middle = int(usual([fleet.rows[client] for client in chosen]))
+    asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__, middle)
+    with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, past) as replies:
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
         messages = {client: coded[kind] for client, kind in kinds.items()}
         replies.gather(fleet.ask(r, chosen, messages, goal if len(chosen) > goal else 0))
