@@ -163,7 +163,8 @@ class Replies:
         arrays = payload.arrays
         numbers = sum(a.size for a in arrays.values())
         self.kept.append(Kept(
-            answer._replace(data=None), self._spool.store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance, n, reach,
+            answer._replace(data=None), self._spool.store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance, n,
+            reach,
         ))  # fmt: skip
         return payload
 
