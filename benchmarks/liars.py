@@ -2,7 +2,7 @@
 """One liar in a fleet: what a client that lies in its replies does to the model, by method and by lie.
 
     python -m benchmarks.liars MODEL ROWS.jsonl [--json FILE] [--only NAME ..]
-    python -m benchmarks.liars MODEL ROWS.jsonl --rules [RULE ..] [--lies LIE ..] [--seeds N] [--liars N] [--unlike [SPEC]]
+    python -m benchmarks.liars MODEL ROWS.jsonl --rules [RULE ..] [--lies LIE ..] [--seeds N] [--liars N] [--rounds N] [--unlike [SPEC]]
 
     python -m benchmarks.liars MODEL ROWS.jsonl --claims [RULE ..]
 
@@ -301,6 +301,7 @@ def main() -> None:
         "--lies", nargs="*", metavar="LIE", help="with --rules: none, turned, random, constant"
     )
     parser.add_argument("--seeds", type=int, default=3, help="with --rules: runs of each cell")
+    parser.add_argument("--rounds", type=int, default=2, help="with --rules: rounds of a run")
     parser.add_argument("--liars", type=int, default=1, help="with --rules: liars among ten clients")
     parser.add_argument(
         "--unlike", nargs="?", const="kinds", default="", metavar="SPEC",
@@ -324,7 +325,7 @@ def main() -> None:
         return liars_rules.measure(
             options.model, options.rows, rules=options.rules or liars_rules.RULES, lies=options.lies or list(liars_rules.LIES),
             only=options.only or list(liars_rules.CASES), seeds=options.seeds, count=options.liars,
-            unlike=options.unlike, to=options.json,
+            unlike=options.unlike, rounds=options.rounds, to=options.json,
         )  # fmt: skip
     began, every = time.monotonic(), {}
     model, rows = prepared(options.model, options.rows)

@@ -45,7 +45,6 @@ CLIENTS: Final = 10
 EACH: Final = 6  # rows of a client
 HELD: Final = 32  # rows of the validation loss
 LENGTH: Final = 64  # tokens of a row
-ROUNDS: Final = int(__import__("os").environ.get("ROUNDS", 2))
 KINDS: Final = "kinds"  # of rows, of which a client has one or two
 DEALT: Final = 100  # rows that a partition deals
 SHORT: Final = 0.99  # of the way to the bound
@@ -193,6 +192,7 @@ def played(
     seed: int,
     count: int,
     cache: dict[str, bytes],
+    rounds: int,
 ) -> dict[str, Any] | None:
     """Run one case; return the losses before and after and the refused clients, None where the rule does not fit."""
     name, settings = CASES[case]
@@ -214,11 +214,11 @@ def played(
         state = method.init(model, derive(seed, "init"))
         before = loss_of(state)
         fleet = LocalFleet(model, method, rows[:-1], seed, pad_id(model))
-        plan = RoundPlan(ROUNDS, 1.0, 1, seed, 0, bytes.fromhex(model.digest)[:8], rule=parsed)
+        plan = RoundPlan(rounds, 1.0, 1, seed, 0, bytes.fromhex(model.digest)[:8], rule=parsed)
         hooks = Hooks(lambda: None, lambda state: {}, events.append)
         state, *_ = run_rounds(method, fleet, state, opened, plan, hooks)
         after = loss_of(state)
-        digest = hashlib.sha256(checkpoint.encode(ROUNDS, state, checkpoint.Totals())).hexdigest()
+        digest = hashlib.sha256(checkpoint.encode(rounds, state, checkpoint.Totals())).hexdigest()
     liars.detached(model)
     replies = {(e.round, e.client): e for e in events if isinstance(e, ClientReply)}.values()
     refused = [e.client for e in replies if e.status != "ok"]
@@ -235,6 +235,7 @@ def measure(
     seeds: int,
     count: int,
     unlike: str,
+    rounds: int,
     to: Path | None,
 ) -> None:
     """Print the table as it grows; write every number to `to`."""
@@ -251,7 +252,7 @@ def measure(
             cells, before = [], 0.0
             for rule in rules:
                 found = [
-                    played(model, rows, case, rule, LIES[told], seed, count, work[seed])
+                    played(model, rows, case, rule, LIES[told], seed, count, work[seed], rounds)
                     for seed, rows in drawn.items()
                 ]
                 good = [f for f in found if f is not None]
