@@ -2,8 +2,7 @@
 """One liar in a fleet: what a client that lies in its replies does to the model, by method and by lie.
 
     python -m benchmarks.liars MODEL ROWS.jsonl [--json FILE] [--only NAME ..]
-    python -m benchmarks.liars MODEL ROWS.jsonl --rules [RULE ..] [--lies LIE ..] [--seeds N] [--liars N] [--rounds N] [--unlike [SPEC]]
-
+    python -m benchmarks.liars MODEL ROWS.jsonl --rules [RULE ..] [--lies LIE ..] [--seeds N] [--liars N] [--unlike [SPEC]]
     python -m benchmarks.liars MODEL ROWS.jsonl --claims [RULE ..]
 
 The second form measures what aggregation rules withstand (`liars_rules.py`).  The third has six clients of eight rows, of
