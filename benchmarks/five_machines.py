@@ -50,7 +50,8 @@ threads = 1
 SETTINGS: Final = {
     "fedkseed": 'aggregation = "norm-clip"\nmethod = "fedkseed"\nset = {{ K = 64, tau = {steps}, lr = 1e-4 }}',
     "fedit": 'aggregation = "norm-clip"\nmethod = "fedit"\nset = {{ r = 4, steps = {steps}, lr = 1e-3 }}',
-    "mixed": 'aggregation = "mean:4"\nmethod = "fedkseed"\nset = {{ K = 64, tau = {steps}, lr = 1e-4, backprop = 0.5, backprop_lr = 1e-2 }}',
+    "mixed": 'aggregation = "mean:4"\nmethod = "fedkseed"\n'
+    "set = {{ K = 64, tau = {steps}, lr = 1e-4, backprop = 0.5, backprop_lr = 1e-2 }}",
 }
 
 

@@ -53,9 +53,10 @@ LENGTH: Final = 64  # tokens of a row
 CLIENTS: Final = 8
 ZEROTH: Final = {"lr": 2e-4, "batch_size": 1, "tau": 8}
 PROMPTS: Final = {"tokens": 4, "steps": 4, "layers_rule": "half"}
+EPOCHS: Final = "fedit epochs=1"  # of the third form: its steps, and so its way, follow the rows
 CASES: Final[Mapping[str, tuple[str, int, dict[str, Any]]]] = {  # method, rounds, settings
     "fedit": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3}),
-    "fedit epochs=1": ("fedit", 3, {"r": 4, "lr": 3e-3, "batch_size": 4}),
+    EPOCHS: ("fedit", 3, {"r": 4, "lr": 3e-3, "batch_size": 4}),
     "fedit scaffold=true": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3, "scaffold": True}),
     "fedit average=product": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3, "average": "product"}),
     "fedit server=adam": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3, "server": "adam"}),
@@ -266,7 +267,7 @@ def claims(name: str, file: str, rules: Sequence[str]) -> None:
     model, rows = prepared(name, file, OF, OWN)
     print("| method | liars | lie | rows claimed | " + " | ".join(rules) + " |", flush=True)
     print("|---" * (4 + len(rules)) + "|", flush=True)
-    for case in ("fedit epochs=1", "fedit"):
+    for case in (EPOCHS, "fedit"):
         for count, factor, claim in CLAIMS:
             lie = at_the_bound(factor) if count else None
             cells = [shown(played(model, rows, case, lie, rule, count, claim)) for rule in rules]
@@ -330,7 +331,7 @@ def main() -> None:
     model, rows = prepared(options.model, options.rows)
     print("| method | before | honest | " + " | ".join(LIES) + " |", flush=True)
     print("|---" * (3 + len(LIES)) + "|", flush=True)
-    for name in options.only or CASES:
+    for name in options.only or [name for name in CASES if name != EPOCHS]:
         found = {lie: played(model, rows, name, told) for lie, told in [("honest", None), *LIES.items()]}
         every[name] = found
         cells = [f"{found['honest']['before']:.3f}", *(shown(f) for f in found.values())]

@@ -24,9 +24,9 @@ def served(devices: int, method: str, *, ruled: bool = False, **values: Any) -> 
 )
 def test_from_three_devices_on_a_recipe_without_a_rule_gets_one_against_liars(method: str) -> None:
     rule, said = served(3, method)
-    assert (rule, said) == (
-        "norm-clip",
-        "replies are combined by norm-clip: every device counts once, whatever rows it claims",
+    assert rule == "norm-clip"
+    assert said.startswith(
+        "replies are combined by norm-clip: every device counts once, whatever rows it claims; --aggr"
     )
     assert served(3, "onebyte", wire="sign")[0] == "sign-vote"
 

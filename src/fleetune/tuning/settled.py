@@ -54,7 +54,10 @@ def about_rule(recipe: Recipe, count: int) -> str:
     """Return which rule combines the replies of so many devices; of a mean, why none against liars is used."""
     rule = robust.parse(recipe.aggregation)
     if rule.name != robust.MEAN.name:
-        return f"replies are combined by {rule.text}: every device counts once, whatever rows it claims"
+        return (
+            f"replies are combined by {rule.text}: every device counts once, whatever rows it claims; --aggregation mean weighs "
+            "by rows (docs/safety.md)"
+        )
     bound = f"at most {rule.times:g} times the median's" if rule != robust.MEAN else "of any number"
     other, why = defence(recipe, count)
     more = f"no rule against liars fits: {why}" if why else f"where some may lie: --aggregation {other.text}"
