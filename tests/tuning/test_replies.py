@@ -245,6 +245,22 @@ def test_no_weight_moves_the_mean_further_than_a_usual_reply_may(
     assert W <= 4.001
 
 
+def test_a_method_knows_the_rows_that_a_client_took_its_steps_on(tmp_path: Path) -> None:
+    """SCAFFOLD divides a move by them, so they are not those that the reply counts."""
+    seen: dict[int, tuple[int, int]] = {}
+
+    @dataclass(frozen=True)
+    class Noting(Averaging):
+        def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+            taken = list(replies)
+            seen.update({r.client: (r.rows, r.payload.int("n")) for r in taken})
+            return super().aggregate(state, iter(taken))
+
+    fleet = Devices(with_liars(lambda r, c, w: told(w + 0.1, 100), 0), declared={0: 100})
+    play(tmp_path, fleet, Noting(), rule=Rule(times=4.0))
+    assert (seen[0], seen[1]) == ((100, 4 * ROWS), (ROWS, ROWS))
+
+
 def test_steps_that_a_claim_stands_for_make_no_reply_short(tmp_path: Path) -> None:
     """A method that divides by the steps of the rows: who claims more rows goes no further for it."""
 

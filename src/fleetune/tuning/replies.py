@@ -146,10 +146,9 @@ class Replies:
         sent, spec = self._kinds(asked)[asked.kind(answer.client)]
         payload = check(decode(data), spec, round=asked.number, base=asked.base)
         n = _rows_of(payload, self.round.rows[answer.client], self.most)
-        payload = _counting(payload, n)
 
         def distance_with(rows: int) -> float:
-            told = self._reply(answer, _counting(payload, rows))
+            told = self._reply(answer, payload, rows)
             return methods.distance_of(self.method, asked.state, sent, told)
 
         try:
@@ -183,9 +182,12 @@ class Replies:
             self._earlier[asked.number] = methods.kinds_of(self.method, asked.state)
         return self._earlier[asked.number]
 
-    def _reply(self, answer: Answer, payload: Payload) -> Reply:
+    def _reply(self, answer: Answer, payload: Payload, n: int) -> Reply:
+        """Return a reply as its method gets it; `n` are the rows that it counts, 0 where it has none."""
         stood_on = self._asked(answer).state if answer.late else None
-        return Reply(answer.client, answer.key, payload, answer.late, stood_on)
+        rows = payload.int("n") if n else 0
+        counting = Payload(payload.arrays, {**payload.scalars, "n": n}) if n else payload
+        return Reply(answer.client, answer.key, counting, answer.late, stood_on, rows)
 
     # Added up -------------------------------------------------------------------------------------------
 
@@ -212,13 +214,13 @@ class Replies:
     def _each(self) -> Iterator[Reply]:
         for kept in tuple(self.kept):
             self._in_hand = kept
-            yield self._reply(kept.answer, self._payload(kept))
+            yield self._reply(kept.answer, self._payload(kept), kept.n)
         self._in_hand = None
 
     # One reply ------------------------------------------------------------------------------------------
 
     def _payload(self, kept: Kept) -> Payload:
-        return _counting(decode(self._spool.read(kept.offset, kept.size)).payload, kept.n)
+        return decode(self._spool.read(kept.offset, kept.size)).payload
 
     def _refuse(self, kept: Kept, reason: str) -> None:
         """Leave out a reply that had been taken; its client's event is written again."""
@@ -250,11 +252,6 @@ def _rows_of(payload: Payload, rows: int, most: float) -> int:
     if claimed > rows:
         raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
     return int(min(claimed, most))
-
-
-def _counting(payload: Payload, n: int) -> Payload:
-    """Return the payload with the rows that it counts."""
-    return Payload(payload.arrays, {**payload.scalars, "n": n}) if n else payload
 
 
 def lighter(kept: Sequence[Kept]) -> list[Kept]:

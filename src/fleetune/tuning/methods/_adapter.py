@@ -359,7 +359,7 @@ class Variates:
     def watch(self, replies: Iterable[Reply]) -> Iterator[Reply]:
         """Yield the replies, each added on its way."""
         for reply in replies:
-            walked, _ = self.how.walked(reply.payload.int("n"))
+            walked, _ = self.how.walked(reply.rows or reply.payload.int("n"))
             change = server_rules.control({}, self.c, self.w, reply.payload.arrays, walked)  # c_k' - c_k
             self.changes.add(1.0, change)
             self.clients.add(reply.client)

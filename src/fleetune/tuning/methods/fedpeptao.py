@@ -282,7 +282,7 @@ class Method:
         for reply in replies:
             n, scalars = reply.payload.int("n"), reply.payload.scalars
             how = self.training()
-            variates.add(reply, how.count(n), how.walked(n)[0])
+            variates.add(reply, how.count(n), how.walked(reply.rows or n)[0])
             measured.add(n, {x: np.array(scalars.get(x, 0.0)) for x in ("personal", "common")})
         if not variates.answered:
             return state
