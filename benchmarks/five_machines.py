@@ -48,9 +48,10 @@ threads = 1
 {settings}
 """
 SETTINGS: Final = {
-    "fedkseed": 'method = "fedkseed"\nset = {{ K = 64, tau = {steps}, lr = 1e-4 }}',
-    "fedit": 'method = "fedit"\nset = {{ r = 4, steps = {steps}, lr = 1e-3 }}',
-    "mixed": 'method = "fedkseed"\nset = {{ K = 64, tau = {steps}, lr = 1e-4, backprop = 0.5, backprop_lr = 1e-2 }}',
+    "fedkseed": 'aggregation = "norm-clip"\nmethod = "fedkseed"\nset = {{ K = 64, tau = {steps}, lr = 1e-4 }}',
+    "fedit": 'aggregation = "norm-clip"\nmethod = "fedit"\nset = {{ r = 4, steps = {steps}, lr = 1e-3 }}',
+    "mixed": 'aggregation = "mean:4"\nmethod = "fedkseed"\n'
+    "set = {{ K = 64, tau = {steps}, lr = 1e-4, backprop = 0.5, backprop_lr = 1e-2 }}",
 }
 
 

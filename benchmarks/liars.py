@@ -2,9 +2,11 @@
 """One liar in a fleet: what a client that lies in its replies does to the model, by method and by lie.
 
     python -m benchmarks.liars MODEL ROWS.jsonl [--json FILE] [--only NAME ..]
-    python -m benchmarks.liars MODEL ROWS.jsonl --rules [RULE ..] [--lies LIE ..] [--seeds N] [--liars N] [--unlike]
+    python -m benchmarks.liars MODEL ROWS.jsonl --rules [RULE ..] [--lies LIE ..] [--seeds N] [--liars N] [--unlike [SPEC]]
+    python -m benchmarks.liars MODEL ROWS.jsonl --claims [RULE ..]
 
-The second form measures what aggregation rules withstand (`liars_rules.py`).
+The second form measures what aggregation rules withstand (`liars_rules.py`).  The third has six clients of eight rows, of
+which the first turn their change and say how many rows they have (`CLAIMS`): as in a real fleet, nobody checks that.
 
 Eight clients, of which client 0 does its work and then sends something else.  Every lie is well formed and within the
 agreed ranges, so it is a real reply to the server: see `LIES`.  A line of the table is a method: the validation loss
@@ -21,7 +23,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,7 +40,7 @@ from fleetune.runs.events import ClientReply, RoundEvaluated
 from fleetune.runs.rundir import create
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import checkpoint, methods
+from fleetune.tuning import checkpoint, methods, robust
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import LogCode, Message, Payload, decode, encode
 from fleetune.tuning.rounds import Hooks, RoundPlan
@@ -48,12 +50,13 @@ SEED: Final = 7
 EACH: Final = 6  # rows of a client
 HELD: Final = 16  # rows of the validation loss
 LENGTH: Final = 64  # tokens of a row
-LIAR: Final = 0
 CLIENTS: Final = 8
 ZEROTH: Final = {"lr": 2e-4, "batch_size": 1, "tau": 8}
 PROMPTS: Final = {"tokens": 4, "steps": 4, "layers_rule": "half"}
+EPOCHS: Final = "fedit epochs=1"  # of the third form: its steps, and so its way, follow the rows
 CASES: Final[Mapping[str, tuple[str, int, dict[str, Any]]]] = {  # method, rounds, settings
     "fedit": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3}),
+    EPOCHS: ("fedit", 3, {"r": 4, "lr": 3e-3, "batch_size": 4}),
     "fedit scaffold=true": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3, "scaffold": True}),
     "fedit average=product": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3, "average": "product"}),
     "fedit server=adam": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3, "server": "adam"}),
@@ -69,6 +72,13 @@ CASES: Final[Mapping[str, tuple[str, int, dict[str, Any]]]] = {  # method, round
     "fwdllm": ("fwdllm", 3, {"P": 8, "lr": 0.03, "variance_gate": False}),
 }  # fmt: skip
 
+
+CLAIMS: Final = (  # liars, how many times as far they go, rows that they claim (0: what they have)
+    (0, 0.0, 0), (1, 3.0, 0), (1, 3.0, 2**31 - 1), (1, 1.0, 2**31 - 1), (2, 3.5, 0), (2, 3.5, 2**31 - 1),
+)  # fmt: skip
+CLAIMED: Final = ("mean", "mean:4", "norm-clip", "median", "trimmed-mean")
+OF: Final = 6  # clients of the third form,
+OWN: Final = 8  # and their rows
 
 FEWER: Final = ("fedkseed wire=byte", "fedkseed backprop=0.5")  # cases in which a reply may hold fewer codes
 
@@ -160,23 +170,33 @@ def lied(lie: Lie, sent: Payload, honest: Payload, round: int, *, signs: bool, f
 
 
 @contextlib.contextmanager
-def liar(lie: Lie | None, *, signs: bool, fewer: bool) -> Iterator[None]:
-    """Let client `LIAR` of every local fleet send `lie` instead of its reply; None for an honest fleet."""
-    work = LocalFleet._work
+def liar(
+    lie: Lie | None, *, signs: bool = False, fewer: bool = False, count: int = 1, claim: int = 0
+) -> Iterator[None]:
+    """Let the first `count` clients of every local fleet send `lie` instead of their replies; None for an honest fleet.
+
+    They also claim to have `claim` rows, unless that is 0.
+    """
+    work, rows = LocalFleet._work, LocalFleet.rows
+
+    def declared(self: LocalFleet) -> list[int]:
+        return [claim if c < count and claim else len(own) for c, own in enumerate(self.clients)]
 
     def lying(self: LocalFleet, client: int, key: int, message: bytes) -> bytes:
         data = work(self, client, key, message)
-        if lie is None or client != LIAR:
+        if lie is None or client >= count:
             return data
         sent, told = decode(message), decode(data)
         false = lied(lie, sent.payload, told.payload, told.round, signs=signs, fewer=fewer)
+        if claim:
+            false = Payload(false.arrays, {**false.scalars, "n": claim})
         return encode(Message(told.round, told.base, false))
 
-    LocalFleet._work = lying  # type: ignore[method-assign]
+    LocalFleet._work, LocalFleet.rows = lying, property(declared)  # type: ignore
     try:
         yield
     finally:
-        LocalFleet._work = work  # type: ignore[method-assign]
+        LocalFleet._work, LocalFleet.rows = work, rows  # type: ignore
 
 
 # The runs ---------------------------------------------------------------------------------------------
@@ -184,15 +204,17 @@ def liar(lie: Lie | None, *, signs: bool, fewer: bool) -> Iterator[None]:
 Rows = list[list[Encoded]]  # of each client, then those held out
 
 
-def prepared(name: str, file: str) -> tuple[Model, Rows]:
+def prepared(name: str, file: str, clients: int = CLIENTS, each: int = EACH) -> tuple[Model, Rows]:
     """Return the model, and the rows of each client and the held-out ones."""
     model = models.load(name, device="cpu", offline=True)
-    rows, _ = encode_rows(model, data.read(file, limit=CLIENTS * EACH + HELD, offline=True), LENGTH)
+    rows, _ = encode_rows(model, data.read(file, limit=clients * each + HELD, offline=True), LENGTH)
     rest = rows[HELD:]
-    return model, [*(rest[c::CLIENTS] for c in range(CLIENTS)), rows[:HELD]]
+    return model, [*(rest[c::clients] for c in range(clients)), rows[:HELD]]
 
 
-def played(model: Model, rows: Rows, name: str, lie: Lie | None) -> dict[str, Any]:
+def played(
+    model: Model, rows: Rows, name: str, lie: Lie | None, rule: str = "mean", liars: int = 1, claim: int = 0
+) -> dict[str, Any]:
     """Run one case; return the losses before and after, what became of the replies, and why it ended if it did."""
     method_name, count, settings = CASES[name]
     method = methods.make(method_name, settings)
@@ -206,12 +228,12 @@ def played(model: Model, rows: Rows, name: str, lie: Lie | None) -> dict[str, An
     with (
         tempfile.TemporaryDirectory() as folder,
         create(Path(folder), method_name, "model") as opened,
-        liar(lie, signs=settings.get("wire") == "sign", fewer=name in FEWER),
+        liar(lie, signs=settings.get("wire") == "sign", fewer=name in FEWER, count=liars, claim=claim),
     ):
         state = method.init(model, derive(SEED, "init"))
         fleet = LocalFleet(model, method, rows[:-1], SEED, pad_id(model))
         found["before"] = measure(state)["loss"]
-        plan = RoundPlan(count, 1.0, 1, SEED, 0, bytes.fromhex(model.digest)[:8])
+        plan = RoundPlan(count, 1.0, 1, SEED, 0, bytes.fromhex(model.digest)[:8], rule=robust.parse(rule))
         try:
             state, *_ = run_rounds(
                 method, fleet, state, opened, plan, Hooks(lambda: None, measure, events.append)
@@ -225,8 +247,8 @@ def played(model: Model, rows: Rows, name: str, lie: Lie | None) -> dict[str, An
     evals = [e.loss for e in events if isinstance(e, RoundEvaluated)]
     return found | {
         "after": evals[-1] if evals else None,
-        "refused_liar": refused.count(LIAR),
-        "refused_honest": len(refused) - refused.count(LIAR),
+        "refused_liar": sum(c < liars for c in refused),
+        "refused_honest": sum(c >= liars for c in refused),
         "reasons": sorted({e.reason for e in replies if e.reason}),
     }
 
@@ -238,6 +260,23 @@ def detached(model: Model) -> None:
         model.attachment = None
     elif model.attachment is not None:
         adapters.detach(model)
+
+
+def claims(name: str, file: str, rules: Sequence[str]) -> None:
+    """Print the table of the third form as it grows."""
+    model, rows = prepared(name, file, OF, OWN)
+    print("| method | liars | lie | rows claimed | " + " | ".join(rules) + " |", flush=True)
+    print("|---" * (4 + len(rules)) + "|", flush=True)
+    for case in (EPOCHS, "fedit"):
+        for count, factor, claim in CLAIMS:
+            lie = at_the_bound(factor) if count else None
+            cells = [shown(played(model, rows, case, lie, rule, count, claim)) for rule in rules]
+            told = (
+                [f"{count} of {OF}", f"x -{factor:g}", f"{claim:,}" if claim else "their own"]
+                if count
+                else ["none", "", ""]
+            )
+            print(f"| `{case}` | " + " | ".join([*told, *cells]) + " |", flush=True)
 
 
 def shown(found: Mapping[str, Any]) -> str:
@@ -262,27 +301,37 @@ def main() -> None:
         "--lies", nargs="*", metavar="LIE", help="with --rules: none, turned, random, constant"
     )
     parser.add_argument("--seeds", type=int, default=3, help="with --rules: runs of each cell")
+    parser.add_argument("--rounds", type=int, default=2, help="with --rules: rounds of a run")
     parser.add_argument("--liars", type=int, default=1, help="with --rules: liars among ten clients")
     parser.add_argument(
-        "--unlike", action="store_true", help="with --rules: clients with rows of one kind or two"
+        "--unlike", nargs="?", const="kinds", default="", metavar="SPEC",
+        help="with --rules: clients with rows of one kind or two; or a partition, as dirichlet:0.1:category",
+    )  # fmt: skip
+    parser.add_argument(
+        "--claims",
+        nargs="*",
+        metavar="RULE",
+        help="compare rules where liars claim rows that they do not have",
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
+    if options.claims is not None:
+        return claims(options.model, options.rows, options.claims or CLAIMED)
     if options.rules is not None:
         from benchmarks import liars_rules
 
         return liars_rules.measure(
             options.model, options.rows, rules=options.rules or liars_rules.RULES, lies=options.lies or list(liars_rules.LIES),
             only=options.only or list(liars_rules.CASES), seeds=options.seeds, count=options.liars,
-            unlike=options.unlike, to=options.json,
+            unlike=options.unlike, rounds=options.rounds, to=options.json,
         )  # fmt: skip
     began, every = time.monotonic(), {}
     model, rows = prepared(options.model, options.rows)
     print("| method | before | honest | " + " | ".join(LIES) + " |", flush=True)
     print("|---" * (3 + len(LIES)) + "|", flush=True)
-    for name in options.only or CASES:
+    for name in options.only or [name for name in CASES if name != EPOCHS]:
         found = {lie: played(model, rows, name, told) for lie, told in [("honest", None), *LIES.items()]}
         every[name] = found
         cells = [f"{found['honest']['before']:.3f}", *(shown(f) for f in found.values())]

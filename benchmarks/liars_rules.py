@@ -4,7 +4,8 @@
 Ten clients, of which the first `--liars` do their work, look at all replies of the round, and then send a lie that goes 99 % as
 far as the server takes (`replies.allowed` times the median).  A row of the table is a method and a lie (`LIES`), a column a
 rule: the validation loss after the rounds, the mean over seeds.  Rows `none` have no liar: what a rule costs.  Every seed draws
-other rows; with `--unlike` a client has rows of one kind (`category`) or two.
+other rows; with `--unlike` a client has rows of one kind (`category`) or two, with `--unlike dirichlet:0.1:category` or
+`--unlike column:client` also more rows than another (of 100 rows, or of all).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks import liars
 from benchmarks.harness import machine
 from fleetune import data, models
 from fleetune.data import encode_rows
+from fleetune.data.partition import partition
 from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.models import Model
 from fleetune.runs.events import ClientReply
@@ -43,12 +45,14 @@ CLIENTS: Final = 10
 EACH: Final = 6  # rows of a client
 HELD: Final = 32  # rows of the validation loss
 LENGTH: Final = 64  # tokens of a row
-ROUNDS: Final = 2
+KINDS: Final = "kinds"  # of rows, of which a client has one or two
+DEALT: Final = 100  # rows that a partition deals
 SHORT: Final = 0.99  # of the way to the bound
-RULES: Final = ("mean", *robust.REDUCE)
+RULES: Final = ("mean", "mean:4", *robust.REDUCE)
 LORA: Final = {"r": 4, "steps": 2, "lr": 3e-3}
 CASES: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {  # method, settings
     "fedit": ("fedit", LORA),
+    "fedit epochs=1": ("fedit", {"r": 4, "lr": 3e-3, "batch_size": 4}),
     "fedit scaffold=true": ("fedit", LORA | {"scaffold": True}),
     "fedit server=adam": ("fedit", LORA | {"server": "adam", "server_lr": 1e-2}),
     "fedpetuning": ("fedpetuning", {"size": 4, "steps": 2, "lr": 3e-3}),
@@ -155,17 +159,28 @@ def remembered(cache: dict[str, bytes]) -> Iterator[None]:
 # The runs ---------------------------------------------------------------------------------------------
 
 
-def prepared(model: Model, file: str, seed: int, *, unlike: bool) -> liars.Rows:
+def prepared(model: Model, file: str, seed: int, *, unlike: str) -> liars.Rows:
     """Return the rows of each client and the held-out ones, drawn by the seed."""
     examples = data.read(file, offline=True)
-    order = np.random.default_rng(seed).permutation(len(examples))[: CLIENTS * EACH + HELD]
+    order = np.random.default_rng(seed).permutation(len(examples))
+    if ":" in unlike:
+        return dealt(model, [examples[i] for i in order], seed, unlike)
+    order = order[: CLIENTS * EACH + HELD]
     held, own = order[:HELD].tolist(), order[HELD:].tolist()
-    if unlike:
+    if unlike == KINDS:
         own.sort(key=lambda i: examples[i].meta.get("category", ""))
     rows, _ = encode_rows(model, [examples[i] for i in held + own], LENGTH)
     rest = rows[HELD:]
-    parts = [rest[c * EACH : (c + 1) * EACH] if unlike else rest[c::CLIENTS] for c in range(CLIENTS)]
+    parts = [rest[c * EACH : (c + 1) * EACH] if unlike == KINDS else rest[c::CLIENTS] for c in range(CLIENTS)]
     return [*parts, rows[:HELD]]
+
+
+def dealt(model: Model, examples: Sequence[data.Example], seed: int, spec: str) -> liars.Rows:
+    """Return the rows of each client, as a recipe's `partition` deals them, and the held-out ones before them."""
+    own = examples[HELD : None if spec.startswith("column") else HELD + DEALT]
+    parts = partition(own, spec, None if spec.startswith("column") else CLIENTS, seed)
+    rows = [encode_rows(model, [own[i] for i in part.tolist()], LENGTH)[0] for part in parts]
+    return [*rows, encode_rows(model, examples[:HELD], LENGTH)[0]]
 
 
 def played(
@@ -177,6 +192,7 @@ def played(
     seed: int,
     count: int,
     cache: dict[str, bytes],
+    rounds: int,
 ) -> dict[str, Any] | None:
     """Run one case; return the losses before and after and the refused clients, None where the rule does not fit."""
     name, settings = CASES[case]
@@ -198,11 +214,11 @@ def played(
         state = method.init(model, derive(seed, "init"))
         before = loss_of(state)
         fleet = LocalFleet(model, method, rows[:-1], seed, pad_id(model))
-        plan = RoundPlan(ROUNDS, 1.0, 1, seed, 0, bytes.fromhex(model.digest)[:8], rule=parsed)
+        plan = RoundPlan(rounds, 1.0, 1, seed, 0, bytes.fromhex(model.digest)[:8], rule=parsed)
         hooks = Hooks(lambda: None, lambda state: {}, events.append)
         state, *_ = run_rounds(method, fleet, state, opened, plan, hooks)
         after = loss_of(state)
-        digest = hashlib.sha256(checkpoint.encode(ROUNDS, state, checkpoint.Totals())).hexdigest()
+        digest = hashlib.sha256(checkpoint.encode(rounds, state, checkpoint.Totals())).hexdigest()
     liars.detached(model)
     replies = {(e.round, e.client): e for e in events if isinstance(e, ClientReply)}.values()
     refused = [e.client for e in replies if e.status != "ok"]
@@ -218,7 +234,8 @@ def measure(
     only: Sequence[str],
     seeds: int,
     count: int,
-    unlike: bool,
+    unlike: str,
+    rounds: int,
     to: Path | None,
 ) -> None:
     """Print the table as it grows; write every number to `to`."""
@@ -235,7 +252,7 @@ def measure(
             cells, before = [], 0.0
             for rule in rules:
                 found = [
-                    played(model, rows, case, rule, LIES[told], seed, count, work[seed])
+                    played(model, rows, case, rule, LIES[told], seed, count, work[seed], rounds)
                     for seed, rows in drawn.items()
                 ]
                 good = [f for f in found if f is not None]

@@ -172,6 +172,96 @@ def test_a_wrong_reply_is_refused_and_the_others_go_on(kind: str, tmp_path: Path
     assert any(not torch.equal(dense(whole[n]), dense(parts[n])) for n in parts)
 
 
+SIX = {client: text(2, seed=client) for client in range(6)}
+
+
+def lie(kind: str, a: np.ndarray, C: int, tokens: int) -> np.ndarray:
+    """What a device sends instead of its honest sums `a`."""
+    H = from_lower_triangle(torch.from_numpy(a.copy()), C).double()
+    squares = H.diagonal()
+    if kind == "not positive semidefinite":  # each pair alone could be: two numbers may have any correlation
+        H = -0.9 * torch.outer(squares, squares).sqrt()
+        H.diagonal().copy_(squares)
+    elif kind == "the largest everywhere":
+        H = torch.full((C, C), 2 * tokens * sums.LARGEST**2)
+    else:  # its spectrum turned over, so many times as large
+        values, vectors = torch.linalg.eigh(H)
+        H = float(kind) * (vectors * values.flip(0)) @ vectors.T
+    return lower_triangle(H).float().numpy()
+
+
+def lying(kind: str) -> Callable[[ClientHessians], None]:
+    """Let client 0 lie about every input of block 0."""
+
+    def change(clients: ClientHessians) -> None:
+        real = clients.answer
+
+        def answer(client: int, number: int, linears: Any) -> bytes:
+            message = decode(data := real(client, number, linears))
+            if client or number:
+                return data
+            arrays = {
+                n: lie(kind, a, linears[n].in_features, SIX[0].numel())
+                for n, a in message.payload.arrays.items()
+            }
+            return encode(Message(number, message.base, Payload(arrays, message.payload.scalars)))
+
+        clients.answer = answer  # type: ignore[method-assign]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("not positive semidefinite", "makes it not positive semidefinite"),
+        ("the largest everywhere", "times the median of the devices, 4 at most"),
+        ("1e5", "times the median of the devices, 4 at most"),
+        ("5", "times the median of the devices, 4 at most"),
+    ],
+)
+def test_sums_that_count_for_all_others_are_refused(kind: str, why: str, tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    parts, replies = by_clients(model, SIX, tmp_path / "lie", lying(kind))
+    refused = [r for r in replies if r.status == "refused"]
+    assert [(r.block, r.client) for r in refused] == [(0, 0)]
+    assert why in refused[0].reason
+    others, _ = by_clients(model, {c: SIX[c] for c in range(1, 6)}, tmp_path / "others")
+    same(parts, others)
+
+
+def test_a_lie_within_the_factor_is_heard_and_of_two_devices_none_is_refused(tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    _, replies = by_clients(model, SIX, tmp_path / "six", lying("3.5"))
+    assert {r.status for r in replies} == {"ok"}
+    _, replies = by_clients(model, {c: SIX[c] for c in range(2)}, tmp_path / "two", lying("1e5"))
+    assert {r.status for r in replies} == {"ok"}
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 500])
+def test_honest_sums_pass_however_unlike_their_inputs_are(tokens: int) -> None:
+    """Fewer tokens than inputs, inputs of 1e-6 to 1e4, one that is always zero and two that are equal."""
+    rng = np.random.default_rng(tokens)
+    x = (rng.normal(size=(tokens, 200)) * 10.0 ** rng.uniform(-6, 4, 200)).astype(np.float32)
+    x[:, 3], x[:, 5] = 0.0, x[:, 4]
+    H = torch.from_numpy(2 * x.T @ x)
+    assert sums.check_sums("x", lower_triangle(H).numpy(), 200, tokens) == pytest.approx(
+        (x.astype(float) ** 2).mean(), rel=1e-4
+    )
+
+
+def test_answers_are_added_in_the_clients_order_whenever_they_come(tmp_path: Path) -> None:
+    def backwards(clients: ClientHessians) -> None:
+        real = clients._answers
+        clients._answers = lambda number, linears: reversed(list(real(number, linears)))  # type: ignore
+
+    model = models.tiny_llama()
+    there, replies = by_clients(model, SIX, tmp_path / "there")
+    back, again = by_clients(model, SIX, tmp_path / "back", backwards)
+    same(there, back)
+    assert [(r.block, r.client) for r in again] == [(r.block, r.client) for r in replies]
+
+
 def test_without_any_device_it_stops(tmp_path: Path) -> None:
     def change(clients: ClientHessians) -> None:
         clients.answer = lambda client, number, linears: b""  # type: ignore[method-assign]

@@ -32,7 +32,7 @@ from fleetune.errors import DataError, FleetError, MessageError, StorageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.fleet import eval_server, keys, result, status
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.eval_server import FILE, mean, measured, ratio
+from fleetune.fleet.eval_server import FILE, mean, measured, one_decides, ratio
 from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Job, Order, Reply
@@ -186,11 +186,13 @@ def test_the_standard_error_is_that_of_devices_drawn_again() -> None:
     for _ in range(4000):
         tokens = rng.integers(50, 400, 30)
         losses = rng.normal(2.0, 0.5, 30) + 0.001 * tokens
-        R, error = ratio(losses.tolist(), tokens.tolist())
+        R, error = ratio(losses.tolist(), (tokens / tokens.sum()).tolist())
         found.append(R)
         stated.append(error or 0.0)
     assert np.mean(stated) == pytest.approx(np.std(found), rel=0.1)
-    assert ratio([3.0], [7]) == (3.0, None)
+    assert ratio([3.0], [1.0]) == (3.0, None)
+    values, equal = rng.normal(size=9), [1 / 9] * 9
+    assert ratio(values.tolist(), equal)[1] == pytest.approx(values.std(ddof=1) / 3)
 
 
 def test_the_mean_is_that_of_all_tokens() -> None:
@@ -213,12 +215,42 @@ def test_the_mean_is_that_of_all_tokens() -> None:
     assert (done.devices, done.asked, done.rows, done.tokens) == (3, 4, 3, 100)
     assert (done.base, done.tuned) == (pytest.approx(2.4), pytest.approx(2.3))
     assert done.change == pytest.approx(-0.1)
-    assert done.change_error == pytest.approx(
-        math.sqrt(1.5 * ((10 * 0.9) ** 2 + (30 * 1.1) ** 2 + (60 * 0.4) ** 2)) / 100
-    )
-    assert (done.median, done.improved) == (2.0, 2)
+    without = [
+        (30 * 1 - 60 * 0.5) / 90,
+        (-10 - 60 * 0.5) / 70,
+        (-10 + 30 * 1) / 40,
+    ]  # the change, by who is left out
+    squares = sum((R + 0.1) ** 2 for R in without)
+    assert done.change_error == pytest.approx(math.sqrt(2 / 3 * squares))
+    assert (done.base_median, done.median, done.change_median, done.improved) == (3.0, 2.0, -0.5, 2)
+    assert (done.base_plain, done.tuned_plain) == (pytest.approx(3.0), pytest.approx(8.5 / 3))
+    assert done.largest_share == 0.6
     with pytest.raises(FleetError, match="no device has measured anything; the first"):
         mean("m", [lost])
+
+
+@pytest.mark.parametrize("lie", [0.0, 9900.0])
+def test_a_device_that_claims_all_tokens_neither_decides_nor_seems_certain(lie: float) -> None:
+    """Three honest devices; a fourth says that it has 2^31 - 1 rows, and any loss."""
+    honest = [(3.5, 3.1, 3400), (3.7, 3.3, 3600), (3.6, 3.0, 3500)]
+    each = [
+        DeviceEvaluated(
+            client=c, name=f"dev-{c}", rows=1, tokens=tokens, base=base, tuned=tuned, digest="", status="ok", reason=""
+        )
+        for c, (base, tuned, tokens) in enumerate([*honest, (4.0, lie, (2**31 - 1) * 64)])
+    ]  # fmt: skip
+    done = mean("m", each)
+    share = 4 * 3500 / (3400 + 3600 + 3500 + 4 * 3500)
+    by_tokens = sum(t * w for _, t, w in honest) / sum(w for *_, w in honest)
+    assert done.tuned == pytest.approx(share * lie + (1 - share) * by_tokens)
+    assert done.tuned_error is not None
+    assert done.tuned_error > 0.5 * abs(lie - done.median)
+    assert 3.0 <= done.median <= 3.3
+    assert done.largest_share > 0.9999
+    assert "device dev-3 says that it has 100.0% of the tokens; it counts 57% of the mean" in one_decides(
+        each
+    )
+    assert one_decides(each[:3]) == ""
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

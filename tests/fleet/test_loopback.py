@@ -173,6 +173,37 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
     assert ("back-propagation" in shown.out) == bool(kinds)
 
 
+@pytest.mark.parametrize("given", ["", 'aggregation = "mean"'], ids=["norm-clip", "mean:4"])
+def test_the_rule_against_liars_is_in_the_recipe_that_is_recorded(
+    place: Path, given: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The simulation of that recipe ends in the same digest, though one client has far more rows than the others."""
+    rule = request.node.callspec.id
+    split(FEDIT)
+    rows = [Path(f"rows/client-00{c}.jsonl").read_text().splitlines(keepends=True) for c in range(CLIENTS)]
+    unlike = [rows[0][:1], rows[1][:1], [*rows[2], *rows[0][1:], *rows[1][1:]]]  # 1, 1 and 24 of them
+    Path("clients").mkdir()
+    for c, own in enumerate(unlike):
+        for folder in ("clients", "rows"):
+            Path(f"{folder}/client-00{c}.jsonl").write_text("".join(own))
+    steps = {"set": FEDIT["set"] | {"steps": 0, "batch_size": 8}}
+    written = recipes.to_toml(recipes.make(FEDIT | steps | {"data": "clients", "eval_data": "rows.jsonl"}))
+    lines = [line for line in written.splitlines() if not line.startswith("aggregation")]
+    Path("recipe.toml").write_text("\n".join([given, *lines]))
+    port = free_port()
+    door = ["--port", str(port), "--keys", "keys", "--certificate", "certs"]
+    with devices(port):
+        assert main(["fleet", "serve", "-c", "recipe.toml", *door, "--out", "real"]) == 0
+    assert f"replies are combined by {rule}" in capsys.readouterr().err
+    (run,) = fleetune.list_runs("real")
+    recorded = recipes.read(run.folder / "run.toml")
+    assert recorded["aggregation"] == rule
+    assert fleetune.tune(recipes.make(recorded), out="simulated").done.digest == run.done.digest
+    if given:
+        plain = recipes.make(recorded | {"aggregation": "mean"})
+        assert fleetune.tune(plain, out="simulated").done.digest != run.done.digest
+
+
 def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

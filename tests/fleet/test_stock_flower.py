@@ -36,6 +36,7 @@ from fleetune.fleet.link import answer_in
 from fleetune.fleet.orders import Order, Reply
 from fleetune.fleet.remote import ROOM
 from fleetune.runs import rundir
+from fleetune.tuning import recipe as recipes
 
 CLIENTS = 2
 RECIPE = """\
@@ -134,7 +135,10 @@ def digest_of(out: str) -> str:
 def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulation(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    simulated = fleetune.tune(server_app.recipe_from("recipe.toml"), out="simulated")
+    values = server_app.values_from("recipe.toml") | {
+        "aggregation": "mean:4"
+    }  # two SuperNodes outvote nobody
+    simulated = fleetune.tune(recipes.make(values), out="simulated")
     grid = GridHere()
     grid.errors = [ErrorCode.NODE_UNAVAILABLE]  # the first job is lost, and given again
     grid.stop_after = 6  # jobs 1 to 3, work 4 and 5, and the first of round 2
@@ -164,7 +168,7 @@ def test_a_run_ends_when_all_supernodes_have_refused(place: Path) -> None:
 def test_a_failing_client_app_is_a_failed_answer(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert server_app.recipe_from(RECIPE) == server_app.recipe_from("recipe.toml")
+    assert server_app.values_from(RECIPE) == server_app.values_from("recipe.toml")
     monkeypatch.setattr(server_app, "log", logging.getLogger("said"))
     grid = GridHere()
     link = server_app.GridLink(grid)  # type: ignore[arg-type]
@@ -336,7 +340,10 @@ def test_with_flowers_own_programs_stopped_and_resumed(place: Path) -> None:
     Path("recipe.toml").write_text(
         RECIPE.replace("rounds = 2", "rounds = 30")
     )  # some must be left when it is stopped
-    simulated = fleetune.tune(server_app.recipe_from("recipe.toml"), out="simulated")
+    values = server_app.values_from("recipe.toml") | {
+        "aggregation": "mean:4"
+    }  # two SuperNodes outvote nobody
+    simulated = fleetune.tune(recipes.make(values), out="simulated")
     keys.make_certificate(Path("certs"), ["localhost", "127.0.0.1"])
     assert main(["fleet", "app", "app"]) == 0
     programs = Programs(place)

@@ -424,7 +424,8 @@ def test_a_real_fleets_server_finds_what_the_simulation_finds(place: Path) -> No
         ({"server_lr": 1.0}, {}, 1.0),
         ({"server": "avgm"}, {}, 1.0),
         ({"backprop": 1.0}, {}, 0.0),
-        ({}, {"aggregation": "norm-clip", "clients": 4}, 0.0),
+        ({}, {"aggregation": "norm-clip", "clients": 4}, 2.0),
+        ({"K": 2}, {"aggregation": "median", "clients": 4}, 0.0),
         ({}, {"clients": 4, "participation": 0.25}, 1.0),
     ],
 )

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from fleetune.tuning.messages import LogCode, Message, Payload, ReplySpec, decod
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.replies import Replies, Round, allowed
 from fleetune.tuning.result import TuneResult
+from fleetune.tuning.robust import MEAN, Rule
 from fleetune.tuning.rounds import Hooks, ModelLostError, RoundPlan
 from fleetune.tuning.run import resume
 
@@ -71,10 +73,13 @@ class Devices:
     told: Told
     clients: int = 8
     order: Callable[[Sequence[int]], Sequence[int]] = lambda clients: clients
+    declared: Mapping[int, int] = field(
+        default_factory=dict
+    )  # rows by client, of those that say another number
 
     @property
     def rows(self) -> list[int]:
-        return [ROWS] * self.clients
+        return [self.declared.get(c, ROWS) for c in range(self.clients)]
 
     def present(self) -> Sequence[int]:
         return range(self.clients)
@@ -141,6 +146,8 @@ def play(
     quorum: int = 1,
     evaluate: Callable[[State], dict[str, float]] = lambda state: {},
     run: RunDir | None = None,
+    rule: Rule = MEAN,
+    max_rows: int = 0,
 ) -> Played:
     seen: list[Recorded] = []
     with run or create(folder, "averaging", "toy") as opened:
@@ -149,7 +156,7 @@ def play(
             seen.append(event)
             opened.record(as_dict(event))
 
-        plan = RoundPlan(rounds_, 1.0, quorum, 7, 1, BASE)
+        plan = RoundPlan(rounds_, 1.0, quorum, 7, 1, BASE, rule=rule, max_rows=max_rows)
         state = rounds.run(
             method or Averaging(), fleet, start(), opened, plan, Hooks(lambda: None, evaluate, emit)
         ).state
@@ -181,6 +188,92 @@ def test_under_the_quorum_the_model_stays(tmp_path: Path, quorum: int, moves: bo
     assert played.state.tensors["w"].any() == moves
     (done,) = (e for e in played.events if isinstance(e, RoundDone))
     assert done.accepted == 6
+
+
+# The weight -------------------------------------------------------------------------------------------
+
+ANY = 2**31 - 1  # rows: what a device may say
+
+
+def with_weight(n: int, rule: Rule, max_rows: int = 0) -> float:
+    """What client 0 of eight, which claims n rows, weighs: the others have `ROWS`, and all go equally far."""
+    w, shares = start().tensors["w"], []
+    for c in range(8):
+        move = np.zeros(SIZE, np.float32)
+        move[c] = 1.0
+        shares.append(told(w + move, n if c == 0 else ROWS))
+    fleet = Devices(lambda r, c, w: shares[c], declared={0: n})
+    mean = play(Path(tempfile.mkdtemp()), fleet, rule=rule, max_rows=max_rows).state.tensors["w"]
+    return float(mean[0] / mean[1] * ROWS)
+
+
+def test_rows_weigh_at_most_so_many_times_the_median_of_the_round() -> None:
+    assert with_weight(ANY, MEAN) == pytest.approx(
+        ANY, rel=1e-6
+    )  # as published: a simulated client has its rows
+    assert with_weight(ANY, Rule(times=4.0)) == pytest.approx(4 * ROWS)
+    assert with_weight(25, Rule(times=4.0)) == pytest.approx(25)
+    assert with_weight(1, Rule(times=4.0)) == pytest.approx(1)
+    assert with_weight(25, Rule(times=4.0), max_rows=15) == pytest.approx(15)
+    assert with_weight(ANY, MEAN, max_rows=15) == pytest.approx(15)
+
+
+@given(
+    factor=st.floats(0.01, 3.9),
+    n=st.sampled_from([1, ROWS, 3 * ROWS, ANY]),
+    moves=st.lists(st.floats(0.5, 1.0), min_size=7, max_size=7),
+)
+def test_no_weight_moves_the_mean_further_than_a_usual_reply_may(
+    factor: float, n: int, moves: list[float]
+) -> None:
+    """A liar against seven that go the same way: its pull is at most `allowed` times that of the median client."""
+    unit = np.ones(SIZE) / np.sqrt(SIZE)
+    fleet = Devices(
+        lambda r, c, w: told(w - factor * unit, n) if c == 0 else told(w + moves[c - 1] * unit),
+        declared={0: n},
+    )
+    played = play(Path(tempfile.mkdtemp()), fleet, rule=Rule(times=4.0))
+    middle = float(np.sort([factor, *moves])[3])
+    if factor > 3.5 * middle * allowed(SIZE) / 4:
+        return  # it may be refused
+    assert not played.refused()
+    x = float(
+        played.state.tensors["w"] @ unit
+    )  # (sum of the others - W factor) / (7 + W), in weights of ROWS
+    W = (sum(moves) - 7 * x) / (x + factor)
+    assert W * factor <= allowed(SIZE) * middle * 1.001
+    assert W <= 4.001
+
+
+def test_a_method_knows_the_rows_that_a_client_took_its_steps_on(tmp_path: Path) -> None:
+    """SCAFFOLD divides a move by them, so they are not those that the reply counts."""
+    seen: dict[int, tuple[int, int]] = {}
+
+    @dataclass(frozen=True)
+    class Noting(Averaging):
+        def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+            taken = list(replies)
+            seen.update({r.client: (r.rows, r.payload.int("n")) for r in taken})
+            return super().aggregate(state, iter(taken))
+
+    fleet = Devices(with_liars(lambda r, c, w: told(w + 0.1, 100), 0), declared={0: 100})
+    play(tmp_path, fleet, Noting(), rule=Rule(times=4.0))
+    assert (seen[0], seen[1]) == ((100, 4 * ROWS), (ROWS, ROWS))
+
+
+def test_steps_that_a_claim_stands_for_make_no_reply_short(tmp_path: Path) -> None:
+    """A method that divides by the steps of the rows: who claims more rows goes no further for it."""
+
+    @dataclass(frozen=True)
+    class Stepping(Averaging):
+        def distance(self, state: State, reply: Reply) -> float:
+            return float(np.linalg.norm(reply.payload.array("w"))) / np.sqrt(reply.payload.int("n"))
+
+    far = with_liars(lambda r, c, w: told(w - 7.0, 4 * ROWS), 0)
+    fleet = Devices(lambda r, c, w: far(r, c, w) if c == 0 else told(w + 1.0), declared={0: 4 * ROWS})
+    x = float(play(tmp_path, fleet, Stepping(), rule=Rule(times=4.0)).state.tensors["w"].mean())
+    W = (7 - 7 * x) / (x + 7)
+    assert pytest.approx(allowed(SIZE) / 7, abs=0.1) == W  # weights are whole rows
 
 
 # The bound --------------------------------------------------------------------------------------------
@@ -464,7 +557,7 @@ def test_the_slack_is_by_the_numbers_that_were_agreed(
 def test_where_any_length_was_agreed_the_usual_one_counts() -> None:
     def kept(client: int, numbers: int) -> replies.Kept:
         answer = Answer(client, client, None, "ok", "", 0.0, 0)
-        return replies.Kept(answer, 0, 0, frozenset("w"), None, numbers, 6.0 if client == 0 else 1.0)
+        return replies.Kept(answer, 0, 0, frozenset("w"), None, numbers, 6.0 if client == 0 else 1.0, 1, 1.0)
 
     taken = [kept(0, 1), kept(1, 20), kept(2, 20), kept(3, 30)]
     assert [k.answer.client for k, _ in replies.too_far(taken)] == [0]

@@ -165,7 +165,7 @@ def test_numbers_are_kept_as_they_came(spool: Spool) -> None:
     ("text", "says"),
     [
         ("krum", "none of mean, median, trimmed-mean, norm-clip, sign-vote"), ("", "none of mean"),
-        ("median:0.2", "only trimmed-mean takes a share"), ("trimmed-mean:0.5", "between 0 and 0.5"),
+        ("median:0.2", "trimmed-mean a share"), ("mean:0.5", "only mean takes a number, from 1 on"), ("mean:inf", "from 1 on"), ("trimmed-mean:0.5", "between 0 and 0.5"),
         ("trimmed-mean:", "between 0 and 0.5"), ("trimmed-mean:1/0", "between 0 and 0.5"), ("trimmed-mean:nan", "between"),
         ("trimmed-mean:inf", "between"), ("trimmed-mean:1e-99999", "between"), ("trimmed-mean:-0.2", "between"),
     ],

@@ -4,7 +4,6 @@
     devices.json       in the compression's folder: which key is which client, as in the run
     audit.jsonl        there too: who joined, and what was taken or refused
     parts/agreed.json  the windows of each device, agreed before block 0; a resumed compression goes on with these
-    parts/replies/     answers that came before those of the clients in front of them: they are added in the clients' order
 
 Each device gets the run's result once (`result.py`), then for every block the compressed one before it, and answers with sums
 over its windows (`calibration_device.py`).  The server has one device's sums in memory, besides those on their way: so
@@ -13,14 +12,14 @@ many devices are at work at a time that these take `ON_THE_WAY` bytes.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
+from fleetune.common.display import counted
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.compression.jobs.windows import each_of
@@ -37,8 +36,9 @@ from fleetune.models.model import Model
 from fleetune.runs import sealed
 from fleetune.runs.compression_folder import PARTS, CompressRequest
 from fleetune.runs.listener import Listener
-from fleetune.tuning import finished, fleets, rounds
+from fleetune.tuning import finished, rounds
 from fleetune.tuning.messages import Message, Payload, ReplySpec, check, decode, encode
+from fleetune.tuning.robust import FEWEST
 
 AGREED: Final = "agreed.json"
 ON_THE_WAY: Final = 1 << 28  # bytes of answers
@@ -98,7 +98,11 @@ class Calibrators:
             )  # fmt: skip
             on_reply(reply)
 
-        sums = HessianSums(base, tokens, heard)
+        if len(tokens) < FEWEST:
+            listener.note(
+                f"{counted(len(tokens), 'device')} calibrate: of fewer than {FEWEST} none can be held against the others"
+            )
+        sums = HessianSums(base, tokens, heard, parts)
         return FleetHessians(fleet, sums, model, parts), agreed
 
     def _count(self, request: CompressRequest, devices: Devices) -> int:
@@ -131,36 +135,13 @@ class FleetHessians:
         orders = {c: Order("block", number, c, body=body) for c in clients}
         largest = sum(2 * linear.in_features * (linear.in_features + 1) for linear in linears.values())
         answers = self.fleet.give(orders, at_once=max(1, ON_THE_WAY // largest), room=largest + ROOM)
-        ordered = in_order(answers, clients, self.parts / "replies")
+        found = (Answer(a.client, a.data, a.reason or a.status) for a in answers)
         shared = sharing(self._own.hessians(number, linears))
-        return self.sums.add_up(number, linears, ordered, len(body), shared)
+        return self.sums.add_up(number, linears, found, len(body), shared)
 
     def advance(self, number: int) -> None:
         """Advance the server's own tokens; for the devices, the compressed block travels with the order for the next one."""
         self._own.advance(number)
-
-
-def in_order(answers: Iterable[fleets.Answer], clients: Sequence[int], folder: Path) -> Iterator[Answer]:
-    """Yield the answers in the order of `clients`; those that come before their turn wait as files in `folder`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    early, turn = dict[int, Answer](), iter(clients)
-    wanted = next(turn, None)
-    for found in answers:
-        reason = found.reason or found.status
-        if found.data is not None and found.client != wanted:
-            write_atomic(folder / str(found.client), found.data, mode=PRIVATE)
-        kept = found.data if found.client == wanted else None
-        early[found.client] = Answer(found.client, kept, "" if found.data is not None else reason)
-        del found
-        while wanted in early:
-            answer = early.pop(wanted)
-            file = folder / str(wanted)
-            if answer.data is None and not answer.reason:
-                answer = answer._replace(data=file.read_bytes())
-                file.unlink()
-            yield answer
-            wanted = next(turn, None)
 
 
 def _begun(request: CompressRequest, fleet: RemoteFleet, base: bytes, listener: Listener) -> dict[int, int]:

@@ -4,13 +4,15 @@
     eval-fleet.json    in the run's folder, sealed with a checksum, for its owner alone: the mean, and every device
 
 Each device measures base and tuned model on its own rows and sends sums (`eval_device.py`).  The mean over all devices is
-weighted by tokens, as that of `fleetune eval` is: R = sum L_i / sum T_i, with the loss sum L_i and the tokens T_i of device
-i.  Its standard error is that of a ratio of two sums over n devices, each a cluster of tokens (Cochran 1977, Sampling
-Techniques, 3rd edition, section 6.4):
+weighted by tokens, as that of `fleetune eval` is: R = sum w_i l_i, with the loss l_i of device i and its share w_i of the
+tokens.  Tokens are what a device says, so none counts more than `robust.TIMES` times the median device; beside R stand the
+mean in which each device counts once, and the median.  The standard error is the jackknife's, R_-i being R without device i:
 
-    se(R) = sqrt(n / (n - 1) sum (L_i - R T_i)^2) / sum T_i
+    se(R)^2 = (n - 1) / n sum (R_-i - R)^2        R_-i - R = w_i (R - l_i) / (1 - w_i)
 
-so it says how much R would differ with other devices of the same kind; one device has none.
+(CV3 of MacKinnon, Nielsen and Webb 2022, arXiv 2205.03288).  For equal shares it is the usual one.  Where a device has nearly
+all tokens, R is its own loss and its residual vanishes; w_i / (1 - w_i) does not let that pass for certainty.  One device has
+none.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from fleetune.runs import rundir, sealed
 from fleetune.runs.events import DeviceEvaluated, FleetEvaluated
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run
-from fleetune.tuning import finished
+from fleetune.tuning import finished, robust
 from fleetune.tuning.fleets import Answer
 from fleetune.tuning.messages import Message, Payload, ReplySpec, check, decode, encode
 
@@ -75,6 +77,8 @@ def evaluate(
             found.append(one)
             listener.progress("devices", len(found), len(chosen))
         done = mean(subject.argument, found)
+        if warning := one_decides(found):
+            listener.note(warning)
         if isinstance(subject, Run):
             done = replace(done, path=str(folder / FILE))
             content = {**asdict(done), "base_digest": job.base, "result_sha256": job.result}
@@ -112,7 +116,7 @@ def measured(answer: Answer, name: str, device: Device, job: Job) -> DeviceEvalu
 
 
 def mean(model: str, found: Sequence[DeviceEvaluated]) -> FleetEvaluated:
-    """Return the mean over the devices that have measured, weighted by tokens; FleetError when there are none."""
+    """Return the means over the devices that have measured; FleetError when there are none."""
     good = [one for one in found if one.base is not None and one.tuned is not None]
     if not good:
         why = f"; the first: {found[0].reason}" if found else ""
@@ -120,27 +124,49 @@ def mean(model: str, found: Sequence[DeviceEvaluated]) -> FleetEvaluated:
             f"no device has measured anything{why}",
             hint="devices hold rows out with: fleetune fleet join .. --held-out 0.1, or --eval-data FILE",
         )
-    tokens = [one.tokens for one in good]
+    shares = shares_of([one.tokens for one in good])
     base = [float(one.base or 0.0) for one in good]
     tuned = [float(one.tuned or 0.0) for one in good]
     change = [t - b for t, b in zip(tuned, base, strict=True)]
     return FleetEvaluated(
-        model=model, devices=len(good), asked=len(found), rows=sum(one.rows for one in good), tokens=sum(tokens),
-        base=ratio(base, tokens)[0], tuned=ratio(tuned, tokens)[0], change=ratio(change, tokens)[0],
-        base_error=ratio(base, tokens)[1], tuned_error=ratio(tuned, tokens)[1], change_error=ratio(change, tokens)[1],
-        base_perplexity=_exp(ratio(base, tokens)[0]), tuned_perplexity=_exp(ratio(tuned, tokens)[0]),
-        median=statistics.median(tuned), improved=sum(c < 0 for c in change),
+        model=model, devices=len(good), asked=len(found), rows=sum(one.rows for one in good),
+        tokens=sum(one.tokens for one in good), largest_share=max(one.tokens for one in good) / sum(one.tokens for one in good),
+        base=ratio(base, shares)[0], tuned=ratio(tuned, shares)[0], change=ratio(change, shares)[0],
+        base_error=ratio(base, shares)[1], tuned_error=ratio(tuned, shares)[1], change_error=ratio(change, shares)[1],
+        base_perplexity=_exp(ratio(base, shares)[0]), tuned_perplexity=_exp(ratio(tuned, shares)[0]),
+        base_plain=statistics.fmean(base), tuned_plain=statistics.fmean(tuned), base_median=statistics.median(base),
+        median=statistics.median(tuned), change_median=statistics.median(change), improved=sum(c < 0 for c in change),
     )  # fmt: skip
 
 
-def ratio(means: Sequence[float], weights: Sequence[int]) -> tuple[float, float | None]:
-    """Return the mean of the devices' means weighted by their tokens, and its standard error; None for one device."""
-    n, total = len(means), sum(weights)
-    R = math.fsum(m * w for m, w in zip(means, weights, strict=True)) / total
+def shares_of(tokens: Sequence[int]) -> list[float]:
+    """Return what each device counts in the mean, of 1: by its tokens, at most `robust.TIMES` times the median's."""
+    counted = [min(own, robust.TIMES * robust.usual(tokens)) for own in tokens]
+    return [own / sum(counted) for own in counted]
+
+
+def one_decides(found: Sequence[DeviceEvaluated]) -> str:
+    """Return a warning where one device says that it has more than half of all tokens, else ""."""
+    good = [one for one in found if one.tuned is not None]
+    first = max(good, key=lambda one: one.tokens)
+    claimed = first.tokens / sum(one.tokens for one in good)
+    if len(good) < 2 or claimed <= 0.5:
+        return ""
+    counts = max(shares_of([one.tokens for one in good]))
+    return (
+        f"device {first.name} says that it has {claimed:.1%} of the tokens; it counts {counts:.0%} of the mean by tokens: "
+        "see the median"
+    )
+
+
+def ratio(means: Sequence[float], shares: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean of the devices' means by their shares, and its standard error; None for one device."""
+    n = len(means)
+    R = math.fsum(m * w for m, w in zip(means, shares, strict=True))
     if n < 2:
         return R, None
-    squares = math.fsum((w * (m - R)) ** 2 for m, w in zip(means, weights, strict=True))
-    return R, math.sqrt(n / (n - 1) * squares) / total
+    squares = math.fsum((w * (m - R) / (1 - w)) ** 2 for m, w in zip(means, shares, strict=True))
+    return R, math.sqrt((n - 1) / n * squares)
 
 
 def _exp(loss: float) -> float:

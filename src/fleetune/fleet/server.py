@@ -27,12 +27,10 @@ from fleetune.fleet.table import Devices
 from fleetune.runs import rundir, sealed
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
+from fleetune.tuning import prepare, settled
 from fleetune.tuning.fleets import Fleet
 from fleetune.tuning.kinds import ONE, Wanted, wanted
-from fleetune.tuning.methods import cannot_combine
-from fleetune.tuning.prepare import check_aggregation
 from fleetune.tuning.recipe import Recipe
-from fleetune.tuning.robust import MEAN, REDUCE, Rule
 
 if TYPE_CHECKING:
     from fleetune.fleet.page import LivePage
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     from fleetune.tuning.simulation import Step
 
 SIMULATED: Final = ("drop", "stragglers", "deadline")  # options of a recipe that real devices do not follow
-MANY: Final = 5  # devices, from which on the plain mean is worth a word
 PUBLISHED: Final = 1.0  # seconds between two words to `fleet status`
 LOOK: Final = 2.0  # seconds between two looks at the folder of keys
 KEPT: Final = {  # what a stop leaves, by task
@@ -136,6 +133,11 @@ class Served:
         """Raise UsageError where late replies are to be used and every round waits for all."""
         self.pace.check(recipe)
 
+    def settled(self, recipe: Recipe, *, ruled: bool) -> Recipe:
+        """Return the recipe with the rule that combines the devices' replies; `ruled` says that it names one."""
+        entry, _ = prepare.check(recipe)
+        return settled.for_devices(recipe, self.wanted(recipe.clients, entry.clients), ruled=ruled)
+
     def count(self, job: TuneJob) -> int:
         """Return how many devices the first round waits for; FleetError when fewer can come."""
         return self.wanted(job.recipe.clients, job.entry.clients)
@@ -175,9 +177,8 @@ class Served:
     def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet when enough devices are ready."""
         count = self.count(job)
-        check_aggregation(job.recipe, job.method, count)
-        if said := advice(job, count, registered=self._keys is not None):
-            listener.note(said)
+        prepare.check_aggregation(job.recipe, job.method, count)
+        listener.note(settled.about_rule(job.recipe, count))
         if simulated := [name for name in SIMULATED if getattr(job.recipe, name)]:
             listener.note(
                 f"{', '.join(simulated)} of the recipe only simulate; for real devices: --round-deadline SECONDS"
@@ -281,16 +282,6 @@ class Served:
         words += " --model PATH" if own_model else ""
         words += " --key KEY" if self._keys is not None else ""
         return words + (" --ca ca.pem" if self.place.certificate else "")
-
-
-def advice(job: TuneJob, count: int, *, registered: bool) -> str:
-    """Return a word on the plain mean, "" where it is none or no other rule fits; `count` devices are waited for."""
-    if not registered or job.recipe.aggregation != MEAN.name or count < MANY:
-        return ""
-    rule = next((name for name in REDUCE if not cannot_combine(job.method, Rule(name), count)), "")
-    if not rule:
-        return ""
-    return f"the mean believes all {count} devices; where some may lie, serve with --aggregation {rule} (docs/safety.md)"
 
 
 def check_count(wanted: int, registered: int) -> None:

@@ -144,7 +144,7 @@ def _of_fleet(method: Method, recipe: Recipe) -> list[str]:
     late = ""
     if recipe.late == "use":
         late = methods.late_problem(method, recipe.method)
-        if not late and recipe.aggregation != "mean":
+        if not late and robust.parse(recipe.aggregation).name != "mean":
             late = (
                 f"aggregation = {recipe.aggregation!r} compares the replies of one round, and a late one is a step of another; "
                 "use aggregation=mean or late=drop"
@@ -313,7 +313,7 @@ def _search(recipe: Recipe, names: Sequence[str], rows: int, run: Estimate | Non
 
 def _for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:
     """Return the run with the server's step for the mean of so many clients, unless that is given or is not their mean."""
-    mean = recipe.aggregation == "mean"
+    mean = robust.parse(recipe.aggregation).name in ("mean", "norm-clip")
     if not (mean and isinstance(method, methods.FollowsClients)) or method.server_setting in given:
         return recipe, method
     method = method.for_clients(clients)

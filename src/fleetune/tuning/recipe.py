@@ -166,8 +166,11 @@ class Recipe:
     quorum: int = Field(default=1, ge=1, description="fewer good replies than this leave the model as it was")
     aggregation: str = Field(
         default="mean",
-        description="how replies become one: mean, or against clients that lie: median, trimmed-mean[:SHARE], norm-clip, "
-        "sign-vote",
+        description="how replies become one: mean[:TIMES], weighted by rows (at most TIMES the median's), or against "
+        "liars: median, trimmed-mean[:SHARE], norm-clip, sign-vote; fleet serve chooses where none is given (docs/safety.md)",
+    )
+    max_rows: int = Field(
+        default=0, ge=0, le=MOST_ROWS, description="rows that a client counts at most (0: any number)"
     )
     eval_every: int = Field(
         default=1, ge=0, description="validation loss every so many rounds (0: before and after only)"
@@ -235,6 +238,7 @@ class RecipeOptions(TypedDict, total=False):
     late: str
     quorum: int
     aggregation: str
+    max_rows: int
     eval_every: int
     patience: int
     keep: str

@@ -7,6 +7,10 @@ their median (`allowed`) is refused.  How far a reply goes is the method's to sa
 2019, arXiv 1911.07963 ("norm thresholding"), cut such an update down to the bound; here it is left out, since what is
 known to be wrong need not be used in part.
 
+- Rows weigh in a mean, and are what a client says of itself.  Where the rule bounds them (`mean:TIMES`), a reply counts at
+  most so many times the median rows of those that were asked, and its rows times its distance stay within the bound
+  too: no reply moves the mean further than one of the median rows may.  That distance is the one of a client with the
+  median rows: steps that a claim of rows stands for would else make it short.
 - Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
   may send fewer than it was asked for, and the slack is not its to choose.
 - With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.
@@ -54,6 +58,8 @@ class Kept(NamedTuple):
     agreed: int | None  # numbers that a reply of its form has at most; None: any
     numbers: int  # in its arrays
     distance: float
+    n: int  # rows that it counts; 0 where the method sends none
+    reach: float  # the distance of the same reply from a client with the median rows
 
 
 class Round(NamedTuple):
@@ -64,6 +70,7 @@ class Round(NamedTuple):
     rows: Sequence[int]  # of every client
     state: Any
     kind: Callable[[int], int] = lambda client: 0  # of a client that was asked
+    usual: int = 0  # median rows of the clients that were asked
 
 
 class Replies:
@@ -76,6 +83,7 @@ class Replies:
         run: RunDir,
         emit: Callable[[ClientReply], None],
         rule: Rule = MEAN,
+        max_rows: int = 0,
         past: Mapping[int, Round] = MappingProxyType({}),
     ) -> None:
         self.method, self.round, self.emit, self.past = method, round, emit, past
@@ -87,6 +95,7 @@ class Replies:
         self.reason = ""  # of the first that failed
         self._spool = Spool(run.path, IN_MEMORY)
         self.rule = replace(rule, spool=self._spool)
+        self.most = min(max_rows or math.inf, rule.times * round.usual if rule.times < math.inf else math.inf)
         self._in_hand: Kept | None = None
 
     def __enter__(self) -> Replies:
@@ -114,9 +123,11 @@ class Replies:
             self.bytes_down += answer.sent
             self.bytes_up += len(answer.data or b"")
             self._take(answer)
-        self.kept.sort(key=lambda kept: (kept.answer.client, kept.answer.late))
         for kept, reason in too_far(self.kept):
             self._refuse(kept, reason)
+        if self.rule.times < math.inf:
+            self.kept = lighter(self.kept)
+        self.kept.sort(key=lambda kept: (kept.answer.client, kept.answer.late))
 
     def _take(self, answer: Answer) -> None:
         payload, status, reason = None, answer.status, cut_reason(answer.reason)
@@ -134,9 +145,15 @@ class Replies:
         asked = self._asked(answer)
         sent, spec = self._kinds(asked)[asked.kind(answer.client)]
         payload = check(decode(data), spec, round=asked.number, base=asked.base)
-        _check_rows(payload, self.round.rows[answer.client])
+        n = _rows_of(payload, self.round.rows[answer.client], self.most)
+
+        def distance_with(rows: int) -> float:
+            told = self._reply(answer, payload, rows)
+            return methods.distance_of(self.method, asked.state, sent, told)
+
         try:
-            distance = methods.distance_of(self.method, asked.state, sent, self._reply(answer, payload))
+            distance = distance_with(n)
+            reach = distance_with(self.round.usual) if n and self.rule.times < math.inf else distance
         except (MessageError, MemoryError):
             raise
         except FAULTS as error:
@@ -145,7 +162,8 @@ class Replies:
         arrays = payload.arrays
         numbers = sum(a.size for a in arrays.values())
         self.kept.append(Kept(
-            answer._replace(data=None), self._spool.store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance,
+            answer._replace(data=None), self._spool.store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance, n,
+            reach,
         ))  # fmt: skip
         return payload
 
@@ -164,9 +182,12 @@ class Replies:
             self._earlier[asked.number] = methods.kinds_of(self.method, asked.state)
         return self._earlier[asked.number]
 
-    def _reply(self, answer: Answer, payload: Payload) -> Reply:
+    def _reply(self, answer: Answer, payload: Payload, n: int) -> Reply:
+        """Return a reply as its method gets it; `n` are the rows that it counts, 0 where it has none."""
         stood_on = self._asked(answer).state if answer.late else None
-        return Reply(answer.client, answer.key, payload, answer.late, stood_on)
+        rows = payload.int("n") if n else 0
+        counting = Payload(payload.arrays, {**payload.scalars, "n": n}) if n else payload
+        return Reply(answer.client, answer.key, counting, answer.late, stood_on, rows)
 
     # Added up -------------------------------------------------------------------------------------------
 
@@ -193,7 +214,7 @@ class Replies:
     def _each(self) -> Iterator[Reply]:
         for kept in tuple(self.kept):
             self._in_hand = kept
-            yield self._reply(kept.answer, self._payload(kept))
+            yield self._reply(kept.answer, self._payload(kept), kept.n)
         self._in_hand = None
 
     # One reply ------------------------------------------------------------------------------------------
@@ -223,11 +244,26 @@ class Replies:
         ))  # fmt: skip
 
 
-def _check_rows(payload: Payload, rows: int) -> None:
-    """Raise MessageError for a client that claims more rows, and so more weight, than it is known to have."""
+def _rows_of(payload: Payload, rows: int, most: float) -> int:
+    """Return how many rows a reply counts, 0 where none are sent; MessageError for more than the client is known to have."""
     claimed = payload.scalars.get("n")
-    if isinstance(claimed, int) and claimed > rows:
+    if not isinstance(claimed, int):
+        return 0
+    if claimed > rows:
         raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
+    return int(min(claimed, most))
+
+
+def lighter(kept: Sequence[Kept]) -> list[Kept]:
+    """Return the replies with fewer rows where rows times reach are more than `bound` times the medians of their kind."""
+    found = []
+    for kind in dict.fromkeys(k.kind for k in kept):
+        same = [k for k in kept if k.kind == kind]
+        middle = median([k.reach for k in same]) * usual([k.n for k in same])
+        for k in same:
+            most = bound(k, same) * middle / k.reach if k.n and k.reach else k.n
+            found.append(k._replace(n=int(min(k.n, max(1.0, most)))))
+    return found
 
 
 def too_far(kept: Sequence[Kept]) -> list[tuple[Kept, str]]:

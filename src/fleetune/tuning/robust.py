@@ -2,6 +2,7 @@
 """Combine a round's replies by a rule that a minority of liars cannot lead: median, trimmed mean, clipping, votes.
 
     mean          sum_c n_c x_c / sum_c n_c, n_c the rows of client c        McMahan et al. 2017, arXiv 1602.05629
+    mean:TIMES    the same, no n_c above TIMES the median of the round       Portnoy et al. 2020, arXiv 2004.04986
     median        of each coordinate                                         Yin et al. 2018, arXiv 1803.01498, Definition 1
     trimmed-mean  of each coordinate, without ceil(share m) of the m numbers at either end      the same, Definition 2
     norm-clip     every move cut to the median size of the round, then the mean           Sun et al. 2019, arXiv 1911.07963
@@ -11,6 +12,8 @@ A method adds each reply as named arrays (`Rule.combining`, then `add`), and get
 
 - All rules but the mean count every client once.  Rows are what a client says of itself, so a weight by rows would be the
   liar's to choose; and the bounds of Yin et al. are for equal weights.
+- Portnoy et al. cut weights so that a given share of the clients has at most a given weight together; a multiple of the
+  median does so too, and needs no guess of how many lie.  `replies.py` cuts them (`Replies.most`, `lighter`).
 - Size is the root mean square of a move's numbers.  The vote's step has that size, so a learning rate means the same
   under every rule (the paper and FeedSign, arXiv 2501.17610, agree on a constant instead).
 - A number that a client could not have is NaN: a direction that its walk did not meet.  A coordinate is then combined among
@@ -36,6 +39,7 @@ from fleetune.tuning.spool import Spool
 
 SHARE: Final = Fraction(1, 5)  # cut off at either end by trimmed-mean
 FEWEST: Final = 3  # replies of which one can be outvoted
+TIMES: Final = 4.0  # of mean, where rows are what devices say: a reply may weigh as far as it may go (`replies.FURTHEST`)
 NUMBERS: Final = 1 << 19  # of all clients that are in memory at a time; about 20 MB with what is made of them
 
 # (values float64[m, d], where their moves began float64[d], sizes float64[m], share) -> float64[d]
@@ -100,11 +104,14 @@ class Rule:
 
     name: str = "mean"
     share: Fraction = SHARE  # of trimmed-mean
+    times: float = math.inf  # of mean: the median rows of a round, which a reply counts at most
     spool: Spool | None = None  # where vectors lie; only the mean needs none
 
     @property
     def text(self) -> str:
         """Return the rule as a recipe has it."""
+        if self.times < math.inf:
+            return f"{self.name}:{self.times:g}"
         return self.name if self.share == SHARE else f"{self.name}:{float(self.share)}"
 
     @property
@@ -127,20 +134,24 @@ MEAN: Final = Rule()
 
 def parse(text: str) -> Rule:
     """Return the rule of a recipe's `aggregation`; ValueError, in plain words, when there is none."""
-    name, colon, share = text.partition(":")
+    name, colon, number = text.partition(":")
     if name != "mean" and name not in REDUCE:
         raise ValueError(f"aggregation = {text!r} is none of mean, {', '.join(REDUCE)}")
     if not colon:
         return Rule(name)
     try:
-        found = Fraction(float(share)).limit_denominator(1000)
-    except (ValueError, OverflowError):
-        found = Fraction(0)
-    if name != "trimmed-mean" or not 0 < found < Fraction(1, 2):
-        raise ValueError(
-            f"aggregation = {text!r}: only trimmed-mean takes a share, between 0 and 0.5, such as trimmed-mean:0.3"
-        )
-    return Rule(name, found)
+        found = float(number)
+    except ValueError:
+        found = math.nan
+    if name == "mean" and 1 <= found < math.inf:
+        return Rule(name, times=found)
+    share = Fraction(found).limit_denominator(1000) if 0 < found < 1 else Fraction(0)
+    if name == "trimmed-mean" and 0 < share < Fraction(1, 2):
+        return Rule(name, share)
+    raise ValueError(
+        f"aggregation = {text!r}: only mean takes a number, from 1 on, such as mean:4, and trimmed-mean a share, between 0 "
+        "and 0.5, such as trimmed-mean:0.3"
+    )
 
 
 class Robust:

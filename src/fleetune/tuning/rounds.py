@@ -31,7 +31,7 @@ from fleetune.tuning.fleets import Fleet
 from fleetune.tuning.messages import Message, Payload, encode
 from fleetune.tuning.methods import Method
 from fleetune.tuning.replies import Replies, Round
-from fleetune.tuning.robust import MEAN, Rule
+from fleetune.tuning.robust import MEAN, Rule, usual
 from fleetune.tuning.watch import advice
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ class RoundPlan:
     late: int = 0  # rounds that a reply may come late and still count
     patience: int = 0  # evaluated rounds in a row without a better one after which the run ends; 0: never
     keep_best: bool = False  # whether the best evaluated round's state is the result
+    max_rows: int = 0  # that a reply counts at most; 0: any number
 
     @property
     def kept(self) -> int:
@@ -257,8 +258,9 @@ def _played(
     goal = share_of(len(present) + fleet.busy, plan.participation)
     chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection, fleet.busy)
     kinds = {client: fleet.kind(client) for client in chosen}
-    asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__)
-    with Replies(method, asked, run, hooks.emit, plan.rule, past) as replies:
+    middle = int(usual([fleet.rows[client] for client in chosen]))
+    asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__, middle)
+    with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, past) as replies:
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
         messages = {client: coded[kind] for client, kind in kinds.items()}
         replies.gather(fleet.ask(r, chosen, messages, goal if len(chosen) > goal else 0))

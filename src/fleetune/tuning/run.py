@@ -255,6 +255,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
         bytes.fromhex(model.digest)[:8], stands_on, robust.parse(recipe.aggregation), recipe.over_selection,
         OLDEST if recipe.late == "use" else 0, recipe.patience, recipe.keep == "best",
+        recipe.max_rows,
     )  # fmt: skip
     try:
         outcome = rounds.run(method, fleet, first, run, plan, sitting.hooks(began))

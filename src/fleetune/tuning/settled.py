@@ -11,10 +11,15 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from fleetune.errors import FleetuneError
-from fleetune.tuning import methods
+from fleetune.tuning import methods, robust
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.rounds import share_of
 
+DEFENCES: Final = (
+    "norm-clip",
+    "sign-vote",
+)  # rules that hardly cost an honest fleet anything, the first that fits
 FOUND: Final = ("iid", "column:client")  # what `partition = auto` becomes
 
 
@@ -23,6 +28,40 @@ def settled(recipe: Recipe) -> Recipe:
     method = methods.written_out(methods.make(recipe.method, recipe.set))
     clients = recipe.clients or _usual_clients(recipe.method, recipe.partition)
     return dataclasses.replace(recipe, set=methods.values_of(method), clients=clients)
+
+
+def for_devices(recipe: Recipe, devices: int, *, ruled: bool) -> Recipe:
+    """Return the recipe as so many real devices run it: rows are what they say, so no number of rows may decide a round.
+
+    Where the recipe names no rule (not `ruled`), it gets one of `DEFENCES`; a plain mean becomes one with bounded weights.
+    """
+    rule = robust.parse(recipe.aggregation) if ruled else defence(recipe, devices)[0]
+    rule = robust.Rule(times=robust.TIMES) if rule == robust.MEAN else rule
+    return dataclasses.replace(recipe, aggregation=rule.text)
+
+
+def defence(recipe: Recipe, devices: int) -> tuple[robust.Rule, str]:
+    """Return the first of `DEFENCES` that fits the method and so many devices; or the mean, and why none fits."""
+    if recipe.late == "use":
+        return robust.MEAN, "late = use takes the mean alone"
+    method, asked = methods.make(recipe.method, recipe.set), share_of(devices, recipe.participation)
+    why = {name: methods.cannot_combine(method, robust.Rule(name), asked) for name in DEFENCES}
+    fitting = [name for name in DEFENCES if not why[name]]
+    return (robust.Rule(fitting[0]), "") if fitting else (robust.MEAN, why[DEFENCES[0]])
+
+
+def about_rule(recipe: Recipe, count: int) -> str:
+    """Return which rule combines the replies of so many devices; of a mean, why none against liars is used."""
+    rule = robust.parse(recipe.aggregation)
+    if rule.name != robust.MEAN.name:
+        return (
+            f"replies are combined by {rule.text}: every device counts once, whatever rows it claims; --aggregation mean weighs "
+            "by rows (docs/safety.md)"
+        )
+    bound = f"at most {rule.times:g} times the median's" if rule != robust.MEAN else "of any number"
+    other, why = defence(recipe, count)
+    more = f"no rule against liars fits: {why}" if why else f"where some may lie: --aggregation {other.text}"
+    return f"replies are combined by {rule.text}, weighted by rows, {bound}; {more} (docs/safety.md)"
 
 
 def options_of(recipe: Recipe) -> dict[str, Any]:

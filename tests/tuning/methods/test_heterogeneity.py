@@ -121,6 +121,8 @@ def test_the_rate_rises_first_and_falls_then(warmup: int, decay: bool, rates: li
     how = Training(lr=0.6, epochs=2, batch_size=4, warmup=warmup, decay=decay)
     np.testing.assert_allclose(how.rates(7), rates)
     np.testing.assert_allclose(Training(lr=0.6, steps=4, warmup=warmup, decay=decay).rates(7), rates)
+    np.testing.assert_allclose(how.walked(7), (sum(rates), math.hypot(*rates)))
+    assert all(map(math.isfinite, how.walked(2**31 - 1)))  # at once, without a list of so many steps
 
 
 @pytest.mark.parametrize("method", [fedit, fedpetuning])

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.cli import door_flags, fleet_runs, recipe_flags
 from fleetune.cli.commands.tune import finish, screen
@@ -20,7 +20,6 @@ from fleetune.errors import RecipeError, UsageError
 from fleetune.fleet import PAGE_PORT, PORT
 from fleetune.runs import rundir
 from fleetune.tuning import recipe as recipes
-from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from fleetune.fleet.page import LivePage
@@ -138,12 +137,14 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     path = rundir.find(args.resume, Path(args.out)) if args.resume else None
     if path is not None:
         recipe_flags.check_resume(args, path, "fleetune fleet serve --resume")
-    recipe = None if path else _recipe(args)
+    values = {} if path else _values(args)
+    recipe = recipes.make(values) if values else None
     page, fleets = _page(args, ui), door_flags.served(args)
     if recipe:
         recipe_flags.check_model(recipe.model, args.out, recipes.part(recipe))
         recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
+        recipe = fleets.settled(recipe, ruled="aggregation" in values)
     from fleetune.tuning import run as running
 
     with screen(ui, path) as shown, page as fleets.page, fleets:
@@ -166,7 +167,7 @@ def _page(args: argparse.Namespace, ui: Ui) -> AbstractContextManager[LivePage |
     return page.opened(page.PagePlace.of(args.page, args.page_token), ui.note)
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def _values(args: argparse.Namespace) -> Mapping[str, Any]:
     values = recipe_flags.keys(args, args.config)
     if not args.config and "model" not in values:
         raise UsageError(
@@ -175,7 +176,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         )
     if "sweep" in values:
         raise RecipeError([f"{args.config} is the recipe of a sweep, which runs in the simulator alone"])
-    return recipes.make(values)
+    return values
 
 
 def _eval(args: argparse.Namespace, ui: Ui) -> None:
@@ -198,7 +199,7 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> None:
-    """Print the figures of every device, and the means with their standard errors."""
+    """Print the figures of every device, the means, the standard errors and the medians."""
 
     def cells(base: float | None, tuned: float | None) -> list[str]:
         if base is None or tuned is None:
@@ -214,8 +215,17 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
     ]
     errors = map(error, (done.base_error, done.tuned_error, done.change_error))
     rows += [
-        ["", "mean by tokens", done.rows, done.tokens, *cells(done.base, done.tuned), ""],
+        [
+            "",
+            "mean by tokens",
+            done.rows,
+            done.tokens,
+            *cells(done.base, done.tuned),
+            f"{done.largest_share:.0%} of one device",
+        ],
         ["", "standard error", "", "", *errors, ""],
+        ["", "plain mean", "", "", *cells(done.base_plain, done.tuned_plain), ""],
+        ["", "median", "", "", *cells(done.base_median, done.median)[:2], f"{done.change_median:+.4f}", ""],
         ["", "perplexity", "", "", f"{done.base_perplexity:.3f}", f"{done.tuned_perplexity:.3f}", "", ""],
     ]
     ui.table(["client", "device", "rows", "tokens", "base", "tuned", "change", ""], rows, align="llrrrrrl")
@@ -293,7 +303,7 @@ def _split(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError("where to?", hint="--to DIR")
     from fleetune.planning import choose
 
-    recipe = choose.settled_method(_recipe(args), ui.note, offline=args.offline)
+    recipe = choose.settled_method(recipes.make(_values(args)), ui.note, offline=args.offline)
     parts = prepare.split(recipe, methods.entry(recipe.method), offline=args.offline)
     folder = Path(args.to)
     folder.mkdir(parents=True, exist_ok=True)

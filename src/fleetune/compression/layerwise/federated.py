@@ -41,7 +41,7 @@ class ClientHessians:
     ) -> None:
         """windows: int64 [n, length] by client, the same length for all.  `folder` holds the finished blocks."""
         self.base, self.folder = bytes.fromhex(model.digest)[:8], folder
-        self.sums = HessianSums(self.base, {c: own.numel() for c, own in windows.items()}, on_reply)
+        self.sums = HessianSums(self.base, {c: own.numel() for c, own in windows.items()}, on_reply, folder)
         self._down = 0  # bytes of the compressed block before this one
         self._answered = -1  # the last block that devices have answered for
         with torch.inference_mode():

@@ -11,14 +11,18 @@ A device's message for a block holds:
 The server's message after a block holds its compressed weights as the artefact has them, and `grids`: for each weight
 [bits, group, columns], or null for floats, as JSON.
 
-The server adds in float64, in the order of the clients, and rounds once.  A reply that is damaged, not finite or not as
-agreed is refused, and its device is left out from then on; the other devices continue.
+The server adds in float64, in the order of the clients, and rounds once.  A reply that is damaged, not finite, not as agreed
+or no sum of x x^T is refused, and its device is left out from then on; the other devices continue.  So is one whose mean
+square of an input is more than `TIMES` times the devices' median: sums add up, so it would count for all the others.
+(Honest devices of unlike text come to 1.4.  A small one takes nothing from the others.)  The median is known when the last
+reply has come; until then replies lie on disk, and one at a time is in memory.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -30,11 +34,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fleetune.compression.layerwise.blocks import block_file
-from fleetune.errors import FleetError, FleetuneError, MessageError
+from fleetune.errors import FleetError, MessageError
 from fleetune.models.artefact import Quantised, assembled
 from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.superblocks import SUPER_TYPES
 from fleetune.tuning.messages import Message, Payload, decode, encode
+from fleetune.tuning.robust import FEWEST, TIMES, usual
+from fleetune.tuning.spool import Spool
 
 WARNING: Final = (
     "the devices send sums of x x^T over their text, from which its activations can leak: treat them as private data, "
@@ -42,6 +48,7 @@ WARNING: Final = (
 )
 LARGEST: Final = 65504.0  # of an input of a layer: the largest number of fp16, far above what models compute
 ROUNDING: Final = 1e-3  # relative error of a sum in float32
+SMALLEST: Final = 1e-37  # of a sum of squares that is not zero: a product with a zero input is then seen
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,15 @@ class Answer(NamedTuple):
     reason: str
 
 
+class _Taken(NamedTuple):
+    """A device's message on disk, or the reason why it is refused."""
+
+    offset: int
+    size: int
+    squares: Mapping[str, float]  # mean square of each distinct input
+    reason: str
+
+
 class HessianSums:
     """Add up the messages of devices.  `tokens` are those agreed with each device that still takes part."""
 
@@ -72,9 +88,10 @@ class HessianSums:
         base: bytes,
         tokens: Mapping[int, int],
         on_reply: Callable[[HessianReply], None],
+        folder: Path,
     ) -> None:
-        """base: the first 8 bytes of the base model's digest."""
-        self.base, self.tokens, self.on_reply = base, dict(tokens), on_reply
+        """base: the first 8 bytes of the base model's digest; a block's messages lie in `folder` meanwhile."""
+        self.base, self.tokens, self.on_reply, self.folder = base, dict(tokens), on_reply, folder
 
     def add_up(
         self,
@@ -84,24 +101,33 @@ class HessianSums:
         down: int,
         shared: Mapping[str, str] | None = None,
     ) -> dict[str, Tensor]:
-        """Return the sums of all good answers by layer, float32 [C, C]; `answers` come in the clients' order.
+        """Return the sums of all good answers by layer, float32 [C, C]; `answers` come in any order.
 
         `down` is the size of the message that each device was sent.  `shared` says which layer shares the sums of which
         (`sharing`); without it the first good answer does.  FleetError when no answer is good.
         """
         total: dict[str, Tensor] = {}
-        shared = shared or {}
-        reason = ""
-        for client, data, reason in answers:
-            try:
-                if data is None:
-                    raise MessageError(reason or "no answer")
-                shared = self._add(total, shared, decode(data), client, number, linears)
-            except FleetuneError as error:
-                reason = str(error)
-                del self.tokens[client]
-            status = "refused" if reason else "ok"
-            self.on_reply(HessianReply(number, client, len(data or b""), down, status, reason))
+        shared, reason = shared or {}, ""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with closing(Spool(self.folder)) as spool:
+            taken = dict[int, _Taken]()
+            for client, data, why in answers:
+                try:
+                    if data is None:
+                        raise MessageError(why or "no answer")
+                    shared, squares = self._checked(shared, decode(data), client, number, linears)
+                except MessageError as error:
+                    taken[client] = _Taken(0, len(data or b""), {}, str(error))
+                    continue
+                taken[client] = _Taken(spool.store(data), len(data), squares, "")
+            middles = medians([one.squares for one in taken.values() if not one.reason])
+            for client, one in sorted(taken.items()):
+                if not (reason := one.reason or beyond(one.squares, middles)):
+                    _add(total, decode(spool.read(one.offset, one.size)).payload)
+                else:
+                    del self.tokens[client]
+                status = "refused" if reason else "ok"
+                self.on_reply(HessianReply(number, client, one.size, down, status, reason))
         if not self.tokens:
             raise FleetError(
                 f"no device is left in block {number}; the last: {reason}",
@@ -110,16 +136,15 @@ class HessianSums:
         whole = {name: from_lower_triangle(lower, linears[name].in_features) for name, lower in total.items()}
         return {name: whole[shared[name]] for name in linears}
 
-    def _add(
+    def _checked(
         self,
-        total: dict[str, Tensor],
         shared: Mapping[str, str],
         message: Message,
         client: int,
         number: int,
         linears: Mapping[str, nn.Linear],
-    ) -> dict[str, str]:
-        """Add a reply to the sums, and return which layer shares which sums.  MessageError before anything is added."""
+    ) -> tuple[dict[str, str], dict[str, float]]:
+        """Return which layer shares which sums in a reply, and the mean square of each distinct input; MessageError."""
         if (message.round, message.base) != (number, self.base):
             raise MessageError(
                 f"reply is for block {message.round} of {message.base.hex()}, this is block {number} of {self.base.hex()}"
@@ -139,12 +164,32 @@ class HessianSums:
         for name, of in found.items():
             if linears[name].in_features != linears[of].in_features:
                 raise MessageError(f"'{name}' cannot share the sums of '{of}': their inputs differ in size")
-        for name, a in payload.arrays.items():
-            check_sums(name, a, linears[name].in_features, tokens)
-        for name, a in payload.arrays.items():
-            own = torch.from_numpy(a.astype(np.float64))
-            total.setdefault(name, torch.zeros(a.size, dtype=torch.float64)).add_(own)
-        return found
+        squares = {n: check_sums(n, a, linears[n].in_features, tokens) for n, a in payload.arrays.items()}
+        return found, squares
+
+
+def _add(total: dict[str, Tensor], payload: Payload) -> None:
+    """Add a reply to the sums."""
+    for name, a in payload.arrays.items():
+        total.setdefault(name, torch.zeros(a.size, dtype=torch.float64)).add_(
+            torch.from_numpy(a.astype(np.float64))
+        )
+
+
+def medians(squares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the median of the devices' mean squares by input; {} for fewer devices than have a majority."""
+    if len(squares) < FEWEST:
+        return {}
+    return {name: usual([one[name] for one in squares]) for name in squares[0]}
+
+
+def beyond(squares: Mapping[str, float], middles: Mapping[str, float]) -> str:
+    """Return why a device's mean squares are too large beside the medians, "" where none is."""
+    for name, middle in middles.items():
+        if squares[name] > TIMES * middle:
+            times = squares[name] / middle
+            return f"the mean square of '{name}' is {times:.3g} times the median of the devices, {TIMES:g} at most"
+    return ""
 
 
 def message_of(H: Mapping[str, Tensor], tokens: int, number: int, base: bytes) -> bytes:
@@ -201,10 +246,12 @@ def _tensor(payload: Payload, name: str) -> Tensor:
     return tensor.view(torch.bfloat16) if tensor.dtype is torch.uint16 else tensor
 
 
-def check_sums(name: str, a: np.ndarray, C: int, tokens: int) -> None:
-    """Raise MessageError unless `a` can be the lower triangle of 2 sum x x^T, x [C], over so many tokens.
+def check_sums(name: str, a: np.ndarray, C: int, tokens: int) -> float:
+    """Return the mean square, or raise MessageError unless `a` can be the lower triangle of 2 sum x x^T, x [C], over `tokens`.
 
-    Checked are its type, shape and range, and that no |sum x_i x_j| is above sqrt(sum x_i^2 sum x_j^2) (Cauchy-Schwarz).
+    Checked are its type, shape and range, and that it is positive semidefinite within rounding: scaled to a unit diagonal
+    and with `ROUNDING` added to that, it has a Cholesky factor.  That takes C^3 / 3 multiplications in float32, and 8 C^2
+    bytes.
     """
     if a.dtype != np.float32 or a.shape != (C * (C + 1) // 2,):
         raise MessageError(f"'{name}' is {a.dtype} {a.shape}, agreed was float32 ({C * (C + 1) // 2},)")
@@ -215,11 +262,18 @@ def check_sums(name: str, a: np.ndarray, C: int, tokens: int) -> None:
         raise MessageError(f"'{name}' holds {bad} sums of squares below zero")
     if (top := squares.max(initial=0) / (2 * tokens)) > LARGEST**2:
         raise MessageError(f"'{name}' holds a mean square of {top:.3g}, agreed was {LARGEST**2:.3g} at most")
-    roots, at = np.sqrt(squares) * (1 + ROUNDING), 0
-    for i in range(C):
-        if (np.abs(a[at : at + i + 1]) > roots[i] * roots[: i + 1]).any():
-            raise MessageError(f"row {i} of '{name}' is larger than its sums of squares allow")
-        at += i + 1
+    scale = (np.maximum(squares, SMALLEST) ** -0.5).astype(np.float32)
+    R, at = np.zeros((C, C), np.float32), 0
+    with np.errstate(over="ignore"):
+        for i in range(C):
+            R[i, : i + 1] = a[at : at + i + 1] * scale[i] * scale[: i + 1]
+            at += i + 1
+    np.fill_diagonal(R, 1 + ROUNDING)
+    if failed := int(torch.linalg.cholesky_ex(torch.from_numpy(R))[1]):
+        raise MessageError(
+            f"'{name}' is no sum of x x^T: row {failed - 1} makes it not positive semidefinite"
+        )
+    return float(squares.mean() / (2 * tokens))
 
 
 def _diagonal_indices(C: int) -> np.ndarray:

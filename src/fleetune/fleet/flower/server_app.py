@@ -37,8 +37,9 @@ from fleetune.tuning import recipe as recipes
 from fleetune.tuning import run as running
 from fleetune.tuning.fleets import Fleet
 from fleetune.tuning.kinds import wanted
-from fleetune.tuning.prepare import check_aggregation
+from fleetune.tuning.prepare import check, check_aggregation
 from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.settled import about_rule, for_devices
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
@@ -70,16 +71,15 @@ def main(grid: Grid, context: Context) -> None:
     if resume:
         running.resume(rundir.find(resume, out), Said(), offline=False, fleets=fleets)
     else:
-        running.start(recipe_from(recipe), out, Said(), offline=False, fleets=fleets)
+        running.start(fleets.settled(values_from(recipe)), out, Said(), offline=False, fleets=fleets)
 
 
-def recipe_from(text: str) -> Recipe:
-    """Return the recipe in a file with this path, or, if the text has several lines, in the text; RecipeError."""
+def values_from(text: str) -> dict[str, Any]:
+    """Return the recipe's keys in a file with this path, or, if the text has several lines, in the text; RecipeError."""
     try:
-        values = tomllib.loads(text) if "\n" in text.strip() else recipes.read(Path(text))
+        return tomllib.loads(text) if "\n" in text.strip() else recipes.read(Path(text))
     except tomllib.TOMLDecodeError as error:
         raise RecipeError([f"the recipe in the run-config is not TOML: {error}"]) from error
-    return recipes.make(values)
 
 
 class Said(Silent):
@@ -117,6 +117,14 @@ class SuperNodes:
         """Raise UsageError where late replies are to be used and every round waits for all."""
         self.pace.check(recipe)
 
+    def settled(self, values: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of these keys, with the rule that combines the SuperNodes' replies."""
+        recipe = recipes.make(values)
+        entry, _ = check(recipe)
+        return for_devices(
+            recipe, self.wait or recipe.clients or entry.clients, ruled="aggregation" in values
+        )
+
     def count(self, job: TuneJob) -> int:
         """Return how many SuperNodes the first round waits for."""
         return self.wait or job.recipe.clients or job.entry.clients
@@ -128,6 +136,7 @@ class SuperNodes:
     def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet when enough SuperNodes are ready; those are numbered in the order of their names."""
         check_aggregation(job.recipe, job.method, self.count(job))
+        listener.note(about_rule(job.recipe, self.count(job)))
         link = GridLink(self.grid)
         listener.note(f"waiting for {self.count(job)} SuperNodes")
         while len(link.online()) < self.count(job):

@@ -27,7 +27,7 @@ class DeviceEvaluated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class FleetEvaluated(Event):
-    """`fleet eval`: the means over the devices, weighted by tokens, with their standard errors."""
+    """`fleet eval`: the means over the devices, by tokens and plain, with standard errors, and the medians."""
 
     event: ClassVar[str] = "evaluated"
     model: str  # as a command takes it
@@ -35,7 +35,8 @@ class FleetEvaluated(Event):
     asked: int  # number of devices that were asked
     rows: int  # of all devices
     tokens: int  # of all devices
-    base: float  # loss of the base model, nats a token
+    largest_share: float  # of these tokens, that one device says it has
+    base: float  # loss of the base model, nats a token, by tokens; no device counts more than four times the median one
     tuned: float  # loss of the tuned model
     change: float  # `tuned` less `base`
     base_error: float | None  # standard error over the devices; null for one device, as the next two
@@ -43,6 +44,10 @@ class FleetEvaluated(Event):
     change_error: float | None  # standard error of `change`, which is taken device by device
     base_perplexity: float  # exponential of `base`
     tuned_perplexity: float  # exponential of `tuned`
-    median: float  # of the devices' tuned losses, which one device cannot move far
+    base_plain: float  # mean of the devices' base losses, each counted once
+    tuned_plain: float  # mean of their tuned losses, each counted once
+    base_median: float  # of the devices' base losses, which one device cannot move far, as the next two
+    median: float  # of the devices' tuned losses
+    change_median: float  # of the devices' changes
     improved: int  # number of devices whose loss is lower than the base's
     path: str | None = None  # of eval-fleet.json; null for a plain model

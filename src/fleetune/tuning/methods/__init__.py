@@ -47,6 +47,7 @@ class Reply(NamedTuple):
     payload: Payload
     late: int = 0  # rounds that it comes late
     stood_on: Any = None  # the state that the device was sent, where that is not the present one
+    rows: int = 0  # that its steps were for, where the payload's `n` is what they count; 0: the same
 
     @property
     def discount(self) -> float:

@@ -98,7 +98,7 @@ class Training:
         return self.warmup if 0 < self.steps <= steps else min(self.warmup, steps // 2)
 
     def count(self, n: int) -> int:
-        """Return how many steps a device with n rows makes in a round."""
+        """Return how many steps a device with n rows takes in a round."""
         return self.steps or self.epochs * -(-n // self.batch_size)
 
     def rates(self, n: int) -> list[float]:
@@ -110,6 +110,18 @@ class Training:
         rising = [self.lr * (t + 1) / (warm + 1) for t in range(min(warm, count))]
         rest = count - len(rising)
         return rising + [self.lr * (1 - t / rest if self.decay else 1) for t in range(rest)]
+
+    def walked(self, n: int) -> tuple[float, float]:
+        """Return the sum of `rates(n)` and the root of the sum of their squares, without the list: n may be any claim."""
+        w = min(self.warmup, self.count(n))
+        rest = self.count(n) - w
+        length, squares = (
+            w * (w + 1) / 2 / (self.warmup + 1),
+            w * (w + 1) * (2 * w + 1) / 6 / (self.warmup + 1) ** 2,
+        )
+        length += (rest + 1) / 2 if self.decay and rest else rest
+        squares += (rest + 1) * (2 * rest + 1) / (6 * rest) if self.decay and rest else rest
+        return self.lr * length, self.lr * math.sqrt(squares)
 
 
 def begin(model: Model, seed: int, wire: str) -> State:
@@ -174,7 +186,7 @@ def local(
     w_k = group(sent)
     adapters.load_(model, w_k)
     if how.scaffold:
-        variate = server_rules.control(c_k, c, w, w_k, sum(how.rates(batches.n)))
+        variate = server_rules.control(c_k, c, w, w_k, how.walked(batches.n)[0])
         if all(np.isfinite(v).all() for v in variate.values()):  # else the reply will be refused
             memory.update({f"c/{n}": v.astype(np.float32) for n, v in variate.items()})
     return Payload(sent, {"n": batches.n, "loss": loss})
@@ -293,7 +305,7 @@ def distance(tensors: Tensors, reply: Reply, how: Training) -> float:
         w_k[n].astype(np.float64) - t.astype(DTYPE[how.wire])[tuple(map(slice, w_k[n].shape))]
         for n, t in tensors.items()
     )
-    walk = math.hypot(*how.rates(reply.payload.int("n")))
+    _, walk = how.walked(reply.payload.int("n"))
     return moved / (math.sqrt(sum(w_k[n].size for n in tensors)) * walk)
 
 
@@ -349,7 +361,7 @@ class Variates:
     def watch(self, replies: Iterable[Reply]) -> Iterator[Reply]:
         """Yield the replies, each added on its way."""
         for reply in replies:
-            walked = sum(self.how.rates(reply.payload.int("n")))
+            walked, _ = self.how.walked(reply.rows or reply.payload.int("n"))
             change = server_rules.control({}, self.c, self.w, reply.payload.arrays, walked)  # c_k' - c_k
             self.changes.add(1.0, change)
             self.clients.add(reply.client)

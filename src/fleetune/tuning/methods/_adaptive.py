@@ -12,7 +12,7 @@ The last two are linear in k, so their mean is one step with v = beta v + (1 - b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -31,16 +31,16 @@ class LayerControl:
         self.c_k, self.answered = dict(c_k), 0
         self._w_k, self._variates, self._changes = rule.combining(w), rule.combining(), rule.combining()
 
-    def add(self, reply: Reply, rates: Sequence[float]) -> None:
-        """Count a device's reply; `rates` are the learning rates of its steps."""
+    def add(self, reply: Reply, steps: int, walked: float) -> None:
+        """Count a device's reply after so many steps; `walked` is the sum of their learning rates."""
         self.answered += 1
         n, arrays = reply.payload.int("n"), reply.payload.arrays
         old = {x: self.before.get(f"{reply.client}/{x}", self.c[x]) for x in self.w}
-        new = rounded(control(old, self.c, self.w, arrays, sum(rates)))
+        new = rounded(control(old, self.c, self.w, arrays, walked))
         self.c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
         self._w_k.add(n, {x: arrays[x] for x in self.w})
         self._variates.add(n, new)
-        self._changes.add(len(rates), {x: new[x] - old[x].astype(np.float64) for x in new})
+        self._changes.add(steps, {x: new[x] - old[x].astype(np.float64) for x in new})
 
     def mean(self) -> Tensors:
         """Return wbar, float64."""

@@ -281,7 +281,8 @@ class Method:
         measured = rule.combining()
         for reply in replies:
             n, scalars = reply.payload.int("n"), reply.payload.scalars
-            variates.add(reply, self.training().rates(n))
+            how = self.training()
+            variates.add(reply, how.count(n), how.walked(reply.rows or n)[0])
             measured.add(n, {x: np.array(scalars.get(x, 0.0)) for x in ("personal", "common")})
         if not variates.answered:
             return state

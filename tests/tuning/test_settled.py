@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rule combines the replies of real devices, and what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.settled import about_rule, for_devices
+
+
+def served(devices: int, method: str, *, ruled: bool = False, **values: Any) -> tuple[str, str]:
+    """The rule of a recipe on so many devices, and the line at the start."""
+    given = {name: values.pop(name) for name in ("aggregation", "participation", "late") if name in values}
+    recipe = recipes.make({"model": "m", "data": "d", "method": method, "set": values, **given})
+    found = for_devices(recipe, devices, ruled=ruled)
+    return found.aggregation, about_rule(found, devices)
+
+
+@pytest.mark.parametrize(
+    "method", ["fedit", "fedpetuning", "fedpeptao", "mezo", "zosgd", "fedkseed", "onebyte", "fwdllm"]
+)
+def test_from_three_devices_on_a_recipe_without_a_rule_gets_one_against_liars(method: str) -> None:
+    rule, said = served(3, method)
+    assert rule == "norm-clip"
+    assert said.startswith(
+        "replies are combined by norm-clip: every device counts once, whatever rows it claims; --aggr"
+    )
+    assert served(3, "onebyte", wire="sign")[0] == "sign-vote"
+
+
+@pytest.mark.parametrize(
+    ("devices", "values", "why"),
+    [
+        (2, {"method": "fedit"}, "no rule against liars fits: 2 clients are asked in a round"),
+        (
+            8,
+            {"method": "fedit", "participation": 0.25},
+            "no rule against liars fits: 2 clients are asked in a round",
+        ),
+        (
+            8,
+            {"method": "fedit", "average": "product"},
+            "no rule against liars fits: average=product has no coordinates",
+        ),
+        (8, {"method": "fedkseed", "backprop": 0.5}, "no rule against liars fits: a mixed fleet"),
+        (8, {"method": "mezo", "late": "use"}, "no rule against liars fits: late = use takes the mean alone"),
+    ],
+)
+def test_where_none_fits_the_mean_bounds_the_rows_and_says_why(
+    devices: int, values: dict[str, Any], why: str
+) -> None:
+    rule, said = served(devices, **values)
+    assert rule == "mean:4"
+    assert said.startswith("replies are combined by mean:4, weighted by rows, at most 4 times the median's; ")
+    assert why in said
+
+
+def test_a_rule_that_is_given_stays_and_a_mean_is_bounded() -> None:
+    assert served(8, "fedit", aggregation="median", ruled=True)[0] == "median"
+    assert served(8, "fedit", aggregation="mean:9", ruled=True)[0] == "mean:9"
+    rule, said = served(8, "fedit", aggregation="mean", ruled=True)
+    assert rule == "mean:4"
+    assert "where some may lie: --aggregation norm-clip" in said
