@@ -159,7 +159,7 @@ def test_a_run_ends_when_all_supernodes_have_refused(place: Path) -> None:
     for context in grid.contexts.values():
         del context.node_config["data"]
     with pytest.raises(
-        FleetError, match="no device can take part: 2 came; the last, edge-[01]: it was not told which rows"
+        FleetError, match=r"no device can take part: 2 came; the last, edge-[01]: it was not told which rows"
     ) as ends:
         run(grid)
     assert ends.value.exit_code == 4
