@@ -46,8 +46,8 @@ device = "cpu"
 threads = 1
 """
 METHODS = {
-    "fedkseed": 'aggregation = "mean:4"\nmethod = "fedkseed"\n[set]\nK = 16\ntau = 40\nlr = 1e-3\nbackprop = 0.5\n',
-    "scaffold": 'aggregation = "mean:4"\nmethod = "fedit"\n[set]\nr = 2\nsteps = 12\nscaffold = true\n',
+    "fedkseed": 'aggregation = "mean:1"\nmethod = "fedkseed"\n[set]\nK = 16\ntau = 40\nlr = 1e-3\nbackprop = 0.5\n',
+    "scaffold": 'aggregation = "mean:1"\nmethod = "fedit"\n[set]\nr = 2\nsteps = 12\nscaffold = true\n',
 }
 
 

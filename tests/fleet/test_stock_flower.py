@@ -136,7 +136,7 @@ def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulat
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = server_app.values_from("recipe.toml") | {
-        "aggregation": "mean:4"
+        "aggregation": "mean:1"
     }  # two SuperNodes outvote nobody
     simulated = fleetune.tune(recipes.make(values), out="simulated")
     grid = GridHere()
@@ -341,7 +341,7 @@ def test_with_flowers_own_programs_stopped_and_resumed(place: Path) -> None:
         RECIPE.replace("rounds = 2", "rounds = 30")
     )  # some must be left when it is stopped
     values = server_app.values_from("recipe.toml") | {
-        "aggregation": "mean:4"
+        "aggregation": "mean:1"
     }  # two SuperNodes outvote nobody
     simulated = fleetune.tune(recipes.make(values), out="simulated")
     keys.make_certificate(Path("certs"), ["localhost", "127.0.0.1"])

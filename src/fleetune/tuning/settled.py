@@ -20,6 +20,7 @@ DEFENCES: Final = (
     "norm-clip",
     "sign-vote",
 )  # rules that hardly cost an honest fleet anything, the first that fits
+UNLIKE: Final = (1, 1000)  # rows of two devices
 FOUND: Final = ("iid", "column:client")  # what `partition = auto` becomes
 
 
@@ -36,15 +37,23 @@ def for_devices(recipe: Recipe, devices: int, *, ruled: bool) -> Recipe:
     Where the recipe names no rule (not `ruled`), it gets one of `DEFENCES`; a plain mean becomes one with bounded weights.
     """
     rule = robust.parse(recipe.aggregation) if ruled else defence(recipe, devices)[0]
-    rule = robust.Rule(times=robust.TIMES) if rule == robust.MEAN else rule
+    rule = robust.Rule(times=robust.ONCE) if rule == robust.MEAN else rule
     return dataclasses.replace(recipe, aggregation=rule.text)
 
 
 def defence(recipe: Recipe, devices: int) -> tuple[robust.Rule, str]:
-    """Return the first of `DEFENCES` that fits the method and so many devices; or the mean, and why none fits."""
+    """Return the first of `DEFENCES` that fits the method and so many devices; or the mean, and why none fits.
+
+    A rule that counts all moves alike costs an honest fleet much where devices of many rows go further (docs/safety.md).
+    """
     if recipe.late == "use":
         return robust.MEAN, "late = use takes the mean alone"
     method, asked = methods.make(recipe.method, recipe.set), share_of(devices, recipe.participation)
+    if len({methods.local_steps(method, rows) for rows in UNLIKE}) > 1 and asked >= robust.FEWEST:
+        return robust.MEAN, (
+            "devices of more rows take more steps, and honest ones would be cut (set steps, or where some may lie: "
+            "--aggregation norm-clip)"
+        )
     why = {name: methods.cannot_combine(method, robust.Rule(name), asked) for name in DEFENCES}
     fitting = [name for name in DEFENCES if not why[name]]
     return (robust.Rule(fitting[0]), "") if fitting else (robust.MEAN, why[DEFENCES[0]])
@@ -58,7 +67,8 @@ def about_rule(recipe: Recipe, count: int) -> str:
             f"replies are combined by {rule.text}: every device counts once, whatever rows it claims; --aggregation mean weighs "
             "by rows (docs/safety.md)"
         )
-    bound = f"at most {rule.times:g} times the median's" if rule != robust.MEAN else "of any number"
+    times = "" if rule.times == robust.ONCE else f"{rule.times:g} times "
+    bound = f"at most {times}the median's" if rule != robust.MEAN else "of any number"
     other, why = defence(recipe, count)
     more = f"no rule against liars fits: {why}" if why else f"where some may lie: --aggregation {other.text}"
     return f"replies are combined by {rule.text}, weighted by rows, {bound}; {more} (docs/safety.md)"
