@@ -126,7 +126,9 @@ def test_long_texts_are_said_to_become_several_rows(at: Path, capsys: Capture) -
 
 
 def test_a_column_that_looks_like_clients_is_named_with_its_flag(at: Path, capsys: Capture) -> None:
-    told = "the column 'client_id' looks like clients, and is not used: --partition column:client_id follows it"
+    told = (
+        "the column 'client_id' looks like clients, and is not used: --partition column:client_id follows it"
+    )
     write(at / "ids.jsonl", [{"prompt": f"p {i}", "response": "r", "client_id": i % 3} for i in range(12)])
     write(at / "alone.jsonl", [{"prompt": f"p {i}", "response": "r", "client_id": i} for i in range(12)])
     assert checked(capsys, "ids.jsonl")["remarks"].count(told) == 1

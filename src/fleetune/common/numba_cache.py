@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numba
-from numba.core.event import Event, Listener, install_listener
+from numba.core.event import install_listener
 
 from fleetune.common import locks
 
@@ -51,18 +51,15 @@ class _NotCachedError(Exception):
     """A kernel is not in the cache."""
 
 
-class _Refusal(Listener):
-    """Raises `_NotCachedError` before one kernel is compiled."""
+class _Refusal:
+    """A listener that raises `_NotCachedError` before one kernel is compiled."""
 
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
 
-    def on_start(self, event: Event) -> None:
-        if event.data["dispatcher"] is self.compiled:
+    def notify(self, event: Any) -> None:
+        if event.is_start and event.data["dispatcher"] is self.compiled:
             raise _NotCachedError
-
-    def on_end(self, event: Event) -> None:
-        pass
 
 
 def _first_call(compiled: Any, args: tuple[Any, ...]) -> None:

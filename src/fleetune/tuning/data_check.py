@@ -194,7 +194,9 @@ def _for_encoder(
     most = min(max_length, positions_of(net[0], tokenizer))
     longer = sum(length > most for length in lengths)
     texts = [("\n".join(examples[i].texts) or _turns(examples[i])[0], examples[i].response) for i in chosen]
-    return _Measured("tokens", lengths, Cut(len(lengths), longer, longer, 0, max(lengths)), texts, 0, len(lengths))
+    return _Measured(
+        "tokens", lengths, Cut(len(lengths), longer, longer, 0, max(lengths)), texts, 0, len(lengths)
+    )
 
 
 def _names(parts: Split) -> list[str]:

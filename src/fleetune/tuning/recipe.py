@@ -171,8 +171,8 @@ class Recipe:
         default=0,
         ge=0,
         le=1_000_000,
-        description="stop after so many evaluated rounds in a row that are no better than the best before them, and keep the best "
-        "unless told otherwise (0: run all)",
+        description="stop after so many evaluated rounds in a row that are no better than the best before them, and keep that "
+        "one unless told otherwise (0: run all)",
     )
     keep: str = Field(
         default="last",
