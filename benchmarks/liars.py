@@ -51,7 +51,7 @@ LENGTH: Final = 64  # tokens of a row
 LIAR: Final = 0
 CLIENTS: Final = 8
 ZEROTH: Final = {"lr": 2e-4, "batch_size": 1, "tau": 8}
-PROMPTS: Final = {"tokens": 4, "steps": 4, "layers_rule": "half"}
+PROMPTS: Final = {"tokens": 4, "steps": 4, "layers_rule": "half", "lr": 4e-2}
 CASES: Final[Mapping[str, tuple[str, int, dict[str, Any]]]] = {  # method, rounds, settings
     "fedit": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3}),
     "fedit scaffold=true": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3, "scaffold": True}),

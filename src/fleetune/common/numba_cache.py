@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numba
-from numba.core.event import install_listener
+from numba.core.event import Listener, install_listener
 
 from fleetune.common import locks
 
@@ -51,15 +51,18 @@ class _NotCachedError(Exception):
     """A kernel is not in the cache."""
 
 
-class _Refusal:
-    """A listener that raises `_NotCachedError` before one kernel is compiled."""
+class _Refusal(Listener):  # type: ignore[misc]  # numba has no types
+    """Raises `_NotCachedError` before one kernel is compiled."""
 
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
 
-    def notify(self, event: Any) -> None:
-        if event.is_start and event.data["dispatcher"] is self.compiled:
+    def on_start(self, event: Any) -> None:
+        if event.data["dispatcher"] is self.compiled:
             raise _NotCachedError
+
+    def on_end(self, event: Any) -> None:
+        pass
 
 
 def _first_call(compiled: Any, args: tuple[Any, ...]) -> None:
