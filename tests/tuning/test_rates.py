@@ -24,6 +24,7 @@ from fleetune.errors import RecipeError
 from fleetune.evaluation.losses import pad_id, token_losses
 from fleetune.models.model import Model
 from fleetune.runs import rundir
+from fleetune.runs.listener import Silent
 from fleetune.seeds import slopes
 from fleetune.seeds.noise import probe, run_key
 from fleetune.seeds.slopes import Probe, Slopes, along, rate
@@ -460,6 +461,36 @@ def test_a_run_records_what_was_found_and_repeats_it(place: Path) -> None:
     assert fleetune.tune("tiny", "rows.jsonl", **FEW).digest == first.digest
 
 
+class Notes(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_run_that_back_propagates_finds_its_rate_or_says_that_it_does_not(place: Path) -> None:
+    few = {**FEW, "method": "fedit", "settings": {"r": 2, "steps": 1, "batch_size": 2}}
+    runs = {}
+    for rounds in (6, 2):
+        heard = Notes()
+        run = fleetune.tune("tiny", "rows.jsonl", **{**few, "rounds": rounds}, listener=heard)
+        folder = Path(run.done.run)
+        found = [e["rate"] for e in rundir.events(folder) if e["event"] == "rate"]
+        runs[rounds] = (run.digest, recipes.read(folder / "run.toml"), found, heard.said)
+    digest, written, found, said = runs[6]
+    assert found == [written["set"]["lr"]] != [3e-4]
+    assert "finding lr on training rows .." in said
+    assert fleetune.tune(recipes.make(written)).digest == digest
+    digest, written, found, said = runs[2]
+    assert (found, written["set"]["lr"]) == ([], 3e-4)
+    assert sum(text.startswith("lr = 0.0003 as published, not searched for") for text in said) == 1
+    given = few | {"rounds": 2, "settings": {"r": 2, "steps": 1, "batch_size": 2, "lr": 3e-4}}
+    assert fleetune.tune("tiny", "rows.jsonl", **given).digest == digest
+
+
 def test_the_report_shows_how_it_was_found(place: Path) -> None:
     by_slopes = fleetune.tune("tiny", "rows.jsonl", **FEW)
     page = (Path(by_slopes.done.run) / "report.html").read_text(encoding="utf-8")
@@ -474,12 +505,20 @@ def test_the_report_shows_how_it_was_found(place: Path) -> None:
     assert (Path(tried.done.run) / "plots" / "rate-lr.svg").is_file()
 
 
-def test_a_real_fleets_server_finds_what_the_simulation_finds(place: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "rounds", "settings"),
+    [("fedkseed", 10, {"K": 16, "tau": 4}), ("fedit", 6, {"r": 2, "steps": 1}), ("fedit", 2, {"r": 2, "steps": 1})],
+)  # fmt: skip
+def test_a_real_fleets_server_finds_what_the_simulation_finds(
+    method: str, rounds: int, settings: dict[str, Any], place: Path
+) -> None:
     recipe = recipes.make({
-        "model": "tiny", "data": "rows.jsonl", "method": "fedkseed", "clients": 2, "held_out": 4, "set": {"K": 16, "tau": 4, "batch_size": 2},
+        "model": "tiny", "data": "rows.jsonl", "method": method, "clients": 2, "rounds": rounds, "held_out": 4,
+        "set": {**settings, "batch_size": 2},
     })  # fmt: skip
     simulated, real = (prepare.prepare(recipe, simulated=s) for s in (True, False))
     assert simulated.recipe.set["lr"] == real.recipe.set["lr"] > 0
+    assert len(simulated.found) == len(real.found) == (rounds > 2)
 
 
 @pytest.mark.parametrize(

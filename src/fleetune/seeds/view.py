@@ -299,6 +299,9 @@ class View:
         """
         width, count = slot.tensor.shape[1], 2 if self.paired else 1
         rows, where = torch.unique(ids, return_inverse=True)
+        if len(slot.tensor) <= CHUNK // width:  # one call in place of one for each row
+            _, *parts = next(iter(self.blocks(slot)))
+            return rows.tolist(), torch.stack([part[rows] for part in parts]), where
         table = torch.empty(count, len(rows), width, dtype=slot.tensor.dtype, device=slot.tensor.device)
         numbers = rows.tolist()
         for place, row in enumerate(numbers):
