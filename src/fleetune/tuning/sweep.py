@@ -169,7 +169,9 @@ def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:
         raise
     # what the sweep leaves open a run has written out: the labels of an encoder, a learning rate that it found
     stated = {name: value for name, value in point.recipe.set.items() if value != AUTO}
-    now = dataclasses.replace(point.recipe, set={**have.set, **stated}, labels=point.recipe.labels or have.labels)
+    now = dataclasses.replace(
+        point.recipe, set={**have.set, **stated}, labels=point.recipe.labels or have.labels
+    )
     if not foundations.same(have, now):
         raise UsageError(
             f"{path} was made by another recipe than {folder / FILE} states now",
