@@ -66,7 +66,7 @@ def run(setting: Setting) -> Result:
     big = shape.model(setting.quick)
     cases = (
         ("fedkseed, 135M, 10 clients x 4 steps", big, "fedkseed", {"tau": 4}, 10, 4, 1),
-        ("fedit, 135M, 4 clients x 2 steps of 8 rows", big, "fedit", {"steps": 2}, 4, 16, 1),
+        ("fedit, 135M, 4 clients x 2 steps of 8 rows", big, "fedit", {"steps": 2, "lr": 3e-4}, 4, 16, 1),
         ("fedkseed, tiny model, 200 clients x 5 steps", tiny(), "fedkseed", {"tau": 5}, 200, 4, 2),
     )
     for name, model, method, values, clients, rows, rounds in cases:

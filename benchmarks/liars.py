@@ -52,7 +52,7 @@ HELD: Final = 16  # rows of the validation loss
 LENGTH: Final = 64  # tokens of a row
 CLIENTS: Final = 8
 ZEROTH: Final = {"lr": 2e-4, "batch_size": 1, "tau": 8}
-PROMPTS: Final = {"tokens": 4, "steps": 4, "layers_rule": "half"}
+PROMPTS: Final = {"tokens": 4, "steps": 4, "layers_rule": "half", "lr": 4e-2}
 EPOCHS: Final = "fedit epochs=1"  # of the third form: its steps, and so its way, follow the rows
 CASES: Final[Mapping[str, tuple[str, int, dict[str, Any]]]] = {  # method, rounds, settings
     "fedit": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3}),

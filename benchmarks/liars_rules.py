@@ -56,7 +56,7 @@ CASES: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {  # method, settings
     "fedit scaffold=true": ("fedit", LORA | {"scaffold": True}),
     "fedit server=adam": ("fedit", LORA | {"server": "adam", "server_lr": 1e-2}),
     "fedpetuning": ("fedpetuning", {"size": 4, "steps": 2, "lr": 3e-3}),
-    "fedpeptao": ("fedpeptao", {"tokens": 4, "steps": 3, "layers_rule": "half"}),
+    "fedpeptao": ("fedpeptao", {"tokens": 4, "steps": 3, "layers_rule": "half", "lr": 4e-2}),
     "mezo": ("mezo", {"lr": 1e-4, "batch_size": 1, "tau": 8}),
     "fedkseed": ("fedkseed", {"lr": 1e-4, "batch_size": 1, "K": 8, "tau": 10}),
     "onebyte": ("onebyte", {"lr": 4e-3, "directions": 10, "batch_size": 1}),

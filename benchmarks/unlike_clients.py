@@ -36,9 +36,12 @@ CASES: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
         "fedit",
         {"r": 8, "average": "product", "ranks": "2,4,8", **ADAPTER},
     ),
-    "fedpetuning module=prefix": ("fedpetuning", {"module": "prefix", "size": 8, "batch_size": 4}),
-    "fedpetuning module=full": ("fedpetuning", {"module": "full", "batch_size": 4}),
-    "fedpeptao": ("fedpeptao", {"tokens": 4, "layers_rule": "half", "batch_size": 4}),
+    "fedpetuning module=prefix": (
+        "fedpetuning",
+        {"module": "prefix", "size": 8, "batch_size": 4, "lr": 5e-4},
+    ),
+    "fedpetuning module=full": ("fedpetuning", {"module": "full", "batch_size": 4, "lr": 5e-5}),
+    "fedpeptao": ("fedpeptao", {"tokens": 4, "layers_rule": "half", "batch_size": 4, "lr": 4e-2}),
     "fedkseed tau=20": ("fedkseed", {"K": 256, "tau": 20, **ZEROTH}),
     "fedkseed tau=20 pro=true": ("fedkseed", {"K": 256, "tau": 20, "pro": True, **ZEROTH}),
     "fedkseed tau=20 backprop=0.5": (

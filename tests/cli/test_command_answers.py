@@ -106,6 +106,7 @@ TOLD = {  # command line: (exit code, words on stdout or stderr)
     "plan m --batch": (2, "--batch needs a value"),
     "runs shw": (2, "ACTION shw is none of list, show, compare, rm. Did you mean 'show'?"),
     "ledger verfy x": (2, "Did you mean 'verify'?"),
+    "data rows.jsonl": (2, "ACTION rows.jsonl is none of check. Did you mean: fleetune data check rows.jsonl"),
     "completion tcsh": (2, "SHELL tcsh is none of bash, zsh, fish."),
     "chat 'my m' 'why is it so?'": (2, "needs --prompt before it\n  try: fleetune chat 'my m' --prompt 'why is it so?'\n"),
     "chat m why not --temperature 0": (2, "'why not' needs --prompt before it\n  try: fleetune chat m --prompt 'why not'\n"),

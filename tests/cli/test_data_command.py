@@ -114,6 +114,30 @@ def test_the_masked_part_of_a_row_is_shown(at: Path, capsys: Capture) -> None:
     assert "a 1" in out
 
 
+def test_long_texts_are_said_to_become_several_rows(at: Path, capsys: Capture) -> None:
+    texts = [{"text": f"once {i} " * 60, "client_id": f"c{i % 3}"} for i in range(6)]
+    write(at / "texts.jsonl", texts)
+    words = ("texts.jsonl", "--model", "tiny", "--max-length", "64")
+    found = checked(capsys, *words)
+    rows, _ = encode_all(read("texts.jsonl"), models.load("tiny").tokenizer, 64)
+    assert found["pieces"] == len(rows) > 12
+    assert main(["data", "check", *words]) == 0
+    assert f"none: the 6 texts become {len(rows)} rows of at most max_length=64" in capsys.readouterr().out
+
+
+def test_a_column_that_looks_like_clients_is_named_with_its_flag(at: Path, capsys: Capture) -> None:
+    told = (
+        "the column 'client_id' looks like clients, and is not used: --partition column:client_id follows it"
+    )
+    write(at / "ids.jsonl", [{"prompt": f"p {i}", "response": "r", "client_id": i % 3} for i in range(12)])
+    write(at / "alone.jsonl", [{"prompt": f"p {i}", "response": "r", "client_id": i} for i in range(12)])
+    assert checked(capsys, "ids.jsonl")["remarks"].count(told) == 1
+    assert main(["tune", "tiny", "ids.jsonl", *RUN, "--dry-run"]) == 0
+    assert capsys.readouterr().err.replace("\n", " ").count("looks like clients") == 1
+    for other in (["ids.jsonl", "--partition", "column:client_id"], ["alone.jsonl"]):
+        assert not [text for text in checked(capsys, *other)["remarks"] if "looks like clients" in text]
+
+
 def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
     write(
         at / "labelled.jsonl",

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 
 import numba
@@ -434,3 +437,41 @@ def test_slow_compiling_is_said_and_quick_is_not(
         pass
     time.sleep(0.1)
     assert not caplog.records
+
+
+KERNEL = """
+import logging, pathlib, sys, time
+import numpy as np
+from fleetune.common import numba_cache
+
+numba_cache.SILENT = 0.0
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+
+
+def add(x):
+    for i in range(x.size):
+        x[i] += i
+
+
+if __name__ == "__main__":
+    here, kernel, x = pathlib.Path(sys.argv[1]), numba_cache.cached_njit(add), np.zeros(3)
+    (here / sys.argv[2]).touch()
+    while len(list(here.iterdir())) < int(sys.argv[3]):
+        time.sleep(0.01)
+    kernel(x)
+    assert x.tolist() == [0, 1, 2]
+"""
+
+
+def test_of_processes_that_begin_at_once_one_compiles_and_later_ones_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "kernel.py").write_text(KERNEL)
+    (tmp_path / "here").mkdir()
+
+    def begin(name: str, processes: int) -> subprocess.Popen[str]:
+        words = [sys.executable, "kernel.py", "here", name, str(processes)]
+        return subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+
+    said = [process.communicate(timeout=120)[0] for process in [begin(f"p{i}", 3) for i in range(3)]]
+    assert sum("compiling the kernels" in text for text in said) == 1
+    assert all("waiting for it" in text for text in said if text and "compiling" not in text)
+    assert begin("later", 1).communicate(timeout=120)[0] == ""

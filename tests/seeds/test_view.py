@@ -575,3 +575,29 @@ def test_two_hundred_steps_end_where_their_ledger_does(dtype, law, tmp_path):
 def test_the_papers_way_drifts_by_more_than_its_own_move():
     assert drift.papers_way("bf16") > 1.0
     assert drift.our_way("bf16") == 0.0
+
+
+@pytest.mark.parametrize("chunk", [views.CHUNK, 64])
+@pytest.mark.parametrize("paired", [0, 1])
+def test_a_row_of_a_table_is_that_of_the_moved_weights(
+    chunk: int, paired: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that fits into the scratch is made at once where many of its rows are used, a larger one by rows."""
+    tokens = torch.arange(0, 264, 8).repeat(2).view(2, -1)
+    net = llama(tied=False)
+    view = View(named_tensors(net), net, run_key=KEY, law="hashed", grid=GRID)
+    slot = next(s for s in view.slots if s.name.endswith("embed_tokens.weight"))
+    view.place(passes("hashed", K, IDS, COEFFICIENTS))
+    monkeypatch.setattr(views, "CHUNK", chunk)
+    expected = []
+    for sign in (1, -1)[: 1 + paired]:
+        view.probe(probe("hashed", K, DIRECTION), sign * EPS)
+        expected.append(view.whole(slot))
+    view.probe(probe("hashed", K, DIRECTION), EPS)
+    view.paired = paired
+    numbers, table, where = view.table(slot, tokens)
+    assert numbers == list(range(0, 264, 8))
+    for found, whole in zip(table, expected, strict=True):
+        assert torch.equal(found[where], whole[tokens])
+    view.paired = 0
+    view.remove()

@@ -222,6 +222,13 @@ def test_without_evaluated_rounds_there_is_no_best() -> None:
             prepare.check(recipe)
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"), [({}, "last"), ({"patience": 2}, "best"), ({"patience": 2, "keep": "last"}, "last")]
+)
+def test_patience_keeps_the_best_round_unless_told_otherwise(given: dict[str, Any], kept: str) -> None:
+    assert recipes.make({"model": "m", "data": "d", "method": "mezo", **given}).keep == kept
+
+
 # Whole runs -------------------------------------------------------------------------------------------
 
 
@@ -254,7 +261,7 @@ def test_a_run_of_either_kind_keeps_its_best_round_and_says_so(
     Path("data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     options: dict[str, Any] = {
         "clients": 2, "rounds": 9, "held_out": 6, "max_length": 48, "samples": 0, "device": "cpu", "patience": 2,
-        "keep": "best", "method": method, "settings": settings,
+        "method": method, "settings": settings,
     }  # fmt: skip
     whole = fleetune.tune("tiny", "data.jsonl", **options)
     losses = dict(zip(whole.history["round"], whole.history["loss"], strict=True))

@@ -216,6 +216,19 @@ def test_evaluations_that_take_most_of_the_time_are_fewer_and_of_fewer_rows() ->
     assert chosen.eval_rows == estimate.FEWEST_ROWS
 
 
+def test_the_search_for_a_rate_counts() -> None:
+    found = Estimate(10, 8, 10, 0.1, 11, 0.5, 20, search=30.0)
+    assert found.seconds == pytest.approx(80 + 5.5 + 30)
+    assert found.text.endswith(", after 30 s of finding a learning rate")
+    _, smaller = fit("fedit", found, 60.0)
+    assert 40 < smaller.seconds <= 48.0
+    with pytest.raises(
+        FitError, match="after 30 s of finding a learning rate, take more than 20 s"
+    ) as refused:
+        fit("fedit", found, 20.0)
+    assert "--set lr=NUMBER" in str(refused.value.hint)
+
+
 def test_where_not_even_two_steps_fit_it_is_refused() -> None:
     with pytest.raises(
         FitError, match="two steps of one client, the evaluations and the answers take more than 1m00s"

@@ -24,15 +24,19 @@ from fleetune.errors import RecipeError
 from fleetune.evaluation.losses import pad_id, token_losses
 from fleetune.models.model import Model
 from fleetune.runs import rundir
+from fleetune.runs.listener import Silent
 from fleetune.seeds import slopes
 from fleetune.seeds.noise import probe, run_key
 from fleetune.seeds.slopes import Probe, Slopes, along, rate
 from fleetune.seeds.view import View
-from fleetune.tuning import methods, prepare, rates
+from fleetune.tuning import methods, prepare, rate_search, rates
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.estimate import Estimate
+from fleetune.tuning.methods import _adapter
+from fleetune.tuning.rate_search import Search
 from fleetune.tuning.rates import rounded
-from fleetune.tuning.rates.trial import Bench, Trials, Tried, climb, hold, loss_after
+from fleetune.tuning.rates.trial import Bench, Size, Trials, Tried, climb, hold, loss_after
+from fleetune.tuning.recipe import Recipe
 
 HOW = Probe(law="hashed", K=128, eps=1e-3, key=5, batch=5)
 LOSSES = st.lists(st.floats(0.1, 50), min_size=2, max_size=12)
@@ -328,22 +332,86 @@ def test_the_time_of_a_search_is_that_of_its_rows(
     monkeypatch.setattr(slopes, "batch_loss", counted(slopes.batch_loss))
     rows = harness.rows(model)
     rates.find(recipe, ["lr"], model, rows, 3)
-    assert rates.slopes_seconds(recipe, ["lr"], len(rows), 0.5) == 0.5 * count
-    assert rates.slopes_seconds(recipe, [], len(rows), 0.5) == 0
-    trial = recipes.make({"model": "m", "data": "d", "method": "fedit", "set": {"lr": "auto"}})
-    assert rates.slopes_seconds(trial, ["lr"], len(rows), 0.5) == 0
+    (search,) = searches(recipe, len(rows))
+    assert (search.steps, search.losses, search.due) == (0, count, True)
+
+
+def searches(recipe: Recipe, rows: int = 400, *, clients: int = 8, asked: int = 8) -> list[Search]:
+    """The searches that may be made for a recipe's rates."""
+    names, method = rates.wanted(recipe), methods.make(recipe.method, recipe.set)
+    return rate_search.searches(
+        recipe, method, names, [n for n in names if n in recipe.set], rows, clients, asked
+    )
+
+
+def recipe_of(method: str, rounds: int = 10, **given: Any) -> Recipe:
+    return recipes.make({"model": "m", "data": "d", "method": method, "rounds": rounds, "set": given})
+
+
+@pytest.mark.parametrize("name", ["fedit", "fedpetuning"])
+@pytest.mark.parametrize("size", rate_search.SIZES)
+def test_a_search_on_devices_takes_about_what_is_counted(
+    name: str, size: Size, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {k: v for k, v in harness.QUICK[name].items() if k != "lr"}
+    recipe, rows, steps, losses = recipe_of(name, 90, **given), harness.rows(model), 0, 0
+    train, loss = _adapter.train, Bench.loss
+
+    def trained(model: Model, batches: Any, key: int, how: Any, pull: Any) -> float:
+        nonlocal steps
+        steps += len(how.rates(batches.n))
+        return train(model, batches, key, how, pull)
+
+    def measured(bench: Bench) -> float:
+        nonlocal losses
+        losses += len(bench.rows)
+        return loss(bench)
+
+    monkeypatch.setattr(_adapter, "train", trained)
+    monkeypatch.setattr(Bench, "loss", measured)
+    rates.find(recipe, ["lr"], model, rows, 3, size=size)
+    counted = next(s for s in searches(recipe, len(rows), clients=3, asked=3) if s.size == size)
+    assert steps / 1.7 < counted.steps < 1.7 * steps
+    assert losses / 1.7 < counted.losses < 1.7 * losses
+
+
+@pytest.mark.parametrize("name", ["fedit", "fedpetuning", "fedpeptao"])
+def test_a_rate_that_nobody_gave_is_searched_for_as_far_as_the_run_is_long(name: str) -> None:
+    """A trial of both clients, held for three rounds, takes 120 steps; of one client 60, and for one round 24."""
+    for rounds, sizes in ((10, 3), (5, 2), (3, 1), (1, 0)):
+        found = searches(recipe_of(name, rounds, steps=4))
+        assert [s.size for s in found] == list(rate_search.SIZES)[3 - sizes :]
+        assert all(not s.due and s.steps <= rounds * 8 * 4 / 2 for s in found)
+    assert [s.size for s in searches(recipe_of(name, 1, steps=4, lr="auto"))] == [Size()]
+    assert searches(recipe_of(name, lr=1e-3)) == []
+
+
+def test_of_a_rate_that_is_not_held_a_third_is_taken(model: Model) -> None:
+    given = {**harness.QUICK["fedit"], "lr": "auto"}
+    whole, short = (
+        rates.find(recipe_of("fedit", rounds, **given), ["lr"], model, harness.rows(model), 2, size=Size(2, 1))[1][0].rate
+        for rounds in (1, 3)
+    )  # fmt: skip
+    assert short == rounded(whole / 3)
+
+
+@pytest.mark.parametrize("name", ["mezo", "zosgd", "fedkseed", "onebyte", "fwdllm"])
+def test_where_the_published_rate_moves_nothing_it_is_searched_for_in_any_run(name: str) -> None:
+    assert [s.due for s in searches(recipe_of(name, 1))] == [True]
 
 
 def test_a_search_that_is_long_beside_its_run_says_so() -> None:
-    recipe = recipes.make({"model": "m", "data": "d", "method": "fedkseed"})
+    method, (search,) = methods.make("fedkseed", {}), searches(recipe_of("fedkseed"))
     short = Estimate(1, 2, 2, 1.5, 2, 4.0, rows=8)
-    assert rates.slopes_seconds(recipe, ["lr"], 400, 0.5) == 0.5 * (36 * 24 + 32)
-    assert prepare._search(recipe, ["lr"], 400, short) == (
-        "finding lr on training rows: about 7m28s, as for a long run, where this one takes about 14 s; "
-        "--set lr=NUMBER leaves the search out"
+    assert search.seconds(short) == 0.5 * (36 * 24 + 32)
+    run = dataclasses.replace(short, search=search.seconds(short))
+    assert rate_search.told(["lr"], method, search, run) == (
+        "finding lr on training rows: about 7m28s, where the run takes about 14 s; --set lr=NUMBER leaves the search out"
     )
-    for other in (None, dataclasses.replace(short, rounds=1000), dataclasses.replace(short, rows=8000)):
-        assert prepare._search(recipe, ["lr"], 400, other) == "finding lr on training rows .."
+    long = dataclasses.replace(run, rounds=1000)
+    assert rate_search.told(["lr"], method, search, long) == "finding lr on training rows: about 7m28s"
+    for other in (None, dataclasses.replace(short, search=19.0)):
+        assert rate_search.told(["lr"], method, search, other) == "finding lr on training rows .."
 
 
 def test_a_mixed_fleet_has_both_rates_found(model: Model) -> None:
@@ -393,6 +461,36 @@ def test_a_run_records_what_was_found_and_repeats_it(place: Path) -> None:
     assert fleetune.tune("tiny", "rows.jsonl", **FEW).digest == first.digest
 
 
+class Notes(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_run_that_back_propagates_finds_its_rate_or_says_that_it_does_not(place: Path) -> None:
+    few = {**FEW, "method": "fedit", "settings": {"r": 2, "steps": 1, "batch_size": 2}}
+    runs = {}
+    for rounds in (6, 2):
+        heard = Notes()
+        run = fleetune.tune("tiny", "rows.jsonl", **{**few, "rounds": rounds}, listener=heard)
+        folder = Path(run.done.run)
+        found = [e["rate"] for e in rundir.events(folder) if e["event"] == "rate"]
+        runs[rounds] = (run.digest, recipes.read(folder / "run.toml"), found, heard.said)
+    digest, written, found, said = runs[6]
+    assert found == [written["set"]["lr"]] != [3e-4]
+    assert "finding lr on training rows .." in said
+    assert fleetune.tune(recipes.make(written)).digest == digest
+    digest, written, found, said = runs[2]
+    assert (found, written["set"]["lr"]) == ([], 3e-4)
+    assert sum(text.startswith("lr = 0.0003 as published, not searched for") for text in said) == 1
+    given = few | {"rounds": 2, "settings": {"r": 2, "steps": 1, "batch_size": 2, "lr": 3e-4}}
+    assert fleetune.tune("tiny", "rows.jsonl", **given).digest == digest
+
+
 def test_the_report_shows_how_it_was_found(place: Path) -> None:
     by_slopes = fleetune.tune("tiny", "rows.jsonl", **FEW)
     page = (Path(by_slopes.done.run) / "report.html").read_text(encoding="utf-8")
@@ -407,12 +505,20 @@ def test_the_report_shows_how_it_was_found(place: Path) -> None:
     assert (Path(tried.done.run) / "plots" / "rate-lr.svg").is_file()
 
 
-def test_a_real_fleets_server_finds_what_the_simulation_finds(place: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "rounds", "settings"),
+    [("fedkseed", 10, {"K": 16, "tau": 4}), ("fedit", 6, {"r": 2, "steps": 1}), ("fedit", 2, {"r": 2, "steps": 1})],
+)  # fmt: skip
+def test_a_real_fleets_server_finds_what_the_simulation_finds(
+    method: str, rounds: int, settings: dict[str, Any], place: Path
+) -> None:
     recipe = recipes.make({
-        "model": "tiny", "data": "rows.jsonl", "method": "fedkseed", "clients": 2, "held_out": 4, "set": {"K": 16, "tau": 4, "batch_size": 2},
+        "model": "tiny", "data": "rows.jsonl", "method": method, "clients": 2, "rounds": rounds, "held_out": 4,
+        "set": {**settings, "batch_size": 2},
     })  # fmt: skip
     simulated, real = (prepare.prepare(recipe, simulated=s) for s in (True, False))
     assert simulated.recipe.set["lr"] == real.recipe.set["lr"] > 0
+    assert len(simulated.found) == len(real.found) == (rounds > 2)
 
 
 @pytest.mark.parametrize(

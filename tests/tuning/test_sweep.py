@@ -344,6 +344,16 @@ def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
     assert digests(Path("whole") / "0001-sweep-recipe") == digests(folder)
 
 
+def test_a_sweep_whose_runs_find_their_rate_is_resumed(at, capsys):
+    text = RECIPE.format(rounds=1).replace("lr = 1e-3\n", "")
+    (at / "open.toml").write_text(text)
+    code, _, err = call(capsys, "sweep", "open.toml", "--vary", "K=8,16")
+    assert code == 0, err
+    code, out, err = call(capsys, "sweep", "--resume", "latest", "--json")
+    assert code == 0, err
+    assert [e["skipped"] for e in events(out) if e["event"] == "run"] == [True, True]
+
+
 def test_a_run_that_fails_does_not_stop_the_others_and_is_run_again(at, capsys, monkeypatch):
     tune = jobs.tune
 

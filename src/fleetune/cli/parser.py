@@ -7,6 +7,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
+from fleetune.common.shell import quoted
 from fleetune.common.spellings import meant
 from fleetune.errors import UsageError
 
@@ -54,4 +55,6 @@ class Parser(argparse.ArgumentParser):
                 f"no command '{value}'.{near}", hint=f"the commands: {', '.join(known)} (fleetune help)"
             )
         name = "/".join(action.option_strings) or str(action.metavar or action.dest)
+        if not near and len(known) == 1:
+            near = f" Did you mean: {self.prog} {known[0]} {quoted(value)}"
         raise UsageError(f"{name} {value} is none of {', '.join(known)}.{near}", hint=f"{self.prog} --help")

@@ -31,7 +31,7 @@ def setting(
 
     `only_if` says when it has an effect: NAME where that other setting is not 0, empty or false, NAME=VALUE|VALUE where it
     has one of these values.  `auto`: the value `auto` is taken too, and stands for one that is found before the work begins;
-    `found`: it is also what stands where no value is given.
+    `found`: it is also what stands where no value is given (`tuning/rate_search.py`).
     """
     about = {"symbol": symbol, "help": help, "only_if": only_if, "auto": auto or found, "found": found}
     declared: T = dataclasses.field(default=default, metadata=about)
@@ -54,7 +54,8 @@ class Setting:
     @property
     def shown(self) -> str:
         """The default in words."""
-        return f"auto (published: {self.default})" if self.found else str(self.default)
+        published = f" (published: {self.default})" * bool(self.default)
+        return f"auto{published}" if self.found else str(self.default)
 
     def has_effect(self, chosen: object) -> bool:
         """Whether it has an effect beside the other values of `chosen`, an instance of its class."""

@@ -17,6 +17,14 @@ from fleetune.data.partition import AUTO, column_of, hold_out, partition
 from fleetune.errors import DataError
 
 FEW_CLIENTS: Final = 8  # most methods' usual number, which stands however few the rows are
+CLIENTS: Final = (
+    "client",
+    "user",
+    "device",
+    "site",
+    "author",
+    "speaker",
+)  # columns that look like clients, also with "id"
 ROWS_EACH: Final = 8  # rows of a client at least where a method's usual clients are more than that
 
 
@@ -86,6 +94,20 @@ def split(rows: Rows, usual_clients: int, *, fewer: bool = False, offline: bool 
                 "(--clients)"
             )
         usual_clients = most
+    if rule == "iid" and (name := _like_clients(examples)):
+        notes.append(
+            f"the column {name!r} looks like clients, and is not used: --partition column:{name} follows it"
+        )
     clients = rows.clients or (None if rule.startswith("column:") else usual_clients)
     parts = partition([examples[i] for i in train], rule, clients, rows.seed)
     return Split(examples, [train[part] for part in parts], held, column, rule, tuple(notes))
+
+
+def _like_clients(examples: Sequence[Example]) -> str:
+    """Return the column that looks like clients: it has such a name, several values, and fewer than there are rows; else ""."""
+    for name in examples[0].meta:
+        if name.lower().removesuffix("id").rstrip("_- ") in CLIENTS:
+            values = {example.meta.get(name, "") for example in examples}
+            if 1 < len(values) < len(examples):
+                return name
+    return ""

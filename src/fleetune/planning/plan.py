@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -264,8 +265,16 @@ def describe(
             f"{human_bytes(fp16)} to run in fp16 · {human_bytes(adam)} to tune with Adam (16 bytes a weight)",
         ),
         *smaller,
-        ("time", f"computing at this machine's speed of just now{sending}"),
+        ("time", f"computing at this machine's speed of just now{_busy()}{sending}"),
     ]
+
+
+def _busy() -> str:
+    """Say that this machine has more to do than half of its processors can; "" where not, or where it cannot be told."""
+    load, processors = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
+    if load <= processors / 2:
+        return ""
+    return f" (busy: load {load:.1f} on {counted(processors, 'processor')}, so it may be faster)"
 
 
 def _usual_batches() -> str:

@@ -45,6 +45,7 @@ from fleetune.seeds.tape import RowBlocks, Tape
 
 log = logging.getLogger(__name__)
 
+CALL = 16  # rows of a table that are made in about the time of a call
 CHUNK = 1 << 20  # elements of scratch: 4 MB in fp32, so that it stays in the cache until the product reads it
 
 
@@ -299,6 +300,9 @@ class View:
         """
         width, count = slot.tensor.shape[1], 2 if self.paired else 1
         rows, where = torch.unique(ids, return_inverse=True)
+        if len(slot.tensor) <= min(CHUNK // width, CALL * len(rows)):  # one call in place of one for each row
+            _, *parts = next(iter(self.blocks(slot)))
+            return rows.tolist(), torch.stack([part[rows] for part in parts]), where
         table = torch.empty(count, len(rows), width, dtype=slot.tensor.dtype, device=slot.tensor.device)
         numbers = rows.tolist()
         for place, row in enumerate(numbers):

@@ -40,6 +40,7 @@ class _Measured(NamedTuple):
     cut: Cut | None
     texts: Sequence[tuple[str, str]]  # of the rows that are shown
     dropped: int
+    pieces: int | None = None  # rows once long texts are cut into several
 
 
 def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChecked:
@@ -66,7 +67,7 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
             unit=measured.unit, p50=_quantile(sizes, 0.5), p95=_quantile(sizes, 0.95), longest=int(sizes[-1]),
             total=int(sizes.sum()),
         ),
-        max_length=recipe.max_length, cut=None if whole is None else whole.longer,
+        max_length=recipe.max_length, pieces=measured.pieces, cut=None if whole is None else whole.longer,
         cut_prompts=None if whole is None else whole.prompts,
         cut_answers=None if whole is None else whole.answers, partition=parts.partition,
         rows_per_client=[len(part) for part in parts.clients], clients=names, labels=_labels(examples),
@@ -157,7 +158,8 @@ def _in_tokens(
         if i in chosen and i not in shown:
             shown[i] = _rendered(tokenizer, row)
     texts = [shown.get(i, ("(nothing that the tokenizer knows)", "")) for i in chosen]
-    return _Measured("tokens", list(lengths.values()), cut(rows), texts, len(examples) - len(lengths))
+    dropped = len(examples) - len(lengths)
+    return _Measured("tokens", list(lengths.values()), cut(rows), texts, dropped, len(rows))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> tuple[str, str]:
@@ -192,7 +194,9 @@ def _for_encoder(
     most = min(max_length, positions_of(net[0], tokenizer))
     longer = sum(length > most for length in lengths)
     texts = [("\n".join(examples[i].texts) or _turns(examples[i])[0], examples[i].response) for i in chosen]
-    return _Measured("tokens", lengths, Cut(len(lengths), longer, longer, 0, max(lengths)), texts, 0)
+    return _Measured(
+        "tokens", lengths, Cut(len(lengths), longer, longer, 0, max(lengths)), texts, 0, len(lengths)
+    )
 
 
 def _names(parts: Split) -> list[str]:

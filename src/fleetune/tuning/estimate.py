@@ -64,6 +64,7 @@ class Estimate:
     answer: float = 0.0  # seconds
     client_rows: int = 0  # of all clients, whose loss is measured before the run and after it
     client_row: float = 0.0  # seconds
+    search: float = 0.0  # seconds of a search for a learning rate, before the run
     ends: int = 2  # how often there are answers and losses of each client: before the run and after it
 
     @property
@@ -78,8 +79,8 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the run."""
-        return self.training + self.evaluations * self.evaluation + self.around
+        """Seconds of the run, with the search before it."""
+        return self.training + self.evaluations * self.evaluation + self.around + self.search
 
     @property
     def text(self) -> str:
@@ -100,6 +101,8 @@ class Estimate:
             more += (
                 f", {counted(self.ends * self.client_rows, 'row')} of clients of {_short(self.client_row)}"
             )
+        if self.search:
+            more += f", after {human_time(self.search)} of finding a learning rate"
         return (
             f"about {human_time(max(self.seconds, 0.1))}: {counted(self.rounds, 'round')} × {counted(self.clients, 'client')} × "
             f"{steps} of {_short(self.step)}, and {counted(self.evaluations, 'evaluation')} of {_short(self.evaluation)}{more}"
@@ -111,7 +114,7 @@ def rest(whole: Estimate, done: int, every: int) -> Estimate:
     if not done:
         return whole
     left = evaluations_of(whole.rounds, every) - 1 - (done // every if every else 0)
-    return dataclasses.replace(whole, rounds=whole.rounds - done, evaluations=left, ends=1)
+    return dataclasses.replace(whole, rounds=whole.rounds - done, evaluations=left, ends=1, search=0.0)
 
 
 def _short(seconds: float) -> str:
@@ -229,15 +232,16 @@ def fitted(
         return recipe, method, found
     whole = found
     recipe, found = _less_around(recipe, found, budget / 3)
-    budget -= found.around
+    budget -= found.around + found.search
     recipe, found = _evaluated_less(recipe, found, budget / 3)
     units = (budget - found.evaluations * found.evaluation) / found.step  # steps that there is time for
     if units < 2 or not isinstance(method, methods.Sized):
         least = _least(found) if isinstance(method, methods.Sized) else whole.seconds
+        also = f", after {human_time(found.search)} of finding a learning rate," if found.search else ""
         raise FitError(
-            f"two steps of one client, the evaluations and the answers take more than {human_time(within)}",
+            f"two steps of one client, the evaluations and the answers{also} take more than {human_time(within)}",
             hint=f"the least that fits is about --within {_written(least / SPARE)}; or a smaller model, fewer --eval-rows or "
-            "--rouge-rows, a shorter --max-length",
+            f"--rouge-rows, a shorter --max-length{', a learning rate of yours (--set lr=NUMBER)' if also else ''}",
         )
     return _of_steps(recipe, method, found, units, clients)
 
@@ -248,7 +252,7 @@ def _least(found: Estimate) -> float:
     With more time it shrinks what is around the rounds and the evaluations less, each to a third of what there is.
     """
     rounds = max(found.evaluations * found.evaluation + 2 * found.step, 3 * found.step)
-    return max(found.around + rounds, 1.5 * rounds)
+    return found.search + max(found.around + rounds, 1.5 * rounds)
 
 
 def _of_steps(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence, Set
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
@@ -16,7 +17,7 @@ import torch
 
 from fleetune import data, models
 from fleetune.common import commas
-from fleetune.common.display import counted, human_time
+from fleetune.common.display import counted
 from fleetune.common.ggml import PARTS
 from fleetune.common.memory import release_memory
 from fleetune.common.sizes import parse_bytes
@@ -33,10 +34,21 @@ from fleetune.models.bases import BLOCKS
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice, trained
-from fleetune.tuning import estimate, kinds, labels, methods, rates, recipe_problems, robust, rounds
+from fleetune.tuning import (
+    estimate,
+    kinds,
+    labels,
+    methods,
+    rate_search,
+    rates,
+    recipe_problems,
+    robust,
+    rounds,
+)
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.estimate import Estimate
 from fleetune.tuning.methods import Method, MethodEntry
+from fleetune.tuning.rate_search import Search
 from fleetune.tuning.rates import Found
 from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.settled import settled
@@ -186,8 +198,8 @@ def prepare(
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
     method = methods.written_out(method)
-    names = rates.wanted(recipe) if find else []
-    given = set(recipe.set)
+    names, given = rates.wanted(recipe), set(recipe.set)
+    asked_for = [name for name in names if name in given]
     recipe, parts = _divided(recipe, entry, method, offline=offline, simulated=simulated)
     objective, held_out = objective_of(method), [parts.examples[i] for i in parts.held.tolist()]
     labels.check_rows(recipe, objective, batch_size_of(method), parts.examples, held_out, offline=offline)
@@ -207,16 +219,24 @@ def prepare(
     prompts = [begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]]
     estimated: Estimate | None = None
     found: list[Found] = []
+    clients = len(rows) or recipe.clients or entry.clients
+    searches = rate_search.searches(
+        recipe, method, names, asked_for, len(train), clients, _asked(recipe, rows)
+    )
+    search = next(iter(searches), None)
     if measure and rows:
         measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
-        recipe, method, estimated = _timed(recipe, method, model, rows, measured, prompts, note)
+        recipe, method, estimated, search = _timed(
+            recipe, method, model, rows, measured, prompts, searches, note
+        )
     recipe = dataclasses.replace(recipe, within="")
-    if names:
-        note(_search(recipe, names, len(train), estimated))
+    if names and (find or search is None):
+        note(rate_search.told(names, method, search, estimated))
+    if find and search:
         asked = _asked(recipe, rows)
         if "lr" in names:
-            recipe, method = _for_clients(recipe, method, given, asked)
-        recipe, found = rates.find(recipe, names, model, train, asked, progress)
+            recipe, method = rate_search.for_clients(recipe, method, given, asked)
+        recipe, found = rates.find(recipe, names, model, train, asked, progress, search.size)
         method = methods.make(recipe.method, recipe.set)
     return TuneJob(
         recipe, entry, method, model, parts, rows,
@@ -268,7 +288,8 @@ def _tokens(model: Model, parts: Split, max_length: int) -> dict[int, list[Encod
 
 def _asked(recipe: Recipe, rows: Sequence[object]) -> int:
     """Return how many clients are asked in a round."""
-    return len(rounds.sample(range(len(rows) or recipe.clients), recipe.participation, recipe.seed, 1))
+    clients = len(rows) or recipe.clients or methods.entry(recipe.method).clients
+    return len(rounds.sample(range(clients), recipe.participation, recipe.seed, 1))
 
 
 def _check_quorum(recipe: Recipe, clients: int) -> None:
@@ -299,27 +320,6 @@ def _check_rows(rows: Sequence[Sequence[Encoded]], held: Sequence[int]) -> None:
         )
 
 
-def _search(recipe: Recipe, names: Sequence[str], rows: int, run: Estimate | None) -> str:
-    """Say that learning rates are sought on so many training rows, and how long where that is much beside the run."""
-    words = f"finding {' and '.join(names)} on training rows"
-    seconds = 0.0 if run is None else rates.slopes_seconds(recipe, names, rows, run.evaluation / run.rows)
-    if run is None or seconds < max(LONG_SEARCH, run.seconds / 10):
-        return f"{words} .."
-    return (
-        f"{words}: about {human_time(seconds)}, as for a long run, where this one takes about {human_time(run.seconds)}; "
-        f"--set {names[0]}=NUMBER leaves the search out"
-    )
-
-
-def _for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:
-    """Return the run with the server's step for the mean of so many clients, unless that is given or is not their mean."""
-    mean = robust.parse(recipe.aggregation).name in ("mean", "norm-clip")
-    if not (mean and isinstance(method, methods.FollowsClients)) or method.server_setting in given:
-        return recipe, method
-    method = method.for_clients(clients)
-    return dataclasses.replace(recipe, set=methods.values_of(method)), method
-
-
 def timed(job: TuneJob) -> TuneJob:
     """Return a job with its estimated time; as it is where the rows of its clients are not here."""
     if not job.rows:
@@ -335,17 +335,23 @@ def _timed(
     rows: Sequence[Sequence[Encoded]],
     held: Sequence[Encoded],
     prompts: Sequence[Example],
+    searches: Sequence[Search],
     note: Callable[[str], None],
-) -> tuple[Recipe, Method, Estimate | None]:
-    """Return the run with its estimated time, made so small that it fits where `within` says so; `note` is told how."""
+) -> tuple[Recipe, Method, Estimate | None, Search | None]:
+    """Return the run with its estimated time, and the search before it; both fit into `within`, and `note` is told how."""
     whole = estimate.of(recipe, method, model, rows, held, prompts)
     within = estimate.seconds_of(recipe.within)
-    if whole is None or not within:
-        return recipe, method, whole
+    if whole is None:
+        return recipe, method, None, next(iter(searches), None)
+    most = rate_search.SHARE * estimate.SPARE * within if within else math.inf
+    search = next((s for s in searches if s.due or s.seconds(whole) <= most), None)
+    whole = dataclasses.replace(whole, search=search.seconds(whole) if search else 0.0)
+    if not within:
+        return recipe, method, whole, search
     smaller, method, estimated = estimate.fitted(recipe, method, whole, within, len(rows))
     if words := estimate.made_smaller(whole, estimated, recipe.within):
         note(words)
-    return smaller, method, estimated
+    return smaller, method, estimated, search
 
 
 def _digests(recipe: Recipe, offline: bool) -> dict[str, str]:
@@ -389,7 +395,6 @@ def usual_threads(params: int) -> int:
 
 
 SMALL = 5_000_000  # parameters
-LONG_SEARCH = 20.0  # seconds of a search for a learning rate, from which on it is said how long it takes
 
 
 def dry_run(recipe: Recipe, *, offline: bool, check_memory: CheckMemory) -> TuneChecked:

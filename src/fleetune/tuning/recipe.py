@@ -179,7 +179,8 @@ class Recipe:
         default=0,
         ge=0,
         le=1_000_000,
-        description="stop after so many evaluated rounds in a row that are no better than the best before them (0: run all)",
+        description="stop after so many evaluated rounds in a row that are no better than the best before them, and keep that "
+        "one unless told otherwise (0: run all)",
     )
     keep: str = Field(
         default="last",
@@ -285,6 +286,8 @@ def make(values: Mapping[str, Any]) -> Recipe:
             values
         )  # all at once; without others, `prepare.check` says them
         raise RecipeError(problems, hint="all options: fleetune tune --help")
+    if recipe.patience and "keep" not in values:
+        recipe = dataclasses.replace(recipe, keep="best")
     return resolved(recipe)
 
 

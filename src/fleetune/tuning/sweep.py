@@ -20,6 +20,7 @@ from typing import Protocol
 
 from fleetune.common.display import counted
 from fleetune.common.files import read_text, storage_error, write_atomic
+from fleetune.common.settings import AUTO
 from fleetune.common.shell import quoted
 from fleetune.errors import (
     FAULTS,
@@ -166,8 +167,12 @@ def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:
             f"remove {path / 'run.toml'}: the sweep writes it again, and the run goes on where it was"
         )
         raise
-    # `labels` is written out by a run of an encoder
-    if not foundations.same(dataclasses.replace(have, labels=point.recipe.labels), point.recipe):
+    # what the sweep leaves open a run has written out: the labels of an encoder, a learning rate that it found
+    stated = {name: value for name, value in point.recipe.set.items() if value != AUTO}
+    now = dataclasses.replace(
+        point.recipe, set={**have.set, **stated}, labels=point.recipe.labels or have.labels
+    )
+    if not foundations.same(have, now):
         raise UsageError(
             f"{path} was made by another recipe than {folder / FILE} states now",
             hint=f"put {FILE} back as it was, or begin a new sweep with the changed one",

@@ -86,6 +86,8 @@ def _print(found: DataChecked, data: str, model: str, flags: str, ui: Ui) -> Non
 
 def _cut(found: DataChecked) -> str:
     """Say how many rows max_length cuts; a remark says of which parts."""
+    if found.pieces and found.pieces > found.rows:
+        return f"none: the {found.rows:,} texts become {counted(found.pieces, 'row')} of at most max_length={found.max_length}"
     if not found.cut:
         return f"none: max_length={found.max_length} takes every row whole"
     return f"{found.cut:,} of {counted(found.rows, 'row')}, by max_length={found.max_length}"

@@ -56,6 +56,7 @@ class DataChecked(Event):
     held_out: int  # number of held-out rows
     lengths: Lengths
     max_length: int  # most tokens of a row
+    pieces: int | None  # rows once long texts are cut into several of max_length; null without a model
     cut: int | None  # rows that are longer, and lose tokens; null without a model
     cut_prompts: int | None  # of these, rows whose prompt is cut
     cut_answers: int | None  # of these, rows whose answer is cut

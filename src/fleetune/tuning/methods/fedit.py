@@ -83,7 +83,7 @@ class Method:
     alpha: int = setting(16, "α", "LoRA scale; the update is (alpha / r) B A")
     dropout: float = setting(0.05, "p", "LoRA dropout")
     targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
-    lr: float = setting(3e-4, "η", "AdamW learning rate", auto=True)
+    lr: float = setting(3e-4, "η", "AdamW learning rate", found=True)
     epochs: int = setting(1, "E", "local epochs a round (Shepherd's code: 10)", only_if="steps=0")
     batch_size: int = setting(8, "B", "rows a step")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")

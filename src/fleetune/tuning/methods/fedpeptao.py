@@ -120,7 +120,7 @@ class Method:
     """Hyper-parameters with the paper's symbols and its code's defaults."""
 
     tokens: int = setting(20, "T", "length of each layer's prompt (the code: 5 for decoders)")
-    lr: float = setting(4e-2, "η", "AdamW learning rate, falling to 0 in a round", auto=True)
+    lr: float = setting(4e-2, "η", "AdamW learning rate, falling to 0 in a round", found=True)
     epochs: int = setting(2, "E", "local epochs a round", only_if="steps=0")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
     batch_size: int = setting(8, "B", "rows a step, and of a score")

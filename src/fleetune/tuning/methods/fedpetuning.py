@@ -74,7 +74,7 @@ class Method:
     module: str = setting("lora", "module", "full, prefix, adapter, lora, bitfit, prompt or scales")
     size: int = setting(0, "r", "rank, inner size or tokens (0: lora 16, adapter 16, prefix 64, prompt 20)")
     lr: float = setting(
-        0.0, "η", "AdamW learning rate (0: the module's own, between 5e-5 and 3e-2)", auto=True
+        0.0, "η", "AdamW learning rate (0: the module's own, between 5e-5 and 3e-2)", found=True
     )
     epochs: int = setting(1, "E", "local epochs a round", only_if="steps=0")
     batch_size: int = setting(32, "B", "rows a step")

@@ -36,15 +36,11 @@ from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
 from fleetune.tuning.methods import FromSlopes, Method
 from fleetune.tuning.rates import trial
-from fleetune.tuning.rates.trial import Bench, Tried
+from fleetune.tuning.rates.trial import Bench, Size, Tried
 from fleetune.tuning.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-STEPS: Final = 4  # of a device in a trial, at most
-CLIENTS: Final = 2  # of a trial, at most: one overfits where the mean of a fleet does not
-AT_SERVER: Final = 4  # of a trial of the server's step, which is as noisy as they are few
-MEASURED: Final = 32  # rows on which a trial is measured, at most
 COARSE: Final = {"bf16": 2e-3}  # least perturbation: below, a second difference of losses is rounding
 SERIES: Final = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 
@@ -119,16 +115,18 @@ def find(
     rows: Sequence[Encoded],
     clients: int,
     progress: Progress = unheard,
+    size: Size = trial.WHOLE,
 ) -> tuple[Recipe, list[Found]]:
     """Return the recipe with the rates of these names (`wanted`), and how each was found.
 
     `rows` are training rows that the server has, `clients` is the number of those asked in a round.  `progress` is told
-    how many forward passes, or losses after trials, there were (of how many is not known of trials: 0).
+    how many forward passes, or losses after trials, there were (of how many is not known of trials: 0).  `size` is how far
+    trials on devices go.
     """
     found = []
     for name in names:
         try:
-            done = _find(recipe, name, model, few(rows, recipe.seed), clients, progress)
+            done = _find(recipe, name, model, few(rows, recipe.seed), clients, progress, size)
         except FleetuneError:
             raise
         except FAULTS as error:
@@ -140,21 +138,6 @@ def find(
     return recipe, found
 
 
-def slopes_seconds(recipe: Recipe, names: Sequence[str], rows: int, row: float) -> float:
-    """Return about how long rates take that are found from slopes, on so many rows of `row` seconds a loss; 0 for none.
-
-    The search is the same for a long run and a short one.
-    """
-    method = methods.make(recipe.method, recipe.set)
-    if not isinstance(method, FromSlopes) or not any(
-        s.name in names and not s.only_if for s in methods.settings(recipe.method)
-    ):
-        return 0.0
-    measured = 2 * 3 * slopes.DIRECTIONS * min(slopes.ROWS, rows)
-    walked = 2 * slopes.STEPS * min(getattr(method, "batch_size", 1), slopes.ROWS, rows)
-    return row * (measured + walked)
-
-
 def few(rows: Sequence[Encoded], seed: int) -> list[Encoded]:
     """Return some of the rows, in an order keyed by the seed."""
     order = keyed_order(derive(seed, "rate rows"), 0, len(rows))
@@ -162,7 +145,13 @@ def few(rows: Sequence[Encoded], seed: int) -> list[Encoded]:
 
 
 def _find(
-    recipe: Recipe, name: str, model: Model, rows: Sequence[Encoded], clients: int, progress: Progress
+    recipe: Recipe,
+    name: str,
+    model: Model,
+    rows: Sequence[Encoded],
+    clients: int,
+    progress: Progress,
+    size: Size,
 ) -> Found | None:
     began = time.perf_counter()
     switch = next(s.only_if for s in methods.settings(recipe.method) if s.name == name)
@@ -177,7 +166,7 @@ def _find(
             return None
         found = from_slopes(method, name, model, rows, recipe.seed, clients, progress)
     else:
-        found = from_trial(method, make, name, model, rows, recipe, clients, progress)
+        found = from_trial(method, make, name, model, rows, recipe, clients, progress, size)
     return dataclasses.replace(found, seconds=round(time.perf_counter() - began, 3))
 
 
@@ -223,15 +212,16 @@ def from_trial(
     recipe: Recipe,
     clients: int,
     progress: Progress,
+    size: Size,
 ) -> Found:
     """Return the rate after which the loss on rows that were not trained on is lowest."""
-    at_server = bool(getattr(method, "rate_at_server", False))
+    at_server = trial.at_server(method)
     losses = itertools.count()
     bench = dataclasses.replace(
-        bench_of(model, rows, recipe.seed, min(clients, AT_SERVER if at_server else CLIENTS)),
+        bench_of(model, rows, recipe.seed, min(clients, trial.AT_SERVER if at_server else size.clients)),
         on_loss=lambda: progress(f"finding {name}", next(losses), 0, "losses after trials"),
     )
-    first = first_rate(method, name)
+    first = trial.first_rate(method, name)
     make = make if at_server else functools.partial(_short, make, len(bench.clients[0]))
     trials = (trial.try_on_server if at_server else trial.try_on_devices)(bench, make, first)
     tried = trials.tried
@@ -242,35 +232,34 @@ def from_trial(
         )
     rate = rounded(trials.best())
     why = f"tried {len(tried)} rates for a round, from {tried[0].rate:.2g} to {tried[-1].rate:.2g}"
-    if (moves := min(trial.HELD, recipe.rounds)) > 1:
+    if (moves := min(size.moves, recipe.rounds)) > 1:
         held = trial.hold(functools.partial(trial.loss_after, bench, make, moves, trials.start), rate)
         rate = rounded(trial.Trials(trials.start, sorted(held)).best())
         why += f"; {len(held)} for {moves}, from {held[-1].rate:.2g} to {held[0].rate:.2g}"
+    elif recipe.rounds > 1:
+        rate = rounded(rate / trial.FACTOR)
+        why += "; a third of the best, which was not held for more rounds"
     return Found(name, rate, "trial", why, tuple(tried))
 
 
 def bench_of(model: Model, rows: Sequence[Encoded], seed: int, clients: int) -> Bench:
     """Return the bench of a trial on these rows: some are measured, the others shared out to so many clients."""
-    measured = max(1, min(MEASURED, len(rows) // 3))
+    measured = trial.aside(len(rows))
     parts = rows[measured:] or rows
     count = min(clients, len(parts))
     return Bench(model, [parts[i::count] for i in range(count)], rows[:measured], seed)
 
 
 def _short(make: Callable[[float], Method], rows: int, rate: float) -> Method:
-    """Return the method at a rate, with at most `STEPS` local steps."""
+    """Return the method at a rate, with at most `trial.STEPS` local steps."""
     return shortened(make(rate), rows)
 
 
 def shortened(method: Method, rows: int) -> Method:
-    """Return the method with at most `STEPS` local steps."""
-    steps = methods.local_steps(method, rows)
-    return methods.sized(method, STEPS, getattr(method, "batch_size", 8)) if steps > STEPS else method
-
-
-def first_rate(method: Any, name: str) -> float:
-    """Return where a trial begins: the method's own default."""
-    return float(getattr(method, name)) or float(method.training().lr)
+    """Return the method with at most `trial.STEPS` local steps."""
+    if methods.local_steps(method, rows) <= trial.STEPS:
+        return method
+    return methods.sized(method, trial.STEPS, getattr(method, "batch_size", 8))
 
 
 def rounded(rate: float) -> float:

@@ -30,6 +30,9 @@ from fleetune.seeds.view import View
 from fleetune.tuning import methods
 from fleetune.tuning.methods import Method, Reply
 
+STEPS: Final = 4  # of a device in a trial, at most
+AT_SERVER: Final = 4  # clients of a trial of the server's step, which is as noisy as they are few
+MEASURED: Final = 32  # rows on which a trial is measured, at most
 FACTOR: Final = 3.0
 TRIALS: Final = 5  # in each direction, at most
 FINER: Final = 2.0  # of trials that cost an evaluation only
@@ -39,9 +42,18 @@ FLAT: Final = 1e-4  # of the loss: a rate that changes it by less does nothing,
 LEAP: Final = 10.0  # and one so many times as large is tried,
 LEAPS: Final = 6  # so often at most
 MOVES: Final = 32  # rounds at most until a server that waits for agreement has moved
-HELD: Final = 3  # moves of the model for which a rate is held,
-HELD_ROUNDS: Final = 20  # in so many rounds at most
+HELD_ROUNDS: Final = 20  # in which a rate that is held moves the model so often, at most
 SMALLER: Final = 3  # rates that are tried below the one that is held
+
+
+class Size(NamedTuple):
+    """How far a trial goes."""
+
+    clients: int = 2  # at most: one overfits where the mean of a fleet does not
+    moves: int = 3  # of the model, for which a rate is held, at most
+
+
+WHOLE: Final = Size()
 
 
 class Tried(NamedTuple):
@@ -194,6 +206,21 @@ def try_on_server(bench: Bench, make: Callable[[float], Method], first: float) -
             return bench.loss()
 
     return climb(start, loss_at, first, FINER, FINE_TRIALS)
+
+
+def at_server(method: Method) -> bool:
+    """Whether the rate acts on the server alone."""
+    return bool(getattr(method, "rate_at_server", False))
+
+
+def aside(rows: int) -> int:
+    """Return how many of so many rows a trial is measured on."""
+    return max(1, min(MEASURED, rows // 3))
+
+
+def first_rate(method: Any, name: str) -> float:
+    """Return where a trial begins: the method's own default."""
+    return float(getattr(method, name)) or float(method.training().lr)
 
 
 @contextmanager
