@@ -229,7 +229,6 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("fleet/worker.py", "if order.what not in TASKS[loaded.job.task]:", "if False:", "fleet/test_hostile_server.py -k joined_for"),
     Mutant("fleet/worker.py", "if asked > most:", "if False:", "fleet/test_worker.py -k cannot_do"),
     Mutant("fleet/worker.py", "if others := memories.kept().keys() - {order.client}:", "if others := []:", "fleet/test_hostile_server.py -k remembers"),
-    Mutant("fleet/reasons.py", "    if isinstance(error, Declined):\n        return error.reason", "    if error.args:\n        return str(error.args[0])", "fleet/test_hostile_server.py -k no_byte"),
     Mutant("common/memory.py", "(min(limits), hard)", "(soft, hard)", "fleet/test_hostile_server.py -k more_memory"),
     Mutant("tuning/methods/fedit.py", "if came == {(k,)}", "if came", "fleet/test_hostile_server.py -k larger"),
     Mutant("tuning/methods/_zeroth.py", 'a.shape[1] != K or a.size > max(2 * K, MOST_SUMS)', "False", "fleet/test_hostile_server.py -k larger"),
