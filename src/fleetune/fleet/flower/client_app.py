@@ -47,9 +47,8 @@ def answer(data: bytes, context: Context) -> bytes:
         with _alone(worker.state):
             if order.what == "job":
                 context.state[JOB] = ConfigRecord({"order": data})
-            elif (
-                order.what == "work" and JOB in context.state
-            ):  # it loads what the job needs, where this process has not
+            elif order.what == "work" and JOB in context.state:
+                # what the job needs is loaded where this process has not
                 worker.answer(context.state[JOB]["order"])  # type: ignore[arg-type]
                 if worker.error is not None:
                     raise worker.error
