@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fleetune.common.memory import rss
 from fleetune.compression.layerwise.sums import from_lower_triangle
 from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
-from fleetune.errors import DataError
+from fleetune.errors import DataError, MessageError, StorageError
 from fleetune.fleet import eval_server, result
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import MARK, DeviceState
@@ -38,7 +39,7 @@ from fleetune.tuning.messages import Message, Payload, decode, encode
 
 RUN = "d" * 32
 SET = {"r": 2, "steps": 1, "dropout": 0.0}
-WORDS = ("wolpertinger", "seropositive", "7391", "Obersulm")
+WORDS = ("wolpertinger", "seropositive", "quokkahaus", "Obersulm")
 
 
 @pytest.fixture(scope="module")
@@ -440,3 +441,83 @@ def test_no_byte_that_leaves_a_device_is_of_its_rows(place: Path, monkeypatch: p
             for row in rows:
                 runs = [row.ids[i : i + 6].tolist() for i in range(0, len(row.ids) - 6, 3)]
                 assert not any(shape in sent for ids in runs for shape in shapes_of(ids)), what
+
+
+# What an attacker has found since -----------------------------------------------------------------------
+
+
+def test_a_calibration_that_was_begun_in_one_job_is_checked_again_in_another(place: Path) -> None:
+    """The rows are cut by the job's max_length, so the windows of the same order may be others."""
+    model = models.load("model", device="cpu")
+    methods.make("fedit", SET).init(model, 5)
+    fleetune.adapters.save(model, Path("adapter"))
+    device, files = worker(calibrate=True), result.packed(Path("adapter"))
+    body = encode(Message(0, bytes(8), Payload({}, {"windows": 800, "length": 1, **files})))
+    assert take(device, task="calibrate", result="e" * 64, max_length=48).what == "ready"
+    assert ask(device, "begin", body).code == "order"  # it is another result than the job's
+    stated = result.digest_of(Path("adapter"))
+    for max_length in (2, 3, 4, 48):
+        assert take(device, task="calibrate", result=stated, max_length=max_length).what == "ready"
+        assert ask(device, "begin", body).code.split()[0] in ("few-tokens", "calibrated")
+
+
+def test_results_are_measured_a_few_times_and_to_a_few_digits(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fleetune.fleet.device_state.RESULTS", 2)
+    codes = []
+    for seed in (10, 20, 30):
+        model = models.load("model", device="cpu")
+        methods.make("fedit", SET).init(model, seed)
+        fleetune.adapters.save(model, Path(f"adapter-{seed}"))
+    for seed in (10, 20, 30, 10):
+        device, adapter = worker(held_out=4), Path(f"adapter-{seed}")
+        assert take(device, task="eval", result=result.digest_of(adapter)).what == "ready"
+        reply = ask(device, "eval", encode(Message(0, bytes(8), Payload({}, result.packed(adapter)))))
+        codes.append(reply.code)
+        if not reply.code:
+            told = decode(reply.body).payload.scalars
+            mean = float(told["tuned"]) / float(told["tokens"])
+            assert abs(mean * 1e4 - round(mean * 1e4)) < 1e-6
+    assert codes == ["", "", "measured 2", ""]
+    assert not list(Path("state").glob("run-*/result"))
+
+
+def test_a_message_of_another_round_than_its_order_leaves_nothing(place: Path) -> None:
+    device = worker()
+    assert take(device, set={**SET, "scaffold": True}).what == "ready"
+    model = models.load("model", device="cpu")
+    method = methods.make("fedit", {**SET, "scaffold": True})
+    sent = method.broadcast(method.init(model, 5))
+    for round in (-10, 0, 2):
+        assert ask(device, "work", encode(Message(round, bytes(8), sent)), 1).code == "order"
+    assert not list(Path("state").glob("run-*/client-*"))
+
+
+def test_folders_of_many_runs_fill_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fleetune.fleet.device_state.RUNS", 3)
+    own = DeviceState(tmp_path)
+    for i in range(3):
+        own.renewed(own.run(f"{i:032x}") / "result")
+    own.run(f"{1:032x}")
+    with pytest.raises(StorageError, match="3 runs have left folders"):
+        own.run(f"{3:032x}")
+
+
+@pytest.mark.parametrize("byte", [b"\x80", b"\x90"], ids=["maps", "lists"])
+def test_nested_nothing_takes_no_memory(byte: bytes) -> None:
+    tree = b"\xdc\x00\x08" + byte * 8
+    for _ in range(6):
+        tree = b"\xdc\x00\x08" + tree * 8  # 2 million of them
+    body = b"\x94\x01\xc4\x00\x81\xa1a" + tree + b"\x80"
+    data = b"FT1" + zlib.crc32(body).to_bytes(4, "little") + body
+    before = rss()
+    with pytest.raises(MessageError, match="more maps or lists"):
+        decode(data)
+    assert rss() - before < 64 << 20
+
+
+def test_a_model_that_anybody_put_on_the_hub_is_not_fetched_for_a_server(place: Path) -> None:
+    device = Worker(Brings("rows-0.jsonl", "", "cpu", 1, offline=True), Path("state"))
+    assert take(device, model="somebody/model-with-a-template").code == "model"
+    assert "it is no built-in model" in device.ended

@@ -23,8 +23,7 @@ def served(devices: int, method: str, *, ruled: bool = False, **values: Any) -> 
     "method", ["fedit", "fedpetuning", "fedpeptao", "mezo", "zosgd", "fedkseed", "onebyte", "fwdllm"]
 )
 def test_from_three_devices_on_a_recipe_without_a_rule_gets_one_against_liars(method: str) -> None:
-    steps = {"steps": 4} if method in ("fedit", "fedpetuning", "fedpeptao") else {}
-    rule, said = served(3, method, **steps)
+    rule, said = served(3, method)
     assert rule == "norm-clip"
     assert said.startswith(
         "replies are combined by norm-clip: every device counts once, whatever rows it claims; --aggr"
@@ -43,15 +42,10 @@ def test_from_three_devices_on_a_recipe_without_a_rule_gets_one_against_liars(me
         ),
         (
             8,
-            {"method": "fedit", "average": "product", "steps": 4},
+            {"method": "fedit", "average": "product"},
             "no rule against liars fits: average=product has no coordinates",
         ),
         (8, {"method": "fedkseed", "backprop": 0.5}, "no rule against liars fits: a mixed fleet"),
-        (
-            8,
-            {"method": "fedit"},
-            "no rule against liars fits: devices of more rows take more steps, and honest ones would",
-        ),
         (8, {"method": "mezo", "late": "use"}, "no rule against liars fits: late = use takes the mean alone"),
     ],
 )
@@ -60,13 +54,15 @@ def test_where_none_fits_the_mean_bounds_the_rows_and_says_why(
 ) -> None:
     rule, said = served(devices, **values)
     assert rule == "mean:1"
-    assert said.startswith("replies are combined by mean:1, weighted by rows, at most the median's; ")
+    assert said.startswith(
+        "replies are combined by mean:1 (a mean is mean:1 on real devices: weighted by rows, at most the median's); "
+    )
     assert why in said
 
 
 def test_a_rule_that_is_given_stays_and_a_mean_is_bounded() -> None:
     assert served(8, "fedit", aggregation="median", ruled=True)[0] == "median"
     assert served(8, "fedit", aggregation="mean:9", ruled=True)[0] == "mean:9"
-    rule, said = served(8, "fedit", steps=4, aggregation="mean", ruled=True)
+    rule, said = served(8, "fedit", aggregation="mean", ruled=True)
     assert rule == "mean:1"
     assert "where some may lie: --aggregation norm-clip" in said

@@ -12,7 +12,7 @@ was doing.
 
 Sums over few tokens give these away: over fewer than an input is wide, each token can be tested for; and the difference of
 two sums over nearly the same tokens holds the others.  So sums are over at least 4 times the model's width and twice the
-widest input (`least_tokens`), and over one choice of windows of the same rows (`DeviceState.calibrate_on`).
+widest input (`least_tokens`), and of one result over one choice of windows of the same rows (`DeviceState.calibrate_on`).
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Calibration:
         for others than before.
         """
         file = self.folder / BEGIN
+        self._check(decode(message).payload)
         if not (file.exists() and file.read_bytes() == message):
-            self._check(decode(message).payload)
             self.own.renewed(self.folder)
             write_atomic(file, message, mode=PRIVATE)
         windows = self._windows
@@ -82,7 +82,7 @@ class Calibration:
         count = min(count, sum(len(row.ids) for row in self.rows) // length)
         if count * length < (least := self.least_tokens()):
             raise Declined("few-tokens", count * length, least)
-        self.own.calibrate_on(digest([self.rows]), count, length)
+        self.own.calibrate_on(digest([self.rows]), self.job.result, count, length)
 
     def least_tokens(self) -> int:
         """Return over how many tokens a sum is made at least."""

@@ -3,7 +3,8 @@
 
     state/
       secret                       32 random bytes, for the owner alone
-      calibrated.json              on which windows of which rows this device has calibrated
+      calibrated.json              which result on which windows of which rows this device has calibrated
+      measured.json                which results it has measured
       run-3f2a../                  what belongs to a run: memories, result/, calibration/
 
 A folder in a run's is emptied and removed only where it has `MARK`, the file with which it was made here.
@@ -26,6 +27,9 @@ from fleetune.fleet.reasons import Declined
 MARK: Final = ".fleetune-device"
 SECRET: Final = "secret"
 CALIBRATED: Final = "calibrated.json"
+MEASURED: Final = "measured.json"
+RESULTS: Final = 16  # that are measured
+RUNS: Final = 64  # whose folders may lie there
 
 
 class DeviceState:
@@ -50,7 +54,13 @@ class DeviceState:
 
     def run(self, run: str) -> Path:
         """Return the folder of a run, by its 32 hexadecimal digits; StorageError where it leads out of the state folder."""
-        return self._own(self.folder / f"run-{run}")
+        folder = self._own(self.folder / f"run-{run}")
+        if not folder.exists() and sum(1 for _ in self.folder.glob("run-*")) >= RUNS:
+            raise StorageError(
+                f"{RUNS} runs have left folders in {self.folder}",
+                hint="remove those of runs that are over: run-*",
+            )
+        return folder
 
     def renewed(self, folder: Path) -> Path:
         """Make a folder of a run anew, empty but for `MARK`; StorageError for one that was not made here."""
@@ -77,16 +87,29 @@ class DeviceState:
             raise StorageError(f"{folder} leads out of {self.folder}", hint="remove the link")
         return folder
 
-    def calibrate_on(self, rows: str, windows: int, length: int) -> None:
-        """Note that sums over so many windows of the rows with this digest leave the device.
+    def calibrate_on(self, rows: str, result: str, windows: int, length: int) -> None:
+        """Note that sums of this result over so many windows of the rows with this digest leave the device.
 
-        Declined where others did before: the difference of two sums over nearly the same tokens shows the tokens.
+        Declined where others did before: the difference of two sums over nearly the same tokens shows the tokens, and so do
+        sums of many results that are made for it.
         """
-        file, wanted = self.folder / CALIBRATED, [rows, windows, length]
+        file, wanted = self.folder / CALIBRATED, [self.keyed(rows), result, windows, length]
         if file.exists():
             before = json.loads(read_text(file))
             if before != wanted:
-                hint = f"to allow it, e.g. since all rows are others now: remove {file}"
-                raise Declined("calibrated", int(before[1]), int(before[2]), hint=hint)
+                hint = f"to allow it, for a server that you would give the rows: remove {file}"
+                raise Declined("calibrated", int(before[2]), int(before[3]), hint=hint)
             return
         write_atomic(file, json.dumps(wanted), mode=PRIVATE)
+
+    def measure(self, result: str) -> None:
+        """Note that a result is measured on this device's rows; Declined where `RESULTS` others were.
+
+        A result that is made for it tells a few tokens of the rows, so that many tell all.
+        """
+        file = self.folder / MEASURED
+        known = {result, *(json.loads(read_text(file)) if file.exists() else ())}
+        if len(known) > RESULTS:
+            hint = f"to allow it, for a server that you would give the rows: remove {file}"
+            raise Declined("measured", RESULTS, hint=hint)
+        write_atomic(file, json.dumps(sorted(known)), mode=PRIVATE)

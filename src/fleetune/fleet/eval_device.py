@@ -4,7 +4,8 @@
 The answer to the order `eval` holds
 
     rows, tokens    how many were measured (of an encoder a row scores one thing: tokens = rows)
-    base, tuned     the summed cross-entropy of the answers' tokens, in nats, by the base and by the tuned model
+    base, tuned     the summed cross-entropy of the answers' tokens, in nats, by the base and by the tuned model, with the mean
+                    rounded to `EXACT` nats: a server that makes its model for it would else read rows out of further digits
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fleetune.fleet.orders import Job
 from fleetune.models.model import Model
 from fleetune.tuning.messages import Message, Payload, decode, encode
 
+EXACT: Final = 1e-4  # nats a token
 BATCH: Final = 1  # rows at a time: a device that has trained has the memory for one
 
 
@@ -34,9 +36,16 @@ def measure(model: Model, held: Sequence[Encoded], order: bytes, own: DeviceStat
     base, counts = all_row_losses(model, held, BATCH)
     tuned = base
     if job.result:
-        result.put_on(model, result.placed(received.payload.scalars, own, job))
+        own.measure(job.result)
+        try:
+            result.put_on(model, result.placed(received.payload.scalars, own, job))
+        finally:
+            own.remove(own.run(job.run) / result.FOLDER)
         tuned, _ = all_row_losses(model, held, BATCH)
-    sums = {
-        "rows": len(held), "tokens": int(counts.sum()), "base": float(np.sum(base)), "tuned": float(np.sum(tuned)),
-    }  # fmt: skip
+    tokens = int(counts.sum())
+
+    def told(losses: np.ndarray) -> float:
+        return round(float(np.sum(losses)) / tokens / EXACT) * EXACT * tokens
+
+    sums = {"rows": len(held), "tokens": tokens, "base": told(base), "tuned": told(tuned)}
     return encode(Message(received.round, received.base, Payload({}, sums)))

@@ -53,7 +53,10 @@ def evaluate(
 
     FleetError when no device has measured anything; UsageError for a run without a result, and for codes.
     """
-    served.farewell, served.more = "the evaluation is finished", " --held-out 0.1"
+    served.farewell, served.more = "the evaluation is finished", " --held-out N"
+    listener.note(
+        "devices join as they trained (--data, --held-out N); those that held nothing out add --eval-data FILE"
+    )
     with _place(subject) as folder:
         devices = Devices(folder)
         job, packed = _job(subject, devices.run, offline)
@@ -150,13 +153,27 @@ def one_decides(found: Sequence[DeviceEvaluated]) -> str:
     good = [one for one in found if one.tuned is not None]
     first = max(good, key=lambda one: one.tokens)
     claimed = first.tokens / sum(one.tokens for one in good)
-    if len(good) < 2 or claimed <= 0.5:
-        return ""
+    if len(good) < 2 or claimed < 0.5:
+        return _one_moves(good)
     counts = max(shares_of([one.tokens for one in good]))
     return (
         f"device {first.name} says that it has {claimed:.1%} of the tokens; it counts {counts:.0%} of the mean by tokens: "
         "see the median"
     )
+
+
+def _one_moves(good: Sequence[DeviceEvaluated]) -> str:
+    """Return a warning where the mean without one device differs by more than all others differ, else ""."""
+    tuned, shares = [float(one.tuned or 0.0) for one in good], shares_of([one.tokens for one in good])
+    R = ratio(tuned, shares)[0]
+    for one, own, w in zip(good, tuned, shares, strict=True):
+        others = [loss for other, loss in zip(good, tuned, strict=True) if other is not one]
+        if len(others) > 1 and w / (1 - w) * abs(own - R) > max(others) - min(others):
+            return (
+                f"device {one.name} alone moves the mean by {w / (1 - w) * (own - R):+.4g}, more than all others differ: see "
+                "the median"
+            )
+    return ""
 
 
 def ratio(means: Sequence[float], shares: Sequence[float]) -> tuple[float, float | None]:

@@ -26,14 +26,15 @@ from fleetune.errors import (
 WORDS: Final[Mapping[str, str]] = MappingProxyType({
     "battery": "it runs on its battery",
     "busy": "other programs take {} % of its processors",
-    "calibrated": "it has calibrated on {} windows of {} tokens before, and gives no sums over others of the same rows",
+    "calibrated": "it has calibrated on {} windows of {} tokens before, and gives no others",
     "fault": "its work ended in an error; its console says which",
     "few-tokens": "sums over {} tokens could give its rows away; it makes none over fewer than {}",
+    "measured": "it has measured {} results, and measures no other",
     "memory": "the work does not fit the {} MB that it may use",
     "model": "it has not the run's model in this revision; its console says more",
     "no-calibration": "it takes no part in calibrations: fleetune fleet join .. --calibrate",
     "no-data": "it was not told which rows it has: start the SuperNode with --node-config \"data='FILE'\"",
-    "no-evaluation": "it takes no part in evaluations: fleetune fleet join .. --held-out 0.1, or --eval-data FILE",
+    "no-evaluation": "it takes no part in evaluations: join with the --held-out that it trained with, or with --eval-data FILE",
     "no-job": "it has no job yet; does another process use its key?",
     "order": "it was sent something that it does not obey; its console says more",
     "remembers": "it no longer has what it kept in round {}; its console says more",
@@ -54,7 +55,12 @@ class Declined(FleetError):
 
     def __init__(self, code: str, *numbers: int, hint: str | None = None) -> None:
         super().__init__(WORDS[code].format(*(f"{n:,}" for n in numbers)), hint=hint)
-        self.reason = " ".join([code, *map(str, numbers)])
+        self.reason = " ".join([code, *(str(min(n, LARGEST - 1)) for n in numbers)])
+
+    @property
+    def page(self) -> str:
+        """The section of the docs on errors of the fleet."""
+        return FleetError("").page
 
 
 def reason_of(error: BaseException, memory: int) -> str:
@@ -62,7 +68,7 @@ def reason_of(error: BaseException, memory: int) -> str:
     if isinstance(error, Declined):
         return error.reason
     if isinstance(error, FitError) or is_out_of_memory(error):
-        return f"memory {memory >> 20}"
+        return f"memory {memory // 10**6}"
     return next((code for kind, code in OF_ERRORS if isinstance(error, kind)), "fault")
 
 

@@ -27,6 +27,7 @@ from fleetune.tuning.recipe import label_words
 
 FILE: Final = "file "  # begins the name of a file's bytes in a message
 LEDGER: Final = finished.RESULT["ledger"]
+FOLDER: Final = "result"  # in a run's, on the device
 FILES: Final = frozenset({
     LEDGER, "adapter_config.json", "adapter_model.safetensors", "module.json", "module.safetensors", "README.md", sums.FILE,
 })  # fmt: skip
@@ -66,7 +67,7 @@ def placed(scalars: Mapping[str, Scalar], own: DeviceState, job: Job) -> Path:
     files = {name.removeprefix(FILE): data for name, data in scalars.items() if name.startswith(FILE)}
     if odd := sorted(files.keys() - FILES):
         raise MessageError(f"{odd[0]!r} is no file of a result")
-    folder = own.renewed(own.run(job.run) / "result")
+    folder = own.renewed(own.run(job.run) / FOLDER)
     try:
         for name, data in files.items():
             if type(data) is not bytes:

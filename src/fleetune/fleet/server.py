@@ -104,6 +104,7 @@ class Served:
     session: str = field(init=False, default_factory=lambda: secrets.token_hex(16))  # of this process
     farewell: str = "the run is finished"  # what devices are told at the end
     more: str = ""  # that devices need beside their rows, for the command that is shown
+    _count: int = field(init=False, default=0)  # of devices, that the first round waits for
     _done: int = field(init=False, default=0)  # rounds that were finished before
     _keys: list[PublicKey] | None = field(init=False)
     _fleet: RemoteFleet | None = field(init=False, default=None)
@@ -219,6 +220,7 @@ class Served:
             self._gate, devices, job, seed, self.pace,
             look=look, note=listener.note, audit=audit.write, kinds=kinds,
         )  # fmt: skip
+        self._count = count
         self._fleet.wait_for(count)
         return self._fleet
 
@@ -244,6 +246,11 @@ class Served:
                 f"{k.name} is revoked" for k in before - now
             ]
             listener.note(f"keys: {', '.join(sorted(changed))}")
+            if self._fleet is not None and not self._fleet.round and len(found) < self._count:
+                listener.note(
+                    f"the run waits for {self._count} devices, and {len(found)} keys are left: stop it, and go on with "
+                    f"--wait {len(found)}"
+                )
 
     def _log_refusals(self, audit: Audit) -> None:
         """Write down which requests the door has refused: how many of each status, path and claimed key."""

@@ -167,6 +167,7 @@ class Worker:
         try:
             job = Job.from_json(order.body.decode("utf-8", "replace"))
             if self.loaded is None or self.loaded.job != job:
+                self.loaded = None  # two models need not be in memory
                 self.loaded = load(job, self.brings, self.own)
                 mapped = memory_of(self.loaded.model.net) is not None
                 self.note("base mapped: the weights stay in their file" if mapped else "base in memory")
@@ -238,6 +239,8 @@ class Worker:
         self._stand_on(loaded.memories, order)
         batches = Batches(loaded.rows, pad_id(loaded.model), order.key, loaded.model.device, order.client)
         received = decode(order.take())
+        if received.round != order.round:
+            raise MessageError(f"the message is of round {received.round}, the order of {order.round}")
         return work(loaded.method, loaded.model, batches, order.key, received, loaded.memories, self.on_step)
 
     def _measure(self, loaded: Loaded, order: Order) -> bytes:
@@ -337,6 +340,7 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
 def check_work(method: Method, rows: int) -> None:
     """Declined for more work in a round than `PASSES` passes over so many rows."""
     steps = max(methods.local_steps(method, rows), int(getattr(method, "backprop_steps", 0)))
+    steps += 2 * int(getattr(method, "lanczos", 0))
     asked, most = steps * int(getattr(method, "batch_size", 1)), PASSES * max(rows, FEW)
     if asked > most:
         raise Declined("work", asked, most)
@@ -419,7 +423,7 @@ def _model(job: Job, brings: Brings) -> str:
         return brings.model
     if is_path(job.model) or Path(job.model).exists():
         raise ModelError(
-            f"the run tunes {Path(job.model).name}, which this device does not fetch",
-            hint="give this device's copy: --model PATH",
+            f"the run tunes {Path(job.model).name}, which a device does not fetch by itself: it is no built-in model",
+            hint="give this device's copy, or the hub id if you trust it: --model PATH",
         )
     return job.model

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +179,7 @@ def _read(body: memoryview, crc: int, size: int) -> Message:
         raise MessageError(f"message of {size} bytes is damaged (checksum differs)")
     try:
         round_, base, scalars, arrays = msgpack.unpackb(
-            body, strict_map_key=True, use_list=True, object_pairs_hook=_named,
+            body, strict_map_key=True, use_list=True, object_pairs_hook=_Parts(2, _named), list_hook=_Parts(2 * MAX_NAMES + 1),
             max_array_len=MAX_DIMS, max_map_len=MAX_NAMES, max_ext_len=0,
         )  # fmt: skip
         if type(round_) is not int or type(base) is not bytes or {type(scalars), type(arrays)} != {dict}:
@@ -191,6 +191,20 @@ def _read(body: memoryview, crc: int, size: int) -> Message:
     except (ValueError, TypeError, AttributeError, msgpack.UnpackException, RecursionError) as error:
         raise MessageError(f"message of {size} bytes is malformed ({error})") from error
     return Message(round_, base, Payload(named, kept))
+
+
+class _Parts:
+    """Count the maps or lists of a message while it is read: each takes many times the byte that it may come as."""
+
+    def __init__(self, most: int, made: Callable[[Any], Any] = lambda found: found) -> None:
+        self.left, self.made = most, made
+
+    def __call__(self, found: Any) -> Any:
+        """Return what is made of a map or a list; ValueError for more of them than a message has."""
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("it has more maps or lists than a message")
+        return self.made(found)
 
 
 def _named(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:

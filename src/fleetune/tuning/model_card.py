@@ -130,7 +130,7 @@ def _about(run: Path, recipe: Recipe, done: Mapping[str, Any]) -> str:
         f"Made by Fleetune {__version__} from {base_name(recipe)}.  Licence of the base: {licence or 'not known here'}.",
         "## Result", _results(done),
         "## Data", _table(["", ""], _data(run, recipe, start)),
-        "## Method", _method(recipe, start, done),
+        "## Method", _method(recipe, start, done, of_devices=_of_devices(run)),
         "## Digests", _table(["SHA-256 of", ""], [[what, f"`{hex}`"] for what, hex in _digests(run, done)]),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
@@ -146,9 +146,10 @@ def _results(done: Mapping[str, Any]) -> str:
 
 def _data(run: Path, recipe: Recipe, start: Mapping[str, Any]) -> list[list[str]]:
     counts = [int(n) for n in start.get("rows_per_client", ())]
+    of = "their own rows of real devices" if _of_devices(run) else recipe.partition
     rows = [
-        ["data", run_facts.public(recipe.data)],
-        ["training rows", f"{sum(counts):,} of {counted(len(counts), 'client')} ({recipe.partition})"],
+        ["data of the server" if _of_devices(run) else "data", run_facts.public(recipe.data)],
+        ["training rows", f"{sum(counts):,} of {counted(len(counts), 'client')} ({of})"],
         ["held-out rows", f"{start.get('held_out', 0):,}"],
         ["tokens per row, max.", f"{recipe.max_length:,}"],
     ]
@@ -157,7 +158,12 @@ def _data(run: Path, recipe: Recipe, start: Mapping[str, Any]) -> list[list[str]
     return rows
 
 
-def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any]) -> str:
+def _of_devices(run: Path) -> bool:
+    """Whether the rows were those of real devices: nobody can repeat the run without them."""
+    return (run / rundir.FLEET).is_file()
+
+
+def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *, of_devices: bool) -> str:
     known = methods.entries().get(recipe.method)
     paper = f" ({known.paper})" if known and known.paper else ""
     settings = [[f"`{name}`", str(value)] for name, value in run_facts.settings_of(recipe).items()]
@@ -167,7 +173,7 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any]) -
         f"share of the clients per round {recipe.participation:g}, seed {recipe.seed}, {recipe.dtype}; "
         f"{start.get('trained', 0):,} of {start.get('params', 0):,} weights trained; "
         f"uplink {human_bytes(done.get('bytes_up', 0))}, downlink {human_bytes(done.get('bytes_down', 0))} in all.",
-        _code(command_of(recipe)),
+        *(["Trained on real devices, which keep their rows."] if of_devices else [_code(command_of(recipe))]),
         _table(["setting", ""], settings),
     ])  # fmt: skip
 

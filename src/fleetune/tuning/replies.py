@@ -13,7 +13,8 @@ known to be wrong need not be used in part.
   median rows: steps that a claim of rows stands for would else make it short.
 - Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
   may send fewer than it was asked for, and the slack is not its to choose.
-- With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.
+- With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.  Where rows are
+  what devices say (`mean:TIMES`), two are held against the one that goes less far: better too little is learned than anything.
 - The median is not known before the last reply has come.  Until then replies lie on disk, so memory does not grow with
   their number.
 - They are handed over in the clients' order, so the sums do not depend on who answered first.
@@ -123,9 +124,10 @@ class Replies:
             self.bytes_down += answer.sent
             self.bytes_up += len(answer.data or b"")
             self._take(answer)
-        for kept, reason in too_far(self.kept):
+        claimed = self.rule.times < math.inf
+        for kept, reason in too_far(self.kept, FEWEST - claimed):
             self._refuse(kept, reason)
-        if self.rule.times < math.inf:
+        if claimed:
             self.kept = lighter(self.kept)
         self.kept.sort(key=lambda kept: (kept.answer.client, kept.answer.late))
 
@@ -152,7 +154,7 @@ class Replies:
             return methods.distance_of(self.method, asked.state, sent, told)
 
         try:
-            distance = distance_with(n)
+            distance = distance_with(payload.int("n") if n else 0)
             reach = distance_with(self.round.usual) if n and self.rule.times < math.inf else distance
         except (MessageError, MemoryError):
             raise
@@ -259,22 +261,23 @@ def lighter(kept: Sequence[Kept]) -> list[Kept]:
     found = []
     for kind in dict.fromkeys(k.kind for k in kept):
         same = [k for k in kept if k.kind == kind]
-        middle = median([k.reach for k in same]) * usual([k.n for k in same])
+        middle = median([k.reach for k in same], FEWEST - 1) * usual([k.n for k in same])
         for k in same:
             most = bound(k, same) * middle / k.reach if k.n and k.reach else k.n
             found.append(k._replace(n=int(min(k.n, max(1.0, most)))))
     return found
 
 
-def too_far(kept: Sequence[Kept]) -> list[tuple[Kept, str]]:
+def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]]:
     """Return the replies that go too far, each with the reason: more than `bound` times the median of their kind.
 
-    The median is the lower one, of those that move anything: silence is usual where a step rounds to nothing.
+    The median is the lower one, of those that move anything: silence is usual where a step rounds to nothing.  A kind of fewer
+    than `fewest` that do has none.
     """
     found = []
     for kind in dict.fromkeys(k.kind for k in kept):
         same = [k for k in kept if k.kind == kind]
-        middle = median([k.distance for k in same])
+        middle = median([k.distance for k in same], fewest)
         for k in same:
             if not k.distance <= (most := bound(k, same)) * middle:
                 times = f"{k.distance / middle:.3g} times as far as the median of the round"
@@ -305,6 +308,6 @@ def allowed(numbers: int) -> float:
     return FURTHEST * (1 + FEW / max(1, numbers))
 
 
-def median(distances: Sequence[float]) -> float:
-    """Return the lower median of the distances that are not 0; infinity where fewer than `FEWEST` are."""
-    return usual(distances) if sum(d > 0 for d in distances) >= FEWEST else math.inf
+def median(distances: Sequence[float], fewest: int = FEWEST) -> float:
+    """Return the lower median of the distances that are not 0; infinity where fewer than `fewest` are."""
+    return usual(distances) if sum(d > 0 for d in distances) >= fewest else math.inf

@@ -20,7 +20,6 @@ DEFENCES: Final = (
     "norm-clip",
     "sign-vote",
 )  # rules that hardly cost an honest fleet anything, the first that fits
-UNLIKE: Final = (1, 1000)  # rows of two devices
 FOUND: Final = ("iid", "column:client")  # what `partition = auto` becomes
 
 
@@ -42,18 +41,10 @@ def for_devices(recipe: Recipe, devices: int, *, ruled: bool) -> Recipe:
 
 
 def defence(recipe: Recipe, devices: int) -> tuple[robust.Rule, str]:
-    """Return the first of `DEFENCES` that fits the method and so many devices; or the mean, and why none fits.
-
-    A rule that counts all moves alike costs an honest fleet much where devices of many rows go further (docs/safety.md).
-    """
+    """Return the first of `DEFENCES` that fits the method and so many devices; or the mean, and why none fits."""
     if recipe.late == "use":
         return robust.MEAN, "late = use takes the mean alone"
     method, asked = methods.make(recipe.method, recipe.set), share_of(devices, recipe.participation)
-    if len({methods.local_steps(method, rows) for rows in UNLIKE}) > 1 and asked >= robust.FEWEST:
-        return robust.MEAN, (
-            "devices of more rows take more steps, and honest ones would be cut (set steps, or where some may lie: "
-            "--aggregation norm-clip)"
-        )
     why = {name: methods.cannot_combine(method, robust.Rule(name), asked) for name in DEFENCES}
     fitting = [name for name in DEFENCES if not why[name]]
     return (robust.Rule(fitting[0]), "") if fitting else (robust.MEAN, why[DEFENCES[0]])
@@ -67,11 +58,12 @@ def about_rule(recipe: Recipe, count: int) -> str:
             f"replies are combined by {rule.text}: every device counts once, whatever rows it claims; --aggregation mean weighs "
             "by rows (docs/safety.md)"
         )
+    given = f"a mean is {rule.text} on real devices: " if rule == robust.Rule(times=robust.ONCE) else ""
     times = "" if rule.times == robust.ONCE else f"{rule.times:g} times "
     bound = f"at most {times}the median's" if rule != robust.MEAN else "of any number"
     other, why = defence(recipe, count)
     more = f"no rule against liars fits: {why}" if why else f"where some may lie: --aggregation {other.text}"
-    return f"replies are combined by {rule.text}, weighted by rows, {bound}; {more} (docs/safety.md)"
+    return f"replies are combined by {rule.text} ({given}weighted by rows, {bound}); {more} (docs/safety.md)"
 
 
 def options_of(recipe: Recipe) -> dict[str, Any]:

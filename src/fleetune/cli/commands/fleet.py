@@ -131,6 +131,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _serve(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.api import plain_models
+    from fleetune.fleet import status
     from fleetune.planning import choose
 
     _no_words(args)
@@ -140,6 +141,9 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     values = {} if path else _values(args)
     recipe = recipes.make(values) if values else None
     page, fleets = _page(args, ui), door_flags.served(args)
+    before = status.resume(path) if path is not None and (path / status.FILE).is_file() else ""
+    if before and before != f"fleetune fleet serve --resume {quoted(path)}{fleets.flags()}":
+        ui.note(f"it was served otherwise before, and devices look for it there: {before}")
     if recipe:
         recipe_flags.check_model(recipe.model, args.out, recipes.part(recipe))
         recipe = plain_models.with_file(recipe, Path(args.out), ui.note)

@@ -158,7 +158,7 @@ class HessianSums:
         if (
             set(found) != set(linears)
             or any(found[name] != of for name, of in shared.items())
-            or set(found.values()) - set(payload.arrays)
+            or set(found.values()) != set(payload.arrays)
         ):
             raise MessageError("reply is not about the layers of the block")
         for name, of in found.items():

@@ -39,7 +39,15 @@ IDLE_SECONDS: Final = 60.0  # and one that sends or takes nothing for so long
 REQUEST_SECONDS: Final = 180.0  # and one whose whole request is not here by then
 TOKEN: Final = "FLEETUNE_TOKEN"  # in the environment: the token that clients must present
 SHORTEST: Final = 16  # characters of one that others than this machine may guess at
+ADDRESSES: Final = 1024  # whose guesses are remembered
 GUESS: Final = 1.0  # seconds after a wrong token in which its address gets no answer, right or wrong
+
+
+class Guesses:
+    """When the last wrong token of an address came; one is looked at at a time."""
+
+    def __init__(self) -> None:
+        self.lock, self.wrong = threading.Lock(), -GUESS
 
 
 class Site(Protocol):
@@ -69,7 +77,7 @@ class Front(ThreadingHTTPServer):
         if not self.loopback and not token:
             raise UsageError(f"{host} is open to others, so it needs a token", hint="give one with --token")
         self.places = Places()
-        self.guessed: dict[str, float] = {}  # address -> when its last wrong token came
+        self.guessed: dict[str, Guesses] = {}  # by address, of late
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), Exchange)
@@ -239,19 +247,21 @@ class Exchange(BaseHTTPRequestHandler):
     def check_token(self) -> None:
         """Refuse a request without the server's token, where it has one.
 
-        An address whose guess was wrong waits before its next one is looked at.  Other addresses do not.
+        An address whose guess was wrong waits before its next one is looked at, and its guesses are looked at one by one.
+        Other addresses do not wait.
         """
-        address, guessed = str(self.client_address[0]), self.server.guessed
-        time.sleep(max(0.0, guessed.get(address, 0.0) + GUESS - time.monotonic()))
-        try:
-            checks.check_token(self.headers, self.server.token)
-        except Refusal:
-            if "Authorization" not in self.headers:
-                raise  # no guess
-            guessed[address] = time.monotonic()
-            for old in [a for a, at in guessed.copy().items() if time.monotonic() - at > GUESS]:
-                guessed.pop(old, None)
-            raise
+        if "Authorization" not in self.headers:
+            return checks.check_token(self.headers, self.server.token)  # no guess
+        if len(self.server.guessed) > ADDRESSES:
+            self.server.guessed.clear()
+        own = self.server.guessed.setdefault(str(self.client_address[0]), Guesses())
+        with own.lock:
+            time.sleep(max(0.0, own.wrong + GUESS - time.monotonic()))
+            try:
+                checks.check_token(self.headers, self.server.token)
+            except Refusal:
+                own.wrong = time.monotonic()
+                raise
 
     def hold(self) -> None:
         """Keep this connection's place until it is answered, whoever else comes."""

@@ -109,7 +109,8 @@ class Once:
         self._signers: dict[str, _Signer] = {}
 
     def fresh(self, key: str, stamp: str) -> bool:
-        """Tell whether a key signs this time (ISO 8601) for the first time."""
+        """Tell whether a key (base64, of which several texts may be one key) signs this time (ISO 8601) for the first time."""
+        key = fingerprint(base64.b64decode(key))
         age, now = self._age(datetime.datetime.fromisoformat(stamp)), time.monotonic()
         known = self._signers.get(key)
         if known is None or now - known.at > WINDOW:

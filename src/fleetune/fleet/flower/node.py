@@ -79,7 +79,9 @@ class Server:
             context.load_verify_locations(cadata=self.certificate.read_text("ascii"))
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise FleetError(f"cannot read the certificate {self.certificate}: {why}") from error
+            raise FleetError(
+                f"cannot read the certificate {self.certificate}: {why}", hint="--ca is the server's ca.pem"
+            ) from error
         return context
 
 
@@ -173,7 +175,7 @@ class _Session:
     def end(self) -> None:
         """Leave; a request that still waits for an order is sent away by the server."""
         self.over.set()
-        with contextlib.suppress(httpx.HTTPError):
+        with contextlib.suppress(Exception):  # whatever the server answers, this device is gone
             self.client.DeactivateNode(fleet.DeactivateNodeRequest(node_id=self.node.node_id))
 
     def answer_all(self, answer: Callable[[bytearray], bytes], over: Callable[[], bool]) -> None:
@@ -317,7 +319,7 @@ def _clocks_apart(response: httpx.Response) -> str:
     try:
         server = email.utils.parsedate_to_datetime(response.headers["date"])
         seconds = (datetime.datetime.now(datetime.UTC) - server).total_seconds()
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         return ""
     if -BEHIND < seconds < AHEAD:
         return ""

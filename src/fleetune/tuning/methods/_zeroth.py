@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 INT32 = (1 << 31) - 1
 MOST_SUMS = 1 << 20  # in a message, of all pools so far; a device takes 40 bytes for each
+MOST_POOLS = 1 << 12  # a pass over all weights for each
+MOST_PASSES = 1 << 15  # of a law without pools: one for each direction
 MOST = 1e3  # of a learning rate and a perturbation: far beyond any that learns
 UNITS = 256  # grid = lr / 256: a slope of 1 is 256 units, so a usual step is hundreds to thousands
 
@@ -124,7 +126,8 @@ def open_view(model: Model, payload: Payload, *, law: str, K: int, lr: float) ->
     MessageError for sums of another law, pool or grid than those of the run's settings, and for too many.
     """
     a, grid = payload.array("a"), grid_of(lr)
-    if a.dtype.kind != "i" or a.ndim != 2 or a.shape[1] != K or a.size > max(2 * K, MOST_SUMS):
+    most = max(2 * K, MOST_SUMS) if law in POOLS else MOST_PASSES
+    if a.dtype.kind != "i" or a.ndim != 2 or a.shape[1] != K or a.size > most or len(a) > MOST_POOLS:
         raise MessageError(f"the sums are {a.dtype} {list(a.shape)}, of a pool of {K} directions")
     if (payload.scalars.get("law"), payload.float("grid")) != (law, grid):
         raise MessageError(f"the sums are of another law or grid than {law}, {grid:g}")
