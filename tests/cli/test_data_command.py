@@ -198,8 +198,9 @@ def test_a_dry_run_tells_what_is_cut(at: Path, capsys: Capture) -> None:
     )
     event = json.loads(capsys.readouterr().out)
     assert event["cut"] > 0
-    assert len(event["remarks"]) == 2
-    assert event["remarks"][1].startswith("about ")
+    assert len(event["remarks"]) == 3
+    assert "--set lr=auto" in event["remarks"][1]  # one step is too short a run for a search
+    assert event["remarks"][2].startswith("about ")
     assert event["steps"] > 0 < event["seconds"]
     assert not (at / "runs").exists()
 
