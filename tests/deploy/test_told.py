@@ -33,7 +33,7 @@ def m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("settings", "target"),
-    [(RTN, "hf"), (("--method", "rtn", "--set", "group=32"), "gguf"), (("--method", "rtn", "--set", "bits=3"), "gguf"),
+    [(RTN, "compressed-tensors"), (("--method", "rtn", "--set", "group=32"), "gguf"), (("--method", "rtn", "--set", "bits=3"), "gguf"),
      (("--method", "rtn", "--set", "grid=universal"), "gguf")],
 )  # fmt: skip
 def test_the_next_command_is_one_that_works(
@@ -58,7 +58,7 @@ def test_a_family_without_a_gguf_file_goes_elsewhere(m: Path, capsys: pytest.Cap
     net = OPTForCausalLM(config)
     models.save(net, tiny().tokenizer, m.parent / "other")
     out = told(capsys, str(m.parent / "other"), "--method", "rtn")
-    assert out.split("next")[1].split()[3:] == ["--to", "hf"]
+    assert out.split("next")[1].split()[3:] == ["--to", "compressed-tensors"]
 
 
 def test_sizes_are_of_weights_before_and_after(m: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,7 +184,7 @@ WORK: dict[str, Case] = {
     "a scalar's name twice": Case(lambda h: twice(h, 2), "a name is there twice"),
     "an array's name twice": Case(lambda h: twice(h, 3), "a name is there twice"),
     "a list for a scalar": Case(lambda h: h.packed({"n": [1]}), "scalar 'n' has type list"),
-    "a map for a scalar": Case(lambda h: h.packed({"n": {"m": 1}}), "scalar 'n' has type dict"),
+    "a map for a scalar": Case(lambda h: h.packed({"n": {"m": 1}}), "more maps or lists than a message"),
     "nothing for a scalar": Case(lambda h: h.packed({"n": None}), "scalar 'n' has type NoneType"),
     "100,000 lists in each other": Case(lambda h: h.reply(sealed(b"\x91" * 100_000)), "is malformed"),
     "a million entries": Case(lambda h: h.reply(sealed(b"\x94\x02\xc4\x00\xdf" + MILLION.to_bytes(4, "big") + b"\xa1a\x01" * MILLION)), "1000000 exceeds max_map_len"),

@@ -397,7 +397,9 @@ def usual_threads(params: int) -> int:
 SMALL = 5_000_000  # parameters
 
 
-def dry_run(recipe: Recipe, *, offline: bool, check_memory: CheckMemory) -> TuneChecked:
+def dry_run(
+    recipe: Recipe, *, offline: bool, check_memory: CheckMemory = lambda rows, tokens: None
+) -> TuneChecked:
     """Load the data and model of a recipe and check it; write nothing."""
     check(recipe)
     told: list[str] = []
