@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ORDERS: Final = ("job", "work", "eval", "begin", "block", "end")
-ANSWERS: Final = ("ready", "done", "failed", "declined", "refused")
 TASKS: Final[Mapping[str, tuple[str, ...]]] = {  # and the orders that belong to each
     "tune": ("work",), "eval": ("eval",), "calibrate": ("begin", "block"),
 }  # fmt: skip

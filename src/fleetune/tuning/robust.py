@@ -39,12 +39,8 @@ from fleetune.tuning.spool import Spool
 
 SHARE: Final = Fraction(1, 5)  # cut off at either end by trimmed-mean
 FEWEST: Final = 3  # replies of which one can be outvoted
-TIMES: Final = (
-    4.0  # the median of devices, which one may count where it states how much it has, or how large that is
-)
-ONCE: Final = (
-    1.0  # the same of rows in a fleet's mean: a higher bound gains nothing (docs/safety.md), and helps a liar
-)
+TIMES: Final = 4.0  # the median device: what one may count, by what it says of itself
+ONCE: Final = 1.0  # the same of rows in a fleet's mean; more gains nothing (docs/safety.md)
 NUMBERS: Final = 1 << 19  # of all clients that are in memory at a time; about 20 MB with what is made of them
 
 # (values float64[m, d], where their moves began float64[d], sizes float64[m], share) -> float64[d]
