@@ -253,6 +253,17 @@ def test_a_device_that_claims_all_tokens_neither_decides_nor_seems_certain(lie: 
     assert one_decides(each[:3]) == ""
 
 
+@pytest.mark.parametrize(("loss", "moves"), [(3.2, False), (9.0, True)])
+def test_a_device_that_moves_the_mean_more_than_all_others_differ_is_named(loss: float, moves: bool) -> None:
+    each = [
+        DeviceEvaluated(
+            client=c, name=f"dev-{c}", rows=9, tokens=3000, base=4.0, tuned=tuned, digest="", status="ok", reason=""
+        )
+        for c, tuned in enumerate((3.1, 3.3, 3.0, loss))
+    ]  # fmt: skip
+    assert ("device dev-3 alone moves the mean by +1.4" in one_decides(each)) == moves
+
+
 def test_held_out_rows_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows("rows.jsonl", 0, 20)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -562,6 +563,64 @@ def test_where_any_length_was_agreed_the_usual_one_counts() -> None:
     taken = [kept(0, 1), kept(1, 20), kept(2, 20), kept(3, 30)]
     assert [k.answer.client for k, _ in replies.too_far(taken)] == [0]
     assert replies.bound(taken[0], taken) == allowed(20)
+
+
+def of_kind(kind: str, *distances: float) -> list[replies.Kept]:
+    """Replies of many numbers that go so far."""
+    answers = [Answer(c, c, None, "ok", "", 0.0, 0) for c in range(len(distances))]
+    many = 1000 * replies.FEW
+    return [
+        replies.Kept(a, 0, 0, frozenset([kind]), many, many, d, ROWS, d)
+        for a, d in zip(answers, distances, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("fewest", "refused"), [(2, [100.0]), (3, [])])
+def test_where_rows_are_claimed_the_longer_of_two_is_refused(fewest: int, refused: list[float]) -> None:
+    assert [k.distance for k, _ in replies.too_far(of_kind("walk", 1.0, 100.0), fewest)] == refused
+
+
+@pytest.mark.parametrize("far", [0.01, 15.9, 16.1, 1e9])
+def test_a_lone_kind_is_held_against_all_where_rows_are_claimed(far: float) -> None:
+    taken = [*of_kind("walk", far), *of_kind("projected", 1.0, 1.1, 0.9)]
+    assert [k.distance for k, _ in replies.too_far(taken, 2)] == [far] * (far > 16)
+    assert replies.too_far(taken, 3) == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given"),
+    [((0, 0, 1), (0, 0, 0)), ((0, 1), (0, 0)), ((0, 1, 1), (0, 1, 1)), ((1, 2, 2), (0, 2, 2)), ((1,), (0,))],
+)
+def test_a_kind_of_work_that_one_device_alone_has_is_not_given(
+    wanted: tuple[int, ...], given: tuple[int, ...]
+) -> None:
+    assert rounds.of_two(dict(enumerate(wanted))) == dict(enumerate(given))
+
+
+@pytest.mark.parametrize(("times", "ordered"), [(math.inf, [0, 1]), (1.0, [0, 0])])
+def test_where_rows_are_claimed_a_round_orders_no_lone_kind(
+    times: float, ordered: list[int], tmp_path: Path
+) -> None:
+    method = methods.make("fedkseed", {"K": 8, "tau": 3, "backprop": 0.5})
+    asked: list[dict[int, bytes]] = []
+
+    class Fleet(Devices):
+        def kind(self, client: int) -> int:
+            return client % 2
+
+        def ask(self, round: int, clients: Any, message: Any, goal: int = 0) -> Iterator[Answer]:
+            asked.append(dict(message))
+            yield from (Answer(c, c, None, "failed", "", 0.0, 0) for c in clients)
+
+    with create(tmp_path, "fedkseed", "toy") as run:
+        plan = RoundPlan(1, 1.0, 1, 7, 1, BASE, rule=Rule(times=times))
+        hooks = Hooks(lambda: None, lambda state: {}, lambda event: None)
+        with pytest.raises(FleetError):
+            rounds.run(
+                method, Fleet(with_liars(honest), clients=2), method.init(tiny_llama(), 7), run, plan, hooks
+            )
+    payloads = [decode(asked[0][c]).payload for c in (0, 1)]
+    assert [int(p.scalars.get("backprop") is True) for p in payloads] == ordered
 
 
 def walked(method: Any, client: int) -> Payload:

@@ -58,7 +58,7 @@ def test_where_none_fits_the_mean_bounds_the_rows_and_says_why(
         "replies are combined by mean:1 (a mean is mean:1 on real devices: weighted by rows, at most the median's); "
     )
     assert why in said
-    assert ("held against no other" in said) == ("backprop" in values)
+    assert ("alone could back-propagate" in said) == ("backprop" in values)
 
 
 def test_a_rule_that_is_given_stays_and_a_mean_is_bounded() -> None:

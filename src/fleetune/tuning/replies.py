@@ -15,6 +15,7 @@ known to be wrong need not be used in part.
   may send fewer than it was asked for, and the slack is not its to choose.
 - With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.  Where rows are
   what devices say (`mean:TIMES`), two are held against the one that goes less far: better too little is learned than anything.
+  There a kind with one reply is held against those of all kinds, which may differ `APART` times more (docs/safety.md).
 - The median is not known before the last reply has come.  Until then replies lie on disk, so memory does not grow with
   their number.
 - They are handed over in the clients' order, so the sums do not depend on who answered first.
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 
 # docs/safety.md has what honest replies reach
 FURTHEST: Final = 4.0  # times the median distance of a round's replies, for replies of many numbers
+APART: Final = 4.0  # times as far: honest replies of one kind, by the median of all kinds
 FEW: Final = 8  # numbers in a reply with which it may go twice as far: few slopes vary by chance
 
 
@@ -272,12 +274,14 @@ def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]
     """Return the replies that go too far, each with the reason: more than `bound` times the median of their kind.
 
     The median is the lower one, of those that move anything: silence is usual where a step rounds to nothing.  A kind of fewer
-    than `fewest` that do has none.
+    than `fewest` that do has none; where two are enough, it is held against `APART` times the median of all kinds.
     """
     found = []
     for kind in dict.fromkeys(k.kind for k in kept):
         same = [k for k in kept if k.kind == kind]
         middle = median([k.distance for k in same], fewest)
+        if middle == math.inf and fewest < FEWEST:
+            middle = APART * median([k.distance for k in kept], fewest)
         for k in same:
             if not k.distance <= (most := bound(k, same)) * middle:
                 times = f"{k.distance / middle:.3g} times as far as the median of the round"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -258,6 +259,8 @@ def _played(
     goal = share_of(len(present) + fleet.busy, plan.participation)
     chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection, fleet.busy)
     kinds = {client: fleet.kind(client) for client in chosen}
+    if plan.rule.times < math.inf:
+        kinds = of_two(kinds)
     middle = int(usual([fleet.rows[client] for client in chosen]))
     asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__, middle)
     with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, past) as replies:
@@ -279,6 +282,12 @@ def sample(
     count = min(len(clients), math.ceil(share_of(len(clients) + busy, participation) * over - 1e-9))
     order = keyed_order(derive(seed, "sample", round), 0, len(clients))
     return sorted(clients[i] for i in order[:count].tolist())
+
+
+def of_two(kinds: Mapping[int, int]) -> dict[int, int]:
+    """Return the clients' kinds of work; a kind other than 0 that one alone has becomes 0: there nothing holds its reply."""
+    count = Counter(kinds.values())
+    return {client: kind if count[kind] > 1 else 0 for client, kind in kinds.items()}
 
 
 def share_of(clients: int, participation: float) -> int:

@@ -64,7 +64,7 @@ def about_rule(recipe: Recipe, count: int) -> str:
     other, why = defence(recipe, count)
     more = f"no rule against liars fits: {why}" if why else f"where some may lie: --aggregation {other.text}"
     if len(methods.kind_names(methods.make(recipe.method, recipe.set))) > 1:
-        more += "; a device that alone does its kind of work is held against no other"
+        more += "; a device that alone could back-propagate takes two-point steps"
     return f"replies are combined by {rule.text} ({given}weighted by rows, {bound}); {more} (docs/safety.md)"
 
 

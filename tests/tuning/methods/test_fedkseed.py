@@ -343,6 +343,26 @@ def test_a_client_may_not_send_what_the_other_kind_sends(wire: str) -> None:
             check(message, specs[1 - client], round=1, base=base)
 
 
+@pytest.mark.parametrize("tau", [50, 400])
+@pytest.mark.parametrize("steps", [1, 20])
+def test_how_far_a_reply_goes_is_in_the_same_units_for_both_kinds(tau: int, steps: int) -> None:
+    """A gradient's slopes z_k . g along 4 d directions, from either kind: their mean size, whatever the steps."""
+    method = tiny(K=1024, tau=tau, wire="sums", backprop=0.5, backprop_steps=steps, backprop_lr=0.02)
+    state = method.init(models.tiny_llama(), 7)
+    slopes = np.random.default_rng(3).normal(scale=5.0, size=1024)
+    drawn = np.bincount(draw(77, tau, None, 1024), minlength=1024)
+    walk = {"sums": np.rint(drawn * slopes * UNITS).astype(np.int32)}
+    moved = slopes / 1024 * steps * UNITS * method.backprop_lr / method.lr
+    projected = {"projected": np.rint(moved).astype(np.int32)}
+    replies = [
+        Reply(0, 77, Payload(walk, {"n": 9, "loss": 1.0, "steps": tau})),
+        Reply(1, 78, Payload(projected, {"n": 9, "loss": 1.0})),
+    ]
+    far = [method.distance(state, reply) / UNITS for reply in replies]
+    assert far[0] == pytest.approx(5.0, rel=0.35)
+    assert far[1] == pytest.approx(5.0, rel=0.1)
+
+
 def test_precision_is_one_over_the_variance() -> None:
     """Of a gradient, over the draw of the pool and of the walk: d (1/K + (1 - 1/K)/n) |g|^2, times 1 - O(1/d).
 

@@ -211,12 +211,16 @@ class Method:
         return self.codec.reply(k[: len(c)], c, self.K, {"n": batches.n, "loss": steps.loss})
 
     def distance(self, state: State, reply: Reply) -> float:
-        """Return the norm of the K sums; MessageError for sums that no walk along the drawn directions can give."""
+        """Return the norm of the K sums in units of the expected one; MessageError for sums that no walk can give.
+
+        A gradient g makes tau slopes of about |g|, or moves K sums by steps eta_b |g| / sqrt(K): either is |g| here.
+        """
         if "projected" in reply.payload.arrays:
-            return norm([self.codec.integers(reply.payload.array("projected"))])
+            unit = self.backprop_steps * self.backprop_lr / self.lr / math.sqrt(self.K)
+            return norm([self.codec.integers(reply.payload.array("projected"))]) / unit
         p = self.probabilities(state)
         self.codec.check(reply, p, self.K, self.tau)
-        return norm([summed(*self.codec.walk(reply, p, self.K), self.K)])
+        return norm([summed(*self.codec.walk(reply, p, self.K), self.K)]) / math.sqrt(self.tau)
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Set A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once.
