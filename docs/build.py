@@ -5,7 +5,7 @@
 
 Pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md, docs/events.md and its JSON schema,
 docs/faults.md (from docs/faults.json, which `make faults` writes).
-Parts, between the marks `<!-- NAME -->` and `<!-- /NAME -->`: the tree of the layers in README.md and their table in
+Parts, between the marks `<!-- NAME -->` and `<!-- /NAME -->`: the table of the layers in
 docs/architecture.md (`architecture`), the table in docs/export.md (`targets`), the one of families and formats in
 docs/models.md (`formats`), which takes what a family can be tuned and compressed with from the page's own `matrix`.
 """
@@ -304,13 +304,6 @@ def _shown(layer: str) -> str:
     return f"{layer}/" if (PACKAGE / layer).is_dir() else f"{layer}.py"
 
 
-def architecture_tree(found: Sequence[dict[str, Any]]) -> str:
-    """The layers as a tree of folders and files: a code block."""
-    width = max(len(_shown(layer["name"])) for layer in found) + 2
-    lines = [f"  {_shown(layer['name']):{width}}{layer['does']}" for layer in found]
-    return "\n".join(["```text", "src/fleetune/", *lines, "```"])
-
-
 def architecture_table(found: Sequence[dict[str, Any]]) -> str:
     """The layers with what they hold: a table."""
     rows = ["| layer | does | holds |", "|---|---|---|"]
@@ -330,7 +323,6 @@ def parts() -> dict[Path, str]:
     """Every hand-written page that has a generated part, with that part as it should be."""
     found = layers()
     written = {
-        ROOT / "README.md": ("architecture", architecture_tree(found)),
         DOCS / "architecture.md": ("architecture", architecture_table(found)),
         DOCS / "export.md": ("targets", targets_table()),
         DOCS / "models.md": ("formats", formats_table((DOCS / "models.md").read_text(encoding="utf-8"))),
