@@ -173,7 +173,7 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
     assert ("back-propagation" in shown.out) == bool(kinds)
 
 
-@pytest.mark.parametrize("given", ["", 'aggregation = "mean"'], ids=["norm-clip", "mean:1"])
+@pytest.mark.parametrize("given", ["", 'aggregation = "mean"'], ids=["median", "mean:1"])
 def test_the_rule_against_liars_is_in_the_recipe_that_is_recorded(
     place: Path, given: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -587,6 +587,11 @@ def test_a_lone_kind_is_held_against_all_where_rows_are_claimed(far: float) -> N
     assert replies.too_far(taken, 3) == []
 
 
+def test_two_liars_that_are_all_of_a_kind_are_held_against_the_others() -> None:
+    taken = [*of_kind("projected", 1e6, 1e6), *of_kind("walk", 1.0, 1.1, 0.9)]
+    assert [k.distance for k, _ in replies.too_far(taken, 2)] == [1e6, 1e6]
+
+
 @pytest.mark.parametrize(
     ("wanted", "given"),
     [((0, 0, 1), (0, 0, 0)), ((0, 1), (0, 0)), ((0, 1, 1), (0, 1, 1)), ((1, 2, 2), (0, 2, 2)), ((1,), (0,))],

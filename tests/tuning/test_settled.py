@@ -15,20 +15,39 @@ def served(devices: int, method: str, *, ruled: bool = False, **values: Any) -> 
     """The rule of a recipe on so many devices, and the line at the start."""
     given = {name: values.pop(name) for name in ("aggregation", "participation", "late") if name in values}
     recipe = recipes.make({"model": "m", "data": "d", "method": method, "set": values, **given})
-    found = for_devices(recipe, devices, ruled=ruled)
+    found = for_devices(recipe, devices, given if ruled else ())
     return found.aggregation, about_rule(found, devices)
 
 
 @pytest.mark.parametrize(
-    "method", ["fedit", "fedpetuning", "fedpeptao", "mezo", "zosgd", "fedkseed", "onebyte", "fwdllm"]
-)
-def test_from_three_devices_on_a_recipe_without_a_rule_gets_one_against_liars(method: str) -> None:
+    ("method", "expected"),
+    [*dict.fromkeys(["fedit", "fedpetuning", "fedpeptao"], "median").items(),
+     *dict.fromkeys(["mezo", "zosgd", "fedkseed", "onebyte", "fwdllm"], "norm-clip").items()],
+)  # fmt: skip
+def test_from_three_devices_on_a_recipe_without_a_rule_gets_one_against_liars(
+    method: str, expected: str
+) -> None:
     rule, said = served(3, method)
-    assert rule == "norm-clip"
+    assert rule == expected
     assert said.startswith(
-        "replies are combined by norm-clip: every device counts once, whatever rows it claims; --aggr"
+        f"replies are combined by {rule}: every device counts once, whatever rows it claims; --aggr"
     )
-    assert served(3, "onebyte", wire="sign")[0] == "sign-vote"
+
+
+@pytest.mark.parametrize(("wire", "expected"), [("byte", "norm-clip"), ("sign", "sign-vote")])
+def test_votes_are_combined_by_a_rule_too(wire: str, expected: str) -> None:
+    assert served(3, "onebyte", wire=wire)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "named", "kept"),
+    [({}, (), "best"), ({"keep": "last"}, ("keep",), "last"), ({"eval_every": 0}, (), "last")],
+)
+def test_devices_keep_the_best_round_unless_told_otherwise(
+    given: dict[str, Any], named: tuple[str, ...], kept: str
+) -> None:
+    recipe = recipes.make({"model": "m", "data": "d", "method": "fedit", **given})
+    assert for_devices(recipe, 3, named).keep == kept
 
 
 @pytest.mark.parametrize(
@@ -66,4 +85,4 @@ def test_a_rule_that_is_given_stays_and_a_mean_is_bounded() -> None:
     assert served(8, "fedit", aggregation="mean:9", ruled=True)[0] == "mean:9"
     rule, said = served(8, "fedit", aggregation="mean", ruled=True)
     assert rule == "mean:1"
-    assert "where some may lie: --aggregation norm-clip" in said
+    assert "where some may lie: --aggregation median" in said

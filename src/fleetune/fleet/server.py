@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -134,10 +135,10 @@ class Served:
         """Raise UsageError where late replies are to be used and every round waits for all."""
         self.pace.check(recipe)
 
-    def settled(self, recipe: Recipe, *, ruled: bool) -> Recipe:
-        """Return the recipe with the rule that combines the devices' replies; `ruled` says that it names one."""
+    def settled(self, recipe: Recipe, named: Collection[str]) -> Recipe:
+        """Return the recipe as these devices run it; it names the options `named` itself."""
         entry, _ = prepare.check(recipe)
-        return settled.for_devices(recipe, self.wanted(recipe.clients, entry.clients), ruled=ruled)
+        return settled.for_devices(recipe, self.wanted(recipe.clients, entry.clients), named)
 
     def count(self, job: TuneJob) -> int:
         """Return how many devices the first round waits for; FleetError when fewer can come."""

@@ -15,7 +15,7 @@ known to be wrong need not be used in part.
   may send fewer than it was asked for, and the slack is not its to choose.
 - With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.  Where rows are
   what devices say (`mean:TIMES`), two are held against the one that goes less far: better too little is learned than anything.
-  There a kind with one reply is held against those of all kinds, which may differ `APART` times more (docs/safety.md).
+  There a kind is also held against the replies of all kinds, which may differ `APART` times more: liars may be a whole kind.
 - The median is not known before the last reply has come.  Until then replies lie on disk, so memory does not grow with
   their number.
 - They are handed over in the clients' order, so the sums do not depend on who answered first.
@@ -274,14 +274,14 @@ def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]
     """Return the replies that go too far, each with the reason: more than `bound` times the median of their kind.
 
     The median is the lower one, of those that move anything: silence is usual where a step rounds to nothing.  A kind of fewer
-    than `fewest` that do has none; where two are enough, it is held against `APART` times the median of all kinds.
+    than `fewest` that do has none.  Where two are enough, no median is more than `APART` times that of all kinds.
     """
     found = []
     for kind in dict.fromkeys(k.kind for k in kept):
         same = [k for k in kept if k.kind == kind]
         middle = median([k.distance for k in same], fewest)
-        if middle == math.inf and fewest < FEWEST:
-            middle = APART * median([k.distance for k in kept], fewest)
+        if fewest < FEWEST:
+            middle = min(middle, APART * median([k.distance for k in kept], fewest))
         for k in same:
             if not k.distance <= (most := bound(k, same)) * middle:
                 times = f"{k.distance / middle:.3g} times as far as the median of the round"

@@ -7,7 +7,7 @@ A run records the recipe so, and a later version with other defaults repeats it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from fleetune.errors import FleetuneError
@@ -16,10 +16,8 @@ from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.rounds import share_of
 
-DEFENCES: Final = (
-    "norm-clip",
-    "sign-vote",
-)  # rules that hardly cost an honest fleet anything, the first that fits
+# The first that fits: one liar of three leads clipped adapters, and of noisy slopes a median learns less (docs/safety.md)
+DEFENCES: Final = {"adapter": ("median", "norm-clip"), "ledger": ("norm-clip", "sign-vote")}
 FOUND: Final = ("iid", "column:client")  # what `partition = auto` becomes
 
 
@@ -30,14 +28,16 @@ def settled(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, set=methods.values_of(method), clients=clients)
 
 
-def for_devices(recipe: Recipe, devices: int, *, ruled: bool) -> Recipe:
-    """Return the recipe as so many real devices run it: rows are what they say, so no number of rows may decide a round.
+def for_devices(recipe: Recipe, devices: int, named: Collection[str]) -> Recipe:
+    """Return the recipe as so many real devices run it, of whom some may lie; it names the options `named` itself.
 
-    Where the recipe names no rule (not `ruled`), it gets one of `DEFENCES`; a plain mean becomes one with bounded weights.
+    Where it names no rule, it gets one of `DEFENCES`; a plain mean becomes one with bounded weights, since rows are what
+    devices say.  Where it does not say what is kept, that is the best round: no liar makes the result worse than the start.
     """
-    rule = robust.parse(recipe.aggregation) if ruled else defence(recipe, devices)[0]
+    rule = robust.parse(recipe.aggregation) if "aggregation" in named else defence(recipe, devices)[0]
     rule = robust.Rule(times=robust.ONCE) if rule == robust.MEAN else rule
-    return dataclasses.replace(recipe, aggregation=rule.text)
+    keep = recipe.keep if "keep" in named or not recipe.eval_every else "best"
+    return dataclasses.replace(recipe, aggregation=rule.text, keep=keep)
 
 
 def defence(recipe: Recipe, devices: int) -> tuple[robust.Rule, str]:
@@ -45,9 +45,10 @@ def defence(recipe: Recipe, devices: int) -> tuple[robust.Rule, str]:
     if recipe.late == "use":
         return robust.MEAN, "late = use takes the mean alone"
     method, asked = methods.make(recipe.method, recipe.set), share_of(devices, recipe.participation)
-    why = {name: methods.cannot_combine(method, robust.Rule(name), asked) for name in DEFENCES}
-    fitting = [name for name in DEFENCES if not why[name]]
-    return (robust.Rule(fitting[0]), "") if fitting else (robust.MEAN, why[DEFENCES[0]])
+    names = DEFENCES[methods.entry(recipe.method).kind]
+    why = [methods.cannot_combine(method, robust.Rule(name), asked) for name in names]
+    fitting = [name for name, problem in zip(names, why, strict=True) if not problem]
+    return (robust.Rule(fitting[0]), "") if fitting else (robust.MEAN, why[0])
 
 
 def about_rule(recipe: Recipe, count: int) -> str:

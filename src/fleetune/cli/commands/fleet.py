@@ -148,7 +148,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
         recipe_flags.check_model(recipe.model, args.out, recipes.part(recipe))
         recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
-        recipe = fleets.settled(recipe, ruled="aggregation" in values)
+        recipe = fleets.settled(recipe, values)
     from fleetune.tuning import run as running
 
     with screen(ui, path) as shown, page as fleets.page, fleets:

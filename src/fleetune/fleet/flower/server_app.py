@@ -118,12 +118,10 @@ class SuperNodes:
         self.pace.check(recipe)
 
     def settled(self, values: Mapping[str, Any]) -> Recipe:
-        """Return the recipe of these keys, with the rule that combines the SuperNodes' replies."""
+        """Return the recipe of these keys as SuperNodes run it."""
         recipe = recipes.make(values)
         entry, _ = check(recipe)
-        return for_devices(
-            recipe, self.wait or recipe.clients or entry.clients, ruled="aggregation" in values
-        )
+        return for_devices(recipe, self.wait or recipe.clients or entry.clients, values)
 
     def count(self, job: TuneJob) -> int:
         """Return how many SuperNodes the first round waits for."""
