@@ -119,11 +119,13 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:
 
 
 def split(values: Any) -> dict[str, Any]:
-    """What names a version or a format, and the digest of all else; versions of other packages are left out."""
+    """What names a version or a format, the digest of a method's settings, and that of all else but other packages."""
     every = {k: v for k, v in flat(values).items() if not re.search("(transformers|peft)_version$", k)}
     named = {k: v for k, v in every.items() if re.search("(version|format)$", k)}
-    rest = {k: v for k, v in every.items() if k not in named}
-    return named | {"rest": sha(json.dumps(rest, sort_keys=True, default=str).encode())}
+    groups: dict[str, Any] = {}
+    for k in every.keys() - named.keys():
+        groups.setdefault("settings" if ".hyper." in k else "rest", {})[k] = every[k]
+    return named | {n: sha(json.dumps(g, sort_keys=True, default=str).encode()) for n, g in groups.items()}
 
 
 def parts(file: Path) -> dict[str, Any]:
@@ -148,7 +150,9 @@ def parts(file: Path) -> dict[str, Any]:
     return found | {"bytes": sha(data)}
 
 
-KEPT = re.compile(r"(\.safetensors|\.gguf|\.patch|Modelfile|(config|module)\.json)$")
+KEPT = re.compile(
+    r"\.(safetensors|gguf|patch)$|^Modelfile$|^(config|adapter_config|quantize_config|module)\.json$"
+)
 MASKS = {
     r"\b(\d+h)?\d+m\d*s?\b(?! *parameters)|\b[\d.]+ (ms|s|minutes?|seconds|h)\b": "TIME",
     r"(memory\W+)(about )?(TIME\W+)?[\d.,]+ [kMG]?B": r"\1MEMORY",
