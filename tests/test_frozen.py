@@ -178,7 +178,7 @@ def said(line: str) -> list[Any]:
     return [code, *(line.strip() for line in text.splitlines() if line.strip())]
 
 
-def law(name: str, line: str) -> dict[str, Any]:
+def law(name: str, lines: list[str]) -> dict[str, Any]:
     """What a ledger of fixed steps along directions of a law makes of the tiny model."""
     from fleetune import models
     from fleetune.seeds.ledger import Ledger
@@ -190,13 +190,13 @@ def law(name: str, line: str) -> dict[str, Any]:
     head = LedgerHead(model.digest, model.tokenizer_digest, tensors, 0x0123456789ABCDEF, name, K, 2.0**-18)
     ids, steps = np.array([0, 3, 5, 63], np.uint64), np.array([5, -300, 70_000, 1])
     Ledger(head).append(ids, steps, 1).save(file := Path("law.safetensors"))
-    return {"replay": said(line), file.name: parts(file)}
+    return {line: said(line) for line in lines} | {file.name: parts(file)}
 
 
 def record(section: str, key: str, lines: list[str]) -> dict[str, Any]:
     """What is to be frozen of some command lines; the current folder holds the models and rows."""
     if section == "laws":
-        return law(key, lines[0])
+        return law(key, lines)
     if section == "pages":
         return {line: said(line) for line in lines}
     before = set(Path().rglob("*"))
