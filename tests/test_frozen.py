@@ -154,8 +154,8 @@ KEPT = re.compile(
     r"\.(safetensors|gguf|patch)$|^Modelfile$|^(config|adapter_config|quantize_config|module)\.json$"
 )
 MASKS = {
-    r"\b(\d+h)?\d+m\d*s?\b(?! *parameters)|\b[\d.]+ (ms|s|minutes?|seconds|h)\b": "TIME",
-    r"(memory\W+)(about )?(TIME\W+)?[\d.,]+ [kMG]?B": r"\1MEMORY",
+    r"(?<![-\w])(\d+h)?\d+m\d*s?\b|(?<![-\w])[\d.]+ (ms|s|minutes?|seconds|h)\b": "TIME",
+    r"(memory\W+(about |TIME\W+)?|TIME +)[\d.,]+ [kMG]?B": r"\1MEMORY",
     r"\d{4}-\d\d-\d\d[T ][\d:.]+Z?": "DATE",
     r"(fingerprint) [0-9a-f]{64}": r"\1 OF A KEY",
     r" +": " ",
