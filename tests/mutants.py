@@ -44,7 +44,9 @@ class Mutant(NamedTuple):
         pattern = r"\s*".join(map(re.escape, tokens))
         found = list(re.finditer(pattern, text[start:end]))
         if len(found) != 1:
-            raise ValueError(f"{self.file}: {self.where or 'module'} has {len(found)} times: {self.expression}")
+            raise ValueError(
+                f"{self.file}: {self.where or 'module'} has {len(found)} times: {self.expression}"
+            )
         return text[: start + found[0].start()] + self.broken + text[start + found[0].end() :]
 
 
