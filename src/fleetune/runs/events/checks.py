@@ -66,12 +66,5 @@ class DataChecked(Event):
     labels: Mapping[str, int] | None  # rows by answer, where the answers are labels; else null
     equal_training: int  # training rows that equal an earlier one
     equal_held_out: int  # held-out rows that equal a training row
-    near_training: int  # training rows that nearly equal an earlier one, the equal ones not counted
-    near_held_out: int  # held-out rows that nearly equal a training row, the equal ones not counted
-    near_share: float  # of the shingles (three words) that nearly equal rows share at least
-    compared: int  # different rows that the search for nearly equal ones reached
-    twins: Sequence[
-        Sequence[int]
-    ]  # some pairs of held-out row and training row that are equal or nearly so, from 1
     samples: Sequence[RowShown]  # three rows as they are trained on
     remarks: Sequence[str]  # what to know about the rows, in words
