@@ -71,6 +71,38 @@ class Silent:
         return False
 
 
+class Relay:
+    """A listener that passes every call on to another one; the base of those that add to it."""
+
+    def __init__(self, inner: Listener) -> None:
+        self.inner = inner
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Pass it on."""
+        self.inner.header(title, rows)
+
+    def event(self, event: Event) -> None:
+        """Pass it on."""
+        self.inner.event(event)
+
+    def note(self, text: str) -> None:
+        """Pass it on."""
+        self.inner.note(text)
+
+    def step(self, client: int, step: int) -> None:
+        """Pass it on."""
+        self.inner.step(client, step)
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        """Pass it on."""
+        self.inner.progress(what, done, total, text)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the other listener asks to stop."""
+        return self.inner.stop_requested
+
+
 def checked(listener: Listener | None) -> Listener:
     """Return the listener to call, a `Silent` one for None; UsageError, before any work, for an object that is none."""
     found = Silent() if listener is None else listener
