@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from fleetune.subject import Compressed, Plain, Run
     from fleetune.tuning.recipe import Recipe
     from fleetune.tuning.result import TuneResult
-    from fleetune.tuning.sweep_result import SweepResult
+    from fleetune.tuning.sweep import SweepResult
 
 _PLACES = {
     "fleetune.api": (
@@ -76,7 +76,7 @@ _PLACES = {
     "fleetune.subject": ("Compressed", "Plain", "Run"),
     "fleetune.tuning.recipe": ("Recipe",),
     "fleetune.tuning.result": ("TuneResult",),
-    "fleetune.tuning.sweep_result": ("SweepResult",),
+    "fleetune.tuning.sweep": ("SweepResult",),
 }  # fmt: skip
 _PUBLIC = {name: f"{module}:{name}" for module, names in _PLACES.items() for name in names} | {
     "errors": "fleetune.errors:",

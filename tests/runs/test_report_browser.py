@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports and comparisons in headless Chromium, on a telephone and on a desk: nothing is cut, nothing complains, the plots shrink."""
+"""Reports in headless Chromium, on a telephone and on a desk: nothing is cut, nothing complains, the plots shrink."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SMALLEST = (
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run's page with all that there can be, one of many clients, and a comparison."""
+    """A run's page with all that there can be, and one of many clients."""
     at = tmp_path_factory.mktemp("runs")
     run = restated(
         fake_run(at), names=NAMES, partition="column:client", changed=["model", "rounds", "set.lr"]
@@ -54,9 +54,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if event["event"] == "round":
             event["rss"] = 10**9 * int(str(event["round"]))
     (large / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    compared = at / "compare.html"
-    compared.write_text(report.compare([run, large]))
-    return {"run": report.write(run), "large": report.write(large), "compare": compared}
+    return {"run": report.write(run), "large": report.write(large)}
 
 
 @contextmanager
@@ -66,7 +64,7 @@ def shown(page: Path, folder: Path, width: int, dark: bool = False) -> Iterator[
 
 
 @pytest.mark.parametrize("width", [420, 1280])
-@pytest.mark.parametrize("name", ["run", "large", "compare"])
+@pytest.mark.parametrize("name", ["run", "large"])
 def test_nothing_is_cut(pages: dict[str, Path], tmp_path: Path, name: str, width: int) -> None:
     with shown(pages[name], tmp_path, width) as tab:
         assert tab.js("document.documentElement.scrollWidth <= innerWidth")

@@ -134,18 +134,6 @@ def test_a_name_is_shortened_only_where_it_is_a_path(given: str, shown: str) -> 
     assert page.short_name(given) == shown
 
 
-def test_two_paths_with_one_last_part_are_told_apart_in_a_comparison(tmp_path: Path) -> None:
-    runs = []
-    for n, folder in enumerate(("old", "new")):
-        run = fake_run(tmp_path, f"000{n + 1}-fedit-small", rounds=2)
-        (run / "run.toml").write_text(
-            (run / "run.toml").read_text().replace('"demo"', f'"/data/{folder}/rows.jsonl"')
-        )
-        runs.append(run)
-    differing = {row[0]: row[1:] for row in Page(report.compare(runs)).table("option")}
-    assert differing == {"data": ["/data/old/rows.jsonl", "/data/new/rows.jsonl"]}
-
-
 # What is said in place of a plot
 
 
@@ -166,15 +154,6 @@ def test_equal_bars_are_a_sentence_and_loss_by_bytes_is_left_out(tmp_path: Path)
     shown = page_of(run)
     assert "In every round the clients sent 3.7 MB together." in shown.text
     assert {"bytes-down", "loss-bytes"} <= idents((run / "report.html").read_text())
-
-
-def test_a_comparison_keeps_the_loss_by_bytes_and_says_where_round_0_went(tmp_path: Path) -> None:
-    one = fake_run(tmp_path, "0001-fedit-a", rounds=3)
-    two = fake_run(tmp_path, "0002-fedkseed-a", rounds=3, up=260, down=4170)
-    text = report.compare([one, two])
-    assert "Validation loss by bytes exchanged" in text
-    assert "Round 0, before any byte, has no place on a logarithmic axis." in text
-    assert "has no place" not in report.compare([one, one])
 
 
 def test_the_training_loss_says_what_it_is(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fleetune import subject
 from fleetune.cli.console import Ui
 from fleetune.cli.sharing import say_what_is_shared
 from fleetune.common.display import counted, human_bytes, human_time, show
-from fleetune.common.files import storage_error, write_atomic
+from fleetune.common.files import storage_error
 from fleetune.common.shell import command, quoted
 from fleetune.errors import FleetuneError, StorageError, UsageError
 from fleetune.runs import compression_folder, report, rundir
@@ -30,7 +30,7 @@ NEEDING = (f"*/{RECORD}", "*/run.toml", "*/*/run.toml")  # compressions, runs, a
 VERBS = """\
 list (default)       runs, sweeps and compressions under --out
 show RUN ..          status and why, settings, results, cost; the report is written anew
-compare RUN RUN ..   results and settings that differ; the page compare.html
+compare RUN RUN ..   results and settings that differ
 rm RUN ..            remove
 """
 EXAMPLES = """\
@@ -218,8 +218,6 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
             hint=f"{command('measure', *args.names)} --data FILE",
         )
     runs = [folder for folder, _ in found]
-    page = Path(args.out) / "compare.html"
-    write_atomic(page, report.compare(runs))
     for row in (rows := report.table(runs)):
         ui.event(RunListed(**row))
     if not ui.json:
@@ -236,7 +234,6 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
     _note_changed(rows, ui)
     for caveat in report.caveats([report.read(folder) for folder in runs]):
         ui.note(f"these runs {caveat}: {report.APART}")
-    ui.paths([("report", str(page))])
 
 
 def _rm(args: argparse.Namespace, ui: Ui) -> None:

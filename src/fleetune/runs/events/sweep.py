@@ -53,6 +53,5 @@ class SweepDone(Event):
     event: ClassVar[str] = "done"
     path: str  # folder of the sweep
     page: str  # path of sweep.html
-    figures: Sequence[str]  # paths of the SVG files
+    table: str  # path of sweep.csv, a row a run
     cells: Sequence[Mapping[str, Any]]  # a combination: values, runs, base, tuned, bytes, seconds
-    effects: Sequence[Mapping[str, Any]]  # an axis and a measure: low, high, difference, noise, caveat

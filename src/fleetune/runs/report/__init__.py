@@ -8,29 +8,22 @@ Every plot has a title and a description for those who do not see it and its num
 The plots lie beside it in `plots/`, as SVG, with their numbers as CSV (`plots.py`); links in the page hold the same files.
 
 `runlog` reads the folder, `page` has the parts of a page, `axes`, `svg` and `bars` draw, `sections` are the page's
-sections, `single` and `several` put them together, `unlike` says whose losses do not compare; `cells` and `grid` are
-the sweep's numbers and page.
+sections, `single` puts them together, `words` tells runs and their differences in a terminal, `sweep` is the table and
+the page of a sweep.
 """
 
 from __future__ import annotations
 
-from fleetune.runs.report.grid import grid
-from fleetune.runs.report.grid import tables as grid_tables
 from fleetune.runs.report.runlog import changed, measures, read, samples, summary, table
-from fleetune.runs.report.several import compare
 from fleetune.runs.report.single import sections, write
-from fleetune.runs.report.unlike import APART, caveats
-from fleetune.runs.report.words import differing, facts, results
+from fleetune.runs.report.words import APART, caveats, differing, facts, results
 
 __all__ = [
     "APART",
     "caveats",
     "changed",
-    "compare",
     "differing",
     "facts",
-    "grid",
-    "grid_tables",
     "measures",
     "read",
     "results",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lay out plot axes with few round ticks in the unit of the data: numbers, counts, bytes, seconds."""
+"""Lay out plot axes with few round ticks in the unit of the data: numbers, counts, bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 _TINY = 1e-18  # what is nearer to zero is drawn as zero
-_CLOCK = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +105,6 @@ def log_sizes(values: Iterable[float], label: str) -> PlotAxis:
 def _size(value: float) -> str:
     scale, unit = next((s, u) for s, u in _UNITS if value >= s * (1 - 1e-9) or s == 1.0)
     return f"{value / scale:.3g} {unit}"
-
-
-def _clock(seconds: float) -> str:
-    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    scale, unit = next((s, u) for s, u in units if abs(seconds) >= s or s == 1)
-    return f"{seconds / scale:g} {unit}"
-
-
-def durations(values: Iterable[float], label: str, *, count: int = 6) -> PlotAxis:
-    """Make a linear axis of seconds from zero with ticks at round seconds, minutes or hours."""
-    lo, hi = _range(values, zero=True)
-    steps = (float(s) for s in _CLOCK if (hi - lo) / s <= count)
-    step = next(steps, math.ceil((hi - lo) / count / 86400) * 86400.0)
-    return _linear(lo, hi, step, label, lambda v: _clock(v) if v else "0", snap=False)
 
 
 def _linear(

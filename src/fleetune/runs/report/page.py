@@ -114,11 +114,12 @@ def flat(source: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]
         if isinstance(value, dict):
             out += flat(value, f"{prefix}{key}.")
         else:
-            out.append((f"{prefix}{key}", _value(value)))
+            out.append((f"{prefix}{key}", value_text(value)))
     return out
 
 
-def _value(value: object) -> str:
+def value_text(value: object) -> str:
+    """Format a value of an option."""
     if isinstance(value, bool) or value is None:
         return "none" if value is None else str(value).lower()
     if isinstance(value, int):
@@ -126,7 +127,7 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
-        return ", ".join(map(_value, value)) or "(empty)"
+        return ", ".join(map(value_text, value)) or "(empty)"
     return str(value) or '""'
 
 

@@ -10,7 +10,7 @@ import base64
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -41,7 +41,7 @@ def numbers(run: RunLog) -> dict[str, str]:
         "rounds": _rounds(run), "client-losses": _client_losses(run), "client-rows": _client_rows(run),
         "clients": _clients(run),
     }  # fmt: skip
-    return {name: text for name, rows in tables.items() if (text := _csv(rows))}
+    return {name: text for name, rows in tables.items() if (text := csv_text(rows))}
 
 
 def write(folder: Path, html: str, tables: Mapping[str, str]) -> None:
@@ -84,7 +84,7 @@ def _link(name: str, kind: str, text: str, label: str) -> str:
 Rows = Iterator[Mapping[str, object]]
 
 
-def _csv(rows: Rows) -> str:
+def csv_text(rows: Iterable[Mapping[str, object]]) -> str:
     """Write rows as CSV, with the columns of all of them; "" for none."""
     listed = list(rows)
     names = list(dict.fromkeys(name for row in listed for name in row))
