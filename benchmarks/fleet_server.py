@@ -30,7 +30,7 @@ from fleetune.fleet.orders import Job
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
-from fleetune.runs.events import Recorded, RoundDone, as_dict
+from fleetune.common.events import Recorded, RoundDone, as_dict
 from fleetune.runs.rundir import create
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.rounds import Hooks, RoundPlan

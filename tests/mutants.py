@@ -281,7 +281,6 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("data/splitting.py", "max(FEW_CLIENTS, len(train) // ROWS_EACH)", "max(FEW_CLIENTS, len(train))", "data/test_limit.py"),
     Mutant("tuning/resumption.py", "statistics.median(done.values())", "statistics.mean(done.values())", "tuning/test_resumption.py"),
     Mutant("adapters/attachment.py", "for n, p in self.parameters.items() if n not in copies)", "for n, p in self.parameters.items())", "test_python_surface.py -k adapter"),
-    Mutant("runs/events/__init__.py", '"Tuning": (checks, tuning),', '"Tuning": (tuning,),', "test_events.py -k importable"),
     Mutant("data/forms.py", "return all(name in fields for name in names) and wanted <= {*names, *optional}", "return all(name in fields for name in names)", "data/test_forms.py"),
     Mutant("data/plain_text.py", "max(1, len(ids) - 1), max_length - 1)", "max(1, len(ids) - 1), max_length)", "data/test_plain_text.py"),
     Mutant("data/lengths.py", "prompts += row.left > 0", "prompts += 0", "data/test_plain_text.py"),

@@ -12,9 +12,9 @@ import pytest
 
 import fleetune
 from fleetune import Silent, models
+from fleetune.common.events import ClientReply, Event, RoundDone
 from fleetune.errors import Interrupted, UsageError
 from fleetune.runs import rundir, trackers
-from fleetune.runs.events import ClientReply, Event, RoundDone
 from fleetune.runs.trackers import Tracked
 
 OPTIONS: dict[str, Any] = {

@@ -14,9 +14,9 @@ import pytest
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common.events import ClientReply, Diverging, RoundEvaluated, as_dict
 from fleetune.common.paired import Difference
 from fleetune.runs import sealed
-from fleetune.runs.events import ClientReply, Diverging, RoundEvaluated, as_dict
 from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import events
 from fleetune.tuning import methods, remarks

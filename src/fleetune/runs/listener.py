@@ -11,8 +11,8 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+from fleetune.common.events import Event
 from fleetune.errors import UsageError
-from fleetune.runs.events import Event
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Listener(Protocol):
         ...
 
     def event(self, event: Event) -> None:
-        """Take one event (a class of `runs/events/`)."""
+        """Take one event (a class of `common/events/`)."""
         ...
 
     def note(self, text: str) -> None:

@@ -19,12 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneDone
 from fleetune.common.extras import pip_install
 from fleetune.common.files import read_text, write_atomic
 from fleetune.common.settings import Value
 from fleetune.errors import FAULTS, Interrupted, UsageError, cut_reason, fault, suggest
 from fleetune.runs import rundir
-from fleetune.runs.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneDone
 from fleetune.runs.listener import Listener, Relay
 
 log = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from fleetune.common.display import counted
+from fleetune.common.events import DataChecked, Lengths, RowShown
 from fleetune.data import lengths, splitting, stdin
 from fleetune.data.forms import Example
 from fleetune.data.lengths import Cut, cut
 from fleetune.data.splitting import Split
-from fleetune.runs.events import DataChecked, Lengths, RowShown
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 

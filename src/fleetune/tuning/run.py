@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fleetune.common.energy import EnergyMeter
-from fleetune.common.files import resumable
-from fleetune.common.paired import RowLosses
-from fleetune.common.shell import quoted
-from fleetune.errors import FleetuneError, Interrupted, StorageError, fault
-from fleetune.runs import env_file, metrics, rundir, sealed, trackers
-from fleetune.runs.events import (
+from fleetune.common.events import (
     ClientReply,
     Recorded,
     RoundEvaluated,
@@ -28,6 +23,11 @@ from fleetune.runs.events import (
     as_dict,
     round_evaluated,
 )
+from fleetune.common.files import resumable
+from fleetune.common.paired import RowLosses
+from fleetune.common.shell import quoted
+from fleetune.errors import FleetuneError, Interrupted, StorageError, fault
+from fleetune.runs import env_file, metrics, rundir, sealed, trackers
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive

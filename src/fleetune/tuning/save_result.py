@@ -12,10 +12,10 @@ from typing import Any
 from fleetune import adapters, models
 from fleetune.common import sums
 from fleetune.common.energy import EnergyMeter
+from fleetune.common.events import TuneDone, as_dict
 from fleetune.common.memory import peak_rss
 from fleetune.common.paired import Difference
 from fleetune.runs import report, sealed
-from fleetune.runs.events import TuneDone, as_dict
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.view import View

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
 from fleetune.common.display import clean, one_line
+from fleetune.common.events import DataChecked, RowShown
 from fleetune.common.shell import quoted
-from fleetune.runs.events import DataChecked, RowShown
 from fleetune.tuning import recipe as recipes
 
 HELP = "look at rows before they are trained on: lengths, clients, repeated rows, samples"

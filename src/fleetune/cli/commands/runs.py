@@ -14,12 +14,12 @@ from fleetune import subject
 from fleetune.cli.console import Ui
 from fleetune.cli.sharing import say_what_is_shared
 from fleetune.common.display import counted, human_bytes, human_time, show
+from fleetune.common.events import CompressionListed, RunListed, RunRemoved, SweepListed
 from fleetune.common.files import storage_error
 from fleetune.common.shell import command, quoted
 from fleetune.errors import FleetuneError, StorageError, UsageError
 from fleetune.runs import compression_folder, report, rundir
 from fleetune.runs.compression_folder import RECORD
-from fleetune.runs.events import CompressionListed, RunListed, RunRemoved, SweepListed
 from fleetune.runs.report.runlog import kind_of
 from fleetune.subject import Compressed, Run
 from fleetune.tuning import recipe as recipes

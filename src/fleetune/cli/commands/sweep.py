@@ -11,9 +11,9 @@ from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import ConsoleListener
 from fleetune.common.display import counted
+from fleetune.common.events import Event, SweepDone, SweepPlanned, SweepRun, SweepStart
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, UsageError
-from fleetune.runs.events import Event, SweepDone, SweepPlanned, SweepRun, SweepStart
 from fleetune.runs.progress import run_words
 
 HELP = "tune over a grid of values and seeds, on one page"

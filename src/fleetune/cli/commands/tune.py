@@ -16,10 +16,10 @@ from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import CountBar, RoundBar
 from fleetune.cli.sharing import say_what_is_shared
 from fleetune.common.display import counted, human_bytes, human_count, human_time, show
+from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import metrics, rundir, trackers
-from fleetune.runs.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
