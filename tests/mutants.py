@@ -290,8 +290,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("tuning/settled.py", "return dataclasses.replace(recipe, set=methods.values_of(method), clients=clients)", "return dataclasses.replace(recipe, clients=clients)", "tuning/test_provenance.py"),
     Mutant("tuning/row_digests.py", "first = int(other[0])", "first = int(other[-1])", "tuning/test_provenance.py"),
     # pages: what is shown, kept and measured
-    Mutant("runs/report/axes.py", "return not self.log and (self.lo > 0 or self.hi < 0)", "return not self.log and self.hi < 0", "runs/test_report_page.py"),
-    Mutant("runs/report/plots.py", 'if isinstance(value, str) and value[:1] in ("=",', 'if isinstance(value, str) and value[:1] in ("!",', "runs/test_report_page.py"),
+    Mutant("report/axes.py", "return not self.log and (self.lo > 0 or self.hi < 0)", "return not self.log and self.hi < 0", "report/test_report_page.py"),
+    Mutant("report/single.py", 'if isinstance(value, str) and value[:1] in ("=",', 'if isinstance(value, str) and value[:1] in ("!",', "report/test_report_page.py"),
     Mutant("deploy/serving/engine_site.py", "return self.base if named else self.engine", "return self.engine if named else self.base", "deploy/test_beside_base.py"),
     Mutant("tuning/per_client.py", "pairs = zip(np.split(sums, ends), np.split(counts, ends), strict=True)", "pairs = zip(np.split(sums, ends)[::-1], np.split(counts, ends)[::-1], strict=True)", "tuning/test_per_client.py"),
     Mutant("tuning/eval_file.py", "for e in job.prompts[: job.recipe.samples]", "for e in job.prompts[: job.recipe.samples or 1]", "tuning/test_no_samples.py"),

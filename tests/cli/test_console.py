@@ -493,7 +493,7 @@ def test_a_closed_stdout_is_no_error() -> None:
 
 def test_importing_it_loads_nothing_heavy() -> None:
     check = (
-        "import sys, fleetune.cli.console, fleetune.runs.report; ui = fleetune.cli.console.Ui(); ui.paths([('a', 'b')]);"
+        "import sys, fleetune.cli.console, fleetune.report; ui = fleetune.cli.console.Ui(); ui.paths([('a', 'b')]);"
         "assert not {'rich', 'torch', 'numpy', 'transformers'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, timeout=60)

@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from fleetune.report.sections import head
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.report import runlog
 from fleetune.runs import compression_folder, rundir, sealed, start_folder
 from fleetune.runs.compression_folder import CompressRequest
-from fleetune.runs.report import runlog
-from fleetune.runs.report.sections import head
 from fleetune.subject import Run
 
 RECIPE = [

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fleetune import models
+from fleetune import models, report
 from fleetune import recipes as named_recipes
 from fleetune.cli.commands.sweep import SweepScreen
 from fleetune.cli.main import main
 from fleetune.errors import FleetError, ModelError, RecipeError, StorageError
-from fleetune.runs import report, rundir
+from fleetune.report import sweep as summary
+from fleetune.report.sweep import GridRun, SweepAxis
+from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
-from fleetune.runs.report import sweep as summary
-from fleetune.runs.report.sweep import GridRun, SweepAxis
 from fleetune.tuning import methods, prepare, recipe, sweep, sweep_grid
 from fleetune.tuning import run as jobs
 

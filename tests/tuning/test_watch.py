@@ -213,8 +213,8 @@ def test_replies_that_are_not_finite_end_with_a_lower_rate(
 def test_the_comparison_names_what_is_within_noise_of_the_best(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from fleetune.runs.report import several
-    from fleetune.runs.report.runlog import RunLog, read
+    from fleetune.report import several
+    from fleetune.report.runlog import RunLog, read
 
     def log(*losses: float, tokens: tuple[int, ...] = (2, 2, 2, 2)) -> RunLog:
         return replace(read(tmp_path), final={"losses": {"tokens": list(tokens), "tuned": list(losses)}})

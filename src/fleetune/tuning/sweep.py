@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from fleetune import report
 from fleetune.common.events import Event, Recorded, RoundDone, SweepDone, SweepRun, SweepStart, TuneDone
 from fleetune.common.files import resumable, write_atomic
 from fleetune.common.settings import AUTO
 from fleetune.common.shell import quoted
 from fleetune.errors import FAULTS, FleetuneError, Interrupted, RecipeError, StorageError, UsageError, fault
-from fleetune.runs import folder_names, report, rundir
+from fleetune.report import sweep as summary
+from fleetune.report.sweep import GridRun
+from fleetune.runs import folder_names, rundir
 from fleetune.runs.listener import Listener, Relay
-from fleetune.runs.report import sweep as summary
-from fleetune.runs.report.sweep import GridRun
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import foundations, methods, prepare, result, sweep_grid
 from fleetune.tuning import recipe as recipes

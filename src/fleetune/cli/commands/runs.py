@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fleetune import subject
+from fleetune import report, subject
 from fleetune.cli.console import Ui
 from fleetune.cli.sharing import say_what_is_shared
 from fleetune.common.display import counted, human_bytes, human_time, show
@@ -18,9 +18,9 @@ from fleetune.common.events import CompressionListed, RunListed, RunRemoved, Swe
 from fleetune.common.files import storage_error
 from fleetune.common.shell import command, quoted
 from fleetune.errors import FleetuneError, StorageError, UsageError
-from fleetune.runs import compression_folder, report, rundir
+from fleetune.report.runlog import kind_of
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import RECORD
-from fleetune.runs.report.runlog import kind_of
 from fleetune.subject import Compressed, Run
 from fleetune.tuning import recipe as recipes
 

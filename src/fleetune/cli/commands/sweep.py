@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _results(done: SweepDone, ui: Ui) -> None:
-    from fleetune.runs.report import sweep as summary
+    from fleetune.report import sweep as summary
 
     head, rows = summary.table(done.cells)
     if rows and not ui.json:

@@ -14,7 +14,7 @@ from browser import Page
 from test_report import fake_run, lines_of
 from test_report_page import restated, with_clients
 
-from fleetune.runs import report
+from fleetune import report
 
 pytestmark = [
     pytest.mark.slow,

@@ -21,11 +21,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fleetune import report
 from fleetune.cli.main import main
 from fleetune.common.display import human_bytes, human_time
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import metrics, report, rundir
-from fleetune.runs.report import axes, svg
+from fleetune.report import axes, svg
+from fleetune.runs import metrics, rundir
 
 CATEGORIES = (
     "brainstorming", "classification", "closed_qa", "creative_writing",
@@ -845,7 +846,5 @@ def test_points_are_where_their_values_are() -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    check = (
-        "import sys, fleetune.runs.report; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    )
+    check = "import sys, fleetune.report; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, timeout=60)

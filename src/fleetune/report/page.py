@@ -12,9 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fleetune.common.display import counted as counted
-from fleetune.runs.report.runlog import Number
-from fleetune.runs.report.svg import escape, plot_style
+from fleetune.report.runlog import Number
+from fleetune.report.svg import escape, plot_style
 
 
 def esc(value: object) -> str:

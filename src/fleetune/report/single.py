@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give a report's plots as files of their own: SVG for papers, CSV with the numbers, and links to both in the page.
-
-The links hold their files, so that a page that is sent to somebody still has them.
-"""
+"""Write the report page of one run into its folder, with its plots as files: SVG for papers, CSV with the numbers."""
 
 from __future__ import annotations
 
@@ -10,15 +7,75 @@ import base64
 import csv
 import io
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+from fleetune.common.display import counted
 from fleetune.common.files import PRIVATE, storage_error, write_atomic
-from fleetune.runs.report.runlog import RunLog, steps
-from fleetune.runs.report.sections import per_client
-from fleetune.runs.report.sections.fleet import client_name
-from fleetune.runs.report.svg import standalone
+from fleetune.report import clients, page, result, runlog, training
+from fleetune.report.clients import client_name, measured
+from fleetune.report.page import esc
+from fleetune.report.runlog import RunLog, kind_of, read, steps
+from fleetune.report.svg import standalone
+
+
+def write(run: Path) -> Path:
+    """Write `report.html`, and its plots as files, into the run folder and return the page's path.
+
+    UsageError when the folder does not exist, StorageError when it cannot be written; an older report is
+    then left as it was.
+    """
+    seen = read(run)
+    target = run / "report.html"
+    html, tables = _report(seen), _tables(seen)
+    text = linked(html, tables)
+    write_atomic(target, text.encode("utf-8", "replace"), mode=PRIVATE)  # it has held-out prompts
+    _write_plots(run, html, tables)
+    return target
+
+
+def sections(run: RunLog) -> dict[str, str]:
+    """Return the report's sections as HTML, by name and in order; "" for one that has nothing to show."""
+    steps, facts = runlog.steps(run), runlog.summarise(run)
+    lost = (
+        f"<footer>{counted(run.skipped, 'damaged line')} of metrics.jsonl left out.</footer>"
+        if run.skipped
+        else ""
+    )
+    return {
+        "head": result.header(run, facts),
+        "result": page.section("result", "Result", result.result(run, steps, facts)),
+        "course": page.section("course", "Training", training.course(run, steps, facts) + training.rates(run)),
+        "fleet": page.section("fleet", "Fleet", clients.fleet(run)),
+        "samples": page.section("samples", "Samples", result.samples(run)),
+        "configuration": page.section("configuration", "Configuration", result.configuration(run)),
+        "versions": page.section("versions", "Versions", result.versions(run)),
+        "again": page.section("again", "Run it again", _rerun_section(run)),
+        "footer": lost,
+        "sharing": result.sharing(run),
+    }  # fmt: skip
+
+
+def _report(run: RunLog) -> str:
+    return page.document(f"{run.name} - fleetune", "\n".join(filter(None, sections(run).values())))
+
+
+def _rerun_section(run: RunLog) -> str:
+    where = shlex.quote(run.shown_path)
+    lines = [
+        (f"fleetune tune -c {shlex.quote(run.shown_path + '/run.toml')}", "the same run, in a new folder")
+    ]
+    if kind_of(run.status) != "done":
+        lines.insert(0, (run.resume, "go on where it stopped"))
+    if (run.path / "ledger.safetensors").is_file():
+        ledger = shlex.quote(run.shown_path + "/ledger.safetensors")
+        lines.append((f"fleetune ledger verify {ledger}", "rebuild the tuned weights and check their digest"))
+    lines.append((f"fleetune eval {where}", "measure the result again"))
+    rows = "".join(f"<div><dt><code>{esc(line)}</code></dt><dd>{esc(why)}</dd></div>" for line, why in lines)
+    return f'<dl class="commands">{rows}</dl>'
+
 
 FOLDER: Final = "plots"
 LARGEST: Final = 64_000  # characters of a drawing that the page holds a second time
@@ -35,7 +92,7 @@ def drawings(html: str) -> dict[str, str]:
     return {found[1]: standalone(found[0]) for found in DRAWING.finditer(html)}
 
 
-def numbers(run: RunLog) -> dict[str, str]:
+def _tables(run: RunLog) -> dict[str, str]:
     """Return the numbers behind the drawings: name -> CSV, of those that have rows."""
     tables = {
         "rounds": _rounds(run), "client-losses": _client_losses(run), "client-rows": _client_rows(run),
@@ -44,7 +101,7 @@ def numbers(run: RunLog) -> dict[str, str]:
     return {name: text for name, rows in tables.items() if (text := csv_text(rows))}
 
 
-def write(folder: Path, html: str, tables: Mapping[str, str]) -> None:
+def _write_plots(folder: Path, html: str, tables: Mapping[str, str]) -> None:
     """Write the drawings of a page, and the tables, into `plots/` of a run folder; StorageError when that is impossible."""
     place = folder / FOLDER
     try:
@@ -130,7 +187,7 @@ def _client_rows(run: RunLog) -> Rows:
 
 
 def _clients(run: RunLog) -> Rows:
-    for c in per_client.measured(run):
+    for c in measured(run):
         yield {
             "client": client_name(run, c.client), "loss_before": c.before, "loss_after": c.after, "rows": c.rows,
         }  # fmt: skip

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fleetune.common.display import change, human_bytes, human_time, is_noise, show
-from fleetune.runs.report.page import flat
-from fleetune.runs.report.runlog import RunLog, kind_of, list_of, map_of, number, read, summarise, text_of
+from fleetune.report.page import flat
+from fleetune.report.runlog import RunLog, kind_of, list_of, map_of, number, read, summarise, text_of
 
 APART = "their losses do not compare directly"
 ROWS = ("data", "eval_data", "limit", "held_out", "partition", "seed", "eval_rows", "max_length")

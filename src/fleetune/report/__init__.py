@@ -7,16 +7,16 @@ Every plot has a title and a description for those who do not see it and its num
 
 The plots lie beside it in `plots/`, as SVG, with their numbers as CSV (`plots.py`); links in the page hold the same files.
 
-`runlog` reads the folder, `page` has the parts of a page, `axes`, `svg` and `bars` draw, `sections` are the page's
-sections, `single` puts them together, `words` tells runs and their differences in a terminal, `sweep` is the table and
-the page of a sweep.
+`runlog` reads the folder, `page` has the parts of a page, `axes`, `svg` and `charts` draw, `result`, `training` and `clients`
+are the page's sections, `single` puts them together, `words` tells runs and their differences in a terminal, `sweep` is the table
+and the page of a sweep.
 """
 
 from __future__ import annotations
 
-from fleetune.runs.report.runlog import changed, measures, read, samples, summary, table
-from fleetune.runs.report.single import sections, write
-from fleetune.runs.report.words import APART, caveats, differing, facts, results
+from fleetune.report.runlog import changed, measures, read, samples, summary, table
+from fleetune.report.single import sections, write
+from fleetune.report.words import APART, caveats, differing, facts, results
 
 __all__ = [
     "APART",

@@ -13,9 +13,8 @@ from xml.etree import ElementTree
 import pytest
 from test_report import Page, fake_run, lines_of, page_of, self_contained
 
-from fleetune.runs import report
-from fleetune.runs.report import axes, bars, page, plots, rows, svg
-from fleetune.runs.report.sections import per_client
+from fleetune import report
+from fleetune.report import axes, charts, clients, page, single, svg
 
 
 def restated(run: Path, **more: object) -> Path:
@@ -68,14 +67,14 @@ def test_every_drawing_is_narrow_enough_to_be_read_on_a_telephone(tmp_path: Path
 
 def test_a_legend_breaks_where_it_does_not_fit() -> None:
     entries = [(f"category {i}", i) for i in range(8)]
-    drawn, height = bars.legend(entries, 4.0, 100.0, 300.0)
+    drawn, height = charts.legend(entries, 4.0, 100.0, 300.0)
     ends = [
         float(x) + svg.CHAR * len(t) for x, t in re.findall(r'<text x="([\d.]+)" y="[\d.]+">([^<]+)<', drawn)
     ]
     assert len(ends) == 8
     assert max(ends) <= 300.0
     assert height == 16 + 17 * 2
-    assert bars.legend([], 0, 0, 300.0) == ("", 0.0)
+    assert charts.legend([], 0, 0, 300.0) == ("", 0.0)
 
 
 # Names
@@ -222,7 +221,11 @@ def test_who_got_worse_is_seen(tmp_path: Path) -> None:
     drawn = drawing(text, "per-client")
     names = re.findall(r'text-anchor="end">(\w+)</text>', drawn)
     assert names == ["south", "east", "north", "west"]  # the worst change first
-    assert [drawn.count(f'class="link c{c}"') for c in (rows.BETTER, rows.WORSE, rows.SAME)] == [2, 1, 1]
+    assert [drawn.count(f'class="link c{c}"') for c in (charts.BETTER, charts.WORSE, charts.SAME)] == [
+        2,
+        1,
+        1,
+    ]
     table = page_of(run).table("client", "before", "after")
     assert table[0][:3] == ["south", "3.000", "3.250"]
     over = page_of(run).table("", "before", "after", "change")
@@ -252,8 +255,8 @@ def test_a_damaged_record_of_clients_is_left_out(tmp_path: Path, damaged: dict[s
 
 
 def test_the_worst_tenth_is_of_one_client_at_least() -> None:
-    assert per_client.worst_tenth([1.0, 5.0, 2.0]) == 5.0
-    assert per_client.worst_tenth([float(i) for i in range(20)]) == 18.5
+    assert clients.worst_tenth([1.0, 5.0, 2.0]) == 5.0
+    assert clients.worst_tenth([float(i) for i in range(20)]) == 18.5
 
 
 def test_speed_and_energy_stand_with_the_costs(tmp_path: Path) -> None:
@@ -332,7 +335,7 @@ def test_no_text_of_rows_is_in_the_plots(tmp_path: Path) -> None:
 def test_a_very_large_drawing_is_not_in_the_page_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots, "LARGEST", 0)
+    monkeypatch.setattr(single, "LARGEST", 0)
     run = fake_run(tmp_path, rounds=2)
     assert {n.rpartition(".")[2] for n in page_of(run).values("download")} == {"csv"}
     assert (run / "plots" / "loss-round.svg").is_file()

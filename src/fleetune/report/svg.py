@@ -17,7 +17,7 @@ from html import escape as escape_markup
 from pathlib import Path
 
 from fleetune.common.display import clean
-from fleetune.runs.report.axes import PlotAxis, usable
+from fleetune.report.axes import PlotAxis, usable
 
 COLOURS = 8  # of `plot.css`
 WIDTH = 460.0  # of a drawing: its text is about 12 px where two stand side by side, 9 on a telephone

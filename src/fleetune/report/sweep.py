@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from fleetune.common.display import human_bytes, human_time, metric
 from fleetune.common.settings import Value
-from fleetune.runs.report import axes as scales
-from fleetune.runs.report import page, runlog, svg
-from fleetune.runs.report.page import TableCell, esc, value_text
-from fleetune.runs.report.plots import csv_text
-from fleetune.runs.report.runlog import Number, RunLog
-from fleetune.runs.report.words import APART, caveats
+from fleetune.report import axes as scales
+from fleetune.report import page, runlog, svg
+from fleetune.report.page import TableCell, esc, value_text
+from fleetune.report.runlog import Number, RunLog
+from fleetune.report.single import csv_text
+from fleetune.report.words import APART, caveats
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from fleetune.common.display import clean
 from fleetune.common.files import read_text
 from fleetune.errors import StorageError, UsageError
+from fleetune.report.axes import usable
 from fleetune.runs import metrics, rundir, sealed
-from fleetune.runs.report.axes import usable
 
 Event = Mapping[str, object]
 Number = int | float
