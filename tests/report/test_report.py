@@ -492,9 +492,6 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert "\x00" not in text
     assert "\x1b" not in text
     assert page.text.count("<script>alert(1)</script>") >= 10
-    other = fake_run(tmp_path, "0009-x-y", clients=3, rounds=2, asked=3)
-    both = report.compare([run, other])
-    self_contained(Page(both), both)
 
 
 def test_a_torn_last_line_is_left_out(run24: Path, tmp_path: Path) -> None:
@@ -533,8 +530,6 @@ def test_an_empty_folder_has_a_report_and_a_missing_one_is_an_error(tmp_path: Pa
     assert report.summary(tmp_path)["status"] == "unknown"
     with pytest.raises(UsageError, match="no run folder at"):
         report.write(tmp_path / "none")
-    with pytest.raises(UsageError, match="no run folder at"):
-        report.compare([tmp_path, tmp_path / "none"])
 
 
 RUBBISH = st.recursive(

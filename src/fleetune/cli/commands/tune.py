@@ -57,9 +57,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument("--dry-run", action="store_true", help="check recipe, data and model, then stop")
     sub.add_argument(
-        "--tracker", action="append", default=[], metavar="NAME",
+        "--tracker",
+        action="append",
+        default=[],
+        metavar="NAME",
         help=f"send the figures of the rounds there as well: {', '.join(trackers.TRACKERS)}; repeat",
-    )  # fmt: skip
+    )
     recipe_flags.add(sub)
 
 
