@@ -55,7 +55,7 @@ def sweep(
     values = dataclasses.asdict(recipe) | {"sweep": {**table, "seeds": seeds}}
     grid = sweep_grid.make(with_method(values, (), Path(out), heard.note, offline=offline))
     sweeps.check(grid, offline=offline)
-    return start(grid, name, Path(out), heard, offline=offline)
+    return start(grid, Path(out), heard, name=name, offline=offline)
 
 
 def resume_sweep(
@@ -77,16 +77,24 @@ def resume_sweep(
     path = sweeps.find(str(getattr(sweep, "folder", sweep)), Path(out))
     grid = sweeps.read(path)
     sweeps.check(grid, offline=offline)
-    return start(grid, path, Path(out), heard, offline=offline)
+    return start(grid, Path(out), heard, resumed=path, offline=offline)
 
 
-def start(grid: SweepGrid, name: str | Path, out: Path, listener: Listener, *, offline: bool) -> SweepResult:
-    """Do the runs of a checked grid: in a new folder, of whose name `name` is a part, or in the sweep's folder that it is."""
+def start(
+    grid: SweepGrid,
+    out: Path,
+    listener: Listener,
+    *,
+    name: str = "",
+    resumed: Path | None = None,
+    offline: bool,
+) -> SweepResult:
+    """Do the runs of a checked grid: in a new folder under `out` with `name` in its own, or in that of a `resumed` sweep."""
     from fleetune.tuning import sweep as sweeps
 
-    rundir.check_writable(name if isinstance(name, Path) else out)
+    rundir.check_writable(resumed or out)
     grid = _with_files(grid, out, listener.note)
-    with rundir.RunDir(name) if isinstance(name, Path) else sweeps.create(out, name, grid) as folder:
+    with rundir.RunDir(resumed) if resumed else sweeps.create(out, name, grid) as folder:
         return sweeps.run(folder, grid, listener, offline=offline)
 
 

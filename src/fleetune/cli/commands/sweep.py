@@ -74,21 +74,19 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.tuning import sweep_grid
 
     out = Path(args.out)
-    name: str | Path
-    if args.resume:
-        name = sweeps.find(args.resume, out)
+    resumed = sweeps.find(args.resume, out) if args.resume else None
+    if resumed:
         if args.recipe or args.vary or args.set or args.seeds or recipe_flags.given(args):
             raise UsageError(
                 "--resume follows the sweep's own recipe; it takes no other option",
-                hint=sweeps.resume_command(name),
+                hint=sweeps.resume_command(resumed),
             )
-        grid = sweeps.read(name)
+        grid = sweeps.read(resumed)
     else:
         if not args.recipe:
             raise UsageError(
                 "a sweep needs a RECIPE", hint="fleetune sweep recipe.toml --vary K=64,512 --seeds 3"
             )
-        name = Path(args.recipe).stem
         varied = [text.partition("=")[0].strip() for text in args.vary]
         values = recipe_flags.keys(args, args.recipe)
         values = sweeping.with_method(values, varied, out, ui.note, offline=args.offline)
@@ -105,7 +103,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         return
     with ExitStack() as stack:
         screen = SweepScreen(ui, stack, resumes=True)
-        sweeping.start(grid, name, out, screen, offline=args.offline)
+        name = Path(args.recipe or "").stem
+        sweeping.start(grid, out, screen, name=name, resumed=resumed, offline=args.offline)
 
 
 def _results(done: SweepDone, ui: Ui) -> None:
