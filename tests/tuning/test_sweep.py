@@ -444,6 +444,7 @@ def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: 
     return GridRun(values, seed, report.read(run))
 
 
+HEAD = ("fleetune sweep · mezo", [("model", "tiny")])
 AXES = (SweepAxis("alpha", "alpha", (0.5, 1.0, 2.0)), SweepAxis("K", "set.K", (8, 512)))
 
 
@@ -487,7 +488,7 @@ def test_one_seed_has_no_spread_and_no_band(tmp_path):
     assert summary.final(0, 0.5, "loss", one).spread is None
     _, rows = summary.table(summary.combinations(AXES, one))
     assert "±" not in "".join(cell for row in rows for cell in row)
-    html = summary.html("0001-sweep-x", [], AXES, one, 24)
+    html = summary.html("0001-sweep-x", HEAD, AXES, one, 24)
     assert "6 of 24 runs are finished" in html
     assert 'class="band' not in html
 
@@ -503,7 +504,7 @@ def test_runs_that_are_measured_on_other_rows_say_so(tmp_path):
     runs = [run._replace(run=report.read(run.run.path)) for run in runs]
     told = ["the runs are measured on different rows (max_length); their losses do not compare directly"]
     assert summary.apart(runs) == told
-    assert told[0] in summary.html("0001-sweep-x", [], axes, runs, 4)
+    assert told[0] in summary.html("0001-sweep-x", HEAD, axes, runs, 4)
 
 
 def drawings(html: str) -> dict[str, str]:
@@ -512,7 +513,7 @@ def drawings(html: str) -> dict[str, str]:
 
 def test_the_page_draws_a_plot_an_axis_and_escapes_names(tmp_path):
     _, _, runs = table(tmp_path / "a", np.random.default_rng(5))
-    html = summary.html("<b>&", [], AXES, runs, 24)
+    html = summary.html("<b>&", HEAD, AXES, runs, 24)
     assert "<b>&" not in html
     drawn = drawings(html)
     assert list(drawn) == ["axis-0-loss", "axis-1-loss"]
@@ -523,16 +524,16 @@ def test_the_page_draws_a_plot_an_axis_and_escapes_names(tmp_path):
     }  # the mean, and a line for each value of the other
     assert drawn["axis-1-loss"].count('class="band') == 1  # of the mean alone
     assert "are finished" not in html
-    assert drawings(summary.html("x", [], AXES, [], 24)) == {}  # nothing has begun
+    assert drawings(summary.html("x", HEAD, AXES, [], 24)) == {}  # nothing has begun
     three = (*AXES, SweepAxis("rounds", "rounds", (3,)))
-    more = summary.html("x", [], three, [m._replace(values=(*m.values, 3)) for m in runs], 24)
+    more = summary.html("x", HEAD, three, [m._replace(values=(*m.values, 3)) for m in runs], 24)
     assert [d.count('class="line ') for d in drawings(more).values()] == [1, 1, 1]
 
 
 def test_figures_stand_where_the_means_are(tmp_path):
     """The last marker of a line is at the mean, by the axis' own ticks."""
     _, losses, runs = table(tmp_path / "a", np.random.default_rng(6))
-    text = drawings(summary.html("x", [], AXES, runs, 24))["axis-1-loss"]
+    text = drawings(summary.html("x", HEAD, AXES, runs, 24))["axis-1-loss"]
     ticks = [
         (float(v), float(y) - 4) for y, v in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', text)
     ]

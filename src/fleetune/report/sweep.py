@@ -149,12 +149,12 @@ def csv(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> str:
 
 def html(
     name: str,
-    facts: Sequence[tuple[str, str]],
+    head: tuple[str, Sequence[tuple[str, str]]],
     axes: Sequence[SweepAxis],
     members: Sequence[GridRun],
     planned: int,
 ) -> str:
-    """Return the page of a sweep of which `members` have begun and `planned` runs are to be; `facts` stand in its head."""
+    """Return the page of a sweep of which `members` have begun and `planned` runs are to be; `head` is a title and facts."""
     ready = sum(m.finished for m in members)
     alerts = [f"{text}." for text in apart(members)]
     if ready < planned:
@@ -162,20 +162,21 @@ def html(
             f"{ready} of {planned} runs are finished. Plots are of the seeds that are whole, if there are any."
         )
     told = "".join(f'<p class="alert">{esc(text)}</p>' for text in alerts)
-    over = f'<p class="over">fleetune · sweep</p><h1>{esc(name)}</h1>{told}{page.fact_list(facts)}'
+    title, facts = head
+    over = f'<p class="over">{esc(title)}</p><h1>{esc(name)}</h1>{told}{page.fact_list(facts)}'
     figures = "".join(
         _figure(number, axes, measure, complete_seeds(axes, members))
         for number in range(len(axes))
         for measure in metrics(members)
     )
-    head, rows = table(combinations(axes, members))
+    columns, rows = table(combinations(axes, members))
     cells: list[list[str | TableCell]] = [[*r[: len(axes)], *map(TableCell, r[len(axes) :])] for r in rows]
     caption = "Mean and standard deviation over the seeds; bytes and time are of one run"
     parts = [
         page.section(
             "axes", "What each value does", f'<div class="figures">{figures}</div>' if figures else ""
         ),
-        page.section("cells", "Every combination", page.table(caption, head, cells) if cells else ""),
+        page.section("cells", "Every combination", page.table(caption, columns, cells) if cells else ""),
     ]
     return page.document(f"{name} - fleetune", f"<header>{over}</header>" + "\n".join(parts))
 

@@ -167,7 +167,7 @@ def write_results(folder: Path, grid: SweepGrid) -> tuple[SweepDone, list[str]]:
         for p in grid.points
         if (folder / p.name / "run.toml").is_file()
     ]
-    page = summary.html(folder.name, header(grid, folder)[1], grid.axes, members, len(grid.points))
+    page = summary.html(folder.name, header(grid, folder), grid.axes, members, len(grid.points))
     write_atomic(folder / PAGE, page.encode("utf-8", "replace"))
     write_atomic(folder / TABLE, summary.csv(grid.axes, members).encode("utf-8", "replace"))
     cells = summary.combinations(grid.axes, members)
