@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fleetune.common.events.evaluation import evaluated
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from fleetune.cli.json_line import line_of
 from fleetune.common.display import show_with_error
-from fleetune.common.events import as_dict
+from fleetune.common.events import as_dict, evaluated
 from fleetune.data.encode import Encoded
 from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence, reference
