@@ -234,7 +234,7 @@ def run(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool) -
         with resumable(again):
             for point, had in zip(grid.points, before, strict=True):
                 listener.progress("rounds", rounds, total, point.words)
-                if listener.stop_requested:
+                if listener.stop_requested and not had:
                     raise Interrupted("stopped between two runs")
                 reason = "" if had else _one(folder, point, _OfRun(listener, point, rounds, total), offline)
                 failed += [point.name] if reason else []
