@@ -33,19 +33,14 @@ def export(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHIN
     """Write the model in the folder `source` as target `to` to the new file or folder `out`.
 
     `source` is a master artefact or a plain Hugging Face directory; `made` (`provenance.py`) goes into the file where
-    the format has a place for it.  Everything written is read back and compared.  UsageError for an unknown target, one
-    that needs a package which is not installed, an `out` that exists, or a model that the target cannot hold;
-    ModelError for a source that is none; StorageError when the disk is full.  `out` appears when it is complete.
+    the format has a place for it.  Everything written is read back and compared.  UsageError for an unknown target, an
+    `out` that exists, or a model that the target cannot hold; ModelError for a source that is none; StorageError when the
+    disk is full.  `out` appears when it is complete.
     """
     target = find(to)
     check_place(to, out)
     if target.takes == "adapter":
         raise UsageError("only a run has an adapter", hint=f"fleetune export RUN --to {to}")
-    if target.missing:
-        raise UsageError(
-            f"{to} cannot be written without {' and '.join(target.missing)}",
-            hint=target.install,
-        )
     model = open_checkpoint(source)
     if has_block_widths(model.config) and not target.states("BLOCK_WIDTHS"):
         raise UsageError(

@@ -81,6 +81,8 @@ SUFFIX: Final = ".gguf"
 BLOCK_WIDTHS: Final = True
 PROVENANCE: Final = True
 RUNTIME: Final = "llama.cpp"
+NEEDS: Final = ("llama_cpp_py_sync",)
+EXTRA: Final = "llamacpp"
 ORDER: Final = 10
 
 

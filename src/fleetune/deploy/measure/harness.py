@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 FILE: Final = "measure.json"  # in a compression's folder
 # Export warns below it.  A convention: who deploys should know that a tenth of the gain is lost.
 KEPT_BAR: Final = 0.9
-KINDS: Final = ("model", "run", "artefact", "gguf", "transformers", "mlx", "onnx", "pte")
+KINDS: Final = ("model", "run", "artefact", "gguf", "transformers", "mlx")
 THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 Row = tuple[list[int], int]  # tokens, and how many of the first are context only
@@ -188,16 +188,6 @@ def _engine(job: MeasureJob) -> Iterator[LoadedEngine]:
         with llamacpp.opened(Path(job.path), job.threads) as engine:
             yield engine
         return
-    if job.kind == "onnx":
-        from fleetune.deploy.measure import onnx_runtime
-
-        yield onnx_runtime.OnnxRuntime(Path(job.path), job.threads)
-        return
-    if job.kind == "pte":
-        from fleetune.deploy.measure import executorch_runtime
-
-        yield executorch_runtime.ExecuTorch(Path(job.path), job.threads)
-        return
     if job.kind == "mlx":
         from fleetune.deploy.measure import mlx_lm
 
@@ -224,6 +214,27 @@ def _tasks(job: MeasureJob, engine: LoadedEngine) -> dict[str, float]:
     return measures.evaluate(
         engine.model, examples, job.tasks, max_new_tokens=job.answer_tokens, labels=job.labels
     ).values
+
+
+def longest(folder: Path) -> int:
+    """Return the tokens that the model of a directory is made for; 2,048 where its configuration does not say."""
+    from fleetune import models
+
+    return int(getattr(models.load_config(str(folder)), "max_position_embeddings", None) or 2048)
+
+
+def windows_of(text: str, folder: Path, length: int, count: int) -> list[Row]:
+    """Return the first windows of a text file in the tokens of the model in `folder`, no longer than it is made for.
+
+    DataError for a text without two tokens.
+    """
+    from transformers import AutoTokenizer
+
+    from fleetune import data
+
+    words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = [words(part, verbose=False)["input_ids"] for part in data.read_text(text)]
+    return windows(ids, min(length, longest(folder)), count)
 
 
 def windows(texts: Sequence[Sequence[int]], length: int, count: int) -> list[Row]:

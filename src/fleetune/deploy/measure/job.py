@@ -138,9 +138,7 @@ def check(count: int, options: MeasureOptions) -> list[str]:
 
 def _row_length(options: MeasureOptions, found: Sequence[Measurable]) -> int:
     """Return the most tokens of a row, the same for all; UsageError when an option exceeds a model's context."""
-    from fleetune.deploy.measure.exported_perplexity import longest
-
-    most, name = min((longest(one.tokenizer), one.name) for one in found)
+    most, name = min((harness.longest(one.tokenizer), one.name) for one in found)
     asked = max(options.prompt_tokens + options.new_tokens, options.length if options.text else 0)
     if asked > most:
         raise UsageError(
@@ -163,12 +161,10 @@ def _examples(options: MeasureOptions, found: Sequence[Measurable], *, offline: 
 
 def _windows(options: MeasureOptions, found: Sequence[Measurable]) -> dict[Path, list[Row]]:
     """Return tokenizer -> windows of the text; DataError when the text is too short to predict anything."""
-    from fleetune.deploy.measure.exported_perplexity import windows_of
-
     folders = {one.tokenizer for one in found}
     if not options.text:
         return {folder: [] for folder in folders}
-    return {f: windows_of(options.text, f, options.length, options.windows) for f in folders}
+    return {f: harness.windows_of(options.text, f, options.length, options.windows) for f in folders}
 
 
 def _compared_rows(
@@ -178,12 +174,10 @@ def _compared_rows(
 
     UsageError when a reference is named and there is neither.
     """
-    from fleetune.deploy.measure.exported_perplexity import windows_of
-
     if reference is None:
         return []
     if options.text:
-        return windows_of(options.text, reference.tokenizer, options.length, options.windows)
+        return harness.windows_of(options.text, reference.tokenizer, options.length, options.windows)
     if reference.named and not examples:
         raise UsageError("there is nothing to compare on", hint="--text FILE, or rows with --data FILE")
     return _encoded(examples, reference.tokenizer, length)

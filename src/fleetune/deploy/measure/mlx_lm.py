@@ -1,39 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a directory of `--to mlx` in mlx-lm itself: its losses on given tokens, and one token after another for the clock.
 
-mlx-lm is installed by hand (`INSTALL`): on Apple computers it runs on their graphics, elsewhere on the processor, and there in
-fp32, since mlx has no fast fp16 for processors.
+mlx-lm is installed by hand: on Apple computers it runs on their graphics, elsewhere on the processor, and there in fp32, since
+mlx has no fast fp16 for processors.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
-from fleetune.deploy.measure import cross_entropy
-from fleetune.errors import ModelError, UsageError
-
-MODULES: Final = ("mlx", "mlx_lm")
-INSTALL: Final = "pip install mlx mlx-lm (on Linux also mlx-cpu)"
+from fleetune.deploy.measure.llamacpp import cross_entropy
+from fleetune.errors import ModelError
 
 
 class MlxLm:
     """A directory's model as mlx-lm loads it."""
 
     def __init__(self, folder: Path) -> None:
-        """UsageError when mlx-lm is not installed, ModelError when it does not take the directory."""
-        if any(importlib.util.find_spec(module) is None for module in MODULES):
-            raise UsageError(f"mlx-lm is not installed, so {folder} cannot be run", hint=INSTALL)
-        self._mx: Any = importlib.import_module("mlx.core")
-        self._caches: Any = importlib.import_module("mlx_lm.models.cache")
-        load: Any = importlib.import_module("mlx_lm.utils").load_model
+        """ModelError when mlx-lm does not take the directory."""
+        import mlx.core as mx
+        from mlx_lm.models import cache
+        from mlx_lm.utils import load_model
+
+        self._mx: Any = mx
+        self._caches: Any = cache
         try:
-            self._net, config = load(folder)
+            self._net, config = load_model(folder)
         except (ValueError, TypeError, OSError) as error:
             raise ModelError(
                 f"mlx-lm does not load {folder}: {error}", hint="export the model again"
@@ -58,7 +54,7 @@ class MlxLm:
         """Cross-entropy in nats over the tokens of rows (ids, n_prompt) from number n_prompt on (from 1): sums and numbers."""
         found = list[tuple[float, int]]()
         for (ids, n_prompt), piece in zip(rows, self.scored_logits(rows), strict=True):
-            losses = cross_entropy.of_tokens(piece, np.asarray(ids)[max(n_prompt, 1) :])
+            losses = cross_entropy(piece, np.asarray(ids)[max(n_prompt, 1) :])
             found.append((float(losses.sum()), len(losses)))
         return found
 
