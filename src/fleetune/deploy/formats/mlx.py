@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Misfit, Report, _hf_writer
+from fleetune.deploy.formats import Misfit, Report, hf
 from fleetune.models.artefact import Quantised
 from fleetune.models.families import experts, rope
 from fleetune.models.families.limits import (
@@ -75,7 +75,7 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     settings = quantization(model.config, grids)
     config = {"dtype": "float16", "quantization": settings, "quantization_config": settings}
     note = "scale * zero is not exact in fp16: scales and biases are fp32, in which MLX computes then"
-    return _hf_writer.write_codes(
+    return hf.write_codes(
         model,
         folder,
         TARGET,
@@ -91,7 +91,7 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
 def parts(name: str, q: Quantised, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a quantised layer."""
     layer, rows = name.removesuffix(".weight"), q.shape[:-1]
-    yield f"{layer}.weight", _hf_writer.words(q.codes, q.bits).view(torch.uint32).view(*rows, -1)
+    yield f"{layer}.weight", hf.words(q.codes, q.bits).view(torch.uint32).view(*rows, -1)
     yield f"{layer}.scales", q.scale.to(dtype).view(*rows, -1)
     yield f"{layer}.biases", _biases(q).to(dtype).view(*rows, -1)
 
@@ -118,7 +118,7 @@ def _biases(q: Quantised) -> Tensor:
 
 
 def _exact(model: Checkpoint, name: str) -> bool:
-    q = _hf_writer.codes_of(model, name, experts=True)
+    q = hf.codes_of(model, name, experts=True)
     assert q is not None
     return bool((_biases(q).half().float() == _biases(q)).all())
 
@@ -127,7 +127,7 @@ def _grids(model: Checkpoint) -> dict[str, Quantised]:
     """Return the grids of linear layers and experts; Misfit when MLX cannot hold the model."""
     if (problem := misfit(model.config)) is not None:
         raise Misfit(f"{TARGET} has no place for {problem}")
-    grids = _hf_writer.matrices(model, TARGET, experts=True)
+    grids = hf.matrices(model, TARGET, experts=True)
     for name, q in grids.items():
         problem = None
         if q.bits not in BITS:
@@ -144,7 +144,7 @@ def _grids(model: Checkpoint) -> dict[str, Quantised]:
 def _decode(file: Any, layer: str, q: Quantised) -> Tensor:
     """Decode a layer from the file as mlx does."""
     packed = file.get_tensor(f"{layer}.weight").view(torch.int32).flatten(0, -2)
-    codes = _hf_writer.unwords(packed, q.bits, q.codes.shape[1]).float()
+    codes = hf.unwords(packed, q.bits, q.codes.shape[1]).float()
     scales, biases = (
         file.get_tensor(f"{layer}.{part}").float().flatten(0, -2).repeat_interleave(q.group, 1)
         for part in ("scales", "biases")
