@@ -85,9 +85,9 @@ def measure(
 
     UsageError for contradictions, before anything is loaded; `check_kept` comes before where `options` ask for the kept gain.
     """
+    tasks = check(options)
     from fleetune.compression.jobs import compressed_base
 
-    tasks = check(options)
     found = [lines.of(subject, offline=offline) for subject in subjects]
     if options.kept_gain and found[0].folder:
         compressed_base.check(found[0].folder)
