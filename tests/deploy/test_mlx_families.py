@@ -28,7 +28,7 @@ from fleetune.models.artefact import ArtefactHead, Quantised
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SAME, NEAR = 1e-10, 1e-5  # nats; the second where mlx-lm computes something otherwise, as docs/export.md says
 LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 3.0}}
-LONG = {"gemma2": {"sliding_window": 100}}  # windows that mlx-lm does not have
+MLX = {"gemma2": {"sliding_window": 100}, "mixtral": {"head_dim": 16}}  # it has no window, and only whole heads
 OFF = {"gemma", "gemma3_text", "starcoder2"}
 RUN = [
     case
@@ -46,12 +46,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def config(case: str, **changes: Any) -> Any:
     """The configuration of a case, with changes."""
     family, sizes = CASES.get(case, (case, {}))
-    return AutoConfig.for_model(family, **copy.deepcopy(sizes | changes))  # it writes into what it is given
+    return AutoConfig.for_model(family, **copy.deepcopy(sizes | MLX.get(case, {}) | changes))  # it writes into what it is given
 
 
 def compressed(case: str, folder: Path, grid: str = "asymmetric", **changes: Any) -> tuple[Path, Path]:
     """Compress a case's model; return the folder for MLX, and that of the same weights in fp32 for transformers."""
-    net = build(case, **LONG.get(case, {}) | changes)
+    net = build(case, **MLX.get(case, {}) | changes)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.copy_(parameter.half())
