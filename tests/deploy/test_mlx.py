@@ -20,7 +20,7 @@ from fleetune.deploy import targets
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import hf, mlx
-from fleetune.deploy.measure import mlx_lm
+from fleetune.deploy.measure import engines
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
@@ -284,7 +284,7 @@ def test_the_engine_scores_and_generates(tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
     model = tiny()
     compressed(model, tmp_path / "m")
-    engine = mlx_lm.MlxLm(export(tmp_path / "m", "mlx", tmp_path / "x").path)
+    engine = engines.MlxLm(export(tmp_path / "m", "mlx", tmp_path / "x").path)
     with torch.no_grad():
         own = model.net(torch.tensor([IDS])).logits[0].log_softmax(-1)
     (loss, count), (late, few) = engine.losses([(IDS, 0), (IDS, 6)])
@@ -312,4 +312,4 @@ def test_a_folder_that_mlx_lm_does_not_take(tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
     (tmp_path / "config.json").write_text('{"model_type": "opt", "vocab_size": 9}')
     with pytest.raises(FleetuneError, match="mlx-lm does not load"):
-        mlx_lm.MlxLm(tmp_path)
+        engines.MlxLm(tmp_path)

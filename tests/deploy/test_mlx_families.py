@@ -28,7 +28,10 @@ from fleetune.models.artefact import ArtefactHead, Quantised
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SAME, NEAR = 1e-10, 1e-5  # nats; the second where mlx-lm computes something otherwise, as docs/export.md says
 LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 3.0}}
-MLX = {"gemma2": {"sliding_window": 100}, "mixtral": {"head_dim": 16}}  # it has no window, and only whole heads
+MLX = {
+    "gemma2": {"sliding_window": 100},
+    "mixtral": {"head_dim": 16},
+}  # it has no window, and only whole heads
 OFF = {"gemma", "gemma3_text", "starcoder2"}
 RUN = [
     case
@@ -46,7 +49,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def config(case: str, **changes: Any) -> Any:
     """The configuration of a case, with changes."""
     family, sizes = CASES.get(case, (case, {}))
-    return AutoConfig.for_model(family, **copy.deepcopy(sizes | MLX.get(case, {}) | changes))  # it writes into what it is given
+    return AutoConfig.for_model(
+        family, **copy.deepcopy(sizes | MLX.get(case, {}) | changes)
+    )  # it writes into what it is given
 
 
 def compressed(case: str, folder: Path, grid: str = "asymmetric", **changes: Any) -> tuple[Path, Path]:

@@ -47,6 +47,7 @@ from fleetune.models.families.limits import (
     WINDOWS,
     Limits,
     Options,
+    irregular,
     only,
 )
 
@@ -185,39 +186,16 @@ class Family(Limits):
 _SCALED: Final = ("default", "linear", "llama3")  # of mlx-lm's initialize_rope
 _SWITCH: Final = ((".mlp.experts.", ".mlp.switch_mlp."),)
 _GEMMA: Final = only(hidden_activation=TANH, use_bidirectional_attention=(False, None))
-_CAPS: Final = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def _pattern(config: Any) -> int:
-    """Return each how manieth block looks at everything: the first that does."""
-    return list(config.layer_types).index("full_attention") + 1
-
-
-def _pattern_misfit(config: Any) -> str | None:
-    kinds = list(config.layer_types)
-    if "full_attention" in kinds:
-        each = _pattern(config)
-        if all((kind == "full_attention") == ((i + 1) % each == 0) for i, kind in enumerate(kinds)):
-            return None
-    return f"layer_types without a regular place for full_attention in a {config.model_type}"
+    """Return each how manieth block looks at everything: the first that does; 0 for none."""
+    return next((i for i, layer in enumerate(config.layer_types, 1) if layer == "full_attention"), 0)
 
 
 def _gemma3_fields(config: Any) -> dict[str, Any]:
     local = config.rope_parameters["sliding_attention"]
     return {"sliding_window_pattern": _pattern(config), "rope_local_base_freq": local["rope_theta"]}
-
-
-def _gemma3_misfit(config: Any) -> str | None:
-    local = config.rope_parameters["sliding_attention"].get("rope_type", "default")
-    if local != "default":
-        return f"rotary scaling '{local}' of windows in a gemma3_text"
-    return _pattern_misfit(config)
-
-
-def _without(config: Any, kinds: tuple[str, ...]) -> str | None:
-    """Return the first of the kinds of blocks that a configuration has none of, in words; None when it has all."""
-    missing = next((kind for kind in kinds if kind not in config.layer_types), None)
-    return missing and f"layer_types without {missing} in a {config.model_type}"
 
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
@@ -243,22 +221,23 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         ),
         "gemma2": Family(
             only(_GEMMA, TIED, attention_bias=(False,)), square=False, layers=WINDOWS, windowless=True,
-            misfit=lambda config: next((f"{c}=None in a gemma2" for c in _CAPS if getattr(config, c) is None), None),
+            needed=("attn_logit_softcapping", "final_logit_softcapping"),
         ),
         "gemma3_text": Family(
             only(_GEMMA, attention_bias=(False,), attn_logit_softcapping=(None,), final_logit_softcapping=(None,)),
-            scalings=_SCALED, square=False, layers=WINDOWS, fields=_gemma3_fields, misfit=_gemma3_misfit,
+            scalings=_SCALED, square=False, layers=WINDOWS, fields=_gemma3_fields,
+            misfit=lambda config: irregular(config, _pattern(config)),
         ),
         "starcoder2": Family(
             only(hidden_act=(*TANH, "gelu"), use_bias=(True,)), windowless=True, exact_gelu=True
         ),
         "cohere2": Family(
-            only(SILU, TIED), layers=WINDOWS, misfit=_pattern_misfit,
+            only(SILU, TIED), layers=WINDOWS, misfit=lambda config: irregular(config, _pattern(config)),
             fields=lambda config: {"sliding_window_pattern": _pattern(config)},
         ),
         "lfm2": Family(
-            only(TIED), layers=("full_attention", "conv"), fields=lambda config: {"block_dim": config.hidden_size},
-            misfit=lambda config: _without(config, ("full_attention",)),
+            only(TIED), layers=("full_attention", "conv"), mixed=True,
+            fields=lambda config: {"block_dim": config.hidden_size},
         ),
         "mixtral": Family(
             SILU, windowless=True,
@@ -274,8 +253,8 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         "olmoe": Family(only(SILU, clip_qkv=(None,)), scalings=_SCALED, names=_SWITCH),
         "gpt_oss": Family(
             only(OWN_HEAD, attention_bias=(True,), swiglu_alpha=(1.702,), swiglu_limit=(7.0,)),
-            scalings=("default", "yarn"), square=False, layers=WINDOWS, paired=True, transposed=True,
-            misfit=lambda config: _without(config, WINDOWS) or rope.yarn_misfit(config),
+            scalings=("default", "yarn"), square=False, layers=WINDOWS, mixed=True, paired=True, transposed=True,
+            misfit=rope.yarn_misfit,
         ),
     }
 )  # fmt: skip

@@ -111,9 +111,6 @@ class LoadedEngine(Protocol):
         """Yield the logits of the tokens that `losses` scores, in order: float32 [n, V], each lasts until the next."""
         ...
 
-    def close(self) -> None:
-        """Give the memory back."""
-
 
 # ---------------------------------------------------------------- speed and quality, in the child
 
@@ -188,24 +185,19 @@ def _engine(job: MeasureJob) -> Iterator[LoadedEngine]:
         with llamacpp.opened(Path(job.path), job.threads) as engine:
             yield engine
         return
-    if job.kind == "mlx":
-        from fleetune.deploy.measure import mlx_lm
-
-        yield mlx_lm.MlxLm(Path(job.path))
-        return
     import torch
 
-    from fleetune.deploy.measure import torch_engine
+    from fleetune.deploy.measure import engines
 
     torch.set_num_threads(job.threads)
-    yield torch_engine.OPEN[job.kind](job.path, job.dtype, job.offline)
+    yield engines.OPEN[job.kind](job.path, job.dtype, job.offline)
 
 
 def _tasks(job: MeasureJob, engine: LoadedEngine) -> dict[str, float]:
     if not job.tasks:
         return {}
     from fleetune.data import Example
-    from fleetune.deploy.measure.torch_engine import Torch
+    from fleetune.deploy.measure.engines import Torch
     from fleetune.evaluation import measures
 
     if not isinstance(engine, Torch):

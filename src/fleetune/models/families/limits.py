@@ -53,9 +53,9 @@ class Limits:
 
 
 def irregular(config: Any, period: int) -> str | None:
-    """Return a complaint unless the last of each `period` blocks looks at everything, and the others at a window."""
-    last = {i for i in range(config.num_hidden_layers) if period and (i + 1) % period == 0}
-    if last and last == {i for i, layer in enumerate(config.layer_types) if layer == "full_attention"}:
+    """Return a complaint unless the last of each `period` blocks looks at everything, and the others at a window; 0: always."""
+    whole = [i + 1 for i, layer in enumerate(config.layer_types) if layer == "full_attention"]
+    if period and whole == list(range(period, config.num_hidden_layers + 1, period)):
         return None
     return f"layer_types without a regular place for full_attention in a {config.model_type}"
 
