@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import fleetune
 from fleetune import models
+from fleetune.cli.main import main
 from fleetune.deploy import targets
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
@@ -302,9 +303,8 @@ def test_without_mlx_lm_the_export_says_how_to_install_it(
     monkeypatch.setattr(targets.Target, "missing", ["mlx_lm"])
     compressed(tiny(), tmp_path / "m")
     (tmp_path / "text.txt").write_text("hello again")
-    found = fleetune.export(tmp_path / "m", to="mlx", path=tmp_path / "x", text=tmp_path / "text.txt").check
-    assert found is not None
-    assert found.runtime is None
+    given = ["--to", "mlx", "--path", str(tmp_path / "x"), "--text", str(tmp_path / "text.txt")]
+    assert main(["export", str(tmp_path / "m"), *given]) == 0
     assert "not run: mlx-lm for mlx: pip install mlx mlx-lm" in capsys.readouterr().err
 
 
