@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 DEFAULT_TARGET = "gguf"
 DEFAULT_TARGET_OF_A_RUN = "hf"
 FILES = ("gguf", "ollama")  # targets that hold the GGUF file itself
-RUNTIMES = {"llama.cpp": "gguf", "mlx-lm": "mlx", "transformers": "transformers"}  # -> of harness.KINDS
+RUNTIMES = {
+    "llama.cpp": "gguf",
+    "mlx-lm": "mlx",
+    "transformers": "transformers",
+}  # -> the kind of a `MeasureJob`
 WINDOWS, LENGTH = 8, 512  # of the text that an export is checked on, and tokens of one
 GGUF = ".gguf"
 

@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 FILE: Final = "measure.json"  # in a compression's folder
 # Export warns below it.  A convention: who deploys should know that a tenth of the gain is lost.
 KEPT_BAR: Final = 0.9
-KINDS: Final = ("model", "run", "artefact", "gguf", "transformers", "mlx")
 THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 Row = tuple[list[int], int]  # tokens, and how many of the first are context only
@@ -59,7 +58,7 @@ Row = tuple[list[int], int]  # tokens, and how many of the first are context onl
 class MeasureJob:
     """One model in one engine, and what to measure."""
 
-    kind: str  # of KINDS: which loader or engine reads `path`
+    kind: str  # what reads `path`: gguf (llama.cpp), or a loader of `engines.OPEN`
     path: str
     threads: int
     dtype: str = "fp32"  # of a model by name
