@@ -27,7 +27,7 @@ from fleetune.evaluation.objectives import get
 from fleetune.models import DTYPES, Model, digest, named_tensors, tiny_llama
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.ledger_head import LedgerHead
+from fleetune.seeds.ledger import LedgerHead
 from fleetune.seeds.spsa import Position, descend
 from fleetune.seeds.view import View
 from fleetune.tuning import finished

@@ -33,7 +33,7 @@ from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Master, Quantised
 from fleetune.models.artefact_folder import FILE
 from fleetune.models.superblocks import SUPER_TYPES, WIDTH, SuperBlocks
-from fleetune.seeds import trained
+from fleetune.seeds import scale_view
 from fleetune.tuning.messages import Payload, decode
 
 TYPES = sorted(SUPER_TYPES)
@@ -337,7 +337,7 @@ def test_scales_in_super_blocks_are_not_trained(tmp_path: Path) -> None:
     model = models.load(str(path), base="mapped")
     model.trains = "scales"
     with pytest.raises(UsageError, match="no scales that could be trained") as caught:
-        trained.moved_tensors(model)
+        scale_view.moved_tensors(model)
     assert "its layers are in Q4_K, and super-blocks are not trained" in str(caught.value)
     assert "Q4_0, Q4_1" in (caught.value.hint or "")
     for verb in (

@@ -27,10 +27,8 @@ from fleetune.errors import FleetuneError, LedgerError, UsageError
 from fleetune.models import digest, uniform
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds import noise
-from fleetune.seeds.ledger import Change, Ledger, load, require_base
-from fleetune.seeds.ledger_head import LedgerHead
-from fleetune.seeds.slots import layout
-from fleetune.seeds.view import kernels
+from fleetune.seeds.ledger import Change, Ledger, LedgerHead, load, require_base
+from fleetune.seeds.view import kernels, layout
 from law_definition import slow_places
 
 K = 16
@@ -40,7 +38,7 @@ TENSORS = (("a.weight", (70, 61), "float32"), ("b", (9,), "float32"))
 def head(**changes: Any) -> LedgerHead:
     known: dict[str, Any] = {
         "base": "ab" * 32, "tokenizer": "cd" * 32, "tensors": TENSORS, "run_key": 0x0123456789ABCDEF,
-        "law": "pooled", "K": K, "grid": float(np.float32(1e-4)), "eps": 1e-3, "lr": "constant",
+        "law": "hashed", "K": K, "grid": float(np.float32(1e-4)), "eps": 1e-3, "lr": "constant",
         "method": "fedkseed", "hyper": {"K": 16, "lr": 3e-7, "pro": False}, "aggregation": "mean weighted by rows",
     }  # fmt: skip
     return LedgerHead(**{**known, **changes})
@@ -66,7 +64,7 @@ def direction(law: str, run_key: int, id: int, start: int, count: int, K: int = 
         return noise.signs(run_key, id, start, count).astype(np.int64)
     epoch, k = divmod(id, 1 << 32)
     H = np.array([[(-1) ** bin(i & j).count("1") for j in range(K)] for i in range(K)])
-    place = slow_places(law, K, start, count)
+    place = slow_places(K, start, count)
     return noise.signs(run_key, epoch, start, count).astype(np.int64) * H[place, k]
 
 
@@ -180,7 +178,7 @@ entries = st.lists(
 def test_a_saved_ledger_comes_back(tmp_path_factory, rows, key, law, grid, hyper, names):
     tensors = tuple((n, (i, 2), "bfloat16") for i, n in enumerate(names))
     ledger = Ledger(head(run_key=key, law=law, grid=grid, hyper=hyper, tensors=tensors))
-    outside = 0xFFFFFFF0 if law in noise.POOLS else 0  # of a pool of 16
+    outside = 0xFFFFFFF0 if law == noise.POOL else 0  # of a pool of 16
     rows = [(id & ~outside, c, r) for id, c, r in rows]
     for id, c, r in rows:
         ledger = ledger.append(np.array([id], np.uint64), np.array([c]), r)
@@ -297,7 +295,7 @@ BAD_HEADS = {
     "K is beyond the tables": changed(K=2**25), "K is 2^32": changed(K=2**32),
     "grid is 0": changed(grid=0.0), "grid is -0": changed(grid=-0.0), "grid is negative": changed(grid=-1.0),
     "grid is 1e30": changed(grid=1e30),
-    "another law": changed(law="cauchy"), "a law of another kind": changed(law=["pooled"]),
+    "another law": changed(law="cauchy"), "a law of another kind": changed(law=["hashed"]),
     "grid is text": changed(grid="1"), "grid is nan": changed(grid=float("nan")), "grid is null": changed(grid=None),
     "grid is infinite": changed(grid=float("inf")), "grid is a huge number": changed(grid=10**400),
     "base is a number": changed(base=1), "tokenizer is null": changed(tokenizer=None), "eps is text": changed(eps="1"),
@@ -374,7 +372,6 @@ def test_files_that_are_no_ledgers(tmp_path):
 
 REPLAY = {
     "hashed": "7f27e1884d620d3e74694047149ccadcba96557ca0d7c9a6fd2458e0be11c8b4",
-    "pooled": "2654d208b4e410a27feb2407654c4e1873859b458bf0e54507ff20748a2e8c90",
     "rademacher": "47cff9bc53919d8b8818ee50fe9c4b1c661b10b6830990672c3d219b49fe547c",
 }
 
@@ -383,7 +380,7 @@ REPLAY = {
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_replay_is_the_formula(law, backend, threads):
-    ledger = some(law=law, K=K if law in noise.POOLS else 1)
+    ledger = some(law=law, K=K if law == noise.POOL else 1)
     want = digest(sorted(formula(ledger).items()))
     assert want == REPLAY[law]
     assert rebuild(ledger, backend, threads) == want
@@ -398,7 +395,7 @@ def test_replay_is_the_formula(law, backend, threads):
 @settings(max_examples=25)
 def test_replay_is_the_formula_for_any_entries(law, rows):
     # Coefficients up to the end of their 32 bits: the sums need 64.
-    ledger = Ledger(head(law=law, K=K if law in noise.POOLS else 1, grid=float(np.float32(1e-11))))
+    ledger = Ledger(head(law=law, K=K if law == noise.POOL else 1, grid=float(np.float32(1e-11))))
     for epoch, k, c in rows:
         ledger = ledger.append(np.array([epoch << 32 | k]), np.array([c]), 1)
     assert rebuild(ledger) == digest(sorted(formula(ledger).items()))
@@ -407,7 +404,7 @@ def test_replay_is_the_formula_for_any_entries(law, rows):
 @given(data=st.data(), law=st.sampled_from(list(REPLAY)))
 @settings(max_examples=25)
 def test_order_splitting_merging_and_compacting_do_not_change_the_weights(data, law):
-    ledger = some(law=law, K=K if law in noise.POOLS else 1)
+    ledger = some(law=law, K=K if law == noise.POOL else 1)
     want = rebuild(ledger)
     order = np.array(data.draw(st.permutations(range(len(ledger)))))
     shuffled = Ledger(ledger.head, ledger.ids[order], ledger.coefficients[order], ledger.rounds[order])
@@ -486,7 +483,7 @@ def test_sums_beyond_32_bits_are_kept_by_every_operation():
     assert lowest.compact().scale(-1).passes().tables.tolist() == (-lowest.passes().tables).tolist()
 
 
-@pytest.mark.parametrize("law", ["pooled", "rademacher"])
+@pytest.mark.parametrize("law", ["hashed", "rademacher"])
 def test_passes_are_counted_without_their_tables(law, monkeypatch):
     ledger = Ledger(head(law=law, K=16))
     for ids in ([3, 2**32 + 5, 2**33], [3, 2**33 + 1], [7]):
@@ -499,9 +496,9 @@ def test_passes_are_counted_without_their_tables(law, monkeypatch):
 
 
 @pytest.mark.parametrize(("law", "K", "count", "said"), [
-    ("pooled", 1 << 24, 5, "5 epochs of K = 16777216 directions need tables of 83,886,080 numbers, 67,108,864 at most"),
+    ("hashed", 1 << 24, 5, "5 epochs of K = 16777216 directions need tables of 83,886,080 numbers, 67,108,864 at most"),
     ("rademacher", 1, (1 << 20) + 1, "its directions take 1,048,577 passes over the weights, 1,048,576 at most"),
-    ("pooled", 2, (1 << 20) + 1, "its directions take 1,048,577 passes over the weights, 1,048,576 at most"),
+    ("hashed", 2, (1 << 20) + 1, "its directions take 1,048,577 passes over the weights, 1,048,576 at most"),
 ])  # fmt: skip
 def test_more_work_than_any_run_asks_for_is_refused_when_the_file_is_read(law, K, count, said, tmp_path):
     ids = np.arange(count, dtype=np.uint64) << np.uint64(32)
@@ -519,7 +516,7 @@ def test_more_work_than_any_run_asks_for_is_refused_when_the_file_is_read(law, K
 def test_a_table_takes_no_memory_beside_it():
     """A few bytes of a ledger ask for a table of K numbers."""
     K = 1 << 20
-    ledger = Ledger(head(law="pooled", K=K)).append(np.arange(3), np.array([1, -2, 5]), 1)
+    ledger = Ledger(head(law="hashed", K=K)).append(np.arange(3), np.array([1, -2, 5]), 1)
     tracemalloc.start()
     try:
         tables = ledger.passes().tables

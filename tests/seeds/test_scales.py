@@ -27,9 +27,8 @@ from fleetune.models.model import Model, named_tensors
 from fleetune.seeds import scale_grid
 from fleetune.seeds.noise import EMPTY, passes, probe
 from fleetune.seeds.project import Projection
-from fleetune.seeds.scale_view import ScaleView
+from fleetune.seeds.scale_view import ScaleView, moved_tensors
 from fleetune.seeds.tape import Tape
-from fleetune.seeds.trained import moved_tensors
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 KEY, GRID = 11, 1e-5
@@ -66,11 +65,11 @@ def reference(stored: Stored, start: int, law: str, K: int, eps: float = 0.0, k:
     bits = blocks[:, : 2 * halves].copy().view("<u2").reshape(-1)
     if eps:  # a probe: float32 after the passes' own sum
         ids, c = some(law)
-        total = scale_grid.summed(passes(law, K, ids, c), law, KEY, start, len(bits)).astype(np.float32)
+        total = scale_grid.summed(passes(law, K, ids, c), KEY, start, len(bits)).astype(np.float32)
         p = total * np.float32(GRID) + (bits & 0x7FFF).astype(np.float32) / np.float32(1024)
         id, _ = probe(law, K, k)
         one = scale_grid.summed(
-            passes(law, K, [(id << 32) | k if law == "hashed" else id], [1]), law, KEY, start, len(bits)
+            passes(law, K, [(id << 32) | k if law == "hashed" else id], [1]), KEY, start, len(bits)
         )
         p = p + one.astype(np.float32) * np.float32(eps)
         u = (scale_grid.rounding(KEY, start, len(bits)).astype(np.float32) + np.float32(0.5)) / np.float32(
@@ -79,7 +78,7 @@ def reference(stored: Stored, start: int, law: str, K: int, eps: float = 0.0, k:
         whole = np.clip(np.floor(p * np.float32(1024) + u), 0, 0x7BFF).astype(np.uint16)
         new = np.where(bits & 0x7FFF, whole | (bits & 0x8000), bits)
     else:
-        new = scale_grid.moved(bits, start, KEY, passes(law, K, *some(law)), law, GRID)
+        new = scale_grid.moved(bits, start, KEY, passes(law, K, *some(law)), GRID)
     blocks[:, : 2 * halves] = new.astype("<u2").view(np.uint8).reshape(-1, 2 * halves)
     out = torch.empty(math.prod(stored.shape))
     dequantise(out, torch.from_numpy(blocks.reshape(-1)), stored.kind)

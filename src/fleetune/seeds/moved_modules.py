@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fleetune.seeds.slots import WeightSlot
 from fleetune.seeds.tape import Tape
+
+if TYPE_CHECKING:
+    from fleetune.seeds.view import WeightSlot
 
 WHOLE: Final = (
     1 << 22

@@ -45,7 +45,6 @@ def fold(
     epoch: int,
     kernels: ModuleType,
     *,
-    law: str,
     threads: int | None = None,
 ) -> None:
     """Add the fold of a gradient: sums[j] += sum over place(i) = j of D[i] g[i], D the signs of `epoch`, K = len(sums).
@@ -58,7 +57,7 @@ def fold(
         x = flat[lo : lo + CHUNK].float()
         signs = torch.zeros_like(x)
         kernels.sweep(signs, signs, start + lo, run_key, EMPTY, 1.0, (epoch, ONE), threads=threads)
-        where = torch.from_numpy(places(law, K, start + lo, x.numel())).to(x.device)
+        where = torch.from_numpy(places(K, start + lo, x.numel())).to(x.device)
         part = torch.zeros(K, device=x.device).index_add_(0, where, signs.mul_(x))
         sums += part.cpu().numpy()
 
@@ -74,7 +73,7 @@ class Projection:
         """Fold the gradient of elements from `start` on."""
         view = self.view
         fold(
-            self.sums, gradient, start, view.run_key, self.epoch, view.kernels, law=view.law, threads=view.threads
+            self.sums, gradient, start, view.run_key, self.epoch, view.kernels, threads=view.threads
         )  # fmt: skip
 
     def take(self) -> np.ndarray:

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fleetune.seeds.slots import WeightSlot
+if TYPE_CHECKING:
+    from fleetune.seeds.view import WeightSlot
+
 
 Sink = Callable[[int, Tensor], None]  # (global index of the first element, gradient of any shape, row-major)
 

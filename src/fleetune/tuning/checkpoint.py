@@ -25,8 +25,7 @@ from fleetune.errors import MessageError
 from fleetune.runs import sealed
 from fleetune.runs.metrics import Tally
 from fleetune.runs.rundir import RunDir, checkpoints
-from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.ledger_head import LedgerHead
+from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import messages
 from fleetune.tuning.course import NAME as COURSE
 from fleetune.tuning.course import Course

@@ -15,9 +15,8 @@ from fleetune import adapters, models
 from fleetune.adapters.lora_init import FROM_WEIGHTS
 from fleetune.common import sums
 from fleetune.common.display import counted
-from fleetune.common.ggml import PARTS
+from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
-from fleetune.common.undo import hint_with_undo
 from fleetune.data import Example
 from fleetune.errors import FleetuneError, Interrupted, LedgerError, ModelError, UsageError
 from fleetune.models import dtypes, unmerged
@@ -28,7 +27,7 @@ from fleetune.runs.listener import Listener, Silent
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import PASSES
-from fleetune.seeds.trained import moved_tensors
+from fleetune.seeds.scale_view import moved_tensors
 from fleetune.seeds.view import kernels
 from fleetune.tuning import foundations, methods, places
 from fleetune.tuning import recipe as recipes
@@ -146,14 +145,10 @@ def base_of(
             f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
         )
     labels = recipes.label_words(str(ledger.head.hyper.get("labels", "")))
-    if ledger.head.trains in PARTS:
+    if ledger.head.trains == SCALES:
         base = BLOCKS
     model = models.load(name, dtype=dtype, device=device, offline=offline, labels=labels, base=base)
-    try:
-        check_base(model, ledger)
-    except LedgerError as error:
-        error.hint = hint_with_undo(name, str(error.hint))
-        raise
+    check_base(model, ledger)
     return model
 
 
@@ -256,12 +251,12 @@ def load(
     run = Path(run)
     recipe, result = recipe_of(run), result_of(run)
     entry = entry_of(run, recipe)
-    if recipe.train in PARTS and base == "memory":
+    if recipe.train == SCALES and base == "memory":
         raise UsageError(
             f"{run} has tuned the {recipe.train} of a GGUF file, which move as they are read from it: base = memory cannot be",
             hint=f"leave out --base; or write the tuned file, and give that: fleetune export {quoted(run)} --to gguf",
         )
-    where = "mapped" if recipe.train in PARTS else base or recipe.base
+    where = "mapped" if recipe.train == SCALES else base or recipe.base
     recipe = dataclasses.replace(
         recipe, device=device or recipe.device, base=where, model=model or recipe.model
     )
@@ -294,7 +289,7 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
         recipe.model,
         dtype=recipe.dtype,
         device=recipe.device,
-        base=BLOCKS if recipe.train in PARTS else recipe.base,
+        base=BLOCKS if recipe.train == SCALES else recipe.base,
         offline=offline,
         labels=recipes.label_words(recipe.labels),
     )
@@ -303,9 +298,7 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
         if (then := made_on[what]) != now:
             raise ModelError(
                 f"{path} was made on {what} {then[:16]}.., that of {recipe.model} is now {now[:16]}..",
-                hint=hint_with_undo(
-                    recipe.model, "get the base it was made on (fleetune models shows sources)"
-                ),
+                hint="get the base it was made on (fleetune models shows sources)",
             )
     adapters.load(model, path)
     return model

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common.shell import quoted
-from fleetune.common.undo import hint_with_undo
 from fleetune.data import Example
 from fleetune.data.encode import digest
 from fleetune.errors import RecipeError, UsageError
@@ -161,11 +160,8 @@ def check(job: TuneJob, run: Path, *, longer: bool = False) -> StandsOn:
         recipe = job.recipe
         raise UsageError(
             "\n  ".join([f"{run} was begun with something else than there is now:", *_first(differences)]),
-            hint=hint_with_undo(
-                recipe.model,
-                f"bring back the recipe, the model ({recipe.model}) and the data ({recipe.data}) of that run; "
-                f"or begin a new one: fleetune tune -c {quoted(run / 'run.toml')}",
-            ),
+            hint=f"bring back the recipe, the model ({recipe.model}) and the data ({recipe.data}) of that run; "
+            f"or begin a new one: fleetune tune -c {quoted(run / 'run.toml')}",
         )
     return now
 

@@ -44,7 +44,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="hub id, HF directory, GGUF file or built-in name; with --train scales or codes also a compressed model",
+        help="hub id, HF directory, GGUF file or built-in name; with --train scales also a compressed model",
     )
     sub.add_argument("data", metavar="DATA", nargs="?", help="JSONL, CSV or Parquet file, hub id, or 'demo'")
     sub.add_argument(
