@@ -23,7 +23,7 @@ from safetensors.numpy import load as safetensors_load
 from safetensors.numpy import save as safetensors_save
 
 from fleetune.cli.main import main
-from fleetune.errors import FleetuneError, LedgerError, UsageError
+from fleetune.errors import FleetuneError, LedgerError, UsageError, VersionError
 from fleetune.models import digest, uniform
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds import noise
@@ -261,13 +261,13 @@ def test_any_lost_byte_is_noticed(tmp_path):
         assert opened(tmp_path / "l", data[:i]) is None
 
 
-def file_with(text: str | None, **arrays: np.ndarray) -> bytes:
+def file_with(text: str, **arrays: np.ndarray) -> bytes:
     known = {
         "id": np.zeros(2, np.uint64),
         "coefficient": np.ones(2, np.int32),
         "round": np.zeros(2, np.uint32),
     }
-    metadata = {"format": "fleetune-ledger"} if text is None else {"format": "fleetune-ledger", "head": text}
+    metadata = {"format": "fleetune-ledger", "head": text, "fingerprint": "0" * 64}
     return safetensors_save({**known, **arrays}, metadata)
 
 
@@ -283,7 +283,7 @@ def without(field: str) -> str:
 
 
 BAD_HEADS = {
-    "none": None, "empty": "", "a list": "[]", "a number": "1", "null": "null", "deep": "[" * 100_000, "not JSON": "{",
+    "empty": "", "a list": "[]", "a number": "1", "null": "null", "deep": "[" * 100_000, "not JSON": "{",
     "spaces": json.dumps(json.loads(head().to_json()), sort_keys=True),
     "capital hex": head().to_json().replace("0123456789abcdef", "0123456789ABCDEF"),
     "short hex": changed(run_key="1"), "no hex": changed(run_key="xyz"), "a key that is a number": changed(run_key=1),
@@ -320,9 +320,8 @@ def test_a_head_that_no_one_wrote_is_refused(tmp_path, name):
 @pytest.mark.parametrize("version", [{"format": 2}, {"law_version": 2}, {"format": 0}])
 def test_another_version_is_refused_by_name(tmp_path, version):
     (tmp_path / "l").write_bytes(file_with(changed(**version)))
-    with pytest.raises(LedgerError, match="this program reads format 1, law version 1") as caught:
+    with pytest.raises(VersionError, match="the ledger was written by another version of Fleetune"):
         load(tmp_path / "l")
-    assert "the version of Fleetune that wrote it" in (caught.value.hint or "")
 
 
 def test_arrays_of_another_kind_are_refused(tmp_path):
@@ -546,23 +545,17 @@ def test_a_direction_outside_the_pool_is_refused_when_the_file_is_read(tmp_path)
         load(tmp_path / "l")
 
 
-def test_a_file_without_a_fingerprint_is_taken_and_a_strange_one_is_not(tmp_path):
-    good = head().to_json()
-    (tmp_path / "l").write_bytes(file_with(good))  # as earlier versions wrote it
-    assert len(load(tmp_path / "l")) == 2
-    arrays = {
-        "id": np.zeros(2, np.uint64),
-        "coefficient": np.ones(2, np.int32),
-        "round": np.zeros(2, np.uint32),
-    }
-    known = {"format": "fleetune-ledger", "head": good}
-    (tmp_path / "l").write_bytes(safetensors_save(arrays, {**known, "fingerprint": "0" * 64}))
+def test_a_file_without_its_fingerprint_is_refused(tmp_path):
+    (tmp_path / "l").write_bytes(file_with(head().to_json()))
     with pytest.raises(
         LedgerError,
         match=r"l is not what was written: its fingerprint is .*\.\., it states 0000000000000000\.\.",
     ):
         load(tmp_path / "l")
-    (tmp_path / "l").write_bytes(safetensors_save(arrays, {**known, "fingerprinu": "0" * 64}))
+    arrays = {"id": np.zeros(2, "u8"), "coefficient": np.ones(2, "i4"), "round": np.zeros(2, "u4")}
+    (tmp_path / "l").write_bytes(
+        safetensors_save(arrays, {"format": "fleetune-ledger", "head": head().to_json()})
+    )
     with pytest.raises(LedgerError, match="not a ledger"):
         load(tmp_path / "l")
 

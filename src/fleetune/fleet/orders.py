@@ -200,7 +200,7 @@ class Reply:
         """Read an answer; MessageError for bytes that are none."""
         found = _decode(data)
         if "reason" in found:
-            raise MessageError("a device's reason is a code; it is of another version of Fleetune")
+            raise MessageError("a device's reason is a code, not words")
         return _made(cls, found, "the answer")
 
     @classmethod

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from fleetune.common.display import counted
 from fleetune.common.files import write_atomic
 from fleetune.common.ggml import SCALES
-from fleetune.errors import LedgerError, UsageError
+from fleetune.errors import LedgerError, UsageError, VersionError
 from fleetune.seeds.noise import (
     LAW_VERSION,
     LAWS,
@@ -81,7 +81,7 @@ class LedgerHead:
 
     @staticmethod
     def from_json(text: str) -> LedgerHead:
-        """Parse a head; LedgerError if a field is missing, unknown, not canonical or of another format."""
+        """Parse a head; LedgerError if a field is missing, unknown or not canonical, VersionError for another format."""
         try:
             raw = json.loads(text)
             raw["run_key"] = int(raw["run_key"], 16)
@@ -92,11 +92,7 @@ class LedgerHead:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise LedgerError(f"the ledger's head is damaged ({error})", hint=AGAIN) from error
         if head.format != FORMAT or head.law_version != LAW_VERSION:
-            raise LedgerError(
-                f"the ledger is of format {head.format}, law version {head.law_version}; "
-                f"this program reads format {FORMAT}, law version {LAW_VERSION}",
-                hint="replay it with the version of Fleetune that wrote it",
-            )
+            raise VersionError("the ledger")
         if not _sound(head):
             raise LedgerError(
                 f"the ledger's head is damaged (law {head.law!r:.40}, K {head.K}, grid {head.grid})",
@@ -378,16 +374,18 @@ def load(path: str | os.PathLike[str]) -> Ledger:
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
-            known = metadata.keys() <= {"format", "head", "fingerprint"}
-            if metadata.get("format") != "fleetune-ledger" or not known or set(file.keys()) != {
-                "id", "coefficient", "round",
-            }:  # fmt: skip
+            ours = metadata.get("format") == "fleetune-ledger" and set(metadata) == {
+                "format",
+                "head",
+                "fingerprint",
+            }
+            if not ours or set(file.keys()) != {"id", "coefficient", "round"}:
                 raise LedgerError(f"{path} is a safetensors file, but not a ledger", hint=AGAIN)
             arrays = [file.get_tensor(n) for n in ("id", "coefficient", "round")]
     except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: types numpy lacks
         raise LedgerError(f"{path} is damaged or not a ledger ({error})", hint=AGAIN) from error
     try:
-        head = LedgerHead.from_json(metadata.get("head", ""))
+        head = LedgerHead.from_json(metadata["head"])
     except LedgerError as error:
         raise LedgerError(f"{path}: {error.message}", hint=error.hint) from error
     kinds = [(a.dtype.name, a.ndim) for a in arrays]
@@ -396,8 +394,7 @@ def load(path: str | os.PathLike[str]) -> Ledger:
     if head.law == POOL and int((arrays[0] & np.uint64(0xFFFFFFFF)).max(initial=0)) >= head.K:
         raise LedgerError(f"{path} is damaged: it names directions outside its pool of {head.K}", hint=AGAIN)
     found = Ledger(head, *arrays)
-    stated = metadata.get("fingerprint")  # files of earlier versions have none
-    if stated is not None and stated != found.fingerprint():
+    if (stated := metadata["fingerprint"]) != found.fingerprint():
         raise LedgerError(
             f"{path} is not what was written: its fingerprint is {found.fingerprint()[:16]}.., it states {stated[:16]}..",
             hint=AGAIN,

@@ -113,7 +113,7 @@ def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
 
 
 def stated_by(run: Path) -> StandsOn | None:
-    """What the newest readable checkpoint of a run states, with the method's defaults; None for a run of an earlier version."""
+    """What the newest readable checkpoint of a run states, with the method's defaults; None where none states it."""
     found = (checkpoint.stated_in(file) for _, file in reversed(rundir.checkpoints(run)))
     stated = next((stands_on for stands_on in found if stands_on is not None), None)
     return stated and dataclasses.replace(stated, recipe=_deciding(stated.recipe))

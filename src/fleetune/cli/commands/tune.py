@@ -113,7 +113,7 @@ def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
     costs = [
         ("bytes over the fleet", human_bytes(done.bytes_up + done.bytes_down),
          f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}"),
-        ("wall time · peak memory", f"{human_time(done.time)} · {human_bytes(done.peak_rss)}",
+        ("wall time · peak memory", f"{human_time(done.wall)} · {human_bytes(done.peak_rss)}",
          "of all sittings, without the time between; the peak is of the last" if resumed else ""),
     ]  # fmt: skip
     ui.final_table(

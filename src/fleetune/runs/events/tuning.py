@@ -150,8 +150,3 @@ class TuneDone(Event):
         None  # losses of each client: `rows` (held-out or training), `n`, `base`, `tuned`
     )
     energy: float | None = None  # joules of the processors while it ran, where the machine counts them
-
-    @property
-    def time(self) -> float:
-        """Wall time of the run.  `wall` of an earlier version is that of the last sitting alone, which may be shorter."""
-        return max(self.wall, self.seconds)
