@@ -26,7 +26,7 @@ from fleetune.seeds.view import View, WeightSlot, read_stored
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from benchmarks import tiny_families
+import tiny_families
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 EPS, K = 1e-2, 16
