@@ -162,7 +162,7 @@ def direction(law: str, K: int, run_key: int, id: int, start: int, count: int) -
     if law == "rademacher":
         return np.array([slow_sign(run_key, id, j) for j in i.tolist()])
     D = np.array([slow_sign(run_key, id >> 32, j) for j in i.tolist()])
-    return D * np.array([(-1) ** bin(place(law, K, j) & id & 0xFFFFFFFF).count("1") for j in i.tolist()])
+    return D * np.array([(-1) ** bin(place(K, j) & id & 0xFFFFFFFF).count("1") for j in i.tolist()])
 
 
 def total(law: str, passes: noise.Passes, run_key: int, start: int, count: int) -> np.ndarray:

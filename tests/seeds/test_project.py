@@ -13,9 +13,9 @@ from fleetune.data.encode import Encoded, collate
 from fleetune.models.checkpointing import by_layer
 from fleetune.models.model import named_tensors
 from fleetune.seeds import noise
+from fleetune.seeds.moved_modules import Tape
 from fleetune.seeds.project import Projection, descend, fold
 from fleetune.seeds.spsa import Position
-from fleetune.seeds.tape import Tape
 from fleetune.seeds.view import View, kernels
 from law_definition import slow_places
 

@@ -17,7 +17,7 @@ from fleetune.models.checkpointing import by_layer
 from fleetune.models.model import named_tensors
 from fleetune.seeds import noise
 from fleetune.seeds import view as views
-from fleetune.seeds.tape import Tape
+from fleetune.seeds.moved_modules import Tape
 from fleetune.seeds.view import View
 from tiny_families import DECODERS, ENCODERS, build
 

@@ -128,9 +128,9 @@ class Entries(NamedTuple):
             or not 0 <= self.run_key < 1 << 64
             or not 0.0 < self.grid <= GRID_LIMIT
         ):
-            raise ValueError(f"no ledger has law {self.law!r:.40}, key {self.run_key:x} and grid {self.grid}")
+            raise ValueError("no ledger has such a head")
         if (self.ids.dtype, self.coefficients.dtype) != (np.dtype(np.uint64), np.dtype(np.int64)):
-            raise ValueError(f"its entries are {self.ids.dtype} and {self.coefficients.dtype}")
+            raise ValueError("its entries are of other types")
         passes = noise.passes(self.law, self.K, self.ids, self.coefficients)
 
         def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
@@ -253,16 +253,20 @@ def load(path: Path) -> Patch:
         if head["format"] != FORMAT or type(head["format"]) is not int:
             raise VersionError(path)
         places = tuple(_place(row) for row in head["places"])
-        _check_order(places)
-        base, result = _digest(head["base"]), _digest(head["result"])
+        ends = [0, *(place.offset + place.size for place in places)]
+        if not places or any(place.offset < end for place, end in zip(places, ends, strict=False)):
+            raise ValueError("it has no tensors, or they overlap")
+        base, result = head["base"], head["result"]
+        if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in (base, result)):
+            raise ValueError("a digest is no SHA-256")
         if set(arrays) == {"changes"}:
             if arrays["changes"].dtype != np.uint8:
-                raise ValueError(f"its changes are {arrays['changes'].dtype}")
+                raise ValueError("its changes are no bytes")
             return Patch(base, result, places, changes=arrays["changes"].reshape(-1))
         if type(head["K"]) is not int or type(head["grid"]) is not float:
             raise ValueError("its head has the wrong types")
         entries = Entries(
-            _key(head["run_key"]), str(head["law"]), head["K"], head["grid"], arrays["id"], arrays["coefficient"]
+            int(head["run_key"], 16), str(head["law"]), head["K"], head["grid"], arrays["id"], arrays["coefficient"]
         )  # fmt: skip
         if not entries.fit():
             raise ModelError(
@@ -272,60 +276,25 @@ def load(path: Path) -> Patch:
             )
         entries.moves(places)
         return Patch(base, result, places, entries)
-    except DAMAGED as error:
-        raise ModelError(f"{path} is no patch, or is damaged: {_why(error)}", hint=AGAIN) from error
     except ModelError as error:
         raise ModelError(f"{path}: {error.message}", hint=error.hint) from error
-    except UsageError as error:
-        raise ModelError(f"{path} is no patch, or is damaged: {error.message:.120}", hint=AGAIN) from error
-
-
-def _why(error: BaseException) -> str:
-    """Say in words what is wrong with bytes that are no patch."""
-    if isinstance(error, OSError):
-        return error.strerror or "it cannot be read"
-    if isinstance(error, SafetensorError | RecursionError):
-        return "it is not a whole safetensors file"
-    if isinstance(error, json.JSONDecodeError | UnicodeError):
-        return "its head is not JSON"
-    if isinstance(error, KeyError):
-        return f"it has no {error.args[0]!r:.80}"
-    return f"{error!s:.120}" if type(error) is ValueError else "its head is not that of a patch"
-
-
-def _key(text: Any) -> int:
-    try:
-        return int(text, 16)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"no key: {text!r:.80}") from error
-
-
-def _digest(text: Any) -> str:
-    if type(text) is not str or len(text) != 64 or set(text) - set("0123456789abcdef"):
-        raise ValueError(f"no SHA-256: {text!r:.80}")
-    return text
+    except (*DAMAGED, UsageError) as error:
+        raise ModelError(f"{path} is no patch, or is damaged", hint=AGAIN) from error
 
 
 def _place(row: Any) -> Place:
+    """Return a place; ValueError for what is none."""
     place = Place(*row)
-    counts = (place.offset, place.rows, place.blocks)
-    if not all(type(n) is int and 0 < n < MOST for n in counts) or place.kind not in BYTES:
-        raise ValueError(f"no place of a tensor: {row!r:.80}")
-    if not all(type(n) is int and 0 <= n < MOST for n in (place.heads, place.start)) or place.size >= MOST:
-        raise ValueError(f"no place of a tensor: {row!r:.80}")
-    if place.heads and place.rows % (2 * place.heads):
-        raise ValueError(f"{place.rows} rows are not {place.heads} heads")
+    counts, others = (place.offset, place.rows, place.blocks), (place.heads, place.start)
+    if (
+        not all(type(n) is int and 0 < n < MOST for n in counts)
+        or not all(type(n) is int and 0 <= n < MOST for n in others)
+        or place.kind not in BYTES
+        or place.size >= MOST
+        or (place.heads and place.rows % (2 * place.heads))
+    ):
+        raise ValueError("no place of a tensor")
     return place
-
-
-def _check_order(places: tuple[Place, ...]) -> None:
-    end = 0
-    for place in places:
-        if place.offset < end:
-            raise ValueError("its tensors overlap")
-        end = place.offset + place.size
-    if not places:
-        raise ValueError("it has no tensors")
 
 
 # Applying a patch ------------------------------------------------------------------------------------

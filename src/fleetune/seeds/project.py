@@ -10,7 +10,7 @@ and (1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, witho
 (Shu et al., ICML 2025, arXiv 2409.06277) projects first-order updates on seeded directions too; its
 directions are independent, so it pays a pass over the weights for each.
 
-Neither the weights nor a gradient ever exist whole: backward makes both a row block at a time (`tape`), and the gradient is
+Neither the weights nor a gradient ever exist whole: backward makes both a row block at a time (`Tape`), and the gradient is
 folded at once (`Projection`).  The activations are those of one layer (`models/checkpointing`).
 """
 
@@ -29,9 +29,9 @@ from fleetune.data import Batch
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.checkpointing import by_layer
 from fleetune.models.model import Model
+from fleetune.seeds.moved_modules import Tape
 from fleetune.seeds.noise import EMPTY, fwht, passes, places
 from fleetune.seeds.spsa import Position
-from fleetune.seeds.tape import Tape
 from fleetune.seeds.view import CHUNK, View
 
 ONE = np.ones(1, np.float32)

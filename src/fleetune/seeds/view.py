@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 from weakref import WeakSet
 
 import numpy as np
@@ -37,8 +37,8 @@ from fleetune.models.mapped.lazy import LazyWeight
 from fleetune.models.mapped.net import replace_parameters
 from fleetune.models.model import Pieces
 from fleetune.seeds import VARIABLE, chosen_kernels, moved_modules
-from fleetune.seeds.noise import EMPTY, TILE, Passes
-from fleetune.seeds.tape import RowBlocks, Tape
+from fleetune.seeds.moved_modules import Direction, Read, RowBlocks, Tape, WeightSlot, layout, read_stored
+from fleetune.seeds.noise import EMPTY, Passes
 
 log = logging.getLogger(__name__)
 
@@ -46,34 +46,6 @@ CALL = 16  # rows of a table that are made in about the time of a call
 FOLD = 16  # passes that are computed in each forward before they are folded
 EXACT = 1 << 24  # integers below this are exact in float32
 CHUNK = 1 << 20  # elements of scratch: 4 MB in fp32, so that it stays in the cache until the product reads it
-
-
-class WeightSlot(NamedTuple):
-    """A trainable tensor and the global index of its first element."""
-
-    name: str
-    tensor: Tensor
-    start: int
-
-
-Read = Callable[[WeightSlot, int, int], Tensor]
-Direction = tuple[int, np.ndarray]  # Philox id, table
-
-
-def read_stored(slot: WeightSlot, first: int, last: int) -> Tensor:
-    """Return elements first..last of a tensor: the stored memory itself; of a mapped base scratch, which the next call reuses."""
-    if isinstance(slot.tensor, LazyWeight):
-        return slot.tensor.piece(first, last)
-    return slot.tensor.detach().view(-1)[first:last]
-
-
-def layout(named: Iterable[tuple[str, Tensor]]) -> list[WeightSlot]:
-    """Lay name-ordered tensors end to end, each starting at a multiple of 4096 (the spec's index)."""
-    slots, start = [], 0
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        slots.append(WeightSlot(name, tensor, start))
-        start += -(-tensor.numel() // TILE) * TILE
-    return slots
 
 
 def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
