@@ -185,7 +185,7 @@ def test_codes_whose_file_could_not_be_tuned_are_refused_before_it_is_written(
     assert main([*shlex.split(command)[1:], *text]) == 0
     again = subject.open("latest", tmp_path / "new")
     assert isinstance(again, subject.Compressed)
-    assert tunable_file.of(again, "scales", lambda _: None).is_file(), "what the hint says is good"
+    assert tunable_file.of(again, lambda _: None).is_file(), "what the hint says is good"
 
 
 @pytest.mark.parametrize(("family", "words"), [

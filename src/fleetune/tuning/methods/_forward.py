@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.data import Batch
+from fleetune.seeds.moved_modules import WeightSlot, layout
 from fleetune.seeds.noise import LAWS, POOL, Passes, passes, probe
 from fleetune.seeds.spsa import two_point
-from fleetune.seeds.view import CHUNK, View, WeightSlot, layout
+from fleetune.seeds.view import CHUNK, View
 from fleetune.tuning.server_rules import Tensors
 
 INDEPENDENT_LAWS: Final = tuple(sorted(law for law in LAWS if law != POOL))
