@@ -38,8 +38,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedit": {"r": 2, "steps": 1, "batch_size": 2},
     "fedpetuning": {"module": "bitfit", "steps": 1, "batch_size": 2},
 }
-KEPT = Path(__file__).parent / "files_b10b172" / "runs"
-OLD = {"fedkseed": "0001-fedkseed-tiny", "fedit": "0002-fedit-tiny", "rtn": "0005-rtn-fedit-tiny"}
 CACHED = [
     "model.safetensors",
     "config.json",
@@ -249,52 +247,6 @@ def test_a_tokenizer_of_another_base_is_refused(at: Path) -> None:
         refused(lambda number=number: fleetune.open(number).load(offline=True), "tokenizer")
 
 
-# Earlier versions stated less -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def old(at: Path) -> Path:
-    """Folders that b10b172 wrote."""
-    shutil.rmtree("runs")
-    shutil.copytree(KEPT, "runs")
-    shutil.rmtree("tiny")
-    shutil.copytree(KEPT.parent / "tiny", "tiny")
-    return at
-
-
-@pytest.mark.parametrize("use", ["eval", "export", "compress", "load", "open"])
-@pytest.mark.parametrize("number", ["1", "2"])
-def test_an_old_run_is_taken_when_it_is_whole_and_compared_with_its_digest(
-    number: str, use: str, old: Path
-) -> None:
-    OF_ANY_RUN[use](number)
-    shutil.rmtree("out", ignore_errors=True)
-    if number == "1":
-        file = found("1") / "ledger.safetensors"
-        flip(file, 0.965)
-    else:
-        file = found("2") / "adapter"
-        flip(file / "adapter_model.safetensors", 0.99)
-    assert "states" in refused(lambda: OF_ANY_RUN[use](number), str(file)).message
-
-
-def test_an_old_adapter_whose_start_is_folded_in_is_taken(old: Path) -> None:
-    """The digest is that of half of the file; nothing states the whole."""
-    run = Path("runs/0004-fedit-tiny")
-    settings = {"r": 2, "steps": 1, "batch_size": 2, "start": "pissa", "dropout": 0}
-    shutil.rmtree("runs")
-    fleetune.tune("tiny", "rows.jsonl", method="fedit", settings=settings, **FEW)
-    run = found("1")
-    (run / "adapter" / sums.FILE).unlink()
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    done = json.loads(text.splitlines()[-1])
-    del done["result_sha256"]
-    (run / "metrics.jsonl").write_text(
-        "\n".join([*text.splitlines()[:-1], json.dumps(done)]) + "\n", encoding="utf-8"
-    )
-    fleetune.open("1").load(offline=True)
-
-
 # Compressions -----------------------------------------------------------------------------------------
 
 OF_COMPRESSIONS: dict[str, Use] = {
@@ -340,13 +292,6 @@ def test_another_artefact_in_the_folder_of_a_compression(at: Path) -> None:
     said = refused(lambda: fleetune.open("4").load(), "master.safetensors")
     assert "compress.json states" in said.message
     assert "fleetune compress runs/0002-fedit-tiny --method rtn" in (said.hint or "")
-
-
-def test_an_old_artefact_is_compared_with_its_record(old: Path) -> None:
-    fleetune.open("5").load()
-    flip(found("5") / "model" / "master.safetensors", 0.9)
-    for use in ("eval", "export", "load"):
-        refused(lambda use=use: OF_COMPRESSIONS[use]("5"), "master.safetensors")
 
 
 OF_FINISHED = OF_COMPRESSIONS | {"resume": lambda name: fleetune.resume_compression(name)}

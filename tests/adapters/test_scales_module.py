@@ -263,7 +263,7 @@ def test_what_a_run_trained_is_the_file_that_it_exports_and_its_patch_makes(
     copy.write_bytes(file.read_bytes())
     patch.apply(copy, made)
     assert copy.read_bytes() == out.read_bytes()
-    patch.undo(copy)
+    patch.apply(copy, patch_make.of_run(file, run.folder, inverse=True))
     assert copy.read_bytes() == file.read_bytes()
     losses = run.history["loss"]
     assert losses[-1] < losses[0]

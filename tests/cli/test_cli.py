@@ -583,7 +583,7 @@ ODD = "m\x1b]0;title\x07\x1b[31m\nerror: all is lost\u2028"
 
 
 @pytest.mark.parametrize("words", [
-    ["patch", "undo", "{odd}.gguf"], ["patch", "apply", "{odd}.gguf", "{odd}"], ["eval", "{odd}"], ["ledger", "show", "{odd}"],
+    ["patch", "apply", "{odd}.gguf", "{odd}"], ["eval", "{odd}"], ["ledger", "show", "{odd}"],
     ["tune", "{odd}.gguf", "demo"], ["runs", "show", "{odd}"], ["export", "{odd}"], ["chat", "{odd}", "why?"],
     ["compress", "{odd}", "--method", "rtn"], ["tune", "-c", "{odd}.toml"], ["eval", "0009-mezo-m", "--out", "{odd}"],
 ])  # fmt: skip

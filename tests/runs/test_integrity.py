@@ -152,17 +152,16 @@ def test_other_data_and_another_model_are_refused(copy, made, tmp_path: Path) ->
     assert resume("fedkseed", path).code == 0  # the same rows in another place
 
 
-@pytest.mark.parametrize(("totals", "least"), [([1, 2, 3.0, 1000.0], 1000), ([1, 2, 2000.0], 2000)])
-def test_the_time_of_a_resumed_run_is_that_of_all_sittings(totals: list[float], least: int, copy) -> None:
+def test_the_time_of_a_resumed_run_is_that_of_all_sittings(copy) -> None:
     _, path = copy("fedkseed", "stopped")
     round, file = rundir.checkpoints(path)[-1]
     payload = checkpoint.decode(file.read_bytes())
     assert json.loads(str(payload.scalars["totals"]))[3] > 0
-    scalars = {**payload.scalars, "totals": json.dumps(totals)}  # three numbers: of an earlier version
+    scalars = {**payload.scalars, "totals": json.dumps([1, 2, 3.0, 1000.0])}
     file.write_bytes(messages.encode(Message(round, b"", Payload(payload.arrays, scalars))))
     assert (said := resume("fedkseed", path)).code == 0, said.text
     done = next(e for e in metrics.events(path) if e["event"] == "done")
-    assert least < done["wall"] < least + 500
+    assert 1000 < done["wall"] < 1500
     assert done["wall"] > done["seconds"]
     assert report.summary(path)["seconds"] == done["wall"]
 
@@ -180,19 +179,6 @@ def test_a_checkpoint_states_what_it_stands_on(made) -> None:
     assert data.count(b"\n") == stated[1].lines == len(list(metrics.events(path))) - 1
     kept = checkpoint.kept_in(payload)
     assert {c: r for c, (r, _) in kept.items()} == {0: round, 1: round, 2: round}
-    encoded = checkpoint.encode(1, State(3), checkpoint.Totals())
-    (file_of_before := path.parent / "old.ckpt").write_bytes(encoded)  # as earlier versions wrote them
-    assert checkpoint.stands_on(checkpoint.decode(encoded)) is checkpoint.stated_in(file_of_before) is None
-
-
-class State:
-    """A state of one number."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def _asdict(self) -> dict[str, int]:
-        return {"n": self.n}
 
 
 @pytest.mark.parametrize(

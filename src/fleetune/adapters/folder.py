@@ -40,7 +40,7 @@ from fleetune.adapters.scales import Scales
 from fleetune.common import sums
 from fleetune.common.folders import staged
 from fleetune.data.encode import DATE, end_id
-from fleetune.errors import FleetuneError, ModelError
+from fleetune.errors import FleetuneError, ModelError, VersionError
 from fleetune.models import cache, short_names
 from fleetune.models.chat_template import is_plain
 from fleetune.models.layers import head_of, is_causal, layers_of
@@ -152,7 +152,7 @@ def _ours(model: Model, attachment: Attachment) -> tuple[dict[str, Any], Mapping
 
 def _from_ours(config: Mapping[str, Any], tensors: dict[str, Any]) -> tuple[AdapterSpec, dict[str, Any]]:
     if config["version"] != VERSION:
-        raise ValueError(f"module.json has version {config['version']}, this Fleetune reads {VERSION}")
+        raise VersionError("module.json")
     return KINDS[config["module"]](**config["spec"]), tensors
 
 

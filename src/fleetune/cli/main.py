@@ -32,7 +32,7 @@ from fleetune.cli.engine_flags import Signalled
 from fleetune.common.display import message_text
 from fleetune.common.memory import is_out_of_memory
 from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault
-from fleetune.seeds.kernel_choice import chosen_kernels
+from fleetune.seeds import chosen_kernels
 
 __all__ = ["COMMANDS", "EXAMPLES", "build_parser", "command_parsers", "main"]
 

@@ -87,7 +87,7 @@ def check(recipe: recipes.Recipe, out: str) -> None:
     from fleetune.tuning import methods, recipe_problems, robust
 
     recipe_problems.check_order(recipe.model, recipe.data)
-    check_model(recipe.model, out, recipes.part(recipe))
+    check_model(recipe.model, out, recipes.trained(recipe))
     for rows in filter(None, (recipe.data, recipe.eval_data)):
         check_data(rows)
     problems: list[str] = []
@@ -102,11 +102,11 @@ def check(recipe: recipes.Recipe, out: str) -> None:
         problems.append(str(error))
     if recipe.method != recipes.AUTO_METHOD:
         problems += settings.parsed_values(methods.settings(recipe.method), recipe.method, recipe.set)[1]
-        if recipe.train in recipes.TRAIN_PARTS:
-            of_blocks, change = recipe_problems.of_blocks(
-                recipe.train, recipe.method, recipe.set, recipe.base, recipe.device, recipes.TRAIN_PARTS
+        if recipe.train == "scales":
+            of_scales, change = recipe_problems.of_scales(
+                recipe.method, recipe.set, recipe.base, recipe.device, recipes.SCALE_METHODS
             )
-            hint, problems = hint if problems else change, problems + of_blocks
+            hint, problems = hint if problems else change, problems + of_scales
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
 
@@ -114,7 +114,7 @@ def check(recipe: recipes.Recipe, out: str) -> None:
 def check_model(model: str, out: str, train: str = "weights") -> None:
     """UsageError for what is no plain model, before torch is loaded: a run, an adapter, a path to nothing or to a part.
 
-    A compressed model passes where `train` is scales or codes.
+    A compressed model passes where `train` is scales.
     """
     from fleetune.api import plain_models
     from fleetune.models import cache, names

@@ -69,7 +69,7 @@ Kinds = Annotated[tuple[Annotated[int, Field(ge=0, lt=1000)], ...], Field(min_le
 Speed = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Dtype = Annotated[str, Field(pattern="^(fp32|bf16|fp16)$")]
 Task = Annotated[str, Field(pattern="^(tune|eval|calibrate)$")]
-Trained = Annotated[str, Field(pattern="^(weights|scales|codes)$")]
+Trained = Annotated[str, Field(pattern="^(weights|scales)$")]
 Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
 Kept = tuple[Annotated[int, Field(ge=-1, lt=1 << 31)], Crc]
 
@@ -200,7 +200,7 @@ class Reply:
         """Read an answer; MessageError for bytes that are none."""
         found = _decode(data)
         if "reason" in found:
-            raise MessageError("a device's reason is a code; it is of another version of Fleetune")
+            raise MessageError("a device's reason is a code, not words")
         return _made(cls, found, "the answer")
 
     @classmethod

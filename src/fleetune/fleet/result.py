@@ -47,7 +47,7 @@ def digest_of(result: Path) -> str:
     file = result / sums.FILE if result.is_dir() else result
     if not file.is_file():
         raise UsageError(
-            f"{file} is missing: the adapter is of an earlier version",
+            f"{file} is missing",
             hint=f"make it again: fleetune tune --resume {quoted(result.parent)}",
         )
     return sums.sha256(file)

@@ -27,7 +27,7 @@ import torch
 from fleetune import models
 from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, regular, write_atomic
-from fleetune.common.ggml import PARTS
+from fleetune.common.ggml import SCALES
 from fleetune.common.memory import at_most, rss, usable_memory
 from fleetune.common.shell import quoted
 from fleetune.common.version import __version__, processor
@@ -59,7 +59,7 @@ from fleetune.models.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
-from fleetune.seeds.trained import moved_tensors
+from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
@@ -313,7 +313,7 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
     method = _method(job) if job.method else None
     name = _model(job, brings)
     kinds: tuple[int, ...] = (0,)
-    base = BLOCKS if job.train in PARTS else brings.base
+    base = BLOCKS if job.train == SCALES else brings.base
     if job.task == "tune" or not brings.model:  # what is fetched is known to fit
         kinds, base = fitting_kinds(job, method, name, brings, base)
     model = models.load(

@@ -224,7 +224,7 @@ def load(
     `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
     the label words that an encoder's head chooses among; a causal model ignores them.  `base` is memory,
     mapped (the weights stay in their file, a GGUF file as it is or safetensors, and are read piece by piece; on the CPU), blocks
-    (mapped, and a built-in model is its GGUF file, whose scales or codes are tuned) or auto (`placement.py`: by `ram`, the
+    (mapped, and a built-in model is its GGUF file, whose scales are tuned) or auto (`placement.py`: by `ram`, the
     bytes that the work may take, 0 for all that this process may use).  ModelError when the name, its files, the labels, the
     dtype or the device cannot be used; FitError when memory does not suffice.
     """

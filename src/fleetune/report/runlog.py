@@ -237,8 +237,6 @@ def summarise(run: RunLog) -> dict[str, Any]:
     )
     seen = [v for e in (*run.rounds, *run.clients) if (v := num_of(e, "rss")) is not None]
     peak = num_of(run.done, "peak_rss")
-    # `wall` of an earlier version is the last sitting alone: its rounds (`seconds`) may have taken longer
-    clocks = [v for key in ("seconds", "wall") if (v := num_of(run.done, key)) is not None]
     return {
         "name": run.name,
         "path": str(run.path),
@@ -254,7 +252,7 @@ def summarise(run: RunLog) -> dict[str, Any]:
         "bytes_up": up,
         "bytes_down": down,
         "bytes": None if up is None and down is None else (up or 0) + (down or 0),
-        "seconds": max(clocks, default=None) or sum_of(run.rounds, "seconds"),
+        "seconds": num_of(run.done, "wall") or sum_of(run.rounds, "seconds"),
         "peak_rss": peak if peak is not None else max(seen, default=None),
         "intact": run.intact,
         "change_error": num_of(map_of(run.done, "change_errors"), "loss"),

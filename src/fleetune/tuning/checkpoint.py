@@ -5,7 +5,7 @@ A field may be a number, a text, an array, a dict of arrays, or a Ledger; its ki
 that `init` gives, so a checkpoint holds data only.
 
 A checkpoint also names all that it stands on (`StandsOn`): the recipe's options, digests of the base model and of the
-rows, metrics.jsonl as it was then, and the clients' memories with round and CRC-32.  Those of earlier versions name nothing.
+rows, metrics.jsonl as it was then, and the clients' memories with round and CRC-32.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from fleetune.errors import MessageError
 from fleetune.runs import sealed
 from fleetune.runs.metrics import Tally
 from fleetune.runs.rundir import RunDir, checkpoints
-from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.ledger_head import LedgerHead
+from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import messages
 from fleetune.tuning.course import NAME as COURSE
 from fleetune.tuning.course import Course
@@ -54,11 +53,11 @@ class StandsOn:
     base: str  # digest of the base model
     rows: str  # digest of the clients' rows, as they are split and encoded
     held_out: str  # digest of the rows that the run is measured on
-    rows_text: str = ""  # digest of the clients' rows before they are encoded; "" of an earlier version
-    held_out_text: str = ""  # digest of all held-out rows before they are encoded
+    rows_text: str  # digest of the clients' rows before they are encoded
+    held_out_text: str  # digest of all held-out rows before they are encoded
 
     def differences(self, now: StandsOn) -> list[str]:
-        """List what is otherwise now, in words for the user; an option of a later version has its default, and counts not."""
+        """List what is otherwise now, in words for the user."""
         found = [
             f"{name} = {now.recipe.get(name)!r}, and was {value!r}"
             for name, value in self.recipe.items()
@@ -111,13 +110,13 @@ def encode(
 
 
 def course_in(payload: Payload) -> Course:
-    """Return how the validation stood; the start of a course for a checkpoint of an earlier version."""
+    """Return how the validation stood; the start of a course where it says nothing."""
     text = payload.scalars.get(COURSE)
     return Course() if text is None else Course.from_json(str(text))
 
 
 def stands_on(payload: Payload) -> tuple[StandsOn, Tally] | None:
-    """Return what a checkpoint says that it stands on; None for one of an earlier version.
+    """Return what a checkpoint says that it stands on; None where it says nothing.
 
     MessageError when that is damaged.
     """
@@ -128,7 +127,7 @@ def stands_on(payload: Payload) -> tuple[StandsOn, Tally] | None:
 def stated_in(file: Path) -> StandsOn | None:
     """Return what the checkpoint in a file stands on, without reading its arrays.
 
-    None for one of an earlier version, and where it cannot be read.
+    None where it says nothing, or cannot be read.
     """
     try:
         with open(file, "rb", opener=regular) as opened:
@@ -169,7 +168,7 @@ def _on_text(on: StandsOn, tally: Tally) -> str:
 
 
 def kept_in(payload: Payload) -> Kept:
-    """Return the clients' memories that a checkpoint stands on; {} for one of an earlier version."""
+    """Return the clients' memories that a checkpoint stands on; {} where it names none."""
     if f"{KEPT}/client" not in payload.arrays:
         return {}
     columns = [payload.array(f"{KEPT}/{name}").tolist() for name in ("client", "round", "crc")]
@@ -198,9 +197,7 @@ def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
     MessageError when a field is missing.
     """
     values = {name: _get(f"state/{name}", kind, payload) for name, kind in like._asdict().items()}
-    up, down, seconds, *wall = json.loads(_get("totals", "", payload))
-    wall = wall or [seconds]  # an earlier version has none
-    return type(like)(**values), Totals(up, down, seconds, *wall)
+    return type(like)(**values), Totals(*json.loads(_get("totals", "", payload)))
 
 
 def state_of(run: RunDir, round: int, like: Any) -> Any | None:

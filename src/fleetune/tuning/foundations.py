@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common.shell import quoted
-from fleetune.common.undo import hint_with_undo
 from fleetune.data import Example
 from fleetune.data.encode import digest
 from fleetune.errors import RecipeError, UsageError
@@ -114,7 +113,7 @@ def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
 
 
 def stated_by(run: Path) -> StandsOn | None:
-    """What the newest readable checkpoint of a run states, with the method's defaults; None for a run of an earlier version."""
+    """What the newest readable checkpoint of a run states, with the method's defaults; None where none states it."""
     found = (checkpoint.stated_in(file) for _, file in reversed(rundir.checkpoints(run)))
     stated = next((stands_on for stands_on in found if stands_on is not None), None)
     return stated and dataclasses.replace(stated, recipe=_deciding(stated.recipe))
@@ -161,11 +160,8 @@ def check(job: TuneJob, run: Path, *, longer: bool = False) -> StandsOn:
         recipe = job.recipe
         raise UsageError(
             "\n  ".join([f"{run} was begun with something else than there is now:", *_first(differences)]),
-            hint=hint_with_undo(
-                recipe.model,
-                f"bring back the recipe, the model ({recipe.model}) and the data ({recipe.data}) of that run; "
-                f"or begin a new one: fleetune tune -c {quoted(run / 'run.toml')}",
-            ),
+            hint=f"bring back the recipe, the model ({recipe.model}) and the data ({recipe.data}) of that run; "
+            f"or begin a new one: fleetune tune -c {quoted(run / 'run.toml')}",
         )
     return now
 

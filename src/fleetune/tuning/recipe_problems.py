@@ -105,31 +105,21 @@ def of_settings(values: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def of_blocks(
-    part: str,
-    method: str,
-    chosen: Mapping[str, Any],
-    base: str,
-    device: str,
-    able: Mapping[str, Sequence[str]],
+def of_scales(
+    method: str, chosen: Mapping[str, Any], base: str, device: str, able: Sequence[str]
 ) -> tuple[list[str], str]:
-    """Say what of a recipe cannot train a part of a quantised base, and what to change; [] and "" where all can.
+    """Say what of a recipe cannot train the scales of a quantised base, and what to change; [] and "" where all can.
 
-    `part` is scales or codes, `chosen` are the method's settings, `able` the methods that can, by part.
+    `chosen` are the method's settings, `able` the methods that can.
     """
-    train = f"train = {part}"
+    train = "train = scales"
     found: list[tuple[str, str]] = []
-    if method not in able[part]:
-        other = next((other for other, those in able.items() if method in those), "")
-        also = f", which has train = {other}" if other else ""
+    if method not in able:
         found.append(
-            (
-                f"{train} is for {', '.join(able[part])}, not for {method}{also}",
-                f"--method {able[part][0]}, or --train {other or 'weights'}",
-            )
+            (f"{train} is for {', '.join(able)}, not for {method}", f"--method {able[0]}, or --train weights")
         )
-    elif (module := chosen.get("module", part)) != part:
-        found.append((f"{train} is the module {part}, not {module}", f"--set module={part}"))
+    elif (module := chosen.get("module", "scales")) != "scales":
+        found.append((f"{train} is the module scales, not {module}", "--set module=scales"))
     if base == "memory":
         found.append((f"{train} reads the base from its GGUF file, base = memory does not", "--base mapped"))
     if device not in ("auto", "cpu"):

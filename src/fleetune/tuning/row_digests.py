@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep 8 bytes of every row of a run's data, so that a later sitting can name the first row that is another now.
 
-    rows.digests    "FTROWS2\\n", then for each row of the data, in its order, the first 8 bytes of the SHA-256 of its texts,
+    rows.digests    "FTROWS1\\n", then for each row of the data, in its order, the first 8 bytes of the SHA-256 of its texts,
                     then the first 8 bytes of the SHA-256 of all before it
 
-An earlier version's file ("FTROWS1\\n") has no checksum at its end.  The file says that rows differ and which; that they are
+The file says that rows differ and which; that they are
 the same is decided by the whole digests of the checkpoints (`foundations.py`).  It is the owner's alone: who has it can find
 out whether a row was in the data.
 """
@@ -23,8 +23,7 @@ from fleetune.data import Example
 from fleetune.runs.rundir import RunDir
 
 FILE: Final = "rows.digests"
-HEAD: Final = b"FTROWS2\n"
-UNSEALED: Final = b"FTROWS1\n"  # without a checksum
+HEAD: Final = b"FTROWS1\n"
 SIZE: Final = 8  # bytes of a row
 
 
@@ -69,13 +68,9 @@ def difference(run: Path, rows: Sequence[Example]) -> str:
 def _body(raw: bytes) -> bytes | None:
     """Return the digests of the rows; None where the file is not as it was written."""
     head, content, checksum = raw[: len(HEAD)], raw[:-SIZE], raw[-SIZE:]
-    if head == UNSEALED:
-        body = raw[len(UNSEALED) :]
-    elif head == HEAD and checksum == _checksum(content):
-        body = content[len(HEAD) :]
-    else:
+    if head != HEAD or checksum != _checksum(content) or len(content) % SIZE:
         return None
-    return None if len(body) % SIZE else body
+    return content[len(HEAD) :]
 
 
 def _checksum(content: bytes) -> bytes:

@@ -145,7 +145,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     if before and before != f"fleetune fleet serve --resume {quoted(path)}{fleets.flags()}":
         ui.note(f"it was served otherwise before, and devices look for it there: {before}")
     if recipe:
-        recipe_flags.check_model(recipe.model, args.out, recipes.part(recipe))
+        recipe_flags.check_model(recipe.model, args.out, recipes.trained(recipe))
         recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe = fleets.settled(recipe, values)

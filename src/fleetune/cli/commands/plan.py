@@ -29,7 +29,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "model",
         metavar="MODEL",
-        help="hub id, HF directory, GGUF file or built-in name; with --train scales or codes also a compressed model",
+        help="hub id, HF directory, GGUF file or built-in name; with --train scales also a compressed model",
     )
     sub.add_argument(
         "--ram",
@@ -54,9 +54,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--train",
-        choices=["weights", "scales", "codes"],
+        choices=["weights", "scales"],
         default="weights",
-        help="scales or codes: the methods that tune these in a GGUF file, or in that of a compressed model (default weights)",
+        help="scales: the methods that tune the scales of a GGUF file, or in that of a compressed model (default weights)",
     )
     sub.add_argument("--steps", type=int, default=200, help="local steps of a round (default 200)")
 

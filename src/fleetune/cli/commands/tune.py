@@ -44,7 +44,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="hub id, HF directory, GGUF file or built-in name; with --train scales or codes also a compressed model",
+        help="hub id, HF directory, GGUF file or built-in name; with --train scales also a compressed model",
     )
     sub.add_argument("data", metavar="DATA", nargs="?", help="JSONL, CSV or Parquet file, hub id, or 'demo'")
     sub.add_argument(
@@ -119,7 +119,7 @@ def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
     costs = [
         ("bytes over the fleet", human_bytes(done.bytes_up + done.bytes_down),
          f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}"),
-        ("wall time · peak memory", f"{human_time(done.time)} · {human_bytes(done.peak_rss)}",
+        ("wall time · peak memory", f"{human_time(done.wall)} · {human_bytes(done.peak_rss)}",
          "of all sittings, without the time between; the peak is of the last" if resumed else ""),
     ]  # fmt: skip
     ui.final_table(

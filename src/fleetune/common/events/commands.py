@@ -178,13 +178,13 @@ class LedgerShown(Event):
     entries: int  # number of entries
     rounds: int  # last round that has an entry or a digest
     base: str  # SHA-256 of the base model's weights
-    law: str  # how an id becomes a direction: hashed, pooled, rademacher or gaussian
+    law: str  # how an id becomes a direction: hashed, rademacher or gaussian
     K: int  # directions of a pool; 1 for a law without pools
     grid: float  # change of a weight that the coefficient 1 means
     method: str  # that made it
     checks: Mapping[str, str]  # by round: SHA-256 of the weights after it
     fingerprint: str  # SHA-256 of the head and all entries
-    trains: str  # what its directions move: weights, or the scales or codes of a GGUF file
+    trains: str  # what its directions move: weights, or the scales of a GGUF file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,11 +211,6 @@ class TuneDone(Event):
     )
     energy: float | None = None  # joules of the processors while it ran, where the machine counts them
 
-    @property
-    def time(self) -> float:
-        """Wall time of the run.  `wall` of an earlier version is that of the last sitting alone, which may be shorter."""
-        return max(self.wall, self.seconds)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlanned(Event):

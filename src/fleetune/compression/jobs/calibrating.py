@@ -130,10 +130,7 @@ def check_origin(listener: Listener, own: str, model: str, parts: Path) -> None:
 def _origin(file: Path) -> str:
     """The origin that is written beside finished blocks; "" where it is gone or cannot be read."""
     try:
-        text = file.read_text(encoding="utf-8")
-        if isinstance(found := json.loads(text), list):  # an earlier version's, without a checksum
-            return text if len(found) == 6 else ""
-        return str(sealed.from_text(text).get("origin", ""))
+        return str(sealed.from_text(file.read_text(encoding="utf-8")).get("origin", ""))
     except (OSError, ValueError):
         return ""
 

@@ -14,7 +14,7 @@ from fleetune.common import settings, sums
 from fleetune.common.display import human_bytes
 from fleetune.common.events import CompressDone
 from fleetune.common.files import resumable
-from fleetune.common.ggml import PARTS
+from fleetune.common.ggml import SCALES
 from fleetune.common.shell import command, quoted
 from fleetune.compression.jobs import budget, calibrating, progress, scales
 from fleetune.compression.jobs.contract import Devices, FileSize, Job
@@ -262,7 +262,7 @@ def check(request: CompressRequest) -> None:
 def _note_codes(request: CompressRequest, listener: Listener) -> None:
     """Say that the weights of a run which tuned a file of codes are rounded once more, and how the file is to be had."""
     run = subject.Run(Path(request.model))
-    if (part := run.recipe.train) in PARTS:
+    if (part := run.recipe.train) == SCALES:
         listener.note(
             f"{run.folder} tuned the {part} of a file that is compressed already; here its weights are rounded once more. For "
             f"that file with nothing rounded: fleetune export {quoted(run.folder)} --to gguf"

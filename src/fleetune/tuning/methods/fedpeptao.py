@@ -51,7 +51,7 @@ Every layer has a prompt of its own: keys and values that its attention finds in
 ## What the choice costs
 
 Layers that travel, of 5, for six seeds; processor seconds of the Lipschitz rule on a device of 16 rows, and as a multiple of
-its training in that round (0.21 s).  `python -m benchmarks.curvature stories260K-hf demo_train.jsonl`
+its training in that round (0.21 s).
 
 | rows | products | lipschitz | plateau | seconds | of training |
 |---|---|---|---|---|---|
