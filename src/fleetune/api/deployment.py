@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Take a model to the device: export, measure, serve."""
+"""Take a model to the device: export, measure, serve, chat."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from fleetune.runs.progress import heard_by
 if TYPE_CHECKING:
     from fleetune.deploy.export_subject import ExportResult
     from fleetune.deploy.measure.job import MeasureResult
-    from fleetune.deploy.serving.session import Session
+    from fleetune.deploy.serving.client import Conversation
+    from fleetune.deploy.serving.engines import Session
 
 
 def export(
@@ -121,24 +122,55 @@ def serve(
     context: int = 4096,
     host: str = "127.0.0.1",
     port: int = 8080,
-    token: str | None = None,
-    beside_base: bool = False,
+    key: str = "",
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> Iterator[Session]:
-    """Serve a model over an OpenAI-compatible endpoint and a chat page while the block runs.
+    """Run an engine with a model while the block runs: OpenAI's HTTP interface, and llama.cpp's chat page, at `.url`.
 
-    `engine` is a name or auto (the first installed); without `threads`, several counts are tried and the fastest is
-    used; `port` 0 takes any free one.  A client must present `token` if one is given; on a `host` beyond this machine one
-    is always needed, and made where none is given.  With `beside_base` the base model is served as well, in a second
-    engine with memory of its own: a request goes to the one that it names.
+    `engine` is llama-server, xllamacpp, transformers or auto (the first installed), which chooses its number of threads
+    unless `threads` is given; `port` 0 takes any free one.  A client must present `key` if one is given (or is in the
+    environment's LLAMA_API_KEY); on a `host` beyond this machine one is always needed, and made where none is given.
+    UsageError for options that cannot be, FleetuneError for an engine that ends or does not load the model.
     """
-    from fleetune.deploy.serving import session
+    from fleetune.deploy.serving import engines, session
+    from fleetune.runs.events import Serving
 
-    with session.served(
-        subjects.open(model, out=out), session.EngineOptions(engine, threads, context),
-        session.FrontOptions(host, port, token), heard_by(listener, progress), offline=offline, beside_base=beside_base,
-    ) as opened:  # fmt: skip
-        yield opened
+    watching = heard_by(listener, progress)
+    options = engines.Options(engine, threads, context, host, port, key)
+    with session.opened(subjects.open(model, out=out), options, watching, offline=offline) as served:
+        watching.event(Serving(url=served.url, model=served.model.name, engine=served.engine.name))
+        yield served
+
+
+@contextmanager
+def chat(
+    model: object,
+    *,
+    system: str = "",
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 42,
+    engine: str = "auto",
+    threads: int | None = None,
+    context: int = 4096,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+) -> Iterator[Conversation]:
+    """Talk to a model in an engine of its own: `.say(text)` returns the answer, `.turns` has all that was said.
+
+    Temperature 0 gives the likeliest answer, the same each time; above it an answer is drawn with `seed`.  It has at most
+    `max_tokens` tokens.  The engine's arguments and the errors are those of `serve`; `generate` needs no engine.
+    """
+    from fleetune.deploy.serving import client, engines, session
+
+    options = engines.Options(engine, threads, context, key=None)
+    sampling = client.Sampling(temperature, max_tokens, seed)
+    sampling.check()
+    found = subjects.open(model, out=out)
+    with session.opened(found, options, heard_by(listener, progress), offline=offline) as opened:
+        yield client.Conversation(opened, sampling, system)

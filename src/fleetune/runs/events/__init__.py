@@ -59,7 +59,6 @@ from fleetune.runs.events.ledger import (
     LedgerWritten,
 )
 from fleetune.runs.events.lists import (
-    DoctorReport,
     MethodListed,
     ModelCached,
     ModelListed,
@@ -67,7 +66,6 @@ from fleetune.runs.events.lists import (
     ModelRemoved,
     RecipeListed,
     SettingListed,
-    TextShown,
 )
 from fleetune.runs.events.measure import Measured, MeasureDone
 from fleetune.runs.events.plan import PlanRow, PlanSettings
@@ -79,7 +77,7 @@ from fleetune.runs.events.runs import (
     RunRemoved,
     SweepListed,
 )
-from fleetune.runs.events.serving import Answered, Serving, ThreadsChosen
+from fleetune.runs.events.serving import Answered, Serving
 from fleetune.runs.events.sweep import SweepDone, SweepPlanned, SweepRun, SweepStart
 from fleetune.runs.events.tuning import (
     ClientReply,
@@ -132,7 +130,6 @@ __all__ = [
     "DeviceShown",
     "DigestFound",
     "Diverging",
-    "DoctorReport",
     "EvalDone",
     "Event",
     "ExportChecked",
@@ -178,8 +175,6 @@ __all__ = [
     "SweepRun",
     "SweepStart",
     "TaskScore",
-    "TextShown",
-    "ThreadsChosen",
     "TuneChecked",
     "TuneDone",
     "TuneStart",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report methods, recipes, models, texts and this installation: what a command lists or shows."""
+"""Report methods, recipes, models: what a command lists."""
 
 from __future__ import annotations
 
@@ -98,34 +98,3 @@ class ModelRemoved(Event):
     name: str  # as `models` lists it
     path: str  # where it was
     bytes: int  # that are free now
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextShown(Event):
-    """`help`, `version` and `completion`: the text that they print."""
-
-    event: ClassVar[str] = "text"
-    text: str  # in lines
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorReport(Event):
-    """`doctor`: this installation."""
-
-    event: ClassVar[str] = "doctor"
-    versions: Mapping[str, str]  # by package; "" for one that is not installed
-    python: str  # version of Python
-    program: str  # path of the interpreter
-    system: str  # operating system and machine
-    processors: int  # that this process may use
-    threads: str  # OMP_NUM_THREADS; "" where it is not set
-    memory: int  # bytes of the machine; 0 where the system does not tell
-    gpu: str  # path of the driver's program; "" for none
-    cache: str  # folder of fetched models
-    cache_bytes: int  # size of its files
-    cache_free: int  # bytes free on its disk
-    cache_writable: bool  # whether a file can be written there
-    offline: bool  # whether the environment forbids the network
-    engines: Mapping[str, bool]  # by name: whether it is installed
-    extras: Sequence[Mapping[str, Any]]  # each with name, serves, missing (packages), install (a command)
-    problems: Sequence[str]  # what stops work, with what to do

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,25 +10,13 @@ from fleetune.runs.events.base import Event
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThreadsChosen(Event):
-    """`serve`: the number of threads, and the speed of each that was tried."""
-
-    event: ClassVar[str] = "threads"
-    chosen: int  # number of threads with the highest speed
-    tokens_per_second: Mapping[str, float]  # by number of threads
-
-
-@dataclass(frozen=True, kw_only=True)
 class Serving(Event):
-    """`serve`: the endpoint answers."""
+    """`serve` and `chat`: the engine answers."""
 
     event: ClassVar[str] = "serving"
-    url: str  # address of the endpoint and the chat page
+    url: str  # address of the endpoint, and of the engine's page
     model: str  # name of the file or folder that is served
     engine: str  # name of the engine
-    threads: int  # number of threads
-    token: str | None = None  # that clients must present; only one made for this session
-    base: str | None = None  # name of the base model that is served beside it
 
 
 @dataclass(frozen=True, kw_only=True)
