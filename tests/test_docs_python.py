@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import fleetune
 from fleetune import models
 from fleetune.models import cache
 from fleetune.tuning import methods
@@ -61,14 +62,16 @@ def _quick(make: Callable[..., Any], name: str, values: Mapping[str, Any]) -> An
 
 @contextmanager
 def served(text: str) -> Iterator[str]:
-    """The page's blocks with the address of a running front, if they name one."""
+    """The page's blocks with the address of a stand-in for an engine, if they name one."""
     if (named := re.search(r"http://127\.0\.0\.1:\d+", text)) is None:
         yield text
         return
-    from serve_harness import Upstream, door
+    from serve_harness import little_file, stand_in
 
-    with door(Upstream()) as front:
-        yield text.replace(named[0], f"http://127.0.0.1:{front.server_port}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(stand_in(Path("bin"))))
+        with fleetune.serve(little_file(Path("smol.gguf")), port=0) as session:
+            yield text.replace(named[0], session.url)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ELSEWHERE])

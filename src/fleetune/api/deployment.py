@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ def export(
     torch and of the written file in its runtime are compared.  With `push`, OWNER/NAME, what was written goes to that
     model repository on the Hub, which is made (`private` or not) if it is not there.
     """
-    from fleetune.deploy import export_subject
+    from fleetune.deploy import export_subject, hub_push
 
     place, words, watching = (
         Path(path) if path else None,
@@ -50,13 +51,20 @@ def export(
         heard_by(listener, progress),
     )
     export_subject.check(to, place, words)
-    to_hub = export_subject.destination(push, private=private, offline=offline)
+    if private and push is None:
+        raise UsageError("--private is for a push", hint="add --push OWNER/NAME")
+    if push is not None:
+        hub_push.check(push, private=private, offline=offline)
     if (adapter := adapter_folder.of_peft(model)) is not None:
         done = export_subject.of_adapter(adapter, to, place, watching, offline=offline)
     else:
         found = subjects.open(model, out=out)
         done = export_subject.export(found, to, place, words, watching, offline=offline)
-    return export_subject.pushed(done, to_hub, watching) if to_hub else done
+    if push is None:
+        return done
+    pushed = hub_push.push(done.path, push, private=private)
+    watching.event(pushed)
+    return dataclasses.replace(done, pushed=pushed)
 
 
 def measure(

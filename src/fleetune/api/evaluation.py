@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WHOLE: Final = 1 << 20  # tokens: a prompt is not cut
 
+
 def evaluate(
     model: object,
     data: Rows | None = None,

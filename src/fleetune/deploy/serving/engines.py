@@ -48,7 +48,9 @@ class Options:
     context: int = 4096  # tokens of a conversation at most (llama.cpp)
     host: str = LOOPBACK
     port: int = 0  # any free one
-    key: str | None = ""  # that a client must present; "": none on this machine, one made off it; None: always one made
+    key: str | None = (
+        ""  # that a client must present; "": none on this machine, one made off it; None: always one made
+    )
 
 
 @dataclass(frozen=True)
