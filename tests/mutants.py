@@ -195,7 +195,6 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("fleet/flower/clock.py", "        module.__dict__[\"now\"] = steady.now", "        pass", "fleet/test_fleet_faults.py -k clock"),
     Mutant("fleet/audit.py", "        os.truncate(file.fileno(), size)", "        pass", "fleet/test_fleet_files.py -k log"),
     Mutant("fleet/worker.py", "        memories.rewind(round)", "        pass", "fleet/test_worker.py"),
-    Mutant("fleet/page.py", "        exchange.check_token()\n", "        pass\n", "fleet/test_page.py"),
     Mutant("fleet/status.py", "= read_text(run / STOP, errors=\"replace\") == session", "= bool(read_text(run / STOP))", "fleet/test_status.py"),
     Mutant("fleet/table.py", "        if member.rows and (member.rows, member.rows_digest)", "        if not member.rows and (member.rows, member.rows_digest)", "fleet/test_remote.py"),
     Mutant("fleet/remote.py", "if asking.at_once and len(asking.sent) >= asking.at_once:", "if False:", "fleet/test_fleet_calibration.py -k on_their_way"),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import sys
 from pathlib import Path
@@ -98,26 +97,3 @@ def lives(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
-
-
-def ask(
-    front: Any, method: str, path: str, body: bytes | None = None, **headers: str
-) -> tuple[int, dict[str, str], bytes]:
-    """One request on a connection of its own; header names have _ for -."""
-    connection = http.client.HTTPConnection("127.0.0.1", front.server_port, timeout=20)
-    try:
-        given = {name.replace("_", "-"): value for name, value in headers.items()}
-        if body is not None:
-            given.setdefault("Content-Type", "application/json")
-        connection.request(method, path, body, given)
-        response = connection.getresponse()
-        return response.status, dict(response.headers), response.read()
-    finally:
-        connection.close()
-
-
-def error_of(body: bytes) -> dict[str, Any]:
-    """The error in a body of OpenAI's form."""
-    found: dict[str, Any] = json.loads(body)["error"]
-    assert set(found) == {"message", "type", "param", "code"}
-    return found
