@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from fleetune.runs import sealed
 
 EVIL = "<img src=x onerror=window.hit=1>"
@@ -76,9 +74,3 @@ def word(folder: Path, *, said: float = 0.0, **more: Any) -> None:
         **more,
     }  # fmt: skip
     (folder / "fleet.json").write_text(sealed.to_text(content))
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """Such a folder."""
-    return write(tmp_path / "0001-fedkseed-tiny")
