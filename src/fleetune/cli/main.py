@@ -39,19 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         # the process ends with the command: to search for cycles what is left then would take a second
         atexit.register(gc.freeze)
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _answer(words)
-    except KeyboardInterrupt as error:  # before the command began, or after it ended
-        return _stopped(Ui(json="--json" in words), error)
-
-
-def _answer(words: Sequence[str]) -> int:
-    """Parse the words, run their command, and return its exit code."""
     if "_ARGCOMPLETE" in os.environ:  # a shell asks which words fit
         import argcomplete
 
         argcomplete.autocomplete(build_parser(command_in(os.environ.get("COMP_LINE", "").split()[1:])))
+    words = list(sys.argv[1:] if argv is None else argv)
     ui = Ui(json="--json" in words)
     try:
         args = parse(words or ["--help"])
@@ -63,8 +55,9 @@ def _answer(words: Sequence[str]) -> int:
     except FleetuneError as error:
         ui.error(error)
         return error.exit_code
-    except KeyboardInterrupt as error:
-        return _stopped(ui, error)
+    except KeyboardInterrupt as error:  # a job that can be resumed leaves how as a note, the outermost last
+        ui.error(Interrupted("stopped", hint=[None, *getattr(error, "__notes__", [])][-1]))
+        return Interrupted.exit_code
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -85,12 +78,6 @@ def _run(args: argparse.Namespace, ui: Ui) -> None:
             f"the command was not finished: {fault(error)}",
             hint="a function, module or plug-in that it uses called sys.exit(); -v shows where",
         ) from error
-
-
-def _stopped(ui: Ui, error: KeyboardInterrupt) -> int:
-    """Say that Ctrl-C ended the command, and how it is resumed: a job that can be leaves that as a note, the outermost last."""
-    ui.error(Interrupted("stopped", hint=[None, *getattr(error, "__notes__", [])][-1]))
-    return 130
 
 
 class _Watch(MetaPathFinder):
