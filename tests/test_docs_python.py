@@ -48,6 +48,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tiny()  # groups of 32 divide its rows, and its tokenizer has merges, as GGUF needs
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
     models.save(model.net, model.tokenizer, cache.hub_target(cache.SMOLLM2_135M.hub))
+    monkeypatch.setattr(methods.REGISTRY, "_given", {})  # a page hands over a method of its own
     monkeypatch.setattr(methods, "make", functools.partial(_quick, methods.make))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

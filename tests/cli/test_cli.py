@@ -458,7 +458,7 @@ BAD = {
     "a flag of another command": (
         ["eval", "{tiny}", "demo", "--rounds", "2"],
         2,
-        "'--rounds'. It is for tune",
+        "unknown argument '--rounds'",
     ),
     "two models": (["tune", "{tiny}", "demo", "--model", "other"], 2, "two values of model"),
     "two data sets": (["tune", "{tiny}", "demo", "--data", "rows.jsonl"], 2, "two values of data"),

@@ -28,7 +28,7 @@ from fleetune.errors import RecipeError, UsageError
 
 COMMANDS = sorted(cli.COMMANDS.members())
 LIGHT = [  # these load neither torch nor transformers
-    "", "--help", "--version", "methods", "compress --list", "models", "plan --help", "tune --help", "runs",
+    "", "--help", "--version", "methods", "models", "plan --help", "tune --help", "runs",
     "serve --help", "tune tiny nofile.jsonl", "tune tiny rows.jsonl --lr 1e-4", "compress tiny --bits 4", "tun",
 ]  # fmt: skip
 

@@ -175,7 +175,7 @@ def test_what_cannot_be_pushed_is_told_before_any_work(hub: Hub, monkeypatch: py
         hub_push.check("me/otter", private=False, offline=True)
     assert not hub.asked
     monkeypatch.setenv("HF_TOKEN", "hf_bad")
-    with pytest.raises(FleetuneError, match="401") as error:
+    with pytest.raises(FleetuneError, match="Invalid user token") as error:
         hub_push.check("me/otter", private=False, offline=False)
     assert "hf auth login" in str(error.value.hint)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -15,7 +15,6 @@ from typing import Any
 from fleetune.common.files import read_text, write_atomic
 from fleetune.errors import FleetuneError, UsageError, cut_reason
 from fleetune.runs.events import ExportPushed
-from fleetune.tuning.model_card import CARD, HERE
 
 
 def check(repository: str, *, private: bool, offline: bool) -> None:
@@ -36,6 +35,8 @@ def push(path: Path, repository: str, *, private: bool) -> ExportPushed:
 
     The card's lines on how to load it name the repository then.  FleetuneError for what the Hub or the network refuses.
     """
+    from fleetune.tuning.model_card import CARD, HERE
+
     with _told(repository, f"the export is at {path}; again: hf upload {repository} {path}"):
         _hub().create_repo(repository, private=private or None, exist_ok=True)
         if not path.is_dir():

@@ -48,11 +48,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Talk; with `--prompt`, or what a pipe holds, answer once and end."""
+    model = fleetune.open(args.subject, out=args.out)  # before a pipe is read
     prompt = args.prompt if args.prompt is not None or sys.stdin.isatty() else sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty", hint='fleetune chat MODEL --prompt "What is .."')
     with ended_by_signals(), console_listener(ui, resumes=False) as listener, fleetune.chat(
-        args.subject, system=args.system, max_tokens=args.max_tokens, temperature=args.temperature,
+        model, system=args.system, max_tokens=args.max_tokens, temperature=args.temperature,
         seed=args.seed, engine=args.engine, threads=args.threads, context=args.context, out=args.out,
         offline=args.offline, listener=listener,
     ) as talk:  # fmt: skip
