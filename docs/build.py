@@ -29,7 +29,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from fleetune import compression
-from fleetune.cli import main as cli
+from fleetune.cli import parser
 from fleetune.common import events, settings
 from fleetune.deploy import targets
 from fleetune.deploy.formats import mlx
@@ -87,8 +87,8 @@ def recipe_page() -> str:
 
 def commands_page() -> str:
     """Every command with its arguments."""
-    parts = [MADE, "# Commands\n", "```\n" + cli.EXAMPLES + "```\n"]
-    for name, sub in cli.command_parsers().items():
+    parts = [MADE, "# Commands\n", "```\n" + parser.EXAMPLES + "```\n"]
+    for name, sub in parser.command_parsers().items():
         parts.append(f"## fleetune {name}\n\n{sub.description}\n")
         if sub.epilog:
             parts.append("```\n" + textwrap.dedent(sub.epilog.partition("\n")[2]).rstrip() + "\n```\n")

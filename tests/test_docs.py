@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fleetune.cli import main as cli
+from fleetune.cli import parser
 from fleetune.errors import UsageError
 from fleetune.tuning import methods
 
@@ -88,7 +88,7 @@ def test_links_that_leave_the_docs_are_moved():
 
 @functools.cache
 def known_commands() -> dict[str, argparse.ArgumentParser]:
-    return cli.command_parsers()
+    return parser.command_parsers()
 
 
 def fault(line: str, *, whole: bool = True) -> str:

@@ -291,7 +291,6 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.
 BAD = {
     "no run": ([], "eval takes one RUN"),
     "a recipe's flag": (["model", "--rounds", "3"], "eval takes no rounds"),
-    "the page of a run": (["model", "--page"], "eval takes no --page"),
     "an open door": (["model", "--host", "0.0.0.0"], "needs TLS and registered keys"),
     "below zero": (["model", "--wait", "-1"], "cannot be negative"),
 }

@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import fleet_run
 import jsonschema
 import pytest
-from fleet_run import EVIL, TWO_ROUNDS, client, done
+from fleet_run import EVIL, client, done
 
 from fleetune.cli.main import main
 from fleetune.errors import StorageError, UsageError
 from fleetune.fleet import status
 from fleetune.fleet.table import Devices
 from fleetune.runs import compression_folder, sealed
-from fleetune.runs.follow import Follower
 from fleetune.runs.rundir import RunDir
 
 
@@ -70,35 +68,6 @@ def test_a_killed_server_and_a_finished_run(run):
     assert {d.does for d in now.devices} == {""}  # what they did is no longer so
     (run / "status").write_text("done\n")
     assert status.look(run).status == "done"
-
-
-def test_a_record_reads_on_and_begins_anew_where_the_file_was_cut(run):
-    record = status.Record(run)
-    status.look(run, record)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(
-            "".join(json.dumps(e) + "\n" for e in [client(3, 0), client(3, 1), client(3, 2), *done(3)])
-        )
-    now = status.look(run, record)
-    assert (now.replies["ok"], now.bytes_up) == (7, 990)
-    assert now == status.look(run, record) == status.look(run)
-    new = run / "new"
-    new.write_text("".join(json.dumps(e) + "\n" for e in TWO_ROUNDS[:7]))
-    os.replace(new, run / "metrics.jsonl")
-    now = status.look(run, record)
-    assert (now.replies["ok"], now.bytes_up, now.loss) == (3, 330, 3.8)
-
-
-def test_a_follower_waits_for_the_end_of_a_line_and_leaves_out_what_is_none(tmp_path):
-    follower = Follower(tmp_path)
-    assert list(follower.news()) == []
-    file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b'{"event": "a"}\nnonsense\n{"event": "b"')
-    assert [e["event"] for e in follower.news()] == ["a"]
-    assert list(follower.news()) == []
-    with file.open("ab") as opened:
-        opened.write(b"}\n\xff\n[1]\n")
-    assert [e["event"] for e in follower.news()] == ["b"]
 
 
 @pytest.mark.parametrize("change", [{"devices": [7]}, {"t": "now"}, {"devices": [{"client": 0}]}])

@@ -46,6 +46,7 @@ def add_some(
             f"--{name.replace('_', '-')}",
             dest=PREFIX + name,
             metavar=kind.__name__.upper(),
+            choices=recipes.choices(name) or None,
             help=(texts.get(name, text) + shown).replace("%", "%%"),
         )
     if "samples" in names:
@@ -82,9 +83,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def check(recipe: recipes.Recipe, out: str) -> None:
-    """UsageError for what can be seen to be wrong before torch is loaded, which takes seconds: names, files, settings."""
+    """UsageError for what can be seen to be wrong before torch is loaded, which takes seconds: names, files, rules."""
     from fleetune.data.partition import check_partition_spec
-    from fleetune.tuning import methods, recipe_problems, robust
+    from fleetune.tuning import recipe_problems, robust
 
     recipe_problems.check_order(recipe.model, recipe.data)
     check_model(recipe.model, out, recipes.trained(recipe))
@@ -100,15 +101,8 @@ def check(recipe: recipes.Recipe, out: str) -> None:
         robust.parse(recipe.aggregation)
     except ValueError as error:
         problems.append(str(error))
-    if recipe.method != recipes.AUTO_METHOD:
-        problems += settings.parsed_values(methods.settings(recipe.method), recipe.method, recipe.set)[1]
-        if recipe.train == "scales":
-            of_scales, change = recipe_problems.of_scales(
-                recipe.method, recipe.set, recipe.base, recipe.device, recipes.SCALE_METHODS
-            )
-            hint, problems = hint if problems else change, problems + of_scales
     if problems:
-        raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
+        raise RecipeError(problems, hint=hint or "all options: fleetune tune --help")
 
 
 def check_model(model: str, out: str, train: str = "weights") -> None:

@@ -25,7 +25,6 @@ from fleetune.subject import Compressed, Plain, Run, Subject
 
 if TYPE_CHECKING:
     from fleetune.deploy.formats import Report
-    from fleetune.deploy.hub_push import Destination
     from fleetune.deploy.measure.harness import Row
 
 DEFAULT_TARGET = "gguf"
@@ -130,27 +129,6 @@ def check(to: str | None, path: Path | None, text: str | None) -> None:
         raise UsageError(f"no text file at {text}", hint="check the path")
     if text and target is not None and target.takes == "adapter":
         raise UsageError("an adapter alone has no perplexity", hint="leave out --text, or --to hf")
-
-
-def destination(repository: str | None, *, private: bool, offline: bool) -> Destination | None:
-    """The repository to push to, after it was asked whether it can be; None for no push.  UsageError where it cannot be."""
-    if repository is None:
-        if private:
-            raise UsageError("--private is for a push", hint="add --push OWNER/NAME")
-        return None
-    from fleetune.deploy.hub_push import Destination
-
-    return Destination(repository, private=private, offline=offline)
-
-
-def pushed(done: ExportResult, to: Destination, listener: Listener) -> ExportResult:
-    """Push what was written; the result with where it is."""
-    found = to.push(done.path)
-    event = ExportPushed(
-        path=str(done.path), repository=found.repository, url=found.url, private=found.private
-    )
-    listener.event(event)
-    return dataclasses.replace(done, pushed=event)
 
 
 def write(

@@ -34,7 +34,6 @@ from fleetune.tuning.kinds import ONE, Wanted, wanted
 from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fleetune.fleet.page import LivePage
     from fleetune.tuning.prepare import TuneJob
     from fleetune.tuning.simulation import Step
 
@@ -100,7 +99,6 @@ class Served:
     place: Place
     wait: int = 0  # devices before the first round; 0: the recipe's clients, or all whose keys are here
     pace: Pace = field(default_factory=Pace)
-    page: LivePage | None = None  # is told which run to show
     simulated: bool = False
     session: str = field(init=False, default_factory=lambda: secrets.token_hex(16))  # of this process
     farewell: str = "the run is finished"  # what devices are told at the end
@@ -156,15 +154,14 @@ class Served:
         return wanted
 
     def flags(self) -> str:
-        """Return the flags that open the same door again, with the same pace and page, each with a space before it."""
+        """Return the flags that open the same door again, with the same pace, each with a space before it."""
         usual = Pace()
         given = [
             ("--wait", self.wait, 0), ("--grace", self.pace.grace, usual.grace),
             ("--round-deadline", self.pace.deadline, usual.deadline),
         ]  # fmt: skip
         pace = "".join(f" {flag} {value:g}" for flag, value, other in given if value != other)
-        page = f" --page {self.page.at}" if self.page is not None and self.page.at else ""
-        return self.place.flags() + pace + page
+        return self.place.flags() + pace
 
     def about(self, job: TuneJob) -> str:
         """Return where, and how many are waited for."""
@@ -205,8 +202,6 @@ class Served:
         """Return the fleet for a job when `count` devices are ready; what they do is written into `folder`."""
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
         listener.note(f"on each device: {self.line(is_path(job.model) or Path(job.model).exists())}")
-        if self.page is not None:
-            self.page.show(folder)
 
         audit = Audit(folder)
 

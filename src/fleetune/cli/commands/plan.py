@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
+import fleetune
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
 from fleetune.common.events import PlanRow, PlanSettings
@@ -63,12 +64,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Print the table, and the command to begin with."""
-    from fleetune import api
     from fleetune.cli import recipe_flags
     from fleetune.planning import plan as planning
 
     recipe_flags.check_model(args.model, args.out, args.train)
-    plan = api.plan(
+    plan = fleetune.plan(
         args.model, ram=args.ram, uplink=args.uplink, batch=args.batch, length=args.length, steps=args.steps,
         dtype=args.dtype, base=args.base, train=args.train, out=args.out, offline=args.offline,
     )  # fmt: skip

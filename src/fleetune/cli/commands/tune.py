@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import fleetune
 from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
@@ -69,8 +70,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Tune, resume or check."""
     if args.resume:
-        from fleetune import api
-
         path = rundir.find(args.resume, Path(args.out))
         recipe_flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
         rounds, base = _more_rounds(args), recipe_flags.given(args).get("base", "")
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             _say_checked(check_resume(path, offline=args.offline, rounds=rounds, base=base), ui)
             return
         with screen(ui, path) as shown:
-            result = api.resume_run(
+            result = fleetune.resume_run(
                 path, rounds=rounds, base=base, out=args.out, offline=args.offline, listener=shown, tracker=args.tracker,
             )  # fmt: skip
             finish(ui, result, resumed=True)
@@ -103,10 +102,9 @@ def _more_rounds(args: argparse.Namespace) -> int:
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
     """Tune as a recipe says in a new folder, and print the final table."""
-    from fleetune import api
 
     with screen(ui) as shown:
-        result = api.tune(
+        result = fleetune.tune(
             recipe, out=args.out, offline=args.offline, listener=shown, tracker=getattr(args, "tracker", ())
         )
     finish(ui, result)
