@@ -36,11 +36,6 @@ class Mutant(NamedTuple):
 
 MUTANTS: tuple[Mutant, ...] = (
     # GGUF files are parsed once; what experts share; times
-    Mutant("models/gguf/reader.py", "reader if os.path.samefile(path, reader.path) else Reader(path)", "reader", "deploy/test_gguf_reader.py"),
-    Mutant("models/gguf/reader.py", "            gguf.GGUFReader = theirs", "            pass", "deploy/test_gguf_reader.py"),
-    Mutant("models/gguf/reader.py", "self.data.view(np.ndarray)", "np.array(self.data)", "deploy/test_gguf_reader.py"),
-    Mutant("models/gguf/claims.py", "int(reader.alignment)", "reader.alignment", "hostile/test_gguf_files.py -k alignment"),
-    Mutant("models/gguf/header.py", "alignment < 1 or alignment & (alignment - 1)", "alignment < 1", "hostile/test_gguf_files.py -k alignment"),
     Mutant("compression/layerwise/experts.py", "if few and of_all:", "if of_all:", "compression/test_experts.py -k summed_once"),
     Mutant("compression/layerwise/experts.py", "of_all is not None and not name.endswith(DOWN)", "of_all is not None", "compression/test_experts.py -k summed_once"),
     Mutant("tuning/estimate.py", "SLOW: Final = 1.0", "SLOW: Final = 6.0", "tuning/test_estimate.py -k timed_once"),
@@ -57,8 +52,6 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('deploy/formats/gguf_lora.py', 'factor.float().numpy()', 'factor.numpy()', 'deploy/test_gguf_lora.py'),
     Mutant('models/gguf/convert.py', '    header.read_whole(path)  #', '    header.read(path)  #', 'deploy/test_gguf_head.py'),
     Mutant('models/cache.py', '    header.read_whole(path)  # what is no model is not hashed\n', '\n', 'deploy/test_gguf_head.py'),
-    Mutant('models/gguf/header.py', 'is int and count > 1:', 'is int and count > 0:', 'deploy/test_gguf_head.py'),
-    Mutant('models/gguf/header.py', 'is an adapter{of}, not', 'is an adapter, not', 'deploy/test_gguf_head.py'),
     Mutant('planning/plan.py', 'if (share := ggml.share(kinds, train)) else []', 'if (share := "") else []', 'deploy/test_tunable_file.py'),
     Mutant('tuning/describe.py', '    share = blocks_share(m)', '    share = []', 'deploy/test_tunable_file.py'),
     Mutant('tuning/prepare.py', 'remarks=[*share, *remarks]', 'remarks=[*remarks]', 'deploy/test_tunable_file.py'),
@@ -171,8 +164,6 @@ MUTANTS: tuple[Mutant, ...] = (
     # foreign files
     Mutant("models/bounds.py", "    if not -LARGEST_WEIGHT <= low <= high <= LARGEST_WEIGHT:", "    if low > high:", "models/test_bounds.py"),
     Mutant("models/bounds.py", "if isinstance(blocks, int) and blocks > tensors:", "if isinstance(blocks, int) and blocks > 1000 * tensors:", "models/test_bounds.py hostile/test_model_folders.py"),
-    Mutant("models/bounds.py", "if EPSILON.search(key) and not 0 < value < 1:", "if EPSILON.search(key) and not 0 <= value < 1:", "models/test_bounds.py"),
-    Mutant("models/gguf/header.py", "    if has < head.size:", "    if has < head.size - 64:", "deploy/test_gguf_head.py"),
     # compression and export
     Mutant("compression/layerwise/column_loop.py", "later[r] -= e[r] * u", "later[r] += e[r] * u", "compression/test_solvers.py"),
     Mutant("compression/layerwise/hessian.py", "flat[:, :last], alpha=2.0)", "flat[:, :last], alpha=1.0)", "compression/test_solvers.py"),

@@ -19,12 +19,12 @@ from fleetune.common.ggml import BLOCK, PARTS
 from fleetune.common.shell import command
 from fleetune.common.sums import sha256
 from fleetune.deploy.formats import Report
-from fleetune.deploy.formats._gguf_header import open_written
 from fleetune.deploy.patch import SILENT, Packed, Seen, patched, told
 from fleetune.deploy.patch_file import Patch, Place, check_work, with_changes, with_entries
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import placement
 from fleetune.models.bases import BLOCKS
+from fleetune.models.gguf import header
 from fleetune.models.mapped.lazy import LazyWeight, weights_of
 from fleetune.models.mapped.stored import Stored
 from fleetune.runs.listener import Listener
@@ -57,7 +57,7 @@ def check_order(name: str, run: str, out: Path) -> None:
 
 def report(path: Path) -> Report:
     """Describe a patched file, every tensor of which is what the patch states (its SHA-256 is)."""
-    kinds = Counter(tensor.tensor_type.name for tensor in open_written(path).tensors)
+    kinds = Counter(tensor.kind for tensor in header.read(path).tensors)
     count = kinds.total()
     return Report(path, "gguf", path.stat().st_size, count, count, dict(kinds))
 

@@ -326,7 +326,7 @@ def import_gguf(path: Path, *, weights: bool = True, progress: Progress | None =
     """
     from fleetune.models.gguf import convert, header
 
-    header.read_whole(path)  # what is no model is not hashed
+    header.check_whole(path)  # what is no model is not hashed
     digest = sums.sha256(path)
     target = (gguf_target if weights else mapped_target)(digest)
     if _complete(target):

@@ -54,7 +54,6 @@ from fleetune.models.mapped.net import NotMappable, leave_in_file, memory_of, pl
 from fleetune.models.mapped.stored import Stored, weight_files
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
 from fleetune.models.saving import disk_errors, quiet, save
-from fleetune.models.template_trial import template_trial
 from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
 
 __all__ = [
@@ -275,18 +274,17 @@ def _load_folder(
     stated.before(path)
     try:
         tokenizer = _read_tokenizer(path)
-        with template_trial(tokenizer, path):
-            return_large_pieces()
-            net, words, new = _read_net(path, DTYPES[dtype], labels, tensors)
-            named = named_tensors(net)
-            base = digest(finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
-            stated.after(path, base)
-            if tensors is None:
-                net.to(chosen)
-            check_step(net, path)
-            if (memory := memory_of(net)) is not None:
-                memory.forget()
-            give_back()  # some ten MB of the tokenizer's making
+        return_large_pieces()
+        net, words, new = _read_net(path, DTYPES[dtype], labels, tensors)
+        named = named_tensors(net)
+        base = digest(finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
+        stated.after(path, base)
+        if tensors is None:
+            net.to(chosen)
+        check_step(net, path)
+        if (memory := memory_of(net)) is not None:
+            memory.forget()
+        give_back()  # some ten MB of the tokenizer's making
     except ModelError:
         stated.check(path)  # a damaged file is named as such
         raise
@@ -402,6 +400,4 @@ def load_tokenizer(name: str, *, offline: bool = False) -> PreTrainedTokenizerBa
     """Return a model's tokenizer without loading weights; a model that is not here is fetched.  ModelError as in `load`."""
     path = resolve(name, offline=offline)
     with quiet(), _LOADING:
-        tokenizer = _read_tokenizer(path)
-        with template_trial(tokenizer, path):
-            return tokenizer
+        return _read_tokenizer(path)

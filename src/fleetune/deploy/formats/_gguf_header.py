@@ -7,7 +7,6 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import gguf
@@ -15,21 +14,8 @@ from gguf import LlamaFileType
 
 from fleetune.deploy.formats import Misfit
 from fleetune.models.families import rope, table, widths
-from fleetune.models.gguf.reader import Reader
-from fleetune.models.tensor_file import damaged
 
 PHI3_TOKENS: Final = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
-UNREADABLE: Final = (  # what the gguf package raises for a file that is none, or is damaged
-    OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
-)  # fmt: skip
-
-
-def open_written(path: Path) -> Reader:
-    """Open a file that was just written; FleetuneError when it cannot be read."""
-    try:
-        return Reader(path)
-    except UNREADABLE as error:
-        raise damaged(path, str(error)) from error
 
 
 def check_config(config: Any) -> None:

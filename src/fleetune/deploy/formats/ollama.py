@@ -20,7 +20,6 @@ from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report, _gguf_vocabulary, _ollama_template, gguf
 from fleetune.errors import FleetuneError
 from fleetune.models import chat_template as plain
-from fleetune.models.template_trial import template_trial
 
 TARGETS: Final = {
     "ollama": "a folder with the GGUF file and a Modelfile: ollama create NAME -f FOLDER/Modelfile",
@@ -52,12 +51,7 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
 
 
 def add_modelfile(tokenizer: Any, folder: Path) -> list[str]:
-    """Write the Modelfile of a model with this tokenizer; return notes for the user.
-
-    ModelError for a chat template that does not end, or takes too much memory, when it is rendered.
-    """
-    with template_trial(tokenizer, folder):
-        pass  # in a process of its own, before it runs in this one
+    """Write the Modelfile of a model with this tokenizer; return notes for the user."""
     text, notes = modelfile(tokenizer)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     return notes
