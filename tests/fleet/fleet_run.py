@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from fleetune.common import files
 from fleetune.deploy.serving.front import Front
 from fleetune.fleet import page
 from fleetune.fleet.page import LivePage
-from fleetune.runs import sealed
 from fleetune.runs.rundir import RunDir
 
 EVIL = "<img src=x onerror=window.hit=1>"
@@ -79,7 +79,7 @@ def word(folder: Path, *, said: float = 0.0, **more: Any) -> None:
         "devices": [{"name": n, "client": c, "does": d} for c, (n, d) in enumerate(zip(NAMES, DOES, strict=True))],
         **more,
     }  # fmt: skip
-    (folder / "fleet.json").write_text(sealed.to_text(content))
+    (folder / "fleet.json").write_text(files.json_text(content))
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from fleetune import adapters
+from fleetune.common.files import read_json
 from fleetune.common.ggml import PARTS
 from fleetune.data.encode import digest
 from fleetune.errors import StorageError
 from fleetune.models.model import Model
-from fleetune.runs import env_file, sealed
+from fleetune.runs import env_file
 from fleetune.runs.events import RateFound, TuneStart
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
@@ -67,7 +68,7 @@ def of_data(job: TuneJob, run: Path) -> dict[str, Any]:
     """
     stated, parts = foundations.of_job(job), job.split
     try:
-        told = sealed.read(run / env_file.ENVIRONMENT, "").get("given")
+        told = read_json(run / env_file.ENVIRONMENT, "").get("given")
     except StorageError:
         told = None
     return {

@@ -12,7 +12,6 @@ import numpy as np
 from torch import Tensor
 
 from fleetune import adapters, models
-from fleetune.adapters.lora_init import FROM_WEIGHTS
 from fleetune.common import sums
 from fleetune.common.display import counted
 from fleetune.common.ggml import PARTS
@@ -30,7 +29,7 @@ from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import PASSES
 from fleetune.seeds.trained import moved_tensors
 from fleetune.seeds.view import kernels
-from fleetune.tuning import foundations, methods, places
+from fleetune.tuning import foundations, places
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.given_methods import RESULT as RESULT
 from fleetune.tuning.given_methods import entry_of
@@ -56,45 +55,20 @@ def recipe_of(run: Path) -> Recipe:
 def result_of(run: Path) -> Path:
     """The ledger or adapter directory of a run.
 
-    UsageError when it has no result yet; ModelError (of a ledger LedgerError) when a file of it is not what the run or
-    its SHA256SUMS states.
+    UsageError when it has no result yet; ModelError when a file of it is not what the run or its SHA256SUMS states.
     """
     found = run / RESULT[entry_of(run, recipe_of(run)).kind]
     if not found.exists():
         raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {quoted(run)}")
     remedy = f"write it again from the last checkpoint: fleetune tune --resume {quoted(run)}"
+    sums.check(run, remedy=remedy, only=(found.name, f"{found.name}/{sums.FILE}"))
     sums.check(found, remedy=remedy)
-    done, file = stated_by(run), found / sums.FILE if found.is_dir() else found
-    if expected := done.get("result_sha256"):
-        if not file.is_file():
-            raise ModelError(f"{file} is missing", hint=remedy)
-        if (own := sums.sha256(file)) != expected:
-            kind = ModelError if found.is_dir() else LedgerError
-            raise kind(sums.differs(file, own, str(expected), "the run"), hint=remedy)
-    elif found.is_dir() and not file.is_file():
-        _check_tensors(run, found, str(done.get("digest", "")))
     return found
 
 
 def stated_by(run: Path) -> Mapping[str, Any]:
     """What a run states of its result: its event `done`; {} for a run that has not finished."""
     return next((e for e in rundir.events(run) if e["event"] == "done"), {})
-
-
-def _check_tensors(run: Path, adapter: Path, expected: str) -> None:
-    """ModelError when an adapter of an earlier version, which states no digests of files, differs from the run's digest.
-
-    A start that is subtracted from the base is folded into the file, which has twice the rank: nothing states its digest.
-    """
-    recipe = recipe_of(run)
-    folded = getattr(methods.make(recipe.method, recipe.set), "start", None) in FROM_WEIGHTS
-    found = None if folded or not expected else adapters.file_digest(adapter)
-    if found not in (None, expected):
-        raise ModelError(
-            f"the tensors in {adapter} are not what was written: their SHA-256 is {found:.16}.., "
-            f"the run states {expected[:16]}..",
-            hint=f"remove the folder, and write it again from the last checkpoint: fleetune tune --resume {quoted(run)}",
-        )
 
 
 def ledger_file(run: Path) -> Path:
@@ -273,9 +247,7 @@ def load(
 def _load_ledger(path: Path, recipe: Recipe, offline: bool) -> Model:
     ledger = ledgers.load(path)
     model = base_of(ledger, recipe.model, offline=offline, device=recipe.device, base=recipe.base)
-    view = place_at(model, ledger)
-    if not stated_by(path.parent).get("result_sha256"):  # of an earlier version: only its weights are stated
-        require_digest(models.digest(view.pieces()), ledger.final_check(), path)
+    place_at(model, ledger)
     return model
 
 

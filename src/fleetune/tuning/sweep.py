@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fleetune.common.display import counted
-from fleetune.common.files import read_text, storage_error, write_atomic
+from fleetune.common.files import storage_error, write_atomic
 from fleetune.common.settings import AUTO
 from fleetune.common.shell import quoted
 from fleetune.errors import (
@@ -31,7 +31,7 @@ from fleetune.errors import (
     UsageError,
     fault,
 )
-from fleetune.runs import folder_names, report, rundir, sealed
+from fleetune.runs import folder_names, report, rundir
 from fleetune.runs.events import SweepDone, SweepRun, SweepStart
 from fleetune.runs.listener import Listener
 from fleetune.runs.report.cells import GridRun
@@ -46,7 +46,6 @@ from fleetune.tuning.sweep_grid import SHOWN, Point, SweepGrid, raise_together, 
 DONE_BEFORE = "done before"  # why a run is over that was finished by an earlier sitting
 FILE = "sweep.toml"
 PAGE = "sweep.html"
-SEAL = "# crc32 of the lines below: "
 
 
 def check(grid: SweepGrid, *, folder: Path | None = None, offline: bool = False) -> None:
@@ -103,23 +102,7 @@ def to_toml(grid: SweepGrid) -> str:
     table = {recipes.toml_key(a.name): ", ".join(map(recipes.toml_value, a.values)) for a in grid.axes}
     lines = [f"seeds = {grid.seeds}", *(f"{name} = [{values}]" for name, values in table.items())]
     text = recipe + "\n[sweep]\n" + "\n".join(lines) + "\n"
-    return (
-        f"# The recipe of a sweep. Run it again: fleetune sweep {FILE}\n{SEAL}{sealed.checksum(text)}\n{text}"
-    )
-
-
-def _check_whole(file: Path) -> None:
-    """RecipeError when a sweep.toml was changed since it was written, by the checksum in its second line."""
-    try:
-        text = read_text(file)
-    except (OSError, ValueError):  # `recipes.read` says more
-        return
-    _, seal, rest = text.partition(SEAL)
-    stated, _, content = rest.partition("\n")
-    if seal and stated != (found := sealed.checksum(content)):
-        what = f"{file} was changed since the sweep began: its checksum is {found}, it states {stated}"
-        hint = f"put it back as it was; the recipes of its runs are in {file.parent}/*/run.toml"
-        raise RecipeError([what], hint=hint)
+    return f"# The recipe of a sweep. Run it again: fleetune sweep {FILE}\n{text}"
 
 
 def create(out: Path, name: str, grid: SweepGrid) -> RunDir:
@@ -144,7 +127,6 @@ def find(name: str, out: Path) -> Path:
 
 def read(folder: Path) -> SweepGrid:
     """Read the grid of a sweep's folder; RecipeError when its sweep.toml is damaged."""
-    _check_whole(folder / FILE)
     values = recipes.read(folder / FILE)
     try:
         return sweep_grid.make(values)

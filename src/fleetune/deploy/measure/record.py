@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from fleetune.common.files import write_atomic
+from fleetune.common.files import finite, write_atomic
 from fleetune.deploy.measure.harness import FILE, KeptGain
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import is_master
-from fleetune.runs import compression_folder, sealed
+from fleetune.runs import compression_folder
 from fleetune.runs.events import Measured, as_dict
 
 RECORDED: Final = (
@@ -34,7 +34,7 @@ def write(
             before = json.loads((folder / FILE).read_text(encoding="utf-8"))
             known = before["kept"] if before["digest"] == digest else {}
     content = {"v": 1, "digest": digest, **settings, "rows": [fields_of(row) for row in rows], "kept": known}
-    write_atomic(folder / FILE, json.dumps(sealed.finite(content), indent=1) + "\n")
+    write_atomic(folder / FILE, json.dumps(finite(content), indent=1) + "\n")
 
 
 def fields_of(row: Measured) -> dict[str, Any]:

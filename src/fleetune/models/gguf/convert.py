@@ -156,7 +156,7 @@ def _described(path: Path, architecture: str, head: GgufHeader) -> Any:
         del ids["unk_token_id"]
         config.update(ids)
     else:
-        keys = SIZES | ({"rope.dimension_count": "head_dim"} if architecture == "llama" else {})
+        keys = dict(SIZES) | ({"rope.dimension_count": "head_dim"} if architecture == "llama" else {})
         values = ids | {name: head.values.get(f"{architecture}.{key}") for key, name in keys.items()}
         if values["vocab_size"] is None:
             values["vocab_size"] = len(head.values["tokenizer.ggml.tokens"])

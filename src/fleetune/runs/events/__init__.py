@@ -4,8 +4,7 @@
 A line is one JSON object: `"v": 1`, `"event"` (the name below), then the fields.  A name is unique within one command,
 not among all: `done` of `tune` and `done` of `compress` have different fields.  A required field is always in the line.
 An optional field is left out when it is None.  A number that is not finite is printed as null.  Events of a tuning run
-are also the lines of its `metrics.jsonl`, with the time `t` (seconds since 1970); there the last one ends with `crc`, a
-checksum of the file.
+are also the lines of its `metrics.jsonl`, with the time `t` (seconds since 1970).
 
 Units: bytes, seconds, nats for losses.
 """
@@ -60,6 +59,7 @@ from fleetune.runs.events.ledger import (
 )
 from fleetune.runs.events.lists import (
     DoctorReport,
+    FilesVerified,
     MethodListed,
     ModelCached,
     ModelListed,
@@ -139,6 +139,7 @@ __all__ = [
     "ExportDone",
     "ExportPushed",
     "Failed",
+    "FilesVerified",
     "FleetEvaluated",
     "FleetShown",
     "LedgerDifference",

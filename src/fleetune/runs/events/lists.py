@@ -129,3 +129,13 @@ class DoctorReport(Event):
     engines: Mapping[str, bool]  # by name: whether it is installed
     extras: Sequence[Mapping[str, Any]]  # each with name, serves, missing (packages), install (a command)
     problems: Sequence[str]  # what stops work, with what to do
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesVerified(Event):
+    """`verify`: files were compared with the digests that were written with them."""
+
+    event: ClassVar[str] = "verified"
+    folder: str  # path
+    files: int  # how many are listed
+    faults: Sequence[str]  # what is wrong with each that is not as it was written
