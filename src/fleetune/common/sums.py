@@ -71,7 +71,7 @@ def faults(folder: Path, only: Collection[str] = ()) -> Iterator[tuple[str, str]
     """
     try:
         lines = (folder / FILE).read_text(encoding="utf-8").splitlines() or [""]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, ValueError):
         lines = [""]
