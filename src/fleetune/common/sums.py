@@ -59,8 +59,8 @@ def _told_sha256(path: Path, size: int, told: Callable[[int, int], None]) -> str
 
 def write(folder: Path, names: Collection[str] = ()) -> None:
     """State the digests of these files of a folder; by default of all that lie in it now, and in its subfolders."""
-    files = [folder / name for name in names] or folder.rglob("*")
-    names = sorted(p.relative_to(folder).as_posix() for p in files if p.is_file() and p.name not in LEFT_OUT)
+    files = [folder / name for name in names] or [p for p in folder.rglob("*") if p.name not in LEFT_OUT]
+    names = sorted(file.relative_to(folder).as_posix() for file in files if file.is_file())
     write_atomic(folder / FILE, "".join(f"{sha256(folder / name)}  {name}\n" for name in names))
 
 
