@@ -72,20 +72,6 @@ def test_the_list_of_runs_is_the_same(at: Path, capsys: pytest.CaptureFixture[st
     assert all(row["intact"] for row in found if row["event"] == "run")
 
 
-def test_a_stopped_run_is_resumed_from_its_checkpoint(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (before,) = events(capsys, "runs", "show", "3")
-    assert (before["status"], before["rounds"]) == ("interrupted", 1)
-    done = events(capsys, "tune", "--resume", "3")[-1]
-    assert (done["event"], done["rounds"]) == ("done", 2)
-    whole, resumed = (
-        ledgers.load(at / f"runs/{n}-fedkseed-tiny/ledger.safetensors") for n in ("0001", "0003")
-    )
-    first = [ledger.truncate(1) for ledger in (whole, resumed)]
-    assert first[0].ids.tolist() == first[1].ids.tolist()
-    assert first[0].coefficients.tolist() == first[1].coefficients.tolist()
-    assert events(capsys, "ledger", "verify", "3")[-1]["digest"] == done["digest"]
-
-
 def test_its_report_is_written_anew(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "show", "1"]) == 0
     assert "fedkseed" in (at / "runs" / "0001-fedkseed-tiny" / "report.html").read_text(encoding="utf-8")

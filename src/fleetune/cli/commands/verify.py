@@ -30,7 +30,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     folder = _folder(args)
     lists = sorted(file.parent for file in folder.rglob(sums.FILE))
     if not lists:
-        raise UsageError(f"{folder} states no digests: there is no {sums.FILE} in it")
+        raise UsageError(
+            f"{folder} states no digests: there is no {sums.FILE} in it",
+            hint="name a finished run, a compression or a model in the cache: fleetune runs, fleetune models",
+        )
     count = sum((place / sums.FILE).read_bytes().count(b"\n") for place in lists)
     found = [words for place in lists for _, words in sums.faults(place)]
     ui.event(FilesVerified(folder=str(folder), files=count, faults=found))
