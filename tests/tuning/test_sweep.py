@@ -418,13 +418,6 @@ def test_a_sweep_in_use_or_changed_is_refused(at, capsys):
     (folder / "sweep.toml").write_text(text.replace("rounds = 1 ", "rounds = 2 "))
     code, _, err = call(capsys, "sweep", "--resume", folder)
     assert code == 2
-    assert f"{folder / 'sweep.toml'} was changed since the sweep began" in err
-    unsealed = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(sweep.SEAL))
-    (folder / "sweep.toml").write_text(
-        unsealed.replace("rounds = 1 ", "rounds = 2 ")
-    )  # of an earlier version
-    code, _, err = call(capsys, "sweep", "--resume", folder)
-    assert code == 2
     assert "was made by another recipe" in err
     code, _, err = call(capsys, "sweep", "--resume", folder, "--rounds", "3")
     assert code == 2
