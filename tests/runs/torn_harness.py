@@ -206,7 +206,7 @@ def digest_of(kind: str, path: Path) -> str:
 def metrics_of(path: Path) -> list[Any]:
     """The events of a run (of a sweep: of its runs) without times and places."""
     found = [e for p in sorted(path.rglob("metrics.jsonl")) for e in _lines(p.parent)]
-    return [{k: v for k, v in e.items() if k not in CHANGES and k != "crc"} for e in found]
+    return [{k: v for k, v in e.items() if k not in CHANGES} for e in found]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
