@@ -124,7 +124,8 @@ def _check_sizes(raw: dict[str, Any], file: Path) -> None:
     """Raise ModelError for sizes (blocks, heads, ..) below 1 and counts above `MOST`, which transformers itself accepts."""
     for name, value in raw.items():
         if type(value) is int and ((name in SIZES and value < 1) or (value > MOST and COUNT.search(name))):
-            raise ModelError(f"{file} says {name} = {value}: no model has so many", hint=AGAIN)
+            why = "below 1" if value < 1 else f"more than {MOST:,}"
+            raise ModelError(f"{file} says {name} = {value}, {why}", hint=AGAIN)
 
 
 def is_encoder(config: Any) -> bool:
