@@ -143,7 +143,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'if now.recipe.get(name) != value', 'if False',
            'runs/test_integrity.py'),
     Mutant('runs/metrics.py', 'Metrics.cut',
-           'if round >= 0 and (stated is not None or torn or not kept):', 'if False:',
+           'if size is not None and len(data) >= size:', 'if False:',
            'runs/test_integrity.py'),
     Mutant('common/files.py', 'write_atomic',
            'os.fsync(file.fileno())', 'pass',

@@ -57,6 +57,7 @@ TOUR = {
     "ledger show 1": {"LedgerShown"},
     "ledger verify 1": {"LedgerVerified"},
     "ledger replay 1": {"DigestFound"},
+    "verify 1": {"FilesVerified"},
     "ledger compact 1 --to small.safetensors": {"LedgerWritten"},
     "ledger scale 1 --factor 2 --to double.safetensors": {"LedgerWritten"},
     "ledger diff 1 double.safetensors": {"LedgerDifference"},

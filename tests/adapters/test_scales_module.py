@@ -180,7 +180,6 @@ def test_a_folder_holds_the_moves(one: Path, tmp_path: Path) -> None:
     again = mapped(one, on=False)
     adapters.load(again, tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
-    assert adapters.file_digest(tmp_path / "adapter") == adapters.digest(adapters.export(model))
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf])

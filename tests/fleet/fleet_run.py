@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fleetune.runs import sealed
+from fleetune.common import files
 
 EVIL = "<img src=x onerror=window.hit=1>"
 NAMES = ("bakery", "dialysis-ward", EVIL)
@@ -73,4 +73,4 @@ def word(folder: Path, *, said: float = 0.0, **more: Any) -> None:
         "devices": [{"name": n, "client": c, "does": d} for c, (n, d) in enumerate(zip(NAMES, DOES, strict=True))],
         **more,
     }  # fmt: skip
-    (folder / "fleet.json").write_text(sealed.to_text(content))
+    (folder / "fleet.json").write_text(files.json_text(content))

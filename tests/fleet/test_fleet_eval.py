@@ -26,6 +26,7 @@ from devices_harness import (
 
 from fleetune import data, models, subject
 from fleetune.cli.main import main
+from fleetune.common import files
 from fleetune.common.events import DeviceEvaluated
 from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
@@ -38,7 +39,6 @@ from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Job, Order, Reply
 from fleetune.fleet.table import Devices
-from fleetune.runs import sealed
 from fleetune.tuning import finished
 from fleetune.tuning.fleets import Answer
 from fleetune.tuning.messages import Message, Payload, encode
@@ -99,12 +99,12 @@ def test_each_device_measures_what_the_server_would_on_its_rows(run: Path) -> No
     assert done.tuned_perplexity == pytest.approx(math.exp(done.tuned))
     file = run / FILE
     assert file.stat().st_mode & 0o777 == 0o600
-    kept = sealed.read(file, "")
+    kept = files.read_json(file, "")
     assert (kept["tuned"], [d["rows"] for d in kept["devices"]]) == (done.tuned, [4, 7])
     assert kept["result_sha256"] == finished.stated_by(run)["result_sha256"]
     file.write_text(file.read_text().replace('"rows": 11', '"rows": 12'))
     with pytest.raises(StorageError, match="is damaged"):
-        sealed.read(file, "")
+        files.read_json(file, "")
 
 
 @pytest.mark.parametrize("made", ["ledger"], indirect=True)
@@ -115,7 +115,7 @@ def test_over_the_network_by_the_commands(run: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr()
     assert [str(d.outcome) for d in joined] == ["the evaluation is finished"]
     assert "mean by tokens" in said.out
-    kept = sealed.read(run / FILE, "")
+    kept = files.read_json(run / FILE, "")
     assert [(d["status"], d["rows"]) for d in kept["devices"]] == [("ok", 2)]
     assert kept["tuned_error"] is None
 

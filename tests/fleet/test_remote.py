@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleetune.common import files
 from fleetune.common.version import __version__
 from fleetune.errors import FleetError, Interrupted, StorageError
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
@@ -21,7 +22,6 @@ from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.server import check_count
 from fleetune.fleet.table import FILE, Devices
-from fleetune.runs import sealed
 
 JOB = Job("a" * 32, "fedkseed", {}, "m", "b" * 64, "fp32", 64, (), 3)
 QUICK = Pace(grace=0.3, poll=0.001)
@@ -319,7 +319,7 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"rows": 11', '"rows": 12'))
     with pytest.raises(StorageError, match=r"devices\.json is damaged"):
         Devices(tmp_path)
-    file.write_text(sealed.to_text({"run": "x", "devices": [{"key": "a"}]}))
+    file.write_text(files.json_text({"run": "x", "devices": [{"key": "a"}]}))
     with pytest.raises(StorageError, match="not a table of devices"):
         Devices(tmp_path)
 

@@ -12,10 +12,11 @@ import pytest
 from fleet_run import EVIL, client, done
 
 from fleetune.cli.main import main
+from fleetune.common import files
 from fleetune.errors import StorageError, UsageError
 from fleetune.fleet import status
 from fleetune.fleet.table import Devices
-from fleetune.runs import compression_folder, sealed
+from fleetune.runs import compression_folder
 from fleetune.runs.rundir import RunDir
 
 
@@ -104,12 +105,12 @@ def test_the_command_that_goes_on_has_the_flags_by_which_devices_find_the_server
     (tmp_path / "compress.json").write_text("{}")
     file = tmp_path / status.FILE
     known = dict.fromkeys(status.FIELDS, 0) | {"devices": [], "t": 1.0, "address": "", "machine": ""}
-    file.write_text(sealed.to_text({**known, "flags": " --host 0.0.0.0 --keys keys"}))
+    file.write_text(files.json_text({**known, "flags": " --host 0.0.0.0 --keys keys"}))
     assert status.resume(tmp_path) == f"fleetune compress --resume {tmp_path} --host 0.0.0.0 --keys keys"
     assert status.look(tmp_path).status == "interrupted"
     assert [name for name, _ in status.facts(status.look(tmp_path))] == ["block", "server"]
     (tmp_path / "compress.json").unlink()
-    file.write_text(sealed.to_text(known))  # of an earlier version
+    file.write_text(files.json_text(known))  # of an earlier version
     assert status.resume(tmp_path) == f"fleetune fleet serve --resume {tmp_path}"
 
 

@@ -118,7 +118,7 @@ def check_model(model: str, out: str, train: str = "weights") -> None:
     if plain_models.compressed_of(model, train, Path(out)) is None:
         names.check(model)
         if model not in cache.ORIGINS and (file := Path(model).expanduser()).is_file():
-            header.read_whole(file)
+            header.check_whole(file)
 
 
 def check_data(data: str) -> None:

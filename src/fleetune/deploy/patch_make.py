@@ -26,11 +26,11 @@ from fleetune.common.shell import command
 from fleetune.common.sums import sha256
 from fleetune.deploy import tunable_file
 from fleetune.deploy.formats import Report
-from fleetune.deploy.formats._gguf_layout import open_written
 from fleetune.deploy.patch import SILENT, Entries, Patch, Place, difference, patched, told
 from fleetune.errors import FleetuneError, LedgerError, ModelError, UsageError
 from fleetune.models import placement
 from fleetune.models.bases import BLOCKS
+from fleetune.models.gguf import header
 from fleetune.models.mapped.lazy import weights_of
 from fleetune.models.mapped.stored import Stored
 from fleetune.runs.listener import Listener
@@ -54,7 +54,7 @@ def file_of(name: str, *, offline: bool = False) -> Path:
 
 def report(path: Path) -> Report:
     """Describe a patched file, every tensor of which is what the patch states (its SHA-256 is)."""
-    kinds = Counter(tensor.tensor_type.name for tensor in open_written(path).tensors)
+    kinds = Counter(tensor.kind for tensor in header.read(path).tensors)
     count = kinds.total()
     return Report(path, "gguf", path.stat().st_size, count, count, dict(kinds))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure a run's result, or a plain model, on the held-out rows of devices that join.
 
-    eval-fleet.json    in the run's folder, sealed with a checksum, for its owner alone: the mean, and every device
+    eval-fleet.json    in the run's folder, for its owner alone: the mean, and every device
 
 Each device measures base and tuned model on its own rows and sends sums (`eval_device.py`).  The mean over all devices is
 weighted by tokens, as that of `fleetune eval` is: R = sum w_i l_i, with the loss l_i of device i and its share w_i of the
@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Final
 
 from fleetune.common.events import DeviceEvaluated, FleetEvaluated
-from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.files import PRIVATE, json_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import FleetError, MessageError, UsageError
 from fleetune.fleet import result
 from fleetune.fleet.orders import Device, Job, Order
 from fleetune.fleet.server import Served
 from fleetune.fleet.table import Devices
-from fleetune.runs import rundir, sealed
+from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run
 from fleetune.tuning import finished, robust
@@ -86,7 +86,7 @@ def evaluate(
             done = replace(done, path=str(folder / FILE))
             content = {**asdict(done), "base_digest": job.base, "result_sha256": job.result}
             content["devices"] = [asdict(one) for one in sorted(found, key=lambda one: one.client)]
-            write_atomic(folder / FILE, sealed.to_text(content) + "\n", mode=PRIVATE)
+            write_atomic(folder / FILE, json_text(content), mode=PRIVATE)
         listener.event(done)
         return done, found
 

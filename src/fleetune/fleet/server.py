@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fleetune.common.display import counted
-from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.files import PRIVATE, json_text, write_atomic
 from fleetune.common.memory import rss
 from fleetune.common.shell import quoted
 from fleetune.errors import FleetError, Interrupted, UsageError
@@ -25,7 +25,7 @@ from fleetune.fleet.orders import Job, is_path, job_of
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
-from fleetune.runs import rundir, sealed
+from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import prepare, settled
@@ -272,7 +272,7 @@ class Served:
             "round": job.rounds if job.task == "eval" else self._fleet.round or self._done, "rounds": job.rounds,
             "devices": doing,
         }  # fmt: skip
-        write_atomic(folder / status.FILE, sealed.to_text(content) + "\n", mode=PRIVATE)
+        write_atomic(folder / status.FILE, json_text(content), mode=PRIVATE)
         return status.take_stop(folder, self.session)
 
     def line(self, own_model: bool = False) -> str:

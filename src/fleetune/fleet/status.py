@@ -19,10 +19,10 @@ from typing import Any, Final
 
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.events import DeviceShown, FleetShown
-from fleetune.common.files import PRIVATE, read_text, write_atomic
+from fleetune.common.files import PRIVATE, read_json, read_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import compression_folder, metrics, rundir, sealed
+from fleetune.runs import compression_folder, metrics, rundir
 
 FILE: Final = rundir.FLEET
 STOP: Final = "fleet.stop"
@@ -36,7 +36,7 @@ def word_of(run: Path) -> Mapping[str, Any]:
     """Return the last word of a run's server; UsageError where there is none, StorageError where it is damaged."""
     if not (run / FILE).is_file():
         raise UsageError(f"{run} is not the run of a real fleet, or its server has not begun")
-    found = sealed.read(run / FILE, "the server writes it again every second")
+    found = read_json(run / FILE, "the server writes it again every second")
     if missing := FIELDS - found.keys():
         raise StorageError(f"{run / FILE} lacks {', '.join(sorted(missing))}")
     return found

@@ -47,7 +47,6 @@ from torch import Tensor
 from fleetune.common import sums
 from fleetune.common.folders import staged
 from fleetune.errors import ModelError, VersionError
-from fleetune.models import seals
 from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.families.widths import mark_config
@@ -329,13 +328,12 @@ class Master:
     """An artefact on the disk, read one tensor at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Open it; ModelError when the folder holds no artefact, or a file that is not what the folder states."""
+        """Open it; ModelError when the folder holds no artefact, or a damaged one."""
         self.folder = folder
         if not is_master(folder):
             raise ModelError(
                 f"{folder} holds no compressed model ({FILE})", hint="make one: fleetune compress MODEL"
             )
-        seals.check(folder, remedy=f"{AGAIN}, or copy {folder} again from where it was made")
         try:
             opened: Any = safe_open(folder / FILE, framework="pt")
             head = (opened.metadata() or {})["master"]

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fleetune.common import sums
 from fleetune.common.display import clean
 from fleetune.common.files import read_text
-from fleetune.errors import StorageError, UsageError
+from fleetune.errors import UsageError
 from fleetune.report.axes import usable
-from fleetune.runs import metrics, rundir, sealed
+from fleetune.runs import metrics, rundir
 
 Event = Mapping[str, object]
 Number = int | float
@@ -84,15 +85,8 @@ def read(path: Path) -> RunLog:
         final=_json(path / "eval.json"),
         status=status,
         skipped=skipped,
-        intact=status != "done" or _is_intact(path),
+        intact=status != "done" or not any(sums.faults(path, [metrics.FILE])),
     )
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        return metrics.is_intact(path)
-    except StorageError:
-        return False
 
 
 def changed(folder: object) -> str:
@@ -112,7 +106,7 @@ def _json(path: Path) -> Mapping[str, object]:
         value = json.loads(_read(path) or "{}")
     except (ValueError, RecursionError):
         return {}
-    return {k: v for k, v in value.items() if k != sealed.KEY} if isinstance(value, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _toml(path: Path) -> Mapping[str, object]:

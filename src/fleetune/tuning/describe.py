@@ -16,11 +16,12 @@ import torch
 from fleetune import adapters
 from fleetune.common.display import counted
 from fleetune.common.events import RateFound, TuneStart
+from fleetune.common.files import read_json
 from fleetune.common.ggml import SCALES
 from fleetune.data.encode import digest
 from fleetune.errors import StorageError
 from fleetune.models.model import Model
-from fleetune.runs import env_file, sealed
+from fleetune.runs import env_file
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.scale_view import moved_tensors, scales_share
 from fleetune.tuning import foundations, methods, places
@@ -67,7 +68,7 @@ def of_data(job: TuneJob, run: Path) -> dict[str, Any]:
     """
     stated, parts = foundations.of_job(job), job.split
     try:
-        told = sealed.read(run / env_file.ENVIRONMENT, "").get("given")
+        told = read_json(run / env_file.ENVIRONMENT, "").get("given")
     except StorageError:
         told = None
     return {

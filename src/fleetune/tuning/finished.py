@@ -54,21 +54,15 @@ def recipe_of(run: Path) -> Recipe:
 def result_of(run: Path) -> Path:
     """The ledger or adapter directory of a run.
 
-    UsageError when it has no result yet; ModelError (of a ledger LedgerError) when a file of it is not what the run or
-    its SHA256SUMS states.
+    UsageError when it has no result yet; ModelError (of a ledger LedgerError) when a file of it is not as it was written.
     """
     found = run / RESULT[entry_of(run, recipe_of(run)).kind]
     if not found.exists():
         raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {quoted(run)}")
     remedy = f"write it again from the last checkpoint: fleetune tune --resume {quoted(run)}"
-    sums.check(found, remedy=remedy)
-    done, file = stated_by(run), found / sums.FILE if found.is_dir() else found
-    if expected := done.get("result_sha256"):
-        if not file.is_file():
-            raise ModelError(f"{file} is missing", hint=remedy)
-        if (own := sums.sha256(file)) != expected:
-            kind = ModelError if found.is_dir() else LedgerError
-            raise kind(sums.differs(file, own, str(expected), "the run"), hint=remedy)
+    listed = (found.name, f"{found.name}/{sums.FILE}")
+    for _, words in (*sums.faults(run, listed), *sums.faults(found)):
+        raise (ModelError if found.is_dir() else LedgerError)(words, hint=remedy)
     return found
 
 

@@ -138,6 +138,16 @@ class ModelRemoved(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FilesVerified(Event):
+    """`verify`: files were compared with the digests that were written with them."""
+
+    event: ClassVar[str] = "verified"
+    folder: str  # path
+    files: int  # how many are listed
+    faults: Sequence[str]  # what is wrong with each that is not as it was written
+
+
+@dataclass(frozen=True, kw_only=True)
 class LedgerShown(Event):
     """`ledger show`: the head of a ledger."""
 

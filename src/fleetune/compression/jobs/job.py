@@ -207,7 +207,7 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
     ])  # fmt: skip
     compression_folder.write_record(folder, request, None)  # what it says of a result that is gone
     outcome = job.run(listener, folder)
-    result = {**outcome.done, "result_sha256": sums.sealed(folder / "model", compression_folder.RECORD)}
+    result = {**outcome.done, "result_sha256": sums.sha256(folder / "model" / sums.FILE)}
     compression_folder.finish(folder, request, result)
     done = CompressDone(folder=str(folder), **result)
     listener.event(done)
