@@ -2,8 +2,8 @@
 """Be many devices in one process: they answer a server's orders at once, and do no work.
 
 Each has a key and a connection of its own.  What goes over the connection is what a real device sends, byte for byte:
-signed headers, orders and replies of the fleet's codec.  With `flower`, they speak Flower's own messages instead, as a
-stock node does: one request for the message, one for each of its objects, and as many for the reply.
+signed headers, orders and replies of the fleet's codec.  With `stock`, they are clients of Flower's FedAvg on its own server,
+as light as can be: one request for the message, one for each of its objects, and as many for the reply.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from flwr.proto import message_pb2 as messages
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
     no_object_id_recompute,
@@ -40,7 +41,7 @@ from fleetune.fleet.orders import Device, Order, Reply
 from fleetune.tuning.messages import Message as Inner
 from fleetune.tuning.messages import decode, encode
 
-POLL = 0.2  # seconds between two requests for a message, in Flower's protocol
+POLL = 0.2  # seconds between two requests for a message of Flower's
 ROWS = 8  # of every device
 
 
@@ -117,27 +118,24 @@ class Simulated:
         self.node = Node(
             node_id=(await self.line.call("activate-node", activate, fleet.ActivateNodeResponse)).node_id
         )
-        await (self._flower() if protocol in ("flower", "stock") else self._exchange())
+        await (self._stock() if protocol == "stock" else self._exchange())
 
     def _note(self, order: Order, began: float) -> None:
         if order.what == "work":
             self.times.setdefault(order.round, []).append(time.monotonic() - began)
 
-    async def _flower(self) -> None:
+    async def _stock(self) -> None:
         beating = asyncio.create_task(self._beat())
-        while True:
+        while not beating.done():
             pulled = await self.line.call(
                 "pull-messages", fleet.PullMessagesRequest(node=self.node), fleet.PullMessagesResponse
             )
             if not pulled.messages_list:
                 await asyncio.sleep(POLL)
                 continue
-            began = time.monotonic()
-            if (await self._answer_message(pulled, began)) == "end":
-                beating.cancel()
-                return
+            await self._answer_message(pulled)
 
-    async def _answer_message(self, pulled: Any, began: float) -> str:
+    async def _answer_message(self, pulled: Any) -> None:
         node, tree = self.node, pulled.message_object_trees[0]
         run = message_from_proto(pulled.messages_list[0]).metadata.run_id
         contents = {}
@@ -155,9 +153,13 @@ class Simulated:
         message = inflate_object_from_contents(tree.object_id, contents)
         assert isinstance(message, Message)
         wire.set_id(message, tree.object_id)
-        order, reply = self._reply(message)
+        metrics = MetricRecord({"num-examples": ROWS})
+        reply = Message(
+            RecordDict({"arrays": message.content["arrays"], "metrics": metrics}), reply_to=message
+        )
+        wire.set_id(reply, reply.object_id)
         with no_object_id_recompute():
-            objects = wire.objects_of(reply)
+            objects = get_all_nested_objects(reply)
             request = fleet.PushMessagesRequest(
                 node=node, messages_list=[message_to_proto(remove_content_from_message(reply))],
                 message_object_trees=[get_object_tree(reply)], clientapp_runtime_list=[0.0],
@@ -168,21 +170,6 @@ class Simulated:
                     node=node, run_id=run, object_id=id, object_content=objects[id].deflate(), session_id=pushed.session_id
                 )  # fmt: skip
                 await self.line.call("push-object", push, messages.PushObjectResponse)
-        if order is None:
-            return ""
-        self._note(order, began)
-        return order.what
-
-    def _reply(self, message: Message) -> tuple[Order | None, Message]:
-        if "arrays" in message.content:  # of Flower's own FedAvg
-            metrics = MetricRecord({"num-examples": ROWS})
-            reply = Message(
-                RecordDict({"arrays": message.content["arrays"], "metrics": metrics}), reply_to=message
-            )
-            wire.set_id(reply, reply.object_id)
-            return None, reply
-        order, data = answer(wire.unpack(message.content))
-        return order, wire.answer_to(message, data)
 
     async def _beat(self) -> None:
         while True:
@@ -227,7 +214,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("address", help="the server's HOST:PORT")
     parser.add_argument("count", type=int, help="devices")
-    parser.add_argument("protocol", help="exchange, flower or stock")
+    parser.add_argument("protocol", help="exchange, or stock: on Flower's own server")
     parser.add_argument(
         "keys", choices=("register", "keys"), help="register: the server does not know the keys"
     )

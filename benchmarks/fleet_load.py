@@ -32,19 +32,9 @@ def main() -> int:
     found: dict[str, dict[str, Any]] = {}
     for numbers, dtype, name in (*SCALARS, ADAPTER):
         rounds = min(options.rounds, FEW) if numbers == ADAPTER[0] else options.rounds
-        _run(found, f"fleetune, {name}", "fleet_server", options.devices, rounds, numbers, dtype, "exchange")
+        _run(found, f"fleetune, {name}", "fleet_server", options.devices, rounds, numbers, dtype)
     few = min(options.devices, options.light)
     if few:
-        _run(
-            found,
-            "fleetune, nodes with Flower's messages, 16 scalars",
-            "fleet_server",
-            few,
-            FEW,
-            16,
-            "float32",
-            "flower",
-        )
         for numbers, dtype, name in (SCALARS[0], ADAPTER):
             bits = 16 if dtype == "float16" else 32
             _run(

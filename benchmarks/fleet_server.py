@@ -88,7 +88,7 @@ class Clocked:
             yield number, data
 
 
-def serve(count: int, rounds: int, numbers: int, dtype: str, protocol: str) -> dict[str, Any]:
+def serve(count: int, rounds: int, numbers: int, dtype: str) -> dict[str, Any]:
     """Play rounds with so many devices; what they took."""
     keys = [key_of(n).public for n in range(count)]
     port = free_port()
@@ -101,7 +101,7 @@ def serve(count: int, rounds: int, numbers: int, dtype: str, protocol: str) -> d
         "benchmarks.fleet_devices",
         f"127.0.0.1:{port}",
         str(count),
-        protocol,
+        "exchange",
         "keys",
     ]
     devices = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -114,7 +114,7 @@ def serve(count: int, rounds: int, numbers: int, dtype: str, protocol: str) -> d
         gate.close()
     if said["failed"]:
         raise RuntimeError(f"{said['failed']} devices failed: {said['errors']}")
-    return {"devices": count, "protocol": protocol, "rss_before": before, "devices_cpu": said["cpu"], **found}
+    return {"devices": count, "rss_before": before, "devices_cpu": said["cpu"], **found}
 
 
 def _play(gate: Gate, folder: Path, keys: list[Any], rounds: int, method: NoOp) -> dict[str, Any]:
@@ -159,5 +159,4 @@ if __name__ == "__main__":
     for name in ("devices", "rounds", "numbers"):
         parser.add_argument(name, type=int)
     parser.add_argument("dtype", help="of the numbers: float32 or float16")
-    parser.add_argument("protocol", help="exchange or flower")
     print(json.dumps(serve(*vars(parser.parse_args()).values())))

@@ -183,9 +183,8 @@ def devices(now: FleetShown) -> str:
 
 
 def _row(device: DeviceShown) -> list[str | TableCell]:
-    bad = {
-        "does": device.does == "away", "last reply": device.status not in ("ok", None), "not counted": device.lost > 0
-    }  # fmt: skip
+    away = device.does.startswith(("away", "refused"))
+    bad = {"does": away, "last reply": device.status not in ("ok", None), "not counted": device.lost > 0}
     name, *cells = status.cells(device)
     kinds = [
         " ".join(["r"] * (head not in LEFT) + ["bad"] * bad.get(head, False)) for head in status.HEAD[1:]
