@@ -188,11 +188,12 @@ def test_an_order_that_went_to_a_dead_connection_is_given_again(
     assert (got.status_code, got.content, got.headers[wire.ORDER]) == (200, b"work", number)
 
 
-def test_what_was_ordered_in_an_earlier_session_is_lost(place: Place) -> None:
-    """So a process that has not taken the job yet is given no work."""
+@pytest.mark.parametrize("how", ["activate_node", "acknowledge_node_heartbeat"])
+def test_what_was_ordered_in_an_earlier_session_is_lost(place: Place, how: str) -> None:
+    """So a process that has not taken the job yet is given no work, and one that comes and goes keeps no orders open."""
     number, node = push(place, place.two), node_of(place, place.two)
     place.gate.state.deactivate_node(node)
-    assert place.gate.state.activate_node(node, 30.0)
+    assert getattr(place.gate.state, how)(node, 30.0)
     assert pull(place, number) == [(number, None)]
     assert post(place, place.two).status_code == 204
 

@@ -41,8 +41,9 @@ class State(InMemoryLinkState):
         return done
 
     def deactivate_node(self, node_id: int) -> bool:
-        """As Flower's; a request of the node that waits for an order is answered at once."""
-        done = super().deactivate_node(node_id)
+        """As Flower's; what the node was ordered is lost, and its request that waits for an order is answered at once."""
+        if done := super().deactivate_node(node_id):
+            self.mail.lose(node_id)
         self.mail.ring(node_id)
         return done
 
