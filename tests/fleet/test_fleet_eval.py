@@ -34,7 +34,7 @@ from fleetune.errors import DataError, FleetError, MessageError, StorageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.fleet import eval_server, keys, result, status
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.eval_server import FILE, mean, measured, one_decides, ratio
+from fleetune.fleet.eval_server import FILE, disagreement, mean, measured, ratio
 from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Job, Order, Reply
@@ -247,21 +247,42 @@ def test_a_device_that_claims_all_tokens_neither_decides_nor_seems_certain(lie: 
     assert done.tuned_error > 0.5 * abs(lie - done.median)
     assert 3.0 <= done.median <= 3.3
     assert done.largest_share > 0.9999
-    assert "device dev-3 says that it has 100.0% of the tokens; it counts 57% of the mean" in one_decides(
-        each
-    )
-    assert one_decides(each[:3]) == ""
+    assert "believe the median" in disagreement(done)
+    assert disagreement(mean("m", each[:3])) == ""
 
 
-@pytest.mark.parametrize(("loss", "moves"), [(3.2, False), (9.0, True)])
-def test_a_device_that_moves_the_mean_more_than_all_others_differ_is_named(loss: float, moves: bool) -> None:
+WORSE = [
+    (3500, 4.40, 5.9),
+    (3800, 4.45, 6.1),
+    (3300, 4.50, 6.0),
+]  # honest devices, of a run that made the model worse
+BETTER = [(3000, 4.0, tuned) for tuned in (3.1, 3.3, 3.0)]
+SAME = [(3000, loss, loss) for loss in (3.1, 3.3, 3.0)]  # of a plain model
+
+
+@pytest.mark.parametrize(
+    ("honest", "lies", "told"),
+    [
+        (WORSE, [], ""),
+        (WORSE, [(2**31, 4.45, 0.0)] * 2, "the change is -2."),
+        (WORSE, [(14000, 4.45, 3.0)] * 2, "the change is -0."),
+        (WORSE[:2], [(15000, 4.45, 3.5)], "the change is -0."),
+        (BETTER, [(3000, 4.0, 3.2)], ""),
+        (BETTER, [(3000, 4.0, 9.0)], "the change is +0."),
+        (SAME, [], ""),
+        (SAME, [(3000, 9900.0, 9900.0)], "the loss is +2477 in the mean by tokens and +3.2 in the median"),
+    ],
+)
+def test_few_devices_that_decide_the_mean_are_seen(honest: list[Any], lies: list[Any], told: str) -> None:
     each = [
         DeviceEvaluated(
-            client=c, name=f"dev-{c}", rows=9, tokens=3000, base=4.0, tuned=tuned, digest="", status="ok", reason=""
+            client=c, name="", rows=1, tokens=n, base=base, tuned=tuned, digest="", status="ok", reason=""
         )
-        for c, tuned in enumerate((3.1, 3.3, 3.0, loss))
-    ]  # fmt: skip
-    assert ("device dev-3 alone moves the mean by +1.4" in one_decides(each)) == moves
+        for c, (n, base, tuned) in enumerate([*honest, *lies])
+    ]
+    said = disagreement(mean("m", each))
+    assert said.startswith(told)
+    assert bool(said) == bool(told)
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,17 @@ def test_a_run_that_is_served(run):
     ]  # fmt: skip
 
 
+def test_why_a_device_was_refused_is_shown(run, capsys):
+    why = "refused: it has not the run's model in this revision; its console says more"
+    fleet_run.word(run, devices=[{"name": "bakery", "client": 0, "does": why}])
+    with RunDir(run):
+        assert status.look(run).states == {"refused": 1}
+        assert main(["fleet", "status", "latest", "--out", str(run.parent)]) == 0
+    said = capsys.readouterr().out
+    assert "1 refused" in said
+    assert "it has not the run's model" in " ".join(said.split())
+
+
 def test_replies_of_a_round_in_progress_are_shown_and_not_yet_counted(run):
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(client(3, 0, "late", "no answer in 5 s")) + "\n")

@@ -28,7 +28,16 @@ FILE: Final = rundir.FLEET
 STOP: Final = "fleet.stop"
 # What a server's word has, what a device does, and what became of a reply
 FIELDS: Final = frozenset({"t", "session", "pid", "machine", "rss", "address", "round", "rounds", "devices"})
-STATES: Final = ("at work", "at work late", "ready", "declined", "joining", "away", "has not joined")
+STATES: Final = (
+    "at work",
+    "at work late",
+    "ready",
+    "declined",
+    "joining",
+    "refused",
+    "away",
+    "has not joined",
+)
 STATUSES: Final = ("ok", "refused", "late", "dropped", "failed", "declined")
 
 
@@ -119,7 +128,7 @@ def look(run: Path) -> FleetShown:
             run=str(run), status=standing(run), served=served, t=word["t"],
             heard=round(max(0.0, time.time() - word["t"]), 1), address=word["address"], machine=word["machine"],
             pid=word["pid"], rss=word["rss"], round=word["round"], rounds=word["rounds"],
-            states=dict(Counter(d.does for d in devices)) if served else {}, replies=dict(record.replies),
+            states=dict(Counter(d.does.partition(":")[0] for d in devices)) if served else {}, replies=dict(record.replies),
             bytes_up=record.bytes_up, bytes_down=record.bytes_down, round_seconds=record.seconds,
             loss=record.loss, devices=devices,
         )  # fmt: skip

@@ -288,7 +288,7 @@ class DeviceShown:
 
     client: int  # from 0
     name: str  # of its key's file, or the begin of its key's hash
-    does: str  # at work, at work late, ready, declined, joining, away or has not joined; "" while no server has the run
+    does: str  # at work, at work late, ready, declined, joining, away, has not joined, or "refused: " and why; "" if not served
     round: int | None = None  # of its last reply; null before the first, as the next six
     status: str | None = None  # of that reply, as in `ClientReply`
     reason: str | None = None  # of any status but ok
