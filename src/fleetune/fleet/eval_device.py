@@ -10,42 +10,48 @@ The answer to the order `eval` holds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from fleetune.data import Encoded
 from fleetune.evaluation.losses import all_row_losses
 from fleetune.fleet import result
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.orders import Job
-from fleetune.models.model import Model
 from fleetune.tuning.messages import Message, Payload, decode, encode
+
+if TYPE_CHECKING:
+    from fleetune.fleet.worker import Loaded
 
 EXACT: Final = 1e-4  # nats a token
 BATCH: Final = 1  # rows at a time: a device that has trained has the memory for one
 
 
-def measure(model: Model, held: Sequence[Encoded], order: bytes, own: DeviceState, job: Job) -> bytes:
-    """Return the answer to an order `eval`; `model` is the base, and afterwards the tuned model.
+def measure(loaded: Loaded, order: bytes, own: DeviceState, heard: Callable[[], None]) -> bytes:
+    """Return the answer to an order `eval`; the model is the base, and afterwards the tuned model.
 
-    The files of the job's result go into the run's folder; without a result the base alone is measured.
+    The files of the job's result go into the run's folder; without a result the base alone is measured.  `heard()` is called
+    before each piece of work, and may raise.
     """
+    job, model, held = loaded.job, loaded.model, loaded.held
+    own.measure(loaded.held_words, job)
     received = decode(order)
-    base, counts = all_row_losses(model, held, BATCH)
+
+    def losses() -> tuple[np.ndarray, np.ndarray]:
+        return all_row_losses(model, held, BATCH, lambda done, of: heard())
+
+    base, counts = losses()
     tuned = base
     if job.result:
-        own.measure(job.result)
         try:
-            result.put_on(model, result.placed(received.payload.scalars, own, job))
+            result.put_on(model, result.placed(received.payload.scalars, own, job), heard)
         finally:
             own.remove(own.run(job.run) / result.FOLDER)
-        tuned, _ = all_row_losses(model, held, BATCH)
+        tuned, _ = losses()
     tokens = int(counts.sum())
 
-    def told(losses: np.ndarray) -> float:
-        return round(float(np.sum(losses)) / tokens / EXACT) * EXACT * tokens
+    def told(found: np.ndarray) -> float:
+        return round(float(np.sum(found)) / tokens / EXACT) * EXACT * tokens
 
     sums = {"rows": len(held), "tokens": tokens, "base": told(base), "tuned": told(tuned)}
     return encode(Message(received.round, received.base, Payload({}, sums)))

@@ -10,7 +10,7 @@ reach that, nothing is cached and the view is slow but still exact.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLD = 16  # passes that are computed in each forward before they are folded
+PIECE = 1 << 20  # elements that are folded at a time
 EXACT = 1 << 24  # integers below this are exact in float32
 
 
@@ -41,8 +42,11 @@ class FoldedSums:
         self.reach = 0  # the largest sum anywhere
         self.sums: dict[str, Tensor] = {}
 
-    def rest(self, point: Passes | None) -> Passes | None:
-        """Return the passes that `point` has beside the sums; fold them in first when they are many."""
+    def rest(self, point: Passes | None, heard: Callable[[], None]) -> Passes | None:
+        """Return the passes that `point` has beside the sums; fold them in first when they are many.
+
+        `heard()` is called before each piece of that work; what it raises leaves no sums.
+        """
         if self.folded is None and (point is None or len(point.ids) <= FOLD):
             return point
         left = difference(point, self.folded)
@@ -55,7 +59,11 @@ class FoldedSums:
             )
             self.forget()
             return point
-        self._fold(left)
+        try:
+            self._fold(left, heard)
+        except BaseException:
+            self.forget()
+            raise
         self.folded = point
         return None
 
@@ -63,17 +71,20 @@ class FoldedSums:
         """Drop the sums and their memory."""
         self.folded, self.reach, self.sums = None, 0, {}
 
-    def _fold(self, passes: Passes) -> None:
+    def _fold(self, passes: Passes, heard: Callable[[], None]) -> None:
         """Add passes to the sums, and measure the largest sum."""
         self.reach = 0
         for slot in self.slots:
             if slot.name not in self.sums:
                 self.sums[slot.name] = torch.zeros(slot.tensor.numel(), device=slot.tensor.device)
             sums = self.sums[slot.name]
-            self.kernels.sweep(
-                sums, sums, slot.start, self.run_key, passes, 1.0,
-                law=self.law, threads=self.threads,
-            )  # fmt: skip
+            for first in range(0, sums.numel(), PIECE):
+                heard()
+                part = sums[first : first + PIECE]
+                self.kernels.sweep(
+                    part, part, slot.start + first, self.run_key, passes, 1.0,
+                    law=self.law, threads=self.threads,
+                )  # fmt: skip
             low, high = torch.aminmax(sums)
             self.reach = max(self.reach, int(-low), int(high))
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Final
@@ -103,6 +103,7 @@ class View:
         self.stored: StoredDirection | None = None  # where a probe's direction is written out, if anywhere
         self.tape: Tape | None = None  # while what the net computes can be back-propagated
         self.reached: set[str] = set()
+        self.heard: Callable[[], None] = lambda: None  # called before each piece of work, and may raise
         self.folded = FoldedSums(self.moved_slots(), run_key, law, self.kernels, threads)
         self._scratch = torch.empty(0)
         self.net = net
@@ -135,7 +136,7 @@ class View:
         if not fold:
             self.folded.forget()
         elif self.law != "gaussian" and self.folds:  # gaussian sums are floats, in a stated order
-            self.point = self.folded.rest(self.point)
+            self.point = self.folded.rest(self.point, self.heard)
 
     def probe(self, direction: Direction | None, eps: float = 0.0) -> None:
         """Add `eps * z` to the point, for the direction (Philox id, table [K]) of `noise.probe`; None ends it."""
@@ -167,6 +168,7 @@ class View:
         The result lives in `out`, or in shared scratch that the next call overwrites, or (when nothing is
         placed or probed) is the stored memory itself.
         """
+        self.heard()
         self.reached.add(slot.name)
         base = self.read(slot, first, last)
         sums = self.folded.sums.get(slot.name)

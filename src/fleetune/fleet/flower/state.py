@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 NOT_YET: Final = b"not yet"  # stands for an answer whose objects are still to come
 UNREADABLE: Final = b""  # and for one that is none
+RAREST: Final = 60.0  # seconds between two heartbeats of a device; ours and Flower's send one in 30 s or less
 LIFETIME: Final = 10 * 365 * 86400.0  # seconds that Flower keeps a message: until it is dropped here
 
 
@@ -68,9 +69,13 @@ class State(InMemoryLinkState):
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
         """As Flower's; what the node was ordered before it came in is lost."""
-        if done := super().activate_node(node_id, heartbeat_interval):
+        if done := super().activate_node(node_id, min(heartbeat_interval, RAREST)):
             self.mail.lose(node_id)
         return done
+
+    def acknowledge_node_heartbeat(self, node_id: int, heartbeat_interval: float) -> bool:
+        """As Flower's; a device that has gone is known to have after two intervals, however long it says these are."""
+        return super().acknowledge_node_heartbeat(node_id, min(heartbeat_interval, RAREST))
 
     def deactivate_node(self, node_id: int) -> bool:
         """As Flower's; a request of the node that waits for an order is answered at once."""
