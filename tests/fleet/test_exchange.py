@@ -107,6 +107,16 @@ def test_an_order_is_given_until_it_is_answered_and_its_answer_taken_once(place:
     assert not list(place.gate.pull({number}))
 
 
+def test_a_device_that_has_gone_is_known_to_have_whatever_interval_it_named(place: Place) -> None:
+    state, number = place.gate.state, node_of(place, place.one)
+    now = in_memory_linkstate.now().timestamp()
+    assert state.acknowledge_node_heartbeat(number, 1800.0)
+    assert state.nodes[number].online_until < now + 130
+    assert state.deactivate_node(number)
+    assert state.activate_node(number, 1800.0)
+    assert state.nodes[number].online_until < now + 130
+
+
 def test_a_request_waits_for_the_order(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "HOLD", 10.0)
     later = threading.Timer(0.2, push, (place, place.one))

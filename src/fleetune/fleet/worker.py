@@ -398,7 +398,7 @@ def fitting_kinds(
 ) -> tuple[tuple[int, ...], str]:
     """Return those of the method's kinds of work that fit the device's memory, and the base: mapped for auto if more fit so.
 
-    FitError, before the model is loaded, where none does.  Work that the planner cannot count is let through.
+    FitError, before the model is loaded, where none does.  Work that the planner cannot count takes at least a measurement's.
     """
     device = models.check_device(brings.device, job.dtype, base)
     have = brings.memory or models.device_memory(device)
@@ -411,7 +411,7 @@ def fitting_kinds(
 
     def needs(place: str) -> list[int]:
         work = Workload(batch=rows, length=job.max_length, dtype=job.dtype, base=place)
-        return [sum(device_cost.memory(shape, work, f).values()) if f is not None else 0 for f in footprints]
+        return [sum(device_cost.memory(shape, work, f or Footprint("none")).values()) for f in footprints]
 
     either = base == "auto" and device == "cpu"
     stated = "mapped" if base in MAPPED else "memory"
