@@ -185,8 +185,8 @@ def test_a_large_answer_comes_in_pieces(place: Place, monkeypatch: pytest.Monkey
     with line.http:
         session = node._Session.__new__(node._Session)
         session.line, session.key, session.server = line, place.one, server
-        got = session._send("", b"", "order")
-        assert got.content == data
+        _, body = session._send("", b"", "order")
+        assert body == data
         session._send(number, data[:12_345], "nothing")
     assert pull(place, number) == [(number, data[:12_345])]
 
@@ -234,6 +234,7 @@ def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(place: Plac
     signs = NodeAuthHttpInterceptor(place.two.secret, place.two.secret.public_key())
     with FleetHttpClient(place.url, interceptors=[signs, line]) as client, line.http:
         session = node._Session(client, line, place.two, tmp_path, server)
+        session.begin()
         try:
             place.gate.admit([place.one.public])
             place.gate.admit([place.one.public, place.two.public])  # a new server knows as much of it
@@ -241,8 +242,8 @@ def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(place: Plac
             session._beat_once()
             assert place.two.public.fingerprint in place.gate.online()
             number = push(place, place.two, b"the next")
-            got = session._send("0" * 32, b"what nobody waits for", "order")
-            assert (got.content, got.headers[wire.ORDER]) == (b"the next", number)
+            got, body = session._send("0" * 32, b"what nobody waits for", "order")
+            assert (body, got.headers[wire.ORDER]) == (b"the next", number)
         finally:
             session.end()
 

@@ -190,9 +190,9 @@ class _Session:
         self.over.set()
         if self.node is None:
             return
-        request, until = fleet.DeactivateNodeRequest(node_id=self.node.node_id), time.monotonic() + FAREWELL
+        request = fleet.DeactivateNodeRequest(node_id=self.node.node_id)
         with contextlib.suppress(Exception):  # whatever the server answers, this device is gone
-            self.waited(lambda: self.client.DeactivateNode(request), lambda: time.monotonic() > until)
+            self.within(FAREWELL, lambda: self.client.DeactivateNode(request))
 
     def waited(self, call: Callable[[], T], over: Callable[[], bool]) -> T | None:
         """Return what a call gives, or raise what it raises; None where the device leaves meanwhile.
@@ -218,6 +218,11 @@ class _Session:
             raise found
         return found
 
+    def within(self, seconds: float, call: Callable[[], object]) -> None:
+        """Make a call of a device that leaves, and wait so long for it."""
+        until = time.monotonic() + seconds
+        self.waited(call, lambda: time.monotonic() > until)
+
     def answer_all(self, answer: Callable[[bytearray], bytes], over: Callable[[], bool]) -> None:
         """Answer orders until `over()`; httpx.HTTPError where the server is gone, or refuses."""
         number, data = "", b""
@@ -229,7 +234,7 @@ class _Session:
             number, order = found
             data = self._answer(answer, order) if number else b""
         if number:
-            self._send(number, data, "nothing")
+            self.within(PATIENCE + len(data) / SLOWEST, lambda: self._send(number, data, "nothing"))
 
     def _answer(self, answer: Callable[[bytearray], bytes], order: bytearray) -> bytes:
         """Return the answer to an order; none, after a moment, where it cannot be read: it comes again."""
