@@ -547,6 +547,7 @@ def test_held_out_rows_are_measured_at_one_length_and_few_times_whatever_a_serve
         assert measured(method="", max_length=length) == "measured-at 48"
     assert [measured(set={**SET, "r": r}) for r in (2, 3, 4)] == ["", "", "measured 3"]
     assert measured(method="") == ""  # known, so it tells nothing more
+    monkeypatch.setattr("fleetune.fleet.device_state.RESULTS", 9)
     own, job_ = DeviceState(Path("state")), Job.from_json(json.dumps(job(method="", task="eval")))
     own.measure("rows", dataclasses.replace(job_, labels=("a", "b")))
     with pytest.raises(Declined, match="no other labels"):
