@@ -203,7 +203,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'if order.what not in TASKS[loaded.job.task]:', 'if False:',
            'fleet/test_hostile_server.py -k joined_for'),
     Mutant('fleet/worker.py', 'check_work',
-           'if asked > most:', 'if False:',
+           'if asked > (most := PASSES * max(rows, FEW)):', 'if (most := PASSES) and False:',
            'fleet/test_worker.py -k cannot_do'),
     Mutant('fleet/worker.py', 'Worker._stand_on',
            'if others := memories.kept().keys() - {order.client}:', 'if others := []:',

@@ -98,6 +98,16 @@ def test_an_order_is_given_until_it_is_answered_and_its_answer_taken_once(place:
     assert not list(place.gate.pull({number}))
 
 
+def test_a_device_that_has_gone_is_known_to_have_whatever_interval_it_named(place: Place) -> None:
+    state, number = place.gate.state, node_of(place, place.one)
+    now = in_memory_linkstate.now().timestamp()
+    assert state.acknowledge_node_heartbeat(number, 1800.0)
+    assert state.nodes[number].online_until < now + 130
+    assert state.deactivate_node(number)
+    assert state.activate_node(number, 1800.0)
+    assert state.nodes[number].online_until < now + 130
+
+
 def test_a_request_waits_for_the_order(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "HOLD", 10.0)
     later = threading.Timer(0.2, push, (place, place.one))
@@ -166,8 +176,8 @@ def test_a_large_answer_comes_in_pieces(place: Place, monkeypatch: pytest.Monkey
     with line.http:
         session = node._Session.__new__(node._Session)
         session.line, session.key, session.server = line, place.one, server
-        got = session._send("", b"", "order")
-        assert got.content == data
+        _, body = session._send("", b"", "order")
+        assert body == data
         session._send(number, data[:12_345], "nothing")
     assert pull(place, number) == [(number, data[:12_345])]
 
@@ -216,6 +226,7 @@ def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(place: Plac
     signs = NodeAuthHttpInterceptor(place.two.secret, place.two.secret.public_key())
     with FleetHttpClient(place.url, interceptors=[signs, line]) as client, line.http:
         session = node._Session(client, line, place.two, tmp_path, server)
+        session.begin()
         try:
             place.gate.admit([place.one.public])
             place.gate.admit([place.one.public, place.two.public])  # a new server knows as much of it
@@ -223,8 +234,8 @@ def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(place: Plac
             session._beat_once()
             assert place.two.public.fingerprint in place.gate.online()
             number = push(place, place.two, b"the next")
-            got = session._send("0" * 32, b"what nobody waits for", "order")
-            assert (got.content, got.headers[wire.ORDER]) == (b"the next", number)
+            got, body = session._send("0" * 32, b"what nobody waits for", "order")
+            assert (body, got.headers[wire.ORDER]) == (b"the next", number)
         finally:
             session.end()
 

@@ -86,7 +86,8 @@ def test_each_device_measures_what_the_server_would_on_its_rows(run: Path) -> No
     for one in heard.of("device"):
         rows = encode_rows(base, data.read(f"own-{one.client}.jsonl"), 48)[0]
         both += rows
-        keyed = DeviceState(Path(f"direct-{one.client}")).keyed(digest([rows]))
+        reading = result.job_of_run(run, "a" * 32, "eval").reading
+        keyed = DeviceState(Path(f"direct-{one.client}")).keyed(reading + digest([rows]))
         assert (one.rows, one.digest, one.status) == (len(rows), keyed, "ok")
         assert keyed != digest([rows])
         assert one.base == pytest.approx(response_loss(base, rows), abs=5.1e-5)  # to `EXACT`
@@ -128,6 +129,7 @@ def test_a_plain_model_is_measured_and_a_wrong_result_is_not(
     assert done.base == done.tuned
     assert done.change == 0
     assert done.path is None
+    Path("direct-0/measured.json").unlink()  # a plain model is measured at another length
     served = link()
     files = result.packed(finished.result_of(run))
     (name,) = files

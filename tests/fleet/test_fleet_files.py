@@ -181,6 +181,8 @@ def test_a_spoilt_number_of_the_last_session_keeps_no_device_out(
     with node.FleetHttpClient.from_server_address(address, True, None, interceptors=[signer]) as client:
         server = node.Server(address, tmp_path / "ca.pem", heartbeat=30.0)
         session = node._Session(client, door.http, door.keys[0], tmp_path, server)
+        session.begin()
+        assert session.node is not None
         assert session.node.node_id == door.nodes[0]
         session.over.set()
 

@@ -180,6 +180,10 @@ def test_a_message_that_is_none_fails_the_round_and_no_more(
         ({"set": {"steps": 10**9}}, "work 8000000000 25600", "asked for 8,000,000,000 rows' work in a round"),
         ({"set": {"epochs": 10**9}}, "work 16000000000 25600", "does 25,600 at most"),
         ({"method": "mezo", "set": {"tau": 10**9}}, "work 16000000000 25600", "does 25,600 at most"),
+        (
+            {"method": "fedpeptao", "set": {"steps": 1, "batch_size": 1, "lanczos": 3000, "curvature_rows": 40}},
+            "work 240001 25600", "asked for 240,001 rows' work",
+        ),
         ({"method": "fedkseed", "set": {"backprop": 0.5, "backprop_steps": 10**9}}, "work 1000000000 25600", "at most"),
     ],
 )  # fmt: skip
@@ -192,15 +196,24 @@ def test_a_job_that_it_cannot_do_is_refused_before_any_work(
     assert reason in worker.error.message == worker.ended
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("fedit", SET), *(("fedpetuning", {"module": module}) for module in ("adapter", "bitfit", "full"))],
+)
 def test_a_device_short_of_memory_refuses_before_it_loads_the_model(
-    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+    place: Path,
+    tmp_path: Path,
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    settings: dict[str, object],
 ) -> None:
     worker = make_worker(place, tmp_path, memory=1 << 20)
     monkeypatch.setattr(models, "load", None)
-    reply = take(worker, job)
+    reply = take(worker, dataclasses.replace(job, method=method, set=settings))
     assert reply.code == "memory 1"
     assert isinstance(worker.error, FitError)
-    assert "fedit on this model takes about" in worker.error.message
+    assert f"{method} on this model takes about" in worker.error.message
     assert "this device has 1.0 MB" in worker.error.message
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Final
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 CALL = 16  # rows of a table that are made in about the time of a call
 FOLD = 16  # passes that are computed in each forward before they are folded
+PIECE = 1 << 20  # elements that are folded at a time
 EXACT = 1 << 24  # integers below this are exact in float32
 CHUNK = 1 << 20  # elements of scratch: 4 MB in fp32, so that it stays in the cache until the product reads it
 
@@ -102,6 +103,7 @@ class View:
         self.stored: StoredDirection | None = None  # where a probe's direction is written out, if anywhere
         self.tape: Tape | None = None  # while what the net computes can be back-propagated
         self.reached: set[str] = set()
+        self.heard: Callable[[], None] = lambda: None  # called before each piece of work, and may raise
         self.folded = FoldedSums(self.moved_slots(), run_key, self.kernels, threads)
         self._scratch = torch.empty(0)
         self.net = net
@@ -134,7 +136,7 @@ class View:
         if not fold:
             self.folded.forget()
         elif self.law != "gaussian" and self.folds:  # gaussian sums are floats, in a stated order
-            self.point = self.folded.rest(self.point)
+            self.point = self.folded.rest(self.point, self.heard)
 
     def probe(self, direction: Direction | None, eps: float = 0.0) -> None:
         """Add `eps * z` to the point, for the direction (Philox id, table [K]) of `noise.probe`; None ends it."""
@@ -166,6 +168,7 @@ class View:
         The result lives in `out`, or in shared scratch that the next call overwrites, or (when nothing is
         placed or probed) is the stored memory itself.
         """
+        self.heard()
         self.reached.add(slot.name)
         base = self.read(slot, first, last)
         sums = self.folded.sums.get(slot.name)
@@ -403,8 +406,11 @@ class FoldedSums:
         self.reach = 0  # the largest sum anywhere
         self.sums: dict[str, Tensor] = {}
 
-    def rest(self, point: Passes | None) -> Passes | None:
-        """Return the passes that `point` has beside the sums; fold them in first when they are many."""
+    def rest(self, point: Passes | None, heard: Callable[[], None]) -> Passes | None:
+        """Return the passes that `point` has beside the sums; fold them in first when they are many.
+
+        `heard()` is called before each piece of that work; what it raises leaves no sums.
+        """
         if self.folded is None and (point is None or len(point.ids) <= FOLD):
             return point
         left = difference(point, self.folded)
@@ -417,7 +423,11 @@ class FoldedSums:
             )
             self.forget()
             return point
-        self._fold(left)
+        try:
+            self._fold(left, heard)
+        except BaseException:
+            self.forget()
+            raise
         self.folded = point
         return None
 
@@ -425,14 +435,18 @@ class FoldedSums:
         """Drop the sums and their memory."""
         self.folded, self.reach, self.sums = None, 0, {}
 
-    def _fold(self, passes: Passes) -> None:
+    def _fold(self, passes: Passes, heard: Callable[[], None]) -> None:
         """Add passes to the sums, and measure the largest sum."""
         self.reach = 0
         for slot in self.slots:
             if slot.name not in self.sums:
                 self.sums[slot.name] = torch.zeros(slot.tensor.numel(), device=slot.tensor.device)
             sums = self.sums[slot.name]
-            self.kernels.sweep(sums, sums, slot.start, self.run_key, passes, 1.0, threads=self.threads)
+            for first in range(0, sums.numel(), PIECE):
+                heard()
+                part = sums[first : first + PIECE]
+                start = slot.start + first
+                self.kernels.sweep(part, part, start, self.run_key, passes, 1.0, threads=self.threads)
             low, high = torch.aminmax(sums)
             self.reach = max(self.reach, int(-low), int(high))
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.date import now
@@ -10,6 +12,8 @@ from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectSto
 from flwr.superlink.federation import NoOpFederationManager
 
 from fleetune.fleet.mail import Mail
+
+RAREST: Final = 60.0  # seconds between two heartbeats of a device; ours send one in 10 s
 
 
 class State(InMemoryLinkState):
@@ -36,9 +40,13 @@ class State(InMemoryLinkState):
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
         """As Flower's; what the node was ordered before it came in is lost."""
-        if done := super().activate_node(node_id, heartbeat_interval):
+        if done := super().activate_node(node_id, min(heartbeat_interval, RAREST)):
             self.mail.lose(node_id)
         return done
+
+    def acknowledge_node_heartbeat(self, node_id: int, heartbeat_interval: float) -> bool:
+        """As Flower's; a device that has gone is known to have after two intervals, however long it says these are."""
+        return super().acknowledge_node_heartbeat(node_id, min(heartbeat_interval, RAREST))
 
     def deactivate_node(self, node_id: int) -> bool:
         """As Flower's; what the node was ordered is lost, and its request that waits for an order is answered at once."""

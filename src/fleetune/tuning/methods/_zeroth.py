@@ -8,6 +8,7 @@ point (`open_view`).  A direction's id is `epoch << 32 | k`, member k of a pool 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
@@ -156,9 +157,13 @@ def view_of(model: Model, run_key: int, law: str, grid: float) -> View:
     return made
 
 
-def place_at(model: Model, ledger: Ledger) -> View:
-    """Put `model` at the point of a ledger (its stored weights stay the base's)."""
+def place_at(model: Model, ledger: Ledger, heard: Callable[[], None] = lambda: None) -> View:
+    """Put `model` at the point of a ledger (its stored weights stay the base's).
+
+    `heard()` is called before each piece of that work and of what is done with the view, and may raise.
+    """
     model.trains = ledger.head.trains
     view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
+    view.heard = heard
     view.place(ledger.passes())
     return view

@@ -220,7 +220,13 @@ class Method:
         if warm and self.layers_rule in _layers.CURVED:
             few = next(batches.repeat_batch(0, self.curvature_rows or self.batch_size, 1))
             measured["kept"] = _layers.needed_share(
-                model, few, w, rule=self.layers_rule, lanczos=self.lanczos, key=key
+                model,
+                few,
+                w,
+                rule=self.layers_rule,
+                lanczos=self.lanczos,
+                key=key,
+                heard=batches.heard,
             )
         trained = adapters.export(model)
         if self.personalise and all(np.isfinite(a).all() for a in trained.values()):
