@@ -38,8 +38,8 @@ def measure(
 ) -> bytes:
     """Return the answer to an order `eval`; the model is the base, and afterwards the tuned model.
 
-    `words` is the digest of the held-out rows before they were encoded.  The files of the job's result go into the run's folder; without a result the base alone is measured.  `heard()` is called
-    before each piece of work, and may raise.
+    `words` is the digest of the held-out rows before they were encoded.  The files of the job's result go into the run's
+    folder; without a result the base alone is measured.  `heard()` is called before each piece of work, and may raise.
     """
     own.measure(words, job)
     received = decode(order)
