@@ -98,7 +98,7 @@ def furthest(replies: Replies, answers: Sequence[Answer], lie: liars.Lie, count:
     def distance(answer: Answer, payload: Any) -> float:
         sent = replies.kinds[answer.client % len(replies.kinds)][0]
         reply = Reply(answer.client, answer.key, payload)
-        return methods.distance_of(replies.method, replies.round.state, sent, reply)
+        return replies.method.distance(replies.round.state, sent, reply)
 
     told = [decode(a.data or b"") for a in answers]
     moving = [distance(a, m.payload) for a, m in zip(answers[count:], told[count:], strict=True)]
@@ -197,7 +197,7 @@ def played(
     """Run one case; return the losses before and after and the refused clients, None where the rule does not fit."""
     name, settings = CASES[case]
     method, parsed = methods.make(name, settings), robust.parse(rule)
-    if methods.cannot_combine(method, parsed, CLIENTS):
+    if method.rule_problem(parsed, CLIENTS):
         return None
     events: list[Any] = []
 

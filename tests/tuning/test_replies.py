@@ -450,8 +450,8 @@ def test_whoever_answers_first_the_state_of_every_method_is_the_same(
 ) -> None:
     """Bit for bit: sums of floats are not the same in another order, so replies are added in the clients' order."""
     method, state = begun[case]
-    kind = methods.kind_of(method, 0)
-    sent, spec = methods.kinds_of(method, state)[kind]
+    kind = method.kind_of(0)
+    sent, spec = method.kinds(state)[kind]
     payloads = [
         walked(method, c) if case == "fedkseed sums" else usual(sent, spec, c) for c in range(CLIENTS)
     ]
@@ -479,8 +479,8 @@ def test_whatever_one_client_says_the_model_moves_no_further(
 ) -> None:
     """The mean of replies that go at most so many times as far as the median does itself not go further."""
     method, state = begun[case]
-    kind = methods.kind_of(method, 0)
-    sent, spec = methods.kinds_of(method, state)[kind]
+    kind = method.kind_of(0)
+    sent, spec = method.kinds(state)[kind]
     honest = [usual(sent, spec, c) for c in range(CLIENTS)]
     if case == "fedkseed sums":  # sums that a walk can give
         honest = [walked(method, c) for c in range(CLIENTS)]
@@ -530,7 +530,7 @@ def test_who_sends_fewer_numbers_may_not_go_further(
 ) -> None:
     """20 codes were agreed: the bound is 5.6 for one code as well, and not 36 (8 for the 8 of `onebyte`)."""
     method, state = begun[case]
-    sent, spec = methods.kinds_of(method, state)[0]
+    sent, spec = method.kinds(state)[0]
     payloads = [usual(sent, spec, c) for c in range(CLIENTS)]
     payloads[0] = concentrated(payloads[0], times, codes)
     assert heard(method, state, payloads, tmp_path) == [c for c in range(CLIENTS) if c or times < 5]
@@ -538,7 +538,7 @@ def test_who_sends_fewer_numbers_may_not_go_further(
 
 def test_an_honest_device_that_sends_fewer_codes_is_heard(begun: Any, tmp_path: Path) -> None:
     method, state = begun["fedkseed"]
-    sent, spec = methods.kinds_of(method, state)[0]
+    sent, spec = method.kinds(state)[0]
     payloads = [usual(sent, spec, c) for c in range(CLIENTS)]
     for c, codes in ((0, 1), (3, 7)):
         payloads[c] = Payload({"codes": payloads[c].array("codes")[:codes]}, payloads[c].scalars)
@@ -640,11 +640,11 @@ def walked(method: Any, client: int) -> Payload:
 def test_sums_along_directions_that_were_not_drawn_are_refused(begun: Any) -> None:
     method, state = begun["fedkseed sums"]
     honest = walked(method, 3)
-    assert method.distance(state, Reply(3, 3, honest)) > 0
+    assert method.distance(state, Payload({}), Reply(3, 3, honest)) > 0
     sums = honest.array("sums").copy()
     sums[np.flatnonzero(sums == 0)[0]] = 1
     with pytest.raises(Exception, match="its steps give 0 at most"):
-        method.distance(state, Reply(3, 3, Payload({"sums": sums}, honest.scalars)))
+        method.distance(state, Payload({}), Reply(3, 3, Payload({"sums": sums}, honest.scalars)))
 
 
 def test_devices_of_few_and_of_many_steps_compare(begun: Any) -> None:
@@ -658,7 +658,7 @@ def test_devices_of_few_and_of_many_steps_compare(begun: Any) -> None:
             k: t + 1e-3 * rng.choice([-1, 1], (n, *t.shape)).sum(0).astype(np.float32)
             for k, t in state.tensors.items()
         }
-        sizes.append(method.distance(state, Reply(0, 0, Payload(w, {"n": n, "loss": 0.0}))))
+        sizes.append(method.distance(state, Payload({}), Reply(0, 0, Payload(w, {"n": n, "loss": 0.0}))))
     assert sizes == pytest.approx([1, 1], rel=0.1)
 
 

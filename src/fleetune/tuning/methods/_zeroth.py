@@ -8,6 +8,7 @@ point (`open_view`).  A direction's id is `epoch << 32 | k`, member k of a pool 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from fleetune.seeds.noise import LAWS, POOLS, run_key
 from fleetune.seeds.spsa import Position, uniforms
 from fleetune.seeds.trained import VIEWS, moved_tensors, view_on
 from fleetune.seeds.view import View
+from fleetune.tuning import methods
 from fleetune.tuning.messages import Payload, Scalar, narrow
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,16 @@ MOST_POOLS = 1 << 12  # a pass over all weights for each
 MOST_PASSES = 1 << 15  # of a law without pools: one for each direction
 MOST = 1e3  # of a learning rate and a perturbation: far beyond any that learns
 UNITS = 256  # grid = lr / 256: a slope of 1 is 256 units, so a usual step is hundreds to thousands
+
+
+class OfLedger(methods.Method):
+    """A method whose state has a ledger: the tuned model is at its point, and a step to it may come late."""
+
+    def late_problem(self) -> str:
+        return ""
+
+    def apply(self, model: Model, state: Any) -> None:
+        place_at(model, state.ledger)
 
 
 def check_pool(law: str, K: int, *, lr: float, eps: float, tau: int, batch_size: int) -> None:

@@ -42,7 +42,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import numpy as np
 
@@ -87,15 +87,15 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(_zeroth.OfLedger):
     """Hyper-parameters with the paper's symbols and defaults (README of the reference: Dolly, batch 1)."""
+
+    steps_setting: ClassVar[str] = "tau"
+    server_setting: ClassVar[str] = "server_lr"
 
     K: int = setting(
         0, "K", "directions in the pool, a power of two (0: 1024, or 4096 where clients back-propagate)"
     )
-    steps_setting: ClassVar[str] = "tau"
-    server_setting: ClassVar[str] = "server_lr"
-
     tau: int = setting(200, "τ", "local steps per round (not given: four passes over the rows, 50 to 200)")
     lr: float = setting(3e-7, "η", "learning rate", found=True)
     eps: float = setting(5e-4, "ε", "size of the perturbation")
@@ -113,7 +113,7 @@ class Method:
     backprop_steps: int = setting(
         10, "τ_b", "local steps of a client that back-propagates", only_if="backprop"
     )
-    server: str = setting("avg", "server", "the server's rule: avg, avgm, adagrad, yogi or adam")
+    server: str = setting("avg", "server", "the server's rule: avg, avgm or adam")
     server_lr: float = setting(
         0.0,
         "η_s",
@@ -134,7 +134,7 @@ class Method:
         _mixed_fleet.check(self.backprop, self.backprop_lr, self.backprop_steps, projectable=plain)
         server_rules.check(self.server, lr=self.server_lr)
 
-    def written_out(self) -> Method:
+    def written_out(self) -> Self:
         """Return the method with the server rule's own rate in place."""
         own = server_rules.SUMS_ETA.get(self.server, 0.0)
         return replace(self, server_lr=server_rules.rate(self.server, self.server_lr or own))
@@ -210,7 +210,7 @@ class Method:
         c = steps.coefficients
         return self.codec.reply(k[: len(c)], c, self.K, {"n": batches.n, "loss": steps.loss})
 
-    def distance(self, state: State, reply: Reply) -> float:
+    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         """Return the norm of the K sums in units of the expected one; MessageError for sums that no walk can give.
 
         A gradient g makes tau slopes of about |g|, or moves K sums by steps eta_b |g| / sqrt(K): either is |g| here.
@@ -272,22 +272,19 @@ class Method:
             )
         return ""
 
-    def check_late(self) -> None:
-        """Raise ValueError where a reply may be of a pool whose moments are gone."""
+    def late_problem(self) -> str:
         if self.epoch_rounds and self.server != "avg":
-            raise ValueError(
+            return (
                 f"server={self.server} keeps moments of the present pool alone, and with epoch_rounds={self.epoch_rounds} a "
                 "late reply may be of the one before: use server=avg or epoch_rounds=0"
             )
+        return ""
 
-    def apply(self, model: Model, state: State) -> None:
-        _zeroth.place_at(model, state.ledger)
-
-    def for_rows(self, rows: int) -> Method:
+    def for_rows(self, rows: int) -> Self:
         """Return the method with `PASSES` passes over so many rows, at least `FEWEST_STEPS` steps and at most tau."""
         return replace(self, tau=min(self.tau, max(FEWEST_STEPS, PASSES * -(-rows // self.batch_size))))
 
-    def for_clients(self, clients: int) -> Method:
+    def for_clients(self, clients: int) -> Self:
         """Return the method with a server that steps by sqrt(clients) times their mean.
 
         Clients walk along directions of their own, which hardly meet, so that the mean of C walks is as long as one of them
@@ -301,7 +298,7 @@ class Method:
         """Return the rate for the mean of clients that walk along directions of their own."""
         return slopes.rate(points, self.batch_size, averaged=clients)
 
-    def sized(self, steps: int, batch_size: int) -> Method:
+    def sized(self, steps: int, batch_size: int) -> Self:
         return replace(self, tau=steps, batch_size=batch_size)
 
     def local_steps(self, rows: int) -> int:

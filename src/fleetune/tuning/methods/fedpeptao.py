@@ -71,7 +71,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -82,6 +82,7 @@ from fleetune.evaluation.losses import batch_loss
 from fleetune.models.layers import check_separate, layers_of
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
+from fleetune.tuning import methods
 from fleetune.tuning.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _adaptive, _layers
@@ -116,7 +117,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(methods.Method):
     """Hyper-parameters with the paper's symbols and its code's defaults."""
 
     tokens: int = setting(20, "T", "length of each layer's prompt (the code: 5 for decoders)")
@@ -237,7 +238,7 @@ class Method:
 
     # The server ----------------------------------------------------------------------------------------
 
-    def distance(self, state: State, reply: Reply) -> float:
+    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         return _adapter.distance(state.tensors, reply, self.training())
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
@@ -313,7 +314,7 @@ class Method:
     def local_steps(self, rows: int) -> int:
         return self.training().count(rows)
 
-    def sized(self, steps: int, batch_size: int) -> Method:
+    def sized(self, steps: int, batch_size: int) -> Self:
         return replace(self, steps=steps, batch_size=batch_size)
 
     def footprint(self, shape: Shape) -> Footprint | None:

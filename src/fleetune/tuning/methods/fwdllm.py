@@ -47,7 +47,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import numpy as np
 
@@ -59,6 +59,7 @@ from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.seeds.noise import Passes, derive
 from fleetune.seeds.view import View
+from fleetune.tuning import methods
 from fleetune.tuning.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _forward, _lora_start, norm
@@ -98,8 +99,10 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(methods.Method):
     """Hyper-parameters with the paper's symbols and the defaults of its code (DistilBERT, AG News)."""
+
+    rate_at_server: ClassVar[bool] = True
 
     module: str = setting("lora", "module", "what is trained: lora, adapter or bitfit")
     r: int = setting(
@@ -195,7 +198,7 @@ class Method:
         """Return a view of the adapter from other points."""
         return _forward.view_of(tensors, run_key(seed), self.law, rate, device)
 
-    def distance(self, state: State, reply: Reply) -> float:
+    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         return norm([self.cut(reply.payload.array("g"))])
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
@@ -257,14 +260,10 @@ class Method:
         names = ("n", "variance", "moved", "batch", "along", "cosine")
         return {name: float(getattr(state, name)) for name in names}
 
-    @property
-    def rate_at_server(self) -> bool:
-        return True
-
     def local_steps(self, rows: int) -> int:
         return self.P
 
-    def sized(self, steps: int, batch_size: int) -> Method:
+    def sized(self, steps: int, batch_size: int) -> Self:
         return replace(self, P=steps, batch_size=batch_size)
 
     def footprint(self, shape: Shape) -> Footprint | None:
