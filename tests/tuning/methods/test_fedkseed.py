@@ -20,9 +20,9 @@ from fleetune.seeds.ledger import Ledger, load
 from fleetune.seeds.slots import layout
 from fleetune.seeds.view import View
 from fleetune.tuning.messages import LogCode, Message, Payload, check
-from fleetune.tuning.methods import Reply, _mixed_fleet, _pro, make
+from fleetune.tuning.methods import Reply, _mixed_fleet, make
 from fleetune.tuning.methods._zeroth import UNITS, draw
-from fleetune.tuning.methods.fedkseed import Method, State
+from fleetune.tuning.methods.fedkseed import Method, State, pro_weights
 from law_definition import slow_places
 
 K = 64
@@ -271,7 +271,7 @@ def test_pro_draws_with_p_and_its_weights_make_the_mean_step_that_of_uniform_dra
     share = np.bincount(picks, minlength=K) / n
     assert np.abs((share - p) / np.sqrt(p * (1 - p) / n)).max() < 4.5  # standard deviations, of 64
     g = rng.normal(size=K) + 1.0
-    weights = _pro.weights(p, K)
+    weights = pro_weights(p, K)
     exact = float((p.astype(np.float64) * weights * g).sum())
     assert exact == pytest.approx(g.mean(), rel=1e-6)
     drawn = weights[picks] * g[picks]

@@ -60,7 +60,7 @@ from fleetune.seeds.spsa import descend, uniforms
 from fleetune.tuning import server_rules
 from fleetune.tuning.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _mixed_fleet, _pro, _zeroth, norm
+from fleetune.tuning.methods import Reply, _mixed_fleet, _zeroth, norm
 from fleetune.tuning.methods._wires import WIRES, Wire, summed
 from fleetune.tuning.methods._zeroth import UNITS, draw, pool_ids, rounded
 from fleetune.tuning.robust import FEWEST, MEAN, Rule
@@ -81,7 +81,7 @@ class State(NamedTuple):
 
     ledger: Ledger
     round: int  # rounds done
-    size: np.ndarray  # for Pro: `_pro.Sizes`
+    size: np.ndarray  # for Pro: `Sizes`
     seen: np.ndarray
     moments: dict[str, np.ndarray]  # the server rule's
 
@@ -158,7 +158,7 @@ class Method(_zeroth.OfLedger):
 
     def probabilities(self, state: State) -> np.ndarray | None:
         """Return Pro's float32[K]; None is uniform."""
-        return _pro.probabilities(state.size, state.seen) if self.pro else None
+        return pro_probabilities(state.size, state.seen) if self.pro else None
 
     def expects(self, state: State) -> ReplySpec:
         """Return what client 0 sends; `kinds` has what every kind does."""
@@ -200,7 +200,7 @@ class Method(_zeroth.OfLedger):
         p = payload.arrays.get("p")
         if p is not None and (p.shape != (self.K,) or not np.isfinite(p).all()):
             raise MessageError(f"the probabilities are not of {self.K} directions")
-        k, weights = draw(key, self.tau, p, self.K), _pro.weights(p, self.K)
+        k, weights = draw(key, self.tau, p, self.K), pro_weights(p, self.K)
         coins = uniforms(key, "rounding", self.tau)
         steps = descend(
             model, view, position, pool_ids(epoch, k).tolist(), batches.steps(self.tau, self.batch_size),
@@ -230,8 +230,8 @@ class Method(_zeroth.OfLedger):
         """
         epoch, p = self.epoch(state), self.probabilities(state)
         combined = rule.combining(sums={str(epoch): np.zeros(self.K)})
-        sizes = _pro.Sizes(state.size.copy(), state.seen.copy())
-        units = UNITS * _pro.weights(p, self.K)  # of a slope of 1 along each direction
+        sizes = Sizes(state.size.copy(), state.seen.copy())
+        units = UNITS * pro_weights(p, self.K)  # of a slope of 1 along each direction
         for reply in replies:
             sent = reply.stood_on or state
             w = _mixed_fleet.weight(reply.payload, self.codec, self.K, mixed=self.backprop > 0)
@@ -311,3 +311,40 @@ class Method(_zeroth.OfLedger):
     def footprints(self, shape: Shape) -> Sequence[Footprint]:
         works = self.footprint(shape), Footprint("backward", moments=0, projects=True)
         return works[: len(self.kind_names)]
+
+
+# Pro: directions drawn by the size of the slopes seen along them (section 3.3) ---------------------------
+
+
+class Sizes(NamedTuple):
+    """Sums and counts of the slopes seen along each direction."""
+
+    size: np.ndarray  # float64[K] sum of |g|
+    seen: np.ndarray  # int64[K] number of slopes
+
+    def add(self, k: np.ndarray, g: np.ndarray) -> None:
+        """Count slopes g, seen along the directions k, in place."""
+        np.add.at(self.size, k, np.abs(g))
+        np.add.at(self.seen, k, 1)
+
+
+def pro_probabilities(size: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Return float32[K]: the softmax of the min-max-scaled mean |g| of each direction (see `Sizes`).
+
+    The most favoured direction is at most e times as likely as the least.  Sizes are cut at the 95 % quantile first:
+    in the reference one outlier flattens all other ones.
+    """
+    K = len(size)
+    if not seen.any():  # nothing is known of a new pool
+        return np.full(K, 1.0 / K, np.float32)
+    mean = size / np.maximum(seen, 1)
+    mean[seen == 0] = np.median(mean[seen > 0])
+    mean = np.minimum(mean, np.quantile(mean, 0.95))
+    scaled = (mean - mean.min()) / (np.ptp(mean) or 1.0)
+    p: np.ndarray = (np.exp(scaled) / np.exp(scaled).sum()).astype(np.float32)
+    return p
+
+
+def pro_weights(p: np.ndarray | None, K: int) -> np.ndarray:
+    """Return float64[K], 1/(K p_k): keeps the mean step what uniform drawing (p None) would give."""
+    return np.ones(K) if p is None else 1.0 / (K * p.astype(np.float64))
