@@ -32,7 +32,9 @@ from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs.rundir import create
+from fleetune.tuning import methods
 from fleetune.tuning.messages import Payload, ReplySpec
+from fleetune.tuning.robust import MEAN, Rule
 from fleetune.tuning.rounds import Hooks, RoundPlan
 from fleetune.tuning.rounds import run as run_rounds
 
@@ -46,11 +48,13 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NoOp:
+class NoOp(methods.Method):
     """A method whose server adds nothing up."""
 
     numbers: int
     dtype: str
+
+    init = local = apply = None  # type: ignore[assignment]  # a server alone
 
     def broadcast(self, state: State) -> Payload:
         """The state."""
@@ -61,7 +65,7 @@ class NoOp:
         scalars = {"n": (int, 1, 1 << 31), "loss": (float, 0, 1e9)}
         return ReplySpec({"x": (self.dtype, (self.numbers,))}, scalars)
 
-    def aggregate(self, state: State, replies: Iterable[Any]) -> State:
+    def aggregate(self, state: State, replies: Iterable[Any], rule: Rule = MEAN) -> State:
         """The state as it was; every reply is read."""
         for _ in replies:
             pass

@@ -47,8 +47,10 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Averaging:
+class Averaging(methods.Method):
     """The plain mean of one tensor, measured as methods are that do not say how."""
+
+    init = local = apply = None  # type: ignore[assignment]  # a server alone
 
     def broadcast(self, state: State) -> Payload:
         return Payload(state.tensors)
@@ -59,7 +61,7 @@ class Averaging:
             {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)},
         )
 
-    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         mean = weighted_mean((float(r.payload.int("n")), r.payload.arrays) for r in replies)
         return state._replace(tensors=mean) if mean else state
 
@@ -252,7 +254,7 @@ def test_a_method_knows_the_rows_that_a_client_took_its_steps_on(tmp_path: Path)
 
     @dataclass(frozen=True)
     class Noting(Averaging):
-        def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+        def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
             taken = list(replies)
             seen.update({r.client: (r.rows, r.payload.int("n")) for r in taken})
             return super().aggregate(state, iter(taken))
@@ -267,7 +269,7 @@ def test_steps_that_a_claim_stands_for_make_no_reply_short(tmp_path: Path) -> No
 
     @dataclass(frozen=True)
     class Stepping(Averaging):
-        def distance(self, state: State, reply: Reply) -> float:
+        def distance(self, state: State, sent: Payload, reply: Reply) -> float:
             return float(np.linalg.norm(reply.payload.array("w"))) / np.sqrt(reply.payload.int("n"))
 
     far = with_liars(lambda r, c, w: told(w - 7.0, 4 * ROWS), 0)
@@ -340,7 +342,7 @@ def test_who_answers_first_makes_no_difference(tmp_path: Path) -> None:
 
     @dataclass(frozen=True)
     class Ordered(Averaging):
-        def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+        def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
             taken = list(replies)
             added.append([r.client for r in taken])
             return super().aggregate(state, iter(taken))
@@ -672,7 +674,7 @@ class Fussy(Averaging):
     at_the_end: bool = False
     error: BaseException | None = None
 
-    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         taken = []
         for reply in replies:
             if reply.payload.array("w").mean() < 0:
@@ -729,8 +731,8 @@ def worst(state: State) -> dict[str, float]:
 def test_a_model_that_is_not_finite_is_never_taken(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Overflows(Averaging):
-        def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
-            new = super().aggregate(state, replies)
+        def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
+            new = super().aggregate(state, replies, rule)
             return new._replace(scale=new.scale * 1e200) if new is not state else new
 
     run = create(tmp_path, "averaging", "toy")
