@@ -49,6 +49,7 @@ taking it (`server`: FedAvgM, FedAdam); their papers are in `methods/_adapter.py
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,7 +95,11 @@ class Method(_adapter.Averaged):
         _lora_start.check(
             self.start, self.r, dropout=self.dropout, wire=self.wire, start_data=self.start_data
         )
-        _lora_start.check_ranks(self.ranks, self.r)
+        one = r" *\d+ *"
+        if self.ranks and not (
+            re.fullmatch(f"{one}(,{one})*", self.ranks) and all(1 <= k <= self.r for k in self.each_rank)
+        ):
+            raise ValueError(f"ranks = {self.ranks!r} must be numbers from 1 to r = {self.r}, as 4,8,16")
         if self.ranks and (self.average != "product" or self.start == "orthogonal"):
             raise ValueError(
                 "ranks needs average=product (A and B of unlike ranks have no mean of their own), and a start "
@@ -137,7 +142,7 @@ class Method(_adapter.Averaged):
     @property
     def each_rank(self) -> list[int]:
         """The ranks of devices 0, 1, .. in turn."""
-        return _lora_start.each_rank(self.ranks, self.r)
+        return [int(rank) for rank in self.ranks.split(",")] if self.ranks else [self.r]
 
     @property
     def kind_names(self) -> Sequence[str]:
