@@ -63,7 +63,7 @@ def footprint(name: str, of: Shape) -> Footprint:
         return Footprint("none")
     if name.startswith("fedkseed"):
         return methods.make("fedkseed", {"backprop": 1.0}).footprints(of)[1]  # type: ignore[attr-defined, no-any-return]
-    return methods.sized(methods.make(name, {}), 1, 1).footprint(of)  # type: ignore[attr-defined, no-any-return]
+    return methods.make(name, {}).sized(1, 1).footprint(of)  # type: ignore[attr-defined, no-any-return]
 
 
 def main() -> None:

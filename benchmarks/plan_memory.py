@@ -223,10 +223,9 @@ def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
 
 def _message(method: Any, model: Any) -> bytes:
     """What the server sends a device in round 1."""
-    from fleetune.tuning import methods
     from fleetune.tuning.messages import Message, encode
 
-    payload, _ = methods.kinds_of(method, method.init(model, 7))[methods.kind_of(method, 0)]
+    payload, _ = method.kinds(method.init(model, 7))[method.kind_of(0)]
     return encode(Message(1, bytes.fromhex(model.digest)[:8], payload))
 
 

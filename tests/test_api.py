@@ -190,7 +190,7 @@ def test_a_method_may_be_its_own_dataclass() -> None:
     assert typed.digest == by_name.digest
     with pytest.raises(
         errors.UsageError,
-        match=r"an object of list \(builtins\) is neither a registered method nor of a frozen dataclass",
+        match=r"an object of list \(builtins\) is no method: its class does not inherit",
     ):
         tune(method=[])
     with pytest.raises(errors.UsageError, match="the method is a class"):

@@ -62,7 +62,7 @@ VARIANTS = [
 ]  # fmt: skip
 # Methods that remember on the server or on the devices: a run that goes on must go on with all of it.
 STATEFUL = [
-    "fedit:scaffold=true,server=adam", "fedpetuning:scaffold=true,mu=0.1,server=yogi",
+    "fedit:scaffold=true,server=adam", "fedpetuning:scaffold=true,mu=0.1,server=avgm",
     "fedpeptao:epochs=1,warmup=1,layers_rule=1,personalise=true", "fedpeptao:epochs=1,layers_rule=all,momentum_input=delta_diff",
 ]  # fmt: skip
 NAMES = sorted(methods.entries()) + VARIANTS
@@ -84,7 +84,7 @@ def short(name: str) -> Method:
 
 
 def _sized(chosen: Method, steps: int) -> Method:
-    return methods.sized(chosen, steps, getattr(chosen, "batch_size", 2))
+    return chosen.sized(steps, getattr(chosen, "batch_size", 2))
 
 
 def rows(model: Model) -> list[Encoded]:
@@ -118,8 +118,8 @@ def key() -> int:
 
 def kind_of(method: Method, state: Any, client: int = 0) -> tuple[Payload, ReplySpec]:
     """What a client is sent, and what it must answer."""
-    kinds = methods.kinds_of(method, state)
-    return kinds[methods.kind_of(method, client)]
+    kinds = method.kinds(state)
+    return kinds[method.kind_of(client)]
 
 
 def reply(fleet: LocalFleet, method: Method, state: Any, client: int = 0, round: int = 1) -> Reply:

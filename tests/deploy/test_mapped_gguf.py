@@ -125,7 +125,7 @@ def test_replies_are_the_same_bytes(kind: str, file: Path) -> None:
         method: Any = methods.make(name, {"batch_size": 3, "lr": 1e-3, **settings})
         fleet = LocalFleet(model, method, [ROWS], 7, 0)
         state = method.init(model, 5)
-        message = encode(Message(1, b"12345678", methods.kinds_of(method, state)[-1][0]))
+        message = encode(Message(1, b"12345678", method.kinds(state)[-1][0]))
         (answer,) = fleet.ask(1, [0], message)
         assert answer.data is not None, answer.reason
         sent.append(answer.data)

@@ -40,6 +40,7 @@ from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.messages import Message, Payload, ReplySpec, encode
 from fleetune.tuning.replies import Replies, Round
+from fleetune.tuning.robust import MEAN, Rule
 
 BASE, ROWS, ROUND, LIAR = bytes(range(8)), 9, 2, 1
 CLIENTS = 4
@@ -51,8 +52,10 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Averaging:
+class Averaging(methods.Method):
     """The mean of two tensors."""
+
+    init = local = apply = None  # type: ignore[assignment]  # a server alone
 
     def broadcast(self, state: State) -> Payload:
         return Payload(state.tensors)
@@ -61,7 +64,7 @@ class Averaging:
         arrays = {name: ("float32", a.shape) for name, a in state.tensors.items()}
         return ReplySpec(arrays, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
-    def aggregate(self, state: State, replies: Iterable[methods.Reply]) -> State:
+    def aggregate(self, state: State, replies: Iterable[methods.Reply], rule: Rule = MEAN) -> State:
         mean = weighted_mean((float(r.payload.int("n")), r.payload.arrays) for r in replies)
         return State(mean) if mean else state
 
@@ -89,7 +92,7 @@ def real(name: str, settings: dict[str, Any]) -> Toy:
     state = method.init(model, 5)
     rows = [Example((("user", f"count to {i}"),), "one two three", {}) for i in range(ROWS)]
     encoded = encode_rows(model, rows, 48)[0]
-    kinds, replies = methods.kinds_of(method, state), []
+    kinds, replies = method.kinds(state), []
     for c in range(CLIENTS):
         sent = encode(Message(ROUND, BASE, kinds[c % len(kinds)][0]))
         batches = Batches(encoded, pad_id(model), 7 + c, "cpu", c)
@@ -146,7 +149,7 @@ class Place:
     def played(self) -> Any:
         """The state after a round in which all clients are asked."""
         self.events.clear()
-        kinds = methods.kinds_of(self.toy.method, self.toy.state)
+        kinds = self.toy.method.kinds(self.toy.state)
         sent = {c: encode(Message(ROUND, BASE, kinds[c % len(kinds)][0])) for c in range(CLIENTS)}
         round = Round(ROUND, BASE, self.fleet.rows, self.toy.state)
         with Replies(self.toy.method, round, self.run, self.events.append) as replies:

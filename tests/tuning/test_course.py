@@ -20,12 +20,13 @@ from fleetune.errors import MessageError, RecipeError, StorageError
 from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import RunDir, at, checkpoints, events
 from fleetune.tuning import course as courses
-from fleetune.tuning import prepare, rounds
+from fleetune.tuning import methods, prepare, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.course import Course
 from fleetune.tuning.fleets import Answer
 from fleetune.tuning.messages import Message, Payload, ReplySpec, encode
 from fleetune.tuning.methods import Reply
+from fleetune.tuning.robust import MEAN, Rule
 from fleetune.tuning.rounds import Hooks, Outcome, RoundPlan
 
 BASE = bytes(8)
@@ -36,8 +37,10 @@ class State(NamedTuple):
     tensors: dict[str, np.ndarray]
 
 
-class Counting:
+class Counting(methods.Method):
     """A method whose one number is the round."""
+
+    init = local = apply = None  # type: ignore[assignment]  # a server alone
 
     def broadcast(self, state: State) -> Payload:
         return Payload(state.tensors)
@@ -45,7 +48,7 @@ class Counting:
     def expects(self, state: State) -> ReplySpec:
         return ReplySpec({"w": ("float32", (1,))}, {"n": (int, 1, 10), "loss": (float, -1e9, 1e9)})
 
-    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         return State({"w": state.tensors["w"] + 1}) if list(replies) else state
 
 

@@ -243,7 +243,7 @@ def test_measuring_leaves_the_model_as_it_was(name: str) -> None:
     found = estimate.of(recipe(name), harness.method(name), model, [rows[:12], rows[12:24]], rows[24:])
     assert found.step > 0
     assert found.evaluation > 0
-    assert found.steps == methods.local_steps(harness.method(name), 12)
+    assert found.steps == harness.method(name).local_steps(12)
     assert model.attachment is None
     assert torch.equal(harness.logits(model), before)
 

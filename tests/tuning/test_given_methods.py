@@ -153,14 +153,14 @@ def test_a_dry_run_says_as_the_run_does_that_a_method_is_not_known_here(
 
 
 @dataclass(frozen=True)
-class Half:
+class Half(methods.Method):
     lr: float = 1.0
 
     def init(self, model: Any, key: int) -> None: ...
 
 
 @dataclass(frozen=True)
-class Unstated:
+class Unstated(methods.Method):
     def nothing(self, *_: Any) -> None: ...
 
     init = broadcast = expects = local = aggregate = apply = nothing
@@ -184,9 +184,8 @@ class Thawed:
 @pytest.mark.parametrize(
     ("method", "why"),
     [
-        (Thawed(), "an object of Thawed .* is neither a registered method nor of a frozen dataclass"),
-        (3, "an object of int .* is neither"),
-        (Half(), "Half of .* lacks broadcast, expects, local, aggregate, apply"),
+        (Thawed(), "an object of Thawed .* is no method: its class does not inherit"),
+        (3, "an object of int .* is no method"),
         (Unstated(), "does not state KIND = 'ledger' or 'adapter'"),
         (Fedit(), "has the name of the method 'fedit'"),
         (Auto(), "Auto of .* has the name by which a method is chosen"),
@@ -197,3 +196,8 @@ def test_what_is_no_method_says_what_is_missing(method: Any, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         fleetune.tune("tiny", "demo", method=method, **FEW)
     assert not Path("runs").exists()
+
+
+def test_a_class_without_all_six_functions_makes_no_object() -> None:
+    with pytest.raises(TypeError, match=r"Half .*aggregate.*apply.*broadcast.*expects.*local"):
+        Half()  # type: ignore[abstract]

@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def answer_of(method: Any, state: Any, client: int) -> Payload:
     """What a client replies whose steps are a few hundred units."""
-    _, spec = methods.kinds_of(method, state)[methods.kind_of(method, client)]
+    _, spec = method.kinds(state)[method.kind_of(client)]
     rng, arrays = np.random.default_rng(client), {}
     for name, (kind, shape) in spec.arrays.items():
         size = [abs(n) for n in shape if n is not None]
@@ -97,8 +97,8 @@ def test_a_reply_on_time_is_as_it_ever_was(case: str) -> None:
 @pytest.mark.parametrize(
     ("method", "values", "why"),
     [
-        ("fedit", {}, "of no use to fedit"),
-        ("fwdllm", {}, "of no use to fwdllm"),
+        ("fedit", {}, "of no use to this method"),
+        ("fwdllm", {}, "of no use to this method"),
         ("onebyte", {"wire": "sign"}, "takes a majority once"),
         ("fedkseed", {"epoch_rounds": 2, "server": "adam"}, "moments of the present pool"),
     ],

@@ -47,8 +47,10 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Averaging:
+class Averaging(methods.Method):
     """The plain mean of one tensor, measured as methods are that do not say how."""
+
+    init = local = apply = None  # type: ignore[assignment]  # a server alone
 
     def broadcast(self, state: State) -> Payload:
         return Payload(state.tensors)
@@ -59,7 +61,7 @@ class Averaging:
             {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)},
         )
 
-    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         mean = weighted_mean((float(r.payload.int("n")), r.payload.arrays) for r in replies)
         return state._replace(tensors=mean) if mean else state
 
@@ -252,7 +254,7 @@ def test_a_method_knows_the_rows_that_a_client_took_its_steps_on(tmp_path: Path)
 
     @dataclass(frozen=True)
     class Noting(Averaging):
-        def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+        def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
             taken = list(replies)
             seen.update({r.client: (r.rows, r.payload.int("n")) for r in taken})
             return super().aggregate(state, iter(taken))
@@ -267,7 +269,7 @@ def test_steps_that_a_claim_stands_for_make_no_reply_short(tmp_path: Path) -> No
 
     @dataclass(frozen=True)
     class Stepping(Averaging):
-        def distance(self, state: State, reply: Reply) -> float:
+        def distance(self, state: State, sent: Payload, reply: Reply) -> float:
             return float(np.linalg.norm(reply.payload.array("w"))) / np.sqrt(reply.payload.int("n"))
 
     far = with_liars(lambda r, c, w: told(w - 7.0, 4 * ROWS), 0)
@@ -340,7 +342,7 @@ def test_who_answers_first_makes_no_difference(tmp_path: Path) -> None:
 
     @dataclass(frozen=True)
     class Ordered(Averaging):
-        def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+        def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
             taken = list(replies)
             added.append([r.client for r in taken])
             return super().aggregate(state, iter(taken))
@@ -450,8 +452,8 @@ def test_whoever_answers_first_the_state_of_every_method_is_the_same(
 ) -> None:
     """Bit for bit: sums of floats are not the same in another order, so replies are added in the clients' order."""
     method, state = begun[case]
-    kind = methods.kind_of(method, 0)
-    sent, spec = methods.kinds_of(method, state)[kind]
+    kind = method.kind_of(0)
+    sent, spec = method.kinds(state)[kind]
     payloads = [
         walked(method, c) if case == "fedkseed sums" else usual(sent, spec, c) for c in range(CLIENTS)
     ]
@@ -479,8 +481,8 @@ def test_whatever_one_client_says_the_model_moves_no_further(
 ) -> None:
     """The mean of replies that go at most so many times as far as the median does itself not go further."""
     method, state = begun[case]
-    kind = methods.kind_of(method, 0)
-    sent, spec = methods.kinds_of(method, state)[kind]
+    kind = method.kind_of(0)
+    sent, spec = method.kinds(state)[kind]
     honest = [usual(sent, spec, c) for c in range(CLIENTS)]
     if case == "fedkseed sums":  # sums that a walk can give
         honest = [walked(method, c) for c in range(CLIENTS)]
@@ -530,7 +532,7 @@ def test_who_sends_fewer_numbers_may_not_go_further(
 ) -> None:
     """20 codes were agreed: the bound is 5.6 for one code as well, and not 36 (8 for the 8 of `onebyte`)."""
     method, state = begun[case]
-    sent, spec = methods.kinds_of(method, state)[0]
+    sent, spec = method.kinds(state)[0]
     payloads = [usual(sent, spec, c) for c in range(CLIENTS)]
     payloads[0] = concentrated(payloads[0], times, codes)
     assert heard(method, state, payloads, tmp_path) == [c for c in range(CLIENTS) if c or times < 5]
@@ -538,7 +540,7 @@ def test_who_sends_fewer_numbers_may_not_go_further(
 
 def test_an_honest_device_that_sends_fewer_codes_is_heard(begun: Any, tmp_path: Path) -> None:
     method, state = begun["fedkseed"]
-    sent, spec = methods.kinds_of(method, state)[0]
+    sent, spec = method.kinds(state)[0]
     payloads = [usual(sent, spec, c) for c in range(CLIENTS)]
     for c, codes in ((0, 1), (3, 7)):
         payloads[c] = Payload({"codes": payloads[c].array("codes")[:codes]}, payloads[c].scalars)
@@ -640,11 +642,11 @@ def walked(method: Any, client: int) -> Payload:
 def test_sums_along_directions_that_were_not_drawn_are_refused(begun: Any) -> None:
     method, state = begun["fedkseed sums"]
     honest = walked(method, 3)
-    assert method.distance(state, Reply(3, 3, honest)) > 0
+    assert method.distance(state, Payload({}), Reply(3, 3, honest)) > 0
     sums = honest.array("sums").copy()
     sums[np.flatnonzero(sums == 0)[0]] = 1
     with pytest.raises(Exception, match="its steps give 0 at most"):
-        method.distance(state, Reply(3, 3, Payload({"sums": sums}, honest.scalars)))
+        method.distance(state, Payload({}), Reply(3, 3, Payload({"sums": sums}, honest.scalars)))
 
 
 def test_devices_of_few_and_of_many_steps_compare(begun: Any) -> None:
@@ -658,7 +660,7 @@ def test_devices_of_few_and_of_many_steps_compare(begun: Any) -> None:
             k: t + 1e-3 * rng.choice([-1, 1], (n, *t.shape)).sum(0).astype(np.float32)
             for k, t in state.tensors.items()
         }
-        sizes.append(method.distance(state, Reply(0, 0, Payload(w, {"n": n, "loss": 0.0}))))
+        sizes.append(method.distance(state, Payload({}), Reply(0, 0, Payload(w, {"n": n, "loss": 0.0}))))
     assert sizes == pytest.approx([1, 1], rel=0.1)
 
 
@@ -672,7 +674,7 @@ class Fussy(Averaging):
     at_the_end: bool = False
     error: BaseException | None = None
 
-    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         taken = []
         for reply in replies:
             if reply.payload.array("w").mean() < 0:
@@ -729,8 +731,8 @@ def worst(state: State) -> dict[str, float]:
 def test_a_model_that_is_not_finite_is_never_taken(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Overflows(Averaging):
-        def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
-            new = super().aggregate(state, replies)
+        def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
+            new = super().aggregate(state, replies, rule)
             return new._replace(scale=new.scale * 1e200) if new is not state else new
 
     run = create(tmp_path, "averaging", "toy")

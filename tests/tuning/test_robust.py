@@ -23,6 +23,7 @@ from fleetune.seeds import ledger as ledgers
 from fleetune.tuning import checkpoint, methods, robust
 from fleetune.tuning.fleets import Answer
 from fleetune.tuning.messages import LogCode, Message, Payload, encode
+from fleetune.tuning.methods import fedit
 from fleetune.tuning.replies import Replies, Round
 from fleetune.tuning.robust import MEAN, REDUCE, Rule, parse, trimmed
 from fleetune.tuning.spool import Spool
@@ -221,7 +222,7 @@ def replies_of(method: Any, state: Any) -> list[Payload]:
     """A reply of a usual size from each client."""
     found = []
     for client in range(CLIENTS):
-        kinds = methods.kinds_of(method, state)
+        kinds = method.kinds(state)
         sent, spec = kinds[client % len(kinds)]
         rng = np.random.default_rng(client)
         arrays: dict[str, np.ndarray] = {}
@@ -265,7 +266,7 @@ def test_every_method_takes_a_rule_or_says_why_not(case: str, rule: str, begun: 
     """Neither the order of the replies nor the rows that a client states make a difference."""
     method, state = begun[case]
     parsed = parse(rule)
-    if why := methods.cannot_combine(method, parsed, CLIENTS):
+    if why := method.rule_problem(parsed, CLIENTS):
         assert "; use aggregation=" in why
         return
     payloads = replies_of(method, state)
@@ -376,15 +377,17 @@ def test_what_does_not_go_together_is_refused(
     name: str, values: dict[str, Any], rule: str, asked: int, says: str
 ) -> None:
     method = methods.make(name, values)
-    assert says in methods.cannot_combine(method, parse(rule), asked)
-    assert methods.cannot_combine(method, MEAN, asked) == ""
+    assert says in method.rule_problem(parse(rule), asked)
+    assert method.rule_problem(MEAN, asked) == ""
 
 
 def test_a_method_of_ones_own_keeps_its_rule() -> None:
-    class Own:
+    class Own(fedit.Method):
         """A method that takes no rule."""
 
-    assert "leave aggregation out" in methods.cannot_combine(Own(), parse("median"), 9)  # type: ignore[arg-type]
+        cannot_combine = methods.Method.cannot_combine
+
+    assert "leave aggregation out" in Own().rule_problem(parse("median"), 9)
 
 
 # In a run ---------------------------------------------------------------------------------------------

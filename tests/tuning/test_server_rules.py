@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 from fleetune.tuning import server_rules
 
-ADAPTIVE = ("adagrad", "yogi", "adam")
-
 
 def one_number(
     rule: str, w: float, deltas: list[float], eta: float, b1: float, b2: float, tau: float
@@ -29,12 +27,7 @@ def one_number(
             w += eta * m
             continue
         m = b1 * m + (1 - b1) * g
-        if rule == "adagrad":
-            v = v + g**2
-        elif rule == "yogi":
-            v = v - (1 - b2) * g**2 * math.copysign(1.0, v - g**2) if v != g**2 else v
-        else:
-            v = b2 * v + (1 - b2) * g**2
+        v = b2 * v + (1 - b2) * g**2
         w += eta * m / (math.sqrt(v) + tau)
     return w
 
@@ -46,10 +39,10 @@ def test_several_rounds_equal_the_papers_updates(rule, seed, rounds, scale):
     rng = np.random.default_rng(seed)
     w = {"a": rng.normal(size=(2, 3)).astype(np.float32), "b": rng.normal(size=4)}
     deltas = [{n: rng.normal(size=t.shape) * scale for n, t in w.items()} for _ in range(rounds)]
-    lr, b1, b2, tau = 0.3, 0.8, 0.95, 0.02
+    lr, b1, b2, tau = 0.3, 0.9, 0.99, 1e-3
     point, moments = w, {}
     for delta in deltas:
-        point, moments = server_rules.step(rule, point, delta, moments, lr=lr, beta1=b1, beta2=b2, tau=tau)
+        point, moments = server_rules.step(rule, point, delta, moments, lr=lr)
     for name, start in w.items():
         for i, value in np.ndenumerate(start):
             want = one_number(rule, float(value), [d[name][i] for d in deltas], lr, b1, b2, tau)
@@ -58,12 +51,12 @@ def test_several_rounds_equal_the_papers_updates(rule, seed, rounds, scale):
 
 
 def test_the_usual_numbers_are_the_papers():
-    """beta 0.9, beta_2 0.99, tau 1e-3; the first step of an adaptive rule from m = 0 and v = tau^2."""
+    """beta 0.9, beta_2 0.99, tau 1e-3; the first step of Adam from m = 0 and v = tau^2."""
     delta = {"w": np.array([0.2])}
-    for rule, v in (("adagrad", 1e-6 + 0.04), ("yogi", 1e-6 + 0.01 * 0.04), ("adam", 0.99e-6 + 0.01 * 0.04)):
-        moved, moments = server_rules.step(rule, {"w": np.zeros(1)}, delta, {})
-        assert moments["v/w"][0] == pytest.approx(v, rel=1e-12)
-        assert moved["w"][0] == pytest.approx(1e-3 * 0.02 / (math.sqrt(v) + 1e-3), rel=1e-12)
+    v = 0.99e-6 + 0.01 * 0.04
+    moved, moments = server_rules.step("adam", {"w": np.zeros(1)}, delta, {})
+    assert moments["v/w"][0] == pytest.approx(v, rel=1e-12)
+    assert moved["w"][0] == pytest.approx(1e-3 * 0.02 / (math.sqrt(v) + 1e-3), rel=1e-12)
     first, moments = server_rules.step("avgm", {"w": np.zeros(1)}, delta, {})
     second, _ = server_rules.step("avgm", first, delta, moments)
     assert first["w"][0] == pytest.approx(0.2)
@@ -83,11 +76,11 @@ def test_nothing_given_is_changed_in_place(rule):
 
 def test_what_cannot_be_is_refused():
     server_rules.check("adam", lr=0.1)
-    with pytest.raises(ValueError, match="avg, avgm, adagrad, yogi, adam"):
-        server_rules.check("fedadagrd")
-    for bad in ({"lr": -1.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"tau": 0.0}, {"lr": math.nan}):
+    with pytest.raises(ValueError, match="avg, avgm, adam"):
+        server_rules.check("fedadm", lr=0.0)
+    for bad in (-1.0, math.nan):
         with pytest.raises(ValueError, match="must be"):
-            server_rules.check("adam", **bad)
+            server_rules.check("adam", lr=bad)
 
 
 def test_scaffolds_variate_is_the_mean_gradient_of_the_walk():

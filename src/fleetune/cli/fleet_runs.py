@@ -22,7 +22,7 @@ def devices(args: argparse.Namespace, ui: Ui) -> None:
     found, names = Devices(run), [""]
     if not compression_folder.is_one(run):
         recipe = recipes.make(recipes.read(run / "run.toml"))
-        names = list(methods.kind_names(methods.make(recipe.method, recipe.set)))
+        names = list(methods.make(recipe.method, recipe.set).kind_names)
     rows = [
         [
             str(c), m.name, m.key[:16], str(m.rows or "has not joined"), human_bytes(m.memory) if m.memory else "",

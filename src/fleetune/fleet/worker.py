@@ -356,7 +356,7 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
 
 def check_work(method: Method, rows: int) -> None:
     """Declined for more work in a round than `PASSES` passes over so many rows."""
-    steps = max(methods.local_steps(method, rows), int(getattr(method, "backprop_steps", 0)))
+    steps = max(method.local_steps(rows), int(getattr(method, "backprop_steps", 0)))
     batch, products = int(getattr(method, "batch_size", 1)), 2 * int(getattr(method, "lanczos", 0))
     asked = steps * batch + products * max(batch, int(getattr(method, "curvature_rows", 0)))
     if asked > (most := PASSES * max(rows, FEW)):
@@ -407,10 +407,10 @@ def fitting_kinds(
     have = brings.memory or models.device_memory(device)
     trains = method if job.task == "tune" else None
     if not have:
-        return tuple(range(len(methods.kind_names(trains)) if trains is not None else 1)), base
+        return tuple(range(len(trains.kind_names) if trains is not None else 1)), base
     shape = shape_of(models.load_config(model, offline=brings.offline))
     rows = int(getattr(trains, "batch_size", 1))
-    footprints = methods.footprints_of(trains, shape) if trains is not None else [Footprint("none")]
+    footprints = trains.footprints(shape) if trains is not None else [Footprint("none")]
 
     def needs(place: str) -> list[int]:
         work = Workload(batch=rows, length=job.max_length, dtype=job.dtype, base=place)

@@ -125,7 +125,7 @@ def _check_memory(recipe: Recipe, shape: Shape, stored: str, ram: int, rows: int
     base = "memory" if recipe.base == "memory" else "mapped"
     work = Workload(min(rows, prepare.batch_size_of(method)), tokens, dtype=recipe.dtype, base=base)
     in_file = stored in ("None", WEIGHTS[recipe.dtype].full)
-    counted = filter(None, methods.footprints_of(method, shape))
+    counted = filter(None, method.footprints(shape))
     least = min((device_cost.least(shape, work, f, in_file=in_file) for f in counted), default=0)
     if least <= ram:
         return

@@ -141,8 +141,8 @@ class Search:
             values = {name: some if name == "base" else some[:1] for name, some in values.items()}
         for combination in itertools.product(*values.values()):
             work = Workload(**dict(zip(values, combination, strict=True)))
-            sized = methods.sized(method, work.steps, work.batch)
-            footprint = sized.footprint(self.shape) if isinstance(sized, methods.Planned) else None
+            sized = method.sized(work.steps, work.batch)
+            footprint = sized.footprint(self.shape)
             if footprint is None:
                 return
             step = device_cost.memory(self.shape, work, footprint)

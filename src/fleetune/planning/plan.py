@@ -149,11 +149,11 @@ def _methods(
     for entry in (entry for name, entry in methods.entries().items() if name in able):
         try:
             method = methods.make(entry.name, recipes.own_settings(train, entry.name))
-            method = methods.sized(method, work.steps, work.batch)
+            method = method.sized(work.steps, work.batch)
         except UsageError as error:  # of another package's module, which does not stop the table
             log.warning("%s is left out: %s", entry.name, error)
             continue
-        if not isinstance(method, methods.Planned):
+        if not method.has_own("footprint"):
             unstated.append(entry.name)
         elif (footprint := method.footprint(shape)) is not None:
             backward, part = footprint.gradient == "backward", bool(footprint.module.tensors)

@@ -135,10 +135,10 @@ def of(
     run itself says why, and for which clients.  What the method refuses of the model is raised: no client could begin.
     """
     asked = len(rounds.sample(range(len(rows)), recipe.participation, recipe.seed, 1, recipe.over_selection))
-    steps = float(np.mean([methods.local_steps(method, len(part)) for part in rows]))
+    steps = float(np.mean([method.local_steps(len(part)) for part in rows]))
     usual = sorted(rows, key=len)[len(rows) // 2]
     bench = Bench(model, [usual], held[:ROWS], recipe.seed)
-    one, state = methods.sized(method, 1, getattr(method, "batch_size", 8)), None
+    one, state = method.sized(1, getattr(method, "batch_size", 8)), None
     try:
         with restored(model):
             state = bench.begin(one)
@@ -235,8 +235,8 @@ def fitted(
     budget -= found.around + found.search
     recipe, found = _evaluated_less(recipe, found, budget / 3)
     units = (budget - found.evaluations * found.evaluation) / found.step  # steps that there is time for
-    if units < 2 or not isinstance(method, methods.Sized):
-        least = _least(found) if isinstance(method, methods.Sized) else whole.seconds
+    if units < 2 or not method.has_own("sized"):
+        least = _least(found) if method.has_own("sized") else whole.seconds
         also = f", after {human_time(found.search)} of finding a learning rate," if found.search else ""
         raise FitError(
             f"two steps of one client, the evaluations and the answers{also} take more than {human_time(within)}",
@@ -268,7 +268,7 @@ def _of_steps(
         count, asked = max(1, int(units // asked)), min(asked, int(units))
     steps = min(math.ceil(found.steps), max(1, int(units // (count * asked))))
     found = dataclasses.replace(found, evaluations=evaluations_of(count, recipe.eval_every))
-    smaller = methods.sized(method, steps, getattr(method, "batch_size", 8))
+    smaller = method.sized(steps, getattr(method, "batch_size", 8))
     share = recipe.participation if asked == found.clients else asked / clients
     recipe = dataclasses.replace(recipe, rounds=count, participation=share, set=methods.values_of(smaller))
     return recipe, smaller, dataclasses.replace(

@@ -26,7 +26,6 @@ RESULT: Final = {
     "ledger": "ledger.safetensors",
     "adapter": "adapter",
 }  # in a run's folder, by the method's KIND
-FUNCTIONS: Final = ("init", "broadcast", "expects", "local", "aggregate", "apply")
 STATED: Final = ("KIND", "PAPER", "SENDS", "CLIENTS")
 HINT: Final = "what a method is: CONTRIBUTING.md#add-a-tuning-method"
 
@@ -34,14 +33,12 @@ HINT: Final = "what a method is: CONTRIBUTING.md#add-a-tuning-method"
 def registered(method: object) -> str:
     """Make the class of a method known in this process, and return its name; UsageError for what is no method."""
     cls = type(method)
-    declared: Any = getattr(cls, "__dataclass_params__", None)
-    if declared is None or not declared.frozen:
+    if not isinstance(method, methods.Method):
         raise UsageError(
-            f"an object of {cls.__name__} ({cls.__module__}) is neither a registered method nor of a frozen dataclass",
+            f"an object of {cls.__name__} ({cls.__module__}) is no method: its class does not inherit "
+            "fleetune.tuning.methods.Method",
             hint=HINT,
         )
-    if missing := [name for name in FUNCTIONS if not callable(getattr(method, name, None))]:
-        raise UsageError(f"{cls.__name__} of {cls.__module__} lacks {', '.join(missing)}", hint=HINT)
     constants = {name: value for name in STATED if (value := _stated(cls, name)) is not None}
     if constants.get("KIND") not in RESULT:
         raise UsageError(

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from fleetune.tuning import methods
 from fleetune.tuning.methods import Method
 
 
@@ -28,16 +27,16 @@ ONE = Wanted(("",), lambda client: 0)  # of a method whose clients are all alike
 
 def wanted(method: Method, listed: str) -> Wanted:
     """Return the kinds that `listed` gives, as "0,1,1" for the clients in turn; "" for the method's own."""
-    names = methods.kind_names(method)
+    names = method.kind_names
     if not listed:
-        return Wanted(names, lambda client: methods.kind_of(method, client))
+        return Wanted(names, lambda client: method.kind_of(client))
     kinds = [int(kind) for kind in listed.split(",")]
     return Wanted(names, lambda client: kinds[client % len(kinds)])
 
 
 def problem(method: Method, listed: str) -> str:
     """Say what is wrong with a list of kinds, "" for nothing."""
-    count = len(methods.kind_names(method))
+    count = len(method.kind_names)
     if not listed:
         return ""
     if count == 1:

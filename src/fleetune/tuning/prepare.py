@@ -137,14 +137,14 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
-    methods.check_files(method)
+    method.check_files()
     return entry, method
 
 
 def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:
     """Raise RecipeError where the replies of so many clients cannot be combined by the recipe's rule."""
     asked = len(rounds.sample(range(clients), recipe.participation, recipe.seed, 1))
-    if why := methods.cannot_combine(method, robust.parse(recipe.aggregation), asked):
+    if why := method.rule_problem(robust.parse(recipe.aggregation), asked):
         raise RecipeError(
             [f"aggregation = {recipe.aggregation!r} does not fit method = {recipe.method!r}: {why}"],
             hint="rules, and what each withstands: docs/safety.md",
@@ -155,7 +155,7 @@ def _of_fleet(method: Method, recipe: Recipe) -> list[str]:
     """Say what a method cannot do of what the recipe wants of the fleet."""
     late = ""
     if recipe.late == "use":
-        late = methods.late_problem(method, recipe.method)
+        late = method.late_problem()
         if not late and robust.parse(recipe.aggregation).name != "mean":
             late = (
                 f"aggregation = {recipe.aggregation!r} compares the replies of one round, and a late one is a step of another; "
@@ -197,7 +197,7 @@ def prepare(
     """
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
-    method = methods.written_out(method)
+    method = method.written_out()
     names, given = rates.wanted(recipe), set(recipe.set)
     asked_for = [name for name in names if name in given]
     recipe, parts = _divided(recipe, entry, method, offline=offline, simulated=simulated)
@@ -213,7 +213,7 @@ def prepare(
     aside = set(parts.held.tolist())
     train = [row for i, pieces in place.items() if i not in aside for row in pieces]
     new = find or measure  # not one that is resumed
-    if new and isinstance(method, methods.FollowsRows) and method.steps_setting not in given:
+    if new and method.steps_setting and method.steps_setting not in given:
         method = method.for_rows(len(train) // max(1, len(rows) or recipe.clients))
         recipe = dataclasses.replace(recipe, set=methods.values_of(method))
     prompts = [begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]]

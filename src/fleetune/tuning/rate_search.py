@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Count what a search for learning rates takes, and fit one that nobody asked for to its run.
 
-A rate that is asked for (`lr=auto`), and one whose published value moves no small model (`FromSlopes`, `rate_at_server`), is
+A rate that is asked for (`lr=auto`), and one whose published value moves no small model (`rate_from`, `rate_at_server`), is
 searched for however long that takes.  The published rate of a method whose devices back-propagate learns something: a
 search for a better one takes at most half as long as the run: with one client, and for a single round, where more do not fit.
 What is counted is steps, so that the same recipe is searched for everywhere; with `within`, its time counts too.
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence, Set
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from fleetune.common.display import human_time
 from fleetune.common.settings import Setting
 from fleetune.seeds import slopes
 from fleetune.tuning import methods, robust
 from fleetune.tuning.estimate import Estimate
-from fleetune.tuning.methods import FromSlopes, Method
+from fleetune.tuning.methods import Method
 from fleetune.tuning.rates import trial
 from fleetune.tuning.rates.trial import Size
 from fleetune.tuning.recipe import Recipe
@@ -59,29 +59,29 @@ def searches(
     """
     if not names:
         return []
-    due = bool(set(names) & set(asked_for)) or isinstance(method, FromSlopes) or trial.at_server(method)
+    due = bool(set(names) & set(asked_for)) or method.has_own("rate_from") or method.rate_at_server
     known = {s.name: s for s in methods.settings(recipe.method)}
     found = []
     for size in SIZES[: 1 if due else None]:
         parts = [_taken(recipe, method, known[name], size, rows, asked) for name in names]
         found.append(Search(tuple(names), size, due, *(sum(part) for part in zip(*parts, strict=True))))
-    run = recipe.rounds * asked * methods.local_steps(method, rows // max(1, clients))
+    run = recipe.rounds * asked * method.local_steps(rows // max(1, clients))
     return [search for search in found if due or search.steps <= SHARE * run]
 
 
 def _taken(
-    recipe: Recipe, method: Any, setting: Setting, size: Size, rows: int, asked: int
+    recipe: Recipe, method: Method, setting: Setting, size: Size, rows: int, asked: int
 ) -> tuple[int, int]:
     """Return how many local steps, and losses of rows, the search for one rate takes, about."""
     few = min(rows, slopes.DIRECTIONS * slopes.ROWS)
-    if isinstance(method, FromSlopes) and not setting.only_if:
+    if method.has_own("rate_from") and not setting.only_if:
         measured = 2 * 3 * slopes.DIRECTIONS * min(slopes.ROWS, few)
         return 0, measured + 2 * slopes.STEPS * min(getattr(method, "batch_size", 1), slopes.ROWS, few)
-    at_server, aside = trial.at_server(method), trial.aside(few)
+    at_server, aside = method.rate_at_server, trial.aside(few)
     count = min(asked, trial.AT_SERVER if at_server else size.clients, max(1, few - aside))
     moves = min(size.moves, recipe.rounds)
     held = HELD * moves * (moves > 1)
-    steps = methods.local_steps(method, (few - aside) // count)
+    steps = method.local_steps((few - aside) // count)
     if at_server:
         return count * steps * (1 + held), aside * (2 + trial.FINE_TRIALS + held)
     return count * min(trial.STEPS, steps) * (TRIED + held), aside * (1 + TRIED + held)
@@ -111,7 +111,7 @@ def told(names: Sequence[str], method: Method, search: Search | None, run: Estim
 def for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:
     """Return the run with the server's step for the mean of so many clients, unless that is given or is not their mean."""
     mean = robust.parse(recipe.aggregation).name in ("mean", "norm-clip")
-    if not (mean and isinstance(method, methods.FollowsClients)) or method.server_setting in given:
+    if not (mean and method.server_setting) or method.server_setting in given:
         return recipe, method
     method = method.for_clients(clients)
     return dataclasses.replace(recipe, set=methods.values_of(method)), method

@@ -3,7 +3,7 @@
 
 A reply can be well formed, finite and in range, and still be a lie: a weight of 1e8, or a hundred times the honest
 change with the sign turned.  So a reply is held against the others of its round: one that goes much further than
-their median (`allowed`) is refused.  How far a reply goes is the method's to say (`methods.Measured`).  Sun et al.
+their median (`allowed`) is refused.  How far a reply goes is the method's to say (`Method.distance`).  Sun et al.
 2019, arXiv 1911.07963 ("norm thresholding"), cut such an update down to the bound; here it is left out, since what is
 known to be wrong need not be used in part.
 
@@ -36,7 +36,6 @@ from fleetune.common.events import ClientReply
 from fleetune.common.memory import rss
 from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import methods
 from fleetune.tuning.fleets import Answer
 from fleetune.tuning.messages import NotFiniteError, Payload, ReplySpec, check, decode
 from fleetune.tuning.methods import Method, Reply
@@ -90,7 +89,7 @@ class Replies:
         past: Mapping[int, Round] = MappingProxyType({}),
     ) -> None:
         self.method, self.round, self.emit, self.past = method, round, emit, past
-        self.kinds = methods.kinds_of(method, round.state)
+        self.kinds = method.kinds(round.state)
         self._earlier: dict[int, Sequence[tuple[Payload, ReplySpec]]] = {}  # kinds of past rounds, by number
         self.kept: list[Kept] = []
         self.asked = self.failed = self.not_finite = 0  # failed: refused ones included
@@ -153,7 +152,7 @@ class Replies:
 
         def distance_with(rows: int) -> float:
             told = self._reply(answer, payload, rows)
-            return methods.distance_of(self.method, asked.state, sent, told)
+            return self.method.distance(asked.state, sent, told)
 
         try:
             distance = distance_with(payload.int("n") if n else 0)
@@ -183,7 +182,7 @@ class Replies:
         if asked is self.round:
             return self.kinds
         if asked.number not in self._earlier:
-            self._earlier[asked.number] = methods.kinds_of(self.method, asked.state)
+            self._earlier[asked.number] = self.method.kinds(asked.state)
         return self._earlier[asked.number]
 
     def _reply(self, answer: Answer, payload: Payload, n: int) -> Reply:
@@ -202,7 +201,7 @@ class Replies:
         """
         while True:
             try:
-                return methods.aggregated(self.method, self.round.state, self._each(), self.rule)
+                return self.method.aggregate(self.round.state, self._each(), self.rule)
             except (StorageError, MemoryError):
                 raise
             except FAULTS as error:

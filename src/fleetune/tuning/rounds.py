@@ -24,7 +24,7 @@ from fleetune.errors import FleetError, MessageError
 from fleetune.runs import rundir
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
-from fleetune.tuning import checkpoint, methods
+from fleetune.tuning import checkpoint
 from fleetune.tuning import course as courses
 from fleetune.tuning.checkpoint import StandsOn, Totals
 from fleetune.tuning.course import Course
@@ -137,7 +137,7 @@ def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, 
         hooks.emit(RoundDone(
             round=r, clients=replies.asked, accepted=replies.accepted, bytes_up=replies.bytes_up,
             bytes_down=replies.bytes_down, bytes_total=totals.bytes_up + totals.bytes_down,
-            seconds=round(seconds, 3), rss=rss(), report=methods.report_of(method, new) or None,
+            seconds=round(seconds, 3), rss=rss(), report=method.report(new) or None,
         ))  # fmt: skip
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
             hooks.emit(evaluated := round_evaluated(r, measured := hooks.evaluate(new)))

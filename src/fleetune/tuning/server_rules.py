@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step along the mean update of a round: plain averaging, momentum, FedAdagrad, FedYogi, FedAdam; numpy only.
+"""Step along the mean update of a round: plain averaging, momentum, FedAdam; numpy only.
 
 A round moves the model w by `Delta = mean_k w_k - w`.  Plain averaging takes it as it is; the others treat
 -Delta as a gradient (a "pseudo-gradient") and keep moments of it:
 
     avg      w <- w + eta Delta                                     McMahan et al. 2017, arXiv 1602.05629
     avgm     m <- beta m + Delta;  w <- w + eta m                   Hsu et al. 2019, arXiv 1909.06335
-    adagrad, yogi, adam: Reddi et al. 2021, arXiv 2003.00295, Algorithm 2
-             m <- beta_1 m + (1 - beta_1) Delta
-             v <- v + Delta^2                                       adagrad (line 11)
-             v <- v - (1 - beta_2) Delta^2 sign(v - Delta^2)        yogi (line 12)
-             v <- beta_2 v + (1 - beta_2) Delta^2                   adam (line 13)
+    adam     m <- beta_1 m + (1 - beta_1) Delta                     Reddi et al. 2021, arXiv 2003.00295, Algorithm 2
+             v <- beta_2 v + (1 - beta_2) Delta^2
              w <- w + eta m / (sqrt(v) + tau)                       from m = 0, v = tau^2, no bias correction
 
 w is a dict of arrays of any shapes: an adapter, or a ledger's K coefficients (pass zeros to get the step
-alone).  Everything is float64 inside and out; the caller rounds once.  Defaults are the papers'
+alone).  Everything is float64 inside and out; the caller rounds once.  The numbers are the papers'
 (beta = beta_1 = 0.9, beta_2 = 0.99, tau = 1e-3, momentum with eta = 1).  Reddi et al. search eta for every
 task; 1e-3 is what OpenFedLLM (arXiv 2402.06954) sets for LoRA.
 
@@ -23,30 +20,22 @@ task; 1e-3 is what OpenFedLLM (arXiv 2402.06954) sets for LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 
 Tensors = dict[str, np.ndarray]
-Second = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+
+BETA: Final = 0.9
+BETA_2: Final = 0.99
+TAU: Final = 1e-3
 
 # Every rule, and its usual server learning rate
-ETA: Final[Mapping[str, float]] = MappingProxyType(
-    {"avg": 1.0, "avgm": 1.0, "adagrad": 1e-3, "yogi": 1e-3, "adam": 1e-3}
-)
-SECOND: Final[Mapping[str, Second]] = MappingProxyType(
-    {
-        "adagrad": lambda v, d2, beta2: v + d2,
-        "yogi": lambda v, d2, beta2: v - (1 - beta2) * d2 * np.sign(v - d2),
-        "adam": lambda v, d2, beta2: beta2 * v + (1 - beta2) * d2,
-    }
-)
-
-
-# The adaptive rules' own learning rate for a ledger's sums of slopes: how far a direction's A_k moves a round, at most.
-SUMS_ETA: Final[Mapping[str, float]] = MappingProxyType({"adagrad": 0.1, "yogi": 0.1, "adam": 0.1})
+ETA: Final[Mapping[str, float]] = MappingProxyType({"avg": 1.0, "avgm": 1.0, "adam": 1e-3})
+# Adam's own learning rate for a ledger's sums of slopes: how far a direction's A_k moves a round, at most.
+SUMS_ETA: Final[Mapping[str, float]] = MappingProxyType({"adam": 0.1})
 
 
 def rate(rule: str, lr: float) -> float:
@@ -54,15 +43,12 @@ def rate(rule: str, lr: float) -> float:
     return lr if lr or rule == "avg" else ETA[rule]
 
 
-def check(rule: str, *, lr: float = 0.0, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> None:
-    """Raise ValueError, in plain words, for a rule or number that cannot be."""
+def check(rule: str, *, lr: float) -> None:
+    """Raise ValueError, in plain words, for a rule or rate that cannot be."""
     if rule not in ETA:
         raise ValueError(f"server = {rule!r} is none of {', '.join(ETA)}")
-    if not (0 <= lr < 1e3 and 0 <= beta1 < 1 and 0 <= beta2 < 1 and tau > 0):
-        raise ValueError(
-            f"server lr = {lr}, beta1 = {beta1}, beta2 = {beta2}, tau = {tau}: lr must be 0 (the rule's own) "
-            "or positive, the betas in [0, 1), tau positive"
-        )
+    if not 0 <= lr < 1e3:
+        raise ValueError(f"server lr = {lr} must be 0 (the rule's own) or positive")
 
 
 def step(
@@ -72,9 +58,6 @@ def step(
     moments: Mapping[str, np.ndarray],
     *,
     lr: float = 0.0,
-    beta1: float = 0.9,
-    beta2: float = 0.99,
-    tau: float = 1e-3,
 ) -> tuple[Tensors, Tensors]:
     """Return (w, moments) after one server step along `delta` = mean_k w_k - w, both by tensor name, float64.
 
@@ -89,12 +72,12 @@ def step(
         if rule == "avg":
             change = d
         elif rule == "avgm":
-            change = kept[f"m/{name}"] = beta1 * moments.get(f"m/{name}", 0.0) + d
+            change = kept[f"m/{name}"] = BETA * moments.get(f"m/{name}", 0.0) + d
         else:
-            m = beta1 * moments.get(f"m/{name}", 0.0) + (1 - beta1) * d
-            v = SECOND[rule](moments.get(f"v/{name}", np.full(d.shape, tau**2)), d * d, beta2)
+            m = BETA * moments.get(f"m/{name}", 0.0) + (1 - BETA) * d
+            v = BETA_2 * moments.get(f"v/{name}", np.full(d.shape, TAU**2)) + (1 - BETA_2) * (d * d)
             kept[f"m/{name}"], kept[f"v/{name}"] = m, v
-            change = m / (np.sqrt(v) + tau)
+            change = m / (np.sqrt(v) + TAU)
         moved[name] = value.astype(np.float64) + eta * change
     return moved, kept
 

@@ -23,7 +23,7 @@ FOUND: Final = ("iid", "column:client")  # what `partition = auto` becomes
 
 def settled(recipe: Recipe) -> Recipe:
     """Return the recipe with every setting of its method; with the usual number of clients, unless a column decides."""
-    method = methods.written_out(methods.make(recipe.method, recipe.set))
+    method = methods.make(recipe.method, recipe.set).written_out()
     clients = recipe.clients or _usual_clients(recipe.method, recipe.partition)
     return dataclasses.replace(recipe, set=methods.values_of(method), clients=clients)
 
@@ -46,7 +46,7 @@ def defence(recipe: Recipe, devices: int) -> tuple[robust.Rule, str]:
         return robust.MEAN, "late = use takes the mean alone"
     method, asked = methods.make(recipe.method, recipe.set), share_of(devices, recipe.participation)
     names = DEFENCES[methods.entry(recipe.method).kind]
-    why = [methods.cannot_combine(method, robust.Rule(name), asked) for name in names]
+    why = [method.rule_problem(robust.Rule(name), asked) for name in names]
     fitting = [name for name, problem in zip(names, why, strict=True) if not problem]
     return (robust.Rule(fitting[0]), "") if fitting else (robust.MEAN, why[0])
 
@@ -64,7 +64,7 @@ def about_rule(recipe: Recipe, count: int) -> str:
     bound = f"at most {times}the median's" if rule != robust.MEAN else "of any number"
     other, why = defence(recipe, count)
     more = f"no rule against liars fits: {why}" if why else f"where some may lie: --aggregation {other.text}"
-    if len(methods.kind_names(methods.make(recipe.method, recipe.set))) > 1:
+    if len(methods.make(recipe.method, recipe.set).kind_names) > 1:
         more += "; a device that alone could back-propagate takes two-point steps"
     return f"replies are combined by {rule.text} ({given}weighted by rows, {bound}); {more} (docs/safety.md)"
 
@@ -84,7 +84,7 @@ def settled_options(options: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(options)
     given = {name.removeprefix("set."): v for name, v in found.items() if name.startswith("set.")}
     try:
-        method = methods.written_out(methods.make(str(found.get("method")), given))
+        method = methods.make(str(found.get("method")), given).written_out()
         clients = found.get("clients") or _usual_clients(
             str(found.get("method")), str(found.get("partition"))
         )
@@ -97,7 +97,7 @@ def settled_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def given(recipe: Recipe) -> list[str]:
     """Return the options whose values are not the defaults of this version, by name."""
     usual = {name: default for name, (_, default, _) in recipes.fields().items() if name != "set"}
-    method = methods.written_out(methods.make(recipe.method, {}))
+    method = methods.make(recipe.method, {}).written_out()
     usual |= {f"set.{name}": value for name, value in methods.values_of(method).items()}
     written = usual | {
         f"set.{s.name}": s.default for s in methods.settings(recipe.method)

@@ -45,7 +45,7 @@ def test_checkpoints_change_no_bit_of_a_reply(kind: str, monkeypatch: pytest.Mon
         method: Any = methods.make(name, {**FAST, **settings, "checkpointing": on})
         fleet = LocalFleet(model, method, [ROWS], 7, 0)
         state = method.init(model, 5)
-        message = encode(Message(1, BASE, methods.kinds_of(method, state)[0][0]))
+        message = encode(Message(1, BASE, method.kinds(state)[0][0]))
         (answer,) = fleet.ask(1, [0], message)
         assert answer.data is not None, answer.reason
         sent.append(answer.data)

@@ -45,9 +45,9 @@ def batches_of(client: int) -> Any:
 def round_of(model: Model, method: Any, state: Any, r: int = 1) -> tuple[list[Reply], list[int], list[int]]:
     """(replies, bytes down, bytes up) of everybody in a round, each through the door."""
     fleet = fleet_of(model, method)
-    found = methods.kinds_of(method, state)
+    found = method.kinds(state)
     clients = range(len(fleet.rows))
-    kinds = [found[methods.kind_of(method, c)] for c in clients]
+    kinds = [found[method.kind_of(c)] for c in clients]
     sent = {c: encode(Message(r, BASE, kinds[c][0])) for c in clients}
     replies, up = [], []
     for answer in fleet.ask(r, clients, sent):

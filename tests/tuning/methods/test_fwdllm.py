@@ -23,8 +23,7 @@ from fleetune.seeds import noise
 from fleetune.tuning import methods
 from fleetune.tuning.messages import Message, MessageError, Payload, check
 from fleetune.tuning.methods import Reply, fwdllm
-from fleetune.tuning.methods._forward import descent
-from fleetune.tuning.methods.fwdllm import Method, State
+from fleetune.tuning.methods.fwdllm import Method, State, descent
 
 SIZES = {"a.weight": (40, 60), "b.weight": (25, 40)}  # an adapter of 3,400 numbers, for what needs no model
 NORMAL = NormalDist()

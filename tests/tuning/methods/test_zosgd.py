@@ -89,7 +89,7 @@ def test_the_whole_direction_lies_in_memory_while_the_losses_are_taken(
     monkeypatch.setattr(objectives, "get", lambda name: watched)
     method.local(model, method.broadcast(state), Batches(rows, 257, 1), 1, {})
     assert len(seen) == 6
-    for step, id in enumerate(method.step().ids(0).tolist()):
+    for step, id in enumerate(method.ids(0).tolist()):
         for found in seen[2 * step : 2 * step + 2]:
             expected = z_of(model.attachment, id, law)
             assert found.keys() == {name for name, _ in named_tensors(model.net)}

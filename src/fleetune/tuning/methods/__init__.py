@@ -2,12 +2,10 @@
 """Define the contract of a tuning method, and find methods: the folder is the registry.
 
 `methods/fedkseed.py` is `--method fedkseed`.  A method is one file: a docstring that cites the paper, the constants
-`KIND`, `PAPER` and `SENDS`, a State (NamedTuple), and a frozen dataclass `Method` whose fields are the
-hyper-parameters, each `name: type = setting(default, symbol, help)`, with the functions of the Protocol below.  A
-setting that acts only beside another says so with `only_if` (`common/settings.py`).  Optional: the constants `CLIENTS`
-(a usual fleet, 8 unless stated) and `RECOMMENDED` (1 is the first that `plan` considers), and the functions of the
-Protocols `Reports`, `Kinds`, `TakesLate`, `Measured`, `Combines`, `Reads`, `WritesOut`, `Sized`, `FollowsRows`,
-`FollowsClients`, `FromSlopes` and `Planned`; `rate_at_server`, true where the learning rate acts on the server alone.
+`KIND`, `PAPER` and `SENDS`, a State (NamedTuple), and a frozen dataclass `Method` that inherits the one below.  Its fields
+are the hyper-parameters, each `name: type = setting(default, symbol, help)`.  A setting that acts only beside another says
+so with `only_if` (`common/settings.py`).  Optional are the constants `CLIENTS` (a usual fleet, 8 unless stated) and
+`RECOMMENDED` (1 is the first that `plan` considers).
 
 Other packages register a module of the same shape under the entry-point group `fleetune.methods`.
 """
@@ -16,9 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -57,233 +56,150 @@ class Reply(NamedTuple):
         return 1.0 / math.sqrt(1 + self.late)
 
 
-class Method(Protocol):
-    """The functions of every method; `State` is its own NamedTuple (arrays, dicts of arrays, numbers, a Ledger)."""
+@dataclasses.dataclass(frozen=True)
+class Method(ABC):
+    """A method; `State` is its own NamedTuple (arrays, dicts of arrays, numbers, a Ledger).
 
+    Six functions have no default.  The others have one that says what is usual.
+    """
+
+    steps_setting: ClassVar[str] = ""  # the setting that `for_rows` chooses where it is not given
+    server_setting: ClassVar[str] = ""  # the setting that `for_clients` chooses where the rates are found
+    rate_at_server: ClassVar[bool] = False  # the learning rate acts on the server alone
+
+    @abstractmethod
     def init(self, model: Model, key: int) -> Any:
         """Return the global state before round 1; may attach what it trains to `model`, never changes base weights."""
-        ...
 
+    @abstractmethod
     def broadcast(self, state: Any) -> Payload:
         """Return what the server sends to every device of a round."""
-        ...
 
+    @abstractmethod
     def expects(self, state: Any) -> ReplySpec:
         """Return what a reply must look like: every other one is refused."""
-        ...
 
+    @abstractmethod
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Do a device's round; `memory` is its own dict, saved for it between rounds; `payload` may be emptied (`take`)."""
-        ...
 
-    def aggregate(self, state: Any, replies: Iterable[Reply]) -> Any:
-        """Do the server's round: replies come one at a time; none at all must leave the weights as they were."""
-        ...
+    @abstractmethod
+    def aggregate(self, state: Any, replies: Iterable[Reply], rule: Rule = MEAN) -> Any:
+        """Do the server's round: replies come one at a time; none at all must leave the weights as they were.
 
+        Replies are combined by `rule` (`Rule.combining`); it is the mean unless `cannot_combine` allows another.
+        """
+
+    @abstractmethod
     def apply(self, model: Model, state: Any) -> None:
         """Make `model` the tuned model of `state` (from whatever state it was at), base weights untouched."""
-        ...
 
-
-# What a method may also do ----------------------------------------------------------------------------
-
-
-@runtime_checkable
-class Reports(Protocol):
-    """A method with figures of its own."""
+    # What is usual ------------------------------------------------------------------------------------
 
     def report(self, state: Any) -> dict[str, float]:
         """Return the figures that go into the event of every round, under "report"."""
-        ...
+        return {}
 
+    def distance(self, state: Any, sent: Payload, reply: Reply) -> float:
+        """Return how far `reply` would move the model, 0 for not at all; honest replies are to be of one size.
 
-@runtime_checkable
-class Kinds(Protocol):
-    """A method whose clients are of several kinds: what one is sent says what it does, and decides what it replies."""
+        MessageError for a reply that no device can have made.  By default the norm of its arrays, less what was `sent`.
+        """
+        return norm(
+            a.astype(np.float64)
+            - (sent.arrays[n] if n in sent.arrays and sent.arrays[n].shape == a.shape else 0.0)
+            for n, a in reply.payload.arrays.items()
+        )
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        """Return why `rule`, not the mean, does not fit replies of `asked` clients, and what to do; "" where it does."""
+        return "this method has a rule of its own; leave aggregation out"
+
+    def late_problem(self) -> str:
+        """Return why `aggregate` cannot take replies to earlier rounds with these settings, "" where it can.
+
+        Such a reply counts `Reply.discount` times, along the directions of the state that it stood on.
+        """
+        return (
+            "a reply to an earlier round is of no use to this method; use one whose replies are steps along directions that "
+            "stay known: mezo, zosgd, onebyte or fedkseed"
+        )
+
+    def check_files(self) -> None:  # noqa: B027  # most read none
+        """Raise DataError when files that `init` reads cannot be read: called before the model is loaded."""
+
+    def written_out(self) -> Self:
+        """Return this method with what 0 or "" stands for in place, which a later version may choose otherwise."""
+        return self
+
+    # Kinds of clients: what one is sent says what it does, and decides what it replies
 
     @property
     def kind_names(self) -> Sequence[str]:
-        """Return what each kind does, in a few words."""
-        ...
+        """Return what each kind of client does, in a few words; by default all are of one."""
+        return ("",)
 
     def kind_of(self, client: int) -> int:
         """Return the kind of a client in a fleet whose clients can all be of any kind."""
-        ...
+        return 0
 
     def kinds(self, state: Any) -> Sequence[tuple[Payload, ReplySpec]]:
         """Return what each kind is sent and must reply."""
-        ...
+        return [(self.broadcast(state), self.expects(state))]
 
-    def footprints(self, shape: Shape) -> Sequence[Footprint | None]:
-        """Return the work of each kind on a model of this shape; None where the model has no place for the module."""
-        ...
+    # Local steps, and what they cost
 
-
-@runtime_checkable
-class TakesLate(Protocol):
-    """A method whose replies are steps along directions that stay known: `aggregate` also takes replies to earlier rounds.
-
-    Such a reply counts `Reply.discount` times, along the directions of the state that it stood on.
-    """
-
-    def check_late(self) -> None:
-        """Raise ValueError, in plain words, where these settings do not allow that."""
-        ...
-
-
-@runtime_checkable
-class Measured(Protocol):
-    """A method that says how far a reply goes, because what is sent is not the plain numbers."""
-
-    def distance(self, state: Any, reply: Reply) -> float:
-        """Return how far `reply` would move the model, 0 for not at all; honest replies are to be of one size.
-
-        MessageError for a reply that no device can have made.
-        """
-        ...
-
-
-@runtime_checkable
-class Combines(Protocol):
-    """A method whose replies can be combined otherwise than by their mean."""
-
-    def aggregate(self, state: Any, replies: Iterable[Reply], rule: Rule = MEAN) -> Any:
-        """Do the server's round with the replies combined by `rule` (`Rule.combining`)."""
-        ...
-
-    def cannot_combine(self, rule: Rule, asked: int) -> str:
-        """Return why `rule` does not fit replies of `asked` clients, and what to do; "" where it does."""
-        ...
-
-
-@runtime_checkable
-class Reads(Protocol):
-    """A method whose `init` reads files."""
-
-    def check_files(self) -> None:
-        """Raise DataError when they cannot be read: called before the model is loaded."""
-        ...
-
-
-@runtime_checkable
-class WritesOut(Protocol):
-    """A method with settings whose value 0 or "" stands for another one, which a later version may choose otherwise."""
-
-    def written_out(self) -> Method:
-        """Return this method with those values in their place; it does the same, to the bit."""
-        ...
-
-
-@runtime_checkable
-class Sized(Protocol):
-    """A method with a number of local steps."""
-
-    def sized(self, steps: int, batch_size: int) -> Method:
-        """Return this method with so many local steps a round, each on so many rows."""
-        ...
+    def sized(self, steps: int, batch_size: int) -> Self:
+        """Return this method with so many local steps a round, each on so many rows; as it is where it has no such number."""
+        return self
 
     def local_steps(self, rows: int) -> int:
         """Return how many local steps a device with so many rows takes in a round."""
-        ...
-
-
-@runtime_checkable
-class FollowsRows(Protocol):
-    """A method whose number of local steps, where none is given, depends on how many rows a client has."""
-
-    steps_setting: ClassVar[str]  # the setting that has the number
-
-    def for_rows(self, rows: int) -> Method:
-        """Return this method with the local steps for so many rows of a client."""
-        ...
-
-
-@runtime_checkable
-class FollowsClients(Protocol):
-    """A method whose server steps further along the mean of more clients, where its rates are found rather than given."""
-
-    server_setting: ClassVar[str]  # the setting that has the server's step
-
-    def for_clients(self, clients: int) -> Method:
-        """Return this method with the server's step for the mean of so many clients."""
-        ...
-
-
-@runtime_checkable
-class FromSlopes(Protocol):
-    """A method whose device takes two-point steps: slopes along random directions give its learning rate."""
-
-    def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
-        """Return the learning rate by what was measured at some points, 0 where none can be told.
-
-        `clients` is the number of those that are asked in a round.
-        """
-        ...
-
-
-@runtime_checkable
-class Planned(Protocol):
-    """A method that `fleetune plan` can count; one that is not has an empty row in its table."""
+        return 1
 
     def footprint(self, shape: Shape) -> Footprint | None:
-        """Return a device's work on a model of this shape; None where the model has no place for the module."""
-        ...
+        """Return a device's work on a model of this shape; None where the model has no place for the module.
 
+        `fleetune plan` has an empty row for a method that does not say.
+        """
+        return None
 
-def report_of(method: Method, state: Any) -> dict[str, float]:
-    """Return a method's own figures, {} where it has none."""
-    return method.report(state) if isinstance(method, Reports) else {}
+    def footprints(self, shape: Shape) -> Sequence[Footprint | None]:
+        """Return the work of each kind of client."""
+        return [self.footprint(shape)]
 
+    # Rates and steps that are chosen rather than given
 
-def kinds_of(method: Method, state: Any) -> Sequence[tuple[Payload, ReplySpec]]:
-    """Return what each kind of device is sent and must reply; one kind unless the method has more."""
-    if isinstance(method, Kinds):
-        return method.kinds(state)
-    return [(method.broadcast(state), method.expects(state))]
+    def for_rows(self, rows: int) -> Self:
+        """Return this method with the local steps for so many rows of a client."""
+        return self
 
+    def for_clients(self, clients: int) -> Self:
+        """Return this method with the server's step for the mean of so many clients."""
+        return self
 
-def kind_names(method: Method) -> Sequence[str]:
-    """Return what each kind of client does; one kind without a name unless the method has more."""
-    return method.kind_names if isinstance(method, Kinds) else ("",)
+    def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
+        """Return the learning rate by slopes that were measured at some points, 0 where none can be told.
 
+        `clients` is the number of those that are asked in a round.  A method that has this function takes two-point steps.
+        """
+        return 0.0
 
-def kind_of(method: Method, client: int) -> int:
-    """Return the kind of a client in a fleet whose clients can all be of any kind."""
-    return method.kind_of(client) if isinstance(method, Kinds) else 0
+    # For callers, not to be written anew
 
+    def has_own(self, name: str) -> bool:
+        """Return whether a function is the method's own rather than the default."""
+        return getattr(type(self), name) is not getattr(Method, name)
 
-def footprints_of(method: Method, shape: Shape) -> Sequence[Footprint | None]:
-    """Return the work of each kind on a model of this shape; None for what cannot be counted."""
-    if isinstance(method, Kinds):
-        return method.footprints(shape)
-    return [method.footprint(shape) if isinstance(method, Planned) else None]
-
-
-def late_problem(method: Method, name: str) -> str:
-    """Say why replies to earlier rounds cannot be used, "" where they can."""
-    if not isinstance(method, TakesLate):
-        return (
-            f"a reply to an earlier round is of no use to {name}; use a method whose replies are steps along directions that "
-            "stay known: mezo, zosgd, onebyte or fedkseed"
-        )
-    try:
-        method.check_late()
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def distance_of(method: Method, state: Any, sent: Payload, reply: Reply) -> float:
-    """Return how far a reply goes: what the method says, or else the norm of its arrays, less what was `sent`."""
-    if isinstance(method, Measured):
-        return method.distance(state, reply)
-    return norm(
-        a.astype(np.float64)
-        - (sent.arrays[n] if n in sent.arrays and sent.arrays[n].shape == a.shape else 0.0)
-        for n, a in reply.payload.arrays.items()
-    )
+    def rule_problem(self, rule: Rule, asked: int) -> str:
+        """Return why replies of `asked` clients cannot be combined by `rule`, and what to do; "" where they can."""
+        if rule.name == "mean":
+            return ""
+        if asked < FEWEST and self.has_own("cannot_combine"):
+            return f"{asked} clients are asked in a round, and of fewer than {FEWEST} none can be outvoted; ask more"
+        return self.cannot_combine(rule, asked)
 
 
 def norm(arrays: Iterable[np.ndarray]) -> float:
@@ -291,52 +207,9 @@ def norm(arrays: Iterable[np.ndarray]) -> float:
     return math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in arrays))
 
 
-def aggregated(method: Method, state: Any, replies: Iterable[Reply], rule: Rule) -> Any:
-    """Return the state after a round; every method takes the mean, those that are `Combines` other rules too."""
-    if rule.name == "mean":
-        return method.aggregate(state, replies)
-    assert isinstance(method, Combines)
-    return method.aggregate(state, replies, rule)
-
-
-def cannot_combine(method: Method, rule: Rule, asked: int) -> str:
-    """Return why replies of `asked` clients cannot be combined by `rule`, and what to do; "" where they can."""
-    if rule.name == "mean":
-        return ""
-    if not isinstance(method, Combines):
-        return "this method has a rule of its own; leave aggregation out"
-    if asked < FEWEST:
-        return (
-            f"{asked} clients are asked in a round, and of fewer than {FEWEST} none can be outvoted; ask more"
-        )
-    return method.cannot_combine(rule, asked)
-
-
-def check_files(method: Method) -> None:
-    """Raise DataError when a file that `init` will read cannot be read."""
-    if isinstance(method, Reads):
-        method.check_files()
-
-
-def local_steps(method: Method, rows: int) -> int:
-    """Return how many local steps a device with so many rows takes in a round; 1 where the method does not say."""
-    return method.local_steps(rows) if isinstance(method, Sized) else 1
-
-
-def sized(method: Method, steps: int, batch_size: int) -> Method:
-    """Return the method with so many local steps of so many rows, or as it is where it has no such number."""
-    return method.sized(steps, batch_size) if isinstance(method, Sized) else method
-
-
-def written_out(method: Method) -> Method:
-    """Return the method with every value in place that 0 or "" stands for."""
-    return method.written_out() if isinstance(method, WritesOut) else method
-
-
 def values_of(method: Method) -> dict[str, Value]:
     """Return all settings of a method by name, defaults included: what `make` needs to make the same one."""
-    declared = dataclasses.fields(method)  # type: ignore[arg-type]  # a Protocol cannot say that it is a dataclass
-    return {f.name: getattr(method, f.name) for f in declared if f.init}
+    return {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
 
 
 # The registry -----------------------------------------------------------------------------------------

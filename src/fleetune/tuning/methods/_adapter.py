@@ -22,27 +22,29 @@ What differs from SCAFFOLD's algorithm, and why:
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import nn
 
 from fleetune import adapters
+from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.checkpointing import by_layer
 from fleetune.models.model import Model
-from fleetune.tuning import server_rules
+from fleetune.tuning import methods, server_rules
 from fleetune.tuning.averaging import weighted_mean
 from fleetune.tuning.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, norm
+from fleetune.tuning.methods import Reply, _lora_start, norm
 from fleetune.tuning.robust import MEAN, Rule
 from fleetune.tuning.server_rules import Tensors
 
@@ -124,17 +126,104 @@ class Training:
         return self.lr * length, self.lr * math.sqrt(squares)
 
 
+@dataclass(frozen=True)
+class Averaged(methods.Method):
+    """A method that averages one module, with the settings that all of these have."""
+
+    lr: float = setting(3e-4, "η", "AdamW learning rate", found=True)
+    epochs: int = setting(1, "E", "local epochs a round", only_if="steps=0")
+    batch_size: int = setting(8, "B", "rows a step")
+    steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
+    warmup: int = setting(0, "w", "steps at the beginning of a round in which the rate rises")
+    weight_decay: float = setting(0.0, "λ", "AdamW weight decay")
+    clip: float = setting(0.0, "C", "largest norm of a gradient (0: any)")
+    targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
+    start: str = setting(
+        "default", "A₀, B₀", "where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva"
+    )
+    start_data: str = setting(
+        "demo", "X", "start=eva: rows the server has, a file or demo (32 are read)", only_if="start=eva"
+    )
+    wire: str = setting("fp32", "wire", "fp32, or fp16 to halve the traffic")
+    server: str = setting("avg", "server", "the server's rule: avg, avgm or adam")
+    server_lr: float = setting(
+        0.0, "η_s", "the server's learning rate (0: 1 for avg and avgm, 1e-3 for adam)"
+    )
+    mu: float = setting(0.0, "μ", "FedProx: pull towards the global module (0.01 is usual)")
+    scaffold: bool = setting(False, "c_k", "SCAFFOLD: correct a device's drift (its c goes down too)")
+    checkpointing: bool = setting(True, "ckpt", "compute activations twice: less memory, more time")
+
+    def __post_init__(self) -> None:
+        self.training().check()
+        server_rules.check(self.server, lr=self.server_lr)
+        _lora_start.check_targets(self.targets)
+
+    def training(self) -> Training:
+        """Return how a device trains."""
+        return Training(
+            lr=self.lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size, warmup=self.warmup,
+            decay=True, clip=self.clip, weight_decay=self.weight_decay, mu=self.mu, scaffold=self.scaffold,
+            checkpointing=self.checkpointing, wire=self.wire,
+        )  # fmt: skip
+
+    @abstractmethod
+    def attach(self, model: Model, seed: int, start: str = "default") -> None:
+        """Give `model` the module, unless it has it.  (A device is sent the start's numbers.)"""
+
+    def init(self, model: Model, key: int) -> State:
+        seed = key >> 1  # fits a signed 64-bit scalar
+        self.attach(model, seed, self.start)
+        if self.start == "eva":
+            _lora_start.see(model, self.start_data)
+        return begin(model, seed, self.wire)
+
+    def broadcast(self, state: State) -> Payload:
+        return broadcast(state, self.wire)
+
+    def expects(self, state: State) -> ReplySpec:
+        return expects(state, self.wire)
+
+    def local(
+        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
+    ) -> Payload:
+        """Do epochs (or steps) of AdamW on the module, moments fresh every round."""
+        self.attach(model, payload.int("seed"))
+        return local(model, payload, batches, key, memory, self.training())
+
+    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
+        return distance(state.tensors, reply, self.training())
+
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
+        return aggregate(state, replies, self.training(), self.server, self.server_lr, rule)
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        return cannot_combine(rule)
+
+    def apply(self, model: Model, state: State) -> None:
+        self.attach(model, state.seed)
+        adapters.subtract_factors(model, state.start)
+        adapters.load_(model, state.tensors)
+
+    def check_files(self) -> None:
+        _lora_start.check_files(self.start, self.start_data)
+
+    def written_out(self) -> Self:
+        """Return the method with the server's own rate in place."""
+        return replace(self, server_lr=server_rules.rate(self.server, self.server_lr))
+
+    def local_steps(self, rows: int) -> int:
+        return self.training().count(rows)
+
+    def sized(self, steps: int, batch_size: int) -> Self:
+        warmup = self.training().warmup_in(steps)
+        return replace(self, steps=steps, batch_size=batch_size, warmup=warmup)
+
+
 def begin(model: Model, seed: int, wire: str) -> State:
     """Return the state of the module that `model` carries, rounded as every device will have it."""
     start = group(coded(adapters.subtracted_factors(model), wire))
     adapters.subtract_factors(model, start)
     return State(adapters.export(model), seed, start=start)
-
-
-def apply(model: Model, state: State) -> None:
-    """Make `model`, which has the module on it, the tuned one."""
-    adapters.subtract_factors(model, state.start)
-    adapters.load_(model, state.tensors)
 
 
 def footprint(module: Module | None, how: Training) -> Footprint | None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
@@ -46,19 +45,6 @@ def check_files(start: str, source: str) -> None:
     """Raise DataError when the rows that a start looks at cannot be read."""
     if start == "eva":
         data.read(source, limit=1, offline=True)
-
-
-def check_ranks(ranks: str, r: int) -> None:
-    """Raise ValueError unless `ranks` is numbers from 1 to r, or nothing."""
-    if not ranks:
-        return
-    if not re.fullmatch(r" *\d+ *(, *\d+ *)*", ranks) or not all(1 <= k <= r for k in each_rank(ranks, r)):
-        raise ValueError(f"ranks = {ranks!r} must be numbers from 1 to r = {r}, as 4,8,16")
-
-
-def each_rank(ranks: str, r: int) -> list[int]:
-    """Return the ranks of devices 0, 1, .. in turn; r where none are stated."""
-    return [int(rank) for rank in ranks.split(",")] if ranks else [r]
 
 
 def see(model: Model, source: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from fleetune.seeds.noise import LAWS, POOL, run_key
 from fleetune.seeds.scale_view import moved_tensors, view_on, view_type
 from fleetune.seeds.spsa import Position, uniforms
 from fleetune.seeds.view import View
+from fleetune.tuning import methods
 from fleetune.tuning.messages import Payload, Scalar, narrow
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,16 @@ MOST_POOLS = 1 << 12  # a pass over all weights for each
 MOST_PASSES = 1 << 15  # of a law without pools: one for each direction
 MOST = 1e3  # of a learning rate and a perturbation: far beyond any that learns
 UNITS = 256  # grid = lr / 256: a slope of 1 is 256 units, so a usual step is hundreds to thousands
+
+
+class OfLedger(methods.Method):
+    """A method whose state has a ledger: the tuned model is at its point, and a step to it may come late."""
+
+    def late_problem(self) -> str:
+        return ""
+
+    def apply(self, model: Model, state: Any) -> None:
+        place_at(model, state.ledger)
 
 
 def check_pool(law: str, K: int, *, lr: float, eps: float, tau: int, batch_size: int) -> None:

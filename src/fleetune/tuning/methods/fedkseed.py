@@ -42,7 +42,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import numpy as np
 
@@ -60,7 +60,7 @@ from fleetune.seeds.spsa import descend, uniforms
 from fleetune.tuning import server_rules
 from fleetune.tuning.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _mixed_fleet, _pro, _zeroth, norm
+from fleetune.tuning.methods import Reply, _mixed_fleet, _zeroth, norm
 from fleetune.tuning.methods._wires import WIRES, Wire, summed
 from fleetune.tuning.methods._zeroth import UNITS, draw, pool_ids, rounded
 from fleetune.tuning.robust import FEWEST, MEAN, Rule
@@ -81,21 +81,21 @@ class State(NamedTuple):
 
     ledger: Ledger
     round: int  # rounds done
-    size: np.ndarray  # for Pro: `_pro.Sizes`
+    size: np.ndarray  # for Pro: `Sizes`
     seen: np.ndarray
     moments: dict[str, np.ndarray]  # the server rule's
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(_zeroth.OfLedger):
     """Hyper-parameters with the paper's symbols and defaults (README of the reference: Dolly, batch 1)."""
+
+    steps_setting: ClassVar[str] = "tau"
+    server_setting: ClassVar[str] = "server_lr"
 
     K: int = setting(
         0, "K", "directions in the pool, a power of two (0: 1024, or 4096 where clients back-propagate)"
     )
-    steps_setting: ClassVar[str] = "tau"
-    server_setting: ClassVar[str] = "server_lr"
-
     tau: int = setting(200, "τ", "local steps per round (not given: four passes over the rows, 50 to 200)")
     lr: float = setting(3e-7, "η", "learning rate", found=True)
     eps: float = setting(5e-4, "ε", "size of the perturbation")
@@ -113,7 +113,7 @@ class Method:
     backprop_steps: int = setting(
         10, "τ_b", "local steps of a client that back-propagates", only_if="backprop"
     )
-    server: str = setting("avg", "server", "the server's rule: avg, avgm, adagrad, yogi or adam")
+    server: str = setting("avg", "server", "the server's rule: avg, avgm or adam")
     server_lr: float = setting(
         0.0,
         "η_s",
@@ -134,7 +134,7 @@ class Method:
         _mixed_fleet.check(self.backprop, self.backprop_lr, self.backprop_steps, projectable=plain)
         server_rules.check(self.server, lr=self.server_lr)
 
-    def written_out(self) -> Method:
+    def written_out(self) -> Self:
         """Return the method with the server rule's own rate in place."""
         own = server_rules.SUMS_ETA.get(self.server, 0.0)
         return replace(self, server_lr=server_rules.rate(self.server, self.server_lr or own))
@@ -158,7 +158,7 @@ class Method:
 
     def probabilities(self, state: State) -> np.ndarray | None:
         """Return Pro's float32[K]; None is uniform."""
-        return _pro.probabilities(state.size, state.seen) if self.pro else None
+        return pro_probabilities(state.size, state.seen) if self.pro else None
 
     def expects(self, state: State) -> ReplySpec:
         """Return what client 0 sends; `kinds` has what every kind does."""
@@ -200,7 +200,7 @@ class Method:
         p = payload.arrays.get("p")
         if p is not None and (p.shape != (self.K,) or not np.isfinite(p).all()):
             raise MessageError(f"the probabilities are not of {self.K} directions")
-        k, weights = draw(key, self.tau, p, self.K), _pro.weights(p, self.K)
+        k, weights = draw(key, self.tau, p, self.K), pro_weights(p, self.K)
         coins = uniforms(key, "rounding", self.tau)
         steps = descend(
             model, view, position, pool_ids(epoch, k).tolist(), batches.steps(self.tau, self.batch_size),
@@ -210,7 +210,7 @@ class Method:
         c = steps.coefficients
         return self.codec.reply(k[: len(c)], c, self.K, {"n": batches.n, "loss": steps.loss})
 
-    def distance(self, state: State, reply: Reply) -> float:
+    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         """Return the norm of the K sums in units of the expected one; MessageError for sums that no walk can give.
 
         A gradient g makes tau slopes of about |g|, or moves K sums by steps eta_b |g| / sqrt(K): either is |g| here.
@@ -230,8 +230,8 @@ class Method:
         """
         epoch, p = self.epoch(state), self.probabilities(state)
         combined = rule.combining(sums={str(epoch): np.zeros(self.K)})
-        sizes = _pro.Sizes(state.size.copy(), state.seen.copy())
-        units = UNITS * _pro.weights(p, self.K)  # of a slope of 1 along each direction
+        sizes = Sizes(state.size.copy(), state.seen.copy())
+        units = UNITS * pro_weights(p, self.K)  # of a slope of 1 along each direction
         for reply in replies:
             sent = reply.stood_on or state
             w = _mixed_fleet.weight(reply.payload, self.codec, self.K, mixed=self.backprop > 0)
@@ -272,22 +272,19 @@ class Method:
             )
         return ""
 
-    def check_late(self) -> None:
-        """Raise ValueError where a reply may be of a pool whose moments are gone."""
+    def late_problem(self) -> str:
         if self.epoch_rounds and self.server != "avg":
-            raise ValueError(
+            return (
                 f"server={self.server} keeps moments of the present pool alone, and with epoch_rounds={self.epoch_rounds} a "
                 "late reply may be of the one before: use server=avg or epoch_rounds=0"
             )
+        return ""
 
-    def apply(self, model: Model, state: State) -> None:
-        _zeroth.place_at(model, state.ledger)
-
-    def for_rows(self, rows: int) -> Method:
+    def for_rows(self, rows: int) -> Self:
         """Return the method with `PASSES` passes over so many rows, at least `FEWEST_STEPS` steps and at most tau."""
         return replace(self, tau=min(self.tau, max(FEWEST_STEPS, PASSES * -(-rows // self.batch_size))))
 
-    def for_clients(self, clients: int) -> Method:
+    def for_clients(self, clients: int) -> Self:
         """Return the method with a server that steps by sqrt(clients) times their mean.
 
         Clients walk along directions of their own, which hardly meet, so that the mean of C walks is as long as one of them
@@ -301,7 +298,7 @@ class Method:
         """Return the rate for the mean of clients that walk along directions of their own."""
         return slopes.rate(points, self.batch_size, averaged=clients)
 
-    def sized(self, steps: int, batch_size: int) -> Method:
+    def sized(self, steps: int, batch_size: int) -> Self:
         return replace(self, tau=steps, batch_size=batch_size)
 
     def local_steps(self, rows: int) -> int:
@@ -314,3 +311,40 @@ class Method:
     def footprints(self, shape: Shape) -> Sequence[Footprint]:
         works = self.footprint(shape), Footprint("backward", moments=0, projects=True)
         return works[: len(self.kind_names)]
+
+
+# Pro: directions drawn by the size of the slopes seen along them (section 3.3) ---------------------------
+
+
+class Sizes(NamedTuple):
+    """Sums and counts of the slopes seen along each direction."""
+
+    size: np.ndarray  # float64[K] sum of |g|
+    seen: np.ndarray  # int64[K] number of slopes
+
+    def add(self, k: np.ndarray, g: np.ndarray) -> None:
+        """Count slopes g, seen along the directions k, in place."""
+        np.add.at(self.size, k, np.abs(g))
+        np.add.at(self.seen, k, 1)
+
+
+def pro_probabilities(size: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Return float32[K]: the softmax of the min-max-scaled mean |g| of each direction (see `Sizes`).
+
+    The most favoured direction is at most e times as likely as the least.  Sizes are cut at the 95 % quantile first:
+    in the reference one outlier flattens all other ones.
+    """
+    K = len(size)
+    if not seen.any():  # nothing is known of a new pool
+        return np.full(K, 1.0 / K, np.float32)
+    mean = size / np.maximum(seen, 1)
+    mean[seen == 0] = np.median(mean[seen > 0])
+    mean = np.minimum(mean, np.quantile(mean, 0.95))
+    scaled = (mean - mean.min()) / (np.ptp(mean) or 1.0)
+    p: np.ndarray = (np.exp(scaled) / np.exp(scaled).sum()).astype(np.float32)
+    return p
+
+
+def pro_weights(p: np.ndarray | None, K: int) -> np.ndarray:
+    """Return float64[K], 1/(K p_k): keeps the mean step what uniform drawing (p None) would give."""
+    return np.ones(K) if p is None else 1.0 / (K * p.astype(np.float64))

@@ -71,7 +71,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -82,13 +82,13 @@ from fleetune.evaluation.losses import batch_loss
 from fleetune.models.layers import check_separate, layers_of
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
+from fleetune.tuning import methods
 from fleetune.tuning.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _adapter, _adaptive, _layers
+from fleetune.tuning.methods import Reply, _adapter, _layers
 from fleetune.tuning.methods._adapter import NOTHING
-from fleetune.tuning.methods._adaptive import rounded
 from fleetune.tuning.robust import MEAN, Rule
-from fleetune.tuning.server_rules import Tensors
+from fleetune.tuning.server_rules import Tensors, control
 
 KIND = "adapter"
 PAPER = "Che et al., EMNLP 2023, arXiv 2310.15080"
@@ -116,7 +116,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(methods.Method):
     """Hyper-parameters with the paper's symbols and its code's defaults."""
 
     tokens: int = setting(20, "T", "length of each layer's prompt (the code: 5 for decoders)")
@@ -243,7 +243,7 @@ class Method:
 
     # The server ----------------------------------------------------------------------------------------
 
-    def distance(self, state: State, reply: Reply) -> float:
+    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         return _adapter.distance(state.tensors, reply, self.training())
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
@@ -283,7 +283,7 @@ class Method:
 
     def step(self, state: State, replies: Iterable[Reply], rule: Rule) -> State:
         """Take every device's momentum step from wbar, averaged (no momentum in the first round)."""
-        variates = _adaptive.LayerControl(state.tensors, state.c, state.c_k, rule)
+        variates = LayerControl(state.tensors, state.c, state.c_k, rule)
         measured = rule.combining()
         for reply in replies:
             n, scalars = reply.payload.int("n"), reply.payload.scalars
@@ -295,8 +295,8 @@ class Method:
         first = state.steps == 0
         eta_s = state.eta_s if first else max(0.99 * state.eta_s, min(1e-4, self.server_lr))
         c, pull = variates.pull(self.rho)
-        w, momentum = _adaptive.step(
-            state.tensors, variates.mean(), pull, _adaptive.Momentum(state.v, state.D),
+        w, momentum = server_step(
+            state.tensors, variates.mean(), pull, Momentum(state.v, state.D),
             beta=self.beta, eta_s=eta_s, difference=self.momentum_input == "delta_diff", first=first,
         )  # fmt: skip
         losses = measured.tensors()
@@ -319,7 +319,7 @@ class Method:
     def local_steps(self, rows: int) -> int:
         return self.training().count(rows)
 
-    def sized(self, steps: int, batch_size: int) -> Method:
+    def sized(self, steps: int, batch_size: int) -> Self:
         return replace(self, steps=steps, batch_size=batch_size)
 
     def footprint(self, shape: Shape) -> Footprint | None:
@@ -336,3 +336,81 @@ class Method:
             "backward", module, state, checkpointing=self.checkpointing, hessian_products=products,
             hessian_rows=self.curvature_rows, whole_gradient=self.clip > 0,
         )  # fmt: skip
+
+
+# Adaptive optimization on the server --------------------------------------------------------------------
+#
+# Section 4.2; the variates are SCAFFOLD's (`server_rules.control`).  With p_k = n_k / sum n, D_k = w - w_k,
+# wbar = sum_k p_k w_k and D = w - wbar, every device's step starts at the same wbar:
+#
+#     c_k' = c_k - c + D_k / (sum of the steps' eta)       c <- c + rho sum_k (K_k / sum K) (c_k' - c_k)
+#     v_k  = beta v + (1 - beta) D + (c - c_k')            w <- sum_k p_k (wbar - eta_s v_k)
+#
+# The last two are linear in k, so their mean is one step with v = beta v + (1 - beta) D + (c - sum_k p_k c_k').
+
+
+class LayerControl:
+    """The mean of a round's tensors, and the devices' variates before and after it."""
+
+    def __init__(self, w: Tensors, c: Tensors, c_k: Tensors, rule: Rule = MEAN) -> None:
+        """`c_k` holds the devices' variates by "device/tensor name"; a new device starts at `c`."""
+        self.w, self.c, self.before = w, c, c_k
+        self.c_k, self.answered = dict(c_k), 0
+        self._w_k, self._variates, self._changes = rule.combining(w), rule.combining(), rule.combining()
+
+    def add(self, reply: Reply, steps: int, walked: float) -> None:
+        """Count a device's reply after so many steps; `walked` is the sum of their learning rates."""
+        self.answered += 1
+        n, arrays = reply.payload.int("n"), reply.payload.arrays
+        old = {x: self.before.get(f"{reply.client}/{x}", self.c[x]) for x in self.w}
+        new = rounded(control(old, self.c, self.w, arrays, walked))
+        self.c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
+        self._w_k.add(n, {x: arrays[x] for x in self.w})
+        self._variates.add(n, new)
+        self._changes.add(steps, {x: new[x] - old[x].astype(np.float64) for x in new})
+
+    def mean(self) -> Tensors:
+        """Return wbar, float64."""
+        return self._w_k.tensors()
+
+    def pull(self, rho: float) -> tuple[Tensors, Tensors]:
+        """Return the new c, and c - sum_k p_k c_k'; rho 0 is the share of the devices seen so far that answered."""
+        rho = rho or min(1.0, self.answered * len(self.w) / len(self.c_k))
+        c = {x: self.c[x] + rho * change for x, change in self._changes.tensors().items()}
+        mean = self._variates.tensors()
+        return c, {x: c[x] - mean[x] for x in self.w}
+
+
+class Momentum(NamedTuple):
+    """The server's momentum and the last pseudo-gradient, float64."""
+
+    v: Tensors
+    D: Tensors
+
+
+def server_step(
+    w: Tensors,
+    wbar: Mapping[str, np.ndarray],
+    pull: Mapping[str, np.ndarray],
+    old: Momentum,
+    *,
+    beta: float,
+    eta_s: float,
+    difference: bool,
+    first: bool,
+) -> tuple[Tensors, Momentum]:
+    """Return w and momentum after a step from wbar; `difference` takes D before - D for D, the first step adds none."""
+    moved: Tensors = {}
+    new = Momentum({}, {})
+    for name, before in w.items():
+        D = new.D[name] = before - wbar[name]
+        g = old.D[name] - D if difference else D
+        v = old.v[name] if first else beta * old.v[name] + (1 - beta) * g + pull[name]
+        new.v[name] = v
+        moved[name] = wbar[name] - eta_s * v
+    return rounded(moved), new
+
+
+def rounded(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Return float32, what travels."""
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}

@@ -31,7 +31,7 @@ clients of which 10 % take part in a round; cross-silo, 10 that all do; large-sc
 LoRA may start elsewhere than at PEFT's default (`start`): see `fedit`.
 
 For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of taking it
-(`server`: FedAvgM, FedAdagrad, FedYogi, FedAdam); their papers are in `methods/_adapter.py` and `server_rules.py`.
+(`server`: FedAvgM, FedAdam); their papers are in `methods/_adapter.py` and `server_rules.py`.
 
 ## Differences from the paper
 
@@ -44,22 +44,18 @@ For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 from fleetune import adapters
 from fleetune.common.settings import setting
-from fleetune.data import Batches
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
-from fleetune.tuning import server_rules
 from fleetune.tuning.footprint import Footprint, lora_layers, lora_module, scales_module
-from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _adapter, _lora_start
-from fleetune.tuning.methods._adapter import State, Training
-from fleetune.tuning.robust import MEAN, Rule
+from fleetune.tuning.methods import _adapter, _lora_start
+from fleetune.tuning.methods._adapter import Training
 
 KIND = "adapter"
 PAPER = "Zhang et al., ACL Findings 2023, arXiv 2212.10025"
@@ -68,7 +64,7 @@ RECOMMENDED = 2
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(_adapter.Averaged):
     """Hyper-parameters with the paper's defaults for QNLI."""
 
     module: str = setting("lora", "module", "full, prefix, adapter, lora, bitfit, prompt or scales")
@@ -76,12 +72,8 @@ class Method:
     lr: float = setting(
         0.0, "η", "AdamW learning rate (0: the module's own, between 5e-5 and 3e-2)", found=True
     )
-    epochs: int = setting(1, "E", "local epochs a round", only_if="steps=0")
     batch_size: int = setting(32, "B", "rows a step")
-    steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
-    warmup: int = setting(0, "w", "steps at the beginning of a round in which the rate rises")
-    weight_decay: float = setting(0.0, "λ", "AdamW weight decay")
-    clip: float = setting(1.0, "c", "largest norm of a gradient (0: any)")
+    clip: float = setting(1.0, "C", "largest norm of a gradient (0: any)")
     targets: str = setting(
         "query-value", "W", "lora: query-value, all-linear, or the layers' names", only_if="module=lora"
     )
@@ -91,18 +83,9 @@ class Method:
         "lora: where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva",
         only_if="module=lora",
     )
-    start_data: str = setting(
-        "demo", "X", "start=eva: rows the server has, a file or demo (32 are read)", only_if="start=eva"
-    )
     places: str = setting(
         "houlsby", "places", "adapter: houlsby (two a layer) or pfeiffer (one)", only_if="module=adapter"
     )
-    server: str = setting("avg", "server", "the server's rule: avg, avgm, adagrad, yogi, adam")
-    server_lr: float = setting(0.0, "η_s", "the server's learning rate (0: 1 for avg and avgm, else 1e-3)")
-    mu: float = setting(0.0, "μ", "FedProx: pull towards the global module (0.01 is usual)")
-    scaffold: bool = setting(False, "c_k", "SCAFFOLD: correct a device's drift (its c goes down too)")
-    checkpointing: bool = setting(True, "ckpt", "compute activations twice: less memory, more time")
-    wire: str = setting("fp32", "wire", "fp32, or fp16 to halve the traffic")
 
     def __post_init__(self) -> None:
         if self.module not in MODULES:
@@ -116,13 +99,12 @@ class Method:
             self.start, self.size or MODULES[self.module].size, dropout=0.0, wire=self.wire,
             start_data=self.start_data,
         )  # fmt: skip
-        self.training().check()
-        server_rules.check(self.server, lr=self.server_lr)
+        super().__post_init__()
 
-    def written_out(self) -> Method:
+    def written_out(self) -> Self:
         """Return the method with the module's own size and rate in place, and the server's."""
-        own, rate = MODULES[self.module], server_rules.rate(self.server, self.server_lr)
-        return replace(self, size=self.size or own.size, lr=self.lr or own.lr, server_lr=rate)
+        own = MODULES[self.module]
+        return replace(super().written_out(), size=self.size or own.size, lr=self.lr or own.lr)
 
     def check_fits(self) -> None:
         """Raise ValueError for a setting that the module does not have."""
@@ -130,70 +112,21 @@ class Method:
             raise ValueError(f"start = {self.start!r} is a start of LoRA; it needs module=lora")
         if self.targets != "query-value" and self.module != "lora":
             raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
-        _lora_start.check_targets(self.targets)
         if self.places != "houlsby" and self.module != "adapter":
             raise ValueError(f"places = {self.places!r} is where adapters go; it needs module=adapter")
         if self.size and not MODULES[self.module].size:
             raise ValueError(f"size = {self.size}, but module={self.module} has no size to choose")
 
     def training(self) -> Training:
-        """Return how a device trains."""
-        return Training(
-            lr=self.lr or MODULES[self.module].lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size,
-            warmup=self.warmup, decay=True, clip=self.clip, weight_decay=self.weight_decay, mu=self.mu,
-            scaffold=self.scaffold, checkpointing=self.checkpointing, wire=self.wire,
-        )  # fmt: skip
+        return replace(super().training(), lr=self.lr or MODULES[self.module].lr)
 
     def attach(self, model: Model, seed: int, start: str = "default") -> None:
-        """Give `model` its module, unless it has it.  (A device is sent the start's numbers.)"""
         if model.attachment is None:
             kind = MODULES[self.module]
             spec = kind.spec(self, self.size or kind.size)
             if isinstance(spec, adapters.Lora) and start in adapters.INITS:
                 spec = replace(spec, init=start)
             adapters.attach(model, spec, seed=seed)
-
-    def init(self, model: Model, key: int) -> State:
-        seed = key >> 1  # fits a signed 64-bit scalar
-        self.attach(model, seed, self.start)
-        if self.start == "eva":
-            _lora_start.see(model, self.start_data)
-        return _adapter.begin(model, seed, self.wire)
-
-    def broadcast(self, state: State) -> Payload:
-        return _adapter.broadcast(state, self.wire)
-
-    def expects(self, state: State) -> ReplySpec:
-        return _adapter.expects(state, self.wire)
-
-    def local(
-        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
-    ) -> Payload:
-        self.attach(model, payload.int("seed"))
-        return _adapter.local(model, payload, batches, key, memory, self.training())
-
-    def distance(self, state: State, reply: Reply) -> float:
-        return _adapter.distance(state.tensors, reply, self.training())
-
-    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
-        return _adapter.aggregate(state, replies, self.training(), self.server, self.server_lr, rule)
-
-    def cannot_combine(self, rule: Rule, asked: int) -> str:
-        return _adapter.cannot_combine(rule)
-
-    def apply(self, model: Model, state: State) -> None:
-        self.attach(model, state.seed)
-        _adapter.apply(model, state)
-
-    def check_files(self) -> None:
-        _lora_start.check_files(self.start, self.start_data)
-
-    def local_steps(self, rows: int) -> int:
-        return self.training().count(rows)
-
-    def sized(self, steps: int, batch_size: int) -> Method:
-        warmup = self.training().warmup_in(steps)
-        return replace(self, steps=steps, batch_size=batch_size, warmup=warmup)
 
     def footprint(self, shape: Shape) -> Footprint | None:
         if self.module not in ("lora", "scales"):

@@ -44,25 +44,30 @@ the gradient has in common with the old one counts 3.25 times, which works like 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from fleetune import adapters
 from fleetune.common.settings import setting
-from fleetune.data import Batches, keyed_order
+from fleetune.data import Batch, Batches, keyed_order
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
-from fleetune.seeds.noise import Passes, derive
-from fleetune.seeds.view import View
+from fleetune.seeds.moved_modules import WeightSlot, layout
+from fleetune.seeds.noise import LAWS, POOL, Passes, derive, passes, probe
+from fleetune.seeds.spsa import two_point
+from fleetune.seeds.view import CHUNK, View
+from fleetune.tuning import methods
 from fleetune.tuning.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _forward, _lora_start, norm
-from fleetune.tuning.methods._forward import INDEPENDENT_LAWS
+from fleetune.tuning.methods import Reply, _lora_start, norm
 from fleetune.tuning.robust import MEAN, Rule, clipped, size_of
 from fleetune.tuning.server_rules import Tensors
 
@@ -74,6 +79,9 @@ CLIENTS = 100
 SPARE = 4  # seeds sent for each that is used
 IDS: Final = np.zeros(0, np.uint64)
 NUMBERS: Final = np.zeros(0)
+INDEPENDENT_LAWS: Final = tuple(sorted(law for law in LAWS if law != POOL))
+UNITS: Final = 1 << 20  # a coefficient's grid is lr / 2^20
+LIMIT: Final = 1 << 40  # and at most 2^20 in size: whatever a device says, sums are exact
 
 
 class State(NamedTuple):
@@ -98,8 +106,10 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(methods.Method):
     """Hyper-parameters with the paper's symbols and the defaults of its code (DistilBERT, AG News)."""
+
+    rate_at_server: ClassVar[bool] = True
 
     module: str = setting("lora", "module", "what is trained: lora, adapter or bitfit")
     r: int = setting(
@@ -180,11 +190,11 @@ class Method:
         view = self.view(tensors, payload.int("seed"), payload.float("rate"), model.device)
         ids = self.directions(payload.arrays.get("seeds"), key)
         same = batches.repeat_batch(payload.int("batch"), self.batch_size, self.P)
-        slopes, loss = _forward.slopes(parameters, view, ids, self.h, same, lambda b: measure(model, b))
-        g = self.cut(slopes).astype(np.float32)
-        step, _ = _forward.descent(self.law, ids, g.astype(np.float64), np.full(self.P, float(batches.n)))
+        measured, loss = slopes_along(parameters, view, ids, self.h, same, lambda b: measure(model, b))
+        g = self.cut(measured).astype(np.float32)
+        step, _ = descent(self.law, ids, g.astype(np.float64), np.full(self.P, float(batches.n)))
         view.place(step)
-        _forward.write_to(parameters, view)
+        write_to(parameters, view)
         return Payload({"g": g}, {"n": batches.n, "loss": loss})
 
     def cut(self, g: np.ndarray) -> np.ndarray:
@@ -193,9 +203,9 @@ class Method:
 
     def view(self, tensors: Mapping[str, np.ndarray], seed: int, rate: float, device: str = "cpu") -> View:
         """Return a view of the adapter from other points."""
-        return _forward.view_of(tensors, run_key(seed), self.law, rate, device)
+        return view_of(tensors, run_key(seed), self.law, rate, device)
 
-    def distance(self, state: State, reply: Reply) -> float:
+    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         return norm([self.cut(reply.payload.array("g"))])
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
@@ -217,7 +227,7 @@ class Method:
         parts.insert(0, (state.ids, state.g, state.rows))
         ids, g, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
         fresh = len(ids) - len(state.ids)
-        step, variance = _forward.descent(self.law, ids, g, rows)
+        step, variance = descent(self.law, ids, g, rows)
         state = state._replace(
             ids=ids, g=g, rows=rows, n=len(np.unique(ids)), variance=variance, asked=state.asked + 1,
             moved=0, along=state.offer, cosine=0.0,
@@ -231,17 +241,17 @@ class Method:
     def move(self, state: State, step: Passes) -> State:
         """Take a step of SGD and go on to the next batch."""
         view = self.view(state.tensors, state.seed, self.rate(state.round))
-        tensors, last = _forward.moved(state.tensors, view, step)
+        tensors, last = moved_by(state.tensors, view, step)
         return state._replace(
             tensors=tensors, last=last, ids=IDS, g=NUMBERS, rows=NUMBERS, batch=state.batch + 1, asked=0,
-            moved=1, cosine=_forward.cosine(last, state.last),
+            moved=1, cosine=cosine(last, state.last),
         )  # fmt: skip
 
     def rank(self, state: State, used: int) -> tuple[np.ndarray, float]:
         """Return the fresh directions most like the last gradient, and how far along it they go in the mean."""
         first, keep = np.uint64((state.round + 1) << 32), SPARE * used
         ids = first + np.arange(keep * self.candidates, dtype=np.uint64)
-        return _forward.most_alike(state.last, ids, keep, key=run_key(state.seed), law=self.law)
+        return most_alike(state.last, ids, keep, key=run_key(state.seed), law=self.law)
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         if rule.name != "norm-clip":
@@ -257,14 +267,10 @@ class Method:
         names = ("n", "variance", "moved", "batch", "along", "cosine")
         return {name: float(getattr(state, name)) for name in names}
 
-    @property
-    def rate_at_server(self) -> bool:
-        return True
-
     def local_steps(self, rows: int) -> int:
         return self.P
 
-    def sized(self, steps: int, batch_size: int) -> Method:
+    def sized(self, steps: int, batch_size: int) -> Self:
         return replace(self, P=steps, batch_size=batch_size)
 
     def footprint(self, shape: Shape) -> Footprint | None:
@@ -289,3 +295,111 @@ MODULES: Final[Mapping[str, Callable[[Method], adapters.AdapterSpec]]] = Mapping
 def run_key(seed: int) -> int:
     """Return the key of the directions of a run."""
     return derive(seed, "fwdllm")
+
+
+# Forward gradients ------------------------------------------------------------------------------------------
+#
+# A forward gradient is (1/n) sum_k g_k v_k, g_k the slope of the loss along the direction v_k.  A direction is an id: its
+# numbers follow from the run's key, so that whoever has ids and slopes has the gradient.
+
+
+def view_of(tensors: Mapping[str, np.ndarray], key: int, law: str, rate: float, device: str = "cpu") -> View:
+    """Return a view of the module's tensors from other points; its grid is the learning rate over 2^20."""
+    named = [(n, torch.from_numpy(t.copy()).to(device)) for n, t in tensors.items()]
+    return View(named, nn.Module(), run_key=key, law=law, grid=rate / UNITS)
+
+
+def write_to(parameters: Mapping[str, nn.Parameter], view: View) -> None:
+    """Set a module's parameters to what the view shows."""
+    with torch.no_grad():
+        for name, seen in view.tensors():
+            parameters[name].copy_(seen)
+
+
+def slopes_along(
+    parameters: Mapping[str, nn.Parameter],
+    view: View,
+    ids: np.ndarray,
+    h: float,
+    batches: Iterable[Batch],
+    loss: Callable[[Batch], float],
+) -> tuple[np.ndarray, float]:
+    """Return central differences float64[len(ids)], 0 where a loss was not finite, and the mean of the finite losses.
+
+    The mean is infinite, and the reply will be refused, where no loss was finite.
+    """
+    g, losses = np.zeros(len(ids)), []
+    for j, batch in enumerate(batches):
+
+        def seen(batch: Batch = batch) -> float:
+            write_to(parameters, view)
+            return loss(batch)
+
+        plus, minus = two_point(view, probe(view.law, 1, int(ids[j])), h, seen)
+        if math.isfinite(plus) and math.isfinite(minus):
+            g[j] = (plus - minus) / (2 * h)
+            losses.append((plus + minus) / 2)
+    finite = [x for x in losses if math.isfinite(x)]
+    return g, float(np.mean(finite)) if finite else math.inf
+
+
+def descent(law: str, ids: np.ndarray, g: np.ndarray, rows: np.ndarray) -> tuple[Passes, float]:
+    """Return -(sum_k rows_k g_k v_k) / (sum_k rows_k) as passes, and the variance 2 sum_k a_k^2 of that mean.
+
+    a_k is the share of direction k in the mean (all its slopes together): g_k / n where rows are equal.
+    """
+    unique, where = np.unique(ids, return_inverse=True)
+    a = np.bincount(where, rows * g) / rows.sum()
+    units = np.rint(np.clip(-a * UNITS, -LIMIT, LIMIT)).astype(np.int64)
+    return passes(law, 1, unique, units), float(2 * (a @ a))
+
+
+def moved_by(tensors: Mapping[str, np.ndarray], view: View, step: Passes) -> tuple[Tensors, Tensors]:
+    """Return the tensors after a step, and how far each went down ({} where nothing moved)."""
+    view.place(step, fold=False)
+    new = {name: t.numpy() for name, t in view.tensors()}
+    last = {name: tensors[name] - t for name, t in new.items()}
+    return new, last if any(t.any() for t in last.values()) else {}
+
+
+def cosine(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+    """Return the cosine of two gradients in float64; 0 where one is nothing."""
+
+    def dot(x: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray]) -> float:
+        return sum(float(np.vdot(x[n].astype(np.float64), y[n].astype(np.float64))) for n in x)
+
+    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) if a and b else 0.0
+
+
+def most_alike(
+    tensors: Mapping[str, np.ndarray], ids: np.ndarray, keep: int, *, key: int, law: str
+) -> tuple[np.ndarray, float]:
+    """Return the `keep` directions most like `tensors`, best first, and how far along it they go in the mean."""
+    found = _cosines(tensors, ids, key, law)
+    best = np.argsort(-found, kind="stable")[:keep]
+    return ids[best], float(found[best].mean()) * math.sqrt(sum(t.size for t in tensors.values()))
+
+
+def _cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: str) -> np.ndarray:
+    """Return float64[len(ids)], the cosine of each direction with `tensors`, in the memory of one chunk of a direction."""
+    slots = layout((n, torch.from_numpy(t)) for n, t in tensors.items())
+    size = slots[-1].start + slots[-1].tensor.numel()
+    flat, real = torch.zeros(size), torch.zeros(size)
+    for slot in slots:
+        where = slice(slot.start, slot.start + slot.tensor.numel())
+        flat[where], real[where] = slot.tensor.view(-1), 1.0
+    zeros = torch.zeros(min(size, CHUNK))
+
+    def nothing(slot: WeightSlot, first: int, last: int) -> Tensor:
+        return zeros[: last - first]
+
+    view = View([("all", flat)], nn.Module(), run_key=key, law=law, grid=0.0, read=nothing)
+    dots, norms = np.zeros(len(ids)), np.zeros(len(ids))
+    for first in range(0, size, CHUNK):
+        last = min(first + CHUNK, size)
+        for k, id in enumerate(ids.tolist()):
+            view.probe(probe(law, 1, id), 1.0)
+            v = view.piece(view.slots[0], first, last)
+            dots[k] += float(v @ flat[first:last])
+            norms[k] += float(v.square() @ real[first:last])
+    return dots / np.sqrt(norms * float(flat.double().square().sum()))

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(_zeroth.OfLedger):
     """Hyper-parameters with the paper's symbols and defaults (full-parameter setting, Table 15)."""
 
     lr: float = setting(1e-6, "η", "learning rate", found=True)
@@ -118,7 +118,7 @@ class Method:
         )  # fmt: skip
         return Payload({"c": steps.coefficients.astype(np.int32)}, {"n": batches.n, "loss": steps.loss})
 
-    def distance(self, state: State, reply: Reply) -> float:
+    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         return norm([reply.payload.array("c")])
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
@@ -136,20 +136,14 @@ class Method:
             ledger = ledger.append(self.ids(first), rounded(c), state.round + 1)
         return State(ledger, state.step + self.tau * (state.step in found), state.round + 1)
 
-    def check_late(self) -> None:
-        """Accept any settings: a step's direction follows from its number."""
-
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         return ""
-
-    def apply(self, model: Model, state: State) -> None:
-        _zeroth.place_at(model, state.ledger)
 
     def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
         """Return the rate for batches of all clients together: they walk along the same directions."""
         return slopes.rate(points, self.batch_size * clients)
 
-    def sized(self, steps: int, batch_size: int) -> Method:
+    def sized(self, steps: int, batch_size: int) -> Self:
         return replace(self, tau=steps, batch_size=batch_size)
 
     def local_steps(self, rows: int) -> int:

@@ -42,7 +42,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -75,8 +75,10 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(_zeroth.OfLedger):
     """Hyper-parameters with the defaults of the paper's code."""
+
+    rate_at_server: ClassVar[bool] = True
 
     lr: float = setting(1e-4, "η", "learning rate", found=True)
     eps: float = setting(1e-3, "ε", "size of the perturbation")
@@ -163,7 +165,7 @@ class Method:
             return LogCode.decode(codes)
         return UNITS * (2 * np.unpackbits(codes, count=self.directions).astype(np.int64) - 1)
 
-    def distance(self, state: State, reply: Reply) -> float:
+    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         return norm([self.decode(reply.payload.array("codes"))])
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
@@ -183,12 +185,12 @@ class Method:
             )
         return State(ledger, state.round + 1)
 
-    def check_late(self) -> None:
-        """Raise ValueError for votes: the majority of a round is taken once, and a later vote cannot change it."""
+    def late_problem(self) -> str:
         if self.wire == "sign":
-            raise ValueError(
+            return (
                 "wire=sign takes a majority once, and a vote that comes later cannot change it: use wire=byte"
             )
+        return ""
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         if self.wire == "byte" and rule.name != "norm-clip":
@@ -200,17 +202,10 @@ class Method:
             return "wire=sign is a vote; use aggregation=sign-vote, which gives every machine one vote"
         return ""
 
-    def apply(self, model: Model, state: State) -> None:
-        _zeroth.place_at(model, state.ledger)
-
-    @property
-    def rate_at_server(self) -> bool:
-        return True
-
     def local_steps(self, rows: int) -> int:
         return self.directions
 
-    def sized(self, steps: int, batch_size: int) -> Method:
+    def sized(self, steps: int, batch_size: int) -> Self:
         pool = max(self.K, 1 << (steps - 1).bit_length())  # holds at least the directions of a step
         return replace(self, directions=steps, batch_size=batch_size, K=pool)
 

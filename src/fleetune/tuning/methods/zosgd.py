@@ -28,20 +28,16 @@ measured instead of quoted; there is no reason to train with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
-from fleetune.seeds.slopes import Slopes
 from fleetune.tuning.footprint import Footprint
-from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, mezo
+from fleetune.tuning.messages import Payload
+from fleetune.tuning.methods import mezo
 from fleetune.tuning.methods._zeroth import open_view
-from fleetune.tuning.robust import MEAN, Rule
 
 KIND = "ledger"
 PAPER = "Ghadimi and Lan, SIAM J. Optim. 2013, arXiv 1309.5549"
@@ -50,35 +46,15 @@ CLIENTS = 1
 
 
 @dataclass(frozen=True)
-class Method:
-    """Hyper-parameters, with MeZO's defaults, since the two are compared."""
+class Method(mezo.Method):
+    """MeZO's hyper-parameters and defaults, since the two are compared; its rate is constant."""
 
-    lr: float = setting(1e-6, "η", "learning rate", found=True)
-    eps: float = setting(1e-3, "ε", "size of the perturbation")
-    batch_size: int = setting(16, "B", "rows a step")
-    tau: int = setting(50, "τ", "steps a round (between two evaluations)")
-    K: int = setting(4096, "K", "directions before a new pool is drawn")
-    law: str = setting("hashed", "law", "directions: hashed, rademacher or gaussian")
-    clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
-    objective: str = setting("loss", "L", "loss, accuracy, rouge_l, f1 or package.module:function")
-
-    def __post_init__(self) -> None:
-        self.step()
-
-    def step(self) -> mezo.Method:
-        """Return MeZO with these settings: the same step, with z computed where it is used."""
-        return mezo.Method(**asdict(self))
+    decay: ClassVar[int] = 0  # type: ignore[misc]  # no setting here
 
     def init(self, model: Model, key: int) -> mezo.State:
-        state = self.step().init(model, key)
+        state = super().init(model, key)
         head = replace(state.ledger.head, method="zosgd", hyper=asdict(self))
         return state._replace(ledger=replace(state.ledger, head=head))
-
-    def broadcast(self, state: mezo.State) -> Payload:
-        return self.step().broadcast(state)
-
-    def expects(self, state: mezo.State) -> ReplySpec:
-        return self.step().expects(state)
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
@@ -86,31 +62,7 @@ class Method:
         """Do MeZO's round with every direction stored."""
         view, _ = open_view(model, payload, law=self.law, K=self.K, lr=self.lr)
         with view.storing():
-            return self.step().local(model, payload, batches, key, memory)
-
-    def distance(self, state: mezo.State, reply: Reply) -> float:
-        return self.step().distance(state, reply)
-
-    def aggregate(self, state: mezo.State, replies: Iterable[Reply], rule: Rule = MEAN) -> mezo.State:
-        return self.step().aggregate(state, replies, rule)
-
-    def cannot_combine(self, rule: Rule, asked: int) -> str:
-        return self.step().cannot_combine(rule, asked)
-
-    def check_late(self) -> None:
-        self.step().check_late()
-
-    def apply(self, model: Model, state: mezo.State) -> None:
-        self.step().apply(model, state)
-
-    def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
-        return self.step().rate_from(points, clients)
-
-    def sized(self, steps: int, batch_size: int) -> Method:
-        return replace(self, tau=steps, batch_size=batch_size)
-
-    def local_steps(self, rows: int) -> int:
-        return self.tau
+            return super().local(model, payload, batches, key, memory)
 
     def footprint(self, shape: Shape) -> Footprint:
-        return self.step().footprint(shape)._replace(stores_direction=True)
+        return super().footprint(shape)._replace(stores_direction=True)

@@ -3,7 +3,7 @@
 
 A method says how its rate acts, and that decides how the rate is found:
 
-    FromSlopes       two-point descent along random directions: slope, noise and curvature give the rate (`seeds/slopes`)
+    rate_from        two-point descent along random directions: slope, noise and curvature give the rate (`seeds/slopes`)
     rate_at_server   the server steps by it: devices work once, the server's step is tried at many rates (`trial`)
     any other        one round of a few clients at each of some rates (`trial`)
 
@@ -34,7 +34,7 @@ from fleetune.models.model import Model
 from fleetune.seeds import slopes
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
-from fleetune.tuning.methods import FromSlopes, Method
+from fleetune.tuning.methods import Method
 from fleetune.tuning.rates import trial
 from fleetune.tuning.rates.trial import Bench, Size, Tried
 from fleetune.tuning.recipe import Recipe
@@ -88,7 +88,7 @@ def problems(recipe: Recipe, method: Method) -> list[str]:
         why for s in methods.settings(recipe.method) if s.name in asked and (why := _idle(recipe, method, s))
     ]:
         return idle
-    if asked and objective != "loss" and isinstance(method, FromSlopes):
+    if asked and objective != "loss" and method.has_own("rate_from"):
         return [
             f"{asked[0]}=auto is found from slopes of the loss, and the objective is {objective!r}: give a number"
         ]
@@ -161,7 +161,7 @@ def _find(
         return methods.make(recipe.method, {**recipe.set, **beside, name: rate})
 
     method = methods.make(recipe.method, recipe.set)
-    if isinstance(method, FromSlopes) and not switch:
+    if method.has_own("rate_from") and not switch:
         if getattr(method, "objective", "loss") != "loss":
             return None
         found = from_slopes(method, name, model, rows, recipe.seed, clients, progress)
@@ -171,7 +171,7 @@ def _find(
 
 
 def from_slopes(
-    method: FromSlopes,
+    method: Method,
     name: str,
     model: Model,
     rows: Sequence[Encoded],
@@ -215,7 +215,7 @@ def from_trial(
     size: Size,
 ) -> Found:
     """Return the rate after which the loss on rows that were not trained on is lowest."""
-    at_server = trial.at_server(method)
+    at_server = method.rate_at_server
     losses = itertools.count()
     bench = dataclasses.replace(
         bench_of(model, rows, recipe.seed, min(clients, trial.AT_SERVER if at_server else size.clients)),
@@ -257,9 +257,9 @@ def _short(make: Callable[[float], Method], rows: int, rate: float) -> Method:
 
 def shortened(method: Method, rows: int) -> Method:
     """Return the method with at most `trial.STEPS` local steps."""
-    if methods.local_steps(method, rows) <= trial.STEPS:
+    if method.local_steps(rows) <= trial.STEPS:
         return method
-    return methods.sized(method, trial.STEPS, getattr(method, "batch_size", 8))
+    return method.sized(trial.STEPS, getattr(method, "batch_size", 8))
 
 
 def rounded(rate: float) -> float:

@@ -27,7 +27,6 @@ from fleetune.evaluation.losses import class_measures, pad_id, response_loss
 from fleetune.models.model import Model
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import methods
 from fleetune.tuning.methods import Method, Reply
 
 STEPS: Final = 4  # of a device in a trial, at most
@@ -86,11 +85,11 @@ class Bench:
 
     def round(self, method: Method, state: Any, number: int) -> list[Reply]:
         """Return the good replies of all clients of the trial."""
-        kinds, good = methods.kinds_of(method, state), []
+        kinds, good = method.kinds(state), []
         for client, rows in enumerate(self.clients):
             key = derive(self.seed, "try", number, client)
             batches = Batches(rows, pad_id(self.model), key, self.model.device, client)
-            payload = replace(kinds[methods.kind_of(method, client)][0])  # its own: it takes the arrays out
+            payload = replace(kinds[method.kind_of(client)][0])  # its own: it takes the arrays out
             reply = method.local(self.model, payload, batches, key, {})
             if all(np.isfinite(a).all() for a in reply.arrays.values() if a.dtype.kind == "f"):
                 good.append(Reply(client, key, reply))
@@ -206,11 +205,6 @@ def try_on_server(bench: Bench, make: Callable[[float], Method], first: float) -
             return bench.loss()
 
     return climb(start, loss_at, first, FINER, FINE_TRIALS)
-
-
-def at_server(method: Method) -> bool:
-    """Whether the rate acts on the server alone."""
-    return bool(getattr(method, "rate_at_server", False))
 
 
 def aside(rows: int) -> int:
