@@ -26,8 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import fleetune
 from fleetune import models
 from fleetune.common.display import human_bytes
+from fleetune.common.events import BudgetSpent
 from fleetune.deploy.export import export
-from fleetune.runs.events import BudgetSpent
 from fleetune.runs.listener import Silent
 
 GRIDS = ("q3_k", "iq4_xs", "iq4_nl", "q4_k", "q5_k")

@@ -22,10 +22,10 @@ import torch
 from benchmarks import shape
 from benchmarks.harness import Result, Row, Setting, child
 from fleetune import models
+from fleetune.common.events import as_dict
 from fleetune.common.memory import peak_rss, release_memory
 from fleetune.data import Batches, Encoded
 from fleetune.models import Model
-from fleetune.runs.events import as_dict
 from fleetune.runs.rundir import create
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods

@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks.fleet_devices import key_of
 from benchmarks.harness import ROOT
 from benchmarks.processes import free_port
+from fleetune.common.events import Recorded, RoundDone, as_dict
 from fleetune.common.memory import rss
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.flower.gate import Address, Gate
@@ -30,7 +31,6 @@ from fleetune.fleet.orders import Job
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
-from fleetune.runs.events import Recorded, RoundDone, as_dict
 from fleetune.runs.rundir import create
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.rounds import Hooks, RoundPlan

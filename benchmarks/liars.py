@@ -32,11 +32,11 @@ import torch
 
 from benchmarks.harness import machine
 from fleetune import adapters, data, models
+from fleetune.common.events import ClientReply, RoundEvaluated
 from fleetune.data import Encoded, encode_rows
 from fleetune.errors import FleetuneError
 from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.models import Model
-from fleetune.runs.events import ClientReply, RoundEvaluated
 from fleetune.runs.rundir import create
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View

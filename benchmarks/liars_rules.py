@@ -25,11 +25,11 @@ import numpy as np
 from benchmarks import liars
 from benchmarks.harness import machine
 from fleetune import data, models
+from fleetune.common.events import ClientReply
 from fleetune.data import encode_rows
 from fleetune.data.partition import partition
 from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.models import Model
-from fleetune.runs.events import ClientReply
 from fleetune.runs.rundir import create
 from fleetune.seeds.noise import derive
 from fleetune.tuning import checkpoint, methods, robust

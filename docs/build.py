@@ -31,11 +31,10 @@ from pydantic import TypeAdapter
 
 from fleetune import compression
 from fleetune.cli import main as cli
-from fleetune.common import settings
+from fleetune.common import events, settings
 from fleetune.deploy import targets
 from fleetune.deploy.formats import mlx
 from fleetune.models.families import table
-from fleetune.runs import events
 from fleetune.tuning import methods, recipe
 
 DOCS = Path(__file__).parent
@@ -174,18 +173,17 @@ def _fine(cells: dict[str, str], names: Sequence[str]) -> str:
 
 
 def events_page() -> str:
-    """Every event of `--json` with its fields, under the headings of `runs/events/__init__.py`."""
+    """Every event of `--json` with its fields, under the headings of `common/events/__init__.py`."""
     about = (inspect.getdoc(events) or "").partition("\n\n")[2]
     schema = "Machines read [the JSON schema](events.schema.json)."
     out = [MADE, "# Events\n", f"The lines of `--json`. {about}\n", schema + "\n"]
     bases = _fields(events.base)
-    for title, files in events.SECTIONS.items():
+    for title, file in events.SECTIONS.items():
         out.append(f"## {title}\n")
-        for file in files:
-            for name, fields in _fields(file).items():
-                if (event := getattr(events, name)) in events.classes():
-                    shared = [field for base in event.__bases__ for field in bases.get(base.__name__, ())]
-                    out += _event(event, [*fields, *shared])
+        for name, fields in _fields(file).items():
+            if (event := getattr(events, name)) in events.classes():
+                shared = [field for base in event.__bases__ for field in bases.get(base.__name__, ())]
+                out += _event(event, [*fields, *shared])
     return "\n".join(out)
 
 

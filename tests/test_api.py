@@ -19,10 +19,10 @@ from peft import LoraConfig, get_peft_model
 import fleetune
 from fleetune import api, errors, models
 from fleetune.cli.main import main
+from fleetune.common import events
 from fleetune.compression.methods import qronos
 from fleetune.deploy.measure import harness
 from fleetune.evaluation import losses
-from fleetune.runs import events
 from fleetune.runs.compression_folder import CompressOptions, CompressRequest
 from fleetune.tuning import finished, objects_to_files
 from fleetune.tuning.methods import fedkseed

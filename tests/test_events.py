@@ -15,8 +15,8 @@ from jsonschema import Draft202012Validator
 
 from fleetune import models
 from fleetune.cli import main as cli
+from fleetune.common import events
 from fleetune.deploy.measure import harness
-from fleetune.runs import events
 
 SCHEMA = json.loads(runpy.run_path(str(Path(__file__).parents[1] / "docs" / "build.py"))["events_schema"]())
 VALIDATORS = {
@@ -163,10 +163,9 @@ def test_every_event_is_seen(lines: dict[str, list[dict[str, Any]]]) -> None:
 
 def test_every_event_is_importable_from_the_package() -> None:
     assert set(NAMES) <= set(events.__all__)
+    assert all(hasattr(events, name) for name in events.__all__)
     folder = {path.stem for path in Path(events.__file__).parent.glob("*.py")} - {"__init__", "base"}
-    assert {
-        file.__name__.rpartition(".")[2] for files in events.SECTIONS.values() for file in files
-    } == folder
+    assert {file.__name__.rpartition(".")[2] for file in events.SECTIONS.values()} == folder
 
 
 def test_a_line_with_another_field_is_not_valid(lines: dict[str, list[dict[str, Any]]]) -> None:
@@ -179,7 +178,7 @@ def test_a_line_with_another_field_is_not_valid(lines: dict[str, list[dict[str, 
 
 
 def test_nothing_prints_an_object_that_is_no_event() -> None:
-    """Event names stand in `runs/events/` alone."""
+    """Event names stand in `common/events/` alone."""
     source = Path(events.__file__).parents[2]
     literal = re.compile(r'"event": "')
     found = [p.name for p in source.rglob("*.py") if literal.search(p.read_text(encoding="utf-8"))]

@@ -13,10 +13,10 @@ import pytest
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common.events import SweepDone, SweepRun
 from fleetune.errors import FleetuneError, RecipeError, UsageError
 from fleetune.models.model import Model
 from fleetune.runs import progress
-from fleetune.runs.events import SweepDone, SweepRun
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
 FEW: dict[str, Any] = {

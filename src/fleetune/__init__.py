@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         targets,
         tune,
     )
+    from fleetune.common import events
     from fleetune.compression.jobs.job import CompressResult
     from fleetune.deploy.export_subject import ExportResult
     from fleetune.deploy.measure.job import MeasureResult
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from fleetune.deploy.serving.session import Session
     from fleetune.models.model import Model
     from fleetune.planning.plan import Plan
-    from fleetune.runs import events
     from fleetune.runs.listener import Listener, Silent
     from fleetune.runs.progress import Progress
     from fleetune.seeds.ledger import Ledger
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from fleetune.subject import Compressed, Plain, Run
     from fleetune.tuning.recipe import Recipe
     from fleetune.tuning.result import TuneResult
-    from fleetune.tuning.sweep_result import SweepResult
+    from fleetune.tuning.sweep import SweepResult
 
 _PLACES = {
     "fleetune.api": (
@@ -76,11 +76,11 @@ _PLACES = {
     "fleetune.subject": ("Compressed", "Plain", "Run"),
     "fleetune.tuning.recipe": ("Recipe",),
     "fleetune.tuning.result": ("TuneResult",),
-    "fleetune.tuning.sweep_result": ("SweepResult",),
+    "fleetune.tuning.sweep": ("SweepResult",),
 }  # fmt: skip
 _PUBLIC = {name: f"{module}:{name}" for module, names in _PLACES.items() for name in names} | {
     "errors": "fleetune.errors:",
-    "events": "fleetune.runs.events:",
+    "events": "fleetune.common.events:",
     "load_ledger": "fleetune.seeds.ledger:load",
 }
 

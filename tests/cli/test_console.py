@@ -32,8 +32,8 @@ from fleetune.common.display import (
     metric,
     show,
 )
+from fleetune.common.events import RoundDone, RoundEvaluated, RunRemoved
 from fleetune.errors import FitError, Interrupted, RecipeError, UsageError
-from fleetune.runs.events import RoundDone, RoundEvaluated, RunRemoved
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -407,7 +407,7 @@ def test_a_terminal_without_unicode_is_not_an_error() -> None:
 SCRIPT = """
 import sys
 from fleetune.cli.console import Ui
-from fleetune.runs.events import RoundDone, RoundEvaluated, RunRemoved
+from fleetune.common.events import RoundDone, RoundEvaluated, RunRemoved
 ui = Ui(json={json})
 sys.stdin.readline()
 for i in range(3000):
@@ -493,7 +493,7 @@ def test_a_closed_stdout_is_no_error() -> None:
 
 def test_importing_it_loads_nothing_heavy() -> None:
     check = (
-        "import sys, fleetune.cli.console, fleetune.runs.report; ui = fleetune.cli.console.Ui(); ui.paths([('a', 'b')]);"
+        "import sys, fleetune.cli.console, fleetune.report; ui = fleetune.cli.console.Ui(); ui.paths([('a', 'b')]);"
         "assert not {'rich', 'torch', 'numpy', 'transformers'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, timeout=60)

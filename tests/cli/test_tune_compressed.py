@@ -18,11 +18,11 @@ from deploy_harness import compressed, tiny
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common.events import Event, RoundDone
 from fleetune.common.sums import sha256
 from fleetune.deploy.measure import harness
 from fleetune.errors import Interrupted, ModelError, RecipeError, UsageError
 from fleetune.planning import plan as planning
-from fleetune.runs.events import Event, RoundDone
 from fleetune.runs.listener import Silent
 from fleetune.tuning import recipe as recipes
 

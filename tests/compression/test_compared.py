@@ -17,6 +17,7 @@ from command_harness import LORA, call, pulled_after, tuned
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common.events import Measured
 from fleetune.data.encode import encode_all
 from fleetune.deploy.measure import harness, record
 from fleetune.errors import StorageError
@@ -25,7 +26,6 @@ from fleetune.evaluation.losses import text_rows
 from fleetune.models import Model
 from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import LOGITS
-from fleetune.runs.events import Measured
 from fleetune.subject import Compressed
 from fleetune.tuning import finished
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from fleetune import models
+from fleetune.common.events import as_dict
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import encode_all
 from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.models import Model
-from fleetune.runs.events import as_dict
 from fleetune.runs.rundir import RunDir, create
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods

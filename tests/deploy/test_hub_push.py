@@ -21,9 +21,9 @@ import pytest
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common.events import ExportPushed
 from fleetune.deploy.hub_push import Destination
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.runs.events import ExportPushed
 from fleetune.tuning.model_card import HERE
 
 

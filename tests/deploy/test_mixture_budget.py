@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 import fleetune
 from fleetune import models
+from fleetune.common.events import BudgetSpent
 from fleetune.compression.jobs import budget
 from fleetune.deploy.export import export
 from fleetune.deploy.measure import llamacpp
 from fleetune.errors import Interrupted, UsageError
 from fleetune.models.artefact import Master
 from fleetune.models.families.experts import STACKED
-from fleetune.runs.events import BudgetSpent
 from fleetune.runs.listener import Silent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes

@@ -15,10 +15,10 @@ import torch
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common.events import TaskScore
 from fleetune.common.extras import pip_install
 from fleetune.errors import RecipeError, UsageError
 from fleetune.evaluation import harness_tasks
-from fleetune.runs.events import TaskScore
 
 RESULTS: dict[str, Any] = {
     "results": {

@@ -18,13 +18,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from fleetune.cli.json_line import line_of
 from fleetune.common.display import show_with_error
+from fleetune.common.events import as_dict, evaluated
 from fleetune.data.encode import Encoded
 from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence, reference
 from fleetune.evaluation.kl_divergence import compare, of_tokens, positions, scored, summary, write
 from fleetune.models import Model, tiny_llama
-from fleetune.runs.events import as_dict
-from fleetune.runs.events.evaluation import evaluated
 
 FULL = Path("/dev/full")
 

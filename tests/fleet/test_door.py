@@ -23,6 +23,7 @@ from test_remote import JOB, Memory
 
 from fault_report import Injected
 from fleetune import models
+from fleetune.common.events import ClientReply
 from fleetune.data import Batches, Example
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import REASON
@@ -31,7 +32,6 @@ from fleetune.fleet.orders import Device, Order
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import FILE, Devices
-from fleetune.runs.events import ClientReply
 from fleetune.runs.rundir import RunDir, create
 from fleetune.tuning import messages as codec
 from fleetune.tuning import methods

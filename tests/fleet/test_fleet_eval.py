@@ -27,6 +27,7 @@ from devices_harness import (
 
 from fleetune import data, models, subject
 from fleetune.cli.main import main
+from fleetune.common.events import DeviceEvaluated
 from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import DataError, FleetError, MessageError, StorageError
@@ -39,7 +40,6 @@ from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Job, Order, Reply
 from fleetune.fleet.table import Devices
 from fleetune.runs import sealed
-from fleetune.runs.events import DeviceEvaluated
 from fleetune.tuning import finished
 from fleetune.tuning.fleets import Answer
 from fleetune.tuning.messages import Message, Payload, encode
@@ -325,7 +325,7 @@ def test_what_a_device_holds_out_is_checked(
 def test_events_are_as_the_schema_says(capsys: pytest.CaptureFixture[str]) -> None:
     from jsonschema import Draft202012Validator
 
-    from fleetune.runs.events import as_dict
+    from fleetune.common.events import as_dict
 
     build = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "build.py"))
     schema = json.loads(build["events_schema"]())

@@ -16,11 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve_harness import ask, error_of
 
 from fleetune.cli.main import main
+from fleetune.common.events import DeviceShown
 from fleetune.common.extras import pip_install
 from fleetune.errors import UsageError
 from fleetune.fleet import page, prometheus, status
 from fleetune.fleet.page import LivePage, PagePlace
-from fleetune.runs.events import DeviceShown
 
 __all__ = ["front", "run"]  # fixtures
 

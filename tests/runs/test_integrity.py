@@ -19,10 +19,11 @@ import pytest
 import torn_harness
 from torn_harness import Folder, Said, call, resume
 
+from fleetune import report
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.common.folders import SUFFIX, scratch, staged, sweep
 from fleetune.errors import StorageError
-from fleetune.runs import env_file, metrics, report, rundir, sealed
+from fleetune.runs import env_file, metrics, rundir, sealed
 from fleetune.runs.metrics import Metrics
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import checkpoint, messages
@@ -371,7 +372,7 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(made, copy) -> None:
 
 def test_a_report_that_cannot_be_written_is_said(copy, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     from fleetune.cli.main import main
-    from fleetune.runs.report import single
+    from fleetune.report import single
 
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise StorageError(f"cannot write {path}: the file system is read-only")

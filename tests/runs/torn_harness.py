@@ -43,29 +43,9 @@ COMPRESS = {
         "--set", "batch_size=2", "--data", "rows.jsonl", "--length", "48",
     ],
 }  # fmt: skip
-SWEEP = """\
-model = "model"
-data = "data.jsonl"
-method = "fedkseed"
-clients = 2
-rounds = 2
-held_out = 6
-limit = 16
-max_length = 48
-eval_rows = 4
-samples = 1
-answer_tokens = 4
-device = "cpu"
-threads = 1
-[set]
-K = 16
-tau = 2
-[sweep]
-lr = [1e-3, 1e-2]
-"""
-KINDS = (*TUNE, *COMPRESS, "sweep")
-# looks at Ctrl-C until it is pressed: after the first round, block, step or run
-STOP = {"fedkseed": 27, "fedit": 27, "scaffold": 27, "fedpeptao": 27, "optq": 8, "gkd": 1, "sweep": 23}
+KINDS = (*TUNE, *COMPRESS)
+# looks at Ctrl-C until it is pressed: after the first round, block or step
+STOP = {"fedkseed": 27, "fedit": 27, "scaffold": 27, "fedpeptao": 27, "optq": 8, "gkd": 1}
 CHANGES = {"t", "seconds", "wall", "rss", "peak_rss", "run", "path", "report", "result", "folder", "planned"}
 FORMS = ("half", "line", "bit", "bit2", "digit", "empty", "noise", "gone", "list", "number")
 DRAWN = ("bit", "bit2", "digit", "noise")  # forms that spoil a file elsewhere under another seed
@@ -152,7 +132,7 @@ def stopped_after(looks: int) -> Iterator[None]:
             return next(seen) >= looks
 
     with contextlib.ExitStack() as stack:
-        for place in ("cli.commands.tune", "cli.commands.sweep", "cli.listener"):
+        for place in ("cli.commands.tune", "cli.listener"):
             stack.enter_context(mock.patch(f"fleetune.{place}.InterruptHandler", Pressed))
         yield
 
@@ -168,13 +148,10 @@ def lay_out(place: Path) -> None:
     ]
     (place / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (place / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:8]))
-    (place / "sweep.toml").write_text(SWEEP)
 
 
 def begin(kind: str, out: str) -> Said:
     """Begin a job of this kind, in the folder laid out; its folder is the only one under `out`."""
-    if kind == "sweep":
-        return call("sweep", "sweep.toml", "--out", out, seconds=600)
     if kind in COMPRESS:
         return call("compress", "model", *COMPRESS[kind], "--out", out, seconds=600)
     return call("tune", "model", "data.jsonl", *SMALL, *TUNE[kind], "--out", out, seconds=600)
@@ -182,7 +159,7 @@ def begin(kind: str, out: str) -> Said:
 
 def resume(kind: str, path: Path) -> Said:
     """Resume a job."""
-    word = "sweep" if kind == "sweep" else "compress" if kind in COMPRESS else "tune"
+    word = "compress" if kind in COMPRESS else "tune"
     return call(word, "--resume", str(path))
 
 
@@ -199,8 +176,6 @@ def whole_and_stopped(kind: str) -> list[Folder]:
 
 def digest_of(kind: str, path: Path) -> str:
     """What a finished job's result is, by the digests that it states and by its bytes."""
-    if kind == "sweep":
-        return " ".join(digest_of("fedkseed", p) for p in sorted(path.glob("0*")) if p.is_dir())
     if kind in COMPRESS:
         return str(json.loads((path / "compress.json").read_text())["result"]["digest"])
     done = [e for e in _lines(path) if e["event"] == "done"]
@@ -208,7 +183,7 @@ def digest_of(kind: str, path: Path) -> str:
 
 
 def metrics_of(path: Path) -> list[Any]:
-    """The events of a run (of a sweep: of its runs) without times and places."""
+    """The events of a run without times and places."""
     found = [e for p in sorted(path.rglob("metrics.jsonl")) for e in _lines(p.parent)]
     return [{k: v for k, v in e.items() if k not in CHANGES and k != "crc"} for e in found]
 
@@ -286,8 +261,6 @@ def judge(folder: Folder, file: str, form: str, place: Path, seed: int = 0) -> V
 
 def _looks(folder: Folder, path: Path, out: Path) -> list[str]:
     looks = [f"runs --out {out}"]
-    if folder.kind == "sweep":
-        return [*looks, f"runs --out {path}"]
     looks.append(f"runs show {path}")
     if folder.state == "done":
         if folder.kind == "fedkseed":

@@ -15,8 +15,8 @@ import pytest
 
 import fleetune
 from fleetune import models
+from fleetune.common.events import Recorded, as_dict
 from fleetune.errors import MessageError, RecipeError, StorageError
-from fleetune.runs.events import Recorded, as_dict
 from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import RunDir, at, checkpoints, events
 from fleetune.tuning import course as courses

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import fleetune
-from fleetune import models
+from fleetune import models, report
 from fleetune.cli.main import main
+from fleetune.common import events as kinds
 from fleetune.errors import Interrupted, RecipeError, UsageError
-from fleetune.runs import events as kinds
-from fleetune.runs import metrics, report, rundir
+from fleetune.runs import metrics, rundir
 from fleetune.tuning import extension, prepare, rates
 from fleetune.tuning import recipe as recipes
 

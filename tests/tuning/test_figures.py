@@ -14,11 +14,11 @@ import pytest
 
 from fleetune import api, models
 from fleetune.cli.main import main
+from fleetune.common.events import Event, RoundEvaluated
 from fleetune.errors import DataError, Interrupted, RecipeError
 from fleetune.evaluation.losses import response_loss
 from fleetune.models import Model, tiny_bert, tiny_llama
 from fleetune.runs import rundir
-from fleetune.runs.events import Event, RoundEvaluated
 from fleetune.runs.listener import Silent
 from fleetune.tuning import methods, prepare, recipe, remarks
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from fleetune import models
+from fleetune.common.events import ClientReply, Recorded, as_dict
 from fleetune.errors import RecipeError
 from fleetune.evaluation.losses import pad_id
-from fleetune.runs.events import ClientReply, Recorded, as_dict
 from fleetune.runs.rundir import RunDir, create
 from fleetune.tuning import methods, prepare
 from fleetune.tuning import recipe as recipes

@@ -13,11 +13,11 @@ import pytest
 
 from fleetune import api, models
 from fleetune.common.energy import EnergyMeter
+from fleetune.common.events import ClientReply, Event, RoundDone
 from fleetune.errors import Interrupted
 from fleetune.evaluation.losses import response_loss
 from fleetune.models import tiny_bert, tiny_llama
 from fleetune.runs import rundir, sealed
-from fleetune.runs.events import ClientReply, Event, RoundDone
 from fleetune.runs.listener import Silent
 from fleetune.tuning import client_rows, methods, per_client, prepare, recipe
 from fleetune.tuning.settled import given, settled

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 import fleetune
 from fleetune import Silent
+from fleetune.common.events import ClientReply, Recorded, RoundDone, as_dict
 from fleetune.errors import FleetError
 from fleetune.models import tiny_llama
-from fleetune.runs.events import ClientReply, Recorded, RoundDone, as_dict
-from fleetune.runs.report.runlog import read
+from fleetune.report.runlog import read
 from fleetune.runs.rundir import RunDir, checkpoints, create, events, listing, status_of
 from fleetune.tuning import checkpoint, methods, replies, rounds
 from fleetune.tuning.averaging import weighted_mean

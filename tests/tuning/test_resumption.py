@@ -17,10 +17,10 @@ from fleetune import models
 from fleetune.cli.commands import tune
 from fleetune.cli.console import Ui
 from fleetune.cli.main import main
+from fleetune.common.events import Event, RoundEvaluated, TuneDone
 from fleetune.data import Example
 from fleetune.errors import Interrupted
 from fleetune.runs import metrics
-from fleetune.runs.events import Event, RoundEvaluated, TuneDone
 from fleetune.tuning import describe, resumption
 from fleetune.tuning.result import TuneResult
 

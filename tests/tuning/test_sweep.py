@@ -3,30 +3,29 @@
 
 from __future__ import annotations
 
+import csv
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-import xml.dom.minidom
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fleetune import models
+from fleetune import models, report
 from fleetune import recipes as named_recipes
 from fleetune.cli.commands.sweep import SweepScreen
 from fleetune.cli.main import main
 from fleetune.errors import FleetError, ModelError, RecipeError, StorageError
-from fleetune.runs import report, rundir
+from fleetune.report import sweep as summary
+from fleetune.report.sweep import GridRun, SweepAxis
+from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
-from fleetune.runs.report import cells
-from fleetune.runs.report.cells import GridRun, SweepAxis
 from fleetune.tuning import methods, prepare, recipe, sweep, sweep_grid
 from fleetune.tuning import run as jobs
 
@@ -269,13 +268,11 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
 
     page = (folder / "sweep.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|<script|<link|src=", page)
-    assert "4 runs" in page
-    names = {Path(f).name for f in done["figures"]}
-    assert names >= {"loss-by-round-alpha.svg", "loss-by-alpha.svg"}
-    for name in names:
-        text = (folder / "figures" / name).read_text(encoding="utf-8")
-        xml.dom.minidom.parseString(text.encode())
-        assert "var(" not in text
+    assert page.count("<svg ") == 1
+    rows = list(csv.DictReader((folder / "sweep.csv").read_text(encoding="utf-8").splitlines()))
+    assert [(float(r["alpha"]), int(r["seed"])) for r in rows] == [(0.5, 5), (2, 5), (0.5, 6), (2, 6)]
+    assert [float(r["tuned_loss"]) for r in rows] == [e["tuned"]["loss"] for e in runs]
+    assert {r["status"] for r in rows} == {"done"}
 
     assert f"fleetune runs --out {folder}" in call(capsys, "runs")[2]
     code, out, _ = call(capsys, "runs", "--out", folder, "--json")
@@ -418,13 +415,6 @@ def test_a_sweep_in_use_or_changed_is_refused(at, capsys):
     (folder / "sweep.toml").write_text(text.replace("rounds = 1 ", "rounds = 2 "))
     code, _, err = call(capsys, "sweep", "--resume", folder)
     assert code == 2
-    assert f"{folder / 'sweep.toml'} was changed since the sweep began" in err
-    unsealed = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(sweep.SEAL))
-    (folder / "sweep.toml").write_text(
-        unsealed.replace("rounds = 1 ", "rounds = 2 ")
-    )  # of an earlier version
-    code, _, err = call(capsys, "sweep", "--resume", folder)
-    assert code == 2
     assert "was made by another recipe" in err
     code, _, err = call(capsys, "sweep", "--resume", folder, "--rounds", "3")
     assert code == 2
@@ -454,18 +444,15 @@ def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: 
     return GridRun(values, seed, report.read(run))
 
 
+HEAD = ("fleetune sweep · mezo", [("model", "tiny")])
 AXES = (SweepAxis("alpha", "alpha", (0.5, 1.0, 2.0)), SweepAxis("K", "set.K", (8, 512)))
 
 
-def table(
-    folder: Path, rng: np.random.Generator, shift: float = 0.0
-) -> tuple[np.ndarray, np.ndarray, list[GridRun]]:
+def table(folder: Path, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[GridRun]]:
     """(base [seeds], losses [alpha, K, seed, round], the runs) of a whole grid with 4 seeds."""
     folder.mkdir()
     base = 4.0 + rng.normal(size=4)
-    losses = (
-        base[None, None, :, None] - rng.uniform(0.1, 0.9, size=(3, 2, 4, 3)) + shift * np.arange(4)[:, None]
-    )
+    losses = base[None, None, :, None] - rng.uniform(0.1, 0.9, size=(3, 2, 4, 3))
     runs = [
         fake(folder, (a, k), s, float(base[s]), losses[i, j, s].tolist())
         for s in range(4)
@@ -475,98 +462,78 @@ def table(
     return base, losses, runs
 
 
-def test_the_effect_of_an_axis_is_that_of_a_block_design(tmp_path):
-    _, losses, runs = table(tmp_path / "a", np.random.default_rng(1))
-    y = losses[..., -1].mean(axis=1)  # [alpha, seed]
-    rest = y - y.mean(axis=1, keepdims=True) - y.mean(axis=0, keepdims=True) + y.mean()
-    noise = math.sqrt((rest**2).sum() / (2 * 3) / 4)
-    found = cells.effect(0, AXES[0], "loss", cells.complete_seeds(AXES, runs))
-    assert found is not None
-    means = dict(zip(AXES[0].values, y.mean(axis=1), strict=True))
-    assert found.low == (min(means, key=means.__getitem__), pytest.approx(min(means.values())))
-    assert found.high == (max(means, key=means.__getitem__), pytest.approx(max(means.values())))
-    assert found.noise == pytest.approx(noise, rel=1e-9)
-    # a seed's own level (its rows are harder) is no effect, and no noise
-    _, _, shifted = table(tmp_path / "b", np.random.default_rng(1), shift=3.0)
-    other = cells.effect(0, AXES[0], "loss", shifted)
-    assert other is not None
-    assert (other.range, other.noise) == (pytest.approx(found.range), pytest.approx(noise, rel=1e-9))
-
-
-def test_curves_are_means_over_seeds_with_the_spread_of_the_change(tmp_path):
+def test_a_final_measure_is_the_mean_over_seeds_with_the_spread_of_the_change(tmp_path):
     base, losses, runs = table(tmp_path / "a", np.random.default_rng(2))
-    curve = cells.loss_curve(1, 512, runs)
-    assert [(p.round, p.bytes) for p in curve] == [(0, 0), (1, 1000), (2, 2000), (3, 3000)]
-    assert curve[0].loss.mean == pytest.approx(base.mean())
-    assert curve[0].loss.spread == 0.0
-    for p in curve[1:]:
-        by_seed = losses[:, 1, :, p.round - 1].mean(axis=0)  # over alpha
-        assert p.loss.mean == pytest.approx(by_seed.mean())
-        assert p.loss.spread == pytest.approx(np.std(by_seed - base, ddof=1))
-    end = cells.final_measure(1, 512, "loss", runs)
+    end = summary.final(1, 512, "loss", runs)
+    by_seed = losses[:, 1, :, -1].mean(axis=0)  # over alpha
     assert end is not None
-    assert end == curve[-1].loss
+    assert end.mean == pytest.approx(by_seed.mean())
+    assert end.spread == pytest.approx(np.std(by_seed - base, ddof=1))
+    assert end.number == 4
 
 
 def test_half_a_seed_does_not_enter_the_means(tmp_path):
     _, losses, runs = table(tmp_path / "a", np.random.default_rng(3))
     part = [*runs[:12], runs[12]]  # two whole seeds and one run of the third
-    used = cells.complete_seeds(AXES, part)
+    used = summary.complete_seeds(AXES, part)
     assert {m.seed for m in used} == {0, 1}
-    assert cells.loss_curve(0, 0.5, used)[-1].loss.mean == pytest.approx(losses[0, :, :2, -1].mean())
-    assert cells.complete_seeds(AXES, runs[:5]) == runs[:5]  # no seed is whole: all there are
-    assert [c.runs for c in cells.combinations(AXES, part)] == [3, 2, 2, 2, 2, 2]
+    assert summary.final(0, 0.5, "loss", used).mean == pytest.approx(losses[0, :, :2, -1].mean())
+    assert summary.complete_seeds(AXES, runs[:5]) == runs[:5]  # no seed is whole: all there are
+    assert [c["runs"] for c in summary.combinations(AXES, part)] == [3, 2, 2, 2, 2, 2]
 
 
-def test_one_seed_has_no_spread_and_no_noise(tmp_path):
+def test_one_seed_has_no_spread_and_no_band(tmp_path):
     _, _, runs = table(tmp_path / "a", np.random.default_rng(4))
     one = runs[:6]
-    found = cells.effect(1, AXES[1], "loss", one)
-    assert found is not None
-    assert found.noise is None
-    assert all(p.loss.spread is None for p in cells.loss_curve(0, 0.5, one))
-    html, figures = report.grid("0001-sweep-x", AXES, one, 24)
+    assert summary.final(0, 0.5, "loss", one).spread is None
+    _, rows = summary.table(summary.combinations(AXES, one))
+    assert "±" not in "".join(cell for row in rows for cell in row)
+    html = summary.html("0001-sweep-x", HEAD, AXES, one, 24)
     assert "6 of 24 runs are finished" in html
-    assert "band" not in "".join(re.findall(r'class="([^"]*)"', "".join(figures.values())))
+    assert 'class="band' not in html
 
 
-def test_an_axis_whose_values_are_measured_on_other_rows_says_so(tmp_path):
+def test_runs_that_are_measured_on_other_rows_say_so(tmp_path):
     axes = (SweepAxis("max_length", "max_length", (24, 512)), SweepAxis("K", "set.K", (8, 512)))
     runs = [
         fake(tmp_path, (length, k), 0, 4.0, [4.0 - length / 1000]) for length in (24, 512) for k in (8, 512)
     ]
+    assert summary.apart(runs) == []
     for run in runs:
         (run.run.path / "run.toml").write_text(f'data = "demo"\nmax_length = {run.values[0]}\n')
     runs = [run._replace(run=report.read(run.run.path)) for run in runs]
-    made = report.grid_tables(axes, runs)
-    caveat = "are measured on different rows (max_length)"
-    assert made.caveats == [f"max_length: the runs {caveat}; their losses do not compare directly"]
-    assert {e["varied"]: e["caveat"] for e in made.record["effects"]} == {"max_length": caveat, "K": ""}
-    html, _ = report.grid("0001-sweep-x", axes, runs, 4)
-    assert made.caveats[0] in html
+    told = ["the runs are measured on different rows (max_length); their losses do not compare directly"]
+    assert summary.apart(runs) == told
+    assert told[0] in summary.html("0001-sweep-x", HEAD, axes, runs, 4)
 
 
-def test_the_page_draws_a_line_a_value_and_escapes_names(tmp_path):
+def drawings(html: str) -> dict[str, str]:
+    return {d[1]: d[0] for d in re.finditer(r'<svg [^>]*aria-labelledby="(\S+)-t .*?</svg>', html, re.S)}
+
+
+def test_the_page_draws_a_plot_an_axis_and_escapes_names(tmp_path):
     _, _, runs = table(tmp_path / "a", np.random.default_rng(5))
-    html, figures = report.grid("<b>&", AXES, runs, 24)
+    html = summary.html("<b>&", HEAD, AXES, runs, 24)
     assert "<b>&" not in html
-    assert set(figures) == {
-        f"{what}-{axis}" for what in ("loss-by-round", "loss-by") for axis in ("alpha", "K")
-    }  # every round moves the same bytes, so by bytes would be by round once more
-    lines = {name: len(re.findall(r'class="line ', text)) for name, text in figures.items()}
-    assert lines["loss-by-round-alpha"] == 3
-    assert lines["loss-by-round-K"] == 2
-    assert lines["loss-by-alpha"] == 1 + 2  # the mean, and a line for each K
-    assert lines["loss-by-K"] == 1 + 3
-    assert figures["loss-by-K"].count('class="band') == 1  # of the mean alone
-    assert "is finished" not in html
-    assert report.grid("x", AXES, [], 24)[1] == {}  # nothing has begun
+    drawn = drawings(html)
+    assert list(drawn) == ["axis-0-loss", "axis-1-loss"]
+    lines = {name: len(re.findall(r'class="line ', text)) for name, text in drawn.items()}
+    assert lines == {
+        "axis-0-loss": 1 + 2,
+        "axis-1-loss": 1 + 3,
+    }  # the mean, and a line for each value of the other
+    assert drawn["axis-1-loss"].count('class="band') == 1  # of the mean alone
+    assert "are finished" not in html
+    assert drawings(summary.html("x", HEAD, AXES, [], 24)) == {}  # nothing has begun
+    three = (*AXES, SweepAxis("rounds", "rounds", (3,)))
+    more = summary.html("x", HEAD, three, [m._replace(values=(*m.values, 3)) for m in runs], 24)
+    assert [d.count('class="line ') for d in drawings(more).values()] == [1, 1, 1]
 
 
 def test_figures_stand_where_the_means_are(tmp_path):
     """The last marker of a line is at the mean, by the axis' own ticks."""
     _, losses, runs = table(tmp_path / "a", np.random.default_rng(6))
-    text = report.grid("x", AXES, runs, 24)[1]["loss-by-round-K"]
+    text = drawings(summary.html("x", HEAD, AXES, runs, 24))["axis-1-loss"]
     ticks = [
         (float(v), float(y) - 4) for y, v in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', text)
     ]
@@ -574,15 +541,4 @@ def test_figures_stand_where_the_means_are(tmp_path):
     last = re.search(r'class="line c0" d="[^"]*L[\d.]+ ([\d.]+)"', text)
     assert last is not None
     at = v0 + (float(last[1]) - y0) * (v1 - v0) / (y1 - y0)
-    assert at == pytest.approx(losses[:, 0, :, -1].mean(), abs=0.01 * abs(v1 - v0))
-
-
-def test_loss_by_bytes_is_drawn_where_rounds_move_unlike_bytes(tmp_path):
-    _, _, runs = table(tmp_path / "a", np.random.default_rng(7))
-    for m in runs:
-        if m.values[0] == AXES[0].values[0]:
-            text = (m.run.path / "metrics.jsonl").read_text()
-            text = re.sub(r'"bytes_total": (\d+)', lambda found: f'"bytes_total": {3 * int(found[1])}', text)
-            (m.run.path / "metrics.jsonl").write_text(text)
-    again = [m._replace(run=report.read(m.run.path)) for m in runs]
-    assert "loss-by-bytes-alpha" in report.grid("x", AXES, again, 24)[1]
+    assert at == pytest.approx(losses[0, 1, :, -1].mean(), abs=0.01 * abs(v1 - v0))

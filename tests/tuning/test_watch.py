@@ -14,9 +14,9 @@ import pytest
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common.events import ClientReply, Diverging, RoundEvaluated, as_dict
 from fleetune.common.paired import Difference
 from fleetune.runs import sealed
-from fleetune.runs.events import ClientReply, Diverging, RoundEvaluated, as_dict
 from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import events
 from fleetune.tuning import methods, remarks
@@ -208,26 +208,6 @@ def test_replies_that_are_not_finite_end_with_a_lower_rate(
     said = capsys.readouterr().err
     assert "not finite" in said
     assert "try: lower the learning rate to 1e+29 (--set lr=1e+29)" in said
-
-
-def test_the_comparison_names_what_is_within_noise_of_the_best(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from fleetune.runs.report import several
-    from fleetune.runs.report.runlog import RunLog, read
-
-    def log(*losses: float, tokens: tuple[int, ...] = (2, 2, 2, 2)) -> RunLog:
-        return replace(read(tmp_path), final={"losses": {"tokens": list(tokens), "tuned": list(losses)}})
-
-    runs = {
-        "best": log(6.0, 8.0, 4.0, 6.0), "near": log(6.1, 7.9, 4.2, 5.9), "far": log(7.0, 9.0, 5.1, 7.0),
-        "other rows": log(6.0, 8.0, 4.0, 6.0, tokens=(2, 2, 2, 3)), "unknown": read(tmp_path),
-    }  # fmt: skip
-    assert several._near(runs, "best") == ["near"]
-    facts = [{"tuned_loss": loss, "bytes": None} for loss in (3.0, 3.01, 3.5, 3.1, 3.2)]
-    words = several._closest(list(runs.values()), list(runs), facts, alike=True)
-    assert words == "Lowest validation loss: best (3.000). Within noise of it, row by row: near. "
-    assert several._near(runs, "unknown") == []
 
 
 def test_a_result_past_its_best_is_told_and_never_advised_a_higher_rate() -> None:

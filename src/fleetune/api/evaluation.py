@@ -104,8 +104,8 @@ class _Measuring:
         of_harness: HarnessTasks | None, heard: Listener,
     ) -> dict[str, float]:  # fmt: skip
         """Load a model, measure it, by tasks of the harness too, and compare it with `dense`; report and return the values."""
+        from fleetune.common.events import evaluated
         from fleetune.evaluation import harness_tasks, measures
-        from fleetune.runs.events import evaluated
 
         def told(what: str) -> OnRows:
             return lambda done, total: heard.progress(what, done, total)
@@ -145,8 +145,8 @@ def _by_harness(
     offline: bool,
 ) -> dict[str, float]:
     """Measure a model by tasks of the harness alone, which need no rows."""
+    from fleetune.common.events import evaluated
     from fleetune.evaluation import harness_tasks
-    from fleetune.runs.events import evaluated
 
     loaded = loading.load_alone(found, dtype=dtype, device=device, base=base, offline=offline)
     scores = tasks.evaluate(loaded, limit=limit)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from fleetune.api import plain_models
 from fleetune.api.arguments import Rows, Setting
@@ -19,8 +19,8 @@ from fleetune.runs.progress import heard_by
 from fleetune.tuning.recipe import Recipe, RecipeOptions
 
 if TYPE_CHECKING:
+    from fleetune.tuning.sweep import SweepResult
     from fleetune.tuning.sweep_grid import SweepGrid
-    from fleetune.tuning.sweep_result import SweepResult
 
 
 def sweep(
@@ -46,23 +46,16 @@ def sweep(
     run, for a name that cannot vary or a combination that cannot be; FleetuneError, after all runs, when some failed:
     `resume_sweep` does these again.
     """
-    from fleetune.planning import choose
     from fleetune.tuning import sweep as sweeps
-    from fleetune.tuning import sweep_grid, sweep_result
+    from fleetune.tuning import sweep_grid
 
     heard, varied = heard_by(listener, progress), dict(vary or {})
     recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, heard)
     table = {n: [*values] if isinstance(values, list | tuple) else values for n, values in varied.items()}
     values = dataclasses.asdict(recipe) | {"sweep": {**table, "seeds": seeds}}
-    configured = functools.partial(plain_models.with_artefact, out=Path(out))
-    grid = sweep_grid.make(
-        choose.settled_sweep(values, (), heard.note, configured=configured, offline=offline)
-    )
+    grid = sweep_grid.make(with_method(values, (), Path(out), heard.note, offline=offline))
     sweeps.check(grid, offline=offline)
-    rundir.check_writable(Path(out))
-    grid = with_files(grid, Path(out), heard.note)
-    with sweeps.create(Path(out), name, grid) as folder:
-        return sweep_result.perform(folder, grid, heard, offline=offline)
+    return start(grid, Path(out), heard, name=name, offline=offline)
 
 
 def resume_sweep(
@@ -76,22 +69,46 @@ def resume_sweep(
     """Resume a stopped sweep by its own recipe: finished runs stay, the others are done or resumed.
 
     `sweep` is a path, the name or number of a sweep under `out`, `latest`, or a result of `sweep`.  UsageError when there
-    is none, or when the data has other rows now.
+    is none.
     """
     from fleetune.tuning import sweep as sweeps
-    from fleetune.tuning import sweep_result
 
     heard = heard_by(listener, progress)
     path = sweeps.find(str(getattr(sweep, "folder", sweep)), Path(out))
     grid = sweeps.read(path)
-    sweeps.check(grid, folder=path, offline=offline)
-    rundir.check_writable(path)
-    grid = with_files(grid, Path(out), heard.note)
-    with rundir.RunDir(path) as folder:
-        return sweep_result.perform(folder, grid, heard, offline=offline)
+    sweeps.check(grid, offline=offline)
+    return start(grid, Path(out), heard, resumed=path, offline=offline)
 
 
-def with_files(grid: SweepGrid, out: Path, note: Callable[[str], None]) -> SweepGrid:
+def start(
+    grid: SweepGrid,
+    out: Path,
+    listener: Listener,
+    *,
+    name: str = "",
+    resumed: Path | None = None,
+    offline: bool,
+) -> SweepResult:
+    """Do the runs of a checked grid: in a new folder under `out` with `name` in its own, or in that of a `resumed` sweep."""
+    from fleetune.tuning import sweep as sweeps
+
+    rundir.check_writable(resumed or out)
+    grid = _with_files(grid, out, listener.note)
+    with rundir.RunDir(resumed) if resumed else sweeps.create(out, name, grid) as folder:
+        return sweeps.run(folder, grid, listener, offline=offline)
+
+
+def with_method(
+    values: dict[str, Any], varied: Collection[str], out: Path, note: Callable[[str], None], *, offline: bool
+) -> dict[str, Any]:
+    """Return the keys of a sweep's recipe with a method, unless the method is what varies: here, or by name in `varied`."""
+    from fleetune.planning import choose
+
+    configured = functools.partial(plain_models.with_artefact, out=out)
+    return choose.settled_sweep(values, varied, note, configured=configured, offline=offline)
+
+
+def _with_files(grid: SweepGrid, out: Path, note: Callable[[str], None]) -> SweepGrid:
     """Return a checked grid whose compressed models are their GGUF files, as in `plain_models.with_file`."""
     files: dict[str, str] = {}
     for recipe in {(p.recipe.model, p.recipe.train): p.recipe for p in grid.points}.values():

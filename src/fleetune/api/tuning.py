@@ -12,7 +12,7 @@ from fleetune.api import plain_models
 from fleetune.api.arguments import Rows, Setting, words
 from fleetune.common.settings import Value
 from fleetune.errors import RecipeError, UsageError
-from fleetune.runs import rundir, tracking
+from fleetune.runs import rundir, trackers
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import Progress, heard_by
 from fleetune.tuning import recipe as recipes
@@ -47,17 +47,17 @@ def tune(
     which is then known in this process alone.  `settings` are the method's, by name.  `options` are those of
     `fleetune.Recipe`.  A model or rows given as Python objects are saved under `OUT/objects`, so that the run can be
     resumed.  A PEFT model's adapters are merged into the copy that is saved and tuned: they are not trained on.
-    `tracker` names trackers that get the figures as well: tensorboard, wandb, mlflow, trackio.
+    `tracker` names trackers that get the figures as well: tensorboard, wandb.
     """
     from fleetune.planning import choose
     from fleetune.tuning import run
 
-    watching, trackers = heard_by(listener, progress), tracking.check(words(tracker))
+    watching, named = heard_by(listener, progress), trackers.check(words(tracker))
     recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
     recipe = plain_models.with_file(recipe, Path(out), watching.note)
     recipe = choose.settled_method(recipe, watching.note, offline=offline)
     recipe, check_memory = choose.settled_base(recipe, watching.note, offline=offline)
-    with tracking.tracked(watching, trackers, offline=offline) as heard:
+    with trackers.tracked(watching, named, offline=offline) as heard:
         return run.start(recipe, Path(out), heard, offline=offline, check_memory=check_memory)
 
 
@@ -93,7 +93,7 @@ def resume_run(
     hearing = heard_by(listener, progress)
     if isinstance(hearing, Progress):
         hearing.goes_on(path)
-    with tracking.tracked(hearing, words(tracker), offline=offline) as heard:
+    with trackers.tracked(hearing, words(tracker), offline=offline) as heard:
         return running.resume(path, heard, offline=offline, rounds=rounds, base=base)
 
 

@@ -37,8 +37,8 @@ from fleetune.common.display import (
     one_line,
     show,
 )
+from fleetune.common.events import Event, Failed, Stopped, as_dict
 from fleetune.errors import FleetuneError, Interrupted
-from fleetune.runs.events import Event, Failed, Stopped, as_dict
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -9,7 +9,7 @@ import numbers
 from collections.abc import Mapping
 from typing import cast
 
-from fleetune.runs.events import VERSION
+from fleetune.common.events import VERSION
 
 
 def line_of(event: Mapping[str, object]) -> str:

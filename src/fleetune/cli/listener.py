@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import CountBar
-from fleetune.runs.events import Event
+from fleetune.common.events import Event
 
 
 class ConsoleListener:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fleetune import report
 from fleetune.cli.console import Ui
-from fleetune.runs import report
-from fleetune.runs.report.page import counted
+from fleetune.common.display import counted
 
 
 def say_what_is_shared(ui: Ui, run: Path) -> None:

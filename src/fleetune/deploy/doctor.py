@@ -42,8 +42,6 @@ SERVES: Final = {  # an extra -> what it is for
     "completion": "completion in the shell",
     "tensorboard": "tune --tracker tensorboard",
     "wandb": "tune --tracker wandb",
-    "mlflow": "tune --tracker mlflow",
-    "trackio": "tune --tracker trackio",
     "lm-eval": "eval --tasks with tasks of lm-evaluation-harness",
 }
 BESIDE: Final = {  # a package that belongs to no extra -> what it is for

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetune.common.events import ExportChecked, ExportDone, ExportPushed
 from fleetune.common.files import storage_error
 from fleetune.common.folders import scratch
 from fleetune.common.ggml import PARTS
@@ -19,7 +20,6 @@ from fleetune.deploy.targets import check_place
 from fleetune.errors import ModelError, UsageError, called
 from fleetune.models import adapter_folder
 from fleetune.runs import compression_folder, folder_names
-from fleetune.runs.events import ExportChecked, ExportDone, ExportPushed
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
 

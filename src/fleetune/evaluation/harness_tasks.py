@@ -16,12 +16,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Final
 
+from fleetune.common.events import TaskScore
 from fleetune.common.extras import pip_install
 from fleetune.errors import FleetuneError, RecipeError, UsageError, closest, cut_reason, fault
 from fleetune.evaluation.answers import require_text_model
 from fleetune.evaluation.measures import TASKS, is_known
 from fleetune.models.model import Model
-from fleetune.runs.events import TaskScore
 
 BATCH: Final = 8  # questions at a time
 INSTALL: Final = pip_install("lm-eval")

@@ -27,6 +27,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
+from fleetune.common.events import DeviceEvaluated, FleetEvaluated
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import FleetError, MessageError, UsageError
@@ -35,7 +36,6 @@ from fleetune.fleet.orders import Device, Job, Order
 from fleetune.fleet.server import Served
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir, sealed
-from fleetune.runs.events import DeviceEvaluated, FleetEvaluated
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run
 from fleetune.tuning import finished, robust

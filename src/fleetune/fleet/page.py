@@ -23,15 +23,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
+from fleetune import report
 from fleetune.common.display import show
+from fleetune.common.events import DeviceShown, FleetShown, as_dict
 from fleetune.deploy.serving.front import Exchange, content_policy, listening, token_for
 from fleetune.deploy.serving.request_checks import Refusal
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.fleet import PAGE_PORT, prometheus, status
-from fleetune.runs import metrics, report
-from fleetune.runs.events import DeviceShown, FleetShown, as_dict
-from fleetune.runs.report import page
-from fleetune.runs.report.page import TableCell
+from fleetune.report import page
+from fleetune.report.page import TableCell
+from fleetune.runs import metrics
 
 JSON: Final = "application/json"
 T = TypeVar("T")

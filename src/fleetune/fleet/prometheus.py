@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fleetune.common.events import FleetShown
 from fleetune.errors import UsageError
 from fleetune.fleet.keys import INSTALL
 from fleetune.fleet.status import STATES
-from fleetune.runs.events import FleetShown
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from fleetune.common.display import counted
+from fleetune.common.events import ClientReply
 from fleetune.errors import FleetError, MessageError
 from fleetune.fleet.asking import WORD, Asking
 from fleetune.fleet.link import Link, answer_in
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.table import Devices, apart
-from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
 from fleetune.tuning.fleets import OLDEST, Answer, outrun
 from fleetune.tuning.kinds import ONE, Wanted

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from fleetune.common.display import human_bytes, human_time, show
+from fleetune.common.events import DeviceShown, FleetShown
 from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
 from fleetune.runs import compression_folder, rundir, sealed
-from fleetune.runs.events import DeviceShown, FleetShown
 from fleetune.runs.follow import Follower
 
 FILE: Final = rundir.FLEET

@@ -11,8 +11,8 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+from fleetune.common.events import Event
 from fleetune.errors import UsageError
-from fleetune.runs.events import Event
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Listener(Protocol):
         ...
 
     def event(self, event: Event) -> None:
-        """Take one event (a class of `runs/events/`)."""
+        """Take one event (a class of `common/events/`)."""
         ...
 
     def note(self, text: str) -> None:
@@ -69,6 +69,38 @@ class Silent:
     def stop_requested(self) -> bool:
         """False."""
         return False
+
+
+class Relay:
+    """A listener that passes every call on to another one; the base of those that add to it."""
+
+    def __init__(self, inner: Listener) -> None:
+        self.inner = inner
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Pass it on."""
+        self.inner.header(title, rows)
+
+    def event(self, event: Event) -> None:
+        """Pass it on."""
+        self.inner.event(event)
+
+    def note(self, text: str) -> None:
+        """Pass it on."""
+        self.inner.note(text)
+
+    def step(self, client: int, step: int) -> None:
+        """Pass it on."""
+        self.inner.step(client, step)
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        """Pass it on."""
+        self.inner.progress(what, done, total, text)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the other listener asks to stop."""
+        return self.inner.stop_requested
 
 
 def checked(listener: Listener | None) -> Listener:

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from fleetune.common.display import changes, human_bytes, human_time, message_text, show
-from fleetune.errors import UsageError
-from fleetune.runs import metrics
-from fleetune.runs.events import (
+from fleetune.common.events import (
     ClientReply,
     Event,
     RoundDone,
@@ -25,6 +23,8 @@ from fleetune.runs.events import (
     SweepStart,
     TuneDone,
 )
+from fleetune.errors import UsageError
+from fleetune.runs import metrics
 from fleetune.runs.listener import Listener, Silent, checked
 
 PAUSE: Final = 10.0  # seconds between two lines of one count

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from fleetune import adapters
+from fleetune.common.display import counted
+from fleetune.common.events import RateFound, TuneStart
 from fleetune.common.ggml import PARTS
 from fleetune.data.encode import digest
 from fleetune.errors import StorageError
 from fleetune.models.model import Model
 from fleetune.runs import env_file, sealed
-from fleetune.runs.events import RateFound, TuneStart
-from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.trained import blocks_share, moved_tensors
 from fleetune.tuning import foundations, methods, places

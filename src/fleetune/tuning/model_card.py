@@ -15,13 +15,12 @@ from typing import Any, Final
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from fleetune.common.display import human_bytes, show
+from fleetune.common.display import counted, human_bytes, show
 from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.common.settings import Value
 from fleetune.common.version import __version__
 from fleetune.models import short_names
 from fleetune.runs import env_file, rundir
-from fleetune.runs.report.page import counted
 from fleetune.tuning import finished, foundations, methods, run_facts
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe

@@ -18,6 +18,7 @@ import torch
 from fleetune import data, models
 from fleetune.common import commas
 from fleetune.common.display import counted
+from fleetune.common.events import TuneChecked
 from fleetune.common.ggml import PARTS
 from fleetune.common.memory import release_memory
 from fleetune.common.sizes import parse_bytes
@@ -32,7 +33,6 @@ from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
 from fleetune.models.bases import BLOCKS
 from fleetune.models.model import Model
-from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice, trained
 from fleetune.tuning import (
     estimate,

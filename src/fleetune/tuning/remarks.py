@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from fleetune.common.display import change as change_text
-from fleetune.common.display import human_time, show
+from fleetune.common.display import counted, human_time, show
 from fleetune.common.paired import Difference
 from fleetune.evaluation.losses import class_measures, response_loss
 from fleetune.runs import rundir
-from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.folded_sums import FOLD
 from fleetune.tuning import watch

@@ -32,9 +32,9 @@ from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, NamedTuple
 
+from fleetune.common.events import ClientReply
 from fleetune.common.memory import rss
 from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
-from fleetune.runs.events import ClientReply
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods
 from fleetune.tuning.fleets import Answer

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fleetune.common.events import TuneDone
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.runs import rundir
-from fleetune.runs.events import TuneDone
 from fleetune.tuning import finished
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fleetune.common.display import counted
+from fleetune.common.events import Recorded, RoundDone, round_evaluated
 from fleetune.common.memory import rss
 from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError
 from fleetune.runs import rundir
-from fleetune.runs.events import Recorded, RoundDone, round_evaluated
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning import checkpoint, methods

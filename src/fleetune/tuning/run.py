@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fleetune.common.energy import EnergyMeter
-from fleetune.common.files import resumable
-from fleetune.common.paired import RowLosses
-from fleetune.common.shell import quoted
-from fleetune.errors import FleetuneError, Interrupted, StorageError, fault
-from fleetune.runs import env_file, metrics, rundir, sealed, tracking
-from fleetune.runs.events import (
+from fleetune.common.events import (
     ClientReply,
     Recorded,
     RoundEvaluated,
@@ -28,6 +23,11 @@ from fleetune.runs.events import (
     as_dict,
     round_evaluated,
 )
+from fleetune.common.files import resumable
+from fleetune.common.paired import RowLosses
+from fleetune.common.shell import quoted
+from fleetune.errors import FleetuneError, Interrupted, StorageError, fault
+from fleetune.runs import env_file, metrics, rundir, sealed, trackers
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
@@ -232,7 +232,7 @@ def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULAT
 def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_on: StandsOn) -> TuneDone:
     recipe, model, method = job.recipe, job.model, job.method
     _announce(job, run, listener, fleets.about(job))
-    tracking.begin(listener, run.path, run_facts.of_job(job))
+    trackers.begin(listener, run.path, run_facts.of_job(job))
     searched = sum(found.seconds for found in job.found)  # none of a run that is resumed: it has its rates
     began = time.monotonic() - searched
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fleetune import adapters, models
+from fleetune import adapters, models, report
 from fleetune.common import sums
 from fleetune.common.energy import EnergyMeter
+from fleetune.common.events import TuneDone, as_dict
 from fleetune.common.memory import peak_rss
 from fleetune.common.paired import Difference
-from fleetune.runs import report, sealed
-from fleetune.runs.events import TuneDone, as_dict
+from fleetune.runs import sealed
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.view import View

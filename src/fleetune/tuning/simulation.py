@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from fleetune.common.display import counted
 from fleetune.errors import RecipeError
 from fleetune.evaluation.losses import pad_id
 from fleetune.runs.listener import Listener
-from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import rounds
 from fleetune.tuning.fleets import Fleet

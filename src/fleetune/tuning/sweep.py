@@ -3,8 +3,8 @@
 
     runs/0007-sweep-case-study/
       sweep.toml      the recipe, and the table [sweep]: what varies, over which values, and how many seeds
-      0001-alpha-0.5-k-64-seed-42/ ...      run folders as `tune` leaves them
-      sweep.html      figures/*.svg         all runs together, written anew after every run
+      0001-alpha-0.5-k-64-seed-42/ ...     run folders as `tune` leaves them
+      sweep.html      sweep.csv            the page and the numbers of all runs, written anew after every run
       status          log.txt
 
 The folder is the record: a run whose status is `done` is not run again, an unfinished one resumes from its
@@ -14,46 +14,59 @@ last checkpoint, so a sweep can be killed at any time and resumed.  What varies 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Final
 
-from fleetune.common.display import counted
-from fleetune.common.files import read_text, storage_error, write_atomic
+from fleetune import report
+from fleetune.common.events import Event, Recorded, RoundDone, SweepDone, SweepRun, SweepStart, TuneDone
+from fleetune.common.files import resumable, write_atomic
 from fleetune.common.settings import AUTO
 from fleetune.common.shell import quoted
-from fleetune.errors import (
-    FAULTS,
-    FleetuneError,
-    Interrupted,
-    RecipeError,
-    StorageError,
-    UsageError,
-    fault,
-)
-from fleetune.runs import folder_names, report, rundir, sealed
-from fleetune.runs.events import SweepDone, SweepRun, SweepStart
-from fleetune.runs.listener import Listener
-from fleetune.runs.report.cells import GridRun
-from fleetune.runs.report.grid import Tables
+from fleetune.errors import FAULTS, FleetuneError, Interrupted, RecipeError, StorageError, UsageError, fault
+from fleetune.report import sweep as summary
+from fleetune.report.sweep import GridRun
+from fleetune.runs import folder_names, rundir
+from fleetune.runs.listener import Listener, Relay
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import foundations, methods, prepare, sweep_grid
+from fleetune.tuning import foundations, methods, prepare, result, sweep_grid
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning import run as jobs
 from fleetune.tuning.recipe import Recipe
-from fleetune.tuning.sweep_grid import SHOWN, Point, SweepGrid, raise_together, shown
+from fleetune.tuning.result import TuneResult
+from fleetune.tuning.sweep_grid import Point, SweepGrid, raise_together, shown
 
-DONE_BEFORE = "done before"  # why a run is over that was finished by an earlier sitting
-FILE = "sweep.toml"
-PAGE = "sweep.html"
-SEAL = "# crc32 of the lines below: "
+FILE: Final = "sweep.toml"
+PAGE: Final = "sweep.html"
+TABLE: Final = "sweep.csv"
 
 
-def check(grid: SweepGrid, *, folder: Path | None = None, offline: bool = False) -> None:
+@dataclass(frozen=True)
+class SweepResult:
+    """A finished sweep: its folder, and its runs in the order of the grid."""
+
+    folder: Path
+    runs: tuple[TuneResult, ...]
+    cells: Sequence[
+        Mapping[str, Any]
+    ]  # combinations: values, runs, base, tuned (mean and spread), bytes, seconds
+
+    @property
+    def page(self) -> Path:
+        """The page of all runs together."""
+        return self.folder / PAGE
+
+    @property
+    def table(self) -> Path:
+        """The CSV with a row a run."""
+        return self.folder / TABLE
+
+
+def check(grid: SweepGrid, *, offline: bool = False) -> None:
     """Check everything about the runs that needs no model: methods with their settings, and the data's split.
 
-    RecipeError lists what methods refuse, DataError is of the first split that cannot be.  With the `folder` of a stopped
-    sweep, UsageError names the runs that were made on other rows than the data has now.
+    RecipeError lists what methods refuse, DataError is of the first split that cannot be.
     """
     problems: list[str] = []
     for point in grid.points:
@@ -64,34 +77,18 @@ def check(grid: SweepGrid, *, folder: Path | None = None, offline: bool = False)
         except UsageError as error:
             problems.append(error.message)
     raise_together(problems)
-    shared: dict[tuple[object, ...], list[Point]] = {}
-    for point in grid.points:
-        shared.setdefault(_of_data(point.recipe), []).append(point)
-    changed = []
-    for first, *others in shared.values():
+    for point in {_of_data(point.recipe): point for point in reversed(grid.points)}.values():
         try:
-            parts = prepare.split(first.recipe, methods.entry(first.recipe.method), offline=offline)
+            prepare.split(point.recipe, methods.entry(point.recipe.method), offline=offline)
         except UsageError as error:
-            error.message = f"{first.words}: {error.message}"
+            error.message = f"{point.words}: {error.message}"
             raise
-        if folder:
-            changed += [p.name for p in (first, *others) if foundations.changed_rows(folder / p.name, parts)]
-    if folder and changed:
-        raise _on_other(folder, changed, "other rows than the data has now")
 
 
 def _of_data(r: Recipe) -> tuple[object, ...]:
     """Return all that decides how the data are split."""
     clients = r.clients or methods.entry(r.method).clients
     return r.data, r.columns, r.eval_data, r.limit, r.partition, r.held_out, r.seed, clients
-
-
-def _on_other(folder: Path, names: Sequence[str], what: str) -> UsageError:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return UsageError(
-        f"runs of {folder} were made on {what}: {', '.join(names[:SHOWN])}{more}",
-        hint="bring back the data and the model of the sweep; or begin a new sweep: one page does not hold both",
-    )
 
 
 # The folder ---------------------------------------------------------------------------------------
@@ -102,24 +99,8 @@ def to_toml(grid: SweepGrid) -> str:
     recipe = recipes.to_toml(grid.base).split("\n", 1)[1]
     table = {recipes.toml_key(a.name): ", ".join(map(recipes.toml_value, a.values)) for a in grid.axes}
     lines = [f"seeds = {grid.seeds}", *(f"{name} = [{values}]" for name, values in table.items())]
-    text = recipe + "\n[sweep]\n" + "\n".join(lines) + "\n"
-    return (
-        f"# The recipe of a sweep. Run it again: fleetune sweep {FILE}\n{SEAL}{sealed.checksum(text)}\n{text}"
-    )
-
-
-def _check_whole(file: Path) -> None:
-    """RecipeError when a sweep.toml was changed since it was written, by the checksum in its second line."""
-    try:
-        text = read_text(file)
-    except (OSError, ValueError):  # `recipes.read` says more
-        return
-    _, seal, rest = text.partition(SEAL)
-    stated, _, content = rest.partition("\n")
-    if seal and stated != (found := sealed.checksum(content)):
-        what = f"{file} was changed since the sweep began: its checksum is {found}, it states {stated}"
-        hint = f"put it back as it was; the recipes of its runs are in {file.parent}/*/run.toml"
-        raise RecipeError([what], hint=hint)
+    head = f"# The recipe of a sweep. Run it again: fleetune sweep {FILE}\n"
+    return head + recipe + "\n[sweep]\n" + "\n".join(lines) + "\n"
 
 
 def create(out: Path, name: str, grid: SweepGrid) -> RunDir:
@@ -144,7 +125,6 @@ def find(name: str, out: Path) -> Path:
 
 def read(folder: Path) -> SweepGrid:
     """Read the grid of a sweep's folder; RecipeError when its sweep.toml is damaged."""
-    _check_whole(folder / FILE)
     values = recipes.read(folder / FILE)
     try:
         return sweep_grid.make(values)
@@ -180,115 +160,19 @@ def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:
     return jobs.is_done(path, note)
 
 
-def members(folder: Path, grid: SweepGrid) -> list[GridRun]:
-    """Read the runs of the grid that have begun."""
-    return [
+def write_results(folder: Path, grid: SweepGrid) -> tuple[SweepDone, list[str]]:
+    """Write the page and the CSV from the runs there are; return the sweep's last event, and why losses do not compare."""
+    members = [
         GridRun(p.values, p.seed, report.read(folder / p.name))
         for p in grid.points
         if (folder / p.name / "run.toml").is_file()
     ]
-
-
-def write_page(folder: Path, grid: SweepGrid) -> None:
-    """Write the page and the figures of a sweep from the runs there are."""
-    html, figures = report.grid(folder.name, grid.axes, members(folder, grid), len(grid.points))
-    try:
-        (folder / "figures").mkdir(exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, folder / "figures") from error
-    for name, drawing in figures.items():
-        write_atomic(folder / "figures" / f"{name}.svg", drawing)
-    write_atomic(folder / PAGE, html.encode("utf-8", "replace"))
-
-
-# The runs -----------------------------------------------------------------------------------------
-
-
-class Watch(Protocol):
-    """Callbacks of a sweep."""
-
-    def begin(self, point: Point) -> Listener:
-        """Return the listener of a run that is about to start or resume; may raise Interrupted."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Show a remark."""
-        ...
-
-    def end(self, point: Point, path: Path, reason: str) -> None:
-        """Note that a run is over: `reason` is empty, `DONE_BEFORE`, or why it failed."""
-        ...
-
-
-def run(folder: RunDir, grid: SweepGrid, watch: Watch, *, offline: bool = False) -> list[Point]:
-    """Do the unfinished runs of a sweep, one at a time; return those that failed.
-
-    A run that fails is noted and the sweep continues.  What would stop the next one as well (a full disk,
-    Ctrl-C) stops the sweep.
-    """
-    before = [done(folder.path, point, watch.note) for point in grid.points]
-    failed = []
-    folder.status("running")
-    try:
-        for point, had in zip(grid.points, before, strict=True):
-            reason = DONE_BEFORE if had else _one(folder, grid, point, watch.begin, offline)
-            failed += [point] if reason and not had else []
-            watch.end(point, folder.path / point.name, reason)
-            if not had:
-                write_page(folder.path, grid)
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            error.add_note(resume_command(folder.path))
-        folder.status(
-            "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else f"failed: {error}"
-        )
-        raise
-    write_page(folder.path, grid)
-    folder.status(f"failed: {counted(len(failed), 'run')}" if failed else "done")
-    return failed
-
-
-def _other_base(folder: Path, grid: SweepGrid, point: Point, digest: str) -> UsageError | None:
-    """Return the error that names the runs of the same model that stand on another base than `digest`; None without any."""
-
-    def base(r: Recipe) -> tuple[object, ...]:
-        return (
-            r.model,
-            r.dtype,
-            r.labels,
-            r.data,
-            r.eval_data,
-            r.limit,
-        )  # a new head is as wide as the label words
-
-    same = [p.name for p in grid.points if base(p.recipe) == base(point.recipe)]
-    stated = {name: foundations.stated_by(folder / name) for name in same}
-    other = [name for name, on in stated.items() if on is not None and on.base != digest]
-    return _on_other(folder, other, f"another base than {point.recipe.model} is now") if other else None
-
-
-def _one(
-    folder: RunDir, grid: SweepGrid, point: Point, begin: Callable[[Point], Listener], offline: bool
-) -> str:
-    """Do one run; return why it failed, or nothing.  UsageError when the runs before it had another base."""
-    listener = begin(point)
-    try:
-        with rundir.at(folder.path / point.name) as run:
-            job = prepare.prepare(point.recipe, offline=offline, measure=False)
-            if (other := _other_base(folder.path, grid, point, job.model.digest)) is None:
-                jobs.tune(job, run, listener)
-    except (StorageError, Interrupted):
-        raise
-    except FAULTS as error:
-        reason = error.message if isinstance(error, FleetuneError) else fault(error)
-        folder.log(f"{point.name} failed: {reason}")
-        return reason
-    if other is not None:
-        raise other
-    return ""
-
-
-# What is said of it -------------------------------------------------------------------------------
+    page = summary.html(folder.name, header(grid, folder), grid.axes, members, len(grid.points))
+    write_atomic(folder / PAGE, page.encode("utf-8", "replace"))
+    write_atomic(folder / TABLE, summary.csv(grid.axes, members).encode("utf-8", "replace"))
+    cells = summary.combinations(grid.axes, members)
+    ended = SweepDone(path=str(folder), page=str(folder / PAGE), table=str(folder / TABLE), cells=cells)
+    return ended, summary.apart(members)
 
 
 def header(grid: SweepGrid, path: Path) -> tuple[str, list[tuple[str, str]]]:
@@ -301,36 +185,110 @@ def header(grid: SweepGrid, path: Path) -> tuple[str, list[tuple[str, str]]]:
     return f"fleetune sweep · {base.method}", rows
 
 
-def started(grid: SweepGrid, path: Path) -> SweepStart:
-    """Return the first event of a sweep."""
-    axes = {a.name: list(a.values) for a in grid.axes}
-    return SweepStart(path=str(path), runs=len(grid.points), seeds=grid.seeds, axes=axes)
+# The runs -----------------------------------------------------------------------------------------
 
 
-def ended(point: Point, path: Path, reason: str) -> SweepRun:
-    """Return the event of a run that is over (`Watch.end`)."""
-    base, tuned = report.measures(report.read(path))
-    had = reason == DONE_BEFORE
-    return SweepRun(
-        run=str(path), values=list(point.values), seed=point.seed, skipped=had,
-        failed="" if had else reason, base=base, tuned=tuned,
-    )  # fmt: skip
+class _OfRun(Relay):
+    """The listener of one run of a sweep: its rounds move the sweep's count, its remarks begin with its values."""
 
+    def __init__(self, inner: Listener, point: Point, rounds: int, total: int) -> None:
+        super().__init__(inner)
+        self.point, self.rounds, self.total = point, rounds, total  # rounds of the runs before, of all runs
 
-def finished(grid: SweepGrid, path: Path) -> tuple[SweepDone, Tables]:
-    """Return the last event of a sweep, and its results as text."""
-    table = report.grid_tables(grid.axes, members(path, grid))
-    figures = sorted(str(p) for p in (path / "figures").glob("*.svg"))
-    return SweepDone(path=str(path), page=str(path / PAGE), figures=figures, **table.record), table
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Do nothing: the sweep has a header of its own."""
 
-
-def raise_failed(grid: SweepGrid, path: Path, failed: Sequence[Point]) -> None:
-    """FleetuneError when runs of a sweep have failed."""
-    if failed:
-        names = ", ".join(p.name for p in failed[:3])
-        raise FleetuneError(
-            f"{len(failed)} of {len(grid.points)} runs failed: {names}", hint=resume_command(path)
+    def event(self, event: Event) -> None:
+        """Pass it on with the run's name."""
+        super().event(
+            dataclasses.replace(event, run=self.point.name) if isinstance(event, Recorded) else event
         )
+        if isinstance(event, RoundDone):
+            self.inner.progress("rounds", self.rounds + event.round, self.total, self.point.words)
+        if isinstance(event, TuneDone) and event.moved is False:
+            self.note(event.remarks[-1])
+
+    def note(self, text: str) -> None:
+        """Pass it on with the run's values."""
+        super().note(f"{self.point.words}: {text}")
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        """Do nothing: a sweep counts rounds."""
+
+
+def run(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool) -> SweepResult:
+    """Do the unfinished runs of a sweep, one at a time, and return all of them.
+
+    A run that fails is noted and the sweep continues; FleetuneError, after the last, names those that failed.  What would
+    stop the next one as well (a full disk, Ctrl-C) stops the sweep.
+    """
+    path, again = folder.path, resume_command(folder.path)
+    before = [done(path, point, listener.note) for point in grid.points]
+    listener.header(*header(grid, path))
+    axes = {a.name: list(a.values) for a in grid.axes}
+    listener.event(SweepStart(path=str(path), runs=len(grid.points), seeds=grid.seeds, axes=axes))
+    folder.status("running")
+    failed: list[str] = []
+    over, rounds, total = 0, 0, sum(point.recipe.rounds for point in grid.points)
+    try:
+        with resumable(again):
+            for point, had in zip(grid.points, before, strict=True):
+                listener.progress("rounds", rounds, total, point.words)
+                if listener.stop_requested and not had:
+                    raise Interrupted("stopped between two runs")
+                reason = "" if had else _one(folder, point, _OfRun(listener, point, rounds, total), offline)
+                failed += [point.name] if reason else []
+                over, rounds = over + 1, rounds + point.recipe.rounds
+                base, tuned = report.measures(report.read(path / point.name))
+                listener.event(
+                    SweepRun(
+                        run=str(path / point.name),
+                        values=list(point.values),
+                        seed=point.seed,
+                        skipped=had,
+                        failed=reason,
+                        base=base,
+                        tuned=tuned,
+                    )
+                )
+                if not had:
+                    write_results(path, grid)
+            ended, caveats = write_results(path, grid)
+    except BaseException as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        if isinstance(error, Interrupted):
+            error.message = (
+                f"stopped in run {over + 1} of {len(grid.points)}; nothing that was finished is lost"
+            )
+            error.hint = again
+        elif stopped:
+            error.add_note(again)
+        folder.status("interrupted" if stopped else f"failed: {error}")
+        raise
+    listener.event(ended)
+    for caveat in caveats:
+        listener.note(caveat)
+    if failed:
+        what = f"{len(failed)} of {len(grid.points)} runs failed: {', '.join(failed[:3])}"
+        folder.status(f"failed: {what}")
+        raise FleetuneError(what, hint=again)
+    folder.status("done")
+    return SweepResult(path.absolute(), tuple(result.read(path / p.name) for p in grid.points), ended.cells)
+
+
+def _one(folder: RunDir, point: Point, listener: Listener, offline: bool) -> str:
+    """Do one run; return why it failed, or nothing."""
+    try:
+        with rundir.at(folder.path / point.name) as run:
+            job = prepare.prepare(point.recipe, offline=offline, measure=False)
+            jobs.tune(job, run, listener)
+    except (StorageError, Interrupted):
+        raise
+    except FAULTS as error:
+        reason = error.message if isinstance(error, FleetuneError) else fault(error)
+        folder.log(f"{point.name} failed: {reason}")
+        return reason
+    return ""
 
 
 def resume_command(path: Path) -> str:

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from fleetune.common.settings import Value
 from fleetune.errors import RecipeError, suggest
+from fleetune.report.sweep import SweepAxis
 from fleetune.runs import folder_names
-from fleetune.runs.report.cells import SweepAxis
 from fleetune.tuning import methods
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe

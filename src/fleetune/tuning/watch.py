@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from fleetune.common.events import ClientReply, Diverging, Event, RoundEvaluated
 from fleetune.common.paired import ERRORS
-from fleetune.runs.events import ClientReply, Diverging, Event, RoundEvaluated
 
 BLOWN_UP: Final = 2.0  # times a client's first loss, or the base's validation loss
 SMALL: Final = 0.005  # of the loss: a rise that is sure and this small is no divergence

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from fleetune import adapters
+from fleetune import adapters, report
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import Batches, encode_all
 from fleetune.errors import FleetError, RecipeError
 from fleetune.evaluation.losses import batch_loss
 from fleetune.models import tiny_bert, tiny_llama
 from fleetune.models.layers import layers_of
-from fleetune.runs import report
 from fleetune.runs.rundir import events
 from fleetune.tuning import methods
 from fleetune.tuning.messages import Payload

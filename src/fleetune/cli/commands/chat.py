@@ -17,12 +17,12 @@ from fleetune import subject
 from fleetune.cli import engine_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
+from fleetune.common.events import Answered
 from fleetune.deploy.serving import engines, session
 from fleetune.deploy.serving.conversation import TORCH, Answer, Sampling, answering
 from fleetune.deploy.serving.openai_client import MAX_TOKENS, TEMPERATURE, Refused
 from fleetune.deploy.serving.torch_chat import Turn
 from fleetune.errors import UsageError
-from fleetune.runs.events import Answered
 
 HELP = "talk to a model in the terminal, or ask it one thing"
 ORDER = 110

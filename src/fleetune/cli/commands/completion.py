@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from fleetune.cli.console import Ui
-from fleetune.runs.events import TextShown
+from fleetune.common.events import TextShown
 
 HELP = "print the script that completes fleetune's words in a shell"
 ORDER = 160

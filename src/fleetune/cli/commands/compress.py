@@ -14,11 +14,11 @@ from fleetune.cli import door_flags
 from fleetune.cli.console import Ui
 from fleetune.common import settings
 from fleetune.common.display import COMPARED, human_bytes, human_time, show_with_error
+from fleetune.common.events import CompressChecked, MethodListed
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import FLEET, RECORD, CompressOptions, CompressRequest
-from fleetune.runs.events import CompressChecked, MethodListed
 
 if TYPE_CHECKING:
     from fleetune.cli.listener import ConsoleListener

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
-from fleetune.common.display import clean, counted, one_line
+from fleetune.common.display import clean, one_line
+from fleetune.common.events import DataChecked, RowShown
 from fleetune.common.shell import quoted
-from fleetune.runs.events import DataChecked, RowShown
 from fleetune.tuning import recipe as recipes
 
-HELP = "look at rows before they are trained on: lengths, clients, duplicates, samples"
+HELP = "look at rows before they are trained on: lengths, clients, repeated rows, samples"
 ORDER = 25
 OPTIONS = ("model", "columns", "max_length", "partition", "clients", "held_out", "eval_data", "limit", "seed")
 MODEL = "hub id, HF directory, GGUF file, or a built-in name (fleetune models), whose tokens lengths are counted in"
@@ -55,27 +55,20 @@ def _flags(given: Mapping[str, object]) -> str:
 
 
 def _print(found: DataChecked, data: str, model: str, flags: str, ui: Ui) -> None:
-    lengths, total = found.lengths, found.equal_held_out + found.near_held_out
+    lengths = found.lengths
     rows = [
         ("rows", f"{found.rows:,} · {found.training:,} to train on, {found.held_out:,} held out"),
         ("length", f"{lengths.unit}: half of the rows up to {lengths.p50:,}, 95 % up to {lengths.p95:,}, the longest "
                    f"{lengths.longest:,}; {lengths.total:,} in all"),
         *([] if model else [("", f"in tokens, and what max_length={found.max_length} cuts: add --model MODEL")]),
-        *([("cut", _cut(found))] if found.cut is not None else []),
         ("clients", _clients(found)),
     ]  # fmt: skip
     if found.labels is not None:
         rows.append(
             ("labels", ", ".join(f"{one_line(word)} {count:,}" for word, count in found.labels.items()))
         )
-    near = f"nearly equal (at least {found.near_share:.0%} of their three-word sequences)"
-    rows += [
-        ("repeated", f"{found.equal_training:,} training rows are equal to an earlier one, {found.near_training:,} {near}"),
-        ("", f"{found.equal_held_out:,} held-out rows are equal to a training row, {found.near_held_out:,} nearly"),
-    ]  # fmt: skip
-    if found.twins:
-        pairs = ", ".join(f"{row} and {of}" for row, of in found.twins)
-        rows.append(("", f"such pairs of rows: {pairs}" + (", .." if total > len(found.twins) else "")))
+    repeated = f"{found.equal_training:,} training rows are equal to an earlier one"
+    rows.append(("repeated", f"{repeated}, {found.equal_held_out:,} held-out rows to a training row"))
     ui.paths(rows)
     for remark in found.remarks:
         ui.paths([("note", clean(remark))])
@@ -84,23 +77,10 @@ def _print(found: DataChecked, data: str, model: str, flags: str, ui: Ui) -> Non
     ui.paths([("next", f"fleetune tune {quoted(model) if model else 'MODEL'} {quoted(data)}{flags}")])
 
 
-def _cut(found: DataChecked) -> str:
-    """Say how many rows max_length cuts; a remark says of which parts."""
-    if found.pieces and found.pieces > found.rows:
-        return f"none: the {found.rows:,} texts become {counted(found.pieces, 'row')} of at most max_length={found.max_length}"
-    if not found.cut:
-        return f"none: max_length={found.max_length} takes every row whole"
-    return f"{found.cut:,} of {counted(found.rows, 'row')}, by max_length={found.max_length}"
-
-
 def _clients(found: DataChecked) -> str:
-    sizes: Sequence[int] = found.rows_per_client
-    spread = (
-        f"{counted(min(sizes), 'row')} each"
-        if min(sizes) == max(sizes)
-        else f"{min(sizes):,} to {max(sizes):,} rows"
-    )
-    text = f"{len(sizes):,} · {one_line(found.partition)} · {spread}"
+    sizes = found.rows_per_client
+    spread = f"{min(sizes):,} to {max(sizes):,}" if min(sizes) < max(sizes) else f"{sizes[0]:,}"
+    text = f"{len(sizes):,} · {one_line(found.partition)} · {spread} rows each"
     if found.clients:
         by_size = sorted(zip(sizes, found.clients, strict=True), key=lambda pair: -pair[0])
         text += ": " + ", ".join(f"{one_line(name)} {size:,}" for size, name in by_size[:NAMED])

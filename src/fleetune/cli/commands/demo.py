@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 
 from fleetune.cli.console import Ui
+from fleetune.common.events import Answered
 from fleetune.common.shell import quoted
-from fleetune.runs.events import Answered
 from fleetune.subject import Run
 
 HELP = "tune smollm2-135m over the built-in demo fleet and make the result fit a device"

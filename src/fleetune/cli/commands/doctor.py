@@ -8,8 +8,8 @@ import dataclasses
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
+from fleetune.common.events import DoctorReport
 from fleetune.deploy import doctor
-from fleetune.runs.events import DoctorReport
 
 HELP = "show versions, machine, cache, engines, and what is missing for what"
 ORDER = 150

@@ -7,8 +7,8 @@ import argparse
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import COMPARED, change, counted, is_noise, show_with_error
+from fleetune.common.events import EvalDone, TaskScore
 from fleetune.errors import RecipeError
-from fleetune.runs.events import EvalDone, TaskScore
 
 HELP = "measure a model, a finished run or a compressed one"
 ORDER = 50

@@ -22,8 +22,8 @@ from fleetune.runs import rundir
 from fleetune.tuning import recipe as recipes
 
 if TYPE_CHECKING:
+    from fleetune.common.events import DeviceEvaluated, FleetEvaluated
     from fleetune.fleet.page import LivePage
-    from fleetune.runs.events import DeviceEvaluated, FleetEvaluated
 
 HELP = "fine-tune on real devices"
 ORDER = 35

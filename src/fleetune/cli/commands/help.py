@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 
 from fleetune.cli.console import Ui
+from fleetune.common.events import TextShown
 from fleetune.errors import UsageError, suggest
-from fleetune.runs.events import TextShown
 
 HELP = "show the commands, or one with its options and examples"
 ORDER = 180

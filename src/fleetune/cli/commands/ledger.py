@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import counted, human_bytes
+from fleetune.common.events import DigestFound, LedgerDifference, LedgerShown, LedgerVerified, LedgerWritten
 from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, UsageError
-from fleetune.runs.events import DigestFound, LedgerDifference, LedgerShown, LedgerVerified, LedgerWritten
 
 if TYPE_CHECKING:
     from fleetune.seeds.ledger import Ledger

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from fleetune.cli.console import Ui
 from fleetune.common import commas
 from fleetune.common.display import COMPARED, change, human_bytes, is_noise, metric, show, show_with_error
+from fleetune.common.events import Measured
 from fleetune.common.shell import quoted
-from fleetune.runs.events import Measured
 
 if TYPE_CHECKING:
     from fleetune.deploy.measure.job import MeasureResult

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from fleetune.cli.console import Ui
-from fleetune.runs.events import MethodListed, SettingListed
+from fleetune.common.events import MethodListed, SettingListed
 
 HELP = "list the tuning methods, or one with its settings"
 ORDER = 130

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import counted, human_bytes, human_count
+from fleetune.common.events import ModelCached, ModelListed, ModelPulled, ModelRemoved
 from fleetune.common.shell import command
 from fleetune.errors import UsageError
 from fleetune.models import cache, cache_contents
 from fleetune.models.short_names import SHORT_NAMES, ShortName
-from fleetune.runs.events import ModelCached, ModelListed, ModelPulled, ModelRemoved
 
 HELP = "list the models there are, fetch one, or remove one from the cache"
 ORDER = 140

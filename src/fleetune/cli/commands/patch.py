@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
+from fleetune.common.events import PatchApplied, PatchMade
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError, called
-from fleetune.runs.events import PatchApplied, PatchMade
 
 HELP = "update a quantised model on a device by a file of kilobytes"
 ORDER = 65

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
+from fleetune.common.events import PlanRow, PlanSettings
 from fleetune.common.shell import quoted
-from fleetune.runs.events import PlanRow, PlanSettings
 
 if TYPE_CHECKING:
     from fleetune.planning.plan import Settings

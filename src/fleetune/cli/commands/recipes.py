@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fleetune import recipes
 from fleetune.cli.console import Ui
+from fleetune.common.events import RecipeListed
 from fleetune.common.files import storage_error
 from fleetune.errors import UsageError
 from fleetune.recipes import Named
-from fleetune.runs.events import RecipeListed
 
 HELP = "list, show or copy the recipes that come with Fleetune"
 ORDER = 125

@@ -10,17 +10,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fleetune import subject
+from fleetune import report, subject
 from fleetune.cli.console import Ui
 from fleetune.cli.sharing import say_what_is_shared
 from fleetune.common.display import counted, human_bytes, human_time, show
-from fleetune.common.files import storage_error, write_atomic
+from fleetune.common.events import CompressionListed, RunListed, RunRemoved, SweepListed
+from fleetune.common.files import storage_error
 from fleetune.common.shell import command, quoted
 from fleetune.errors import FleetuneError, StorageError, UsageError
-from fleetune.runs import compression_folder, report, rundir
+from fleetune.report.runlog import kind_of
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import RECORD
-from fleetune.runs.events import CompressionListed, RunListed, RunRemoved, SweepListed
-from fleetune.runs.report.runlog import kind_of
 from fleetune.subject import Compressed, Run
 from fleetune.tuning import recipe as recipes
 
@@ -30,7 +30,7 @@ NEEDING = (f"*/{RECORD}", "*/run.toml", "*/*/run.toml")  # compressions, runs, a
 VERBS = """\
 list (default)       runs, sweeps and compressions under --out
 show RUN ..          status and why, settings, results, cost; the report is written anew
-compare RUN RUN ..   results and settings that differ; the page compare.html
+compare RUN RUN ..   results and settings that differ
 rm RUN ..            remove
 """
 EXAMPLES = """\
@@ -218,8 +218,6 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
             hint=f"{command('measure', *args.names)} --data FILE",
         )
     runs = [folder for folder, _ in found]
-    page = Path(args.out) / "compare.html"
-    write_atomic(page, report.compare(runs))
     for row in (rows := report.table(runs)):
         ui.event(RunListed(**row))
     if not ui.json:
@@ -236,7 +234,6 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
     _note_changed(rows, ui)
     for caveat in report.caveats([report.read(folder) for folder in runs]):
         ui.note(f"these runs {caveat}: {report.APART}")
-    ui.paths([("report", str(page))])
 
 
 def _rm(args: argparse.Namespace, ui: Ui) -> None:

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetune.cli import recipe_flags, tracker_flags
+from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import CountBar, RoundBar
 from fleetune.cli.sharing import say_what_is_shared
 from fleetune.common.display import counted, human_bytes, human_count, human_time, show
+from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
-from fleetune.runs import metrics, rundir
-from fleetune.runs.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
+from fleetune.runs import metrics, rundir, trackers
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
@@ -56,7 +56,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--base says where the base's weights are from now on",
     )  # fmt: skip
     sub.add_argument("--dry-run", action="store_true", help="check recipe, data and model, then stop")
-    tracker_flags.add(sub)
+    sub.add_argument(
+        "--tracker",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"send the figures of the rounds there as well: {', '.join(trackers.TRACKERS)}; repeat",
+    )
     recipe_flags.add(sub)
 
 

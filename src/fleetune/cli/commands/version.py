@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 
 from fleetune.cli.console import Ui
+from fleetune.common.events import TextShown
 from fleetune.common.version import __version__
-from fleetune.runs.events import TextShown
 
 HELP = "print the version"
 ORDER = 170

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from fleetune import compression
 from fleetune.common.display import counted, human_bytes
+from fleetune.common.events import BudgetMeasured, BudgetSpent
 from fleetune.common.files import write_atomic
 from fleetune.common.shell import command
 from fleetune.compression.training import checksum
 from fleetune.errors import FleetuneError, Interrupted, UsageError
 from fleetune.runs.compression_folder import CompressRequest
-from fleetune.runs.events import BudgetMeasured, BudgetSpent
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from fleetune.common.events import CalibrationReply
 from fleetune.common.shell import quoted
 from fleetune.compression import DEFAULT_OF_DEVICES, Corrector, Solver
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, sealed
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
-from fleetune.runs.events import CalibrationReply
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fleetune import subject
 from fleetune.common import sums
 from fleetune.common.display import counted, human_bytes
+from fleetune.common.events import CompressStart
 from fleetune.compression import Trainer
 from fleetune.compression.jobs import inputs as loading
 from fleetune.compression.jobs import progress
@@ -20,7 +21,6 @@ from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import PARTS, CompressRequest
-from fleetune.runs.events import CompressStart
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:

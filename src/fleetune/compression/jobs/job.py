@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fleetune import compression, subject
 from fleetune.common import settings, sums
 from fleetune.common.display import human_bytes
+from fleetune.common.events import CompressDone
 from fleetune.common.files import resumable
 from fleetune.common.ggml import PARTS
 from fleetune.common.shell import command, quoted
@@ -21,7 +22,6 @@ from fleetune.data import readers
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressOptions, CompressRequest
-from fleetune.runs.events import CompressDone
 from fleetune.runs.listener import Listener
 from fleetune.tuning import objects_to_files
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from fleetune.common.display import counted, human_bytes, human_time
+from fleetune.common.events import BlockSolved, MatrixSolved, StepDone
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, StorageError
 from fleetune.runs import compression_folder
-from fleetune.runs.events import BlockSolved, MatrixSolved, StepDone
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.common import sums
 from fleetune.common.display import counted
+from fleetune.common.events import CompressStart, ModelPruned
 from fleetune.compression import Pruner
 from fleetune.compression.jobs import inputs as loading
 from fleetune.compression.jobs import progress, windows
@@ -22,7 +23,6 @@ from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import Interrupted, UsageError
 from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import PARTS, CompressRequest
-from fleetune.runs.events import CompressStart, ModelPruned
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:

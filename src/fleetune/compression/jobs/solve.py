@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fleetune.common.display import counted, human_bytes
+from fleetune.common.events import CompressStart
 from fleetune.compression import Corrector, Solver
 from fleetune.compression.jobs import budget, calibrating, progress, scales, weighing, windows
 from fleetune.compression.jobs.contract import Devices, FileSize, Outcome
@@ -19,7 +20,6 @@ from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import CLIENTS, FLEET, PARTS, RECORD, CompressRequest
-from fleetune.runs.events import CompressStart
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common import paired
 from fleetune.common.display import COMPARED, counted
+from fleetune.common.events import Measured, MeasureDone
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
 from fleetune.data import readers
@@ -18,7 +19,6 @@ from fleetune.deploy.measure.compared import ReferenceLine
 from fleetune.deploy.measure.harness import KeptGain, Measurement, Row
 from fleetune.deploy.measure.lines import Line, Measurable
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.runs.events import Measured, MeasureDone
 from fleetune.runs.listener import Listener
 from fleetune.subject import ROW, Compressed, Run, Subject
 

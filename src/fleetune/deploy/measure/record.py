@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from fleetune.common.events import Measured, as_dict
 from fleetune.common.files import write_atomic
 from fleetune.deploy.measure.harness import FILE, KeptGain
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import is_master
 from fleetune.runs import compression_folder, sealed
-from fleetune.runs.events import Measured, as_dict
 
 RECORDED: Final = (
     "threads", "prompt_tokens", "new_tokens", "repeats", "text", "windows", "length", "data", "limit",

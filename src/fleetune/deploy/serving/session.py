@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fleetune.common.display import counted, human_bytes
+from fleetune.common.events import Serving, ThreadsChosen
 from fleetune.common.shell import quoted
 from fleetune.deploy.serving import engines, threads
 from fleetune.deploy.serving.engine_site import EngineSite
@@ -23,7 +24,6 @@ from fleetune.errors import UsageError
 from fleetune.models import names as model_names
 from fleetune.models.gguf import header
 from fleetune.runs import folder_names
-from fleetune.runs.events import Serving, ThreadsChosen
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
 

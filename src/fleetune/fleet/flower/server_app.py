@@ -21,6 +21,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 
 from fleetune.common.display import counted, show
+from fleetune.common.events import Event, RoundEvaluated, TuneDone
 from fleetune.errors import MessageError, RecipeError, UsageError
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.flower import wire
@@ -30,7 +31,6 @@ from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
-from fleetune.runs.events import Event, RoundEvaluated, TuneDone
 from fleetune.runs.listener import Listener, Silent
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import recipe as recipes

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
-from fleetune.runs.events import ClientReply
+from fleetune.common.events import ClientReply
 
 OLDEST: Final = 8  # rounds that a reply may come late, where late ones are used
 

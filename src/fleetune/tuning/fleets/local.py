@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fleetune.common.events import ClientReply
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded
 from fleetune.errors import FAULTS, FitError, Interrupted, StorageError, fault
 from fleetune.models.model import Model
-from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
 from fleetune.tuning.fleets import OLDEST, Answer, outrun
 from fleetune.tuning.fleets.late import LateReplies

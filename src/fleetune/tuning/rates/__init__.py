@@ -26,11 +26,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from fleetune.common.display import counted
 from fleetune.common.settings import AUTO, Setting
 from fleetune.data import Encoded, keyed_order
 from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
 from fleetune.models.model import Model
-from fleetune.runs.report.page import counted
 from fleetune.seeds import slopes
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods

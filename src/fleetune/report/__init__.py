@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a run folder as one HTML page: what was done, the result, the cost, and the command to repeat it.
+
+The page is one HTML file with its style and its plots (inline SVG) inside: it opens from the disk, asks the
+network for nothing (a content policy forbids it), follows the reader's light or dark scheme and prints.
+Every plot has a title and a description for those who do not see it and its numbers in a table.
+
+The plots lie beside it in `plots/`, as SVG, with their numbers as CSV (`plots.py`); links in the page hold the same files.
+
+`runlog` reads the folder, `page` has the parts of a page, `axes`, `svg` and `charts` draw, `result`, `training` and `clients`
+are the page's sections, `single` puts them together, `words` tells runs and their differences in a terminal, `sweep` is the table
+and the page of a sweep.
+"""
+
+from __future__ import annotations
+
+from fleetune.report.runlog import changed, measures, read, samples, summary, table
+from fleetune.report.single import sections, write
+from fleetune.report.words import APART, caveats, differing, facts, results
+
+__all__ = [
+    "APART",
+    "caveats",
+    "changed",
+    "differing",
+    "facts",
+    "measures",
+    "read",
+    "results",
+    "samples",
+    "sections",
+    "summary",
+    "table",
+    "write",
+]

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a run folder for the report, as far as it can be read, and summarise the run in a few numbers.
+
+A run may be unfinished or killed, so everything is optional: a missing file is an empty part, an incomplete line
+of metrics.jsonl is skipped and counted.  After a resume a round may be in the file twice; the later one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fleetune.common.display import clean
+from fleetune.common.files import read_text
+from fleetune.errors import StorageError, UsageError
+from fleetune.report.axes import usable
+from fleetune.runs import metrics, rundir, sealed
+
+Event = Mapping[str, object]
+Number = int | float
+# Numbers in the event of an evaluation that are no measures
+NO_MEASURES = frozenset({"v", "t", "event", "round", "seconds", "rows", "rss", "change_error"})
+
+
+@dataclass(frozen=True, slots=True)
+class RunLog:
+    """The content of a run folder, as far as it could be read."""
+
+    path: Path
+    config: Mapping[str, object]
+    env: Mapping[str, object]
+    start: Event
+    evals: Sequence[Event]
+    clients: Sequence[Event]
+    rounds: Sequence[Event]
+    done: Event
+    final: Mapping[str, object]
+    status: str
+    skipped: int
+    rates: Sequence[Event] = ()  # learning rates that were found
+    intact: bool = True  # false: metrics.jsonl was changed since the run ended
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def shown_path(self) -> str:
+        """Return the folder as a command takes it, without the machine's own folders before it."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def resume(self) -> str:
+        """Return the command that goes on with the run."""
+        command = "fleet serve" if (self.path / rundir.FLEET).is_file() else "tune"
+        return f"fleetune {command} --resume {shlex.quote(self.shown_path)}"
+
+
+def read(path: Path) -> RunLog:
+    """Read a run folder; missing or damaged files give empty parts.  UsageError when there is no folder."""
+    if not path.is_dir():
+        raise UsageError(f"no run folder at {path}", hint="fleetune runs   lists them")
+    events, skipped = _events(path / metrics.FILE)
+    rounds = _latest(events, "round", ("round",))
+    done = next((e for e in reversed(events) if e["event"] == "done"), {})
+    if done and any(e["event"] == "round" for e in events[events.index(done) :]):
+        done = {}  # the run was taken up again after it had ended
+    status = clean(rundir.status_of(path)) or ("done" if done else "unknown")
+    return RunLog(
+        path=path.absolute(),
+        config=_toml(path / "run.toml"),
+        env=_json(path / "env.json"),
+        start=next((e for e in reversed(events) if e["event"] == "start"), {}),
+        evals=_latest(events, "eval", ("round",)),
+        clients=_latest(events, "client", ("round", "client")),
+        rates=list({text_of("setting", e): e for e in events if e["event"] == "rate"}.values()),
+        rounds=rounds,
+        done=done,
+        final=_json(path / "eval.json"),
+        status=status,
+        skipped=skipped,
+        intact=status != "done" or _is_intact(path),
+    )
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        return metrics.is_intact(path)
+    except StorageError:
+        return False
+
+
+def changed(folder: object) -> str:
+    """Say that the record of a finished run (its folder, or its name) is not as it was written."""
+    return f"{folder}: {metrics.FILE} was changed since the run ended: what is shown may not be what was measured"
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_text(path, errors="replace")
+    except OSError:
+        return ""
+
+
+def _json(path: Path) -> Mapping[str, object]:
+    try:
+        value = json.loads(_read(path) or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return {k: v for k, v in value.items() if k != sealed.KEY} if isinstance(value, dict) else {}
+
+
+def _toml(path: Path) -> Mapping[str, object]:
+    try:
+        return tomllib.loads(_read(path))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _events(path: Path) -> tuple[list[dict[str, object]], int]:
+    good: list[dict[str, object]] = []
+    bad = 0
+    for line in _read(path).splitlines():
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            bad += bool(line.strip())
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            good.append(event)
+        else:
+            bad += 1
+    return good, bad
+
+
+def _latest(events: Iterable[Event], kind: str, keys: tuple[str, ...]) -> list[Event]:
+    """Return events of one kind in order of their round, the last one of each key."""
+    latest: dict[tuple[str, ...], Event] = {}
+    for event in events:
+        if event["event"] == kind and usable(event.get("round")):
+            latest[tuple(str(event.get(key)) for key in keys)] = event
+    return sorted(latest.values(), key=lambda event: num_of(event, "round") or 0.0)
+
+
+def number(value: object) -> Number | None:
+    """Return a finite number as it is; None for any other value."""
+    return value if isinstance(value, int | float) and usable(value) else None
+
+
+def num_of(source: Mapping[str, object], key: str) -> Number | None:
+    """Return a number of a record; None when it is missing, null, not finite or no number."""
+    return number(source.get(key))
+
+
+def map_of(source: Mapping[str, object], key: str) -> Mapping[str, object]:
+    """Return a table of a record; empty when it is missing or no table."""
+    value = source.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def list_of(source: Mapping[str, object], key: str) -> list[object]:
+    """Return a list of a record; empty when it is missing or no list."""
+    value = source.get(key)
+    return value if isinstance(value, list) else []
+
+
+def text_of(key: str, *sources: Mapping[str, object]) -> str:
+    """Return the first scalar called `key`, as text; a table of that name gives its own `name`."""
+    for source in sources:
+        value = source.get(key)
+        if isinstance(value, dict):
+            value = value.get("name")
+        if isinstance(value, str | int | float) and value != "":
+            return clean(str(value))
+    return ""
+
+
+def sum_of(events: Iterable[Event], key: str) -> Number | None:
+    """Return the sum of a number over those records that have it; None when none has."""
+    values = [v for e in events if (v := num_of(e, key)) is not None]
+    return sum(values) if values else None
+
+
+def kind_of(status: str) -> str:
+    """Return the first word of a status: done, running, failed, interrupted, else unknown."""
+    word = status.split(":")[0].split()[0] if status else "unknown"
+    return word if word in {"done", "running", "failed", "interrupted"} else "unknown"
+
+
+def measures(run: RunLog) -> tuple[dict[str, Number], dict[str, Number]]:
+    """Return base and tuned measures: of the end when there is one, else of round 0 and the latest evaluation."""
+    early = run.evals[0] if run.evals and num_of(run.evals[0], "round") == 0 else {}
+    late = run.evals[-1] if len(run.evals) > 1 else {}
+    found: list[dict[str, Number]] = []
+    for key, event in (("base", early), ("tuned", late)):
+        source = map_of(run.done, key) or map_of(run.final, key) or event
+        names = [n for n in source if n not in NO_MEASURES]
+        found.append({n: v for n in names if (v := num_of(source, n)) is not None})
+    return found[0], found[1]
+
+
+def samples(run: Path) -> list[object]:
+    """Return the prompts with their answers that a run folder keeps the text of; [] for none."""
+    return list_of(_json(run / "eval.json"), "samples")
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """Summarise the run in a few numbers, for the console and for `fleetune runs --json`.
+
+    Keys: name, path, method, model, status, rounds (done), rounds_planned, clients, base_loss, tuned_loss,
+    bytes_up, bytes_down, bytes (their sum), seconds (wall time; before the end, time in rounds), peak_rss (bytes),
+    intact (metrics.jsonl is as it was written),
+    change_error (standard error of the loss's change, taken row by row); None where the folder does not say.
+    """
+    return summarise(read(run))
+
+
+def table(runs: Iterable[Path]) -> list[dict[str, Any]]:
+    """Return `summary` of several run folders, in their order."""
+    return [summary(run) for run in runs]
+
+
+def summarise(run: RunLog) -> dict[str, Any]:
+    """Return the keys of `summary`, of a run that has been read."""
+    base, tuned = measures(run)
+    both = [
+        run.done,
+        {"bytes_up": sum_of(run.rounds, "bytes_up"), "bytes_down": sum_of(run.rounds, "bytes_down")},
+    ]
+    up, down = (
+        next((v for s in both if (v := num_of(s, k)) is not None), None) for k in ("bytes_up", "bytes_down")
+    )
+    seen = [v for e in (*run.rounds, *run.clients) if (v := num_of(e, "rss")) is not None]
+    peak = num_of(run.done, "peak_rss")
+    # `wall` of an earlier version is the last sitting alone: its rounds (`seconds`) may have taken longer
+    clocks = [v for key in ("seconds", "wall") if (v := num_of(run.done, key)) is not None]
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "method": text_of("method", run.start, run.config) or None,
+        "model": text_of("model", run.start, run.config) or None,
+        "status": run.status,
+        "rounds": len(run.rounds),
+        # run.toml first: a run that is given more rounds has the new number there alone
+        "rounds_planned": num_of(run.config, "rounds") or num_of(run.start, "rounds"),
+        "clients": num_of(run.start, "clients") or num_of(run.config, "clients"),
+        "base_loss": base.get("loss"),
+        "tuned_loss": tuned.get("loss"),
+        "bytes_up": up,
+        "bytes_down": down,
+        "bytes": None if up is None and down is None else (up or 0) + (down or 0),
+        "seconds": max(clocks, default=None) or sum_of(run.rounds, "seconds"),
+        "peak_rss": peak if peak is not None else max(seen, default=None),
+        "intact": run.intact,
+        "change_error": num_of(map_of(run.done, "change_errors"), "loss"),
+    }
+
+
+class Step(NamedTuple):
+    """One round joined from its events; `total` is the bytes both ways up to and with this round."""
+
+    round: int
+    losses: Mapping[str, Number]
+    asked: Number | None
+    accepted: Number | None
+    up: Number | None
+    down: Number | None
+    total: Number | None
+    seconds: Number | None
+    rss: Number | None
+    own: Mapping[str, Number]  # the method's own figures
+
+
+def steps(run: RunLog) -> list[Step]:
+    """Return the rounds that were run or measured, in order."""
+    evals = {num_of(e, "round"): e for e in run.evals}
+    rounds = {num_of(e, "round"): e for e in run.rounds}
+    steps: list[Step] = []
+    total: Number = 0
+    for number in sorted(key for key in evals.keys() | rounds.keys() if key is not None):
+        event, measured = rounds.get(number, {}), evals.get(number, {})
+        up, down = num_of(event, "bytes_up"), num_of(event, "bytes_down")
+        stated = num_of(event, "bytes_total")
+        total = stated if stated is not None else total + (up or 0) + (down or 0)
+        names = [n for n in measured if n not in NO_MEASURES]
+        losses = {n: v for n in names if (v := num_of(measured, n)) is not None}
+        asked, accepted = num_of(event, "clients"), num_of(event, "accepted")
+        seconds, rss = num_of(event, "seconds"), num_of(event, "rss")
+        figures = map_of(event, "report")
+        own = {n: v for n in figures if (v := num_of(figures, n)) is not None}
+        steps.append(Step(int(number), losses, asked, accepted, up, down, total, seconds, rss, own))
+    return steps
