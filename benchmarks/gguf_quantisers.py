@@ -37,7 +37,7 @@ from fleetune.compression.jobs import budget, calibrating
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.data import Encoded
-from fleetune.deploy import export, gguf_size
+from fleetune.deploy import export
 from fleetune.evaluation import reference
 from fleetune.evaluation.losses import row_perplexity
 from fleetune.models import Model
@@ -168,7 +168,7 @@ def _sample(
     costs = budget.measured(Quiet(), model, calibration, 42) if limits else None
     for name, limit in limits.items():
         assert costs is not None
-        others = gguf_size.beside(model, list(costs.options), head, "model")
+        others = export.size_beside(model, list(costs.options), head, "model")
         if limit - others < min_bytes(costs):
             continue
         spent = budget.chosen(costs, budget.Room(limit - others, others, reach(model)))
@@ -200,7 +200,7 @@ def _solved(model: Model, solver: Any, calibration: Tensor, spent: Any, measured
 def _bytes(model: Model, found: Mapping[str, Any]) -> int:
     """Return the bytes of the file of codes of 4 bits in groups of 32, with the embedding in Q8_0."""
     head = ArtefactHead("optq", {}, "0" * 64, "")
-    return gguf_size.beside(model, list(found), head, "model") + sum(
+    return export.size_beside(model, list(found), head, "model") + sum(
         Candidate("iq4_nl", 4, "IQ4_NL").bytes(*found[name].codes.shape) for name in found
     )
 

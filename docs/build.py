@@ -108,10 +108,10 @@ def targets_table() -> str:
     """Every export target: its name, what it writes, and the runtime that `--text` runs it in."""
     rows = ["| `--to` | writes | of | run by |", "|---|---|---|---|"]
     for target in targets.every().values():
-        needs = " ".join(f"`{module}`" for module in target.states("NEEDS") or ())
-        runtime = f"{target.states('RUNTIME') or ''}{f' with {needs}' if needs else ''}"
         source = {"model": "any model", "codes": "a compressed model", "adapter": "a run"}[target.takes]
-        rows.append(f"| `{target.name}` | {_cell(target.help)} | {source} | {runtime} |")
+        rows.append(
+            f"| `{target.name}` | {_cell(target.help)} | {source} | {target.states('RUNTIME') or ''} |"
+        )
     return "\n".join(rows)
 
 

@@ -17,9 +17,10 @@ from command_harness import LORA, call, pulled_after, tuned
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.common.events import Measured
+from fleetune.common.events import Measured, as_dict
 from fleetune.data.encode import encode_all
-from fleetune.deploy.measure import harness, record
+from fleetune.deploy.measure import harness
+from fleetune.deploy.measure import job as measuring
 from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence
 from fleetune.evaluation.losses import text_rows
@@ -199,7 +200,7 @@ def test_an_infinite_divergence_is_null_in_the_files(
         name="codes", engine="torch", path=str(folder), bytes=1, bits_linear=4.0, bits=4.0, peak_rss=1, prefill=None,
         generate=None, kl_divergence=math.inf, kl_tokens=7,
     )  # fmt: skip
-    record.write(folder, {}, [line], {})
+    measuring._write(folder, {}, [as_dict(line)], {})
 
     def strict(name: str) -> Any:
         return json.loads((folder / name).read_text(), parse_constant=lambda text: pytest.fail(text))

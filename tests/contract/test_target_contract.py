@@ -160,14 +160,7 @@ def source_of(to: str, sources: dict[str, Path]) -> Path:
     return sources["plain"]
 
 
-def need(to: str) -> None:
-    """Skip a test of a target that is written with a package which is not installed."""
-    if missing := targets.find(to).missing:
-        pytest.skip(f"{to} is written with {', '.join(missing)}")
-
-
 def exported(to: str, out: Path, sources: dict[str, Path], made: dict[str, str] | None = None) -> Report:
-    need(to)
     if targets.find(to).takes == "adapter":
         return export_adapter(sources["adapter"], sources["plain"], to, out, made=made or {})
     return export(source_of(to, sources), to, out, made=made or {})
@@ -266,7 +259,6 @@ def test_5_a_crash_leaves_nothing(
 def test_6_what_it_cannot_hold_is_refused_before_anything_is_written_with_targets_that_can(
     to: str, tmp_path: Path, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need(to)
     target = targets.find(to)
     module = target.load()
     begun: list[bool] = []

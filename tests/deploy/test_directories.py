@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from fleetune import models
 from fleetune.deploy.export import export
-from fleetune.deploy.formats import _hf_writer, compressed_tensors, gptq
+from fleetune.deploy.formats import compressed_tensors, gptq, hf
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model, artefact, tensor_file
 from fleetune.models.artefact import ArtefactHead, Quantised
@@ -51,9 +51,9 @@ def grids_of(model: Model, bits: int = 4, group: int = 32) -> dict[str, Quantise
 
 def test_words_of_four_eight_and_two_bits() -> None:
     codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 15, 9]], dtype=torch.uint8)
-    assert unsigned(_hf_writer.words(codes, 4)) == [[0xF7654321, 0x9]]
-    assert unsigned(_hf_writer.words(codes, 8)) == [[0x04030201, 0x0F070605, 0x9]]
-    assert unsigned(_hf_writer.words(codes % 4, 2)) == [[0b01_11_11_10_01_00_11_10_01]]
+    assert unsigned(hf.words(codes, 4)) == [[0xF7654321, 0x9]]
+    assert unsigned(hf.words(codes, 8)) == [[0x04030201, 0x0F070605, 0x9]]
+    assert unsigned(hf.words(codes % 4, 2)) == [[0b01_11_11_10_01_00_11_10_01]]
 
 
 def test_three_bits_run_on_over_the_ends_of_words() -> None:
@@ -63,7 +63,7 @@ def test_three_bits_run_on_over_the_ends_of_words() -> None:
     first = sum(c[i] << 3 * i for i in range(10)) | (c[10] & 3) << 30
     second = c[10] >> 2 | sum(c[11 + i] << 3 * i + 1 for i in range(10)) | (c[21] & 1) << 31
     third = c[21] >> 1 | sum(c[22 + i] << 3 * i + 2 for i in range(10))
-    assert unsigned(_hf_writer.words(codes, 3)) == [[first, second, third]]
+    assert unsigned(hf.words(codes, 3)) == [[first, second, third]]
 
 
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(1, 70), st.integers(0, 2**32 - 1))
@@ -71,7 +71,7 @@ def test_words_come_back(bits: int, rows: int, columns: int, seed: int) -> None:
     codes = torch.from_numpy(
         np.random.default_rng(seed).integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
     )
-    assert torch.equal(_hf_writer.unwords(_hf_writer.words(codes, bits), bits, columns), codes)
+    assert torch.equal(hf.unwords(hf.words(codes, bits), bits, columns), codes)
 
 
 # ---------------------------------------------------------------- packers
@@ -126,10 +126,10 @@ def test_the_codes_are_in_the_file(
     for name, q in quantised.items():
         layer = name.removesuffix(".weight")
         if to == "gptq":
-            codes = _hf_writer.unwords(stored[f"{layer}.qweight"].T, bits, q.codes.shape[1])
+            codes = hf.unwords(stored[f"{layer}.qweight"].T, bits, q.codes.shape[1])
             assert torch.equal(stored[f"{layer}.scales"].T, q.scale)
         else:
-            codes = _hf_writer.unwords(stored[f"{layer}.weight_packed"], bits, q.codes.shape[1])
+            codes = hf.unwords(stored[f"{layer}.weight_packed"], bits, q.codes.shape[1])
             assert torch.equal(stored[f"{layer}.weight_scale"], q.scale)
         assert torch.equal(codes, q.codes)
     assert (f"{layer}.weight_zero_point" in stored) == (to != "gptq" and bool(grid))
@@ -357,8 +357,8 @@ def test_too_many_and_too_few_tensors_are_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["compressed-tensors", "gptq"])
 def test_a_wrong_packer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
     compressed(tiny(), tmp_path / "m")
-    right = _hf_writer.words
-    monkeypatch.setattr(_hf_writer, "words", lambda codes, bits: right(codes.flip(1), bits))
+    right = hf.words
+    monkeypatch.setattr(hf, "words", lambda codes, bits: right(codes.flip(1), bits))
     with pytest.raises(FleetuneError, match="q_proj does not decode to its weights"):
         export(tmp_path / "m", to, tmp_path / "a")
     assert not (tmp_path / "a").exists()

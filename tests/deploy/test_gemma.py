@@ -28,7 +28,7 @@ from fleetune import models
 from fleetune.deploy.export import export
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import Model
-from fleetune.models.families import gemma
+from fleetune.models.families import table
 from fleetune.models.mapped.file import MappedFile
 from fleetune.models.mapped.stored import Stored
 
@@ -147,11 +147,11 @@ def test_norms_are_one_plus_w_and_rows_stay_in_order(tmp_path: Path) -> None:
 
 @given(st.floats(-4, 4, width=32))
 def test_a_norm_multiplies_by_the_same_number_when_it_is_back(w: float) -> None:
-    stored = gemma.plus_one(np.array([w], np.float32))
+    stored = table.plus_one(np.array([w], np.float32))
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder) / "norm").write_bytes(stored.tobytes())
         norm = Stored(MappedFile(file), 0, 4, "F32", (1,), shifted=True)
-        assert np.array_equal(gemma.plus_one(norm.read(0, 1, torch.float32).numpy()), stored)
+        assert np.array_equal(table.plus_one(norm.read(0, 1, torch.float32).numpy()), stored)
 
 
 @pytest.mark.parametrize(
@@ -188,15 +188,15 @@ def test_what_the_metadata_say(
 @pytest.mark.parametrize(
     ("kind", "sizes", "why"),
     [
-        ("gemma", {"hidden_act": "silu"}, "activation 'silu'"),
-        ("gemma", {"tie_word_embeddings": False}, "output head of its own"),
-        ("gemma", {"attention_bias": True}, "biases"),
-        ("gemma2", {"use_bidirectional_attention": True}, "both directions"),
-        ("gemma2", {"attn_logit_softcapping": None}, "caps None and 30.0"),
-        ("gemma3_text", {"final_logit_softcapping": 30.0}, "caps None and 30.0 of a gemma3_text"),
+        ("gemma", {"hidden_act": "silu"}, "hidden_act='silu' in a gemma"),
+        ("gemma", {"tie_word_embeddings": False}, "tie_word_embeddings=False in a gemma"),
+        ("gemma", {"attention_bias": True}, "attention_bias=True in a gemma"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping=None in a gemma2"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 in a gemma3_text"),
         ("gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar 16 with heads of 32"),
-        ("gemma2", {"layer_types": ["full_attention"] * 2}, "windows in other blocks"),
-        ("gemma3_text", {"layer_types": ["sliding_attention"] * 7}, "windows in other blocks"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "without a regular place for full_attention"),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 7}, "without a regular place for full_attention"),
         (
             "gemma", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
             "rotary scaling 'linear'",

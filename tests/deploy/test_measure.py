@@ -228,7 +228,7 @@ def test_a_job_is_done_with_the_threads_it_says_and_without_a_clock_where_none_i
 
 
 def test_steps_write_the_greedy_continuation(artefact: Path) -> None:
-    from fleetune.deploy.measure.torch_engine import of_artefact
+    from fleetune.deploy.measure.engines import of_artefact
 
     engine = of_artefact(str(artefact), "fp32", True)
     engine.prefill([1, 2, 3])

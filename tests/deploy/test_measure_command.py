@@ -21,7 +21,8 @@ from fleetune.compression.jobs import compressed_base
 from fleetune.compression.jobs.windows import MEASURED
 from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
-from fleetune.deploy.measure import exported_perplexity, harness, llamacpp
+from fleetune.deploy import targets
+from fleetune.deploy.measure import harness, llamacpp
 from fleetune.errors import FleetuneError, Interrupted
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.artefact import Master, Quantised
@@ -422,8 +423,7 @@ def test_an_export_is_checked_without_a_network_where_none_is_wanted(
 def test_a_runtime_that_is_not_there_is_named(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacking = exported_perplexity.ENGINES["llama.cpp"]._replace(modules=("no_such_engine",))
-    monkeypatch.setattr(exported_perplexity, "ENGINES", {"llama.cpp": lacking})
+    monkeypatch.setattr(targets.Target, "missing", ["no_such_engine"])
     code, told, err = call(capsys, "export", "2", "--to", "gguf", "--path", "c.gguf", "--text", "text.txt")
     assert (code, told[-1]["runtime"]) == (0, None)
     assert f"not run: llama.cpp for gguf: {pip_install('llamacpp')}" in err

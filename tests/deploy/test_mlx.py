@@ -14,11 +14,14 @@ import torch
 from deploy_harness import changed, compressed, on_grid, tiny
 from safetensors.torch import load_file
 
+import fleetune
 from fleetune import models
+from fleetune.cli.main import main
+from fleetune.deploy import targets
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
-from fleetune.deploy.formats import _hf_writer, mlx
-from fleetune.deploy.measure import exported_perplexity, mlx_lm
+from fleetune.deploy.formats import hf, mlx
+from fleetune.deploy.measure import engines
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
@@ -93,7 +96,7 @@ def test_codes_scales_and_biases_are_the_masters(
     stored = load_file(tmp_path / "out" / "model.safetensors")
     for name, q in quantised.items():
         layer = name.removesuffix(".weight")
-        codes = _hf_writer.unwords(stored[name].view(torch.int32), bits, q.codes.shape[1])
+        codes = hf.unwords(stored[name].view(torch.int32), bits, q.codes.shape[1])
         assert torch.equal(codes, q.codes)
         scales, biases = stored[f"{layer}.scales"], stored[f"{layer}.biases"]
         assert torch.equal(scales.float(), q.scale.float())
@@ -271,13 +274,10 @@ def test_mlx_reads_the_same_weights_and_gives_the_same_logits(
 def test_mlx_lm_gives_the_source_s_perplexity(tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
     compressed(tiny(), tmp_path / "m")
-    path = export(tmp_path / "m", "mlx", tmp_path / "x").path
-    runtime = exported_perplexity.runtime_of("mlx")
-    assert runtime is not None
-    assert exported_perplexity.obstacle("mlx", path) == ""
-    rows = [(IDS, 1), (IDS[::-1], 4)]
-    found = exported_perplexity.compare(tmp_path / "m", path, runtime, rows)
-    assert (found.runtime, found.tokens) == ("mlx-lm", 16)
+    (tmp_path / "text.txt").write_text("hello again, " * 30)
+    found = fleetune.export(tmp_path / "m", to="mlx", path=tmp_path / "x", text=tmp_path / "text.txt").check
+    assert found is not None
+    assert found.runtime == "mlx-lm"
     assert found.ratio == pytest.approx(1, abs=2e-3)  # fp16
 
 
@@ -285,7 +285,7 @@ def test_the_engine_scores_and_generates(tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
     model = tiny()
     compressed(model, tmp_path / "m")
-    engine = mlx_lm.MlxLm(export(tmp_path / "m", "mlx", tmp_path / "x").path)
+    engine = engines.MlxLm(export(tmp_path / "m", "mlx", tmp_path / "x").path)
     with torch.no_grad():
         own = model.net(torch.tensor([IDS])).logits[0].log_softmax(-1)
     (loss, count), (late, few) = engine.losses([(IDS, 0), (IDS, 6)])
@@ -297,14 +297,19 @@ def test_the_engine_scores_and_generates(tmp_path: Path) -> None:
     assert int(np.array(engine._logits).shape[0]) == engine.vocab
 
 
-def test_without_mlx_lm_the_export_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exported_perplexity, "missing", lambda runtime: True)
-    why = exported_perplexity.obstacle("mlx", Path("x"))
-    assert why == "mlx-lm for mlx: pip install mlx mlx-lm (on Linux also mlx-cpu)"
+def test_without_mlx_lm_the_export_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(targets.Target, "missing", ["mlx_lm"])
+    compressed(tiny(), tmp_path / "m")
+    (tmp_path / "text.txt").write_text("hello again")
+    given = ["--to", "mlx", "--path", str(tmp_path / "x"), "--text", str(tmp_path / "text.txt")]
+    assert main(["export", str(tmp_path / "m"), *given]) == 0
+    assert "not run: mlx-lm for mlx: pip install mlx mlx-lm" in capsys.readouterr().err
 
 
 def test_a_folder_that_mlx_lm_does_not_take(tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
     (tmp_path / "config.json").write_text('{"model_type": "opt", "vocab_size": 9}')
     with pytest.raises(FleetuneError, match="mlx-lm does not load"):
-        mlx_lm.MlxLm(tmp_path)
+        engines.MlxLm(tmp_path)

@@ -1,188 +1,314 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family that has a place in MLX: what config.json and the tensors' names say, refusals, and mlx-lm where it is.
-
-`mlx_families.json` holds what mlx-lm 0.32 reads and has: `python -m benchmarks.mlx_families --facts` writes it.
-"""
+"""Every family that has a place in MLX: fields, layers of experts, refusals and notes; and mlx-lm itself where it is installed."""
 
 from __future__ import annotations
 
 import copy
 import json
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
+import torch
+from deploy_harness import changed, on_codebook, on_grid, tokenizer
+from family_harness import CASES, LLAMA3, TEXT, YARN, build, save
+from safetensors.numpy import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))  # the benchmarks are no package of the wheel
-
-from benchmarks import mlx_families as bench  # noqa: E402
-from benchmarks.tiny_families import DECODERS  # noqa: E402
-
-from fleetune.deploy.formats import _mlx_families as families  # noqa: E402
-from fleetune.deploy.formats import mlx  # noqa: E402
-from fleetune.models.artefact import Quantised  # noqa: E402
+import fleetune
+from fleetune import models
+from fleetune.deploy.export import export
+from fleetune.deploy.formats import mlx
+from fleetune.errors import FleetuneError, UsageError
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
-FACTS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "mlx_families.json").read_text())
-FIRST = bench.first_cases()
+SAME, NEAR = 1e-10, 1e-5  # nats; the second where mlx-lm computes something otherwise, as docs/export.md says
+LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 3.0}}
+MLX = {
+    "gemma2": {"sliding_window": 100},
+    "mixtral": {"head_dim": 16},
+}  # it has no window, and only whole heads
+OFF = {"gemma", "gemma3_text", "starcoder2"}
+RUN = [
+    case
+    for case, (family, _) in CASES.items()
+    if family in mlx.ARCHITECTURES and "longrope" not in case and case != "cohere, norms"
+]
+BLOCK = "model.layers.2"
 
 
-def config(family: str, **changes: Any) -> Any:
-    """The configuration of a family's first case, with changes."""
-    sizes = DECODERS[family] | (bench.CASES[FIRST[family]].changes if family in FIRST else {})
-    return AutoConfig.for_model(family, **copy.deepcopy(sizes | changes))  # it writes into what it is given
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
-def test_every_family_of_the_table_has_cases_and_facts() -> None:
-    assert list(FACTS) == list(FIRST)
-    assert set(FACTS) == set(mlx.ARCHITECTURES)
-    assert set(mlx.ARCHITECTURES) <= set(DECODERS)  # the families of docs/models.md
+def config(case: str, **changes: Any) -> Any:
+    """The configuration of a case, with changes."""
+    family, sizes = CASES.get(case, (case, {}))
+    return AutoConfig.for_model(
+        family, **copy.deepcopy(sizes | MLX.get(case, {}) | changes)
+    )  # it writes into what it is given
 
 
-@pytest.mark.parametrize("family", FACTS)
-def test_what_mlx_lm_reads_of_a_family(family: str, tmp_path: Path) -> None:
-    path, _ = bench.compressed(FIRST[family], tmp_path, "ggml")
-    said = json.loads((path / "config.json").read_text())
-    facts = FACTS[family]
-    assert {name: said.get(name, "missing") for name in facts["read"]} == facts["read"]
-    assert [name for name in facts["missing"] if name in said] == []
-    AutoTokenizer.from_pretrained(path)  # as mlx-lm reads it, which has transformers check config.json
-    with safe_open(path / "model.safetensors", framework="pt") as file:
-        assert sorted({bench.block_free(name) for name in file.keys()}) == facts["tensors"]  # noqa: SIM118
+def compressed(case: str, folder: Path, grid: str = "asymmetric", **changes: Any) -> tuple[Path, Path]:
+    """Compress a case's model; return the folder for MLX, and that of the same weights in fp32 for transformers."""
+    net = build(case, **MLX.get(case, {}) | changes)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(parameter.half())
+    models.save(net, tokenizer(), folder / "m")
+    settings = {"grid": grid, "group": 32}
+    run = fleetune.compress(folder / "m", method="rtn", settings=settings, out=folder / "runs")
+    return tuple(fleetune.export(run, to=to, path=folder / to).path for to in ("mlx", "hf"))  # type: ignore[return-value]
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "model.safetensors")
+
+
+def said(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+
+
+# ---------------------------------------------------------------- what config.json states, refusals, notes
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "why"),
+    ("case", "changes", "want"),
+    [
+        ("mistral", {}, {"rope_theta": 10000.0, "rope_scaling": None, "sliding_window": 64, "head_dim": 32}),
+        ("granite", {}, {"attention_multiplier": 0.2, "logits_scaling": 0.7, "tie_word_embeddings": False}),
+        ("gemma3_text", {}, {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}),
+        ("cohere2", {}, {"sliding_window_pattern": 4, "logit_scale": 0.5}),
+        ("lfm2", {}, {"block_dim": 96, "conv_L_cache": 3, "intermediate_size": 230}),
+        ("qwen3_moe", {"head_dim": None}, {"head_dim": 16, "num_experts": 5, "moe_intermediate_size": 64}),
+        ("phi", {}, {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_what_config_json_states(case: str, changes: dict[str, Any], want: dict[str, Any]) -> None:
+    found = mlx.fields(config(case, **changes))
+    assert {name: found[name] for name in want} == want
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "why"),
     [
         ("opt", {}, "'opt': it is written for llama, mistral,"),
-        ("falcon", {}, "'falcon': it is written for"),
+        ("gpt_neox", {}, "'gpt_neox': it is written for"),
+        ("granitemoe", {}, "'granitemoe': it is written for"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' in a llama"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window=True in a qwen2"),
-        ("qwen3", {"attention_bias": True}, "attention_bias=True in a qwen3"),
-        ("qwen2", {"num_attention_heads": 4}, "a qwen2 whose heads are 64 wide together where the model is 96"),
-        ("llama", bench._rope(rope_type="yarn", factor=2.0), "rotary scaling 'yarn' in a llama"),
-        ("starcoder2", bench._LINEAR, "rotary scaling 'linear' in a starcoder2"),
-        ("glm", bench._rope(partial_rotary_factor=0.5), "partly rotated heads in a glm"),
+        ("qwen2", {"num_attention_heads": 4, "head_dim": 16}, "a qwen2 whose heads are 64 wide together where the model is 96"),
+        ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "dynamic"}}, "rotary scaling 'dynamic' in a llama"),
+        ("starcoder2", LINEAR, "rotary scaling 'linear' in a starcoder2"),
         ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping=None in a gemma2"),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 in a gemma3_text"),
         ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"] + ["full_attention"] * 5},
          "layer_types without a regular place for full_attention in a gemma3_text"),
-        ("cohere2", {"layer_types": ["sliding_attention"] * 6}, "layer_types without a regular place"),
+        ("cohere2", {"layer_types": ["sliding_attention"] * 4}, "layer_types without a regular place"),
         ("cohere", {"tie_word_embeddings": False}, "tie_word_embeddings=False in a cohere"),
-        ("exaone4", {"sliding_window": 16}, "sliding_window=16 with blocks of full_attention in an exaone4"),
-        ("hunyuan_v1_dense", bench._rope(rope_type="dynamic", factor=2.0), "'dynamic' without alpha"),
-        ("gpt_neox", {"intermediate_size": 160}, "an MLP of 160, not 384, in a gpt_neox"),
-        ("gptj", {"n_inner": 160}, "an MLP of 160, not 384, in a gptj"),
-        ("gpt_bigcode", {"multi_query": False}, "multi_query=False in a gpt_bigcode"),
         ("lfm2", {"layer_types": ["conv"] * 4}, "layer_types without full_attention in a lfm2"),
-        ("mamba", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06 in a mamba"),
-        ("mixtral", {"head_dim": 32}, "a mixtral whose heads are 192 wide together where the model is 96"),
-        ("mixtral", bench._LINEAR, "rotary scaling 'linear' in a mixtral"),
-        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob=True in a qwen2_moe"),
+        ("mixtral", LINEAR, "rotary scaling 'linear' in a mixtral"),
         ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 in a qwen2_moe"),
-        ("qwen2_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=[1] in a qwen2_moe"),
-        ("qwen2_moe", {"qkv_bias": False}, "qkv_bias=False in a qwen2_moe"),
-        ("qwen2_moe", {"tie_word_embeddings": True}, "tie_word_embeddings=True in a qwen2_moe"),
-        ("qwen3_moe", {"attention_bias": True}, "attention_bias=True in a qwen3_moe"),
-        ("qwen3_moe", bench._LLAMA3, "rotary scaling 'llama3' in a qwen3_moe"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 in a olmoe"),
-        ("granitemoe", {"hidden_act": "gelu"}, "hidden_act='gelu' in a granitemoe"),
-        ("granitemoeshared", bench._LINEAR, "rotary scaling 'linear' in a granitemoeshared"),
-        ("ernie4_5_moe", {"use_bias": True}, "use_bias=True in a ernie4_5_moe"),
-        ("ernie4_5_moe", {"moe_norm_min": 1e-6}, "moe_norm_min=1e-06 in a ernie4_5_moe"),
         ("gpt_oss", {"layer_types": ["full_attention"] * 4}, "layer_types without sliding_attention in a gpt_oss"),
-        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0 in a gpt_oss"),
-        ("gpt_oss", bench._YARN | bench._rope(**bench._YARN["rope_parameters"] | {"beta_fast": 8.0}),
-         "rotary scaling 'yarn' with beta_fast=8.0"),
+        ("gpt_oss, yarn", {"rope_parameters": YARN["rope_parameters"] | {"beta_fast": 8.0}}, "'yarn' with beta_fast=8.0"),
     ],
 )  # fmt: skip
-def test_what_a_family_has_no_place_for(family: str, changes: dict[str, Any], why: str) -> None:
-    assert families.misfit(config(family)) is None or family not in FACTS
-    assert why in str(families.misfit(config(family, **changes)))
+def test_what_a_family_has_no_place_for(case: str, changes: dict[str, Any], why: str) -> None:
+    assert why in str(mlx.misfit(config(case, **changes)))
+
+
+@pytest.mark.parametrize("case", RUN)
+def test_every_case_has_a_place(case: str) -> None:
+    assert mlx.misfit(config(case)) is None
+    assert {CASES[name][0] for name in RUN} == set(mlx.ARCHITECTURES)
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "field", "value"),
-    [
-        (
-            "ernie4_5_moe",
-            {"moe_layer_end_index": -1},
-            "moe_layer_end_index",
-            3,
-        ),  # as published; to mlx-lm it is no block
-        ("qwen3_moe", {"head_dim": None}, "head_dim", 16),
-        ("qwen3_moe", {}, "num_experts", 5),
-        ("granitemoeshared", {"shared_intermediate_size": 0}, "model_type", "granitemoe"),
-    ],
-)
-def test_what_config_json_states_whatever_a_model_left_out(
-    family: str, changes: dict[str, Any], field: str, value: Any
-) -> None:
-    assert families.fields(config(family, **changes))[field] == value
-
-
-@pytest.mark.parametrize("case", bench.CASES)
-def test_what_is_written_is_not_refused(case: str) -> None:
-    family, changes, _ = bench.CASES[case]
-    assert families.misfit(config(family, **changes)) is None
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "notes"),
+    ("case", "changes", "notes"),
     [
         ("llama", {}, []),
-        ("mistral", {"sliding_window": None}, []),
-        (
-            "mistral",
-            {"sliding_window": 4096},
-            ["no window in a mistral: it gives the same up to 4,096 tokens"],
-        ),
+        ("mistral, no window", {}, []),
+        ("mixtral", {"sliding_window": 4096}, ["no window in a mixtral: it gives the same up to 4,096 tokens"]),
         ("gemma", {}, ["the GELU of a gemma exactly, transformers as 'gelu_pytorch_tanh'"]),
-        ("gpt_neox", {}, ["the GELU of a gpt_neox by tanh, transformers as 'gelu'"]),
-        ("gpt_neox", {"hidden_act": "gelu_fast"}, []),
-        ("gpt_bigcode", {"activation_function": "gelu"}, []),
-        (
-            "mixtral",
-            {"sliding_window": 4096},
-            ["no window in a mixtral: it gives the same up to 4,096 tokens"],
-        ),
-        ("gpt_oss", bench._YARN, []),
-        (
-            "gpt_oss",
-            bench._rope(**bench._YARN["rope_parameters"] | {"truncate": False}),
-            ["mlx-lm rounds the ends of YaRN's ramp to whole frequencies"],
-        ),
+        ("starcoder2", {"sliding_window": None, "hidden_act": "gelu"}, []),
+        ("gpt_oss, yarn", {"rope_parameters": YARN["rope_parameters"] | {"truncate": False}}, ["mlx-lm rounds the ends of"]),
     ],
-)
-def test_notes(family: str, changes: dict[str, Any], notes: list[str]) -> None:
-    found = list(families.notes(config(family, **changes)))
+)  # fmt: skip
+def test_notes(case: str, changes: dict[str, Any], notes: list[str]) -> None:
+    found = list(mlx.notes(config(case, **changes)))
     assert len(found) == len(notes)
     assert all(part in note for part, note in zip(notes, found, strict=True))
 
 
-def test_layers_on_other_grids_have_mlx_lm_s_names() -> None:
-    import torch
+# ---------------------------------------------------------------- layers of experts
 
-    none = torch.zeros(0)
-    grids = {
-        f"gpt_neox.layers.{block}.mlp.dense_4h_to_h.weight": Quantised(none, none, none, bits, 32)
-        for block, bits in enumerate((4, 4, 8))
+
+def decoded(tensors: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
+    """The weights of 4-bit codes in groups of 32, by what mlx.core.quantize documents: the first code in the lowest bits."""
+    codes = tensors[f"{layer}.weight"][..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & np.uint32(15)
+    scales, biases = (
+        np.repeat(tensors[f"{layer}.{part}"].astype(np.float32), 32, -1) for part in ("scales", "biases")
+    )
+    return scales * codes.reshape(*codes.shape[:-2], -1).astype(np.float32) + biases
+
+
+def test_words_of_two_experts_golden() -> None:
+    q = Quantised(
+        codes=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]] * 3 + [[15] * 8], dtype=torch.uint8),
+        scale=torch.tensor([[0.5], [1.0], [2.0], [-1.0]], dtype=torch.float16),
+        zero=torch.tensor([[8], [0], [1], [3]], dtype=torch.uint8),
+        bits=4, group=8, experts=2,
+    )  # fmt: skip
+    found = {name: tensor.numpy() for name, tensor in mlx.parts("a.weight", q, torch.float16)}
+    assert found["a.weight"].tolist() == [[[0x87654321], [0x87654321]], [[0x87654321], [0xFFFFFFFF]]]
+    assert found["a.scales"].shape == (2, 2, 1)
+    assert found["a.biases"].tolist() == [[[-4.0], [0.0]], [[-2.0], [3.0]]]
+
+
+@pytest.mark.parametrize(
+    ("case", "theirs"), [("mixtral", "block_sparse_moe"), ("qwen2_moe", "mlp"), ("qwen3_moe", "mlp"), ("olmoe", "mlp")]
+)  # fmt: skip
+def test_codes_of_experts_are_stacked_as_mlx_lm_has_them(case: str, theirs: str, tmp_path: Path) -> None:
+    path, plain = compressed(case, tmp_path)
+    tensors, own = stored(path), stored(plain)
+    gate_up, down = (own[f"{BLOCK}.mlp.experts.{name}_proj"] for name in ("gate_up", "down"))
+    half = gate_up.shape[1] // 2
+    for name, weight in {"gate": gate_up[:, :half], "up": gate_up[:, half:], "down": down}.items():
+        layer = f"{BLOCK}.{theirs}.switch_mlp.{name}_proj"
+        E, rows, columns = weight.shape
+        assert tensors[f"{layer}.weight"].shape == (E, rows, columns // 8)
+        assert (
+            tensors[f"{layer}.scales"].shape == tensors[f"{layer}.biases"].shape == (E, rows, columns // 32)
+        )
+        assert np.array_equal(decoded(tensors, layer), weight), name
+    router = own[f"{BLOCK}.mlp.gate.weight"].astype(np.float16)
+    assert np.array_equal(tensors[f"{BLOCK}.{theirs}.gate.weight"], router)
+    assert said(path)["quantization"] == {"group_size": 32, "bits": 4}
+
+
+def test_gpt_oss_has_gates_and_ups_apart_with_biases(tmp_path: Path) -> None:
+    """In the model they alternate, and its matrices are [in, out]."""
+    path, plain = compressed("gpt_oss", tmp_path)
+    tensors, own = stored(path), stored(plain)
+    experts = f"{BLOCK}.mlp.experts"
+    gate_up, bias = own[f"{experts}.gate_up_proj"], own[f"{experts}.gate_up_proj_bias"]
+    want = {
+        "gate": (gate_up[..., ::2], bias[:, ::2]),
+        "up": (gate_up[..., 1::2], bias[:, 1::2]),
+        "down": (own[f"{experts}.down_proj"], own[f"{experts}.down_proj_bias"]),
     }
-    found = mlx.quantization(config("gpt_neox"), grids)
-    assert found == {
-        "group_size": 32,
-        "bits": 4,
-        "model.h.2.mlp.dense_4h_to_h": {"group_size": 32, "bits": 8},
+    for name, (weight, values) in want.items():
+        assert np.array_equal(decoded(tensors, f"{experts}.{name}_proj"), weight.swapaxes(1, 2)), name
+        assert np.array_equal(tensors[f"{experts}.{name}_proj.bias"], values.astype(np.float16)), name
+    assert f"{BLOCK}.self_attn.q_proj.scales" in tensors
+
+
+def grids(folder: Path, family: str = "qwen3_moe", **kinds: Any) -> tuple[Model, dict[str, Quantised]]:
+    """Write a tiny mixture whose linear layers are on 4 bits and whose experts are on `kinds`; return what is quantised."""
+    save(family, folder / "plain")
+    model = models.load(str(folder / "plain"), device="cpu")
+    found = dict[str, Quantised]()
+    for name, tensor in models.named_tensors(model.net):
+        if name.endswith("_proj.weight"):
+            found[name] = on_grid(tensor, 4, 32)
+        elif name.endswith("_proj") and kinds:
+            rounded = on_codebook if "name" in kinds else on_grid
+            found[name] = changed(rounded(tensor.flatten(0, 1), **kinds), experts=len(tensor))
+    artefact.write(folder / "m", model, found, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
+    for name, q in found.items():
+        model.net.get_parameter(name).data.copy_(q.dense())
+    return model, found
+
+
+def test_experts_of_other_bits_are_named(tmp_path: Path) -> None:
+    grids(tmp_path, bits=8, group=32)
+    found = said(export(tmp_path / "m", "mlx", tmp_path / "x").path)["quantization"]
+    assert found == {"group_size": 32, "bits": 4} | {
+        f"model.layers.{block}.mlp.switch_mlp.{name}_proj": {"group_size": 32, "bits": 8}
+        for block in range(4)
+        for name in ("gate", "up", "down")
     }
 
 
-@pytest.mark.parametrize("case", FIRST.values())
-def test_mlx_lm_gives_transformers_next_tokens(case: str, tmp_path: Path) -> None:
-    pytest.importorskip("mlx_lm")
-    path, plain = bench.compressed(case, tmp_path, "asymmetric")
-    found = bench.divergences(path, bench.expected(plain))
-    assert max(found["fp32"], found["cached"]) <= bench.CASES[case].most
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_without_codes_are_in_16_bits(family: str, tmp_path: Path) -> None:
+    model, _ = grids(tmp_path, family)
+    tensors = stored(export(tmp_path / "m", "mlx", tmp_path / "x").path)
+    gate_up = model.net.get_parameter(f"{BLOCK}.mlp.experts.gate_up_proj").detach().half().numpy()
+    oss = family == "gpt_oss"
+    up = gate_up[..., 1::2].swapaxes(1, 2) if oss else gate_up[:, 64:]
+    layer = f"{BLOCK}.mlp.{'experts' if oss else 'switch_mlp'}.up_proj"
+    assert np.array_equal(tensors[f"{layer}.weight"], up)
+    assert f"{layer}.scales" not in tensors
+
+
+@pytest.mark.parametrize(
+    ("kinds", "why"),
+    [
+        ({"bits": 4, "group": 16}, "experts.gate_up_proj has groups of 16, MLX has 32, 64, 128"),
+        ({"bits": 7, "group": 32}, "experts.gate_up_proj has 7 bits, MLX has 2, 3, 4, 5, 6, 8"),
+        ({"bits": 4, "group": 32, "name": "iq4_nl"}, "experts.gate_up_proj are of the grid iq4_nl"),
+    ],
+)
+def test_codes_of_experts_that_have_no_place(kinds: dict[str, Any], why: str, tmp_path: Path) -> None:
+    grids(tmp_path, **kinds)
+    with pytest.raises(UsageError, match=why) as caught:
+        export(tmp_path / "m", "mlx", tmp_path / "out" / "x")
+    assert "use --to" in (caught.value.hint or "")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["weight", "scales", "biases"])
+def test_a_wrong_value_of_an_expert_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    grids(tmp_path, bits=4, group=32)
+    right = mlx.parts
+
+    def wrong(name: str, q: Quantised, dtype: torch.dtype) -> Any:
+        for key, tensor in right(name, q, dtype):
+            damaged = tensor.roll(1, 0) if key.endswith(f"switch_mlp.up_proj.{part}") else tensor
+            yield key, damaged.contiguous()
+
+    monkeypatch.setattr(mlx, "parts", wrong)
+    with pytest.raises(FleetuneError, match=r"layers.0.mlp.switch_mlp.up_proj does not decode"):
+        export(tmp_path / "m", "mlx", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------- mlx-lm itself
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        *((case, {}) for case in RUN),
+        ("llama", LINEAR),
+        ("qwen2", {"rope_parameters": LLAMA3}),
+        ("smollm3", LINEAR | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+        ("olmoe", {"norm_topk_prob": True, "attention_bias": True, "tie_word_embeddings": True}),
+    ],
+)
+def test_mlx_lm_gives_transformers_next_tokens(case: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """The whole text at once, and as in generation: a first part, then token by token with mlx-lm's cache."""
+    mx = pytest.importorskip("mlx.core")
+    caches, utils = pytest.importorskip("mlx_lm.models.cache"), pytest.importorskip("mlx_lm.utils")
+    mx.set_default_device(mx.cpu)
+    path, plain = compressed(case, tmp_path, **changes)
+    reference = AutoModelForCausalLM.from_pretrained(plain, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        own = reference(input_ids=torch.tensor([TEXT])).logits[0].double().log_softmax(-1)
+    net, _ = utils.load_model(path)
+    net.set_dtype(mx.float32)
+    cache, parts = caches.make_prompt_cache(net), [TEXT[:30], *([token] for token in TEXT[30:])]
+    in_turn = mx.concatenate([net(mx.array([part]), cache=cache) for part in parts], axis=1)
+    for logits in (net(mx.array([TEXT])), in_turn):
+        theirs = torch.from_numpy(np.array(logits)[0]).double().log_softmax(-1)
+        assert float((own.exp() * (own - theirs)).sum(-1).mean()) <= (NEAR if case in OFF else SAME)

@@ -107,10 +107,10 @@ def resume_compression(
 
 
 def file_size(model: Model, quantised: Collection[str], head: ArtefactHead, name: str) -> int:
-    """Return what `gguf_size.beside` does; that module, which imports torch, is imported once it is called."""
-    from fleetune.deploy import gguf_size
+    """Return what `export.size_beside` does; that module, which imports torch, is imported once it is called."""
+    from fleetune.deploy import export
 
-    return gguf_size.beside(model, quantised, head, name)
+    return export.size_beside(model, quantised, head, name)
 
 
 def _size(size: float | str) -> int:

@@ -88,14 +88,13 @@ def measure(
     with it: KL divergence of the next-token distributions (nats a token) and same top token (percent), on the windows of
     `text`, else on the rows' answers; a compressed model is compared with what it was made from without being asked.
     """
-    from fleetune.deploy.measure import kept_gain as kept_gains
+    from fleetune.deploy.measure import job
 
     found = [
         subjects.open(model, out=out) for model in models
     ]  # what is no model is refused before torch is imported
     if kept_gain and found:
-        kept_gains.check(found)
-    from fleetune.deploy.measure import job
+        job.check_kept(found)
     from fleetune.tuning import objects_to_files
 
     options = job.MeasureOptions(
@@ -107,7 +106,6 @@ def measure(
     )  # fmt: skip
     if not models:
         raise UsageError("measure needs a model", hint="give one or more names, paths or results")
-    job.check(len(models), options)
     dense = subjects.open(reference, out=out) if reference is not None else None
     return job.measure(found, options, heard_by(listener, progress), reference=dense, offline=offline)
 

@@ -4,32 +4,62 @@
 A source is a master artefact (`artefact.Master`) or a plain Hugging Face directory (`PlainFolder`).  A `Checkpoint`
 gives either the names of transformers: the `state_dict` of a model built from the configuration on the meta device says which
 tensors there are, buffers among them, which of them are one (tied embeddings) and which belong to linear layers.  The source
-must hold every one of them and nothing else; it may hold a parameter in parts (`joining.py`).
+must hold every one of them and nothing else.
+
+It may hold a parameter in parts, as published mixtures of experts do: a matrix an expert.  transformers knows for each family
+which tensors of a directory become which parameter (`WeightConverter`), and in which order; its own conversions run here, for
+one parameter at a time.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
-from fleetune.deploy.joining import JoinedSource, TensorSource
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.artefact import Master, Quantised
 from fleetune.models.artefact_folder import is_master
 from fleetune.models.families.widths import build
 from fleetune.models.hf_folder import check_folder, config_of, is_encoder
 
+ANOTHER: Final = "the weights belong to another configuration: make or fetch the model again"
 COMPUTED: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
+
+
+class TensorSource(Protocol):
+    """A model on disk, read one tensor at a time."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder with config.json and the tokenizer's files."""
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters, quantised or not."""
+
+    def quantised(self, name: str) -> Quantised | None:
+        """Return the codes of a parameter; None for a dense one."""
+
+    def weight(self, name: str) -> Tensor:
+        """Return the values of a parameter."""
 
 
 class PlainFolder:
@@ -90,7 +120,7 @@ class Checkpoint:
             )
         net = build(self.config)
         state: dict[str, Tensor] = net.state_dict(keep_vars=True)
-        self._joined = JoinedSource(source, net)
+        self._joined = _JoinedSource(source, net)
         self._stored = _stored_names(net, state, self._joined)
         self.shapes = {name: tuple(state[name].shape) for name in self._stored}
         self.buffers = self.shapes.keys() - dict(net.named_parameters())
@@ -133,7 +163,7 @@ class Checkpoint:
         if shape != self.shapes[name]:
             raise ModelError(
                 f"{self.folder}: {name} has shape {shape}, the configuration says {self.shapes[name]}",
-                hint="the weights belong to another configuration: make or fetch the model again",
+                hint=ANOTHER,
             )
 
 
@@ -159,7 +189,7 @@ def _stored_names(net: PreTrainedModel, state: Mapping[str, Tensor], source: Ten
         )
         raise ModelError(
             f"{source.folder} {what}",
-            hint="the weights belong to another configuration: make or fetch the model again",
+            hint=ANOTHER,
         )
     return stored
 
@@ -171,6 +201,82 @@ def _written_names(net: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[in
         if id(tensor) in whole:
             whole[id(tensor)].append(name)
     return whole
+
+
+class _JoinedSource:
+    """A source under the names that it has, but for the parameters that it stores in parts: under transformers' names."""
+
+    def __init__(self, source: TensorSource, net: PreTrainedModel) -> None:
+        """ModelError when the source has some parts of a parameter and not all."""
+        self.source, self._net = source, net
+        has = set(source.names)
+        self._parts: dict[str, list[str]] = {}
+        for name, parts in _parts_of(net).items():
+            if has.isdisjoint(parts):
+                continue
+            if missing := [part for part in parts if part not in has]:
+                raise ModelError(f"{source.folder} lacks {missing[0]}", hint=ANOTHER)
+            self._parts[name] = parts
+
+    @property
+    def folder(self) -> Path:
+        """The source's folder."""
+        return self.source.folder
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters; those in parts once."""
+        parts = {part for found in self._parts.values() for part in found}
+        return [*(name for name in self.source.names if name not in parts), *self._parts]
+
+    def quantised(self, name: str) -> Quantised | None:
+        """Return the codes of a parameter; None for a dense one, as those in parts are."""
+        return None if name in self._parts else self.source.quantised(name)
+
+    def weight(self, name: str) -> Tensor:
+        """Return the values of a parameter; all its parts are in memory beside it until it is joined."""
+        if name not in self._parts:
+            return self.source.weight(name)
+        return self._joined(name, ((part, self.source.weight(part)) for part in self._parts[name]))
+
+    def _joined(self, name: str, parts: Iterable[tuple[str, Tensor]]) -> Tensor:
+        renamings, converters = self._conversions
+        joining: WeightConverter | None = None
+        for part, tensor in parts:
+            key, pattern = rename_source_key(part, renamings, converters)
+            if joining is None:
+                joining = deepcopy(next(c for c in converters if pattern in c.source_patterns))
+            joining.add_tensor(key, part, pattern, tensor)
+        assert joining is not None
+        try:
+            found: Tensor = joining.convert(name, model=self._net, config=self._net.config)[name]
+        except (RuntimeError, KeyError) as error:  # experts of different shapes
+            raise ModelError(
+                f"{self.folder}: the parts of {name} do not join ({error})", hint=ANOTHER
+            ) from error
+        return found
+
+    @cached_property
+    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        every = get_model_conversion_mapping(self._net, add_legacy=False)
+        return (
+            [found for found in every if isinstance(found, WeightRenaming)],
+            [found for found in every if isinstance(found, WeightConverter)],
+        )
+
+
+def _parts_of(net: PreTrainedModel) -> dict[str, list[str]]:
+    """Return the names of the parts, in order, of each parameter that transformers writes in parts."""
+    found = dict[str, list[str]]()
+    parameters = dict(net.named_parameters())
+    whole = {id(parameter) for parameter in parameters.values()}
+    if all(id(tensor) in whole for tensor in revert_weight_conversion(net, parameters).values()):
+        return found
+    for name, parameter in parameters.items():
+        written = revert_weight_conversion(net, {name: parameter})
+        if not any(tensor is parameter for tensor in written.values()):
+            found[name] = sorted(written, key=dot_natural_key)
+    return found
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

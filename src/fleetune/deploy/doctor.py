@@ -36,8 +36,6 @@ SERVES: Final = {  # an extra -> what it is for
     "fleet": "fleet serve, fleet join: real devices",
     "parquet": "data in Parquet files",
     "llamacpp": "measure and export --text in llama.cpp",
-    "executorch": "export --to pte",
-    "onnx": "export --text in ONNX Runtime",
     "serve": "serve and chat with an engine",
     "completion": "completion in the shell",
     "tensorboard": "tune --tracker tensorboard",

@@ -6,25 +6,30 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+import torch
+from torch import Tensor
+
 from fleetune import models
 from fleetune.common.files import default_mode, storage_error
 from fleetune.common.folders import appeared, scratch, staged
-from fleetune.deploy import alternatives, provenance
+from fleetune.deploy import provenance, targets
 from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
-from fleetune.deploy.formats import AdapterFormat, Misfit, ModelFormat, Report
+from fleetune.deploy.formats import AdapterFormat, Misfit, ModelFormat, Report, gguf
 from fleetune.deploy.targets import Target, check_place, find
 from fleetune.errors import UsageError
+from fleetune.models.artefact import ArtefactHead
 from fleetune.models.artefact_folder import is_master
-from fleetune.models.families.widths import has_block_widths
+from fleetune.models.dtypes import WEIGHTS
+from fleetune.models.families.widths import has_block_widths, mark_config
 from fleetune.models.gguf import convert
 from fleetune.models.loading import disk_errors
-from fleetune.models.model import Model
+from fleetune.models.model import Model, stored_tensors
 
 NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 
@@ -33,24 +38,19 @@ def export(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHIN
     """Write the model in the folder `source` as target `to` to the new file or folder `out`.
 
     `source` is a master artefact or a plain Hugging Face directory; `made` (`provenance.py`) goes into the file where
-    the format has a place for it.  Everything written is read back and compared.  UsageError for an unknown target, one
-    that needs a package which is not installed, an `out` that exists, or a model that the target cannot hold;
-    ModelError for a source that is none; StorageError when the disk is full.  `out` appears when it is complete.
+    the format has a place for it.  Everything written is read back and compared.  UsageError for an unknown target, an
+    `out` that exists, or a model that the target cannot hold; ModelError for a source that is none; StorageError when the
+    disk is full.  `out` appears when it is complete.
     """
     target = find(to)
     check_place(to, out)
     if target.takes == "adapter":
         raise UsageError("only a run has an adapter", hint=f"fleetune export RUN --to {to}")
-    if target.missing:
-        raise UsageError(
-            f"{to} cannot be written without {' and '.join(target.missing)}",
-            hint=target.install,
-        )
     model = open_checkpoint(source)
     if has_block_widths(model.config) and not target.states("BLOCK_WIDTHS"):
         raise UsageError(
             f"{source} has blocks of different widths, which {to} has no place for",
-            hint=alternatives.hint(model, "prune it again with --set first=0 --set last=0"),
+            hint=_others(model, "prune it again with --set first=0 --set last=0"),
         )
     writer: ModelFormat = target.load()
     with _staged(target, out) as place, _hinted(model):
@@ -66,8 +66,6 @@ def written(source: Path, to: str, out: Path) -> Report | None:
     """
     if not out.is_file():
         return None
-    from fleetune.deploy.formats import gguf
-
     if to not in gguf.TARGETS:
         return None
     model = open_checkpoint(source)
@@ -119,13 +117,24 @@ def load(source: Path) -> Model:
     return dataclasses.replace(model, name=str(source), path=source)
 
 
+def _others(model: Checkpoint, remedy: str = "") -> str:
+    """Return a hint for a model that a target refused: the targets that hold it exactly, then the `remedy`."""
+    found = []
+    for name in targets.FORMATS.members():
+        exact = getattr(targets.FORMATS.load(name), "exact_target", None)
+        if exact is not None and (target := exact(model)) is not None:
+            found.append(f"--to {target}")
+    exactly = " or ".join([", ".join(found[:-1]), found[-1]] if found[:-1] else found)
+    return f"use {exactly}" + (f", or {remedy}" if remedy else "")
+
+
 @contextmanager
 def _hinted(model: Checkpoint | None) -> Iterator[None]:
     """Name the targets that can hold the model where the format says that it cannot."""
     try:
         yield
     except Misfit as misfit:
-        hint = alternatives.hint(model, misfit.remedy) if model else misfit.hint
+        hint = _others(model, misfit.remedy) if model else misfit.hint
         raise UsageError(misfit.message, hint=hint) from misfit
 
 
@@ -161,3 +170,55 @@ def _staged_file(out: Path) -> Iterator[Path]:
                 file.rename(out)
     except OSError as error:
         raise storage_error(error, out) from error
+
+
+# ---------------------------------------------------------------- the size of a file to come
+
+
+class _Names:
+    """The names of a model's tensors, as a source that is asked for no values."""
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        self.folder = folder
+        self.names = [name for name, _ in stored_tensors(model.net)]
+
+    def quantised(self, name: str) -> None:
+        """Return None: nothing is compressed yet."""
+
+    def weight(self, name: str) -> Tensor:
+        """Raise KeyError: there are no values."""
+        raise KeyError(name)
+
+
+class _ToBeCompressed(Checkpoint):
+    """A model in memory as the compressed one that will be made of it."""
+
+    compressed = True
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        super().__init__(_Names(model, folder))
+        self.dtype: torch.dtype = getattr(torch, WEIGHTS[model.dtype].full)
+
+
+def size_beside(model: Model, quantised: Collection[str], head: ArtefactHead, name: str) -> int:
+    """Return the bytes of a model's GGUF file beside the matrices `quantised`: the header and all other tensors.
+
+    `head` is that of the artefact to come, `name` the file's, without its ending: the header holds it.  UsageError when the
+    model has no place in GGUF.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        model.net.config.save_pretrained(folder)
+        mark_config(folder)
+        model.tokenizer.save_pretrained(folder)
+        try:
+            checkpoint = _ToBeCompressed(model, folder)
+            without = {name for name in checkpoint.names if checkpoint.stored_name(name) in quantised}
+            made = provenance.of_head(head, "0" * 64)
+            return gguf.size_beside(checkpoint, without, folder / f"{name}.gguf", made)
+        except UsageError as error:
+            told = error.message.replace(place, model.name)
+            raise UsageError(
+                f"grids are chosen among those of GGUF files, and none can be made of this model: {told}",
+                hint="leave out --bytes and --bpw, and choose one grid: --set grid=.. --set bits=..",
+            ) from error

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 DEFAULT_TARGET = "gguf"
 DEFAULT_TARGET_OF_A_RUN = "hf"
 FILES = ("gguf", "ollama")  # targets that hold the GGUF file itself
+RUNTIMES = {
+    "llama.cpp": "gguf",
+    "mlx-lm": "mlx",
+    "transformers": "transformers",
+}  # -> the kind of a `MeasureJob`
+WINDOWS, LENGTH = 8, 512  # of the text that an export is checked on, and tokens of one
 GGUF = ".gguf"
 
 
@@ -328,9 +334,9 @@ def _done(report: Report, listener: Listener) -> ExportDone:
 
 def _rows(source: Path, text: str | None) -> list[Row]:
     """The windows of the text in the tokens of the model in `source`; none without a text."""
-    from fleetune.deploy.measure import exported_perplexity as checking
+    from fleetune.deploy.measure import harness
 
-    return checking.windows_of(text, source) if text else []
+    return harness.windows_of(text, source, LENGTH, WINDOWS) if text else []
 
 
 def _finish(
@@ -342,20 +348,42 @@ def _finish(
     *,
     offline: bool = False,
 ) -> ExportResult:
-    """Run what was written in its runtime, and its source in torch, on the same windows of a text."""
-    from fleetune.deploy.measure import exported_perplexity as checking
+    """Compare the perplexity of a text by the source in torch with that by what was written, in its runtime."""
+    from fleetune.deploy.measure import harness
 
-    out = Path(done.path)
+    out, target = Path(done.path), targets.find(kind)
     if not rows:
         return ExportResult(out, done)
-    if why := checking.obstacle(kind, out):
+
+    def perplexity(engine: str, path: Path) -> float:
+        job = harness.MeasureJob(engine, str(path), 1, offline=offline, repeats=0, windows=list(rows))
+        return harness.measured(job).values["perplexity"]
+
+    if why := _obstacle(target, out):
         checked = ExportChecked(path=str(out), runtime=None)
         listener.event(checked)
         listener.note(f"not run: {why}")
         return ExportResult(out, done, checked)
-    runtime = checking.runtime_of(kind)
-    assert runtime is not None  # or there would be an obstacle
-    found = checking.compare(source, out, runtime, list(rows), offline=offline)
-    checked = ExportChecked(path=str(out), **dataclasses.asdict(found), ratio=found.ratio)
+    runtime, tokens = target.states("RUNTIME"), sum(len(row) - 1 for row, _ in rows)
+    own = perplexity("run" if (source / "run.toml").is_file() else "artefact", source)
+    theirs = perplexity(RUNTIMES[runtime], out)
+    checked = ExportChecked(
+        path=str(out), runtime=runtime, source=own, file=theirs, tokens=tokens, ratio=theirs / own
+    )
     listener.event(checked)
     return ExportResult(out, done, checked)
+
+
+def _obstacle(target: targets.Target, out: Path) -> str:
+    """Return why what was written cannot be run here; "" when it can."""
+    runtime = target.states("RUNTIME")
+    if runtime not in RUNTIMES:
+        return f"nothing here runs {target.name}"
+    if target.missing:
+        return f"{runtime} for {target.name}: {target.install}"
+    from fleetune import models
+    from fleetune.models.families import widths
+
+    if runtime == "transformers" and widths.has_block_widths(models.load_config(str(out))):
+        return f"{runtime} does not load blocks of different widths; llama.cpp does, a llama's: --to gguf"
+    return ""

@@ -19,7 +19,7 @@ from fleetune.common.ggml import BLOCK, PARTS
 from fleetune.common.shell import command
 from fleetune.common.sums import sha256
 from fleetune.deploy.formats import Report
-from fleetune.deploy.formats._gguf_header import open_written
+from fleetune.deploy.formats._gguf_layout import open_written
 from fleetune.deploy.patch import SILENT, Packed, Seen, patched, told
 from fleetune.deploy.patch_file import Patch, Place, check_work, with_changes, with_entries
 from fleetune.errors import ModelError, UsageError

@@ -52,13 +52,13 @@ class Target:
 
     @property
     def missing(self) -> list[str]:
-        """The modules that are not installed and without which it cannot be written."""
-        needs: tuple[str, ...] = self.states("WRITER_NEEDS") or ()
+        """The modules that are not installed and without which its files cannot be run."""
+        needs: tuple[str, ...] = self.states("NEEDS") or ()
         return [module for module in needs if importlib.util.find_spec(module) is None]
 
     @property
     def install(self) -> str:
-        """The command that installs what its files are run in, and what writing them needs; "" where none is stated."""
+        """The command that installs what its files are run in; "" where none is stated."""
         extra = self.format.text("EXTRA")
         return pip_install(extra) if extra else self.format.text("INSTALL")
 

@@ -49,7 +49,7 @@ class Outcome:
 
 
 class FileSize(Protocol):
-    """The size of a file before it is written (`deploy/gguf_size.py`, which lies above this layer)."""
+    """The size of a file before it is written (`deploy/export.py`, which lies above this layer)."""
 
     def __call__(self, model: Model, quantised: Collection[str], head: ArtefactHead, name: str) -> int:
         """Return the bytes of the file `name` beside the matrices `quantised`.

@@ -10,11 +10,9 @@
     BASE          True where an adapter is written with the help of its base model (default False)
     BLOCK_WIDTHS  True where blocks of different widths have a place (default False: they are refused)
     PROVENANCE    True where the file says where the model comes from (`provenance.py`; default False)
-    WRITER_NEEDS  names of modules without which it cannot be written; INSTALL says how to get them (default: none)
-    RUNTIME       what `--text` runs the result in: "llama.cpp", "mlx-lm", "ONNX Runtime", "ExecuTorch" or "transformers"; left
-                  out for none
-    NEEDS         what that runtime must have installed besides, as names of modules
-    INSTALL       the command that installs it (and what writing needs); or
+    RUNTIME       what `--text` runs the result in: "llama.cpp", "mlx-lm" or "transformers"; left out for none
+    NEEDS         the modules that this takes besides Fleetune's own dependencies
+    INSTALL       the command that installs them; or
     EXTRA         the extra of Fleetune that does
     ORDER         place in listings (default: last)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pack quantised matrices into ggml blocks (Q4_0, IQ4_NL, Q4_1, Q5_0, Q5_1, Q8_0), or say why that would lose bits.
+"""Pack quantised matrices into ggml blocks and super-blocks, or say why that would lose bits.
 
 A block is 32 columns of a row (llama.cpp, ggml-common.h, block_q4_0 and following); numbers are
 little-endian, d and m are fp16:
@@ -20,7 +20,20 @@ With w = scale t, where t = code - zero or a codebook's value for the code, whol
     Q5_1   as Q4_1                   needs code <= 31
     Q8_0   d = scale, q = t          needs -128 <= t <= 127
 
-and a group that is a multiple of 32, of which each block repeats the scale.  Super-blocks: `_ggml_super_blocks.py`.
+and a group that is a multiple of 32, of which each block repeats the scale.
+
+Super-blocks have 256 columns: Q2_K .. Q6_K and IQ4_XS.  Their bytes (ggml-common.h, block_q2_K and following; read by
+gguf.quants), where c are the codes, k and m the groups' multiples of d and dmin, which are fp16:
+
+    Q2_K    16 bytes: k | m << 4;  64 bytes: 2 bits of c;  d, dmin
+    Q3_K    32 bytes: bit 2 of c;  64 bytes: 2 low bits of c;  12 bytes: k + 32 in 6 bits;  d
+    Q4_K    d, dmin;  12 bytes: k and m in 6 bits;  128 bytes: 4 bits of c
+    Q5_K    d, dmin;  12 bytes: the same;  32 bytes: bit 4 of c;  128 bytes: 4 low bits of c
+    Q6_K    128 bytes: 4 low bits of c;  64 bytes: 2 high bits of c;  16 bytes: k, signed;  d
+    IQ4_XS  d;  2 + 4 bytes: k + 32 in 6 bits;  128 bytes: 4 bits of c
+
+8 / b columns share a byte, of b bits each.  In every run of w 8 / b columns byte i has those of columns i, i + w, i + 2 w .., the
+first in the lowest bits; w is 32, of Q6_K's low bits 64, of IQ4_XS 16.
 """
 
 from __future__ import annotations
@@ -33,8 +46,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.deploy.formats import _ggml_super_blocks
 from fleetune.models.artefact import Quantised
+from fleetune.models.superblocks import WIDTH, SuperBlocks
 
 BLOCK: Final = 32
 RANGES: Final[Mapping[str, tuple[int, int]]] = MappingProxyType(
@@ -45,8 +58,9 @@ TOPS: Final[Mapping[str, int]] = MappingProxyType({"Q4_1": 15, "Q5_1": 31})  # o
 
 def misfit(q: Quantised, kind: str) -> str | None:
     """Return why blocks of `kind` (one of `PACKERS`) cannot hold the matrix without loss; None when they can."""
-    if kind in _ggml_super_blocks.PACKERS:
-        return _ggml_super_blocks.misfit(q, kind)
+    if kind in SUPER:
+        fits = q.blocks is not None and q.blocks.kind == kind.lower()
+        return None if fits else f"its codes are not those of the grid {kind.lower()}"
     if q.blocks is not None:
         return f"its scales are those of {q.blocks.kind}'s super-blocks, which {kind} has not"
     if q.group % BLOCK:
@@ -102,10 +116,64 @@ def pack_q8_0(q: Quantised) -> np.ndarray:
     return _join(_per_block(q, q.scale), steps.view(np.uint8).reshape(len(steps), -1, BLOCK))
 
 
+# ---------------------------------------------------------------- super-blocks
+
+
+def pack_q2_k(q: Quantised) -> np.ndarray:
+    """Pack a matrix that fits into uint8 [R, C / 256 * 84]."""
+    blocks, codes = _parts(q)
+    scales = _groups(blocks.multiples) | _groups(blocks.minima) << 4
+    return _join_super(q, scales, _together(codes, 2, 32), _halves(blocks.d), _halves(blocks.dmin))
+
+
+def pack_q3_k(q: Quantised) -> np.ndarray:
+    """Pack a matrix that fits into uint8 [R, C / 256 * 110]."""
+    blocks, codes = _parts(q)
+    k = _groups(blocks.multiples, 32).reshape(len(codes), -1)
+    scales = _together(k & 15, 4, 8), _together(k >> 4, 2, 4)
+    return _join_super(
+        q, _together(codes >> 2, 1, 32), _together(codes & 3, 2, 32), *scales, _halves(blocks.d)
+    )
+
+
+def pack_q4_k(q: Quantised) -> np.ndarray:
+    """Pack a matrix that fits into uint8 [R, C / 256 * 144]."""
+    blocks, codes = _parts(q)
+    return _join_super(q, _halves(blocks.d), _halves(blocks.dmin), _six_bits(blocks), _together(codes, 4, 32))
+
+
+def pack_q5_k(q: Quantised) -> np.ndarray:
+    """Pack a matrix that fits into uint8 [R, C / 256 * 176]."""
+    blocks, codes = _parts(q)
+    high, low = _together(codes >> 4, 1, 32), _together(codes & 15, 4, 32)
+    return _join_super(q, _halves(blocks.d), _halves(blocks.dmin), _six_bits(blocks), high, low)
+
+
+def pack_q6_k(q: Quantised) -> np.ndarray:
+    """Pack a matrix that fits into uint8 [R, C / 256 * 210]."""
+    blocks, codes = _parts(q)
+    low, high = _together(codes & 15, 4, 64), _together(codes >> 4, 2, 32)
+    return _join_super(q, low, high, _groups(blocks.multiples), _halves(blocks.d))
+
+
+def pack_iq4_xs(q: Quantised) -> np.ndarray:
+    """Pack a matrix that fits into uint8 [R, C / 256 * 136]."""
+    blocks, codes = _parts(q)
+    k = _groups(blocks.multiples, 32).reshape(len(codes), -1)
+    scales = _together(k >> 4, 2, 1), _together(k & 15, 4, 1)
+    return _join_super(q, _halves(blocks.d), *scales, _together(codes, 4, 16))
+
+
+SUPER: Final[Mapping[str, Callable[[Quantised], np.ndarray]]] = MappingProxyType(
+    {
+        "Q2_K": pack_q2_k, "Q3_K": pack_q3_k, "IQ4_XS": pack_iq4_xs, "Q4_K": pack_q4_k, "Q5_K": pack_q5_k,
+        "Q6_K": pack_q6_k,
+    }
+)  # fmt: skip
 PACKERS: Final[Mapping[str, Callable[[Quantised], np.ndarray]]] = MappingProxyType(
     {
         "Q4_0": pack_q4_0, "IQ4_NL": pack_iq4_nl, "Q4_1": pack_q4_1, "Q5_0": pack_q5_0, "Q5_1": pack_q5_1,
-        "Q8_0": pack_q8_0, **_ggml_super_blocks.PACKERS,
+        "Q8_0": pack_q8_0, **SUPER,
     }
 )  # by size, super-blocks after the others  # fmt: skip
 
@@ -134,3 +202,42 @@ def _nibbles(codes: Tensor) -> np.ndarray:
 
 def _join(*parts: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, axis=2).reshape(len(parts[0]), -1)
+
+
+def _parts(q: Quantised) -> tuple[SuperBlocks, np.ndarray]:
+    """Return the scales, and the codes as uint8 [N, 256], N super-blocks."""
+    assert q.blocks is not None
+    return q.blocks, q.codes.numpy().reshape(-1, WIDTH)
+
+
+def _groups(multiples: Tensor, more: int = 0) -> np.ndarray:
+    """Return the multiples, plus `more`, row by row: uint8 [R, C / group] (two's complement below 0)."""
+    found: np.ndarray = (multiples + more).contiguous().numpy().view(np.uint8)
+    return found
+
+
+def _halves(values: Tensor) -> np.ndarray:
+    """Return fp16 [R, N / R] as bytes, uint8 [N, 2]."""
+    found: np.ndarray = values.contiguous().numpy().astype("<f2").reshape(-1, 1).view(np.uint8)
+    return found
+
+
+def _together(values: np.ndarray, bits: int, width: int) -> np.ndarray:
+    """Pack values of so many bits: in each run of 8 / bits * width columns, those that are `width` apart into one byte."""
+    each = 8 // bits
+    runs = values.reshape(len(values), -1, each, width) << (bits * np.arange(each, dtype=np.uint8))[:, None]
+    packed: np.ndarray = np.bitwise_or.reduce(runs, axis=2)
+    return packed.reshape(len(values), -1)
+
+
+def _six_bits(blocks: SuperBlocks) -> np.ndarray:
+    """Pack k and m of 8 groups, 0 .. 63, into uint8 [N, 12]: groups 4 to 7 lend their two high bits to groups 0 to 3."""
+    N = blocks.d.numel()
+    k, m = _groups(blocks.multiples).reshape(N, 8), _groups(blocks.minima).reshape(N, 8)
+    first = [part[:, :4] | part[:, 4:] >> 4 << 6 for part in (k, m)]
+    return np.concatenate([*first, k[:, 4:] & 15 | (m[:, 4:] & 15) << 4], axis=1)
+
+
+def _join_super(q: Quantised, *parts: np.ndarray) -> np.ndarray:
+    N = q.codes.numel() // WIDTH
+    return np.concatenate([part.reshape(N, -1) for part in parts], axis=1).reshape(len(q.codes), -1)

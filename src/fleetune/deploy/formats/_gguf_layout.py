@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lay out the tensors of a GGUF file: which parameter each comes from, in which order of rows, and in which type."""
+"""Lay out a GGUF file: the metadata of a configuration, and for each tensor its parameter, the order of its rows and its type."""
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import gguf
 import numpy as np
@@ -16,13 +20,18 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import _ggml_blocks
-from fleetune.deploy.formats._gguf_header import tensor_name
+from fleetune.deploy.formats import Misfit, _ggml_blocks
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
 from fleetune.models.dtypes import WEIGHTS
-from fleetune.models.families import experts, table
+from fleetune.models.families import experts, rope, table, widths
+from fleetune.models.gguf.reader import Reader
+from fleetune.models.tensor_file import damaged
 
+PHI3_TOKENS: Final = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
+UNREADABLE: Final = (  # what the gguf package raises for a file that is none, or is damaged
+    OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
+)  # fmt: skip
 FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {dtype.tag: getattr(torch, dtype.full) for dtype in WEIGHTS.values()}
 )
@@ -33,6 +42,116 @@ ENDS: Final = (EMBEDDING, "output.weight")
 FULL: Final = (  # F32, whatever their shape
     "norm.weight", "position_embd.weight", "shortconv.conv.weight", "ffn_gate_inp.weight",
 )  # fmt: skip
+
+
+def open_written(path: Path) -> Reader:
+    """Open a file that was just written; FleetuneError when it cannot be read."""
+    try:
+        return Reader(path)
+    except UNREADABLE as error:
+        raise damaged(path, str(error)) from error
+
+
+def check_config(config: Any) -> None:
+    """Raise Misfit for a configuration that has no place in GGUF, whatever the weights."""
+    if (why := table.misfit(config)) is not None:
+        remedy = "prune it again with --set first=0 --set last=0, which leaves all blocks alike"
+        alike = widths.has_block_widths(config) and config.model_type == "qwen3"
+        raise Misfit(why, remedy=remedy if alike else "")
+
+
+def notes_on(config: Any) -> list[str]:
+    """Return what llama.cpp does otherwise with a model of this configuration, for the user."""
+    found = []
+    length, whole = context_length(config), table.length(config)
+    if length != whole:
+        found.append(
+            f"llama.cpp has no window in a {config.model_type}: the file states a context of {length} tokens instead of "
+            f"{whole}, up to which it is the same"
+        )
+    if rope.kind(config) == "longrope":
+        found.append(
+            f"llama.cpp takes the long factors of the rotary embedding when its context is longer than "
+            f"{rope.original_length(config)}, transformers when the text is"
+        )
+    return [*found, *rope.ramp_notes(config, "llama.cpp")]
+
+
+def context_length(config: Any) -> int:
+    """Return the longest context for which llama.cpp computes what transformers does."""
+    length = table.length(config)
+    window = config.sliding_window if table.family_of(config).windowless else None
+    return length if window is None else min(length, int(window))
+
+
+def tensor_name(config: Any, parameter: str) -> str | None:
+    """Return the file's name of a parameter by the gguf package's map; None when it has none."""
+    names = _names(table.architecture(config), int(config.num_hidden_layers))
+    suffixes = (".weight", ".bias")
+    found: str | None = names.get_name(parameter, try_suffixes=suffixes) or names.get_name(
+        parameter.removeprefix("transformer."), try_suffixes=suffixes
+    )
+    return found
+
+
+@functools.cache
+def _names(architecture: str, blocks: int) -> Any:
+    arch = {text: key for key, text in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    return gguf.get_tensor_name_map(arch, blocks)
+
+
+def add_metadata(writer: Any, config: Any, file_type: LlamaFileType, name: str) -> None:
+    """Write a model's name, sizes and file type into the metadata of a gguf.GGUFWriter."""
+    family = table.family_of(config)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_context_length(context_length(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    _add_widths(writer, config)
+    writer.add_key_length(rope.head_dim(config))
+    writer.add_value_length(rope.head_dim(config))
+    if family.rotary:
+        writer.add_rope_dimension_count(rope.width(config))
+        writer.add_rope_freq_base(float(rope.settings(config)["rope_theta"]))
+    if rope.kind(config) == "llama3":
+        writer.add_string(rope.KEY, json.dumps(config.rope_parameters, sort_keys=True))
+    add_epsilon = writer.add_layer_norm_eps if family.layer_norm else writer.add_layer_norm_rms_eps
+    add_epsilon(table.epsilon(config))
+    for key, value in table.keys(config).items():
+        _add(writer, f"{table.architecture(config)}.{key}", value)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(int(file_type))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add(writer: Any, key: str, value: table.Value) -> None:
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add[type(value)](key, value)
+
+
+def _add_widths(writer: Any, config: Any) -> None:
+    """Write the numbers of heads and channels: of all blocks, or lists of every block's where these differ."""
+    if widths.has_block_widths(config):
+        heads, key_heads, channels = (list(each) for each in zip(*widths.block_widths(config), strict=True))
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(key_heads)
+        writer.add_feed_forward_length(channels)
+        return
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(table.key_heads(config))
+    writer.add_feed_forward_length(table.channels(config))
+
+
+def loadable_name(name: str, tokens: Sequence[str]) -> str:
+    """Return a model's name as the header of its file has it.
+
+    Of a name with "phi-3" or "phi3" llama.cpp takes it that the vocabulary is Phi-3's, and loads no other.
+    """
+    return name if set(tokens) >= PHI3_TOKENS else re.sub("(?i)phi-?3", "phi 3", name)
+
+
+# ---------------------------------------------------------------- tensors
 
 
 @dataclass(frozen=True)

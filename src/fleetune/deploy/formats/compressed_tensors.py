@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Misfit, Report, _hf_writer
+from fleetune.deploy.formats import Misfit, Report, hf
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
 from fleetune.models.families.widths import has_block_widths
@@ -73,7 +73,7 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     notes = ["layers are on several grids, of which transformers (5.24) takes the first for all"]
     notes = notes if len(settings["config_groups"]) > 1 else []
     middle = symmetric(grids)
-    return _hf_writer.write_codes(
+    return hf.write_codes(
         model,
         folder,
         TARGET,
@@ -85,7 +85,7 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
 
 
 def _grids(model: Checkpoint) -> dict[str, Quantised]:
-    grids = _hf_writer.matrices(model, TARGET)
+    grids = hf.matrices(model, TARGET)
     for name, q in grids.items():
         if q.bits not in BITS:
             raise Misfit(
@@ -103,18 +103,18 @@ def symmetric(grids: Mapping[str, Quantised]) -> bool:
 def parts(name: str, q: Quantised, middle: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a quantised layer; without the zeros when they are in the `middle`."""
     layer = name.removesuffix(".weight")
-    yield f"{layer}.weight_packed", _hf_writer.words(q.codes, q.bits)
+    yield f"{layer}.weight_packed", hf.words(q.codes, q.bits)
     yield f"{layer}.weight_scale", q.scale
     yield f"{layer}.weight_shape", torch.tensor(q.codes.shape)
     if not middle:
-        yield f"{layer}.weight_zero_point", _hf_writer.words(q.zero.T.contiguous(), q.bits).T.contiguous()
+        yield f"{layer}.weight_zero_point", hf.words(q.zero.T.contiguous(), q.bits).T.contiguous()
 
 
 def quantization_config(model: Checkpoint, grids: dict[str, Quantised]) -> dict[str, Any]:
     """Return "quantization_config" of config.json: layers on one kind of grid are a group."""
     kinds: dict[tuple[int, int], list[str]] = {}
     for name, q in grids.items():
-        kind = (q.bits, _hf_writer.group_size(q, grids))
+        kind = (q.bits, hf.group_size(q, grids))
         kinds.setdefault(kind, []).append(name.removesuffix(".weight"))
     plain = sorted(name.removesuffix(".weight") for name in model.linears - grids.keys())
     one = len(kinds) == 1
@@ -139,8 +139,8 @@ def quantization_config(model: Checkpoint, grids: dict[str, Quantised]) -> dict[
 def _decode(file: Any, layer: str, q: Quantised) -> Tensor:
     """Decode a layer from the file as a runtime would."""
     R, C = (int(n) for n in file.get_tensor(f"{layer}.weight_shape"))
-    codes = _hf_writer.unwords(file.get_tensor(f"{layer}.weight_packed"), q.bits, C)
+    codes = hf.unwords(file.get_tensor(f"{layer}.weight_packed"), q.bits, C)
     zero = torch.full_like(q.zero, 1 << (q.bits - 1))
     if f"{layer}.weight_zero_point" in file.keys():  # noqa: SIM118
-        zero = _hf_writer.unwords(file.get_tensor(f"{layer}.weight_zero_point").T, q.bits, R).T
+        zero = hf.unwords(file.get_tensor(f"{layer}.weight_zero_point").T, q.bits, R).T
     return Quantised(codes, file.get_tensor(f"{layer}.weight_scale"), zero, q.bits, q.group).dense()

@@ -46,17 +46,22 @@ from torch import Tensor
 from fleetune.common.ggml import padded
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report, _ggml_blocks, _gguf_vocabulary
-from fleetune.deploy.formats._gguf_header import (
+from fleetune.deploy.formats._gguf_layout import (
+    EMBEDDING,
+    FLOATS,
+    GgufTensor,
     add_metadata,
     check_config,
+    counted,
+    file_type,
     loadable_name,
     notes_on,
     open_written,
+    plan,
     tensor_name,
 )
-from fleetune.deploy.formats._gguf_layout import EMBEDDING, FLOATS, GgufTensor, counted, file_type, plan
 from fleetune.errors import UsageError
-from fleetune.models.families import gemma, rope, table
+from fleetune.models.families import rope, table
 from fleetune.models.tensor_file import damaged
 
 TARGETS: Final = {
@@ -81,6 +86,8 @@ SUFFIX: Final = ".gguf"
 BLOCK_WIDTHS: Final = True
 PROVENANCE: Final = True
 RUNTIME: Final = "llama.cpp"
+NEEDS: Final = ("llama_cpp_py_sync",)
+EXTRA: Final = "llamacpp"
 ORDER: Final = 10
 
 
@@ -319,7 +326,7 @@ def _values(model: Checkpoint, entry: GgufTensor) -> Tensor:
     if entry.order is not None:
         weight = weight.reshape(len(entry.order) * entry.parts, -1)[torch.from_numpy(entry.order)]
     weight = weight.reshape(entry.shape).contiguous()
-    return torch.from_numpy(gemma.plus_one(weight.float().numpy())) if entry.shifted else weight
+    return torch.from_numpy(table.plus_one(weight.float().numpy())) if entry.shifted else weight
 
 
 def _float_bytes(weight: Tensor, entry: GgufTensor) -> np.ndarray:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report
-from fleetune.deploy.formats._gguf_header import (
+from fleetune.deploy.formats._gguf_layout import (
     check_config,
     open_written,
     tensor_name,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a directory in the GPTQ format, for GPTQModel, vLLM, ONNX Runtime's builder and other readers.
+"""Write a directory in the GPTQ format, for GPTQModel, vLLM and other readers.
 
 A quantised layer NAME of shape [R, C] = [out, in] in groups of G inputs (AutoGPTQ; checkpoint format "gptq"):
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Misfit, Report, _hf_writer
+from fleetune.deploy.formats import Misfit, Report, hf
 from fleetune.deploy.formats.compressed_tensors import symmetric
 from fleetune.models.artefact import Quantised
 
@@ -51,7 +51,7 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
     grids = _grids(model)
     settings = quantize_config(grids)
-    return _hf_writer.write_codes(
+    return hf.write_codes(
         model,
         folder,
         TARGET,
@@ -65,8 +65,8 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
 def parts(name: str, q: Quantised) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a quantised layer."""
     layer, q = name.removesuffix(".weight"), from_the_other_end(q)
-    yield f"{layer}.qweight", _hf_writer.words(q.codes, q.bits).T.contiguous()
-    yield f"{layer}.qzeros", _hf_writer.words((q.zero - 1).T.contiguous(), q.bits)
+    yield f"{layer}.qweight", hf.words(q.codes, q.bits).T.contiguous()
+    yield f"{layer}.qzeros", hf.words((q.zero - 1).T.contiguous(), q.bits)
     yield f"{layer}.scales", q.scale.T.contiguous()
     yield f"{layer}.g_idx", (torch.arange(q.codes.shape[1]) // q.group).to(torch.int32)
 
@@ -85,7 +85,7 @@ def quantize_config(grids: dict[str, Quantised]) -> dict[str, Any]:
     first = next(iter(grids.values()))
     return {
         "quant_method": TARGET, "checkpoint_format": "gptq", "bits": first.bits,
-        "group_size": _hf_writer.group_size(first, grids),
+        "group_size": hf.group_size(first, grids),
         "sym": symmetric(grids), "desc_act": False, "lm_head": False,
         "true_sequential": False,
     }  # fmt: skip
@@ -93,7 +93,7 @@ def quantize_config(grids: dict[str, Quantised]) -> dict[str, Any]:
 
 def _grids(model: Checkpoint) -> dict[str, Quantised]:
     """Return the grids of the linear layers; Misfit when the format cannot hold them."""
-    grids = _hf_writer.matrices(model, TARGET)
+    grids = hf.matrices(model, TARGET)
     plain = model.linears - grids.keys() - {HEAD}
     missing = sorted(
         name for name in plain if model.shapes[name][0] > 1
@@ -101,10 +101,10 @@ def _grids(model: Checkpoint) -> dict[str, Quantised]:
     if missing or HEAD in grids:
         what = f"{missing[0]} is not quantised" if missing else f"{HEAD} is"
         raise Misfit(f"{TARGET} wants all linear layers but the head quantised; {what}", remedy=REMEDY)
-    first, kind = next((name, (q.bits, _hf_writer.group_size(q, grids))) for name, q in grids.items())
+    first, kind = next((name, (q.bits, hf.group_size(q, grids))) for name, q in grids.items())
     for name, q in grids.items():
         R, C = model.shapes[name]
-        problem, group = None, _hf_writer.group_size(q, grids)
+        problem, group = None, hf.group_size(q, grids)
         if q.bits not in BITS:
             problem = f"{name} has {q.bits} bits, the format has {', '.join(map(str, BITS))}"
         elif (q.bits, group) != kind:
@@ -121,8 +121,8 @@ def _grids(model: Checkpoint) -> dict[str, Quantised]:
 def _decode(file: Any, layer: str, q: Quantised) -> Tensor:
     """Decode a layer from the file as a runtime would."""
     R, C = q.codes.shape
-    codes = _hf_writer.unwords(file.get_tensor(f"{layer}.qweight").T, q.bits, C)
-    zero = _hf_writer.unwords(file.get_tensor(f"{layer}.qzeros"), q.bits, R).T.float() + 1
+    codes = hf.unwords(file.get_tensor(f"{layer}.qweight").T, q.bits, C)
+    zero = hf.unwords(file.get_tensor(f"{layer}.qzeros"), q.bits, R).T.float() + 1
     scale: Tensor = file.get_tensor(f"{layer}.scales").T.float()
     at = file.get_tensor(f"{layer}.g_idx").long()
     return scale[:, at] * (codes.float() - zero[:, at])

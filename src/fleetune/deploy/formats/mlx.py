@@ -14,34 +14,54 @@ Scales and biases are fp16 where every scale * zero of the model is exact in it 
 few bits: grids `ggml` and `universal`), else both are fp32, and mlx computes in fp32 then.  config.json names group and bits, and
 the layers that have others; a layer without scales (a router, the head) is a plain one to mlx-lm.
 
-What else mlx-lm needs of a family stands in `_mlx_families.py`.
+mlx-lm (0.32) has a model class a family, which reads some fields of config.json and fixes the rest in its code.  It does not know
+where transformers 5 keeps the rotary settings ("rope_parameters"), and what config.json leaves out it fills with defaults of its
+own.  So config.json states the `STATED` fields, and a record of `FAMILIES` says which configurations have a place.  Families that
+are missing have no class in mlx-lm, or one that differs in more than that.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Misfit, Report, _hf_writer, _mlx_families
+from fleetune.deploy.formats import Misfit, Report, hf
 from fleetune.models.artefact import Quantised
+from fleetune.models.families import experts, rope
+from fleetune.models.families.limits import (
+    ALL_EXPERTS,
+    NO_WINDOW,
+    OWN_HEAD,
+    SILU,
+    TANH,
+    TIED,
+    WINDOWS,
+    Limits,
+    Options,
+    irregular,
+    only,
+)
 
 TARGETS: Final = {
     "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128",
 }
 TAKES: Final = "codes"
 RUNTIME: Final = "mlx-lm"
+NEEDS: Final = ("mlx", "mlx_lm")
+INSTALL: Final = "pip install mlx mlx-lm (on Linux also mlx-cpu)"
 ORDER: Final = 50
 TARGET: Final = "mlx"
 BITS: Final = (2, 3, 4, 5, 6, 8)
 GROUPS: Final = (32, 64, 128)
-ARCHITECTURES: Final = tuple(_mlx_families.FAMILIES)
 
 
 def check(model: Checkpoint, kind: str | None) -> None:
@@ -56,23 +76,23 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     settings = quantization(model.config, grids)
     config = {"dtype": "float16", "quantization": settings, "quantization_config": settings}
     note = "scale * zero is not exact in fp16: scales and biases are fp32, in which MLX computes then"
-    return _hf_writer.write_codes(
+    return hf.write_codes(
         model,
         folder,
         TARGET,
         partial(parts, dtype=dtype),
         _decode,
-        config | _mlx_families.fields(model.config),
-        layers=partial(_mlx_families.layers, model.config),
+        config | fields(model.config),
+        layers=partial(layers, model.config),
         experts=True,
-        notes=[*_mlx_families.notes(model.config), *([note] if dtype == torch.float32 else [])],
+        notes=[*notes(model.config), *([note] if dtype == torch.float32 else [])],
     )
 
 
 def parts(name: str, q: Quantised, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a quantised layer."""
     layer, rows = name.removesuffix(".weight"), q.shape[:-1]
-    yield f"{layer}.weight", _hf_writer.words(q.codes, q.bits).view(torch.uint32).view(*rows, -1)
+    yield f"{layer}.weight", hf.words(q.codes, q.bits).view(torch.uint32).view(*rows, -1)
     yield f"{layer}.scales", q.scale.to(dtype).view(*rows, -1)
     yield f"{layer}.biases", _biases(q).to(dtype).view(*rows, -1)
 
@@ -80,9 +100,9 @@ def parts(name: str, q: Quantised, dtype: torch.dtype) -> Iterator[tuple[str, Te
 def quantization(config: Any, grids: Mapping[str, Quantised]) -> dict[str, Any]:
     """Return "quantization" of config.json: the commonest group and bits, and each layer that has others."""
     kinds = {
-        layer.removesuffix(".weight"): (q.group, q.bits)
+        _renamed(config, part.name).removesuffix(".weight"): (q.group, q.bits)
         for name, q in grids.items()
-        for layer, _ in _mlx_families.parts(config, name)
+        for part in experts.stacked(name)
     }
     main = Counter(kinds.values()).most_common(1)[0][0]
     others = {layer: _kind(kind) for layer, kind in kinds.items() if kind != main}
@@ -99,19 +119,16 @@ def _biases(q: Quantised) -> Tensor:
 
 
 def _exact(model: Checkpoint, name: str) -> bool:
-    q = _hf_writer.codes_of(model, name, experts=True)
+    q = hf.codes_of(model, name, experts=True)
     assert q is not None
     return bool((_biases(q).half().float() == _biases(q)).all())
 
 
 def _grids(model: Checkpoint) -> dict[str, Quantised]:
     """Return the grids of linear layers and experts; Misfit when MLX cannot hold the model."""
-    if (problem := _mlx_families.misfit(model.config)) is not None:
+    if (problem := misfit(model.config)) is not None:
         raise Misfit(f"{TARGET} has no place for {problem}")
-    for name in model.names:
-        if _mlx_families.is_absent(model.config, name) and bool(model.weight(name).any()):
-            raise Misfit(f"{TARGET} has no place for {name}: mlx-lm leaves it out, and it is not 0")
-    grids = _hf_writer.matrices(model, TARGET, experts=True)
+    grids = hf.matrices(model, TARGET, experts=True)
     for name, q in grids.items():
         problem = None
         if q.bits not in BITS:
@@ -128,10 +145,178 @@ def _grids(model: Checkpoint) -> dict[str, Quantised]:
 def _decode(file: Any, layer: str, q: Quantised) -> Tensor:
     """Decode a layer from the file as mlx does."""
     packed = file.get_tensor(f"{layer}.weight").view(torch.int32).flatten(0, -2)
-    codes = _hf_writer.unwords(packed, q.bits, q.codes.shape[1]).float()
+    codes = hf.unwords(packed, q.bits, q.codes.shape[1]).float()
     scales, biases = (
         file.get_tensor(f"{layer}.{part}").float().flatten(0, -2).repeat_interleave(q.group, 1)
         for part in ("scales", "biases")
     )
     weight: Tensor = scales * codes + biases
     return weight.view(q.shape)
+
+
+# ---------------------------------------------------------------- families
+
+# fields of transformers that mlx-lm reads under the same name, and that config.json may leave to transformers' defaults
+STATED: Final = (
+    "head_dim", "num_key_value_heads", "tie_word_embeddings", "max_position_embeddings", "layer_types", "sliding_window",
+    "attention_bias", "attention_out_bias", "mlp_bias", "conv_bias", "use_bias", "use_qkv_bias",
+    "use_qk_norm", "qk_layernorm", "use_parallel_residual", "no_rope_layers",
+    "rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon",
+    "logit_scale", "logits_scaling", "attention_multiplier", "embedding_multiplier", "residual_multiplier",
+    "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "intermediate_size", "hidden_act",
+    "conv_L_cache", "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim",
+    "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
+    "moe_intermediate_size", "shared_expert_intermediate_size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family(Limits):
+    """How mlx-lm reads a family; functions take a configuration."""
+
+    options: Options = field(default_factory=dict)
+    windowless: bool = False  # mlx-lm has no window there: longer texts differ, which a note says
+    exact_gelu: bool = False  # mlx-lm computes the exact GELU; a note says where transformers takes tanh
+    names: tuple[tuple[str, str], ...] = ()  # parts of tensors' names, and mlx-lm's; the first found counts
+    paired: bool = False  # rows of an expert's gate and up alternate in the model
+    transposed: bool = False  # the model has the matrices of experts as [in, out]
+    fields: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # what mlx-lm calls otherwise
+
+
+_SCALED: Final = ("default", "linear", "llama3")  # of mlx-lm's initialize_rope
+_SWITCH: Final = ((".mlp.experts.", ".mlp.switch_mlp."),)
+_GEMMA: Final = only(hidden_activation=TANH, use_bidirectional_attention=(False, None))
+
+
+def _pattern(config: Any) -> int:
+    """Return each how manieth block looks at everything: the first that does; 0 for none."""
+    return next((i for i, layer in enumerate(config.layer_types, 1) if layer == "full_attention"), 0)
+
+
+def _gemma3_fields(config: Any) -> dict[str, Any]:
+    local = config.rope_parameters["sliding_attention"]
+    return {"sliding_window_pattern": _pattern(config), "rope_local_base_freq": local["rope_theta"]}
+
+
+FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
+    {  # by transformers' model type
+        "llama": Family(SILU, scalings=_SCALED, square=False),
+        "mistral": Family(SILU, scalings=_SCALED, square=False, windowless=True),
+        "qwen2": Family(only(SILU, NO_WINDOW), scalings=_SCALED),
+        "qwen3": Family(only(SILU, NO_WINDOW, attention_bias=(False,)), scalings=_SCALED, square=False),
+        "phi": Family(only(OWN_HEAD, hidden_act=TANH, qk_layernorm=(False,)), partial=True),
+        "phi3": Family(SILU, partial=True, windowless=True),
+        "stablelm": Family(only(SILU, OWN_HEAD), partial=True),
+        "olmo2": Family(SILU, scalings=_SCALED, square=False),
+        "granite": Family(SILU, scalings=_SCALED),
+        "smollm3": Family(only(SILU, NO_WINDOW), scalings=_SCALED, square=False),
+        "seed_oss": Family(SILU, scalings=_SCALED, square=False),
+        "cohere": Family(only(SILU, TIED)),
+        "glm4": Family(only(SILU, OWN_HEAD), partial=True, square=False),
+        "ernie4_5": Family(SILU, square=False),
+        "nemotron": Family(only(hidden_act=("relu2",)), partial=True, square=False),
+        # of these mlx-lm has something otherwise
+        "gemma": Family(
+            only(TIED, hidden_act=(*TANH, "gelu"), attention_bias=(False,)), square=False, exact_gelu=True
+        ),
+        "gemma2": Family(
+            only(_GEMMA, TIED, attention_bias=(False,)), square=False, layers=WINDOWS, windowless=True,
+            needed=("attn_logit_softcapping", "final_logit_softcapping"),
+        ),
+        "gemma3_text": Family(
+            only(_GEMMA, attention_bias=(False,), attn_logit_softcapping=(None,), final_logit_softcapping=(None,)),
+            scalings=_SCALED, square=False, layers=WINDOWS, fields=_gemma3_fields,
+            misfit=lambda config: irregular(config, _pattern(config)),
+        ),
+        "starcoder2": Family(
+            only(hidden_act=(*TANH, "gelu"), use_bias=(True,)), windowless=True, exact_gelu=True
+        ),
+        "cohere2": Family(
+            only(SILU, TIED), layers=WINDOWS, misfit=lambda config: irregular(config, _pattern(config)),
+            fields=lambda config: {"sliding_window_pattern": _pattern(config)},
+        ),
+        "lfm2": Family(
+            only(TIED), layers=("full_attention", "conv"), mixed=True,
+            fields=lambda config: {"block_dim": config.hidden_size},
+        ),
+        "mixtral": Family(
+            SILU, windowless=True,
+            names=((".mlp.experts.", ".block_sparse_moe.switch_mlp."), (".mlp.", ".block_sparse_moe.")),
+        ),
+        "qwen2_moe": Family(
+            only(SILU, NO_WINDOW, OWN_HEAD, ALL_EXPERTS, qkv_bias=(True,), norm_topk_prob=(False,)), names=_SWITCH
+        ),
+        "qwen3_moe": Family(
+            only(SILU, NO_WINDOW, attention_bias=(False,)), square=False, names=_SWITCH,
+            fields=lambda config: {"head_dim": rope.head_dim(config)},
+        ),
+        "olmoe": Family(only(SILU, clip_qkv=(None,)), scalings=_SCALED, names=_SWITCH),
+        "gpt_oss": Family(
+            only(OWN_HEAD, attention_bias=(True,), swiglu_alpha=(1.702,), swiglu_limit=(7.0,)),
+            scalings=("default", "yarn"), square=False, layers=WINDOWS, mixed=True, paired=True, transposed=True,
+            misfit=rope.yarn_misfit,
+        ),
+    }
+)  # fmt: skip
+ARCHITECTURES: Final = tuple(FAMILIES)
+
+
+def misfit(config: Any) -> str | None:
+    """Return what of a configuration mlx-lm has no place for; None when it has one for all."""
+    family = FAMILIES.get(kind := str(config.model_type))
+    return family.unmet(config) if family else f"'{kind}': it is written for {', '.join(FAMILIES)}"
+
+
+def fields(config: Any) -> dict[str, Any]:
+    """Return what config.json states for mlx-lm, under its names; nothing that transformers could not read back from it."""
+    held = (key for key in STATED if not isinstance(getattr(type(config), key, None), property))
+    found = {key: value for key in held if (value := getattr(config, key, None)) is not None}
+    settings = dict(rope.settings(config))
+    found["rope_theta"] = settings.pop("rope_theta")
+    found["partial_rotary_factor"] = settings.get("partial_rotary_factor", 1.0)
+    found["rope_scaling"] = settings if rope.kind(config) != "default" else None
+    return {**found, **FAMILIES[config.model_type].fields(config)}
+
+
+def layers(
+    config: Any, parameter: str, weight: Quantised | Tensor
+) -> Iterator[tuple[str, Quantised | Tensor]]:
+    """Yield the tensors that a parameter is in mlx-lm: their names there, and their values."""
+    family, pieces = FAMILIES[config.model_type], experts.stacked(parameter)
+    of_experts = pieces[0].name != parameter
+    for part in pieces:
+        matrix, whole = not experts.is_bias(part.name), weight
+        if family.transposed and of_experts and matrix:
+            whole = (
+                weight.mT.contiguous() if isinstance(weight, Tensor) else replace(weight, transposed=False)
+            )
+        order = part.order(tuple(whole.shape), matrix, family.paired)
+        if order is not None:
+            whole = _rows(whole, torch.from_numpy(order), part)
+        yield _renamed(config, part.name), whole
+
+
+def _renamed(config: Any, name: str) -> str:
+    for ours, theirs in FAMILIES[config.model_type].names:
+        if ours in name:
+            return name.replace(ours, theirs)
+    return name
+
+
+def _rows(weight: Quantised | Tensor, order: Tensor, part: experts.Part) -> Quantised | Tensor:
+    """Return the rows of a part; of a bias, its values."""
+    if isinstance(weight, Quantised):
+        codes, scale, zero = (values[order] for values in (weight.codes, weight.scale, weight.zero))
+        return replace(weight, codes=codes, scale=scale, zero=zero)
+    shape = experts.part_shape(tuple(weight.shape), part, part.name)
+    return weight.reshape(len(order) * part.of, -1)[order].reshape(shape)
+
+
+def notes(config: Any) -> Iterator[str]:
+    """Yield what mlx-lm computes otherwise than transformers."""
+    family, kind = FAMILIES[config.model_type], config.model_type
+    if family.windowless and (window := config.sliding_window) is not None:
+        yield f"mlx-lm has no window in a {kind}: it gives the same up to {window:,} tokens, and in longer texts sees more"
+    if family.exact_gelu and config.hidden_act != "gelu":
+        yield f"mlx-lm computes the GELU of a {kind} exactly, transformers as '{config.hidden_act}'"
+    yield from rope.ramp_notes(config, "mlx-lm")

@@ -1,26 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a folder for Ollama: the GGUF file, and a Modelfile that says how it is asked.
+"""Write a folder for Ollama: the GGUF file, and a Modelfile that names the tokens which end an answer.
 
     ollama create NAME -f FOLDER/Modelfile
 
-The Modelfile (docs.ollama.com/modelfile) has the chat template that the model was tuned with in Ollama's own language
-(`_ollama_template.py`), the system message that the template gives itself, and the tokens that end an answer.  Without it
-Ollama takes the known template that looks most alike.
+Ollama reads the chat template in the GGUF file, and takes the one of its own that looks most alike.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fleetune.data.encode import DATE, stop_ids
+from fleetune.data.encode import stop_ids
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Report, _gguf_vocabulary, _ollama_template, gguf
+from fleetune.deploy.formats import Report, _gguf_vocabulary, gguf
 from fleetune.errors import FleetuneError
-from fleetune.models import chat_template as plain
-from fleetune.models.template_trial import template_trial
 
 TARGETS: Final = {
     "ollama": "a folder with the GGUF file and a Modelfile: ollama create NAME -f FOLDER/Modelfile",
@@ -30,7 +26,6 @@ BLOCK_WIDTHS: Final = True
 PROVENANCE: Final = True
 ORDER: Final = 20
 FILE: Final = "model.gguf"
-QUOTES: Final = '"""'  # of a text of several lines in a Modelfile
 
 
 def check(model: Checkpoint, kind: str | None) -> None:
@@ -52,53 +47,14 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
 
 
 def add_modelfile(tokenizer: Any, folder: Path) -> list[str]:
-    """Write the Modelfile of a model with this tokenizer; return notes for the user.
-
-    ModelError for a chat template that does not end, or takes too much memory, when it is rendered.
-    """
-    with template_trial(tokenizer, folder):
-        pass  # in a process of its own, before it runs in this one
-    text, notes = modelfile(tokenizer)
-    (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return notes
-
-
-def modelfile(tokenizer: Any) -> tuple[str, list[str]]:
-    """Return a Modelfile, and notes."""
-    template = plain.template(tokenizer) if plain.is_plain(tokenizer) else None
-
-    def render(messages: Sequence[Mapping[str, str]], asking: bool) -> str:
-        text = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=asking, date_string=DATE,
-        )  # fmt: skip
-        return str(text)
-
-    lines, (stops, notes) = [f"FROM ./{FILE}"], _stops(tokenizer)
-    turns = _ollama_template.read(render, _first(tokenizer))
-    if turns is None or any(QUOTES in text for text in (_ollama_template.go(turns), turns.usual or "")):
-        note = "the chat template has no form in Ollama's language, which takes its own guess: compare its prompts"
-        return "\n".join([*lines, *stops, ""]), [note, *notes]
-    lines.append(f"TEMPLATE {QUOTES}{_ollama_template.go(turns)}{QUOTES}")
-    if turns.usual:
-        lines.append(f"SYSTEM {QUOTES}{turns.usual}{QUOTES}")
-    if "system" not in turns.around:
-        notes.insert(0, "the chat template has no system message: Ollama's are left out")
-    return "\n".join([*lines, *stops, ""]), notes
-
-
-def _first(tokenizer: Any) -> str:
-    """Return the token that is put in front of every text, "" for none."""
-    begins = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    return str(tokenizer.bos_token) if begins and tokenizer.bos_token_id is not None else ""
-
-
-def _stops(tokenizer: Any) -> tuple[list[str], list[str]]:
-    """Return the lines that name the tokens which end an answer, and a note on those that a Modelfile cannot quote."""
+    """Write the Modelfile of a model with this tokenizer; return a note on end tokens that it cannot quote."""
     try:
-        ids = sorted(stop_ids(tokenizer))
+        ids = stop_ids(tokenizer)
     except FleetuneError:  # a template that refuses a question and its answer
-        ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     tokens = tokenizer.convert_ids_to_tokens(ids)
     odd = [token for token in tokens if '"' in token or not token.isprintable()]
+    stops = [f'PARAMETER stop "{token}"' for token in tokens if token not in odd]
+    (folder / "Modelfile").write_text("\n".join([f"FROM ./{FILE}", *stops, ""]), encoding="utf-8")
     note = f"a Modelfile cannot quote {', '.join(map(ascii, odd))}: answers that end so do not stop there"
-    return [f'PARAMETER stop "{token}"' for token in tokens if token not in odd], [note] * bool(odd)
+    return [note] if odd else []

@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 FILE: Final = "measure.json"  # in a compression's folder
 # Export warns below it.  A convention: who deploys should know that a tenth of the gain is lost.
 KEPT_BAR: Final = 0.9
-KINDS: Final = ("model", "run", "artefact", "gguf", "transformers", "mlx", "onnx", "pte")
 THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 Row = tuple[list[int], int]  # tokens, and how many of the first are context only
@@ -59,7 +58,7 @@ Row = tuple[list[int], int]  # tokens, and how many of the first are context onl
 class MeasureJob:
     """One model in one engine, and what to measure."""
 
-    kind: str  # of KINDS: which loader or engine reads `path`
+    kind: str  # what reads `path`: gguf (llama.cpp), or a loader of `engines.OPEN`
     path: str
     threads: int
     dtype: str = "fp32"  # of a model by name
@@ -110,9 +109,6 @@ class LoadedEngine(Protocol):
     def scored_logits(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
         """Yield the logits of the tokens that `losses` scores, in order: float32 [n, V], each lasts until the next."""
         ...
-
-    def close(self) -> None:
-        """Give the memory back."""
 
 
 # ---------------------------------------------------------------- speed and quality, in the child
@@ -188,34 +184,19 @@ def _engine(job: MeasureJob) -> Iterator[LoadedEngine]:
         with llamacpp.opened(Path(job.path), job.threads) as engine:
             yield engine
         return
-    if job.kind == "onnx":
-        from fleetune.deploy.measure import onnx_runtime
-
-        yield onnx_runtime.OnnxRuntime(Path(job.path), job.threads)
-        return
-    if job.kind == "pte":
-        from fleetune.deploy.measure import executorch_runtime
-
-        yield executorch_runtime.ExecuTorch(Path(job.path), job.threads)
-        return
-    if job.kind == "mlx":
-        from fleetune.deploy.measure import mlx_lm
-
-        yield mlx_lm.MlxLm(Path(job.path))
-        return
     import torch
 
-    from fleetune.deploy.measure import torch_engine
+    from fleetune.deploy.measure import engines
 
     torch.set_num_threads(job.threads)
-    yield torch_engine.OPEN[job.kind](job.path, job.dtype, job.offline)
+    yield engines.OPEN[job.kind](job.path, job.dtype, job.offline)
 
 
 def _tasks(job: MeasureJob, engine: LoadedEngine) -> dict[str, float]:
     if not job.tasks:
         return {}
     from fleetune.data import Example
-    from fleetune.deploy.measure.torch_engine import Torch
+    from fleetune.deploy.measure.engines import Torch
     from fleetune.evaluation import measures
 
     if not isinstance(engine, Torch):
@@ -224,6 +205,27 @@ def _tasks(job: MeasureJob, engine: LoadedEngine) -> dict[str, float]:
     return measures.evaluate(
         engine.model, examples, job.tasks, max_new_tokens=job.answer_tokens, labels=job.labels
     ).values
+
+
+def longest(folder: Path) -> int:
+    """Return the tokens that the model of a directory is made for; 2,048 where its configuration does not say."""
+    from fleetune import models
+
+    return int(getattr(models.load_config(str(folder)), "max_position_embeddings", None) or 2048)
+
+
+def windows_of(text: str, folder: Path, length: int, count: int) -> list[Row]:
+    """Return the first windows of a text file in the tokens of the model in `folder`, no longer than it is made for.
+
+    DataError for a text without two tokens.
+    """
+    from transformers import AutoTokenizer
+
+    from fleetune import data
+
+    words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = [words(part, verbose=False)["input_ids"] for part in data.read_text(text)]
+    return windows(ids, min(length, longest(folder)), count)
 
 
 def windows(texts: Sequence[Sequence[int]], length: int, count: int) -> list[Row]:

@@ -1,26 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure models side by side, each in a process of its own; and the share of tuning's gain that compression keeps."""
+"""Measure models side by side, each in a process of its own; and the share of tuning's gain that compression keeps.
+
+Lines of the table are compared with a reference model by KL divergence and same top token.  The reference is the model that is
+named, and every line is compared with it; of a compression's folder it is by itself the model that was compressed, with which
+the compressed model and its files are compared.  It runs first, in a process of its own, and its logits wait in a file
+(`evaluation/kl_divergence.py`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common import paired
-from fleetune.common.display import COMPARED, counted
-from fleetune.common.events import Measured, MeasureDone
+from fleetune.common.display import COMPARED, counted, human_bytes
+from fleetune.common.events import Measured, MeasureDone, as_dict
+from fleetune.common.files import write_atomic
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
 from fleetune.data import readers
-from fleetune.deploy.measure import compared, harness, kept_gain, lines, record
-from fleetune.deploy.measure.compared import ReferenceLine
-from fleetune.deploy.measure.harness import KeptGain, Measurement, Row
+from fleetune.deploy.measure import harness, lines
+from fleetune.deploy.measure.harness import FILE, KeptGain, MeasureJob, Measurement, Row
 from fleetune.deploy.measure.lines import Line, Measurable
 from fleetune.errors import FleetuneError, UsageError
+from fleetune.runs import compression_folder, sealed
 from fleetune.runs.listener import Listener
-from fleetune.subject import ROW, Compressed, Run, Subject
+from fleetune.subject import ROW, Compressed, Run, Subject, loading
 
 if TYPE_CHECKING:
     from fleetune.data import Example
@@ -29,6 +39,10 @@ LEAST: Final = {
     "windows": 1, "length": 2, "limit": 1, "answer_tokens": 1, "threads": 1, "prompt_tokens": 1, "new_tokens": 1,
     "repeats": 1,
 }  # fmt: skip
+RECORDED: Final = (
+    "threads", "prompt_tokens", "new_tokens", "repeats", "text", "windows", "length", "data", "limit",
+)  # fmt: skip
+SMALL: Final = ("artefact", "gguf")  # kinds of the lines that compression made
 
 
 @dataclass(frozen=True)
@@ -69,16 +83,18 @@ def measure(
 ) -> MeasureResult:
     """Measure every line of the subjects, and compare it with the model `reference`.
 
-    UsageError for contradictions, before anything is loaded.
+    UsageError for contradictions, before anything is loaded; `check_kept` comes before where `options` ask for the kept gain.
     """
-    tasks = check(len(subjects), options)
+    tasks = check(options)
+    from fleetune.compression.jobs import compressed_base
+
     found = [lines.of(subject, offline=offline) for subject in subjects]
-    if options.kept_gain:
-        _check_kept(found[0])
+    if options.kept_gain and found[0].folder:
+        compressed_base.check(found[0].folder)
     length, examples = _row_length(options, found), _examples(options, found, offline=offline)
     if not examples and (tasks or options.kept_gain):
         raise UsageError("tasks and kept gain need rows", hint="--data FILE")
-    against = compared.reference_of(found, reference, offline=offline)
+    against = reference_of(found, reference, offline=offline)
     windows = _windows(options, found)
     rows = _compared_rows(options, against, examples, length)
     _header(options, found, examples, windows, listener)
@@ -87,17 +103,20 @@ def measure(
             f"base is {before}, compressed before it was tuned: what is beside it is relative to that"
         )
     chosen = lines.chosen(found, listener)
-    if options.kept_gain:
-        chosen.append((found[0], _compressed_base(found[0], listener, offline=offline)))
+    if options.kept_gain and found[0].folder:
+        path = compressed_base.base_of(listener, found[0].folder, offline=offline)
+        chosen.append((found[0], lines.line_of(lines.COMPRESSED_BASE, "artefact", path, path)))
     done: list[Measured] = []
     losses: dict[str, list[tuple[float, int]]] = {}
-    with compared.logits_of(against, rows, listener, threads=options.threads, offline=offline) as logits:
+    with logits_of(against, rows, listener, threads=options.threads, offline=offline) as logits:
         for measurable, line in chosen:
             job = _job(
                 options, measurable, line, (examples, length), windows[measurable.tokenizer], tasks, offline
             )
+            if logits and against and against.compares(line):
+                job = replace(job, compared=rows, logits=str(logits))
             try:
-                result = harness.measured(logits.asked_of(job, line) if logits else job)
+                result = harness.measured(job)
             except FleetuneError as error:
                 if line.kind != "gguf":  # of an engine that is not ours: the other rows stay worth their time
                     raise
@@ -109,8 +128,8 @@ def measure(
     return _finish(options, found, done, losses, listener, against)
 
 
-def check(count: int, options: MeasureOptions) -> list[str]:
-    """Return the tasks to measure on `count` models; UsageError for contradictions, before anything is loaded."""
+def check(options: MeasureOptions) -> list[str]:
+    """Return the tasks to measure; UsageError for contradictions, before anything is loaded."""
     from fleetune.evaluation import measures
 
     for name, least in LEAST.items():
@@ -123,8 +142,6 @@ def check(count: int, options: MeasureOptions) -> list[str]:
         raise UsageError(f"no text file at {options.text}", hint="check the path")
     if options.text:
         readers.require_text(options.text, hint=f"--data {quoted(options.text)}")
-    if options.kept_gain and count > 1:
-        raise UsageError("--kept-gain is of one compressed run", hint="name its folder alone")
     tasks = measures.check_tasks(list(options.tasks))
     if "perplexity" in tasks and not options.text:
         raise UsageError("perplexity is measured on a text", hint="--text FILE")
@@ -138,9 +155,7 @@ def check(count: int, options: MeasureOptions) -> list[str]:
 
 def _row_length(options: MeasureOptions, found: Sequence[Measurable]) -> int:
     """Return the most tokens of a row, the same for all; UsageError when an option exceeds a model's context."""
-    from fleetune.deploy.measure.exported_perplexity import longest
-
-    most, name = min((longest(one.tokenizer), one.name) for one in found)
+    most, name = min((harness.longest(one.tokenizer), one.name) for one in found)
     asked = max(options.prompt_tokens + options.new_tokens, options.length if options.text else 0)
     if asked > most:
         raise UsageError(
@@ -163,12 +178,10 @@ def _examples(options: MeasureOptions, found: Sequence[Measurable], *, offline: 
 
 def _windows(options: MeasureOptions, found: Sequence[Measurable]) -> dict[Path, list[Row]]:
     """Return tokenizer -> windows of the text; DataError when the text is too short to predict anything."""
-    from fleetune.deploy.measure.exported_perplexity import windows_of
-
     folders = {one.tokenizer for one in found}
     if not options.text:
         return {folder: [] for folder in folders}
-    return {f: windows_of(options.text, f, options.length, options.windows) for f in folders}
+    return {f: harness.windows_of(options.text, f, options.length, options.windows) for f in folders}
 
 
 def _compared_rows(
@@ -178,12 +191,10 @@ def _compared_rows(
 
     UsageError when a reference is named and there is neither.
     """
-    from fleetune.deploy.measure.exported_perplexity import windows_of
-
     if reference is None:
         return []
     if options.text:
-        return windows_of(options.text, reference.tokenizer, options.length, options.windows)
+        return harness.windows_of(options.text, reference.tokenizer, options.length, options.windows)
     if reference.named and not examples:
         raise UsageError("there is nothing to compare on", hint="--text FILE, or rows with --data FILE")
     return _encoded(examples, reference.tokenizer, length)
@@ -209,11 +220,11 @@ def _job(
     windows: list[Row],
     tasks: list[str],
     offline: bool,
-) -> harness.MeasureJob:
+) -> MeasureJob:
     """Return the job of the child process that measures a line; `rows` are the examples and their most tokens."""
     examples, length = rows
     asked = tasks if line.kind != "gguf" else []  # llama.cpp is given tokens and asked for losses alone
-    return harness.MeasureJob(
+    return MeasureJob(
         kind=line.kind,
         path=line.path,
         threads=options.threads,
@@ -231,6 +242,68 @@ def _job(
         answer_tokens=options.answer_tokens,
         labels=list(options.labels),
     )
+
+
+# What it is compared with ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReferenceLine:
+    """The model that others are compared with."""
+
+    line: Line
+    tokenizer: Path  # the folder of its tokenizer
+    named: bool  # whether the user named it
+
+    def compares(self, line: Line) -> bool:
+        """Return whether a line of the table is compared with it."""
+        return self.named or (line.kind in SMALL and line.name != lines.COMPRESSED_BASE)
+
+
+def reference_of(
+    found: Sequence[Measurable], named: Subject | None, *, offline: bool
+) -> ReferenceLine | None:
+    """Return the reference of what is measured; None where there is none.
+
+    UsageError when the named one has other tokens than a model that is measured.
+    """
+    if named is not None:
+        for one in found:
+            loading.check_same_tokens(one.subject, named, offline=offline)
+        own = lines.of(named, offline=offline)
+        line = replace(_last_without(own, ("gguf",)), name=own.name)
+        return ReferenceLine(line, own.tokenizer, named=True)
+    if len(found) == 1 and found[0].folder is not None:
+        return ReferenceLine(_last_without(found[0], SMALL), found[0].tokenizer, named=False)
+    return None
+
+
+def _last_without(one: Measurable, kinds: Sequence[str]) -> Line:
+    """Return the last line of a subject that is of none of these kinds."""
+    return [line for line in one.lines if line.kind not in kinds][-1]
+
+
+@contextmanager
+def logits_of(
+    reference: ReferenceLine | None, rows: list[Row], listener: Listener, *, threads: int, offline: bool
+) -> Iterator[Path | None]:
+    """Keep the logits of a reference on rows in a file while the block runs; None without a reference or rows."""
+    from fleetune.evaluation import kl_divergence
+
+    if reference is None or not kl_divergence.scored(rows):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
+        line, file = reference.line, Path(folder) / "reference.npy"
+        harness.measured(MeasureJob(
+            line.kind, line.path, threads, line.dtype, offline, repeats=0, compared=rows, logits=str(file), reference=True
+        ))  # fmt: skip
+        tokens, size = kl_divergence.tokens_in(file), human_bytes(file.stat().st_size)
+        listener.note(
+            f"{line.name} in {line.engine} is the reference: {counted(tokens, 'token')}, {size} of logits in {folder} "
+            "until the end"
+        )
+        yield file
 
 
 # What it found ----------------------------------------------------------------------------------------
@@ -289,35 +362,74 @@ def _finish(
     reference: ReferenceLine | None,
 ) -> MeasureResult:
     kept = _kept(rows, losses, lines.compressed_before(found[0].subject)) if options.kept_gain else {}
+    shown = [{name: value for name, value in as_dict(row).items() if name != "event"} for row in rows]
+    gains = {name: asdict(gain) for name, gain in kept.items()}
     folder = found[0].folder if len(found) == 1 else None
     if folder is not None:
-        settings = {name: getattr(options, name) for name in record.RECORDED}
+        settings = {name: getattr(options, name) for name in RECORDED}
         settings["reference"] = reference and reference.line.path
-        record.write(folder, settings, rows, kept)
-    listener.event(MeasureDone(
-        folder=str(folder) if folder else None, rows=[record.fields_of(row) for row in rows],
-        kept=record.kept_fields(kept),
-    ))  # fmt: skip
+        _write(folder, settings, shown, gains)
+    listener.event(MeasureDone(folder=str(folder) if folder else None, rows=shown, kept=gains))
     return MeasureResult(tuple(rows), kept, folder)
+
+
+def _write(
+    folder: Path, settings: Mapping[str, Any], rows: list[dict[str, Any]], known: dict[str, Any]
+) -> None:
+    """Write what was measured into the compression's folder; without `known` a kept gain of the same artefact stays in it."""
+    from fleetune.models.artefact import Master
+    from fleetune.models.artefact_folder import is_master
+
+    model = compression_folder.model_in(folder)
+    digest = Master(model).digest() if is_master(model) else ""
+    if not known:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
+            before = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            known = before["kept"] if before["digest"] == digest else {}
+    content = {"v": 1, "digest": digest, **settings, "rows": rows, "kept": known}
+    write_atomic(folder / FILE, json.dumps(sealed.finite(content), indent=1) + "\n")
 
 
 # Kept gain --------------------------------------------------------------------------------------------
 
 
-def _check_kept(measurable: Measurable) -> None:
-    from fleetune.compression.jobs import compressed_base
+def check_kept(subjects: Sequence[Subject]) -> None:
+    """Raise UsageError when these are no compression of a tuned run, or one whose base cannot be compressed the same way."""
+    if len(subjects) > 1:
+        raise UsageError("--kept-gain is of one compressed run", hint="name its folder alone")
+    (found,) = subjects
+    if not isinstance(found, Compressed) or found.folder is None:
+        raise UsageError("--kept-gain is of a compressed run's folder", hint=_hint(found))
+    request = compression_folder.request_of(found.folder)
+    if not request.run:
+        raise UsageError(
+            f"{found.folder} was made from a model, not from a run: no tuning, no gain to keep",
+            hint="fleetune compress RUN",
+        )
+    if request.calibrate == compression_folder.FLEET:
+        raise UsageError(
+            f"{found.folder} was calibrated by devices, so the base would have to be calibrated by them as well",
+            hint="leave out --kept-gain; or compress with --calibrate clients, which simulates the devices",
+        )
+    if request.bytes or request.bpw:
+        raise UsageError(
+            f"the grids of {found.folder} were chosen for its weights within a size, and the base's would be others",
+            hint="leave out --kept-gain; or compress with one grid: --set grid=iq4_nl",
+        )
+    compression_folder.model_in(found.folder)
 
-    kept_gain.check([measurable.subject])
-    assert measurable.folder is not None
-    compressed_base.check(measurable.folder)
 
-
-def _compressed_base(measurable: Measurable, listener: Listener, *, offline: bool) -> Line:
-    from fleetune.compression.jobs import compressed_base
-
-    assert measurable.folder is not None
-    path = compressed_base.base_of(listener, measurable.folder, offline=offline)
-    return lines.line_of(lines.COMPRESSED_BASE, "artefact", path, path)
+def _hint(found: Subject) -> str:
+    """Name the newest compression of a run, or how to make one."""
+    if not isinstance(found, Run):
+        return "fleetune compress RUN"
+    run = found.folder.resolve()
+    for folder in reversed(compression_folder.listing(run.parent)):
+        request = compression_folder.request_of(folder)
+        if request.run and Path(request.model).resolve() == run:
+            shown = found.folder.parent / folder.name
+            return f"measure what was compressed from it: fleetune measure {quoted(shown)} --kept-gain"
+    return f"compress it first: fleetune compress {quoted(found.folder)}"
 
 
 def _kept(

@@ -29,7 +29,7 @@ class Line:
     """A line of the table: a model in an engine."""
 
     name: str
-    kind: str  # of harness.KINDS
+    kind: str  # of a `MeasureJob`
     path: str
     weights: Path  # whose bits are counted
     bytes: int  # on the disk

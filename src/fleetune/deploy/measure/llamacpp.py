@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fleetune.common.extras import pip_install
-from fleetune.deploy.measure import cross_entropy
 from fleetune.errors import ModelError, UsageError
 
 MODULE: Final = "llama_cpp_py_sync"
@@ -30,6 +30,15 @@ SCORED: Final = 64  # positions whose logits are alive at a time: 13 MB of them 
 def available() -> bool:
     """Whether the engine is installed."""
     return importlib.util.find_spec(MODULE) is not None
+
+
+def cross_entropy(logits: NDArray[np.float32], targets: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Return -log softmax(logits)[target] in nats: logits [n, V], targets [n] -> float64 [n]."""
+    wide = logits.astype(np.float64)
+    top = wide.max(1)
+    own = wide[np.arange(len(targets)), targets]
+    found: NDArray[np.float64] = top + np.log(np.exp(wide - top[:, None]).sum(1)) - own
+    return found
 
 
 class LlamaCpp:
@@ -102,7 +111,7 @@ class LlamaCpp:
         """float64 [T - 1]: the cross-entropy of every token but the first."""
         parts, targets = [np.zeros(0)], np.asarray(ids)[1:]
         for first, piece in self._pieces(ids):
-            parts.append(cross_entropy.of_tokens(piece, targets[first : first + len(piece)]))
+            parts.append(cross_entropy(piece, targets[first : first + len(piece)]))
         return np.concatenate(parts)
 
     def _pieces(self, ids: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:

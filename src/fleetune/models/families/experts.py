@@ -14,8 +14,6 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from fleetune.models.families import rope
-
 # what the configurations call the number of experts
 COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # the end of a parameter's name -> the ends of its parts' names
@@ -94,54 +92,3 @@ def part_shape(shape: tuple[int, ...], part: Part, tensor: str) -> tuple[int, ..
 def count(config: Any) -> int:
     """Return the number of experts of a layer; 0 where a configuration has none."""
     return next((int(n) for name in COUNTS if (n := getattr(config, name, None))), 0)
-
-
-def keys(config: Any, width: str = "") -> dict[str, int]:
-    """Return the metadata that all mixtures have; `width` is the field of the experts' width, if they have one of their own."""
-    found = {"expert_count": count(config), "expert_used_count": int(config.num_experts_per_tok)}
-    return found | ({"expert_feed_forward_length": int(getattr(config, width))} if width else {})
-
-
-# ---------------------------------------------------------------- what the table needs of single families
-
-
-def narrow_keys(config: Any) -> dict[str, Any]:
-    """Return the metadata of a mixture whose experts have a width of their own."""
-    return keys(config, "moe_intermediate_size")
-
-
-def olmoe_misfit(config: Any) -> str | None:
-    """Return why llama.cpp does not take an OLMoE: it wants a key for each query."""
-    heads, of_keys = int(config.num_attention_heads), int(config.num_key_value_heads)
-    return None if of_keys == heads else f"num_key_value_heads={of_keys} of {heads} heads in a olmoe"
-
-
-def ernie_keys(config: Any) -> dict[str, Any]:
-    """Return the metadata of an ERNIE 4.5 mixture, whose first blocks have no experts."""
-    shared = int(config.moe_num_shared_experts)
-    return narrow_keys(config) | {
-        "expert_shared_count": shared,
-        "expert_shared_feed_forward_length": shared * int(config.moe_intermediate_size),
-        "interleave_moe_layer_step": int(config.moe_layer_interval),
-        "leading_dense_block_count": int(config.moe_layer_start_index),
-    }
-
-
-def ernie_misfit(config: Any) -> str | None:
-    """Return why llama.cpp does not take an ERNIE 4.5 mixture: it has experts up to the last block."""
-    last, blocks = int(config.moe_layer_end_index), int(config.num_hidden_layers)
-    return None if last == blocks - 1 else f"moe_layer_end_index={last} of {blocks} blocks"
-
-
-def gpt_oss_keys(config: Any) -> dict[str, Any]:
-    """Return the metadata of a gpt-oss."""
-    window = {"attention.sliding_window": int(config.sliding_window)}
-    return keys(config, "intermediate_size") | window | rope.yarn_keys(config)
-
-
-def gpt_oss_misfit(config: Any) -> str | None:
-    """Return why llama.cpp does not take a gpt-oss: it has a window in each second block, from the first on."""
-    kinds = ["sliding_attention", "full_attention"]
-    if list(config.layer_types) != [kinds[i % 2] for i in range(config.num_hidden_layers)]:
-        return "layer_types other than each 2nd without a window"
-    return rope.yarn_misfit(config)

@@ -48,6 +48,13 @@ def kind(config: Any) -> str:
     return str(settings(config).get("rope_type", "default"))
 
 
+def in_windows(config: Any) -> Mapping[str, Any]:
+    """Return the rotary settings of the blocks with a window, where those have their own; else {}."""
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    found: Mapping[str, Any] = rope.get("sliding_attention", {})
+    return found
+
+
 def width(config: Any) -> int:
     """Return how many numbers of a head are rotated."""
     return int(head_dim(config) * settings(config).get("partial_rotary_factor", 1.0))
@@ -79,16 +86,19 @@ def attention_factor(config: Any) -> float:
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_length(config)))
 
 
-def yarn_keys(config: Any) -> dict[str, Any]:
-    """Return the metadata of YaRN's rescaling; {} for another."""
-    if kind(config) != "yarn":
-        return {}
-    rope = settings(config)
-    return {
-        "rope.scaling.type": "yarn",
-        "rope.scaling.factor": float(rope["factor"]),
-        "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
-    }
+def keys(config: Any) -> dict[str, Any]:
+    """Return the metadata of a GGUF file beyond the base and the factors of `tensors`, without the architecture."""
+    rope, found = settings(config), dict[str, Any]()
+    if local := in_windows(config):
+        found["rope.freq_base_swa"] = float(local["rope_theta"])
+    if kind(config) in ("linear", "yarn"):
+        found |= {"rope.scaling.type": kind(config), "rope.scaling.factor": float(rope["factor"])}
+    if kind(config) == "yarn":
+        found["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+    if kind(config) == "longrope":
+        found["rope.scaling.original_context_length"] = original_length(config)
+        found["rope.scaling.attn_factor"] = attention_factor(config)
+    return found
 
 
 def yarn_misfit(config: Any) -> str | None:
@@ -97,9 +107,7 @@ def yarn_misfit(config: Any) -> str | None:
     fixed = {
         "beta_fast": 32,
         "beta_slow": 1,
-        "attention_factor": None,
-        "mscale": None,
-        "mscale_all_dim": None,
+        **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim")),
     }
     for name, value in fixed.items():
         if (rope.get(name) or value) != value:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """State what a GGUF file of each family of decoders has, a record a family, on top of the gguf package's map of names.
 
-llama.cpp fixes in its code what transformers has in a configuration: activations, biases, which blocks have a window.
-So a record states, besides what is written,
+llama.cpp fixes in its code what transformers has in a configuration: activations, biases, which blocks have a window.  So a
+record states, besides what is written, for which configurations llama.cpp computes the same (`limits.py`); any other is refused.
 
-    options     the values of configuration fields for which llama.cpp computes the same; any other value is refused
-    scalings    the kinds of rescaled rotary frequencies that have a place
-    misfit      what the two cannot say
+Gemma (gemma, gemma2, gemma3's text part): norms multiply by 1 + w, and the file holds 1 + w, in fp32 as transformers adds it;
+attention is scaled by query_pre_attn_scalar ** -0.5, which llama.cpp takes for the head's width (in the 27B models, which it
+knows by their number of blocks, for width / heads).
 
 Everything here was checked by running llama.cpp beside transformers (`tests/deploy/test_gguf_families.py`).
 """
@@ -14,13 +14,13 @@ Everything here was checked by running llama.cpp beside transformers (`tests/dep
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 
-from fleetune.models.families import deci, experts, gemma, rope, widths
+from fleetune.models.families import deci, experts, rope, widths
 from fleetune.models.families.limits import (
     ALL_EXPERTS,
     NO_WINDOW,
@@ -30,57 +30,45 @@ from fleetune.models.families.limits import (
     TIED,
     WINDOWS,
     Limits,
+    irregular,
     only,
 )
 
 Value = int | float | str  # bool is an int
+Keys = Mapping[
+    str, str | Callable[[Any], int]
+]  # key -> the field of a configuration, or what is computed from it
 
 
 @dataclass(frozen=True)
 class Family(Limits):
-    """How llama.cpp holds a family; functions take a configuration."""
+    """How llama.cpp holds a family."""
 
     architecture: str  # llama.cpp's name
-    epsilon: str = "rms_norm_eps"  # the field that has the norms' epsilon
     layer_norm: bool = False  # norms subtract the mean
     interleaved: bool = False  # a head of the file's q and k has rows 0, d/2, 1, d/2 + 1, .. of the model's
     grouped: bool = False  # the model's fused matrix has a key head's q, k, v together, the file all q first
     shifted: bool = False  # norms multiply by 1 + w, and the file holds that
     transposed: tuple[str, ...] = ()  # tensors that the model stores as [in, out]
     paired: bool = False  # rows of an expert's gate and up alternate in the model
-    window: str = ""  # a window that llama.cpp has not: the file states it as the longest context
-    keys: Callable[[Any], Mapping[str, Value]] = lambda config: {}  # metadata beyond what all families have
-    length: Callable[[Any], int] = lambda config: config.max_position_embeddings
-    channels: Callable[[Any], int] = lambda config: config.intermediate_size
-    key_heads: Callable[[Any], int | list[int]] = lambda config: config.num_key_value_heads
+    windowless: bool = False  # llama.cpp has no window: the file states the model's as the longest context
+    keys: Keys = field(default_factory=dict)  # metadata beyond what all families have
 
 
-def _gemma(architecture: str) -> Family:
-    return Family(
-        architecture, shifted=True, square=False, scalings=("default", "linear"), keys=gemma.keys,
-        misfit=gemma.misfit, layers=WINDOWS,
-    )  # fmt: skip
+OF_27B: Final[Mapping[str, int]] = MappingProxyType({"gemma2": 46, "gemma3_text": 62})  # blocks
 
 
-def _granite_keys(config: Any) -> dict[str, Value]:
-    return {
-        "logit_scale": float(config.logits_scaling), "residual_scale": float(config.residual_multiplier),
-        "embedding_scale": float(config.embedding_multiplier), "attention.scale": float(config.attention_multiplier),
-    }  # fmt: skip
+def query_scalar(config: Any) -> int:
+    """Return the number by whose root llama.cpp divides the scores of a gemma2 or gemma3_text."""
+    if config.num_hidden_layers == OF_27B[config.model_type]:
+        return int(config.hidden_size // config.num_attention_heads)
+    return int(config.head_dim)
 
 
-def _granite_experts_keys(config: Any) -> dict[str, Value]:
-    shared = int(getattr(config, "shared_intermediate_size", 0))
-    return _granite_keys(config) | experts.keys(config) | {"expert_shared_feed_forward_length": shared}
-
-
-def _longrope_keys(config: Any) -> dict[str, Value]:
-    if rope.kind(config) != "longrope":
-        return {}
-    return {
-        "rope.scaling.original_context_length": rope.original_length(config),
-        "rope.scaling.attn_factor": rope.attention_factor(config),
-    }
+def _gemma_misfit(config: Any, period: int) -> str | None:
+    if config.query_pre_attn_scalar != query_scalar(config):
+        return f"query_pre_attn_scalar {config.query_pre_attn_scalar} with heads of {config.head_dim}"
+    return irregular(config, period)
 
 
 def _smollm3_misfit(config: Any) -> str | None:
@@ -95,197 +83,205 @@ def _cohere_misfit(config: Any) -> str | None:
     return None
 
 
-def _cohere2_misfit(config: Any) -> str | None:
-    if config.sliding_window is None:
-        return "sliding_window=None in a cohere2"
-    return None if _each_fourth(config) else "layer_types other than each 4th without a window"
-
-
 def _exaone4_misfit(config: Any) -> str | None:
     large = config.num_hidden_layers == 64  # llama.cpp has windows by the number of blocks
     if (config.sliding_window is not None) != large:
         return f"sliding_window={config.sliding_window} with {config.num_hidden_layers} blocks"
-    fine = _each_fourth(config) if large else set(config.layer_types) == {"full_attention"}
-    return None if fine else "layer_types other than each 4th without a window"
+    return irregular(config, 4 if large else 1)
 
 
-def _exaone4_keys(config: Any) -> dict[str, Value]:
-    return {} if config.sliding_window is None else {"attention.sliding_window": int(config.sliding_window)}
+def _olmoe_misfit(config: Any) -> str | None:
+    heads, of_keys = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )  # llama.cpp wants a key for each query
+    return None if of_keys == heads else f"num_key_value_heads={of_keys} of {heads} heads in a olmoe"
 
 
-def _each_fourth(config: Any) -> bool:
-    """Return whether each 4th block looks at everything, the others at a window."""
-    kinds = ["sliding_attention"] * 3 + ["full_attention"]
-    return list(config.layer_types) == [kinds[i % 4] for i in range(config.num_hidden_layers)]
-
-
-def _falcon_key_heads(config: Any) -> int:
-    if config.new_decoder_architecture:
-        return int(config.num_kv_heads)
-    return 1 if config.multi_query else int(config.num_attention_heads)
-
-
-def _lfm2_channels(config: Any) -> int:
-    """Return the width that transformers' Lfm2MLP has."""
-    width = int(config.intermediate_size)
-    if config.block_auto_adjust_ff_dim:
-        width, step = int(2 * width / 3), int(config.block_multiple_of)
-        if config.block_ffn_dim_multiplier is not None:
-            width = step * -(-int(config.block_ffn_dim_multiplier * width) // step)
-    return width
-
-
-def _lfm2_misfit(config: Any) -> str | None:
-    kinds = set(config.layer_types)  # llama.cpp makes room for both
-    return (
-        None
-        if kinds == {"conv", "full_attention"}
-        else f"layer_types of {' and '.join(kinds)} alone in a lfm2"
-    )
-
-
-def _lfm2_key_heads(config: Any) -> list[int]:
-    return [0 if kind == "conv" else config.num_key_value_heads for kind in config.layer_types]
+def _ernie_misfit(config: Any) -> str | None:
+    last, blocks = (
+        config.moe_layer_end_index,
+        config.num_hidden_layers,
+    )  # llama.cpp has experts up to the last block
+    return None if last == blocks - 1 else f"moe_layer_end_index={last} of {blocks} blocks"
 
 
 _PLAIN: Final = only(SILU, attention_bias=(False,), mlp_bias=(False,))
+_RELU2: Final = only(hidden_act=("relu2",), attention_bias=(False,), mlp_bias=(False,))
 # llama.cpp approximates the exact GELU by tanh, for every family that has it
 _GELU: Final = (*TANH, "gelu")
+_GPT: Final = only(activation_function=_GELU, scale_attn_weights=(True,), add_cross_attention=(False,))
+_OF_GEMMA: Final = only(TIED, attention_bias=(False,), use_bidirectional_attention=(False, None))
+_TANH: Final = ("gelu_pytorch_tanh",)
+_CAPS: Final = ("attn_logit_softcapping", "final_logit_softcapping")
+_WINDOW: Final[Keys] = {"attention.sliding_window": "sliding_window"}
+_GRANITE: Final[Keys] = {
+    "logit_scale": "logits_scaling", "residual_scale": "residual_multiplier",
+    "embedding_scale": "embedding_multiplier", "attention.scale": "attention_multiplier",
+}  # fmt: skip
+_EXPERTS: Final[Keys] = {"expert_count": experts.count, "expert_used_count": "num_experts_per_tok"}
+_NARROW: Final[Keys] = {**_EXPERTS, "expert_feed_forward_length": "moe_intermediate_size"}
+_GRANITE_EXPERTS: Final[Keys] = {
+    **_GRANITE, **_EXPERTS, "expert_shared_feed_forward_length": "shared_intermediate_size",
+}  # fmt: skip
+_LLAMA: Final = ("default", "llama3")
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
     {  # by transformers' model type
-        "llama": Family(
-            "llama", interleaved=True, square=False, scalings=("default", "llama3"), options=SILU
-        ),
+        "llama": Family("llama", interleaved=True, square=False, scalings=_LLAMA, options=SILU),
         "mistral": Family(
-            "llama", interleaved=True, square=False, scalings=("default", "llama3"), options=SILU,
-            window="sliding_window",
+            "llama", interleaved=True, square=False, scalings=_LLAMA, options=SILU, windowless=True
         ),
         "qwen2": Family("qwen2", options=only(SILU, NO_WINDOW)),
         "qwen3": Family("qwen3", square=False, options=only(SILU, NO_WINDOW, attention_bias=(False,))),
-        "gemma": _gemma("gemma"),
-        "gemma2": _gemma("gemma2"),
-        "gemma3_text": _gemma("gemma3"),
+        "gemma": Family("gemma", shifted=True, square=False, options=only(_OF_GEMMA, hidden_act=_TANH)),
+        "gemma2": Family(
+            "gemma2", shifted=True, square=False, layers=WINDOWS, needed=(*_CAPS, "sliding_window"),
+            options=only(_OF_GEMMA, hidden_activation=_TANH), keys={**_WINDOW, **{cap: cap for cap in _CAPS}},
+            misfit=lambda config: _gemma_misfit(config, 2),
+        ),
+        "gemma3_text": Family(
+            "gemma3", shifted=True, square=False, layers=WINDOWS, needed=("sliding_window",),
+            scalings=("default", "linear"), keys=_WINDOW, misfit=lambda config: _gemma_misfit(config, 6),
+            options=only(_OF_GEMMA, hidden_activation=_TANH, **dict.fromkeys(_CAPS, (None,))),
+        ),
         "smollm3": Family(
             "smollm3", interleaved=True, options=only(_PLAIN, NO_WINDOW), misfit=_smollm3_misfit
         ),
-        "phi3": Family(
-            "phi3", partial=True, options=SILU, window="sliding_window", scalings=("default", "longrope"), keys=_longrope_keys
-        ),
+        "phi3": Family("phi3", partial=True, options=SILU, windowless=True, scalings=("default", "longrope")),
         "phi": Family(
-            "phi2", epsilon="layer_norm_eps", layer_norm=True, partial=True,
-            options=only(OWN_HEAD, hidden_act=TANH, qk_layernorm=(False,)),
+            "phi2", layer_norm=True, partial=True, options=only(OWN_HEAD, hidden_act=TANH, qk_layernorm=(False,))
         ),
         "olmo2": Family("olmo2", options=only(_PLAIN, OWN_HEAD)),
-        "granite": Family("granite", interleaved=True, options=SILU, keys=_granite_keys),
+        "granite": Family("granite", interleaved=True, options=SILU, keys=_GRANITE),
         "stablelm": Family(
-            "stablelm", epsilon="layer_norm_eps", layer_norm=True, partial=True,
-            options=only(SILU, OWN_HEAD, qk_layernorm=(False,)),
+            "stablelm", layer_norm=True, partial=True, options=only(SILU, OWN_HEAD, qk_layernorm=(False,))
         ),
         "starcoder2": Family(
-            "starcoder2", epsilon="norm_epsilon", layer_norm=True, window="sliding_window",
-            options=only(hidden_act=_GELU, use_bias=(True,)),
+            "starcoder2", layer_norm=True, windowless=True, options=only(hidden_act=_GELU, use_bias=(True,))
         ),
         "gpt2": Family(
-            "gpt2", epsilon="layer_norm_epsilon", layer_norm=True, rotary=False,
-            transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
-            options=only(
-                activation_function=_GELU, scale_attn_weights=(True,), add_cross_attention=(False,),
-                scale_attn_by_inverse_layer_idx=(False,),
-            ),
-            channels=lambda config: config.n_inner or 4 * config.hidden_size,
-            key_heads=lambda config: config.num_attention_heads,
+            "gpt2", layer_norm=True, rotary=False, transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+            options=only(_GPT, scale_attn_by_inverse_layer_idx=(False,)),
         ),
         "gpt_neox": Family(
-            "gptneox", epsilon="layer_norm_eps", layer_norm=True, partial=True, grouped=True,
+            "gptneox", layer_norm=True, partial=True, grouped=True,
             options=only(OWN_HEAD, hidden_act=_GELU, attention_bias=(True,)),
-            keys=lambda config: {"use_parallel_residual": bool(config.use_parallel_residual)},
-            key_heads=lambda config: config.num_attention_heads,
+            keys={"use_parallel_residual": "use_parallel_residual"},
         ),
         "falcon": Family(
-            "falcon", epsilon="layer_norm_epsilon", layer_norm=True, grouped=True,
+            "falcon", layer_norm=True, grouped=True,
             options=only(activation=_GELU, alibi=(False,), bias=(False,), parallel_attn=(True,)),
-            channels=lambda config: config.ffn_hidden_size, key_heads=_falcon_key_heads,
         ),
         "bloom": Family(
-            "bloom", epsilon="layer_norm_epsilon", layer_norm=True, grouped=True, rotary=False,
+            "bloom", layer_norm=True, grouped=True, rotary=False,
             options=only(apply_residual_connection_post_layernorm=(False,)),
-            length=lambda config: 2048,  # what Bloom was trained on; the configuration has none
-            channels=lambda config: 4 * config.hidden_size,
-            key_heads=lambda config: config.num_attention_heads,
         ),
         "glm4": Family("glm4", partial=True, square=False, options=SILU),
         "ernie4_5": Family("ernie4_5", square=False, options=only(SILU, use_bias=(False,))),
         "cohere": Family(
-            "command-r", epsilon="layer_norm_eps", layer_norm=True, options=only(_PLAIN, TIED),
-            keys=lambda config: {"logit_scale": float(config.logit_scale)}, misfit=_cohere_misfit,
+            "command-r", layer_norm=True, options=only(_PLAIN, TIED), keys={"logit_scale": "logit_scale"},
+            misfit=_cohere_misfit,
         ),
         "cohere2": Family(
-            "cohere2", epsilon="layer_norm_eps", layer_norm=True, options=only(_PLAIN, TIED),
-            keys=lambda config: {
-                "logit_scale": float(config.logit_scale), "attention.sliding_window": config.sliding_window,
-            },
-            misfit=_cohere2_misfit, layers=WINDOWS,
+            "cohere2", layer_norm=True, options=only(_PLAIN, TIED), keys={"logit_scale": "logit_scale", **_WINDOW},
+            needed=("sliding_window",), layers=WINDOWS, misfit=lambda config: irregular(config, 4),
         ),
         "nemotron": Family(
-            "nemotron", epsilon="norm_eps", layer_norm=True, partial=True, shifted=True,
-            options=only(OWN_HEAD, hidden_act=("relu2",), attention_bias=(False,), mlp_bias=(False,)),
+            "nemotron", layer_norm=True, partial=True, shifted=True, options=only(OWN_HEAD, _RELU2)
         ),
         "lfm2": Family(
-            "lfm2", epsilon="norm_eps", layers=("full_attention", "conv"), options=only(conv_bias=(False,)),
-            keys=lambda config: {"shortconv.l_cache": int(config.conv_L_cache)},
-            channels=_lfm2_channels, key_heads=_lfm2_key_heads, misfit=_lfm2_misfit,
+            "lfm2", layers=("full_attention", "conv"), mixed=True, options=only(conv_bias=(False,)),
+            keys={"shortconv.l_cache": "conv_L_cache"},
         ),
-        "exaone4": Family(
-            "exaone4", layers=WINDOWS, options=SILU, keys=_exaone4_keys, misfit=_exaone4_misfit
-        ),
+        "exaone4": Family("exaone4", layers=WINDOWS, options=SILU, keys=_WINDOW, misfit=_exaone4_misfit),
         "seed_oss": Family(
             "seed_oss", square=False,
             options=only(SILU, attention_bias=(True,), attention_out_bias=(False,), mlp_bias=(False,)),
         ),
-        "arcee": Family(
-            "arcee", interleaved=True, square=False,
-            options=only(hidden_act=("relu2",), attention_bias=(False,), mlp_bias=(False,)),
-        ),
+        "arcee": Family("arcee", interleaved=True, square=False, options=_RELU2),
         "hunyuan_v1_dense": Family("hunyuan-dense", square=False, options=only(SILU, attention_bias=(False,))),
-        "gpt_bigcode": Family(
-            "starcoder", epsilon="layer_norm_epsilon", layer_norm=True, rotary=False,
-            options=only(
-                activation_function=_GELU, scale_attn_weights=(True,), add_cross_attention=(False,),
-                multi_query=(True,),
-            ),
-            channels=lambda config: config.n_inner or 4 * config.hidden_size, key_heads=lambda config: 1,
-        ),
+        "gpt_bigcode": Family("starcoder", layer_norm=True, rotary=False, options=only(_GPT, multi_query=(True,))),
         "glm": Family("chatglm", partial=True, options=SILU),
         "mixtral": Family(
-            "llama", interleaved=True, square=False, options=SILU, window="sliding_window", keys=experts.keys,
+            "llama", interleaved=True, square=False, options=SILU, windowless=True, keys=_EXPERTS
         ),
         "qwen3_moe": Family(
-            "qwen3moe", square=False, keys=experts.narrow_keys,
+            "qwen3moe", square=False, keys=_NARROW,
             options=only(SILU, NO_WINDOW, ALL_EXPERTS, attention_bias=(False,), norm_topk_prob=(True,)),
         ),
         "qwen2_moe": Family(
             "qwen2moe", options=only(SILU, NO_WINDOW, OWN_HEAD, ALL_EXPERTS, norm_topk_prob=(False,)),
-            keys=lambda config: experts.narrow_keys(config)
-            | {"expert_shared_feed_forward_length": int(config.shared_expert_intermediate_size)},
+            keys={**_NARROW, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
         ),
         "olmoe": Family(
-            "olmoe", keys=experts.keys, misfit=experts.olmoe_misfit,
+            "olmoe", keys=_EXPERTS, misfit=_olmoe_misfit,
             options=only(SILU, OWN_HEAD, attention_bias=(False,), clip_qkv=(None,), norm_topk_prob=(False,)),
         ),
-        "granitemoe": Family("granitemoe", interleaved=True, options=SILU, keys=_granite_experts_keys),
-        "granitemoeshared": Family("granitemoe", interleaved=True, options=SILU, keys=_granite_experts_keys),
+        "granitemoe": Family("granitemoe", interleaved=True, options=SILU, keys=_GRANITE_EXPERTS),
+        "granitemoeshared": Family("granitemoe", interleaved=True, options=SILU, keys=_GRANITE_EXPERTS),
         "ernie4_5_moe": Family(
-            "ernie4_5-moe", square=False, keys=experts.ernie_keys, misfit=experts.ernie_misfit,
+            "ernie4_5-moe", square=False, misfit=_ernie_misfit,
             options=only(SILU, use_bias=(False,), moe_layer_interval=(1,)),
+            keys={
+                **_NARROW, "expert_shared_count": "moe_num_shared_experts",
+                "expert_shared_feed_forward_length": lambda c: c.moe_num_shared_experts * c.moe_intermediate_size,
+                "interleave_moe_layer_step": "moe_layer_interval", "leading_dense_block_count": "moe_layer_start_index",
+            },
         ),
         "gpt_oss": Family(
             "gpt-oss", square=False, paired=True, transposed=experts.STACKED, layers=WINDOWS,
-            scalings=("default", "yarn"), keys=experts.gpt_oss_keys, misfit=experts.gpt_oss_misfit,
+            scalings=("default", "yarn"), misfit=lambda config: irregular(config, 2) or rope.yarn_misfit(config),
+            keys={**_EXPERTS, "expert_feed_forward_length": "intermediate_size", **_WINDOW},
             options=only(OWN_HEAD, attention_bias=(True,), swiglu_alpha=(1.702,), swiglu_limit=(7.0,)),
         ),
     }
 )  # fmt: skip
+
+
+def keys(config: Any) -> dict[str, Value]:
+    """Return the metadata of a configuration beyond what all families have, without the architecture; no key for a None."""
+    own = dict[str, Value]()
+    for key, source in family_of(config).keys.items():
+        value = getattr(config, source, 0) if isinstance(source, str) else source(config)
+        if value is not None:
+            own[key] = float(value) if key.endswith(("scale", "softcapping")) else value
+    # the order in files: gemma3's window follows its rotary settings, gpt-oss's precedes them
+    return rope.keys(config) | own if config.model_type == "gemma3_text" else own | rope.keys(config)
+
+
+def epsilon(config: Any) -> float:
+    """Return the epsilon of the norms."""
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+    return next(float(getattr(config, name)) for name in names if hasattr(config, name))
+
+
+def length(config: Any) -> int:
+    """Return the longest context of a configuration; 2,048, what Bloom was trained on, where it states none."""
+    return int(getattr(config, "max_position_embeddings", 2048))
+
+
+def channels(config: Any) -> int:
+    """Return the channels of a block's MLP."""
+    if getattr(config, "block_auto_adjust_ff_dim", False):  # as transformers' Lfm2MLP has them
+        width, step = int(2 * config.intermediate_size / 3), int(config.block_multiple_of)
+        if config.block_ffn_dim_multiplier is not None:
+            width = step * -(-int(config.block_ffn_dim_multiplier * width) // step)
+        return width
+    names = ("ffn_hidden_size", "intermediate_size", "n_inner")
+    found = next((getattr(config, name) for name in names if hasattr(config, name)), None)
+    return int(found or 4 * config.hidden_size)
+
+
+def key_heads(config: Any) -> int | list[int]:
+    """Return the key heads of all blocks, or of each where some have a convolution in the place of attention."""
+    if getattr(config, "new_decoder_architecture", False):  # Falcon's
+        return int(config.num_kv_heads)
+    if getattr(config, "multi_query", False):
+        return 1
+    heads = int(getattr(config, "num_key_value_heads", config.num_attention_heads))
+    kinds = getattr(config, "layer_types", None) or ()
+    return [0 if kind == "conv" else heads for kind in kinds] if "conv" in kinds else heads
 
 
 def family_of(config: Any) -> Family:
@@ -312,6 +308,12 @@ def is_shifted(config: Any, tensor: str) -> bool:
     return family_of(config).shifted and tensor.endswith("norm.weight")
 
 
+def plus_one(values: np.ndarray) -> np.ndarray:
+    """Return a norm's weights as the file stores them: 1 + w, fp32."""
+    shifted: np.ndarray = np.float32(1) + values.astype(np.float32)
+    return shifted
+
+
 def is_transposed(config: Any, tensor: str) -> bool:
     """Return whether a matrix of the model is [in, out], which the file holds as [out, in]."""
     family = family_of(config)
@@ -326,7 +328,7 @@ def row_order(config: Any, tensor: str, rows: int) -> np.ndarray | None:
         heads = width.num_attention_heads if part[-2] == "attn_q" else width.num_key_value_heads
         return interleaved(rows, heads)
     if family.grouped and part[-2] == "attn_qkv":
-        groups = family.key_heads(config)
+        groups = key_heads(config)
         assert isinstance(groups, int)
         return ungrouped(rows, groups, rope.head_dim(config))
     return None

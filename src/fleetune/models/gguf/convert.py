@@ -13,7 +13,7 @@ What transformers does not read from a GGUF by itself:
     the space before a digit differently; the rule is restored here;
   * rescaled rotary frequencies (Llama 3.1) come as factors: used where Llama 3's rule gives them (`rope.py`),
     else the file is refused;
-  * gemma's norms, caps and windows (`gemma.py`); llamas whose blocks differ in width (`deci.py`), which only Fleetune
+  * gemma's norms, caps and windows; llamas whose blocks differ in width (`deci.py`), which only Fleetune
     loads again; tokenizers without an unknown token and of pieces (`tokenizer.py`).
 
 The model is never in memory as a whole: names and shapes come from a model on the meta device, every tensor of
@@ -33,12 +33,19 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GenerationConfig,
+)
 
 from fleetune.common.shell import quoted
 from fleetune.errors import ModelError
 from fleetune.models.bounds import check_blocks, check_config, check_range
-from fleetune.models.families import deci, gemma, rope, table, widths
+from fleetune.models.families import deci, rope, table, widths
 from fleetune.models.foreign import foreign_file
 from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
@@ -171,7 +178,7 @@ def _checked_architecture(path: Path, reader: Reader, instead: str) -> str:
 
 def _described(path: Path, architecture: str, reader: Reader) -> Any:
     """Return the configuration of metadata and tensor names; a configuration class may raise anything for a wrong value."""
-    if architecture in (*gemma.ARCHITECTURES.values(), deci.ARCHITECTURE):
+    if architecture in ("gemma", "gemma2", "gemma3", deci.ARCHITECTURE):
         config = _own(path, architecture, reader)
         for name, key in gguf_tokens.SPECIAL.items():
             if name != "unk":
@@ -196,13 +203,50 @@ def _own(path: Path, architecture: str, reader: Reader) -> Any:
         return len(tokens) if key == "vocab_size" and value is None else value
 
     if architecture != deci.ARCHITECTURE:
-        return gemma.config_of(architecture, field)
+        return _gemma(architecture, field)
     if (why := deci.misfit(field)) is not None:
         raise ModelError(
             f"{path} is no llama with narrower blocks: {why}",
             hint=f"llama.cpp runs it (fleetune serve {quoted(path)}); to tune or compress, take another model",
         )
     return deci.config_of(field)
+
+
+def _gemma(architecture: str, field: Callable[[str], Any]) -> Any:
+    """Return the configuration of a gemma, gemma2 or gemma3; `field` as for `deci.config_of`.
+
+    KeyError for a key that is required; ValueError when the values make no sense.
+    """
+
+    def need(key: str) -> Any:
+        if (value := field(key)) is None:
+            raise KeyError(key)
+        return value
+
+    sizes = {
+        "vocab_size": need("vocab_size"), "hidden_size": need("embedding_length"),
+        "num_hidden_layers": need("block_count"), "intermediate_size": need("feed_forward_length"),
+        "num_attention_heads": need("attention.head_count"), "head_dim": need("attention.key_length"),
+        "num_key_value_heads": need("attention.head_count_kv"),
+        "max_position_embeddings": need("context_length"),
+    }  # fmt: skip
+    made: dict[str, Any] = {key: int(value) for key, value in sizes.items()}
+    made["rms_norm_eps"] = need("attention.layer_norm_rms_epsilon")
+    rope = {"rope_type": "default", "rope_theta": float(field("rope.freq_base") or 10000.0)}
+    if architecture == "gemma":
+        return GemmaConfig(**made, rope_parameters=rope)
+    made["sliding_window"] = int(need("attention.sliding_window"))
+    if architecture == "gemma2":
+        caps = {key: float(need(key)) for key in ("attn_logit_softcapping", "final_logit_softcapping")}
+        config: Any = Gemma2Config(**made, **caps, rope_parameters=rope)
+    else:
+        local = {"rope_type": "default", "rope_theta": float(field("rope.freq_base_swa") or 10000.0)}
+        if field("rope.scaling.type") == "linear":
+            rope |= {"rope_type": "linear", "factor": float(need("rope.scaling.factor"))}
+        both = {"full_attention": rope, "sliding_attention": local}
+        config = Gemma3TextConfig(**made, rope_parameters=both)
+    config.query_pre_attn_scalar = table.query_scalar(config)
+    return config
 
 
 def _take_factors(path: Path, reader: Reader, config: Any, instead: str) -> None:
