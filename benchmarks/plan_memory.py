@@ -109,9 +109,9 @@ def _row(model: str, work: Any, usual: Any, settings: Mapping[str, Any]) -> Any:
 def _kernels(name: str) -> int:
     """Bytes of a row's kernels beside those of its row in the plan."""
     from fleetune.planning.device_cost import KERNELS as known
-    from fleetune.seeds import kernel_choice
+    from fleetune.seeds import chosen_kernels
 
-    here = known[kernel_choice.chosen_kernels()]
+    here = known[chosen_kernels()]
     return {KERNELS: here, TORCH: known["torch"] - here}.get(name, 0)
 
 

@@ -30,7 +30,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from fleetune import compression
-from fleetune.cli import main as cli
+from fleetune.cli import parser
 from fleetune.common import events, settings
 from fleetune.deploy import targets
 from fleetune.deploy.formats import mlx
@@ -88,8 +88,8 @@ def recipe_page() -> str:
 
 def commands_page() -> str:
     """Every command with its arguments."""
-    parts = [MADE, "# Commands\n", "```\n" + cli.EXAMPLES + "```\n"]
-    for name, sub in cli.command_parsers().items():
+    parts = [MADE, "# Commands\n", "```\n" + parser.EXAMPLES + "```\n"]
+    for name, sub in parser.command_parsers().items():
         parts.append(f"## fleetune {name}\n\n{sub.description}\n")
         if sub.epilog:
             parts.append("```\n" + textwrap.dedent(sub.epilog.partition("\n")[2]).rstrip() + "\n```\n")
@@ -152,7 +152,7 @@ def formats_table(page: str) -> str:
 
 
 def matrix(page: str) -> dict[str, dict[str, str]]:
-    """The table that `benchmarks.families` wrote into a page, by family and column; a note's number is its text."""
+    """The table that `tests/family_matrix.py` wrote into a page, by family and column; a note's number is its text."""
     text = page.partition("<!-- matrix -->")[2].partition("<!-- /matrix -->")[0]
     said = dict(re.findall(r"(?m)^(\d+)\. (.*)$", text))
     (_, *columns), _, *rows = (

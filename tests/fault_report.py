@@ -24,7 +24,6 @@ KINDS = {  # what is injected -> what it means that it was survived
     "malformed answers": "refused with its own reason, for each method; the round is as if that device had been away",
     "mutated answers": "refused with a reason, or within what was agreed; the other replies count, the model stays finite",
     "forged identities": "refused, with a line in the audit log",
-    "uploads that nobody asked for": "refused or dropped; the server holds what it held before",
     "answers twice, late or out of order": "each client has one answer a round, and it is its own",
     "devices away or slow for a round": "the round goes on without them after the time that was given",
     "two processes with one key": "one answer of the client a round, or the reason why there is none",

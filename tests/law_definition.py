@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The places of the pools' laws as docs/ledger.md defines them, one Python integer at a time."""
+"""The places of a pool's law as docs/ledger.md defines them, one Python integer at a time."""
 
 from __future__ import annotations
 
 import numpy as np
 
 MULTIPLIER = 0x9E3779B97F4A7C15
-POOLS = ("hashed", "pooled")
 
 
 def mixed(x: int) -> int:
     return (x ^ (x >> 32)) * MULTIPLIER % 2**64
 
 
-def place(law: str, K: int, i: int) -> int:
+def place(K: int, i: int) -> int:
     """The row of the K x K matrix that element i takes."""
-    return i % K if law == "pooled" else ((mixed(mixed(i // 128)) >> 40) + i % 128) % K
+    return ((mixed(mixed(i // 128)) >> 40) + i % 128) % K
 
 
-def slow_places(law: str, K: int, start: int, count: int) -> np.ndarray:
+def slow_places(K: int, start: int, count: int) -> np.ndarray:
     """`noise.places`, slowly: int64 [count]."""
-    return np.array([place(law, K, i) for i in range(start, start + count)], np.int64)
+    return np.array([place(K, i) for i in range(start, start + count)], np.int64)

@@ -17,7 +17,7 @@ PACKAGE = SOURCE / "fleetune"
 LAYERS = [
     layer["name"] for layer in tomllib.loads((ROOT / "docs" / "architecture.toml").read_text())["layer"]
 ]
-DOORS = {"fleetune", "fleetune.__main__"}  # they open the house, and nothing in it may import them
+DOORS = {"fleetune", "fleetune.__main__"}  # they open the house; only commands may import them
 
 
 def name_of(file: Path) -> str:
@@ -79,7 +79,7 @@ def test_every_import_goes_down():
         f"{module} imports {below}"
         for module, found in arrows().items()
         if module not in DOORS
-        for below in sorted(found)
+        for below in sorted(found - {"fleetune"} if module.startswith("fleetune.cli.commands.") else found)
         if below in DOORS or LAYERS.index(layer_of(below)) < LAYERS.index(layer_of(module))
     ]
     assert not up

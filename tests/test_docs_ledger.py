@@ -16,8 +16,7 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.models.model import Model
 from fleetune.seeds import ledger as ledgers
-from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.ledger_head import LedgerHead
+from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import finished
 
 PAGE = Path(__file__).parent.parent / "docs" / "ledger.md"
@@ -85,9 +84,7 @@ TIES = [(id, c << 12) for id, c in ((0, 30), (5, -4), (15, 70), (5, 3), (3, -1),
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize(
-    ("law", "K"), [("hashed", 16), ("hashed", 8192), ("pooled", 16), ("pooled", 8192), ("rademacher", 1)]
-)
+@pytest.mark.parametrize(("law", "K"), [("hashed", 16), ("hashed", 8192), ("rademacher", 1)])
 def test_every_dtype_and_law_that_it_knows(tiny: Path, tmp_path: Path, dtype: str, law: str, K: int):
     model = models.load(str(tiny), dtype=dtype)
     ledger = on(model, law, K, ENTRIES if dtype == "fp32" else TIES)
@@ -100,7 +97,7 @@ def test_every_dtype_and_law_that_it_knows(tiny: Path, tmp_path: Path, dtype: st
 def test_it_refuses_another_base(tiny: Path, tmp_path: Path):
     model = models.tiny_llama(seed=1, hidden=64)
     models.save(model.net, model.tokenizer, tmp_path / "other")
-    on(models.load(str(tiny)), "pooled", 16, ENTRIES).save(tmp_path / "ledger.safetensors")
+    on(models.load(str(tiny)), "hashed", 16, ENTRIES).save(tmp_path / "ledger.safetensors")
     done = replay(tmp_path / "ledger.safetensors", tmp_path / "other")
     assert done.returncode == 1
     assert model.digest in done.stderr

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import fleetune
 from fleetune import models
 from fleetune.models import cache
 from fleetune.tuning import methods
@@ -47,6 +48,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tiny()  # groups of 32 divide its rows, and its tokenizer has merges, as GGUF needs
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
     models.save(model.net, model.tokenizer, cache.hub_target(cache.SMOLLM2_135M.hub))
+    monkeypatch.setattr(methods.REGISTRY, "_given", {})  # a page hands over a method of its own
     monkeypatch.setattr(methods, "make", functools.partial(_quick, methods.make))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -61,14 +63,16 @@ def _quick(make: Callable[..., Any], name: str, values: Mapping[str, Any]) -> An
 
 @contextmanager
 def served(text: str) -> Iterator[str]:
-    """The page's blocks with the address of a running front, if they name one."""
+    """The page's blocks with the address of a stand-in for an engine, if they name one."""
     if (named := re.search(r"http://127\.0\.0\.1:\d+", text)) is None:
         yield text
         return
-    from serve_harness import Upstream, door
+    from serve_harness import little_file, stand_in
 
-    with door(Upstream()) as front:
-        yield text.replace(named[0], f"http://127.0.0.1:{front.server_port}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(stand_in(Path("bin"))))
+        with fleetune.serve(little_file(Path("smol.gguf")), port=0) as session:
+            yield text.replace(named[0], session.url)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ELSEWHERE])

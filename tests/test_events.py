@@ -47,8 +47,6 @@ TOUR = {
     "methods mezo": {"SettingListed"},
     "models": {"ModelListed", "ModelCached"},
     "models rm mine.gguf": {"ModelRemoved"},
-    "doctor": {"DoctorReport"},
-    "version": {"TextShown"},
     "recipes": {"RecipeListed"},
     "recipes copy mezo": {"RecipeListed"},
     f"tune tiny demo {' '.join(ZEROTH + FEW)} --dry-run": {"TuneChecked"},
@@ -60,6 +58,7 @@ TOUR = {
     "ledger show 1": {"LedgerShown"},
     "ledger verify 1": {"LedgerVerified"},
     "ledger replay 1": {"DigestFound"},
+    "verify 1": {"FilesVerified"},
     "ledger compact 1 --to small.safetensors": {"LedgerWritten"},
     "ledger scale 1 --factor 2 --to double.safetensors": {"LedgerWritten"},
     "ledger diff 1 double.safetensors": {"LedgerDifference"},
@@ -79,13 +78,12 @@ TOUR = {
     "measure 4 --text text.txt --length 16 --windows 1 --limit 2 --prompt-tokens 4 --new-tokens 2 --repeats 1": {
         "Measured", "MeasureDone",
     },
-    "chat tiny --engine torch --prompt hello --max-tokens 2 --threads 1": {"Answered"},
     "runs": {"RunListed", "SweepListed", "CompressionListed"},
     "runs show 1 4": {"RunListed", "CompressionListed"},
     "runs rm 6 7": {"RunRemoved"},
 }  # fmt: skip
 ELSEWHERE = {  # these need an engine, a tokenizer with merges, the network, devices, Ctrl-C or a run that diverges: their tests check the lines
-    "BudgetMeasured", "BudgetSpent", "DeviceEvaluated", "Diverging", "ExportPushed", "FleetEvaluated", "FleetShown", "ModelPulled", "PatchApplied", "PatchMade", "Serving", "Stopped", "ThreadsChosen",
+    "Answered", "BudgetMeasured", "BudgetSpent", "DeviceEvaluated", "Diverging", "ExportPushed", "FleetEvaluated", "FleetShown", "ModelPulled", "PatchApplied", "PatchMade", "Serving", "Stopped",
 }  # fmt: skip
 
 

@@ -181,8 +181,7 @@ def said(line: str) -> list[Any]:
 def law(name: str, lines: list[str]) -> dict[str, Any]:
     """What a ledger of fixed steps along directions of a law makes of the tiny model."""
     from fleetune import models
-    from fleetune.seeds.ledger import Ledger
-    from fleetune.seeds.ledger_head import LedgerHead
+    from fleetune.seeds.ledger import Ledger, LedgerHead
 
     model = models.load("tiny", device="cpu")
     tensors = tuple((n, tuple(t.shape), "float32") for n, t in models.named_tensors(model.net))

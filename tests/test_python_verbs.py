@@ -176,28 +176,17 @@ def test_finished_runs_are_listed_with_their_results(place: Path, tmp_path: Path
 # Answers ------------------------------------------------------------------------------------------
 
 
-def test_a_model_answers_as_chat_does(place: Path, model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_answers_by_name_and_in_memory(place: Path, model: Model) -> None:
     asked: dict[str, Any] = {"max_tokens": 6, "system": "Be short."}
     answer = fleetune.generate(model, "hello", **asked)
-    args = ["--engine", "torch", "--threads", "1", "--max-tokens", "6", "--system", "Be short."]
-    assert main(["chat", str(place / "tiny"), "--prompt", "hello", *args]) == 0
-    assert capsys.readouterr().out.strip() == answer
     assert fleetune.generate(place / "tiny", "hello", **asked) == answer
     drawn = {fleetune.generate(model, "hello", temperature=2.0, seed=s, max_tokens=6) for s in (1, 1, 2)}
     assert len(drawn) == 2
 
 
-def test_a_conversation_remembers_and_forgets(model: Model) -> None:
-    talk = fleetune.chat(model, system="Be short.", max_tokens=4)
-    answer = talk.say("hello")
-    assert [turn["role"] for turn in talk.turns] == ["system", "user", "assistant"]
-    assert talk.turns[-1]["content"] == answer
-    before = list(talk.turns)
-    with pytest.raises(FleetuneError, match="tokens, the model is made for"):
-        talk.say("ab " * 4000)
-    assert talk.turns == before
-    talk.restart()
-    assert talk.turns == [{"role": "system", "content": "Be short."}]
+def test_a_prompt_that_leaves_no_room_is_refused(model: Model) -> None:
+    with pytest.raises(UsageError, match="tokens, the model is made for"):
+        fleetune.generate(model, "ab " * 4000)
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from fleetune.compression.jobs.job import CompressResult
     from fleetune.deploy.export_subject import ExportResult
     from fleetune.deploy.measure.job import MeasureResult
-    from fleetune.deploy.serving.conversation import Conversation
-    from fleetune.deploy.serving.session import Session
+    from fleetune.deploy.serving.client import Conversation
+    from fleetune.deploy.serving.engines import Session
     from fleetune.models.model import Model
     from fleetune.planning.plan import Plan
     from fleetune.runs.listener import Listener, Silent
@@ -66,8 +66,8 @@ _PLACES = {
     "fleetune.compression.jobs.job": ("CompressResult",),
     "fleetune.deploy.export_subject": ("ExportResult",),
     "fleetune.deploy.measure.job": ("MeasureResult",),
-    "fleetune.deploy.serving.conversation": ("Conversation",),
-    "fleetune.deploy.serving.session": ("Session",),
+    "fleetune.deploy.serving.client": ("Conversation",),
+    "fleetune.deploy.serving.engines": ("Session",),
     "fleetune.models.model": ("Model",),
     "fleetune.planning.plan": ("Plan",),
     "fleetune.runs.listener": ("Listener", "Silent"),

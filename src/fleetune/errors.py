@@ -106,6 +106,16 @@ class LedgerError(FleetuneError):
     """A ledger is damaged, or was made on another base model."""
 
 
+class VersionError(FleetuneError):
+    """A file that another version of Fleetune wrote."""
+
+    def __init__(self, file: object) -> None:
+        super().__init__(
+            f"{file} was written by another version of Fleetune",
+            hint="use that version, or make the file again",
+        )
+
+
 class MessageError(FleetuneError):
     """Bytes that are not a payload, or a reply that breaks its agreement.
 

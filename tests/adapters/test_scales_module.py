@@ -180,7 +180,6 @@ def test_a_folder_holds_the_moves(one: Path, tmp_path: Path) -> None:
     again = mapped(one, on=False)
     adapters.load(again, tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
-    assert adapters.file_digest(tmp_path / "adapter") == adapters.digest(adapters.export(model))
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf])
@@ -263,7 +262,7 @@ def test_what_a_run_trained_is_the_file_that_it_exports_and_its_patch_makes(
     copy.write_bytes(file.read_bytes())
     patch.apply(copy, made)
     assert copy.read_bytes() == out.read_bytes()
-    patch.undo(copy)
+    patch.apply(copy, patch_make.of_run(file, run.folder, inverse=True))
     assert copy.read_bytes() == file.read_bytes()
     losses = run.history["loss"]
     assert losses[-1] < losses[0]

@@ -19,8 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetune.cli.commands.tune import screen
-from fleetune.cli.console import Ui
-from fleetune.cli.json_line import line_of
+from fleetune.cli.console import Ui, line_of
 from fleetune.common.display import (
     change,
     clean,

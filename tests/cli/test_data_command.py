@@ -486,4 +486,4 @@ def test_the_help_says_no_more_of_the_model_than_holds_here(capsys: pytest.Captu
         told[command[0]] = " ".join(capsys.readouterr().out.split())
     assert "compressed model" not in told["data"]
     assert "whose tokens lengths are counted in" in told["data"]
-    assert "with train = scales or codes also a compressed model" in told["tune"]
+    assert "with train = scales also a compressed model" in told["tune"]

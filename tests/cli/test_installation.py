@@ -1,24 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`doctor`, `models` with a cache, and completion in the shell: what is here, and what can be typed."""
+"""`models` with a cache, `runs`, and completion in the shell: what is here, and what can be typed."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fleetune.cli import completion
 from fleetune.cli import main as cli
-from fleetune.common.extras import pip_install
-from fleetune.common.version import __version__
-from fleetune.deploy import doctor
-from fleetune.deploy.serving import engines
 from fleetune.models import cache, cache_contents, short_names
 from fleetune.runs import rundir
 
@@ -43,74 +36,6 @@ def put(name: str, source: str = "hub", **facts: str) -> Path:
     (folder / "model.safetensors").write_bytes(bytes(1000))
     (folder / cache.SOURCE_FILE).write_text(json.dumps({"source": source, **facts}))
     return folder
-
-
-# doctor -------------------------------------------------------------------------------------------
-
-
-def test_doctor_tells_what_is_here(capsys, monkeypatch, at):
-    put("hub-someone--model")
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    code, out, _ = call(capsys, "doctor")
-    assert code == 0
-    assert f"fleetune {__version__} · torch {importlib.metadata.version('torch')}" in out
-    assert f"{at / 'home'} · 1.0 kB" in out
-    assert "writable" in out
-    assert "OMP_NUM_THREADS=3" in out
-    for engine in engines.ENGINES:
-        assert re.search(
-            rf"^ {engine.name} +{'yes' if engine.available() else 'no'} +{re.escape(doctor.ENGINES[engine.name])}",
-            out,
-            re.M,
-        )
-
-
-def test_doctor_says_what_is_missing_and_the_pip_line(capsys, monkeypatch):
-    real = importlib.metadata.version
-
-    def without(name: str) -> str:
-        if name in ("pyarrow", "numba"):
-            raise importlib.metadata.PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", without)
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: [
-        "torch>=2.6", 'pyarrow>=16; extra == "parquet"', "fleetune[parquet]; extra == 'all'", "numpy; extra == 'new'",
-    ])  # fmt: skip
-    code, out, _ = call(capsys, "doctor", "--json")
-    (event,) = [json.loads(line) for line in out.splitlines()]
-    extras = {extra["name"]: extra for extra in event["extras"]}
-    assert code == 0
-    assert extras["parquet"]["missing"] == ["pyarrow"]
-    assert extras["parquet"]["install"] == pip_install("parquet")
-    assert extras["new"]["missing"] == []
-    assert "all" not in extras
-    assert event["versions"]["numba"] == ""
-    assert f"numba is not installed: {pip_install()}" in event["problems"]
-
-
-def test_doctor_never_fails(capsys, monkeypatch):
-    def broken(*args: object, **kwargs: object) -> None:
-        raise OSError("no")
-
-    for place, name in [
-        (doctor.memory, "usable_memory"), (doctor.shutil, "which"), (doctor.shutil, "disk_usage"),
-        (doctor.platform, "machine"), (doctor.metadata, "version"), (doctor.metadata, "requires"),
-        (doctor.tempfile, "TemporaryFile"), (cache_contents, "size"), (doctor, "_engines"),
-    ]:  # fmt: skip
-        monkeypatch.setattr(place, name, broken)
-    code, out, err = call(capsys, "doctor")
-    assert code == 0
-    assert "torch missing" in out
-    assert "NOT writable" in out
-    assert "cannot be written: set FLEETUNE_HOME" in err
-
-
-def test_every_extra_of_the_package_says_what_it_is_for():
-    import tomllib
-
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert {*project["optional-dependencies"]} - {*doctor.NOT_SHOWN} == {*doctor.SERVES}
 
 
 # models -------------------------------------------------------------------------------------------
@@ -213,50 +138,13 @@ def completed(line: str, at: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("fleetune do", ["doctor"]),
+        ("fleetune pl", ["plan"]),
         ("fleetune tune --part", ["--participation", "--partition"]),
-        ("fleetune tune m d --method fedk", ["fedkseed"]),
-        ("fleetune tune m d --method fedit --set al", ["alpha="]),
-        ("fleetune runs show 00", ["0001-mezo-m"]),
         ("fleetune tune m d --dtype b", ["bf16"]),
     ],
 )
 def test_words_are_completed(line, words, at):
-    (at / "runs" / "0001-mezo-m").mkdir(parents=True)
     assert completed(line, at) == words
-
-
-def test_the_completers_know_settings_runs_targets_and_models(at):
-    (at / "runs" / "0007-x").mkdir(parents=True)
-
-    def offered(command: str, action: str, **typed: object) -> list[str]:
-        parser = completion._parser(f"fleetune {command} ")
-        (sub,) = [a for a in parser._actions if a.dest == "command"]
-        found = [a for a in sub.choices[command]._actions if action in (*a.option_strings, a.metavar)]
-        return list(found[0].completer(parsed_args=cli.argparse.Namespace(**typed), prefix=""))
-
-    assert "bits=" in offered("compress", "--set", method="optq")
-    assert "ratio=" in offered("compress", "--set", method="llm-pruner")
-    assert offered("eval", "RUN|FOLDER|MODEL", out="runs") == ["0007-x", "latest", *short_names.every()]
-    assert offered("tune", "--resume", out="runs") == ["0007-x", "latest"]
-    assert offered("ledger", "FILE|RUN", out="nowhere") == []
-    assert "gguf:q8_0" in offered("export", "--to")
-    assert offered("models", "NAME") == short_names.every()
-
-
-@pytest.mark.parametrize("shell", completion.SHELLS)
-def test_the_script_names_the_command(shell, capsys):
-    code, out, _ = call(capsys, "completion", shell)
-    assert code == 0
-    assert "fleetune" in out
-    assert "_ARGCOMPLETE" in out
-
-
-def test_without_the_library_the_extra_is_named(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "argcomplete", None)
-    code, _, err = call(capsys, "completion", "bash")
-    assert code == 2
-    assert pip_install("completion") in err
 
 
 # runs ---------------------------------------------------------------------------------------------

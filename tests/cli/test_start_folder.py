@@ -12,8 +12,9 @@ import pytest
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common import files
 from fleetune.report import result, runlog
-from fleetune.runs import compression_folder, rundir, sealed, start_folder
+from fleetune.runs import compression_folder, rundir, start_folder
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.subject import Run
 
@@ -72,7 +73,7 @@ def test_a_run_is_resumed_from_another_folder(elsewhere: Path, capsys: pytest.Ca
     assert (run / "run.toml").read_text() == recipe  # the names that the user gave
     after = next(e for e in rundir.events(run) if e["event"] == "done")
     assert after["digest"] == before["digest"]
-    assert sealed.read(run / "env.json", "")[start_folder.KEY] == "../.."
+    assert files.read_json(run / "env.json", "")[start_folder.KEY] == "../.."
     assert len(Run(run).held_out()) == 4
     assert (
         main(["tune", "--resume", str(run)]) == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A compressed model given as MODEL where its scales or codes are trained: its file is written once, and the run is one of that file."""
+"""A compressed model given as MODEL where its scales are trained: its file is written once, and the run is one of that file."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ FEW: dict[str, Any] = {
     "clients": 2, "rounds": 2, "held_out": 4, "eval_rows": 4, "samples": 0, "client_rows": 0, "threads": 1, "device": "cpu",
 }  # fmt: skip
 CODES, FILE = "runs/0001-rtn-tiny", "runs/0001-rtn-tiny/0001-rtn-tiny.gguf"
-WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "mezo, scales": ("mezo", "scales", {"tau": 4, "lr": 0.05}),
-    "mezo, codes": ("mezo", "codes", {"tau": 4, "lr": 0.05}),
-    "fedkseed, codes": ("fedkseed", "codes", {"tau": 3, "K": 64, "lr": 0.05}),
-    "fedpetuning, scales": ("fedpetuning", "scales", {"lr": 0.05, "batch_size": 2}),
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mezo": ("mezo", {"tau": 4, "lr": 0.05}),
+    "fedkseed": ("fedkseed", {"tau": 3, "K": 64, "lr": 0.05}),
+    "fedpetuning": ("fedpetuning", {"lr": 0.05, "batch_size": 2}),
 }
 
 
@@ -67,19 +66,19 @@ def said(*words: str, code: int = 0) -> str:
     return err.getvalue()
 
 
-def tuned(model: object, way: str = "mezo, scales", **options: Any) -> Any:
-    method, part, settings = WAYS[way]
+def tuned(model: object, way: str = "mezo", **options: Any) -> Any:
+    method, settings = WAYS[way]
     return fleetune.tune(
-        model, "rows.jsonl", method=method, train=part, settings=settings, **{**FEW, **options}
+        model, "rows.jsonl", method=method, train="scales", settings=settings, **{**FEW, **options}
     )
 
 
 def flags(way: str) -> list[str]:
-    method, part, settings = WAYS[way]
+    method, settings = WAYS[way]
     words = [
         *(f"--{n.replace('_', '-')}={v}" for n, v in FEW.items()),
         f"--method={method}",
-        f"--train={part}",
+        "--train=scales",
     ]
     return [*words, *(word for n, v in settings.items() for word in ("--set", f"{n}={v}"))]
 
@@ -121,9 +120,9 @@ def test_the_run_is_the_one_of_the_exported_file(way: str, at: Path) -> None:
 
 @pytest.mark.parametrize("name", [CODES, "1", "0001-rtn-tiny", "latest", f"{CODES}/model", f"./{CODES}"])
 def test_every_name_of_it_means_it(name: str, at: Path) -> None:
-    said("tune", name, "rows.jsonl", *flags("mezo, scales"), "--rounds=1")
+    said("tune", name, "rows.jsonl", *flags("mezo"), "--rounds=1")
     before = Path(FILE).stat().st_mtime_ns
-    assert "which is there already" in said("tune", CODES, "rows.jsonl", *flags("mezo, codes"), "--rounds=1")
+    assert "which is there already" in said("tune", CODES, "rows.jsonl", *flags("fedkseed"), "--rounds=1")
     assert Path(FILE).stat().st_mtime_ns == before
     assert {fleetune.open(n).recipe.model for n in "23"} == {FILE}  # type: ignore[union-attr]
 
@@ -146,22 +145,22 @@ def test_export_takes_the_file_that_is_there_where_it_is_the_same(
         file.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
         refused = said("export", "1", "--to", to, code=2)
         assert "exists already" in refused
-        assert "undo" not in refused
         assert len(file.read_bytes()) == len(raw)
     assert "exists already" in said("export", "1", "--to", to, "--path", str(file), code=2)
 
 
-def test_export_takes_the_file_that_was_tuned_and_names_the_undo_of_a_patched_one(at: Path) -> None:
-    said("tune", CODES, "rows.jsonl", *flags("mezo, scales"), "--rounds=1")
+def test_export_takes_the_file_that_was_tuned_and_not_a_patched_one(at: Path) -> None:
+    said("tune", CODES, "rows.jsonl", *flags("mezo"), "--rounds=1")
     assert f"{FILE} is there already" in said("export", "1", "--to", "gguf")
     said("patch", "make", FILE, "2", "--to", "p")
+    said("patch", "make", FILE, "2", "--to", "back", "--inverse")
     said("patch", "apply", FILE, "p")
-    _, _, undo = said("export", "1", "--to", "gguf", code=2).partition("take its patch back: ")
-    assert main(shlex.split(undo.splitlines()[0])[1:]) == 0
+    assert "exists already" in said("export", "1", "--to", "gguf", code=2)
+    said("patch", "apply", FILE, "back")
     assert f"{FILE} is there already" in said("export", "1", "--to", "gguf")
 
 
-@pytest.mark.parametrize("way", ["mezo, scales", "fedpetuning, scales"])
+@pytest.mark.parametrize("way", ["mezo", "fedpetuning"])
 def test_the_names_of_patch_make_are_those_of_tune(way: str, at: Path) -> None:
     said("tune", CODES, "rows.jsonl", *flags(way), "--rounds=1")
     said("patch", "make", FILE, "2", "--to", "p")
@@ -191,31 +190,8 @@ def test_the_names_of_patch_make_are_those_of_tune(way: str, at: Path) -> None:
     assert "make it first: mkdir -p no/such" in said("patch", "make", "1", "2", "--to", "no/such/r", code=2)
 
 
-@pytest.mark.parametrize("way", ["mezo, scales", "fedpetuning, scales"])
-def test_what_a_patched_file_is_in_the_way_of_names_its_undo(way: str, at: Path) -> None:
-    said("tune", CODES, "rows.jsonl", *flags(way), "--rounds=1")
-    said("patch", "make", FILE, "2", "--to", "p")
-    shutil.copy(FILE, "untouched.gguf")
-    said("patch", "apply", FILE, "p")
-    changed = 1 if "mezo" in way else 2  # LedgerError, ModelError
-    for code, words in (
-        (2, ["tune", "1", "rows.jsonl", *flags(way)]),
-        (changed, ["eval", "2"]),
-        (2, ["tune", "--resume", "2", "--rounds", "2"]),
-        (changed, ["patch", "make", FILE, "2", "--to", "again"]),
-    ):
-        refused = said(*words, code=code)
-        assert f"take its patch back: fleetune patch undo {FILE}" in refused, refused
-    Path(f"{FILE}.undo").rename("undo")
-    assert "undo" not in said("eval", "2", code=changed)
-    Path("undo").rename(f"{FILE}.undo")
-    said("patch", "undo", FILE)
-    assert sha256(Path(FILE)) == sha256(Path("untouched.gguf"))
-    said("eval", "2")
-
-
-@pytest.mark.parametrize("way", ["mezo, codes", "fedpetuning, scales"])
-def test_a_run_of_scales_or_codes_as_model_is_written_out_as_its_file(way: str, at: Path) -> None:
+@pytest.mark.parametrize("way", ["mezo", "fedpetuning"])
+def test_a_run_of_scales_as_model_is_written_out_as_its_file(way: str, at: Path) -> None:
     """The hint's export is a file that has scales and codes, and it is the model to give; one of fewer rounds is not."""
     said("tune", CODES, "rows.jsonl", *flags(way), "--rounds=1")
     ended = Path(fleetune.open("2").argument, "status")
@@ -238,7 +214,7 @@ def test_a_run_of_scales_or_codes_as_model_is_written_out_as_its_file(way: str, 
 def test_the_folder_that_a_command_runs_in_means_it_too(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder, name in ((CODES, "."), (f"{CODES}/model", "..")):
         monkeypatch.chdir(at / folder)
-        notes = said("tune", name, str(at / "rows.jsonl"), *flags("mezo, scales"), "--rounds=1", "--out", str(at / "new"))  # fmt: skip
+        notes = said("tune", name, str(at / "rows.jsonl"), *flags("mezo"), "--rounds=1", "--out", str(at / "new"))  # fmt: skip
         assert f"{Path(name, '0001-rtn-tiny.gguf')}, " in notes
     assert (at / FILE).is_file()
 
@@ -246,14 +222,14 @@ def test_the_folder_that_a_command_runs_in_means_it_too(at: Path, monkeypatch: p
 def test_a_compression_of_a_models_name_is_no_misspelling_of_it(at: Path) -> None:
     """`0001-rtn-smollm2-135m` is like smollm2-135m, which is no hub id either."""
     Path(CODES).rename("runs/0001-rtn-smollm2-135m")
-    notes = said("tune", "0001-rtn-smollm2-135m", "rows.jsonl", *flags("mezo, scales"), "--rounds=1")
+    notes = said("tune", "0001-rtn-smollm2-135m", "rows.jsonl", *flags("mezo"), "--rounds=1")
     assert "runs/0001-rtn-smollm2-135m/0001-rtn-smollm2-135m.gguf, now written" in notes
 
 
 def test_python_takes_names_results_subjects_and_recipes(at: Path) -> None:
     codes = fleetune.open(CODES)
     recipe = recipes.make({
-        "model": CODES, "data": "rows.jsonl", "method": "mezo", "train": "scales", "set": WAYS["mezo, scales"][2], **FEW
+        "model": CODES, "data": "rows.jsonl", "method": "mezo", "train": "scales", "set": WAYS["mezo"][1], **FEW
     })  # fmt: skip
     runs = [tuned(given) for given in (CODES, Path(CODES), codes)]
     runs.append(fleetune.tune(recipe))
@@ -268,8 +244,8 @@ def test_an_artefact_without_a_compression_and_a_method_that_is_not_named(at: Pa
     )
     assert fleetune.open(done).recipe.model == "codes/codes.gguf"  # type: ignore[union-attr]
     assert fleetune.open(done).recipe.train == "scales"  # type: ignore[union-attr]
-    auto = fleetune.tune("codes", "rows.jsonl", train="codes", settings={"lr": 0.05}, **{**FEW, "rounds": 1})
-    assert fleetune.open(auto).recipe.method in recipes.TRAIN_PARTS["codes"]  # type: ignore[union-attr]
+    auto = fleetune.tune("codes", "rows.jsonl", train="scales", settings={"lr": 0.05}, **{**FEW, "rounds": 1})
+    assert fleetune.open(auto).recipe.method in recipes.SCALE_METHODS  # type: ignore[union-attr]
 
 
 class Stops(Silent):
@@ -280,7 +256,7 @@ class Stops(Silent):
             raise Interrupted("stopped")
 
 
-@pytest.mark.parametrize("way", ["mezo, codes", "fedpetuning, scales"])
+@pytest.mark.parametrize("way", ["mezo", "fedpetuning"])
 def test_a_stopped_run_goes_on_to_the_same_bits(way: str, at: Path) -> None:
     whole = tuned(CODES, way)
     with pytest.raises(Interrupted):
@@ -299,7 +275,7 @@ def test_a_compressed_run_is_tuned_on_and_measured(at: Path, monkeypatch: pytest
         "tiny", "rows.jsonl", method="fedit", settings={"r": 2, "lr": 1e-3, "steps": 2}, **FEW
     )
     small = fleetune.compress(first, method="rtn")
-    second = tuned(small, "fedpetuning, scales")
+    second = tuned(small, "fedpetuning")
     file = small.folder / f"{small.folder.name}.gguf"
     assert Path(fleetune.open(second).recipe.model).samefile(file)  # type: ignore[union-attr]
     assert second.done.tuned["loss"] < second.done.base["loss"]
@@ -344,18 +320,18 @@ def test_a_run_of_a_sweep_needs_its_base_too(at: Path) -> None:
 
 
 def test_a_dry_run_and_a_sweep_take_it(at: Path) -> None:
-    checked = said("tune", CODES, "rows.jsonl", *flags("mezo, scales"), "--dry-run")
+    checked = said("tune", CODES, "rows.jsonl", *flags("mezo"), "--dry-run")
     assert f"{FILE}, now written" in checked
     assert "the recipe is good" in checked
     assert not Path("runs/0002-mezo-0001-rtn-tiny").exists()
     done = fleetune.sweep(
-        "latest", "rows.jsonl", method="mezo", settings={"tau": 2, "lr": 0.05}, vary={"train": ["scales", "codes"]},
+        "latest", "rows.jsonl", method="mezo", settings={"tau": 2, "lr": 0.05}, vary={"lr": [0.05, 0.02]},
         train="scales", **{**FEW, "rounds": 1},
     )  # fmt: skip
     stated = recipes.read(done.folder / "sweep.toml")
     assert stated["model"] == FILE
     Path("r.toml").write_text(
-        'model = "runs/0001-rtn-tiny"\ndata = "rows.jsonl"\nmethod = "mezo"\ntrain = "codes"\nclients = 2\nheld_out = 4\n'
+        'model = "runs/0001-rtn-tiny"\ndata = "rows.jsonl"\nmethod = "mezo"\ntrain = "scales"\nclients = 2\nheld_out = 4\n'
         "rounds = 1\nsamples = 0\n[set]\ntau = 2\nlr = 0.05\n"
     )
     said("sweep", "r.toml", "--vary", "tau=1,2", "-q")
@@ -392,10 +368,7 @@ def test_a_plan_counts_it_and_writes_nothing(at: Path, capsys: pytest.CaptureFix
     assert plan.settings().options()["train"] == "scales"
     assert plan.settings().options()["base"] == "mapped"
     assert set(plan.search.shape.scales.values()) == {1}
-    assert {row.method for row in plan.rows if row.tunes} == set(recipes.TRAIN_PARTS["scales"])
-    assert {row.method for row in fleetune.plan("latest", train="codes").rows if row.tunes} == set(
-        recipes.MOVE_BLOCKS
-    )
+    assert {row.method for row in plan.rows if row.tunes} == set(recipes.SCALE_METHODS)
     assert not Path(FILE).exists()
     unknown = planning.make(models.load_config("tiny"), "tiny", {"base": "mapped"}, train="scales")
     one, two = (_trained(plan) for plan in (plan, unknown))
@@ -410,33 +383,34 @@ def test_a_plan_counts_it_and_writes_nothing(at: Path, capsys: pytest.CaptureFix
         assert (own.rows[0].trainable, _trained(own)) == (plan.rows[0].trainable, one)
 
 
-@pytest.mark.parametrize("part", ["scales", "codes"])
 def test_a_plan_of_what_has_no_blocks_is_refused_as_tune_refuses_it(
-    at: Path, part: str, capsys: pytest.CaptureFixture[str]
+    at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A plain directory, and a GGUF file of floats; a name whose file is not fetched yet is not."""
     fleetune.export("tiny", to="gguf:f16", path="plain.gguf")
     for model in ("tiny", "plain.gguf"):
-        assert main(["plan", model, "--train", part]) == 2
+        assert main(["plan", model, "--train", "scales"]) == 2
         planned = capsys.readouterr()
-        assert f"this base has no {part} that could be trained" in planned.err
+        assert "this base has no scales that could be trained" in planned.err
         assert "GGUF file of Q4_0" in planned.err
         assert "fleetune compress" in planned.err
         assert "fleetune tune" not in planned.out
         few = (f"--{name.replace('_', '-')}={value}" for name, value in FEW.items())
         assert (
-            main(["tune", model, "rows.jsonl", "--method=mezo", f"--train={part}", "--set=lr=0.1", *few]) == 2
+            main(["tune", model, "rows.jsonl", "--method=mezo", "--train=scales", "--set=lr=0.1", *few]) == 2
         )
         tuned = capsys.readouterr().err
         assert (
             tuned[tuned.index("this base") :].split() == planned.err[planned.err.index("this base") :].split()
         )
-        with pytest.raises(ModelError, match=f"this base has no {part}"):
-            fleetune.plan(model, train=part)
-    with pytest.raises(ModelError, match=f"this base has no {part}"):
-        fleetune.plan("minilm-l6", train=part, offline=True)
-    assert fleetune.plan("smollm2-135m", train=part, offline=True).settings().options()["train"] == part
-    artefact = fleetune.plan(f"{CODES}/model", train=part)
+        with pytest.raises(ModelError, match="this base has no scales"):
+            fleetune.plan(model, train="scales")
+    with pytest.raises(ModelError, match="this base has no scales"):
+        fleetune.plan("minilm-l6", train="scales", offline=True)
+    assert (
+        fleetune.plan("smollm2-135m", train="scales", offline=True).settings().options()["train"] == "scales"
+    )
+    artefact = fleetune.plan(f"{CODES}/model", train="scales")
     assert set(artefact.search.shape.scales.values()) == {1}, "of the artefact itself"
 
 
@@ -449,8 +423,8 @@ def _trained(plan: Any) -> int:
     ("given", "words"),
     [
         ({}, "is a compressed model: codes, not plain weights"),
-        ({"train": "norms"}, "train = 'norms' is none of weights, scales, codes"),
-        ({"train": "codes", "base": "memory"}, "train = codes reads the base from its GGUF file"),
+        ({"train": "norms"}, "train = 'norms' is none of weights, scales"),
+        ({"train": "scales", "base": "memory"}, "train = scales reads the base from its GGUF file"),
     ],
 )
 def test_a_plan_of_what_cannot_be_is_refused(given: dict[str, Any], words: str, at: Path) -> None:
@@ -465,7 +439,7 @@ def test_a_plan_of_what_cannot_be_is_refused(given: dict[str, Any], words: str, 
     ("changed", "words"),
     [
         (["--train=weights"], "is a compressed model: codes, not plain weights"),
-        (["--method=fedit", "--train=weights"], "or tune its scales or codes as they are: --train scales"),
+        (["--method=fedit", "--train=weights"], "or tune its scales as they are: --train scales"),
         (["--method=zosgd"], "train = scales is for mezo, fedkseed, onebyte, fedpetuning, not for zosgd"),
         (["--base=memory"], "base = memory does not"),
         (["--method=auto", "--set", "r=4"], "no method has all of the settings"),
@@ -478,7 +452,7 @@ def test_a_plan_of_what_cannot_be_is_refused(given: dict[str, Any], words: str, 
 def test_what_is_wrong_beside_it_is_said_before_its_file_is_written(
     changed: list[str], words: str, at: Path
 ) -> None:
-    assert words in said("tune", CODES, "rows.jsonl", *flags("mezo, scales"), *changed, code=2)
+    assert words in said("tune", CODES, "rows.jsonl", *flags("mezo"), *changed, code=2)
     assert not Path(FILE).exists()
 
 
@@ -498,7 +472,7 @@ def test_what_else_is_no_plain_model_is_refused_as_ever(at: Path) -> None:
         )
     Path(FILE).write_bytes(b"mine")
     assert "is not what fleetune export --to gguf writes" in said(
-        "tune", CODES, "rows.jsonl", *flags("mezo, scales"), code=2
+        "tune", CODES, "rows.jsonl", *flags("mezo"), code=2
     )
     assert Path(FILE).read_bytes() == b"mine"
 
@@ -509,6 +483,6 @@ def test_a_damaged_compressed_model_is_refused_as_such(at: Path) -> None:
     raw[-1] ^= 1
     codes.write_bytes(raw)
     assert "master.safetensors is not what was written" in said(
-        "tune", CODES, "rows.jsonl", *flags("mezo, scales"), code=2
+        "tune", CODES, "rows.jsonl", *flags("mezo"), code=2
     )
     assert not Path(FILE).exists()

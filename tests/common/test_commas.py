@@ -21,7 +21,7 @@ def test_what_is_written_is_read(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("yes,no", ["yes", "no"]),  # as files of earlier versions have them
+        ("yes,no", ["yes", "no"]),
         (" yes , no,", ["yes", "no"]),
         ("a\\b,c", ["a\\b", "c"]),
         (r"late\, but paid,paid", ["late, but paid", "paid"]),

@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fleetune import compression
-from fleetune.common import setting_names, settings
+from fleetune.common import settings
 from fleetune.common.settings import setting
-from fleetune.tuning import describe, methods, server_rules
-from fleetune.tuning.methods._lora_start import STARTS
+from fleetune.tuning import describe, methods
 
 
 @dataclass(frozen=True)
@@ -62,40 +58,3 @@ def test_the_header_shows_settings_that_have_an_effect(case: str) -> None:
     text = describe.letters(methods.make(name, values), name)
     assert all(word in text for word in there), text
     assert not any(word in text for word in not_there), text
-
-
-def test_the_settings_of_every_method_are_read_from_its_text() -> None:
-    """What is listed without an import is what the class says."""
-    for name in methods.entries():
-        found = setting_names.settings_of(methods.REGISTRY.member(name).module, "Method")
-        assert found == settings.of(methods.module_of(name).Method), name
-    for name in compression.entries():
-        cls = compression.method_class(name)
-        assert setting_names.settings_of(cls.__module__, cls.__name__) == settings.of(cls), name
-    helps = {s.name: s.help for s in methods.settings("fedit")}
-    assert helps["start"].endswith(", ".join(STARTS))
-    assert helps["server"].endswith(", ".join(server_rules.ETA))
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        "x: int = 3",
-        "x: int = setting(int('3'), 'x', 'help')",
-        "x: list = setting(3, 'x', 'help')",
-        "x: int = setting(3)",
-    ],
-)
-def test_a_class_whose_text_does_not_say_all_is_imported(
-    tmp_path: Path, monkeypatch: Any, field: str
-) -> None:
-    good = (
-        "class Method:\n    name: ClassVar[str] = 'x'\n    y: float = setting(1.0, 'y', 'help', auto=True)\n"
-    )
-    for name, text in (("said_all", good), ("said_some", good + f"    {field}\n")):
-        (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (only,) = setting_names.settings_of("said_all", "Method") or []
-    assert (only.name, only.type, only.default, only.auto) == ("y", float, 1.0, True)
-    assert setting_names.settings_of("said_some", "Method") is None
-    assert setting_names.settings_of("said_none", "Method") is None

@@ -17,10 +17,10 @@ from deploy_harness import gguf_of
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common import files
 from fleetune.common.display import human_bytes
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.models.artefact import Master, Quantised
-from fleetune.runs import sealed
 
 SMALL = ["--method", "optq", "--windows", "4", "--length", "16", "--set", "group=8"]
 
@@ -227,7 +227,7 @@ def test_a_stopped_one_does_not_go_on_with_something_else(
         model = models.tiny_llama(seed=5)
         models.save(model.net, model.tokenizer, Path("mine"))
     else:
-        record = sealed.read(
+        record = files.read_json(
             folder / "compress.json", ""
         )  # without its checksum, as earlier versions wrote it
         other: dict[str, Any] = {

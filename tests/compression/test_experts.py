@@ -330,7 +330,6 @@ def test_experts_of_which_transformers_says_nothing_stay(tmp_path: Path) -> None
     folder = folder_of("llama4_text", tmp_path / "m", **changes)
     made = fleetune.compress(folder, method="rtn", settings={"group": 32}, out=tmp_path / "runs").folder
     assert Master(made / "model").head.experts == {}
-    assert Master(made / "model").head.version == 1
 
 
 # ---------------------------------------------------------------- what is stated of them
@@ -360,7 +359,6 @@ def test_the_plan_finds_experts_behind_dense_first_blocks() -> None:
 
 
 def test_finished_blocks_state_whether_they_have_experts(tmp_path: Path) -> None:
-    """Blocks that an earlier version left, with dense experts, are not taken for whole."""
     (tmp_path / "t.txt").write_text("words of some length " * 200)
     folder_of("qwen2_moe", tmp_path / "mixture")
     llama = models.tiny_llama()
@@ -378,7 +376,7 @@ def test_finished_blocks_state_whether_they_have_experts(tmp_path: Path) -> None
 
     assert origin("mixture") != origin("llama")
     assert origin("mixture")[-1] == "experts"
-    assert origin("llama")[-1] != "experts", "blocks of an earlier version go on"
+    assert origin("llama")[-1] != "experts"
 
 
 @pytest.mark.parametrize(("normed", "notes"), [

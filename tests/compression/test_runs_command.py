@@ -17,8 +17,9 @@ from command_harness import QUICK, ZEROTH, call
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common import files
 from fleetune.compression.jobs import solve as layerwise
-from fleetune.runs import rundir, sealed
+from fleetune.runs import rundir
 
 RTN = ["--method", "rtn", "--set", "group=8"]
 GKD = [
@@ -109,7 +110,7 @@ def test_a_teacher_is_needed_until_its_student_is_done(
     for _ in range(2):
         assert call(capsys, "compress", tiny, *GKD)[0] == 0
     record = Path("runs/0002-gkd-tiny/compress.json")
-    done = sealed.read(record, "")
+    done = files.read_json(record, "")
     done["set"]["teacher"] = "runs/0001-gkd-tiny/model"
     record.write_text(json.dumps({k: v for k, v in done.items() if k != "result"}))
     assert "is needed by runs/0002-gkd-tiny" in refused(capsys, "runs", "rm", "1")
@@ -144,7 +145,7 @@ def test_a_compression_is_shown_and_not_compared(
     assert "runs compare is of tuned runs; 2 was compressed" in err
     assert "fleetune measure 1 2 --data FILE" in err
     record = Path("runs/0002-rtn-fedkseed-tiny/compress.json")
-    left = {k: v for k, v in sealed.read(record, "").items() if k != "result"}
+    left = {k: v for k, v in files.read_json(record, "").items() if k != "result"}
     record.write_text(json.dumps(left))
     assert main(["runs", "show", "2"]) == 0
     said = capsys.readouterr().out

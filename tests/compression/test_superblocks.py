@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-import sys
+import ctypes
+import importlib.util
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -26,13 +29,41 @@ from fleetune.models.artefact import Quantised
 from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.superblocks import SUPER_TYPES, WIDTH
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # the benchmarks are no package of the wheel
-
-from benchmarks import super_blocks
-
 TYPES = sorted(SUPER_TYPES)
 WITHOUT_ZERO = ("iq4_xs", "q2_k", "q4_k", "q5_k")
-needs_llama = pytest.mark.skipif(not super_blocks.there(), reason="llama.cpp is not installed")
+FOUND = importlib.util.find_spec("llama_cpp_py_sync")
+LIBRARY = Path(FOUND.origin).parent / "libggml-base.so.0" if FOUND and FOUND.origin else None
+needs_llama = pytest.mark.skipif(
+    LIBRARY is None or not LIBRARY.is_file(), reason="llama.cpp is not installed"
+)
+
+
+@cache
+def library() -> Any:
+    opened = ctypes.CDLL(str(LIBRARY))
+    opened.ggml_quantize_chunk.restype = ctypes.c_size_t
+    opened.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p,
+    ]  # fmt: skip
+    return opened
+
+
+def llama_cpp(x: np.ndarray, kind: str, importance: np.ndarray | None = None) -> np.ndarray:
+    """What llama.cpp makes of x float32 [R, C] in blocks of `kind`; importance float32 [C] is its importance matrix."""
+    x, type_ = np.ascontiguousarray(x, np.float32), gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[type_]
+    out = np.zeros((len(x), x.shape[1] // block * size), np.uint8)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    at = None if weights is None else weights.ctypes.data
+    written = library().ggml_quantize_chunk(int(type_), x.ctypes.data, out.ctypes.data, 0, *x.shape, at)
+    assert written == out.size
+    read: np.ndarray = gguf.quants.dequantize(out, type_)
+    return read
+
+
+def grid_of(kind: str) -> Grid:
+    """The grid of a super-block type."""
+    return Grid(kind, SUPER_TYPES[kind].bits)
 
 
 def values_of(q: Quantised, column: int) -> Tensor:
@@ -75,7 +106,7 @@ def test_any_matrix_is_rounded_to_the_nearest_and_the_file_holds_it(
     kind: str, W: Tensor, weighted: bool
 ) -> None:
     h = torch.logspace(-2, 2, 512)[torch.arange(512) * 7 % 512] if weighted else None
-    q = rounded(W, super_blocks.grid_of(kind), 32, h)
+    q = rounded(W, grid_of(kind), 32, h)
     of, got = SUPER_TYPES[kind], q.dense()
     assert q.blocks is not None
     assert q.blocks.misfit(8, 512) == ""
@@ -97,7 +128,7 @@ def test_any_matrix_is_rounded_to_the_nearest_and_the_file_holds_it(
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_units_that_are_not_finite_do_not_fit(kind: str, value: float) -> None:
-    q = rounded(torch.randn(2, 256), super_blocks.grid_of(kind), 32)
+    q = rounded(torch.randn(2, 256), grid_of(kind), 32)
     assert q.blocks is not None
     for part in ("d", "dmin") if SUPER_TYPES[kind].minimum else ("d",):
         unit = getattr(q.blocks, part).clone()
@@ -183,10 +214,8 @@ def test_a_range_and_its_minimum_are_nearly_the_best_of_many(top: int, shift: fl
 def test_small_weights_are_not_lost_where_fp16_has_few_numbers_left(kind: str) -> None:
     """A d that rounds to 0 would make all of a super-block 0; 2^-24 is a d for weights of this size."""
     W = 2.0**-17 * torch.randn(16, 512, generator=torch.Generator().manual_seed(8))
-    error = (rounded(W, super_blocks.grid_of(kind), 32).dense() - W).square().sum() / W.square().sum()
-    large = (
-        rounded(W * 2**12, super_blocks.grid_of(kind), 32).dense() / 2**12 - W
-    ).square().sum() / W.square().sum()
+    error = (rounded(W, grid_of(kind), 32).dense() - W).square().sum() / W.square().sum()
+    large = (rounded(W * 2**12, grid_of(kind), 32).dense() / 2**12 - W).square().sum() / W.square().sum()
     assert error < 1.25 * large + 2e-3
 
 
@@ -202,17 +231,15 @@ def test_the_error_is_below_that_of_llama_cpp_s_own_quantiser(
     x = rng.standard_normal((64, 512)) if tail == "normal" else rng.standard_t(4, (64, 512))
     x = (0.02 * (np.abs(x) if tail == "positive" else x)).astype(np.float32)
     h = None if spread is None else rng.lognormal(0, spread, 512).astype(np.float32)
-    own = rounded(
-        torch.from_numpy(x), super_blocks.grid_of(kind), 32, None if h is None else torch.from_numpy(h)
-    )
-    theirs = super_blocks.llama_cpp(x, kind.upper(), h)
+    own = rounded(torch.from_numpy(x), grid_of(kind), 32, None if h is None else torch.from_numpy(h))
+    theirs = llama_cpp(x, kind.upper(), h)
     errors = [
         ((1 if h is None else h) * (q - x.astype(np.float64)) ** 2).sum()
         for q in (own.dense().numpy(), theirs)
     ]
     assert errors[0] < 0.985 * errors[1]
     if h is None:  # and below its best, which takes an importance of 1 for all
-        flat = super_blocks.llama_cpp(x, kind.upper(), np.ones(512))
+        flat = llama_cpp(x, kind.upper(), np.ones(512))
         assert errors[0] < ((flat - x.astype(np.float64)) ** 2).sum()
 
 
@@ -330,7 +357,7 @@ def test_dead_inputs_and_matrices_that_nothing_reached() -> None:
 
 def test_a_super_block_is_no_group() -> None:
     with pytest.raises(ValueError, match="q4_k has no groups with a scale of their own"):
-        super_blocks.grid_of("q4_k").find(torch.randn(2, 32))
+        grid_of("q4_k").find(torch.randn(2, 32))
 
 
 # --- settings -------------------------------------------------------------------------------------------------

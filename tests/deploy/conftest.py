@@ -1,27 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server's door with a stand-in for the engine behind it; GGUF files on a device."""
+"""GGUF files on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from deploy_harness import BLOCKS, gguf_of
-from serve_harness import Upstream, door
-
-from fleetune.deploy.serving.front import Front
-
-
-@pytest.fixture
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture
-def front(upstream: Upstream) -> Iterator[Front]:
-    with door(upstream) as found:
-        yield found
 
 
 @pytest.fixture(scope="module", params=BLOCKS)

@@ -6,16 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from fleetune import models
-from fleetune.common.ggml import PARTS
 from fleetune.models.model import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import View
 from fleetune.tuning.methods import _zeroth
-
-BOTH = pytest.mark.parametrize("trains", PARTS)
 
 
 def visible(folder: Path) -> list[str]:
@@ -23,15 +19,15 @@ def visible(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def load(file: Path, trains: str = "scales") -> Model:
+def load(file: Path) -> Model:
     model = models.load(str(file), device="cpu", base="mapped")
-    model.trains = trains
+    model.trains = "scales"
     return model
 
 
-def ledger_on(file: Path, trains: str = "scales") -> tuple[Ledger, str]:
+def ledger_on(file: Path) -> tuple[Ledger, str]:
     """A ledger of 40 steps, and the digest of the weights that it leads to."""
-    model = load(file, trains)
+    model = load(file)
     made = _zeroth.new_ledger(
         model,
         5,

@@ -3,24 +3,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+import fleetune
+from fleetune.deploy.checkpoint import open_checkpoint
+from fleetune.deploy.export import export
+from fleetune.errors import UsageError
+from fleetune.models.families import table
+from fleetune.models.mapped.stored import weight_files
+from tiny_families import DECODERS, save
+
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))  # the benchmarks are no package of the wheel
-
-from benchmarks.tiny_families import DECODERS, save  # noqa: E402
-
-import fleetune  # noqa: E402
-from fleetune.deploy.checkpoint import open_checkpoint  # noqa: E402
-from fleetune.deploy.export import export  # noqa: E402
-from fleetune.errors import UsageError  # noqa: E402
-from fleetune.models.families import table  # noqa: E402
-from fleetune.models.mapped.stored import weight_files  # noqa: E402
-
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 MIXTURES = (
     "mixtral",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fleetune import compression, models
 from fleetune.common import sums
 from fleetune.compression.layerwise import driver
-from fleetune.errors import ModelError, StorageError
+from fleetune.errors import ModelError, StorageError, VersionError
 from fleetune.models.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
 from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.models.codebooks import CODEBOOKS
@@ -98,14 +98,8 @@ def test_an_artefact_names_the_codebook_of_its_codes(tmp_path: Path) -> None:
         assert torch.equal(q.codes, part.codes)
         want = q.scale.float().repeat_interleave(8, 1).numpy() * book[q.codes.numpy()]
         assert master.weight(name).numpy().tobytes() == want.tobytes()
-    assert (master.head.version, master.head.codebooks) == (2, dict.fromkeys(sorted(parts), "iq4_nl"))
+    assert (master.head.version, master.head.codebooks) == (1, dict.fromkeys(sorted(parts), "iq4_nl"))
     assert ArtefactHead.from_json(master.head.to_json()) == master.head
-
-
-def test_an_artefact_without_a_codebook_is_as_it_always_was(tmp_path: Path) -> None:
-    """Earlier programs read it: version 1, and no word of codebooks."""
-    head = json.loads(made(tmp_path)[1].head.to_json())
-    assert (head["version"], "codebooks" in head) == (1, False)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +107,7 @@ def test_an_artefact_without_a_codebook_is_as_it_always_was(tmp_path: Path) -> N
     (["a"], "damaged")],
 )  # fmt: skip
 def test_a_codebook_that_cannot_be_is_refused(codebooks: object, why: str, tmp_path: Path) -> None:
-    head = json.dumps({**json.loads(HEAD.to_json()), "version": 2, "codebooks": codebooks,
+    head = json.dumps({**json.loads(HEAD.to_json()), "codebooks": codebooks,
                        "grids": {"a": [3, 8]}, "shapes": {"a": [1, 8]}})  # fmt: skip
     tensors = {
         "a.codes": torch.zeros(1, 3, dtype=torch.uint8), "a.scale": torch.zeros(1, 1).half(),
@@ -162,13 +156,13 @@ def test_damage_is_said(tmp_path: Path) -> None:
         meta = {"format": "pt", "master": json.dumps({**head, **into})}
         save_file(tensors | more, path, metadata=meta)
 
-    (path.parent / sums.FILE).unlink()  # as an earlier version would leave it
+    (path.parent / sums.FILE).unlink()
     name = next(iter(master.head.grids))
     changed({f"{name}.scale": torch.zeros(1, 1, dtype=torch.float16)})
     with pytest.raises(ModelError, match=f"the parts of {name} do not fit"):
         Master(path.parent).quantised(name)
-    changed({}, version=6)
-    with pytest.raises(ModelError, match="version 6, this Fleetune reads 1 to 5"):
+    changed({}, version=2)
+    with pytest.raises(VersionError, match="the artefact was written by another version of Fleetune"):
         Master(path.parent)
     changed({}, grids=[1])
     with pytest.raises(ModelError, match="head is damaged"):
@@ -191,18 +185,17 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     "forged",
     [
-        {"version": True},
         {"method": ["a"]},
         {"settings": 3},
         {"base": 7},
         {"calibration": "x"},
         {"shapes": {}},
         {"grids": {Q: [1e999, 32]}},
-        {"experts": {"another": 2}, "version": 4},
-        {"transposed": [Q], "version": 5},  # and not of experts
-        {"transposed": [7], "version": 5},
-        {"transposed": 7, "version": 5},
-        {"codebooks": {"another": "iq4_nl"}, "version": 2},
+        {"experts": {"another": 2}},
+        {"transposed": [Q]},  # and not of experts
+        {"transposed": [7]},
+        {"transposed": 7},
+        {"codebooks": {"another": "iq4_nl"}},
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from deploy_harness import tiny
 
 from fleetune import compression, models
 from fleetune.cli.main import main
+from fleetune.common import files
 from fleetune.common.extras import pip_install
 from fleetune.compression.jobs import compressed_base
 from fleetune.compression.jobs.windows import MEASURED
@@ -26,7 +27,7 @@ from fleetune.deploy.measure import harness, llamacpp
 from fleetune.errors import FleetuneError, Interrupted
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.artefact import Master, Quantised
-from fleetune.runs import compression_folder, rundir, sealed
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.listener import Silent
 from fleetune.subject import Compressed
 from fleetune.tuning import finished
@@ -197,8 +198,8 @@ def test_a_stopped_base_is_gone_on_with_and_says_how(at: Path, monkeypatch: pyte
 def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(at)
     shutil.rmtree(folder / "base", ignore_errors=True)
-    record = sealed.read(folder / "compress.json", "")
-    (folder / "compress.json").write_text(sealed.to_text({**record, "windows": 2}))
+    record = files.read_json(folder / "compress.json", "")
+    (folder / "compress.json").write_text(files.json_text({**record, "windows": 2}))
     code, told, _ = call(capsys, "measure", str(folder), "--kept-gain", *FAST)
     assert code == 2
     assert "is not what" in told[-1]["message"]

@@ -99,7 +99,6 @@ def test_only_files_that_export_writes_of_a_compression_are_measured_as_its_own(
         raw = bytearray(changed.read_bytes())
         raw[-40] ^= 1
         changed.write_bytes(raw)
-    Path(f"{file}.undo").write_bytes(b"")
     Path(CODES, "broken.gguf").write_bytes(b"GGUF")
     raw = Path(CODES, "renamed.gguf").read_bytes()
     Path(CODES, "lacks one.gguf").write_bytes(raw.replace(b"blk.1.attn_q.weight", b"blk.9.attn_q.weight"))
@@ -111,8 +110,6 @@ def test_only_files_that_export_writes_of_a_compression_are_measured_as_its_own(
         [file.name, wide.name, plain.name, "broken.gguf", "lacks one.gguf", "another.gguf"]
     )
     assert f"fleetune measure '{plain}'" in said[plain.name]
-    assert [name for name, note in said.items() if "patch undo" in note] == [file.name]
-    assert f"take its patch back: fleetune patch undo {file}" in said[file.name]
     assert listed(str(file))[1] == (file.name, "llama.cpp"), "by its name it is measured"
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of a GGUF file's scales or codes: what they make, what they refuse, and what a kill leaves."""
+"""Patches of a GGUF file's scales: what they make, what they refuse, and what a kill leaves."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from patch_harness import BOTH, ledger_on, load, visible
+from patch_harness import ledger_on, load, visible
 
 from fleetune import api, models
 from fleetune.common.ggml import BYTES, HALVES
@@ -32,109 +33,75 @@ from heard import Heard
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-@BOTH
-@pytest.mark.parametrize("changes", [False, True])
-def test_the_patched_file_is_the_tuned_model(changes: bool, trains: str, file: Path, tmp_path: Path) -> None:
-    ledger, digest = ledger_on(file, trains)
-    made = patch_make.make(file, ledger, changes=changes)
+@pytest.mark.parametrize("passes", [patch.PASSES, 0])
+def test_the_patched_file_is_the_tuned_model(
+    passes: int, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, digest = ledger_on(file)
+    monkeypatch.setattr(patch, "PASSES", passes)  # more are carried as changes
+    made = patch_make.of_ledger(file, ledger)
+    assert (made.changes is None) == (passes > 0)
     (tmp_path / "p").write_bytes(made.file)
     before, own = file.read_bytes(), load(file).digest
-    assert patch.apply(file, patch.load(tmp_path / "p"), tmp_path / "new.gguf") is None
+    patch.apply(file, patch.load(tmp_path / "p"), tmp_path / "new.gguf")
     assert file.read_bytes() == before
     assert models.load(str(tmp_path / "new.gguf"), device="cpu").digest == digest != own
     assert sha256(tmp_path / "new.gguf") == made.result
     changed = np.frombuffer(before, np.uint8) != np.frombuffer((tmp_path / "new.gguf").read_bytes(), np.uint8)
-    places = made.places
     inside = np.zeros(len(before), bool)
-    for place in places:  # nothing but scales, or nothing but codes, has changed
-        size, end = BYTES[place.kind], 2 * HALVES[place.kind]
-        part = slice(end) if trains == "scales" else slice(end, None)
-        inside[place.offset : place.offset + place.size].reshape(-1, size)[:, part] = True
+    for place in made.places:  # nothing but scales has changed
+        blocks = inside[place.offset : place.offset + place.size].reshape(-1, BYTES[place.kind])
+        blocks[:, : 2 * HALVES[place.kind]] = True
     assert changed.any()
     assert not (changed & ~inside).any()
 
 
-@BOTH
-def test_a_patch_in_place_is_undone_to_the_byte(trains: str, file: Path, tmp_path: Path) -> None:
-    before = file.read_bytes()
-    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file, trains)[0]).file)
-    back = patch.apply(file, patch.load(tmp_path / "p"))
-    assert back == file.with_name("m.gguf.undo")
+def test_the_inverse_patch_leads_back_to_the_byte(file: Path, tmp_path: Path) -> None:
+    ledger, before = ledger_on(file)[0], file.read_bytes()
+    made, back = patch_make.of_ledger(file, ledger), patch_make.of_ledger(file, ledger, inverse=True)
+    assert (back.base, back.result) == (made.result, made.base)
+    (tmp_path / "p").write_bytes(made.file)
+    (tmp_path / "back").write_bytes(back.file)
+    with pytest.raises(ModelError, match="has this patch already"):
+        patch.apply(file, patch.load(tmp_path / "back"))
+    patch.apply(file, patch.load(tmp_path / "p"))
     assert file.read_bytes() != before
     with pytest.raises(ModelError, match="has this patch already"):
         patch.apply(file, patch.load(tmp_path / "p"))
-    patch.undo(file)
+    patch.apply(file, patch.load(tmp_path / "back"))
     assert file.read_bytes() == before
     assert visible(file.parent) == ["m.gguf"]
-    with pytest.raises(ModelError, match="no patch that could be taken back"):
-        patch.undo(file)
 
 
-def test_the_last_undo_is_kept_until_the_next_patch_is_in_place(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = file.read_bytes()
-    patch.apply(file, patch_make.make(file, ledger_on(file)[0]))
-    second = file.read_bytes()
-    made = patch_make.make(file, ledger_on(file)[0])
-    real = os.replace
-
-    def stopped(source: Path, target: Path) -> None:
-        if Path(target) == file:
-            raise KeyboardInterrupt
-        real(source, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            patch.apply(file, made)
-    assert file.read_bytes() == second
-    patch.undo(file)
-    assert file.read_bytes() == first
-    assert visible(file.parent) == ["m.gguf"]
-
-
-def test_patches_follow_one_another_and_the_last_is_undone(file: Path) -> None:
-    patch.apply(file, patch_make.make(file, ledger_on(file)[0]))
-    second = file.read_bytes()
-    patch.apply(file, patch_make.make(file, ledger_on(file, "codes")[0]))
-    assert file.read_bytes() != second
-    patch.undo(file)
-    assert file.read_bytes() == second
-
-
-@BOTH
 def test_rows_in_pieces_make_the_same_file(
-    trains: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for changes in (False, True):
-        made = patch_make.make(file, ledger_on(file, trains)[0], changes=changes)
+    for passes in (patch.PASSES, 0):
+        monkeypatch.setattr(patch, "PASSES", passes)
+        made = patch_make.of_ledger(file, ledger_on(file)[0])
         for piece in (1, 700, 5000):
             monkeypatch.setattr(patch, "PIECE", piece)
-            patch.apply(file, made, tmp_path / f"{changes}-{piece}.gguf")  # its SHA-256 is the stated one
+            patch.apply(file, made, tmp_path / f"{passes}-{piece}.gguf")  # its SHA-256 is the stated one
 
 
-@BOTH
 def test_a_patch_that_would_make_another_model_is_not_made(
-    trains: str, file: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fleetune.seeds import scale_grid
 
-    ledger, summed = ledger_on(file, trains)[0], scale_grid.summed
+    ledger, summed = ledger_on(file)[0], scale_grid.summed
     monkeypatch.setattr(scale_grid, "summed", lambda *given: summed(*given) + 300)
-    with pytest.raises(ModelError, match=f"would not make the {trains} of the run"):
-        patch_make.make(file, ledger)
+    with pytest.raises(ModelError, match="would not make the scales of the run"):
+        patch_make.of_ledger(file, ledger)
 
 
 def test_a_link_stays_one(file: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.gguf"
     link.symlink_to(file)
-    made = patch_make.make(file, ledger_on(file)[0])
+    made = patch_make.of_ledger(file, ledger_on(file)[0])
     patch.apply(link, made)
     assert link.is_symlink()
     assert sha256(file) == made.result
-    patch.undo(link)
-    assert link.is_symlink()
     dangling = tmp_path / "dangling.gguf"
     dangling.symlink_to(tmp_path / "nothing")
     with pytest.raises(UsageError, match="exists already"):
@@ -142,7 +109,7 @@ def test_a_link_stays_one(file: Path, tmp_path: Path) -> None:
 
 
 def test_a_copy_in_a_folder_that_is_not_there_is_refused_before_any_work(file: Path, tmp_path: Path) -> None:
-    made = patch_make.make(file, ledger_on(file)[0])
+    made = patch_make.of_ledger(file, ledger_on(file)[0])
     file.write_bytes(b"GGUF")  # is not looked at
     for out in (tmp_path / "no such" / "deep" / "x.gguf", file / "x.gguf"):
         before = visible(tmp_path)
@@ -157,7 +124,7 @@ def test_a_patch_before_its_model_is_said_to_be_swapped(
 ) -> None:
     from fleetune.cli.main import main
 
-    (tmp_path / "a patch").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
+    (tmp_path / "a patch").write_bytes(patch_make.of_ledger(file, ledger_on(file)[0]).file)
     before = file.read_bytes()
     given = [str(tmp_path / "a patch"), str(file), "--to", str(tmp_path / "new.gguf")]
     assert main(["patch", "apply", *given]) == 2
@@ -199,11 +166,10 @@ def test_the_command_prints_json_for_a_devices_script(
         lines.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert [line["event"] for line in lines] == ["patch", "patched"]
     assert lines[0]["result"] == lines[1]["result"] == sha256(file)
-    assert lines[1]["undo"] == str(file) + ".undo"
 
 
 def test_a_patch_for_another_file_is_refused(file: Path, tmp_path: Path) -> None:
-    made = patch_make.make(file, ledger_on(file)[0])
+    made = patch_make.of_ledger(file, ledger_on(file)[0])
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
@@ -219,7 +185,7 @@ def test_a_patch_for_another_file_is_refused(file: Path, tmp_path: Path) -> None
 
 
 def test_a_result_that_is_not_the_stated_one_is_not_kept(file: Path) -> None:
-    made = patch_make.make(file, ledger_on(file)[0])._replace(result="0" * 64)
+    made = dataclasses.replace(patch_make.of_ledger(file, ledger_on(file)[0]), result="0" * 64)
     before = file.read_bytes()
     with pytest.raises(ModelError, match="the patched file would have"):
         patch.apply(file, made)
@@ -233,10 +199,10 @@ def test_only_a_ledger_of_scales_makes_a_patch(file: Path) -> None:
         model, 5, law="hashed", K=64, lr=0.02, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
     )
     with pytest.raises(UsageError, match="moves all weights"):
-        patch_make.make(file, weights)
+        patch_make.of_ledger(file, weights)
     ledger, _ = ledger_on(file)
     with pytest.raises(LedgerError, match="rebuilds other weights"):
-        patch_make.make(file, ledger.with_check(1, "0" * 64))
+        patch_make.of_ledger(file, ledger.with_check(1, "0" * 64))
 
 
 def test_a_listener_is_told_the_work_ahead_and_every_piece(
@@ -246,10 +212,11 @@ def test_a_listener_is_told_the_work_ahead_and_every_piece(
     scales = sum(math.prod(shape) for _, shape, _ in ledger.head.tensors)
     work = f"1 pass over {scales:,} scales"
     making, applying, undoing = Heard(), Heard(), Heard()
+    back = patch_make.of_ledger(file, ledger, inverse=True)
     monkeypatch.setattr(patch, "PIECE", 5000)
-    made = patch_make.make(file, ledger, listener=making)
+    made = patch_make.of_ledger(file, ledger, listener=making)
     patch.apply(file, made, listener=applying)
-    patch.undo(file, undoing)
+    patch.apply(file, back, listener=undoing)
     assert applying.notes == [f"{work} to compute"]
     assert {count[0] for count in making.counts} == {"weights", "bytes patched"}
     assert making.counts[-1] == ("bytes patched", size, size, work)
@@ -276,11 +243,13 @@ def test_the_command_shows_how_far_it_is_on_a_terminal_and_only_events_in_json(
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    ledger_on(file)[0].save(tmp_path / "l")
+    ledger = ledger_on(file)[0]
+    ledger.save(tmp_path / "l")
+    (tmp_path / "back").write_bytes(patch_make.of_ledger(file, ledger, inverse=True).file)
     for words, shown in (
         (["make", str(file), str(tmp_path / "l"), "--to", str(tmp_path / "p")], ["weights", "bytes patched"]),
         (["apply", str(file), str(tmp_path / "p")], ["to compute", "bytes compared", "bytes written"]),
-        (["undo", str(file)], ["bytes compared", "bytes written"]),
+        (["apply", str(file), str(tmp_path / "back")], ["bytes compared", "bytes written"]),
     ):
         with monkeypatch.context() as seated:
             seated.setattr(sys, "stderr", seen := Terminal())
@@ -295,48 +264,43 @@ def test_the_command_shows_how_far_it_is_on_a_terminal_and_only_events_in_json(
 
 @pytest.mark.parametrize("stop_at", ["bytes compared", "bytes written"])
 def test_a_stop_changes_nothing(stop_at: str, file: Path, tmp_path: Path) -> None:
-    made, before = patch_make.make(file, ledger_on(file)[0]), file.read_bytes()
+    made, before = patch_make.of_ledger(file, ledger_on(file)[0]), file.read_bytes()
     for out in (None, tmp_path / "new.gguf"):
         with pytest.raises(Interrupted, match="nothing was changed"):
             patch.apply(file, made, out, Heard(stop_at=stop_at))
     assert file.read_bytes() == before
-    patch.apply(file, made)
-    after = file.read_bytes()
-    with pytest.raises(Interrupted, match="nothing was changed"):
-        patch.undo(file, Heard(stop_at=stop_at))
-    assert file.read_bytes() == after
-    assert visible(file.parent) == ["m.gguf", "m.gguf.undo"]
+    assert visible(file.parent) == ["m.gguf"]
     assert not (tmp_path / "new.gguf").exists()
 
 
-@BOTH
-def test_applying_needs_no_torch(trains: str, file: Path, tmp_path: Path) -> None:
-    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file, trains)[0]).file)
+def test_applying_needs_no_torch(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(patch_make.of_ledger(file, ledger_on(file)[0]).file)
     code = (
         "import sys; from fleetune.cli.main import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'torch was loaded'"
     )
-    for words in (["apply", str(file), str(tmp_path / "p")], ["undo", str(file)]):
-        subprocess.run([sys.executable, "-c", code, "patch", *words], check=True, capture_output=True)
+    words = ["patch", "apply", str(file), str(tmp_path / "p")]
+    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL there")
 def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_path: Path) -> None:
-    made = patch_make.make(file, ledger_on(file)[0])
+    ledger, old = ledger_on(file)[0], file.read_bytes()
+    made, back = patch_make.of_ledger(file, ledger), patch_make.of_ledger(file, ledger, inverse=True)
     (tmp_path / "p").write_bytes(made.file)
-    old = file.read_bytes()
+    (tmp_path / "back").write_bytes(back.file)
     patch.apply(file, made, tmp_path / "new.gguf")
     new = (tmp_path / "new.gguf").read_bytes()
     code = (
         "import sys; from pathlib import Path; from fleetune.deploy import patch\n"
-        "p = patch.load(Path(sys.argv[2])); print('ready', flush=True)\n"
-        "for _ in range(10 ** 6): patch.apply(Path(sys.argv[1]), p); patch.undo(Path(sys.argv[1]))"
+        "both = [patch.load(Path(p)) for p in sys.argv[2:]]; print('ready', flush=True)\n"
+        "for _ in range(10 ** 6): [patch.apply(Path(sys.argv[1]), p) for p in both]"
     )
-    drawn, seen = random.Random(4), set()
+    drawn, command = random.Random(4), [sys.executable, "-c", code, str(file)]
     for _ in range(8):
         child = subprocess.Popen(
-            [sys.executable, "-c", code, str(file), str(tmp_path / "p")], stdout=subprocess.PIPE
+            [*command, str(tmp_path / "p"), str(tmp_path / "back")], stdout=subprocess.PIPE
         )
         assert child.stdout is not None
         child.stdout.readline()
@@ -346,23 +310,18 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_pa
         child.stdout.close()
         content = file.read_bytes()
         assert content in (old, new)
-        seen.add(content == new)
         if content == new:
-            patch.undo(file)
-        else:
-            with pytest.raises(ModelError, match="no patch that could be taken back"):
-                patch.undo(file)
+            patch.apply(file, back)
         assert file.read_bytes() == old
     patch.apply(file, made)
-    assert visible(file.parent) == ["m.gguf", "m.gguf.undo"], "what killed ones left is gone"
+    assert visible(file.parent) == ["m.gguf"], "what killed ones left is gone"
 
 
 # A run ----------------------------------------------------------------------------------------------
 
 
-@BOTH
 @pytest.mark.parametrize("method", ["mezo", "fedkseed", "onebyte"])
-def test_a_run_tunes_the_file_that_ships(method: str, trains: str, file: Path, tmp_path: Path) -> None:
+def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path) -> None:
     """From the rows to the patched file: export, patch and replay give one file, which lost nothing."""
     settings = {
         "mezo": {"tau": 6, "batch_size": 4}, "fedkseed": {"tau": 4, "K": 64, "backprop": 0.5, "backprop_steps": 3},
@@ -370,14 +329,14 @@ def test_a_run_tunes_the_file_that_ships(method: str, trains: str, file: Path, t
     }[method]  # fmt: skip
     rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
     run = api.tune(
-        str(file), rows, method=method, train=trains, clients=1 if method == "mezo" else 2, rounds=2,
+        str(file), rows, method=method, train="scales", clients=1 if method == "mezo" else 2, rounds=2,
         settings={"lr": 0.05, "eps": 0.01, **settings}, out=tmp_path / "runs", samples=0, client_rows=0, held_out=4,
     )  # fmt: skip
     assert run.done.digest != models.load(str(file), device="cpu").digest
     out = api.export(run, path=tmp_path / "new" / "tuned.gguf").path
     tuned = models.load(str(out), device="cpu")
     assert tuned.digest == run.done.digest
-    made = patch_make.make(file, finished.ledger_of(Path(run.done.run)))
+    made = patch_make.of_ledger(file, finished.ledger_of(Path(run.done.run)))
     assert made.result == sha256(out)
     assert len(made.file) < 20_000
 
@@ -391,5 +350,5 @@ def test_what_a_killed_patch_left_is_removed_and_nothing_of_other_files(file: Pa
     for each in left:
         each.touch()
     ledger, _ = ledger_on(file)
-    patch.apply(odd, patch_make.make(file, ledger))
+    patch.apply(odd, patch_make.of_ledger(file, ledger))
     assert [each.exists() for each in left] == [False, True, True]

@@ -1,528 +1,449 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door before an engine: what goes through it, what does not, and what is told when the engine breaks."""
+"""`fleetune serve` and `fleetune chat` as a user meets them: an engine is started, asked, and ended with the command."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
-import http.client
+import io
 import json
+import os
 import re
+import signal
 import socket
-import threading
+import subprocess
+import sys
 import time
-from contextlib import suppress
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
-from serve_harness import KEY, ask, door, error_of, raw, running
+from deploy_harness import compressed, tiny
+from serve_harness import little_file, lives, stand_in, starts
 
-from fleetune.deploy.serving import front as serve
-from fleetune.deploy.serving import places, proxy, request_checks
-from fleetune.deploy.serving.engine_site import EngineSite
-from fleetune.deploy.serving.front import Front
-from fleetune.deploy.serving.openai_client import Address
-from fleetune.deploy.serving.request_checks import MAX_BODY
-from fleetune.errors import UsageError
+import fleetune
+from fleetune import models
+from fleetune.cli.commands import serve
+from fleetune.cli.main import main
+from fleetune.common.events import Serving
+from fleetune.common.extras import pip_install
+from fleetune.deploy import export
+from fleetune.deploy.serving import engines
+from fleetune.deploy.serving.client import Refused
+from fleetune.deploy.serving.engines import ENGINES, Options
+from fleetune.errors import FleetuneError, Interrupted, UsageError
 
-CHAT = "/v1/chat/completions"
-QUESTION = json.dumps({"messages": [{"role": "user", "content": "Capital of France?"}]}).encode()
-STREAM = json.dumps({"messages": [{"role": "user", "content": "Capital?"}], "stream": True}).encode()
-
-
-# What goes through ------------------------------------------------------------------------------------
-
-
-def test_a_question_and_its_answer_go_through_as_they_are(front, upstream):
-    status, headers, body = ask(
-        front, "POST", CHAT + "?a=1", QUESTION, Authorization="Bearer mine", X_Other="x"
-    )
-    assert status == 200
-    assert json.loads(body)["choices"][0]["message"]["content"] == "Paris."
-    assert headers["Content-Type"] == "application/json"
-    method, path, seen, sent = upstream.seen[-1]
-    assert (method, path, sent) == ("POST", CHAT + "?a=1", QUESTION)
-    assert seen["Authorization"] == f"Bearer {KEY}"  # the engine's own key; the client's goes no further
-    assert "X-Other" not in seen
+LLAMA, XLLAMACPP, TRANSFORMERS = ENGINES
+CHAT = ["chat", "tiny.gguf", "--threads", "1"]
 
 
-def test_models_are_listed_through_it(front):
-    status, _, body = ask(front, "GET", "/v1/models")
-    assert (status, json.loads(body)["data"][0]["id"]) == (200, "tiny.gguf")
+@pytest.fixture
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to stand in, with a llama-server on the PATH."""
+    stand_in(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv(engines.KEY, raising=False)
+    monkeypatch.chdir(tmp_path)
+    little_file(tmp_path / "tiny.gguf")
+    return tmp_path
 
 
-def test_a_streamed_piece_arrives_before_the_next_is_made(front, upstream):
-    upstream.go.clear()
-    connection = http.client.HTTPConnection("127.0.0.1", front.server_port, timeout=10)
-    connection.request("POST", CHAT, STREAM, {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    assert response.headers["Content-Type"] == "text/event-stream"
-    first = response.readline()
-    assert json.loads(first[5:])["choices"][0]["delta"]["content"] == "Par"
-    assert not upstream.go.is_set()  # nothing after it has left the engine yet
-    upstream.go.set()
-    rest = response.read()
-    connection.close()
-    assert rest.count(b"data: ") == 4
-    assert rest.endswith(b"data: [DONE]\n\n")
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, model = tmp_path_factory.mktemp("models") / "plain", tiny()
+    models.save(model.net, model.tokenizer, path)
+    return path
 
 
-def test_a_client_that_goes_away_ends_the_request_to_the_engine(front, upstream):
-    upstream.answer = ["x"] * 100_000
-    connection = http.client.HTTPConnection("127.0.0.1", front.server_port, timeout=10)
-    connection.request("POST", CHAT, STREAM, {"Content-Type": "application/json"})
-    connection.getresponse().read(50)
-    connection.sock.close()  # type: ignore[union-attr]
-    connection.close()
-    assert upstream.gone.wait(20)
+def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    code = main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
-def test_a_client_that_goes_away_before_its_answer_frees_the_engine(front, upstream):
-    upstream.mode = "wait"
-    upstream.go.clear()
-    connection = http.client.HTTPConnection("127.0.0.1", front.server_port, timeout=10)
-    connection.request("POST", CHAT, QUESTION, {"Content-Type": "application/json"})
-    assert not upstream.gone.wait(0.3)
-    connection.close()
-    assert upstream.gone.wait(20)
+# Engines ----------------------------------------------------------------------------------------------
 
 
-def test_a_next_request_before_the_answer_is_no_leaving(front, upstream):
-    upstream.mode = "wait"
-    upstream.go.clear()
-    head = (
-        b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    )
-    with socket.create_connection(("127.0.0.1", front.server_port), timeout=10) as client:
-        request = head % (CHAT.encode(), len(QUESTION)) + QUESTION
-        client.sendall(request)
-        assert not upstream.gone.wait(0.3)
-        client.sendall(request)
-        assert not upstream.gone.wait(0.3)
-        upstream.go.set()
-        found = b""
-        while found.count(b"Paris.") < 2:
-            piece = client.recv(1 << 16)
-            assert piece, found
-            found += piece
-
-
-def test_what_the_engine_cannot_parse_is_the_requests_fault(front, upstream):
-    upstream.mode = "tools"
-    status, _, body = ask(front, "POST", CHAT, QUESTION)
-    assert status == 400
-    assert error_of(body) == {
-        "message": "Failed to parse tools: 5", "type": "invalid_request_error", "param": None, "code": "bad_request"
+def test_engines_are_told_all_but_the_key(at: Path) -> None:
+    asked, file = Options(threads=3, context=2048, port=4711, key="secret"), Path("/models/a b.gguf")
+    line = LLAMA.command(file, asked)
+    assert line[0] == str(at / "bin" / "llama-server")
+    assert dict(zip(line[1::2], line[2::2], strict=True)) == {
+        "--model": "/models/a b.gguf", "--alias": "a b.gguf", "--host": "127.0.0.1", "--port": "4711",
+        "--ctx-size": "2048", "--threads": "3",
     }  # fmt: skip
+    start = [sys.executable, "-P", "-m"]
+    assert XLLAMACPP.command(file, asked) == [
+        *start, "fleetune.deploy.serving.engines", "/models/a b.gguf", "127.0.0.1", "4711", "2048", "3",
+    ]  # fmt: skip
+    assert TRANSFORMERS.command(file, asked) == [
+        *start, "transformers.cli.transformers", "serve", "a b.gguf", "--host", "127.0.0.1", "--port", "4711",
+    ]  # fmt: skip
 
 
-def test_a_stream_for_http_1_0_ends_with_the_connection(front):
-    head = f"POST {CHAT} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    request = head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(STREAM), STREAM)
-    answer = raw(front, request, ends=False)
-    headers, _, body = answer.partition(b"\r\n\r\n")
-    assert b"chunked" not in headers
-    assert body.startswith(b"data: {")
-    assert body.endswith(b"data: [DONE]\n\n")
+def test_auto_takes_the_first_that_is_installed(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(at / "bin"))
+    installed = {"xllamacpp", "fastapi", "uvicorn", "openai", "accelerate"}
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    assert engines.choose("auto") is LLAMA
+    (at / "bin" / "llama-server").unlink()
+    assert engines.choose("auto") is XLLAMACPP
+    installed.discard("xllamacpp")
+    assert engines.choose("auto") is TRANSFORMERS
+    installed.discard("openai")
+    for name in ("auto", "xllamacpp"):
+        with pytest.raises(UsageError, match="is installed") as refused:
+            engines.choose(name)
+        assert str(refused.value.hint).startswith(pip_install("serve"))
 
 
-def test_an_error_of_the_engine_is_passed_on(front, upstream):
-    upstream.mode = "refuse"
-    status, _, body = ask(front, "POST", CHAT, QUESTION)
-    error = error_of(body)  # the engine's own has no "param"
-    assert (status, error["message"]) == (400, "the context is full")
-    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, 400)
-
-
-@pytest.mark.parametrize(
-    ("whole", "message"),
-    [
-        (b'{"detail": "no such model"}', "no such model"),
-        (b'{"error": "no such model"}', "no such model"),
-        (b"[1]", "the engine says: [1]"),
-        (b'{"error": {"type": "odd"}}', 'the engine says: {"error": {"type": "odd"}}'),
-    ],
-)
-def test_errors_of_other_forms_get_all_four_fields(whole, message):
-    error = error_of(json.dumps(proxy.error_body(404, whole)).encode())
-    assert (error["message"], error["param"], error["code"]) == (message, None, "engine_error")
-
-
-def test_an_error_page_of_the_engine_gets_openais_form(front, upstream):
-    upstream.mode = "plain"
-    status, _, body = ask(front, "POST", CHAT, QUESTION)
-    assert status == 500
-    assert "Internal Server Error" in error_of(body)["message"]
-
-
-@pytest.mark.parametrize(
-    "path", ["/nothing", "/v1/", "/v1/audio/transcriptions", "/v1/../slots", "/slots", "/x/v1/models"]
-)
-def test_other_paths_are_not_to_be_had(path, front, upstream):
-    status, _, body = ask(front, "GET", path)
-    assert (status, error_of(body)["code"]) == (404, "not_found")
-    assert upstream.seen == []
-
-
-@pytest.mark.parametrize("method", ["OPTIONS", "PUT", "DELETE", "TRACE"])
-def test_other_methods_are_refused_in_openais_form(method, front, upstream):
-    status, headers, body = ask(front, method, CHAT)
-    assert (status, headers["Allow"]) == (405, "GET, POST")
-    assert (error_of(body)["type"], error_of(body)["code"]) == ("invalid_request_error", "method_not_allowed")
-    assert upstream.seen == []
-    assert not any(name.lower().startswith("access-control") for name in headers)
-
-
-# The page ---------------------------------------------------------------------------------------------
-
-
-def test_the_page_runs_its_own_script_and_style_alone(front):
-    status, headers, body = ask(front, "GET", "/")
-    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
-    assert policy["default-src"] == "'none'"
-    assert policy["connect-src"] == "'self'"
-    for tag in ("script", "style"):
-        (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>".encode(), body, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inside).digest()).decode()
-        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
-    assert headers["X-Content-Type-Options"] == "nosniff"
-    text = body.decode()
-    assert not re.search(r"\son\w+=|\sstyle=|innerHTML|insertAdjacentHTML|document\.write|eval\(", text)
-    assert set(re.findall(r"https?://[^'\"\s]+", text)) == {
-        "http://www.w3.org/2000/svg"
-    }  # a name, no request
-
-
-# Who may ask ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        "",
-        "Bearer",
-        "Bearer ",
-        "Bearer wrong",
-        "Bearer secretx",
-        "Bearer secre",
-        "secret",
-        "Basic secret",
-        "bearer secret",
-    ],
-)
-def test_without_the_token_nothing_reaches_the_engine(given, upstream, monkeypatch):
-    monkeypatch.setattr(serve, "GUESS", 0.0)
-    with door(upstream, "secret") as front:
-        for method, path, body in (("POST", CHAT, QUESTION), ("GET", "/v1/models", None)):
-            headers = {"Authorization": given} if given else {}
-            status, answer, raw_body = ask(front, method, path, body, **headers)
-            assert (status, answer["WWW-Authenticate"]) == (401, "Bearer")
-            assert error_of(raw_body)["code"] == "invalid_api_key"
-    assert upstream.seen == []
-
-
-def test_with_the_token_it_answers_and_page_and_health_need_none(upstream):
-    with door(upstream, "secret") as front:
-        assert ask(front, "POST", CHAT, QUESTION, Authorization="Bearer secret")[0] == 200
-        assert ask(front, "GET", "/")[0] == 200
-        assert ask(front, "GET", "/health")[0] == 200
-
-
-def test_a_token_is_compared_in_constant_time(upstream, monkeypatch):
-    compared = []
-
-    def compare(a: bytes, b: bytes) -> bool:
-        compared.append((a, b))
-        return hmac.compare_digest(a, b)
-
-    monkeypatch.setattr(request_checks, "hmac", type("hmac", (), {"compare_digest": staticmethod(compare)}))
-    with door(upstream, "secret") as front:
-        assert ask(front, "GET", "/v1/models", Authorization="Bearer wrong")[0] == 401
-    assert compared == [(b"Bearer wrong", b"Bearer secret")]
-
-
-def test_after_a_wrong_token_its_address_waits_and_no_other(upstream, monkeypatch):
-    monkeypatch.setattr(serve, "GUESS", 1.0)
-    with door(upstream, "secret") as front:
-
-        def seconds(token: str, source: str = "127.0.0.1") -> float:
-            began = time.monotonic()
-            head = f"Authorization: Bearer {token}\r\n" if token else ""
-            with socket.create_connection(front.server_address[:2], 10, (source, 0)) as opened:
-                opened.sendall(f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n{head}\r\n".encode())
-                assert opened.recv(12) == (b"HTTP/1.1 200" if token == "secret" else b"HTTP/1.1 401")
-            return time.monotonic() - began
-
-        assert max(seconds(""), seconds("secret"), seconds("wrong")) < 0.7
-        assert seconds("secret", "127.0.0.2") < 0.7
-        assert seconds("secret") > 0.3  # right or wrong
-        seconds("wrong")
-        assert seconds("wrong") > 0.9
-        assert seconds("wrong", "127.0.0.2") < 0.7
-        began = time.monotonic()
-        at_once = [threading.Thread(target=seconds, args=("wrong", "127.0.0.3")) for _ in range(3)]
-        for guess in at_once:
-            guess.start()
-        for guess in at_once:
-            guess.join()
-        assert time.monotonic() - began > 1.9  # one after another
-        monkeypatch.setattr(serve, "ADDRESSES", 1)
-        seconds("wrong", "127.0.0.4")
-        assert list(front.guessed) == ["127.0.0.4"]
-
-
-def test_a_short_token_is_for_this_machine_alone():
-    assert serve.token_for("127.0.0.1", "x") == ("x", False)
-    assert serve.token_for("0.0.0.0", "x" * 16) == ("x" * 16, False)
-    with pytest.raises(
-        UsageError, match="the token has 15 characters, and others can guess at it: 16 at least"
+def test_an_engine_that_ends_is_said_with_its_last_words(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (at / "bin" / "broken").touch()
+    with (
+        pytest.raises(FleetuneError, match=r"llama-server has ended \(exit code 1\)") as failed,
+        fleetune.chat("tiny.gguf"),
     ):
-        serve.token_for("0.0.0.0", "x" * 15)
+        pass
+    assert failed.value.hint == "its last words: tensor 'blk.0' is missing"
+    (at / "bin" / "llama-server").write_text("no program")
+    with pytest.raises(FleetuneError, match="llama-server cannot be started"), fleetune.chat("tiny.gguf"):
+        pass
+    (at / "bin" / "llama-server").write_text("#!/bin/sh\nexec sleep 600\n")
+    monkeypatch.setattr(engines.Session.load, "__defaults__", (0.2,))
+    with (
+        pytest.raises(FleetuneError, match=r"has not loaded .*tiny\.gguf in 0 s"),
+        fleetune.chat("tiny.gguf"),
+    ):
+        pass
 
 
-def test_a_token_beyond_ascii_is_only_wrong(upstream):
-    with door(upstream, "secret") as front:
-        assert raw(
-            front,
-            "GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer sécret\r\n\r\n".encode(),
-        ).startswith(b"HTTP/1.1 401")
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [XLLAMACPP, TRANSFORMERS], ids=lambda engine: str(engine.name))
+def test_a_real_engine_serves_and_answers(engine: engines.Engine, plain: Path, tmp_path: Path) -> None:
+    if not engine.available():
+        pytest.skip(f"{engine.name} is not installed")
+    asked: dict[str, Any] = {"engine": engine.name, "threads": 1, "context": 512}
+    with fleetune.serve(plain, port=0, **asked) as session:
+        with urllib.request.urlopen(session.url + "/v1/models", timeout=20) as answer:
+            (found,) = json.load(answer)["data"]
+        assert found["id"] == session.model.name
+        assert lives(session.process.pid)
+    assert not lives(session.process.pid)
+    with fleetune.chat(plain, max_tokens=8, **asked) as talk:
+        assert talk.say("hello") == talk.turns[-1]["content"] != ""
+
+
+# serve ------------------------------------------------------------------------------------------------
+
+
+def _hearing() -> None:
+    """Signals as in a terminal, also where these tests run in the background of a script, which ignores some."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def serving(*args: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """The command in a process of its own, and its event `serving`."""
+    command = [sys.executable, "-m", "fleetune", "serve", *args, "--port", "0", "--json"]
+    search = os.pathsep.join(filter(None, sys.path))
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": search},
+        preexec_fn=_hearing,
+    )  # fmt: skip
+    with process:
+        try:
+            assert process.stdout is not None
+            event: dict[str, Any] = {}
+            while event.get("event") != "serving":
+                event = json.loads(process.stdout.readline())
+            yield process, event
+        finally:
+            process.kill()
+
+
+def ask(url: str, words: str, key: str = "") -> bytes:
+    body = {"messages": [{"role": "user", "content": words}], "stream": True}
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        found: bytes = answer.read()
+        return found
 
 
 @pytest.mark.parametrize(
-    "host",
+    ("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 130), (signal.SIGHUP, 130)], ids=str
+)
+def test_serve_answers_until_it_is_told_to_end_and_leaves_nothing_behind(
+    number: int, code: int, at: Path
+) -> None:
+    with serving("tiny.gguf", "--context", "512") as (process, event):
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", event["url"])
+        assert (event["model"], event["engine"]) == ("tiny.gguf", "llama-server")
+        assert b'"content": "hello"' in ask(event["url"], "hello")
+        (start,) = starts(at / "bin")
+        assert (start["--ctx-size"], start["key"], "--threads" in start) == ("512", "", False)
+        process.send_signal(number)
+        assert process.wait(20) == code
+        assert not lives(start["pid"])
+
+
+def test_serve_ends_with_an_error_when_the_engine_does(at: Path) -> None:
+    with serving("tiny.gguf") as (process, _):
+        os.kill(starts(at / "bin")[0]["pid"], signal.SIGKILL)
+        assert process.wait(20) == 1
+        assert process.stdout is not None
+        assert "llama-server has ended (signal 9)" in json.loads(process.stdout.readlines()[-1])["message"]
+
+
+def test_a_signal_that_is_ignored_stays_so_as_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with serve.ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(Interrupted):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_key_is_passed_on_and_made_off_this_machine(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fleetune.serve("tiny.gguf", port=0, key="mine") as session:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(session.url, "hello")
+        assert b"hello" in ask(session.url, "hello", "mine")
+    with fleetune.serve("tiny.gguf", port=0, host="0.0.0.0") as session:
+        assert len(made := session.options.key or "") >= 32
+        assert b"hello" in ask(f"http://127.0.0.1:{session.options.port}", "hello", made)
+    monkeypatch.setenv(engines.KEY, "of-the-environment")
+    with fleetune.serve("tiny.gguf", port=0) as session:
+        assert b"hello" in ask(session.url, "hello", "of-the-environment")
+    with fleetune.chat("tiny.gguf") as talk:
+        assert talk.say("hello") == "1:hello"
+    assert starts(at / "bin")[-1]["key"] not in ("", "of-the-environment")
+
+
+def test_an_engine_without_keys_serves_this_machine_alone(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "_installed", lambda *modules: True)
+    for asked in ({"host": "0.0.0.0"}, {"key": "mine"}):
+        served = fleetune.serve(plain, engine="transformers", port=0, **asked)
+        with pytest.raises(UsageError, match="asks nobody for a key"), served:
+            pass
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
     [
-        "evil.example",
-        "evil.example:8080",
-        "127.0.0.1.evil.example",
-        "10.0.0.1",
-        "",
-        "localhost.evil",
-        "[fe80::1]",
+        (["nothing.gguf"], "there is no file or directory 'nothing.gguf'"),
+        (["text.gguf"], "text.gguf is not a GGUF file"),
+        (["cut.gguf"], "cut.gguf is cut off: it has"),
+        (["lora.gguf"], "lora.gguf is an adapter, not a model"),
+        (["7"], "no run '7'"),
+        (["tiny.gguf", "--threads", "0"], "--threads 0 is below 1"),
+        (["tiny.gguf", "--context", "3"], "--context 3 is below 64"),
+        (["tiny.gguf", "--port", "99999"], "cannot listen on 127.0.0.1:99999"),
+        (["tiny.gguf", "--engine", "transformers"], "no 'transformers' is installed"),
     ],
 )
-def test_a_name_that_was_pointed_here_is_refused(host, front, upstream):
-    for path in ("/", "/health", "/v1/models"):
-        status, _, body = ask(front, "GET", path, Host=host)
-        assert (status, error_of(body)["code"]) == (403, "wrong_host")
-    assert upstream.seen == []
+def test_serve_refuses_before_an_engine_is_started(
+    args: list[str],
+    message: str,
+    at: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engines, "_installed", lambda *modules: False)
+    Path("text.gguf").write_text("no model")
+    Path("cut.gguf").write_bytes(Path("tiny.gguf").read_bytes()[:-1])
+    little_file(Path("lora.gguf"), "adapter")
+    code, _, err = call(capsys, "serve", "--port", "0", *args)
+    assert code == 2
+    assert message in err
+    assert not (at / "bin" / "started").exists()
+
+
+def test_a_port_in_use_is_said_before_an_engine_is_started(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, _, err = call(capsys, "serve", "tiny.gguf", "--port", str(taken.getsockname()[1]))
+    assert (code, "in use" in err) == (2, True)
+    assert not (at / "bin" / "started").exists()
+
+
+# What is served ---------------------------------------------------------------------------------------
+
+
+def served(model: object) -> dict[str, Any]:
+    """How the engine is started for a model, whose file is gone afterwards where it was made for the session."""
+    with fleetune.chat(model) as talk:
+        assert talk.say("hello") == "1:hello"
+    return starts(Path("bin"))[-1]
+
+
+def test_a_plain_model_is_exported_for_the_session(at: Path, plain: Path) -> None:
+    start = served(plain)
+    assert (start["magic"], start["--alias"]) == ("GGUF", "plain.gguf")
+    assert not Path(start["--model"]).exists()
+    assert not list(plain.glob("*.gguf"))
+
+
+def test_a_compressed_model_is_exported_and_an_export_that_is_there_is_taken(at: Path) -> None:
+    folder = Path("runs") / "0003-rtn-tiny"
+    compressed(tiny(), folder / "model")
+    work = {"model": "tiny", "run": False, "method": "rtn", "set": {}, "data": "", "text": "", "windows": 1,
+            "length": 8, "eval_text": "", "seed": 1, "dtype": "fp32"}  # fmt: skip
+    (folder / "compress.json").write_text(json.dumps({"v": 1, **work}))
+    for subject in ("latest", folder / "model"):
+        start = served(subject)
+        assert (start["--alias"], start["magic"]) == ("0003-rtn-tiny.gguf", "GGUF")
+        assert not Path(start["--model"]).exists()
+    export.export(folder / "model", "gguf", folder / "kept.gguf")
+    assert served("latest")["--model"] == str((folder / "kept.gguf").resolve())
+
+
+def test_codes_that_gguf_has_no_blocks_for_are_served_in_fp32(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compressed(tiny(), at / "four", group=4)
+    code, out, err = call(capsys, "chat", str(at / "four"), "--prompt", "hello")
+    assert (code, out) == (0, "1:hello\n"), err
+    assert "--to gguf:f32" in err
+
+
+def test_a_finished_run_is_served_and_its_adapter_is_no_model(at: Path, plain: Path) -> None:
+    fleetune.tune(
+        str(plain), "demo", method="fedit", settings={"lr": 0.05}, clients=2, rounds=1, limit=24, held_out=4,
+        max_length=64, samples=0,
+    )  # fmt: skip
+    start = served("latest")
+    assert start["magic"] == "GGUF"
+    assert start["--alias"].startswith("0001-fedit")
+    fleetune.export("1", to="gguf:lora")
+    assert list(Path("runs").glob("0001-*/*.gguf"))
+    assert served("1")["--alias"] == start["--alias"]
+
+
+# chat -------------------------------------------------------------------------------------------------
+
+
+def test_chat_answers_once_to_a_prompt_or_a_pipe(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(capsys, *CHAT, "--prompt", "hello")[:2] == (0, "1:hello\n")
+    args = ["--system", "s", "--temperature", "1.5", "--seed", "7", "--max-tokens", "9", "--prompt", "hello"]
+    assert call(capsys, *CHAT, *args)[:2] == (0, "2:hello\n")
+    body = json.loads((at / "bin" / "body").read_text())
+    assert {key: body[key] for key in ("temperature", "seed", "max_tokens", "model")} == {
+        "temperature": 1.5, "seed": 7, "max_tokens": 9, "model": "tiny.gguf",
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines"))
+    assert call(capsys, *CHAT)[:2] == (0, "1:two\nlines\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    code, _, err = call(capsys, *CHAT)
+    assert (code, "the prompt is empty" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST:80", "127.0.0.1:1234", "127.9.9.9", "[::1]:8080", "[::1]"]
-)
-def test_the_names_of_this_machine_are_taken(host, front):
-    assert ask(front, "GET", "/v1/models", Host=host)[0] == 200
-
-
-@pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "http://localhost:1", "http://127.0.0.1", "file://"]
-)
-def test_requests_of_other_pages_are_refused(origin, front, upstream):
-    status, _, body = ask(front, "POST", CHAT, QUESTION, Host="127.0.0.1:8080", Origin=origin)
-    assert (status, error_of(body)["code"]) == (403, "wrong_origin")
-    assert upstream.seen == []
-
-
-def test_requests_of_its_own_page_are_taken_also_behind_tls(front):
-    for origin in ("http://127.0.0.1:8080", "https://127.0.0.1:8080"):
-        assert ask(front, "POST", CHAT, QUESTION, Host="127.0.0.1:8080", Origin=origin)[0] == 200
-
-
-def test_off_loopback_there_must_be_a_token_and_any_host_will_do(upstream):
-    with pytest.raises(UsageError, match="token"):
-        Front("0.0.0.0", 0, "", EngineSite())
-    with door(upstream, "secret", "0.0.0.0") as front:
-        assert not front.loopback
-        assert socket.gethostname() in front.url
-        assert ask(front, "GET", "/v1/models", Host="box.lan", Authorization="Bearer secret")[0] == 200
-        assert ask(front, "GET", "/v1/models", Host="box.lan")[0] == 401
-
-
-@pytest.mark.parametrize(("host", "own"), [("127.0.0.1", True), ("127.3.2.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("192.168.1.2", False), ("example.org", False)])  # fmt: skip
-def test_which_addresses_are_this_machine(host, own):
-    assert request_checks.is_loopback(host) is own
-
-
-# Bodies -----------------------------------------------------------------------------------------------
-
-
-def _post(front: Front, headers: str, body: bytes = b"") -> tuple[int, str]:
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{headers}\r\n\r\n"
-    answer = raw(front, head.encode() + body)
-    return int(answer.split()[1]), error_of(answer.partition(b"\r\n\r\n")[2])["code"]
-
-
-@pytest.mark.parametrize(
-    ("headers", "body", "status", "code"),
+    ("args", "code", "message"),
     [
-        ("X: 1", b"", 411, "length_required"),
-        ("Transfer-Encoding: chunked", b"1\r\n{\r\n0\r\n\r\n", 411, "length_required"),
-        ("Transfer-Encoding: chunked\r\nContent-Length: 2", b"{}", 411, "length_required"),
-        ("Content-Length: -1", b"", 400, "bad_length"),
-        ("Content-Length: 1e3", b"", 400, "bad_length"),
-        ("Content-Length: 2\r\nContent-Length: 3", b"{} ", 400, "repeated_header"),
-        (f"Content-Length: {MAX_BODY + 1}", b"", 413, "too_large"),
-        ("Content-Length: 99999999999", b"", 413, "too_large"),
-        ("Content-Length: 9", b"{}", 400, "cut_short"),
+        (["--prompt", "too long"], 1, "error: no room"),
+        (["--prompt", "die"], 1, "the engine llama-server has ended (exit code 9)"),
+        (["--prompt", "x", "--max-tokens", "0"], 2, "--max-tokens 0 is below 1"),
+        (["--prompt", "x", "--temperature", "-1"], 2, "not in 0..2"),
     ],
 )
-def test_bodies_that_are_refused(headers, body, status, code, front, upstream):
-    assert _post(front, headers, body) == (status, code)
-    assert upstream.seen == []
+def test_what_cannot_be_answered_is_an_error(
+    args: list[str], code: int, message: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, _, err = call(capsys, *CHAT, *args)
+    assert (found, message in err) == (code, True), err
+    assert not any(lives(start["pid"]) for start in (starts(at / "bin") if code == 1 else []))
 
 
-@pytest.mark.parametrize("header", ["Content-Length: %d", "Transfer-Encoding: chunked\r\nX: %d"])
-@pytest.mark.parametrize("path", ["/", "/health", "/v1/models"])
-def test_a_body_where_none_belongs_is_not_taken_for_the_next_request(path, header, front, upstream):
-    inner = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    smuggled = inner.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(QUESTION), QUESTION)
-    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{header % len(smuggled)}\r\n\r\n"
-    answer = raw(front, head.encode() + smuggled)
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert answer.count(b"HTTP/1.1 ") == 1
-    assert upstream.seen == []
-    assert ask(front, "GET", path, Content_Length="0")[0] == 200
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sit at a terminal and type lines, then Ctrl-D; an exception in a line's place is raised."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def sit(*said: str | BaseException) -> None:
+        lines = [*said, EOFError()]
+
+        def type_(prompt: str = "") -> str:
+            if isinstance(line := lines.pop(0), BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr(sys, "stdin", Terminal())
+        monkeypatch.setattr("builtins.input", type_)
+
+    return sit
 
 
-def test_a_body_of_the_largest_size_goes_through(front, upstream):
-    body = QUESTION + b" " * (MAX_BODY - len(QUESTION))
-    assert ask(front, "POST", CHAT, body)[0] == 200
-    assert len(upstream.seen[-1][3]) == MAX_BODY
+def test_chat_remembers_and_forgets(
+    at: Path, capsys: pytest.CaptureFixture[str], typed: Callable[..., None]
+) -> None:
+    typed("a", "", "b", "too long", "/help", "/new", "c", "/exit", "never")
+    code, out, err = call(capsys, *CHAT, "--system", "s")
+    assert (code, out) == (0, "2:a\n4:b\n2:c\n")
+    assert err.count("/exit or Ctrl-D") == 2
+    assert "the engine refuses: no room" in err
+    typed("a", KeyboardInterrupt())
+    assert call(capsys, *CHAT)[:2] == (0, "1:a\n\n")
+    typed("a", "b")
+    out = call(capsys, *CHAT, "--json")[1]
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [(e["event"], e["prompt"], e["text"]) for e in found] == [
+        ("answer", "a", "1:a"),
+        ("answer", "b", "3:b"),
+    ]
+    assert not any(lives(start["pid"]) for start in starts(at / "bin"))
 
 
-def test_a_body_that_a_form_could_send_is_refused(front, upstream):
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
-        status, _, body = ask(front, "POST", CHAT, QUESTION, Content_Type=kind)
-        assert (status, error_of(body)["code"]) == (415, "not_json")
-        assert "Content-Type: application/json" in error_of(body)["message"]
-    assert upstream.seen == []
+def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(at: Path) -> None:
+    with fleetune.chat("tiny.gguf", system="s") as talk:
+        written = talk.pieces("a")
+        assert next(written) == "2"
+        written.close()
+        assert [turn["content"] for turn in talk.turns] == ["s", "a", "2"]
+        before = list(talk.turns)
+        with pytest.raises(Refused):
+            talk.say("too long")
+        assert talk.turns == before
+        talk.restart()
+        assert talk.turns == [{"role": "system", "content": "s"}]
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(front, monkeypatch):
-    monkeypatch.setattr(serve.Exchange, "timeout", 0.2)
-    with socket.create_connection(("127.0.0.1", front.server_port), timeout=20) as connection:
-        connection.sendall(
-            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 5\r\n\r\n".encode()
-        )
-        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408")
+def test_chat_that_is_terminated_leaves_no_engine_behind(at: Path) -> None:
+    command = [sys.executable, "-m", "fleetune", *CHAT, "--prompt", "wait"]
+    search = os.pathsep.join(filter(None, sys.path))
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": search}) as process:
+        end = time.monotonic() + 20
+        while not (at / "bin" / "body").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(20) == 130
+    assert not lives(starts(at / "bin")[0]["pid"])
 
 
-@pytest.mark.parametrize("part", ["line", "headers", "body"])
-def test_a_request_that_trickles_in_does_not_keep_its_place(part, front, upstream, monkeypatch):
-    monkeypatch.setattr(serve, "REQUEST_SECONDS" if part == "body" else "HEAD_SECONDS", 0.5)
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n"
-    sent = {"line": "", "headers": head[:-4] + "\r\nX: ", "body": head}[part]
-    with socket.create_connection(("127.0.0.1", front.server_port), timeout=0.05) as connection:
-        connection.sendall(sent.encode())
-        began = time.monotonic()
-        answer = None
-        while answer is None and time.monotonic() - began < 10:
-            with suppress(TimeoutError, ConnectionError):
-                connection.sendall(b" ")
-            with suppress(TimeoutError):
-                answer = connection.recv(1 << 16)
-    assert answer is not None
-    assert 0.4 < time.monotonic() - began < 5
-    assert answer.startswith(b"HTTP/1.1 408") if part == "body" else answer == b""
-    assert upstream.seen == []
+def test_a_listener_hears_of_the_endpoint(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heard = []
 
+    class Heard(fleetune.Silent):
+        def event(self, event: object) -> None:
+            heard.append(event)
 
-def test_a_late_request_leaves_the_answer_its_time():
-    here, there = socket.socketpair()
-    with here, there:
-        reader = request_checks.DeadlineReader(here, 60.0)
-        reader.end = time.monotonic() + 1
-        there.sendall(b"late")
-        assert reader.readinto(bytearray(9)) == 4
-        assert here.gettimeout() == 60.0
-
-
-def test_an_answer_may_take_longer_than_its_request(front, upstream, monkeypatch):
-    monkeypatch.setattr(serve, "REQUEST_SECONDS", 0.3)
-    upstream.go.clear()
-    threading.Timer(0.6, upstream.go.set).start()
-    body = json.dumps({**json.loads(QUESTION), "stream": True}).encode()
-    status, _, answer = ask(front, "POST", CHAT, body)
-    assert (status, answer.count(b"data: ")) == (200, 5)
-
-
-# Too many, and broken ---------------------------------------------------------------------------------
-
-
-def test_a_connection_for_which_there_is_no_thread_gives_its_place_back(upstream, monkeypatch):
-    monkeypatch.setattr(serve, "Places", lambda: places.Places(total=1))
-    start, failed = threading.Thread.start, []
-
-    def none_left(thread):
-        if not failed and thread._target == front.process_request_thread:
-            failed.append(thread)
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    with door(upstream) as front:
-        monkeypatch.setattr(threading.Thread, "start", none_left)
-        with socket.create_connection(("127.0.0.1", front.server_port), timeout=20) as connection:
-            assert connection.recv(10) == b""
-        assert ask(front, "GET", "/health")[0] == 200
-    assert failed
-
-
-def test_an_engine_that_dies_before_its_answer_is_a_502(front, upstream):
-    upstream.mode = "fall"
-    status, _, body = ask(front, "POST", CHAT, QUESTION)
-    assert (status, error_of(body)["code"], error_of(body)["type"]) == (502, "engine_down", "server_error")
-
-
-def test_an_engine_that_dies_in_a_stream_ends_it_with_an_error_event(front, upstream):
-    upstream.mode = "die"
-    status, _, body = ask(front, "POST", CHAT, STREAM)
-    first, last = [json.loads(line[5:]) for line in body.splitlines() if line]
-    assert (status, first["choices"][0]["delta"]["content"]) == (200, "Par")
-    assert last["error"]["code"] == "engine_down"
-
-
-def test_no_engine_at_the_port_is_a_502(upstream):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
-        front = Front("127.0.0.1", 0, "", EngineSite())
-        front.site.attach(Address("127.0.0.1", taken.getsockname()[1], KEY), lambda: False)
-        with running(front):
-            assert ask(front, "POST", CHAT, QUESTION)[0] == 502
-            status, _, body = ask(front, "GET", "/health")
-            assert (status, json.loads(body)["status"]) == (503, "the engine has ended")
-    upstream.server_close()
-
-
-def test_an_engine_that_says_nothing_is_a_504(front, upstream, monkeypatch):
-    monkeypatch.setattr(proxy, "SECONDS", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        front.site.attach(Address("127.0.0.1", mute.getsockname()[1], KEY), lambda: True)
-        status, _, body = ask(front, "POST", CHAT, QUESTION)
-    assert (status, error_of(body)["code"]) == (504, "engine_timeout")
-
-
-def test_until_the_engine_is_ready_it_says_loading(upstream):
-    front = Front("127.0.0.1", 0, "", EngineSite())
-    with running(front), running(upstream):
-        status, _, body = ask(front, "POST", CHAT, QUESTION)
-        assert (status, error_of(body)["code"]) == (503, "loading")
-        assert json.loads(ask(front, "GET", "/health")[2]) == {"status": "loading"}
-        front.site.attach(upstream.address, lambda: True)
-        assert ask(front, "POST", CHAT, QUESTION)[0] == 200
-        assert json.loads(ask(front, "GET", "/health")[2]) == {"status": "ok"}
-
-
-def test_a_port_in_use_or_out_of_range_is_said(front):
-    with pytest.raises(UsageError, match=f"port {front.server_port} is in use"):
-        Front("127.0.0.1", front.server_port, "", EngineSite())
-    with pytest.raises(UsageError, match="no port 70000"):
-        Front("127.0.0.1", 70000, "", EngineSite())
-    with pytest.raises(UsageError, match="cannot listen"):
-        Front("198.51.100.7", 0, "secret", EngineSite())
-
-
-def test_garbage_gets_an_error_of_the_same_form(front):
-    answer = raw(front, b"\x16\x03\x01nonsense\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert error_of(answer.partition(b"\r\n\r\n")[2])["type"] == "invalid_request_error"
+    with fleetune.serve("tiny.gguf", port=0, listener=Heard()) as session:
+        assert heard == [Serving(url=session.url, model="tiny.gguf", engine="llama-server")]
+    with fleetune.serve("tiny.gguf", port=0, progress=True) as session:
+        pass
+    assert f"tiny.gguf with llama-server at {session.url}" in capsys.readouterr().out

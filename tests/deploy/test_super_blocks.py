@@ -33,7 +33,7 @@ from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Master, Quantised
 from fleetune.models.artefact_folder import FILE
 from fleetune.models.superblocks import SUPER_TYPES, WIDTH, SuperBlocks
-from fleetune.seeds import trained
+from fleetune.seeds import scale_view
 from fleetune.tuning.messages import Payload, decode
 
 TYPES = sorted(SUPER_TYPES)
@@ -144,7 +144,7 @@ def test_an_artefact_holds_the_file_s_own_numbers(kind: str, tmp_path: Path) -> 
                 assert torch.equal(own, other)
         assert master.weight(name).numpy().tobytes() == part.dense().numpy().tobytes()
     assert len(sent) == 7
-    assert (master.head.version, master.head.codebooks) == (3, {})
+    assert master.head.codebooks == {}
     assert master.head.superblocks == dict.fromkeys(sorted(parts), kind)
     assert ArtefactHead.from_json(master.head.to_json()) == master.head
     name = next(iter(parts))
@@ -152,15 +152,6 @@ def test_an_artefact_holds_the_file_s_own_numbers(kind: str, tmp_path: Path) -> 
     assert held == {"codes", "d", "multiples", *(("dmin", "minima") if of.minimum else ())}
     bits = harness.bits(tmp_path / "model").linear
     assert Grid(kind, of.bits).bits_per_weight <= bits <= Grid(kind, of.bits).bits_per_weight + 0.55
-
-
-def test_earlier_versions_do_not_know_the_word(tmp_path: Path) -> None:
-    for grid, version in (("ggml", 1), ("iq4_nl", 2)):
-        model = tiny()
-        parts = driver.run(model, compression.make("rtn", {"grid": grid}), None, tmp_path / grid)
-        artefact.write(tmp_path / f"{grid}-model", model, parts, ArtefactHead("rtn", {}, "a" * 64, "b" * 64))
-        head = json.loads(Master(tmp_path / f"{grid}-model").head.to_json())
-        assert (head["version"], "superblocks" in head) == (version, False)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +173,7 @@ def test_parts_that_are_no_super_blocks_are_refused(part: str, change, why: str,
     name = next(n for n in found if n.endswith("q_proj.weight"))
     file = tmp_path / "m" / FILE
     head, tensors = Master(tmp_path / "m").head.to_json(), load_file(file)
-    (tmp_path / "m" / sums.FILE).unlink()  # as an earlier version would leave it
+    (tmp_path / "m" / sums.FILE).unlink()
     held = tensors.pop(f"{name}.{part}")
     if change is not None:
         tensors[f"{name}.{part}"] = change(held)
@@ -194,7 +185,7 @@ def test_parts_that_are_no_super_blocks_are_refused(part: str, change, why: str,
 def test_heads_and_messages_that_name_no_type_are_refused(tmp_path: Path) -> None:
     head = json.loads(ArtefactHead("rtn", {}, "a" * 64, "b" * 64).to_json())
     with pytest.raises(ModelError, match="super-block type 'q9_k'"):
-        ArtefactHead.from_json(json.dumps({**head, "version": 3, "superblocks": {"a": "q9_k"}}))
+        ArtefactHead.from_json(json.dumps({**head, "superblocks": {"a": "q9_k"}}))
     q = drawn("q4_k", 1)
     arrays = {n: t.numpy() for n, t in artefact.stored("a", q).items()}
     for grid in (
@@ -249,7 +240,6 @@ def test_every_matrix_may_be_on_a_grid_of_its_own(tmp_path: Path) -> None:
         tmp_path / "m", model, found, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest)
     )
     head = Master(tmp_path / "m").head
-    assert head.version == 3
     assert set(head.codebooks) == {name for name in found if ".v_proj" in name}
     assert set(head.superblocks.values()) == {"q4_k", "q6_k", "iq4_xs", "q2_k"}
     report = export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
@@ -337,7 +327,7 @@ def test_scales_in_super_blocks_are_not_trained(tmp_path: Path) -> None:
     model = models.load(str(path), base="mapped")
     model.trains = "scales"
     with pytest.raises(UsageError, match="no scales that could be trained") as caught:
-        trained.moved_tensors(model)
+        scale_view.moved_tensors(model)
     assert "its layers are in Q4_K, and super-blocks are not trained" in str(caught.value)
     assert "Q4_0, Q4_1" in (caught.value.hint or "")
     for verb in (

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from fleetune.cli.json_line import line_of
+from fleetune.cli.console import line_of
 from fleetune.common.display import show_with_error
 from fleetune.common.events import as_dict, evaluated
 from fleetune.data.encode import Encoded

@@ -686,8 +686,8 @@ def test_unknown_tasks_are_all_named() -> None:
 
 def _viewed(model: Model) -> View:
     """The model as seen from a point that is not its base."""
-    view = View(named_tensors(model.net), model.net, run_key=9, law="pooled", grid=1e-5)
-    view.place(passes("pooled", 16, np.arange(16, dtype=np.uint64), np.arange(1, 17) * 50))
+    view = View(named_tensors(model.net), model.net, run_key=9, law="hashed", grid=1e-5)
+    view.place(passes("hashed", 16, np.arange(16, dtype=np.uint64), np.arange(1, 17) * 50))
     return view
 
 

@@ -1,21 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a real fleet's run as its server leaves it, without a server: for status, page and metrics."""
+"""The folder of a real fleet's run as its server leaves it, without a server."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from fleetune.deploy.serving.front import Front
-from fleetune.fleet import page
-from fleetune.fleet.page import LivePage
-from fleetune.runs import sealed
-from fleetune.runs.rundir import RunDir
+from fleetune.common import files
 
 EVIL = "<img src=x onerror=window.hit=1>"
 NAMES = ("bakery", "dialysis-ward", EVIL)
@@ -79,19 +73,4 @@ def word(folder: Path, *, said: float = 0.0, **more: Any) -> None:
         "devices": [{"name": n, "client": c, "does": d} for c, (n, d) in enumerate(zip(NAMES, DOES, strict=True))],
         **more,
     }  # fmt: skip
-    (folder / "fleet.json").write_text(sealed.to_text(content))
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """Such a folder."""
-    return write(tmp_path / "0001-fedkseed-tiny")
-
-
-@pytest.fixture
-def front(run: Path) -> Iterator[Front]:
-    """The live page of it."""
-    live = LivePage()
-    with RunDir(run), page.listening("127.0.0.1", 0, "", live) as found:
-        live.show(run)
-        yield found
+    (folder / "fleet.json").write_text(files.json_text(content))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An answer and the next order in one request: whose it is says the signature alone; Flower's own nodes are served too."""
+"""An answer and the next order in one request: whose it is says the signature alone."""
 
 from __future__ import annotations
 
@@ -21,16 +21,7 @@ from fleetune.fleet.mail import Mail
 
 gates = pytest.importorskip("fleetune.fleet.flower.gate")
 
-from flwr.app import Message  # noqa: E402
-from flwr.app.message import remove_content_from_message  # noqa: E402
-from flwr.common.serde import message_from_proto, message_to_proto  # noqa: E402
-from flwr.proto import fleet_pb2 as fleet  # noqa: E402
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest  # noqa: E402
-from flwr.proto.node_pb2 import Node  # noqa: E402
 from flwr.server.superlink.linkstate import in_memory_linkstate  # noqa: E402
-from flwr.supercore.inflatable import inflatable_object as objects  # noqa: E402
-from flwr.supercore.inflatable import inflatable_protobuf_utils as ways  # noqa: E402
-from flwr.supercore.inflatable import inflatable_utils as inflate  # noqa: E402
 from flwr.supernode.fleet_http_client import FleetHttpClient  # noqa: E402
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor  # noqa: E402
 
@@ -107,6 +98,16 @@ def test_an_order_is_given_until_it_is_answered_and_its_answer_taken_once(place:
     assert not list(place.gate.pull({number}))
 
 
+def test_a_device_that_has_gone_is_known_to_have_whatever_interval_it_named(place: Place) -> None:
+    state, number = place.gate.state, node_of(place, place.one)
+    now = in_memory_linkstate.now().timestamp()
+    assert state.acknowledge_node_heartbeat(number, 1800.0)
+    assert state.nodes[number].online_until < now + 130
+    assert state.deactivate_node(number)
+    assert state.activate_node(number, 1800.0)
+    assert state.nodes[number].online_until < now + 130
+
+
 def test_a_request_waits_for_the_order(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "HOLD", 10.0)
     later = threading.Timer(0.2, push, (place, place.one))
@@ -175,8 +176,8 @@ def test_a_large_answer_comes_in_pieces(place: Place, monkeypatch: pytest.Monkey
     with line.http:
         session = node._Session.__new__(node._Session)
         session.line, session.key, session.server = line, place.one, server
-        got = session._send("", b"", "order")
-        assert got.content == data
+        _, body = session._send("", b"", "order")
+        assert body == data
         session._send(number, data[:12_345], "nothing")
     assert pull(place, number) == [(number, data[:12_345])]
 
@@ -197,11 +198,12 @@ def test_an_order_that_went_to_a_dead_connection_is_given_again(
     assert (got.status_code, got.content, got.headers[wire.ORDER]) == (200, b"work", number)
 
 
-def test_what_was_ordered_in_an_earlier_session_is_lost(place: Place) -> None:
-    """So a process that has not taken the job yet is given no work."""
+@pytest.mark.parametrize("how", ["activate_node", "acknowledge_node_heartbeat"])
+def test_what_was_ordered_in_an_earlier_session_is_lost(place: Place, how: str) -> None:
+    """So a process that has not taken the job yet is given no work, and one that comes and goes keeps no orders open."""
     number, node = push(place, place.two), node_of(place, place.two)
     place.gate.state.deactivate_node(node)
-    assert place.gate.state.activate_node(node, 30.0)
+    assert getattr(place.gate.state, how)(node, 30.0)
     assert pull(place, number) == [(number, None)]
     assert post(place, place.two).status_code == 204
 
@@ -224,6 +226,7 @@ def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(place: Plac
     signs = NodeAuthHttpInterceptor(place.two.secret, place.two.secret.public_key())
     with FleetHttpClient(place.url, interceptors=[signs, line]) as client, line.http:
         session = node._Session(client, line, place.two, tmp_path, server)
+        session.begin()
         try:
             place.gate.admit([place.one.public])
             place.gate.admit([place.one.public, place.two.public])  # a new server knows as much of it
@@ -231,8 +234,8 @@ def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(place: Plac
             session._beat_once()
             assert place.two.public.fingerprint in place.gate.online()
             number = push(place, place.two, b"the next")
-            got = session._send("0" * 32, b"what nobody waits for", "order")
-            assert (got.content, got.headers[wire.ORDER]) == (b"the next", number)
+            got, body = session._send("0" * 32, b"what nobody waits for", "order")
+            assert (body, got.headers[wire.ORDER]) == (b"the next", number)
         finally:
             session.end()
 
@@ -427,45 +430,7 @@ def test_a_strangers_body_is_not_read(place: Place) -> None:
     """To Flower's own requests neither: they are refused before it has come."""
     host, _, port = place.url.removeprefix("http://").partition(":")
     signed = "".join(f"{k}: {v}\r\n" for k, v in wire.signed(place.stranger).items())
-    for path in (wire.EXCHANGE, "/v1/fleet/push-object"):
+    for path in (wire.EXCHANGE, "/v1/fleet/activate-node"):
         with socket.create_connection((host, int(port)), timeout=10) as opened:
-            opened.sendall(f"POST {path} HTTP/1.1\r\n{signed}content-length: 1000000\r\n\r\n".encode())
+            opened.sendall(f"POST {path} HTTP/1.1\r\n{signed}content-length: {door.SMALL}\r\n\r\n".encode())
             assert b" 401 " in opened.recv(4096)
-
-
-def test_a_node_that_speaks_flowers_own_protocol_is_served(place: Place) -> None:
-    number = push(place, place.one, b"head" + bytes(3 << 20), 3 << 20)
-    signed = [NodeAuthHttpInterceptor(place.one.secret, place.one.secret.public_key())]
-    with FleetHttpClient(place.url, interceptors=signed) as client:
-        me = Node(node_id=node_of(place, place.one))
-        got = client.PullMessages(fleet.PullMessagesRequest(node=me))
-        assert not client.PullMessages(fleet.PullMessagesRequest(node=me)).messages_list
-        tree, run = got.message_object_trees[0], message_from_proto(got.messages_list[0]).metadata.run_id
-
-        def confirm(id: str) -> None:
-            client.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(node=me, run_id=run, message_object_id=id)
-            )
-
-        message = inflate.pull_and_inflate_object_from_tree(
-            tree, ways.make_pull_object_fn_protobuf(client.PullObject, me, run), confirm, return_type=Message
-        )
-        wire.set_id(message, tree.object_id)
-        assert wire.unpack(message.content) == b"head" + bytes(3 << 20)
-        assert not list(place.gate.pull({number}))
-        reply = wire.answer_to(message, b"done")
-        with objects.no_object_id_recompute():
-            request = fleet.PushMessagesRequest(
-                node=me, messages_list=[message_to_proto(remove_content_from_message(reply))],
-                message_object_trees=[objects.get_object_tree(reply)], clientapp_runtime_list=[0.1],
-            )  # fmt: skip
-            wanted = client.PushMessages(request)
-            assert not list(place.gate.pull({number}))  # its objects are still to come
-            inflate.push_objects(
-                wire.objects_of(reply),
-                ways.make_push_object_fn_protobuf(client.PushObject, me, run, wanted.session_id),
-                object_ids_to_push=set(wanted.objects_to_push),
-            )
-    assert pull(place, number) == [(number, b"done")]
-    assert not place.gate.state.object_store.store
-    assert not place.gate.mail._open

@@ -27,6 +27,7 @@ from devices_harness import (
 
 from fleetune import data, models, subject
 from fleetune.cli.main import main
+from fleetune.common import files
 from fleetune.common.events import DeviceEvaluated
 from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
@@ -34,12 +35,11 @@ from fleetune.errors import DataError, FleetError, MessageError, StorageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.fleet import eval_server, keys, result, status
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.eval_server import FILE, mean, measured, one_decides, ratio
+from fleetune.fleet.eval_server import FILE, disagreement, mean, measured, ratio
 from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Job, Order, Reply
 from fleetune.fleet.table import Devices
-from fleetune.runs import sealed
 from fleetune.tuning import finished
 from fleetune.tuning.fleets import Answer
 from fleetune.tuning.messages import Message, Payload, encode
@@ -87,7 +87,8 @@ def test_each_device_measures_what_the_server_would_on_its_rows(run: Path) -> No
     for one in heard.of("device"):
         rows = encode_rows(base, data.read(f"own-{one.client}.jsonl"), 48)[0]
         both += rows
-        keyed = DeviceState(Path(f"direct-{one.client}")).keyed(digest([rows]))
+        reading = result.job_of_run(run, "a" * 32, "eval").reading
+        keyed = DeviceState(Path(f"direct-{one.client}")).keyed(reading + digest([rows]))
         assert (one.rows, one.digest, one.status) == (len(rows), keyed, "ok")
         assert keyed != digest([rows])
         assert one.base == pytest.approx(response_loss(base, rows), abs=5.1e-5)  # to `EXACT`
@@ -100,12 +101,12 @@ def test_each_device_measures_what_the_server_would_on_its_rows(run: Path) -> No
     assert done.tuned_perplexity == pytest.approx(math.exp(done.tuned))
     file = run / FILE
     assert file.stat().st_mode & 0o777 == 0o600
-    kept = sealed.read(file, "")
+    kept = files.read_json(file, "")
     assert (kept["tuned"], [d["rows"] for d in kept["devices"]]) == (done.tuned, [4, 7])
     assert kept["result_sha256"] == finished.stated_by(run)["result_sha256"]
     file.write_text(file.read_text().replace('"rows": 11', '"rows": 12'))
     with pytest.raises(StorageError, match="is damaged"):
-        sealed.read(file, "")
+        files.read_json(file, "")
 
 
 @pytest.mark.parametrize("made", ["ledger"], indirect=True)
@@ -116,7 +117,7 @@ def test_over_the_network_by_the_commands(run: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr()
     assert [str(d.outcome) for d in joined] == ["the evaluation is finished"]
     assert "mean by tokens" in said.out
-    kept = sealed.read(run / FILE, "")
+    kept = files.read_json(run / FILE, "")
     assert [(d["status"], d["rows"]) for d in kept["devices"]] == [("ok", 2)]
     assert kept["tuned_error"] is None
 
@@ -129,6 +130,7 @@ def test_a_plain_model_is_measured_and_a_wrong_result_is_not(
     assert done.base == done.tuned
     assert done.change == 0
     assert done.path is None
+    Path("direct-0/measured.json").unlink()  # a plain model is measured at another length
     served = link()
     files = result.packed(finished.result_of(run))
     (name,) = files
@@ -248,21 +250,42 @@ def test_a_device_that_claims_all_tokens_neither_decides_nor_seems_certain(lie: 
     assert done.tuned_error > 0.5 * abs(lie - done.median)
     assert 3.0 <= done.median <= 3.3
     assert done.largest_share > 0.9999
-    assert "device dev-3 says that it has 100.0% of the tokens; it counts 57% of the mean" in one_decides(
-        each
-    )
-    assert one_decides(each[:3]) == ""
+    assert "believe the median" in disagreement(done)
+    assert disagreement(mean("m", each[:3])) == ""
 
 
-@pytest.mark.parametrize(("loss", "moves"), [(3.2, False), (9.0, True)])
-def test_a_device_that_moves_the_mean_more_than_all_others_differ_is_named(loss: float, moves: bool) -> None:
+WORSE = [
+    (3500, 4.40, 5.9),
+    (3800, 4.45, 6.1),
+    (3300, 4.50, 6.0),
+]  # honest devices, of a run that made the model worse
+BETTER = [(3000, 4.0, tuned) for tuned in (3.1, 3.3, 3.0)]
+SAME = [(3000, loss, loss) for loss in (3.1, 3.3, 3.0)]  # of a plain model
+
+
+@pytest.mark.parametrize(
+    ("honest", "lies", "told"),
+    [
+        (WORSE, [], ""),
+        (WORSE, [(2**31, 4.45, 0.0)] * 2, "the change is -2."),
+        (WORSE, [(14000, 4.45, 3.0)] * 2, "the change is -0."),
+        (WORSE[:2], [(15000, 4.45, 3.5)], "the change is -0."),
+        (BETTER, [(3000, 4.0, 3.2)], ""),
+        (BETTER, [(3000, 4.0, 9.0)], "the change is +0."),
+        (SAME, [], ""),
+        (SAME, [(3000, 9900.0, 9900.0)], "the loss is +2477 in the mean by tokens and +3.2 in the median"),
+    ],
+)
+def test_few_devices_that_decide_the_mean_are_seen(honest: list[Any], lies: list[Any], told: str) -> None:
     each = [
         DeviceEvaluated(
-            client=c, name=f"dev-{c}", rows=9, tokens=3000, base=4.0, tuned=tuned, digest="", status="ok", reason=""
+            client=c, name="", rows=1, tokens=n, base=base, tuned=tuned, digest="", status="ok", reason=""
         )
-        for c, tuned in enumerate((3.1, 3.3, 3.0, loss))
-    ]  # fmt: skip
-    assert ("device dev-3 alone moves the mean by +1.4" in one_decides(each)) == moves
+        for c, (n, base, tuned) in enumerate([*honest, *lies])
+    ]
+    said = disagreement(mean("m", each))
+    assert said.startswith(told)
+    assert bool(said) == bool(told)
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +315,6 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.
 BAD = {
     "no run": ([], "eval takes one RUN"),
     "a recipe's flag": (["model", "--rounds", "3"], "eval takes no rounds"),
-    "the page of a run": (["model", "--page"], "eval takes no --page"),
     "an open door": (["model", "--host", "0.0.0.0"], "needs TLS and registered keys"),
     "below zero": (["model", "--wait", "-1"], "cannot be negative"),
 }

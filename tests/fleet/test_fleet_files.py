@@ -22,6 +22,7 @@ from test_worker import place as device_place
 
 import fleetune
 from fault_report import Injected
+from fleetune.common import files
 from fleetune.errors import FleetuneError, StorageError
 from fleetune.fleet import audit as audits
 from fleetune.fleet import table
@@ -30,7 +31,7 @@ from fleetune.fleet.flower import node
 from fleetune.fleet.orders import Job, Order, Reply
 from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import ANSWER
-from fleetune.runs import rundir, sealed
+from fleetune.runs import rundir
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning import run as running
 
@@ -85,11 +86,11 @@ def torn_table(folder: Path, count: int) -> int:
 def torn_status(folder: Path, count: int) -> int:
     content = {"t": 1.5, "pid": 7, "round": 3, "devices": [{"name": "dev-0", "client": 0, "does": "ready"}]}
     file, done = folder / "fleet.json", 0
-    for data in spoilt(sealed.to_text(content).encode(), count, "status"):
+    for data in spoilt(files.json_text(content).encode(), count, "status"):
         file.write_bytes(data)
-        error = refusal(lambda: sealed.read(file, "start it again"))
+        error = refusal(lambda: files.read_json(file, "start it again"))
         if error is None:
-            assert content.items() <= sealed.read(file, "").items()
+            assert content.items() <= files.read_json(file, "").items()
         else:
             assert str(file) in error.message
         done += 1
@@ -180,6 +181,8 @@ def test_a_spoilt_number_of_the_last_session_keeps_no_device_out(
     with node.FleetHttpClient.from_server_address(address, True, None, interceptors=[signer]) as client:
         server = node.Server(address, tmp_path / "ca.pem", heartbeat=30.0)
         session = node._Session(client, door.http, door.keys[0], tmp_path, server)
+        session.begin()
+        assert session.node is not None
         assert session.node.node_id == door.nodes[0]
         session.over.set()
 

@@ -23,8 +23,9 @@ import pytest
 from fault_report import Injected
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common import files
 from fleetune.fleet.audit import FILE, verify
-from fleetune.runs import rundir, sealed
+from fleetune.runs import rundir
 
 KILLS = int(os.environ.get("FLEETUNE_KILLS", "12"))
 ALONE = int(os.environ.get("FLEETUNE_KILLS", "2"))  # of the server alone
@@ -167,7 +168,7 @@ def test_a_server_killed_alone_in_the_middle_of_long_orders_gets_all_devices_bac
 def all_do(what: str, round: int) -> bool:
     """Whether all devices do that in this round, as `fleet status` has it."""
     word = next(Path("real").glob("0*/fleet.json"), None)
-    now = None if word is None else sealed.read(word, "")
+    now = None if word is None else files.read_json(word, "")
     return now is not None and now["round"] == round and all(d["does"] == what for d in now["devices"])
 
 

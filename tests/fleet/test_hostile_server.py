@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import socket
+import sys
 import threading
 import time
 import zlib
@@ -21,21 +23,26 @@ from devices_harness import RECIPES, Device, devices, door, free_port
 import fleetune
 from fleetune import data, models, subject
 from fleetune.common import sums
-from fleetune.common.memory import rss
+from fleetune.common.memory import peak_rss, release_memory, rss
+from fleetune.compression.layerwise import driver
+from fleetune.compression.layerwise.experts import parameters_of
 from fleetune.compression.layerwise.sums import from_lower_triangle
 from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
-from fleetune.errors import DataError, MessageError, StorageError
+from fleetune.errors import DataError, Interrupted, LedgerError, MessageError, StorageError
 from fleetune.fleet import eval_server, result
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import MARK, DeviceState
 from fleetune.fleet.orders import Job, Order, Reply
+from fleetune.fleet.reasons import Declined
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.runs.listener import Silent
+from fleetune.seeds.ledger import Ledger
 from fleetune.tuning import methods
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning import run as running
 from fleetune.tuning.messages import Message, Payload, decode, encode
+from fleetune.tuning.methods._zeroth import new_ledger
 
 RUN = "d" * 32
 SET = {"r": 2, "steps": 1, "dropout": 0.0}
@@ -313,7 +320,7 @@ def test_tokens_are_read_out_of_two_sums_where_a_device_lets_them(
         assert found == ids[:24].tolist()
         return
     for n in (1, 2, 60, 143):
-        assert sums_of(worker(calibrate=True), Path("adapter"), n, 1) == f"few-tokens {n} 144"
+        assert sums_of(worker(calibrate=True), Path("adapter"), n, 1) == "few-tokens 144"
     first = sums_of(worker(calibrate=True), Path("adapter"), 150, 1)
     assert isinstance(first, np.ndarray)
     for n, length in ((151, 1), (149, 1), (75, 2), (10, 16)):
@@ -521,3 +528,169 @@ def test_a_model_that_anybody_put_on_the_hub_is_not_fetched_for_a_server(place: 
     device = Worker(Brings("rows-0.jsonl", "", "cpu", 1, offline=True), Path("state"))
     assert take(device, model="somebody/model-with-a-template").code == "model"
     assert "it is no built-in model" in device.ended
+
+
+def measured(**changes: Any) -> str:
+    """The code of a device's answer, which was started anew, to the order to measure the base as a job has it."""
+    device = worker(held_out=4)
+    assert take(device, task="eval", **changes).what == "ready"
+    return ask(device, "eval", encode(Message(0, bytes(8), Payload()))).code
+
+
+def test_held_out_rows_are_measured_at_one_length_and_few_times_whatever_a_server_chooses(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut to 2, 3, 4 .. tokens, the base alone tells the rows token by token."""
+    monkeypatch.setattr("fleetune.fleet.device_state.RESULTS", 3)
+    assert measured(method="") == ""
+    for length in (2, 3, 47, 49):
+        assert measured(method="", max_length=length) == "measured-at 48"
+    assert [measured(set={**SET, "r": r}) for r in (2, 3, 4)] == ["", "", "measured 3"]
+    assert measured(method="") == ""  # known, so it tells nothing more
+    monkeypatch.setattr("fleetune.fleet.device_state.RESULTS", 9)
+    own, job_ = DeviceState(Path("state")), Job.from_json(json.dumps(job(method="", task="eval")))
+    own.measure("rows", dataclasses.replace(job_, labels=("a", "b")))
+    with pytest.raises(Declined, match="no other labels"):
+        own.measure("rows", dataclasses.replace(job_, labels=("b", "a")))
+
+
+def test_every_file_of_an_adapter_is_in_the_list_that_the_job_states(place: Path) -> None:
+    """Else one digest would stand for as many results as a server likes."""
+    model = models.load("model", device="cpu")
+    methods.make("fedit", SET).init(model, 5)
+    fleetune.adapters.save(model, Path("adapter"))
+    listed = Path("adapter/SHA256SUMS")
+    listed.write_text("".join(x for x in listed.read_text().splitlines(True) if "safetensors" not in x))
+    device = worker(held_out=4)
+    assert take(device, task="eval", result=result.digest_of(Path("adapter"))).what == "ready"
+    body = encode(Message(0, bytes(8), Payload({}, result.packed(Path("adapter")))))
+    assert ask(device, "eval", body).code == "model"
+
+
+def test_windows_go_through_one_compressed_form_of_each_block(place: Path) -> None:
+    """Behind weights of the server's choice the sums of the same tokens are others, as many as it likes."""
+    model = models.load("model", device="cpu")
+    methods.make("fedit", SET).init(model, 5)
+    fleetune.adapters.save(model, Path("adapter"))
+    block = driver.linears_of(models.load("model", device="cpu"))[0][1]
+    weights = {name: p.detach().numpy() for name, p in parameters_of(block, ()).items()}
+    grids = json.dumps(dict.fromkeys(weights))
+
+    def behind(times: float) -> Reply:
+        device = worker(calibrate=True)
+        sums_of(device, Path("adapter"), 150, 1)
+        arrays = {name: w * np.float32(times) for name, w in weights.items()}
+        return ask(device, "block", encode(Message(1, bytes(8), Payload(arrays, {"grids": grids}))), 1)
+
+    first = behind(1.0)
+    assert first.what == "done"
+    begun = {"windows": 150, "length": 1, **result.packed(Path("adapter"))}
+    device = worker(calibrate=True)
+    assert take(device, task="calibrate", result=result.digest_of(Path("adapter"))).what == "ready"
+    for arrays, more in (({}, {"x": 1}), ({}, {"file x": b""}), ({"x": np.zeros(1)}, {})):
+        odd = encode(Message(0, bytes(8), Payload(arrays, {**begun, **more})))
+        assert ask(device, "begin", odd).code == "order"
+    own = DeviceState(Path("state"))
+    own.remove(own.run(RUN) / "calibration")  # the same compression from its beginning
+    assert behind(1.0).body == first.body
+    own.remove(own.run(RUN) / "calibration")
+    assert behind(2.0).code == "calibrated 150 1"
+
+
+@pytest.mark.parametrize("text", ["a" * (1 << 25), "a" * (1 << 25) + "\U0001f600"], ids=["narrow", "wide"])
+def test_a_long_text_is_refused_before_it_is_taken(place: Path, text: str) -> None:
+    device = worker()
+    scalars = {
+        "what": "end",
+        "client": 0,
+        "key": 0,
+        "kept_round": -1,
+        "kept_crc": 0,
+        "oldest": 0,
+        "body": b"",
+    }
+    long = encode(Message(0, bytes(16), Payload({}, {**scalars, "reason": text})))
+    whole = Order("job", body=text.encode()).encode()
+    release_memory()
+    before = rss()
+    with pytest.raises(MessageError, match="malformed"):
+        device.answer(long)
+    assert Reply.decode(device.answer(whole)).code == "order"
+    assert peak_rss() - before < 1.5 * len(text)  # of the job, its bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel bounds it there")
+def test_an_order_is_read_in_the_memory_that_the_device_gives(place: Path) -> None:
+    data = Order("work", 1, body=bytes(1 << 28)).encode()
+    device = worker(memory=1 << 20)
+    with pytest.raises(MessageError, match="does not fit this device's memory"):
+        device.answer(data)
+
+
+def test_a_digest_of_rows_tells_nothing_of_what_a_server_chooses(place: Path) -> None:
+    """Equal digests would say that no row is longer, or that none has one of two swapped labels."""
+    device = worker(held_out=4)
+    told = [json.loads(take(device, max_length=n).body) for n in (4000, 4001, 4000)]
+    for digests in ("rows_digest", "held_out_digest"):
+        a, b, again = (one[digests] for one in told)
+        assert a == again != b
+
+
+def test_a_device_hears_that_it_shall_stop_in_a_measurement_of_curvature(place: Path) -> None:
+    device, heard = worker(), list[int]()
+    settings = {"tokens": 2, "batch_size": 1, "steps": 1, "lanczos": 30, "curvature_rows": 1}
+    assert take(device, method="fedpeptao", set=settings).what == "ready"
+    model, method = models.load("model", device="cpu"), methods.make("fedpeptao", settings)
+    body = encode(Message(1, bytes(8), method.broadcast(method.init(model, 5))))
+
+    def step(client: int, number: int) -> None:
+        heard.append(number)
+        if len(heard) == 20:
+            raise Interrupted("stopped")
+
+    device.on_step = step
+    with pytest.raises(Interrupted):
+        ask(device, "work", body, 1)
+
+
+@pytest.mark.parametrize(("law", "most"), [("rademacher", 1 << 15), ("hashed", 1 << 12)])
+def test_a_ledger_is_replayed_in_the_passes_of_any_run_and_a_stop_is_heard(
+    tmp_path: Path, law: str, most: int
+) -> None:
+    model = models.tiny_llama()
+    head = new_ledger(
+        model, 5, law=law, K=4, lr=1e-3, eps=1e-3, rule="", method="mezo", hyper={}, aggregation="mean"
+    ).head
+
+    def saved(passes: int) -> Path:
+        ids = np.arange(1, passes + 1, dtype=np.uint64) << np.uint64(32)
+        ones = np.ones(passes, np.int32)
+        Ledger(head, ids, ones, ones.astype(np.uint32)).save(tmp_path / "ledger")
+        return tmp_path / "ledger"
+
+    with pytest.raises(LedgerError, match=f"takes {most + 1:,} passes over the weights, {most:,} at most"):
+        result.put_on(model, saved(most + 1), lambda: None)
+
+    def stop() -> None:
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        result.put_on(model, saved(40), stop)
+    with pytest.raises(LedgerError, match="states no digest"):
+        result.put_on(model, saved(40), lambda: None)
+
+
+def test_a_stop_is_heard_between_the_rows_of_an_evaluation(place: Path) -> None:
+    device, heard = worker(held_out=4), list[int]()
+    assert take(device, task="eval", method="").what == "ready"
+    device.on_step = lambda client, number: heard.append(number)
+    assert ask(device, "eval", encode(Message(0, bytes(8), Payload()))).what == "done"
+    assert len(heard) == 4
+
+
+def test_a_servers_last_words_are_one_line(place: Path) -> None:
+    for body in (b"", b"refused"):
+        device = worker()
+        words = "over\n  error: run this\r\x1b[2J\u202e"
+        device.answer(Order("end", reason=words, body=body).encode())
+        assert device.ended == "over error: run this ?[2J?"

@@ -7,6 +7,8 @@ import contextlib
 import gzip
 import socket
 import threading
+import time
+import tracemalloc
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -103,7 +105,8 @@ def test_an_order_may_be_as_large_as_the_device_says(tmp_path: Path) -> None:
             self.send_header("content-length", str(3 * MILLION))
             self.end_headers()
             with contextlib.suppress(OSError):
-                self.wfile.write(bytes(3 * MILLION))
+                for _ in range(30):
+                    self.wfile.write(bytes(MILLION // 10))
 
     key, most = keys.make(tmp_path / "key"), [3 * MILLION]
     with hostile(Large) as address:
@@ -111,7 +114,12 @@ def test_an_order_may_be_as_large_as_the_device_says(tmp_path: Path) -> None:
         session = node._Session.__new__(node._Session)
         session.line, session.key, session.server = node.Line(server, False), key, server
         with session.line.http:
-            assert len(session._send("", b"", "order").content) == 3 * MILLION
+            tracemalloc.start()
+            assert len(session._send("", b"", "order")[1]) == 3 * MILLION
+            assert (
+                tracemalloc.get_traced_memory()[1] < 5 * MILLION
+            )  # once; the server of the test has another
+            tracemalloc.stop()
             most[0] -= 1
             with pytest.raises(node.TooMuch):
                 session._send("", b"", "order")
@@ -160,3 +168,65 @@ def test_a_wrong_clock_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             over=lambda: len(Told.asked) >= 6, note=said.append,
         )  # fmt: skip
     assert said == ["this device's clock is 3598s ahead; trying again"]
+
+
+class Drips(Quiet):
+    """Sends a small answer byte by byte."""
+
+    def answer(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "60000")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(400):
+                self.wfile.write(b"x")
+                time.sleep(0.05)
+
+
+class Processing(Quiet):
+    """Says that it is at work, again and again."""
+
+    def answer(self) -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(400):
+                self.wfile.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+                time.sleep(0.05)
+
+
+@pytest.mark.parametrize("handler", [Drips, Processing])
+def test_a_device_that_comes_in_hears_that_it_shall_leave(tmp_path: Path, handler: type[Quiet]) -> None:
+    key, began = keys.make(tmp_path / "key"), time.monotonic()
+    with hostile(handler) as address:
+        node.stay(
+            node.Server(address), key, tmp_path, lambda order: b"",
+            over=lambda: time.monotonic() - began > 1, note=lambda text: None,
+        )  # fmt: skip
+        assert time.monotonic() - began < 8
+
+
+def test_a_small_answer_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "PATIENCE", 0.5)
+    said = list[str]()
+    with hostile(Drips) as address:
+        node.stay(
+            node.Server(address), keys.make(tmp_path / "key"), tmp_path, lambda order: b"",
+            over=lambda: bool(said), note=said.append,
+        )  # fmt: skip
+    assert said == ["no server there (ReadTimeout); trying again"]
+
+
+@pytest.mark.parametrize("handler", [Drips, Processing])
+def test_last_words_to_a_server_take_a_few_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: type[Quiet]
+) -> None:
+    monkeypatch.setattr(node, "FAREWELL", 0.3)
+    with hostile(handler) as address:
+        server = node.Server(address)
+        line = node.Line(server, False)
+        signs = node.NodeAuthHttpInterceptor(key := keys.make(tmp_path / "key").secret, key.public_key())
+        with node.FleetHttpClient(server.url, interceptors=[signs, line], verify=False) as client, line.http:
+            session = node._Session(client, line, keys.read(tmp_path / "key"), tmp_path, server)
+            session.node = node.Node(node_id=1)
+            began = time.monotonic()
+            session.end()
+            assert time.monotonic() - began < 5

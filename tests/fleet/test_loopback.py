@@ -23,7 +23,6 @@ import pytest
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.deploy.serving.front import listening
 from fleetune.errors import Interrupted, UsageError
 from fleetune.fleet import device as devices_module
 from fleetune.fleet import keys, server, worker
@@ -31,7 +30,6 @@ from fleetune.fleet import status as fleet_status
 from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.device import Home
 from fleetune.fleet.pace import Pace
-from fleetune.fleet.page import LivePage
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.worker import Brings
 from fleetune.runs import rundir
@@ -228,29 +226,25 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
                 assert main(["fleet", "stop", "latest", "--out", "real", "-q"]) == 0
             return False
 
-    live = LivePage()
     with devices(port) as joined:
         with (
             pytest.raises(Interrupted) as stopped,
-            Served(where, pace=QUICK, page=live) as fleets,
-            listening("127.0.0.1", 0, "", live) as front,
+            Served(where, pace=QUICK) as fleets,
         ):
-            try:
-                running.start(recipe, Path("real"), StopAfterRound2(), offline=True, fleets=fleets)
-            finally:
-                shown = httpx.get(f"{front.url}/status").json()
+            running.start(recipe, Path("real"), StopAfterRound2(), offline=True, fleets=fleets)
+        (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+        shown = fleet_status.look(run)
         hint = str(stopped.value.hint)
         assert "fleet serve --resume" in hint
         assert hint.endswith(
             f" --port {port} --keys keys --certificate certs --grace 20"
         )  # so that devices find it again, and are waited for as long
-        assert (shown["status"], shown["replies"]["ok"]) == ("interrupted", 2 * CLIENTS)
+        assert (shown.status, shown.replies["ok"]) == ("interrupted", 2 * CLIENTS)
         goes_on = Resumed()
         joined[1].leave.set()  # and one is replaced by a new process meanwhile
         joined[1].join(20)
         joined[1] = Device(port, 1)
         joined[1].start()
-        (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
         with Served(where, pace=QUICK) as fleets:
             found = running.resume(run, goes_on, offline=True, fleets=fleets)
     assert found.done.digest == simulated.done.digest

@@ -14,14 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleetune.common import files
 from fleetune.common.version import __version__
 from fleetune.errors import FleetError, Interrupted, StorageError
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import GREETED, REST, RemoteFleet
 from fleetune.fleet.server import check_count
 from fleetune.fleet.table import FILE, Devices
-from fleetune.runs import sealed
 
 JOB = Job("a" * 32, "fedkseed", {}, "m", "b" * 64, "fp32", 64, (), 3)
 QUICK = Pace(grace=0.3, poll=0.001)
@@ -243,6 +243,10 @@ def test_waiting_goes_on_while_a_device_could_come(tmp_path: Path, key: str) -> 
     with pytest.raises(Interrupted):
         made.wait_for(1 if key == "k1" else 2)
     assert notes[-1].endswith("1 cannot take part: waiting for others, or for these to come in anew")
+    memory.away.add("k0")  # its process has ended
+    assert [does for *_, does in made.doing()] == [
+        "refused: it has not the run's model in this revision; its console says more", "has not joined",
+    ][: len(devices)]  # fmt: skip
 
 
 def test_a_run_ends_when_all_its_devices_come_back_with_other_rows(tmp_path: Path) -> None:
@@ -292,6 +296,27 @@ def test_versions_are_kept_shown_and_named_once_where_they_are_others(tmp_path: 
     assert (kept.version, kept.torch, kept.processor) == ("0.0.9", "1.2.3+cu", "arm AVX")
 
 
+def test_a_device_that_comes_in_anew_all_the_time_fills_no_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, log, now = link(2), list[str](), [0.0]
+    made = RemoteFleet(
+        memory, Devices(tmp_path), JOB, 42, QUICK, audit=lambda what, **fields: log.append(fields["name"])
+    )
+    made.wait_for(2)
+    monkeypatch.setattr("fleetune.fleet.remote.time.monotonic", lambda: now[0])
+    for second in range(600):
+        memory.marks["k0"], now[0] = second, 1e6 + second
+        made.ready()
+        list(made._answers())
+    assert (log.count("device-k0"), log.count("device-k1")) == (1 + GREETED + 59, 1)
+    now[0] += GREETED * REST
+    for _ in range(2):
+        made.ready()
+        list(made._answers())
+    assert made.ready() == [0, 1]  # it stays, and is in again
+
+
 def test_a_resumed_server_gives_the_same_order(tmp_path: Path) -> None:
     """To the bit, so that a device that has done it answers from its disk."""
     orders = []
@@ -319,7 +344,7 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"rows": 11', '"rows": 12'))
     with pytest.raises(StorageError, match=r"devices\.json is damaged"):
         Devices(tmp_path)
-    file.write_text(sealed.to_text({"run": "x", "devices": [{"key": "a"}]}))
+    file.write_text(files.json_text({"run": "x", "devices": [{"key": "a"}]}))
     with pytest.raises(StorageError, match="not a table of devices"):
         Devices(tmp_path)
 

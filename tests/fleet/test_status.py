@@ -4,21 +4,20 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 from pathlib import Path
 
 import fleet_run
 import jsonschema
 import pytest
-from fleet_run import EVIL, TWO_ROUNDS, client, done
+from fleet_run import EVIL, client, done
 
 from fleetune.cli.main import main
+from fleetune.common import files
 from fleetune.errors import StorageError, UsageError
 from fleetune.fleet import status
 from fleetune.fleet.table import Devices
-from fleetune.runs import compression_folder, sealed
-from fleetune.runs.follow import Follower
+from fleetune.runs import compression_folder
 from fleetune.runs.rundir import RunDir
 
 
@@ -40,6 +39,17 @@ def test_a_run_that_is_served(run):
         ("bakery", "at work", 2, "ok", 0), ("dialysis-ward", "ready", 2, "refused", 1),
         (EVIL, "away", 2, "dropped", 1),
     ]  # fmt: skip
+
+
+def test_why_a_device_was_refused_is_shown(run, capsys):
+    why = "refused: it has not the run's model in this revision; its console says more"
+    fleet_run.word(run, devices=[{"name": "bakery", "client": 0, "does": why}])
+    with RunDir(run):
+        assert status.look(run).states == {"refused": 1}
+        assert main(["fleet", "status", "latest", "--out", str(run.parent)]) == 0
+    said = capsys.readouterr().out
+    assert "1 refused" in said
+    assert "it has not the run's model" in " ".join(said.split())
 
 
 def test_replies_of_a_round_in_progress_are_shown_and_not_yet_counted(run):
@@ -71,35 +81,6 @@ def test_a_killed_server_and_a_finished_run(run):
     assert {d.does for d in now.devices} == {""}  # what they did is no longer so
     (run / "status").write_text("done\n")
     assert status.look(run).status == "done"
-
-
-def test_a_record_reads_on_and_begins_anew_where_the_file_was_cut(run):
-    record = status.Record(run)
-    status.look(run, record)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(
-            "".join(json.dumps(e) + "\n" for e in [client(3, 0), client(3, 1), client(3, 2), *done(3)])
-        )
-    now = status.look(run, record)
-    assert (now.replies["ok"], now.bytes_up) == (7, 990)
-    assert now == status.look(run, record) == status.look(run)
-    new = run / "new"
-    new.write_text("".join(json.dumps(e) + "\n" for e in TWO_ROUNDS[:7]))
-    os.replace(new, run / "metrics.jsonl")
-    now = status.look(run, record)
-    assert (now.replies["ok"], now.bytes_up, now.loss) == (3, 330, 3.8)
-
-
-def test_a_follower_waits_for_the_end_of_a_line_and_leaves_out_what_is_none(tmp_path):
-    follower = Follower(tmp_path)
-    assert list(follower.news()) == []
-    file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b'{"event": "a"}\nnonsense\n{"event": "b"')
-    assert [e["event"] for e in follower.news()] == ["a"]
-    assert list(follower.news()) == []
-    with file.open("ab") as opened:
-        opened.write(b"}\n\xff\n[1]\n")
-    assert [e["event"] for e in follower.news()] == ["b"]
 
 
 @pytest.mark.parametrize("change", [{"devices": [7]}, {"t": "now"}, {"devices": [{"client": 0}]}])
@@ -137,12 +118,12 @@ def test_the_command_that_goes_on_has_the_flags_by_which_devices_find_the_server
     (tmp_path / "compress.json").write_text("{}")
     file = tmp_path / status.FILE
     known = dict.fromkeys(status.FIELDS, 0) | {"devices": [], "t": 1.0, "address": "", "machine": ""}
-    file.write_text(sealed.to_text({**known, "flags": " --host 0.0.0.0 --keys keys"}))
+    file.write_text(files.json_text({**known, "flags": " --host 0.0.0.0 --keys keys"}))
     assert status.resume(tmp_path) == f"fleetune compress --resume {tmp_path} --host 0.0.0.0 --keys keys"
     assert status.look(tmp_path).status == "interrupted"
     assert [name for name, _ in status.facts(status.look(tmp_path))] == ["block", "server"]
     (tmp_path / "compress.json").unlink()
-    file.write_text(sealed.to_text(known))  # of an earlier version
+    file.write_text(files.json_text(known))  # of an earlier version
     assert status.resume(tmp_path) == f"fleetune fleet serve --resume {tmp_path}"
 
 

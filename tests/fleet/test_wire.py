@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes through Flower's records and its store: they come back, and what many orders end with is stored once."""
+"""Bytes through Flower's records: they come back, and what many orders end with is one object."""
 
 from __future__ import annotations
 
 import secrets
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune.errors import MessageError
-from fleetune.fleet import keys
 from fleetune.fleet.orders import Order
-from fleetune.fleet.remote import ROOM
 
 flower = pytest.importorskip("fleetune.fleet.flower.wire")
 
@@ -41,26 +38,10 @@ def test_records_of_another_kind_are_refused() -> None:
             flower.unpack(RecordDict(odd))
 
 
-def test_the_message_of_a_round_is_stored_once_for_all_devices(tmp_path: Path) -> None:
-    from fleetune.fleet.flower.gate import Address, Gate
-
-    devices = [keys.make(tmp_path / f"dev-{c}").public for c in range(8)]
-    gate = Gate(Address("127.0.0.1", 0), devices)
-    gate.open()
-    try:
-        for key in devices:
-            gate.state.activate_node(gate.state.get_node_id_by_public_key(key.pem), 30.0)
-        assert len(gate.online()) == 8
-        body = secrets.token_bytes(3 << 20)
-        orders = [Order("work", 1, 10**c, c, body) for c in range(8)]  # heads of unlike lengths
-        numbers = {
-            gate.push(k.fingerprint, o.encode(), o.common, ROOM) for k, o in zip(devices, orders, strict=True)
-        }
-        for key in devices:  # as Flower's own nodes would
-            assert gate.state.get_message_ins(gate.state.get_node_id_by_public_key(key.pem), 1)
-        stored = sum(len(entry.content) for entry in gate.state.object_store.store.values())
-        assert len(body) < stored < 1.1 * len(body)
-        gate.drop({n for n in numbers if n})
-        assert not gate.state.object_store.store
-    finally:
-        gate.close()
+def test_what_the_orders_of_a_round_end_with_is_one_object_for_all_devices() -> None:
+    """Flower stores equal objects once."""
+    body = secrets.token_bytes(3 << 20)
+    orders = [Order("work", 1, 10**c, c, body) for c in range(8)]  # heads of unlike lengths
+    records = [flower.pack(o.encode(), o.common).values() for o in orders]
+    stored = {record.object_id: len(record["data"]) for packed in records for record in packed}
+    assert len(body) < sum(stored.values()) < 1.1 * len(body)

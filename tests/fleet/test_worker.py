@@ -14,7 +14,6 @@ from deploy_harness import compressed, tiny
 
 from fleetune import data, models
 from fleetune.common.display import human_bytes
-from fleetune.common.ggml import PARTS
 from fleetune.data import Batches
 from fleetune.data.labelled import encode_rows
 from fleetune.deploy.export import export
@@ -181,6 +180,10 @@ def test_a_message_that_is_none_fails_the_round_and_no_more(
         ({"set": {"steps": 10**9}}, "work 8000000000 25600", "asked for 8,000,000,000 rows' work in a round"),
         ({"set": {"epochs": 10**9}}, "work 16000000000 25600", "does 25,600 at most"),
         ({"method": "mezo", "set": {"tau": 10**9}}, "work 16000000000 25600", "does 25,600 at most"),
+        (
+            {"method": "fedpeptao", "set": {"steps": 1, "batch_size": 1, "lanczos": 3000, "curvature_rows": 40}},
+            "work 240001 25600", "asked for 240,001 rows' work",
+        ),
         ({"method": "fedkseed", "set": {"backprop": 0.5, "backprop_steps": 10**9}}, "work 1000000000 25600", "at most"),
     ],
 )  # fmt: skip
@@ -193,15 +196,24 @@ def test_a_job_that_it_cannot_do_is_refused_before_any_work(
     assert reason in worker.error.message == worker.ended
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("fedit", SET), *(("fedpetuning", {"module": module}) for module in ("adapter", "bitfit", "full"))],
+)
 def test_a_device_short_of_memory_refuses_before_it_loads_the_model(
-    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+    place: Path,
+    tmp_path: Path,
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    settings: dict[str, object],
 ) -> None:
     worker = make_worker(place, tmp_path, memory=1 << 20)
     monkeypatch.setattr(models, "load", None)
-    reply = take(worker, job)
+    reply = take(worker, dataclasses.replace(job, method=method, set=settings))
     assert reply.code == "memory 1"
     assert isinstance(worker.error, FitError)
-    assert "fedit on this model takes about" in worker.error.message
+    assert f"{method} on this model takes about" in worker.error.message
     assert "this device has 1.0 MB" in worker.error.message
 
 
@@ -345,24 +357,23 @@ def test_a_device_that_is_refused_ends_with_an_error(worker: Worker) -> None:
     assert "it brings other rows" in worker.error.message
 
 
-@pytest.mark.parametrize("part", PARTS)
 def test_a_run_of_blocks_maps_the_devices_file_and_one_without_any_is_refused_at_the_job(
-    part: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
     compressed(tiny(), tmp_path / "codes")
     export(tmp_path / "codes", "gguf", tmp_path / "m.gguf")
     digest = models.load(str(tmp_path / "m.gguf"), device="cpu").digest
     settings = {"tau": 2, "K": 16, "lr": 0.05, "eps": 0.01}
-    job = Job("e" * 32, "mezo", settings, "m.gguf", digest, "fp32", 48, (), 3, train=part)
+    job = Job("e" * 32, "mezo", settings, "m.gguf", digest, "fp32", 48, (), 3, train="scales")
     worker = make_worker(place, tmp_path / "a", model=str(tmp_path / "m.gguf"))
     assert take(worker, job).what == "ready"
     server = models.load(str(tmp_path / "m.gguf"), device="cpu", base="mapped")
-    server.trains = part
+    server.trains = "scales"
     method = methods.make("mezo", settings)
     body = encode(Message(1, bytes.fromhex(digest)[:8], method.broadcast(method.init(server, 5))))
     assert Reply.decode(worker.answer(Order("work", 1, 0, 3, body).encode())).what == "done"
     plain = models.load(str(place / "model"), device="cpu").digest
     other = make_worker(place, tmp_path / "b")
     assert take(other, dataclasses.replace(job, base=plain)).what == "refused"
-    assert f"no {part}" in other.ended
+    assert "no scales" in other.ended

@@ -19,7 +19,6 @@ from fleetune import models
 from fleetune.deploy.export import export
 from fleetune.deploy.formats.gguf_lora import is_adapter
 from fleetune.models.gguf import convert, header
-from fleetune.models.gguf.claims import check_claims
 from hostile import put, refusal
 
 NAN = float("nan")
@@ -66,15 +65,6 @@ class File:
         if kind is not None:
             struct.pack_into("<I", self.data, at - 12, kind)
 
-    def offset(self, number: int) -> int:
-        return self.reader.tensors[number].data_offset - self.reader.data_offset
-
-    def swap(self, one: int, other: int) -> None:
-        """Exchange the places of two tensors."""
-        here, there = self.offset(one), self.offset(other)
-        self.table(one, offset=there)
-        self.table(other, offset=here)
-
     def weight(self, plain: bool, value: float) -> None:
         """Overwrite a value of an F32 tensor, or the scale of a Q8_0 block."""
         wanted = gguf.GGMLQuantizationType.F32 if plain else gguf.GGMLQuantizationType.Q8_0
@@ -85,45 +75,17 @@ class File:
 Change = Callable[[File], None]
 A = "llama."
 MUST_REFUSE: dict[str, Change] = {
-    "20,000 blocks": lambda f: f.value(A + "block_count", "I", 20_000),
     "2^31 blocks": lambda f: f.value(A + "block_count", "I", 2**31 - 1),
     "no block": lambda f: f.value(A + "block_count", "I", 0),
-    "-1 blocks": lambda f: f.value(A + "block_count", "i", -1),
-    "100 blocks": lambda f: f.value(A + "block_count", "I", 100),
     "a width of 2^31": lambda f: f.value(A + "embedding_length", "I", 2**31 - 32),
-    "an inner width of 2^31": lambda f: f.value(A + "feed_forward_length", "I", 2**31),
-    "2^31 heads": lambda f: f.value(A + "attention.head_count", "I", 2**31),
-    "no head": lambda f: f.value(A + "attention.head_count", "I", 0),
     "a vocabulary of 2^31": lambda f: f.value(A + "vocab_size", "I", 2**31),
-    "epsilon NaN": lambda f: f.value(A + "attention.layer_norm_rms_epsilon", "f", NAN),
-    "epsilon 0": lambda f: f.value(A + "attention.layer_norm_rms_epsilon", "f", 0.0),
-    "base NaN": lambda f: f.value(A + "rope.freq_base", "f", NAN),
-    "base 0": lambda f: f.value(A + "rope.freq_base", "f", 0.0),
     "a NaN": lambda f: f.weight(True, NAN),
-    "an inf": lambda f: f.weight(True, float("inf")),
-    "1e30": lambda f: f.weight(True, 1e30),
     "a scale of NaN": lambda f: f.weight(False, NAN),
-    "overlapping tensors": lambda f: f.table(3, offset=f.offset(2)),
-    "swapped tensors": lambda f: f.swap(2, 3),
-    "an odd offset": lambda f: f.table(1, offset=f.offset(1) + 3),
     "an offset beyond the end": lambda f: f.table(1, offset=2**62),
-    "F32 as I32": lambda f: f.table(_plain(f), kind=26),
-    "F32 as F16": lambda f: f.table(_plain(f), kind=1),
     "an unknown type": lambda f: f.table(1, kind=999),
-    "Q8_0 as Q4_0": lambda f: f.table(_coded(f), kind=2),
     "2^60 tensors": lambda f: struct.pack_into("<Q", f.data, 8, 2**60),
     "2^60 keys": lambda f: struct.pack_into("<Q", f.data, 16, 2**60),
-    "version 99": lambda f: struct.pack_into("<I", f.data, 4, 99),
-    "big-endian": lambda f: struct.pack_into(">I", f.data, 4, 3),
-}  # fmt: skip
-
-
-def _plain(f: File) -> int:
-    return next(i for i, t in enumerate(f.reader.tensors) if t.tensor_type == gguf.GGMLQuantizationType.F32)
-
-
-def _coded(f: File) -> int:
-    return next(i for i, t in enumerate(f.reader.tensors) if t.tensor_type == gguf.GGMLQuantizationType.Q8_0)
+}
 
 
 @pytest.mark.parametrize("case", list(MUST_REFUSE))
@@ -136,45 +98,20 @@ def test_a_file_that_an_attack_found_is_refused(honest: Path, tmp_path: Path, ca
     assert "x.gguf" in said  # and not the folder that it would be converted to
 
 
-def written(path: Path, **metadata: Any) -> None:
-    """A file of one tensor with lists of a hostile form."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    for key, value in metadata.items():
-        writer.add_array(f"tokenizer.ggml.{key}", value)
+@pytest.mark.parametrize("texts", [False, True])
+def test_a_list_that_claims_to_be_longer_than_the_file_is_refused(tmp_path: Path, texts: bool) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_array("tokenizer.ggml.list", ["a", "b"] if texts else [1, 2])
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def test_a_list_that_claims_to_be_longer_than_the_file_is_refused(tmp_path: Path) -> None:
-    written(tmp_path / "x.gguf", numbers=[1, 2, 3])
     raw = bytearray((tmp_path / "x.gguf").read_bytes())
-    at = raw.index(b"tokenizer.ggml.numbers") + len("tokenizer.ggml.numbers") + 8
-    struct.pack_into("<Q", raw, at, 2**60)
+    at = raw.index(b"tokenizer.ggml.list") + len("tokenizer.ggml.list") + 8
+    struct.pack_into("<Q", raw, at, 2**40)
     put(tmp_path / "x.gguf", bytes(raw))
-    assert refusal(lambda: use(tmp_path / "x.gguf", tmp_path))
-
-
-def test_a_token_as_long_as_a_book_is_refused(tmp_path: Path) -> None:
-    written(tmp_path / "x.gguf", tokens=["a", "b" * 1_000_000], scores=[0.0, 0.0], token_type=[1, 1])
-    assert "token of more than" in str(refusal(lambda: use(tmp_path / "x.gguf", tmp_path)))
-
-
-def test_an_honest_file_may_state_its_alignment(honest: Path, tmp_path: Path) -> None:
-    """Other writers do; a file with two tensors, of which the first ends between two places."""
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-    writer.add_custom_alignment(64)
-    for name in ("token_embd.weight", "output_norm.weight"):
-        writer.add_tensor(name, np.zeros(3, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    header.check(tmp_path / "x.gguf")
-    check_claims(tmp_path / "x.gguf", gguf.GGUFReader(tmp_path / "x.gguf"))
+    assert "its head cannot be read" in str(refusal(lambda: use(tmp_path / "x.gguf", tmp_path)))
 
 
 @pytest.mark.parametrize("alignment", [0.5, 0, -1, 33, "32", True])
@@ -189,15 +126,6 @@ def test_an_alignment_that_is_none_is_refused(tmp_path: Path, alignment: object)
     writer.close()
     assert "its head cannot be read" in str(refusal(lambda: header.check(tmp_path / "x.gguf")))
     assert not is_adapter(tmp_path / "x.gguf")  # as serve looks through a folder
-
-
-def test_a_text_in_no_encoding_is_refused(honest: Path, tmp_path: Path) -> None:
-    raw = bytearray(honest.read_bytes())
-    at = raw.index(b"general.architecture") + len("general.architecture") + 12
-    assert raw[at : at + 5] == b"llama"
-    raw[at] = 0xFF
-    put(tmp_path / "x.gguf", bytes(raw))
-    assert "has unusable metadata" in str(refusal(lambda: convert.load_config(tmp_path / "x.gguf")))
 
 
 def test_the_honest_one_is_accepted(honest: Path, tmp_path: Path) -> None:

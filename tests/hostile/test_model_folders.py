@@ -97,90 +97,44 @@ def index(value: Any) -> Change:
 
 
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
-LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 MUST_REFUSE: dict[str, Change] = {
-    # an error of another kind came out of these (D6)
     "config.json deep": write("config.json", b"[" * hostile.DEEP),
     "architectures = 5": config(architectures=5),
-    "architectures = [[1]]": config(architectures=[[1]]),
-    "model_type a list": config(model_type=["llama"]),
     "hidden_act unknown": config(hidden_act="nonesuch"),
     "an absent kernel": config(_attn_implementation="flash_attention_9"),
     "chat_template = 5": template(5),
     "chat_template includes": template("{% include 'x' %}"),
-    "chat_template ranges": template("{% for i in range(1000000000) %}x{% endfor %}"),
+    "not a template": template("{% for %}"),
+    "a template that is deep": template("{{ " + "(" * 50_000 + " }}"),
     "generation_config.json = []": write("generation_config.json", b"[]"),
-    "generation_config.json = {": write("generation_config.json", b"{"),
-    # models without an end (D7)
-    "100,000 layers": config(num_hidden_layers=100_000),
     "2^31 layers": config(num_hidden_layers=2**31 - 1),
     "2^31 layers of another family": config(
         model_type="qwen3", architectures=["Qwen3ForCausalLM"], num_hidden_layers=2**31 - 1
     ),
     "10^9 labels": config(num_labels=10**9),
+    "no heads": config(num_attention_heads=0),
     "vocabulary of 2^40": config(vocab_size=2**40),
-    "width of 2^30": config(hidden_size=2**30),
     "inner width of 2^36": config(intermediate_size=2**36),
-    "2^20 heads": config(num_attention_heads=2**20),
-    "two nested loops": template(LOOPS),
-    "4e9 letters": template("{{ 'a' * 4000000000 }}"),
-    "a format of 3e9": template("{{ '%3000000000d' % 1 }}"),
-    "a format method of 3e9": template("{{ '{:3000000000d}'.format(1) }}"),
-    "a justified text of 3e9": template("{{ 'a'.ljust(3000000000) }}"),
-    "a filter of 3e9": template("{{ 'a' | center(3000000000) }}"),
-    "a doubled text": template(
-        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
-    ),
-    "a power": template("{{ 7 ** (10 ** 9) }}"),
-    "a recursive macro": template("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
-    "much output": template("{% for i in range(90000) %}{{ 'a' * 9000 }}{% endfor %}"),
-    "loops for a system turn": template("{% if messages|length > 2 %}" + LOOPS + "{% endif %}"),
-    "loops for an answer": template("{% if not add_generation_prompt %}" + LOOPS + "{% endif %}"),
-    "not a template": template("{% for %}"),
-    "deep template": template("{{ " + "(" * 50_000 + " }}"),
-    # weights and constants that no step survives (D9)
     "a NaN": weights(UP, spoil(float("nan"))),
-    "an inf": weights(NORM, spoil(float("-inf"))),
-    "1e30": weights(UP, spoil(1e30)),
-    "a NaN in bf16": weights(UP, spoil(float("nan"), torch.bfloat16)),
     "an inf in fp16": weights(UP, spoil(float("inf"), torch.float16)),
     "rms_norm_eps NaN": config(rms_norm_eps=float("nan")),
-    "rms_norm_eps 0": config(rms_norm_eps=0.0),
-    "rms_norm_eps -1": config(rms_norm_eps=-1.0),
-    "rope_theta NaN": config(rope_parameters={"rope_theta": float("nan"), "rope_type": "default"}),
-    "rope_theta 0": config(rope_parameters={"rope_theta": 0.0, "rope_type": "default"}),
-    "rope_theta -1": config(rope_parameters={"rope_theta": -1.0, "rope_type": "default"}),
-    "rope_theta of old NaN": config(rope_parameters=None, rope_theta=float("nan")),
-}  # fmt: skip
+}
 MUST_REFUSE_SHARDS: dict[str, Change] = {
     "index = []": index([]),
-    "index = null": index(None),
     "index shard 5": index({"weight_map": {NORM: 5}}),
-    "index shard a list": index({"weight_map": {NORM: [1]}}),
-    "index shard with NUL": index({"weight_map": {NORM: "a\0b"}}),
-    "index map a list": index({"weight_map": [1]}),
     "index deep": index(b"[" * hostile.DEEP),
     "index elsewhere": index({"weight_map": {NORM: "../one/model.safetensors"}}),
 }
 
 
-# each costs the child all the time that it has; one of them stays among the quick ones
-LONG = ("two nested loops", "a power", "loops for an answer", "a doubled text")
-
-
-def names(cases: dict[str, Any]) -> Any:
-    marks = {case: [pytest.mark.faults] if case in LONG else [] for case in cases}
-    return pytest.mark.parametrize("case", [pytest.param(case, marks=marks[case], id=case) for case in cases])
-
-
-@names(MUST_REFUSE)
+@pytest.mark.parametrize("case", list(MUST_REFUSE))
 def test_a_folder_that_an_attack_found_is_refused(honest: Path, tmp_path: Path, case: str) -> None:
     shutil.copytree(honest / "one", tmp_path / "x")
     MUST_REFUSE[case](tmp_path / "x")
     assert refusal(lambda: use(tmp_path / "x")), f"{case}: accepted"
 
 
-@names(MUST_REFUSE_SHARDS)
+@pytest.mark.parametrize("case", list(MUST_REFUSE_SHARDS))
 def test_an_index_that_an_attack_found_is_refused(honest: Path, tmp_path: Path, case: str) -> None:
     shutil.copytree(honest / "shards", tmp_path / "x")
     MUST_REFUSE_SHARDS[case](tmp_path / "x")

@@ -226,7 +226,6 @@ def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "source": "file m.gguf",
         "file": "m.gguf",
         "sha256": {"gguf": digest},
-        "sums_sha256": sums.sealed(first, cache.SOURCE_FILE),
     }
     monkeypatch.setattr("fleetune.models.gguf.convert.convert", None)
     shutil.copy(tmp_path / "m.gguf", tmp_path / "copy.gguf")

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +13,7 @@ from torch import Tensor
 from fleetune.models import checkpointing
 from fleetune.models.checkpointing import by_layer
 from fleetune.models.layers import layers_of
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no package of the wheel
-
-from benchmarks.tiny_families import build
+from tiny_families import build
 
 IDS = torch.tensor([[5, 9, 20, 5, 3, 26, 2], [1, 4, 2, 3, 12, 8, 9]])
 

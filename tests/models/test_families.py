@@ -7,7 +7,6 @@ The cells that run here are those of what a family is the only one to have; `-m 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))  # the benchmarks are no package of the wheel
-
-from benchmarks import families  # noqa: E402
-from benchmarks.tiny_families import build, save  # noqa: E402
-
-from fleetune import adapters, models  # noqa: E402
-from fleetune.errors import ModelError  # noqa: E402
-from fleetune.models.layers import (  # noqa: E402
+import family_matrix as families
+from fleetune import adapters, models
+from fleetune.errors import ModelError
+from fleetune.models.layers import (
     attention_layers,
     body_of,
     check_separate,
@@ -31,7 +25,9 @@ from fleetune.models.layers import (  # noqa: E402
     layers_of,
     outputs_of,
 )
+from tiny_families import build, save
 
+ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 
 # family: what makes queries and values, what writes to the residual stream (within the second layer), heads of keys

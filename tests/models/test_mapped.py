@@ -33,7 +33,7 @@ from fleetune.models.mapped.stored import Stored, of_folder
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from benchmarks import tiny_families
+import tiny_families
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "IQ4_NL", "Q5_1", "Q6_K", "Q4_K"]

@@ -54,15 +54,11 @@ def test_the_method_has_the_settings_that_are_given(tiny: str) -> None:
         choose.method_for(recipe(tiny, set={"r": 4, "K": 64}), offline=True)
 
 
-def test_what_trains_a_part_of_blocks_is_chosen_among_the_methods_that_can(tiny: str) -> None:
-    for part, able in recipes.TRAIN_PARTS.items():
-        settled = choose.settled_method(recipe(tiny, train=part), lambda _: None, offline=True)
-        assert settled.method in able
-        assert settled.base == "auto", "the file is mapped whatever the recipe says"
-    assert "fedpetuning" not in recipes.TRAIN_PARTS["codes"]
+def test_what_trains_scales_is_chosen_among_the_methods_that_can(tiny: str) -> None:
+    settled = choose.settled_method(recipe(tiny, train="scales"), lambda _: None, offline=True)
+    assert settled.method in recipes.SCALE_METHODS
+    assert settled.base == "auto", "the file is mapped whatever the recipe says"
     assert choose.method_for(recipe(tiny, set={"module": "scales"}), offline=True)[0] == "fedpetuning"
-    with pytest.raises(RecipeError, match="not for fedpetuning"):
-        choose.method_for(recipe(tiny, train="codes", set={"module": "scales"}))
 
 
 def test_training_scales_is_counted_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from fleetune import report
 from fleetune.cli.main import main
+from fleetune.common import sums
 from fleetune.common.display import human_bytes, human_time
 from fleetune.errors import StorageError, UsageError
 from fleetune.report import axes, svg
@@ -737,8 +738,9 @@ def test_a_record_that_was_changed_is_told_wherever_it_is_shown(
     writer = metrics.Metrics(changed.parent)
     for line in lines:
         writer.record(line)
-    writer.record(last, last=True)
+    writer.record(last)
     writer.close()
+    sums.write(changed.parent, [changed.name])
     told = "0002-fedit-b: metrics.jsonl was changed since the run ended"
     for words in ([], ["show", "2"], ["compare", "1", "2"]):
         assert main(["runs", *words, "--out", str(tmp_path)]) == 0

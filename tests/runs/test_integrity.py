@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -14,7 +15,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torn_harness
 from torn_harness import Folder, Said, call, resume
@@ -23,7 +23,7 @@ from fleetune import report
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.common.folders import SUFFIX, scratch, staged, sweep
 from fleetune.errors import StorageError
-from fleetune.runs import env_file, metrics, rundir, sealed
+from fleetune.runs import env_file, metrics, rundir
 from fleetune.runs.metrics import Metrics
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import checkpoint, messages
@@ -152,17 +152,16 @@ def test_other_data_and_another_model_are_refused(copy, made, tmp_path: Path) ->
     assert resume("fedkseed", path).code == 0  # the same rows in another place
 
 
-@pytest.mark.parametrize(("totals", "least"), [([1, 2, 3.0, 1000.0], 1000), ([1, 2, 2000.0], 2000)])
-def test_the_time_of_a_resumed_run_is_that_of_all_sittings(totals: list[float], least: int, copy) -> None:
+def test_the_time_of_a_resumed_run_is_that_of_all_sittings(copy) -> None:
     _, path = copy("fedkseed", "stopped")
     round, file = rundir.checkpoints(path)[-1]
     payload = checkpoint.decode(file.read_bytes())
     assert json.loads(str(payload.scalars["totals"]))[3] > 0
-    scalars = {**payload.scalars, "totals": json.dumps(totals)}  # three numbers: of an earlier version
+    scalars = {**payload.scalars, "totals": json.dumps([1, 2, 3.0, 1000.0])}
     file.write_bytes(messages.encode(Message(round, b"", Payload(payload.arrays, scalars))))
     assert (said := resume("fedkseed", path)).code == 0, said.text
     done = next(e for e in metrics.events(path) if e["event"] == "done")
-    assert least < done["wall"] < least + 500
+    assert 1000 < done["wall"] < 1500
     assert done["wall"] > done["seconds"]
     assert report.summary(path)["seconds"] == done["wall"]
 
@@ -176,121 +175,55 @@ def test_a_checkpoint_states_what_it_stands_on(made) -> None:
     assert stated[0] == checkpoint.stated_in(file)
     assert (stated[0].recipe["rounds"], stated[0].recipe["set.scaffold"]) == (3, True)
     assert stated[0].base == env_file.base_digest(path)
-    data = (path / "metrics.jsonl").read_bytes()[: stated[1].size]
-    assert data.count(b"\n") == stated[1].lines == len(list(metrics.events(path))) - 1
+    data = (path / "metrics.jsonl").read_bytes()[: stated[1]]
+    assert data.count(b"\n") == len(list(metrics.events(path))) - 1
     kept = checkpoint.kept_in(payload)
     assert {c: r for c, (r, _) in kept.items()} == {0: round, 1: round, 2: round}
-    encoded = checkpoint.encode(1, State(3), checkpoint.Totals())
-    (file_of_before := path.parent / "old.ckpt").write_bytes(encoded)  # as earlier versions wrote them
-    assert checkpoint.stands_on(checkpoint.decode(encoded)) is checkpoint.stated_in(file_of_before) is None
-
-
-class State:
-    """A state of one number."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def _asdict(self) -> dict[str, int]:
-        return {"n": self.n}
 
 
 @pytest.mark.parametrize(
-    ("kind", "state", "file", "form", "outcome"),
+    ("kind", "state", "file", "outcome"),
     [
-        ("scaffold", "stopped", "eval.json", "noise", "same"),
-        ("scaffold", "stopped", "metrics.jsonl", "half", "said"),
-        ("scaffold", "stopped", "status", "noise", "same"),
-        ("scaffold", "stopped", "run.toml", "half", "refused"),
-        ("scaffold", "done", "env.json", "list", "same"),
-        ("scaffold", "done", "metrics.jsonl", "gone", "said"),
-        ("fedkseed", "done", "eval.json", "bit2", "same"),
-        ("fedkseed", "done", "metrics.jsonl", "line", "said"),
+        ("scaffold", "stopped", "eval.json", "same"),
+        ("scaffold", "stopped", "status", "same"),
+        ("scaffold", "stopped", "metrics.jsonl", "is damaged|are lost"),
+        ("scaffold", "stopped", "run.toml", "run.toml"),
+        ("scaffold", "done", "env.json", "same"),
+        ("scaffold", "done", "adapter/adapter_model.safetensors", "same"),
+        ("fedkseed", "done", "eval.json", "same"),
+        ("fedkseed", "done", "ledger.safetensors", "same"),
+        ("fedkseed", "stopped", "checkpoints", "same"),
     ],
 )
-def test_a_torn_folder(
-    kind: str, state: str, file: str, form: str, outcome: str, made, tmp_path: Path
-) -> None:
-    """A sample; all of them are in test_torn.py (make faults)."""
-    verdict = torn_harness.judge(made[kind, state], file, form, tmp_path)
-    assert verdict is not None
-    assert (verdict.fault, verdict.outcome) == ("", outcome)
+def test_a_torn_file_is_made_again_or_named(kind: str, state: str, file: str, outcome: str, copy) -> None:
+    """Cut in half, as a disk that was full or lost its power leaves it."""
+    folder, path = copy(kind, state)
+    torn = rundir.checkpoints(path)[-1][1] if file == "checkpoints" else path / file
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    said = resume(kind, path)
+    if outcome != "same":
+        assert re.search(outcome, said.text), said.text
+    if file != "run.toml":
+        assert said.code == 0, said.text
+        assert torn_harness.digest_of(kind, path) == folder.digest
+        assert outcome != "same" or torn_harness.metrics_of(path) == folder.metrics
 
 
-# --- metrics and sealed files ---------------------------------------------------------------------------------
-
-
-def test_lost_and_changed_lines_are_told_and_the_old_file_is_kept(tmp_path: Path) -> None:
+def test_lost_lines_are_told(tmp_path: Path) -> None:
     record = Metrics(tmp_path)
     for r in range(4):
         record.record({"event": "round", "round": r, "loss": 4.5})
-    stated = record.tally
+    size = record.size
     record.record({"event": "round", "round": 4})  # beyond the checkpoint
     record.close()
     data = record.file.read_bytes()
-    assert Metrics(tmp_path).cut(3, stated) == ""
-    assert record.file.read_bytes() == data[: stated.size]
-    lines = data.splitlines(keepends=True)
-    for new, words in (
-        (
-            b"".join(lines[:2]) + lines[2][:9],
-            "2 of its 4 lines are lost; the file as it was is metrics.jsonl.damaged",
-        ),
-        (b"", "4 of its 4 lines are lost"),
-        (data.replace(b"4.5", b"4.6", 1), "was changed since it was written"),
-        (lines[0] + b"\xff\xfe\n" + b"".join(lines[2:]), "1 of its 4 lines are lost"),
-    ):
-        for old in tmp_path.iterdir():
-            old.unlink()
-        record.file.write_bytes(new)
-        told = Metrics(tmp_path).cut(3, stated)
-        assert words in told
-        assert [p.read_bytes() for p in tmp_path.glob("*.damaged")] == ([new] if new else [])
-        assert all(json.loads(line)["round"] <= 3 for line in record.file.read_bytes().splitlines())
-
-
-def test_the_last_line_seals_the_file(tmp_path: Path) -> None:
-    record = Metrics(tmp_path)
-    record.record({"event": "round", "round": 1, "loss": 4.5})
-    assert not metrics.is_intact(tmp_path)
-    assert "crc" not in record.record({"event": "done", "digest": "ab", "ü": np.float32(0.5)}, last=True)
-    record.close()
-    data = record.file.read_bytes()
-    assert metrics.is_intact(tmp_path)
-    rng = np.random.default_rng(3)
-    for at in rng.permutation(len(data) - 1)[:60].tolist():  # but the last line's end
-        flipped = bytearray(data)
-        flipped[at] ^= 1 << int(rng.integers(7))
-        record.file.write_bytes(flipped)
-        name = b'"crc"' not in flipped  # of the checksum itself: what it is of has not changed
-        assert name or not metrics.is_intact(tmp_path), (at, flipped)
-
-
-def test_a_sealed_file_is_read_back_and_a_changed_one_is_not(tmp_path: Path) -> None:
-    content = {"a": [1.5, None, {"ü": "\ud800 lone"}], "b": 1e-300}
-    file = tmp_path / "x.json"
-    file.write_bytes(
-        sealed.to_text(content).encode("utf-8", "surrogatepass").replace(b"\xed\xa0\x80", b"\\ud800")
-    )
-    assert sealed.read(file, "") == content
-    file.write_text('{"a": 1}')  # of an earlier version
-    assert sealed.read(file, "") == {"a": 1}
-    good = sealed.to_text({"n": 12, "word": "heron"})
-    for bad in (
-        good.replace("12", "13"),
-        good.replace("heron", "hErons"),
-        "[]",
-        "7",
-        "",
-        good[:-9],
-        "[" * 5000,
-    ):
-        file.write_text(bad)
-        with pytest.raises(StorageError, match="is damaged"):
-            sealed.read(file, "")
-    file.unlink()
-    with pytest.raises(StorageError, match="is gone"):
-        sealed.read(file, "")
+    assert Metrics(tmp_path).cut(3, size) == ""
+    assert record.file.read_bytes() == data[:size]
+    record.file.write_bytes(data[:100])
+    assert f"{size - 100} of its {size} bytes are lost" in Metrics(tmp_path).cut(3, size)
+    assert [json.loads(line)["round"] for line in record.file.read_bytes().splitlines()] == [0]
+    record.file.unlink()
+    assert "are lost" in Metrics(tmp_path).cut(3, size)
 
 
 # --- status, signals, reports ---------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make folders of every kind of job, whole and stopped, spoil one file of them, and see what the commands make of it."""
+"""Make folders of runs, whole and stopped."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import contextlib
 import io
 import json
 import logging
-import random
-import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,8 +45,6 @@ KINDS = (*TUNE, *COMPRESS)
 # looks at Ctrl-C until it is pressed: after the first round, block or step
 STOP = {"fedkseed": 27, "fedit": 27, "scaffold": 27, "fedpeptao": 27, "optq": 8, "gkd": 1}
 CHANGES = {"t", "seconds", "wall", "rss", "peak_rss", "run", "path", "report", "result", "folder", "planned"}
-FORMS = ("half", "line", "bit", "bit2", "digit", "empty", "noise", "gone", "list", "number")
-DRAWN = ("bit", "bit2", "digit", "noise")  # forms that spoil a file elsewhere under another seed
 
 
 @dataclass
@@ -185,7 +181,7 @@ def digest_of(kind: str, path: Path) -> str:
 def metrics_of(path: Path) -> list[Any]:
     """The events of a run without times and places."""
     found = [e for p in sorted(path.rglob("metrics.jsonl")) for e in _lines(p.parent)]
-    return [{k: v for k, v in e.items() if k not in CHANGES and k != "crc"} for e in found]
+    return [{k: v for k, v in e.items() if k not in CHANGES} for e in found]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -199,89 +195,3 @@ def _event(line: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) and "event" in found else {}
-
-
-def spoil(file: Path, form: str, seed: int = 0) -> bool:
-    """Spoil a file in this form; False where that would not change it."""
-    data, rng = file.read_bytes(), random.Random(f"{file.name} {form} {seed}")
-    if form == "gone":
-        file.unlink()
-        return True
-    at = rng.randrange(len(data)) if data else 0
-    digits = [i for i, b in enumerate(data) if chr(b).isdigit()]
-    number = rng.choice(digits) if digits else at
-    new: Mapping[str, bytes] = {
-        "half": data[: len(data) // 2],
-        "line": data[: data.rfind(b"\n", 0, max(0, 2 * len(data) // 3)) + 1],  # cut at the end of a line
-        "bit": data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :] if data else data,
-        "bit2": data[:number] + bytes([data[number] ^ 1]) + data[number + 1 :] if digits else data,
-        "digit": data[:number] + str((data[number] - 45) % 10).encode() + data[number + 1 :]
-        if digits
-        else data,
-        "empty": b"",
-        "noise": rng.randbytes(300),
-        "list": b"[]",
-        "number": b"7\n",
-    }
-    if new[form] == data:
-        return False
-    file.write_bytes(new[form])
-    return True
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of one torn folder: `fault` is empty where everything was right, refused or said."""
-
-    name: str
-    outcome: str  # same | refused | said | fault
-    fault: str = ""
-
-
-def judge(folder: Folder, file: str, form: str, place: Path, seed: int = 0) -> Verdict | None:
-    """Copy a folder to `place`, spoil a file of the copy, and run the commands on it; None where nothing was spoilt."""
-    name = f"{folder.kind} {folder.state} {file} {form}"
-    out = place / "runs"
-    shutil.rmtree(out, ignore_errors=True)
-    path = out / folder.path.name
-    shutil.copytree(folder.path, path)
-    if not spoil(path / file, form, seed):
-        return None
-    step = ""
-    try:
-        for step in _looks(folder, path, out):
-            call(*step.split())
-        step = "resume"
-        return _resumed(folder, path, name, file)
-    except Endless:
-        return Verdict(name, "fault", f"{step}: no end in {SECONDS} s")
-    except BaseException as error:
-        return Verdict(name, "fault", f"{step}: {type(error).__name__}: {error}")
-
-
-def _looks(folder: Folder, path: Path, out: Path) -> list[str]:
-    looks = [f"runs --out {out}"]
-    looks.append(f"runs show {path}")
-    if folder.state == "done":
-        if folder.kind == "fedkseed":
-            looks += [f"ledger show {path}", f"ledger verify {path}"]
-        looks.append(f"export {path} --to hf --path {out / 'exported'}")
-    return looks
-
-
-def _resumed(folder: Folder, path: Path, name: str, file: str) -> Verdict:
-    said = resume(folder.kind, path)
-    if said.code:
-        named = any(part in said.text for part in (Path(file).name, str(path)))
-        return Verdict(
-            name, *(("refused", "") if named else ("fault", f"refused without a name: {said.text[-300:]}"))
-        )
-    if (found := digest_of(folder.kind, path)) != folder.digest:
-        return Verdict(
-            name, "fault", f"silent: the digest is {found[:60]}, not {folder.digest[:60]}; {said.text[-300:]}"
-        )
-    if metrics_of(path) == folder.metrics:
-        return Verdict(name, "same")
-    if Path(file).name in said.text or "lost" in said.text:
-        return Verdict(name, "said")
-    return Verdict(name, "fault", f"silent: other metrics; {said.text[-300:]}")

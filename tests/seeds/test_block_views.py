@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What views of a quantised base have in common, whichever part of its blocks they move."""
+"""A view of a quantised base: pieces, and both signs in one forward."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import torch
 from deploy_harness import BLOCKS, gguf_of
 
 from fleetune import models
-from fleetune.common.ggml import PARTS
 from fleetune.data import Batch
 from fleetune.models.model import Model
 from fleetune.seeds import spsa
 from fleetune.seeds.noise import passes, probe
-from fleetune.seeds.trained import view_on
+from fleetune.seeds.scale_view import view_on
 from fleetune.seeds.view import View
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.parametrize("part", PARTS)]
-MOST = {"scales": 2000, "codes": 300}  # of a coefficient
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module", params=BLOCKS)
@@ -29,18 +27,18 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return gguf_of(tmp_path_factory.mktemp("gguf"), request.param)
 
 
-def moved(file: Path, part: str, dtype: str = "fp32") -> tuple[Model, View]:
+def moved(file: Path, dtype: str = "fp32") -> tuple[Model, View]:
     """A model, and a view of it at a point."""
     model = models.load(str(file), device="cpu", base="mapped", dtype=dtype)
-    model.trains = part
+    model.trains = "scales"
     view = view_on(model, run_key=11, law="hashed", grid=1e-5)
-    coefficients = np.random.default_rng(3).integers(-MOST[part], MOST[part], 5)
+    coefficients = np.random.default_rng(3).integers(-2000, 2000, 5)
     view.place(passes("hashed", 64, np.arange(5, dtype=np.uint64), coefficients))
     return model, view
 
 
-def test_a_piece_is_part_of_the_whole_wherever_it_begins(part: str, file: Path) -> None:
-    _, view = moved(file, part)
+def test_a_piece_is_part_of_the_whole_wherever_it_begins(file: Path) -> None:
+    _, view = moved(file)
     for slot in view.slots[:3]:
         whole = view.whole(slot).view(-1)
         for first, last in ((0, 1), (5, 70), (63, 64), (64, 192), (1, len(whole))):
@@ -48,8 +46,8 @@ def test_a_piece_is_part_of_the_whole_wherever_it_begins(part: str, file: Path) 
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_both_signs_in_one_forward_are_two_forwards(dtype: str, part: str, file: Path) -> None:
-    model, view = moved(file, part, dtype)
+def test_both_signs_in_one_forward_are_two_forwards(dtype: str, file: Path) -> None:
+    model, view = moved(file, dtype)
     ids = torch.randint(0, 250, (2, 9), generator=torch.Generator().manual_seed(1))
     batch, direction = Batch(ids, torch.ones_like(ids), ids), probe("hashed", 64, 3)
     with torch.inference_mode():

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fleetune import models
+from fleetune import models, seeds
 from fleetune.cli.main import main
 from fleetune.errors import UsageError
 from fleetune.models import shapes, tiny_llama
 from fleetune.planning import device_cost, plan
-from fleetune.seeds import kernel_choice
 from fleetune.seeds.view import kernels
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -54,7 +53,7 @@ def _work(folder: Path, wanted: str) -> dict:
     ]
     done = subprocess.run(
         command,
-        env=os.environ | {kernel_choice.VARIABLE: wanted},
+        env=os.environ | {seeds.VARIABLE: wanted},
         capture_output=True,
         text=True,
         timeout=300,
@@ -79,32 +78,32 @@ def test_either_kernels_give_the_same_digests_and_torchs_load_no_numba(tmp_path)
     ],
 )  # fmt: skip
 def test_the_environment_chooses(monkeypatch, word, device, want):
-    monkeypatch.delenv(kernel_choice.VARIABLE, raising=False)
+    monkeypatch.delenv(seeds.VARIABLE, raising=False)
     if word is not None:
-        monkeypatch.setenv(kernel_choice.VARIABLE, word)
+        monkeypatch.setenv(seeds.VARIABLE, word)
     assert kernels(device).__name__ == f"fleetune.seeds.kernels_{want}"
 
 
 def test_what_a_caller_asks_for_goes_before_the_environment(monkeypatch):
     for word, other in (("numba", "torch"), ("torch", "numba")):
-        monkeypatch.setenv(kernel_choice.VARIABLE, word)
+        monkeypatch.setenv(seeds.VARIABLE, word)
         assert kernels(CPU, other).__name__ == f"fleetune.seeds.kernels_{other}"
 
 
 def test_numba_where_it_cannot_be_is_refused(monkeypatch):
-    monkeypatch.setenv(kernel_choice.VARIABLE, "numba")
+    monkeypatch.setenv(seeds.VARIABLE, "numba")
     with pytest.raises(UsageError, match="on meta") as error:
         kernels(META)
     assert "FLEETUNE_KERNELS=auto" in error.value.hint
     monkeypatch.setitem(sys.modules, "fleetune.seeds.kernels_numba", None)  # as if Numba were not there
     with pytest.raises(UsageError, match="not usable here"):
         kernels(CPU)
-    monkeypatch.setenv(kernel_choice.VARIABLE, "auto")
+    monkeypatch.setenv(seeds.VARIABLE, "auto")
     assert kernels(CPU).__name__ == "fleetune.seeds.kernels_torch"
 
 
 def test_another_word_is_refused_before_any_work(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv(kernel_choice.VARIABLE, "moon")
+    monkeypatch.setenv(seeds.VARIABLE, "moon")
     assert main(["tune", "no such model", "no such data", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "no kernels named 'moon'" in said
@@ -115,7 +114,7 @@ def test_another_word_is_refused_before_any_work(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(("word", "counted"), [("auto", 104), ("numba", 104), ("torch", 10)])
 def test_the_plan_counts_the_chosen_kernels(monkeypatch, word, counted):
-    monkeypatch.setenv(kernel_choice.VARIABLE, word)
+    monkeypatch.setenv(seeds.VARIABLE, word)
     rows = plan.table(tiny_llama().net.config, plan.Workload(), rates=plan.Rates(1e11, 1e10))
     floor = {row.method: row.parts["floor"] for row in rows}
     for name in ("mezo", "zosgd", "fedkseed", "onebyte"):
@@ -127,7 +126,7 @@ def test_the_plan_counts_the_time_of_the_chosen_kernels(monkeypatch):
     config, work, rates = tiny_llama().net.config, plan.Workload(steps=5), plan.Rates(1e11, 1e10)
     seconds = {}
     for word in ("auto", "numba", "torch"):
-        monkeypatch.setenv(kernel_choice.VARIABLE, word)
+        monkeypatch.setenv(seeds.VARIABLE, word)
         seconds[word] = {row.method: row.seconds for row in plan.table(config, work, rates=rates)}
     assert seconds["auto"] == seconds["numba"]
     more = device_cost.SWEEP["torch"] - device_cost.SWEEP["numba"]

@@ -162,24 +162,24 @@ def direction(law: str, K: int, run_key: int, id: int, start: int, count: int) -
     if law == "rademacher":
         return np.array([slow_sign(run_key, id, j) for j in i.tolist()])
     D = np.array([slow_sign(run_key, id >> 32, j) for j in i.tolist()])
-    return D * np.array([(-1) ** bin(place(law, K, j) & id & 0xFFFFFFFF).count("1") for j in i.tolist()])
+    return D * np.array([(-1) ** bin(place(K, j) & id & 0xFFFFFFFF).count("1") for j in i.tolist()])
 
 
 def total(law: str, passes: noise.Passes, run_key: int, start: int, count: int) -> np.ndarray:
     """acc of the passes, by their definition."""
     acc = np.zeros(count, np.int64)
     for id, table in zip(passes.ids.tolist(), passes.tables, strict=True):
-        acc += noise.signs(run_key, id, start, count) * table[slow_places(law, len(table), start, count)]
+        acc += noise.signs(run_key, id, start, count) * table[slow_places(len(table), start, count)]
     return acc
 
 
 @st.composite
 def entries(draw):
-    law = draw(st.sampled_from(["rademacher", "pooled", "hashed"]))
-    K = 2 ** draw(st.integers(0, 9)) if law in noise.POOLS else 1
+    law = draw(st.sampled_from(["rademacher", "hashed"]))
+    K = 2 ** draw(st.integers(0, 9)) if law == noise.POOL else 1
     one = st.tuples(st.integers(0, 3), st.integers(0, K - 1)).map(lambda p: p[0] << 32 | p[1])
     size = draw(st.integers(0, 8))
-    ids = draw(st.lists(one if law in noise.POOLS else st.integers(0, 5), min_size=size, max_size=size))
+    ids = draw(st.lists(one if law == noise.POOL else st.integers(0, 5), min_size=size, max_size=size))
     big = draw(st.sampled_from([3, 1000, 2**30, 2**40]))
     coefficients = draw(st.lists(st.integers(-big, big), min_size=size, max_size=size))
     return law, K, ids, coefficients
@@ -194,7 +194,7 @@ def test_passes_sum_the_directions_in_any_order(case, run_key, start, random):
     for id, c in zip(ids, coefficients, strict=True):
         want += c * direction(law, K, run_key, id, start, 40)
     assert total(law, passes, run_key, start, 40).tolist() == want.tolist()
-    assert len(passes.ids) <= len({i >> 32 if law in noise.POOLS else i for i in ids})
+    assert len(passes.ids) <= len({i >> 32 if law == noise.POOL else i for i in ids})
     pairs = list(zip(ids, coefficients, strict=True))
     random.shuffle(pairs)
     again = noise.passes(law, K, [i for i, _ in pairs], [c for _, c in pairs])
@@ -208,10 +208,10 @@ def test_passes_merge_and_drop():
     assert passes.ids.tolist() == [2, 4]
     assert passes.tables.tolist() == [[3], [1]]
     assert passes.ids.dtype == np.uint64
-    pooled = noise.passes("pooled", 4, [1 << 32 | 2, 3, 1 << 32 | 2], [6, 1, -6])
-    assert pooled.ids.tolist() == [0]
-    assert pooled.tables.tolist() == [[1, -1, -1, 1]]
-    assert noise.passes("pooled", 8, [], []).tables.shape == (0, 8)
+    pool = noise.passes("hashed", 4, [1 << 32 | 2, 3, 1 << 32 | 2], [6, 1, -6])
+    assert pool.ids.tolist() == [0]
+    assert pool.tables.tolist() == [[1, -1, -1, 1]]
+    assert noise.passes("hashed", 8, [], []).tables.shape == (0, 8)
     assert noise.passes("rademacher", 1, [], []).tables.shape == (0, 1)
 
 
@@ -221,57 +221,41 @@ def test_passes_merge_and_drop():
         ("rademacher", 1, [1, 2], [2**30, 2**30 - 1], np.int32),
         ("rademacher", 1, [1, 2], [2**30, -(2**30)], np.int64),
         ("rademacher", 1, [1], [-(2**31)], np.int64),
-        ("pooled", 2, [0, 1], [2**30, 2**30 - 1], np.int32),
-        ("pooled", 2, [0, 1], [2**30, 2**30], np.int64),
-        ("pooled", 2, [0, 1 << 32], [2**30, 2**30], np.int64),
+        ("hashed", 2, [0, 1], [2**30, 2**30 - 1], np.int32),
+        ("hashed", 2, [0, 1], [2**30, 2**30], np.int64),
+        ("hashed", 2, [0, 1 << 32], [2**30, 2**30], np.int64),
     ],
 )
 def test_tables_widen_where_a_sum_could_reach_2_31(law, K, ids, coefficients, dtype):
     assert noise.passes(law, K, ids, coefficients).tables.dtype == dtype
 
 
-@pytest.mark.parametrize("K", [1, 4, 128])
-def test_pooled_directions_are_orthogonal(K):
-    n = 2 * max(K, 256)
-    rows = []
-    for k in range(K):
-        id, table = noise.probe("pooled", K, 3 << 32 | k)
-        rows.append(noise.signs(11, id, 0, n).astype(np.int64) * table[np.arange(n) % K])
-    assert np.array_equal(np.stack(rows) @ np.stack(rows).T, n * np.eye(K, dtype=np.int64))
-
-
 @given(
-    law=st.sampled_from(noise.POOLS),
     k=st.integers(0, 20),
     start=st.integers(0, 2**40),
     count=st.integers(0, 700),
 )
-def test_places_are_those_of_the_definition(law, k, start, count):
-    assert np.array_equal(noise.places(law, 2**k, start, count), slow_places(law, 2**k, start, count))
+def test_places_are_those_of_the_definition(k, start, count):
+    assert np.array_equal(noise.places(2**k, start, count), slow_places(2**k, start, count))
 
 
 def test_places_never_change():
-    found = [int(noise.places("hashed", 4096, 128 * run, 1)[0]) for run in (0, 1, 2, 1000, 2**33)]
+    found = [int(noise.places(4096, 128 * run, 1)[0]) for run in (0, 1, 2, 1000, 2**33)]
     assert found == [0, 1694, 705, 2916, 408]
 
 
 @pytest.mark.parametrize("width", [64, 576, 2048, 4096])
 def test_members_of_a_hashed_pool_differ_within_a_column(width):
-    """What the pooled law lacks: there the first directions are one or few in a column."""
+    """With place(i) = i mod K the first directions would be one or few in a column."""
     K, rows, column = 4096, 512, 5
-    ranks = {}
-    for law in noise.POOLS:
-        i = column + width * np.arange(rows)
-        at = noise.places(law, K, 0, width * rows)[i]
-        found = [noise.hadamard_column(K, k)[at].astype(float) for k in range(256)]
-        ranks[law] = int(np.linalg.matrix_rank(np.stack(found)))
-    assert ranks["hashed"] >= 200
-    assert ranks["pooled"] <= 4
+    at = noise.places(K, 0, width * rows)[column + width * np.arange(rows)]
+    found = [noise.hadamard_column(K, k)[at].astype(float) for k in range(256)]
+    assert int(np.linalg.matrix_rank(np.stack(found))) >= 200
 
 
 def test_hashed_directions_are_nearly_orthogonal():
     K, n = 512, 1 << 18
-    at = noise.places("hashed", K, 0, n)
+    at = noise.places(K, 0, n)
     H = np.stack([noise.hadamard_column(K, k)[at] for k in range(64)]).astype(np.float32)
     cosines = np.abs(H @ H.T / n - np.eye(64))
     assert cosines.max() < 0.1
@@ -279,7 +263,7 @@ def test_hashed_directions_are_nearly_orthogonal():
 
 @pytest.mark.parametrize("id", [0, 5, 2 << 32 | 7])
 def test_a_probe_is_the_pass_of_its_direction(id):
-    for law, K in (("rademacher", 1), ("pooled", 8), ("hashed", 8)):
+    for law, K in (("rademacher", 1), ("hashed", 8)):
         key, table = noise.probe(law, K, id)
         passes = noise.passes(law, K, [id], [1])
         assert passes.ids.tolist() == [key]
@@ -291,9 +275,9 @@ def test_a_probe_is_the_pass_of_its_direction(id):
     ("law", "K", "ids", "coefficients", "words"),
     [
         ("uniform", 1, [1], [1], "uniform"),
-        ("pooled", 6, [1], [1], "K = 6"),
-        ("pooled", 0, [1], [1], "K = 0"),
-        ("pooled", 8, [8], [1], "direction 8"),
+        ("hashed", 6, [1], [1], "K = 6"),
+        ("hashed", 0, [1], [1], "K = 0"),
+        ("hashed", 8, [8], [1], "direction 8"),
         ("rademacher", 1, [1, 2], [2**62, 2**62], "2^62"),
     ],
 )
@@ -308,7 +292,7 @@ def test_what_a_program_can_get_wrong_is_said():
     with pytest.raises(ValueError, match="as many integers"):
         noise.passes("rademacher", 1, [1], [0.5])
     with pytest.raises(UsageError, match="outside a pool"):
-        noise.probe("pooled", 8, 8)
+        noise.probe("hashed", 8, 8)
     with pytest.raises(UsageError, match="power of two"):
         noise.fwht(np.ones(3, np.int64))
 

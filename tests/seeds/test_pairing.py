@@ -21,13 +21,12 @@ from fleetune.seeds import moved_modules, spsa
 from fleetune.seeds import view as views
 from fleetune.seeds.moved_modules import Unpaired
 from fleetune.seeds.noise import LAWS, passes, probe, run_key
-from fleetune.seeds.slots import WeightSlot, read_stored
 from fleetune.seeds.spsa import slope, two_point
-from fleetune.seeds.view import View
+from fleetune.seeds.view import View, WeightSlot, read_stored
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from benchmarks import tiny_families
+import tiny_families
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 EPS, K = 1e-2, 16
@@ -41,7 +40,7 @@ def rows(count: int = 3) -> Batch:
 def view_of(model: Model, law: str = "hashed", many: int = 1) -> View:
     """A view of a model somewhere, `many` passes away from its base."""
     view = View(named_tensors(model.net), model.net, run_key=run_key(b"12345678"), law=law, grid=1e-5)
-    size = K if law in ("hashed", "pooled") else 1
+    size = K if law == "hashed" else 1
     ids = np.arange(many, dtype=np.uint64) << np.uint64(32)
     view.place(passes(law, size, ids, np.arange(1, many + 1, dtype=np.int64)))
     return view
@@ -49,7 +48,7 @@ def view_of(model: Model, law: str = "hashed", many: int = 1) -> View:
 
 def both_ways(model: Model, view: View, batch: Batch) -> tuple[Any, Any]:
     """(losses of one forward or None, losses of two)."""
-    direction = probe(view.law, K if view.law in ("hashed", "pooled") else 1, 7)
+    direction = probe(view.law, K if view.law == "hashed" else 1, 7)
     one = spsa._in_one_forward(model, view, direction, batch, EPS)
     return one, two_point(view, direction, EPS, functools.partial(batch_loss, model, batch))
 

@@ -13,9 +13,9 @@ from fleetune.data.encode import Encoded, collate
 from fleetune.models.checkpointing import by_layer
 from fleetune.models.model import named_tensors
 from fleetune.seeds import noise
+from fleetune.seeds.moved_modules import Tape
 from fleetune.seeds.project import Projection, descend, fold
 from fleetune.seeds.spsa import Position
-from fleetune.seeds.tape import Tape
 from fleetune.seeds.view import View, kernels
 from law_definition import slow_places
 
@@ -23,40 +23,38 @@ KEY, EPOCH = 0x0123456789ABCDEF, 3
 SHAPES = {"a": (70, 61), "b": (4096,), "c": (1,), "d": (3, 2731), "e": (4097,)}  # 4270, 4096, 1, 8193, 4097
 
 
-def dense(K: int, start: int, g: np.ndarray, law: str = "hashed") -> np.ndarray:
+def dense(K: int, start: int, g: np.ndarray) -> np.ndarray:
     """p_k = sum_i D[i] H[place(i), k] g[i], written out; H after Sylvester."""
     H = np.ones((1, 1))
     while len(H) < K:
         H = np.block([[H, H], [H, -H]])
     D = noise.signs(KEY, EPOCH, start, g.size).astype(np.float64)
-    return (D * g) @ H[slow_places(law, K, start, g.size)]
+    return (D * g) @ H[slow_places(K, start, g.size)]
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("K", [1, 2, 64, 512])
-@pytest.mark.parametrize("law", noise.POOLS)
-def test_a_fold_and_a_transform_are_the_slopes_along_all_directions(law, K, backend):
+def test_a_fold_and_a_transform_are_the_slopes_along_all_directions(K, backend):
     rng = np.random.default_rng(K)
     sums, expected, start, size = np.zeros(K), np.zeros(K), 0, 0.0
     for shape in SHAPES.values():
         g = rng.normal(size=shape).astype(np.float32)
-        fold(sums, torch.from_numpy(g), start, KEY, EPOCH, kernels(torch.device("cpu"), backend), law=law)
-        expected += dense(K, start, g.astype(np.float64).ravel(), law)
+        fold(sums, torch.from_numpy(g), start, KEY, EPOCH, kernels(torch.device("cpu"), backend))
+        expected += dense(K, start, g.astype(np.float64).ravel())
         start, size = start + -(-g.size // 4096) * 4096, size + float((g.astype(np.float64) ** 2).sum())
     np.testing.assert_allclose(noise.fwht(sums), expected, rtol=0, atol=1e-5 * size**0.5)
 
 
 @pytest.mark.parametrize("K", [4096, 16384])
-@pytest.mark.parametrize("law", noise.POOLS)
-def test_pools_wider_than_a_tile(law, K):
+def test_pools_wider_than_a_tile(K):
     """Against single slopes of some directions: the start of a tensor is then any multiple of 4096 modulo K."""
     g = np.random.default_rng(0).normal(size=3 * K + 777).astype(np.float32)
     start, sums = 5 * 4096, np.zeros(K)
-    fold(sums, torch.from_numpy(g), start, KEY, EPOCH, kernels(torch.device("cpu")), law=law)
+    fold(sums, torch.from_numpy(g), start, KEY, EPOCH, kernels(torch.device("cpu")))
     p = noise.fwht(sums)
     D = noise.signs(KEY, EPOCH, start, g.size).astype(np.float64)
     for k in (0, 1, 4095, K // 2, K - 1):
-        column = noise.hadamard_column(K, k)[slow_places(law, K, start, g.size)]
+        column = noise.hadamard_column(K, k)[slow_places(K, start, g.size)]
         assert p[k] == pytest.approx(float((D * column) @ g), abs=1e-2)
 
 
@@ -74,14 +72,13 @@ def test_backends_threads_and_16_bit_gradients_agree(monkeypatch):
                 KEY,
                 EPOCH,
                 kernels(torch.device("cpu"), backend),
-                law="hashed",
                 threads=threads,
             )
             seen.append(sums)
         whole = np.zeros(256)
         np.add.at(
             whole,
-            slow_places("hashed", 256, 8192, g.numel()),
+            slow_places(256, 8192, g.numel()),
             g.to(dtype).double().numpy().ravel() * noise.signs(KEY, EPOCH, 8192, g.numel()),
         )
         for sums in seen:

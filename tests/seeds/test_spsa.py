@@ -45,7 +45,7 @@ def view(tiny: Model) -> Any:
     made.remove()
 
 
-def view_of(model: Model, law: str = "pooled") -> View:
+def view_of(model: Model, law: str = "hashed") -> View:
     return View(named_tensors(model.net), model.net, run_key=KEY, law=law, grid=GRID)
 
 
@@ -57,10 +57,10 @@ def z_of(view: View, id: int) -> dict[str, np.ndarray]:
         if view.law == "gaussian":
             z = noise.normals(KEY, id, slot.start, n).astype(float)
         else:
-            z = noise.signs(KEY, id >> 32 if view.law in noise.POOLS else id, slot.start, n).astype(float)
-        if view.law in noise.POOLS:
+            z = noise.signs(KEY, id >> 32 if view.law == noise.POOL else id, slot.start, n).astype(float)
+        if view.law == noise.POOL:
             H = np.array([[(-1) ** bin(i & j).count("1") for j in range(K)] for i in range(K)])
-            z *= H[slow_places(view.law, K, slot.start, n), id & 0xFFFFFFFF]
+            z *= H[slow_places(K, slot.start, n), id & 0xFFFFFFFF]
         found[slot.name] = z.reshape(slot.tensor.shape)
     return found
 
@@ -111,7 +111,7 @@ def test_a_linear_function_has_its_exact_slope(tiny, id, epoch, eps):
         rng = np.random.default_rng(id)
         a = {s.name: rng.normal(size=tuple(s.tensor.shape)) for s in view.slots}
         direction = epoch << 32 | id
-        plus, minus = two_point(view, probe("pooled", K, direction), eps, lambda: linear(view, a))
+        plus, minus = two_point(view, probe("hashed", K, direction), eps, lambda: linear(view, a))
         z = z_of(view, direction)
         want = sum(float((a[n] * z[n]).sum()) for n in z)
         here = linear(view, a)
@@ -125,7 +125,7 @@ def test_a_linear_function_has_its_exact_slope(tiny, id, epoch, eps):
 
 
 def test_plus_comes_first_and_the_view_is_left_clean(tiny, view):
-    view.place(passes("pooled", K, np.array([3], np.uint64), np.array([9])))
+    view.place(passes("hashed", K, np.array([3], np.uint64), np.array([9])))
     before, calls = digest(view.tensors()), []
 
     def loss() -> float:
@@ -133,7 +133,7 @@ def test_plus_comes_first_and_the_view_is_left_clean(tiny, view):
         calls.append((view.direction[0], float(view.direction[1][0])))
         return float(len(calls))
 
-    assert two_point(view, probe("pooled", K, 7 << 32), 0.25, loss) == (1.0, 2.0)
+    assert two_point(view, probe("hashed", K, 7 << 32), 0.25, loss) == (1.0, 2.0)
     assert calls == [(7, 0.25), (7, -0.25)]
     assert view.direction is None
     assert digest(view.tensors()) == before
@@ -150,7 +150,7 @@ def test_the_view_is_clean_after_an_objective_that_raises(tiny, view, at):
         return 1.0
 
     with pytest.raises(ValueError, match="no"):
-        two_point(view, probe("pooled", K, 7), 0.25, loss)
+        two_point(view, probe("hashed", K, 7), 0.25, loss)
     assert len(calls) == at
     assert view.direction is None
     assert digest(view.tensors()) == before == tiny.digest
@@ -160,17 +160,17 @@ def test_the_view_is_clean_after_an_objective_that_raises(tiny, view, at):
 
 
 def test_a_position_is_the_sum_of_its_moves(tiny, view):
-    position = Position("pooled", K, np.array([1, 5], np.uint64), np.array([10, -20], np.int64))
+    position = Position("hashed", K, np.array([1, 5], np.uint64), np.array([10, -20], np.int64))
     position.move(5, 7)
     position.move(9, 0)  # no move at all
     position.move(3 << 32 | 1, 4)
     assert (position.ids, position.coefficients) == ([1, 5, 5, 3 << 32 | 1], [10, -20, 7, 4])
     position.place(view)
     view_digest = digest(view.tensors())
-    view.place(passes("pooled", K, np.array([3 << 32 | 1, 5, 1], np.uint64), np.array([4, -13, 10])))
+    view.place(passes("hashed", K, np.array([3 << 32 | 1, 5, 1], np.uint64), np.array([4, -13, 10])))
     assert digest(view.tensors()) == view_digest
     assert view_digest != tiny.digest
-    Position("pooled", K, np.zeros(0, np.uint64), np.zeros(0, np.int64)).place(view)
+    Position("hashed", K, np.zeros(0, np.uint64), np.zeros(0, np.int64)).place(view)
     assert digest(view.tensors()) == tiny.digest
 
 
@@ -199,7 +199,7 @@ def walk(
 ) -> tuple[Steps, Position]:
     """`descend` from the base with an objective that is a list of answers, or a function of the view."""
     view = view_of(model)
-    position = Position("pooled", K, np.zeros(0, np.uint64), np.zeros(0, np.int64))
+    position = Position("hashed", K, np.zeros(0, np.uint64), np.zeros(0, np.int64))
     answers = iter(losses) if isinstance(losses, Sequence) else None
     objective = (lambda m, b: next(answers)) if answers is not None else (lambda m, b: losses(view))
     try:
@@ -284,9 +284,9 @@ def test_each_step_starts_where_the_last_one_ended(tiny):
     view, want = view_of(tiny), []
     for step in range(3):
         done = np.arange(step, dtype=np.uint64)
-        view.place(passes("pooled", K, done, 1000 * (done.astype(np.int64) + 1)))
+        view.place(passes("hashed", K, done, 1000 * (done.astype(np.int64) + 1)))
         for eps in (0.5, -0.5):
-            view.probe(probe("pooled", K, step), eps)
+            view.probe(probe("hashed", K, step), eps)
             want.append(digest(view.tensors()))
     view.remove()
     assert seen == want

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,12 +17,9 @@ from fleetune.models.checkpointing import by_layer
 from fleetune.models.model import named_tensors
 from fleetune.seeds import noise
 from fleetune.seeds import view as views
-from fleetune.seeds.tape import Tape
+from fleetune.seeds.moved_modules import Tape
 from fleetune.seeds.view import View
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no package of the wheel
-
-from benchmarks.tiny_families import DECODERS, ENCODERS, build
+from tiny_families import DECODERS, ENCODERS, build
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 KEY, K = 0x0123456789ABCDEF, 64

@@ -10,8 +10,7 @@ import pytest
 
 from fleetune.errors import LedgerError, MessageError
 from fleetune.models import tiny_llama
-from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.ledger_head import LedgerHead
+from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import methods
 from fleetune.tuning.checkpoint import Totals, pack, unpack
 from fleetune.tuning.messages import Message, Payload, ReplySpec, decode, encode

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from fleetune import api, models
+from fleetune.common import files
 from fleetune.common.energy import EnergyMeter
 from fleetune.common.events import ClientReply, Event, RoundDone
 from fleetune.errors import Interrupted
 from fleetune.evaluation.losses import response_loss
 from fleetune.models import tiny_bert, tiny_llama
-from fleetune.runs import rundir, sealed
+from fleetune.runs import rundir
 from fleetune.runs.listener import Silent
 from fleetune.tuning import client_rows, methods, per_client, prepare, recipe
 from fleetune.tuning.settled import given, settled
@@ -58,7 +59,7 @@ def test_losses_before_and_after_are_those_of_the_clients_own_rows(places: Path,
     result = tune(places, tmp_path, partition="column:site", held_out=12, settings={"lr": 0.01})
     found = result.done.per_client
     assert (found["rows"], found["n"]) == ("held-out", [2, 2, 2])
-    assert found == sealed.read(result.folder / "eval.json", "")["per_client"]
+    assert found == files.read_json(result.folder / "eval.json", "")["per_client"]
     job = job_of(places, partition="column:site", held_out=12)
     for model, key in ((job.model, "base"), (result.model(offline=True), "tuned")):
         for client, site in enumerate(SITES):
@@ -120,7 +121,7 @@ def test_many_clients_are_measured_only_where_it_is_asked_for(
 def test_none_are_measured_where_the_recipe_says_so(places: Path, tmp_path: Path) -> None:
     result = tune(places, tmp_path, clients=2, client_rows=0)
     assert result.done.per_client is None
-    assert "per_client" not in sealed.read(result.folder / "eval.json", "")
+    assert "per_client" not in files.read_json(result.folder / "eval.json", "")
     assert "Loss of each client" not in (result.folder / "report.html").read_text()
 
 

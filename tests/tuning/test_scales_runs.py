@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that train the scales or the codes of a quantised base: what is refused, what a device is told, and what a ledger says of it."""
+"""Runs that train the scales of a quantised base: what is refused, what a device is told, and what a ledger says of it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ import pytest
 from deploy_harness import compressed, gguf_of, tiny
 
 from fleetune import api, models, subject
-from fleetune.common.ggml import PARTS
 from fleetune.deploy.measure import harness, lines
 from fleetune.errors import LedgerError, RecipeError, UsageError
-from fleetune.seeds.code_view import CodeView
-from fleetune.seeds.ledger_head import LedgerHead
+from fleetune.seeds.ledger import LedgerHead
 from fleetune.seeds.scale_view import ScaleView
 from fleetune.seeds.view import View
 from fleetune.tuning import finished, prepare
@@ -38,13 +36,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("changed", "words"),
     [
         ({"method": "fedit"}, "train = scales is for mezo, fedkseed, onebyte, fedpetuning, not for fedit"),
-        (
-            {"method": "fedit", "train": "codes"},
-            "train = codes is for mezo, fedkseed, onebyte, not for fedit",
-        ),
-        ({"method": "fedpetuning", "train": "codes"}, "not for fedpetuning, which has train = scales"),
-        ({"device": "cuda", "train": "codes"}, "train = codes runs on the CPU"),
-        ({"set": {"law": "gaussian"}, "train": "codes"}, "train = codes takes integer sums"),
         ({"method": "zosgd"}, "not for zosgd"),
         ({"base": "memory"}, "base = memory does not"),
         ({"device": "cuda"}, "not on device = cuda"),
@@ -53,9 +44,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"method": "fedit", "base": "memory", "device": "cuda"}, "not for fedit"),
     ],
 )
-def test_what_cannot_train_scales_or_codes_is_refused_before_any_work(
-    changed: dict[str, Any], words: str
-) -> None:
+def test_what_cannot_train_scales_is_refused_before_any_work(changed: dict[str, Any], words: str) -> None:
     given = {"model": "m.gguf", "data": "demo", "method": "mezo", "train": "scales", **changed}
     with pytest.raises(RecipeError, match=words) as refused:
         prepare.check(recipes.make(given))
@@ -67,21 +56,11 @@ def test_what_cannot_train_scales_or_codes_is_refused_before_any_work(
     prepare.check(recipes.make(given))
 
 
-@pytest.mark.parametrize(("method", "train"), [("fedpetuning", "scales"), ("fedit", "weights")])
-def test_the_other_way_that_is_named_is_one_that_the_method_has(method: str, train: str) -> None:
-    given = {"model": "m.gguf", "data": "demo", "method": method, "train": "codes"}
-    with pytest.raises(RecipeError) as refused:
-        prepare.check(recipes.make(given))
-    assert refused.value.hint == f"--method mezo, or --train {train}"
-    prepare.check(recipes.make({**given, "train": train}))
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_a_model_without_blocks_is_refused(part: str, tmp_path: Path) -> None:
+def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
     model = models.tiny_llama()
     models.save(model.net, model.tokenizer, tmp_path / "plain")
-    with pytest.raises(UsageError, match=f"no {part}"):
-        api.tune(str(tmp_path / "plain"), ROWS, method="mezo", train=part, out=tmp_path / "runs", **FEW)
+    with pytest.raises(UsageError, match="no scales"):
+        api.tune(str(tmp_path / "plain"), ROWS, method="mezo", train="scales", out=tmp_path / "runs", **FEW)
 
 
 def test_a_compressed_model_whose_weights_are_to_be_trained_is_refused_with_what_can_be(
@@ -124,29 +103,25 @@ def test_eps_is_in_the_units_of_what_is_trained_unless_given() -> None:
     assert "eps" not in recipes.make(given).set
     assert recipes.make({**given, "train": "scales"}).set["eps"] == 0.01
     assert recipes.make({**given, "train": "scales", "set": {"eps": 0.5}}).set["eps"] == 0.5
-    assert recipes.make({**given, "train": "codes"}).set["eps"] == recipes.CODES_EPS
-    assert recipes.make({**given, "train": "codes", "method": "fedit"}).set == {}
+    assert recipes.make({**given, "train": "scales", "method": "fedit"}).set == {}
 
 
-@pytest.mark.parametrize(("part", "kind"), [("scales", ScaleView), ("codes", CodeView)])
-def test_a_device_does_what_the_message_says_and_the_base_must_have_blocks(
-    part: str, kind: type, file: Path
-) -> None:
+def test_a_device_does_what_the_message_says_and_the_base_must_have_blocks(file: Path) -> None:
     model = models.load(str(file), device="cpu", base="mapped")
-    model.trains = part
+    model.trains = "scales"
     made = _zeroth.new_ledger(
         model, 5, law="hashed", K=64, lr=0.1, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
     )
     payload = _zeroth.ledger_payload(made, 64, 0)
-    assert payload.scalars["train"] == part
+    assert payload.scalars["train"] == "scales"
     device = models.load(str(file), device="cpu", base="mapped")
     view, _ = _zeroth.open_view(device, payload, law="hashed", K=64, lr=0.1)
-    assert type(view) is kind
+    assert type(view) is ScaleView
     plain = _zeroth.ledger_payload(_zeroth.Ledger(_of_weights(made.head)), 64, 0)
-    assert "train" not in plain.scalars, "messages of earlier versions are these"
+    assert "train" not in plain.scalars
     view, _ = _zeroth.open_view(device, plain, law="hashed", K=64, lr=0.1)
     assert type(view) is View
-    with pytest.raises(UsageError, match=f"has no {part}"):
+    with pytest.raises(UsageError, match="has no scales"):
         _zeroth.open_view(models.load(str(file), device="cpu"), payload, law="hashed", K=64, lr=0.1)
 
 
@@ -164,19 +139,16 @@ def test_a_ledger_of_what_no_version_trains_is_refused(file: Path) -> None:
         LedgerHead.from_json(text)
 
 
-@pytest.mark.parametrize(("part", "kind"), [("scales", ScaleView), ("codes", CodeView)])
-def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(
-    part: str, kind: type, file: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file: Path, tmp_path: Path) -> None:
     settings = {"lr": 0.05, "tau": 3, "K": 64}
     whole = api.tune(
-        str(file), ROWS, method="fedkseed", train=part, settings=settings, out=tmp_path / "a", **FEW
+        str(file), ROWS, method="fedkseed", train="scales", settings=settings, out=tmp_path / "a", **FEW
     )
     half = api.tune(
         str(file),
         ROWS,
         method="fedkseed",
-        train=part,
+        train="scales",
         settings=settings,
         out=tmp_path / "b",
         **{**FEW, "rounds": 1},
@@ -184,16 +156,15 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(
     longer = api.resume_run(half.folder, rounds=2)
     assert longer.done.digest == whole.done.digest
     model = finished.load(whole.folder)
-    assert type(model.attachment) is kind
+    assert type(model.attachment) is ScaleView
     ledger = finished.ledger_of(whole.folder)
-    assert ledger.head.trains == part
+    assert ledger.head.trains == "scales"
     base = finished.base_of(ledger, str(file))
     digest, stated = finished.verify(base, ledger)
     assert digest == whole.done.digest
     assert stated
     assert all(stated.values())
-    other = {"scales": "codes", "codes": "scales"}[part]
-    confused = dataclasses.replace(ledger, head=dataclasses.replace(ledger.head, hyper={"train": other}))
+    confused = dataclasses.replace(ledger, head=_of_weights(ledger.head))
     with pytest.raises(LedgerError, match="belongs to another base model"):
         finished.check_base(base, confused)
     merged = model.merge()

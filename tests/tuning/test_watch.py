@@ -14,9 +14,9 @@ import pytest
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common import files
 from fleetune.common.events import ClientReply, Diverging, RoundEvaluated, as_dict
 from fleetune.common.paired import Difference
-from fleetune.runs import sealed
 from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import events
 from fleetune.tuning import methods, remarks
@@ -162,7 +162,7 @@ def test_a_run_that_rises_says_so_in_the_round_and_at_the_end(place: Path, tmp_p
         text.startswith("the validation loss rose (+") and "--set lr=1" in text for text in run.done.remarks
     )
     error = run.done.change_errors["loss"]  # type: ignore[index]
-    evaluation = sealed.read(run.folder / "eval.json", "")["losses"]
+    evaluation = files.read_json(run.folder / "eval.json", "")["losses"]
     changes = [t - b for b, t in zip(evaluation["base"], evaluation["tuned"], strict=True)]
     D = sum(changes) / sum(evaluation["tokens"])
     squares = sum((d - D * n) ** 2 for d, n in zip(changes, evaluation["tokens"], strict=True))

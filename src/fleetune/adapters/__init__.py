@@ -23,7 +23,7 @@ from fleetune.adapters.attachment import (
 )
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
-from fleetune.adapters.folder import file_digest, load, save
+from fleetune.adapters.folder import load, save
 from fleetune.adapters.lora import (
     ALL_LINEAR,
     INITS,
@@ -42,6 +42,6 @@ from fleetune.adapters.scales import Scales, ScalesPart, moved_scales
 __all__ = [
     "ALL_LINEAR", "INITS", "QUERY_VALUE", "AdapterSpec", "Attachment", "Bitfit", "Bottleneck", "Full", "Lora",
     "Part", "Prefix", "Prompt", "Scales", "ScalesPart", "attach", "attach_lora", "attachment_of", "check_form", "detach",
-    "digest", "directions", "export", "file_digest", "load", "load_", "merge", "moved_scales", "pairs", "save",
+    "digest", "directions", "export", "load", "load_", "merge", "moved_scales", "pairs", "save",
     "subtract_factors", "subtracted_factors", "trainable", "training",
 ]  # fmt: skip

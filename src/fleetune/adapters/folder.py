@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fleetune import models
-from fleetune.adapters.attachment import AdapterSpec, Attachment, attach, attachment_of, detach, digest, load_
+from fleetune.adapters.attachment import AdapterSpec, Attachment, attach, attachment_of, detach, load_
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
 from fleetune.adapters.lora import ADAPTER, Lora, LoraPart, subtracted_factors
@@ -40,7 +40,7 @@ from fleetune.adapters.scales import Scales
 from fleetune.common import sums
 from fleetune.common.folders import staged
 from fleetune.data.encode import DATE, end_id
-from fleetune.errors import FleetuneError, ModelError
+from fleetune.errors import FleetuneError, ModelError, VersionError
 from fleetune.models import cache, short_names
 from fleetune.models.chat_template import is_plain
 from fleetune.models.layers import head_of, is_causal, layers_of
@@ -87,11 +87,7 @@ def save(model: Model, path: Path, *, private: bool = False) -> None:
 
 
 def load(model: Model, path: Path) -> None:
-    """Attach a saved adapter; ModelError, with nothing attached, if it is missing, damaged or another model's.
-
-    Damaged is also what differs from the digests that the folder states.
-    """
-    sums.check(path, remedy=REMEDY)
+    """Attach a saved adapter; ModelError, with nothing attached, if it is missing, damaged or another model's."""
     try:
         ours = (path / "module.json").is_file()
         file = "module.json" if ours else "adapter_config.json"
@@ -123,21 +119,6 @@ def _check_size(spec: AdapterSpec, arrays: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"its {name} is {size}, and none of its tensors has that size")
 
 
-def file_digest(path: Path) -> str | None:
-    """Return the digest of a saved adapter's tensors, as `digest` gives it of those in memory.
-
-    None where the files hold them in another form (prefixes and prompts in PEFT's layout).  ModelError for a damaged one.
-    """
-    file = path / "module.safetensors"
-    if not file.is_file():
-        file = path / "adapter_model.safetensors"
-    try:
-        tensors = {name.removeprefix(FRONT): values for name, values in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} is damaged ({error})", hint=REMEDY) from error
-    return None if "prompt_embeddings" in tensors else digest(tensors)
-
-
 # ---------------------------------------------------------------- our own layout
 
 
@@ -152,7 +133,7 @@ def _ours(model: Model, attachment: Attachment) -> tuple[dict[str, Any], Mapping
 
 def _from_ours(config: Mapping[str, Any], tensors: dict[str, Any]) -> tuple[AdapterSpec, dict[str, Any]]:
     if config["version"] != VERSION:
-        raise ValueError(f"module.json has version {config['version']}, this Fleetune reads {VERSION}")
+        raise VersionError("module.json")
     return KINDS[config["module"]](**config["spec"]), tensors
 
 

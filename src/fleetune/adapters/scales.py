@@ -3,7 +3,7 @@
 
 PEQA (Kim et al., NeurIPS 2023, arXiv 2305.14152, section 3): a linear layer's weight is W = s q, with q the codes of its file,
 which are frozen, and s a scale for each group, which is trained.  Here a group is a block of ggml, which may have an offset
-too, and what is trained is a move delta of p, about log2 |s|, in fp32 (`seeds/scale_steps.py`).  A forward pass runs on the
+too, and what is trained is a move delta of p, about log2 |s|, in fp32 (`seeds/scale_view.py`).  A forward pass runs on the
 scales' nearest numbers in fp16, so the net that is trained, measured and written is the file with other scales.
 """
 
@@ -24,9 +24,9 @@ from fleetune.models.mapped import lazy
 from fleetune.models.mapped.lazy import LazyWeight, in_blocks, kinds_of
 from fleetune.models.mapped.net import replace_parameters
 from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
-from fleetune.models.mapped.stored import check_part
+from fleetune.models.mapped.stored import check_scales
 from fleetune.models.model import Model
-from fleetune.seeds.scale_steps import gradient_of_places, on_grid, place_of
+from fleetune.seeds.scale_view import gradient_of_places, on_grid, place_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ScalesPart:
             if type(module) is nn.Linear and in_blocks(module.weight) and module is not head
         }
         linears = ((n, m.weight) for n, m in net.named_modules() if type(m) is nn.Linear and m is not head)
-        check_part(kinds_of(linears), "scales")
+        check_scales(kinds_of(linears))
         moves = {
             name: nn.Parameter(torch.zeros(_shape(_weight(layer)))) for name, layer in self._layers.items()
         }

@@ -22,9 +22,8 @@ from __future__ import annotations
 from fleetune.api.arguments import Rows as Rows
 from fleetune.api.arguments import Setting as Setting
 from fleetune.api.compression import compress, resume_compression
-from fleetune.api.conversation import chat, generate
-from fleetune.api.deployment import export, measure, serve
-from fleetune.api.evaluation import evaluate
+from fleetune.api.deployment import chat, export, measure, serve
+from fleetune.api.evaluation import evaluate, generate
 from fleetune.api.names import compressors, list_runs, methods, open, targets
 from fleetune.api.planning import plan
 from fleetune.api.sweeping import resume_sweep, sweep

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Take a model to the device: export, measure, serve."""
+"""Take a model to the device: export, measure, serve, chat."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ from fleetune.runs.progress import heard_by
 if TYPE_CHECKING:
     from fleetune.deploy.export_subject import ExportResult
     from fleetune.deploy.measure.job import MeasureResult
-    from fleetune.deploy.serving.session import Session
+    from fleetune.deploy.serving.client import Conversation
+    from fleetune.deploy.serving.engines import Session
 
 
 def export(
@@ -41,7 +43,7 @@ def export(
     torch and of the written file in its runtime are compared.  With `push`, OWNER/NAME, what was written goes to that
     model repository on the Hub, which is made (`private` or not) if it is not there.
     """
-    from fleetune.deploy import export_subject
+    from fleetune.deploy import export_subject, hub_push
 
     place, words, watching = (
         Path(path) if path else None,
@@ -49,13 +51,20 @@ def export(
         heard_by(listener, progress),
     )
     export_subject.check(to, place, words)
-    to_hub = export_subject.destination(push, private=private, offline=offline)
+    if private and push is None:
+        raise UsageError("--private is for a push", hint="add --push OWNER/NAME")
+    if push is not None:
+        hub_push.check(push, private=private, offline=offline)
     if (adapter := adapter_folder.of_peft(model)) is not None:
         done = export_subject.of_adapter(adapter, to, place, watching, offline=offline)
     else:
         found = subjects.open(model, out=out)
         done = export_subject.export(found, to, place, words, watching, offline=offline)
-    return export_subject.pushed(done, to_hub, watching) if to_hub else done
+    if push is None:
+        return done
+    pushed = hub_push.push(done.path, push, private=private)
+    watching.event(pushed)
+    return dataclasses.replace(done, pushed=pushed)
 
 
 def measure(
@@ -119,24 +128,55 @@ def serve(
     context: int = 4096,
     host: str = "127.0.0.1",
     port: int = 8080,
-    token: str | None = None,
-    beside_base: bool = False,
+    key: str = "",
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> Iterator[Session]:
-    """Serve a model over an OpenAI-compatible endpoint and a chat page while the block runs.
+    """Run an engine with a model while the block runs: OpenAI's HTTP interface, and llama.cpp's chat page, at `.url`.
 
-    `engine` is a name or auto (the first installed); without `threads`, several counts are tried and the fastest is
-    used; `port` 0 takes any free one.  A client must present `token` if one is given; on a `host` beyond this machine one
-    is always needed, and made where none is given.  With `beside_base` the base model is served as well, in a second
-    engine with memory of its own: a request goes to the one that it names.
+    `engine` is llama-server, xllamacpp, transformers or auto (the first installed), which chooses its number of threads
+    unless `threads` is given; `port` 0 takes any free one.  A client must present `key` if one is given (or is in the
+    environment's LLAMA_API_KEY); on a `host` beyond this machine one is always needed, and made where none is given.
+    UsageError for options that cannot be, FleetuneError for an engine that ends or does not load the model.
     """
-    from fleetune.deploy.serving import session
+    from fleetune.common.events import Serving
+    from fleetune.deploy.serving import engines, session
 
-    with session.served(
-        subjects.open(model, out=out), session.EngineOptions(engine, threads, context),
-        session.FrontOptions(host, port, token), heard_by(listener, progress), offline=offline, beside_base=beside_base,
-    ) as opened:  # fmt: skip
-        yield opened
+    watching = heard_by(listener, progress)
+    options = engines.Options(engine, threads, context, host, port, key)
+    with session.opened(subjects.open(model, out=out), options, watching, offline=offline) as served:
+        watching.event(Serving(url=served.url, model=served.model.name, engine=served.engine.name))
+        yield served
+
+
+@contextmanager
+def chat(
+    model: object,
+    *,
+    system: str = "",
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 42,
+    engine: str = "auto",
+    threads: int | None = None,
+    context: int = 4096,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+) -> Iterator[Conversation]:
+    """Talk to a model in an engine of its own: `.say(text)` returns the answer, `.turns` has all that was said.
+
+    Temperature 0 gives the likeliest answer, the same each time; above it an answer is drawn with `seed`.  It has at most
+    `max_tokens` tokens.  The engine's arguments and the errors are those of `serve`; `generate` needs no engine.
+    """
+    from fleetune.deploy.serving import client, engines, session
+
+    options = engines.Options(engine, threads, context, key=None)
+    sampling = client.Sampling(temperature, max_tokens, seed)
+    sampling.check()
+    found = subjects.open(model, out=out)
+    with session.opened(found, options, heard_by(listener, progress), offline=offline) as opened:
+        yield client.Conversation(opened, sampling, system)

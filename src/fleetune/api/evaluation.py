@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a model on rows."""
+"""Measure a model on rows, or ask it one thing, in torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, words
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fleetune.data import Example
     from fleetune.evaluation.harness_tasks import HarnessTasks
     from fleetune.evaluation.losses import OnRows
+
+WHOLE: Final = 1 << 20  # tokens: a prompt is not cut
 
 
 def evaluate(
@@ -216,3 +218,48 @@ def _checked_tasks(tasks: Sequence[str], text: str | Path | None, *, compared: b
         problem = f"{text} is for the task perplexity, which --tasks does not name"
         raise RecipeError([problem], hint="fleetune eval --help")
     return measures.check_tasks(list(tasks))
+
+
+def generate(
+    model: object,
+    prompt: str,
+    *,
+    system: str = "",
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 42,
+    out: str | Path = "runs",
+    offline: bool = False,
+) -> str:
+    """Return a model's answer to a prompt, through its chat template, in torch; for an engine that is faster, `chat`.
+
+    `model` is a loaded model (`fleetune.open(..).load()`, `run.model()`), which is the fast way for many prompts, or a name
+    or result, which is loaded for this answer.  Temperature 0 gives the likeliest answer, the same each time; above it the
+    answer is drawn with `seed`.  It has at most `max_tokens` tokens.  RecipeError for an encoder; UsageError for an empty
+    prompt, for one that leaves no room for an answer, or for a number that means nothing.
+    """
+    from fleetune.deploy.serving.client import Sampling
+
+    Sampling(temperature, max_tokens, seed).check()
+    if not prompt.strip():
+        raise UsageError("the prompt is empty", hint='fleetune.generate(model, "What is ..")')
+    from fleetune.data import Example
+    from fleetune.data.encode import prompt_ids
+    from fleetune.evaluation import answers, losses
+    from fleetune.models.model import Model
+
+    loaded = model if isinstance(model, Model) else subjects.open(model, out).load(offline=offline)
+    answers.require_text_model(loaded, "generation")
+    turns = ([("system", system)] if system else []) + [("user", prompt)]
+    longest = losses.context_length(loaded)
+    ids = prompt_ids(Example(tuple(turns), "", {}), loaded.tokenizer, WHOLE)
+    if len(ids) >= longest:
+        raise UsageError(
+            f"the prompt has {len(ids):,} tokens, the model is made for {longest:,}",
+            hint="ask something shorter",
+        )
+    room = min(max_tokens, longest - len(ids))
+    if temperature == 0:
+        return answers.generate_from_ids(loaded, [ids], max_new_tokens=room)[0]
+    drawn = answers.sample_from_ids(loaded, [ids], temperature=temperature, max_new_tokens=room, seed=seed)
+    return answers.decode_answer(loaded, drawn[0].tolist())

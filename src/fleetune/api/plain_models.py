@@ -2,7 +2,7 @@
 """Refuse what is no plain model where one is needed, before anything is loaded: runs, adapters, compressed models.
 
 Tuning begins at weights that a runtime can load.  The result of a run is a change of such weights, and codes stand for
-weights; each error has the command that writes the model out.  Where the scales or codes of a compressed model are to be
+weights; each error has the command that writes the model out.  Where the scales of a compressed model are to be
 tuned, its GGUF file is written and takes its place in the recipe.
 """
 
@@ -40,7 +40,7 @@ def path_of(result: object) -> object:
 def check(name: str, out: Path, train: str = "weights") -> None:
     """Raise UsageError for a name that means a run, an adapter or a compressed model; `out` is the folder of the runs.
 
-    A compressed model passes where `train` is scales or codes: `with_file` is for it.
+    A compressed model passes where `train` is scales: `with_file` is for it.
     """
     path = Path(name).expanduser()
     of_run = path.name in RESULTS and (path.parent / "run.toml").is_file()
@@ -56,14 +56,14 @@ def check(name: str, out: Path, train: str = "weights") -> None:
         if is_master(model):
             what = f"{name} is a compressed model: codes, not plain weights"
             refused = _written_out(what, found, found.home)
-            refused.hint = f"{refused.hint}; or tune its scales or codes as they are: --train scales"
+            refused.hint = f"{refused.hint}; or tune its scales as they are: --train scales"
             raise refused
         raise UsageError(f"{name} is the folder of a compression", hint=f"its model is {quoted(model)}")
 
 
 def compressed_of(name: str, train: str, out: Path) -> Compressed | None:
-    """Return the compressed model that a name means where `train` is scales or codes, which it has; None for any other."""
-    if train not in recipes.TRAIN_PARTS:
+    """Return the compressed model that a name means where `train` is scales, which it has; None for any other."""
+    if train != "scales":
         return None
     found = subjects.open(name, out)
     if isinstance(found, Compressed) and is_master(found.artefact or Path(found.argument) / "model"):
@@ -72,32 +72,32 @@ def compressed_of(name: str, train: str, out: Path) -> Compressed | None:
 
 
 def with_file(recipe: Recipe, out: Path, note: Callable[[str], None]) -> Recipe:
-    """Return a recipe that trains scales or codes of a compressed model with its GGUF file as the model; others as they are.
+    """Return a recipe that trains scales of a compressed model with its GGUF file as the model; others as they are.
 
     The file is written unless it is there, and `note` is told.  RecipeError, before that, for what needs neither model nor
     data to be seen to be wrong; UsageError as in `tunable_file.of`.
     """
-    if (found := compressed_of(recipe.model, recipes.part(recipe), out)) is None:
+    if (found := compressed_of(recipe.model, recipes.trained(recipe), out)) is None:
         return recipe
     from fleetune.deploy import tunable_file
     from fleetune.planning import choose
 
     choose.able_methods(recipe)
-    return dataclasses.replace(recipe, model=str(tunable_file.of(found, recipes.part(recipe), note)))
+    return dataclasses.replace(recipe, model=str(tunable_file.of(found, note)))
 
 
 def with_artefact(recipe: Recipe, out: Path) -> Recipe:
-    """Return a recipe that trains scales or codes of a compressed model with its artefact as the model; others as they are.
+    """Return a recipe that trains scales of a compressed model with its artefact as the model; others as they are.
 
     The artefact has the model's configuration, so a method can be chosen before the GGUF file is written.
     """
-    found = compressed_of(recipe.model, recipes.part(recipe), out)
+    found = compressed_of(recipe.model, recipes.trained(recipe), out)
     return recipe if found is None else dataclasses.replace(recipe, model=str(found.model))
 
 
 def _written_out(what: str, found: Run | Compressed, home: Path) -> UsageError:
-    """Return the error with the command that writes the model out: as a GGUF file where a run has tuned scales or codes."""
-    to = GGUF if isinstance(found, Run) and found.recipe.train in recipes.TRAIN_PARTS else HF
+    """Return the error with the command that writes the model out: as a GGUF file where a run has tuned scales."""
+    to = GGUF if isinstance(found, Run) and found.recipe.train == "scales" else HF
     first = targets.find(to).place(home)
     place, number = first, 1
     while place.exists():

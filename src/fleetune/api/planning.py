@@ -38,7 +38,7 @@ def plan(
     `ram` is the device's memory (4GB, or bytes), `uplink` its upload speed (1Mbps, or bytes a second); without them
     the plan does not say what fits, or how long sending takes.  A round is `steps` local steps of `batch` rows (None: 8) of
     `length` tokens (None: 512), with weights in `dtype` (None: fp32), in
-    memory or mapped (`base`, None: memory).  With `train` scales or codes the methods are those that tune these in a GGUF
+    memory or mapped (`base`, None: memory).  With `train` scales the methods are those that tune the scales of a GGUF
     file (the base is mapped), and the model may be a compressed one, of which no file is written; ModelError for a model
     that has none.
 
@@ -52,7 +52,7 @@ def plan(
     name = str(model) if isinstance(model, str | Path) else subjects.open(model).argument
     if train not in (known := recipes.choices("train")):
         raise UsageError(f"train = {train!r} is none of {', '.join(known)}")
-    if train in recipes.TRAIN_PARTS:
+    if train == "scales":
         if base == "memory":
             raise UsageError(f"train = {train} reads the base from its GGUF file", hint="--base mapped")
         base = "mapped"
@@ -79,11 +79,11 @@ def _parts(
     if found is not None:
         from fleetune.deploy import tunable_file
 
-        kinds = tunable_file.kinds_of(found, train)
+        kinds = tunable_file.kinds_of(found)
         return models.load_config(str(found.model), offline=offline), kinds
     config = models.load_config(name, offline=offline)
-    if train not in recipes.TRAIN_PARTS:
+    if train != "scales":
         return config, {}
     from fleetune.planning import choose
 
-    return config, choose.checked_kinds(name, train)
+    return config, choose.checked_kinds(name)

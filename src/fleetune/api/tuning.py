@@ -112,7 +112,7 @@ def recipe_for(
 
     model = plain_models.path_of(model)
     if isinstance(model, Recipe):
-        plain_models.check(model.model, out, recipes.part(model))
+        plain_models.check(model.model, out, recipes.trained(model))
         if data is None and tokenizer is None and not (settings or options) and method == recipes.AUTO_METHOD:
             return model
         raise UsageError(
@@ -143,7 +143,7 @@ def recipe_for(
         "method": name, "set": values,
     })  # fmt: skip
     if is_named:
-        plain_models.check(recipe.model, out, recipes.part(recipe))
+        plain_models.check(recipe.model, out, recipes.trained(recipe))
     return dataclasses.replace(
         recipe,
         model=objects_to_files.model_name(model, tokenizer, out),

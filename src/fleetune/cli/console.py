@@ -14,16 +14,19 @@ and no text is read as markup.  rich is imported when something is first drawn o
 
 from __future__ import annotations
 
+import json
+import math
+import numbers
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import UnsupportedOperation
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO, cast
 
-from fleetune.cli.json_line import line_of
 from fleetune.cli.progress import CountBar, Live, RoundBar
-from fleetune.cli.stream import Stream
 from fleetune.common.display import (
     change,
     clean,
@@ -37,13 +40,67 @@ from fleetune.common.display import (
     one_line,
     show,
 )
-from fleetune.common.events import Event, Failed, Stopped, as_dict
+from fleetune.common.events import VERSION, Event, Failed, Stopped, as_dict
 from fleetune.errors import FleetuneError, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 SILENCE: Final = 30.0  # seconds without a word, off a terminal
+_PLAIN: Final = str.maketrans({"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-"})
+
+
+class Stream:
+    """A text stream that outlives its reader and never fails on a character its encoding lacks.
+
+    `raw` is None where the process was started without the stream.  `lost` is called once, when it cannot be written
+    for another reason than that nobody reads it.
+    """
+
+    def __init__(self, raw: TextIO | None, lost: Callable[[OSError], None] = lambda error: None) -> None:
+        self.raw, self.lost = raw, lost
+        self.ended = raw is None
+        self.encoding = (raw and raw.encoding) or "utf-8"
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self.fancy = raw is not None and raw.isatty() and not plain
+
+    def write(self, text: str) -> int:
+        """Write and flush a text; return its length, also where nobody reads it."""
+        if self.ended or self.raw is None:
+            return len(text)
+        try:
+            text.encode(self.encoding)
+        except UnicodeEncodeError:
+            text = text.translate(_PLAIN).encode(self.encoding, "replace").decode(self.encoding)
+        try:
+            self.raw.write(text)
+            self.raw.flush()
+        except OSError as error:
+            self._detach(self.raw)
+            if not isinstance(error, BrokenPipeError):
+                self.lost(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing to do: every write is flushed."""
+
+    def isatty(self) -> bool:
+        """Tell whether colours and a live bar may be drawn."""
+        return self.fancy
+
+    def fileno(self) -> int:
+        """Return the descriptor; UnsupportedOperation where the process was started without the stream."""
+        if self.raw is None:
+            raise UnsupportedOperation("the process has no such stream")
+        return self.raw.fileno()
+
+    def _detach(self, raw: TextIO) -> None:
+        # What is still buffered would raise again when the interpreter exits: let it go to the null device.
+        self.ended = True
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, raw.fileno())
+            os.close(null)
 
 
 class Ui:
@@ -388,3 +445,22 @@ class Ui:
 def _side(column: Sequence[object]) -> str:
     filled = [cell for cell in column if cell not in (None, "")]
     return "r" if filled and all(isinstance(cell, int | float) for cell in filled) else "l"
+
+
+def line_of(event: Mapping[str, object]) -> str:
+    """An event as one line of strict JSON; "v" comes first, numbers that are not finite become null."""
+    return json.dumps({"v": VERSION, **cast(dict[str, object], _strict(event))}, allow_nan=False)
+
+
+def _strict(value: object) -> object:
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(float(value)) else None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return str(value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parse the command line, run a command, and turn errors into exit codes.
+"""Run a command, and turn errors into exit codes.
 
 A command is one file in `cli/commands/`: `HELP` (one line), `EXAMPLES`, `arguments(parser)` and `run(args, ui)`.  The folder is
 the registry; another package registers a module of that shape under the entry-point group `fleetune.commands`.  Only the
@@ -14,29 +14,24 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Final
 
-from fleetune.cli import unknown as unknowns
-from fleetune.cli.announce import announcing
-from fleetune.cli.command_line import (
-    COMMANDS,
-    EXAMPLES,
-    build_parser,
-    command_parsers,
-    flags_by_command,
-    help_page,
-    plain_arguments,
-)
 from fleetune.cli.console import Ui
-from fleetune.cli.engine_flags import Signalled
+from fleetune.cli.parser import COMMANDS, build_parser, command_in, parse
 from fleetune.common.display import message_text
 from fleetune.common.memory import is_out_of_memory
-from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault
-from fleetune.seeds.kernel_choice import chosen_kernels
-
-__all__ = ["COMMANDS", "EXAMPLES", "build_parser", "command_parsers", "main"]
+from fleetune.errors import FitError, FleetuneError, Interrupted, cut_reason, fault
+from fleetune.seeds import chosen_kernels
 
 log = logging.getLogger(__name__)
+
+SLOW: Final = ("torch", "transformers")  # the packages that take seconds to import
+LOADING: Final = "loading torch and transformers .."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,55 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         # the process ends with the command: to search for cycles what is left then would take a second
         atexit.register(gc.freeze)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks which words fit
+        import argcomplete
+
+        argcomplete.autocomplete(build_parser(command_in(os.environ.get("COMP_LINE", "").split()[1:])))
     words = list(sys.argv[1:] if argv is None else argv)
+    ui = Ui(json="--json" in words)
     try:
-        return _answer(words)
-    except KeyboardInterrupt as error:  # before the command began, or after it ended
-        return _stopped(Ui(json="--json" in words), error)
-
-
-def _answer(words: Sequence[str]) -> int:
-    """Parse the words, run their command, and return its exit code."""
-    if "_ARGCOMPLETE" in os.environ:
-        from fleetune.cli import completion
-
-        completion.answer()  # and end the process
-    if not words:
-        Ui().text(help_page(""))
-        return 0
-    first = Ui(json="--json" in words)
-    try:
-        parser = build_parser(_command_in(words))
-    except FleetuneError as error:  # of a registered command
-        first.error(error)
-        return error.exit_code
-    except SystemExit as error:
-        return _told_of_exit(first, error)
-    try:
-        unknowns.check_set(_command_in(words) or "", words)
-        args, unknown = parser.parse_known_args(words)
-    except UsageError as error:
-        first.error(error)
-        return error.exit_code
-    ui = Ui(quiet=args.quiet, json=args.json)
-    _set_environment(args)
-    try:
-        if unknown:
-            raise unknowns.error(
-                args, words, unknown, flags_by_command, plain_arguments(parser, args.command)
-            )
+        args = parse(words or ["--help"])
+        ui = Ui(quiet=args.quiet, json=args.json)
+        _set_environment(args)
         chosen_kernels()  # a wrong choice is refused before any work
         with announcing(ui):
-            COMMANDS.load(args.command).run(args, ui)
+            _run(args, ui)
     except FleetuneError as error:
         ui.error(error)
         return error.exit_code
-    except Signalled:
-        raise
-    except SystemExit as error:
-        return _told_of_exit(ui, error)
-    except KeyboardInterrupt as error:
-        return _stopped(ui, error)
+    except KeyboardInterrupt as error:  # a job that can be resumed leaves how as a note, the outermost last
+        ui.error(Interrupted("stopped", hint=[None, *getattr(error, "__notes__", [])][-1]))
+        return Interrupted.exit_code
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -103,26 +68,50 @@ def _answer(words: Sequence[str]) -> int:
     return int(ui.output_lost)
 
 
-def _stopped(ui: Ui, error: KeyboardInterrupt) -> int:
-    """Say that Ctrl-C ended the command, and how it is resumed: a job that can be leaves that as a note, the outermost last."""
-    ui.error(Interrupted("stopped", hint=[None, *getattr(error, "__notes__", [])][-1]))
-    return 130
+def _run(args: argparse.Namespace, ui: Ui) -> None:
+    """Run a command.  FleetuneError where code that it ran, and which is not ours, called sys.exit(): no success."""
+    try:
+        COMMANDS.load(args.command).run(args, ui)
+    except SystemExit as error:
+        log.info("the command was ended here", exc_info=error)
+        raise FleetuneError(
+            f"the command was not finished: {fault(error)}",
+            hint="a function, module or plug-in that it uses called sys.exit(); -v shows where",
+        ) from error
 
 
-def _told_of_exit(ui: Ui, error: SystemExit) -> int:
-    """Say that code which a command ran, and which is not ours, called sys.exit(): no success, whatever it gave."""
-    log.info("the command was ended here", exc_info=error)
-    failed = FleetuneError(
-        f"the command was not finished: {fault(error)}",
-        hint="a function, module or plug-in that it uses called sys.exit(); -v shows where",
-    )
-    ui.error(failed)
-    return failed.exit_code
+class _Watch(MetaPathFinder):
+    """Call `say` once, when one of SLOW is looked for; find nothing itself."""
+
+    def __init__(self, say: Callable[[], None]) -> None:
+        self.say = say
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name in SLOW:
+            self.end()
+            self.say()
+        return None
+
+    def end(self) -> None:
+        """End the watch; nothing happens where it has ended."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
 
 
-def _command_in(words: Sequence[str]) -> str | None:
-    """The command that is run; "" for none, whose help needs no arguments of any."""
-    return next((word for word in words if not word.startswith("-")), "")
+@contextmanager
+def announcing(ui: Ui) -> Iterator[None]:
+    """Say on a terminal that torch is loading, which takes seconds, at the first such import of the block."""
+    if not ui.on_terminal or any(name in sys.modules for name in SLOW):
+        yield
+        return
+    watch = _Watch(lambda: ui.note(LOADING))
+    sys.meta_path.insert(0, watch)
+    try:
+        yield
+    finally:
+        watch.end()
 
 
 class _Formatter(logging.Formatter):

@@ -46,6 +46,7 @@ def add_some(
             f"--{name.replace('_', '-')}",
             dest=PREFIX + name,
             metavar=kind.__name__.upper(),
+            choices=recipes.choices(name) or None,
             help=(texts.get(name, text) + shown).replace("%", "%%"),
         )
     if "samples" in names:
@@ -82,12 +83,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def check(recipe: recipes.Recipe, out: str) -> None:
-    """UsageError for what can be seen to be wrong before torch is loaded, which takes seconds: names, files, settings."""
+    """UsageError for what can be seen to be wrong before torch is loaded, which takes seconds: names, files, rules."""
     from fleetune.data.partition import check_partition_spec
-    from fleetune.tuning import methods, recipe_problems, robust
+    from fleetune.tuning import recipe_problems, robust
 
     recipe_problems.check_order(recipe.model, recipe.data)
-    check_model(recipe.model, out, recipes.part(recipe))
+    check_model(recipe.model, out, recipes.trained(recipe))
     for rows in filter(None, (recipe.data, recipe.eval_data)):
         check_data(rows)
     problems: list[str] = []
@@ -100,21 +101,14 @@ def check(recipe: recipes.Recipe, out: str) -> None:
         robust.parse(recipe.aggregation)
     except ValueError as error:
         problems.append(str(error))
-    if recipe.method != recipes.AUTO_METHOD:
-        problems += settings.parsed_values(methods.settings(recipe.method), recipe.method, recipe.set)[1]
-        if recipe.train in recipes.TRAIN_PARTS:
-            of_blocks, change = recipe_problems.of_blocks(
-                recipe.train, recipe.method, recipe.set, recipe.base, recipe.device, recipes.TRAIN_PARTS
-            )
-            hint, problems = hint if problems else change, problems + of_blocks
     if problems:
-        raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
+        raise RecipeError(problems, hint=hint or "all options: fleetune tune --help")
 
 
 def check_model(model: str, out: str, train: str = "weights") -> None:
     """UsageError for what is no plain model, before torch is loaded: a run, an adapter, a path to nothing or to a part.
 
-    A compressed model passes where `train` is scales or codes.
+    A compressed model passes where `train` is scales.
     """
     from fleetune.api import plain_models
     from fleetune.models import cache, names
@@ -124,7 +118,7 @@ def check_model(model: str, out: str, train: str = "weights") -> None:
     if plain_models.compressed_of(model, train, Path(out)) is None:
         names.check(model)
         if model not in cache.ORIGINS and (file := Path(model).expanduser()).is_file():
-            header.read_whole(file)
+            header.check_whole(file)
 
 
 def check_data(data: str) -> None:

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from fleetune.errors import StorageError
 
@@ -54,6 +55,32 @@ def read_text(path: Path, *, errors: str = "strict") -> str:
     """Return the text of a regular file in UTF-8; OSError as the system gives, UnicodeDecodeError for other bytes."""
     with open(path, encoding="utf-8", errors=errors, opener=regular) as file:
         return file.read()
+
+
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """Return the JSON object in a file; StorageError, with `hint`, when it is missing or damaged."""
+    try:
+        found = json.loads(read_text(path))
+    except FileNotFoundError as error:
+        raise StorageError(f"{path} is gone", hint=hint) from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}", hint=hint) from error
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path} is damaged ({error})", hint=hint) from error
+    if not isinstance(found, dict):
+        raise StorageError(f"{path} is damaged (it holds a {type(found).__name__}, not a table)", hint=hint)
+    return found
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Return an object as the text of a JSON file."""
+    return json.dumps(dict(content), indent=1, ensure_ascii=False) + "\n"
+
+
+def finite(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content as strict JSON holds it: a number that is not finite is None, as it is in an event."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(content)), parse_constant=lambda _: None)
+    return found
 
 
 def write_atomic(path: Path, data: bytes | str, *, mode: int | None = None) -> None:

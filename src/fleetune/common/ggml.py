@@ -13,7 +13,7 @@ from typing import Final
 import gguf
 
 BLOCK: Final = 32  # numbers of a block
-PARTS: Final = ("scales", "codes")  # of blocks, either of which can be trained alone
+SCALES: Final = "scales"  # what is trained of blocks: the word of the option `train`
 ALIGNMENT: Final = int(gguf.GGUF_DEFAULT_ALIGNMENT)  # bytes in a file
 HALVES: Final[Mapping[str, int]] = MappingProxyType(  # fp16 numbers that a block begins with: d, or d and m
     {"Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 1, "IQ4_NL": 1}
@@ -46,13 +46,13 @@ def listed(kinds: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def share(kinds: Mapping[str, str], part: str) -> str:
-    """Say of how many of the layers' matrices (types by name) `part`, scales or codes, is trained; "" where it is of all."""
+def share(kinds: Mapping[str, str]) -> str:
+    """Say of how many of the layers' matrices (types by name) the scales are trained; "" where of all."""
     layers = in_layers(kinds)
     stay = [kind for kind in layers.values() if kind not in HALVES]
     if not stay:
         return ""
-    return f"the {part} of {len(layers) - len(stay):,} of the layers' {len(layers):,} matrices; those in {listed(stay)} stay"
+    return f"the scales of {len(layers) - len(stay):,} of the layers' {len(layers):,} matrices; those in {listed(stay)} stay"
 
 
 def padded(size: int) -> int:

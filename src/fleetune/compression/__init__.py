@@ -32,7 +32,7 @@ from typing import (
     runtime_checkable,
 )
 
-from fleetune.common import setting_names, settings
+from fleetune.common import settings
 from fleetune.common.registry import Registry
 from fleetune.errors import UsageError
 
@@ -226,11 +226,8 @@ def method_class(name: str) -> type[Any]:
 
 
 def settings_of(name: str) -> list[settings.Setting]:
-    """List the settings of a method, from its file's text where that says all: importing some methods loads torch."""
-    module = REGISTRY.member(name).module
-    said = [setting_names.settings_of(module, contract.__name__) for contract in CONTRACTS.values()]
-    found = [listed for listed in said if listed is not None]
-    return found[0] if len(found) == 1 else settings.of(method_class(name))
+    """List the settings of a method."""
+    return settings.of(method_class(name))
 
 
 def make(name: str, values: Mapping[str, Any]) -> Compressor:

@@ -245,6 +245,9 @@ class Batches:
         batch = self._batch([int(keyed_order(0, i // self.n, self.n)[i % self.n]) for i in places])
         yield from itertools.repeat(batch, count)
 
+    def heard(self) -> None:
+        """Be called by a method between long pieces of work that are no steps: who watches them may end it here."""
+
     def split_off(self, batch_size: int) -> tuple[Batch, Batches]:
         """Return (a batch to measure on, the batches of all other rows): the same rows in every round.
 

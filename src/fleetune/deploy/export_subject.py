@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fleetune.common.events import ExportChecked, ExportDone, ExportPushed
 from fleetune.common.files import storage_error
 from fleetune.common.folders import scratch
-from fleetune.common.ggml import PARTS
+from fleetune.common.ggml import SCALES
 from fleetune.common.shell import command, quoted
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
@@ -25,7 +25,6 @@ from fleetune.subject import Compressed, Plain, Run, Subject
 
 if TYPE_CHECKING:
     from fleetune.deploy.formats import Report
-    from fleetune.deploy.hub_push import Destination
     from fleetune.deploy.measure.harness import Row
 
 DEFAULT_TARGET = "gguf"
@@ -66,7 +65,7 @@ def export(
     """
     check(to, path, text)
     if isinstance(subject, Run):
-        own = DEFAULT_TARGET if subject.recipe.train in PARTS else DEFAULT_TARGET_OF_A_RUN
+        own = DEFAULT_TARGET if subject.recipe.train == SCALES else DEFAULT_TARGET_OF_A_RUN
         return _of_run(subject, to or own, path, text, listener, offline=offline)
     kind = to or DEFAULT_TARGET
     if isinstance(subject, Compressed):
@@ -97,7 +96,7 @@ def _require_codes(target: targets.Target, name: str, holds: str = "plain weight
 
 
 def _check_of_blocks(target: targets.Target, run: Run) -> None:
-    """UsageError for a target that has no place for a GGUF file whose scales or codes a run has tuned."""
+    """UsageError for a target that has no place for a GGUF file whose scales a run has tuned."""
     what = f"{run.folder} has tuned the {run.recipe.train} of a GGUF file"
     if target.takes == "codes":
         raise UsageError(
@@ -130,27 +129,6 @@ def check(to: str | None, path: Path | None, text: str | None) -> None:
         raise UsageError(f"no text file at {text}", hint="check the path")
     if text and target is not None and target.takes == "adapter":
         raise UsageError("an adapter alone has no perplexity", hint="leave out --text, or --to hf")
-
-
-def destination(repository: str | None, *, private: bool, offline: bool) -> Destination | None:
-    """The repository to push to, after it was asked whether it can be; None for no push.  UsageError where it cannot be."""
-    if repository is None:
-        if private:
-            raise UsageError("--private is for a push", hint="add --push OWNER/NAME")
-        return None
-    from fleetune.deploy.hub_push import Destination
-
-    return Destination(repository, private=private, offline=offline)
-
-
-def pushed(done: ExportResult, to: Destination, listener: Listener) -> ExportResult:
-    """Push what was written; the result with where it is."""
-    found = to.push(done.path)
-    event = ExportPushed(
-        path=str(done.path), repository=found.repository, url=found.url, private=found.private
-    )
-    listener.event(event)
-    return dataclasses.replace(done, pushed=event)
 
 
 def write(
@@ -191,7 +169,7 @@ def _of_run(
     recipe, target = run.recipe, targets.find(kind)
     out = path or target.place(run.folder)
     check_place(kind, out)
-    if recipe.train in PARTS:
+    if recipe.train == SCALES:
         _check_of_blocks(target, run)
     _require_codes(target, str(run.folder))
     base, made = Plain(recipe.model), provenance.of_run(run.folder, recipe)
@@ -203,7 +181,7 @@ def _of_run(
         source = base.directory(offline=offline) if target.states("BASE") else None
         report = exporting.export_adapter(adapter, source, kind, out, made=made)
         return ExportResult(out, _done(report, listener))
-    if recipe.train in PARTS and kind in FILES:
+    if recipe.train == SCALES and kind in FILES:
         report = _with_other_blocks(run, kind, out, listener, offline=offline)
         rows = _rows(base.directory(offline=offline), text) if text else []
         return _finish(run.folder, kind, _done(report, listener), rows, listener, offline=offline)
@@ -263,7 +241,7 @@ def _base_of_adapter(adapter: Path, base: str, *, offline: bool) -> Path:
 
 
 def _with_other_blocks(run: Run, kind: str, out: Path, listener: Listener, *, offline: bool) -> Report:
-    """Write the GGUF file that a run was tuned on with the scales or codes that it has found; all else stays as it is."""
+    """Write the GGUF file that a run was tuned on with the scales that it has found; all else stays as it is."""
     from fleetune import models
     from fleetune.common.folders import staged
     from fleetune.deploy import patch, patch_make
@@ -283,7 +261,7 @@ def _with_other_blocks(run: Run, kind: str, out: Path, listener: Listener, *, of
             return patch_make.report(out)
     with staged(out) as folder:
         file = folder / ollama.FILE
-        patch.write(source, made, file, listener=listener)
+        patch.write(source, made, file, listener)
         report = patch_make.report(file)
         notes = ollama.add_modelfile(models.load_tokenizer(run.recipe.model, offline=offline), folder)
     size = compression_folder.size(out)

@@ -1,124 +1,321 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Update a quantised model on a device by a patch (`patch_file.py`), and take it back.
+"""Update a quantised model on a device by a patch: a file that moves the scales of its blocks and leaves all else.
+
+A patch is a safetensors file.  Its metadata `patch` is JSON: the SHA-256 of the GGUF file it is for and of the one it makes,
+and where the blocks lie.  It carries one of two things:
+
+    entries    a ledger's directions and coefficients, with its key, law and grid: kilobytes; the device computes the moves,
+               a number for each scale and pass
+    changes    the differences of the scales' bits modulo 2^16, compressed (zlib): megabytes; the device only copies
 
 Applying needs numpy, no torch, and a few MB beside the patch.  The file is checked before and after, written beside the old one
-and renamed into its place, so at any instant there is the old file or the new one.  A patch in place leaves `FILE.undo`, a patch
-that leads back.  A patch says what it makes; who made it it does not say: get it from where you get models.
+and renamed into its place, so at any instant there is the old file or the new one.  A patch says what it makes; who made it it
+does not say: get it from where you get models.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
+from fleetune.common.display import counted
 from fleetune.common.files import regular, storage_error, sync_folder
 from fleetune.common.folders import locked
-from fleetune.common.ggml import BYTES
+from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.shell import command, quoted
 from fleetune.common.sums import sha256
-from fleetune.common.undo import undo_file
-from fleetune.deploy.changes_file import ChangesFile
-from fleetune.deploy.patch_file import AGAIN, PARTS, Patch, difference
-from fleetune.deploy.patch_file import load as load
-from fleetune.errors import Interrupted, ModelError, UsageError
+from fleetune.errors import Interrupted, ModelError, UsageError, VersionError
 from fleetune.runs.listener import Listener, Silent
+from fleetune.seeds import noise, scale_grid
+from fleetune.seeds.ledger import GRID_LIMIT
 
+FORMAT: Final = 1
 PIECE: Final = 1 << 20  # bytes that are copied, or of blocks that are moved, at a time
+FED: Final = 1 << 16  # bytes of packed changes that are unpacked at a time: zlib copies what it leaves
+MOST: Final = 1 << 48  # of a place's numbers
+# what a patch's entries may ask of a device: passes, and numbers in their tables (4 M steps of 4,096 directions a pool)
+PASSES: Final = 1 << 14
+TABLES: Final = 1 << 22
 GGUF: Final = b"GGUF"  # what such a file begins with
-
+AGAIN: Final = "get the patch again from its origin"
+# what reading bytes that are no patch can raise
+DAMAGED: Final = (
+    SafetensorError, OSError, ArithmeticError, LookupError, ValueError, TypeError, AttributeError, RecursionError,
+)  # fmt: skip
 SILENT: Final = Silent()
 
-Seen = Callable[[np.ndarray, np.ndarray], None]
+Moves = Callable[[int, int, np.ndarray], np.ndarray]
+"""(number of a place, its first row, blocks of some rows uint8 [n, bytes]) -> their scales, new; rows come in order."""
+Seen = Callable[[np.ndarray, np.ndarray], None]  # the bits of scales before and after, in the file's order
 
 
-def patched(path: Path, patch: Patch, seen: Seen | None = None) -> Iterator[bytes]:
-    """Yield the new file a piece at a time; `seen` gets what moves before and after, in the file's order.
+class Place(NamedTuple):
+    """Where the blocks of a matrix lie in the file."""
 
-    ModelError where the file is too short.
-    """
-    end = patch.places[-1].offset + patch.places[-1].size
-    if path.stat().st_size < end:
-        raise ModelError(f"{path} is shorter than the patch's tensors", hint="the patch is for another file")
-    moves, part = patch.moves(), PARTS[patch.trains]
-    with open(path, "rb") as file:
-        at = 0
-        for number, place in enumerate(patch.places):
-            yield from _copied(file, place.offset - at, path)
-            step = max(1, PIECE // (place.together * place.row_bytes)) * place.together
-            for first in range(0, place.rows, step):
-                rows = min(step, place.rows - first)
-                raw = np.frombuffer(bytearray(_read(file, rows * place.row_bytes, path)), np.uint8)
-                blocks = raw.reshape(-1, BYTES[place.kind])
-                new = moves(number, first, blocks)
-                if seen is not None:
-                    seen(part.read(blocks, place.kind), new)
-                part.write(blocks, place.kind, new)
-                yield raw.tobytes()
-            at = place.offset + place.size
-        while rest := file.read(PIECE):
-            yield rest
+    offset: int  # of the first byte
+    kind: str
+    rows: int
+    blocks: int  # of a row
+    heads: int  # in how many heads the file's rows are interleaved; 0: as they are
+    start: int  # global number of the first scale
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the file."""
+        return self.blocks * BYTES[self.kind]
 
-def _copied(file: Any, size: int, path: Path) -> Iterator[bytes]:
-    while size > 0:
-        part = _read(file, min(size, PIECE), path)
-        size -= len(part)
-        yield part
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self.rows * self.row_bytes
 
+    @property
+    def scales(self) -> int:
+        """Scales of a row."""
+        return self.blocks * HALVES[self.kind]
 
-def _read(file: Any, size: int, path: Path) -> bytes:
-    part: bytes = file.read(size)
-    if len(part) != size:
-        raise ModelError(f"{path} was cut while it was read", hint="repeat the command")
-    return part
+    @property
+    def together(self) -> int:
+        """Rows that must be taken together: those of a head, where they are interleaved."""
+        return self.rows // self.heads if self.heads else 1
+
+    def in_model(self, count: int | None = None) -> np.ndarray:
+        """Return for each of the first rows of the file (default: all) which row of the model it is: int64 [count]."""
+        rows = np.arange(self.rows if count is None else count)
+        if not self.heads:
+            return rows
+        found: np.ndarray = rows.reshape(-1, 2, self.together // 2).swapaxes(1, 2).reshape(-1)
+        return found
 
 
-class Packed:
-    """Differences of scales or codes, compressed as they come."""
+class Entries(NamedTuple):
+    """What a patch has of a ledger."""
 
-    def __init__(self, trains: str, level: int) -> None:
-        self._trains, self._packer, self._parts = trains, zlib.compressobj(level), list[bytes]()
+    run_key: int
+    law: str
+    K: int
+    grid: float
+    ids: np.ndarray  # uint64 [n]
+    coefficients: np.ndarray  # int64 [n]
 
-    def add(self, old: np.ndarray, new: np.ndarray) -> None:
-        """Add what leads from old to new."""
-        self._parts.append(self._packer.compress(difference(old, new, self._trains)))
+    @property
+    def passes(self) -> int:
+        """Return the passes over all scales that they take."""
+        return noise.count_passes(self.law, self.ids, self.coefficients)
 
-    def all(self) -> np.ndarray:
-        """Return all of it, uint8 [n]; nothing can be added afterwards."""
-        self._parts.append(self._packer.flush())
-        found, self._parts = b"".join(self._parts), []
-        return np.frombuffer(found, np.uint8)
+    def fit(self) -> bool:
+        """Return whether a device computes them: at most `PASSES` passes, with `TABLES` numbers in their tables."""
+        passes = self.passes
+        return passes <= PASSES and passes * (self.K if self.law == noise.POOL else 1) <= TABLES
+
+    def moves(self, places: tuple[Place, ...]) -> Moves:
+        """Return what computes the scales of blocks; ValueError or UsageError for entries that no ledger has."""
+        if (
+            self.law not in ("hashed", "rademacher")  # whose sums are integers
+            or not 0 <= self.run_key < 1 << 64
+            or not 0.0 < self.grid <= GRID_LIMIT
+        ):
+            raise ValueError("no ledger has such a head")
+        if (self.ids.dtype, self.coefficients.dtype) != (np.dtype(np.uint64), np.dtype(np.int64)):
+            raise ValueError("its entries are of other types")
+        passes = noise.passes(self.law, self.K, self.ids, self.coefficients)
+
+        def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
+            place = places[number]
+            old = scales_of(blocks, place.kind).reshape(-1, place.scales)
+            order = place.in_model(len(old))
+            model = np.empty_like(old)
+            model[order] = old
+            start = place.start + first * place.scales
+            new = scale_grid.moved(model.reshape(-1), start, self.run_key, passes, self.grid)
+            in_file: np.ndarray = new.reshape(old.shape)[order].reshape(len(blocks), -1)
+            return in_file
+
+        return moved
 
 
-def apply(path: Path, patch: Patch, out: Path | None = None, listener: Listener = SILENT) -> Path | None:
-    """Write the patched file to `out`, or in the place of `path`; return the file that undoes it, None with an `out`.
+@dataclass(frozen=True)
+class Patch:
+    """A patch in memory: `entries`, or else `changes`."""
+
+    base: str  # SHA-256 of the file that it is for
+    result: str  # ... and of the one that it makes
+    places: tuple[Place, ...]  # by rising offset
+    entries: Entries | None = None
+    changes: np.ndarray | None = None  # uint8 [n]: differences of all places one after the other, compressed
+
+    @property
+    def work(self) -> str:
+        """Say what applying it computes, "12 passes over 3,072 scales"; "" where it carries changes."""
+        if self.entries is None:
+            return ""
+        numbers = sum(place.rows * place.scales for place in self.places)
+        return f"{counted(self.entries.passes, 'pass', 'passes')} over {numbers:,} scales"
+
+    def moves(self) -> Moves:
+        """Return what makes the new scales, for one writing of the file."""
+        if self.entries is not None:
+            return self.entries.moves(self.places)
+        assert self.changes is not None
+        unpack, last = _unpacker(self.changes.data), len(self.places) - 1
+
+        def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
+            place = self.places[number]
+            old = scales_of(blocks, place.kind)
+            ends = number == last and first * place.blocks + len(blocks) == place.rows * place.blocks
+            try:
+                raw, whole = unpack(old.nbytes, ends)
+            except zlib.error as error:
+                raise ModelError(f"the patch is damaged ({error})", hint=AGAIN) from error
+            if not whole:
+                raise ModelError("the patch is damaged: its changes are not those of its tensors", hint=AGAIN)
+            new: np.ndarray = old + np.frombuffer(raw, "<u2").reshape(old.shape)
+            return new
+
+        return moved
+
+    @property
+    def file(self) -> bytes:
+        """Return the bytes of its file."""
+        stated = {"format": FORMAT, "base": self.base, "result": self.result, "places": self.places}
+        if (e := self.entries) is not None:
+            stated |= {"run_key": f"{e.run_key:016x}", "law": e.law, "K": e.K, "grid": e.grid}
+            arrays = {"id": e.ids, "coefficient": e.coefficients}
+        else:
+            assert self.changes is not None
+            arrays = {"changes": self.changes}
+        raw: bytes = save(arrays, {"patch": json.dumps(stated, sort_keys=True, separators=(",", ":"))})
+        return raw
+
+
+def scales_of(blocks: np.ndarray, kind: str) -> np.ndarray:
+    """Return the bits of the scales of blocks uint8 [n, bytes]: uint16 [n, 1 or 2], a copy."""
+    return np.ascontiguousarray(blocks[:, : 2 * HALVES[kind]]).view("<u2")
+
+
+def difference(old: np.ndarray, new: np.ndarray) -> bytes:
+    """Return what leads from old to new bits of scales: their differences, modulo 2^16."""
+    moved: bytes = (new - old).astype("<u2").tobytes()
+    return moved
+
+
+def _unpacker(packed: memoryview) -> Callable[[int, bool], tuple[bytes, bool]]:
+    """Return a function (size, ends) that unpacks the next bytes and tells whether there are so many, and none after an end."""
+    reader, at = zlib.decompressobj(), 0
+
+    def some(size: int) -> bytes:
+        nonlocal at
+        parts = list[bytes]()
+        while size and not reader.eof:
+            fed: bytes | memoryview = reader.unconsumed_tail
+            if not fed:
+                fed = packed[at : at + FED]
+                at += len(fed)
+            part = reader.decompress(fed, size)
+            if not part and not fed:
+                break
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def unpack(size: int, ends: bool) -> tuple[bytes, bool]:
+        raw = some(size)
+        left = ends and (some(1) or not reader.eof or reader.unused_data or at < len(packed))
+        return raw, len(raw) == size and not left
+
+    return unpack
+
+
+# Reading a patch -------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Patch:
+    """Read a patch; ModelError for a file that is none, is damaged, or asks for too much work (`Entries.fit`)."""
+    if not path.is_file():
+        raise ModelError(f"there is no patch {path}", hint="check the path")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            head = json.loads((file.metadata() or {})["patch"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if head["format"] != FORMAT or type(head["format"]) is not int:
+            raise VersionError(path)
+        places = tuple(_place(row) for row in head["places"])
+        ends = [0, *(place.offset + place.size for place in places)]
+        if not places or any(place.offset < end for place, end in zip(places, ends, strict=False)):
+            raise ValueError("it has no tensors, or they overlap")
+        base, result = head["base"], head["result"]
+        if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in (base, result)):
+            raise ValueError("a digest is no SHA-256")
+        if set(arrays) == {"changes"}:
+            if arrays["changes"].dtype != np.uint8:
+                raise ValueError("its changes are no bytes")
+            return Patch(base, result, places, changes=arrays["changes"].reshape(-1))
+        if type(head["K"]) is not int or type(head["grid"]) is not float:
+            raise ValueError("its head has the wrong types")
+        entries = Entries(
+            int(head["run_key"], 16), str(head["law"]), head["K"], head["grid"], arrays["id"], arrays["coefficient"]
+        )  # fmt: skip
+        if not entries.fit():
+            raise ModelError(
+                f"its entries ask for {counted(entries.passes, 'pass', 'passes')} with K = {entries.K:,}; at most {PASSES:,} "
+                f"passes and {TABLES:,} numbers in their tables are computed",
+                hint=AGAIN,
+            )
+        entries.moves(places)
+        return Patch(base, result, places, entries)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error.message}", hint=error.hint) from error
+    except (*DAMAGED, UsageError) as error:
+        raise ModelError(f"{path} is no patch, or is damaged", hint=AGAIN) from error
+
+
+def _place(row: Any) -> Place:
+    """Return a place; ValueError for what is none."""
+    place = Place(*row)
+    counts, others = (place.offset, place.rows, place.blocks), (place.heads, place.start)
+    if (
+        not all(type(n) is int and 0 < n < MOST for n in counts)
+        or not all(type(n) is int and 0 <= n < MOST for n in others)
+        or place.kind not in BYTES
+        or place.size >= MOST
+        or (place.heads and place.rows % (2 * place.heads))
+    ):
+        raise ValueError("no place of a tensor")
+    return place
+
+
+# Applying a patch ------------------------------------------------------------------------------------
+
+
+def apply(path: Path, patch: Patch, out: Path | None = None, listener: Listener = SILENT) -> None:
+    """Write the patched file to `out`, or in the place of `path`.
 
     ModelError, with nothing changed, where the file is not the patch's base or the result is not what the patch states;
     UsageError where `out` exists or its folder does not; StorageError where it cannot be written; Interrupted where the
     listener asks to stop.
     """
     path = path.resolve()  # a link stays one
+    _require_file(path)
     if out is not None:
         require_folder(out)
-        with _alone(out):
-            if os.path.lexists(out):
-                raise UsageError(f"{out} exists already", hint="choose a new name: nothing is overwritten")
-            require_base(path, patch, listener)
-            write(path, patch, out, listener=listener)
-        return None
-    _require_file(path)
-    with _alone(path):
-        require_base(path, patch, listener)
-        return _in_place(path, patch, listener)
+    with _alone(out or path):
+        if out is not None and os.path.lexists(out):
+            raise UsageError(f"{out} exists already", hint="choose a new name: nothing is overwritten")
+        _require_base(path, patch, listener)
+        write(path, patch, out or path, listener)
 
 
 def require_folder(out: Path) -> None:
@@ -152,19 +349,11 @@ def _begins(path: Path, mark: bytes) -> bool:
 def _alone(target: Path) -> Iterator[None]:
     """Wait for other processes that write a file, and remove what killed ones have left beside it."""
     with locked(target):
-        own = re.compile(rf"\.{re.escape(target.name)}(\.undo\.new)?\.[^.]+\.tmp")
+        own = re.compile(rf"\.{re.escape(target.name)}\.[^.]+\.tmp")
         for left in target.parent.iterdir():
             if own.fullmatch(left.name):
                 left.unlink(missing_ok=True)
         yield
-
-
-def _in_place(path: Path, patch: Patch, listener: Listener) -> Path:
-    back = undo_file(path)
-    with ChangesFile(_next(back), patch.result, patch.base, patch.trains, patch.places) as changes:
-        write(path, patch, path, lambda old, new: changes.add(new, old), changes.keep, listener)
-    os.replace(_next(back), back)
-    return back
 
 
 def told(listener: Listener, what: str, text: str = "") -> Callable[[int, int], None]:
@@ -178,21 +367,37 @@ def told(listener: Listener, what: str, text: str = "") -> Callable[[int, int], 
     return tell
 
 
-def write(
-    path: Path,
-    patch: Patch,
-    target: Path,
-    seen: Seen | None = None,
-    before: Callable[[], None] = lambda: None,
-    listener: Listener = SILENT,
-) -> None:
-    """Write the patched file beside `target`, check it, call `before`, and rename it into place; errors as of `apply`."""
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}", hint="give the GGUF file on the device")
+
+
+def _require_base(path: Path, patch: Patch, listener: Listener) -> None:
+    """Raise ModelError unless a file is the one that a patch is for."""
+    if patch.work:
+        listener.note(f"{patch.work} to compute")
+    found = sha256(path, told(listener, "bytes compared"))
+    if found == patch.base:
+        return
+    if found == patch.result:
+        raise ModelError(
+            f"{path} has this patch already",
+            hint="take it back by the inverse patch: fleetune patch make BASE RUN --inverse --to FILE",
+        )
+    raise ModelError(
+        f"the patch is for a file with SHA-256 {patch.base[:16]}.., {path} has {found[:16]}..",
+        hint="get the file that the model was tuned on; nothing was changed",
+    )
+
+
+def write(path: Path, patch: Patch, target: Path, listener: Listener = SILENT) -> None:
+    """Write the patched file beside `target`, check it, and rename it into place; errors as of `apply`."""
     sha, temporary, done = hashlib.sha256(), None, 0
     tell, size = told(listener, "bytes written", patch.work), path.stat().st_size
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
-            for part in patched(path, patch, seen):
+            for part in patched(path, patch.places, patch.moves()):
                 file.write(part)
                 sha.update(part)
                 done += len(part)
@@ -204,7 +409,6 @@ def write(
                 f"the patched file would have SHA-256 {sha.hexdigest()[:16]}.., the patch states {patch.result[:16]}..",
                 hint=AGAIN,
             )
-        before()
         os.chmod(temporary, path.stat().st_mode & 0o777)
         os.replace(temporary, target)
         sync_folder(target.parent)
@@ -216,59 +420,39 @@ def write(
                 os.unlink(temporary)
 
 
-def require_base(path: Path, patch: Patch, listener: Listener = SILENT) -> None:
-    """Raise ModelError unless a file is the one that a patch is for."""
-    _require_file(path)
-    if patch.work:
-        listener.note(f"{patch.work} to compute")
-    found = sha256(path, told(listener, "bytes compared"))
-    if found == patch.base:
-        return
-    if found == patch.result:
-        raise ModelError(
-            f"{path} has this patch already", hint=f"take it back: fleetune patch undo {quoted(path)}"
-        )
-    raise ModelError(
-        f"the patch is for a file with SHA-256 {patch.base[:16]}.., {path} has {found[:16]}..",
-        hint="get the file that the model was tuned on; nothing was changed",
-    )
+def patched(
+    path: Path, places: tuple[Place, ...], moves: Moves, seen: Seen = lambda old, new: None
+) -> Iterator[bytes]:
+    """Yield the new file a piece at a time; ModelError where the file is too short."""
+    if path.stat().st_size < places[-1].offset + places[-1].size:
+        raise ModelError(f"{path} is shorter than the patch's tensors", hint="the patch is for another file")
+    with open(path, "rb") as file:
+        at = 0
+        for number, place in enumerate(places):
+            yield from _copied(file, place.offset - at, path)
+            step = max(1, PIECE // (place.together * place.row_bytes)) * place.together
+            for first in range(0, place.rows, step):
+                rows = min(step, place.rows - first)
+                raw = np.frombuffer(bytearray(_read(file, rows * place.row_bytes, path)), np.uint8)
+                blocks = raw.reshape(-1, BYTES[place.kind])
+                new = moves(number, first, blocks).astype("<u2")
+                seen(scales_of(blocks, place.kind), new)
+                blocks[:, : 2 * HALVES[place.kind]] = np.ascontiguousarray(new).view(np.uint8)
+                yield raw.tobytes()
+            at = place.offset + place.size
+        while rest := file.read(PIECE):
+            yield rest
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise ModelError(f"there is no file {path}", hint="give the GGUF file on the device")
+def _copied(file: Any, size: int, path: Path) -> Iterator[bytes]:
+    while size > 0:
+        part = _read(file, min(size, PIECE), path)
+        size -= len(part)
+        yield part
 
 
-def undo(path: Path, listener: Listener = SILENT) -> None:
-    """Take back the last patch that was applied in place; ModelError, with nothing changed, where none is for this file.
-
-    An undo file of a patch that never took its place (the device was stopped before) is removed.
-    """
-    path = path.resolve()
-    _require_file(path)
-    with _alone(path):
-        _undo(path, listener)
-
-
-def _undo(path: Path, listener: Listener) -> None:
-    back = undo_file(path)
-    found = sha256(path, told(listener, "bytes compared"))
-    for candidate in (_next(back), back):
-        if not candidate.is_file():
-            continue
-        patch = load(candidate)
-        if patch.base == found:
-            write(path, patch, path, listener=listener)
-            candidate.unlink()
-            return
-        if candidate != back:
-            candidate.unlink()
-    raise ModelError(
-        f"{path} has no patch that could be taken back",
-        hint=f"a patch that is applied in place leaves {back.name}, for as long as the file is what it made",
-    )
-
-
-def _next(back: Path) -> Path:
-    """Return the name that an undo file has until its patch is in place: the last patch's must not be lost before."""
-    return back.with_name(back.name + ".new")
+def _read(file: Any, size: int, path: Path) -> bytes:
+    part: bytes = file.read(size)
+    if len(part) != size:
+        raise ModelError(f"{path} was cut while it was read", hint="repeat the command")
+    return part

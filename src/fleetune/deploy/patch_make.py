@@ -1,36 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a patch (`patch.py`) from what a run leaves that trained scales or codes of a GGUF file: a ledger, or moved scales."""
+"""Make a patch (`patch.py`) from what a run leaves that trained the scales of a GGUF file: a ledger, or moved scales.
+
+A run's ledger becomes a patch of entries where a device can compute them, else, and where there is none, its scales one of
+changes.  The inverse patch leads back, and is always one of changes.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from fleetune import adapters, models
+from fleetune import subject as subjects
 from fleetune.common.display import counted
-from fleetune.common.ggml import BLOCK, PARTS
+from fleetune.common.ggml import BLOCK, SCALES
 from fleetune.common.shell import command
 from fleetune.common.sums import sha256
+from fleetune.deploy import tunable_file
 from fleetune.deploy.formats import Report
-from fleetune.deploy.formats._gguf_layout import open_written
-from fleetune.deploy.patch import SILENT, Packed, Seen, patched, told
-from fleetune.deploy.patch_file import Patch, Place, check_work, with_changes, with_entries
-from fleetune.errors import ModelError, UsageError
+from fleetune.deploy.patch import SILENT, Entries, Patch, Place, difference, patched, told
+from fleetune.errors import FleetuneError, LedgerError, ModelError, UsageError
 from fleetune.models import placement
 from fleetune.models.bases import BLOCKS
-from fleetune.models.mapped.lazy import LazyWeight, weights_of
+from fleetune.models.gguf import header
+from fleetune.models.mapped.lazy import weights_of
 from fleetune.models.mapped.stored import Stored
 from fleetune.runs.listener import Listener
-from fleetune.seeds.block_view import BlockView
 from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.slots import WeightSlot
+from fleetune.seeds.scale_view import ScaleView
+from fleetune.subject import Compressed, Run, Subject
 from fleetune.tuning import finished
 from fleetune.tuning.methods._zeroth import place_at
 
@@ -46,147 +52,176 @@ def file_of(name: str, *, offline: bool = False) -> Path:
     return file
 
 
-def check_order(name: str, run: str, out: Path) -> None:
-    """Raise UsageError where the model and the run of `make` are given the wrong way round."""
+def report(path: Path) -> Report:
+    """Describe a patched file, every tensor of which is what the patch states (its SHA-256 is)."""
+    kinds = Counter(tensor.kind for tensor in header.read(path).tensors)
+    count = kinds.total()
+    return Report(path, "gguf", path.stat().st_size, count, count, dict(kinds))
+
+
+# What the arguments of `fleetune patch make` mean ----------------------------------------------------
+
+
+def run_of(name: str, runs: str | Path) -> Subject | None:
+    """Return what RUN means; None for a file, which is a ledger."""
+    return None if Path(name).is_file() else subjects.open(name, runs)
+
+
+def model_of(name: str, run: str, out: Path, runs: str | Path, note: Callable[[str], None]) -> str:
+    """Return the model that BASE means: of a compression its GGUF file, as `tunable_file.of`; any other as it is.
+
+    UsageError where BASE is a run, or RUN a model: the hint is the command with the two the other way round.
+    """
     if Path(run).suffix == ".gguf" and Path(run).is_file() and Path(name).suffix != ".gguf":
         raise UsageError(
             f"{run} is a GGUF file: the model comes first, then the run",
             hint=command("patch", "make", run, name, "--to", out),
         )
+    if Path(name).is_file():
+        return name
+    base, other = subjects.open(name, runs), run_of(run, runs)
+    if isinstance(base, Run):
+        words = (other.recipe.model, run) if isinstance(other, Run) else (run, name)
+        raise UsageError(
+            f"{name} is a run: the model comes first, then the run",
+            hint=command("patch", "make", *words, "--to", out),
+        )
+    of_weights = isinstance(other, Run) and other.recipe.train != SCALES  # refused later, in its own words
+    return str(tunable_file.of(base, note)) if isinstance(base, Compressed) and not of_weights else name
 
 
-def report(path: Path) -> Report:
-    """Describe a patched file, every tensor of which is what the patch states (its SHA-256 is)."""
-    kinds = Counter(tensor.tensor_type.name for tensor in open_written(path).tensors)
-    count = kinds.total()
-    return Report(path, "gguf", path.stat().st_size, count, count, dict(kinds))
+@contextmanager
+def base_hinted(base: Path, run: str, out: Path, runs: str | Path, *, offline: bool) -> Iterator[None]:
+    """Name the command with the run's own model where the block fails on a base that is another file."""
+    try:
+        yield
+    except (LedgerError, ModelError) as error:
+        found = run_of(run, runs)
+        if isinstance(found, Run):
+            with suppress(FleetuneError):
+                if sha256(file_of(found.recipe.model, offline=offline)) != sha256(base):
+                    right = command("patch", "make", found.recipe.model, run, "--to", out)
+                    error.hint = f"the run was tuned on another file: {right}"
+        raise
+
+
+# Making a patch --------------------------------------------------------------------------------------
+
+
+class Matrix(NamedTuple):
+    """What a patch makes of a matrix."""
+
+    place: Place
+    scales: Callable[
+        [], np.ndarray
+    ]  # its new bits uint16 [rows, scales of a row], in the model's order of rows
 
 
 def of_run(
-    base: Path, run: Path, *, changes: bool = False, name: str = "", offline: bool = False,
-    for_device: bool = False, listener: Listener = SILENT,
+    base: Path, run: Path, *, inverse: bool = False, name: str = "", offline: bool = False, listener: Listener = SILENT,
 ) -> Patch:  # fmt: skip
-    """Return the patch from a GGUF file to the model of a run, as `make` does of a ledger.
-
-    Where the run leaves moved scales and no ledger, the patch carries their differences.
-    UsageError for a run that trained something else, ModelError where the file is not the run's base.
-    """
-    if finished.recipe_of(run).train not in PARTS:
-        raise UsageError(
-            f"{run} trained something else than scales or codes, which no quantised file holds",
-            hint="tune with --train scales or --train codes, or export the run: fleetune export RUN --to gguf",
-        )
-    if finished.result_of(run).name == finished.RESULT["ledger"]:
-        return make(
-            base, finished.ledger_of(run), changes=changes, name=name, offline=offline,
-            for_device=for_device, listener=listener,
-        )  # fmt: skip
-    model = finished.load(run, model=name or str(base), offline=offline)
-    return _with_bits(base, weights_of(model.net), adapters.moved_scales(model), listener)
-
-
-def _with_bits(
-    base: Path, weights: Mapping[str, LazyWeight], bits: Mapping[str, Tensor], listener: Listener
-) -> Patch:
-    """Return the patch to scales with these bits, by the weight's name: int16 [blocks, 1 or 2], rows as in the model."""
-    placed = sorted((_place(weights[name].stored, start=0), name) for name in bits)
-    places = tuple(place for place, _ in placed)
-
-    def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
-        place, name = placed[number]
-        at = place.in_model()[first : first + len(blocks) // place.blocks]
-        new: np.ndarray = bits[name].numpy().view(np.uint16).reshape(place.rows, -1)[at]
-        return new.reshape(len(blocks), -1)
-
-    packed = Packed("scales", 9)
-    result = _result(base, Patch("", "", "scales", places, lambda: moved, bytes), packed.add, listener)
-    return with_changes(sha256(base), result, "scales", places, packed.all())
-
-
-def _result(base: Path, patch: Patch, seen: Seen, listener: Listener) -> str:
-    """Return the SHA-256 of the file that a patch makes; `seen` as of `patched`."""
-    sha, done, size = hashlib.sha256(), 0, base.stat().st_size
-    tell = told(listener, "bytes patched", patch.work)
-    for part in patched(base, patch, seen):
-        sha.update(part)
-        done += len(part)
-        tell(done, size)
-    return sha.hexdigest()
-
-
-def make(
-    base: Path, ledger: Ledger, *, changes: bool = False, name: str = "", offline: bool = False,
-    for_device: bool = False, listener: Listener = SILENT,
-) -> Patch:  # fmt: skip
-    """Return the patch from a GGUF file to the ledger's model; with `changes` it carries differences.
+    """Return the patch from a GGUF file to the model of a run, or with `inverse` the one that leads back.
 
     `name` is the model that the file belongs to, if not a path.
+    UsageError for a run that trained something else, ModelError where the file is not the run's base; else as `of_ledger`.
+    """
+    if finished.recipe_of(run).train != SCALES:
+        raise _nothing_to_move(f"{run} trained something else than scales")
+    if finished.result_of(run).name == finished.RESULT["ledger"]:
+        ledger = finished.ledger_of(run)
+        return of_ledger(base, ledger, inverse=inverse, name=name, offline=offline, listener=listener)
+    model = finished.load(run, model=name or str(base), offline=offline)
+    weights = weights_of(model.net)
+
+    def matrix(name: str, bits: np.ndarray) -> Matrix:
+        place = _place(weights[name].stored, start=0)
+        return Matrix(place, lambda: bits.view(np.uint16).reshape(place.rows, -1))
+
+    moved = adapters.moved_scales(model)
+    return _made(base, [matrix(name, bits.numpy()) for name, bits in moved.items()], None, inverse, listener)
+
+
+def of_ledger(
+    base: Path, ledger: Ledger, *, inverse: bool = False, name: str = "", offline: bool = False,
+    listener: Listener = SILENT,
+) -> Patch:  # fmt: skip
+    """Return the patch from a GGUF file to the ledger's model, or with `inverse` the one that leads back.
 
     UsageError for a ledger that moves weights, LedgerError where it belongs to another base, or does not rebuild the weights
-    that it states; with `for_device` ModelError where a device would have too much to compute (`check_work`).
+    that it states.
     """
-    if ledger.head.trains not in PARTS:
-        raise UsageError(
-            "this ledger moves all weights, which no quantised file holds",
-            hint="tune with --train scales or --train codes, or export the run: fleetune export RUN --to gguf",
-        )
-    if for_device and not changes:
-        check_work(ledger.head.law, ledger.head.K, ledger.count_passes())
+    if ledger.head.trains != SCALES:
+        raise _nothing_to_move("this ledger moves all weights")
     model = finished.base_of(ledger, name or str(base), base=BLOCKS, offline=offline)
     view = place_at(model, ledger)
-    assert isinstance(view, BlockView)
+    assert isinstance(view, ScaleView)
     tensors = finished.told(
         view.pieces(), listener, model.n_params, counted(ledger.count_passes(), "pass", "passes")
     )
     finished.require_digest(models.digest(tensors), ledger.final_check(), "the ledger")
-    places, slots = zip(
-        *sorted((_place(_stored(slot), slot.start), slot) for slot in view.slots), strict=True
-    )
     head, compact = ledger.head, ledger.compact()
-    source = sha256(base)
+    entries = Entries(
+        head.run_key, head.law, head.K, head.grid, compact.ids, compact.coefficients.astype(np.int64)
+    )
+    matrices = [
+        Matrix(_place(_stored(slot), slot.start), functools.partial(view.packed, slot)) for slot in view.slots
+    ]
+    return _made(base, matrices, entries, inverse, listener)
 
-    def carrying(result: str) -> Patch:
-        return with_entries(
-            source, result, view.part, places, run_key=head.run_key, law=head.law, K=head.K, grid=head.grid,
-            ids=compact.ids, coefficients=compact.coefficients.astype(np.int64),
-        )  # fmt: skip
 
-    expected, packed = _Expected(view, slots, places), Packed(view.part, 6)
+def _made(
+    base: Path, matrices: Sequence[Matrix], entries: Entries | None, inverse: bool, listener: Listener
+) -> Patch:
+    """Return the patch to these scales, of entries where there are some that a device can compute.
+
+    ModelError where the entries do not make the scales.
+    """
+    matrices = sorted(matrices)
+    places = tuple(matrix.place for matrix in matrices)
+    if entries is not None and (inverse or not entries.fit()):
+        entries = None
+    computed = None if entries is None else entries.moves(places)
+
+    @functools.lru_cache(maxsize=1)
+    def in_file(number: int) -> np.ndarray:
+        place, scales = matrices[number]
+        rows: np.ndarray = scales()[place.in_model()]
+        return rows
+
+    def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
+        new = in_file(number)[first : first + len(blocks) // places[number].blocks].reshape(len(blocks), -1)
+        if computed is not None and not np.array_equal(computed(number, first, blocks), new):
+            raise ModelError("the patch would not make the scales of the run")
+        return new
+
+    packer, packed = zlib.compressobj(9), list[bytes]()
 
     def seen(old: np.ndarray, new: np.ndarray) -> None:
-        expected.require(new)
-        if changes:
-            packed.add(old, new)
+        if entries is None:
+            packed.append(packer.compress(difference(new, old) if inverse else difference(old, new)))
 
-    result = _result(base, carrying(""), seen, listener)
-    if changes:
-        return with_changes(source, result, view.part, places, packed.all())
-    return carrying(result)
-
-
-class _Expected:
-    """The scales or codes that the view of the net has, in the file's order."""
-
-    def __init__(self, view: BlockView, slots: tuple[WeightSlot, ...], places: tuple[Place, ...]) -> None:
-        self._part = view.part
-        self._matrices = (
-            view.packed(slot)[place.in_model()].reshape(-1) for slot, place in zip(slots, places, strict=True)
-        )
-        self._left = np.zeros(0)  # of the matrix that is compared
-
-    def require(self, new: np.ndarray) -> None:
-        """Raise ModelError unless the next numbers, all of one matrix, are these."""
-        new = new.reshape(-1)
-        if not len(self._left):
-            self._left = next(self._matrices)
-        if not np.array_equal(new, self._left[: len(new)]):
-            raise ModelError(f"the patch would not make the {self._part} of the run")
-        self._left = self._left[len(new) :]
+    sha, done, size = hashlib.sha256(), 0, base.stat().st_size
+    tell = told(listener, "bytes patched", "" if entries is None else Patch("", "", places, entries).work)
+    for part in patched(base, places, moved, seen):
+        sha.update(part)
+        done += len(part)
+        tell(done, size)
+    ends = (sha256(base), sha.hexdigest())
+    if entries is not None:
+        return Patch(*ends, places, entries)
+    changes = np.frombuffer(b"".join([*packed, packer.flush()]), np.uint8)
+    return Patch(*(ends[::-1] if inverse else ends), places, changes=changes)
 
 
-def _stored(slot: WeightSlot) -> Stored:
-    weight: Any = slot.tensor
-    stored: Stored = weight.stored
+def _nothing_to_move(what: str) -> UsageError:
+    return UsageError(
+        f"{what}, which no quantised file holds",
+        hint="tune with --train scales, or export the run: fleetune export RUN --to gguf",
+    )
+
+
+def _stored(slot: Any) -> Stored:
+    stored: Stored = slot.tensor.stored
     return stored
 
 

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from fleetune.common.extras import pip_install
 from fleetune.common.registry import Member, Registry
-from fleetune.common.undo import hint_with_undo
 from fleetune.errors import UsageError, suggest
 
 log = logging.getLogger(__name__)
@@ -131,8 +130,7 @@ def listed() -> str:
 def check_place(to: str, out: Path) -> None:
     """Raise UsageError unless `out` is a new place that suits the target `to`."""
     if out.exists():
-        hint = hint_with_undo(out, "choose a new place with --path, or remove it first")
-        raise UsageError(f"{out} exists already", hint=hint)
+        raise UsageError(f"{out} exists already", hint="choose a new place with --path, or remove it first")
     target, given = find(to), out.suffix.lower()
     of_files = {other.suffix for other in every().values() if other.suffix}
     if target.suffix != (given if given in of_files else ""):

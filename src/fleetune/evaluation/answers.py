@@ -112,12 +112,11 @@ def sample_from_ids(
     temperature: float,
     max_new_tokens: int,
     seed: int,
-    seconds: float | None = None,
 ) -> list[np.ndarray]:
     """Sample a continuation of each prompt (int ids [T], not empty): int32 [N] each, N >= 1.
 
-    Up to and with the first token that ends an answer, or `max_new_tokens`, or after `seconds`.  Without these a function of the
-    weights, the prompts and `seed` alone; torch's generators are afterwards what they were.  RecipeError for an encoder.
+    Up to and with the first token that ends an answer, or `max_new_tokens`.  A function of the weights, the prompts and
+    `seed` alone; torch's generators are afterwards what they were.  RecipeError for an encoder.
     """
     require_text_model(model, "sampling")
     config = GenerationConfig(
@@ -126,7 +125,6 @@ def sample_from_ids(
         top_k=0,
         top_p=1.0,
         max_new_tokens=max_new_tokens,
-        max_time=seconds,
         **_ends(model),
     )
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if model.device == "cuda" else []):

@@ -7,7 +7,7 @@
     orders.py     what is asked and answered, as bytes        mail.py                 where orders and answers wait
     link.py       what a way to devices can do                flower/                 the ways: over Flower
     keys.py       keys and certificates                       audit.py                the log of joins and answers
-    status.py     how a run stands, from its folder           page.py, prometheus.py  the same on a live page, and as metrics
+    status.py     how a run stands, from its folder
     eval_*.py     a result on the devices' held-out rows      calibration_*.py        a compression's Hessians from devices
     result.py     a run's result on its way to a device       held_out.py             rows that a device does not train on
 
@@ -19,4 +19,3 @@ from __future__ import annotations
 from typing import Final
 
 PORT: Final = 8470  # where a server listens for devices
-PAGE_PORT: Final = 8471  # and where it shows its page, if it is asked to

@@ -11,12 +11,14 @@ states are on the disk, and then the sums of block k are made.  A device that is
 was doing.
 
 Sums over few tokens give these away: over fewer than an input is wide, each token can be tested for; and the difference of
-two sums over nearly the same tokens holds the others.  So sums are over at least 4 times the model's width and twice the
-widest input (`least_tokens`), and of one result over one choice of windows of the same rows (`DeviceState.calibrate_on`).
+two sums over nearly the same tokens holds the others.  Sums behind other weights are other sums.  So they are over at least 4
+times the model's width and twice the widest input (`least_tokens`), of one result over one choice of windows of the same rows
+(`DeviceState.calibrate_on`), and behind one compressed form of each block (`DeviceState.go_through`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -46,6 +48,9 @@ from fleetune.tuning import finished
 from fleetune.tuning.messages import Message, Payload, decode, encode
 
 BEGIN: Final = "begin"
+ASKED: Final = frozenset(
+    {"windows", "length"} | {result.FILE + name for name in result.FILES}
+)  # in the order `begin`
 LONGEST: Final = 1 << 17  # tokens of a window
 
 
@@ -56,6 +61,7 @@ class Calibration:
         self.model, self.rows, self.own, self.job = model, rows, own, job
         self.base = bytes.fromhex(model.digest)[:8]
         self.folder = own.run(job.run) / "calibration"
+        self.heard: Callable[[], None] = lambda: None  # called before each piece of work, and may raise
 
     def begin(self, message: bytes, on_step: Callable[[int], None]) -> bytes:
         """Take the result, and run the windows up to block 0; return their number.
@@ -63,25 +69,27 @@ class Calibration:
         `on_step(number)` is called before each piece of work, and may raise.  Declined for windows of too few tokens, and
         for others than before.
         """
-        file = self.folder / BEGIN
+        file, self.heard = self.folder / BEGIN, lambda: on_step(0)
         self._check(decode(message).payload)
         if not (file.exists() and file.read_bytes() == message):
             self.own.renewed(self.folder)
             write_atomic(file, message, mode=PRIVATE)
         windows = self._windows
         if self._stands() is None:
-            on_step(0)
+            self.heard()
             with torch.inference_mode():
                 self._save(0, self._stream.first_block_inputs(windows))
         return encode(Message(0, self.base, Payload({}, {"windows": len(windows)})))
 
     def _check(self, asked: Payload) -> None:
         count, length = asked.int("windows"), asked.int("length")
+        if odd := sorted({*asked.scalars, *asked.arrays} - ASKED):
+            raise MessageError(f"the order to calibrate holds {odd[0]!r:.60}, which is no part of one")
         if count < 1 or not 1 <= length <= LONGEST:
             raise MessageError(f"{count} windows of {length} tokens were asked for")
         count = min(count, sum(len(row.ids) for row in self.rows) // length)
         if count * length < (least := self.least_tokens()):
-            raise Declined("few-tokens", count * length, least)
+            raise Declined("few-tokens", least)
         self.own.calibrate_on(digest([self.rows]), self.job.result, count, length)
 
     def least_tokens(self) -> int:
@@ -98,18 +106,19 @@ class Calibration:
 
         MessageError when the device stands elsewhere.
         """
-        stands = self._stands()
+        stands, self.heard = self._stands(), lambda: on_step(number)
         if stands is None or not 0 <= number < len(self._blocks):
             raise MessageError(f"block {number} was asked for, and this device has not begun")
         stream = self._stream
         if stands == number - 1:
-            on_step(number)
+            self.heard()
             weights = weights_of(decode(message).payload)
             shapes = {name: p.shape for name, p in parameters_of(self._blocks[stands][1], ()).items()}
             if {name: weight.shape for name, weight in weights.items()} != shapes:
                 raise MessageError(
                     f"the compressed block {stands} has other layers or shapes than this model's"
                 )
+            self.own.go_through(stands, hashlib.sha256(message).hexdigest())
             driver.place_weights(self._blocks[stands][1], weights)
             stream.states = self._load(stands)
             stream.advance(stands)
@@ -119,7 +128,7 @@ class Calibration:
                 f"the device stands in front of block {stands}, and was asked for block {number}"
             )
         stream.states = self._load(number)
-        on_step(number)
+        self.heard()
         H = stream.hessians(number, self._blocks[number][1])
         stream.states = []
         return message_of(H, self._windows.numel(), number, self.base)
@@ -142,7 +151,7 @@ class Calibration:
         """The tuned model, with its weights merged as the server has them, and the states of the windows."""
         windows = self._windows
         scalars = decode((self.folder / BEGIN).read_bytes()).payload.scalars
-        result.put_on(self.model, result.placed(scalars, self.own, self.job))
+        result.put_on(self.model, result.placed(scalars, self.own, self.job), lambda: self.heard())
         finished.merge_weights(self.model)
         return HiddenStates(self.model, windows[:1])
 

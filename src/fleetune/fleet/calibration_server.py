@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.common.display import counted
-from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.files import PRIVATE, json_text, read_json, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.compression.jobs.windows import each_of
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates, SolveLayer
@@ -33,7 +33,6 @@ from fleetune.fleet.server import Served
 from fleetune.fleet.table import Devices
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
-from fleetune.runs import sealed
 from fleetune.runs.compression_folder import PARTS, CompressRequest
 from fleetune.runs.listener import Listener
 from fleetune.tuning import finished, rounds
@@ -87,7 +86,7 @@ class Calibrators:
         if not agreed:
             agreed = left = _begun(request, fleet, base, listener)
             content = {str(client): windows for client, windows in agreed.items()}
-            write_atomic(parts / AGREED, sealed.to_text(content) + "\n", mode=PRIVATE)
+            write_atomic(parts / AGREED, json_text(content), mode=PRIVATE)
         tokens = {client: windows * request.length for client, windows in left.items()}
 
         def heard(reply: HessianReply) -> None:
@@ -207,5 +206,5 @@ def _read_agreed(file: Path) -> dict[int, int]:
     """Return what was agreed before a stop, {} for nothing; StorageError where the file is damaged."""
     if not file.exists():
         return {}
-    found = sealed.read(file, "compress again")
+    found = read_json(file, "compress again")
     return {int(client): int(windows) for client, windows in found.items()}

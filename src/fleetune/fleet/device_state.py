@@ -3,8 +3,8 @@
 
     state/
       secret                       32 random bytes, for the owner alone
-      calibrated.json              which result on which windows of which rows this device has calibrated
-      measured.json                which results it has measured
+      calibrated.json              which result on which windows of which rows this device has calibrated, and by which blocks
+      measured.json                what it has measured, and at which length and with which labels of which rows
       run-3f2a../                  what belongs to a run: memories, result/, calibration/
 
 A folder in a run's is emptied and removed only where it has `MARK`, the file with which it was made here.
@@ -18,17 +18,18 @@ import json
 import secrets
 import shutil
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from fleetune.common.files import PRIVATE, read_bytes, read_text, storage_error, write_atomic
 from fleetune.errors import StorageError
+from fleetune.fleet.orders import Job
 from fleetune.fleet.reasons import Declined
 
 MARK: Final = ".fleetune-device"
 SECRET: Final = "secret"
 CALIBRATED: Final = "calibrated.json"
 MEASURED: Final = "measured.json"
-RESULTS: Final = 16  # that are measured
+RESULTS: Final = 16  # that are measured, the base alone among them
 RUNS: Final = 64  # whose folders may lie there
 
 
@@ -94,22 +95,40 @@ class DeviceState:
         sums of many results that are made for it.
         """
         file, wanted = self.folder / CALIBRATED, [self.keyed(rows), result, windows, length]
-        if file.exists():
-            before = json.loads(read_text(file))
-            if before != wanted:
-                hint = f"to allow it, for a server that you would give the rows: remove {file}"
-                raise Declined("calibrated", int(before[2]), int(before[3]), hint=hint)
-            return
-        write_atomic(file, json.dumps(wanted), mode=PRIVATE)
+        if not file.exists():
+            write_atomic(file, json.dumps({"on": wanted, "blocks": {}}), mode=PRIVATE)
+        elif (before := json.loads(read_text(file)))["on"] != wanted:
+            raise self._calibrated(before)
 
-    def measure(self, result: str) -> None:
-        """Note that a result is measured on this device's rows; Declined where `RESULTS` others were.
+    def go_through(self, block: int, message: str) -> None:
+        """Note that the windows go through a compressed block whose message has this digest.
 
-        A result that is made for it tells a few tokens of the rows, so that many tell all.
+        Declined for another than before: the sums behind it would be more of the same tokens, as many as a server likes.
+        """
+        file = self.folder / CALIBRATED
+        before = json.loads(read_text(file))
+        if before["blocks"].setdefault(str(block), message) != message:
+            raise self._calibrated(before)
+        write_atomic(file, json.dumps(before), mode=PRIVATE)
+
+    def _calibrated(self, before: dict[str, Any]) -> Declined:
+        hint = f"to allow it, for a server that you would give the rows: remove {self.folder / CALIBRATED}"
+        return Declined("calibrated", *before["on"][2:], hint=hint)
+
+    def measure(self, rows: str, job: Job) -> None:
+        """Note that the rows with this digest (of their words) are measured as the job asks.
+
+        Declined where they were measured at another length or with other labels, since the difference shows the tokens at
+        which they are cut; and where `RESULTS` other measurements were made, since one tells a few tokens, so that many tell
+        all.  What the server chooses makes another measurement, not its result alone.
         """
         file = self.folder / MEASURED
-        known = {result, *(json.loads(read_text(file)) if file.exists() else ())}
+        before = json.loads(read_text(file)) if file.exists() else {"rows": {}, "known": []}
+        hint = f"to allow it, for a server that you would give the rows: remove {file}"
+        cut = [job.max_length, list(job.labels)]
+        if (first := before["rows"].setdefault(self.keyed(rows), cut)) != cut:
+            raise Declined("measured-at", int(first[0]), hint=hint)
+        known = {self.keyed(rows + job.measurement), *before["known"]}
         if len(known) > RESULTS:
-            hint = f"to allow it, for a server that you would give the rows: remove {file}"
             raise Declined("measured", RESULTS, hint=hint)
-        write_atomic(file, json.dumps(sorted(known)), mode=PRIVATE)
+        write_atomic(file, json.dumps({"rows": before["rows"], "known": sorted(known)}), mode=PRIVATE)

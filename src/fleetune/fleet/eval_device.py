@@ -10,7 +10,7 @@ The answer to the order `eval` holds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -27,25 +27,38 @@ EXACT: Final = 1e-4  # nats a token
 BATCH: Final = 1  # rows at a time: a device that has trained has the memory for one
 
 
-def measure(model: Model, held: Sequence[Encoded], order: bytes, own: DeviceState, job: Job) -> bytes:
-    """Return the answer to an order `eval`; `model` is the base, and afterwards the tuned model.
+def measure(
+    job: Job,
+    model: Model,
+    held: Sequence[Encoded],
+    words: str,
+    order: bytes,
+    own: DeviceState,
+    heard: Callable[[], None],
+) -> bytes:
+    """Return the answer to an order `eval`; the model is the base, and afterwards the tuned model.
 
-    The files of the job's result go into the run's folder; without a result the base alone is measured.
+    `words` is the digest of the held-out rows before they were encoded.  The files of the job's result go into the run's
+    folder; without a result the base alone is measured.  `heard()` is called before each piece of work, and may raise.
     """
+    own.measure(words, job)
     received = decode(order)
-    base, counts = all_row_losses(model, held, BATCH)
+
+    def losses() -> tuple[np.ndarray, np.ndarray]:
+        return all_row_losses(model, held, BATCH, lambda done, of: heard())
+
+    base, counts = losses()
     tuned = base
     if job.result:
-        own.measure(job.result)
         try:
-            result.put_on(model, result.placed(received.payload.scalars, own, job))
+            result.put_on(model, result.placed(received.payload.scalars, own, job), heard)
         finally:
             own.remove(own.run(job.run) / result.FOLDER)
-        tuned, _ = all_row_losses(model, held, BATCH)
+        tuned, _ = losses()
     tokens = int(counts.sum())
 
-    def told(losses: np.ndarray) -> float:
-        return round(float(np.sum(losses)) / tokens / EXACT) * EXACT * tokens
+    def told(found: np.ndarray) -> float:
+        return round(float(np.sum(found)) / tokens / EXACT) * EXACT * tokens
 
     sums = {"rows": len(held), "tokens": tokens, "base": told(base), "tuned": told(tuned)}
     return encode(Message(received.round, received.base, Payload({}, sums)))

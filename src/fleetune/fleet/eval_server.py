@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure a run's result, or a plain model, on the held-out rows of devices that join.
 
-    eval-fleet.json    in the run's folder, sealed with a checksum, for its owner alone: the mean, and every device
+    eval-fleet.json    in the run's folder, for its owner alone: the mean, and every device
 
 Each device measures base and tuned model on its own rows and sends sums (`eval_device.py`).  The mean over all devices is
 weighted by tokens, as that of `fleetune eval` is: R = sum w_i l_i, with the loss l_i of device i and its share w_i of the
@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Final
 
 from fleetune.common.events import DeviceEvaluated, FleetEvaluated
-from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.files import PRIVATE, json_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import FleetError, MessageError, UsageError
 from fleetune.fleet import result
 from fleetune.fleet.orders import Device, Job, Order
 from fleetune.fleet.server import Served
 from fleetune.fleet.table import Devices
-from fleetune.runs import rundir, sealed
+from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run
 from fleetune.tuning import finished, robust
@@ -80,13 +80,13 @@ def evaluate(
             found.append(one)
             listener.progress("devices", len(found), len(chosen))
         done = mean(subject.argument, found)
-        if warning := one_decides(found):
+        if warning := disagreement(done):
             listener.note(warning)
         if isinstance(subject, Run):
             done = replace(done, path=str(folder / FILE))
             content = {**asdict(done), "base_digest": job.base, "result_sha256": job.result}
             content["devices"] = [asdict(one) for one in sorted(found, key=lambda one: one.client)]
-            write_atomic(folder / FILE, sealed.to_text(content) + "\n", mode=PRIVATE)
+            write_atomic(folder / FILE, json_text(content), mode=PRIVATE)
         listener.event(done)
         return done, found
 
@@ -148,30 +148,16 @@ def shares_of(tokens: Sequence[int]) -> list[float]:
     return [own / sum(counted) for own in counted]
 
 
-def one_decides(found: Sequence[DeviceEvaluated]) -> str:
-    """Return a warning where one device says that it has more than half of all tokens, else ""."""
-    good = [one for one in found if one.tuned is not None]
-    first = max(good, key=lambda one: one.tokens)
-    claimed = first.tokens / sum(one.tokens for one in good)
-    if len(good) < 2 or claimed < 0.5:
-        return _one_moves(good)
-    counts = max(shares_of([one.tokens for one in good]))
-    return (
-        f"device {first.name} says that it has {claimed:.1%} of the tokens; it counts {counts:.0%} of the mean by tokens: "
-        "see the median"
-    )
-
-
-def _one_moves(good: Sequence[DeviceEvaluated]) -> str:
-    """Return a warning where the mean without one device differs by more than all others differ, else ""."""
-    tuned, shares = [float(one.tuned or 0.0) for one in good], shares_of([one.tokens for one in good])
-    R = ratio(tuned, shares)[0]
-    for one, own, w in zip(good, tuned, shares, strict=True):
-        others = [loss for other, loss in zip(good, tuned, strict=True) if other is not one]
-        if len(others) > 1 and w / (1 - w) * abs(own - R) > max(others) - min(others):
+def disagreement(done: FleetEvaluated) -> str:
+    """Return a warning where mean and median say different things, else "": the former may be the work of few devices."""
+    for what, by_tokens, median in (
+        ("change", done.change, done.change_median),
+        ("loss", done.tuned, done.median),
+    ):
+        if abs(by_tokens - median) > abs(median):
             return (
-                f"device {one.name} alone moves the mean by {w / (1 - w) * (own - R):+.4g}, more than all others differ: see "
-                "the median"
+                f"the {what} is {by_tokens:+.4g} in the mean by tokens and {median:+.4g} in the median: believe the median, "
+                "which few devices cannot move far"
             )
     return ""
 

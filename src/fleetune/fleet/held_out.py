@@ -6,6 +6,8 @@ The split is a function of the file and the number alone, so the same device hol
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -54,6 +56,11 @@ def divided(
             hint="hold out fewer rows",
         )
     return training, held
+
+
+def digest(rows: Sequence[Example]) -> str:
+    """Return the SHA-256 of rows' words, however a job has them encoded."""
+    return hashlib.sha256(json.dumps([_content(row) for row in rows]).encode()).hexdigest()
 
 
 def _content(example: Example) -> tuple[object, ...]:

@@ -20,7 +20,6 @@ class Letter(NamedTuple):
     number: str
     head: bytes
     tail: bytes
-    room: int  # bytes that its answer may have
 
 
 class _Open(NamedTuple):
@@ -51,7 +50,7 @@ class Mail:
         with self._lock:
             if (tail := data[cut:]) != self._tail:
                 self._tail = tail
-            self._boxes.setdefault(device, []).append(Letter(number, data[:cut], self._tail, room))
+            self._boxes.setdefault(device, []).append(Letter(number, data[:cut], self._tail))
             self._open[number] = _Open(device, room)
         self.ring(device)
         return number
@@ -61,12 +60,6 @@ class Mail:
         with self._lock:
             box = self._boxes.get(device)
             return box[0] if box else None
-
-    def take(self, device: int) -> Letter | None:
-        """Return the next order for a device, once; None where there is none."""
-        with self._lock:
-            box = self._boxes.get(device)
-            return box.pop(0) if box else None
 
     def waits(self, device: int, number: str) -> bool:
         """Whether a device's answer to an order, or a piece of it, is still wanted."""

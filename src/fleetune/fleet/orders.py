@@ -51,6 +51,8 @@ TASKS: Final[Mapping[str, tuple[str, ...]]] = {  # and the orders that belong to
 REFUSED: Final = b"refused"  # body of an "end" for a device that cannot take part
 NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there
 MAX_JOB: Final = 1 << 20  # characters
+MAX_NAMES: Final = 16  # of an order's or an answer's parts
+MAX_TEXT: Final = 4096  # characters of one, but for bodies
 
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -61,7 +63,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 OptionalDigest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{0,64}$")]  # of a method or a setting
 Label = Annotated[str, Field(min_length=1, max_length=200)]
-Text = Annotated[str, Field(max_length=4096)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Line = Annotated[str, Field(pattern=r"^[ -~]{0,64}$")]  # printable ASCII
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Setting = bool | Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | Number | Text
@@ -69,7 +71,7 @@ Kinds = Annotated[tuple[Annotated[int, Field(ge=0, lt=1000)], ...], Field(min_le
 Speed = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Dtype = Annotated[str, Field(pattern="^(fp32|bf16|fp16)$")]
 Task = Annotated[str, Field(pattern="^(tune|eval|calibrate)$")]
-Trained = Annotated[str, Field(pattern="^(weights|scales|codes)$")]
+Trained = Annotated[str, Field(pattern="^(weights|scales)$")]
 Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
 Kept = tuple[Annotated[int, Field(ge=-1, lt=1 << 31)], Crc]
 
@@ -106,8 +108,18 @@ class Job:
         """Return the job as one text."""
         return json.dumps(asdict(self))
 
+    @property
+    def reading(self) -> str:
+        """What decides which tokens and targets rows become: the server's choice, the same throughout a run."""
+        return json.dumps([self.base, self.dtype, self.max_length, self.labels])
+
+    @property
+    def measurement(self) -> str:
+        """What decides what is told of rows that are measured: all that the server chooses, but names and counts."""
+        return json.dumps([self.reading, self.result, self.method, self.set, self.train], sort_keys=True)
+
     @classmethod
-    def from_json(cls, text: str) -> Job:
+    def from_json(cls, text: str | bytes) -> Job:
         """Read a job; MessageError for a text that is none."""
         return _read(_JOB, text, "the job")
 
@@ -200,7 +212,7 @@ class Reply:
         """Read an answer; MessageError for bytes that are none."""
         found = _decode(data)
         if "reason" in found:
-            raise MessageError("a device's reason is a code; it is of another version of Fleetune")
+            raise MessageError("a device's reason is a code, not words")
         return _made(cls, found, "the answer")
 
     @classmethod
@@ -254,7 +266,7 @@ def _encode(round: int, nonce: bytes, scalars: Mapping[str, Scalar]) -> bytes:
 
 def _decode(data: bytes | bytearray) -> dict[str, Any]:
     """Return the parts of an order or an answer, by the names of its fields."""
-    message = decode(data)
+    message = decode(data, names=MAX_NAMES, text=4 * MAX_TEXT)
     if message.payload.arrays:
         raise MessageError("an order or an answer holds no arrays of its own")
     found: dict[str, Any] = {**message.payload.scalars, "round": message.round, "nonce": message.base}

@@ -36,6 +36,8 @@ ROOM: Final = 1 << 24  # bytes that any answer may have
 WIDER: Final = 4  # or so many times the bytes of its order: numbers may be wider on the way back
 ASKED: Final = 10  # times that a client is given its order in a round: its device may die of the work itself
 FAREWELL: Final = 5.0  # seconds in which devices are told that the run is over
+GREETED: Final = 20  # times that a device is given the job as soon as it comes in anew
+REST: Final = 10.0  # seconds until it has one of these again: less than the usual grace
 
 
 @dataclass
@@ -67,6 +69,7 @@ class RemoteFleet:
         self.look, self.note, self.audit, self.kinds = look, note, audit, kinds
         self._ready: dict[str, str] = {}  # key -> mark of the session in which the device took the job
         self._greeted: dict[str, str] = {}  # key -> mark of the session in which it was sent
+        self._greetings: dict[str, tuple[float, float]] = {}  # key -> how often of late, and when last
         self._refused: dict[str, str] = {}  # key -> why it takes no part, until it comes in anew
         self._said = set[str]()  # of devices' versions
         self._orders: dict[str, _Order] = {}  # by number
@@ -291,8 +294,9 @@ class RemoteFleet:
         known = {m.key for m in self.devices.members} | self._greeted.keys()
         told = all(found.order.what != "end" for found in self._orders.values())
         if len(self._refused) >= max(1, count) and known <= self._refused.keys() and told:
+            key, why = list(self._refused.items())[-1]
             raise FleetError(
-                f"no device can take part: {len(self._refused)} came; the last, {list(self._refused.values())[-1]}",
+                f"no device can take part: {len(self._refused)} came; the last, {self.link.name(key)}: {why}",
                 hint="mend that on the devices, then start them and this command again",
             )
 
@@ -313,7 +317,7 @@ class RemoteFleet:
     def doing(self) -> list[tuple[str, int, str]]:
         """Return (name, client, what it does) of every device.
 
-        That is ready, at work, at work late, declined, joining, away or has not joined.
+        That is ready, at work, at work late, declined, joining, away, has not joined, or "refused: " and why.
         """
         here, asking = self.link.online(), self._asking
         does = dict.fromkeys(self._declined, "declined")
@@ -321,6 +325,8 @@ class RemoteFleet:
         does |= dict.fromkeys((self._orders[n].order.client for n in self._late), "at work late")
 
         def what(client: int, key: str, rows: int) -> str:
+            if key in self._refused:
+                return f"refused: {self._refused[key]}"
             if key not in here:
                 return "away" if rows else "has not joined"
             if self._ready.get(key) != here[key]:
@@ -334,14 +340,25 @@ class RemoteFleet:
         here = self.link.online()
         for key, mark in here.items():
             if self._greeted.get(key) != mark:
-                self._greeted[key] = mark
                 self._ready.pop(key, None)
                 self._refused.pop(key, None)
-                self._push(key, Order("job", body=self.job.to_json().encode()), here)
+                if self._may_be_greeted(key):
+                    self._greeted[key] = mark
+                    self._push(key, Order("job", body=self.job.to_json().encode()), here)
         for key in self._greeted.keys() - here.keys():
             del self._greeted[key]  # it is greeted again, even if it comes back in the same session
             self._ready.pop(key, None)
         return here
+
+    def _may_be_greeted(self, key: str) -> bool:
+        """Tell whether a device is given the job now: one that comes in anew all the time waits, and fills no log."""
+        now = time.monotonic()
+        times, last = self._greetings.get(key, (0.0, now))
+        times = max(0.0, times - (now - last) / REST) + 1
+        if times > GREETED:
+            return False
+        self._greetings[key] = times, now
+        return True
 
     # Orders and answers -----------------------------------------------------------------------------------
 
@@ -391,7 +408,7 @@ class RemoteFleet:
             client = self.devices.join(found.key, name, device, able)
         except MessageError as error:
             self.note(f"device {name} takes no part: {error.message}")
-            self._refused[found.key] = f"{name}: {error.message}"
+            self._refused[found.key] = error.message
             self.audit("not admitted", device=found.key, name=name, reason=error.message)
             if reply.what == "ready":
                 end = Order("end", body=REFUSED, reason=error.message)

@@ -7,13 +7,13 @@ there, and the digest of the weights is compared with the one that it states.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 from fleetune import adapters, models
 from fleetune.common import sums
-from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, MessageError, UsageError
 from fleetune.fleet.device_state import DeviceState
@@ -21,8 +21,10 @@ from fleetune.fleet.orders import Job
 from fleetune.models.model import Model
 from fleetune.runs import env_file
 from fleetune.seeds import ledger as ledgers
+from fleetune.seeds.noise import POOL
 from fleetune.tuning import finished
 from fleetune.tuning.messages import Scalar
+from fleetune.tuning.methods._zeroth import MOST_PASSES, MOST_POOLS
 from fleetune.tuning.recipe import label_words
 
 FILE: Final = "file "  # begins the name of a file's bytes in a message
@@ -47,7 +49,7 @@ def digest_of(result: Path) -> str:
     file = result / sums.FILE if result.is_dir() else result
     if not file.is_file():
         raise UsageError(
-            f"{file} is missing: the adapter is of an earlier version",
+            f"{file} is missing",
             hint=f"make it again: fleetune tune --resume {quoted(result.parent)}",
         )
     return sums.sha256(file)
@@ -76,6 +78,9 @@ def placed(scalars: Mapping[str, Scalar], own: DeviceState, job: Job) -> Path:
         result = folder / LEDGER if LEDGER in files else folder
         sums.check(result, remedy="the server sends it again")
         file = result / sums.FILE if result.is_dir() else result
+        listed = read_text(file).split() if result.is_dir() and file.is_file() else files
+        if unlisted := sorted(files.keys() - {*listed, *sums.LEFT_OUT}):
+            raise MessageError(f"{unlisted[0]!r} is not in the {sums.FILE} whose digest the job states")
         found = sums.sha256(file) if file.is_file() else "none"
         if found != job.result:
             raise MessageError(f"the result has the SHA-256 {found:.16}.., the job states {job.result:.16}..")
@@ -85,17 +90,21 @@ def placed(scalars: Mapping[str, Scalar], own: DeviceState, job: Job) -> Path:
     return result
 
 
-def put_on(model: Model, result: Path) -> None:
+def put_on(model: Model, result: Path, heard: Callable[[], None]) -> None:
     """Make `model`, the base, the tuned model; its stored weights stay the base's.
 
-    LedgerError when the ledger belongs to another base, or rebuilds other weights than it states.
+    `heard()` is called before each piece of a replay, and may raise.  LedgerError when the ledger belongs to another base,
+    takes more passes than a device makes to follow any run, or rebuilds other weights than it states.
     """
     if result.is_dir():
         adapters.load(model, result)
         return
     ledger = ledgers.load(result)
     finished.check_base(model, ledger)
-    view = finished.place_at(model, ledger)
+    most = MOST_POOLS if ledger.head.law == POOL else MOST_PASSES
+    if (count := ledger.count_passes()) > most:
+        raise LedgerError(f"the ledger takes {count:,} passes over the weights, {most:,} at most on a device")
+    view = finished.place_at(model, ledger, heard)
     if (stated := ledger.final_check()) is None:
         raise LedgerError("the ledger states no digest of its weights")
     finished.require_digest(models.digest(view.pieces()), stated, "the ledger")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fleetune.common.display import counted
-from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.files import PRIVATE, json_text, write_atomic
 from fleetune.common.memory import rss
 from fleetune.common.shell import quoted
 from fleetune.errors import FleetError, Interrupted, UsageError
@@ -25,7 +25,7 @@ from fleetune.fleet.orders import Job, is_path, job_of
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
-from fleetune.runs import rundir, sealed
+from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import prepare, settled
@@ -34,7 +34,6 @@ from fleetune.tuning.kinds import ONE, Wanted, wanted
 from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fleetune.fleet.page import LivePage
     from fleetune.tuning.prepare import TuneJob
     from fleetune.tuning.simulation import Step
 
@@ -100,7 +99,6 @@ class Served:
     place: Place
     wait: int = 0  # devices before the first round; 0: the recipe's clients, or all whose keys are here
     pace: Pace = field(default_factory=Pace)
-    page: LivePage | None = None  # is told which run to show
     simulated: bool = False
     session: str = field(init=False, default_factory=lambda: secrets.token_hex(16))  # of this process
     farewell: str = "the run is finished"  # what devices are told at the end
@@ -156,15 +154,14 @@ class Served:
         return wanted
 
     def flags(self) -> str:
-        """Return the flags that open the same door again, with the same pace and page, each with a space before it."""
+        """Return the flags that open the same door again, with the same pace, each with a space before it."""
         usual = Pace()
         given = [
             ("--wait", self.wait, 0), ("--grace", self.pace.grace, usual.grace),
             ("--round-deadline", self.pace.deadline, usual.deadline),
         ]  # fmt: skip
         pace = "".join(f" {flag} {value:g}" for flag, value, other in given if value != other)
-        page = f" --page {self.page.at}" if self.page is not None and self.page.at else ""
-        return self.place.flags() + pace + page
+        return self.place.flags() + pace
 
     def about(self, job: TuneJob) -> str:
         """Return where, and how many are waited for."""
@@ -205,8 +202,6 @@ class Served:
         """Return the fleet for a job when `count` devices are ready; what they do is written into `folder`."""
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
         listener.note(f"on each device: {self.line(is_path(job.model) or Path(job.model).exists())}")
-        if self.page is not None:
-            self.page.show(folder)
 
         audit = Audit(folder)
 
@@ -277,7 +272,7 @@ class Served:
             "round": job.rounds if job.task == "eval" else self._fleet.round or self._done, "rounds": job.rounds,
             "devices": doing,
         }  # fmt: skip
-        write_atomic(folder / status.FILE, sealed.to_text(content) + "\n", mode=PRIVATE)
+        write_atomic(folder / status.FILE, json_text(content), mode=PRIVATE)
         return status.take_stop(folder, self.session)
 
     def line(self, own_model: bool = False) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say how a real fleet's run stands, from its folder alone: `fleet status`, the live page and the metrics show the same.
+"""Say how a real fleet's run stands, from its folder alone.
 
     fleet.json       the server's last word: its process, the round, what each device does (written about once a second)
     fleet.stop       the session of a server that is to stop (`ask_to_stop`); the server looks as often as it writes
@@ -19,17 +19,25 @@ from typing import Any, Final
 
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.events import DeviceShown, FleetShown
-from fleetune.common.files import PRIVATE, read_text, write_atomic
+from fleetune.common.files import PRIVATE, read_json, read_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import compression_folder, rundir, sealed
-from fleetune.runs.follow import Follower
+from fleetune.runs import compression_folder, metrics, rundir
 
 FILE: Final = rundir.FLEET
 STOP: Final = "fleet.stop"
 # What a server's word has, what a device does, and what became of a reply
 FIELDS: Final = frozenset({"t", "session", "pid", "machine", "rss", "address", "round", "rounds", "devices"})
-STATES: Final = ("at work", "at work late", "ready", "declined", "joining", "away", "has not joined")
+STATES: Final = (
+    "at work",
+    "at work late",
+    "ready",
+    "declined",
+    "joining",
+    "refused",
+    "away",
+    "has not joined",
+)
 STATUSES: Final = ("ok", "refused", "late", "dropped", "failed", "declined")
 
 
@@ -37,7 +45,7 @@ def word_of(run: Path) -> Mapping[str, Any]:
     """Return the last word of a run's server; UsageError where there is none, StorageError where it is damaged."""
     if not (run / FILE).is_file():
         raise UsageError(f"{run} is not the run of a real fleet, or its server has not begun")
-    found = sealed.read(run / FILE, "the server writes it again every second")
+    found = read_json(run / FILE, "the server writes it again every second")
     if missing := FIELDS - found.keys():
         raise StorageError(f"{run / FILE} lacks {', '.join(sorted(missing))}")
     return found
@@ -73,15 +81,9 @@ def take_stop(run: Path, session: str) -> bool:
 
 
 class Record:
-    """What metrics.jsonl says of a run so far; memory is that of the last reply of every device."""
+    """What metrics.jsonl says of a run so far."""
 
     def __init__(self, run: Path) -> None:
-        self.run = run
-        self._follower = Follower(run)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._seen = self._follower.anew
         self._round: dict[int, Mapping[str, Any]] = {}  # client -> its reply, of the round in progress
         self.last: dict[int, Mapping[str, Any]] = {}  # client -> its last reply
         self.lost: Counter[int] = Counter()  # client -> replies that did not count
@@ -89,17 +91,8 @@ class Record:
         self.bytes_up = self.bytes_down = 0
         self.seconds: float | None = None
         self.loss: float | None = None
-
-    def update(self) -> None:
-        """Read what was added since the last time."""
-        for event in self._follower.news():
-            self._forget_if_anew()
+        for event in metrics.events(run):
             self._take(event)
-        self._forget_if_anew()
-
-    def _forget_if_anew(self) -> None:
-        if self._follower.anew != self._seen:
-            self._forget()
 
     def _take(self, event: Mapping[str, Any]) -> None:
         match event["event"]:
@@ -121,21 +114,21 @@ class Record:
                 self.loss = event.get("loss")
 
 
-def look(run: Path, record: Record | None = None) -> FleetShown:
-    """Return how a run stands; `record`, of an earlier look, saves reading all of metrics.jsonl again.
+def look(run: Path) -> FleetShown:
+    """Return how a run stands.
 
     UsageError where it is no real fleet's run, StorageError where its files are damaged.
     """
-    word, record = word_of(run), record or Record(run)
+    word = word_of(run)
     served = rundir.held(run)
     try:
-        record.update()
+        record = Record(run)
         devices = [_device(told, record, served=served) for told in word["devices"]]
         return FleetShown(
             run=str(run), status=standing(run), served=served, t=word["t"],
             heard=round(max(0.0, time.time() - word["t"]), 1), address=word["address"], machine=word["machine"],
             pid=word["pid"], rss=word["rss"], round=word["round"], rounds=word["rounds"],
-            states=dict(Counter(d.does for d in devices)) if served else {}, replies=dict(record.replies),
+            states=dict(Counter(d.does.partition(":")[0] for d in devices)) if served else {}, replies=dict(record.replies),
             bytes_up=record.bytes_up, bytes_down=record.bytes_down, round_seconds=record.seconds,
             loss=record.loss, devices=devices,
         )  # fmt: skip

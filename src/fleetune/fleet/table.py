@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep the table of a run's devices: which key is which client, and what each device brought.
 
-    devices.json     in the run's folder, sealed with a checksum, for its owner alone
+    devices.json     in the run's folder, for its owner alone
 
 A device is its key.  One that comes back, after a restart or days later, is the client that it was, as long as it
 brings the same rows: the rounds before were trained on these.  The kind of its work is given once (`give_kinds`), by what
@@ -17,11 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.files import PRIVATE, json_text, read_json, write_atomic
 from fleetune.common.version import __version__
 from fleetune.errors import MessageError, StorageError
 from fleetune.fleet.orders import Device
-from fleetune.runs import sealed
 from fleetune.tuning.kinds import Assignment, Wanted
 
 FILE: Final = "devices.json"
@@ -58,7 +57,7 @@ class Devices:
 
     def _read(self) -> None:
         hint = "bring it back from a copy: without it nobody knows which device is which client"
-        found: Mapping[str, Any] = sealed.read(self.file, hint)
+        found: Mapping[str, Any] = read_json(self.file, hint)
         try:
             self.run = str(found["run"])
             self.members = [Member(**row) for row in found["devices"]]
@@ -71,7 +70,7 @@ class Devices:
         if not self._changed:
             return
         content = {"run": self.run, "devices": [asdict(m) for m in self.members]}
-        write_atomic(self.file, sealed.to_text(content) + "\n", mode=PRIVATE)
+        write_atomic(self.file, json_text(content), mode=PRIVATE)
         self._changed = False
 
     def __len__(self) -> int:

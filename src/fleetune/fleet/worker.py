@@ -18,6 +18,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -27,7 +28,7 @@ import torch
 from fleetune import models
 from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, regular, write_atomic
-from fleetune.common.ggml import PARTS
+from fleetune.common.ggml import SCALES
 from fleetune.common.memory import at_most, rss, usable_memory
 from fleetune.common.shell import quoted
 from fleetune.common.version import __version__, processor
@@ -44,13 +45,13 @@ from fleetune.errors import (
     MessageError,
     ModelError,
     StorageError,
+    cut_reason,
     fault,
 )
 from fleetune.evaluation.losses import pad_id, response_loss
-from fleetune.fleet import eval_device
+from fleetune.fleet import eval_device, held_out
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, TASKS, Device, Job, Order, Reply, is_path
 from fleetune.fleet.reasons import Declined, in_words, reason_of
 from fleetune.models.bases import BLOCKS, MAPPED, PLACES
@@ -59,7 +60,7 @@ from fleetune.models.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
-from fleetune.seeds.trained import moved_tensors
+from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
@@ -104,7 +105,7 @@ class Brings:
 
     def divided(self, note: Callable[[str], None] = log.info) -> tuple[Sequence[Example], Sequence[Example]]:
         """Return (training rows, held-out rows); DataError as in `held_out.divided`."""
-        return divided(
+        return held_out.divided(
             self.data, self.held_out, self.eval_data, columns=self.columns, note=note, offline=self.offline
         )
 
@@ -118,6 +119,7 @@ class Loaded:
     model: Model
     rows: Sequence[Encoded]
     held: Sequence[Encoded]  # never trained on
+    held_words: str  # digest of these before they were encoded
     memories: Memories
     kinds: tuple[int, ...]  # kinds of the method's work that fit this device
     speed: float  # tokens a second of a forward pass
@@ -148,13 +150,19 @@ class Worker:
 
         A bytearray is emptied when it has been read: an adapter's bytes need not be in memory while it is trained.
         """
-        order, digest = Order.decode(data), hashlib.sha256(data).digest()
+        try:
+            with self._bounded():
+                order, digest = Order.decode(data), hashlib.sha256(data).digest()
+        except MemoryError as error:
+            raise MessageError(
+                f"an order of {human_bytes(len(data))} does not fit this device's memory"
+            ) from error
         if isinstance(data, bytearray):
             data.clear()
         if order.what == "end":
             if self.loaded is not None and self.loaded.job.task == "calibrate":
                 self.loaded.calibration.remove()
-            self.ended = order.reason or "the run is over"
+            self.ended = cut_reason(order.reason) or "the run is over"
             if order.body == REFUSED:
                 self.error = FleetError(f"the server refuses this device: {self.ended}")
             return Reply("done", order.nonce, order.round).encode()
@@ -165,7 +173,7 @@ class Worker:
     def _ready(self, order: Order) -> bytes:
         self.error, self.ended = None, ""
         try:
-            job = Job.from_json(order.body.decode("utf-8", "replace"))
+            job = Job.from_json(order.body)
             if self.loaded is None or self.loaded.job != job:
                 self.loaded = None  # two models need not be in memory
                 self.loaded = load(job, self.brings, self.own)
@@ -173,10 +181,10 @@ class Worker:
                 self.note("base mapped: the weights stay in their file" if mapped else "base in memory")
             loaded = self.loaded
             told = Device(
-                len(loaded.rows), self.own.keyed(digest([loaded.rows])),
+                len(loaded.rows), self.own.keyed(job.reading + digest([loaded.rows])),
                 self.brings.memory or models.device_memory(loaded.model.device),
                 torch.get_num_threads(), __version__, loaded.speed, loaded.kinds, len(loaded.held),
-                self.own.keyed(digest([loaded.held])), str(torch.__version__), processor(loaded.model.device),
+                self.own.keyed(job.reading + digest([loaded.held])), str(torch.__version__), processor(loaded.model.device),
             )  # fmt: skip
             return Reply("ready", order.nonce, order.round, told.to_json()).encode()
         except (Interrupted, KeyboardInterrupt):
@@ -223,8 +231,7 @@ class Worker:
             raise Declined("no-job")
         if order.what not in TASKS[loaded.job.task]:
             raise MessageError(f"the job is to {loaded.job.task}, and the order to {order.what}")
-        own = loaded.model.device == "cpu"  # and not an accelerator's
-        with at_most((self.brings.memory or usable_memory()) if own else 0):
+        with self._bounded():
             body = WORK[order.what](self, loaded, order)
         kept = loaded.memories.kept().get(order.client, NOTHING_KEPT)
         seconds = round(time.monotonic() - began, 3)
@@ -233,6 +240,11 @@ class Worker:
             told.insert(0, f"loss {show('loss', loss)}")
         self.note(f"{_title(order, loaded.job.rounds)}: {' · '.join(told)}")
         return Reply("done", order.nonce, order.round, body, kept, seconds, rss()).encode()
+
+    def _bounded(self) -> AbstractContextManager[None]:
+        """Let what a server sends, and the work, take the memory that the device gives; an accelerator's is not bounded."""
+        own = self.loaded is None or self.loaded.model.device == "cpu"
+        return at_most((self.brings.memory or usable_memory()) if own else 0)
 
     def _train(self, loaded: Loaded, order: Order) -> bytes:
         assert loaded.method is not None  # a job to tune names one
@@ -245,7 +257,10 @@ class Worker:
 
     def _measure(self, loaded: Loaded, order: Order) -> bytes:
         self.loaded = None  # the model is the tuned one afterwards: another order begins with the job
-        return eval_device.measure(loaded.model, loaded.held, order.body, self.own, loaded.job)
+        return eval_device.measure(
+            loaded.job, loaded.model, loaded.held, loaded.held_words, order.body, self.own,
+            lambda: self.on_step(order.client, 0),
+        )  # fmt: skip
 
     def _begin(self, loaded: Loaded, order: Order) -> bytes:
         return loaded.calibration.begin(order.body, lambda step: self.on_step(order.client, step))
@@ -304,16 +319,16 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
 
     Declined for a task that the device takes no part in.
     """
-    training, held_out = brings.divided()
+    training, aside = brings.divided()
     if job.task == "calibrate" and not brings.calibrate:
         raise Declined("no-calibration")
-    if job.task == "eval" and not held_out:
+    if job.task == "eval" and not aside:
         raise Declined("no-evaluation")
     folder = own.run(job.run)
     method = _method(job) if job.method else None
     name = _model(job, brings)
     kinds: tuple[int, ...] = (0,)
-    base = BLOCKS if job.train in PARTS else brings.base
+    base = BLOCKS if job.train == SCALES else brings.base
     if job.task == "tune" or not brings.model:  # what is fetched is known to fit
         kinds, base = fitting_kinds(job, method, name, brings, base)
     model = models.load(
@@ -331,18 +346,20 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
     rows = _encoded(model, training, job.max_length, brings.data)
     if method is not None and job.task == "tune":
         check_work(method, len(rows))
-    held = _encoded(model, held_out, job.max_length, brings.eval_data or brings.data) if held_out else []
+    held = _encoded(model, aside, job.max_length, brings.eval_data or brings.data) if aside else []
     calibration = Calibration(model, rows, own, job)
     speed = measured_speed(model, rows) if job.task == "tune" else 0.0
-    return Loaded(job, method, model, rows, held, Memories(folder), kinds, speed, calibration)
+    return Loaded(
+        job, method, model, rows, held, held_out.digest(aside), Memories(folder), kinds, speed, calibration
+    )
 
 
 def check_work(method: Method, rows: int) -> None:
     """Declined for more work in a round than `PASSES` passes over so many rows."""
     steps = max(methods.local_steps(method, rows), int(getattr(method, "backprop_steps", 0)))
-    steps += 2 * int(getattr(method, "lanczos", 0))
-    asked, most = steps * int(getattr(method, "batch_size", 1)), PASSES * max(rows, FEW)
-    if asked > most:
+    batch, products = int(getattr(method, "batch_size", 1)), 2 * int(getattr(method, "lanczos", 0))
+    asked = steps * batch + products * max(batch, int(getattr(method, "curvature_rows", 0)))
+    if asked > (most := PASSES * max(rows, FEW)):
         raise Declined("work", asked, most)
 
 
@@ -384,7 +401,7 @@ def fitting_kinds(
 ) -> tuple[tuple[int, ...], str]:
     """Return those of the method's kinds of work that fit the device's memory, and the base: mapped for auto if more fit so.
 
-    FitError, before the model is loaded, where none does.  Work that the planner cannot count is let through.
+    FitError, before the model is loaded, where none does.  Work that the planner cannot count takes at least a measurement's.
     """
     device = models.check_device(brings.device, job.dtype, base)
     have = brings.memory or models.device_memory(device)
@@ -397,7 +414,7 @@ def fitting_kinds(
 
     def needs(place: str) -> list[int]:
         work = Workload(batch=rows, length=job.max_length, dtype=job.dtype, base=place)
-        return [sum(device_cost.memory(shape, work, f).values()) if f is not None else 0 for f in footprints]
+        return [sum(device_cost.memory(shape, work, f or Footprint("none")).values()) for f in footprints]
 
     either = base == "auto" and device == "cpu"
     stated = "mapped" if base in MAPPED else "memory"

@@ -26,9 +26,7 @@ The experts of a mixture are one parameter [E, R, C]: the file holds their rows 
 how many experts NAME has.  The header lists under "transposed" those that the model holds as [E, C, R] (gpt-oss).
 
 Every export is a repacking of it.  The header (JSON under "master" in the file's metadata) says how it was
-made and from which base; it has no time and no path, so the same work gives the same bytes.  It is of the lowest version that
-can say it, since earlier programs cannot read a later one: 5 names transposed experts, 4 experts, 3 a super-block type, 2 a
-codebook.
+made and from which base; it has no time and no path, so the same work gives the same bytes.
 """
 
 from __future__ import annotations
@@ -48,8 +46,7 @@ from torch import Tensor
 
 from fleetune.common import sums
 from fleetune.common.folders import staged
-from fleetune.errors import ModelError
-from fleetune.models import seals
+from fleetune.errors import ModelError, VersionError
 from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.families.widths import mark_config
@@ -58,10 +55,6 @@ from fleetune.models.superblocks import SUPER_TYPES, SuperBlocks
 from fleetune.models.tensor_file import write_in_turn
 
 VERSION: Final = 1
-WITH_CODEBOOKS: Final = 2  # the version of an artefact that names a codebook
-WITH_SUPERBLOCKS: Final = 3  # the version of an artefact that names a super-block type
-WITH_EXPERTS: Final = 4  # the version of an artefact that names experts
-WITH_TRANSPOSED: Final = 5  # the version of an artefact that names experts which the model holds as [in, out]
 AGAIN: Final = "compress the model again"
 
 
@@ -135,26 +128,18 @@ class ArtefactHead:
     def to_json(self) -> str:
         """Return canonical JSON."""
         raw = dataclasses.asdict(self)
-        for later in (
-            "codebooks",
-            "superblocks",
-            "experts",
-            "transposed",
-        ):  # earlier versions do not know them
-            if not raw[later]:
-                del raw[later]
+        for some in ("codebooks", "superblocks", "experts", "transposed"):
+            if not raw[some]:
+                del raw[some]
         return json.dumps(raw, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> ArtefactHead:
-        """Parse a header; ModelError when it is not that of a master artefact of this version."""
+        """Parse a header; ModelError when it is not that of a master artefact, VersionError for one of another version."""
         try:
             raw = json.loads(text)
-            if raw["version"] not in range(VERSION, WITH_TRANSPOSED + 1):
-                raise ModelError(
-                    f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION} to {WITH_TRANSPOSED}",
-                    hint="update Fleetune, or compress the model again",
-                )
+            if raw["version"] != VERSION:
+                raise VersionError("the artefact")
             if type(raw["version"]) is not int:
                 raise ValueError("its version")
             if unknown := sorted(set(raw.get("codebooks", {}).values()) - set(CODEBOOKS)):
@@ -320,10 +305,9 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
                 superblocks[name] = weight.blocks.kind
             elif weight.codebook:
                 codebooks[name] = weight.codebook
-    version = WITH_SUPERBLOCKS if superblocks else WITH_CODEBOOKS if codebooks else VERSION
     head = dataclasses.replace(
         head, grids=grids, shapes=shapes, codebooks=codebooks, superblocks=superblocks, experts=experts,
-        transposed=transposed, version=WITH_TRANSPOSED if transposed else WITH_EXPERTS if experts else version,
+        transposed=transposed,
     )  # fmt: skip
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -344,13 +328,12 @@ class Master:
     """An artefact on the disk, read one tensor at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Open it; ModelError when the folder holds no artefact, or a file that is not what the folder states."""
+        """Open it; ModelError when the folder holds no artefact, or a damaged one."""
         self.folder = folder
         if not is_master(folder):
             raise ModelError(
                 f"{folder} holds no compressed model ({FILE})", hint="make one: fleetune compress MODEL"
             )
-        seals.check(folder, remedy=f"{AGAIN}, or copy {folder} again from where it was made")
         try:
             opened: Any = safe_open(folder / FILE, framework="pt")
             head = (opened.metadata() or {})["master"]

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds on what a model's files claim, checked before work is done for it.
+"""Compare what a configuration claims with the tensors that are there, and refuse weights that no step can be computed with.
 
-A configuration is a few kilobytes, yet makes transformers build as many blocks as it says.  So counts are compared with
-what any known model has, and with the tensors that are there; and numbers with which no step can be computed (an
-epsilon of 0, a base of NaN, weights that are not finite) are refused before a run starts.
+A configuration is a few kilobytes, yet makes transformers build as many blocks as it says.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -22,12 +19,6 @@ from fleetune.errors import ModelError
 from fleetune.models.foreign import AGAIN, foreign_file
 from fleetune.models.mapped.lazy import LazyWeight
 
-CONFIG_BYTES: Final = 1 << 24  # of config.json; those of real models have thousands
-# what a key counts, and the most that is built of it: transformers makes a list or a module for each
-MOST: Final[Mapping[str, int]] = MappingProxyType({"layer": 1_024, "expert": 4_096, "label": 65_536})
-COUNT: Final = re.compile(r"(?:^|_)(?:num|n|encoder|decoder)_(?:\w+_)?(layer|expert|label)s?$")
-EPSILON: Final = re.compile(r"(^|_)eps(ilon)?$")
-BASE: Final = re.compile(r"(^|_)(theta|rotary_emb_base|rope_local_base_freq)$")
 SLACK: Final = 1 << 22  # parameters that a net may have beyond twice those in its files: a new head
 TABLES: Final = 1 << 28  # elements that a net may compute for itself: masks, sines
 COMPUTED: Final = (  # buffers that older files hold
@@ -35,37 +26,6 @@ COMPUTED: Final = (  # buffers that older files hold
     ".attn.bias", ".attention.bias", ".masked_bias",
 )  # fmt: skip
 LARGEST_WEIGHT: Final = 1e9  # trained weights are far below; products of such stay finite in fp32
-
-
-def check_config(raw: object, file: Path) -> None:
-    """Raise ModelError for a count beyond `MOST`, or a constant with which no step can be computed, at any depth."""
-    for key, value in _numbers(raw):
-        count = COUNT.search(key)
-        if count and value > (most := MOST[count[1]]):
-            raise _claim(file, key, value, f"more than the {most:,} that are built")
-        if math.isnan(value):
-            raise _claim(file, key, value, "no number")
-        if EPSILON.search(key) and not 0 < value < 1:
-            raise _claim(file, key, value, "not between 0 and 1")
-        if BASE.search(key) and not 0 < value < math.inf:
-            raise _claim(file, key, value, "not above 0")
-
-
-def _claim(file: Path, key: str, value: float, why: str) -> ModelError:
-    return ModelError(f"{file} says {key[:80]} = {value!s:.40}: {why}", hint=AGAIN)
-
-
-def _numbers(raw: object) -> Iterator[tuple[str, int | float]]:
-    """Yield (key, number) of all objects in a JSON value; without recursion, since it may be nested deeply."""
-    left: list[tuple[str, object]] = [("", raw)]
-    while left:
-        key, value = left.pop()
-        if isinstance(value, dict):
-            left += [(str(name), inner) for name, inner in value.items()]
-        elif isinstance(value, list | tuple):
-            left += [(key, inner) for inner in value]
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield key, value
 
 
 def check_blocks(blocks: object, tensors: int, file: Path) -> None:

@@ -34,6 +34,7 @@ from typing import Any, Final
 from fleetune.common import sums
 from fleetune.common.files import storage_error
 from fleetune.common.folders import locked, staged
+from fleetune.common.shell import quoted
 from fleetune.errors import ModelError, StorageError
 from fleetune.models.download import (
     HUB_FILES,
@@ -326,7 +327,7 @@ def import_gguf(path: Path, *, weights: bool = True, progress: Progress | None =
     """
     from fleetune.models.gguf import convert, header
 
-    header.read_whole(path)  # what is no model is not hashed
+    header.check_whole(path)  # what is no model is not hashed
     digest = sums.sha256(path)
     target = (gguf_target if weights else mapped_target)(digest)
     if _complete(target):
@@ -375,11 +376,16 @@ def _complete(target: Path) -> bool:
 
 
 def _write_source(folder: Path, source: str, **facts: Any) -> None:
-    sums.write(folder)
-    own = sums.sealed(folder, SOURCE_FILE)
-    text = json.dumps({"v": 1, "source": source, **facts, "sums_sha256": own}, indent=1)
+    text = json.dumps({"v": 1, "source": source, **facts}, indent=1)
     (folder / SOURCE_FILE).write_text(text + "\n", encoding="utf-8")
-    sums.write(folder)  # with the record's own line
+    sums.write(folder)
+
+
+def remedy(folder: Path) -> str:
+    """Return what mends a model's folder that is not as it was written."""
+    if folder.absolute().parent == cache() / "models":
+        return f"rm -r {quoted(folder)}   and repeat the command: the model is fetched or converted again"
+    return f"make or copy the folder again; if it was changed on purpose, remove {sums.FILE} from it"
 
 
 @contextmanager

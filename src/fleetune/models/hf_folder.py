@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fleetune.errors import ModelError
-from fleetune.models import adapter_folder, bounds
+from fleetune.models import adapter_folder
 from fleetune.models.families.widths import KEY, base_type, config_from
 from fleetune.models.foreign import AGAIN, foreign_file
 from fleetune.models.names import NAME_HINT
@@ -30,6 +30,8 @@ SIZES: Final = (
     "num_hidden_layers", "n_layer", "hidden_size", "n_embd", "num_attention_heads", "n_head", "num_key_value_heads",
     "intermediate_size", "vocab_size",
 )  # fmt: skip
+COUNT: Final = re.compile(r"(layer|expert|label)s?$")  # transformers makes a list or a module for each
+MOST: Final = 65_536
 
 
 def check_folder(folder: Path) -> None:
@@ -81,13 +83,10 @@ def config_of(folder: Path) -> Any:
             raise adapter_folder.refused(folder, folder)
         raise ModelError(f"'{folder}' is not a model directory: it has no config.json", hint=_instead(folder))
     with foreign_file(file, "is not a model configuration"):
-        if (size := file.stat().st_size) > bounds.CONFIG_BYTES:
-            raise ValueError(f"{size:,} bytes")
         raw = json.loads(file.read_bytes())
         kind = base_type(raw["model_type"]) if KEY in raw else raw["model_type"]
         _check_kind(folder, raw, kind)
     _check_sizes(raw, file)
-    bounds.check_config(raw, file)
     with foreign_file(file):  # a configuration class may raise anything for a wrong value
         if KEY in raw:
             return config_from(raw)
@@ -122,10 +121,11 @@ def _check_kind(folder: Path, raw: dict[str, Any], kind: str) -> None:
 
 
 def _check_sizes(raw: dict[str, Any], file: Path) -> None:
-    """Raise ModelError for sizes (blocks, heads, ..) below 1, which transformers itself accepts."""
-    for name in SIZES:
-        if type(value := raw.get(name)) is int and value < 1:
-            raise ModelError(f"{file} says {name} = {value}, below 1", hint=AGAIN)
+    """Raise ModelError for sizes (blocks, heads, ..) below 1 and counts above `MOST`, which transformers itself accepts."""
+    for name, value in raw.items():
+        if type(value) is int and ((name in SIZES and value < 1) or (value > MOST and COUNT.search(name))):
+            why = "below 1" if value < 1 else f"more than {MOST:,}"
+            raise ModelError(f"{file} says {name} = {value}, {why}", hint=AGAIN)
 
 
 def is_encoder(config: Any) -> bool:

@@ -35,10 +35,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fleetune.common import sums
 from fleetune.common.memory import give_back, is_out_of_memory, return_large_pieces, usable_memory
 from fleetune.common.shell import quoted
 from fleetune.errors import FitError, FleetuneError, ModelError, called
-from fleetune.models import cache, encoders, names, placement, stated
+from fleetune.models import cache, encoders, names, placement
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import FILE as MASTER
 from fleetune.models.artefact_folder import is_master
@@ -54,7 +55,6 @@ from fleetune.models.mapped.net import NotMappable, leave_in_file, memory_of, pl
 from fleetune.models.mapped.stored import Stored, weight_files
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
 from fleetune.models.saving import disk_errors, quiet, save
-from fleetune.models.template_trial import template_trial
 from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
 
 __all__ = [
@@ -105,7 +105,7 @@ def pull(
             progress=progress,
             bases=(base,),
         )
-        stated.check(path)
+        sums.check(path, remedy=cache.remedy(path))
         return path
     if Path(name).expanduser().exists() and "/" in name:
         raise ModelError(f"'{name}' is here already; there is nothing to pull", hint="use the path as it is")
@@ -125,11 +125,7 @@ def resolve(name: str, *, offline: bool = False, progress: Progress | None = Non
         path = cache.pull_hub(names.hub_id(name), offline=offline, progress=progress)
     elif path.is_file():
         path = cache.import_gguf(path, progress=progress)
-    try:
-        check_folder(path)
-    except ModelError:
-        stated.check(path)  # a damaged file is named as such
-        raise
+    check_folder(path)
     return path
 
 
@@ -224,7 +220,7 @@ def load(
     `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
     the label words that an encoder's head chooses among; a causal model ignores them.  `base` is memory,
     mapped (the weights stay in their file, a GGUF file as it is or safetensors, and are read piece by piece; on the CPU), blocks
-    (mapped, and a built-in model is its GGUF file, whose scales or codes are tuned) or auto (`placement.py`: by `ram`, the
+    (mapped, and a built-in model is its GGUF file, whose scales are tuned) or auto (`placement.py`: by `ram`, the
     bytes that the work may take, 0 for all that this process may use).  ModelError when the name, its files, the labels, the
     dtype or the device cannot be used; FitError when memory does not suffice.
     """
@@ -272,24 +268,18 @@ def _load_folder(
     tensors: Mapping[str, Stored] | None = None,
 ) -> Model:
     """The model of a directory that is checked, on a device that is; with `tensors` its weights stay where these are."""
-    stated.before(path)
     try:
         tokenizer = _read_tokenizer(path)
-        with template_trial(tokenizer, path):
-            return_large_pieces()
-            net, words, new = _read_net(path, DTYPES[dtype], labels, tensors)
-            named = named_tensors(net)
-            base = digest(finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
-            stated.after(path, base)
-            if tensors is None:
-                net.to(chosen)
-            check_step(net, path)
-            if (memory := memory_of(net)) is not None:
-                memory.forget()
-            give_back()  # some ten MB of the tokenizer's making
-    except ModelError:
-        stated.check(path)  # a damaged file is named as such
-        raise
+        return_large_pieces()
+        net, words, new = _read_net(path, DTYPES[dtype], labels, tensors)
+        named = named_tensors(net)
+        base = digest(finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
+        if tensors is None:
+            net.to(chosen)
+        check_step(net, path)
+        if (memory := memory_of(net)) is not None:
+            memory.forget()
+        give_back()  # some ten MB of the tokenizer's making
     except Exception as error:
         if isinstance(error, FleetuneError) or not is_out_of_memory(error):
             raise
@@ -402,6 +392,4 @@ def load_tokenizer(name: str, *, offline: bool = False) -> PreTrainedTokenizerBa
     """Return a model's tokenizer without loading weights; a model that is not here is fetched.  ModelError as in `load`."""
     path = resolve(name, offline=offline)
     with quiet(), _LOADING:
-        tokenizer = _read_tokenizer(path)
-        with template_trial(tokenizer, path):
-            return tokenizer
+        return _read_tokenizer(path)

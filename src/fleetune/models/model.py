@@ -49,9 +49,7 @@ class Model:
         str, ...
     ] = ()  # an encoder's label words, in the order of its outputs (else it writes text)
     new_head: bool = False  # whether an encoder's head is not the checkpoint's: nothing has trained it yet
-    trains: str = (
-        "weights"  # what methods with directions move: weights, or the scales or codes of a quantised base
-    )
+    trains: str = "weights"  # what methods with directions move: weights, or the scales of a quantised base
 
     def __repr__(self) -> str:
         held = f", {self.attachment.words}" if self.attachment is not None else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common.display import human_bytes
-from fleetune.common.ggml import PARTS, scales_in
+from fleetune.common.ggml import SCALES, scales_in
 from fleetune.common.shell import quoted
 from fleetune.common.sizes import parse_bytes
 from fleetune.errors import FitError, ModelError, RecipeError
@@ -67,7 +67,7 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     """Return the method to begin with among those that have the recipe's settings, where its base is, and why, in words."""
     from fleetune import models
 
-    able, part = able_methods(recipe), recipes.part(recipe)
+    able, part = able_methods(recipe), recipes.trained(recipe)
     try:
         config = models.load_config(recipe.model, offline=offline)
     except ModelError as error:  # loading it says what is wrong, and what to do
@@ -78,7 +78,7 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     search = Search(shape, ram, asked, recipe.set, shrinks=False, train=part)
     settings = search.best([name for name in plan.order(rows) if name in able])
     mapped = settings.work.base == "mapped"
-    base = "mapped" if mapped and part not in PARTS else recipe.base
+    base = "mapped" if mapped and part != SCALES else recipe.base
     return settings.method, base, _why(settings) + ", base mapped" * mapped
 
 
@@ -148,7 +148,7 @@ def _asked(recipe: Recipe) -> tuple[dict[str, Any], str, int | None]:
     """Return the fields of `Workload` that a recipe states, its device, and the memory of its work there (None: not known)."""
     from fleetune import models
 
-    base = "mapped" if recipes.part(recipe) in PARTS else recipe.base
+    base = "mapped" if recipes.trained(recipe) == SCALES else recipe.base
     device = models.check_device(recipe.device, recipe.dtype, base)
     base = base if device == "cpu" else "memory"
     asked = {"length": recipe.max_length, "dtype": recipe.dtype} | ({} if base == "auto" else {"base": base})
@@ -157,7 +157,7 @@ def _asked(recipe: Recipe) -> tuple[dict[str, Any], str, int | None]:
 
 def _shape(recipe: Recipe, config: PretrainedConfig, *, offline: bool) -> Shape:
     """Return the shape of a recipe's model, where scales are trained with how many there are."""
-    if recipes.part(recipe) != "scales":
+    if recipes.trained(recipe) != SCALES:
         return shape_of(config)
     return shape_of(config)._replace(scales=scales_of(recipe.model, offline=offline))
 
@@ -168,8 +168,8 @@ def able_methods(recipe: Recipe) -> list[str]:
     RecipeError for anything wrong that needs neither the clients' data nor the model.
     """
     found = [recipe.method] if recipe.method != AUTO_METHOD else methods.having(recipe.set)
-    if recipe.method == AUTO_METHOD and (part := recipes.part(recipe)) in PARTS:
-        wanted = (recipes.SCALES_MODULE,) if "module" in recipe.set else recipes.TRAIN_PARTS[part]
+    if recipe.method == AUTO_METHOD and recipes.trained(recipe) == SCALES:
+        wanted = (recipes.SCALES_MODULE,) if "module" in recipe.set else recipes.SCALE_METHODS
         found = [name for name in found if name in wanted]
     if not found:
         raise RecipeError(
@@ -188,21 +188,21 @@ def scales_of(name: str, *, offline: bool = False) -> dict[str, int]:
         return {}
 
 
-def checked_kinds(name: str, part: str) -> dict[str, str]:
-    """Return the types of the matrices in the file of a model whose `part`, scales or codes, is to be tuned, by layer.
+def checked_kinds(name: str) -> dict[str, str]:
+    """Return the types of the matrices in the file of a model whose scales are to be tuned, by layer.
 
     Nothing is fetched, {} for a built-in name.
-    ModelError where no layer has such a part, as loading it to tune would raise: of a directory or hub id, whose weights are
+    ModelError where no layer has scales, as loading it to tune would raise: of a directory or hub id, whose weights are
     plain, and of a GGUF file of other types.
     """
     from fleetune.models import cache, names
-    from fleetune.models.mapped.stored import check_part
+    from fleetune.models.mapped.stored import check_scales
 
     if name in cache.ORIGINS and cache.ORIGINS[name].member.endswith(".gguf"):
         return {}
     in_file = name not in cache.ORIGINS and (path := names.local(name)) is not None and path.is_file()
     found = _kinds_in(name, offline=True) if in_file else {}
-    check_part(found, part)
+    check_scales(found)
     return found
 
 

@@ -33,7 +33,7 @@ from typing import Final, NamedTuple
 from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.shapes import Shape
 from fleetune.planning.workload import Workload
-from fleetune.seeds import kernel_choice
+from fleetune.seeds import chosen_kernels
 from fleetune.tuning.footprint import Footprint, Module
 
 MIB: Final = 1 << 20
@@ -41,7 +41,7 @@ MIB: Final = 1 << 20
 # Measured: peak resident memory on Linux x86-64, Python 3.11, torch 2.13 (CPU), transformers 5.24, one thread.
 FLOOR: Final = 368 * MIB  # python + torch + transformers + fleetune, a model class loaded, no weights
 PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
-# By `seeds.kernel_choice`: numba and its compiled kernels (the very first run, which compiles: 90 MiB more), or torch's
+# By `seeds.chosen_kernels`: numba and its compiled kernels (the very first run, which compiles: 90 MiB more), or torch's
 # pieces of words and sums.
 KERNELS: Final[Mapping[str, int]] = {"auto": 104 * MIB, "numba": 104 * MIB, "torch": 10 * MIB}
 CODE: Final = (
@@ -65,7 +65,7 @@ LOGITS_CURVED: Final = 3.7  # ... and so many fp32 arrays of all logits
 LOGITS_FROZEN: Final = 1.5  # ... of a block of a head that is not trained, with its gradient
 LOGITS_CHUNK: Final = 0.5  # what each further chunk leaves behind (freed blocks, as for `HEAP`)
 
-# A pass over the weights, by `seeds.kernel_choice`, takes as long as so many copies of them.
+# A pass over the weights, by `seeds.chosen_kernels`, takes as long as so many copies of them.
 SWEEP: Final[Mapping[str, float]] = {"auto": 1.5, "numba": 1.5, "torch": 20.0}
 STORED: Final = 4.0  # ... and to write a direction out, and to add it twice, as so many more
 READ: Final = 3.0  # to read a mapped base once, in fp32
@@ -91,7 +91,7 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
     """Return the bytes of a device's peak by part (see the module's text)."""
     module = footprint.module
     by_seeds = footprint.gradient == "two-point" or footprint.projects
-    kernels = KERNELS[kernel_choice.chosen_kernels()] * by_seeds
+    kernels = KERNELS[chosen_kernels()] * by_seeds
     imports = kernels + PEFT * bool(module.tensors)
     parts = {"floor": FLOOR + PIECE * shape.vocab + imports, "weights": _weights(shape, work, footprint)}
     if footprint.gradient == "backward":
@@ -283,7 +283,7 @@ def step_seconds(shape: Shape, work: Workload, footprint: Footprint, rates: Rate
         if module.tensors:
             return 2 * (forward / rates.flops + moved / rates.copy)
         stored = STORED * weights * footprint.stores_direction
-        sweep = SWEEP[kernel_choice.chosen_kernels()] * weights
+        sweep = SWEEP[chosen_kernels()] * weights
         return 2 * forward / rates.flops + (2 * (moved + sweep) + stored) / rates.copy
     if module.tensors:
         own = module.size

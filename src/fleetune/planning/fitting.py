@@ -71,7 +71,7 @@ class Settings:
     peak: int  # bytes
     weights: int  # bytes of the peak
     ram: int | None = None  # of the device, bytes; None where it is not stated
-    train: str = "weights"  # or scales or codes of a GGUF file
+    train: str = "weights"  # or scales of a GGUF file
 
     def options(self) -> dict[str, Any]:
         """Return what to tell `fleetune.tune`, as keyword arguments; what it does by itself is left out.
@@ -111,7 +111,7 @@ class Search:
     asked: Mapping[str, Any] = field(default_factory=dict)  # fields of `Workload` that stay as they are
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
     shrinks: bool = True  # False tries every method as `tune` runs it by itself, and no smaller
-    train: str = "weights"  # or scales or codes of a GGUF file
+    train: str = "weights"  # or scales of a GGUF file
 
     def best(self, order: Sequence[str]) -> Settings:
         """Return the first settings that fit, of the first method in `order` that has any; FitError where none has.
@@ -134,7 +134,7 @@ class Search:
 
     def tried(self, method_name: str) -> Iterator[Settings]:
         """Yield what is tried of a method, the wanted first; nothing where it has no place on the model."""
-        method = methods.make(method_name, {**recipes.of_part(self.train, method_name), **self.settings})
+        method = methods.make(method_name, {**recipes.own_settings(self.train, method_name), **self.settings})
         values = axes(getattr(method, "batch_size", Workload.batch))
         values |= {name: (value,) for name, value in self.asked.items()}
         if not self.shrinks:

@@ -109,7 +109,7 @@ def table(
     """Return the costs of every method and of the comparisons, on one device and for one of its rounds.
 
     A method is left out where it has no place on the model (query and value projections that are not found), or does not
-    `train` scales or codes where these are to be trained; `scales` as in `Shape`.
+    `train` scales where these are to be trained; `scales` as in `Shape`.
     `ram` in bytes, `uplink` in bytes a second.  `rates` None measures this machine, which takes some tenths
     of a second.
     """
@@ -145,10 +145,10 @@ def _methods(
     Forward passes come before back-propagation, all weights before a module, then as methods are recommended.
     """
     found, unstated = [], []
-    able = recipes.TRAIN_PARTS.get(train, methods.entries())
+    able = recipes.SCALE_METHODS if train == "scales" else methods.entries()
     for entry in (entry for name, entry in methods.entries().items() if name in able):
         try:
-            method = methods.make(entry.name, recipes.of_part(train, entry.name))
+            method = methods.make(entry.name, recipes.own_settings(train, entry.name))
             method = methods.sized(method, work.steps, work.batch)
         except UsageError as error:  # of another package's module, which does not stop the table
             log.warning("%s is left out: %s", entry.name, error)
@@ -195,7 +195,7 @@ def make(
 ) -> Plan:
     """Plan a model; `ram` in bytes, `uplink` in bytes a second; `train` as in `table`.
 
-    `kinds` are the types of the matrices in its file, by layer, where scales or codes are trained and the file is known.
+    `kinds` are the types of the matrices in its file, by layer, where scales are trained and the file is known.
 
     `asked` are the fields of `Workload` that are given: the table is of them and of that class's defaults, and the search
     for what fits leaves them as they are.
@@ -204,7 +204,7 @@ def make(
     rows = table(config, work, ram=ram, uplink=uplink, train=train, scales=scales)
     search = Search(shape_of(config)._replace(scales=scales), ram, asked, train=train)
     about = describe(config, name, work, uplink=uplink)
-    about[1:1] = [("trains", share)] if (share := ggml.share(kinds, train)) else []
+    about[1:1] = [("trains", share)] if (share := ggml.share(kinds)) else []
     return Plan(tuple(rows), tuple(about), search)
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fleetune.common import sums
 from fleetune.common.display import clean
 from fleetune.common.files import read_text
-from fleetune.errors import StorageError, UsageError
+from fleetune.errors import UsageError
 from fleetune.report.axes import usable
-from fleetune.runs import metrics, rundir, sealed
+from fleetune.runs import metrics, rundir
 
 Event = Mapping[str, object]
 Number = int | float
@@ -84,15 +85,8 @@ def read(path: Path) -> RunLog:
         final=_json(path / "eval.json"),
         status=status,
         skipped=skipped,
-        intact=status != "done" or _is_intact(path),
+        intact=status != "done" or not any(sums.faults(path, [metrics.FILE])),
     )
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        return metrics.is_intact(path)
-    except StorageError:
-        return False
 
 
 def changed(folder: object) -> str:
@@ -112,7 +106,7 @@ def _json(path: Path) -> Mapping[str, object]:
         value = json.loads(_read(path) or "{}")
     except (ValueError, RecursionError):
         return {}
-    return {k: v for k, v in value.items() if k != sealed.KEY} if isinstance(value, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _toml(path: Path) -> Mapping[str, object]:
@@ -237,8 +231,6 @@ def summarise(run: RunLog) -> dict[str, Any]:
     )
     seen = [v for e in (*run.rounds, *run.clients) if (v := num_of(e, "rss")) is not None]
     peak = num_of(run.done, "peak_rss")
-    # `wall` of an earlier version is the last sitting alone: its rounds (`seconds`) may have taken longer
-    clocks = [v for key in ("seconds", "wall") if (v := num_of(run.done, key)) is not None]
     return {
         "name": run.name,
         "path": str(run.path),
@@ -254,7 +246,7 @@ def summarise(run: RunLog) -> dict[str, Any]:
         "bytes_up": up,
         "bytes_down": down,
         "bytes": None if up is None and down is None else (up or 0) + (down or 0),
-        "seconds": max(clocks, default=None) or sum_of(run.rounds, "seconds"),
+        "seconds": num_of(run.done, "wall") or sum_of(run.rounds, "seconds"),
         "peak_rss": peak if peak is not None else max(seen, default=None),
         "intact": run.intact,
         "change_error": num_of(map_of(run.done, "change_errors"), "loss"),

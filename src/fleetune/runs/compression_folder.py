@@ -18,13 +18,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
-from fleetune.common.files import read_text, write_atomic
+from fleetune.common.files import finite, json_text, read_json, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
-from fleetune.models import seals
-from fleetune.runs import folder_names, rundir, sealed, start_folder
+from fleetune.runs import folder_names, rundir, start_folder
 
-RECORD: Final = seals.COMPRESSION
+RECORD: Final = "compress.json"
 PARTS: Final = "parts"
 LOGITS: Final = ".reference.npy"  # while it runs: logits of the reference model
 CLIENTS: Final = "clients"  # who calibrates: the simulated clients of a run
@@ -135,15 +134,10 @@ def name_of(model: str) -> str:
 
 def record(folder: Path) -> dict[str, Any]:
     """The content of `compress.json`.  StorageError when it is damaged."""
-    file = folder / RECORD
-    try:
-        found = sealed.from_text(read_text(file))
-        if not isinstance(found["model"], str) or not isinstance(found.get("result", {}), dict):
-            raise ValueError("a field has a wrong type")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(
-            f"{file} is damaged ({error!r})", hint="compress again: fleetune compress MODEL"
-        ) from error
+    file, hint = folder / RECORD, "compress again: fleetune compress MODEL"
+    found = read_json(file, hint)
+    if not isinstance(found.get("model"), str) or not isinstance(found.get("result", {}), dict):
+        raise StorageError(f"{file} is damaged (a field has a wrong type)", hint=hint)
     return found
 
 
@@ -174,13 +168,8 @@ def write_record(folder: Path, request: CompressRequest, result: Mapping[str, An
     named: dict[str, Any] = {name: earlier[name] for name in PLACES if name in earlier}
     content: dict[str, Any] = {"v": 1, **asdict(request), **named, **start_folder.note(folder, earlier)}
     if result is not None:
-        content["result"] = sealed.finite(result)
-    write_atomic(folder / RECORD, sealed.to_text(content) + "\n")
-
-
-def state_base(folder: Path, digest: str) -> None:
-    """Write the digest of the compressed base's SHA256SUMS into `compress.json`; "" while it is being made."""
-    write_atomic(folder / RECORD, sealed.to_text({**record(folder), "base_sha256": digest}) + "\n")
+        content["result"] = finite(result)
+    write_atomic(folder / RECORD, json_text(content))
 
 
 def is_one(folder: Path) -> bool:

@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from fleetune.common.files import read_json
 from fleetune.common.shell import quoted
 from fleetune.common.version import __version__
 from fleetune.errors import StorageError
-from fleetune.runs import sealed
 
 ENVIRONMENT: Final = "env.json"
 
@@ -21,7 +21,7 @@ ENVIRONMENT: Final = "env.json"
 def made_on(path: Path) -> dict[str, str]:
     """The digests of the "base" and the "tokenizer" that a run was made on, by env.json; StorageError when it is damaged."""
     hint = f"fleetune tune --resume {quoted(path)}   writes it anew"
-    stated = sealed.read(path / ENVIRONMENT, hint)
+    stated = read_json(path / ENVIRONMENT, hint)
     found = {what: stated.get(f"{what}_digest") for what in ("base", "tokenizer")}
     for what, digest in found.items():
         if not isinstance(digest, str):

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write metrics.jsonl, one event a line, and find out whether it still is as it was written.
+"""Write metrics.jsonl, one event a line.
 
-A checkpoint states how the file was then: lines, bytes, CRC-32 (`Tally`).  So a resumed run keeps exactly what stood there
-(`cut`), and a line that was lost or changed since is not passed over: what can be read is kept, the file as it was stays
-as metrics.jsonl.damaged, and the loss is told.  The last line of a finished run, the event `done`, ends with the checksum
-`crc` of all lines and itself.
-The file has the names of clients, and is the owner's alone.
+A checkpoint states how many bytes the file had then, so a resumed run keeps exactly what stood there (`cut`); where some of
+that is lost, what can be read is kept, and the loss is told.  The file has the names of clients, and is the owner's alone.
 """
 
 from __future__ import annotations
@@ -13,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -23,24 +18,6 @@ from fleetune.common.files import PRIVATE, read_bytes, regular_private, storage_
 from fleetune.errors import StorageError
 
 FILE: Final = "metrics.jsonl"
-CRC: Final = "crc"
-
-
-@dataclass(frozen=True)
-class Tally:
-    """The content of metrics.jsonl at some time."""
-
-    lines: int
-    size: int  # bytes
-    crc: int
-
-    def plus(self, line: bytes) -> Tally:
-        """Return the tally with one more line."""
-        return Tally(self.lines + 1, self.size + len(line), zlib.crc32(line, self.crc))
-
-    def stated(self) -> list[int]:
-        """Return it as a checkpoint states it."""
-        return list(astuple(self))
 
 
 class Metrics:
@@ -49,7 +26,6 @@ class Metrics:
     def __init__(self, folder: Path) -> None:
         self.file = folder / FILE
         self._open: IO[bytes] | None = None
-        self._tally: Tally | None = None
 
     def close(self) -> None:
         """Close the file."""
@@ -59,32 +35,21 @@ class Metrics:
             self._open = None
 
     @property
-    def tally(self) -> Tally:
-        """The file as it is now."""
-        if self._tally is None:
-            data = _bytes(self.file)
-            self._tally = Tally(data.count(b"\n"), len(data), zlib.crc32(data))
-        return self._tally
+    def size(self) -> int:
+        """Bytes of the file as it is now."""
+        return self.file.stat().st_size if self.file.exists() else 0
 
-    def record(self, event: Mapping[str, Any], *, last: bool = False) -> dict[str, Any]:
-        """Append one event and give it back as written; a number that is not finite is null.
-
-        With `last` the line ends with a checksum of the whole file.
-        """
+    def record(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        """Append one event and give it back as written; a number that is not finite is null."""
         raw = json.dumps({"v": 1, "t": round(time.time(), 3), **event}, default=_plain)
         line: dict[str, Any] = json.loads(raw, parse_constant=lambda _: None)
-        sealed = line | {CRC: _seal(line, self.tally.crc)} if last else line
-        text = json.dumps(sealed).encode() + b"\n"
-        before = self.tally
         try:
             if self._open is None:
                 self._open = open(self.file, "ab", opener=regular_private)  # noqa: SIM115
-            self._open.write(text)
+            self._open.write(json.dumps(line).encode() + b"\n")
             self._open.flush()
         except OSError as error:
-            self._tally = None
             raise storage_error(error, self.file) from error
-        self._tally = before.plus(text)
         return line
 
     def unfinished(self, round: int) -> tuple[int, bool]:
@@ -93,25 +58,22 @@ class Metrics:
         found = [event for line in [*lines, last] if (event := event_of(line)) is not None]
         return sum(_round_of(event) > round for event in found), bool(last) and event_of(last) is None
 
-    def cut(self, round: int, stated: Tally | None) -> str:
-        """Keep what stood there after `round`, as its checkpoint states it; return what was lost, "" for nothing.
+    def cut(self, round: int, size: int | None) -> str:
+        """Keep the `size` bytes that stood there after `round`; return what was lost of them, "" for nothing.
 
-        Without a statement (a new run, or an earlier version's) all lines of later rounds and of the end go.
+        Where the file is shorter, or no size is stated (a new run), all lines of later rounds and of the end go.
         """
         self.close()
         data = _bytes(self.file)
-        if stated is not None and zlib.crc32(data[: stated.size]) == stated.crc and len(data) >= stated.size:
-            write_atomic(self.file, data[: stated.size], mode=PRIVATE)
-            self._tally = stated
+        if size is not None and len(data) >= size:
+            write_atomic(self.file, data[:size], mode=PRIVATE)
             return ""
-        kept, torn = _readable(data, round)
-        self._tally = None
-        loss = ""
-        if round >= 0 and (stated is not None or torn or not kept):
-            aside = _aside(self.file, data)
-            loss = _told(self.file, len(kept), torn, stated) + aside
+        found = [event for line in data.split(b"\n") if (event := event_of(line)) is not None]
+        kept = [e for e in found if e["event"] != "done" and _round_of(e) <= round]
         write_atomic(self.file, b"".join(json.dumps(e).encode() + b"\n" for e in kept), mode=PRIVATE)
-        return loss
+        if size is None:
+            return ""
+        return f"{self.file} was damaged: {size - len(data):,} of its {size:,} bytes are lost"
 
 
 def events(folder: Path) -> Iterator[dict[str, Any]]:
@@ -127,24 +89,6 @@ def loss_before(folder: Path, round: int) -> float | None:
     return float(losses[-1]) if losses and isinstance(losses[-1], int | float) else None
 
 
-def is_intact(folder: Path) -> bool:
-    """Whether the metrics.jsonl of a finished run is as it was written, by the checksum in its last line.
-
-    A file of an earlier version has no checksum: then it is enough that it ends with the event `done`.
-    """
-    data = _bytes(folder / FILE)
-    start = data.rstrip(b"\n").rfind(b"\n") + 1
-    last = event_of(data[start:])
-    if last is None or last["event"] != "done":
-        return False
-    stated = last.pop(CRC, None)
-    return stated is None or stated == _seal(last, zlib.crc32(data[:start]))
-
-
-def _seal(line: Mapping[str, Any], before: int) -> str:
-    return f"{zlib.crc32(json.dumps(line).encode(), before):08x}"
-
-
 def event_of(line: bytes) -> dict[str, Any] | None:
     """Return the event of a line of metrics.jsonl; None for a line that cannot be read."""
     try:
@@ -154,37 +98,9 @@ def event_of(line: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and isinstance(found.get("event"), str) else None
 
 
-def _readable(data: bytes, round: int) -> tuple[list[dict[str, Any]], int]:
-    """Return the events up to `round`, and how many lines before the last cannot be read; the last may be torn by a kill."""
-    lines = data.split(b"\n")
-    found = [(number, event_of(line)) for number, line in enumerate(lines) if line.strip()]
-    torn = sum(event is None and number < len(lines) - 1 for number, event in found)
-    read = [event for _, event in found if event is not None and event["event"] != "done"]
-    return [e for e in read if _round_of(e) <= round], torn
-
-
 def _round_of(event: Mapping[str, Any]) -> float:
     value = event.get("round", 0)
     return value if isinstance(value, int | float) else float("inf")
-
-
-def _told(file: Path, kept: int, torn: int, stated: Tally | None) -> str:
-    if stated is None:
-        what = f"{torn} lines" if torn else "all lines"
-        return f"{file} was damaged: {what} of it are lost, {kept} are kept"
-    if (lost := stated.lines - kept) > 0:
-        return f"{file} was damaged: {lost} of its {stated.lines} lines are lost"
-    return f"{file} was changed since it was written: its numbers may not be those of the run"
-
-
-def _aside(file: Path, data: bytes) -> str:
-    """Keep a damaged file under another name, and return the words for that."""
-    if not data:
-        return ""
-    names = [f"{file.name}.damaged", *(f"{file.name}.damaged{n}" for n in range(2, 1000))]
-    place = next(p for name in names if not (p := file.with_name(name)).exists())
-    write_atomic(place, data, mode=PRIVATE)
-    return f"; the file as it was is {place.name}"
 
 
 def _bytes(file: Path) -> bytes:

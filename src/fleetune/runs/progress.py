@@ -101,7 +101,7 @@ class Progress(Silent):
 
     def _done(self, event: TuneDone) -> None:
         self._say(
-            "  ".join(["done", *changes(event.base, event.tuned), f"time {human_time(event.time)}"]),
+            "  ".join(["done", *changes(event.base, event.tuned), f"time {human_time(event.wall)}"]),
             *event.remarks,
         )
         self._say(f"report {event.report or event.run}")

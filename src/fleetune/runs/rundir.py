@@ -7,7 +7,7 @@
       checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
       memories/       what methods keep on simulated clients, if they do (fleets/memories.py)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
-      rows.digests    8 bytes of every row's SHA-256 (tuning/row_digests.py)
+      SHA256SUMS      of a finished run: its record and its result (common/sums.py)
       plots/          the report's plots as SVG, and their numbers as CSV
       fleet.json  fleet.stop  devices.json  audit.jsonl          of a real fleet (fleet/)
 
@@ -15,7 +15,7 @@ A round counts once its checkpoint is renamed into place.  Whatever a kill leave
 unfinished round, a temporary file) is cut off at the next start, so a resumed run writes what the
 uninterrupted one would have written.  One process at a time holds a run (`locks.py`).
 
-Result, checkpoints, memories, metrics.jsonl, rows.digests, eval.json, samples.md, report.html and plots/ are the owner's alone:
+Result, checkpoints, memories, metrics.jsonl, eval.json, samples.md, report.html and plots/ are the owner's alone:
 they hold rows or names of clients, or what was learned from them.
 """
 
@@ -39,7 +39,7 @@ from fleetune.common.locks import lock, names
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import folder_names
 from fleetune.runs.folder_names import number, of_model
-from fleetune.runs.metrics import Metrics, Tally
+from fleetune.runs.metrics import Metrics
 from fleetune.runs.metrics import events as events
 
 T = TypeVar("T")
@@ -116,18 +116,18 @@ class RunDir:
 
     # Metrics ------------------------------------------------------------------------------------
 
-    def record(self, event: Mapping[str, Any], *, last: bool = False) -> dict[str, Any]:
+    def record(self, event: Mapping[str, Any]) -> dict[str, Any]:
         """Append one event to metrics.jsonl, as `Metrics.record`."""
-        return self.metrics.record(event, last=last)
+        return self.metrics.record(event)
 
-    def cut(self, round: int, stated: Tally | None = None) -> list[str]:
+    def cut(self, round: int, size: int | None = None) -> list[str]:
         """Drop what a kill left: metrics after `round` and of the end, later checkpoints, temporary files.
 
-        `stated` is what the checkpoint of the round states of metrics.jsonl.  What of it was lost, and what was not finished
-        and is dropped, is logged and returned as texts.
+        `size` is how many bytes the checkpoint of the round states of metrics.jsonl.  What of it was lost, and what was not
+        finished and is dropped, is logged and returned as texts.
         """
         lines, torn = self.metrics.unfinished(round)
-        loss = self.metrics.cut(round, stated)
+        loss = self.metrics.cut(round, size)
         left = [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]
         left = [path for path in left if not path.is_dir()]
         for path in (*left, *(p for r, p in checkpoints(self.path) if r > round)):

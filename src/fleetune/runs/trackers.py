@@ -205,7 +205,7 @@ def _summary(event: TuneDone) -> dict[str, Value]:
         found |= {f"{stage}/{name}": value for name, value in measures.items() if value is not None}
     return found | {
         "held_out_rows": event.rows, "rounds": event.rounds, "bytes_up": event.bytes_up, "bytes_down": event.bytes_down,
-        "seconds": event.time, "peak_rss": event.peak_rss, "result_bytes": event.result_bytes, "digest": event.digest,
+        "seconds": event.wall, "peak_rss": event.peak_rss, "result_bytes": event.result_bytes, "digest": event.digest,
     }  # fmt: skip
 
 

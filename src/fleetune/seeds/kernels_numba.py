@@ -7,7 +7,7 @@
 
 with acc the integer sum of `noise.Passes` and `place` that of `noise.places`.  Every operation is rounded to
 float32 and none is contracted (Numba leaves fused multiply-adds out unless asked for them), so `kernels_torch`
-gives the same bits.  `sweep_both` writes this for the probe and for the opposite one, in one pass too.
+gives the same bits.  With `minus` it writes this for the probe and for the opposite one, in one pass too.
 The loops are in `loops_numba`; this module checks the arguments and shares the work among threads.
 
 Threads are Python threads: the compiled loop releases the interpreter's lock.  They take chunks from one
@@ -29,18 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fleetune.seeds import noise
-from fleetune.seeds.loops_numba import (
-    BF16,
-    FP16,
-    FP32,
-    f32,
-    fill_offsets,
-    i32,
-    sweep_groups,
-    sweep_tiles,
-    u16,
-    u64,
-)
+from fleetune.seeds.loops_numba import BF16, FP16, FP32, f32, i32, sweep_groups, sweep_tiles, u16, u64
 from fleetune.seeds.noise import TILE, Passes
 
 SPLIT = 1 << 19  # element-passes that others must take off a thread for waking them (0.05 ms) to pay
@@ -56,7 +45,7 @@ def sweep(
     grid: float,
     probe: tuple[int, ArrayLike] | None = None,
     *,
-    law: str = "pooled",
+    minus: Tensor | None = None,
     threads: int | None = None,
     block: int | None = None,
     sums: Tensor | None = None,
@@ -65,35 +54,18 @@ def sweep(
 
     out, base: 1-D contiguous CPU tensors of one size and type (fp32, bf16, fp16), the same tensor or
     disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).
-    law: tables are read at its `noise.places`.  threads: torch's number by default; block: elements a thread
-    takes at a time.  sums: integers that are added to the passes' sum: float32, of base's size, no total
-    reaching 2^24.  Raises ValueError for tensors or tables of another kind.
+    minus: gets the same with -table, in one pass over the base, which then may be float32 too; disjoint from `out`.
+    threads: torch's number by default; block: elements a thread takes at a time.  sums: integers that are added to
+    the passes' sum: float32, of base's size, no total reaching 2^24.  Raises ValueError for tensors or tables of
+    another kind.
     """
-    move, cost = _tile_move(run_key, passes, _cached(sums, base), grid, probe, law)
-    _share(sweep_tiles, _weights(out, None, base, start), start, cost, move, threads, block)
-
-
-def sweep_both(
-    plus: Tensor,
-    minus: Tensor,
-    base: Tensor,
-    start: int,
-    run_key: int,
-    passes: Passes,
-    grid: float,
-    probe: tuple[int, ArrayLike],
-    *,
-    law: str = "pooled",
-    threads: int | None = None,
-    block: int | None = None,
-    sums: Tensor | None = None,
-) -> None:
-    """Do `sweep` into plus with the probe (id, table) and into minus with (id, -table), in one pass over the base.
-
-    plus, minus: of one type, disjoint; base: of their type or float32, and may be one of them.  Else as in `sweep`.
-    """
-    move, cost = _tile_move(run_key, passes, _cached(sums, base), grid, probe, law)
-    _share(sweep_tiles, _weights(plus, minus, base, start), start, cost, move, threads, block)
+    probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
+    noise.check_tables(passes, None if probe is None else step)
+    ids = _native(passes.ids, u64)
+    tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else np.int64)
+    move = (u64(run_key), ids, tables, _cached(sums, base), f32(grid), u64(probe_id), step)
+    cost = max(1, len(ids) // 4)
+    _share(sweep_tiles, _weights(out, minus, base, start), start, cost, move, threads, block)
 
 
 def sweep_gaussian(
@@ -106,41 +78,21 @@ def sweep_gaussian(
     grid: float,
     probe: tuple[int, float] | None = None,
     *,
+    minus: Tensor | None = None,
     threads: int | None = None,
     block: int | None = None,
 ) -> None:
     """`sweep` for the gaussian law: out = round((base + grid * sum_p c_p z_p) + scale * z_probe), in float32.
 
-    ids: uint64 [P], summed in this order; coefficients: float32 [P]; probe: (id, scale).
+    ids: uint64 [P], summed in this order; coefficients: float32 [P]; probe: (id, scale), with -scale for `minus`.
     """
-    move, cost = _group_move(run_key, ids, coefficients, grid, probe)
-    _share(sweep_groups, _weights(out, None, base, start), start, cost, move, threads, block)
-
-
-def sweep_gaussian_both(
-    plus: Tensor,
-    minus: Tensor,
-    base: Tensor,
-    start: int,
-    run_key: int,
-    ids: ArrayLike,
-    coefficients: ArrayLike,
-    grid: float,
-    probe: tuple[int, float],
-    *,
-    threads: int | None = None,
-    block: int | None = None,
-) -> None:
-    """`sweep_both` for the gaussian law: `sweep_gaussian` with the probe (id, scale) and with (id, -scale)."""
-    move, cost = _group_move(run_key, ids, coefficients, grid, probe)
-    _share(sweep_groups, _weights(plus, minus, base, start), start, cost, move, threads, block)
-
-
-def offsets(out: Tensor, start: int, run_key: int, id: int, *, threads: int | None = None) -> None:
-    """Write `code_grid.offsets` of the elements from `start` on, of the words of direction `id`: out float32, 1-D, contiguous."""
-    if out.dtype != torch.float32:
-        raise ValueError(f"offsets are float32, out is {out.dtype}")
-    _share(fill_offsets, _weights(out, None, out, start), start, 8, (u64(run_key), u64(id)), threads, None)
+    probe_id, scale = (0, _NONE) if probe is None else (probe[0], np.array([probe[1]], f32))
+    keys, factors = _native(np.asarray(ids), u64), _native(np.asarray(coefficients), f32)
+    if keys.shape != factors.shape:
+        raise ValueError(f"{keys.shape} ids need as many coefficients, got {factors.shape}")
+    move = (u64(run_key), keys, factors, f32(grid), u64(probe_id), scale)
+    cost = 8 * max(1, len(keys))
+    _share(sweep_groups, _weights(out, minus, base, start), start, cost, move, threads, block)
 
 
 _NONE = np.zeros(0, f32)
@@ -150,45 +102,12 @@ _KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 Move = tuple[Any, ...]  # a kernel's last argument
 
 
-def _tile_move(
-    run_key: int,
-    passes: Passes,
-    sums: NDArray[Any],
-    grid: float,
-    probe: tuple[int, ArrayLike] | None,
-    law: str,
-) -> tuple[Move, int]:
-    """Check a move and return it for `sweep_tiles`, and its cost in element-passes an element."""
-    probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
-    noise.check_tables(passes, None if probe is None else step)
-    ids = _native(passes.ids, u64)
-    tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else np.int64)
-    move = (u64(run_key), ids, tables, sums, f32(grid), u64(probe_id), step, int(law == "hashed"))
-    return move, max(1, len(ids) // 4)
-
-
 def _cached(sums: Tensor | None, base: Tensor) -> NDArray[Any]:
     if sums is None:
         return _NONE
     if sums.dtype != torch.float32 or sums.shape != base.shape or not (sums.is_cpu and sums.is_contiguous()):
         raise ValueError(f"sums are {sums.dtype} {list(sums.shape)}, base is {base.dtype} {list(base.shape)}")
     return _arrays(sums)[0]
-
-
-def _group_move(
-    run_key: int,
-    ids: ArrayLike,
-    coefficients: ArrayLike,
-    grid: float,
-    probe: tuple[int, float] | None,
-) -> tuple[Move, int]:
-    """Do the same for `sweep_groups`."""
-    probe_id, scale = (0, _NONE) if probe is None else (probe[0], np.array([probe[1]], f32))
-    keys, factors = _native(np.asarray(ids), u64), _native(np.asarray(coefficients), f32)
-    if keys.shape != factors.shape:
-        raise ValueError(f"{keys.shape} ids need as many coefficients, got {factors.shape}")
-    move = (u64(run_key), keys, factors, f32(grid), u64(probe_id), scale)
-    return move, 8 * max(1, len(keys))
 
 
 class Weights(NamedTuple):

@@ -40,63 +40,21 @@ def sweep(
     grid: float,
     probe: Probe | None = None,
     *,
-    law: str = "pooled",
+    minus: Tensor | None = None,
     threads: int | None = None,
     block: int | None = None,
     sums: Tensor | None = None,
 ) -> None:
-    """Set out = base moved by grid * passes, then by sign * table of the probe (formula in the module docstring).
+    """Set out = base moved by grid * passes, then by sign * table of the probe, as `kernels_numba.sweep` on any one device.
 
-    out, base: 1-D contiguous tensors of one size, type (fp32, bf16, fp16) and device, the same tensor or
-    disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).
-    law: tables are read at its `noise.places`.
-    threads has no effect (torch has its own); block: elements at a time.  sums: integers that are added to the
-    passes' sum: float32, of base's size and device, no total reaching 2^24.  Raises ValueError for tensors or
-    tables of another kind.
+    threads has no effect (torch has its own); block: elements at a time.
     """
-    _sweep([out], base, start, run_key, passes, sums, grid, probe, law, block)
-
-
-def sweep_both(
-    plus: Tensor,
-    minus: Tensor,
-    base: Tensor,
-    start: int,
-    run_key: int,
-    passes: Passes,
-    grid: float,
-    probe: Probe,
-    *,
-    law: str = "pooled",
-    threads: int | None = None,
-    block: int | None = None,
-    sums: Tensor | None = None,
-) -> None:
-    """Do `sweep` into plus with the probe (id, table) and into minus with (id, -table), in one pass over the base.
-
-    plus, minus: of one type, disjoint; base: of their type or float32, and may be one of them.  Else as in `sweep`.
-    """
-    _sweep([plus, minus], base, start, run_key, passes, sums, grid, probe, law, block)
-
-
-def _sweep(
-    outputs: list[Tensor],
-    base: Tensor,
-    start: int,
-    run_key: int,
-    passes: Passes,
-    sums: Tensor | None,
-    grid: float,
-    probe: Probe | None,
-    law: str,
-    block: int | None,
-) -> None:
     row = None if probe is None else np.array(probe[1], np.float32)
     noise.check_tables(passes, row)
-    _check(outputs, base, start, sums)
+    outputs = _checked(out, minus, base, start, sums)
     summed = np.int32 if passes.tables.dtype == np.int32 else np.int64
-    table = _period(np.array(passes.tables, summed), law, base.device) if len(passes.ids) else None
-    step = None if row is None else _period(row[None], law, base.device)[0]
+    table = _period(np.array(passes.tables, summed), base.device) if len(passes.ids) else None
+    step = None if row is None else _period(row[None], base.device)[0]
     ids, probed = _with_probe(passes.ids, probe)
     grid = float(np.float32(grid))
     with torch.inference_mode():
@@ -125,47 +83,12 @@ def sweep_gaussian(
     grid: float,
     probe: tuple[int, float] | None = None,
     *,
+    minus: Tensor | None = None,
     threads: int | None = None,
     block: int | None = None,
 ) -> None:
-    """`sweep` for the gaussian law: out = round((base + grid * sum_p c_p z_p) + scale * z_probe), in float32.
-
-    ids: uint64 [P], summed in this order; coefficients: float32 [P]; probe: (id, scale).
-    """
-    _sweep_gaussian([out], base, start, run_key, ids, coefficients, grid, probe, block)
-
-
-def sweep_gaussian_both(
-    plus: Tensor,
-    minus: Tensor,
-    base: Tensor,
-    start: int,
-    run_key: int,
-    ids: ArrayLike,
-    coefficients: ArrayLike,
-    grid: float,
-    probe: tuple[int, float],
-    *,
-    threads: int | None = None,
-    block: int | None = None,
-) -> None:
-    """`sweep_both` for the gaussian law: `sweep_gaussian` with the probe (id, scale) and with (id, -scale)."""
-    _sweep_gaussian([plus, minus], base, start, run_key, ids, coefficients, grid, probe, block)
-
-
-def _sweep_gaussian(
-    outputs: list[Tensor],
-    base: Tensor,
-    start: int,
-    run_key: int,
-    ids: ArrayLike,
-    coefficients: ArrayLike,
-    grid: float,
-    probe: tuple[int, float] | None,
-    block: int | None,
-) -> None:
-    _check(outputs, base, start)
-    device = base.device
+    """`sweep` for the gaussian law, as `kernels_numba.sweep_gaussian`."""
+    outputs, device = _checked(out, minus, base, start), base.device
     keys = np.asarray(ids, np.uint64)
     grid = float(np.float32(grid))
     with torch.inference_mode():
@@ -188,23 +111,6 @@ def _sweep_gaussian(
             _write(outputs, lo, hi, x, step)
 
 
-def offsets(out: Tensor, start: int, run_key: int, id: int, *, threads: int | None = None) -> None:
-    """Write `code_grid.offsets` of the elements from `start` on, of the words of direction `id`: out float32, 1-D, contiguous.
-
-    threads has no effect.
-    """
-    if out.dtype != torch.float32:
-        raise ValueError(f"offsets are float32, out is {out.dtype}")
-    _check([out], out, start)
-    shifts = torch.tensor([[0], [16]], dtype=torch.int32, device=out.device)
-    with torch.inference_mode():
-        for lo, hi, row, n_rows in _blocks(out, start, 2 * WIDTH, None):
-            (words,) = _words(run_key, np.array([id], np.uint64), row, n_rows, out.device)
-            halves = (words[:, None, :] >> shifts).bitwise_and_(0xFFFF).view(-1)
-            where = slice(start + lo - row * 2 * WIDTH, start + hi - row * 2 * WIDTH)
-            out[lo:hi].copy_(halves[where].float().mul_(2.0**-16).add_(2.0**-17))
-
-
 def _write(outputs: list[Tensor], lo: int, hi: int, x: Tensor, step: Tensor | None) -> None:
     # x + step to the first output and x - step to a second.  Both are computed first: x may lie in an output.
     moved = [x] if step is None else [x + step, x - step] if len(outputs) > 1 else [step.add_(x)]
@@ -212,8 +118,11 @@ def _write(outputs: list[Tensor], lo: int, hi: int, x: Tensor, step: Tensor | No
         out[lo:hi].copy_(values)
 
 
-def _check(outputs: list[Tensor], base: Tensor, start: int, sums: Tensor | None = None) -> None:
-    dtype = outputs[0].dtype
+def _checked(
+    out: Tensor, minus: Tensor | None, base: Tensor, start: int, sums: Tensor | None = None
+) -> list[Tensor]:
+    # The outputs; ValueError for tensors that do not fit each other.
+    dtype, outputs = out.dtype, [out] if minus is None else [out, minus]
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"weights of type {dtype}; fp32, bf16 and fp16 are known")
     reads = (dtype,) if len(outputs) == 1 else (dtype, torch.float32)
@@ -229,6 +138,7 @@ def _check(outputs: list[Tensor], base: Tensor, start: int, sums: Tensor | None 
         raise ValueError(f"sums are {sums.dtype} {list(sums.shape)}, base is {base.dtype} {list(base.shape)}")
     if start < 0:
         raise ValueError(f"start is {start}; a global index is 0 or more")
+    return outputs
 
 
 def _blocks(base: Tensor, start: int, unit: int, block: int | None) -> Iterator[tuple[int, int, int, int]]:
@@ -313,25 +223,20 @@ def _signed(words: Tensor, table: Tensor, tile: int) -> Tensor:
     return turned.bitwise_xor_(_tiled(table, tile, len(words)).view(torch.int32)).view(torch.float32)
 
 
-def _period(tables: NDArray[np.generic], law: str, device: torch.device) -> Tensor:
-    # Tables [P, K] as `_tiled` reads them.  For the hashed law the 128 values from each place on: [P, K, 128]
-    # (views of one line).  Else repeated to at least a tile, in whole tiles: [P, K / 4096 or 1, 4096].  One column stays.
-    K = tables.shape[1]
-    if law == "hashed" and K > 1:
-        line = np.concatenate([tables, np.resize(tables.T, (WIDTH - 1, len(tables))).T], axis=1)
-        return torch.from_numpy(line).to(device).unfold(1, WIDTH, 1)
-    if 1 < K < TILE:
-        tables = np.tile(tables, (1, TILE // K))
-    return torch.from_numpy(tables).to(device).view(len(tables), max(1, K // TILE), TILE if K > 1 else 1)
+def _period(tables: NDArray[np.generic], device: torch.device) -> Tensor:
+    # Tables [P, K] as `_tiled` reads them: the 128 values from each place on, [P, K, 128], which are views of
+    # one line; [P, 1, 1] for K = 1.
+    if tables.shape[1] == 1:
+        return torch.from_numpy(tables).to(device)[:, None]
+    line = np.concatenate([tables, np.resize(tables.T, (WIDTH - 1, len(tables))).T], axis=1)
+    return torch.from_numpy(line).to(device).unfold(1, WIDTH, 1)
 
 
 def _tiled(table: Tensor, tile: int, n: int) -> Tensor:
-    # The table's values in n tiles: [n, 4096], or [1, 4096] or [1, 1] to broadcast.
-    if table.shape[1] == WIDTH:
-        return table[_hashes(tile, n, table.device) % len(table)].view(n, TILE)
+    # The table's values in n tiles: [n, 4096], or [1, 1] to broadcast.
     if len(table) == 1:
         return table
-    return table[(tile + torch.arange(n, device=table.device)) % len(table)]
+    return table[_hashes(tile, n, table.device) % len(table)].view(n, TILE)
 
 
 def _hashes(tile: int, n: int, device: torch.device) -> Tensor:

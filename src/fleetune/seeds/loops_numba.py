@@ -48,23 +48,20 @@ def _philox(words, block, id, key):
 
 
 @_inlined
-def _place(end, run, hashed):
+def _place(end, run):
     # Where the values for the 128 elements of a run begin (`noise.places`) in a table of end + 1 values.
-    if not hashed:
-        return (run * u64(WIDTH)) & end
     x = (run ^ (run >> _HALF)) * _MIX
     x = (x ^ (x >> _HALF)) * _MIX
     return (x >> u64(40)) & end
 
 
 @_inner
-def _seams(tables, hashed):
-    # The last 128 values of each table and its first 128 after them, for the runs that go on at its start.
-    seams = np.empty((tables.shape[0], 2 * WIDTH), tables.dtype)
-    if hashed and tables.shape[1]:
-        for p in range(tables.shape[0]):
-            for i in range(2 * WIDTH):
-                seams[p, i] = tables[p, (i - WIDTH) & (tables.shape[1] - 1)]
+def _seams(tables):
+    # The last 128 values of each table and its first 128 after them, for the runs that go on at its start; [0, 256] of constants.
+    seams = np.empty((tables.shape[0] if tables.shape[1] >= WIDTH else 0, 2 * WIDTH), tables.dtype)
+    for p in range(seams.shape[0]):
+        for i in range(2 * WIDTH):
+            seams[p, i] = tables[p, (i - WIDTH) & (tables.shape[1] - 1)]
     return seams
 
 
@@ -97,7 +94,7 @@ def _sum_constants(acc, tile, key, ids, tables, words):
 
 
 @_inner
-def _sum_tables(acc, tile, key, ids, tables, seams, words, hashed):
+def _sum_tables(acc, tile, key, ids, tables, seams, words):
     acc[:] = 0
     end, last = u64(tables.shape[1] - 1), u64(tables.shape[1] - WIDTH)
     for p in range(ids.size):
@@ -105,7 +102,7 @@ def _sum_tables(acc, tile, key, ids, tables, seams, words, hashed):
         table, seam, w = tables[p], seams[p], words[0]
         for r in range(ROWS):
             bit, i = BITS[r], u64(r * WIDTH)
-            at = _place(end, u64(tile) * u64(ROWS) + u64(r), hashed)
+            at = _place(end, u64(tile) * u64(ROWS) + u64(r))
             if at <= last:
                 for e in range(WIDTH):
                     acc[i + u64(e)] += _signed(table[at + u64(e)], w[e], bit)
@@ -157,7 +154,7 @@ def _to_fp16(x):
 
 @_inner
 def _rows(
-    floats, codes, kinds, at, first, end, run, hashed, acc, grid, table, seam, words,
+    floats, codes, kinds, at, first, end, run, acc, grid, table, seam, words,
     probe, probe_seam, probe_words, x, step,
 ):  # fmt: skip
     # Move rows first..end, row 0 beginning at element `at` of the weights: by acc, or else by one pass's table,
@@ -182,7 +179,7 @@ def _rows(
             for e in range(WIDTH):
                 x[e] += f32(grid * f32(acc[j + u64(e)]))
         elif table.size:
-            k = _place(u64(table.size - 1), run + u64(r), hashed)
+            k = _place(u64(table.size - 1), run + u64(r))
             if k <= last:
                 for e in range(WIDTH):
                     x[e] += f32(grid * f32(i32(_signed(table[k + u64(e)], words[e], bit))))
@@ -190,7 +187,7 @@ def _rows(
                 for e in range(WIDTH):
                     x[e] += f32(grid * f32(i32(_signed(seam[k - last + u64(e)], words[e], bit))))
         if probe.size:
-            k = _place(u64(probe.size - 1), run + u64(r), hashed)
+            k = _place(u64(probe.size - 1), run + u64(r))
             if k <= probe_last:
                 for e in range(WIDTH):
                     step[e] = _turned(probe[k + u64(e)], probe_words[e], bit)
@@ -270,14 +267,14 @@ def _leave(edges, edges16, floats, codes, at, lo, n):
 def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
     # A single int32 pass needs no accumulator.  Many constants keep their one column; other tables are
     # repeated to at least a row.  Parts of tiles are moved in a tile of their own.
-    key, ids, tables, sums, grid, probe_id, probe, hashed = move
+    key, ids, tables, sums, grid, probe_id, probe = move
     summed = ids.size > 1 or sums.size or (ids.size == 1 and tables.itemsize == 8)
     acc = np.empty(TILE if summed else 0, tables.dtype)
     if tables.shape[1] < WIDTH and not (summed and tables.shape[1] == 1):
         tables = _widen(tables, WIDTH)
     if 0 < probe.size < WIDTH:
         probe = _widen(probe.reshape(1, -1), WIDTH)[0]
-    seams, probe_seam = _seams(tables, hashed), _seams(probe.reshape(1, -1), hashed)[0]
+    seams, probe_seam = _seams(tables), _seams(probe.reshape(1, -1)).reshape(-1)
     words, x, step = np.empty((5, WIDTH), u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
     edges, edges16 = _edges(TILE)
     while lo < hi:
@@ -289,7 +286,7 @@ def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
             if tables.shape[1] == 1:
                 _sum_constants(acc, tile, key, ids, tables, words)
             else:
-                _sum_tables(acc, tile, key, ids, tables, seams, words, hashed)
+                _sum_tables(acc, tile, key, ids, tables, seams, words)
             if sums.size:
                 for e in range(n):
                     acc[at + e] += i32(sums[lo + e])
@@ -303,7 +300,7 @@ def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
             to, to16, begin, first, end = edges, edges16, 0, at // WIDTH, (at + n + WIDTH - 1) // WIDTH
             _enter(edges, edges16, floats, codes, at, lo, n)
         _rows(
-            to, to16, kinds, begin, first, end, u64(tile) * u64(ROWS), hashed,
+            to, to16, kinds, begin, first, end, u64(tile) * u64(ROWS),
             acc, grid, tables.reshape(tables.size), seams.reshape(seams.size), words[0],
             probe, probe_seam, words[4], x, step,
         )  # fmt: skip
@@ -379,22 +376,9 @@ def sweep_groups(floats, codes, kinds, start, lo, hi, move):
             to, to16, begin = edges, edges16, 0
             _enter(edges, edges16, floats, codes, at, lo, n)
         _rows(
-            to, to16, kinds, begin, 0, 1, u64(0), 0, acc, grid, table, table, plain,
+            to, to16, kinds, begin, 0, 1, u64(0), acc, grid, table, table, plain,
             probe, probe, plain, x, step,
         )  # fmt: skip
         if n < WIDTH:
             _leave(edges, edges16, floats, codes, at, lo, n)
         lo += n
-
-
-@cached_njit
-def fill_offsets(floats, codes, kinds, start, lo, hi, move):
-    # `code_grid.offsets`: a row of words serves 256 elements, 128 by their low halves and 128 by their high ones.
-    out, words = floats[PLUS], np.empty(WIDTH, u32)
-    for row in range((start + lo) // (2 * WIDTH), (start + hi - 1) // (2 * WIDTH) + 1):
-        _philox(words, u64(row) * u64(32), move[1], move[0])
-        for half in range(2):
-            first, shift = (2 * row + half) * WIDTH - start, u32(16 * half)
-            for e in range(max(first, lo), min(first + WIDTH, hi)):
-                bits = i32(words[e - first] >> shift & u32(0xFFFF))
-                out[e] = f32(f32(bits) * f32(2.0**-16)) + f32(2.0**-17)

@@ -16,9 +16,8 @@ Laws
   z[i] = D[i] * H[place(i), k], D the sign for id = epoch, H[j, k] = (-1)^popcount(j & k) (Walsh-Hadamard).
   The sum of all K of them is sum_k a_k z_k[i] = D[i] * (H a)[place(i)].  place(i) = (h(i // 128) + i mod 128) mod K:
   a run of 128 elements takes 128 places from a hashed one on.  Two members are nearly orthogonal over the whole model
-  and over any part of it, such as a column of a matrix.
-- pooled: the same with place(i) = i mod K.  Two members are exactly orthogonal over whole multiples of K, but in a
-  column of a matrix whose width shares a factor with K they are one direction up to its sign, or few (benchmarks/laws.py).
+  and over any part of it, such as a column of a matrix (with place(i) = i mod K they would not be: a column whose width
+  shares a factor with K would see one direction up to its sign, or few).
 - gaussian: Box-Muller (1958) on the words of the block group*32 + j for the 128 elements of a group; see
   `normals`.  Its sums are floats, so their order matters: ids ascend.
 """
@@ -35,8 +34,8 @@ from numpy.typing import ArrayLike, NDArray
 from fleetune.errors import UsageError
 
 LAW_VERSION = 1
-LAWS = ("hashed", "pooled", "rademacher", "gaussian")
-POOLS = ("hashed", "pooled")  # laws with K directions in one pass
+LAWS = ("hashed", "rademacher", "gaussian")
+POOL = "hashed"  # the law with K directions in one pass
 MOST = 1 << 24  # directions of a pool: the table of a pass has as many numbers
 PASSES = 1 << 20  # of a sum: ten times the 100,000 steps of the longest runs in MeZO's paper
 TABLES = 1 << 26  # numbers in the tables of all passes, 256 MiB: 67 million steps along fresh directions
@@ -113,10 +112,8 @@ def run_hashes(runs: NDArray[np.uint64]) -> NDArray[np.int64]:
     return hashes
 
 
-def places(law: str, K: int, start: int, count: int) -> NDArray[np.int64]:
+def places(K: int, start: int, count: int) -> NDArray[np.int64]:
     """Return the row of a pool's K x K matrix that elements start .. start+count-1 take: int64 [count]."""
-    if law != "hashed":
-        return np.arange(start, start + count, dtype=np.int64) % K
     first, last = start // WIDTH, -(-(start + count) // WIDTH)
     h = run_hashes(np.arange(first, last, dtype=np.uint64))
     found: NDArray[np.int64] = (h[:, None] + np.arange(WIDTH)) & (K - 1)
@@ -272,8 +269,8 @@ def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
     ids, sums = merged(ids, coefficients.astype(np.int64))
     sums = sums.astype(np.int32 if most < 2.0**31 else np.int64, copy=False)
     tables = sums[:, None]
-    if law in POOLS:
-        ids, tables = _pool(law, ids, sums, K)
+    if law == POOL:
+        ids, tables = _pool(ids, sums, K)
     else:
         check_size(law, K, len(ids))
     reach = int(np.maximum(tables.max(axis=1, initial=0), -tables.min(axis=1, initial=0)).sum())
@@ -283,12 +280,12 @@ def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
 def count_passes(law: str, ids: Ids, coefficients: NDArray[Any]) -> int:
     """Return the number of passes that `passes` makes of these entries, without their tables."""
     found, _ = merged(ids, coefficients.astype(np.int64))
-    return len(np.unique(found >> np.uint64(32))) if law in POOLS else len(found)
+    return len(np.unique(found >> np.uint64(32))) if law == POOL else len(found)
 
 
 def check_size(law: str, K: int, count: int) -> None:
     """Raise UsageError for more passes, or more numbers in their tables, than any run makes: `PASSES`, `TABLES`."""
-    if law in POOLS and count * K > TABLES:
+    if law == POOL and count * K > TABLES:
         raise UsageError(
             f"{count:,} epochs of K = {K} directions need tables of {count * K:,} numbers, {TABLES:,} at most",
             hint="a run of that size takes a smaller K, or fewer epochs",
@@ -303,7 +300,7 @@ def check_size(law: str, K: int, count: int) -> None:
 def probe(law: str, K: int, id: int) -> tuple[int, NDArray[np.int8]]:
     """Return one direction as (Philox id, table): z[i] = sign(Philox id)[i] * table[place(i)], see `places`."""
     check_law(law, K)
-    if law in POOLS:
+    if law == POOL:
         return id >> 32, hadamard_column(K, id & LOW)
     return id, np.ones(1, np.int8)
 
@@ -312,7 +309,7 @@ def check_law(law: str, K: int) -> None:
     """Raise UsageError unless the law exists and, for a pool, K is a power of two of at most `MOST`."""
     if law not in LAWS:
         raise UsageError(f"there is no law {law!r}", hint=f"one of: {', '.join(LAWS)}")
-    if law in POOLS and _power_of_two(K) > MOST:
+    if law == POOL and _power_of_two(K) > MOST:
         raise UsageError(f"K = {K} is more than {MOST:,} directions", hint=f"use {MOST} or less")
 
 
@@ -336,12 +333,12 @@ def merged(ids: Ids, values: Sums) -> tuple[Ids, Sums]:
     return unique[sums != 0], sums[sums != 0]
 
 
-def _pool(law: str, ids: Ids, sums: NDArray[Any], K: int) -> tuple[Ids, NDArray[Any]]:
+def _pool(ids: Ids, sums: NDArray[Any], K: int) -> tuple[Ids, NDArray[Any]]:
     k = ids & np.uint64(LOW)
     if len(k) and int(k.max()) >= K:
         raise UsageError(f"direction {int(k.max())} is outside a pool of K = {K}", hint=f"use 0 to {K - 1}")
     epochs, row = np.unique(ids >> np.uint64(32), return_inverse=True)
-    check_size(law, K, len(epochs))
+    check_size(POOL, K, len(epochs))
     a = np.zeros((len(epochs), K), sums.dtype)
     a[row, k.astype(np.int64)] = sums
     for line in a:

@@ -10,7 +10,7 @@ and (1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, witho
 (Shu et al., ICML 2025, arXiv 2409.06277) projects first-order updates on seeded directions too; its
 directions are independent, so it pays a pass over the weights for each.
 
-Neither the weights nor a gradient ever exist whole: backward makes both a row block at a time (`tape`), and the gradient is
+Neither the weights nor a gradient ever exist whole: backward makes both a row block at a time (`Tape`), and the gradient is
 folded at once (`Projection`).  The activations are those of one layer (`models/checkpointing`).
 """
 
@@ -29,9 +29,9 @@ from fleetune.data import Batch
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.checkpointing import by_layer
 from fleetune.models.model import Model
+from fleetune.seeds.moved_modules import Tape
 from fleetune.seeds.noise import EMPTY, fwht, passes, places
 from fleetune.seeds.spsa import Position
-from fleetune.seeds.tape import Tape
 from fleetune.seeds.view import CHUNK, View
 
 ONE = np.ones(1, np.float32)
@@ -45,7 +45,6 @@ def fold(
     epoch: int,
     kernels: ModuleType,
     *,
-    law: str,
     threads: int | None = None,
 ) -> None:
     """Add the fold of a gradient: sums[j] += sum over place(i) = j of D[i] g[i], D the signs of `epoch`, K = len(sums).
@@ -58,7 +57,7 @@ def fold(
         x = flat[lo : lo + CHUNK].float()
         signs = torch.zeros_like(x)
         kernels.sweep(signs, signs, start + lo, run_key, EMPTY, 1.0, (epoch, ONE), threads=threads)
-        where = torch.from_numpy(places(law, K, start + lo, x.numel())).to(x.device)
+        where = torch.from_numpy(places(K, start + lo, x.numel())).to(x.device)
         part = torch.zeros(K, device=x.device).index_add_(0, where, signs.mul_(x))
         sums += part.cpu().numpy()
 
@@ -74,7 +73,7 @@ class Projection:
         """Fold the gradient of elements from `start` on."""
         view = self.view
         fold(
-            self.sums, gradient, start, view.run_key, self.epoch, view.kernels, law=view.law, threads=view.threads
+            self.sums, gradient, start, view.run_key, self.epoch, view.kernels, threads=view.threads
         )  # fmt: skip
 
     def take(self) -> np.ndarray:

@@ -40,22 +40,22 @@ def rounding(run_key: int, start: int, count: int) -> NDArray[np.uint8]:
     return every[start - RUN * first :][:count].copy()
 
 
-def summed(passes: Passes, law: str, run_key: int, start: int, count: int) -> NDArray[np.int64]:
+def summed(passes: Passes, run_key: int, start: int, count: int) -> NDArray[np.int64]:
     """Return the integer sum of passes at elements start .. start+count-1: int64 [count]; not of the gaussian law."""
     total = np.zeros(count, np.int64)
-    where = noise.places(law, passes.tables.shape[1], start, count)
+    where = noise.places(passes.tables.shape[1], start, count)
     for id, table in zip(passes.ids.tolist(), passes.tables, strict=True):
         total += noise.signs(run_key, id, start, count) * table.astype(np.int64)[where]
     return total
 
 
 def moved(
-    bits: NDArray[np.uint16], start: int, run_key: int, passes: Passes, law: str, grid: float
+    bits: NDArray[np.uint16], start: int, run_key: int, passes: Passes, grid: float
 ) -> NDArray[np.uint16]:
     """Return the bits of scales after passes: uint16 [n] -> uint16 [n]; `start` is the global number of the first."""
     p = (bits & 0x7FFF).astype(np.float32) / np.float32(STEPS)
     if len(passes.ids):
-        p = summed(passes, law, run_key, start, len(bits)).astype(np.float32) * np.float32(grid) + p
+        p = summed(passes, run_key, start, len(bits)).astype(np.float32) * np.float32(grid) + p
     u = (rounding(run_key, start, len(bits)).astype(np.float32) + np.float32(0.5)) / np.float32(256)
     whole = np.clip(np.floor(p * np.float32(STEPS) + u), 0, LARGEST).astype(np.uint16)
     return np.where(bits & 0x7FFF, whole | (bits & 0x8000), bits)

@@ -1,66 +1,128 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Move the scales of a quantised base, and leave its codes as they are.
+"""Run a net whose matrices lie in a GGUF file as blocks of codes and scales, with the scales moved and the codes as they are.
 
-Training the scales alone (PEQA, Kim et al. 2023, arXiv 2305.14152; EfficientQAT, Chen et al. 2024, arXiv 2407.11062) leaves a
-file of the same codes.  Here a direction moves them on the grid of fp16 itself (`scale_grid.py`).  z has a number for each
-scale, a 16th or a 32nd of what the weights would need, so a pass costs next to nothing.
+A block of ggml holds 32 codes q and one or two fp16 numbers, its scale d and perhaps an offset m: w = d q + m.  Training d and
+m alone (PEQA, Kim et al. 2023, arXiv 2305.14152; EfficientQAT, Chen et al. 2024, arXiv 2407.11062) leaves a file of the same
+codes, so nothing is rounded after training; whatever is not in blocks stays.  A direction moves them on the grid of fp16 itself
+(`scale_grid.py`): with b the bits of |d| as a whole number, p = b / 1024 is about log2 |d|, and a scale at p has the bits
+floor(1024 p + u).  z has a number for each scale, a 16th or a 32nd of what the weights would need, so a pass costs next to
+nothing.
 
-For back-propagation the rounding is passed over (`scale_steps.py`).
+For back-propagation the rounding is passed over (straight-through):
+
+    dL/dp = 2^e sign(d) sum_q q dL/dw        of an offset m: 2^e sign(m) sum_q dL/dw        e the exponent of d or m
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.common.ggml import BLOCK, HALVES
-from fleetune.models.mapped.lazy import LazyWeight
+from fleetune.common import ggml
+from fleetune.common.ggml import BLOCK, HALVES, SCALES
+from fleetune.errors import UsageError
+from fleetune.models.dtypes import WEIGHTS
+from fleetune.models.mapped.lazy import LazyWeight, in_blocks, kinds_of
 from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
-from fleetune.seeds.block_view import BlockView, weight_of
-from fleetune.seeds.scale_grid import rounding
-from fleetune.seeds.scale_steps import gradient_of_places, on_grid, place_of
-from fleetune.seeds.slots import WeightSlot
+from fleetune.models.mapped.stored import check_scales
+from fleetune.models.model import Model, Pieces, named_tensors
+from fleetune.seeds.moved_modules import WeightSlot, layout
+from fleetune.seeds.scale_grid import LARGEST, STEPS, rounding
+from fleetune.seeds.view import CHUNK, View
 
 
-class ScaleView(BlockView):
+class ScaleView(View):
     """Runs a net whose matrices lie in a GGUF file, with other scales than the file's."""
 
-    part: ClassVar[str] = "scales"
-
     def __init__(self, named: Iterable[tuple[str, Tensor]], net: Any, **how: Any) -> None:
-        super().__init__(named, net, **how)
+        super().__init__([(n, t) for n, t in named if in_blocks(t)], net, **how)
         self.folds = True
         self._offsets: dict[str, Tensor] = {}
 
     @staticmethod
-    def shape_of(weight: LazyWeight) -> tuple[int, ...]:
-        """Return [rows, blocks, 1 or 2]: the shape of the scales of a weight."""
-        return (weight.shape[0], weight.shape[1] // BLOCK, HALVES[weight.stored.kind])
+    def layout(named: Iterable[tuple[str, Tensor]]) -> list[WeightSlot]:
+        """Lay the scales end to end; a slot has the weight that its scales are of."""
+        weights = dict(named)
+        scales = [
+            (name.removesuffix(f".{SCALES}"), torch.zeros(()).expand(shape))
+            for name, shape in _scales_of(weights.items())
+        ]
+        return [slot._replace(tensor=weights[slot.name]) for slot in layout(scales)]
 
     def moved_slots(self) -> list[WeightSlot]:
         """Return the scales."""
-        return [s._replace(tensor=torch.zeros(()).expand(self.shape_of(weight_of(s)))) for s in self.slots]
+        return [s._replace(tensor=torch.zeros(()).expand(_shape(_weight(s)))) for s in self.slots]
 
     def pulled_back(self, slot: WeightSlot, first: int, gradient: Tensor) -> tuple[int, Tensor]:
         """Return the gradient of p, from that of whole rows from element `first` on."""
-        stored = weight_of(slot).stored
+        stored = _weight(slot).stored
         top, end = first // stored.width, (first + gradient.numel()) // stored.width
         blocks, (bits,) = self._bits(slot, top, end, signs=1)
         moved = gradient_of_places(gradient, blocks, bits, stored.kind)
         return slot.start + top * _per_row(slot), moved.view(-1)
 
-    def packed_rows(self, slot: WeightSlot, top: int, end: int) -> np.ndarray:
-        """Return the bits of the fp16 scales of rows top..end at the view's point, uint16 [rows, scales of a row]."""
-        bits: np.ndarray = self._bits(slot, top, end, signs=1)[1][0].numpy()
-        return bits.view(np.uint16).reshape(end - top, -1)
+    def packed(self, slot: WeightSlot) -> np.ndarray:
+        """Return the bits of a matrix's scales at the view's point: uint16 [rows, scales of a row], rows as in the model."""
+        count, width = _weight(slot).stored.shape
+        step = max(1, CHUNK // width)
+        parts = [
+            self._bits(slot, top, min(top + step, count), signs=1)[1][0].numpy()
+            for top in range(0, count, step)
+        ]
+        return np.concatenate(parts).view(np.uint16).reshape(count, -1)
 
-    def rows(self, slot: WeightSlot, top: int, end: int, signs: int) -> Tensor:
-        """Return rows at the view's point: the file's codes times its scales, moved; as `BlockView.rows`."""
-        weight = weight_of(slot)
+    def piece(self, slot: WeightSlot, first: int, last: int, out: Tensor | None = None) -> Tensor:
+        """Return elements first..last of a matrix at the view's point, as `View.piece` does."""
+        if self.point is None and self.direction is None and not self.folded.sums:
+            self.reached.add(slot.name)
+            base = self.read(slot, first, last)
+            return base if out is None else out.copy_(base)
+        (found,) = self._made(slot, first, last, signs=1)
+        return found if out is None else out.copy_(found)
+
+    def signs(self, slot: WeightSlot, first: int, last: int) -> tuple[Tensor, ...]:
+        """Return (piece,) or, while both signs run, also that for the probe's opposite."""
+        return self._made(slot, first, last, signs=2) if self.paired else (self.piece(slot, first, last),)
+
+    def pieces(self) -> Iterator[tuple[str, Pieces | Tensor]]:  # type: ignore[override]
+        """Yield (name, tensor) of all tensors of the net at the view's point, those in blocks in pieces."""
+        slots = {slot.name: slot for slot in self.slots}
+        for name, tensor in named_tensors(self.net):
+            if (slot := slots.get(name)) is None:
+                yield name, tensor
+            else:
+                yield name, Pieces(tensor.dtype, tensor.shape, self._pieces(slot))
+
+    def write(self) -> None:
+        """Overwrite the stored weights with the view's point, and take the view off: nothing is in blocks any more."""
+        super().write()
+        self.remove()
+
+    def storing(self) -> Any:
+        """Refuse: a direction that is written out is one of weights in memory."""
+        raise UsageError("a direction of scales is not written out", hint="use mezo, fedkseed or onebyte")
+
+    def _made(self, slot: WeightSlot, first: int, last: int, signs: int) -> tuple[Tensor, ...]:
+        self.reached.add(slot.name)
+        weight = _weight(slot)
+        width = weight.stored.width
+        top, end = first // width, -(-last // width)
+        begin = top * width
+        return tuple(
+            numbers[first - begin : last - begin].to(weight.dtype)
+            for numbers in self._rows(slot, top, end, signs)
+        )
+
+    def _rows(self, slot: WeightSlot, top: int, end: int, signs: int) -> Tensor:
+        """Return rows at the view's point, and for 2 signs at the opposite: the file's codes times its scales, moved.
+
+        float32 [signs, numbers], in scratch, which the next call overwrites.
+        """
+        weight = _weight(slot)
         blocks, moved = self._bits(slot, top, end, signs)
         room = self._take(signs * (end - top) * weight.stored.width, torch.float32).view(signs, -1, BLOCK)
         write_codes(room[-1], blocks, weight.stored.kind)
@@ -72,7 +134,7 @@ class ScaleView(BlockView):
 
     def _bits(self, slot: WeightSlot, top: int, end: int, signs: int) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the blocks of some rows, uint8 [n, bytes], and for each sign the bits of their scales int16 [n, 1 or 2]."""
-        stored, per_row = weight_of(slot).stored, _per_row(slot)
+        stored, per_row = _weight(slot).stored, _per_row(slot)
         blocks = stored.blocks(top, end)
         bits = scale_bits(blocks, stored.kind)
         flat = bits.view(-1)
@@ -93,6 +155,75 @@ class ScaleView(BlockView):
         return self._offsets[slot.name]
 
 
+def moved_tensors(model: Model) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    """Return (name, shape, dtype) of what directions move of a model, in name order; ModelError where it has none."""
+    named = named_tensors(model.net)
+    if model.trains == SCALES:
+        return tuple((name, shape, WEIGHTS[model.dtype].full) for name, shape in _scales_of(named))
+    return tuple((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in named)
+
+
+def scales_share(model: Model) -> list[str]:
+    """Say how much a model trains whose layers are not all in blocks that have scales, in one text; [] for others."""
+    share = ggml.share(kinds_of(named_tensors(model.net))) if model.trains == SCALES else ""
+    return [share] if share else []
+
+
+def view_type(model: Model) -> type[View]:
+    """Return the view that moves what `model.trains` says."""
+    return ScaleView if model.trains == SCALES else View
+
+
+def view_on(model: Model, *, run_key: int, law: str, grid: float) -> View:
+    """Return a view of a model that moves what `model.trains` says."""
+    return view_type(model)(named_tensors(model.net), model.net, run_key=run_key, law=law, grid=grid)
+
+
+def place_of(bits: Tensor) -> Tensor:
+    """Return p of scales by their bits int16: float32 of the same shape."""
+    return (bits & 0x7FFF).float().div_(STEPS)
+
+
+def on_grid(p: Tensor, bits: Tensor, u: Tensor | float) -> Tensor:
+    """Return the bits of the scales at p, which is overwritten: int16, in the sign of the file's `bits`; a scale of 0 stays."""
+    whole = p.mul_(STEPS).add_(u).floor_().clamp_(0, LARGEST)
+    found = whole.to(torch.int16) | (bits & -0x8000)
+    return torch.where((bits & 0x7FFF) == 0, bits, found)
+
+
+def slope(bits: Tensor) -> Tensor:
+    """Return dd/dp of scales: 2^(e - 15) in the sign of d, with e the exponent's bits (0: as 1)."""
+    power = (bits & -0x400).view(torch.float16).float()
+    return torch.where((bits & 0x7C00) == 0, (1.0 - 2.0 * (bits < 0)) * 2.0**-14, power)
+
+
+def gradient_of_places(of_weights: Tensor, blocks: Tensor, bits: Tensor, kind: str) -> Tensor:
+    """Return dL/dp from dL/dw [n, 32] of blocks uint8 [n, bytes] whose scales have the bits int16 [n, 1 or 2]."""
+    g = of_weights.reshape(-1, BLOCK).float()
+    codes = torch.empty_like(g)
+    write_codes(codes, blocks, kind)
+    parts = [codes.mul_(g).sum(1)] + [g.sum(1)] * (bits.shape[1] - 1)
+    return torch.stack(parts, 1).mul_(slope(bits))
+
+
+def _scales_of(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, tuple[int, ...]]]:
+    """Return (name, shape) of the scales of a net; ModelError where none of its layers is in blocks."""
+    named = list(named)
+    check_scales(kinds_of(named))
+    return [(f"{n}.{SCALES}", _shape(t)) for n, t in named if isinstance(t, LazyWeight) and in_blocks(t)]
+
+
+def _shape(weight: LazyWeight) -> tuple[int, ...]:
+    """Return [rows, blocks, 1 or 2]: the shape of the scales of a weight."""
+    return (weight.shape[0], weight.shape[1] // BLOCK, HALVES[weight.stored.kind])
+
+
+def _weight(slot: WeightSlot) -> LazyWeight:
+    """Return the weight of a slot, which lies in a file."""
+    assert isinstance(slot.tensor, LazyWeight)
+    return slot.tensor
+
+
 def _per_row(slot: WeightSlot) -> int:
-    stored = weight_of(slot).stored
+    stored = _weight(slot).stored
     return stored.width // BLOCK * HALVES[stored.kind]

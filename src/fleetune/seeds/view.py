@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Final
@@ -36,28 +36,28 @@ from fleetune.models import unmerged
 from fleetune.models.mapped.lazy import LazyWeight
 from fleetune.models.mapped.net import replace_parameters
 from fleetune.models.model import Pieces
-from fleetune.seeds import kernel_choice, moved_modules
-from fleetune.seeds.folded_sums import FoldedSums
+from fleetune.seeds import VARIABLE, chosen_kernels, moved_modules
+from fleetune.seeds.moved_modules import Direction, Read, RowBlocks, Tape, WeightSlot, layout, read_stored
 from fleetune.seeds.noise import EMPTY, Passes
-from fleetune.seeds.slots import Direction, Read, WeightSlot, layout, read_stored
-from fleetune.seeds.stored_direction import StoredDirection
-from fleetune.seeds.tape import RowBlocks, Tape
 
 log = logging.getLogger(__name__)
 
 CALL = 16  # rows of a table that are made in about the time of a call
+FOLD = 16  # passes that are computed in each forward before they are folded
+PIECE = 1 << 20  # elements that are folded at a time
+EXACT = 1 << 24  # integers below this are exact in float32
 CHUNK = 1 << 20  # elements of scratch: 4 MB in fp32, so that it stays in the cache until the product reads it
 
 
 def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
     """Return the kernel module for a device: Numba on a CPU that has it, plain torch everywhere else.
 
-    `backend` is auto (see `kernel_choice`), numba or torch; UsageError when numba is asked for and is not usable here.
+    `backend` is auto (see `chosen_kernels`), numba or torch; UsageError when numba is asked for and is not usable here.
     """
-    wanted = kernel_choice.chosen_kernels(backend)
+    wanted = chosen_kernels(backend)
     if wanted == "torch" or (wanted == "auto" and device.type != "cpu"):
         return importlib.import_module("fleetune.seeds.kernels_torch")
-    hint = f"{kernel_choice.VARIABLE}=auto takes torch's kernels there"
+    hint = f"{VARIABLE}=auto takes torch's kernels there"
     if device.type != "cpu":
         raise UsageError(f"Numba's kernels are for a CPU, the weights are on {device.type}", hint=hint)
     try:
@@ -103,7 +103,8 @@ class View:
         self.stored: StoredDirection | None = None  # where a probe's direction is written out, if anywhere
         self.tape: Tape | None = None  # while what the net computes can be back-propagated
         self.reached: set[str] = set()
-        self.folded = FoldedSums(self.moved_slots(), run_key, law, self.kernels, threads)
+        self.heard: Callable[[], None] = lambda: None  # called before each piece of work, and may raise
+        self.folded = FoldedSums(self.moved_slots(), run_key, self.kernels, threads)
         self._scratch = torch.empty(0)
         self.net = net
         self.owners: list[tuple[nn.Module, dict[str, WeightSlot]]] = []  # wrapped modules and what they own
@@ -128,14 +129,14 @@ class View:
     def place(self, passes: Passes | None, *, fold: bool = True) -> None:
         """Set the point: the ledger's passes, or None for the base.
 
-        With `fold`, the sum of many passes is cached for the next forwards (see `folded_sums`); without, each
+        With `fold`, the sum of many passes is cached for the next forwards (see `FoldedSums`); without, each
         pass is computed each time, in no more memory.
         """
         self.point = passes if passes is not None and len(passes.ids) else None
         if not fold:
             self.folded.forget()
         elif self.law != "gaussian" and self.folds:  # gaussian sums are floats, in a stated order
-            self.point = self.folded.rest(self.point)
+            self.point = self.folded.rest(self.point, self.heard)
 
     def probe(self, direction: Direction | None, eps: float = 0.0) -> None:
         """Add `eps * z` to the point, for the direction (Philox id, table [K]) of `noise.probe`; None ends it."""
@@ -167,6 +168,7 @@ class View:
         The result lives in `out`, or in shared scratch that the next call overwrites, or (when nothing is
         placed or probed) is the stored memory itself.
         """
+        self.heard()
         self.reached.add(slot.name)
         base = self.read(slot, first, last)
         sums = self.folded.sums.get(slot.name)
@@ -212,27 +214,14 @@ class View:
         if self.law == "gaussian":
             c = point.tables[:, 0].astype(np.float32)
             scaled = probe and (probe[0], float(probe[1][0]))
-            if minus is None:
-                self.kernels.sweep_gaussian(out, base, start, self.run_key, point.ids, c, self.grid, scaled)
-            else:
-                self.kernels.sweep_gaussian_both(
-                    out, minus, base, start, self.run_key, point.ids, c, self.grid, scaled
-                )
+            self.kernels.sweep_gaussian(
+                out, base, start, self.run_key, point.ids, c, self.grid, scaled, minus=minus
+            )
             return
-        outs = (out,) if minus is None else (out, minus)
-        sweep = self.kernels.sweep if minus is None else self.kernels.sweep_both
-        sweep(
-            *outs,
-            base,
-            start,
-            self.run_key,
-            point,
-            self.grid,
-            probe,
-            law=self.law,
-            threads=self.threads,
-            sums=sums,
-        )
+        self.kernels.sweep(
+            out, base, start, self.run_key, point, self.grid, probe,
+            minus=minus, threads=self.threads, sums=sums,
+        )  # fmt: skip
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of every trainable tensor at the view's point, in name order."""
@@ -397,3 +386,130 @@ class View:
                 # `losses` reads the head's weights block by block
                 module.__dict__["row_blocks"] = RowBlocks(self, own["weight"])
             self.owners.append((module, own))
+
+
+class FoldedSums:
+    """The integer sums of some passes over the elements of tensors, and which passes were summed.
+
+    A view computes every pass of its point anew in each forward.  For a pool that is one pass whatever K is.  Independent
+    directions are a pass each, so beyond `FOLD` of them their sum is cached, 4 bytes a weight, and only what changed since
+    is computed.  The sums are integers in float32, exact below 2^24; where they could reach that, nothing is cached and
+    the view is slow but still exact.
+    """
+
+    def __init__(
+        self, slots: Sequence[WeightSlot], run_key: int, kernels: ModuleType, threads: int | None
+    ) -> None:
+        self.slots, self.run_key = slots, run_key
+        self.kernels, self.threads = kernels, threads
+        self.folded: Passes | None = None
+        self.reach = 0  # the largest sum anywhere
+        self.sums: dict[str, Tensor] = {}
+
+    def rest(self, point: Passes | None, heard: Callable[[], None]) -> Passes | None:
+        """Return the passes that `point` has beside the sums; fold them in first when they are many.
+
+        `heard()` is called before each piece of that work; what it raises leaves no sums.
+        """
+        if self.folded is None and (point is None or len(point.ids) <= FOLD):
+            return point
+        left = difference(point, self.folded)
+        if len(left.ids) <= FOLD and self.reach + _most(left) < EXACT:
+            return left
+        if self.reach + _most(left) >= EXACT:
+            log.warning(
+                "slow: the sums of %d directions could pass 2^24: they are computed anew each time",
+                len(left.ids),
+            )
+            self.forget()
+            return point
+        try:
+            self._fold(left, heard)
+        except BaseException:
+            self.forget()
+            raise
+        self.folded = point
+        return None
+
+    def forget(self) -> None:
+        """Drop the sums and their memory."""
+        self.folded, self.reach, self.sums = None, 0, {}
+
+    def _fold(self, passes: Passes, heard: Callable[[], None]) -> None:
+        """Add passes to the sums, and measure the largest sum."""
+        self.reach = 0
+        for slot in self.slots:
+            if slot.name not in self.sums:
+                self.sums[slot.name] = torch.zeros(slot.tensor.numel(), device=slot.tensor.device)
+            sums = self.sums[slot.name]
+            for first in range(0, sums.numel(), PIECE):
+                heard()
+                part = sums[first : first + PIECE]
+                start = slot.start + first
+                self.kernels.sweep(part, part, start, self.run_key, passes, 1.0, threads=self.threads)
+            low, high = torch.aminmax(sums)
+            self.reach = max(self.reach, int(-low), int(high))
+
+
+def difference(new: Passes | None, old: Passes | None) -> Passes:
+    """Return the passes that lead from `old` to `new`, without those that cancel."""
+    sides = [(p, sign) for p, sign in ((new, 1), (old, -1)) if p is not None]
+    K = max(p.tables.shape[1] for p, _ in sides)
+    ids, where = np.unique(np.concatenate([p.ids for p, _ in sides]), return_inverse=True)
+    tables = np.zeros((len(ids), K), np.int64)
+    first = 0
+    for p, sign in sides:
+        np.add.at(tables, where[first : first + len(p.ids)], sign * p.tables.astype(np.int64))
+        first += len(p.ids)
+    nonzero = tables.any(axis=1)
+    left = Passes(ids[nonzero], tables[nonzero])
+    return Passes(left.ids, left.tables.astype(np.int32)) if _most(left) < 1 << 31 else left
+
+
+def _most(passes: Passes) -> int:
+    """Return the largest sum that these passes can make at any element."""
+    return int(np.abs(passes.tables.astype(np.int64)).max(axis=1, initial=0).sum())
+
+
+class StoredDirection:
+    """One direction at a time, written out in full: z[i] for every weight i, in the weights' dtype and on their device.
+
+    Classical zeroth-order methods do so, at the price of one more copy of the weights.  It is here to be measured
+    (`methods/zosgd.py`).  The numbers are those that the kernels compute on the fly, rounded to the weights' type: exact
+    for directions of +1 and -1.
+    """
+
+    def __init__(
+        self, slots: Sequence[WeightSlot], run_key: int, law: str, kernels: ModuleType, threads: int | None
+    ) -> None:
+        self.slots, self.run_key, self.law = slots, run_key, law
+        self.kernels, self.threads = kernels, threads
+        self.z: dict[str, Tensor] = {}
+        self.direction: Direction | None = None
+        self.eps = 0.0
+
+    def write(self, direction: Direction, eps: float) -> None:
+        """Write `direction` out, unless it is stored already; `eps` is the factor that `add` takes."""
+        self.eps = float(np.float32(eps))
+        last = self.direction
+        if last is not None and last[0] == direction[0] and np.array_equal(last[1], direction[1]):
+            return
+        for slot in self.slots:
+            if slot.name not in self.z:
+                like = slot.tensor
+                self.z[slot.name] = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+            self._write(self.z[slot.name].zero_(), slot.start, direction)
+        self.direction = direction
+
+    def add(self, x: Tensor, name: str, first: int) -> None:
+        """Add eps z to x: float32 elements from `first` on of the tensor `name`."""
+        x.add_(self.z[name][first : first + x.numel()].float() * self.eps)
+
+    def _write(self, z: Tensor, start: int, direction: Direction) -> None:
+        id, table = direction
+        if self.law == "gaussian":
+            none = np.zeros(0, np.float32)
+            self.kernels.sweep_gaussian(z, z, start, self.run_key, EMPTY.ids, none, 1.0, (id, 1.0))
+        else:
+            probe = (id, table.astype(np.float32))
+            self.kernels.sweep(z, z, start, self.run_key, EMPTY, 1.0, probe, threads=self.threads)

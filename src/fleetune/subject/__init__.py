@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from fleetune.common import sums
 from fleetune.common.shell import quoted
-from fleetune.errors import ModelError, UsageError
-from fleetune.models import adapter_folder, seals
-from fleetune.models.artefact_folder import FILE, is_master
+from fleetune.errors import UsageError
+from fleetune.models import adapter_folder
+from fleetune.models.artefact_folder import is_master
 from fleetune.runs import compression_folder, folder_names, rundir
 from fleetune.runs.compression_folder import CompressRequest
 
@@ -132,7 +132,7 @@ class Compressed:
         UsageError when the compression is not finished, ModelError when a file is not what was written.
         """
         if self.artefact is not None:
-            seals.check(self.artefact, remedy=f"copy {self.artefact} again from where it was made")
+            sums.check(self.artefact, remedy=f"copy {self.artefact} again from where it was made")
             return self.artefact
         assert self.folder is not None
         return check_compressed(self.folder)
@@ -237,10 +237,10 @@ class Plain:
     def directory(self, *, offline: bool = False) -> Path:
         """Return its Hugging Face directory, fetched or converted first if necessary; all its files are as it states."""
         from fleetune import models
-        from fleetune.models import stated
+        from fleetune.models import cache
 
         path = models.resolve(self.name, offline=offline)
-        stated.check(path)
+        sums.check(path, remedy=cache.remedy(path))
         return path
 
 
@@ -329,18 +329,11 @@ def _codes(name: str, found: Compressed) -> UsageError:
 def check_compressed(folder: Path) -> Path:
     """Return the model of a finished compression, as it was written.
 
-    UsageError when it is not finished, ModelError for a file that is not what its list states, or a list or codes that are
-    not what the compression recorded.
+    UsageError when it is not finished, ModelError for a file that is not what its list states.
     """
     model, record = compression_folder.model_in(folder), compression_folder.record(folder)
-    remedy, codes = (
-        f"compress again: fleetune compress {quoted(record['model'])} --method {record.get('method')}",
-        model / FILE,
-    )
-    expected = record.get("result", {}).get("digest")
-    if expected and codes.is_file() and (found := sums.sha256(codes)) != expected:
-        raise ModelError(sums.differs(codes, found, str(expected), compression_folder.RECORD), hint=remedy)
-    seals.check(model, remedy=remedy)
+    command = f"fleetune compress {quoted(record['model'])} --method {record.get('method')}"
+    sums.check(model, remedy=f"compress again: {command}")
     return model
 
 

@@ -5,7 +5,7 @@ A field may be a number, a text, an array, a dict of arrays, or a Ledger; its ki
 that `init` gives, so a checkpoint holds data only.
 
 A checkpoint also names all that it stands on (`StandsOn`): the recipe's options, digests of the base model and of the
-rows, metrics.jsonl as it was then, and the clients' memories with round and CRC-32.  Those of earlier versions name nothing.
+rows, how long metrics.jsonl was then, and the clients' memories with round and CRC-32.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ import numpy as np
 
 from fleetune.common.files import read_bytes, regular
 from fleetune.errors import MessageError
-from fleetune.runs import sealed
-from fleetune.runs.metrics import Tally
 from fleetune.runs.rundir import RunDir, checkpoints
-from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.ledger_head import LedgerHead
+from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import messages
 from fleetune.tuning.course import NAME as COURSE
 from fleetune.tuning.course import Course
@@ -54,11 +51,11 @@ class StandsOn:
     base: str  # digest of the base model
     rows: str  # digest of the clients' rows, as they are split and encoded
     held_out: str  # digest of the rows that the run is measured on
-    rows_text: str = ""  # digest of the clients' rows before they are encoded; "" of an earlier version
-    held_out_text: str = ""  # digest of all held-out rows before they are encoded
+    rows_text: str  # digest of the clients' rows before they are encoded
+    held_out_text: str  # digest of all held-out rows before they are encoded
 
     def differences(self, now: StandsOn) -> list[str]:
-        """List what is otherwise now, in words for the user; an option of a later version has its default, and counts not."""
+        """List what is otherwise now, in words for the user."""
         found = [
             f"{name} = {now.recipe.get(name)!r}, and was {value!r}"
             for name, value in self.recipe.items()
@@ -89,20 +86,20 @@ def encode(
     state: Any,
     totals: Totals,
     on: StandsOn | None = None,
-    tally: Tally | None = None,
+    metrics: int = 0,
     kept: Kept = MappingProxyType({}),
     course: Course | None = None,
 ) -> bytes:
     """Encode everything that a resumed run needs after `round`, as the bytes of one message.
 
-    `on`, the `tally` of metrics.jsonl and the clients' memories are what it stands on; `course` is how the validation stood.
+    `on`, the bytes of `metrics`.jsonl and the clients' memories are what it stands on; `course` is how the validation stood.
     """
     payload = pack(state, totals)
     arrays, scalars = dict(payload.arrays), dict(payload.scalars)
     if course is not None:
         scalars[COURSE] = course.to_json()
-    if on is not None and tally is not None:
-        scalars[ON] = _on_text(on, tally)
+    if on is not None:
+        scalars[ON] = _on_text(on, metrics)
         pairs = sorted(kept.items())
         for name, column in (("client", [c for c, _ in pairs]), ("round", [r for _, (r, _) in pairs])):
             arrays[f"{KEPT}/{name}"] = np.array(column, np.int64)
@@ -111,13 +108,13 @@ def encode(
 
 
 def course_in(payload: Payload) -> Course:
-    """Return how the validation stood; the start of a course for a checkpoint of an earlier version."""
+    """Return how the validation stood; the start of a course where it says nothing."""
     text = payload.scalars.get(COURSE)
     return Course() if text is None else Course.from_json(str(text))
 
 
-def stands_on(payload: Payload) -> tuple[StandsOn, Tally] | None:
-    """Return what a checkpoint says that it stands on; None for one of an earlier version.
+def stands_on(payload: Payload) -> tuple[StandsOn, int] | None:
+    """Return what a checkpoint says that it stands on, with the bytes of metrics.jsonl; None where it says nothing.
 
     MessageError when that is damaged.
     """
@@ -128,7 +125,7 @@ def stands_on(payload: Payload) -> tuple[StandsOn, Tally] | None:
 def stated_in(file: Path) -> StandsOn | None:
     """Return what the checkpoint in a file stands on, without reading its arrays.
 
-    None for one of an earlier version, and where it cannot be read.
+    None where it says nothing, and where it cannot be read.
     """
     try:
         with open(file, "rb", opener=regular) as opened:
@@ -143,10 +140,10 @@ def stated_in(file: Path) -> StandsOn | None:
         return None
 
 
-def _stated(text: str) -> tuple[StandsOn, Tally]:
+def _stated(text: str) -> tuple[StandsOn, int]:
     try:
-        found = sealed.from_text(text)
-        metrics = Tally(*found.pop("metrics"))
+        found = json.loads(text)
+        metrics = int(found.pop("metrics"))
         return StandsOn(**found), metrics
     except (ValueError, KeyError, TypeError) as error:
         raise MessageError(f"what the checkpoint stands on is damaged ({error})") from error
@@ -158,18 +155,18 @@ def with_rounds(data: bytes, rounds: int) -> bytes:
     scalars = dict(message.payload.scalars)
     if ON not in scalars:
         return data
-    on, tally = _stated(str(scalars[ON]))
+    on, metrics = _stated(str(scalars[ON]))
     on = replace(on, recipe={**on.recipe, "rounds": rounds})
-    scalars[ON] = _on_text(on, tally)
+    scalars[ON] = _on_text(on, metrics)
     return messages.encode(replace(message, payload=Payload(message.payload.arrays, scalars)))
 
 
-def _on_text(on: StandsOn, tally: Tally) -> str:
-    return sealed.to_text({**asdict(on), "metrics": tally.stated()}, indent=None)
+def _on_text(on: StandsOn, metrics: int) -> str:
+    return json.dumps({**asdict(on), "metrics": metrics}, ensure_ascii=False)
 
 
 def kept_in(payload: Payload) -> Kept:
-    """Return the clients' memories that a checkpoint stands on; {} for one of an earlier version."""
+    """Return the clients' memories that a checkpoint stands on; {} where it names none."""
     if f"{KEPT}/client" not in payload.arrays:
         return {}
     columns = [payload.array(f"{KEPT}/{name}").tolist() for name in ("client", "round", "crc")]
@@ -198,9 +195,7 @@ def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
     MessageError when a field is missing.
     """
     values = {name: _get(f"state/{name}", kind, payload) for name, kind in like._asdict().items()}
-    up, down, seconds, *wall = json.loads(_get("totals", "", payload))
-    wall = wall or [seconds]  # an earlier version has none
-    return type(like)(**values), Totals(up, down, seconds, *wall)
+    return type(like)(**values), Totals(*json.loads(_get("totals", "", payload)))
 
 
 def state_of(run: RunDir, round: int, like: Any) -> Any | None:

@@ -16,13 +16,14 @@ import torch
 from fleetune import adapters
 from fleetune.common.display import counted
 from fleetune.common.events import RateFound, TuneStart
-from fleetune.common.ggml import PARTS
+from fleetune.common.files import read_json
+from fleetune.common.ggml import SCALES
 from fleetune.data.encode import digest
 from fleetune.errors import StorageError
 from fleetune.models.model import Model
-from fleetune.runs import env_file, sealed
+from fleetune.runs import env_file
 from fleetune.runs.rundir import RunDir
-from fleetune.seeds.trained import blocks_share, moved_tensors
+from fleetune.seeds.scale_view import moved_tensors, scales_share
 from fleetune.tuning import foundations, methods, places
 from fleetune.tuning.methods import Method
 from fleetune.tuning.settled import given
@@ -67,7 +68,7 @@ def of_data(job: TuneJob, run: Path) -> dict[str, Any]:
     """
     stated, parts = foundations.of_job(job), job.split
     try:
-        told = sealed.read(run / env_file.ENVIRONMENT, "").get("given")
+        told = read_json(run / env_file.ENVIRONMENT, "").get("given")
     except StorageError:
         told = None
     return {
@@ -139,8 +140,8 @@ def letters(method: Method, name: str) -> str:
 def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
     """Return what is about to run, for the console; `fleet` says where."""
     recipe, m = job.recipe, job.model
-    share = blocks_share(m)
-    part = f" · trains its {recipe.train}" if recipe.train in PARTS and not share else ""
+    share = scales_share(m)
+    part = f" · trains its {recipe.train}" if recipe.train == SCALES and not share else ""
     return [
         (
             "model",

@@ -6,12 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
+from fleetune.common.files import json_text, read_json
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.scores import rouge_l
-from fleetune.runs import sealed
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import validation
 from fleetune.tuning.prepare import TuneJob
@@ -43,24 +43,24 @@ def answer(
     content[which] = measured
     found = content.get(validation.LOSSES)
     content[validation.LOSSES] = (found or {}) | {"tokens": rows.counts, which: rows.sums}
-    run.write(EVALUATION, sealed.to_text(content) + "\n", private=True)
+    run.write(EVALUATION, json_text(content), private=True)
     return measured
 
 
 def read(run: RunDir) -> dict[str, Any]:
     """Return the content of eval.json; StorageError when it is damaged or gone."""
-    return sealed.read(run.path / EVALUATION, f"fleetune tune --resume {quoted(run.path)}")
+    return read_json(run.path / EVALUATION, f"fleetune tune --resume {quoted(run.path)}")
 
 
 def add(run: RunDir, more: dict[str, Any]) -> None:
     """Put more into eval.json; StorageError when it is damaged or gone."""
-    run.write(EVALUATION, sealed.to_text(read(run) | more) + "\n", private=True)
+    run.write(EVALUATION, json_text(read(run) | more), private=True)
 
 
 def having(path: Path, which: str) -> dict[str, Any]:
     """Return the content of the eval.json of the run at `path`; {} where it is damaged or lacks answers of `which`."""
     try:
-        found = sealed.read(path / EVALUATION, "")
+        found = read_json(path / EVALUATION, "")
     except StorageError:
         return {}
     samples = found.get("samples")

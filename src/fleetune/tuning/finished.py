@@ -12,12 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from fleetune import adapters, models
-from fleetune.adapters.lora_init import FROM_WEIGHTS
 from fleetune.common import sums
 from fleetune.common.display import counted
-from fleetune.common.ggml import PARTS
+from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
-from fleetune.common.undo import hint_with_undo
 from fleetune.data import Example
 from fleetune.errors import FleetuneError, Interrupted, LedgerError, ModelError, UsageError
 from fleetune.models import dtypes, unmerged
@@ -28,9 +26,9 @@ from fleetune.runs.listener import Listener, Silent
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import PASSES
-from fleetune.seeds.trained import moved_tensors
+from fleetune.seeds.scale_view import moved_tensors
 from fleetune.seeds.view import kernels
-from fleetune.tuning import foundations, methods, places
+from fleetune.tuning import foundations, places
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.given_methods import RESULT as RESULT
 from fleetune.tuning.given_methods import entry_of
@@ -56,45 +54,21 @@ def recipe_of(run: Path) -> Recipe:
 def result_of(run: Path) -> Path:
     """The ledger or adapter directory of a run.
 
-    UsageError when it has no result yet; ModelError (of a ledger LedgerError) when a file of it is not what the run or
-    its SHA256SUMS states.
+    UsageError when it has no result yet; ModelError (of a ledger LedgerError) when a file of it is not as it was written.
     """
     found = run / RESULT[entry_of(run, recipe_of(run)).kind]
     if not found.exists():
         raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {quoted(run)}")
     remedy = f"write it again from the last checkpoint: fleetune tune --resume {quoted(run)}"
-    sums.check(found, remedy=remedy)
-    done, file = stated_by(run), found / sums.FILE if found.is_dir() else found
-    if expected := done.get("result_sha256"):
-        if not file.is_file():
-            raise ModelError(f"{file} is missing", hint=remedy)
-        if (own := sums.sha256(file)) != expected:
-            kind = ModelError if found.is_dir() else LedgerError
-            raise kind(sums.differs(file, own, str(expected), "the run"), hint=remedy)
-    elif found.is_dir() and not file.is_file():
-        _check_tensors(run, found, str(done.get("digest", "")))
+    listed = (found.name, f"{found.name}/{sums.FILE}")
+    for _, words in (*sums.faults(run, listed), *sums.faults(found)):
+        raise (ModelError if found.is_dir() else LedgerError)(words, hint=remedy)
     return found
 
 
 def stated_by(run: Path) -> Mapping[str, Any]:
     """What a run states of its result: its event `done`; {} for a run that has not finished."""
     return next((e for e in rundir.events(run) if e["event"] == "done"), {})
-
-
-def _check_tensors(run: Path, adapter: Path, expected: str) -> None:
-    """ModelError when an adapter of an earlier version, which states no digests of files, differs from the run's digest.
-
-    A start that is subtracted from the base is folded into the file, which has twice the rank: nothing states its digest.
-    """
-    recipe = recipe_of(run)
-    folded = getattr(methods.make(recipe.method, recipe.set), "start", None) in FROM_WEIGHTS
-    found = None if folded or not expected else adapters.file_digest(adapter)
-    if found not in (None, expected):
-        raise ModelError(
-            f"the tensors in {adapter} are not what was written: their SHA-256 is {found:.16}.., "
-            f"the run states {expected[:16]}..",
-            hint=f"remove the folder, and write it again from the last checkpoint: fleetune tune --resume {quoted(run)}",
-        )
 
 
 def ledger_file(run: Path) -> Path:
@@ -146,14 +120,10 @@ def base_of(
             f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
         )
     labels = recipes.label_words(str(ledger.head.hyper.get("labels", "")))
-    if ledger.head.trains in PARTS:
+    if ledger.head.trains == SCALES:
         base = BLOCKS
     model = models.load(name, dtype=dtype, device=device, offline=offline, labels=labels, base=base)
-    try:
-        check_base(model, ledger)
-    except LedgerError as error:
-        error.hint = hint_with_undo(name, str(error.hint))
-        raise
+    check_base(model, ledger)
     return model
 
 
@@ -256,12 +226,12 @@ def load(
     run = Path(run)
     recipe, result = recipe_of(run), result_of(run)
     entry = entry_of(run, recipe)
-    if recipe.train in PARTS and base == "memory":
+    if recipe.train == SCALES and base == "memory":
         raise UsageError(
             f"{run} has tuned the {recipe.train} of a GGUF file, which move as they are read from it: base = memory cannot be",
             hint=f"leave out --base; or write the tuned file, and give that: fleetune export {quoted(run)} --to gguf",
         )
-    where = "mapped" if recipe.train in PARTS else base or recipe.base
+    where = "mapped" if recipe.train == SCALES else base or recipe.base
     recipe = dataclasses.replace(
         recipe, device=device or recipe.device, base=where, model=model or recipe.model
     )
@@ -273,9 +243,7 @@ def load(
 def _load_ledger(path: Path, recipe: Recipe, offline: bool) -> Model:
     ledger = ledgers.load(path)
     model = base_of(ledger, recipe.model, offline=offline, device=recipe.device, base=recipe.base)
-    view = place_at(model, ledger)
-    if not stated_by(path.parent).get("result_sha256"):  # of an earlier version: only its weights are stated
-        require_digest(models.digest(view.pieces()), ledger.final_check(), path)
+    place_at(model, ledger)
     return model
 
 
@@ -294,7 +262,7 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
         recipe.model,
         dtype=recipe.dtype,
         device=recipe.device,
-        base=BLOCKS if recipe.train in PARTS else recipe.base,
+        base=BLOCKS if recipe.train == SCALES else recipe.base,
         offline=offline,
         labels=recipes.label_words(recipe.labels),
     )
@@ -303,9 +271,7 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
         if (then := made_on[what]) != now:
             raise ModelError(
                 f"{path} was made on {what} {then[:16]}.., that of {recipe.model} is now {now[:16]}..",
-                hint=hint_with_undo(
-                    recipe.model, "get the base it was made on (fleetune models shows sources)"
-                ),
+                hint="get the base it was made on (fleetune models shows sources)",
             )
     adapters.load(model, path)
     return model

@@ -109,8 +109,7 @@ def placeholder_ledger(K: int) -> Ledger:
     """Return a ledger of a pool of K directions whose sums need their full 32 bits."""
     import numpy as np
 
-    from fleetune.seeds.ledger import Ledger
-    from fleetune.seeds.ledger_head import LedgerHead
+    from fleetune.seeds.ledger import Ledger, LedgerHead
 
     ledger = Ledger(LedgerHead("", "", (), WIDE, "hashed", K, 1.0))
     return ledger.append(np.zeros(1, np.uint64), np.array([1 << 20]), 1)

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common.shell import quoted
-from fleetune.common.undo import hint_with_undo
 from fleetune.data import Example
 from fleetune.data.encode import digest
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import rundir
-from fleetune.tuning import checkpoint, row_digests
+from fleetune.tuning import checkpoint
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import StandsOn
 from fleetune.tuning.recipe import Recipe
@@ -74,12 +73,12 @@ def _text_digest(parts: Iterable[Iterable[Example]]) -> str:
     for part in parts:
         sha.update(b"part")
         for row in part:
-            sha.update(row_digests.text_of(row))
+            sha.update(repr((row.messages, row.response, row.texts)).encode("utf-8", "surrogatepass"))
     return sha.hexdigest()
 
 
 def changed_rows(run: Path, parts: Split) -> list[str]:
-    """List which rows of a run are others now, in words for the user; [] where none are, or where the run does not state it."""
+    """List whether rows of a run are others now, in words for the user; [] where none are, or where the run does not state it."""
     stated, now = stated_by(run), texts_of(parts)
     if stated is None:
         return []
@@ -87,19 +86,11 @@ def changed_rows(run: Path, parts: Split) -> list[str]:
         ("the clients' rows", stated.rows_text, now[0]),
         ("the held-out rows", stated.held_out_text, now[1]),
     )
-    found = [
+    return [
         f"{what} have the digest {new[:16]}.., and had {old[:16]}.."
         for what, old, new in pairs
         if old not in ("", new)
     ]
-    return _with_row(found, run, parts)
-
-
-def _with_row(found: list[str], run: Path, parts: Split) -> list[str]:
-    """Return what differs with the first row that is another now before it, where rows differ and it is known."""
-    if not any("rows have the digest" in text for text in found):
-        return found
-    return [text for text in [row_digests.difference(run, parts.examples)] if text] + found
 
 
 def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
@@ -114,7 +105,7 @@ def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
 
 
 def stated_by(run: Path) -> StandsOn | None:
-    """What the newest readable checkpoint of a run states, with the method's defaults; None for a run of an earlier version."""
+    """What the newest readable checkpoint of a run states, with the method's defaults; None where none states it."""
     found = (checkpoint.stated_in(file) for _, file in reversed(rundir.checkpoints(run)))
     stated = next((stands_on for stands_on in found if stands_on is not None), None)
     return stated and dataclasses.replace(stated, recipe=_deciding(stated.recipe))
@@ -157,15 +148,11 @@ def check(job: TuneJob, run: Path, *, longer: bool = False) -> StandsOn:
         now = dataclasses.replace(now, recipe={**now.recipe, "rounds": stated.recipe.get("rounds")})
     differences = stated.differences(now) if stated is not None else []
     if differences:
-        differences = _with_row(differences, run, job.split)
         recipe = job.recipe
         raise UsageError(
             "\n  ".join([f"{run} was begun with something else than there is now:", *_first(differences)]),
-            hint=hint_with_undo(
-                recipe.model,
-                f"bring back the recipe, the model ({recipe.model}) and the data ({recipe.data}) of that run; "
-                f"or begin a new one: fleetune tune -c {quoted(run / 'run.toml')}",
-            ),
+            hint=f"bring back the recipe, the model ({recipe.model}) and the data ({recipe.data}) of that run; "
+            f"or begin a new one: fleetune tune -c {quoted(run / 'run.toml')}",
         )
     return now
 

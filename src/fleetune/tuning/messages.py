@@ -40,6 +40,9 @@ MAX_BYTES = 1 << 32  # a message larger than 4 GiB is an attack or a mistake
 MAX_DIMS = 8  # of an array; the widest that a method sends has 4
 MAX_NAMES = 1 << 17  # of arrays or scalars; an adapter on every expert of a large mixture has 2^16
 MAX_NAME = 512  # characters
+MAX_TEXT = (
+    1 << 20
+)  # bytes of a text, which may take four times that in memory; the longest names each expert of a block
 EMPTY = 1 << 31  # of a dim of an array without values
 DTYPES = (  # their places in this table are what is sent
     "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64",
@@ -160,8 +163,10 @@ def crc_of(data: bytes | bytearray) -> int:
     return int.from_bytes(data[HEAD - 4 : HEAD], "little")
 
 
-def decode(data: bytes | bytearray, *, any_size: bool = False) -> Message:
-    """Decode a message; `any_size` for a file of our own, which has no limit.
+def decode(
+    data: bytes | bytearray, *, any_size: bool = False, names: int = MAX_NAMES, text: int = MAX_TEXT
+) -> Message:
+    """Decode a message of at most so many names, and bytes of a text; `any_size` for a file of our own, which has no limit.
 
     MessageError for anything damaged, cut short or malformed.
     """
@@ -170,17 +175,17 @@ def decode(data: bytes | bytearray, *, any_size: bool = False) -> Message:
     if len(data) > MAX_BYTES and not any_size:
         raise MessageError(f"message of {len(data)} bytes is over the limit of {MAX_BYTES}")
     with memoryview(data) as whole, whole[HEAD:] as body:
-        return _read(body, crc_of(data), len(data))
+        return _read(body, crc_of(data), len(data), names, text)
 
 
-def _read(body: memoryview, crc: int, size: int) -> Message:
+def _read(body: memoryview, crc: int, size: int, names: int, text: int) -> Message:
     """Return the message that has this body and is of this size."""
     if zlib.crc32(body) != crc:
         raise MessageError(f"message of {size} bytes is damaged (checksum differs)")
     try:
         round_, base, scalars, arrays = msgpack.unpackb(
-            body, strict_map_key=True, use_list=True, object_pairs_hook=_Parts(2, _named), list_hook=_Parts(2 * MAX_NAMES + 1),
-            max_array_len=MAX_DIMS, max_map_len=MAX_NAMES, max_ext_len=0,
+            body, strict_map_key=True, use_list=True, object_pairs_hook=_Parts(2, _named), list_hook=_Parts(2 * names + 1),
+            max_array_len=MAX_DIMS, max_map_len=names, max_ext_len=0, max_str_len=text,
         )  # fmt: skip
         if type(round_) is not int or type(base) is not bytes or {type(scalars), type(arrays)} != {dict}:
             raise ValueError("its parts have the wrong types")

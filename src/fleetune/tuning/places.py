@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from fleetune.common.files import read_json
 from fleetune.common.shell import quoted
 from fleetune.data.readers import READERS
 from fleetune.errors import DataError, FleetuneError, RecipeError, StorageError
 from fleetune.models.cache import ORIGINS
-from fleetune.runs import env_file, sealed, start_folder
+from fleetune.runs import env_file, start_folder
 from fleetune.tuning import foundations
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
@@ -79,6 +80,6 @@ def check_code(recipe: Recipe, run: Path) -> None:
 def record(run: Path) -> Mapping[str, Any]:
     """Return what env.json holds; {} where it is damaged or gone."""
     try:
-        return sealed.read(run / env_file.ENVIRONMENT, "")
+        return read_json(run / env_file.ENVIRONMENT, "")
     except StorageError:
         return {}

@@ -19,7 +19,7 @@ from fleetune import data, models
 from fleetune.common import commas
 from fleetune.common.display import counted
 from fleetune.common.events import TuneChecked
-from fleetune.common.ggml import PARTS
+from fleetune.common.ggml import SCALES
 from fleetune.common.memory import release_memory
 from fleetune.common.sizes import parse_bytes
 from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
@@ -33,7 +33,7 @@ from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
 from fleetune.models.bases import BLOCKS
 from fleetune.models.model import Model
-from fleetune.seeds import kernel_choice, trained
+from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import (
     estimate,
     kinds,
@@ -95,7 +95,7 @@ class TuneJob:
 
 def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
-    kernel_choice.chosen_kernels()
+    chosen_kernels()
     recipe_problems.check_order(recipe.model, recipe.data)
     entry = methods.entry(recipe.method)
     problems: list[str] = []
@@ -128,11 +128,11 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         problems.append(
             f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
         )
-    if recipe.train in PARTS:
-        of_blocks, change = recipe_problems.of_blocks(
-            recipe.train, recipe.method, recipe.set, recipe.base, recipe.device, recipes.TRAIN_PARTS
+    if recipe.train == SCALES:
+        of_scales, change = recipe_problems.of_scales(
+            recipe.method, recipe.set, recipe.base, recipe.device, recipes.SCALE_METHODS
         )
-        hint, problems = hint if problems else change, problems + of_blocks
+        hint, problems = hint if problems else change, problems + of_scales
     problems += _of_course(recipe)
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
@@ -268,10 +268,10 @@ def _loaded(recipe: Recipe, method: Method, parts: Split, *, offline: bool) -> t
     """Return the recipe, of an encoder with its label words, and its model; the threads are set for it."""
     model = models.load(
         recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts),
-        base=BLOCKS if recipe.train in PARTS else recipe.base, ram=parse_bytes(recipe.ram or None) or 0,
+        base=BLOCKS if recipe.train == SCALES else recipe.base, ram=parse_bytes(recipe.ram or None) or 0,
     )  # fmt: skip
     model.trains = recipe.train
-    trained.moved_tensors(model)  # refuses a base that has no blocks where these are trained
+    scale_view.moved_tensors(model)  # refuses a base that has no blocks where these are trained
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
     torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
     return recipe, model
@@ -413,7 +413,7 @@ def dry_run(
 
 def checked(job: TuneJob, remarks: Sequence[str]) -> TuneChecked:
     """Return what is said of a job that can be run."""
-    found, share = job.estimate, map("trains {}".format, trained.blocks_share(job.model))
+    found, share = job.estimate, map("trains {}".format, scale_view.scales_share(job.model))
     return TuneChecked(
         clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held), cut=job.cut.longer,
         seconds=None if found is None else round(found.seconds, 3), remarks=[*share, *remarks],

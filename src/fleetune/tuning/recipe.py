@@ -14,7 +14,6 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, TypedDict
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -32,15 +31,12 @@ MOVE_BLOCKS: Final = (
     "mezo",
     "fedkseed",
     "onebyte",
-)  # methods that can train a quantised base's scales or codes
+)  # methods that can move a quantised base's scales along directions
 SCALES_EPS: Final = 0.01  # their perturbation of scales, unless given: ten steps of fp16
-CODES_EPS: Final = 4e-3  # ... of codes, in units of weights: about a tenth of the scale of 4-bit blocks
 SCALES_MODULE: Final = (
     "fedpetuning"  # the method that trains scales by back-propagation, as its module `scales`
 )
-TRAIN_PARTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {"scales": (*MOVE_BLOCKS, SCALES_MODULE), "codes": MOVE_BLOCKS}
-)
+SCALE_METHODS: Final = (*MOVE_BLOCKS, SCALES_MODULE)
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
 MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's
 
@@ -50,7 +46,7 @@ class Recipe:
     """All that decides a run.  The same recipe on the same machine gives the same bits."""
 
     model: str = Field(
-        description="hub id, HF directory, GGUF file, or a built-in name (fleetune models); with train = scales or codes also a "
+        description="hub id, HF directory, GGUF file, or a built-in name (fleetune models); with train = scales also a "
         "compressed model, whose GGUF file is written first"
     )
     data: str = Field(
@@ -128,10 +124,9 @@ class Recipe:
     )
     train: str = Field(
         default="weights",
-        pattern="^(weights|scales|codes)$",
+        pattern="^(weights|scales)$",
         description="scales: tune the scales of a quantised GGUF file's blocks, whose codes stay (fedpetuning, mezo, fedkseed, "
-        "onebyte), or codes: the codes, whose scales stay (mezo, fedkseed, onebyte); the result is that file with other scales "
-        "or codes, and nothing is rounded afterwards; weights: what the method tunes",
+        "onebyte); the result is that file with other scales, and nothing is rounded afterwards; weights: what the method tunes",
     )
     kinds: str = Field(
         default="",
@@ -292,33 +287,27 @@ def make(values: Mapping[str, Any]) -> Recipe:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with the partition that `auto` means for its data, and what training scales or codes means for its method.
+    """The recipe with the partition that `auto` means for its data, and what training scales means for its method.
 
     The partition stays as it is where the data's columns cannot be read.
     """
     if (recipe.method, recipe.train, recipe.set.get("module")) == (SCALES_MODULE, "weights", "scales"):
         recipe = dataclasses.replace(recipe, train="scales")
-    recipe = dataclasses.replace(recipe, set={**of_part(recipe.train, recipe.method), **recipe.set})
+    recipe = dataclasses.replace(recipe, set={**own_settings(recipe.train, recipe.method), **recipe.set})
     try:
         return dataclasses.replace(recipe, partition=rows_of(recipe).rule)
     except RecipeError:  # told when the recipe is checked, with all else
         return recipe
 
 
-_OF_PARTS: Final[Mapping[str, Mapping[str, Mapping[str, Value]]]] = MappingProxyType(
-    {
-        "scales": {name: {"eps": SCALES_EPS} for name in MOVE_BLOCKS} | {SCALES_MODULE: {"module": "scales"}},
-        "codes": {name: {"eps": CODES_EPS} for name in MOVE_BLOCKS},
-    }
-)
+def own_settings(train: str, method: str) -> dict[str, Value]:
+    """Return the settings that a method has by itself where it trains `train`: weights or scales."""
+    if train == "scales" and method in MOVE_BLOCKS:
+        return {"eps": SCALES_EPS}
+    return {"module": "scales"} if train == "scales" and method == SCALES_MODULE else {}
 
 
-def of_part(train: str, method: str) -> Mapping[str, Value]:
-    """Return the settings that a method has by itself where it trains `train`: weights, scales or codes."""
-    return _OF_PARTS.get(train, {}).get(method, {})
-
-
-def part(recipe: Recipe) -> str:
+def trained(recipe: Recipe) -> str:
     """Return what a recipe trains (`train`); where no method is named yet, the module `scales` says it too."""
     return "scales" if recipe.set.get("module") == "scales" else recipe.train
 

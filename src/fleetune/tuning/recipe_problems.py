@@ -10,9 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from fleetune.common import setting_names
 from fleetune.common.shell import quoted
-from fleetune.common.spellings import meant
 from fleetune.data.examples import looks_like_model, looks_like_rows
 from fleetune.errors import FleetuneError, RecipeError, UsageError, suggest
 from fleetune.models.short_names import hub_of
@@ -45,7 +43,7 @@ def told(error: Mapping[str, Any]) -> str:
         return f"{name} = {shown}: is not {KINDS[kind]}"
     if kind == "string_pattern_mismatch" and (found := CHOICES.fullmatch(context["pattern"])):
         known = found[1].split("|")
-        return f"{name} = {shown}: none of {', '.join(known)}.{meant(str(value), known)}"
+        return f"{name} = {shown}: none of {', '.join(known)}.{suggest(str(value), known)}"
     return f"{name} = {shown}: {str(error['msg']).lower()}"
 
 
@@ -60,8 +58,7 @@ def unknown(key: str, names: Sequence[str], values: Mapping[str, Any]) -> str:
     """Return what to say of a key that is no option: the option that was meant, or that it is a setting of the method."""
     methods = importlib.import_module("fleetune.tuning.methods")
     method = str(values.get("method") or AUTO)
-    known = methods.having([key]) if method == AUTO else [method]
-    if known and key in setting_names.of_method(methods.REGISTRY, known[0]):
+    if known := [name for name in methods.having([key]) if method in (AUTO, name)]:
         return (
             f"unknown option '{key}'. It is a setting of the method{'s' if len(known) > 1 else ''} {', '.join(known)}: "
             f"settings={{{key!r}: {values[key]!r}}} in Python, {key} = {values[key]} under [set] in a recipe, "
@@ -75,8 +72,7 @@ def of_no_method(chosen: Sequence[str]) -> list[str]:
     """Say which of these settings no method has, with suggestions; or that no method has all of them."""
     methods = importlib.import_module("fleetune.tuning.methods")
     if odd := [name for name in chosen if not methods.having([name])]:
-        modules = [entry.module for entry in methods.entries().values()]
-        every = sorted({name for module in modules for name in setting_names.of_module(module)})
+        every = sorted({s.name for method in methods.entries() for s in methods.settings(method)})
         return [f"no method has a setting '{name}'.{suggest(name, every, cutoff=0.5)}" for name in odd]
     return [f"no method has all of the settings {', '.join(chosen)}"]
 
@@ -105,31 +101,21 @@ def of_settings(values: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def of_blocks(
-    part: str,
-    method: str,
-    chosen: Mapping[str, Any],
-    base: str,
-    device: str,
-    able: Mapping[str, Sequence[str]],
+def of_scales(
+    method: str, chosen: Mapping[str, Any], base: str, device: str, able: Sequence[str]
 ) -> tuple[list[str], str]:
-    """Say what of a recipe cannot train a part of a quantised base, and what to change; [] and "" where all can.
+    """Say what of a recipe cannot train the scales of a quantised base, and what to change; [] and "" where all can.
 
-    `part` is scales or codes, `chosen` are the method's settings, `able` the methods that can, by part.
+    `chosen` are the method's settings, `able` the methods that can.
     """
-    train = f"train = {part}"
+    train = "train = scales"
     found: list[tuple[str, str]] = []
-    if method not in able[part]:
-        other = next((other for other, those in able.items() if method in those), "")
-        also = f", which has train = {other}" if other else ""
+    if method not in able:
         found.append(
-            (
-                f"{train} is for {', '.join(able[part])}, not for {method}{also}",
-                f"--method {able[part][0]}, or --train {other or 'weights'}",
-            )
+            (f"{train} is for {', '.join(able)}, not for {method}", f"--method {able[0]}, or --train weights")
         )
-    elif (module := chosen.get("module", part)) != part:
-        found.append((f"{train} is the module {part}, not {module}", f"--set module={part}"))
+    elif (module := chosen.get("module", "scales")) != "scales":
+        found.append((f"{train} is the module scales, not {module}", "--set module=scales"))
     if base == "memory":
         found.append((f"{train} reads the base from its GGUF file, base = memory does not", "--base mapped"))
     if device not in ("auto", "cpu"):

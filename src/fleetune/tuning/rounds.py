@@ -236,7 +236,7 @@ def _write(
     round: int, state: Any, totals: Totals, plan: RoundPlan, run: RunDir, fleet: Fleet, course: Course
 ) -> None:
     """Make a round count: write its checkpoint, with all that it stands on; the state of a new best round before it."""
-    data = checkpoint.encode(round, state, totals, plan.stands_on, run.metrics.tally, fleet.kept(), course)
+    data = checkpoint.encode(round, state, totals, plan.stands_on, run.metrics.size, fleet.kept(), course)
     if plan.keep_best and course.best == round:
         courses.keep(run, round, data)
     run.checkpoint(round, data)

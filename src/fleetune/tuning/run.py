@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fleetune.common import sums
 from fleetune.common.energy import EnergyMeter
 from fleetune.common.events import (
     ClientReply,
@@ -23,11 +24,11 @@ from fleetune.common.events import (
     as_dict,
     round_evaluated,
 )
-from fleetune.common.files import resumable
+from fleetune.common.files import json_text, resumable
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
-from fleetune.errors import FleetuneError, Interrupted, StorageError, fault
-from fleetune.runs import env_file, metrics, rundir, sealed, trackers
+from fleetune.errors import Interrupted, StorageError, fault
+from fleetune.runs import env_file, rundir, trackers
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
@@ -45,7 +46,6 @@ from fleetune.tuning import (
     resumption,
     robust,
     rounds,
-    row_digests,
     run_facts,
     validation,
 )
@@ -189,20 +189,11 @@ def is_done(path: Path, note: Callable[[str], None]) -> bool:
 
 def damaged_file(path: Path) -> str:
     """The first file of a finished run that is not as it was written, "" where all are."""
-    if not metrics.is_intact(path):
-        return metrics.FILE
-    try:
-        env_file.base_digest(path)
-    except StorageError:
-        return env_file.ENVIRONMENT
-    if not eval_file.having(path, "tuned"):
-        return EVALUATION
-    try:
-        finished.result_of(path)
-    except FleetuneError as error:
-        log.warning("%s", error.message)
-        return finished.RESULT[entry(foundations.recipe_of(path).method).kind]
-    return ""
+    result = path / finished.RESULT[entry(foundations.recipe_of(path).method).kind]
+    found = [*sums.faults(path), *((f"{result.name}/{name}", why) for name, why in sums.faults(result))]
+    if not result.exists():
+        return result.name
+    return found[0][0] if found else ""
 
 
 def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULATED) -> TuneDone:
@@ -212,6 +203,7 @@ def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULAT
     """
     stands_on = foundations.check(job, run.path)
     run.status("running")
+    (run.path / sums.FILE).unlink(missing_ok=True)  # of a finished run that goes on
     try:
         return _tune(job, run, listener, fleets, stands_on)
     except BaseException as error:
@@ -371,8 +363,7 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     run.write("run.toml", recipes.to_toml(places.as_stated(recipe, run.path)))
     made_of = describe.of_model(job) | describe.of_data(job, run.path)
     before, now = places.record(run.path), env_file.environment(made_of)
-    run.write(env_file.ENVIRONMENT, sealed.to_text(now) + "\n")
-    row_digests.write(run, job.split.examples)
+    run.write(env_file.ENVIRONMENT, json_text(now))
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
     for remark in (*map(remarks.of_rate, job.found), *job.about_time()[1:], remarks.of_law(job.method)):
         if remark:

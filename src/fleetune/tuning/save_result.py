@@ -13,9 +13,10 @@ from fleetune import adapters, models, report
 from fleetune.common import sums
 from fleetune.common.energy import EnergyMeter
 from fleetune.common.events import TuneDone, as_dict
+from fleetune.common.files import read_json
 from fleetune.common.memory import peak_rss
 from fleetune.common.paired import Difference
-from fleetune.runs import sealed
+from fleetune.runs import env_file, metrics
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.view import View
@@ -37,7 +38,7 @@ def finish(
     state, totals = outcome.state, outcome.totals
     job.method.apply(job.model, state)
     measured, rows = validation.recorded(run.path, outcome.round), check.rows_of(outcome.round)
-    elsewhere = not outcome.round and "start" in sealed.read(run.path / eval_file.EVALUATION, "")
+    elsewhere = not outcome.round and "start" in read_json(run.path / eval_file.EVALUATION, "")
     if not measured or rows is None or elsewhere:
         measured, rows = validation.measure(job)
     tuned = eval_file.answer(job, run, "tuned", measured, rows)
@@ -57,7 +58,9 @@ def finish(
     if job.entry.kind == "adapter":
         size = model_card.complete(Path(done.result), as_dict(done))
         done = dataclasses.replace(done, result_bytes=size)
-    recorded = run.record(as_dict(done), last=True)
+    recorded = run.record(as_dict(done))
+    listed = Path(done.result).name + (f"/{sums.FILE}" if job.entry.kind == "adapter" else "")
+    sums.write(run.path, ["run.toml", env_file.ENVIRONMENT, metrics.FILE, eval_file.EVALUATION, listed])
     run.status("done")
     report.write(run.path)
     done = dataclasses.replace(done, t=recorded["t"], report=str(run.path / "report.html"))

@@ -79,7 +79,7 @@ def options_of(recipe: Recipe) -> dict[str, Any]:
 def settled_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options as `options_of` names them with what they leave open written out.
 
-    Those of an earlier version are so compared with the present ones.  Options that no method takes stay as they are.
+    Options that no method takes stay as they are.
     """
     found = dict(options)
     given = {name.removeprefix("set."): v for name, v in found.items() if name.startswith("set.")}

@@ -18,8 +18,7 @@ from fleetune.data.encode import Batch, Batches
 from fleetune.errors import MessageError, RecipeError
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger, load
-from fleetune.seeds.slots import layout
-from fleetune.seeds.view import View
+from fleetune.seeds.view import View, layout
 from fleetune.tuning import methods
 from fleetune.tuning.messages import LogCode, Message, Payload, check
 from fleetune.tuning.methods import Reply, _mixed_fleet, _pro, make
@@ -100,7 +99,7 @@ def directions(run_key: int, epoch: int, start: int, count: int) -> np.ndarray:
     while len(H) < K:
         H = np.block([[H, H], [H, -H]])
     D = noise.signs(run_key, epoch, start, count).astype(np.float64)
-    return D[:, None] * H[slow_places("hashed", K, start, count)]
+    return D[:, None] * H[slow_places(K, start, count)]
 
 
 def batches(model: models.Model, count: int, size: int, key: int, client: int) -> list[Batch]:

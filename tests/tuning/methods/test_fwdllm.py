@@ -436,7 +436,7 @@ def test_a_run_records_what_gate_and_ranking_did(tmp_path: Path, monkeypatch: py
         ({"clip": -1}, "decay and clip"),
         ({"module": "bitfit", "r": 4}, "bitfit has none"),
         ({"module": "adapter", "targets": "all-linear"}, "needs module=lora"),
-        ({"law": "pooled"}, "law = 'pooled' is none of gaussian, rademacher"),
+        ({"law": "hashed"}, "law = 'hashed' is none of gaussian, rademacher"),
         ({"module": "prefix"}, "module = 'prefix' is none of lora, adapter, bitfit"),
     ],
 )

@@ -185,9 +185,9 @@ def test_the_graph_of_one_place_is_gone_before_that_of_the_next_is_made(
     alive: list[list[bool]] = []
     real = _layers.products
 
-    def watched(model: Model, batch: Batch) -> Any:
+    def watched(model: Model, batch: Batch, heard: Any) -> Any:
         alive.append([product() is not None for product in made])
-        product = real(model, batch)
+        product = real(model, batch, heard)
         made.append(weakref.ref(product))
         return product
 

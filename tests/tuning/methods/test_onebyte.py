@@ -110,7 +110,7 @@ def answer(model: Model, chosen: Method, state: State, rows: Sequence[Encoded], 
 
 def direction(run_key: int, id: int, start: int, size: int) -> np.ndarray:
     """z of a pool's member from its definition: float64 [size]."""
-    places = slow_places("hashed", K, start, size)
+    places = slow_places(K, start, size)
     bits = np.array([bin(v).count("1") for v in places & (id & 0xFFFFFFFF)])
     return noise.signs(run_key, id >> 32, start, size) * (-1.0) ** bits
 

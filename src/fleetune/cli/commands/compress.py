@@ -10,8 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import fleetune
 from fleetune.cli import door_flags
 from fleetune.cli.console import Ui
+from fleetune.cli.listener import console_listener
 from fleetune.common import settings
 from fleetune.common.display import COMPARED, human_bytes, human_time, show_with_error
 from fleetune.common.events import CompressChecked, MethodListed
@@ -124,8 +126,6 @@ def _add_result_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Compress, resume, check or list."""
-    from fleetune import api
-    from fleetune.cli.listener import console_listener
 
     if args.list:
         _list(args, ui)
@@ -143,12 +143,12 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             _dry_run(args, ui, resumed, listener)
         elif resumed is not None:
             with _door(args, compression_folder.request_of(resumed).calibrate) as served:
-                show(ui, api.resume_compression(
+                show(ui, fleetune.resume_compression(
                     resumed, out=out, offline=args.offline, listener=listener, served=served
                 ))  # fmt: skip
         else:
             with _door(args, args.calibrate) as served:
-                show(ui, api.compress(
+                show(ui, fleetune.compress(
                     args.model, method=args.method, settings=settings.pairs(args.set or []), out=out,
                     offline=args.offline, listener=listener, served=served, **_options(args),
                 ))  # fmt: skip

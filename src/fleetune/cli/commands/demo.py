@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import fleetune
 from fleetune.cli.console import Ui
+from fleetune.cli.listener import console_listener
 from fleetune.common.events import Answered
 from fleetune.common.shell import quoted
 from fleetune.subject import Run
@@ -26,9 +28,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Run the pipeline, each stage shown as its own command shows it."""
-    from fleetune import api, models
+    from fleetune import models
     from fleetune.cli.commands import compress, export, tune
-    from fleetune.cli.listener import console_listener
     from fleetune.tuning import demo
 
     with ui.count(demo.MODEL, 0, size=True) as bar:
@@ -37,12 +38,12 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         )
     run, _ = [tune.run_recipe(recipe, args, ui) for recipe in demo.recipes(quick=args.quick)]
     with console_listener(ui) as listener:
-        small = api.compress(
+        small = fleetune.compress(
             run.done.run, length=demo.LENGTH, out=args.out, offline=args.offline, listener=listener
         )
         compress.show(ui, small)
         file = small.folder / f"{small.folder.name}.gguf"
-        export.show(ui, api.export(small, to="gguf", path=file, listener=listener))
+        export.show(ui, fleetune.export(small, to="gguf", path=file, listener=listener))
     question, answer = _ask(Run(run.folder), file, offline=args.offline)
     ui.event(Answered(prompt=question, text=answer))
     ui.paths([

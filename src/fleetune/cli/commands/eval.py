@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 
+import fleetune
 from fleetune.cli.console import Ui
+from fleetune.cli.listener import console_listener
 from fleetune.common.display import COMPARED, change, counted, is_noise, show_with_error
 from fleetune.common.events import EvalDone, TaskScore
 from fleetune.errors import RecipeError
@@ -64,14 +66,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Measure, and print value by task."""
-    from fleetune import api
-    from fleetune.cli.listener import console_listener
 
     tasks = [t.strip() for t in (args.tasks or "").split(",") if t.strip()]
     if args.tasks is not None and not tasks:
         raise RecipeError(["--tasks names no task"], hint="fleetune eval --help")
     with console_listener(ui, resumes=False) as listener:
-        api.evaluate(
+        fleetune.evaluate(
             args.model, args.data, tasks=tasks, columns=args.columns, limit=args.limit, text=args.text,
             answer_tokens=args.answer_tokens, task_files=args.task_files, labels=args.labels or "", reference=args.reference,
             dtype=args.dtype, device=args.device, base=args.base, out=args.out, offline=args.offline, listener=listener,

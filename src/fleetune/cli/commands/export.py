@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+import fleetune
 from fleetune.cli.console import Ui
+from fleetune.cli.listener import console_listener
 from fleetune.common.display import human_bytes
 
 if TYPE_CHECKING:
@@ -47,11 +49,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Export, and print what was written."""
-    from fleetune import api
-    from fleetune.cli.listener import console_listener
 
     with console_listener(ui) as listener:
-        result = api.export(
+        result = fleetune.export(
             args.subject, to=args.to, path=args.path, text=args.text, push=args.push, private=args.private,
             out=args.out, offline=args.offline, listener=listener,
         )  # fmt: skip

@@ -7,7 +7,6 @@ import argparse
 import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,18 +16,17 @@ from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.common.shell import quoted
 from fleetune.errors import RecipeError, UsageError
-from fleetune.fleet import PAGE_PORT, PORT
+from fleetune.fleet import PORT
 from fleetune.runs import rundir
 from fleetune.tuning import recipe as recipes
 
 if TYPE_CHECKING:
     from fleetune.common.events import DeviceEvaluated, FleetEvaluated
-    from fleetune.fleet.page import LivePage
 
 HELP = "fine-tune on real devices"
 ORDER = 35
 EXAMPLES = """\
-fleetune fleet serve -c recipe.toml --wait 4 --page
+fleetune fleet serve -c recipe.toml --wait 4
 fleetune fleet join 192.168.1.10:8470 --data rows.jsonl
 fleetune fleet status latest
 """
@@ -76,19 +74,6 @@ def _serve_arguments(serve: argparse._ArgumentGroup) -> None:
     serve.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
     serve.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
     door_flags.add(serve, "the first round (default: the recipe's clients)")
-    serve.add_argument(
-        "--page",
-        metavar="[HOST:]PORT",
-        nargs="?",
-        const="",
-        help=f"show the running fleet on a web page, and as Prometheus metrics at /metrics; without a value at "
-        f"127.0.0.1:{PAGE_PORT}",
-    )
-    serve.add_argument(
-        "--page-token",
-        metavar="TOKEN",
-        help="what a reader of the page must present (or the environment's FLEETUNE_TOKEN); off this machine one is made",
-    )
 
 
 def _join_arguments(join: argparse._ArgumentGroup) -> None:
@@ -140,35 +125,24 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
         recipe_flags.check_resume(args, path, "fleetune fleet serve --resume")
     values = {} if path else _values(args)
     recipe = recipes.make(values) if values else None
-    page, fleets = _page(args, ui), door_flags.served(args)
+    fleets = door_flags.served(args)
     before = status.resume(path) if path is not None and (path / status.FILE).is_file() else ""
     if before and before != f"fleetune fleet serve --resume {quoted(path)}{fleets.flags()}":
         ui.note(f"it was served otherwise before, and devices look for it there: {before}")
     if recipe:
-        recipe_flags.check_model(recipe.model, args.out, recipes.part(recipe))
+        recipe_flags.check_model(recipe.model, args.out, recipes.trained(recipe))
         recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe = fleets.settled(recipe, values)
     from fleetune.tuning import run as running
 
-    with screen(ui, path) as shown, page as fleets.page, fleets:
+    with screen(ui, path) as shown, fleets:
         if recipe is None:
             assert path is not None
             result = running.resume(path, shown, offline=args.offline, fleets=fleets)
         else:
             result = running.start(recipe, Path(args.out), shown, offline=args.offline, fleets=fleets)
     finish(ui, result)
-
-
-def _page(args: argparse.Namespace, ui: Ui) -> AbstractContextManager[LivePage | None]:
-    """The live page, if it is asked for."""
-    from fleetune.fleet import page
-
-    if args.page is None:
-        if args.page_token is not None:
-            raise UsageError("--page-token is of the page", hint="give --page as well")
-        return nullcontext()
-    return page.opened(page.PagePlace.of(args.page, args.page_token), ui.note)
 
 
 def _values(args: argparse.Namespace) -> Mapping[str, Any]:
@@ -190,8 +164,7 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
 
     if len(args.words) != 1:
         raise UsageError("eval takes one RUN or MODEL", hint="fleetune fleet eval latest")
-    page = "--page" if args.page is not None or args.page_token is not None else ""
-    if other := [*recipe_flags.given(args), *args.set, *filter(None, (args.config, args.resume, page))]:
+    if other := [*recipe_flags.given(args), *args.set, *filter(None, (args.config, args.resume))]:
         raise UsageError(
             f"eval takes no {other[0]}", hint="devices hold rows out: fleetune fleet join .. --held-out 0.1"
         )

@@ -17,8 +17,7 @@ from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, UsageError
 
 if TYPE_CHECKING:
-    from fleetune.seeds.ledger import Ledger
-    from fleetune.seeds.ledger_head import LedgerHead
+    from fleetune.seeds.ledger import Ledger, LedgerHead
 
 
 HELP = "show, verify, replay, compare and combine seed ledgers"

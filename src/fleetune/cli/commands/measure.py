@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+import fleetune
 from fleetune.cli.console import Ui
+from fleetune.cli.listener import console_listener
 from fleetune.common import commas
 from fleetune.common.display import COMPARED, change, human_bytes, is_noise, metric, show, show_with_error
 from fleetune.common.events import Measured
@@ -53,14 +55,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Measure, and print the table."""
-    from fleetune import api
-    from fleetune.cli.listener import console_listener
 
     def words(text: str) -> list[str]:
         return [word.strip() for word in text.split(",") if word.strip()]
 
     with console_listener(ui) as listener:
-        result = api.measure(
+        result = fleetune.measure(
             *args.subjects, text=args.text, windows=args.windows, length=args.length, data=args.data,
             limit=args.limit, tasks=words(args.tasks), answer_tokens=args.answer_tokens, labels=commas.given(args.labels),
             threads=args.threads, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens,

@@ -1,68 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune patch`: make, apply, undo: update a quantised model on a device by kilobytes."""
+"""`fleetune patch`: make, apply: update a quantised model on a device by kilobytes."""
 
 from __future__ import annotations
 
 import argparse
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
 from fleetune.common.events import PatchApplied, PatchMade
-from fleetune.common.shell import quoted
 from fleetune.errors import UsageError, called
 
 HELP = "update a quantised model on a device by a file of kilobytes"
 ORDER = 65
 VERBS = """\
-make BASE RUN --to FILE          the patch of a run that was tuned with --train scales or codes (BASE: its
-                                 model, or the compression; RUN: a run or a ledger)
-apply BASE.gguf FILE             patch the file in its place, and leave BASE.gguf.undo (--to NEW.gguf: write a copy)
-undo BASE.gguf                   take back the last patch that was applied in place
+make BASE RUN --to FILE          the patch of a run that was tuned with --train scales (BASE: its model, or the
+                                 compression; RUN: a run or a ledger); with --inverse the one that leads back
+apply BASE.gguf FILE             patch the file in its place (--to NEW.gguf: write a copy)
 """
 EXAMPLES = """\
 fleetune patch make smollm2.gguf latest --to tuned.patch
+fleetune patch make smollm2.gguf latest --inverse --to back.patch
 fleetune patch apply smollm2.gguf tuned.patch
-fleetune patch undo smollm2.gguf
 """
 if TYPE_CHECKING:
-    from fleetune.deploy.patch_file import Patch
+    from fleetune.deploy.patch import Patch
     from fleetune.runs.listener import Listener
-
-NEEDS = {"make": 2, "apply": 2, "undo": 1}
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     sub.description = f"{sub.description}\n\n{textwrap.indent(VERBS, '    ')}"
-    sub.add_argument("action", metavar="ACTION", choices=list(NEEDS), help="make, apply or undo")
-    sub.add_argument("files", metavar="FILE", nargs="+", help="see above")
+    sub.add_argument("action", metavar="ACTION", choices=["make", "apply"], help="make or apply")
+    sub.add_argument("files", metavar="FILE", nargs=2, help="see above")
     sub.add_argument("--to", metavar="FILE", help="file to write (of make: the patch; of apply: a copy)")
     sub.add_argument(
-        "--changes",
-        action="store_true",
-        help="for make: carry differences, not the ledger's entries: a larger patch that nothing is computed for",
+        "--inverse", action="store_true", help="for make: the patch that takes the other one back"
     )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Carry out an action."""
-    if len(args.files) != NEEDS[args.action]:
-        raise UsageError(
-            f"patch {args.action} takes {NEEDS[args.action]} FILE, {len(args.files)} given",
-            hint="fleetune patch --help",
-        )
-    if args.changes and args.action != "make":
-        raise UsageError("--changes is for patch make")
-    {"make": _make, "apply": _apply, "undo": _undo}[args.action](args, ui)
+    if args.inverse and args.action != "make":
+        raise UsageError("--inverse is for patch make: apply takes the patch that it makes")
+    {"make": _make, "apply": _apply}[args.action](args, ui)
 
 
 def _make(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.cli.listener import console_listener
     from fleetune.common.files import write_atomic
-    from fleetune.deploy import patch, patch_make, patch_subject
+    from fleetune.deploy import patch, patch_make
 
     if not args.to:
         raise UsageError("patch make needs --to FILE, the patch to write")
@@ -71,9 +60,9 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
     patch.require_folder(out)
     run = args.files[1]
     with console_listener(ui) as listener:
-        name = patch_subject.model_of(args.files[0], run, out, args.out, listener.note)
+        name = patch_make.model_of(args.files[0], run, out, args.out, listener.note)
         base = patch_make.file_of(name, offline=args.offline)
-        with called(base, name), patch_subject.base_hinted(base, run, out, args.out, offline=args.offline):
+        with called(base, name), patch_make.base_hinted(base, run, out, args.out, offline=args.offline):
             made = _patch(args, name, base, listener)
     file = made.file
     write_atomic(out, file)
@@ -89,17 +78,19 @@ def _patch(args: argparse.Namespace, name: str, base: Path, listener: Listener) 
     """Return the patch from a base to a run, or to the model of a ledger alone."""
     from fleetune import subject
     from fleetune.cli.commands.ledger import file_of
-    from fleetune.deploy import patch_make, patch_subject
+    from fleetune.deploy import patch_make
     from fleetune.seeds import ledger as ledgers
 
     run = args.files[1]
-    how: dict[str, Any] = {
-        "changes": args.changes, "name": name, "offline": args.offline, "for_device": True, "listener": listener,
-    }  # fmt: skip
-    found = patch_subject.run_of(run, args.out)
+    found = patch_make.run_of(run, args.out)
     if isinstance(found, subject.Run):
-        return patch_make.of_run(base, found.folder, **how)
-    return patch_make.make(base, ledgers.load(file_of(run, args.out)), **how)
+        return patch_make.of_run(
+            base, found.folder, inverse=args.inverse, name=name, offline=args.offline, listener=listener
+        )
+    ledger = ledgers.load(file_of(run, args.out))
+    return patch_make.of_ledger(
+        base, ledger, inverse=args.inverse, name=name, offline=args.offline, listener=listener
+    )
 
 
 def _apply(args: argparse.Namespace, ui: Ui) -> None:
@@ -111,25 +102,8 @@ def _apply(args: argparse.Namespace, ui: Ui) -> None:
     patch.check_order(path, file, out)
     loaded = patch.load(file)
     with console_listener(ui) as listener:
-        back = patch.apply(path, loaded, out, listener)
-    ui.event(
-        PatchApplied(path=str(out or path), result=loaded.result, undo=None if back is None else str(back))
-    )
+        patch.apply(path, loaded, out, listener)
+    ui.event(PatchApplied(path=str(out or path), result=loaded.result))
     if ui.json:
         return
     ui.paths([("model", str(out or path)), ("SHA-256", loaded.result)])
-    if back is not None:
-        ui.paths([("undo", f"fleetune patch undo {quoted(path)}")])
-
-
-def _undo(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.cli.listener import console_listener
-    from fleetune.deploy import patch
-
-    if args.to:
-        raise UsageError("patch undo changes the file in its place: leave out --to")
-    with console_listener(ui) as listener:
-        patch.undo(Path(args.files[0]), listener)
-    if ui.json:
-        return
-    ui.paths([("model", args.files[0])])

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
+import fleetune
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
 from fleetune.common.events import PlanRow, PlanSettings
@@ -29,7 +30,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "model",
         metavar="MODEL",
-        help="hub id, HF directory, GGUF file or built-in name; with --train scales or codes also a compressed model",
+        help="hub id, HF directory, GGUF file or built-in name; with --train scales also a compressed model",
     )
     sub.add_argument(
         "--ram",
@@ -54,21 +55,20 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--train",
-        choices=["weights", "scales", "codes"],
+        choices=["weights", "scales"],
         default="weights",
-        help="scales or codes: the methods that tune these in a GGUF file, or in that of a compressed model (default weights)",
+        help="scales: the methods that tune the scales of a GGUF file, or in that of a compressed model (default weights)",
     )
     sub.add_argument("--steps", type=int, default=200, help="local steps of a round (default 200)")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Print the table, and the command to begin with."""
-    from fleetune import api
     from fleetune.cli import recipe_flags
     from fleetune.planning import plan as planning
 
     recipe_flags.check_model(args.model, args.out, args.train)
-    plan = api.plan(
+    plan = fleetune.plan(
         args.model, ram=args.ram, uplink=args.uplink, batch=args.batch, length=args.length, steps=args.steps,
         dtype=args.dtype, base=args.base, train=args.train, out=args.out, offline=args.offline,
     )  # fmt: skip

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune serve`: an OpenAI-compatible endpoint and a chat page over an engine that others maintain."""
+"""`fleetune serve`: an OpenAI-compatible endpoint and a chat page, of an engine that others maintain."""
 
 from __future__ import annotations
 
 import argparse
-import time
-from typing import TYPE_CHECKING
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
-from fleetune.cli import engine_flags
+import fleetune
 from fleetune.cli.console import Ui
-
-if TYPE_CHECKING:
-    from fleetune.deploy.serving.session import Session
+from fleetune.cli.listener import console_listener
+from fleetune.errors import Interrupted
 
 HELP = "an OpenAI-compatible endpoint and a chat page over a model"
 ORDER = 100
@@ -23,9 +24,7 @@ fleetune serve model.gguf --port 9000 --threads 4
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from fleetune.deploy.serving import engines, front
-
-    engine_flags.add(sub, [engine.name for engine in engines.ENGINES])
+    engine_arguments(sub)
     sub.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
     )
@@ -33,41 +32,60 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--port", type=int, default=8080, help="port to listen on, 0 for any free one (default 8080)"
     )
     sub.add_argument(
-        "--token",
-        help=f"what a client must present (or the environment's {front.TOKEN}); off this machine one is made",
+        "--api-key",
+        default="",
+        metavar="KEY",
+        help="what a client must present (or the environment's LLAMA_API_KEY); off this machine one is made",
     )
+
+
+def engine_arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the subject and the engine's flags: `chat` has them too."""
+    from fleetune.deploy.serving.engines import ENGINES
+
+    sub.add_argument("subject", metavar="RUN|FOLDER|MODEL", help="also a .gguf file, or latest")
     sub.add_argument(
-        "--beside-base",
-        action="store_true",
-        help="serve the base model too, in a second engine with memory of its own; the page shows both answers side by side",
+        "--engine",
+        default="auto",
+        choices=["auto", *(engine.name for engine in ENGINES)],
+        help="what runs the model (default: the first installed)",
+    )
+    sub.add_argument("--threads", type=int, help="threads of the engine (default: its own choice)")
+    sub.add_argument(
+        "--context", type=int, default=4096, help="tokens of a conversation at most (default 4096; llama.cpp)"
     )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Serve until Ctrl-C or SIGTERM, which end the engine too.  FleetuneError when the engine ends by itself."""
-    from fleetune import api
-    from fleetune.cli.listener import console_listener
-
-    with engine_flags.exit_on_signals(0), console_listener(ui) as listener, api.serve(
+    """Serve until Ctrl-C, SIGTERM or SIGHUP, which end the engine too.  FleetuneError when it ends by itself."""
+    with ended_by_signals(), console_listener(ui, resumes=False) as listener, fleetune.serve(
         args.subject, engine=args.engine, threads=args.threads, context=args.context, host=args.host,
-        port=args.port, token=args.token, beside_base=args.beside_base, out=args.out, offline=args.offline, listener=listener,
+        port=args.port, key=args.api_key, out=args.out, offline=args.offline, listener=listener,
     ) as session:  # fmt: skip
+        rows = [("page", session.url + "/")] if session.engine.page else []
+        rows += [("endpoint", session.url + "/v1"), ("log", str(session.log))]
+        ui.paths(rows + ([("key", session.options.key)] if session.options.key else []))
+        ui.note("Ctrl-C ends it")
         try:
-            _show(ui, session)
-            while (ended := session.ended()) is None:
-                time.sleep(0.1)
-            time.sleep(0.5)  # those who wait for an answer are told
-            raise ended.exit_error()
+            session.wait()
         except KeyboardInterrupt:
             ui.note("stopped")
 
 
-def _show(ui: Ui, session: Session) -> None:
-    rows = [("page", session.url + "/"), ("endpoint", session.url + "/v1")]
-    rows += [("token", session.started.token)] if session.started.token else []
-    ui.paths(rows)
-    if not session.front.loopback:
-        ui.note(
-            "others can reach this, unencrypted: put it behind a proxy with TLS where you do not trust the net"
-        )
-    ui.note("Ctrl-C ends it")
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGHUP leave it as an error, so that what it opened is closed.
+
+    One that is ignored stays so: under `nohup` the command survives a closed terminal.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("stopped")
+
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {n: signal.signal(n, leave) for n in known if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import fleetune
 from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
@@ -44,7 +45,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="hub id, HF directory, GGUF file or built-in name; with --train scales or codes also a compressed model",
+        help="hub id, HF directory, GGUF file or built-in name; with --train scales also a compressed model",
     )
     sub.add_argument("data", metavar="DATA", nargs="?", help="JSONL, CSV or Parquet file, hub id, or 'demo'")
     sub.add_argument(
@@ -69,8 +70,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Tune, resume or check."""
     if args.resume:
-        from fleetune import api
-
         path = rundir.find(args.resume, Path(args.out))
         recipe_flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
         rounds, base = _more_rounds(args), recipe_flags.given(args).get("base", "")
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             _say_checked(check_resume(path, offline=args.offline, rounds=rounds, base=base), ui)
             return
         with screen(ui, path) as shown:
-            result = api.resume_run(
+            result = fleetune.resume_run(
                 path, rounds=rounds, base=base, out=args.out, offline=args.offline, listener=shown, tracker=args.tracker,
             )  # fmt: skip
             finish(ui, result, resumed=True)
@@ -103,10 +102,9 @@ def _more_rounds(args: argparse.Namespace) -> int:
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
     """Tune as a recipe says in a new folder, and print the final table."""
-    from fleetune import api
 
     with screen(ui) as shown:
-        result = api.tune(
+        result = fleetune.tune(
             recipe, out=args.out, offline=args.offline, listener=shown, tracker=getattr(args, "tracker", ())
         )
     finish(ui, result)
@@ -119,7 +117,7 @@ def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
     costs = [
         ("bytes over the fleet", human_bytes(done.bytes_up + done.bytes_down),
          f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}"),
-        ("wall time · peak memory", f"{human_time(done.time)} · {human_bytes(done.peak_rss)}",
+        ("wall time · peak memory", f"{human_time(done.wall)} · {human_bytes(done.peak_rss)}",
          "of all sittings, without the time between; the peak is of the last" if resumed else ""),
     ]  # fmt: skip
     ui.final_table(

@@ -138,34 +138,13 @@ class ModelRemoved(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextShown(Event):
-    """`help`, `version` and `completion`: the text that they print."""
+class FilesVerified(Event):
+    """`verify`: files were compared with the digests that were written with them."""
 
-    event: ClassVar[str] = "text"
-    text: str  # in lines
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorReport(Event):
-    """`doctor`: this installation."""
-
-    event: ClassVar[str] = "doctor"
-    versions: Mapping[str, str]  # by package; "" for one that is not installed
-    python: str  # version of Python
-    program: str  # path of the interpreter
-    system: str  # operating system and machine
-    processors: int  # that this process may use
-    threads: str  # OMP_NUM_THREADS; "" where it is not set
-    memory: int  # bytes of the machine; 0 where the system does not tell
-    gpu: str  # path of the driver's program; "" for none
-    cache: str  # folder of fetched models
-    cache_bytes: int  # size of its files
-    cache_free: int  # bytes free on its disk
-    cache_writable: bool  # whether a file can be written there
-    offline: bool  # whether the environment forbids the network
-    engines: Mapping[str, bool]  # by name: whether it is installed
-    extras: Sequence[Mapping[str, Any]]  # each with name, serves, missing (packages), install (a command)
-    problems: Sequence[str]  # what stops work, with what to do
+    event: ClassVar[str] = "verified"
+    folder: str  # path
+    files: int  # how many are listed
+    faults: Sequence[str]  # what is wrong with each that is not as it was written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,13 +157,13 @@ class LedgerShown(Event):
     entries: int  # number of entries
     rounds: int  # last round that has an entry or a digest
     base: str  # SHA-256 of the base model's weights
-    law: str  # how an id becomes a direction: hashed, pooled, rademacher or gaussian
+    law: str  # how an id becomes a direction: hashed, rademacher or gaussian
     K: int  # directions of a pool; 1 for a law without pools
     grid: float  # change of a weight that the coefficient 1 means
     method: str  # that made it
     checks: Mapping[str, str]  # by round: SHA-256 of the weights after it
     fingerprint: str  # SHA-256 of the head and all entries
-    trains: str  # what its directions move: weights, or the scales or codes of a GGUF file
+    trains: str  # what its directions move: weights, or the scales of a GGUF file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,25 +204,13 @@ class LedgerWritten(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThreadsChosen(Event):
-    """`serve`: the number of threads, and the speed of each that was tried."""
-
-    event: ClassVar[str] = "threads"
-    chosen: int  # number of threads with the highest speed
-    tokens_per_second: Mapping[str, float]  # by number of threads
-
-
-@dataclass(frozen=True, kw_only=True)
 class Serving(Event):
-    """`serve`: the endpoint answers."""
+    """`serve` and `chat`: the engine answers."""
 
     event: ClassVar[str] = "serving"
-    url: str  # address of the endpoint and the chat page
+    url: str  # address of the endpoint, and of the engine's page
     model: str  # name of the file or folder that is served
     engine: str  # name of the engine
-    threads: int  # number of threads
-    token: str | None = None  # that clients must present; only one made for this session
-    base: str | None = None  # name of the base model that is served beside it
 
 
 @dataclass(frozen=True, kw_only=True)

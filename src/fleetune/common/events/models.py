@@ -190,12 +190,11 @@ class PatchMade(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class PatchApplied(Event):
-    """`patch apply`: a file has other scales or codes now."""
+    """`patch apply`: a file has other scales now."""
 
     event: ClassVar[str] = "patched"
     path: str  # of the new file
     result: str  # its SHA-256
-    undo: str | None = None  # the file that undoes it; none of a copy
 
 
 @dataclass(frozen=True, kw_only=True)

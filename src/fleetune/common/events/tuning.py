@@ -211,11 +211,6 @@ class TuneDone(Event):
     )
     energy: float | None = None  # joules of the processors while it ran, where the machine counts them
 
-    @property
-    def time(self) -> float:
-        """Wall time of the run.  `wall` of an earlier version is that of the last sitting alone, which may be shorter."""
-        return max(self.wall, self.seconds)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlanned(Event):
@@ -293,7 +288,7 @@ class DeviceShown:
 
     client: int  # from 0
     name: str  # of its key's file, or the begin of its key's hash
-    does: str  # at work, at work late, ready, declined, joining, away or has not joined; "" while no server has the run
+    does: str  # at work, at work late, ready, declined, joining, away, has not joined, or "refused: " and why; "" if not served
     round: int | None = None  # of its last reply; null before the first, as the next six
     status: str | None = None  # of that reply, as in `ClientReply`
     reason: str | None = None  # of any status but ok

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from fleetune.common.events import CalibrationReply
+from fleetune.common.files import json_text, read_json
 from fleetune.common.shell import quoted
 from fleetune.compression import DEFAULT_OF_DEVICES, Corrector, Solver
-from fleetune.errors import UsageError
-from fleetune.runs import compression_folder, sealed
+from fleetune.errors import StorageError, UsageError
+from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
 from fleetune.runs.listener import Listener
 
@@ -124,17 +125,14 @@ def check_origin(listener: Listener, own: str, model: str, parts: Path) -> None:
         )
         compression_folder.drop_parts(parts)
     parts.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, sealed.to_text({"origin": own}))
+    write_atomic(file, json_text({"origin": own}))
 
 
 def _origin(file: Path) -> str:
     """The origin that is written beside finished blocks; "" where it is gone or cannot be read."""
     try:
-        text = file.read_text(encoding="utf-8")
-        if isinstance(found := json.loads(text), list):  # an earlier version's, without a checksum
-            return text if len(found) == 6 else ""
-        return str(sealed.from_text(text).get("origin", ""))
-    except (OSError, ValueError):
+        return str(read_json(file, "").get("origin", ""))
+    except StorageError:
         return ""
 
 

@@ -4,7 +4,7 @@
 Base and tuned model share a tokenizer, so the same text gives the same windows of tokens.  Text that the tuned model wrote
 for its calibration serves for the base as well.  The head of each artefact
 has the digest of its windows, and the two digests are compared.  An artefact that is there already is used when it was made
-of the run's base weights, and when its list of digests is the one that `compress.json` states.
+of the run's base weights, and is as it was written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fleetune.common.display import human_time
 from fleetune.common.shell import quoted
 from fleetune.compression.jobs import inputs, solve
 from fleetune.errors import ModelError, UsageError
-from fleetune.models import artefact, seals
+from fleetune.models import artefact
 from fleetune.models.artefact import ArtefactHead, Master
 from fleetune.models.artefact_folder import is_master
 from fleetune.runs import compression_folder, env_file
@@ -53,9 +53,7 @@ def base_of(listener: Listener, folder: Path, *, offline: bool) -> Path:
     seconds = compression_folder.record(folder)["result"]["seconds"]
     listener.note(f"the base is compressed the same way, once: the tuned model took {human_time(seconds)}")
     found = solve.solve(listener, job, place, f"fleetune measure {quoted(folder)} --kept-gain")
-    compression_folder.state_base(folder, "")
     artefact.write(model, job.inputs.model, found.weights, head)
-    compression_folder.state_base(folder, sums.sealed(model, compression_folder.RECORD))
     compression_folder.drop_parts(place / PARTS)
     return model
 
@@ -63,7 +61,7 @@ def base_of(listener: Listener, folder: Path, *, offline: bool) -> Path:
 def _head_of(folder: Path, model: Path) -> ArtefactHead:
     """Return the head of the base's artefact; ModelError when it is of other weights than the base's, or damaged."""
     remedy = f"rm -r {quoted(folder / 'base')}   and then: fleetune measure {quoted(folder)} --kept-gain"
-    seals.check(model, remedy=remedy)
+    sums.check(model, remedy=remedy)
     head = Master(model).head
     expected = env_file.base_digest(Path(compression_folder.request_of(folder).model))
     if head.base != expected:

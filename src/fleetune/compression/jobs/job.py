@@ -14,7 +14,7 @@ from fleetune.common import settings, sums
 from fleetune.common.display import human_bytes
 from fleetune.common.events import CompressDone
 from fleetune.common.files import resumable
-from fleetune.common.ggml import PARTS
+from fleetune.common.ggml import SCALES
 from fleetune.common.shell import command, quoted
 from fleetune.compression.jobs import budget, calibrating, progress, scales
 from fleetune.compression.jobs.contract import Devices, FileSize, Job
@@ -207,7 +207,7 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
     ])  # fmt: skip
     compression_folder.write_record(folder, request, None)  # what it says of a result that is gone
     outcome = job.run(listener, folder)
-    result = {**outcome.done, "result_sha256": sums.sealed(folder / "model", compression_folder.RECORD)}
+    result = {**outcome.done, "result_sha256": sums.sha256(folder / "model" / sums.FILE)}
     compression_folder.finish(folder, request, result)
     done = CompressDone(folder=str(folder), **result)
     listener.event(done)
@@ -262,7 +262,7 @@ def check(request: CompressRequest) -> None:
 def _note_codes(request: CompressRequest, listener: Listener) -> None:
     """Say that the weights of a run which tuned a file of codes are rounded once more, and how the file is to be had."""
     run = subject.Run(Path(request.model))
-    if (part := run.recipe.train) in PARTS:
+    if (part := run.recipe.train) == SCALES:
         listener.note(
             f"{run.folder} tuned the {part} of a file that is compressed already; here its weights are rounded once more. For "
             f"that file with nothing rounded: fleetune export {quoted(run.folder)} --to gguf"

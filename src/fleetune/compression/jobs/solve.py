@@ -292,7 +292,7 @@ def head(job: SolveJob) -> ArtefactHead:
 def _settings(request: CompressRequest, solver: Solver) -> dict[str, Any]:
     """Return the settings that an artefact states; with a budget it takes the place of those that it chooses.
 
-    Tokens that count alike are left out: so were those of artefacts and blocks of before there was a choice.
+    Tokens that count alike are left out.
     """
     every: dict[str, Any] = asdict(solver)  # type: ignore[call-overload]
     settings = {name: value for name, value in every.items() if (name, value) != ("tokens", "equal")}

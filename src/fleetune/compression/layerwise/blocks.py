@@ -75,7 +75,7 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
             head = json.loads(about["block"])
         except (OSError, SafetensorError, KeyError, ValueError):
             return False
-        if about.get("crc32", crc) != crc:  # of an earlier version: not stated
+        if about.get("crc32") != crc:
             return False
         for name, grid in head["weights"].items():
             self._where[name] = (number, grid)

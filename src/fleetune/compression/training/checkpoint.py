@@ -74,7 +74,7 @@ def restore(
                 )
             text = f"{origin} {head.get('step')}"
             crc = checksum.of_tensors(text, ((n, opened.get_tensor(n)) for n in names))
-            if head.get("crc32", crc) != crc:  # an earlier version states none
+            if head.get("crc32") != crc:
                 raise StorageError(
                     f"{file} is damaged (its checksum differs)", hint="remove it to begin anew"
                 )

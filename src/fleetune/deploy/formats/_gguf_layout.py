@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -25,13 +24,8 @@ from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
 from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families import experts, rope, table, widths
-from fleetune.models.gguf.reader import Reader
-from fleetune.models.tensor_file import damaged
 
 PHI3_TOKENS: Final = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
-UNREADABLE: Final = (  # what the gguf package raises for a file that is none, or is damaged
-    OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
-)  # fmt: skip
 FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {dtype.tag: getattr(torch, dtype.full) for dtype in WEIGHTS.values()}
 )
@@ -42,14 +36,6 @@ ENDS: Final = (EMBEDDING, "output.weight")
 FULL: Final = (  # F32, whatever their shape
     "norm.weight", "position_embd.weight", "shortconv.conv.weight", "ffn_gate_inp.weight",
 )  # fmt: skip
-
-
-def open_written(path: Path) -> Reader:
-    """Open a file that was just written; FleetuneError when it cannot be read."""
-    try:
-        return Reader(path)
-    except UNREADABLE as error:
-        raise damaged(path, str(error)) from error
 
 
 def check_config(config: Any) -> None:

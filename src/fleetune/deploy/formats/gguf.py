@@ -56,12 +56,13 @@ from fleetune.deploy.formats._gguf_layout import (
     file_type,
     loadable_name,
     notes_on,
-    open_written,
     plan,
     tensor_name,
 )
 from fleetune.errors import UsageError
 from fleetune.models.families import rope, table
+from fleetune.models.gguf import header
+from fleetune.models.gguf.header import GgufHeader, TensorPlace
 from fleetune.models.tensor_file import damaged
 
 TARGETS: Final = {
@@ -212,39 +213,31 @@ def holds(path: Path, model: Checkpoint) -> bool:
 
     Its header is not compared: a file may have been renamed.  FleetuneError for a file that cannot be read.
     """
-    found, factors = (
-        {tensor.name: tensor for tensor in open_written(path).tensors},
-        rope.tensors(model.config),
-    )
-    layers = Counter(
-        t.tensor_type.name for t in found.values() if t.name.startswith("blk.") and len(t.shape) > 1
-    )
+    found, factors = header.read(path), rope.tensors(model.config)
+    layers = Counter(t.kind for t in found.tensors if t.name.startswith("blk.") and len(t.shape) > 1)
     stated = [kind.lower() for kind, _ in layers.most_common(1) if f"gguf:{kind.lower()}" in TARGETS]
     return any(_holds(found, model, kind, factors) for kind in (None, *stated))
 
 
-def _holds(
-    found: Mapping[str, Any], model: Checkpoint, kind: str | None, factors: Mapping[str, np.ndarray]
-) -> bool:
+def _holds(file: GgufHeader, model: Checkpoint, kind: str | None, factors: Mapping[str, np.ndarray]) -> bool:
     try:
         entries = plan(model, kind, [])
     except UsageError:
         return False
     stated = {entry.name: (entry.kind, tuple(entry.shape)) for entry in entries}
-    own = {
-        n: (t.tensor_type.name, tuple(map(int, reversed(t.shape))))
-        for n, t in found.items()
-        if n not in factors
-    }
+    found = {tensor.name: tensor for tensor in file.tensors}
+    own = {name: (t.kind, t.shape) for name, t in found.items() if name not in factors}
     return (
         own == stated
-        and all(
-            name in found and np.array_equal(found[name].data, values) for name, values in factors.items()
-        )
-        and all(
-            np.array_equal(np.ascontiguousarray(found[e.name].data).view(np.uint8), _encode(model, e))
-            for e in entries
-        )
+        and all(name in found and _has(file, found[name], values) for name, values in factors.items())
+        and all(_has(file, found[entry.name], _encode(model, entry)) for entry in entries)
+    )
+
+
+def _has(file: GgufHeader, tensor: TensorPlace, values: np.ndarray) -> bool:
+    """Return whether a tensor of a file has these values' bytes."""
+    return np.array_equal(
+        file.bytes(tensor).reshape(-1), np.ascontiguousarray(values).view(np.uint8).reshape(-1)
     )
 
 
@@ -349,39 +342,38 @@ def verify(
     Names, types, shapes and bytes must be what was meant to be written, and the values, read by the gguf
     package's own rules, must be those of a quantised matrix.  FleetuneError otherwise.
     """
-    reader = open_written(path)
-    found = {tensor.name: tensor for tensor in reader.tensors}
+    file = header.read(path)
+    found = {tensor.name: tensor for tensor in file.tensors}
     for name, values in factors.items():
         held = found.pop(name, None)
-        if held is None or not np.array_equal(held.data, values):
+        if held is None or not _has(file, held, values):
             raise damaged(path, f"{name} is not what was written")
     if sorted(found) != sorted(entry.name for entry in entries):
         raise damaged(path, "it does not hold the tensors that were written")
-    return [entry for entry in entries if not _compare(path, model, entry, found[entry.name])]
+    return [entry for entry in entries if not _compare(file, model, entry, found[entry.name])]
 
 
-def _compare(path: Path, model: Checkpoint, entry: GgufTensor, tensor: Any) -> bool:
+def _compare(file: GgufHeader, model: Checkpoint, entry: GgufTensor, tensor: TensorPlace) -> bool:
     """Return whether a tensor of the file has the model's values; FleetuneError when its bytes are wrong."""
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    if shape != entry.shape or tensor.tensor_type.name != entry.kind:
-        raise damaged(
-            path, f"{entry.name} is {tensor.tensor_type.name} {shape}, not {entry.kind} {entry.shape}"
-        )
-    if not np.array_equal(np.ascontiguousarray(tensor.data).view(np.uint8), _encode(model, entry)):
+    path = file.path
+    if (tensor.kind, tensor.shape) != (entry.kind, tuple(entry.shape)):
+        raise damaged(path, f"{entry.name} is {tensor.kind} {tensor.shape}, not {entry.kind} {entry.shape}")
+    if not _has(file, tensor, _encode(model, entry)):
         raise damaged(path, f"{entry.name} does not hold the bytes that were written")
-    exact = all(bool((part == own).all()) for part, own in _value_pairs(model, entry, tensor))
+    exact = all(bool((part == own).all()) for part, own in _value_pairs(file, model, entry, tensor))
     if not exact and model.quantised(entry.parameter) is not None:
         raise damaged(path, f"{entry.name} does not hold the values of {entry.parameter}")
     return exact
 
 
 def _value_pairs(
-    model: Checkpoint, entry: GgufTensor, tensor: Any
+    file: GgufHeader, model: Checkpoint, entry: GgufTensor, tensor: TensorPlace
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield values in fp32 as read and as they should be, some rows at a time."""
-    own = _values(model, entry)
+    own, data = _values(model, entry), file.bytes(tensor)
     step = max(1, (1 << 22) // max(1, own[0].numel()))
+    data = data.reshape(len(own), -1)  # of a vector, each value is a row
     for start in range(0, len(own), step):
-        rows = tensor.data[start : start + step]
-        read = gguf.quants.dequantize(rows, tensor.tensor_type)
-        yield read, own[start : start + step].float().numpy()
+        part = own[start : start + step].float().numpy()
+        read = gguf.quants.dequantize(data[start : start + step], GGMLQuantizationType[tensor.kind])
+        yield read.reshape(part.shape), part

@@ -26,11 +26,7 @@ from safetensors.torch import load_file
 
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report
-from fleetune.deploy.formats._gguf_layout import (
-    check_config,
-    open_written,
-    tensor_name,
-)
+from fleetune.deploy.formats._gguf_layout import check_config, tensor_name
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.families import experts, table
 from fleetune.models.gguf import header
@@ -170,17 +166,13 @@ def _check_shapes(
 
 def _verify(path: Path, tensors: Mapping[str, np.ndarray], alpha: float) -> None:
     """Raise FleetuneError unless the file holds these tensors bit for bit, and this alpha."""
-    reader = open_written(path)
-    found = {tensor.name: tensor for tensor in reader.tensors}
+    head = header.read(path)
+    found = {tensor.name: tensor for tensor in head.tensors}
     if sorted(found) != sorted(tensors):
         raise damaged(path, "it does not hold the tensors that were written")
     for name, values in tensors.items():
         read = found[name]
-        if (
-            read.tensor_type.name != "F32"
-            or read.data.shape != values.shape
-            or read.data.tobytes() != values.tobytes()
-        ):
+        if (read.kind, read.shape) != ("F32", values.shape) or head.bytes(read).tobytes() != values.tobytes():
             raise damaged(path, f"{name} does not hold what was written")
-    if reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents() != np.float32(alpha):
+    if head.values[gguf.Keys.Adapter.LORA_ALPHA] != np.float32(alpha):
         raise damaged(path, "its alpha is not what was written")

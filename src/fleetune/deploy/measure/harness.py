@@ -300,11 +300,11 @@ def bits(source: Path) -> Bits:
 
 
 def _of_gguf(file: Path) -> Iterator[tuple[bool, int, int]]:
-    from fleetune.models.gguf.reader import Reader
+    from fleetune.models.gguf import header
 
-    for tensor in Reader(file).tensors:
+    for tensor in header.read(file).tensors:
         linear = len(tensor.shape) > 1 and tensor.name.startswith("blk.")
-        yield linear, int(tensor.n_elements), int(tensor.n_bytes)
+        yield linear, math.prod(tensor.shape), tensor.size
 
 
 def _of_folder(folder: Path) -> Iterator[tuple[bool, int, int]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fleetune.common import paired
 from fleetune.common.display import COMPARED, counted, human_bytes
 from fleetune.common.events import Measured, MeasureDone, as_dict
-from fleetune.common.files import write_atomic
+from fleetune.common.files import finite, write_atomic
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
 from fleetune.data import readers
@@ -28,7 +28,7 @@ from fleetune.deploy.measure import harness, lines
 from fleetune.deploy.measure.harness import FILE, KeptGain, MeasureJob, Measurement, Row
 from fleetune.deploy.measure.lines import Line, Measurable
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.runs import compression_folder, sealed
+from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
 from fleetune.subject import ROW, Compressed, Run, Subject, loading
 
@@ -387,7 +387,7 @@ def _write(
             before = json.loads((folder / FILE).read_text(encoding="utf-8"))
             known = before["kept"] if before["digest"] == digest else {}
     content = {"v": 1, "digest": digest, **settings, "rows": rows, "kept": known}
-    write_atomic(folder / FILE, json.dumps(sealed.finite(content), indent=1) + "\n")
+    write_atomic(folder / FILE, json.dumps(finite(content), indent=1) + "\n")
 
 
 # Kept gain --------------------------------------------------------------------------------------------

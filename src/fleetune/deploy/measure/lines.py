@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from fleetune.common.ggml import PARTS
+from fleetune.common.ggml import SCALES
 from fleetune.common.shell import command
-from fleetune.common.undo import hint_with_undo
 from fleetune.errors import FleetuneError
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
@@ -134,7 +133,7 @@ def _own(measurable: Measurable, files: Sequence[Line], listener: Listener) -> l
         if holds:
             own.append(line)
             continue
-        hint = hint_with_undo(line.path, f"measure it as a model of its own: {command('measure', line.path)}")
+        hint = f"measure it as a model of its own: {command('measure', line.path)}"
         listener.note(
             f"{line.name} is left out: it does not hold what fleetune export writes of {subject.argument} ({hint})"
         )
@@ -145,7 +144,7 @@ def _of_run(run: Run, *, offline: bool) -> tuple[tuple[Line, Line], Path]:
     """Return the lines of base and tuned model, and the folder of the tokenizer."""
     recipe, weights = run.recipe, Plain(run.recipe.model).directory(offline=offline)
     base, result = line_of("base", "model", recipe.model, weights, recipe.dtype), run.result
-    if recipe.train in PARTS:  # the file itself was tuned
+    if recipe.train == SCALES:  # the file itself was tuned
         from fleetune.deploy import patch_make  # imports torch
 
         file = patch_make.file_of(recipe.model, offline=offline)

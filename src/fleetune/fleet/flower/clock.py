@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Give Flower's server a clock that does not jump.
 
-Flower reads the wall clock to tell which devices are online, which messages have expired and whether the run is alive.  When
-an administrator or a time server sets that clock forward by a day, all devices are offline and the run is dead at once.
-So its modules get the time at which the server was started plus the seconds since, of a clock that nobody can set.
+Flower reads the wall clock to tell which devices are online.  When an administrator or a time server sets that clock forward
+by a day, all devices are offline at once.  So its modules get the time at which the server was started plus the seconds since,
+of a clock that nobody can set.
 
 The time that a device signs is compared with both clocks: after the wall clock was set right, devices whose own clock is
 right have to come in; and while it is wrong, those that are connected stay.
@@ -15,18 +15,14 @@ import datetime
 import time
 from typing import Final
 
-import flwr.app.message.message as messages
-from flwr.server.superlink.linkstate import in_memory_linkstate, utils
-from flwr.server.utils import validator
-from flwr.supercore.corestate import in_memory_corestate
-from flwr.supercore.corestate import utils as core_utils
+from flwr.server.superlink.linkstate import in_memory_linkstate
 from flwr.superlink.routers.fleet import node_auth
 
 from fleetune.errors import FleetError
 from fleetune.fleet.flower import state as ours
 
-READERS: Final = (ours, in_memory_linkstate, utils, validator, in_memory_corestate, core_utils, messages)
-EARLIEST: Final = datetime.datetime(2025, 3, 1, tzinfo=datetime.UTC)  # Flower refuses messages made before
+READERS: Final = (ours, in_memory_linkstate)
+EARLIEST: Final = datetime.datetime(2025, 3, 1, tzinfo=datetime.UTC)  # some machines begin in 1970
 
 
 def wall() -> datetime.datetime:

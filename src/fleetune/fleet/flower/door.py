@@ -8,8 +8,8 @@ from base64 import b64decode
 from typing import Final, cast
 
 from fastapi import HTTPException, Request, Response
-from flwr.proto.fleet_pb2 import PullMessagesRequest
-from flwr.proto.node_pb2 import Node
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -17,33 +17,38 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fleetune.fleet.flower import wire
 from fleetune.fleet.flower.exchange import Exchange
+from fleetune.fleet.flower.limits import Once
 from fleetune.fleet.flower.state import State
 
-LIMIT: Final = 2 << 20  # bytes of a request's body: a piece and its frame
+LIMIT: Final = 2 << 20  # bytes of an exchange's body: a piece of an answer and its frame
+SMALL: Final = 1 << 14  # bytes of any other body: a key, a number, a time
+BODIES: Final = {  # paths that devices use, and the bytes that a body may have; of Flower's interface nothing else is there
+    wire.EXCHANGE: LIMIT,
+    **{f"/v1/fleet/{p}-node": SMALL for p in ("register", "activate", "deactivate")},
+    "/v1/fleet/send-node-heartbeat": SMALL,
+}
 HEAD: Final = 20.0  # seconds in which a new connection has to send the head of a request
 LONGEST_HEAD: Final = 1 << 15  # bytes of it
 
 
 class Door:
-    """Let through requests of a limited size to the devices' interface, signed by a node; ours go to the exchange.
+    """Let through requests of a limited size that a key has signed, once; ours go to the exchange, others to Flower.
 
-    With `any_key`, Flower's own requests go on to Flower, which checks their signatures: a new node registers there.
+    With `any_key` a key may be new, since it registers by Flower's interface.
     """
 
-    def __init__(self, app: ASGIApp, state: State, exchange: Exchange, any_key: bool) -> None:
-        self.app, self.state, self.exchange, self.any_key = app, state, exchange, any_key
+    def __init__(self, app: ASGIApp, state: State, exchange: Exchange, once: Once, any_key: bool) -> None:
+        self.app, self.state, self.exchange, self.once, self.any_key = app, state, exchange, once, any_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; a connection that is refused is closed."""
         request = Request(scope, receive)
-        ours = request.url.path == wire.EXCHANGE
         try:
             _check_size(request)
-            if ours:
-                await self.exchange.answer(self._node(request), request, send)
+            node = self._node(request)
+            if scope["path"] == wire.EXCHANGE:
+                await self.exchange.answer(node, request, send)
                 return
-            if not self.any_key:
-                self._node(request)
         except HTTPException as refused:
             await Response(status_code=refused.status_code, headers={"connection": "close"})(
                 scope, receive, send
@@ -51,25 +56,29 @@ class Door:
         else:
             await self.app(scope, receive, send)
 
-    def _node(self, request: Request) -> int:
-        """Return the node whose key has signed a request; HTTPException 401 where there is none."""
+    def _node(self, request: Request) -> int | None:
+        """Return the node whose key has signed a request, None for a new one; HTTPException 401 where it may not come in."""
         try:
-            key = b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+            stated = request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER]
+            key = b64decode(stated, validate=True)
         except (KeyError, ValueError) as error:
             raise HTTPException(401) from error
-        if (node := self.state.get_node_id_by_public_key(key)) is None:
+        if (node := self.state.get_node_id_by_public_key(key)) is None and not self.any_key:
             raise HTTPException(401)
-        request.state.protobuf_request = PullMessagesRequest(node=Node(node_id=node))
-        authenticate_node(request)  # it reads the node there, and the key, time and signature in the head
+        claim = {"protobuf_request": ActivateNodeRequest(public_key=key)}  # where Flower looks for it
+        authenticate_node(Request({**request.scope, "state": claim}))
+        if not self.once.fresh(stated, request.headers[TIMESTAMP_HEADER]):
+            raise HTTPException(401)
         return node
 
 
 def _check_size(request: Request) -> None:
     """Raise HTTPException for a request to anything else than the devices' interface, or with too large a body."""
-    if not request.url.path.startswith("/v1/fleet/"):
+    path = request.scope["path"]
+    if path not in BODIES:
         raise HTTPException(404)
     length = request.headers.get("content-length", "")
-    if not (length.isascii() and length.isdigit()) or int(length) > LIMIT:
+    if not (length.isascii() and length.isdigit()) or int(length) > BODIES[path]:
         raise HTTPException(413)
 
 

@@ -16,7 +16,7 @@ heartbeat meanwhile.
     410     the server has begun anew: the device has to come in first
 
 Whose request it is says the signature alone, before a byte of the body is read: the node is the one with that key
-(`door.py`).  A signature is good for one request (`limits.py`).
+(`door.py`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,10 @@ from collections.abc import Iterable
 from typing import Final
 
 from fastapi import HTTPException, Request
-from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from starlette.requests import ClientDisconnect
 from starlette.types import Send
 
 from fleetune.fleet.flower import wire
-from fleetune.fleet.flower.limits import Once
 from fleetune.fleet.flower.state import State
 from fleetune.fleet.mail import Letter
 
@@ -43,26 +40,17 @@ CHUNK: Final = 1 << 16  # bytes handed to a connection at once: more would lie i
 class Exchange:
     """Answers these requests; all of it but `close` runs in the thread of the server's event loop."""
 
-    def __init__(self, state: State, once: Once) -> None:
-        self.state, self.once = state, once
-        self.closing = False
+    def __init__(self, state: State) -> None:
+        self.state, self.closing = state, False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: dict[int, asyncio.Future[None]] = {}  # by node: its request that waits for an order
         self._coming: dict[int, asyncio.Future[bytes]] = {}  # by node: the body that is on its way
         state.mail.ring = self._ring
 
-    async def answer(self, node: int, request: Request, send: Send) -> None:
-        """Answer a node's request.
-
-        HTTPException 401 for one that was sent before, 410 for a node that has not come in since the server began, 409 where
-        `_body` has it.
-        """
+    async def answer(self, node: int | None, request: Request, send: Send) -> None:
+        """Answer a node's request; HTTPException 410 for one that has not come in since the server began, 409 as `_body`."""
         self._loop = asyncio.get_running_loop()
-        if not self.once.fresh(
-            request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], request.headers[TIMESTAMP_HEADER]
-        ):
-            raise HTTPException(401)
-        if not self.state.alive(node):
+        if node is None or not self.state.alive(node):
             raise HTTPException(410)
         wants = request.headers.get(wire.NEXT, "order")
         if number := request.headers.get(wire.ORDER):

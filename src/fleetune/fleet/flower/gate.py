@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open the server's door to devices: a thread of this process with Flower's Fleet API and our exchange, and nothing else."""
+"""Open the server's door to devices: a thread of this process in which they come in, and get orders by our exchange."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
-from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+from flwr.supercore.constant import NodeStatus
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
-from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from starlette.middleware import Middleware
@@ -31,14 +30,13 @@ from fleetune.errors import FleetError
 from fleetune.fleet.flower import clock, wire
 from fleetune.fleet.flower.door import Connection, Door
 from fleetune.fleet.flower.exchange import Exchange
-from fleetune.fleet.flower.limits import Guard, Once, Refusals, Uploads, Watch
+from fleetune.fleet.flower.limits import Once, Refusals, Watch
 from fleetune.fleet.flower.state import State
 from fleetune.fleet.keys import PublicKey, fingerprint
 from fleetune.fleet.mail import Mail
 
 KEEP: Final = 75  # seconds that a connection may be idle: longer than a device keeps it
 CONNECTIONS: Final = 1 << 16  # open files that are asked for
-HEARTBEAT: Final = 15.0  # seconds; the run counts as dead after 60 without one
 
 
 @dataclass(frozen=True)
@@ -56,22 +54,20 @@ class Gate:
 
     def __init__(self, address: Address, keys: Sequence[PublicKey] | None) -> None:
         wire.hush()
-        steady = clock.install()
-        uploads, once, self.refusals = Uploads(), Once(steady.age), Refusals()
+        once, self.refusals = Once(clock.install().age), Refusals()
         self.mail = Mail()
-        self.state = State(self.mail, uploads)
-        self._exchange = Exchange(self.state, once)
+        self.state = State(self.mail)
+        self._exchange = Exchange(self.state)
         self._names: dict[int, str] = {}  # by number of the node
         self._nodes: dict[str, int] = {}  # by hash of the key, of those that were ever there
         self._here: set[int] = set()  # nodes that were there at the last look
         self._keys: dict[int, str] = {}  # by node: the hash of its key
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[
             Middleware(Watch, refusals=self.refusals),
-            Middleware(Door, state=self.state, exchange=self._exchange, any_key=keys is None),
+            Middleware(Door, state=self.state, exchange=self._exchange, once=once, any_key=keys is None),
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
-            Middleware(Guard, uploads=uploads, once=once),
         ])  # fmt: skip
         app.state.linkstate_factory, app.state.enable_supernode_auth = self.state, keys is not None
         app.include_router(fleet_router)
@@ -86,16 +82,6 @@ class Gate:
     def open(self) -> None:
         """Start to listen; FleetError where that is not possible."""
         self._listen()
-        self.run = self.state.run = self.state.create_run(
-            "fleetune", "1", None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
-        )
-        task = self.state.get_run_info(run_ids=[self.run])[0].primary_task_id
-        if task is None or not (self.state.claim_task(task) and self.state.activate_task(task)):
-            raise FleetError(
-                "Flower gave the run no task", hint="please report this with the version of flwr"
-            )
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task, self.run, SUPERLINK_NODE_ID
-        threading.Thread(target=self._beat, args=(task,), name="gate's heartbeat", daemon=True).start()
         self._thread.start()
         while not self._server.started:
             time.sleep(0.02)
@@ -123,14 +109,9 @@ class Gate:
 
     def close(self) -> None:
         """Stop listening."""
-        self.state.stop_run(self.run)
         self._exchange.close()
         self._server.should_exit = True
         self._thread.join(10)
-
-    def _beat(self, task: int) -> None:
-        while self.state.acknowledge_task_heartbeat(task):
-            time.sleep(HEARTBEAT)
 
     def admit(self, keys: Sequence[PublicKey]) -> None:
         """Make these the keys whose devices may come in; others that were are thrown out."""
@@ -175,16 +156,12 @@ class Gate:
 
     def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
         """Yield the answers that are complete, None for one that will not come: its device is away."""
-        for number, data in self.state.replies(numbers):
-            self.drop({number})
-            yield number, data
         for number in self.mail.answered(numbers):
             yield number, self.mail.pull(number)
 
     def drop(self, numbers: set[str]) -> None:
         """Forget orders that nobody waits for any longer."""
         self.mail.drop(numbers)
-        self.state.forget(numbers)
 
 
 def _family(host: str) -> socket.AddressFamily:

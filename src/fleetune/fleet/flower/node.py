@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import httpx
 from flwr.proto import fleet_pb2 as fleet
@@ -33,6 +33,8 @@ from fleetune.fleet.keys import PrivateKey, is_loopback
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 NODE: Final = "node"  # file with the number of the last session
 LONGEST: Final = 20.0  # seconds between two tries
 PATIENCE: Final = 30.0  # seconds without a byte from the server; it answers within half of it
@@ -40,6 +42,7 @@ SLOWEST: Final = (
     8192  # bytes a second: a slower line may not have carried a piece to the server when that time is over
 )
 IDLE: Final = 60.0  # seconds that an idle connection is kept: the server keeps it longer
+FAREWELL: Final = 5.0  # seconds for the last words of a device that leaves
 PIECE: Final = 1 << 20  # bytes of an answer in one request
 QUIET: Final = 1.6  # heartbeats until a request that lasts needs another beside it: the server takes two for a device's end
 AGAIN: Final = 1.0  # seconds before a device says that it could not read an order: it is given it again
@@ -103,27 +106,33 @@ class Line:
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         """Send a request of Flower's client, in the place of its own way to send it."""
-        return self.send(context.request, SMALL)
+        answer, body = self.send(context.request, SMALL)
+        return httpx.Response(
+            answer.status_code, headers=answer.headers, content=bytes(body), request=context.request
+        )
 
-    def send(self, request: httpx.Request, most: int) -> httpx.Response:
-        """Return the answer to a request, read; `TooMuch` for one of more than `most` bytes."""
+    def send(self, request: httpx.Request, most: int) -> tuple[httpx.Response, bytearray]:
+        """Return the head and the body of the answer to a request; `TooMuch` for one of more than `most` bytes.
+
+        A small one has `PATIENCE` in all: a server that sends byte by byte is none.  The body is in memory once.
+        """
         request.headers["accept-encoding"] = "identity"
         response = self.http.send(request, stream=True)
         try:
             if "content-encoding" in response.headers:
                 raise TooMuch("the server compresses what it sends, which a device does not take")
-            body = bytearray()
+            body, until = bytearray(), time.monotonic() + PATIENCE
             for piece in response.iter_raw():
                 if len(body) + len(piece) > most:
                     raise TooMuch(
                         f"the server sends more than the {human_bytes(most)} that this device takes"
                     )
+                if most <= SMALL and time.monotonic() > until:
+                    raise httpx.ReadTimeout("the server does not end its answer", request=request)
                 body += piece
         finally:
             response.close()
-        return httpx.Response(
-            response.status_code, headers=response.headers, content=bytes(body), request=request
-        )
+        return response, body
 
 
 class _Session:
@@ -134,11 +143,15 @@ class _Session:
     ) -> None:
         self.client, self.line, self.key, self.server = client, line, key, server
         self.over, self.asking = threading.Event(), False
+        self.node: Node | None = None  # until it has come in
         self.said = time.monotonic()  # when the last request or heartbeat began
         self.file = state / NODE
+
+    def begin(self) -> None:
+        """Come in, and say from then on that this device is there."""
         if self.file.exists():  # the last process may have gone without a word: its session would last on
             with contextlib.suppress(httpx.HTTPStatusError, ValueError, OSError):
-                client.DeactivateNode(fleet.DeactivateNodeRequest(node_id=int(self.file.read_text())))
+                self.client.DeactivateNode(fleet.DeactivateNodeRequest(node_id=int(self.file.read_text())))
         self._come_in()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
@@ -175,8 +188,40 @@ class _Session:
     def end(self) -> None:
         """Leave; a request that still waits for an order is sent away by the server."""
         self.over.set()
+        if self.node is None:
+            return
+        request = fleet.DeactivateNodeRequest(node_id=self.node.node_id)
         with contextlib.suppress(Exception):  # whatever the server answers, this device is gone
-            self.client.DeactivateNode(fleet.DeactivateNodeRequest(node_id=self.node.node_id))
+            self.within(FAREWELL, lambda: self.client.DeactivateNode(request))
+
+    def waited(self, call: Callable[[], T], over: Callable[[], bool]) -> T | None:
+        """Return what a call gives, or raise what it raises; None where the device leaves meanwhile.
+
+        It waits in a thread, so that this one can look whether to leave, whatever the server sends.
+        """
+        outcome: list[T | Exception] = []
+
+        def make() -> None:
+            try:
+                outcome.append(call())
+            except Exception as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=make, name="request", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(self.server.poll)
+            if thread.is_alive() and over():
+                return None
+        (found,) = outcome
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def within(self, seconds: float, call: Callable[[], object]) -> None:
+        """Make a call of a device that leaves, and wait so long for it."""
+        until = time.monotonic() + seconds
+        self.waited(call, lambda: time.monotonic() > until)
 
     def answer_all(self, answer: Callable[[bytearray], bytes], over: Callable[[], bool]) -> None:
         """Answer orders until `over()`; httpx.HTTPError where the server is gone, or refuses."""
@@ -189,7 +234,7 @@ class _Session:
             number, order = found
             data = self._answer(answer, order) if number else b""
         if number:
-            self._send(number, data, "nothing")
+            self.within(PATIENCE + len(data) / SLOWEST, lambda: self._send(number, data, "nothing"))
 
     def _answer(self, answer: Callable[[bytearray], bytes], order: bytearray) -> bytes:
         """Return the answer to an order; none, after a moment, where it cannot be read: it comes again."""
@@ -205,44 +250,29 @@ class _Session:
     def _ask(self, number: str, data: bytes, over: Callable[[], bool]) -> tuple[str, bytearray] | None:
         """Send an answer and wait for the next order: (its number, the order), ("", nothing) where none came in time.
 
-        None where the device leaves meanwhile: the request waits in a thread, so that this one can look whether it does.
+        None where the device leaves meanwhile.
         """
-        outcome: list[httpx.Response | Exception] = []
-
-        def send() -> None:
-            try:
-                outcome.append(self._send(number, data, "order"))
-            except Exception as error:
-                outcome.append(error)
-
         self.asking = True
-        thread = threading.Thread(target=send, name="orders", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(self.server.poll)
-            if thread.is_alive() and over():
-                return None
+        found = self.waited(lambda: self._send(number, data, "order"), over)
         self.asking = False
-        (found,) = outcome
-        if isinstance(found, Exception):
-            raise found
-        return found.headers.get(wire.ORDER, ""), bytearray(found.content)
+        return found and (found[0].headers.get(wire.ORDER, ""), found[1])
 
-    def _send(self, number: str, data: bytes, wants: str) -> httpx.Response:
-        """Send an answer, large ones in pieces; return what comes back for the last."""
+    def _send(self, number: str, data: bytes, wants: str) -> tuple[httpx.Response, bytearray]:
+        """Send an answer, large ones in pieces; return the head and the body of what comes back for the last."""
         pieces = [data[start : start + PIECE] for start in range(0, len(data), PIECE)] or [b""]
         for piece in pieces[:-1]:
             self._post(number, piece, "piece")
         return self._post(number, pieces[-1], wants)
 
-    def _post(self, number: str, piece: bytes, wants: str) -> httpx.Response:
+    def _post(self, number: str, piece: bytes, wants: str) -> tuple[httpx.Response, bytearray]:
         headers = {**wire.signed(self.key), wire.NEXT: wants, **({wire.ORDER: number} if number else {})}
         self.said = time.monotonic()
         patience = httpx.Timeout(PATIENCE, read=PATIENCE + len(piece) / SLOWEST)  # what is sent is on its way
         request = self.line.http.build_request(
             "POST", wire.EXCHANGE, content=piece, headers=headers, timeout=patience
         )
-        return self.line.send(request, self.server.room() if wants == "order" else SMALL).raise_for_status()
+        answer, body = self.line.send(request, self.server.room() if wants == "order" else SMALL)
+        return answer.raise_for_status(), body
 
 
 def stay(
@@ -265,9 +295,11 @@ def stay(
         line = Line(server, trust)
         signs = NodeAuthHttpInterceptor(key.secret, key.secret.public_key())
         with FleetHttpClient(server.url, interceptors=[signs, line], verify=trust) as client, line.http:
-            session = None
+            session = _Session(client, line, key, state, server)
             try:
-                session = _Session(client, line, key, state, server)
+                session.waited(session.begin, over)
+                if over():
+                    break
                 note(f"connected to {server.address}")
                 wait, said = 0.0, ""
                 session.answer_all(answer, over)
@@ -280,8 +312,7 @@ def stay(
                     note(f"{why}; trying again")
                     said = kind
             finally:
-                if session is not None:
-                    session.end()
+                session.end()
         until = time.monotonic() + wait * random.uniform(0.8, 1.2)
         while time.monotonic() < until and not over():
             time.sleep(0.1)

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pack bytes into Flower's records, and a message and its objects for the way; the same on both sides."""
+"""Pack bytes into Flower's records and sign requests; the same on both sides."""
 
 from __future__ import annotations
 
 import logging
 from base64 import b64encode
-from typing import Any, Final
+from typing import Final
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.primitives.asymmetric import sign_message
 
 from fleetune.errors import MessageError
@@ -76,9 +75,3 @@ def answer_to(message: Message, data: bytes) -> Message:
 def set_id(message: Message, id: str) -> None:
     """Give a message its number: Flower derives it from the content, and has no public way to set it."""
     message.metadata.__dict__["_message_id"] = id
-
-
-def objects_of(message: Message) -> dict[str, Any]:
-    """Return the objects of a message by number."""
-    found: dict[str, Any] = get_all_nested_objects(message)
-    return found

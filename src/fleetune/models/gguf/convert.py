@@ -5,16 +5,14 @@ GGUF (the ggml project's docs/gguf.md, version 2 and 3) stores quantised rows.  
 of 32 (Q4_1) and its relatives give values that 16-bit floats cannot hold, so the weights are written in
 **fp32**: nothing is lost, and the same file gives the same bytes everywhere.
 
-What transformers does not read from a GGUF by itself:
+Beside sizes and rows:
   * llama's q and k rows are stored pair-wise interleaved for ggml's rotary embedding; they are put back in
     the half-split order that transformers uses (a permutation of rows, done before dequantising); a llama with biases
     has them for its own, not only in the file;
-  * transformers knows no text-splitting rule for tokenizer "smollm" and falls back to GPT-2's, which joins
-    the space before a digit differently; the rule is restored here;
   * rescaled rotary frequencies (Llama 3.1) come as factors: used where Llama 3's rule gives them (`rope.py`),
     else the file is refused;
   * gemma's norms, caps and windows; llamas whose blocks differ in width (`deci.py`), which only Fleetune
-    loads again; tokenizers without an unknown token and of pieces (`tokenizer.py`).
+    loads again; the tokenizer (`tokenizer.py`).
 
 The model is never in memory as a whole: names and shapes come from a model on the meta device, every tensor of
 it must be found in the file and vice versa, and rows go straight into the safetensors file.
@@ -23,7 +21,6 @@ it must be found in the file and vice versa, and rows go straight into the safet
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -32,10 +29,8 @@ from typing import Any, Final
 import gguf
 import numpy as np
 import torch
-from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -44,20 +39,18 @@ from transformers import (
 
 from fleetune.common.shell import quoted
 from fleetune.errors import ModelError
-from fleetune.models.bounds import check_blocks, check_config, check_range
+from fleetune.models.bounds import check_blocks, check_range
 from fleetune.models.families import deci, rope, table, widths
 from fleetune.models.foreign import foreign_file
 from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
-from fleetune.models.gguf.claims import ANOTHER, check_claims
-from fleetune.models.gguf.reader import Reader, lent
+from fleetune.models.gguf.header import GgufHeader
 from fleetune.models.mapped import places
 from fleetune.models.mapped.file import MappedFile
 from fleetune.models.mapped.stored import Stored
 from fleetune.models.saving import disk_errors
 
-log = logging.getLogger(__name__)
-
+ANOTHER: Final = "fetch the file again, or give another one"
 SLAB: Final = 1 << 22  # elements dequantised at a time (16 MiB of fp32)
 # what the rows and values of an architecture need; an architecture that is not here was not verified
 ARCHITECTURES: Final[Mapping[str, str]] = MappingProxyType(
@@ -71,7 +64,16 @@ ARCHITECTURES: Final[Mapping[str, str]] = MappingProxyType(
         "deci": "interleaved q, k",
     }
 )
-KNOWN_SPLITS: Final = ("default", "llama3", *gguf_tokens.RULES)
+READ: Final = frozenset({"F32", "F16", *(kind.name for kind in gguf.quants._type_traits)})  # types of tensors
+SIZES: Final[Mapping[str, str]] = MappingProxyType(  # keys of an architecture -> names in a configuration
+    {
+        "context_length": "max_position_embeddings", "block_count": "num_hidden_layers",
+        "feed_forward_length": "intermediate_size", "embedding_length": "hidden_size",
+        "rope.freq_base": "rope_theta", "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+        "vocab_size": "vocab_size",
+    }
+)  # fmt: skip
 
 
 def load_config(path: Path) -> Any:
@@ -80,7 +82,7 @@ def load_config(path: Path) -> Any:
     ModelError for a damaged file, an architecture not in `ARCHITECTURES`, blocks that no class has a place for, or
     rescaled rotary frequencies.
     """
-    return _config(path, _open(path))
+    return _config(path, header.check_whole(path))
 
 
 def convert(
@@ -96,10 +98,10 @@ def convert(
     these stay in the file, and where they are is written instead (`mapped/places.py`).  ModelError as in `load_config`, or
     when names or shapes do not fit the architecture; OSError when the disk is full.
     """
-    reader = _open(path)
-    config = _config(path, reader)
-    tensors = _tensors(path, reader, config)
-    tokenizer = _tokenizer(path, reader, config)
+    head = header.check_whole(path)
+    config = _config(path, head)
+    tensors = _tensors(path, head, config)
+    tokenizer = _tokenizer(path, head, config)
     if weights:
         _write_weights(path, tensors, folder / "model.safetensors", progress)
     else:
@@ -114,92 +116,71 @@ def convert(
         tokenizer.save_pretrained(folder)
 
 
-def _open(path: Path) -> Reader:
-    header.read_whole(path)  # the package would loop over a list as long as the file claims
-    try:
-        with foreign_file(path, "is not a readable GGUF file", hint=ANOTHER):
-            reader = Reader(path)
-    except MemoryError as error:  # of a length that the file claims
-        raise ModelError(f"{path} is not a readable GGUF file (it claims too much)", hint=ANOTHER) from error
-    check_claims(path, reader)
-    return reader
-
-
-def _field(reader: Reader, key: str) -> Any:
-    field = reader.fields.get(key)
-    return None if field is None else field.contents()
-
-
-def _numbers(reader: Reader) -> dict[str, Any]:
-    """Return the single values of the metadata, with names of ours for what `check_config` looks at."""
-    own = {"block_count": "num_layers", "freq_base": "theta", "freq_base_swa": "theta"}
-    found = {key: _field(reader, key) for key, field in reader.fields.items() if len(field.types) == 1}
-    return {own.get(key.rpartition(".")[2], key): value for key, value in found.items()}
-
-
-def _config(path: Path, reader: Reader) -> Any:
+def _config(path: Path, head: GgufHeader) -> Any:
     instead = "use the model's hub id or a Hugging Face directory of it"
     with foreign_file(path, "has unusable metadata", hint=instead):  # a text may be in no encoding
-        architecture = _checked_architecture(path, reader, instead)
-        config = _described(path, architecture, reader)
-        if (width := _field(reader, f"{architecture}.attention.key_length")) is not None:
+        architecture = _checked_architecture(path, head, instead)
+        config = _described(path, architecture, head)
+        if (width := head.values.get(f"{architecture}.attention.key_length")) is not None:
             config.head_dim = int(width)  # transformers does not read it for every architecture
-        _take_factors(path, reader, config, instead)
+        _take_factors(path, head, config, instead)
         # metadata hold fp32: 1e-05 comes back as 9.999999747378752e-06
         config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
-    check_config(config.to_dict(), path)
-    if "_model_name_or_path" in config.__dict__:
-        del config._model_name_or_path
-    config.name_or_path = ""
     return config
 
 
-def _checked_architecture(path: Path, reader: Reader, instead: str) -> str:
+def _checked_architecture(path: Path, head: GgufHeader, instead: str) -> str:
     """Return the architecture of the metadata; ModelError for one that is not read, and for sizes that no model has."""
-    architecture = str(_field(reader, "general.architecture"))
+    architecture = str(head.values.get("general.architecture"))
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(
             f"{path} holds architecture '{architecture}'; GGUF files are read for {known}", hint=instead
         )
-    if _field(reader, f"{architecture}.expert_count"):
+    if head.values.get(f"{architecture}.expert_count"):
         raise ModelError(
             f"{path} holds a mixture of experts; GGUF files are read for dense models", hint=instead
         )
-    scaling = _field(reader, f"{architecture}.rope.scaling.type")
+    scaling = head.values.get(f"{architecture}.rope.scaling.type")
     if scaling not in (None, "none") and (architecture, scaling) != ("gemma3", "linear"):
         raise ModelError(
             f"{path} rescales its rotary frequencies, which transformers cannot express", hint=instead
         )
-    check_config(_numbers(reader), path)
-    check_blocks(_field(reader, f"{architecture}.block_count"), len(reader.tensors), path)
+    check_blocks(head.values.get(f"{architecture}.block_count"), len(head.tensors), path)
     return architecture
 
 
-def _described(path: Path, architecture: str, reader: Reader) -> Any:
+def _described(path: Path, architecture: str, head: GgufHeader) -> Any:
     """Return the configuration of metadata and tensor names; a configuration class may raise anything for a wrong value."""
+    names = {tensor.name for tensor in head.tensors}
+    ids = {
+        f"{name}_token_id": head.values.get(f"tokenizer.ggml.{key}_token_id")
+        for name, key in gguf_tokens.SPECIAL.items()
+    }
     if architecture in ("gemma", "gemma2", "gemma3", deci.ARCHITECTURE):
-        config = _own(path, architecture, reader)
-        for name, key in gguf_tokens.SPECIAL.items():
-            if name != "unk":
-                setattr(config, f"{name}_token_id", _field(reader, f"tokenizer.ggml.{key}_token_id"))
+        config = _own(path, architecture, head)
+        del ids["unk_token_id"]
+        config.update(ids)
     else:
-        with lent(reader):
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        keys = dict(SIZES) | ({"rope.dimension_count": "head_dim"} if architecture == "llama" else {})
+        values = ids | {name: head.values.get(f"{architecture}.{key}") for key, name in keys.items()}
+        if values["vocab_size"] is None:
+            values["vocab_size"] = len(head.values["tokenizer.ggml.tokens"])
+        values["tie_word_embeddings"] = "output.weight" not in names
+        config = AutoConfig.for_model(architecture, **{n: v for n, v in values.items() if v is not None})
     if config.model_type == "llama":
-        names = {tensor.name for tensor in reader.tensors}
         config.tie_word_embeddings = "output.weight" not in names
         config.attention_bias = "blk.0.attn_q.bias" in names
         config.mlp_bias = "blk.0.ffn_up.bias" in names
     return config
 
 
-def _own(path: Path, architecture: str, reader: Reader) -> Any:
+def _own(path: Path, architecture: str, head: GgufHeader) -> Any:
     """Return the configuration of what transformers cannot read: gemma and deci, and gemma2's and gemma3's caps and bases."""
-    tokens = _field(reader, "tokenizer.ggml.tokens") or []
+    tokens = head.values.get("tokenizer.ggml.tokens") or []
 
     def field(key: str) -> Any:
-        value = _field(reader, f"{architecture}.{key}")
+        value = head.values.get(f"{architecture}.{key}")
         return len(tokens) if key == "vocab_size" and value is None else value
 
     if architecture != deci.ARCHITECTURE:
@@ -249,15 +230,17 @@ def _gemma(architecture: str, field: Callable[[str], Any]) -> Any:
     return config
 
 
-def _take_factors(path: Path, reader: Reader, config: Any, instead: str) -> None:
+def _take_factors(path: Path, head: GgufHeader, config: Any, instead: str) -> None:
     """Set Llama 3's rescaled frequencies in the configuration; ModelError for factors that are not Llama 3's."""
-    found = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    found = [tensor for tensor in head.tensors if tensor.name.startswith("rope_")]
     if not found:
         return
     rescaled = None
     if config.model_type == "llama" and [tensor.name for tensor in found] == [rope.TENSOR]:
         theta, width = float(config.rope_parameters["rope_theta"]), rope.head_dim(config)
-        rescaled = rope.parameters(np.array(found[0].data), _field(reader, rope.KEY), theta, width)
+        rescaled = rope.parameters(
+            head.bytes(found[0]).view(np.float32), head.values.get(rope.KEY), theta, width
+        )
     if rescaled is None:
         raise ModelError(
             f"{path} rescales its rotary frequencies, which transformers cannot express", hint=instead
@@ -265,22 +248,22 @@ def _take_factors(path: Path, reader: Reader, config: Any, instead: str) -> None
     config.rope_parameters = rescaled
 
 
-def _tensors(path: Path, reader: Reader, config: Any) -> dict[str, Stored]:
+def _tensors(path: Path, head: GgufHeader, config: Any) -> dict[str, Stored]:
     """Return for each tensor of the model where it is in the file, and how its rows lie there."""
     with foreign_file(path, "describes a model that cannot be made", hint=ANOTHER):
         net = widths.build(config)
         config.architectures = [type(net).__name__]
         shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}  # tied tensors once
-        return _placed(path, reader, config, shapes)
+        return _placed(path, head, config, shapes)
 
 
 def _placed(
-    path: Path, reader: Reader, config: Any, shapes: Mapping[str, tuple[int, ...]]
+    path: Path, head: GgufHeader, config: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Stored]:
-    architecture = str(_field(reader, "general.architecture"))
+    architecture = str(head.values.get("general.architecture"))
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    left = {tensor.name: tensor for tensor in reader.tensors if tensor.name != rope.TENSOR}
+    left = {tensor.name: tensor for tensor in head.tensors if tensor.name != rope.TENSOR}
     file = MappedFile(path)
     tensors: dict[str, Stored] = {}
     for name, shape in shapes.items():
@@ -289,15 +272,16 @@ def _placed(
             raise ModelError(
                 f"{path} has no tensor for {name}", hint="the file is incomplete: fetch it again"
             )
-        has = tuple(int(n) for n in reversed(found.shape))
-        if has != shape:
+        if found.shape != shape:
             raise ModelError(
-                f"{path}: {found.name} has shape {has}, {name} needs {shape}",
+                f"{path}: {found.name} has shape {found.shape}, {name} needs {shape}",
                 hint="the file's metadata and tensors disagree: give another file",
             )
+        if found.kind not in READ:
+            raise ModelError(f"{path}: {found.name} is of type {found.kind}, which is not read", hint=ANOTHER)
         tensors[name] = Stored(
-            file, int(found.data_offset), int(found.n_bytes), found.tensor_type.name, shape,
-            _row_order(found.name, shape, config), table.is_shifted(config, found.name),
+            file, found.offset, found.size, found.kind, shape, _row_order(found.name, shape, config),
+            table.is_shifted(config, found.name),
         )  # fmt: skip
     if left:
         raise ModelError(
@@ -344,24 +328,10 @@ def _write_weights(
                 progress("convert to safetensors", done, end)
 
 
-def _tokenizer(path: Path, reader: Reader, config: Any) -> Any:
+def _tokenizer(path: Path, head: GgufHeader, config: Any) -> Any:
     hint = "use the model's hub id or a Hugging Face directory of it"
     with foreign_file(path, "has a tokenizer that cannot be read", hint=hint):
-        tokenizer: Any = gguf_tokens.build_tokenizer(lambda key: _field(reader, key))
-        if tokenizer is None:
-            with lent(reader):
-                tokenizer = AutoTokenizer.from_pretrained(
-                    path.parent, gguf_file=path.name, local_files_only=True
-                )
-    split = _field(reader, "tokenizer.ggml.pre")
-    if split == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    elif split is not None and split not in KNOWN_SPLITS:
-        log.warning("%s: no rule for tokenizer '%s'; some text may be split differently", path.name, split)
+        tokenizer: Any = gguf_tokens.build_tokenizer(head.values.get)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.padding_side = "right"
-    for key in ("is_local", "local_files_only"):  # how it was loaded is not part of the tokenizer
-        tokenizer.init_kwargs.pop(key, None)
     return tokenizer

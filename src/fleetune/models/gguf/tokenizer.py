@@ -2,9 +2,9 @@
 """Build a tokenizer from GGUF metadata ("tokenizer.ggml.*"), with exactly the file's tokens.
 
 transformers reads these too, but adds an unknown token to a byte-level tokenizer without one, assumes that pieces start
-with a space, and reads no tokenizer of an architecture that it does not know.  So two kinds are built here:
+with a space, reads no tokenizer of an architecture that it does not know, and parses the file once more.  Two kinds are read:
 
-    gpt2    byte-level BPE without an unknown token, or of such a file: merges, and the rule that the file names
+    gpt2    byte-level BPE: merges, and the rule that the file names
     llama   pieces with scores: two pieces join where the result is a piece, the highest score first, so the merges
             are all such pairs in the order of falling scores; bytes for the rest
 """
@@ -70,18 +70,15 @@ _JOINED: Final = (gguf.TokenType.NORMAL, gguf.TokenType.USER_DEFINED)
 Field = Callable[[str], Any]
 
 
-def build_tokenizer(field: Field) -> PreTrainedTokenizerBase | None:
+def build_tokenizer(field: Field) -> PreTrainedTokenizerBase:
     """Return the tokenizer that metadata describe; `field` gives a value by its key, or None.
 
-    None for the kinds that transformers reads well.  ValueError, KeyError or TypeError when they make no sense.
+    ValueError for a kind that is neither; ValueError, KeyError or TypeError when the metadata make no sense.
     """
     kind = field("tokenizer.ggml.model")
-    if kind == "llama":
-        backend = _pieces(field)
-    elif kind == "gpt2" and (field(UNKNOWN) is None or field("general.architecture") == deci.ARCHITECTURE):
-        backend = _bytes(field)
-    else:
-        return None
+    if kind not in KINDS:
+        raise ValueError(f"tokenizer of kind {kind!r}; {' and '.join(KINDS)} are read")
+    backend = KINDS[kind](field)
     tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
     _add_marks(backend, tokens, types)
     special = {
@@ -106,8 +103,11 @@ def _used(field: Field) -> dict[str, int]:
 def _bytes(field: Field) -> Tokenizer:
     name = field("tokenizer.ggml.pre")
     merges = [(left, right) for left, right in (m.split(" ", 1) for m in field("tokenizer.ggml.merges"))]
-    model = BPE(vocab=_used(field), merges=merges, ignore_merges=name in WHOLE)
-    if field(UNKNOWN) is not None:  # as transformers' reader has it, to the same digest
+    vocab = _used(field)
+    if (as_transformers := field(UNKNOWN) is not None) and field("general.architecture") != deci.ARCHITECTURE:
+        vocab = {text: i for i, text in enumerate(field("tokenizer.ggml.tokens"))}
+    model = BPE(vocab=vocab, merges=merges, ignore_merges=name in WHOLE)
+    if as_transformers:  # its reader has such a vocabulary, with what is not used, to the same digest
         model.continuing_subword_prefix = model.end_of_word_suffix = ""
     backend = Tokenizer(model)
     if name not in RULES:
@@ -176,3 +176,8 @@ def _add_ends(backend: Tokenizer, field: Field, special: Mapping[str, str]) -> N
             pair=f"{one} {one.replace('$A', '$B')}",
             special_tokens=[(mark, backend.token_to_id(mark)) for mark in dict.fromkeys(marks)],
         )
+
+
+KINDS: Final[Mapping[str, Callable[[Field], Tokenizer]]] = MappingProxyType(
+    {"gpt2": _bytes, "llama": _pieces}
+)

@@ -276,5 +276,5 @@ def kinds_of(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def in_blocks(tensor: Tensor) -> bool:
-    """Return whether a weight is a matrix that lies in a file as blocks whose scales or codes can be moved."""
+    """Return whether a weight is a matrix that lies in a file as blocks whose scales can be moved."""
     return isinstance(tensor, LazyWeight) and tensor.stored.kind in HALVES and tensor.dim() == 2

@@ -109,15 +109,15 @@ def weight_files(folder: Path) -> list[Path]:
     return [one] if one.is_file() else sorted(folder.glob("model-*.safetensors"))
 
 
-def check_part(kinds: Mapping[str, str], part: str) -> None:
-    """Raise ModelError where no layer has a matrix in blocks, whose scales or codes could be trained; `kinds`: types by name."""
+def check_scales(kinds: Mapping[str, str]) -> None:
+    """Raise ModelError where no layer has a matrix in blocks, whose scales could be trained; `kinds`: types by name."""
     found = in_layers(kinds)
     if not scales_in(found):
         has = f": its layers are in {listed(found.values())}" if set(found.values()) - set(PLAIN) else ""
         why = ", and super-blocks are not trained" if has_super_blocks(found.values()) else ""
         raise ModelError(
-            f"this base has no {part} that could be trained{has}{why}",
-            hint=f"train={part} is for a GGUF file of {', '.join(HALVES)}, with base=mapped, or for a model that "
+            f"this base has no scales that could be trained{has}{why}",
+            hint=f"train=scales is for a GGUF file of {', '.join(HALVES)}, with base=mapped, or for a model that "
             "fleetune compress has written",
         )
 

@@ -59,7 +59,7 @@ class Watched:
 
     def __init__(self, batches: Batches, on_step: Callable[[int, int], None], done: WorkDone) -> None:
         self.batches, self.on_step, self.done = batches, on_step, done
-        self.n, self.client = batches.n, batches.client
+        self.n, self.client, self.step = batches.n, batches.client, 0
 
     def steps(self, count: int, batch_size: int) -> Iterator[Batch]:
         """Like `Batches.steps`."""
@@ -73,13 +73,17 @@ class Watched:
         """Like `Batches.repeat_batch`."""
         return self._watch(self.batches.repeat_batch(number, batch_size, count))
 
+    def heard(self) -> None:
+        """Report the step that is taken; once more between pieces of work that are no steps."""
+        self.on_step(self.client, self.step)
+
     def split_off(self, batch_size: int) -> tuple[Batch, Watched]:
         """Like `Batches.split_off`."""
         batch, rest = self.batches.split_off(batch_size)
         return batch, Watched(rest, self.on_step, self.done)
 
     def _watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for step, batch in enumerate(batches):
-            self.on_step(self.client, step)
+        for self.step, batch in enumerate(batches):
+            self.heard()
             self.done.add(batch)
             yield batch

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_c
 
 import numpy as np
 
-from fleetune.common import setting_names
 from fleetune.common.registry import Member, Registry
 from fleetune.common.settings import Setting, Value, of
 from fleetune.common.settings import make as make_of
@@ -381,16 +380,15 @@ def module_of(name: str) -> ModuleType:
 
 
 def settings(name: str) -> list[Setting]:
-    """List the hyper-parameters of a method, from its file's text where that says all: importing one loads torch."""
-    found = setting_names.settings_of(REGISTRY.member(name).module, "Method")
-    return of(module_of(name).Method) if found is None else found
+    """List the hyper-parameters of a method."""
+    return of(module_of(name).Method)
 
 
 def having(names: Iterable[str]) -> list[str]:
     """Return the methods that have all settings of these names, those that `plan` recommends first."""
     wanted = set(names)
     order = sorted(entries().values(), key=lambda e: (e.recommended or math.inf, e.name))
-    return [e.name for e in order if wanted <= set(setting_names.of_module(e.module))]
+    return [e.name for e in order if wanted <= {s.name for s in settings(e.name)}]
 
 
 def make(name: str, values: Mapping[str, Any]) -> Method:

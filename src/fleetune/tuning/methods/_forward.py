@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.data import Batch
-from fleetune.seeds.noise import LAWS, POOLS, Passes, passes, probe
-from fleetune.seeds.slots import WeightSlot, layout
+from fleetune.seeds.moved_modules import WeightSlot, layout
+from fleetune.seeds.noise import LAWS, POOL, Passes, passes, probe
 from fleetune.seeds.spsa import two_point
 from fleetune.seeds.view import CHUNK, View
 from fleetune.tuning.server_rules import Tensors
 
-INDEPENDENT_LAWS: Final = tuple(sorted(law for law in LAWS if law not in POOLS))
+INDEPENDENT_LAWS: Final = tuple(sorted(law for law in LAWS if law != POOL))
 UNITS: Final = 1 << 20  # a coefficient's grid is lr / 2^20
 LIMIT: Final = 1 << 40  # and at most 2^20 in size: whatever a device says, sums are exact
 

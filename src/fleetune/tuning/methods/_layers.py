@@ -110,6 +110,10 @@ class Spectrum(NamedTuple):
     share: np.ndarray
 
 
+def unheard() -> None:
+    """Nobody wants to know."""
+
+
 Product = Callable[[np.ndarray], np.ndarray]  # v float64[R] -> H v
 
 
@@ -149,16 +153,24 @@ def ritz(Q: np.ndarray, HQ: np.ndarray) -> Spectrum:
     return Spectrum(theta, np.full(len(theta), 1 / len(theta)) if whole else U[0] ** 2)
 
 
-def spectrum(model: Model, batch: Batch, *, lanczos: int, key: int) -> Spectrum:
-    """Return the spectrum of H at the model's prompts, on one batch, in eval mode."""
+def spectrum(
+    model: Model, batch: Batch, *, lanczos: int, key: int, heard: Callable[[], None] = unheard
+) -> Spectrum:
+    """Return the spectrum of H at the model's prompts, on one batch, in eval mode; `heard()` as in `products`."""
     with eager(model.net), torch.enable_grad():
-        here, start = products(model, batch), _start(model, key)
+        here, start = products(model, batch, heard), _start(model, key)
         _announce(here, start, min(lanczos, len(start)))
         return ritz(*subspace(here, start, lanczos))
 
 
 def spectrum_and_change(
-    model: Model, batch: Batch, came: dict[str, np.ndarray], *, lanczos: int, key: int
+    model: Model,
+    batch: Batch,
+    came: dict[str, np.ndarray],
+    *,
+    lanczos: int,
+    key: int,
+    heard: Callable[[], None] = unheard,
 ) -> tuple[Spectrum, float]:
     """Return (spectrum of H at the model's prompts P, L), on one batch, in eval mode.
 
@@ -168,13 +180,13 @@ def spectrum_and_change(
     """
     here = adapters.export(model)
     with eager(model.net), torch.enable_grad():
-        product, start = products(model, batch), _start(model, key)
+        product, start = products(model, batch, heard), _start(model, key)
         _announce(product, start, 2 * min(lanczos, len(start)))
         Q, HQ = subspace(product, start, lanczos)
         del product  # its graph is as large as the one of the next
         give_back()
         adapters.load_(model, came)
-        there = products(model, batch)
+        there = products(model, batch, heard)
         moved = np.stack([there(q) for q in Q.T], axis=1)
     adapters.load_(model, here)
     return ritz(Q, HQ), float(np.linalg.norm(HQ - moved, 2))
@@ -201,13 +213,17 @@ def _start(model: Model, key: int) -> np.ndarray:
     return np.where(uniforms(key, "lanczos", size) < 0.5, -1.0, 1.0)
 
 
-def products(model: Model, batch: Batch) -> Product:
-    """Return v -> H v for the loss of `batch` in all prompts: one forward, then a double backward each."""
+def products(model: Model, batch: Batch, heard: Callable[[], None] = unheard) -> Product:
+    """Return v -> H v for the loss of `batch` in all prompts: one forward, then a double backward each.
+
+    `heard()` is called before each of these, and may raise: a device may have to stop.
+    """
     parameters = prompts(model)
     gradients = torch.autograd.grad(loss_tensor(model, batch), parameters, create_graph=True)
     g = torch.cat([x.flatten() for x in gradients])
 
     def product(v: np.ndarray) -> np.ndarray:
+        heard()
         w = torch.from_numpy(v).to(g)
         parts = torch.autograd.grad(g, parameters, w, retain_graph=True)
         return torch.cat([x.flatten() for x in parts]).double().cpu().numpy()
@@ -238,12 +254,19 @@ def check_rule(rule: str) -> None:
 
 
 def needed_share(
-    model: Model, batch: Batch, came: dict[str, np.ndarray], *, rule: str, lanczos: int, key: int
+    model: Model,
+    batch: Batch,
+    came: dict[str, np.ndarray],
+    *,
+    rule: str,
+    lanczos: int,
+    key: int,
+    heard: Callable[[], None] = unheard,
 ) -> float:
     """Return the share of the layers that the curvature at the trained prompts needs, by one of the `CURVED` rules."""
     if rule == "plateau":
-        return share_by_plateau(spectrum(model, batch, lanczos=lanczos, key=key))
-    found, L = spectrum_and_change(model, batch, came, lanczos=lanczos, key=key)
+        return share_by_plateau(spectrum(model, batch, lanczos=lanczos, key=key, heard=heard))
+    found, L = spectrum_and_change(model, batch, came, lanczos=lanczos, key=key, heard=heard)
     return share_by_gap(found, L)
 
 

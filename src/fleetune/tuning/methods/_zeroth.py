@@ -8,17 +8,17 @@ point (`open_view`).  A direction's id is `epoch << 32 | k`, member k of a pool 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
 from fleetune.common import commas
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.model import Model
-from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.ledger_head import TRAINS, LedgerHead
-from fleetune.seeds.noise import LAWS, POOLS, run_key
+from fleetune.seeds.ledger import TRAINS, Ledger, LedgerHead
+from fleetune.seeds.noise import LAWS, POOL, run_key
+from fleetune.seeds.scale_view import moved_tensors, view_on, view_type
 from fleetune.seeds.spsa import Position, uniforms
-from fleetune.seeds.trained import VIEWS, moved_tensors, view_on
 from fleetune.seeds.view import View
 from fleetune.tuning.messages import Payload, Scalar, narrow
 
@@ -38,7 +38,7 @@ def check_pool(law: str, K: int, *, lr: float, eps: float, tau: int, batch_size:
         raise ValueError(f"law = {law!r} is none of {', '.join(LAWS)}")
     if not 1 <= K <= 1 << 20:
         raise ValueError(f"K = {K} is not between 1 and {1 << 20}")
-    if law in POOLS and K & (K - 1):
+    if law == POOL and K & (K - 1):
         raise ValueError(
             f"K = {K} is not a power of two, which a pool needs; "
             f"try K={1 << K.bit_length() - 1} or K={1 << K.bit_length()}, or law=rademacher"
@@ -97,7 +97,7 @@ def new_ledger(
         tensors=moved_tensors(model),
         run_key=run_key(key.to_bytes(8, "little")),
         law=law,
-        K=K if law in POOLS else 1,
+        K=K if law == POOL else 1,
         grid=grid_of(lr),
         eps=eps,
         lr=rule,
@@ -126,7 +126,7 @@ def open_view(model: Model, payload: Payload, *, law: str, K: int, lr: float) ->
     MessageError for sums of another law, pool or grid than those of the run's settings, and for too many.
     """
     a, grid = payload.array("a"), grid_of(lr)
-    most = max(2 * K, MOST_SUMS) if law in POOLS else MOST_PASSES
+    most = max(2 * K, MOST_SUMS) if law == POOL else MOST_PASSES
     if a.dtype.kind != "i" or a.ndim != 2 or a.shape[1] != K or a.size > most or len(a) > MOST_POOLS:
         raise MessageError(f"the sums are {a.dtype} {list(a.shape)}, of a pool of {K} directions")
     if (payload.scalars.get("law"), payload.float("grid")) != (law, grid):
@@ -137,14 +137,14 @@ def open_view(model: Model, payload: Payload, *, law: str, K: int, lr: float) ->
         raise MessageError(f"the message trains {train!r:.40}, which is none of {', '.join(TRAINS)}")
     model.trains = str(train)
     view = view_of(model, payload.int("run_key"), law, grid)
-    return view, Position(law, a.shape[1] if law in POOLS else 1, ids, a[epochs, k].astype(np.int64))
+    return view, Position(law, a.shape[1] if law == POOL else 1, ids, a[epochs, k].astype(np.int64))
 
 
 def view_of(model: Model, run_key: int, law: str, grid: float) -> View:
     """Return the view that `model` carries, made anew if it has none or one of another key, law or grid."""
     view = model.attachment
     if isinstance(view, View):
-        same = type(view) is VIEWS[model.trains]
+        same = type(view) is view_type(model)
         if same and (view.run_key, view.law, view.grid) == (run_key, law, grid):
             return view
         view.remove()
@@ -157,9 +157,13 @@ def view_of(model: Model, run_key: int, law: str, grid: float) -> View:
     return made
 
 
-def place_at(model: Model, ledger: Ledger) -> View:
-    """Put `model` at the point of a ledger (its stored weights stay the base's)."""
+def place_at(model: Model, ledger: Ledger, heard: Callable[[], None] = lambda: None) -> View:
+    """Put `model` at the point of a ledger (its stored weights stay the base's).
+
+    `heard()` is called before each piece of that work and of what is done with the view, and may raise.
+    """
     model.trains = ledger.head.trains
     view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
+    view.heard = heard
     view.place(ledger.passes())
     return view

@@ -54,7 +54,7 @@ from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.seeds import slopes
 from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.noise import POOLS
+from fleetune.seeds.noise import POOL
 from fleetune.seeds.slopes import Slopes
 from fleetune.seeds.spsa import descend, uniforms
 from fleetune.tuning import server_rules
@@ -100,7 +100,7 @@ class Method:
     lr: float = setting(3e-7, "η", "learning rate", found=True)
     eps: float = setting(5e-4, "ε", "size of the perturbation")
     batch_size: int = setting(1, "B", "rows a step")
-    law: str = setting("hashed", "law", "directions: hashed, pooled, rademacher or gaussian")
+    law: str = setting("hashed", "law", "directions: hashed, rademacher or gaussian")
     epoch_rounds: int = setting(0, "E", "renew the pool every so many rounds (0: never)")
     pro: bool = setting(False, "Pro", "draw directions by the size of their scalars")
     clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
@@ -130,7 +130,7 @@ class Method:
             raise ValueError(f"wire = {self.wire!r} is neither byte nor sums")
         if self.epoch_rounds < 0 or self.clip < 0:
             raise ValueError("epoch_rounds and clip must be 0 or more")
-        plain = self.law in POOLS and (self.objective, self.pro) == ("loss", False)
+        plain = self.law == POOL and (self.objective, self.pro) == ("loss", False)
         _mixed_fleet.check(self.backprop, self.backprop_lr, self.backprop_steps, projectable=plain)
         server_rules.check(self.server, lr=self.server_lr)
 

@@ -51,7 +51,7 @@ Every layer has a prompt of its own: keys and values that its attention finds in
 ## What the choice costs
 
 Layers that travel, of 5, for six seeds; processor seconds of the Lipschitz rule on a device of 16 rows, and as a multiple of
-its training in that round (0.21 s).  `python -m benchmarks.curvature stories260K-hf demo_train.jsonl`
+its training in that round (0.21 s).
 
 | rows | products | lipschitz | plateau | seconds | of training |
 |---|---|---|---|---|---|
@@ -220,7 +220,13 @@ class Method:
         if warm and self.layers_rule in _layers.CURVED:
             few = next(batches.repeat_batch(0, self.curvature_rows or self.batch_size, 1))
             measured["kept"] = _layers.needed_share(
-                model, few, w, rule=self.layers_rule, lanczos=self.lanczos, key=key
+                model,
+                few,
+                w,
+                rule=self.layers_rule,
+                lanczos=self.lanczos,
+                key=key,
+                heard=batches.heard,
             )
         trained = adapters.export(model)
         if self.personalise and all(np.isfinite(a).all() for a in trained.values()):

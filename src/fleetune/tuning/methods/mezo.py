@@ -70,7 +70,7 @@ class Method:
     tau: int = setting(50, "τ", "steps a round (between two evaluations)")
     decay: int = setting(0, "T", "steps over which the rate falls linearly to 0 (0: constant)")
     K: int = setting(4096, "K", "directions before a new pool is drawn")
-    law: str = setting("hashed", "law", "directions: hashed, pooled, rademacher or gaussian")
+    law: str = setting("hashed", "law", "directions: hashed, rademacher or gaussian")
     clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
     objective: str = setting("loss", "L", "loss, accuracy, rouge_l, f1 or package.module:function")
 

@@ -83,7 +83,7 @@ class Method:
     batch_size: int = setting(64, "B", "rows a direction")
     directions: int = setting(30, "n", "directions that a machine tries in a step")
     K: int = setting(4096, "K", "size of the pool; a new one when K have been tried")
-    law: str = setting("hashed", "law", "directions: hashed, pooled, rademacher or gaussian")
+    law: str = setting("hashed", "law", "directions: hashed, rademacher or gaussian")
     wire: str = setting("byte", "wire", "byte: a slope as one byte; sign: as one bit, majority vote")
     clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
     objective: str = setting("loss", "L", "loss, accuracy, rouge_l, f1 or package.module:function")

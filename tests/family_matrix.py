@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run every method on a tiny model of every family: what was trained must be what is loaded again and exported.
 
-    python -m benchmarks.families [FAMILY ...] [--columns NAME;..] [--page docs/models.md]
+    python tests/family_matrix.py [FAMILY ...] [--columns NAME;..] [--page docs/models.md]
 
 A cell is a whole run of one round (`fleetune.tune`), then
 
@@ -35,10 +35,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fleetune
-from benchmarks.tiny_families import DECODERS, ENCODERS, save
 from fleetune import models
 from fleetune.errors import FleetuneError
 from fleetune.tuning.result import TuneResult
+from tiny_families import DECODERS, ENCODERS, save
 
 ROWS: Final = 12
 TWO_POINT: Final = {"lr": 1e-3, "eps": 1e-3, "batch_size": 2}
@@ -192,7 +192,7 @@ def write(file: Path, table: str) -> None:
 
 def main() -> int:
     """Run the matrix, or some of it; 1 when there is a fault."""
-    parser = argparse.ArgumentParser("benchmarks.families", description="Every method on every family.")
+    parser = argparse.ArgumentParser(description="Every method on every family.")
     parser.add_argument("families", nargs="*", metavar="FAMILY", default=FAMILIES)
     parser.add_argument("--columns", default=";".join(NAMES), help="names, with ; between (default: all)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="put the table into this page")
