@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the generated pages, and the generated parts of hand-written ones.  `--check` only compares.
+"""Write the generated pages, and the generated parts of hand-written ones.  `--check` only compares the parts.
 
     python docs/build.py
 
-Pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md, docs/events.md and its JSON schema,
-docs/faults.md (from docs/faults.json, which `make faults` writes).
-Parts, between the marks `<!-- NAME -->` and `<!-- /NAME -->`: the table of the layers in
+Pages, which git ignores: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md, docs/events.md and its
+JSON schema, docs/faults.md (from docs/faults.json, which `make faults` writes).
+Parts, which are committed, between the marks `<!-- NAME -->` and `<!-- /NAME -->`: the table of the layers in
 docs/architecture.md (`architecture`), the table in docs/export.md (`targets`), the one of families and formats in
 docs/models.md (`formats`), which takes what a family can be tuned and compressed with from the page's own `matrix`.
 """
@@ -21,7 +21,8 @@ import re
 import sys
 import textwrap
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -331,24 +332,31 @@ def parts() -> dict[Path, str]:
 # Writing -----------------------------------------------------------------------------------------
 
 
+def makers() -> dict[Path, Callable[[], str]]:
+    """Every page that is generated as a whole: its path, and what makes its text."""
+    made: dict[Path, Callable[[], str]] = {}
+    for name in methods.entries():
+        made[DOCS / "methods" / f"{name}.md"] = partial(method_page, name)
+    for name in compression.entries():
+        made[DOCS / "compress" / f"{name}.md"] = partial(compress_page, name)
+    made |= {DOCS / "recipe.md": recipe_page, DOCS / "commands.md": commands_page}
+    made |= {DOCS / "faults.md": faults_page, DOCS / "events.md": events_page}
+    return made | {DOCS / "events.schema.json": events_schema}
+
+
 def pages() -> dict[Path, str]:
-    """Every page that is generated, whole or in part, by its path."""
-    made = {DOCS / "methods" / f"{name}.md": method_page(name) for name in methods.entries()}
-    made |= {DOCS / "compress" / f"{name}.md": compress_page(name) for name in compression.entries()}
-    made |= {DOCS / "recipe.md": recipe_page(), DOCS / "commands.md": commands_page()}
-    made |= {DOCS / "faults.md": faults_page()}
-    made |= {DOCS / "events.md": events_page(), DOCS / "events.schema.json": events_schema()}
-    return made | parts()
+    """The text of every generated page, by its path."""
+    return {path: make() for path, make in makers().items()}
 
 
 def main() -> int:
-    """Write the pages, or with `--check` name those that are out of date."""
-    stale = [p for p, text in pages().items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
+    """Write the pages and parts, or with `--check` name the hand-written pages whose parts are out of date."""
     if "--check" in sys.argv:
+        stale = [path for path, text in parts().items() if path.read_text(encoding="utf-8") != text]
         for path in stale:
             print(f"{path.relative_to(ROOT)} is out of date: python docs/build.py")
         return bool(stale)
-    for path, text in pages().items():
+    for path, text in (pages() | parts()).items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return 0

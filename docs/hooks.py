@@ -10,7 +10,10 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"CONTRIBUTING.md": "contributing.md", "benchmarks/README.md": "benchmarks.md"}
-
+# Generated pages are not committed: a committed page links to the source, and the site to the page that is made from it.
+MADE = {"src/fleetune/cli/commands": "commands.md", "src/fleetune/tuning/recipe.py": "recipe.md",
+        "src/fleetune/common/events/__init__.py": "events.md", "docs/faults.json": "faults.md"}  # fmt: skip
+METHODS = {"src/fleetune/tuning/methods": "methods", "src/fleetune/compression/methods": "compress"}
 
 SHIM = "https://unpkg.com/iframe-worker/shim"  # what Material loads for the search of pages opened from disk
 OURS = "assets/iframe-worker.js"
@@ -54,7 +57,7 @@ def moved(text: str, source: str) -> str:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         inside = path.startswith("docs/") and not (ROOT / path).is_dir()
-        page = PAGES.get(path) or (path.removeprefix("docs/") if inside else "")
+        page = PAGES.get(path) or made_from(path) or (path.removeprefix("docs/") if inside else "")
         if not page:
             return words
         return f"[{words}]({posixpath.relpath(page, posixpath.dirname(where) or '.')}{anchor})"
@@ -63,3 +66,11 @@ def moved(text: str, source: str) -> str:
     parts = code.split(text)
     parts[::2] = [re.sub(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)]*)?\)", link, part) for part in parts[::2]]
     return "".join(parts)
+
+
+def made_from(path: str) -> str:
+    """The generated page of a source file, "" for none."""
+    folder, name = posixpath.split(path)
+    if folder in METHODS and name.endswith(".py") and not name.startswith("_"):
+        return f"{METHODS[folder]}/{name.removesuffix('.py').replace('_', '-')}.md"
+    return MADE.get(path, "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The docs are those of this code: generated pages are up to date, links and commands exist."""
+"""The docs are those of this code: generated parts are up to date, links and commands exist."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -22,10 +23,28 @@ from fleetune.errors import UsageError
 from fleetune.tuning import methods
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
 
-def test_generated_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def _module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build, hooks = _module("build"), _module("hooks")
+MAKERS = build.makers()  # of the generated pages, which are not committed
+WRITTEN = [page for page in (ROOT / "docs").rglob("*.md") if page not in MAKERS]
+READ_ON_GITHUB = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = sorted([*READ_ON_GITHUB, *WRITTEN, *(page for page in MAKERS if page.suffix == ".md")])
+
+
+@functools.cache
+def text_of(page: Path) -> str:
+    return MAKERS[page]() if page in MAKERS else page.read_text(encoding="utf-8")
+
+
+def test_generated_parts_are_up_to_date(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     script = ROOT / "docs" / "build.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--check"])
     with pytest.raises(SystemExit) as end:
@@ -35,28 +54,30 @@ def test_generated_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch, capsys:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)#]+)", text_of(page)):
         if not target.startswith(("http:", "https:")):
-            assert (page.parent / target).exists(), target
+            place = (page.parent / target).resolve()
+            made = place in MAKERS and page not in READ_ON_GITHUB  # on the site alone
+            assert made or (place.exists() and place not in MAKERS), target
 
 
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and the site make them."""
-    headings = re.findall(r"(?m)^#{1,6} (.*)$", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"(?m)^#{1,6} (.*)$", text_of(page.resolve()))
     plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", h) for h in headings]
     return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", h).strip().lower()) for h in plain}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_anchors_lead_somewhere(page):
-    for target, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)]+)\)", text_of(page)):
         assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
 
 
 def test_the_site_names_every_page_once():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     named = list(leaves(site["nav"]))
-    pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
+    pages = {p.relative_to(ROOT / "docs").as_posix() for p in PAGES if p not in READ_ON_GITHUB}
     brought_in = {"contributing.md", "benchmarks.md"}  # by docs/hooks.py
     assert sorted(named) == sorted(pages | brought_in)
 
@@ -68,22 +89,40 @@ def leaves(nav):
 
 
 def test_links_that_leave_the_docs_are_moved():
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
     moved = hooks.moved
     assert (
         moved("see [it](../CONTRIBUTING.md#x), [a](a.md)", "docs/b.md")
         == "see [it](contributing.md#x), [a](a.md)"
     )
     assert moved("[a](../docs/export.md)", "benchmarks/README.md") == "[a](export.md)"
-    assert moved("[a](docs/methods/mezo.md)", "CONTRIBUTING.md") == "[a](methods/mezo.md)"
     assert moved("[up](../methods.md)", "docs/methods/mezo.md") == "[up](../methods.md)"
     assert (
         moved("[code](src/fleetune/errors.py) [web](https://x.org/)", "CONTRIBUTING.md")
         == "code [web](https://x.org/)"
     )
+    assert moved("[m](../src/fleetune/tuning/methods/mezo.py)", "docs/b.md") == "[m](methods/mezo.md)"
     assert moved("```python\na[b](c)\n```\n", "docs/b.md") == "```python\na[b](c)\n```\n"
+
+
+def test_a_source_file_leads_to_the_page_that_is_made_from_it():
+    folders = {"methods": "src/fleetune/tuning/methods", "compress": "src/fleetune/compression/methods"}
+    sources = {*hooks.MADE}
+    for page in MAKERS:
+        if folder := folders.get(page.parent.name):
+            sources.add(f"{folder}/{page.stem.replace('-', '_')}.py")
+    assert all((ROOT / source).exists() for source in sources)
+    made = {ROOT / "docs" / hooks.made_from(source) for source in sources}
+    assert made == {page for page in MAKERS if page.suffix == ".md"}
+    assert not hooks.made_from("src/fleetune/tuning/methods/_adapter.py")
+
+
+def test_make_docs_writes_every_page(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    made = {tmp_path / page.name: functools.partial(str, page.name) for page in MAKERS}
+    monkeypatch.setattr(build, "makers", lambda: made)
+    monkeypatch.setattr(build, "parts", dict)
+    monkeypatch.setattr(sys, "argv", ["build.py"])
+    assert build.main() == 0
+    assert {page.name: page.read_text() for page in tmp_path.iterdir()} == {p.name: p.name for p in made}
 
 
 @functools.cache
@@ -115,7 +154,7 @@ def fault(line: str, *, whole: bool = True) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_command_in_the_docs_parses(page):
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     blocks = [b.replace("\\\n", " ") for b in re.findall(r"(?ms)^```(?:sh|console|text)?\n(.*?)^```", text)]
     typed = ["\n".join(re.findall(r"(?m)^\$ .*$", b)) or b for b in blocks]  # the rest is output
     lines = "\n".join([*typed, *re.findall(r"(?m)^    (.*)$", text)])

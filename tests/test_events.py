@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every line that a command prints with `--json` is one of the events of `docs/events.schema.json`; none is left out."""
+"""Every line that a command prints with `--json` is one of the events of the JSON schema that docs/build.py writes; none is left out."""
 
 from __future__ import annotations
 
 import functools
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +18,7 @@ from fleetune.cli import main as cli
 from fleetune.common import events
 from fleetune.deploy.measure import harness
 
-SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "events.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads(runpy.run_path(str(Path(__file__).parents[1] / "docs" / "build.py"))["events_schema"]())
 VALIDATORS = {
     name: Draft202012Validator({**SCHEMA, "anyOf": [{"$ref": f"#/$defs/{name}"}]}) for name in SCHEMA["$defs"]
 }

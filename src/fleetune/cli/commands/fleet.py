@@ -150,7 +150,7 @@ def _values(args: argparse.Namespace) -> Mapping[str, Any]:
     if not args.config and "model" not in values:
         raise UsageError(
             f"which recipe is to {'be served' if args.action == 'serve' else 'split rows'}?",
-            hint=f"fleetune fleet {args.action} -c recipe.toml   (docs/recipe.md), or the flags of fleetune tune",
+            hint=f"fleetune fleet {args.action} -c recipe.toml, or the flags of fleetune tune (fleetune tune --help)",
         )
     if "sweep" in values:
         raise RecipeError([f"{args.config} is the recipe of a sweep, which runs in the simulator alone"])
