@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
 PACKAGE = SOURCE / "fleetune"
-LAYERS = [
-    layer["name"] for layer in tomllib.loads((ROOT / "docs" / "architecture.toml").read_text())["layer"]
-]
+TABLE = tomllib.loads((ROOT / "docs" / "architecture.toml").read_text())["layer"]
+LAYERS = [layer["name"] for layer in TABLE]
+GROUPS = {layer["name"]: layer["groups"] for layer in TABLE if "groups" in layer}
 DOORS = {"fleetune", "fleetune.__main__"}  # they open the house; only commands may import them
 
 
@@ -83,6 +83,34 @@ def test_every_import_goes_down():
         if below in DOORS or LAYERS.index(layer_of(below)) < LAYERS.index(layer_of(module))
     ]
     assert not up
+
+
+@pytest.mark.parametrize("layer", GROUPS)
+def test_inside_a_layer_every_import_goes_down(layer: str):
+    groups = GROUPS[layer]
+
+    def group_of(module: str) -> int | None:
+        parts = module.split(".")
+        return groups.index(parts[2]) if parts[1:2] == [layer] and len(parts) > 2 else None
+
+    folders = {p.name for p in (PACKAGE / layer).iterdir() if p.name[0] != "_"}
+    assert folders == set(groups)
+    up = [
+        f"{module} imports {below}"
+        for module, found in arrows().items()
+        for below in sorted(found)
+        if (own := group_of(module)) is not None and (other := group_of(below)) is not None and other < own
+    ]
+    assert not up
+
+
+@pytest.mark.parametrize("layer", TABLE, ids=lambda layer: layer["name"])
+def test_a_layer_has_no_more_lines_than_it_may(layer: dict):
+    """A larger number in the table is a commit of its own, which says what went for it."""
+    place = PACKAGE / layer["name"]
+    files = list(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    lines = sum(file.read_text(encoding="utf-8").count("\n") for file in files)
+    assert lines <= layer["most"]
 
 
 def test_there_is_no_circle_of_modules():
