@@ -14,12 +14,12 @@ from typing import Final
 from transformers import LlamaConfig
 
 from fleetune.common.display import human_bytes
+from fleetune.models.loading.shapes import Shape, shape_of
 from fleetune.models.mapped.file import KEPT
-from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.workload import Workload
 from fleetune.tuning import methods
-from fleetune.tuning.footprint import Footprint
+from fleetune.tuning.exchange.footprint import Footprint
 
 # hidden, inner, layers, heads, heads of keys and values, vocabulary
 MODELS: Final = {

@@ -95,7 +95,7 @@ def compare(
 def _row(model: str, work: Any, usual: Any, settings: Mapping[str, Any]) -> Any:
     """Return the row of a method with other settings, which the plan's table does not show."""
     from fleetune import models
-    from fleetune.models.shapes import shape_of
+    from fleetune.models.loading.shapes import shape_of
     from fleetune.planning import device_cost
     from fleetune.tuning import methods
 
@@ -209,9 +209,9 @@ def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
     from fleetune.data import Batches
     from fleetune.evaluation.losses import pad_id
     from fleetune.tuning import methods
-    from fleetune.tuning.fleets.local_work import work
-    from fleetune.tuning.fleets.memories import Memories
-    from fleetune.tuning.messages import decode
+    from fleetune.tuning.exchange.messages import decode
+    from fleetune.tuning.rounds.fleets.local_work import work
+    from fleetune.tuning.rounds.fleets.memories import Memories
 
     (counted, _), *more = SETTINGS[name].items()
     method = methods.make(name.partition(",")[0], {"batch_size": batch, counted: steps} | dict(more))
@@ -223,7 +223,7 @@ def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
 
 def _message(method: Any, model: Any) -> bytes:
     """What the server sends a device in round 1."""
-    from fleetune.tuning.messages import Message, encode
+    from fleetune.tuning.exchange.messages import Message, encode
 
     payload, _ = method.kinds(method.init(model, 7))[method.kind_of(0)]
     return encode(Message(1, bytes.fromhex(model.digest)[:8], payload))

@@ -19,7 +19,7 @@ from benchmarks.shape import rows
 from fleetune.data import Batches, Encoded
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
-from fleetune.tuning.messages import Message, encode
+from fleetune.tuning.exchange.messages import Message, encode
 from fleetune.tuning.methods._zeroth import pool_ids
 
 TAU, K = 200, 4096

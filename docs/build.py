@@ -35,7 +35,8 @@ from fleetune.common import events, settings
 from fleetune.deploy import targets
 from fleetune.deploy.formats import mlx
 from fleetune.models.families import table
-from fleetune.tuning import methods, recipe
+from fleetune.tuning import methods
+from fleetune.tuning.recipe import recipe
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent

@@ -24,9 +24,10 @@ from fleetune.compression.methods import qronos
 from fleetune.deploy.measure import harness
 from fleetune.evaluation import losses
 from fleetune.runs.compression_folder import CompressOptions, CompressRequest
-from fleetune.tuning import finished, objects_to_files
 from fleetune.tuning.methods import fedkseed
-from fleetune.tuning.recipe import Recipe, RecipeOptions
+from fleetune.tuning.recipe import objects_to_files
+from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
+from fleetune.tuning.result import finished
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
 FEW: dict[str, Any] = {

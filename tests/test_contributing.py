@@ -23,7 +23,7 @@ from fleetune.cli.main import main
 from fleetune.common import registry
 from fleetune.planning import plan
 from fleetune.tuning import methods
-from fleetune.tuning.messages import Payload
+from fleetune.tuning.exchange.messages import Payload
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,10 +14,10 @@ import pytest
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger, LedgerHead
-from fleetune.tuning import finished
+from fleetune.tuning.result import finished
 
 PAGE = Path(__file__).parent.parent / "docs" / "ledger.md"
 (CODE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)

@@ -20,7 +20,7 @@ import pytest
 
 import fleetune
 from fleetune import models
-from fleetune.models import cache
+from fleetune.models.cache import cache
 from fleetune.tuning import methods
 
 ROOT = Path(__file__).parent.parent

@@ -214,7 +214,7 @@ def record_all(file: Path, keys: list[str]) -> None:
     from deploy_harness import tiny
 
     from fleetune import models
-    from fleetune.models import cache
+    from fleetune.models.cache import cache
 
     wide = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
     made = {"tiny": tiny(), "other": tiny(seed=1), "wide": tiny(**wide)}

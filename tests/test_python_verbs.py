@@ -15,7 +15,7 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import SweepDone, SweepRun
 from fleetune.errors import FleetuneError, RecipeError, UsageError
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 from fleetune.runs import progress
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]

@@ -47,16 +47,16 @@ if TYPE_CHECKING:
     from fleetune.deploy.measure.job import MeasureResult
     from fleetune.deploy.serving.client import Conversation
     from fleetune.deploy.serving.engines import Session
-    from fleetune.models.model import Model
+    from fleetune.models.net.model import Model
     from fleetune.planning.plan import Plan
     from fleetune.runs.listener import Listener, Silent
     from fleetune.runs.progress import Progress
     from fleetune.seeds.ledger import Ledger
     from fleetune.seeds.ledger import load as load_ledger
     from fleetune.subject import Compressed, Plain, Run
-    from fleetune.tuning.recipe import Recipe
-    from fleetune.tuning.result import TuneResult
-    from fleetune.tuning.sweep import SweepResult
+    from fleetune.tuning.recipe.recipe import Recipe
+    from fleetune.tuning.result.result import TuneResult
+    from fleetune.tuning.sweep.sweep import SweepResult
 
 _PLACES = {
     "fleetune.api": (
@@ -68,15 +68,15 @@ _PLACES = {
     "fleetune.deploy.measure.job": ("MeasureResult",),
     "fleetune.deploy.serving.client": ("Conversation",),
     "fleetune.deploy.serving.engines": ("Session",),
-    "fleetune.models.model": ("Model",),
+    "fleetune.models.net.model": ("Model",),
     "fleetune.planning.plan": ("Plan",),
     "fleetune.runs.listener": ("Listener", "Silent"),
     "fleetune.runs.progress": ("Progress",),
     "fleetune.seeds.ledger": ("Ledger",),
     "fleetune.subject": ("Compressed", "Plain", "Run"),
-    "fleetune.tuning.recipe": ("Recipe",),
-    "fleetune.tuning.result": ("TuneResult",),
-    "fleetune.tuning.sweep": ("SweepResult",),
+    "fleetune.tuning.recipe.recipe": ("Recipe",),
+    "fleetune.tuning.result.result": ("TuneResult",),
+    "fleetune.tuning.sweep.sweep": ("SweepResult",),
 }  # fmt: skip
 _PUBLIC = {name: f"{module}:{name}" for module, names in _PLACES.items() for name in names} | {
     "errors": "fleetune.errors:",

@@ -21,7 +21,8 @@ from fleetune import adapters, models
 from fleetune.data import Example
 from fleetune.data.encode import DATE, encode, prompt_ids
 from fleetune.errors import MessageError, ModelError, StorageError
-from fleetune.models import Model, cache
+from fleetune.models import Model
+from fleetune.models.cache import cache
 
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LEAVES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

@@ -17,7 +17,7 @@ from fleetune import adapters, models
 from fleetune.adapters import Bottleneck, Prefix, Prompt, prefix
 from fleetune.evaluation.answers import generate_from_ids
 from fleetune.models import Model
-from fleetune.models.layers import layers_of
+from fleetune.models.net.layers import layers_of
 
 
 def plain_attention(q: Any, k: Any, v: Any, pk: Any, pv: Any, seen: Any) -> Any:

@@ -133,7 +133,7 @@ def test_method_settings_are_listed(capsys):
 
 
 def test_every_recipe_field_is_a_flag(capsys):
-    from fleetune.tuning import recipe
+    from fleetune.tuning.recipe import recipe
 
     with pytest.raises(SystemExit):
         main(["tune", "--help"])

@@ -259,7 +259,7 @@ def test_no_help_ends_in_an_empty_default() -> None:
 def test_a_refused_reply_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     from fleetune.cli.commands import tune
 
-    log = logging.getLogger("fleetune.tuning.replies")
+    log = logging.getLogger("fleetune.tuning.rounds.replies")
     with tune._said_once(Ui(stderr=io.StringIO())):  # which shows it
         log.warning("refused")
     assert caplog.messages == []

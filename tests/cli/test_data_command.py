@@ -20,8 +20,9 @@ from fleetune.cli.main import main
 from fleetune.data import read
 from fleetune.data.encode import encode_all
 from fleetune.runs import rundir
-from fleetune.tuning import finished, prepare
-from fleetune.tuning import recipe as recipes
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.result import finished
 
 RUN = (
     "--method", "fedit", "--set", "r=2", "--set", "steps=1", "--clients", "2", "--rounds", "1", "--held-out", "4",
@@ -451,7 +452,7 @@ def test_a_search_for_a_rate_is_stopped_at_once_and_leaves_no_run(
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the search went on")
 
-    monkeypatch.setattr("fleetune.tuning.rates.find", pulled)
+    monkeypatch.setattr("fleetune.tuning.prepare.rates.find", pulled)
     words = ["tune", "tiny", "own.jsonl", "--columns", "prompt=ask,response=say", *RUN, "--set", "lr=auto"]
     assert main(words) == 130
     assert "stopped" in capsys.readouterr().err

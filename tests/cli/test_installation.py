@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fleetune.cli import main as cli
-from fleetune.models import cache, cache_contents, short_names
+from fleetune.models.cache import cache, cache_contents, short_names
 from fleetune.runs import rundir
 
 

@@ -21,7 +21,8 @@ from fleetune import models
 from fleetune.api import plain_models
 from fleetune.cli.main import main
 from fleetune.errors import UsageError
-from fleetune.models import adapter_folder, hf_folder
+from fleetune.models.cache import adapter_folder
+from fleetune.models.loading import hf_folder
 
 FEW: dict[str, Any] = {
     "clients": 2, "rounds": 1, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu", "limit": 16,

@@ -24,7 +24,7 @@ from fleetune.deploy.measure import harness
 from fleetune.errors import Interrupted, ModelError, RecipeError, UsageError
 from fleetune.planning import plan as planning
 from fleetune.runs.listener import Silent
-from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import recipe as recipes
 
 FEW: dict[str, Any] = {
     "clients": 2, "rounds": 2, "held_out": 4, "eval_rows": 4, "samples": 0, "client_rows": 0, "threads": 1, "device": "cpu",

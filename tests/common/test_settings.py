@@ -9,7 +9,8 @@ import pytest
 
 from fleetune.common import settings
 from fleetune.common.settings import setting
-from fleetune.tuning import describe, methods
+from fleetune.tuning import methods
+from fleetune.tuning.run import describe
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.common.display import human_bytes
 from fleetune.compression.layerwise.activations import HiddenStates
-from fleetune.models.artefact import Master, Quantised
+from fleetune.models.artefact.artefact import Master, Quantised
 
 SMALL = ["--method", "optq", "--windows", "4", "--length", "16", "--set", "group=8"]
 
@@ -106,7 +106,7 @@ def test_a_tuned_run_is_compressed_from_its_ledger(
     """What is compressed is the tuned model: rounding its weights to nearest by hand gives the same artefact."""
     from fleetune import compression
     from fleetune.compression.layerwise import driver
-    from fleetune.tuning import finished
+    from fleetune.tuning.result import finished
 
     quick = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", "0", "--rounds", "1"]
     zo = ["--method", "fedkseed", "--clients", "2", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2"]

@@ -28,7 +28,7 @@ from fleetune.models import Model
 from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import LOGITS
 from fleetune.subject import Compressed
-from fleetune.tuning import finished
+from fleetune.tuning.result import finished
 
 RTN = ["--method", "rtn", "--set", "group=8"]
 TEXT = ["--eval-text", "text.txt"]

@@ -22,9 +22,11 @@ from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.driver import Plan, experts_in, linears_of
 from fleetune.compression.layerwise.experts import Experts
-from fleetune.models import Model, artefact, checkpointing, tiny_tokenizer
-from fleetune.models.artefact import Quantised
-from fleetune.models.shapes import shape_of
+from fleetune.models import Model, tiny_tokenizer
+from fleetune.models.artefact import artefact
+from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.loading.shapes import shape_of
+from fleetune.models.net import checkpointing
 from fleetune.planning import compression_cost
 from fleetune.runs.listener import Silent
 

@@ -24,8 +24,8 @@ from fleetune.compression.layerwise.federated import ClientHessians
 from fleetune.compression.layerwise.sums import HessianReply, from_lower_triangle, lower_triangle
 from fleetune.errors import FleetError
 from fleetune.models import Model
-from fleetune.models.artefact import Quantised, dense
-from fleetune.tuning.messages import Message, Payload, decode, encode
+from fleetune.models.artefact.artefact import Quantised, dense
+from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 
 
 def text(count: int, length: int = 16, seed: int = 3) -> Tensor:
@@ -360,7 +360,9 @@ def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict
 
 def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On training rows: every client's first windows of its own, none of the held-out ones."""
-    from fleetune.tuning import finished, methods, prepare
+    from fleetune.tuning import methods
+    from fleetune.tuning.prepare import prepare
+    from fleetune.tuning.result import finished
 
     out = ["--out", str(tuned_run)]
     code, events, err = call(capsys, "latest", *SMALL, "--calibrate", "clients", *out)
@@ -383,7 +385,7 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
         ]
         shares[client] = driver.windows([row.ids for row in encoded], 32, 2)
     want, _ = by_clients(model, shares, tuned_run / "parts")
-    from fleetune.models.artefact import Master
+    from fleetune.models.artefact.artefact import Master
 
     master = Master(Path(done["folder"]) / "model")
     for name in want:

@@ -25,9 +25,9 @@ from fleetune.compression.layerwise.groups import rounded
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.errors import RecipeError
 from fleetune.models import tiny_llama
-from fleetune.models.artefact import Quantised
-from fleetune.models.codebooks import CODEBOOKS
-from fleetune.models.superblocks import SUPER_TYPES, WIDTH
+from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.families.codebooks import CODEBOOKS
+from fleetune.models.families.superblocks import SUPER_TYPES, WIDTH
 
 TYPES = sorted(SUPER_TYPES)
 WITHOUT_ZERO = ("iq4_xs", "q2_k", "q4_k", "q5_k")

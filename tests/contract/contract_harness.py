@@ -19,11 +19,11 @@ from fleetune.models import Model
 from fleetune.runs.rundir import RunDir, create
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
-from fleetune.tuning.fleets.local import Faults, LocalFleet
-from fleetune.tuning.fleets.memories import Memories
-from fleetune.tuning.messages import Message, Payload, ReplySpec, decode, encode
+from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, decode, encode
 from fleetune.tuning.methods import Method, Reply
-from fleetune.tuning.rounds import Hooks, RoundPlan, run
+from fleetune.tuning.rounds.fleets.local import Faults, LocalFleet
+from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.rounds import Hooks, RoundPlan, run
 
 # Settings under which a method learns the small language in seconds.  A method that is not named here runs
 # with its own defaults.

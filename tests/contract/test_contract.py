@@ -32,9 +32,9 @@ from fleetune import models
 from fleetune.errors import MessageError
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods
-from fleetune.tuning.checkpoint import Totals, pack, unpack
-from fleetune.tuning.messages import Message, Payload, check, decode, encode
+from fleetune.tuning.exchange.messages import Message, Payload, check, decode, encode
 from fleetune.tuning.methods import Reply
+from fleetune.tuning.rounds.checkpoint import Totals, pack, unpack
 
 every = pytest.mark.parametrize("name", NAMES)
 

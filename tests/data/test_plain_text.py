@@ -17,7 +17,7 @@ from fleetune.data.plain_text import begun, rows_of
 from fleetune.errors import DataError
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import response_loss
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 TALE = "Once upon a time there was a small fox who lived by the sea."
 ASKED = Example((("user", "what is it?"),), "it is a fox")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fleetune import models
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import View
 from fleetune.tuning.methods import _zeroth

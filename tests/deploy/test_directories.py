@@ -20,8 +20,9 @@ from fleetune import models
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import compressed_tensors, gptq, hf
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.models import Model, artefact, tensor_file
-from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models import Model
+from fleetune.models.artefact import artefact, tensor_file
+from fleetune.models.artefact.artefact import ArtefactHead, Quantised
 
 
 def matrix(codes: list[list[int]], scale: list[list[float]], zero: list[list[int]], bits: int) -> Quantised:

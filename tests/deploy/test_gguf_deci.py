@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.deploy.export import export
-from fleetune.models import Model, chat_template
+from fleetune.models import Model
 from fleetune.models.families import widths
 from fleetune.models.families.widths import Width
+from fleetune.models.net import chat_template
 
 
 @pytest.fixture(autouse=True)

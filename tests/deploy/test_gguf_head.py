@@ -15,7 +15,7 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.deploy.export import export
 from fleetune.errors import ModelError, UsageError
-from fleetune.models import cache
+from fleetune.models.cache import cache
 from fleetune.models.gguf import header
 
 

@@ -20,8 +20,9 @@ from fleetune.cli.main import main
 from fleetune.deploy.export import export, export_adapter
 from fleetune.deploy.formats import gguf_lora
 from fleetune.errors import FleetuneError, ModelError, UsageError
-from fleetune.models import Model, adapter_folder
-from fleetune.models.cache import ORIGINS
+from fleetune.models import Model
+from fleetune.models.cache import adapter_folder
+from fleetune.models.cache.cache import ORIGINS
 
 PEFT = "base_model.model.model.layers."
 

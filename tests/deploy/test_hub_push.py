@@ -24,7 +24,7 @@ from fleetune.cli.main import main
 from fleetune.common.events import ExportPushed
 from fleetune.deploy import hub_push
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.tuning.model_card import HERE
+from fleetune.tuning.run.model_card import HERE
 
 
 class Hub(ThreadingHTTPServer):

@@ -19,9 +19,10 @@ from fleetune.errors import ModelError, RecipeError
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.mapped import places
 from fleetune.models.mapped.lazy import weights_of
-from fleetune.tuning import finished, methods
-from fleetune.tuning.fleets.local import LocalFleet
-from fleetune.tuning.messages import Message, encode
+from fleetune.tuning import methods
+from fleetune.tuning.exchange.messages import Message, encode
+from fleetune.tuning.result import finished
+from fleetune.tuning.rounds.fleets.local import LocalFleet
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 IDS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))

@@ -17,9 +17,9 @@ from fleetune import compression, models
 from fleetune.common import sums
 from fleetune.compression.layerwise import driver
 from fleetune.errors import ModelError, StorageError, VersionError
-from fleetune.models.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
-from fleetune.models.artefact_folder import FILE, is_master
-from fleetune.models.codebooks import CODEBOOKS
+from fleetune.models.artefact.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
+from fleetune.models.artefact.artefact_folder import FILE, is_master
+from fleetune.models.families.codebooks import CODEBOOKS
 
 HEAD = ArtefactHead("rtn", {"bits": 4}, "a" * 64, "b" * 64)
 

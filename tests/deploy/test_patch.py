@@ -26,8 +26,8 @@ from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.sums import sha256
 from fleetune.deploy import patch, patch_make
 from fleetune.errors import Interrupted, LedgerError, ModelError, UsageError
-from fleetune.tuning import finished
 from fleetune.tuning.methods import _zeroth
+from fleetune.tuning.result import finished
 from heard import Heard
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -22,7 +22,8 @@ from fleetune.data.encode import encode_all, prompt_ids
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import _gguf_vocabulary
 from fleetune.deploy.serving import engines, session
-from fleetune.models import Model, chat_template
+from fleetune.models import Model
+from fleetune.models.net import chat_template
 from fleetune.runs.listener import Silent
 from fleetune.subject import Plain
 

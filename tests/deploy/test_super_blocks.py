@@ -29,12 +29,13 @@ from fleetune.deploy.export import export
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.deploy.measure import harness, llamacpp
 from fleetune.errors import MessageError, ModelError, UsageError
-from fleetune.models import Model, artefact
-from fleetune.models.artefact import ArtefactHead, Master, Quantised
-from fleetune.models.artefact_folder import FILE
-from fleetune.models.superblocks import SUPER_TYPES, WIDTH, SuperBlocks
+from fleetune.models import Model
+from fleetune.models.artefact import artefact
+from fleetune.models.artefact.artefact import ArtefactHead, Master, Quantised
+from fleetune.models.artefact.artefact_folder import FILE
+from fleetune.models.families.superblocks import SUPER_TYPES, WIDTH, SuperBlocks
 from fleetune.seeds import scale_view
-from fleetune.tuning.messages import Payload, decode
+from fleetune.tuning.exchange.messages import Payload, decode
 
 TYPES = sorted(SUPER_TYPES)
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")

@@ -25,7 +25,7 @@ from fleetune.fleet.server import Place, Served
 from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.runs.listener import Listener, Silent
-from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import recipe as recipes
 
 QUICK = Pace(grace=60, poll=0.03)
 COMMON: dict[str, Any] = {

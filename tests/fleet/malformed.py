@@ -18,7 +18,7 @@ import msgpack
 import numpy as np
 
 from fleetune.fleet.orders import Device, Order, Reply
-from fleetune.tuning.messages import MAGIC, Message, Payload, encode
+from fleetune.tuning.exchange.messages import MAGIC, Message, Payload, encode
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 
 import fleetune.fleet.flower.gate
 import fleetune.fleet.flower.node
-import fleetune.tuning.run  # noqa: F401
+import fleetune.tuning.run.run  # noqa: F401
 from fleetune.cli.main import main
 from fleetune.fleet import worker
 

@@ -33,14 +33,14 @@ from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import FILE, Devices
 from fleetune.runs.rundir import RunDir, create
-from fleetune.tuning import messages as codec
 from fleetune.tuning import methods
-from fleetune.tuning.averaging import weighted_mean
-from fleetune.tuning.fleets.local_work import work
-from fleetune.tuning.fleets.memories import Memories
-from fleetune.tuning.messages import Message, Payload, ReplySpec, encode
-from fleetune.tuning.replies import Replies, Round
-from fleetune.tuning.robust import MEAN, Rule
+from fleetune.tuning.exchange import messages as codec
+from fleetune.tuning.exchange.averaging import weighted_mean
+from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, encode
+from fleetune.tuning.exchange.robust import MEAN, Rule
+from fleetune.tuning.rounds.fleets.local_work import work
+from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.replies import Replies, Round
 
 BASE, ROWS, ROUND, LIAR = bytes(range(8)), 9, 2, 1
 CLIENTS = 4

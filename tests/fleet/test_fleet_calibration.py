@@ -32,7 +32,7 @@ from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Order, Reply
 from fleetune.fleet.table import Devices
-from fleetune.tuning.messages import Message, Payload, decode, encode
+from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 
 OPTIONS: dict[str, Any] = {"settings": {"group": 8}, "windows": 10, "length": 32}
 

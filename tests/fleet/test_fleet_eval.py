@@ -40,9 +40,9 @@ from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Job, Order, Reply
 from fleetune.fleet.table import Devices
-from fleetune.tuning import finished
-from fleetune.tuning.fleets import Answer
-from fleetune.tuning.messages import Message, Payload, encode
+from fleetune.tuning.exchange.messages import Message, Payload, encode
+from fleetune.tuning.result import finished
+from fleetune.tuning.rounds.fleets import Answer
 
 
 @pytest.fixture(scope="module", params=["ledger", pytest.param("adapter", marks=pytest.mark.slow)])

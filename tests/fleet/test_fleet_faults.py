@@ -39,8 +39,8 @@ from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning import run as running
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.run import run as running
 
 __all__ = ["device_place", "folder", "job", "place"]
 DAY = datetime.timedelta(days=1)

@@ -32,8 +32,8 @@ from fleetune.fleet.orders import Job, Order, Reply
 from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import ANSWER
 from fleetune.runs import rundir
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning import run as running
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.run import run as running
 
 __all__ = ["device_place", "folder", "job", "place"]
 
@@ -155,7 +155,7 @@ def torn_device(device_place: Path, state: Path, job: Job, count: int) -> int:
 
 def make_worker_again(worker: Any) -> Any:
     """The device as it is after a restart, with the model still in memory."""
-    from fleetune.tuning.fleets.memories import Memories
+    from fleetune.tuning.rounds.fleets.memories import Memories
 
     worker.loaded = dataclasses.replace(worker.loaded, memories=Memories(worker.loaded.memories.folder))
     return worker

@@ -16,7 +16,7 @@ from fleetune.errors import FleetError, UsageError
 from fleetune.fleet import device as devices_module
 from fleetune.fleet import keys
 from fleetune.fleet.server import Place, Served
-from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import recipe as recipes
 
 __all__ = ["folder", "place"]  # fixtures
 

@@ -39,10 +39,10 @@ from fleetune.fleet.worker import Brings, Worker
 from fleetune.runs.listener import Silent
 from fleetune.seeds.ledger import Ledger
 from fleetune.tuning import methods
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning import run as running
-from fleetune.tuning.messages import Message, Payload, decode, encode
+from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.methods._zeroth import new_ledger
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.run import run as running
 
 RUN = "d" * 32
 SET = {"r": 2, "steps": 1, "dropout": 0.0}

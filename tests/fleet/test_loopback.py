@@ -33,8 +33,8 @@ from fleetune.fleet.pace import Pace
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.worker import Brings
 from fleetune.runs import rundir
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning import run as running
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.run import run as running
 
 CLIENTS = 3
 COMMON: dict[str, Any] = {

@@ -23,7 +23,7 @@ from fleetune.errors import (
 )
 from fleetune.fleet.orders import Device, Job, Order, Reply
 from fleetune.fleet.reasons import WORDS, Declined, in_words, reason_of
-from fleetune.tuning.messages import Message, Payload, encode
+from fleetune.tuning.exchange.messages import Message, Payload, encode
 
 JOB = Job(
     "a" * 32, "fedkseed", {"K": 64, "lr": 1e-3, "pro": False}, "m", "b" * 64, "fp32", 64, ("yes", "no"), 3

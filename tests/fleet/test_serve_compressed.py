@@ -13,7 +13,7 @@ from test_loopback import CLIENTS, COMMON, Device, folder, free_port, place, spl
 
 import fleetune
 from fleetune.cli.main import main
-from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import recipe as recipes
 
 __all__ = ["folder", "place"]  # fixtures
 pytestmark = pytest.mark.usefixtures("own_cache")

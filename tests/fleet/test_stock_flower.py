@@ -36,7 +36,7 @@ from fleetune.fleet.link import answer_in
 from fleetune.fleet.orders import Order, Reply
 from fleetune.fleet.remote import ROOM
 from fleetune.runs import rundir
-from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import recipe as recipes
 
 CLIENTS = 2
 RECIPE = """\

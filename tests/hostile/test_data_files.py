@@ -14,7 +14,7 @@ import hostile
 from fault_report import Injected
 from fleetune import data, models
 from fleetune.data.labelled import encode_rows
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 from hostile import put, refusal
 
 ROWS = [

@@ -16,7 +16,16 @@ import pytest
 import hostile
 from fault_report import Injected
 from fleetune.errors import REASON, MessageError, cut_reason
-from fleetune.tuning.messages import MAGIC, MAX_DIMS, Message, Payload, ReplySpec, check, decode, encode
+from fleetune.tuning.exchange.messages import (
+    MAGIC,
+    MAX_DIMS,
+    Message,
+    Payload,
+    ReplySpec,
+    check,
+    decode,
+    encode,
+)
 
 BASE = bytes(8)
 MANY = 200_000

@@ -14,8 +14,8 @@ from torch import nn
 from fleetune import models
 from fleetune.common.memory import is_out_of_memory
 from fleetune.errors import DataError, FitError, ModelError
-from fleetune.models import bounds
-from fleetune.models.foreign import foreign_file
+from fleetune.models.families.foreign import foreign_file
+from fleetune.models.gguf import bounds
 
 HERE = Path("x")
 
@@ -124,6 +124,6 @@ def test_a_model_without_memory_does_not_fit(tmp_path: Path, monkeypatch: pytest
     def full(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
 
-    monkeypatch.setattr("fleetune.models.loading._read_tensors", full)
+    monkeypatch.setattr("fleetune.models.loading.loading._read_tensors", full)
     with pytest.raises(FitError, match="does not fit the memory of 'cpu'"):
         models.load(str(tmp_path / "m"), device="cpu")

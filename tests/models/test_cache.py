@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qw
 from fleetune import models
 from fleetune.common import sums
 from fleetune.errors import ModelError, StorageError
-from fleetune.models import cache, download
+from fleetune.models.cache import cache, download
 from fleetune.models.gguf.convert import convert, load_config
 from fleetune.models.mapped.lazy import weights_of
 

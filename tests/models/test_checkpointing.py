@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fleetune.models import checkpointing
-from fleetune.models.checkpointing import by_layer
-from fleetune.models.layers import layers_of
+from fleetune.models.net import checkpointing
+from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import layers_of
 from tiny_families import build
 
 IDS = torch.tensor([[5, 9, 20, 5, 3, 26, 2], [1, 4, 2, 3, 12, 8, 9]])

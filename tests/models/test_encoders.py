@@ -36,11 +36,11 @@ from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.evaluation.answers import answer_ids, label_accuracy, predict
 from fleetune.evaluation.losses import class_measures, row_losses
 from fleetune.evaluation.measures import evaluate, measure_rows
-from fleetune.models.encoders import MAX_LABELS, head_names
-from fleetune.models.layers import head_of
-from fleetune.models.tiny import tiny_pair_tokenizer
+from fleetune.models.loading.encoders import MAX_LABELS, head_names
+from fleetune.models.loading.tiny import tiny_pair_tokenizer
+from fleetune.models.net.layers import head_of
 from fleetune.runs.rundir import events
-from fleetune.tuning.recipe import label_words, make
+from fleetune.tuning.recipe.recipe import label_words, make
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "pad_token_id": 258}
 SMALL = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import family_matrix as families
 from fleetune import adapters, models
 from fleetune.errors import ModelError
-from fleetune.models.layers import (
+from fleetune.models.net.layers import (
     attention_layers,
     body_of,
     check_separate,

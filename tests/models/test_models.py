@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from fleetune import models
 from fleetune.common.folders import staged
 from fleetune.errors import ModelError, StorageError
-from fleetune.models import cache, download
-from fleetune.models import model as weights
+from fleetune.models.cache import cache, download
+from fleetune.models.net import model as weights
 
 CHAT = [{"role": "user", "content": "hi"}]
 

@@ -11,7 +11,7 @@ import pytest
 
 from fleetune import models
 from fleetune.errors import ModelError
-from fleetune.models import cache, short_names
+from fleetune.models.cache import cache, short_names
 
 
 def test_a_short_name_is_its_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.display import human_bytes
 from fleetune.errors import FitError, RecipeError
-from fleetune.models.shapes import shape_of
+from fleetune.models.loading.shapes import shape_of
 from fleetune.planning import choose, device_cost
 from fleetune.planning.fitting import Search
 from fleetune.tuning import methods
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,13 @@ from fleetune.common.memory import peak_rss
 from fleetune.data import Encoded, collate
 from fleetune.errors import UsageError
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models import shapes, tiny_llama
-from fleetune.models.tiny import tiny_bert
+from fleetune.models import tiny_llama
+from fleetune.models.loading import shapes
+from fleetune.models.loading.tiny import tiny_bert
 from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
-from fleetune.tuning.fleets.local import LocalFleet
-from fleetune.tuning.messages import Message, encode
+from fleetune.tuning.exchange.messages import Message, encode
+from fleetune.tuning.rounds.fleets.local import LocalFleet
 
 ROOT = Path(__file__).resolve().parents[2]
 RATES = plan.Rates(flops=1e11, copy=1e10)

@@ -14,12 +14,13 @@ from transformers import LlamaConfig
 
 from fleetune import adapters
 from fleetune.data import Encoded
-from fleetune.models import Model, shapes, tiny_llama
-from fleetune.models.tiny import tiny_bert, tiny_roberta
+from fleetune.models import Model, tiny_llama
+from fleetune.models.loading import shapes
+from fleetune.models.loading.tiny import tiny_bert, tiny_roberta
 from fleetune.planning import plan, traffic
 from fleetune.tuning import methods
-from fleetune.tuning.fleets.local import LocalFleet
-from fleetune.tuning.messages import Message, Payload, encode
+from fleetune.tuning.exchange.messages import Message, Payload, encode
+from fleetune.tuning.rounds.fleets.local import LocalFleet
 
 RATES = plan.Rates(flops=1e11, copy=1e10)
 LLAMA_7B = LlamaConfig(

@@ -26,8 +26,9 @@ from fleetune.errors import StorageError
 from fleetune.runs import env_file, metrics, rundir
 from fleetune.runs.metrics import Metrics
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import checkpoint, messages
-from fleetune.tuning.messages import Message, Payload
+from fleetune.tuning.exchange import messages
+from fleetune.tuning.exchange.messages import Message, Payload
+from fleetune.tuning.rounds import checkpoint
 
 PRIVATE = 0o600
 
@@ -290,7 +291,7 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
 def test_sigterm_ends_a_run_as_ctrl_c_does(made, copy) -> None:
     folder, path = copy("fedkseed", "stopped")
     program = (
-        "import os, signal, sys\nfrom fleetune.tuning.fleets import local\nreal = local.LocalFleet._step\n"
+        "import os, signal, sys\nfrom fleetune.tuning.rounds.fleets import local\nreal = local.LocalFleet._step\n"
         "def step(self, client, step):\n    client == 2 and os.kill(os.getpid(), signal.SIGTERM)\n    real(self, client, step)\n"
         "local.LocalFleet._step = step\nfrom fleetune.cli.main import main\nsys.exit(main(sys.argv[1:]))"
     )

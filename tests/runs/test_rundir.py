@@ -24,8 +24,8 @@ from fleetune.common.folders import SUFFIX
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import env_file, rundir
 from fleetune.runs.rundir import KEEP, RunDir, checkpoints, create, events, find, listing
-from fleetune.tuning import checkpoint
-from fleetune.tuning.messages import Message, Payload, encode
+from fleetune.tuning.exchange.messages import Message, Payload, encode
+from fleetune.tuning.rounds import checkpoint
 
 
 @pytest.fixture
@@ -476,7 +476,7 @@ def test_when_all_are_damaged_it_is_said_and_nothing_is_lost(run):
 
 
 def test_a_checkpoint_may_be_larger_than_any_message(run, monkeypatch):
-    monkeypatch.setattr("fleetune.tuning.messages.MAX_BYTES", 47)
+    monkeypatch.setattr("fleetune.tuning.exchange.messages.MAX_BYTES", 47)
     put(run, 3, state(3))
     found = get(run)
     assert found is not None

@@ -12,7 +12,7 @@ from deploy_harness import BLOCKS, gguf_of
 
 from fleetune import models
 from fleetune.data import Batch
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 from fleetune.seeds import spsa
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.scale_view import view_on

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from fleetune import models
 from fleetune.data.encode import Encoded, collate
-from fleetune.models.checkpointing import by_layer
-from fleetune.models.model import named_tensors
+from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.model import named_tensors
 from fleetune.seeds import noise
 from fleetune.seeds.moved_modules import Tape
 from fleetune.seeds.project import Projection, descend, fold

@@ -12,9 +12,9 @@ from fleetune.errors import LedgerError, MessageError
 from fleetune.models import tiny_llama
 from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import methods
-from fleetune.tuning.checkpoint import Totals, pack, unpack
-from fleetune.tuning.messages import Message, Payload, ReplySpec, decode, encode
+from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, decode, encode
 from fleetune.tuning.methods import Method, Reply
+from fleetune.tuning.rounds.checkpoint import Totals, pack, unpack
 
 SMALL: dict[str, list[dict[str, Any]]] = {  # settings that make each method small, one run a set
     "fedit": [{"r": 2}, {"r": 2, "average": "product", "wire": "fp16"}],

@@ -19,15 +19,17 @@ from fleetune.common.events import Recorded, as_dict
 from fleetune.errors import MessageError, RecipeError, StorageError
 from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import RunDir, at, checkpoints, events
-from fleetune.tuning import course as courses
-from fleetune.tuning import methods, prepare, rounds
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.course import Course
-from fleetune.tuning.fleets import Answer
-from fleetune.tuning.messages import Message, Payload, ReplySpec, encode
+from fleetune.tuning import methods
+from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, encode
+from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply
-from fleetune.tuning.robust import MEAN, Rule
-from fleetune.tuning.rounds import Hooks, Outcome, RoundPlan
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.rounds import course as courses
+from fleetune.tuning.rounds import rounds
+from fleetune.tuning.rounds.course import Course
+from fleetune.tuning.rounds.fleets import Answer
+from fleetune.tuning.rounds.rounds import Hooks, Outcome, RoundPlan
 
 BASE = bytes(8)
 FELL_THEN_ROSE = (9.0, 7.0, 5.0, 6.0, 4.0, 4.5, 4.0, 8.0, 9.0, 3.0, 2.0)  # by round; 4 is the best until 9

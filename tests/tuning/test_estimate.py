@@ -17,11 +17,13 @@ import torch
 import fleetune
 from fleetune import models
 from fleetune.errors import FitError, ModelError, RecipeError
-from fleetune.models.model import Model
-from fleetune.tuning import estimate, eval_file, methods, per_client, prepare, validation
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.estimate import Estimate, advice, evaluations_of, fitted, rest, seconds_of
-from fleetune.tuning.recipe import Recipe
+from fleetune.models.net.model import Model
+from fleetune.tuning import methods
+from fleetune.tuning.prepare import estimate, prepare
+from fleetune.tuning.prepare.estimate import Estimate, advice, evaluations_of, fitted, rest, seconds_of
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.run import eval_file, per_client, validation
 
 
 def recipe(method: str, **values: Any) -> Recipe:

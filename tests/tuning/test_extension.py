@@ -19,8 +19,9 @@ from fleetune.common import events as kinds
 from fleetune.common import sums
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
-from fleetune.tuning import extension, prepare, rates
-from fleetune.tuning import recipe as recipes
+from fleetune.tuning.prepare import prepare, rates
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.run import extension
 
 FEW: dict[str, Any] = {
     "clients": 3, "participation": 0.67, "held_out": 4, "eval_rows": 4, "samples": 2, "answer_tokens": 4, "threads": 1,

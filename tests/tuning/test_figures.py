@@ -20,7 +20,10 @@ from fleetune.evaluation.losses import response_loss
 from fleetune.models import Model, tiny_bert, tiny_llama
 from fleetune.runs import rundir
 from fleetune.runs.listener import Silent
-from fleetune.tuning import methods, prepare, recipe, remarks
+from fleetune.tuning import methods
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import recipe
+from fleetune.tuning.run import remarks
 
 FAST: dict[str, Any] = {
     "clients": 2, "rounds": 1, "held_out": 6, "samples": 0, "max_length": 64, "offline": True, "listener": Silent(),

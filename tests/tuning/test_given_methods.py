@@ -17,8 +17,9 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.settings import setting
 from fleetune.errors import Interrupted, RecipeError, UsageError
-from fleetune.tuning import given_methods, methods
+from fleetune.tuning import methods
 from fleetune.tuning.methods import fedit, mezo
+from fleetune.tuning.recipe import given_methods
 
 FEW: dict[str, Any] = {
     "clients": 2, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu", "limit": 24,

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune.errors import RecipeError
-from fleetune.tuning import methods, prepare
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.kinds import Assignment, Wanted, wanted
+from fleetune.tuning import methods
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.rounds.kinds import Assignment, Wanted, wanted
 
 
 def mixed(percent: int) -> Wanted:

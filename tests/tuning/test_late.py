@@ -16,16 +16,17 @@ from fleetune.common.events import ClientReply, Recorded, as_dict
 from fleetune.errors import RecipeError
 from fleetune.evaluation.losses import pad_id
 from fleetune.runs.rundir import RunDir, create
-from fleetune.tuning import methods, prepare
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.fleets import OLDEST, Answer
-from fleetune.tuning.fleets.late import LateReplies
-from fleetune.tuning.fleets.local import Faults, LocalFleet
-from fleetune.tuning.messages import Message, Payload, encode
+from fleetune.tuning import methods
+from fleetune.tuning.exchange.messages import Message, Payload, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import draw
-from fleetune.tuning.replies import Replies, Round
-from fleetune.tuning.rounds import Hooks, RoundPlan, run, sample
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.rounds.fleets import OLDEST, Answer
+from fleetune.tuning.rounds.fleets.late import LateReplies
+from fleetune.tuning.rounds.fleets.local import Faults, LocalFleet
+from fleetune.tuning.rounds.replies import Replies, Round
+from fleetune.tuning.rounds.rounds import Hooks, RoundPlan, run, sample
 
 BASE = b"12345678"
 CASES: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from fleetune.data.encode import Batches, Encoded
 from fleetune.errors import MessageError
 from fleetune.models import tiny_llama
-from fleetune.tuning.messages import (
+from fleetune.tuning.exchange.messages import (
     DTYPES,
     MAGIC,
     LogCode,
@@ -241,7 +241,7 @@ def test_a_malformed_body_is_refused_and_takes_no_memory(data):
 
 
 def test_a_message_over_the_limit_is_refused_before_it_is_read(monkeypatch):
-    monkeypatch.setattr("fleetune.tuning.messages.MAX_BYTES", 47)
+    monkeypatch.setattr("fleetune.tuning.exchange.messages.MAX_BYTES", 47)
     with pytest.raises(MessageError, match="48 bytes is over the limit of 47"):
         decode(encode(SMALL))
     assert_same(SMALL, decode(encode(SMALL), any_size=True))

@@ -18,10 +18,11 @@ from fleetune import models
 from fleetune.cli.commands import tune
 from fleetune.cli.parser import build_parser
 from fleetune.common import sums
-from fleetune.tuning import finished, model_card, run_facts
-from fleetune.tuning.describe import samples_page
-from fleetune.tuning.recipe import Recipe
-from fleetune.tuning.result import TuneResult
+from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.result import finished
+from fleetune.tuning.result.result import TuneResult
+from fleetune.tuning.run import model_card, run_facts
+from fleetune.tuning.run.describe import samples_page
 
 SECRET = "the otter's passphrase"
 QUICK: dict[str, Any] = {

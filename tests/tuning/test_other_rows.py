@@ -16,8 +16,9 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import UsageError
 from fleetune.runs import rundir
-from fleetune.tuning import checkpoint, finished, foundations
-from fleetune.tuning import run as jobs
+from fleetune.tuning.result import finished, foundations
+from fleetune.tuning.rounds import checkpoint
+from fleetune.tuning.run import run as jobs
 
 RUN = (
     "--method", "fedit", "--set", "r=2", "--set", "steps=1", "--clients", "2", "--rounds", "1", "--held-out", "6",

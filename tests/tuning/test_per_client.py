@@ -20,8 +20,11 @@ from fleetune.evaluation.losses import response_loss
 from fleetune.models import tiny_bert, tiny_llama
 from fleetune.runs import rundir
 from fleetune.runs.listener import Silent
-from fleetune.tuning import client_rows, methods, per_client, prepare, recipe
-from fleetune.tuning.settled import given, settled
+from fleetune.tuning import methods
+from fleetune.tuning.prepare import client_rows, prepare
+from fleetune.tuning.recipe import recipe
+from fleetune.tuning.recipe.settled import given, settled
+from fleetune.tuning.run import per_client
 
 FAST: dict[str, Any] = {"samples": 0, "max_length": 64, "rounds": 1, "offline": True, "listener": Silent()}
 SITES = ("north", "south", "west")

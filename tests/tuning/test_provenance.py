@@ -20,11 +20,13 @@ import fleetune
 from fleetune import models
 from fleetune.common import files
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.model import named_tensors
+from fleetune.models.net.model import named_tensors
 from fleetune.runs.listener import Silent
-from fleetune.tuning import foundations, methods, prepare
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.settled import given, settled, settled_options
+from fleetune.tuning import methods
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.settled import given, settled, settled_options
+from fleetune.tuning.result import foundations
 
 OPTIONS: dict[str, Any] = {
     "clients": 2, "rounds": 1, "held_out": 4, "max_length": 48, "samples": 0, "device": "cpu",
@@ -221,7 +223,7 @@ def test_a_tuned_model_is_saved_whole_or_says_how(at: Path, method: str, tmp_pat
 
 
 def test_split_digests_tell_who_has_a_row() -> None:
-    from fleetune.tuning.describe import split_digest
+    from fleetune.tuning.run.describe import split_digest
 
     a, b = np.array([0, 1]), np.array([2])
     assert (

@@ -22,21 +22,22 @@ from fleetune import adapters, models
 from fleetune.data import collate
 from fleetune.errors import RecipeError
 from fleetune.evaluation.losses import pad_id, token_losses
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 from fleetune.runs import rundir
 from fleetune.runs.listener import Silent
 from fleetune.seeds import slopes
 from fleetune.seeds.noise import probe, run_key
 from fleetune.seeds.slopes import Probe, Slopes, along, rate
 from fleetune.seeds.view import View
-from fleetune.tuning import methods, prepare, rate_search, rates
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.estimate import Estimate
+from fleetune.tuning import methods
 from fleetune.tuning.methods import _adapter
-from fleetune.tuning.rate_search import Search
-from fleetune.tuning.rates import rounded
-from fleetune.tuning.rates.trial import Bench, Size, Trials, Tried, climb, hold, loss_after
-from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.prepare import prepare, rate_search, rates
+from fleetune.tuning.prepare.estimate import Estimate
+from fleetune.tuning.prepare.rate_search import Search
+from fleetune.tuning.prepare.rates import rounded
+from fleetune.tuning.prepare.rates.trial import Bench, Size, Trials, Tried, climb, hold, loss_after
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.recipe import Recipe
 
 HOW = Probe(law="hashed", K=128, eps=1e-3, key=5, batch=5)
 LOSSES = st.lists(st.floats(0.1, 50), min_size=2, max_size=12)
@@ -267,7 +268,7 @@ def test_of_held_rates_that_end_as_low_the_middle_is_taken(
         place = round(math.log(rate / first, 3.0))
         return start - falls[moves][place + 1 if moves == 1 else -place]
 
-    monkeypatch.setattr("fleetune.tuning.rates.trial.loss_after", after)
+    monkeypatch.setattr("fleetune.tuning.prepare.rates.trial.loss_after", after)
     recipe = recipes.make({"model": "m", "data": "d", "method": "fedit", "rounds": 3, "set": {"lr": "auto"}})
     _, (found,) = rates.find(recipe, ["lr"], model, harness.rows(model), 2)
     assert found.rate == rounded(first / math.sqrt(3))

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from fleetune.errors import RecipeError
 from fleetune.tuning import methods
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.recipe import Recipe, fields, make, read, to_toml
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.recipe import Recipe, fields, make, read, to_toml
 
 texts = st.text(max_size=20) | st.sampled_from(
     ['a "quoted" name', "back\\slash", "line\nbreak", "\r\n", "tab\t", "nul\0", "del\x7f", "\x85\u2028", "é🦊",

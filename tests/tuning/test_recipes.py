@@ -18,7 +18,8 @@ import pytest
 
 from fleetune import api
 from fleetune import recipes as named_recipes
-from fleetune.tuning import prepare, recipe
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import recipe
 
 RECIPES = [found.path for found in named_recipes.every().values()]
 LINE = re.compile(r"# Expected: validation loss (\d+\.\d{3}) -> (\d+\.\d{3})\.")

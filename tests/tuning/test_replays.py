@@ -12,11 +12,11 @@ import pytest
 
 from fleetune import models
 from fleetune.errors import Interrupted, LedgerError
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger
-from fleetune.tuning import finished
 from fleetune.tuning.methods import _zeroth
+from fleetune.tuning.result import finished
 from heard import Heard
 
 

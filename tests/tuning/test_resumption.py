@@ -21,8 +21,8 @@ from fleetune.common.events import Event, RoundEvaluated, TuneDone
 from fleetune.data import Example
 from fleetune.errors import Interrupted
 from fleetune.runs import metrics
-from fleetune.tuning import describe, resumption
-from fleetune.tuning.result import TuneResult
+from fleetune.tuning.result.result import TuneResult
+from fleetune.tuning.run import describe, resumption
 
 
 def test_the_rest_takes_as_long_as_the_rounds_before(tmp_path: Path) -> None:

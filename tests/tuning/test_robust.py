@@ -20,13 +20,15 @@ import fleetune
 from fleetune import errors, models
 from fleetune.models import tiny_llama
 from fleetune.seeds import ledger as ledgers
-from fleetune.tuning import checkpoint, methods, robust
-from fleetune.tuning.fleets import Answer
-from fleetune.tuning.messages import LogCode, Message, Payload, encode
+from fleetune.tuning import methods
+from fleetune.tuning.exchange import robust
+from fleetune.tuning.exchange.messages import LogCode, Message, Payload, encode
+from fleetune.tuning.exchange.robust import MEAN, REDUCE, Rule, parse, trimmed
+from fleetune.tuning.exchange.spool import Spool
 from fleetune.tuning.methods import fedit
-from fleetune.tuning.replies import Replies, Round
-from fleetune.tuning.robust import MEAN, REDUCE, Rule, parse, trimmed
-from fleetune.tuning.spool import Spool
+from fleetune.tuning.rounds import checkpoint
+from fleetune.tuning.rounds.fleets import Answer
+from fleetune.tuning.rounds.replies import Replies, Round
 
 RULES = [*REDUCE, "trimmed-mean:0.3"]
 

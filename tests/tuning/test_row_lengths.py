@@ -14,7 +14,7 @@ from fleetune.cli.main import main
 from fleetune.data.encode import encode_all
 from fleetune.evaluation.losses import response_loss
 from fleetune.runs import rundir
-from fleetune.tuning import finished
+from fleetune.tuning.result import finished
 
 RUN = (
     "--method", "fedit", "--set", "r=2", "--set", "steps=1", "--clients", "2", "--rounds", "1", "--held-out", "6",

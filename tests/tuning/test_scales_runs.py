@@ -17,9 +17,10 @@ from fleetune.errors import LedgerError, RecipeError, UsageError
 from fleetune.seeds.ledger import LedgerHead
 from fleetune.seeds.scale_view import ScaleView
 from fleetune.seeds.view import View
-from fleetune.tuning import finished, prepare
-from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import _zeroth
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.result import finished
 from heard import Heard
 
 pytestmark = pytest.mark.usefixtures("own_cache")

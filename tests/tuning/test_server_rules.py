@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetune.tuning import server_rules
+from fleetune.tuning.exchange import server_rules
 
 
 def one_number(

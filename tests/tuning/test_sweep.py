@@ -26,8 +26,11 @@ from fleetune.report import sweep as summary
 from fleetune.report.sweep import GridRun, SweepAxis
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
-from fleetune.tuning import methods, prepare, recipe, sweep, sweep_grid
-from fleetune.tuning import run as jobs
+from fleetune.tuning import methods
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import recipe
+from fleetune.tuning.run import run as jobs
+from fleetune.tuning.sweep import sweep, sweep_grid
 
 BASE: dict[str, Any] = {
     "model": "./tiny", "data": "demo", "method": "fedkseed", "partition": "dirichlet:0.5:client", "clients": 3,

@@ -19,9 +19,10 @@ from fleetune.common.events import ClientReply, Diverging, RoundEvaluated, as_di
 from fleetune.common.paired import Difference
 from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import events
-from fleetune.tuning import methods, remarks
-from fleetune.tuning.course import Course
-from fleetune.tuning.watch import Watch, advice
+from fleetune.tuning import methods
+from fleetune.tuning.rounds.course import Course
+from fleetune.tuning.rounds.watch import Watch, advice
+from fleetune.tuning.run import remarks
 
 
 @dataclass

@@ -25,9 +25,9 @@ from fleetune import models
 from fleetune.adapters.bitfit import ParameterCopies
 from fleetune.common.display import human_count
 from fleetune.errors import MessageError, ModelError
-from fleetune.models import unmerged
-from fleetune.models.layers import head_of
-from fleetune.models.model import Model
+from fleetune.models.net import unmerged
+from fleetune.models.net.layers import head_of
+from fleetune.models.net.model import Model
 
 
 class Part(Protocol):

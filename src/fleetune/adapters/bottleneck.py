@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from fleetune import models
 from fleetune.adapters.bitfit import ParameterCopies, norms
 from fleetune.errors import ModelError
-from fleetune.models.layers import layers_of, outputs_of
-from fleetune.models.model import Model
+from fleetune.models.net.layers import layers_of, outputs_of
+from fleetune.models.net.model import Model
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,10 @@ from fleetune.common import sums
 from fleetune.common.folders import staged
 from fleetune.data.encode import DATE, end_id
 from fleetune.errors import FleetuneError, ModelError, VersionError
-from fleetune.models import cache, short_names
-from fleetune.models.chat_template import is_plain
-from fleetune.models.layers import head_of, is_causal, layers_of
-from fleetune.models.model import Model
+from fleetune.models.cache import cache, short_names
+from fleetune.models.net.chat_template import is_plain
+from fleetune.models.net.layers import head_of, is_causal, layers_of
+from fleetune.models.net.model import Model
 
 FRONT: Final = "base_model.model."  # of PEFT's tensor names
 VERSION: Final = 1

@@ -31,10 +31,10 @@ from fleetune.adapters.attachment import attach, attachment_of, private_rng
 from fleetune.adapters.lora_dropout import DroppedLinear
 from fleetune.adapters.lora_init import FROM_SEED, FROM_WEIGHTS
 from fleetune.errors import MessageError, ModelError
-from fleetune.models.foreign import short_error
-from fleetune.models.layers import head_of, is_linear, layers_of, read_past
+from fleetune.models.families.foreign import short_error
 from fleetune.models.mapped.net import into_memory
-from fleetune.models.model import Model
+from fleetune.models.net.layers import head_of, is_linear, layers_of, read_past
+from fleetune.models.net.model import Model
 
 ADAPTER: Final = "default"  # PEFT's name for a model's only adapter
 ALL_LINEAR: Final = "all-linear"

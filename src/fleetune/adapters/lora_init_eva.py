@@ -25,7 +25,7 @@ from fleetune.adapters.attachment import attachment_of
 from fleetune.adapters.lora import LoraPart
 from fleetune.data.encode import Batch
 from fleetune.errors import ModelError
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 WIDER: Final = 4  # rows stored between batches, in ranks
 

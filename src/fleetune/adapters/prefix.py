@@ -31,8 +31,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleetune import models
 from fleetune.errors import ModelError
-from fleetune.models.layers import OTHER_MODULE, Layer, attention_layers, body_of, is_causal
-from fleetune.models.model import Model
+from fleetune.models.net.layers import OTHER_MODULE, Layer, attention_layers, body_of, is_causal
+from fleetune.models.net.model import Model
 
 SPREAD: Final = 0.02
 ATTRIBUTE: Final = "_fleetune_prefix"  # the attribute of an attention module that holds its prefix

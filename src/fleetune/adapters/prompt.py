@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fleetune import models
 from fleetune.errors import ModelError
-from fleetune.models.layers import body_of, is_causal
-from fleetune.models.model import Model
+from fleetune.models.net.layers import body_of, is_causal
+from fleetune.models.net.model import Model
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from fleetune.models.mapped.lazy import LazyWeight, in_blocks, kinds_of
 from fleetune.models.mapped.net import replace_parameters
 from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
 from fleetune.models.mapped.stored import check_scales
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 from fleetune.seeds.scale_view import gradient_of_places, on_grid, place_of
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fleetune.compression.jobs.job import CompressResult
     from fleetune.fleet.calibration_server import Calibrators
     from fleetune.fleet.server import Served
-    from fleetune.models.artefact import ArtefactHead
-    from fleetune.models.model import Model
+    from fleetune.models.artefact.artefact import ArtefactHead
+    from fleetune.models.net.model import Model
     from fleetune.runs.compression_folder import CompressOptions
 
 
@@ -63,7 +63,7 @@ def compress(
     if isinstance(model, str | Path):
         subjects.open_weights(model, out)  # refused before torch is imported
     from fleetune.compression.jobs import job
-    from fleetune.tuning import objects_to_files
+    from fleetune.tuning.recipe import objects_to_files
 
     watching = heard_by(listener, progress)
     options: CompressOptions = {

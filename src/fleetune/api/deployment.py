@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, words
 from fleetune.errors import UsageError
-from fleetune.models import adapter_folder
+from fleetune.models.cache import adapter_folder
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
 
@@ -104,7 +104,7 @@ def measure(
     ]  # what is no model is refused before torch is imported
     if kept_gain and found:
         job.check_kept(found)
-    from fleetune.tuning import objects_to_files
+    from fleetune.tuning.recipe import objects_to_files
 
     options = job.MeasureOptions(
         text=str(text) if text else None, windows=windows, length=length,

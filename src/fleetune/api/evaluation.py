@@ -159,7 +159,7 @@ def _by_harness(
 def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bool) -> list[Example]:
     """Read the rows that were given, none for None: by `columns` or, without, by the `usual` ones where they fit."""
     from fleetune.data import read
-    from fleetune.tuning import objects_to_files
+    from fleetune.tuning.recipe import objects_to_files
 
     file = objects_to_files.data_name(data, out)
     if not file:
@@ -177,7 +177,7 @@ def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bo
 
 def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *, offline: bool) -> None:
     """Say how many rows the run behind a model has trained on: its values on them are no measure of anything else."""
-    from fleetune.tuning import finished
+    from fleetune.tuning.result import finished
 
     run = found.run if isinstance(found, Compressed) else found if isinstance(found, Run) else None
     if run is not None and (count := finished.trained_on(run.folder, rows, offline=offline)):
@@ -246,7 +246,7 @@ def generate(
     from fleetune.data import Example
     from fleetune.data.encode import prompt_ids
     from fleetune.evaluation import answers, losses
-    from fleetune.models.model import Model
+    from fleetune.models.net.model import Model
 
     loaded = model if isinstance(model, Model) else subjects.open(model, out).load(offline=offline)
     answers.require_text_model(loaded, "generation")

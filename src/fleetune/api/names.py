@@ -10,7 +10,7 @@ from fleetune import subject as subjects
 from fleetune.subject import Subject
 
 if TYPE_CHECKING:
-    from fleetune.tuning.result import TuneResult
+    from fleetune.tuning.result.result import TuneResult
 
 
 def open(name: object, *, out: str | Path = "runs") -> Subject:
@@ -27,7 +27,7 @@ def list_runs(out: str | Path = "runs") -> list[TuneResult]:
 
     Runs that are stopped or failed are not among them (`fleetune runs` lists them as well), nor are compressions.
     """
-    from fleetune.tuning import result
+    from fleetune.tuning.result import result
 
     return result.finished_in(Path(out))
 

@@ -17,11 +17,11 @@ from fleetune import subject as subjects
 from fleetune.common.shell import quoted
 from fleetune.deploy import targets
 from fleetune.errors import UsageError
-from fleetune.models import cache
-from fleetune.models.artefact_folder import is_master
+from fleetune.models.artefact.artefact_folder import is_master
+from fleetune.models.cache import cache
 from fleetune.subject import Compressed, Run
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.recipe import Recipe
 
 RESULTS: Final = ("adapter", "ledger.safetensors")  # of a run
 HF: Final = "hf"  # target of an export, and its folder

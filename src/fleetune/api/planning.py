@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fleetune import subject as subjects
 from fleetune.api import plain_models
 from fleetune.errors import UsageError
-from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

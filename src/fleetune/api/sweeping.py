@@ -16,11 +16,11 @@ from fleetune.common.settings import Value
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
-from fleetune.tuning.recipe import Recipe, RecipeOptions
+from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
 
 if TYPE_CHECKING:
-    from fleetune.tuning.sweep import SweepResult
-    from fleetune.tuning.sweep_grid import SweepGrid
+    from fleetune.tuning.sweep.sweep import SweepResult
+    from fleetune.tuning.sweep.sweep_grid import SweepGrid
 
 
 def sweep(
@@ -46,8 +46,8 @@ def sweep(
     run, for a name that cannot vary or a combination that cannot be; FleetuneError, after all runs, when some failed:
     `resume_sweep` does these again.
     """
-    from fleetune.tuning import sweep as sweeps
-    from fleetune.tuning import sweep_grid
+    from fleetune.tuning.sweep import sweep as sweeps
+    from fleetune.tuning.sweep import sweep_grid
 
     heard, varied = heard_by(listener, progress), dict(vary or {})
     recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, heard)
@@ -71,7 +71,7 @@ def resume_sweep(
     `sweep` is a path, the name or number of a sweep under `out`, `latest`, or a result of `sweep`.  UsageError when there
     is none.
     """
-    from fleetune.tuning import sweep as sweeps
+    from fleetune.tuning.sweep import sweep as sweeps
 
     heard = heard_by(listener, progress)
     path = sweeps.find(str(getattr(sweep, "folder", sweep)), Path(out))
@@ -90,7 +90,7 @@ def start(
     offline: bool,
 ) -> SweepResult:
     """Do the runs of a checked grid: in a new folder under `out` with `name` in its own, or in that of a `resumed` sweep."""
-    from fleetune.tuning import sweep as sweeps
+    from fleetune.tuning.sweep import sweep as sweeps
 
     rundir.check_writable(resumed or out)
     grid = _with_files(grid, out, listener.note)

@@ -15,12 +15,12 @@ from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import rundir, trackers
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import Progress, heard_by
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.recipe import Recipe, RecipeOptions
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
 
 if TYPE_CHECKING:
     from fleetune.tuning.methods import Method
-    from fleetune.tuning.result import TuneResult
+    from fleetune.tuning.result.result import TuneResult
 
 
 def tune(
@@ -50,7 +50,7 @@ def tune(
     `tracker` names trackers that get the figures as well: tensorboard, wandb.
     """
     from fleetune.planning import choose
-    from fleetune.tuning import run
+    from fleetune.tuning.run import run
 
     watching, named = heard_by(listener, progress), trackers.check(words(tracker))
     recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
@@ -80,8 +80,8 @@ def resume_run(
     `run` is a name, number, path or result; `tracker` as in `tune`, which a run does not remember.  `base` is auto, memory or
     mapped: where the base's weights are from now on (the run's own unless given).
     """
-    from fleetune.tuning import extension
-    from fleetune.tuning import run as running
+    from fleetune.tuning.run import extension
+    from fleetune.tuning.run import run as running
 
     rounds = rounds and extension.number(rounds)
     if base and base not in (places := recipes.choices("base")):
@@ -108,7 +108,8 @@ def recipe_for(
     listener: Listener,
 ) -> Recipe:
     """The recipe for what a caller handed over; the options are checked before any object is saved."""
-    from fleetune.tuning import methods, objects_to_files
+    from fleetune.tuning import methods
+    from fleetune.tuning.recipe import objects_to_files
 
     model = plain_models.path_of(model)
     if isinstance(model, Recipe):
@@ -157,7 +158,8 @@ def recipe_for(
 def _method_of(method: object) -> tuple[str, dict[str, Value]]:
     """Return a method's name and settings, from its name or its own dataclass; a caller's own class gets a name."""
     from fleetune.common.settings import named
-    from fleetune.tuning import given_methods, methods
+    from fleetune.tuning import methods
+    from fleetune.tuning.recipe import given_methods
 
     modules = {n: e.module for n, e in methods.entries().items()}
     if isinstance(method, str | type) or type(method).__module__ in modules.values():

@@ -10,7 +10,7 @@ from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes, human_time
 from fleetune.errors import StorageError, UsageError
 from fleetune.runs import compression_folder, rundir
-from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import recipe as recipes
 
 
 def devices(args: argparse.Namespace, ui: Ui) -> None:

@@ -15,7 +15,7 @@ from fleetune.common import settings
 from fleetune.common.shell import quoted
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import env_file
-from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import recipe as recipes
 
 PREFIX = "recipe_"
 
@@ -77,7 +77,7 @@ def _read(file: Path) -> dict[str, Any]:
     values = recipes.read(file)
     if not (file.parent / env_file.ENVIRONMENT).is_file():
         return values
-    from fleetune.tuning import places
+    from fleetune.tuning.result import places
 
     return places.found_again(values, file.parent)
 
@@ -85,7 +85,8 @@ def _read(file: Path) -> dict[str, Any]:
 def check(recipe: recipes.Recipe, out: str) -> None:
     """UsageError for what can be seen to be wrong before torch is loaded, which takes seconds: names, files, rules."""
     from fleetune.data.partition import check_partition_spec
-    from fleetune.tuning import recipe_problems, robust
+    from fleetune.tuning.exchange import robust
+    from fleetune.tuning.recipe import recipe_problems
 
     recipe_problems.check_order(recipe.model, recipe.data)
     check_model(recipe.model, out, recipes.trained(recipe))
@@ -111,7 +112,7 @@ def check_model(model: str, out: str, train: str = "weights") -> None:
     A compressed model passes where `train` is scales.
     """
     from fleetune.api import plain_models
-    from fleetune.models import cache, names
+    from fleetune.models.cache import cache, names
     from fleetune.models.gguf import header
 
     plain_models.check(model, Path(out), train)

@@ -11,7 +11,7 @@ begin those of the second, the rest is the answer.  Where they do not (a token s
 template writes past turns differently), the answer's text is tokenised on its own.
 
 A tokenizer without a chat template belongs to a base model, which knows no roles.  It gets every turn as a
-line of its own (`models/chat_template.py`), after the tokens that the tokenizer puts at the start of a text:
+line of its own (`models/net/chat_template.py`), after the tokens that the tokenizer puts at the start of a text:
 
     {system}\\n{user}\\n{assistant}\\n{user}\\n...
 
@@ -40,8 +40,8 @@ from fleetune.data.forms import Example
 from fleetune.data.partition import keyed_order
 from fleetune.data.plain_text import begun, is_text, rows_of
 from fleetune.errors import DataError
-from fleetune.models.chat_template import LINE, is_plain
-from fleetune.models.foreign import reason
+from fleetune.models.families.foreign import reason
+from fleetune.models.net.chat_template import LINE, is_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

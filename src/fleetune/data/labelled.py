@@ -26,7 +26,7 @@ from fleetune.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fleetune.models.model import Model
+    from fleetune.models.net.model import Model
 
 
 def encode_rows(

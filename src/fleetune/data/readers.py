@@ -23,7 +23,7 @@ from typing import NamedTuple
 from fleetune.common.extras import pip_install
 from fleetune.common.shell import quoted
 from fleetune.errors import DataError, FleetuneError, UsageError
-from fleetune.models.foreign import short_error
+from fleetune.models.families.foreign import short_error
 
 
 class FileRow(NamedTuple):

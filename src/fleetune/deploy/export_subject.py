@@ -18,7 +18,7 @@ from fleetune.common.shell import command, quoted
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
 from fleetune.errors import ModelError, UsageError, called
-from fleetune.models import adapter_folder
+from fleetune.models.cache import adapter_folder
 from fleetune.runs import compression_folder, folder_names
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
@@ -147,8 +147,8 @@ def write(
     """
     from fleetune.deploy import export as exporting
     from fleetune.deploy.measure import harness
-    from fleetune.models.artefact import Master
-    from fleetune.models.artefact_folder import is_master
+    from fleetune.models.artefact.artefact import Master
+    from fleetune.models.artefact.artefact_folder import is_master
 
     report = exporting.written(source, kind, out) if keeps else None
     if report is None:
@@ -174,7 +174,7 @@ def _of_run(
     _require_codes(target, str(run.folder))
     base, made = Plain(recipe.model), provenance.of_run(run.folder, recipe)
     if target.takes == "adapter":
-        from fleetune.tuning import finished
+        from fleetune.tuning.result import finished
 
         exporting.check_adapter(run.folder / finished.RESULT["adapter"], kind)
         adapter = run.result
@@ -283,7 +283,8 @@ def _scratch(out: Path) -> Iterator[Path]:
 def _write_tuned(run: Run, out: Path, listener: Listener | None = None, *, offline: bool) -> str:
     """The run's tuned weights as a plain directory; the digest of its weights."""
     from fleetune.deploy.formats import _gguf_vocabulary
-    from fleetune.tuning import finished, model_card
+    from fleetune.tuning.result import finished
+    from fleetune.tuning.run import model_card
 
     model = run.load(offline=offline)
     card = model_card.of_run(run.folder, encoder=bool(model.labels))

@@ -35,7 +35,7 @@ def push(path: Path, repository: str, *, private: bool) -> ExportPushed:
 
     The card's lines on how to load it name the repository then.  FleetuneError for what the Hub or the network refuses.
     """
-    from fleetune.tuning.model_card import CARD, HERE
+    from fleetune.tuning.run.model_card import CARD, HERE
 
     with _told(repository, f"the export is at {path}; again: hf upload {repository} {path}"):
         _hub().create_repo(repository, private=private or None, exist_ok=True)

@@ -28,17 +28,17 @@ from fleetune.deploy import tunable_file
 from fleetune.deploy.formats import Report
 from fleetune.deploy.patch import SILENT, Entries, Patch, Place, difference, patched, told
 from fleetune.errors import FleetuneError, LedgerError, ModelError, UsageError
-from fleetune.models import placement
-from fleetune.models.bases import BLOCKS
 from fleetune.models.gguf import header
+from fleetune.models.loading import placement
+from fleetune.models.mapped.bases import BLOCKS
 from fleetune.models.mapped.lazy import weights_of
 from fleetune.models.mapped.stored import Stored
 from fleetune.runs.listener import Listener
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.scale_view import ScaleView
 from fleetune.subject import Compressed, Run, Subject
-from fleetune.tuning import finished
 from fleetune.tuning.methods._zeroth import place_at
+from fleetune.tuning.result import finished
 
 
 def file_of(name: str, *, offline: bool = False) -> Path:

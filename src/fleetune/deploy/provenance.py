@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.models import short_names
-from fleetune.models.artefact import ArtefactHead, Master
+from fleetune.models.artefact.artefact import ArtefactHead, Master
+from fleetune.models.cache import short_names
 from fleetune.runs import env_file
-from fleetune.tuning import given_methods
-from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.recipe import given_methods
+from fleetune.tuning.recipe.recipe import Recipe
 
 
 def of_artefact(model: Checkpoint) -> dict[str, str]:

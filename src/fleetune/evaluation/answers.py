@@ -36,8 +36,8 @@ from fleetune.evaluation.losses import (
     pad_id,
     unheard,
 )
-from fleetune.models.encoders import MAX_LABELS
-from fleetune.models.model import Model
+from fleetune.models.loading.encoders import MAX_LABELS
+from fleetune.models.net.model import Model
 
 
 def generate(

@@ -21,7 +21,7 @@ from fleetune.common.extras import pip_install
 from fleetune.errors import FleetuneError, RecipeError, UsageError, closest, cut_reason, fault
 from fleetune.evaluation.answers import require_text_model
 from fleetune.evaluation.measures import TASKS, is_known
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 BATCH: Final = 8  # questions at a time
 INSTALL: Final = pip_install("lm-eval")

@@ -36,7 +36,7 @@ from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation.head_loss import head_nll, logits_of, nll, tokens_a_piece
 from fleetune.evaluation.logit_changes import Change, Multiply, stated
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 OnRows = Callable[[int, int], None]  # called with the rows that are done, and the number of all rows
 

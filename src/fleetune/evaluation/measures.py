@@ -24,7 +24,7 @@ from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import generate, label_accuracy, require_text_model
 from fleetune.evaluation.losses import OnRows, all_row_losses, class_rows, perplexity, token_mean, unheard
 from fleetune.evaluation.scores import exact_match, rouge_l, token_f1
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ from fleetune.evaluation.answers import (
 )
 from fleetune.evaluation.losses import batch_loss, class_logits, eval_mode, pad_id, token_losses
 from fleetune.evaluation.scores import rouge_l, token_f1
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 Objective = Callable[[Model, Batch], float]
 Score = Callable[[Sequence[str], Sequence[str]], float]
@@ -271,9 +271,7 @@ def _call_fault(function: Callable[..., Any], call: str) -> str:
     return f"takes {signature}: in another order" if taken != sorted(taken, key=names.index) else ""
 
 
-GIVEN: Final = (
-    "fleetune_given_"  # modules that hold a function of this process alone (`tuning/objects_to_files.py`)
-)
+GIVEN: Final = "fleetune_given_"  # modules that hold a function of this process alone (`tuning/recipe/objects_to_files.py`)
 
 
 def _load_module(what: str, where: str) -> ModuleType:

@@ -14,7 +14,7 @@ from fleetune.evaluation import kl_divergence
 from fleetune.evaluation.head_loss import tokens_a_piece
 from fleetune.evaluation.kl_divergence import Compared
 from fleetune.evaluation.losses import OnRows, eval_mode, pad_id, predictors, unheard
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@
     eval_*.py     a result on the devices' held-out rows      calibration_*.py        a compression's Hessians from devices
     result.py     a run's result on its way to a device       held_out.py             rows that a device does not train on
 
-The rounds are those of a simulated fleet (`tuning/rounds.py`), so a run ends in the same digest.
+The rounds are those of a simulated fleet (`tuning/rounds/rounds.py`), so a run ends in the same digest.
 """
 
 from __future__ import annotations

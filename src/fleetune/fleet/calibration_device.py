@@ -43,9 +43,9 @@ from fleetune.fleet import result
 from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.orders import Job
 from fleetune.fleet.reasons import Declined
-from fleetune.models.model import Model
-from fleetune.tuning import finished
-from fleetune.tuning.messages import Message, Payload, decode, encode
+from fleetune.models.net.model import Model
+from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
+from fleetune.tuning.result import finished
 
 BEGIN: Final = "begin"
 ASKED: Final = frozenset(

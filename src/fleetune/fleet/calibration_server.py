@@ -31,13 +31,14 @@ from fleetune.fleet.orders import Device, Order
 from fleetune.fleet.remote import ROOM, RemoteFleet
 from fleetune.fleet.server import Served
 from fleetune.fleet.table import Devices
-from fleetune.models.layers import layers_of
-from fleetune.models.model import Model
+from fleetune.models.net.layers import layers_of
+from fleetune.models.net.model import Model
 from fleetune.runs.compression_folder import PARTS, CompressRequest
 from fleetune.runs.listener import Listener
-from fleetune.tuning import finished, rounds
-from fleetune.tuning.messages import Message, Payload, ReplySpec, check, decode, encode
-from fleetune.tuning.robust import FEWEST
+from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, check, decode, encode
+from fleetune.tuning.exchange.robust import FEWEST
+from fleetune.tuning.result import finished
+from fleetune.tuning.rounds import rounds
 
 AGREED: Final = "agreed.json"
 ON_THE_WAY: Final = 1 << 28  # bytes of answers

@@ -20,8 +20,8 @@ from fleetune.evaluation.losses import all_row_losses
 from fleetune.fleet import result
 from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.orders import Job
-from fleetune.models.model import Model
-from fleetune.tuning.messages import Message, Payload, decode, encode
+from fleetune.models.net.model import Model
+from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 
 EXACT: Final = 1e-4  # nats a token
 BATCH: Final = 1  # rows at a time: a device that has trained has the memory for one

@@ -38,9 +38,10 @@ from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run
-from fleetune.tuning import finished, robust
-from fleetune.tuning.fleets import Answer
-from fleetune.tuning.messages import Message, Payload, ReplySpec, check, decode, encode
+from fleetune.tuning.exchange import robust
+from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, check, decode, encode
+from fleetune.tuning.result import finished
+from fleetune.tuning.rounds.fleets import Answer
 
 FILE: Final = "eval-fleet.json"
 WORST: Final = 1e4  # nats a token; far above what finite logits give

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encode what a real fleet's server orders of a device, and what the device answers.
 
-An order and its answer are messages of the usual codec (`tuning/messages.py`) with scalars only; the bytes that a
+An order and its answer are messages of the usual codec (`tuning/exchange/messages.py`) with scalars only; the bytes that a
 method sends travel inside, as they would in a simulated fleet, so that traffic is counted alike.
 
     server -> device    job      all that the device needs to know of the run, once a session
@@ -35,13 +35,13 @@ from pydantic.dataclasses import dataclass
 
 from fleetune.errors import MessageError, cut_reason
 from fleetune.fleet.reasons import in_words
-from fleetune.models import names
-from fleetune.tuning.messages import Message, Payload, Scalar, decode, encode
-from fleetune.tuning.recipe import label_words
-from fleetune.tuning.recipe_problems import told
+from fleetune.models.cache import names
+from fleetune.tuning.exchange.messages import Message, Payload, Scalar, decode, encode
+from fleetune.tuning.recipe.recipe import label_words
+from fleetune.tuning.recipe.recipe_problems import told
 
 if TYPE_CHECKING:
-    from fleetune.tuning.prepare import TuneJob
+    from fleetune.tuning.prepare.prepare import TuneJob
 
 T = TypeVar("T")
 

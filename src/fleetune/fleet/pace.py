@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fleetune.errors import UsageError
-from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

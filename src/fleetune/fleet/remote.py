@@ -27,8 +27,8 @@ from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Rep
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.table import Devices, apart
 from fleetune.seeds.noise import derive
-from fleetune.tuning.fleets import OLDEST, Answer, outrun
-from fleetune.tuning.kinds import ONE, Wanted
+from fleetune.tuning.rounds.fleets import OLDEST, Answer, outrun
+from fleetune.tuning.rounds.kinds import ONE, Wanted
 
 log = logging.getLogger(__name__)
 

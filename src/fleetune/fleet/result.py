@@ -18,14 +18,14 @@ from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, MessageError, UsageError
 from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.orders import Job
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 from fleetune.runs import env_file
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.noise import POOL
-from fleetune.tuning import finished
-from fleetune.tuning.messages import Scalar
+from fleetune.tuning.exchange.messages import Scalar
 from fleetune.tuning.methods._zeroth import MOST_PASSES, MOST_POOLS
-from fleetune.tuning.recipe import label_words
+from fleetune.tuning.recipe.recipe import label_words
+from fleetune.tuning.result import finished
 
 FILE: Final = "file "  # begins the name of a file's bytes in a message
 LEDGER: Final = finished.RESULT["ledger"]

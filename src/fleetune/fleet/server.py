@@ -28,14 +28,15 @@ from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import prepare, settled
-from fleetune.tuning.fleets import Fleet
-from fleetune.tuning.kinds import ONE, Wanted, wanted
-from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import settled
+from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.rounds.fleets import Fleet
+from fleetune.tuning.rounds.kinds import ONE, Wanted, wanted
 
 if TYPE_CHECKING:
-    from fleetune.tuning.prepare import TuneJob
-    from fleetune.tuning.simulation import Step
+    from fleetune.tuning.prepare.prepare import TuneJob
+    from fleetune.tuning.run.simulation import Step
 
 SIMULATED: Final = ("drop", "stragglers", "deadline")  # options of a recipe that real devices do not follow
 PUBLISHED: Final = 1.0  # seconds between two words to `fleet status`

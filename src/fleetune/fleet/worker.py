@@ -54,20 +54,20 @@ from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, TASKS, Device, Job, Order, Reply, is_path
 from fleetune.fleet.reasons import Declined, in_words, reason_of
-from fleetune.models.bases import BLOCKS, MAPPED, PLACES
+from fleetune.models.loading.shapes import shape_of
+from fleetune.models.mapped.bases import BLOCKS, MAPPED, PLACES
 from fleetune.models.mapped.net import memory_of
-from fleetune.models.model import Model
-from fleetune.models.shapes import shape_of
+from fleetune.models.net.model import Model
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
-from fleetune.tuning.fleets.local_work import work
-from fleetune.tuning.fleets.memories import Memories
-from fleetune.tuning.footprint import Footprint
-from fleetune.tuning.messages import decode
+from fleetune.tuning.exchange.footprint import Footprint
+from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
-from fleetune.tuning.prepare import usual_threads
+from fleetune.tuning.prepare.prepare import usual_threads
+from fleetune.tuning.rounds.fleets.local_work import work
+from fleetune.tuning.rounds.fleets.memories import Memories
 
 log = logging.getLogger(__name__)
 

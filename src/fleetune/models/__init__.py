@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fleetune.models.loading import (
+    from fleetune.models.loading.loading import (
         DEVICES,
         DTYPES,
         builtin,
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         resolve,
         save,
     )
-    from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
-    from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
+    from fleetune.models.loading.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
+    from fleetune.models.net.model import Model, digest, named_tensors, tokenizer_digest, uniform
 
 __all__ = [
     "DEVICES", "DTYPES", "Model", "builtin", "check_device", "device_memory", "digest", "disk_errors", "load",
@@ -42,5 +42,7 @@ _MODEL = ("Model", "digest", "named_tensors", "tokenizer_digest", "uniform")
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "tiny" if name.startswith("tiny_") else "model" if name in _MODEL else "loading"
+    module = (
+        "loading.tiny" if name.startswith("tiny_") else "net.model" if name in _MODEL else "loading.loading"
+    )
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -14,17 +14,19 @@ from fleetune.common.ggml import SCALES, scales_in
 from fleetune.common.shell import quoted
 from fleetune.common.sizes import parse_bytes
 from fleetune.errors import FitError, ModelError, RecipeError
-from fleetune.models.dtypes import WEIGHTS
-from fleetune.models.foreign import foreign_file
-from fleetune.models.shapes import Shape, shape_of
+from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.models.families.foreign import foreign_file
+from fleetune.models.loading.shapes import Shape, shape_of
 from fleetune.planning import device_cost, plan
 from fleetune.planning.device_cost import Rates
 from fleetune.planning.fitting import TIGHT, Search, Settings
 from fleetune.planning.workload import Workload
-from fleetune.tuning import methods, prepare, recipe_problems
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.prepare import CheckMemory
-from fleetune.tuning.recipe import AUTO_METHOD, Recipe
+from fleetune.tuning import methods
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.prepare.prepare import CheckMemory
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe import recipe_problems
+from fleetune.tuning.recipe.recipe import AUTO_METHOD, Recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -195,7 +197,7 @@ def checked_kinds(name: str) -> dict[str, str]:
     ModelError where no layer has scales, as loading it to tune would raise: of a directory or hub id, whose weights are
     plain, and of a GGUF file of other types.
     """
-    from fleetune.models import cache, names
+    from fleetune.models.cache import cache, names
     from fleetune.models.mapped.stored import check_scales
 
     if name in cache.ORIGINS and cache.ORIGINS[name].member.endswith(".gguf"):
@@ -208,7 +210,7 @@ def checked_kinds(name: str) -> dict[str, str]:
 
 def _kinds_in(name: str, *, offline: bool) -> dict[str, str]:
     from fleetune import models
-    from fleetune.models import placement
+    from fleetune.models.loading import placement
 
     _, tensors = placement.tensors_of(
         name, functools.partial(models.resolve, offline=offline), offline=offline, blocks=True

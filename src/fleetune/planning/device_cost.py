@@ -30,11 +30,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
-from fleetune.models.dtypes import WEIGHTS
-from fleetune.models.shapes import Shape
+from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.models.loading.shapes import Shape
 from fleetune.planning.workload import Workload
 from fleetune.seeds import chosen_kernels
-from fleetune.tuning.footprint import Footprint, Module
+from fleetune.tuning.exchange.footprint import Footprint, Module
 
 MIB: Final = 1 << 20
 
@@ -175,7 +175,7 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
 
 def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> dict[str, int]:
     """Return bytes of what backward needs of a forward pass: activations, of one layer or of all, and the loss's."""
-    from fleetune.models.checkpointing import SMALL
+    from fleetune.models.net.checkpointing import SMALL
 
     needed = activation_bytes(shape, work, footprint.module)
     entering = shape.layers * work.tokens * shape.hidden * work.size

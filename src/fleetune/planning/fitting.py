@@ -17,13 +17,13 @@ from typing import Any, Final
 
 from fleetune.common.display import human_bytes
 from fleetune.errors import FitError
-from fleetune.models.bases import PLACES, SHARE
-from fleetune.models.shapes import Shape
+from fleetune.models.loading.shapes import Shape
+from fleetune.models.mapped.bases import PLACES, SHARE
 from fleetune.planning import device_cost
 from fleetune.planning.workload import Workload
 from fleetune.tuning import methods
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.footprint import Footprint
+from fleetune.tuning.exchange.footprint import Footprint
+from fleetune.tuning.recipe import recipe as recipes
 
 TIGHT: Final = 0.9  # fuller than this is a tight fit: it is taken where no method has more room
 SHORTEST: Final = 64  # tokens of a row, below which rows are not cut

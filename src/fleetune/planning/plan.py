@@ -25,15 +25,15 @@ from fleetune.common import ggml
 from fleetune.common.display import counted, human_bytes, human_count, human_time
 from fleetune.common.sizes import parse_bytes, parse_rate
 from fleetune.errors import UsageError
-from fleetune.models.shapes import Shape, shape_of
+from fleetune.models.loading.shapes import Shape, shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.device_cost import Rates
 from fleetune.planning.fitting import TIGHT, Search, Settings, longest
 from fleetune.planning.traffic import traffic
 from fleetune.planning.workload import Workload
 from fleetune.tuning import methods
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.footprint import Footprint
+from fleetune.tuning.exchange.footprint import Footprint
+from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from fleetune.tuning.messages import Message, Payload, encode
+from fleetune.tuning.exchange.messages import Message, Payload, encode
 
 if TYPE_CHECKING:
-    from fleetune.tuning.footprint import Footprint
+    from fleetune.tuning.exchange.footprint import Footprint
     from fleetune.tuning.methods import Method
 
 ROWS: Final = 1000  # rows of a device: decides the width of one integer of its reply

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from fleetune.errors import UsageError
-from fleetune.models.bases import PLACES
-from fleetune.models.dtypes import WEIGHTS
+from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.models.mapped.bases import PLACES
 
 MOST_STEPS: Final = 1_000_000  # of a round: a pool of directions holds as many
 

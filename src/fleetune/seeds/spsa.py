@@ -23,7 +23,7 @@ from torch import nn
 from fleetune.data import Batch
 from fleetune.evaluation.losses import batch_loss, row_losses
 from fleetune.evaluation.objectives import Objective
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 from fleetune.seeds.moved_modules import Unpaired
 from fleetune.seeds.noise import derive, passes, philox4x32, probe
 from fleetune.seeds.view import View

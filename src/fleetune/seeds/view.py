@@ -32,10 +32,10 @@ from torch.nn import functional as F
 
 from fleetune.common.display import counted
 from fleetune.errors import ModelError, UsageError
-from fleetune.models import unmerged
 from fleetune.models.mapped.lazy import LazyWeight
 from fleetune.models.mapped.net import replace_parameters
-from fleetune.models.model import Pieces
+from fleetune.models.net import unmerged
+from fleetune.models.net.model import Pieces
 from fleetune.seeds import VARIABLE, chosen_kernels, moved_modules
 from fleetune.seeds.moved_modules import Direction, Read, RowBlocks, Tape, WeightSlot, layout, read_stored
 from fleetune.seeds.noise import EMPTY, Passes

@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from fleetune.common import sums
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
-from fleetune.models import adapter_folder
-from fleetune.models.artefact_folder import is_master
+from fleetune.models.artefact.artefact_folder import is_master
+from fleetune.models.cache import adapter_folder
 from fleetune.runs import compression_folder, folder_names, rundir
 from fleetune.runs.compression_folder import CompressRequest
 
 if TYPE_CHECKING:
     from fleetune.data import Example
-    from fleetune.models.model import Model
+    from fleetune.models.net.model import Model
     from fleetune.seeds.ledger import Ledger
-    from fleetune.tuning.recipe import Recipe
+    from fleetune.tuning.recipe.recipe import Recipe
 
 ROW: Final = 512  # tokens of a row at most, unless a run says otherwise
 
@@ -58,7 +58,7 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe that made it."""
-        from fleetune.tuning import finished
+        from fleetune.tuning.result import finished
 
         return finished.recipe_of(self.folder)
 
@@ -75,7 +75,7 @@ class Run:
     @property
     def result(self) -> Path:
         """The path of its ledger or adapter directory; UsageError when it has no result yet."""
-        from fleetune.tuning import finished
+        from fleetune.tuning.result import finished
 
         return finished.result_of(self.folder)
 
@@ -84,19 +84,19 @@ class Run:
 
         `base` says where these are, as in `models.load`; by default as while it was tuned.
         """
-        from fleetune.tuning import finished
+        from fleetune.tuning.result import finished
 
         return finished.load(self.folder, device=device, offline=offline, base=base)
 
     def held_out(self, *, offline: bool = False) -> list[Example]:
         """Read the rows that the run never trained on; UsageError when its data has other rows now."""
-        from fleetune.tuning import finished
+        from fleetune.tuning.result import finished
 
         return finished.held_out(self.folder, offline=offline)
 
     def ledger(self) -> Ledger:
         """Read its seed ledger; UsageError for a run that leaves an adapter."""
-        from fleetune.tuning import finished
+        from fleetune.tuning.result import finished
 
         return finished.ledger_of(self.folder)
 
@@ -187,7 +187,7 @@ class Compressed:
     @property
     def _instead_of_mapped(self) -> str:
         """Say what to do where codes cannot stay in their file: a mixture's GGUF file is not read back."""
-        from fleetune.models.artefact import Master
+        from fleetune.models.artefact.artefact import Master
 
         codes = Master(self.model)
         if codes.head.experts or any(".experts." in name for name in codes.names):
@@ -199,7 +199,7 @@ class Compressed:
 
         UsageError when the run is gone, or its data has other rows now.
         """
-        from fleetune.tuning import finished
+        from fleetune.tuning.result import finished
 
         request = self.request
         if request is None or not request.run:
@@ -237,7 +237,7 @@ class Plain:
     def directory(self, *, offline: bool = False) -> Path:
         """Return its Hugging Face directory, fetched or converted first if necessary; all its files are as it states."""
         from fleetune import models
-        from fleetune.models import cache
+        from fleetune.models.cache import cache
 
         path = models.resolve(self.name, offline=offline)
         sums.check(path, remedy=cache.remedy(path))
@@ -316,7 +316,7 @@ def _text_of(name: object) -> str:
 
 
 def _codes(name: str, found: Compressed) -> UsageError:
-    from fleetune.models.artefact import Master
+    from fleetune.models.artefact.artefact import Master
 
     head = Master(found.model).head
     return UsageError(

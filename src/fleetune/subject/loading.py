@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fleetune.common.paired import RowLosses
     from fleetune.data import Example
     from fleetune.evaluation.losses import OnRows
-    from fleetune.models.model import Model
+    from fleetune.models.net.model import Model
 
 
 def load_with_rows(

@@ -17,12 +17,14 @@ from fleetune.data.encode import Batches, encode_all
 from fleetune.errors import RecipeError
 from fleetune.evaluation import objectives
 from fleetune.models import Model, tiny_llama
-from fleetune.tuning import methods, prepare, recipe
-from fleetune.tuning.fleets.local import LocalFleet
-from fleetune.tuning.fleets.memories import Memories
-from fleetune.tuning.messages import LogCode, Message, Payload, encode
+from fleetune.tuning import methods
+from fleetune.tuning.exchange.messages import LogCode, Message, Payload, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import UNITS
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import recipe
+from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.fleets.memories import Memories
 
 # Few steps, on all six rows at once; perturbations so large that a step function is no constant; rates that descend with
 # any key (at three times the rate, one key in four does not).

@@ -10,10 +10,10 @@ import pytest
 
 from fleetune import models
 from fleetune.data import Encoded
-from fleetune.models import checkpointing
+from fleetune.models.net import checkpointing
 from fleetune.tuning import methods
-from fleetune.tuning.fleets.local import LocalFleet
-from fleetune.tuning.messages import Message, encode
+from fleetune.tuning.exchange.messages import Message, encode
+from fleetune.tuning.rounds.fleets.local import LocalFleet
 
 BASE = b"12345678"
 ROWS = [Encoded(np.arange(i, i + 12, dtype=np.int32), 4) for i in range(6)]

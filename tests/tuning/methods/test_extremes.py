@@ -10,7 +10,7 @@ import pytest
 
 from fleetune.models import tiny_llama
 from fleetune.tuning import methods
-from fleetune.tuning.messages import Payload
+from fleetune.tuning.exchange.messages import Payload
 from fleetune.tuning.methods import Reply
 
 CASES: list[tuple[str, dict[str, Any]]] = [

@@ -15,9 +15,9 @@ from fleetune.data import Batches, Encoded
 from fleetune.errors import DataError, MessageError, ModelError, RecipeError
 from fleetune.models import Model
 from fleetune.tuning import methods
-from fleetune.tuning.fleets.local import LocalFleet
-from fleetune.tuning.messages import Message, check, decode, encode
+from fleetune.tuning.exchange.messages import Message, check, decode, encode
 from fleetune.tuning.methods import Reply
+from fleetune.tuning.rounds.fleets.local import LocalFleet
 
 BASE = b"12345678"
 IDS = torch.arange(40).reshape(2, 20)

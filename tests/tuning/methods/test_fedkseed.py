@@ -18,7 +18,7 @@ from fleetune.errors import MessageError, RecipeError
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger, load
 from fleetune.seeds.view import View, layout
-from fleetune.tuning.messages import LogCode, Message, Payload, check
+from fleetune.tuning.exchange.messages import LogCode, Message, Payload, check
 from fleetune.tuning.methods import Reply, _mixed_fleet, make
 from fleetune.tuning.methods._zeroth import UNITS, draw
 from fleetune.tuning.methods.fedkseed import Method, State, pro_weights

@@ -19,10 +19,10 @@ from fleetune.data.encode import Batches, encode_all
 from fleetune.errors import FleetError, RecipeError
 from fleetune.evaluation.losses import batch_loss
 from fleetune.models import tiny_bert, tiny_llama
-from fleetune.models.layers import layers_of
+from fleetune.models.net.layers import layers_of
 from fleetune.runs.rundir import events
 from fleetune.tuning import methods
-from fleetune.tuning.messages import Payload
+from fleetune.tuning.exchange.messages import Payload
 from fleetune.tuning.methods import Reply, _layers
 from fleetune.tuning.methods.fedpeptao import Method, State
 

@@ -17,10 +17,10 @@ from fleetune.errors import RecipeError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model
 from fleetune.tuning import methods
-from fleetune.tuning.fleets.local import LocalFleet
-from fleetune.tuning.messages import Message, check, decode, encode
+from fleetune.tuning.exchange.messages import Message, check, decode, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods.fedpetuning import MODULES
+from fleetune.tuning.rounds.fleets.local import LocalFleet
 
 NETS: dict[str, Callable[[], Model]] = {"llama": models.tiny_llama, "bert": models.tiny_bert}
 BASE = b"12345678"

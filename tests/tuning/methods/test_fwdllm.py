@@ -21,7 +21,7 @@ from fleetune.evaluation.losses import pad_id
 from fleetune.runs.rundir import events
 from fleetune.seeds import noise
 from fleetune.tuning import methods
-from fleetune.tuning.messages import Message, MessageError, Payload, check
+from fleetune.tuning.exchange.messages import Message, MessageError, Payload, check
 from fleetune.tuning.methods import Reply, fwdllm
 from fleetune.tuning.methods.fwdllm import Method, State, descent
 

@@ -21,8 +21,9 @@ from fleetune.adapters.attachment import Attachment
 from fleetune.data import Encoded
 from fleetune.data.encode import Batch, Batches
 from fleetune.errors import RecipeError
-from fleetune.tuning import methods, server_rules
-from fleetune.tuning.messages import Message, Payload, check
+from fleetune.tuning import methods
+from fleetune.tuning.exchange import server_rules
+from fleetune.tuning.exchange.messages import Message, Payload, check
 from fleetune.tuning.methods import Reply, _adapter, fedit, fedpetuning
 from fleetune.tuning.methods._adapter import State, Training
 

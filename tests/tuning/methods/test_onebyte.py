@@ -21,7 +21,7 @@ from fleetune.models import Model, named_tensors, tiny_llama
 from fleetune.seeds import noise
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning.messages import LogCode, Message, Payload, decode, encode
+from fleetune.tuning.exchange.messages import LogCode, Message, Payload, decode, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import UNITS
 from fleetune.tuning.methods.onebyte import FINER, Method, State

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Run the pipeline, each stage shown as its own command shows it."""
     from fleetune import models
     from fleetune.cli.commands import compress, export, tune
-    from fleetune.tuning import demo
+    from fleetune.tuning.run import demo
 
     with ui.count(demo.MODEL, 0, size=True) as bar:
         models.pull(
@@ -60,7 +60,7 @@ def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
     """The first prompt of the run's samples, and the file's answer."""
     from fleetune.deploy import export
     from fleetune.evaluation import answers
-    from fleetune.tuning import demo
+    from fleetune.tuning.run import demo
 
     row = run.held_out(offline=offline)[0]
     (answer,) = answers.generate(export.load(file), [row], max_new_tokens=demo.ANSWER)

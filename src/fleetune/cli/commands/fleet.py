@@ -18,7 +18,7 @@ from fleetune.common.shell import quoted
 from fleetune.errors import RecipeError, UsageError
 from fleetune.fleet import PORT
 from fleetune.runs import rundir
-from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
     from fleetune.common.events import DeviceEvaluated, FleetEvaluated
@@ -134,7 +134,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
         recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe = fleets.settled(recipe, values)
-    from fleetune.tuning import run as running
+    from fleetune.tuning.run import run as running
 
     with screen(ui, path) as shown, fleets:
         if recipe is None:
@@ -273,7 +273,8 @@ def _held_out(own: Mapping[str, str]) -> float:
 
 def _split(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.data.examples import row_of
-    from fleetune.tuning import methods, prepare
+    from fleetune.tuning import methods
+    from fleetune.tuning.prepare import prepare
 
     _no_words(args)
     if not args.to:

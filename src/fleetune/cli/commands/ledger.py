@@ -89,7 +89,7 @@ def file_of(name: str, out: str) -> Path:
     if isinstance(found, subject.Compressed):
         raise UsageError(f"{found.argument} is a compression, which has no ledger", hint="name the run")
     if isinstance(found, subject.Run):
-        from fleetune.tuning import finished
+        from fleetune.tuning.result import finished
 
         return finished.ledger_file(found.folder)
     return path / "ledger.safetensors" if path.is_dir() else path
@@ -99,7 +99,7 @@ def _base_name(args: argparse.Namespace, path: Path) -> str:
     if args.model:
         return str(args.model)
     if (path.parent / "run.toml").is_file():
-        from fleetune.tuning.finished import recipe_of
+        from fleetune.tuning.result.finished import recipe_of
 
         return recipe_of(path.parent).model
     raise UsageError(f"which base model does {path} belong to?", hint="give it with --model NAME")
@@ -145,7 +145,7 @@ def _rate(head: LedgerHead) -> str:
 
 def _replay(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
     from fleetune.cli.listener import console_listener
-    from fleetune.tuning import finished
+    from fleetune.tuning.result import finished
 
     ledger = loaded[0] if args.round is None else loaded[0].truncate(args.round)
     model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline, base=args.base)
@@ -167,7 +167,7 @@ def _digest(ui: Ui, digest: str) -> None:
 
 def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
     from fleetune.cli.listener import console_listener
-    from fleetune.tuning import finished
+    from fleetune.tuning.result import finished
 
     ledger = loaded[0]
     if not ledger.head.checks:
@@ -205,7 +205,7 @@ def _diff(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
 
 
 def _export(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
-    from fleetune.tuning import finished
+    from fleetune.tuning.result import finished
 
     name = _base_name(args, paths[0])
     out = Path(_target(args, "a folder to write"))

@@ -14,8 +14,8 @@ from fleetune.common.display import counted, human_bytes, human_count
 from fleetune.common.events import ModelCached, ModelListed, ModelPulled, ModelRemoved
 from fleetune.common.shell import command
 from fleetune.errors import UsageError
-from fleetune.models import cache, cache_contents
-from fleetune.models.short_names import SHORT_NAMES, ShortName
+from fleetune.models.cache import cache, cache_contents
+from fleetune.models.cache.short_names import SHORT_NAMES, ShortName
 
 HELP = "list the models there are, fetch one, or remove one from the cache"
 ORDER = 140

@@ -22,7 +22,7 @@ from fleetune.report.runlog import kind_of
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import RECORD
 from fleetune.subject import Compressed, Run
-from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import recipe as recipes
 
 HELP = "list, show, compare or remove runs"
 ORDER = 120
@@ -291,7 +291,7 @@ def _needs(folder: Path) -> set[Path]:
 
 def _base_of(run: Path) -> list[Path]:
     """Return the file or folder of a run's base model, if it is there."""
-    from fleetune.tuning import places
+    from fleetune.tuning.result import places
 
     try:
         model = places.found_again(recipes.read(run / "run.toml"), run).get("model")

@@ -70,8 +70,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Begin a sweep or resume one."""
     from fleetune.api import sweeping
-    from fleetune.tuning import sweep as sweeps
-    from fleetune.tuning import sweep_grid
+    from fleetune.tuning.sweep import sweep as sweeps
+    from fleetune.tuning.sweep import sweep_grid
 
     out = Path(args.out)
     resumed = sweeps.find(args.resume, out) if args.resume else None

@@ -21,11 +21,11 @@ from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import metrics, rundir, trackers
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fleetune.tuning.result import TuneResult
+    from fleetune.tuning.result.result import TuneResult
 
 HELP = "fine-tune a model over a simulated fleet"
 ORDER = 30
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         recipe_flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
         rounds, base = _more_rounds(args), recipe_flags.given(args).get("base", "")
         if args.dry_run:
-            from fleetune.tuning.run import check_resume
+            from fleetune.tuning.run.run import check_resume
 
             _say_checked(check_resume(path, offline=args.offline, rounds=rounds, base=base), ui)
             return
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _more_rounds(args: argparse.Namespace) -> int:
     """The rounds that a resumed run is to have, 0 where none are given; RecipeError for what is no number of rounds."""
-    from fleetune.tuning import extension
+    from fleetune.tuning.run import extension
 
     text = recipe_flags.given(args).get("rounds")
     return extension.number(text) if text else 0
@@ -157,7 +157,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.api import plain_models
     from fleetune.planning import choose
-    from fleetune.tuning import prepare
+    from fleetune.tuning.prepare import prepare
 
     recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
     recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
@@ -185,7 +185,7 @@ def screen(ui: Ui, resumed: Path | None = None) -> Iterator[RunScreen]:
 @contextmanager
 def _said_once(ui: Ui) -> Iterator[None]:
     """Leave out the log's line on a reply that was refused, which the screen shows as well."""
-    log, shown = logging.getLogger("fleetune.tuning.replies"), ui.quiet < 1
+    log, shown = logging.getLogger("fleetune.tuning.rounds.replies"), ui.quiet < 1
     drop = logging.Filter("nothing" if shown else "")  # lets through what is logged under this name
     log.addFilter(drop)
     try:

@@ -24,7 +24,7 @@ from fleetune.compression.budget import sensitivity
 from fleetune.compression.layerwise.activations import same_inputs
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.errors import FleetuneError
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 PROBED = 8  # tokens that tell which layers read the same tensor
 

@@ -36,7 +36,7 @@ from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
 from fleetune.evaluation import scores
 from fleetune.evaluation.answers import decode_answer
 from fleetune.evaluation.objectives import finite_number, import_function
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 Reward = Callable[[str, str, str], float]
 

@@ -30,11 +30,11 @@ from fleetune.compression.training.steps import Checkpoints, clipped_step, learn
 from fleetune.data.encode import Batch, Encoded, collate
 from fleetune.evaluation.head_loss import CHUNK_BYTES
 from fleetune.evaluation.losses import pad_id, predictors
-from fleetune.models.artefact import Quantised, dense
-from fleetune.models.checkpointing import by_layer
+from fleetune.models.artefact.artefact import Quantised, dense
+from fleetune.models.families.superblocks import times
 from fleetune.models.mapped.lazy import LazyWeight
-from fleetune.models.model import Model
-from fleetune.models.superblocks import times
+from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.model import Model
 from fleetune.planning.compression_cost import STEP
 
 RATE: Final = 1e-3  # the highest learning rate of delta, which falls to 0

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fleetune.compression import Solver
     from fleetune.compression.budget.costs import Costs, Reach
     from fleetune.compression.layerwise.driver import Plan
-    from fleetune.models.model import Model
+    from fleetune.models.net.model import Model
 
 FILE: Final = "budget.safetensors"
 TOKENS: Final = 8192  # of the windows that sensitivities are measured on

@@ -25,7 +25,7 @@ from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from fleetune.evaluation.reference import Reference
-    from fleetune.models.model import Model
+    from fleetune.models.net.model import Model
 
 SAME = "same"  # the teacher is the given model itself
 
@@ -104,7 +104,7 @@ def _find_teacher(name: str, out: Path) -> subject.Run | subject.Plain:
 
 
 def _load(teacher: subject.Run | subject.Plain, dtype: str, *, offline: bool) -> Model:
-    from fleetune.tuning import finished
+    from fleetune.tuning.result import finished
 
     if isinstance(teacher, subject.Plain):
         return teacher.load(dtype=dtype, offline=offline)

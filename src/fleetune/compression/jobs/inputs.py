@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fleetune.data import Encoded, Example
     from fleetune.evaluation.losses import OnRows
     from fleetune.evaluation.reference import Reference
-    from fleetune.models.model import Model
-    from fleetune.tuning.recipe import Recipe
+    from fleetune.models.net.model import Model
+    from fleetune.tuning.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _is_text(file: Path) -> bool:
 def _of_run(request: CompressRequest, texts: Sequence[str], *, offline: bool) -> Inputs:
     from fleetune import data
     from fleetune.data.encode import encode_all
-    from fleetune.tuning import finished
+    from fleetune.tuning.result import finished
 
     run = Path(request.model)
     recipe = finished.recipe_of(run)
@@ -182,7 +182,9 @@ def _of_run(request: CompressRequest, texts: Sequence[str], *, offline: bool) ->
 
 def _of_clients(request: CompressRequest, recipe: Recipe, *, offline: bool) -> dict[int, list[Example]]:
     """Return client -> training rows, of all clients of the run, or of `request.clients` of them drawn by the seed."""
-    from fleetune.tuning import given_methods, prepare, rounds
+    from fleetune.tuning.prepare import prepare
+    from fleetune.tuning.recipe import given_methods
+    from fleetune.tuning.rounds import rounds
 
     parts = prepare.split(recipe, given_methods.entry_of(Path(request.model), recipe), offline=offline)
     count = len(parts.clients)

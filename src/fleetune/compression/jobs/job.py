@@ -23,10 +23,10 @@ from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressOptions, CompressRequest
 from fleetune.runs.listener import Listener
-from fleetune.tuning import objects_to_files
+from fleetune.tuning.recipe import objects_to_files
 
 if TYPE_CHECKING:
-    from fleetune.models.model import Model
+    from fleetune.models.net.model import Model
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from fleetune.runs.listener import Listener
 if TYPE_CHECKING:
     from fleetune.compression.layerwise.blocks import BlockResult
     from fleetune.evaluation.losses import OnRows
-    from fleetune.models.model import Model
+    from fleetune.models.net.model import Model
 
 
 class OnStep(Protocol):
@@ -98,7 +98,7 @@ def check_disk(folder: Path, need: int, what: str) -> None:
 
 def weight_bytes(model: Model) -> int:
     """Return the bytes of a model's weights in the dtype that they are loaded in."""
-    from fleetune.models.dtypes import WEIGHTS
+    from fleetune.models.families.dtypes import WEIGHTS
 
     return model.n_params * WEIGHTS[model.dtype].size
 

@@ -27,7 +27,7 @@ from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from fleetune.data import Encoded
-    from fleetune.models.model import Model
+    from fleetune.models.net.model import Model
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fleetune.compression.layerwise.experts import Experts, Routed
 from fleetune.compression.layerwise.hessian import accumulate, mirrored
-from fleetune.models.layers import layers_of
-from fleetune.models.model import Model
+from fleetune.models.net.layers import layers_of
+from fleetune.models.net.model import Model
 
 SolveExperts = Callable[[Experts, Routed], None]
 

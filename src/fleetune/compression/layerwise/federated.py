@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fleetune.compression.layerwise.activations import HiddenStates, SolveLayer
 from fleetune.compression.layerwise.sums import Answer, HessianReply, HessianSums, block_message, message_of
 from fleetune.errors import FleetuneError
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 
 class ClientHessians:

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from fleetune.compression.layerwise.codebook_fit import fit_scale
-from fleetune.models.codebooks import CODEBOOKS
-from fleetune.models.superblocks import SUPER_TYPES, WIDTH, SuperType
+from fleetune.models.families.codebooks import CODEBOOKS
+from fleetune.models.families.superblocks import SUPER_TYPES, WIDTH, SuperType
 
 UNIFORM: Final = ("ggml", "symmetric", "asymmetric", "universal")
 KINDS: Final = (*UNIFORM, *CODEBOOKS)  # whose groups have a scale of their own

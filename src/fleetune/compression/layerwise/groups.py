@@ -19,8 +19,8 @@ from fleetune.compression.layerwise.column_loop import ColumnLoop, Segment, near
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.superblock_fit import SuperFit
 from fleetune.errors import RecipeError
-from fleetune.models.artefact import Quantised
-from fleetune.models.superblocks import WIDTH, SuperBlocks
+from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.families.superblocks import WIDTH, SuperBlocks
 
 PRUNED: Final = 0.05  # share of weights that are exactly 0 from which a matrix counts as pruned
 

@@ -30,7 +30,7 @@ from fleetune.compression.layerwise.activations import (
 )
 from fleetune.compression.layerwise.experts import Experts, Routed, parameters_of
 from fleetune.compression.layerwise.hessian import accumulate, accumulate_drift, mirrored
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 
 class StatesInTurn(HiddenStates):

@@ -63,7 +63,7 @@ from fleetune.compression.layerwise.column_loop import ColumnLoop, CompensatedLo
 from fleetune.compression.layerwise.grids import Grid, grid_problems, row_problem, settled
 from fleetune.compression.layerwise.groups import Codes, codes_of, quantise, refuse_pruned, segment
 from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky, token_problems
-from fleetune.models.superblocks import SUPER_TYPES, WIDTH
+from fleetune.models.families.superblocks import SUPER_TYPES, WIDTH
 
 PAPER = "Frantar et al., ICLR 2023, arXiv 2210.17323"
 

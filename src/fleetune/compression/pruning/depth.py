@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fleetune.models.families.widths import KEY, has_block_widths
-from fleetune.models.layers import layers_of
+from fleetune.models.net.layers import layers_of
 
 
 def evenly_spaced(whole: int, keep: int) -> list[int]:

@@ -34,7 +34,7 @@ from fleetune.compression.pruning.importance import GradientSums, LayerGroups
 from fleetune.compression.pruning.selection import AGGREGATES, choose, count_kept
 from fleetune.data import Encoded
 from fleetune.models.families.widths import blocks_of, config_accepts, keep_positions
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 
 def residual_layers(net: PreTrainedModel) -> list[LayerGroups]:

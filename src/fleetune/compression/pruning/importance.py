@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from fleetune.data import Encoded, collate
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.checkpointing import by_layer
 from fleetune.models.families.widths import blocks_of, width_of
-from fleetune.models.model import Model
+from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.model import Model
 
 KINDS: Final = ("magnitude", "first", "second", "mixed")
 

@@ -25,8 +25,8 @@ from fleetune.data import Batches, Encoded
 from fleetune.data.encode import Batch
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.checkpointing import by_layer
-from fleetune.models.model import Model
+from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.model import Model
 
 CLIP = 1.0  # of the gradient's norm
 

@@ -46,8 +46,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.models.artefact import Quantised
-from fleetune.models.superblocks import WIDTH, SuperBlocks
+from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.families.superblocks import WIDTH, SuperBlocks
 
 BLOCK: Final = 32
 RANGES: Final[Mapping[str, tuple[int, int]]] = MappingProxyType(

@@ -25,8 +25,8 @@ from fleetune.deploy.measure.llamacpp import cross_entropy
 from fleetune.errors import ModelError, UsageError
 from fleetune.evaluation import reference
 from fleetune.evaluation.losses import all_row_losses
-from fleetune.models.model import Model, tokenizer_digest
-from fleetune.tuning import finished
+from fleetune.models.net.model import Model, tokenizer_digest
+from fleetune.tuning.result import finished
 
 
 class Torch:

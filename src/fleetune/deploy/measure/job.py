@@ -377,8 +377,8 @@ def _write(
     folder: Path, settings: Mapping[str, Any], rows: list[dict[str, Any]], known: dict[str, Any]
 ) -> None:
     """Write what was measured into the compression's folder; without `known` a kept gain of the same artefact stays in it."""
-    from fleetune.models.artefact import Master
-    from fleetune.models.artefact_folder import is_master
+    from fleetune.models.artefact.artefact import Master
+    from fleetune.models.artefact.artefact_folder import is_master
 
     model = compression_folder.model_in(folder)
     digest = Master(model).digest() if is_master(model) else ""

@@ -20,7 +20,7 @@ from fleetune.deploy import export_subject
 from fleetune.deploy.serving import engines
 from fleetune.deploy.serving.engines import KEY, Engine, Options, Session
 from fleetune.errors import UsageError
-from fleetune.models import names as model_names
+from fleetune.models.cache import names as model_names
 from fleetune.models.gguf import header
 from fleetune.runs import folder_names
 from fleetune.runs.listener import Listener

@@ -33,17 +33,17 @@ from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Silent
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import recipe as recipes
-from fleetune.tuning import run as running
-from fleetune.tuning.fleets import Fleet
-from fleetune.tuning.kinds import wanted
-from fleetune.tuning.prepare import check, check_aggregation
-from fleetune.tuning.recipe import Recipe
-from fleetune.tuning.settled import about_rule, for_devices
+from fleetune.tuning.prepare.prepare import check, check_aggregation
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.recipe.settled import about_rule, for_devices
+from fleetune.tuning.rounds.fleets import Fleet
+from fleetune.tuning.rounds.kinds import wanted
+from fleetune.tuning.run import run as running
 
 if TYPE_CHECKING:
-    from fleetune.tuning.prepare import TuneJob
-    from fleetune.tuning.simulation import Step
+    from fleetune.tuning.prepare.prepare import TuneJob
+    from fleetune.tuning.run.simulation import Step
 
 log = logging.getLogger("flwr")  # what it says is in `flwr log`
 

@@ -39,16 +39,16 @@ from transformers import (
 
 from fleetune.common.shell import quoted
 from fleetune.errors import ModelError
-from fleetune.models.bounds import check_blocks, check_range
 from fleetune.models.families import deci, rope, table, widths
-from fleetune.models.foreign import foreign_file
+from fleetune.models.families.foreign import foreign_file
 from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
+from fleetune.models.gguf.bounds import check_blocks, check_range
 from fleetune.models.gguf.header import GgufHeader
 from fleetune.models.mapped import places
 from fleetune.models.mapped.file import MappedFile
 from fleetune.models.mapped.stored import Stored
-from fleetune.models.saving import disk_errors
+from fleetune.models.net.saving import disk_errors
 
 ANOTHER: Final = "fetch the file again, or give another one"
 SLAB: Final = 1 << 22  # elements dequantised at a time (16 MiB of fp32)

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 
 from fleetune.errors import ModelError
-from fleetune.models.foreign import foreign_file
+from fleetune.models.families.foreign import foreign_file
 from fleetune.models.mapped.file import MappedFile
 from fleetune.models.mapped.stored import Stored
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fleetune.common.ggml import BLOCK, HALVES
-from fleetune.models.codebooks import CODEBOOKS
+from fleetune.models.families.codebooks import CODEBOOKS
 
 _IQ4_NL: Final = torch.tensor(CODEBOOKS["iq4_nl"], dtype=torch.float32)
 _LOW, _HIGH = _IQ4_NL.repeat(16), _IQ4_NL.repeat_interleave(16)  # of a byte's halves

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fleetune.common.ggml import BLOCK, BYTES, HALVES, has_super_blocks, in_layers, listed, scales_in
 from fleetune.errors import ModelError
-from fleetune.models.dtypes import WEIGHTS
-from fleetune.models.foreign import AGAIN, foreign_file
+from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.models.families.foreign import AGAIN, foreign_file
 from fleetune.models.mapped.file import MappedFile
 from fleetune.models.mapped.quants import dequantise
 

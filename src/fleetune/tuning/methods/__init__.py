@@ -24,15 +24,15 @@ import numpy as np
 from fleetune.common.registry import Member, Registry
 from fleetune.common.settings import Setting, Value, of
 from fleetune.common.settings import make as make_of
-from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.robust import FEWEST, MEAN, Rule
+from fleetune.tuning.exchange.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.robust import FEWEST, MEAN, Rule
 
 if TYPE_CHECKING:
     from fleetune.data import Batches
-    from fleetune.models.model import Model
-    from fleetune.models.shapes import Shape
+    from fleetune.models.loading.shapes import Shape
+    from fleetune.models.net.model import Model
     from fleetune.seeds.slopes import Slopes
-    from fleetune.tuning.footprint import Footprint
+    from fleetune.tuning.exchange.footprint import Footprint
 
 REGISTRY = Registry("method", __name__, "fleetune.methods", ("KIND", "PAPER", "SENDS"), "fleetune methods")
 

@@ -38,15 +38,16 @@ from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.checkpointing import by_layer
-from fleetune.models.model import Model
-from fleetune.tuning import methods, server_rules
-from fleetune.tuning.averaging import weighted_mean
-from fleetune.tuning.footprint import WIDE, Footprint, Module, placeholders
-from fleetune.tuning.messages import Payload, ReplySpec
+from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.model import Model
+from fleetune.tuning import methods
+from fleetune.tuning.exchange import server_rules
+from fleetune.tuning.exchange.averaging import weighted_mean
+from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
+from fleetune.tuning.exchange.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.robust import MEAN, Rule
+from fleetune.tuning.exchange.server_rules import Tensors
 from fleetune.tuning.methods import Reply, _lora_start, norm
-from fleetune.tuning.robust import MEAN, Rule
-from fleetune.tuning.server_rules import Tensors
 
 DTYPE: Final[Mapping[str, Any]] = MappingProxyType({"fp32": np.float32, "fp16": np.float16})
 NOBODY: Final = np.zeros(0, np.int64)

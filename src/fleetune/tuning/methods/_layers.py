@@ -34,8 +34,8 @@ from fleetune.data import Batch
 from fleetune.errors import FleetError
 from fleetune.evaluation.losses import eval_mode
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.layers import layers_of
-from fleetune.models.model import Model
+from fleetune.models.net.layers import layers_of
+from fleetune.models.net.model import Model
 from fleetune.seeds.spsa import uniforms
 
 log = logging.getLogger(__name__)

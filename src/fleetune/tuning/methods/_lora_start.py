@@ -11,7 +11,7 @@ from fleetune import adapters, data
 from fleetune.adapters.lora_init import FROM_WEIGHTS as FROM_WEIGHTS
 from fleetune.data import Batch, collate, encode_rows
 from fleetune.evaluation.losses import pad_id
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 
 STARTS: Final = (*adapters.INITS, "eva")
 ROWS: Final = 32  # that eva looks at

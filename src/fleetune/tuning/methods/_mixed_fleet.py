@@ -17,11 +17,11 @@ from typing import Final
 import numpy as np
 
 from fleetune.data import Batch
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 from fleetune.seeds import project
 from fleetune.seeds.spsa import Position
 from fleetune.seeds.view import View
-from fleetune.tuning.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.messages import Payload, ReplySpec
 from fleetune.tuning.methods._wires import SCALARS, Wire
 from fleetune.tuning.methods._zeroth import pool_ids
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from fleetune.errors import MessageError
 from fleetune.seeds.spsa import uniforms
-from fleetune.tuning.messages import LogCode, Payload, ReplySpec, Scalar
+from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec, Scalar
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import INT32, draw
 

@@ -15,14 +15,14 @@ import numpy as np
 
 from fleetune.common import commas
 from fleetune.errors import MessageError, ModelError
-from fleetune.models.model import Model
+from fleetune.models.net.model import Model
 from fleetune.seeds.ledger import TRAINS, Ledger, LedgerHead
 from fleetune.seeds.noise import LAWS, POOL, run_key
 from fleetune.seeds.scale_view import moved_tensors, view_on, view_type
 from fleetune.seeds.spsa import Position, uniforms
 from fleetune.seeds.view import View
 from fleetune.tuning import methods
-from fleetune.tuning.messages import Payload, Scalar, narrow
+from fleetune.tuning.exchange.messages import Payload, Scalar, narrow
 
 log = logging.getLogger(__name__)
 

@@ -58,14 +58,14 @@ from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.errors import MessageError
-from fleetune.models.model import Model
-from fleetune.models.shapes import Shape
-from fleetune.tuning.averaging import cut, product_mean
-from fleetune.tuning.footprint import Footprint, lora_layers, lora_module
-from fleetune.tuning.messages import Payload, ReplySpec
+from fleetune.models.loading.shapes import Shape
+from fleetune.models.net.model import Model
+from fleetune.tuning.exchange.averaging import cut, product_mean
+from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module
+from fleetune.tuning.exchange.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply, _adapter, _lora_start
 from fleetune.tuning.methods._adapter import State, Training
-from fleetune.tuning.robust import MEAN, Rule
 
 log = logging.getLogger(__name__)
 

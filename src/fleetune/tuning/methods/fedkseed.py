@@ -50,20 +50,20 @@ from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.errors import MessageError
 from fleetune.evaluation import objectives
-from fleetune.models.model import Model
-from fleetune.models.shapes import Shape
+from fleetune.models.loading.shapes import Shape
+from fleetune.models.net.model import Model
 from fleetune.seeds import slopes
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import POOL
 from fleetune.seeds.slopes import Slopes
 from fleetune.seeds.spsa import descend, uniforms
-from fleetune.tuning import server_rules
-from fleetune.tuning.footprint import Footprint, placeholder_ledger
-from fleetune.tuning.messages import Payload, ReplySpec
+from fleetune.tuning.exchange import server_rules
+from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
+from fleetune.tuning.exchange.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.robust import FEWEST, MEAN, Rule
 from fleetune.tuning.methods import Reply, _mixed_fleet, _zeroth, norm
 from fleetune.tuning.methods._wires import WIRES, Wire, summed
 from fleetune.tuning.methods._zeroth import UNITS, draw, pool_ids, rounded
-from fleetune.tuning.robust import FEWEST, MEAN, Rule
 
 KIND = "ledger"
 PAPER = "Qin et al., ICML 2024, arXiv 2312.06353"

@@ -79,16 +79,16 @@ from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation.losses import batch_loss
-from fleetune.models.layers import check_separate, layers_of
-from fleetune.models.model import Model
-from fleetune.models.shapes import Shape
+from fleetune.models.loading.shapes import Shape
+from fleetune.models.net.layers import check_separate, layers_of
+from fleetune.models.net.model import Model
 from fleetune.tuning import methods
-from fleetune.tuning.footprint import WIDE, Footprint, Module, placeholders
-from fleetune.tuning.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
+from fleetune.tuning.exchange.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.robust import MEAN, Rule
+from fleetune.tuning.exchange.server_rules import Tensors, control
 from fleetune.tuning.methods import Reply, _adapter, _layers
 from fleetune.tuning.methods._adapter import NOTHING
-from fleetune.tuning.robust import MEAN, Rule
-from fleetune.tuning.server_rules import Tensors, control
 
 KIND = "adapter"
 PAPER = "Che et al., EMNLP 2023, arXiv 2310.15080"

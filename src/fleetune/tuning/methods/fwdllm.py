@@ -58,18 +58,18 @@ from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches, keyed_order
 from fleetune.evaluation import objectives
-from fleetune.models.model import Model
-from fleetune.models.shapes import Shape
+from fleetune.models.loading.shapes import Shape
+from fleetune.models.net.model import Model
 from fleetune.seeds.moved_modules import WeightSlot, layout
 from fleetune.seeds.noise import LAWS, POOL, Passes, derive, passes, probe
 from fleetune.seeds.spsa import two_point
 from fleetune.seeds.view import CHUNK, View
 from fleetune.tuning import methods
-from fleetune.tuning.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
-from fleetune.tuning.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
+from fleetune.tuning.exchange.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.robust import MEAN, Rule, clipped, size_of
+from fleetune.tuning.exchange.server_rules import Tensors
 from fleetune.tuning.methods import Reply, _lora_start, norm
-from fleetune.tuning.robust import MEAN, Rule, clipped, size_of
-from fleetune.tuning.server_rules import Tensors
 
 KIND = "adapter"
 PAPER = "Xu et al., USENIX ATC 2024, arXiv 2308.13894"

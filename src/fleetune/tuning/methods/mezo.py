@@ -34,17 +34,17 @@ import numpy as np
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation import objectives
-from fleetune.models.model import Model
-from fleetune.models.shapes import Shape
+from fleetune.models.loading.shapes import Shape
+from fleetune.models.net.model import Model
 from fleetune.seeds import slopes
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.slopes import Slopes
 from fleetune.seeds.spsa import descend
-from fleetune.tuning.footprint import Footprint, placeholder_ledger
-from fleetune.tuning.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
+from fleetune.tuning.exchange.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import INT32, UNITS, rounded
-from fleetune.tuning.robust import MEAN, Rule
 
 KIND = "ledger"
 PAPER = "Malladi et al., NeurIPS 2023, arXiv 2305.17333"

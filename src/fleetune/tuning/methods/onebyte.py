@@ -49,16 +49,16 @@ import numpy as np
 from fleetune.common.settings import setting
 from fleetune.data import Batches, keyed_order
 from fleetune.evaluation import objectives
-from fleetune.models.model import Model
-from fleetune.models.shapes import Shape
+from fleetune.models.loading.shapes import Shape
+from fleetune.models.net.model import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import derive, probe
 from fleetune.seeds.spsa import slope, uniforms
-from fleetune.tuning.footprint import Footprint, placeholder_ledger
-from fleetune.tuning.messages import LogCode, Payload, ReplySpec
+from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
+from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec
+from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import UNITS, pool_ids, rounded
-from fleetune.tuning.robust import MEAN, Rule
 
 KIND = "ledger"
 PAPER = "Zelikman et al., 2023, arXiv 2306.10015"

@@ -32,10 +32,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from fleetune.data import Batches
-from fleetune.models.model import Model
-from fleetune.models.shapes import Shape
-from fleetune.tuning.footprint import Footprint
-from fleetune.tuning.messages import Payload
+from fleetune.models.loading.shapes import Shape
+from fleetune.models.net.model import Model
+from fleetune.tuning.exchange.footprint import Footprint
+from fleetune.tuning.exchange.messages import Payload
 from fleetune.tuning.methods import mezo
 from fleetune.tuning.methods._zeroth import open_view
 

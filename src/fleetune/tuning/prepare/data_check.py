@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look at rows before anything is trained on them: how long they are, who holds them, which repeat others, what is masked.
+
+Without a model, lengths are counted in words; with one, in tokens of its tokenizer, and no weights are loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from fleetune.common.display import counted
+from fleetune.common.events import DataChecked, Lengths, RowShown
+from fleetune.data import lengths, splitting, stdin
+from fleetune.data.forms import Example
+from fleetune.data.lengths import Cut, cut
+from fleetune.data.splitting import Split
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+CLIENTS: Final = 8  # where neither the recipe nor the data say how many, as most methods have them
+LABELS: Final = 40  # different answers at most that are labels
+LETTERS: Final = 700  # of a part of a row that is shown
+
+
+class _Measured(NamedTuple):
+    """Length of every row, in `unit`, and the text of the rows that are shown: (not trained, trained)."""
+
+    unit: str
+    lengths: Sequence[int]
+    texts: Sequence[tuple[str, str]]
+    cut: Cut | None = None
+    pieces: int | None = None  # rows once long texts are cut into several
+
+
+def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChecked:
+    """Return what the rows of a recipe are; its model is not used, but for the tokenizer of `model` where one is given.
+
+    DataError and RecipeError as `tune` raises them for the rows.
+    """
+    with stdin.borrowed(recipe.data) as source:
+        rows = splitting.Rows(**{**vars(recipes.rows_of(recipe)), "data": source})
+        parts = splitting.split(rows, CLIENTS, fewer=True, offline=offline)
+    examples, held = parts.examples, parts.held.tolist()
+    owner = {i: c for c, part in enumerate(parts.clients) for i in part.tolist()}
+    by_size = sorted(range(len(examples)), key=lambda i: len(_text(examples[i])))
+    chosen = list(dict.fromkeys([0, by_size[len(by_size) // 2], by_size[-1]]))
+    found = _in_tokens(examples, chosen, model, recipe, offline) if model else _in_words(examples, chosen)
+    names = _names(parts)
+    sizes, whole = sorted(found.lengths) or [0], found.cut
+    training = {_content(examples[i]) for i in owner}
+    leaked = [i for i in held if _content(examples[i]) in training]
+    return DataChecked(
+        data=recipe.data, rows=len(examples), training=len(owner), held_out=len(held),
+        lengths=Lengths(
+            unit=found.unit, p50=_quantile(sizes, 0.5), p95=_quantile(sizes, 0.95), longest=sizes[-1], total=sum(sizes),
+        ),
+        max_length=recipe.max_length, pieces=found.pieces, cut=None if whole is None else whole.longer,
+        cut_prompts=None if whole is None else whole.prompts, cut_answers=None if whole is None else whole.answers,
+        partition=parts.partition, rows_per_client=[len(part) for part in parts.clients], clients=names,
+        labels=_labels(examples), equal_training=len(owner) - len(training), equal_held_out=len(leaked),
+        samples=[
+            RowShown(
+                row=i + 1, client=(names[owner[i]] if names else str(owner[i])) if i in owner else "",
+                not_trained=_short(before), trained=_short(after),
+            )
+            for i, (before, after) in zip(chosen, found.texts, strict=True)
+        ],
+        remarks=_remarks(parts, len(owner), found, leaked, recipe.max_length),
+    )  # fmt: skip
+
+
+def _remarks(
+    parts: Split, training: int, found: _Measured, leaked: Sequence[int], max_length: int
+) -> list[str]:
+    """Say what is worth to be looked at."""
+    rows = len(parts.examples)
+    dropped = rows - len(found.lengths)
+    said = lengths.remarks(parts.notes, rows, dropped, found.cut or Cut(rows, 0, 0, 0, 0), max_length)
+    if found.pieces and found.pieces > rows:
+        said.append(f"the {rows:,} texts become {found.pieces:,} rows of at most max_length={max_length}")
+    if unused := rows - training - len(parts.held):
+        said.append(f"{counted(unused, 'row')} {'belongs' if unused == 1 else 'belong'} to no client")
+    if leaked:
+        shown = ", ".join(str(i + 1) for i in leaked[:5]) + (", .." if len(leaked) > 5 else "")
+        said.append(
+            f"{len(leaked):,} of {len(parts.held):,} held-out rows are trained on too (rows {shown}): "
+            "the held-out loss flatters"
+        )
+    if small := sum(len(part) < 2 for part in parts.clients):
+        has = "has" if small == 1 else "have"
+        said.append(f"{small:,} of {counted(len(parts.clients), 'client')} {has} a single row")
+    return said
+
+
+def _content(example: Example) -> tuple[object, ...]:
+    return example.messages, example.response, example.texts
+
+
+def _text(example: Example) -> str:
+    return "\n".join([*(content for _, content in example.messages), example.response])
+
+
+def _turns(example: Example) -> tuple[str, str]:
+    """Return a row as (prompt, answer), without a chat template."""
+    if len(example.messages) == 1:
+        return example.messages[0][1], example.response
+    return "\n".join(f"{role}: {content}" for role, content in example.messages), example.response
+
+
+def _in_words(examples: Sequence[Example], chosen: Sequence[int]) -> _Measured:
+    words = [len(_text(example).split()) for example in examples]
+    return _Measured("words", words, [_turns(examples[i]) for i in chosen])
+
+
+def _in_tokens(
+    examples: Sequence[Example], chosen: Sequence[int], model: str, recipe: Recipe, offline: bool
+) -> _Measured:
+    from fleetune import models
+    from fleetune.data.encode import encode_all
+    from fleetune.models.loading.hf_folder import is_encoder
+
+    tokenizer = models.load_tokenizer(model, offline=offline)
+    config = models.load_config(model, offline=offline)
+    if is_encoder(config):
+        return _for_encoder(examples, chosen, tokenizer, config, recipe.max_length)
+    rows, kept = encode_all(examples, tokenizer, recipe.max_length)
+    tokens: Counter[int] = Counter()
+    shown: dict[int, tuple[str, str]] = {}
+    for i, row in zip(kept.tolist(), rows, strict=True):
+        again = (
+            i in tokens and not examples[i].messages
+        )  # rows of a text begin with a token of the row before
+        tokens[i] += len(row.ids) + row.left + row.lost - again
+        if i in chosen and i not in shown:
+            parts = row.ids[: row.n_prompt], row.ids[row.n_prompt :]
+            before, after = (
+                str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)) for ids in parts
+            )
+            shown[i] = before, after + (f" [.. {row.lost:,} tokens cut]" if row.lost else "")
+    texts = [shown.get(i, ("(nothing that the tokenizer knows)", "")) for i in chosen]
+    return _Measured("tokens", list(tokens.values()), texts, cut(rows), len(rows))
+
+
+def _for_encoder(
+    examples: Sequence[Example],
+    chosen: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    max_length: int,
+) -> _Measured:
+    from fleetune.data.labelled import positions_of, text_lengths
+    from fleetune.models.loading import encoders
+
+    net: list[PreTrainedModel] = []
+    encoders.class_of(config, net.append)  # without weights
+    lengths = list(text_lengths(tokenizer, examples))
+    most = min(max_length, positions_of(net[0], tokenizer))
+    longer = sum(length > most for length in lengths)
+    texts = [("\n".join(examples[i].texts) or _turns(examples[i])[0], examples[i].response) for i in chosen]
+    whole = Cut(len(lengths), longer, longer, 0, max(lengths))
+    return _Measured("tokens", lengths, texts, whole, len(lengths))
+
+
+def _names(parts: Split) -> list[str]:
+    """Return the clients' names where they are the values of a column, in order; else none."""
+    if not parts.partition.startswith("column:") or parts.column is None:
+        return []
+    return [parts.examples[int(part[0])].meta[parts.column] for part in parts.clients]
+
+
+def _labels(examples: Sequence[Example]) -> dict[str, int] | None:
+    """Return the rows by answer where the answers are labels: few, and each of several rows."""
+    counts = Counter(example.response.strip() for example in examples)
+    labelled = all(example.texts for example in examples)
+    few = (
+        len(counts) <= LABELS and len(counts) * 5 <= len(examples) and all(len(word) <= 40 for word in counts)
+    )
+    return dict(counts.most_common(LABELS)) if labelled or few else None
+
+
+def _quantile(ordered: Sequence[int], share: float) -> int:
+    """Return the least length that so many of the rows do not exceed."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def _short(text: str) -> str:
+    if len(text) <= LETTERS:
+        return text
+    half = LETTERS // 2
+    return f"{text[:half]} [.. {len(text) - 2 * half:,} characters ..] {text[-half:]}"

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimate the time of a simulated run before it begins, from measured steps, and fit a run into a stated time.
+
+A step of a client's local work, the loss of a few held-out rows and a few tokens of an answer are timed on the model that is to
+be tuned; the rest is counting.  An answer counts with all the tokens that it may have.  Work of a method that is not steps (a
+FedPepTAO client's curvature) is not counted.  In a mixed fleet every client counts as one of the first's kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from fleetune.common.display import counted, human_time
+from fleetune.data import Encoded, Example
+from fleetune.errors import FAULTS, FitError, FleetuneError, RecipeError, fault
+from fleetune.evaluation import objectives
+from fleetune.evaluation.answers import generate
+from fleetune.tuning import methods
+from fleetune.tuning.methods import Method
+from fleetune.tuning.prepare import client_rows
+from fleetune.tuning.prepare.rates.trial import Bench, restored
+from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.rounds import rounds
+
+if TYPE_CHECKING:
+    from fleetune.models.net.model import Model
+
+log = logging.getLogger(__name__)
+
+LONG: Final = 3600.0  # seconds of a run beyond which it is said what would make it shorter
+ENOUGH: Final = 0.3  # seconds of timing, after which no more is measured
+REPEATS: Final = 3
+SLOW: Final = 1.0  # seconds of a first call after which there is no second: a step before it has warmed up
+WARMING: Final = 60.0  # the same of what nothing has warmed up: the very first step, which may compile kernels, and answers
+ROWS: Final = 8  # whose loss is timed
+SPARE: Final = 0.8  # of a stated time is planned for
+FEW_STEPS: Final = 4  # of a client in a round, below which rounds and then clients become fewer
+FEW_ROUNDS: Final = 3
+FEW_CLIENTS: Final = 2
+FEWEST_ROWS: Final = 32  # of an evaluation
+TOKENS: Final = 4  # of an answer that are timed, after the first
+ANSWERED: Final = 8  # prompts at a time, as `answers.generate` has them
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The size of a run, and its time on this machine."""
+
+    rounds: int
+    clients: int  # asked in a round
+    steps: float  # local steps of a client in a round, in the mean
+    step: float  # seconds
+    evaluations: int
+    evaluation: float  # seconds
+    rows: int = 1  # of an evaluation
+    answers: int = 0  # prompts that are answered, before the run and after it
+    answer: float = 0.0  # seconds
+    client_rows: int = 0  # of all clients, whose loss is measured before the run and after it
+    client_row: float = 0.0  # seconds
+    search: float = 0.0  # seconds of a search for a learning rate, before the run
+    ends: int = 2  # how often there are answers and losses of each client: before the run and after it
+
+    @property
+    def training(self) -> float:
+        """Seconds of all local steps."""
+        return self.rounds * self.clients * self.steps * self.step
+
+    @property
+    def around(self) -> float:
+        """Seconds of what is done once before the rounds and once after them: answers, and the losses of each client."""
+        return self.ends * (self.answers * self.answer + self.client_rows * self.client_row)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the run, with the search before it."""
+        return self.training + self.evaluations * self.evaluation + self.around + self.search
+
+    @property
+    def text(self) -> str:
+        """Write it for the header: "about 12 min: 10 rounds x 8 clients x 10 steps of 0.4 s"."""
+        steps = (
+            "1 step"
+            if self.steps == 1
+            else f"{self.steps:,.3g} steps"
+            if self.steps < 10
+            else f"{self.steps:,.0f} steps"
+        )
+        more = (
+            f", {counted(self.ends * self.answers, 'answer')} of {_short(self.answer)}"
+            if self.answers
+            else ""
+        )
+        if self.client_rows:
+            more += (
+                f", {counted(self.ends * self.client_rows, 'row')} of clients of {_short(self.client_row)}"
+            )
+        if self.search:
+            more += f", after {human_time(self.search)} of finding a learning rate"
+        return (
+            f"about {human_time(max(self.seconds, 0.1))}: {counted(self.rounds, 'round')} × {counted(self.clients, 'client')} × "
+            f"{steps} of {_short(self.step)}, and {counted(self.evaluations, 'evaluation')} of {_short(self.evaluation)}{more}"
+        )
+
+
+def rest(whole: Estimate, done: int, every: int) -> Estimate:
+    """Return the size and time of what is left of a run after `done` rounds; it is evaluated every so many."""
+    if not done:
+        return whole
+    left = evaluations_of(whole.rounds, every) - 1 - (done // every if every else 0)
+    return dataclasses.replace(whole, rounds=whole.rounds - done, evaluations=left, ends=1, search=0.0)
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def of(
+    recipe: Recipe,
+    method: Method,
+    model: Model,
+    rows: Sequence[Sequence[Encoded]],
+    held: Sequence[Encoded],
+    prompts: Sequence[Example] = (),
+) -> Estimate | None:
+    """Time a step, an evaluation and an answer of a run whose clients have these rows; the model is left as it was.
+
+    `held` are the rows of an evaluation, `prompts` those that are answered before and after.  None where a step fails: the
+    run itself says why, and for which clients.  What the method refuses of the model is raised: no client could begin.
+    """
+    asked = len(rounds.sample(range(len(rows)), recipe.participation, recipe.seed, 1, recipe.over_selection))
+    steps = float(np.mean([method.local_steps(len(part)) for part in rows]))
+    usual = sorted(rows, key=len)[len(rows) // 2]
+    bench = Bench(model, [usual], held[:ROWS], recipe.seed)
+    one, state = method.sized(1, getattr(method, "batch_size", 8)), None
+    try:
+        with restored(model):
+            state = bench.begin(one)
+            step = _timed(lambda: bench.round(one, state, 1), WARMING)
+    except FAULTS as error:
+        if state is None and isinstance(error, FleetuneError):
+            raise
+        log.info("the time cannot be estimated: %s", fault(error))
+        return None
+    row = _timed(bench.loss) / len(held[:ROWS])
+    return Estimate(
+        recipe.rounds, asked, steps, step, evaluations_of(recipe.rounds, recipe.eval_every),
+        (row + _objective(method, model, held[:ROWS])) * len(held), len(held),
+        len(prompts), _answer(model, prompts, recipe.answer_tokens, recipe.max_length),
+        client_rows.in_all(recipe, [len(own) for own in rows]), row,
+    )  # fmt: skip
+
+
+def _objective(method: Method, model: Model, rows: Sequence[Encoded]) -> float:
+    """Return the seconds of a row that an objective takes which is measured beside the loss; 0 for the loss."""
+    name = str(getattr(method, "objective", "loss"))
+    if name.partition(":")[0] in ("loss", "accuracy"):
+        return 0.0
+    size = int(getattr(method, "batch_size", 8))
+    return _timed(lambda: objectives.mean_value(model, rows, name, batch_size=size)) / len(rows)
+
+
+def _answer(model: Model, prompts: Sequence[Example], tokens: int, max_length: int) -> float:
+    """Return the seconds of one of the prompts' answers of so many tokens; 0 without prompts."""
+    if not prompts:
+        return 0.0
+    few = prompts[:ANSWERED]
+    first, more = (
+        _timed(lambda n=n: generate(model, few, max_new_tokens=n, max_length=max_length), WARMING)  # type: ignore[misc]
+        for n in (1, 1 + TOKENS)
+    )
+    batch = first + (tokens - 1) * max(0.0, more - first) / TOKENS
+    return batch * math.ceil(len(prompts) / ANSWERED) / len(prompts)
+
+
+def evaluations_of(rounds: int, every: int) -> int:
+    """Return how often a run of so many rounds is evaluated: before, every so many rounds, and after the last."""
+    return 1 + (math.ceil(rounds / every) if every else 1)
+
+
+def made_smaller(before: Estimate, after: Estimate, within: str) -> str:
+    """Say what became smaller so that a run fits, "" where it fitted."""
+    pairs = (
+        ("evaluations", before.evaluations, after.evaluations), ("rows of an evaluation", before.rows, after.rows),
+        ("rounds", before.rounds, after.rounds), ("clients per round", before.clients, after.clients),
+        ("local steps", math.ceil(before.steps), math.ceil(after.steps)),
+        ("measured rows of clients", before.client_rows, after.client_rows), ("answers", before.answers, after.answers),
+    )  # fmt: skip
+    changed = [f"{name} {old:,} -> {new:,}" for name, old, new in pairs if old != new]
+    return f"to fit into {within}: {', '.join(changed)}" if changed else ""
+
+
+def _timed(work: Callable[[], object], slow: float = SLOW) -> float:
+    """Return the seconds of the fastest of a few calls: of two at least, since the first warms up, unless it is `slow`."""
+    taken: list[float] = []
+    while len(taken) < REPEATS and sum(taken) < (slow if len(taken) < 2 else ENOUGH):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def advice(found: Estimate) -> str:
+    """Say what would make a long run shorter, "" for one of less than an hour."""
+    if found.seconds <= LONG:
+        return ""
+    return (
+        f"this run takes about {human_time(found.seconds)} on this machine. Shorter: --within 1h makes it so small that "
+        f"it fits; or fewer --rounds, a lower --participation, a --limit of the rows"
+        + (", fewer --eval-rows" if found.training < found.seconds / 2 else "")
+    )
+
+
+def fitted(
+    recipe: Recipe, method: Method, found: Estimate, within: float, clients: int
+) -> tuple[Recipe, Method, Estimate]:
+    """Return the run, of a fleet of so many `clients`, made so small that it takes at most `within` seconds.
+
+    What is done before and after the rounds becomes less where it takes more than a third of the time: the clients' own losses
+    are left out, then the answers that are kept to be read.  Evaluations become fewer, then of fewer rows, where they take
+    more than a third of what is left.  Then local steps become fewer; where fewer than `FEW_STEPS` would be left, rounds, then
+    the clients that are asked.  What fits already stays as it is.  FitError when not even two steps of one client do.
+    """
+    budget = SPARE * within
+    if found.seconds <= budget:
+        return recipe, method, found
+    whole = found
+    recipe, found = _less_around(recipe, found, budget / 3)
+    budget -= found.around + found.search
+    recipe, found = _evaluated_less(recipe, found, budget / 3)
+    units = (budget - found.evaluations * found.evaluation) / found.step  # steps that there is time for
+    if units < 2 or not method.has_own("sized"):
+        least = _least(found) if method.has_own("sized") else whole.seconds
+        also = f", after {human_time(found.search)} of finding a learning rate," if found.search else ""
+        raise FitError(
+            f"two steps of one client, the evaluations and the answers{also} take more than {human_time(within)}",
+            hint=f"the least that fits is about --within {_written(least / SPARE)}; or a smaller model, fewer --eval-rows or "
+            f"--rouge-rows, a shorter --max-length{', a learning rate of yours (--set lr=NUMBER)' if also else ''}",
+        )
+    return _of_steps(recipe, method, found, units, clients)
+
+
+def _least(found: Estimate) -> float:
+    """Return the seconds for which `fitted` finds two steps of a run whose evaluations are as few as can be.
+
+    With more time it shrinks what is around the rounds and the evaluations less, each to a third of what there is.
+    """
+    rounds = max(found.evaluations * found.evaluation + 2 * found.step, 3 * found.step)
+    return found.search + max(found.around + rounds, 1.5 * rounds)
+
+
+def _of_steps(
+    recipe: Recipe, method: Method, found: Estimate, units: float, clients: int
+) -> tuple[Recipe, Method, Estimate]:
+    """Return the run with at most `units` local steps of all rounds and clients."""
+    count, asked = found.rounds, found.clients
+    if units < FEW_STEPS * count * asked:
+        count = min(count, max(FEW_ROUNDS, int(units // (FEW_STEPS * asked))))
+    if units < FEW_STEPS * count * asked:
+        asked = min(asked, max(FEW_CLIENTS, int(units // (FEW_STEPS * count))))
+    if units < count * asked:
+        count, asked = max(1, int(units // asked)), min(asked, int(units))
+    steps = min(math.ceil(found.steps), max(1, int(units // (count * asked))))
+    found = dataclasses.replace(found, evaluations=evaluations_of(count, recipe.eval_every))
+    smaller = method.sized(steps, getattr(method, "batch_size", 8))
+    share = recipe.participation if asked == found.clients else asked / clients
+    recipe = dataclasses.replace(recipe, rounds=count, participation=share, set=methods.values_of(smaller))
+    return recipe, smaller, dataclasses.replace(
+        found, rounds=count, clients=asked, steps=float(min(steps, found.steps))
+    )  # fmt: skip
+
+
+def _less_around(recipe: Recipe, found: Estimate, most: float) -> tuple[Recipe, Estimate]:
+    """Return a run that takes at most so many seconds before and after its rounds; answers that are scored stay."""
+    if found.around > most:
+        recipe, found = dataclasses.replace(recipe, client_rows=0), dataclasses.replace(found, client_rows=0)
+    if found.around > most:
+        scored = min(recipe.rouge_rows, found.answers)
+        recipe, found = dataclasses.replace(recipe, samples=0), dataclasses.replace(found, answers=scored)
+    return recipe, found
+
+
+def _evaluated_less(recipe: Recipe, found: Estimate, most: float) -> tuple[Recipe, Estimate]:
+    """Return a run whose evaluations take at most so many seconds, where `FEWEST_ROWS` rows before and after do."""
+    if found.evaluations * found.evaluation <= most:
+        return recipe, found
+    recipe, found = dataclasses.replace(recipe, eval_every=0), dataclasses.replace(found, evaluations=2)
+    share = most / (2 * found.evaluation)
+    if share < 1:
+        rows = max(min(FEWEST_ROWS, found.rows), int(share * found.rows))
+        found = dataclasses.replace(found, evaluation=found.evaluation * rows / found.rows, rows=rows)
+        recipe = dataclasses.replace(recipe, eval_rows=rows)
+    return recipe, found
+
+
+def _written(seconds: float) -> str:
+    """Return a time, rounded up, as `seconds_of` reads it: 75s, 12m, 2.3h."""
+    if seconds < 100:
+        return f"{math.ceil(seconds)}s"
+    return f"{math.ceil(seconds / 60)}m" if seconds < 6000 else f"{math.ceil(seconds / 360) / 10:g}h"
+
+
+_TIME: Final = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(s|sec|m|min|h|d)?\s*", re.IGNORECASE)
+
+
+def seconds_of(text: str) -> float:
+    """Return a time as people write it (90s, 20m, 1.5h) in seconds; 0 for ""; RecipeError for anything else."""
+    if not text:
+        return 0.0
+    found = _TIME.fullmatch(text)
+    unit = (
+        {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}.get((found[2] or "").lower())
+        if found
+        else None
+    )
+    if found is None or unit is None or float(found[1]) <= 0:
+        raise RecipeError([f"within = {text!r} is not a time"], hint="write 90s, 20m or 1.5h")
+    return float(found[1]) * unit

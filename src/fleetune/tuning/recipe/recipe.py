@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of a run: every option once, with its type, default and help.
+
+Flags of the command line, keys of a TOML file, `run.toml` in a run folder and the table in the docs are all
+made from these fields.  An unknown key is an error with a suggestion; all problems are reported at once,
+before any slow work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, TypedDict
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.fields import FieldInfo
+
+from fleetune.common import commas
+from fleetune.common.settings import Value
+from fleetune.data.splitting import Rows
+from fleetune.errors import RecipeError
+from fleetune.tuning.recipe import recipe_problems
+
+AUTO_METHOD: Final = recipe_problems.AUTO
+MOVE_BLOCKS: Final = (
+    "mezo",
+    "fedkseed",
+    "onebyte",
+)  # methods that can move a quantised base's scales along directions
+SCALES_EPS: Final = 0.01  # their perturbation of scales, unless given: ten steps of fp16
+SCALES_MODULE: Final = (
+    "fedpetuning"  # the method that trains scales by back-propagation, as its module `scales`
+)
+SCALE_METHODS: Final = (*MOVE_BLOCKS, SCALES_MODULE)
+MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
+MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's
+
+
+@pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Recipe:
+    """All that decides a run.  The same recipe on the same machine gives the same bits."""
+
+    model: str = Field(
+        description="hub id, HF directory, GGUF file, or a built-in name (fleetune models); with train = scales also a "
+        "compressed model, whose GGUF file is written first"
+    )
+    data: str = Field(
+        description="JSONL, CSV or Parquet file, a folder with one file per client, hub id, - (JSONL from standard input), or "
+        "'demo' for the built-in set"
+    )
+    method: str = Field(
+        default=AUTO_METHOD,
+        description="tuning method (fleetune methods); auto: the one that plan recommends for this machine and model",
+    )
+    set: dict[str, Value] = Field(default_factory=dict, description="the method's own settings, NAME=VALUE")
+    clients: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="clients of the fleet (0: what the method states, usually 8; by column: all there are)",
+    )
+    rounds: int = Field(default=10, ge=1, le=1_000_000, description="rounds")
+    within: str = Field(
+        default="",
+        description="make the run so small that it takes at most this time on this machine, as 30m: fewer evaluations, "
+        "local steps, rounds, clients",
+    )
+    participation: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked each round")
+    columns: str = Field(
+        default="",
+        description="which columns of the data are which: prompt=question,response=answer; names: prompt, response, system, "
+        "context, text, label, messages, client, or any field of a form (docs/data.md)",
+    )
+    partition: str = Field(
+        default="auto",
+        description="iid, dirichlet:ALPHA:COLUMN, shards:COLUMN or column:COLUMN; auto: column:client for a folder with one "
+        "file per client, or where columns name the client, else iid",
+    )
+    held_out: float = Field(
+        default=0.1,
+        gt=0,
+        allow_inf_nan=False,
+        description="rows kept for validation: a share (below 1) or a number",
+    )
+    eval_data: str = Field(
+        default="", description="validate on these rows instead of held-out ones (file, hub id)"
+    )
+    labels: str = Field(
+        default="",
+        description="label words, comma-separated (a comma in a word: \\,): what an encoder chooses among (default: the data's "
+        "answers), and what a causal model's accuracy is measured by (default: not)",
+    )
+    limit: int = Field(
+        default=0,
+        ge=0,
+        le=MOST_ROWS,
+        description="use only the first rows of the data (0: all); of a folder the first of each client, evenly",
+    )
+    max_length: int = Field(
+        default=512,
+        ge=8,
+        description="tokens a row at most; the prompt is cut first, to a quarter of them, then the end of the answer",
+    )
+    seed: int = Field(default=42, ge=0, lt=1 << 63, description="seed of everything random in the run")
+    dtype: str = Field(
+        default="fp32", pattern="^(fp32|bf16|fp16)$", description="type of the weights: fp32, bf16 or fp16"
+    )
+    device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)$", description="auto, cpu, cuda or mps")
+    base: str = Field(
+        default="auto",
+        pattern="^(auto|memory|mapped)$",
+        description="where the base's weights are: memory, or mapped, in their file (GGUF or safetensors; on the CPU), from "
+        "which pieces are read; auto: mapped where the weights would take half of the memory.  The result is the same",
+    )
+    ram: str = Field(
+        default="",
+        description="memory that the work may take, as 2GB (default: what this machine, or the container or unit "
+        "that it runs in, allows)",
+    )
+    train: str = Field(
+        default="weights",
+        pattern="^(weights|scales)$",
+        description="scales: tune the scales of a quantised GGUF file's blocks, whose codes stay (fedpetuning, mezo, fedkseed, "
+        "onebyte); the result is that file with other scales, and nothing is rounded afterwards; weights: what the method tunes",
+    )
+    kinds: str = Field(
+        default="",
+        description="kinds of the clients in turn, as 0,1,1, where the method has several (default: by the method's "
+        "share); a real device is of another where its memory does not suffice",
+    )
+    drop: float = Field(
+        default=0.0, ge=0, lt=1, description="simulate: chance that a client drops out of a round"
+    )
+    stragglers: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="simulate: share of clients that are 2 to 10 times slower (needs deadline or over_selection)",
+    )
+    deadline: float = Field(
+        default=0.0,
+        ge=0,
+        description="simulate: leave out clients slower than this many times a usual one (0: wait)",
+    )
+    over_selection: float = Field(
+        default=1.0,
+        ge=1,
+        le=10,
+        description="ask so many times the clients that participation says; the round is over when that share has replied",
+    )
+    late: str = Field(
+        default="drop",
+        pattern="^(drop|use)$",
+        description="replies that come after their round: drop, or use them in the round in which they come, discounted",
+    )
+    quorum: int = Field(default=1, ge=1, description="fewer good replies than this leave the model as it was")
+    aggregation: str = Field(
+        default="mean",
+        description="how replies become one: mean[:TIMES], weighted by rows (at most TIMES the median's), or against "
+        "liars: median, trimmed-mean[:SHARE], norm-clip, sign-vote; fleet serve chooses where none is given (docs/safety.md)",
+    )
+    max_rows: int = Field(
+        default=0, ge=0, le=MOST_ROWS, description="rows that a client counts at most (0: any number)"
+    )
+    eval_every: int = Field(
+        default=1, ge=0, description="validation loss every so many rounds (0: before and after only)"
+    )
+    patience: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="stop after so many evaluated rounds in a row that are no better than the best before them, and keep that "
+        "one unless told otherwise (0: run all)",
+    )
+    keep: str = Field(
+        default="last",
+        pattern="^(last|best)$",
+        description="the model that is the result: of the last round, or of the best evaluated one (the start counts)",
+    )
+    eval_rows: int = Field(default=200, ge=1, description="held-out rows for the validation loss")
+    rouge_rows: int = Field(
+        default=0, ge=0, description="held-out prompts answered for Rouge-L before and after (0: none)"
+    )
+    samples: int = Field(
+        default=4,
+        ge=0,
+        description="held-out prompts answered before and after; their text is kept in the run's report (0: no text is kept)",
+    )
+    client_rows: int = Field(
+        default=4,
+        ge=0,
+        le=MOST_ROWS,
+        description="simulate: rows of each client that its loss is measured on before and after (0: none; up to 4, fewer "
+        "in a short run, and none of more than 64 clients)",
+    )
+    answer_tokens: int = Field(default=96, ge=1, description="tokens of a generated answer at most")
+    threads: int = Field(default=0, ge=0, le=MOST_THREADS, description="processor threads (0: all)")
+
+
+class RecipeOptions(TypedDict, total=False):
+    """The options of a recipe but model, data, method and its settings, as keyword arguments of `fleetune.tune`.
+
+    `eval_data` may be rows, as `data`; a recipe has the name of the file that they are written into.
+    A test holds it against `Recipe`.
+    """
+
+    clients: int
+    rounds: int
+    within: str
+    participation: float
+    columns: str
+    partition: str
+    held_out: float
+    eval_data: str | Path | Iterable[Mapping[str, Any]]
+    labels: str
+    limit: int
+    max_length: int
+    seed: int
+    dtype: str
+    device: str
+    base: str
+    ram: str
+    train: str
+    kinds: str
+    drop: float
+    stragglers: float
+    deadline: float
+    over_selection: float
+    late: str
+    quorum: int
+    aggregation: str
+    max_rows: int
+    eval_every: int
+    patience: int
+    keep: str
+    eval_rows: int
+    rouge_rows: int
+    samples: int
+    client_rows: int
+    answer_tokens: int
+    threads: int
+
+
+def fields() -> dict[str, tuple[Any, Any, str]]:
+    """name -> (type, default, help) of every option, in order; a required one's default is `dataclasses.MISSING`."""
+    declared: dict[str, FieldInfo] = Recipe.__pydantic_fields__  # type: ignore[attr-defined]
+    found = {}
+    for name, info in declared.items():
+        default = dataclasses.MISSING if info.is_required() else info.get_default(call_default_factory=True)
+        found[name] = (info.annotation, default, info.description or "")
+    return found
+
+
+def choices(name: str) -> list[str]:
+    """Return the values that an option allows; an empty list where it is free."""
+    info: FieldInfo = Recipe.__pydantic_fields__[name]  # type: ignore[attr-defined]
+    patterns = [p for part in info.metadata if (p := getattr(part, "pattern", None))]
+    found = recipe_problems.CHOICES.fullmatch(patterns[0]) if patterns else None
+    return found[1].split("|") if found else []
+
+
+def make(values: Mapping[str, Any]) -> Recipe:
+    """The recipe with these values; RecipeError lists every problem, with suggestions for unknown keys."""
+    names = list(fields())
+    problems = [recipe_problems.unknown(key, names, values) for key in values if key not in names]
+    try:
+        recipe = TypeAdapter(Recipe).validate_python({k: v for k, v in values.items() if k in names})
+    except ValidationError as error:
+        problems += [recipe_problems.told(dict(e)) for e in error.errors()]
+    problems += [
+        f"{name} = {text!r} is not text in UTF-8, and a run writes it down"
+        for name, text in _unwritable(values)
+    ]
+    if problems:
+        problems += recipe_problems.of_settings(
+            values
+        )  # all at once; without others, `prepare.check` says them
+        raise RecipeError(problems, hint="all options: fleetune tune --help")
+    if recipe.patience and "keep" not in values:
+        recipe = dataclasses.replace(recipe, keep="best")
+    return resolved(recipe)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with the partition that `auto` means for its data, and what training scales means for its method.
+
+    The partition stays as it is where the data's columns cannot be read.
+    """
+    if (recipe.method, recipe.train, recipe.set.get("module")) == (SCALES_MODULE, "weights", "scales"):
+        recipe = dataclasses.replace(recipe, train="scales")
+    recipe = dataclasses.replace(recipe, set={**own_settings(recipe.train, recipe.method), **recipe.set})
+    try:
+        return dataclasses.replace(recipe, partition=rows_of(recipe).rule)
+    except RecipeError:  # told when the recipe is checked, with all else
+        return recipe
+
+
+def own_settings(train: str, method: str) -> dict[str, Value]:
+    """Return the settings that a method has by itself where it trains `train`: weights or scales."""
+    if train == "scales" and method in MOVE_BLOCKS:
+        return {"eps": SCALES_EPS}
+    return {"module": "scales"} if train == "scales" and method == SCALES_MODULE else {}
+
+
+def trained(recipe: Recipe) -> str:
+    """Return what a recipe trains (`train`); where no method is named yet, the module `scales` says it too."""
+    return "scales" if recipe.set.get("module") == "scales" else recipe.train
+
+
+def rows_of(recipe: Recipe) -> Rows:
+    """The options of a recipe that decide which client holds which rows."""
+    return Rows(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Rows)})
+
+
+def _unwritable(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of the values that no file in UTF-8 can hold, as a file's name may be."""
+    settings = values.get("set")
+    named = {**values, **({f"set.{k}": v for k, v in settings.items()} if isinstance(settings, dict) else {})}
+    return [
+        (n, v) for n, v in named.items() if isinstance(v, str) and v.encode(errors="ignore").decode() != v
+    ]
+
+
+def label_words(text: str) -> tuple[str, ...]:
+    """The label words of the option `labels`."""
+    return tuple(commas.given(text))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The keys of a TOML recipe; RecipeError when it is missing or not TOML."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except RecursionError as error:
+        raise RecipeError([f"{path} is nested too deep"]) from error
+    except FileNotFoundError as error:
+        raise RecipeError(
+            [f"no recipe at {path}"], hint="give a TOML file, or a run folder's run.toml"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            [f"{path} is not TOML: {error}"], hint="strings need quotes; numbers do not"
+        ) from error
+    except OSError as error:
+        raise RecipeError([f"cannot read {path}: {error.strerror}"]) from error
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe with every value resolved, each with its help as a comment; `read` gives it back."""
+    lines = ["# A Fleetune recipe. Run it again: fleetune tune -c run.toml", ""]
+    table = []
+    for name, (_, _, text) in fields().items():
+        value = getattr(recipe, name)
+        if isinstance(value, dict):
+            table = ["", f"[{name}]  # {text}"] + [
+                f"{toml_key(k)} = {toml_value(v)}" for k, v in value.items()
+            ]
+        else:
+            lines.append(f"{name} = {toml_value(value)}  # {text}")
+    return "\n".join(lines + table) + "\n"
+
+
+def toml_key(name: str) -> str:
+    """A key as TOML writes it."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml_value(name)
+
+
+def toml_value(value: Value) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, int):
+        return str(value)
+    escaped = "".join(_escape(c) for c in value)
+    return f'"{escaped}"'
+
+
+def _escape(c: str) -> str:
+    if c in '"\\':
+        return "\\" + c
+    return f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write out what a recipe leaves open: every setting of its method, and the number of clients.
+
+A run records the recipe so, and a later version with other defaults repeats it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+from fleetune.errors import FleetuneError
+from fleetune.tuning import methods
+from fleetune.tuning.exchange import robust
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.rounds.rounds import share_of
+
+# The first that fits: one liar of three leads clipped adapters, and of noisy slopes a median learns less (docs/safety.md)
+DEFENCES: Final = {"adapter": ("median", "norm-clip"), "ledger": ("norm-clip", "sign-vote")}
+FOUND: Final = ("iid", "column:client")  # what `partition = auto` becomes
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """Return the recipe with every setting of its method; with the usual number of clients, unless a column decides."""
+    method = methods.make(recipe.method, recipe.set).written_out()
+    clients = recipe.clients or _usual_clients(recipe.method, recipe.partition)
+    return dataclasses.replace(recipe, set=methods.values_of(method), clients=clients)
+
+
+def for_devices(recipe: Recipe, devices: int, named: Collection[str]) -> Recipe:
+    """Return the recipe as so many real devices run it, of whom some may lie; it names the options `named` itself.
+
+    Where it names no rule, it gets one of `DEFENCES`; a plain mean becomes one with bounded weights, since rows are what
+    devices say.  Where it does not say what is kept, that is the best round: no liar makes the result worse than the start.
+    """
+    rule = robust.parse(recipe.aggregation) if "aggregation" in named else defence(recipe, devices)[0]
+    rule = robust.Rule(times=robust.ONCE) if rule == robust.MEAN else rule
+    keep = recipe.keep if "keep" in named or not recipe.eval_every else "best"
+    return dataclasses.replace(recipe, aggregation=rule.text, keep=keep)
+
+
+def defence(recipe: Recipe, devices: int) -> tuple[robust.Rule, str]:
+    """Return the first of `DEFENCES` that fits the method and so many devices; or the mean, and why none fits."""
+    if recipe.late == "use":
+        return robust.MEAN, "late = use takes the mean alone"
+    method, asked = methods.make(recipe.method, recipe.set), share_of(devices, recipe.participation)
+    names = DEFENCES[methods.entry(recipe.method).kind]
+    why = [method.rule_problem(robust.Rule(name), asked) for name in names]
+    fitting = [name for name, problem in zip(names, why, strict=True) if not problem]
+    return (robust.Rule(fitting[0]), "") if fitting else (robust.MEAN, why[0])
+
+
+def about_rule(recipe: Recipe, count: int) -> str:
+    """Return which rule combines the replies of so many devices; of a mean, why none against liars is used."""
+    rule = robust.parse(recipe.aggregation)
+    if rule.name != robust.MEAN.name:
+        return (
+            f"replies are combined by {rule.text}: every device counts once, whatever rows it claims; --aggregation mean weighs "
+            "by rows (docs/safety.md)"
+        )
+    given = f"a mean is {rule.text} on real devices: " if rule == robust.Rule(times=robust.ONCE) else ""
+    times = "" if rule.times == robust.ONCE else f"{rule.times:g} times "
+    bound = f"at most {times}the median's" if rule != robust.MEAN else "of any number"
+    other, why = defence(recipe, count)
+    more = f"no rule against liars fits: {why}" if why else f"where some may lie: --aggregation {other.text}"
+    if len(methods.make(recipe.method, recipe.set).kind_names) > 1:
+        more += "; a device that alone could back-propagate takes two-point steps"
+    return f"replies are combined by {rule.text} ({given}weighted by rows, {bound}); {more} (docs/safety.md)"
+
+
+def options_of(recipe: Recipe) -> dict[str, Any]:
+    """Return all options by name, those of the method as `set.NAME`."""
+    plain = dataclasses.asdict(recipe)
+    chosen: Mapping[str, Any] = plain.pop("set")
+    return plain | {f"set.{name}": value for name, value in chosen.items()}
+
+
+def settled_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as `options_of` names them with what they leave open written out.
+
+    Options that no method takes stay as they are.
+    """
+    found = dict(options)
+    given = {name.removeprefix("set."): v for name, v in found.items() if name.startswith("set.")}
+    try:
+        method = methods.make(str(found.get("method")), given).written_out()
+        clients = found.get("clients") or _usual_clients(
+            str(found.get("method")), str(found.get("partition"))
+        )
+    except FleetuneError:
+        return found
+    found |= {"clients": clients} if "clients" in found else {}
+    return found | {f"set.{name}": value for name, value in methods.values_of(method).items()}
+
+
+def given(recipe: Recipe) -> list[str]:
+    """Return the options whose values are not the defaults of this version, by name."""
+    usual = {name: default for name, (_, default, _) in recipes.fields().items() if name != "set"}
+    method = methods.make(recipe.method, {}).written_out()
+    usual |= {f"set.{name}": value for name, value in methods.values_of(method).items()}
+    written = usual | {
+        f"set.{s.name}": s.default for s in methods.settings(recipe.method)
+    }  # 0 where one follows
+    clients = _usual_clients(recipe.method, recipe.partition)
+    return [
+        name
+        for name, value in options_of(recipe).items()
+        if value not in (usual.get(name), written.get(name))
+        and not (name == "clients" and value == clients)
+        and not (name == "partition" and value in FOUND)
+    ]
+
+
+def _usual_clients(method: str, partition: str) -> int:
+    """Return the number of clients where none is stated; 0 where the column of the data decides."""
+    return 0 if partition.startswith("column") else methods.entry(method).clients

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load the model of a finished run (base plus ledger, or base plus adapter), rebuild it, and write it as a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from torch import Tensor
+
+from fleetune import adapters, models
+from fleetune.common import sums
+from fleetune.common.display import counted
+from fleetune.common.ggml import SCALES
+from fleetune.common.shell import quoted
+from fleetune.data import Example
+from fleetune.errors import FleetuneError, Interrupted, LedgerError, ModelError, UsageError
+from fleetune.models.families import dtypes
+from fleetune.models.mapped.bases import BLOCKS
+from fleetune.models.net import unmerged
+from fleetune.models.net.model import Model, Pieces
+from fleetune.runs import env_file, rundir
+from fleetune.runs.listener import Listener, Silent
+from fleetune.seeds import ledger as ledgers
+from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.noise import PASSES
+from fleetune.seeds.scale_view import moved_tensors
+from fleetune.seeds.view import kernels
+from fleetune.tuning.methods._zeroth import place_at as place_at
+from fleetune.tuning.methods._zeroth import view_of
+from fleetune.tuning.prepare.prepare import split
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.given_methods import RESULT as RESULT
+from fleetune.tuning.recipe.given_methods import entry_of
+from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.result import foundations, places
+
+REPLAYS: Final = 256  # of a ledger that is verified; a run states one digest
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe that a run folder was made with; UsageError for a run that is gone."""
+    if not (run / "run.toml").is_file():
+        raise UsageError(
+            f"there is no run at {run}: it was removed, or lies elsewhere",
+            hint="what was compressed from it is measured on rows that are given: fleetune eval FOLDER rows.jsonl, "
+            "or fleetune measure FOLDER/model --data rows.jsonl",
+        )
+    return places.recipe_of(run)
+
+
+def result_of(run: Path) -> Path:
+    """The ledger or adapter directory of a run.
+
+    UsageError when it has no result yet; ModelError (of a ledger LedgerError) when a file of it is not as it was written.
+    """
+    found = run / RESULT[entry_of(run, recipe_of(run)).kind]
+    if not found.exists():
+        raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {quoted(run)}")
+    remedy = f"write it again from the last checkpoint: fleetune tune --resume {quoted(run)}"
+    listed = (found.name, f"{found.name}/{sums.FILE}")
+    for _, words in (*sums.faults(run, listed), *sums.faults(found)):
+        raise (ModelError if found.is_dir() else LedgerError)(words, hint=remedy)
+    return found
+
+
+def stated_by(run: Path) -> Mapping[str, Any]:
+    """What a run states of its result: its event `done`; {} for a run that has not finished."""
+    return next((e for e in rundir.events(run) if e["event"] == "done"), {})
+
+
+def ledger_file(run: Path) -> Path:
+    """The ledger file of a run; UsageError for a run that leaves an adapter."""
+    found = result_of(run)
+    if found.name != RESULT["ledger"]:
+        raise UsageError(f"{run} leaves an adapter, no ledger", hint=f"see {found}")
+    return found
+
+
+def ledger_of(run: Path) -> Ledger:
+    """The seed ledger of a run; UsageError for a run that leaves an adapter."""
+    return ledgers.load(ledger_file(run))
+
+
+def held_out(run: Path, *, offline: bool = False) -> list[Example]:
+    """The rows that a run never trained on; UsageError when its data has other rows now."""
+    recipe = recipe_of(run)
+    places.check_rows(recipe, run)
+    parts = split(recipe, entry_of(run, recipe), offline=offline)
+    foundations.check_rows(run, recipe, parts)
+    return [parts.examples[i] for i in parts.held.tolist()]
+
+
+def trained_on(run: Path, rows: Sequence[Example], *, offline: bool = False) -> int:
+    """Return how many of `rows` the run trained on, by their words; 0 where its data cannot be read any more."""
+    recipe = recipe_of(run)
+    try:
+        parts = split(recipe, entry_of(run, recipe), offline=offline)
+    except FleetuneError:
+        return 0
+    held = set(parts.held.tolist())
+    own = {(row.messages, row.response) for i, row in enumerate(parts.examples) if i not in held}
+    return sum((row.messages, row.response) in own for row in rows)
+
+
+def base_of(
+    ledger: Ledger, name: str, *, offline: bool = False, device: str = "cpu", base: str = "auto"
+) -> Model:
+    """The base model `name`, loaded as the ledger needs it; LedgerError when it is not the ledger's base.
+
+    `base` says where its weights are, as in `models.load`.
+    """
+    if not ledger.head.tensors:
+        raise LedgerError("the ledger names no tensors, so it is no model's")
+    dtype = dtypes.from_full(ledger.head.tensors[0][2])
+    if dtype is None:
+        raise LedgerError(
+            f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
+        )
+    labels = recipes.label_words(str(ledger.head.hyper.get("labels", "")))
+    if ledger.head.trains == SCALES:
+        base = BLOCKS
+    model = models.load(name, dtype=dtype, device=device, offline=offline, labels=labels, base=base)
+    check_base(model, ledger)
+    return model
+
+
+def check_base(model: Model, ledger: Ledger) -> None:
+    """LedgerError when a model is not the ledger's base."""
+    model.trains = ledger.head.trains
+    ledgers.require_base(ledger.head, model.digest, model.tokenizer_digest, moved_tensors(model))
+
+
+def rebuild(
+    model: Model,
+    ledger: Ledger,
+    *,
+    threads: int | None = None,
+    backend: str = "auto",
+    listener: Listener | None = None,
+) -> str:
+    """Put `model` at the ledger's point and give the SHA-256 of the rebuilt weights (the base stays as it was).
+
+    The listener is told what work is ahead, and how far it is.
+    """
+    listener = listener or Silent()
+    model.trains = ledger.head.trains
+    view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
+    view.threads, view.kernels = threads, kernels(view.device, backend)
+    passes = ledger.passes()
+    work = counted(len(passes.ids), "pass", "passes")
+    listener.note(f"{work} over {model.n_params:,} weights to rebuild")
+    view.place(passes, fold=False)
+    return models.digest(told(view.pieces(), listener, model.n_params, work))
+
+
+def told(
+    tensors: Iterable[tuple[str, Tensor | Pieces]], listener: Listener, total: int, work: str
+) -> Iterator[tuple[str, Tensor | Pieces]]:
+    """Yield the tensors, and tell the listener of each weight that went by; Interrupted when it asks to stop."""
+    done = 0
+
+    def parts(pieces: Pieces) -> Iterator[Tensor]:
+        nonlocal done
+        for part in pieces.parts:
+            yield part
+            done += part.numel()
+            listener.progress("weights", done, total, work)
+            if listener.stop_requested:
+                raise Interrupted("stopped before all weights were rebuilt; nothing was written")
+
+    for name, tensor in tensors:
+        if isinstance(tensor, Pieces):
+            yield name, tensor._replace(parts=parts(tensor))
+        else:
+            yield name, tensor
+            done += tensor.numel()
+
+
+def stated_points(ledger: Ledger) -> dict[int, Ledger]:
+    """Return round -> the ledger up to there, for each round after which it states a digest; one object where they are the same.
+
+    LedgerError where these take more replays or passes than any run's ledger, which states one digest.
+    """
+    order = np.sort(ledger.rounds)
+    entries = {int(r): int(np.searchsorted(order, int(r), side="right")) for r in ledger.head.checks}
+    points = {len(ledger): ledger}
+    for r, count in entries.items():
+        if count not in points and len(points) <= REPLAYS:
+            points[count] = ledger.truncate(r)
+    if len(set(entries.values())) > REPLAYS or sum(p.count_passes() for p in points.values()) > PASSES:
+        raise LedgerError(
+            f"to verify the digests after {len(entries):,} rounds takes more work than a run asks for: at most {REPLAYS:,} "
+            f"replays and {PASSES:,} passes",
+            hint="rebuild the end alone: fleetune ledger replay FILE",
+        )
+    return {r: points[count] for r, count in entries.items()}
+
+
+def verify(model: Model, ledger: Ledger, *, listener: Listener | None = None) -> tuple[str, dict[int, bool]]:
+    """(digest of the rebuilt weights, round -> whether its stated digest was found again); errors as of `stated_points`."""
+    points, found = stated_points(ledger), dict[int, str]()
+    for point in [*points.values(), ledger]:
+        if id(point) not in found:
+            found[id(point)] = rebuild(model, point, listener=listener)
+    stated = ledger.head.checks
+    return found[id(ledger)], {r: found[id(point)] == stated[str(r)] for r, point in points.items()}
+
+
+def load(
+    run: str | Path,
+    *,
+    offline: bool = False,
+    device: str | None = None,
+    base: str | None = None,
+    model: str | None = None,
+) -> Model:
+    """The tuned model of a finished run; its stored weights stay the base's, so that it refuses to be copied (`unmerged.py`).
+
+    `device`, `base` (where the base's weights are) and `model` (the base's name now) are the run's own unless given.
+
+    UsageError when the run has no result yet, or cannot have its base there; LedgerError when the base is another now.
+    """
+    run = Path(run)
+    recipe, result = recipe_of(run), result_of(run)
+    entry = entry_of(run, recipe)
+    if recipe.train == SCALES and base == "memory":
+        raise UsageError(
+            f"{run} has tuned the {recipe.train} of a GGUF file, which move as they are read from it: base = memory cannot be",
+            hint=f"leave out --base; or write the tuned file, and give that: fleetune export {quoted(run)} --to gguf",
+        )
+    where = "mapped" if recipe.train == SCALES else base or recipe.base
+    recipe = dataclasses.replace(
+        recipe, device=device or recipe.device, base=where, model=model or recipe.model
+    )
+    tuned = _LOAD[entry.kind](result, recipe, offline)
+    unmerged.guard(tuned.net)
+    return tuned
+
+
+def _load_ledger(path: Path, recipe: Recipe, offline: bool) -> Model:
+    ledger = ledgers.load(path)
+    model = base_of(ledger, recipe.model, offline=offline, device=recipe.device, base=recipe.base)
+    place_at(model, ledger)
+    return model
+
+
+def require_digest(digest: str, stated: str | None, what: Path | str) -> None:
+    """LedgerError when a ledger states (`Ledger.final_check`) another digest of its weights than the one it rebuilds."""
+    if stated not in (None, digest):
+        raise LedgerError(
+            f"{what} rebuilds other weights than it states: their SHA-256 is {digest[:16]}.., it states {stated:.16}..",
+            hint="the ledger was changed after it was made: get it again from its origin (a run's own: remove the file, "
+            "then fleetune tune --resume RUN)",
+        )
+
+
+def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
+    model = models.load(
+        recipe.model,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        base=BLOCKS if recipe.train == SCALES else recipe.base,
+        offline=offline,
+        labels=recipes.label_words(recipe.labels),
+    )
+    made_on = env_file.made_on(path.parent)
+    for what, now in (("base", model.digest), ("tokenizer", model.tokenizer_digest)):
+        if (then := made_on[what]) != now:
+            raise ModelError(
+                f"{path} was made on {what} {then[:16]}.., that of {recipe.model} is now {now[:16]}..",
+                hint="get the base it was made on (fleetune models shows sources)",
+            )
+    adapters.load(model, path)
+    return model
+
+
+_LOAD: Mapping[str, Callable[[Path, Recipe, bool], Model]] = {
+    "ledger": _load_ledger,
+    "adapter": _load_adapter,
+}
+
+
+def export_hf(model: Model, out: Path, *, card: str | None = None, stated: str | None = None) -> str:
+    """Write a tuned model as a Hugging Face directory; the digest of its weights.
+
+    The tuned weights become the stored ones of `model`.  ModelError when `out` exists; LedgerError, with nothing
+    written, when `stated` is another digest.
+    """
+    if out.exists():
+        raise ModelError(f"{out} exists already", hint="choose a new place: nothing is overwritten")
+    merge_weights(model)
+    digest = models.digest(models.named_tensors(model.net))
+    require_digest(digest, stated, "the ledger")
+    models.save(model.net, model.tokenizer, out, card=card, replace=False)
+    return digest
+
+
+def merge_weights(model: Model) -> None:
+    """Make the tuned weights the stored ones of `model`, with nothing attached to it any more."""
+    if model.attachment is not None:
+        model.attachment.merge(model)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find out whether a stopped run still stands on what it was begun with: its recipe, base model and rows.
+
+Every checkpoint states them (`checkpoint.StandsOn`).  A run whose run.toml lost a line, or whose data or model changed, is
+refused before any round, since it would end otherwise than it was begun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from fleetune.common.shell import quoted
+from fleetune.data import Example
+from fleetune.data.encode import digest
+from fleetune.errors import RecipeError, UsageError
+from fleetune.runs import rundir
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.recipe.settled import options_of as all_options
+from fleetune.tuning.recipe.settled import settled_options
+from fleetune.tuning.rounds import checkpoint
+from fleetune.tuning.rounds.checkpoint import StandsOn
+
+if TYPE_CHECKING:
+    from fleetune.tuning.prepare.prepare import Split, TuneJob
+
+PATHS: Final = ("model", "data", "eval_data")  # may be moved: what they hold is compared, not their names
+SHOWN: Final = 8  # differences at once
+
+
+def of_job(job: TuneJob) -> StandsOn:
+    """What the checkpoints of a job state beside the state."""
+    return StandsOn(
+        options_of(job.recipe), job.model.digest, digest(job.rows), digest([job.held]), *texts_of(job.split),
+    )  # fmt: skip
+
+
+def options_of(recipe: Recipe) -> dict[str, Any]:
+    """The options that decide the outcome, by name, with the method's defaults; its settings as `set.NAME`."""
+    return _deciding(all_options(recipe))
+
+
+def _deciding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what may differ: the names of what is compared itself, and where the base's weights are (`base`)."""
+    return {n: v for n, v in settled_options(options).items() if n not in (*PATHS, "base")}
+
+
+def same(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes are one, however much of it they leave to the defaults."""
+    places = [[getattr(recipe, name) for name in PATHS] for recipe in (one, other)]
+    return places[0] == places[1] and options_of(one) == options_of(other)
+
+
+def texts_of(parts: Split) -> tuple[str, str]:
+    """Digests of the clients' rows and of the held-out rows as the data has them: no model is needed to compare them.
+
+    That of the clients is "" where their rows are not in the data: on the devices of a real fleet.
+    """
+    clients = (
+        _text_digest([parts.examples[i] for i in part.tolist()] for part in parts.clients)
+        if parts.clients
+        else ""
+    )
+    return clients, _text_digest([[parts.examples[i] for i in parts.held.tolist()]])
+
+
+def _text_digest(parts: Iterable[Iterable[Example]]) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(b"part")
+        for row in part:
+            sha.update(repr((row.messages, row.response, row.texts)).encode("utf-8", "surrogatepass"))
+    return sha.hexdigest()
+
+
+def changed_rows(run: Path, parts: Split) -> list[str]:
+    """List whether rows of a run are others now, in words for the user; [] where none are, or where the run does not state it."""
+    stated, now = stated_by(run), texts_of(parts)
+    if stated is None:
+        return []
+    pairs = (
+        ("the clients' rows", stated.rows_text, now[0]),
+        ("the held-out rows", stated.held_out_text, now[1]),
+    )
+    return [
+        f"{what} have the digest {new[:16]}.., and had {old[:16]}.."
+        for what, old, new in pairs
+        if old not in ("", new)
+    ]
+
+
+def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
+    """UsageError when the rows that the data gives now are not those that a run was made on."""
+    if differences := changed_rows(run, parts):
+        data = " or ".join(filter(None, (recipe.data, recipe.eval_data)))
+        raise UsageError(
+            "\n  ".join([f"{data} was changed since {run} was made on it:", *differences]),
+            hint=f"bring it back as it was: rows held out now may have been trained on; or name the rows to measure on: "
+            f"fleetune eval {quoted(run)} FILE, or fleetune measure {quoted(run)} --data FILE",
+        )
+
+
+def stated_by(run: Path) -> StandsOn | None:
+    """What the newest readable checkpoint of a run states, with the method's defaults; None where none states it."""
+    found = (checkpoint.stated_in(file) for _, file in reversed(rundir.checkpoints(run)))
+    stated = next((stands_on for stands_on in found if stands_on is not None), None)
+    return stated and dataclasses.replace(stated, recipe=_deciding(stated.recipe))
+
+
+def recipe_of(run: Path, *, longer: bool = False) -> Recipe:
+    """The recipe in a run's run.toml; RecipeError, with every option that differs, when it is not the run's own any more.
+
+    With `longer` the number of rounds may differ.
+    """
+    file = run / "run.toml"
+    values = recipes.read(file)
+    try:
+        recipe = recipes.make(values)
+    except RecipeError as error:
+        problems = [f"{file} is not the recipe of a run", *error.problems]
+        raise RecipeError(problems, hint=f"put {file} back as it was") from error
+    stated = stated_by(run)
+    if stated is None:
+        return recipe
+    now = options_of(recipe)
+    if longer:
+        now["rounds"] = stated.recipe.get("rounds")
+    if differences := stated.differences(dataclasses.replace(stated, recipe=now)):
+        raise RecipeError(
+            [f"{file} is not the recipe that the run was begun with", *_first(differences)],
+            hint=f"write these options into {file} as they were; a run with other options is a new one: "
+            f"fleetune tune -c {quoted(file)}",
+        )
+    return recipe
+
+
+def check(job: TuneJob, run: Path, *, longer: bool = False) -> StandsOn:
+    """What a job stands on; UsageError when its run was begun on another recipe, model or rows.
+
+    With `longer` the number of rounds may differ.
+    """
+    now, stated = of_job(job), stated_by(run)
+    if longer and stated is not None:
+        now = dataclasses.replace(now, recipe={**now.recipe, "rounds": stated.recipe.get("rounds")})
+    differences = stated.differences(now) if stated is not None else []
+    if differences:
+        recipe = job.recipe
+        raise UsageError(
+            "\n  ".join([f"{run} was begun with something else than there is now:", *_first(differences)]),
+            hint=f"bring back the recipe, the model ({recipe.model}) and the data ({recipe.data}) of that run; "
+            f"or begin a new one: fleetune tune -c {quoted(run / 'run.toml')}",
+        )
+    return now
+
+
+def _first(differences: list[str]) -> list[str]:
+    more = len(differences) - SHOWN
+    return differences[:SHOWN] + ([f"and {more} more"] if more > 0 else [])

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode a method's state (a NamedTuple) as a checkpoint, and decode it.
+
+A field may be a number, a text, an array, a dict of arrays, or a Ledger; its kind is read off the state
+that `init` gives, so a checkpoint holds data only.
+
+A checkpoint also names all that it stands on (`StandsOn`): the recipe's options, digests of the base model and of the
+rows, how long metrics.jsonl was then, and the clients' memories with round and CRC-32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import msgpack
+import numpy as np
+
+from fleetune.common.files import read_bytes, regular
+from fleetune.errors import MessageError
+from fleetune.runs.rundir import RunDir, checkpoints
+from fleetune.seeds.ledger import Ledger, LedgerHead
+from fleetune.tuning.exchange import messages
+from fleetune.tuning.exchange.messages import Message, Payload, Scalar
+from fleetune.tuning.rounds.course import NAME as COURSE
+from fleetune.tuning.rounds.course import Course
+
+ON: Final = "stands_on"  # the scalar with what it stands on, as JSON
+KEPT: Final = "kept"  # arrays: client, round and CRC-32 of memories
+
+
+@dataclass
+class Totals:
+    """Running sums over the rounds."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0  # of the rounds
+    wall: float = 0.0  # of the sittings before this one, evaluations included
+
+
+@dataclass(frozen=True)
+class StandsOn:
+    """What a run's outcome stands on beside the state."""
+
+    recipe: Mapping[str, Any]  # its options by name, without the paths of model and data
+    base: str  # digest of the base model
+    rows: str  # digest of the clients' rows, as they are split and encoded
+    held_out: str  # digest of the rows that the run is measured on
+    rows_text: str  # digest of the clients' rows before they are encoded
+    held_out_text: str  # digest of all held-out rows before they are encoded
+
+    def differences(self, now: StandsOn) -> list[str]:
+        """List what is otherwise now, in words for the user."""
+        found = [
+            f"{name} = {now.recipe.get(name)!r}, and was {value!r}"
+            for name, value in self.recipe.items()
+            if now.recipe.get(name) != value
+        ]
+        found += [
+            f"{name} = {value!r}, and was not set"
+            for name, value in now.recipe.items()
+            if name not in self.recipe and name.startswith("set.")
+        ]
+        whats = (
+            ("base", "the base model has"),
+            ("rows", "the clients' rows have"),
+            ("held_out", "the held-out rows have"),
+        )
+        for name, what in whats:
+            own, other = getattr(self, name), getattr(now, name)
+            found += [] if own == other else [f"{what} the digest {other[:16]}.., and had {own[:16]}.."]
+        return found
+
+
+# client -> (round, CRC-32) of what it stored last
+Kept = Mapping[int, tuple[int, int]]
+
+
+def encode(
+    round: int,
+    state: Any,
+    totals: Totals,
+    on: StandsOn | None = None,
+    metrics: int = 0,
+    kept: Kept = MappingProxyType({}),
+    course: Course | None = None,
+) -> bytes:
+    """Encode everything that a resumed run needs after `round`, as the bytes of one message.
+
+    `on`, the bytes of `metrics`.jsonl and the clients' memories are what it stands on; `course` is how the validation stood.
+    """
+    payload = pack(state, totals)
+    arrays, scalars = dict(payload.arrays), dict(payload.scalars)
+    if course is not None:
+        scalars[COURSE] = course.to_json()
+    if on is not None:
+        scalars[ON] = _on_text(on, metrics)
+        pairs = sorted(kept.items())
+        for name, column in (("client", [c for c, _ in pairs]), ("round", [r for _, (r, _) in pairs])):
+            arrays[f"{KEPT}/{name}"] = np.array(column, np.int64)
+        arrays[f"{KEPT}/crc"] = np.array([crc for _, (_, crc) in pairs], np.int64)
+    return messages.encode(Message(round, b"", Payload(arrays, scalars)))
+
+
+def course_in(payload: Payload) -> Course:
+    """Return how the validation stood; the start of a course where it says nothing."""
+    text = payload.scalars.get(COURSE)
+    return Course() if text is None else Course.from_json(str(text))
+
+
+def stands_on(payload: Payload) -> tuple[StandsOn, int] | None:
+    """Return what a checkpoint says that it stands on, with the bytes of metrics.jsonl; None where it says nothing.
+
+    MessageError when that is damaged.
+    """
+    text = payload.scalars.get(ON)
+    return None if text is None else _stated(str(text))
+
+
+def stated_in(file: Path) -> StandsOn | None:
+    """Return what the checkpoint in a file stands on, without reading its arrays.
+
+    None where it says nothing, and where it cannot be read.
+    """
+    try:
+        with open(file, "rb", opener=regular) as opened:
+            opened.seek(messages.HEAD)
+            unpacker = msgpack.Unpacker(opened, read_size=1 << 16)
+            unpacker.read_array_header()
+            unpacker.skip()  # round
+            unpacker.skip()  # base
+            scalars = unpacker.unpack()
+        return _stated(scalars[ON])[0]
+    except (OSError, ValueError, KeyError, TypeError, MessageError, msgpack.UnpackException):
+        return None
+
+
+def _stated(text: str) -> tuple[StandsOn, int]:
+    try:
+        found = json.loads(text)
+        metrics = int(found.pop("metrics"))
+        return StandsOn(**found), metrics
+    except (ValueError, KeyError, TypeError) as error:
+        raise MessageError(f"what the checkpoint stands on is damaged ({error})") from error
+
+
+def with_rounds(data: bytes, rounds: int) -> bytes:
+    """Return a checkpoint whose recipe has so many rounds; as it is where it states none.  MessageError when it is damaged."""
+    message = messages.decode(data, any_size=True)
+    scalars = dict(message.payload.scalars)
+    if ON not in scalars:
+        return data
+    on, metrics = _stated(str(scalars[ON]))
+    on = replace(on, recipe={**on.recipe, "rounds": rounds})
+    scalars[ON] = _on_text(on, metrics)
+    return messages.encode(replace(message, payload=Payload(message.payload.arrays, scalars)))
+
+
+def _on_text(on: StandsOn, metrics: int) -> str:
+    return json.dumps({**asdict(on), "metrics": metrics}, ensure_ascii=False)
+
+
+def kept_in(payload: Payload) -> Kept:
+    """Return the clients' memories that a checkpoint stands on; {} where it names none."""
+    if f"{KEPT}/client" not in payload.arrays:
+        return {}
+    columns = [payload.array(f"{KEPT}/{name}").tolist() for name in ("client", "round", "crc")]
+    return {client: (round, crc) for client, round, crc in zip(*columns, strict=True)}
+
+
+def decode(data: bytes) -> Payload:
+    """Decode a checkpoint's payload; MessageError when it is damaged."""
+    return messages.decode(data, any_size=True).payload
+
+
+def pack(state: Any, totals: Totals) -> Payload:
+    """Return everything that a resumed run needs, as one payload."""
+    arrays: dict[str, np.ndarray] = {}
+    scalars: dict[str, Scalar] = {
+        "totals": json.dumps([totals.bytes_up, totals.bytes_down, totals.seconds, totals.wall]),
+    }
+    for name, value in state._asdict().items():
+        _put(f"state/{name}", value, arrays, scalars)
+    return Payload(arrays, scalars)
+
+
+def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
+    """Return (state, totals) from a checkpoint; `like` is a state of the same method (from `init`).
+
+    MessageError when a field is missing.
+    """
+    values = {name: _get(f"state/{name}", kind, payload) for name, kind in like._asdict().items()}
+    return type(like)(**values), Totals(*json.loads(_get("totals", "", payload)))
+
+
+def state_of(run: RunDir, round: int, like: Any) -> Any | None:
+    """Return the state after `round`, None when there is no such checkpoint (any more); `like` as for `unpack`."""
+    path = dict(checkpoints(run.path)).get(round)
+    try:
+        return None if path is None else unpack(decode(read_bytes(path)), like)[0]
+    except MessageError:
+        return None
+
+
+def course_of(run: RunDir, round: int) -> Course:
+    """Return how the validation stood after `round`; the start of a course where there is no such checkpoint."""
+    path = dict(checkpoints(run.path)).get(round)
+    try:
+        return Course() if path is None else course_in(decode(read_bytes(path)))
+    except (MessageError, OSError):
+        return Course()
+
+
+def _put(path: str, value: Any, arrays: dict[str, np.ndarray], scalars: dict[str, Scalar]) -> None:
+    if isinstance(value, Ledger):
+        scalars[path] = value.head.to_json()
+        arrays.update(
+            {f"{path}/id": value.ids, f"{path}/c": value.coefficients, f"{path}/round": value.rounds}
+        )
+    elif isinstance(value, dict):
+        arrays.update({f"{path}/{name}": array for name, array in value.items()})
+    elif isinstance(value, np.ndarray):
+        arrays[path] = value
+    else:
+        scalars[path] = value
+
+
+def _get(path: str, like: Any, payload: Payload) -> Any:
+    try:
+        if isinstance(like, Ledger):
+            head = LedgerHead.from_json(str(payload.scalars[path]))
+            return Ledger(head, *(payload.arrays[f"{path}/{name}"].copy() for name in ("id", "c", "round")))
+        if isinstance(like, dict):
+            prefix = path + "/"
+            return {n[len(prefix) :]: a.copy() for n, a in payload.arrays.items() if n.startswith(prefix)}
+        if isinstance(like, np.ndarray):
+            return payload.arrays[path].copy()
+        return payload.scalars[path]
+    except KeyError as missing:
+        raise MessageError(f"the checkpoint lacks {missing}") from missing

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gather the replies of a round: check each, leave out those that go too far, and hand the rest to the method.
+
+A reply can be well formed, finite and in range, and still be a lie: a weight of 1e8, or a hundred times the honest
+change with the sign turned.  So a reply is held against the others of its round: one that goes much further than
+their median (`allowed`) is refused.  How far a reply goes is the method's to say (`Method.distance`).  Sun et al.
+2019, arXiv 1911.07963 ("norm thresholding"), cut such an update down to the bound; here it is left out, since what is
+known to be wrong need not be used in part.
+
+- Rows weigh in a mean, and are what a client says of itself.  Where the rule bounds them (`mean:TIMES`), a reply counts at
+  most so many times the median rows of those that were asked, and its rows times its distance stay within the bound
+  too: no reply moves the mean further than one of the median rows may.  That distance is the one of a client with the
+  median rows: steps that a claim of rows stands for would else make it short.
+- Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
+  may send fewer than it was asked for, and the slack is not its to choose.
+- With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.  Where rows are
+  what devices say (`mean:TIMES`), two are held against the one that goes less far: better too little is learned than anything.
+  There a kind is also held against the replies of all kinds, which may differ `APART` times more: liars may be a whole kind.
+- The median is not known before the last reply has come.  Until then replies lie on disk, so memory does not grow with
+  their number.
+- They are handed over in the clients' order, so the sums do not depend on who answered first.
+- A reply on which the method fails is refused as well, and the round is added up again without it.
+- A reply to an earlier round is checked against that round, and held against the others of the round in which it comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType, TracebackType
+from typing import Any, Final, NamedTuple
+
+from fleetune.common.events import ClientReply
+from fleetune.common.memory import rss
+from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
+from fleetune.runs.rundir import RunDir
+from fleetune.tuning.exchange.messages import NotFiniteError, Payload, ReplySpec, check, decode
+from fleetune.tuning.exchange.robust import FEWEST, MEAN, Rule, usual
+from fleetune.tuning.exchange.spool import IN_MEMORY, Spool
+from fleetune.tuning.methods import Method, Reply
+from fleetune.tuning.rounds.fleets import Answer
+
+log = logging.getLogger(__name__)
+
+# docs/safety.md has what honest replies reach
+FURTHEST: Final = 4.0  # times the median distance of a round's replies, for replies of many numbers
+APART: Final = 4.0  # times as far: honest replies of one kind, by the median of all kinds
+FEW: Final = 8  # numbers in a reply with which it may go twice as far: few slopes vary by chance
+
+
+class Kept(NamedTuple):
+    """A reply that has passed its check: whose, where its bytes lie, and how far it goes."""
+
+    answer: Answer  # without its data
+    offset: int
+    size: int
+    kind: frozenset[str]  # names of its arrays
+    agreed: int | None  # numbers that a reply of its form has at most; None: any
+    numbers: int  # in its arrays
+    distance: float
+    n: int  # rows that it counts; 0 where the method sends none
+    reach: float  # the distance of the same reply from a client with the median rows
+
+
+class Round(NamedTuple):
+    """What the replies of a round are checked against."""
+
+    number: int
+    base: bytes  # first 8 bytes of the base digest
+    rows: Sequence[int]  # of every client
+    state: Any
+    kind: Callable[[int], int] = lambda client: 0  # of a client that was asked
+    usual: int = 0  # median rows of the clients that were asked
+
+
+class Replies:
+    """The replies of one round, one at a time; every client's outcome is recorded by `emit`."""
+
+    def __init__(
+        self,
+        method: Method,
+        round: Round,
+        run: RunDir,
+        emit: Callable[[ClientReply], None],
+        rule: Rule = MEAN,
+        max_rows: int = 0,
+        past: Mapping[int, Round] = MappingProxyType({}),
+    ) -> None:
+        self.method, self.round, self.emit, self.past = method, round, emit, past
+        self.kinds = method.kinds(round.state)
+        self._earlier: dict[int, Sequence[tuple[Payload, ReplySpec]]] = {}  # kinds of past rounds, by number
+        self.kept: list[Kept] = []
+        self.asked = self.failed = self.not_finite = 0  # failed: refused ones included
+        self.bytes_up = self.bytes_down = 0
+        self.reason = ""  # of the first that failed
+        self._spool = Spool(run.path, IN_MEMORY)
+        self.rule = replace(rule, spool=self._spool)
+        self.most = min(max_rows or math.inf, rule.times * round.usual if rule.times < math.inf else math.inf)
+        self._in_hand: Kept | None = None
+
+    def __enter__(self) -> Replies:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._spool.close()
+
+    @property
+    def accepted(self) -> int:
+        """Number of replies that count."""
+        return len(self.kept)
+
+    @property
+    def mostly_not_finite(self) -> bool:
+        """Whether more replies are refused for not being finite than count."""
+        return self.not_finite > self.accepted
+
+    # As they come ---------------------------------------------------------------------------------------
+
+    def gather(self, answers: Iterator[Answer]) -> None:
+        """Take every answer of the round; afterwards `kept` holds those that count."""
+        for answer in answers:
+            self.asked += not answer.late
+            self.bytes_down += answer.sent
+            self.bytes_up += len(answer.data or b"")
+            self._take(answer)
+        claimed = self.rule.times < math.inf
+        for kept, reason in too_far(self.kept, FEWEST - claimed):
+            self._refuse(kept, reason)
+        if claimed:
+            self.kept = lighter(self.kept)
+        self.kept.sort(key=lambda kept: (kept.answer.client, kept.answer.late))
+
+    def _take(self, answer: Answer) -> None:
+        payload, status, reason = None, answer.status, cut_reason(answer.reason)
+        if answer.data is not None:
+            try:
+                payload = self._checked(answer, answer.data)
+            except MessageError as error:
+                self.not_finite += isinstance(error, NotFiniteError)
+                status, reason = "refused", str(error)
+        if status in ("refused", "failed"):
+            self._count_failure(answer, status, reason)
+        self._record(answer, payload, status, reason)
+
+    def _checked(self, answer: Answer, data: bytes) -> Payload:
+        asked = self._asked(answer)
+        sent, spec = self._kinds(asked)[asked.kind(answer.client)]
+        payload = check(decode(data), spec, round=asked.number, base=asked.base)
+        n = _rows_of(payload, self.round.rows[answer.client], self.most)
+
+        def distance_with(rows: int) -> float:
+            told = self._reply(answer, payload, rows)
+            return self.method.distance(asked.state, sent, told)
+
+        try:
+            distance = distance_with(payload.int("n") if n else 0)
+            reach = distance_with(self.round.usual) if n and self.rule.times < math.inf else distance
+        except (MessageError, MemoryError):
+            raise
+        except FAULTS as error:
+            log.info("the reply of client %d cannot be measured", answer.client, exc_info=True)
+            raise MessageError(f"it cannot be measured ({fault(error)})") from error
+        arrays = payload.arrays
+        numbers = sum(a.size for a in arrays.values())
+        self.kept.append(Kept(
+            answer._replace(data=None), self._spool.store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance, n,
+            reach,
+        ))  # fmt: skip
+        return payload
+
+    def _asked(self, answer: Answer) -> Round:
+        """Return the round that an answer belongs to; MessageError where its replies count no longer."""
+        if not answer.late:
+            return self.round
+        if (number := self.round.number - answer.late) not in self.past:
+            raise MessageError(f"reply is for round {number}, whose replies count no longer")
+        return self.past[number]
+
+    def _kinds(self, asked: Round) -> Sequence[tuple[Payload, ReplySpec]]:
+        if asked is self.round:
+            return self.kinds
+        if asked.number not in self._earlier:
+            self._earlier[asked.number] = self.method.kinds(asked.state)
+        return self._earlier[asked.number]
+
+    def _reply(self, answer: Answer, payload: Payload, n: int) -> Reply:
+        """Return a reply as its method gets it; `n` are the rows that it counts, 0 where it has none."""
+        stood_on = self._asked(answer).state if answer.late else None
+        rows = payload.int("n") if n else 0
+        counting = Payload(payload.arrays, {**payload.scalars, "n": n}) if n else payload
+        return Reply(answer.client, answer.key, counting, answer.late, stood_on, rows)
+
+    # Added up -------------------------------------------------------------------------------------------
+
+    def aggregate(self) -> Any:
+        """Return the method's new state; a reply on which it fails is refused.
+
+        FleetError when it fails on no reply in particular.
+        """
+        while True:
+            try:
+                return self.method.aggregate(self.round.state, self._each(), self.rule)
+            except (StorageError, MemoryError):
+                raise
+            except FAULTS as error:
+                if self._in_hand is None:
+                    raise FleetError(
+                        f"the replies of round {self.round.number} cannot be added up ({fault(error)})",
+                        hint="the model of the round before is kept; see log.txt in the run folder",
+                    ) from error
+                log.info("the reply of client %d cannot be used", self._in_hand.answer.client, exc_info=True)
+                reason = cut_reason(f"it cannot be used ({fault(error)})")
+                self._refuse(self._in_hand, reason)
+
+    def _each(self) -> Iterator[Reply]:
+        for kept in tuple(self.kept):
+            self._in_hand = kept
+            yield self._reply(kept.answer, self._payload(kept), kept.n)
+        self._in_hand = None
+
+    # One reply ------------------------------------------------------------------------------------------
+
+    def _payload(self, kept: Kept) -> Payload:
+        return decode(self._spool.read(kept.offset, kept.size)).payload
+
+    def _refuse(self, kept: Kept, reason: str) -> None:
+        """Leave out a reply that had been taken; its client's event is written again."""
+        self.kept.remove(kept)
+        self._count_failure(kept.answer, "refused", reason)
+        self._record(kept.answer, None, "refused", reason, size=kept.size)
+
+    def _count_failure(self, answer: Answer, status: str, reason: str) -> None:
+        log.warning("round %d: client %d %s: %s", self.round.number, answer.client, status, reason)
+        self.failed += 1
+        self.reason = self.reason or reason
+
+    def _record(
+        self, answer: Answer, payload: Payload | None, status: str, reason: str, size: int = 0
+    ) -> None:
+        scalars = payload.scalars if payload else {}
+        self.emit(ClientReply(
+            round=self.round.number, client=answer.client, n=scalars.get("n"), loss=scalars.get("loss"),
+            bytes_up=size or len(answer.data or b""), bytes_down=answer.sent, seconds=round(answer.seconds, 3),
+            rss=rss(), status=status, reason=reason, late=answer.late or None, steps=answer.steps, tokens=answer.tokens,
+        ))  # fmt: skip
+
+
+def _rows_of(payload: Payload, rows: int, most: float) -> int:
+    """Return how many rows a reply counts, 0 where none are sent; MessageError for more than the client is known to have."""
+    claimed = payload.scalars.get("n")
+    if not isinstance(claimed, int):
+        return 0
+    if claimed > rows:
+        raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
+    return int(min(claimed, most))
+
+
+def lighter(kept: Sequence[Kept]) -> list[Kept]:
+    """Return the replies with fewer rows where rows times reach are more than `bound` times the medians of their kind."""
+    found = []
+    for kind in dict.fromkeys(k.kind for k in kept):
+        same = [k for k in kept if k.kind == kind]
+        middle = median([k.reach for k in same], FEWEST - 1) * usual([k.n for k in same])
+        for k in same:
+            most = bound(k, same) * middle / k.reach if k.n and k.reach else k.n
+            found.append(k._replace(n=int(min(k.n, max(1.0, most)))))
+    return found
+
+
+def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]]:
+    """Return the replies that go too far, each with the reason: more than `bound` times the median of their kind.
+
+    The median is the lower one, of those that move anything: silence is usual where a step rounds to nothing.  A kind of fewer
+    than `fewest` that do has none.  Where two are enough, no median is more than `APART` times that of all kinds.
+    """
+    found = []
+    for kind in dict.fromkeys(k.kind for k in kept):
+        same = [k for k in kept if k.kind == kind]
+        middle = median([k.distance for k in same], fewest)
+        if fewest < FEWEST:
+            middle = min(middle, APART * median([k.distance for k in kept], fewest))
+        for k in same:
+            if not k.distance <= (most := bound(k, same)) * middle:
+                times = f"{k.distance / middle:.3g} times as far as the median of the round"
+                found.append((k, f"it goes {times}, {most:.3g} at most"))
+    return found
+
+
+def bound(one: Kept, same: Sequence[Kept]) -> float:
+    """Return how many times as far as the median a reply may go.
+
+    It is by the numbers that were agreed; where any number is, by the median of the replies of its kind, `same`.
+    """
+    if one.agreed is not None:
+        return allowed(one.agreed)
+    return allowed(sorted(k.numbers for k in same)[(len(same) - 1) // 2])
+
+
+def agreed(spec: ReplySpec) -> int | None:
+    """Return how many numbers a reply of this form has at most; None where an array may be of any length."""
+    shapes = [shape for _, shape in spec.arrays.values()]
+    if any(n is None for shape in shapes for n in shape):
+        return None
+    return sum(math.prod(abs(n) for n in shape if n is not None) for shape in shapes)
+
+
+def allowed(numbers: int) -> float:
+    """Return how many times as far as the median an honest reply of so many numbers may go."""
+    return FURTHEST * (1 + FEW / max(1, numbers))
+
+
+def median(distances: Sequence[float], fewest: int = FEWEST) -> float:
+    """Return the lower median of the distances that are not 0; infinity where fewer than `fewest` are."""
+    return usual(distances) if sum(d > 0 for d in distances) >= fewest else math.inf

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the rounds of federated learning: sample, broadcast, local, aggregate, record, evaluate, checkpoint.
+
+The same function for every method and every fleet.  It does not use the model: `evaluate` is passed in.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fleetune.common.display import counted
+from fleetune.common.events import Recorded, RoundDone, round_evaluated
+from fleetune.common.memory import rss
+from fleetune.data import keyed_order
+from fleetune.errors import FleetError, MessageError
+from fleetune.runs import rundir
+from fleetune.runs.rundir import KEEP, RunDir
+from fleetune.seeds.noise import derive
+from fleetune.tuning.exchange.messages import Message, Payload, encode
+from fleetune.tuning.exchange.robust import MEAN, Rule, usual
+from fleetune.tuning.methods import Method
+from fleetune.tuning.rounds import checkpoint
+from fleetune.tuning.rounds import course as courses
+from fleetune.tuning.rounds.checkpoint import StandsOn, Totals
+from fleetune.tuning.rounds.course import Course
+from fleetune.tuning.rounds.fleets import Fleet
+from fleetune.tuning.rounds.replies import Replies, Round
+from fleetune.tuning.rounds.watch import advice
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 3  # rounds in a row that fail as a whole before the run ends
+
+
+class ModelLostError(FleetError):
+    """A round has ruined the model: `state` is the one after `round`, the last good one."""
+
+    def __init__(self, message: str, round: int, state: Any) -> None:
+        super().__init__(
+            f"{message}; the last good round is {round}",
+            hint="its result and checkpoint are in the run folder; start anew with a lower lr, or set the method's clip",
+        )
+        self.round, self.state = round, state
+
+    def give_way(self, best: int, state: Any) -> None:
+        """Let the best round's state be the result, instead of the last good one; 0 is the start."""
+        self.round, self.state = best, state
+        self.message += f"; the best is {best}" if best else "; none was better than the start"
+        self.args = (self.message,)
+        kept = "the result of the best is" if best else "there is no result; the checkpoint is"
+        self.hint = f"{kept} in the run folder; start anew with a lower lr, or set the method's clip"
+
+    @property
+    def page(self) -> str:
+        """The section of the docs on errors of the fleet."""
+        return FleetError("").page
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """The options of a recipe that the loop needs."""
+
+    rounds: int
+    participation: float
+    quorum: int
+    seed: int
+    eval_every: int
+    base: bytes  # first 8 bytes of the base digest
+    stands_on: StandsOn | None = None  # what every checkpoint states of recipe, base and rows
+    rule: Rule = MEAN  # how replies are combined
+    over_selection: float = 1.0  # so many times the clients that are needed are asked
+    late: int = 0  # rounds that a reply may come late and still count
+    patience: int = 0  # evaluated rounds in a row without a better one after which the run ends; 0: never
+    keep_best: bool = False  # whether the best evaluated round's state is the result
+    max_rows: int = 0  # that a reply counts at most; 0: any number
+
+    @property
+    def kept(self) -> int:
+        """Checkpoints that are kept: a reply that comes late is understood by the state that it stands on."""
+        return KEEP + self.late
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Callbacks of the loop: `begin()` once before round 1, `evaluate(state)`, `emit(event)`.
+
+    `begin` gives the measures of the first state; `score` says what of measures is to be low (None: not known).
+    `resumed()` is called once where a run is taken up again, `note(text)` with what was lost of it.
+    """
+
+    begin: Callable[[], Mapping[str, float] | None]
+    evaluate: Callable[[Any], Mapping[str, float]]
+    emit: Callable[[Recorded], None]
+    resumed: Callable[[], None] = lambda: None
+    note: Callable[[str], None] = log.warning
+    clock: Callable[[], float] = lambda: 0.0  # seconds of this sitting so far
+    score: Callable[[Mapping[str, float]], float | None] = lambda measured: measured.get("loss")
+
+
+class Outcome(NamedTuple):
+    """The end of a run: the state that is its result and the round that it is of, the totals, and the last round."""
+
+    state: Any
+    totals: Totals
+    round: int
+    last: int
+    course: Course
+
+
+def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks) -> Outcome:
+    """Run (or resume) all rounds, or those until the patience is over; return the outcome.
+
+    A round counts when its checkpoint is written.  FleetError when every client failed in `PATIENCE` rounds in
+    a row (or in all, of fewer); a resumed run counts anew, so that it gets past them.
+    """
+    run.keep = plan.kept
+    last, state, totals, course = _start(run, fleet, state, plan, hooks)
+    past = _past(run, fleet, state, plan, last)
+    failures = 0
+    for r in range(last + 1, plan.rounds + 1):
+        if _over(course, plan):
+            break
+        began = time.monotonic()
+        new, replies = _played(method, fleet, state, run, plan, hooks, r, past)
+        failures = _failures(method, replies, failures, plan)
+        totals.bytes_up += replies.bytes_up
+        totals.bytes_down += replies.bytes_down
+        totals.seconds += (seconds := time.monotonic() - began)
+        hooks.emit(RoundDone(
+            round=r, clients=replies.asked, accepted=replies.accepted, bytes_up=replies.bytes_up,
+            bytes_down=replies.bytes_down, bytes_total=totals.bytes_up + totals.bytes_down,
+            seconds=round(seconds, 3), rss=rss(), report=method.report(new) or None,
+        ))  # fmt: skip
+        if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
+            hooks.emit(evaluated := round_evaluated(r, measured := hooks.evaluate(new)))
+            if evaluated.loss is not None and not math.isfinite(evaluated.loss):
+                raise ModelLostError(f"the model's loss after round {r} is not finite", r - 1, state)
+            course = course.after(r, hooks.score(measured))
+        state, last = new, r
+        if plan.late:
+            past[r] = replies.round
+            past.pop(r - plan.late, None)
+        _write(r, state, _until_now(totals, hooks), plan, run, fleet, course)
+        fleet.forget_before(r + 1 - plan.kept)
+    return _outcome(run, state, totals, last, plan, course)
+
+
+def _over(course: Course, plan: RoundPlan) -> bool:
+    """Whether the run ends before its last round."""
+    return bool(plan.patience) and course.stale >= plan.patience
+
+
+def _outcome(run: RunDir, state: Any, totals: Totals, last: int, plan: RoundPlan, course: Course) -> Outcome:
+    """Return the last state, or that of the best round."""
+    if not plan.keep_best or course.best in (None, last):
+        return Outcome(state, totals, last, last, course)
+    assert course.best is not None
+    best, _ = checkpoint.unpack(checkpoint.decode(courses.kept(run.path, course.best)), state)
+    return Outcome(best, totals, course.best, last, course)
+
+
+def keep_best_of(lost: ModelLostError, run: RunDir, plan: RoundPlan) -> None:
+    """Let the result of a run that lost its model be the best round's state, where the best is kept and one was better."""
+    course = checkpoint.course_of(run, lost.round) if plan.keep_best else Course()
+    if course.best in (None, lost.round):
+        return
+    assert course.best is not None
+    try:
+        saved = checkpoint.decode(courses.kept(run.path, course.best))
+    except MessageError as error:  # the last good round's is the result then
+        log.warning("%s", error)
+        return
+    lost.give_way(course.best, checkpoint.unpack(saved, lost.state)[0])
+
+
+def _past(run: RunDir, fleet: Fleet, like: Any, plan: RoundPlan, last: int) -> dict[int, Round]:
+    """Return the rounds up to `last` whose replies may still come late, by number."""
+    numbers = range(max(1, last + 1 - plan.late), last + 1)
+    states = {r: checkpoint.state_of(run, r - 1, like) for r in numbers}
+    return {r: Round(r, plan.base, fleet.rows, s, fleet.kind) for r, s in states.items() if s is not None}
+
+
+def _start(
+    run: RunDir, fleet: Fleet, state: Any, plan: RoundPlan, hooks: Hooks
+) -> tuple[int, Any, Totals, Course]:
+    """Return (the last round done, state, totals, course): those of the run's last checkpoint, or of a new run.
+
+    A checkpoint whose client memories or best round are gone or damaged gives way to the one before it, as a damaged one
+    does.
+    """
+
+    def usable(data: bytes) -> Payload:
+        payload = checkpoint.decode(data)
+        fleet.check_kept(checkpoint.kept_in(payload))
+        best = checkpoint.course_in(payload).best
+        if plan.keep_best and best is not None:
+            checkpoint.decode(courses.kept(run.path, best))
+        return payload
+
+    totals = Totals()
+    if (saved := run.restore(usable, hooks.note)) is None:
+        if any(event["event"] == "round" for event in rundir.events(run.path)):
+            hooks.note(f"{run.path} has no checkpoint left: the run begins anew")
+        run.cut(-1)
+        fleet.rewind(0)
+        courses.cut(run, -1)
+        course = Course().after(0, hooks.score(hooks.begin() or {}))._replace(stale=0)
+        _write(0, state, _until_now(totals, hooks), plan, run, fleet, course)
+        return 0, state, totals, course
+    last, payload = saved
+    state, totals = checkpoint.unpack(payload, state)
+    stated = checkpoint.stands_on(payload)
+    for told in run.cut(last, stated[1] if stated else None):
+        hooks.note(told)
+    fleet.rewind(last)
+    fleet.forget_before(last + 1 - plan.kept)
+    courses.cut(run, last)
+    hooks.resumed()
+    return last, state, totals, checkpoint.course_in(payload)
+
+
+def _until_now(totals: Totals, hooks: Hooks) -> Totals:
+    """Return the totals as a later sitting needs them: with the time of this one."""
+    return replace(totals, wall=totals.wall + hooks.clock())
+
+
+def _write(
+    round: int, state: Any, totals: Totals, plan: RoundPlan, run: RunDir, fleet: Fleet, course: Course
+) -> None:
+    """Make a round count: write its checkpoint, with all that it stands on; the state of a new best round before it."""
+    data = checkpoint.encode(round, state, totals, plan.stands_on, run.metrics.size, fleet.kept(), course)
+    if plan.keep_best and course.best == round:
+        courses.keep(run, round, data)
+    run.checkpoint(round, data)
+    if plan.keep_best:
+        courses.forget(run)
+
+
+def _played(
+    method: Method,
+    fleet: Fleet,
+    state: Any,
+    run: RunDir,
+    plan: RoundPlan,
+    hooks: Hooks,
+    r: int,
+    past: Mapping[int, Round],
+) -> tuple[Any, Replies]:
+    """Return the state that a round gives, and its replies; `past` are the rounds whose replies may come late."""
+    present = fleet.present()
+    goal = share_of(len(present) + fleet.busy, plan.participation)
+    chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection, fleet.busy)
+    kinds = {client: fleet.kind(client) for client in chosen}
+    if plan.rule.times < math.inf:
+        kinds = of_two(kinds)
+    middle = int(usual([fleet.rows[client] for client in chosen]))
+    asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__, middle)
+    with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, past) as replies:
+        coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
+        messages = {client: coded[kind] for client, kind in kinds.items()}
+        replies.gather(fleet.ask(r, chosen, messages, goal if len(chosen) > goal else 0))
+        _check_model(replies, run, hooks)
+        return _aggregated(method, replies, plan), replies
+
+
+def sample(
+    clients: Sequence[int], participation: float, seed: int, round: int, over: float = 1.0, busy: int = 0
+) -> Sequence[int]:
+    """Return the clients of a round: a share of those, without repeats, in order; keyed by seed and round.
+
+    At least one, unless there are none; `over` times as many as the share.  Of `busy` more, which cannot be asked now, the
+    share is taken as well, so that a round has as many replies as without them.
+    """
+    count = min(len(clients), math.ceil(share_of(len(clients) + busy, participation) * over - 1e-9))
+    order = keyed_order(derive(seed, "sample", round), 0, len(clients))
+    return sorted(clients[i] for i in order[:count].tolist())
+
+
+def of_two(kinds: Mapping[int, int]) -> dict[int, int]:
+    """Return the clients' kinds of work; a kind other than 0 that one alone has becomes 0: there nothing holds its reply."""
+    count = Counter(kinds.values())
+    return {client: kind if count[kind] > 1 else 0 for client, kind in kinds.items()}
+
+
+def share_of(clients: int, participation: float) -> int:
+    """Return how many replies a round needs of so many clients; at least one, unless there are none."""
+    return min(clients, max(1, round_half_up(clients * participation)))
+
+
+def round_half_up(x: float) -> int:
+    """Return the nearest integer, halves up."""
+    return int(x + 0.5)
+
+
+def _hint(method: Method, replies: Replies) -> str:
+    """Say what to do where all rounds fail: numbers that are not finite are of a learning rate that is too high."""
+    if replies.not_finite:
+        return f"{advice(method, 10)}; a run with other options is a new one"
+    return "-v shows the whole error; when the cause is gone, resume the run"
+
+
+def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) -> int:
+    """Count failed rounds in a row, `before` and this one; FleetError when they are too many.
+
+    A round fails when every client fails, or when more replies are not finite than are good.
+    """
+    all_failed = replies.failed >= replies.asked > 0 and not replies.accepted
+    if not all_failed and not replies.mostly_not_finite:
+        return before if not replies.accepted else 0
+    if before + 1 >= min(PATIENCE, plan.rounds):
+        what = "every client failed, " if not replies.accepted else "most replies are not finite, "
+        raise FleetError(
+            f"{what}{counted(before + 1, 'round')} in a row; the first of round {replies.round.number}: {replies.reason}",
+            hint=_hint(method, replies),
+        )
+    return before + 1
+
+
+def _aggregated(method: Method, replies: Replies, plan: RoundPlan) -> Any:
+    """Return the new state, or the old one where too few replies are good; ModelLostError when it is not finite."""
+    number, state = replies.round.number, replies.round.state
+    new = replies.aggregate()
+    if replies.mostly_not_finite or replies.accepted < plan.quorum:
+        log.warning(
+            "round %d: %d good replies (quorum %d), %d not finite; the model stays",
+            number, replies.accepted, plan.quorum, replies.not_finite,
+        )  # fmt: skip
+        return method.aggregate(state, iter(()))
+    if not finite(new):
+        raise ModelLostError(f"the replies of round {number} add up to no finite model", number - 1, state)
+    return new
+
+
+def finite(state: Any) -> bool:
+    """Tell whether every number of a method's state is finite."""
+    for value in state:
+        parts = value.values() if isinstance(value, Mapping) else [value]
+        for part in parts:
+            if isinstance(part, np.ndarray | float) and not np.isfinite(part).all():
+                return False
+    return True
+
+
+def _check_model(replies: Replies, run: RunDir, hooks: Hooks) -> None:
+    """Raise ModelLostError when most replies are not finite because of the model that was sent.
+
+    That it is the model, and not these clients, is seen on the validation rows: its loss is not finite, or higher than that
+    of the round before.  The round before is then the last good one: its model is kept and the newer checkpoint removed.
+    """
+    if not replies.mostly_not_finite:
+        return
+    number = replies.round.number
+    loss = hooks.evaluate(replies.round.state).get("loss", 0.0)
+    before = checkpoint.state_of(run, number - 2, replies.round.state)
+    if before is not None and not loss <= hooks.evaluate(before).get("loss", 0.0):
+        run.withdraw(number - 1)
+        raise ModelLostError(
+            f"{replies.not_finite} of {replies.asked} replies of round {number} are not finite, and round {number - 1} "
+            f"had made the model worse (validation loss {loss:.3f})",
+            number - 2, before,
+        )  # fmt: skip

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say where a run's local work is done: the contract, and the simulation of all clients in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from fleetune.common.display import counted
+from fleetune.errors import RecipeError
+from fleetune.evaluation.losses import pad_id
+from fleetune.runs.listener import Listener
+from fleetune.runs.rundir import RunDir
+from fleetune.tuning.prepare.prepare import TuneJob
+from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.rounds import rounds
+from fleetune.tuning.rounds.fleets import Fleet
+from fleetune.tuning.rounds.fleets.late import LateReplies
+from fleetune.tuning.rounds.fleets.local import Faults, LocalFleet
+from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.kinds import wanted
+
+Step = Callable[[int, int], None]  # called with a client and the number of its next local step
+
+
+class Fleets(Protocol):
+    """Where a run's local work is done."""
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the clients are made from the recipe's data."""
+        ...
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise UsageError for what a recipe wants and this fleet does not do; called before any work."""
+        ...
+
+    def about(self, job: TuneJob) -> str:
+        """Return the fleet in a few words, for the header."""
+        ...
+
+    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+        """Return the fleet; a real one has then enough devices."""
+        ...
+
+
+class Simulated:
+    """All clients in this process, in turn."""
+
+    simulated = True
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise RecipeError where late replies are to be used and none comes late."""
+        if recipe.late == "use" and not recipe.deadline and recipe.over_selection == 1:
+            raise RecipeError(
+                [
+                    "late = use does nothing: no simulated client comes late without a deadline or over_selection"
+                ],
+                hint="add --stragglers 0.3 --deadline 3, or --over-selection 1.3",
+            )
+
+    def about(self, job: TuneJob) -> str:
+        """Return where, and how many are asked."""
+        recipe, count = job.recipe, len(job.rows)
+        asked = len(rounds.sample(range(count), recipe.participation, recipe.seed, 1, recipe.over_selection))
+        return f"this machine · {job.model.device} · {counted(count, 'client')}, {asked} a round"
+
+    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+        """Return the fleet, with the faults that the recipe simulates."""
+        recipe = job.recipe
+        faults = Faults(recipe.drop, recipe.stragglers, recipe.deadline)
+        memories = Memories(run.path / "memories")
+        return LocalFleet(
+            job.model,
+            job.method,
+            job.rows,
+            recipe.seed,
+            pad_id(job.model),
+            faults,
+            step,
+            memories,
+            wanted(job.method, recipe.kinds),
+            LateReplies(run.path / "late") if recipe.late == "use" else None,
+        )
+
+
+SIMULATED: Final[Fleets] = Simulated()
