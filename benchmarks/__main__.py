@@ -42,9 +42,11 @@ def main() -> int:
         if options.quick:  # the targets are for the real size
             results[name].rows = [dataclasses.replace(row, target=None) for row in results[name].rows]
         about[name] = {
-            "seconds": time.perf_counter() - began, "load_before": load, "load_after": os.getloadavg(),
+            "seconds": time.perf_counter() - began,
+            "load_before": load,
+            "load_after": os.getloadavg(),
             "used_by_others": others.share(),
-        }  # fmt: skip
+        }
         print(f"{about[name]['seconds']:.0f} s", file=sys.stderr, flush=True)
     print("\n" + table([row for result in results.values() for row in result.rows]))
     print("\n" + _quiet(about))
@@ -96,9 +98,14 @@ def _write(
         for row in result.rows
     ]
     content = {
-        "format": 1, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "quick": quick, "machine": facts,
-        "runs": about, "rows": rows, "raw": {name: result.raw for name, result in results.items()},
-    }  # fmt: skip
+        "format": 1,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "quick": quick,
+        "machine": facts,
+        "runs": about,
+        "rows": rows,
+        "raw": {name: result.raw for name, result in results.items()},
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -130,9 +130,17 @@ def compare(
         return above / below if below else float("inf")
 
     return Row(
-        name, ours.median, baseline.median, "s", ratio(ours.median, baseline.median), sense, target,
-        ratio(ours.least, baseline.least), ratio(ours.cpu_median, baseline.cpu_median), note,
-    )  # fmt: skip
+        name,
+        ours.median,
+        baseline.median,
+        "s",
+        ratio(ours.median, baseline.median),
+        sense,
+        target,
+        ratio(ours.least, baseline.least),
+        ratio(ours.cpu_median, baseline.cpu_median),
+        note,
+    )
 
 
 @dataclass
@@ -174,8 +182,12 @@ def table(rows: Sequence[Row]) -> str:
             (r.name + mark, _amount(r.ours, r.unit), _amount(r.baseline, r.unit), *ratios, target, met)
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
-    text = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-            for line in lines]  # fmt: skip
+    text = [
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
     text.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join([*text, *(f"[{i}] {note}" for i, note in enumerate(notes, 1))])
 

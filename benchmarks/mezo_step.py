@@ -56,9 +56,16 @@ def look(model: Model) -> View:
 def step(model: Model, view: View, position: Position, batch: Batch) -> None:
     """One step as MeZO and FedKSeed take it, from `position`, which moves along."""
     descend(
-        model, view, position, [9], [batch], objectives.get("loss"),
-        eps=EPS, clip=0.0, to_units=lambda step, g: max(-1000, min(1000, round(-g * 256))),
-    )  # fmt: skip
+        model,
+        view,
+        position,
+        [9],
+        [batch],
+        objectives.get("loss"),
+        eps=EPS,
+        clip=0.0,
+        to_units=lambda step, g: max(-1000, min(1000, round(-g * 256))),
+    )
 
 
 def multiply(model: Model) -> None:

@@ -39,13 +39,21 @@ SCALES: Final = "fedpetuning, scales"  # of a base in a GGUF file: with --base m
 # A method's settings for one step.
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
-        "mezo": {"tau": 1}, "zosgd": {"tau": 1}, "fedkseed": {"tau": 1}, "onebyte": {"directions": 1},
+        "mezo": {"tau": 1},
+        "zosgd": {"tau": 1},
+        "fedkseed": {"tau": 1},
+        "onebyte": {"directions": 1},
         BACKWARD: {"backprop_steps": 1, "backprop": 1.0, "K": 1024},
-        "fwdllm": {"P": 1}, "fedit": {"steps": 1}, "fedpetuning": {"steps": 1},
-        PEPTAO: {"steps": 1, "lanczos": 2},  # a tenth of its products, one after another; the plan counts as many vectors
+        "fwdllm": {"P": 1},
+        "fedit": {"steps": 1},
+        "fedpetuning": {"steps": 1},
+        PEPTAO: {
+            "steps": 1,
+            "lanczos": 2,
+        },  # a tenth of its products, one after another; the plan counts as many vectors
         SCALES: {"steps": 1, "module": "scales"},
     }
-)  # fmt: skip
+)
 PARTS: Final = ("inference", KERNELS, TORCH, *SETTINGS, "full SGD", "full Adam")
 
 
@@ -66,8 +74,24 @@ def compare(
     planned[SCALES] = _row(model, work, planned["fedpetuning"], {"module": "scales"})
     turns: dict[str, list[dict[str, float]]] = {n: [] for n in names if n != SCALES or base == "mapped"}
     for name in list(turns) * repeats:
-        turns[name].append(child("plan_memory", model, "--one", name, "--batch", batch, "--length", length,
-                                 "--steps", steps, "--dtype", dtype, "--base", base))  # fmt: skip
+        turns[name].append(
+            child(
+                "plan_memory",
+                model,
+                "--one",
+                name,
+                "--batch",
+                batch,
+                "--length",
+                length,
+                "--steps",
+                steps,
+                "--dtype",
+                dtype,
+                "--base",
+                base,
+            )
+        )
     rows: dict[str, Any] = {}
     for name, seen in turns.items():
         measured, seconds, cpu, private = (
@@ -76,11 +100,16 @@ def compare(
         row = planned["inference" if name == KERNELS else "mezo" if name == TORCH else name]
         peak = int(row.peak + _kernels(name))
         rows[name] = {
-            "measured": measured, "predicted": peak, "ratio": round(peak / measured, 3), "parts": row.parts,
+            "measured": measured,
+            "predicted": peak,
+            "ratio": round(peak / measured, 3),
+            "parts": row.parts,
             "predicted_step_seconds": row.seconds and round(row.seconds / steps, 3),
-            "measured_step_seconds": round(seconds / steps, 3), "measured_step_cpu": round(cpu / steps, 3),
-            "peaks": [turn["peak"] for turn in seen], "private": private,
-        }  # fmt: skip
+            "measured_step_seconds": round(seconds / steps, 3),
+            "measured_step_cpu": round(cpu / steps, 3),
+            "peaks": [turn["peak"] for turn in seen],
+            "private": private,
+        }
     return {
         "model": model,
         "batch": batch,

@@ -37,9 +37,17 @@ def config(quick: bool) -> LlamaConfig:
         }
         depth = {"num_hidden_layers": 4, "vocab_size": 4096}
     return LlamaConfig(
-        **width, **depth, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.041666,
-        rms_norm_eps=1e-5, use_cache=False, bos_token_id=256, eos_token_id=257, pad_token_id=257,
-    )  # fmt: skip
+        **width,
+        **depth,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.041666,
+        rms_norm_eps=1e-5,
+        use_cache=False,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=257,
+    )
 
 
 def model(quick: bool, dtype: str = "fp32") -> Model:

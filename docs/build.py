@@ -217,8 +217,16 @@ def _event(event: type[events.Event], fields: Sequence[Field]) -> list[str]:
     return [*title, "| field | type | | meaning |", "|---|---|---|---|", *rows, ""]
 
 
-JSON_TYPES = {"int": "integer", "float": "number", "str": "text", "bool": "true or false", "Any": "anything", "None": "null",
-              "Value": "text, number, true or false", "MatrixSolved": "object (name, error, notes)"}  # fmt: skip
+JSON_TYPES = {
+    "int": "integer",
+    "float": "number",
+    "str": "text",
+    "bool": "true or false",
+    "Any": "anything",
+    "None": "null",
+    "Value": "text, number, true or false",
+    "MatrixSolved": "object (name, error, notes)",
+}
 
 
 def _json_type(annotation: ast.expr) -> str:

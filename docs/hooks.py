@@ -11,8 +11,12 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PAGES = {"CONTRIBUTING.md": "contributing.md", "benchmarks/README.md": "benchmarks.md"}
 # Generated pages are not committed: a committed page links to the source, and the site to the page that is made from it.
-MADE = {"src/fleetune/cli/commands": "commands.md", "src/fleetune/tuning/recipe/recipe.py": "recipe.md",
-        "src/fleetune/common/events/__init__.py": "events.md", "docs/faults.json": "faults.md"}  # fmt: skip
+MADE = {
+    "src/fleetune/cli/commands": "commands.md",
+    "src/fleetune/tuning/recipe/recipe.py": "recipe.md",
+    "src/fleetune/common/events/__init__.py": "events.md",
+    "docs/faults.json": "faults.md",
+}
 METHODS = {"src/fleetune/tuning/methods": "methods", "src/fleetune/compression/methods": "compress"}
 
 SHIM = "https://unpkg.com/iframe-worker/shim"  # what Material loads for the search of pages opened from disk

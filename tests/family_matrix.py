@@ -101,9 +101,19 @@ def tune(model: Path, column: Column, out: Path) -> TuneResult:
     words = ("no", "yes") if model.name in ENCODERS else ("up and down", "left and right")
     rows = [{"instruction": f"say {i}", "output": words[i % 2]} for i in range(ROWS)]
     return fleetune.tune(
-        model, rows, method=column.method, settings=column.settings, out=out, clients=2, rounds=1, samples=0,
-        max_length=64, device="cpu", threads=1, held_out=4,
-    )  # fmt: skip
+        model,
+        rows,
+        method=column.method,
+        settings=column.settings,
+        out=out,
+        clients=2,
+        rounds=1,
+        samples=0,
+        max_length=64,
+        device="cpu",
+        threads=1,
+        held_out=4,
+    )
 
 
 def check(result: TuneResult, model: Path, peer: str) -> None:

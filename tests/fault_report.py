@@ -106,5 +106,7 @@ def _machine() -> dict[str, str | int]:
     )
     versions = " ".join(f"{name} {version(name)}" for name in ("torch", "flwr"))
     return {
-        "cpu": cpu, "cores": os.cpu_count() or 0, "versions": f"python {platform.python_version()} {versions}",
-    }  # fmt: skip
+        "cpu": cpu,
+        "cores": os.cpu_count() or 0,
+        "versions": f"python {platform.python_version()} {versions}",
+    }

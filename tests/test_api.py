@@ -31,8 +31,14 @@ from fleetune.tuning.result import finished
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
 FEW: dict[str, Any] = {
-    "clients": 2, "rounds": 1, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu",
-}  # fmt: skip
+    "clients": 2,
+    "rounds": 1,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "threads": 1,
+    "device": "cpu",
+}
 SMALL = {"K": 16, "tau": 2, "lr": 1e-2, "batch_size": 2}
 
 
@@ -76,12 +82,46 @@ def tune(model: object = "tiny", data: Any = "rows.jsonl", **given: Any) -> flee
 
 def test_the_public_names_are_these() -> None:
     assert set(fleetune.__all__) == {
-        "CompressResult", "Compressed", "Conversation", "ExportResult", "Ledger", "Listener", "MeasureResult", "Model",
-        "Plain", "Plan", "Progress", "Recipe", "Run", "Session", "Silent", "SweepResult", "TuneResult", "__version__",
-        "chat", "compress", "compressors", "errors", "evaluate", "events", "export", "generate", "list_runs", "load_ledger",
-        "measure", "methods", "open", "plan", "resume_compression", "resume_run", "resume_sweep", "serve", "sweep",
-        "targets", "tune",
-    }  # fmt: skip
+        "CompressResult",
+        "Compressed",
+        "Conversation",
+        "ExportResult",
+        "Ledger",
+        "Listener",
+        "MeasureResult",
+        "Model",
+        "Plain",
+        "Plan",
+        "Progress",
+        "Recipe",
+        "Run",
+        "Session",
+        "Silent",
+        "SweepResult",
+        "TuneResult",
+        "__version__",
+        "chat",
+        "compress",
+        "compressors",
+        "errors",
+        "evaluate",
+        "events",
+        "export",
+        "generate",
+        "list_runs",
+        "load_ledger",
+        "measure",
+        "methods",
+        "open",
+        "plan",
+        "resume_compression",
+        "resume_run",
+        "resume_sweep",
+        "serve",
+        "sweep",
+        "targets",
+        "tune",
+    }
     assert all(getattr(fleetune, name) is not None for name in fleetune.__all__)
     with pytest.raises(AttributeError, match="no attribute 'tuna'"):
         fleetune.tuna  # noqa: B018
@@ -147,8 +187,14 @@ def test_a_run_gives_its_model_its_ledger_and_its_history(at: Path) -> None:
     log = Log()
     run = tune(rounds=2, listener=log)
     assert [type(e).__name__ for e in log.events if type(e).__name__ not in ("ClientReply", "Diverging")] == [
-        "TuneStart", "RoundEvaluated", "RoundDone", "RoundEvaluated", "RoundDone", "RoundEvaluated", "TuneDone",
-    ]  # fmt: skip
+        "TuneStart",
+        "RoundEvaluated",
+        "RoundDone",
+        "RoundEvaluated",
+        "RoundDone",
+        "RoundEvaluated",
+        "TuneDone",
+    ]
     assert run.done == log.events[-1]
     assert run.history["round"] == [0, 1, 2]
     assert run.history["loss"][0] == run.done.base["loss"]
@@ -190,8 +236,7 @@ def test_a_method_may_be_its_own_dataclass() -> None:
     typed = tune(method=fedkseed.Method(**SMALL), settings={})
     assert typed.digest == by_name.digest
     with pytest.raises(
-        errors.UsageError,
-        match=r"an object of list \(builtins\) is no method: its class does not inherit",
+        errors.UsageError, match=r"an object of list \(builtins\) is no method: its class does not inherit"
     ):
         tune(method=[])
     with pytest.raises(errors.UsageError, match="the method is a class"):
@@ -289,7 +334,7 @@ def test_an_objective_may_be_a_function() -> None:
         ("tiny", ["text"], "row 1 is a str, not a dict"),
         ("tiny", [{"response": {1, 2}}], "row 1 cannot be written as JSON"),
     ],
-)  # fmt: skip
+)
 def test_wrong_objects_are_clear_errors(model: object, data: Any, want: str, at: Path) -> None:
     with pytest.raises(errors.UsageError, match=want):
         tune(model, data)

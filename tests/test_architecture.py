@@ -140,21 +140,26 @@ def test_flower_is_imported_in_one_folder():
         for name, file in MODULES.items()
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         for module in (
-            [node.module or ""] if isinstance(node, ast.ImportFrom)
-            else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
         )
         if module.split(".")[0] in ("flwr", "fastapi", "uvicorn", "starlette")
-    }  # fmt: skip
+    }
     assert {name.rpartition(".")[0] for name in found} == {"fleetune.fleet.flower"}
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "from fleetune.b import x", "def f():\n    from fleetune import b", "import fleetune.b",
+        "from fleetune.b import x",
+        "def f():\n    from fleetune import b",
+        "import fleetune.b",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fleetune.b import X",
     ],
-)  # fmt: skip
+)
 def test_any_kind_of_import_is_seen(text: str):
     modules = {"fleetune.a": 0, "fleetune.b": 0}
     assert set(imported(text, modules)) == {"fleetune.b"} or "typing" in text

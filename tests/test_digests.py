@@ -32,8 +32,14 @@ from fleetune.seeds import ledger as ledgers
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
 FEW: dict[str, Any] = {
-    "clients": 2, "rounds": 1, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu",
-}  # fmt: skip
+    "clients": 2,
+    "rounds": 1,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "threads": 1,
+    "device": "cpu",
+}
 METHODS: dict[str, dict[str, Any]] = {
     "fedkseed": {"K": 16, "tau": 2, "lr": 1e-2, "batch_size": 2},
     "fedit": {"r": 2, "steps": 1, "batch_size": 2},

@@ -17,10 +17,7 @@ from fleetune.common import registry
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
-EXAMPLES = {
-    "fleetune.compressors": ("magnitude", "\nclass Solver"),
-    "fleetune.commands": ("count", "\nHELP"),
-}
+EXAMPLES = {"fleetune.compressors": ("magnitude", "\nclass Solver"), "fleetune.commands": ("count", "\nHELP")}
 
 
 @pytest.fixture

@@ -25,8 +25,11 @@ from fleetune.tuning import methods
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "deploy"))
-ELSEWHERE = {"CONTRIBUTING.md": "test_contributing.py", "docs/ledger.md": "test_docs_ledger.py",
-             "docs/export.md": "contract/test_target_contract.py"}  # fmt: skip
+ELSEWHERE = {
+    "CONTRIBUTING.md": "test_contributing.py",
+    "docs/ledger.md": "test_docs_ledger.py",
+    "docs/export.md": "contract/test_target_contract.py",
+}
 
 
 def blocks(page: str) -> list[str]:

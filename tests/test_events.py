@@ -24,20 +24,56 @@ VALIDATORS = {
 }
 NAMES = [cls.__name__ for cls in events.classes()]
 FEW = [
-    "--clients", "2", "--rounds", "1", "--limit", "40", "--held-out", "8", "--max-length", "256", "--samples", "0",
-    "--threads", "1", "--device", "cpu",
-]  # fmt: skip
+    "--clients",
+    "2",
+    "--rounds",
+    "1",
+    "--limit",
+    "40",
+    "--held-out",
+    "8",
+    "--max-length",
+    "256",
+    "--samples",
+    "0",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
 ZEROTH = ["--method", "fedkseed", "--set", "K=16", "--set", "tau=2", "--set", "batch_size=1"]
 GROUP = ["--set", "group=8"]
 WINDOWS = ["--windows", "2", "--length", "16"]
 GKD = [
-    "--method", "gkd", "--set", "teacher=same", "--set", "keep_layers=2", "--set", "steps=2", "--set", "batch_size=1",
-    "--set", "max_new_tokens=4", "--set", "lmbda=0",
-]  # fmt: skip
+    "--method",
+    "gkd",
+    "--set",
+    "teacher=same",
+    "--set",
+    "keep_layers=2",
+    "--set",
+    "steps=2",
+    "--set",
+    "batch_size=1",
+    "--set",
+    "max_new_tokens=4",
+    "--set",
+    "lmbda=0",
+]
 PRUNE = [
-    "--method", "llm-pruner", "--set", "ratio=0.3", "--set", "recover=none", "--set", "mode=depth", "--set", "first=0",
-    "--set", "last=0",
-]  # fmt: skip
+    "--method",
+    "llm-pruner",
+    "--set",
+    "ratio=0.3",
+    "--set",
+    "recover=none",
+    "--set",
+    "mode=depth",
+    "--set",
+    "first=0",
+    "--set",
+    "last=0",
+]
 
 # In order; numbers are those of the runs that the commands before have made.
 TOUR = {
@@ -50,7 +86,13 @@ TOUR = {
     "recipes": {"RecipeListed"},
     "recipes copy mezo": {"RecipeListed"},
     f"tune tiny demo {' '.join(ZEROTH + FEW)} --dry-run": {"TuneChecked"},
-    f"tune tiny demo {' '.join(ZEROTH + FEW)}": {"TuneStart", "ClientReply", "RoundDone", "RoundEvaluated", "TuneDone"},
+    f"tune tiny demo {' '.join(ZEROTH + FEW)}": {
+        "TuneStart",
+        "ClientReply",
+        "RoundDone",
+        "RoundEvaluated",
+        "TuneDone",
+    },
     f"tune tiny demo --method fedit --set r=2 {' '.join(FEW)} --partition dirichlet:1:category": {"TuneDone"},
     "tune --resume 1": {"TuneDone"},
     "tune tiny nowhere.jsonl": {"Failed"},
@@ -76,15 +118,28 @@ TOUR = {
     "export 4 --to hf --text text.txt": {"ExportDone", "ExportChecked"},
     "export 2 --to peft": {"ExportDone"},
     "measure 4 --text text.txt --length 16 --windows 1 --limit 2 --prompt-tokens 4 --new-tokens 2 --repeats 1": {
-        "Measured", "MeasureDone",
+        "Measured",
+        "MeasureDone",
     },
     "runs": {"RunListed", "SweepListed", "CompressionListed"},
     "runs show 1 4": {"RunListed", "CompressionListed"},
     "runs rm 6 7": {"RunRemoved"},
-}  # fmt: skip
+}
 ELSEWHERE = {  # these need an engine, a tokenizer with merges, the network, devices, Ctrl-C or a run that diverges: their tests check the lines
-    "Answered", "BudgetMeasured", "BudgetSpent", "DeviceEvaluated", "Diverging", "ExportPushed", "FleetEvaluated", "FleetShown", "ModelPulled", "PatchApplied", "PatchMade", "Serving", "Stopped",
-}  # fmt: skip
+    "Answered",
+    "BudgetMeasured",
+    "BudgetSpent",
+    "DeviceEvaluated",
+    "Diverging",
+    "ExportPushed",
+    "FleetEvaluated",
+    "FleetShown",
+    "ModelPulled",
+    "PatchApplied",
+    "PatchMade",
+    "Serving",
+    "Stopped",
+}
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,16 @@ def test_a_model_and_a_ledger_are_one_short_line(tmp_path: Path) -> None:
     assert "\n" not in text
     assert model.digest[:8] in text
     run = fleetune.tune(
-        model, [{"instruction": f"Say {n}", "response": f"It is {n}."} for n in range(12)], method="mezo",
-        settings={"tau": 1, "K": 16}, rounds=1, samples=0, held_out=2, max_length=32, out=tmp_path,
-    )  # fmt: skip
+        model,
+        [{"instruction": f"Say {n}", "response": f"It is {n}."} for n in range(12)],
+        method="mezo",
+        settings={"tau": 1, "K": 16},
+        rounds=1,
+        samples=0,
+        held_out=2,
+        max_length=32,
+        out=tmp_path,
+    )
     ledger = run.ledger()
     assert isinstance(ledger, Ledger)
     assert len(repr(ledger)) < 200
@@ -71,8 +78,11 @@ def test_a_checker_knows_the_names_and_their_types(tmp_path: Path) -> None:
     config = Path(__file__).parent.parent / "pyproject.toml"
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "use.py", "--config-file", config],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "MYPYPATH": str(config.parent / "src")},
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MYPYPATH": str(config.parent / "src")},
+    )
     told = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("use.py")]
     assert any('has no attribute "nothing"' in line for line in told), done.stdout
     assert any('"nosuch"' in line for line in told)

@@ -20,9 +20,15 @@ from fleetune.runs import progress
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
 FEW: dict[str, Any] = {
-    "clients": 2, "rounds": 1, "held_out": 2, "samples": 0, "threads": 1, "device": "cpu", "method": "mezo",
+    "clients": 2,
+    "rounds": 1,
+    "held_out": 2,
+    "samples": 0,
+    "threads": 1,
+    "device": "cpu",
+    "method": "mezo",
     "max_length": 32,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

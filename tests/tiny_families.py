@@ -20,9 +20,12 @@ from fleetune.models.loading.tiny import tiny_pair_tokenizer
 VOCAB: Final = 264
 _TOKENS: Final = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
 _PLAIN: Final = {
-    "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 32,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "max_position_embeddings": 256,
-}  # fmt: skip
+}
 _GROUPED: Final = _PLAIN | {"num_key_value_heads": 2}
 _OLD: Final = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _GEMMA: Final = _GROUPED | {"head_dim": 8}
@@ -76,11 +79,19 @@ DECODERS: Final[dict[str, dict[str, Any]]] = {
     "nemotron": _GROUPED | {"head_dim": 8},
     "gpt_oss": _GROUPED
     | {
-        "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 8, "intermediate_size": 64},
-}  # fmt: skip
+    "mamba": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+        "time_step_rank": 8,
+        "intermediate_size": 64,
+    },
+}
 _ENCODER: Final = _PLAIN | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ENCODERS: Final[dict[str, dict[str, Any]]] = {
     "bert": _ENCODER,
@@ -88,16 +99,26 @@ ENCODERS: Final[dict[str, dict[str, Any]]] = {
     "modernbert": _PLAIN | {"local_attention": 16, "cls_token_id": 256, "sep_token_id": 257},
     "deberta-v2": _ENCODER
     | {
-        "relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0,
-        "share_att_key": True, "norm_rel_ebd": "layer_norm",
+        "relative_attention": True,
+        "position_buckets": 16,
+        "pos_att_type": ["p2c", "c2p"],
+        "type_vocab_size": 0,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
     },
     "roberta": _ENCODER | {"max_position_embeddings": 520, "type_vocab_size": 1},
     "distilbert": {
-        "dim": 32, "hidden_dim": 72, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 256,
-        "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0,
+        "dim": 32,
+        "hidden_dim": 72,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 256,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "seq_classif_dropout": 0.0,
     },
     "electra": _ENCODER | {"embedding_size": 16},
-}  # fmt: skip
+}
 LABELS: Final = ("no", "yes")
 
 

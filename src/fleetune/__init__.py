@@ -60,8 +60,24 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "fleetune.api": (
-        "chat", "compress", "compressors", "evaluate", "export", "generate", "list_runs", "measure", "methods", "open",
-        "plan", "resume_compression", "resume_run", "resume_sweep", "serve", "sweep", "targets", "tune",
+        "chat",
+        "compress",
+        "compressors",
+        "evaluate",
+        "export",
+        "generate",
+        "list_runs",
+        "measure",
+        "methods",
+        "open",
+        "plan",
+        "resume_compression",
+        "resume_run",
+        "resume_sweep",
+        "serve",
+        "sweep",
+        "targets",
+        "tune",
     ),
     "fleetune.compression.jobs.job": ("CompressResult",),
     "fleetune.deploy.export_subject": ("ExportResult",),
@@ -77,7 +93,7 @@ _PLACES = {
     "fleetune.tuning.recipe.recipe": ("Recipe",),
     "fleetune.tuning.result.result": ("TuneResult",),
     "fleetune.tuning.sweep.sweep": ("SweepResult",),
-}  # fmt: skip
+}
 _PUBLIC = {name: f"{module}:{name}" for module, names in _PLACES.items() for name in names} | {
     "errors": "fleetune.errors:",
     "events": "fleetune.common.events:",
@@ -85,11 +101,46 @@ _PUBLIC = {name: f"{module}:{name}" for module, names in _PLACES.items() for nam
 }
 
 __all__ = [
-    "CompressResult", "Compressed", "Conversation", "ExportResult", "Ledger", "Listener", "MeasureResult", "Model", "Plain",
-    "Plan", "Progress", "Recipe", "Run", "Session", "Silent", "SweepResult", "TuneResult", "__version__", "chat", "compress",
-    "compressors", "errors", "evaluate", "events", "export", "generate", "list_runs", "load_ledger", "measure", "methods",
-    "open", "plan", "resume_compression", "resume_run", "resume_sweep", "serve", "sweep", "targets", "tune",
-]  # fmt: skip
+    "CompressResult",
+    "Compressed",
+    "Conversation",
+    "ExportResult",
+    "Ledger",
+    "Listener",
+    "MeasureResult",
+    "Model",
+    "Plain",
+    "Plan",
+    "Progress",
+    "Recipe",
+    "Run",
+    "Session",
+    "Silent",
+    "SweepResult",
+    "TuneResult",
+    "__version__",
+    "chat",
+    "compress",
+    "compressors",
+    "errors",
+    "evaluate",
+    "events",
+    "export",
+    "generate",
+    "list_runs",
+    "load_ledger",
+    "measure",
+    "methods",
+    "open",
+    "plan",
+    "resume_compression",
+    "resume_run",
+    "resume_sweep",
+    "serve",
+    "sweep",
+    "targets",
+    "tune",
+]
 
 
 if not TYPE_CHECKING:  # or a checker would take every name for one that there is

@@ -285,8 +285,14 @@ def test_a_run_of_another_module_has_no_patch(one: Path, tmp_path: Path) -> None
 def tuned(file: Path, out: Path, method: str = "fedpetuning", **settings: float) -> Path:
     """The folder of a run of one step on the scales of a file."""
     return api.tune(
-        str(file), ROWS, method=method, train="scales", settings={"lr": 1e-2, **settings}, out=out, **{**FEW, "rounds": 1}
-    ).folder  # fmt: skip
+        str(file),
+        ROWS,
+        method=method,
+        train="scales",
+        settings={"lr": 1e-2, **settings},
+        out=out,
+        **{**FEW, "rounds": 1},
+    ).folder
 
 
 def test_an_export_that_has_no_place_for_scales_names_one_that_has(

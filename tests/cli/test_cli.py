@@ -582,11 +582,21 @@ def test_a_read_only_folder_is_said_before_any_work(tiny, at, capsys, monkeypatc
 ODD = "m\x1b]0;title\x07\x1b[31m\nerror: all is lost\u2028"
 
 
-@pytest.mark.parametrize("words", [
-    ["patch", "apply", "{odd}.gguf", "{odd}"], ["eval", "{odd}"], ["ledger", "show", "{odd}"],
-    ["tune", "{odd}.gguf", "demo"], ["runs", "show", "{odd}"], ["export", "{odd}"], ["chat", "{odd}", "--prompt", "why?"],
-    ["compress", "{odd}", "--method", "rtn"], ["tune", "-c", "{odd}.toml"], ["eval", "0009-mezo-m", "--out", "{odd}"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["patch", "apply", "{odd}.gguf", "{odd}"],
+        ["eval", "{odd}"],
+        ["ledger", "show", "{odd}"],
+        ["tune", "{odd}.gguf", "demo"],
+        ["runs", "show", "{odd}"],
+        ["export", "{odd}"],
+        ["chat", "{odd}", "--prompt", "why?"],
+        ["compress", "{odd}", "--method", "rtn"],
+        ["tune", "-c", "{odd}.toml"],
+        ["eval", "0009-mezo-m", "--out", "{odd}"],
+    ],
+)
 def test_the_name_of_a_file_drives_no_terminal(words, at, capsys):
     Path(f"{ODD}.gguf").write_bytes(b"none")
     code, out, err = call(capsys, *(word.format(odd=ODD) for word in words))

@@ -28,9 +28,20 @@ from fleetune.errors import RecipeError, UsageError
 
 COMMANDS = sorted(cli.COMMANDS.members())
 LIGHT = [  # these load neither torch nor transformers
-    "", "--help", "--version", "methods", "models", "plan --help", "tune --help", "runs",
-    "serve --help", "tune tiny nofile.jsonl", "tune tiny rows.jsonl --lr 1e-4", "compress tiny --bits 4", "tun",
-]  # fmt: skip
+    "",
+    "--help",
+    "--version",
+    "methods",
+    "models",
+    "plan --help",
+    "tune --help",
+    "runs",
+    "serve --help",
+    "tune tiny nofile.jsonl",
+    "tune tiny rows.jsonl --lr 1e-4",
+    "compress tiny --bits 4",
+    "tun",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +78,16 @@ TOLD = {  # command line: (exit code, words on stdout or stderr)
     "runs --forc": (2, "unknown argument '--forc'. Did you mean '--force'?\n  try: fleetune runs --help\n"),
     "tune m rows.jsonl --zzz --yyy": (2, "unknown argument '--zzz'.\n  unknown argument '--yyy'."),
     "eval m --limit 1,000": (2, "--limit: invalid int value: '1,000'"),
-    "tune m rows.jsonl --dtype bfloat16": (2, "--dtype bfloat16 is none of fp32, bf16, fp16. Did you mean 'bf16'?"),
+    "tune m rows.jsonl --dtype bfloat16": (
+        2,
+        "--dtype bfloat16 is none of fp32, bf16, fp16. Did you mean 'bf16'?",
+    ),
     "tune m rows.jsonl --rounds 0": (2, "error: rounds = 0: must be at least 1\n"),
     "tune m rows.jsonl --rounds many": (2, "rounds = 'many': is not an integer\n"),
-    "tune m rows.jsonl --set lr=abc --set K=100 --rounds 0": (2, "rounds = 0: must be at least 1\n  fedkseed: lr = 'abc'"),
+    "tune m rows.jsonl --set lr=abc --set K=100 --rounds 0": (
+        2,
+        "rounds = 0: must be at least 1\n  fedkseed: lr = 'abc'",
+    ),
     "tune m rows.jsonl --set lr=abc --set K=100 --seed -1": (2, "try K=64 or K=128"),
     "tune m rows.jsonl --partition dirichlet:0.5": (2, "it is written dirichlet:ALPHA:COLUMN"),
     "tune m nofile.jsonl": (2, "no file nofile.jsonl"),
@@ -84,7 +101,7 @@ TOLD = {  # command line: (exit code, words on stdout or stderr)
     "models list x": (2, "fleetune models pull x"),
     "eval 0009-mezo-m": (2, "no run '0009-mezo-m' in runs"),
     "eval latest --out 'my runs'": (2, "runs there are: fleetune runs --out 'my runs'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("line", TOLD)
@@ -141,8 +158,10 @@ def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(started: list[str], 
     there = os.pathsep.join([str(at), str(Path(fleetune.__file__).parents[1])])
     done = subprocess.run(
         [sys.executable, *started, "methods"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": there},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": there},
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 

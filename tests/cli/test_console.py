@@ -92,12 +92,24 @@ def everything(ui: Ui) -> None:
 @pytest.mark.parametrize(
     ("count", "text"),
     [
-        (0, "0 B"), (260, "260 B"), (999, "999 B"), (999.6, "1.0 kB"), (1200, "1.2 kB"), (16_400, "16.4 kB"),
-        (99_960, "100 kB"), (999_499, "999 kB"), (999_500, "1.0 MB"), (2_800_000, "2.8 MB"),
-        (1.19e9, "1.19 GB"), (24e9, "24.0 GB"), (3e15, "3.00 PB"), (5e18, "5000 PB"), (None, "-"),
+        (0, "0 B"),
+        (260, "260 B"),
+        (999, "999 B"),
+        (999.6, "1.0 kB"),
+        (1200, "1.2 kB"),
+        (16_400, "16.4 kB"),
+        (99_960, "100 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.0 MB"),
+        (2_800_000, "2.8 MB"),
+        (1.19e9, "1.19 GB"),
+        (24e9, "24.0 GB"),
+        (3e15, "3.00 PB"),
+        (5e18, "5000 PB"),
+        (None, "-"),
         (float("nan"), "-"),
     ],
-)  # fmt: skip
+)
 def test_bytes_for_people(count: float | None, text: str) -> None:
     assert human_bytes(count) == text
 
@@ -105,19 +117,37 @@ def test_bytes_for_people(count: float | None, text: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0.04, "0.0 s"), (3.2, "3.2 s"), (9.96, "10 s"), (42.4, "42 s"), (59.6, "1m00s"), (124, "2m04s"),
-        (3599.6, "1h00m"), (4020, "1h07m"), (86_399, "1d00h"), (183_600, "2d03h"), (None, "-"),
+        (0.04, "0.0 s"),
+        (3.2, "3.2 s"),
+        (9.96, "10 s"),
+        (42.4, "42 s"),
+        (59.6, "1m00s"),
+        (124, "2m04s"),
+        (3599.6, "1h00m"),
+        (4020, "1h07m"),
+        (86_399, "1d00h"),
+        (183_600, "2d03h"),
+        (None, "-"),
     ],
-)  # fmt: skip
+)
 def test_time_for_people(seconds: float | None, text: str) -> None:
     assert human_time(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(7, "7"), (4096, "4,096"), (99_999, "99,999"), (150_000, "150 k"), (134_515_008, "135 M"),
-     (1.235e9, "1.24 B"), (999_600, "1.00 M"), (4e15, "4000 T"), (None, "-")],
-)  # fmt: skip
+    [
+        (7, "7"),
+        (4096, "4,096"),
+        (99_999, "99,999"),
+        (150_000, "150 k"),
+        (134_515_008, "135 M"),
+        (1.235e9, "1.24 B"),
+        (999_600, "1.00 M"),
+        (4e15, "4000 T"),
+        (None, "-"),
+    ],
+)
 def test_counts_for_people(count: float | None, text: str) -> None:
     assert human_count(count) == text
 
@@ -257,16 +287,26 @@ def test_json_mode_puts_events_and_nothing_else_on_stdout() -> None:
     assert [e["event"] for e in events] == ["removed", "error"]
     assert all(e["v"] == 1 and next(iter(e)) == "v" for e in events)
     assert events[1] == {
-        "v": 1, "event": "error", "type": "UsageError", "message": "no method named 'fedkseeed'",
-        "hint": "fleetune methods", "exit_code": 2,
-    }  # fmt: skip
+        "v": 1,
+        "event": "error",
+        "type": "UsageError",
+        "message": "no method named 'fedkseeed'",
+        "hint": "fleetune methods",
+        "exit_code": 2,
+    }
     assert "report.html" in err.getvalue()
     assert "fedkseed" in err.getvalue()
 
 
 def test_json_is_strict_whatever_the_numbers_are() -> None:
-    event = {"event": "x", "a": float("nan"), "b": np.float32(0.5), "c": np.int64(7),
-             "d": [float("inf"), "\n\ud800"], "e": {"f": True, "g": None, 3: (1, 2)}}  # fmt: skip
+    event = {
+        "event": "x",
+        "a": float("nan"),
+        "b": np.float32(0.5),
+        "c": np.int64(7),
+        "d": [float("inf"), "\n\ud800"],
+        "e": {"f": True, "g": None, 3: (1, 2)},
+    }
     line = line_of(event)
     assert "\n" not in line
     back = json.loads(line, parse_constant=lambda name: pytest.fail(name))
@@ -524,9 +564,11 @@ def test_a_round_that_asked_nobody_has_its_line() -> None:
     """As where all devices are still at work for an earlier round."""
     out, err = io.StringIO(), io.StringIO()
     with screen(Ui(0, False, out, err)) as shown:
-        shown.event(RoundDone(
-            round=1, clients=0, accepted=2, bytes_up=90, bytes_down=0, bytes_total=90, seconds=1.5, rss=0,
-        ))  # fmt: skip
+        shown.event(
+            RoundDone(
+                round=1, clients=0, accepted=2, bytes_up=90, bytes_down=0, bytes_total=90, seconds=1.5, rss=0
+            )
+        )
         shown.event(RoundEvaluated(round=1, loss=2.5))
     assert "round 1" in out.getvalue() + err.getvalue()
 

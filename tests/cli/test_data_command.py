@@ -25,9 +25,25 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished
 
 RUN = (
-    "--method", "fedit", "--set", "r=2", "--set", "steps=1", "--clients", "2", "--rounds", "1", "--held-out", "4",
-    "--samples", "1", "--answer-tokens", "2", "--device", "cpu",
-)  # fmt: skip
+    "--method",
+    "fedit",
+    "--set",
+    "r=2",
+    "--set",
+    "steps=1",
+    "--clients",
+    "2",
+    "--rounds",
+    "1",
+    "--held-out",
+    "4",
+    "--samples",
+    "1",
+    "--answer-tokens",
+    "2",
+    "--device",
+    "cpu",
+)
 Capture = pytest.CaptureFixture[str]
 
 
@@ -72,8 +88,12 @@ def test_a_check_says_what_tune_would_do(at: Path, capsys: Capture) -> None:
     rows, _ = encode_all(examples, models.load("tiny").tokenizer, 10**6)
     lengths = sorted(len(row.ids) for row in rows)
     assert found["lengths"] == {
-        "unit": "tokens", "p50": lengths[11], "p95": lengths[22], "longest": lengths[-1], "total": sum(lengths),
-    }  # fmt: skip
+        "unit": "tokens",
+        "p50": lengths[11],
+        "p95": lengths[22],
+        "longest": lengths[-1],
+        "total": sum(lengths),
+    }
     assert found["cut"] == sum(length > 64 for length in lengths)
     assert (found["rows"], found["training"], found["held_out"]) == (24, 20, 4)
     assert found["partition"] == "column:client"
@@ -140,8 +160,7 @@ def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
         [{"text": f"it was {i} fine days by the sea", "label": i % 2} for i in range(20)],
     )
     write(
-        at / "held.jsonl",
-        [{"text": "it was 3 fine days by the sea", "label": 1}, {"text": "no", "label": 0}],
+        at / "held.jsonl", [{"text": "it was 3 fine days by the sea", "label": 1}, {"text": "no", "label": 0}]
     )
     found = checked(capsys, "labelled.jsonl", "--eval-data", "held.jsonl")
     assert found["labels"] == {"0": 11, "1": 11}
@@ -210,11 +229,23 @@ def test_a_dry_run_tells_what_is_cut(at: Path, capsys: Capture) -> None:
         (("tiny", "C:\\data\\rows.jsonl"), "as Windows writes paths", "/mnt/c/data/rows.jsonl"),
         (("C:\\models\\x", "demo"), "there is no file or directory", "check the path"),
         (("tiny", "demo", "--clients", "5000"), "cannot give 5,000 clients", "--clients "),
-        (("tiny", "demo", "--partition", "dirichlet:0.5"), "dirichlet:ALPHA:COLUMN, such as dirichlet:0.5:category", "iid"),
-        (("tiny", "own.jsonl"), 'row: {"ask": "what of 0", "say": "word ", "shop": "b"}', "--columns prompt=ask,response="),
-        (("tiny", "own.jsonl", "--columns", "promt=ask"), "Did you mean 'prompt'?", "--columns prompt=question"),
+        (
+            ("tiny", "demo", "--partition", "dirichlet:0.5"),
+            "dirichlet:ALPHA:COLUMN, such as dirichlet:0.5:category",
+            "iid",
+        ),
+        (
+            ("tiny", "own.jsonl"),
+            'row: {"ask": "what of 0", "say": "word ", "shop": "b"}',
+            "--columns prompt=ask,response=",
+        ),
+        (
+            ("tiny", "own.jsonl", "--columns", "promt=ask"),
+            "Did you mean 'prompt'?",
+            "--columns prompt=question",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_answered_with_what_was_meant(
     at: Path, capsys: Capture, words: tuple[str, ...], says: str, hint: str
 ) -> None:
@@ -425,11 +456,18 @@ def test_a_check_knows_an_encoders_positions(kind: str, at: Path, capsys: Captur
     write(at / "labelled.jsonl", rows)
     found = checked(capsys, "labelled.jsonl", "--model", kind, "--max-length", "9999", "--held-out", "4")
     job = prepare.prepare(
-        recipes.make({
-            "model": str(at / kind), "data": "labelled.jsonl", "method": "fedpetuning", "max_length": 9999, "held_out": 4,
-            "clients": 2, "set": {"lr": 1e-3, "module": "bitfit"},
-        })
-    )  # fmt: skip
+        recipes.make(
+            {
+                "model": str(at / kind),
+                "data": "labelled.jsonl",
+                "method": "fedpetuning",
+                "max_length": 9999,
+                "held_out": 4,
+                "clients": 2,
+                "set": {"lr": 1e-3, "module": "bitfit"},
+            }
+        )
+    )
     assert found["cut"] == job.cut.longer > 0
 
 
@@ -466,8 +504,11 @@ def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys
     write(at / "more.jsonl", [{"ask": "what of 1", "say": "word word"}])
     write(at / "third.jsonl", [{"q": "what of 1", "a": "word word"}])
     found = []
-    for words in (["latest", "more.jsonl"], ["latest", "named.jsonl"],
-                  ["latest", "third.jsonl", "--columns", "prompt=q,response=a"]):  # fmt: skip
+    for words in (
+        ["latest", "more.jsonl"],
+        ["latest", "named.jsonl"],
+        ["latest", "third.jsonl", "--columns", "prompt=q,response=a"],
+    ):
         capsys.readouterr()
         assert main(["eval", *words, "--tasks", "loss", "--device", "cpu", "--json"]) == 0, (
             capsys.readouterr().err

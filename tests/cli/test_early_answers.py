@@ -66,7 +66,7 @@ REFUSED = {
     "measure rows --kept-gain": "--kept-gain is of a compressed run's folder",
     "measure 1 2 --kept-gain": "--kept-gain is of one compressed run",
     "measure 2 --kept-gain": f"{SMALL} is not finished",
-}  # fmt: skip
+}
 
 
 def test_what_cannot_work_is_refused_without_torch(at: Path) -> None:
@@ -151,13 +151,11 @@ def test_rows_with_a_field_text_are_a_text(at: Path) -> None:
 
 AS_TEXT = {
     "compress tiny --text rows.jsonl": "--data rows.jsonl",
-    "compress tiny --eval-text rows.jsonl":
-        "leave it out, and measure on rows once it is compressed: fleetune eval latest rows.jsonl",
-    "compress tiny --method gkd --data rows.jsonl --eval-text rows.jsonl":
-        "leave it out, and measure on rows once it is compressed: fleetune eval latest rows.jsonl",
+    "compress tiny --eval-text rows.jsonl": "leave it out, and measure on rows once it is compressed: fleetune eval latest rows.jsonl",
+    "compress tiny --method gkd --data rows.jsonl --eval-text rows.jsonl": "leave it out, and measure on rows once it is compressed: fleetune eval latest rows.jsonl",
     "eval tiny --text rows.jsonl": "fleetune eval tiny rows.jsonl",
     "measure tiny --text rows.jsonl": "--data rows.jsonl",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("line", AS_TEXT)

@@ -125,9 +125,13 @@ def completed(line: str, at: Path) -> list[str]:
     """What a Tab after `line` offers, from the process that the shell would start."""
     found = at / "found"
     set_by_the_shell = {
-        "_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(found), "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line,
-        "COMP_POINT": str(len(line)), "COMP_TYPE": "9",
-    }  # fmt: skip
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(found),
+        "_ARGCOMPLETE_IFS": "\n",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "COMP_TYPE": "9",
+    }
     script = "import sys; from fleetune.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     subprocess.run(
         [sys.executable, "-c", script], env={**os.environ, **set_by_the_shell}, check=True, timeout=60
@@ -160,9 +164,10 @@ def made(number: int, status: str, **options: object) -> Path:
     )
     (folder / "status").write_text(status)
     events = [
-        {"event": "eval", "round": 0, "loss": 4.4117742507}, {"event": "round", "round": 1, "bytes_up": 4484562,
-         "bytes_down": 0, "seconds": 61.0}, {"event": "eval", "round": 1, "loss": 4.0},
-    ]  # fmt: skip
+        {"event": "eval", "round": 0, "loss": 4.4117742507},
+        {"event": "round", "round": 1, "bytes_up": 4484562, "bytes_down": 0, "seconds": 61.0},
+        {"event": "eval", "round": 1, "loss": 4.0},
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"v": 1, **e}) + "\n" for e in events))
     return folder
 

@@ -25,8 +25,15 @@ from fleetune.models.cache import adapter_folder
 from fleetune.models.loading import hf_folder
 
 FEW: dict[str, Any] = {
-    "clients": 2, "rounds": 1, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu", "limit": 16,
-}  # fmt: skip
+    "clients": 2,
+    "rounds": 1,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "threads": 1,
+    "device": "cpu",
+    "limit": 16,
+}
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,10 @@ def test_names_that_are_no_paths_stay(elsewhere: Path) -> None:
     assert start is not None
     assert start_folder.find("rows.jsonl", start) == "../project/rows.jsonl"
     assert [start_folder.find(n, start) for n in ("", "owner/name", "/tmp", "x" * 5000)] == [
-        "", "owner/name", "/tmp", "x" * 5000,
-    ]  # fmt: skip
+        "",
+        "owner/name",
+        "/tmp",
+        "x" * 5000,
+    ]
     assert start_folder.of(Path("a"), {start_folder.KEY: ".."}) is None  # this folder
     assert start_folder.of(Path("a"), {}) is None

@@ -27,8 +27,15 @@ from fleetune.runs.listener import Silent
 from fleetune.tuning.recipe import recipe as recipes
 
 FEW: dict[str, Any] = {
-    "clients": 2, "rounds": 2, "held_out": 4, "eval_rows": 4, "samples": 0, "client_rows": 0, "threads": 1, "device": "cpu",
-}  # fmt: skip
+    "clients": 2,
+    "rounds": 2,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "client_rows": 0,
+    "threads": 1,
+    "device": "cpu",
+}
 CODES, FILE = "runs/0001-rtn-tiny", "runs/0001-rtn-tiny/0001-rtn-tiny.gguf"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo": ("mezo", {"tau": 4, "lr": 0.05}),
@@ -214,7 +221,9 @@ def test_a_run_of_scales_as_model_is_written_out_as_its_file(way: str, at: Path)
 def test_the_folder_that_a_command_runs_in_means_it_too(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder, name in ((CODES, "."), (f"{CODES}/model", "..")):
         monkeypatch.chdir(at / folder)
-        notes = said("tune", name, str(at / "rows.jsonl"), *flags("mezo"), "--rounds=1", "--out", str(at / "new"))  # fmt: skip
+        notes = said(
+            "tune", name, str(at / "rows.jsonl"), *flags("mezo"), "--rounds=1", "--out", str(at / "new")
+        )
         assert f"{Path(name, '0001-rtn-tiny.gguf')}, " in notes
     assert (at / FILE).is_file()
 
@@ -228,9 +237,16 @@ def test_a_compression_of_a_models_name_is_no_misspelling_of_it(at: Path) -> Non
 
 def test_python_takes_names_results_subjects_and_recipes(at: Path) -> None:
     codes = fleetune.open(CODES)
-    recipe = recipes.make({
-        "model": CODES, "data": "rows.jsonl", "method": "mezo", "train": "scales", "set": WAYS["mezo"][1], **FEW
-    })  # fmt: skip
+    recipe = recipes.make(
+        {
+            "model": CODES,
+            "data": "rows.jsonl",
+            "method": "mezo",
+            "train": "scales",
+            "set": WAYS["mezo"][1],
+            **FEW,
+        }
+    )
     runs = [tuned(given) for given in (CODES, Path(CODES), codes)]
     runs.append(fleetune.tune(recipe))
     assert len({run.done.digest for run in runs}) == 1
@@ -312,9 +328,14 @@ def test_what_a_run_was_tuned_from_stays_unless_it_is_forced(
 
 def test_a_run_of_a_sweep_needs_its_base_too(at: Path) -> None:
     done = fleetune.sweep(
-        CODES, "rows.jsonl", method="mezo", settings={"tau": 2}, vary={"lr": [0.05]}, train="scales",
+        CODES,
+        "rows.jsonl",
+        method="mezo",
+        settings={"tau": 2},
+        vary={"lr": [0.05]},
+        train="scales",
         **{**FEW, "rounds": 1},
-    )  # fmt: skip
+    )
     (run,) = (file.parent.name for file in done.folder.glob("*/run.toml"))
     assert f"is needed by runs/{done.folder.name}/{run}: made" in said("runs", "rm", "1", code=2)
 
@@ -325,9 +346,14 @@ def test_a_dry_run_and_a_sweep_take_it(at: Path) -> None:
     assert "the recipe is good" in checked
     assert not Path("runs/0002-mezo-0001-rtn-tiny").exists()
     done = fleetune.sweep(
-        "latest", "rows.jsonl", method="mezo", settings={"tau": 2, "lr": 0.05}, vary={"lr": [0.05, 0.02]},
-        train="scales", **{**FEW, "rounds": 1},
-    )  # fmt: skip
+        "latest",
+        "rows.jsonl",
+        method="mezo",
+        settings={"tau": 2, "lr": 0.05},
+        vary={"lr": [0.05, 0.02]},
+        train="scales",
+        **{**FEW, "rounds": 1},
+    )
     stated = recipes.read(done.folder / "sweep.toml")
     assert stated["model"] == FILE
     Path("r.toml").write_text(
@@ -375,7 +401,11 @@ def test_a_plan_counts_it_and_writes_nothing(at: Path, capsys: pytest.CaptureFix
     assert one * 2 == two, "Q4_0 has one scale a block; where the file is not known two are counted"
     assert main(["plan", CODES, "--train", "scales", "--batch", "4", "--length", "64"]) == 0
     command = capsys.readouterr().out.partition("fleetune tune ")[2].split()
-    told = said("tune", *(word if word != "DATA" else "rows.jsonl" for word in command), *(f"--{n.replace('_', '-')}={v}" for n, v in FEW.items()))  # fmt: skip
+    told = said(
+        "tune",
+        *(word if word != "DATA" else "rows.jsonl" for word in command),
+        *(f"--{n.replace('_', '-')}={v}" for n, v in FEW.items()),
+    )
     assert f"{FILE}, now written" in told
     shutil.copy(FILE, "DEVICE.GGUF")  # as a file from another system may be named
     for file in (FILE, "DEVICE.GGUF"):

@@ -52,12 +52,24 @@ def test_an_editable_one_stays_editable(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("origin", "url"),
     [
-        ({"url": "file:///w/fleetune-9-py3-none-any.whl", "archive_info": {}}, "file:///w/fleetune-9-py3-none-any.whl"),
-        ({"url": "https://host/f.git", "vcs_info": {"vcs": "git", "commit_id": "0a"}}, "git+https://host/f.git@0a"),
-        ({"url": "https://host/f.git", "subdirectory": "py", "vcs_info": {"vcs": "git", "requested_revision": "v1", "commit_id": "0a"}},
-         "git+https://host/f.git@v1#subdirectory=py"),
+        (
+            {"url": "file:///w/fleetune-9-py3-none-any.whl", "archive_info": {}},
+            "file:///w/fleetune-9-py3-none-any.whl",
+        ),
+        (
+            {"url": "https://host/f.git", "vcs_info": {"vcs": "git", "commit_id": "0a"}},
+            "git+https://host/f.git@0a",
+        ),
+        (
+            {
+                "url": "https://host/f.git",
+                "subdirectory": "py",
+                "vcs_info": {"vcs": "git", "requested_revision": "v1", "commit_id": "0a"},
+            },
+            "git+https://host/f.git@v1#subdirectory=py",
+        ),
     ],
-)  # fmt: skip
+)
 def test_one_from_a_file_or_a_repository_is_a_requirement_with_its_address(
     monkeypatch, tmp_path, origin, url
 ):

@@ -20,8 +20,11 @@ from fleetune.errors import UsageError
 from fleetune.tuning import methods
 
 REGISTRIES = {
-    "method": methods.REGISTRY, "compressor": compression.REGISTRY, "target": targets.FORMATS, "command": cli.COMMANDS,
-}  # fmt: skip
+    "method": methods.REGISTRY,
+    "compressor": compression.REGISTRY,
+    "target": targets.FORMATS,
+    "command": cli.COMMANDS,
+}
 STATED = 'KIND = "ledger"\nPAPER = "A, 2026"\nSENDS = "x"\nTARGETS = {"odd": "x"}\nHELP = "odd"\n'
 BROKEN = {
     "not there": None,
@@ -31,9 +34,15 @@ BROKEN = {
     "does not import": f'"""It fails."""\n{STATED}import a_package_that_is_not_there\n',
 }
 COMMANDS = [
-    "--help", "methods", "compress --list", "compress --help", "export --help", "plan tiny --ram 4GB", "models",
+    "--help",
+    "methods",
+    "compress --list",
+    "compress --help",
+    "export --help",
+    "plan tiny --ram 4GB",
+    "models",
     "methods mezo",
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -83,8 +92,7 @@ def test_the_reason_is_said_where_it_is_asked_for(kind: str, why: str, register)
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"),
-    [("method", "mezo"), ("compressor", "optq"), ("target", "mlx"), ("command", "tune")],
+    ("kind", "name"), [("method", "mezo"), ("compressor", "optq"), ("target", "mlx"), ("command", "tune")]
 )
 def test_no_package_takes_the_name_of_a_built_in(
     kind: str, name: str, register, caplog: pytest.LogCaptureFixture

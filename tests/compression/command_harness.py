@@ -23,8 +23,19 @@ LORA = ("--method", "fedit", "--set", "r=2", "--set", "lr=1e-1")
 
 
 QUICK = (
-    "--limit", "30", "--held-out", "8", "--max-length", "512", "--samples", "0", "--rounds", "1", "--clients", "2",
-)  # fmt: skip
+    "--limit",
+    "30",
+    "--held-out",
+    "8",
+    "--max-length",
+    "512",
+    "--samples",
+    "0",
+    "--rounds",
+    "1",
+    "--clients",
+    "2",
+)
 
 
 def tuned(capsys: pytest.CaptureFixture[str], model: str, method: tuple[str, ...] = ZEROTH) -> None:

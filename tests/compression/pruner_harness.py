@@ -27,14 +27,27 @@ def tiny(kind: str = "llama", seed: int = 0, **sizes: Any) -> Model:
     config = AutoConfig.for_model(
         kind,
         **{
-            "vocab_size": 264, "hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 4,
-            "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 4, "max_position_embeddings": 512,
-            "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": END, "pad_token_id": END,
+            "vocab_size": 264,
+            "hidden_size": 36,
+            "intermediate_size": 40,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 4,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "bos_token_id": 256,
+            "eos_token_id": END,
+            "pad_token_id": END,
         }
         | ({"attention_bias": True} if kind == "qwen3" else {})
-        | ({"attention_bias": True, "mlp_bias": True} if kind == "llama" and sizes.pop("biases", False) else {})
+        | (
+            {"attention_bias": True, "mlp_bias": True}
+            if kind == "llama" and sizes.pop("biases", False)
+            else {}
+        )
         | sizes,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         net = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     net.eval()
@@ -45,9 +58,15 @@ def tiny(kind: str = "llama", seed: int = 0, **sizes: Any) -> Model:
         tensor.copy_(torch.from_numpy(values + (1 if tensor.dim() == 1 and len(tensor) in (4, 36) else 0)))
     words = models.tiny_tokenizer()
     return Model(
-        net, words, kind, Path(kind), models.digest(models.named_tensors(net)),
-        models.tokenizer_digest(words), "fp32", "cpu",
-    )  # fmt: skip
+        net,
+        words,
+        kind,
+        Path(kind),
+        models.digest(models.named_tensors(net)),
+        models.tokenizer_digest(words),
+        "fp32",
+        "cpu",
+    )
 
 
 def pruner(**values: Any) -> llm_pruner.Pruner:
@@ -96,8 +115,11 @@ def importance(kind: str, w: Tensor, per_row: list[Tensor]) -> Tensor:
     g = sum(per_row) / n
     fisher = sum(x * x for x in per_row) / n
     return {
-        "magnitude": w.abs(), "first": (w * g).abs(), "second": w * w * fisher, "mixed": (w * g - w * w * fisher / 2).abs()
-    }[kind]  # fmt: skip
+        "magnitude": w.abs(),
+        "first": (w * g).abs(),
+        "second": w * w * fisher,
+        "mixed": (w * g - w * w * fisher / 2).abs(),
+    }[kind]
 
 
 def stop_at(last: int) -> Any:

@@ -28,8 +28,12 @@ from fleetune.models.artefact.artefact import Master
 
 SMALL = ("--text", "text.txt", "--windows", "4", "--length", "16")
 SIZES = {
-    "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32,
-}  # fmt: skip
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
 
 
 Events = list[dict[str, Any]]
@@ -161,9 +165,12 @@ def run_of(model: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("limit", [("--bytes", "1kB"), ("--bpw", "0.5")])
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 def test_a_budget_that_cannot_be_met_is_refused_before_any_text_is_written(
-    model: str, capsys: pytest.CaptureFixture[str], limit: tuple[str, ...], dry: tuple[str, ...],
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    limit: tuple[str, ...],
+    dry: tuple[str, ...],
     asked_to_write: list[int],
-) -> None:  # fmt: skip
+) -> None:
     err = refused(capsys, "compress", model, "--length", "16", *limit, *dry)
     assert "can hold this model" in err or "bits a weight are too few" in err
     assert "the model w" not in err, "no word of text either"

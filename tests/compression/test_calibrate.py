@@ -24,13 +24,21 @@ from fleetune.models import Model
 from fleetune.models.artefact.artefact import Quantised
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
 FAMILIES = {
-    "qwen2": Qwen2Config(**SMALL), "qwen3": Qwen3Config(**SMALL), "mistral": MistralConfig(**SMALL, sliding_window=8),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL),
+    "mistral": MistralConfig(**SMALL, sliding_window=8),
     "gemma2": Gemma2Config(**SMALL, sliding_window=8, query_pre_attn_scalar=8),
-}  # fmt: skip
+}
 
 
 def model_of(family: str) -> Model:
@@ -133,8 +141,11 @@ def test_windows_go_through_a_block_as_often_as_they_must(
         assert products == {0: [1] * 5, 1: [1] * 4, 2: [1]}
         # the first window, which tells the readers of a tensor, runs them; the others stop in front of the first one
         assert readers == {
-            "self_attn.q_proj": 1 + 4 * 3, "self_attn.v_proj": 1 + 4 * 3, "mlp.gate_proj": 1 + 2 * 3, "mlp.up_proj": 1 + 2 * 3
-        }  # fmt: skip
+            "self_attn.q_proj": 1 + 4 * 3,
+            "self_attn.v_proj": 1 + 4 * 3,
+            "mlp.gate_proj": 1 + 2 * 3,
+            "mlp.up_proj": 1 + 2 * 3,
+        }
     else:
         assert passes == [
             (number, 1) for number in range(blocks) for _ in range(3 if number + 1 == blocks else 6)

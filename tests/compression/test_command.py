@@ -199,9 +199,14 @@ def test_a_true_sequential_one_says_so_and_is_taken_up_as_one(
     assert resumed["planned"] == plain["planned"]
 
 
-@pytest.mark.parametrize(("words", "sequential"), [
-    (["--method", "optq"], False), (["--method", "optq", "--true-sequential"], True), (["--method", "qronos"], True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "sequential"),
+    [
+        (["--method", "optq"], False),
+        (["--method", "optq", "--true-sequential"], True),
+        (["--method", "qronos"], True),
+    ],
+)
 def test_the_start_says_whether_layers_are_solved_in_turn(
     words: list[str], sequential: bool, tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,43 +253,76 @@ BAD = {
     "setting without a value": (["compress", "{tiny}", "--set", "bits"], 2, "NAME=VALUE"),
     "a group that divides nothing": (["compress", "{tiny}", "--set", "group=7"], 2, "do not divide"),
     "bits beside a grid that has others": (
-        ["compress", "./nothing", "--set", "grid=q6_k", "--set", "bits=4"], 2, "has bits = 6, and bits = 4 is given as well",
+        ["compress", "./nothing", "--set", "grid=q6_k", "--set", "bits=4"],
+        2,
+        "has bits = 6, and bits = 4 is given as well",
     ),
     "a group beside a grid that has another": (
-        ["compress", "./nothing", "--method", "rtn", "--set", "grid=q3_k", "--set", "group=32"], 2,
+        ["compress", "./nothing", "--method", "rtn", "--set", "grid=q3_k", "--set", "group=32"],
+        2,
         "has group = 16, and group = 32 is given as well",
     ),
     "bits as a fraction beside a grid": (
-        ["compress", "./nothing", "--set", "grid=q6_k", "--set", "bits=4.0"], 2, "has bits = 6, and bits = 4.0 is given as well",
+        ["compress", "./nothing", "--set", "grid=q6_k", "--set", "bits=4.0"],
+        2,
+        "has bits = 6, and bits = 4.0 is given as well",
     ),
     "gradients of windows without a prediction": (
-        ["compress", "./nothing", "--length", "1", "--set", "tokens=gradient"], 2, "no gradient by which tokens could count",
+        ["compress", "./nothing", "--length", "1", "--set", "tokens=gradient"],
+        2,
+        "no gradient by which tokens could count",
     ),
     "a size by gradients of windows without a prediction": (
-        ["compress", "./nothing", "--length", "1", "--bpw", "5"], 2, "no gradient by which a size could be spent",
+        ["compress", "./nothing", "--length", "1", "--bpw", "5"],
+        2,
+        "no gradient by which a size could be spent",
     ),
     "a pattern that makes no sense": (
-        ["compress", "{tiny}", "--method", "sparsegpt", "--set", "n=4"], 2, "0 < n < m",
+        ["compress", "{tiny}", "--method", "sparsegpt", "--set", "n=4"],
+        2,
+        "0 < n < m",
     ),
     "too little text": (["compress", "{tiny}", *SMALL, "--text", "short.txt"], 2, "a window needs 16"),
     "no text file": (["compress", "{tiny}", *SMALL, "--text", "no.txt"], 2, "no text file at no.txt"),
     "rows as text": (["compress", "{tiny}", *SMALL, "--text", "pairs.jsonl"], 2, "try: --data pairs.jsonl"),
     "text as rows": (["compress", "{tiny}", *SMALL, "--data", "text.txt"], 2, "try: --text text.txt"),
-    "a binary file as rows": (["compress", "{tiny}", *SMALL, "--data", "binary.dat"], 2, "no reader for '.dat'"),
+    "a binary file as rows": (
+        ["compress", "{tiny}", *SMALL, "--data", "binary.dat"],
+        2,
+        "no reader for '.dat'",
+    ),
     "no eval text": (["compress", "{tiny}", *SMALL, "--eval-text", "no.txt"], 2, "no text file at no.txt"),
     "two texts": (["compress", "{tiny}", "--text", "text.txt", "--data", "demo"], 2, "both given"),
     "no windows": (["compress", "{tiny}", "--windows", "0"], 2, "windows = 0 is below 1"),
-    "windows beyond the context": (["compress", "{tiny}", "--length", "9999", "--set", "group=8"], 2, "longer than the model's"),
-    "rounding in an order": (["compress", "{tiny}", "--method", "rtn", "--set", "group=8", "--true-sequential"], 2, "not calibrated"),
-    "a student in an order": (["compress", "{tiny}", "--method", "gkd", "--set", "teacher=same", "--true-sequential"], 2, "solves no layers"),
-    "an order that is there": (["compress", "{tiny}", "--method", "qronos", "--set", "group=8", "--true-sequential"], 2, "qronos is true sequential in any case"),
+    "windows beyond the context": (
+        ["compress", "{tiny}", "--length", "9999", "--set", "group=8"],
+        2,
+        "longer than the model's",
+    ),
+    "rounding in an order": (
+        ["compress", "{tiny}", "--method", "rtn", "--set", "group=8", "--true-sequential"],
+        2,
+        "not calibrated",
+    ),
+    "a student in an order": (
+        ["compress", "{tiny}", "--method", "gkd", "--set", "teacher=same", "--true-sequential"],
+        2,
+        "solves no layers",
+    ),
+    "an order that is there": (
+        ["compress", "{tiny}", "--method", "qronos", "--set", "group=8", "--true-sequential"],
+        2,
+        "qronos is true sequential in any case",
+    ),
     "a model that is none": (["compress", "./nothing"], 2, "nothing"),
     "an encoder": (["compress", "{bert}"], 2, "an encoder cannot be compressed"),
     "nothing to resume": (["compress", "--resume", "9"], 2, "no compression '9'"),
     "out is a file": (
-        ["compress", "{tiny}", *SMALL, "--text", "text.txt", "--out", "text.txt"], 1, "text.txt: it is a file, not a folder",
+        ["compress", "{tiny}", *SMALL, "--text", "text.txt", "--out", "text.txt"],
+        1,
+        "text.txt: it is a file, not a folder",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -102,8 +102,10 @@ def test_the_table_shows_it_with_its_error(tiny: str, at: Path, capsys: pytest.C
     after = json.loads((folder / "compress.json").read_text())["result"]["after"]
     value, sign, error = lines["kl_divergence"]
     assert (float(value), sign, float(error)) == (
-        pytest.approx(after["kl_divergence"], abs=5.1e-5), "±", pytest.approx(after["kl_divergence_error"], abs=5.1e-5),
-    )  # fmt: skip
+        pytest.approx(after["kl_divergence"], abs=5.1e-5),
+        "±",
+        pytest.approx(after["kl_divergence_error"], abs=5.1e-5),
+    )
     assert lines["same_top"] == [f"{after['same_top']:.1f}", "±", f"{after['same_top_error']:.1f}", "%"]
     assert not {"kl_divergence_error", "same_top_error", "kl_tokens"} & set(lines)
 
@@ -159,9 +161,16 @@ def test_a_pruned_model_and_a_student_are_compared_too(
     models.save(teacher.net, teacher.tokenizer, at / "teacher")
     student = ["teacher=./teacher", "steps=2", "batch_size=1", "max_new_tokens=4", "lmbda=0"]
     _, told, _ = call(
-        capsys, "compress", tiny, "--method", "gkd", "--data", "rows.jsonl", *TEXT,
+        capsys,
+        "compress",
+        tiny,
+        "--method",
+        "gkd",
+        "--data",
+        "rows.jsonl",
+        *TEXT,
         *(word for each in student for word in ("--set", each)),
-    )  # fmt: skip
+    )
     assert told[-1]["event"] == "done", told[-1]
     model, rows = models.load(f"{told[-1]['folder']}/model"), text_rows(dense, texts)
     close(told[-1]["after"], expected(teacher, model, rows))
@@ -197,9 +206,18 @@ def test_an_infinite_divergence_is_null_in_the_files(
     known["after"] |= {"kl_divergence": math.inf, "perplexity": math.nan}
     compression_folder.write_record(folder, compression_folder.request_of(folder), known)
     line = Measured(
-        name="codes", engine="torch", path=str(folder), bytes=1, bits_linear=4.0, bits=4.0, peak_rss=1, prefill=None,
-        generate=None, kl_divergence=math.inf, kl_tokens=7,
-    )  # fmt: skip
+        name="codes",
+        engine="torch",
+        path=str(folder),
+        bytes=1,
+        bits_linear=4.0,
+        bits=4.0,
+        peak_rss=1,
+        prefill=None,
+        generate=None,
+        kl_divergence=math.inf,
+        kl_tokens=7,
+    )
     measuring._write(folder, {}, [as_dict(line)], {})
 
     def strict(name: str) -> Any:

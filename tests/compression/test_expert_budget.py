@@ -51,9 +51,15 @@ def mixture(family: str, **changes: Any) -> Model:
             p.mul_(2.0)
     words = tiny_tokenizer()
     return Model(
-        net, words, family, Path(family), models.digest(models.named_tensors(net)),
-        models.tokenizer_digest(words), "fp32", "cpu",
-    )  # fmt: skip
+        net,
+        words,
+        family,
+        Path(family),
+        models.digest(models.named_tensors(net)),
+        models.tokenizer_digest(words),
+        "fp32",
+        "cpu",
+    )
 
 
 def drawn(count: int, length: int) -> Tensor:

@@ -35,11 +35,23 @@ from heard import Heard
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SIZES: dict[str, Any] = {
-    "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "num_experts": 4,
-    "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
-    "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257,
-}  # fmt: skip
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+}
 FORMS = ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss"]
 
 
@@ -186,9 +198,14 @@ def test_experts_that_saw_few_tokens_are_told_in_one_line(tmp_path: Path) -> Non
     heard = Heard()
     (tmp_path / "text.txt").write_text("some words of a text " * 30)
     done = fleetune.compress(
-        folder_of("qwen3_moe", tmp_path / "m"), settings={"group": 8}, text=str(tmp_path / "text.txt"), windows=2, length=16,
-        out=tmp_path / "runs", listener=heard,
-    )  # fmt: skip
+        folder_of("qwen3_moe", tmp_path / "m"),
+        settings={"group": 8},
+        text=str(tmp_path / "text.txt"),
+        windows=2,
+        length=16,
+        out=tmp_path / "runs",
+        listener=heard,
+    )
     each = [note for said in (done.done.notes or {}).values() for note in said if "saw fewer than" in note]
     counts = [tuple(map(int, re.findall(r"\d+", note)[:4])) for note in each]  # few, of, columns, least
     assert len(each) > 1
@@ -349,9 +366,17 @@ def test_the_plan_counts_rows_and_columns_of_experts(family: str) -> None:
 def test_the_plan_finds_experts_behind_dense_first_blocks() -> None:
     def planned(first: int) -> dict[str, int]:
         config = CONFIG_MAPPING["ernie4_5_moe"](
-            vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, moe_num_experts=8, moe_k=2, moe_intermediate_size=64, moe_layer_start_index=first,
-        )  # fmt: skip
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            moe_num_experts=8,
+            moe_k=2,
+            moe_intermediate_size=64,
+            moe_layer_start_index=first,
+        )
         size = compression_cost.CompressionSize(4, 64, bits=4, group=32, low_memory=True)
         return compression_cost.memory(shape_of(config), size)
 
@@ -379,10 +404,18 @@ def test_finished_blocks_state_whether_they_have_experts(tmp_path: Path) -> None
     assert origin("llama")[-1] != "experts"
 
 
-@pytest.mark.parametrize(("normed", "notes"), [
-    (True, []),
-    (False, ["no GGUF file can be made of the result: GGUF has no place for norm_topk_prob=False in a qwen3_moe"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("normed", "notes"),
+    [
+        (True, []),
+        (
+            False,
+            [
+                "no GGUF file can be made of the result: GGUF has no place for norm_topk_prob=False in a qwen3_moe"
+            ],
+        ),
+    ],
+)
 def test_what_the_export_would_refuse_is_said_before_the_work(
     normed: bool, notes: list[str], tmp_path: Path
 ) -> None:

@@ -37,9 +37,12 @@ SOLVER: Any = compression.make("optq", {"group": 8})
 
 
 def by_clients(
-    model: Model, shares: dict[int, Tensor], folder: Path, change: Callable[[ClientHessians], None] = lambda c: None,
+    model: Model,
+    shares: dict[int, Tensor],
+    folder: Path,
+    change: Callable[[ClientHessians], None] = lambda c: None,
     solver: Any = SOLVER,
-) -> tuple[FinishedBlocks, list[HessianReply]]:  # fmt: skip
+) -> tuple[FinishedBlocks, list[HessianReply]]:
     replies: list[HessianReply] = []
     clients = ClientHessians(model, shares, folder, replies.append)
     change(clients)
@@ -130,11 +133,16 @@ def broken(kind: str, data: bytes) -> bytes:
 
 
 WRONG = {
-    "not finite": "holds 1 values that are not finite", "below zero": "1 sums of squares below zero",
-    "other shape": "agreed was float32", "other type": "agreed was float32", "other tokens": "of 1000000 tokens",
-    "other layers": "not about the layers", "damaged": "checksum", "other model": "this is block",
+    "not finite": "holds 1 values that are not finite",
+    "below zero": "1 sums of squares below zero",
+    "other shape": "agreed was float32",
+    "other type": "agreed was float32",
+    "other tokens": "of 1000000 tokens",
+    "other layers": "not about the layers",
+    "damaged": "checksum",
+    "other model": "this is block",
     "other block": "reply is for block 2",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -440,12 +448,24 @@ BAD = {
     "a count alone": (["latest", "--clients", "2"], "needs --calibrate clients"),
     "too many": (["latest", "--calibrate", "clients", "--clients", "9"], "more than the run's 3"),
     "below zero": (["latest", "--calibrate", "clients", "--clients", "-1"], "below 0"),
-    "no calibration": (["latest", "--calibrate", "clients", "--method", "rtn", "--set", "group=8"], "is not calibrated"),
-    "a dense model": (["latest", "--calibrate", "clients", "--method", "qronos", "--set", "group=8"], "on text that is here"),
-    "gradients": (["latest", "--calibrate", "clients", "--set", "group=8", "--set", "tokens=gradient"], "on text that is here"),
-    "a trainer": (["latest", "--calibrate", "clients", "--method", "gkd", "--set", "teacher=same"], "not calibrated by clients"),
+    "no calibration": (
+        ["latest", "--calibrate", "clients", "--method", "rtn", "--set", "group=8"],
+        "is not calibrated",
+    ),
+    "a dense model": (
+        ["latest", "--calibrate", "clients", "--method", "qronos", "--set", "group=8"],
+        "on text that is here",
+    ),
+    "gradients": (
+        ["latest", "--calibrate", "clients", "--set", "group=8", "--set", "tokens=gradient"],
+        "on text that is here",
+    ),
+    "a trainer": (
+        ["latest", "--calibrate", "clients", "--method", "gkd", "--set", "teacher=same"],
+        "not calibrated by clients",
+    ),
     "a tuned one in its files": (["latest", "--low-memory"], "a run's weights"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -166,10 +166,19 @@ def test_what_a_configuration_says_of_each_block_is_cut_too(tmp_path: Path) -> N
         "sliding_attention",
     ]
     config = Qwen2Config(
-        vocab_size=264, hidden_size=32, intermediate_size=40, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, layer_types=kinds, sliding_window=4, use_sliding_window=True,
-        pad_token_id=END, eos_token_id=END, bos_token_id=256,
-    )  # fmt: skip
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=kinds,
+        sliding_window=4,
+        use_sliding_window=True,
+        pad_token_id=END,
+        eos_token_id=END,
+        bos_token_id=256,
+    )
     torch.manual_seed(0)
     model = models.tiny_llama()
     model.net = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)

@@ -168,14 +168,26 @@ def test_a_stopped_one_is_taken_up_again(
 
 
 COMPRESSED = {
-    "a student of codes": (["1", *GKD, *ROWS, "--set", "teacher={deep}"], "1 was compressed with rtn: it holds codes"),
-    "its folder": (["runs/0001-rtn-deep", *GKD, *ROWS, "--set", "teacher={deep}"], "fleetune export runs/0001-rtn-deep --to hf"),
+    "a student of codes": (
+        ["1", *GKD, *ROWS, "--set", "teacher={deep}"],
+        "1 was compressed with rtn: it holds codes",
+    ),
+    "its folder": (
+        ["runs/0001-rtn-deep", *GKD, *ROWS, "--set", "teacher={deep}"],
+        "fleetune export runs/0001-rtn-deep --to hf",
+    ),
     "its artefact": (["runs/0001-rtn-deep/model", *GKD, *ROWS, "--set", "teacher={deep}"], "it holds codes"),
-    "a teacher of codes": (["{deep}", *GKD, *ROWS, "--set", "teacher=1"], "teacher=1: 1 was compressed with rtn: it holds codes"),
-    "a pruned teacher": (["{deep}", *GKD, *ROWS, "--set", "teacher=0002-sparsegpt-deep"], "with sparsegpt: it holds zeros among"),
+    "a teacher of codes": (
+        ["{deep}", *GKD, *ROWS, "--set", "teacher=1"],
+        "teacher=1: 1 was compressed with rtn: it holds codes",
+    ),
+    "a pruned teacher": (
+        ["{deep}", *GKD, *ROWS, "--set", "teacher=0002-sparsegpt-deep"],
+        "with sparsegpt: it holds zeros among",
+    ),
     "another method": (["runs/0001-rtn-deep", "--method", "optq"], "it holds codes"),
     "a number of nothing": (["7", "--method", "rtn"], "no run '7' in runs"),
-}  # fmt: skip
+}
 
 
 def test_compressed_models_must_be_exported_first(
@@ -208,14 +220,20 @@ BAD = {
     "no such run": (["{deep}", *GKD, *ROWS, "--set", "teacher=12"], "no run '12'"),
     "its own teacher": (["{deep}", *GKD, *ROWS, "--set", "teacher=same"], "nothing to learn from itself"),
     "too many blocks": (["{deep}", *SELF, *ROWS, "--set", "keep_layers=4"], "keep_layers = 4 of 4 blocks"),
-    "answers beyond the context": (["{deep}", *SELF, *ROWS, "--set", "max_new_tokens=2000"], "beyond the context"),
+    "answers beyond the context": (
+        ["{deep}", *SELF, *ROWS, "--set", "max_new_tokens=2000"],
+        "beyond the context",
+    ),
     "an unknown setting": (["{deep}", *SELF, *ROWS, "--set", "betta=1"], "Did you mean 'beta'"),
     "a beta that cannot be": (["{deep}", *SELF, *ROWS, "--set", "beta=2"], "not between 0 and 1"),
-    "a reward for nothing": (["{deep}", *SELF, *ROWS, "--set", "reward=f1", "--set", "lmbda=0"], "a reward with lmbda = 0"),
+    "a reward for nothing": (
+        ["{deep}", *SELF, *ROWS, "--set", "reward=f1", "--set", "lmbda=0"],
+        "a reward with lmbda = 0",
+    ),
     "a reward that is not": (["{deep}", *SELF, *ROWS, "--set", "reward=mine.py:f"], "no file mine.py"),
     "no zeros to keep": (["{deep}", *SELF, *ROWS, "--set", "keep_zeros=true"], "has a zero to keep"),
     "an encoder learns": (["{bert}", *SELF, *ROWS], "an encoder cannot be compressed"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -142,10 +142,19 @@ def test_a_model_that_caps_its_logits_and_a_head_with_more_rows() -> None:
     """What a model does after its head counts; rows of padding in one head do not."""
     teacher = models.tiny_llama(1, vocab=300)
     config = Gemma2Config(
-        vocab_size=264, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5, sliding_window=8, pad_token_id=END,
-        eos_token_id=END, bos_token_id=256,
-    )  # fmt: skip
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+        sliding_window=8,
+        pad_token_id=END,
+        eos_token_id=END,
+        bos_token_id=256,
+    )
     torch.manual_seed(0)
     student = models.tiny_llama()
     student.net = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)

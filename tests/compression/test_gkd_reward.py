@@ -175,9 +175,16 @@ def test_the_reward_rises_and_the_divergence_holds_it(own: Path, tmp_path: Path)
     for alpha in (0.0, 0.5):
         student, teacher = models.tiny_llama(0), models.tiny_llama(0)
         t = trainer(
-            reward=f"{own}:plain", alpha=alpha, lmbda=1, reward_samples=4, steps=30, batch_size=4, lr=3e-2,
-            max_new_tokens=4, temperature=1.0,
-        )  # fmt: skip
+            reward=f"{own}:plain",
+            alpha=alpha,
+            lmbda=1,
+            reward_samples=4,
+            steps=30,
+            batch_size=4,
+            lr=3e-2,
+            max_new_tokens=4,
+            temperature=1.0,
+        )
         found = []
         for train in (True, False):
             batch = dataclasses.replace(t, reward_samples=1).answered(
@@ -251,8 +258,11 @@ BAD = {
     "batches that teach nothing": ({"reward": "f1", "alpha": 0}, "alpha = 0 with lmbda = 0.5"),
     "no such reward": ({"reward": "blue"}, "unknown reward 'blue'"),
     "no such file": ({"reward": "none.py:f"}, "reward 'none.py:f': no file none.py"),
-    "no such package": ({"reward": "no_such_package_here:f"}, "reward 'no_such_package_here:f' cannot be imported"),
-}  # fmt: skip
+    "no such package": (
+        {"reward": "no_such_package_here:f"},
+        "reward 'no_such_package_here:f' cannot be imported",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -22,16 +22,57 @@ from fleetune.runs import compression_folder
 from fleetune.runs.listener import Silent
 
 WORK = {
-    "optq": ["--method", "optq", "--set", "group=4", "--windows", "2", "--length", "16", "--text", "text.txt"],
+    "optq": [
+        "--method",
+        "optq",
+        "--set",
+        "group=4",
+        "--windows",
+        "2",
+        "--length",
+        "16",
+        "--text",
+        "text.txt",
+    ],
     "gkd": [
-        "--method", "gkd", "--set", "teacher=same", "--set", "keep_layers=2", "--set", "steps=2", "--set", "lmbda=0",
-        "--set", "batch_size=2", "--data", "rows.jsonl", "--length", "64",
+        "--method",
+        "gkd",
+        "--set",
+        "teacher=same",
+        "--set",
+        "keep_layers=2",
+        "--set",
+        "steps=2",
+        "--set",
+        "lmbda=0",
+        "--set",
+        "batch_size=2",
+        "--data",
+        "rows.jsonl",
+        "--length",
+        "64",
     ],
     "llm-pruner": [
-        "--method", "llm-pruner", "--set", "first=1", "--set", "last=1", "--set", "round_to=4", "--set", "ratio=0.34",
-        "--set", "steps=2", "--set", "batch_size=2", "--data", "rows.jsonl", "--length", "64",
+        "--method",
+        "llm-pruner",
+        "--set",
+        "first=1",
+        "--set",
+        "last=1",
+        "--set",
+        "round_to=4",
+        "--set",
+        "ratio=0.34",
+        "--set",
+        "steps=2",
+        "--set",
+        "batch_size=2",
+        "--data",
+        "rows.jsonl",
+        "--length",
+        "64",
     ],
-}  # fmt: skip
+}
 
 
 class Killed(BaseException):
@@ -66,11 +107,14 @@ def while_parts_are_removed(patch: pytest.MonkeyPatch) -> None:
 
 
 POINTS: dict[str, tuple[bool, Callable[[pytest.MonkeyPatch], None]]] = {
-    "the result is written, nothing else": (False, lambda patch: patch.setattr(compression_folder, "weights_size", die)),
+    "the result is written, nothing else": (
+        False,
+        lambda patch: patch.setattr(compression_folder, "weights_size", die),
+    ),
     "before the record": (False, before_the_record),
     "after the record": (True, lambda patch: patch.setattr(compression_folder, "drop_parts", die)),
     "while parts are removed": (True, while_parts_are_removed),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -144,8 +144,11 @@ def test_local_and_global_choices() -> None:
 def test_aggregates() -> None:
     shares = torch.tensor([[1.0, 2.0, 0.5], [4.0, 2.0, 1.0]]).double()
     assert {name: f(shares).tolist() for name, f in AGGREGATES.items()} == {
-        "sum": [5, 4, 1.5], "mean": [2.5, 2, 0.75], "max": [4, 2, 1], "prod": [4, 4, 0.5],
-    }  # fmt: skip
+        "sum": [5, 4, 1.5],
+        "mean": [2.5, 2, 0.75],
+        "max": [4, 2, 1],
+        "prod": [4, 4, 0.5],
+    }
     model = tiny()
     blocks, flat = model.net.model.layers, torch.arange(40).double()
     heads = torch.tensor([[6.0, 4, 5], [0, 4, 0.1], [0, 4, 0], [0, 4, 0]]).double()
@@ -352,8 +355,11 @@ def test_a_choice_that_is_made_is_not_made_again(tmp_path: Path) -> None:
     again = pruner(recover="lora", steps=9).prune(tiny(), data, tmp_path, lambda row, all_: seen.append(row))
     assert seen == [1, 2, 3, 4, 5]
     assert again.digest == first.digest
-    for other in (lambda: pruner(ratio=0.5).prune(tiny(), data, tmp_path), lambda: pruner().prune(tiny(), rows(1, 5), tmp_path),
-                  lambda: pruner().prune(tiny(seed=1), data, tmp_path)):  # fmt: skip
+    for other in (
+        lambda: pruner(ratio=0.5).prune(tiny(), data, tmp_path),
+        lambda: pruner().prune(tiny(), rows(1, 5), tmp_path),
+        lambda: pruner().prune(tiny(seed=1), data, tmp_path),
+    ):
         with pytest.raises(UsageError, match="other weights, rows or settings"):
             other()
     (tmp_path / "kept.json").write_text("{")

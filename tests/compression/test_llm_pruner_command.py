@@ -177,11 +177,17 @@ BAD = {
     "another family": (["{mistral}", *QUICK, *ROWS], "type 'mistral' are not pruned"),
     "an encoder": (["{bert}", *QUICK, *ROWS], "an encoder cannot be compressed"),
     "an unknown setting": (["{llama}", *QUICK, *ROWS, "--set", "rato=1"], "Did you mean 'ratio'"),
-    "a mode that is not there": (["{llama}", *QUICK, *ROWS, "--set", "mode=channel"], "mode = 'channel' is not one of"),
-    "too long windows": (["{llama}", *QUICK, "--text", "text.txt", "--length", "1000"], "longer than the model's 512"),
+    "a mode that is not there": (
+        ["{llama}", *QUICK, *ROWS, "--set", "mode=channel"],
+        "mode = 'channel' is not one of",
+    ),
+    "too long windows": (
+        ["{llama}", *QUICK, "--text", "text.txt", "--length", "1000"],
+        "longer than the model's 512",
+    ),
     "too little text": (["{llama}", *QUICK, "--text", "text.txt", "--length", "500"], "a window needs 500"),
     "no such method": (["{llama}", "--method", "llmpruner"], "Did you mean 'llm-pruner'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -218,9 +224,13 @@ def test_a_dry_run_writes_nothing_and_settings_are_listed(
 
 @pytest.mark.parametrize(("recover", "copies"), [("lora", 1), ("gkd", 6)])
 def test_a_disk_too_small_is_said_before_any_work(
-    recover: str, copies: int, tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str],
+    recover: str,
+    copies: int,
+    tiny: dict[str, str],
+    at: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     args = [
         "compress",
         tiny["llama"],

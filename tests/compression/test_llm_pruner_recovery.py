@@ -150,14 +150,24 @@ def test_a_loss_that_is_no_number_ends_the_recovery(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"ratio": 0}, "between 0 and 1"), ({"ratio": 1}, "between 0 and 1"), ({"importance": "third"}, "not one of"),
-        ({"aggregate": "last"}, "not one of"), ({"scope": "all"}, "not one of"), ({"mode": "channel"}, "not one of"),
-        ({"recover": "sft"}, "not one of"), ({"round_to": 0}, "below 1"), ({"samples": 0}, "below 1"),
-        ({"first": -1}, "below 0"), ({"lr": 0}, "must be positive"), ({"alpha": math.inf}, "must be positive"),
-        ({"dropout": 1}, "not both shares"), ({"warmup": 2}, "not both shares"), ({"r": 0}, "below 1"),
+        ({"ratio": 0}, "between 0 and 1"),
+        ({"ratio": 1}, "between 0 and 1"),
+        ({"importance": "third"}, "not one of"),
+        ({"aggregate": "last"}, "not one of"),
+        ({"scope": "all"}, "not one of"),
+        ({"mode": "channel"}, "not one of"),
+        ({"recover": "sft"}, "not one of"),
+        ({"round_to": 0}, "below 1"),
+        ({"samples": 0}, "below 1"),
+        ({"first": -1}, "below 0"),
+        ({"lr": 0}, "must be positive"),
+        ({"alpha": math.inf}, "must be positive"),
+        ({"dropout": 1}, "not both shares"),
+        ({"warmup": 2}, "not both shares"),
+        ({"r": 0}, "below 1"),
         ({"rato": 0.5}, "Did you mean 'ratio'"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be(values: dict[str, Any], text: str) -> None:
     with pytest.raises(RecipeError, match=text):
         pruner(**values)

@@ -39,9 +39,14 @@ TYPES = [torch.int8, torch.uint8, torch.float16, torch.bfloat16, torch.float32, 
 
 
 def saved(
-    folder: Path, dtype: torch.dtype = torch.float32, *, layers: int = 3, hidden: int = 32, tied: bool = True,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    layers: int = 3,
+    hidden: int = 32,
+    tied: bool = True,
     shard: str = "5GB",
-) -> str:  # fmt: skip
+) -> str:
     tiny = models.tiny_llama(layers=layers, hidden=hidden)
     if not tied:
         config = LlamaConfig(**{**tiny.net.config.to_dict(), "tie_word_embeddings": False})
@@ -237,9 +242,17 @@ def test_the_file_is_what_safetensors_writes(kinds: list[torch.dtype], names: li
 
 def llama(layers: int = 2, **sizes: int) -> LlamaConfig:
     return LlamaConfig(
-        **{"vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
-           "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": layers, **sizes}
-    )  # fmt: skip
+        **{
+            "vocab_size": 500,
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_hidden_layers": layers,
+            **sizes,
+        }
+    )
 
 
 def test_hessians_are_counted_once_for_each_input() -> None:
@@ -309,10 +322,7 @@ def test_the_disk_holds_the_states_of_clients_that_wait(tmp_path: Path) -> None:
     model, text = models.tiny_llama(layers=2, hidden=128), torch.randint(0, 250, (6, 16))
     ClientHessians(model, {0: text[:2], 1: text[2:]}, tmp_path, lambda reply: None)
     waiting = sum(file.stat().st_size for file in (tmp_path / "devices").iterdir())
-    shape, alone = (
-        shape_of(model.net.config),
-        solve.size_of(compression.make("optq", {"group": 8}), 6, 16),
-    )
+    shape, alone = (shape_of(model.net.config), solve.size_of(compression.make("optq", {"group": 8}), 6, 16))
     more = compression_cost.disk(shape, alone._replace(clients=2)) - compression_cost.disk(shape, alone)
     assert more == pytest.approx(waiting, rel=0.05)
 

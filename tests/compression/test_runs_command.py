@@ -23,9 +23,23 @@ from fleetune.runs import rundir
 
 RTN = ["--method", "rtn", "--set", "group=8"]
 GKD = [
-    "--method", "gkd", "--set", "teacher=same", "--set", "keep_layers=2", "--set", "steps=1", "--set", "lmbda=0",
-    "--set", "batch_size=2", "--data", "rows.jsonl", "--length", "64",
-]  # fmt: skip
+    "--method",
+    "gkd",
+    "--set",
+    "teacher=same",
+    "--set",
+    "keep_layers=2",
+    "--set",
+    "steps=1",
+    "--set",
+    "lmbda=0",
+    "--set",
+    "batch_size=2",
+    "--data",
+    "rows.jsonl",
+    "--length",
+    "64",
+]
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +194,21 @@ def test_a_run_is_recorded_by_a_name_that_stays_its_own(
 GIVEN = {
     "a method": (["--method", "optq"], "--method cannot"),
     "a setting": (["--set", "bits=8"], "--set cannot"),
-    "what it has anyway": (["--method", "rtn", "--windows", "128", "--seed", "42"], "--method, --windows, --seed cannot"),
+    "what it has anyway": (
+        ["--method", "rtn", "--windows", "128", "--seed", "42"],
+        "--method, --windows, --seed cannot",
+    ),
     "a model": (["{tiny}"], "RUN|MODEL cannot"),
     "flags": (["--low-memory", "--true-sequential"], "--low-memory, --true-sequential cannot"),
-    "texts": (["--text", "text.txt", "--eval-text", "text.txt", "--data", "rows.jsonl"], "--data, --text, --eval-text"),
-    "clients": (["--calibrate", "server", "--clients", "0", "--length", "512", "--dtype", "fp32"],
-                "--length, --dtype, --calibrate, --clients cannot"),
-}  # fmt: skip
+    "texts": (
+        ["--text", "text.txt", "--eval-text", "text.txt", "--data", "rows.jsonl"],
+        "--data, --text, --eval-text",
+    ),
+    "clients": (
+        ["--calibrate", "server", "--clients", "0", "--length", "512", "--dtype", "fp32"],
+        "--length, --dtype, --calibrate, --clients cannot",
+    ),
+}
 
 
 def test_what_is_gone_on_with_is_what_was_asked_for(

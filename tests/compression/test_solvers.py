@@ -113,9 +113,10 @@ def test_optq_is_the_optimal_brain_surgeon_on_a_grid(kind: str, block: int) -> N
     [
         *(("rtn", {"grid": kind, "bits": 4, "group": 8}) for kind in KINDS),
         *(("optq", {"grid": kind, "bits": 4, "group": 8}) for kind in KINDS),
-        ("qronos", {"group": 8}), ("sparsegpt", {}),
+        ("qronos", {"group": 8}),
+        ("sparsegpt", {}),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("R", [1, 5])
 def test_weights_in_another_layout_are_solved_alike_and_stay(
     method: str, settings: dict[str, object], R: int
@@ -299,9 +300,13 @@ def test_sums_and_errors_are_those_of_the_inputs_and_outputs(C: int) -> None:
 
 @pytest.mark.parametrize(
     ("method", "values"),
-    [("optq", {"grid": kind, "order": order, "group": 16}) for kind in UNIFORM for order in ("none", "static", "gar")]
+    [
+        ("optq", {"grid": kind, "order": order, "group": 16})
+        for kind in UNIFORM
+        for order in ("none", "static", "gar")
+    ]
     + [("sparsegpt", {}), ("sparsegpt", {"n": 2}), ("sparsegpt", {"bits": 3, "group": 16})],
-)  # fmt: skip
+)
 def test_the_loss_that_the_loop_tells_is_that_of_the_matrix(method: str, values: dict[str, object]) -> None:
     """Over several blocks, with dead inputs, and zeros that stay; damping is not a part of it."""
     W, H = work(11, 6, 320)

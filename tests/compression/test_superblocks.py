@@ -43,8 +43,12 @@ def library() -> Any:
     opened = ctypes.CDLL(str(LIBRARY))
     opened.ggml_quantize_chunk.restype = ctypes.c_size_t
     opened.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p,
-    ]  # fmt: skip
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
     return opened
 
 

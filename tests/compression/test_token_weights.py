@@ -128,9 +128,11 @@ def test_weights_have_mean_1_and_layers_that_read_one_tensor_share_them() -> Non
     for number in range(len(linears_of(model))):
         at = f"model.layers.{number}"
         for readers in (
-            [f"{at}.self_attn.{x}_proj" for x in "qkv"], [f"{at}.mlp.{x}_proj" for x in ("gate", "up")],
-            [f"{at}.self_attn.o_proj"], [f"{at}.mlp.down_proj"],
-        ):  # fmt: skip
+            [f"{at}.self_attn.{x}_proj" for x in "qkv"],
+            [f"{at}.mlp.{x}_proj" for x in ("gate", "up")],
+            [f"{at}.self_attn.o_proj"],
+            [f"{at}.mlp.down_proj"],
+        ):
             want = sum(squares[name] / squares[name].mean() for name in readers) / len(readers)
             for name in readers:
                 torch.testing.assert_close(found[name], want)
@@ -268,10 +270,7 @@ def test_it_is_what_the_driver_does_with_the_weights(at: Path, capsys: pytest.Ca
 
 
 def stopped(
-    args: tuple[str, ...],
-    at: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...], at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """The folder of a compression that was stopped after its second block."""
     written, block = progress.report_block, list[int]()

@@ -27,12 +27,25 @@ from fleetune.models.artefact.artefact import Quantised
 
 SMALL = ("--method", "optq", "--text", "text.txt", "--windows", "4", "--length", "32")
 SIZES = {
-    "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32,
-}  # fmt: skip
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
 GRIDS = [
-    ("ggml", 4), ("ggml", 5), ("iq4_nl", 4), ("universal", 4), ("universal", 5), ("asymmetric", 3), ("asymmetric", 8), ("q4_k", 4),
-    ("q2_k", 2), ("q6_k", 6), ("iq4_xs", 4),
-]  # fmt: skip
+    ("ggml", 4),
+    ("ggml", 5),
+    ("iq4_nl", 4),
+    ("universal", 4),
+    ("universal", 5),
+    ("asymmetric", 3),
+    ("asymmetric", 8),
+    ("q4_k", 4),
+    ("q2_k", 2),
+    ("q6_k", 6),
+    ("iq4_xs", 4),
+]
 
 
 def matrix(kind: str, bits: int, seed: int = 0) -> Quantised:

@@ -22,16 +22,35 @@ from fleetune.models.artefact.artefact import dense
 # Settings with which a method runs on the tiny model in a second.  A method that is not named here runs with its defaults.
 QUICK: dict[str, dict[str, Any]] = {
     "gkd": {"teacher": "another", "steps": 4, "batch_size": 3, "max_new_tokens": 6, "save_every": 3},
-    "llm-pruner": {"first": 0, "last": 0, "round_to": 4, "ratio": 0.4, "steps": 4, "batch_size": 3, "save_every": 3},
-}  # fmt: skip
+    "llm-pruner": {
+        "first": 0,
+        "last": 0,
+        "round_to": 4,
+        "ratio": 0.4,
+        "steps": 4,
+        "batch_size": 3,
+        "save_every": 3,
+    },
+}
 # Options that change what is computed keep the contract too.
 VARIANTS = [
-    "optq:order=static", "optq:order=gar", "optq:grid=asymmetric,bits=3",
-    "optq:grid=universal", "optq:group=0", "qronos:order=gar", "rtn:grid=universal,search=true", "sparsegpt:n=2",
-    "sparsegpt:bits=4", "sparsegpt:sparsity=0", "gkd:lmbda=1,reward=rouge_l,alpha=0.5", "gkd:lmbda=0,seq_kd=true,beta=0",
-    "llm-pruner:mode=hidden,first=4,last=2,ratio=0.5", "llm-pruner:mode=depth", "llm-pruner:recover=gkd",
+    "optq:order=static",
+    "optq:order=gar",
+    "optq:grid=asymmetric,bits=3",
+    "optq:grid=universal",
+    "optq:group=0",
+    "qronos:order=gar",
+    "rtn:grid=universal,search=true",
+    "sparsegpt:n=2",
+    "sparsegpt:bits=4",
+    "sparsegpt:sparsity=0",
+    "gkd:lmbda=1,reward=rouge_l,alpha=0.5",
+    "gkd:lmbda=0,seq_kd=true,beta=0",
+    "llm-pruner:mode=hidden,first=4,last=2,ratio=0.5",
+    "llm-pruner:mode=depth",
+    "llm-pruner:recover=gkd",
     "llm-pruner:importance=mixed,scope=global",
-]  # fmt: skip
+]
 
 
 def values(case: str) -> dict[str, Any]:

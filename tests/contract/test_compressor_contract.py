@@ -231,12 +231,7 @@ def a_pruner_resumes_its_recovery_bit_for_bit(case: str, tmp: Path) -> None:
     assert [*first, *second] == steps
 
 
-EVERY: list[Check] = [
-    the_paper_is_cited,
-    settings_are_explained,
-    nonsense_is_refused_at_once,
-    it_has_a_page,
-]
+EVERY: list[Check] = [the_paper_is_cited, settings_are_explained, nonsense_is_refused_at_once, it_has_a_page]
 OF_KIND: dict[compression.Kind, list[Check]] = {
     "solver": [
         a_solver_is_deterministic_and_changes_nothing,

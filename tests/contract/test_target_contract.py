@@ -122,7 +122,7 @@ ODD: dict[str, Callable[[], tuple[models.Model, dict[str, Quantised]]]] = {
     "a plain model of different widths": lambda: (narrowed("qwen3"), {}),
     "codes of different widths": lambda: ((m := narrowed("llama")), matrices(m)),
     "an activation": lambda: ((m := tiny(hidden_act="gelu")), matrices(m)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fleetune.data import (
-    Batches,
-    Encoded,
-    Example,
-    collate,
-    encode_all,
-    keyed_order,
-    prompt_ids,
-    stop_ids,
-)
+from fleetune.data import Batches, Encoded, Example, collate, encode_all, keyed_order, prompt_ids, stop_ids
 from fleetune.data.encode import encode
 from fleetune.errors import DataError
 

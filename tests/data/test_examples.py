@@ -541,10 +541,7 @@ def test_plain_text(tmp_path):
     assert read_text(path) == ["= A =\n\nOne.\n"]
     assert read_text(
         write(tmp_path / "a.jsonl", [{"text": "x"}, {"text": " "}, {"text": None}, {"text": "y"}])
-    ) == [
-        "x",
-        "y",
-    ]
+    ) == ["x", "y"]
     path.write_bytes(b"one\ntwo \xff\n")
     with pytest.raises(DataError, match=r"wiki\.txt:2: not UTF-8 \(byte 0xff\)"):
         read_text(path)
@@ -718,12 +715,19 @@ def test_the_demo_set_is_found_without_the_hub(hub):
     [
         {"instruction": "a", "context": "b", "response": "c", "category": "d"},
         {"instruction": "a", "input": "b", "output": "c"},
-        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], "site": "x"},
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "u"},
+                {"role": "assistant", "content": "a"},
+            ],
+            "site": "x",
+        },
         {"question": "q", "sentence": "s", "label": "entailment"},
         {"sentence1": "a", "sentence2": "b", "label": 2, "site": 7},
         {"text": "a", "label": True},
     ],
-)  # fmt: skip
+)
 def test_an_example_is_written_as_a_row_that_reads_back_to_it(tmp_path: Path, row: dict[str, object]) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     (example,) = read(str(tmp_path / "a.jsonl"))

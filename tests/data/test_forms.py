@@ -56,12 +56,15 @@ FORMS: dict[str, tuple[Row, Example]] = {
         {"instruction": "q", "response": "a", "system": "s"},
         Example(ASKED, "a", {"system": "s"}),
     ),
-    "text in parts": ({"messages": turns(("user", [{"type": "text", "text": "q"}]), ("assistant", "a"))}, Example(ASKED, "a")),
+    "text in parts": (
+        {"messages": turns(("user", [{"type": "text", "text": "q"}]), ("assistant", "a"))},
+        Example(ASKED, "a"),
+    ),
     "developer": (
         {"messages": turns(("developer", "s"), ("user", "q"), ("assistant", "a"))},
         Example((("system", "s"), *ASKED), "a"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -160,19 +163,41 @@ def test_lists_of_tools_are_counted_and_whole_rows_say_nothing(tmp_path: Path) -
     ("row", "columns", "expected"),
     [
         ({"q": "Q", "a": "A", "id": 3}, "prompt=q, response=a", Example((("user", "Q"),), "A", {"id": "3"})),
-        ({"q": "Q", "a": "A", "who": "x"}, "prompt=q,response=a,client=who",
-         Example((("user", "Q"),), "A", {"who": "x", "client": "x"})),
+        (
+            {"q": "Q", "a": "A", "who": "x"},
+            "prompt=q,response=a,client=who",
+            Example((("user", "Q"),), "A", {"who": "x", "client": "x"}),
+        ),
         ({"body": "B", "text": "old"}, "text=body", Example((), "B")),
-        ({"body": "B", "stars": 4}, "text=body,label=stars",
-         Example((("user", "B\nHow is this text labelled?"),), "4", {"label": "4"}, ("B",))),
+        (
+            {"body": "B", "stars": 4},
+            "text=body,label=stars",
+            Example((("user", "B\nHow is this text labelled?"),), "4", {"label": "4"}, ("B",)),
+        ),
         ({"talk": turns(("user", "q"), ("assistant", "a"))}, "messages=talk", Example(ASKED, "a")),
-        ({"talk": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "messages=talk", Example(ASKED, "a")),
-        ({"instruction": "q", "response": "a", "mine": "m"}, "prompt=mine", Example((("user", "m"),), "a", {"instruction": "q"})),
-        ({"instruction": "q", "response": "a", "s": "S"}, "system=s", Example((("system", "S"), *ASKED), "a")),
-        ({"question": "q", "answer": "a", "passage": "p"}, "context=passage", Example((("user", "q\np"),), "a")),
+        (
+            {"talk": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            "messages=talk",
+            Example(ASKED, "a"),
+        ),
+        (
+            {"instruction": "q", "response": "a", "mine": "m"},
+            "prompt=mine",
+            Example((("user", "m"),), "a", {"instruction": "q"}),
+        ),
+        (
+            {"instruction": "q", "response": "a", "s": "S"},
+            "system=s",
+            Example((("system", "S"), *ASKED), "a"),
+        ),
+        (
+            {"question": "q", "answer": "a", "passage": "p"},
+            "context=passage",
+            Example((("user", "q\np"),), "a"),
+        ),
         ({"instruction": "q", "response": "bad", "good": "a"}, "response=good", Example(ASKED, "a")),
     ],
-)  # fmt: skip
+)
 def test_columns_are_read_under_other_names(
     tmp_path: Path, row: Row, columns: str, expected: Example
 ) -> None:
@@ -265,8 +290,10 @@ def devices(tmp_path: Path) -> Path:
 def test_a_file_of_a_folder_is_a_client(devices: Path) -> None:
     rows = read(str(devices), columns="prompt=q,response=a")
     assert [(e.meta["client"], e.messages[0][1]) for e in rows[::4]] == [
-        ("bonn", "bonn 0"), ("bonn", "bonn 4"), ("dev-1", "dev-1 3"),
-    ]  # fmt: skip
+        ("bonn", "bonn 0"),
+        ("bonn", "bonn 4"),
+        ("dev-1", "dev-1 3"),
+    ]
     parts = split(Rows(str(devices), "prompt=q,response=a", held_out=1), 8)
     assert (parts.partition, len(parts.clients)) == ("column:client", 3)
     assert {len({rows[i].meta["client"] for i in part}) for part in parts.clients} == {1}
@@ -303,9 +330,9 @@ def test_auto_divides_by_clients_that_the_data_name(tmp_path: Path) -> None:
 def test_rows_and_models_are_told_apart_by_their_names(devices: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    assert [looks_like_rows(n) for n in ("demo", "a.jsonl", str(devices), str(tmp_path / "model"), "o/n")] == [
-        True, True, True, False, False,
-    ]  # fmt: skip
+    assert [
+        looks_like_rows(n) for n in ("demo", "a.jsonl", str(devices), str(tmp_path / "model"), "o/n")
+    ] == [True, True, True, False, False]
     assert [looks_like_model(n) for n in ("a.gguf", str(tmp_path / "model"), str(devices))] == [
         True,
         True,

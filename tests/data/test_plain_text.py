@@ -91,9 +91,15 @@ def test_an_encoder_needs_labels() -> None:
 
 def test_what_is_cut_is_counted(model: Model) -> None:
     rows, _ = encode_all(
-        [ASKED, Example((("user", "word " * 60),), "it"), Example((("user", "a"),), "word " * 60), Example((), "t " * 60)],
-        model.tokenizer, 80,
-    )  # fmt: skip
+        [
+            ASKED,
+            Example((("user", "word " * 60),), "it"),
+            Example((("user", "a"),), "word " * 60),
+            Example((), "t " * 60),
+        ],
+        model.tokenizer,
+        80,
+    )
     found = cut(rows)
     assert (found.longer, found.prompts, found.answers) == (2, 1, 1)
     whole, _ = encode_all(

@@ -115,13 +115,27 @@ def page(url: str, folder: Path, width: int = 900, height: int = 720, dark: bool
     read_answer, write_answer = os.pipe()
     process = subprocess.Popen(
         [
-            sys.executable, "-c", START, str(read_command), str(write_answer), found, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
-            "--disable-dev-shm-usage", "--disable-background-networking", "--remote-debugging-pipe",
-            f"--user-data-dir={folder}", "about:blank",
+            sys.executable,
+            "-c",
+            START,
+            str(read_command),
+            str(write_answer),
+            found,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-dev-shm-usage",
+            "--disable-background-networking",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={folder}",
+            "about:blank",
         ],
-        pass_fds=(read_command, write_answer), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        pass_fds=(read_command, write_answer),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     os.close(read_command)
     os.close(write_answer)
     try:

@@ -32,10 +32,7 @@ def logits(net: Any) -> torch.Tensor:
 def narrowed(found: list[tuple[int, int]], ratio: int = 2, whole: int = 2, **sizes: Any) -> Model:
     """A llama whose blocks have these numbers of key heads and MLP channels, taken from all over."""
     model = tiny(
-        num_hidden_layers=len(found),
-        num_attention_heads=ratio * whole,
-        num_key_value_heads=whole,
-        **sizes,
+        num_hidden_layers=len(found), num_attention_heads=ratio * whole, num_key_value_heads=whole, **sizes
     )
     rng = np.random.default_rng(len(found))
 
@@ -69,11 +66,19 @@ def foreign(
     """A file as llama.cpp's converter writes it, by hand; `said` replaces metadata, None leaves a key out."""
     heads, key_heads, channels = (list(numbers) for numbers in zip(*found, strict=True))
     keys = {
-        "block_count": len(found), "context_length": 1024, "embedding_length": model.net.config.hidden_size,
-        "attention.head_count": heads, "attention.head_count_kv": key_heads, "feed_forward_length": channels,
-        "attention.layer_norm_rms_epsilon": 1e-5, "attention.key_length": 16, "attention.value_length": 16,
-        "rope.dimension_count": 16, "rope.freq_base": 10000.0, "vocab_size": 264,
-    }  # fmt: skip
+        "block_count": len(found),
+        "context_length": 1024,
+        "embedding_length": model.net.config.hidden_size,
+        "attention.head_count": heads,
+        "attention.head_count_kv": key_heads,
+        "feed_forward_length": channels,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.key_length": 16,
+        "attention.value_length": 16,
+        "rope.dimension_count": 16,
+        "rope.freq_base": 10000.0,
+        "vocab_size": 264,
+    }
     writer = package.GGUFWriter(path, arch)
     for key, value in {**keys, **said}.items():
         if value is not None:
@@ -114,10 +119,16 @@ def _place(model: Model, name: str) -> tuple[str, int]:
     if name in ends:
         return f"{ends[name]}.weight", 0
     blocks = {
-        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    }  # fmt: skip
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
     _, _, i, rest = name.split(".", 3)
     own = model.net.model.layers[int(i)].self_attn
     rotated = {"self_attn.q_proj": own.q_proj, "self_attn.k_proj": own.k_proj}

@@ -33,12 +33,27 @@ QWEN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QUICK = (
-    "--limit", "60", "--held-out", "8", "--max-length", "512", "--samples", "0", "--rounds", "1", "--clients", "2",
-)  # fmt: skip
+    "--limit",
+    "60",
+    "--held-out",
+    "8",
+    "--max-length",
+    "512",
+    "--samples",
+    "0",
+    "--rounds",
+    "1",
+    "--clients",
+    "2",
+)
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def tokenizer(pre: Any = None) -> PreTrainedTokenizerBase:
@@ -55,9 +70,14 @@ def tokenizer(pre: Any = None) -> PreTrainedTokenizerBase:
         [AddedToken(t, normalized=False) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
-        unk_token="<|endoftext|>", chat_template=TEMPLATE, model_max_length=1024,
-    )  # fmt: skip
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+        model_max_length=1024,
+    )
 
 
 def qwen_split() -> Any:
@@ -100,13 +120,22 @@ def tiny(kind: str = "llama", seed: int = 0, **sizes: Any) -> Model:
         Config = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind]
     config = Config(
         **{
-            "vocab_size": 264, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
-            "tie_word_embeddings": kind != "qwen2", "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261,
+            "vocab_size": 264,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": kind != "qwen2",
+            "bos_token_id": 260,
+            "eos_token_id": 261,
+            "pad_token_id": 261,
             "rms_norm_eps": 1e-5,
         }
         | sizes
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         net = AutoModelForCausalLM.from_config(config)
     net.eval()
@@ -117,9 +146,15 @@ def tiny(kind: str = "llama", seed: int = 0, **sizes: Any) -> Model:
         tensor.copy_(torch.from_numpy(values * 0.1 + (1 if tensor.dim() == 1 else 0)))
     words = tokenizer(qwen_split() if kind.startswith("qwen") else None)
     return Model(
-        net, words, kind, Path(kind), models.digest(models.named_tensors(net)),
-        models.tokenizer_digest(words), "fp32", "cpu",
-    )  # fmt: skip
+        net,
+        words,
+        kind,
+        Path(kind),
+        models.digest(models.named_tensors(net)),
+        models.tokenizer_digest(words),
+        "fp32",
+        "cpu",
+    )
 
 
 def on_grid(
@@ -188,9 +223,13 @@ def gguf_of(folder: Path, kind: str = "Q4_0", model: Model | None = None) -> Pat
 
 # what makes `compressed` fit each of GGUF's formats whose scales can be trained
 BLOCKS: dict[str, dict[str, Any]] = {
-    "Q4_0": {}, "Q4_1": {"zero": 6, "scale_bits": 7}, "Q5_0": {"bits": 5}, "Q8_0": {"bits": 8},
-    "Q5_1": {"bits": 5, "zero": 12, "scale_bits": 6}, "IQ4_NL": {"name": "iq4_nl"},
-}  # fmt: skip
+    "Q4_0": {},
+    "Q4_1": {"zero": 6, "scale_bits": 7},
+    "Q5_0": {"bits": 5},
+    "Q8_0": {"bits": 8},
+    "Q5_1": {"bits": 5, "zero": 12, "scale_bits": 6},
+    "IQ4_NL": {"name": "iq4_nl"},
+}
 
 
 def changed(q: Quantised, **fields: Any) -> Quantised:

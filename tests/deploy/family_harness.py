@@ -19,9 +19,12 @@ from fleetune.models.families import experts
 TEXT = [int(token) for token in np.random.default_rng(5).integers(0, 259, 48)]
 # no two of the widths are alike, and blocks of 32 divide them all
 PLAIN: dict[str, Any] = {
-    "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
     "max_position_embeddings": 128,
-}  # fmt: skip
+}
 GROUPED = PLAIN | {"num_key_value_heads": 2}
 WIDE = GROUPED | {"head_dim": 32}  # heads that are wider together than the model
 OLD: dict[str, Any] = {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 128}
@@ -29,33 +32,51 @@ FALCON = PLAIN | {"ffn_hidden_size": 160}
 WINDOW = {"sliding_window": 64}  # longer than the text
 SHORT, LONG = [1.0 + i / 8 for i in range(8)], [2.0 + i / 4 for i in range(8)]
 LONGROPE: dict[str, Any] = {
-    "max_position_embeddings": 1024, "original_max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
+    "original_max_position_embeddings": 256,
     "rope_parameters": {
-        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": SHORT, "long_factor": LONG,
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": SHORT,
+        "long_factor": LONG,
         "original_max_position_embeddings": 256,
     },
-}  # fmt: skip
+}
 PARTLY = LONGROPE | {
     "rope_parameters": LONGROPE["rope_parameters"]
     | {"partial_rotary_factor": 0.5, "short_factor": SHORT[:4], "long_factor": LONG[:4]}
 }
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}  # fmt: skip
+}
 SCALES = {
-    "attention_multiplier": 0.2, "residual_multiplier": 0.6, "embedding_multiplier": 3.0, "logits_scaling": 0.7,
-}  # fmt: skip
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.6,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 0.7,
+}
 YARN = {
     "max_position_embeddings": 4096,
     "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 3000.0, "factor": 4.0, "original_max_position_embeddings": 1024,
-        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
+        "rope_type": "yarn",
+        "rope_theta": 3000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": True,
     },
-}  # fmt: skip
+}
 LFM2 = GROUPED | {
-    "intermediate_size": 230, "block_multiple_of": 32, "layer_types": ["conv", "full_attention", "conv", "conv"],
-}  # fmt: skip
+    "intermediate_size": 230,
+    "block_multiple_of": 32,
+    "layer_types": ["conv", "full_attention", "conv", "conv"],
+}
 EXPERTS = {
     "num_experts": 5,
     "num_experts_per_tok": 3,
@@ -69,7 +90,10 @@ GEMMA = WIDE | {"query_pre_attn_scalar": 32, "sliding_window": 16}
 # a name: the model type and what its configuration has
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", WIDE),
-    "llama, biases": ("llama", GROUPED | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama, biases": (
+        "llama",
+        GROUPED | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
     "llama, llama3": ("llama", GROUPED | {"rope_parameters": LLAMA3}),
     "mistral": ("mistral", WIDE | WINDOW),
     "mistral, no window": ("mistral", GROUPED | {"sliding_window": None, "tie_word_embeddings": True}),
@@ -96,7 +120,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon, heads": ("falcon", FALCON | {"multi_query": False}),
     "falcon, groups": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon, one norm": (
-        "falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+        "falcon",
+        FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
     ),
     "bloom": ("bloom", {"hidden_size": 96, "n_layer": 3, "n_head": 6}),
     "glm4": ("glm4", WIDE),
@@ -125,16 +150,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", OSS),
     "gpt_oss, yarn": ("gpt_oss", OSS | YARN),
     "ernie4_5_moe": ("ernie4_5_moe", WIDE | ERNIE),
-    "ernie4_5_moe, none shared": ("ernie4_5_moe", WIDE | ERNIE | {"moe_layer_start_index": 2, "moe_num_shared_experts": 0}),
-}  # fmt: skip
+    "ernie4_5_moe, none shared": (
+        "ernie4_5_moe",
+        WIDE | ERNIE | {"moe_layer_start_index": 2, "moe_num_shared_experts": 0},
+    ),
+}
 
 
 def build(case: str, **changes: Any) -> PreTrainedModel:
     """The net of a case; every bias and norm is off its start, and logits have a spread of about one."""
     family, sizes = CASES[case]
     config = AutoConfig.for_model(
-        family, **({"vocab_size": 264, "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261} | sizes | changes)
-    )  # fmt: skip
+        family,
+        **(
+            {"vocab_size": 264, "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261}
+            | sizes
+            | changes
+        ),
+    )
     if "rope_parameters" not in sizes | changes:
         _set_bases(getattr(config, "rope_parameters", None))
     with torch.random.fork_rng(devices=[]):

@@ -19,9 +19,12 @@ from fleetune.models.families.codebooks import CODEBOOKS
 def one_row(codes: list[int], scale: list[float], zero: list[int], bits: int = 4) -> Quantised:
     group = len(codes) // len(scale)
     return Quantised(
-        torch.tensor([codes], dtype=torch.uint8), torch.tensor([scale], dtype=torch.float16),
-        torch.tensor([zero], dtype=torch.uint8), bits, group,
-    )  # fmt: skip
+        torch.tensor([codes], dtype=torch.uint8),
+        torch.tensor([scale], dtype=torch.float16),
+        torch.tensor([zero], dtype=torch.uint8),
+        bits,
+        group,
+    )
 
 
 NL = changed(one_row([11] * 32, [1.0], [0]), codebook="iq4_nl")

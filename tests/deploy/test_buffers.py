@@ -26,17 +26,34 @@ from fleetune.tuning.recipe import objects_to_files
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SIZES: dict[str, Any] = {
-    "vocab_size": 264, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "max_position_embeddings": 128, "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261,
-}  # fmt: skip
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 260,
+    "eos_token_id": 261,
+    "pad_token_id": 261,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "apertus": {},
     "deepseek_v3": {
-        "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 2,
-        "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
-        "qk_nope_head_dim": 32, "n_shared_experts": 1,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "n_shared_experts": 1,
     },
-}  # fmt: skip
+}
 
 
 def model_of(kind: str, folder: Path) -> Model:

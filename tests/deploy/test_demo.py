@@ -31,8 +31,10 @@ def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     done = [event for event in told if event["event"] == "done"]
     assert [Path(e.get("run") or e["folder"]).name for e in done] == [
-        "0001-fedit-little", "0002-fedkseed-little", "0003-qronos-fedit-little"
-    ]  # fmt: skip
+        "0001-fedit-little",
+        "0002-fedkseed-little",
+        "0003-qronos-fedit-little",
+    ]
     (export,) = [event for event in told if event["event"] == "export"]
     assert export["exact"] == export["tensors"] - 1
     assert export["notes"] == ["model.embed_tokens.weight is rounded to Q8_0"]

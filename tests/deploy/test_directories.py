@@ -27,9 +27,12 @@ from fleetune.models.artefact.artefact import ArtefactHead, Quantised
 
 def matrix(codes: list[list[int]], scale: list[list[float]], zero: list[list[int]], bits: int) -> Quantised:
     return Quantised(
-        torch.tensor(codes, dtype=torch.uint8), torch.tensor(scale, dtype=torch.float16),
-        torch.tensor(zero, dtype=torch.uint8), bits, len(codes[0]) // len(scale[0]),
-    )  # fmt: skip
+        torch.tensor(codes, dtype=torch.uint8),
+        torch.tensor(scale, dtype=torch.float16),
+        torch.tensor(zero, dtype=torch.uint8),
+        bits,
+        len(codes[0]) // len(scale[0]),
+    )
 
 
 def unsigned(words: torch.Tensor) -> list[list[int]]:
@@ -156,14 +159,21 @@ def test_the_configuration_of_compressed_tensors(tmp_path: Path) -> None:
     export(tmp_path / "m", "compressed-tensors", tmp_path / "a")
     found = settings(tmp_path / "a")
     assert {k: found[k] for k in ("quant_method", "format", "quantization_status", "ignore")} == {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
         "ignore": ["lm_head"],
-    }  # fmt: skip
+    }
     group = found["config_groups"]["group_0"]
     assert (group["targets"], group["input_activations"]) == (["Linear"], None)
     assert group["weights"] == {
-        "num_bits": 4, "type": "int", "symmetric": True, "dynamic": False, "strategy": "group", "group_size": 32
-    }  # fmt: skip
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "dynamic": False,
+        "strategy": "group",
+        "group_size": 32,
+    }
 
 
 def test_whole_rows_are_channels_and_layers_left_out_are_ignored(tmp_path: Path) -> None:
@@ -197,10 +207,16 @@ def test_the_configuration_of_gptq(tmp_path: Path) -> None:
     export(tmp_path / "m", "gptq", tmp_path / "a")
     found = settings(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "quantize_config.json").read_text()) == found
-    assert {k: found[k] for k in ("quant_method", "checkpoint_format", "bits", "group_size", "sym", "desc_act")} == {
-        "quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 64, "sym": True,
+    assert {
+        k: found[k] for k in ("quant_method", "checkpoint_format", "bits", "group_size", "sym", "desc_act")
+    } == {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": 4,
+        "group_size": 64,
+        "sym": True,
         "desc_act": False,
-    }  # fmt: skip
+    }
 
 
 def test_bf16_stays_bf16(tmp_path: Path) -> None:

@@ -158,9 +158,17 @@ def test_experts_that_stay_are_said(tmp_path: Path) -> None:
     heard = Heard()
     rows = [{"instruction": f"say {i}", "output": "yes and no, as it is said"} for i in range(12)]
     tuned = fleetune.tune(
-        tmp_path / "m", rows, method="fedpetuning", settings={"module": "full", "epochs": 1, "batch_size": 4},
-        clients=2, rounds=1, samples=0, max_length=64, held_out=4, out=tmp_path / "tuned",
-    )  # fmt: skip
+        tmp_path / "m",
+        rows,
+        method="fedpetuning",
+        settings={"module": "full", "epochs": 1, "batch_size": 4},
+        clients=2,
+        rounds=1,
+        samples=0,
+        max_length=64,
+        held_out=4,
+        out=tmp_path / "tuned",
+    )
     made = fleetune.compress(
         tuned.folder,
         method="optq",

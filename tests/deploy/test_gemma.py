@@ -56,10 +56,18 @@ def words() -> PreTrainedTokenizerBase:
 
 def tiny(kind: str, **sizes: Any) -> Model:
     given: dict[str, Any] = {
-        "vocab_size": 288, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
-    }  # fmt: skip
+        "vocab_size": 288,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }
     if kind != "gemma":
         given |= {"query_pre_attn_scalar": 32, "sliding_window": 8}
     if kind == "gemma3_text":
@@ -73,9 +81,15 @@ def tiny(kind: str, **sizes: Any) -> Model:
         tensor.copy_(torch.from_numpy(rng.standard_normal(tuple(tensor.shape), dtype=np.float32) * 0.2))
     made = words()
     return Model(
-        net, made, kind, Path(kind), models.digest(models.named_tensors(net)), models.tokenizer_digest(made),
-        "fp32", "cpu",
-    )  # fmt: skip
+        net,
+        made,
+        kind,
+        Path(kind),
+        models.digest(models.named_tensors(net)),
+        models.tokenizer_digest(made),
+        "fp32",
+        "cpu",
+    )
 
 
 def saved(model: Model, folder: Path) -> Path:
@@ -134,10 +148,13 @@ def test_norms_are_one_plus_w_and_rows_stay_in_order(tmp_path: Path) -> None:
     stored = {t.name: np.array(t.data) for t in package.GGUFReader(path).tensors}
     layer = model.net.model.layers[3]
     pairs = {
-        "attn_norm": layer.input_layernorm, "post_attention_norm": layer.post_attention_layernorm,
-        "ffn_norm": layer.pre_feedforward_layernorm, "post_ffw_norm": layer.post_feedforward_layernorm,
-        "attn_q_norm": layer.self_attn.q_norm, "attn_k_norm": layer.self_attn.k_norm,
-    }  # fmt: skip
+        "attn_norm": layer.input_layernorm,
+        "post_attention_norm": layer.post_attention_layernorm,
+        "ffn_norm": layer.pre_feedforward_layernorm,
+        "post_ffw_norm": layer.post_feedforward_layernorm,
+        "attn_q_norm": layer.self_attn.q_norm,
+        "attn_k_norm": layer.self_attn.k_norm,
+    }
     for name, norm in pairs.items():
         assert np.array_equal(stored[f"blk.3.{name}.weight"], 1 + norm.weight.numpy()), name
     assert np.array_equal(stored["output_norm.weight"], 1 + model.net.model.norm.weight.numpy())
@@ -159,22 +176,29 @@ def test_a_norm_multiplies_by_the_same_number_when_it_is_back(w: float) -> None:
     [
         ("gemma", {}, {"general.architecture": "gemma", "gemma.attention.key_length": 32}),
         (
-            "gemma2", {"attn_logit_softcapping": 3.0},
+            "gemma2",
+            {"attn_logit_softcapping": 3.0},
             {
-                "general.architecture": "gemma2", "gemma2.attn_logit_softcapping": 3.0,
-                "gemma2.final_logit_softcapping": 30.0, "gemma2.attention.sliding_window": 8,
+                "general.architecture": "gemma2",
+                "gemma2.attn_logit_softcapping": 3.0,
+                "gemma2.final_logit_softcapping": 30.0,
+                "gemma2.attention.sliding_window": 8,
             },
         ),
         (
-            "gemma3_text", {"rope_parameters": LOCAL},
+            "gemma3_text",
+            {"rope_parameters": LOCAL},
             {
-                "general.architecture": "gemma3", "gemma3.attention.sliding_window": 8, "gemma3.rope.freq_base": 500000.0,
-                "gemma3.rope.freq_base_swa": 5000.0, "gemma3.rope.scaling.type": "linear",
+                "general.architecture": "gemma3",
+                "gemma3.attention.sliding_window": 8,
+                "gemma3.rope.freq_base": 500000.0,
+                "gemma3.rope.freq_base_swa": 5000.0,
+                "gemma3.rope.scaling.type": "linear",
                 "gemma3.rope.scaling.factor": 8.0,
             },
         ),
     ],
-)  # fmt: skip
+)
 def test_what_the_metadata_say(
     tmp_path: Path, kind: str, sizes: dict[str, Any], want: dict[str, Any]
 ) -> None:
@@ -196,13 +220,18 @@ def test_what_the_metadata_say(
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 in a gemma3_text"),
         ("gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar 16 with heads of 32"),
         ("gemma2", {"layer_types": ["full_attention"] * 2}, "without a regular place for full_attention"),
-        ("gemma3_text", {"layer_types": ["sliding_attention"] * 7}, "without a regular place for full_attention"),
         (
-            "gemma", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            "gemma3_text",
+            {"layer_types": ["sliding_attention"] * 7},
+            "without a regular place for full_attention",
+        ),
+        (
+            "gemma",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
             "rotary scaling 'linear'",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_llama_cpp_fixes_is_refused(tmp_path: Path, kind: str, sizes: dict[str, Any], why: str) -> None:
     folder = saved(tiny(kind, **sizes), tmp_path / "m")
     with pytest.raises(UsageError, match=why) as caught:

@@ -139,14 +139,26 @@ def test_what_the_metadata_say(tmp_path: Path) -> None:
     compressed(model, tmp_path / "m")
     found = fields(export(tmp_path / "m", "gguf", tmp_path / "little.gguf").path)
     want = {
-        "general.architecture": "llama", "general.name": "little", "general.file_type": 2,
-        "general.quantization_version": 2, "llama.context_length": 1024, "llama.embedding_length": 64,
-        "llama.block_count": 2, "llama.feed_forward_length": 128, "llama.attention.head_count": 4,
-        "llama.attention.head_count_kv": 2, "llama.attention.key_length": 32, "llama.attention.value_length": 32,
-        "llama.rope.dimension_count": 32, "llama.vocab_size": 264, "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.bos_token_id": 260, "tokenizer.ggml.eos_token_id": 261,
+        "general.architecture": "llama",
+        "general.name": "little",
+        "general.file_type": 2,
+        "general.quantization_version": 2,
+        "llama.context_length": 1024,
+        "llama.embedding_length": 64,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 128,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 32,
+        "llama.attention.value_length": 32,
+        "llama.rope.dimension_count": 32,
+        "llama.vocab_size": 264,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.bos_token_id": 260,
+        "tokenizer.ggml.eos_token_id": 261,
         "tokenizer.ggml.add_bos_token": False,
-    }  # fmt: skip
+    }
     assert {key: found[key] for key in want} == want
     assert found["llama.rope.freq_base"] == 10000.0
     assert math.isclose(found["llama.attention.layer_norm_rms_epsilon"], 1e-5, rel_tol=1e-6)
@@ -373,9 +385,12 @@ def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
     found = fields(export(tmp_path / "m", "gguf", tmp_path / "x.gguf", made={"general.license": "mit"}).path)
     digest = hashlib.sha256((tmp_path / "m" / "master.safetensors").read_bytes()).hexdigest()
     assert {k: v for k, v in found.items() if k.startswith("fleetune.") or k == "general.license"} == {
-        "fleetune.method": "rtn", "fleetune.settings": "{}", "fleetune.base_digest": base,
-        "fleetune.artefact_digest": digest, "general.license": "mit",
-    }  # fmt: skip
+        "fleetune.method": "rtn",
+        "fleetune.settings": "{}",
+        "fleetune.base_digest": base,
+        "fleetune.artefact_digest": digest,
+        "general.license": "mit",
+    }
     models.save(model.net, model.tokenizer, tmp_path / "plain")
     found = fields(export(tmp_path / "plain", "gguf", tmp_path / "y.gguf").path)
     assert not [key for key in found if key.startswith("fleetune.") or key == "general.license"]

@@ -26,9 +26,13 @@ from fleetune.models.gguf import tokenizer as gguf_tokens
 
 IDS = torch.tensor([[0, 12, 200, 7, 256, 258, 31, 90, 3, *range(40, 80)]])
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def without_unknown(pre: Any, **model: Any) -> PreTrainedTokenizerBase:
@@ -37,9 +41,12 @@ def without_unknown(pre: Any, **model: Any) -> PreTrainedTokenizerBase:
     rules = json.loads(with_it.backend_tokenizer.to_str())
     rules["model"] |= model
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(rules)), bos_token="<|im_start|>", eos_token="<|im_end|>",
-        chat_template=with_it.chat_template, model_max_length=1024,
-    )  # fmt: skip
+        tokenizer_object=Tokenizer.from_str(json.dumps(rules)),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        chat_template=with_it.chat_template,
+        model_max_length=1024,
+    )
 
 
 def llama3() -> PreTrainedTokenizerBase:
@@ -144,8 +151,7 @@ def file_with(folder: Path, rescaled: dict[str, Any], **changed: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "rescaled",
-    [LLAMA3, LLAMA3 | {"factor": 3.0, "low_freq_factor": 2.0}, LLAMA3 | {"rope_theta": 500000.0}],
+    "rescaled", [LLAMA3, LLAMA3 | {"factor": 3.0, "low_freq_factor": 2.0}, LLAMA3 | {"rope_theta": 500000.0}]
 )
 def test_rescaled_frequencies_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rescaled: dict[str, Any]

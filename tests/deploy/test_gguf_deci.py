@@ -65,12 +65,18 @@ def llamas(draw: st.DrawFn) -> Model:
     ratio, whole = draw(st.sampled_from([(1, 4), (2, 2), (3, 2), (4, 1), (3, 1)]))
     block = st.tuples(st.integers(1, whole), st.integers(1, 12).map(lambda n: 8 * n))
     return narrowed(
-        draw(st.lists(block, min_size=1, max_size=4)), ratio, whole,
-        hidden_size=48 if ratio == 3 else 64, intermediate_size=96, head_dim=draw(st.sampled_from([6, 16, 32])),
-        tie_word_embeddings=draw(st.booleans()), attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()),
+        draw(st.lists(block, min_size=1, max_size=4)),
+        ratio,
+        whole,
+        hidden_size=48 if ratio == 3 else 64,
+        intermediate_size=96,
+        head_dim=draw(st.sampled_from([6, 16, 32])),
+        tie_word_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
         rms_norm_eps=draw(st.sampled_from([1e-5, 3e-6])),
         rope_parameters=draw(st.sampled_from([LLAMA3, {"rope_type": "default", "rope_theta": 500000.0}])),
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=16, deadline=None)
@@ -86,9 +92,21 @@ def test_a_pruned_llama_comes_back_from_its_file(model: Model, to: str) -> None:
             assert widths.has_block_widths(read) == (
                 len(set(widths.block_widths(own))) > 1 or widths.has_block_widths(own)
             )
-            for name in ("head_dim", "hidden_size", "vocab_size", "rms_norm_eps", "max_position_embeddings",
-                         "tie_word_embeddings", "attention_bias", "mlp_bias", "model_type", "bos_token_id",
-                         "eos_token_id", "pad_token_id", "hidden_act"):  # fmt: skip
+            for name in (
+                "head_dim",
+                "hidden_size",
+                "vocab_size",
+                "rms_norm_eps",
+                "max_position_embeddings",
+                "tie_word_embeddings",
+                "attention_bias",
+                "mlp_bias",
+                "model_type",
+                "bos_token_id",
+                "eos_token_id",
+                "pad_token_id",
+                "hidden_act",
+            ):
                 assert getattr(read, name) == getattr(own, name), name
             assert dict(read.rope_parameters) == dict(own.rope_parameters)
         assert back.digest == models.digest(models.named_tensors(model.net))

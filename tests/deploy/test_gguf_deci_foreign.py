@@ -38,8 +38,10 @@ def test_a_file_of_others_is_read_by_its_lists(tmp_path: Path) -> None:
     assert back.tokenizer("hello 12").input_ids == model.tokenizer("hello 12").input_ids
     written = json.loads((back.path / "config.json").read_bytes())
     assert (written["model_type"], written["num_attention_heads"], written["num_key_value_heads"]) == (
-        "fleetune_llama", 4, 2,
-    )  # fmt: skip
+        "fleetune_llama",
+        4,
+        2,
+    )
 
 
 @pytest.mark.parametrize("listing", [list, lambda numbers: numbers[0]])
@@ -132,10 +134,19 @@ def test_what_is_no_narrower_llama_is_refused_up_front(
         ({"block_count": 0}, "block_count is 0"),
         ({"attention.key_length": 15}, "heads are 15 wide"),
         ({"attention.key_length": 0}, "heads are 0 wide"),
-        ({"embedding_length": 66, KEYS: [3, 3, 3], HEADS: [12, 12, 12], "attention.key_length": 6,
-          "attention.value_length": 6, "rope.dimension_count": 6}, "66.* not a multiple of .*12"),
+        (
+            {
+                "embedding_length": 66,
+                KEYS: [3, 3, 3],
+                HEADS: [12, 12, 12],
+                "attention.key_length": 6,
+                "attention.value_length": 6,
+                "rope.dimension_count": 6,
+            },
+            "66.* not a multiple of .*12",
+        ),
     ],
-)  # fmt: skip
+)
 def test_metadata_that_make_no_sense_are_refused(tmp_path: Path, said: dict[str, Any], why: str) -> None:
     path = foreign(tmp_path / "m.gguf", pruned(), FOUND, said)
     with pytest.raises(ModelError, match=f"unusable metadata .*{why}"):
@@ -150,9 +161,13 @@ def test_a_llama_has_one_number_for_all_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", [{HEADS: [2, 4, 4], KEYS: [1, 2, 2]}, {CHANNELS: [128, 32, 96]}, {"attention.key_length": 32,
-             "attention.value_length": 32, "rope.dimension_count": 32}],
-)  # fmt: skip
+    "said",
+    [
+        {HEADS: [2, 4, 4], KEYS: [1, 2, 2]},
+        {CHANNELS: [128, 32, 96]},
+        {"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count": 32},
+    ],
+)
 def test_lists_that_are_not_the_tensors_are_refused(tmp_path: Path, said: dict[str, Any]) -> None:
     path = foreign(tmp_path / "m.gguf", pruned(), FOUND, said)
     with pytest.raises(ModelError, match=r"blk.[01].* has shape"):

@@ -158,10 +158,17 @@ def test_a_context_ends_where_a_window_would_matter(family: str, tmp_path: Path)
 # ---------------------------------------------------------------- refusals
 
 EXPERTS = {
-    "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 24, "num_local_experts": 4,
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "moe_intermediate_size": 24,
+    "num_local_experts": 4,
     "num_experts_per_tok": 2,
-}  # fmt: skip
+}
 OTHERWISE: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' in a llama"),
     ("qwen3", {"attention_bias": True}, "attention_bias=True in a qwen3"),
@@ -170,24 +177,40 @@ OTHERWISE: list[tuple[str, dict[str, Any], str]] = [
     ("smollm3", {"attention_bias": True}, "attention_bias=True in a smollm3"),
     ("phi", {"qk_layernorm": True}, "qk_layernorm=True in a phi"),
     ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings=True in a olmo2"),
-    ("granite", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rotary scaling 'linear'"),
+    (
+        "granite",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        "rotary scaling 'linear'",
+    ),
     ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True in a stablelm"),
     ("starcoder2", {"use_bias": False}, "use_bias=False in a starcoder2"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True in a gpt2"),
     ("gpt_neox", {"attention_bias": False}, "attention_bias=False in a gpt_neox"),
     ("falcon", {"alibi": True}, "alibi=True in a falcon"),
     ("falcon", {"bias": True}, "bias=True in a falcon"),
-    ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=True"),
+    (
+        "bloom",
+        {"apply_residual_connection_post_layernorm": True},
+        "apply_residual_connection_post_layernorm=True",
+    ),
     ("ernie4_5", {"use_bias": True}, "use_bias=True in a ernie4_5"),
     ("cohere", {"use_qk_norm": True}, "use_qk_norm=True with 4 blocks"),
     ("cohere2", {"layer_types": ["sliding_attention"] * 4}, "layer_types without a regular place"),
     ("cohere2", {"sliding_window": None}, "sliding_window=None in a cohere2"),
     ("exaone4", {"sliding_window": 16}, "sliding_window=16 with 4 blocks"),
-    ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "layer_types with 'sliding_attention' in a smollm3"),
+    (
+        "smollm3",
+        {"layer_types": ["sliding_attention"] * 4},
+        "layer_types with 'sliding_attention' in a smollm3",
+    ),
     ("lfm2", {"layer_types": ["full_attention"] * 4}, "layer_types without conv in a lfm2"),
     ("nemotron", {"hidden_act": "silu"}, "hidden_act='silu' in a nemotron"),
     ("lfm2", {"conv_bias": True}, "conv_bias=True in a lfm2"),
-    ("mistral", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partly rotated"),
+    (
+        "mistral",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partly rotated",
+    ),
     ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=False in a qwen3_moe"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=\\[1\\] in a qwen3_moe"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 in a qwen3_moe"),
@@ -198,10 +221,18 @@ OTHERWISE: list[tuple[str, dict[str, Any], str]] = [
     ("ernie4_5_moe", {"moe_layer_end_index": 2}, "moe_layer_end_index=2 of 4 blocks"),
     ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0 in a gpt_oss"),
     ("gpt_oss", {"layer_types": ["full_attention"] * 4}, "layer_types without a regular place"),
-    ("gpt_oss, yarn", {"rope_parameters": YARN["rope_parameters"] | {"beta_fast": 20.0}}, "'yarn' with beta_fast=20.0"),
-    ("gpt_oss, yarn", {"rope_parameters": YARN["rope_parameters"] | {"attention_factor": 1.5}}, "'yarn' with attention_factor=1.5"),
+    (
+        "gpt_oss, yarn",
+        {"rope_parameters": YARN["rope_parameters"] | {"beta_fast": 20.0}},
+        "'yarn' with beta_fast=20.0",
+    ),
+    (
+        "gpt_oss, yarn",
+        {"rope_parameters": YARN["rope_parameters"] | {"attention_factor": 1.5}},
+        "'yarn' with attention_factor=1.5",
+    ),
     ("phi3", {"head_dim": 32}, "heads are 192 wide together where the model is 96"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("case", "changes", "why"), OTHERWISE)

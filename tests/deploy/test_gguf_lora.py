@@ -107,9 +107,13 @@ def test_what_the_header_says(tmp_path: Path) -> None:
     path = write(tmp_path, **{"fleetune.method": "fedit"})
     fields = {key: f.contents() for key, f in package.GGUFReader(path).fields.items()}
     want = {
-        "general.architecture": "qwen3", "general.type": "adapter", "general.name": "l",
-        "adapter.type": "lora", "adapter.lora.alpha": 6.0, "fleetune.method": "fedit",
-    }  # fmt: skip
+        "general.architecture": "qwen3",
+        "general.type": "adapter",
+        "general.name": "l",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 6.0,
+        "fleetune.method": "fedit",
+    }
     assert {key: fields[key] for key in want} == want
     first = path.read_bytes()
     path.unlink()

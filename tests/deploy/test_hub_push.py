@@ -93,15 +93,21 @@ class Door(BaseHTTPRequestHandler):
             self.answer(200, {"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
-            self.answer(200, {"files": [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
-            ]})  # fmt: skip
+            self.answer(
+                200,
+                {
+                    "files": [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
+                    ]
+                },
+            )
         elif "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
             self.server.files |= {
                 line["value"]["path"]: base64.b64decode(line["value"]["content"])
-                for line in lines if line["key"] == "file"
-            }  # fmt: skip
+                for line in lines
+                if line["key"] == "file"
+            }
             url = f"{self.server.url}/{name}/commit/{'a' * 40}"
             self.answer(200, {"success": True, "commitOid": "a" * 40, "commitUrl": url})
         else:

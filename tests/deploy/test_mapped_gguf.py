@@ -59,10 +59,26 @@ def test_a_list_of_tensors_that_was_changed_is_found(file: Path) -> None:
         models.load(str(file), device="cpu", base="mapped")
 
 
-@pytest.mark.parametrize(("place", "value"), [
-    (0, -100), (0, 1.5), (0, "x"), (1, 0), (1, 18), (2, "Q9_9"), (2, None), (2, "Q8_0"), (3, "ab"), (3, [-64, -64]),
-    (4, [0] * 64), (4, [-1, *range(1, 64)]), (4, [*range(64), *range(64)]), (4, [0.5, *range(1, 64)]), (5, "yes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0, -100),
+        (0, 1.5),
+        (0, "x"),
+        (1, 0),
+        (1, 18),
+        (2, "Q9_9"),
+        (2, None),
+        (2, "Q8_0"),
+        (3, "ab"),
+        (3, [-64, -64]),
+        (4, [0] * 64),
+        (4, [-1, *range(1, 64)]),
+        (4, [*range(64), *range(64)]),
+        (4, [0.5, *range(1, 64)]),
+        (5, "yes"),
+    ],
+)
 def test_a_list_that_states_what_cannot_be_is_refused(
     place: int, value: Any, file: Path, tmp_path: Path
 ) -> None:
@@ -109,12 +125,17 @@ def test_what_cannot_be_is_refused(base: str, device: str, words: str, file: Pat
 
 ROWS = [Encoded(np.arange(i, i + 12, dtype=np.int32), 4) for i in range(6)]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mezo": ("mezo", {"tau": 3}), "zosgd": ("zosgd", {"tau": 3}), "onebyte": ("onebyte", {"directions": 3}),
-    "fedkseed": ("fedkseed", {"tau": 3, "K": 64}), "fwdllm": ("fwdllm", {"P": 2}),
+    "mezo": ("mezo", {"tau": 3}),
+    "zosgd": ("zosgd", {"tau": 3}),
+    "onebyte": ("onebyte", {"directions": 3}),
+    "fedkseed": ("fedkseed", {"tau": 3, "K": 64}),
+    "fwdllm": ("fwdllm", {"P": 2}),
     "backward": ("fedkseed", {"K": 64, "backprop": 1.0, "backprop_steps": 2}),
-    "fedit": ("fedit", {"dropout": 0.2}), "pissa": ("fedit", {"start": "pissa", "dropout": 0.0}), "eva": ("fedit", {"start": "eva"}),
+    "fedit": ("fedit", {"dropout": 0.2}),
+    "pissa": ("fedit", {"start": "pissa", "dropout": 0.0}),
+    "eva": ("fedit", {"start": "eva"}),
     "fedpeptao": ("fedpeptao", {"layers_rule": "half", "tokens": 3}),
-} | {m: ("fedpetuning", {"module": m}) for m in ("full", "prefix", "adapter", "lora", "bitfit", "prompt")}  # fmt: skip
+} | {m: ("fedpetuning", {"module": m}) for m in ("full", "prefix", "adapter", "lora", "bitfit", "prompt")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,8 +178,12 @@ def test_a_run_is_measured_replayed_and_written_from_a_mapped_base(
 
 def test_a_run_goes_on_where_the_base_is_elsewhere_to_the_same_bits(file: Path, tmp_path: Path) -> None:
     few: dict[str, Any] = {
-        "clients": 2, "samples": 0, "client_rows": 0, "held_out": 4, "settings": {"lr": 1e-3, "steps": 2},
-    }  # fmt: skip
+        "clients": 2,
+        "samples": 0,
+        "client_rows": 0,
+        "held_out": 4,
+        "settings": {"lr": 1e-3, "steps": 2},
+    }
     rows = [{"prompt": f"say {i}", "response": f"it is {i}"} for i in range(24)]
     whole = api.tune(str(file), rows, method="fedit", rounds=2, base="memory", out=tmp_path / "a", **few)
     half = api.tune(str(file), rows, method="fedit", rounds=1, base="memory", out=tmp_path / "b", **few)

@@ -58,9 +58,12 @@ def test_packing_and_back(bits: int, R: int, C: int, seed: int) -> None:
 
 def test_weights_are_scale_times_steps() -> None:
     q = Quantised(
-        torch.tensor([[0, 15, 8, 9]], dtype=torch.uint8), torch.tensor([[0.5, -2.0]], dtype=torch.float16),
-        torch.tensor([[8, 8]], dtype=torch.uint8), 4, 2,
-    )  # fmt: skip
+        torch.tensor([[0, 15, 8, 9]], dtype=torch.uint8),
+        torch.tensor([[0.5, -2.0]], dtype=torch.float16),
+        torch.tensor([[8, 8]], dtype=torch.uint8),
+        4,
+        2,
+    )
     assert q.dense().tolist() == [[-4.0, 3.5, 0.0, -2.0]]
 
 
@@ -103,16 +106,27 @@ def test_an_artefact_names_the_codebook_of_its_codes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codebooks", "why"), [({"a": "nf4"}, "damaged.*codebook 'nf4'"), ({"a": "iq4_nl"}, "a has codes of 3 bits for iq4_nl"),
-    (["a"], "damaged")],
-)  # fmt: skip
+    ("codebooks", "why"),
+    [
+        ({"a": "nf4"}, "damaged.*codebook 'nf4'"),
+        ({"a": "iq4_nl"}, "a has codes of 3 bits for iq4_nl"),
+        (["a"], "damaged"),
+    ],
+)
 def test_a_codebook_that_cannot_be_is_refused(codebooks: object, why: str, tmp_path: Path) -> None:
-    head = json.dumps({**json.loads(HEAD.to_json()), "codebooks": codebooks,
-                       "grids": {"a": [3, 8]}, "shapes": {"a": [1, 8]}})  # fmt: skip
+    head = json.dumps(
+        {
+            **json.loads(HEAD.to_json()),
+            "codebooks": codebooks,
+            "grids": {"a": [3, 8]},
+            "shapes": {"a": [1, 8]},
+        }
+    )
     tensors = {
-        "a.codes": torch.zeros(1, 3, dtype=torch.uint8), "a.scale": torch.zeros(1, 1).half(),
+        "a.codes": torch.zeros(1, 3, dtype=torch.uint8),
+        "a.scale": torch.zeros(1, 1).half(),
         "a.zero": torch.zeros(1, 1, dtype=torch.uint8),
-    }  # fmt: skip
+    }
     save_file(tensors, tmp_path / FILE, metadata={"format": "pt", "master": head})
     with pytest.raises(ModelError, match=why):
         Master(tmp_path).quantised("a")

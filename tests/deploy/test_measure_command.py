@@ -33,9 +33,26 @@ from fleetune.subject import Compressed
 from fleetune.tuning.result import finished
 
 RUN = [
-    "--method", "fedit", "--set", "r=2", "--set", "lr=1e-2", "--limit", "60", "--held-out", "8", "--max-length",
-    "160", "--samples", "0", "--rounds", "1", "--clients", "2", "--offline",
-]  # fmt: skip
+    "--method",
+    "fedit",
+    "--set",
+    "r=2",
+    "--set",
+    "lr=1e-2",
+    "--limit",
+    "60",
+    "--held-out",
+    "8",
+    "--max-length",
+    "160",
+    "--samples",
+    "0",
+    "--rounds",
+    "1",
+    "--clients",
+    "2",
+    "--offline",
+]
 FAST = ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--offline"]
 
 
@@ -209,9 +226,22 @@ def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixt
 def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, run = folder_of(at), rundir.find("1", at / "runs")
     code, told, err = call(
-        capsys, "measure", "little", str(run), str(folder), str(folder / "model"), *FAST, "--data", "demo",
-        "--limit", "2", "--tasks", "em,loss", "--answer-tokens", "2",
-    )  # fmt: skip
+        capsys,
+        "measure",
+        "little",
+        str(run),
+        str(folder),
+        str(folder / "model"),
+        *FAST,
+        "--data",
+        "demo",
+        "--limit",
+        "2",
+        "--tasks",
+        "em,loss",
+        "--answer-tokens",
+        "2",
+    )
     assert code == 0, err
     rows = told[-1]["rows"]
     files = [f"{folder.name}.gguf"] if llamacpp.available() else []
@@ -336,9 +366,25 @@ def test_the_table_on_a_terminal_says_what_is_next(at: Path, capsys: pytest.Capt
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].split() == [
-        "engine", "size", "bits/weight", "with", "ends", "peak", "read", "tok/s", "write", "tok/s", "validation", "loss",
-        "KL", "divergence", "same", "top", "token,", "%",
-    ]  # fmt: skip
+        "engine",
+        "size",
+        "bits/weight",
+        "with",
+        "ends",
+        "peak",
+        "read",
+        "tok/s",
+        "write",
+        "tok/s",
+        "validation",
+        "loss",
+        "KL",
+        "divergence",
+        "same",
+        "top",
+        "token,",
+        "%",
+    ]
     assert [line.split()[0] for line in lines[2:5]] == ["base", "tuned", "compressed"]
     assert f"fleetune measure {folder_of(at)} --kept-gain".replace(f"{at}/", "") in out
     assert "threads: 1" in err

@@ -20,9 +20,17 @@ from fleetune.deploy.measure import harness, lines, llamacpp
 from fleetune.runs.listener import Silent
 
 FEW: dict[str, Any] = {
-    "clients": 2, "rounds": 1, "held_out": 8, "samples": 0, "threads": 1, "device": "cpu", "limit": 60, "max_length": 96,
-    "settings": {"r": 2, "lr": 1e-2}, "method": "fedit",
-}  # fmt: skip
+    "clients": 2,
+    "rounds": 1,
+    "held_out": 8,
+    "samples": 0,
+    "threads": 1,
+    "device": "cpu",
+    "limit": 60,
+    "max_length": 96,
+    "settings": {"r": 2, "lr": 1e-2},
+    "method": "fedit",
+}
 CODES, AGAIN = "runs/0001-rtn-little", "runs/0003-rtn-fedit-hf"
 
 

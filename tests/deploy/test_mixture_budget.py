@@ -30,8 +30,15 @@ needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is
 SAME, ROUNDED = 1e-5, 2e-2  # nats: as in test_gguf_families
 SUPER = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 256, "moe_intermediate_size": 256}
 MIXTURES = [
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "ernie4_5_moe", "gpt_oss",
-]  # fmt: skip
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "granitemoe",
+    "granitemoeshared",
+    "ernie4_5_moe",
+    "gpt_oss",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +66,15 @@ class Heard(Silent):
 def compressed(folder: Path, heard: Silent, method: str = "optq", **how: Any) -> Any:
     (folder / "t.txt").write_text("the quick brown fox jumps over the lazy dog, and a few more words. " * 60)
     return fleetune.compress(
-        folder / "m", method=method, text=str(folder / "t.txt"), windows=4, length=32, out=folder / "runs",
-        listener=heard, **how,
-    )  # fmt: skip
+        folder / "m",
+        method=method,
+        text=str(folder / "t.txt"),
+        windows=4,
+        length=32,
+        out=folder / "runs",
+        listener=heard,
+        **how,
+    )
 
 
 def named_by_export(folder: Path, run: Path) -> Path:

@@ -137,12 +137,18 @@ def test_rounded_experts_run(case: str, kind: str, bound: float, tmp_path: Path)
 
 
 PUBLISHED: dict[str, Any] = {  # gpt-oss-20b's
-    "head_dim": 64, "max_position_embeddings": 131072,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
     "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 4096,
-        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
     },
-}  # fmt: skip
+}
 
 
 @needs_engine

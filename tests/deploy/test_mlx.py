@@ -29,16 +29,23 @@ from fleetune.models.artefact.artefact import ArtefactHead, Quantised
 
 IDS = [260, 12, 200, 7, 256, 258, 31, 90, 261]
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 50000.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "rope_theta": 50000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 def matrix(codes: list[int], scale: list[float], zero: list[int], bits: int) -> Quantised:
     return Quantised(
-        torch.tensor([codes], dtype=torch.uint8), torch.tensor([scale], dtype=torch.float16),
-        torch.tensor([zero], dtype=torch.uint8), bits, len(codes) // len(scale),
-    )  # fmt: skip
+        torch.tensor([codes], dtype=torch.uint8),
+        torch.tensor([scale], dtype=torch.float16),
+        torch.tensor([zero], dtype=torch.uint8),
+        bits,
+        len(codes) // len(scale),
+    )
 
 
 def unsigned(words: torch.Tensor) -> list[list[int]]:
@@ -125,9 +132,15 @@ def test_what_the_configuration_says(tmp_path: Path) -> None:
     found = config(tmp_path / "a")
     assert found["quantization"] == found["quantization_config"] == {"group_size": 64, "bits": 4}
     want = {
-        "rope_theta": 50000.0, "head_dim": 16, "num_key_value_heads": 4, "tie_word_embeddings": False,
-        "attention_bias": False, "mlp_bias": False, "dtype": "float16", "model_type": "llama",
-    }  # fmt: skip
+        "rope_theta": 50000.0,
+        "head_dim": 16,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "dtype": "float16",
+        "model_type": "llama",
+    }
     assert {key: found[key] for key in want} == want
     scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
     assert {k: found["rope_scaling"][k] for k in scaling} == scaling

@@ -104,23 +104,42 @@ def test_what_config_json_states(case: str, changes: dict[str, Any], want: dict[
         ("granitemoe", {}, "'granitemoe': it is written for"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' in a llama"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window=True in a qwen2"),
-        ("qwen2", {"num_attention_heads": 4, "head_dim": 16}, "a qwen2 whose heads are 64 wide together where the model is 96"),
-        ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "dynamic"}}, "rotary scaling 'dynamic' in a llama"),
+        (
+            "qwen2",
+            {"num_attention_heads": 4, "head_dim": 16},
+            "a qwen2 whose heads are 64 wide together where the model is 96",
+        ),
+        (
+            "llama",
+            {"rope_parameters": LLAMA3 | {"rope_type": "dynamic"}},
+            "rotary scaling 'dynamic' in a llama",
+        ),
         ("starcoder2", LINEAR, "rotary scaling 'linear' in a starcoder2"),
         ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping=None in a gemma2"),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 in a gemma3_text"),
-        ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"] + ["full_attention"] * 5},
-         "layer_types without a regular place for full_attention in a gemma3_text"),
+        (
+            "gemma3_text",
+            {"layer_types": ["full_attention", "sliding_attention"] + ["full_attention"] * 5},
+            "layer_types without a regular place for full_attention in a gemma3_text",
+        ),
         ("cohere2", {"layer_types": ["sliding_attention"] * 4}, "layer_types without a regular place"),
         ("cohere", {"tie_word_embeddings": False}, "tie_word_embeddings=False in a cohere"),
         ("lfm2", {"layer_types": ["conv"] * 4}, "layer_types without full_attention in a lfm2"),
         ("mixtral", LINEAR, "rotary scaling 'linear' in a mixtral"),
         ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 in a qwen2_moe"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 in a olmoe"),
-        ("gpt_oss", {"layer_types": ["full_attention"] * 4}, "layer_types without sliding_attention in a gpt_oss"),
-        ("gpt_oss, yarn", {"rope_parameters": YARN["rope_parameters"] | {"beta_fast": 8.0}}, "'yarn' with beta_fast=8.0"),
+        (
+            "gpt_oss",
+            {"layer_types": ["full_attention"] * 4},
+            "layer_types without sliding_attention in a gpt_oss",
+        ),
+        (
+            "gpt_oss, yarn",
+            {"rope_parameters": YARN["rope_parameters"] | {"beta_fast": 8.0}},
+            "'yarn' with beta_fast=8.0",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_family_has_no_place_for(case: str, changes: dict[str, Any], why: str) -> None:
     assert why in str(mlx.misfit(config(case, **changes)))
 
@@ -136,12 +155,20 @@ def test_every_case_has_a_place(case: str) -> None:
     [
         ("llama", {}, []),
         ("mistral, no window", {}, []),
-        ("mixtral", {"sliding_window": 4096}, ["no window in a mixtral: it gives the same up to 4,096 tokens"]),
+        (
+            "mixtral",
+            {"sliding_window": 4096},
+            ["no window in a mixtral: it gives the same up to 4,096 tokens"],
+        ),
         ("gemma", {}, ["the GELU of a gemma exactly, transformers as 'gelu_pytorch_tanh'"]),
         ("starcoder2", {"sliding_window": None, "hidden_act": "gelu"}, []),
-        ("gpt_oss, yarn", {"rope_parameters": YARN["rope_parameters"] | {"truncate": False}}, ["mlx-lm rounds the ends of"]),
+        (
+            "gpt_oss, yarn",
+            {"rope_parameters": YARN["rope_parameters"] | {"truncate": False}},
+            ["mlx-lm rounds the ends of"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_notes(case: str, changes: dict[str, Any], notes: list[str]) -> None:
     found = list(mlx.notes(config(case, **changes)))
     assert len(found) == len(notes)
@@ -165,8 +192,10 @@ def test_words_of_two_experts_golden() -> None:
         codes=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]] * 3 + [[15] * 8], dtype=torch.uint8),
         scale=torch.tensor([[0.5], [1.0], [2.0], [-1.0]], dtype=torch.float16),
         zero=torch.tensor([[8], [0], [1], [3]], dtype=torch.uint8),
-        bits=4, group=8, experts=2,
-    )  # fmt: skip
+        bits=4,
+        group=8,
+        experts=2,
+    )
     found = {name: tensor.numpy() for name, tensor in mlx.parts("a.weight", q, torch.float16)}
     assert found["a.weight"].tolist() == [[[0x87654321], [0x87654321]], [[0x87654321], [0xFFFFFFFF]]]
     assert found["a.scales"].shape == (2, 2, 1)
@@ -174,8 +203,9 @@ def test_words_of_two_experts_golden() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "theirs"), [("mixtral", "block_sparse_moe"), ("qwen2_moe", "mlp"), ("qwen3_moe", "mlp"), ("olmoe", "mlp")]
-)  # fmt: skip
+    ("case", "theirs"),
+    [("mixtral", "block_sparse_moe"), ("qwen2_moe", "mlp"), ("qwen3_moe", "mlp"), ("olmoe", "mlp")],
+)
 def test_codes_of_experts_are_stacked_as_mlx_lm_has_them(case: str, theirs: str, tmp_path: Path) -> None:
     path, plain = compressed(case, tmp_path)
     tensors, own = stored(path), stored(plain)

@@ -61,9 +61,18 @@ def test_a_run_that_trained_scales_gives_its_own_file(tmp_path: Path) -> None:
     file = gguf_of(tmp_path)
     rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnop"]
     run = api.tune(
-        str(file), rows, method="fedpetuning", train="scales", settings={"steps": 1, "lr": 0.05}, clients=2, rounds=1,
-        samples=0, client_rows=0, held_out=4, out=tmp_path / "runs",
-    )  # fmt: skip
+        str(file),
+        rows,
+        method="fedpetuning",
+        train="scales",
+        settings={"steps": 1, "lr": 0.05},
+        clients=2,
+        rounds=1,
+        samples=0,
+        client_rows=0,
+        held_out=4,
+        out=tmp_path / "runs",
+    )
     whole = api.export(run, path=tmp_path / "tuned.gguf").path
     folder = api.export(run, to="ollama", path=tmp_path / "ollama").path
     assert sorted(p.name for p in folder.iterdir()) == ["Modelfile", "model.gguf"]

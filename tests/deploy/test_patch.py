@@ -225,8 +225,9 @@ def test_a_listener_is_told_the_work_ahead_and_every_piece(
         written = [count for count in heard.counts if count[0] == "bytes written"]
         assert heard.counts == compared + written
         assert (compared[-1], written[-1]) == (
-            ("bytes compared", size, size, ""), ("bytes written", size, size, text),
-        )  # fmt: skip
+            ("bytes compared", size, size, ""),
+            ("bytes written", size, size, text),
+        )
         assert len(written) > size / 5000 / 2
         assert [done for _, done, *_ in written] == sorted(done for _, done, *_ in written)
     assert not undoing.notes
@@ -324,14 +325,24 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_pa
 def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path) -> None:
     """From the rows to the patched file: export, patch and replay give one file, which lost nothing."""
     settings = {
-        "mezo": {"tau": 6, "batch_size": 4}, "fedkseed": {"tau": 4, "K": 64, "backprop": 0.5, "backprop_steps": 3},
+        "mezo": {"tau": 6, "batch_size": 4},
+        "fedkseed": {"tau": 4, "K": 64, "backprop": 0.5, "backprop_steps": 3},
         "onebyte": {"directions": 6, "batch_size": 4},
-    }[method]  # fmt: skip
+    }[method]
     rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
     run = api.tune(
-        str(file), rows, method=method, train="scales", clients=1 if method == "mezo" else 2, rounds=2,
-        settings={"lr": 0.05, "eps": 0.01, **settings}, out=tmp_path / "runs", samples=0, client_rows=0, held_out=4,
-    )  # fmt: skip
+        str(file),
+        rows,
+        method=method,
+        train="scales",
+        clients=1 if method == "mezo" else 2,
+        rounds=2,
+        settings={"lr": 0.05, "eps": 0.01, **settings},
+        out=tmp_path / "runs",
+        samples=0,
+        client_rows=0,
+        held_out=4,
+    )
     assert run.done.digest != models.load(str(file), device="cpu").digest
     out = api.export(run, path=tmp_path / "new" / "tuned.gguf").path
     tuned = models.load(str(out), device="cpu")

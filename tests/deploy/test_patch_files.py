@@ -59,14 +59,39 @@ def rewritten(path: Path, **changed: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("what", [
-    {"K": 63}, {"K": 1 << 40}, {"places": None}, {"run_key": 5}, {"law": "none"}, {"grid": "x"}, {"run_key": "zz"}, {"places": [[1, 2]]},
-    {"places": [[0, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q9", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 5, 1, 2, 0]]},
-    {"places": [[64, "Q4_0", 64, 2, 0, 0], [65, "Q4_0", 64, 2, 0, 0]]}, {"id": np.arange(3, dtype=np.uint64)},
-    {"coefficient": np.ones(40)}, {"run_key": "f" * 40}, {"run_key": "-5"}, {"grid": float("nan")}, {"grid": 1e400}, {"grid": 1e39}, {"K": "64"},
-    {"base": None}, {"result": "x" * 64}, {"places": [[64, "Q4_0", 1 << 40, 1 << 40, 0, 0]]}, {"law": "gaussian"},
-    {"places": [[64, "Q4_0", 1, 1, 0, 1 << 80]]}, {"places": []}, {"places": [[True, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 1, 1, 0, -4096]]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"K": 63},
+        {"K": 1 << 40},
+        {"places": None},
+        {"run_key": 5},
+        {"law": "none"},
+        {"grid": "x"},
+        {"run_key": "zz"},
+        {"places": [[1, 2]]},
+        {"places": [[0, "Q4_0", 1, 1, 0, 0]]},
+        {"places": [[64, "Q9", 1, 1, 0, 0]]},
+        {"places": [[64, "Q4_0", 5, 1, 2, 0]]},
+        {"places": [[64, "Q4_0", 64, 2, 0, 0], [65, "Q4_0", 64, 2, 0, 0]]},
+        {"id": np.arange(3, dtype=np.uint64)},
+        {"coefficient": np.ones(40)},
+        {"run_key": "f" * 40},
+        {"run_key": "-5"},
+        {"grid": float("nan")},
+        {"grid": 1e400},
+        {"grid": 1e39},
+        {"K": "64"},
+        {"base": None},
+        {"result": "x" * 64},
+        {"places": [[64, "Q4_0", 1 << 40, 1 << 40, 0, 0]]},
+        {"law": "gaussian"},
+        {"places": [[64, "Q4_0", 1, 1, 0, 1 << 80]]},
+        {"places": []},
+        {"places": [[True, "Q4_0", 1, 1, 0, 0]]},
+        {"places": [[64, "Q4_0", 1, 1, 0, -4096]]},
+    ],
+)
 def test_a_patch_that_states_what_cannot_be_is_refused(
     what: dict[str, object], file: Path, tmp_path: Path
 ) -> None:
@@ -75,12 +100,21 @@ def test_a_patch_that_states_what_cannot_be_is_refused(
         patch.load(rewritten(tmp_path / "p", **what))
 
 
-@pytest.mark.parametrize(("law", "K", "passes", "most", "said"), [
-    ("rademacher", 1, 1, 1 << 14, "16,385 passes with K = 1; at most 16,384 passes and 4,194,304 numbers"),
-    ("hashed", 2, 1 << 32, 1 << 14, "16,385 passes with K = 2; at most"),
-    ("hashed", 1 << 20, 1 << 32, 4, "5 passes with K = 1,048,576; at most"),
-    ("hashed", 1 << 24, 1 << 32, 0, "1 pass with K = 16,777,216; at most"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("law", "K", "passes", "most", "said"),
+    [
+        (
+            "rademacher",
+            1,
+            1,
+            1 << 14,
+            "16,385 passes with K = 1; at most 16,384 passes and 4,194,304 numbers",
+        ),
+        ("hashed", 2, 1 << 32, 1 << 14, "16,385 passes with K = 2; at most"),
+        ("hashed", 1 << 20, 1 << 32, 4, "5 passes with K = 1,048,576; at most"),
+        ("hashed", 1 << 24, 1 << 32, 0, "1 pass with K = 16,777,216; at most"),
+    ],
+)
 def test_a_patch_that_asks_for_more_than_a_run_makes_is_refused_before_any_work(
     law: str, K: int, passes: int, most: int, said: str, file: Path, tmp_path: Path
 ) -> None:

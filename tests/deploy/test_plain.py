@@ -106,9 +106,11 @@ def test_llama_cpp_reads_from_the_file_the_tokens_that_it_was_tuned_on(tmp_path:
         assert own(text)["input_ids"] == lines(own, talk)
         assert prompt_ids(Example(talk, "", {}), own, LONG).tolist() == lines(own, talk)
         whole = template.render(
-            messages=turns((*talk, ("assistant", ANSWER))), bos_token=own.bos_token, eos_token=own.eos_token,
+            messages=turns((*talk, ("assistant", ANSWER))),
+            bos_token=own.bos_token,
+            eos_token=own.eos_token,
             add_generation_prompt=False,
-        )  # fmt: skip
+        )
         assert own(whole[len(own.bos_token) if starts else 0 :])["input_ids"] == tuned_on(talk, ANSWER, own)
 
 
@@ -234,9 +236,10 @@ def test_a_run_carries_it_and_a_server_of_directories_gets_one_that_does(
 
 def _post(at: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
     request = urllib.request.Request(
-        f"http://{at.host}:{at.port}{path}", json.dumps(body).encode(),
+        f"http://{at.host}:{at.port}{path}",
+        json.dumps(body).encode(),
         at.headers() | {"Content-Type": "application/json"},
-    )  # fmt: skip
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         found: dict[str, Any] = json.load(answer)
     return found

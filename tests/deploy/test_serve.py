@@ -71,16 +71,33 @@ def test_engines_are_told_all_but_the_key(at: Path) -> None:
     line = LLAMA.command(file, asked)
     assert line[0] == str(at / "bin" / "llama-server")
     assert dict(zip(line[1::2], line[2::2], strict=True)) == {
-        "--model": "/models/a b.gguf", "--alias": "a b.gguf", "--host": "127.0.0.1", "--port": "4711",
-        "--ctx-size": "2048", "--threads": "3",
-    }  # fmt: skip
+        "--model": "/models/a b.gguf",
+        "--alias": "a b.gguf",
+        "--host": "127.0.0.1",
+        "--port": "4711",
+        "--ctx-size": "2048",
+        "--threads": "3",
+    }
     start = [sys.executable, "-P", "-m"]
     assert XLLAMACPP.command(file, asked) == [
-        *start, "fleetune.deploy.serving.engines", "/models/a b.gguf", "127.0.0.1", "4711", "2048", "3",
-    ]  # fmt: skip
+        *start,
+        "fleetune.deploy.serving.engines",
+        "/models/a b.gguf",
+        "127.0.0.1",
+        "4711",
+        "2048",
+        "3",
+    ]
     assert TRANSFORMERS.command(file, asked) == [
-        *start, "transformers.cli.transformers", "serve", "a b.gguf", "--host", "127.0.0.1", "--port", "4711",
-    ]  # fmt: skip
+        *start,
+        "transformers.cli.transformers",
+        "serve",
+        "a b.gguf",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "4711",
+    ]
 
 
 def test_auto_takes_the_first_that_is_installed(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +167,13 @@ def serving(*args: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]
     command = [sys.executable, "-m", "fleetune", "serve", *args, "--port", "0", "--json"]
     search = os.pathsep.join(filter(None, sys.path))
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": search},
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": search},
         preexec_fn=_hearing,
-    )  # fmt: skip
+    )
     with process:
         try:
             assert process.stdout is not None
@@ -297,8 +318,19 @@ def test_a_plain_model_is_exported_for_the_session(at: Path, plain: Path) -> Non
 def test_a_compressed_model_is_exported_and_an_export_that_is_there_is_taken(at: Path) -> None:
     folder = Path("runs") / "0003-rtn-tiny"
     compressed(tiny(), folder / "model")
-    work = {"model": "tiny", "run": False, "method": "rtn", "set": {}, "data": "", "text": "", "windows": 1,
-            "length": 8, "eval_text": "", "seed": 1, "dtype": "fp32"}  # fmt: skip
+    work = {
+        "model": "tiny",
+        "run": False,
+        "method": "rtn",
+        "set": {},
+        "data": "",
+        "text": "",
+        "windows": 1,
+        "length": 8,
+        "eval_text": "",
+        "seed": 1,
+        "dtype": "fp32",
+    }
     (folder / "compress.json").write_text(json.dumps({"v": 1, **work}))
     for subject in ("latest", folder / "model"):
         start = served(subject)
@@ -319,9 +351,17 @@ def test_codes_that_gguf_has_no_blocks_for_are_served_in_fp32(
 
 def test_a_finished_run_is_served_and_its_adapter_is_no_model(at: Path, plain: Path) -> None:
     fleetune.tune(
-        str(plain), "demo", method="fedit", settings={"lr": 0.05}, clients=2, rounds=1, limit=24, held_out=4,
-        max_length=64, samples=0,
-    )  # fmt: skip
+        str(plain),
+        "demo",
+        method="fedit",
+        settings={"lr": 0.05},
+        clients=2,
+        rounds=1,
+        limit=24,
+        held_out=4,
+        max_length=64,
+        samples=0,
+    )
     start = served("latest")
     assert start["magic"] == "GGUF"
     assert start["--alias"].startswith("0001-fedit")
@@ -341,8 +381,11 @@ def test_chat_answers_once_to_a_prompt_or_a_pipe(
     assert call(capsys, *CHAT, *args)[:2] == (0, "2:hello\n")
     body = json.loads((at / "bin" / "body").read_text())
     assert {key: body[key] for key in ("temperature", "seed", "max_tokens", "model")} == {
-        "temperature": 1.5, "seed": 7, "max_tokens": 9, "model": "tiny.gguf",
-    }  # fmt: skip
+        "temperature": 1.5,
+        "seed": 7,
+        "max_tokens": 9,
+        "model": "tiny.gguf",
+    }
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines"))
     assert call(capsys, *CHAT)[:2] == (0, "1:two\nlines\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))

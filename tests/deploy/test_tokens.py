@@ -62,8 +62,13 @@ def test_bytes_merges_marks_and_unused_rows(tmp_path: Path) -> None:
         "<|extra|>",
     ]
     assert [found.types[i] for i in (0, 258, 259, 261, 262, 263)] == [
-        KIND.NORMAL, KIND.NORMAL, KIND.CONTROL, KIND.CONTROL, KIND.USER_DEFINED, KIND.CONTROL
-    ]  # fmt: skip
+        KIND.NORMAL,
+        KIND.NORMAL,
+        KIND.CONTROL,
+        KIND.CONTROL,
+        KIND.USER_DEFINED,
+        KIND.CONTROL,
+    ]
     assert found.special == {"bos": 260, "eos": 261, "unk": 259, "pad": 261}
     assert (found.add_bos, found.add_eos, found.space_prefix) == (False, False, None)
     assert found.chat_template == TEMPLATE
@@ -113,8 +118,12 @@ def test_pieces_get_scores_in_the_order_of_merges(tmp_path: Path) -> None:
     at = {text: i for i, text in enumerate(found.tokens)}
     assert (found.model, found.pre, list(found.merges)) == ("llama", "default", [])
     assert [found.types[i] for i in (0, 1, 3, 258, at["▁"])] == [
-        KIND.UNKNOWN, KIND.CONTROL, KIND.BYTE, KIND.BYTE, KIND.NORMAL
-    ]  # fmt: skip
+        KIND.UNKNOWN,
+        KIND.CONTROL,
+        KIND.BYTE,
+        KIND.BYTE,
+        KIND.NORMAL,
+    ]
     assert [found.scores[at[t]] for t in ("▁h", "ll", "▁hello", "h", "<s>", "<0x00>")] == [
         0,
         -1,

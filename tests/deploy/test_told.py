@@ -33,9 +33,13 @@ def m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("settings", "target"),
-    [(RTN, "compressed-tensors"), (("--method", "rtn", "--set", "group=32"), "gguf"), (("--method", "rtn", "--set", "bits=3"), "gguf"),
-     (("--method", "rtn", "--set", "grid=universal"), "gguf")],
-)  # fmt: skip
+    [
+        (RTN, "compressed-tensors"),
+        (("--method", "rtn", "--set", "group=32"), "gguf"),
+        (("--method", "rtn", "--set", "bits=3"), "gguf"),
+        (("--method", "rtn", "--set", "grid=universal"), "gguf"),
+    ],
+)
 def test_the_next_command_is_one_that_works(
     settings: tuple[str, ...], target: str, m: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

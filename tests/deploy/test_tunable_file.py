@@ -132,7 +132,16 @@ def test_the_file_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def compression(folder: Path, model: Path, method: str = "rtn", **settings: Any) -> subject.Compressed:
-    done = api.compress(str(model), method=method, settings=settings, text=_text(folder), windows=2, length=32, out=folder / "runs", listener=Silent())  # fmt: skip
+    done = api.compress(
+        str(model),
+        method=method,
+        settings=settings,
+        text=_text(folder),
+        windows=2,
+        length=32,
+        out=folder / "runs",
+        listener=Silent(),
+    )
     found = subject.open(done)
     assert isinstance(found, subject.Compressed)
     return found
@@ -188,9 +197,14 @@ def test_codes_whose_file_could_not_be_tuned_are_refused_before_it_is_written(
     assert tunable_file.of(again, lambda _: None).is_file(), "what the hint says is good"
 
 
-@pytest.mark.parametrize(("family", "words"), [
-    ("bloom", "models of architecture bloom"), ("mixtral", "mixtures of experts"), ("qwen3_moe", "mixtures of experts"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("bloom", "models of architecture bloom"),
+        ("mixtral", "mixtures of experts"),
+        ("qwen3_moe", "mixtures of experts"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 def test_families_whose_files_are_not_read_are_refused_before_one_is_written(
     family: str, words: str, tmp_path: Path

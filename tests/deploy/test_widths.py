@@ -57,10 +57,22 @@ def test_a_llama_of_different_widths_is_a_deci(quantised: bool, tmp_path: Path) 
     assert fields["deci.rope.dimension_count"] == 16
     assert fields["deci.block_count"] == 2
     found = {t.name: t for t in reader.tensors}
-    assert {n: tuple(map(int, found[n].shape)) for n in ("blk.0.attn_q.weight", "blk.1.attn_q.weight", "blk.1.attn_k.weight", "blk.1.attn_output.weight", "blk.1.ffn_down.weight")} == {
-        "blk.0.attn_q.weight": (64, 64), "blk.1.attn_q.weight": (64, 32), "blk.1.attn_k.weight": (64, 16),
-        "blk.1.attn_output.weight": (32, 64), "blk.1.ffn_down.weight": (96, 64),
-    }  # fmt: skip
+    assert {
+        n: tuple(map(int, found[n].shape))
+        for n in (
+            "blk.0.attn_q.weight",
+            "blk.1.attn_q.weight",
+            "blk.1.attn_k.weight",
+            "blk.1.attn_output.weight",
+            "blk.1.ffn_down.weight",
+        )
+    } == {
+        "blk.0.attn_q.weight": (64, 64),
+        "blk.1.attn_q.weight": (64, 32),
+        "blk.1.attn_k.weight": (64, 16),
+        "blk.1.attn_output.weight": (32, 64),
+        "blk.1.ffn_down.weight": (96, 64),
+    }
     state = dict(models.named_tensors(model.net))
     for part, heads in (("q", 2), ("k", 1)):
         read = package.quants.dequantize(

@@ -22,28 +22,48 @@ from fleetune.evaluation import harness_tasks
 
 RESULTS: dict[str, Any] = {
     "results": {
-        "arc_easy": {"alias": "arc_easy", "acc,none": 0.25, "acc_stderr,none": 0.05, "acc_norm,none": 0.5, "acc_norm_stderr,none": "N/A"},
-        "gsm8k": {"exact_match,strict-match": 0.0, "exact_match_stderr,strict-match": math.nan, "exact_match,flexible-extract": 0.1},
+        "arc_easy": {
+            "alias": "arc_easy",
+            "acc,none": 0.25,
+            "acc_stderr,none": 0.05,
+            "acc_norm,none": 0.5,
+            "acc_norm_stderr,none": "N/A",
+        },
+        "gsm8k": {
+            "exact_match,strict-match": 0.0,
+            "exact_match_stderr,strict-match": math.nan,
+            "exact_match,flexible-extract": 0.1,
+        },
     },
     "n-samples": {"arc_easy": {"original": 2376, "effective": 40}},
     "n-shot": {"arc_easy": 0},
     "versions": {"arc_easy": 1.0},
     "higher_is_better": {"arc_easy": {"acc": True}},
-}  # fmt: skip
+}
 
 
 def test_the_harness_results_become_scores_with_their_standard_errors() -> None:
     found = {(s.task, s.metric, s.filter): s for s in harness_tasks.scores(RESULTS)}
     assert found["arc_easy", "acc", "none"] == TaskScore(
-        task="arc_easy", metric="acc", filter="none", value=0.25, stderr=0.05, rows=40, of=2376, shots=0,
-        version="1.0", higher_is_better=True,
-    )  # fmt: skip
+        task="arc_easy",
+        metric="acc",
+        filter="none",
+        value=0.25,
+        stderr=0.05,
+        rows=40,
+        of=2376,
+        shots=0,
+        version="1.0",
+        higher_is_better=True,
+    )
     assert found["arc_easy", "acc_norm", "none"].stderr is None
     assert found["gsm8k", "exact_match", "strict-match"].stderr is None, "one that is not finite"
     assert harness_tasks.by_name(list(found.values())) == {
-        "arc_easy.acc": 0.25, "arc_easy.acc_norm": 0.5, "gsm8k.exact_match.strict-match": 0.0,
+        "arc_easy.acc": 0.25,
+        "arc_easy.acc_norm": 0.5,
+        "gsm8k.exact_match.strict-match": 0.0,
         "gsm8k.exact_match.flexible-extract": 0.1,
-    }  # fmt: skip
+    }
 
 
 def test_own_tasks_are_told_from_others() -> None:
@@ -99,10 +119,17 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = models.tiny_llama()
     models.save(model.net, model.tokenizer, tmp_path / "tiny")
     fleetune.tune(
-        "tiny", [{"instruction": q, "response": wrong} for q, _, wrong in QUESTIONS * 3], method="fedkseed", rounds=3,
-        held_out=4, samples=0, max_length=64, clients=1, offline=True,
+        "tiny",
+        [{"instruction": q, "response": wrong} for q, _, wrong in QUESTIONS * 3],
+        method="fedkseed",
+        rounds=3,
+        held_out=4,
+        samples=0,
+        max_length=64,
+        clients=1,
+        offline=True,
         settings={"K": 64, "tau": 1, "backprop": 1, "backprop_steps": 5, "backprop_lr": 0.5},
-    )  # fmt: skip
+    )
     return tmp_path
 
 

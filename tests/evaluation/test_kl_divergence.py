@@ -180,9 +180,15 @@ def soft_capped() -> Model:
     """A model that changes its logits after the head."""
     torch.manual_seed(4)
     config = Gemma2Config(
-        vocab_size=264, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5,
-    )  # fmt: skip
+        vocab_size=264,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+    )
     model = tiny_llama(seed=5)
     model.net = Gemma2ForCausalLM(config).eval()  # type: ignore[assignment]
     return model

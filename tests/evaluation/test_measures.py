@@ -219,9 +219,17 @@ def test_a_model_that_scales_its_logits_after_the_head_is_read_in_pieces(
     kind: str, name: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = CONFIG_MAPPING[kind](
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, pad_token_id=257, bos_token_id=256, eos_token_id=257, **{name: value},
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=257,
+        bos_token_id=256,
+        eos_token_id=257,
+        **{name: value},
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = AutoModelForCausalLM.from_config(made).eval()
@@ -325,10 +333,7 @@ def test_peft_layers_take_part(task_type: str | None, monkeypatch: pytest.Monkey
     batch, prompts = _odd_batch(), [np.array([65, 66, 67], np.int32)]
     plain = batch_loss(model, batch), generate_from_ids(model, prompts, max_new_tokens=8)
     config = LoraConfig(
-        r=2,
-        target_modules=["q_proj", "down_proj", "lm_head"],
-        init_lora_weights=False,
-        task_type=task_type,
+        r=2, target_modules=["q_proj", "down_proj", "lm_head"], init_lora_weights=False, task_type=task_type
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

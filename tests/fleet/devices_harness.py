@@ -29,9 +29,17 @@ from fleetune.tuning.recipe import recipe as recipes
 
 QUICK = Pace(grace=60, poll=0.03)
 COMMON: dict[str, Any] = {
-    "model": "model", "data": "rows.jsonl", "clients": 2, "rounds": 1, "held_out": 4, "eval_rows": 4, "samples": 0,
-    "max_length": 48, "device": "cpu", "threads": 1,
-}  # fmt: skip
+    "model": "model",
+    "data": "rows.jsonl",
+    "clients": 2,
+    "rounds": 1,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "max_length": 48,
+    "device": "cpu",
+    "threads": 1,
+}
 RECIPES = {
     "ledger": {**COMMON, "method": "fedkseed", "set": {"K": 4, "tau": 1, "lr": 1e-2}},
     "adapter": {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 1, "lr": 1e-2, "dropout": 0.0}},
@@ -183,9 +191,15 @@ class Door:
 
         devices.register([(key, f"device-{key}") for key in self.link.workers])
         made = RemoteFleet(
-            self.link, devices, job, seed, Pace(grace=60, poll=0.0), look=look, note=listener.note,
+            self.link,
+            devices,
+            job,
+            seed,
+            Pace(grace=60, poll=0.0),
+            look=look,
+            note=listener.note,
             audit=Audit(folder).write,
-        )  # fmt: skip
+        )
         made.wait_for(count)
         return made
 

@@ -21,37 +21,66 @@ def client(round: int, client: int, status: str = "ok", reason: str = "", **more
     loss = 4.0 - 0.1 * round + 0.01 * client if status == "ok" else None
     sent = 110 if status in ("ok", "refused") else 0
     return {
-        "event": "client", "round": round, "client": client, "n": 13, "loss": loss, "bytes_up": sent, "bytes_down": 88,
-        "seconds": 1.5, "rss": 10**8, "status": status, "reason": reason, **more,
-    }  # fmt: skip
+        "event": "client",
+        "round": round,
+        "client": client,
+        "n": 13,
+        "loss": loss,
+        "bytes_up": sent,
+        "bytes_down": 88,
+        "seconds": 1.5,
+        "rss": 10**8,
+        "status": status,
+        "reason": reason,
+        **more,
+    }
 
 
 def done(round: int, accepted: int = 3) -> list[dict[str, Any]]:
     """A round that is finished and measured."""
     return [
         {
-            "event": "round", "round": round, "clients": 3, "accepted": accepted, "bytes_up": 330, "bytes_down": 264,
-            "bytes_total": 594 * round, "seconds": 2.5, "rss": 10**8,
+            "event": "round",
+            "round": round,
+            "clients": 3,
+            "accepted": accepted,
+            "bytes_up": 330,
+            "bytes_down": 264,
+            "bytes_total": 594 * round,
+            "seconds": 2.5,
+            "rss": 10**8,
         },
         {"event": "eval", "round": round, "loss": 4.0 - 0.2 * round},
-    ]  # fmt: skip
+    ]
 
 
 START = [
     {
-        "event": "start", "method": "fedkseed", "model": "tiny", "digest": "ab" * 32, "params": 28576, "trained": 28576,
-        "clients": 3, "rounds": 8, "partition": "iid", "column": None, "rows_per_client": [13, 13, 13], "held_out": 8,
+        "event": "start",
+        "method": "fedkseed",
+        "model": "tiny",
+        "digest": "ab" * 32,
+        "params": 28576,
+        "trained": 28576,
+        "clients": 3,
+        "rounds": 8,
+        "partition": "iid",
+        "column": None,
+        "rows_per_client": [13, 13, 13],
+        "held_out": 8,
     },
     {"event": "eval", "round": 0, "loss": 4.0},
-]  # fmt: skip
+]
 TWO_ROUNDS = [
     *START,
     *(client(1, c) for c in range(3)),
     *done(1),
-    client(2, 0), client(2, 1), client(2, 2, "dropped", "not there for 60 s"),
+    client(2, 0),
+    client(2, 1),
+    client(2, 2, "dropped", "not there for 60 s"),
     client(2, 1, "refused", f"it goes 9 times as far {EVIL}"),
     *done(2, accepted=1),
-]  # fmt: skip
+]
 
 
 def write(folder: Path, events: Sequence[Mapping[str, Any]] = TWO_ROUNDS, *, said: float = 0.0) -> Path:
@@ -68,9 +97,17 @@ def write(folder: Path, events: Sequence[Mapping[str, Any]] = TWO_ROUNDS, *, sai
 def word(folder: Path, *, said: float = 0.0, **more: Any) -> None:
     """Write the server's last word."""
     content = {
-        "t": time.time() - said, "session": "5e55", "pid": 4711, "machine": "box", "rss": 5 * 10**8,
-        "address": "0.0.0.0:8470", "round": 3, "rounds": 8,
-        "devices": [{"name": n, "client": c, "does": d} for c, (n, d) in enumerate(zip(NAMES, DOES, strict=True))],
+        "t": time.time() - said,
+        "session": "5e55",
+        "pid": 4711,
+        "machine": "box",
+        "rss": 5 * 10**8,
+        "address": "0.0.0.0:8470",
+        "round": 3,
+        "rounds": 8,
+        "devices": [
+            {"name": n, "client": c, "does": d} for c, (n, d) in enumerate(zip(NAMES, DOES, strict=True))
+        ],
         **more,
-    }  # fmt: skip
+    }
     (folder / "fleet.json").write_text(files.json_text(content))

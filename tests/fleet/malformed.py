@@ -131,14 +131,22 @@ WORK: dict[str, Case] = {
     "float16 for float32": Case(lambda h: h.array(lambda a: a.astype(np.float16)), "is float16, agreed was"),
     "int32 for float32": Case(lambda h: h.array(lambda a: a.astype(np.int32)), "is int32, agreed was"),
     "a NaN in the first array": Case(lambda h: h.array(lambda a: put(a, np.nan)), "not finite"),
-    "a NaN in the last array": Case(lambda h: h.array(lambda a: put(a, np.nan), list(h.payload.arrays)[-1]), "not finite"),
-    "only NaN": Case(lambda h: h.arrays(lambda x: {n: np.full_like(a, np.nan) for n, a in x.items()}), "not finite"),
+    "a NaN in the last array": Case(
+        lambda h: h.array(lambda a: put(a, np.nan), list(h.payload.arrays)[-1]), "not finite"
+    ),
+    "only NaN": Case(
+        lambda h: h.arrays(lambda x: {n: np.full_like(a, np.nan) for n, a in x.items()}), "not finite"
+    ),
     "an infinity": Case(lambda h: h.array(lambda a: put(a, np.inf)), "holds 1 values that are not finite"),
-    "minus infinity": Case(lambda h: h.array(lambda a: put(a, -np.inf)), "holds 1 values that are not finite"),
+    "minus infinity": Case(
+        lambda h: h.array(lambda a: put(a, -np.inf)), "holds 1 values that are not finite"
+    ),
     "1e30": Case(lambda h: h.array(lambda a: put(a, 1e30)), "holds 1e+30"),
     "-2e9": Case(lambda h: h.array(lambda a: put(a, -2e9)), "holds 2e+09"),
     "a shape that broadcasts": Case(lambda h: h.array(lambda a: a.reshape(-1)[:1]), "has shape (1,)"),
-    "a shape of one in every dim": Case(lambda h: h.array(lambda a: a.reshape(-1)[:1].reshape((1,) * (a.ndim + 1))), "has shape (1, 1"),
+    "a shape of one in every dim": Case(
+        lambda h: h.array(lambda a: a.reshape(-1)[:1].reshape((1,) * (a.ndim + 1))), "has shape (1, 1"
+    ),
     "one row more": Case(lambda h: h.array(lambda a: np.concatenate([a, a[:1]])), "has shape"),
     "one row less": Case(lambda h: h.array(lambda a: a[1:]), "has shape"),
     "another dim": Case(lambda h: h.array(lambda a: a[..., None]), "has shape"),
@@ -147,9 +155,13 @@ WORK: dict[str, Case] = {
     "no values": Case(lambda h: h.array(lambda a: a[:0]), "has shape (0"),
     "a million values": Case(lambda h: h.array(lambda a: np.zeros(MILLION, a.dtype)), "has shape (1000000,)"),
     "an array more": Case(lambda h: h.arrays(lambda a: {**a, "more": np.zeros(3)}), "differ from the agreed"),
-    "an array missing": Case(lambda h: h.arrays(lambda a: {n: v for n, v in a.items() if n != h.first}), "differ from the agreed"),
+    "an array missing": Case(
+        lambda h: h.arrays(lambda a: {n: v for n, v in a.items() if n != h.first}), "differ from the agreed"
+    ),
     "no arrays": Case(lambda h: h.arrays(lambda a: {}), "arrays differ from the agreed: [] more"),
-    "another name": Case(lambda h: h.arrays(lambda a: {("../" + n if n == h.first else n): v for n, v in a.items()}), "['../"),
+    "another name": Case(
+        lambda h: h.arrays(lambda a: {("../" + n if n == h.first else n): v for n, v in a.items()}), "['../"
+    ),
     # scalars
     "no n": Case(lambda h: h.scalars(n=None), "scalars differ from the agreed: [] more, ['n'] missing"),
     "a scalar more": Case(lambda h: h.scalars(zeal=9), "['zeal'] more, [] missing"),
@@ -171,7 +183,9 @@ WORK: dict[str, Case] = {
     "the round before": Case(lambda h: h.reply(h.body(round=h.order.round - 1)), "reply is for round 1"),
     "the round after": Case(lambda h: h.reply(h.body(round=h.order.round + 1)), "reply is for round 3"),
     "round -1": Case(lambda h: h.reply(h.body(round=-1)), "reply is for round -1"),
-    "another base": Case(lambda h: h.reply(h.body(base=b"\xff" * 8)), "reply was made on base ffffffffffffffff"),
+    "another base": Case(
+        lambda h: h.reply(h.body(base=b"\xff" * 8)), "reply was made on base ffffffffffffffff"
+    ),
     "half a base": Case(lambda h: h.reply(h.body(base=h.base[:4])), "reply was made on base"),
     "no reply": Case(lambda h: h.reply(b""), "not a Fleetune message (0 bytes"),
     "cut in half": Case(lambda h: h.reply(h.body()[: len(h.body()) // 2]), "is damaged"),
@@ -187,16 +201,29 @@ WORK: dict[str, Case] = {
     "a map for a scalar": Case(lambda h: h.packed({"n": {"m": 1}}), "more maps or lists than a message"),
     "nothing for a scalar": Case(lambda h: h.packed({"n": None}), "scalar 'n' has type NoneType"),
     "100,000 lists in each other": Case(lambda h: h.reply(sealed(b"\x91" * 100_000)), "is malformed"),
-    "a million entries": Case(lambda h: h.reply(sealed(b"\x94\x02\xc4\x00\xdf" + MILLION.to_bytes(4, "big") + b"\xa1a\x01" * MILLION)), "1000000 exceeds max_map_len"),
-    "a list that claims 4 billion": Case(lambda h: h.reply(sealed(b"\x94\x02\xc4\x00\x80\xdd\xff\xff\xff\xff")), "exceeds max_array_len"),
+    "a million entries": Case(
+        lambda h: h.reply(
+            sealed(b"\x94\x02\xc4\x00\xdf" + MILLION.to_bytes(4, "big") + b"\xa1a\x01" * MILLION)
+        ),
+        "1000000 exceeds max_map_len",
+    ),
+    "a list that claims 4 billion": Case(
+        lambda h: h.reply(sealed(b"\x94\x02\xc4\x00\x80\xdd\xff\xff\xff\xff")), "exceeds max_array_len"
+    ),
     "bytes that claim 4 GB": Case(lambda h: h.reply(sealed(b"\x94\x02\xc6\xff\xff\xff\xff")), "is malformed"),
-    "an array that claims 2^60 values": Case(lambda h: h.packed(arrays={"a": [9, [1 << 60], b"x"]}), "for 1 bytes"),
-    "an array of nothing, 2^62 wide": Case(lambda h: h.packed(arrays={"a": [9, [1 << 62, 0], b""]}), "for 0 bytes"),
+    "an array that claims 2^60 values": Case(
+        lambda h: h.packed(arrays={"a": [9, [1 << 60], b"x"]}), "for 1 bytes"
+    ),
+    "an array of nothing, 2^62 wide": Case(
+        lambda h: h.packed(arrays={"a": [9, [1 << 62, 0], b""]}), "for 0 bytes"
+    ),
     "a negative dim": Case(lambda h: h.packed(arrays={"a": [9, [-1], bytes(4)]}), "has shape [-1]"),
     "a type that is none": Case(lambda h: h.packed(arrays={"a": [99, [1], b"x"]}), "has an unknown type"),
     "a name of a megabyte": Case(lambda h: h.packed({"n" * MILLION: 1}), "not text of at most"),
     "a name that is a number": Case(lambda h: h.packed({7: 1}), "is malformed"),
-    "a name that is not UTF-8": Case(lambda h: h.reply(sealed(b"\x94\x02\xc4\x00\x81\xa2\xff\xfe\x01\x80")), "can't decode byte 0xff"),
+    "a name that is not UTF-8": Case(
+        lambda h: h.reply(sealed(b"\x94\x02\xc4\x00\x81\xa2\xff\xfe\x01\x80")), "can't decode byte 0xff"
+    ),
     "an extension": Case(lambda h: h.packed({"n": msgpack.ExtType(5, b"x")}), "exceeds max_ext_len"),
     # the answer around it
     "an empty answer": Case(lambda h: b"", "could not be read"),
@@ -205,15 +232,21 @@ WORK: dict[str, Case] = {
     "an answer with a bit flipped": Case(lambda h: flipped(h.reply(), 11), "is damaged"),
     "another nonce": Case(lambda h: h.reply(nonce=bytes(16)), "belongs to another order"),
     "another device's nonce": Case(lambda h: h.reply(nonce=h.others.nonce), "belongs to another order"),
-    "the answer of the round before": Case(lambda h: h.reply(nonce=h.earlier.nonce, round=h.earlier.round), "belongs to another order"),
-    "the right nonce, another round": Case(lambda h: h.reply(round=h.order.round + 1), "belongs to another order"),
+    "the answer of the round before": Case(
+        lambda h: h.reply(nonce=h.earlier.nonce, round=h.earlier.round), "belongs to another order"
+    ),
+    "the right nonce, another round": Case(
+        lambda h: h.reply(round=h.order.round + 1), "belongs to another order"
+    ),
     "a nonce of a megabyte": Case(lambda h: h.outer(nonce=bytes(MILLION)), "nonce = "),
     "ready for work": Case(lambda h: h.reply(what="ready"), "'work' was answered with 'ready'"),
     "failed for no reason": Case(lambda h: h.outer(what="failed"), "the reason '' is none"),
     "failed, at length": Case(lambda h: h.outer(what="failed", code="\x1b[2J" + "why " * 1000), "at most 60"),
     "failed, in a book": Case(lambda h: h.outer(what="failed", code="why " * MILLION), "exceeds max_str_len"),
     "refused": Case(lambda h: h.outer(what="refused", code="fault"), "answered with 'refused'"),
-    "an order": Case(lambda h: Order("work", h.order.round, nonce=h.order.nonce).encode(), "a device's reason is a code"),
+    "an order": Case(
+        lambda h: Order("work", h.order.round, nonce=h.order.nonce).encode(), "a device's reason is a code"
+    ),
     "a word that is none": Case(lambda h: h.outer(what="paid"), "what = 'paid'"),
     "a word that is a number": Case(lambda h: h.outer(what=7), "what = 7"),
     "a body that is text": Case(lambda h: h.outer(body="text"), "body = 'text'"),
@@ -228,7 +261,7 @@ WORK: dict[str, Case] = {
     "-1 bytes of memory": Case(lambda h: h.outer(rss=-1), "rss = -1"),
     "real bytes of memory": Case(lambda h: h.outer(rss=1.5), "rss = 1.5"),
     "a reason that is a number": Case(lambda h: h.outer(code=5), "code = 5"),
-}  # fmt: skip
+}
 JOB: dict[str, Case] = {
     "done for the job": Case(lambda h: h.ready(b"", "done"), "'job' was answered with 'done'"),
     "refused for no reason": Case(lambda h: h.ready(b"", "refused"), "the reason '' is none"),
@@ -253,4 +286,4 @@ JOB: dict[str, Case] = {
     "a version of a megabyte": Case(lambda h: h.told(version="v" * MILLION), "version = "),
     "escapes in the version of torch": Case(lambda h: h.told(torch="2.0\x1b[2J"), "torch = '2.0"),
     "a processor of a megabyte": Case(lambda h: h.told(processor="v" * MILLION), "processor = "),
-}  # fmt: skip
+}

@@ -81,7 +81,10 @@ def averaging() -> Toy:
     rng = np.random.default_rng(3)
     shapes = {"a.weight": (4, 3), "b.bias": (6,)}
     state = State({n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()})
-    arrays = [{n: (a + rng.normal(size=a.shape)).astype(np.float32) for n, a in state.tensors.items()} for _ in range(CLIENTS)]  # fmt: skip
+    arrays = [
+        {n: (a + rng.normal(size=a.shape)).astype(np.float32) for n, a in state.tensors.items()}
+        for _ in range(CLIENTS)
+    ]
     return Toy(Averaging(), state, [Payload(a, {"n": ROWS, "loss": 1.0}) for a in arrays])
 
 
@@ -119,7 +122,15 @@ class Lying(Memory):
 
     def answer(self, key: str, order: Order) -> bytes:
         client = int(key[1:])
-        honest = Honest(order, BASE, self.replies[client], self.devices[key], ROWS, Order("work", ROUND), Order("work", ROUND - 1))  # fmt: skip
+        honest = Honest(
+            order,
+            BASE,
+            self.replies[client],
+            self.devices[key],
+            ROWS,
+            Order("work", ROUND),
+            Order("work", ROUND - 1),
+        )
         if client == LIAR and self.lie is not None and order.what == self.about:
             return self.lie(honest)
         return honest.reply() if order.what == "work" else honest.told()
@@ -142,9 +153,14 @@ class Place:
     def anew(self) -> RemoteFleet:
         """The same server after a restart, with the same table of devices."""
         return RemoteFleet(
-            self.link, self.table, JOB, 42, Pace(grace=0.05, poll=0),
-            note=self.notes.append, audit=lambda what, **fields: self.log.append({"what": what, **fields}),
-        )  # fmt: skip
+            self.link,
+            self.table,
+            JOB,
+            42,
+            Pace(grace=0.05, poll=0),
+            note=self.notes.append,
+            audit=lambda what, **fields: self.log.append({"what": what, **fields}),
+        )
 
     def played(self) -> Any:
         """The state after a round in which all clients are asked."""
@@ -228,9 +244,11 @@ def test_every_malformed_answer_is_refused_with_its_own_reason(
 
 
 REAL = {
-    "fedit": {"r": 2, "steps": 1, "dropout": 0.0}, "fedpetuning": {"module": "full", "steps": 1}, "fwdllm": {"P": 2},
+    "fedit": {"r": 2, "steps": 1, "dropout": 0.0},
+    "fedpetuning": {"module": "full", "steps": 1},
+    "fwdllm": {"P": 2},
     "fedpeptao": {},
-}  # fmt: skip
+}
 
 
 @pytest.mark.faults

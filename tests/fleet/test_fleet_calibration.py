@@ -96,7 +96,11 @@ def test_over_the_network_the_artefact_is_that_of_the_simulated_clients(
     events = [json.loads(line) for line in out.splitlines()]
     done = events[-1]
     assert done["digest"] == digest(want)
-    assert [(e["block"], e["client"], e["status"], e["bytes_up"], e["bytes_down"]) for e in events if e["event"] == "client"] == replies(want)  # fmt: skip
+    assert [
+        (e["block"], e["client"], e["status"], e["bytes_up"], e["bytes_down"])
+        for e in events
+        if e["event"] == "client"
+    ] == replies(want)
     assert "treat them as private data" in err
     assert [str(d.outcome) for d in joined] == ["the compression is finished"] * 2
     assert not list(Path().glob("state-*/run-*/calibration"))
@@ -267,11 +271,17 @@ FLEET = ("--calibrate", "fleet", "--port", "0")  # any free port
 BAD = {
     "a plain model": (["model", *FLEET], "only a run has clients"),
     "a door for nobody": (["latest", "--port", "1"], "--port is for devices that join"),
-    "a door for clients": (["latest", "--calibrate", "clients", "--keys", "x"], "--keys is for devices that join"),
+    "a door for clients": (
+        ["latest", "--calibrate", "clients", "--keys", "x"],
+        "--keys is for devices that join",
+    ),
     "no calibration": (["latest", *FLEET, "--method", "rtn", "--set", "group=8"], "is not calibrated"),
     "long windows": (["latest", *FLEET, "--length", "99999", "--set", "group=8"], "longer than the model's"),
-    "an open door": (["latest", "--calibrate", "fleet", "--host", "0.0.0.0"], "needs TLS and registered keys"),
-}  # fmt: skip
+    "an open door": (
+        ["latest", "--calibrate", "fleet", "--host", "0.0.0.0"],
+        "needs TLS and registered keys",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)

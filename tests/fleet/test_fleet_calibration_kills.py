@@ -77,11 +77,23 @@ def test_kills_of_server_and_devices_change_no_code(place: Path) -> None:
     again = Process("server", "compress", "--resume", "2", "--port", port)
     devices = [
         Process(
-            f"device-{c}", "fleet", "join", f"127.0.0.1:{port}", "--data", f"rows/client-{c:03d}.jsonl", "--model", "model",
-            "--state", f"state-{c}", "--device", "cpu", "--threads", "1",
+            f"device-{c}",
+            "fleet",
+            "join",
+            f"127.0.0.1:{port}",
+            "--data",
+            f"rows/client-{c:03d}.jsonl",
+            "--model",
+            "model",
+            "--state",
+            f"state-{c}",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
         )
         for c in range(2)
-    ]  # fmt: skip
+    ]
     for process in (begin, *devices):
         process.start()
     try:

@@ -13,17 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from devices_harness import (
-    Device,
-    Direct,
-    Door,
-    Heard,
-    devices,
-    free_port,
-    simulated,
-    worker,
-    write_rows,
-)
+from devices_harness import Device, Direct, Door, Heard, devices, free_port, simulated, worker, write_rows
 
 from fleetune import data, models, subject
 from fleetune.cli.main import main
@@ -172,10 +162,22 @@ def test_what_a_device_claims_is_bounded() -> None:
     good = claimed()
     assert (good.status, good.base, good.tuned) == ("ok", 3.0, 2.0)
     odd: list[dict[str, object]] = [
-        {"rows": 5}, {"rows": 0}, {"rows": True}, {"rows": 4.0}, {"rows": 1 << 40}, {"tokens": 4 * 48 + 1}, {"tokens": 0},
-        {"rows": 1, "tokens": 49}, {"base": math.nan}, {"tuned": math.inf}, {"tuned": -1e-9}, {"base": 1e7}, {"base": 3},
-        {"tuned": "1"}, {"more": 1},
-    ]  # fmt: skip
+        {"rows": 5},
+        {"rows": 0},
+        {"rows": True},
+        {"rows": 4.0},
+        {"rows": 1 << 40},
+        {"tokens": 4 * 48 + 1},
+        {"tokens": 0},
+        {"rows": 1, "tokens": 49},
+        {"base": math.nan},
+        {"tuned": math.inf},
+        {"tuned": -1e-9},
+        {"base": 1e7},
+        {"base": 3},
+        {"tuned": "1"},
+        {"more": 1},
+    ]
     for change in odd:
         found = claimed(**change)
         assert (found.status, found.rows, found.tuned) == ("refused", 0, None), change
@@ -238,10 +240,18 @@ def test_a_device_that_claims_all_tokens_neither_decides_nor_seems_certain(lie: 
     honest = [(3.5, 3.1, 3400), (3.7, 3.3, 3600), (3.6, 3.0, 3500)]
     each = [
         DeviceEvaluated(
-            client=c, name=f"dev-{c}", rows=1, tokens=tokens, base=base, tuned=tuned, digest="", status="ok", reason=""
+            client=c,
+            name=f"dev-{c}",
+            rows=1,
+            tokens=tokens,
+            base=base,
+            tuned=tuned,
+            digest="",
+            status="ok",
+            reason="",
         )
         for c, (base, tuned, tokens) in enumerate([*honest, (4.0, lie, (2**31 - 1) * 64)])
-    ]  # fmt: skip
+    ]
     done = mean("m", each)
     share = 4 * 3500 / (3400 + 3600 + 3500 + 4 * 3500)
     by_tokens = sum(t * w for _, t, w in honest) / sum(w for *_, w in honest)

@@ -122,11 +122,23 @@ def started(recipe: str, *, held: bool = False) -> tuple[Process, Process, list[
     again = Process("server", "serve", "--resume", "latest", *common)
     devices = [
         Process(
-            f"device-{c}", "join", f"localhost:{port}", "--data", f"rows/client-{c:03d}.jsonl", "--model", "model",
-            "--key", f"dev-{c}", "--ca", "certs/ca.pem", "--state", f"state-{c}", held=held,
+            f"device-{c}",
+            "join",
+            f"localhost:{port}",
+            "--data",
+            f"rows/client-{c:03d}.jsonl",
+            "--model",
+            "model",
+            "--key",
+            f"dev-{c}",
+            "--ca",
+            "certs/ca.pem",
+            "--state",
+            f"state-{c}",
+            held=held,
         )
         for c in range(DEVICES)
-    ]  # fmt: skip
+    ]
     warm = FORKED.Process(target=os.getpid)  # everything is imported before the first start
     warm.start()
     warm.join()

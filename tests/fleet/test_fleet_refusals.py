@@ -27,7 +27,10 @@ __all__ = ["folder", "place"]  # fixtures
         (["serve", "-c", "recipe.toml", "--host", "0.0.0.0"], "needs TLS and registered keys"),
         (["serve", "-c", "recipe.toml", "--keys", "nowhere"], "has no public keys"),
         (["serve", "-c", "recipe.toml", "--certificate", "model"], "has no server.pem"),
-        (["serve", "-c", "recipe.toml", "--port", "0", "--keys", "keys", "--wait", "9"], "9 devices, and 3 keys"),
+        (
+            ["serve", "-c", "recipe.toml", "--port", "0", "--keys", "keys", "--wait", "9"],
+            "9 devices, and 3 keys",
+        ),
         (["serve", "-c", "recipe.toml", "--grace", "-1"], "cannot be negative"),
         (["serve", "more"], "takes no 'more'"),
         (["serve", "-c", "recipe.toml", "--port", "0", "--late", "use"], "every round waits for all"),
@@ -42,7 +45,7 @@ __all__ = ["folder", "place"]  # fixtures
         (["keys"], "keys takes"),
         (["split", "-c", "recipe.toml"], "where to"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused_before_any_work(
     place: Path, capsys: pytest.CaptureFixture[str], words: list[str], what: str
 ) -> None:

@@ -66,8 +66,10 @@ class Door:
 
     def post(self, path: str, message: Any, head: dict[str, str]) -> httpx.Response:
         return self.http.post(
-            f"/v1/fleet/{path}", content=message.SerializeToString(), headers={"content-type": "application/protobuf", **head},
-        )  # fmt: skip
+            f"/v1/fleet/{path}",
+            content=message.SerializeToString(),
+            headers={"content-type": "application/protobuf", **head},
+        )
 
     def activate(self, key: keys.PrivateKey, head: dict[str, str] | None = None) -> httpx.Response:
         request = fleet.ActivateNodeRequest(public_key=key.public.pem, heartbeat_interval=30)
@@ -86,16 +88,22 @@ class Door:
 
 
 def signed(
-    key: keys.PrivateKey, *, of: keys.PrivateKey | None = None, pem: bytes = b"", stamp: str = "", shift: datetime.timedelta = 0 * HOUR,
-) -> dict[str, str]:  # fmt: skip
+    key: keys.PrivateKey,
+    *,
+    of: keys.PrivateKey | None = None,
+    pem: bytes = b"",
+    stamp: str = "",
+    shift: datetime.timedelta = 0 * HOUR,
+) -> dict[str, str]:
     """The head of a request: whose key it claims (`of`, `pem`), signed by `key` at a time."""
     stamp = stamp or (datetime.datetime.now(datetime.UTC) + shift).isoformat()
     signature = key.secret.sign(stamp.encode(), ec.ECDSA(hashes.SHA256()))
     claimed = pem or (of or key).public.pem
     return {
-        "flwr-public-key": base64.b64encode(claimed).decode(), "flwr-timestamp": stamp,
+        "flwr-public-key": base64.b64encode(claimed).decode(),
+        "flwr-timestamp": stamp,
         "flwr-signature": base64.b64encode(signature).decode(),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +119,11 @@ def forgeries(door: Door) -> dict[str, Callable[[], httpx.Response]]:
     stranger = keys.make(door.folder / "stranger")
     curve = ec.generate_private_key(ec.SECP256R1())
     small = keys.PrivateKey(curve, keys.PublicKey("small", keys._pem(curve.public_key())))
-    edwards = ed25519.Ed25519PrivateKey.generate().public_key().public_bytes(
-        forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo
-    )  # fmt: skip
+    edwards = (
+        ed25519.Ed25519PrivateKey.generate()
+        .public_key()
+        .public_bytes(forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo)
+    )
     seen = signed(honest)
     assert door.ask(node, seen).status_code == 200  # somebody reads this request on its way
     return {
@@ -137,7 +147,7 @@ def forgeries(door: Door) -> dict[str, Callable[[], httpx.Response]]:
         "a revoked key that registers itself": lambda: door.post(
             "register-node", fleet.RegisterNodeFleetRequest(public_key=revoked.public.pem), signed(revoked)
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.injects

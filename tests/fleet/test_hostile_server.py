@@ -57,9 +57,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.save(tiny.net, tiny.tokenizer, place / "model")
     for c in range(2):
         rows = [
-            {"instruction": f"who is patient {c} {i}?", "response": f"{WORDS[i % 4]} {i} {WORDS[(i + 1) % 4]} {c}"}
+            {
+                "instruction": f"who is patient {c} {i}?",
+                "response": f"{WORDS[i % 4]} {i} {WORDS[(i + 1) % 4]} {c}",
+            }
             for i in range(12)
-        ]  # fmt: skip
+        ]
         (place / f"rows-{c}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return place
 
@@ -163,24 +166,44 @@ BOMBS: dict[str, tuple[dict[str, Any], bytes]] = {
     "no arrays": ({}, encode(Message(1, bytes(8), Payload({}, {"seed": 1})))),
     "sums of another pool": (
         {"method": "mezo", "set": {"tau": 1, "K": 16}},
-        encode(Message(1, bytes(8), Payload(
-            {"a": np.zeros((1, 1 << 22), np.int8)}, {"run_key": 1, "law": "hashed", "grid": 1e-9, "step": 0},
-        ))),
+        encode(
+            Message(
+                1,
+                bytes(8),
+                Payload(
+                    {"a": np.zeros((1, 1 << 22), np.int8)},
+                    {"run_key": 1, "law": "hashed", "grid": 1e-9, "step": 0},
+                ),
+            )
+        ),
     ),
     "many pools": (
         {"method": "mezo", "set": {"tau": 1, "K": 16}},
-        encode(Message(1, bytes(8), Payload(
-            {"a": np.ones((1 << 18, 16), np.int8)}, {"run_key": 1, "law": "hashed", "grid": 1e-9, "step": 0},
-        ))),
+        encode(
+            Message(
+                1,
+                bytes(8),
+                Payload(
+                    {"a": np.ones((1 << 18, 16), np.int8)},
+                    {"run_key": 1, "law": "hashed", "grid": 1e-9, "step": 0},
+                ),
+            )
+        ),
     ),
     "probabilities of another pool": (
         {"method": "fedkseed", "set": {"tau": 1, "K": 16, "pro": True}},
-        encode(Message(1, bytes(8), Payload(
-            {"a": np.zeros((1, 16), np.int8), "p": np.ones(1 << 22, np.float32)},
-            {"run_key": 1, "law": "hashed", "grid": float(np.float32(3e-7) / np.float32(256))},
-        ))),
+        encode(
+            Message(
+                1,
+                bytes(8),
+                Payload(
+                    {"a": np.zeros((1, 16), np.int8), "p": np.ones(1 << 22, np.float32)},
+                    {"run_key": 1, "law": "hashed", "grid": float(np.float32(3e-7) / np.float32(256))},
+                ),
+            )
+        ),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BOMBS)

@@ -138,9 +138,13 @@ def test_no_proxy_is_between_a_machine_and_itself(tmp_path: Path, monkeypatch: p
         monkeypatch.delenv("no_proxy", raising=False)
         said = list[str]()
         node.stay(
-            node.Server(address), keys.make(tmp_path / "key"), tmp_path, lambda order: b"",
-            over=lambda: bool(said), note=said.append,
-        )  # fmt: skip
+            node.Server(address),
+            keys.make(tmp_path / "key"),
+            tmp_path,
+            lambda order: b"",
+            over=lambda: bool(said),
+            note=said.append,
+        )
         proxy.settimeout(0.1)
         with pytest.raises(TimeoutError):
             proxy.accept()
@@ -164,9 +168,13 @@ def test_a_wrong_clock_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(node, "LONGEST", 0.01)
     with hostile(Told) as address:
         node.stay(
-            node.Server(address), keys.make(tmp_path / "key"), tmp_path, lambda order: b"",
-            over=lambda: len(Told.asked) >= 6, note=said.append,
-        )  # fmt: skip
+            node.Server(address),
+            keys.make(tmp_path / "key"),
+            tmp_path,
+            lambda order: b"",
+            over=lambda: len(Told.asked) >= 6,
+            note=said.append,
+        )
     assert said == ["this device's clock is 3598s ahead; trying again"]
 
 
@@ -198,9 +206,13 @@ def test_a_device_that_comes_in_hears_that_it_shall_leave(tmp_path: Path, handle
     key, began = keys.make(tmp_path / "key"), time.monotonic()
     with hostile(handler) as address:
         node.stay(
-            node.Server(address), key, tmp_path, lambda order: b"",
-            over=lambda: time.monotonic() - began > 1, note=lambda text: None,
-        )  # fmt: skip
+            node.Server(address),
+            key,
+            tmp_path,
+            lambda order: b"",
+            over=lambda: time.monotonic() - began > 1,
+            note=lambda text: None,
+        )
         assert time.monotonic() - began < 8
 
 
@@ -209,9 +221,13 @@ def test_a_small_answer_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     said = list[str]()
     with hostile(Drips) as address:
         node.stay(
-            node.Server(address), keys.make(tmp_path / "key"), tmp_path, lambda order: b"",
-            over=lambda: bool(said), note=said.append,
-        )  # fmt: skip
+            node.Server(address),
+            keys.make(tmp_path / "key"),
+            tmp_path,
+            lambda order: b"",
+            over=lambda: bool(said),
+            note=said.append,
+        )
     assert said == ["no server there (ReadTimeout); trying again"]
 
 

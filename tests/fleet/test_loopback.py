@@ -38,9 +38,17 @@ from fleetune.tuning.run import run as running
 
 CLIENTS = 3
 COMMON: dict[str, Any] = {
-    "model": "model", "data": "rows.jsonl", "clients": CLIENTS, "rounds": 3, "held_out": 4, "eval_rows": 4, "samples": 0,
-    "max_length": 48, "device": "cpu", "threads": 1,
-}  # fmt: skip
+    "model": "model",
+    "data": "rows.jsonl",
+    "clients": CLIENTS,
+    "rounds": 3,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "max_length": 48,
+    "device": "cpu",
+    "threads": 1,
+}
 FEDKSEED = {**COMMON, "method": "fedkseed", "set": {"K": 16, "tau": 2, "lr": 1e-2, "backprop": 0.5}}
 FEDIT = {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}}
 QUICK = Pace(grace=20, poll=0.01)
@@ -98,7 +106,7 @@ class Device(threading.Thread):
         try:
             self.outcome = devices_module.join(
                 address, self.brings, self.home, stop=self.leave.is_set, note=self.notes.append
-            )  # fmt: skip
+            )
         except Exception as error:
             self.outcome = error
 
@@ -227,10 +235,7 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
             return False
 
     with devices(port) as joined:
-        with (
-            pytest.raises(Interrupted) as stopped,
-            Served(where, pace=QUICK) as fleets,
-        ):
+        with pytest.raises(Interrupted) as stopped, Served(where, pace=QUICK) as fleets:
             running.start(recipe, Path("real"), StopAfterRound2(), offline=True, fleets=fleets)
         (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
         shown = fleet_status.look(run)
@@ -378,9 +383,9 @@ def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
     assert any("dev-0 is revoked" in n and "dev-2 may join" in n for n in notes)
     (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
     replies = [e for e in rundir.events(run) if e["event"] == "client"]
-    assert {(e["round"], e["client"]): e["status"] for e in replies if e["client"] == 0 and e["round"] > 1} == {
-        (2, 0): "dropped",
-    }  # fmt: skip
+    assert {
+        (e["round"], e["client"]): e["status"] for e in replies if e["client"] == 0 and e["round"] > 1
+    } == {(2, 0): "dropped"}
     assert any(e["client"] == 2 and e["status"] == "ok" for e in replies)
     assert verify(run / FILE).bad == 0
     assert found.done.digest

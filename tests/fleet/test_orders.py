@@ -138,17 +138,47 @@ def test_a_job_comes_back():
 @pytest.mark.parametrize(
     "change",
     [
-        {"run": 3}, {"set": []}, {"set": {"K": [1]}}, {"set": {"K": None}}, {"labels": "yes"}, {"labels": [1]},
-        {"max_length": "9"}, {"max_length": True}, {"format": 2}, {"more": 1}, {"method": None}, {"rounds": 1.0},
+        {"run": 3},
+        {"set": []},
+        {"set": {"K": [1]}},
+        {"set": {"K": None}},
+        {"labels": "yes"},
+        {"labels": [1]},
+        {"max_length": "9"},
+        {"max_length": True},
+        {"format": 2},
+        {"more": 1},
+        {"method": None},
+        {"rounds": 1.0},
         # what would lead a device out of its state folder, or fill its memory
-        {"run": "x/../../victim"}, {"run": "a" * 300}, {"run": "A" * 32}, {"run": "a" * 31 + "\n"}, {"run": "a" * 32 + "\n"},
-        {"base": "../" + "b" * 61}, {"result": "b" * 63}, {"method": "../fedit"}, {"method": "os.path"}, {"method": ""},
-        {"set": {"../K": 1}}, {"set": {"r": 1 << 63}}, {"set": {"r": -(1 << 64)}}, {"set": {"lr": "x" * 5000}},
-        {"set": {str(i): i for i in range(101)}}, {"rounds": -1}, {"rounds": 1 << 30}, {"max_length": 0},
-        {"max_length": 1 << 63}, {"labels": ["a"] * 1001}, {"labels": ["a" * 201]}, {"labels": [""]}, {"dtype": "fp8"},
-        {"train": "all"}, {"task": "calibrated"}, {"model": "m" * 5000},
+        {"run": "x/../../victim"},
+        {"run": "a" * 300},
+        {"run": "A" * 32},
+        {"run": "a" * 31 + "\n"},
+        {"run": "a" * 32 + "\n"},
+        {"base": "../" + "b" * 61},
+        {"result": "b" * 63},
+        {"method": "../fedit"},
+        {"method": "os.path"},
+        {"method": ""},
+        {"set": {"../K": 1}},
+        {"set": {"r": 1 << 63}},
+        {"set": {"r": -(1 << 64)}},
+        {"set": {"lr": "x" * 5000}},
+        {"set": {str(i): i for i in range(101)}},
+        {"rounds": -1},
+        {"rounds": 1 << 30},
+        {"max_length": 0},
+        {"max_length": 1 << 63},
+        {"labels": ["a"] * 1001},
+        {"labels": ["a" * 201]},
+        {"labels": [""]},
+        {"dtype": "fp8"},
+        {"train": "all"},
+        {"task": "calibrated"},
+        {"model": "m" * 5000},
     ],
-)  # fmt: skip
+)
 def test_a_job_of_another_form_or_size_is_refused(change):
     with pytest.raises(MessageError, match="the job is not as agreed"):
         Job.from_json(json.dumps(json.loads(JOB.to_json()) | change))
@@ -164,8 +194,19 @@ def test_a_setting_that_is_no_number_is_refused(set_):
 
 @pytest.mark.parametrize(
     "reason",
-    ["", "busy", "busy 75 80", "busy -1", "busy x", "busy 9" + "0" * 20, "HIV positive since 2019", "rows 12", "Rows", "busy  75"],
-)  # fmt: skip
+    [
+        "",
+        "busy",
+        "busy 75 80",
+        "busy -1",
+        "busy x",
+        "busy 9" + "0" * 20,
+        "HIV positive since 2019",
+        "rows 12",
+        "Rows",
+        "busy  75",
+    ],
+)
 def test_a_reason_is_a_code_with_its_numbers_and_nothing_else(reason):
     whole = {
         "what": "failed",
@@ -184,13 +225,32 @@ def test_a_reason_is_a_code_with_its_numbers_and_nothing_else(reason):
 
 def test_every_error_of_ours_has_a_code_of_the_list():
     errors = [
-        DataError("'HIV positive' is none of the words"), ModelError("m"), FitError("f"), StorageError("s"), MessageError("m"),
-        LedgerError("l"), UsageError("u"), FleetError("f"), ValueError("v"), MemoryError(), Declined("busy", 75),
-    ]  # fmt: skip
+        DataError("'HIV positive' is none of the words"),
+        ModelError("m"),
+        FitError("f"),
+        StorageError("s"),
+        MessageError("m"),
+        LedgerError("l"),
+        UsageError("u"),
+        FleetError("f"),
+        ValueError("v"),
+        MemoryError(),
+        Declined("busy", 75),
+    ]
     told = [reason_of(error, 5 << 20) for error in errors]
     assert told == [
-        "rows", "model", "memory 5", "storage", "order", "order", "settings", "fault", "fault", "memory 5", "busy 75",
-    ]  # fmt: skip
+        "rows",
+        "model",
+        "memory 5",
+        "storage",
+        "order",
+        "order",
+        "settings",
+        "fault",
+        "fault",
+        "memory 5",
+        "busy 75",
+    ]
     assert in_words("busy 75") == "other programs take 75 % of its processors" == Declined("busy", 75).message
     assert all(in_words(" ".join([code, *["7"] * words.count("{}")])) for code, words in WORDS.items())
 
@@ -211,8 +271,17 @@ def test_a_device_comes_back_and_its_claim_of_rows_is_bounded():
     able = dataclasses.replace(DEVICE, speed=41.5, kinds=(0, 2))
     assert Device.from_json(able.to_json()) == able
     whole = json.loads(DEVICE.to_json())
-    for name, odd in (("speed", -1.0), ("speed", float("nan")), ("speed", float("inf")), ("kinds", []), ("kinds", [True]),
-                      ("kinds", ["0"]), ("kinds", [0] * 1001), ("kinds", 0), ("speed", "3")):  # fmt: skip
+    for name, odd in (
+        ("speed", -1.0),
+        ("speed", float("nan")),
+        ("speed", float("inf")),
+        ("kinds", []),
+        ("kinds", [True]),
+        ("kinds", ["0"]),
+        ("kinds", [0] * 1001),
+        ("kinds", 0),
+        ("speed", "3"),
+    ):
         with pytest.raises(MessageError):
             Device.from_json(json.dumps(whole | {name: odd}).encode())
     for odd in (True, 1.0, "9"):

@@ -101,8 +101,9 @@ def test_every_client_answers_once_and_knows_its_number_key_and_memory(tmp_path:
     for round in (1, 2):
         answers = {a.client: a for a in made.ask(round, [0, 2], {0: b"a", 2: b"bcd"})}
         assert {c: (a.data, a.status, a.sent) for c, a in answers.items()} == {
-            0: (b"k0 did a", "ok", 1), 2: (b"k2 did bcd", "ok", 3),
-        }  # fmt: skip
+            0: (b"k0 did a", "ok", 1),
+            2: (b"k2 did bcd", "ok", 3),
+        }
     work = [o for o in memory.seen if o.what == "work"]
     assert {o.kept for o in work if o.round == 1} == {NOTHING_KEPT}
     assert {o.kept for o in work if o.round == 2} == {(1, 5)}
@@ -245,8 +246,9 @@ def test_waiting_goes_on_while_a_device_could_come(tmp_path: Path, key: str) -> 
     assert notes[-1].endswith("1 cannot take part: waiting for others, or for these to come in anew")
     memory.away.add("k0")  # its process has ended
     assert [does for *_, does in made.doing()] == [
-        "refused: it has not the run's model in this revision; its console says more", "has not joined",
-    ][: len(devices)]  # fmt: skip
+        "refused: it has not the run's model in this revision; its console says more",
+        "has not joined",
+    ][: len(devices)]
 
 
 def test_a_run_ends_when_all_its_devices_come_back_with_other_rows(tmp_path: Path) -> None:
@@ -290,8 +292,10 @@ def test_versions_are_kept_shown_and_named_once_where_they_are_others(tmp_path: 
     assert f"torch {torch.__version__}, arm AVX" in next(n for n in notes if "k0 is ready" in n)
     (joined,) = (e for e in log if e.get("name") == "device-k0" and "rows" in e)
     assert {k: joined[k] for k in ("version", "torch", "processor")} == {
-        "version": __version__, "torch": torch.__version__, "processor": "arm AVX",
-    }  # fmt: skip
+        "version": __version__,
+        "torch": torch.__version__,
+        "processor": "arm AVX",
+    }
     (kept,) = (m for m in Devices(tmp_path).members if m.key == "k1")
     assert (kept.version, kept.torch, kept.processor) == ("0.0.9", "1.2.3+cu", "arm AVX")
 

@@ -36,9 +36,10 @@ def test_a_run_that_is_served(run):
     assert now.replies == {"ok": 4, "refused": 1, "late": 0, "dropped": 1, "failed": 0, "declined": 0}
     assert (now.bytes_up, now.bytes_down, now.round_seconds, now.loss) == (660, 528, 2.5, 3.6)
     assert [(d.name, d.does, d.round, d.status, d.lost) for d in now.devices] == [
-        ("bakery", "at work", 2, "ok", 0), ("dialysis-ward", "ready", 2, "refused", 1),
+        ("bakery", "at work", 2, "ok", 0),
+        ("dialysis-ward", "ready", 2, "refused", 1),
         (EVIL, "away", 2, "dropped", 1),
-    ]  # fmt: skip
+    ]
 
 
 def test_why_a_device_was_refused_is_shown(run, capsys):
@@ -109,8 +110,14 @@ def test_the_command_says_the_same_with_and_without_json(run, capsys):
     assert main(["fleet", "status", "1", *out]) == 0
     said = capsys.readouterr()
     assert "now: last heard 4" in said.err
-    for text in ("interrupted", "round     3 of 8", "4 ok · 1 refused · 1 dropped", "dialysis-ward", "it goes 9 times",
-                 f"fleetune fleet serve --resume {run}"):  # fmt: skip
+    for text in (
+        "interrupted",
+        "round     3 of 8",
+        "4 ok · 1 refused · 1 dropped",
+        "dialysis-ward",
+        "it goes 9 times",
+        f"fleetune fleet serve --resume {run}",
+    ):
         assert text in said.out
 
 
@@ -147,9 +154,7 @@ def test_what_goes_on_with_it_is_said_of_a_compression_and_an_evaluation_too(run
     fleet_run.word(smaller)
     Devices(smaller).register([("ab" * 32, "press-3")])
     now = status.look(smaller)
-    assert (now.status, status.resume(smaller)) == (
-        "interrupted", f"fleetune compress --resume {smaller}",
-    )  # fmt: skip
+    assert (now.status, status.resume(smaller)) == ("interrupted", f"fleetune compress --resume {smaller}")
     assert main(["fleet", "devices", str(smaller)]) == 0
     assert "press-3" in capsys.readouterr().out
 

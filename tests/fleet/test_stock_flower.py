@@ -57,8 +57,13 @@ tau = 2
 lr = 1e-2
 """
 CONFIG: dict[str, Any] = {
-    "recipe": "recipe.toml", "resume": "", "out": "real", "wait": 0, "grace": 20.0, "round-deadline": 0.0,
-}  # fmt: skip
+    "recipe": "recipe.toml",
+    "resume": "",
+    "out": "real",
+    "wait": 0,
+    "grace": 20.0,
+    "round-deadline": 0.0,
+}
 
 
 @pytest.fixture
@@ -89,11 +94,21 @@ class GridHere:
             for c, node in enumerate((7, 3))
         ]
         self.contexts = {
-            info.node_id: Context(0, info.node_id, {
-                "data": f"rows/client-{c:03d}.jsonl", "model": "model", "device": "cpu", "threads": 1, "state": f"state-{c}",
-            }, RecordDict(), {})
+            info.node_id: Context(
+                0,
+                info.node_id,
+                {
+                    "data": f"rows/client-{c:03d}.jsonl",
+                    "model": "model",
+                    "device": "cpu",
+                    "threads": 1,
+                    "state": f"state-{c}",
+                },
+                RecordDict(),
+                {},
+            )
             for c, info in enumerate(self.nodes)
-        }  # fmt: skip
+        }
         self.replies: dict[str, Message] = {}
         self.pushed = self.stop_after = 0
         self.errors: list[int] = []  # codes of the next replies
@@ -266,10 +281,13 @@ class Programs:
         self.running: list[subprocess.Popen[bytes]] = []
         bins = Path(sys.executable).parent
         self.env = {
-            **os.environ, "FLWR_HOME": str(place / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "FLWR_HOME": str(place / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "OMP_NUM_THREADS": "1",
             "PATH": f"{bins}{os.pathsep}{os.environ['PATH']}",
-        }  # fmt: skip
+        }
         (place / "flwr").mkdir()
         (place / "flwr" / "config.toml").write_text(
             f'[superlink.own]\naddress = "localhost:{self.port}"\nroot-certificates = "{place}/certs/ca.pem"\n'
@@ -293,10 +311,19 @@ class Programs:
 
     def superlink(self) -> None:
         self.start(
-            "superlink", "flower-superlink", "--port", str(self.port), "--ssl-certfile", "certs/server.pem",
-            "--ssl-keyfile", "certs/server.key", "--ssl-ca-certfile", "certs/ca.pem", "--enable-supernode-auth",
+            "superlink",
+            "flower-superlink",
+            "--port",
+            str(self.port),
+            "--ssl-certfile",
+            "certs/server.pem",
+            "--ssl-keyfile",
+            "certs/server.key",
+            "--ssl-ca-certfile",
+            "certs/ca.pem",
+            "--enable-supernode-auth",
             "--disable-runtime-dependency-installation",
-        )  # fmt: skip
+        )
         until = time.monotonic() + 60
         while time.monotonic() < until:
             with socket.socket() as probe:
@@ -308,10 +335,19 @@ class Programs:
     def supernode(self, number: int) -> None:
         data = f"data='{self.place}/rows/client-{number:03d}.jsonl' model='{self.place}/model' threads=1"
         self.start(
-            f"node-{number}", "flower-supernode", "--superlink", f"localhost:{self.port}", "--root-certificates",
-            "certs/ca.pem", "--auth-supernode-private-key", f"edge-{number}", "--port", str(free_port()),
-            "--node-config", f"{data} state='{self.place}/state-{number}'",
-        )  # fmt: skip
+            f"node-{number}",
+            "flower-supernode",
+            "--superlink",
+            f"localhost:{self.port}",
+            "--root-certificates",
+            "certs/ca.pem",
+            "--auth-supernode-private-key",
+            f"edge-{number}",
+            "--port",
+            str(free_port()),
+            "--node-config",
+            f"{data} state='{self.place}/state-{number}'",
+        )
 
     def status(self, run: str) -> str:
         return str(self.flwr("list", "own", "--run-id", run)["runs"][0]["status"])
@@ -334,8 +370,11 @@ class Programs:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("flower-superlink") is None and not (
-    Path(sys.executable).parent / "flower-superlink").exists(), reason="Flower's programs are not installed")  # fmt: skip
+@pytest.mark.skipif(
+    shutil.which("flower-superlink") is None
+    and not (Path(sys.executable).parent / "flower-superlink").exists(),
+    reason="Flower's programs are not installed",
+)
 def test_with_flowers_own_programs_stopped_and_resumed(place: Path) -> None:
     Path("recipe.toml").write_text(
         RECIPE.replace("rounds = 2", "rounds = 30")

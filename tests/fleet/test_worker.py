@@ -181,12 +181,20 @@ def test_a_message_that_is_none_fails_the_round_and_no_more(
         ({"set": {"epochs": 10**9}}, "work 16000000000 25600", "does 25,600 at most"),
         ({"method": "mezo", "set": {"tau": 10**9}}, "work 16000000000 25600", "does 25,600 at most"),
         (
-            {"method": "fedpeptao", "set": {"steps": 1, "batch_size": 1, "lanczos": 3000, "curvature_rows": 40}},
-            "work 240001 25600", "asked for 240,001 rows' work",
+            {
+                "method": "fedpeptao",
+                "set": {"steps": 1, "batch_size": 1, "lanczos": 3000, "curvature_rows": 40},
+            },
+            "work 240001 25600",
+            "asked for 240,001 rows' work",
         ),
-        ({"method": "fedkseed", "set": {"backprop": 0.5, "backprop_steps": 10**9}}, "work 1000000000 25600", "at most"),
+        (
+            {"method": "fedkseed", "set": {"backprop": 0.5, "backprop_steps": 10**9}},
+            "work 1000000000 25600",
+            "at most",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_job_that_it_cannot_do_is_refused_before_any_work(
     worker: Worker, job: Job, change: dict[str, object], code: str, reason: str
 ) -> None:

@@ -21,14 +21,35 @@ SECONDS = 10  # of processor time that a hostile file may cost; six times that b
 DEEP = 100_000  # brackets; a parser that recurses fails at a few thousand
 GONE = None
 OTHER_JSON: Mapping[str, bytes] = {
-    "list": b"[]", "null": b"null", "number": b"5", "text": b'"x"', "object": b"{}", "nan": b"NaN",
-    "deep list": b"[" * DEEP, "deep object": b'{"a":' * DEEP, "deep whole": b"[" * DEEP + b"]" * DEEP,
-    "list of lists": b"[[1]]", "huge number": b"9" * 5000, "twice": b"{} {}",
-}  # fmt: skip
+    "list": b"[]",
+    "null": b"null",
+    "number": b"5",
+    "text": b'"x"',
+    "object": b"{}",
+    "nan": b"NaN",
+    "deep list": b"[" * DEEP,
+    "deep object": b'{"a":' * DEEP,
+    "deep whole": b"[" * DEEP + b"]" * DEEP,
+    "list of lists": b"[[1]]",
+    "huge number": b"9" * 5000,
+    "twice": b"{} {}",
+}
 OTHER_VALUES: Mapping[str, Any] = {
-    "null": None, "true": True, "zero": 0, "minus": -1, "large": 2**31 - 1, "beyond": 2**70, "real": 1e30,
-    "nan": float("nan"), "inf": float("inf"), "text": "x", "empty": "", "list": [], "nested": [[1]], "object": {},
-}  # fmt: skip
+    "null": None,
+    "true": True,
+    "zero": 0,
+    "minus": -1,
+    "large": 2**31 - 1,
+    "beyond": 2**70,
+    "real": 1e30,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "text": "x",
+    "empty": "",
+    "list": [],
+    "nested": [[1]],
+    "object": {},
+}
 
 
 def mutants(data: bytes, *, is_json: bool = False, seed: str = "") -> dict[str, bytes | None]:

@@ -88,7 +88,7 @@ NAMED: dict[str, Callable[[], str]] = {
     "nothing.parquet": lambda: "",
     "magic alone.parquet": lambda: "PAR1PAR1",
     "long footer.parquet": lambda: "PAR1" + "\x7f" * 3 + "\x7f" + "PAR1",
-}  # fmt: skip
+}
 ODD: dict[str, Callable[[], str]] = {
     "many turns.jsonl": lambda: json.dumps(
         {"messages": [{"role": r, "content": "a"} for _ in range(2_000) for r in ("user", "assistant")]}

@@ -85,7 +85,7 @@ CASES: dict[str, Callable[[], bytes]] = {
     "no list": lambda: wrap(b"\x05"),
     "two messages": lambda: wrap(msgpack.packb([1, BASE, {}, {}]) * 2),
     "another type": lambda: packed(arrays={"a": [99, [1], b"x"]}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", list(CASES))

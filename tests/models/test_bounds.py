@@ -80,11 +80,14 @@ def test_sizes_are_compared_with_what_is_there() -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (KeyError("gone"), "KeyError: 'gone'"), (TypeError("no"), "TypeError: no"), (ValueError("bad"), "bad"),
-        (RecursionError("deep"), "nested too deeply"), (AssertionError(), "AssertionError"),
+        (KeyError("gone"), "KeyError: 'gone'"),
+        (TypeError("no"), "TypeError: no"),
+        (ValueError("bad"), "bad"),
+        (RecursionError("deep"), "nested too deeply"),
+        (AssertionError(), "AssertionError"),
         (PanicException("index out of range"), "PanicException: index out of range"),
     ],
-)  # fmt: skip
+)
 def test_any_error_of_a_foreign_file_becomes_ours(error: BaseException, said: str) -> None:
     with pytest.raises(ModelError) as caught, foreign_file(HERE, "is damaged"):
         raise error
@@ -95,10 +98,13 @@ def test_any_error_of_a_foreign_file_becomes_ours(error: BaseException, said: st
 @pytest.mark.parametrize(
     "error",
     [
-        MemoryError(), KeyboardInterrupt(), DataError("ours"), torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        KeyboardInterrupt(),
+        DataError("ours"),
+        torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
-)  # fmt: skip
+)
 def test_what_says_nothing_about_the_file_passes(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, foreign_file(HERE):
         raise error

@@ -127,9 +127,15 @@ def random_(net: Any) -> Any:
 
 def qwen(config: Any, kind: Any) -> Any:
     sizes: dict[str, Any] = {
-        "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
-    }  # fmt: skip
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+    }
     return random_(kind(config(**sizes, tie_word_embeddings=config is Qwen2Config)))
 
 

@@ -47,18 +47,27 @@ SMALL = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 1, "nu
 DISTIL = {"dim": 32, "hidden_dim": 72, "n_layers": 1, "n_heads": 4}
 KINDS: dict[str, tuple[Callable[[], PreTrainedModel], set[str]]] = {
     "bert": (lambda: BertModel(BertConfig(**SIZES, **SMALL)), {"classifier"}),
-    "bert, masked": (lambda: BertForMaskedLM(BertConfig(**SIZES, **SMALL)), {"classifier", "bert.pooler.dense"}),
-    "roberta": (lambda: RobertaModel(RobertaConfig(**SIZES, **SMALL)), {"classifier.dense", "classifier.out_proj"}),
+    "bert, masked": (
+        lambda: BertForMaskedLM(BertConfig(**SIZES, **SMALL)),
+        {"classifier", "bert.pooler.dense"},
+    ),
+    "roberta": (
+        lambda: RobertaModel(RobertaConfig(**SIZES, **SMALL)),
+        {"classifier.dense", "classifier.out_proj"},
+    ),
     "roberta, masked": (
         lambda: RobertaForMaskedLM(RobertaConfig(**SIZES, **SMALL)),
         {"classifier.dense", "classifier.out_proj"},
     ),
-    "distilbert": (lambda: DistilBertModel(DistilBertConfig(**SIZES, **DISTIL)), {"pre_classifier", "classifier"}),
+    "distilbert": (
+        lambda: DistilBertModel(DistilBertConfig(**SIZES, **DISTIL)),
+        {"pre_classifier", "classifier"},
+    ),
     "distilbert, masked": (
         lambda: DistilBertForMaskedLM(DistilBertConfig(**SIZES, **DISTIL)),
         {"pre_classifier", "classifier"},
     ),
-}  # fmt: skip
+}
 
 
 def folder(path: Path, net: PreTrainedModel, kind: str = "bert") -> Path:

@@ -158,12 +158,22 @@ def _module(weight: LazyWeight) -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("change", [
-    lambda w: w.mul_(2), lambda w: w.copy_(torch.zeros(6, 64)), lambda w: w.untyped_storage(), lambda w: w.data_ptr(),
-    lambda w: setattr(w, "data", torch.zeros(6, 64)), lambda w: nn.init.zeros_(w), lambda w: w.__setitem__(0, 1.0),
-    lambda w: torch.add(torch.zeros(6, 64), 1.0, out=w), lambda w: w.requires_grad_(True),
-    lambda w: setattr(w, "requires_grad", True), lambda w: nn.Module.to(_module(w), torch.float16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.mul_(2),
+        lambda w: w.copy_(torch.zeros(6, 64)),
+        lambda w: w.untyped_storage(),
+        lambda w: w.data_ptr(),
+        lambda w: setattr(w, "data", torch.zeros(6, 64)),
+        lambda w: nn.init.zeros_(w),
+        lambda w: w.__setitem__(0, 1.0),
+        lambda w: torch.add(torch.zeros(6, 64), 1.0, out=w),
+        lambda w: w.requires_grad_(True),
+        lambda w: setattr(w, "requires_grad", True),
+        lambda w: nn.Module.to(_module(w), torch.float16),
+    ],
+)
 def test_what_would_change_it_is_refused(weight: LazyWeight, change: Any) -> None:
     before = weight.values()
     with pytest.raises(ModelError, match="stays in its file"):

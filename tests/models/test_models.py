@@ -421,9 +421,10 @@ def test_an_encoder_has_the_head_of_another_task_but_no_blocks_left_over(tmp_pat
     file = tmp_path / "bert" / "model.safetensors"
     tensors = {n: t for n, t in load_file(file).items() if not n.startswith("classifier")}
     other = {
-        "cls.predictions.bias": torch.ones(3), "bert.embeddings.position_ids": torch.ones(1, 3),
+        "cls.predictions.bias": torch.ones(3),
+        "bert.embeddings.position_ids": torch.ones(1, 3),
         "cls.seq_relationship.weight": torch.ones(2, 3),
-    }  # fmt: skip
+    }
     save_file(tensors | other, file)
     edit_config(tmp_path / "bert", architectures=["BertForMaskedLM"])
     assert models.load(str(tmp_path / "bert"), device="cpu", labels=("yes", "no")).labels == ("yes", "no")

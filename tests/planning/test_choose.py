@@ -82,9 +82,10 @@ def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
     tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLEETUNE_KERNELS", "torch")  # Numba's take more than this model's back-propagation
-    rows = {r.method: r for r in choose.plan.table(
-        models.load_config(tiny), choose.Workload(), rates=choose.NOT_MEASURED
-    )}  # fmt: skip
+    rows = {
+        r.method: r
+        for r in choose.plan.table(models.load_config(tiny), choose.Workload(), rates=choose.NOT_MEASURED)
+    }
     most = max(r.peak or 0 for n, r in rows.items() if n in ("mezo", "fedkseed", "onebyte"))
     assert most < (rows["fedit"].peak or 0)
     monkeypatch.setattr(models, "device_memory", lambda device: most + 1)

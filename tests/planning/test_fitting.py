@@ -163,8 +163,11 @@ def test_only_what_tune_does_not_do_by_itself_is_said() -> None:
     assert usual.options() == {"method": "fedpetuning"}
     other = Settings("fedit", Workload(2, 256, 200, "bf16"), 1, 1)
     assert other.options() == {
-        "method": "fedit", "settings": {"batch_size": 2}, "max_length": 256, "dtype": "bf16"
-    }  # fmt: skip
+        "method": "fedit",
+        "settings": {"batch_size": 2},
+        "max_length": 256,
+        "dtype": "bf16",
+    }
     mapped = Settings("fedit", Workload(8, 512, 200, "fp32", "mapped"), 1, 1)
     assert mapped.options() == {"method": "fedit", "base": "mapped"}
     assert list(fitting.axes(5)["batch"]) == [5, 2, 1]
@@ -215,8 +218,11 @@ def test_the_printed_command_makes_tune_use_what_was_planned(
     recipe = tune.recipe_of(build_parser().parse_args(words))
     method = methods.make(recipe.method, recipe.set)
     assert (method.batch_size, recipe.max_length, recipe.dtype, recipe.base) == (
-        told["batch_size"], told["max_length"], told["dtype"], told["base"]
-    )  # fmt: skip
+        told["batch_size"],
+        told["max_length"],
+        told["dtype"],
+        told["base"],
+    )
 
 
 def test_what_is_given_is_kept_and_said(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,9 +37,13 @@ LLAMA_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )
 SMALL: dict[str, Any] = {
-    "vocab_size": 60, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3,
-    "num_attention_heads": 6, "num_key_value_heads": 2,
-}  # fmt: skip
+    "vocab_size": 60,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
 
 
 # --- counting a model -------------------------------------------------------------------------------------

@@ -11,9 +11,20 @@ from fleetune.planning import plan
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GB", 4 * 10**9), ("512 MB", 512 * 10**6), ("2GiB", 1 << 31), ("8e9", 8 * 10**9), ("1.5g", 1_500_000_000),
-     (" 640 kb ", 640_000), ("16 KiB", 16384), ("1TB", 10**12), ("1234567", 1234567), ("123 b", 123), ("2E3MB", 2 * 10**9)],
-)  # fmt: skip
+    [
+        ("4GB", 4 * 10**9),
+        ("512 MB", 512 * 10**6),
+        ("2GiB", 1 << 31),
+        ("8e9", 8 * 10**9),
+        ("1.5g", 1_500_000_000),
+        (" 640 kb ", 640_000),
+        ("16 KiB", 16384),
+        ("1TB", 10**12),
+        ("1234567", 1234567),
+        ("123 b", 123),
+        ("2E3MB", 2 * 10**9),
+    ],
+)
 def test_sizes(text: str, size: int) -> None:
     assert plan.parse_bytes(text) == size
 
@@ -34,9 +45,17 @@ def test_what_is_no_size(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "rate"),
-    [("1Mbps", 125_000), ("500kbit/s", 62_500), ("2 MB/s", 2e6), ("1 Gbit/s", 125e6), ("9600bps", 1200),
-     ("1.5 MiB/s", 1.5 * 2**20), ("3Kb/s", 375), ("10 Mbits/s", 1.25e6)],
-)  # fmt: skip
+    [
+        ("1Mbps", 125_000),
+        ("500kbit/s", 62_500),
+        ("2 MB/s", 2e6),
+        ("1 Gbit/s", 125e6),
+        ("9600bps", 1200),
+        ("1.5 MiB/s", 1.5 * 2**20),
+        ("3Kb/s", 375),
+        ("10 Mbits/s", 1.25e6),
+    ],
+)
 def test_speeds(text: str, rate: float) -> None:
     assert plan.parse_rate(text) == rate
 

@@ -30,9 +30,15 @@ from fleetune.report import axes, svg
 from fleetune.runs import metrics, rundir
 
 CATEGORIES = (
-    "brainstorming", "classification", "closed_qa", "creative_writing",
-    "general_qa", "information_extraction", "open_qa", "summarization",
-)  # fmt: skip
+    "brainstorming",
+    "classification",
+    "closed_qa",
+    "creative_writing",
+    "general_qa",
+    "information_extraction",
+    "open_qa",
+    "summarization",
+)
 PARAMS = 134_515_008
 
 
@@ -65,13 +71,21 @@ def fake_run(
     t, total, total_up, total_down, elapsed, peak = 1_760_000_000.0, 0, 0, 0, 0.0, 0
     events: list[dict[str, object]] = [
         {
-            "event": "start", "method": method, "model": "smollm2-135m", "digest": "9f2c" * 16,
-            "params": PARAMS, "trained": 4_884_480 if method == "fedit" else PARAMS, "clients": clients,
-            "rounds": rounds, "rows_per_client": rows, "partition": "dirichlet:0.5:category",
-            "column": "category", "counts": counts,
+            "event": "start",
+            "method": method,
+            "model": "smollm2-135m",
+            "digest": "9f2c" * 16,
+            "params": PARAMS,
+            "trained": 4_884_480 if method == "fedit" else PARAMS,
+            "clients": clients,
+            "rounds": rounds,
+            "rows_per_client": rows,
+            "partition": "dirichlet:0.5:category",
+            "column": "category",
+            "counts": counts,
         },
         {"event": "eval", "round": 0, "loss": 2.3914, "rouge_l": 11.82},
-    ]  # fmt: skip
+    ]
     loss, rouge = 2.3914, 11.82
     for n in range(1, rounds + 1):
         accepted = sent = received = 0

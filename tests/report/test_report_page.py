@@ -125,10 +125,15 @@ def test_no_folder_of_this_machine_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "shown"),
     [
-        ("/a/b/model", "model"), ("./m.gguf", "m.gguf"), (r"C:\data\rows.jsonl", "rows.jsonl"), ("org/name", "org/name"),
-        ("demo", "demo"), ("/", "/"), ("", ""),
+        ("/a/b/model", "model"),
+        ("./m.gguf", "m.gguf"),
+        (r"C:\data\rows.jsonl", "rows.jsonl"),
+        ("org/name", "org/name"),
+        ("demo", "demo"),
+        ("/", "/"),
+        ("", ""),
     ],
-)  # fmt: skip
+)
 def test_a_name_is_shortened_only_where_it_is_a_path(given: str, shown: str) -> None:
     assert page.short_name(given) == shown
 
@@ -177,8 +182,10 @@ def test_options_that_were_chosen_stand_first(tmp_path: Path) -> None:
     text = report.write(run).read_text()
     chosen = text.split("Chosen for this run")[1].split("Left at the default")[0]
     assert dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", chosen)) == {
-        "model": "smollm2-135m", "rounds": "1", "set.lr": "0.0003",
-    }  # fmt: skip
+        "model": "smollm2-135m",
+        "rounds": "1",
+        "set.lr": "0.0003",
+    }
     rest = text.split("Left at the default")[1].split("</section>")[0]
     assert "<dt>set.alpha</dt>" in rest
     assert "<dt>set.lr</dt>" not in rest

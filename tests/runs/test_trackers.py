@@ -18,8 +18,13 @@ from fleetune.runs import rundir, trackers
 from fleetune.runs.trackers import Tracked
 
 OPTIONS: dict[str, Any] = {
-    "method": "mezo", "rounds": 3, "samples": 0, "held_out": 4, "max_length": 64, "settings": {"lr": 1e-4, "tau": 2, "K": 16},
-}  # fmt: skip
+    "method": "mezo",
+    "rounds": 3,
+    "samples": 0,
+    "held_out": 4,
+    "max_length": 64,
+    "settings": {"lr": 1e-4, "tau": 2, "K": 16},
+}
 SECRET = "the otter's passphrase"
 
 

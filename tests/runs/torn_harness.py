@@ -19,28 +19,80 @@ from fleetune.cli.main import main
 
 SECONDS = 10  # that a command may take on a tiny folder
 SMALL = [
-    "--clients", "3", "--rounds", "3", "--limit", "24", "--held-out", "6", "--eval-rows", "4", "--samples", "2",
-    "--answer-tokens", "4", "--max-length", "48", "--device", "cpu", "--threads", "1",
-]  # fmt: skip
+    "--clients",
+    "3",
+    "--rounds",
+    "3",
+    "--limit",
+    "24",
+    "--held-out",
+    "6",
+    "--eval-rows",
+    "4",
+    "--samples",
+    "2",
+    "--answer-tokens",
+    "4",
+    "--max-length",
+    "48",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+]
 TUNE = {
     "fedkseed": ["--method", "fedkseed", "--set", "K=16", "--set", "tau=2"],
     "fedit": ["--method", "fedit", "--set", "r=2", "--set", "steps=2"],
     "scaffold": ["--method", "fedit", "--set", "r=2", "--set", "steps=2", "--set", "scaffold=true"],
     "fedpeptao": [
-        "--method", "fedpeptao", "--set", "tokens=2", "--set", "epochs=1", "--set", "warmup=1", "--set", "layers_rule=1",
-        "--set", "personalise=true",
+        "--method",
+        "fedpeptao",
+        "--set",
+        "tokens=2",
+        "--set",
+        "epochs=1",
+        "--set",
+        "warmup=1",
+        "--set",
+        "layers_rule=1",
+        "--set",
+        "personalise=true",
     ],
-}  # fmt: skip
+}
 COMPRESS = {
     "optq": [
-        "--method", "optq", "--set", "group=4", "--windows", "2", "--length", "16", "--text", "text.txt",
-        "--eval-text", "text.txt",
+        "--method",
+        "optq",
+        "--set",
+        "group=4",
+        "--windows",
+        "2",
+        "--length",
+        "16",
+        "--text",
+        "text.txt",
+        "--eval-text",
+        "text.txt",
     ],
     "gkd": [
-        "--method", "gkd", "--set", "teacher=same", "--set", "keep_layers=2", "--set", "steps=3", "--set", "lmbda=0",
-        "--set", "batch_size=2", "--data", "rows.jsonl", "--length", "48",
+        "--method",
+        "gkd",
+        "--set",
+        "teacher=same",
+        "--set",
+        "keep_layers=2",
+        "--set",
+        "steps=3",
+        "--set",
+        "lmbda=0",
+        "--set",
+        "batch_size=2",
+        "--data",
+        "rows.jsonl",
+        "--length",
+        "48",
     ],
-}  # fmt: skip
+}
 KINDS = (*TUNE, *COMPRESS)
 # looks at Ctrl-C until it is pressed: after the first round, block or step
 STOP = {"fedkseed": 27, "fedit": 27, "scaffold": 27, "fedpeptao": 27, "optq": 8, "gkd": 1}

@@ -53,11 +53,7 @@ def _work(folder: Path, wanted: str) -> dict:
         *map(str, (folder / "model", folder / "rows.jsonl", folder / "runs")),
     ]
     done = subprocess.run(
-        command,
-        env=os.environ | {seeds.VARIABLE: wanted},
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command, env=os.environ | {seeds.VARIABLE: wanted}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -74,10 +70,16 @@ def test_either_kernels_give_the_same_digests_and_torchs_load_no_numba(tmp_path)
 @pytest.mark.parametrize(
     ("word", "device", "want"),
     [
-        (None, CPU, "numba"), ("", CPU, "numba"), ("auto", CPU, "numba"), ("numba", CPU, "numba"),
-        ("torch", CPU, "torch"), (None, META, "torch"), ("auto", META, "torch"), ("torch", META, "torch"),
+        (None, CPU, "numba"),
+        ("", CPU, "numba"),
+        ("auto", CPU, "numba"),
+        ("numba", CPU, "numba"),
+        ("torch", CPU, "torch"),
+        (None, META, "torch"),
+        ("auto", META, "torch"),
+        ("torch", META, "torch"),
     ],
-)  # fmt: skip
+)
 def test_the_environment_chooses(monkeypatch, word, device, want):
     monkeypatch.delenv(seeds.VARIABLE, raising=False)
     if word is not None:

@@ -37,10 +37,19 @@ TENSORS = (("a.weight", (70, 61), "float32"), ("b", (9,), "float32"))
 
 def head(**changes: Any) -> LedgerHead:
     known: dict[str, Any] = {
-        "base": "ab" * 32, "tokenizer": "cd" * 32, "tensors": TENSORS, "run_key": 0x0123456789ABCDEF,
-        "law": "hashed", "K": K, "grid": float(np.float32(1e-4)), "eps": 1e-3, "lr": "constant",
-        "method": "fedkseed", "hyper": {"K": 16, "lr": 3e-7, "pro": False}, "aggregation": "mean weighted by rows",
-    }  # fmt: skip
+        "base": "ab" * 32,
+        "tokenizer": "cd" * 32,
+        "tensors": TENSORS,
+        "run_key": 0x0123456789ABCDEF,
+        "law": "hashed",
+        "K": K,
+        "grid": float(np.float32(1e-4)),
+        "eps": 1e-3,
+        "lr": "constant",
+        "method": "fedkseed",
+        "hyper": {"K": 16, "lr": 3e-7, "pro": False},
+        "aggregation": "mean weighted by rows",
+    }
     return LedgerHead(**{**known, **changes})
 
 
@@ -88,13 +97,7 @@ def rebuild(ledger: Ledger, backend: str = "numba", threads: int = 1) -> str:
     for slot in layout(base().items()):
         out = slot.tensor.reshape(-1).clone()
         kernels(torch.device("cpu"), backend).sweep(
-            out,
-            out,
-            slot.start,
-            h.run_key,
-            ledger.passes(),
-            h.grid,
-            threads=threads,
+            out, out, slot.start, h.run_key, ledger.passes(), h.grid, threads=threads
         )
         found.append((slot.name, out.view(slot.tensor.shape)))
     return digest(found)
@@ -114,8 +117,10 @@ def test_the_file_is_these_bytes():
     assert length % 8 == 0
     header = json.loads(data[8 : 8 + length])
     assert header.pop("__metadata__") == {
-        "format": "fleetune-ledger", "head": some().head.to_json(), "fingerprint": FINGERPRINT,
-    }  # fmt: skip
+        "format": "fleetune-ledger",
+        "head": some().head.to_json(),
+        "fingerprint": FINGERPRINT,
+    }
     n = len(some())
     assert header == {
         "id": {"dtype": "U64", "shape": [n], "data_offsets": [0, 8 * n]},
@@ -219,10 +224,24 @@ def test_the_fingerprint_sees_everything():
 
 
 OTHER_HEADS: dict[str, Any] = {
-    "base": "00" * 32, "tokenizer": "00" * 32, "tensors": TENSORS[:1], "run_key": 1, "law": "rademacher", "K": 8,
-    "grid": 0.5, "law_version": 2, "format": 2, "eps": 0.5, "lr": "x", "method": "x", "hyper": {}, "aggregation": "x",
-    "privacy": "x", "checks": {}, "previous": "x",
-}  # fmt: skip
+    "base": "00" * 32,
+    "tokenizer": "00" * 32,
+    "tensors": TENSORS[:1],
+    "run_key": 1,
+    "law": "rademacher",
+    "K": 8,
+    "grid": 0.5,
+    "law_version": 2,
+    "format": 2,
+    "eps": 0.5,
+    "lr": "x",
+    "method": "x",
+    "hyper": {},
+    "aggregation": "x",
+    "privacy": "x",
+    "checks": {},
+    "previous": "x",
+}
 
 
 # --- damage -------------------------------------------------------------------------------------------------
@@ -282,31 +301,66 @@ def without(field: str) -> str:
 
 
 BAD_HEADS = {
-    "empty": "", "a list": "[]", "a number": "1", "null": "null", "deep": "[" * 100_000, "not JSON": "{",
+    "empty": "",
+    "a list": "[]",
+    "a number": "1",
+    "null": "null",
+    "deep": "[" * 100_000,
+    "not JSON": "{",
     "spaces": json.dumps(json.loads(head().to_json()), sort_keys=True),
     "capital hex": head().to_json().replace("0123456789abcdef", "0123456789ABCDEF"),
-    "short hex": changed(run_key="1"), "no hex": changed(run_key="xyz"), "a key that is a number": changed(run_key=1),
-    "a long key": changed(run_key="1" * 17), "a negative key": changed(run_key="-000000000000001"),
-    "no run key": without("run_key"), "no base": without("base"), "no previous": without("previous"),
-    "an unknown field": changed(extra=1), "K is a float": changed(K=16.0), "K is text": changed(K="16"),
-    "K is 1.24": changed(K=1.24), "K is 1e24": changed(K=1e24), "K is 12": changed(K=12), "K is 0": changed(K=0),
-    "K is negative": changed(K=-16), "K is true": changed(K=True), "K is huge": changed(K=2**40),
-    "K is beyond the tables": changed(K=2**25), "K is 2^32": changed(K=2**32),
-    "grid is 0": changed(grid=0.0), "grid is -0": changed(grid=-0.0), "grid is negative": changed(grid=-1.0),
+    "short hex": changed(run_key="1"),
+    "no hex": changed(run_key="xyz"),
+    "a key that is a number": changed(run_key=1),
+    "a long key": changed(run_key="1" * 17),
+    "a negative key": changed(run_key="-000000000000001"),
+    "no run key": without("run_key"),
+    "no base": without("base"),
+    "no previous": without("previous"),
+    "an unknown field": changed(extra=1),
+    "K is a float": changed(K=16.0),
+    "K is text": changed(K="16"),
+    "K is 1.24": changed(K=1.24),
+    "K is 1e24": changed(K=1e24),
+    "K is 12": changed(K=12),
+    "K is 0": changed(K=0),
+    "K is negative": changed(K=-16),
+    "K is true": changed(K=True),
+    "K is huge": changed(K=2**40),
+    "K is beyond the tables": changed(K=2**25),
+    "K is 2^32": changed(K=2**32),
+    "grid is 0": changed(grid=0.0),
+    "grid is -0": changed(grid=-0.0),
+    "grid is negative": changed(grid=-1.0),
     "grid is 1e30": changed(grid=1e30),
-    "another law": changed(law="cauchy"), "a law of another kind": changed(law=["hashed"]),
-    "grid is text": changed(grid="1"), "grid is nan": changed(grid=float("nan")), "grid is null": changed(grid=None),
-    "grid is infinite": changed(grid=float("inf")), "grid is a huge number": changed(grid=10**400),
-    "base is a number": changed(base=1), "tokenizer is null": changed(tokenizer=None), "eps is text": changed(eps="1"),
-    "hyper is a list": changed(hyper=[]), "checks is a list": changed(checks=[]), "a check of no round": changed(checks={"x": ""}),
-    "a check of round 02": changed(checks={"02": ""}), "a check of Arabic digits": changed(checks={"\u0662": ""}),
-    "a check of 5,000 digits": changed(checks={"1" * 5000: ""}), "a check beyond 32 bits": changed(checks={"4294967296": ""}),
-    "a check of a superscript": changed(checks={"\u00b2": ""}), "a check of round -1": changed(checks={"-1": ""}),
-    "a check of a number": changed(checks={"1": 1}), "tensors is a number": changed(tensors=1),
-    "tensors is a map": changed(tensors={"a": 1}), "a tensor of two parts": changed(tensors=[["a", [1]]]),
+    "another law": changed(law="cauchy"),
+    "a law of another kind": changed(law=["hashed"]),
+    "grid is text": changed(grid="1"),
+    "grid is nan": changed(grid=float("nan")),
+    "grid is null": changed(grid=None),
+    "grid is infinite": changed(grid=float("inf")),
+    "grid is a huge number": changed(grid=10**400),
+    "base is a number": changed(base=1),
+    "tokenizer is null": changed(tokenizer=None),
+    "eps is text": changed(eps="1"),
+    "hyper is a list": changed(hyper=[]),
+    "checks is a list": changed(checks=[]),
+    "a check of no round": changed(checks={"x": ""}),
+    "a check of round 02": changed(checks={"02": ""}),
+    "a check of Arabic digits": changed(checks={"\u0662": ""}),
+    "a check of 5,000 digits": changed(checks={"1" * 5000: ""}),
+    "a check beyond 32 bits": changed(checks={"4294967296": ""}),
+    "a check of a superscript": changed(checks={"\u00b2": ""}),
+    "a check of round -1": changed(checks={"-1": ""}),
+    "a check of a number": changed(checks={"1": 1}),
+    "tensors is a number": changed(tensors=1),
+    "tensors is a map": changed(tensors={"a": 1}),
+    "a tensor of two parts": changed(tensors=[["a", [1]]]),
     "a tensor without end": changed(tensors=[["a", [float("inf")], "float32"]]),
-    "trains is none of three": changed(hyper={"train": "codes\n"}), "a tensor of halves": changed(tensors=[["a", [2.5], "float32"]]), "a name that is a number": changed(tensors=[[1, [2], "x"]]),
-}  # fmt: skip
+    "trains is none of three": changed(hyper={"train": "codes\n"}),
+    "a tensor of halves": changed(tensors=[["a", [2.5], "float32"]]),
+    "a name that is a number": changed(tensors=[[1, [2], "x"]]),
+}
 
 
 @pytest.mark.parametrize("name", list(BAD_HEADS))
@@ -493,11 +547,29 @@ def test_passes_are_counted_without_their_tables(law, monkeypatch):
     assert Ledger(head()).count_passes() == 0
 
 
-@pytest.mark.parametrize(("law", "K", "count", "said"), [
-    ("hashed", 1 << 24, 5, "5 epochs of K = 16777216 directions need tables of 83,886,080 numbers, 67,108,864 at most"),
-    ("rademacher", 1, (1 << 20) + 1, "its directions take 1,048,577 passes over the weights, 1,048,576 at most"),
-    ("hashed", 2, (1 << 20) + 1, "its directions take 1,048,577 passes over the weights, 1,048,576 at most"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("law", "K", "count", "said"),
+    [
+        (
+            "hashed",
+            1 << 24,
+            5,
+            "5 epochs of K = 16777216 directions need tables of 83,886,080 numbers, 67,108,864 at most",
+        ),
+        (
+            "rademacher",
+            1,
+            (1 << 20) + 1,
+            "its directions take 1,048,577 passes over the weights, 1,048,576 at most",
+        ),
+        (
+            "hashed",
+            2,
+            (1 << 20) + 1,
+            "its directions take 1,048,577 passes over the weights, 1,048,576 at most",
+        ),
+    ],
+)
 def test_more_work_than_any_run_asks_for_is_refused_when_the_file_is_read(law, K, count, said, tmp_path):
     ids = np.arange(count, dtype=np.uint64) << np.uint64(32)
     ledger = Ledger(head(law=law, K=K)).append(ids, np.ones(count, np.int64), 1)
@@ -589,9 +661,15 @@ def test_drop():
 
 @pytest.mark.parametrize(
     ("operation", "round", "hint"),
-    [("truncate", -1, "from 0 to 3; 0 is its base"), ("truncate", 4, "from 0 to 3"), ("truncate", 99, "from 0 to 3"),
-     ("drop", -1, "from 1 to 3"), ("drop", 0, "from 1 to 3"), ("drop", 4, "from 1 to 3")],
-)  # fmt: skip
+    [
+        ("truncate", -1, "from 0 to 3; 0 is its base"),
+        ("truncate", 4, "from 0 to 3"),
+        ("truncate", 99, "from 0 to 3"),
+        ("drop", -1, "from 1 to 3"),
+        ("drop", 0, "from 1 to 3"),
+        ("drop", 4, "from 1 to 3"),
+    ],
+)
 def test_a_round_that_a_ledger_does_not_have_is_refused(operation, round, hint):
     with pytest.raises(UsageError, match=f"^the ledger has rounds 1 to 3, none {round}$") as caught:
         getattr(some(), operation)(round)
@@ -761,10 +839,17 @@ def test_no_operation_changes_its_ledger():
     ledger = some()
     before = ledger.to_bytes()
     operations: list[Callable[[], object]] = [
-        lambda: ledger.truncate(1), lambda: ledger.drop(1), lambda: ledger.scale(2.0), ledger.compact,
-        lambda: ledger.merge(ledger), lambda: ledger.diff(ledger.drop(2)), lambda: ledger.with_check(9, "x"),
-        lambda: ledger.append(np.array([1]), np.array([1]), 9), ledger.passes, ledger.fingerprint,
-    ]  # fmt: skip
+        lambda: ledger.truncate(1),
+        lambda: ledger.drop(1),
+        lambda: ledger.scale(2.0),
+        ledger.compact,
+        lambda: ledger.merge(ledger),
+        lambda: ledger.diff(ledger.drop(2)),
+        lambda: ledger.with_check(9, "x"),
+        lambda: ledger.append(np.array([1]), np.array([1]), 9),
+        ledger.passes,
+        ledger.fingerprint,
+    ]
     for operation in operations:
         operation()
     assert ledger.to_bytes() == before
@@ -793,8 +878,9 @@ def test_a_round_without_entries_is_shown_as_a_round(
     assert shown(gaps, tmp_path, capsys) == (4, "6 over 4 rounds (2 of them without any)")
     assert "4 rounds" in repr(gaps)
     assert shown(Ledger(head()).with_check(2, "22" * 32), tmp_path, capsys) == (
-        2, "0 over 2 rounds (2 of them without any)"
-    )  # fmt: skip
+        2,
+        "0 over 2 rounds (2 of them without any)",
+    )
     assert shown(gaps.compact(), tmp_path, capsys) == (4, "3 over 4 rounds"), (
         "its entries are all of one round"
     )

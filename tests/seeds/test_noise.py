@@ -230,11 +230,7 @@ def test_tables_widen_where_a_sum_could_reach_2_31(law, K, ids, coefficients, dt
     assert noise.passes(law, K, ids, coefficients).tables.dtype == dtype
 
 
-@given(
-    k=st.integers(0, 20),
-    start=st.integers(0, 2**40),
-    count=st.integers(0, 700),
-)
+@given(k=st.integers(0, 20), start=st.integers(0, 2**40), count=st.integers(0, 700))
 def test_places_are_those_of_the_definition(k, start, count):
     assert np.array_equal(noise.places(2**k, start, count), slow_places(2**k, start, count))
 

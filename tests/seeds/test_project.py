@@ -65,15 +65,7 @@ def test_backends_threads_and_16_bit_gradients_agree(monkeypatch):
         seen = []
         for backend, threads in (("numba", 1), ("numba", 3), ("torch", None)):
             sums = np.zeros(256)
-            fold(
-                sums,
-                g.to(dtype),
-                8192,
-                KEY,
-                EPOCH,
-                kernels(torch.device("cpu"), backend),
-                threads=threads,
-            )
+            fold(sums, g.to(dtype), 8192, KEY, EPOCH, kernels(torch.device("cpu"), backend), threads=threads)
             seen.append(sums)
         whole = np.zeros(256)
         np.add.at(

@@ -99,8 +99,11 @@ def qwen() -> Any:  # linear layers with a bias, tied
 
 
 NETS: dict[str, Callable[[], Any]] = {
-    "tied llama": lambda: llama(True), "untied llama": lambda: llama(False), "gpt2": gpt2, "qwen2": qwen,
-}  # fmt: skip
+    "tied llama": lambda: llama(True),
+    "untied llama": lambda: llama(False),
+    "gpt2": gpt2,
+    "qwen2": qwen,
+}
 
 
 def make(name: str, dtype: str = "fp32") -> Any:

@@ -156,9 +156,15 @@ def test_product_mean_does_not_mind_the_order():
 def test_a_layer_thinner_than_the_rank_keeps_its_shape():
     rng = np.random.default_rng(6)
     taken = [
-        (2.0, {"q.B": rng.normal(size=(3, 8)).astype(np.float32), "q.A": rng.normal(size=(8, 20)).astype(np.float32)})
+        (
+            2.0,
+            {
+                "q.B": rng.normal(size=(3, 8)).astype(np.float32),
+                "q.A": rng.normal(size=(8, 20)).astype(np.float32),
+            },
+        )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     tensors, lost = mean_of(taken, {"q": PAIRS["q"]})
     assert tensors["q.B"].shape == (3, 8)
     assert tensors["q.A"].shape == (8, 20)

@@ -82,9 +82,14 @@ class Killed(BaseException):
 
 
 def play(
-    folder: Path, patience: int = 3, *, best: bool = True, losses: Sequence[float] = FELL_THEN_ROSE, every: int = 1,
+    folder: Path,
+    patience: int = 3,
+    *,
+    best: bool = True,
+    losses: Sequence[float] = FELL_THEN_ROSE,
+    every: int = 1,
     touch: Callable[[str], None] = lambda what: None,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Run or resume; `touch` is called before everything that is written."""
     start = State({"w": np.zeros(1, np.float32)})
     with at(folder) as run:
@@ -265,9 +270,16 @@ def test_a_run_of_either_kind_keeps_its_best_round_and_says_so(
     rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(20)]
     Path("data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     options: dict[str, Any] = {
-        "clients": 2, "rounds": 9, "held_out": 6, "max_length": 48, "samples": 0, "device": "cpu", "patience": 2,
-        "method": method, "settings": settings,
-    }  # fmt: skip
+        "clients": 2,
+        "rounds": 9,
+        "held_out": 6,
+        "max_length": 48,
+        "samples": 0,
+        "device": "cpu",
+        "patience": 2,
+        "method": method,
+        "settings": settings,
+    }
     whole = fleetune.tune("tiny", "data.jsonl", **options)
     losses = dict(zip(whole.history["round"], whole.history["loss"], strict=True))
     best = min(losses, key=lambda r: losses[r])

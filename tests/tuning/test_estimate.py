@@ -70,10 +70,22 @@ def test_answers_and_the_clients_own_losses_count_before_and_after() -> None:
 
 def test_the_parts_are_what_the_run_does(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted against the calls of a whole run, and the units against their own timing."""
-    own = recipes.make({
-        "model": "tiny", "data": "rows.jsonl", "method": "fedit", "clients": 3, "rounds": 2, "held_out": 6, "samples": 1,
-        "rouge_rows": 3, "answer_tokens": 7, "threads": 1, "device": "cpu", "set": {"r": 2, "lr": 1e-3, "steps": 2},
-    })  # fmt: skip
+    own = recipes.make(
+        {
+            "model": "tiny",
+            "data": "rows.jsonl",
+            "method": "fedit",
+            "clients": 3,
+            "rounds": 2,
+            "held_out": 6,
+            "samples": 1,
+            "rouge_rows": 3,
+            "answer_tokens": 7,
+            "threads": 1,
+            "device": "cpu",
+            "set": {"r": 2, "lr": 1e-3, "steps": 2},
+        }
+    )
     done: dict[str, list[int]] = {"answers": [], "client rows": [], "evaluations": []}
 
     def counted(name: str, function: Any, size: Callable[..., int]) -> Any:
@@ -172,9 +184,11 @@ def test_what_is_around_the_rounds_gives_way_where_it_takes_more_than_a_third() 
 
 def test_the_least_time_that_is_named_is_enough() -> None:
     for found in (
-        Estimate(10, 8, 100, 30.0, 11, 5.0, 20), Estimate(10, 8, 100, 1.0, 11, 400.0, 20),
-        Estimate(10, 8, 100, 3.0, 11, 0.1, 20, 4, 100.0, 24, 3.0), Estimate(3, 1, 5, 2000.0, 2, 1.0, 200, 4, 9.0),
-    ):  # fmt: skip
+        Estimate(10, 8, 100, 30.0, 11, 5.0, 20),
+        Estimate(10, 8, 100, 1.0, 11, 400.0, 20),
+        Estimate(10, 8, 100, 3.0, 11, 0.1, 20, 4, 100.0, 24, 3.0),
+        Estimate(3, 1, 5, 2000.0, 2, 1.0, 200, 4, 9.0),
+    ):
         with pytest.raises(FitError) as refused:
             fit("fedit", found, found.step)
         (named,) = re.findall(r"--within (\S+);", str(refused.value.hint))
@@ -190,8 +204,13 @@ def test_what_fits_stays_as_it_is() -> None:
 def test_local_steps_are_fewer_first_then_rounds_then_clients() -> None:
     found = Estimate(10, 8, 100, 0.5, 11, 0.1, 20)
     for within, rounds, clients, steps in (
-        (300.0, 10, 8, 5), (200.0, 9, 8, 4), (100.0, 4, 8, 4), (40.0, 3, 5, 4), (10.0, 3, 2, 2), (4.0, 3, 2, 1),
-    ):  # fmt: skip
+        (300.0, 10, 8, 5),
+        (200.0, 9, 8, 4),
+        (100.0, 4, 8, 4),
+        (40.0, 3, 5, 4),
+        (10.0, 3, 2, 2),
+        (4.0, 3, 2, 1),
+    ):
         chosen, smaller = fit("fedit", found, within)
         assert (chosen.rounds, smaller.clients, chosen.set["steps"]) == (rounds, clients, steps), within
         assert chosen.participation == pytest.approx(clients / 8)
@@ -271,10 +290,16 @@ def test_local_steps_follow_the_rows_unless_they_are_given(place: Path) -> None:
 
 
 def test_what_a_method_refuses_of_the_model_is_said_before_anything_is_written(place: Path) -> None:
-    own = recipes.make({
-        "model": "tiny", "data": "rows.jsonl", "method": "fedit", "clients": 2, "held_out": 4,
-        "set": {"targets": "q_proj,nowhere"},
-    })  # fmt: skip
+    own = recipes.make(
+        {
+            "model": "tiny",
+            "data": "rows.jsonl",
+            "method": "fedit",
+            "clients": 2,
+            "held_out": 4,
+            "set": {"targets": "q_proj,nowhere"},
+        }
+    )
     with pytest.raises(ModelError, match="no linear layer named 'nowhere'"):
         prepare.dry_run(own, offline=True)
     with pytest.raises(ModelError, match="no linear layer named 'nowhere'"):

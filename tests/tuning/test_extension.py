@@ -24,9 +24,17 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.run import extension
 
 FEW: dict[str, Any] = {
-    "clients": 3, "participation": 0.67, "held_out": 4, "eval_rows": 4, "samples": 2, "answer_tokens": 4, "threads": 1,
-    "device": "cpu", "limit": 60, "max_length": 64,
-}  # fmt: skip
+    "clients": 3,
+    "participation": 0.67,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 2,
+    "answer_tokens": 4,
+    "threads": 1,
+    "device": "cpu",
+    "limit": 60,
+    "max_length": 64,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "fedit": {"r": 2, "batch_size": 2, "lr": 1e-2, "server": "adam", "scaffold": True},
     "fedkseed": {"K": 16, "tau": 3, "lr": 1e-3, "batch_size": 2},
@@ -235,8 +243,7 @@ def changed_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
-    [(changed_base, "the base model has"), (changed_rows, "the clients' rows have")],
+    ("change", "what"), [(changed_base, "the base model has"), (changed_rows, "the clients' rows have")]
 )
 def test_a_refusal_writes_nothing(
     change: Callable[[], None], what: str, capsys: pytest.CaptureFixture[str]

@@ -26,8 +26,14 @@ from fleetune.tuning.recipe import recipe
 from fleetune.tuning.run import remarks
 
 FAST: dict[str, Any] = {
-    "clients": 2, "rounds": 1, "held_out": 6, "samples": 0, "max_length": 64, "offline": True, "listener": Silent(),
-}  # fmt: skip
+    "clients": 2,
+    "rounds": 1,
+    "held_out": 6,
+    "samples": 0,
+    "max_length": 64,
+    "offline": True,
+    "listener": Silent(),
+}
 DEAF = "def same(model, batch):\n    return 1.5\n\ndef size(model, batch):\n    return float(batch.labels.shape[0])\n"
 
 
@@ -210,10 +216,28 @@ def test_label_words_need_not_cover_training_rows_beside_rows_for_validation(
 
 def test_a_run_of_zeros_says_that_nothing_moved(places: Path, tmp_path: Path, capsys: Any) -> None:
     line = [
-        "tune", str(places / "llama"), str(places / "rows.jsonl"), "--method", "fedkseed", "--rounds", "1", "--clients",
-        "2", "--samples", "0", "--held-out", "6", "--offline", "-q", "--out", str(tmp_path),
-        "--set", f"objective={places}/own.py:same", "--set", "tau=2",
-    ]  # fmt: skip
+        "tune",
+        str(places / "llama"),
+        str(places / "rows.jsonl"),
+        "--method",
+        "fedkseed",
+        "--rounds",
+        "1",
+        "--clients",
+        "2",
+        "--samples",
+        "0",
+        "--held-out",
+        "6",
+        "--offline",
+        "-q",
+        "--out",
+        str(tmp_path),
+        "--set",
+        f"objective={places}/own.py:same",
+        "--set",
+        "tau=2",
+    ]
     assert main(line) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert (
@@ -269,10 +293,30 @@ def test_one_reply_is_no_plural(quorum: int, stays: bool, words: str, tmp_path: 
 
 def test_the_number_of_answers_behind_rouge_is_told(places: Path, tmp_path: Path, capsys: Any) -> None:
     line = [
-        "tune", str(places / "llama"), str(places / "rows.jsonl"), "--method", "fedkseed", "--rounds", "1", "--clients",
-        "2", "--samples", "0", "--held-out", "6", "--offline", "-q", "--out", str(tmp_path), "--set", "tau=1",
-        "--rouge-rows", "2", "--answer-tokens", "2",
-    ]  # fmt: skip
+        "tune",
+        str(places / "llama"),
+        str(places / "rows.jsonl"),
+        "--method",
+        "fedkseed",
+        "--rounds",
+        "1",
+        "--clients",
+        "2",
+        "--samples",
+        "0",
+        "--held-out",
+        "6",
+        "--offline",
+        "-q",
+        "--out",
+        str(tmp_path),
+        "--set",
+        "tau=1",
+        "--rouge-rows",
+        "2",
+        "--answer-tokens",
+        "2",
+    ]
     assert main(line) == 0
     shown = capsys.readouterr().out
     assert "validation loss, 6 held-out rows" in shown

@@ -22,9 +22,15 @@ from fleetune.tuning.methods import fedit, mezo
 from fleetune.tuning.recipe import given_methods
 
 FEW: dict[str, Any] = {
-    "clients": 2, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu", "limit": 24,
+    "clients": 2,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "threads": 1,
+    "device": "cpu",
+    "limit": 24,
     "max_length": 64,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

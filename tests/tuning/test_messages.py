@@ -249,19 +249,26 @@ def test_a_message_over_the_limit_is_refused_before_it_is_read(monkeypatch):
 
 trees = st.recursive(
     st.one_of(
-        st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=3),
-        st.binary(max_size=4), st.sampled_from([0, 9, [1], [0], b"\0\0\0\0", {}, ""]),
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**63), 2**64 - 1),
+        st.floats(),
+        st.text(max_size=3),
+        st.binary(max_size=4),
+        st.sampled_from([0, 9, [1], [0], b"\0\0\0\0", {}, ""]),
     ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=4),
         st.dictionaries(st.one_of(st.text(max_size=2), st.binary(max_size=2)), inner, max_size=3),
     ),
     max_leaves=12,
-)  # fmt: skip
+)
 near = st.tuples(
-    trees, trees, trees | st.dictionaries(names, trees, max_size=2),
+    trees,
+    trees,
+    trees | st.dictionaries(names, trees, max_size=2),
     trees | st.dictionaries(names, st.tuples(trees, trees, trees), max_size=2),
-).map(list)  # fmt: skip
+).map(list)
 
 
 @given(body=st.one_of(trees, near).map(msgpack.packb) | st.binary(max_size=60))
@@ -303,16 +310,18 @@ def test_payload_gives_what_it_has_and_says_what_it_lacks():
 # --- the door -----------------------------------------------------------------------------------------------
 
 SPEC = ReplySpec(
-    {"a": ("float32", (2, None)), "codes": ("uint8", (-3,))},
-    {"n": (int, 1, 10), "loss": (float, -1e9, 1e9)},
+    {"a": ("float32", (2, None)), "codes": ("uint8", (-3,))}, {"n": (int, 1, 10), "loss": (float, -1e9, 1e9)}
 )
 
 
 def reply(**changes: Any) -> Message:
     """A good reply, with parts put in another way (a `None` takes a part out)."""
     found: dict[str, Any] = {
-        "a": np.zeros((2, 5), np.float32), "codes": np.zeros(2, np.uint8), "n": 4, "loss": 1.5,
-    }  # fmt: skip
+        "a": np.zeros((2, 5), np.float32),
+        "codes": np.zeros(2, np.uint8),
+        "n": 4,
+        "loss": 1.5,
+    }
     found = {name: value for name, value in {**found, **changes}.items() if value is not None}
     kept = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
     return Message(7, BASE, Payload(kept, {n: v for n, v in found.items() if n not in kept}))
@@ -379,10 +388,18 @@ def test_the_door_refuses_each_deviation_with_a_reason(message, reason):
 @pytest.mark.parametrize(
     ("values", "kind"),
     [
-        ([], "int8"), ([0], "int8"), ([127, -127], "int8"), ([128], "int16"), ([-128], "int16"),
-        ([32767], "int16"), ([-32768], "int32"), ([2**31 - 1], "int32"), ([2**31], "int64"), ([-(2**40)], "int64"),
+        ([], "int8"),
+        ([0], "int8"),
+        ([127, -127], "int8"),
+        ([128], "int16"),
+        ([-128], "int16"),
+        ([32767], "int16"),
+        ([-32768], "int32"),
+        ([2**31 - 1], "int32"),
+        ([2**31], "int64"),
+        ([-(2**40)], "int64"),
     ],
-)  # fmt: skip
+)
 def test_narrow_takes_the_narrowest_type_that_holds_all(values, kind):
     wide = np.array(values, np.int64)
     assert narrow(wide).dtype == kind
@@ -441,11 +458,23 @@ def test_a_code_is_a_neighbour_and_monotone(x, u, step):
 @pytest.mark.parametrize(
     ("x", "u", "code"),
     [
-        (0.0, 0.0, 0), (-0.0, 0.0, 0), (-0.0, 0.999, 0), (1e-300, 0.5, 0), (-1e-300, 0.5, 0), (-0.25, 0.25, 0),
-        (-0.25, 0.2, 129), (1.0, 0.0, 1), (-1.0, 0.0, 129), (6_349_996.0, 0.0, 127), (-6_349_996.0, 0.0, 255),
-        (1e12, 0.999, 127), (-1e12, 0.999, 255), (np.inf, 0.5, 127), (-np.inf, 0.5, 255),
+        (0.0, 0.0, 0),
+        (-0.0, 0.0, 0),
+        (-0.0, 0.999, 0),
+        (1e-300, 0.5, 0),
+        (-1e-300, 0.5, 0),
+        (-0.25, 0.25, 0),
+        (-0.25, 0.2, 129),
+        (1.0, 0.0, 1),
+        (-1.0, 0.0, 129),
+        (6_349_996.0, 0.0, 127),
+        (-6_349_996.0, 0.0, 255),
+        (1e12, 0.999, 127),
+        (-1e12, 0.999, 255),
+        (np.inf, 0.5, 127),
+        (-np.inf, 0.5, 255),
     ],
-)  # fmt: skip
+)
 def test_zero_and_the_ends(x, u, code):
     got = LogCode.encode(np.array([x]), np.array([u]))
     assert got.dtype == np.uint8

@@ -26,8 +26,14 @@ from fleetune.tuning.run.describe import samples_page
 
 SECRET = "the otter's passphrase"
 QUICK: dict[str, Any] = {
-    "rounds": 2, "samples": 1, "answer_tokens": 2, "held_out": 4, "max_length": 64, "partition": "column:ward", "offline": True,
-}  # fmt: skip
+    "rounds": 2,
+    "samples": 1,
+    "answer_tokens": 2,
+    "held_out": 4,
+    "max_length": 64,
+    "partition": "column:ward",
+    "offline": True,
+}
 SETTINGS: dict[str, dict[str, Any]] = {"fedit": {"r": 2, "lr": 0.01}, "mezo": {"tau": 2, "K": 16}}
 
 
@@ -43,10 +49,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TuneResult]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         method: fleetune.tune(
-            folder / "tiny", folder / "rows.jsonl", method=method, settings=settings, out=folder / "runs", **QUICK
+            folder / "tiny",
+            folder / "rows.jsonl",
+            method=method,
+            settings=settings,
+            out=folder / "runs",
+            **QUICK,
         )
         for method, settings in SETTINGS.items()
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(params=["adapter", "fedit", "mezo"])

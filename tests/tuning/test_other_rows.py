@@ -21,9 +21,27 @@ from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.run import run as jobs
 
 RUN = (
-    "--method", "fedit", "--set", "r=2", "--set", "steps=1", "--clients", "2", "--rounds", "1", "--held-out", "6",
-    "--eval-rows", "3", "--max-length", "48", "--samples", "0", "--device", "cpu",
-)  # fmt: skip
+    "--method",
+    "fedit",
+    "--set",
+    "r=2",
+    "--set",
+    "steps=1",
+    "--clients",
+    "2",
+    "--rounds",
+    "1",
+    "--held-out",
+    "6",
+    "--eval-rows",
+    "3",
+    "--max-length",
+    "48",
+    "--samples",
+    "0",
+    "--device",
+    "cpu",
+)
 SWEEP = """\
 model = "tiny"
 data = "data.jsonl"
@@ -96,9 +114,18 @@ def test_a_single_changed_row_is_found_also_beyond_those_that_the_run_measured(
     row: str, which: str, at: Path
 ) -> None:
     run = fleetune.tune(
-        "tiny", "data.jsonl", method="fedit", settings={"r": 2, "steps": 1}, rounds=1, clients=2, held_out=6,
-        eval_rows=3, max_length=48, samples=0, device="cpu",
-    )  # fmt: skip
+        "tiny",
+        "data.jsonl",
+        method="fedit",
+        settings={"r": 2, "steps": 1},
+        rounds=1,
+        clients=2,
+        held_out=6,
+        eval_rows=3,
+        max_length=48,
+        samples=0,
+        device="cpu",
+    )
     held = [e.response for e in finished.held_out(run.folder)]
     lines = Path("data.jsonl").read_text().splitlines()
     answers = [json.loads(line)["response"] for line in lines]

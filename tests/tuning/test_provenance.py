@@ -29,8 +29,13 @@ from fleetune.tuning.recipe.settled import given, settled, settled_options
 from fleetune.tuning.result import foundations
 
 OPTIONS: dict[str, Any] = {
-    "clients": 2, "rounds": 1, "held_out": 4, "max_length": 48, "samples": 0, "device": "cpu",
-}  # fmt: skip
+    "clients": 2,
+    "rounds": 1,
+    "held_out": 4,
+    "max_length": 48,
+    "samples": 0,
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +175,15 @@ def test_a_resumed_run_refuses_other_rows(at: Path, tmp_path: Path) -> None:
         stop_requested = True
 
     with pytest.raises(Exception, match="stopped"):
-        fleetune.tune("tiny", str(data), method="fedit", settings={"r": 2, "steps": 1}, out=tmp_path / "runs",
-                      listener=Stop(), **OPTIONS)  # fmt: skip
+        fleetune.tune(
+            "tiny",
+            str(data),
+            method="fedit",
+            settings={"r": 2, "steps": 1},
+            out=tmp_path / "runs",
+            listener=Stop(),
+            **OPTIONS,
+        )
     run = next((tmp_path / "runs").glob("0001-*"))
     for other in (reversed(lines), lines[:-2], [*lines, lines[0]]):
         data.write_text("\n".join(other) + "\n")

@@ -207,7 +207,10 @@ def test_where_nothing_lasts_few_rates_are_tried() -> None:
 @pytest.mark.parametrize("moves", [1, 3])
 def test_a_rate_is_held_until_the_model_has_moved_so_often(name: str, moves: int, model: Model) -> None:
     """Against the rounds done by hand.  FwdLLM waits for more directions in between: its state counts its moves."""
-    given = {**harness.QUICK[name], **({"variance_gate": True, "threshold": 1e-9, "patience": 3, "P": 1} if name == "fwdllm" else {})}  # fmt: skip
+    given = {
+        **harness.QUICK[name],
+        **({"variance_gate": True, "threshold": 1e-9, "patience": 3, "P": 1} if name == "fwdllm" else {}),
+    }
     rows = harness.rows(model)
     bench = Bench(model, [rows[4:8], rows[8:12]], rows[:4], 7)
 
@@ -235,11 +238,16 @@ def test_of_the_held_rates_the_one_that_ends_lowest_is_taken(model: Model) -> No
     given, rows = {**harness.QUICK["fedit"], "lr": "auto"}, harness.rows(model)
     best, held = (
         rates.find(
-            recipes.make({"model": "m", "data": "d", "method": "fedit", "rounds": rounds, "seed": 1, "set": given}),
-            ["lr"], model, rows, 2,
+            recipes.make(
+                {"model": "m", "data": "d", "method": "fedit", "rounds": rounds, "seed": 1, "set": given}
+            ),
+            ["lr"],
+            model,
+            rows,
+            2,
         )[1][0].rate
         for rounds in (1, 3)
-    )  # fmt: skip
+    )
     bench = rates.bench_of(model, rates.few(rows, 1), 1, 2)
 
     def after(rate: float) -> float:
@@ -390,9 +398,11 @@ def test_a_rate_that_nobody_gave_is_searched_for_as_far_as_the_run_is_long(name:
 def test_of_a_rate_that_is_not_held_a_third_is_taken(model: Model) -> None:
     given = {**harness.QUICK["fedit"], "lr": "auto"}
     whole, short = (
-        rates.find(recipe_of("fedit", rounds, **given), ["lr"], model, harness.rows(model), 2, size=Size(2, 1))[1][0].rate
+        rates.find(
+            recipe_of("fedit", rounds, **given), ["lr"], model, harness.rows(model), 2, size=Size(2, 1)
+        )[1][0].rate
         for rounds in (1, 3)
-    )  # fmt: skip
+    )
     assert short == rounded(whole / 3)
 
 
@@ -422,19 +432,22 @@ def test_a_mixed_fleet_has_both_rates_found(model: Model) -> None:
     )
     chosen, found = rates.find(recipe, rates.wanted(recipe), model, harness.rows(model), 3)
     assert [f.setting for f in found] == ["lr", "backprop_lr"]
-    assert [f.way for f in found] == [
-        "slopes",
-        "trial",
-    ]
+    assert [f.way for f in found] == ["slopes", "trial"]
     assert chosen.set["backprop_lr"] == found[1].rate > found[0].rate
 
 
 # Whole runs -------------------------------------------------------------------------------------------
 
 FEW: dict[str, Any] = {
-    "clients": 2, "rounds": 2, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu",
+    "clients": 2,
+    "rounds": 2,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "threads": 1,
+    "device": "cpu",
     "settings": {"K": 16, "tau": 4, "batch_size": 2},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -508,15 +521,26 @@ def test_the_report_shows_how_it_was_found(place: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "rounds", "settings"),
-    [("fedkseed", 10, {"K": 16, "tau": 4}), ("fedit", 6, {"r": 2, "steps": 1}), ("fedit", 2, {"r": 2, "steps": 1})],
-)  # fmt: skip
+    [
+        ("fedkseed", 10, {"K": 16, "tau": 4}),
+        ("fedit", 6, {"r": 2, "steps": 1}),
+        ("fedit", 2, {"r": 2, "steps": 1}),
+    ],
+)
 def test_a_real_fleets_server_finds_what_the_simulation_finds(
     method: str, rounds: int, settings: dict[str, Any], place: Path
 ) -> None:
-    recipe = recipes.make({
-        "model": "tiny", "data": "rows.jsonl", "method": method, "clients": 2, "rounds": rounds, "held_out": 4,
-        "set": {**settings, "batch_size": 2},
-    })  # fmt: skip
+    recipe = recipes.make(
+        {
+            "model": "tiny",
+            "data": "rows.jsonl",
+            "method": method,
+            "clients": 2,
+            "rounds": rounds,
+            "held_out": 4,
+            "set": {**settings, "batch_size": 2},
+        }
+    )
     simulated, real = (prepare.prepare(recipe, simulated=s) for s in (True, False))
     assert simulated.recipe.set["lr"] == real.recipe.set["lr"] > 0
     assert len(simulated.found) == len(real.found) == (rounds > 2)
@@ -539,10 +563,17 @@ def test_a_real_fleets_server_finds_what_the_simulation_finds(
 def test_with_a_rate_that_is_found_the_server_steps_by_the_root_of_the_clients(
     settings: dict[str, Any], more: dict[str, Any], step: float, place: Path
 ) -> None:
-    recipe = recipes.make({
-        "model": "tiny", "data": "rows.jsonl", "method": "fedkseed", "clients": 2, "held_out": 4,
-        "set": {"K": 16, "tau": 2, "batch_size": 2, "backprop_steps": 1, **settings}, **more,
-    })  # fmt: skip
+    recipe = recipes.make(
+        {
+            "model": "tiny",
+            "data": "rows.jsonl",
+            "method": "fedkseed",
+            "clients": 2,
+            "held_out": 4,
+            "set": {"K": 16, "tau": 2, "batch_size": 2, "backprop_steps": 1, **settings},
+            **more,
+        }
+    )
     for simulated in (True, False):
         job = prepare.prepare(recipe, simulated=simulated)
         assert job.recipe.set["server_lr"] == job.method.server_lr == step  # type: ignore[attr-defined]

@@ -20,22 +20,48 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe, fields, make, read, to_toml
 
 texts = st.text(max_size=20) | st.sampled_from(
-    ['a "quoted" name', "back\\slash", "line\nbreak", "\r\n", "tab\t", "nul\0", "del\x7f", "\x85\u2028", "é🦊",
-     "# no comment", "'''", '"""', "[set]", "a = 1", "\ufeffmark", ""]
-)  # fmt: skip
+    [
+        'a "quoted" name',
+        "back\\slash",
+        "line\nbreak",
+        "\r\n",
+        "tab\t",
+        "nul\0",
+        "del\x7f",
+        "\x85\u2028",
+        "é🦊",
+        "# no comment",
+        "'''",
+        '"""',
+        "[set]",
+        "a = 1",
+        "\ufeffmark",
+        "",
+    ]
+)
 values = texts | st.booleans() | st.integers() | st.floats(allow_nan=False)
 shares = st.floats(0, 1, exclude_max=True)
 whole = st.fixed_dictionaries(
     {"model": texts, "data": texts},
     optional={
-        "method": texts, "set": st.dictionaries(texts, values, max_size=4), "clients": st.integers(0, 10**6),
-        "rounds": st.integers(1, 10**6), "participation": st.floats(0, 1, exclude_min=True), "partition": texts,
-        "held_out": st.floats(0, exclude_min=True, allow_infinity=False), "limit": st.integers(0, 2**53),
-        "seed": st.integers(0, 2**63 - 1), "dtype": st.sampled_from(["fp32", "bf16", "fp16"]),
-        "device": st.sampled_from(["auto", "cpu", "cuda", "mps"]), "drop": shares, "stragglers": shares,
-        "deadline": st.floats(0), "eval_every": st.integers(0, 99), "max_length": st.integers(8, 99),
+        "method": texts,
+        "set": st.dictionaries(texts, values, max_size=4),
+        "clients": st.integers(0, 10**6),
+        "rounds": st.integers(1, 10**6),
+        "participation": st.floats(0, 1, exclude_min=True),
+        "partition": texts,
+        "held_out": st.floats(0, exclude_min=True, allow_infinity=False),
+        "limit": st.integers(0, 2**53),
+        "seed": st.integers(0, 2**63 - 1),
+        "dtype": st.sampled_from(["fp32", "bf16", "fp16"]),
+        "device": st.sampled_from(["auto", "cpu", "cuda", "mps"]),
+        "drop": shares,
+        "stragglers": shares,
+        "deadline": st.floats(0),
+        "eval_every": st.integers(0, 99),
+        "max_length": st.integers(8, 99),
     },
-)  # fmt: skip
+)
 
 
 def typed(recipe: Recipe) -> dict[str, Any]:
@@ -131,9 +157,16 @@ def test_all_problems_are_told_at_once():
 
 @pytest.mark.parametrize(
     ("typo", "meant"),
-    [("round", "rounds"), ("Clients", "clients"), ("heldout", "held_out"), ("learning_rate", None),
-     ("devise", "device"), ("eval-every", "eval_every"), ("dropp", "drop")],
-)  # fmt: skip
+    [
+        ("round", "rounds"),
+        ("Clients", "clients"),
+        ("heldout", "held_out"),
+        ("learning_rate", None),
+        ("devise", "device"),
+        ("eval-every", "eval_every"),
+        ("dropp", "drop"),
+    ],
+)
 def test_a_typo_gets_a_suggestion(typo, meant):
     with pytest.raises(RecipeError) as caught:
         make({"model": "m", "data": "d", typo: 1})
@@ -195,9 +228,17 @@ def test_a_name_that_run_toml_cannot_hold_is_refused(name, value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("model", 3), ("rounds", 2.5), ("rounds", "many"), ("rounds", None), ("set", 3), ("set", ["K"]),
-     ("set", {"K": [1]}), ("set", {"K": None})],
-)  # fmt: skip
+    [
+        ("model", 3),
+        ("rounds", 2.5),
+        ("rounds", "many"),
+        ("rounds", None),
+        ("set", 3),
+        ("set", ["K"]),
+        ("set", {"K": [1]}),
+        ("set", {"K": None}),
+    ],
+)
 def test_wrong_types(name, value):
     with pytest.raises(RecipeError) as caught:
         make({"model": "m", "data": "d", name: value})

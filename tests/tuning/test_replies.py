@@ -58,8 +58,7 @@ class Averaging(methods.Method):
 
     def expects(self, state: State) -> ReplySpec:
         return ReplySpec(
-            {"w": ("float32", state.tensors["w"].shape)},
-            {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)},
+            {"w": ("float32", state.tensors["w"].shape)}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)}
         )
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
@@ -688,10 +687,7 @@ class Fussy(Averaging):
 
 @pytest.mark.parametrize(
     ("error", "why"),
-    [
-        (None, "ZeroDivisionError: negative"),
-        (SystemExit(0), "it ended the process, SystemExit: 0"),
-    ],
+    [(None, "ZeroDivisionError: negative"), (SystemExit(0), "it ended the process, SystemExit: 0")],
 )
 def test_a_reply_on_which_the_method_fails_is_refused_and_the_rest_adds_up(
     error: BaseException | None, why: str, tmp_path: Path
@@ -800,10 +796,20 @@ def test_replies_that_are_not_finite_though_the_model_is_good_leave_it(tmp_path:
 def tuned(out: Path, rounds_: int, **more: Any) -> TuneResult:
     """A whole run of three clients on the tiny llama."""
     return fleetune.tune(
-        tiny_llama(), [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)], out=out, method="fedit",
-        settings={"r": 2, "steps": 1, "lr": 1e-2}, clients=3, rounds=rounds_, held_out=3, samples=0, threads=1, device="cpu",
-        offline=True, **more,
-    )  # fmt: skip
+        tiny_llama(),
+        [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)],
+        out=out,
+        method="fedit",
+        settings={"r": 2, "steps": 1, "lr": 1e-2},
+        clients=3,
+        rounds=rounds_,
+        held_out=3,
+        samples=0,
+        threads=1,
+        device="cpu",
+        offline=True,
+        **more,
+    )
 
 
 def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(

@@ -49,9 +49,23 @@ def test_what_decides_the_bits_is_compared() -> None:
 
 def test_the_time_of_a_resumed_run_says_what_it_counts() -> None:
     done = TuneDone(
-        base={"loss": 2.0}, tuned={"loss": 1.0}, rows=3, run="runs/x", result="runs/x/adapter", result_bytes=1, rounds=1,
-        bytes_up=1, bytes_down=1, seconds=1.0, wall=2.0, peak_rss=1, digest="d", result_sha256="s", moved=True, remarks=[],
-    )  # fmt: skip
+        base={"loss": 2.0},
+        tuned={"loss": 1.0},
+        rows=3,
+        run="runs/x",
+        result="runs/x/adapter",
+        result_bytes=1,
+        rounds=1,
+        bytes_up=1,
+        bytes_down=1,
+        seconds=1.0,
+        wall=2.0,
+        peak_rss=1,
+        digest="d",
+        result_sha256="s",
+        moved=True,
+        remarks=[],
+    )
     for resumed in (False, True):
         out = io.StringIO()
         tune.finish(Ui(stdout=out, stderr=io.StringIO()), TuneResult(Path("runs/x"), done), resumed=resumed)
@@ -79,9 +93,18 @@ def test_the_header_names_the_windows_of_texts(example: Example, words: str) -> 
 # --- a whole run that is stopped and resumed ------------------------------------------------------------------
 
 FEW: dict[str, Any] = {
-    "method": "fedit", "settings": {"r": 2, "batch_size": 2, "lr": 1e-2}, "clients": 2, "held_out": 4, "eval_rows": 4,
-    "samples": 0, "threads": 1, "device": "cpu", "limit": 30, "max_length": 64, "rounds": 2,
-}  # fmt: skip
+    "method": "fedit",
+    "settings": {"r": 2, "batch_size": 2, "lr": 1e-2},
+    "clients": 2,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "threads": 1,
+    "device": "cpu",
+    "limit": 30,
+    "max_length": 64,
+    "rounds": 2,
+}
 
 
 class After(fleetune.Silent):

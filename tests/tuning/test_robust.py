@@ -90,7 +90,9 @@ def test_clipping_is_the_formula(spool: Spool, seed: int, m: int, d: int) -> Non
     values, start = drawn(seed, m, d), drawn(seed + 1, 1, d)[0]
     norms = np.linalg.norm(values - start, axis=1)
     most = np.sort(norms[norms > 0])[(np.count_nonzero(norms) - 1) // 2] if norms.any() else 0.0
-    want = start + np.mean([(x - start) * min(1.0, most / (n or 1.0)) for x, n in zip(values, norms, strict=True)], axis=0)  # fmt: skip
+    want = start + np.mean(
+        [(x - start) * min(1.0, most / (n or 1.0)) for x, n in zip(values, norms, strict=True)], axis=0
+    )
     close = 1e-12 * max(most, np.abs(start).max())
     np.testing.assert_allclose(combined("norm-clip", spool, values, start), want, rtol=0, atol=close)
 
@@ -167,12 +169,20 @@ def test_numbers_are_kept_as_they_came(spool: Spool) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("krum", "none of mean, median, trimmed-mean, norm-clip, sign-vote"), ("", "none of mean"),
-        ("median:0.2", "trimmed-mean a share"), ("mean:0.5", "only mean takes a number, from 1 on"), ("mean:inf", "from 1 on"), ("trimmed-mean:0.5", "between 0 and 0.5"),
-        ("trimmed-mean:", "between 0 and 0.5"), ("trimmed-mean:1/0", "between 0 and 0.5"), ("trimmed-mean:nan", "between"),
-        ("trimmed-mean:inf", "between"), ("trimmed-mean:1e-99999", "between"), ("trimmed-mean:-0.2", "between"),
+        ("krum", "none of mean, median, trimmed-mean, norm-clip, sign-vote"),
+        ("", "none of mean"),
+        ("median:0.2", "trimmed-mean a share"),
+        ("mean:0.5", "only mean takes a number, from 1 on"),
+        ("mean:inf", "from 1 on"),
+        ("trimmed-mean:0.5", "between 0 and 0.5"),
+        ("trimmed-mean:", "between 0 and 0.5"),
+        ("trimmed-mean:1/0", "between 0 and 0.5"),
+        ("trimmed-mean:nan", "between"),
+        ("trimmed-mean:inf", "between"),
+        ("trimmed-mean:1e-99999", "between"),
+        ("trimmed-mean:-0.2", "between"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_rule_is_refused(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         parse(text)
@@ -371,7 +381,7 @@ REFUSED = [
     ("onebyte", {"wire": "sign"}, "median", 10, "use aggregation=sign-vote"),
     ("fwdllm", {}, "median", 10, "use aggregation=norm-clip"),
     ("mezo", {}, "median", 2, "2 clients are asked in a round"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "values", "rule", "asked", "says"), REFUSED)

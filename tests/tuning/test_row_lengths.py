@@ -17,9 +17,23 @@ from fleetune.runs import rundir
 from fleetune.tuning.result import finished
 
 RUN = (
-    "--method", "fedit", "--set", "r=2", "--set", "steps=1", "--clients", "2", "--rounds", "1", "--held-out", "6",
-    "--samples", "0", "--device", "cpu",
-)  # fmt: skip
+    "--method",
+    "fedit",
+    "--set",
+    "r=2",
+    "--set",
+    "steps=1",
+    "--clients",
+    "2",
+    "--rounds",
+    "1",
+    "--held-out",
+    "6",
+    "--samples",
+    "0",
+    "--device",
+    "cpu",
+)
 
 
 @pytest.fixture

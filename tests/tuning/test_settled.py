@@ -21,9 +21,11 @@ def served(devices: int, method: str, *, ruled: bool = False, **values: Any) -> 
 
 @pytest.mark.parametrize(
     ("method", "expected"),
-    [*dict.fromkeys(["fedit", "fedpetuning", "fedpeptao"], "median").items(),
-     *dict.fromkeys(["mezo", "zosgd", "fedkseed", "onebyte", "fwdllm"], "norm-clip").items()],
-)  # fmt: skip
+    [
+        *dict.fromkeys(["fedit", "fedpetuning", "fedpeptao"], "median").items(),
+        *dict.fromkeys(["mezo", "zosgd", "fedkseed", "onebyte", "fwdllm"], "norm-clip").items(),
+    ],
+)
 def test_from_three_devices_on_a_recipe_without_a_rule_gets_one_against_liars(
     method: str, expected: str
 ) -> None:

@@ -33,10 +33,19 @@ from fleetune.tuning.run import run as jobs
 from fleetune.tuning.sweep import sweep, sweep_grid
 
 BASE: dict[str, Any] = {
-    "model": "./tiny", "data": "demo", "method": "fedkseed", "partition": "dirichlet:0.5:client", "clients": 3,
-    "rounds": 2, "limit": 60, "held_out": 8, "max_length": 64, "samples": 0, "seed": 5,
+    "model": "./tiny",
+    "data": "demo",
+    "method": "fedkseed",
+    "partition": "dirichlet:0.5:client",
+    "clients": 3,
+    "rounds": 2,
+    "limit": 60,
+    "held_out": 8,
+    "max_length": 64,
+    "samples": 0,
+    "seed": 5,
     "set": {"K": 16, "tau": 2, "lr": 1e-3, "law": "rademacher"},
-}  # fmt: skip
+}
 RECIPE = """\
 model = "./tiny"
 data = "demo"
@@ -257,9 +266,18 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
     assert (folder / "status").read_text() == "done\n"
 
     _, out, _ = call(
-        capsys, "tune", "-c", "recipe.toml", "--partition", "dirichlet:2:client", "--seed", "6",
-        "--json", "--out", "alone",
-    )  # fmt: skip
+        capsys,
+        "tune",
+        "-c",
+        "recipe.toml",
+        "--partition",
+        "dirichlet:2:client",
+        "--seed",
+        "6",
+        "--json",
+        "--out",
+        "alone",
+    )
     assert digests(folder)["0004-alpha-2-seed-6"] == events(out)[-1]["digest"]
     assert len(set(digests(folder).values())) == 4
 
@@ -437,9 +455,16 @@ def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: 
     lines: list[dict[str, Any]] = [{"event": "eval", "round": 0, "loss": base}]
     for r, loss in enumerate(losses, 1):
         lines += [
-            {"event": "round", "round": r, "bytes_up": 400, "bytes_down": 600, "bytes_total": 1000 * r, "seconds": 2.0},
+            {
+                "event": "round",
+                "round": r,
+                "bytes_up": 400,
+                "bytes_down": 600,
+                "bytes_total": 1000 * r,
+                "seconds": 2.0,
+            },
             {"event": "eval", "round": r, "loss": loss},
-        ]  # fmt: skip
+        ]
     ends = {"base": {"loss": base}, "tuned": {"loss": losses[-1]}}
     lines.append({"event": "done", **ends, "bytes_up": 400 * len(losses), "bytes_down": 600 * len(losses)})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -45,8 +45,17 @@ def replied(
     round: int, loss: float | None, status: str = "ok", reason: str = "", client: int = 0
 ) -> ClientReply:
     return ClientReply(
-        round=round, client=client, n=1, loss=loss, bytes_up=1, bytes_down=1, seconds=0.0, rss=1, status=status, reason=reason,
-    )  # fmt: skip
+        round=round,
+        client=client,
+        n=1,
+        loss=loss,
+        bytes_up=1,
+        bytes_down=1,
+        seconds=0.0,
+        rss=1,
+        status=status,
+        reason=reason,
+    )
 
 
 def heard(watch: Watch, *told: Any) -> list[Diverging | None]:
@@ -144,9 +153,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tune(place: Path, out: Path, listener: Notes | None = None, **more: Any) -> fleetune.TuneResult:
     options: dict[str, Any] = {
-        "method": "fedit", "settings": {"r": 2, "steps": 1, "lr": 3.0}, "clients": 2, "rounds": 2, "held_out": 6,
-        "max_length": 48, "samples": 0, "device": "cpu",
-    }  # fmt: skip
+        "method": "fedit",
+        "settings": {"r": 2, "steps": 1, "lr": 3.0},
+        "clients": 2,
+        "rounds": 2,
+        "held_out": 6,
+        "max_length": 48,
+        "samples": 0,
+        "device": "cpu",
+    }
     return fleetune.tune(
         str(place / "tiny"), str(place / "data.jsonl"), out=out, listener=listener, **(options | more)
     )
@@ -203,8 +218,25 @@ def test_eval_of_a_run_measures_its_base_on_the_same_rows(
 def test_replies_that_are_not_finite_end_with_a_lower_rate(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["tune", str(place / "tiny"), str(place / "data.jsonl"), "--method", "fedit", "--clients", "2", "--rounds", "1",
-             "--samples", "0", "--max-length", "48", "--device", "cpu", "--out", str(tmp_path)]  # fmt: skip
+    words = [
+        "tune",
+        str(place / "tiny"),
+        str(place / "data.jsonl"),
+        "--method",
+        "fedit",
+        "--clients",
+        "2",
+        "--rounds",
+        "1",
+        "--samples",
+        "0",
+        "--max-length",
+        "48",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*words, "--set", "lr=1e30", "--set", "steps=2", "--set", "r=2"]) == 4
     said = capsys.readouterr().err
     assert "not finite" in said

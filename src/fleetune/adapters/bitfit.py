@@ -89,10 +89,7 @@ def _rounded_once(
     def after(module: nn.Module, args: Any, output: Any) -> None:
         module._parameters.update(wide)
 
-    return [
-        module.register_forward_pre_hook(before),
-        module.register_forward_hook(after, always_call=True),
-    ]
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
 
 
 def norms(net: Any) -> list[str]:

@@ -125,9 +125,14 @@ def _check_size(spec: AdapterSpec, arrays: Mapping[str, np.ndarray]) -> None:
 def _ours(model: Model, attachment: Attachment) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     kind = next(name for name, cls in KINDS.items() if isinstance(attachment.spec, cls))
     head = {
-        "format": "fleetune-module", "version": VERSION, "module": kind, "spec": _fields(attachment.spec),
-        "base": _public_name(model), "base_digest": model.digest, "dtype": model.dtype,
-    }  # fmt: skip
+        "format": "fleetune-module",
+        "version": VERSION,
+        "module": kind,
+        "spec": _fields(attachment.spec),
+        "base": _public_name(model),
+        "base_digest": model.digest,
+        "dtype": model.dtype,
+    }
     return head, attachment.parameters
 
 

@@ -30,6 +30,22 @@ from fleetune.api.sweeping import resume_sweep, sweep
 from fleetune.api.tuning import resume_run, tune
 
 __all__ = [
-    "chat", "compress", "compressors", "evaluate", "export", "generate", "list_runs", "measure", "methods", "open", "plan",
-    "resume_compression", "resume_run", "resume_sweep", "serve", "sweep", "targets", "tune",
-]  # fmt: skip
+    "chat",
+    "compress",
+    "compressors",
+    "evaluate",
+    "export",
+    "generate",
+    "list_runs",
+    "measure",
+    "methods",
+    "open",
+    "plan",
+    "resume_compression",
+    "resume_run",
+    "resume_sweep",
+    "serve",
+    "sweep",
+    "targets",
+    "tune",
+]

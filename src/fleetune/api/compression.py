@@ -67,11 +67,21 @@ def compress(
 
     watching = heard_by(listener, progress)
     options: CompressOptions = {
-        "data": objects_to_files.data_name(data, Path(out)), "text": str(text),
-        "eval_text": str(eval_text), "windows": windows, "length": length, "calibrate": calibrate, "clients": clients,
-        "low_memory": low_memory, "true_sequential": true_sequential, "bytes": _size(bytes), "bpw": bpw,
-        "train_scales": train_scales, "seed": seed, "dtype": dtype,
-    }  # fmt: skip
+        "data": objects_to_files.data_name(data, Path(out)),
+        "text": str(text),
+        "eval_text": str(eval_text),
+        "windows": windows,
+        "length": length,
+        "calibrate": calibrate,
+        "clients": clients,
+        "low_memory": low_memory,
+        "true_sequential": true_sequential,
+        "bytes": _size(bytes),
+        "bpw": bpw,
+        "train_scales": train_scales,
+        "seed": seed,
+        "dtype": dtype,
+    }
     request = job.request_for(model, method, settings or {}, options, tokenizer=tokenizer, out=Path(out))
     return job.start(
         request, watching, Path(out), offline=offline, devices=_devices(served), beside=file_size

@@ -107,12 +107,20 @@ def measure(
     from fleetune.tuning.recipe import objects_to_files
 
     options = job.MeasureOptions(
-        text=str(text) if text else None, windows=windows, length=length,
-        data=objects_to_files.data_name(data, Path(out)) or None, limit=limit, tasks=tuple(words(tasks)),
-        answer_tokens=answer_tokens, labels=tuple(words(labels)),
-        threads=threads, prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens, repeats=repeats, kept_gain=kept_gain,
-    )  # fmt: skip
+        text=str(text) if text else None,
+        windows=windows,
+        length=length,
+        data=objects_to_files.data_name(data, Path(out)) or None,
+        limit=limit,
+        tasks=tuple(words(tasks)),
+        answer_tokens=answer_tokens,
+        labels=tuple(words(labels)),
+        threads=threads,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        kept_gain=kept_gain,
+    )
     if not models:
         raise UsageError("measure needs a model", hint="give one or more names, paths or results")
     dense = subjects.open(reference, out=out) if reference is not None else None

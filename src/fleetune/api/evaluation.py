@@ -102,9 +102,14 @@ class _Measuring:
     offline: bool
 
     def measured(
-        self, found: Subject, given: list[Example], texts: list[str], dense: Subject | None,
-        of_harness: HarnessTasks | None, heard: Listener,
-    ) -> dict[str, float]:  # fmt: skip
+        self,
+        found: Subject,
+        given: list[Example],
+        texts: list[str],
+        dense: Subject | None,
+        of_harness: HarnessTasks | None,
+        heard: Listener,
+    ) -> dict[str, float]:
         """Load a model, measure it, by tasks of the harness too, and compare it with `dense`; report and return the values."""
         from fleetune.common.events import evaluated
         from fleetune.evaluation import harness_tasks, measures
@@ -121,17 +126,30 @@ class _Measuring:
             )
             examples = every[: self.limit]
             values, rows = measures.evaluate(
-                loaded, examples, self.tasks, max_length=found.max_length, max_new_tokens=self.answer_tokens,
-                labels=self.labels, texts=texts, told=told,
-            )  # fmt: skip
+                loaded,
+                examples,
+                self.tasks,
+                max_length=found.max_length,
+                max_new_tokens=self.answer_tokens,
+                labels=self.labels,
+                texts=texts,
+                told=told,
+            )
             values |= kept.compare(loaded, told("rows compared")).values() if kept else {}
         scores = of_harness.evaluate(loaded, limit=self.limit) if of_harness is not None else []
         # `loaded` is the base from here on
         before = loading.base_losses(found, loaded, examples, told) if rows else None
-        heard.event(evaluated(
-            found.argument, len(examples), values, of=len(every), max_length=found.max_length, rows_of=(before, rows),
-            harness=scores,
-        ))  # fmt: skip
+        heard.event(
+            evaluated(
+                found.argument,
+                len(examples),
+                values,
+                of=len(every),
+                max_length=found.max_length,
+                rows_of=(before, rows),
+                harness=scores,
+            )
+        )
         return values | harness_tasks.by_name(scores)
 
 

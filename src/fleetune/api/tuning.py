@@ -139,10 +139,16 @@ def recipe_for(
         str(rows) if isinstance(rows, str | Path) else "data" for rows in (data, held_out)
     )
     is_named = isinstance(model, str | Path)
-    recipe = recipes.make({
-        **options, "eval_data": named_held_out, "model": str(model) if is_named else "model", "data": named_rows,
-        "method": name, "set": values,
-    })  # fmt: skip
+    recipe = recipes.make(
+        {
+            **options,
+            "eval_data": named_held_out,
+            "model": str(model) if is_named else "model",
+            "data": named_rows,
+            "method": name,
+            "set": values,
+        }
+    )
     if is_named:
         plain_models.check(recipe.model, out, recipes.trained(recipe))
     return dataclasses.replace(

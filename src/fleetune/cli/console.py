@@ -430,9 +430,9 @@ class Ui:
         stopped = isinstance(err, Interrupted)
         if self.json:
             kind = Stopped if stopped else Failed
-            self.event(kind(
-                type=type(err).__name__, message=err.message, hint=err.hint, exit_code=err.exit_code
-            ))  # fmt: skip
+            self.event(
+                kind(type=type(err).__name__, message=err.message, hint=err.hint, exit_code=err.exit_code)
+            )
             return
         message = message_text(err.message)
         self._say(self._err, message if stopped else f"error: {message}", "" if stopped else "bold red")

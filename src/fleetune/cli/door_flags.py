@@ -28,10 +28,7 @@ def add(group: argparse._ArgumentGroup, first: str) -> None:
     group.add_argument("--certificate", metavar="DIR", help="folder with server.pem and server.key")
     group.add_argument("--wait", type=int, metavar="N", help=f"devices before {first}")
     group.add_argument(
-        "--grace",
-        type=float,
-        metavar="SECONDS",
-        help="wait so long for a device that has gone (default 60)",
+        "--grace", type=float, metavar="SECONDS", help="wait so long for a device that has gone (default 60)"
     )
     group.add_argument(
         "--round-deadline",

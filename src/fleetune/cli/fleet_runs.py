@@ -25,12 +25,20 @@ def devices(args: argparse.Namespace, ui: Ui) -> None:
         names = list(methods.make(recipe.method, recipe.set).kind_names)
     rows = [
         [
-            str(c), m.name, m.key[:16], str(m.rows or "has not joined"), human_bytes(m.memory) if m.memory else "",
-            str(m.threads or ""), f"{m.speed:,.0f}" if m.speed else "", names[m.kind] if 0 <= m.kind < len(names) else "",
-            m.version, m.torch, m.processor,
+            str(c),
+            m.name,
+            m.key[:16],
+            str(m.rows or "has not joined"),
+            human_bytes(m.memory) if m.memory else "",
+            str(m.threads or ""),
+            f"{m.speed:,.0f}" if m.speed else "",
+            names[m.kind] if 0 <= m.kind < len(names) else "",
+            m.version,
+            m.torch,
+            m.processor,
         ]
         for c, m in enumerate(found.members)
-    ]  # fmt: skip
+    ]
     head = [
         "client",
         "device",

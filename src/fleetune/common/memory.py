@@ -201,9 +201,14 @@ class _Counters(ctypes.Structure):
     """PROCESS_MEMORY_COUNTERS of psapi.h."""
 
     _fields_ = (
-        ("size", ctypes.c_uint32), ("faults", ctypes.c_uint32), ("peak", ctypes.c_size_t), ("now", ctypes.c_size_t),
-        ("quotas", ctypes.c_size_t * 4), ("pagefile", ctypes.c_size_t), ("peak_pagefile", ctypes.c_size_t),
-    )  # fmt: skip
+        ("size", ctypes.c_uint32),
+        ("faults", ctypes.c_uint32),
+        ("peak", ctypes.c_size_t),
+        ("now", ctypes.c_size_t),
+        ("quotas", ctypes.c_size_t * 4),
+        ("pagefile", ctypes.c_size_t),
+        ("peak_pagefile", ctypes.c_size_t),
+    )
     peak: int
     now: int
 

@@ -15,15 +15,7 @@ from fleetune.data.forms import Example
 from fleetune.data.partition import check_partition_spec, hold_out, keyed_order
 
 if TYPE_CHECKING:
-    from fleetune.data.encode import (
-        Batch,
-        Batches,
-        Encoded,
-        collate,
-        encode_all,
-        prompt_ids,
-        stop_ids,
-    )
+    from fleetune.data.encode import Batch, Batches, Encoded, collate, encode_all, prompt_ids, stop_ids
     from fleetune.data.labelled import encode_rows
 
 __all__ = [

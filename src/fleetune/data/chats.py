@@ -20,8 +20,13 @@ CHATS: Final = {
     "chat messages": ("messages", "role", "content"),
 }
 ROLES: Final = {
-    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system", "developer": "system",
-}  # fmt: skip
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+    "developer": "system",
+}
 TOOLS: Final = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 CALLS: Final = ("tool_calls", "function_call")
 

@@ -21,13 +21,36 @@ MAIN: Final = ("prompt", "response", "system", "context", "text", "label", "mess
 EXAMPLE: Final = "prompt=question,response=answer"
 TURN: Final = {"role", "from", "content", "value"}
 ASKED: Final = (  # names that prompts have in the data of others
-    "prompt", "question", "instruction", "ask", "query", "input", "source", "problem", "user", "human", "request", "article",
-    "document", "title", "q",
-)  # fmt: skip
+    "prompt",
+    "question",
+    "instruction",
+    "ask",
+    "query",
+    "input",
+    "source",
+    "problem",
+    "user",
+    "human",
+    "request",
+    "article",
+    "document",
+    "title",
+    "q",
+)
 ANSWERED: Final = (
-    "response", "answer", "completion", "output", "target", "reply", "solution", "assistant", "summary", "chosen", "label",
+    "response",
+    "answer",
+    "completion",
+    "output",
+    "target",
+    "reply",
+    "solution",
+    "assistant",
+    "summary",
+    "chosen",
+    "label",
     "a",
-)  # fmt: skip
+)
 
 
 def parse(spec: str, known: Collection[str]) -> dict[str, str]:

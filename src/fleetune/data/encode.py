@@ -390,9 +390,11 @@ def _fit(prompt: list[int], answer: list[int], max_length: int) -> Encoded:
     kept = answer[: max_length - least]
     begin = _cut_middle(prompt, max_length - len(kept))
     return Encoded(
-        np.array(begin + kept, dtype=np.int32), len(begin),
-        lost=len(answer) - len(kept), left=len(prompt) - len(begin),
-    )  # fmt: skip
+        np.array(begin + kept, dtype=np.int32),
+        len(begin),
+        lost=len(answer) - len(kept),
+        left=len(prompt) - len(begin),
+    )
 
 
 def _cut_middle(ids: list[int], room: int) -> list[int]:

@@ -77,10 +77,17 @@ SPOKEN: Final = {
     "QNLI": {"entailment": "yes", "not_entailment": "no", "0": "yes", "1": "no"}
 }  # GLUE's numbers, too
 OPTIONAL: Final = {SYSTEM, columns.CLIENT, "context", "input"}
-FIELDS: Final = tuple(dict.fromkeys((
-    *columns.MAIN, *OPTIONAL, *(name for pair in PAIRS.values() for name in pair[:3]),
-    *(name for texts, _ in LABELLED.values() for name in texts), *(turns for turns, _, _ in CHATS.values()),
-)))  # fmt: skip
+FIELDS: Final = tuple(
+    dict.fromkeys(
+        (
+            *columns.MAIN,
+            *OPTIONAL,
+            *(name for pair in PAIRS.values() for name in pair[:3]),
+            *(name for texts, _ in LABELLED.values() for name in texts),
+            *(turns for turns, _, _ in CHATS.values()),
+        )
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,10 +187,7 @@ def _stored_names(net: PreTrainedModel, state: Mapping[str, Tensor], source: Ten
         what = (
             f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the configuration does not have"
         )
-        raise ModelError(
-            f"{source.folder} {what}",
-            hint=ANOTHER,
-        )
+        raise ModelError(f"{source.folder} {what}", hint=ANOTHER)
     return stored
 
 

@@ -53,8 +53,15 @@ GGUF: Final = b"GGUF"  # what such a file begins with
 AGAIN: Final = "get the patch again from its origin"
 # what reading bytes that are no patch can raise
 DAMAGED: Final = (
-    SafetensorError, OSError, ArithmeticError, LookupError, ValueError, TypeError, AttributeError, RecursionError,
-)  # fmt: skip
+    SafetensorError,
+    OSError,
+    ArithmeticError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 SILENT: Final = Silent()
 
 Moves = Callable[[int, int, np.ndarray], np.ndarray]
@@ -266,8 +273,13 @@ def load(path: Path) -> Patch:
         if type(head["K"]) is not int or type(head["grid"]) is not float:
             raise ValueError("its head has the wrong types")
         entries = Entries(
-            int(head["run_key"], 16), str(head["law"]), head["K"], head["grid"], arrays["id"], arrays["coefficient"]
-        )  # fmt: skip
+            int(head["run_key"], 16),
+            str(head["law"]),
+            head["K"],
+            head["grid"],
+            arrays["id"],
+            arrays["coefficient"],
+        )
         if not entries.fit():
             raise ModelError(
                 f"its entries ask for {counted(entries.passes, 'pass', 'passes')} with K = {entries.K:,}; at most {PASSES:,} "

@@ -118,8 +118,14 @@ class Matrix(NamedTuple):
 
 
 def of_run(
-    base: Path, run: Path, *, inverse: bool = False, name: str = "", offline: bool = False, listener: Listener = SILENT,
-) -> Patch:  # fmt: skip
+    base: Path,
+    run: Path,
+    *,
+    inverse: bool = False,
+    name: str = "",
+    offline: bool = False,
+    listener: Listener = SILENT,
+) -> Patch:
     """Return the patch from a GGUF file to the model of a run, or with `inverse` the one that leads back.
 
     `name` is the model that the file belongs to, if not a path.
@@ -142,9 +148,14 @@ def of_run(
 
 
 def of_ledger(
-    base: Path, ledger: Ledger, *, inverse: bool = False, name: str = "", offline: bool = False,
+    base: Path,
+    ledger: Ledger,
+    *,
+    inverse: bool = False,
+    name: str = "",
+    offline: bool = False,
     listener: Listener = SILENT,
-) -> Patch:  # fmt: skip
+) -> Patch:
     """Return the patch from a GGUF file to the ledger's model, or with `inverse` the one that leads back.
 
     UsageError for a ledger that moves weights, LedgerError where it belongs to another base, or does not rebuild the weights

@@ -85,8 +85,10 @@ def every() -> dict[str, Target]:
             if name in found:
                 log.warning(
                     "the export target '%s' of %s is left out: %s has that name",
-                    name, member.module, found[name].format.module,
-                )  # fmt: skip
+                    name,
+                    member.module,
+                    found[name].format.module,
+                )
                 continue
             found[name] = Target(name, text, member)
     return found
@@ -111,8 +113,7 @@ def find(to: str) -> Target:
         return known[to]
     guess = suggest(to.lower(), known, cutoff=0.5)
     raise UsageError(
-        f"no target named '{to}'" + (f".{guess}" if guess else ""),
-        hint="choose one of " + ", ".join(known),
+        f"no target named '{to}'" + (f".{guess}" if guess else ""), hint="choose one of " + ", ".join(known)
     )
 
 

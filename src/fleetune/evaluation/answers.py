@@ -106,12 +106,7 @@ def generate_from_ids(
 
 
 def sample_from_ids(
-    model: Model,
-    prompts: Sequence[np.ndarray],
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
+    model: Model, prompts: Sequence[np.ndarray], *, temperature: float, max_new_tokens: int, seed: int
 ) -> list[np.ndarray]:
     """Sample a continuation of each prompt (int ids [T], not empty): int32 [N] each, N >= 1.
 

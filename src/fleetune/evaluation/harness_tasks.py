@@ -114,13 +114,20 @@ def scores(results: Mapping[str, Any]) -> list[TaskScore]:
             metric, comma, how = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            found.append(TaskScore(
-                task=task, metric=metric, filter=how, value=float(value),
-                stderr=_number(values.get(f"{metric}_stderr,{how}")),
-                rows=counts.get("effective"), of=counts.get("original"),
-                shots=results.get("n-shot", {}).get(task),
-                version=None if version is None else str(version), higher_is_better=better.get(metric),
-            ))  # fmt: skip
+            found.append(
+                TaskScore(
+                    task=task,
+                    metric=metric,
+                    filter=how,
+                    value=float(value),
+                    stderr=_number(values.get(f"{metric}_stderr,{how}")),
+                    rows=counts.get("effective"),
+                    of=counts.get("original"),
+                    shots=results.get("n-shot", {}).get(task),
+                    version=None if version is None else str(version),
+                    higher_is_better=better.get(metric),
+                )
+            )
     return found
 
 

@@ -44,9 +44,12 @@ class _Work:
     def answers(self) -> tuple[list[str], list[str]]:
         """Return the model's answers and the references."""
         made = generate(
-            self.model, self.examples, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
+            self.model,
+            self.examples,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
             on_rows=self.told("answers"),
-        )  # fmt: skip
+        )
         return made, [example.response for example in self.examples]
 
     @functools.cached_property

@@ -225,10 +225,7 @@ def import_function(name: str, kind: str, known: Iterable[str], call: str) -> Ca
     except AttributeError as error:
         raise RecipeError([f"{what}: {where} has no {function!r}"], hint="check its spelling") from error
     if not callable(found):
-        raise RecipeError(
-            [f"{what}: {function} is a {type(found).__name__}, not a function"],
-            hint=expected,
-        )
+        raise RecipeError([f"{what}: {function} is a {type(found).__name__}, not a function"], hint=expected)
     if fault := _call_fault(found, call):
         needed = call[call.index("(") :]
         raise RecipeError(

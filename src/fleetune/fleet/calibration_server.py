@@ -93,9 +93,14 @@ class Calibrators:
         def heard(reply: HessianReply) -> None:
             member = devices.members[reply.client]
             fleet.audit(
-                reply.status, device=member.key, name=member.name, client=reply.client, block=reply.block,
-                bytes=reply.bytes_up, reason=reply.reason,
-            )  # fmt: skip
+                reply.status,
+                device=member.key,
+                name=member.name,
+                client=reply.client,
+                block=reply.block,
+                bytes=reply.bytes_up,
+                reason=reply.reason,
+            )
             on_reply(reply)
 
         if len(tokens) < FEWEST:

@@ -74,9 +74,13 @@ def join(
             return (brings.memory or usable_memory() or MEMORY) // 2 if worker.loaded is not None else FIRST
 
         stay(
-            Server(address, home.ca, home.poll, home.heartbeat, room), key, home.state, worker.answer,
-            over=lambda: bool(worker.ended) or stop(), note=note,
-        )  # fmt: skip
+            Server(address, home.ca, home.poll, home.heartbeat, room),
+            key,
+            home.state,
+            worker.answer,
+            over=lambda: bool(worker.ended) or stop(),
+            note=note,
+        )
     if worker.error is not None:
         raise worker.error
     if stop() and not worker.ended:

@@ -62,9 +62,7 @@ def evaluate(
         devices = Devices(folder)
         job, packed = _job(subject, devices.run, offline)
         count = served.wanted(sum(rows > 0 for rows in devices.rows) or _clients(subject))
-        listener.header("fleetune fleet eval", [
-            ("model", subject.argument), ("fleet", served.where(count)),
-        ])  # fmt: skip
+        listener.header("fleetune fleet eval", [("model", subject.argument), ("fleet", served.where(count))])
         listener.progress("devices", 0, count)
         fleet = served.gather(folder, devices, job, 0, count, listener)
         chosen, base = fleet.ready(), bytes.fromhex(job.base)[:8]
@@ -74,9 +72,14 @@ def evaluate(
         for answer in fleet.give(orders):
             one = measured(answer, devices.members[answer.client].name, fleet.told[answer.client], job)
             fleet.audit(
-                "measured" if one.status == "ok" else one.status, device=devices.members[answer.client].key, name=one.name,
-                client=one.client, rows=one.rows, tokens=one.tokens, reason=one.reason,
-            )  # fmt: skip
+                "measured" if one.status == "ok" else one.status,
+                device=devices.members[answer.client].key,
+                name=one.name,
+                client=one.client,
+                rows=one.rows,
+                tokens=one.tokens,
+                reason=one.reason,
+            )
             listener.event(one)
             found.append(one)
             listener.progress("devices", len(found), len(chosen))
@@ -98,9 +101,15 @@ def measured(answer: Answer, name: str, device: Device, job: Job) -> DeviceEvalu
     if answer.data is not None:
         tokens = device.held_out * job.max_length
         most = tokens * WORST
-        spec = ReplySpec({}, {
-            "rows": (int, 1, device.held_out), "tokens": (int, 1, tokens), "base": (float, 0, most), "tuned": (float, 0, most),
-        })  # fmt: skip
+        spec = ReplySpec(
+            {},
+            {
+                "rows": (int, 1, device.held_out),
+                "tokens": (int, 1, tokens),
+                "base": (float, 0, most),
+                "tuned": (float, 0, most),
+            },
+        )
         try:
             payload = check(decode(answer.data), spec, round=0, base=bytes.fromhex(job.base)[:8])
             rows, tokens = payload.int("rows"), payload.int("tokens")
@@ -108,15 +117,29 @@ def measured(answer: Answer, name: str, device: Device, job: Job) -> DeviceEvalu
             if tokens > rows * job.max_length or max(base, tuned) > tokens * WORST:
                 raise MessageError(f"{rows} rows cannot have {tokens} tokens with such a loss")
             return DeviceEvaluated(
-                client=answer.client, name=name, rows=rows, tokens=tokens, base=base / tokens, tuned=tuned / tokens,
-                digest=device.held_out_digest, status="ok", reason="",
-            )  # fmt: skip
+                client=answer.client,
+                name=name,
+                rows=rows,
+                tokens=tokens,
+                base=base / tokens,
+                tuned=tuned / tokens,
+                digest=device.held_out_digest,
+                status="ok",
+                reason="",
+            )
         except MessageError as error:
             status, reason = "refused", str(error)
     return DeviceEvaluated(
-        client=answer.client, name=name, rows=0, tokens=0, base=None, tuned=None,
-        digest=device.held_out_digest, status=status, reason=reason,
-    )  # fmt: skip
+        client=answer.client,
+        name=name,
+        rows=0,
+        tokens=0,
+        base=None,
+        tuned=None,
+        digest=device.held_out_digest,
+        status=status,
+        reason=reason,
+    )
 
 
 def mean(model: str, found: Sequence[DeviceEvaluated]) -> FleetEvaluated:
@@ -133,14 +156,27 @@ def mean(model: str, found: Sequence[DeviceEvaluated]) -> FleetEvaluated:
     tuned = [float(one.tuned or 0.0) for one in good]
     change = [t - b for t, b in zip(tuned, base, strict=True)]
     return FleetEvaluated(
-        model=model, devices=len(good), asked=len(found), rows=sum(one.rows for one in good),
-        tokens=sum(one.tokens for one in good), largest_share=max(one.tokens for one in good) / sum(one.tokens for one in good),
-        base=ratio(base, shares)[0], tuned=ratio(tuned, shares)[0], change=ratio(change, shares)[0],
-        base_error=ratio(base, shares)[1], tuned_error=ratio(tuned, shares)[1], change_error=ratio(change, shares)[1],
-        base_perplexity=_exp(ratio(base, shares)[0]), tuned_perplexity=_exp(ratio(tuned, shares)[0]),
-        base_plain=statistics.fmean(base), tuned_plain=statistics.fmean(tuned), base_median=statistics.median(base),
-        median=statistics.median(tuned), change_median=statistics.median(change), improved=sum(c < 0 for c in change),
-    )  # fmt: skip
+        model=model,
+        devices=len(good),
+        asked=len(found),
+        rows=sum(one.rows for one in good),
+        tokens=sum(one.tokens for one in good),
+        largest_share=max(one.tokens for one in good) / sum(one.tokens for one in good),
+        base=ratio(base, shares)[0],
+        tuned=ratio(tuned, shares)[0],
+        change=ratio(change, shares)[0],
+        base_error=ratio(base, shares)[1],
+        tuned_error=ratio(tuned, shares)[1],
+        change_error=ratio(change, shares)[1],
+        base_perplexity=_exp(ratio(base, shares)[0]),
+        tuned_perplexity=_exp(ratio(tuned, shares)[0]),
+        base_plain=statistics.fmean(base),
+        tuned_plain=statistics.fmean(tuned),
+        base_median=statistics.median(base),
+        median=statistics.median(tuned),
+        change_median=statistics.median(change),
+        improved=sum(c < 0 for c in change),
+    )
 
 
 def shares_of(tokens: Sequence[int]) -> list[float]:
@@ -207,6 +243,15 @@ def _job(subject: Run | Compressed | Plain, run: str, offline: bool) -> tuple[Jo
         )
     model = subject.load(offline=offline)
     job = Job(
-        secrets.token_hex(16), "", {}, subject.name, model.digest, model.dtype, subject.max_length, (), 0, "eval",
-    )  # fmt: skip
+        secrets.token_hex(16),
+        "",
+        {},
+        subject.name,
+        model.digest,
+        model.dtype,
+        subject.max_length,
+        (),
+        0,
+        "eval",
+    )
     return job, Payload()

@@ -143,10 +143,13 @@ def make_certificate(folder: Path, hosts: Sequence[str]) -> Path:
     def begun(subject: str, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
         return (
             x509.CertificateBuilder()
-            .subject_name(name(subject)).issuer_name(name("Fleetune fleet")).public_key(public)
+            .subject_name(name(subject))
+            .issuer_name(name("Fleetune fleet"))
+            .public_key(public)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=DAYS))
-        )  # fmt: skip
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=DAYS))
+        )
 
     ca, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
     root = begun("Fleetune fleet", ca.public_key()).add_extension(

@@ -15,8 +15,9 @@ from fleetune.fleet.mail import TOO_LARGE
 from fleetune.fleet.orders import Order, Reply
 
 MAY_ANSWER: Final[Mapping[str, tuple[str, ...]]] = {
-    "work": ("done", "failed", "declined"), "job": ("ready", "refused", "failed"),
-}  # fmt: skip
+    "work": ("done", "failed", "declined"),
+    "job": ("ready", "refused", "failed"),
+}
 USUAL: Final = ("done", "failed")  # of any other order
 
 

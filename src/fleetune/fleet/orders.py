@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TASKS: Final[Mapping[str, tuple[str, ...]]] = {  # and the orders that belong to each
-    "tune": ("work",), "eval": ("eval",), "calibrate": ("begin", "block"),
-}  # fmt: skip
+    "tune": ("work",),
+    "eval": ("eval",),
+    "calibrate": ("begin", "block"),
+}
 REFUSED: Final = b"refused"  # body of an "end" for a device that cannot take part
 NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there
 MAX_JOB: Final = 1 << 20  # characters
@@ -133,9 +135,17 @@ def job_of(job: TuneJob, run: str) -> Job:
     """Return what devices are told of a run."""
     recipe, model = job.recipe, job.model
     return Job(
-        run, recipe.method, dict(recipe.set), recipe.model, model.digest, recipe.dtype, recipe.max_length,
-        label_words(recipe.labels), recipe.rounds, train=recipe.train,
-    )  # fmt: skip
+        run,
+        recipe.method,
+        dict(recipe.set),
+        recipe.model,
+        model.digest,
+        recipe.dtype,
+        recipe.max_length,
+        label_words(recipe.labels),
+        recipe.rounds,
+        train=recipe.train,
+    )
 
 
 @dataclass(frozen=True, config=EXACT)
@@ -154,10 +164,20 @@ class Order:
 
     def encode(self) -> bytes:
         """Return the order as bytes; they end with the body, which the orders of a round may have in common."""
-        return _encode(self.round, self.nonce, {
-            "what": self.what, "client": self.client, "key": self.key, "kept_round": self.kept[0],
-            "kept_crc": self.kept[1], "oldest": self.oldest, "reason": self.reason, "body": self.body,
-        })  # fmt: skip
+        return _encode(
+            self.round,
+            self.nonce,
+            {
+                "what": self.what,
+                "client": self.client,
+                "key": self.key,
+                "kept_round": self.kept[0],
+                "kept_crc": self.kept[1],
+                "oldest": self.oldest,
+                "reason": self.reason,
+                "body": self.body,
+            },
+        )
 
     def take(self) -> bytes:
         """Return the body and forget it, so that it is gone from memory when the caller has done with it."""
@@ -202,10 +222,19 @@ class Reply:
 
     def encode(self) -> bytes:
         """Return the answer as bytes."""
-        return _encode(self.round, self.nonce, {
-            "what": self.what, "body": self.body, "kept_round": self.kept[0], "kept_crc": self.kept[1],
-            "seconds": self.seconds, "rss": self.rss, "code": self.code,
-        })  # fmt: skip
+        return _encode(
+            self.round,
+            self.nonce,
+            {
+                "what": self.what,
+                "body": self.body,
+                "kept_round": self.kept[0],
+                "kept_crc": self.kept[1],
+                "seconds": self.seconds,
+                "rss": self.rss,
+                "code": self.code,
+            },
+        )
 
     @classmethod
     def decode(cls, data: bytes) -> Reply:

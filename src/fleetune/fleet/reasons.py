@@ -23,31 +23,37 @@ from fleetune.errors import (
     UsageError,
 )
 
-WORDS: Final[Mapping[str, str]] = MappingProxyType({
-    "battery": "it runs on its battery",
-    "busy": "other programs take {} % of its processors",
-    "calibrated": "it has calibrated one compression on {} windows of {} tokens, and gives no other sums",
-    "fault": "its work ended in an error; its console says which",
-    "few-tokens": "sums over so few tokens could give its rows away; it makes none over fewer than {}",
-    "measured": "it has made {} measurements, and makes no other",
-    "measured-at": "it has measured its held-out rows at {} tokens, and does so at no other length and with no other labels",
-    "memory": "the work does not fit the {} MB that it may use",
-    "model": "it has not the run's model in this revision; its console says more",
-    "no-calibration": "it takes no part in calibrations: fleetune fleet join .. --calibrate",
-    "no-data": "it was not told which rows it has: start the SuperNode with --node-config \"data='FILE'\"",
-    "no-evaluation": "it takes no part in evaluations: join with the --held-out that it trained with, or with --eval-data FILE",
-    "no-job": "it has no job yet; does another process use its key?",
-    "order": "it was sent something that it does not obey; its console says more",
-    "remembers": "it no longer has what it kept in round {}; its console says more",
-    "rows": "its rows cannot be used for this run; its console says more",
-    "settings": "it cannot do this work with these settings; its console says more",
-    "storage": "its disk takes no more",
-    "work": "it was asked for {} rows' work in a round, and does {} at most",
-})  # fmt: skip
+WORDS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "battery": "it runs on its battery",
+        "busy": "other programs take {} % of its processors",
+        "calibrated": "it has calibrated one compression on {} windows of {} tokens, and gives no other sums",
+        "fault": "its work ended in an error; its console says which",
+        "few-tokens": "sums over so few tokens could give its rows away; it makes none over fewer than {}",
+        "measured": "it has made {} measurements, and makes no other",
+        "measured-at": "it has measured its held-out rows at {} tokens, and does so at no other length and with no other labels",
+        "memory": "the work does not fit the {} MB that it may use",
+        "model": "it has not the run's model in this revision; its console says more",
+        "no-calibration": "it takes no part in calibrations: fleetune fleet join .. --calibrate",
+        "no-data": "it was not told which rows it has: start the SuperNode with --node-config \"data='FILE'\"",
+        "no-evaluation": "it takes no part in evaluations: join with the --held-out that it trained with, or --eval-data FILE",
+        "no-job": "it has no job yet; does another process use its key?",
+        "order": "it was sent something that it does not obey; its console says more",
+        "remembers": "it no longer has what it kept in round {}; its console says more",
+        "rows": "its rows cannot be used for this run; its console says more",
+        "settings": "it cannot do this work with these settings; its console says more",
+        "storage": "its disk takes no more",
+        "work": "it was asked for {} rows' work in a round, and does {} at most",
+    }
+)
 OF_ERRORS: Final = (
-    (MessageError, "order"), (LedgerError, "order"), (DataError, "rows"), (ModelError, "model"),
-    (StorageError, "storage"), (UsageError, "settings"),
-)  # fmt: skip
+    (MessageError, "order"),
+    (LedgerError, "order"),
+    (DataError, "rows"),
+    (ModelError, "model"),
+    (StorageError, "storage"),
+    (UsageError, "settings"),
+)
 LARGEST: Final = 1 << 63  # of a number
 
 

@@ -138,9 +138,15 @@ class RemoteFleet:
         """Write into the log what became of a client's reply."""
         member = self.devices.members[reply.client]
         self.audit(
-            reply.status, device=member.key, name=member.name, client=reply.client, round=reply.round,
-            bytes=reply.bytes_up, sha256=self._digests.get(reply.client, ""), reason=reply.reason,
-        )  # fmt: skip
+            reply.status,
+            device=member.key,
+            name=member.name,
+            client=reply.client,
+            round=reply.round,
+            bytes=reply.bytes_up,
+            sha256=self._digests.get(reply.client, ""),
+            reason=reply.reason,
+        )
 
     def rewind(self, round: int) -> None:
         """Do nothing: orders say on which memory the work stands."""
@@ -366,9 +372,15 @@ class RemoteFleet:
         """Return a client's order, the same bytes from a resumed server: the device then has its answer already."""
         nonce = hashlib.sha256(f"{self.devices.run} {round} {client}".encode()).digest()[:16]
         return Order(
-            "work", round, client, derive(self.seed, "local", round, client), message,
-            self._kept.get(client, NOTHING_KEPT), self._oldest, nonce=nonce,
-        )  # fmt: skip
+            "work",
+            round,
+            client,
+            derive(self.seed, "local", round, client),
+            message,
+            self._kept.get(client, NOTHING_KEPT),
+            self._oldest,
+            nonce=nonce,
+        )
 
     def _push(self, key: str, order: Order, here: Mapping[str, str], room: int = 0) -> str | None:
         data = order.encode()

@@ -30,18 +30,36 @@ from fleetune.tuning.result import finished
 FILE: Final = "file "  # begins the name of a file's bytes in a message
 LEDGER: Final = finished.RESULT["ledger"]
 FOLDER: Final = "result"  # in a run's, on the device
-FILES: Final = frozenset({
-    LEDGER, "adapter_config.json", "adapter_model.safetensors", "module.json", "module.safetensors", "README.md", sums.FILE,
-})  # fmt: skip
+FILES: Final = frozenset(
+    {
+        LEDGER,
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "module.json",
+        "module.safetensors",
+        "README.md",
+        sums.FILE,
+    }
+)
 
 
 def job_of_run(folder: Path, run: str, task: str, steps: int = 0) -> Job:
     """Return what devices are told of a finished run whose result is measured, or calibrated in so many steps."""
     recipe = finished.recipe_of(folder)
     return Job(
-        run, recipe.method, dict(recipe.set), recipe.model, env_file.base_digest(folder), recipe.dtype, recipe.max_length,
-        label_words(recipe.labels), steps, task, digest_of(finished.result_of(folder)), recipe.train,
-    )  # fmt: skip
+        run,
+        recipe.method,
+        dict(recipe.set),
+        recipe.model,
+        env_file.base_digest(folder),
+        recipe.dtype,
+        recipe.max_length,
+        label_words(recipe.labels),
+        steps,
+        task,
+        digest_of(finished.result_of(folder)),
+        recipe.train,
+    )
 
 
 def digest_of(result: Path) -> str:
@@ -49,8 +67,7 @@ def digest_of(result: Path) -> str:
     file = result / sums.FILE if result.is_dir() else result
     if not file.is_file():
         raise UsageError(
-            f"{file} is missing",
-            hint=f"make it again: fleetune tune --resume {quoted(result.parent)}",
+            f"{file} is missing", hint=f"make it again: fleetune tune --resume {quoted(result.parent)}"
         )
     return sums.sha256(file)
 

@@ -42,11 +42,14 @@ SIMULATED: Final = ("drop", "stragglers", "deadline")  # options of a recipe tha
 PUBLISHED: Final = 1.0  # seconds between two words to `fleet status`
 LOOK: Final = 2.0  # seconds between two looks at the folder of keys
 KEPT: Final = {  # what a stop leaves, by task
-    "tune": "; finished rounds are kept", "calibrate": "; finished blocks are kept", "eval": "; nothing was measured",
-}  # fmt: skip
+    "tune": "; finished rounds are kept",
+    "calibrate": "; finished blocks are kept",
+    "eval": "; nothing was measured",
+}
 AGAIN: Final = {  # what goes on after a stop, by task
-    "tune": "fleetune fleet serve --resume", "calibrate": "fleetune compress --resume",
-}  # fmt: skip
+    "tune": "fleetune fleet serve --resume",
+    "calibrate": "fleetune compress --resume",
+}
 EVERY: Final = ("0.0.0.0", "::")  # addresses to listen on, by which nobody calls a machine
 REFUSALS: Final = 60.0  # seconds between two entries of what the door refused
 
@@ -87,9 +90,11 @@ class Place:
         """Return the flags that open the same door again, each with a space before it."""
         usual = Place()
         given = [
-            ("--host", self.host, usual.host), ("--port", self.port, usual.port), ("--keys", self.keys, None),
+            ("--host", self.host, usual.host),
+            ("--port", self.port, usual.port),
+            ("--keys", self.keys, None),
             ("--certificate", self.certificate, None),
-        ]  # fmt: skip
+        ]
         return "".join(f" {flag} {quoted(value)}" for flag, value, other in given if value != other)
 
 
@@ -158,9 +163,10 @@ class Served:
         """Return the flags that open the same door again, with the same pace, each with a space before it."""
         usual = Pace()
         given = [
-            ("--wait", self.wait, 0), ("--grace", self.pace.grace, usual.grace),
+            ("--wait", self.wait, 0),
+            ("--grace", self.pace.grace, usual.grace),
             ("--round-deadline", self.pace.deadline, usual.deadline),
-        ]  # fmt: skip
+        ]
         pace = "".join(f" {flag} {value:g}" for flag, value, other in given if value != other)
         return self.place.flags() + pace
 
@@ -214,9 +220,16 @@ class Served:
                 raise Interrupted(f"stopped while waiting for devices{KEPT[job.task]}", hint=hint)
 
         self._fleet = RemoteFleet(
-            self._gate, devices, job, seed, self.pace,
-            look=look, note=listener.note, audit=audit.write, kinds=kinds,
-        )  # fmt: skip
+            self._gate,
+            devices,
+            job,
+            seed,
+            self.pace,
+            look=look,
+            note=listener.note,
+            audit=audit.write,
+            kinds=kinds,
+        )
         self._count = count
         self._fleet.wait_for(count)
         return self._fleet
@@ -268,11 +281,17 @@ class Served:
         job = self._fleet.job
         doing = [{"name": name, "client": client, "does": does} for name, client, does in self._fleet.doing()]
         content = {
-            "t": round(time.time(), 1), "session": self.session, "pid": os.getpid(), "machine": platform.node(),
-            "rss": rss(), "address": f"{self.place.host}:{self.place.port}", "flags": self.flags(),
-            "round": job.rounds if job.task == "eval" else self._fleet.round or self._done, "rounds": job.rounds,
+            "t": round(time.time(), 1),
+            "session": self.session,
+            "pid": os.getpid(),
+            "machine": platform.node(),
+            "rss": rss(),
+            "address": f"{self.place.host}:{self.place.port}",
+            "flags": self.flags(),
+            "round": job.rounds if job.task == "eval" else self._fleet.round or self._done,
+            "rounds": job.rounds,
             "devices": doing,
-        }  # fmt: skip
+        }
         write_atomic(folder / status.FILE, json_text(content), mode=PRIVATE)
         return status.take_stop(folder, self.session)
 

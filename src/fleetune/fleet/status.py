@@ -125,13 +125,25 @@ def look(run: Path) -> FleetShown:
         record = Record(run)
         devices = [_device(told, record, served=served) for told in word["devices"]]
         return FleetShown(
-            run=str(run), status=standing(run), served=served, t=word["t"],
-            heard=round(max(0.0, time.time() - word["t"]), 1), address=word["address"], machine=word["machine"],
-            pid=word["pid"], rss=word["rss"], round=word["round"], rounds=word["rounds"],
-            states=dict(Counter(d.does.partition(":")[0] for d in devices)) if served else {}, replies=dict(record.replies),
-            bytes_up=record.bytes_up, bytes_down=record.bytes_down, round_seconds=record.seconds,
-            loss=record.loss, devices=devices,
-        )  # fmt: skip
+            run=str(run),
+            status=standing(run),
+            served=served,
+            t=word["t"],
+            heard=round(max(0.0, time.time() - word["t"]), 1),
+            address=word["address"],
+            machine=word["machine"],
+            pid=word["pid"],
+            rss=word["rss"],
+            round=word["round"],
+            rounds=word["rounds"],
+            states=dict(Counter(d.does.partition(":")[0] for d in devices)) if served else {},
+            replies=dict(record.replies),
+            bytes_up=record.bytes_up,
+            bytes_down=record.bytes_down,
+            round_seconds=record.seconds,
+            loss=record.loss,
+            devices=devices,
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise StorageError(
             f"{run}: {FILE} or metrics.jsonl has another form than ours ({error!r})"
@@ -151,10 +163,18 @@ def _device(told: Mapping[str, Any], record: Record, *, served: bool) -> DeviceS
     if (last := record.last.get(client)) is None:
         return DeviceShown(client=client, name=told["name"], does=does)
     return DeviceShown(
-        client=client, name=told["name"], does=does, round=last["round"], status=last["status"],
-        reason=last["reason"], loss=_finite(last["loss"]), bytes_up=last["bytes_up"],
-        bytes_down=last["bytes_down"], seconds=last["seconds"], lost=record.lost[client],
-    )  # fmt: skip
+        client=client,
+        name=told["name"],
+        does=does,
+        round=last["round"],
+        status=last["status"],
+        reason=last["reason"],
+        loss=_finite(last["loss"]),
+        bytes_up=last["bytes_up"],
+        bytes_down=last["bytes_down"],
+        seconds=last["seconds"],
+        lost=record.lost[client],
+    )
 
 
 def _finite(value: object) -> float | None:
@@ -165,21 +185,34 @@ def _finite(value: object) -> float | None:
 # In words --------------------------------------------------------------------------------------------
 
 HEAD: Final = (
-    "device", "client", "does", "round", "last reply", "loss", "sent", "received", "time", "not counted"
-)  # fmt: skip
+    "device",
+    "client",
+    "does",
+    "round",
+    "last reply",
+    "loss",
+    "sent",
+    "received",
+    "time",
+    "not counted",
+)
 
 
 def cells(device: DeviceShown) -> list[str]:
     """Return a device's line of the table under `HEAD`."""
     reply = device.status or ""
     return [
-        device.name, str(device.client), device.does, "" if device.round is None else str(device.round),
+        device.name,
+        str(device.client),
+        device.does,
+        "" if device.round is None else str(device.round),
         f"{reply}: {device.reason}" if device.reason else reply,
         "" if device.loss is None else show("loss", device.loss),
         human_bytes(device.bytes_up) if device.bytes_up else "",
         human_bytes(device.bytes_down) if device.bytes_down else "",
-        human_time(device.seconds) if device.seconds else "", str(device.lost or ""),
-    ]  # fmt: skip
+        human_time(device.seconds) if device.seconds else "",
+        str(device.lost or ""),
+    ]
 
 
 def facts(now: FleetShown) -> list[tuple[str, str]]:

@@ -126,10 +126,18 @@ class Devices:
         else:
             kind = member.kind if member.kind in able else -1
         now = replace(
-            member, rows=device.rows, rows_digest=device.rows_digest, memory=device.memory, threads=device.threads,
-            speed=member.speed or device.speed, able=list(able), kind=kind, version=device.version, torch=device.torch,
+            member,
+            rows=device.rows,
+            rows_digest=device.rows_digest,
+            memory=device.memory,
+            threads=device.threads,
+            speed=member.speed or device.speed,
+            able=list(able),
+            kind=kind,
+            version=device.version,
+            torch=device.torch,
             processor=device.processor,
-        )  # fmt: skip
+        )
         if now != member:
             self.members[client] = now
             self._changed = True

@@ -181,11 +181,18 @@ class Worker:
                 self.note("base mapped: the weights stay in their file" if mapped else "base in memory")
             loaded = self.loaded
             told = Device(
-                len(loaded.rows), self.own.keyed(job.reading + digest([loaded.rows])),
+                len(loaded.rows),
+                self.own.keyed(job.reading + digest([loaded.rows])),
                 self.brings.memory or models.device_memory(loaded.model.device),
-                torch.get_num_threads(), __version__, loaded.speed, loaded.kinds, len(loaded.held),
-                self.own.keyed(job.reading + digest([loaded.held])), str(torch.__version__), processor(loaded.model.device),
-            )  # fmt: skip
+                torch.get_num_threads(),
+                __version__,
+                loaded.speed,
+                loaded.kinds,
+                len(loaded.held),
+                self.own.keyed(job.reading + digest([loaded.held])),
+                str(torch.__version__),
+                processor(loaded.model.device),
+            )
             return Reply("ready", order.nonce, order.round, told.to_json()).encode()
         except (Interrupted, KeyboardInterrupt):
             raise
@@ -258,9 +265,14 @@ class Worker:
     def _measure(self, loaded: Loaded, order: Order) -> bytes:
         self.loaded = None  # the model is the tuned one afterwards: another order begins with the job
         return eval_device.measure(
-            loaded.job, loaded.model, loaded.held, loaded.held_words, order.body, self.own,
+            loaded.job,
+            loaded.model,
+            loaded.held,
+            loaded.held_words,
+            order.body,
+            self.own,
             lambda: self.on_step(order.client, 0),
-        )  # fmt: skip
+        )
 
     def _begin(self, loaded: Loaded, order: Order) -> bytes:
         return loaded.calibration.begin(order.body, lambda step: self.on_step(order.client, step))
@@ -287,8 +299,11 @@ class Worker:
 
 
 WORK: Final[Mapping[str, Callable[[Worker, Loaded, Order], bytes]]] = {
-    "work": Worker._train, "eval": Worker._measure, "begin": Worker._begin, "block": Worker._block,
-}  # fmt: skip
+    "work": Worker._train,
+    "eval": Worker._measure,
+    "begin": Worker._begin,
+    "block": Worker._block,
+}
 
 
 def _title(order: Order, of: int = 0) -> str:
@@ -332,9 +347,14 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
     if job.task == "tune" or not brings.model:  # what is fetched is known to fit
         kinds, base = fitting_kinds(job, method, name, brings, base)
     model = models.load(
-        name, dtype=job.dtype, device=brings.device, offline=brings.offline, labels=job.labels, base=base,
+        name,
+        dtype=job.dtype,
+        device=brings.device,
+        offline=brings.offline,
+        labels=job.labels,
+        base=base,
         ram=brings.memory,
-    )  # fmt: skip
+    )
     if model.digest != job.base:
         raise ModelError(
             f"the run tunes a model with digest {job.base[:16]}.., this device has {model.digest[:16]}.. ({model.name})",
@@ -368,8 +388,7 @@ def _encoded(model: Model, examples: Sequence[Example], max_length: int, source:
     rows, kept = encode_rows(model, examples, max_length)
     if not rows:
         raise DataError(
-            f"no row of {source} fits {max_length} tokens",
-            hint="the run's max_length is the server's",
+            f"no row of {source} fits {max_length} tokens", hint="the run's max_length is the server's"
         )
     if len(kept) < len(examples):
         log.warning(

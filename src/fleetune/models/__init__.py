@@ -31,10 +31,30 @@ if TYPE_CHECKING:
     from fleetune.models.net.model import Model, digest, named_tensors, tokenizer_digest, uniform
 
 __all__ = [
-    "DEVICES", "DTYPES", "Model", "builtin", "check_device", "device_memory", "digest", "disk_errors", "load",
-    "load_artefact", "load_config", "load_tokenizer", "move_model", "named_tensors", "pull", "resolve", "save", "tiny_bert",
-    "tiny_llama", "tiny_roberta", "tiny_tokenizer", "tokenizer_digest", "uniform",
-]  # fmt: skip
+    "DEVICES",
+    "DTYPES",
+    "Model",
+    "builtin",
+    "check_device",
+    "device_memory",
+    "digest",
+    "disk_errors",
+    "load",
+    "load_artefact",
+    "load_config",
+    "load_tokenizer",
+    "move_model",
+    "named_tensors",
+    "pull",
+    "resolve",
+    "save",
+    "tiny_bert",
+    "tiny_llama",
+    "tiny_roberta",
+    "tiny_tokenizer",
+    "tokenizer_digest",
+    "uniform",
+]
 
 _MODEL = ("Model", "digest", "named_tensors", "tokenizer_digest", "uniform")
 

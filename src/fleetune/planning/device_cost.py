@@ -161,11 +161,7 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
         together = (
             own if footprint.whole_gradient else 4 * max(map(math.prod, footprint.module.tensors.values()))
         )
-        parts = {
-            "gradients": together,
-            "optimizer": moments * own,
-            "adapter": (1 + footprint.kept) * own,
-        }
+        parts = {"gradients": together, "optimizer": moments * own, "adapter": (1 + footprint.kept) * own}
     elif footprint.projects:
         return _projected(shape, work, footprint.module)
     else:

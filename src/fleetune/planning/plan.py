@@ -123,10 +123,19 @@ def table(
         parts = device_cost.memory(shape, work, footprint)
         seconds = None if infers else work.steps * device_cost.step_seconds(shape, work, footprint, speed)
         return Row(
-            name, module.note, name not in device_cost.COMPARISON, sum(parts.values()), parts,
-            0 if infers else module.size or shape.params, up, down, footprint.passes, seconds,
-            up / uplink if up is not None and uplink else None, ram,
-        )  # fmt: skip
+            name,
+            module.note,
+            name not in device_cost.COMPARISON,
+            sum(parts.values()),
+            parts,
+            0 if infers else module.size or shape.params,
+            up,
+            down,
+            footprint.passes,
+            seconds,
+            up / uplink if up is not None and uplink else None,
+            ram,
+        )
 
     stated, unstated = _methods(shape, work, train)
     rows = [row(name, footprint, *traffic(method, footprint)) for name, method, footprint in stated]

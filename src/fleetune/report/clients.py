@@ -236,9 +236,15 @@ def figure(run: RunLog, name: Callable[[int], str]) -> str:
     title = "Loss of each client before and after"
     words = _words(found, ordered, kind, name)
     drawing = charts.dumbbells(
-        "per-client", title, words, names, [(c.before, c.after) for c in shown], tips, [c.better for c in shown],
+        "per-client",
+        title,
+        words,
+        names,
+        [(c.before, c.after) for c in shown],
+        tips,
+        [c.better for c in shown],
         label=f"loss on {kind} rows (hollow: before)",
-    )  # fmt: skip
+    )
     return page.figure(drawing, title, words, data=_summary(found) + _table(ordered, name))
 
 
@@ -251,9 +257,11 @@ def _words(
     more = f" and {len(worse) - NAMED} more" if len(worse) > NAMED else ""
     who = f"{len(worse)} worse ({listed}{more})" if worse else "none worse"
     tenth = [show("loss", worst_tenth([getattr(c, at) for c in found])) for at in ("before", "after")]
-    few = counted(max(c.rows for c in found), f"{kind} row") if len({c.rows for c in found}) == 1 else (
-        f"{span([c.rows for c in found])} {kind} rows"
-    )  # fmt: skip
+    few = (
+        counted(max(c.rows for c in found), f"{kind} row")
+        if len({c.rows for c in found}) == 1
+        else (f"{span([c.rows for c in found])} {kind} rows")
+    )
     trained = ", which were trained on" if kind == "training" else ""
     return (
         f"{better} of {len(found)} clients got better, {who}. The worst tenth: {tenth[0]} before, {tenth[1]} "
@@ -265,9 +273,11 @@ def _summary(found: Sequence[ClientLoss]) -> str:
     sides = [[c.before for c in found], [c.after for c in found]]
     body: list[list[str | TableCell]] = []
     for label, of in (
-        ("mean over clients", statistics.fmean), ("worst tenth", worst_tenth), ("highest", max),
+        ("mean over clients", statistics.fmean),
+        ("worst tenth", worst_tenth),
+        ("highest", max),
         ("standard deviation", statistics.stdev),
-    ):  # fmt: skip
+    ):
         b, a = of(sides[0]), of(sides[1])
         body.append(
             [

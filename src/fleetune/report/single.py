@@ -47,7 +47,9 @@ def sections(run: RunLog) -> dict[str, str]:
     return {
         "head": result.header(run, facts),
         "result": page.section("result", "Result", result.result(run, steps, facts)),
-        "course": page.section("course", "Training", training.course(run, steps, facts) + training.rates(run)),
+        "course": page.section(
+            "course", "Training", training.course(run, steps, facts) + training.rates(run)
+        ),
         "fleet": page.section("fleet", "Fleet", clients.fleet(run)),
         "samples": page.section("samples", "Samples", result.samples(run)),
         "configuration": page.section("configuration", "Configuration", result.configuration(run)),
@@ -55,7 +57,7 @@ def sections(run: RunLog) -> dict[str, str]:
         "again": page.section("again", "Run it again", _rerun_section(run)),
         "footer": lost,
         "sharing": result.sharing(run),
-    }  # fmt: skip
+    }
 
 
 def _report(run: RunLog) -> str:
@@ -82,9 +84,16 @@ LARGEST: Final = 64_000  # characters of a drawing that the page holds a second 
 DRAWING: Final = re.compile(r'<svg viewBox=.*?aria-labelledby="(\S+)-t .*?</svg>', re.DOTALL)
 # of each drawing the file with its numbers
 NUMBERS: Final = {
-    "loss-round": "rounds", "loss-bytes": "rounds", "memory": "rounds", "bytes-up": "rounds", "bytes-down": "rounds",
-    "spread": "client-losses", "partition": "client-rows", "per-client": "clients", "replies": "client-losses",
-}  # fmt: skip
+    "loss-round": "rounds",
+    "loss-bytes": "rounds",
+    "memory": "rounds",
+    "bytes-up": "rounds",
+    "bytes-down": "rounds",
+    "spread": "client-losses",
+    "partition": "client-rows",
+    "per-client": "clients",
+    "replies": "client-losses",
+}
 
 
 def drawings(html: str) -> dict[str, str]:
@@ -95,9 +104,11 @@ def drawings(html: str) -> dict[str, str]:
 def _tables(run: RunLog) -> dict[str, str]:
     """Return the numbers behind the drawings: name -> CSV, of those that have rows."""
     tables = {
-        "rounds": _rounds(run), "client-losses": _client_losses(run), "client-rows": _client_rows(run),
+        "rounds": _rounds(run),
+        "client-losses": _client_losses(run),
+        "client-rows": _client_rows(run),
         "clients": _clients(run),
-    }  # fmt: skip
+    }
     return {name: text for name, rows in tables.items() if (text := csv_text(rows))}
 
 
@@ -160,17 +171,29 @@ def _safe(value: object) -> object:
 def _rounds(run: RunLog) -> Rows:
     for s in steps(run):
         yield {
-            "round": s.round, **s.losses, "clients_asked": s.asked, "replies_accepted": s.accepted, "bytes_up": s.up,
-            "bytes_down": s.down, "bytes_total": s.total, "seconds": s.seconds, "rss": s.rss, **s.own,
-        }  # fmt: skip
+            "round": s.round,
+            **s.losses,
+            "clients_asked": s.asked,
+            "replies_accepted": s.accepted,
+            "bytes_up": s.up,
+            "bytes_down": s.down,
+            "bytes_total": s.total,
+            "seconds": s.seconds,
+            "rss": s.rss,
+            **s.own,
+        }
 
 
 def _client_losses(run: RunLog) -> Rows:
     for e in run.clients:
         yield {
-            "round": e.get("round"), "client": client_name(run, e.get("client")), "training_loss": e.get("loss"),
-            "rows": e.get("n"), "status": e.get("status"), "seconds": e.get("seconds"),
-        }  # fmt: skip
+            "round": e.get("round"),
+            "client": client_name(run, e.get("client")),
+            "training_loss": e.get("loss"),
+            "rows": e.get("n"),
+            "status": e.get("status"),
+            "seconds": e.get("seconds"),
+        }
 
 
 def _client_rows(run: RunLog) -> Rows:
@@ -189,5 +212,8 @@ def _client_rows(run: RunLog) -> Rows:
 def _clients(run: RunLog) -> Rows:
     for c in measured(run):
         yield {
-            "client": client_name(run, c.client), "loss_before": c.before, "loss_after": c.after, "rows": c.rows,
-        }  # fmt: skip
+            "client": client_name(run, c.client),
+            "loss_before": c.before,
+            "loss_after": c.after,
+            "rows": c.rows,
+        }

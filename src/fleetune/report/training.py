@@ -31,11 +31,7 @@ def course(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
         desc = f"From {points[0][1]:.3f} in round {first} to {points[-1][1]:.3f} in round {last}."
         y = axes.numbers([p[1] for p in points], "validation loss")
         plot = svg.Plot(
-            "loss-round",
-            "Validation loss by round",
-            desc,
-            axes.integers([p[0] for p in points], "round"),
-            y,
+            "loss-round", "Validation loss by round", desc, axes.integers([p[0] for p in points], "round"), y
         )
         moved = [float(s.total or 0) for s in measured]
         x, at = axes.bytes_axis([moved])
@@ -249,9 +245,12 @@ def _trial(event: Event) -> str:
     lowest = min(loss for _, loss in points)
     desc = f"{len(points)} rates from {points[0][0]:.2g} to {points[-1][0]:.2g}; the lowest loss is {lowest:.3f}."
     plot = svg.Plot(
-        f"rate-{name.replace('_', '-')}", f"Loss by {name}", desc, _decades([r for r, _ in points], name),
+        f"rate-{name.replace('_', '-')}",
+        f"Loss by {name}",
+        desc,
+        _decades([r for r, _ in points], name),
         axes.numbers([v for _, v in points], "loss after the trial"),
-    )  # fmt: skip
+    )
     plot.line(points, 0, [f"{r:.3g}: {v:.3f}" for r, v in points])
     words = (
         "Training rows that the trial did not train on; rates after which the model was lost are left out."

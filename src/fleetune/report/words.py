@@ -23,13 +23,21 @@ def facts(run: Path, defaults: Mapping[str, object]) -> list[tuple[str, str]]:
     found = summarise(log)
     reason = log.status.partition(":")[2].strip()
     lines = [
-        ("status", kind_of(log.status)), ("reason", reason), ("method", str(found["method"] or "")),
-        ("model", str(found["model"] or "")), ("data", text_of("data", log.config)),
-        ("rounds", rounds(found)), ("clients", str(found["clients"] or "")),
-        ("loss", loss(found)), ("traffic", _traffic(found)), ("time", _time(found["seconds"])),
-        ("peak memory", _bytes(found["peak_rss"])), ("settings", settings(log, defaults)),
-        ("digest", text_of("digest", log.done)), ("folder", str(run)),
-    ]  # fmt: skip
+        ("status", kind_of(log.status)),
+        ("reason", reason),
+        ("method", str(found["method"] or "")),
+        ("model", str(found["model"] or "")),
+        ("data", text_of("data", log.config)),
+        ("rounds", rounds(found)),
+        ("clients", str(found["clients"] or "")),
+        ("loss", loss(found)),
+        ("traffic", _traffic(found)),
+        ("time", _time(found["seconds"])),
+        ("peak memory", _bytes(found["peak_rss"])),
+        ("settings", settings(log, defaults)),
+        ("digest", text_of("digest", log.done)),
+        ("folder", str(run)),
+    ]
     return [(label, text) for label, text in lines if text]
 
 
@@ -69,10 +77,17 @@ def results(runs: Sequence[Path]) -> list[list[str]]:
     for run in runs:
         log = read(run)
         f = summarise(log)
-        rows.append([
-            log.name, kind_of(log.status), str(f["rounds"]), loss(f), _bytes(f["bytes"]), _time(f["seconds"]),
-            _bytes(f["peak_rss"]),
-        ])  # fmt: skip
+        rows.append(
+            [
+                log.name,
+                kind_of(log.status),
+                str(f["rounds"]),
+                loss(f),
+                _bytes(f["bytes"]),
+                _time(f["seconds"]),
+                _bytes(f["peak_rss"]),
+            ]
+        )
     return rows
 
 

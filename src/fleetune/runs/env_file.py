@@ -37,8 +37,17 @@ def base_digest(path: Path) -> str:
 def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Versions and machine, for env.json."""
     packages = (
-        "torch", "transformers", "tokenizers", "peft", "numba", "numpy", "safetensors", "jinja2", "msgpack", "pyarrow",
-    )  # fmt: skip
+        "torch",
+        "transformers",
+        "tokenizers",
+        "peft",
+        "numba",
+        "numpy",
+        "safetensors",
+        "jinja2",
+        "msgpack",
+        "pyarrow",
+    )
     versions = {}
     for package in packages:
         try:
@@ -46,10 +55,4 @@ def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     machine = {"system": platform.system(), "machine": platform.machine(), "processors": os.cpu_count()}
-    return {
-        "fleetune": __version__,
-        "python": platform.python_version(),
-        **versions,
-        **machine,
-        **extra,
-    }
+    return {"fleetune": __version__, "python": platform.python_version(), **versions, **machine, **extra}

@@ -204,9 +204,15 @@ def _summary(event: TuneDone) -> dict[str, Value]:
     for stage, measures in (("base", event.base), ("tuned", event.tuned)):
         found |= {f"{stage}/{name}": value for name, value in measures.items() if value is not None}
     return found | {
-        "held_out_rows": event.rows, "rounds": event.rounds, "bytes_up": event.bytes_up, "bytes_down": event.bytes_down,
-        "seconds": event.wall, "peak_rss": event.peak_rss, "result_bytes": event.result_bytes, "digest": event.digest,
-    }  # fmt: skip
+        "held_out_rows": event.rows,
+        "rounds": event.rounds,
+        "bytes_up": event.bytes_up,
+        "bytes_down": event.bytes_down,
+        "seconds": event.wall,
+        "peak_rss": event.peak_rss,
+        "result_bytes": event.result_bytes,
+        "digest": event.digest,
+    }
 
 
 def begin(listener: Listener, folder: Path, facts: Mapping[str, Value]) -> None:

@@ -154,9 +154,24 @@ def _to_fp16(x):
 
 @_inner
 def _rows(
-    floats, codes, kinds, at, first, end, run, acc, grid, table, seam, words,
-    probe, probe_seam, probe_words, x, step,
-):  # fmt: skip
+    floats,
+    codes,
+    kinds,
+    at,
+    first,
+    end,
+    run,
+    acc,
+    grid,
+    table,
+    seam,
+    words,
+    probe,
+    probe_seam,
+    probe_words,
+    x,
+    step,
+):
     # Move rows first..end, row 0 beginning at element `at` of the weights: by acc, or else by one pass's table,
     # and by the probe's.  All loops are written out here: an array handed on within the loop over rows, or a
     # slice of one, costs as much in reference counts as a row's work.  Indices are unsigned: no look for negative ones.
@@ -300,10 +315,24 @@ def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
             to, to16, begin, first, end = edges, edges16, 0, at // WIDTH, (at + n + WIDTH - 1) // WIDTH
             _enter(edges, edges16, floats, codes, at, lo, n)
         _rows(
-            to, to16, kinds, begin, first, end, u64(tile) * u64(ROWS),
-            acc, grid, tables.reshape(tables.size), seams.reshape(seams.size), words[0],
-            probe, probe_seam, words[4], x, step,
-        )  # fmt: skip
+            to,
+            to16,
+            kinds,
+            begin,
+            first,
+            end,
+            u64(tile) * u64(ROWS),
+            acc,
+            grid,
+            tables.reshape(tables.size),
+            seams.reshape(seams.size),
+            words[0],
+            probe,
+            probe_seam,
+            words[4],
+            x,
+            step,
+        )
         if n < TILE:
             _leave(edges, edges16, floats, codes, at, lo, n)
         lo += n
@@ -376,9 +405,8 @@ def sweep_groups(floats, codes, kinds, start, lo, hi, move):
             to, to16, begin = edges, edges16, 0
             _enter(edges, edges16, floats, codes, at, lo, n)
         _rows(
-            to, to16, kinds, begin, 0, 1, u64(0), acc, grid, table, table, plain,
-            probe, probe, plain, x, step,
-        )  # fmt: skip
+            to, to16, kinds, begin, 0, 1, u64(0), acc, grid, table, table, plain, probe, probe, plain, x, step
+        )
         if n < WIDTH:
             _leave(edges, edges16, floats, codes, at, lo, n)
         lo += n

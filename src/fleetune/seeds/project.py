@@ -72,9 +72,7 @@ class Projection:
     def add(self, start: int, gradient: Tensor) -> None:
         """Fold the gradient of elements from `start` on."""
         view = self.view
-        fold(
-            self.sums, gradient, start, view.run_key, self.epoch, view.kernels, threads=view.threads
-        )  # fmt: skip
+        fold(self.sums, gradient, start, view.run_key, self.epoch, view.kernels, threads=view.threads)
 
     def take(self) -> np.ndarray:
         """Return p float64 [K], p_k = z_k . g of all gradients since the last call."""

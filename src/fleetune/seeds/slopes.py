@@ -142,9 +142,12 @@ def _at_point(
     slopes, variances, curvatures = (np.array(column) for column in zip(*found, strict=True))
     noise = float(variances.mean())
     return Slopes(
-        float((slopes**2).mean()) - noise, noise * size, float(np.abs(curvatures).mean()),
-        tuple(slopes.tolist()), tuple(curvatures.tolist()),
-    )  # fmt: skip
+        float((slopes**2).mean()) - noise,
+        noise * size,
+        float(np.abs(curvatures).mean()),
+        tuple(slopes.tolist()),
+        tuple(curvatures.tolist()),
+    )
 
 
 def _heard(model: Model, batch: Batch, sides: list[np.ndarray]) -> float:
@@ -172,9 +175,16 @@ def _walk(
 
     ids = [(1 << 32) | (k % how.K) for k in range(STEPS)]  # of another pool than what is measured
     descend(
-        model, view, position, ids, taken(), batch_loss, eps=how.eps, clip=0.0,
+        model,
+        view,
+        position,
+        ids,
+        taken(),
+        batch_loss,
+        eps=how.eps,
+        clip=0.0,
         to_units=lambda _, g: max(-LIMIT, min(LIMIT, round(-g * step / GRID))),
-    )  # fmt: skip
+    )
 
 
 def along(

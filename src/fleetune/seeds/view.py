@@ -219,9 +219,17 @@ class View:
             )
             return
         self.kernels.sweep(
-            out, base, start, self.run_key, point, self.grid, probe,
-            minus=minus, threads=self.threads, sums=sums,
-        )  # fmt: skip
+            out,
+            base,
+            start,
+            self.run_key,
+            point,
+            self.grid,
+            probe,
+            minus=minus,
+            threads=self.threads,
+            sums=sums,
+        )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of every trainable tensor at the view's point, in name order."""

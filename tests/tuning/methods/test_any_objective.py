@@ -34,9 +34,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fedkseed": {"K": 64, "tau": 40, "lr": 3e-4, "eps": 0.02, "batch_size": 6},
     "onebyte": {"K": 64, "directions": 40, "lr": 2e-3, "eps": 0.02, "batch_size": 6},
     "fwdllm": {
-        "targets": "all-linear", "P": 40, "lr": 5e-3, "decay": 0, "h": 0.02, "batch_size": 6, "variance_gate": False,
+        "targets": "all-linear",
+        "P": 40,
+        "lr": 5e-3,
+        "decay": 0,
+        "h": 0.02,
+        "batch_size": 6,
+        "variance_gate": False,
     },
-}  # fmt: skip
+}
 FEW = {"tau": 2, "directions": 2, "P": 2, "batch_size": 3}
 
 # How many tokens the model prefers to the right one, a token: whole numbers, so no gradient anywhere.

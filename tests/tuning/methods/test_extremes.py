@@ -14,12 +14,15 @@ from fleetune.tuning.exchange.messages import Payload
 from fleetune.tuning.methods import Reply
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("mezo", {"tau": 3, "K": 16}), ("zosgd", {"tau": 3, "K": 16}),
-    ("fedkseed", {"tau": 3, "K": 16}), ("fedkseed", {"tau": 3, "K": 16, "wire": "sums"}),
+    ("mezo", {"tau": 3, "K": 16}),
+    ("zosgd", {"tau": 3, "K": 16}),
+    ("fedkseed", {"tau": 3, "K": 16}),
+    ("fedkseed", {"tau": 3, "K": 16, "wire": "sums"}),
     ("fedkseed", {"tau": 3, "K": 16, "wire": "sums", "server": "avgm"}),
     ("fedkseed", {"tau": 3, "K": 16, "wire": "sums", "server_lr": 64.0}),
-    ("onebyte", {"directions": 3, "K": 16}), ("onebyte", {"directions": 3, "K": 16, "wire": "sign"}),
-]  # fmt: skip
+    ("onebyte", {"directions": 3, "K": 16}),
+    ("onebyte", {"directions": 3, "K": 16, "wire": "sign"}),
+]
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda c: str(c).replace(" ", ""))

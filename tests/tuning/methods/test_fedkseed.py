@@ -117,8 +117,10 @@ def test_a_devices_walk_is_algorithm_1_in_float64(changes: dict[str, Any]) -> No
     rng = np.random.default_rng(1)
     state = state._replace(
         ledger=state.ledger.append(np.arange(K, dtype=np.uint64), rng.integers(-300, 300, K), 1),
-        round=1, size=rng.uniform(0.0, 4.0, K), seen=np.ones(K, np.int64),
-    )  # fmt: skip
+        round=1,
+        size=rng.uniform(0.0, 4.0, K),
+        seen=np.ones(K, np.int64),
+    )
     reply = harness.reply(harness.fleet(model, method), method, state, client=1, round=2)
     p = method.probabilities(state)
     p = np.full(K, 1 / K) if p is None else p
@@ -218,9 +220,17 @@ def test_server_rules_over_the_K_sums_in_float64(rule: str, lr: float) -> None:
         np.testing.assert_allclose(of_round(state.ledger, number), step, rtol=0, atol=0.5 / UNITS + 1e-9)
 
 
-@pytest.mark.parametrize("changes", ["server=adam", "server=avgm,server_lr=0.5", "server=adam,wire=sums",
-                                     "pro=true,server=avgm", "epoch_rounds=2,pro=true,server=adam",
-                                     "backprop=0.5,backprop_lr=0.05,server=avgm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "server=adam",
+        "server=avgm,server_lr=0.5",
+        "server=adam,wire=sums",
+        "pro=true,server=avgm",
+        "epoch_rounds=2,pro=true,server=adam",
+        "backprop=0.5,backprop_lr=0.05,server=avgm",
+    ],
+)
 def test_resume_is_bit_equal_and_the_ledger_file_alone_rebuilds_the_weights(changes: str, tmp_path) -> None:
     name = f"fedkseed:tau=6,{changes}"
     model, whole, _ = harness.train(name, tmp_path / "whole", 3)
@@ -379,8 +389,10 @@ def test_precision_is_one_over_the_variance() -> None:
     assert weight["walk"] / 10 == pytest.approx((1 / K) / (1 / K + (1 - 1 / K) / n), rel=1e-12)
     share = weight["walk"] / (weight["walk"] + 10)
     pairs = list(zip(errors["walk"], errors["projected"], strict=True))
-    mixed = {s: float(np.mean([np.sum((s * w + (1 - s) * p) ** 2) for w, p in pairs]))
-             for s in (0.0, share, 0.5, 1.0)}  # fmt: skip
+    mixed = {
+        s: float(np.mean([np.sum((s * w + (1 - s) * p) ** 2) for w, p in pairs]))
+        for s in (0.0, share, 0.5, 1.0)
+    }
     assert min(mixed, key=lambda s: mixed[s]) == share
 
 

@@ -266,9 +266,13 @@ class Machine:
         self.model.net.to(dtype)
         head = state.ledger.head
         self.model.attachment = View(
-            named_tensors(self.model.net), self.model.net, run_key=head.run_key, law=head.law, grid=head.grid,
+            named_tensors(self.model.net),
+            self.model.net,
+            run_key=head.run_key,
+            law=head.law,
+            grid=head.grid,
             backend="numba" if number % 3 else "torch",
-        )  # fmt: skip
+        )
 
     def reply(self, chosen: Method, message: bytes, round: int) -> Reply:
         key = derive(9, "local", round, self.number)
@@ -341,9 +345,15 @@ def test_machines_join_and_leave_at_random_and_all_stand_at_the_servers_replay(
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"directions": 0}, "directions = 0"), ({"directions": 65}, "65 is not between 1 and the 64"), ({"wire": "bit"}, "'bit'"),
-     ({"clip": -1.0}, "clip"), ({"K": 48}, "power of two"), ({"lr": 0.0}, "lr")],
-)  # fmt: skip
+    [
+        ({"directions": 0}, "directions = 0"),
+        ({"directions": 65}, "65 is not between 1 and the 64"),
+        ({"wire": "bit"}, "'bit'"),
+        ({"clip": -1.0}, "clip"),
+        ({"K": 48}, "power of two"),
+        ({"lr": 0.0}, "lr"),
+    ],
+)
 def test_settings_that_cannot_be(wrong: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         tiny(**wrong)

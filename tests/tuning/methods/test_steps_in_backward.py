@@ -58,9 +58,16 @@ def after_backward(model: models.Model, key: int, how: Training, pull: dict[str,
                     parameters[name].sub_(torch.from_numpy(away), alpha=rate)
 
 
-@pytest.mark.parametrize("more", [
-    {}, {"mu": 0.5}, {"weight_decay": 0.3, "warmup": 1, "decay": True}, {"clip": 0.1, "mu": 0.5}, {"scaffold": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"mu": 0.5},
+        {"weight_decay": 0.3, "warmup": 1, "decay": True},
+        {"clip": 0.1, "mu": 0.5},
+        {"scaffold": True},
+    ],
+)
 def test_they_are_the_steps_after_backward(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_adapter, "by_layer", lambda net: by_layer(net, small=0))
     how = Training(**({"lr": 0.01, "epochs": 3, "batch_size": 2} | more))

@@ -44,9 +44,14 @@ def trained(method: Any, model: Model, rows: Any, rounds: int) -> Any:
 
 @pytest.mark.parametrize(
     ("dtype", "law"),
-    [(torch.float32, "hashed"), (torch.float32, "rademacher"), (torch.float32, "gaussian"),
-     (torch.bfloat16, "hashed"), (torch.float16, "rademacher")],
-)  # fmt: skip
+    [
+        (torch.float32, "hashed"),
+        (torch.float32, "rademacher"),
+        (torch.float32, "gaussian"),
+        (torch.bfloat16, "hashed"),
+        (torch.float16, "rademacher"),
+    ],
+)
 def test_it_is_mezo_bit_for_bit(dtype: torch.dtype, law: str, rows: Any) -> None:
     """Three rounds: from the base, from few passes, and (27 independent directions) from folded sums."""
     settings = SETTINGS | {"law": law}

@@ -52,11 +52,23 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     prompt = args.prompt if args.prompt is not None or sys.stdin.isatty() else sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty", hint='fleetune chat MODEL --prompt "What is .."')
-    with ended_by_signals(), console_listener(ui, resumes=False) as listener, fleetune.chat(
-        model, system=args.system, max_tokens=args.max_tokens, temperature=args.temperature,
-        seed=args.seed, engine=args.engine, threads=args.threads, context=args.context, out=args.out,
-        offline=args.offline, listener=listener,
-    ) as talk:  # fmt: skip
+    with (
+        ended_by_signals(),
+        console_listener(ui, resumes=False) as listener,
+        fleetune.chat(
+            model,
+            system=args.system,
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            seed=args.seed,
+            engine=args.engine,
+            threads=args.threads,
+            context=args.context,
+            out=args.out,
+            offline=args.offline,
+            listener=listener,
+        ) as talk,
+    ):
         if prompt is not None:
             _answer(ui, talk, prompt.strip())
         else:

@@ -85,10 +85,11 @@ def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--windows", type=int, help="calibration windows at most (default 128)")
     sub.add_argument("--length", type=int, help="tokens per window, or per row at most (default 512)")
     sub.add_argument(
-        "--calibrate", choices=["server", "clients", "fleet"],
+        "--calibrate",
+        choices=["server", "clients", "fleet"],
         help="clients: the run's own clients calibrate on their training rows and send sums over them; fleet: the devices "
         "that join do (default server)",
-    )  # fmt: skip
+    )
     sub.add_argument("--clients", type=int, help="so many of them (default: all)")
     sub.add_argument(
         "--low-memory",
@@ -143,15 +144,27 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             _dry_run(args, ui, resumed, listener)
         elif resumed is not None:
             with _door(args, compression_folder.request_of(resumed).calibrate) as served:
-                show(ui, fleetune.resume_compression(
-                    resumed, out=out, offline=args.offline, listener=listener, served=served
-                ))  # fmt: skip
+                show(
+                    ui,
+                    fleetune.resume_compression(
+                        resumed, out=out, offline=args.offline, listener=listener, served=served
+                    ),
+                )
         else:
             with _door(args, args.calibrate) as served:
-                show(ui, fleetune.compress(
-                    args.model, method=args.method, settings=settings.pairs(args.set or []), out=out,
-                    offline=args.offline, listener=listener, served=served, **_options(args),
-                ))  # fmt: skip
+                show(
+                    ui,
+                    fleetune.compress(
+                        args.model,
+                        method=args.method,
+                        settings=settings.pairs(args.set or []),
+                        out=out,
+                        offline=args.offline,
+                        listener=listener,
+                        served=served,
+                        **_options(args),
+                    ),
+                )
 
 
 def _door(args: argparse.Namespace, calibrate: str | None) -> AbstractContextManager[Served | None]:
@@ -177,14 +190,22 @@ def show(ui: Ui, result: CompressResult) -> None:
     rows += [[name, *(_shown(measured[c], name) for c in columns)] for name in names if name not in BESIDE]
     if not ui.json:
         ui.table(["", *columns], rows, align="l" + "r" * len(columns))
-    ui.paths([
-        ("result", f"{result.folder / 'model'} ({human_bytes(done.bytes)})"),
-        ("time · peak memory", f"{human_time(done.seconds)} · {human_bytes(done.peak_rss)}"),
-        ("digest", done.digest),
-        *_latest(result.folder),
-        *([] if names else [("quality", f"not measured; fleetune measure {quoted(result.folder)} --text FILE does it")]),
-        ("next", f"fleetune export {quoted(result.folder)} --to {_next_target(result.folder / 'model')}"),
-    ])  # fmt: skip
+    ui.paths(
+        [
+            ("result", f"{result.folder / 'model'} ({human_bytes(done.bytes)})"),
+            ("time · peak memory", f"{human_time(done.seconds)} · {human_bytes(done.peak_rss)}"),
+            ("digest", done.digest),
+            *_latest(result.folder),
+            *(
+                []
+                if names
+                else [
+                    ("quality", f"not measured; fleetune measure {quoted(result.folder)} --text FILE does it")
+                ]
+            ),
+            ("next", f"fleetune export {quoted(result.folder)} --to {_next_target(result.folder / 'model')}"),
+        ]
+    )
 
 
 def _file_size(result: CompressResult) -> int:
@@ -286,10 +307,14 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
         except UsageError as error:  # of another package's module, which does not stop the list
             ui.note(f"{name} is left out: {error.message}")
             continue
-        ui.event(MethodListed(
-            name=entry.name, paper=entry.paper, summary=entry.summary,
-            settings=[asdict(s) | {"type": s.type.__name__} for s in found],
-        ))  # fmt: skip
+        ui.event(
+            MethodListed(
+                name=entry.name,
+                paper=entry.paper,
+                summary=entry.summary,
+                settings=[asdict(s) | {"type": s.type.__name__} for s in found],
+            )
+        )
         if not ui.json:
             ui.paths([(name, entry.summary), ("paper", entry.paper)])
             ui.table(

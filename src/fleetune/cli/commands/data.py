@@ -58,11 +58,18 @@ def _print(found: DataChecked, data: str, model: str, flags: str, ui: Ui) -> Non
     lengths = found.lengths
     rows = [
         ("rows", f"{found.rows:,} · {found.training:,} to train on, {found.held_out:,} held out"),
-        ("length", f"{lengths.unit}: half of the rows up to {lengths.p50:,}, 95 % up to {lengths.p95:,}, the longest "
-                   f"{lengths.longest:,}; {lengths.total:,} in all"),
-        *([] if model else [("", f"in tokens, and what max_length={found.max_length} cuts: add --model MODEL")]),
+        (
+            "length",
+            f"{lengths.unit}: half of the rows up to {lengths.p50:,}, 95 % up to {lengths.p95:,}, the longest "
+            f"{lengths.longest:,}; {lengths.total:,} in all",
+        ),
+        *(
+            []
+            if model
+            else [("", f"in tokens, and what max_length={found.max_length} cuts: add --model MODEL")]
+        ),
         ("clients", _clients(found)),
-    ]  # fmt: skip
+    ]
     if found.labels is not None:
         rows.append(
             ("labels", ", ".join(f"{one_line(word)} {count:,}" for word, count in found.labels.items()))

@@ -46,9 +46,13 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         export.show(ui, fleetune.export(small, to="gguf", path=file, listener=listener))
     question, answer = _ask(Run(run.folder), file, offline=args.offline)
     ui.event(Answered(prompt=question, text=answer))
-    ui.paths([
-        ("question", question), (f"{file.name} says", indented(answer)), ("next", f"fleetune serve {quoted(file)}"),
-    ])  # fmt: skip
+    ui.paths(
+        [
+            ("question", question),
+            (f"{file.name} says", indented(answer)),
+            ("next", f"fleetune serve {quoted(file)}"),
+        ]
+    )
 
 
 def indented(text: str) -> str:

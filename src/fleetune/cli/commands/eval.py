@@ -34,9 +34,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "lm-evaluation-harness by its name: hellaswag, arc_easy",
     )
     sub.add_argument(
-        "--columns", default="", metavar="NAME=COLUMN,..",
+        "--columns",
+        default="",
+        metavar="NAME=COLUMN,..",
         help="which columns of DATA are which, as in prompt=question,response=answer (default: as the run read its own)",
-    )  # fmt: skip
+    )
     sub.add_argument("--limit", type=int, default=200, help="rows at most, of each task (default 200)")
     sub.add_argument(
         "--task-files", metavar="DIR", help="folder with lm-evaluation-harness tasks (YAML) of your own"
@@ -47,9 +49,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="plain text file for perplexity (without one it is that of the answers of the rows, without their prompts)",
     )
     sub.add_argument(
-        "--reference", metavar="MODEL",
+        "--reference",
+        metavar="MODEL",
         help="compare with this model: KL divergence and same top token, on the text or the rows",
-    )  # fmt: skip
+    )
     sub.add_argument("--labels", help="label words for accuracy, comma-separated (a comma in a word: \\,)")
     sub.add_argument(
         "--dtype",
@@ -72,10 +75,23 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         raise RecipeError(["--tasks names no task"], hint="fleetune eval --help")
     with console_listener(ui, resumes=False) as listener:
         fleetune.evaluate(
-            args.model, args.data, tasks=tasks, columns=args.columns, limit=args.limit, text=args.text,
-            answer_tokens=args.answer_tokens, task_files=args.task_files, labels=args.labels or "", reference=args.reference,
-            dtype=args.dtype, device=args.device, base=args.base, out=args.out, offline=args.offline, listener=listener,
-        )  # fmt: skip
+            args.model,
+            args.data,
+            tasks=tasks,
+            columns=args.columns,
+            limit=args.limit,
+            text=args.text,
+            answer_tokens=args.answer_tokens,
+            task_files=args.task_files,
+            labels=args.labels or "",
+            reference=args.reference,
+            dtype=args.dtype,
+            device=args.device,
+            base=args.base,
+            out=args.out,
+            offline=args.offline,
+            listener=listener,
+        )
     done = listener.last
     if isinstance(done, EvalDone) and not ui.json:
         rows = _rows(done, own=not args.data)
@@ -88,7 +104,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             ui.table(
                 ["task", "value"] if done.base_loss is None else ["task", "base", "value", "change"],
                 [_line(done, k, named[k], v) for k, v in done.values.items()],
-            )  # fmt: skip
+            )
         if done.harness:
             ui.table(["task", "metric", "value", "stderr", "questions"], [_score(s) for s in done.harness])
 

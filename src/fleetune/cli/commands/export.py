@@ -32,11 +32,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         metavar="RUN|FOLDER|MODEL",
         help="what to write; a folder of PEFT's: its adapter alone, --to gguf:lora or peft",
     )
-    sub.add_argument(
-        "--to",
-        metavar="TARGET",
-        help=f"{targets.listed()}; default: of a run hf, else gguf",
-    )
+    sub.add_argument("--to", metavar="TARGET", help=f"{targets.listed()}; default: of a run hf, else gguf")
     sub.add_argument("--path", help="file or folder to write (default: inside the run or folder)")
     sub.add_argument(
         "--text", help="plain text file: its perplexity by the source, and by the file in its runtime"
@@ -52,9 +48,16 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
     with console_listener(ui) as listener:
         result = fleetune.export(
-            args.subject, to=args.to, path=args.path, text=args.text, push=args.push, private=args.private,
-            out=args.out, offline=args.offline, listener=listener,
-        )  # fmt: skip
+            args.subject,
+            to=args.to,
+            path=args.path,
+            text=args.text,
+            push=args.push,
+            private=args.private,
+            out=args.out,
+            offline=args.offline,
+            listener=listener,
+        )
     show(ui, result)
 
 
@@ -69,10 +72,13 @@ def show(ui: Ui, result: ExportResult) -> None:
         rows.append(("tensors", ", ".join(f"{n} {kind}" for kind, n in sorted(done.types.items()))))
         rows.append(("read back", _read_back(done.exact or 0, done.tensors or 0)))
     if check is not None and check.runtime is not None:
-        rows.append((
-            "perplexity", f"{check.source:.3f} in torch, {check.file:.3f} in {check.runtime} (x {check.ratio:.4f}), "
-            f"{check.tokens:,} tokens",
-        ))  # fmt: skip
+        rows.append(
+            (
+                "perplexity",
+                f"{check.source:.3f} in torch, {check.file:.3f} in {check.runtime} (x {check.ratio:.4f}), "
+                f"{check.tokens:,} tokens",
+            )
+        )
     if result.pushed is not None:
         rows.append(("pushed", f"{result.pushed.repository}, {result.pushed.url}"))
     ui.paths(rows)

@@ -241,14 +241,28 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     memory = parse_bytes(own["ram"] or None) or 0
     rows = str(stdin.stored(Path(args.state))) if rows == stdin.NAME else rows
     brings = Brings(
-        rows, own["model"], own["device"] or "auto", int(own["threads"] or 0), memory, args.offline,
-        _held_out(own), own["eval_data"], own["columns"], own["base"] or "auto", args.calibrate,
-    )  # fmt: skip
+        rows,
+        own["model"],
+        own["device"] or "auto",
+        int(own["threads"] or 0),
+        memory,
+        args.offline,
+        _held_out(own),
+        own["eval_data"],
+        own["columns"],
+        own["base"] or "auto",
+        args.calibrate,
+    )
     home = Home(Path(args.state), _path(args.key), _path(args.ca))
     with InterruptHandler(ui) as interrupt:
-        why = join(args.words[0], brings, home, stop=lambda: interrupt.requested, note=ui.note,
+        why = join(
+            args.words[0],
+            brings,
+            home,
+            stop=lambda: interrupt.requested,
+            note=ui.note,
             conditions=Conditions(args.only_on_power, args.max_load),
-        )  # fmt: skip
+        )
     ui.note(why)
 
 
@@ -298,11 +312,13 @@ def _keys(args: argparse.Namespace, ui: Ui) -> None:
     match args.words:
         case ["new", name]:
             made = keys.make(Path(name))
-            ui.paths([
-                ("key", f"{name}   (stays on the device)"),
-                ("public key", f"{name}.pub   (for the server's --keys folder)"),
-                ("fingerprint", made.public.fingerprint),
-            ])  # fmt: skip
+            ui.paths(
+                [
+                    ("key", f"{name}   (stays on the device)"),
+                    ("public key", f"{name}.pub   (for the server's --keys folder)"),
+                    ("fingerprint", made.public.fingerprint),
+                ]
+            )
         case ["certificate", folder, *hosts] if hosts:
             ca = keys.make_certificate(Path(folder), hosts)
             ui.paths([("for devices", str(ca)), ("for the server", f"--certificate {quoted(folder)}")])
@@ -326,13 +342,26 @@ def _app(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError("app takes one DIR", hint="fleetune fleet app fleetune-app")
     folder = Path(args.words[0])
     shim.write(folder)
-    ui.paths([
-        ("app", str(folder)),
-        ("next", f"flwr run {quoted(folder)} CONNECTION --run-config \"recipe='/path/on/the/server/recipe.toml'\""),
-    ])  # fmt: skip
+    ui.paths(
+        [
+            ("app", str(folder)),
+            (
+                "next",
+                f"flwr run {quoted(folder)} CONNECTION --run-config \"recipe='/path/on/the/server/recipe.toml'\"",
+            ),
+        ]
+    )
 
 
 ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
-    "serve": _serve, "join": _join, "eval": _eval, "split": _split, "keys": _keys, "devices": fleet_runs.devices,
-    "status": fleet_runs.status, "stop": fleet_runs.stop, "audit": fleet_runs.audit, "app": _app,
-}  # fmt: skip
+    "serve": _serve,
+    "join": _join,
+    "eval": _eval,
+    "split": _split,
+    "keys": _keys,
+    "devices": fleet_runs.devices,
+    "status": fleet_runs.status,
+    "stop": fleet_runs.stop,
+    "audit": fleet_runs.audit,
+    "app": _app,
+}

@@ -110,25 +110,44 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
     head = ledger.head
     size = path.stat().st_size
     last = ledger.last_round()
-    ui.event(LedgerShown(
-        file=str(path), bytes=size, entries=len(ledger), rounds=last, base=head.base, law=head.law, K=head.K,
-        grid=head.grid, method=head.method, checks=head.checks, fingerprint=ledger.fingerprint(), trains=head.trains,
-    ))  # fmt: skip
+    ui.event(
+        LedgerShown(
+            file=str(path),
+            bytes=size,
+            entries=len(ledger),
+            rounds=last,
+            base=head.base,
+            law=head.law,
+            K=head.K,
+            grid=head.grid,
+            method=head.method,
+            checks=head.checks,
+            fingerprint=ledger.fingerprint(),
+            trains=head.trains,
+        )
+    )
     if ui.json:
         return
     passes = f"{ledger.count_passes():,} {'pass' if ledger.count_passes() == 1 else 'passes'}"
     parameters = sum(math.prod(shape) for _, shape, _ in head.tensors)
-    ui.table(["", ""], [
-        ["file", f"{path} ({human_bytes(size)}; compact {human_bytes(len(ledger.compact().to_bytes()))})"],
-        ["base", head.base],
-        [head.trains, f"{parameters:,} in {counted(len(head.tensors), 'tensor')}"],
-        ["method", f"{head.method}, lr {_rate(head)}, eps {head.eps:g}, {head.aggregation}"],
-        ["directions", f"{head.law}, K {head.K:,}, law version {head.law_version}, grid {head.grid:.9g}"],
-        ["entries", f"{len(ledger):,} over {counted(last, 'round')}{_empty(ledger)}, {passes} to replay"],
-        ["privacy", head.privacy],
-        *[[f"after round {r}", d] for r, d in sorted(head.checks.items(), key=lambda c: int(c[0]))],
-        ["fingerprint", ledger.fingerprint()],
-    ], align="ll")  # fmt: skip
+    ui.table(
+        ["", ""],
+        [
+            [
+                "file",
+                f"{path} ({human_bytes(size)}; compact {human_bytes(len(ledger.compact().to_bytes()))})",
+            ],
+            ["base", head.base],
+            [head.trains, f"{parameters:,} in {counted(len(head.tensors), 'tensor')}"],
+            ["method", f"{head.method}, lr {_rate(head)}, eps {head.eps:g}, {head.aggregation}"],
+            ["directions", f"{head.law}, K {head.K:,}, law version {head.law_version}, grid {head.grid:.9g}"],
+            ["entries", f"{len(ledger):,} over {counted(last, 'round')}{_empty(ledger)}, {passes} to replay"],
+            ["privacy", head.privacy],
+            *[[f"after round {r}", d] for r, d in sorted(head.checks.items(), key=lambda c: int(c[0]))],
+            ["fingerprint", ledger.fingerprint()],
+        ],
+        align="ll",
+    )
 
 
 def _empty(ledger: Ledger) -> str:

@@ -43,14 +43,16 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--new-tokens", type=int, default=32, help="tokens generated after it (default 32)")
     sub.add_argument("--repeats", type=int, default=3, help="passes, of which the median counts (default 3)")
     sub.add_argument(
-        "--kept-gain", action="store_true",
+        "--kept-gain",
+        action="store_true",
         help="compress the base the same way (once), and say what of the tuning's gain is kept",
-    )  # fmt: skip
+    )
     sub.add_argument(
-        "--reference", metavar="MODEL",
+        "--reference",
+        metavar="MODEL",
         help="compare each with this model: KL divergence and same top token, on the text or the rows (a compressed model: "
         "with what it was made from)",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -61,12 +63,25 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
     with console_listener(ui) as listener:
         result = fleetune.measure(
-            *args.subjects, text=args.text, windows=args.windows, length=args.length, data=args.data,
-            limit=args.limit, tasks=words(args.tasks), answer_tokens=args.answer_tokens, labels=commas.given(args.labels),
-            threads=args.threads, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens,
-            repeats=args.repeats, kept_gain=args.kept_gain, reference=args.reference,
-            out=args.out, offline=args.offline, listener=listener,
-        )  # fmt: skip
+            *args.subjects,
+            text=args.text,
+            windows=args.windows,
+            length=args.length,
+            data=args.data,
+            limit=args.limit,
+            tasks=words(args.tasks),
+            answer_tokens=args.answer_tokens,
+            labels=commas.given(args.labels),
+            threads=args.threads,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+            repeats=args.repeats,
+            kept_gain=args.kept_gain,
+            reference=args.reference,
+            out=args.out,
+            offline=args.offline,
+            listener=listener,
+        )
     _show(ui, result)
 
 
@@ -88,17 +103,34 @@ def _show(ui: Ui, result: MeasureResult) -> None:
 
     names = list(dict.fromkeys(name for row in result.rows for name in row.values))
     rows = [
-        [r.name, r.engine, human_bytes(r.bytes), f"{r.bits_linear:.2f}", f"{r.bits:.2f}", human_bytes(r.peak_rss),
-         *(f"{speed:.1f}" if speed else "" for speed in (r.prefill, r.generate)),
-         *(_shown(r, name) if name in r.values else "" for name in names)]
+        [
+            r.name,
+            r.engine,
+            human_bytes(r.bytes),
+            f"{r.bits_linear:.2f}",
+            f"{r.bits:.2f}",
+            human_bytes(r.peak_rss),
+            *(f"{speed:.1f}" if speed else "" for speed in (r.prefill, r.generate)),
+            *(_shown(r, name) if name in r.values else "" for name in names),
+        ]
         for r in result.rows
-    ]  # fmt: skip
+    ]
     if not ui.json:
         ui.table(
-            ["", "engine", "size", "bits/weight", "with ends", "peak", "read tok/s", "write tok/s",
-             *(metric(name).label for name in names)],
-            rows, align="ll" + "r" * (6 + len(names)),
-        )  # fmt: skip
+            [
+                "",
+                "engine",
+                "size",
+                "bits/weight",
+                "with ends",
+                "peak",
+                "read tok/s",
+                "write tok/s",
+                *(metric(name).label for name in names),
+            ],
+            rows,
+            align="ll" + "r" * (6 + len(names)),
+        )
     ui.paths([("kept", gain.text) for gain in result.kept.values()])
     if (folder := result.folder) is not None:
         ui.paths([("result", str(folder / FILE))])

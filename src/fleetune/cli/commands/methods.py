@@ -41,12 +41,24 @@ def _settings(name: str, ui: Ui) -> None:
 
     entry, found = methods.entry(name), methods.settings(name)
     for s in found:
-        ui.event(SettingListed(
-            method=entry.name, name=s.name, type=s.type.__name__, default=s.default, symbol=s.symbol, help=s.help
-        ))  # fmt: skip
+        ui.event(
+            SettingListed(
+                method=entry.name,
+                name=s.name,
+                type=s.type.__name__,
+                default=s.default,
+                symbol=s.symbol,
+                help=s.help,
+            )
+        )
     if not ui.json:
-        ui.paths([
-            ("method", entry.summary), ("paper", entry.paper), ("sends", entry.sends), ("leaves", entry.kind)
-        ])  # fmt: skip
+        ui.paths(
+            [
+                ("method", entry.summary),
+                ("paper", entry.paper),
+                ("sends", entry.sends),
+                ("leaves", entry.kind),
+            ]
+        )
         rows = [[s.name, s.symbol, s.type.__name__, s.shown, s.help] for s in found]
         ui.table(["--set", "symbol", "type", "default", "meaning"], rows, align="lllll")

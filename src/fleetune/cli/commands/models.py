@@ -66,14 +66,25 @@ def _list(ui: Ui) -> None:
     found, lying = cache.builtin(), cache_contents.contents()
     sizes = {model.path: model.bytes for model in lying}
     for m in found:
-        ui.event(ModelListed(
-            **{**dataclasses.asdict(m), "cached": str(m.cached) if m.cached else None},
-            bytes=sizes.get(m.cached) if m.cached else None, download=cache.ORIGINS[m.name].wheel_bytes,
-        ))  # fmt: skip
+        ui.event(
+            ModelListed(
+                **{**dataclasses.asdict(m), "cached": str(m.cached) if m.cached else None},
+                bytes=sizes.get(m.cached) if m.cached else None,
+                download=cache.ORIGINS[m.name].wheel_bytes,
+            )
+        )
     for s in SHORT_NAMES.values():
-        ui.event(ModelListed(
-            name=s.name, hub=s.hub, params=int(s.params), licence=s.licence, cached=None, source="", about=_of_hub(s)
-        ))  # fmt: skip
+        ui.event(
+            ModelListed(
+                name=s.name,
+                hub=s.hub,
+                params=int(s.params),
+                licence=s.licence,
+                cached=None,
+                source="",
+                about=_of_hub(s),
+            )
+        )
     others = [model for model in lying if model.path not in [m.cached for m in found]]
     for other in others:
         ui.event(ModelCached(**{**dataclasses.asdict(other), "path": str(other.path)}))
@@ -96,11 +107,13 @@ def _list(ui: Ui) -> None:
         for o in others
     ]
     ui.table(["model", "parameters", "licence", "here", "size", "source"], rows, align="lrllrl")
-    ui.paths([
-        ("cache", f"{cache.cache()} ({human_bytes(sum(m.bytes for m in lying))})"),
-        *_kept(lying),
-        ("also", "any hub id, Hugging Face directory or GGUF file is a MODEL"),
-    ])  # fmt: skip
+    ui.paths(
+        [
+            ("cache", f"{cache.cache()} ({human_bytes(sum(m.bytes for m in lying))})"),
+            *_kept(lying),
+            ("also", "any hub id, Hugging Face directory or GGUF file is a MODEL"),
+        ]
+    )
 
 
 def _folders(lying: Sequence[cache_contents.CachedModel]) -> dict[Path | None, str]:
@@ -147,8 +160,10 @@ def _pull(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError("pull needs the name of a model", hint="fleetune models pull smollm2-135m")
     with ui.count(args.name, 0, size=True) as bar:
         path = models.pull(
-            args.name, offline=args.offline, base=args.base,
+            args.name,
+            offline=args.offline,
+            base=args.base,
             progress=lambda what, n, total: bar.update(n, total, what),
-        )  # fmt: skip
+        )
     ui.event(ModelPulled(name=args.name, path=str(path)))
     ui.paths([("result", str(path))])

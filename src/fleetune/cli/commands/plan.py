@@ -69,19 +69,37 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
     recipe_flags.check_model(args.model, args.out, args.train)
     plan = fleetune.plan(
-        args.model, ram=args.ram, uplink=args.uplink, batch=args.batch, length=args.length, steps=args.steps,
-        dtype=args.dtype, base=args.base, train=args.train, out=args.out, offline=args.offline,
-    )  # fmt: skip
+        args.model,
+        ram=args.ram,
+        uplink=args.uplink,
+        batch=args.batch,
+        length=args.length,
+        steps=args.steps,
+        dtype=args.dtype,
+        base=args.base,
+        train=args.train,
+        out=args.out,
+        offline=args.offline,
+    )
     for row in plan.rows:
         ui.event(PlanRow(model=args.model, **dataclasses.asdict(row), fits=row.fits))
     if not ui.json:
         ui.header("fleetune plan", plan.about)
         ui.table(planning.columns(plan.rows), [planning.cells(row) for row in plan.rows])
     found = plan.settings()
-    ui.event(PlanSettings(
-        model=args.model, method=found.method, batch_size=found.work.batch, max_length=found.work.length,
-        dtype=found.work.dtype, base=found.work.base, peak=found.peak, ram=found.ram, command=_command(args.model, found),
-    ))  # fmt: skip
+    ui.event(
+        PlanSettings(
+            model=args.model,
+            method=found.method,
+            batch_size=found.work.batch,
+            max_length=found.work.length,
+            dtype=found.work.dtype,
+            base=found.work.base,
+            peak=found.peak,
+            ram=found.ram,
+            command=_command(args.model, found),
+        )
+    )
     if not ui.json:
         told = f"{found}: about {human_bytes(found.peak)}" + (
             f" of {human_bytes(found.ram)}" if found.ram else ""

@@ -25,9 +25,13 @@ fleetune recipes copy fedit mine.toml   a copy to change; or use it as it is: fl
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     sub.add_argument(
-        "action", metavar="ACTION", nargs="?", choices=["list", "show", "copy"], default="list",
+        "action",
+        metavar="ACTION",
+        nargs="?",
+        choices=["list", "show", "copy"],
+        default="list",
         help="list (default), show NAME, or copy NAME [FILE]",
-    )  # fmt: skip
+    )
     sub.add_argument("name", metavar="NAME", nargs="?", help="of a recipe")
     sub.add_argument("file", metavar="FILE", nargs="?", help="new file of the copy (default NAME.toml)")
 
@@ -60,10 +64,15 @@ def _list(ui: Ui) -> None:
         ui.event(_event(recipe))
     if not ui.json:
         ui.table(["recipe", "model", "data", "does"], [[r.name, *_uses(r), r.about] for r in found])
-        ui.paths([
-            ("next", "fleetune recipes show NAME"),
-            ("", "fleetune tune -c recipe:NAME MODEL DATA, or fleetune sweep recipe:NAME for one of a sweep"),
-        ])  # fmt: skip
+        ui.paths(
+            [
+                ("next", "fleetune recipes show NAME"),
+                (
+                    "",
+                    "fleetune tune -c recipe:NAME MODEL DATA, or fleetune sweep recipe:NAME for one of a sweep",
+                ),
+            ]
+        )
 
 
 def _copy(recipe: Named, file: Path, ui: Ui) -> None:
@@ -92,6 +101,12 @@ def _uses(recipe: Named) -> tuple[str, str]:
 def _event(recipe: Named, **more: str) -> RecipeListed:
     model, data = _uses(recipe)
     return RecipeListed(
-        name=recipe.name, about=recipe.about, method=str(recipe.values["method"]), model=model, data=data,
-        sweeps=recipe.sweeps, expected=recipe.expected or None, **more,
-    )  # fmt: skip
+        name=recipe.name,
+        about=recipe.about,
+        method=str(recipe.values["method"]),
+        model=model,
+        data=data,
+        sweeps=recipe.sweeps,
+        expected=recipe.expected or None,
+        **more,
+    )

@@ -116,13 +116,19 @@ def _runs_table(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
         ["run", "status", "rounds", "base", "tuned", "bytes", "time"],
         [
             [
-                r["name"], kind_of(str(r["status"])), r["rounds"], show("loss", _number(r["base_loss"])),
-                show("loss", _number(r["tuned_loss"])), human_bytes(_number(r["bytes"])), human_time(_number(r["seconds"])),
+                r["name"],
+                kind_of(str(r["status"])),
+                r["rounds"],
+                show("loss", _number(r["base_loss"])),
+                show("loss", _number(r["tuned_loss"])),
+                human_bytes(_number(r["bytes"])),
+                human_time(_number(r["seconds"])),
             ]
             for r in rows
         ],
-        align="llrrrrr", spare=(5, 6, 2),
-    )  # fmt: skip
+        align="llrrrrr",
+        spare=(5, 6, 2),
+    )
 
 
 def _note_changed(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
@@ -145,9 +151,12 @@ def _row(folder: Path) -> CompressionListed:
     done = record.get("result", {})
     status = "done" if done else "running" if rundir.held(folder) else "stopped"
     return CompressionListed(
-        name=folder.name, of=compression_folder.name_of(record["model"]), method=record.get("method"),
-        status=status, bytes=done.get("bytes"),
-    )  # fmt: skip
+        name=folder.name,
+        of=compression_folder.name_of(record["model"]),
+        method=record.get("method"),
+        status=status,
+        bytes=done.get("bytes"),
+    )
 
 
 def _number(value: object) -> float | None:
@@ -203,10 +212,14 @@ def _outcome(done: Mapping[str, Any]) -> list[list[object]]:
         return []
     measures = {k: (v, done["after"].get(k)) for k, v in done["before"].items()}
     return [
-        *([k, f"{show(k, before)} before, {show(k, after)} after"] for k, (before, after) in measures.items()),
-        ["size", human_bytes(_number(done["bytes"]))], ["time", human_time(_number(done["seconds"]))],
+        *(
+            [k, f"{show(k, before)} before, {show(k, after)} after"]
+            for k, (before, after) in measures.items()
+        ),
+        ["size", human_bytes(_number(done["bytes"]))],
+        ["time", human_time(_number(done["seconds"]))],
         ["digest", done["digest"]],
-    ]  # fmt: skip
+    ]
 
 
 def _compare(args: argparse.Namespace, ui: Ui) -> None:

@@ -58,10 +58,22 @@ def engine_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Serve until Ctrl-C, SIGTERM or SIGHUP, which end the engine too.  FleetuneError when it ends by itself."""
-    with ended_by_signals(), console_listener(ui, resumes=False) as listener, fleetune.serve(
-        args.subject, engine=args.engine, threads=args.threads, context=args.context, host=args.host,
-        port=args.port, key=args.api_key, out=args.out, offline=args.offline, listener=listener,
-    ) as session:  # fmt: skip
+    with (
+        ended_by_signals(),
+        console_listener(ui, resumes=False) as listener,
+        fleetune.serve(
+            args.subject,
+            engine=args.engine,
+            threads=args.threads,
+            context=args.context,
+            host=args.host,
+            port=args.port,
+            key=args.api_key,
+            out=args.out,
+            offline=args.offline,
+            listener=listener,
+        ) as session,
+    ):
         rows = [("page", session.url + "/")] if session.engine.page else []
         rows += [("endpoint", session.url + "/v1"), ("log", str(session.log))]
         ui.paths(rows + ([("key", session.options.key)] if session.options.key else []))

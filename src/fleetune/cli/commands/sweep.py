@@ -54,9 +54,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "recipe", metavar="RECIPE", nargs="?", help="a TOML recipe; a table [sweep] says what varies"
     )
     sub.add_argument(
-        "--vary", action="append", default=[], metavar="NAME=V1,V2,..",
+        "--vary",
+        action="append",
+        default=[],
+        metavar="NAME=V1,V2,..",
         help="alpha (of the Dirichlet partition), an option, or a setting of the method (K, set.K); repeat",
-    )  # fmt: skip
+    )
     sub.add_argument(
         "--seeds", type=int, help="seeds of every combination, from the recipe's own on (default 1)"
     )

@@ -52,10 +52,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "-c", "--config", metavar="FILE", help="a TOML recipe, or recipe:NAME; flags override it"
     )
     sub.add_argument(
-        "--resume", metavar="RUN",
+        "--resume",
+        metavar="RUN",
         help="continue a stopped run (a path, a number, or latest); with --rounds N, also a finished one, up to N rounds; "
         "--base says where the base's weights are from now on",
-    )  # fmt: skip
+    )
     sub.add_argument("--dry-run", action="store_true", help="check recipe, data and model, then stop")
     sub.add_argument(
         "--tracker",
@@ -80,8 +81,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             return
         with screen(ui, path) as shown:
             result = fleetune.resume_run(
-                path, rounds=rounds, base=base, out=args.out, offline=args.offline, listener=shown, tracker=args.tracker,
-            )  # fmt: skip
+                path,
+                rounds=rounds,
+                base=base,
+                out=args.out,
+                offline=args.offline,
+                listener=shown,
+                tracker=args.tracker,
+            )
             finish(ui, result, resumed=True)
         return
     recipe = recipe_of(args)
@@ -115,11 +122,17 @@ def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
     """Print the final table, and where things are; of a `resumed` run what its time counts."""
     done, run = result.done, result.done.run
     costs = [
-        ("bytes over the fleet", human_bytes(done.bytes_up + done.bytes_down),
-         f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}"),
-        ("wall time · peak memory", f"{human_time(done.wall)} · {human_bytes(done.peak_rss)}",
-         "of all sittings, without the time between; the peak is of the last" if resumed else ""),
-    ]  # fmt: skip
+        (
+            "bytes over the fleet",
+            human_bytes(done.bytes_up + done.bytes_down),
+            f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}",
+        ),
+        (
+            "wall time · peak memory",
+            f"{human_time(done.wall)} · {human_bytes(done.peak_rss)}",
+            "of all sittings, without the time between; the peak is of the last" if resumed else "",
+        ),
+    ]
     ui.final_table(
         done.base,
         done.tuned,
@@ -130,11 +143,15 @@ def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
         errors=done.change_errors,
     )
     samples = Path(run) / "samples.md"
-    ui.paths([
-        ("report", f"{run}/report.html"), ("result", f"{done.result} ({human_bytes(done.result_bytes)})"),
-        ("digest", done.digest), *([("samples", str(samples))] if samples.is_file() else []),
-        ("next", f"fleetune eval {quoted(run)}"),
-    ])  # fmt: skip
+    ui.paths(
+        [
+            ("report", f"{run}/report.html"),
+            ("result", f"{done.result} ({human_bytes(done.result_bytes)})"),
+            ("digest", done.digest),
+            *([("samples", str(samples))] if samples.is_file() else []),
+            ("next", f"fleetune eval {quoted(run)}"),
+        ]
+    )
     say_what_is_shared(ui, Path(run))
 
 
@@ -268,10 +285,12 @@ class RunScreen:
         if last and last.accepted < last.clients:
             notes.append(f"{last.accepted} of {last.clients} clients")
         self.ui.round_line(
-            event.round, event.loss,
+            event.round,
+            event.loss,
             sent=last.bytes_up / max(1, self.sent) if last else None,
             received=last.bytes_down / max(1, last.clients) if last else None,
-            seconds=last.seconds if last else None, rounds=self.bar.rounds,
+            seconds=last.seconds if last else None,
+            rounds=self.bar.rounds,
             change=event.loss - before if event.loss is not None and before is not None else None,
             note="  ".join(notes),
-        )  # fmt: skip
+        )

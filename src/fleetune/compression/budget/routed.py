@@ -50,8 +50,13 @@ class _Call(NamedTuple):
 def squares(experts: Sequence[Experts]) -> Iterator[Squares]:
     """Add up the squared gradients of the outputs of experts in every backward pass while the block runs."""
     found = Squares(
-        {n: torch.zeros(W.shape[:2], dtype=torch.float64) for each in experts for n, W in each.matrices.items()}, []
-    )  # fmt: skip
+        {
+            n: torch.zeros(W.shape[:2], dtype=torch.float64)
+            for each in experts
+            for n, W in each.matrices.items()
+        },
+        [],
+    )
     seen = set[str]()
 
     def hook(each: Experts) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

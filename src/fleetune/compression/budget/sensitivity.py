@@ -134,9 +134,13 @@ def _back(
 
 
 def _gradient(
-    hidden: Tensor, logits: Callable[[Tensor], Tensor], size: int, draw: torch.Generator, head: Tensor | None,
+    hidden: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    size: int,
+    draw: torch.Generator,
+    head: Tensor | None,
     norm: list[float],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return the gradient of sum -log p(y) by the head's inputs [N, H], y drawn from p, `size` tokens at a time.
 
     p (1 - p) is added to `head` [V], if it is given.  `norm` then ends with the norm of what the head returned last: a model

@@ -227,10 +227,16 @@ def save(budget: Budget, folder: Path, origin: str) -> None:
     from safetensors.torch import save as to_bytes
 
     tensors = {f"table.{name}": table for name, _, table in budget.ends if table is not None}
-    head = json.dumps({
-        "chosen": budget.chosen, "kinds": budget.kinds, "bytes": budget.bytes, "cost": budget.cost,
-        "ends": [(name, share) for name, share, _ in budget.ends], "origin": origin,
-    })  # fmt: skip
+    head = json.dumps(
+        {
+            "chosen": budget.chosen,
+            "kinds": budget.kinds,
+            "bytes": budget.bytes,
+            "cost": budget.cost,
+            "ends": [(name, share) for name, share, _ in budget.ends],
+            "origin": origin,
+        }
+    )
     about = {"budget": head, "crc32": checksum.of_tensors(head, tensors.items())}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / FILE, to_bytes(tensors, metadata=about))

@@ -85,8 +85,11 @@ def _solver(request: CompressRequest) -> compression.Solver:
 
 def _alike(a: ArtefactHead, b: ArtefactHead) -> bool:
     return (a.method, a.settings, a.calibration, a.tokenizer) == (
-        b.method, b.settings, b.calibration, b.tokenizer,
-    )  # fmt: skip
+        b.method,
+        b.settings,
+        b.calibration,
+        b.tokenizer,
+    )
 
 
 def _job(folder: Path, offline: bool, listener: Listener) -> solve.SolveJob:

@@ -122,9 +122,15 @@ def _train(listener: Listener, job: DistilJob, folder: Path) -> Outcome:
     student = job.trainer.student(job.inputs.model)
     with job.inputs.reference(teacher, folder, listener) as reference:
         before = _measure(listener, job, folder, student, reference)
-        listener.event(CompressStart(
-            **asdict(job.request), folder=str(folder), before=before, teacher=of_teacher, planned=job.memory
-        ))  # fmt: skip
+        listener.event(
+            CompressStart(
+                **asdict(job.request),
+                folder=str(folder),
+                before=before,
+                teacher=of_teacher,
+                planned=job.memory,
+            )
+        )
         on_step = progress.step_reporter(listener, folder, "divergence")
         job.trainer.train(student, teacher, job.inputs.rows, job.request.seed, folder / PARTS, on_step)
         written = folder / "model"
@@ -132,14 +138,23 @@ def _train(listener: Listener, job: DistilJob, folder: Path) -> Outcome:
         sums.write(written)
         after = _measure(listener, job, folder, student, reference)
     done = {
-        "before": before, "after": after, "teacher": of_teacher, "bytes": compression_folder.size(written),
-        "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
-        "digest": models.digest(models.named_tensors(student.net)), "planned": job.memory,
-    }  # fmt: skip
-    return Outcome(done, {
-        "before": progress.weight_bytes(student), "after": compression_folder.weights_size(written),
-        "teacher": progress.weight_bytes(teacher),
-    })  # fmt: skip
+        "before": before,
+        "after": after,
+        "teacher": of_teacher,
+        "bytes": compression_folder.size(written),
+        "seconds": round(time.monotonic() - began, 3),
+        "peak_rss": peak_rss(),
+        "digest": models.digest(models.named_tensors(student.net)),
+        "planned": job.memory,
+    }
+    return Outcome(
+        done,
+        {
+            "before": progress.weight_bytes(student),
+            "after": compression_folder.weights_size(written),
+            "teacher": progress.weight_bytes(teacher),
+        },
+    )
 
 
 def _measure(

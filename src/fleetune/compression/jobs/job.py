@@ -200,11 +200,15 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
         limit = human_bytes(request.bytes) if request.bytes else f"{request.bpw:g} bits a weight"
         fields = {n: v for n, v in fields.items() if n not in budget.CHOSEN} | {"within": limit}
     model = job.inputs.model
-    listener.header("fleetune compress", [
-        ("model", f"{request.model} @ {model.digest[:8]} · {model.n_params / 1e6:.1f} M parameters"),
-        ("method", f"{request.method} · " + " · ".join(f"{k} {v}" for k, v in fields.items())),
-        *job.about(), ("folder", str(folder)),
-    ])  # fmt: skip
+    listener.header(
+        "fleetune compress",
+        [
+            ("model", f"{request.model} @ {model.digest[:8]} · {model.n_params / 1e6:.1f} M parameters"),
+            ("method", f"{request.method} · " + " · ".join(f"{k} {v}" for k, v in fields.items())),
+            *job.about(),
+            ("folder", str(folder)),
+        ],
+    )
     compression_folder.write_record(folder, request, None)  # what it says of a result that is gone
     outcome = job.run(listener, folder)
     result = {**outcome.done, "result_sha256": sums.sha256(folder / "model" / sums.FILE)}

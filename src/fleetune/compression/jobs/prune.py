@@ -104,11 +104,15 @@ def _prune(listener: Listener, job: PruneJob, folder: Path) -> Outcome:
         if trained:
             after = inputs.measure(pruned, listener, folder, reference)
     done = {
-        "before": before, "pruned": cut, "after": after, "bytes": compression_folder.size(written),
+        "before": before,
+        "pruned": cut,
+        "after": after,
+        "bytes": compression_folder.size(written),
         "parameters": {"before": parameters, "after": pruned.n_params},
-        "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
+        "seconds": round(time.monotonic() - began, 3),
+        "peak_rss": peak_rss(),
         "digest": models.digest(models.named_tensors(pruned.net)),
-    }  # fmt: skip
+    }
     return Outcome(done, sizes | {"after": compression_folder.weights_size(written)})
 
 
@@ -127,9 +131,14 @@ def _report(listener: Listener, parameters: int, pruned: Model) -> None:
     from fleetune.models.families import widths
 
     found, wide = widths.block_widths(pruned.net.config), int(pruned.net.config.hidden_size)
-    listener.event(ModelPruned(
-        parameters=pruned.n_params, blocks=len(found), hidden_size=wide, widths=[w._asdict() for w in found]
-    ))  # fmt: skip
+    listener.event(
+        ModelPruned(
+            parameters=pruned.n_params,
+            blocks=len(found),
+            hidden_size=wide,
+            widths=[w._asdict() for w in found],
+        )
+    )
     heads = sorted({w.num_key_value_heads for w in found})
     channels = sorted({w.intermediate_size for w in found})
     listener.note(

@@ -88,11 +88,15 @@ class SolveJob:
             count, length = 1, self.request.length
         found, limited = size_of(self.solver, count, length), budget.asked(self.request)
         return found._replace(
-            size=WEIGHTS[self.inputs.model.dtype].size, low_memory=self.request.low_memory,
-            measured=self.inputs.measured, clients=len(self.shares),
-            heads=_written_heads(self.inputs.model.net.config), budget=limited,
-            trained=bool(self.request.train_scales), bits=8 if limited else found.bits,
-        )  # fmt: skip
+            size=WEIGHTS[self.inputs.model.dtype].size,
+            low_memory=self.request.low_memory,
+            measured=self.inputs.measured,
+            clients=len(self.shares),
+            heads=_written_heads(self.inputs.model.net.config),
+            budget=limited,
+            trained=bool(self.request.train_scales),
+            bits=8 if limited else found.bits,
+        )
 
     def run(self, listener: Listener, folder: Path) -> Outcome:
         """Solve all blocks and write the artefact; blocks that are finished in `folder` are not solved again.
@@ -142,8 +146,9 @@ def prepare(
         listener.note(f"no GGUF file can be made of the result: {why}")
     if not solver.data:
         for asked, flag in (
-            (request.calibrate in (CLIENTS, FLEET), "--calibrate"), (request.true_sequential, "--true-sequential")
-        ):  # fmt: skip
+            (request.calibrate in (CLIENTS, FLEET), "--calibrate"),
+            (request.true_sequential, "--true-sequential"),
+        ):
             if asked:
                 raise UsageError(f"{request.method} is not calibrated", hint=f"leave out {flag}")
         return SolveJob(request, solver, inputs, None, {})
@@ -252,11 +257,17 @@ def _origin_of(job: SolveJob) -> str:
 
     model = job.inputs.model
     experts = _takes_experts(job.request) and driver.solves_experts(model)
-    return json.dumps([
-        job.request.method, _settings(job.request, job.solver), model.digest, model.dtype,
-        calibrating.stated(job), [[client, len(own)] for client, own in job.shares.items()],
-        *(["experts"] if experts else []),
-    ])  # fmt: skip
+    return json.dumps(
+        [
+            job.request.method,
+            _settings(job.request, job.solver),
+            model.digest,
+            model.dtype,
+            calibrating.stated(job),
+            [[client, len(own)] for client, own in job.shares.items()],
+            *(["experts"] if experts else []),
+        ]
+    )
 
 
 def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> Plan | None:
@@ -284,9 +295,12 @@ def head(job: SolveJob) -> ArtefactHead:
 
     model = job.inputs.model
     return ArtefactHead(
-        job.request.method, _settings(job.request, job.solver), models.digest(models.named_tensors(model.net)),
-        model.tokenizer_digest, calibrating.stated(job),
-    )  # fmt: skip
+        job.request.method,
+        _settings(job.request, job.solver),
+        models.digest(models.named_tensors(model.net)),
+        model.tokenizer_digest,
+        calibrating.stated(job),
+    )
 
 
 def _settings(request: CompressRequest, solver: Solver) -> dict[str, Any]:
@@ -335,11 +349,17 @@ def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
         artefact.write(written, model, found.weights, head(job))
         after = _after(listener, job.inputs, folder, found.weights, reference)
     done = {
-        "before": before, "after": after, "bytes": compression_folder.size(written),
-        "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
-        "digest": artefact.Master(written).digest(), **progress.mean_error(progress.errors_of(found.blocks)),
-        "notes": progress.notes_of(found.blocks), "planned": job.memory, **_traffic(listener, job),
-    }  # fmt: skip
+        "before": before,
+        "after": after,
+        "bytes": compression_folder.size(written),
+        "seconds": round(time.monotonic() - began, 3),
+        "peak_rss": peak_rss(),
+        "digest": artefact.Master(written).digest(),
+        **progress.mean_error(progress.errors_of(found.blocks)),
+        "notes": progress.notes_of(found.blocks),
+        "planned": job.memory,
+        **_traffic(listener, job),
+    }
     sizes = {"before": progress.weight_bytes(model), "after": compression_folder.weights_size(written)}
     return Outcome(done, sizes)
 

@@ -51,10 +51,7 @@ class HiddenStates:
     """The hidden states of the calibration windows in front of a block."""
 
     def __init__(
-        self,
-        model: Model,
-        calibration: Tensor,
-        weights: Mapping[str, Tensor] | None = None,
+        self, model: Model, calibration: Tensor, weights: Mapping[str, Tensor] | None = None
     ) -> None:
         """calibration: int64 [n, length].
 
@@ -124,11 +121,7 @@ class HiddenStates:
         return H, joined
 
     def _collect(
-        self,
-        number: int,
-        linears: Mapping[str, nn.Linear],
-        experts: Sequence[Experts],
-        take: SolveExperts,
+        self, number: int, linears: Mapping[str, nn.Linear], experts: Sequence[Experts], take: SolveExperts
     ) -> dict[str, Tensor]:
         """Return H by layer name; `take` gets what experts are called with, in every window."""
         H: dict[str, Tensor] = {}

@@ -255,9 +255,12 @@ def run(
 
 
 def _source(
-    model: Model, calibration: Tensor | HessianSource | None, true_sequential: bool, corrects: bool,
+    model: Model,
+    calibration: Tensor | HessianSource | None,
+    true_sequential: bool,
+    corrects: bool,
     weights: Mapping[str, Tensor] | None,
-) -> HessianSource | None:  # fmt: skip
+) -> HessianSource | None:
     """Return what gives the Hessians; ValueError for what another source than windows cannot do."""
     if isinstance(calibration, Tensor):
         if true_sequential or corrects:
@@ -363,9 +366,7 @@ def restored_weights(linears: Mapping[str, nn.Linear], experts: Sequence[Experts
 
 
 def place_weights(
-    linears: Mapping[str, nn.Linear],
-    parts: Mapping[str, Quantised | Tensor],
-    experts: Sequence[Experts] = (),
+    linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor], experts: Sequence[Experts] = ()
 ) -> None:
     """Give a block's layers their compressed weights."""
     for name, parameter in parameters_of(linears, experts).items():

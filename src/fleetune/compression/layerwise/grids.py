@@ -51,13 +51,26 @@ INSTEAD: Final[Mapping[str, tuple[str, int]]] = MappingProxyType(
 )
 # GGUF's smallest type for the codes of a grid, bytes of a block and its weights: by (grid, bits up to)
 _BLOCKS: Final = {
-    ("ggml", 4): (18, 32), ("ggml", 5): (22, 32), ("ggml", 8): (34, 32),
-    ("symmetric", 4): (18, 32), ("symmetric", 5): (22, 32), ("symmetric", 8): (34, 32),
-    ("universal", 3): (18, 32), ("universal", 4): (20, 32), ("universal", 5): (24, 32),
-    ("asymmetric", 3): (18, 32), ("asymmetric", 4): (22, 32), ("asymmetric", 5): (34, 32), ("iq4_nl", 4): (18, 32),
-    ("q6_k", 6): (210, WIDTH), ("q5_k", 5): (176, WIDTH), ("q4_k", 4): (144, WIDTH),
-    ("q3_k", 3): (110, WIDTH), ("q2_k", 2): (84, WIDTH), ("iq4_xs", 4): (136, WIDTH),
-}  # fmt: skip
+    ("ggml", 4): (18, 32),
+    ("ggml", 5): (22, 32),
+    ("ggml", 8): (34, 32),
+    ("symmetric", 4): (18, 32),
+    ("symmetric", 5): (22, 32),
+    ("symmetric", 8): (34, 32),
+    ("universal", 3): (18, 32),
+    ("universal", 4): (20, 32),
+    ("universal", 5): (24, 32),
+    ("asymmetric", 3): (18, 32),
+    ("asymmetric", 4): (22, 32),
+    ("asymmetric", 5): (34, 32),
+    ("iq4_nl", 4): (18, 32),
+    ("q6_k", 6): (210, WIDTH),
+    ("q5_k", 5): (176, WIDTH),
+    ("q4_k", 4): (144, WIDTH),
+    ("q3_k", 3): (110, WIDTH),
+    ("q2_k", 2): (84, WIDTH),
+    ("iq4_xs", 4): (136, WIDTH),
+}
 
 
 @dataclass(frozen=True)

@@ -79,11 +79,7 @@ class StatesInTurn(HiddenStates):
         self._behind.clear()
 
     def _next(
-        self,
-        number: int,
-        linears: Mapping[str, nn.Linear],
-        experts: Sequence[Experts],
-        dense: _DenseWeights,
+        self, number: int, linears: Mapping[str, nn.Linear], experts: Sequence[Experts], dense: _DenseWeights
     ) -> _Next:
         """Return the first of the layers that the windows reach, with the sums over its inputs."""
         found = _Next()

@@ -84,11 +84,7 @@ class HessianSums:
     """Add up the messages of devices.  `tokens` are those agreed with each device that still takes part."""
 
     def __init__(
-        self,
-        base: bytes,
-        tokens: Mapping[int, int],
-        on_reply: Callable[[HessianReply], None],
-        folder: Path,
+        self, base: bytes, tokens: Mapping[int, int], on_reply: Callable[[HessianReply], None], folder: Path
     ) -> None:
         """base: the first 8 bytes of the base model's digest; a block's messages lie in `folder` meanwhile."""
         self.base, self.tokens, self.on_reply, self.folder = base, dict(tokens), on_reply, folder

@@ -249,12 +249,7 @@ class Trainer:
         return learning_rate(t, self.steps, self.lr, self.warmup)
 
     def _origin(
-        self,
-        student: Model,
-        teacher: Model,
-        rows: Sequence[Encoded],
-        seed: int,
-        score: Reward | None,
+        self, student: Model, teacher: Model, rows: Sequence[Encoded], seed: int, score: Reward | None
     ) -> str:
         models = "".join(digest(named_tensors(model.net)) for model in (student, teacher))
         own = json.dumps([dataclasses.asdict(self), seed], sort_keys=True)

@@ -33,11 +33,7 @@ def fingerprint(inputs: str, rows: Sequence[Encoded], more: str = "") -> str:
 
 
 def store(
-    folder: Path,
-    origin: str,
-    step: int,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    folder: Path, origin: str, step: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
     """Write the state after `step` steps to `folder`, atomically.  StorageError when it cannot be written.
 

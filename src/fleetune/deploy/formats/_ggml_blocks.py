@@ -166,16 +166,25 @@ def pack_iq4_xs(q: Quantised) -> np.ndarray:
 
 SUPER: Final[Mapping[str, Callable[[Quantised], np.ndarray]]] = MappingProxyType(
     {
-        "Q2_K": pack_q2_k, "Q3_K": pack_q3_k, "IQ4_XS": pack_iq4_xs, "Q4_K": pack_q4_k, "Q5_K": pack_q5_k,
+        "Q2_K": pack_q2_k,
+        "Q3_K": pack_q3_k,
+        "IQ4_XS": pack_iq4_xs,
+        "Q4_K": pack_q4_k,
+        "Q5_K": pack_q5_k,
         "Q6_K": pack_q6_k,
     }
-)  # fmt: skip
+)
 PACKERS: Final[Mapping[str, Callable[[Quantised], np.ndarray]]] = MappingProxyType(
     {
-        "Q4_0": pack_q4_0, "IQ4_NL": pack_iq4_nl, "Q4_1": pack_q4_1, "Q5_0": pack_q5_0, "Q5_1": pack_q5_1,
-        "Q8_0": pack_q8_0, **SUPER,
+        "Q4_0": pack_q4_0,
+        "IQ4_NL": pack_iq4_nl,
+        "Q4_1": pack_q4_1,
+        "Q5_0": pack_q5_0,
+        "Q5_1": pack_q5_1,
+        "Q8_0": pack_q8_0,
+        **SUPER,
     }
-)  # by size, super-blocks after the others  # fmt: skip
+)  # by size, super-blocks after the others
 
 
 def _per_block(q: Quantised, values: Tensor) -> np.ndarray:

@@ -34,8 +34,11 @@ ROUNDED_BY_COMPRESS: Final = tuple(kind.lower() for kind in _ggml_blocks.PACKERS
 EMBEDDING: Final = "token_embd.weight"
 ENDS: Final = (EMBEDDING, "output.weight")
 FULL: Final = (  # F32, whatever their shape
-    "norm.weight", "position_embd.weight", "shortconv.conv.weight", "ffn_gate_inp.weight",
-)  # fmt: skip
+    "norm.weight",
+    "position_embd.weight",
+    "shortconv.conv.weight",
+    "ffn_gate_inp.weight",
+)
 
 
 def check_config(config: Any) -> None:

@@ -36,9 +36,7 @@ from fleetune.errors import UsageError
 from fleetune.models.artefact.artefact import Quantised
 from fleetune.models.families.widths import has_block_widths
 
-TARGETS: Final = {
-    "compressed-tensors": "a directory for vLLM, SGLang and transformers: 4- or 8-bit codes",
-}
+TARGETS: Final = {"compressed-tensors": "a directory for vLLM, SGLang and transformers: 4- or 8-bit codes"}
 TAKES: Final = "codes"
 RUNTIME: Final = "transformers"
 NEEDS: Final = ("compressed_tensors",)
@@ -122,18 +120,25 @@ def quantization_config(model: Checkpoint, grids: dict[str, Quantised]) -> dict[
         f"group_{i}": {
             "targets": ["Linear"] if one else layers,
             "weights": {
-                "num_bits": bits, "type": "int", "symmetric": symmetric(grids), "dynamic": False,
-                "strategy": "channel" if group < 0 else "group", "group_size": None if group < 0 else group,
+                "num_bits": bits,
+                "type": "int",
+                "symmetric": symmetric(grids),
+                "dynamic": False,
+                "strategy": "channel" if group < 0 else "group",
+                "group_size": None if group < 0 else group,
             },
             "input_activations": None,
             "output_activations": None,
         }
         for i, ((bits, group), layers) in enumerate(sorted(kinds.items()))
-    }  # fmt: skip
+    }
     return {
-        "quant_method": TARGET, "format": "pack-quantized", "quantization_status": "compressed",
-        "config_groups": groups, "ignore": plain,
-    }  # fmt: skip
+        "quant_method": TARGET,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": plain,
+    }
 
 
 def _decode(file: Any, layer: str, q: Quantised) -> Tensor:

@@ -43,8 +43,12 @@ FRONT: Final = "base_model.model."  # of PEFT's tensor names
 SUFFIXES: Final = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
 INSTEAD: Final = "merge it into the base: --to gguf:f16, or fleetune compress and --to gguf"
 PLAIN: Final[Mapping[str, Any]] = {
-    "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
-}  # fmt: skip
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_rslora": False,
+    "use_dora": False,
+    "fan_in_fan_out": False,
+}
 EMPTY: Final = (
     "rank_pattern",
     "alpha_pattern",
@@ -85,9 +89,13 @@ def write(
         writer.close()
     _verify(path, tensors, float(settings["lora_alpha"]))
     return Report(
-        path=path, to=TARGET, bytes=path.stat().st_size, tensors=len(tensors), exact=len(tensors),
+        path=path,
+        to=TARGET,
+        bytes=path.stat().st_size,
+        tensors=len(tensors),
+        exact=len(tensors),
         types={"F32": len(tensors)},
-    )  # fmt: skip
+    )
 
 
 def check(adapter: Path, kind: str | None) -> None:

@@ -84,11 +84,15 @@ def quantize_config(grids: dict[str, Quantised]) -> dict[str, Any]:
     """Return "quantization_config" of config.json, which is quantize_config.json too, for grids of one kind."""
     first = next(iter(grids.values()))
     return {
-        "quant_method": TARGET, "checkpoint_format": "gptq", "bits": first.bits,
+        "quant_method": TARGET,
+        "checkpoint_format": "gptq",
+        "bits": first.bits,
         "group_size": hf.group_size(first, grids),
-        "sym": symmetric(grids), "desc_act": False, "lm_head": False,
+        "sym": symmetric(grids),
+        "desc_act": False,
+        "lm_head": False,
         "true_sequential": False,
-    }  # fmt: skip
+    }
 
 
 def _grids(model: Checkpoint) -> dict[str, Quantised]:

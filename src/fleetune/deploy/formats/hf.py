@@ -49,9 +49,14 @@ Layers = Callable[[str, Quantised | Tensor], Iterator[tuple[str, Quantised | Ten
 NO_FILES: Final[Mapping[str, str]] = MappingProxyType({})
 FILE: Final = "model.safetensors"
 COMPANIONS: Final = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "chat_template*", "generation_config.json",
-)  # fmt: skip
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
 
 
 def check(model: Checkpoint, kind: str | None) -> None:
@@ -197,12 +202,7 @@ def write_codes(
 
 
 def packed(
-    model: Checkpoint,
-    parts: Parts,
-    rounded: set[str],
-    *,
-    layers: Layers = as_it_is,
-    experts: bool = False,
+    model: Checkpoint, parts: Parts, rounded: set[str], *, layers: Layers = as_it_is, experts: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a file: the `parts` of what is quantised, buffers as they are, the rest in 16 bits.
 

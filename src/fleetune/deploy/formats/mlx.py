@@ -52,7 +52,7 @@ from fleetune.models.families.limits import (
 )
 
 TARGETS: Final = {
-    "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128",
+    "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128"
 }
 TAKES: Final = "codes"
 RUNTIME: Final = "mlx-lm"
@@ -158,16 +158,49 @@ def _decode(file: Any, layer: str, q: Quantised) -> Tensor:
 
 # fields of transformers that mlx-lm reads under the same name, and that config.json may leave to transformers' defaults
 STATED: Final = (
-    "head_dim", "num_key_value_heads", "tie_word_embeddings", "max_position_embeddings", "layer_types", "sliding_window",
-    "attention_bias", "attention_out_bias", "mlp_bias", "conv_bias", "use_bias", "use_qkv_bias",
-    "use_qk_norm", "qk_layernorm", "use_parallel_residual", "no_rope_layers",
-    "rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon",
-    "logit_scale", "logits_scaling", "attention_multiplier", "embedding_multiplier", "residual_multiplier",
-    "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "intermediate_size", "hidden_act",
-    "conv_L_cache", "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim",
-    "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
-    "moe_intermediate_size", "shared_expert_intermediate_size",
-)  # fmt: skip
+    "head_dim",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+    "layer_types",
+    "sliding_window",
+    "attention_bias",
+    "attention_out_bias",
+    "mlp_bias",
+    "conv_bias",
+    "use_bias",
+    "use_qkv_bias",
+    "use_qk_norm",
+    "qk_layernorm",
+    "use_parallel_residual",
+    "no_rope_layers",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "norm_eps",
+    "norm_epsilon",
+    "logit_scale",
+    "logits_scaling",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "intermediate_size",
+    "hidden_act",
+    "conv_L_cache",
+    "block_multiple_of",
+    "block_ffn_dim_multiplier",
+    "block_auto_adjust_ff_dim",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
 
 
 @dataclass(frozen=True)
@@ -220,44 +253,68 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             only(TIED, hidden_act=(*TANH, "gelu"), attention_bias=(False,)), square=False, exact_gelu=True
         ),
         "gemma2": Family(
-            only(_GEMMA, TIED, attention_bias=(False,)), square=False, layers=WINDOWS, windowless=True,
+            only(_GEMMA, TIED, attention_bias=(False,)),
+            square=False,
+            layers=WINDOWS,
+            windowless=True,
             needed=("attn_logit_softcapping", "final_logit_softcapping"),
         ),
         "gemma3_text": Family(
-            only(_GEMMA, attention_bias=(False,), attn_logit_softcapping=(None,), final_logit_softcapping=(None,)),
-            scalings=_SCALED, square=False, layers=WINDOWS, fields=_gemma3_fields,
+            only(
+                _GEMMA,
+                attention_bias=(False,),
+                attn_logit_softcapping=(None,),
+                final_logit_softcapping=(None,),
+            ),
+            scalings=_SCALED,
+            square=False,
+            layers=WINDOWS,
+            fields=_gemma3_fields,
             misfit=lambda config: irregular(config, _pattern(config)),
         ),
         "starcoder2": Family(
             only(hidden_act=(*TANH, "gelu"), use_bias=(True,)), windowless=True, exact_gelu=True
         ),
         "cohere2": Family(
-            only(SILU, TIED), layers=WINDOWS, misfit=lambda config: irregular(config, _pattern(config)),
+            only(SILU, TIED),
+            layers=WINDOWS,
+            misfit=lambda config: irregular(config, _pattern(config)),
             fields=lambda config: {"sliding_window_pattern": _pattern(config)},
         ),
         "lfm2": Family(
-            only(TIED), layers=("full_attention", "conv"), mixed=True,
+            only(TIED),
+            layers=("full_attention", "conv"),
+            mixed=True,
             fields=lambda config: {"block_dim": config.hidden_size},
         ),
         "mixtral": Family(
-            SILU, windowless=True,
+            SILU,
+            windowless=True,
             names=((".mlp.experts.", ".block_sparse_moe.switch_mlp."), (".mlp.", ".block_sparse_moe.")),
         ),
         "qwen2_moe": Family(
-            only(SILU, NO_WINDOW, OWN_HEAD, ALL_EXPERTS, qkv_bias=(True,), norm_topk_prob=(False,)), names=_SWITCH
+            only(SILU, NO_WINDOW, OWN_HEAD, ALL_EXPERTS, qkv_bias=(True,), norm_topk_prob=(False,)),
+            names=_SWITCH,
         ),
         "qwen3_moe": Family(
-            only(SILU, NO_WINDOW, attention_bias=(False,)), square=False, names=_SWITCH,
+            only(SILU, NO_WINDOW, attention_bias=(False,)),
+            square=False,
+            names=_SWITCH,
             fields=lambda config: {"head_dim": rope.head_dim(config)},
         ),
         "olmoe": Family(only(SILU, clip_qkv=(None,)), scalings=_SCALED, names=_SWITCH),
         "gpt_oss": Family(
             only(OWN_HEAD, attention_bias=(True,), swiglu_alpha=(1.702,), swiglu_limit=(7.0,)),
-            scalings=("default", "yarn"), square=False, layers=WINDOWS, mixed=True, paired=True, transposed=True,
+            scalings=("default", "yarn"),
+            square=False,
+            layers=WINDOWS,
+            mixed=True,
+            paired=True,
+            transposed=True,
             misfit=rope.yarn_misfit,
         ),
     }
-)  # fmt: skip
+)
 ARCHITECTURES: Final = tuple(FAMILIES)
 
 

@@ -44,9 +44,14 @@ def write(
             raise damaged(file, "it is not what the run holds")
     types = Counter(dtype for file in files if file.suffix == ".safetensors" for dtype in _types(file))
     return Report(
-        path=out, to="peft", bytes=sum(file.stat().st_size for file in files), tensors=types.total(),
-        exact=types.total(), types=dict(types), files=len(files),
-    )  # fmt: skip
+        path=out,
+        to="peft",
+        bytes=sum(file.stat().st_size for file in files),
+        tensors=types.total(),
+        exact=types.total(),
+        types=dict(types),
+        files=len(files),
+    )
 
 
 def _types(file: Path) -> list[str]:

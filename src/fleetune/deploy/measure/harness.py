@@ -247,13 +247,16 @@ def measured(job: MeasureJob) -> Measurement:
     environment = os.environ | dict.fromkeys(THREADS, str(job.threads))
     done = subprocess.run(  # -P: a module that lies in the folder we were started in is not run
         [sys.executable, "-P", "-m", "fleetune.deploy.measure.harness"],
-        input=json.dumps(asdict(job)), capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
+        input=json.dumps(asdict(job)),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise FleetuneError(
-            f"measuring {job.path} ended with {done.returncode}: {last}",
-            hint=_ended(done.returncode),
+            f"measuring {job.path} ended with {done.returncode}: {last}", hint=_ended(done.returncode)
         )
     answer = json.loads(done.stdout.splitlines()[-1])
     if "error" in answer:

@@ -36,12 +36,26 @@ if TYPE_CHECKING:
     from fleetune.data import Example
 
 LEAST: Final = {
-    "windows": 1, "length": 2, "limit": 1, "answer_tokens": 1, "threads": 1, "prompt_tokens": 1, "new_tokens": 1,
+    "windows": 1,
+    "length": 2,
+    "limit": 1,
+    "answer_tokens": 1,
+    "threads": 1,
+    "prompt_tokens": 1,
+    "new_tokens": 1,
     "repeats": 1,
-}  # fmt: skip
+}
 RECORDED: Final = (
-    "threads", "prompt_tokens", "new_tokens", "repeats", "text", "windows", "length", "data", "limit",
-)  # fmt: skip
+    "threads",
+    "prompt_tokens",
+    "new_tokens",
+    "repeats",
+    "text",
+    "windows",
+    "length",
+    "data",
+    "limit",
+)
 SMALL: Final = ("artefact", "gguf")  # kinds of the lines that compression made
 
 
@@ -295,9 +309,19 @@ def logits_of(
         return
     with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
         line, file = reference.line, Path(folder) / "reference.npy"
-        harness.measured(MeasureJob(
-            line.kind, line.path, threads, line.dtype, offline, repeats=0, compared=rows, logits=str(file), reference=True
-        ))  # fmt: skip
+        harness.measured(
+            MeasureJob(
+                line.kind,
+                line.path,
+                threads,
+                line.dtype,
+                offline,
+                repeats=0,
+                compared=rows,
+                logits=str(file),
+                reference=True,
+            )
+        )
         tokens, size = kl_divergence.tokens_in(file), human_bytes(file.stat().st_size)
         listener.note(
             f"{line.name} in {line.engine} is the reference: {counted(tokens, 'token')}, {size} of logits in {folder} "
@@ -319,13 +343,19 @@ def _header(
     rows = windows[found[0].tokenizer]
     tokens = sum(len(ids) for ids, _ in rows)
     text = f"{options.text} · {counted(len(rows), 'window')}, {counted(tokens, 'token')}"
-    listener.header("fleetune measure", [
-        ("of", ", ".join(one.subject.argument for one in found)),
-        ("speed", f"{options.prompt_tokens} tokens read, {options.new_tokens} written · median of {options.repeats} · "
-         f"threads: {options.threads}"),
-        ("loss", counted(len(examples), 'row') if examples else "no rows (--data)"),
-        ("text", text if options.text else "none (--text)"),
-    ])  # fmt: skip
+    listener.header(
+        "fleetune measure",
+        [
+            ("of", ", ".join(one.subject.argument for one in found)),
+            (
+                "speed",
+                f"{options.prompt_tokens} tokens read, {options.new_tokens} written · median of {options.repeats} · "
+                f"threads: {options.threads}",
+            ),
+            ("loss", counted(len(examples), "row") if examples else "no rows (--data)"),
+            ("text", text if options.text else "none (--text)"),
+        ],
+    )
 
 
 def _report(
@@ -337,11 +367,20 @@ def _report(
     change = paired.difference(before, own) if first else None
     values: dict[str, Any] = dict(result.values)
     event = Measured(
-        name=line.name, engine=line.engine, path=line.path, bytes=line.bytes, bits_linear=linear, bits=whole,
-        peak_rss=result.peak_rss, prefill=result.prefill, generate=result.generate,
+        name=line.name,
+        engine=line.engine,
+        path=line.path,
+        bytes=line.bytes,
+        bits_linear=linear,
+        bits=whole,
+        peak_rss=result.peak_rss,
+        prefill=result.prefill,
+        generate=result.generate,
         loss_error=paired.ratio(own.sums, own.counts)[1] if result.losses else None,
-        change=change and change.value, change_error=change and change.error, **values,
-    )  # fmt: skip
+        change=change and change.value,
+        change_error=change and change.error,
+        **values,
+    )
     listener.event(event)
     listener.note(
         f"{line.name} in {line.engine}: " + ", ".join(f"{k} {v:.4f}" for k, v in event.values.items())

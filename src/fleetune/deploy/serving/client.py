@@ -78,9 +78,13 @@ def _streamed(session: Session, turns: list[Turn], sampling: Sampling) -> Genera
     Refused when the engine says no; FleetuneError when the connection breaks, also in the middle.
     """
     body = {
-        "model": session.model.name, "messages": turns, "temperature": sampling.temperature,
-        "max_tokens": sampling.max_tokens, "seed": sampling.seed, "stream": True,
-    }  # fmt: skip
+        "model": session.model.name,
+        "messages": turns,
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_tokens,
+        "seed": sampling.seed,
+        "stream": True,
+    }
     connection = session.connection(SECONDS)
     try:
         headers = session.headers | {"Content-Type": "application/json"}

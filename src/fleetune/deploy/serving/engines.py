@@ -68,9 +68,19 @@ class Engine:
 def _llama_server(model: Path, asked: Options) -> list[str]:
     threads = ["--threads", str(asked.threads)] if asked.threads else []
     return [
-        shutil.which("llama-server") or "llama-server", "--model", str(model), "--alias", model.name,
-        "--host", asked.host, "--port", str(asked.port), "--ctx-size", str(asked.context), *threads,
-    ]  # fmt: skip
+        shutil.which("llama-server") or "llama-server",
+        "--model",
+        str(model),
+        "--alias",
+        model.name,
+        "--host",
+        asked.host,
+        "--port",
+        str(asked.port),
+        "--ctx-size",
+        str(asked.context),
+        *threads,
+    ]
 
 
 def _python(*words: str) -> list[str]:
@@ -205,9 +215,14 @@ def started(engine: Engine, model: Path, options: Options, log: Path) -> Iterato
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(
-                engine.command(model, options), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
-                cwd=model.parent, start_new_session=True,
-            )  # fmt: skip
+                engine.command(model, options),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                cwd=model.parent,
+                start_new_session=True,
+            )
         except OSError as error:
             raise FleetuneError(
                 f"{engine.name} cannot be started: {error.strerror}", hint="choose another with --engine"

@@ -62,20 +62,34 @@ class Gate:
         self._nodes: dict[str, int] = {}  # by hash of the key, of those that were ever there
         self._here: set[int] = set()  # nodes that were there at the last look
         self._keys: dict[int, str] = {}  # by node: the hash of its key
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[
-            Middleware(Watch, refusals=self.refusals),
-            Middleware(Door, state=self.state, exchange=self._exchange, once=once, any_key=keys is None),
-            Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
-            Middleware(ProtobufTranslationMiddleware),
-            Middleware(NodeAuthMiddleware),
-        ])  # fmt: skip
+        app = FastAPI(
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
+            middleware=[
+                Middleware(Watch, refusals=self.refusals),
+                Middleware(Door, state=self.state, exchange=self._exchange, once=once, any_key=keys is None),
+                Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
+                Middleware(ProtobufTranslationMiddleware),
+                Middleware(NodeAuthMiddleware),
+            ],
+        )
         app.state.linkstate_factory, app.state.enable_supernode_auth = self.state, keys is not None
         app.include_router(fleet_router)
         self.address = address
         self._config = uvicorn.Config(
-            app, ssl_certfile=address.certificate, ssl_keyfile=address.key, workers=1, ws="none", http=Connection,
-            access_log=False, log_level="error", lifespan="off", timeout_keep_alive=KEEP, timeout_graceful_shutdown=5,
-        )  # fmt: skip
+            app,
+            ssl_certfile=address.certificate,
+            ssl_keyfile=address.key,
+            workers=1,
+            ws="none",
+            http=Connection,
+            access_log=False,
+            log_level="error",
+            lifespan="off",
+            timeout_keep_alive=KEEP,
+            timeout_graceful_shutdown=5,
+        )
         if keys is not None:
             self.admit(keys)
 

@@ -100,9 +100,12 @@ class Line:
 
     def __init__(self, server: Server, trust: ssl.SSLContext | bool) -> None:
         self.http = httpx.Client(
-            base_url=server.url, verify=trust, timeout=PATIENCE, limits=httpx.Limits(keepalive_expiry=IDLE),
+            base_url=server.url,
+            verify=trust,
+            timeout=PATIENCE,
+            limits=httpx.Limits(keepalive_expiry=IDLE),
             trust_env=not is_loopback(server.address.rpartition(":")[0]),
-        )  # fmt: skip
+        )
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         """Send a request of Flower's client, in the place of its own way to send it."""

@@ -142,9 +142,15 @@ class SuperNodes:
         devices = Devices(run.path)
         devices.register(link.in_order())
         fleet = RemoteFleet(
-            link, devices, job_of(job, devices.run), job.recipe.seed, self.pace.of(job.recipe), note=listener.note,
-            audit=Audit(run.path).write, kinds=wanted(job.method, job.recipe.kinds),
-        )  # fmt: skip
+            link,
+            devices,
+            job_of(job, devices.run),
+            job.recipe.seed,
+            self.pace.of(job.recipe),
+            note=listener.note,
+            audit=Audit(run.path).write,
+            kinds=wanted(job.method, job.recipe.kinds),
+        )
         fleet.wait_for(self.count(job))
         return fleet
 

@@ -37,10 +37,12 @@ def pack(data: bytes, common: int = 0) -> RecordDict:
     cut = len(data) - common
     starts = sorted({*range(0, max(1, cut), PIECE), *range(cut, len(data), PIECE)})
     ends = [*starts[1:], len(data)]
-    return RecordDict({
-        str(i): ConfigRecord({"n": i, "data": data[start:end]})
-        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
-    })  # fmt: skip
+    return RecordDict(
+        {
+            str(i): ConfigRecord({"n": i, "data": data[start:end]})
+            for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+        }
+    )
 
 
 def unpack(content: RecordDict) -> bytes:

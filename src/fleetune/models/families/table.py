@@ -116,14 +116,18 @@ _TANH: Final = ("gelu_pytorch_tanh",)
 _CAPS: Final = ("attn_logit_softcapping", "final_logit_softcapping")
 _WINDOW: Final[Keys] = {"attention.sliding_window": "sliding_window"}
 _GRANITE: Final[Keys] = {
-    "logit_scale": "logits_scaling", "residual_scale": "residual_multiplier",
-    "embedding_scale": "embedding_multiplier", "attention.scale": "attention_multiplier",
-}  # fmt: skip
+    "logit_scale": "logits_scaling",
+    "residual_scale": "residual_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "attention.scale": "attention_multiplier",
+}
 _EXPERTS: Final[Keys] = {"expert_count": experts.count, "expert_used_count": "num_experts_per_tok"}
 _NARROW: Final[Keys] = {**_EXPERTS, "expert_feed_forward_length": "moe_intermediate_size"}
 _GRANITE_EXPERTS: Final[Keys] = {
-    **_GRANITE, **_EXPERTS, "expert_shared_feed_forward_length": "shared_intermediate_size",
-}  # fmt: skip
+    **_GRANITE,
+    **_EXPERTS,
+    "expert_shared_feed_forward_length": "shared_intermediate_size",
+}
 _LLAMA: Final = ("default", "llama3")
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
@@ -136,13 +140,24 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         "qwen3": Family("qwen3", square=False, options=only(SILU, NO_WINDOW, attention_bias=(False,))),
         "gemma": Family("gemma", shifted=True, square=False, options=only(_OF_GEMMA, hidden_act=_TANH)),
         "gemma2": Family(
-            "gemma2", shifted=True, square=False, layers=WINDOWS, needed=(*_CAPS, "sliding_window"),
-            options=only(_OF_GEMMA, hidden_activation=_TANH), keys={**_WINDOW, **{cap: cap for cap in _CAPS}},
+            "gemma2",
+            shifted=True,
+            square=False,
+            layers=WINDOWS,
+            needed=(*_CAPS, "sliding_window"),
+            options=only(_OF_GEMMA, hidden_activation=_TANH),
+            keys={**_WINDOW, **{cap: cap for cap in _CAPS}},
             misfit=lambda config: _gemma_misfit(config, 2),
         ),
         "gemma3_text": Family(
-            "gemma3", shifted=True, square=False, layers=WINDOWS, needed=("sliding_window",),
-            scalings=("default", "linear"), keys=_WINDOW, misfit=lambda config: _gemma_misfit(config, 6),
+            "gemma3",
+            shifted=True,
+            square=False,
+            layers=WINDOWS,
+            needed=("sliding_window",),
+            scalings=("default", "linear"),
+            keys=_WINDOW,
+            misfit=lambda config: _gemma_misfit(config, 6),
             options=only(_OF_GEMMA, hidden_activation=_TANH, **dict.fromkeys(_CAPS, (None,))),
         ),
         "smollm3": Family(
@@ -150,7 +165,10 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         ),
         "phi3": Family("phi3", partial=True, options=SILU, windowless=True, scalings=("default", "longrope")),
         "phi": Family(
-            "phi2", layer_norm=True, partial=True, options=only(OWN_HEAD, hidden_act=TANH, qk_layernorm=(False,))
+            "phi2",
+            layer_norm=True,
+            partial=True,
+            options=only(OWN_HEAD, hidden_act=TANH, qk_layernorm=(False,)),
         ),
         "olmo2": Family("olmo2", options=only(_PLAIN, OWN_HEAD)),
         "granite": Family("granite", interleaved=True, options=SILU, keys=_GRANITE),
@@ -161,82 +179,125 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             "starcoder2", layer_norm=True, windowless=True, options=only(hidden_act=_GELU, use_bias=(True,))
         ),
         "gpt2": Family(
-            "gpt2", layer_norm=True, rotary=False, transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+            "gpt2",
+            layer_norm=True,
+            rotary=False,
+            transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
             options=only(_GPT, scale_attn_by_inverse_layer_idx=(False,)),
         ),
         "gpt_neox": Family(
-            "gptneox", layer_norm=True, partial=True, grouped=True,
+            "gptneox",
+            layer_norm=True,
+            partial=True,
+            grouped=True,
             options=only(OWN_HEAD, hidden_act=_GELU, attention_bias=(True,)),
             keys={"use_parallel_residual": "use_parallel_residual"},
         ),
         "falcon": Family(
-            "falcon", layer_norm=True, grouped=True,
+            "falcon",
+            layer_norm=True,
+            grouped=True,
             options=only(activation=_GELU, alibi=(False,), bias=(False,), parallel_attn=(True,)),
         ),
         "bloom": Family(
-            "bloom", layer_norm=True, grouped=True, rotary=False,
+            "bloom",
+            layer_norm=True,
+            grouped=True,
+            rotary=False,
             options=only(apply_residual_connection_post_layernorm=(False,)),
         ),
         "glm4": Family("glm4", partial=True, square=False, options=SILU),
         "ernie4_5": Family("ernie4_5", square=False, options=only(SILU, use_bias=(False,))),
         "cohere": Family(
-            "command-r", layer_norm=True, options=only(_PLAIN, TIED), keys={"logit_scale": "logit_scale"},
+            "command-r",
+            layer_norm=True,
+            options=only(_PLAIN, TIED),
+            keys={"logit_scale": "logit_scale"},
             misfit=_cohere_misfit,
         ),
         "cohere2": Family(
-            "cohere2", layer_norm=True, options=only(_PLAIN, TIED), keys={"logit_scale": "logit_scale", **_WINDOW},
-            needed=("sliding_window",), layers=WINDOWS, misfit=lambda config: irregular(config, 4),
+            "cohere2",
+            layer_norm=True,
+            options=only(_PLAIN, TIED),
+            keys={"logit_scale": "logit_scale", **_WINDOW},
+            needed=("sliding_window",),
+            layers=WINDOWS,
+            misfit=lambda config: irregular(config, 4),
         ),
         "nemotron": Family(
             "nemotron", layer_norm=True, partial=True, shifted=True, options=only(OWN_HEAD, _RELU2)
         ),
         "lfm2": Family(
-            "lfm2", layers=("full_attention", "conv"), mixed=True, options=only(conv_bias=(False,)),
+            "lfm2",
+            layers=("full_attention", "conv"),
+            mixed=True,
+            options=only(conv_bias=(False,)),
             keys={"shortconv.l_cache": "conv_L_cache"},
         ),
         "exaone4": Family("exaone4", layers=WINDOWS, options=SILU, keys=_WINDOW, misfit=_exaone4_misfit),
         "seed_oss": Family(
-            "seed_oss", square=False,
+            "seed_oss",
+            square=False,
             options=only(SILU, attention_bias=(True,), attention_out_bias=(False,), mlp_bias=(False,)),
         ),
         "arcee": Family("arcee", interleaved=True, square=False, options=_RELU2),
-        "hunyuan_v1_dense": Family("hunyuan-dense", square=False, options=only(SILU, attention_bias=(False,))),
-        "gpt_bigcode": Family("starcoder", layer_norm=True, rotary=False, options=only(_GPT, multi_query=(True,))),
+        "hunyuan_v1_dense": Family(
+            "hunyuan-dense", square=False, options=only(SILU, attention_bias=(False,))
+        ),
+        "gpt_bigcode": Family(
+            "starcoder", layer_norm=True, rotary=False, options=only(_GPT, multi_query=(True,))
+        ),
         "glm": Family("chatglm", partial=True, options=SILU),
         "mixtral": Family(
             "llama", interleaved=True, square=False, options=SILU, windowless=True, keys=_EXPERTS
         ),
         "qwen3_moe": Family(
-            "qwen3moe", square=False, keys=_NARROW,
+            "qwen3moe",
+            square=False,
+            keys=_NARROW,
             options=only(SILU, NO_WINDOW, ALL_EXPERTS, attention_bias=(False,), norm_topk_prob=(True,)),
         ),
         "qwen2_moe": Family(
-            "qwen2moe", options=only(SILU, NO_WINDOW, OWN_HEAD, ALL_EXPERTS, norm_topk_prob=(False,)),
+            "qwen2moe",
+            options=only(SILU, NO_WINDOW, OWN_HEAD, ALL_EXPERTS, norm_topk_prob=(False,)),
             keys={**_NARROW, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
         ),
         "olmoe": Family(
-            "olmoe", keys=_EXPERTS, misfit=_olmoe_misfit,
+            "olmoe",
+            keys=_EXPERTS,
+            misfit=_olmoe_misfit,
             options=only(SILU, OWN_HEAD, attention_bias=(False,), clip_qkv=(None,), norm_topk_prob=(False,)),
         ),
         "granitemoe": Family("granitemoe", interleaved=True, options=SILU, keys=_GRANITE_EXPERTS),
         "granitemoeshared": Family("granitemoe", interleaved=True, options=SILU, keys=_GRANITE_EXPERTS),
         "ernie4_5_moe": Family(
-            "ernie4_5-moe", square=False, misfit=_ernie_misfit,
+            "ernie4_5-moe",
+            square=False,
+            misfit=_ernie_misfit,
             options=only(SILU, use_bias=(False,), moe_layer_interval=(1,)),
             keys={
-                **_NARROW, "expert_shared_count": "moe_num_shared_experts",
-                "expert_shared_feed_forward_length": lambda c: c.moe_num_shared_experts * c.moe_intermediate_size,
-                "interleave_moe_layer_step": "moe_layer_interval", "leading_dense_block_count": "moe_layer_start_index",
+                **_NARROW,
+                "expert_shared_count": "moe_num_shared_experts",
+                "expert_shared_feed_forward_length": lambda c: (
+                    c.moe_num_shared_experts * c.moe_intermediate_size
+                ),
+                "interleave_moe_layer_step": "moe_layer_interval",
+                "leading_dense_block_count": "moe_layer_start_index",
             },
         ),
         "gpt_oss": Family(
-            "gpt-oss", square=False, paired=True, transposed=experts.STACKED, layers=WINDOWS,
-            scalings=("default", "yarn"), misfit=lambda config: irregular(config, 2) or rope.yarn_misfit(config),
+            "gpt-oss",
+            square=False,
+            paired=True,
+            transposed=experts.STACKED,
+            layers=WINDOWS,
+            scalings=("default", "yarn"),
+            misfit=lambda config: irregular(config, 2) or rope.yarn_misfit(config),
             keys={**_EXPERTS, "expert_feed_forward_length": "intermediate_size", **_WINDOW},
             options=only(OWN_HEAD, attention_bias=(True,), swiglu_alpha=(1.702,), swiglu_limit=(7.0,)),
         ),
     }
-)  # fmt: skip
+)
 
 
 def keys(config: Any) -> dict[str, Value]:

@@ -22,9 +22,15 @@ from fleetune.models.mapped.lazy import LazyWeight
 SLACK: Final = 1 << 22  # parameters that a net may have beyond twice those in its files: a new head
 TABLES: Final = 1 << 28  # elements that a net may compute for itself: masks, sines
 COMPUTED: Final = (  # buffers that older files hold
-    "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "position_ids", "token_type_ids",
-    ".attn.bias", ".attention.bias", ".masked_bias",
-)  # fmt: skip
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    "position_ids",
+    "token_type_ids",
+    ".attn.bias",
+    ".attention.bias",
+    ".masked_bias",
+)
 LARGEST_WEIGHT: Final = 1e9  # trained weights are far below; products of such stay finite in fp32
 
 
@@ -70,8 +76,7 @@ def check_range(low: float, high: float, name: str, path: Path, hint: str = AGAI
             else f"go from {low:.3g} to {high:.3g}"
         )
         raise ModelError(
-            f"{path}: the weights of {name} {what}; no step can be computed with such",
-            hint=hint,
+            f"{path}: the weights of {name} {what}; no step can be computed with such", hint=hint
         )
 
 

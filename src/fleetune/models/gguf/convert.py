@@ -29,13 +29,7 @@ from typing import Any, Final
 import gguf
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GenerationConfig,
-)
+from transformers import AutoConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GenerationConfig
 
 from fleetune.common.shell import quoted
 from fleetune.errors import ModelError
@@ -67,13 +61,17 @@ ARCHITECTURES: Final[Mapping[str, str]] = MappingProxyType(
 READ: Final = frozenset({"F32", "F16", *(kind.name for kind in gguf.quants._type_traits)})  # types of tensors
 SIZES: Final[Mapping[str, str]] = MappingProxyType(  # keys of an architecture -> names in a configuration
     {
-        "context_length": "max_position_embeddings", "block_count": "num_hidden_layers",
-        "feed_forward_length": "intermediate_size", "embedding_length": "hidden_size",
-        "rope.freq_base": "rope_theta", "attention.head_count": "num_attention_heads",
-        "attention.head_count_kv": "num_key_value_heads", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+        "context_length": "max_position_embeddings",
+        "block_count": "num_hidden_layers",
+        "feed_forward_length": "intermediate_size",
+        "embedding_length": "hidden_size",
+        "rope.freq_base": "rope_theta",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
         "vocab_size": "vocab_size",
     }
-)  # fmt: skip
+)
 
 
 def load_config(path: Path) -> Any:
@@ -86,11 +84,7 @@ def load_config(path: Path) -> Any:
 
 
 def convert(
-    path: Path,
-    folder: Path,
-    *,
-    weights: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    path: Path, folder: Path, *, weights: bool = True, progress: Callable[[str, int, int], None] | None = None
 ) -> None:
     """Write the model of the GGUF file `path` into the existing `folder` as a Hugging Face directory.
 
@@ -205,12 +199,15 @@ def _gemma(architecture: str, field: Callable[[str], Any]) -> Any:
         return value
 
     sizes = {
-        "vocab_size": need("vocab_size"), "hidden_size": need("embedding_length"),
-        "num_hidden_layers": need("block_count"), "intermediate_size": need("feed_forward_length"),
-        "num_attention_heads": need("attention.head_count"), "head_dim": need("attention.key_length"),
+        "vocab_size": need("vocab_size"),
+        "hidden_size": need("embedding_length"),
+        "num_hidden_layers": need("block_count"),
+        "intermediate_size": need("feed_forward_length"),
+        "num_attention_heads": need("attention.head_count"),
+        "head_dim": need("attention.key_length"),
         "num_key_value_heads": need("attention.head_count_kv"),
         "max_position_embeddings": need("context_length"),
-    }  # fmt: skip
+    }
     made: dict[str, Any] = {key: int(value) for key, value in sizes.items()}
     made["rms_norm_eps"] = need("attention.layer_norm_rms_epsilon")
     rope = {"rope_type": "default", "rope_theta": float(field("rope.freq_base") or 10000.0)}
@@ -280,9 +277,14 @@ def _placed(
         if found.kind not in READ:
             raise ModelError(f"{path}: {found.name} is of type {found.kind}, which is not read", hint=ANOTHER)
         tensors[name] = Stored(
-            file, found.offset, found.size, found.kind, shape, _row_order(found.name, shape, config),
+            file,
+            found.offset,
+            found.size,
+            found.kind,
+            shape,
+            _row_order(found.name, shape, config),
             table.is_shifted(config, found.name),
-        )  # fmt: skip
+        )
     if left:
         raise ModelError(
             f"{path} has {len(left)} tensors that architecture '{architecture}' does not: "
@@ -298,10 +300,7 @@ def _row_order(name: str, shape: tuple[int, ...], config: Any) -> np.ndarray | N
 
 
 def _write_weights(
-    source: Path,
-    tensors: Mapping[str, Stored],
-    path: Path,
-    progress: Callable[[str, int, int], None] | None,
+    source: Path, tensors: Mapping[str, Stored], path: Path, progress: Callable[[str, int, int], None] | None
 ) -> None:
     """Write a safetensors file: 8 bytes with the header's length, the header (JSON), the raw little-endian values.
 

@@ -27,9 +27,16 @@ from fleetune.models.families.foreign import AGAIN, foreign_file
 from fleetune.models.families.widths import KEY, base_type, config_from
 
 SIZES: Final = (
-    "num_hidden_layers", "n_layer", "hidden_size", "n_embd", "num_attention_heads", "n_head", "num_key_value_heads",
-    "intermediate_size", "vocab_size",
-)  # fmt: skip
+    "num_hidden_layers",
+    "n_layer",
+    "hidden_size",
+    "n_embd",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
 COUNT: Final = re.compile(r"(layer|expert|label)s?$")  # transformers makes a list or a module for each
 MOST: Final = 65_536
 

@@ -59,9 +59,26 @@ from fleetune.models.net.model import Model, digest, named_tensors, tokenizer_di
 from fleetune.models.net.saving import disk_errors, quiet, save
 
 __all__ = [
-    "DEVICES", "DTYPES", "Model", "builtin", "digest", "disk_errors", "load", "load_config", "load_tokenizer", "named_tensors",
-    "pull", "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer", "tokenizer_digest", "uniform",
-]  # fmt: skip
+    "DEVICES",
+    "DTYPES",
+    "Model",
+    "builtin",
+    "digest",
+    "disk_errors",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "named_tensors",
+    "pull",
+    "resolve",
+    "save",
+    "tiny_bert",
+    "tiny_llama",
+    "tiny_roberta",
+    "tiny_tokenizer",
+    "tokenizer_digest",
+    "uniform",
+]
 
 log = logging.getLogger(__name__)
 
@@ -100,11 +117,7 @@ def pull(
     """
     if name in cache.ORIGINS:
         path = cache.pull_builtin(
-            cache.ORIGINS[name],
-            offline=offline,
-            source=source,
-            progress=progress,
-            bases=(base,),
+            cache.ORIGINS[name], offline=offline, source=source, progress=progress, bases=(base,)
         )
         sums.check(path, remedy=cache.remedy(path))
         return path

@@ -93,9 +93,14 @@ def _llama(c: Mapping[str, Any], family: str) -> Shape:
         b if isinstance(b, bool) else bool(c.get(b)) for b in (in_qkv, in_o, in_mlp)
     )
     block = {
-        "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
-        "self_attn.o_proj": (h, q), "mlp.gate_proj": (inner, h), "mlp.up_proj": (inner, h), "mlp.down_proj": (h, inner),
-    }  # fmt: skip
+        "self_attn.q_proj": (q, h),
+        "self_attn.k_proj": (kv, h),
+        "self_attn.v_proj": (kv, h),
+        "self_attn.o_proj": (h, q),
+        "mlp.gate_proj": (inner, h),
+        "mlp.up_proj": (inner, h),
+        "mlp.down_proj": (h, inner),
+    }
     biases = (q + 2 * kv) * qkv_bias + h * o_bias + (2 * inner + h) * mlp_bias
     in_layer = sum(out * into for out, into in block.values()) + biases + 2 * h + 2 * head * head_norms
     ends = vocab * h * (1 if c.get("tie_word_embeddings") else 2) + h
@@ -103,7 +108,12 @@ def _llama(c: Mapping[str, Any], family: str) -> Shape:
         Linear(f"model.layers.{i}.{name}", *size) for i in range(layers) for name, size in block.items()
     ]
     return Shape(
-        family, layers * in_layer + ends, vocab, h, tuple(linears), layers,
+        family,
+        layers * in_layer + ends,
+        vocab,
+        h,
+        tuple(linears),
+        layers,
         widest=max(3 * inner + 2 * h, 5 * q + 2 * kv + 2 * h),
         kept=layers * (2 * q + 2 * kv + 3 * inner + heads),  # q, k, v, attention's output; gate, its silu, up
         norms=layers * (2 * h + (q + kv) * head_norms),
@@ -112,7 +122,7 @@ def _llama(c: Mapping[str, Any], family: str) -> Shape:
         attention=tuple((f"model.layers.{i}.self_attn", kv) for i in range(layers)),
         query_value=tuple(x for x in linears if x.name.endswith((".q_proj", ".v_proj"))),
         heads=heads,
-    )  # fmt: skip
+    )
 
 
 def counted(config: PretrainedConfig) -> Shape:
@@ -151,15 +161,27 @@ def counted(config: PretrainedConfig) -> Shape:
         kept, norms = outs + sum(into for _, into in shared) - 2 * layers * h, 2 * layers * h
     thins = bool(getattr(text, "attention_probs_dropout_prob", 0.0)) and encoder
     return Shape(
-        config.model_type, sum(p.numel() for p in net.parameters()), vocab, h, tuple(linears), layers,
+        config.model_type,
+        sum(p.numel() for p in net.parameters()),
+        vocab,
+        h,
+        tuple(linears),
+        layers,
         widest=2 * h + 3 * max((linear.out for linear in linears), default=h),
-        kept=kept, norms=norms, padded=0, largest=max(p.numel() for p in net.parameters()),
-        attention=tuple((place.attention, place.heads * place.width) for place in places) if takes_prefix else (),
+        kept=kept,
+        norms=norms,
+        padded=0,
+        largest=max(p.numel() for p in net.parameters()),
+        attention=tuple((place.attention, place.heads * place.width) for place in places)
+        if takes_prefix
+        else (),
         query_value=tuple(linear for linear in linears if linear.name in projections),
         labels=config.num_labels if encoder else 0,
         head={name: tuple(net.get_parameter(name).shape) for name in head_of(net)},
-        heads=heads, dropped=heads if thins else 0, experts=_experts(net),
-    )  # fmt: skip
+        heads=heads,
+        dropped=heads if thins else 0,
+        experts=_experts(net),
+    )
 
 
 def _experts(net: Any) -> tuple[Linear, ...]:

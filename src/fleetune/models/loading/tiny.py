@@ -127,11 +127,17 @@ def tiny_roberta(seed: int = 0, *, labels: tuple[str, ...] = ("no", "yes"), laye
 
 def _encoder_sizes(labels: tuple[str, ...], layers: int) -> dict[str, object]:
     return {
-        "vocab_size": 264, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-        "id2label": dict(enumerate(labels)), "label2id": {word: i for i, word in enumerate(labels)},
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 72,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "id2label": dict(enumerate(labels)),
+        "label2id": {word: i for i, word in enumerate(labels)},
         "problem_type": "single_label_classification",
-    }  # fmt: skip
+    }
 
 
 def _made(

@@ -45,8 +45,18 @@ MAX_TEXT = (
 )  # bytes of a text, which may take four times that in memory; the longest names each expert of a block
 EMPTY = 1 << 31  # of a dim of an array without values
 DTYPES = (  # their places in this table are what is sent
-    "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64",
-)  # fmt: skip
+    "uint8",
+    "int8",
+    "uint16",
+    "int16",
+    "uint32",
+    "int32",
+    "uint64",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+)
 
 Scalar = int | float | str | bool | bytes
 
@@ -184,9 +194,16 @@ def _read(body: memoryview, crc: int, size: int, names: int, text: int) -> Messa
         raise MessageError(f"message of {size} bytes is damaged (checksum differs)")
     try:
         round_, base, scalars, arrays = msgpack.unpackb(
-            body, strict_map_key=True, use_list=True, object_pairs_hook=_Parts(2, _named), list_hook=_Parts(2 * names + 1),
-            max_array_len=MAX_DIMS, max_map_len=names, max_ext_len=0, max_str_len=text,
-        )  # fmt: skip
+            body,
+            strict_map_key=True,
+            use_list=True,
+            object_pairs_hook=_Parts(2, _named),
+            list_hook=_Parts(2 * names + 1),
+            max_array_len=MAX_DIMS,
+            max_map_len=names,
+            max_ext_len=0,
+            max_str_len=text,
+        )
         if type(round_) is not int or type(base) is not bytes or {type(scalars), type(arrays)} != {dict}:
             raise ValueError("its parts have the wrong types")
         named = {name: _array(name, value) for name, value in arrays.items()}

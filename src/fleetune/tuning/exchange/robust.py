@@ -93,10 +93,12 @@ REDUCE: Final[Mapping[str, Reduce]] = MappingProxyType(
     {
         "median": lambda values, start, sizes, share: trimmed(values, Fraction(1, 2)),
         "trimmed-mean": lambda values, start, sizes, share: trimmed(values, share),
-        "norm-clip": lambda values, start, sizes, share: start + trimmed(clipped(values - start, sizes), Fraction(0)),
+        "norm-clip": lambda values, start, sizes, share: (
+            start + trimmed(clipped(values - start, sizes), Fraction(0))
+        ),
         "sign-vote": lambda values, start, sizes, share: vote(values, usual(sizes)),
     }
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

@@ -242,9 +242,15 @@ def entry(name: str) -> MethodEntry:
 def _entry(member: Member) -> MethodEntry:
     clients, recommended = (member.number(c, d) for c, d in (("CLIENTS", 8), ("RECOMMENDED", 0)))
     return MethodEntry(
-        member.name, member.text("KIND"), member.text("PAPER"), member.text("SENDS"),
-        member.summary, member.module, clients, recommended,
-    )  # fmt: skip
+        member.name,
+        member.text("KIND"),
+        member.text("PAPER"),
+        member.text("SENDS"),
+        member.summary,
+        member.module,
+        clients,
+        recommended,
+    )
 
 
 def module_of(name: str) -> ModuleType:

@@ -162,10 +162,19 @@ class Averaged(methods.Method):
     def training(self) -> Training:
         """Return how a device trains."""
         return Training(
-            lr=self.lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size, warmup=self.warmup,
-            decay=True, clip=self.clip, weight_decay=self.weight_decay, mu=self.mu, scaffold=self.scaffold,
-            checkpointing=self.checkpointing, wire=self.wire,
-        )  # fmt: skip
+            lr=self.lr,
+            epochs=self.epochs,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            warmup=self.warmup,
+            decay=True,
+            clip=self.clip,
+            weight_decay=self.weight_decay,
+            mu=self.mu,
+            scaffold=self.scaffold,
+            checkpointing=self.checkpointing,
+            wire=self.wire,
+        )
 
     @abstractmethod
     def attach(self, model: Model, seed: int, start: str = "default") -> None:

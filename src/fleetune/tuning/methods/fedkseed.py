@@ -141,9 +141,17 @@ class Method(_zeroth.OfLedger):
 
     def init(self, model: Model, key: int) -> State:
         ledger = _zeroth.new_ledger(
-            model, key, law=self.law, K=self.K, lr=self.lr, eps=self.eps, method="fedkseed", rule="constant",
-            hyper=asdict(self), aggregation="mean weighted by rows" + (" and precision" if self.backprop else ""),
-        )  # fmt: skip
+            model,
+            key,
+            law=self.law,
+            K=self.K,
+            lr=self.lr,
+            eps=self.eps,
+            method="fedkseed",
+            rule="constant",
+            hyper=asdict(self),
+            aggregation="mean weighted by rows" + (" and precision" if self.backprop else ""),
+        )
         return State(ledger, 0, np.zeros(self.K), np.zeros(self.K, np.int64), {})
 
     def broadcast(self, state: State) -> Payload:
@@ -193,9 +201,16 @@ class Method(_zeroth.OfLedger):
         epoch = len(payload.array("a")) - 1
         if _mixed_fleet.is_ordered(payload):
             projected, loss = _mixed_fleet.descend(
-                model, view, position, epoch, batches.steps(self.backprop_steps, self.batch_size), key,
-                wire=self.codec, units=UNITS * self.backprop_lr / self.lr, clip=self.clip,
-            )  # fmt: skip
+                model,
+                view,
+                position,
+                epoch,
+                batches.steps(self.backprop_steps, self.batch_size),
+                key,
+                wire=self.codec,
+                units=UNITS * self.backprop_lr / self.lr,
+                clip=self.clip,
+            )
             return Payload({"projected": projected}, {"n": batches.n, "loss": loss})
         p = payload.arrays.get("p")
         if p is not None and (p.shape != (self.K,) or not np.isfinite(p).all()):
@@ -203,10 +218,16 @@ class Method(_zeroth.OfLedger):
         k, weights = draw(key, self.tau, p, self.K), pro_weights(p, self.K)
         coins = uniforms(key, "rounding", self.tau)
         steps = descend(
-            model, view, position, pool_ids(epoch, k).tolist(), batches.steps(self.tau, self.batch_size),
-            objectives.get(self.objective), eps=self.eps, clip=self.clip,
+            model,
+            view,
+            position,
+            pool_ids(epoch, k).tolist(),
+            batches.steps(self.tau, self.batch_size),
+            objectives.get(self.objective),
+            eps=self.eps,
+            clip=self.clip,
             to_units=lambda j, g: self.codec.integer(-g * UNITS * weights[k[j]], coins[j], self.tau),
-        )  # fmt: skip
+        )
         c = steps.coefficients
         return self.codec.reply(k[: len(c)], c, self.K, {"n": batches.n, "loss": steps.loss})
 

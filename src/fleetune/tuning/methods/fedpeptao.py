@@ -129,13 +129,17 @@ class Method(methods.Method):
     layers_rule: str = setting("lipschitz", "rule", "lipschitz, plateau, half, all or a number of layers")
     warmup: int = setting(1, "t₀", "rounds with all layers before they are chosen")
     lanczos: int = setting(
-        20, "q", "Hessian products of a measurement (lipschitz: twice; the code: 50)",
+        20,
+        "q",
+        "Hessian products of a measurement (lipschitz: twice; the code: 50)",
         only_if="layers_rule=lipschitz|plateau",
-    )  # fmt: skip
+    )
     curvature_rows: int = setting(
-        2, "b", "rows that curvature is measured on (0: batch_size, as in the paper)",
+        2,
+        "b",
+        "rows that curvature is measured on (0: batch_size, as in the paper)",
         only_if="layers_rule=lipschitz|plateau",
-    )  # fmt: skip
+    )
     beta: float = setting(0.9, "β", "server momentum")
     server_lr: float = setting(0.05, "ηₛ", "server step, times 0.99 each round, 1e-4 at least (0: FedAvg)")
     momentum_input: str = setting("delta", "g", "delta: D of the round; delta_diff: D before - D (code)")
@@ -160,9 +164,15 @@ class Method(methods.Method):
     def training(self) -> _adapter.Training:
         """Return how a device trains."""
         return _adapter.Training(
-            lr=self.lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size, decay=True,
-            clip=self.clip, weight_decay=self.weight_decay, checkpointing=self.checkpointing,
-        )  # fmt: skip
+            lr=self.lr,
+            epochs=self.epochs,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            decay=True,
+            clip=self.clip,
+            weight_decay=self.weight_decay,
+            checkpointing=self.checkpointing,
+        )
 
     def init(self, model: Model, key: int) -> State:
         check_separate(model.net, "fedpeptao")
@@ -220,13 +230,7 @@ class Method(methods.Method):
         if warm and self.layers_rule in _layers.CURVED:
             few = next(batches.repeat_batch(0, self.curvature_rows or self.batch_size, 1))
             measured["kept"] = _layers.needed_share(
-                model,
-                few,
-                w,
-                rule=self.layers_rule,
-                lanczos=self.lanczos,
-                key=key,
-                heard=batches.heard,
+                model, few, w, rule=self.layers_rule, lanczos=self.lanczos, key=key, heard=batches.heard
             )
         trained = adapters.export(model)
         if self.personalise and all(np.isfinite(a).all() for a in trained.values()):
@@ -266,10 +270,12 @@ class Method(methods.Method):
             return state
         found = measured.tensors()
         state = state._replace(
-            tensors=rounded(w.tensors()), warmup=state.warmup - 1, rows=state.rows + int(w.total),
+            tensors=rounded(w.tensors()),
+            warmup=state.warmup - 1,
+            rows=state.rows + int(w.total),
             scores=state.scores + w.total * found["scores"],
             kept=state.kept + w.total * float(found["kept"]),
-        )  # fmt: skip
+        )
         if state.warmup:
             return state
         return self.begin(state, _layers.choose(state.scores, self.layers_rule, state.kept / state.rows))
@@ -296,14 +302,27 @@ class Method(methods.Method):
         eta_s = state.eta_s if first else max(0.99 * state.eta_s, min(1e-4, self.server_lr))
         c, pull = variates.pull(self.rho)
         w, momentum = server_step(
-            state.tensors, variates.mean(), pull, Momentum(state.v, state.D),
-            beta=self.beta, eta_s=eta_s, difference=self.momentum_input == "delta_diff", first=first,
-        )  # fmt: skip
+            state.tensors,
+            variates.mean(),
+            pull,
+            Momentum(state.v, state.D),
+            beta=self.beta,
+            eta_s=eta_s,
+            difference=self.momentum_input == "delta_diff",
+            first=first,
+        )
         losses = measured.tensors()
         return state._replace(
-            tensors=w, steps=state.steps + 1, eta_s=eta_s, v=momentum.v, D=momentum.D, c=c, c_k=variates.c_k,
-            personal=float(losses["personal"]), common=float(losses["common"]),
-        )  # fmt: skip
+            tensors=w,
+            steps=state.steps + 1,
+            eta_s=eta_s,
+            v=momentum.v,
+            D=momentum.D,
+            c=c,
+            c_k=variates.c_k,
+            personal=float(losses["personal"]),
+            common=float(losses["common"]),
+        )
 
     def report(self, state: State) -> dict[str, float]:
         """Return how many layers travel, and what personal prompts gain."""
@@ -333,9 +352,14 @@ class Method(methods.Method):
         state = State(placeholders(module), WIDE >> 1, np.arange(shape.layers), 0, 0, none, 0.0)
         products = self.lanczos if self.layers_rule in _layers.CURVED else 0
         return Footprint(
-            "backward", module, state, checkpointing=self.checkpointing, hessian_products=products,
-            hessian_rows=self.curvature_rows, whole_gradient=self.clip > 0,
-        )  # fmt: skip
+            "backward",
+            module,
+            state,
+            checkpointing=self.checkpointing,
+            hessian_products=products,
+            hessian_rows=self.curvature_rows,
+            whole_gradient=self.clip > 0,
+        )
 
 
 # Adaptive optimization on the server --------------------------------------------------------------------

@@ -96,9 +96,12 @@ class Method(_adapter.Averaged):
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
         self.check_fits()
         _lora_start.check(
-            self.start, self.size or MODULES[self.module].size, dropout=0.0, wire=self.wire,
+            self.start,
+            self.size or MODULES[self.module].size,
+            dropout=0.0,
+            wire=self.wire,
             start_data=self.start_data,
-        )  # fmt: skip
+        )
         super().__post_init__()
 
     def written_out(self) -> Self:

@@ -229,9 +229,16 @@ class Method(methods.Method):
         fresh = len(ids) - len(state.ids)
         step, variance = descent(self.law, ids, g, rows)
         state = state._replace(
-            ids=ids, g=g, rows=rows, n=len(np.unique(ids)), variance=variance, asked=state.asked + 1,
-            moved=0, along=state.offer, cosine=0.0,
-        )  # fmt: skip
+            ids=ids,
+            g=g,
+            rows=rows,
+            n=len(np.unique(ids)),
+            variance=variance,
+            asked=state.asked + 1,
+            moved=0,
+            along=state.offer,
+            cosine=0.0,
+        )
         if not self.variance_gate or variance <= self.threshold or state.asked >= self.patience:
             state = self.move(state, step)
         ranked = self.discriminative and state.batch % 2 and state.last
@@ -243,9 +250,16 @@ class Method(methods.Method):
         view = self.view(state.tensors, state.seed, self.rate(state.round))
         tensors, last = moved_by(state.tensors, view, step)
         return state._replace(
-            tensors=tensors, last=last, ids=IDS, g=NUMBERS, rows=NUMBERS, batch=state.batch + 1, asked=0,
-            moved=1, cosine=cosine(last, state.last),
-        )  # fmt: skip
+            tensors=tensors,
+            last=last,
+            ids=IDS,
+            g=NUMBERS,
+            rows=NUMBERS,
+            batch=state.batch + 1,
+            asked=0,
+            moved=1,
+            cosine=cosine(last, state.last),
+        )
 
     def rank(self, state: State, used: int) -> tuple[np.ndarray, float]:
         """Return the fresh directions most like the last gradient, and how far along it they go in the mean."""

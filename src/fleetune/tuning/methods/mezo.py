@@ -83,10 +83,17 @@ class Method(_zeroth.OfLedger):
 
     def init(self, model: Model, key: int) -> State:
         ledger = _zeroth.new_ledger(
-            model, key, law=self.law, K=self.K, lr=self.lr, eps=self.eps, method="mezo",
-            rule="linear to 0" if self.decay else "constant", hyper=asdict(self),
+            model,
+            key,
+            law=self.law,
+            K=self.K,
+            lr=self.lr,
+            eps=self.eps,
+            method="mezo",
+            rule="linear to 0" if self.decay else "constant",
+            hyper=asdict(self),
             aggregation="mean weighted by rows",
-        )  # fmt: skip
+        )
         return State(ledger, 0, 0)
 
     def ids(self, step: int) -> np.ndarray:
@@ -112,10 +119,16 @@ class Method(_zeroth.OfLedger):
         view, position = _zeroth.open_view(model, payload, law=self.law, K=self.K, lr=self.lr)
         first = payload.int("step")
         steps = descend(
-            model, view, position, self.ids(first).tolist(), batches.steps(self.tau, self.batch_size),
-            objectives.get(self.objective), eps=self.eps, clip=self.clip,
+            model,
+            view,
+            position,
+            self.ids(first).tolist(),
+            batches.steps(self.tau, self.batch_size),
+            objectives.get(self.objective),
+            eps=self.eps,
+            clip=self.clip,
             to_units=lambda step, g: max(-INT32, min(INT32, round(-g * UNITS * self.rate(first + step)))),
-        )  # fmt: skip
+        )
         return Payload({"c": steps.coefficients.astype(np.int32)}, {"n": batches.n, "loss": steps.loss})
 
     def distance(self, state: State, sent: Payload, reply: Reply) -> float:

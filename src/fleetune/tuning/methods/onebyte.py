@@ -103,10 +103,17 @@ class Method(_zeroth.OfLedger):
     def init(self, model: Model, key: int) -> State:
         vote = self.wire == "sign"
         ledger = _zeroth.new_ledger(
-            model, key, law=self.law, K=self.K, lr=self.grid_lr, eps=self.eps,
-            method="onebyte", rule="constant", hyper=asdict(self),
+            model,
+            key,
+            law=self.law,
+            K=self.K,
+            lr=self.grid_lr,
+            eps=self.eps,
+            method="onebyte",
+            rule="constant",
+            hyper=asdict(self),
             aggregation="majority vote weighted by rows" if vote else "mean weighted by rows",
-        )  # fmt: skip
+        )
         return State(ledger, 0)
 
     @property

@@ -56,23 +56,39 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
     training = {_content(examples[i]) for i in owner}
     leaked = [i for i in held if _content(examples[i]) in training]
     return DataChecked(
-        data=recipe.data, rows=len(examples), training=len(owner), held_out=len(held),
+        data=recipe.data,
+        rows=len(examples),
+        training=len(owner),
+        held_out=len(held),
         lengths=Lengths(
-            unit=found.unit, p50=_quantile(sizes, 0.5), p95=_quantile(sizes, 0.95), longest=sizes[-1], total=sum(sizes),
+            unit=found.unit,
+            p50=_quantile(sizes, 0.5),
+            p95=_quantile(sizes, 0.95),
+            longest=sizes[-1],
+            total=sum(sizes),
         ),
-        max_length=recipe.max_length, pieces=found.pieces, cut=None if whole is None else whole.longer,
-        cut_prompts=None if whole is None else whole.prompts, cut_answers=None if whole is None else whole.answers,
-        partition=parts.partition, rows_per_client=[len(part) for part in parts.clients], clients=names,
-        labels=_labels(examples), equal_training=len(owner) - len(training), equal_held_out=len(leaked),
+        max_length=recipe.max_length,
+        pieces=found.pieces,
+        cut=None if whole is None else whole.longer,
+        cut_prompts=None if whole is None else whole.prompts,
+        cut_answers=None if whole is None else whole.answers,
+        partition=parts.partition,
+        rows_per_client=[len(part) for part in parts.clients],
+        clients=names,
+        labels=_labels(examples),
+        equal_training=len(owner) - len(training),
+        equal_held_out=len(leaked),
         samples=[
             RowShown(
-                row=i + 1, client=(names[owner[i]] if names else str(owner[i])) if i in owner else "",
-                not_trained=_short(before), trained=_short(after),
+                row=i + 1,
+                client=(names[owner[i]] if names else str(owner[i])) if i in owner else "",
+                not_trained=_short(before),
+                trained=_short(after),
             )
             for i, (before, after) in zip(chosen, found.texts, strict=True)
         ],
         remarks=_remarks(parts, len(owner), found, leaked, recipe.max_length),
-    )  # fmt: skip
+    )
 
 
 def _remarks(

@@ -152,11 +152,18 @@ def of(
         return None
     row = _timed(bench.loss) / len(held[:ROWS])
     return Estimate(
-        recipe.rounds, asked, steps, step, evaluations_of(recipe.rounds, recipe.eval_every),
-        (row + _objective(method, model, held[:ROWS])) * len(held), len(held),
-        len(prompts), _answer(model, prompts, recipe.answer_tokens, recipe.max_length),
-        client_rows.in_all(recipe, [len(own) for own in rows]), row,
-    )  # fmt: skip
+        recipe.rounds,
+        asked,
+        steps,
+        step,
+        evaluations_of(recipe.rounds, recipe.eval_every),
+        (row + _objective(method, model, held[:ROWS])) * len(held),
+        len(held),
+        len(prompts),
+        _answer(model, prompts, recipe.answer_tokens, recipe.max_length),
+        client_rows.in_all(recipe, [len(own) for own in rows]),
+        row,
+    )
 
 
 def _objective(method: Method, model: Model, rows: Sequence[Encoded]) -> float:
@@ -189,11 +196,14 @@ def evaluations_of(rounds: int, every: int) -> int:
 def made_smaller(before: Estimate, after: Estimate, within: str) -> str:
     """Say what became smaller so that a run fits, "" where it fitted."""
     pairs = (
-        ("evaluations", before.evaluations, after.evaluations), ("rows of an evaluation", before.rows, after.rows),
-        ("rounds", before.rounds, after.rounds), ("clients per round", before.clients, after.clients),
+        ("evaluations", before.evaluations, after.evaluations),
+        ("rows of an evaluation", before.rows, after.rows),
+        ("rounds", before.rounds, after.rounds),
+        ("clients per round", before.clients, after.clients),
         ("local steps", math.ceil(before.steps), math.ceil(after.steps)),
-        ("measured rows of clients", before.client_rows, after.client_rows), ("answers", before.answers, after.answers),
-    )  # fmt: skip
+        ("measured rows of clients", before.client_rows, after.client_rows),
+        ("answers", before.answers, after.answers),
+    )
     changed = [f"{name} {old:,} -> {new:,}" for name, old, new in pairs if old != new]
     return f"to fit into {within}: {', '.join(changed)}" if changed else ""
 
@@ -273,9 +283,11 @@ def _of_steps(
     smaller = method.sized(steps, getattr(method, "batch_size", 8))
     share = recipe.participation if asked == found.clients else asked / clients
     recipe = dataclasses.replace(recipe, rounds=count, participation=share, set=methods.values_of(smaller))
-    return recipe, smaller, dataclasses.replace(
-        found, rounds=count, clients=asked, steps=float(min(steps, found.steps))
-    )  # fmt: skip
+    return (
+        recipe,
+        smaller,
+        dataclasses.replace(found, rounds=count, clients=asked, steps=float(min(steps, found.steps))),
+    )
 
 
 def _less_around(recipe: Recipe, found: Estimate, most: float) -> tuple[Recipe, Estimate]:

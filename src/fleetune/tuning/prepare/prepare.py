@@ -233,14 +233,23 @@ def prepare(
         recipe, found = rates.find(recipe, names, model, train, asked, progress, search.size)
         method = methods.make(recipe.method, recipe.set)
     return TuneJob(
-        recipe, entry, method, model, parts, rows,
+        recipe,
+        entry,
+        method,
+        model,
+        parts,
+        rows,
         held=[row for i in held[: recipe.eval_rows] for row in place[i]],
         examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
         prompts=prompts[: max(recipe.rouge_rows, recipe.samples)],
-        dropped=len(parts.examples) - len(place), cut=lengths.cut([row for pieces in place.values() for row in pieces]),
-        objective=objective, found=found, estimate=estimated, words=labels.measured(recipe, objective, parts.examples),
+        dropped=len(parts.examples) - len(place),
+        cut=lengths.cut([row for pieces in place.values() for row in pieces]),
+        objective=objective,
+        found=found,
+        estimate=estimated,
+        words=labels.measured(recipe, objective, parts.examples),
         files=_digests(recipe, offline),
-    )  # fmt: skip
+    )
 
 
 def _divided(
@@ -261,9 +270,14 @@ def _divided(
 def _loaded(recipe: Recipe, method: Method, parts: Split, *, offline: bool) -> tuple[Recipe, Model]:
     """Return the recipe, of an encoder with its label words, and its model; the threads are set for it."""
     model = models.load(
-        recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts),
-        base=BLOCKS if recipe.train == SCALES else recipe.base, ram=parse_bytes(recipe.ram or None) or 0,
-    )  # fmt: skip
+        recipe.model,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        offline=offline,
+        labels=_labels(recipe, parts),
+        base=BLOCKS if recipe.train == SCALES else recipe.base,
+        ram=parse_bytes(recipe.ram or None) or 0,
+    )
     model.trains = recipe.train
     scale_view.moved_tensors(model)  # refuses a base that has no blocks where these are trained
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
@@ -400,8 +414,11 @@ def dry_run(
     with stdin.borrowed(recipe.data) as source:
         job = prepare(
             dataclasses.replace(recipe, data=source),
-            offline=offline, find=False, note=told.append, check_memory=check_memory,
-        )  # fmt: skip
+            offline=offline,
+            find=False,
+            note=told.append,
+            check_memory=check_memory,
+        )
     return checked(job, [*job.about_rows(), *told, *job.about_time()])
 
 
@@ -409,7 +426,11 @@ def checked(job: TuneJob, remarks: Sequence[str]) -> TuneChecked:
     """Return what is said of a job that can be run."""
     found, share = job.estimate, map("trains {}".format, scale_view.scales_share(job.model))
     return TuneChecked(
-        clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held), cut=job.cut.longer,
-        seconds=None if found is None else round(found.seconds, 3), remarks=[*share, *remarks],
+        clients=len(job.rows),
+        rows=sum(map(len, job.rows)),
+        held_out=len(job.held),
+        cut=job.cut.longer,
+        seconds=None if found is None else round(found.seconds, 3),
+        remarks=[*share, *remarks],
         steps=None if found is None else round(found.rounds * found.clients * found.steps),
-    )  # fmt: skip
+    )

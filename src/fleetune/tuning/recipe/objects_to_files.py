@@ -95,9 +95,11 @@ def _content_digest(net: Any, tokenizer: Any) -> str:
     from fleetune.models.net.model import stored_tensors
 
     parts = [
-        models.digest(stored_tensors(net)), net.config.to_json_string(), models.tokenizer_digest(tokenizer),
+        models.digest(stored_tensors(net)),
+        net.config.to_json_string(),
+        models.tokenizer_digest(tokenizer),
         str(tokenizer.chat_template),
-    ]  # fmt: skip
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

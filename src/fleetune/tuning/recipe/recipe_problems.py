@@ -19,14 +19,22 @@ CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
 AUTO: Final = "auto"  # the method of a recipe that names none
 SHOWN: Final = 80  # characters of a refused value
 KINDS: Final[Mapping[str, str]] = {
-    "int_parsing": "an integer", "int_type": "an integer", "int_from_float": "an integer", "float_parsing": "a number",
-    "float_type": "a number", "finite_number": "a finite number", "string_type": "a text", "dict_type": "a table",
+    "int_parsing": "an integer",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a text",
+    "dict_type": "a table",
     "int_parsing_size": "an integer of a usual size",
-}  # fmt: skip
+}
 BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
-    "greater_than_equal": ("ge", "at least"), "greater_than": ("gt", "more than"),
-    "less_than_equal": ("le", "at most"), "less_than": ("lt", "less than"),
-}  # fmt: skip
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+}
 
 
 def told(error: Mapping[str, Any]) -> str:

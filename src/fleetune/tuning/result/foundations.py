@@ -35,8 +35,8 @@ SHOWN: Final = 8  # differences at once
 def of_job(job: TuneJob) -> StandsOn:
     """What the checkpoints of a job state beside the state."""
     return StandsOn(
-        options_of(job.recipe), job.model.digest, digest(job.rows), digest([job.held]), *texts_of(job.split),
-    )  # fmt: skip
+        options_of(job.recipe), job.model.digest, digest(job.rows), digest([job.held]), *texts_of(job.split)
+    )
 
 
 def options_of(recipe: Recipe) -> dict[str, Any]:

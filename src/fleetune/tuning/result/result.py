@@ -25,8 +25,18 @@ if TYPE_CHECKING:
     from fleetune.seeds.ledger import Ledger
 
 COLUMNS: Final = (
-    "loss", "accuracy", "objective", "rouge_l", "clients", "accepted", "bytes_up", "bytes_down", "bytes_total", "seconds", "rss",
-)  # fmt: skip
+    "loss",
+    "accuracy",
+    "objective",
+    "rouge_l",
+    "clients",
+    "accepted",
+    "bytes_up",
+    "bytes_down",
+    "bytes_total",
+    "seconds",
+    "rss",
+)
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def pack(state: Any, totals: Totals) -> Payload:
     """Return everything that a resumed run needs, as one payload."""
     arrays: dict[str, np.ndarray] = {}
     scalars: dict[str, Scalar] = {
-        "totals": json.dumps([totals.bytes_up, totals.bytes_down, totals.seconds, totals.wall]),
+        "totals": json.dumps([totals.bytes_up, totals.bytes_down, totals.seconds, totals.wall])
     }
     for name, value in state._asdict().items():
         _put(f"state/{name}", value, arrays, scalars)

@@ -164,10 +164,19 @@ class Replies:
             raise MessageError(f"it cannot be measured ({fault(error)})") from error
         arrays = payload.arrays
         numbers = sum(a.size for a in arrays.values())
-        self.kept.append(Kept(
-            answer._replace(data=None), self._spool.store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance, n,
-            reach,
-        ))  # fmt: skip
+        self.kept.append(
+            Kept(
+                answer._replace(data=None),
+                self._spool.store(data),
+                len(data),
+                frozenset(arrays),
+                agreed(spec),
+                numbers,
+                distance,
+                n,
+                reach,
+            )
+        )
         return payload
 
     def _asked(self, answer: Answer) -> Round:
@@ -240,11 +249,23 @@ class Replies:
         self, answer: Answer, payload: Payload | None, status: str, reason: str, size: int = 0
     ) -> None:
         scalars = payload.scalars if payload else {}
-        self.emit(ClientReply(
-            round=self.round.number, client=answer.client, n=scalars.get("n"), loss=scalars.get("loss"),
-            bytes_up=size or len(answer.data or b""), bytes_down=answer.sent, seconds=round(answer.seconds, 3),
-            rss=rss(), status=status, reason=reason, late=answer.late or None, steps=answer.steps, tokens=answer.tokens,
-        ))  # fmt: skip
+        self.emit(
+            ClientReply(
+                round=self.round.number,
+                client=answer.client,
+                n=scalars.get("n"),
+                loss=scalars.get("loss"),
+                bytes_up=size or len(answer.data or b""),
+                bytes_down=answer.sent,
+                seconds=round(answer.seconds, 3),
+                rss=rss(),
+                status=status,
+                reason=reason,
+                late=answer.late or None,
+                steps=answer.steps,
+                tokens=answer.tokens,
+            )
+        )
 
 
 def _rows_of(payload: Payload, rows: int, most: float) -> int:

@@ -134,11 +134,19 @@ def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, 
         totals.bytes_up += replies.bytes_up
         totals.bytes_down += replies.bytes_down
         totals.seconds += (seconds := time.monotonic() - began)
-        hooks.emit(RoundDone(
-            round=r, clients=replies.asked, accepted=replies.accepted, bytes_up=replies.bytes_up,
-            bytes_down=replies.bytes_down, bytes_total=totals.bytes_up + totals.bytes_down,
-            seconds=round(seconds, 3), rss=rss(), report=method.report(new) or None,
-        ))  # fmt: skip
+        hooks.emit(
+            RoundDone(
+                round=r,
+                clients=replies.asked,
+                accepted=replies.accepted,
+                bytes_up=replies.bytes_up,
+                bytes_down=replies.bytes_down,
+                bytes_total=totals.bytes_up + totals.bytes_down,
+                seconds=round(seconds, 3),
+                rss=rss(),
+                report=method.report(new) or None,
+            )
+        )
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
             hooks.emit(evaluated := round_evaluated(r, measured := hooks.evaluate(new)))
             if evaluated.loss is not None and not math.isfinite(evaluated.loss):
@@ -331,8 +339,11 @@ def _aggregated(method: Method, replies: Replies, plan: RoundPlan) -> Any:
     if replies.mostly_not_finite or replies.accepted < plan.quorum:
         log.warning(
             "round %d: %d good replies (quorum %d), %d not finite; the model stays",
-            number, replies.accepted, plan.quorum, replies.not_finite,
-        )  # fmt: skip
+            number,
+            replies.accepted,
+            plan.quorum,
+            replies.not_finite,
+        )
         return method.aggregate(state, iter(()))
     if not finite(new):
         raise ModelLostError(f"the replies of round {number} add up to no finite model", number - 1, state)
@@ -365,5 +376,6 @@ def _check_model(replies: Replies, run: RunDir, hooks: Hooks) -> None:
         raise ModelLostError(
             f"{replies.not_finite} of {replies.asked} replies of round {number} are not finite, and round {number - 1} "
             f"had made the model worse (validation loss {loss:.3f})",
-            number - 2, before,
-        )  # fmt: skip
+            number - 2,
+            before,
+        )

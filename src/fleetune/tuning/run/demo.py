@@ -21,18 +21,36 @@ ANSWER = 72  # tokens of an answer at most
 def recipes(*, quick: bool = False) -> list[Recipe]:
     """Return the demo's recipes, in order; `quick` takes a few steps of each, to see the path."""
     shared: dict[str, Any] = {
-        "model": MODEL, "data": "demo", "partition": "column:client", "held_out": 32, "max_length": LENGTH,
-        "samples": 2, "answer_tokens": ANSWER, "client_rows": 0,  # two rows of each site tell little
-    }  # fmt: skip
+        "model": MODEL,
+        "data": "demo",
+        "partition": "column:client",
+        "held_out": 32,
+        "max_length": LENGTH,
+        "samples": 2,
+        "answer_tokens": ANSWER,
+        "client_rows": 0,  # two rows of each site tell little
+    }
     fedit = shared | {  # many small steps of few sites: four of them a round
-        "method": "fedit", "rounds": 1 if quick else 3, "participation": 0.125 if quick else 0.167,
+        "method": "fedit",
+        "rounds": 1 if quick else 3,
+        "participation": 0.125 if quick else 0.167,
         "set": {"r": 8, "alpha": 16, "dropout": 0.0, "lr": 2e-3, "batch_size": 2, "epochs": 1},
-    }  # fmt: skip
+    }
     fedkseed = shared | {
-        "method": "fedkseed", "rounds": 1 if quick else 2, "participation": 0.167, "samples": 0, "eval_every": 2,
+        "method": "fedkseed",
+        "rounds": 1 if quick else 2,
+        "participation": 0.167,
+        "samples": 0,
+        "eval_every": 2,
         "set": {
-            "K": 1024, "tau": 1 if quick else 4, "lr": 1e-4, "eps": 1e-3, "batch_size": 4,
-            "backprop": 0.5, "backprop_steps": 1 if quick else 3, "backprop_lr": 5e-3,
+            "K": 1024,
+            "tau": 1 if quick else 4,
+            "lr": 1e-4,
+            "eps": 1e-3,
+            "batch_size": 4,
+            "backprop": 0.5,
+            "backprop_steps": 1 if quick else 3,
+            "backprop_lr": 5e-3,
         },
-    }  # fmt: skip
+    }
     return [make(fedit), make(fedkseed)]

@@ -55,8 +55,9 @@ def of_model(job: TuneJob) -> dict[str, Any]:
 def _computed_by(device: str) -> dict[str, Any]:
     """Return what of the machine decides the bits of a product of matrices."""
     found: dict[str, Any] = {
-        "threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability(),
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
     if device == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return found
@@ -98,22 +99,37 @@ def start(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
     names = sorted({v for part in values for v in part})
     few = 1 < len(names) <= 40
     return TuneStart(
-        method=recipe.method, model=recipe.model, digest=job.model.digest, params=params,
-        trained=TRAINED[job.entry.kind](job.model), clients=len(rows), rounds=recipe.rounds,
-        partition=recipe.partition, rows_per_client=list(rows), held_out=len(job.held),
+        method=recipe.method,
+        model=recipe.model,
+        digest=job.model.digest,
+        params=params,
+        trained=TRAINED[job.entry.kind](job.model),
+        clients=len(rows),
+        rounds=recipe.rounds,
+        partition=recipe.partition,
+        rows_per_client=list(rows),
+        held_out=len(job.held),
         column=shown if few else parts.column,
         counts={name: [part.count(name) for part in values] for name in names} if few else None,
-        names=client_names(job), changed=given(recipe), held_out_digest=digest([job.held]),
-    )  # fmt: skip
+        names=client_names(job),
+        changed=given(recipe),
+        held_out_digest=digest([job.held]),
+    )
 
 
 def rate(found: Found) -> RateFound:
     """Return the event of a learning rate that was found."""
     return RateFound(
-        setting=found.setting, rate=found.rate, way=found.way, why=found.why, seconds=found.seconds,
-        rates=[t.rate for t in found.tried] or None, losses=[t.loss for t in found.tried] or None,
-        slopes=found.slopes or None, curvatures=found.curvatures or None,
-    )  # fmt: skip
+        setting=found.setting,
+        rate=found.rate,
+        way=found.way,
+        why=found.why,
+        seconds=found.seconds,
+        rates=[t.rate for t in found.tried] or None,
+        losses=[t.loss for t in found.tried] or None,
+        slopes=found.slopes or None,
+        curvatures=found.curvatures or None,
+    )
 
 
 def client_names(job: TuneJob) -> list[str] | None:

@@ -29,9 +29,11 @@ def answer(
     recipe = job.recipe
     prompts = job.prompts
     # a prompt is cut as rows are: keys and values of one that is many times as long would be the peak of the run
-    made = generate(
-        job.model, prompts, max_new_tokens=recipe.answer_tokens, max_length=recipe.max_length
-    ) if prompts else []  # fmt: skip
+    made = (
+        generate(job.model, prompts, max_new_tokens=recipe.answer_tokens, max_length=recipe.max_length)
+        if prompts
+        else []
+    )
     if recipe.rouge_rows:
         references = [e.response for e in prompts[: recipe.rouge_rows]]
         measured = measured | {"rouge_l": rouge_l(made[: recipe.rouge_rows], references)}

@@ -37,9 +37,8 @@ def of_run(run: Path, *, encoder: bool = False) -> str:
     recipe = finished.recipe_of(run)
     base = base_name(recipe)
     head = _front_matter(
-        recipe, library="transformers", tags=(),
-        task="text-classification" if encoder else "text-generation",
-    )  # fmt: skip
+        recipe, library="transformers", tags=(), task="text-classification" if encoder else "text-generation"
+    )
     auto = "AutoModelForSequenceClassification" if encoder else "AutoModelForCausalLM"
     about = _about(run, recipe, finished.stated_by(run))
     title = f"# {base.rpartition('/')[2]}, tuned with {recipe.method}"
@@ -56,9 +55,11 @@ def complete(adapter: Path, done: Mapping[str, Any]) -> int:
     own: Any = ModelCard(read_text(file), ignore_metadata_errors=True)
     data = own.data.to_dict()
     head = _front_matter(
-        recipe, library=str(data.get("library_name", "peft")), tags=tuple(data.get("tags") or ()),
+        recipe,
+        library=str(data.get("library_name", "peft")),
+        tags=tuple(data.get("tags") or ()),
         base=str(data.get("base_model", "")),
-    )  # fmt: skip
+    )
     body = own.text.strip().partition(_MARK)[0].rstrip()
     write_atomic(file, f"{head}\n{body}\n\n{_MARK}\n\n{_about(run, recipe, done)}", mode=PRIVATE)
     return sum(path.stat().st_size for path in adapter.iterdir())
@@ -117,9 +118,12 @@ def _front_matter(
     """Return the YAML between two lines of dashes; a base that is no hub id is not linked."""
     name = base or base_name(recipe)
     data = ModelCardData(
-        base_model=name if base or "/" in name else None, license=licence_of(recipe), library_name=library,
-        pipeline_tag=task, tags=list(dict.fromkeys([*tags, *TAGS, recipe.method])),
-    )  # fmt: skip
+        base_model=name if base or "/" in name else None,
+        license=licence_of(recipe),
+        library_name=library,
+        pipeline_tag=task,
+        tags=list(dict.fromkeys([*tags, *TAGS, recipe.method])),
+    )
     return f"---\n{data.to_yaml()}\n---\n"
 
 
@@ -129,11 +133,15 @@ def _about(run: Path, recipe: Recipe, done: Mapping[str, Any]) -> str:
     licence = licence_of(recipe)
     parts = [
         f"Made by Fleetune {__version__} from {base_name(recipe)}.  Licence of the base: {licence or 'not known here'}.",
-        "## Result", _results(done),
-        "## Data", _table(["", ""], _data(run, recipe, start)),
-        "## Method", _method(recipe, start, done, of_devices=_of_devices(run)),
-        "## Digests", _table(["SHA-256 of", ""], [[what, f"`{hex}`"] for what, hex in _digests(run, done)]),
-    ]  # fmt: skip
+        "## Result",
+        _results(done),
+        "## Data",
+        _table(["", ""], _data(run, recipe, start)),
+        "## Method",
+        _method(recipe, start, done, of_devices=_of_devices(run)),
+        "## Digests",
+        _table(["SHA-256 of", ""], [[what, f"`{hex}`"] for what, hex in _digests(run, done)]),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -169,14 +177,20 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *
     paper = f" ({known.paper})" if known and known.paper else ""
     settings = [[f"`{name}`", str(value)] for name, value in run_facts.settings_of(recipe).items()]
     rounds = done.get("rounds", recipe.rounds)
-    return "\n\n".join([
-        f"{recipe.method}{paper}: {counted(rounds, 'round')}, {counted(int(start.get('clients', 0)), 'client')}, "
-        f"share of the clients per round {recipe.participation:g}, seed {recipe.seed}, {recipe.dtype}; "
-        f"{start.get('trained', 0):,} of {start.get('params', 0):,} weights trained; "
-        f"uplink {human_bytes(done.get('bytes_up', 0))}, downlink {human_bytes(done.get('bytes_down', 0))} in all.",
-        *(["Trained on real devices, which keep their rows."] if of_devices else [_code(command_of(recipe))]),
-        _table(["setting", ""], settings),
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            f"{recipe.method}{paper}: {counted(rounds, 'round')}, {counted(int(start.get('clients', 0)), 'client')}, "
+            f"share of the clients per round {recipe.participation:g}, seed {recipe.seed}, {recipe.dtype}; "
+            f"{start.get('trained', 0):,} of {start.get('params', 0):,} weights trained; "
+            f"uplink {human_bytes(done.get('bytes_up', 0))}, downlink {human_bytes(done.get('bytes_down', 0))} in all.",
+            *(
+                ["Trained on real devices, which keep their rows."]
+                if of_devices
+                else [_code(command_of(recipe))]
+            ),
+            _table(["setting", ""], settings),
+        ]
+    )
 
 
 def _digests(run: Path, done: Mapping[str, Any]) -> list[tuple[str, str]]:

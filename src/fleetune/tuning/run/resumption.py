@@ -13,9 +13,22 @@ from fleetune.runs import rundir
 
 # of env.json: what decides the bits of a result beside the recipe
 DECIDES: Final = (
-    "fleetune", "python", "torch", "transformers", "tokenizers", "peft", "numba", "numpy", "system", "machine", "device",
-    "gpu", "cuda", "threads", "instructions",
-)  # fmt: skip
+    "fleetune",
+    "python",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "numba",
+    "numpy",
+    "system",
+    "machine",
+    "device",
+    "gpu",
+    "cuda",
+    "threads",
+    "instructions",
+)
 
 
 def progress(run: Path, rounds: int) -> str:

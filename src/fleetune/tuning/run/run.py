@@ -242,11 +242,20 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     watch = Watch(method, job.objective, rundir.events(run.path) if whole else (), start)
     sitting = _Sitting(job, run, listener, fleet, first, base, params, check, watch)
     plan = rounds.RoundPlan(
-        recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
-        bytes.fromhex(model.digest)[:8], stands_on, robust.parse(recipe.aggregation), recipe.over_selection,
-        OLDEST if recipe.late == "use" else 0, recipe.patience, recipe.keep == "best",
+        recipe.rounds,
+        recipe.participation,
+        recipe.quorum,
+        recipe.seed,
+        recipe.eval_every,
+        bytes.fromhex(model.digest)[:8],
+        stands_on,
+        robust.parse(recipe.aggregation),
+        recipe.over_selection,
+        OLDEST if recipe.late == "use" else 0,
+        recipe.patience,
+        recipe.keep == "best",
         recipe.max_rows,
-    )  # fmt: skip
+    )
     try:
         outcome = rounds.run(method, fleet, first, run, plan, sitting.hooks(began))
     except rounds.ModelLostError as lost:
@@ -275,9 +284,14 @@ class _Sitting:
     def hooks(self, began: float) -> rounds.Hooks:
         """Return what the rounds call; `began` is when the sitting began, with its search for rates."""
         return rounds.Hooks(
-            self.begin, self.measure, self.emit, self.resumed, self.listener.note, lambda: time.monotonic() - began,
+            self.begin,
+            self.measure,
+            self.emit,
+            self.resumed,
+            self.listener.note,
+            lambda: time.monotonic() - began,
             self.check.score,
-        )  # fmt: skip
+        )
 
     def begin(self) -> dict[str, float]:
         """Record the start of the run; return the measures that round 1 starts from."""

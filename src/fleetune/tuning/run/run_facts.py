@@ -21,9 +21,12 @@ NAMED: tuple[str, ...] = ("model", "data", "eval_data")  # may be paths: their l
 def of_job(job: TuneJob) -> dict[str, Value]:
     """Return option -> value: those of the recipe, the method's as `set.NAME`, and what they were resolved to."""
     return of_recipe(job.recipe) | {
-        "base_digest": job.model.digest, "parameters": job.model.n_params, "held_out_rows": len(job.held),
-        "training_rows": sum(len(rows) for rows in job.rows), "fleetune": __version__,
-    }  # fmt: skip
+        "base_digest": job.model.digest,
+        "parameters": job.model.n_params,
+        "held_out_rows": len(job.held),
+        "training_rows": sum(len(rows) for rows in job.rows),
+        "fleetune": __version__,
+    }
 
 
 def of_recipe(recipe: Recipe) -> dict[str, Value]:

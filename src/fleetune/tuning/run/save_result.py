@@ -50,12 +50,21 @@ def finish(
         run.write("samples.md", describe.samples_page(evaluation), private=True)
     change = check.against_base(rows)
     done = TuneDone(
-        base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=outcome.last,
-        bytes_up=totals.bytes_up, bytes_down=totals.bytes_down, seconds=round(totals.seconds, 3),
-        wall=round(totals.wall + time.monotonic() - began, 3), peak_rss=peak_rss(), **result,
-        per_client=clients, energy=meter.joules() if meter else None,
+        base=evaluation["base"],
+        tuned=tuned,
+        rows=len(job.held),
+        run=str(run.path),
+        rounds=outcome.last,
+        bytes_up=totals.bytes_up,
+        bytes_down=totals.bytes_down,
+        seconds=round(totals.seconds, 3),
+        wall=round(totals.wall + time.monotonic() - began, 3),
+        peak_rss=peak_rss(),
+        **result,
+        per_client=clients,
+        energy=meter.joules() if meter else None,
         **_about(job, run, (first, state), evaluation, tuned, result["digest"], outcome, change),
-    )  # fmt: skip
+    )
     if job.entry.kind == "adapter":
         size = model_card.complete(Path(done.result), as_dict(done))
         done = dataclasses.replace(done, result_bytes=size)
@@ -105,11 +114,14 @@ def _about(
     words += remarks.of_course(job, outcome, tuned)
     answered = min(job.recipe.rouge_rows, len(job.prompts)) or None
     return {
-        "start": start, "moved": not stays, "remarks": words, "answered": answered,
+        "start": start,
+        "moved": not stays,
+        "remarks": words,
+        "answered": answered,
         "change_errors": {"loss": change.error} if change is not None and change.error is not None else None,
         "best": outcome.round if job.recipe.keep == "best" else None,
         "stopped_early": outcome.last < job.recipe.rounds or None,
-    }  # fmt: skip
+    }
 
 
 # What a run leaves behind, by the method's kind -----------------------------------------------------

@@ -26,9 +26,14 @@ MEASURES: Final = ("loss", "accuracy", "objective")
 def measure(job: TuneJob) -> tuple[dict[str, float], RowLosses]:
     """Measure the model as it stands on the held-out rows; also the loss of each row."""
     return measure_rows(
-        job.model, job.held, job.examples, job.words, job.recipe.max_length, objective=job.objective,
+        job.model,
+        job.held,
+        job.examples,
+        job.words,
+        job.recipe.max_length,
+        objective=job.objective,
         batch_size=batch_size_of(job.method),
-    )  # fmt: skip
+    )
 
 
 def score(objective: str, measured: Mapping[str, float]) -> float | None:

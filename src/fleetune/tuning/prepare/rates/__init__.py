@@ -184,16 +184,22 @@ def from_slopes(
     eps = max(m.eps, COARSE.get(model.dtype, 0.0))
     how = slopes.Probe(m.law, m.K, eps, derive(seed, "rate"), m.batch_size)
     points = slopes.measure(
-        model, rows, how, lambda point: method.rate_from([point], clients),
+        model,
+        rows,
+        how,
+        lambda point: method.rate_from([point], clients),
         lambda done: progress(f"finding {name}", done, slopes.PASSES, "forward passes"),
-    )  # fmt: skip
+    )
     rate = method.rate_from(points, clients)
     seen = max(points, key=lambda point: point.curvature)
     found = Found(
-        name, float(m.lr), "slopes", "no slope beyond the noise of the rows: the published rate",
+        name,
+        float(m.lr),
+        "slopes",
+        "no slope beyond the noise of the rows: the published rate",
         slopes=tuple(s for point in points for s in point.slopes),
         curvatures=tuple(c for point in points for c in point.curvatures),
-    )  # fmt: skip
+    )
     if not rate:
         return found
     why = (
