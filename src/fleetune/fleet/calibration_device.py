@@ -70,18 +70,27 @@ class Calibration:
         for others than before.
         """
         file, self.heard = self.folder / BEGIN, lambda: on_step(0)
-        self._check(decode(message).payload)
+        count, length = self._checked(decode(message).payload)
+        asked = digest([self.rows]), self.job.result, count, length
+        self.own.calibrate_on(*asked, note=False)
         if not (file.exists() and file.read_bytes() == message):
             self.own.renewed(self.folder)
             write_atomic(file, message, mode=PRIVATE)
-        windows = self._windows
+        try:
+            windows, stream = self._windows, self._stream
+        except Exception:
+            self.remove()
+            self.__dict__.pop("_windows", None)
+            raise
+        self.own.calibrate_on(*asked, note=True)
         if self._stands() is None:
             self.heard()
             with torch.inference_mode():
-                self._save(0, self._stream.first_block_inputs(windows))
+                self._save(0, stream.first_block_inputs(windows))
         return encode(Message(0, self.base, Payload({}, {"windows": len(windows)})))
 
-    def _check(self, asked: Payload) -> None:
+    def _checked(self, asked: Payload) -> tuple[int, int]:
+        """Return how many windows of how many tokens there are; Declined for too few."""
         count, length = asked.int("windows"), asked.int("length")
         if odd := sorted({*asked.scalars, *asked.arrays} - ASKED):
             raise MessageError(f"the order to calibrate holds {odd[0]!r:.60}, which is no part of one")
@@ -90,7 +99,7 @@ class Calibration:
         count = min(count, sum(len(row.ids) for row in self.rows) // length)
         if count * length < (least := self.least_tokens()):
             raise Declined("few-tokens", least)
-        self.own.calibrate_on(digest([self.rows]), self.job.result, count, length)
+        return count, length
 
     def least_tokens(self) -> int:
         """Return over how many tokens a sum is made at least."""

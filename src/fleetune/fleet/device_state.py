@@ -88,15 +88,16 @@ class DeviceState:
             raise StorageError(f"{folder} leads out of {self.folder}", hint="remove the link")
         return folder
 
-    def calibrate_on(self, rows: str, result: str, windows: int, length: int) -> None:
-        """Note that sums of this result over so many windows of the rows with this digest leave the device.
+    def calibrate_on(self, rows: str, result: str, windows: int, length: int, *, note: bool) -> None:
+        """Tell whether sums of this result over so many windows of the rows with this digest may leave; `note` that they do.
 
         Declined where others did before: the difference of two sums over nearly the same tokens shows the tokens, and so do
         sums of many results that are made for it.
         """
         file, wanted = self.folder / CALIBRATED, [self.keyed(rows), result, windows, length]
         if not file.exists():
-            write_atomic(file, json.dumps({"on": wanted, "blocks": {}}), mode=PRIVATE)
+            if note:
+                write_atomic(file, json.dumps({"on": wanted, "blocks": {}}), mode=PRIVATE)
         elif (before := json.loads(read_text(file)))["on"] != wanted:
             raise self._calibrated(before)
 

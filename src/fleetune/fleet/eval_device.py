@@ -4,12 +4,13 @@
 The answer to the order `eval` holds
 
     rows, tokens    how many were measured (of an encoder a row scores one thing: tokens = rows)
-    base, tuned     the summed cross-entropy of the answers' tokens, in nats, by the base and by the tuned model, with the mean
-                    rounded to `EXACT` nats: a server that makes its model for it would else read rows out of further digits
+    base, tuned     the summed cross-entropy of the answers' tokens, in nats, by the base and by the tuned model; the mean is at
+                    most `TIMES` ln V, rounded to `EXACT` nats: a server that makes its model for it reads rows out of the digits
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -23,7 +24,8 @@ from fleetune.fleet.orders import Job
 from fleetune.models.net.model import Model
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 
-EXACT: Final = 1e-4  # nats a token
+EXACT: Final = 1e-3  # nats per token
+TIMES: Final = 2.0  # the loss of a guess among all V tokens: more than that says nothing of a model
 BATCH: Final = 1  # rows at a time: a device that has trained has the memory for one
 
 
@@ -56,9 +58,10 @@ def measure(
             own.remove(own.run(job.run) / result.FOLDER)
         tuned, _ = losses()
     tokens = int(counts.sum())
+    most = TIMES * math.log(max(2, model.net.config.vocab_size))
 
     def told(found: np.ndarray) -> float:
-        return round(float(np.sum(found)) / tokens / EXACT) * EXACT * tokens
+        return round(min(float(np.sum(found)) / tokens, most) / EXACT) * EXACT * tokens
 
     sums = {"rows": len(held), "tokens": tokens, "base": told(base), "tuned": told(tuned)}
     return encode(Message(received.round, received.base, Payload({}, sums)))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from fleetune.common.events import DeviceEvaluated, FleetEvaluated
-from fleetune.common.files import PRIVATE, json_text, write_atomic
+from fleetune.common.files import PRIVATE, finite, json_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import FleetError, MessageError, UsageError
 from fleetune.fleet import result
@@ -44,7 +44,7 @@ from fleetune.tuning.result import finished
 from fleetune.tuning.rounds.fleets import Answer
 
 FILE: Final = "eval-fleet.json"
-WORST: Final = 1e4  # nats a token; far above what finite logits give
+WORST: Final = 100.0  # nats per token: devices report less, and its perplexity is a number
 
 
 def evaluate(
@@ -90,7 +90,7 @@ def evaluate(
             done = replace(done, path=str(folder / FILE))
             content = {**asdict(done), "base_digest": job.base, "result_sha256": job.result}
             content["devices"] = [asdict(one) for one in sorted(found, key=lambda one: one.client)]
-            write_atomic(folder / FILE, json_text(content), mode=PRIVATE)
+            write_atomic(folder / FILE, json_text(finite(content)), mode=PRIVATE)
         listener.event(done)
         return done, found
 

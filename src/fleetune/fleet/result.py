@@ -30,6 +30,7 @@ from fleetune.tuning.result import finished
 FILE: Final = "file "  # begins the name of a file's bytes in a message
 LEDGER: Final = finished.RESULT["ledger"]
 FOLDER: Final = "result"  # in a run's, on the device
+HEADER: Final = 1 << 20  # bytes: its reader ends the process where memory for a larger one is short
 FILES: Final = frozenset(
     {
         LEDGER,
@@ -91,6 +92,8 @@ def placed(scalars: Mapping[str, Scalar], own: DeviceState, job: Job) -> Path:
         for name, data in files.items():
             if type(data) is not bytes:
                 raise MessageError(f"{name!r} does not come as bytes")
+            if name.endswith(".safetensors") and int.from_bytes(data[:8], "little") > HEADER:
+                raise MessageError(f"{name!r} has a head of more than {HEADER:,} bytes")
             write_atomic(folder / name, data, mode=PRIVATE)
         result = folder / LEDGER if LEDGER in files else folder
         sums.check(result, remedy="the server sends it again")

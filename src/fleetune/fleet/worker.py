@@ -223,7 +223,9 @@ class Worker:
             raise
         except FAULTS as error:
             why = error.message if isinstance(error, FleetuneError) else fault(error)
-            log.error("%s failed: %s", _title(order), why, exc_info=log.isEnabledFor(logging.INFO))
+            log.error(
+                "%s failed: %s", _title(order), cut_reason(why), exc_info=log.isEnabledFor(logging.INFO)
+            )
             return self._without("failed", order, error)
         try:
             write_atomic(file, digest + encoded, mode=PRIVATE)

@@ -13,7 +13,8 @@ The server's message after a block holds its compressed weights as the artefact 
 
 The server adds in float64, in the order of the clients, and rounds once.  A reply that is damaged, not finite, not as agreed
 or no sum of x x^T is refused, and its device is left out from then on; the other devices continue.  So is one whose mean
-square of an input is more than `TIMES` times the devices' median: sums add up, so it would count for all the others.
+square of an input is more than `TIMES` times the devices' median: sums add up, so it would count for all the others.  Nor does
+a device count more tokens than the median one: how many windows it has is what it says itself.
 (Honest devices of unlike text come to 1.4.  A small one takes nothing from the others.)  The median is known when the last
 reply has come; until then replies lie on disk, and one at a time is in memory.
 """
@@ -21,6 +22,7 @@ reply has come; until then replies lie on disk, and one at a time is in memory.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -116,10 +118,13 @@ class HessianSums:
                     taken[client] = _Taken(0, len(data or b""), {}, str(error))
                     continue
                 taken[client] = _Taken(spool.store(data), len(data), squares, "")
-            middles = medians([one.squares for one in taken.values() if not one.reason])
+            good = [client for client, one in taken.items() if not one.reason]
+            middles = medians([taken[client].squares for client in good])
+            usual_tokens = usual([self.tokens[client] for client in good]) if middles else math.inf
             for client, one in sorted(taken.items()):
                 if not (reason := one.reason or beyond(one.squares, middles)):
-                    _add(total, decode(spool.read(one.offset, one.size)).payload)
+                    share = min(1.0, usual_tokens / self.tokens[client])
+                    _add(total, decode(spool.read(one.offset, one.size)).payload, share)
                 else:
                     del self.tokens[client]
                 status = "refused" if reason else "ok"
@@ -164,11 +169,11 @@ class HessianSums:
         return found, squares
 
 
-def _add(total: dict[str, Tensor], payload: Payload) -> None:
-    """Add a reply to the sums."""
+def _add(total: dict[str, Tensor], payload: Payload, share: float) -> None:
+    """Add a reply to the sums, or a share of it."""
     for name, a in payload.arrays.items():
         total.setdefault(name, torch.zeros(a.size, dtype=torch.float64)).add_(
-            torch.from_numpy(a.astype(np.float64))
+            torch.from_numpy(a.astype(np.float64)), alpha=share
         )
 
 

@@ -105,6 +105,12 @@ class Connection(HttpToolsProtocol):
         self._head = None
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        """Take the next request, and read no more while others wait: a client could send them without end."""
+        super().on_response_complete()
+        if self.pipeline:
+            self.flow.pause_reading()
+
     def data_received(self, data: bytes) -> None:
         """Read on, unless the head has become too long."""
         super().data_received(data)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -105,6 +106,7 @@ class Line:
             timeout=PATIENCE,
             limits=httpx.Limits(keepalive_expiry=IDLE),
             trust_env=not is_loopback(server.address.rpartition(":")[0]),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         )
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
@@ -235,6 +237,8 @@ class _Session:
             if found is None:
                 return
             number, order = found
+            if not number and time.monotonic() - self.said < AGAIN:
+                self.over.wait(AGAIN)  # a server that has nothing keeps the request for a while
             data = self._answer(answer, order) if number else b""
         if number:
             self.within(PATIENCE + len(data) / SLOWEST, lambda: self._send(number, data, "nothing"))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fleetune.common import commas
+from fleetune.data import Batches
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.net.model import Model
 from fleetune.seeds.ledger import TRAINS, Ledger, LedgerHead
@@ -132,10 +133,13 @@ def ledger_payload(ledger: Ledger, pool: int, epoch: int) -> Payload:
     return Payload({"a": narrow(sums)}, numbers)
 
 
-def open_view(model: Model, payload: Payload, *, law: str, K: int, lr: float) -> tuple[View, Position]:
+def open_view(
+    model: Model, payload: Payload, batches: Batches, *, law: str, K: int, lr: float
+) -> tuple[View, Position]:
     """Return, on a device, a view of `model` and the position that a `ledger_payload` stands for.
 
-    MessageError for sums of another law, pool or grid than those of the run's settings, and for too many.
+    `batches` are those of the work: what hears its steps hears the pieces of a replay too.  MessageError for sums of
+    another law, pool or grid than those of the run's settings, and for too many.
     """
     a, grid = payload.array("a"), grid_of(lr)
     most = max(2 * K, MOST_SUMS) if law == POOL else MOST_PASSES
@@ -149,6 +153,7 @@ def open_view(model: Model, payload: Payload, *, law: str, K: int, lr: float) ->
         raise MessageError(f"the message trains {train!r:.40}, which is none of {', '.join(TRAINS)}")
     model.trains = str(train)
     view = view_of(model, payload.int("run_key"), law, grid)
+    view.heard = batches.heard
     return view, Position(law, a.shape[1] if law == POOL else 1, ids, a[epochs, k].astype(np.int64))
 
 

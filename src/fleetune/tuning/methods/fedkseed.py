@@ -197,7 +197,7 @@ class Method(_zeroth.OfLedger):
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Take tau two-point steps along drawn directions, or back-propagate where `payload` says so; reply with integers."""
-        view, position = _zeroth.open_view(model, payload, law=self.law, K=self.K, lr=self.lr)
+        view, position = _zeroth.open_view(model, payload, batches, law=self.law, K=self.K, lr=self.lr)
         epoch = len(payload.array("a")) - 1
         if _mixed_fleet.is_ordered(payload):
             projected, loss = _mixed_fleet.descend(

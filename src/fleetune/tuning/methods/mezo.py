@@ -116,7 +116,7 @@ class Method(_zeroth.OfLedger):
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Take tau steps along fresh directions; reply with the integers that were stepped by."""
-        view, position = _zeroth.open_view(model, payload, law=self.law, K=self.K, lr=self.lr)
+        view, position = _zeroth.open_view(model, payload, batches, law=self.law, K=self.K, lr=self.lr)
         first = payload.int("step")
         steps = descend(
             model,

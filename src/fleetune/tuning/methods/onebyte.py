@@ -142,7 +142,7 @@ class Method(_zeroth.OfLedger):
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Measure n slopes at one point; then step by what is sent, as if this machine were alone."""
-        view, position = _zeroth.open_view(model, payload, law=self.law, K=self.K, lr=self.grid_lr)
+        view, position = _zeroth.open_view(model, payload, batches, law=self.law, K=self.K, lr=self.grid_lr)
         position.place(view)
         round = payload.int("round")
         ids = pool_ids(self.epoch(round), self.draw(round, payload.int("run_key"), key)).tolist()

@@ -60,7 +60,7 @@ class Method(mezo.Method):
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Do MeZO's round with every direction stored."""
-        view, _ = open_view(model, payload, law=self.law, K=self.K, lr=self.lr)
+        view, _ = open_view(model, payload, batches, law=self.law, K=self.K, lr=self.lr)
         with view.storing():
             return super().local(model, payload, batches, key, memory)
 
