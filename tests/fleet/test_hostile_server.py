@@ -332,7 +332,7 @@ def test_tokens_are_read_out_of_two_sums_where_a_device_lets_them(
     ids = np.concatenate([row.ids for row in encode_rows(plain, data.read("rows-0.jsonl"), 48)[0]])
     if not guarded:
         monkeypatch.setattr(Calibration, "least_tokens", lambda self: 1)
-        monkeypatch.setattr(DeviceState, "calibrate_on", lambda self, *asked: None)
+        monkeypatch.setattr(DeviceState, "calibrate_on", lambda self, *asked, note: None)
         found: list[int] = []
         before = np.zeros((32, 32))
         for n in range(1, 25):
@@ -587,7 +587,7 @@ def test_every_file_of_an_adapter_is_in_the_list_that_the_job_states(place: Path
     device = worker(held_out=4)
     assert take(device, task="eval", result=result.digest_of(Path("adapter"))).what == "ready"
     body = encode(Message(0, bytes(8), Payload({}, result.packed(Path("adapter")))))
-    assert ask(device, "eval", body).code == "model"
+    assert ask(device, "eval", body).code == "order"
 
 
 def test_windows_go_through_one_compressed_form_of_each_block(place: Path) -> None:

@@ -107,7 +107,7 @@ class Calibrators:
             listener.note(
                 f"{counted(len(tokens), 'device')} calibrate: of fewer than {FEWEST} none can be held against the others"
             )
-        sums = HessianSums(base, tokens, heard, parts)
+        sums = HessianSums(base, tokens, heard, parts, claimed=True)
         return FleetHessians(fleet, sums, model, parts), agreed
 
     def _count(self, request: CompressRequest, devices: Devices) -> int:

@@ -13,8 +13,7 @@ The server's message after a block holds its compressed weights as the artefact 
 
 The server adds in float64, in the order of the clients, and rounds once.  A reply that is damaged, not finite, not as agreed
 or no sum of x x^T is refused, and its device is left out from then on; the other devices continue.  So is one whose mean
-square of an input is more than `TIMES` times the devices' median: sums add up, so it would count for all the others.  Nor does
-a device count more tokens than the median one: how many windows it has is what it says itself.
+square of an input is more than `TIMES` times the devices' median: sums add up, so it would count for all the others.
 (Honest devices of unlike text come to 1.4.  A small one takes nothing from the others.)  The median is known when the last
 reply has come; until then replies lie on disk, and one at a time is in memory.
 """
@@ -86,9 +85,19 @@ class HessianSums:
     """Add up the messages of devices.  `tokens` are those agreed with each device that still takes part."""
 
     def __init__(
-        self, base: bytes, tokens: Mapping[int, int], on_reply: Callable[[HessianReply], None], folder: Path
+        self,
+        base: bytes,
+        tokens: Mapping[int, int],
+        on_reply: Callable[[HessianReply], None],
+        folder: Path,
+        *,
+        claimed: bool = False,
     ) -> None:
-        """base: the first 8 bytes of the base model's digest; a block's messages lie in `folder` meanwhile."""
+        """base: the first 8 bytes of the base model's digest; a block's messages lie in `folder` meanwhile.
+
+        `claimed`: devices say themselves how many tokens they have, so none counts more of them than the median one.
+        """
+        self.claimed = claimed
         self.base, self.tokens, self.on_reply, self.folder = base, dict(tokens), on_reply, folder
 
     def add_up(
@@ -120,7 +129,9 @@ class HessianSums:
                 taken[client] = _Taken(spool.store(data), len(data), squares, "")
             good = [client for client, one in taken.items() if not one.reason]
             middles = medians([taken[client].squares for client in good])
-            usual_tokens = usual([self.tokens[client] for client in good]) if middles else math.inf
+            usual_tokens = (
+                usual([self.tokens[client] for client in good]) if middles and self.claimed else math.inf
+            )
             for client, one in sorted(taken.items()):
                 if not (reason := one.reason or beyond(one.squares, middles)):
                     share = min(1.0, usual_tokens / self.tokens[client])
