@@ -133,20 +133,18 @@ COMPRESSORS = ("rtn", "optq", "qronos", "sparsegpt", "llm-pruner")
 def formats_table(page: str) -> str:
     """Every family of decoders: what it is tuned, compressed and written with."""
     head = (
-        "| family | tune | adapters | compress | GGUF (llama.cpp's name) | MLX | GPTQ | compressed-tensors |"
+        "| family | tune | adapters | compress | GGUF (llama.cpp's name) | MLX | GPTQ, compressed-tensors |"
     )
-    rows = [head, "|---" * 8 + "|"]
+    rows = [head, "|---" * 7 + "|"]
     for family, cells in matrix(page).items():
         if cells["rtn"] == ENCODER:
             continue
-        codes = "yes" if cells["rtn"] == "ok" else "-"
         record = table.FAMILIES.get(family)
         columns = [
             *(_fine(cells, names) for names in (WEIGHTS, ADAPTERS, COMPRESSORS)),
             f"`{record.architecture}`" if record else "-",
             "yes" if family in mlx.ARCHITECTURES else "-",
-            codes,
-            codes,
+            "yes" if cells["rtn"] == "ok" else "-",
         ]
         rows.append(f"| {family} | {' | '.join(columns)} |")
     return "\n".join(rows)
@@ -159,7 +157,11 @@ def matrix(page: str) -> dict[str, dict[str, str]]:
     (_, *columns), _, *rows = (
         [c.strip() for c in r.strip("|").split("|")] for r in re.findall(r"(?m)^\|.*\|$", text)
     )
-    return {name: {c: said.get(x, x) for c, x in zip(columns, cells, strict=True)} for name, *cells in rows}
+    return {
+        name: {c: said.get(x, x) for c, x in zip(columns, cells, strict=True)}
+        for names, *cells in rows
+        for name in names.split(", ")
+    }
 
 
 ENCODER = "an encoder cannot be compressed"

@@ -182,14 +182,16 @@ def cell(model: Path, column: str, out: Path) -> str:
 
 
 def page(found: dict[str, dict[str, str]]) -> str:
-    """Return the cells as a table and its notes."""
+    """Return the cells as a table, families that are alike in one row, and its notes."""
     notes: dict[str, int] = {}
     columns = list(next(iter(found.values())))
     lines = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    alike: dict[str, list[str]] = {}
     for family, cells in found.items():
         words = [functools.reduce(lambda said, own: own[0].sub(own[1], said), OWN, x) for x in cells.values()]
         marks = [said if said == "ok" else str(notes.setdefault(said, len(notes) + 1)) for said in words]
-        lines.append(f"| {family} | " + " | ".join(marks) + " |")
+        alike.setdefault(" | ".join(marks), []).append(family)
+    lines += [f"| {', '.join(families)} | {marks} |" for marks, families in alike.items()]
     return "\n".join([*lines, "", *(f"{number}. {said}" for said, number in notes.items())])
 
 

@@ -159,13 +159,13 @@ def test_every_cell_is_what_the_page_says(family: str, column: str, folder: Path
 def cells() -> dict[str, list[str]]:
     """The table of the page, by family."""
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    rows = re.findall(r"(?m)^\| ([\w-]+) \| (.*) \|$", text.partition("<!-- matrix -->")[2])
-    return {family: row.split(" | ") for family, row in rows if family != "family"}
+    rows = re.findall(r"(?m)^\| ([\w, -]+?) \| (.*) \|$", text.partition("<!-- matrix -->")[2])
+    return {family: row.split(" | ") for alike, row in rows[1:] for family in alike.split(", ")}
 
 
 def test_the_page_has_every_cell_and_no_fault() -> None:
     table = cells()
-    assert list(table) == families.FAMILIES
+    assert sorted(table) == sorted(families.FAMILIES)
     assert {len(row) for row in table.values()} == {len(families.NAMES)}
     assert "FAULT" not in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
