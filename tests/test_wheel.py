@@ -65,7 +65,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == tree
     kinds = {Path(name).suffix for name in held}
-    assert {".toml", ".html", ".css", ".jsonl", ".typed"} <= kinds, "recipes, pages, demo rows, types"
+    assert {".toml", ".css", ".jsonl", ".typed"} <= kinds, "recipes, pages, demo rows, types"
 
 
 def test_its_metadata_name_the_command_the_licence_and_every_extra(wheel: Path) -> None:

@@ -23,7 +23,7 @@ from fleetune.compression.layerwise.groups import rounded
 from fleetune.data.encode import Encoded, collate
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.evaluation.losses import pad_id
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact.artefact import Master, Quantised
 
 SMALL = ("--method", "optq", "--text", "text.txt", "--windows", "4", "--length", "32")
 SIZES = {
@@ -173,7 +173,7 @@ def test_training_brings_the_model_nearer_to_the_dense_one(
     plain, _, one = after(capsys, *flags)
     trained, _, two = after(capsys, *flags, "--train-scales", "60")
     assert trained < 0.9 * plain
-    first, second = (models.artefact.Master(folder / "model") for folder in (one, two))
+    first, second = (Master(folder / "model") for folder in (one, two))
     for name in first.head.grids:
         assert torch.equal(first.quantised(name).codes, second.quantised(name).codes)  # type: ignore[union-attr]
     assert second.head.settings["train_scales"] == 60
