@@ -65,6 +65,25 @@ def test_one_client_gives_the_central_result_bit_for_bit(method: str, tmp_path: 
     assert [b.matrices for b in parts.blocks] == [b.matrices for b in central.blocks]
 
 
+def test_where_tokens_are_claimed_none_counts_more_than_the_median(tmp_path: Path) -> None:
+    _, linears = linears_of(models.tiny_llama())[0]
+    name, C = "model.layers.0.self_attn.q_proj", 32
+    linears = {name: linears[name]}
+    sent = {
+        client: sums.message_of({name: 2.0 * tokens * torch.eye(C)}, tokens, 0, bytes(8))
+        for client, tokens in ((0, 100), (1, 100), (2, 5000))
+    }
+
+    def total(claimed: bool) -> float:
+        tokens = {0: 100, 1: 100, 2: 5000}
+        added = sums.HessianSums(bytes(8), tokens, lambda reply: None, tmp_path, claimed=claimed)
+        answers = [sums.Answer(client, data, "") for client, data in sent.items()]
+        return float(added.add_up(0, linears, answers, 0)[name][0, 0])
+
+    assert total(False) == pytest.approx(2 * 5200)
+    assert total(True) == pytest.approx(2 * 300)
+
+
 def test_many_clients_give_the_central_result_on_the_union(tmp_path: Path) -> None:
     """In another order too; sums in float32 (the central ones) are rounded otherwise, codes may differ by that.
 

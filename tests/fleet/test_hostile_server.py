@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import socket
 import sys
 import threading
@@ -30,7 +31,7 @@ from fleetune.compression.layerwise.sums import from_lower_triangle
 from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import DataError, Interrupted, LedgerError, MessageError, StorageError
-from fleetune.fleet import eval_server, result
+from fleetune.fleet import eval_device, eval_server, result
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import MARK, DeviceState
 from fleetune.fleet.orders import Job, Order, Reply
@@ -514,9 +515,42 @@ def test_results_are_measured_a_few_times_and_to_a_few_digits(
         if not reply.code:
             told = decode(reply.body).payload.scalars
             mean = float(told["tuned"]) / float(told["tokens"])
-            assert abs(mean * 1e4 - round(mean * 1e4)) < 1e-6
+            assert abs(mean * 1e3 - round(mean * 1e3)) < 1e-6
     assert codes == ["", "", "measured 2", ""]
     assert not list(Path("state").glob("run-*/result"))
+
+
+def test_a_model_made_for_it_tells_no_large_number(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss of any size would hold several tokens: a mean is at most twice that of a guess."""
+    monkeypatch.setattr(
+        eval_device, "all_row_losses", lambda *asked: (np.array([1e6, 2e6]), np.array([3, 4]))
+    )
+    device = worker(held_out=4)
+    model = models.load("model", device="cpu")
+    methods.make("fedit", SET).init(model, 5)
+    fleetune.adapters.save(model, Path("adapter"))
+    assert take(device, task="eval", result=result.digest_of(Path("adapter"))).what == "ready"
+    reply = ask(device, "eval", encode(Message(0, bytes(8), Payload({}, result.packed(Path("adapter"))))))
+    told = decode(reply.body).payload.scalars
+    most = 2 * math.log(model.net.config.vocab_size)
+    assert float(told["tuned"]) / float(told["tokens"]) == pytest.approx(most, abs=1e-3)
+
+
+@pytest.mark.parametrize(("task", "what"), [("eval", "eval"), ("calibrate", "begin")])
+def test_a_file_whose_head_is_large_is_not_read_and_nothing_is_left(
+    task: str, what: str, place: Path
+) -> None:
+    """The reader of safetensors ends the process where memory is short."""
+    files = {"file adapter_model.safetensors": (1 << 21).to_bytes(8, "little") + b"{" * (1 << 21)}
+    device = worker(held_out=4, calibrate=True)
+    assert take(device, task=task, result="e" * 64).what == "ready"
+    body = encode(
+        Message(
+            0, bytes(8), Payload({}, {**files, **({"windows": 150, "length": 1} if what == "begin" else {})})
+        )
+    )
+    assert ask(device, what, body).code == "order"
+    assert not [p for p in Path("state").glob("run-*/*") if p.name in ("result", "calibration")]
 
 
 def test_a_message_of_another_round_than_its_order_leaves_nothing(place: Path) -> None:

@@ -186,7 +186,9 @@ class Served:
         prepare.check_aggregation(job.recipe, job.method, count)
         listener.note(settled.about_rule(job.recipe, count))
         if not job.recipe.eval_every:
-            listener.note("no round is evaluated, so the last one is kept, however bad: --eval-every 1 keeps the best")
+            listener.note(
+                "no round is evaluated, so the last one is kept, however bad: --eval-every 1 keeps the best"
+            )
         if simulated := [name for name in SIMULATED if getattr(job.recipe, name)]:
             listener.note(
                 f"{', '.join(simulated)} of the recipe only simulate; for real devices: --round-deadline SECONDS"
