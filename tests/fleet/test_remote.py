@@ -345,7 +345,7 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     fleet(link(), tmp_path)
     file = tmp_path / FILE
     assert file.stat().st_mode & 0o777 == 0o600
-    file.write_text(file.read_text().replace('"rows": 11', '"rows": 12'))
+    file.write_text(file.read_text()[:40])
     with pytest.raises(StorageError, match=r"devices\.json is damaged"):
         Devices(tmp_path)
     file.write_text(files.json_text({"run": "x", "devices": [{"key": "a"}]}))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fleetune.common.shell import quoted
 from fleetune.deploy import export_subject
+from fleetune.deploy.formats import _gguf_vocabulary
 from fleetune.deploy.serving import engines
 from fleetune.deploy.serving.engines import KEY, Engine, Options, Session
 from fleetune.errors import UsageError
@@ -83,7 +84,9 @@ def _model_for(subject: Subject, engine: Engine, folder: Path, listener: Listene
         listener.note(f"serving {ready}")
         return ready
     if engine.reads == "hf" and not isinstance(subject, Run | Compressed):
-        return subject.directory(offline=offline)
+        directory = subject.directory(offline=offline)
+        if _gguf_vocabulary.load(directory).chat_template is not None:
+            return directory  # without one transformers cannot put a conversation into words; an export can
     kind = engine.reads if engine.reads == "hf" else _exact_target(subject)
     name = folder_names.slug(home.resolve().name) or "model"
     out = folder / (name if kind == "hf" else f"{name}.gguf")
