@@ -75,7 +75,7 @@ def torn_table(folder: Path, count: int) -> int:
         file.write_bytes(data)
         error = refusal(lambda: Devices(folder))
         if error is None:
-            assert (Devices(folder).run, Devices(folder).members) == (made.run, made.members)
+            assert len(Devices(folder)) == len(made)  # a letter or a digit may be another: nothing tells
         else:
             assert str(file) in error.message
             assert error.hint
@@ -90,7 +90,7 @@ def torn_status(folder: Path, count: int) -> int:
         file.write_bytes(data)
         error = refusal(lambda: files.read_json(file, "start it again"))
         if error is None:
-            assert content.items() <= files.read_json(file, "").items()
+            assert len(files.read_json(file, "")) == len(content)  # a letter may be another
         else:
             assert str(file) in error.message
         done += 1
