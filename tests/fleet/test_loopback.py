@@ -322,12 +322,12 @@ def test_the_door(place: Path) -> None:
             ):
                 assert client.post(path, content=b"").status_code == 404
             assert client.post("/v1/fleet/pull-messages", content=b"x").status_code == 404
-                assert client.post("/v1/fleet/exchange", content=b"x").status_code == 401
+            assert client.post("/v1/fleet/exchange", content=b"x").status_code == 401
         assert b" 413 " in answer_to_head(
-            port, f"POST /v1/fleet/pull-messages HTTP/1.1\r\ncontent-length: {9 << 20}"
+            port, f"POST /v1/fleet/exchange HTTP/1.1\r\ncontent-length: {9 << 20}"
         )
         assert b" 413 " in answer_to_head(
-            port, "POST /v1/fleet/pull-messages HTTP/1.1\r\ntransfer-encoding: chunked"
+            port, "POST /v1/fleet/exchange HTTP/1.1\r\ntransfer-encoding: chunked"
         )
         until = threading.Event()
         for _ in range(200):
