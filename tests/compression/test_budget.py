@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from pruner_harness import tiny
 from torch import Tensor
 
-from fleetune.compression.budget import choose, costs, sensitivity
-from fleetune.compression.budget.costs import CANDIDATES, Candidate, Option, Term
+from fleetune.compression.layerwise import sensitivity
+from fleetune.compression.layerwise import costs
+from fleetune.compression.layerwise import costs
+from fleetune.compression.layerwise.costs import CANDIDATES, Candidate, Option, Term
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.grids import Grid
@@ -187,11 +189,11 @@ def test_no_choice_of_as_many_bytes_costs_less(each: list[list[Option]], spare: 
     """While every step fits: optimal for the bytes used; always within the budget, and no further step of a hull fits."""
     table = {str(i): found for i, found in enumerate(each)}
     budget = sum(min(o.bytes for o in found) for found in each) + spare
-    chosen = choose.choose(table, budget)
+    chosen = costs.choose(table, budget)
     used, cost = (sum(getattr(o, n) for o in chosen.values()) for n in ("bytes", "cost"))
     assert used <= budget
     for name, option in chosen.items():
-        later = [o for o in choose.hull(table[name]) if o.bytes > option.bytes]
+        later = [o for o in costs.hull(table[name]) if o.bytes > option.bytes]
         assert not later or later[0].bytes - option.bytes > budget - used
     best = min(
         sum(o.cost for o in found)
@@ -204,7 +206,7 @@ def test_no_choice_of_as_many_bytes_costs_less(each: list[list[Option]], spare: 
 
 @given(options)
 def test_a_hull_is_convex_and_has_the_cheapest(found: list[Option]) -> None:
-    hull = choose.hull(found)
+    hull = costs.hull(found)
     assert hull[0].bytes == min(o.bytes for o in found)
     assert hull[-1].cost == min(o.cost for o in found)
     gains = [(a.cost - b.cost) / (b.bytes - a.bytes) for a, b in itertools.pairwise(hull)]
@@ -214,15 +216,15 @@ def test_a_hull_is_convex_and_has_the_cheapest(found: list[Option]) -> None:
 
 def test_the_smallest_of_each_must_fit() -> None:
     table = {"a": [Option(A, 5, 1.0), Option(A, 7, 0.0)], "b": [Option(A, 4, 1.0)]}
-    assert choose.choose(table, 9)["a"].bytes == 5
-    assert choose.choose(table, 11)["a"].bytes == 7
+    assert costs.choose(table, 9)["a"].bytes == 5
+    assert costs.choose(table, 11)["a"].bytes == 7
     with pytest.raises(ValueError, match="too few"):
-        choose.choose(table, 8)
+        costs.choose(table, 8)
 
 
 def test_a_step_that_does_not_fit_leaves_its_bytes_to_others() -> None:
     table = {"large": [Option(A, 1, 9.0), Option(A, 9, 0.0)], "small": [Option(A, 1, 1.0), Option(A, 3, 0.0)]}
-    chosen = choose.choose(table, 5)
+    chosen = costs.choose(table, 5)
     assert (chosen["large"].bytes, chosen["small"].bytes) == (1, 3)
 
 

@@ -21,7 +21,7 @@ from pruner_harness import tiny
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.common.display import human_bytes
-from fleetune.compression.budget import costs
+from fleetune.compression.layerwise import costs
 from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise import driver
 from fleetune.models.artefact.artefact import Master

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fleetune import compression, models
-from fleetune.compression.budget import costs, sensitivity
-from fleetune.compression.budget.costs import CANDIDATES, Term
+from fleetune.compression.layerwise import sensitivity
+from fleetune.compression.layerwise import costs
+from fleetune.compression.layerwise.costs import CANDIDATES, Term
 from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.driver import Plan, experts_in, linears_of

@@ -16,12 +16,12 @@ from torch import Tensor
 from fleetune import compression, models
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.main import main
-from fleetune.compression.layerwise import driver, sums
+from fleetune.compression.layerwise import driver, federated
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.blocks import FinishedBlocks
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import ClientHessians
-from fleetune.compression.layerwise.sums import HessianReply, from_lower_triangle, lower_triangle
+from fleetune.compression.layerwise.federated import HessianReply, from_lower_triangle, lower_triangle
 from fleetune.errors import FleetError
 from fleetune.models import Model
 from fleetune.models.artefact.artefact import Quantised, dense
@@ -70,14 +70,14 @@ def test_where_tokens_are_claimed_none_counts_more_than_the_median(tmp_path: Pat
     name, C = "model.layers.0.self_attn.q_proj", 32
     linears = {name: linears[name]}
     sent = {
-        client: sums.message_of({name: 2.0 * tokens * torch.eye(C)}, tokens, 0, bytes(8))
+        client: federated.message_of({name: 2.0 * tokens * torch.eye(C)}, tokens, 0, bytes(8))
         for client, tokens in ((0, 100), (1, 100), (2, 5000))
     }
 
     def total(claimed: bool) -> float:
         tokens = {0: 100, 1: 100, 2: 5000}
-        added = sums.HessianSums(bytes(8), tokens, lambda reply: None, tmp_path, claimed=claimed)
-        answers = [sums.Answer(client, data, "") for client, data in sent.items()]
+        added = federated.HessianSums(bytes(8), tokens, lambda reply: None, tmp_path, claimed=claimed)
+        answers = [federated.Answer(client, data, "") for client, data in sent.items()]
         return float(added.add_up(0, linears, answers, 0)[name][0, 0])
 
     assert total(False) == pytest.approx(2 * 5200)
@@ -123,7 +123,7 @@ def test_a_triangle_holds_the_matrix() -> None:
     H = (H + H.T) / 2
     assert lower_triangle(H).shape == (15,)
     assert torch.equal(from_lower_triangle(lower_triangle(H), 5), H)
-    assert lower_triangle(H)[sums._diagonal_indices(5)].tolist() == H.diagonal().tolist()
+    assert lower_triangle(H)[federated._diagonal_indices(5)].tolist() == H.diagonal().tolist()
 
 
 def broken(kind: str, data: bytes) -> bytes:
@@ -210,7 +210,7 @@ def lie(kind: str, a: np.ndarray, C: int, tokens: int) -> np.ndarray:
         H = -0.9 * torch.outer(squares, squares).sqrt()
         H.diagonal().copy_(squares)
     elif kind == "the largest everywhere":
-        H = torch.full((C, C), 2 * tokens * sums.LARGEST**2)
+        H = torch.full((C, C), 2 * tokens * federated.LARGEST**2)
     else:  # its spectrum turned over, so many times as large
         values, vectors = torch.linalg.eigh(H)
         H = float(kind) * (vectors * values.flip(0)) @ vectors.T
@@ -272,7 +272,7 @@ def test_honest_sums_pass_however_unlike_their_inputs_are(tokens: int) -> None:
     x = (rng.normal(size=(tokens, 200)) * 10.0 ** rng.uniform(-6, 4, 200)).astype(np.float32)
     x[:, 3], x[:, 5] = 0.0, x[:, 4]
     H = torch.from_numpy(2 * x.T @ x)
-    assert sums.check_sums("x", lower_triangle(H).numpy(), 200, tokens) == pytest.approx(
+    assert federated.check_sums("x", lower_triangle(H).numpy(), 200, tokens) == pytest.approx(
         (x.astype(float) ** 2).mean(), rel=1e-4
     )
 
@@ -504,15 +504,15 @@ def test_bad_requests_are_clear(case: str, tuned_run: Path, capsys: pytest.Captu
 def test_a_client_with_too_little_text_is_left_out() -> None:
     from types import SimpleNamespace
 
-    from fleetune.compression.jobs import windows
+    from fleetune.compression.jobs import inputs
     from fleetune.errors import DataError
 
     rows = {1: [SimpleNamespace(ids=np.arange(40))] * 2, 4: [SimpleNamespace(ids=np.arange(9))]}
     inputs: Any = SimpleNamespace(model=models.tiny_llama(), clients=rows)
     notes: list[str] = []
     ui: Any = SimpleNamespace(note=notes.append)
-    found = windows.of_clients(SimpleNamespace(length=10, windows=7), inputs, ui)  # type: ignore[arg-type]
+    found = inputs.of_clients(SimpleNamespace(length=10, windows=7), inputs, ui)  # type: ignore[arg-type]
     assert {client: tuple(own.shape) for client, own in found.items()} == {1: (3, 10)}
     assert notes == ["client 4 is left out: the calibration text has 9 tokens, a window needs 10"]
     with pytest.raises(DataError, match="no client has text for a window of 90"):
-        windows.of_clients(SimpleNamespace(length=90, windows=7), inputs, ui)  # type: ignore[arg-type]
+        inputs.of_clients(SimpleNamespace(length=90, windows=7), inputs, ui)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from fleetune import models
-from fleetune.compression.distillation import divergence
+from fleetune.compression import distillation
 from fleetune.data.encode import MASKED, Batch, collate
 from fleetune.evaluation.losses import predictors
 from fleetune.models import Model
@@ -22,7 +22,7 @@ BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 def between(student: Model, teacher: Model, batch: Batch, beta: float, *, chunk: int = 0) -> Tensor:
     made = predictors(student.net, batch)
-    return divergence.divergences(made, teacher.net, batch, beta, chunk=chunk)
+    return distillation.divergences(made, teacher.net, batch, beta, chunk=chunk)
 
 
 def logits(seed: int, n: int = 7, V: int = 50) -> tuple[Tensor, Tensor]:
@@ -33,11 +33,11 @@ def logits(seed: int, n: int = 7, V: int = 50) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("beta", BETAS)
 def test_the_divergence_is_the_formula(beta: float) -> None:
     Q, P = logits(0)
-    found = divergence.divergence(Q, P, beta)
+    found = distillation.divergence(Q, P, beta)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), formula(Q, P, beta), rtol=1e-5, atol=1e-6)
-    assert divergence.divergence(P, P, beta).abs().max() < 1e-6
-    half = divergence.divergence(Q.bfloat16(), P.bfloat16(), beta)  # in fp32 whatever the models are in
+    assert distillation.divergence(P, P, beta).abs().max() < 1e-6
+    half = distillation.divergence(Q.bfloat16(), P.bfloat16(), beta)  # in fp32 whatever the models are in
     torch.testing.assert_close(half.double(), formula(Q.bfloat16(), P.bfloat16(), beta), rtol=1e-5, atol=1e-6)
 
 
@@ -46,7 +46,7 @@ def test_far_apart_and_sure_distributions_are_finite(beta: float) -> None:
     Q, P = torch.zeros(1, 5), torch.zeros(1, 5)
     Q[0, 0], P[0, 1] = 200.0, 200.0
     Q.requires_grad_(True)
-    found = divergence.divergence(Q, P, beta)
+    found = distillation.divergence(Q, P, beta)
     found.sum().backward()
     assert found.isfinite().all()
     assert Q.grad is not None
@@ -57,21 +57,21 @@ def test_the_ends_are_whole_divergences_and_the_formula_tends_to_0_like_them() -
     """The jump of 1 / beta that the docstring tells of."""
     Q, P = (x.double() for x in logits(1))
     forward, reverse = formula(Q, P, 0.0), formula(Q, P, 1.0)
-    torch.testing.assert_close(divergence.divergence(Q, P, 0.0), forward)
-    torch.testing.assert_close(divergence.divergence(Q, P, 1.0), reverse)
+    torch.testing.assert_close(distillation.divergence(Q, P, 0.0), forward)
+    torch.testing.assert_close(distillation.divergence(Q, P, 1.0), reverse)
     for tiny in (1e-4, 1e-6):
         torch.testing.assert_close(
-            divergence.divergence(Q, P, tiny) / tiny, forward, rtol=300 * tiny**0.5, atol=0
+            distillation.divergence(Q, P, tiny) / tiny, forward, rtol=300 * tiny**0.5, atol=0
         )
         torch.testing.assert_close(
-            divergence.divergence(Q, P, 1 - tiny) / tiny, reverse, rtol=300 * tiny**0.5, atol=0
+            distillation.divergence(Q, P, 1 - tiny) / tiny, reverse, rtol=300 * tiny**0.5, atol=0
         )
 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_gradients_by_finite_differences(beta: float) -> None:
     Q, P = (x.double() for x in logits(2, 3, 9))
-    assert torch.autograd.gradcheck(lambda x: divergence.divergence(x, P, beta), (Q.requires_grad_(True),))
+    assert torch.autograd.gradcheck(lambda x: distillation.divergence(x, P, beta), (Q.requires_grad_(True),))
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -125,7 +125,7 @@ def test_the_models_gradient_by_finite_differences(beta: float) -> None:
 
 def test_the_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    real = divergence.divergence
+    real = distillation.divergence
     monkeypatch.setattr(divergence, "divergence", lambda Q, P, beta: seen.append(len(Q)) or real(Q, P, beta))
     monkeypatch.setattr(divergence, "CHUNK_BYTES", 16 * 264 * 5)
     student, teacher = pair()

@@ -13,8 +13,8 @@ from gkd_harness import END, direct, pair, rows, trainer
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fleetune.compression.distillation import reward
-from fleetune.compression.distillation.divergence import log_probs
+from fleetune.compression import distillation
+from fleetune.compression.distillation import log_probs
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.evaluation.losses import predictors
 
@@ -66,7 +66,7 @@ def of_answers(given: list[tuple[list[int], tuple[int, ...]]]) -> Batch:
 def estimate(net: nn.Module, batch: Batch, gains: np.ndarray) -> Tensor:
     log_p = log_probs(predictors(net, batch), batch, GAMMA, chunk=2)
     assert log_p.dtype == torch.float64
-    return slope(net, reward.reinforce_objective(log_p, batch, gains))
+    return slope(net, distillation.reinforce_objective(log_p, batch, gains))
 
 
 def test_the_expected_estimate_is_the_gradient_of_the_expected_reward(net: nn.Module) -> None:
@@ -94,7 +94,7 @@ def test_the_baseline_does_not_move_the_expectation_and_makes_it_steadier(
         p = float(chances[0][i].detach() * chances[1][j].detach())
         batch = of_answers([(asked[0], WRITTEN[i]), (asked[1], WRITTEN[j])])
         raw = np.array([worth(WRITTEN[i]), worth(WRITTEN[j])]) + 5.0  # far from 0, as a reward may be
-        got = estimate(net, batch, reward.advantages(raw, samples))
+        got = estimate(net, batch, distillation.advantages(raw, samples))
         found += p * got
         spread[0] += p * float((got - want).square().sum())
         spread[1] += p * float((estimate(net, batch, raw) - want).square().sum())
@@ -111,7 +111,7 @@ def test_an_estimate_is_the_closed_form() -> None:
     logits = torch.randn(4, 12, generator=g, dtype=torch.float64).requires_grad_(True)
     gains = np.array([0.3, -2.0])
     log_p = log_probs((logits, lambda rows: rows), batch, GAMMA, chunk=3)
-    reward.reinforce_objective(log_p, batch, gains).backward()
+    distillation.reinforce_objective(log_p, batch, gains).backward()
     tokens, own = torch.tensor([7, 8, 9, 4]), torch.tensor([0.3, 0.3, -2.0, -2.0], dtype=torch.float64)
     want = (torch.eye(12)[tokens] - (logits / GAMMA).softmax(-1)) * own[:, None] / (GAMMA * 2)
     torch.testing.assert_close(logits.grad, want.detach())
@@ -119,11 +119,11 @@ def test_an_estimate_is_the_closed_form() -> None:
 
 def test_gains_are_apart_from_the_others() -> None:
     r = np.array([1.0, 0.0, 0.5, 4.0])
-    np.testing.assert_allclose(reward.advantages(r, 1), [1 - 4.5 / 3, 0 - 5.5 / 3, 0.5 - 5 / 3, 4 - 1.5 / 3])
-    np.testing.assert_allclose(reward.advantages(r, 2), [1, -1, -3.5, 3.5])
-    np.testing.assert_allclose(reward.advantages(r, 4), reward.advantages(r, 1))
-    assert reward.advantages(np.full(7, 0.1), 1).tolist() == [0.0] * 7
-    assert reward.advantages(np.array([0.7]), 1).tolist() == [0.7]
+    np.testing.assert_allclose(distillation.advantages(r, 1), [1 - 4.5 / 3, 0 - 5.5 / 3, 0.5 - 5 / 3, 4 - 1.5 / 3])
+    np.testing.assert_allclose(distillation.advantages(r, 2), [1, -1, -3.5, 3.5])
+    np.testing.assert_allclose(distillation.advantages(r, 4), distillation.advantages(r, 1))
+    assert distillation.advantages(np.full(7, 0.1), 1).tolist() == [0.0] * 7
+    assert distillation.advantages(np.array([0.7]), 1).tolist() == [0.7]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])

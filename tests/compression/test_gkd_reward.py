@@ -17,7 +17,7 @@ import pytest
 from gkd_harness import END, pair, rows, trainer
 
 from fleetune import models
-from fleetune.compression.distillation import reward
+from fleetune.compression import distillation
 from fleetune.compression.methods import gkd
 from fleetune.data.encode import collate
 from fleetune.errors import DataError, Interrupted, RecipeError, UsageError
@@ -95,7 +95,7 @@ def test_only_what_the_student_writes_is_rewarded(
 
 def test_built_in_rewards() -> None:
     for name, same, half in (("exact_match", 1, 0), ("f1", 1, 2 / 3), ("rouge_l", 1, 2 / 3)):
-        found = reward.get(name)
+        found = distillation.get(name)
         assert found("what", "red fox", "red fox") == pytest.approx(same)
         assert found("what", "red", "red fox") == pytest.approx(half)
 
@@ -158,15 +158,15 @@ def test_a_training_keeps_its_reward_and_goes_on_with_no_other(own: Path, tmp_pa
 
 
 def test_what_a_reward_is_known_by(own: Path) -> None:
-    assert reward.source_digest("f1", reward.get("f1")) == ""
+    assert distillation.source_digest("f1", distillation.get("f1")) == ""
     name = f"{own}:plain"
-    assert reward.source_digest(name, reward.get(name)) == hashlib.sha256(OWN.encode()).hexdigest()
+    assert distillation.source_digest(name, distillation.get(name)) == hashlib.sha256(OWN.encode()).hexdigest()
     held = f"{own}:held"
     own.write_text(
         own.read_text() + "class Held:\n    def __call__(self, *texts): return 1.0\nheld = Held()\n"
     )
-    assert reward.source_digest(held, reward.get(held)) == hashlib.sha256(own.read_bytes()).hexdigest()
-    assert reward.source_digest("math:fsum", math.fsum) == ""  # type: ignore[arg-type]
+    assert distillation.source_digest(held, distillation.get(held)) == hashlib.sha256(own.read_bytes()).hexdigest()
+    assert distillation.source_digest("math:fsum", math.fsum) == ""  # type: ignore[arg-type]
 
 
 def test_the_reward_rises_and_the_divergence_holds_it(own: Path, tmp_path: Path) -> None:
@@ -191,8 +191,8 @@ def test_the_reward_rises_and_the_divergence_holds_it(own: Path, tmp_path: Path)
                 student, teacher, collate(held, END), 9, 9
             )
             prompts, written = gkd.split(batch)
-            worth = reward.get(t.reward)
-            found.append(reward.rewards(t.reward, worth, student, prompts, written, written).mean())
+            worth = distillation.get(t.reward)
+            found.append(distillation.rewards(t.reward, worth, student, prompts, written, written).mean())
             if train:
                 t.train(student, teacher, rows(0, 32), 0, tmp_path / str(alpha))
         assert found[1] > found[0] + 0.3, (alpha, found)
@@ -246,7 +246,7 @@ def test_our_own_errors_pass_through() -> None:
 
     ids = [np.array([65], np.int32)]
     with pytest.raises(DataError, match="not this row"):
-        reward.rewards("mine", refuse, models.tiny_llama(), ids, ids, ids)
+        distillation.rewards("mine", refuse, models.tiny_llama(), ids, ids, ids)
 
 
 BAD = {

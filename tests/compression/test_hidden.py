@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from fleetune import models
 from fleetune.compression.methods import gkd
-from fleetune.compression.pruning import hidden_width, saved_selection
+from fleetune.compression.pruning import hidden_width
+from fleetune.compression.methods import llm_pruner
 from fleetune.compression.pruning.importance import GradientSums
 from fleetune.data import Encoded
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError
@@ -290,7 +291,7 @@ def test_what_is_decided_is_not_measured_again(tmp_path: Path) -> None:
 def test_a_damaged_file_is_said(text: str, tmp_path: Path) -> None:
     (tmp_path / "kept.json").write_text(text)
     with pytest.raises(StorageError, match="is damaged"):
-        saved_selection.read(tmp_path / "kept.json", "x")
+        llm_pruner.read(tmp_path / "kept.json", "x")
 
 
 def test_lora_brings_the_loss_down_and_a_stopped_one_goes_on(tmp_path: Path) -> None:

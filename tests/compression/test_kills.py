@@ -15,7 +15,7 @@ from pruner_harness import tiny
 
 from fleetune import models
 from fleetune.common import folders
-from fleetune.compression.jobs import compressed_base
+from fleetune.compression.jobs import solve
 from fleetune.compression.methods import llm_pruner, optq, rtn
 from fleetune.models.artefact import artefact
 from fleetune.runs import compression_folder
@@ -240,10 +240,10 @@ def test_a_kill_while_the_base_is_compressed(
         else:
             while_parts_are_removed(patch)
         with pytest.raises(Killed):
-            compressed_base.base_of(Silent(), folder, offline=True)
+            solve.base_of(Silent(), folder, offline=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rtn.Solver, "solve", die)
-        made = compressed_base.base_of(Silent(), folder, offline=True)
-        assert compressed_base.base_of(Silent(), folder, offline=True) == made
+        made = solve.base_of(Silent(), folder, offline=True)
+        assert solve.base_of(Silent(), folder, offline=True) == made
     assert [p.name for p in (folder / "base").iterdir()] == ["model"]
     artefact.Master(made).digest()

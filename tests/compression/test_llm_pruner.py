@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fleetune import models
 from fleetune.compression.pruning.importance import Shares, estimate
-from fleetune.compression.pruning.selection import AGGREGATES, choose, count_kept
+from fleetune.compression.pruning.importance import AGGREGATES, choose, count_kept
 from fleetune.data import Encoded
 from fleetune.errors import DataError, FleetuneError, Interrupted, StorageError, UsageError
 from fleetune.models import Model, digest, named_tensors

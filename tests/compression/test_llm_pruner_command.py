@@ -28,13 +28,13 @@ ROWS = ["--data", "rows.jsonl"]
 KILL = """
 import os, signal, sys
 from fleetune.cli.main import main
-from fleetune.compression.pruning import recovery
-told = recovery.LoraRecovery._update
+from fleetune.compression.methods import llm_pruner
+told = llm_pruner.LoraRecovery._update
 def update(self, model, batch, optimizer, parameters, t):
     if t == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return told(self, model, batch, optimizer, parameters, t)
-recovery.LoraRecovery._update = update
+llm_pruner.LoraRecovery._update = update
 main(sys.argv[1:])
 """
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fleetune import adapters, compression
 from fleetune.compression.methods import gkd
-from fleetune.compression.pruning import recovery
+from fleetune.compression.methods import llm_pruner
 from fleetune.data import Batches
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, UsageError
 from fleetune.evaluation.losses import response_loss
@@ -93,7 +93,7 @@ def test_lora_is_trained_as_the_formulas_say(tmp_path: Path) -> None:
 
 def test_dropout_is_a_function_of_seed_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[int] = []
-    own = recovery.training
+    own = llm_pruner.training
     monkeypatch.setattr(recovery, "training", lambda model, key: keys.append(key) or own(model, key))
     for seed in (0, 1):
         recovered(LORA | {"steps": 3}, tmp_path / str(seed), seed=seed)

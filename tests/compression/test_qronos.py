@@ -20,7 +20,7 @@ from fleetune.compression.layerwise.blocks import FinishedBlocks, block_file
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import ClientHessians
 from fleetune.compression.layerwise.grids import KINDS, Grid
-from fleetune.compression.layerwise.in_turn import StatesInTurn
+from fleetune.compression.layerwise.activations import StatesInTurn
 from fleetune.compression.methods import optq
 from fleetune.errors import RecipeError
 from fleetune.models.artefact.artefact import Quantised

@@ -19,9 +19,9 @@ from test_solvers import brain_surgeon, curvature, damped, dense, relative_error
 from torch import Tensor
 
 from fleetune import compression
-from fleetune.compression.layerwise import driver, superblock_fit
+from fleetune.compression.layerwise import driver, fits
 from fleetune.compression.layerwise.grids import ALL, INSTEAD, KINDS, Grid, grid_problems
-from fleetune.compression.layerwise.groups import rounded
+from fleetune.compression.layerwise.grids import rounded
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.errors import RecipeError
 from fleetune.models import tiny_llama
@@ -147,7 +147,7 @@ def test_the_scales_are_those_that_take_least_of_all_near_them(kind: str) -> Non
     of = SUPER_TYPES[kind]
     g = torch.Generator().manual_seed(5)
     x, h = torch.randn(12, WIDTH, generator=g), torch.rand(WIDTH, generator=g) + 0.1
-    found = superblock_fit.fit(x, of, h)
+    found = fits.fit(x, of, h)
     steps = torch.tensor(CODEBOOKS[of.codebook] if of.codebook else range(1 << of.bits)).float() - of.middle
     mine = least = 0.0
     for group in range(0, WIDTH // of.group, 3):
@@ -171,7 +171,7 @@ def test_d_and_dmin_are_of_least_squares_for_the_codes(kind: str) -> None:
     """Against numpy's least squares of each row, to fp16's rounding."""
     of, g = SUPER_TYPES[kind], torch.Generator().manual_seed(6)
     x, h = torch.randn(6, WIDTH, generator=g).double(), torch.rand(WIDTH, generator=g) + 0.1
-    work = superblock_fit._Work(x, of, h)
+    work = fits._Work(x, of, h)
     tried = work.started(*work.groups(), 1.0)
     work.settle(tried)
     found = work.refitted(tried)
@@ -195,7 +195,7 @@ def test_a_range_and_its_minimum_are_nearly_the_best_of_many(top: int, shift: fl
     g = torch.Generator().manual_seed(7)
     columns, h = torch.randn(32, 12, generator=g) + shift, torch.rand(32, generator=g) + 0.1
     S, M = torch.zeros(12), torch.zeros(12)
-    superblock_fit.fit_range(columns, h, top, S, M)
+    fits.fit_range(columns, h, top, S, M)
     assert (M >= 0).all()
 
     def errors(S: Tensor, M: Tensor, x: Tensor) -> Tensor:
@@ -276,11 +276,11 @@ def test_optq_is_the_surgeon_on_super_blocks(kind: str, order: str) -> None:
     )
     sort = torch.arange(C) if order == "none" else H.diagonal().argsort(descending=True, stable=True)
     sorted_H = damped(H, 0.02)[sort][:, sort]
-    h, fits = curvature(sorted_H), dict[int, superblock_fit.SuperFit]()
+    h, fits = curvature(sorted_H), dict[int, fits.SuperFit]()
     if order == "static":
         in_file = h[sort.argsort()]
         fits = {
-            b: superblock_fit.fit(W[:, b : b + WIDTH], of, in_file[b : b + WIDTH]) for b in range(0, C, WIDTH)
+            b: fits.fit(W[:, b : b + WIDTH], of, in_file[b : b + WIDTH]) for b in range(0, C, WIDTH)
         }
     steps = torch.tensor(CODEBOOKS[of.codebook] if of.codebook else range(1 << of.bits)).double() - of.middle
 
@@ -288,9 +288,9 @@ def test_optq_is_the_surgeon_on_super_blocks(kind: str, order: str) -> None:
         column = int(sort[i])
         first, g = column - column % WIDTH, column % WIDTH // of.group
         if order == "none" and i % WIDTH == 0:
-            fits[first] = superblock_fit.fit(now[:, i : i + WIDTH], of, h[i : i + WIDTH])
+            fits[first] = fits.fit(now[:, i : i + WIDTH], of, h[i : i + WIDTH])
         elif order == "none" and i % of.group == 0:
-            superblock_fit.refit(now[:, i : i + of.group], of, h[i : i + of.group], fits[first], g)
+            fits.refit(now[:, i : i + of.group], of, h[i : i + of.group], fits[first], g)
         values = fits[first].scale(g)[:, None] * steps - fits[first].offset(g)[:, None]
         return values.gather(1, (values - now[:, i, None]).abs().argmin(1, keepdim=True))[:, 0]
 
@@ -312,17 +312,17 @@ def test_error_feedback_pays_on_super_blocks(kind: str) -> None:
 def test_a_group_is_fitted_again_to_what_the_loop_has_made_of_it(kind: str) -> None:
     of, g = SUPER_TYPES[kind], torch.Generator().manual_seed(2)
     x = torch.randn(16, WIDTH, generator=g)
-    found = superblock_fit.fit(x, of, None)
-    before = superblock_fit.SuperFit(*(part.clone() for part in found))
+    found = fits.fit(x, of, None)
+    before = fits.SuperFit(*(part.clone() for part in found))
     part = x[:, of.group : 2 * of.group]
-    superblock_fit.refit(part, of, None, found, 1)
-    own = superblock_fit._Work(part, of, None)
+    fits.refit(part, of, None, found, 1)
+    own = fits._Work(part, of, None)
     errors = [
-        own.settle(superblock_fit.SuperFit(f.d, f.dmin, f.k[1:2].clone(), f.m[1:2].clone()))
+        own.settle(fits.SuperFit(f.d, f.dmin, f.k[1:2].clone(), f.m[1:2].clone()))
         for f in (found, before)
     ]
     assert (errors[0] <= errors[1] * (1 + 1e-6)).all()  # the same weights: no worse
-    superblock_fit.refit(part * 0.5, of, None, found, 1)
+    fits.refit(part * 0.5, of, None, found, 1)
     others = [n for n in range(len(found.k)) if n != 1]
     assert torch.equal(found.k[others], before.k[others])
     assert torch.equal(found.d, before.d)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fleetune import compression, models
-from fleetune.compression.budget import sensitivity, token_weights
-from fleetune.compression.jobs import calibrating, progress, solve, weighing
+from fleetune.compression.budget import token_weights
+from fleetune.compression.layerwise import sensitivity
+from fleetune.compression.jobs import progress, solve, weighing
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import linears_of
@@ -292,7 +293,7 @@ def test_blocks_of_before_there_was_a_choice_are_gone_on_with(
 ) -> None:
     args = ("m", "--method", "optq", "--set", "group=4", *TEXT)
     stated = [
-        (stopped((*args, *more), at, capsys, monkeypatch) / "parts" / calibrating.ORIGIN).read_text()
+        (stopped((*args, *more), at, capsys, monkeypatch) / "parts" / solve.ORIGIN).read_text()
         for more in ((), GRADIENT)
     ]
     assert ["tokens" in text for text in stated] == [False, True]

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fleetune import compression, models
 from fleetune.cli.main import main
-from fleetune.compression.distillation import scales
-from fleetune.compression.distillation.divergence import divergence
-from fleetune.compression.distillation.scales import Scales
+from fleetune.compression import scales
+from fleetune.compression import distillation
+from fleetune.compression.scales import Scales
 from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.groups import rounded
+from fleetune.compression.layerwise.grids import rounded
 from fleetune.data.encode import Encoded, collate
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.evaluation.losses import pad_id

@@ -14,7 +14,7 @@ from command_harness import call, tuned
 
 from fleetune import models
 from fleetune.common.display import counted
-from fleetune.compression.jobs import windows
+from fleetune.compression.jobs import inputs
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.compression.layerwise import driver
 from fleetune.data.encode import Encoded
@@ -39,23 +39,23 @@ def asked(count: int, **more: Any) -> CompressRequest:
     ("tokens", "count", "of_rows", "own"), [(60, 128, 3, 8), (200, 6, 3, 3), (60, 1, 1, 0)]
 )
 def test_rows_come_first_and_at_most_half_is_written(tokens: int, count: int, of_rows: int, own: int) -> None:
-    found, inputs = windows.of_run(asked(count), inputs_of(tokens), Silent())
+    found, inputs = inputs.of_run(asked(count), inputs_of(tokens), Silent())
     assert found.shape == (of_rows + own, LENGTH)
     assert torch.equal(found[:of_rows].flatten(), torch.arange(of_rows * LENGTH))
     assert inputs.source == f"rows: {counted(of_rows, 'window')}, and {own} that its model wrote"
-    assert len(inputs.own_text) == windows.MEASURED
+    assert len(inputs.own_text) == inputs.MEASURED
 
 
 def test_what_is_measured_on_is_not_calibrated_on_and_follows_from_the_seed() -> None:
-    found, inputs = windows.of_run(asked(128), inputs_of(60), Silent())
-    again, same = windows.of_run(asked(128), inputs_of(60), Silent())
-    other, _ = windows.of_run(asked(128, seed=7), inputs_of(60), Silent())
+    found, inputs = inputs.of_run(asked(128), inputs_of(60), Silent())
+    again, same = inputs.of_run(asked(128), inputs_of(60), Silent())
+    other, _ = inputs.of_run(asked(128, seed=7), inputs_of(60), Silent())
     assert torch.equal(found, again)
     assert not torch.equal(found, other)
     assert torch.equal(found[:3], other[:3])  # the rows
     texts = [tuple(row.ids) for row in inputs.own_text]
     assert texts == [tuple(row.ids) for row in same.own_text]
-    assert len(set(texts)) == windows.MEASURED
+    assert len(set(texts)) == inputs.MEASURED
     assert not set(texts) & {tuple(window.tolist()) for window in found}
     measured = inputs.measure(inputs.model, Silent(), Path())
     assert measured == {"own_perplexity": row_perplexity(inputs.model, inputs.own_text)}
@@ -75,14 +75,14 @@ class Notes(Silent):
 @pytest.mark.parametrize(("tokens", "count", "own"), [(15, 128, 8), (12, 3, 3), (12, 1, 1), (0, 128, 8)])
 def test_where_the_rows_fill_no_window_all_are_written(tokens: int, count: int, own: int) -> None:
     notes = Notes()
-    found, inputs = windows.of_run(asked(count), inputs_of(tokens), notes)
-    expected = driver.sampled_windows(inputs.model, LENGTH, own + windows.MEASURED, 42, batch=99)
+    found, inputs = inputs.of_run(asked(count), inputs_of(tokens), notes)
+    expected = driver.sampled_windows(inputs.model, LENGTH, own + inputs.MEASURED, 42, batch=99)
     assert torch.equal(found, expected[:own])
     assert [tuple(row.ids) for row in inputs.own_text] == [tuple(w.tolist()) for w in expected[own:]]
     assert inputs.source == f"{counted(own, 'window')} that the run's model wrote"
     assert f"rows has {tokens} tokens, and a window needs {LENGTH}" in notes.said[0]
     notes.said.clear()
-    filled, _ = windows.of_run(asked(count), inputs_of(LENGTH), notes)
+    filled, _ = inputs.of_run(asked(count), inputs_of(LENGTH), notes)
     assert torch.equal(filled[0], torch.arange(LENGTH)), "just one window"
     assert not any("a window needs" in note for note in notes.said)
 

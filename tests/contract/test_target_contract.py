@@ -20,7 +20,7 @@ from fleetune import adapters, models
 from fleetune.cli.main import main
 from fleetune.common import registry
 from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.groups import rounded
+from fleetune.compression.layerwise.grids import rounded
 from fleetune.deploy import targets
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export, export_adapter

@@ -23,8 +23,8 @@ from fleetune.common import sums
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import FinishedBlocks
 from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.groups import rounded
-from fleetune.compression.layerwise.sums import block_message, weights_of
+from fleetune.compression.layerwise.grids import rounded
+from fleetune.compression.layerwise.federated import block_message, weights_of
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.deploy.measure import harness, llamacpp

@@ -100,11 +100,11 @@ def measure(
     UsageError for contradictions, before anything is loaded; `check_kept` comes before where `options` ask for the kept gain.
     """
     tasks = check(options)
-    from fleetune.compression.jobs import compressed_base
+    from fleetune.compression.jobs import solve
 
     found = [lines.of(subject, offline=offline) for subject in subjects]
     if options.kept_gain and found[0].folder:
-        compressed_base.check(found[0].folder)
+        solve.check_base(found[0].folder)
     length, examples = _row_length(options, found), _examples(options, found, offline=offline)
     if not examples and (tasks or options.kept_gain):
         raise UsageError("tasks and kept gain need rows", hint="--data FILE")
@@ -118,7 +118,7 @@ def measure(
         )
     chosen = lines.chosen(found, listener)
     if options.kept_gain and found[0].folder:
-        path = compressed_base.base_of(listener, found[0].folder, offline=offline)
+        path = solve.compressed_base(listener, found[0].folder, offline=offline)
         chosen.append((found[0], lines.line_of(lines.COMPRESSED_BASE, "artefact", path, path)))
     done: list[Measured] = []
     losses: dict[str, list[tuple[float, int]]] = {}

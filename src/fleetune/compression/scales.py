@@ -19,15 +19,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
-from fleetune.compression.distillation.divergence import divergence
-from fleetune.compression.layerwise.grids import HALF_BITS, SIGNIFICANT, significant, to_half
-from fleetune.compression.training.steps import Checkpoints, clipped_step, learning_rate
+from fleetune import compression
+from fleetune.compression import Solver
+from fleetune.compression.jobs import progress
+from fleetune.compression.distillation import divergence
+from fleetune.compression.layerwise.fits import to_half
+from fleetune.compression.layerwise.grids import HALF_BITS, SIGNIFICANT, significant
+from fleetune.compression.training import Checkpoints, clipped_step, learning_rate
 from fleetune.data.encode import Batch, Encoded, collate
+from fleetune.errors import UsageError
 from fleetune.evaluation.head_loss import CHUNK_BYTES
 from fleetune.evaluation.losses import pad_id, predictors
 from fleetune.models.artefact.artefact import Quantised, dense
@@ -36,6 +42,8 @@ from fleetune.models.mapped.lazy import LazyWeight
 from fleetune.models.net.checkpointing import by_layer
 from fleetune.models.net.model import Model
 from fleetune.planning.compression_cost import STEP
+from fleetune.runs.compression_folder import CompressRequest
+from fleetune.runs.listener import Listener
 
 RATE: Final = 1e-3  # the highest learning rate of delta, which falls to 0
 WARMUP: Final = 0.05  # share of the steps
@@ -256,3 +264,82 @@ def _backward(model: Model, student: Student, batch: Batch) -> Tensor:
         with student.on():
             torch.autograd.backward(hidden, torch.cat(parts))
     return total
+
+
+FOLDER: Final = "scales"  # in the folder of finished blocks: the state of a training
+EVERY: Final = 20  # steps between two checkpoints
+FLAG: Final = "--train-scales"
+LITTLE: Final = 4096  # tokens of text; on 1,024 the divergence on other text rose
+
+
+def check(request: CompressRequest, solver: Solver) -> None:
+    """Raise UsageError when scales are to be trained that the method does not make."""
+    if not request.train_scales:
+        return
+    if not solver.data:
+        raise UsageError(
+            f"{FLAG} trains on the calibration text, and {request.method} takes none",
+            hint=f"--method {compression.DEFAULT}",
+        )
+    if not getattr(cast(Any, solver), "bits", 0):
+        raise UsageError(
+            f"{request.method} with bits=0 leaves no scales to train",
+            hint=f"--set bits=4, or leave out {FLAG}",
+        )
+
+
+def warn(request: CompressRequest, windows: Tensor, listener: Listener, *, experts: bool) -> None:
+    """Say that scales are trained on little text, and that those of experts are not."""
+    if request.train_scales and experts:
+        listener.note(
+            f"{FLAG} leaves the scales of experts as they are solved, and holds their weights meanwhile"
+        )
+    if request.train_scales and windows.numel() < LITTLE:
+        listener.note(
+            f"{FLAG} has {windows.numel():,} tokens to train on: with fewer than {LITTLE:,} the model may follow that "
+            "text alone; give more (--windows)"
+        )
+
+
+class Trained(Mapping[str, "Quantised | Tensor"]):
+    """Solved weights by name, read on access, with the scales that were trained."""
+
+    def __init__(self, solved: Mapping[str, Quantised | Tensor], scales: Mapping[str, Scales]) -> None:
+        self._solved = solved
+        self._scales = {f"{layer}.weight": found for layer, found in scales.items()}
+
+    def __getitem__(self, name: str) -> Quantised | Tensor:
+        weight = self._solved[name]
+        scales = self._scales.get(name)
+        return weight if scales is None else scales.on_grid(cast("Quantised", weight))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._solved
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._solved)
+
+    def __len__(self) -> int:
+        return len(self._solved)
+
+
+def trained(
+    listener: Listener,
+    model: Model,
+    solved: Mapping[str, Quantised | Tensor],
+    windows: Tensor,
+    request: CompressRequest,
+    parts: Path,
+    origin: str,
+) -> Mapping[str, Quantised | Tensor]:
+    """Return the solved weights with trained scales; resume from the checkpoint in `parts`.
+
+    `origin` says what the weights were made of.  Interrupted, after the step is saved, on Ctrl-C.
+    """
+    from fleetune.compression.training import Checkpoints, fingerprint
+
+    student = student_of(model, solved)
+    kept = Checkpoints(parts / FOLDER, fingerprint(origin, [], str(request.train_scales)), EVERY)
+    report = progress.step_reporter(listener, parts.parent, "divergence")
+    train(model, student, windows, request.train_scales, request.seed, kept, report)
+    return Trained(solved, student.scales)

@@ -1,11 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-untyped-calls
-"""Fit the scales of GGUF's super-blocks to weights: the least weighted squared error of what the file can hold.
+"""Fit scales to groups of weights: the least weighted squared error.
+
+## Groups with a scale of their own: values of a codebook, or whole numbers
+
+The element of largest |x| is put near either end of the values.  Where errors are weighed, the element of largest sqrt(h) |x|
+is also put on each value but 0: where few errors count, its own must be small.  For each such scale the weights are rounded to
+the nearest value, q, for which the best scale is known, and so is what it takes off the squared error:
+
+    s = sum h q x / sum h q^2            sum h (x - s q)^2 = sum h x^2 - (sum h q x)^2 / sum h q^2
+
+The scale that takes off most is kept.  In groups of 32 the error, summed over many, is above that of the best of 600 scales by
+0.1 % where all errors weigh the same, and by 1 % (2 bits: 1.4 %) at most where h is lognormal with a sigma of 1 or 2.
+
+## GGUF's super-blocks
 
 A weight is (d k) q - dmin m, with q a group's steps, k and m whole numbers of the group, d and dmin fp16 numbers of the
 super-block (`models/families/superblocks.py`).  In turn:
 
-1. Each group alone: the scale S of least error (`codebook_fit.py`), or S and the minimum M.  For these, the ends of the range
+1. Each group alone: the scale S of least error (as above), or S and the minimum M.  For these, the ends of the range
    that the codes cover are moved in and out; for each range the weights are rounded to q, for which least squares gives S and M,
    and so again for that S and M.
 2. For some d and dmin about those that put the largest S and M at the largest k and m: round S / d and M / dmin, and let every
@@ -26,10 +39,90 @@ import torch
 from torch import Tensor
 
 from fleetune.common.numba_cache import cached_njit
-from fleetune.compression.layerwise.codebook_fit import fit_scale
-from fleetune.compression.layerwise.grids import to_half
 from fleetune.models.families.codebooks import CODEBOOKS
 from fleetune.models.families.superblocks import SuperType
+
+# of the largest element from an end, in mean distances of two values: beyond it, and inside
+OFFSETS: Final = tuple(0.375 * k for k in range(-4, 5))
+
+
+def to_half(scale: Tensor) -> Tensor:
+    """Round to fp16 and back, without infinities."""
+    return scale.clamp(-65504, 65504).to(torch.float16).to(scale.dtype)
+
+
+def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
+    """Return the scale [R], of either sign, of each row of x [R, n]; 0 for a row of zeros.
+
+    levels are the values, rising; curvature [n] are the weights h of the squared errors (None: 1).
+    """
+    columns, sizes = x.T.contiguous().numpy(), x.abs()
+    h = torch.ones(x.shape[1], dtype=x.dtype) if curvature is None else curvature.to(x.dtype)
+    values = levels.to(x.dtype).numpy()
+    unit = (values[-1] - values[0]) / (len(values) - 1)
+    ends = np.array([values[end] + unit * offset for end in (0, -1) for offset in OFFSETS], columns.dtype)
+    tried = [(sizes, ends)] if curvature is None else [(sizes, ends), (sizes * h.sqrt(), values[values != 0])]
+    whole = bool((np.diff(values) == 1).all())
+    scale, best = np.zeros(len(x), columns.dtype), np.zeros(len(x), columns.dtype)
+    for counts, places in tried:
+        element = x.gather(1, counts.argmax(1, keepdim=True))[:, 0].numpy()
+        if whole:
+            ends = np.array([values[0], values[-1], 0.5], columns.dtype)
+            _fit_whole(columns, h.numpy(), element, places, ends, best, scale)
+        else:
+            _fit_levels(
+                columns, h.numpy(), element, places, values, (values[1:] + values[:-1]) / 2, best, scale
+            )
+    return torch.from_numpy(scale)
+
+
+@cached_njit
+def _fit_levels(x, h, element, places, levels, middles, best, scale):
+    # The inner loops run along the rows without a branch, so that they are compiled to vector instructions.
+    n, R = x.shape
+    v, q, num, den = np.empty_like(scale), np.empty_like(scale), np.empty_like(scale), np.empty_like(scale)
+    for place in places:
+        num[:] = 0
+        den[:] = 0
+        for j in range(n):
+            for r in range(R):
+                v[r] = x[j, r] * (place / element[r])
+                q[r] = levels[0]
+            for k in range(len(middles)):
+                middle, gap = middles[k], levels[k + 1] - levels[k]
+                for r in range(R):
+                    q[r] = q[r] + gap if v[r] > middle else q[r]
+            for r in range(R):
+                num[r] += h[j] * q[r] * x[j, r]
+                den[r] += h[j] * q[r] * q[r]
+        for r in range(R):
+            s = num[r] / den[r]
+            if num[r] * s > best[r]:
+                best[r] = num[r] * s
+                scale[r] = s
+
+
+@cached_njit
+def _fit_whole(x, h, element, places, ends, best, scale):
+    # `_fit_levels` for the whole numbers between the first two of `ends`; the third is 1/2, of their dtype.
+    # Ties go down there too.
+    n, R = x.shape
+    num, den = np.empty_like(scale), np.empty_like(scale)
+    for place in places:
+        num[:] = 0
+        den[:] = 0
+        for j in range(n):
+            w = h[j]
+            for r in range(R):
+                q = min(max(np.ceil(x[j, r] * (place / element[r]) - ends[2]), ends[0]), ends[1])
+                num[r] += w * q * x[j, r]
+                den[r] += w * q * q
+        for r in range(R):
+            s = num[r] / den[r]
+            if num[r] * s > best[r]:
+                best[r] = num[r] * s
+                scale[r] = s
+
 
 # of a group's range, taken off at an end; below 0: put on
 INSETS: Final = (-0.06, -0.03, 0.0, 0.03, 0.06, 0.1, 0.15, 0.22, 0.3)
@@ -59,7 +152,7 @@ class SuperFit(NamedTuple):
         return self.dmin * self.m[g]
 
 
-def fit(x: Tensor, of: SuperType, curvature: Tensor | None) -> SuperFit:
+def fit_block(x: Tensor, of: SuperType, curvature: Tensor | None) -> SuperFit:
     """Fit a super-block to x [R, 256]; curvature [256] are the weights of the squared errors (None: 1)."""
     work = _Work(x, of, curvature)
     S, M = work.groups()
@@ -75,7 +168,7 @@ def fit(x: Tensor, of: SuperType, curvature: Tensor | None) -> SuperFit:
     return best
 
 
-def refit(x: Tensor, of: SuperType, curvature: Tensor | None, found: SuperFit, g: int) -> None:
+def refit_group(x: Tensor, of: SuperType, curvature: Tensor | None, found: SuperFit, g: int) -> None:
     """Fit k and m of group g to its weights as they are now, x [R, group], in place; d and dmin stay."""
     work = _Work(x, of, curvature)
     S, M = work.groups()

@@ -11,11 +11,17 @@ without running the loop.  Blocks are visited in turn on the dense model's input
 
 The experts of a mixture have an F and a c each, and a parameter of all of them one grid: its cost is the sum of theirs.  Gates
 and ups are one parameter.
+
+Then an option is chosen for each matrix: the least sum of costs whose bytes keep within a budget.  Of each matrix only the
+options on the lower convex hull of cost over bytes are taken: each saves less for a byte than the one before it.  All matrices
+start with the smallest, and the step that saves most for a byte is taken next, while it fits.  As long as every step fits, that
+is optimal for the bytes that it uses (Everett 1963); the last steps fill what is left.
 """
 
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -24,13 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.common.ggml import BLOCK, padded
-from fleetune.compression.budget.sensitivity import Sensitivity
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.driver import End, experts_in, linears_of
 from fleetune.compression.layerwise.experts import DOWN, Experts, Routed, hessian, matrices_of
-from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.groups import PRUNED, rounded
+from fleetune.compression.layerwise.grids import PRUNED, Grid, rounded
 from fleetune.compression.layerwise.hessian import inverse_cholesky
+from fleetune.compression.layerwise.sensitivity import Sensitivity
 from fleetune.models.families import experts as of_file
 from fleetune.models.families.superblocks import SUPER_TYPES
 from fleetune.models.mapped.net import in_memory
@@ -216,15 +221,6 @@ def matrices(model: Model) -> dict[str, Tensor]:
     return matrices_of(layers, experts) | {n: model.net.get_parameter(n) for n in end_names(model)}
 
 
-def are_possible(chosen: Mapping[str, tuple[str, int]], model: Model) -> bool:
-    """Tell whether grids and bits are of candidates, one for each weight that a grid is chosen for, and fit its rows."""
-    known = {(each.grid, each.bits): each for each in CANDIDATES}
-    weights = matrices(model)
-    return chosen.keys() == weights.keys() and all(
-        of in known and known[of].fits(weights[name].shape[-1]) for name, of in chosen.items()
-    )
-
-
 class Reach(NamedTuple):
     """What all matrices can take in a file."""
 
@@ -309,3 +305,41 @@ def _cost(W: Tensor, grid: Grid, terms: Sequence[Term]) -> float:
         squares = (rows - rounded(rows, grid, BLOCK, fit).dense()).double().square()
         cost += sum(float(term.F[a : a + size] @ (squares @ term.c.double())) for term in terms) / 2
     return cost
+
+
+def hull(options: Sequence[Option]) -> list[Option]:
+    """Return the options on the lower convex hull of cost over bytes, by bytes."""
+    found = list[Option]()
+    for option in sorted(options, key=lambda o: (o.bytes, o.cost)):
+        if found and option.cost >= found[-1].cost:
+            continue
+        while len(found) > 1 and _saved(found[-2], found[-1]) <= _saved(found[-2], option):
+            found.pop()
+        found.append(option)
+    return found
+
+
+def _saved(small: Option, large: Option) -> float:
+    """Return how much cost each further byte saves."""
+    return (small.cost - large.cost) / (large.bytes - small.bytes)
+
+
+def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    """Return an option for each name, of at most `budget` bytes together; ValueError where even the smallest take more."""
+    hulls = {name: hull(each) for name, each in options.items()}
+    chosen = {name: each[0] for name, each in hulls.items()}
+    left = budget - sum(o.bytes for o in chosen.values())
+    if left < 0:
+        raise ValueError(f"{budget} bytes are too few")
+    steps = [(-_saved(each[0], each[1]), name, 1) for name, each in hulls.items() if len(each) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, name, to = heapq.heappop(steps)
+        each = hulls[name]
+        if (more := each[to].bytes - each[to - 1].bytes) > left:
+            continue  # a smaller matrix may still fit
+        left -= more
+        chosen[name] = each[to]
+        if to + 1 < len(each):
+            heapq.heappush(steps, (-_saved(each[to], each[to + 1]), name, to + 1))
+    return chosen

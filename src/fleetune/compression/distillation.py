@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score answers with a reward, and train a model to write better ones (REINFORCE).
+"""Compute what GKD trains on: the divergence of a student from a teacher, and rewards of what the student writes.
 
-| name | reward |
+The divergence of next-token distributions is that of arXiv 2306.13649, section 3.1.  Logits are computed for a chunk of tokens at
+a time, and again for the gradient.
+
+| reward | value |
 |---|---|
 | exact_match | 1 where the answer is the reference, after SQuAD's normalising, else 0 |
 | f1 | SQuAD's F1 of the two bags of words, 0 to 1 |
@@ -23,27 +26,105 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fleetune.data.encode import MASKED, Batch
 from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
 from fleetune.evaluation import scores
 from fleetune.evaluation.answers import decode_answer
+from fleetune.evaluation.head_loss import CHUNK_BYTES
+from fleetune.evaluation.losses import predictors
 from fleetune.evaluation.objectives import finite_number, import_function
 from fleetune.models.net.model import Model
+
+Predictors = tuple[Tensor, Callable[[Tensor], Tensor]]  # the result of `losses.predictors`
+
+
+def divergence(Q: Tensor, P: Tensor, beta: float) -> Tensor:
+    """Return D of each row, in nats, from logits [n, V] of student Q and teacher P: float32 [n] (float64 stays)."""
+    q, p = (logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1) for logits in (Q, P))
+    if beta == 0:
+        return _kl(p, q)
+    if beta == 1:
+        return _kl(q, p)
+    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+    return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+
+
+def _kl(a: Tensor, b: Tensor) -> Tensor:
+    return (a.exp() * (a - b)).sum(-1)
+
+
+def divergences(
+    student: Predictors, teacher: nn.Module, batch: Batch, beta: float, *, chunk: int = 0
+) -> Tensor:
+    """Return D of each of the batch's N scored tokens, float32 [N], `chunk` tokens at a time (0: by memory).
+
+    With gradients enabled the result can be back-propagated to the student; the teacher gets no gradient.
+    """
+    head = student[1]
+    with torch.no_grad():
+        hidden, teacher_head = predictors(teacher, batch)
+
+    def compare(rows: Tensor, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            P = teacher_head(hidden)
+        Q = head(rows)
+        V = min(P.shape[-1], Q.shape[-1])
+        return divergence(Q[:, :V], P[:, :V], beta)
+
+    return _chunked(compare, student, hidden, chunk)
+
+
+def log_probs(student: Predictors, batch: Batch, temperature: float, *, chunk: int = 0) -> Tensor:
+    """Return the log-probability of each of the N scored tokens at `temperature`: float32 [N].
+
+    Like `divergences`, it can be back-propagated.
+    """
+    head, labels = student[1], batch.labels[:, 1:]
+
+    def take(rows: Tensor, tokens: Tensor) -> Tensor:
+        Q = head(rows)
+        Q = Q.to(torch.promote_types(Q.dtype, torch.float32)) / temperature
+        return -F.cross_entropy(Q, tokens, reduction="none")
+
+    return _chunked(take, student, labels[labels != MASKED], chunk)
+
+
+def _chunked(
+    function: Callable[[Tensor, Tensor], Tensor], student: Predictors, other: Tensor, chunk: int
+) -> Tensor:
+    """Return `function(rows, other)` [N], a chunk at a time; each is computed again for the gradient, not stored."""
+    rows, head = student
+    # The backward pass of a chunk has some 20 arrays [chunk, V] alive, so a chunk is a quarter of a plain loss's.
+    size = chunk or max(1, CHUNK_BYTES // (16 * head(rows[:0]).shape[-1]))
+    pieces = [(rows[a : a + size], other[a : a + size]) for a in range(0, max(1, len(rows)), size)]
+    if not torch.is_grad_enabled():
+        return torch.cat([function(*piece) for piece in pieces])
+    return torch.cat(
+        [
+            cast(Tensor, checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False))
+            for piece in pieces
+        ]
+    )
+
 
 Reward = Callable[[str, str, str], float]
 
 SHOWN = 80  # characters of a prompt and of an answer in an error
 
 
-def get(name: str) -> Reward:
+def reward_of(name: str) -> Reward:
     """Return the reward of that name (see the module's table), or the function at that import path.
 
     RecipeError when there is none, or when the path cannot be imported or is not callable.
