@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KL divergence and same top token of a compressed model: in `compress` and its files, and in `eval --reference`."""
+"""A compressed model beside the dense one, in `compress` and its files, and as `eval` sees it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_harness import LORA, call, pulled_after, tuned
+from command_harness import LORA, QUICK, ZEROTH, call, pulled_after, tuned
 
+import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import Measured, as_dict
 from fleetune.data.encode import encode_all
-from fleetune.deploy.measure import harness
 from fleetune.deploy.measure import job as measuring
 from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence
@@ -271,31 +271,17 @@ def other_tokens(at: Path) -> str:
     return str(at / "other")
 
 
-@pytest.mark.parametrize("command", ["eval", "measure"])
 def test_a_temporary_folder_without_room_for_the_logits_is_said_before_they_are_written(
-    command: str, tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that is too small cannot be had here: of the disk's answer the free bytes are replaced."""
-    used, answer = shutil.disk_usage, list[str]()
-
-    def nearly_full(path: str | Path) -> object:
-        answer.append(str(path))
-        return used(path)._replace(free=1000)
-
-    def here(job: harness.MeasureJob) -> harness.Measurement:
-        return harness.carry_out(job)
-
+    used = shutil.disk_usage
     monkeypatch.setenv("TMPDIR", str(at))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
-    monkeypatch.setattr(harness, "measured", here)  # in this process, whose disk is so full
-    rows = ["--tasks", "perplexity", "--device", "cpu"] if command == "eval" else ["--repeats", "1"]
-    code, told, _ = call(capsys, command, tiny, "--reference", tiny, "--text", "text.txt", *rows)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: used(path)._replace(free=1000))
+    asked = ["--reference", tiny, "--text", "text.txt", "--tasks", "perplexity", "--device", "cpu"]
+    code, told, _ = call(capsys, "eval", tiny, *asked)
     assert code == StorageError.exit_code
     assert "the logits of the reference take" in told[-1]["message"]
-    assert "1.0 kB free" in told[-1]["message"]
-    assert "TMPDIR" in told[-1]["hint"]
-    assert answer[-1].startswith(str(at))
     assert not list(at.glob("fleetune-*"))
 
 
@@ -314,15 +300,41 @@ def test_a_reference_with_other_tokens_is_refused_before_a_model_is_loaded(
     assert "the model that it was made from" in told[-1]["hint"]
 
 
-def test_without_rows_or_text_there_is_nothing_to_compare_on(
+LOSS = ["rows.jsonl", "--tasks", "loss"]
+
+
+def test_a_compressed_model_is_measured_in_the_type_and_on_the_device_that_are_named(
     tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, told, _ = call(capsys, "eval", tiny, "--reference", tiny)
-    assert code == 2
-    assert "needs DATA" in told[-1]["message"]
-    code, told, _ = call(capsys, "eval", tiny, "--reference", tiny, "--tasks", "hellaswag")
-    assert code == 2
-    assert "on rows or a text" in told[-1]["message"]
-    code, told, _ = call(capsys, "measure", tiny, "--reference", tiny)
-    assert code == 2
-    assert "nothing to compare" in told[-1]["message"]
+    assert call(capsys, "compress", tiny, *RTN)[0] == 0
+    assert call(capsys, "export", "1", "--to", "hf", "--path", "plain")[0] == 0
+    losses = {}
+    for dtype in ("fp32", "bf16"):
+        for subject in ("1", "runs/0001-rtn-tiny/model", "plain"):
+            code, seen, err = call(capsys, "eval", subject, *LOSS, "--dtype", dtype, "--device", "cpu")
+            assert code == 0, err
+            losses[subject, dtype] = seen[-1]["loss"]
+        assert losses["1", dtype] == losses["runs/0001-rtn-tiny/model", dtype] == losses["plain", dtype]
+    assert losses["1", "fp32"] != losses["1", "bf16"]
+
+
+def test_rows_that_were_trained_on_are_said_to_be(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"say {n}", "response": f"{n} it is"}) + "\n" for n in range(20))
+    )
+    assert call(capsys, "tune", tiny, "rows.jsonl", *QUICK, *ZEROTH)[0] == 0
+    assert call(capsys, "compress", "1", *RTN)[0] == 0
+    rows = Path("rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    held = fleetune.open("runs/0001-fedkseed-tiny").held_out()  # type: ignore[union-attr]
+    trained = len(rows) - len(held)
+    for subject in ("1", "2"):
+        said = f"{trained} of {len(rows)} rows were trained on in runs/0001-fedkseed-tiny"
+        assert said in call(capsys, "eval", subject, *LOSS)[2]
+    for given in ([], ["other.jsonl"]):
+        Path("other.jsonl").write_text(json.dumps({"prompt": "none of", "response": "those rows"}))
+        assert "trained on" not in call(capsys, "eval", "1", *given, "--tasks", "loss")[2]
+    assert "trained on" not in call(capsys, "eval", tiny, *LOSS)[2]
+    Path("rows.jsonl").rename("moved.jsonl")
+    assert call(capsys, "eval", "1", "moved.jsonl", "--tasks", "loss")[0] == 0, "nothing is known of them"

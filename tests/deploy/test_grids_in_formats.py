@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from fleetune import models
 from fleetune.compression.layerwise.column_loop import nearest
-from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid
-from fleetune.compression.layerwise.grids import quantise
+from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid, quantise
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import _ggml_blocks, compressed_tensors, gptq, mlx
 from fleetune.errors import UsageError

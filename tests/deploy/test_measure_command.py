@@ -133,7 +133,7 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
     """By hand: the run's rows as tokens, and text of the tuned model; the solver on the base, with these windows."""
     folder = folder_of(at)
     shutil.rmtree(folder / "base", ignore_errors=True)
-    path = solve.base_of(Silent(), folder, offline=True)
+    path = solve.compressed_base(Silent(), folder, offline=True)
     own, base = Master(folder / "model").head, models.load("little")
     rows = encode_all(_calibrated_on(folder), base.tokenizer, 160)[0]
     tuned = finished.load(Path(compression_folder.request_of(folder).model), offline=True)
@@ -155,7 +155,7 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
         assert torch.equal(found.scale, weight.scale)
     assert not (folder / "base" / "parts").exists()
     before = (path / "master.safetensors").stat().st_mtime_ns
-    assert solve.base_of(Silent(), folder, offline=True) == path
+    assert solve.compressed_base(Silent(), folder, offline=True) == path
     assert (path / "master.safetensors").stat().st_mtime_ns == before  # made once
 
 
@@ -173,7 +173,7 @@ def test_the_base_is_loaded_when_the_run_s_model_is_gone(at: Path, monkeypatch: 
 
     monkeypatch.setattr(models, "load", load)
     monkeypatch.setattr(finished, "load", load_tuned)
-    job = solve._job(folder_of(at), True, Silent())
+    job = solve._base_job(folder_of(at), True, Silent())
     assert len(loaded) == 1
     assert held[-1] == 0
     assert job.inputs.model.digest == real("little").digest
@@ -196,7 +196,7 @@ def test_a_stopped_base_is_gone_on_with_and_says_how(at: Path, monkeypatch: pyte
             return self.asked > 9
 
     with pytest.raises(Interrupted) as stopped:
-        solve.base_of(StopsInTheSecondBlock(), folder, offline=True)
+        solve.compressed_base(StopsInTheSecondBlock(), folder, offline=True)
     assert stopped.value.hint == f"fleetune measure {folder} --kept-gain"
     (block,) = (folder / "base" / "parts").glob("block-*")
     before = block.stat().st_mtime_ns
@@ -208,7 +208,7 @@ def test_a_stopped_base_is_gone_on_with_and_says_how(at: Path, monkeypatch: pyte
         return run(*args, **given)
 
     monkeypatch.setattr(driver, "run", watched)
-    solve.base_of(Silent(), folder, offline=True)
+    solve.compressed_base(Silent(), folder, offline=True)
     assert seen == [before]
 
 

@@ -22,9 +22,8 @@ from fleetune.adapters.scales import Scales
 from fleetune.common import sums
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import FinishedBlocks
-from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.grids import rounded
 from fleetune.compression.layerwise.federated import block_message, weights_of
+from fleetune.compression.layerwise.grids import Grid, rounded
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.deploy.measure import harness, llamacpp

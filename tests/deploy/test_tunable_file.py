@@ -23,8 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fleetune import api, models, subject
 from fleetune.cli.main import main
 from fleetune.common import ggml
-from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.grids import rounded
+from fleetune.compression.layerwise.grids import Grid, rounded
 from fleetune.deploy import tunable_file
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.artefact import artefact

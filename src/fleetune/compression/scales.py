@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from fleetune import compression
 from fleetune.compression import Solver
-from fleetune.compression.jobs import progress
 from fleetune.compression.distillation import divergence
+from fleetune.compression.jobs import progress
 from fleetune.compression.layerwise.fits import to_half
 from fleetune.compression.layerwise.grids import HALF_BITS, SIGNIFICANT, significant
 from fleetune.compression.training import Checkpoints, clipped_step, learning_rate

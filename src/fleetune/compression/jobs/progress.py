@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fleetune.common import memory
 from fleetune.common.display import human_bytes
 from fleetune.common.events import StepDone
-from fleetune.common.memory import rss
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, StorageError
 from fleetune.models.families.dtypes import WEIGHTS
@@ -84,7 +84,7 @@ def warn_of_memory(listener: Listener, planned: int, way: str) -> None:
 
     `way` is an option that would need less memory, "" for none.
     """
-    free, more = compression_cost.available(), planned - rss()
+    free, more = compression_cost.available(), planned - memory.rss()
     if free is not None and more > free:
         instead = f"; with {way} it takes less" if way else ""
         listener.note(f"this takes {human_bytes(more)} more, {human_bytes(free)} of memory are free{instead}")

@@ -220,17 +220,15 @@ class Pruner:
         optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0)
 
         def step(t: int, batch: Batch) -> float:
-            key = int.from_bytes(
-                hashlib.sha256(f"recovery/{seed}/{t}".encode()).digest()[:7]
-            )  # of the dropout
-            with training(model, key), by_layer(model.net):
-                loss = loss_tensor(model, batch)
-                loss.backward()  # type: ignore[no-untyped-call]
+            dropout = int.from_bytes(hashlib.sha256(f"recovery/{seed}/{t}".encode()).digest()[:7])
             rate, hint = (
                 learning_rate(t, self.steps, self.lr, self.warmup),
                 "give a lower lr, or --dtype fp32",
             )
-            clipped_step(loss, parameters.values(), optimizer, t=t, rate=rate, clip=CLIP, hint=hint)
+            with training(model, dropout), by_layer(model.net):
+                loss = loss_tensor(model, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                clipped_step(loss, parameters.values(), optimizer, t=t, rate=rate, clip=CLIP, hint=hint)
             return float(loss.item())
 
         batches = Batches(rows, pad_id(model), seed, model.device).steps(self.steps, self.batch_size)

@@ -21,13 +21,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from fleetune import models
-from fleetune.compression.methods import gkd
 from fleetune.compression.pruning import hidden_width
-from fleetune.compression.methods import llm_pruner
 from fleetune.compression.pruning.importance import GradientSums
 from fleetune.data import Encoded
-from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError
-from fleetune.evaluation.losses import response_loss
 from fleetune.models import Model, digest, named_tensors
 from fleetune.models.families.widths import block_widths
 
@@ -54,9 +50,6 @@ def channel(name: str, value: Tensor, c: int) -> Tensor | None:
     return value[c] if layer.endswith(WRITES) else None
 
 
-# --- importance -----------------------------------------------------------------------------------------------
-
-
 def by_hand(model: Model, data: list[Encoded], kind: str) -> Tensor:
     """Each channel's importance in every layer, float64 [layers, 36], from autograd on whole logits in float64."""
     net = copy.deepcopy(model.net).double().requires_grad_(True)
@@ -78,9 +71,16 @@ def by_hand(model: Model, data: list[Encoded], kind: str) -> Tensor:
     return torch.stack(list(layers.values()))
 
 
-@pytest.mark.parametrize("kind", ["magnitude", "first", "second", "mixed"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "family", "tied"),
+    [
+        ("magnitude", "llama", True),
+        ("first", "biased llama", True),
+        ("first", "qwen2", False),
+        ("second", "qwen3", True),
+        ("mixed", "biased llama", False),
+    ],
+)
 def test_importance_is_the_papers(kind: str, family: str, tied: bool) -> None:
     model, asked = model_of(family, tied), []
     before = digest(named_tensors(model.net))
@@ -101,9 +101,6 @@ def test_estimation_takes_one_copy_for_the_first_order_and_two_for_mixed() -> No
         sums = GradientSums(kind, 2)
         sums.gather(model, rows(0, 2), hidden_width.residual_layers(model.net), lambda *_: None)
         assert sum(t.numel() for held in (sums.g, sums.F) for t in held.values()) == copies * model.n_params
-
-
-# --- what stays -----------------------------------------------------------------------------------------------
 
 
 def test_one_ranking_of_all_members() -> None:
@@ -130,9 +127,6 @@ def test_a_llama_keeps_a_multiple_of_its_heads() -> None:
     assert [hidden_width.width_step(four, n) for n in (1, 8)] == [4, 8]
 
 
-# --- what is left computes what it should ---------------------------------------------------------------------
-
-
 def silence(net: Any, dead: set[int], reads: bool) -> None:
     """Zeros wherever these channels are written (a tied embedding is read too), and `reads`: where they are read."""
     for name, p in net.named_parameters():
@@ -144,7 +138,7 @@ def silence(net: Any, dead: set[int], reads: bool) -> None:
                     part.zero_()
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.sets(st.integers(0, 35), min_size=1, max_size=36), st.sampled_from(FAMILIES), st.booleans())
 def test_a_narrow_net_is_the_whole_one_without_what_those_channels_carry(
     kept: set[int], family: str, tied: bool
@@ -158,31 +152,33 @@ def test_a_narrow_net_is_the_whole_one_without_what_those_channels_carry(
     torch.testing.assert_close(logits(narrow), logits(whole), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["magnitude", "first", "second", "mixed"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [True, False])
-def test_dead_channels_go_first_and_change_nothing(
-    kind: str, family: str, tied: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("kind", "family", "tied"),
+    [
+        ("magnitude", "llama", True),
+        ("first", "biased llama", True),
+        ("first", "qwen2", False),
+        ("second", "qwen3", True),
+        ("mixed", "biased llama", False),
+    ],
+)
+def test_dead_channels_go_first_and_change_nothing(kind: str, family: str, tied: bool) -> None:
     """By gradients it is enough that nothing writes them: what reads them does not matter."""
     model, dead = model_of(family, tied, rms_norm_eps=1e-12), {1, 5, 6, 11, 17, 20, 28, 34, 35}
     silence(model.net, dead, reads=kind == "magnitude")
     before = logits(model.net)
-    pruned = narrower(importance=kind).prune(model, rows(3, 3), tmp_path)
-    kept = json.loads((tmp_path / "kept.json").read_text())
-    assert kept.keys() == {"origin", "hidden"}
-    assert kept["hidden"] == [c for c in range(36) if c not in dead]
+    pruned = narrower(importance=kind).prune(model, rows(3, 3))
+    assert pruned.net.config.hidden_size == 36 - len(dead)
     torch.testing.assert_close(logits(pruned.net), before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_parts_are_the_wholes(family: str, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "tied"), [("biased llama", True), ("qwen2", False), ("qwen3", True)])
+def test_the_parts_are_the_wholes(family: str, tied: bool) -> None:
     """Every parameter has the kept channels' numbers, norms of the residual times sqrt(36 / 27), the rest as it was."""
     model = model_of(family, tied)
     before = dict(copy.deepcopy(model.net).named_parameters())
-    pruned = narrower().prune(model, rows(0, 3), tmp_path)
-    kept = json.loads((tmp_path / "kept.json").read_text())["hidden"]
+    kept = narrower()._hidden_channels(model, rows(0, 3), lambda *_: None)
+    pruned = narrower().prune(model, rows(0, 3))
     after = dict(pruned.net.named_parameters())
     assert len(kept) == pruned.net.config.hidden_size == 27
     assert after.keys() == before.keys()
@@ -203,10 +199,9 @@ def test_the_parts_are_the_wholes(family: str, tied: bool, tmp_path: Path) -> No
     assert pruned.digest == digest(named_tensors(pruned.net))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "tied"), [("biased llama", True), ("qwen2", False), ("qwen3", True)])
 def test_transformers_loads_it(family: str, tied: bool, tmp_path: Path) -> None:
-    pruned = narrower().prune(model_of(family, tied), rows(0, 3), tmp_path / "p")
+    pruned = narrower().prune(model_of(family, tied), rows(0, 3))
     models.save(pruned.net, pruned.tokenizer, tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     names = ("model_type", "hidden_size", "head_dim", "num_attention_heads", "tie_word_embeddings")
@@ -223,7 +218,7 @@ def test_the_width_of_a_head_is_said_where_it_was_not(tmp_path: Path) -> None:
     """A Qwen2 configuration need not have it; of a narrower model it would be taken for another one."""
     model = model_of("qwen2")
     del model.net.config.head_dim
-    pruned = narrower(ratio=0.5).prune(model, rows(0, 2), tmp_path / "p")
+    pruned = narrower(ratio=0.5).prune(model, rows(0, 2))
     models.save(pruned.net, pruned.tokenizer, tmp_path / "saved")
     net = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert (net.config.hidden_size, net.config.head_dim) == (18, 4)
@@ -232,130 +227,21 @@ def test_the_width_of_a_head_is_said_where_it_was_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_blocks_of_different_widths_are_narrowed_and_the_other_way_round(family: str, tmp_path: Path) -> None:
-    first = pruner().prune(tiny(family), rows(0, 3), tmp_path / "a")
+    first = pruner().prune(tiny(family), rows(0, 3))
     widths = block_widths(first.net.config)
-    both = narrower().prune(first, rows(0, 3), tmp_path / "b")
+    both = narrower().prune(first, rows(0, 3))
     assert block_widths(both.net.config) == widths
     models.save(both.net, both.tokenizer, tmp_path / "saved")
     again = models.load(str(tmp_path / "saved"), device="cpu")
     assert again.net.config.hidden_size == 27
     assert torch.equal(logits(again.net), logits(both.net))
-    twice = narrower(ratio=0.3).prune(again, rows(0, 3), tmp_path / "c")
+    twice = narrower(ratio=0.3).prune(again, rows(0, 3))
     assert twice.net.config.hidden_size == (18 if family == "llama" else 19)
-    narrow = narrower().prune(tiny(family), rows(0, 3), tmp_path / "d")
-    other = pruner(first=0, last=0).prune(narrow, rows(0, 3), tmp_path / "e")
+    narrow = narrower().prune(tiny(family), rows(0, 3))
+    other = pruner(first=0, last=0).prune(narrow, rows(0, 3))
     assert [tuple(w) for w in block_widths(other.net.config)] == [(6, 2, 28)] * 4
     models.save(other.net, other.tokenizer, tmp_path / "other")
     assert torch.equal(logits(models.load(str(tmp_path / "other"), device="cpu").net), logits(other.net))
-
-
-# --- what is kept, and the recovery ---------------------------------------------------------------------------
-
-LORA = {"recover": "lora", "steps": 6, "batch_size": 4, "lr": 1e-2, "r": 4, "save_every": 2}
-
-
-def stop_at(last: int) -> Any:
-    def on(done: int, all_: int, *_: object) -> None:
-        if done == last:
-            raise Interrupted("stopped")
-
-    return on
-
-
-def recovered(folder: Path, on: Any = lambda *_: None, **values: Any) -> Model:
-    made, whole = narrower(**LORA | values), model_of("llama")
-    pruned = made.prune(whole, rows(0, 8), folder)
-    return made.train(pruned, whole, rows(0, 8), 5, folder / "recovery", on)
-
-
-def test_what_is_decided_is_not_measured_again(tmp_path: Path) -> None:
-    made, asked = narrower(), []
-    with pytest.raises(Interrupted):
-        made.prune(model_of("llama"), rows(0, 4), tmp_path, stop_at(2))
-    assert not list(tmp_path.iterdir())
-    once = made.prune(model_of("llama"), rows(0, 4), tmp_path)
-    again = made.prune(model_of("llama"), rows(0, 4), tmp_path, lambda *done: asked.append(done))
-    assert asked == []
-    assert again.digest == once.digest
-    chosen = json.loads((tmp_path / "kept.json").read_text())
-    chosen["hidden"] = list(range(27))  # it is what the file says, not the model
-    (tmp_path / "kept.json").write_text(json.dumps(chosen))
-    first = made.prune(model_of("llama"), rows(0, 4), tmp_path).net.model.embed_tokens.weight
-    assert torch.equal(first, model_of("llama").net.model.embed_tokens.weight[:, :27])
-    for other, data in ((narrower(ratio=0.5), rows(0, 4)), (pruner(), rows(0, 4)), (made, rows(1, 4))):
-        with pytest.raises(UsageError, match="other weights, rows or settings"):
-            other.prune(model_of("llama"), data, tmp_path)
-
-
-@pytest.mark.parametrize("text", ["{", '{"hidden": [1]}', '{"origin": "x", "hidden": 3}', '{"origin": "x"}'])
-def test_a_damaged_file_is_said(text: str, tmp_path: Path) -> None:
-    (tmp_path / "kept.json").write_text(text)
-    with pytest.raises(StorageError, match="is damaged"):
-        llm_pruner.read(tmp_path / "kept.json", "x")
-
-
-def test_lora_brings_the_loss_down_and_a_stopped_one_goes_on(tmp_path: Path) -> None:
-    pruned = narrower().prune(model_of("llama"), rows(0, 8), tmp_path / "p")
-    whole = recovered(tmp_path / "whole")
-    assert response_loss(whole, rows(0, 8)) < response_loss(pruned, rows(0, 8)) - 0.1
-    with pytest.raises(Interrupted):
-        recovered(tmp_path / "part", stop_at(3))
-    again = recovered(tmp_path / "part")
-    assert digest(named_tensors(again.net)) == digest(named_tensors(whole.net))
-    models.save(again.net, again.tokenizer, tmp_path / "saved")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(again.net))
-
-
-def test_the_whole_model_teaches_the_narrow_one(tmp_path: Path) -> None:
-    made, whole = narrower(**LORA | {"recover": "gkd", "steps": 10, "lr": 3e-3}), model_of("llama")
-    before = digest(named_tensors(whole.net))
-    pruned = made.prune(whole, rows(0, 8), tmp_path)
-    far = gkd.Trainer(teacher="t").distance(pruned, whole, rows(0, 8))
-    model = made.train(pruned, whole, rows(0, 8), 5, tmp_path / "recovery")
-    assert gkd.Trainer(teacher="t").distance(model, whole, rows(0, 8)) < 0.9 * far
-    assert digest(named_tensors(whole.net)) == before
-    assert model.net.lm_head.weight is model.net.model.embed_tokens.weight
-    assert whole.net.config.hidden_size == 36
-
-
-# --- bad settings ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "value"), [("scope", "global"), ("first", 0), ("last", 0)])
-def test_settings_that_would_do_nothing_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(RecipeError, match=f"{name} is not for mode=hidden"):
-        narrower(**{name: value})
-    pruner(**{name: value})
-
-
-def test_models_that_do_not_fit() -> None:
-    narrower().check(tiny(), 24, plain=True)  # first and last spare nothing
-    with pytest.raises(
-        RecipeError, match=r"nothing from 36 hidden channels in steps of 36 \(of round_to = 4 "
-    ):
-        narrower(round_to=4).check(tiny(), 24, plain=True)
-    with pytest.raises(
-        RecipeError, match="nothing from 36 hidden channels in steps of 20; round_to=5 makes steps of 5"
-    ):
-        narrower(round_to=20, ratio=0.01).check(tiny("qwen2"), 24, plain=True)
-    with pytest.raises(RecipeError, match="nothing from 36 hidden channels in steps of 9 "):
-        narrower(ratio=0.1).check(tiny(), 24, plain=True)
-    narrower(ratio=0.1).check(tiny("qwen3"), 24, plain=True)
-    with pytest.raises(RecipeError, match="type 'mistral' are not pruned"):
-        narrower().check(tiny("mistral"), 24, plain=True)
-    with pytest.raises(RecipeError, match="not on plain text"):
-        narrower(recover="gkd").check(tiny(), 24, plain=True)
-
-
-def test_importance_that_is_no_number_is_said(tmp_path: Path) -> None:
-    model = model_of("llama")
-    model.net.model.embed_tokens.weight.mul_(1e30)
-    with pytest.raises(FleetuneError, match="importance of the hidden channels is not finite"):
-        narrower().prune(model, rows(0, 2), tmp_path)
-    assert not (tmp_path / "kept.json").exists()
-
-
-# --- as a user meets it ---------------------------------------------------------------------------------------
 
 
 def test_a_narrow_model_goes_everywhere(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
