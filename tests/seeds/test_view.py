@@ -30,10 +30,10 @@ from fleetune.models import DTYPES, Model, digest, named_tensors, tiny_llama, un
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds import noise
 from fleetune.seeds import view as views
+from fleetune.seeds.descent import Position, descend, two_point
 from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.seeds.moved_modules import Tape
 from fleetune.seeds.noise import passes, probe
-from fleetune.seeds.spsa import Position, descend, two_point
 from fleetune.seeds.view import View, WeightSlot, kernels, layout, read_stored
 from law_definition import slow_places
 

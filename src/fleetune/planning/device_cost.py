@@ -11,7 +11,7 @@ Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batc
                  back-propagation: all that autograd keeps, over all layers, times `HEAP`
     logits       at the scored positions, at most `losses.CHUNK_BYTES` in fp32 at a time, a few arrays of them
     gradients    of what is trained; of an adapter's largest tensor where each takes its step in backward; where they are
-                 folded on directions (`seeds/project.py`), of a block of rows, which is computed again from the base, as the
+                 folded on directions (`seeds/descent.py`), of a block of rows, which is computed again from the base, as the
                  activations of a layer are: of those, what enters each layer is kept
     optimizer    AdamW's two moments
     adapter      its own fp32 weights, and the copies that its training keeps (FedProx, SCAFFOLD); without back-propagation
@@ -130,7 +130,7 @@ def least(shape: Shape, work: Workload, footprint: Footprint, *, in_file: bool) 
 
 def _runs_both_signs(shape: Shape, work: Workload, footprint: Footprint) -> bool:
     """Return whether a step along a direction runs both its signs in one forward, in twice the activations."""
-    from fleetune.seeds.spsa import PAIRED
+    from fleetune.seeds.descent import PAIRED
 
     return work.tokens <= PAIRED and not shape.labels and not footprint.stores_direction
 

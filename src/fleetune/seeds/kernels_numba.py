@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-untyped-calls
 """Compute directions on a CPU in one fused, threaded pass over the weights (Numba), bit-equal to `noise`.
 
 `sweep` moves weights along a sum of +1/-1 directions and along one probe direction in a single pass:
@@ -8,10 +9,16 @@
 with acc the integer sum of `noise.Passes` and `place` that of `noise.places`.  Every operation is rounded to
 float32 and none is contracted (Numba leaves fused multiply-adds out unless asked for them), so `kernels_torch`
 gives the same bits.  With `minus` it writes this for the probe and for the opposite one, in one pass too.
-The loops are in `loops_numba`; this module checks the arguments and shares the work among threads.
 
 Threads are Python threads: the compiled loop releases the interpreter's lock.  They take chunks from one
 counter, so a slow one (torch's own workers spin for a while after a product) delays only its own chunk.
+
+Tiles, one by one (4096 elements; `noise` has the layout).  A tile's row of 128 words serves all its 32 rows
+of 128 elements, so the inner loop over a row tests one fixed bit of consecutive words and vectorises on any
+CPU; the sums of many passes stay in the first-level cache while all passes go by.  Then each row is read into
+128 float32, moved, and rounded back to 16 bits with integer operations: once, or once for each sign of the probe.
+
+Numba's cache on disk knows this file's text only: touch it for new numbers of `noise`.
 """
 
 from __future__ import annotations
@@ -23,17 +30,412 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from fleetune.common.numba_cache import cached_njit
 from fleetune.seeds import noise
-from fleetune.seeds.loops_numba import BF16, FP16, FP32, f32, i32, sweep_groups, sweep_tiles, u16, u64
-from fleetune.seeds.noise import TILE, Passes
+from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH, Passes
 
 SPLIT = 1 << 19  # element-passes that others must take off a thread for waking them (0.05 ms) to pay
 CHUNK = 1 << 19  # most elements a thread takes at a time
+ROWS = TILE // WIDTH
+PLUS, MINUS, BASE = 0, 1, 2  # places of the weights among a kernel's arrays
+FP32, BF16, FP16 = 0, 1, 2  # their types
+
+u16, u32, u64, i32, i64, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.int64, np.float32
+BITS = (np.uint64(1) << np.arange(ROWS, dtype=np.uint64)).astype(np.uint32)
+_M0, _M1, _W0, _W1, _LOW, _HALF = u64(M0), u64(M1), u64(W0), u64(W1), u64(noise.LOW), u64(32)
+_MIX, _SIGN = u64(noise.MIX), u32(1 << 31)
+
+_inner = numba.njit(nogil=True, error_model="numpy")
+_inlined = numba.njit(nogil=True, error_model="numpy", inline="always")
+
+
+@_inner
+def _philox(words, block, id, key):
+    # 32 calls at once, each in a 64-bit lane with an empty upper half: one widening multiply a product.
+    low, high = block & _LOW, block >> _HALF
+    for j in range(32):
+        x0, x1, x2, x3 = low | u64(j), high, id & _LOW, id >> _HALF
+        k0, k1 = key & _LOW, key >> _HALF
+        for _ in range(10):
+            p0, p1 = _M0 * x0, _M1 * x2
+            x0, x1 = (p1 >> _HALF) ^ x1 ^ k0, p1 & _LOW
+            x2, x3 = (p0 >> _HALF) ^ x3 ^ k1, p0 & _LOW
+            k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+        words[j], words[32 + j], words[64 + j], words[96 + j] = u32(x0), u32(x1), u32(x2), u32(x3)
+
+
+@_inlined
+def _place(end, run):
+    # Where the values for the 128 elements of a run begin (`noise.places`) in a table of end + 1 values.
+    x = (run ^ (run >> _HALF)) * _MIX
+    x = (x ^ (x >> _HALF)) * _MIX
+    return (x >> u64(40)) & end
+
+
+@_inner
+def _seams(tables):
+    # The last 128 values of each table and its first 128 after them, for the runs that go on at its start; [0, 256] of constants.
+    seams = np.empty((tables.shape[0] if tables.shape[1] >= WIDTH else 0, 2 * WIDTH), tables.dtype)
+    for p in range(seams.shape[0]):
+        for i in range(2 * WIDTH):
+            seams[p, i] = tables[p, (i - WIDTH) & (tables.shape[1] - 1)]
+    return seams
+
+
+@_inner
+def _sum_constants(acc, tile, key, ids, tables, words):
+    # sum of c * sign = sum of c - sum of 2c over the set bits (modulo 2^32 or 2^64, so exact); four a time,
+    # so that an accumulator is loaded and stored once for four passes.
+    total = acc.dtype.type(0)
+    for p in range(ids.size):
+        total += tables[p, 0]
+    acc[:] = total
+    twice = np.zeros(4, acc.dtype)
+    for first in range(0, ids.size, 4):
+        for p in range(4):
+            twice[p] = 0
+            if first + p < ids.size:
+                twice[p] = 2 * tables[first + p, 0]
+                _philox(words[p], u64(tile) * u64(32), ids[first + p], key)
+        a, b, c, d = twice[0], twice[1], twice[2], twice[3]
+        wa, wb, wc, wd = words[0], words[1], words[2], words[3]
+        for r in range(ROWS):
+            bit, i = BITS[r], u64(r * WIDTH)
+            for e in range(WIDTH):
+                acc[i + u64(e)] -= (
+                    (a if wa[e] & bit else 0)
+                    + (b if wb[e] & bit else 0)
+                    + (c if wc[e] & bit else 0)
+                    + (d if wd[e] & bit else 0)
+                )
+
+
+@_inner
+def _sum_tables(acc, tile, key, ids, tables, seams, words):
+    acc[:] = 0
+    end, last = u64(tables.shape[1] - 1), u64(tables.shape[1] - WIDTH)
+    for p in range(ids.size):
+        _philox(words[0], u64(tile) * u64(32), ids[p], key)
+        table, seam, w = tables[p], seams[p], words[0]
+        for r in range(ROWS):
+            bit, i = BITS[r], u64(r * WIDTH)
+            at = _place(end, u64(tile) * u64(ROWS) + u64(r))
+            if at <= last:
+                for e in range(WIDTH):
+                    acc[i + u64(e)] += _signed(table[at + u64(e)], w[e], bit)
+            else:
+                for e in range(WIDTH):
+                    acc[i + u64(e)] += _signed(seam[at - last + u64(e)], w[e], bit)
+
+
+@_inlined
+def _signed(v, word, bit):
+    return -v if word & bit else v
+
+
+@_inlined
+def _turned(v, word, bit):
+    # The same of a float, whose sign bit is turned.
+    return u32(f32(v).view(u32) ^ (_SIGN if word & bit else u32(0))).view(f32)
+
+
+@_inlined
+def _from_fp16(code):
+    a = u32(code & u32(0x7FFF))
+    # the exponent moves from bias 15 to 127, and once more by as much for infinities and NaN
+    b = u32((a << u32(13)) + (u32(0x70000000) if a >= u32(0x7C00) else u32(0x38000000)))
+    y = f32(i32(a)) * f32(2.0**-24) if a < u32(0x400) else b.view(f32)
+    return -y if code & u32(0x8000) else y
+
+
+@_inlined
+def _to_bf16(x):
+    # This and the next round to nearest, ties to even; NaN stays a quiet NaN.
+    b = f32(x).view(u32)
+    nearest = u32(b + (u32(0x8000) if b & u32(0x10000) else u32(0x7FFF)))
+    return u16(u32(u32(b | u32(0x400000)) if x != x else nearest) >> u32(16))
+
+
+@_inlined
+def _to_fp16(x):
+    b = f32(x).view(u32)
+    a = u32(b & u32(0x7FFFFFFF))
+    c = min(a, u32(0x47800000))  # 2^16, the code of infinity
+    code = u32(c - (u32(0x37FFF000) if c & u32(0x2000) else u32(0x37FFF001))) >> u32(13)
+    # below 2^-14 the spacing is 2^-24, the spacing of float32 just above 1/2
+    small = u32(f32(a.view(f32) + f32(0.5)).view(u32) - u32(0x3F000000))
+    code = small if a < u32(0x38800000) else code
+    code = u32(0x7E00) if x != x else code
+    return u16(code | u32(u32(b >> u32(16)) & u32(0x8000)))
+
+
+@_inner
+def _rows(
+    floats,
+    codes,
+    kinds,
+    at,
+    first,
+    end,
+    run,
+    acc,
+    grid,
+    table,
+    seam,
+    words,
+    probe,
+    probe_seam,
+    probe_words,
+    x,
+    step,
+):
+    # Move rows first..end, row 0 beginning at element `at` of the weights: by acc, or else by one pass's table,
+    # and by the probe's.  All loops are written out here: an array handed on within the loop over rows, or a
+    # slice of one, costs as much in reference counts as a row's work.  Indices are unsigned: no look for negative ones.
+    plus, minus, base = floats
+    plus16, minus16, base16 = codes
+    reads, writes, both = kinds
+    last, probe_last = u64(table.size - WIDTH), u64(probe.size - WIDTH)  # where the last whole run begins
+    for r in range(first, end):
+        bit, i, j = BITS[r], u64(at + r * WIDTH), u64(r * WIDTH)
+        if reads == BF16:
+            for e in range(WIDTH):
+                x[e] = u32(u32(base16[i + u64(e)]) << u32(16)).view(f32)
+        elif reads == FP16:
+            for e in range(WIDTH):
+                x[e] = _from_fp16(u32(base16[i + u64(e)]))
+        else:
+            for e in range(WIDTH):
+                x[e] = base[i + u64(e)]
+        if acc.size:
+            for e in range(WIDTH):
+                x[e] += f32(grid * f32(acc[j + u64(e)]))
+        elif table.size:
+            k = _place(u64(table.size - 1), run + u64(r))
+            if k <= last:
+                for e in range(WIDTH):
+                    x[e] += f32(grid * f32(i32(_signed(table[k + u64(e)], words[e], bit))))
+            else:
+                for e in range(WIDTH):
+                    x[e] += f32(grid * f32(i32(_signed(seam[k - last + u64(e)], words[e], bit))))
+        if probe.size:
+            k = _place(u64(probe.size - 1), run + u64(r))
+            if k <= probe_last:
+                for e in range(WIDTH):
+                    step[e] = _turned(probe[k + u64(e)], probe_words[e], bit)
+            else:
+                for e in range(WIDTH):
+                    step[e] = _turned(probe_seam[k - probe_last + u64(e)], probe_words[e], bit)
+            if not both:
+                for e in range(WIDTH):
+                    x[e] += step[e]
+        if both:
+            if writes == BF16:
+                for e in range(WIDTH):
+                    plus16[i + u64(e)] = _to_bf16(x[e] + step[e])
+                    minus16[i + u64(e)] = _to_bf16(x[e] + (-step[e]))
+            elif writes == FP16:
+                for e in range(WIDTH):
+                    plus16[i + u64(e)] = _to_fp16(x[e] + step[e])
+                    minus16[i + u64(e)] = _to_fp16(x[e] + (-step[e]))
+            else:
+                for e in range(WIDTH):
+                    plus[i + u64(e)] = x[e] + step[e]
+                    minus[i + u64(e)] = x[e] + (-step[e])
+        elif writes == BF16:
+            for e in range(WIDTH):
+                plus16[i + u64(e)] = _to_bf16(x[e])
+        elif writes == FP16:
+            for e in range(WIDTH):
+                plus16[i + u64(e)] = _to_fp16(x[e])
+        else:
+            for e in range(WIDTH):
+                plus[i + u64(e)] = x[e]
+
+
+@_inner
+def _copy(x, y):
+    for i in range(x.size):
+        x[i] = y[i]
+
+
+@_inner
+def _widen(table, size):
+    out = np.empty((table.shape[0], size), table.dtype)
+    for p in range(table.shape[0]):
+        for i in range(size):
+            out[p, i] = table[p, i & (table.shape[1] - 1)]
+    return out
+
+
+@_inner
+def _edges(size):
+    # Room for the weights of a part of a tile or group, as if it were whole: like `floats` and `codes`.
+    a, b = np.empty((3, size), f32), np.empty((3, size), u16)
+    return (a[0], a[1], a[2]), (b[0], b[1], b[2])
+
+
+@_inner
+def _copy_part(to, i, from_, j, n):
+    # The array for a type that the weights have not is empty.
+    if to.size and from_.size:
+        _copy(to[i : i + n], from_[j : j + n])
+
+
+@_inner
+def _enter(edges, edges16, floats, codes, at, lo, n):
+    _copy_part(edges[BASE], at, floats[BASE], lo, n)
+    _copy_part(edges16[BASE], at, codes[BASE], lo, n)
+
+
+@_inner
+def _leave(edges, edges16, floats, codes, at, lo, n):
+    for k in (PLUS, MINUS):
+        _copy_part(floats[k], lo, edges[k], at, n)
+        _copy_part(codes[k], lo, edges16[k], at, n)
+
+
+@cached_njit
+def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
+    # A single int32 pass needs no accumulator.  Many constants keep their one column; other tables are
+    # repeated to at least a row.  Parts of tiles are moved in a tile of their own.
+    key, ids, tables, sums, grid, probe_id, probe = move
+    summed = ids.size > 1 or sums.size or (ids.size == 1 and tables.itemsize == 8)
+    acc = np.empty(TILE if summed else 0, tables.dtype)
+    if tables.shape[1] < WIDTH and not (summed and tables.shape[1] == 1):
+        tables = _widen(tables, WIDTH)
+    if 0 < probe.size < WIDTH:
+        probe = _widen(probe.reshape(1, -1), WIDTH)[0]
+    seams, probe_seam = _seams(tables), _seams(probe.reshape(1, -1)).reshape(-1)
+    words, x, step = np.empty((5, WIDTH), u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
+    edges, edges16 = _edges(TILE)
+    while lo < hi:
+        tile, at = (start + lo) // TILE, (start + lo) % TILE
+        n = min(TILE - at, hi - lo)
+        if probe.size:
+            _philox(words[4], u64(tile) * u64(32), probe_id, key)
+        if summed:
+            if tables.shape[1] == 1:
+                _sum_constants(acc, tile, key, ids, tables, words)
+            else:
+                _sum_tables(acc, tile, key, ids, tables, seams, words)
+            if sums.size:
+                for e in range(n):
+                    acc[at + e] += i32(sums[lo + e])
+        elif ids.size:
+            if probe.size and probe_id == ids[0]:
+                _copy(words[0], words[4])
+            else:
+                _philox(words[0], u64(tile) * u64(32), ids[0], key)
+        to, to16, begin, first, end = floats, codes, lo, 0, ROWS
+        if n < TILE:
+            to, to16, begin, first, end = edges, edges16, 0, at // WIDTH, (at + n + WIDTH - 1) // WIDTH
+            _enter(edges, edges16, floats, codes, at, lo, n)
+        _rows(
+            to,
+            to16,
+            kinds,
+            begin,
+            first,
+            end,
+            u64(tile) * u64(ROWS),
+            acc,
+            grid,
+            tables.reshape(tables.size),
+            seams.reshape(seams.size),
+            words[0],
+            probe,
+            probe_seam,
+            words[4],
+            x,
+            step,
+        )
+        if n < TILE:
+            _leave(edges, edges16, floats, codes, at, lo, n)
+        lo += n
+
+
+_LOG, _SIN, _COS = (tuple(f32(c) for c in p) for p in (noise.LOG_POLY, noise.SIN_POLY, noise.COS_POLY))
+_LN2_HIGH, _LN2_LOW, _ANGLE = f32(noise.LN2_HIGH), f32(noise.LN2_LOW), f32(noise.ANGLE)
+_SQRT_HALF = i32(noise.SQRT_HALF_BITS)
+
+
+@_inner
+def _horner(y, x, a, b):
+    return f32(f32(f32(f32(y * x) + a) * x) + b)
+
+
+@_inner
+def _normals(z, w):
+    # noise.normals for one group of 128: operation for operation.
+    for pair in range(2):
+        first, second = w[pair * 64 : pair * 64 + 32], w[pair * 64 + 32 : pair * 64 + 64]
+        zc, zs = z[pair * 64 : pair * 64 + 32], z[pair * 64 + 32 : pair * 64 + 64]
+        for j in range(32):
+            bits = f32(f32(f32(first[j]) * f32(2.0**-32)) + f32(2.0**-33)).view(np.int32)
+            e = i32(i32(bits - _SQRT_HALF) >> i32(23))
+            x = f32(i32(bits - i32(e << i32(23))).view(np.float32) - f32(1.0))
+            xx = f32(x * x)
+            log = _horner(_LOG[0], x, _LOG[1], _LOG[2])
+            log = _horner(log, x, _LOG[3], _LOG[4])
+            log = _horner(log, x, _LOG[5], _LOG[6])
+            log = _horner(log, x, _LOG[7], _LOG[8])
+            log = f32(f32(f32(log * x) * xx) + f32(f32(e) * _LN2_LOW))
+            log = f32(f32(x + f32(log - f32(f32(0.5) * xx))) + f32(f32(e) * _LN2_HIGH))
+            r = f32(np.sqrt(f32(f32(-2.0) * log)))
+            quadrant = u32(u32(second[j] + u32(1 << 29)) >> u32(30))
+            t = f32(f32(i32(second[j] - u32(quadrant << u32(30)))) * _ANGLE)
+            tt = f32(t * t)
+            sine = f32(f32(f32(_horner(_SIN[0], tt, _SIN[1], _SIN[2]) * tt) * t) + t)
+            cosine = f32(f32(_horner(_COS[0], tt, _COS[1], _COS[2]) * tt) * tt)
+            cosine = f32(f32(cosine - f32(f32(0.5) * tt)) + f32(1.0))
+            odd = (quadrant & u32(1)) != 0
+            c, s = (sine if odd else cosine), (cosine if odd else sine)
+            zc[j] = f32(r * (-c if quadrant == 1 or quadrant == 2 else c))
+            zs[j] = f32(r * (-s if quadrant >= 2 else s))
+
+
+@cached_njit
+def sweep_groups(floats, codes, kinds, start, lo, hi, move):
+    # Groups of 128, one by one; scale holds the probe's step or nothing.  The normals are a table without signs.
+    key, ids, coefficients, grid, probe_id, scale = move
+    words, z, x, step = np.empty(WIDTH, u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
+    acc, probe = np.empty(WIDTH if ids.size else 0, f32), np.empty(WIDTH if scale.size else 0, f32)
+    table, plain = np.empty(0, i32), np.zeros(WIDTH, u32)
+    edges, edges16 = _edges(WIDTH)
+    while lo < hi:
+        group, at = (start + lo) // WIDTH, (start + lo) % WIDTH
+        n = min(WIDTH - at, hi - lo)
+        acc[:] = 0
+        for p in range(ids.size):
+            _philox(words, u64(group) * u64(32), ids[p], key)
+            _normals(z, words)
+            for e in range(WIDTH):
+                acc[e] += f32(coefficients[p] * z[e])
+        if scale.size:
+            _philox(words, u64(group) * u64(32), probe_id, key)
+            _normals(z, words)
+            for e in range(WIDTH):
+                probe[e] = f32(scale[0] * z[e])
+        to, to16, begin = floats, codes, lo
+        if n < WIDTH:
+            to, to16, begin = edges, edges16, 0
+            _enter(edges, edges16, floats, codes, at, lo, n)
+        _rows(
+            to, to16, kinds, begin, 0, 1, u64(0), acc, grid, table, table, plain, probe, probe, plain, x, step
+        )
+        if n < WIDTH:
+            _leave(edges, edges16, floats, codes, at, lo, n)
+        lo += n
+
+
+# --- the work and its threads -----------------------------------------------------------------------------
 
 
 def sweep(

@@ -4,7 +4,7 @@
 A block of ggml holds 32 codes q and one or two fp16 numbers, its scale d and perhaps an offset m: w = d q + m.  Training d and
 m alone (PEQA, Kim et al. 2023, arXiv 2305.14152; EfficientQAT, Chen et al. 2024, arXiv 2407.11062) leaves a file of the same
 codes, so nothing is rounded after training; whatever is not in blocks stays.  A direction moves them on the grid of fp16 itself
-(`scale_grid.py`): with b the bits of |d| as a whole number, p = b / 1024 is about log2 |d|, and a scale at p has the bits
+(`noise.py`): with b the bits of |d| as a whole number, p = b / 1024 is about log2 |d|, and a scale at p has the bits
 floor(1024 p + u).  z has a number for each scale, a 16th or a 32nd of what the weights would need, so a pass costs next to
 nothing.
 
@@ -31,7 +31,7 @@ from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
 from fleetune.models.mapped.stored import check_scales
 from fleetune.models.net.model import Model, Pieces, named_tensors
 from fleetune.seeds.moved_modules import WeightSlot, layout
-from fleetune.seeds.scale_grid import LARGEST, STEPS, rounding
+from fleetune.seeds.noise import LARGEST, STEPS, rounding
 from fleetune.seeds.view import CHUNK, View
 
 

@@ -60,9 +60,9 @@ from fleetune.data import Batch, Batches, keyed_order
 from fleetune.evaluation import objectives
 from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.seeds.descent import two_point
 from fleetune.seeds.moved_modules import WeightSlot, layout
 from fleetune.seeds.noise import LAWS, POOL, Passes, derive, passes, probe
-from fleetune.seeds.spsa import two_point
 from fleetune.seeds.view import CHUNK, View
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
