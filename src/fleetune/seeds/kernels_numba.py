@@ -28,16 +28,17 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fleetune.common.numba_cache import cached_njit
 from fleetune.seeds import noise
+from fleetune.seeds.kernels_torch import Probe, checked
 from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH, Passes
 
 SPLIT = 1 << 19  # element-passes that others must take off a thread for waking them (0.05 ms) to pay
@@ -79,16 +80,6 @@ def _place(end, run):
 
 
 @_inner
-def _seams(tables):
-    # The last 128 values of each table and its first 128 after them, for the runs that go on at its start; [0, 256] of constants.
-    seams = np.empty((tables.shape[0] if tables.shape[1] >= WIDTH else 0, 2 * WIDTH), tables.dtype)
-    for p in range(seams.shape[0]):
-        for i in range(2 * WIDTH):
-            seams[p, i] = tables[p, (i - WIDTH) & (tables.shape[1] - 1)]
-    return seams
-
-
-@_inner
 def _sum_constants(acc, tile, key, ids, tables, words):
     # sum of c * sign = sum of c - sum of 2c over the set bits (modulo 2^32 or 2^64, so exact); four a time,
     # so that an accumulator is loaded and stored once for four passes.
@@ -117,21 +108,16 @@ def _sum_constants(acc, tile, key, ids, tables, words):
 
 
 @_inner
-def _sum_tables(acc, tile, key, ids, tables, seams, words):
+def _sum_tables(acc, tile, key, ids, tables, end, words):
     acc[:] = 0
-    end, last = u64(tables.shape[1] - 1), u64(tables.shape[1] - WIDTH)
     for p in range(ids.size):
         _philox(words[0], u64(tile) * u64(32), ids[p], key)
-        table, seam, w = tables[p], seams[p], words[0]
+        table, w = tables[p], words[0]
         for r in range(ROWS):
             bit, i = BITS[r], u64(r * WIDTH)
             at = _place(end, u64(tile) * u64(ROWS) + u64(r))
-            if at <= last:
-                for e in range(WIDTH):
-                    acc[i + u64(e)] += _signed(table[at + u64(e)], w[e], bit)
-            else:
-                for e in range(WIDTH):
-                    acc[i + u64(e)] += _signed(seam[at - last + u64(e)], w[e], bit)
+            for e in range(WIDTH):
+                acc[i + u64(e)] += _signed(table[at + u64(e)], w[e], bit)
 
 
 @_inlined
@@ -176,32 +162,14 @@ def _to_fp16(x):
 
 
 @_inner
-def _rows(
-    floats,
-    codes,
-    kinds,
-    at,
-    first,
-    end,
-    run,
-    acc,
-    grid,
-    table,
-    seam,
-    words,
-    probe,
-    probe_seam,
-    probe_words,
-    x,
-    step,
-):
+def _rows(floats, codes, kinds, at, first, end, run, acc, grid, table, ends, words, probe, probe_words, x, y):
     # Move rows first..end, row 0 beginning at element `at` of the weights: by acc, or else by one pass's table,
     # and by the probe's.  All loops are written out here: an array handed on within the loop over rows, or a
     # slice of one, costs as much in reference counts as a row's work.  Indices are unsigned: no look for negative ones.
     plus, minus, base = floats
     plus16, minus16, base16 = codes
     reads, writes, both = kinds
-    last, probe_last = u64(table.size - WIDTH), u64(probe.size - WIDTH)  # where the last whole run begins
+    table_end, probe_end = ends  # the last places that a run may begin at
     for r in range(first, end):
         bit, i, j = BITS[r], u64(at + r * WIDTH), u64(r * WIDTH)
         if reads == BF16:
@@ -217,61 +185,41 @@ def _rows(
             for e in range(WIDTH):
                 x[e] += f32(grid * f32(acc[j + u64(e)]))
         elif table.size:
-            k = _place(u64(table.size - 1), run + u64(r))
-            if k <= last:
-                for e in range(WIDTH):
-                    x[e] += f32(grid * f32(i32(_signed(table[k + u64(e)], words[e], bit))))
-            else:
-                for e in range(WIDTH):
-                    x[e] += f32(grid * f32(i32(_signed(seam[k - last + u64(e)], words[e], bit))))
+            k = _place(table_end, run + u64(r))
+            for e in range(WIDTH):
+                x[e] += f32(grid * f32(i32(_signed(table[k + u64(e)], words[e], bit))))
         if probe.size:
-            k = _place(u64(probe.size - 1), run + u64(r))
-            if k <= probe_last:
-                for e in range(WIDTH):
-                    step[e] = _turned(probe[k + u64(e)], probe_words[e], bit)
-            else:
-                for e in range(WIDTH):
-                    step[e] = _turned(probe_seam[k - probe_last + u64(e)], probe_words[e], bit)
-            if not both:
-                for e in range(WIDTH):
-                    x[e] += step[e]
-        if both:
-            if writes == BF16:
-                for e in range(WIDTH):
-                    plus16[i + u64(e)] = _to_bf16(x[e] + step[e])
-                    minus16[i + u64(e)] = _to_bf16(x[e] + (-step[e]))
-            elif writes == FP16:
-                for e in range(WIDTH):
-                    plus16[i + u64(e)] = _to_fp16(x[e] + step[e])
-                    minus16[i + u64(e)] = _to_fp16(x[e] + (-step[e]))
-            else:
-                for e in range(WIDTH):
-                    plus[i + u64(e)] = x[e] + step[e]
-                    minus[i + u64(e)] = x[e] + (-step[e])
-        elif writes == BF16:
+            k = _place(probe_end, run + u64(r))
+            for e in range(WIDTH):
+                y[e] = _turned(probe[k + u64(e)], probe_words[e], bit)
+            for e in range(WIDTH):
+                step = y[e]
+                y[e] = x[e] + (-step)
+                x[e] += step
+        if writes == BF16:
             for e in range(WIDTH):
                 plus16[i + u64(e)] = _to_bf16(x[e])
+            if both:
+                for e in range(WIDTH):
+                    minus16[i + u64(e)] = _to_bf16(y[e])
         elif writes == FP16:
             for e in range(WIDTH):
                 plus16[i + u64(e)] = _to_fp16(x[e])
+            if both:
+                for e in range(WIDTH):
+                    minus16[i + u64(e)] = _to_fp16(y[e])
         else:
             for e in range(WIDTH):
                 plus[i + u64(e)] = x[e]
+            if both:
+                for e in range(WIDTH):
+                    minus[i + u64(e)] = y[e]
 
 
 @_inner
 def _copy(x, y):
     for i in range(x.size):
         x[i] = y[i]
-
-
-@_inner
-def _widen(table, size):
-    out = np.empty((table.shape[0], size), table.dtype)
-    for p in range(table.shape[0]):
-        for i in range(size):
-            out[p, i] = table[p, i & (table.shape[1] - 1)]
-    return out
 
 
 @_inner
@@ -303,17 +251,12 @@ def _leave(edges, edges16, floats, codes, at, lo, n):
 
 @cached_njit
 def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
-    # A single int32 pass needs no accumulator.  Many constants keep their one column; other tables are
-    # repeated to at least a row.  Parts of tiles are moved in a tile of their own.
-    key, ids, tables, sums, grid, probe_id, probe = move
+    # A single int32 pass needs no accumulator.  Tables are `extended`, but for constants, [P, 1], that are summed.
+    # Parts of tiles are moved in a tile of their own.
+    key, ids, tables, ends, sums, grid, probe_id, probe = move
     summed = ids.size > 1 or sums.size or (ids.size == 1 and tables.itemsize == 8)
     acc = np.empty(TILE if summed else 0, tables.dtype)
-    if tables.shape[1] < WIDTH and not (summed and tables.shape[1] == 1):
-        tables = _widen(tables, WIDTH)
-    if 0 < probe.size < WIDTH:
-        probe = _widen(probe.reshape(1, -1), WIDTH)[0]
-    seams, probe_seam = _seams(tables), _seams(probe.reshape(1, -1)).reshape(-1)
-    words, x, step = np.empty((5, WIDTH), u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
+    words, x, y = np.empty((5, WIDTH), u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
     edges, edges16 = _edges(TILE)
     while lo < hi:
         tile, at = (start + lo) // TILE, (start + lo) % TILE
@@ -324,7 +267,7 @@ def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
             if tables.shape[1] == 1:
                 _sum_constants(acc, tile, key, ids, tables, words)
             else:
-                _sum_tables(acc, tile, key, ids, tables, seams, words)
+                _sum_tables(acc, tile, key, ids, tables, ends[0], words)
             if sums.size:
                 for e in range(n):
                     acc[at + e] += i32(sums[lo + e])
@@ -337,24 +280,9 @@ def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
         if n < TILE:
             to, to16, begin, first, end = edges, edges16, 0, at // WIDTH, (at + n + WIDTH - 1) // WIDTH
             _enter(edges, edges16, floats, codes, at, lo, n)
+        run, table = u64(tile) * u64(ROWS), tables.reshape(tables.size)
         _rows(
-            to,
-            to16,
-            kinds,
-            begin,
-            first,
-            end,
-            u64(tile) * u64(ROWS),
-            acc,
-            grid,
-            tables.reshape(tables.size),
-            seams.reshape(seams.size),
-            words[0],
-            probe,
-            probe_seam,
-            words[4],
-            x,
-            step,
+            to, to16, kinds, begin, first, end, run, acc, grid, table, ends, words[0], probe, words[4], x, y
         )
         if n < TILE:
             _leave(edges, edges16, floats, codes, at, lo, n)
@@ -405,9 +333,9 @@ def _normals(z, w):
 def sweep_groups(floats, codes, kinds, start, lo, hi, move):
     # Groups of 128, one by one; scale holds the probe's step or nothing.  The normals are a table without signs.
     key, ids, coefficients, grid, probe_id, scale = move
-    words, z, x, step = np.empty(WIDTH, u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
+    words, z, x, y = np.empty(WIDTH, u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
     acc, probe = np.empty(WIDTH if ids.size else 0, f32), np.empty(WIDTH if scale.size else 0, f32)
-    table, plain = np.empty(0, i32), np.zeros(WIDTH, u32)
+    table, plain, ends = np.empty(0, i32), np.zeros(WIDTH, u32), (u64(0), u64(0))
     edges, edges16 = _edges(WIDTH)
     while lo < hi:
         group, at = (start + lo) // WIDTH, (start + lo) % WIDTH
@@ -427,9 +355,7 @@ def sweep_groups(floats, codes, kinds, start, lo, hi, move):
         if n < WIDTH:
             to, to16, begin = edges, edges16, 0
             _enter(edges, edges16, floats, codes, at, lo, n)
-        _rows(
-            to, to16, kinds, begin, 0, 1, u64(0), acc, grid, table, table, plain, probe, probe, plain, x, step
-        )
+        _rows(to, to16, kinds, begin, 0, 1, u64(0), acc, grid, table, ends, plain, probe, plain, x, y)
         if n < WIDTH:
             _leave(edges, edges16, floats, codes, at, lo, n)
         lo += n
@@ -445,104 +371,56 @@ def sweep(
     run_key: int,
     passes: Passes,
     grid: float,
-    probe: tuple[int, ArrayLike] | None = None,
+    probe: Probe | None = None,
     *,
+    gaussian: bool = False,
     minus: Tensor | None = None,
-    threads: int | None = None,
-    block: int | None = None,
     sums: Tensor | None = None,
-) -> None:
-    """Set out = base moved by grid * passes, then by sign * table of the probe (formula in the module docstring).
-
-    out, base: 1-D contiguous CPU tensors of one size and type (fp32, bf16, fp16), the same tensor or
-    disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).
-    minus: gets the same with -table, in one pass over the base, which then may be float32 too; disjoint from `out`.
-    threads: torch's number by default; block: elements a thread takes at a time.  sums: integers that are added to
-    the passes' sum: float32, of base's size, no total reaching 2^24.  Raises ValueError for tensors or tables of
-    another kind.
-    """
-    probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
-    noise.check_tables(passes, None if probe is None else step)
-    ids = _native(passes.ids, u64)
-    tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else np.int64)
-    move = (u64(run_key), ids, tables, _cached(sums, base), f32(grid), u64(probe_id), step)
-    cost = max(1, len(ids) // 4)
-    _share(sweep_tiles, _weights(out, minus, base, start), start, cost, move, threads, block)
-
-
-def sweep_gaussian(
-    out: Tensor,
-    base: Tensor,
-    start: int,
-    run_key: int,
-    ids: ArrayLike,
-    coefficients: ArrayLike,
-    grid: float,
-    probe: tuple[int, float] | None = None,
-    *,
-    minus: Tensor | None = None,
     threads: int | None = None,
     block: int | None = None,
 ) -> None:
-    """`sweep` for the gaussian law: out = round((base + grid * sum_p c_p z_p) + scale * z_probe), in float32.
-
-    ids: uint64 [P], summed in this order; coefficients: float32 [P]; probe: (id, scale), with -scale for `minus`.
-    """
-    probe_id, scale = (0, _NONE) if probe is None else (probe[0], np.array([probe[1]], f32))
-    keys, factors = _native(np.asarray(ids), u64), _native(np.asarray(coefficients), f32)
-    if keys.shape != factors.shape:
-        raise ValueError(f"{keys.shape} ids need as many coefficients, got {factors.shape}")
-    move = (u64(run_key), keys, factors, f32(grid), u64(probe_id), scale)
-    cost = 8 * max(1, len(keys))
-    _share(sweep_groups, _weights(out, minus, base, start), start, cost, move, threads, block)
+    """Do what `kernels_torch.sweep` does, on a CPU; threads: torch's number by default; block: elements a thread takes at a time."""
+    outputs = checked(out, base, start, passes, probe, minus, sums)
+    ids = _native(passes.ids, u64)
+    probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
+    size, factor, kernel = len(ids), f32(grid), sweep_groups if gaussian else sweep_tiles
+    move: Move
+    if gaussian:
+        move = (u64(run_key), ids, _native(passes.tables[:, 0], f32), factor, u64(probe_id), step)
+    else:
+        tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else i64)
+        ends = (u64(tables.shape[1] - 1), u64(max(1, len(step)) - 1))
+        if size == 1 or tables.shape[1] > 1:
+            tables = noise.extended(tables)
+        step = noise.extended(step[None])[0] if len(step) else step
+        cached = _NONE if sums is None else _arrays(sums)[0]
+        move = (u64(run_key), ids, tables, ends, cached, factor, u64(probe_id), step)
+    for moved in outputs:
+        if not moved.is_inference():
+            # so that a backward that needs the old values says so
+            torch.autograd.graph.increment_version(moved)
+    floats, codes = zip(*(_arrays(tensor) for tensor in (out, minus, base)), strict=True)
+    weights = floats, codes, (_KINDS[base.dtype], _KINDS[out.dtype], int(minus is not None))
+    _share(
+        kernel,
+        weights,
+        start,
+        base.numel(),
+        max(1, 8 * size if gaussian else size // 4),
+        move,
+        threads,
+        block,
+    )
 
 
 _NONE = np.zeros(0, f32)
 _NONE16 = np.zeros(0, u16)
 _KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
-Move = tuple[Any, ...]  # a kernel's last argument
-
-
-def _cached(sums: Tensor | None, base: Tensor) -> NDArray[Any]:
-    if sums is None:
-        return _NONE
-    if sums.dtype != torch.float32 or sums.shape != base.shape or not (sums.is_cpu and sums.is_contiguous()):
-        raise ValueError(f"sums are {sums.dtype} {list(sums.shape)}, base is {base.dtype} {list(base.shape)}")
-    return _arrays(sums)[0]
-
-
-class Weights(NamedTuple):
-    """What a kernel writes and reads: plus, minus and base, each as float32 or as 16-bit codes, the other empty.
-
-    One compilation serves all dtypes.  kinds: what is read, what is written, whether minus is.
-    """
-
-    floats: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-    codes: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-    kinds: tuple[int, int, int]
-
-
-def _weights(plus: Tensor, minus: Tensor | None, base: Tensor, start: int) -> Weights:
-    """Check the tensors and lay them out for a kernel; `plus` is the only output where `minus` is None."""
-    dtype = plus.dtype
-    outputs = [plus] if minus is None else [plus, minus]
-    reads = [dtype] if minus is None else [dtype, torch.float32]
-    for out in outputs:
-        if base.dtype not in reads or out.dtype != dtype or base.shape != out.shape or out.dim() != 1:
-            raise ValueError(f"out is {out.dtype} {list(out.shape)}, base is {base.dtype} {list(base.shape)}")
-    if not all(t.is_contiguous() and t.is_cpu for t in (*outputs, base)):
-        raise ValueError("out and base must be contiguous and in the CPU's memory")
-    if start < 0:
-        raise ValueError(f"start is {start}; a global index is 0 or more")
-    if dtype not in _KINDS:
-        raise ValueError(f"weights of type {dtype}; fp32, bf16 and fp16 are known")
-    for out in outputs:
-        if not out.is_inference():
-            # so that a backward that needs the old values says so
-            torch.autograd.graph.increment_version(out)
-    floats, codes = zip(*(_arrays(t) for t in (plus, minus, base)), strict=True)
-    return Weights(floats, codes, (_KINDS[base.dtype], _KINDS[dtype], int(minus is not None)))
+# A kernel's arguments: what it writes and reads (plus, minus, base, each as float32 or as 16-bit codes, the other empty, so
+# that one compilation serves all dtypes; and what is read, what is written, whether minus is), and the move.
+Weights = tuple[tuple[NDArray[Any], ...], tuple[NDArray[Any], ...], tuple[int, int, int]]
+Move = tuple[Any, ...]
 
 
 def _arrays(tensor: Tensor | None) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -557,6 +435,7 @@ def _share(
     kernel: Callable[..., None],
     weights: Weights,
     start: int,
+    size: int,
     cost: int,
     move: Move,
     threads: int | None,
@@ -566,7 +445,6 @@ def _share(
 
     cost: element-passes an element.
     """
-    size = max(len(weights.floats[0]), len(weights.codes[0]))
     n_threads = max(1, threads if threads is not None else torch.get_num_threads())
     if block is None:
         if size * cost * (1 - 1 / n_threads) < SPLIT:

@@ -120,6 +120,14 @@ def places(K: int, start: int, count: int) -> NDArray[np.int64]:
     return found.reshape(-1)[start - first * WIDTH :][:count]
 
 
+def extended(tables: NDArray[Any]) -> NDArray[Any]:
+    """Return tables with the 127 values after their end, from their start on: [P, K] -> [P, K + 127].
+
+    So the 128 values of a run lie side by side wherever it begins.
+    """
+    return np.concatenate([tables, np.resize(tables.T, (WIDTH - 1, len(tables))).T], axis=1)
+
+
 def run_key(secret: bytes) -> int:
     """Return the run's Philox key: the first 8 bytes of SHA-256 over its secret, little-endian."""
     return int.from_bytes(hashlib.sha256(secret).digest()[:8], "little")
@@ -311,18 +319,6 @@ def check_law(law: str, K: int) -> None:
         raise UsageError(f"there is no law {law!r}", hint=f"one of: {', '.join(LAWS)}")
     if law == POOL and _power_of_two(K) > MOST:
         raise UsageError(f"K = {K} is more than {MOST:,} directions", hint=f"use {MOST} or less")
-
-
-def check_tables(passes: Passes, probe: NDArray[Any] | None) -> None:
-    """Raise ValueError unless the passes' tables are [P, K] and the probe's [K], each K a power of two."""
-    P, tables = len(passes.ids), passes.tables
-    if tables.ndim != 2 or len(tables) != P or tables.dtype.kind != "i":
-        raise ValueError(f"{P} ids need integer tables [{P}, K], got {tables.dtype} {list(tables.shape)}")
-    if probe is not None and probe.ndim != 1:
-        raise ValueError(f"the probe's table has shape {list(probe.shape)}; [K] is needed")
-    for width in (tables.shape[1] if P else 1, 1 if probe is None else len(probe)):
-        if width < 1 or width & (width - 1):
-            raise ValueError(f"a table of {width} columns; a power of two is needed")
 
 
 def merged(ids: Ids, values: Sums) -> tuple[Ids, Sums]:
