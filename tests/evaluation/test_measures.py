@@ -713,7 +713,7 @@ def test_a_streamed_head_has_the_same_losses(
 ) -> None:
     model, batch = tiny_llama(seed=3), _odd_batch()
     base = _by_hand(model.net, batch)
-    monkeypatch.setattr("fleetune.seeds.view.CHUNK", rows_of_head * model.net.config.hidden_size)
+    monkeypatch.setattr("fleetune.seeds.weights.CHUNK", rows_of_head * model.net.config.hidden_size)
     monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
     view = _viewed(model)
     expected = _by_hand(model.net, batch)

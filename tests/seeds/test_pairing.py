@@ -17,12 +17,13 @@ from fleetune.data import Batch, Encoded, collate
 from fleetune.evaluation import objectives
 from fleetune.evaluation.losses import batch_loss
 from fleetune.models import Model, named_tensors
-from fleetune.seeds import descent, moved_modules
-from fleetune.seeds import view as views
+from fleetune.seeds import descent
+from fleetune.seeds import view as view_module
+from fleetune.seeds import weights as views
 from fleetune.seeds.descent import slope, two_point
-from fleetune.seeds.moved_modules import Unpaired
 from fleetune.seeds.noise import LAWS, passes, probe, run_key
-from fleetune.seeds.view import View, WeightSlot, read_stored
+from fleetune.seeds.view import Unpaired, View
+from fleetune.seeds.weights import WeightSlot, read_stored
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
@@ -204,4 +205,4 @@ def test_ids_of_other_rows_than_the_batchs_are_refused(shape: tuple[int, ...]) -
     slot = next(s for s in view.slots if s.tensor.dim() == 2)
     view.probe(probe("hashed", K, 7), EPS)
     with view.pairing(4), pytest.raises(Unpaired):
-        moved_modules._embedding(view, slot, torch.zeros(shape, dtype=torch.int64))
+        view_module._embedding(view, slot, torch.zeros(shape, dtype=torch.int64))

@@ -14,8 +14,8 @@ from fleetune.models.net.checkpointing import by_layer
 from fleetune.models.net.model import named_tensors
 from fleetune.seeds import noise
 from fleetune.seeds.descent import Position, Projection, descend_projected, fold
-from fleetune.seeds.moved_modules import Tape
-from fleetune.seeds.view import View, kernels
+from fleetune.seeds.view import Tape, View
+from fleetune.seeds.weights import kernels
 from law_definition import slow_places
 
 KEY, EPOCH = 0x0123456789ABCDEF, 3

@@ -26,9 +26,9 @@ from fleetune.models.mapped.stored import Stored
 from fleetune.models.net.model import Model, named_tensors
 from fleetune.seeds import noise
 from fleetune.seeds.descent import Projection
-from fleetune.seeds.moved_modules import Tape
 from fleetune.seeds.noise import EMPTY, passes, probe
 from fleetune.seeds.scale_view import ScaleView, moved_tensors
+from fleetune.seeds.view import Tape
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 KEY, GRID = 11, 1e-5

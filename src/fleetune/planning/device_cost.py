@@ -98,7 +98,7 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
         parts |= _backward(shape, work, footprint)
         curved = parts | _curvature(shape, work, footprint) if footprint.hessian_products else parts
         return max(parts, curved, key=lambda p: sum(p.values()))
-    from fleetune.seeds.view import CHUNK
+    from fleetune.seeds.weights import CHUNK
 
     n, s = work.tokens, work.size
     moves_weights = footprint.gradient == "two-point" and not module.tensors
@@ -140,7 +140,7 @@ def _weights(shape: Shape, work: Workload, footprint: Footprint) -> int:
     if work.base == "memory" or trains_all:
         return shape.params * work.size
     from fleetune.models.mapped.file import KEPT
-    from fleetune.seeds.view import CHUNK
+    from fleetune.seeds.weights import CHUNK
 
     seen = footprint.projects or (footprint.gradient == "two-point" and not footprint.module.tensors)
     largest = max((linear.out * linear.into for linear in shape.linears), default=shape.largest)
@@ -192,7 +192,7 @@ def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> d
 def _projected(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
     """Return the parts of a step whose weights and gradients exist a block of rows at a time, and activations a layer."""
     from fleetune.evaluation.head_loss import CHUNK_BYTES
-    from fleetune.seeds.view import CHUNK
+    from fleetune.seeds.weights import CHUNK
 
     n, s = work.tokens, work.size
     layer = LAYERS * activation_bytes(shape, work, module) / shape.layers

@@ -39,9 +39,9 @@ from fleetune.evaluation.losses import batch_loss, row_losses
 from fleetune.evaluation.objectives import Objective, loss_tensor
 from fleetune.models.net.checkpointing import by_layer
 from fleetune.models.net.model import Model
-from fleetune.seeds.moved_modules import Tape, Unpaired
 from fleetune.seeds.noise import EMPTY, derive, fwht, passes, philox4x32, places, probe
-from fleetune.seeds.view import CHUNK, View
+from fleetune.seeds.view import Tape, Unpaired, View
+from fleetune.seeds.weights import CHUNK
 
 log = logging.getLogger(__name__)
 
@@ -130,12 +130,13 @@ def _in_one_forward(
     )
     try:
         view.probe(direction, eps)
-        with view.pairing(rows):
-            sums, counts = row_losses(model, twice)
+        view.paired = rows
+        sums, counts = row_losses(model, twice)
     except Unpaired:
         _UNPAIRED.add(view.net)
         return None
     finally:
+        view.paired = 0
         view.probe(None)
     if not counts[:rows].sum():
         return math.nan, math.nan

@@ -192,10 +192,14 @@ def _rows(floats, codes, kinds, at, first, end, run, acc, grid, table, ends, wor
             k = _place(probe_end, run + u64(r))
             for e in range(WIDTH):
                 y[e] = _turned(probe[k + u64(e)], probe_words[e], bit)
-            for e in range(WIDTH):
-                step = y[e]
-                y[e] = x[e] + (-step)
-                x[e] += step
+            if both:
+                for e in range(WIDTH):
+                    step = y[e]
+                    y[e] = x[e] + (-step)
+                    x[e] += step
+            else:
+                for e in range(WIDTH):
+                    x[e] += y[e]
         if writes == BF16:
             for e in range(WIDTH):
                 plus16[i + u64(e)] = _to_bf16(x[e])
@@ -379,7 +383,7 @@ def sweep(
     threads: int | None = None,
     block: int | None = None,
 ) -> None:
-    """Do what `kernels_torch.sweep` does, on a CPU; threads: torch's number by default; block: elements a thread takes at a time."""
+    """Do what `kernels_torch.sweep` does, on a CPU; `threads` is torch's number by default."""
     outputs = checked(out, base, start, passes, probe, minus, sums)
     ids = _native(passes.ids, u64)
     probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
@@ -391,8 +395,8 @@ def sweep(
         tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else i64)
         ends = (u64(tables.shape[1] - 1), u64(max(1, len(step)) - 1))
         if size == 1 or tables.shape[1] > 1:
-            tables = noise.extended(tables)
-        step = noise.extended(step[None])[0] if len(step) else step
+            tables = _extended("passes", tables)
+        step = _extended("probe", step) if len(step) else step
         cached = _NONE if sums is None else _arrays(sums)[0]
         move = (u64(run_key), ids, tables, ends, cached, factor, u64(probe_id), step)
     for moved in outputs:
@@ -421,6 +425,18 @@ _KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 # that one compilation serves all dtypes; and what is read, what is written, whether minus is), and the move.
 Weights = tuple[tuple[NDArray[Any], ...], tuple[NDArray[Any], ...], tuple[int, int, int]]
 Move = tuple[Any, ...]
+
+
+_EXTENDED: dict[
+    str, tuple[NDArray[Any], NDArray[Any]]
+] = {}  # the last tables, and what `noise.extended` made of them
+
+
+def _extended(what: str, tables: NDArray[Any]) -> NDArray[Any]:
+    last = _EXTENDED.get(what)
+    if last is None or last[0] is not tables:
+        last = _EXTENDED[what] = tables, noise.extended(tables)
+    return last[1]
 
 
 def _arrays(tensor: Tensor | None) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -121,11 +121,11 @@ def places(K: int, start: int, count: int) -> NDArray[np.int64]:
 
 
 def extended(tables: NDArray[Any]) -> NDArray[Any]:
-    """Return tables with the 127 values after their end, from their start on: [P, K] -> [P, K + 127].
+    """Return tables with the 127 values after their end, from their start on: [.., K] -> [.., K + 127].
 
     So the 128 values of a run lie side by side wherever it begins.
     """
-    return np.concatenate([tables, np.resize(tables.T, (WIDTH - 1, len(tables))).T], axis=1)
+    return np.concatenate([tables, np.take(tables, range(WIDTH - 1), axis=-1, mode="wrap")], axis=-1)
 
 
 def run_key(secret: bytes) -> int:

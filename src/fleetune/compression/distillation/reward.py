@@ -72,11 +72,7 @@ def _scaled(score: Callable[[Sequence[str], Sequence[str]], float]) -> Reward:
 
 
 BUILT_IN: Mapping[str, Reward] = MappingProxyType(
-    {
-        "exact_match": _scaled(exact_match),
-        "f1": _scaled(token_f1),
-        "rouge_l": _scaled(rouge_l),
-    }
+    {"exact_match": _scaled(exact_match), "f1": _scaled(token_f1), "rouge_l": _scaled(rouge_l)}
 )
 
 
