@@ -21,7 +21,7 @@ from fleetune import api, errors, models
 from fleetune.cli.main import main
 from fleetune.common import events
 from fleetune.compression.methods import qronos
-from fleetune.deploy.measure import harness
+from fleetune.deploy import harness
 from fleetune.evaluation import losses
 from fleetune.runs.compression_folder import CompressOptions, CompressRequest
 from fleetune.tuning.methods import fedkseed

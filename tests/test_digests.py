@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fleetune.deploy.serving import engines, session
 
 import fleetune
 from fleetune import errors, models
 from fleetune.cli.main import main
 from fleetune.common import sums
 from fleetune.compression.jobs import compressed_base
-from fleetune.deploy.serving import engines, session
 from fleetune.models.cache import cache
 from fleetune.models.loading import loading
 from fleetune.runs import rundir

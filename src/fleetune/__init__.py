@@ -43,10 +43,9 @@ if TYPE_CHECKING:
     )
     from fleetune.common import events
     from fleetune.compression.jobs.job import CompressResult
-    from fleetune.deploy.export_subject import ExportResult
-    from fleetune.deploy.measure.job import MeasureResult
-    from fleetune.deploy.serving.client import Conversation
-    from fleetune.deploy.serving.engines import Session
+    from fleetune.deploy.export import ExportResult
+    from fleetune.deploy.measure import MeasureResult
+    from fleetune.deploy.serve import Conversation, Session
     from fleetune.models.net.model import Model
     from fleetune.planning.plan import Plan
     from fleetune.runs.listener import Listener, Silent
@@ -80,10 +79,9 @@ _PLACES = {
         "tune",
     ),
     "fleetune.compression.jobs.job": ("CompressResult",),
-    "fleetune.deploy.export_subject": ("ExportResult",),
-    "fleetune.deploy.measure.job": ("MeasureResult",),
-    "fleetune.deploy.serving.client": ("Conversation",),
-    "fleetune.deploy.serving.engines": ("Session",),
+    "fleetune.deploy.export": ("ExportResult",),
+    "fleetune.deploy.measure": ("MeasureResult",),
+    "fleetune.deploy.serve": ("Conversation", "Session"),
     "fleetune.models.net.model": ("Model",),
     "fleetune.planning.plan": ("Plan",),
     "fleetune.runs.listener": ("Listener", "Silent"),

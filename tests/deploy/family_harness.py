@@ -13,7 +13,7 @@ from deploy_harness import tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fleetune import models
-from fleetune.deploy.measure import llamacpp
+from fleetune.deploy import llamacpp
 from fleetune.models.families import experts
 
 TEXT = [int(token) for token in np.random.default_rng(5).integers(0, 259, 48)]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fleetune import models
 from fleetune.cli.commands.compress import _next_target
 from fleetune.common import sums
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import Model
 from fleetune.models.artefact import artefact

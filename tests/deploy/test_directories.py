@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fleetune import models
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import compressed_tensors, gptq, hf
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fleetune
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
 from fleetune.models.artefact.artefact import Master
 from fleetune.models.loading.loading import load_artefact

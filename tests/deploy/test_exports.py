@@ -14,7 +14,7 @@ from deploy_harness import compressed, tiny
 
 from fleetune import models
 from fleetune.deploy import targets
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import gguf, hf
 from fleetune.deploy.targets import check_place
 from fleetune.errors import ModelError, StorageError, UsageError

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import fleetune
 from fleetune.deploy.checkpoint import open_checkpoint
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.errors import UsageError
 from fleetune.models.families import table
 from fleetune.models.mapped.stored import weight_files

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from fleetune import models
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import Model
 from fleetune.models.families import table

@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from fleetune import models
 from fleetune.deploy import provenance
 from fleetune.deploy.checkpoint import open_checkpoint
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import gguf
 from fleetune.errors import FleetuneError, ModelError, UsageError
 from fleetune.models import Model

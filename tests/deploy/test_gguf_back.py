@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
 from fleetune.models.families import rope
 from fleetune.models.gguf import tokenizer as gguf_tokens

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.models import Model
 from fleetune.models.families import widths
 from fleetune.models.families.widths import Width

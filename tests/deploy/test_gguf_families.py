@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fleetune
 from fleetune import adapters, models
-from fleetune.deploy.export import export, export_adapter
-from fleetune.deploy.measure import llamacpp
+from fleetune.deploy import llamacpp
+from fleetune.deploy.export import write as export
+from fleetune.deploy.export import write_adapter as export_adapter
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.families import table
 

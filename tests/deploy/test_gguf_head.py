@@ -13,7 +13,7 @@ from serve_harness import little_file
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.cache import cache
 from fleetune.models.gguf import header

@@ -17,7 +17,8 @@ from safetensors.torch import save_file as save_torch
 
 from fleetune import adapters, models
 from fleetune.cli.main import main
-from fleetune.deploy.export import export, export_adapter
+from fleetune.deploy.export import write as export
+from fleetune.deploy.export import write_adapter as export_adapter
 from fleetune.deploy.formats import gguf_lora
 from fleetune.errors import FleetuneError, ModelError, UsageError
 from fleetune.models import Model

@@ -19,7 +19,7 @@ from fleetune import models
 from fleetune.compression.layerwise.column_loop import nearest
 from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid
 from fleetune.compression.layerwise.groups import quantise
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import _ggml_blocks, compressed_tensors, gptq, mlx
 from fleetune.errors import UsageError
 from fleetune.models.artefact import artefact

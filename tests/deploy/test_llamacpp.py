@@ -12,8 +12,7 @@ from deploy_harness import compressed, tiny
 
 from fleetune.common.extras import pip_install
 from fleetune.data import Encoded
-from fleetune.deploy import export
-from fleetune.deploy.measure import harness, llamacpp
+from fleetune.deploy import export, harness, llamacpp
 from fleetune.errors import ModelError, UsageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.models import Model

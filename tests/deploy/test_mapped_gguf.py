@@ -14,7 +14,7 @@ from deploy_harness import compressed, tiny
 
 from fleetune import api, models
 from fleetune.data import Encoded
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError, RecipeError
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.mapped import places

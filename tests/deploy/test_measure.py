@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetune.common.memory import peak_rss
-from fleetune.deploy import export
-from fleetune.deploy.measure import harness
-from fleetune.deploy.measure.harness import KEPT_BAR, MeasureJob, kept_gain
+from fleetune.deploy import export, harness
+from fleetune.deploy.harness import KEPT_BAR, MeasureJob, kept_gain
 from fleetune.errors import DataError, FleetuneError, ModelError, UsageError
 from fleetune.models.artefact.artefact import Master
 
@@ -228,7 +227,7 @@ def test_a_job_is_done_with_the_threads_it_says_and_without_a_clock_where_none_i
 
 
 def test_steps_write_the_greedy_continuation(artefact: Path) -> None:
-    from fleetune.deploy.measure.engines import of_artefact
+    from fleetune.deploy.torch_engine import of_artefact
 
     engine = of_artefact(str(artefact), "fp32", True)
     engine.prefill([1, 2, 3])

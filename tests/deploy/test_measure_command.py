@@ -22,8 +22,7 @@ from fleetune.compression.jobs import compressed_base
 from fleetune.compression.jobs.windows import MEASURED
 from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
-from fleetune.deploy import targets
-from fleetune.deploy.measure import harness, llamacpp
+from fleetune.deploy import harness, llamacpp, targets
 from fleetune.errors import FleetuneError, Interrupted
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.artefact.artefact import Master, Quantised

@@ -16,7 +16,8 @@ from deploy_harness import tiny
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.deploy.measure import harness, lines, llamacpp
+from fleetune.deploy import harness, llamacpp
+from fleetune.deploy import measure as lines
 from fleetune.runs.listener import Silent
 
 FEW: dict[str, Any] = {

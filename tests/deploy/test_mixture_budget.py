@@ -18,8 +18,8 @@ import fleetune
 from fleetune import models
 from fleetune.common.events import BudgetSpent
 from fleetune.compression.jobs import budget
-from fleetune.deploy.export import export
-from fleetune.deploy.measure import llamacpp
+from fleetune.deploy import llamacpp
+from fleetune.deploy.export import write as export
 from fleetune.errors import Interrupted, UsageError
 from fleetune.models.artefact.artefact import Master
 from fleetune.models.families.experts import STACKED

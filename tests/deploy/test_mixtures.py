@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fleetune import adapters, models
+from fleetune.deploy import llamacpp
 from fleetune.deploy.checkpoint import open_checkpoint
-from fleetune.deploy.export import export, export_adapter
-from fleetune.deploy.measure import llamacpp
+from fleetune.deploy.export import write as export
+from fleetune.deploy.export import write_adapter as export_adapter
 from fleetune.errors import ModelError
 from fleetune.models.families import experts
 

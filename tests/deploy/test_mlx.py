@@ -19,7 +19,7 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.deploy import targets
 from fleetune.deploy.checkpoint import open_checkpoint
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import hf, mlx
 from fleetune.deploy.measure import engines
 from fleetune.errors import FleetuneError, UsageError

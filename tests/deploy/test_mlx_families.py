@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fleetune
 from fleetune import models
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import mlx
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model

@@ -9,7 +9,7 @@ import pytest
 from deploy_harness import compressed, gguf_of, tiny, tokenizer
 
 from fleetune import api
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import ollama
 from fleetune.errors import UsageError
 

@@ -11,6 +11,7 @@ from typing import Any
 import gguf as package
 import pytest
 from deploy_harness import QUICK, compressed, piece_tokenizer, tiny, tokenizer
+from fleetune.deploy.serving import engines, session
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -19,9 +20,8 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.data import Example
 from fleetune.data.encode import encode_all, prompt_ids
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import _gguf_vocabulary
-from fleetune.deploy.serving import engines, session
 from fleetune.models import Model
 from fleetune.models.net import chat_template
 from fleetune.runs.listener import Silent

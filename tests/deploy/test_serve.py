@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from deploy_harness import compressed, tiny
+from fleetune.deploy.serving import engines
 from serve_harness import little_file, lives, stand_in, starts
 
 import fleetune
@@ -30,9 +31,7 @@ from fleetune.cli.main import main
 from fleetune.common.events import Serving
 from fleetune.common.extras import pip_install
 from fleetune.deploy import export
-from fleetune.deploy.serving import engines
-from fleetune.deploy.serving.client import Refused
-from fleetune.deploy.serving.engines import ENGINES, Options
+from fleetune.deploy.serve import ENGINES, Options, Refused
 from fleetune.errors import FleetuneError, Interrupted, UsageError
 
 LLAMA, XLLAMACPP, TRANSFORMERS = ENGINES
@@ -81,7 +80,7 @@ def test_engines_are_told_all_but_the_key(at: Path) -> None:
     start = [sys.executable, "-P", "-m"]
     assert XLLAMACPP.command(file, asked) == [
         *start,
-        "fleetune.deploy.serving.engines",
+        "fleetune.deploy.serve",
         "/models/a b.gguf",
         "127.0.0.1",
         "4711",

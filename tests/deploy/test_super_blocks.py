@@ -25,9 +25,9 @@ from fleetune.compression.layerwise.blocks import FinishedBlocks
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import rounded
 from fleetune.compression.layerwise.sums import block_message, weights_of
-from fleetune.deploy.export import export
+from fleetune.deploy import harness, llamacpp
+from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import _ggml_blocks
-from fleetune.deploy.measure import harness, llamacpp
 from fleetune.errors import MessageError, ModelError, UsageError
 from fleetune.models import Model
 from fleetune.models.artefact import artefact

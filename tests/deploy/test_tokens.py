@@ -21,9 +21,9 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from fleetune import models
-from fleetune.deploy.export import export
+from fleetune.deploy import llamacpp
+from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import _gguf_vocabulary
-from fleetune.deploy.measure import llamacpp
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.gguf.tokenizer import MARKS, RULES, WHOLE, _step
 

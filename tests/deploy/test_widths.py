@@ -15,7 +15,7 @@ from deploy_harness import compressed, tiny
 from fleetune import models
 from fleetune.deploy import export as exports
 from fleetune.deploy import targets
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.errors import UsageError
 from fleetune.models import Model
 from fleetune.models.families import widths

@@ -112,6 +112,7 @@ class Checkpoint:
         """UsageError for an encoder; ModelError when the tensors are not those of the configuration."""
         self.source = source
         self.folder = source.folder
+        self.compressed = isinstance(source, Master)  # whether it is a master artefact
         self.config: Any = config_of(source.folder)
         if is_encoder(self.config):
             raise UsageError(
@@ -153,11 +154,6 @@ class Checkpoint:
         """The dtype of the parameters that are not quantised, taken from the smallest of them."""
         names = self.shapes.keys() - self.buffers
         return self.weight(min(names, key=lambda name: (len(self.shapes[name]), name))).dtype
-
-    @property
-    def compressed(self) -> bool:
-        """Whether the source is a master artefact."""
-        return isinstance(self.source, Master)
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if shape != self.shapes[name]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from fleetune.common.display import human_bytes
 from fleetune.common.ggml import HALVES
 from fleetune.common.shell import command, quoted
-from fleetune.deploy import provenance, targets
+from fleetune.deploy import targets
 from fleetune.deploy.checkpoint import open_checkpoint
-from fleetune.deploy.export import export
+from fleetune.deploy.export import facts_of_artefact, write
 from fleetune.deploy.formats import Report, gguf
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.families import table
@@ -48,7 +48,7 @@ def of(found: Compressed, note: Callable[[str], None]) -> Path:
 def _written(source: Path, place: Path) -> Report | None:
     """Write the file, and return what was written; None where there is one, from before or by a process that was faster."""
     try:
-        return export(source, TARGET, place)
+        return write(source, TARGET, place)
     except (StorageError, UsageError):
         if not place.exists():
             raise
@@ -62,7 +62,7 @@ def kinds_of(found: Compressed) -> dict[str, str]:
 
 def _is_written(place: Path, source: Path) -> bool:
     model = open_checkpoint(source)
-    return gguf.is_written(place, model, provenance.of_artefact(model))
+    return gguf.is_written(place, model, facts_of_artefact(model))
 
 
 def _types_of(found: Compressed) -> dict[str, str]:

@@ -14,9 +14,20 @@ and the page of a sweep.
 
 from __future__ import annotations
 
-from fleetune.report.runlog import changed, measures, read, samples, summary, table
+from fleetune.report.runlog import (
+    APART,
+    caveats,
+    changed,
+    differing,
+    facts,
+    measures,
+    read,
+    results,
+    samples,
+    summary,
+    table,
+)
 from fleetune.report.single import sections, write
-from fleetune.report.words import APART, caveats, differing, facts, results
 
 __all__ = [
     "APART",

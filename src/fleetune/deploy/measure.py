@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure models side by side, each in a process of its own; and the share of tuning's gain that compression keeps.
 
-Lines of the table are compared with a reference model by KL divergence and same top token.  The reference is the model that is
+A run has two lines in the table, the base and the tuned model; a compression also the compressed model and the .gguf files in its
+folder; a plain model has one (a .gguf file one in torch and one in llama.cpp).  With several models, only the last stage of each
+is measured, in torch and as its exported files.
+
+Lines are compared with a reference model by KL divergence and same top token.  The reference is the model that is
 named, and every line is compared with it; of a compression's folder it is by itself the model that was compressed, with which
 the compressed model and its files are compared.  It runs first, in a process of its own, and its logits wait in a file
 (`evaluation/kl_divergence.py`).
@@ -15,25 +19,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from transformers import AutoTokenizer
+
+from fleetune import data
 from fleetune.common import paired
 from fleetune.common.display import COMPARED, counted, human_bytes
 from fleetune.common.events import Measured, MeasureDone, as_dict
 from fleetune.common.files import finite, write_atomic
+from fleetune.common.ggml import SCALES
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
-from fleetune.data import readers
-from fleetune.deploy.measure import harness, lines
-from fleetune.deploy.measure.harness import FILE, KeptGain, MeasureJob, Measurement, Row
-from fleetune.deploy.measure.lines import Line, Measurable
+from fleetune.compression.jobs import compressed_base
+from fleetune.data import Example, readers
+from fleetune.data.encode import encode_all
+from fleetune.deploy import harness, llamacpp, patch_make
+from fleetune.deploy.harness import FILE, KeptGain, MeasureJob, Measurement, Row
 from fleetune.errors import FleetuneError, UsageError
+from fleetune.evaluation import kl_divergence, measures
+from fleetune.models.artefact.artefact import Master
+from fleetune.models.artefact.artefact_folder import is_master
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
-from fleetune.subject import ROW, Compressed, Run, Subject, loading
-
-if TYPE_CHECKING:
-    from fleetune.data import Example
+from fleetune.subject import ROW, Compressed, Plain, Run, Subject, loading
 
 LEAST: Final = {
     "windows": 1,
@@ -56,6 +65,7 @@ RECORDED: Final = (
     "data",
     "limit",
 )
+COMPRESSED_BASE: Final = "compressed base"
 SMALL: Final = ("artefact", "gguf")  # kinds of the lines that compression made
 
 
@@ -100,9 +110,7 @@ def measure(
     UsageError for contradictions, before anything is loaded; `check_kept` comes before where `options` ask for the kept gain.
     """
     tasks = check(options)
-    from fleetune.compression.jobs import compressed_base
-
-    found = [lines.of(subject, offline=offline) for subject in subjects]
+    found = [of(subject, offline=offline) for subject in subjects]
     if options.kept_gain and found[0].folder:
         compressed_base.check(found[0].folder)
     length, examples = _row_length(options, found), _examples(options, found, offline=offline)
@@ -112,18 +120,18 @@ def measure(
     windows = _windows(options, found)
     rows = _compared_rows(options, against, examples, length)
     _header(options, found, examples, windows, listener)
-    for before in filter(None, (lines.compressed_before(one.subject) for one in found)):
+    for before in filter(None, (compressed_before(one.subject) for one in found)):
         listener.note(
             f"base is {before}, compressed before it was tuned: what is beside it is relative to that"
         )
-    chosen = lines.chosen(found, listener)
+    table = chosen(found, listener)
     if options.kept_gain and found[0].folder:
         path = compressed_base.base_of(listener, found[0].folder, offline=offline)
-        chosen.append((found[0], lines.line_of(lines.COMPRESSED_BASE, "artefact", path, path)))
+        table.append((found[0], line_of(COMPRESSED_BASE, "artefact", path, path)))
     done: list[Measured] = []
     losses: dict[str, list[tuple[float, int]]] = {}
     with logits_of(against, rows, listener, threads=options.threads, offline=offline) as logits:
-        for measurable, line in chosen:
+        for measurable, line in table:
             job = _job(
                 options, measurable, line, (examples, length), windows[measurable.tokenizer], tasks, offline
             )
@@ -144,8 +152,6 @@ def measure(
 
 def check(options: MeasureOptions) -> list[str]:
     """Return the tasks to measure; UsageError for contradictions, before anything is loaded."""
-    from fleetune.evaluation import measures
-
     for name, least in LEAST.items():
         value: object = getattr(options, name)
         if not isinstance(value, int):
@@ -180,8 +186,6 @@ def _row_length(options: MeasureOptions, found: Sequence[Measurable]) -> int:
 
 
 def _examples(options: MeasureOptions, found: Sequence[Measurable], *, offline: bool) -> list[Example]:
-    from fleetune import data
-
     examples: list[Example] = []
     if options.data:
         examples = data.read(options.data, offline=offline)
@@ -216,10 +220,6 @@ def _compared_rows(
 
 def _encoded(examples: Sequence[Example], tokenizer: Path, length: int) -> list[Row]:
     """Return the examples as rows of at most `length` tokens."""
-    from transformers import AutoTokenizer
-
-    from fleetune.data.encode import encode_all
-
     if not examples:
         return []
     words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
@@ -246,9 +246,7 @@ def _job(
         offline=offline,
         prompt=options.prompt_tokens,
         generate=options.new_tokens,
-        repeats=0
-        if line.name == lines.COMPRESSED_BASE
-        else options.repeats,  # as fast as the compressed model
+        repeats=0 if line.name == COMPRESSED_BASE else options.repeats,  # as fast as the compressed model
         rows=_encoded(examples, measurable.tokenizer, length),
         windows=windows,
         examples=[([*e.messages], e.response) for e in examples] if asked else [],
@@ -271,7 +269,7 @@ class ReferenceLine:
 
     def compares(self, line: Line) -> bool:
         """Return whether a line of the table is compared with it."""
-        return self.named or (line.kind in SMALL and line.name != lines.COMPRESSED_BASE)
+        return self.named or (line.kind in SMALL and line.name != COMPRESSED_BASE)
 
 
 def reference_of(
@@ -284,7 +282,7 @@ def reference_of(
     if named is not None:
         for one in found:
             loading.check_same_tokens(one.subject, named, offline=offline)
-        own = lines.of(named, offline=offline)
+        own = of(named, offline=offline)
         line = replace(_last_without(own, ("gguf",)), name=own.name)
         return ReferenceLine(line, own.tokenizer, named=True)
     if len(found) == 1 and found[0].folder is not None:
@@ -302,8 +300,6 @@ def logits_of(
     reference: ReferenceLine | None, rows: list[Row], listener: Listener, *, threads: int, offline: bool
 ) -> Iterator[Path | None]:
     """Keep the logits of a reference on rows in a file while the block runs; None without a reference or rows."""
-    from fleetune.evaluation import kl_divergence
-
     if reference is None or not kl_divergence.scored(rows):
         yield None
         return
@@ -400,7 +396,7 @@ def _finish(
     listener: Listener,
     reference: ReferenceLine | None,
 ) -> MeasureResult:
-    kept = _kept(rows, losses, lines.compressed_before(found[0].subject)) if options.kept_gain else {}
+    kept = _kept(rows, losses, compressed_before(found[0].subject)) if options.kept_gain else {}
     shown = [{name: value for name, value in as_dict(row).items() if name != "event"} for row in rows]
     gains = {name: asdict(gain) for name, gain in kept.items()}
     folder = found[0].folder if len(found) == 1 else None
@@ -416,9 +412,6 @@ def _write(
     folder: Path, settings: Mapping[str, Any], rows: list[dict[str, Any]], known: dict[str, Any]
 ) -> None:
     """Write what was measured into the compression's folder; without `known` a kept gain of the same artefact stays in it."""
-    from fleetune.models.artefact.artefact import Master
-    from fleetune.models.artefact.artefact_folder import is_master
-
     model = compression_folder.model_in(folder)
     digest = Master(model).digest() if is_master(model) else ""
     if not known:
@@ -478,7 +471,7 @@ def _kept(
 
     `before` is the compression that the base comes from, if it does: the gain is of tuning on that.
     """
-    names = ("base", "tuned", lines.COMPRESSED_BASE, "compressed")
+    names = ("base", "tuned", COMPRESSED_BASE, "compressed")
     values = {row.name: row.values for row in reversed(rows)}
     b, t, cb, ct = (values[name] for name in names)
     by_row = [losses[name] for name in names]
@@ -491,3 +484,122 @@ def _kept(
         return kept
     beside = f"; the gain is over the base of that run, {before}, which was compressed already"
     return {name: replace(gain, text=gain.text + beside) for name, gain in kept.items()}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: a model in an engine."""
+
+    name: str
+    kind: str  # of a `MeasureJob`
+    path: str
+    weights: Path  # whose bits are counted
+    bytes: int  # on the disk
+    dtype: str = "fp32"
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs it: torch or llama.cpp."""
+        return "llama.cpp" if self.kind == "gguf" else "torch"
+
+
+@dataclass(frozen=True)
+class Measurable:
+    """A subject with its lines."""
+
+    name: str
+    lines: tuple[Line, ...]
+    tokenizer: Path  # the folder of its tokenizer
+    subject: Subject
+    length: int = ROW  # tokens of a row at most, as in its run
+
+    @property
+    def folder(self) -> Path | None:
+        """The compression's folder, where it is one."""
+        return self.subject.folder if isinstance(self.subject, Compressed) else None
+
+
+def of(subject: Subject, *, offline: bool) -> Measurable:
+    """Return a subject with all its lines."""
+    if isinstance(subject, Run):
+        lines, tokenizer = _of_run(subject, offline=offline)
+        return Measurable(subject.name, lines, tokenizer, subject, subject.max_length)
+    if isinstance(subject, Compressed):
+        return _of_compressed(subject, offline=offline)
+    weights, path = subject.directory(offline=offline), Path(subject.name)
+    if path.is_file():
+        line = Line(path.name, "model", subject.name, path, path.stat().st_size)
+        return Measurable(path.name, (line, replace(line, kind="gguf")), weights, subject)
+    return Measurable(path.name, (line_of(path.name, "model", subject.name, weights),), weights, subject)
+
+
+def compressed_before(subject: Subject) -> Path | None:
+    """Return the compression that the base of a subject's run comes from; None where there is no run, or its base is plain.
+
+    The base is its model, or an export in its folder.
+    """
+    request = subject.request if isinstance(subject, Compressed) else None
+    if isinstance(subject, Run):
+        run = subject
+    elif request is not None and request.run:
+        run = Run(Path(request.model))
+    else:
+        return None
+    base = Path(run.recipe.model)
+    folders = (base, base.parent, base.parent.parent) if base.exists() else ()
+    return next((folder for folder in folders if (folder / compression_folder.RECORD).is_file()), None)
+
+
+def line_of(name: str, kind: str, path: Path | str, weights: Path, dtype: str = "fp32") -> Line:
+    """Return a line for weights in a folder."""
+    return Line(name, kind, str(path), weights, compression_folder.size(weights), dtype)
+
+
+def chosen(measured: Sequence[Measurable], listener: Listener) -> list[tuple[Measurable, Line]]:
+    """Return the lines to measure: all of a single subject; of several, the last in torch of each, and its .gguf files."""
+    lines: list[tuple[Measurable, Line]] = []
+    for one in measured:
+        own = [line for line in one.lines if line.kind != "gguf"]
+        if len(measured) > 1:
+            own = [replace(own[-1], name=one.name)]
+        # a file may be named, and lie in a folder that is
+        there = {Path(line.path).resolve() for _, line in lines if line.kind == "gguf"}
+        files = [line for line in one.lines if line.kind == "gguf" and Path(line.path).resolve() not in there]
+        if files and not llamacpp.available():
+            listener.note(
+                f"{files[0].name} is not run in llama.cpp, which is not installed: {llamacpp.INSTALL}"
+            )
+            files = []
+        lines += [(one, line) for line in (*own, *files)]
+    return lines
+
+
+def _of_run(run: Run, *, offline: bool) -> tuple[tuple[Line, Line], Path]:
+    """Return the lines of base and tuned model, and the folder of the tokenizer."""
+    recipe, weights = run.recipe, Plain(run.recipe.model).directory(offline=offline)
+    base, result = line_of("base", "model", recipe.model, weights, recipe.dtype), run.result
+    if recipe.train == SCALES:  # the file itself was tuned
+        file = patch_make.file_of(recipe.model, offline=offline)
+        base = replace(base, weights=file, bytes=file.stat().st_size)
+    more = compression_folder.size(result) if result.is_dir() else result.stat().st_size
+    tuned = replace(base, name="tuned", kind="run", path=str(run.folder), bytes=base.bytes + more)
+    return (base, tuned), weights
+
+
+def _of_compressed(subject: Compressed, *, offline: bool) -> Measurable:
+    artefact, request = subject.model, subject.request
+    if request is None or subject.folder is None:
+        line = line_of(artefact.name, "artefact", artefact, artefact)
+        return Measurable(artefact.name, (line,), artefact, subject)
+    small = line_of("compressed", "artefact", artefact, artefact)
+    found = sorted(subject.folder.glob("*.gguf"))
+    files = tuple(Line(f.name, "gguf", str(f), f, f.stat().st_size) for f in found)
+    if request.run:
+        run = Run(Path(request.model))
+        lines, tokenizer = _of_run(run, offline=offline)
+        return Measurable(
+            subject.folder.name, (*lines, small, *files), tokenizer, subject, subject.max_length
+        )
+    weights = Plain(request.model).directory(offline=offline)
+    base = line_of("base", "model", request.model, weights, request.dtype)
+    return Measurable(subject.folder.name, (base, small, *files), artefact, subject)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure one model in a child process: memory, speed and quality.  Also compute the kept gain.
 
-A `MeasureJob` is one model in one engine.  The child process (`python -m fleetune.deploy.measure.harness`, JSON in and
+A `MeasureJob` is one model in one engine.  The child process (`python -m fleetune.deploy.harness`, JSON in and
 out) loads the model, measures its speed, reads its peak memory, and only then measures losses, which need more memory:
 
     peak       peak resident memory of the process until then: interpreter, libraries, weights (mapped pages of the
@@ -58,7 +58,7 @@ Row = tuple[list[int], int]  # tokens, and how many of the first are context onl
 class MeasureJob:
     """One model in one engine, and what to measure."""
 
-    kind: str  # what reads `path`: gguf (llama.cpp), or a loader of `engines.OPEN`
+    kind: str  # what reads `path`: gguf (llama.cpp), or a loader of `torch_engine.OPEN`
     path: str
     threads: int
     dtype: str = "fp32"  # of a model by name
@@ -179,24 +179,24 @@ def mean(losses: Sequence[tuple[float, int]]) -> float:
 @contextmanager
 def _engine(job: MeasureJob) -> Iterator[LoadedEngine]:
     if job.kind == "gguf":
-        from fleetune.deploy.measure import llamacpp
+        from fleetune.deploy import llamacpp
 
         with llamacpp.opened(Path(job.path), job.threads) as engine:
             yield engine
         return
     import torch
 
-    from fleetune.deploy.measure import engines
+    from fleetune.deploy import torch_engine
 
     torch.set_num_threads(job.threads)
-    yield engines.OPEN[job.kind](job.path, job.dtype, job.offline)
+    yield torch_engine.OPEN[job.kind](job.path, job.dtype, job.offline)
 
 
 def _tasks(job: MeasureJob, engine: LoadedEngine) -> dict[str, float]:
     if not job.tasks:
         return {}
     from fleetune.data import Example
-    from fleetune.deploy.measure.engines import Torch
+    from fleetune.deploy.torch_engine import Torch
     from fleetune.evaluation import measures
 
     if not isinstance(engine, Torch):
@@ -246,7 +246,7 @@ def measured(job: MeasureJob) -> Measurement:
     """Run a job in a child process, and raise its errors here."""
     environment = os.environ | dict.fromkeys(THREADS, str(job.threads))
     done = subprocess.run(  # -P: a module that lies in the folder we were started in is not run
-        [sys.executable, "-P", "-m", "fleetune.deploy.measure.harness"],
+        [sys.executable, "-P", "-m", "fleetune.deploy.harness"],
         input=json.dumps(asdict(job)),
         capture_output=True,
         text=True,
