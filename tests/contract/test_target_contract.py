@@ -23,7 +23,8 @@ from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import rounded
 from fleetune.deploy import targets
 from fleetune.deploy.checkpoint import open_checkpoint
-from fleetune.deploy.export import write
+from fleetune.deploy.export import write as export
+from fleetune.deploy.export import write_adapter as export_adapter
 from fleetune.deploy.formats import Report
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.artefact import artefact
