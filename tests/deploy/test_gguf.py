@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fleetune import models
-from fleetune.deploy import provenance
 from fleetune.deploy.checkpoint import open_checkpoint
+from fleetune.deploy.export import facts_of_base
 from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import gguf
 from fleetune.errors import FleetuneError, ModelError, UsageError
@@ -394,8 +394,8 @@ def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
     models.save(model.net, model.tokenizer, tmp_path / "plain")
     found = fields(export(tmp_path / "plain", "gguf", tmp_path / "y.gguf").path)
     assert not [key for key in found if key.startswith("fleetune.") or key == "general.license"]
-    assert provenance.of_base("smollm2-135m") == {"general.license": "apache-2.0"}
-    assert provenance.of_base("elsewhere/model") == {}
+    assert facts_of_base("smollm2-135m") == {"general.license": "apache-2.0"}
+    assert facts_of_base("elsewhere/model") == {}
 
 
 @pytest.mark.parametrize("name", ["my-Phi-3-mini", "phi3"])

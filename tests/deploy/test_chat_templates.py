@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import gguf as package
 import pytest
 from deploy_harness import QUICK, compressed, piece_tokenizer, tiny, tokenizer
-from fleetune.deploy.serving import engines, session
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -24,8 +20,6 @@ from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import _gguf_vocabulary
 from fleetune.models import Model
 from fleetune.models.net import chat_template
-from fleetune.runs.listener import Silent
-from fleetune.subject import Plain
 
 TALKS = (
     (("user", "hello"),),
@@ -153,20 +147,6 @@ def test_a_directory_is_asked_by_transformers_in_the_same_tokens(tmp_path: Path,
         assert tuned_on(talk, ANSWER, there) == whole
 
 
-def test_a_template_that_an_older_export_wrote_counts_as_none_and_is_replaced(tmp_path: Path) -> None:
-    """Its answers ended with a line break, which tuning has never written."""
-    own = bytes_with_start()
-    old = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
-    rows, digest = tuned_on(TALKS[1], ANSWER, own), models.tokenizer_digest(own)
-    own.chat_template = old
-    assert (tuned_on(TALKS[1], ANSWER, own), models.tokenizer_digest(own)) == (rows, digest)
-    compressed(speechless(own), tmp_path / "m")
-    export(tmp_path / "m", "hf", tmp_path / "x")
-    there = AutoTokenizer.from_pretrained(tmp_path / "x")
-    assert there.chat_template != old
-    assert there.apply_chat_template(turns((*TALKS[1], ("assistant", ANSWER))), return_dict=False) == rows
-
-
 def test_a_tokenizer_without_an_end_gets_a_template_that_writes_none(tmp_path: Path) -> None:
     own = bytes_only()
     own.eos_token = own.pad_token = None
@@ -209,7 +189,7 @@ def test_where_a_template_would_give_other_tokens_there_is_a_note_and_none(tmp_p
     assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template is None
 
 
-def test_a_run_carries_it_and_a_server_of_directories_gets_one_that_does(
+def test_the_directory_of_a_run_carries_the_template(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -224,41 +204,3 @@ def test_a_run_carries_it_and_a_server_of_directories_gets_one_that_does(
     assert there.apply_chat_template(turns(talk), return_dict=False) == tuned_on(
         talk[:1], "hell", model.tokenizer
     )
-    transformers = next(engine for engine in engines.ENGINES if engine.reads == "hf")
-    (tmp_path / "s").mkdir()
-    served = session._model_for(Plain("base"), transformers, tmp_path / "s", Silent(), offline=True)
-    assert served != tmp_path / "base"
-    assert AutoTokenizer.from_pretrained(served).chat_template in chat_template.TEMPLATES
-    assert session._model_for(Plain("tuned"), transformers, tmp_path / "s", Silent(), offline=True) == Path(
-        "tuned"
-    )
-
-
-def _post(at: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(
-        f"http://{at.host}:{at.port}{path}",
-        json.dumps(body).encode(),
-        at.headers() | {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        found: dict[str, Any] = json.load(answer)
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", WORDS)
-def test_a_real_engine_makes_these_tokens_of_a_conversation(tmp_path: Path, kind: str) -> None:
-    engine = next(engine for engine in engines.ENGINES if engine.name == "xllamacpp")
-    if not engine.available():
-        pytest.skip("xllamacpp is not installed")
-    own = WORDS[kind]()
-    compressed(speechless(own), tmp_path / "m")
-    export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
-    with engines.started(engine, tmp_path / "x.gguf", 1, 512) as run:
-        for talk in TALKS:
-            text = _post(run.address, "/apply-template", {"messages": turns(talk)})["prompt"]
-            asked = {"content": text, "add_special": True, "parse_special": True}
-            assert _post(run.address, "/tokenize", asked)["tokens"] == lines(own, talk)
-            body = {"messages": turns(talk), "max_tokens": 1, "temperature": 0}
-            told = _post(run.address, "/v1/chat/completions", body)
-            assert told["usage"]["prompt_tokens"] == len(lines(own, talk))
