@@ -153,7 +153,7 @@ def test_what_the_configuration_says(tmp_path: Path) -> None:
     found = said(tmp_path / "a")
     assert found["quantization"] == found["quantization_config"] == {"group_size": 64, "bits": 4}
     want = {
-        "rope_theta": 50000.0,
+        "rope_theta": 10000.0,
         "head_dim": 16,
         "num_key_value_heads": 4,
         "tie_word_embeddings": False,
