@@ -38,6 +38,8 @@ OF_MODELS = [name for name in NAMES if name == "npz" or targets.find(name).takes
 MADE = {"fleetune.method": "a-method-of-the-contract"}
 
 every = pytest.mark.parametrize("to", NAMES)
+FIRST = ["npz", *{target.format.module: name for name, target in reversed(targets.every().items())}.values()]
+each_format = pytest.mark.parametrize("to", FIRST)  # one target of each
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +115,6 @@ ODD: dict[str, Callable[[], tuple[models.Model, dict[str, Quantised]]]] = {
     "plain": lambda: (tiny(), {}),
     "4 bits": lambda: ((m := tiny()), matrices(m)),
     "positive scales": lambda: ((m := tiny()), on_positive_scales(m)),
-    "8 bits in small groups": lambda: ((m := tiny("qwen3")), matrices(m, 8, 8)),
     "5 bits": lambda: ((m := tiny()), matrices(m, 5, 64)),
     "zeros of 0": lambda: ((m := tiny()), with_zeros(m)),
     "a codebook": lambda: ((m := tiny()), with_codebook(m)),
@@ -176,7 +177,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-@every
+@each_format
 def test_1_a_format_states_what_it_is_and_has_its_functions(to: str) -> None:
     target = targets.find(to)
     assert target.help
@@ -205,7 +206,7 @@ def test_2_what_is_written_is_read_back_and_what_is_rounded_is_said(
     assert sum(report.types.values()) >= report.tensors
 
 
-@every
+@each_format
 def test_3_a_place_that_is_taken_is_left_alone(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
     out = place(to, tmp_path)
     for make in (out.mkdir, lambda: out.write_text("mine")):
@@ -220,7 +221,7 @@ def test_3_a_place_that_is_taken_is_left_alone(to: str, tmp_path: Path, sources:
     assert not wrong.exists()
 
 
-@every
+@each_format
 def test_4_a_full_disk_leaves_nothing(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -234,24 +235,19 @@ def test_4_a_full_disk_leaves_nothing(to: str, tmp_path: Path, sources: dict[str
         assert list((tmp_path / "new").iterdir()) == []
 
 
-@every
-@pytest.mark.parametrize("crash", [RuntimeError, KeyboardInterrupt])
+@each_format
 def test_5_a_crash_leaves_nothing(
-    to: str,
-    crash: type[BaseException],
-    tmp_path: Path,
-    sources: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
+    to: str, tmp_path: Path, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = targets.find(to).load()
     whole = module.write
 
     def crashing(*args: Any) -> Report:
         whole(*args)
-        raise crash("at the end")
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "write", crashing)
-    with pytest.raises(crash):
+    with pytest.raises(KeyboardInterrupt):
         exported(to, place(to, tmp_path / "new"), sources)
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -313,7 +309,7 @@ def test_8_the_same_work_gives_the_same_bytes(to: str, tmp_path: Path, sources: 
     assert contents(place(to, tmp_path / "a")) == contents(place(to, tmp_path / "b"))
 
 
-@every
+@each_format
 def test_9_adapters_and_models_are_not_mixed_up(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
     out = place(to, tmp_path)
     with pytest.raises(UsageError, match=r"only a run has an adapter|not for adapters"):

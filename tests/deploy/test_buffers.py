@@ -9,20 +9,17 @@ from typing import Any
 import pytest
 import torch
 from deploy_harness import on_grid, tokenizer
-from family_harness import TEXT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fleetune import models
-from fleetune.cli.commands.compress import _next_target
 from fleetune.common import sums
 from fleetune.deploy.export import write as export
-from fleetune.errors import ModelError, UsageError
+from fleetune.errors import ModelError
 from fleetune.models import Model
 from fleetune.models.artefact import artefact
 from fleetune.models.artefact.artefact import ArtefactHead, Quantised
-from fleetune.tuning.recipe import objects_to_files
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SIZES: dict[str, Any] = {
@@ -98,21 +95,6 @@ def test_every_directory_has_them_as_they_are(kind: str, to: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_eight_bits_are_near_the_dense_model(kind: str, tmp_path: Path) -> None:
-    dense = model_of(kind, tmp_path / "m")
-    compressed(dense, tmp_path / "codes")
-    export(tmp_path / "codes", "hf", tmp_path / "hf")
-    plain, codes = models.load(str(tmp_path / "hf"), device="cpu"), models.load_artefact(tmp_path / "codes")
-    with torch.no_grad():
-        own, *others = (
-            m.net(input_ids=torch.tensor([TEXT])).logits[0].double().log_softmax(-1)
-            for m in (dense, plain, codes)
-        )
-    assert torch.equal(*others)
-    assert float((own.exp() * (own - others[0])).sum(-1).mean()) < 1e-3
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_plain_directory_is_written_as_it_is_stored(kind: str, tmp_path: Path) -> None:
     net = model_of(kind, tmp_path / "m").net.bfloat16()
     for buffer in (buffers := buffers_of(net)).values():
@@ -138,20 +120,3 @@ def test_a_source_that_lacks_one_is_not_exported(kind: str, folder: str, tmp_pat
     with pytest.raises(ModelError, match=f"lacks {lost}"):
         export(tmp_path / folder, "hf", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_refusal_of_gguf_names_the_target_that_keeps_the_codes(kind: str, tmp_path: Path) -> None:
-    compressed(model_of(kind, tmp_path / "m"), tmp_path / "codes")
-    for folder, hint in (("codes", "use --to compressed-tensors or --to hf"), ("m", "use --to hf")):
-        with pytest.raises(UsageError, match=f"not written for a '{kind}'") as caught:
-            export(tmp_path / folder, "gguf", tmp_path / "x.gguf")
-        assert caught.value.hint == hint
-    assert _next_target(tmp_path / "codes") == "compressed-tensors"
-
-
-def test_models_in_memory_that_differ_in_a_buffer_are_two(tmp_path: Path) -> None:
-    model = model_of("deepseek_v3", tmp_path / "m")
-    first = objects_to_files.model_name(model.net, model.tokenizer, tmp_path / "runs")
-    next(iter(buffers_of(model.net).values())).add_(1)
-    assert objects_to_files.model_name(model.net, model.tokenizer, tmp_path / "runs") != first

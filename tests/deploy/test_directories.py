@@ -53,23 +53,6 @@ def grids_of(model: Model, bits: int = 4, group: int = 32) -> dict[str, Quantise
 # ---------------------------------------------------------------- words
 
 
-def test_words_of_four_eight_and_two_bits() -> None:
-    codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 15, 9]], dtype=torch.uint8)
-    assert unsigned(hf.words(codes, 4)) == [[0xF7654321, 0x9]]
-    assert unsigned(hf.words(codes, 8)) == [[0x04030201, 0x0F070605, 0x9]]
-    assert unsigned(hf.words(codes % 4, 2)) == [[0b01_11_11_10_01_00_11_10_01]]
-
-
-def test_three_bits_run_on_over_the_ends_of_words() -> None:
-    codes = torch.arange(32, dtype=torch.uint8)[None] % 8
-    # as AutoGPTQ packs: ten codes, two bits of the 11th; its third bit, ten codes, one bit of the 22nd; the rest
-    c = codes[0].tolist()
-    first = sum(c[i] << 3 * i for i in range(10)) | (c[10] & 3) << 30
-    second = c[10] >> 2 | sum(c[11 + i] << 3 * i + 1 for i in range(10)) | (c[21] & 1) << 31
-    third = c[21] >> 1 | sum(c[22 + i] << 3 * i + 2 for i in range(10))
-    assert unsigned(hf.words(codes, 3)) == [[first, second, third]]
-
-
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(1, 70), st.integers(0, 2**32 - 1))
 def test_words_come_back(bits: int, rows: int, columns: int, seed: int) -> None:
     codes = torch.from_numpy(
@@ -219,17 +202,6 @@ def test_the_configuration_of_gptq(tmp_path: Path) -> None:
     }
 
 
-def test_bf16_stays_bf16(tmp_path: Path) -> None:
-    model = tiny()
-    grids = grids_of(model)
-    model.net.to(torch.bfloat16)
-    report = export(write(model, tmp_path / "m", grids), "compressed-tensors", tmp_path / "a")
-    stored = load_file(tmp_path / "a" / "model.safetensors")
-    assert stored["model.norm.weight"].dtype == torch.bfloat16
-    assert stored["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.float16
-    assert (report.exact, report.notes) == (20, ())
-
-
 # ---------------------------------------------------------------- plain
 
 
@@ -322,12 +294,6 @@ def test_what_gptq_does_not_hold(
     refused(tmp_path, model, grids, "gptq", why)
 
 
-def test_gptq_fills_whole_words(tmp_path: Path) -> None:
-    model = tiny(intermediate_size=100)
-    grids = {n: on_grid(t, 3, 4) for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")}
-    refused(tmp_path, model, grids, "gptq", "does not fill words of 32 bits with codes of 3")
-
-
 # ---------------------------------------------------------------- reading back
 
 
@@ -360,15 +326,6 @@ def test_a_safetensors_file_and_every_damaged_byte_of_it(tmp_path: Path) -> None
     path.write_bytes(whole[:-1])
     with pytest.raises(FleetuneError, match="is wrong"):
         tensor_file.compare(path, one_tensor)
-
-
-def test_too_many_and_too_few_tensors_are_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    tensor_file.write_tensors(path, one_tensor, {})
-    with pytest.raises(FleetuneError, match="b was not written"):
-        tensor_file.compare(path, lambda: (pair for pair in one_tensor() if pair[0] != "b"))
-    with pytest.raises(FleetuneError, match="is wrong"):
-        tensor_file.compare(path, lambda: iter([*one_tensor(), ("d", torch.ones(1))]))
 
 
 @pytest.mark.parametrize("to", ["compressed-tensors", "gptq"])

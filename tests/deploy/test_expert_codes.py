@@ -22,7 +22,6 @@ from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
 from fleetune.models.artefact.artefact import Master
 from fleetune.models.loading.loading import load_artefact
-from fleetune.runs.listener import Silent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 
@@ -32,8 +31,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss"])
-@pytest.mark.parametrize("grid", ["symmetric", "iq4_nl", "asymmetric", "q4_k"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("grid", ["asymmetric", "q4_k"])
 def test_codes_of_experts_reach_every_export(family: str, grid: str, tmp_path: Path) -> None:
     save(family, tmp_path / "m")
     model = tmp_path / "m"
@@ -117,66 +116,3 @@ def test_a_head_that_lies_about_experts_is_refused(tmp_path: Path) -> None:
         save_file(tensors, file, {"format": "pt", "master": text})
         with pytest.raises(ModelError, match=why):
             Master(folder).quantised(name)
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("method", ["rtn", "optq"])
-def test_a_mapped_mixture_is_compressed_the_same(family: str, method: str, tmp_path: Path) -> None:
-    save(family, tmp_path / "m")
-    (tmp_path / "t.txt").write_text("a text about nothing much, of some length. " * 20)
-    given: dict[str, Any] = (
-        {"text": str(tmp_path / "t.txt"), "windows": 4, "length": 32} if method == "optq" else {}
-    )
-    model = export(tmp_path / "m", "hf", tmp_path / "hf").path  # joined, as in memory
-    made = [
-        fleetune.compress(
-            model,
-            method=method,
-            settings={"group": 32},
-            out=tmp_path / at,
-            low_memory=at == "mapped",
-            **given,
-        ).folder
-        for at in ("whole", "mapped")
-    ]
-    one, other = ((folder / "model" / "master.safetensors").read_bytes() for folder in made)
-    assert one == other
-
-
-class Heard(Silent):
-    """Keeps the remarks."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def test_experts_that_stay_are_said(tmp_path: Path) -> None:
-    save("qwen3_moe", tmp_path / "m")
-    heard = Heard()
-    rows = [{"instruction": f"say {i}", "output": "yes and no, as it is said"} for i in range(12)]
-    tuned = fleetune.tune(
-        tmp_path / "m",
-        rows,
-        method="fedpetuning",
-        settings={"module": "full", "epochs": 1, "batch_size": 4},
-        clients=2,
-        rounds=1,
-        samples=0,
-        max_length=64,
-        held_out=4,
-        out=tmp_path / "tuned",
-    )
-    made = fleetune.compress(
-        tuned.folder,
-        method="optq",
-        out=tmp_path / "runs",
-        length=16,
-        windows=4,
-        listener=heard,
-        calibrate="clients",
-    )
-    assert Master(made.folder / "model").head.experts == {}
-    assert "the experts of 4 layers stay as they are: the devices send no sums of theirs" in heard.notes

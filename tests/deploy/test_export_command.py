@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from deploy_harness import QUICK, gguf_of, tiny
-from safetensors.torch import load_file
+from deploy_harness import QUICK, tiny
 
 from fleetune import models
 from fleetune.cli.main import main
@@ -113,22 +112,6 @@ def test_a_run_and_a_model_are_exported_as_they_are(
     assert (code, half[-1]["path"], half[-1]["types"]) == (0, "little.gguf", {"F16": 15, "F32": 5})
 
 
-def test_every_directory_form_of_a_compressed_model(
-    llama: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(capsys, "compress", llama, "--method", "rtn")[0] == 0
-    for to in ("compressed-tensors", "gptq", "hf", "hf:bf16"):
-        code, exported, err = call(capsys, "export", "latest", "--to", to)
-        assert code == 0, err
-        assert Path(exported[-1]["path"]).name == to.replace(":", "-")
-    dense = models.load(str(at / "runs" / "0001-rtn-little" / "hf"))
-    master = Master(at / "runs" / "0001-rtn-little" / "model")
-    for name, weight in master.items():
-        assert torch.equal(dict(dense.net.named_parameters(remove_duplicate=False))[name], weight)
-    packed = load_file(at / "runs" / "0001-rtn-little" / "compressed-tensors" / "model.safetensors")
-    assert any(name.endswith("weight_packed") for name in packed)
-
-
 def test_a_copied_adapter_is_compared(
     llama: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,15 +180,3 @@ def test_an_unfinished_compression_is_not_exported(
     (at / "runs" / "0001-rtn-little" / "model" / "master.safetensors").unlink()
     assert main(["export", "latest"]) == 2
     assert "is not finished" in capsys.readouterr().err
-
-
-def test_what_is_said_of_a_gguf_file_is_what_is_written(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = gguf_of(at / "base")
-    code, said, err = call(capsys, "export", str(file), "--to", "mlx")
-    assert (code, err) == (2, "")
-    assert "holds the blocks of a GGUF file, which are read as plain weights, and mlx" in said[-1]["message"]
-    assert said[-1]["hint"].startswith(f"compress it first: fleetune compress {file}")
-    code, said, err = call(capsys, "export", str(file), "--to", "gguf", "--path", "new.gguf")
-    assert code == 0
-    assert "its blocks are read as plain numbers, and these are written in 16 bits a weight" in err
-    assert set(said[-1]["types"]) == {"F16", "F32"}

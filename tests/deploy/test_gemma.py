@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
-from deploy_harness import compressed, piece_tokenizer
+from deploy_harness import piece_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
@@ -26,7 +25,6 @@ from transformers import (
 
 from fleetune import models
 from fleetune.deploy.export import write as export
-from fleetune.errors import ModelError, UsageError
 from fleetune.models import Model
 from fleetune.models.families import table
 from fleetune.models.mapped.file import MappedFile
@@ -131,17 +129,6 @@ def test_a_file_loads_back_to_the_same_logits_and_tokens(
         )
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-def test_codes_of_a_compressed_gemma(tmp_path: Path, kind: str) -> None:
-    model = tiny(kind)
-    quantised = compressed(model, tmp_path / "m")
-    report = export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
-    assert report.types["Q4_0"] == len(quantised)
-    read = dict(models.named_tensors(models.load(str(report.path)).net))
-    for name in quantised:
-        assert torch.equal(read[name], model.net.get_parameter(name)), name
-
-
 def test_norms_are_one_plus_w_and_rows_stay_in_order(tmp_path: Path) -> None:
     model = tiny("gemma3_text")
     path = export(saved(model, tmp_path / "m"), "gguf:f32", tmp_path / "x.gguf").path
@@ -207,51 +194,3 @@ def test_what_the_metadata_say(
     assert found["tokenizer.ggml.model"] == "llama"
     assert found["tokenizer.ggml.add_space_prefix"] is False
     assert found["tokenizer.ggml.add_bos_token"] is True
-
-
-@pytest.mark.parametrize(
-    ("kind", "sizes", "why"),
-    [
-        ("gemma", {"hidden_act": "silu"}, "hidden_act='silu' in a gemma"),
-        ("gemma", {"tie_word_embeddings": False}, "tie_word_embeddings=False in a gemma"),
-        ("gemma", {"attention_bias": True}, "attention_bias=True in a gemma"),
-        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
-        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping=None in a gemma2"),
-        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 in a gemma3_text"),
-        ("gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar 16 with heads of 32"),
-        ("gemma2", {"layer_types": ["full_attention"] * 2}, "without a regular place for full_attention"),
-        (
-            "gemma3_text",
-            {"layer_types": ["sliding_attention"] * 7},
-            "without a regular place for full_attention",
-        ),
-        (
-            "gemma",
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-            "rotary scaling 'linear'",
-        ),
-    ],
-)
-def test_what_llama_cpp_fixes_is_refused(tmp_path: Path, kind: str, sizes: dict[str, Any], why: str) -> None:
-    folder = saved(tiny(kind, **sizes), tmp_path / "m")
-    with pytest.raises(UsageError, match=why) as caught:
-        export(folder, "gguf", tmp_path / "x.gguf")
-    assert "--to hf" in (caught.value.hint or "")
-
-
-@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma3", "gemma4_text"])
-def test_other_gemmas_are_refused(tmp_path: Path, kind: str) -> None:
-    folder = saved(tiny("gemma"), tmp_path / "m")
-    file = folder / "config.json"
-    file.write_text(json.dumps({"model_type": kind, "vocab_size": 288}))
-    with pytest.raises((UsageError, ModelError)):
-        export(folder, "gguf", tmp_path / "x.gguf")
-    assert not (tmp_path / "x.gguf").exists()
-
-
-def test_metadata_that_lack_something_are_said(tmp_path: Path) -> None:
-    path = export(saved(tiny("gemma2"), tmp_path / "m"), "gguf:f16", tmp_path / "x.gguf").path
-    raw = path.read_bytes()
-    path.write_bytes(raw.replace(b"gemma2.attention.sliding_window", b"gemma2.attention.sliding_windox"))
-    with pytest.raises(ModelError, match=r"unusable metadata .*attention.sliding_window"):
-        models.load(str(path))

@@ -12,7 +12,7 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
-from deploy_harness import LLAMA3, changed, compressed, on_grid, piece_tokenizer, tiny
+from deploy_harness import LLAMA3, changed, compressed, tiny
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -165,15 +165,6 @@ def test_what_the_metadata_say(tmp_path: Path) -> None:
     assert len(found["tokenizer.ggml.tokens"]) == 264
 
 
-def test_pieces_as_tokens(tmp_path: Path) -> None:
-    model = tiny(vocab_size=288, bos_token_id=1, eos_token_id=2, pad_token_id=None)
-    model.tokenizer = piece_tokenizer()
-    compressed(model, tmp_path / "m")
-    back = models.load(str(export(tmp_path / "m", "gguf", tmp_path / "x.gguf").path))
-    for text in ("hello hell", "hel lo", "xhello"):
-        assert back.tokenizer(text).input_ids == model.tokenizer(text).input_ids
-
-
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     compressed(tiny(), tmp_path / "m")
     first, second = (tmp_path / name / "x.gguf" for name in ("a", "b"))
@@ -206,30 +197,6 @@ def test_llama_3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
     np.testing.assert_allclose(plain / np.array(stored.data), scaled.numpy(), rtol=1e-6)
     assert stored.data.min() == 1
     assert stored.data.max() == 8
-
-
-def test_what_is_not_compressed_is_said(tmp_path: Path) -> None:
-    model = tiny(hidden_size=48, num_attention_heads=4, head_dim=16)
-    grids = {
-        "0.mlp.down_proj": on_grid(model.net.model.layers[0].mlp.down_proj.weight, 4, 32),
-        "1.mlp.down_proj": on_grid(model.net.model.layers[1].mlp.down_proj.weight, 8, 32),
-    }
-    report = export(write(model, tmp_path / "m", **grids), "gguf", tmp_path / "x.gguf")
-    assert report.types == {"F16": 13, "F32": 5, "Q4_0": 1, "Q8_0": 1}
-    assert report.notes == (
-        "model.embed_tokens.weight is not Q8_0: blocks of 32 do not divide the rows",
-        "13 tensors are rounded to F16",
-    )
-    models.save(model.net, model.tokenizer, tmp_path / "plain")
-    report = export(tmp_path / "plain", "gguf:q8_0", tmp_path / "y.gguf")
-    assert report.notes[0] == "11 tensors are not Q8_0: blocks of 32 do not divide the rows"
-    assert len(report.notes) == 3
-
-
-def test_matrices_without_codes_are_one_line(tmp_path: Path) -> None:
-    """As SparseGPT leaves them: all were compressed, none is on a grid."""
-    report = export(write(tiny(), tmp_path / "m"), "gguf", tmp_path / "x.gguf")
-    assert report.notes == ("14 tensors are rounded to F16", "model.embed_tokens.weight is rounded to Q8_0")
 
 
 # ---------------------------------------------------------------- refusals
@@ -276,41 +243,6 @@ def test_plain_weights_are_not_quantised_here(tmp_path: Path, to: str) -> None:
     with pytest.raises(UsageError, match="plain weights") as caught:
         export(tmp_path / "plain", to, tmp_path / "x.gguf")
     assert "compress it first" in (caught.value.hint or "")
-
-
-@pytest.mark.parametrize(
-    ("sizes", "why"),
-    [
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' in a llama"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "scaling 'linear'"),
-        (
-            {"kind": "qwen2", "use_sliding_window": True, "sliding_window": 8},
-            "use_sliding_window=True in a qwen2",
-        ),
-        ({"kind": "qwen3", "rope_parameters": LLAMA3}, "scaling 'llama3'"),
-        (
-            {"kind": "qwen2", "head_dim": 32},
-            "a qwen2 whose heads are 128 wide together where the model is 64",
-        ),
-    ],
-)
-def test_configurations_without_a_place(tmp_path: Path, sizes: dict[str, Any], why: str) -> None:
-    model = tiny(**sizes)
-    models.save(model.net, model.tokenizer, tmp_path / "plain")
-    with pytest.raises(UsageError, match=why):
-        export(tmp_path / "plain", "gguf", tmp_path / "x.gguf")
-
-
-def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    net = OPTForCausalLM(
-        OPTConfig(vocab_size=264, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2)
-    )
-    models.save(net, tiny().tokenizer, tmp_path / "plain")
-    with pytest.raises(UsageError, match="GGUF files are not written for a 'opt'") as caught:
-        export(tmp_path / "plain", "gguf", tmp_path / "x.gguf")
-    assert caught.value.hint == "use --to hf"
 
 
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:

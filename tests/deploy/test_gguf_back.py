@@ -18,7 +18,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fleetune import models
-from fleetune.cli.main import main
 from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
 from fleetune.models.families import rope
@@ -165,18 +164,6 @@ def test_rescaled_frequencies_come_back(
     assert models.load_config(str(path)).rope_parameters == rescaled
 
 
-def test_the_published_rescalings_are_found_in_other_files() -> None:
-    for factor in (8.0, 32.0):
-        llama = LLAMA3 | {"factor": factor, "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
-        config = tiny(head_dim=64, rope_parameters=llama).net.config
-        found = rope.tensors(config)[rope.TENSOR]
-        assert rope.parameters(found, None, 500000.0, 64) == llama
-        assert rope.parameters(found, "[1", 500000.0, 64) == llama
-        assert rope.parameters(found, json.dumps(LLAMA3 | {"factor": "x"}), 500000.0, 64) == llama
-        assert rope.parameters(found * np.float32(1.001), None, 500000.0, 64) is None
-        assert rope.parameters(found, None, 10000.0, 64) is None
-
-
 def test_factors_that_no_words_give_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
     path = file_with(tmp_path, LLAMA3)
@@ -186,18 +173,3 @@ def test_factors_that_no_words_give_are_refused(tmp_path: Path, monkeypatch: pyt
     path.write_bytes(raw)
     with pytest.raises(ModelError, match="rescales its rotary frequencies"):
         models.load(str(path))
-
-
-def test_a_file_learns_and_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights are plain ones as soon as it is read, so it can be either side of a distillation."""
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    model = tiny()
-    models.save(model.net, model.tokenizer, tmp_path / "m")
-    for kind in ("f32", "f16"):
-        export(tmp_path / "m", f"gguf:{kind}", tmp_path / f"{kind}.gguf")
-    Path("rows.jsonl").write_text(json.dumps({"instruction": "say a", "response": "a b c"}) + "\n")
-    given = [f"--set={x}" for x in ("teacher=f16.gguf", "steps=1", "batch_size=1", "max_new_tokens=2")]
-    few = ["--data", "rows.jsonl", "--length", "64"]
-    assert main(["compress", "f32.gguf", "--method", "gkd", *given, *few]) == 0
-    assert models.load("runs/0001-gkd-f32/model").n_params == model.n_params

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from deci_harness import logits, narrowed
-from deploy_harness import LLAMA3, compressed, piece_tokenizer, tiny
+from deploy_harness import LLAMA3, compressed, tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -24,8 +24,6 @@ from fleetune.cli.main import main
 from fleetune.deploy.export import write as export
 from fleetune.models import Model
 from fleetune.models.families import widths
-from fleetune.models.families.widths import Width
-from fleetune.models.net import chat_template
 
 
 @pytest.fixture(autouse=True)
@@ -134,35 +132,6 @@ def test_codes_come_back_from_a_pruned_llamas_file(model: Model, to: str) -> Non
     assert torch.equal(logits(back.net), logits(model.net))
 
 
-@pytest.mark.parametrize("pieces", [False, True])
-def test_tokens_and_template_come_back(pieces: bool) -> None:
-    """A byte-level tokenizer with an unknown token is read here, one of pieces as always; no unused row is a token."""
-    ends: dict[str, Any] = (
-        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "vocab_size": 288} if pieces else {}
-    )
-    model = narrowed([(2, 64), (1, 64)], **ends)
-    if pieces:
-        model.tokenizer = piece_tokenizer()
-    with exported(model, "gguf:f32") as (_, back):
-        assert len(back.tokenizer) == len(model.tokenizer)
-        assert back.tokenizer.chat_template == (model.tokenizer.chat_template or chat_template.TEMPLATES[1])
-        for text in ("hello 123 he's\n\n  ll", "<|im_start|>x<|im_end|>", " hello hell"):
-            ids = model.tokenizer(text).input_ids
-            assert back.tokenizer(text).input_ids == ids
-            assert back.tokenizer.decode(ids) == model.tokenizer.decode(ids)
-        for mark in ("bos", "eos", "unk"):
-            assert getattr(back.tokenizer, f"{mark}_token") == getattr(model.tokenizer, f"{mark}_token")
-
-
-def test_the_tokenizer_is_that_of_the_same_models_llama_file() -> None:
-    """To its digest, so that a ledger's base is known again; the vocabulary has no rows without tokens."""
-    digests = set()
-    for found in ([(2, 64), (1, 64)], [(1, 64), (1, 64)]):
-        with exported(narrowed(found, vocab_size=262), "gguf:f32") as (_, back):
-            digests.add(back.tokenizer_digest)
-    assert len(digests) == 1
-
-
 @pytest.mark.parametrize("biases", [{"attention_bias": True}, {"mlp_bias": True}, {}])
 def test_a_llama_with_biases_comes_back(biases: dict[str, Any]) -> None:
     model = tiny(**biases)
@@ -199,35 +168,3 @@ def test_export_takes_the_file_again_bit_for_bit(file: Path) -> None:
     own, back = (models.load(folder, device="cpu") for folder in ("./m", "./hf"))
     assert back.digest == own.digest
     assert json.loads(Path("hf/config.json").read_bytes())["model_type"] == "fleetune_llama"
-
-
-def perplexity(capsys: pytest.CaptureFixture[str], name: str) -> float:
-    assert main(["eval", name, "--tasks", "perplexity", "--text", "text.txt", "--json"]) == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    return float(events[-1]["perplexity"])
-
-
-@pytest.mark.parametrize("method", ["rtn", "optq"])
-def test_what_is_compressed_from_the_file_is_that_of_the_directory(
-    file: Path, method: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert perplexity(capsys, "m.gguf") == perplexity(capsys, "./m")
-    few = ["--text", "text.txt", "--length", "64", "--windows", "2"]
-    for name, to in (("m.gguf", "a"), ("./m", "b")):
-        assert main(["compress", name, "--method", method, "--set", "group=32", *few, "--out", to]) == 0
-        made = next(Path(to).iterdir())
-        assert main(["export", str(made), "--to", "gguf", "--path", f"{to}.gguf"]) == 0
-    assert tensors(Path("a.gguf")) == tensors(Path("b.gguf"))
-    assert {kind for kind, _ in tensors(Path("a.gguf")).values()} == {"Q4_0", "Q8_0", "F32"}
-    back = models.load("a.gguf", device="cpu")
-    assert widths.block_widths(back.net.config)[1] == Width(2, 1, 96)
-
-
-def test_the_file_teaches_learns_and_is_tuned(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [f"--set={x}" for x in ("teacher=m.gguf", "steps=1", "batch_size=1", "max_new_tokens=2")]
-    few = ["--data", "rows.jsonl", "--length", "64"]
-    assert main(["compress", "m.gguf", "--method", "gkd", *given, *few]) == 0
-    assert widths.block_widths(models.load("runs/0001-gkd-m/model").net.config)[1] == Width(2, 1, 96)
-    quick = ["--limit=8", "--held-out=2", "--max-length=64", "--samples=0", "--rounds=1", "--clients=2"]
-    tune = ["tune", "m.gguf", "rows.jsonl", "--method=fedkseed", "--set=tau=2", "--set=K=4", *quick]
-    assert main(tune) == 0, capsys.readouterr().err

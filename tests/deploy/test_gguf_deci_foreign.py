@@ -60,15 +60,6 @@ def test_blocks_that_are_alike_are_a_plain_llama(tmp_path: Path, listing: Any) -
         assert torch.equal(logits(net), logits(model.net))
 
 
-def test_the_whole_models_heads_are_those_that_are_as_wide_as_the_model(tmp_path: Path) -> None:
-    """Where no block kept all of them: four of 16 for 64 columns."""
-    path = foreign(
-        tmp_path / "m.gguf", narrowed([(1, 64), (2, 32)], 1, 4), [Width(1, 1, 64), Width(2, 2, 32)]
-    )
-    config = models.load_config(str(path))
-    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 4, 64)
-
-
 def test_what_a_file_leaves_out_is_llama_cpps_default(tmp_path: Path) -> None:
     """Heads as wide as the first block's share, as many key heads as query heads, a base of 10000."""
     model = narrowed([(2, 64), (4, 32)], 1, 4, head_dim=32)
@@ -80,17 +71,6 @@ def test_what_a_file_leaves_out_is_llama_cpps_default(tmp_path: Path) -> None:
     found = [Width(2, 2, 64), Width(4, 4, 32)]
     back = models.load(str(foreign(tmp_path / "m.gguf", model, found, said)), device="cpu")
     assert (back.net.config.head_dim, back.net.config.vocab_size) == (32, 264)
-    assert torch.equal(logits(back.net), logits(model.net))
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_head_may_be_wider_than_its_share(tmp_path: Path, count: int) -> None:
-    """Three heads, that 64 columns are no multiple of, in all blocks; each 32 wide, where 64 / 3 is 21."""
-    model = narrowed([(3, 64)] * count, 1, 4, head_dim=32)
-    found = [Width(3, 3, 64)] * count
-    said = {f"attention.{key}_length": 32 for key in ("key", "value")} | {"rope.dimension_count": 32}
-    back = models.load(str(foreign(tmp_path / "m.gguf", model, found, said)), device="cpu")
-    assert widths.block_widths(back.net.config) == found
     assert torch.equal(logits(back.net), logits(model.net))
 
 
@@ -151,13 +131,6 @@ def test_metadata_that_make_no_sense_are_refused(tmp_path: Path, said: dict[str,
     path = foreign(tmp_path / "m.gguf", pruned(), FOUND, said)
     with pytest.raises(ModelError, match=f"unusable metadata .*{why}"):
         models.load_config(str(path))
-
-
-def test_a_llama_has_one_number_for_all_blocks(tmp_path: Path) -> None:
-    for said in ({}, {HEADS: 5, KEYS: 5, CHANNELS: 96}):
-        path = foreign(tmp_path / "m.gguf", pruned(), FOUND, said, "llama")
-        with pytest.raises(ModelError, match=r"unusable metadata .*(got list|not a multiple)"):
-            models.load_config(str(path))
 
 
 @pytest.mark.parametrize(

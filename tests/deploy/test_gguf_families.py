@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
-from deploy_harness import tokenizer
 from family_harness import CASES, TEXT, YARN, build, divergence, save
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -66,24 +65,6 @@ def test_llama_cpp_computes_what_transformers_does(case: str, tmp_path: Path) ->
 
 
 @needs_engine
-@pytest.mark.parametrize("case", [case for case in CASES if case == CASES[case][0]])
-def test_a_tensor_in_another_order_shows(case: str, tmp_path: Path) -> None:
-    """What keeps the test above honest: no tensor of the last block but one can be mixed up without a trace."""
-    net = save(case, tmp_path / "m")
-    path = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path
-    for tensor in package.GGUFReader(path).tensors:
-        if tensor.name.startswith("blk.") and not tensor.name.startswith("blk.1."):
-            continue
-        changed = tmp_path / "changed.gguf"
-        shutil.copy(path, changed)
-        values = np.roll(np.array(tensor.data), 1, axis=0)
-        with changed.open("r+b") as file:
-            file.seek(int(tensor.data_offset))
-            file.write(values.tobytes())
-        assert divergence(net, changed) > SEEN, tensor.name
-
-
-@needs_engine
 def test_longrope_s_long_factors_are_used_in_a_long_context(tmp_path: Path) -> None:
     net = save("phi3, longrope", tmp_path / "m")
     report = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf")
@@ -97,9 +78,15 @@ def test_longrope_s_long_factors_are_used_in_a_long_context(tmp_path: Path) -> N
 
 # ---------------------------------------------------------------- codes and adapters
 
-LINEAR = [
-    case for case in CASES if case == CASES[case][0] and case != "gpt2"
-]  # whose blocks are of torch's linear layers
+LINEAR = (
+    "llama",
+    "phi3",
+    "falcon",
+    "gpt_neox",
+    "qwen2_moe",
+    "granitemoeshared",
+    "gpt_oss",
+)  # each has another layout
 ROUNDED = 2e-2  # nats: llama.cpp rounds what goes into a quantised matrix to 8 bits
 
 
@@ -122,7 +109,7 @@ def test_codes_are_kept(case: str, tmp_path: Path) -> None:
 
 
 @needs_engine
-@pytest.mark.parametrize("case", [case for case in LINEAR if case != "ernie4_5_moe"])
+@pytest.mark.parametrize("case", ["llama", "phi3", "gpt_neox", "granitemoeshared"])
 def test_an_adapter_beside_its_base(case: str, tmp_path: Path) -> None:
     save(case, tmp_path / "m")
     model = models.load(str(tmp_path / "m"), device="cpu")
@@ -140,7 +127,7 @@ def test_an_adapter_beside_its_base(case: str, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- a window that llama.cpp does not have
 
 
-@pytest.mark.parametrize("family", ["mistral", "phi3", "starcoder2"])
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
 def test_a_context_ends_where_a_window_would_matter(family: str, tmp_path: Path) -> None:
     save(family, tmp_path / "m")
     report = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf")
@@ -158,100 +145,49 @@ def test_a_context_ends_where_a_window_would_matter(family: str, tmp_path: Path)
 
 # ---------------------------------------------------------------- refusals
 
-EXPERTS = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "moe_intermediate_size": 24,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-}
 OTHERWISE: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' in a llama"),
-    ("qwen3", {"attention_bias": True}, "attention_bias=True in a qwen3"),
     ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True in a qwen3"),
     ("smollm3", {"no_rope_layer_interval": 3}, "no_rope_layers other than each 4th"),
-    ("smollm3", {"attention_bias": True}, "attention_bias=True in a smollm3"),
-    ("phi", {"qk_layernorm": True}, "qk_layernorm=True in a phi"),
     ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings=True in a olmo2"),
     (
         "granite",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
         "rotary scaling 'linear'",
     ),
-    ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True in a stablelm"),
-    ("starcoder2", {"use_bias": False}, "use_bias=False in a starcoder2"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True in a gpt2"),
-    ("gpt_neox", {"attention_bias": False}, "attention_bias=False in a gpt_neox"),
     ("falcon", {"alibi": True}, "alibi=True in a falcon"),
-    ("falcon", {"bias": True}, "bias=True in a falcon"),
-    (
-        "bloom",
-        {"apply_residual_connection_post_layernorm": True},
-        "apply_residual_connection_post_layernorm=True",
-    ),
-    ("ernie4_5", {"use_bias": True}, "use_bias=True in a ernie4_5"),
-    ("cohere", {"use_qk_norm": True}, "use_qk_norm=True with 4 blocks"),
-    ("cohere2", {"layer_types": ["sliding_attention"] * 4}, "layer_types without a regular place"),
     ("cohere2", {"sliding_window": None}, "sliding_window=None in a cohere2"),
     ("exaone4", {"sliding_window": 16}, "sliding_window=16 with 4 blocks"),
-    (
-        "smollm3",
-        {"layer_types": ["sliding_attention"] * 4},
-        "layer_types with 'sliding_attention' in a smollm3",
-    ),
     ("lfm2", {"layer_types": ["full_attention"] * 4}, "layer_types without conv in a lfm2"),
-    ("nemotron", {"hidden_act": "silu"}, "hidden_act='silu' in a nemotron"),
-    ("lfm2", {"conv_bias": True}, "conv_bias=True in a lfm2"),
     (
         "mistral",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         "partly rotated",
     ),
-    ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=False in a qwen3_moe"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=\\[1\\] in a qwen3_moe"),
-    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 in a qwen3_moe"),
-    ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob=True in a qwen2_moe"),
-    ("olmoe", {"clip_qkv": 4.0}, "clip_qkv=4.0 in a olmoe"),
-    ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads=2 of 6 heads in a olmoe"),
-    ("ernie4_5_moe", {"moe_layer_interval": 2}, "moe_layer_interval=2 in a ernie4_5_moe"),
     ("ernie4_5_moe", {"moe_layer_end_index": 2}, "moe_layer_end_index=2 of 4 blocks"),
     ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0 in a gpt_oss"),
-    ("gpt_oss", {"layer_types": ["full_attention"] * 4}, "layer_types without a regular place"),
     (
         "gpt_oss, yarn",
         {"rope_parameters": YARN["rope_parameters"] | {"beta_fast": 20.0}},
         "'yarn' with beta_fast=20.0",
-    ),
-    (
-        "gpt_oss, yarn",
-        {"rope_parameters": YARN["rope_parameters"] | {"attention_factor": 1.5}},
-        "'yarn' with attention_factor=1.5",
     ),
     ("phi3", {"head_dim": 32}, "heads are 192 wide together where the model is 96"),
 ]
 
 
 @pytest.mark.parametrize(("case", "changes", "why"), OTHERWISE)
-def test_what_llama_cpp_does_not_hold_is_named(
-    case: str, changes: dict[str, Any], why: str, tmp_path: Path
-) -> None:
-    save(case, tmp_path / "m", **changes)
-    with pytest.raises(UsageError, match=why) as caught:
+def test_what_llama_cpp_does_not_hold_is_named(case: str, changes: dict[str, Any], why: str) -> None:
+    assert re.search(why, str(table.misfit(build(case, **changes).config)))
+
+
+def test_a_family_without_a_place_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    save("llama", tmp_path / "m", hidden_act="gelu")
+    with pytest.raises(UsageError, match="hidden_act='gelu' in a llama") as caught:
         export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
     assert "--to hf" in (caught.value.hint or "")
     assert not (tmp_path / "x.gguf").exists()
-
-
-def test_a_mixture_without_a_record_is_named(tmp_path: Path) -> None:
-    net = AutoModelForCausalLM.from_config(AutoConfig.for_model("phimoe", **EXPERTS))
-    models.save(net, tokenizer(), tmp_path / "m")
-    with pytest.raises(UsageError, match="not written for a 'phimoe'"):
-        export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
 
 
 ROPES: list[dict[str, Any]] = [
@@ -286,7 +222,7 @@ def variants(config: Any) -> Iterator[dict[str, Any]]:
 
 
 @needs_engine
-@pytest.mark.parametrize("case", [case for case in CASES if case == CASES[case][0]])
+@pytest.mark.parametrize("case", ["llama", "gemma3_text", "falcon", "cohere2", "qwen3_moe", "gpt_oss"])
 def test_an_option_is_written_or_refused(case: str, tmp_path: Path) -> None:
     """Whatever a configuration says, there is no file with which llama.cpp computes something else."""
     refused, same = 0, 0
@@ -329,23 +265,9 @@ def test_a_body_s_names_without_their_front(case: str, tmp_path: Path) -> None:
         export(tmp_path / "m", "gguf:f32", tmp_path / "y.gguf")
 
 
-def test_the_old_name_of_a_head(tmp_path: Path) -> None:
-    save("gpt_neox", tmp_path / "m")
-    assert "embed_out.weight" in load_file(tmp_path / "m" / "model.safetensors")
-    report = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf")
-    assert "output.weight" in {tensor.name for tensor in package.GGUFReader(report.path).tensors}
-
-
 def test_a_mistral_loads_back_as_a_llama(tmp_path: Path) -> None:
     net = save("mistral, no window", tmp_path / "m")
     back = models.load(str(export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path), device="cpu")
     assert back.net.config.model_type == "llama"
     ids = torch.tensor([TEXT])
     assert torch.allclose(back.net(ids).logits, net(ids).logits, atol=1e-5)
-
-
-def test_other_files_of_ours_are_not_read(tmp_path: Path) -> None:
-    save("smollm3", tmp_path / "m")
-    path = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path
-    with pytest.raises(ModelError, match="holds architecture 'smollm3'; GGUF files are read for llama"):
-        models.load(str(path))

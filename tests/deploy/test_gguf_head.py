@@ -9,12 +9,10 @@ import gguf as package
 import numpy as np
 import pytest
 from deploy_harness import compressed, tiny
-from serve_harness import little_file
 
 from fleetune import models
-from fleetune.cli.main import main
 from fleetune.deploy.export import write as export
-from fleetune.errors import ModelError, UsageError
+from fleetune.errors import ModelError
 from fleetune.models.cache import cache
 from fleetune.models.gguf import header
 
@@ -66,13 +64,6 @@ def test_what_is_no_such_file(raw: bytes, why: str, tmp_path: Path) -> None:
         header.check(tmp_path / "x.gguf")
 
 
-def test_an_adapter_is_named_as_one(tmp_path: Path) -> None:
-    header.check(little_file(tmp_path / "x.gguf"))
-    with pytest.raises(UsageError, match="is an adapter, not a model") as caught:
-        header.check(little_file(tmp_path / "y.gguf", "adapter"))
-    assert "--lora" in (caught.value.hint or "")
-
-
 def made(path: Path, **values: str | int) -> Path:
     """A file with one tensor and these values, a dot for each __."""
     writer = package.GGUFWriter(path, "llama")
@@ -99,25 +90,3 @@ def test_a_part_of_a_split_model_is_said_to_be_one_before_it_is_hashed(
         models.load_config(str(path))
     header.check(path)  # llama.cpp finds the others
     header.check_whole(made(tmp_path / "one.gguf", split__no=0, split__count=1))
-
-
-def test_tuning_says_it_before_the_data_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "rows.jsonl").write_text("no row\n")
-    path = made(tmp_path / "m-00001-of-00002.gguf", split__no=0, split__count=2)
-    data = str(tmp_path / "rows.jsonl")
-    for words in (
-        ["tune", str(path), data],
-        ["tune", str(path), data, "--method", "fedit"],
-        ["plan", str(path)],
-    ):
-        assert main(words) == 2
-        assert "is a part of a split model" in capsys.readouterr().err
-
-
-def test_a_type_that_is_not_known_here_is_left_to_the_engine(tmp_path: Path) -> None:
-    path = little_file(tmp_path / "x.gguf")
-    raw = path.read_bytes()
-    at = raw.index(b"token_embd.weight") + 17 + 4 + 16
-    assert raw[at : at + 4] == bytes(4)  # F32
-    path.write_bytes(raw[:at] + b"\xe7\x03\x00\x00" + raw[at + 4 :])
-    header.check(path)

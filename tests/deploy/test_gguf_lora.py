@@ -10,10 +10,8 @@ from typing import Any
 import gguf as package
 import numpy as np
 import pytest
-import torch
 from deploy_harness import tiny
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import save_file as save_torch
 
 from fleetune import adapters, models
 from fleetune.cli.main import main
@@ -22,8 +20,6 @@ from fleetune.deploy.export import write_adapter as export_adapter
 from fleetune.deploy.formats import gguf_lora
 from fleetune.errors import FleetuneError, ModelError, UsageError
 from fleetune.models import Model
-from fleetune.models.cache import adapter_folder
-from fleetune.models.cache.cache import ORIGINS
 
 PEFT = "base_model.model.model.layers."
 
@@ -146,17 +142,6 @@ def test_what_is_no_plain_lora_is_refused(tmp_path: Path, settings: dict[str, An
     assert not (tmp_path / "l.gguf").exists()
 
 
-def test_other_modules_are_refused(tmp_path: Path) -> None:
-    model = tuned(tmp_path)
-    for kind, spec in (("bitfit", adapters.Bitfit()), ("prefix", adapters.Prefix(2))):
-        adapters.detach(model)
-        adapters.attach(model, spec, seed=0)
-        adapters.save(model, tmp_path / kind)
-        with pytest.raises(UsageError) as caught:
-            export_adapter(tmp_path / kind, tmp_path / "base", "gguf:lora", tmp_path / "l.gguf")
-        assert "merge it into the base" in (caught.value.hint or "")
-
-
 @pytest.mark.parametrize(
     ("name", "change", "error", "why"),
     [
@@ -186,18 +171,6 @@ def test_factors_that_do_not_fit(tmp_path: Path, name: str, change: Any, error: 
     with pytest.raises(error, match=why):
         write(tmp_path)
     assert not (tmp_path / "l.gguf").exists()
-
-
-def test_a_tied_head_is_refused(tmp_path: Path) -> None:
-    tuned(tmp_path)
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    factors = {
-        "base_model.model.lm_head.lora_A.weight": np.zeros((4, 64), np.float32),
-        "base_model.model.lm_head.lora_B.weight": np.zeros((264, 4), np.float32),
-    }
-    save_file(factors, file)
-    with pytest.raises(UsageError, match=r"adapts lm_head.weight, which is the input embedding too"):
-        write(tmp_path)
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:
@@ -298,19 +271,3 @@ def test_a_folder_of_peft_is_exported_by_the_command(
     assert main(["export", "mine", "--to", "peft", "--path", "c"]) == 2
     assert "has no adapter_model.safetensors" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
-
-
-def test_a_hub_id_of_a_built_in_model_is_that_model(tmp_path: Path) -> None:
-    file = tmp_path / "adapter_config.json"
-    for stated, base in ((ORIGINS["smollm2-135m"].hub, "smollm2-135m"), ("a/b", "a/b"), (None, "")):
-        file.write_text(json.dumps({"base_model_name_or_path": stated}))
-        assert adapter_folder.base_of(tmp_path) == base
-
-
-def test_factors_in_16_bits_become_fp32(tmp_path: Path) -> None:
-    tuned(tmp_path)
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    rounded = {name: torch.from_numpy(values).bfloat16() for name, values in load_file(file).items()}
-    save_torch(rounded, file)
-    found = stored(write(tmp_path))["blk.0.attn_v.weight.lora_a"]
-    assert np.array_equal(found, rounded[f"{PEFT}0.self_attn.v_proj.lora_A.weight"].float().numpy())

@@ -15,6 +15,7 @@ from deploy_harness import compressed, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleetune import models
 from fleetune.common.memory import peak_rss
 from fleetune.deploy import export, harness
 from fleetune.deploy.harness import KEPT_BAR, MeasureJob, kept_gain
@@ -174,7 +175,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reference(folder: Path, rows: Sequence[harness.Row]) -> float:
     """Mean cross-entropy by logits of whole rows, in float64."""
-    net = export.load(folder).net
+    net = models.load_artefact(folder).net
     total, count = 0.0, 0
     for ids, n_prompt in rows:
         logits = net(input_ids=torch.tensor([ids])).logits[0].double().detach().numpy()

@@ -107,39 +107,6 @@ def test_steps_write_torch_s_greedy_continuation(made: tuple[Model, Path]) -> No
 
 
 @needs_engine
-def test_a_codebook_means_the_same_there(tmp_path: Path) -> None:
-    """IQ4_NL's logits are those of the same weights in Q8_0, and torch's but for activations rounded to 8 bits."""
-    model = tiny()
-    compressed(model, tmp_path / "model", name="iq4_nl")
-    ids, found = list(range(40, 90)), {}
-    for to in ("gguf", "gguf:q8_0"):
-        export.export(tmp_path / "model", to, tmp_path / "a.gguf")
-        with llamacpp.opened(tmp_path / "a.gguf", 1) as engine:
-            engine.open(64)
-            engine.prefill(ids)
-            found[to] = engine._rows(engine._lib.llama_get_logits_ith(engine._context, -1), 1)[0].copy()
-        (tmp_path / "a.gguf").unlink()
-    with torch.inference_mode():
-        ours = model.net(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
-    assert np.abs(found["gguf"] - found["gguf:q8_0"]).max() < 1e-4 * np.abs(ours).max()
-    assert np.abs(found["gguf"] - ours).max() < 0.03 * np.abs(ours).max()
-
-
-@needs_engine
-def test_a_prefill_forgets_what_was_read_before(made: tuple[Model, Path]) -> None:
-    with llamacpp.opened(made[1], 1) as engine:
-        engine.open(64)
-
-        def after(ids: list[int]) -> np.ndarray:
-            engine.prefill(ids)
-            return engine._rows(engine._lib.llama_get_logits_ith(engine._context, -1), 1)[0].copy()
-
-        first = after([5, 6])
-        after(list(range(40, 60)))
-        assert np.array_equal(after([5, 6]), first)
-
-
-@needs_engine
 def test_its_process_carries_no_torch(made: tuple[Model, Path]) -> None:
     model, file = made
     found = harness.measured(

@@ -91,26 +91,6 @@ def test_a_file_that_was_cut_is_refused(file: Path, tmp_path: Path) -> None:
         places.read(mapped.path, short)
 
 
-def test_auto_leaves_weights_in_their_file_where_they_would_fill_memory(file: Path, tmp_path: Path) -> None:
-    tiny_one = models.tiny_llama()
-    models.save(tiny_one.net, tiny_one.tokenizer, tmp_path / "m")
-    need = 4 * models.load(str(tmp_path / "m"), device="cpu").n_params
-    for name in (tmp_path / "m", file):
-        assert not weights_of(models.load(str(name), device="cpu", base="auto").net)
-    for ram, lazy_ones in ((2 * need + 8, False), (2 * need - 8, True)):
-        loaded = models.load(str(tmp_path / "m"), device="cpu", base="auto", ram=ram)
-        assert bool(weights_of(loaded.net)) == lazy_ones
-    assert weights_of(models.load(str(file), device="cpu", base="auto", ram=1000).net)
-
-
-@pytest.mark.parametrize(
-    ("base", "device", "words"), [("disk", "cpu", "no base named"), ("mapped", "cuda", "cuda")]
-)
-def test_what_cannot_be_is_refused(base: str, device: str, words: str, file: Path) -> None:
-    with pytest.raises(ModelError, match=words):
-        models.load(str(file), device=device, base=base)
-
-
 # Methods --------------------------------------------------------------------------------------------
 
 ROWS = [Encoded(np.arange(i, i + 12, dtype=np.int32), 4) for i in range(6)]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fleetune import compression, models
 from fleetune.common import sums
 from fleetune.compression.layerwise import driver
-from fleetune.errors import ModelError, StorageError, VersionError
+from fleetune.errors import ModelError, VersionError
 from fleetune.models.artefact.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
 from fleetune.models.artefact.artefact_folder import FILE, is_master
 from fleetune.models.families.codebooks import CODEBOOKS
@@ -135,26 +135,6 @@ def test_a_codebook_that_cannot_be_is_refused(codebooks: object, why: str, tmp_p
 def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
     digests = {made(tmp_path / str(i))[1].digest() for i in range(4)}
     assert len(digests) == 1
-
-
-def test_dense_weights_replace_those_of_the_model(tmp_path: Path) -> None:
-    model = models.tiny_llama()
-    name = next(iter(driver.linears_of(model)[0][1])) + ".weight"
-    shape = dict(models.named_tensors(model.net))[name].shape
-    write(tmp_path / "model", model, {name: torch.zeros(shape)}, HEAD)
-    master = Master(tmp_path / "model")
-    assert master.quantised(name) is None
-    assert not master.weight(name).any()
-
-
-def test_an_older_artefact_is_replaced_and_anything_else_is_not(tmp_path: Path) -> None:
-    model, _ = made(tmp_path)
-    write(tmp_path / "model", model, {}, HEAD)
-    assert Master(tmp_path / "model").head.grids == {}
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "mine.txt").write_text("x")
-    with pytest.raises(StorageError, match="something else"):
-        write(tmp_path / "other", model, {}, HEAD)
 
 
 def test_damage_is_said(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fleetune.common.events import BudgetSpent
 from fleetune.compression.jobs import budget
 from fleetune.deploy import llamacpp
 from fleetune.deploy.export import write as export
-from fleetune.errors import Interrupted, UsageError
+from fleetune.errors import Interrupted
 from fleetune.models.artefact.artefact import Master
 from fleetune.models.families.experts import STACKED
 from fleetune.runs.listener import Silent
@@ -146,46 +146,6 @@ def test_experts_have_types_of_their_own(method: str, tmp_path: Path) -> None:
     assert divergence(back, report.path) <= ROUNDED
 
 
-def test_a_budget_changes_a_mixture_less_than_one_grid_of_the_same_size(tmp_path: Path) -> None:
-    """Of a mixture whose later layers matter less."""
-    net = save("qwen3_moe", tmp_path / "m", **SUPER)
-    with torch.no_grad():
-        for block in net.model.layers[2:]:
-            block.mlp.experts.down_proj *= 0.1
-    models.save(net, tokenizer(), tmp_path / "m")
-    (tmp_path / "held.txt").write_text("she said that the train was late again, and so was he. " * 12)
-    how: dict[str, Any] = {"eval_text": str(tmp_path / "held.txt")}
-    one = compressed(tmp_path, Heard(), settings={"grid": "q4_k"}, **how)
-    size = export(one.folder / "model", "gguf", tmp_path / "one.gguf").bytes
-    heard = Heard()
-    other = compressed(tmp_path, heard, bytes=size, **how)
-    assert 0.97 * size < heard.spent[0].bytes <= size
-    assert other.done.after["kl_divergence"] < 0.8 * one.done.after["kl_divergence"]
-
-
-def refusal(folder: Path, **how: Any) -> UsageError:
-    with pytest.raises(UsageError) as refused:
-        compressed(folder, Heard(), **how)
-    return refused.value
-
-
-def test_a_budget_that_cannot_be_met_names_the_least_that_can(tmp_path: Path) -> None:
-    """Experts are in the least: nearly all of the file."""
-    save("qwen3_moe", tmp_path / "m")
-    refused = refusal(tmp_path, bytes=100_000)
-    assert "no file of 100 kB can hold this model" in refused.message
-    least = int(str(refused.hint).split("--bytes ")[1].split("kB")[0]) * 1000
-    heard = Heard()
-    compressed(tmp_path, heard, bytes=least)
-    assert least - 1000 < heard.spent[0].bytes <= least
-    assert set(heard.spent[0].kinds) <= {"Q4_0", "IQ4_NL"}
-    refused = refusal(tmp_path, bpw=4.49)
-    assert (
-        "4.49 bits a weight are too few: the smallest types that fit this model take 4.500" in refused.message
-    )
-    compressed(tmp_path, heard, bpw=float(str(refused.hint).split("--bpw ")[1]))
-
-
 @pytest.mark.parametrize("method", ["optq", "qronos"])
 def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(method: str, tmp_path: Path) -> None:
     save("qwen2_moe", tmp_path / "m")
@@ -201,33 +161,3 @@ def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(method: str, tmp_
     assert resumed.spent == heard.spent
     one, other = ((at / "model" / "master.safetensors").read_bytes() for at in (whole.folder, again.folder))
     assert one == other
-
-
-def test_a_mapped_mixture_gets_the_same_grids(tmp_path: Path) -> None:
-    save("qwen3_moe", tmp_path / "split")
-    export(tmp_path / "split", "hf", tmp_path / "m")  # joined, as in memory
-    made = [compressed(tmp_path, Heard(), bpw=5.2, low_memory=low).folder for low in (False, True)]
-    one, other = ((folder / "model" / "master.safetensors").read_bytes() for folder in made)
-    assert one == other
-
-
-def test_other_formats_say_what_they_do_not_hold(tmp_path: Path) -> None:
-    save("qwen3_moe", tmp_path / "m")
-    model = compressed(tmp_path, Heard(), bpw=5.2).folder / "model"
-    for to in ("gptq", "compressed-tensors", "mlx"):
-        with pytest.raises(UsageError, match="holds quantised linear layers"):
-            export(model, to, tmp_path / to)
-
-
-def test_trained_scales_leave_experts(tmp_path: Path) -> None:
-    save("qwen3_moe", tmp_path / "m", **SUPER)
-    solved, trained = (
-        Master(compressed(tmp_path, Heard(), "optq", bpw=4.4, train_scales=n).folder / "model")
-        for n in (0, 2)
-    )
-    assert solved.head.grids == trained.head.grids
-    names = [name for name in solved.names if ".experts." in name]
-    assert len(names) == 8
-    assert all(torch.equal(solved.weight(name), trained.weight(name)) for name in names)
-    layer = "model.layers.0.self_attn.q_proj.weight"
-    assert not torch.equal(solved.weight(layer), trained.weight(layer))

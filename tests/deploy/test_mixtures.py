@@ -14,11 +14,9 @@ from family_harness import TEXT, divergence, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fleetune import adapters, models
 from fleetune.deploy import llamacpp
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import write as export
-from fleetune.deploy.export import write_adapter as export_adapter
 from fleetune.errors import ModelError
 from fleetune.models.families import experts
 
@@ -62,15 +60,6 @@ def test_a_directory_of_joined_experts_is_read_by_transformers(case: str, tmp_pa
     assert all(torch.equal(tensor, own[name]) for name, tensor in back.named_parameters())
 
 
-def test_shards_of_parts_are_joined(tmp_path: Path) -> None:
-    net = save("qwen3_moe", tmp_path / "m")
-    net.save_pretrained(tmp_path / "m", max_shard_size="200KB")
-    (tmp_path / "m" / "model.safetensors").unlink()
-    assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 3
-    source, own = open_checkpoint(tmp_path / "m"), dict(net.named_parameters())
-    assert all(torch.equal(source.weight(name), own[name]) for name in source.names)
-
-
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     save("qwen3_moe", tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
@@ -79,17 +68,6 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in stored.items() if name != lost}, file, {"format": "pt"})
     with pytest.raises(ModelError, match=f"lacks {lost}"):
         export(tmp_path / "m", "hf", tmp_path / "hf")
-
-
-def test_experts_of_different_shapes_are_named(tmp_path: Path) -> None:
-    save("mixtral", tmp_path / "m")
-    file = tmp_path / "m" / "model.safetensors"
-    stored = load_file(file)
-    stored["model.layers.1.block_sparse_moe.experts.2.w2.weight"] = torch.zeros(96, 161)
-    save_file(stored, file, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"parts of model.layers.1.mlp.experts.down_proj do not join"):
-        export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
-    assert not (tmp_path / "x.gguf").exists()
 
 
 # ---------------------------------------------------------------- what the file holds
@@ -165,28 +143,4 @@ def test_a_ramp_that_llama_cpp_rounds_is_said(tmp_path: Path) -> None:
     assert divergence(net, report.path, TEXT * 10) < 1e-8
 
 
-def test_a_mixture_s_file_is_not_read_back(tmp_path: Path) -> None:
-    save("mixtral, tied", tmp_path / "m")
-    path = export(tmp_path / "m", "gguf:f16", tmp_path / "x.gguf").path
-    with pytest.raises(ModelError, match="holds a mixture of experts"):
-        models.load(str(path), device="cpu")
-
-
 # ---------------------------------------------------------------- adapters
-
-
-def test_an_adapter_on_names_that_experts_have_too(tmp_path: Path) -> None:
-    """ERNIE's shared experts: PEFT takes their names for the experts'."""
-    save("ernie4_5_moe", tmp_path / "m")
-    model = models.load(str(tmp_path / "m"), device="cpu")
-    ids = torch.tensor([TEXT])
-    before = model.net(ids).logits
-    with pytest.raises(ModelError, match="for its experts, which are no linear layers") as caught:
-        adapters.attach_lora(model, r=4, alpha=6, seed=1)
-    assert "targets=k_proj,o_proj,q_proj,v_proj" in (caught.value.hint or "")
-    assert torch.equal(model.net(ids).logits, before)  # it is off again
-    adapters.attach_lora(model, r=4, alpha=6, targets="k_proj,o_proj,q_proj,v_proj", seed=1)
-    adapters.save(model, tmp_path / "adapter")
-    assert (
-        export_adapter(tmp_path / "adapter", tmp_path / "m", "gguf:lora", tmp_path / "l.gguf").tensors == 32
-    )

@@ -3,22 +3,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from deploy_harness import LAYER, changed, on_grid, tiny
+from deploy_harness import LAYER, on_grid, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import fleetune
-from fleetune import adapters, compression, models
-from fleetune.adapters.scales import Scales
+from fleetune import compression, models
 from fleetune.common import sums
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import FinishedBlocks
@@ -28,14 +24,13 @@ from fleetune.compression.layerwise.sums import block_message, weights_of
 from fleetune.deploy import harness, llamacpp
 from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import _ggml_blocks
-from fleetune.errors import MessageError, ModelError, UsageError
+from fleetune.errors import ModelError, UsageError
 from fleetune.models import Model
 from fleetune.models.artefact import artefact
 from fleetune.models.artefact.artefact import ArtefactHead, Master, Quantised
 from fleetune.models.artefact.artefact_folder import FILE
 from fleetune.models.families.superblocks import SUPER_TYPES, WIDTH, SuperBlocks
-from fleetune.seeds import scale_view
-from fleetune.tuning.exchange.messages import Payload, decode
+from fleetune.tuning.exchange.messages import decode
 
 TYPES = sorted(SUPER_TYPES)
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
@@ -183,25 +178,6 @@ def test_parts_that_are_no_super_blocks_are_refused(part: str, change, why: str,
         Master(tmp_path / "m").quantised(name)
 
 
-def test_heads_and_messages_that_name_no_type_are_refused(tmp_path: Path) -> None:
-    head = json.loads(ArtefactHead("rtn", {}, "a" * 64, "b" * 64).to_json())
-    with pytest.raises(ModelError, match="super-block type 'q9_k'"):
-        ArtefactHead.from_json(json.dumps({**head, "superblocks": {"a": "q9_k"}}))
-    q = drawn("q4_k", 1)
-    arrays = {n: t.numpy() for n, t in artefact.stored("a", q).items()}
-    for grid in (
-        [4, 32, 512, "", "q9_k"],
-        [4, 16, 512, "", "q4_k"],
-        [4, 32, 512, "iq4_nl", "q4_k"],
-        [4, 32, 256, "", "q4_k"],
-    ):
-        with pytest.raises(MessageError, match="not as agreed"):
-            weights_of(Payload(arrays, {"grids": json.dumps({"a": grid})}))
-    assert torch.equal(
-        weights_of(Payload(arrays, {"grids": '{"a": [4, 32, 512, "", "q4_k"]}'}))["a"].dense(), q.dense()
-    )
-
-
 # --- exports --------------------------------------------------------------------------------------------------
 
 
@@ -225,39 +201,6 @@ def test_the_importer_gets_the_weights_back(kind: str, base: str, tmp_path: Path
     ids = torch.arange(40, 90)[None]
     with torch.inference_mode():
         torch.testing.assert_close(back.net(ids).logits, model.net(ids).logits, rtol=0, atol=1e-5)
-
-
-def test_every_matrix_may_be_on_a_grid_of_its_own(tmp_path: Path) -> None:
-    """Four kinds of blocks, a codebook and plain floats in one artefact and one file."""
-    model = tiny(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64)
-    kinds = {"q": "q4_k", "k": "q6_k", "v": "iq4_nl", "o": "ggml", "gate": "iq4_xs", "up": "q2_k"}
-    found = {}
-    for name, tensor in models.named_tensors(model.net):
-        part = name.split(".")[-2].removesuffix("_proj")
-        if part in kinds:
-            bits = SUPER_TYPES[kinds[part]].bits if kinds[part] in SUPER_TYPES else 4
-            found[name] = rounded(tensor, Grid(kinds[part], bits), 32)
-    artefact.write(
-        tmp_path / "m", model, found, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest)
-    )
-    head = Master(tmp_path / "m").head
-    assert set(head.codebooks) == {name for name in found if ".v_proj" in name}
-    assert set(head.superblocks.values()) == {"q4_k", "q6_k", "iq4_xs", "q2_k"}
-    report = export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
-    types = {
-        "Q4_K": 2,
-        "Q6_K": 2,
-        "IQ4_NL": 2,
-        "Q4_0": 2,
-        "IQ4_XS": 2,
-        "Q2_K": 2,
-        "F16": 2,
-        "Q8_0": 1,
-        "F32": 5,
-    }
-    assert report.types == types
-    read = dict(models.named_tensors(models.load(str(report.path)).net))
-    assert all(torch.equal(read[name], q.dense()) for name, q in found.items())
 
 
 @needs_engine
@@ -311,51 +254,3 @@ def test_a_plain_directory_holds_the_values(tmp_path: Path) -> None:
     assert report.exact == report.tensors
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     assert all(torch.equal(tensors[name], q.dense()) for name, q in found.items())
-
-
-def test_plain_weights_are_compressed_first(tmp_path: Path) -> None:
-    model = tiny()
-    models.save(model.net, model.tokenizer, tmp_path / "plain")
-    with pytest.raises(UsageError, match="plain weights, and gguf:q4_k is for compressed ones") as caught:
-        export(tmp_path / "plain", "gguf:q4_k", tmp_path / "x.gguf")
-    assert "compress it first" in (caught.value.hint or "")
-
-
-def test_scales_in_super_blocks_are_not_trained(tmp_path: Path) -> None:
-    in_super_blocks(tmp_path / "m", "q4_k")
-    """Those of the embedding in Q8_0 alone would be a run that trains next to nothing."""
-    path = export(tmp_path / "m", "gguf:q4_k", tmp_path / "x.gguf").path
-    model = models.load(str(path), base="mapped")
-    model.trains = "scales"
-    with pytest.raises(UsageError, match="no scales that could be trained") as caught:
-        scale_view.moved_tensors(model)
-    assert "its layers are in Q4_K, and super-blocks are not trained" in str(caught.value)
-    assert "Q4_0, Q4_1" in (caught.value.hint or "")
-    for verb in (
-        lambda: fleetune.plan(path, train="scales"),
-        lambda: adapters.attach(model, Scales(), seed=0),
-    ):
-        with pytest.raises(UsageError, match="its layers are in Q4_K, and super-blocks are not trained"):
-            verb()
-
-
-def test_a_packer_that_is_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fleetune.deploy.formats import gguf as format_
-    from fleetune.errors import FleetuneError
-
-    in_super_blocks(tmp_path / "m", "q6_k")
-    wrong = {**format_._ggml_blocks.PACKERS}
-    right = wrong["Q6_K"]
-    wrong["Q6_K"] = lambda q: right(changed(q, codes=q.codes.flip(1)))
-    monkeypatch.setattr(format_._ggml_blocks, "PACKERS", wrong)
-    with pytest.raises(FleetuneError, match="does not hold the values of"):
-        export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
-    assert not (tmp_path / "x.gguf").exists()
-
-
-def test_super_blocks_are_told_apart_from_their_own_copy() -> None:
-    q = drawn("q3_k", 4)
-    assert q.blocks is not None
-    moved = Quantised.of_blocks(q.codes, q.blocks._replace(d=q.blocks.d * 2))
-    assert torch.equal(moved.dense(), q.dense() * 2)
-    assert dataclasses.replace(q, codes=q.codes).dense().equal(q.dense())

@@ -15,7 +15,7 @@ import pytest
 from deploy_harness import TEMPLATE, piece_tokenizer, qwen_split, tiny, tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
@@ -97,22 +97,6 @@ def test_the_splitting_rule_is_named_by_what_it_does(tmp_path: Path, pre: Any, n
     assert not any("merges words" in note for note in found.notes)
 
 
-@pytest.mark.parametrize(("name", "whole"), [("llama-bpe", True), ("tekken", False), ("gpt-4o", True)])
-def test_whole_words_belong_to_a_rule(tmp_path: Path, name: str, whole: bool) -> None:
-    """Llama 3's rule has a name with them and one without; of another rule that is told."""
-    words = tokenizer(split(RULES[name][0]))
-    words.backend_tokenizer.model.ignore_merges = whole
-    found = read(words, tmp_path)
-    assert found.pre == name
-    assert any("merges words" in note for note in found.notes) == (name != "llama-bpe")
-
-
-def test_normalisation_is_noted(tmp_path: Path) -> None:
-    words = tokenizer()
-    words.backend_tokenizer.normalizer = normalizers.Lowercase()
-    assert any("normalisation" in note for note in read(words, tmp_path).notes)
-
-
 def test_pieces_get_scores_in_the_order_of_merges(tmp_path: Path) -> None:
     found = read(piece_tokenizer(), tmp_path, 288)
     at = {text: i for i, text in enumerate(found.tokens)}
@@ -133,14 +117,6 @@ def test_pieces_get_scores_in_the_order_of_merges(tmp_path: Path) -> None:
         0,
     ]
     assert (found.add_bos, found.add_eos, found.space_prefix) == (True, False, True)
-
-
-def test_marks_that_only_the_configuration_knows(tmp_path: Path) -> None:
-    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer)
-    found = read(
-        words, tmp_path, config=SimpleNamespace(eos_token_id=261, bos_token_id=None, pad_token_id=[1, 2])
-    )
-    assert found.special == {"eos": 261}
 
 
 def test_what_gguf_has_no_place_for(tmp_path: Path) -> None:

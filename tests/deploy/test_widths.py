@@ -20,7 +20,6 @@ from fleetune.errors import UsageError
 from fleetune.models import Model
 from fleetune.models.families import widths
 from fleetune.models.families.widths import KeptUnits
-from fleetune.models.loading.shapes import shape_of
 
 IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
 
@@ -97,14 +96,6 @@ def test_blocks_that_are_alike_keep_their_architecture(kind: str, tmp_path: Path
     assert fields[f"{kind}.feed_forward_length"].contents() == 96
 
 
-def test_a_qwen2_with_fewer_heads_is_refused(tmp_path: Path) -> None:
-    """llama.cpp's qwen2 has queries as wide as the model, whatever the file says of heads."""
-    model = narrowed("qwen2", alike=True)
-    models.save(model.net, model.tokenizer, tmp_path / "m")
-    with pytest.raises(UsageError, match="heads are 32 wide together where the model is 64"):
-        export(tmp_path / "m", "gguf:f32", tmp_path / "m.gguf")
-
-
 def test_the_importer_reads_a_narrower_llama_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
     model = narrowed("llama", alike=True)
@@ -142,12 +133,3 @@ def test_codes_become_a_directory_that_is_loaded_here(kind: str, tmp_path: Path)
     assert torch.equal(logits(again), logits(model))
     assert again.digest == models.digest(models.named_tensors(model.net))
     assert torch.equal(logits(exports.load(tmp_path / "m")), logits(model))
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_their_shape_is_counted(kind: str) -> None:
-    """What `fleetune plan` stands on: by the blocks' own widths, not by those of the whole model."""
-    model = narrowed(kind)
-    shape = shape_of(model.net.config)
-    assert shape.params == model.n_params
-    assert {x.name: (x.out, x.into) for x in shape.linears}["model.layers.1.mlp.down_proj"] == (64, 96)

@@ -319,11 +319,6 @@ def check_adapter(adapter: Path, target: Target) -> None:
     checker.check(adapter, target.kind)
 
 
-def load(source: Path) -> Model:
-    """Load a master artefact or a plain directory in fp32, ready to run on the CPU.  ModelError if it is none of them."""
-    return models.load_artefact(source) if is_master(source) else models.load(str(source), device="cpu")
-
-
 def _others(model: Checkpoint, remedy: str = "") -> str:
     """Return a hint for a model that a target refused: the targets that hold it exactly, then the `remedy`."""
     able = []

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from fleetune.common import paired
 from fleetune.common.display import counted, metric
@@ -42,9 +42,11 @@ from fleetune.common.memory import peak_rss
 from fleetune.errors import DataError, FleetuneError, UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from fleetune.deploy.llamacpp import LlamaCpp
+    from fleetune.deploy.torch_engine import Torch
     from fleetune.models.artefact.artefact import Master
+
+    LoadedEngine: TypeAlias = LlamaCpp | Torch
 
 FILE: Final = "measure.json"  # in a compression's folder
 # Export warns below it.  A convention: who deploys should know that a tenth of the gain is lost.
@@ -86,29 +88,6 @@ class Measurement:
     generate: float | None
     values: dict[str, float]
     losses: list[tuple[float, int]] = field(default_factory=list)  # of each row: loss sum, scored tokens
-
-
-class LoadedEngine(Protocol):
-    """A loaded model."""
-
-    vocab: int
-
-    def open(self, length: int) -> None:
-        """Make room for sequences of `length` tokens."""
-
-    def prefill(self, ids: Sequence[int]) -> None:
-        """Forget everything, read `ids`, predict the next token."""
-
-    def step(self) -> None:
-        """Append the likeliest token, predict the next."""
-
-    def losses(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
-        """Cross-entropy in nats of the tokens after each row's context: the sum, and their number."""
-        ...
-
-    def scored_logits(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
-        """Yield the logits of the tokens that `losses` scores, in order: float32 [n, V], each lasts until the next."""
-        ...
 
 
 # ---------------------------------------------------------------- speed and quality, in the child

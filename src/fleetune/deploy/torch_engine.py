@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from fleetune import models
 from fleetune.data import Encoded
-from fleetune.deploy import export
 from fleetune.errors import ModelError, UsageError
 from fleetune.evaluation import reference
 from fleetune.evaluation.losses import all_row_losses
+from fleetune.models.artefact.artefact_folder import is_master
 from fleetune.models.net.model import Model, tokenizer_digest
 from fleetune.tuning.result import finished
 
@@ -86,7 +86,8 @@ def of_run(path: str, dtype: str, offline: bool) -> Torch:
 
 def of_artefact(path: str, dtype: str, offline: bool) -> Torch:
     """A master artefact or a plain directory."""
-    return Torch(export.load(Path(path)))
+    folder = Path(path)
+    return Torch(models.load_artefact(folder) if is_master(folder) else models.load(path, device="cpu"))
 
 
 def of_directory(path: str, dtype: str, offline: bool) -> Torch:
