@@ -16,8 +16,8 @@ the layers that have others; a layer without scales (a router, the head) is a pl
 
 mlx-lm (0.32) has a model class a family, which reads some fields of config.json and fixes the rest in its code.  It does not know
 where transformers 5 keeps the rotary settings ("rope_parameters"), and what config.json leaves out it fills with defaults of its
-own.  So config.json states the `STATED` fields, and a record of `FAMILIES` says which configurations have a place.  Families that
-are missing have no class in mlx-lm, or one that differs in more than that.
+own.  So config.json states the `STATED` fields, and a record of `FAMILIES` says which configurations have a place.  Others
+are refused by name.
 """
 
 from __future__ import annotations
