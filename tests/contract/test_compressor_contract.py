@@ -38,7 +38,7 @@ from fleetune.cli import main as cli
 from fleetune.cli import parser
 from fleetune.common import registry, settings
 from fleetune.errors import Interrupted, RecipeError, UsageError
-from fleetune.models.artefact.artefact import Master, dense
+from fleetune.models.artefact import Master, dense
 
 ROOT = Path(__file__).parent.parent.parent
 Check = Callable[[str, Path], None]

@@ -26,7 +26,7 @@ from fleetune.deploy import targets
 from fleetune.deploy.measure import harness, llamacpp
 from fleetune.errors import FleetuneError, Interrupted
 from fleetune.evaluation.losses import response_loss
-from fleetune.models.artefact.artefact import Master, Quantised
+from fleetune.models.artefact import Master, Quantised
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.listener import Silent
 from fleetune.subject import Compressed

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fleetune import models
 from fleetune.data.encode import Encoded, collate
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import named_tensors
 from fleetune.seeds import noise
 from fleetune.seeds.moved_modules import Tape

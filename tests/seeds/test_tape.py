@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fleetune.data.encode import MASKED, Batch
 from fleetune.evaluation import head_loss
 from fleetune.evaluation.losses import token_losses
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import named_tensors
 from fleetune.seeds import noise
 from fleetune.seeds import view as views

@@ -15,8 +15,7 @@ from fleetune.common.shell import command
 from fleetune.errors import DataError, RecipeError, UsageError
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
-from fleetune.subject import Compressed, Run, Subject, loading
-from fleetune.subject.reference import logits_of
+from fleetune.subject import Compressed, Run, Subject, logits_of
 
 if TYPE_CHECKING:
     from fleetune.data import Example
@@ -78,10 +77,10 @@ def evaluate(
             of_harness, found, limit, heard, dtype=dtype, device=device, base=base, offline=offline
         )
     if dense is not None:
-        loading.check_same_tokens(found, dense, offline=offline)
+        subjects.check_same_tokens(found, dense, offline=offline)
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
     _check_labels(given[:limit], labels if "accuracy" in wanted else ())
-    texts, compared = read_text(str(text)) if text else [], loading.rows_of(found, given, offline=offline)
+    texts, compared = read_text(str(text)) if text else [], subjects.rows_of(found, given, offline=offline)
     if given:
         _note_trained_on(found, given[:limit], heard, offline=offline)
     how = _Measuring(wanted, limit, answer_tokens, labels, dtype, device, base, offline)
@@ -121,7 +120,7 @@ class _Measuring:
         with logits_of(
             dense, given[: self.limit], texts, heard, max_length=found.max_length, **where
         ) as kept:
-            loaded, every = loading.load_with_rows(
+            loaded, every = subjects.load_with_rows(
                 found, given, labels=self.labels, base=self.base, needs_rows=not texts, **where
             )
             examples = every[: self.limit]
@@ -138,7 +137,7 @@ class _Measuring:
             values |= kept.compare(loaded, told("rows compared")).values() if kept else {}
         scores = of_harness.evaluate(loaded, limit=self.limit) if of_harness is not None else []
         # `loaded` is the base from here on
-        before = loading.base_losses(found, loaded, examples, told) if rows else None
+        before = subjects.base_losses(found, loaded, examples, told) if rows else None
         heard.event(
             evaluated(
                 found.argument,
@@ -168,7 +167,7 @@ def _by_harness(
     from fleetune.common.events import evaluated
     from fleetune.evaluation import harness_tasks
 
-    loaded = loading.load_alone(found, dtype=dtype, device=device, base=base, offline=offline)
+    loaded = subjects.load_alone(found, dtype=dtype, device=device, base=base, offline=offline)
     scores = tasks.evaluate(loaded, limit=limit)
     listener.event(evaluated(found.argument, 0, {}, of=0, max_length=found.max_length, harness=scores))
     return harness_tasks.by_name(scores)

@@ -54,10 +54,10 @@ from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, TASKS, Device, Job, Order, Reply, is_path
 from fleetune.fleet.reasons import Declined, in_words, reason_of
-from fleetune.models.loading.shapes import shape_of
-from fleetune.models.mapped.bases import BLOCKS, MAPPED, PLACES
-from fleetune.models.mapped.net import memory_of
+from fleetune.models.cache.cache import BLOCKS, MAPPED, PLACES
+from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
 from fleetune.seeds.scale_view import moved_tensors

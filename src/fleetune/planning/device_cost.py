@@ -30,8 +30,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
-from fleetune.models.families.dtypes import WEIGHTS
-from fleetune.models.loading.shapes import Shape
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.shapes import Shape
 from fleetune.planning.workload import Workload
 from fleetune.seeds import chosen_kernels
 from fleetune.tuning.exchange.footprint import Footprint, Module
@@ -139,7 +139,7 @@ def _weights(shape: Shape, work: Workload, footprint: Footprint) -> int:
     trains_all = footprint.gradient == "backward" and not footprint.module.tensors and not footprint.projects
     if work.base == "memory" or trains_all:
         return shape.params * work.size
-    from fleetune.models.mapped.file import KEPT
+    from fleetune.models.stored import KEPT
     from fleetune.seeds.view import CHUNK
 
     seen = footprint.projects or (footprint.gradient == "two-point" and not footprint.module.tensors)
@@ -171,7 +171,7 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
 
 def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> dict[str, int]:
     """Return bytes of what backward needs of a forward pass: activations, of one layer or of all, and the loss's."""
-    from fleetune.models.net.checkpointing import SMALL
+    from fleetune.models.net.layers import SMALL
 
     needed = activation_bytes(shape, work, footprint.module)
     entering = shape.layers * work.tokens * shape.hidden * work.size

@@ -25,7 +25,7 @@ from fleetune.common import ggml
 from fleetune.common.display import counted, human_bytes, human_count, human_time
 from fleetune.common.sizes import parse_bytes, parse_rate
 from fleetune.errors import UsageError
-from fleetune.models.loading.shapes import Shape, shape_of
+from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.device_cost import Rates
 from fleetune.planning.fitting import TIGHT, Search, Settings, longest

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fleetune.data import Batch
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.seeds.moved_modules import Tape
 from fleetune.seeds.noise import EMPTY, fwht, passes, places

@@ -58,8 +58,8 @@ from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches, keyed_order
 from fleetune.evaluation import objectives
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.seeds.moved_modules import WeightSlot, layout
 from fleetune.seeds.noise import LAWS, POOL, Passes, derive, passes, probe
 from fleetune.seeds.spsa import two_point

@@ -139,7 +139,7 @@ def _in_tokens(
 ) -> _Measured:
     from fleetune import models
     from fleetune.data.encode import encode_all
-    from fleetune.models.loading.hf_folder import is_encoder
+    from fleetune.models.checks import is_encoder
 
     tokenizer = models.load_tokenizer(model, offline=offline)
     config = models.load_config(model, offline=offline)
@@ -171,7 +171,7 @@ def _for_encoder(
     max_length: int,
 ) -> _Measured:
     from fleetune.data.labelled import positions_of, text_lengths
-    from fleetune.models.loading import encoders
+    from fleetune.models import encoders
 
     net: list[PreTrainedModel] = []
     encoders.class_of(config, net.append)  # without weights

@@ -17,8 +17,8 @@ from fleetune.data import Example
 from fleetune.data.labelled import check_answers
 from fleetune.errors import RecipeError
 from fleetune.evaluation import objectives
-from fleetune.models.loading.encoders import MAX_LABELS
-from fleetune.models.loading.hf_folder import is_encoder
+from fleetune.models.checks import is_encoder
+from fleetune.models.encoders import MAX_LABELS
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 

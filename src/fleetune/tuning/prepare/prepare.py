@@ -31,7 +31,7 @@ from fleetune.data.splitting import Split as Split
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
-from fleetune.models.mapped.bases import BLOCKS
+from fleetune.models.cache.cache import BLOCKS
 from fleetune.models.net.model import Model
 from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods
