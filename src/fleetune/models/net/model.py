@@ -9,8 +9,8 @@ The **base digest** identifies the weights that a run starts from.  It is SHA-25
 of the weights as loaded, so another dtype is another base.
 
 The net of a tuned model runs on its base's weights with a ledger's view or an adapter attached.  `state_dict`,
-`save_pretrained`, `copy.deepcopy` and `torch.save` would give the base, or pieces that nothing else reads.  `refuse_copies` lets the net
-refuse them, and say which call does it.
+`save_pretrained`, `copy.deepcopy` and `torch.save` would give the base, or pieces that nothing else reads.
+`refuse_copies` lets the net refuse them, and say which call does it.
 """
 
 from __future__ import annotations
