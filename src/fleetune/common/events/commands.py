@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report what the other commands show, plans, lists, ledgers and answers, and that a command failed or was stopped."""
+"""Report what the other commands show, plans, lists, ledgers and answers, and that a command failed or was stopped.
+
+`fleetune.common.events` takes every class of this file (`import *`).
+"""
 
 from __future__ import annotations
 
