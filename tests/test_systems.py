@@ -19,7 +19,7 @@ import torch
 import windows_stand_in
 from fleetune import models
 from fleetune.common import memory
-from fleetune.common.locks import lock
+from fleetune.common.files import lock
 from fleetune.compression.training import checkpoint
 from fleetune.runs import rundir
 

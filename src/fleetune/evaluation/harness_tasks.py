@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fleetune.common.events import TaskScore
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 from fleetune.errors import FleetuneError, RecipeError, UsageError, closest, cut_reason, fault
 from fleetune.evaluation.answers import require_text_model
 from fleetune.evaluation.measures import TASKS, is_known

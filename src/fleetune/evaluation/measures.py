@@ -15,10 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fleetune.common.paired import RowLosses
-from fleetune.data.encode import Encoded
+from fleetune.data.encode import Encoded, begun, encode_rows
 from fleetune.data.examples import Example
-from fleetune.data.labelled import encode_rows
-from fleetune.data.plain_text import begun
 from fleetune.errors import RecipeError, closest
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import generate, label_accuracy, require_text_model
