@@ -18,7 +18,7 @@ from fleetune.errors import UsageError
 from fleetune.models import tiny_llama
 from fleetune.models.loading import shapes
 from fleetune.planning import device_cost, plan
-from fleetune.seeds.view import kernels
+from fleetune.seeds.weights import kernels
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

@@ -20,8 +20,8 @@ from fleetune.subject.reference import logits_of
 
 if TYPE_CHECKING:
     from fleetune.data import Example
-    from fleetune.evaluation.harness_tasks import HarnessTasks
     from fleetune.evaluation.losses import OnRows
+    from fleetune.evaluation.measures import HarnessTasks
 
 WHOLE: Final = 1 << 20  # tokens: a prompt is not cut
 
@@ -65,14 +65,14 @@ def evaluate(
     dense = subjects.open(reference, out=out) if reference is not None else None
     _check_options(found, limit, answer_tokens, text)
     from fleetune.data import read_text
-    from fleetune.evaluation import harness_tasks
+    from fleetune.evaluation import measures
 
     heard, labels = heard_by(listener, progress), words(labels)
-    own, others = harness_tasks.divided(words(tasks))
+    own, others = measures.divided(words(tasks))
     wanted = _checked_tasks(own, text, compared=dense is not None)
     if dense is not None and others and not own:
         raise UsageError("a reference is compared with on rows or a text", hint="--tasks loss as well")
-    of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
+    of_harness = measures.HarnessTasks(others, task_files) if others else None
     if of_harness is not None and not own:
         return _by_harness(
             of_harness, found, limit, heard, dtype=dtype, device=device, base=base, offline=offline
@@ -112,7 +112,7 @@ class _Measuring:
     ) -> dict[str, float]:
         """Load a model, measure it, by tasks of the harness too, and compare it with `dense`; report and return the values."""
         from fleetune.common.events import evaluated
-        from fleetune.evaluation import harness_tasks, measures
+        from fleetune.evaluation import measures
 
         def told(what: str) -> OnRows:
             return lambda done, total: heard.progress(what, done, total)
@@ -150,7 +150,7 @@ class _Measuring:
                 harness=scores,
             )
         )
-        return values | harness_tasks.by_name(scores)
+        return values | measures.by_name(scores)
 
 
 def _by_harness(
@@ -166,12 +166,12 @@ def _by_harness(
 ) -> dict[str, float]:
     """Measure a model by tasks of the harness alone, which need no rows."""
     from fleetune.common.events import evaluated
-    from fleetune.evaluation import harness_tasks
+    from fleetune.evaluation import measures
 
     loaded = loading.load_alone(found, dtype=dtype, device=device, base=base, offline=offline)
     scores = tasks.evaluate(loaded, limit=limit)
     listener.event(evaluated(found.argument, 0, {}, of=0, max_length=found.max_length, harness=scores))
-    return harness_tasks.by_name(scores)
+    return measures.by_name(scores)
 
 
 def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bool) -> list[Example]:

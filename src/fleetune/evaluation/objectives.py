@@ -60,10 +60,11 @@ from fleetune.evaluation.answers import (
     decode_answer,
     generate_from_ids,
     require_text_model,
+    rouge_l,
+    token_f1,
     without_end,
 )
 from fleetune.evaluation.losses import batch_loss, class_logits, eval_mode, pad_id, token_losses
-from fleetune.evaluation.scores import rouge_l, token_f1
 from fleetune.models.net.model import Model
 
 Objective = Callable[[Model, Batch], float]

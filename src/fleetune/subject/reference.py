@@ -16,8 +16,7 @@ from fleetune.subject import Run, Subject, loading
 
 if TYPE_CHECKING:
     from fleetune.data import Example
-    from fleetune.evaluation.losses import OnRows
-    from fleetune.evaluation.reference import Reference
+    from fleetune.evaluation.losses import OnRows, Reference
 
 
 @contextmanager
@@ -68,14 +67,14 @@ def _write(
     on_rows: OnRows,
 ) -> Reference:
     from fleetune.data.encode import encode_all
-    from fleetune.evaluation import kl_divergence, reference
+    from fleetune.evaluation import kl_divergence
     from fleetune.evaluation.answers import require_text_model
-    from fleetune.evaluation.losses import text_rows
+    from fleetune.evaluation.losses import keep_logits, scored_tokens, text_rows
 
     own = None if isinstance(subject, Run) else dtype  # a run has one of its own
     model = loading.load_alone(subject, dtype=own, device=device, offline=offline)
     require_text_model(model, "a comparison with a reference")
     rows = text_rows(model, texts) if texts else encode_all(examples, model.tokenizer, max_length)[0]
-    if not reference.scored(rows):
+    if not scored_tokens(rows):
         raise DataError("there is no token to compare", hint="give rows with an answer, or a longer text")
-    return reference.keep(model, rows, file, kl_divergence.TEMPORARY, on_rows)
+    return keep_logits(model, rows, file, kl_divergence.TEMPORARY, on_rows)

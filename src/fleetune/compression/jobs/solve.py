@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fleetune.compression.layerwise.blocks import BlockResult
     from fleetune.compression.layerwise.driver import Plan
     from fleetune.compression.layerwise.sums import HessianReply
-    from fleetune.evaluation.reference import Reference
+    from fleetune.evaluation.losses import Reference
     from fleetune.models.artefact.artefact import ArtefactHead, Quantised
     from fleetune.planning.compression_cost import CompressionSize
 

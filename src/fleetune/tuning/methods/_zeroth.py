@@ -17,10 +17,10 @@ from fleetune.common import settings
 from fleetune.data import Batches
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.net.model import Model
+from fleetune.seeds.descent import Position, uniforms
 from fleetune.seeds.ledger import TRAINS, Ledger, LedgerHead
 from fleetune.seeds.noise import LAWS, POOL, run_key
 from fleetune.seeds.scale_view import moved_tensors, view_on, view_type
-from fleetune.seeds.spsa import Position, uniforms
 from fleetune.seeds.view import View
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Payload, Scalar, narrow

@@ -28,7 +28,7 @@ from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import PASSES
 from fleetune.seeds.scale_view import moved_tensors
-from fleetune.seeds.view import kernels
+from fleetune.seeds.weights import kernels
 from fleetune.tuning.methods._zeroth import place_at as place_at
 from fleetune.tuning.methods._zeroth import view_of
 from fleetune.tuning.prepare.prepare import split
