@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fleetune import compression, models
-from fleetune.cli.interrupt import InterruptHandler
+from fleetune.cli.listener import InterruptHandler
 from fleetune.cli.main import main
 from fleetune.compression.layerwise import driver, sums
 from fleetune.compression.layerwise.activations import HiddenStates

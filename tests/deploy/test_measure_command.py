@@ -17,7 +17,7 @@ from deploy_harness import tiny
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.common import files
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 from fleetune.compression.jobs import compressed_base
 from fleetune.compression.jobs.windows import MEASURED
 from fleetune.compression.layerwise import driver

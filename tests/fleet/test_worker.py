@@ -15,7 +15,7 @@ from deploy_harness import compressed, tiny
 from fleetune import data, models
 from fleetune.common.display import human_bytes
 from fleetune.data import Batches
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import encode_rows
 from fleetune.deploy.export import export
 from fleetune.errors import FitError, FleetError
 from fleetune.evaluation.losses import pad_id

@@ -30,8 +30,7 @@ from transformers import (
 
 from fleetune import api, models
 from fleetune.data import Example
-from fleetune.data.encode import collate, encode
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import collate, encode, encode_rows
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.evaluation.answers import answer_ids, label_accuracy, predict
 from fleetune.evaluation.losses import class_measures, row_losses

@@ -205,7 +205,7 @@ def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *
 
 def _check_labels(rows: Sequence[Example], labels: Sequence[str]) -> None:
     """DataError for rows with another answer than the label words, where there are any."""
-    from fleetune.data.labelled import check_answers
+    from fleetune.data.encode import check_answers
 
     if labels:
         answers = [example.response.strip() for example in rows]

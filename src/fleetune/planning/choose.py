@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common.display import human_bytes
 from fleetune.common.ggml import SCALES, scales_in
+from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import quoted
-from fleetune.common.sizes import parse_bytes
 from fleetune.errors import FitError, ModelError, RecipeError
 from fleetune.models.families.foreign import foreign_file
 from fleetune.models.families.number_types import WEIGHTS

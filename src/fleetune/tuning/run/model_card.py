@@ -15,10 +15,10 @@ from typing import Any, Final
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from fleetune.common import __version__
 from fleetune.common.display import counted, human_bytes, show
 from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.common.settings import Value
-from fleetune.common.version import __version__
 from fleetune.models.cache import names
 from fleetune.runs import env_file, rundir
 from fleetune.tuning import methods
