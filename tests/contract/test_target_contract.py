@@ -27,10 +27,10 @@ from fleetune.deploy.export import write as export
 from fleetune.deploy.export import write_adapter as export_adapter
 from fleetune.deploy.formats import Report
 from fleetune.errors import StorageError, UsageError
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead, Quantised
+from fleetune.models import artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
 from fleetune.models.families import widths
-from fleetune.models.families.superblocks import SUPER_TYPES
+from fleetune.models.families.number_types import SUPER_TYPES
 
 EXAMPLE = Path(__file__).parent.parent.parent / "docs" / "export.md"
 NAMES = [*targets.every(), "npz"]

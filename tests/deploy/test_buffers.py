@@ -17,9 +17,8 @@ from fleetune import models
 from fleetune.common import sums
 from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
-from fleetune.models import Model
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead, Quantised
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SIZES: dict[str, Any] = {

@@ -17,7 +17,7 @@ from deploy_harness import QUICK, tiny
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.deploy.formats import peft
-from fleetune.models.artefact.artefact import Master
+from fleetune.models.artefact import Master
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,8 @@ from fleetune.deploy.export import facts_of_base
 from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import gguf
 from fleetune.errors import FleetuneError, ModelError, UsageError
-from fleetune.models import Model
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead
 from fleetune.models.families import rope
 
 IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])

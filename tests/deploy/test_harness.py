@@ -20,7 +20,7 @@ from fleetune.common.memory import peak_rss
 from fleetune.deploy import export, harness
 from fleetune.deploy.harness import KEPT_BAR, MeasureJob, kept_gain
 from fleetune.errors import DataError, FleetuneError, UsageError
-from fleetune.models.artefact.artefact import Master
+from fleetune.models.artefact import Master
 
 # ---------------------------------------------------------------- kept gain
 

@@ -17,9 +17,9 @@ from fleetune import compression, models
 from fleetune.common import sums
 from fleetune.compression.layerwise import driver
 from fleetune.errors import ModelError, VersionError
-from fleetune.models.artefact.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
-from fleetune.models.artefact.artefact_folder import FILE, is_master
-from fleetune.models.families.codebooks import CODEBOOKS
+from fleetune.models.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
+from fleetune.models.cache.names import MASTER, is_master
+from fleetune.models.families.number_types import CODEBOOKS
 
 HEAD = ArtefactHead("rtn", {"bits": 4}, "a" * 64, "b" * 64)
 
@@ -127,7 +127,7 @@ def test_a_codebook_that_cannot_be_is_refused(codebooks: object, why: str, tmp_p
         "a.scale": torch.zeros(1, 1).half(),
         "a.zero": torch.zeros(1, 1, dtype=torch.uint8),
     }
-    save_file(tensors, tmp_path / FILE, metadata={"format": "pt", "master": head})
+    save_file(tensors, tmp_path / MASTER, metadata={"format": "pt", "master": head})
     with pytest.raises(ModelError, match=why):
         Master(tmp_path).quantised("a")
 
@@ -139,7 +139,7 @@ def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_damage_is_said(tmp_path: Path) -> None:
     _, master = made(tmp_path)
-    path = tmp_path / "model" / FILE
+    path = tmp_path / "model" / MASTER
     assert is_master(path.parent)
     assert not is_master(tmp_path)
     with pytest.raises(ModelError, match="no compressed model"):
@@ -150,7 +150,7 @@ def test_damage_is_said(tmp_path: Path) -> None:
         meta = {"format": "pt", "master": json.dumps({**head, **into})}
         save_file(tensors | more, path, metadata=meta)
 
-    (path.parent / sums.FILE).unlink()
+    (path.parent / sums.MASTER).unlink()
     name = next(iter(master.head.grids))
     changed({f"{name}.scale": torch.zeros(1, 1, dtype=torch.float16)})
     with pytest.raises(ModelError, match=f"the parts of {name} do not fit"):
@@ -211,9 +211,9 @@ def test_scales_and_zeros_of_other_types_or_that_are_not_finite_are_refused(
     part: str, dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
     _, master = made(tmp_path)
-    file = tmp_path / "model" / FILE
+    file = tmp_path / "model" / MASTER
     tensors = load_file(file)
-    (tmp_path / "model" / sums.FILE).unlink()
+    (tmp_path / "model" / sums.MASTER).unlink()
     name = f"{Q}.{part}"
     tensors[name] = torch.full_like(tensors[name], float("nan")) if dtype is None else tensors[name].to(dtype)
     save_file(tensors, file, metadata={"format": "pt", "master": master.head.to_json()})

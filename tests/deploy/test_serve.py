@@ -30,7 +30,7 @@ from fleetune import models
 from fleetune.cli.commands import serve
 from fleetune.cli.main import main
 from fleetune.common.events import Serving
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 from fleetune.deploy import export
 from fleetune.deploy import serve as serving_module
 from fleetune.deploy.serve import KEY, Options, Refused, Session, choose

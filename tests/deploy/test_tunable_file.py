@@ -23,7 +23,7 @@ from fleetune.compression.layerwise.groups import rounded
 from fleetune.deploy import tunable_file
 from fleetune.deploy.formats import gguf as gguf_format
 from fleetune.errors import UsageError
-from fleetune.models.artefact import artefact
+from fleetune.models import artefact
 from fleetune.runs.listener import Silent
 from fleetune.seeds.scale_view import moved_tensors
 

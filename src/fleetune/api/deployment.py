@@ -12,7 +12,7 @@ from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, words
 from fleetune.deploy import targets
 from fleetune.errors import UsageError
-from fleetune.models.cache import adapter_folder
+from fleetune.models.cache import names
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
 
@@ -41,7 +41,7 @@ def export(
     """
     place, file = Path(path) if path else None, str(text) if text else None
     targets.check(to, place, file)  # before torch is imported
-    adapter = adapter_folder.of_peft(model)
+    adapter = names.peft_folder(model)
     subject = None if adapter else subjects.open(model, out=out)
     from fleetune.deploy import export as exporting
 

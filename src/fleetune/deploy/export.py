@@ -39,13 +39,13 @@ from fleetune.deploy.formats import AdapterFormat, Misfit, ModelFormat, Report, 
 from fleetune.deploy.harness import MeasureJob, Row
 from fleetune.deploy.targets import Target, check_place, find
 from fleetune.errors import ModelError, UsageError, called
-from fleetune.models.artefact.artefact import ArtefactHead, Master
-from fleetune.models.artefact.artefact_folder import is_master
-from fleetune.models.cache import adapter_folder, short_names
-from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.models.artefact import ArtefactHead, Master
+from fleetune.models.cache import names
+from fleetune.models.cache.names import is_master
+from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import has_block_widths, mark_config
-from fleetune.models.loading.loading import disk_errors
 from fleetune.models.net.model import Model, stored_tensors
+from fleetune.models.net.saving import disk_errors
 from fleetune.runs import compression_folder, env_file, folder_names
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
@@ -115,18 +115,18 @@ def of_adapter(
     target = find(to or DEFAULT_TARGET)
     if target.takes != "adapter":
         taken = " or ".join(name for name, other in targets.every().items() if other.takes == "adapter")
-        refused = adapter_folder.refused(adapter, adapter)
+        refused = names.adapter_refused(adapter, adapter)
         refused.hint = f"--to {taken} takes it as it is; {refused.hint}"
         raise refused
     check_adapter(adapter, target)
-    base, source = adapter_folder.base_of(adapter), None
+    base, source = names.adapter_base(adapter), None
     if target.states("BASE"):
         try:
             source = Plain(base).directory(offline=offline)
         except ModelError as error:
             raise ModelError(
                 f"{adapter} says that it is of the base '{base}': {error.message}",
-                hint=f"write the base's path or hub id as {adapter_folder.BASE} into {adapter / adapter_folder.PEFT}",
+                hint=f"write the base's path or hub id as {names.BASE} into {adapter / names.ADAPTER_CONFIG}",
             ) from error
     out = path or target.place(Path("."), adapter.resolve().name)
     report = write_adapter(adapter, source, target.name, out, made=facts_of_base(base))
@@ -409,7 +409,7 @@ def facts_of_run(run: Run) -> dict[str, str]:
 
 def facts_of_base(name: str) -> dict[str, str]:
     """Return the licence of a built-in model or a short name; {} for others."""
-    licence = short_names.licence_of(name)
+    licence = names.licence_of(name)
     return {} if licence is None else {"general.license": licence}
 
 

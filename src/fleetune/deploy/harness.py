@@ -44,7 +44,7 @@ from fleetune.errors import DataError, FleetuneError, UsageError
 if TYPE_CHECKING:
     from fleetune.deploy.llamacpp import LlamaCpp
     from fleetune.deploy.torch_engine import Torch
-    from fleetune.models.artefact.artefact import Master
+    from fleetune.models.artefact import Master
 
     LoadedEngine: TypeAlias = LlamaCpp | Torch
 
@@ -292,7 +292,7 @@ def _of_gguf(file: Path) -> Iterator[tuple[bool, int, int]]:
 def _of_folder(folder: Path) -> Iterator[tuple[bool, int, int]]:
     """Yield (whether it is a matrix of a block, number of weights, bytes) of every parameter."""
     from fleetune.deploy.checkpoint import open_checkpoint
-    from fleetune.models.artefact.artefact import stored
+    from fleetune.models.artefact import stored
 
     model = open_checkpoint(folder)
     for name, shape in model.shapes.items():

@@ -38,11 +38,11 @@ from fleetune.deploy import harness, llamacpp, patch_make
 from fleetune.deploy.harness import FILE, KeptGain, MeasureJob, Measurement, Row
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.evaluation import kl_divergence, measures
-from fleetune.models.artefact.artefact import Master
-from fleetune.models.artefact.artefact_folder import is_master
+from fleetune.models.artefact import Master
+from fleetune.models.cache.names import is_master
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
-from fleetune.subject import ROW, Compressed, Plain, Run, Subject, loading
+from fleetune.subject import ROW, Compressed, Plain, Run, Subject, check_same_tokens
 
 LEAST: Final = {
     "windows": 1,
@@ -281,7 +281,7 @@ def reference_of(
     """
     if named is not None:
         for one in found:
-            loading.check_same_tokens(one.subject, named, offline=offline)
+            check_same_tokens(one.subject, named, offline=offline)
         own = of(named, offline=offline)
         line = replace(_last_without(own, ("gguf",)), name=own.name)
         return ReferenceLine(line, own.tokenizer, named=True)

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from fleetune import models
 from fleetune.data import Encoded
 from fleetune.errors import ModelError, UsageError
-from fleetune.evaluation import reference
+from fleetune.evaluation import losses
 from fleetune.evaluation.losses import all_row_losses
-from fleetune.models.artefact.artefact_folder import is_master
+from fleetune.models.cache.names import is_master
 from fleetune.models.net.model import Model, tokenizer_digest
 from fleetune.tuning.result import finished
 
@@ -65,7 +65,7 @@ class Torch:
 
     def scored_logits(self, rows: Sequence[tuple[Sequence[int], int]]) -> Iterator[np.ndarray]:
         """Yield the logits of the tokens that `losses` scores, in order: float32 [n, V]."""
-        return reference.scored_logits(self.model, _encoded(rows))
+        return losses.scored_logits(self.model, _encoded(rows))
 
 
 def _encoded(rows: Sequence[tuple[Sequence[int], int]]) -> list[Encoded]:

@@ -5,7 +5,7 @@ The page is one HTML file with its style and its plots (inline SVG) inside: it o
 network for nothing (a content policy forbids it), follows the reader's light or dark scheme and prints.
 Every plot has a title and a description for those who do not see it and its numbers in a table.
 
-`runlog` reads the folder and tells runs and their differences in a terminal, `page` has the parts of a page, `svg` draws, `single`
+`runlog` reads the folder and tells runs in a terminal, `page` has the parts of a page, `svg` draws, `single`
 is the page of a run with the rounds and clients of `course`, `sweep` the table and the page of a sweep.
 """
 

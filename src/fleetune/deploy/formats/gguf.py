@@ -53,12 +53,12 @@ from fleetune.common.ggml import padded
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, _ggml_blocks, _gguf_vocabulary
 from fleetune.errors import UsageError
-from fleetune.models.artefact.artefact import Quantised
-from fleetune.models.artefact.tensor_file import damaged
+from fleetune.models.artefact import Quantised
 from fleetune.models.families import experts, rope, table, widths
-from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.gguf import header
 from fleetune.models.gguf.header import GgufHeader, TensorPlace
+from fleetune.models.net.saving import damaged
 
 TARGETS: Final = {
     "gguf": "one file for llama.cpp, Ollama, LM Studio: in the type that holds the codes exactly",
