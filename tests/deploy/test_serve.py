@@ -243,7 +243,8 @@ def test_serve_refuses_before_an_engine_is_started(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else real(name))
     Path("cut.gguf").write_bytes(Path("tiny.gguf").read_bytes()[:-1])
     little_file(Path("lora.gguf"), "adapter")
     code, _, err = call(capsys, "serve", "--port", "0", *args)

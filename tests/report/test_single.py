@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from report_harness import fake_run, lines_of, page_of, restated, self_contained, write_lines
 
@@ -201,6 +201,7 @@ KEYS = (
 )
 
 
+@settings(max_examples=40)
 @example([{"event": "round", "round": 0, "loss": 0, "bytes_up": 7.550206357119099e-233}], {})
 @example([{"event": "round", "round": 0, "bytes_up": 1e-10, "seconds": -9.9e17}], {})
 @given(
