@@ -85,7 +85,7 @@ def compressed(model: Model, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("to", ["hf", "hf:bf16", "compressed-tensors", "gptq"])
+@pytest.mark.parametrize("to", ["hf:bf16", "gptq"])
 def test_every_directory_has_them_as_they_are(kind: str, to: str, tmp_path: Path) -> None:
     buffers = compressed(model_of(kind, tmp_path / "m"), tmp_path / "codes")
     export(tmp_path / "codes", to, tmp_path / "out")
@@ -93,9 +93,8 @@ def test_every_directory_has_them_as_they_are(kind: str, to: str, tmp_path: Path
     assert all(torch.equal(written[name], tensor) for name, tensor in buffers.items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_plain_directory_is_written_as_it_is_stored(kind: str, tmp_path: Path) -> None:
-    net = model_of(kind, tmp_path / "m").net.bfloat16()
+def test_a_plain_directory_is_written_as_it_is_stored(tmp_path: Path) -> None:
+    net = model_of("deepseek_v3", tmp_path / "m").net.bfloat16()
     for buffer in (buffers := buffers_of(net)).values():
         buffer.data = buffer.float() + 1e-4  # which bf16 would round
     stored = net.state_dict() | buffers
@@ -107,10 +106,9 @@ def test_a_plain_directory_is_written_as_it_is_stored(kind: str, tmp_path: Path)
     assert (report.exact, report.tensors, report.notes) == (len(stored), len(stored), ())
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("folder", ["m", "codes"])
-def test_a_source_that_lacks_one_is_not_exported(kind: str, folder: str, tmp_path: Path) -> None:
-    lost = max(compressed(model_of(kind, tmp_path / "m"), tmp_path / "codes"))
+def test_a_source_that_lacks_one_is_not_exported(folder: str, tmp_path: Path) -> None:
+    lost = max(compressed(model_of("apertus", tmp_path / "m"), tmp_path / "codes"))
     (file,) = (tmp_path / folder).glob("*.safetensors")
     with safe_open(file, "pt") as opened:
         kept, about = {n: opened.get_tensor(n) for n in opened.keys() if n != lost}, opened.metadata()  # noqa: SIM118

@@ -14,7 +14,7 @@ from deploy_harness import compressed, tiny
 from fleetune import models
 from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import gguf, hf
-from fleetune.deploy.targets import check_place
+from fleetune.deploy.targets import check_place, find
 from fleetune.errors import ModelError, StorageError, UsageError
 
 
@@ -40,7 +40,7 @@ def test_places_that_do_not_suit(tmp_path: Path) -> None:
         ("hf", "x.gguf", "a folder, not named .gguf"),
     ):
         with pytest.raises(UsageError, match=why):
-            check_place(to, tmp_path / name)
+            check_place(find(to), tmp_path / name)
     assert (tmp_path / "there.gguf").read_text() == "mine"
 
 

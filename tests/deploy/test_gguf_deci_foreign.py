@@ -13,7 +13,6 @@ from deci_harness import FOUND, foreign, logits, narrowed, pruned
 from transformers import AutoModelForCausalLM
 
 from fleetune import models
-from fleetune.cli.main import main
 from fleetune.errors import ModelError
 from fleetune.models.families import widths
 from fleetune.models.families.widths import KEY, Width
@@ -44,12 +43,11 @@ def test_a_file_of_others_is_read_by_its_lists(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("listing", [list, lambda numbers: numbers[0]])
-def test_blocks_that_are_alike_are_a_plain_llama(tmp_path: Path, listing: Any) -> None:
+def test_blocks_that_are_alike_are_a_plain_llama(tmp_path: Path) -> None:
     """Whatever says so: transformers reads the directory."""
     found = [Width(2, 1, 96)] * 2
     model = narrowed([(1, 96)] * 2)
-    said = {key: listing([n] * 2) for key, n in zip((HEADS, KEYS, CHANNELS), found[0], strict=True)}
+    said = {key: [n] * 2 for key, n in zip((HEADS, KEYS, CHANNELS), found[0], strict=True)}
     back = models.load(str(foreign(tmp_path / "m.gguf", model, found, said)), device="cpu")
     written = json.loads((back.path / "config.json").read_bytes())
     assert written["model_type"] == "llama"
@@ -78,53 +76,29 @@ def test_what_a_file_leaves_out_is_llama_cpps_default(tmp_path: Path) -> None:
     ("said", "why"),
     [
         ({HEADS: [4, 0, 4], KEYS: [2, 0, 2]}, r"block 1 has no attention \(head_count 0\)"),
-        ({KEYS: [2, 1, 0]}, r"block 2 has one matrix .* \(head_count 4, head_count_kv 0\)"),
         ({CHANNELS: [128, 0, 32]}, r"block 1 has no MLP \(feed_forward_length 0\)"),
-        ({HEADS: [0, 2, 4], KEYS: [0, 1, 2], CHANNELS: [0, 96, 32]}, "block 0 has no attention"),
-        ({HEADS: 4}, "block 1 has 4 query heads to a key head, block 0 has 2"),
         ({KEYS: [2, 2, 2]}, "block 1 has 1 query heads to a key head, block 0 has 2"),
-        ({HEADS: [4, 2, 5]}, "block 2 has 5 query heads, no multiple of its 2 key heads"),
         ({"attention.value_length": 32}, r"16 wide, and attention.value_length is 32"),
-        ({"rope.dimension_count": 8}, r"16 wide, and rope.dimension_count is 8"),
     ],
 )
 def test_what_is_no_narrower_llama_is_refused_up_front(
-    tmp_path: Path, said: dict[str, Any], why: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, said: dict[str, Any], why: str
 ) -> None:
     path = foreign(tmp_path / "m.gguf", pruned(), FOUND, said)
     for use in (models.load_config, models.load):
         with pytest.raises(ModelError, match=rf"m.gguf is no llama with narrower blocks: .*{why}") as caught:
             use(str(path))
         assert f"fleetune serve {path}" in str(caught.value.hint)
-    (tmp_path / "text.txt").write_text("a text that is read first")
-    assert main(["eval", str(path), "--tasks", "perplexity", "--text", str(tmp_path / "text.txt")]) == 2
-    assert "no llama with narrower blocks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("said", "why"),
     [
         ({HEADS: [4, 2]}, "attention.head_count has 2 numbers for 3 blocks"),
-        ({CHANNELS: [128, 96, 32, 32]}, "feed_forward_length has 4 numbers for 3 blocks"),
         ({KEYS: [2, -1, 2]}, "attention.head_count_kv of block 1 is -1"),
         ({CHANNELS: "wide"}, "feed_forward_length of block 0 is 'wide'"),
-        ({HEADS: None}, "attention.head_count"),
-        ({CHANNELS: None}, "feed_forward_length"),
-        ({"embedding_length": None}, "embedding_length"),
         ({"block_count": 0}, "block_count is 0"),
         ({"attention.key_length": 15}, "heads are 15 wide"),
-        ({"attention.key_length": 0}, "heads are 0 wide"),
-        (
-            {
-                "embedding_length": 66,
-                KEYS: [3, 3, 3],
-                HEADS: [12, 12, 12],
-                "attention.key_length": 6,
-                "attention.value_length": 6,
-                "rope.dimension_count": 6,
-            },
-            "66.* not a multiple of .*12",
-        ),
     ],
 )
 def test_metadata_that_make_no_sense_are_refused(tmp_path: Path, said: dict[str, Any], why: str) -> None:
@@ -137,7 +111,6 @@ def test_metadata_that_make_no_sense_are_refused(tmp_path: Path, said: dict[str,
     "said",
     [
         {HEADS: [2, 4, 4], KEYS: [1, 2, 2]},
-        {CHANNELS: [128, 32, 96]},
         {"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count": 32},
     ],
 )

@@ -51,23 +51,7 @@ def test_a_gguf_file_is_read_where_it_is(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("place", "value"),
-    [
-        (0, -100),
-        (0, 1.5),
-        (0, "x"),
-        (1, 0),
-        (1, 18),
-        (2, "Q9_9"),
-        (2, None),
-        (2, "Q8_0"),
-        (3, "ab"),
-        (3, [-64, -64]),
-        (4, [0] * 64),
-        (4, [-1, *range(1, 64)]),
-        (4, [*range(64), *range(64)]),
-        (4, [0.5, *range(1, 64)]),
-        (5, "yes"),
-    ],
+    [(0, -100), (1, 0), (2, "Q9_9"), (3, [-64, -64]), (4, [0] * 64), (4, [-1, *range(1, 64)])],
 )
 def test_a_list_that_states_what_cannot_be_is_refused(
     place: int, value: Any, file: Path, tmp_path: Path
@@ -83,29 +67,18 @@ def test_a_list_that_states_what_cannot_be_is_refused(
         stored.read_places(tmp_path, file)
 
 
-def test_a_file_that_was_cut_is_refused(file: Path, tmp_path: Path) -> None:
-    mapped = models.load(str(file), device="cpu", base="mapped")
-    short = tmp_path / "short.gguf"
-    short.write_bytes(file.read_bytes()[:-500])
-    with pytest.raises(ModelError, match="shorter than its tensors"):
-        stored.read_places(mapped.path, short)
-
-
 # Methods --------------------------------------------------------------------------------------------
 
 ROWS = [Encoded(np.arange(i, i + 12, dtype=np.int32), 4) for i in range(6)]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo": ("mezo", {"tau": 3}),
-    "zosgd": ("zosgd", {"tau": 3}),
     "onebyte": ("onebyte", {"directions": 3}),
     "fedkseed": ("fedkseed", {"tau": 3, "K": 64}),
-    "fwdllm": ("fwdllm", {"P": 2}),
     "backward": ("fedkseed", {"K": 64, "backprop": 1.0, "backprop_steps": 2}),
     "fedit": ("fedit", {"dropout": 0.2}),
     "pissa": ("fedit", {"start": "pissa", "dropout": 0.0}),
-    "eva": ("fedit", {"start": "eva"}),
     "fedpeptao": ("fedpeptao", {"layers_rule": "half", "tokens": 3}),
-} | {m: ("fedpetuning", {"module": m}) for m in ("full", "prefix", "adapter", "lora", "bitfit", "prompt")}
+} | {m: ("fedpetuning", {"module": m}) for m in ("full", "bitfit")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +99,7 @@ def test_replies_are_the_same_bytes(kind: str, file: Path) -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("method", ["mezo", "fedit"])
+@pytest.mark.parametrize("method", ["mezo"])
 def test_a_run_is_measured_replayed_and_written_from_a_mapped_base(
     method: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,7 +168,7 @@ def test_parts_that_are_no_super_blocks_are_refused(part: str, change, why: str,
     name = next(n for n in found if n.endswith("q_proj.weight"))
     file = tmp_path / "m" / MASTER
     head, tensors = Master(tmp_path / "m").head.to_json(), load_file(file)
-    (tmp_path / "m" / sums.MASTER).unlink()
+    (tmp_path / "m" / sums.FILE).unlink()
     held = tensors.pop(f"{name}.{part}")
     if change is not None:
         tensors[f"{name}.{part}"] = change(held)
