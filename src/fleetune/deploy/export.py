@@ -35,7 +35,7 @@ from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
 from fleetune.deploy import harness, patch, patch_make, targets
 from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
-from fleetune.deploy.formats import AdapterFormat, Misfit, ModelFormat, Report, _gguf_vocabulary, gguf, ollama
+from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary, gguf, ollama
 from fleetune.deploy.harness import MeasureJob, Row
 from fleetune.deploy.targets import Target, check_place, find
 from fleetune.errors import ModelError, UsageError, called
@@ -284,10 +284,9 @@ def write(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHING
             f"{source} has blocks of different widths, which {to} has no place for",
             hint=_others(model, "prune it again with --set first=0 --set last=0"),
         )
-    writer: ModelFormat = target.load()
     with _staged(target, out) as place, _hinted(model):
         facts = {**made, **facts_of_artefact(model)} if target.states("PROVENANCE") else made
-        report = writer.write(model, place, target.kind, facts)
+        report: Report = target.load().write(model, place, target.kind, facts)
     return dataclasses.replace(report, path=out)
 
 
@@ -302,10 +301,9 @@ def write_adapter(
     target = find(to)
     check_place(target, out)
     check_adapter(adapter, target)
-    writer: AdapterFormat = target.load()
     model = None if base is None else open_checkpoint(base)
     with _staged(target, out) as place, _hinted(model):
-        report = writer.write(adapter, model, place, target.kind, made)
+        report: Report = target.load().write(adapter, model, place, target.kind, made)
     return dataclasses.replace(report, path=out)
 
 
@@ -315,8 +313,7 @@ def check_adapter(adapter: Path, target: Target) -> None:
         raise UsageError(
             f"{target.name} is for whole models, not for adapters", hint="see fleetune export --help"
         )
-    checker: AdapterFormat = target.load()
-    checker.check(adapter, target.kind)
+    target.load().check(adapter, target.kind)
 
 
 def _others(model: Checkpoint, remedy: str = "") -> str:

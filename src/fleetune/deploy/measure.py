@@ -44,27 +44,17 @@ from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
 from fleetune.subject import ROW, Compressed, Plain, Run, Subject, check_same_tokens
 
-LEAST: Final = {
-    "windows": 1,
-    "length": 2,
-    "limit": 1,
-    "answer_tokens": 1,
-    "threads": 1,
-    "prompt_tokens": 1,
-    "new_tokens": 1,
-    "repeats": 1,
-}
-RECORDED: Final = (
+NUMBERS: Final = (
+    "windows",
+    "limit",
+    "answer_tokens",
     "threads",
     "prompt_tokens",
     "new_tokens",
     "repeats",
-    "text",
-    "windows",
     "length",
-    "data",
-    "limit",
 )
+NOT_RECORDED: Final = ("tasks", "answer_tokens", "labels", "kept_gain")
 COMPRESSED_BASE: Final = "compressed base"
 SMALL: Final = ("artefact", "gguf")  # kinds of the lines that compression made
 
@@ -152,12 +142,12 @@ def measure(
 
 def check(options: MeasureOptions) -> list[str]:
     """Return the tasks to measure; UsageError for contradictions, before anything is loaded."""
-    for name, least in LEAST.items():
-        value: object = getattr(options, name)
-        if not isinstance(value, int):
-            raise UsageError(f"{name} = {value!r} is not an integer", hint="fleetune measure --help")
-        if value < least:
-            raise UsageError(f"{name} = {value} is below {least}", hint="fleetune measure --help")
+    for name in NUMBERS:
+        value, least = getattr(options, name), 2 if name == "length" else 1
+        if not isinstance(value, int) or value < least:
+            raise UsageError(
+                f"{name} = {value!r} is no integer from {least} on", hint="fleetune measure --help"
+            )
     if options.text and not Path(options.text).is_file():
         raise UsageError(f"no text file at {options.text}", hint="check the path")
     if options.text:
@@ -401,7 +391,7 @@ def _finish(
     gains = {name: asdict(gain) for name, gain in kept.items()}
     folder = found[0].folder if len(found) == 1 else None
     if folder is not None:
-        settings = {name: getattr(options, name) for name in RECORDED}
+        settings = {name: value for name, value in asdict(options).items() if name not in NOT_RECORDED}
         settings["reference"] = reference and reference.line.path
         _write(folder, settings, shown, gains)
     listener.event(MeasureDone(folder=str(folder) if folder else None, rows=shown, kept=gains))
@@ -431,7 +421,8 @@ def check_kept(subjects: Sequence[Subject]) -> None:
         raise UsageError("--kept-gain is of one compressed run", hint="name its folder alone")
     (found,) = subjects
     if not isinstance(found, Compressed) or found.folder is None:
-        raise UsageError("--kept-gain is of a compressed run's folder", hint=_hint(found))
+        hint = "compress the run first, and measure that: fleetune compress RUN"
+        raise UsageError("--kept-gain is of a compressed run's folder", hint=hint)
     request = compression_folder.request_of(found.folder)
     if not request.run:
         raise UsageError(
@@ -449,19 +440,6 @@ def check_kept(subjects: Sequence[Subject]) -> None:
             hint="leave out --kept-gain; or compress with one grid: --set grid=iq4_nl",
         )
     compression_folder.model_in(found.folder)
-
-
-def _hint(found: Subject) -> str:
-    """Name the newest compression of a run, or how to make one."""
-    if not isinstance(found, Run):
-        return "fleetune compress RUN"
-    run = found.folder.resolve()
-    for folder in reversed(compression_folder.listing(run.parent)):
-        request = compression_folder.request_of(folder)
-        if request.run and Path(request.model).resolve() == run:
-            shown = found.folder.parent / folder.name
-            return f"measure what was compressed from it: fleetune measure {quoted(shown)} --kept-gain"
-    return f"compress it first: fleetune compress {quoted(found.folder)}"
 
 
 def _kept(

@@ -319,7 +319,8 @@ def apply(path: Path, patch: Patch, out: Path | None = None, listener: Listener 
     listener asks to stop.
     """
     path = path.resolve()  # a link stays one
-    _require_file(path)
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}", hint="give the GGUF file on the device")
     if out is not None:
         require_folder(out)
     with _alone(out or path):
@@ -358,11 +359,6 @@ def told(listener: Listener, what: str, text: str = "") -> Callable[[int, int], 
             raise Interrupted("stopped before the new file was whole; nothing was changed")
 
     return tell
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise ModelError(f"there is no file {path}", hint="give the GGUF file on the device")
 
 
 def _require_base(path: Path, patch: Patch, listener: Listener) -> None:

@@ -24,7 +24,7 @@ from fleetune.report.runlog import (
     summary,
     table,
 )
-from fleetune.report.single import sections, write
+from fleetune.report.single import write
 
 __all__ = [
     "APART",
@@ -36,7 +36,6 @@ __all__ = [
     "read",
     "results",
     "samples",
-    "sections",
     "summary",
     "table",
     "write",

@@ -304,7 +304,7 @@ def client_losses(run: RunLog) -> str:
     pairs, changes = [(c.before, c.after) for c in shown], [c.better for c in shown]
     label = f"loss on {kind} rows (hollow: before)"
     drawing = svg.dumbbells("per-client", title, words, names[:MOST], pairs, tips, changes, label=label)
-    return page.figure(drawing, title, words, data=_summary(ordered) + _table(ordered, names))
+    return page.figure(drawing, title, words, data=_table(ordered, names))
 
 
 def _words(ordered: Sequence[ClientLoss], names: Sequence[str], kind: str) -> str:
@@ -314,28 +314,16 @@ def _words(ordered: Sequence[ClientLoss], names: Sequence[str], kind: str) -> st
     better = sum(c.better is True for c in ordered)
     more = f" and {len(worse) - NAMED} more" if len(worse) > NAMED else ""
     who = f"{len(worse)} worse ({', '.join(worse[:NAMED])}{more})" if worse else "none worse"
-    tenth = [show("loss", worst_tenth([getattr(c, at) for c in ordered])) for at in ("before", "after")]
+    sides = [[c.before for c in ordered], [c.after for c in ordered]]
+    mean, tenth = ([show("loss", of(values)) for values in sides] for of in (statistics.fmean, worst_tenth))
     rows = [c.rows for c in ordered]
     few = counted(rows[0], f"{kind} row") if len({*rows}) == 1 else f"{span(rows)} {kind} rows"
     trained = ", which were trained on" if kind == "training" else ""
     return (
-        f"{better} of {len(ordered)} clients got better, {who}. The worst tenth: {tenth[0]} before, {tenth[1]} "
-        f"after. Measured on {few} of each{trained}: few rows, so a single client's change is a hint, no proof."
+        f"{better} of {len(ordered)} clients got better, {who}. Mean: {mean[0]} before, {mean[1]} after; of the "
+        f"worst tenth: {tenth[0]} before, {tenth[1]} after. Measured on {few} of each{trained}: few rows, so a single "
+        "client's change is a hint, no proof."
     )
-
-
-def _summary(clients: Sequence[ClientLoss]) -> str:
-    body: list[list[str | TableCell]] = []
-    for label, of in (
-        ("mean over clients", statistics.fmean),
-        ("worst tenth", worst_tenth),
-        ("highest", max),
-        ("standard deviation", statistics.stdev),
-    ):
-        before, after = of([c.before for c in clients]), of([c.after for c in clients])
-        cells = [TableCell(show("loss", v)) for v in (before, after)]
-        body.append([label, *cells, TableCell(f"{after - before:+.3f}".replace("-", "−"))])
-    return page.table("Over the clients", ["", "before", "after", "change"], body)
 
 
 def _table(ordered: Sequence[ClientLoss], names: Sequence[str]) -> str:

@@ -397,18 +397,12 @@ def results(runs: Sequence[Path]) -> list[list[str]]:
     return rows
 
 
-def differences(configs: Sequence[Mapping[str, object]]) -> tuple[list[tuple[str, list[str]]], int]:
-    """Return the options that are not equal, each with its value of every run ("-" for none), and how many are equal."""
-    flats = [dict(flat(config)) for config in configs]
-    keys = dict.fromkeys(key for config in flats for key in config)
-    every = [(key, [config.get(key, "-") for config in flats]) for key in keys]
-    unlike = [(key, values) for key, values in every if len(set(values)) > 1]
-    return unlike, len(every) - len(unlike)
-
-
 def differing(runs: Sequence[Path]) -> tuple[list[tuple[str, list[str]]], int]:
-    """Return `differences` of run folders."""
-    return differences([read(run).config for run in runs])
+    """Return the options that are not equal, each with its value of every run ("-" for none), and how many are equal."""
+    flats = [dict(flat(read(run).config)) for run in runs]
+    every = {key: [config.get(key, "-") for config in flats] for config in flats for key in config}
+    unlike = [(key, values) for key, values in every.items() if len(set(values)) > 1]
+    return unlike, len(every) - len(unlike)
 
 
 def _traffic(found: Mapping[str, object]) -> str:

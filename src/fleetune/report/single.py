@@ -262,7 +262,6 @@ def _artefacts(run: RunLog) -> list[tuple[str, str]]:
     return out
 
 
-SHOWN_SAMPLES = 8
 NOTE = (
     "This page shows the text of {} of the clients, with the model's answers. Share it only with those who may read them; "
     "a run with --no-samples has none."
@@ -270,12 +269,9 @@ NOTE = (
 
 
 def samples(run: RunLog) -> str:
-    """Return the prompts with their answers; those past the first eight are folded away."""
-    samples = [s for s in list_of(run.final, "samples") if isinstance(s, dict)]
-    drawn = [_sample(s, i + 1) for i, s in enumerate(samples)]
-    shown, more = "".join(drawn[:SHOWN_SAMPLES]), "".join(drawn[SHOWN_SAMPLES:])
-    rest = f"<details><summary>{len(drawn) - SHOWN_SAMPLES} more</summary>{more}</details>" if more else ""
-    return shown + rest
+    """Return the prompts with their answers."""
+    listed = [s for s in list_of(run.final, "samples") if isinstance(s, dict)]
+    return "".join(_sample(sample, i) for i, sample in enumerate(listed, 1))
 
 
 def sharing(run: RunLog) -> str:

@@ -212,14 +212,7 @@ class Plot:
         """Return the vertical position of a data value, of 280 px; 26 above are for the axis name, 40 below for ticks."""
         return 26.0 + (1.0 - self.y.at(value)) * 214.0
 
-    def line(
-        self,
-        points: Sequence[tuple[float, float]],
-        colour: int = 0,
-        tips: Sequence[str] = (),
-        *,
-        dash: bool = False,
-    ) -> None:
+    def line(self, points: Sequence[tuple[float, float]], colour: int = 0, tips: Sequence[str] = ()) -> None:
         """Draw a line through points, broken where a value cannot be drawn; up to 80 points with tips get markers."""
         kind, path, pen = _kind(colour), "", "M"
         for x, y in points:
@@ -228,8 +221,7 @@ class Plot:
                 continue
             path += f"{pen}{fixed(self.px(x))} {fixed(self.py(y))}"
             pen = "L"
-        dashes = ' stroke-dasharray="5 4"' if dash else ""
-        self.marks.append(f'<path class="line {kind}" d="{path}"{dashes}/>')
+        self.marks.append(f'<path class="line {kind}" d="{path}"/>')
         for (x, y), tip in zip(points, tips if len(points) <= 80 else (), strict=False):
             if usable(x) and usable(y):
                 hit = f'<circle class="hit" cx="{fixed(self.px(x))}" cy="{fixed(self.py(y))}" r="10"/>'

@@ -242,7 +242,7 @@ def _figure(number: int, axes: Sequence[SweepAxis], measure: str, members: Seque
     ):  # the mean on top
         points = [(places[v], s.mean) for v, s in line.items()]
         tips = [f"{name or axis.name} at {value_text(v)}: {s.text(digits)}" for v, s in line.items()]
-        plot.line(points, colour, tips, dash=colour >= svg.COLOURS)
+        plot.line(points, colour, tips)
         if name and points:
             plot.end(points[-1], name, colour)
     rows: list[list[str | TableCell]] = [
