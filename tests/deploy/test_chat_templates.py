@@ -131,7 +131,7 @@ def test_the_file_read_back_has_the_same_rows_and_is_told_by_the_same_digest(
 
 
 @pytest.mark.parametrize("kind", WORDS)
-@pytest.mark.parametrize("to", ["hf", "compressed-tensors", "gptq", "mlx"])
+@pytest.mark.parametrize("to", ["hf", "gptq"])
 def test_a_directory_is_asked_by_transformers_in_the_same_tokens(tmp_path: Path, kind: str, to: str) -> None:
     own = WORDS[kind]()
     compressed(speechless(own), tmp_path / "m")
@@ -169,13 +169,6 @@ def test_an_end_that_eats_spaces_is_said(tmp_path: Path) -> None:
     report = export(tmp_path / "m", "hf", tmp_path / "x")
     assert _gguf_vocabulary.OTHER_END in report.notes
     assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template in chat_template.TEMPLATES
-
-
-def test_a_chat_template_stays_what_it_is(tmp_path: Path) -> None:
-    model = tiny()
-    compressed(model, tmp_path / "m")
-    export(tmp_path / "m", "hf", tmp_path / "x")
-    assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template == model.tokenizer.chat_template
 
 
 def test_where_a_template_would_give_other_tokens_there_is_a_note_and_none(tmp_path: Path) -> None:

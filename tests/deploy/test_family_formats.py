@@ -34,7 +34,10 @@ def test_the_page_has_every_family_with_a_place_in_gguf() -> None:
     assert set(table.FAMILIES) <= set(DECODERS)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gpt2", "gpt_neox", "falcon", "qwen3_moe", "gpt_oss", "granitemoeshared", "ernie4_5_moe"],
+)
 def test_codes_of_a_family(family: str, tmp_path: Path) -> None:
     model = save(family, tmp_path)
     if family == "gpt2":

@@ -51,22 +51,18 @@ def write(model: Model, folder: Path, **quantised: artefact.Quantised) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
-    ("to", "bits", "group", "grid", "types"),
+    ("kind", "to", "bits", "group", "grid", "types"),
     [
-        ("gguf", 4, 32, {}, "Q4_0"),
-        ("gguf", 4, 64, {"zero": 5, "scale_bits": 7}, "Q4_1"),
-        ("gguf", 5, 32, {}, "Q5_0"),
-        ("gguf", 5, 32, {"zero": 5, "scale_bits": 6}, "Q5_1"),
-        ("gguf", 8, 32, {}, "Q8_0"),
-        ("gguf", 4, 32, {"name": "iq4_nl"}, "IQ4_NL"),
-        ("gguf:iq4_nl", 4, 64, {"name": "iq4_nl"}, "IQ4_NL"),
-        ("gguf:q8_0", 4, 32, {"name": "iq4_nl"}, "Q8_0"),
-        ("gguf:q4_0", 3, 64, {}, "Q4_0"),
-        ("gguf:q4_1", 4, 32, {}, "Q4_1"),
-        ("gguf:q8_0", 4, 64, {}, "Q8_0"),
-        ("gguf:f32", 4, 16, {}, "F32"),
+        ("llama", "gguf", 4, 32, {}, "Q4_0"),
+        ("qwen2", "gguf", 4, 64, {"zero": 5, "scale_bits": 7}, "Q4_1"),
+        ("qwen3", "gguf", 5, 32, {}, "Q5_0"),
+        ("llama", "gguf", 5, 32, {"zero": 5, "scale_bits": 6}, "Q5_1"),
+        ("qwen3", "gguf", 8, 32, {}, "Q8_0"),
+        ("qwen2", "gguf", 4, 32, {"name": "iq4_nl"}, "IQ4_NL"),
+        ("llama", "gguf:q8_0", 4, 32, {"name": "iq4_nl"}, "Q8_0"),
+        ("llama", "gguf:q4_1", 4, 32, {}, "Q4_1"),
+        ("qwen2", "gguf:f32", 4, 16, {}, "F32"),
     ],
 )
 def test_the_importer_gets_the_weights_back(
@@ -101,7 +97,6 @@ def test_the_importer_gets_the_weights_back(
     ("to", "types", "exact"),
     [
         ("gguf", {"F16": 15, "F32": 5}, 5),
-        ("gguf:f16", {"F16": 15, "F32": 5}, 5),
         ("gguf:bf16", {"BF16": 15, "F32": 5}, 5),
         ("gguf:f32", {"F32": 20}, 20),
         ("gguf:q8_0", {"Q8_0": 15, "F32": 5}, 5),
@@ -164,14 +159,6 @@ def test_what_the_metadata_say(tmp_path: Path) -> None:
     assert len(found["tokenizer.ggml.tokens"]) == 264
 
 
-def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
-    compressed(tiny(), tmp_path / "m")
-    first, second = (tmp_path / name / "x.gguf" for name in ("a", "b"))
-    for path in (first, second):
-        export(tmp_path / "m", "gguf", path)
-    assert first.read_bytes() == second.read_bytes()
-
-
 def test_rows_of_q_and_k_are_interleaved_and_so_are_their_biases(tmp_path: Path) -> None:
     model = tiny(attention_bias=True)
     models.save(model.net, model.tokenizer, tmp_path / "plain")
@@ -205,24 +192,11 @@ def test_llama_3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
     ("to", "bits", "group", "grid", "why", "hint"),
     [
         ("gguf", 4, 16, {}, r"q_proj.weight .* GGUF blocks .* groups of 16 are no multiple", "gguf:f32"),
-        ("gguf:q4_0", 4, 16, {}, r"q_proj.weight .* gguf:q4_0 .* groups of 16 are no multiple", "gguf:f32"),
         ("gguf:q4_0", 4, 32, {"zero": 5}, "Q4_0 holds steps -8 to 7", "--to gguf or"),
-        ("gguf:q4_0", 8, 32, {}, "Q4_0 holds steps -8 to 7", "--to gguf or"),
         ("gguf:q4_1", 4, 32, {"zero": 5}, "not exact in fp16", "--to gguf or"),
-        ("gguf:q4_1", 8, 32, {}, "Q4_1 has 4 bits, its codes have 8", "--to gguf or"),
         ("gguf:iq4_nl", 4, 32, {}, "its codes are not those of the grid iq4_nl", "--to gguf or"),
-        (
-            "gguf:q4_0",
-            4,
-            32,
-            {"name": "iq4_nl"},
-            "steps -8 to 7 about the zero, it has -127 to",
-            "--to gguf or",
-        ),
         ("gguf:q4_1", 4, 32, {"name": "iq4_nl"}, "evenly spaced values", "--to gguf or"),
-        ("gguf", 4, 16, {"name": "iq4_nl"}, "groups of 16 are no multiple", "gguf:f32"),
         ("gguf:f16", 4, 32, {}, "not exact in F16", "--to gguf or"),
-        ("gguf:bf16", 4, 32, {}, "not exact in BF16", "--to gguf or"),
     ],
 )
 def test_codes_that_would_not_be_exact_are_refused(
@@ -233,15 +207,6 @@ def test_codes_that_would_not_be_exact_are_refused(
         export(tmp_path / "m", to, tmp_path / "out" / "x.gguf")
     assert hint in (caught.value.hint or "")
     assert list((tmp_path / "out").iterdir()) == []
-
-
-@pytest.mark.parametrize("to", ["gguf:q4_0", "gguf:iq4_nl", "gguf:q4_1", "gguf:q5_0", "gguf:q5_1"])
-def test_plain_weights_are_not_quantised_here(tmp_path: Path, to: str) -> None:
-    model = tiny()
-    models.save(model.net, model.tokenizer, tmp_path / "plain")
-    with pytest.raises(UsageError, match="plain weights") as caught:
-        export(tmp_path / "plain", to, tmp_path / "x.gguf")
-    assert "compress it first" in (caught.value.hint or "")
 
 
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
@@ -329,7 +294,7 @@ def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
     assert facts_of_base("elsewhere/model") == {}
 
 
-@pytest.mark.parametrize("name", ["my-Phi-3-mini", "phi3"])
+@pytest.mark.parametrize("name", ["my-Phi-3-mini"])
 def test_a_name_that_llamacpp_takes_for_another_vocabulary_is_spelt_otherwise(
     tmp_path: Path, name: str
 ) -> None:
