@@ -202,19 +202,6 @@ def test_a_process_measures_what_the_model_gives_and_its_own_memory(artefact: Pa
     assert ours[-1] == 1
 
 
-def test_a_job_is_done_with_the_threads_it_says_and_without_a_clock_where_none_is_asked(
-    artefact: Path,
-) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        found = harness.carry_out(MeasureJob("artefact", str(artefact), 1, repeats=0))
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-    assert (found.prefill, found.generate, found.values) == (None, None, {})
-
-
 def test_steps_write_the_greedy_continuation(artefact: Path) -> None:
     from fleetune.deploy.torch_engine import of_artefact
 

@@ -56,17 +56,6 @@ def test_packing_and_back(bits: int, R: int, C: int, seed: int) -> None:
     assert torch.equal(unpack(packed, bits, C), codes)
 
 
-def test_weights_are_scale_times_steps() -> None:
-    q = Quantised(
-        torch.tensor([[0, 15, 8, 9]], dtype=torch.uint8),
-        torch.tensor([[0.5, -2.0]], dtype=torch.float16),
-        torch.tensor([[8, 8]], dtype=torch.uint8),
-        4,
-        2,
-    )
-    assert q.dense().tolist() == [[-4.0, 3.5, 0.0, -2.0]]
-
-
 @pytest.mark.parametrize("bits", [3, 8])
 def test_an_artefact_holds_every_parameter_once(bits: int, tmp_path: Path) -> None:
     model, master = made(tmp_path, bits=bits)
@@ -130,11 +119,6 @@ def test_a_codebook_that_cannot_be_is_refused(codebooks: object, why: str, tmp_p
     save_file(tensors, tmp_path / MASTER, metadata={"format": "pt", "master": head})
     with pytest.raises(ModelError, match=why):
         Master(tmp_path).quantised("a")
-
-
-def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
-    digests = {made(tmp_path / str(i))[1].digest() for i in range(2)}
-    assert len(digests) == 1
 
 
 def test_damage_is_said(tmp_path: Path) -> None:

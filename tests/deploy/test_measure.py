@@ -25,7 +25,7 @@ from fleetune.compression.jobs.windows import MEASURED
 from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
 from fleetune.deploy import harness, llamacpp, measure
-from fleetune.errors import FleetuneError, Interrupted
+from fleetune.errors import FleetuneError
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.artefact import Master, Quantised
 from fleetune.runs import compression_folder, rundir
@@ -162,35 +162,6 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
 
 def _calibrated_on(folder: Path) -> Any:
     return finished.held_out(Path(compression_folder.request_of(folder).model), offline=True)[::2]
-
-
-def test_a_stopped_base_is_gone_on_with_and_says_how(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = folder_of(at)
-    shutil.rmtree(folder / "base", ignore_errors=True)
-
-    class StopsInTheSecondBlock(Silent):
-        asked = 0
-
-        @property
-        def stop_requested(self) -> bool:
-            self.asked += 1
-            return self.asked > 9
-
-    with pytest.raises(Interrupted) as stopped:
-        compressed_base.base_of(StopsInTheSecondBlock(), folder, offline=True)
-    assert stopped.value.hint == f"fleetune measure {folder} --kept-gain"
-    (block,) = (folder / "base" / "parts").glob("block-*")
-    before = block.stat().st_mtime_ns
-    seen = list[int]()
-    run = driver.run
-
-    def watched(*args: Any, **given: Any) -> Any:
-        seen.append(block.stat().st_mtime_ns)
-        return run(*args, **given)
-
-    monkeypatch.setattr(driver, "run", watched)
-    compressed_base.base_of(Silent(), folder, offline=True)
-    assert seen == [before]
 
 
 def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -390,21 +361,6 @@ def test_an_export_is_run_where_it_is_for(at: Path, capsys: pytest.CaptureFixtur
     code, told, _ = call(capsys, "export", "1", "--to", "hf", "--path", "of-run", "--text", "text.txt")
     assert (code, told[-1]["runtime"]) == (0, "transformers")
     assert told[-1]["ratio"] == pytest.approx(1, rel=1e-5)
-
-
-def test_an_export_is_checked_without_a_network_where_none_is_wanted(
-    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jobs = list[harness.MeasureJob]()
-
-    def measured(job: harness.MeasureJob) -> harness.Measurement:
-        jobs.append(job)
-        return harness.Measurement(0, None, None, {"perplexity": 2.0})
-
-    monkeypatch.setattr(harness, "measured", measured)
-    args = ["export", "1", "--to", "hf", "--path", "quiet", "--text", "text.txt", "--offline"]
-    assert call(capsys, *args)[0] == 0
-    assert [(job.kind, job.offline) for job in jobs] == [("run", True), ("transformers", True)]
 
 
 # ---------------------------------------------------------------- bad input

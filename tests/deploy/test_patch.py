@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import random
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,13 +14,10 @@ import time
 import tracemalloc
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from deploy_harness import BLOCKS, gguf_of
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -163,17 +159,6 @@ def test_a_link_stays_one(file: Path, tmp_path: Path) -> None:
     dangling.symlink_to(tmp_path / "nothing")
     with pytest.raises(UsageError, match="exists already"):
         patch.apply(file, made, dangling)
-
-
-def test_a_copy_in_a_folder_that_is_not_there_is_refused_before_any_work(file: Path, tmp_path: Path) -> None:
-    made = patch_make.of_ledger(file, ledger_on(file)[0])
-    file.write_bytes(b"GGUF")  # is not looked at
-    for out in (tmp_path / "no such" / "deep" / "x.gguf", file / "x.gguf"):
-        before = visible(tmp_path)
-        with pytest.raises(UsageError, match="there is no folder") as refused:
-            patch.apply(file, made, out)
-        assert refused.value.hint == f"make it first: mkdir -p {shlex.quote(str(out.parent))}"
-        assert visible(tmp_path) == before
 
 
 def test_the_command_prints_json_for_a_devices_script(
@@ -319,19 +304,6 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
     assert len(made.file) < 20_000
 
 
-def test_what_a_killed_patch_left_is_removed_and_nothing_of_other_files(file: Path) -> None:
-    odd = file.with_name("m[1].gguf")
-    odd.write_bytes(file.read_bytes())
-    left = [
-        odd.with_name(name) for name in (".m[1].gguf.abc.tmp", ".m1.gguf.abc.tmp", ".m[1].gguf.x.abc.tmp")
-    ]
-    for each in left:
-        each.touch()
-    ledger, _ = ledger_on(file)
-    patch.apply(odd, patch_make.of_ledger(file, ledger))
-    assert [each.exists() for each in left] == [False, True, True]
-
-
 # Files of patches ------------------------------------------------------------------------------------
 
 
@@ -443,34 +415,3 @@ def test_changes_that_unpack_to_more_or_less_are_refused(file: Path, tmp_path: P
         with pytest.raises(ModelError, match="its changes are not"):
             patch.apply(file, patch.load(rewritten(tmp_path / "p", changes=packed)))
     assert file.read_bytes() == before
-
-
-@given(st.binary(max_size=3000), st.integers(0, 9), st.integers(1, 500), st.integers(1, 400))
-def test_changes_unpack_in_any_pieces_without_the_rest_being_copied(
-    raw: bytes, level: int, size: int, fed: int
-) -> None:
-    taken = list[int]()
-
-    class Watched:
-        def __init__(self) -> None:
-            self.inner = zlib.decompressobj()
-
-        def decompress(self, part: bytes, most: int) -> bytes:
-            taken.append(len(part))
-            return self.inner.decompress(part, most)
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.inner, name)
-
-    packed = zlib.compress(raw, level)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(patch, "FED", fed)
-        patched.setattr(patch, "zlib", SimpleNamespace(decompressobj=Watched))
-        unpack = patch._unpacker(memoryview(packed))
-        for at in range(0, len(raw), size):
-            part = raw[at : at + size]
-            assert unpack(len(part), at + size >= len(raw)) == (part, True)
-        assert max(taken, default=0) <= fed, "the rest is copied for each piece"
-        for wrong in (packed[:-1], packed + b"x", zlib.compress(raw + b"x", level)):
-            assert not patch._unpacker(memoryview(wrong))(len(raw), True)[1]
-        assert not patch._unpacker(memoryview(packed))(len(raw) + 1, False)[1]

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -27,14 +26,12 @@ from serve_harness import little_file, lives, stand_in, starts
 
 import fleetune
 from fleetune import models
-from fleetune.cli.commands import serve
 from fleetune.cli.main import main
-from fleetune.common.events import Serving
 from fleetune.common.shell import pip_install
 from fleetune.deploy import export
 from fleetune.deploy import serve as serving_module
 from fleetune.deploy.serve import KEY, Options, Refused, Session, choose
-from fleetune.errors import FleetuneError, Interrupted, UsageError
+from fleetune.errors import FleetuneError, UsageError
 
 CHAT = ["chat", "tiny.gguf", "--threads", "1"]
 
@@ -193,19 +190,6 @@ def test_serve_ends_with_an_error_when_the_engine_does(at: Path) -> None:
         assert process.wait(20) == 1
         assert process.stdout is not None
         assert "llama-server has ended (signal 9)" in json.loads(process.stdout.readlines()[-1])["message"]
-
-
-def test_a_signal_that_is_ignored_stays_so_as_under_nohup() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with serve.ended_by_signals():
-            os.kill(os.getpid(), signal.SIGHUP)
-            with pytest.raises(Interrupted):
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(5)
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_key_is_passed_on_and_made_off_this_machine(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,29 +412,3 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(at: Path) -> None:
         assert talk.turns == before
         talk.restart()
         assert talk.turns == [{"role": "system", "content": "s"}]
-
-
-def test_chat_that_is_terminated_leaves_no_engine_behind(at: Path) -> None:
-    command = [sys.executable, "-m", "fleetune", *CHAT, "--prompt", "wait"]
-    search = os.pathsep.join(filter(None, sys.path))
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": search}) as process:
-        end = time.monotonic() + 20
-        while not (at / "bin" / "body").exists() and time.monotonic() < end:
-            time.sleep(0.02)
-        process.terminate()
-        assert process.wait(20) == 130
-    assert not lives(starts(at / "bin")[0]["pid"])
-
-
-def test_a_listener_hears_of_the_endpoint(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heard = []
-
-    class Heard(fleetune.Silent):
-        def event(self, event: object) -> None:
-            heard.append(event)
-
-    with fleetune.serve("tiny.gguf", port=0, listener=Heard()) as session:
-        assert heard == [Serving(url=session.url, model="tiny.gguf", engine="llama-server")]
-    with fleetune.serve("tiny.gguf", port=0, progress=True) as session:
-        pass
-    assert f"tiny.gguf with llama-server at {session.url}" in capsys.readouterr().out

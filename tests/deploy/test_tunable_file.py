@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from fleetune.common import ggml
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import rounded
 from fleetune.deploy import tunable_file
-from fleetune.deploy.formats import gguf as gguf_format
 from fleetune.errors import UsageError
 from fleetune.models import artefact
 from fleetune.runs.listener import Silent
@@ -226,19 +224,3 @@ def test_a_killed_process_leaves_the_whole_file_or_none(tmp_path: Path) -> None:
     assert [p.name for p in found.home.iterdir() if p.name.startswith(".")] == [], (
         "what killed ones left is gone"
     )
-
-
-def test_a_file_that_another_process_writes_meanwhile_is_taken(tmp_path: Path) -> None:
-    found, told, real = codes(tmp_path / "codes"), list[str](), gguf_format.write
-
-    def slower(model: Any, path: Path, kind: str | None, made: Any) -> Any:
-        report = real(model, path, kind, made)
-        shutil.copy(path, found.home / path.name)
-        return report
-
-    with pytest.MonkeyPatch.context() as changed:
-        changed.setattr(gguf_format, "write", slower)
-        place = tunable_file.of(found, told.append)
-    assert place.read_bytes() == exported(found, tmp_path).read_bytes()
-    assert len(told) == 1
-    assert "there already" in told[0]

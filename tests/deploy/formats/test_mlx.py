@@ -322,15 +322,6 @@ def test_experts_of_other_bits_are_named(tmp_path: Path) -> None:
     }
 
 
-def test_experts_without_codes_are_in_16_bits(tmp_path: Path) -> None:
-    model, _ = grids(tmp_path)
-    tensors = stored(export(tmp_path / "m", "mlx", tmp_path / "x").path)
-    gate_up = model.net.get_parameter(f"{BLOCK}.mlp.experts.gate_up_proj").detach().half().numpy()
-    layer = f"{BLOCK}.mlp.switch_mlp.up_proj"
-    assert np.array_equal(tensors[f"{layer}.weight"], gate_up[:, 64:])
-    assert f"{layer}.scales" not in tensors
-
-
 @pytest.mark.parametrize(
     ("kinds", "why"),
     [
@@ -347,7 +338,7 @@ def test_codes_of_experts_that_have_no_place(kinds: dict[str, Any], why: str, tm
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("part", ["weight", "scales", "biases"])
+@pytest.mark.parametrize("part", ["weight", "biases"])
 def test_a_wrong_value_of_an_expert_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:

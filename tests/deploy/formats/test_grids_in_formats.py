@@ -122,14 +122,6 @@ def test_a_matrix_without_a_negative_weight_is_exported_to_gptq(grid: str, tmp_p
     assert report.types["I32"] == 3 * 14
 
 
-@pytest.mark.parametrize("grid", ["ggml", "universal"])
-def test_what_transformers_does_not_load_is_said(grid: str, tmp_path: Path) -> None:
-    report = export(written(grid, tmp_path), "compressed-tensors", tmp_path / "out")
-    said = [note for note in report.notes if "transformers (5.24) does not load" in note]
-    assert len(said) == (grid in ("asymmetric", "universal"))
-    assert all("grid=ggml" in note for note in said)
-
-
 @pytest.mark.parametrize("grid", UNIFORM)
 def test_transformers_loads_symmetric_grids_and_no_others(grid: str, tmp_path: Path) -> None:
     """When the others load too, the note and the docs are out of date."""

@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf as package
-import numpy as np
 import pytest
 import torch
 from deploy_harness import piece_tokenizer, qwen_split, tiny, tokenizer
@@ -19,8 +17,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fleetune import models
 from fleetune.deploy.export import write as export
-from fleetune.errors import ModelError
-from fleetune.models.families import rope
 from fleetune.models.gguf import tokenizer as gguf_tokens
 
 IDS = torch.tensor([[0, 12, 200, 7, 256, 258, 31, 90, 3, *range(40, 80)]])
@@ -162,14 +158,3 @@ def test_rescaled_frequencies_come_back(
     assert dict(back.net.config.rope_parameters) == rescaled
     assert torch.equal(back.net(IDS).logits, own.net(IDS).logits)
     assert models.load_config(str(path)).rope_parameters == rescaled
-
-
-def test_factors_that_no_words_give_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
-    path = file_with(tmp_path, LLAMA3)
-    raw = bytearray(path.read_bytes())
-    at = next(t for t in package.GGUFReader(path).tensors if t.name == rope.TENSOR).data_offset
-    raw[at : at + 4] = np.float32(1.5).tobytes()
-    path.write_bytes(raw)
-    with pytest.raises(ModelError, match="rescales its rotary frequencies"):
-        models.load(str(path))

@@ -172,7 +172,7 @@ def engine(
         yield words, opened
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @example(pieces=[CORPUS])
 @given(pieces=st.lists(PIECE, max_size=12))
 def test_llama_cpp_splits_any_text_in_the_same_way(engine: Any, pieces: list[str]) -> None:

@@ -16,7 +16,6 @@ from fleetune.models.families import table
 from fleetune.models.stored import weight_files
 from tiny_families import DECODERS, save
 
-ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 MIXTURES = (
     "mixtral",

@@ -225,19 +225,12 @@ def test_llama_cpp_reads_the_same_weights(kind: str, tmp_path: Path) -> None:
     ("to", "why", "hint"),
     [
         ("gguf:q4_0", "its scales are those of q4_k's super-blocks, which Q4_0 has not", "--to gguf or"),
-        ("gguf:q5_k", "its codes are not those of the grid q5_k", "--to gguf or"),
         ("gguf:f16", "is not exact in F16", "--to gguf or"),
         (
             "gptq",
             "groups with a scale of their own; those of .* are of q4_k's super-blocks",
             "(--set grid=ggml)",
         ),
-        (
-            "compressed-tensors",
-            "are of q4_k's super-blocks",
-            "use --to gguf or --to hf, or compress again on another",
-        ),
-        ("mlx", "are of q4_k's super-blocks", "(--set grid=ggml)"),
     ],
 )
 def test_other_targets_refuse_them_and_say_what_to_do(to: str, why: str, hint: str, tmp_path: Path) -> None:
@@ -245,11 +238,3 @@ def test_other_targets_refuse_them_and_say_what_to_do(to: str, why: str, hint: s
     with pytest.raises(UsageError, match=why) as caught:
         export(tmp_path / "m", to, tmp_path / "out" / ("x.gguf" if to.startswith("gguf") else "x"))
     assert hint in (caught.value.hint or "")
-
-
-def test_a_plain_directory_holds_the_values(tmp_path: Path) -> None:
-    _, found = in_super_blocks(tmp_path / "m", "q2_k")
-    report = export(tmp_path / "m", "hf", tmp_path / "hf")
-    assert report.exact == report.tensors
-    tensors = load_file(tmp_path / "hf" / "model.safetensors")
-    assert all(torch.equal(tensors[name], q.dense()) for name, q in found.items())

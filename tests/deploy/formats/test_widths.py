@@ -83,18 +83,6 @@ def test_a_llama_of_different_widths_is_a_deci(quantised: bool, tmp_path: Path) 
                 assert np.array_equal(read[head * 16 + 2 * i + 1], own[head * 16 + 8 + i])
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_blocks_that_are_alike_keep_their_architecture(kind: str, tmp_path: Path) -> None:
-    model = narrowed(kind, alike=True)
-    models.save(model.net, model.tokenizer, tmp_path / "m")
-    export(tmp_path / "m", "gguf:f32", tmp_path / "m.gguf")
-    fields = package.GGUFReader(tmp_path / "m.gguf").fields
-    assert fields["general.architecture"].contents() == kind
-    assert fields[f"{kind}.attention.head_count"].contents() == 2
-    assert fields[f"{kind}.attention.key_length"].contents() == 16
-    assert fields[f"{kind}.feed_forward_length"].contents() == 96
-
-
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_gguf_has_no_place_for_others_of_different_widths(kind: str, tmp_path: Path) -> None:
     model = narrowed(kind)

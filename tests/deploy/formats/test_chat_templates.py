@@ -147,19 +147,6 @@ def test_a_directory_is_asked_by_transformers_in_the_same_tokens(tmp_path: Path,
         assert tuned_on(talk, ANSWER, there) == whole
 
 
-def test_a_tokenizer_without_an_end_gets_a_template_that_writes_none(tmp_path: Path) -> None:
-    own = bytes_only()
-    own.eos_token = own.pad_token = None
-    model = tiny(vocab_size=288, eos_token_id=None, pad_token_id=None)
-    model.tokenizer = own
-    compressed(model, tmp_path / "m")
-    export(tmp_path / "m", "hf", tmp_path / "x")
-    there = AutoTokenizer.from_pretrained(tmp_path / "x")
-    whole = there.apply_chat_template(turns((*TALKS[0], ("assistant", ANSWER))), return_dict=False)
-    (row,), _ = encode_all([Example(TALKS[0], ANSWER, {})], own, LONG)
-    assert whole == row.ids.tolist() == own("hello\n" + ANSWER)["input_ids"]
-
-
 def test_an_end_that_eats_spaces_is_said(tmp_path: Path) -> None:
     """A mark with lstrip takes the line break that an answer ends with; tuning puts its id after the break."""
     own = bytes_only()
