@@ -11,7 +11,6 @@ from deploy_harness import tiny
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.deploy import export as exports
 from fleetune.evaluation import answers, measures
 from fleetune.tuning.result.finished import held_out
 from fleetune.tuning.run import demo
@@ -39,7 +38,7 @@ def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
     (said,) = [event for event in told if event["event"] == "answer"]
     row = held_out(tmp_path / "runs" / "0001-fedit-little", offline=True)[0]
     assert said["prompt"] == row.messages[-1][1]
-    packed = exports.load(Path(export["path"]))
+    packed = models.load(export["path"], device="cpu", base="mapped")
     assert [said["text"]] == answers.generate(packed, [row], max_new_tokens=demo.ANSWER)
     after = measures.evaluate(
         packed, held_out(tmp_path / "runs" / "0001-fedit-little", offline=True)[1::2], ["loss"]

@@ -269,19 +269,6 @@ def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
     assert pip_install("llamacpp") in err
 
 
-def test_a_kept_gain_stays_known_and_a_damaged_record_is_written_anew(
-    at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = folder_of(at)
-    known = {"loss": {"metric": "loss", "gain": 1.0, "value": 0.5, "text": "half"}}
-    record = {"digest": Master(folder / "model").digest(), "kept": known}
-    for text, told in ((json.dumps(record), known), ('{"kept', {}), ("[]", {}), ("{}", {})):
-        (folder / harness.FILE).write_text(text)
-        code, _, err = call(capsys, "measure", str(folder), "--limit", "1", *FAST)
-        assert code == 0, err
-        assert json.loads((folder / harness.FILE).read_text())["kept"] == told
-
-
 def test_a_file_that_its_engine_does_not_run_costs_no_other_row(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

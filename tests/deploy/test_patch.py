@@ -148,19 +148,6 @@ def test_a_patch_that_would_make_another_model_is_not_made(
         patch_make.of_ledger(file, ledger)
 
 
-def test_a_link_stays_one(file: Path, tmp_path: Path) -> None:
-    link = tmp_path / "link.gguf"
-    link.symlink_to(file)
-    made = patch_make.of_ledger(file, ledger_on(file)[0])
-    patch.apply(link, made)
-    assert link.is_symlink()
-    assert sha256(file) == made.result
-    dangling = tmp_path / "dangling.gguf"
-    dangling.symlink_to(tmp_path / "nothing")
-    with pytest.raises(UsageError, match="exists already"):
-        patch.apply(file, made, dangling)
-
-
 def test_the_command_prints_json_for_a_devices_script(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,11 +260,10 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_pa
 # A run ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["mezo", "fedkseed", "onebyte"])
+@pytest.mark.parametrize("method", ["fedkseed", "onebyte"])
 def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path) -> None:
     """From the rows to the patched file: export, patch and replay give one file, which lost nothing."""
     settings = {
-        "mezo": {"tau": 6, "batch_size": 4},
         "fedkseed": {"tau": 4, "K": 64, "backprop": 0.5, "backprop_steps": 3},
         "onebyte": {"directions": 6, "batch_size": 4},
     }[method]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from deploy_harness import piece_tokenizer
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 from transformers import (
     AutoModelForCausalLM,
@@ -26,8 +23,6 @@ from transformers import (
 from fleetune import models
 from fleetune.deploy.export import write as export
 from fleetune.models import Model
-from fleetune.models.families import table
-from fleetune.models.stored import MappedFile, Stored
 
 CLASSES = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
 IDS = torch.tensor([[1, *range(262, 287), *range(40, 70)]])  # longer than the windows
@@ -146,12 +141,3 @@ def test_norms_are_one_plus_w_and_rows_stay_in_order(tmp_path: Path) -> None:
     assert np.array_equal(stored["output_norm.weight"], 1 + model.net.model.norm.weight.numpy())
     assert np.array_equal(stored["blk.3.attn_q.weight"], layer.self_attn.q_proj.weight.numpy())
     assert np.array_equal(stored["token_embd.weight"], model.net.model.embed_tokens.weight.numpy())
-
-
-@given(st.floats(-4, 4, width=32))
-def test_a_norm_multiplies_by_the_same_number_when_it_is_back(w: float) -> None:
-    stored = table.plus_one(np.array([w], np.float32))
-    with tempfile.TemporaryDirectory() as folder:
-        (file := Path(folder) / "norm").write_bytes(stored.tobytes())
-        norm = Stored(MappedFile(file), 0, 4, "F32", (1,), shifted=True)
-        assert np.array_equal(table.plus_one(norm.read(0, 1, torch.float32).numpy()), stored)

@@ -181,7 +181,7 @@ def test_parts_that_are_no_super_blocks_are_refused(part: str, change, why: str,
 
 
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("base", ["memory", "mapped"])
+@pytest.mark.parametrize("base", ["mapped"])
 def test_the_importer_gets_the_weights_back(kind: str, base: str, tmp_path: Path) -> None:
     model, found = in_super_blocks(tmp_path / "m", kind)
     report = export(tmp_path / "m", "gguf" if base == "memory" else f"gguf:{kind}", tmp_path / "x.gguf")
