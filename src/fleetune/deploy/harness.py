@@ -234,21 +234,19 @@ def measured(job: MeasureJob) -> Measurement:
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise FleetuneError(
-            f"measuring {job.path} ended with {done.returncode}: {last}", hint=_ended(done.returncode)
+        hint = (
+            "see that what it needs is installed whole"
+            if done.returncode > 0
+            else "a negative number is a signal"
         )
+        if done.returncode == -9:
+            hint = "that signal is usually memory: give fewer or shorter rows"
+        raise FleetuneError(f"measuring {job.path} ended with {done.returncode}: {last}", hint=hint)
     answer = json.loads(done.stdout.splitlines()[-1])
     if "error" in answer:
         kind = UsageError if answer["exit_code"] == 2 else FleetuneError
         raise kind(answer["error"], hint=answer["hint"])
     return Measurement(**{**answer, "losses": [(loss, n) for loss, n in answer["losses"]]})
-
-
-def _ended(code: int) -> str:
-    """Return the hint for a child's exit code; a negative one is a signal."""
-    if code == -9:
-        return "that signal is usually memory: give fewer or shorter rows"
-    return "a negative number is a signal" if code < 0 else "see that what it needs is installed whole"
 
 
 def main() -> None:

@@ -295,19 +295,8 @@ def logits_of(
         return
     with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
         line, file = reference.line, Path(folder) / "reference.npy"
-        harness.measured(
-            MeasureJob(
-                line.kind,
-                line.path,
-                threads,
-                line.dtype,
-                offline,
-                repeats=0,
-                compared=rows,
-                logits=str(file),
-                reference=True,
-            )
-        )
+        job = MeasureJob(line.kind, line.path, threads, line.dtype, offline, repeats=0, compared=rows)
+        harness.measured(replace(job, logits=str(file), reference=True))
         tokens, size = kl_divergence.tokens_in(file), human_bytes(file.stat().st_size)
         listener.note(
             f"{line.name} in {line.engine} is the reference: {counted(tokens, 'token')}, {size} of logits in {folder} "
@@ -329,19 +318,14 @@ def _header(
     rows = windows[found[0].tokenizer]
     tokens = sum(len(ids) for ids, _ in rows)
     text = f"{options.text} · {counted(len(rows), 'window')}, {counted(tokens, 'token')}"
-    listener.header(
-        "fleetune measure",
-        [
-            ("of", ", ".join(one.subject.argument for one in found)),
-            (
-                "speed",
-                f"{options.prompt_tokens} tokens read, {options.new_tokens} written · median of {options.repeats} · "
-                f"threads: {options.threads}",
-            ),
-            ("loss", counted(len(examples), "row") if examples else "no rows (--data)"),
-            ("text", text if options.text else "none (--text)"),
-        ],
-    )
+    speed = f"{options.prompt_tokens} tokens read, {options.new_tokens} written · median of {options.repeats}"
+    shown = [
+        ("of", ", ".join(one.subject.argument for one in found)),
+        ("speed", f"{speed} · threads: {options.threads}"),
+        ("loss", counted(len(examples), "row") if examples else "no rows (--data)"),
+        ("text", text if options.text else "none (--text)"),
+    ]
+    listener.header("fleetune measure", shown)
 
 
 def _report(

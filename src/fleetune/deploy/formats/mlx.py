@@ -59,14 +59,9 @@ BITS: Final = (2, 3, 4, 5, 6, 8)
 GROUPS: Final = (32, 64, 128)
 
 
-def check(model: Checkpoint, kind: str | None) -> None:
-    """Raise Misfit when the architecture or the codes have no place in MLX, UsageError for plain weights."""
-    _grids(model)
-
-
 def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
     """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
-    grids = _grids(model)
+    grids = check(model)
     dtype = torch.float16 if all(_exact(model, name) for name in grids) else torch.float32
     settings = quantization(model.config, grids)
     config = {"dtype": "float16", "quantization": settings, "quantization_config": settings}
@@ -119,8 +114,8 @@ def _exact(model: Checkpoint, name: str) -> bool:
     return bool((_biases(q).half().float() == _biases(q)).all())
 
 
-def _grids(model: Checkpoint) -> dict[str, Quantised]:
-    """Return the grids of linear layers and experts; Misfit when MLX cannot hold the model."""
+def check(model: Checkpoint, kind: str | None = None) -> dict[str, Quantised]:
+    """Return the grids of linear layers and experts; Misfit when MLX cannot hold the model, UsageError for plain weights."""
     if (problem := misfit(model.config)) is not None:
         raise Misfit(f"{TARGET} has no place for {problem}")
     grids = hf.matrices(model, TARGET, experts=True)
