@@ -12,7 +12,6 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from deploy_harness import changed, compressed, on_codebook, on_grid, tiny
 
@@ -331,26 +330,6 @@ def test_a_registered_target_is_in_the_help_and_in_hints(capsys: pytest.CaptureF
     with pytest.raises(UsageError, match="Did you mean 'npz'") as caught:
         targets.find("npzz")
     assert str(caught.value.hint).endswith(", npz")
-
-
-def test_the_command_exports_to_it(
-    tmp_path: Path,
-    sources: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["export", str(sources["plain"]), "--to", "npz"]) == 0
-    with np.load("plain.npz") as found:
-        model = open_checkpoint(sources["plain"])
-        assert sorted(found) == sorted(model.names)
-        assert all(np.array_equal(found[name], model.weight(name).numpy()) for name in model.names)
-    assert "bit for bit" in capsys.readouterr().out
-    assert main(["export", str(sources["codes"]), "--to", "npz", "--path", "codes.npz"]) == 2
-    said = capsys.readouterr().err
-    assert "npz has no place for codes" in said
-    assert "use --to compressed-tensors, --to gguf or --to hf, or export the model before" in said
-    assert not Path("codes.npz").exists()
 
 
 def test_no_package_takes_the_name_of_a_target(

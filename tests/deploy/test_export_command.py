@@ -148,12 +148,3 @@ def test_bad_input_is_a_clear_error(
     assert err.startswith("error: ")
     assert out == ""
     assert list(at.iterdir()) == []
-
-
-def test_an_unfinished_compression_is_not_exported(
-    llama: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(capsys, "compress", llama, "--method", "rtn")[0] == 0
-    (at / "runs" / "0001-rtn-little" / "model" / "master.safetensors").unlink()
-    assert main(["export", "latest"]) == 2
-    assert "is not finished" in capsys.readouterr().err

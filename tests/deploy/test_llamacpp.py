@@ -69,26 +69,6 @@ def test_logits_are_those_of_the_scored_tokens_piece_by_piece(made: tuple[Model,
 
 
 @needs_engine
-def test_a_file_is_compared_with_a_reference_in_torch(made: tuple[Model, Path], tmp_path: Path) -> None:
-    """The file holds the model's own values, so what is left is llama.cpp's arithmetic: 16-bit keys and values."""
-    _, file = made
-    asked = {"compared": rows(), "logits": str(tmp_path / "p"), "repeats": 0, "threads": 1}
-    assert (
-        harness.carry_out(
-            harness.MeasureJob("artefact", str(file.parent / "model"), **asked, reference=True)
-        ).values
-        == {}
-    )
-    found = harness.measured(harness.MeasureJob("gguf", str(file), **asked))
-    assert found.peak_rss < 120e6  # no torch
-    assert 0 < found.values["kl_divergence"] < 1e-5
-    assert found.values["same_top"] > 95
-    assert found.values["kl_tokens"] == 4 + 1 + 130 + 699 + 10
-    again = harness.measured(harness.MeasureJob("gguf", str(file), **asked))
-    assert again.values == found.values
-
-
-@needs_engine
 def test_steps_write_torch_s_greedy_continuation(made: tuple[Model, Path]) -> None:
     model, file = made
     prompt = np.random.default_rng(2).integers(0, 260, 600).tolist()  # longer than one batch

@@ -94,33 +94,6 @@ def test_an_artefact_names_the_codebook_of_its_codes(tmp_path: Path) -> None:
     assert ArtefactHead.from_json(master.head.to_json()) == master.head
 
 
-@pytest.mark.parametrize(
-    ("codebooks", "why"),
-    [
-        ({"a": "nf4"}, "damaged.*codebook 'nf4'"),
-        ({"a": "iq4_nl"}, "a has codes of 3 bits for iq4_nl"),
-        (["a"], "damaged"),
-    ],
-)
-def test_a_codebook_that_cannot_be_is_refused(codebooks: object, why: str, tmp_path: Path) -> None:
-    head = json.dumps(
-        {
-            **json.loads(HEAD.to_json()),
-            "codebooks": codebooks,
-            "grids": {"a": [3, 8]},
-            "shapes": {"a": [1, 8]},
-        }
-    )
-    tensors = {
-        "a.codes": torch.zeros(1, 3, dtype=torch.uint8),
-        "a.scale": torch.zeros(1, 1).half(),
-        "a.zero": torch.zeros(1, 1, dtype=torch.uint8),
-    }
-    save_file(tensors, tmp_path / MASTER, metadata={"format": "pt", "master": head})
-    with pytest.raises(ModelError, match=why):
-        Master(tmp_path).quantised("a")
-
-
 def test_damage_is_said(tmp_path: Path) -> None:
     _, master = made(tmp_path)
     path = tmp_path / "model" / MASTER

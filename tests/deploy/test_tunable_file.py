@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy_harness import BLOCKS, LAYER, LLAMA3, compressed, on_grid, tiny
+from deploy_harness import BLOCKS, LAYER, compressed, on_grid, tiny
 from family_harness import save
 
 from fleetune import api, models, subject
@@ -61,16 +61,6 @@ def test_it_is_what_export_writes_where_export_puts_it_and_is_written_once(kind:
     assert api.export(found, to="gguf").path.read_bytes() == exported(found, tmp_path / "2").read_bytes()
     assert tunable_file.of(found, told.append) == place, "what export wrote before is taken"
     assert "there already" in told[2]
-
-
-def test_a_family_with_tensors_that_are_no_parameters_of_the_model(tmp_path: Path) -> None:
-    """Rescaled frequencies of Llama 3 are a tensor of the file, which comes before all others."""
-    compressed(tiny(rope_parameters=LLAMA3), tmp_path / "codes")
-    found, told = subject.open(tmp_path / "codes"), list[str]()
-    assert isinstance(found, subject.Compressed)
-    place = tunable_file.of(found, told.append)
-    assert tunable_file.of(found, told.append) == place
-    assert "there already" in told[1]
 
 
 def _changed(raw: bytes, at: int) -> bytes:

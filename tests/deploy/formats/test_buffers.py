@@ -93,19 +93,6 @@ def test_every_directory_has_them_as_they_are(kind: str, to: str, tmp_path: Path
     assert all(torch.equal(written[name], tensor) for name, tensor in buffers.items())
 
 
-def test_a_plain_directory_is_written_as_it_is_stored(tmp_path: Path) -> None:
-    net = model_of("deepseek_v3", tmp_path / "m").net.bfloat16()
-    for buffer in (buffers := buffers_of(net)).values():
-        buffer.data = buffer.float() + 1e-4  # which bf16 would round
-    stored = net.state_dict() | buffers
-    save_file(stored, tmp_path / "m" / "model.safetensors", {"format": "pt"})
-    report = export(tmp_path / "m", "hf", tmp_path / "hf")
-    written = load_file(tmp_path / "hf" / "model.safetensors")
-    assert {n: t.dtype for n, t in written.items()} == {n: t.dtype for n, t in stored.items()}
-    assert all(torch.equal(written[name], tensor) for name, tensor in stored.items())
-    assert (report.exact, report.tensors, report.notes) == (len(stored), len(stored), ())
-
-
 @pytest.mark.parametrize("folder", ["m", "codes"])
 def test_a_source_that_lacks_one_is_not_exported(folder: str, tmp_path: Path) -> None:
     lost = max(compressed(model_of("apertus", tmp_path / "m"), tmp_path / "codes"))

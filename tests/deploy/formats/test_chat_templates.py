@@ -9,7 +9,7 @@ import gguf as package
 import pytest
 from deploy_harness import QUICK, compressed, piece_tokenizer, tiny, tokenizer
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
+from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fleetune import models
@@ -145,17 +145,6 @@ def test_a_directory_is_asked_by_transformers_in_the_same_tokens(tmp_path: Path,
         whole = there.apply_chat_template(turns((*talk, ("assistant", ANSWER))), return_dict=False)
         assert whole == tuned_on(talk, ANSWER, own)
         assert tuned_on(talk, ANSWER, there) == whole
-
-
-def test_an_end_that_eats_spaces_is_said(tmp_path: Path) -> None:
-    """A mark with lstrip takes the line break that an answer ends with; tuning puts its id after the break."""
-    own = bytes_only()
-    own.add_special_tokens({"eos_token": AddedToken("<|stop|>", lstrip=True, normalized=False, special=True)})
-    assert own.convert_tokens_to_ids("<|stop|>") < 288
-    compressed(speechless(own), tmp_path / "m")
-    report = export(tmp_path / "m", "hf", tmp_path / "x")
-    assert _gguf_vocabulary.OTHER_END in report.notes
-    assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template in chat_template.TEMPLATES
 
 
 def test_where_a_template_would_give_other_tokens_there_is_a_note_and_none(tmp_path: Path) -> None:

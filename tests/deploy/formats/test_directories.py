@@ -170,23 +170,6 @@ def test_whole_rows_are_channels_and_layers_left_out_are_ignored(tmp_path: Path)
     assert found["ignore"] == ["lm_head", left]
 
 
-def test_the_configuration_of_gptq(tmp_path: Path) -> None:
-    compressed(tiny(), tmp_path / "m", 4, 64)  # one group a row in most matrices, two in down_proj
-    export(tmp_path / "m", "gptq", tmp_path / "a")
-    found = settings(tmp_path / "a")
-    assert json.loads((tmp_path / "a" / "quantize_config.json").read_text()) == found
-    assert {
-        k: found[k] for k in ("quant_method", "checkpoint_format", "bits", "group_size", "sym", "desc_act")
-    } == {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": 4,
-        "group_size": 64,
-        "sym": True,
-        "desc_act": False,
-    }
-
-
 # ---------------------------------------------------------------- plain
 
 

@@ -15,17 +15,16 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
-from deploy_harness import LLAMA3, compressed, tiny
-from hypothesis import example, given, settings
+from deploy_harness import LLAMA3, tiny
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from fleetune import models
 from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
 from fleetune.models import Model
 from fleetune.models.families import widths
-from fleetune.models.families.widths import KEY, KeptUnits, Width
+from fleetune.models.families.widths import KeptUnits, Width
 
 IDS: Final = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
@@ -225,27 +224,6 @@ def test_a_pruned_llama_comes_back_from_its_file(model: Model, to: str) -> None:
         assert torch.equal(logits(back.net), logits(model.net))
 
 
-@settings(max_examples=5, deadline=None)
-@example(narrowed([(2, 128), (1, 96), (2, 32)], head_dim=32), "gguf")
-@given(
-    st.lists(st.tuples(st.integers(1, 2), st.sampled_from([32, 96, 128])), min_size=2, max_size=3).map(
-        lambda found: narrowed([*found, (2, 64)], head_dim=32)
-    ),
-    st.sampled_from(["gguf", "gguf:q4_0", "gguf:f32"]),
-)
-def test_codes_come_back_from_a_pruned_llamas_file(model: Model, to: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        compressed(model, Path(folder) / "m")
-        report = export(Path(folder) / "m", to, Path(folder) / "m.gguf")
-        back = models.load(str(report.path), device="cpu")
-    if to != "gguf:f32":  # the embedding is rounded
-        assert report.types["Q4_0"] == 7 * model.net.config.num_hidden_layers
-        ends = model.net.model.embed_tokens.weight
-        ends.copy_(as_stored("", ends, "gguf:q8_0"))
-    assert back.digest == models.digest(models.named_tensors(model.net))
-    assert torch.equal(logits(back.net), logits(model.net))
-
-
 # ---------------------------------------------------------------- commands
 
 
@@ -268,21 +246,6 @@ def test_a_file_of_others_is_read_by_its_lists(tmp_path: Path) -> None:
     )
 
 
-def test_blocks_that_are_alike_are_a_plain_llama(tmp_path: Path) -> None:
-    """Whatever says so: transformers reads the directory."""
-    found = [Width(2, 1, 96)] * 2
-    model = narrowed([(1, 96)] * 2)
-    said = {key: [n] * 2 for key, n in zip((HEADS, KEYS, CHANNELS), found[0], strict=True)}
-    back = models.load(str(foreign(tmp_path / "m.gguf", model, found, said)), device="cpu")
-    written = json.loads((back.path / "config.json").read_bytes())
-    assert written["model_type"] == "llama"
-    assert KEY not in written
-    assert not widths.has_block_widths(models.load_config(str(tmp_path / "m.gguf")))
-    theirs = AutoModelForCausalLM.from_pretrained(back.path, local_files_only=True)
-    for net in (back.net, theirs):
-        assert torch.equal(logits(net), logits(model.net))
-
-
 @pytest.mark.parametrize(
     ("said", "why"),
     [
@@ -300,19 +263,3 @@ def test_what_is_no_narrower_llama_is_refused_up_front(
         with pytest.raises(ModelError, match=rf"m.gguf is no llama with narrower blocks: .*{why}") as caught:
             use(str(path))
         assert f"fleetune serve {path}" in str(caught.value.hint)
-
-
-@pytest.mark.parametrize(
-    ("said", "why"),
-    [
-        ({HEADS: [4, 2]}, "attention.head_count has 2 numbers for 3 blocks"),
-        ({KEYS: [2, -1, 2]}, "attention.head_count_kv of block 1 is -1"),
-        ({CHANNELS: "wide"}, "feed_forward_length of block 0 is 'wide'"),
-        ({"block_count": 0}, "block_count is 0"),
-        ({"attention.key_length": 15}, "heads are 15 wide"),
-    ],
-)
-def test_metadata_that_make_no_sense_are_refused(tmp_path: Path, said: dict[str, Any], why: str) -> None:
-    path = foreign(tmp_path / "m.gguf", pruned(), FOUND, said)
-    with pytest.raises(ModelError, match=f"unusable metadata .*{why}"):
-        models.load_config(str(path))

@@ -263,11 +263,3 @@ def test_a_body_s_names_without_their_front(case: str, tmp_path: Path) -> None:
     save_file(bare | {"h.0.attn.other": np.ones(3, np.float32)}, file, {"format": "pt"})
     with pytest.raises(ModelError, match=r"holds h.0.attn.other, which the configuration does not have"):
         export(tmp_path / "m", "gguf:f32", tmp_path / "y.gguf")
-
-
-def test_a_mistral_loads_back_as_a_llama(tmp_path: Path) -> None:
-    net = save("mistral, no window", tmp_path / "m")
-    back = models.load(str(export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path), device="cpu")
-    assert back.net.config.model_type == "llama"
-    ids = torch.tensor([TEXT])
-    assert torch.allclose(back.net(ids).logits, net(ids).logits, atol=1e-5)

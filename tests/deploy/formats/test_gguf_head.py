@@ -36,34 +36,6 @@ def test_it_says_what_the_package_reads(file: Path) -> None:
         assert head.bytes(ours).tobytes() == theirs.data.tobytes()
 
 
-def test_no_file_that_was_cut_anywhere_is_taken(file: Path, tmp_path: Path) -> None:
-    whole, cut = file.read_bytes(), tmp_path / "cut.gguf"
-    start = min(t.data_offset for t in package.GGUFReader(file).tensors)
-    for length in [*range(0, start, 97), start, len(whole) // 2, len(whole) - 1]:
-        cut.write_bytes(whole[:length])
-        with pytest.raises(ModelError, match=r"is cut off|is not a GGUF file"):
-            header.check(cut)
-    cut.write_bytes(whole)
-    header.check(cut)
-
-
-@pytest.mark.parametrize(
-    ("raw", "why"),
-    [
-        (b"", "is not a GGUF file"),
-        (b"PK\x03\x04" + bytes(60), "is not a GGUF file"),
-        (b"GGUF" + bytes(60), "its head cannot be read"),
-        (b"GGUF\x00\x00\x00\x03" + bytes(60), "its head cannot be read"),  # big-endian
-        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 60, "its head cannot be read"),
-        (b"GGUF\x03\x00\x00\x00" + bytes(16), "holds no tensors"),
-    ],
-)
-def test_what_is_no_such_file(raw: bytes, why: str, tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").write_bytes(raw)
-    with pytest.raises(ModelError, match=why):
-        header.check(tmp_path / "x.gguf")
-
-
 def made(path: Path, **values: str | int) -> Path:
     """A file with one tensor and these values, a dot for each __."""
     writer = package.GGUFWriter(path, "llama")

@@ -13,7 +13,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 from fleetune import models
 from fleetune.compression.layerwise.column_loop import nearest
@@ -120,20 +119,3 @@ def written(grid: str, folder: Path, *, positive: bool = False) -> Path:
 def test_a_matrix_without_a_negative_weight_is_exported_to_gptq(grid: str, tmp_path: Path) -> None:
     report = export(written(grid, tmp_path, positive=True), "gptq", tmp_path / "out")  # it reads back
     assert report.types["I32"] == 3 * 14
-
-
-@pytest.mark.parametrize("grid", UNIFORM)
-def test_transformers_loads_symmetric_grids_and_no_others(grid: str, tmp_path: Path) -> None:
-    """When the others load too, the note and the docs are out of date."""
-    pytest.importorskip("compressed_tensors")
-    source = written(grid, tmp_path)
-    export(source, "compressed-tensors", tmp_path / "out")
-    load = AutoModelForCausalLM.from_pretrained
-    if grid in ("asymmetric", "universal"):
-        with pytest.raises(RuntimeError, match="mismatch"):
-            load(tmp_path / "out", dtype=torch.float32)
-        return
-    export(source, "hf", tmp_path / "plain")
-    ids = torch.arange(20)[None]
-    found, want = (load(tmp_path / n, dtype=torch.float32)(ids).logits for n in ("out", "plain"))
-    assert torch.equal(found, want)
