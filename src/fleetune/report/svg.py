@@ -2,7 +2,7 @@
 """Draw plots as SVG text: lines, dots, bands and levels on two axes, and a row a name with bars or values before and after.
 
 A drawing is plain text for a page: no script, no font, no library.  Colours are classes `c0` ... `c7` and
-CSS variables that `plot.css` defines for light and dark pages (the Okabe-Ito palette, "Color Universal
+CSS variables that `style.css` defines for light and dark pages (the Okabe-Ito palette, "Color Universal
 Design", 2008, with lighter variants on dark), so one drawing serves both.  Series differ in marker shape as
 well as in colour.  Every text is escaped here, at the one place where text becomes markup.
 """
@@ -16,7 +16,7 @@ from html import escape as escape_markup
 
 from fleetune.common.display import clean
 
-COLOURS = 8  # of `plot.css`
+COLOURS = 8  # of `style.css`
 WIDTH = 460.0  # of a drawing: its text is about 12 px where two stand side by side, 9 on a telephone
 WIDEST = 7.2  # advance of bold text, and of the larger text of a telephone: for names that must not be cut
 CHAR = 6.1  # mean advance of an 11 px system font, used to keep labels apart

@@ -127,7 +127,7 @@ def test_marks_template_and_logits(both: tuple[models.Model, models.Model]) -> N
     assert torch.equal(back.net(IDS).logits, own.net(IDS).logits)
     if own.tokenizer.unk_token != "<|endoftext|>":  # transformers' reader, which takes unused rows for tokens
         assert len(back.tokenizer) == len(own.tokenizer)
-    if own.tokenizer.chat_template is not None:  # `test_plain.py` has the others
+    if own.tokenizer.chat_template is not None:  # `test_chat_templates.py` has the others
         assert back.tokenizer.chat_template == own.tokenizer.chat_template
     for mark in ("bos", "eos", "unk"):
         assert getattr(back.tokenizer, f"{mark}_token") == getattr(own.tokenizer, f"{mark}_token")

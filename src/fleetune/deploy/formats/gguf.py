@@ -130,7 +130,7 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
     """Write `model` to the new file `path`, read it back and compare every tensor.
 
     `kind` names the type of quantised matrices (None: the smallest that is exact); `made` are strings for the header
-    (`provenance.py`), which has the file's name as the model's.  UsageError before anything is written when the
+    (`export.py`), which has the file's name as the model's.  UsageError before anything is written when the
     architecture or the codes have no place in GGUF; OSError when the disk is full; FleetuneError when the file does not
     hold what was written.
     """
