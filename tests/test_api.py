@@ -25,7 +25,7 @@ from fleetune.deploy.measure import harness
 from fleetune.evaluation import losses
 from fleetune.runs.compression_folder import CompressOptions, CompressRequest
 from fleetune.tuning.methods import fedkseed
-from fleetune.tuning.recipe import objects_to_files
+from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
 from fleetune.tuning.result import finished
 
@@ -509,7 +509,7 @@ class Holes(Table):
 def test_missing_values_of_a_table_are_no_texts(tmp_path: Path) -> None:
     from fleetune.data import read
 
-    rows = read(objects_to_files.data_name(Holes(), tmp_path))
+    rows = read(objects.data_name(Holes(), tmp_path))
     assert [row.meta for row in rows] == [{"n": "2.0"}, {}, {}]
     assert {row.response for row in rows} == {"a"}
 

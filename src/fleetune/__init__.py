@@ -49,14 +49,13 @@ if TYPE_CHECKING:
     from fleetune.deploy.serving.engines import Session
     from fleetune.models.net.model import Model
     from fleetune.planning.plan import Plan
-    from fleetune.runs.listener import Listener, Silent
-    from fleetune.runs.progress import Progress
+    from fleetune.runs.listener import Listener, Progress, Silent
     from fleetune.seeds.ledger import Ledger
     from fleetune.seeds.ledger import load as load_ledger
     from fleetune.subject import Compressed, Plain, Run
     from fleetune.tuning.recipe.recipe import Recipe
-    from fleetune.tuning.result.result import TuneResult
-    from fleetune.tuning.sweep.sweep import SweepResult
+    from fleetune.tuning.result.finished import TuneResult
+    from fleetune.tuning.sweep import SweepResult
 
 _PLACES = {
     "fleetune.api": (
@@ -86,13 +85,12 @@ _PLACES = {
     "fleetune.deploy.serving.engines": ("Session",),
     "fleetune.models.net.model": ("Model",),
     "fleetune.planning.plan": ("Plan",),
-    "fleetune.runs.listener": ("Listener", "Silent"),
-    "fleetune.runs.progress": ("Progress",),
+    "fleetune.runs.listener": ("Listener", "Progress", "Silent"),
     "fleetune.seeds.ledger": ("Ledger",),
     "fleetune.subject": ("Compressed", "Plain", "Run"),
     "fleetune.tuning.recipe.recipe": ("Recipe",),
-    "fleetune.tuning.result.result": ("TuneResult",),
-    "fleetune.tuning.sweep.sweep": ("SweepResult",),
+    "fleetune.tuning.result.finished": ("TuneResult",),
+    "fleetune.tuning.sweep": ("SweepResult",),
 }
 _PUBLIC = {name: f"{module}:{name}" for module, names in _PLACES.items() for name in names} | {
     "errors": "fleetune.errors:",

@@ -17,7 +17,7 @@ from fleetune.data import Encoded
 from fleetune.models import Model, tiny_llama
 from fleetune.models.loading import shapes
 from fleetune.models.loading.tiny import tiny_bert, tiny_roberta
-from fleetune.planning import plan, traffic
+from fleetune.planning import plan
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, encode
 from fleetune.tuning.rounds.fleets.local import LocalFleet
@@ -69,7 +69,7 @@ def test_lora_on_other_layers_is_counted_as_it_is_attached(name: str, family: st
 def test_message_bytes_is_the_length_of_the_message(arrays: Any, scalars: Any) -> None:
     payload = Payload({n: np.zeros(shape, kind) for n, (kind, shape) in arrays.items()}, scalars)
     told = {n: (kind, tuple(shape)) for n, (kind, shape) in arrays.items()}
-    assert traffic.message_bytes(told, scalars) == len(encode(Message(1, bytes(8), payload)))
+    assert plan.message_bytes(told, scalars) == len(encode(Message(1, bytes(8), payload)))
 
 
 def _filled(method: Any, model: Model) -> Any:
@@ -92,7 +92,7 @@ def test_traffic_is_that_of_a_real_round(name: str, family: str) -> None:
     more = {"layers_rule": "all"} if name == "fedpeptao" else {}  # all layers travel, and nothing is measured
     method = methods.make(name, more).sized(3, 2)
     message = encode(Message(1, bytes(8), method.broadcast(_filled(method, model))))
-    (answer,) = LocalFleet(model, method, [[row] * traffic.ROWS], 0, 0).ask(1, [0], message)
+    (answer,) = LocalFleet(model, method, [[row] * plan.ROWS], 0, 0).ask(1, [0], message)
     assert answer.data is not None, answer.reason
     table = plan.table(model.net.config, plan.Workload(batch=2, length=9, steps=3), rates=RATES)
     planned = next(r for r in table if r.method == name)

@@ -23,7 +23,7 @@ from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
-from fleetune.tuning.run import remarks
+from fleetune.tuning.run import describe
 
 FAST: dict[str, Any] = {
     "clients": 2,
@@ -288,7 +288,7 @@ def test_one_reply_is_no_plural(quorum: int, stays: bool, words: str, tmp_path: 
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"v": 1, "t": 0, **e}) + "\n" for e in events))
     job: Any = SimpleNamespace(recipe=SimpleNamespace(quorum=quorum), objective="loss")
     run: Any = SimpleNamespace(path=tmp_path)
-    assert remarks.of_unmoved(job, run, stays=stays).startswith(words)
+    assert describe.of_unmoved(job, run, stays=stays).startswith(words)
 
 
 def test_the_number_of_answers_behind_rouge_is_told(places: Path, tmp_path: Path, capsys: Any) -> None:

@@ -19,15 +19,12 @@ remarks and progress instead (`runs/listener.py`).  Remarks of what is silent go
 
 from __future__ import annotations
 
-from fleetune.api.arguments import Rows as Rows
-from fleetune.api.arguments import Setting as Setting
-from fleetune.api.compression import compress, resume_compression
-from fleetune.api.deployment import chat, export, measure, serve
+from fleetune.api.deployment import chat, compress, export, measure, resume_compression, serve
 from fleetune.api.evaluation import evaluate, generate
+from fleetune.api.names import Rows as Rows
+from fleetune.api.names import Setting as Setting
 from fleetune.api.names import compressors, list_runs, methods, open, targets
-from fleetune.api.planning import plan
-from fleetune.api.sweeping import resume_sweep, sweep
-from fleetune.api.tuning import resume_run, tune
+from fleetune.api.tuning import plan, resume_run, resume_sweep, sweep, tune
 
 __all__ = [
     "chat",

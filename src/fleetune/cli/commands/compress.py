@@ -279,7 +279,7 @@ def _check_resume(args: argparse.Namespace, folder: Path) -> None:
 
 def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: ConsoleListener) -> None:
     """Load the model and data and check the request; write nothing."""
-    from fleetune.api.compression import file_size
+    from fleetune.api.deployment import file_size
     from fleetune.compression.jobs import job
 
     out = Path(args.out)
