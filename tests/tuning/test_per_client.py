@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fleetune import api, models
+import fleetune
+from fleetune import models
 from fleetune.common import files
 from fleetune.common.energy import EnergyMeter
 from fleetune.common.events import ClientReply, Event, RoundDone
@@ -44,7 +45,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(places: Path, out: Path, method: str = "fedit", model: str = "llama", **more: Any) -> Any:
-    return api.tune(str(places / model), str(places / "rows.jsonl"), method=method, out=out, **(FAST | more))
+    return fleetune.tune(
+        str(places / model), str(places / "rows.jsonl"), method=method, out=out, **(FAST | more)
+    )
 
 
 def job_of(places: Path, model: str = "llama", **more: Any) -> prepare.TuneJob:
@@ -154,7 +157,7 @@ def test_a_resumed_run_has_the_same_losses(places: Path, tmp_path: Path) -> None
             settings={"K": 8, "tau": 1},
             listener=Stop(),
         )
-    resumed = api.resume_run(tmp_path / "b" / "latest", offline=True)
+    resumed = fleetune.resume_run(tmp_path / "b" / "latest", offline=True)
     assert resumed.done.per_client == whole.done.per_client
     assert resumed.done.energy is None  # it would be that of the last sitting
 

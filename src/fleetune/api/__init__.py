@@ -16,33 +16,3 @@ A function that takes long prints lines while it works where a person reads them
 notebook.  `progress=False` prints nothing, `progress=True` prints in a pipe too.  A `listener` is called with events,
 remarks and progress instead (`runs/listener.py`).  Remarks of what is silent go to the log `fleetune`.
 """
-
-from __future__ import annotations
-
-from fleetune.api.deployment import chat, compress, export, measure, resume_compression, serve
-from fleetune.api.evaluation import evaluate, generate
-from fleetune.api.names import Rows as Rows
-from fleetune.api.names import Setting as Setting
-from fleetune.api.names import compressors, list_runs, methods, open, targets
-from fleetune.api.tuning import plan, resume_run, resume_sweep, sweep, tune
-
-__all__ = [
-    "chat",
-    "compress",
-    "compressors",
-    "evaluate",
-    "export",
-    "generate",
-    "list_runs",
-    "measure",
-    "methods",
-    "open",
-    "plan",
-    "resume_compression",
-    "resume_run",
-    "resume_sweep",
-    "serve",
-    "sweep",
-    "targets",
-    "tune",
-]
