@@ -380,9 +380,9 @@ def test_the_pipeline_goes_from_a_run_to_a_file(at: Path, monkeypatch: pytest.Mo
 def test_a_plan_has_every_method_and_its_best() -> None:
     plan = fleetune.plan("tiny", ram="4GB", uplink="1Mbps")
     assert set(fleetune.methods()) <= {row.method for row in plan.rows}
-    assert plan.best() in fleetune.methods()
+    assert plan.settings().method in fleetune.methods()
     with pytest.raises(errors.FitError, match="no method fits"):
-        fleetune.plan("tiny", ram=1000).best()
+        fleetune.plan("tiny", ram=1000).settings()
 
 
 def test_what_there_is_can_be_listed() -> None:

@@ -238,10 +238,10 @@ def test_what_is_given_is_kept_and_said(folder: str, capsys: pytest.CaptureFixtu
 def test_the_function_returns_the_settings_as_arguments_of_tune(folder: str) -> None:
     whole = fleetune.plan(folder, ram="64GB")
     assert whole.settings().options() == {"method": "fedit"}
-    assert whole.best() == "fedit"
+    assert whole.settings().method == "fedit"
     assert whole.settings().work.length == plan.longest() == 512
     small = fleetune.plan(folder, ram="64GB", batch=3, length=100, dtype="fp32").settings()
     assert small.options() == {"method": "fedit", "settings": {"batch_size": 3}, "max_length": 100}
     with pytest.raises(UsageError, match="--batch 0"):
         fleetune.plan(folder, batch=0)
-    assert plan.Workload().batch == 8
+    assert device_cost.Workload().batch == 8

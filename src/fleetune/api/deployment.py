@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
 from fleetune.api.names import Rows, Setting, words
+from fleetune.common.sizes import parse_bytes
 from fleetune.errors import UsageError
 from fleetune.models.cache import adapter_folder
 from fleetune.runs.listener import Listener, heard_by
@@ -132,9 +133,7 @@ def file_size(model: Model, quantised: Collection[str], head: ArtefactHead, name
 
 def _size(size: float | str) -> int:
     """Return a size in bytes, given as a number or as people write it."""
-    from fleetune.planning import plan
-
-    return int(size) if isinstance(size, int | float) else plan.parse_bytes(size, "--bytes", least=1) or 0
+    return int(size) if isinstance(size, int | float) else parse_bytes(size, "--bytes", least=1) or 0
 
 
 def _devices(served: Served | None) -> Calibrators | None:

@@ -13,6 +13,7 @@ from fleetune import subject as subjects
 from fleetune.api.names import Rows, Setting, words
 from fleetune.common.settings import Value
 from fleetune.common.shell import quoted
+from fleetune.common.sizes import parse_bytes, parse_rate
 from fleetune.deploy import targets
 from fleetune.errors import RecipeError, UsageError
 from fleetune.models.artefact.artefact_folder import is_master
@@ -24,8 +25,6 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from fleetune.planning.plan import Plan
     from fleetune.subject import Compressed
     from fleetune.tuning.methods import Method
@@ -156,7 +155,9 @@ def plan(
 
         fleetune.tune(model, data, **fleetune.plan(model, ram="2GB").settings().options())
     """
-    from fleetune.planning import plan
+    from fleetune import models
+    from fleetune.planning import device_cost
+    from fleetune.planning import plan as planning
 
     name = str(model) if isinstance(model, str | Path) else subjects.open(model).argument
     if train not in (known := recipes.choices("train")):
@@ -167,35 +168,21 @@ def plan(
         base = "mapped"
     given = {"batch": batch, "length": length, "dtype": dtype, "base": base}
     asked: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
-    plan.Workload(steps=steps, **asked)  # bad numbers are refused before transformers is imported
-    memory = plan.parse_bytes(f"{ram} B" if isinstance(ram, int) else ram)
-    speed = plan.parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink)
+    device_cost.Workload(steps=steps, **asked)  # bad numbers are refused before transformers is imported
+    memory = parse_bytes(f"{ram} B" if isinstance(ram, int) else ram)
+    speed = parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink)
     check_plain(name, Path(out), train)
-    found = compressed_of(name, train, Path(out))
-    config, kinds = _parts(name, found, train, offline=offline)
-    return plan.make(config, name, asked, steps=steps, ram=memory, uplink=speed, train=train, kinds=kinds)
-
-
-def _parts(
-    name: str, found: Compressed | None, train: str, *, offline: bool
-) -> tuple[PretrainedConfig, Mapping[str, str]]:
-    """Return a model's configuration, and the types of its matrices in its file, by layer; {} where that is not known.
-
-    `found` is the compressed model that the name means.
-    """
-    from fleetune import models
-
-    if found is not None:
+    if (found := compressed_of(name, train, Path(out))) is not None:
         from fleetune.deploy import tunable_file
 
         kinds = tunable_file.kinds_of(found)
-        return models.load_config(str(found.model), offline=offline), kinds
-    config = models.load_config(name, offline=offline)
-    if train != "scales":
-        return config, {}
-    from fleetune.planning import choose
+        config = models.load_config(str(found.model), offline=offline)
+    else:
+        from fleetune.planning import choose
 
-    return config, choose.checked_kinds(name)
+        config = models.load_config(name, offline=offline)
+        kinds = choose.checked_kinds(name) if train == "scales" else {}
+    return planning.make(config, name, asked, steps=steps, ram=memory, uplink=speed, train=train, kinds=kinds)
 
 
 def tune(

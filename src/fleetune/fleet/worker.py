@@ -59,7 +59,7 @@ from fleetune.models.mapped.bases import BLOCKS, MAPPED, PLACES
 from fleetune.models.mapped.net import memory_of
 from fleetune.models.net.model import Model
 from fleetune.planning import device_cost
-from fleetune.planning.plan import Workload
+from fleetune.planning.device_cost import Workload
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Footprint

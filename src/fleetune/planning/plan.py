@@ -15,20 +15,17 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common import ggml
 from fleetune.common.display import counted, human_bytes, human_count, human_time
-from fleetune.common.sizes import parse_bytes, parse_rate
 from fleetune.errors import FitError, UsageError
 from fleetune.models.loading.shapes import Shape, shape_of
 from fleetune.models.mapped.bases import PLACES, SHARE
-from fleetune.planning import device_cost
+from fleetune.planning import compression_cost, device_cost
 from fleetune.planning.device_cost import Rates, Workload
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Footprint
@@ -38,13 +35,11 @@ from fleetune.tuning.recipe import recipe as recipes
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from fleetune.tuning.exchange.footprint import Footprint
-    from fleetune.tuning.methods import Method
 
 ROWS: Final = 1000  # rows of a device: decides the width of one integer of its reply
 
 
-def traffic(method: Method, footprint: Footprint) -> tuple[int, int]:
+def traffic(method: methods.Method, footprint: Footprint) -> tuple[int, int]:
     """Return (bytes up, bytes down) of a device in one round; sums at their full 32 bits."""
     tensors, state = footprint.module.tensors, footprint.state
     reply = method.expects(state)
@@ -209,16 +204,13 @@ class Search:
             yield Settings(method_name, work, peak, step["weights"], self.ram, self.train)
 
     def _nothing_fits(self, least: Settings) -> FitError:
-        asked = {n: v for n, v in self.asked.items() if (n, v) != ("base", "mapped")}  # memory needs more
-        flags = ", ".join(f"--{name}" for name in asked)
+        flags = ", ".join(f"--{n}" for n, v in self.asked.items() if (n, v) != ("base", "mapped"))
+        hint = f"leave out {flags}, or take a smaller model" if flags else "take a smaller model"
         if not self.shrinks:
             hint = "fleetune plan MODEL --ram SIZE finds settings that need less"
-        else:
-            other = "take a smaller model"
-            if (self.ram or 0) < device_cost.FLOOR:
-                needed = human_bytes(1.05 * least.peak).replace(" ", "")
-                other = f"--ram {needed}: a process without any model takes {human_bytes(device_cost.FLOOR)}"
-            hint = f"leave out {flags}, or {other}" if flags else other
+        elif (self.ram or 0) < device_cost.FLOOR and not flags:
+            needed = human_bytes(1.05 * least.peak).replace(" ", "")
+            hint = f"--ram {needed}: a process without any model takes {human_bytes(device_cost.FLOOR)}"
         return FitError(
             f"no method fits {human_bytes(self.ram)}: the smallest, {least}, needs "
             f"{human_bytes(least.peak - (self.ram or 0))} more ({human_bytes(least.peak)}, of which "
@@ -226,22 +218,6 @@ class Search:
             hint=hint,
         )
 
-
-__all__ = [
-    "Rates",
-    "Row",
-    "Search",
-    "Settings",
-    "Workload",
-    "cells",
-    "columns",
-    "describe",
-    "order",
-    "parse_bytes",
-    "parse_rate",
-    "state_bytes",
-    "table",
-]
 
 log = logging.getLogger(__name__)
 
@@ -267,18 +243,12 @@ class Row:
     ram: int | None  # stated memory of the device
 
     @property
-    def spare(self) -> int:
-        """Bytes of the stated memory left over (negative: missing)."""
-        peak = self.peak or 0
-        return (self.ram or peak) - peak
-
-    @property
     def fits(self) -> str:
         """ "yes", "yes, tight" (within a tenth), or "no: 3.9 GB short"; "" where the memory or the peak is not known."""
         if self.ram is None or self.peak is None:
             return ""
-        if self.spare < 0:
-            return f"no: {human_bytes(-self.spare)} short"
+        if self.peak > self.ram:
+            return f"no: {human_bytes(self.peak - self.ram)} short"
         return "yes" if self.peak <= TIGHT * self.ram else "yes, tight"
 
 
@@ -305,8 +275,6 @@ def table(
     shape = shape_of(config)._replace(scales=scales)
     speed = rates or device_cost.calibrate(work)
 
-    whole = shape.params * work.size
-
     def row(name: str, footprint: Footprint, up: int | None, down: int | None) -> Row:
         module, infers = footprint.module, footprint.gradient == "none"
         parts = device_cost.memory(shape, work, footprint)
@@ -330,7 +298,7 @@ def table(
     rows = [row(name, footprint, *traffic(method, footprint)) for name, method, footprint in stated]
     rows += [Row(name, "", True, None, {}, None, None, None, None, None, None, ram) for name in unstated]
     for name, footprint in device_cost.COMPARISON.items():
-        sent = None if footprint.gradient == "none" else whole
+        sent = None if footprint.gradient == "none" else shape.params * work.size
         rows.append(row(name, footprint, sent, sent))
     return rows
 
@@ -375,10 +343,6 @@ class Plan:
         """
         return self.search.best(order(self.rows))
 
-    def best(self) -> str:
-        """Return the method to begin with; FitError when none fits.  It may need the settings of `settings`."""
-        return self.settings().method
-
 
 def make(
     config: PretrainedConfig,
@@ -401,9 +365,8 @@ def make(
     work, scales = Workload(steps=steps, **asked), ggml.scales_in(kinds)
     rows = table(config, work, ram=ram, uplink=uplink, train=train, scales=scales)
     search = Search(shape_of(config)._replace(scales=scales), ram, asked, train=train)
-    about = describe(config, name, work, uplink=uplink)
-    about[1:1] = [("trains", share)] if (share := ggml.share(kinds)) else []
-    return Plan(tuple(rows), tuple(about), search)
+    about = describe(config, name, work, uplink, ggml.share(kinds))
+    return Plan(tuple(rows), tuple(about.items()), search)
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -438,66 +401,31 @@ def order(rows: Sequence[Row]) -> list[str]:
 
 
 def describe(
-    config: PretrainedConfig, name: str, work: Workload, *, uplink: float | None = None
-) -> list[tuple[str, str]]:
-    """Return the (label, text) lines over the table: model, work, the state alone of running and tuning it, time."""
+    config: PretrainedConfig, name: str, work: Workload, uplink: float | None = None, share: str = ""
+) -> dict[str, str]:
+    """Return label -> text of the lines over the table: model, work, the state alone of running and tuning it, time.
+
+    `share` says what of a quantised file is trained.
+    """
     shape = shape_of(config)
-    adam, fp16 = state_bytes(shape.params, "adam"), state_bytes(shape.params, "inference")
+    size = human_count(shape.params)
+    fp16, adam = human_bytes(2 * shape.params), human_bytes(16 * shape.params)
+    about = {
+        "model": f"{name} · {shape.family} · {size} parameters · {work.dtype} · base {work.base}",
+        "trains": share,
+        "round": f"{counted(work.steps, 'step')} of {work.batch:,} x {work.length:,} tokens on every device",
+        "tune": f"cuts rows at {longest()} tokens (--max-length)",
+        "state only": f"{fp16} to run in fp16 · {adam} to tune with Adam (16 bytes a weight)",
+    }
+    about["compress"] = "" if shape.labels else _compression(shape, work)
     sending = f", and sending at {human_bytes(uplink)} a second" if uplink else ""
-    smaller = [] if shape.labels else [("compress", _compression(shape, work))]
-    return [
-        (
-            "model",
-            f"{name} · {shape.family} · {human_count(shape.params)} parameters · {work.dtype} · base {work.base}",
-        ),
-        (
-            "round",
-            f"{counted(work.steps, 'step')} of {work.batch:,} x {work.length:,} tokens on every device",
-        ),
-        (
-            "tune",
-            f"cuts rows at {longest()} tokens (--max-length); unless told, its steps have {_usual_batches()}",
-        ),
-        (
-            "state only",
-            f"{human_bytes(fp16)} to run in fp16 · {human_bytes(adam)} to tune with Adam (16 bytes a weight)",
-        ),
-        *smaller,
-        ("time", f"computing at this machine's speed of just now{_busy()}{sending}"),
-    ]
-
-
-def _busy() -> str:
-    """Say that this machine has more to do than half of its processors can; "" where not, or where it cannot be told."""
-    load, processors = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
-    if load <= processors / 2:
-        return ""
-    return f" (busy: load {load:.1f} on {counted(processors, 'processor')}, so it may be faster)"
-
-
-def _usual_batches() -> str:
-    """Return the rows of a step by method, as each states them: "1 (fedkseed), 8 (fedit, fedpeptao) rows"."""
-    found: dict[int, list[str]] = {}
-    for name in methods.entries():
-        with suppress(UsageError):  # of another package's module
-            for s in methods.settings(name):
-                if s.name == "batch_size":
-                    found.setdefault(s.default, []).append(name)
-    parts = [f"{batch} ({', '.join(sorted(names))})" for batch, names in sorted(found.items())]
-    return ", ".join(parts) + " rows"
+    about["time"] = f"computing at this machine's speed of just now{sending}"
+    return {label: text for label, text in about.items() if text}
 
 
 def _compression(shape: Shape, work: Workload) -> str:
     """Describe the peak memory of `fleetune compress` with its default method and windows."""
-    from fleetune.planning import compression_cost as compress
-
-    job = compress.CompressionSize(128, 512, size=work.size, dense=True)
-    whole, paged = (
-        sum(compress.memory(shape, job._replace(low_memory=low)).values()) for low in (False, True)
-    )
-    return f"the default method over 128 windows of 512 tokens: {human_bytes(whole)} · with --low-memory {human_bytes(paged)}"
-
-
-def state_bytes(params: int, use: str) -> int:
-    """Return the bytes of state alone: "inference" is fp16 weights; "adam" fp32 weights, gradients and two moments."""
-    return params * {"inference": 2, "adam": 16}[use]
+    job = compression_cost.CompressionSize(128, 512, size=work.size, dense=True)
+    jobs = (job, job._replace(low_memory=True))
+    whole, paged = (human_bytes(sum(compression_cost.memory(shape, size).values())) for size in jobs)
+    return f"the default method over 128 windows of 512 tokens: {whole} · with --low-memory {paged}"

@@ -36,28 +36,22 @@ class Listener(Protocol):
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Show what is about to run, as (label, value) rows under a title."""
-        ...
 
     def event(self, event: Event) -> None:
         """Take one event (a class of `common/events/`)."""
-        ...
 
     def note(self, text: str) -> None:
         """Show a remark."""
-        ...
 
     def step(self, client: int, step: int) -> None:
         """Note that a client of a round is about to take a local step."""
-        ...
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
         """Note that `done` of `total` parts (`what`: "blocks", "steps", "rows") are finished."""
-        ...
 
     @property
     def stop_requested(self) -> bool:
         """Whether the job should stop at the next point from which it can be resumed."""
-        ...
 
 
 class Silent:
@@ -92,28 +86,22 @@ class Relay:
         self.inner = inner
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Pass it on."""
         self.inner.header(title, rows)
 
     def event(self, event: Event) -> None:
-        """Pass it on."""
         self.inner.event(event)
 
     def note(self, text: str) -> None:
-        """Pass it on."""
         self.inner.note(text)
 
     def step(self, client: int, step: int) -> None:
-        """Pass it on."""
         self.inner.step(client, step)
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
-        """Pass it on."""
         self.inner.progress(what, done, total, text)
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the other listener asks to stop."""
         return self.inner.stop_requested
 
 
@@ -171,7 +159,8 @@ class Progress(Silent):
         elif isinstance(event, SweepRun):
             self._say(run_words(event))
         elif isinstance(event, TuneDone) and not self._in_sweep:
-            self._done(event)
+            ended = ["done", *changes(event.base, event.tuned), f"time {human_time(event.wall)}"]
+            self._say("  ".join(ended), *event.remarks, f"report {event.report or event.run}")
         elif isinstance(event, Serving):
             self._say(f"{event.model} with {event.engine} at {event.url}")
 
@@ -199,13 +188,6 @@ class Progress(Silent):
             parts += [f"time {human_time(last.seconds)}"]
             parts += [f"{last.accepted} of {last.clients} clients"] if last.accepted < last.clients else []
         self._say("  ".join(parts))
-
-    def _done(self, event: TuneDone) -> None:
-        self._say(
-            "  ".join(["done", *changes(event.base, event.tuned), f"time {human_time(event.wall)}"]),
-            *event.remarks,
-        )
-        self._say(f"report {event.report or event.run}")
 
     def _say(self, *lines: str) -> None:
         stream = self._stream or sys.stdout
