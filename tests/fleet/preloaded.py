@@ -17,7 +17,7 @@ import flwr  # noqa: F401
 import peft  # noqa: F401
 import torch
 
-import fleetune.fleet.flower.gate
+import fleetune.fleet.door
 import fleetune.fleet.flower.node
 import fleetune.tuning.run.run  # noqa: F401
 from fleetune.cli.main import main

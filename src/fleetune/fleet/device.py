@@ -59,7 +59,7 @@ def join(
     _, held_out = brings.divided(note)
     note(f"this device {brings.part(len(held_out))}")
     with _alone(home.state):
-        from fleetune.fleet.flower.node import FIRST, Server, stay
+        from fleetune.fleet.line import FIRST, Server, stay
 
         key = keyring.read(home.key) if home.key else _own_key(home.state)
 

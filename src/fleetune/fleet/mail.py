@@ -25,7 +25,7 @@ class Letter(NamedTuple):
 class _Open(NamedTuple):
     """An order whose answer is still to come."""
 
-    device: int
+    device: str
     room: int
 
 
@@ -33,15 +33,15 @@ class Mail:
     """Orders and answers by device; `ring(device)` is called when there is an order for it."""
 
     def __init__(self) -> None:
-        self.ring: Callable[[int], None] = lambda device: None
+        self.ring: Callable[[str], None] = lambda device: None
         self._lock = threading.Lock()
-        self._boxes: dict[int, list[Letter]] = {}  # by device: orders that it has not answered
+        self._boxes: dict[str, list[Letter]] = {}  # by device: orders that it has not answered
         self._open: dict[str, _Open] = {}  # by number: orders that somebody waits for
         self._answers: dict[str, bytes | None] = {}  # by number: those that are complete, None for a lost one
         self._pieces: dict[str, bytearray] = {}  # by number: what has come of those that are not
         self._tail = b""  # of the last order
 
-    def put(self, device: int, data: bytes, common: int, room: int) -> str:
+    def put(self, device: str, data: bytes, common: int, room: int) -> str:
         """Queue an order, whose last `common` bytes may be those of the one before; return its number.
 
         Its answer may have `room` bytes.
@@ -55,19 +55,19 @@ class Mail:
         self.ring(device)
         return number
 
-    def first(self, device: int) -> Letter | None:
+    def first(self, device: str) -> Letter | None:
         """Return the next order for a device: the same until it is answered, since it may never have arrived."""
         with self._lock:
             box = self._boxes.get(device)
             return box[0] if box else None
 
-    def waits(self, device: int, number: str) -> bool:
+    def waits(self, device: str, number: str) -> bool:
         """Whether a device's answer to an order, or a piece of it, is still wanted."""
         with self._lock:
             order = self._open.get(number)
             return order is not None and order.device == device and number not in self._answers
 
-    def answer(self, device: int, number: str, piece: bytes, *, last: bool = True) -> None:
+    def answer(self, device: str, number: str, piece: bytes, *, last: bool = True) -> None:
         """Take a piece of a device's answer.
 
         What answers no order of this device is thrown away; what is too large is `TOO_LARGE`; without a byte, it is a lost one.
@@ -86,7 +86,7 @@ class Mail:
             if number in self._answers:
                 self._take_out(device, number)
 
-    def lose(self, device: int) -> None:
+    def lose(self, device: str) -> None:
         """Note that a device has gone: no answer to what it was ordered will come."""
         with self._lock:
             self._boxes.pop(device, None)
@@ -115,6 +115,6 @@ class Mail:
                 if order is not None:
                     self._take_out(order.device, number)
 
-    def _take_out(self, device: int, number: str) -> None:
+    def _take_out(self, device: str, number: str) -> None:
         if box := self._boxes.get(device):
             box[:] = [letter for letter in box if letter.number != number]

@@ -122,18 +122,19 @@ class Served:
         self._keys = self.place.check()
 
     def __enter__(self) -> Served:
-        from fleetune.fleet.flower.gate import Address, Gate
+        from fleetune.fleet.door import Door
+        from fleetune.fleet.http_server import Address
 
         certificate = self.place.certificate
         files = (certificate / "server.pem", certificate / "server.key") if certificate else (None, None)
-        self._gate = Gate(Address(self.place.host, self.place.port, *files), self._keys)
-        self._gate.open()
+        self._door = Door(Address(self.place.host, self.place.port, *files), self._keys)
+        self._door.open()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._fleet is not None and error[0] is None:
             self._fleet.end(self.farewell)
-        self._gate.close()
+        self._door.close()
 
     def check(self, recipe: Recipe) -> None:
         """Raise UsageError where late replies are to be used and every round waits for all."""
@@ -224,7 +225,7 @@ class Served:
                 raise Interrupted(f"stopped while waiting for devices{KEPT[job.task]}", hint=hint)
 
         self._fleet = RemoteFleet(
-            self._gate,
+            self._door,
             devices,
             job,
             seed,
@@ -254,7 +255,7 @@ class Served:
         if found != self._keys:
             before, now = set(self._keys or []), set(found)
             self._keys = found
-            self._gate.admit(found)
+            self._door.admit(found)
             devices.register([(k.fingerprint, k.name) for k in found])
             changed = [f"{k.name} may join" for k in now - before] + [
                 f"{k.name} is revoked" for k in before - now
@@ -272,7 +273,7 @@ class Served:
             return
         self._next_refusals = time.monotonic() + REFUSALS
         names = {k.fingerprint: k.name for k in self._keys or []}
-        for (answered, path, key), count in sorted(self._gate.refusals.taken().items()):
+        for (answered, path, key), count in sorted(self._door.refusals.taken().items()):
             audit.write(
                 "turned away", status=answered, path=path, device=key, name=names.get(key, ""), requests=count
             )
