@@ -105,6 +105,7 @@ class Connection(H11Protocol):
     """A connection that is closed when a request's head does not end: half-open ones would take all that the system allows."""
 
     _clock: asyncio.TimerHandle | None = None
+    _before: object = None  # the last request when the clock was set
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the head of a request."""
@@ -114,17 +115,24 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Take what has come; where it is the begin of a head, the rest is expected soon."""
         super().data_received(data)
-        cycle = cast(object, self.cycle)
-        if cycle is None or self.cycle.response_complete:
+        if self._last is None or self.cycle.response_complete:
             self._expect()
 
-    def _expect(self) -> None:
-        if self._clock is None:
-            self._clock = self.loop.call_later(HEAD, self._check, cast(object, self.cycle))
+    @property
+    def _last(self) -> object:
+        """The last request whose head has come, None before the first."""
+        return cast(object, self.cycle)
 
-    def _check(self, before: object) -> None:
+    def _expect(self) -> None:
+        if self._clock is None or self._before is not self._last:
+            if self._clock is not None:
+                self._clock.cancel()
+            self._before = self._last
+            self._clock = self.loop.call_later(HEAD, self._check)
+
+    def _check(self) -> None:
         self._clock = None
-        if cast(object, self.cycle) is before:
+        if self._before is self._last:
             self.transport.close()
 
 
