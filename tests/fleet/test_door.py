@@ -17,12 +17,12 @@ import httpx
 import pytest
 
 from fault_report import Injected
-from fleetune.fleet import door, http_server, keys, line, mail
+from fleetune.fleet import door, http_server, keys, line, link
 from fleetune.fleet.audit import FILE, Audit, verify
 from fleetune.fleet.door import CHALLENGE, HEARTBEAT, HOST, KEY, NEXT, ORDER, SESSION, SIGNATURE, Door
 from fleetune.fleet.http_server import Address
 from fleetune.fleet.keys import PrivateKey
-from fleetune.fleet.mail import Mail
+from fleetune.fleet.link import Mail
 from fleetune.fleet.server import Place, Served
 
 Head = dict[str, str]
@@ -433,7 +433,7 @@ def test_what_is_too_large_is_refused(house: House) -> None:
             assert f" {status} ".encode() in opened.recv(4096)
     for piece in (b"12345", b"67890", b"!", b"more"):
         assert house.exchange(house.one, piece, number, "piece").status_code == 204
-    assert house.pull(number) == [(number, mail.TOO_LARGE)]
+    assert house.pull(number) == [(number, link.TOO_LARGE)]
 
 
 @pytest.mark.parametrize(

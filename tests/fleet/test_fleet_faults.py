@@ -32,8 +32,7 @@ from fleetune.fleet import line
 from fleetune.fleet.audit import verify
 from fleetune.fleet.orders import NOTHING_KEPT, Job, Order, Reply
 from fleetune.fleet.orders import Device as Told
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir

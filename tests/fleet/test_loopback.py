@@ -29,7 +29,7 @@ from fleetune.fleet import keys, server, worker
 from fleetune.fleet import status as fleet_status
 from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.device import Home
-from fleetune.fleet.pace import Pace
+from fleetune.fleet.remote import Pace
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.worker import Brings
 from fleetune.runs import rundir

@@ -29,8 +29,7 @@ from fleetune.data.labelled import encode_rows
 from fleetune.errors import REASON
 from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import Device, Order
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import FILE, Devices
 from fleetune.runs.rundir import RunDir, create
 from fleetune.tuning import methods

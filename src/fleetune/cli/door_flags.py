@@ -45,7 +45,7 @@ def given(args: argparse.Namespace) -> list[str]:
 
 def served(args: argparse.Namespace) -> Served:
     """Return the door; UsageError for a number below 0, and for a place that others reach without TLS and keys."""
-    from fleetune.fleet.pace import Pace
+    from fleetune.fleet.remote import Pace
     from fleetune.fleet.server import Place, Served
 
     for name in ("wait", "grace", "round_deadline"):

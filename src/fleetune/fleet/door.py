@@ -21,7 +21,7 @@
     410 no such session: the server has begun anew           404, 411, 413 no request of a device
 
 A signature is of the server's name too, so that no server can use it to be the device elsewhere.  Before a session is known,
-no body is read; an answer belongs to an open order of the device and has a bound (`mail.py`).  The state is in memory: a run's
+no body is read; an answer belongs to an open order of the device and has a bound (`link.py`).  The state is in memory: a run's
 folder has all that a restarted server needs, and its devices come in again.  No clock of a device matters.
 """
 
@@ -48,7 +48,7 @@ from starlette.routing import Route
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.http_server import Address, HttpServer
 from fleetune.fleet.keys import PublicKey
-from fleetune.fleet.mail import Letter, Mail
+from fleetune.fleet.link import Letter, Mail
 
 KEY: Final = "fleetune-key"
 CHALLENGE: Final = "fleetune-challenge"

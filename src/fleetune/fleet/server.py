@@ -22,8 +22,7 @@ from fleetune.fleet import keys as keyring
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.keys import PublicKey
 from fleetune.fleet.orders import Job, is_path, job_of
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener

@@ -21,8 +21,7 @@ from fleetune.common.locks import lock
 from fleetune.common.memory import usable_memory
 from fleetune.errors import FAULTS, FleetuneError, UsageError, fault
 from fleetune.fleet.flower import wire
-from fleetune.fleet.orders import Order, Reply
-from fleetune.fleet.reasons import Declined, reason_of
+from fleetune.fleet.orders import Declined, Order, Reply, reason_of
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.planning.plan import parse_bytes
 
