@@ -34,6 +34,7 @@ from fleetune.tuning.rounds.fleets import Fleet
 from fleetune.tuning.rounds.kinds import ONE, Wanted, wanted
 
 if TYPE_CHECKING:
+    from fleetune.fleet.page import LivePage
     from fleetune.tuning.prepare.prepare import TuneJob
     from fleetune.tuning.run.simulation import Step
 
@@ -107,6 +108,7 @@ class Served:
     simulated: bool = False
     session: str = field(init=False, default_factory=lambda: secrets.token_hex(16))  # of this process
     farewell: str = "the run is finished"  # what devices are told at the end
+    page: str | None = None  # where the fleet is shown in a browser: [HOST:]PORT, "" for the usual
     more: str = ""  # that devices need beside their rows, for the command that is shown
     _count: int = field(init=False, default=0)  # of devices, that the first round waits for
     _done: int = field(init=False, default=0)  # rounds that were finished before
@@ -116,6 +118,7 @@ class Served:
     _next_word: float = field(init=False, default=0.0)  # to `fleet status`
     _next_refusals: float = field(init=False, default=0.0)  # to the log
     _complaint: str = field(init=False, default="")
+    _page: LivePage | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._keys = self.place.check()
@@ -126,7 +129,13 @@ class Served:
 
         certificate = self.place.certificate
         files = (certificate / "server.pem", certificate / "server.key") if certificate else (None, None)
-        self._door = Door(Address(self.place.host, self.place.port, *files), self._keys)
+        address = Address(self.place.host, self.place.port, *files)
+        self._door = Door(address, self._keys)
+        if self.page is not None:
+            from fleetune.fleet import page
+
+            self._page = page.LivePage(page.place(self.page, address), os.environ.get("FLEETUNE_PASSWORD"))
+            self._page.open()
         self._door.open()
         return self
 
@@ -134,6 +143,8 @@ class Served:
         if self._fleet is not None and error[0] is None:
             self._fleet.end(self.farewell)
         self._door.close()
+        if self._page is not None:
+            self._page.close()
 
     def check(self, recipe: Recipe) -> None:
         """Raise UsageError where late replies are to be used and every round waits for all."""
@@ -213,6 +224,10 @@ class Served:
         """Return the fleet for a job when `count` devices are ready; what they do is written into `folder`."""
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
         listener.note(f"on each device: {self.line(is_path(job.model) or Path(job.model).exists())}")
+        if self._page is not None:
+            self._page.run = folder
+            asks = self._page.password if "FLEETUNE_PASSWORD" not in os.environ else ""
+            listener.note(f"page: {self._page.url}" + (f"   (any name, password {asks})" if asks else ""))
 
         audit = Audit(folder)
 
