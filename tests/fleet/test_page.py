@@ -135,3 +135,5 @@ def test_place_reads_a_port_and_takes_the_fleets_certificate_off_this_machine(
 def test_place_refuses_what_is_none(text: str, word: str) -> None:
     with pytest.raises(UsageError, match=word):
         page.place(text, Address("127.0.0.1", 1))
+    with pytest.raises(UsageError, match="password"):
+        LivePage(Address("10.0.0.1", 81), "short")

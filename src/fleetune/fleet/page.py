@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 PORT: Final = 8471
 FRESH: Final = 2.0  # seconds for which an answer is given again
 REST: Final = 20.0  # and at least so many times the seconds that it took to make
+SHORTEST: Final = 12  # characters of a password, off this machine
 WRONG: Final = 1.0  # seconds that a wrong password costs everybody who gives one
 LARGEST: Final = 16 << 20  # bytes of a metrics.jsonl that the report is made of while the fleet runs
 MOST_DEVICES: Final = 200  # in the table
@@ -77,8 +78,13 @@ class LivePage:
     """A page that shows a run from `show` on, between `open` and `close`."""
 
     def __init__(self, address: Address, password: str | None = None) -> None:
-        """Off this machine a password is made where none is given."""
+        """Off this machine a password is made where none is given; UsageError for a short one."""
         local = is_loopback(address.host)
+        if password and not local and len(password) < SHORTEST:
+            raise UsageError(
+                f"the page's password has {len(password)} characters",
+                hint=f"FLEETUNE_PASSWORD: {SHORTEST} or more",
+            )
         self.password = password or (None if local else secrets.token_urlsafe(16))
         self.run: Path | None = None
         self._wrong = asyncio.Lock()
