@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 
 import fleetune
 from fleetune import errors, models
+from fleetune.api.names import Rows
 from fleetune.cli.main import main
 from fleetune.common import events
 from fleetune.compression.methods import qronos
@@ -161,7 +162,7 @@ def test_the_pipeline_is_typed_and_described(name: str) -> None:
 
 def test_options_of_tune_are_those_of_a_recipe() -> None:
     recipe = {n: t for n, t in get_type_hints(Recipe).items() if n not in ("model", "data", "method", "set")}
-    assert get_type_hints(RecipeOptions) == recipe | {"eval_data": fleetune.Rows}
+    assert get_type_hints(RecipeOptions) == recipe | {"eval_data": Rows}
 
 
 def test_options_of_compress_are_those_of_a_request() -> None:

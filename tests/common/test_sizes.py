@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from fleetune.common import sizes
+from fleetune.common import settings as sizes
 from fleetune.errors import UsageError
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
 from fleetune.api.names import Rows, Setting, words
-from fleetune.common.sizes import parse_bytes
+from fleetune.common.settings import parse_bytes
 from fleetune.errors import UsageError
-from fleetune.models.cache import adapter_folder
+from fleetune.models.cache import names
 from fleetune.runs.listener import Listener, heard_by
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fleetune.deploy.serving.engines import Session
     from fleetune.fleet.calibration_server import Calibrators
     from fleetune.fleet.server import Served
-    from fleetune.models.artefact.artefact import ArtefactHead
+    from fleetune.models.artefact import ArtefactHead
     from fleetune.models.net.model import Model
     from fleetune.runs.compression_folder import CompressOptions
 
@@ -177,7 +177,7 @@ def export(
         raise UsageError("--private is for a push", hint="add --push OWNER/NAME")
     if push is not None:
         hub_push.check(push, private=private, offline=offline)
-    if (adapter := adapter_folder.of_peft(model)) is not None:
+    if (adapter := names.peft_folder(model)) is not None:
         done = export_subject.of_adapter(adapter, to, place, watching, offline=offline)
     else:
         found = subjects.open(model, out=out)

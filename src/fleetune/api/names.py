@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetune import subject as subjects
-from fleetune.common import commas
+from fleetune.common import settings
 from fleetune.common.settings import Value
 from fleetune.subject import Subject
 
@@ -21,7 +21,7 @@ Rows = str | Path | Iterable[Mapping[str, Any]]  # a file, a hub id, or rows: di
 
 def words(given: str | Sequence[str]) -> list[str]:
     r"""Return names as a list; a text may have several, with commas (one of a name itself is written `\,`)."""
-    return commas.given(given) if isinstance(given, str) else list(given)
+    return settings.given_words(given) if isinstance(given, str) else list(given)
 
 
 def open(name: object, *, out: str | Path = "runs") -> Subject:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, Unpack, cast
 
 from fleetune import subject as subjects
 from fleetune.api.names import Rows, Setting, words
-from fleetune.common.settings import Value
+from fleetune.common.settings import Value, parse_bytes, parse_rate
 from fleetune.common.shell import quoted
-from fleetune.common.sizes import parse_bytes, parse_rate
 from fleetune.deploy import targets
 from fleetune.errors import RecipeError, UsageError
-from fleetune.models.artefact.artefact_folder import is_master
 from fleetune.models.cache import cache
+from fleetune.models.cache.names import is_master
 from fleetune.runs import rundir, trackers
 from fleetune.runs.listener import Listener, Progress, heard_by
 from fleetune.subject import Compressed, Run

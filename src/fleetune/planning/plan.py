@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Final
 from fleetune.common import ggml
 from fleetune.common.display import counted, human_bytes, human_count, human_time
 from fleetune.errors import FitError, UsageError
-from fleetune.models.loading.shapes import Shape, shape_of
-from fleetune.models.mapped.bases import PLACES, SHARE
+from fleetune.models.cache.cache import PLACES, SHARE
+from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import compression_cost, device_cost
 from fleetune.planning.device_cost import Rates, Workload
 from fleetune.tuning import methods

@@ -38,7 +38,7 @@ class Listener(Protocol):
         """Show what is about to run, as (label, value) rows under a title."""
 
     def event(self, event: Event) -> None:
-        """Take one event (a class of `common/events/`)."""
+        """Take one event (a class of `common/events.py`)."""
 
     def note(self, text: str) -> None:
         """Show a remark."""

@@ -17,9 +17,9 @@ from typing import Any, Final, Literal
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from fleetune.common.locks import lock
+from fleetune.common.files import lock
 from fleetune.common.memory import usable_memory
-from fleetune.common.sizes import parse_bytes
+from fleetune.common.settings import parse_bytes
 from fleetune.errors import FAULTS, FleetuneError, UsageError, fault
 from fleetune.fleet.flower import wire
 from fleetune.fleet.orders import Order, Reply

@@ -17,24 +17,22 @@ from typing import Final
 import torch
 
 from fleetune import data, models
-from fleetune.common import commas
+from fleetune.common import settings
 from fleetune.common.display import counted
 from fleetune.common.events import TuneChecked
 from fleetune.common.ggml import SCALES
 from fleetune.common.memory import release_memory
-from fleetune.common.sizes import parse_bytes
-from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
-from fleetune.data.labelled import check_answers, encode_rows
-from fleetune.data.lengths import Cut
+from fleetune.common.settings import parse_bytes
+from fleetune.data import Encoded, Example, check_columns, encode, partition, sources
+from fleetune.data.encode import Cut, begun, check_answers, encode_rows
+from fleetune.data.partition import Split as Split
 from fleetune.data.partition import check_partition_spec
-from fleetune.data.plain_text import begun
-from fleetune.data.splitting import Split as Split
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
-from fleetune.models.loading.encoders import MAX_LABELS
-from fleetune.models.loading.hf_folder import is_encoder
-from fleetune.models.mapped.bases import BLOCKS
+from fleetune.models.cache.cache import BLOCKS
+from fleetune.models.checks import is_encoder
+from fleetune.models.encoders import MAX_LABELS
 from fleetune.models.net.model import Model
 from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods
@@ -53,7 +51,7 @@ COVER: Final = "name every label word as the data has it (a comma in a word: \\,
 
 def label_problems(recipe: Recipe) -> list[str]:
     """List what is wrong with the recipe's label words, whatever the data."""
-    given = commas.split(recipe.labels) if recipe.labels else []
+    given = settings.split_words(recipe.labels) if recipe.labels else []
     trained = objectives.label_words(str(recipe.set.get("objective", "loss")))
     found = []
     if given and not 2 <= len(given) <= MAX_LABELS:
@@ -147,7 +145,7 @@ class TuneJob:
     def about_rows(self) -> list[str]:
         """Say which rows are left out, and which are cut; [] where all are whole."""
         rows = len(self.split.examples)
-        return lengths.remarks(self.split.notes, rows, self.dropped, self.cut, self.recipe.max_length)
+        return encode.cut_remarks(self.split.notes, rows, self.dropped, self.cut, self.recipe.max_length)
 
     def about_time(self) -> list[str]:
         """Say how long the run takes, and what would make a long one shorter; [] where it was not estimated."""
@@ -238,7 +236,7 @@ def _of_course(recipe: Recipe) -> list[str]:
 
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:
     """Read the data, hold rows out, and give every other row to a client."""
-    return splitting.split(recipes.rows_of(recipe), entry.clients, offline=offline)
+    return partition.split(recipes.rows_of(recipe), entry.clients, offline=offline)
 
 
 def prepare(
@@ -310,7 +308,7 @@ def prepare(
         examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
         prompts=prompts[: max(recipe.rouge_rows, recipe.samples)],
         dropped=len(parts.examples) - len(place),
-        cut=lengths.cut([row for pieces in place.values() for row in pieces]),
+        cut=encode.count_cut([row for pieces in place.values() for row in pieces]),
         objective=objective,
         found=found,
         estimate=estimated,
@@ -461,7 +459,7 @@ def _for_encoder(recipe: Recipe, method: Method, model: Model) -> Recipe:
         require_text_model(model, f"objective {objective!r}")
     if odd := [word for word in model.labels if word.endswith("\\")]:
         raise RecipeError([f"the label word {odd[0]!r} ends with a backslash"], hint="rename it in the data")
-    return dataclasses.replace(recipe, labels=commas.join(model.labels))
+    return dataclasses.replace(recipe, labels=settings.join_words(model.labels))
 
 
 def usual_threads(params: int) -> int:
@@ -478,7 +476,7 @@ def dry_run(
     """Load the data and model of a recipe and check it; write nothing."""
     check(recipe)
     told: list[str] = []
-    with stdin.borrowed(recipe.data) as source:
+    with sources.borrowed(recipe.data) as source:
         job = prepare(
             dataclasses.replace(recipe, data=source),
             offline=offline,

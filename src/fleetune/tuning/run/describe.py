@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fleetune import adapters
+from fleetune.common import __version__
 from fleetune.common.display import change as change_text
 from fleetune.common.display import counted, human_time, show
 from fleetune.common.events import RateFound, TuneStart
@@ -23,7 +24,6 @@ from fleetune.common.files import read_json
 from fleetune.common.ggml import SCALES
 from fleetune.common.paired import Difference
 from fleetune.common.settings import Value
-from fleetune.common.version import __version__
 from fleetune.data.encode import digest
 from fleetune.errors import StorageError
 from fleetune.evaluation.losses import class_measures, response_loss
@@ -31,7 +31,7 @@ from fleetune.models.net.model import Model
 from fleetune.runs import rundir
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.scale_view import moved_tensors, scales_share
-from fleetune.seeds.view import FOLD
+from fleetune.seeds.weights import FOLD
 from fleetune.tuning import methods
 from fleetune.tuning.methods import Method
 from fleetune.tuning.recipe import objects

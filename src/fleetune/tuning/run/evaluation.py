@@ -20,10 +20,9 @@ from fleetune.common.shell import quoted
 from fleetune.data import Encoded
 from fleetune.data.partition import keyed_order
 from fleetune.errors import StorageError
-from fleetune.evaluation.answers import generate
+from fleetune.evaluation.answers import generate, rouge_l
 from fleetune.evaluation.losses import all_row_losses
 from fleetune.evaluation.measures import measure_rows
-from fleetune.evaluation.scores import rouge_l
 from fleetune.runs import rundir
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive

@@ -15,7 +15,6 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from fleetune.common import sums
 from fleetune.common.display import counted
-from fleetune.common.energy import EnergyMeter
 from fleetune.common.events import ClientReply, Recorded, RoundEvaluated, TuneDone, as_dict, round_evaluated
 from fleetune.common.files import json_text, resumable
 from fleetune.common.paired import RowLosses
@@ -194,7 +193,6 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     whole = evaluation.having(run.path, "base") if rundir.checkpoints(run.path) else {}
     base = None if whole else _base(job, run)
     check = evaluation.Validation(job, base.rows if base else evaluation.losses_in(whole, "base"))
-    meter = EnergyMeter() if not rundir.checkpoints(run.path) else None  # of a whole run alone
     params = model.n_params  # before a module is attached to it
     first = _first(job)
     fleet = fleets.make(job, run, listener, step)
@@ -224,7 +222,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
             method.apply(model, lost.state)
             ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
         raise
-    return finish(job, run, first, outcome, check, listener, began, meter)
+    return finish(job, run, first, outcome, check, listener, began)
 
 
 @dataclass(frozen=True)
