@@ -46,10 +46,10 @@ from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import has_block_widths, mark_config
 from fleetune.models.net.model import Model, stored_tensors
 from fleetune.models.net.saving import disk_errors
-from fleetune.runs import compression_folder, env_file, folder_names
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
-from fleetune.tuning.recipe import given_methods
+from fleetune.tuning.recipe import objects
 from fleetune.tuning.result import finished
 from fleetune.tuning.run import model_card
 
@@ -99,7 +99,7 @@ def export(
             "in 16 bits a weight, which may be larger"
         )
     source = subject.directory(offline=offline)
-    out = path or target.place(Path("."), folder_names.of_model(subject.name))
+    out = path or target.place(Path("."), rundir.of_model(subject.name))
     with called(source, subject.name):
         return _checked(source, target, out, facts_of_base(subject.name), text, listener)
 
@@ -399,8 +399,8 @@ def facts_of_head(head: ArtefactHead, digest: str) -> dict[str, str]:
 
 def facts_of_run(run: Run) -> dict[str, str]:
     """Return where a tuned model comes from, by its recipe and its env.json; StorageError when that is damaged."""
-    settings = given_methods.settings_of(run.recipe)
-    made = _facts(run.recipe.method, settings, env_file.base_digest(run.folder))
+    settings = objects.method_settings(run.recipe)
+    made = _facts(run.recipe.method, settings, rundir.base_digest(run.folder))
     return made | facts_of_base(run.recipe.model)
 
 

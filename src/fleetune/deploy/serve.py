@@ -34,7 +34,7 @@ from fleetune.common.shell import pip_install, quoted
 from fleetune.errors import FleetuneError, ModelError, UsageError
 from fleetune.models.cache import names as model_names
 from fleetune.models.gguf import header
-from fleetune.runs import folder_names
+from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Run, Subject
 
@@ -120,7 +120,7 @@ def _model_for(subject: Subject, folder: Path, listener: Listener, *, offline: b
 
     exact = gguf.exact_target(open_checkpoint(subject.model)) if isinstance(subject, Compressed) else None
     kind = exact or "gguf"  # gguf:f32 for codes that have no blocks
-    out = folder / f"{folder_names.slug(home.resolve().name) or 'model'}.gguf"
+    out = folder / f"{rundir.slug(home.resolve().name) or 'model'}.gguf"
     keep = f"to keep it: fleetune export {quoted(subject.argument)} --to {kind}"
     listener.note(f"exporting {subject.argument} to {kind} for this session; {keep}")
     return export.export(subject, kind, out, None, listener, offline=offline).path
