@@ -16,7 +16,7 @@ import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import TaskScore
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 from fleetune.errors import RecipeError, UsageError
 from fleetune.evaluation import measures
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fleetune import models
 from fleetune.data.encode import Encoded, collate
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import named_tensors
 from fleetune.seeds import noise
 from fleetune.seeds.descent import Position, Projection, descend_projected, fold
@@ -83,9 +83,7 @@ def batch():
 
 def moved_view(K=64):
     model = models.tiny_llama()
-    view = View(
-        named_tensors(model.net), model.net, run_key=KEY, law="hashed", grid=1e-3 / 256
-    )
+    view = View(named_tensors(model.net), model.net, run_key=KEY, law="hashed", grid=1e-3 / 256)
     c = np.random.default_rng(5).integers(-400, 400, K)
     position = Position("hashed", K, np.arange(K, dtype=np.uint64) + (np.uint64(EPOCH) << np.uint64(32)), c)
     position.place(view)

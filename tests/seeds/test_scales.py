@@ -20,10 +20,9 @@ from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.data import Batch
 from fleetune.errors import UsageError
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.mapped.lazy import in_blocks
-from fleetune.models.mapped.quants import dequantise
-from fleetune.models.mapped.stored import Stored
+from fleetune.models.lazy import in_blocks
 from fleetune.models.net.model import Model, named_tensors
+from fleetune.models.stored import Stored, dequantise
 from fleetune.seeds import noise
 from fleetune.seeds.descent import Projection
 from fleetune.seeds.noise import EMPTY, passes, probe

@@ -35,7 +35,7 @@ from fleetune.errors import ModelError
 from fleetune.evaluation import head_loss
 from fleetune.evaluation.losses import batch_loss, token_losses
 from fleetune.models import DTYPES, Model, digest, named_tensors, tiny_llama
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.seeds import descent, weights
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.descent import Position, descend, slope, two_point

@@ -29,10 +29,9 @@ from transformers import GenerationConfig
 
 from fleetune.common.display import counted
 from fleetune.common.memory import give_back
-from fleetune.data.encode import Encoded, encode, prompt_ids
+from fleetune.data.encode import Encoded, encode, encode_texts, prompt_ids
 from fleetune.data.encode import stop_ids as tokenizer_stop_ids
 from fleetune.data.examples import Example
-from fleetune.data.labelled import encode_texts
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation.losses import (
     OnRows,
@@ -44,7 +43,7 @@ from fleetune.evaluation.losses import (
     pad_id,
     unheard,
 )
-from fleetune.models.loading.encoders import MAX_LABELS
+from fleetune.models.encoders import MAX_LABELS
 from fleetune.models.net.model import Model
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fleetune.models.mapped.lazy import LazyWeight
+from fleetune.models.lazy import LazyWeight
 
 CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time where no gradient is wanted
 GRADIENT_SHARE = 4  # ... and this part of them where one is: they and their gradient are alive together

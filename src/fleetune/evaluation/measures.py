@@ -25,12 +25,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from fleetune.common.events import TaskScore
-from fleetune.common.extras import pip_install
 from fleetune.common.paired import RowLosses
-from fleetune.data.encode import Encoded
+from fleetune.common.shell import pip_install
+from fleetune.data.encode import Encoded, begun, encode_rows
 from fleetune.data.examples import Example
-from fleetune.data.labelled import encode_rows
-from fleetune.data.plain_text import begun
 from fleetune.errors import FleetuneError, RecipeError, UsageError, closest, cut_reason, fault
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import (

@@ -17,7 +17,7 @@ and (1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, witho
 directions are independent, so it pays a pass over the weights for each.
 
 Neither the weights nor a gradient ever exist whole: backward makes both a row block at a time (`Tape`), and the gradient is
-folded at once (`Projection`).  The activations are those of one layer (`models/checkpointing`).
+folded at once (`Projection`).  The activations are those of one layer (`models/net/layers.py`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from fleetune.data import Batch
 from fleetune.evaluation.losses import batch_loss, row_losses
 from fleetune.evaluation.objectives import Objective, loss_tensor
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.seeds.noise import EMPTY, derive, fwht, passes, philox4x32, places, probe
 from fleetune.seeds.view import Tape, Unpaired, View

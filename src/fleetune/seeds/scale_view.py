@@ -25,11 +25,10 @@ from torch import Tensor
 from fleetune.common import ggml
 from fleetune.common.ggml import BLOCK, HALVES, SCALES
 from fleetune.errors import UsageError
-from fleetune.models.families.dtypes import WEIGHTS
-from fleetune.models.mapped.lazy import LazyWeight, in_blocks, kinds_of
-from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
-from fleetune.models.mapped.stored import check_scales
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.lazy import LazyWeight, in_blocks, kinds_of
 from fleetune.models.net.model import Model, Pieces, named_tensors
+from fleetune.models.stored import apply_scales, check_scales, scale_bits, write_codes
 from fleetune.seeds.noise import LARGEST, STEPS, rounding
 from fleetune.seeds.view import View
 from fleetune.seeds.weights import CHUNK, WeightSlot, layout, read_stored

@@ -32,9 +32,8 @@ from torch.nn import functional as F
 
 from fleetune.common.display import counted
 from fleetune.errors import ModelError
-from fleetune.models.mapped.lazy import LazyWeight
-from fleetune.models.mapped.net import replace_parameters
-from fleetune.models.net import unmerged
+from fleetune.models.lazy import LazyWeight, replace_parameters
+from fleetune.models.net.model import allow_copies
 from fleetune.seeds.weights import MovedWeights, WeightSlot
 
 log = logging.getLogger(__name__)
@@ -111,7 +110,7 @@ class View(MovedWeights):
     def remove(self) -> None:
         """Take the view off: the net runs on its stored weights again."""
         for module in [*self._around, *(module for module, _ in self.owners)]:
-            unmerged.free(module)
+            allow_copies(module)
         for module, _ in self.owners:
             module._parameters = dict(module._parameters.items())
             module.__dict__.pop("row_blocks", None)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fleetune.errors import UsageError
-from fleetune.models.mapped.lazy import LazyWeight
+from fleetune.models.lazy import LazyWeight
 from fleetune.models.net.model import Pieces
 from fleetune.seeds import VARIABLE, chosen_kernels
 from fleetune.seeds.noise import EMPTY, TILE, Passes

@@ -58,8 +58,8 @@ from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches, keyed_order
 from fleetune.evaluation import objectives
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.seeds.descent import two_point
 from fleetune.seeds.noise import EMPTY, LAWS, POOL, Passes, derive, passes, probe
 from fleetune.seeds.view import View

@@ -49,8 +49,8 @@ import numpy as np
 from fleetune.common.settings import setting
 from fleetune.data import Batches, keyed_order
 from fleetune.evaluation import objectives
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.seeds.descent import slope, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import derive, probe
