@@ -9,8 +9,8 @@ from torch import Tensor
 from fleetune import compression
 from fleetune.compression.layerwise import hessian
 from fleetune.compression.layerwise.grids import Grid
-from fleetune.models.artefact.artefact import Quantised
-from fleetune.models.families.codebooks import CODEBOOKS
+from fleetune.models.artefact import Quantised
+from fleetune.models.families.number_types import CODEBOOKS
 
 
 def work(seed: int, R: int, C: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

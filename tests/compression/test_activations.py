@@ -19,7 +19,7 @@ from fleetune.compression.layerwise.activations import HiddenStates, StatesInTur
 from fleetune.compression.layerwise.blocks import FinishedBlocks, block_file
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import ClientHessians
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 
 
 @pytest.mark.parametrize("family", ["llama", *FAMILIES])

@@ -16,7 +16,7 @@ from command_harness import call, pulled_after
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
-from fleetune.models.artefact.artefact import Master, Quantised
+from fleetune.models.artefact import Master, Quantised
 
 SMALL = ["--method", "optq", "--windows", "4", "--length", "16", "--set", "group=8"]
 

@@ -16,7 +16,7 @@ from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import FinishedBlocks
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.errors import DataError, RecipeError
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 
 
 def test_a_killed_run_goes_on_with_the_next_block(tmp_path: Path) -> None:

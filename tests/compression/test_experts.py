@@ -24,10 +24,9 @@ from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import Plan, linears_of, place_weights, restored_weights
 from fleetune.compression.layerwise.experts import Experts, Routed, hessian
 from fleetune.errors import RecipeError
-from fleetune.models import Model, tiny_tokenizer
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import Master, Quantised
-from fleetune.models.loading.shapes import shape_of
+from fleetune.models import Model, artefact, tiny_tokenizer
+from fleetune.models.artefact import Master, Quantised
+from fleetune.models.shapes import shape_of
 from fleetune.runs.compression_folder import CompressRequest
 from heard import Heard
 

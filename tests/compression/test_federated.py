@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fleetune import compression, models
-from fleetune.cli.interrupt import InterruptHandler
+from fleetune.cli.listener import InterruptHandler
 from fleetune.cli.main import main
 from fleetune.compression.layerwise import driver, federated
 from fleetune.compression.layerwise.activations import HiddenStates
@@ -27,7 +27,7 @@ from fleetune.compression.layerwise.federated import (
     lower_triangle,
 )
 from fleetune.models import Model
-from fleetune.models.artefact.artefact import Quantised, dense
+from fleetune.models.artefact import Quantised, dense
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 
 
@@ -404,7 +404,7 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
         ]
         shares[client] = driver.windows([row.ids for row in encoded], 32, 2)
     want, _ = by_clients(model, shares, tuned_run / "parts")
-    from fleetune.models.artefact.artefact import Master
+    from fleetune.models.artefact import Master
 
     master = Master(Path(done["folder"]) / "model")
     for name in want:

@@ -29,7 +29,7 @@ from fleetune.errors import FleetuneError, Interrupted, RecipeError, UsageError
 from fleetune.evaluation import answers
 from fleetune.evaluation.losses import pad_id
 from fleetune.models import Model, digest, named_tensors
-from fleetune.models.loading.shapes import shape_of
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 
 

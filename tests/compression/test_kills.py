@@ -20,7 +20,7 @@ from fleetune.common import folders
 from fleetune.compression.jobs import solve
 from fleetune.compression.methods import optq, rtn
 from fleetune.errors import Interrupted
-from fleetune.models.artefact import artefact
+from fleetune.models import artefact
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Silent
 from heard import Heard

@@ -20,7 +20,7 @@ from fleetune.compression.scales import Scales
 from fleetune.data.encode import Encoded, collate
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.evaluation.losses import pad_id
-from fleetune.models.artefact.artefact import Master, Quantised
+from fleetune.models.artefact import Master, Quantised
 from fleetune.runs.compression_folder import CompressRequest
 from heard import Heard
 

@@ -26,7 +26,7 @@ from fleetune.common.folders import staged
 from fleetune.data import Encoded
 from fleetune.data.encode import Batch
 from fleetune.errors import FleetuneError, Interrupted, StorageError, UsageError
-from fleetune.models.loading.loading import disk_errors
+from fleetune.models.net.saving import disk_errors
 
 STATE: Final = "state.safetensors"
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")

@@ -28,14 +28,22 @@ from fleetune.compression.layerwise import driver
 from fleetune.data import Encoded, Example, readers
 from fleetune.data.encode import encode_all
 from fleetune.errors import DataError, UsageError
-from fleetune.evaluation import kl_divergence, reference
-from fleetune.evaluation.losses import context_length, perplexity, response_loss, row_perplexity, text_rows
-from fleetune.evaluation.reference import Reference
+from fleetune.evaluation import kl_divergence
+from fleetune.evaluation.losses import (
+    Reference,
+    context_length,
+    keep_logits,
+    perplexity,
+    response_loss,
+    row_perplexity,
+    scored_tokens,
+    text_rows,
+)
 from fleetune.models.net.model import Model
 from fleetune.runs.compression_folder import CLIENTS, FLEET, LOGITS, CompressRequest
 from fleetune.runs.listener import Listener
 from fleetune.tuning.prepare import prepare
-from fleetune.tuning.recipe import given_methods
+from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import finished
 from fleetune.tuning.rounds import rounds
@@ -73,18 +81,18 @@ class Inputs:
     def logits_size(self, model: Model) -> int:
         """Return the bytes that the logits of a reference model take on the disk."""
         vocabulary = model.net.get_input_embeddings().weight.shape[0]
-        return kl_divergence.file_size(reference.scored(self.compared_rows(model)), vocabulary)
+        return kl_divergence.file_size(scored_tokens(self.compared_rows(model)), vocabulary)
 
     @contextmanager
     def reference(self, model: Model, folder: Path, listener: Listener) -> Iterator[Reference | None]:
         """Keep the logits of the model that others are compared with in `folder` while the block runs; None without text."""
         rows, file = self.compared_rows(model), folder / LOGITS
-        if not reference.scored(rows):
+        if not scored_tokens(rows):
             yield None
             return
         try:
             on_rows = row_reporter(listener, folder, "rows of the reference")
-            kept = reference.keep(model, rows, file, on_rows=on_rows)
+            kept = keep_logits(model, rows, file, on_rows=on_rows)
             listener.note(
                 f"{counted(kept.tokens, 'token')} to compare by: {human_bytes(file.stat().st_size)} of logits, on the disk "
                 "until the end"
@@ -171,7 +179,7 @@ def check_kinds(request: CompressRequest) -> None:
 
 def _of_clients(request: CompressRequest, recipe: Recipe, *, offline: bool) -> dict[int, list[Example]]:
     """Return client -> training rows, of all clients of the run, or of `request.clients` of them drawn by the seed."""
-    parts = prepare.split(recipe, given_methods.entry_of(Path(request.model), recipe), offline=offline)
+    parts = prepare.split(recipe, objects.entry_of(Path(request.model), recipe), offline=offline)
     count = len(parts.clients)
     if request.clients > count:
         raise UsageError(

@@ -15,7 +15,7 @@ from fleetune.common.display import human_bytes
 from fleetune.common.events import StepDone
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, StorageError
-from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.models.families.number_types import WEIGHTS
 from fleetune.planning import compression_cost
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener

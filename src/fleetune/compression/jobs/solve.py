@@ -42,18 +42,18 @@ from fleetune.compression.layerwise.driver import Plan
 from fleetune.compression.layerwise.experts import FEW
 from fleetune.compression.layerwise.federated import WARNING, ClientHessians, HessianReply
 from fleetune.errors import ModelError, RecipeError, StorageError, UsageError
-from fleetune.evaluation.reference import Reference
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead, Master, Quantised, dense
-from fleetune.models.artefact.artefact_folder import is_master
+from fleetune.evaluation.losses import Reference
+from fleetune.models import artefact
+from fleetune.models.artefact import ArtefactHead, Master, Quantised, dense
+from fleetune.models.cache.names import is_master
 from fleetune.models.families import table
-from fleetune.models.families.dtypes import WEIGHTS
-from fleetune.models.loading.shapes import shape_of
-from fleetune.models.mapped.net import memory_of
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 from fleetune.planning.compression_cost import CompressionSize
-from fleetune.runs import compression_folder, env_file
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CLIENTS, FLEET, PARTS, RECORD, CompressRequest
 from fleetune.runs.listener import Listener
 from fleetune.tuning.result import finished
@@ -538,7 +538,7 @@ def _head_of(folder: Path, model: Path) -> ArtefactHead:
     remedy = f"rm -r {quoted(folder / 'base')}   and then: fleetune measure {quoted(folder)} --kept-gain"
     sums.check(model, remedy=remedy)
     head = Master(model).head
-    expected = env_file.base_digest(Path(compression_folder.request_of(folder).model))
+    expected = rundir.base_digest(Path(compression_folder.request_of(folder).model))
     if head.base != expected:
         raise ModelError(
             f"{model} is not the compressed base: it was made of weights with the SHA-256 {head.base[:16]}.., "

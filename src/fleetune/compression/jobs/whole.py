@@ -27,7 +27,7 @@ from fleetune.compression.jobs.inputs import Inputs
 from fleetune.compression.jobs.progress import Outcome
 from fleetune.data import Encoded
 from fleetune.errors import RecipeError, UsageError
-from fleetune.evaluation.reference import Reference
+from fleetune.evaluation.losses import Reference
 from fleetune.models.families import widths
 from fleetune.models.net.model import Model
 from fleetune.runs import compression_folder

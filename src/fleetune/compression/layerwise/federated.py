@@ -49,9 +49,8 @@ from torch import Tensor, nn
 from fleetune.compression.layerwise.activations import HiddenStates, SolveLayer
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.errors import FleetError, FleetuneError, MessageError
-from fleetune.models.artefact.artefact import Quantised, assembled
-from fleetune.models.families.codebooks import CODEBOOKS
-from fleetune.models.families.superblocks import SUPER_TYPES
+from fleetune.models.artefact import Quantised, assembled
+from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES
 from fleetune.models.net.model import Model
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.exchange.robust import FEWEST, TIMES, usual

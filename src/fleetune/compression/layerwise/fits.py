@@ -16,7 +16,7 @@ The scale that takes off most is kept.  In groups of 32 the error, summed over m
 ## GGUF's super-blocks
 
 A weight is (d k) q - dmin m, with q a group's steps, k and m whole numbers of the group, d and dmin fp16 numbers of the
-super-block (`models/families/superblocks.py`).  In turn:
+super-block (`models/families/number_types.py`).  In turn:
 
 1. Each group alone: the scale S of least error (as above), or S and the minimum M.  For these, the ends of the range
    that the codes cover are moved in and out; for each range the weights are rounded to q, for which least squares gives S and M,
@@ -39,8 +39,7 @@ import torch
 from torch import Tensor
 
 from fleetune.common.numba_cache import cached_njit
-from fleetune.models.families.codebooks import CODEBOOKS
-from fleetune.models.families.superblocks import SuperType
+from fleetune.models.families.number_types import CODEBOOKS, SuperType
 
 # of the largest element from an end, in mean distances of two values: beyond it, and inside
 OFFSETS: Final = tuple(0.375 * k for k in range(-4, 5))

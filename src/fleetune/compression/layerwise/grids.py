@@ -37,9 +37,8 @@ from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import ColumnLoop, Segment, nearest
 from fleetune.compression.layerwise.fits import SuperFit, fit_block, fit_scale, refit_group, to_half
 from fleetune.errors import RecipeError
-from fleetune.models.artefact.artefact import Quantised
-from fleetune.models.families.codebooks import CODEBOOKS
-from fleetune.models.families.superblocks import SUPER_TYPES, WIDTH, SuperBlocks, SuperType
+from fleetune.models.artefact import Quantised, SuperBlocks
+from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES, SUPER_WIDTH, SuperType
 
 UNIFORM: Final = ("ggml", "symmetric", "asymmetric", "universal")
 KINDS: Final = (*UNIFORM, *CODEBOOKS)  # whose groups have a scale of their own
@@ -73,12 +72,12 @@ _BLOCKS: Final = {
     ("asymmetric", 4): (22, 32),
     ("asymmetric", 5): (34, 32),
     ("iq4_nl", 4): (18, 32),
-    ("q6_k", 6): (210, WIDTH),
-    ("q5_k", 5): (176, WIDTH),
-    ("q4_k", 4): (144, WIDTH),
-    ("q3_k", 3): (110, WIDTH),
-    ("q2_k", 2): (84, WIDTH),
-    ("iq4_xs", 4): (136, WIDTH),
+    ("q6_k", 6): (210, SUPER_WIDTH),
+    ("q5_k", 5): (176, SUPER_WIDTH),
+    ("q4_k", 4): (144, SUPER_WIDTH),
+    ("q3_k", 3): (110, SUPER_WIDTH),
+    ("q2_k", 2): (84, SUPER_WIDTH),
+    ("iq4_xs", 4): (136, SUPER_WIDTH),
 }
 
 
@@ -256,10 +255,10 @@ def row_problem(name: str, C: int, kind: str, group: int) -> str:
     """Say why rows of C columns cannot be divided as the grid has to, or "" when they can."""
     if kind not in SUPER_TYPES:
         return group_problem(name, C, group)
-    if C % WIDTH == 0:
+    if C % SUPER_WIDTH == 0:
         return ""
     instead, bits = INSTEAD[kind]
-    return f"{name} has {C} columns, which super-blocks of {WIDTH} do not divide" + (
+    return f"{name} has {C} columns, which super-blocks of {SUPER_WIDTH} do not divide" + (
         f" (grid={instead} with bits={bits} is for groups of 32)" if C % DEFAULTS[1] == 0 else ""
     )
 
@@ -344,11 +343,11 @@ def _quantise_blocks(
     assert of is not None
 
     def choose(Wt: Tensor, begin: int, last: int) -> Segment:
-        inside, end = begin % WIDTH, min(begin - begin % of.group + of.group, last)
+        inside, end = begin % SUPER_WIDTH, min(begin - begin % of.group + of.group, last)
         if begin % of.group == 0:
-            h = None if curvature is None else curvature[begin - inside : begin - inside + WIDTH]
+            h = None if curvature is None else curvature[begin - inside : begin - inside + SUPER_WIDTH]
             if not inside:
-                fits.append(fit_block(Wt[begin : begin + WIDTH].T, of, h))
+                fits.append(fit_block(Wt[begin : begin + SUPER_WIDTH].T, of, h))
             else:
                 own = None if h is None else h[inside : inside + of.group]
                 refit_group(Wt[begin : begin + of.group].T, of, own, fits[-1], inside // of.group)

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from fleetune.compression.layerwise.experts import GATE_UP, Experts
 from fleetune.data.encode import Encoded, collate
 from fleetune.evaluation.losses import pad_id, predictors
-from fleetune.models.mapped.net import in_memory
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.lazy import in_memory
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 
 PIECE: Final = 1 << 23  # logits alive at a time

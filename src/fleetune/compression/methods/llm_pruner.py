@@ -76,11 +76,11 @@ from fleetune.data.encode import Batch
 from fleetune.errors import DataError, FleetuneError, RecipeError
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import FAMILIES, KeptUnits, blocks_of, cut, width_of
-from fleetune.models.loading.shapes import shape_of
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model, digest, named_tensors
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 
 PAPER = "Ma et al., NeurIPS 2023, arXiv 2305.11627"

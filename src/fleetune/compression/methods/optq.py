@@ -62,7 +62,7 @@ from fleetune.compression.layerwise.grids import (
     settled,
 )
 from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
-from fleetune.models.families.superblocks import SUPER_TYPES
+from fleetune.models.families.number_types import SUPER_TYPES
 
 PAPER = "Frantar et al., ICLR 2023, arXiv 2210.17323"
 

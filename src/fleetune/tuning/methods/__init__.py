@@ -29,8 +29,8 @@ from fleetune.tuning.exchange.robust import FEWEST, MEAN, Rule
 
 if TYPE_CHECKING:
     from fleetune.data import Batches
-    from fleetune.models.loading.shapes import Shape
     from fleetune.models.net.model import Model
+    from fleetune.models.shapes import Shape
     from fleetune.seeds.slopes import Slopes
     from fleetune.tuning.exchange.footprint import Footprint
 

@@ -36,7 +36,7 @@ from fleetune.evaluation.losses import eval_mode
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.net.layers import layers_of
 from fleetune.models.net.model import Model
-from fleetune.seeds.spsa import uniforms
+from fleetune.seeds.descent import uniforms
 
 log = logging.getLogger(__name__)
 

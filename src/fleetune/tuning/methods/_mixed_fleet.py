@@ -2,7 +2,7 @@
 """Mix devices that back-propagate with devices that only run the model forward, in one ledger.
 
 A device that back-propagates steps in the space spanned by the K directions of a pool, a_k <- a_k - eta_b p_k / K with
-p_k = z_k . g (`seeds/project.py`), and replies with K integers.  Replies weigh by their precision: of a gradient in d
+p_k = z_k . g (`seeds/descent.py`), and replies with K integers.  Replies weigh by their precision: of a gradient in d
 dimensions, n two-point samples along directions drawn from the pool have, over the draw of the pool, the variance
 d (1/K + (1 - 1/K) / n) |g|^2, the whole pool (n = infinity) d/K |g|^2.
 """
@@ -18,8 +18,7 @@ import numpy as np
 
 from fleetune.data import Batch
 from fleetune.models.net.model import Model
-from fleetune.seeds import project
-from fleetune.seeds.spsa import Position
+from fleetune.seeds.descent import Position, descend_projected
 from fleetune.seeds.view import View
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
 from fleetune.tuning.methods._wires import SCALARS, Wire
@@ -95,7 +94,7 @@ def descend(
 
     `units` is its learning rate over the ledger's grid.
     """
-    steps = project.descend(model, view, position, epoch, batches, units=units, clip=clip)
+    steps = descend_projected(model, view, position, epoch, batches, units=units, clip=clip)
     sent = wire.projection(steps.moved, key)
     for id, c in zip(pool_ids(epoch, np.arange(len(sent))), wire.integers(sent), strict=True):
         position.move(int(id), int(c))

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from fleetune.errors import MessageError
-from fleetune.seeds.spsa import uniforms
+from fleetune.seeds.descent import uniforms
 from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec, Scalar
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import INT32, draw

@@ -50,13 +50,13 @@ from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.errors import MessageError
 from fleetune.evaluation import objectives
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.seeds import slopes
+from fleetune.seeds.descent import descend, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import POOL
 from fleetune.seeds.slopes import Slopes
-from fleetune.seeds.spsa import descend, uniforms
 from fleetune.tuning.exchange import server_rules
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import Payload, ReplySpec

@@ -79,9 +79,9 @@ from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation.losses import batch_loss
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.layers import check_separate, layers_of
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
