@@ -226,31 +226,6 @@ def test_inputs_of_other_tokens_have_no_drift() -> None:
     assert up[1] is None
 
 
-def test_a_layer_that_reads_a_tensor_twice_is_not_taken_for_two() -> None:
-    """So the pass up to it does not go on, in the dense model, where that calls no other layer, through the whole block."""
-    model, windows = models.tiny_llama(layers=2), text(6, 16)
-    block, found = linears_of(model)[0]
-    linears = {name: layer for name, layer in found.items() if name.endswith(("gate_proj", "down_proj"))}
-    mlp: Any = block.mlp
-
-    def forward(x: Tensor) -> Tensor:
-        value = mlp.gate_proj(x) * mlp.gate_proj(x)
-        return mlp.down_proj(value) if x.sum() > 0 else x
-
-    mlp.forward = forward
-    signs = list[bool]()
-    with torch.inference_mode():
-        own = HiddenStates(model, windows)
-        handle = mlp.register_forward_pre_hook(lambda module, args: signs.append(bool(args[0].sum() > 0)))
-        own.advance(0)
-        stream = StatesInTurn(model, windows)
-        stream.states = [-state for state in stream.states]
-        handle.remove()
-        stream.solve_layers(0, linears, lambda name, H, D=None: None)
-    assert set(signs) == {True, False}
-    assert all(torch.equal(a, b) for a, b in zip(stream.dense, own.states, strict=True))
-
-
 def test_layers_that_windows_reach_in_different_order_have_all_their_inputs() -> None:
     model, found = models.tiny_llama(layers=2), dict[str, tuple[Tensor | None, Tensor | None]]()
     block, linears = linears_of(model)[1]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,14 +17,11 @@ from command_harness import LORA, QUICK, ZEROTH, call, pulled_after, tuned
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.common.events import Measured, as_dict
 from fleetune.data.encode import encode_all
-from fleetune.deploy.measure import job as measuring
 from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence
 from fleetune.evaluation.losses import text_rows
 from fleetune.models import Model
-from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import LOGITS
 from fleetune.subject import Compressed
 from fleetune.tuning.result import finished
@@ -94,22 +90,6 @@ def test_a_compressed_model_is_compared_with_the_dense_one(
         )
 
 
-def test_the_table_shows_it_with_its_error(tiny: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compress", tiny, *RTN, *TEXT]) == 0
-    out, _ = capsys.readouterr()
-    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
-    (folder,) = (at / "runs").iterdir()
-    after = json.loads((folder / "compress.json").read_text())["result"]["after"]
-    value, sign, error = lines["kl_divergence"]
-    assert (float(value), sign, float(error)) == (
-        pytest.approx(after["kl_divergence"], abs=5.1e-5),
-        "±",
-        pytest.approx(after["kl_divergence_error"], abs=5.1e-5),
-    )
-    assert lines["same_top"] == [f"{after['same_top']:.1f}", "±", f"{after['same_top_error']:.1f}", "%"]
-    assert not {"kl_divergence_error", "same_top_error", "kl_tokens"} & set(lines)
-
-
 def test_a_run_is_compared_on_the_rows_that_it_was_not_calibrated_on(
     tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,50 +114,6 @@ def test_a_run_is_compared_on_the_rows_that_it_was_not_calibrated_on(
     assert seen[-1]["base_loss"] > 0
 
 
-def test_a_pruned_model_and_a_student_are_compared_too(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dense, texts = models.load(tiny), [(at / "text.txt").read_text()]
-    pruner = [
-        "--set",
-        "ratio=0.3",
-        "--set",
-        "recover=none",
-        "--set",
-        "mode=depth",
-        "--set",
-        "first=0",
-        "--set",
-        "last=0",
-    ]
-    _, told, _ = call(
-        capsys, "compress", tiny, "--method", "llm-pruner", *pruner, "--windows", "2", "--length", "16", *TEXT
-    )
-    assert told[-1]["event"] == "done", told[-1]
-    model = models.load(f"{told[-1]['folder']}/model")
-    close(told[-1]["after"], expected(dense, model, text_rows(dense, texts)))
-    assert told[-1]["pruned"] == told[-1]["after"]
-    teacher = models.tiny_llama(seed=4)
-    models.save(teacher.net, teacher.tokenizer, at / "teacher")
-    student = ["teacher=./teacher", "steps=2", "batch_size=1", "max_new_tokens=4", "lmbda=0"]
-    _, told, _ = call(
-        capsys,
-        "compress",
-        tiny,
-        "--method",
-        "gkd",
-        "--data",
-        "rows.jsonl",
-        *TEXT,
-        *(word for each in student for word in ("--set", each)),
-    )
-    assert told[-1]["event"] == "done", told[-1]
-    model, rows = models.load(f"{told[-1]['folder']}/model"), text_rows(dense, texts)
-    close(told[-1]["after"], expected(teacher, model, rows))
-    close(told[-1]["before"], expected(teacher, dense, rows))
-    assert "kl_divergence" not in told[-1]["teacher"]
-
-
 def test_ctrl_c_leaves_no_logits_and_a_resumed_compression_states_the_same(
     tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,41 +131,6 @@ def test_ctrl_c_leaves_no_logits_and_a_resumed_compression_states_the_same(
     (folder / LOGITS).write_bytes(b"what a copy of a killed one brought")
     assert call(capsys, "compress", "--resume", str(folder))[0] == 0
     assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
-
-
-def test_an_infinite_divergence_is_null_in_the_files(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(capsys, "compress", tiny, *RTN, *TEXT)[0] == 0
-    (folder,) = (at / "runs").iterdir()
-    known = compression_folder.record(folder)["result"]
-    known["after"] |= {"kl_divergence": math.inf, "perplexity": math.nan}
-    compression_folder.write_record(folder, compression_folder.request_of(folder), known)
-    line = Measured(
-        name="codes",
-        engine="torch",
-        path=str(folder),
-        bytes=1,
-        bits_linear=4.0,
-        bits=4.0,
-        peak_rss=1,
-        prefill=None,
-        generate=None,
-        kl_divergence=math.inf,
-        kl_tokens=7,
-    )
-    measuring._write(folder, {}, [as_dict(line)], {})
-
-    def strict(name: str) -> Any:
-        return json.loads((folder / name).read_text(), parse_constant=lambda text: pytest.fail(text))
-
-    after = strict("compress.json")["result"]["after"]
-    assert (after["kl_divergence"], after["perplexity"]) == (None, None)
-    assert after["same_top"] == known["after"]["same_top"]
-    (row,) = strict("measure.json")["rows"]
-    assert (row["kl_divergence"], row["kl_tokens"]) == (None, 7)
-    assert call(capsys, "compress", "--resume", str(folder))[1][-1]["after"] == after
-    assert main(["runs", "show", "1"]) == 0
 
 
 # --- eval ---------------------------------------------------------------------------------------------------

@@ -91,45 +91,6 @@ def test_only_the_answers_tokens_count_whatever_the_chunk(beta: float) -> None:
             torch.testing.assert_close(grad, grads[name], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("beta", [0.3])
-def test_the_models_gradient_by_finite_differences(beta: float) -> None:
-    student, teacher = pair()
-    student.net.double().requires_grad_(True)
-    batch = collate(rows(3, 3), END)
-
-    def loss() -> Tensor:
-        return between(student, teacher, batch, beta, chunk=4).mean()
-
-    loss().backward()
-    g = torch.Generator().manual_seed(5)
-    way = {p: torch.randn(p.shape, generator=g).double() for p in student.net.parameters()}
-    slope = sum(float((p.grad * d).sum()) for p, d in way.items() if p.grad is not None)
-    values = []
-    for sign in (1, -2):
-        with torch.no_grad():
-            for p, d in way.items():
-                p.add_(d, alpha=sign * 1e-3)
-            values.append(loss().item())
-    assert (values[0] - values[1]) / 2e-3 == pytest.approx(slope, rel=5e-3)  # norms are fp32
-
-
-def test_the_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    real = distillation.divergence
-    monkeypatch.setattr(
-        distillation, "divergence", lambda Q, P, beta: seen.append(len(Q)) or real(Q, P, beta)
-    )
-    monkeypatch.setattr(distillation, "CHUNK_BYTES", 16 * 264 * 5)
-    student, teacher = pair()
-    student.net.requires_grad_(True)
-    found = between(student, teacher, collate(rows(0, 4), END), 0.5)
-    assert max(seen) == 5
-    forward = len(seen)
-    assert forward == math.ceil(len(found) / 5)
-    found.sum().backward()
-    assert len(seen) == 2 * forward  # made again, not kept
-
-
 def test_a_model_that_caps_its_logits_and_a_head_with_more_rows() -> None:
     """What a model does after its head counts; rows of padding in one head do not."""
     teacher = models.tiny_llama(1, vocab=300)

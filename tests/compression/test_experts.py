@@ -17,8 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fleetune
 from fleetune import compression, models
-from fleetune.compression.jobs import inputs as job_inputs
-from fleetune.compression.jobs import solve
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import Plan, linears_of, place_weights, restored_weights
@@ -26,9 +24,6 @@ from fleetune.compression.layerwise.experts import Experts, Routed, hessian
 from fleetune.errors import RecipeError
 from fleetune.models import Model, artefact, tiny_tokenizer
 from fleetune.models.artefact import Master, Quantised
-from fleetune.models.shapes import shape_of
-from fleetune.runs.compression_folder import CompressRequest
-from heard import Heard
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SIZES: dict[str, Any] = {
@@ -268,39 +263,6 @@ def test_experts_of_which_transformers_says_nothing_stay(tmp_path: Path) -> None
     folder = folder_of("llama4_text", tmp_path / "m", **changes)
     made = fleetune.compress(folder, method="rtn", settings={"group": 32}, out=tmp_path / "runs").folder
     assert Master(made / "model").head.experts == {}
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_the_plan_counts_rows_and_columns_of_experts(family: str) -> None:
-    net = model_of(family).net
-    found = {linear.name: (linear.out, linear.into) for linear in shape_of(net.config).experts}
-    assert found == {
-        f"model.layers.{i}.mlp.experts.{part}": of
-        for i in range(3)
-        for part, of in (("gate_up_proj", (4 * 2 * 64, 32)), ("down_proj", (4 * 32, 64)))
-    }
-
-
-@pytest.mark.parametrize(
-    ("normed", "notes"),
-    [
-        (True, []),
-        (
-            False,
-            [
-                "no GGUF file can be made of the result: GGUF has no place for norm_topk_prob=False in a qwen3_moe"
-            ],
-        ),
-    ],
-)
-def test_what_the_export_would_refuse_is_said_before_the_work(
-    normed: bool, notes: list[str], tmp_path: Path
-) -> None:
-    folder_of("qwen3_moe", tmp_path / "m", norm_topk_prob=normed)
-    request, heard = CompressRequest(str(tmp_path / "m"), False, "rtn"), Heard()
-    solver: Any = compression.make("rtn", {"group": 8})
-    solve.prepare(request, solver, job_inputs.load(request, offline=True), heard)
-    assert heard.notes == notes
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes

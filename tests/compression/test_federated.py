@@ -243,7 +243,6 @@ def lying(kind: str) -> Callable[[ClientHessians], None]:
     [
         ("not positive semidefinite", "makes it not positive semidefinite"),
         ("the largest everywhere", "times the median of the devices, 4 at most"),
-        ("1e5", "times the median of the devices, 4 at most"),
         ("5", "times the median of the devices, 4 at most"),
     ],
 )
@@ -333,16 +332,6 @@ def test_a_stopped_one_goes_on_and_counts_no_block_twice(tmp_path: Path) -> None
     assert {r.block for r in more} == {2}
     assert all(r.bytes_down == 0 for r in more)  # they had the block already
     assert all_replies[-1].bytes_down > 0
-
-
-def test_a_bf16_model_and_dense_results_travel_too(tmp_path: Path) -> None:
-    model = models.tiny_llama()
-    model.net.to(torch.bfloat16)
-    parts, replies = by_clients(model, SHARES, tmp_path, solver=compression.make("sparsegpt", {}))
-    weights = [parts[n] for n in parts]
-    assert all(isinstance(w, Tensor) and w.dtype == torch.bfloat16 for w in weights)
-    assert all(r.status == "ok" for r in replies)
-    assert replies[-1].bytes_down > sum(w.nbytes for w in weights if isinstance(w, Tensor)) / 2
 
 
 def test_memory_does_not_grow_with_the_devices(tmp_path: Path) -> None:

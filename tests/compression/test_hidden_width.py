@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 
 from fleetune import models
 from fleetune.compression.pruning import hidden_width
-from fleetune.compression.pruning.importance import GradientSums
 from fleetune.data import Encoded
 from fleetune.models import Model, digest, named_tensors
 from fleetune.models.families.widths import block_widths
@@ -92,15 +91,6 @@ def test_importance_is_the_papers(kind: str, family: str, tied: bool) -> None:
     torch.testing.assert_close(mine.sort(0).values, theirs.sort(0).values, rtol=2e-4, atol=5e-7)
     assert digest(named_tensors(model.net)) == before
     assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.net.parameters())
-
-
-def test_estimation_takes_one_copy_for_the_first_order_and_two_for_mixed() -> None:
-    """A tied embedding's gradient comes once, whole, and none of the gradients outlives its folding."""
-    model = model_of("llama")
-    for kind, copies in (("first", 1), ("second", 1), ("mixed", 2)):
-        sums = GradientSums(kind, 2)
-        sums.gather(model, rows(0, 2), hidden_width.residual_layers(model.net), lambda *_: None)
-        assert sum(t.numel() for held in (sums.g, sums.F) for t in held.values()) == copies * model.n_params
 
 
 def test_one_ranking_of_all_members() -> None:
@@ -212,17 +202,6 @@ def test_transformers_loads_it(family: str, tied: bool, tmp_path: Path) -> None:
     assert torch.equal(net.generate(IDS, max_new_tokens=6), pruned.net.generate(IDS, max_new_tokens=6))
     assert (net.lm_head.weight is net.model.embed_tokens.weight) == tied
     assert models.load(str(tmp_path / "saved"), device="cpu").digest == pruned.digest
-
-
-def test_the_width_of_a_head_is_said_where_it_was_not(tmp_path: Path) -> None:
-    """A Qwen2 configuration need not have it; of a narrower model it would be taken for another one."""
-    model = model_of("qwen2")
-    del model.net.config.head_dim
-    pruned = narrower(ratio=0.5).prune(model, rows(0, 2))
-    models.save(pruned.net, pruned.tokenizer, tmp_path / "saved")
-    net = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert (net.config.hidden_size, net.config.head_dim) == (18, 4)
-    assert torch.equal(logits(net), logits(pruned.net))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -16,7 +16,6 @@ from pruner_harness import tiny
 
 import fleetune
 from fleetune import models
-from fleetune.common import folders
 from fleetune.compression.jobs import solve
 from fleetune.compression.methods import optq, rtn
 from fleetune.errors import Interrupted
@@ -128,24 +127,6 @@ def test_a_finished_one_whose_model_is_gone_is_made_anew(
     assert again[-1]["digest"] == first[-1]["digest"]
 
 
-def test_a_kill_while_the_model_is_written_leaves_nothing(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folders, "_flush_tree", die)
-        patch.setattr(
-            folders.shutil, "rmtree", lambda *args, **kwargs: None
-        )  # a killed process cleans nothing up
-        with pytest.raises(Killed):
-            call(capsys, "compress", model, *WORK["optq"].split())
-    capsys.readouterr()
-    (folder,) = (at / "runs").glob("0001-*")
-    assert list(folder.glob(".model.*.tmp"))
-    code, _, err = call(capsys, "compress", "--resume", "latest")
-    assert code == 0, err
-    assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
-
-
 @pytest.mark.parametrize(
     "point",
     [
@@ -218,20 +199,6 @@ def test_a_stop_while_measuring_is_heard_and_resumed_to_the_same_bits(little: Pa
     assert again.folder == Path("runs/0002-rtn-little")
     assert (again.digest, again.done.after) == (whole.digest, whole.done.after)
     assert not list(again.folder.glob("*.npy"))
-
-
-class Hasty(Heard):
-    """Ctrl-C as soon as the header is shown: the job's folder is there."""
-
-    def header(self, title: str, rows: object) -> None:
-        raise KeyboardInterrupt
-
-
-def test_so_does_one_that_is_stopped_before_its_first_step(little: Path) -> None:
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        fleetune.compress("little", method="rtn", listener=Hasty())
-    assert stopped.value.__notes__ == ["fleetune compress --resume runs/0001-rtn-little"]
-    assert fleetune.resume_compression("runs/0001-rtn-little").digest
 
 
 def test_eval_counts_rows_answers_and_what_is_compared(little: Path) -> None:

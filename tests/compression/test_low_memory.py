@@ -23,11 +23,10 @@ from fleetune.common import memory
 from fleetune.compression.jobs import solve
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.compression.layerwise import driver
-from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import ClientHessians
 from fleetune.models.artefact import dense
-from fleetune.models.lazy import LazyWeight, in_memory, weights_of
+from fleetune.models.lazy import LazyWeight
 from fleetune.models.net.saving import write_in_turn
 from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
@@ -53,16 +52,6 @@ def saved(
     tiny.net.to(dtype).save_pretrained(folder, max_shard_size=shard)
     tiny.tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-def test_a_part_is_held_for_as_long_as_it_is_asked_for(tmp_path: Path) -> None:
-    model = models.load(saved(tmp_path / "m", torch.bfloat16), device="cpu", base="mapped")
-    block, every = linears_of(model)[1][0], weights_of(model.net)
-    with torch.inference_mode(), in_memory(block):
-        model.net(input_ids=torch.zeros(1, 4, dtype=torch.int64))
-        assert not weights_of(block)
-        assert len(weights_of(model.net)) == len(every) - 7
-    assert weights_of(model.net) == every
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
@@ -224,15 +213,6 @@ def llama(layers: int = 2, **sizes: int) -> LlamaConfig:
     )
 
 
-def test_hessians_are_counted_once_for_each_input() -> None:
-    model = models.tiny_llama()
-    with torch.inference_mode():
-        H = HiddenStates(model, torch.zeros(1, 4, dtype=torch.int64)).hessians(0, linears_of(model)[0][1])
-    distinct = {id(h): h.nbytes for h in H.values()}
-    block = next(iter(compression_cost.blocks(shape_of(model.net.config)).values()))
-    assert compression_cost.hessians(block) == sum(distinct.values())
-
-
 def test_the_plan_with_low_memory_does_not_depend_on_the_blocks() -> None:
     def peak(layers: int, **work: Any) -> int:
         return sum(
@@ -294,20 +274,6 @@ def test_the_disk_holds_the_states_of_clients_that_wait(tmp_path: Path) -> None:
     shape, alone = (shape_of(model.net.config), solve.size_of(compression.make("optq", {"group": 8}), 6, 16))
     more = compression_cost.disk(shape, alone._replace(clients=2)) - compression_cost.disk(shape, alone)
     assert more == pytest.approx(waiting, rel=0.05)
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak starts anew on Linux alone")
-def test_the_peak_is_that_of_this_compression_and_not_of_what_was_done_before(
-    at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    earlier = torch.ones(600_000_000 // 4)
-    before = memory.peak_rss()
-    del earlier
-    code, events, err = call(
-        capsys, "compress", saved(at / "m"), "--set", "group=8", "--text", "text.txt", "--length", "16"
-    )
-    assert code == 0, err
-    assert events[-1]["peak_rss"] < before - 300e6
 
 
 def test_what_it_takes_is_said_before_it_begins(

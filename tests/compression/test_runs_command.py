@@ -18,7 +18,6 @@ from command_harness import QUICK, ZEROTH, call
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.common import files
 from fleetune.compression.jobs import solve as layerwise
 from fleetune.runs import rundir
 
@@ -84,62 +83,6 @@ def test_a_run_that_something_was_made_from_stays(
     assert call(capsys, "runs", "rm", "2", "4")[0] == 0, "with all that needs it"
     assert list(Path("runs").iterdir()) == []
     assert "of runs rm alone" in refused(capsys, "runs", "--force")
-
-
-def test_what_was_made_from_a_run_that_is_gone_is_measured_on_given_rows(
-    tiny: str, made: Path, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    a_run(made)
-    a_run(made)
-    assert call(capsys, "compress", "2", *RTN)[0] == 0
-    assert call(capsys, "runs", "rm", "2", "--force")[0] == 0
-    assert Path("runs/latest").resolve().name == "0001-fedkseed-tiny"
-    err = refused(capsys, "eval", "3")
-    assert "runs/0002-fedkseed-tiny, which is gone" in err
-    assert "fleetune eval runs/0003-rtn-fedkseed-tiny rows.jsonl" in err
-    assert call(capsys, "eval", "3", "rows.jsonl", "--tasks", "loss")[0] == 0
-    err = refused(capsys, "measure", "3", "--data", "rows.jsonl")
-    assert "there is no run at runs/0002-fedkseed-tiny" in err
-    assert "fleetune measure FOLDER/model --data rows.jsonl" in err
-    shutil.rmtree("runs/0003-rtn-fedkseed-tiny/model")
-    assert "the run runs/0002-fedkseed-tiny is gone" in refused(capsys, "compress", "--resume", "3")
-
-
-def test_a_compression_is_shown_and_not_compared(
-    tiny: str, made: Path, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    a_run(made)
-    code, told, err = call(capsys, "compress", "1", *RTN, "--eval-text", "text.txt")
-    assert code == 0, err
-    for name in ("2", "latest", "0002-rtn-fedkseed-tiny", "runs/0002-rtn-fedkseed-tiny"):
-        code, (shown,), err = call(capsys, "runs", "show", name)
-        assert code == 0, err
-        assert (shown["event"], shown["folder"]) == ("compressed", "runs/0002-rtn-fedkseed-tiny")
-        assert (shown["asked"]["method"], shown["asked"]["set"]) == ("rtn", {"group": "8"})
-        assert shown["asked"]["eval_text"] == "text.txt"
-        assert shown["result"] == {k: told[-1][k] for k in shown["result"]}
-        assert {"before", "after", "digest"} <= shown["result"].keys()
-    assert main(["runs", "show", "2"]) == 0
-    said = capsys.readouterr().out
-    before, after = (told[-1][k]["perplexity"] for k in ("before", "after"))
-    assert f"{before:.2f} before, {after:.2f} after" in said
-    assert all(text in said for text in ("runs/0001-fedkseed-tiny", "group 8", "done", told[-1]["digest"]))
-    assert "fleetune measure runs/0002-rtn-fedkseed-tiny" in said
-    err = refused(capsys, "runs", "compare", "1", "2")
-    assert "runs compare is of tuned runs; 2 was compressed" in err
-    assert "fleetune measure 1 2 --data FILE" in err
-    record = Path("runs/0002-rtn-fedkseed-tiny/compress.json")
-    left = {k: v for k, v in files.read_json(record, "").items() if k != "result"}
-    record.write_text(json.dumps(left))
-    assert main(["runs", "show", "2"]) == 0
-    said = capsys.readouterr().out
-    assert "stopped" in said
-    assert "fleetune compress --resume runs/0002-rtn-fedkseed-tiny" in said
-    record.write_text("{")
-    assert call(capsys, "runs")[1][-1]["status"] == "damaged"
-    assert "is damaged" in refused(capsys, "runs", "show", "2", code=1)
-    record.write_text('{"model": "x"}')
-    assert "is damaged" in refused(capsys, "runs", "show", "2", code=1)
 
 
 def test_a_run_is_recorded_by_a_name_that_stays_its_own(
