@@ -27,8 +27,7 @@ from fleetune.fleet.audit import Audit
 from fleetune.fleet.flower import wire
 from fleetune.fleet.keys import fingerprint
 from fleetune.fleet.orders import job_of
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Silent
