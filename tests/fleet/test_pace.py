@@ -21,8 +21,7 @@ from fleetune.fleet.orders import Device, Order, Reply
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
-from fleetune.tuning.rounds.fleets import OLDEST, Answer
-from fleetune.tuning.rounds.kinds import Wanted
+from fleetune.tuning.rounds.fleets import OLDEST, Answer, Wanted
 
 USE = Pace(grace=0.2, poll=0.001, late=True, again=0.02)
 DROP = dataclasses.replace(USE, late=False)

@@ -29,7 +29,7 @@ from fleetune.models.loading.tiny import tiny_bert
 from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, encode
-from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 ROOT = Path(__file__).resolve().parents[2]
 RATES = plan.Rates(flops=1e11, copy=1e10)

@@ -23,10 +23,10 @@ from fleetune.tuning.methods._zeroth import draw
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.rounds.fleets import OLDEST, Answer
-from fleetune.tuning.rounds.fleets.late import LateReplies
-from fleetune.tuning.rounds.fleets.local import Faults, LocalFleet
+from fleetune.tuning.rounds.late import LateReplies
 from fleetune.tuning.rounds.replies import Replies, Round
 from fleetune.tuning.rounds.rounds import Hooks, RoundPlan, run, sample
+from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 
 BASE = b"12345678"
 CASES: dict[str, dict[str, Any]] = {

@@ -27,8 +27,7 @@ from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Rep
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.table import Devices, apart
 from fleetune.seeds.noise import derive
-from fleetune.tuning.rounds.fleets import OLDEST, Answer, outrun
-from fleetune.tuning.rounds.kinds import ONE, Wanted
+from fleetune.tuning.rounds.fleets import OLDEST, ONE, Answer, Wanted, outrun
 
 log = logging.getLogger(__name__)
 

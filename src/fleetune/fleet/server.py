@@ -31,8 +31,7 @@ from fleetune.runs.rundir import RunDir
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import settled
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.rounds.fleets import Fleet
-from fleetune.tuning.rounds.kinds import ONE, Wanted, wanted
+from fleetune.tuning.rounds.fleets import ONE, Fleet, Wanted, wanted
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare.prepare import TuneJob

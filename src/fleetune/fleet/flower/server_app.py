@@ -37,8 +37,7 @@ from fleetune.tuning.prepare.prepare import check, check_aggregation
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.recipe.settled import about_rule, for_devices
-from fleetune.tuning.rounds.fleets import Fleet
-from fleetune.tuning.rounds.kinds import wanted
+from fleetune.tuning.rounds.fleets import Fleet, wanted
 from fleetune.tuning.run import run as running
 
 if TYPE_CHECKING:

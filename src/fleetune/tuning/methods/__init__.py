@@ -24,8 +24,8 @@ import numpy as np
 from fleetune.common.registry import Member, Registry
 from fleetune.common.settings import Setting, Value, of
 from fleetune.common.settings import make as make_of
+from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, Rule
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import FEWEST, MEAN, Rule
 
 if TYPE_CHECKING:
     from fleetune.data import Batches

@@ -40,9 +40,9 @@ from fleetune.seeds import slopes
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.slopes import Slopes
 from fleetune.seeds.spsa import descend
+from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import INT32, UNITS, rounded
 

@@ -54,9 +54,9 @@ from fleetune.models.net.model import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import derive, probe
 from fleetune.seeds.spsa import slope, uniforms
+from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import UNITS, pool_ids, rounded
 

@@ -35,7 +35,7 @@ from fleetune.models.mapped.bases import BLOCKS
 from fleetune.models.net.model import Model
 from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods
-from fleetune.tuning.exchange import robust
+from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.prepare import estimate, labels, rate_search, rates
 from fleetune.tuning.prepare.estimate import Estimate
@@ -45,7 +45,7 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe import recipe_problems
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.recipe.settled import settled
-from fleetune.tuning.rounds import kinds, rounds
+from fleetune.tuning.rounds import fleets, rounds
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         lambda: check_columns(recipe.columns),
         lambda: check_partition_spec(recipe.partition),
         lambda: objectives.get(str(recipe.set.get("objective", "loss"))),
-        lambda: robust.parse(recipe.aggregation),
+        lambda: aggregation.parse(recipe.aggregation),
         lambda: estimate.seconds_of(recipe.within),
         lambda: parse_bytes(recipe.ram or None),
     )
@@ -138,7 +138,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
 def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:
     """Raise RecipeError where the replies of so many clients cannot be combined by the recipe's rule."""
     asked = len(rounds.sample(range(clients), recipe.participation, recipe.seed, 1))
-    if why := method.rule_problem(robust.parse(recipe.aggregation), asked):
+    if why := method.rule_problem(aggregation.parse(recipe.aggregation), asked):
         raise RecipeError(
             [f"aggregation = {recipe.aggregation!r} does not fit method = {recipe.method!r}: {why}"],
             hint="rules, and what each withstands: docs/safety.md",
@@ -150,12 +150,12 @@ def _of_fleet(method: Method, recipe: Recipe) -> list[str]:
     late = ""
     if recipe.late == "use":
         late = method.late_problem()
-        if not late and robust.parse(recipe.aggregation).name != "mean":
+        if not late and aggregation.parse(recipe.aggregation).name != "mean":
             late = (
                 f"aggregation = {recipe.aggregation!r} compares the replies of one round, and a late one is a step of another; "
                 "use aggregation=mean or late=drop"
             )
-    found = [kinds.problem(method, recipe.kinds), f"late = use: {late}" if late else ""]
+    found = [fleets.kinds_problem(method, recipe.kinds), f"late = use: {late}" if late else ""]
     return [problem for problem in found if problem]
 
 

@@ -36,9 +36,8 @@ from fleetune.common.events import ClientReply
 from fleetune.common.memory import rss
 from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
 from fleetune.runs.rundir import RunDir
+from fleetune.tuning.exchange.aggregation import FEWEST, IN_MEMORY, MEAN, Rule, Spool, usual
 from fleetune.tuning.exchange.messages import NotFiniteError, Payload, ReplySpec, check, decode
-from fleetune.tuning.exchange.robust import FEWEST, MEAN, Rule, usual
-from fleetune.tuning.exchange.spool import IN_MEMORY, Spool
 from fleetune.tuning.methods import Method, Reply
 from fleetune.tuning.rounds.fleets import Answer
 

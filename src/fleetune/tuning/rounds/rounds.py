@@ -24,13 +24,11 @@ from fleetune.errors import FleetError, MessageError
 from fleetune.runs import rundir
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, usual
 from fleetune.tuning.exchange.messages import Message, Payload, encode
-from fleetune.tuning.exchange.robust import MEAN, Rule, usual
 from fleetune.tuning.methods import Method
 from fleetune.tuning.rounds import checkpoint
-from fleetune.tuning.rounds import course as courses
-from fleetune.tuning.rounds.checkpoint import StandsOn, Totals
-from fleetune.tuning.rounds.course import Course
+from fleetune.tuning.rounds.checkpoint import Course, StandsOn, Totals
 from fleetune.tuning.rounds.fleets import Fleet
 from fleetune.tuning.rounds.replies import Replies, Round
 from fleetune.tuning.rounds.watch import advice
@@ -171,7 +169,7 @@ def _outcome(run: RunDir, state: Any, totals: Totals, last: int, plan: RoundPlan
     if not plan.keep_best or course.best in (None, last):
         return Outcome(state, totals, last, last, course)
     assert course.best is not None
-    best, _ = checkpoint.unpack(checkpoint.decode(courses.kept(run.path, course.best)), state)
+    best, _ = checkpoint.unpack(checkpoint.decode(checkpoint.read_best(run.path, course.best)), state)
     return Outcome(best, totals, course.best, last, course)
 
 
@@ -182,7 +180,7 @@ def keep_best_of(lost: ModelLostError, run: RunDir, plan: RoundPlan) -> None:
         return
     assert course.best is not None
     try:
-        saved = checkpoint.decode(courses.kept(run.path, course.best))
+        saved = checkpoint.decode(checkpoint.read_best(run.path, course.best))
     except MessageError as error:  # the last good round's is the result then
         log.warning("%s", error)
         return
@@ -210,7 +208,7 @@ def _start(
         fleet.check_kept(checkpoint.kept_in(payload))
         best = checkpoint.course_in(payload).best
         if plan.keep_best and best is not None:
-            checkpoint.decode(courses.kept(run.path, best))
+            checkpoint.decode(checkpoint.read_best(run.path, best))
         return payload
 
     totals = Totals()
@@ -219,7 +217,7 @@ def _start(
             hooks.note(f"{run.path} has no checkpoint left: the run begins anew")
         run.cut(-1)
         fleet.rewind(0)
-        courses.cut(run, -1)
+        checkpoint.cut_bests(run, -1)
         course = Course().after(0, hooks.score(hooks.begin() or {}))._replace(stale=0)
         _write(0, state, _until_now(totals, hooks), plan, run, fleet, course)
         return 0, state, totals, course
@@ -230,7 +228,7 @@ def _start(
         hooks.note(told)
     fleet.rewind(last)
     fleet.forget_before(last + 1 - plan.kept)
-    courses.cut(run, last)
+    checkpoint.cut_bests(run, last)
     hooks.resumed()
     return last, state, totals, checkpoint.course_in(payload)
 
@@ -246,10 +244,10 @@ def _write(
     """Make a round count: write its checkpoint, with all that it stands on; the state of a new best round before it."""
     data = checkpoint.encode(round, state, totals, plan.stands_on, run.metrics.size, fleet.kept(), course)
     if plan.keep_best and course.best == round:
-        courses.keep(run, round, data)
+        checkpoint.keep_best(run, round, data)
     run.checkpoint(round, data)
     if plan.keep_best:
-        courses.forget(run)
+        checkpoint.forget_bests(run)
 
 
 def _played(

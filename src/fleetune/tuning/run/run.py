@@ -32,7 +32,7 @@ from fleetune.runs import env_file, rundir, trackers
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
-from fleetune.tuning.exchange import robust
+from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.methods import entry
 from fleetune.tuning.prepare import estimate
 from fleetune.tuning.prepare.prepare import CheckMemory, TuneJob, check, checked, prepare, timed
@@ -249,7 +249,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         recipe.eval_every,
         bytes.fromhex(model.digest)[:8],
         stands_on,
-        robust.parse(recipe.aggregation),
+        aggregation.parse(recipe.aggregation),
         recipe.over_selection,
         OLDEST if recipe.late == "use" else 0,
         recipe.patience,
@@ -334,8 +334,8 @@ class _Sitting:
 def _first(job: TuneJob) -> Any:
     """Return the state before round 1; a ledger states the rule by which replies are combined."""
     state = job.method.init(job.model, derive(job.recipe.seed, "init"))
-    rule = robust.parse(job.recipe.aggregation)
-    if job.entry.kind != "ledger" or rule == robust.MEAN:
+    rule = aggregation.parse(job.recipe.aggregation)
+    if job.entry.kind != "ledger" or rule == aggregation.MEAN:
         return state
     head = dataclasses.replace(state.ledger.head, aggregation=rule.text)
     return state._replace(ledger=dataclasses.replace(state.ledger, head=head))

@@ -14,11 +14,10 @@ from fleetune.runs.rundir import RunDir
 from fleetune.tuning.prepare.prepare import TuneJob
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds import rounds
-from fleetune.tuning.rounds.fleets import Fleet
-from fleetune.tuning.rounds.fleets.late import LateReplies
-from fleetune.tuning.rounds.fleets.local import Faults, LocalFleet
-from fleetune.tuning.rounds.fleets.memories import Memories
-from fleetune.tuning.rounds.kinds import wanted
+from fleetune.tuning.rounds.fleets import Fleet, wanted
+from fleetune.tuning.rounds.late import LateReplies
+from fleetune.tuning.rounds.local_work import Memories
+from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 
 Step = Callable[[int, int], None]  # called with a client and the number of its next local step
 

@@ -23,11 +23,9 @@ from fleetune.models.net.model import Model
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
-from fleetune.tuning.rounds.fleets import OLDEST, Answer, outrun
-from fleetune.tuning.rounds.fleets.late import LateReplies
-from fleetune.tuning.rounds.fleets.local_work import WorkDone, work
-from fleetune.tuning.rounds.fleets.memories import Memories
-from fleetune.tuning.rounds.kinds import Wanted, wanted
+from fleetune.tuning.rounds.fleets import OLDEST, Answer, Wanted, outrun, wanted
+from fleetune.tuning.rounds.late import LateReplies
+from fleetune.tuning.rounds.local_work import Memories, WorkDone, work
 
 log = logging.getLogger(__name__)
 
