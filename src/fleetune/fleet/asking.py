@@ -39,7 +39,7 @@ class Asking:
     at_once: int = 0  # how many may be at work, 0 for any number
     room: int = 0  # bytes that an answer may have, 0: the usual
     replies: int = 0  # that have come
-    heard: int = 0  # devices that have worked for this round, well or not, or were heard late
+    heard: int = 0  # devices that have worked for this round, well or not
     over: bool = False  # its time is up
     began: float = field(default_factory=time.monotonic)
     waiting: dict[int, float] = field(init=False)  # client -> since when it is waited for
@@ -52,14 +52,11 @@ class Asking:
         self.waiting = dict.fromkeys(self.orders, self.began)
         self.next_word = self.began + WORD
 
-    def goes_on(self, *, late: bool) -> bool:
-        """Tell whether the round is to be waited for; `late`: whether a late reply is on its way.
-
-        A round in which no device has worked waits for the late ones.
-        """
+    def goes_on(self) -> bool:
+        """Tell whether the round is to be waited for."""
         if self.over or (self.goal and self.replies >= self.goal):
             return False
-        return bool(self.waiting or self.sent or self.declined) or (late and not self.heard)
+        return bool(self.waiting or self.sent or self.declined)
 
     def given(self, client: int, number: str) -> None:
         """Note that a client was given its order."""
@@ -100,4 +97,4 @@ class Asking:
         shown = [f"{name(c)} ({does[c]})" for c in sorted(does)[:SHOWN]]
         more = f" and {len(does) - SHOWN} more" if len(does) > SHOWN else ""
         few = f"{self.goal - self.replies} of " if self.goal else ""
-        yield f"round {self.round}: waiting for {few}{', '.join(shown) or 'late replies'}{more}"
+        yield f"round {self.round}: waiting for {few}{', '.join(shown)}{more}"

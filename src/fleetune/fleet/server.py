@@ -134,10 +134,6 @@ class Served:
             self._fleet.end(self.farewell)
         self._gate.close()
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise UsageError where late replies are to be used and every round waits for all."""
-        self.pace.check(recipe)
-
     def settled(self, recipe: Recipe, named: Collection[str]) -> Recipe:
         """Return the recipe as these devices run it; it names the options `named` itself."""
         entry, _ = prepare.check(recipe)
@@ -195,7 +191,6 @@ class Served:
         devices = Devices(run.path)
         told = job_of(job, devices.run)
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
-        self.pace = self.pace.of(job.recipe)
         kinds = wanted(job.method, job.recipe.kinds)
         return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds)
 

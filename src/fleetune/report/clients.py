@@ -150,9 +150,7 @@ def replies(run: RunLog) -> str:
     series = [(("accepted" if k == "ok" else k), v) for k, v in tally.items() if any(v)]
     shades = [colour for kind, colour in kinds.items() if any(tally[kind])]
     tips = [f"round {r}: " + ", ".join(f"{v[i]:g} {n}" for n, v in series) for i, r in enumerate(rounds)]
-    came = sum(str(e.get("status")) == "ok" and bool(e.get("late")) for e in run.clients)
-    later = f" in their round; {came} counted in a later one" if came else ""
-    desc = f"{len(lost)} of {len(run.clients) - came} replies did not count{later}."
+    desc = f"{len(lost)} of {len(run.clients)} replies did not count."
     drawing = charts.stacked_bars(
         "replies",
         "Replies by round",

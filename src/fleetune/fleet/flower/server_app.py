@@ -112,10 +112,6 @@ class SuperNodes:
     pace: Pace
     simulated = False
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise UsageError where late replies are to be used and every round waits for all."""
-        self.pace.check(recipe)
-
     def settled(self, values: Mapping[str, Any]) -> Recipe:
         """Return the recipe of these keys as SuperNodes run it."""
         recipe = recipes.make(values)
@@ -145,7 +141,7 @@ class SuperNodes:
             devices,
             job_of(job, devices.run),
             job.recipe.seed,
-            self.pace.of(job.recipe),
+            self.pace,
             note=listener.note,
             audit=Audit(run.path).write,
             kinds=wanted(job.method, job.recipe.kinds),

@@ -248,31 +248,26 @@ class Method(_zeroth.OfLedger):
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Set A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once.
 
-        Another `rule` combines a_{c,k} over the clients that have drawn direction k.  Replies that come late may be of an
-        earlier pool.
+        Another `rule` combines a_{c,k} over the clients that have drawn direction k.
         """
-        epoch, p = self.epoch(state), self.probabilities(state)
-        combined = rule.combining(sums={str(epoch): np.zeros(self.K)})
+        p, combined = self.probabilities(state), rule.combining()
         sizes = Sizes(state.size.copy(), state.seen.copy())
         units = UNITS * pro_weights(p, self.K)  # of a slope of 1 along each direction
         for reply in replies:
-            sent = reply.stood_on or state
             w = reply_weight(reply.payload, self.codec, self.K, mixed=self.backprop > 0)
             if "projected" in reply.payload.arrays:
                 sums = self.codec.integers(reply.payload.array("projected"))
             else:
-                k, c = self.codec.walk(reply, p if sent is state else self.probabilities(sent), self.K)
+                k, c = self.codec.walk(reply, p, self.K)
+                sizes.add(k, c / units[k])
                 sums = summed(k, c, self.K)
-                if sent is state:
-                    sizes.add(k, c / units[k])
                 sums = sums if rule.name == "mean" else self.drawn_only(sums, reply, p, rule)
-            combined.add(w, {str(self.epoch(sent)): reply.discount * sums})
+            combined.add(w, {"a": sums})
         ledger, moments = state.ledger, state.moments
-        found = {int(pool): sums for pool, sums in combined.tensors().items()} if combined.total else {}
-        for pool, sums in sorted(found.items()):
-            mean = sums / UNITS  # the paper's: sums of slopes
+        if combined.total:
+            mean = combined.tensors()["a"] / UNITS  # the paper's: sums of slopes
             step, moments = server_rules.step_sums(self.server, mean, moments, lr=self.server_lr)
-            ids = pool_ids(pool, np.arange(self.K))
+            ids = pool_ids(self.epoch(state), np.arange(self.K))
             ledger = ledger.append(ids, rounded(step * UNITS), state.round + 1)
         new = State(ledger, state.round + 1, *sizes, moments)
         if self.epoch(new) > self.epoch(state):  # the next round draws from a pool of which nothing is known
@@ -292,14 +287,6 @@ class Method(_zeroth.OfLedger):
             return (
                 f"a direction of {self.K} is drawn by {met:.1f} of {asked} clients in a round, and {FEWEST} are needed "
                 "to compare; lower K or raise tau, or use aggregation=norm-clip"
-            )
-        return ""
-
-    def late_problem(self) -> str:
-        if self.epoch_rounds and self.server != "avg":
-            return (
-                f"server={self.server} keeps moments of the present pool alone, and with epoch_rounds={self.epoch_rounds} a "
-                "late reply may be of the one before: use server=avg or epoch_rounds=0"
             )
         return ""
 

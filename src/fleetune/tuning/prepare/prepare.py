@@ -115,7 +115,8 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     if not problems:
         problems += rates.problems(recipe, methods.make(recipe.method, recipe.set))
     if not problems:
-        problems += _of_fleet(methods.make(recipe.method, recipe.set), recipe)
+        problem = fleets.kinds_problem(methods.make(recipe.method, recipe.set), recipe.kinds)
+        problems += [problem] if problem else []
     if recipe.stragglers and not recipe.deadline and recipe.over_selection == 1:
         problems.append(f"stragglers = {recipe.stragglers} does nothing without a deadline: add --deadline 3")
     if recipe.over_selection > 1 and recipe.participation == 1:
@@ -143,20 +144,6 @@ def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:
             [f"aggregation = {recipe.aggregation!r} does not fit method = {recipe.method!r}: {why}"],
             hint="rules, and what each withstands: docs/safety.md",
         )
-
-
-def _of_fleet(method: Method, recipe: Recipe) -> list[str]:
-    """Say what a method cannot do of what the recipe wants of the fleet."""
-    late = ""
-    if recipe.late == "use":
-        late = method.late_problem()
-        if not late and aggregation.parse(recipe.aggregation).name != "mean":
-            late = (
-                f"aggregation = {recipe.aggregation!r} compares the replies of one round, and a late one is a step of another; "
-                "use aggregation=mean or late=drop"
-            )
-    found = [fleets.kinds_problem(method, recipe.kinds), f"late = use: {late}" if late else ""]
-    return [problem for problem in found if problem]
 
 
 def _of_course(recipe: Recipe) -> list[str]:

@@ -43,8 +43,6 @@ def for_devices(recipe: Recipe, devices: int, named: Collection[str]) -> Recipe:
 
 def defence(recipe: Recipe, devices: int) -> tuple[aggregation.Rule, str]:
     """Return the first of `DEFENCES` that fits the method and so many devices; or the mean, and why none fits."""
-    if recipe.late == "use":
-        return aggregation.MEAN, "late = use takes the mean alone"
     method, asked = methods.make(recipe.method, recipe.set), share_of(devices, recipe.participation)
     names = DEFENCES[methods.entry(recipe.method).kind]
     why = [method.rule_problem(aggregation.Rule(name), asked) for name in names]

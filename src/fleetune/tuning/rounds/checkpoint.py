@@ -298,14 +298,19 @@ def keep_best(run: RunDir, round: int, data: bytes) -> None:
     write_atomic(_best_file(run.path, round), data, mode=PRIVATE)
 
 
-def read_best(run: Path, round: int) -> bytes:
-    """Read the state of a best round; MessageError when it is gone."""
+def read_best(run: Path, round: int) -> Payload:
+    """Read the checkpoint of a best round; MessageError when it is damaged or gone."""
     try:
-        return read_bytes(_best_file(run, round))
+        return decode(read_bytes(_best_file(run, round)))
     except OSError as error:
         raise MessageError(
             f"the state of the best round, {round}, cannot be read: {error.strerror}"
         ) from error
+
+
+def best_state(run: Path, round: int, like: Any) -> Any:
+    """Return the state of a best round, as `unpack` does; MessageError when it is damaged or gone."""
+    return unpack(read_best(run, round), like)[0]
 
 
 def forget_bests(run: RunDir) -> None:

@@ -15,12 +15,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from fleetune.common.events import ClientReply
 from fleetune.tuning.methods import Method
-
-OLDEST: Final = 8  # rounds that a reply may come late, where late ones are used
 
 
 def outrun(goal: int) -> str:
@@ -38,7 +36,6 @@ class Answer(NamedTuple):
     reason: str
     seconds: float
     sent: int  # bytes that went down to it
-    late: int = 0  # rounds that it comes late: it answers the message of an earlier round
     steps: int | None = None  # local steps that it made, where that is known
     tokens: int | None = None  # of the rows in these steps
 
@@ -55,11 +52,6 @@ class Fleet(Protocol):
         """Return the numbers of the clients that may be asked in the coming round, ascending."""
         ...
 
-    @property
-    def busy(self) -> int:
-        """Number of clients that are there, and still at work for an earlier round."""
-        ...
-
     def kind(self, client: int) -> int:
         """Return the kind of a client that may be asked, of those that the method has."""
         ...
@@ -69,8 +61,7 @@ class Fleet(Protocol):
     ) -> Iterator[Answer]:
         """Send `message`, or each client its own, to these clients and yield their answers.
 
-        With a `goal` the round is over when so many have replied, and the others are late.  A fleet that takes late
-        replies also yields those to earlier rounds that have come by now.
+        With a `goal` the round is over when so many have replied, and the others are late.
         """
         ...
 

@@ -44,7 +44,7 @@ from fleetune.tuning.result import finished, foundations, places
 from fleetune.tuning.result.result import TuneResult, read
 from fleetune.tuning.rounds import rounds
 from fleetune.tuning.rounds.checkpoint import StandsOn
-from fleetune.tuning.rounds.fleets import OLDEST, Fleet
+from fleetune.tuning.rounds.fleets import Fleet
 from fleetune.tuning.rounds.watch import Watch
 from fleetune.tuning.run import (
     describe,
@@ -77,7 +77,6 @@ def start(
 ) -> TuneResult:
     """Check a recipe, then run it in a new folder under `out`."""
     check(recipe)
-    fleets.check(recipe)
     rundir.check_writable(out)
     recipe = dataclasses.replace(
         recipe, data=data_name(recipe.data, out)
@@ -113,7 +112,6 @@ def resume(
     A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
     """
     recipe, had = _own_recipe(path, rounds, base)
-    fleets.check(recipe)
     if recipe.rounds == had and is_done(path, listener.note):
         found = read(path)
         more = "; --rounds N gives it more rounds" if fleets.simulated else ""
@@ -149,7 +147,6 @@ def _own_recipe(path: Path, rounds: int, base: str) -> tuple[Recipe, int]:
 def check_resume(path: Path, *, offline: bool, rounds: int = 0, base: str = "") -> TuneChecked:
     """Check all that `resume` checks of a simulated run, and return how long the rounds that are left take; write nothing."""
     recipe, had = _own_recipe(path, rounds, base)
-    SIMULATED.check(recipe)
     places.check_rows(recipe, path)
     with _ONE_AT_A_TIME:
         job = prepare(recipe, offline=offline, find=False, measure=False)
@@ -251,7 +248,6 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         stands_on,
         aggregation.parse(recipe.aggregation),
         recipe.over_selection,
-        OLDEST if recipe.late == "use" else 0,
         recipe.patience,
         recipe.keep == "best",
         recipe.max_rows,

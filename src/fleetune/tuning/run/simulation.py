@@ -7,15 +7,12 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from fleetune.common.display import counted
-from fleetune.errors import RecipeError
 from fleetune.evaluation.losses import pad_id
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.prepare.prepare import TuneJob
-from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds import rounds
 from fleetune.tuning.rounds.fleets import Fleet, wanted
-from fleetune.tuning.rounds.late import LateReplies
 from fleetune.tuning.rounds.local_work import Memories
 from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 
@@ -28,10 +25,6 @@ class Fleets(Protocol):
     @property
     def simulated(self) -> bool:
         """Whether the clients are made from the recipe's data."""
-        ...
-
-    def check(self, recipe: Recipe) -> None:
-        """Raise UsageError for what a recipe wants and this fleet does not do; called before any work."""
         ...
 
     def about(self, job: TuneJob) -> str:
@@ -47,16 +40,6 @@ class Simulated:
     """All clients in this process, in turn."""
 
     simulated = True
-
-    def check(self, recipe: Recipe) -> None:
-        """Raise RecipeError where late replies are to be used and none comes late."""
-        if recipe.late == "use" and not recipe.deadline and recipe.over_selection == 1:
-            raise RecipeError(
-                [
-                    "late = use does nothing: no simulated client comes late without a deadline or over_selection"
-                ],
-                hint="add --stragglers 0.3 --deadline 3, or --over-selection 1.3",
-            )
 
     def about(self, job: TuneJob) -> str:
         """Return where, and how many are asked."""
@@ -79,7 +62,6 @@ class Simulated:
             step,
             memories,
             wanted(job.method, recipe.kinds),
-            LateReplies(run.path / "late") if recipe.late == "use" else None,
         )
 
 
