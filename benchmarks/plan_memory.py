@@ -124,7 +124,7 @@ def compare(
 def _row(model: str, work: Any, usual: Any, settings: Mapping[str, Any]) -> Any:
     """Return the row of a method with other settings, which the plan's table does not show."""
     from fleetune import models
-    from fleetune.models.loading.shapes import shape_of
+    from fleetune.models.shapes import shape_of
     from fleetune.planning import device_cost
     from fleetune.tuning import methods
 

@@ -93,8 +93,8 @@ def test_inside_a_layer_every_import_goes_down(layer: str):
         parts = module.split(".")
         return groups.index(parts[2]) if parts[1:2] == [layer] and len(parts) > 2 else None
 
-    folders = {p.name for p in (PACKAGE / layer).iterdir() if p.name[0] != "_"}
-    assert folders == set(groups)
+    rooms = {p.stem for p in (PACKAGE / layer).iterdir() if p.name[0] != "_"}
+    assert rooms == set(groups)
     up = [
         f"{module} imports {below}"
         for module, found in arrows().items()

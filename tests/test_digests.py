@@ -24,8 +24,8 @@ from fleetune.cli.main import main
 from fleetune.common import sums
 from fleetune.compression.jobs import compressed_base
 from fleetune.deploy.serving import engines, session
+from fleetune.models import loading
 from fleetune.models.cache import cache
-from fleetune.models.loading import loading
 from fleetune.runs import rundir
 from fleetune.runs.listener import Silent
 from fleetune.seeds import ledger as ledgers

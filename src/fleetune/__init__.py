@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fleetune.common.version import __version__
+from fleetune.common import __version__
 
 if TYPE_CHECKING:
     from fleetune import errors

@@ -26,10 +26,10 @@ from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export, export_adapter
 from fleetune.deploy.formats import Report
 from fleetune.errors import StorageError, UsageError
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead, Quantised
+from fleetune.models import artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
 from fleetune.models.families import widths
-from fleetune.models.families.superblocks import SUPER_TYPES
+from fleetune.models.families.number_types import SUPER_TYPES
 
 EXAMPLE = Path(__file__).parent.parent.parent / "docs" / "export.md"
 NAMES = [*targets.every(), "npz"]

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetune.deploy.formats import _ggml_blocks
-from fleetune.models.artefact.artefact import Quantised
-from fleetune.models.families.codebooks import CODEBOOKS
+from fleetune.models.artefact import Quantised
+from fleetune.models.families.number_types import CODEBOOKS
 
 
 def one_row(codes: list[int], scale: list[float], zero: list[int], bits: int = 4) -> Quantised:

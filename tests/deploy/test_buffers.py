@@ -19,9 +19,8 @@ from fleetune.cli.commands.compress import _next_target
 from fleetune.common import sums
 from fleetune.deploy.export import export
 from fleetune.errors import ModelError, UsageError
-from fleetune.models import Model
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead, Quantised
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
 from fleetune.tuning.recipe import objects_to_files
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes

@@ -20,9 +20,9 @@ from fleetune import models
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import compressed_tensors, gptq, hf
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.models import Model
-from fleetune.models.artefact import artefact, tensor_file
-from fleetune.models.artefact.artefact import ArtefactHead, Quantised
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models.net import saving
 
 
 def matrix(codes: list[list[int]], scale: list[list[float]], zero: list[list[int]], bits: int) -> Quantised:
@@ -339,7 +339,7 @@ def one_tensor() -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_a_safetensors_file_and_every_damaged_byte_of_it(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    tensor_file.write_tensors(path, one_tensor, {"k": "v"})
+    saving.write_tensors(path, one_tensor, {"k": "v"})
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     assert (length + 8) % 64 == 0
@@ -352,23 +352,23 @@ def test_a_safetensors_file_and_every_damaged_byte_of_it(tmp_path: Path) -> None
     assert whole[8 + length :] == bytes(
         [7, *[0] * 7, *(b for i in range(6) for b in (i, 0, 0, 0)), 0x00, 0x3E]
     )
-    tensor_file.compare(path, one_tensor)
+    saving.compare(path, one_tensor)
     for at in range(8 + length, len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(FleetuneError, match="does not hold what was written"):
-            tensor_file.compare(path, one_tensor)
+            saving.compare(path, one_tensor)
     path.write_bytes(whole[:-1])
     with pytest.raises(FleetuneError, match="is wrong"):
-        tensor_file.compare(path, one_tensor)
+        saving.compare(path, one_tensor)
 
 
 def test_too_many_and_too_few_tensors_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    tensor_file.write_tensors(path, one_tensor, {})
+    saving.write_tensors(path, one_tensor, {})
     with pytest.raises(FleetuneError, match="b was not written"):
-        tensor_file.compare(path, lambda: (pair for pair in one_tensor() if pair[0] != "b"))
+        saving.compare(path, lambda: (pair for pair in one_tensor() if pair[0] != "b"))
     with pytest.raises(FleetuneError, match="is wrong"):
-        tensor_file.compare(path, lambda: iter([*one_tensor(), ("d", torch.ones(1))]))
+        saving.compare(path, lambda: iter([*one_tensor(), ("d", torch.ones(1))]))
 
 
 @pytest.mark.parametrize("to", ["compressed-tensors", "gptq"])

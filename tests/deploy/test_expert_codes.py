@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 import fleetune
 from fleetune.deploy.export import export
 from fleetune.errors import ModelError
-from fleetune.models.artefact.artefact import Master
-from fleetune.models.loading.loading import load_artefact
+from fleetune.models.artefact import Master
+from fleetune.models.loading import load_artefact
 from fleetune.runs.listener import Silent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.deploy.formats import peft
-from fleetune.models.artefact.artefact import Master
+from fleetune.models.artefact import Master
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from fleetune.deploy.export import export
 from fleetune.deploy.formats import gguf, hf
 from fleetune.deploy.targets import check_place
 from fleetune.errors import ModelError, StorageError, UsageError
-from fleetune.models.families.superblocks import SUPER_TYPES
+from fleetune.models.families.number_types import SUPER_TYPES
 
 
 def place(to: str) -> str:

@@ -13,7 +13,7 @@ from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
 from fleetune.errors import UsageError
 from fleetune.models.families import table
-from fleetune.models.mapped.stored import weight_files
+from fleetune.models.stored import weight_files
 from tiny_families import DECODERS, save
 
 ROOT = Path(__file__).parent.parent.parent

@@ -29,8 +29,7 @@ from fleetune.deploy.export import export
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import Model
 from fleetune.models.families import table
-from fleetune.models.mapped.file import MappedFile
-from fleetune.models.mapped.stored import Stored
+from fleetune.models.stored import MappedFile, Stored
 
 CLASSES = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
 IDS = torch.tensor([[1, *range(262, 287), *range(40, 70)]])  # longer than the windows

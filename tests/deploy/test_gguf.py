@@ -22,9 +22,8 @@ from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import gguf
 from fleetune.errors import FleetuneError, ModelError, UsageError
-from fleetune.models import Model
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead
 from fleetune.models.families import rope
 
 IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])

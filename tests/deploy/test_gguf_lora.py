@@ -21,7 +21,7 @@ from fleetune.deploy.export import export, export_adapter
 from fleetune.deploy.formats import gguf_lora
 from fleetune.errors import FleetuneError, ModelError, UsageError
 from fleetune.models import Model
-from fleetune.models.cache import adapter_folder
+from fleetune.models.cache import names
 from fleetune.models.cache.cache import ORIGINS
 
 PEFT = "base_model.model.model.layers."
@@ -303,7 +303,7 @@ def test_a_hub_id_of_a_built_in_model_is_that_model(tmp_path: Path) -> None:
     file = tmp_path / "adapter_config.json"
     for stated, base in ((ORIGINS["smollm2-135m"].hub, "smollm2-135m"), ("a/b", "a/b"), (None, "")):
         file.write_text(json.dumps({"base_model_name_or_path": stated}))
-        assert adapter_folder.base_of(tmp_path) == base
+        assert names.adapter_base(tmp_path) == base
 
 
 def test_factors_in_16_bits_become_fp32(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from fleetune.compression.layerwise.groups import quantise
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import _ggml_blocks, compressed_tensors, gptq, mlx
 from fleetune.errors import UsageError
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead, Quantised
+from fleetune.models import artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
 
 GROUP, ROWS, GROUPS = 32, 16, 2
 SHAPES = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from deploy_harness import compressed, tiny
 
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 from fleetune.data import Encoded
 from fleetune.deploy import export
 from fleetune.deploy.measure import harness, llamacpp

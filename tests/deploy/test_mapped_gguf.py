@@ -17,8 +17,8 @@ from fleetune.data import Encoded
 from fleetune.deploy.export import export
 from fleetune.errors import ModelError, RecipeError
 from fleetune.evaluation.losses import response_loss
-from fleetune.models.mapped import places
-from fleetune.models.mapped.lazy import weights_of
+from fleetune.models import stored
+from fleetune.models.lazy import weights_of
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, encode
 from fleetune.tuning.result import finished
@@ -74,13 +74,13 @@ def test_a_list_that_states_what_cannot_be_is_refused(
 ) -> None:
     """An attacker makes the sums right: the list is read alone here."""
     folder = models.load(str(file), device="cpu", base="mapped").path
-    rows = json.loads((folder / places.FILE).read_bytes())
+    rows = json.loads((folder / stored.PLACES_FILE).read_bytes())
     name = next(n for n in rows if n.endswith("q_proj.weight"))
     assert (rows[name][2:4], len(rows[name][4])) == (["Q4_0", [64, 64]], 64)
     rows[name][place] = value
-    (tmp_path / places.FILE).write_text(json.dumps(rows))
+    (tmp_path / stored.PLACES_FILE).write_text(json.dumps(rows))
     with pytest.raises(ModelError, match="is damaged"):
-        places.read(tmp_path, file)
+        stored.read_places(tmp_path, file)
 
 
 def test_a_file_that_was_cut_is_refused(file: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_file_that_was_cut_is_refused(file: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.gguf"
     short.write_bytes(file.read_bytes()[:-500])
     with pytest.raises(ModelError, match="shorter than its tensors"):
-        places.read(mapped.path, short)
+        stored.read_places(mapped.path, short)
 
 
 def test_auto_leaves_weights_in_their_file_where_they_would_fill_memory(file: Path, tmp_path: Path) -> None:

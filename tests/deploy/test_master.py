@@ -17,9 +17,9 @@ from fleetune import compression, models
 from fleetune.common import sums
 from fleetune.compression.layerwise import driver
 from fleetune.errors import ModelError, StorageError, VersionError
-from fleetune.models.artefact.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
-from fleetune.models.artefact.artefact_folder import FILE, is_master
-from fleetune.models.families.codebooks import CODEBOOKS
+from fleetune.models.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
+from fleetune.models.cache.names import MASTER, is_master
+from fleetune.models.families.number_types import CODEBOOKS
 
 HEAD = ArtefactHead("rtn", {"bits": 4}, "a" * 64, "b" * 64)
 
@@ -127,7 +127,7 @@ def test_a_codebook_that_cannot_be_is_refused(codebooks: object, why: str, tmp_p
         "a.scale": torch.zeros(1, 1).half(),
         "a.zero": torch.zeros(1, 1, dtype=torch.uint8),
     }
-    save_file(tensors, tmp_path / FILE, metadata={"format": "pt", "master": head})
+    save_file(tensors, tmp_path / MASTER, metadata={"format": "pt", "master": head})
     with pytest.raises(ModelError, match=why):
         Master(tmp_path).quantised("a")
 
@@ -159,7 +159,7 @@ def test_an_older_artefact_is_replaced_and_anything_else_is_not(tmp_path: Path) 
 
 def test_damage_is_said(tmp_path: Path) -> None:
     _, master = made(tmp_path)
-    path = tmp_path / "model" / FILE
+    path = tmp_path / "model" / MASTER
     assert is_master(path.parent)
     assert not is_master(tmp_path)
     with pytest.raises(ModelError, match="no compressed model"):
@@ -231,7 +231,7 @@ def test_scales_and_zeros_of_other_types_or_that_are_not_finite_are_refused(
     part: str, dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
     _, master = made(tmp_path)
-    file = tmp_path / "model" / FILE
+    file = tmp_path / "model" / MASTER
     tensors = load_file(file)
     (tmp_path / "model" / sums.FILE).unlink()
     name = f"{Q}.{part}"

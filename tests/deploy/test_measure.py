@@ -20,7 +20,7 @@ from fleetune.deploy import export
 from fleetune.deploy.measure import harness
 from fleetune.deploy.measure.harness import KEPT_BAR, MeasureJob, kept_gain
 from fleetune.errors import DataError, FleetuneError, ModelError, UsageError
-from fleetune.models.artefact.artefact import Master
+from fleetune.models.artefact import Master
 
 # ---------------------------------------------------------------- kept gain
 

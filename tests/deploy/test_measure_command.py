@@ -17,7 +17,7 @@ from deploy_harness import tiny
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.common import files
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 from fleetune.compression.jobs import compressed_base
 from fleetune.compression.jobs.windows import MEASURED
 from fleetune.compression.layerwise import driver
@@ -26,7 +26,7 @@ from fleetune.deploy import targets
 from fleetune.deploy.measure import harness, llamacpp
 from fleetune.errors import FleetuneError, Interrupted
 from fleetune.evaluation.losses import response_loss
-from fleetune.models.artefact.artefact import Master, Quantised
+from fleetune.models.artefact import Master, Quantised
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.listener import Silent
 from fleetune.subject import Compressed

@@ -21,7 +21,7 @@ from fleetune.compression.jobs import budget
 from fleetune.deploy.export import export
 from fleetune.deploy.measure import llamacpp
 from fleetune.errors import Interrupted, UsageError
-from fleetune.models.artefact.artefact import Master
+from fleetune.models.artefact import Master
 from fleetune.models.families.experts import STACKED
 from fleetune.runs.listener import Silent
 

@@ -23,9 +23,8 @@ from fleetune.deploy.export import export
 from fleetune.deploy.formats import hf, mlx
 from fleetune.deploy.measure import engines
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.models import Model
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead, Quantised
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
 
 IDS = [260, 12, 200, 7, 256, 258, 31, 90, 261]
 LLAMA3 = {

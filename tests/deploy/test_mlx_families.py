@@ -22,9 +22,8 @@ from fleetune import models
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import mlx
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.models import Model
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead, Quantised
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SAME, NEAR = 1e-10, 1e-5  # nats; the second where mlx-lm computes something otherwise, as docs/export.md says

@@ -87,10 +87,10 @@ def test_rows_in_pieces_make_the_same_file(
 def test_a_patch_that_would_make_another_model_is_not_made(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fleetune.seeds import scale_grid
+    from fleetune.seeds import noise
 
-    ledger, summed = ledger_on(file)[0], scale_grid.summed
-    monkeypatch.setattr(scale_grid, "summed", lambda *given: summed(*given) + 300)
+    ledger, summed = ledger_on(file)[0], noise.summed
+    monkeypatch.setattr(noise, "summed", lambda *given: summed(*given) + 300)
     with pytest.raises(ModelError, match="would not make the scales of the run"):
         patch_make.of_ledger(file, ledger)
 

@@ -28,7 +28,7 @@ from fleetune import models
 from fleetune.cli.commands import serve
 from fleetune.cli.main import main
 from fleetune.common.events import Serving
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 from fleetune.deploy import export
 from fleetune.deploy.serving import engines
 from fleetune.deploy.serving.client import Refused

@@ -29,11 +29,10 @@ from fleetune.deploy.export import export
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.deploy.measure import harness, llamacpp
 from fleetune.errors import MessageError, ModelError, UsageError
-from fleetune.models import Model
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead, Master, Quantised
-from fleetune.models.artefact.artefact_folder import FILE
-from fleetune.models.families.superblocks import SUPER_TYPES, WIDTH, SuperBlocks
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead, Master, Quantised, SuperBlocks
+from fleetune.models.cache.names import MASTER
+from fleetune.models.families.number_types import SUPER_TYPES, SUPER_WIDTH
 from fleetune.seeds import scale_view
 from fleetune.tuning.exchange.messages import Payload, decode
 
@@ -50,7 +49,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def drawn(kind: str, seed: int, R: int = 3, blocks: int = 2) -> Quantised:
     """Any codes, any multiples that the type has, and d and dmin of either sign, some of them 0 or subnormal."""
     of, rng = SUPER_TYPES[kind], np.random.default_rng(seed)
-    C = blocks * WIDTH
+    C = blocks * SUPER_WIDTH
 
     def halves(columns: int) -> torch.Tensor:
         size = 2.0 ** rng.integers(-26, 4, (R, columns))
@@ -110,7 +109,7 @@ def test_a_super_block_goes_into_its_own_type_alone() -> None:
                 assert why == f"its codes are not those of the grid {other.lower()}"
             else:
                 assert why == f"its scales are those of {kind}'s super-blocks, which {other} has not"
-        plain = on_grid(torch.randn(2, WIDTH), 4, 32)
+        plain = on_grid(torch.randn(2, SUPER_WIDTH), 4, 32)
         assert _ggml_blocks.misfit(plain, kind.upper()) == f"its codes are not those of the grid {kind}"
 
 
@@ -149,7 +148,7 @@ def test_an_artefact_holds_the_file_s_own_numbers(kind: str, tmp_path: Path) -> 
     assert master.head.superblocks == dict.fromkeys(sorted(parts), kind)
     assert ArtefactHead.from_json(master.head.to_json()) == master.head
     name = next(iter(parts))
-    held = {n.removeprefix(f"{name}.") for n in load_file(tmp_path / "model" / FILE) if n.startswith(name)}
+    held = {n.removeprefix(f"{name}.") for n in load_file(tmp_path / "model" / MASTER) if n.startswith(name)}
     assert held == {"codes", "d", "multiples", *(("dmin", "minima") if of.minimum else ())}
     bits = harness.bits(tmp_path / "model").linear
     assert Grid(kind, of.bits).bits_per_weight <= bits <= Grid(kind, of.bits).bits_per_weight + 0.55
@@ -172,7 +171,7 @@ def test_an_artefact_holds_the_file_s_own_numbers(kind: str, tmp_path: Path) -> 
 def test_parts_that_are_no_super_blocks_are_refused(part: str, change, why: str, tmp_path: Path) -> None:
     _, found = in_super_blocks(tmp_path / "m", "q4_k")
     name = next(n for n in found if n.endswith("q_proj.weight"))
-    file = tmp_path / "m" / FILE
+    file = tmp_path / "m" / MASTER
     head, tensors = Master(tmp_path / "m").head.to_json(), load_file(file)
     (tmp_path / "m" / sums.FILE).unlink()
     held = tensors.pop(f"{name}.{part}")

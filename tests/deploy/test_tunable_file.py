@@ -27,7 +27,7 @@ from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import rounded
 from fleetune.deploy import tunable_file
 from fleetune.errors import StorageError, UsageError
-from fleetune.models.artefact import artefact
+from fleetune.models import artefact
 from fleetune.runs.listener import Silent
 from fleetune.seeds.scale_view import moved_tensors
 

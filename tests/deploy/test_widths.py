@@ -20,7 +20,7 @@ from fleetune.errors import UsageError
 from fleetune.models import Model
 from fleetune.models.families import widths
 from fleetune.models.families.widths import KeptUnits
-from fleetune.models.loading.shapes import shape_of
+from fleetune.models.shapes import shape_of
 
 IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
 

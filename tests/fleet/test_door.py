@@ -25,7 +25,7 @@ from fault_report import Injected
 from fleetune import models
 from fleetune.common.events import ClientReply
 from fleetune.data import Batches, Example
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import encode_rows
 from fleetune.errors import REASON
 from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import Device, Order

@@ -19,8 +19,7 @@ from fleetune import data, models, subject
 from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.common.events import DeviceEvaluated
-from fleetune.data.encode import digest
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import digest, encode_rows
 from fleetune.errors import DataError, FleetError, MessageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.fleet import eval_server, keys, result, status

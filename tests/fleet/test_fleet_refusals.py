@@ -11,7 +11,7 @@ import pytest
 from test_loopback import FEDKSEED, folder, place
 
 from fleetune.cli.main import main
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 from fleetune.errors import FleetError, UsageError
 from fleetune.fleet import device as devices_module
 from fleetune.fleet import keys

@@ -30,15 +30,14 @@ from transformers import (
 
 from fleetune import api, models
 from fleetune.data import Example
-from fleetune.data.encode import collate, encode
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import collate, encode, encode_rows
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.evaluation.answers import answer_ids, label_accuracy, predict
 from fleetune.evaluation.losses import class_measures, row_losses
 from fleetune.evaluation.measures import evaluate, measure_rows
-from fleetune.models.loading.encoders import MAX_LABELS, head_names
-from fleetune.models.loading.tiny import tiny_pair_tokenizer
+from fleetune.models.encoders import MAX_LABELS, head_names
 from fleetune.models.net.layers import head_of
+from fleetune.models.tiny import tiny_pair_tokenizer
 from fleetune.runs.rundir import events
 from fleetune.tuning.recipe.recipe import label_words, make
 

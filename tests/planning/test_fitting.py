@@ -14,10 +14,9 @@ import pytest
 
 import fleetune
 from fleetune import models
-from fleetune.cli.main import main
-from fleetune.cli.parser import build_parser
+from fleetune.cli.main import build_parser, main
 from fleetune.errors import FitError, UsageError
-from fleetune.models.loading.shapes import shape_of
+from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost, fitting, plan
 from fleetune.planning.fitting import Search, Settings
 from fleetune.planning.workload import Workload

@@ -23,9 +23,8 @@ from fleetune.common.memory import peak_rss
 from fleetune.data import Encoded, collate
 from fleetune.errors import UsageError
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models import tiny_llama
-from fleetune.models.loading import shapes
-from fleetune.models.loading.tiny import tiny_bert
+from fleetune.models import shapes, tiny_llama
+from fleetune.models.tiny import tiny_bert
 from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, encode

@@ -14,9 +14,8 @@ from transformers import LlamaConfig
 
 from fleetune import adapters
 from fleetune.data import Encoded
-from fleetune.models import Model, tiny_llama
-from fleetune.models.loading import shapes
-from fleetune.models.loading.tiny import tiny_bert, tiny_roberta
+from fleetune.models import Model, shapes, tiny_llama
+from fleetune.models.tiny import tiny_bert, tiny_roberta
 from fleetune.planning import plan, traffic
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, encode

@@ -20,7 +20,7 @@ import torn_harness
 from torn_harness import Folder, Said, call, resume
 
 from fleetune import report
-from fleetune.cli.interrupt import InterruptHandler
+from fleetune.cli.listener import InterruptHandler
 from fleetune.common.folders import SUFFIX, scratch, staged, sweep
 from fleetune.errors import StorageError
 from fleetune.runs import env_file, metrics, rundir

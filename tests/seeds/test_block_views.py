@@ -13,7 +13,7 @@ from deploy_harness import BLOCKS, gguf_of
 from fleetune import models
 from fleetune.data import Batch
 from fleetune.models.net.model import Model
-from fleetune.seeds import spsa
+from fleetune.seeds import descent
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.scale_view import view_on
 from fleetune.seeds.view import View
@@ -51,6 +51,6 @@ def test_both_signs_in_one_forward_are_two_forwards(dtype: str, file: Path) -> N
     ids = torch.randint(0, 250, (2, 9), generator=torch.Generator().manual_seed(1))
     batch, direction = Batch(ids, torch.ones_like(ids), ids), probe("hashed", 64, 3)
     with torch.inference_mode():
-        two = spsa.two_point(view, direction, 0.02, lambda: spsa.batch_loss(model, batch))
-        assert spsa._in_one_forward(model, view, direction, batch, 0.02) == two
+        two = descent.two_point(view, direction, 0.02, lambda: descent.batch_loss(model, batch))
+        assert descent._in_one_forward(model, view, direction, batch, 0.02) == two
     assert two[0] != two[1]

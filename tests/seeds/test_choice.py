@@ -15,10 +15,9 @@ import torch
 from fleetune import models, seeds
 from fleetune.cli.main import main
 from fleetune.errors import UsageError
-from fleetune.models import tiny_llama
-from fleetune.models.loading import shapes
+from fleetune.models import shapes, tiny_llama
 from fleetune.planning import device_cost, plan
-from fleetune.seeds.view import kernels
+from fleetune.seeds.weights import kernels
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fleetune import models
-from fleetune.seeds import view as views
+from fleetune.seeds import weights as views
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.view import View
 

@@ -17,12 +17,13 @@ from fleetune.data import Batch, Encoded, collate
 from fleetune.evaluation import objectives
 from fleetune.evaluation.losses import batch_loss
 from fleetune.models import Model, named_tensors
-from fleetune.seeds import moved_modules, spsa
-from fleetune.seeds import view as views
-from fleetune.seeds.moved_modules import Unpaired
+from fleetune.seeds import descent
+from fleetune.seeds import view as view_module
+from fleetune.seeds import weights as views
+from fleetune.seeds.descent import slope, two_point
 from fleetune.seeds.noise import LAWS, passes, probe, run_key
-from fleetune.seeds.spsa import slope, two_point
-from fleetune.seeds.view import View, WeightSlot, read_stored
+from fleetune.seeds.view import Unpaired, View
+from fleetune.seeds.weights import WeightSlot, read_stored
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
@@ -49,7 +50,7 @@ def view_of(model: Model, law: str = "hashed", many: int = 1) -> View:
 def both_ways(model: Model, view: View, batch: Batch) -> tuple[Any, Any]:
     """(losses of one forward or None, losses of two)."""
     direction = probe(view.law, K if view.law == "hashed" else 1, 7)
-    one = spsa._in_one_forward(model, view, direction, batch, EPS)
+    one = descent._in_one_forward(model, view, direction, batch, EPS)
     return one, two_point(view, direction, EPS, functools.partial(batch_loss, model, batch))
 
 
@@ -81,7 +82,7 @@ def test_any_family_has_the_losses_of_two_forwards(family: str) -> None:
     assert one == (two if family in PAIRED else None)
     g, loss = slope(model, view, probe("hashed", K, 7), batch, batch_loss, eps=EPS, clip=0.0)
     assert (g, loss) == ((two[0] - two[1]) / (2 * EPS), (two[0] + two[1]) / 2)
-    assert spsa._can_pair(view, batch, batch_loss) == (family in PAIRED)
+    assert descent._can_pair(view, batch, batch_loss) == (family in PAIRED)
     if family in PAIRED:
         assert slope(model, view, probe("hashed", K, 7), batch, batch_loss, eps=EPS, clip=0.0) == (g, loss)
 
@@ -100,7 +101,7 @@ def test_every_weight_is_read_once(chunk: int, monkeypatch: pytest.MonkeyPatch) 
     one, two = both_ways(model, view, rows())
     assert one == two
     seen.clear()
-    spsa._in_one_forward(model, view, probe("hashed", K, 7), rows(), EPS)
+    descent._in_one_forward(model, view, probe("hashed", K, 7), rows(), EPS)
     sizes = {s.name: s.tensor.numel() for s in view.slots}
     used, words, width = (
         len(rows().input_ids.unique()),
@@ -136,9 +137,9 @@ def test_it_is_taken_where_the_batch_is_small_and_the_objective_is_the_loss(
     assert count(lambda model, batch: batch_loss(model, batch)) == 2
     with view.storing():
         assert count() == 2
-    monkeypatch.setattr(spsa, "PAIRED", batch.labels.numel() - 1)
+    monkeypatch.setattr(descent, "PAIRED", batch.labels.numel() - 1)
     assert count() == 2
-    monkeypatch.setattr(spsa, "PAIRED", 10**6)
+    monkeypatch.setattr(descent, "PAIRED", 10**6)
     batch = collate(
         [Encoded(np.arange(6, dtype=np.int32), 2) for _ in range(3)], 0, "cpu"
     )  # 6 x 3: which are the rows?
@@ -160,7 +161,7 @@ def test_a_net_whose_first_step_differs_runs_each_sign_alone(monkeypatch: pytest
     model, batch = models.tiny_llama(), rows()
     view = view_of(model)
     two = both_ways(model, view, batch)[1]
-    monkeypatch.setattr(spsa, "_in_one_forward", lambda *args: (two[0], two[1] + 1e-6))
+    monkeypatch.setattr(descent, "_in_one_forward", lambda *args: (two[0], two[1] + 1e-6))
     expected = ((two[0] - two[1]) / (2 * EPS), (two[0] + two[1]) / 2)
     for _ in range(2):
         assert slope(model, view, probe("hashed", K, 7), batch, batch_loss, eps=EPS, clip=0.0) == expected
@@ -176,7 +177,7 @@ def test_rows_that_are_not_first_are_refused_or_not_paired() -> None:
     square = collate([Encoded(np.arange(6, dtype=np.int32), 2) for _ in range(3)], 0, "cpu")
     one, two = both_ways(model, view, square)
     assert one != two  # it could not be told
-    assert not spsa._can_pair(view, square, batch_loss)
+    assert not descent._can_pair(view, square, batch_loss)
 
 
 def test_a_view_is_as_before_after_it_failed() -> None:
@@ -185,7 +186,7 @@ def test_a_view_is_as_before_after_it_failed() -> None:
     before = batch_loss(model, batch)
     bad = batch._replace(input_ids=batch.input_ids + 10**6)
     with pytest.raises((IndexError, ValueError)):
-        spsa._in_one_forward(model, view, probe("hashed", K, 7), bad, EPS)
+        descent._in_one_forward(model, view, probe("hashed", K, 7), bad, EPS)
     assert view.paired == 0
     assert view.direction is None
     assert batch_loss(model, batch) == before
@@ -204,4 +205,4 @@ def test_ids_of_other_rows_than_the_batchs_are_refused(shape: tuple[int, ...]) -
     slot = next(s for s in view.slots if s.tensor.dim() == 2)
     view.probe(probe("hashed", K, 7), EPS)
     with view.pairing(4), pytest.raises(Unpaired):
-        moved_modules._embedding(view, slot, torch.zeros(shape, dtype=torch.int64))
+        view_module._embedding(view, slot, torch.zeros(shape, dtype=torch.int64))

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from fleetune.data.encode import MASKED, Batch
 from fleetune.evaluation import head_loss
 from fleetune.evaluation.losses import token_losses
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import named_tensors
 from fleetune.seeds import noise
-from fleetune.seeds import view as views
-from fleetune.seeds.moved_modules import Tape
-from fleetune.seeds.view import View
+from fleetune.seeds import weights as views
+from fleetune.seeds.view import Tape, View
 from tiny_families import DECODERS, ENCODERS, build
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes

@@ -29,12 +29,12 @@ from fleetune.evaluation.objectives import get
 from fleetune.models import DTYPES, Model, digest, named_tensors, tiny_llama, uniform
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds import noise
-from fleetune.seeds import view as views
+from fleetune.seeds import weights as views
+from fleetune.seeds.descent import Position, descend, two_point
 from fleetune.seeds.ledger import Ledger, LedgerHead
-from fleetune.seeds.moved_modules import Tape
 from fleetune.seeds.noise import passes, probe
-from fleetune.seeds.spsa import Position, descend, two_point
-from fleetune.seeds.view import View, WeightSlot, kernels, layout, read_stored
+from fleetune.seeds.view import Tape, View
+from fleetune.seeds.weights import WeightSlot, kernels, layout, read_stored
 from law_definition import slow_places
 
 KEY, GRID, EPS, K = 0xFEEDFACE12345678, float(np.float32(3e-6)), 1e-2, 32

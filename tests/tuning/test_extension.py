@@ -56,18 +56,7 @@ def tuned(rounds: int, method: str = "fedit", out: str = "runs", **more: Any) ->
 
 def told(run: Path) -> list[dict[str, Any]]:
     """The events of a run without times and what depends on the machine."""
-    unlike = (
-        "t",
-        "seconds",
-        "rss",
-        "wall",
-        "peak_rss",
-        "energy",
-        "run",
-        "result",
-        "result_bytes",
-        "seconds_local",
-    )
+    unlike = ("t", "seconds", "rss", "wall", "peak_rss", "run", "result", "result_bytes", "seconds_local")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in unlike} for line in lines if line["event"] != "start"]
 

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 import fleetune
 from fleetune import models
 from fleetune.cli.commands import tune
-from fleetune.cli.parser import build_parser
+from fleetune.cli.main import build_parser
 from fleetune.common import sums
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import finished

@@ -13,7 +13,6 @@ import pytest
 
 from fleetune import api, models
 from fleetune.common import files
-from fleetune.common.energy import EnergyMeter
 from fleetune.common.events import ClientReply, Event, RoundDone
 from fleetune.errors import Interrupted
 from fleetune.evaluation.losses import response_loss
@@ -156,7 +155,6 @@ def test_a_resumed_run_has_the_same_losses(places: Path, tmp_path: Path) -> None
         )
     resumed = api.resume_run(tmp_path / "b" / "latest", offline=True)
     assert resumed.done.per_client == whole.done.per_client
-    assert resumed.done.energy is None  # it would be that of the last sitting
 
 
 class Heard(Silent):
@@ -193,39 +191,6 @@ def test_steps_and_tokens_are_counted(method: str, places: Path, tmp_path: Path)
             assert (
                 6 * min(len(r.ids) for r in rows) <= (reply.tokens or 0) <= 6 * max(len(r.ids) for r in rows)
             )
-
-
-# Energy
-
-
-def counter(folder: Path, name: str, energy: int, most: int = 1_000_000) -> Path:
-    at = folder / name
-    at.mkdir(parents=True, exist_ok=True)
-    (at / "energy_uj").write_text(f"{energy}\n")
-    (at / "max_energy_range_uj").write_text(f"{most}\n")
-    return at
-
-
-def test_energy_is_of_whole_packages(tmp_path: Path) -> None:
-    for name in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0", "dtpm"):
-        counter(tmp_path, name, 500_000)
-    meter = EnergyMeter(tmp_path)
-    counter(tmp_path, "intel-rapl:0", 700_000)
-    counter(tmp_path, "intel-rapl:1", 100_000)  # it went round
-    counter(tmp_path, "intel-rapl:0:0", 900_000)  # a part of package 0
-    assert meter.joules() == pytest.approx(0.2 + 0.6)
-
-
-@pytest.mark.parametrize("kind", ["none", "empty", "unreadable", "rubbish"])
-def test_without_a_counter_there_is_no_figure_and_no_noise(kind: str, tmp_path: Path) -> None:
-    folder = tmp_path / "powercap"
-    if kind != "none":
-        folder.mkdir()
-    if kind == "unreadable":
-        (folder / "intel-rapl:0").mkdir()
-    if kind == "rubbish":
-        (counter(folder, "intel-rapl:0", 1) / "energy_uj").write_text("?")
-    assert EnergyMeter(folder).joules() is None
 
 
 def test_a_setting_that_is_written_at_its_default_is_not_changed(places: Path) -> None:

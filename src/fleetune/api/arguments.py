@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fleetune.common import commas
+from fleetune.common import settings
 from fleetune.common.settings import Value
 
 Setting = Value | Callable[..., Any]  # of a method; a function is an objective or a reward
@@ -16,4 +16,4 @@ Rows = str | Path | Iterable[Mapping[str, Any]]  # a file, a hub id, or rows: di
 
 def words(given: str | Sequence[str]) -> list[str]:
     r"""Return names as a list; a text may have several, with commas (one of a name itself is written `\,`)."""
-    return commas.given(given) if isinstance(given, str) else list(given)
+    return settings.given_words(given) if isinstance(given, str) else list(given)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fleetune.compression.jobs.job import CompressResult
     from fleetune.fleet.calibration_server import Calibrators
     from fleetune.fleet.server import Served
-    from fleetune.models.artefact.artefact import ArtefactHead
+    from fleetune.models.artefact import ArtefactHead
     from fleetune.models.net.model import Model
     from fleetune.runs.compression_folder import CompressOptions
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, words
 from fleetune.errors import UsageError
-from fleetune.models.cache import adapter_folder
+from fleetune.models.cache import names
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
 
@@ -55,7 +55,7 @@ def export(
         raise UsageError("--private is for a push", hint="add --push OWNER/NAME")
     if push is not None:
         hub_push.check(push, private=private, offline=offline)
-    if (adapter := adapter_folder.of_peft(model)) is not None:
+    if (adapter := names.peft_folder(model)) is not None:
         done = export_subject.of_adapter(adapter, to, place, watching, offline=offline)
     else:
         found = subjects.open(model, out=out)

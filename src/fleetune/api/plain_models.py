@@ -17,8 +17,8 @@ from fleetune import subject as subjects
 from fleetune.common.shell import quoted
 from fleetune.deploy import targets
 from fleetune.errors import UsageError
-from fleetune.models.artefact.artefact_folder import is_master
 from fleetune.models.cache import cache
+from fleetune.models.cache.names import is_master
 from fleetune.subject import Compressed, Run
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe

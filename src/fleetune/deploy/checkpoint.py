@@ -35,10 +35,10 @@ from transformers.core_model_loading import (
 )
 
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.artefact.artefact import Master, Quantised
-from fleetune.models.artefact.artefact_folder import is_master
+from fleetune.models.artefact import Master, Quantised
+from fleetune.models.cache.names import is_master
+from fleetune.models.checks import check_folder, config_of, is_encoder
 from fleetune.models.families.widths import build
-from fleetune.models.loading.hf_folder import check_folder, config_of, is_encoder
 
 ANOTHER: Final = "the weights belong to another configuration: make or fetch the model again"
 COMPUTED: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them

@@ -23,13 +23,13 @@ from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
 from fleetune.deploy.formats import AdapterFormat, Misfit, ModelFormat, Report, gguf
 from fleetune.deploy.targets import Target, check_place, find
 from fleetune.errors import UsageError
-from fleetune.models.artefact.artefact import ArtefactHead
-from fleetune.models.artefact.artefact_folder import is_master
-from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.models.artefact import ArtefactHead
+from fleetune.models.cache.names import is_master
+from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import has_block_widths, mark_config
 from fleetune.models.gguf import convert
-from fleetune.models.loading.loading import disk_errors
 from fleetune.models.net.model import Model, stored_tensors
+from fleetune.models.net.saving import disk_errors
 
 NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 

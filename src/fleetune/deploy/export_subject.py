@@ -18,7 +18,7 @@ from fleetune.common.shell import command, quoted
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
 from fleetune.errors import ModelError, UsageError, called
-from fleetune.models.cache import adapter_folder
+from fleetune.models.cache import names
 from fleetune.runs import compression_folder, folder_names
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
@@ -147,8 +147,8 @@ def write(
     """
     from fleetune.deploy import export as exporting
     from fleetune.deploy.measure import harness
-    from fleetune.models.artefact.artefact import Master
-    from fleetune.models.artefact.artefact_folder import is_master
+    from fleetune.models.artefact import Master
+    from fleetune.models.cache.names import is_master
 
     report = exporting.written(source, kind, out) if keeps else None
     if report is None:
@@ -207,12 +207,12 @@ def of_adapter(
     target = targets.find(to or DEFAULT_TARGET)
     if target.takes != "adapter":
         taken = " or ".join(name for name, other in targets.every().items() if other.takes == "adapter")
-        refused = adapter_folder.refused(adapter, adapter)
+        refused = names.adapter_refused(adapter, adapter)
         refused.hint = f"--to {taken} takes it as it is; {refused.hint}"
         raise refused
-    if not (adapter / adapter_folder.WEIGHTS).is_file():
+    if not (adapter / names.ADAPTER_WEIGHTS).is_file():
         raise ModelError(
-            f"{adapter} has no {adapter_folder.WEIGHTS}, which is all that is read of an adapter's weights",
+            f"{adapter} has no {names.ADAPTER_WEIGHTS}, which is all that is read of an adapter's weights",
             hint="save it again with PEFT, which writes it so",
         )
     out = path or target.place(Path("."), adapter.resolve().name)
@@ -221,7 +221,7 @@ def of_adapter(
     from fleetune.deploy import provenance
 
     exporting.check_adapter(adapter, target.name)
-    base = adapter_folder.base_of(adapter)
+    base = names.adapter_base(adapter)
     source = _base_of_adapter(adapter, base, offline=offline) if target.states("BASE") else None
     made = provenance.of_base(base)
     return ExportResult(
@@ -236,7 +236,7 @@ def _base_of_adapter(adapter: Path, base: str, *, offline: bool) -> Path:
     except ModelError as error:
         raise ModelError(
             f"{adapter} says that it is of the base '{base}': {error.message}",
-            hint=f"write the base's path or hub id as {adapter_folder.BASE} into {adapter / adapter_folder.PEFT}",
+            hint=f"write the base's path or hub id as {names.BASE} into {adapter / names.ADAPTER_CONFIG}",
         ) from error
 
 

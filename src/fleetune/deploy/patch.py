@@ -39,7 +39,7 @@ from fleetune.common.shell import command, quoted
 from fleetune.common.sums import sha256
 from fleetune.errors import Interrupted, ModelError, UsageError, VersionError
 from fleetune.runs.listener import Listener, Silent
-from fleetune.seeds import noise, scale_grid
+from fleetune.seeds import noise
 from fleetune.seeds.ledger import GRID_LIMIT
 
 FORMAT: Final = 1
@@ -147,7 +147,7 @@ class Entries(NamedTuple):
             model = np.empty_like(old)
             model[order] = old
             start = place.start + first * place.scales
-            new = scale_grid.moved(model.reshape(-1), start, self.run_key, passes, self.grid)
+            new = noise.moved_scales(model.reshape(-1), start, self.run_key, passes, self.grid)
             in_file: np.ndarray = new.reshape(old.shape)[order].reshape(len(blocks), -1)
             return in_file
 

@@ -28,11 +28,11 @@ from fleetune.deploy import tunable_file
 from fleetune.deploy.formats import Report
 from fleetune.deploy.patch import SILENT, Entries, Patch, Place, difference, patched, told
 from fleetune.errors import FleetuneError, LedgerError, ModelError, UsageError
+from fleetune.models import loading
+from fleetune.models.cache.cache import BLOCKS
 from fleetune.models.gguf import header
-from fleetune.models.loading import placement
-from fleetune.models.mapped.bases import BLOCKS
-from fleetune.models.mapped.lazy import weights_of
-from fleetune.models.mapped.stored import Stored
+from fleetune.models.lazy import weights_of
+from fleetune.models.stored import Stored
 from fleetune.runs.listener import Listener
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.scale_view import ScaleView
@@ -43,7 +43,7 @@ from fleetune.tuning.result import finished
 
 def file_of(name: str, *, offline: bool = False) -> Path:
     """Return the GGUF file of a built-in model or a path; UsageError for a model that is none."""
-    _, tensors = placement.tensors_of(
+    _, tensors = loading.tensors_of(
         name, functools.partial(models.resolve, offline=offline), offline=offline, blocks=True
     )
     file = next(iter(tensors.values())).file.path

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.models.artefact.artefact import ArtefactHead, Master
-from fleetune.models.cache import short_names
+from fleetune.models.artefact import ArtefactHead, Master
+from fleetune.models.cache import names
 from fleetune.runs import env_file
 from fleetune.tuning.recipe import given_methods
 from fleetune.tuning.recipe.recipe import Recipe
@@ -45,7 +45,7 @@ def of_run(run: Path, recipe: Recipe) -> dict[str, str]:
 
 def of_base(name: str) -> dict[str, str]:
     """Return the licence of a built-in model or a short name; {} for others."""
-    licence = short_names.licence_of(name)
+    licence = names.licence_of(name)
     return {} if licence is None else {"general.license": licence}
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from fleetune.common.extras import pip_install
 from fleetune.common.registry import Member, Registry
+from fleetune.common.shell import pip_install
 from fleetune.errors import UsageError, suggest
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fleetune.common.locks import lock
+from fleetune.common.files import lock
 from fleetune.common.memory import usable_memory
 from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import PORT

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fleetune.common.extras import pip_install
 from fleetune.common.files import PRIVATE, storage_error, write_atomic
-from fleetune.common.shell import quoted
+from fleetune.common.shell import pip_install, quoted
 from fleetune.errors import UsageError
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,15 +27,14 @@ from typing import Final, Literal
 import torch
 
 from fleetune import models
+from fleetune.common import __version__
 from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import SCALES
 from fleetune.common.memory import at_most, rss, usable_memory
 from fleetune.common.shell import quoted
-from fleetune.common.version import __version__, processor
 from fleetune.data import Batches, Encoded, Example
-from fleetune.data.encode import digest
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import digest, encode_rows
 from fleetune.errors import (
     FAULTS,
     DataError,
@@ -54,10 +54,10 @@ from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, TASKS, Device, Job, Order, Reply, is_path
 from fleetune.fleet.reasons import Declined, in_words, reason_of
-from fleetune.models.loading.shapes import shape_of
-from fleetune.models.mapped.bases import BLOCKS, MAPPED, PLACES
-from fleetune.models.mapped.net import memory_of
+from fleetune.models.cache.cache import BLOCKS, MAPPED, PLACES
+from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
 from fleetune.seeds.scale_view import moved_tensors
@@ -190,7 +190,7 @@ class Worker:
                 len(loaded.held),
                 self.own.keyed(job.reading + digest([loaded.held])),
                 str(torch.__version__),
-                processor(loaded.model.device),
+                _processor(loaded.model.device),
             )
             return Reply("ready", order.nonce, order.round, told.to_json()).encode()
         except (Interrupted, KeyboardInterrupt):
@@ -464,3 +464,10 @@ def _model(job: Job, brings: Brings) -> str:
             hint="give this device's copy, or the hub id if you trust it: --model PATH",
         )
     return job.model
+
+
+def _processor(device: str | torch.device) -> str:
+    """Return the kind of processor behind a device of torch's, with the instructions that torch uses on it."""
+    if str(device) == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

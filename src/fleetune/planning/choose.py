@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common.display import human_bytes
 from fleetune.common.ggml import SCALES, scales_in
+from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import quoted
-from fleetune.common.sizes import parse_bytes
 from fleetune.errors import FitError, ModelError, RecipeError
-from fleetune.models.families.dtypes import WEIGHTS
 from fleetune.models.families.foreign import foreign_file
-from fleetune.models.loading.shapes import Shape, shape_of
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import device_cost, plan
 from fleetune.planning.device_cost import Rates
 from fleetune.planning.fitting import TIGHT, Search, Settings
@@ -198,7 +198,7 @@ def checked_kinds(name: str) -> dict[str, str]:
     plain, and of a GGUF file of other types.
     """
     from fleetune.models.cache import cache, names
-    from fleetune.models.mapped.stored import check_scales
+    from fleetune.models.stored import check_scales
 
     if name in cache.ORIGINS and cache.ORIGINS[name].member.endswith(".gguf"):
         return {}
@@ -210,9 +210,9 @@ def checked_kinds(name: str) -> dict[str, str]:
 
 def _kinds_in(name: str, *, offline: bool) -> dict[str, str]:
     from fleetune import models
-    from fleetune.models.loading import placement
+    from fleetune.models import loading
 
-    _, tensors = placement.tensors_of(
+    _, tensors = loading.tensors_of(
         name, functools.partial(models.resolve, offline=offline), offline=offline, blocks=True
     )
     return {name.removesuffix(".weight"): t.kind for name, t in tensors.items() if len(t.shape) == 2}

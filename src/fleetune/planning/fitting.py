@@ -17,8 +17,8 @@ from typing import Any, Final
 
 from fleetune.common.display import human_bytes
 from fleetune.errors import FitError
-from fleetune.models.loading.shapes import Shape
-from fleetune.models.mapped.bases import PLACES, SHARE
+from fleetune.models.cache.cache import PLACES, SHARE
+from fleetune.models.shapes import Shape
 from fleetune.planning import device_cost
 from fleetune.planning.workload import Workload
 from fleetune.tuning import methods

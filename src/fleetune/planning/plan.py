@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common import ggml
 from fleetune.common.display import counted, human_bytes, human_count, human_time
-from fleetune.common.sizes import parse_bytes, parse_rate
+from fleetune.common.settings import parse_bytes, parse_rate
 from fleetune.errors import UsageError
-from fleetune.models.loading.shapes import Shape, shape_of
+from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.device_cost import Rates
 from fleetune.planning.fitting import TIGHT, Search, Settings, longest

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from fleetune.errors import UsageError
-from fleetune.models.families.dtypes import WEIGHTS
-from fleetune.models.mapped.bases import PLACES
+from fleetune.models.cache.cache import PLACES
+from fleetune.models.families.number_types import WEIGHTS
 
 MOST_STEPS: Final = 1_000_000  # of a round: a pool of directions holds as many
 

@@ -172,7 +172,7 @@ def result(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
 
 
 def _speed(run: RunLog) -> list[list[str | TableCell]]:
-    """Return steps and tokens per second of the clients' local work, and the energy, where the run states them."""
+    """Return steps and tokens per second of the clients' local work, where the run states them."""
     work = [e for e in run.clients if num_of(e, "steps") is not None and (num_of(e, "seconds") or 0) > 0]
     spent = sum(num_of(e, "seconds") or 0 for e in work)
     found: list[list[str | TableCell]] = []
@@ -181,8 +181,6 @@ def _speed(run: RunLog) -> list[list[str | TableCell]]:
             found.append(
                 [label, TableCell(f"{total / spent:,.0f}" if total > 20 * spent else f"{total / spent:.2g}")]
             )
-    if (energy := num_of(run.done, "energy")) is not None:
-        found.append(["energy of the processor", TableCell(f"{energy / 3600:,.3g} Wh")])
     return found
 
 

@@ -179,7 +179,7 @@ def is_one(folder: Path) -> bool:
 
 def is_complete(folder: Path) -> bool:
     """Whether the compressed model is there, as an artefact of codes or as plain weights."""
-    from fleetune.models.artefact.artefact_folder import is_master
+    from fleetune.models.cache.names import is_master
 
     return is_master(folder / "model") or any((folder / "model").glob("model*.safetensors"))
 

@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from fleetune.common import __version__
 from fleetune.common.files import read_json
 from fleetune.common.shell import quoted
-from fleetune.common.version import __version__
 from fleetune.errors import StorageError
 
 ENVIRONMENT: Final = "env.json"

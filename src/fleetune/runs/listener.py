@@ -25,7 +25,7 @@ class Listener(Protocol):
         ...
 
     def event(self, event: Event) -> None:
-        """Take one event (a class of `common/events/`)."""
+        """Take one event (a class of `common/events.py`)."""
         ...
 
     def note(self, text: str) -> None:

@@ -13,7 +13,7 @@
 
 A round counts once its checkpoint is renamed into place.  Whatever a kill leaves beyond that (metrics of an
 unfinished round, a temporary file) is cut off at the next start, so a resumed run writes what the
-uninterrupted one would have written.  One process at a time holds a run (`locks.py`).
+uninterrupted one would have written.  One process at a time holds a run (`common/files.py`).
 
 Result, checkpoints, memories, metrics.jsonl, eval.json, samples.md, report.html and plots/ are the owner's alone:
 they hold rows or names of clients, or what was learned from them.
@@ -34,8 +34,16 @@ from typing import IO, Any, TypeVar
 
 from fleetune.common import folders
 from fleetune.common.display import counted
-from fleetune.common.files import PRIVATE, read_bytes, read_text, regular, storage_error, write_atomic
-from fleetune.common.locks import lock, names
+from fleetune.common.files import (
+    PRIVATE,
+    lock,
+    read_bytes,
+    read_text,
+    regular,
+    still_names,
+    storage_error,
+    write_atomic,
+)
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import folder_names
 from fleetune.runs.folder_names import number, of_model
@@ -368,7 +376,7 @@ def _locked(path: Path) -> IO[bytes]:
                     break
                 time.sleep(0.05)  # somebody may only have looked (`held`)
                 continue
-            if names(path / LOCK, file.fileno()):
+            if still_names(path / LOCK, file.fileno()):
                 return file
             file.close()  # who had it has removed it meanwhile
     except OSError as error:

@@ -17,7 +17,8 @@ from fleetune.data.encode import Batch, Batches
 from fleetune.errors import MessageError, RecipeError
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger, load
-from fleetune.seeds.view import View, layout
+from fleetune.seeds.view import View
+from fleetune.seeds.weights import layout
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, check
 from fleetune.tuning.methods import Reply, fedkseed, make
 from fleetune.tuning.methods._zeroth import UNITS, draw

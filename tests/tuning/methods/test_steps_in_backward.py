@@ -18,7 +18,7 @@ from fleetune import adapters, models
 from fleetune.data import Batches, Encoded
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Module
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode

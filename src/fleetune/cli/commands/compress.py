@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import fleetune
-from fleetune.cli import door_flags
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.common import settings
@@ -69,7 +69,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="continue a stopped one (a path, a number, or latest), as it was asked for",
     )
     sub.add_argument("--dry-run", action="store_true", help="check settings, model and text, then stop")
-    door_flags.add(
+    flags.add_door(
         sub.add_argument_group("--calibrate fleet (with --resume too)"),
         "the first block (default: those of the run)",
     )
@@ -131,8 +131,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if args.list:
         _list(args, ui)
         return
-    if args.calibrate != FLEET and args.resume is None and (flags := door_flags.given(args)):
-        raise UsageError(f"{flags[0]} is for devices that join", hint="leave it out, or: --calibrate fleet")
+    if args.calibrate != FLEET and args.resume is None and (given := flags.given_door(args)):
+        raise UsageError(f"{given[0]} is for devices that join", hint="leave it out, or: --calibrate fleet")
     out = Path(args.out)
     resumed = compression_folder.get(args.resume, out) if args.resume is not None else None
     if resumed is not None:
@@ -170,9 +170,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 def _door(args: argparse.Namespace, calibrate: str | None) -> AbstractContextManager[Served | None]:
     """Return the door for devices, open in its `with` block; None where none is needed.  UsageError for flags without it."""
     if calibrate == FLEET:
-        return door_flags.served(args)
-    if flags := door_flags.given(args):
-        raise UsageError(f"{flags[0]} is for a compression that devices calibrate", hint="leave it out")
+        return flags.served(args)
+    if given := flags.given_door(args):
+        raise UsageError(f"{given[0]} is for a compression that devices calibrate", hint="leave it out")
     return nullcontext()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import fleetune
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
-from fleetune.common import commas
+from fleetune.common import settings
 from fleetune.common.display import COMPARED, change, human_bytes, is_noise, metric, show, show_with_error
 from fleetune.common.events import Measured
 from fleetune.common.shell import quoted
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             limit=args.limit,
             tasks=words(args.tasks),
             answer_tokens=args.answer_tokens,
-            labels=commas.given(args.labels),
+            labels=settings.given_words(args.labels),
             threads=args.threads,
             prompt_tokens=args.prompt_tokens,
             new_tokens=args.new_tokens,

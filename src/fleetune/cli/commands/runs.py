@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fleetune import report, subject
+from fleetune.cli.commands.tune import say_what_is_shared
 from fleetune.cli.console import Ui
-from fleetune.cli.sharing import say_what_is_shared
 from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.events import CompressionListed, RunListed, RunRemoved, SweepListed
 from fleetune.common.files import storage_error

@@ -7,7 +7,7 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
-from fleetune.cli import recipe_flags
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import ConsoleListener
 from fleetune.common.display import counted
@@ -67,7 +67,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--resume", metavar="SWEEP", help="continue a stopped sweep (a path, a number, or latest)"
     )
     sub.add_argument("--dry-run", action="store_true", help="check all runs and list them, then stop")
-    recipe_flags.add(sub)
+    flags.add(sub)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     out = Path(args.out)
     resumed = sweeps.find(args.resume, out) if args.resume else None
     if resumed:
-        if args.recipe or args.vary or args.set or args.seeds or recipe_flags.given(args):
+        if args.recipe or args.vary or args.set or args.seeds or flags.given(args):
             raise UsageError(
                 "--resume follows the sweep's own recipe; it takes no other option",
                 hint=sweeps.resume_command(resumed),
@@ -91,11 +91,11 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
                 "a sweep needs a RECIPE", hint="fleetune sweep recipe.toml --vary K=64,512 --seeds 3"
             )
         varied = [text.partition("=")[0].strip() for text in args.vary]
-        values = recipe_flags.keys(args, args.recipe)
+        values = flags.keys(args, args.recipe)
         values = sweeping.with_method(values, varied, out, ui.note, offline=args.offline)
         grid = sweep_grid.make(values, args.vary, args.seeds)
         for model, train in {(point.recipe.model, point.recipe.train) for point in grid.points}:
-            recipe_flags.check_model(model, args.out, train)
+            flags.check_model(model, args.out, train)
     sweeps.check(grid, offline=args.offline)
     if args.dry_run:
         for point in grid.points:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fleetune
-from fleetune.cli import recipe_flags
-from fleetune.cli.console import Ui
-from fleetune.cli.interrupt import InterruptHandler
-from fleetune.cli.progress import CountBar, RoundBar
-from fleetune.cli.sharing import say_what_is_shared
+from fleetune import report
+from fleetune.cli import flags
+from fleetune.cli.console import CountBar, RoundBar, Ui
+from fleetune.cli.listener import InterruptHandler
 from fleetune.common.display import counted, human_bytes, human_count, human_time, show
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
 from fleetune.common.shell import quoted
@@ -65,15 +64,15 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"send the figures of the rounds there as well: {', '.join(trackers.TRACKERS)}; repeat",
     )
-    recipe_flags.add(sub)
+    flags.add(sub)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Tune, resume or check."""
     if args.resume:
         path = rundir.find(args.resume, Path(args.out))
-        recipe_flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
-        rounds, base = _more_rounds(args), recipe_flags.given(args).get("base", "")
+        flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
+        rounds, base = _more_rounds(args), flags.given(args).get("base", "")
         if args.dry_run:
             from fleetune.tuning.run.run import check_resume
 
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             finish(ui, result, resumed=True)
         return
     recipe = recipe_of(args)
-    recipe_flags.check(recipe, args.out)
+    flags.check(recipe, args.out)
     if args.dry_run:
         _check_only(recipe, args, ui)
     else:
@@ -103,7 +102,7 @@ def _more_rounds(args: argparse.Namespace) -> int:
     """The rounds that a resumed run is to have, 0 where none are given; RecipeError for what is no number of rounds."""
     from fleetune.tuning.run import extension
 
-    text = recipe_flags.given(args).get("rounds")
+    text = flags.given(args).get("rounds")
     return extension.number(text) if text else 0
 
 
@@ -155,15 +154,24 @@ def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
     say_what_is_shared(ui, Path(run))
 
 
+def say_what_is_shared(ui: Ui, run: Path) -> None:
+    """Note how many held-out rows a run's report shows the text of; nothing where it shows none."""
+    if count := len(report.samples(run)):
+        ui.note(
+            f"the report shows the text of {counted(count, 'held-out row')}: share it only with those who may read them "
+            "(a run with --no-samples keeps none)"
+        )
+
+
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that the arguments make, from a file or by name; RecipeError for what it cannot be."""
-    values = recipe_flags.keys(args, args.config)
+    values = flags.keys(args, args.config)
     if "sweep" in values:
         raise RecipeError(
             [f"{args.config} is the recipe of a sweep"], hint=f"fleetune sweep {quoted(args.config)}"
         )
     for name in ("model", "data"):
-        if (given := getattr(args, name)) and (flag := getattr(args, recipe_flags.PREFIX + name)):
+        if (given := getattr(args, name)) and (flag := getattr(args, flags.PREFIX + name)):
             raise UsageError(
                 f"two values of {name}: '{given}' and --{name} '{flag}'", hint="give one of them"
             )

@@ -18,9 +18,9 @@ from fleetune.common.display import human_time
 from fleetune.common.shell import quoted
 from fleetune.compression.jobs import inputs, solve
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead, Master
-from fleetune.models.artefact.artefact_folder import is_master
+from fleetune.models import artefact
+from fleetune.models.artefact import ArtefactHead, Master
+from fleetune.models.cache.names import is_master
 from fleetune.runs import compression_folder, env_file
 from fleetune.runs.compression_folder import PARTS, CompressRequest
 from fleetune.runs.listener import Listener

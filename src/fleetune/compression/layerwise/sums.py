@@ -36,9 +36,8 @@ from torch import Tensor, nn
 
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.errors import FleetError, MessageError
-from fleetune.models.artefact.artefact import Quantised, assembled
-from fleetune.models.families.codebooks import CODEBOOKS
-from fleetune.models.families.superblocks import SUPER_TYPES
+from fleetune.models.artefact import Quantised, assembled
+from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES
 from fleetune.tuning.exchange.aggregation import FEWEST, TIMES, Spool, usual
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 

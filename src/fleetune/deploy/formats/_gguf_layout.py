@@ -21,9 +21,9 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, _ggml_blocks
 from fleetune.errors import UsageError
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 from fleetune.models.families import experts, rope, table, widths
-from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.models.families.number_types import WEIGHTS
 
 PHI3_TOKENS: Final = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
 FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(

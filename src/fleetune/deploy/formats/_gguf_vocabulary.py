@@ -31,9 +31,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fleetune.data import Example
 from fleetune.data.encode import encode, prompt_ids
 from fleetune.errors import ModelError, UsageError
+from fleetune.models.checks import config_of
 from fleetune.models.families.foreign import foreign_file
 from fleetune.models.gguf.tokenizer import MARKS, RULES, WHOLE
-from fleetune.models.loading.hf_folder import config_of
 from fleetune.models.net import chat_template as plain
 
 SPECIAL: Final = ("bos", "eos", "unk", "pad")

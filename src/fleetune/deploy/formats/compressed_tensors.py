@@ -33,7 +33,7 @@ from torch import Tensor
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, hf
 from fleetune.errors import UsageError
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 from fleetune.models.families.widths import has_block_widths
 
 TARGETS: Final = {"compressed-tensors": "a directory for vLLM, SGLang and transformers: 4- or 8-bit codes"}

@@ -60,10 +60,10 @@ from fleetune.deploy.formats._gguf_layout import (
     tensor_name,
 )
 from fleetune.errors import UsageError
-from fleetune.models.artefact.tensor_file import damaged
 from fleetune.models.families import rope, table
 from fleetune.models.gguf import header
 from fleetune.models.gguf.header import GgufHeader, TensorPlace
+from fleetune.models.net.saving import damaged
 
 TARGETS: Final = {
     "gguf": "one file for llama.cpp, Ollama, LM Studio: in the type that holds the codes exactly",

@@ -28,9 +28,9 @@ from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report
 from fleetune.deploy.formats._gguf_layout import check_config, tensor_name
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.artefact.tensor_file import damaged
 from fleetune.models.families import experts, table
 from fleetune.models.gguf import header
+from fleetune.models.net.saving import damaged
 
 TARGETS: Final = {"gguf:lora": "a run's LoRA adapter, for llama.cpp beside a GGUF file of the base"}
 TAKES: Final = "adapter"

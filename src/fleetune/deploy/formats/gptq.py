@@ -28,7 +28,7 @@ from torch import Tensor
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, hf
 from fleetune.deploy.formats.compressed_tensors import symmetric
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 
 TARGETS: Final = {"gptq": "a directory in GPTQ's format: 2-, 3-, 4- or 8-bit codes"}
 TAKES: Final = "codes"

@@ -28,10 +28,10 @@ from fleetune.common.display import are
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary
 from fleetune.errors import UsageError
-from fleetune.models.artefact.artefact import Quantised, pack
-from fleetune.models.artefact.tensor_file import Tensors, compare, damaged, write_tensors
+from fleetune.models.artefact import Quantised, pack
 from fleetune.models.families.widths import has_block_widths
-from fleetune.models.loading.loading import DTYPES
+from fleetune.models.loading import DTYPES
+from fleetune.models.net.saving import Tensors, compare, damaged, write_tensors
 
 TARGETS: Final = {
     "hf": "a plain directory for transformers: fp32 from codes, else as stored",

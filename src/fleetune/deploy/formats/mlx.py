@@ -35,9 +35,9 @@ from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, hf
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 from fleetune.models.families import experts, rope
-from fleetune.models.families.limits import (
+from fleetune.models.families.table import (
     ALL_EXPERTS,
     NO_WINDOW,
     OWN_HEAD,

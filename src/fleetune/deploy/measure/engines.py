@@ -23,7 +23,7 @@ from fleetune.data import Encoded
 from fleetune.deploy import export
 from fleetune.deploy.measure.llamacpp import cross_entropy
 from fleetune.errors import ModelError, UsageError
-from fleetune.evaluation import reference
+from fleetune.evaluation import losses
 from fleetune.evaluation.losses import all_row_losses
 from fleetune.models.net.model import Model, tokenizer_digest
 from fleetune.tuning.result import finished
@@ -67,7 +67,7 @@ class Torch:
 
     def scored_logits(self, rows: Sequence[tuple[Sequence[int], int]]) -> Iterator[np.ndarray]:
         """Yield the logits of the tokens that `losses` scores, in order: float32 [n, V]."""
-        return reference.scored_logits(self.model, _encoded(rows))
+        return losses.scored_logits(self.model, _encoded(rows))
 
 
 def _encoded(rows: Sequence[tuple[Sequence[int], int]]) -> list[Encoded]:

@@ -44,7 +44,7 @@ from fleetune.errors import DataError, FleetuneError, UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from fleetune.models.artefact.artefact import Master
+    from fleetune.models.artefact import Master
 
 FILE: Final = "measure.json"  # in a compression's folder
 # Export warns below it.  A convention: who deploys should know that a tenth of the gain is lost.
@@ -313,7 +313,7 @@ def _of_gguf(file: Path) -> Iterator[tuple[bool, int, int]]:
 def _of_folder(folder: Path) -> Iterator[tuple[bool, int, int]]:
     """Yield (whether it is a matrix of a block, number of weights, bytes) of every parameter."""
     from fleetune.deploy.checkpoint import open_checkpoint
-    from fleetune.models.artefact.artefact import stored
+    from fleetune.models.artefact import stored
 
     model = open_checkpoint(folder)
     for name, shape in model.shapes.items():

@@ -30,7 +30,7 @@ from fleetune.deploy.measure.lines import Line, Measurable
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
-from fleetune.subject import ROW, Compressed, Run, Subject, loading
+from fleetune.subject import ROW, Compressed, Run, Subject, check_same_tokens
 
 if TYPE_CHECKING:
     from fleetune.data import Example
@@ -283,7 +283,7 @@ def reference_of(
     """
     if named is not None:
         for one in found:
-            loading.check_same_tokens(one.subject, named, offline=offline)
+            check_same_tokens(one.subject, named, offline=offline)
         own = lines.of(named, offline=offline)
         line = replace(_last_without(own, ("gguf",)), name=own.name)
         return ReferenceLine(line, own.tokenizer, named=True)
@@ -416,8 +416,8 @@ def _write(
     folder: Path, settings: Mapping[str, Any], rows: list[dict[str, Any]], known: dict[str, Any]
 ) -> None:
     """Write what was measured into the compression's folder; without `known` a kept gain of the same artefact stays in it."""
-    from fleetune.models.artefact.artefact import Master
-    from fleetune.models.artefact.artefact_folder import is_master
+    from fleetune.models.artefact import Master
+    from fleetune.models.cache.names import is_master
 
     model = compression_folder.model_in(folder)
     digest = Master(model).digest() if is_master(model) else ""

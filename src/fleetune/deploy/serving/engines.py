@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 from fleetune.errors import FleetuneError, UsageError
 
 INSTALL: Final = pip_install("serve")

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from fleetune.common.locks import lock
+from fleetune.common.files import lock
 from fleetune.common.memory import usable_memory
 from fleetune.errors import FAULTS, FleetuneError, UsageError, fault
 from fleetune.fleet.flower import wire

@@ -29,8 +29,8 @@ from fleetune.tuning.exchange.messages import Payload, ReplySpec
 
 if TYPE_CHECKING:
     from fleetune.data import Batches
-    from fleetune.models.loading.shapes import Shape
     from fleetune.models.net.model import Model
+    from fleetune.models.shapes import Shape
     from fleetune.seeds.slopes import Slopes
     from fleetune.tuning.exchange.footprint import Footprint
 

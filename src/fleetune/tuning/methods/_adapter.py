@@ -40,7 +40,7 @@ from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches, collate, encode_rows
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import server_rules

@@ -37,7 +37,7 @@ Where A and B start is the server's choice (`start`), and every device gets it f
 | pissa, olora | the strongest directions (or the first of Q R) of each weight W0; what they hold of it is taken out |
 | eva | A the directions that explain most of what the layer sees on rows of the server's (`start_data`); B zero |
 
-Sources and formulas: `adapters/lora_init.py`, `adapters/lora_init_eva.py`.  The base is never written to: for pissa and olora
+Sources and formulas: `adapters/lora_init.py`.  The base is never written to: for pissa and olora
 the start itself, B0 A0, is subtracted beside each layer, so it goes down with every broadcast (twice the bytes
 down, none up), and the saved adapter is a plain LoRA of rank 2 r on the plain base.
 
@@ -58,8 +58,8 @@ from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.errors import MessageError
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.tuning.exchange.aggregation import MEAN, Rule, cut, product_mean
 from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module
 from fleetune.tuning.exchange.messages import Payload, ReplySpec

@@ -52,13 +52,13 @@ from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches
 from fleetune.errors import MessageError
 from fleetune.evaluation import objectives
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
-from fleetune.seeds import project, slopes
+from fleetune.models.shapes import Shape
+from fleetune.seeds import slopes
+from fleetune.seeds.descent import Position, descend, descend_projected, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import POOL
 from fleetune.seeds.slopes import Slopes
-from fleetune.seeds.spsa import Position, descend, uniforms
 from fleetune.seeds.view import View
 from fleetune.tuning.exchange import server_rules
 from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, Rule
@@ -553,7 +553,7 @@ def project_steps(
 
     `units` is its learning rate over the ledger's grid.
     """
-    steps = project.descend(model, view, position, epoch, batches, units=units, clip=clip)
+    steps = descend_projected(model, view, position, epoch, batches, units=units, clip=clip)
     sent = wire.projection(steps.moved, key)
     for id, c in zip(pool_ids(epoch, np.arange(len(sent))), wire.integers(sent), strict=True):
         position.move(int(id), int(c))

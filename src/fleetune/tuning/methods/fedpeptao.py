@@ -91,10 +91,10 @@ from fleetune.data import Batch, Batches
 from fleetune.errors import FleetError
 from fleetune.evaluation.losses import batch_loss, eval_mode
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.layers import check_separate, layers_of
 from fleetune.models.net.model import Model
-from fleetune.seeds.spsa import uniforms
+from fleetune.models.shapes import Shape
+from fleetune.seeds.descent import uniforms
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders

@@ -51,8 +51,8 @@ from typing import Final, NamedTuple, Self
 
 from fleetune import adapters
 from fleetune.common.settings import setting
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module, scales_module
 from fleetune.tuning.methods import _adapter
 from fleetune.tuning.methods._adapter import Training

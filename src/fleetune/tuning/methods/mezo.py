@@ -34,12 +34,12 @@ import numpy as np
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation import objectives
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.seeds import slopes
+from fleetune.seeds.descent import descend
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.slopes import Slopes
-from fleetune.seeds.spsa import descend
 from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import Payload, ReplySpec

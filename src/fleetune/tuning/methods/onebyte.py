@@ -49,11 +49,11 @@ import numpy as np
 from fleetune.common.settings import setting
 from fleetune.data import Batches, keyed_order
 from fleetune.evaluation import objectives
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
+from fleetune.seeds.descent import slope, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import derive, probe
-from fleetune.seeds.spsa import slope, uniforms
 from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from fleetune import models
-from fleetune.common import commas
+from fleetune.common import settings
 from fleetune.common.display import counted
 from fleetune.data import Example
-from fleetune.data.labelled import check_answers
+from fleetune.data.encode import check_answers
 from fleetune.errors import RecipeError
 from fleetune.evaluation import objectives
-from fleetune.models.loading.encoders import MAX_LABELS
-from fleetune.models.loading.hf_folder import is_encoder
+from fleetune.models.checks import is_encoder
+from fleetune.models.encoders import MAX_LABELS
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 
@@ -27,7 +27,7 @@ COVER: Final = "name every label word as the data has it (a comma in a word: \\,
 
 def problems(recipe: Recipe) -> list[str]:
     """List what is wrong with the recipe's label words, whatever the data."""
-    given = commas.split(recipe.labels) if recipe.labels else []
+    given = settings.split_words(recipe.labels) if recipe.labels else []
     trained = objectives.label_words(str(recipe.set.get("objective", "loss")))
     found = []
     if given and not 2 <= len(given) <= MAX_LABELS:

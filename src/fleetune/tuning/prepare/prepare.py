@@ -16,22 +16,20 @@ from statistics import median_low
 import torch
 
 from fleetune import data, models
-from fleetune.common import commas
+from fleetune.common import settings
 from fleetune.common.display import counted
 from fleetune.common.events import TuneChecked
 from fleetune.common.ggml import SCALES
 from fleetune.common.memory import release_memory
-from fleetune.common.sizes import parse_bytes
-from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
-from fleetune.data.labelled import encode_rows
-from fleetune.data.lengths import Cut
+from fleetune.common.settings import parse_bytes
+from fleetune.data import Encoded, Example, check_columns, encode, partition, sources
+from fleetune.data.encode import Cut, begun, encode_rows
+from fleetune.data.partition import Split as Split
 from fleetune.data.partition import check_partition_spec
-from fleetune.data.plain_text import begun
-from fleetune.data.splitting import Split as Split
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
-from fleetune.models.mapped.bases import BLOCKS
+from fleetune.models.cache.cache import BLOCKS
 from fleetune.models.net.model import Model
 from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods
@@ -78,7 +76,7 @@ class TuneJob:
     def about_rows(self) -> list[str]:
         """Say which rows are left out, and which are cut; [] where all are whole."""
         rows = len(self.split.examples)
-        return lengths.remarks(self.split.notes, rows, self.dropped, self.cut, self.recipe.max_length)
+        return encode.cut_remarks(self.split.notes, rows, self.dropped, self.cut, self.recipe.max_length)
 
     def about_time(self) -> list[str]:
         """Say how long the run takes, and what would make a long one shorter; [] where it was not estimated."""
@@ -156,7 +154,7 @@ def _of_course(recipe: Recipe) -> list[str]:
 
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:
     """Read the data, hold rows out, and give every other row to a client."""
-    return splitting.split(recipes.rows_of(recipe), entry.clients, offline=offline)
+    return partition.split(recipes.rows_of(recipe), entry.clients, offline=offline)
 
 
 def prepare(
@@ -230,7 +228,7 @@ def prepare(
         examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
         prompts=prompts[: max(recipe.rouge_rows, recipe.samples)],
         dropped=len(parts.examples) - len(place),
-        cut=lengths.cut([row for pieces in place.values() for row in pieces]),
+        cut=encode.count_cut([row for pieces in place.values() for row in pieces]),
         objective=objective,
         found=found,
         estimate=estimated,
@@ -381,7 +379,7 @@ def _for_encoder(recipe: Recipe, method: Method, model: Model) -> Recipe:
         require_text_model(model, f"objective {objective!r}")
     if odd := [word for word in model.labels if word.endswith("\\")]:
         raise RecipeError([f"the label word {odd[0]!r} ends with a backslash"], hint="rename it in the data")
-    return dataclasses.replace(recipe, labels=commas.join(model.labels))
+    return dataclasses.replace(recipe, labels=settings.join_words(model.labels))
 
 
 def usual_threads(params: int) -> int:
@@ -398,7 +396,7 @@ def dry_run(
     """Load the data and model of a recipe and check it; write nothing."""
     check(recipe)
     told: list[str] = []
-    with stdin.borrowed(recipe.data) as source:
+    with sources.borrowed(recipe.data) as source:
         job = prepare(
             dataclasses.replace(recipe, data=source),
             offline=offline,

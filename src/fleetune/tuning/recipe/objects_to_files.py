@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from fleetune.common.settings import Value
-from fleetune.data import stdin
+from fleetune.data import sources
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.runs import rundir
 
@@ -124,8 +124,8 @@ def data_name(data: Any, out: Path) -> str:
     `data` may be a name, a path, "-" (rows as JSONL from standard input), or any iterable of mappings: a list of dicts, a
     `datasets.Dataset`, a DataFrame.  DataError for anything else.
     """
-    if isinstance(data, str) and data == stdin.NAME:
-        return str(stdin.stored(_folder(out)))
+    if isinstance(data, str) and data == sources.STDIN:
+        return str(sources.store_stdin(_folder(out)))
     if data is None or isinstance(data, str | Path):
         return str(data or "")
     if hasattr(data, "to_dicts"):  # a polars DataFrame
@@ -152,7 +152,7 @@ def data_name(data: Any, out: Path) -> str:
             raise DataError(
                 f"row {number} cannot be written as JSON: {error}", hint="rows map fields to texts"
             ) from error
-    return str(stdin.write(b"".join(lines), _folder(out)))
+    return str(sources.store_rows(b"".join(lines), _folder(out)))
 
 
 def _is_missing(value: Any) -> bool:

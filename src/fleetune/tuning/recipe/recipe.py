@@ -20,9 +20,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
-from fleetune.common import commas
+from fleetune.common import settings
 from fleetune.common.settings import Value
-from fleetune.data.splitting import Rows
+from fleetune.data.partition import RowsSpec
 from fleetune.errors import RecipeError
 from fleetune.tuning.recipe import recipe_problems
 
@@ -306,9 +306,9 @@ def trained(recipe: Recipe) -> str:
     return "scales" if recipe.set.get("module") == "scales" else recipe.train
 
 
-def rows_of(recipe: Recipe) -> Rows:
+def rows_of(recipe: Recipe) -> RowsSpec:
     """The options of a recipe that decide which client holds which rows."""
-    return Rows(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Rows)})
+    return RowsSpec(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(RowsSpec)})
 
 
 def _unwritable(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -322,7 +322,7 @@ def _unwritable(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def label_words(text: str) -> tuple[str, ...]:
     """The label words of the option `labels`."""
-    return tuple(commas.given(text))
+    return tuple(settings.given_words(text))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from fleetune.common.shell import quoted
 from fleetune.data.examples import looks_like_model, looks_like_rows
 from fleetune.errors import FleetuneError, RecipeError, UsageError, suggest
-from fleetune.models.cache.short_names import hub_of
+from fleetune.models.cache.names import hub_of
 
 CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
 AUTO: Final = "auto"  # the method of a recipe that names none

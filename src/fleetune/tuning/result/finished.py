@@ -18,17 +18,16 @@ from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
 from fleetune.data import Example
 from fleetune.errors import FleetuneError, Interrupted, LedgerError, ModelError, UsageError
-from fleetune.models.families import dtypes
-from fleetune.models.mapped.bases import BLOCKS
-from fleetune.models.net import unmerged
-from fleetune.models.net.model import Model, Pieces
+from fleetune.models.cache.cache import BLOCKS
+from fleetune.models.families import number_types
+from fleetune.models.net.model import Model, Pieces, refuse_copies
 from fleetune.runs import env_file, rundir
 from fleetune.runs.listener import Listener, Silent
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import PASSES
 from fleetune.seeds.scale_view import moved_tensors
-from fleetune.seeds.view import kernels
+from fleetune.seeds.weights import kernels
 from fleetune.tuning.methods._zeroth import place_at as place_at
 from fleetune.tuning.methods._zeroth import view_of
 from fleetune.tuning.prepare.prepare import split
@@ -115,7 +114,7 @@ def base_of(
     """
     if not ledger.head.tensors:
         raise LedgerError("the ledger names no tensors, so it is no model's")
-    dtype = dtypes.from_full(ledger.head.tensors[0][2])
+    dtype = number_types.from_full(ledger.head.tensors[0][2])
     if dtype is None:
         raise LedgerError(
             f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
@@ -218,7 +217,7 @@ def load(
     base: str | None = None,
     model: str | None = None,
 ) -> Model:
-    """The tuned model of a finished run; its stored weights stay the base's, so that it refuses to be copied (`unmerged.py`).
+    """The tuned model of a finished run; its stored weights stay the base's, so that it refuses to be copied.
 
     `device`, `base` (where the base's weights are) and `model` (the base's name now) are the run's own unless given.
 
@@ -237,7 +236,7 @@ def load(
         recipe, device=device or recipe.device, base=where, model=model or recipe.model
     )
     tuned = _LOAD[entry.kind](result, recipe, offline)
-    unmerged.guard(tuned.net)
+    refuse_copies(tuned.net)
     return tuned
 
 

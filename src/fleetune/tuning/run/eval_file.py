@@ -10,8 +10,7 @@ from fleetune.common.files import json_text, read_json
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError
-from fleetune.evaluation.answers import generate
-from fleetune.evaluation.scores import rouge_l
+from fleetune.evaluation.answers import generate, rouge_l
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.prepare.prepare import TuneJob
 from fleetune.tuning.run import validation

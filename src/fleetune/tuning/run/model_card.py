@@ -15,11 +15,11 @@ from typing import Any, Final
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from fleetune.common import __version__
 from fleetune.common.display import counted, human_bytes, show
 from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.common.settings import Value
-from fleetune.common.version import __version__
-from fleetune.models.cache import short_names
+from fleetune.models.cache import names
 from fleetune.runs import env_file, rundir
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import recipe as recipes
@@ -70,12 +70,12 @@ _MARK: Final = "<!-- what the run recorded -->"
 
 def base_name(recipe: Recipe) -> str:
     """Return the base model as others know it: its hub id, or the last part of its path."""
-    return short_names.hub_of(recipe.model) or run_facts.public(recipe.model)
+    return names.hub_of(recipe.model) or run_facts.public(recipe.model)
 
 
 def licence_of(recipe: Recipe) -> str | None:
     """Return the licence of the base: of a name that is known, or as the card in its folder states; None where neither does."""
-    if known := short_names.licence_of(recipe.model):
+    if known := names.licence_of(recipe.model):
         return known
     card = Path(recipe.model).expanduser() / CARD
     try:
@@ -91,7 +91,7 @@ def command_of(recipe: Recipe) -> str:
     words = [
         "fleetune",
         "tune",
-        recipe.model if short_names.hub_of(recipe.model) else run_facts.public(recipe.model),
+        recipe.model if names.hub_of(recipe.model) else run_facts.public(recipe.model),
     ]
     words += [run_facts.public(recipe.data), "--method", recipe.method]
     for name, (_, default, _) in recipes.fields().items():

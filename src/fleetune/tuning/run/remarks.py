@@ -19,7 +19,7 @@ from fleetune.common.paired import Difference
 from fleetune.evaluation.losses import class_measures, response_loss
 from fleetune.runs import rundir
 from fleetune.runs.rundir import RunDir
-from fleetune.seeds.view import FOLD
+from fleetune.seeds.weights import FOLD
 from fleetune.tuning.rounds import watch
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fleetune.common import sums
-from fleetune.common.energy import EnergyMeter
 from fleetune.common.events import (
     ClientReply,
     Recorded,
@@ -231,7 +230,6 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     whole = eval_file.having(run.path, "base") if rundir.checkpoints(run.path) else {}
     base = None if whole else _base(job, run)
     check = validation.Validation(job, base.rows if base else validation.losses_in(whole, "base"))
-    meter = EnergyMeter() if not rundir.checkpoints(run.path) else None  # of a whole run alone
     params = model.n_params  # before a module is attached to it
     first = _first(job)
     fleet = fleets.make(job, run, listener, step)
@@ -260,7 +258,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
             method.apply(model, lost.state)
             ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
         raise
-    return finish(job, run, first, outcome, check, listener, began, meter)
+    return finish(job, run, first, outcome, check, listener, began)
 
 
 @dataclass(frozen=True)

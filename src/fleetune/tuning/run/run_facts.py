@@ -7,8 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetune.common import __version__
 from fleetune.common.settings import Value
-from fleetune.common.version import __version__
 from fleetune.tuning.recipe import given_methods
 
 if TYPE_CHECKING:

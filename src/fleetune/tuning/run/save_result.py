@@ -11,7 +11,6 @@ from typing import Any
 
 from fleetune import adapters, models, report
 from fleetune.common import sums
-from fleetune.common.energy import EnergyMeter
 from fleetune.common.events import TuneDone, as_dict
 from fleetune.common.files import read_json
 from fleetune.common.memory import peak_rss
@@ -33,7 +32,6 @@ def finish(
     check: validation.Validation,
     listener: Listener,
     began: float,
-    meter: EnergyMeter | None,
 ) -> TuneDone:
     """Save and report the result; `first` is the state before round 1, `began` is when this sitting began, with its search."""
     state, totals = outcome.state, outcome.totals
@@ -62,7 +60,6 @@ def finish(
         peak_rss=peak_rss(),
         **result,
         per_client=clients,
-        energy=meter.joules() if meter else None,
         **_about(job, run, (first, state), evaluation, tuned, result["digest"], outcome, change),
     )
     if job.entry.kind == "adapter":

@@ -131,8 +131,8 @@ def counted(config: PretrainedConfig) -> Shape:
     from transformers import AutoModelForSequenceClassification
     from transformers.pytorch_utils import Conv1D
 
+    from fleetune.models.checks import is_encoder
     from fleetune.models.families.widths import build
-    from fleetune.models.loading.hf_folder import is_encoder
     from fleetune.models.net.layers import head_of, read_past
 
     encoder = is_encoder(config)

@@ -16,25 +16,32 @@ the methods that work layer by layer write it.  Names and numbers are looked up 
 
 from __future__ import annotations
 
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from fleetune.common import sums
+from fleetune.common.display import counted, human_bytes
 from fleetune.common.shell import quoted
-from fleetune.errors import UsageError
-from fleetune.models.artefact.artefact_folder import is_master
-from fleetune.models.cache import adapter_folder
+from fleetune.errors import DataError, UsageError
+from fleetune.models.cache import names
+from fleetune.models.cache.names import is_master
 from fleetune.runs import compression_folder, folder_names, rundir
 from fleetune.runs.compression_folder import CompressRequest
+from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
+    from fleetune.common.paired import RowLosses
     from fleetune.data import Example
+    from fleetune.evaluation.losses import OnRows, Reference
     from fleetune.models.net.model import Model
     from fleetune.seeds.ledger import Ledger
     from fleetune.tuning.recipe.recipe import Recipe
+
 
 ROW: Final = 512  # tokens of a row at most, unless a run says otherwise
 
@@ -187,7 +194,7 @@ class Compressed:
     @property
     def _instead_of_mapped(self) -> str:
         """Say what to do where codes cannot stay in their file: a mixture's GGUF file is not read back."""
-        from fleetune.models.artefact.artefact import Master
+        from fleetune.models.artefact import Master
 
         codes = Master(self.model)
         if codes.head.experts or any(".experts." in name for name in codes.names):
@@ -274,7 +281,7 @@ def open(name: object, out: str | Path = "runs") -> Subject:
     if run:
         return Run(run)
     rundir.check_name(text, runs)
-    adapter_folder.check(text)
+    names.check_no_adapter(text)
     return Plain(text)
 
 
@@ -316,7 +323,7 @@ def _text_of(name: object) -> str:
 
 
 def _codes(name: str, found: Compressed) -> UsageError:
-    from fleetune.models.artefact.artefact import Master
+    from fleetune.models.artefact import Master
 
     head = Master(found.model).head
     return UsageError(
@@ -348,3 +355,172 @@ def _run(name: str, out: Path) -> Path | None:
 
 def _is_plain(folder: Path) -> bool:
     return compression_folder.is_complete(folder) and not is_master(folder / "model")
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_with_rows(
+    subject: Subject,
+    given: list[Example],
+    *,
+    labels: Sequence[str] = (),
+    dtype: str | None = None,
+    device: str = "auto",
+    base: str | None = None,
+    needs_rows: bool = True,
+    offline: bool = False,
+) -> tuple[Model, list[Example]]:
+    """Load a subject, and return it with the rows to measure it on: those `given`, else its own held-out rows.
+
+    UsageError, before the model is loaded, when `needs_rows` and there are none, or when `dtype` differs from a run's.
+    """
+    from fleetune import models
+
+    if isinstance(subject, Run):
+        _check_dtype(subject, dtype, device)
+        rows = rows_of(subject, given, offline=offline)
+        return subject.load(device=device, offline=offline, base=base), rows
+    models.check_device(device, dtype or "fp32")
+    rows = rows_of(subject, given, offline=offline)
+    if not rows and needs_rows:
+        what = "this model" if isinstance(subject, Compressed) else "a model"
+        raise UsageError(
+            f"eval of {what} needs DATA", hint=f"fleetune eval {quoted(subject.argument)} data.jsonl"
+        )
+    if isinstance(subject, Compressed):
+        return subject.load(dtype=dtype or "fp32", device=device, offline=offline, base=base), rows
+    words = list(labels) or sorted({e.response.strip() for e in rows})
+    model = models.load(
+        subject.name, dtype=dtype or "fp32", device=device, offline=offline, labels=words, base=base or "auto"
+    )
+    return model, rows
+
+
+def base_losses(
+    subject: Subject, model: Model, examples: Sequence[Example], told: Callable[[str], OnRows]
+) -> RowLosses | None:
+    """Return the losses of rows under the base of a run, whose tuned `model` becomes that base; None for anything else."""
+    from fleetune.evaluation import measures
+
+    if not isinstance(subject, Run) or model.attachment is None:
+        return None
+    model.attachment.detach(model)
+    return measures.evaluate(model, examples, ["loss"], max_length=subject.max_length, told=told).rows
+
+
+def load_alone(
+    subject: Subject,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    base: str | None = None,
+    offline: bool = False,
+) -> Model:
+    """Load a subject without any rows; UsageError, before that, when `dtype` differs from a run's."""
+    from fleetune import models
+
+    if isinstance(subject, Run):
+        _check_dtype(subject, dtype, device)
+        return subject.load(device=device, offline=offline, base=base)
+    models.check_device(device, dtype or "fp32")
+    return subject.load(dtype=dtype or "fp32", device=device, offline=offline, base=base)
+
+
+def rows_of(subject: Subject, given: list[Example], *, offline: bool = False) -> list[Example]:
+    """Return the rows to measure a subject on: those `given`, else its own held-out rows, where it has any."""
+    return given or ([] if isinstance(subject, Plain) else subject.held_out(offline=offline))
+
+
+def check_same_tokens(subject: Subject, reference: Subject, *, offline: bool = False) -> None:
+    """UsageError when two models have different tokens, before either is loaded; one may have more of them."""
+    own, other = (_vocabulary(found, offline=offline).items() for found in (subject, reference))
+    if not (own <= other or other <= own):
+        raise UsageError(
+            f"{subject.argument} and {reference.argument} have different tokens, so what they predict cannot be compared",
+            hint="give as --reference the model that it was made from, or another with the same tokenizer",
+        )
+
+
+def _vocabulary(subject: Subject, *, offline: bool) -> dict[str, int]:
+    """Return the tokens of a subject, with their numbers."""
+    from transformers import AutoTokenizer
+
+    from fleetune import models
+
+    if isinstance(subject, Compressed):
+        tokenizer = AutoTokenizer.from_pretrained(subject.model, local_files_only=True)
+    else:
+        name = subject.recipe.model if isinstance(subject, Run) else subject.name
+        tokenizer = models.load_tokenizer(name, offline=offline)
+    return dict(tokenizer.get_vocab())
+
+
+def _check_dtype(run: Run, dtype: str | None, device: str) -> None:
+    """UsageError for another dtype than the run's, or a device that cannot compute in it."""
+    from fleetune import models
+
+    if dtype not in (None, own := run.recipe.dtype):
+        raise UsageError(f"a run has a dtype of its own, here {own}", hint="leave out --dtype")
+    models.check_device(device, own)
+
+
+@contextmanager
+def logits_of(
+    subject: Subject | None,
+    examples: Sequence[Example],
+    texts: Sequence[str],
+    listener: Listener,
+    *,
+    max_length: int,
+    dtype: str | None = None,
+    device: str = "auto",
+    offline: bool = False,
+) -> Iterator[Reference | None]:
+    """Keep the logits of a model on texts, else on examples, while the block runs; the model is in memory no longer.
+
+    None without a model, or anything to run it on.  DataError when no token is scored.
+    """
+    if subject is None or not (examples or texts):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
+        file = Path(folder) / "reference.npy"
+
+        def on_rows(done: int, total: int) -> None:
+            listener.progress("rows of the reference", done, total)
+
+        kept = _write(
+            subject, examples, texts, file, max_length, dtype, device, offline=offline, on_rows=on_rows
+        )
+        size = human_bytes(file.stat().st_size)
+        listener.note(
+            f"{subject.argument} is the reference: {counted(kept.tokens, 'token')}, {size} of logits in {folder} until the end"
+        )
+        yield kept
+
+
+def _write(
+    subject: Subject,
+    examples: Sequence[Example],
+    texts: Sequence[str],
+    file: Path,
+    max_length: int,
+    dtype: str | None,
+    device: str,
+    *,
+    offline: bool,
+    on_rows: OnRows,
+) -> Reference:
+    from fleetune.data.encode import encode_all
+    from fleetune.evaluation import kl_divergence
+    from fleetune.evaluation.answers import require_text_model
+    from fleetune.evaluation.losses import keep_logits, scored_tokens, text_rows
+
+    own = None if isinstance(subject, Run) else dtype  # a run has one of its own
+    model = load_alone(subject, dtype=own, device=device, offline=offline)
+    require_text_model(model, "a comparison with a reference")
+    rows = text_rows(model, texts) if texts else encode_all(examples, model.tokenizer, max_length)[0]
+    if not scored_tokens(rows):
+        raise DataError("there is no token to compare", hint="give rows with an answer, or a longer text")
+    return keep_logits(model, rows, file, kl_divergence.TEMPORARY, on_rows)

@@ -17,7 +17,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -39,46 +39,28 @@ from fleetune.common import sums
 from fleetune.common.memory import give_back, is_out_of_memory, return_large_pieces, usable_memory
 from fleetune.common.shell import quoted
 from fleetune.errors import FitError, FleetuneError, ModelError, called
-from fleetune.models.artefact.artefact import Master
-from fleetune.models.artefact.artefact_folder import FILE as MASTER
-from fleetune.models.artefact.artefact_folder import is_master
+from fleetune.models import encoders
+from fleetune.models.artefact import Master
 from fleetune.models.cache import cache, names
-from fleetune.models.cache.cache import BuiltIn
+from fleetune.models.cache.cache import BASES, BLOCKS, MAPPED, SHARE, BuiltIn
 from fleetune.models.cache.download import Progress
-from fleetune.models.families.dtypes import WEIGHTS
-from fleetune.models.families.foreign import AGAIN, foreign_file, short_error
+from fleetune.models.cache.names import MASTER, is_master
+from fleetune.models.checks import (
+    check_folder,
+    check_size,
+    check_step,
+    check_tensors,
+    config_of,
+    finite,
+    is_encoder,
+)
+from fleetune.models.families.foreign import AGAIN, check_blocks, foreign_file, short_error
+from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import class_of
-from fleetune.models.gguf.bounds import check_blocks, check_size, check_step, check_tensors, finite
-from fleetune.models.loading import encoders, placement
-from fleetune.models.loading.hf_folder import check_folder, config_of, is_encoder
-from fleetune.models.loading.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
-from fleetune.models.mapped.bases import BLOCKS, MAPPED
-from fleetune.models.mapped.net import NotMappable, leave_in_file, memory_of, placeholders
-from fleetune.models.mapped.stored import Stored, weight_files
-from fleetune.models.net.model import Model, digest, named_tensors, tokenizer_digest, uniform
-from fleetune.models.net.saving import disk_errors, quiet, save
-
-__all__ = [
-    "DEVICES",
-    "DTYPES",
-    "Model",
-    "builtin",
-    "digest",
-    "disk_errors",
-    "load",
-    "load_config",
-    "load_tokenizer",
-    "named_tensors",
-    "pull",
-    "resolve",
-    "save",
-    "tiny_bert",
-    "tiny_llama",
-    "tiny_roberta",
-    "tiny_tokenizer",
-    "tokenizer_digest",
-    "uniform",
-]
+from fleetune.models.lazy import NotMappable, leave_in_file, memory_of, placeholders
+from fleetune.models.net.model import Model, digest, named_tensors, tokenizer_digest
+from fleetune.models.net.saving import quiet
+from fleetune.models.stored import Stored, has_places, of_folder, read_places, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +71,11 @@ _RANGE: Final = (
     "fp16 holds numbers up to 65,504: try --dtype fp32 or bf16; if it stays, fetch the model again"
 )
 _LOADING = threading.Lock()
+
+Resolve = Callable[[str], Path]
+Tensors = Callable[[str], tuple[Path, Mapping[str, Stored]]]
+
+DENSEST: Final = 8  # numbers that a byte of a GGUF file stands for, at most
 DEVICES: Final = ("auto", "cpu", "cuda", "mps")
 
 
@@ -234,7 +221,7 @@ def load(
     `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
     the label words that an encoder's head chooses among; a causal model ignores them.  `base` is memory,
     mapped (the weights stay in their file, a GGUF file as it is or safetensors, and are read piece by piece; on the CPU), blocks
-    (mapped, and a built-in model is its GGUF file, whose scales are tuned) or auto (`placement.py`: by `ram`, the
+    (mapped, and a built-in model is its GGUF file, whose scales are tuned) or auto (by `ram`, the
     bytes that the work may take, 0 for all that this process may use).  ModelError when the name, its files, the labels, the
     dtype or the device cannot be used; FitError when memory does not suffice.
     """
@@ -246,14 +233,12 @@ def load(
         return resolve(name, offline=offline, progress=progress)
 
     @functools.cache  # a GGUF file is hashed for it
-    def tensors_of(name: str) -> tuple[Path, Mapping[str, Stored]]:
-        return placement.tensors_of(
-            name, folder_of, offline=offline, progress=progress, blocks=base == BLOCKS
-        )
+    def stored_of(name: str) -> tuple[Path, Mapping[str, Stored]]:
+        return tensors_of(name, folder_of, offline=offline, progress=progress, blocks=base == BLOCKS)
 
-    if placement.chosen(base, name, WEIGHTS[dtype].size, device, ram, folder_of, tensors_of) == "memory":
+    if _place(base, name, WEIGHTS[dtype].size, device, ram, folder_of, stored_of) == "memory":
         return _load_folder(name, folder_of(name), dtype, device, labels)
-    path, tensors = tensors_of(name)
+    path, tensors = stored_of(name)
     try:
         with called(path, name):
             return _load_folder(name, path, dtype, device, labels, tensors)
@@ -262,6 +247,73 @@ def load(
             raise
         log.info("%s", error)
         return _load_folder(name, folder_of(name), dtype, device, labels)
+
+
+def _place(base: str, name: str, size: int, device: str, ram: int, resolve: Resolve, tensors: Tensors) -> str:
+    """Return memory or mapped; auto is mapped on a CPU where weights of `size` bytes each would take half of `ram` bytes.
+
+    `resolve` and `tensors` (`tensors_of`) are asked where the size cannot be told without.  ModelError for another word, and
+    for mapped on another device.
+    """
+    if base not in (*BASES, BLOCKS):
+        raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(BASES))
+    if base in MAPPED and device != "cpu":
+        raise ModelError(
+            f"a mapped base is for the CPU, not for '{device}'", hint="leave out --base or --device"
+        )
+    if base != "auto":
+        return base
+    room = SHARE * ram / size
+    return "mapped" if device == "cpu" and room and _count(name, room, resolve, tensors) > room else "memory"
+
+
+def _count(name: str, room: float, resolve: Resolve, tensors: Tensors) -> float:
+    """Return how many weights a model has, or an upper bound that is below `room`."""
+    if name in cache.ORIGINS:
+        return cache.ORIGINS[name].params
+    path = names.local(name)
+    if path is not None and path.is_file():
+        most = DENSEST * path.stat().st_size
+        return most if most < room else sum(t.numbers for t in tensors(name)[1].values())
+    return sum(math.prod(shape) for shape in weight_shapes(resolve(name)))
+
+
+def tensors_of(
+    name: str,
+    resolve: Resolve,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+    blocks: bool = False,
+) -> tuple[Path, Mapping[str, Stored]]:
+    """Return the folder of a model's configuration and tokenizer, and where its tensors are.
+
+    A GGUF file is not converted: the folder, in the cache, has no weights.  With `blocks` a built-in model is its GGUF file,
+    else whatever of it is in the cache.  ModelError as in `models.load`.
+    """
+    if name in cache.ORIGINS:
+        folder = cache.pull_builtin(
+            cache.ORIGINS[name],
+            offline=offline,
+            progress=progress,
+            bases=("mapped",) if blocks else ("mapped", "memory"),
+        )
+        file = folder / cache.GGUF
+    elif (path := names.local(name)) is not None and path.is_file():
+        folder, file = cache.import_gguf(path, weights=False, progress=progress), path
+    else:
+        folder, file = resolve(name), Path()
+    return folder, read_places(folder, file) if file.is_file() and has_places(folder) else of_folder(folder)
+
+
+def weight_shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Return the shapes of all tensors in a directory's files."""
+    found = []
+    with foreign_file(folder, "has weights that cannot be loaded"):
+        for file in weight_files(folder):
+            with safe_open(file, "pt") as opened:
+                found += [tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())]
+    return found
 
 
 def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Model:
@@ -369,7 +421,7 @@ def _sizes(path: Path, stored: Mapping[str, Stored] | None) -> tuple[int, int]:
     if is_master(path):  # a byte holds 8 codes at most
         size = (path / MASTER).stat().st_size
         return size, 8 * size
-    shapes = placement.shapes(path)
+    shapes = weight_shapes(path)
     return len(shapes), sum(map(math.prod, shapes))
 
 

@@ -13,8 +13,8 @@ for each quantised matrix NAME (a parameter's name, [R, C] = [out, in]), which i
     w[r, c] = scale[r, c // group] * (codes[r, c] - zero[r, c // group])            in float32, exact
 
 since a scale has 11 significant bits and the difference at most 9.  A pruned weight is one whose code is its
-zero.  Where the header names a codebook for NAME (`codebooks.py`), its value for a code stands in the code's place; zero is
-0 then.  Where it names a super-block type (`superblocks.py`, which says what the weights are), the file holds instead of
+zero.  Where the header names a codebook for NAME (`number_types.py`), its value for a code stands in the code's place; zero is
+0 then.  Where it names a super-block type (`number_types.py`, which says what the weights are), the file holds instead of
 scale and zero
 
                             NAME.d           float16 [R, C / 256]
@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -47,15 +47,67 @@ from torch import Tensor
 from fleetune.common import sums
 from fleetune.common.folders import staged
 from fleetune.errors import ModelError, VersionError
-from fleetune.models.artefact.artefact_folder import FILE, is_master
-from fleetune.models.artefact.tensor_file import write_in_turn
-from fleetune.models.families.codebooks import CODEBOOKS
-from fleetune.models.families.superblocks import SUPER_TYPES, SuperBlocks
+from fleetune.models.cache.names import MASTER, is_master
+from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES, SUPER_WIDTH, SuperType
 from fleetune.models.families.widths import mark_config
 from fleetune.models.net.model import Model, stored_tensors
+from fleetune.models.net.saving import write_in_turn
 
 VERSION: Final = 1
 AGAIN: Final = "compress the model again"
+
+
+class SuperBlocks(NamedTuple):
+    """The scales of a matrix [R, C] in super-blocks, as the file holds them."""
+
+    kind: str  # of `SUPER_TYPES`
+    d: Tensor  # float16 [R, C / 256]
+    multiples: Tensor  # int8 [R, C / group]
+    dmin: Tensor  # float16 [R, C / 256]; [R, 0] of a type without a minimum
+    minima: Tensor  # int8 [R, C / group]; [R, 0] likewise
+
+    @property
+    def type(self) -> SuperType:
+        """The numbers of the type."""
+        return SUPER_TYPES[self.kind]
+
+    @staticmethod
+    def joined(parts: Sequence[SuperBlocks]) -> SuperBlocks:
+        """Join the super-blocks of some rows each."""
+        tensors = (torch.cat(rows) for rows in list(zip(*parts, strict=True))[1:])
+        return SuperBlocks(parts[0].kind, *tensors)
+
+    def scale(self) -> Tensor:
+        """Return the groups' scales, float32 [R, C / group], exact."""
+        return times(self.d, self.multiples)
+
+    def offset(self) -> Tensor | None:
+        """Return what is taken off a group's weights, float32 [R, C / group], exact; None where there is no minimum."""
+        return times(self.dmin, self.minima) if self.type.minimum else None
+
+    def misfit(self, R: int, C: int) -> str:
+        """Say what keeps the parts from being those of a matrix [R, C]; "" where nothing does."""
+        of, blocks = self.type, (R, C // SUPER_WIDTH)
+        groups, none = (R, C // of.group), (R, 0)
+        wanted = (blocks, groups, *((blocks, groups) if of.minimum else (none, none)))
+        found = (self.d, self.multiples, self.dmin, self.minima)
+        dtypes = (torch.float16, torch.int8, torch.float16, torch.int8)
+        if C % SUPER_WIDTH or any(tuple(t.shape) != shape for t, shape in zip(found, wanted, strict=True)):
+            return f"parts that are not those of super-blocks of {SUPER_WIDTH} columns"
+        if any(t.dtype != dtype for t, dtype in zip(found, dtypes, strict=True)):
+            return f"parts of another type than {self.kind}'s"
+        if not all(bool(unit.isfinite().all()) for unit in (self.d, self.dmin)):
+            return "units that are no finite numbers"
+        ends = [(self.multiples, of.low), (self.minima, 0)]
+        if any(t.numel() and (int(t.min()) < low or int(t.max()) > of.high) for t, low in ends):
+            return f"multiples that {self.kind} has not"
+        return ""
+
+
+def times(unit: Tensor, multiples: Tensor) -> Tensor:
+    """Return multiples [R, groups] of the units [R, blocks] that groups share, float32 [R, groups]."""
+    each = multiples.shape[1] // max(1, unit.shape[1])
+    return unit.float().repeat_interleave(each, 1) * multiples.float()
 
 
 @dataclass(frozen=True)
@@ -63,7 +115,7 @@ class Quantised:
     """A matrix on a grid: w[r, c] = scale[r, c // group] * steps[r, c].
 
     The steps are codes[r, c] - zero[r, c // group], or a codebook's value for the code.  In super-blocks the scale is a float32
-    number, exact, and a group's minimum is taken off (`superblocks.py`).
+    number, exact, and a group's minimum is taken off (`SuperBlocks`).
     """
 
     codes: Tensor  # uint8 [R, C], below 2**bits
@@ -319,8 +371,8 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
         for name, weight in _merged(model, changed):
             yield from stored(name, weight).items()
 
-    with staged(folder, replace=FILE) as new:
-        write_in_turn(new / FILE, table, tensors(), {"master": head.to_json()})
+    with staged(folder, replace=MASTER) as new:
+        write_in_turn(new / MASTER, table, tensors(), {"master": head.to_json()})
         model.net.config.save_pretrained(new)
         mark_config(new)
         if model.net.can_generate() and model.net.generation_config is not None:
@@ -337,13 +389,13 @@ class Master:
         self.folder = folder
         if not is_master(folder):
             raise ModelError(
-                f"{folder} holds no compressed model ({FILE})", hint="make one: fleetune compress MODEL"
+                f"{folder} holds no compressed model ({MASTER})", hint="make one: fleetune compress MODEL"
             )
         try:
-            opened: Any = safe_open(folder / FILE, framework="pt")
+            opened: Any = safe_open(folder / MASTER, framework="pt")
             head = (opened.metadata() or {})["master"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise ModelError(f"{folder / FILE} is damaged ({error})", hint=AGAIN) from error
+            raise ModelError(f"{folder / MASTER} is damaged ({error})", hint=AGAIN) from error
         self._file = opened
         self.head = ArtefactHead.from_json(head)
         self._stored = set(self._file.keys())
@@ -364,7 +416,7 @@ class Master:
         codebook = self.head.codebooks.get(name, "")
         if codebook and len(CODEBOOKS[codebook]) != 1 << bits:
             raise ModelError(
-                f"{self.folder / FILE}: {name} has codes of {bits} bits for {codebook}", hint=AGAIN
+                f"{self.folder / MASTER}: {name} has codes of {bits} bits for {codebook}", hint=AGAIN
             )
         kind = self.head.superblocks.get(name, "")
         try:
@@ -381,10 +433,10 @@ class Master:
             if len(found.codes) != R:
                 raise ValueError(f"{len(found.codes)} rows")
         except SafetensorError as error:
-            raise ModelError(f"{self.folder / FILE} lacks parts of {name}", hint=AGAIN) from error
+            raise ModelError(f"{self.folder / MASTER} lacks parts of {name}", hint=AGAIN) from error
         except ValueError as error:
             raise ModelError(
-                f"{self.folder / FILE}: the parts of {name} do not fit [{R}, {C}] in groups of {group} ({error})",
+                f"{self.folder / MASTER}: the parts of {name} do not fit [{R}, {C}] in groups of {group} ({error})",
                 hint=AGAIN,
             ) from error
         return found
@@ -401,4 +453,4 @@ class Master:
 
     def digest(self) -> str:
         """Return the SHA-256 of the file, which tells the artefact that an export was made from."""
-        return sums.sha256(self.folder / FILE)
+        return sums.sha256(self.folder / MASTER)
