@@ -146,8 +146,8 @@ def test_a_kill_at_any_point_changes_nothing(
 
         return called
 
-    monkeypatch.setattr(courses, "keep", checked(keep))
-    monkeypatch.setattr(courses, "forget", checked(forget))
+    monkeypatch.setattr(courses, "keep_best", checked(keep))
+    monkeypatch.setattr(courses, "forget_bests", checked(forget))
     monkeypatch.setattr(RunDir, "checkpoint", checked(write))
     losses = (5.0, 4.0, 4.5, 3.0, 3.5, 3.25, 1.0)
     whole = play(tmp_path / "whole", 2, best=best, touch=touch, losses=losses)
