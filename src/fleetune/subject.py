@@ -30,7 +30,7 @@ from fleetune.common.shell import quoted
 from fleetune.errors import DataError, UsageError
 from fleetune.models.cache import names
 from fleetune.models.cache.names import is_master
-from fleetune.runs import compression_folder, folder_names, rundir
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.runs.listener import Listener
 
@@ -272,9 +272,7 @@ def open(name: object, out: str | Path = "runs") -> Subject:
     run, smaller = _run(text, runs), compression_folder.find(text, runs)
     if run and smaller:  # both have a `latest`
         run, smaller = (
-            (None, smaller)
-            if folder_names.number(smaller) > folder_names.number(run.resolve())
-            else (run, None)
+            (None, smaller) if rundir.number(smaller) > rundir.number(run.resolve()) else (run, None)
         )
     if smaller:
         return Compressed(smaller)
@@ -297,8 +295,8 @@ def open_weights(name: object, out: str | Path = "runs") -> Run | Plain:
     run = _run(text, runs)
     if text == "latest":
         plain = [p for p in compression_folder.listing(runs) if _is_plain(p)]
-        newest = max(plain, key=folder_names.number, default=None)
-        if newest and not (run and folder_names.number(newest) < folder_names.number(run.resolve())):
+        newest = max(plain, key=rundir.number, default=None)
+        if newest and not (run and rundir.number(newest) < rundir.number(run.resolve())):
             return Plain(str(newest / "model"))
         if run:
             return Run(run)

@@ -16,7 +16,7 @@ from fleetune import data, models
 from fleetune.common.display import human_bytes
 from fleetune.data import Batches
 from fleetune.data.encode import encode_rows
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.errors import FitError, FleetError
 from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply

@@ -671,17 +671,6 @@ class PatchApplied(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportPushed(Event):
-    """`export --push`: a file or folder is in a repository on the Hub."""
-
-    event: ClassVar[str] = "pushed"
-    path: str  # of the file or folder here
-    repository: str  # OWNER/NAME
-    url: str  # of the commit
-    private: bool  # whether a new repository was asked to be private
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExportChecked(Event):
     """`export --text`: perplexity of the written file, run in its runtime; `runtime` is null where none is installed."""
 

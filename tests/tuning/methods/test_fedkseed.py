@@ -18,7 +18,7 @@ from fleetune.errors import MessageError, RecipeError
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger, load
 from fleetune.seeds.view import View
-from fleetune.seeds.weights import layout
+from fleetune.seeds.weights import kernels, layout
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, check
 from fleetune.tuning.methods import Reply, fedkseed, make
 from fleetune.tuning.methods._zeroth import UNITS, draw
@@ -244,7 +244,8 @@ def test_resume_is_bit_equal_and_the_ledger_file_alone_rebuilds_the_weights(chan
     assert len(ledger)
     fresh = models.tiny_llama()
     head, named = ledger.head, models.named_tensors(fresh.net)
-    again = View(named, fresh.net, run_key=head.run_key, law=head.law, grid=head.grid, backend="torch")
+    again = View(named, fresh.net, run_key=head.run_key, law=head.law, grid=head.grid)
+    again.kernels = kernels(again.device, "torch")
     again.place(ledger.passes())
     assert models.digest(again.tensors()) == models.digest(view.tensors()) != models.digest(named)
 
