@@ -148,7 +148,7 @@ def torn_device(device_place: Path, state: Path, job: Job, count: int) -> int:
 
 def make_worker_again(worker: Any) -> Any:
     """The device as it is after a restart, with the model still in memory."""
-    from fleetune.tuning.rounds.fleets.memories import Memories
+    from fleetune.tuning.rounds.local_work import Memories
 
     worker.loaded = dataclasses.replace(worker.loaded, memories=Memories(worker.loaded.memories.folder))
     return worker

@@ -33,7 +33,6 @@ __all__ = ["folder", "place"]  # fixtures
         ),
         (["serve", "-c", "recipe.toml", "--grace", "-1"], "cannot be negative"),
         (["serve", "more"], "takes no 'more'"),
-        (["serve", "-c", "recipe.toml", "--port", "0", "--late", "use"], "every round waits for all"),
         (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--max-load", "50"], "no share of the processors"),
         (["join", "192.168.1.9:8470", "--data", "rows.jsonl"], "with TLS alone"),
         (["join", "nowhere", "--data", "rows.jsonl"], "is not HOST:PORT"),

@@ -34,11 +34,9 @@ from fleetune.fleet.table import FILE, Devices
 from fleetune.runs.rundir import RunDir, create
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import messages as codec
-from fleetune.tuning.exchange.averaging import weighted_mean
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, weighted_mean
 from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, encode
-from fleetune.tuning.exchange.robust import MEAN, Rule
-from fleetune.tuning.rounds.fleets.local_work import work
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.local_work import Memories, work
 from fleetune.tuning.rounds.replies import Replies, Round
 
 BASE, ROWS, ROUND, LIAR = bytes(range(8)), 9, 2, 1

@@ -90,7 +90,7 @@ def _read(file: Path) -> dict[str, Any]:
 def check(recipe: recipes.Recipe, out: str) -> None:
     """UsageError for what can be seen to be wrong before torch is loaded, which takes seconds: names, files, rules."""
     from fleetune.data.partition import check_partition_spec
-    from fleetune.tuning.exchange import robust
+    from fleetune.tuning.exchange import aggregation
 
     recipes.check_order(recipe.model, recipe.data)
     check_model(recipe.model, out, recipes.trained(recipe))
@@ -103,7 +103,7 @@ def check(recipe: recipes.Recipe, out: str) -> None:
     except RecipeError as error:
         problems, hint = list(error.problems), error.hint or ""
     try:
-        robust.parse(recipe.aggregation)
+        aggregation.parse(recipe.aggregation)
     except ValueError as error:
         problems.append(str(error))
     if problems:

@@ -30,8 +30,7 @@ from fleetune.runs.rundir import RunDir
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import settled
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.rounds.fleets import Fleet
-from fleetune.tuning.rounds.kinds import ONE, Wanted, wanted
+from fleetune.tuning.rounds.fleets import ONE, Fleet, Wanted, wanted
 
 if TYPE_CHECKING:
     from fleetune.fleet.page import LivePage
@@ -146,10 +145,6 @@ class Served:
         if self._page is not None:
             self._page.close()
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise UsageError where late replies are to be used and every round waits for all."""
-        self.pace.check(recipe)
-
     def settled(self, recipe: Recipe, named: Collection[str]) -> Recipe:
         """Return the recipe as these devices run it; it names the options `named` itself."""
         entry, _ = prepare.check(recipe)
@@ -207,7 +202,6 @@ class Served:
         devices = Devices(run.path)
         told = job_of(job, devices.run)
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
-        self.pace = self.pace.of(job.recipe)
         kinds = wanted(job.method, job.recipe.kinds)
         return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds)
 

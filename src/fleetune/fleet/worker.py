@@ -77,8 +77,7 @@ from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare.prepare import usual_threads
-from fleetune.tuning.rounds.fleets.local_work import work
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.local_work import Memories, work
 
 log = logging.getLogger(__name__)
 
