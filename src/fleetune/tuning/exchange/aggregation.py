@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
@@ -67,20 +67,8 @@ class Mean:
         return {name: s / self.total for name, s in self._sums.items()}
 
 
-class Combination(Protocol):
-    """What tensors are added to one at a time: the `Mean`, or `Robust`."""
-
-    def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
-        """Count `tensors` with weight `n`."""
-        ...
-
-    def tensors(self) -> Tensors:
-        """Return what they combine to, float64; {} when nothing was added."""
-        ...
-
-
 def weighted_mean(
-    weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]], combination: Combination | None = None
+    weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]], combination: Mean | Robust | None = None
 ) -> Tensors:
     """Average by FedAvg (McMahan et al. 2017, Algorithm 1): sum_k n_k w_k / sum_k n_k, tensor by tensor.
 

@@ -24,7 +24,8 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 import msgpack
 import numpy as np
@@ -111,12 +112,17 @@ class NotFiniteError(MessageError):
     """A reply that holds NaN or infinity."""
 
 
+Range = tuple[type, float, float]  # of a scalar: its type, lowest, highest
+# The scalars of every method's reply: the rows that a client has, and its training loss.
+REPORTED: Final[Mapping[str, Range]] = MappingProxyType({"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+
+
 @dataclass(frozen=True)
 class ReplySpec:
     """The form that a payload must have.  Shapes may hold None (any length) or -n (at most n)."""
 
     arrays: Mapping[str, tuple[str, tuple[int | None, ...]]]
-    scalars: Mapping[str, tuple[type, float, float]]  # type, lowest, highest
+    scalars: Mapping[str, Range] = REPORTED
 
 
 def encode(message: Message) -> bytes:

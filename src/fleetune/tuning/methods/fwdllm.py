@@ -101,9 +101,6 @@ class State(NamedTuple):
     n: int = 0  # of the last round: directions on its batch, their variance, and whether the server moved,
     variance: float = 0.0
     moved: int = 0
-    along: float = 0.0  # mean of how far its directions went along the last gradient (not ranked: about 0)
-    cosine: float = 0.0  # where it moved, of the gradient accepted and the one before (else 0)
-    offer: float = 0.0  # `along` of the coming round
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,7 @@ class Method(methods.Method):
         return Payload(arrays, {"seed": state.seed, "batch": state.batch, "rate": self.rate(state.round)})
 
     def expects(self, state: State) -> ReplySpec:
-        return ReplySpec({"g": ("float32", (self.P,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+        return ReplySpec({"g": ("float32", (self.P,))})
 
     def directions(self, seeds: np.ndarray | None, key: int) -> np.ndarray:
         """Draw uint64[P], a device's directions of a round, with its key; the server draws them again."""
@@ -220,7 +217,7 @@ class Method(methods.Method):
             for reply in replies
         ]
         if not parts:
-            return state._replace(round=state.round + 1, moved=0, cosine=0.0)
+            return state._replace(round=state.round + 1, moved=0)
         if rule.name == "norm-clip":
             told = np.stack([g for _, g, _ in parts])
             told = clipped(told, np.array([size_of(g) for g in told]))
@@ -230,21 +227,13 @@ class Method(methods.Method):
         fresh = len(ids) - len(state.ids)
         step, variance = descent(self.law, ids, g, rows)
         state = state._replace(
-            ids=ids,
-            g=g,
-            rows=rows,
-            n=len(np.unique(ids)),
-            variance=variance,
-            asked=state.asked + 1,
-            moved=0,
-            along=state.offer,
-            cosine=0.0,
+            ids=ids, g=g, rows=rows, n=len(np.unique(ids)), variance=variance, asked=state.asked + 1, moved=0
         )
         if not self.variance_gate or variance <= self.threshold or state.asked >= self.patience:
             state = self.move(state, step)
         ranked = self.discriminative and state.batch % 2 and state.last
-        seeds, offer = self.rank(state, fresh) if ranked else (IDS, 0.0)
-        return state._replace(seeds=seeds, offer=offer, round=state.round + 1)
+        seeds = self.rank(state, fresh) if ranked else IDS
+        return state._replace(seeds=seeds, round=state.round + 1)
 
     def move(self, state: State, step: Passes) -> State:
         """Take a step of SGD and go on to the next batch."""
@@ -259,14 +248,14 @@ class Method(methods.Method):
             batch=state.batch + 1,
             asked=0,
             moved=1,
-            cosine=cosine(last, state.last),
         )
 
-    def rank(self, state: State, used: int) -> tuple[np.ndarray, float]:
-        """Return the fresh directions most like the last gradient, and how far along it they go in the mean."""
+    def rank(self, state: State, used: int) -> np.ndarray:
+        """Return the fresh directions most like the last gradient, best first."""
         first, keep = np.uint64((state.round + 1) << 32), SPARE * used
         ids = first + np.arange(keep * self.candidates, dtype=np.uint64)
-        return most_alike(state.last, ids, keep, key=run_key(state.seed), law=self.law)
+        alike = cosines(state.last, ids, run_key(state.seed), self.law)
+        return ids[np.argsort(-alike, kind="stable")[:keep]]
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         if rule.name != "norm-clip":
@@ -278,8 +267,8 @@ class Method(methods.Method):
         adapters.load_(model, state.tensors)
 
     def report(self, state: State) -> dict[str, float]:
-        """Return what the gate and the ranking did in the round: see `State`."""
-        names = ("n", "variance", "moved", "batch", "along", "cosine")
+        """Return what the gate did in the round: see `State`."""
+        names = ("n", "variance", "moved", "batch")
         return {name: float(getattr(state, name)) for name in names}
 
     def local_steps(self, rows: int) -> int:
@@ -377,25 +366,7 @@ def moved_by(tensors: Mapping[str, np.ndarray], view: View, step: Passes) -> tup
     return new, last if any(t.any() for t in last.values()) else {}
 
 
-def cosine(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
-    """Return the cosine of two gradients in float64; 0 where one is nothing."""
-
-    def dot(x: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray]) -> float:
-        return sum(float(np.vdot(x[n].astype(np.float64), y[n].astype(np.float64))) for n in x)
-
-    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) if a and b else 0.0
-
-
-def most_alike(
-    tensors: Mapping[str, np.ndarray], ids: np.ndarray, keep: int, *, key: int, law: str
-) -> tuple[np.ndarray, float]:
-    """Return the `keep` directions most like `tensors`, best first, and how far along it they go in the mean."""
-    found = _cosines(tensors, ids, key, law)
-    best = np.argsort(-found, kind="stable")[:keep]
-    return ids[best], float(found[best].mean()) * math.sqrt(sum(t.size for t in tensors.values()))
-
-
-def _cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: str) -> np.ndarray:
+def cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: str) -> np.ndarray:
     """Return float64[len(ids)], the cosine of each direction with `tensors`, in the memory of one chunk of a direction."""
     slots = layout((n, torch.from_numpy(t)) for n, t in tensors.items())
     size = slots[-1].start + slots[-1].tensor.numel()

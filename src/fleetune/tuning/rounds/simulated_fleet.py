@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fleetune.common.events import ClientReply
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded
@@ -22,8 +21,8 @@ from fleetune.models.net.model import Model
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
-from fleetune.tuning.rounds.fleets import Answer, Wanted, outrun, wanted
-from fleetune.tuning.rounds.local_work import Memories, WorkDone, work
+from fleetune.tuning.rounds.fleets import Answer, Fleet, Wanted, outrun, wanted
+from fleetune.tuning.rounds.local_work import Memories, work
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def _chance(seed: int, what: str, *parts: int) -> float:
 
 
 @dataclass
-class LocalFleet:
+class LocalFleet(Fleet):
     """`clients[c]` are the encoded rows of client c; `on_step(client, step)` is called before every local step."""
 
     model: Model
@@ -91,7 +90,7 @@ class LocalFleet:
     on_step: Callable[[int, int], None] = lambda client, step: None
     memories: Memories = field(default_factory=Memories)
     kinds: Wanted | None = None  # None: as the method spreads them
-    done: WorkDone = field(default_factory=WorkDone)  # of the client that works, or has worked last
+    batches: Batches | None = None  # of the client that works, or has worked last
 
     @property
     def rows(self) -> list[int]:
@@ -113,9 +112,6 @@ class LocalFleet:
     def check_kept(self, stated: Mapping[int, tuple[int, int]]) -> None:
         """Raise MessageError when what a checkpoint states of the clients' memories is not there."""
         self.memories.check(stated)
-
-    def heard(self, reply: ClientReply) -> None:
-        """Do nothing: the run's metrics say it."""
 
     def rewind(self, round: int) -> None:
         """Delete what clients stored after `round`."""
@@ -140,7 +136,6 @@ class LocalFleet:
     def _answer(self, round: int, client: int, key: int, sent: bytes) -> Answer:
         """Return the answer of a client that works; one bad client never stops a round."""
         began = time.monotonic()
-        self.done = done = WorkDone()
         try:
             data = self._work(client, key, sent)
         except _ListenerError as error:  # the caller's own: no client is to blame
@@ -157,18 +152,9 @@ class LocalFleet:
                 "client %d failed in round %d", client, round, exc_info=True
             )  # its reason is shown anyway
             return Answer(client, key, None, "failed", fault(error), time.monotonic() - began, len(sent))
-        spent = time.monotonic() - began
-        return Answer(
-            client,
-            key,
-            data,
-            "ok",
-            "",
-            spent,
-            len(sent),
-            steps=done.steps or None,
-            tokens=done.tokens or None,
-        )
+        spent, done = time.monotonic() - began, self.batches
+        steps, tokens = (done.taken or None, done.tokens or None) if done else (None, None)
+        return Answer(client, key, data, "ok", "", spent, len(sent), steps, tokens)
 
     def _step(self, client: int, step: int) -> None:
         try:
@@ -177,7 +163,6 @@ class LocalFleet:
             raise _ListenerError(error) from error
 
     def _work(self, client: int, key: int, message: bytes) -> bytes:
-        rows = self.clients[client]
-        batches = Batches(rows, self.pad_id, key, self.model.device, client)
+        self.batches = Batches(self.clients[client], self.pad_id, key, self.model.device, client)
         received = decode(message)
-        return work(self.method, self.model, batches, key, received, self.memories, self._step, self.done)
+        return work(self.method, self.model, self.batches, key, received, self.memories, self._step)
