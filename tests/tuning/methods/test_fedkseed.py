@@ -383,10 +383,7 @@ def test_precision_is_one_over_the_variance() -> None:
     assert variance["walk"] == pytest.approx(size * (1 / K + (1 - 1 / K) / n), rel=0.1)
     walk = Payload({"codes": np.zeros(n, np.uint8)}, {"n": 10, "loss": 1.0})
     projected = Payload({"projected": np.zeros(K, np.uint8)}, {"n": 10, "loss": 1.0})
-    weight = {
-        reply: method.weight(payload)
-        for reply, payload in (("projected", projected), ("walk", walk))
-    }
+    weight = {reply: method.weight(payload) for reply, payload in (("projected", projected), ("walk", walk))}
     assert weight["projected"] == 10
     assert weight["walk"] / 10 == pytest.approx((1 / K) / (1 / K + (1 - 1 / K) / n), rel=1e-12)
     share = weight["walk"] / (weight["walk"] + 10)
