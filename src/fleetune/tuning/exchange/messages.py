@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgpack
 import numpy as np
@@ -117,8 +117,7 @@ Range = tuple[type, float, float]  # of a scalar: its type, lowest, highest
 REPORTED: Final[Mapping[str, Range]] = MappingProxyType({"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
 
-@dataclass(frozen=True)
-class ReplySpec:
+class ReplySpec(NamedTuple):
     """The form that a payload must have.  Shapes may hold None (any length) or -n (at most n)."""
 
     arrays: Mapping[str, tuple[str, tuple[int | None, ...]]]
