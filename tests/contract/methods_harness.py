@@ -30,8 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fedpeptao": {"tokens": 1, "steps": 2, "layers_rule": "half"},
     "fedpeptao all": {"tokens": 1, "steps": 2, "layers_rule": "all"},
     "fedkseed": {"K": 8, "tau": 20},
-    "fedkseed sums": {"K": 32, "tau": 20, "wire": "sums"},
-    "fedkseed bp": {"K": 32, "tau": 20, "wire": "sums", "backprop": 1.0},
+    "fedkseed sums": {"K": 32, "tau": 60, "wire": "sums"},
+    "fedkseed bp": {"K": 8, "tau": 20, "wire": "sums", "backprop": 1.0},
     "mezo": {"K": 32, "tau": 20},
     "onebyte": {"K": 32, "directions": 8},
     "onebyte sign": {"K": 32, "directions": 8, "wire": "sign"},
@@ -53,10 +53,10 @@ def begun(case: str) -> tuple[Any, Any]:
 
 
 def walked(method: Any, client: int, state: Any = None) -> Payload:
-    """The reply in exact sums of a client that took 20 steps."""
+    """The reply in exact sums of a client that took all its steps."""
     p = method.probabilities(state) if state is not None else None
-    c = np.random.default_rng(client).integers(-500, 500, 20)
-    return method.codec.reply(draw(client, 20, p, method.K), c, method.K, {"n": ROWS[client], "loss": 1.0})
+    c = np.random.default_rng(client).integers(-500, 500, method.tau)
+    return method.codec.reply(draw(client, method.tau, p, method.K), c, method.K, {"n": ROWS[client], "loss": 1.0})
 
 
 def usual(method: Any, state: Any, client: int) -> Payload:
