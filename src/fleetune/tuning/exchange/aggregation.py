@@ -43,7 +43,7 @@ NOTHING: Final[Mapping[str, np.ndarray]] = MappingProxyType({})
 
 
 class Mean:
-    """sum_k n_k w_k / sum_k n_k, tensor by tensor, float64; (n_k, tensors) are added one at a time."""
+    """FedAvg (McMahan et al. 2017, Algorithm 1): sum_k n_k w_k / sum_k n_k, tensor by tensor, float64."""
 
     def __init__(self, sums: Mapping[str, np.ndarray] = NOTHING) -> None:
         """`sums` is what the sums begin with, float64."""
@@ -55,7 +55,7 @@ class Mean:
         return dict(self._sums)
 
     def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
-        """Count `tensors` with weight `n`."""
+        """Count `tensors` with weight `n`; they are added one at a time, so memory does not grow with the devices."""
         for name, value in tensors.items():
             if name not in self._sums:
                 self._sums[name] = np.zeros(value.shape, np.float64)
@@ -65,20 +65,6 @@ class Mean:
     def tensors(self) -> Tensors:
         """Return the mean; {} when nothing was added."""
         return {name: s / self.total for name, s in self._sums.items()}
-
-
-def weighted_mean(
-    weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]], combination: Mean | Robust | None = None
-) -> Tensors:
-    """Average by FedAvg (McMahan et al. 2017, Algorithm 1): sum_k n_k w_k / sum_k n_k, tensor by tensor.
-
-    Takes (n_k, tensors) pairs one at a time, sums in float64, gives float32; {} when there are none.  An empty
-    `combination` takes the mean's place.
-    """
-    mean = combination or Mean()
-    for n, tensors in weighted:
-        mean.add(n, tensors)
-    return {name: m.astype(np.float32) for name, m in mean.tensors().items()}
 
 
 SHARE: Final = Fraction(1, 5)  # cut off at either end by trimmed-mean

@@ -45,7 +45,7 @@ from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import server_rules
-from fleetune.tuning.exchange.aggregation import MEAN, Rule, Tensors, weighted_mean
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, Tensors
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, norm
@@ -263,20 +263,31 @@ class Averaged(Trained):
         Another `rule` combines the modules in the mean's place, and the changes of the devices' variates.
         """
         sent = self.broadcast(state).arrays
-        w, variates = group(sent), Variates(state, sent, self, rule)
-        taken = variates.watch(replies) if self.scaffold else replies
-        weighted = ((float(r.payload.int("n")), r.payload.arrays) for r in taken)
-        mean = weighted_mean(weighted, rule.combining(w))
-        if not mean:
+        w, c, seen = group(sent), group(sent, "c/"), set(state.seen.tolist())
+        zeros = {n: np.zeros(tensor.shape) for n, tensor in w.items()}
+        before = {n: len(seen) * np.asarray(state.c.get(n, 0.0), np.float64) + zeros[n] for n in w}
+        combined, variates = rule.combining(w), rule.combining(sums=before)  # sum of c_k of the devices seen
+        for reply in replies:
+            n, w_k = reply.payload.int("n"), reply.payload.arrays
+            combined.add(float(n), w_k)
+            if self.scaffold:
+                walked, _ = self.walked(reply.rows or n)
+                variates.add(1.0, server_rules.control({}, c, w, w_k, walked))  # c_k' - c_k
+                seen.add(reply.client)
+        if not combined.total:
             return state
-        new = state._replace(tensors=mean)
+        mean = combined.tensors()
+        new = state._replace(tensors=rounded(mean))
         if self.server != "avg" or self.server_lr not in (0.0, 1.0):  # else the mean itself
-            delta = {n: m.astype(np.float64) - w[n].astype(np.float64) for n, m in mean.items()}
+            delta = {n: m.astype(np.float64) - w[n].astype(np.float64) for n, m in new.tensors.items()}
             moved, moments = server_rules.step(
                 self.server, state.tensors, delta, state.moments, lr=self.server_lr
             )
-            new = state._replace(tensors={n: a.astype(np.float32) for n, a in moved.items()}, moments=moments)
-        return new._replace(c=variates.mean(), seen=variates.seen()) if self.scaffold else new
+            new = state._replace(tensors=rounded(moved), moments=moments)
+        if not self.scaffold:
+            return new
+        c = {n: total / len(seen) for n, total in variates.sums().items()}
+        return new._replace(c=c, seen=np.array(sorted(seen), np.int64))
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)
@@ -306,12 +317,6 @@ class Averaged(Trained):
             whole_gradient=self.clip > 0,
             kept=kept,
         )
-
-
-def clear(model: Model) -> None:
-    """Take off whatever adapter the model carries."""
-    if model.attachment is not None:
-        adapters.detach(model)
 
 
 class Steps:
@@ -369,6 +374,11 @@ def coded(tensors: Mapping[str, np.ndarray], wire: str, prefix: str = "") -> Ten
     return {prefix + n: t.astype(DTYPE[wire], copy=False) for n, t in tensors.items()}
 
 
+def rounded(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Return float32, what travels."""
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+
+
 def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
     """Return float32 tensors of the names that begin with `prefix` ("" is those without a "/"), without it.
 
@@ -379,36 +389,6 @@ def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
         for n, a in arrays.items()
         if (n.startswith(prefix) if prefix else "/" not in n)
     }
-
-
-class Variates:
-    """SCAFFOLD's c through a round: (sum of c_k of the devices seen) / (number of them)."""
-
-    def __init__(self, state: State, sent: Mapping[str, np.ndarray], how: Trained, rule: Rule) -> None:
-        self.w, self.c, self.how = group(sent), group(sent, "c/"), how
-        self.clients = set(state.seen.tolist())
-        before = {
-            n: len(self.clients) * np.asarray(state.c.get(n, 0.0), np.float64) + np.zeros(t.shape)
-            for n, t in self.w.items()
-        }
-        self.changes = rule.combining(sums=before)
-
-    def watch(self, replies: Iterable[Reply]) -> Iterator[Reply]:
-        """Yield the replies, each added on its way."""
-        for reply in replies:
-            walked, _ = self.how.walked(reply.rows or reply.payload.int("n"))
-            change = server_rules.control({}, self.c, self.w, reply.payload.arrays, walked)  # c_k' - c_k
-            self.changes.add(1.0, change)
-            self.clients.add(reply.client)
-            yield reply
-
-    def mean(self) -> Tensors:
-        """Return the new c, float64."""
-        return {name: s / len(self.clients) for name, s in self.changes.sums().items()}
-
-    def seen(self) -> np.ndarray:
-        """Return int64: the devices that have a variate, in order."""
-        return np.array(sorted(self.clients), np.int64)
 
 
 def check_start(start: str, r: int, *, dropout: float, wire: str) -> None:

@@ -103,17 +103,13 @@ class Method(_adapter.Averaged):
             )
         if self.average not in ("separate", "product"):
             raise ValueError(f"average = {self.average!r} is none of separate, product")
-        if self.average == "product":
-            self.check_product()
-
-    def check_product(self) -> None:
-        """Raise ValueError for what does not go with an average of products."""
-        if self.start in _adapter.FROM_WEIGHTS:
+        product = self.average == "product"
+        if product and self.start in _adapter.FROM_WEIGHTS:
             raise ValueError(
                 f"average=product keeps the strongest directions, which after start={self.start} are the base's "
                 "own and not what was learned; use average=separate"
             )
-        if self.server != "avg" or self.server_lr or self.scaffold:
+        if product and (self.server != "avg" or self.server_lr or self.scaffold):
             raise ValueError(
                 "average=product turns the factors every round, so that what server, server_lr and scaffold "
                 "remember of them would not fit; use average=separate with these"

@@ -82,8 +82,8 @@ class State(NamedTuple):
 
     ledger: Ledger
     round: int  # rounds done
-    size: np.ndarray  # for Pro: `Sizes`
-    seen: np.ndarray
+    size: np.ndarray  # for Pro: float64[K] sum of |g| seen along each direction,
+    seen: np.ndarray  # int64[K] and the number of these slopes
     moments: dict[str, np.ndarray]  # the server rule's
 
 
@@ -256,7 +256,7 @@ class Method(_zeroth.OfLedger):
         Another `rule` combines a_{c,k} over the clients that have drawn direction k.
         """
         p, combined = self.probabilities(state), rule.combining()
-        sizes = Sizes(state.size.copy(), state.seen.copy())
+        size, seen = state.size.copy(), state.seen.copy()
         units = UNITS * pro_weights(p, self.K)  # of a slope of 1 along each direction
         for reply in replies:
             w = self.weight(reply.payload)
@@ -264,9 +264,12 @@ class Method(_zeroth.OfLedger):
                 sums = self.codec.integers(reply.payload.array("projected"))
             else:
                 k, c = self.codec.walk(reply, p, self.K)
-                sizes.add(k, c / units[k])
+                np.add.at(size, k, np.abs(c / units[k]))
+                np.add.at(seen, k, 1)
                 sums = summed(k, c, self.K)
-                sums = sums if rule.name == "mean" else self.drawn_only(sums, reply, p, rule)
+                if rule.name != "mean":  # along directions that were not drawn: what the rule has for none
+                    drawn = draw(reply.key, self.codec.steps(reply.payload), p, self.K)
+                    sums = np.where(np.bincount(drawn, minlength=self.K) > 0, sums, rule.absent)
             combined.add(w, {"a": sums})
         ledger, moments = state.ledger, state.moments
         if combined.total:
@@ -274,7 +277,7 @@ class Method(_zeroth.OfLedger):
             step, moments = server_rules.step_sums(self.server, mean, moments, lr=self.server_lr)
             ids = pool_ids(self.epoch(state), np.arange(self.K))
             ledger = ledger.append(ids, rounded(step * UNITS), state.round + 1)
-        new = State(ledger, state.round + 1, *sizes, moments)
+        new = State(ledger, state.round + 1, size, seen, moments)
         if self.epoch(new) > self.epoch(state):  # the next round draws from a pool of which nothing is known
             new = new._replace(size=np.zeros(self.K), seen=np.zeros(self.K, np.int64), moments={})
         return new
@@ -286,11 +289,6 @@ class Method(_zeroth.OfLedger):
             return float(n)
         steps = self.codec.steps(payload)
         return n * steps / (steps + self.K - 1) if steps else 0.0
-
-    def drawn_only(self, sums: np.ndarray, reply: Reply, p: np.ndarray | None, rule: Rule) -> np.ndarray:
-        """Return float64[K]: the sums of a walk; along directions that were not drawn, what `rule` has for none."""
-        drawn = draw(reply.key, self.codec.steps(reply.payload), p, self.K)
-        return np.where(np.bincount(drawn, minlength=self.K) > 0, sums, rule.absent)
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         if 0 < self.backprop < 1:
@@ -339,20 +337,8 @@ class Method(_zeroth.OfLedger):
 # Pro: directions drawn by the size of the slopes seen along them (section 3.3) ---------------------------
 
 
-class Sizes(NamedTuple):
-    """Sums and counts of the slopes seen along each direction."""
-
-    size: np.ndarray  # float64[K] sum of |g|
-    seen: np.ndarray  # int64[K] number of slopes
-
-    def add(self, k: np.ndarray, g: np.ndarray) -> None:
-        """Count slopes g, seen along the directions k, in place."""
-        np.add.at(self.size, k, np.abs(g))
-        np.add.at(self.seen, k, 1)
-
-
 def pro_probabilities(size: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Return float32[K]: the softmax of the min-max-scaled mean |g| of each direction (see `Sizes`).
+    """Return float32[K]: the softmax of the min-max-scaled mean |g| of each direction (see `State`).
 
     The most favoured direction is at most e times as likely as the least.  Sizes are cut at the 95 % quantile first:
     in the reference one outlier flattens all other ones.

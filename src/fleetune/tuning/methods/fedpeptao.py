@@ -59,7 +59,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, Self
@@ -85,7 +85,7 @@ from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placehol
 from fleetune.tuning.exchange.messages import REPORTED, Payload, ReplySpec
 from fleetune.tuning.exchange.server_rules import Tensors, control
 from fleetune.tuning.methods import Reply, _adapter
-from fleetune.tuning.methods._adapter import NOTHING
+from fleetune.tuning.methods._adapter import NOTHING, rounded
 
 KIND = "adapter"
 PAPER = "Che et al., EMNLP 2023, arXiv 2310.15080"
@@ -190,7 +190,8 @@ class Method(_adapter.Trained):
         scores: Tensors = {}
         measured: dict[str, float] = {}
         if warm:
-            _adapter.clear(model)
+            if model.attachment is not None:
+                adapters.detach(model)
             scores["scores"] = layer_scores(model, next(batches.repeat_batch(0, self.batch_size, 1)))
         self.attach(model, seed, sorted({i for i in map(layer_of, w) if i is not None}))
         adapters.load_(model, w)
@@ -215,7 +216,7 @@ class Method(_adapter.Trained):
             n = float(reply.payload.int("n"))
             w.add(n, {name: reply.payload.array(name) for name in state.tensors})
             kept = np.array(reply.payload.scalars.get("kept", 1.0))
-            scores = np.clip(reply.payload.array("scores"), 0.0, highest(self.batch_size))
+            scores = np.clip(reply.payload.array("scores"), 0.0, self.batch_size / SHIFT)
             measured.add(n, {"scores": scores, "kept": kept})
         if not w.total:
             return state
@@ -239,20 +240,29 @@ class Method(_adapter.Trained):
         return state._replace(tensors=tensors, layers=taken, warmup=0, v=zeros, c=zeros)
 
     def step(self, state: State, replies: Iterable[Reply], rule: Rule) -> State:
-        """Take every device's momentum step from wbar, averaged (no momentum in the first round)."""
-        variates = LayerControl(state.tensors, state.c, state.c_k, rule)
+        """Take every device's momentum step from wbar, averaged (section 4.2; no momentum in the first round)."""
+        w, answered, c_k = state.tensors, 0, dict(state.c_k)
+        w_k, mean, changes = rule.combining(w), rule.combining(), rule.combining()
         for reply in replies:
-            n = reply.payload.int("n")
-            variates.add(reply, self.local_steps(n), self.walked(reply.rows or n)[0])
-        if not variates.answered:
+            answered += 1
+            n, sent = reply.payload.int("n"), reply.payload.arrays
+            old = {x: state.c_k.get(f"{reply.client}/{x}", state.c[x]) for x in w}  # a new device starts at c
+            new = rounded(control(old, state.c, w, sent, self.walked(reply.rows or n)[0]))
+            c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
+            w_k.add(n, {x: sent[x] for x in w})
+            mean.add(n, new)
+            changes.add(self.local_steps(n), {x: new[x] - old[x].astype(np.float64) for x in w})
+        if not answered:
             return state
-        first = state.steps == 0
-        eta_s = state.eta_s if first else max(0.99 * state.eta_s, min(1e-4, self.server_lr))
-        c, pull = variates.pull()
-        w, v = server_step(
-            state.tensors, variates.mean(), pull, state.v, beta=self.beta, eta_s=eta_s, first=first
-        )
-        return state._replace(tensors=w, steps=state.steps + 1, eta_s=eta_s, v=v, c=c, c_k=variates.c_k)
+        rho = min(1.0, answered * len(w) / len(c_k))  # the share of the devices seen so far that answered
+        c = {x: state.c[x] + rho * change for x, change in changes.tensors().items()}
+        own, wbar, v, eta_s = mean.tensors(), w_k.tensors(), state.v, state.eta_s
+        if state.steps:
+            eta_s = max(0.99 * eta_s, min(1e-4, self.server_lr))
+            beta = self.beta
+            v = {x: beta * v[x] + (1 - beta) * (w[x] - wbar[x]) + (c[x] - own[x]) for x in w}
+        tensors = rounded({x: wbar[x] - eta_s * v[x] for x in w})
+        return state._replace(tensors=tensors, steps=state.steps + 1, eta_s=eta_s, v=v, c=c, c_k=c_k)
 
     def report(self, state: State) -> dict[str, float]:
         """Return how many layers travel."""
@@ -286,72 +296,6 @@ class Method(_adapter.Trained):
         )
 
 
-# Adaptive optimization on the server --------------------------------------------------------------------
-#
-# Section 4.2; the variates are SCAFFOLD's (`server_rules.control`).  With p_k = n_k / sum n, D_k = w - w_k,
-# wbar = sum_k p_k w_k and D = w - wbar, every device's step starts at the same wbar:
-#
-#     c_k' = c_k - c + D_k / (sum of the steps' eta)       c <- c + rho sum_k (K_k / sum K) (c_k' - c_k)
-#     v_k  = beta v + (1 - beta) D + (c - c_k')            w <- sum_k p_k (wbar - eta_s v_k)
-#
-# The last two are linear in k, so their mean is one step with v = beta v + (1 - beta) D + (c - sum_k p_k c_k').
-
-
-class LayerControl:
-    """The mean of a round's tensors, and the devices' variates before and after it."""
-
-    def __init__(self, w: Tensors, c: Tensors, c_k: Tensors, rule: Rule = MEAN) -> None:
-        """`c_k` holds the devices' variates by "device/tensor name"; a new device starts at `c`."""
-        self.w, self.c, self.before = w, c, c_k
-        self.c_k, self.answered = dict(c_k), 0
-        self._w_k, self._variates, self._changes = rule.combining(w), rule.combining(), rule.combining()
-
-    def add(self, reply: Reply, steps: int, walked: float) -> None:
-        """Count a device's reply after so many steps; `walked` is the sum of their learning rates."""
-        self.answered += 1
-        n, arrays = reply.payload.int("n"), reply.payload.arrays
-        old = {x: self.before.get(f"{reply.client}/{x}", self.c[x]) for x in self.w}
-        new = rounded(control(old, self.c, self.w, arrays, walked))
-        self.c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
-        self._w_k.add(n, {x: arrays[x] for x in self.w})
-        self._variates.add(n, new)
-        self._changes.add(steps, {x: new[x] - old[x].astype(np.float64) for x in new})
-
-    def mean(self) -> Tensors:
-        """Return wbar, float64."""
-        return self._w_k.tensors()
-
-    def pull(self) -> tuple[Tensors, Tensors]:
-        """Return the new c, and c - sum_k p_k c_k'; rho is the share of the devices seen so far that answered."""
-        rho = min(1.0, self.answered * len(self.w) / len(self.c_k))
-        c = {x: self.c[x] + rho * change for x, change in self._changes.tensors().items()}
-        mean = self._variates.tensors()
-        return c, {x: c[x] - mean[x] for x in self.w}
-
-
-def server_step(
-    w: Tensors,
-    wbar: Mapping[str, np.ndarray],
-    pull: Mapping[str, np.ndarray],
-    old: Mapping[str, np.ndarray],
-    *,
-    beta: float,
-    eta_s: float,
-    first: bool,
-) -> tuple[Tensors, Tensors]:
-    """Return (w, momentum) after a step from wbar, by the momentum `old`, to which the first step adds nothing."""
-    v = {
-        n: old[n] if first else beta * old[n] + (1 - beta) * (before - wbar[n]) + pull[n]
-        for n, before in w.items()
-    }
-    return rounded({n: wbar[n] - eta_s * v[n] for n in w}), v
-
-
-def rounded(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """Return float32, what travels."""
-    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
-
-
 log = logging.getLogger(__name__)
 
 LIPSCHITZ: Final = "lipschitz"  # the rule that needs the Hessian
@@ -376,17 +320,13 @@ def score(outputs: Tensor, mask: Tensor) -> float:
     """Return s = sum_i ln(lambda_i) + 1/lambda_i of the b rows' similarity S_ij = cos(h_i, h_j).
 
     `outputs` [b, T, d] of a layer, `mask` [b, T] 1 on real tokens: padding counts as zero, so that S compares
-    texts and not the amount of padding.  1/lambda rules: the more alike the rows, the higher the score.
+    texts and not the amount of padding.  1/lambda rules: the more alike the rows, the higher the score, b / SHIFT at most;
+    the least is above 0, since ln(x) + 1/x is at least 1.
     """
     h = (outputs.double() * mask.unsqueeze(-1)).flatten(1)
     h = nn.functional.normalize(h, dim=1)
     eigenvalues = torch.linalg.eigvalsh(h @ h.T).clamp(min=0) + SHIFT
     return float((eigenvalues.log() + 1 / eigenvalues).sum())
-
-
-def highest(rows: int) -> float:
-    """Return a bound on the score of a layer on so many rows; the least is above 0, since ln(x) + 1/x is at least 1."""
-    return rows / SHIFT
 
 
 def layer_scores(model: Model, batch: Batch) -> np.ndarray:
@@ -478,7 +418,8 @@ def spectrum_and_change(
     """
     here = adapters.export(model)
     with eager(model.net), torch.enable_grad():
-        product, start = products(model, batch, heard), _start(model, key)
+        product, size = products(model, batch, heard), sum(p.numel() for p in prompts(model))
+        start = np.where(uniforms(key, "lanczos", size) < 0.5, -1.0, 1.0)
         Q, HQ = subspace(product, start, lanczos)
         del product  # its graph is as large as the one of the next
         give_back()
@@ -487,12 +428,6 @@ def spectrum_and_change(
         moved = np.stack([there(q) for q in Q.T], axis=1)
     adapters.load_(model, here)
     return ritz(Q, HQ), float(np.linalg.norm(HQ - moved, 2))
-
-
-def _start(model: Model, key: int) -> np.ndarray:
-    """Return +1/-1 float64[R], keyed: where Lanczos begins."""
-    size = sum(p.numel() for p in prompts(model))
-    return np.where(uniforms(key, "lanczos", size) < 0.5, -1.0, 1.0)
 
 
 def products(model: Model, batch: Batch, heard: Callable[[], None] = lambda: None) -> Product:

@@ -93,17 +93,6 @@ class Method(_adapter.Averaged):
             raise ValueError(f"places = {self.places!r} is neither houlsby nor pfeiffer")
         if self.size < 0 or self.lr < 0:
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
-        self.check_fits()
-        _adapter.check_start(self.start, self.size or MODULES[self.module].size, dropout=0.0, wire=self.wire)
-        super().__post_init__()
-
-    def written_out(self) -> Self:
-        """Return the method with the module's own size and rate in place, and the server's."""
-        own = MODULES[self.module]
-        return replace(super().written_out(), size=self.size or own.size, lr=self.lr or own.lr)
-
-    def check_fits(self) -> None:
-        """Raise ValueError for a setting that the module does not have."""
         if self.start != "default" and self.module != "lora":
             raise ValueError(f"start = {self.start!r} is a start of LoRA; it needs module=lora")
         if self.targets != "query-value" and self.module != "lora":
@@ -112,6 +101,13 @@ class Method(_adapter.Averaged):
             raise ValueError(f"places = {self.places!r} is where adapters go; it needs module=adapter")
         if self.size and not MODULES[self.module].size:
             raise ValueError(f"size = {self.size}, but module={self.module} has no size to choose")
+        _adapter.check_start(self.start, self.size or MODULES[self.module].size, dropout=0.0, wire=self.wire)
+        super().__post_init__()
+
+    def written_out(self) -> Self:
+        """Return the method with the module's own size and rate in place, and the server's."""
+        own = MODULES[self.module]
+        return replace(super().written_out(), size=self.size or own.size, lr=self.lr or own.lr)
 
     @property
     def own_lr(self) -> float:

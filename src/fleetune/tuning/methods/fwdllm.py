@@ -200,8 +200,9 @@ class Method(methods.Method):
         return np.clip(g, -self.clip, self.clip) if self.clip else g
 
     def view(self, tensors: Mapping[str, np.ndarray], seed: int, rate: float, device: str = "cpu") -> View:
-        """Return a view of the adapter from other points."""
-        return view_of(tensors, run_key(seed), self.law, rate, device)
+        """Return a view of the adapter from other points; its grid is the learning rate over 2^20."""
+        named = [(n, torch.from_numpy(t.copy()).to(device)) for n, t in tensors.items()]
+        return View(named, nn.Module(), run_key=run_key(seed), law=self.law, grid=rate / UNITS)
 
     def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         return norm([self.cut(reply.payload.array("g"))])
@@ -238,10 +239,12 @@ class Method(methods.Method):
     def move(self, state: State, step: Passes) -> State:
         """Take a step of SGD and go on to the next batch."""
         view = self.view(state.tensors, state.seed, self.rate(state.round))
-        tensors, last = moved_by(state.tensors, view, step)
+        view.place(step, fold=False)
+        tensors = {name: seen.numpy() for name, seen in view.tensors()}
+        last = {name: state.tensors[name] - tensor for name, tensor in tensors.items()}
         return state._replace(
             tensors=tensors,
-            last=last,
+            last=last if any(tensor.any() for tensor in last.values()) else {},
             ids=IDS,
             g=NUMBERS,
             rows=NUMBERS,
@@ -307,12 +310,6 @@ def run_key(seed: int) -> int:
 # numbers follow from the run's key, so that whoever has ids and slopes has the gradient.
 
 
-def view_of(tensors: Mapping[str, np.ndarray], key: int, law: str, rate: float, device: str = "cpu") -> View:
-    """Return a view of the module's tensors from other points; its grid is the learning rate over 2^20."""
-    named = [(n, torch.from_numpy(t.copy()).to(device)) for n, t in tensors.items()]
-    return View(named, nn.Module(), run_key=key, law=law, grid=rate / UNITS)
-
-
 def write_to(parameters: Mapping[str, nn.Parameter], view: View) -> None:
     """Set a module's parameters to what the view shows."""
     with torch.no_grad():
@@ -356,14 +353,6 @@ def descent(law: str, ids: np.ndarray, g: np.ndarray, rows: np.ndarray) -> tuple
     a = np.bincount(where, rows * g) / rows.sum()
     units = np.rint(np.clip(-a * UNITS, -LIMIT, LIMIT)).astype(np.int64)
     return passes(law, 1, unique, units), float(2 * (a @ a))
-
-
-def moved_by(tensors: Mapping[str, np.ndarray], view: View, step: Passes) -> tuple[Tensors, Tensors]:
-    """Return the tensors after a step, and how far each went down ({} where nothing moved)."""
-    view.place(step, fold=False)
-    new = {name: t.numpy() for name, t in view.tensors()}
-    last = {name: tensors[name] - t for name, t in new.items()}
-    return new, last if any(t.any() for t in last.values()) else {}
 
 
 def cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: str) -> np.ndarray:
