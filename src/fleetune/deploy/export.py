@@ -30,7 +30,7 @@ from torch import Tensor
 from fleetune import models
 from fleetune.common.events import ExportChecked, ExportDone
 from fleetune.common.files import default_mode, storage_error
-from fleetune.common.folders import appeared, scratch, staged
+from fleetune.common.folders import appeared, locked, scratch, staged
 from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
 from fleetune.deploy import harness, patch, patch_make, targets
@@ -363,9 +363,10 @@ def _staged_file(out: Path) -> Iterator[Path]:
             except FileExistsError:
                 raise appeared(out) from None
             except OSError:  # a file system without hard links
-                if out.exists():
-                    raise appeared(out) from None
-                file.rename(out)
+                with locked(out):
+                    if out.exists():
+                        raise appeared(out) from None
+                    file.rename(out)
     except OSError as error:
         raise storage_error(error, out) from error
 
