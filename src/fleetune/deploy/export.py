@@ -363,7 +363,9 @@ def _staged_file(out: Path) -> Iterator[Path]:
             except FileExistsError:
                 raise appeared(out) from None
             except OSError:  # a file system without hard links
-                with locked(out):
+                with locked(
+                    out.with_name(f"{out.name}.new")
+                ):  # not `out`: that lock sweeps its hidden folders
                     if out.exists():
                         raise appeared(out) from None
                     file.rename(out)
