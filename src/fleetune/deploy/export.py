@@ -363,9 +363,8 @@ def _staged_file(out: Path) -> Iterator[Path]:
             except FileExistsError:
                 raise appeared(out) from None
             except OSError:  # a file system without hard links
-                with locked(
-                    out.with_name(f"{out.name}.new")
-                ):  # not `out`: that lock sweeps its hidden folders
+                # not `out` itself, whose lock sweeps its hidden folders
+                with locked(out.with_name(f"{out.name}.new")):
                     if out.exists():
                         raise appeared(out) from None
                     file.rename(out)
