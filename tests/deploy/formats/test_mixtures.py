@@ -189,7 +189,6 @@ def test_formats_of_linear_layers_hold_experts_in_16_bits(tmp_path: Path) -> Non
 
 
 SAME, ROUNDED = 1e-5, 2e-2  # nats: as in test_gguf_families
-SUPER = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 256, "moe_intermediate_size": 256}
 MIXTURES = ["granitemoeshared", "gpt_oss"]
 
 
