@@ -165,7 +165,7 @@ def _require_codes(target: Target, name: str) -> None:
     """UsageError when a target is for the codes of a compressed model alone, which the subject has not."""
     if target.takes == "codes":
         raise UsageError(
-            f"{target.name} is for the codes of fleetune compress, and {name} holds others or plain weights",
+            f"{name} holds no codes of a compression, and {target.name} is for compressed ones",
             hint=f"compress it first: fleetune compress {quoted(name)}; or use --to hf",
         )
 

@@ -134,10 +134,9 @@ def check(options: MeasureOptions) -> list[str]:
     """Return the tasks to measure; UsageError for contradictions, before anything is loaded."""
     for name in (option.name for option in fields(options) if option.type == "int"):
         value, least = getattr(options, name), 2 if name == "length" else 1
+        problem = f"is below {least}" if isinstance(value, int) else "is not an integer"
         if not isinstance(value, int) or value < least:
-            raise UsageError(
-                f"{name} = {value!r} is no integer from {least} on", hint="fleetune measure --help"
-            )
+            raise UsageError(f"{name} = {value!r} {problem}", hint="fleetune measure --help")
     if options.text and not Path(options.text).is_file():
         raise UsageError(f"no text file at {options.text}", hint="check the path")
     if options.text:
