@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,6 +44,7 @@ status RUN                            how the run stands, and what each device d
 stop RUN                              end the server after this step; it can be resumed
 audit RUN                             check the log of all that was taken or refused
 app DIR                               write the app for a Flower of your own: flwr run DIR
+simulate -c recipe.toml               run it on Flower's simulation engine: several clients at a time (--resume RUN)
 """
 
 
@@ -67,6 +70,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         )
     )
     sub.add_argument("--to", metavar="DIR", help="for split: folder for the files")
+    sub.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="for simulate: clients at a time (default: one for each processor)",
+    )
     recipe_flags.add(sub)
 
 
@@ -149,7 +158,7 @@ def _values(args: argparse.Namespace) -> Mapping[str, Any]:
     values = recipe_flags.keys(args, args.config)
     if not args.config and "model" not in values:
         raise UsageError(
-            f"which recipe is to {'be served' if args.action == 'serve' else 'split rows'}?",
+            f"which recipe is `fleetune fleet {args.action}` to take?",
             hint=f"fleetune fleet {args.action} -c recipe.toml, or the flags of fleetune tune (fleetune tune --help)",
         )
     if "sweep" in values:
@@ -208,6 +217,38 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
     ui.table(["client", "device", "rows", "tokens", "base", "tuned", "change", ""], rows, align="llrrrrrl")
     if done.path:
         ui.paths([("measures", done.path)])
+
+
+# A simulation -----------------------------------------------------------------------------------------
+
+
+def _simulate(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.api import plain_models
+    from fleetune.fleet.flower import simulate
+    from fleetune.planning import choose
+    from fleetune.tuning.recipe import objects_to_files
+    from fleetune.tuning.result import places, result
+
+    _no_words(args)
+    if args.workers is not None and args.workers < 1:
+        raise UsageError(f"--workers {args.workers} is no number of processes")
+    out = Path(args.out)
+    path = rundir.find(args.resume, out) if args.resume else None
+    if path is not None:
+        recipe_flags.check_resume(args, path, "fleetune fleet simulate --resume")
+        recipe = places.recipe_of(path)
+    else:
+        recipe = recipes.make(_values(args))
+        recipe_flags.check(recipe, args.out)
+        recipe = plain_models.with_file(recipe, out, ui.note)
+        recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
+        recipe, _ = choose.settled_base(recipe, ui.note, offline=args.offline)
+        recipe = replace(recipe, data=objects_to_files.data_name(recipe.data, out))
+    workers = args.workers or os.cpu_count() or 1
+    run = simulate.simulate(recipe, out, workers, resume=path, offline=args.offline, note=ui.note)
+    done = result.read(run)
+    ui.event(done.done)
+    finish(ui, done)
 
 
 # A device ---------------------------------------------------------------------------------------------
@@ -336,8 +377,10 @@ def _path(text: str | None) -> Path | None:
 
 
 def _app(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.fleet import flower
     from fleetune.fleet.flower import shim
 
+    flower.check_installed()
     if len(args.words) != 1:
         raise UsageError("app takes one DIR", hint="fleetune fleet app fleetune-app")
     folder = Path(args.words[0])
@@ -364,4 +407,5 @@ ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
     "stop": fleet_runs.stop,
     "audit": fleet_runs.audit,
     "app": _app,
+    "simulate": _simulate,
 }
