@@ -224,12 +224,14 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
 
 def _simulate(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.api import plain_models
+    from fleetune.fleet import flower
     from fleetune.fleet.flower import simulate
     from fleetune.planning import choose
     from fleetune.tuning.recipe import objects_to_files
     from fleetune.tuning.result import places, result
 
     _no_words(args)
+    flower.check_installed("ray")
     if args.workers is not None and args.workers < 1:
         raise UsageError(f"--workers {args.workers} is no number of processes")
     out = Path(args.out)

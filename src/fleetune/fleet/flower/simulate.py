@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from fleetune.errors import FleetError
-from fleetune.fleet.flower import check_installed, partition, shim
+from fleetune.fleet.flower import partition, shim
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe.recipe import Recipe, to_toml, toml_value
@@ -47,10 +47,9 @@ def simulate(
 ) -> Path:
     """Run a recipe, or `resume` a run of it, with so many processes that are the clients; return the run's folder.
 
-    A process has the recipe's number of threads, or one.  UsageError where Flower or Ray is not installed, FleetError when
-    the run has failed.
+    A process has the recipe's number of threads, or one.  UsageError for a recipe that a simulation cannot run,
+    FleetError when the run has failed.
     """
-    check_installed("ray")
     partition.check(recipe)
     clients = len(prepare.split(recipe, methods.entry(recipe.method), offline=offline).clients)
     threads = recipe.threads or 1
