@@ -21,8 +21,8 @@ from fleetune.common.memory import peak_rss, release_memory, rss
 from fleetune.data import Batch
 from fleetune.evaluation import objectives
 from fleetune.models import Model, named_tensors
+from fleetune.seeds.descent import Position, two_point
 from fleetune.seeds.noise import passes, probe
-from fleetune.seeds.spsa import Position, two_point
 from fleetune.seeds.view import View
 
 MODES = ("inference", "inference with kernels", "ours", "papers", "papers in place", "SGD", "AdamW")

@@ -21,9 +21,9 @@ from benchmarks.harness import Result, Setting, compare, measure
 from fleetune.data import Batch
 from fleetune.evaluation import objectives
 from fleetune.models import Model, named_tensors
-from fleetune.seeds import view as views
+from fleetune.seeds import weights as views
+from fleetune.seeds.descent import Position, descend
 from fleetune.seeds.noise import passes, probe
-from fleetune.seeds.spsa import Position, descend
 from fleetune.seeds.view import View
 
 K, EPS, LR = 1024, 1e-3, 1e-6

@@ -30,7 +30,7 @@ from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.hessian import share, trace
 from fleetune.compression.methods import optq, sparsegpt
 from fleetune.models import Model
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 
 GROUP, BLOCK, DAMPING = 32, 128, 0.01
 

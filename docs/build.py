@@ -30,7 +30,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from fleetune import compression
-from fleetune.cli import parser
+from fleetune.cli.main import EXAMPLES, command_parsers
 from fleetune.common import events, settings
 from fleetune.deploy import targets
 from fleetune.deploy.formats import mlx
@@ -89,8 +89,8 @@ def recipe_page() -> str:
 
 def commands_page() -> str:
     """Every command with its arguments."""
-    parts = [MADE, "# Commands\n", "```\n" + parser.EXAMPLES + "```\n"]
-    for name, sub in parser.command_parsers().items():
+    parts = [MADE, "# Commands\n", "```\n" + EXAMPLES + "```\n"]
+    for name, sub in command_parsers().items():
         parts.append(f"## fleetune {name}\n\n{sub.description}\n")
         if sub.epilog:
             parts.append("```\n" + textwrap.dedent(sub.epilog.partition("\n")[2]).rstrip() + "\n```\n")
@@ -176,17 +176,17 @@ def _fine(cells: dict[str, str], names: Sequence[str]) -> str:
 
 
 def events_page() -> str:
-    """Every event of `--json` with its fields, under the headings of `common/events/__init__.py`."""
+    """Every event of `--json` with its fields, under the headings of `common/events.py`."""
     about = (inspect.getdoc(events) or "").partition("\n\n")[2]
     schema = "Machines read [the JSON schema](events.schema.json)."
     out = [MADE, "# Events\n", f"The lines of `--json`. {about}\n", schema + "\n"]
-    bases = _fields(events.base)
-    for title, file in events.SECTIONS.items():
-        out.append(f"## {title}\n")
-        for name, fields in _fields(file).items():
-            if (event := getattr(events, name)) in events.classes():
-                shared = [field for base in event.__bases__ for field in bases.get(base.__name__, ())]
-                out += _event(event, [*fields, *shared])
+    fields = _fields(events)
+    titles = {first: title for title, first in events.SECTIONS.items()}
+    for event in events.classes():
+        if event in titles:
+            out.append(f"## {titles[event]}\n")
+        shared = [field for base in event.__bases__ for field in fields.get(base.__name__, ())]
+        out += _event(event, [*fields[event.__name__], *shared])
     return "\n".join(out)
 
 

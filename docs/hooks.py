@@ -14,7 +14,7 @@ PAGES = {"CONTRIBUTING.md": "contributing.md", "benchmarks/README.md": "benchmar
 MADE = {
     "src/fleetune/cli/commands": "commands.md",
     "src/fleetune/tuning/recipe/recipe.py": "recipe.md",
-    "src/fleetune/common/events/__init__.py": "events.md",
+    "src/fleetune/common/events.py": "events.md",
     "docs/faults.json": "faults.md",
 }
 METHODS = {"src/fleetune/tuning/methods": "methods", "src/fleetune/compression/methods": "compress"}

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import fleetune
 from fleetune import models
 from fleetune.errors import FleetuneError
-from fleetune.tuning.result.result import TuneResult
+from fleetune.tuning.result.finished import TuneResult
 from tiny_families import DECODERS, ENCODERS, save
 
 ROWS: Final = 12

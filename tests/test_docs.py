@@ -18,7 +18,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from fleetune.cli import parser
+from fleetune.cli import main
 from fleetune.errors import UsageError
 from fleetune.tuning import methods
 
@@ -127,7 +127,7 @@ def test_make_docs_writes_every_page(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
 @functools.cache
 def known_commands() -> dict[str, argparse.ArgumentParser]:
-    return parser.command_parsers()
+    return main.command_parsers()
 
 
 def fault(line: str, *, whole: bool = True) -> str:

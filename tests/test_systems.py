@@ -19,7 +19,7 @@ import torch
 import windows_stand_in
 from fleetune import models
 from fleetune.common import memory
-from fleetune.common.locks import lock
+from fleetune.common.files import lock
 from fleetune.compression.training import checkpoint
 from fleetune.runs import rundir
 
@@ -84,7 +84,7 @@ def test_every_module_and_command_works_without_what_windows_lacks(tmp_path: Pat
 
 TRY = """
 import os, sys, time
-from fleetune.common.locks import lock
+from fleetune.common.files import lock
 handle = os.open("file", os.O_RDWR | os.O_CREAT)
 os.lseek(handle, 7, os.SEEK_SET)
 print(lock(handle), flush=True)

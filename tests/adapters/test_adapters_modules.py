@@ -30,8 +30,7 @@ from fleetune.data.encode import Batch
 from fleetune.errors import FleetuneError, ModelError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model
-from fleetune.models.net.checkpointing import by_layer
-from fleetune.models.net.layers import layers_of
+from fleetune.models.net.layers import by_layer, layers_of
 
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 # ---------------------------------------------------------------- the start

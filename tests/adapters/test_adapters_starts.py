@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fleetune import adapters, models
-from fleetune.adapters import lora_init, lora_init_eva
+from fleetune.adapters import lora_init
 from fleetune.data.encode import Batch
 from fleetune.errors import MessageError, ModelError
 from fleetune.models import Model
@@ -355,7 +355,7 @@ def test_eva_says_when_it_sees_too_little_and_leaves_the_model_alone() -> None:
 
 def test_eva_on_an_encoder_gives_every_layer_its_directions() -> None:
     model = on("default", net=models.tiny_bert)
-    made = lora_init_eva.directions(model, batches(3))
+    made = lora_init.directions(model, batches(3))
     arrays = adapters.export(model)
     assert made.keys() == {n for n in arrays if ".lora_A." in n}
     assert all(a.shape == arrays[n].shape and a.dtype == np.float32 for n, a in made.items())

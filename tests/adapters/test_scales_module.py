@@ -21,10 +21,9 @@ from fleetune.deploy import patch, patch_make
 from fleetune.errors import ModelError, RecipeError, UsageError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model
-from fleetune.models.loading.shapes import shape_of
-from fleetune.models.mapped.lazy import weights_of
-from fleetune.models.mapped.quants import dequantise
-from fleetune.models.mapped.stored import Stored
+from fleetune.models.lazy import weights_of
+from fleetune.models.shapes import shape_of
+from fleetune.models.stored import Stored, dequantise
 from fleetune.planning import choose
 from fleetune.tuning.exchange.footprint import scales_module
 from fleetune.tuning.prepare import prepare
@@ -117,7 +116,7 @@ def test_gradients_pass_over_the_rounding_as_the_formula_says(file: Path, checkp
     from contextlib import nullcontext
 
     from fleetune.data import Batch
-    from fleetune.models.net.checkpointing import by_layer
+    from fleetune.models.net.layers import by_layer
 
     model, plain = mapped(file), mapped(file)
     delta, stored = moves(model), {n: w.stored for n, w in weights_of(model.net).items()}

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 import fleetune
+from fleetune.cli import main
 from fleetune.cli import main as cli
-from fleetune.cli import parser
 from fleetune.cli.console import Ui
+from fleetune.common import __version__
 from fleetune.common.display import are, counted
 from fleetune.common.shell import command, quoted
-from fleetune.common.version import __version__
 from fleetune.errors import RecipeError, UsageError
 
 COMMANDS = sorted(cli.COMMANDS.members())
@@ -174,7 +174,7 @@ def test_every_help_has_an_example_that_parses(name: str) -> None:
         part.split(" >")[0] for line in typed for part in line.split(" | ") if part.startswith("fleetune ")
     ]
     assert typed
-    options = parser.command_parsers()[name]
+    options = main.command_parsers()[name]
     for line in typed:
         words = shlex.split(line)
         assert words[1] == name
@@ -184,7 +184,7 @@ def test_every_help_has_an_example_that_parses(name: str) -> None:
 @pytest.mark.parametrize("name", ["fleet", "ledger", "runs"])
 def test_every_verb_is_explained(name: str) -> None:
     page = call(name, "--help")[1]
-    (action,) = [a for a in parser.command_parsers()[name]._actions if a.dest == "action"]
+    (action,) = [a for a in main.command_parsers()[name]._actions if a.dest == "action"]
     for verb in action.choices or ():
         assert any(line.strip().startswith(f"{verb} ") for line in page.splitlines()), verb
 
@@ -301,7 +301,7 @@ def test_numbers_have_their_nouns() -> None:
 def test_an_export_says_what_was_rounded_as_asked(capsys: pytest.CaptureFixture[str]) -> None:
     from fleetune.cli.commands import export
     from fleetune.common.events import ExportDone
-    from fleetune.deploy.export_subject import ExportResult
+    from fleetune.deploy.export import ExportResult
 
     for exact, words in (
         (11, "36 rounded as asked, 11 exact, 0 wrong"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fleetune.cli import main as cli
-from fleetune.models.cache import cache, cache_contents, short_names
+from fleetune.models.cache import cache, names
 from fleetune.runs import rundir
 
 
@@ -53,7 +53,7 @@ def test_models_shows_sizes_sources_and_the_cache(capsys, at):
     assert f"cache     {at / 'home'} (2.1 kB)" in out
     _, out, _ = call(capsys, "models", "--json")
     events = [json.loads(line) for line in out.splitlines()]
-    assert [e["event"] for e in events] == [*["model"] * len(short_names.every()), "cached_model"]
+    assert [e["event"] for e in events] == [*["model"] * len(names.every_short()), "cached_model"]
     assert events[-1]["name"] == "mine.gguf"
 
 
@@ -81,7 +81,7 @@ def test_models_tells_copies_of_one_name_apart_and_how_those_of_files_are_remove
         "3 copies made of GGUF files that were read (3.2 kB), until: fleetune models rm NAME"
     )
     assert call(capsys, "models", "rm", f"gguf-{'1' * 16}")[0] == 0
-    assert [m.path.name for m in cache_contents.contents() if m.name == "mine.gguf"] == [f"gguf-{'0' * 16}"]
+    assert [m.path.name for m in cache.contents() if m.name == "mine.gguf"] == [f"gguf-{'0' * 16}"]
 
 
 def test_models_lists_short_names_as_models_of_the_hub(capsys):
@@ -115,7 +115,7 @@ def test_a_name_that_is_a_path_removes_nothing(capsys, at):
     put("hub-some--one")
     for name in ("..", "../..", str(at), ".", "models"):
         assert call(capsys, "models", "rm", name)[0] == 2
-    assert len(cache_contents.contents()) == 1
+    assert len(cache.contents()) == 1
 
 
 # completion ---------------------------------------------------------------------------------------

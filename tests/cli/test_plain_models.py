@@ -18,11 +18,11 @@ import torch
 
 import fleetune
 from fleetune import models
-from fleetune.api import plain_models
+from fleetune.api import tuning
 from fleetune.cli.main import main
 from fleetune.errors import UsageError
-from fleetune.models.cache import adapter_folder
-from fleetune.models.loading import hf_folder
+from fleetune.models import checks
+from fleetune.models.cache import names
 
 FEW: dict[str, Any] = {
     "clients": 2,
@@ -84,7 +84,7 @@ def test_the_command_that_is_named_makes_the_model_that_is_named(model: str, wha
     assert not Path(place).exists()
     assert main([*shlex.split(command)[1:], "-qq"]) == 0
     try:
-        plain_models.check(place, Path("runs"))
+        tuning.check_plain(place, Path("runs"))
         assert models.load(place).n_params == models.load("tiny").n_params
         again = refused("tune", model, "demo")
         assert f"written out already: give {place} as the model" in again
@@ -189,7 +189,7 @@ def test_every_command_says_that_an_adapter_is_merged_first(place: Path, tmp_pat
 
 
 def test_the_page_has_the_lines_of_the_error() -> None:
-    code = adapter_folder.MERGE.format(auto="AutoModelForCausalLM", base='"BASE"', adapter='"ADAPTER"')
+    code = names.MERGE.format(auto="AutoModelForCausalLM", base='"BASE"', adapter='"ADAPTER"')
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
     lines = [line.strip() for line in page.splitlines()]
     first = lines.index(
@@ -224,7 +224,7 @@ def test_adapters_that_come_without_settings_or_from_a_run() -> None:
             (Path(folder) / file).write_bytes(b"{}")
             assert says in refused("eval", folder, "demo")
             with pytest.raises(UsageError, match="is an adapter, not a model"):  # a fetched one
-                hf_folder.config_of(Path(folder))
+                checks.config_of(Path(folder))
 
 
 def name_base(adapter: Path, base: str) -> None:

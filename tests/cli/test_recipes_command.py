@@ -12,8 +12,7 @@ import pytest
 
 from fleetune import recipes
 from fleetune.cli.commands import tune
-from fleetune.cli.main import main
-from fleetune.cli.parser import build_parser
+from fleetune.cli.main import build_parser, main
 from fleetune.errors import RecipeError
 
 

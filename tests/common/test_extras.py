@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from fleetune.common.display import human_bytes
 from fleetune.compression.budget import costs
 from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise import driver
-from fleetune.models.artefact.artefact import Master
+from fleetune.models.artefact import Master
 
 SMALL = ("--text", "text.txt", "--windows", "4", "--length", "16")
 SIZES = {

@@ -21,7 +21,7 @@ from fleetune.compression.layerwise.blocks import FinishedBlocks, block_file
 from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
 from fleetune.errors import DataError, RecipeError
 from fleetune.models import Model
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 
 SMALL: dict[str, Any] = {
     "vocab_size": 300,

@@ -20,7 +20,7 @@ from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.common.display import human_bytes
 from fleetune.compression.layerwise.activations import HiddenStates
-from fleetune.models.artefact.artefact import Master, Quantised
+from fleetune.models.artefact import Master, Quantised
 
 SMALL = ["--method", "optq", "--windows", "4", "--length", "16", "--set", "group=8"]
 

@@ -22,11 +22,10 @@ from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.driver import Plan, experts_in, linears_of
 from fleetune.compression.layerwise.experts import Experts
-from fleetune.models import Model, tiny_tokenizer
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import Quantised
-from fleetune.models.loading.shapes import shape_of
-from fleetune.models.net import checkpointing
+from fleetune.models import Model, artefact, tiny_tokenizer
+from fleetune.models.artefact import Quantised
+from fleetune.models.net import layers
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 from fleetune.runs.listener import Silent
 
@@ -168,7 +167,7 @@ def test_activations_that_are_computed_again_are_counted_once(monkeypatch: pytes
     model, windows = mixture("qwen3_moe"), drawn(2, 24)
     found = []
     for small in (1 << 40, 0):
-        monkeypatch.setattr(checkpointing, "SMALL", small)
+        monkeypatch.setattr(layers, "SMALL", small)
         found.append(sensitivity.measure(model, windows, [], 3, experts=experts_of(model)).experts)
     for name, of in found[0].items():
         torch.testing.assert_close(of, found[1][name], rtol=1e-5, atol=0)

@@ -26,8 +26,8 @@ from fleetune.compression.layerwise.driver import linears_of, place_weights, res
 from fleetune.compression.layerwise.experts import Experts, Routed, experts_of, hessian
 from fleetune.errors import RecipeError, UsageError
 from fleetune.models import Model, tiny_tokenizer
-from fleetune.models.artefact.artefact import Master, Quantised
-from fleetune.models.loading.shapes import shape_of
+from fleetune.models.artefact import Master, Quantised
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.runs.listener import Silent

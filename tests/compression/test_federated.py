@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fleetune import compression, models
-from fleetune.cli.interrupt import InterruptHandler
+from fleetune.cli.listener import InterruptHandler
 from fleetune.cli.main import main
 from fleetune.compression.layerwise import driver, sums
 from fleetune.compression.layerwise.activations import HiddenStates
@@ -24,7 +24,7 @@ from fleetune.compression.layerwise.federated import ClientHessians
 from fleetune.compression.layerwise.sums import HessianReply, from_lower_triangle, lower_triangle
 from fleetune.errors import FleetError
 from fleetune.models import Model
-from fleetune.models.artefact.artefact import Quantised, dense
+from fleetune.models.artefact import Quantised, dense
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 
 
@@ -412,7 +412,7 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
         ]
         shares[client] = driver.windows([row.ids for row in encoded], 32, 2)
     want, _ = by_clients(model, shares, tuned_run / "parts")
-    from fleetune.models.artefact.artefact import Master
+    from fleetune.models.artefact import Master
 
     master = Master(Path(done["folder"]) / "model")
     for name in want:

@@ -17,7 +17,7 @@ from command_harness import call
 from fleetune import compression, models
 from fleetune.common import memory
 from fleetune.compression.pruning import depth
-from fleetune.models.loading.shapes import shape_of
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 
 

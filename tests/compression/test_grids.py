@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fleetune.compression.layerwise.column_loop import Segment, nearest
 from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid
-from fleetune.models.artefact.artefact import Quantised
-from fleetune.models.families.codebooks import CODEBOOKS
+from fleetune.models.artefact import Quantised
+from fleetune.models.families.number_types import CODEBOOKS
 
 
 @given(

@@ -17,7 +17,7 @@ from fleetune import models
 from fleetune.common import folders
 from fleetune.compression.jobs import compressed_base
 from fleetune.compression.methods import llm_pruner, optq, rtn
-from fleetune.models.artefact import artefact
+from fleetune.models import artefact
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Silent
 

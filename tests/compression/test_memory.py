@@ -27,12 +27,11 @@ from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import ClientHessians
-from fleetune.models.artefact.artefact import dense
-from fleetune.models.artefact.tensor_file import write_in_turn
-from fleetune.models.loading.shapes import shape_of
-from fleetune.models.mapped.lazy import LazyWeight, weights_of
-from fleetune.models.mapped.net import in_memory
-from fleetune.planning import compression_cost, plan
+from fleetune.models.artefact import dense
+from fleetune.models.lazy import LazyWeight, in_memory, weights_of
+from fleetune.models.net.saving import write_in_turn
+from fleetune.models.shapes import shape_of
+from fleetune.planning import compression_cost, device_cost, plan
 from fleetune.runs.listener import Silent
 
 TYPES = [torch.int8, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]
@@ -138,7 +137,7 @@ def most_alive(folder: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> tu
         with inputs.reference(model, folder, Silent()) as reference:
             parts = driver.run(model, solver, windows, folder / "parts")
             assert "kl_divergence" in solve._after(Silent(), inputs, folder, parts, reference)
-        from fleetune.models.artefact import artefact
+        from fleetune.models import artefact
 
         artefact.write(
             folder / "model",
@@ -195,7 +194,7 @@ class Room:
 
 def test_the_peak_does_not_grow_with_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the real process: 4 blocks of 2.4 MB or 12 of them, converted from bf16, leave the same mark."""
-    monkeypatch.setattr("fleetune.models.mapped.file.KEPT", 1 << 20)  # else all of so small a file stays
+    monkeypatch.setattr("fleetune.models.stored.KEPT", 1 << 20)  # else all of so small a file stays
     solver: Any = compression.make("rtn", {"group": 8})
     peaks: list[int] = []
     for layers in (4, 4, 12):  # the first one warms up
@@ -205,7 +204,7 @@ def test_the_peak_does_not_grow_with_the_blocks(tmp_path: Path, monkeypatch: pyt
         model = models.load(name, device="cpu", base="mapped")
         driver.check(model, solver)
         parts = driver.run(model, solver, None, tmp_path / f"p{len(peaks)}")
-        from fleetune.models.artefact import artefact
+        from fleetune.models import artefact
 
         artefact.write(tmp_path / f"a{len(peaks)}", model, parts, artefact.ArtefactHead("rtn", {}, "", ""))
         peaks.append(memory.peak_rss() - before)
@@ -303,7 +302,7 @@ def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:
     for values in ({"group": 8}, {"bits": 8, "group": 8}, {"bits": 3, "group": 0}):
         solver: Any = compression.make("rtn", values)
         parts = driver.run(model, solver, None, tmp_path / "parts")
-        from fleetune.models.artefact import artefact
+        from fleetune.models import artefact
 
         artefact.write(tmp_path / "model", model, parts, artefact.ArtefactHead("rtn", {}, "", ""))
         real = sum(
@@ -367,6 +366,6 @@ def test_what_it_takes_is_said_before_it_begins(
 
 
 def test_plan_says_what_compressing_takes() -> None:
-    text = dict(plan.describe(llama(), "m", plan.Workload()))["compress"]
+    text = dict(plan.describe(llama(), "m", device_cost.Workload()))["compress"]
     assert "the default method over 128 windows of 512 tokens" in text
     assert "with --low-memory" in text

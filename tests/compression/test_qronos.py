@@ -23,7 +23,7 @@ from fleetune.compression.layerwise.grids import KINDS, Grid
 from fleetune.compression.layerwise.in_turn import StatesInTurn
 from fleetune.compression.methods import optq
 from fleetune.errors import RecipeError
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 
 C, GROUP, DAMPING = 32, 8, 0.02
 

@@ -16,8 +16,8 @@ from fleetune.compression.layerwise import hessian
 from fleetune.compression.layerwise.column_loop import Segment, sweep
 from fleetune.compression.layerwise.grids import KINDS, UNIFORM, Grid
 from fleetune.errors import RecipeError, UsageError
-from fleetune.models.artefact.artefact import Quantised
-from fleetune.models.families.codebooks import CODEBOOKS
+from fleetune.models.artefact import Quantised
+from fleetune.models.families.number_types import CODEBOOKS
 
 
 def work(seed: int, R: int, C: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

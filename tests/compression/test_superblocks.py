@@ -25,9 +25,8 @@ from fleetune.compression.layerwise.groups import rounded
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.errors import RecipeError
 from fleetune.models import tiny_llama
-from fleetune.models.artefact.artefact import Quantised
-from fleetune.models.families.codebooks import CODEBOOKS
-from fleetune.models.families.superblocks import SUPER_TYPES, WIDTH
+from fleetune.models.artefact import Quantised
+from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES, SUPER_WIDTH
 
 TYPES = sorted(SUPER_TYPES)
 WITHOUT_ZERO = ("iq4_xs", "q2_k", "q4_k", "q5_k")
@@ -146,11 +145,11 @@ def test_the_scales_are_those_that_take_least_of_all_near_them(kind: str) -> Non
     """No other k and m of a group, for the same d and dmin, has an error that is much smaller: all of them are tried."""
     of = SUPER_TYPES[kind]
     g = torch.Generator().manual_seed(5)
-    x, h = torch.randn(12, WIDTH, generator=g), torch.rand(WIDTH, generator=g) + 0.1
+    x, h = torch.randn(12, SUPER_WIDTH, generator=g), torch.rand(SUPER_WIDTH, generator=g) + 0.1
     found = superblock_fit.fit(x, of, h)
     steps = torch.tensor(CODEBOOKS[of.codebook] if of.codebook else range(1 << of.bits)).float() - of.middle
     mine = least = 0.0
-    for group in range(0, WIDTH // of.group, 3):
+    for group in range(0, SUPER_WIDTH // of.group, 3):
         at = slice(group * of.group, (group + 1) * of.group)
 
         def error(r: int, k: float, m: Tensor, at: slice = at) -> Tensor:
@@ -170,7 +169,7 @@ def test_the_scales_are_those_that_take_least_of_all_near_them(kind: str) -> Non
 def test_d_and_dmin_are_of_least_squares_for_the_codes(kind: str) -> None:
     """Against numpy's least squares of each row, to fp16's rounding."""
     of, g = SUPER_TYPES[kind], torch.Generator().manual_seed(6)
-    x, h = torch.randn(6, WIDTH, generator=g).double(), torch.rand(WIDTH, generator=g) + 0.1
+    x, h = torch.randn(6, SUPER_WIDTH, generator=g).double(), torch.rand(SUPER_WIDTH, generator=g) + 0.1
     work = superblock_fit._Work(x, of, h)
     tried = work.started(*work.groups(), 1.0)
     work.settle(tried)
@@ -280,15 +279,16 @@ def test_optq_is_the_surgeon_on_super_blocks(kind: str, order: str) -> None:
     if order == "static":
         in_file = h[sort.argsort()]
         fits = {
-            b: superblock_fit.fit(W[:, b : b + WIDTH], of, in_file[b : b + WIDTH]) for b in range(0, C, WIDTH)
+            b: superblock_fit.fit(W[:, b : b + SUPER_WIDTH], of, in_file[b : b + SUPER_WIDTH])
+            for b in range(0, C, SUPER_WIDTH)
         }
     steps = torch.tensor(CODEBOOKS[of.codebook] if of.codebook else range(1 << of.bits)).double() - of.middle
 
     def settle(i: int, now: Tensor) -> Tensor:
         column = int(sort[i])
-        first, g = column - column % WIDTH, column % WIDTH // of.group
-        if order == "none" and i % WIDTH == 0:
-            fits[first] = superblock_fit.fit(now[:, i : i + WIDTH], of, h[i : i + WIDTH])
+        first, g = column - column % SUPER_WIDTH, column % SUPER_WIDTH // of.group
+        if order == "none" and i % SUPER_WIDTH == 0:
+            fits[first] = superblock_fit.fit(now[:, i : i + SUPER_WIDTH], of, h[i : i + SUPER_WIDTH])
         elif order == "none" and i % of.group == 0:
             superblock_fit.refit(now[:, i : i + of.group], of, h[i : i + of.group], fits[first], g)
         values = fits[first].scale(g)[:, None] * steps - fits[first].offset(g)[:, None]
@@ -311,7 +311,7 @@ def test_error_feedback_pays_on_super_blocks(kind: str) -> None:
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_group_is_fitted_again_to_what_the_loop_has_made_of_it(kind: str) -> None:
     of, g = SUPER_TYPES[kind], torch.Generator().manual_seed(2)
-    x = torch.randn(16, WIDTH, generator=g)
+    x = torch.randn(16, SUPER_WIDTH, generator=g)
     found = superblock_fit.fit(x, of, None)
     before = superblock_fit.SuperFit(*(part.clone() for part in found))
     part = x[:, of.group : 2 * of.group]
@@ -334,7 +334,7 @@ def test_a_group_is_fitted_again_to_what_the_loop_has_made_of_it(kind: str) -> N
 def test_zeros_stay_where_the_grid_has_0_and_a_pruned_matrix_is_refused_where_it_has_not(
     kind: str, method: str
 ) -> None:
-    W, H = work(5, 8, WIDTH, torch.float32)
+    W, H = work(5, 8, SUPER_WIDTH, torch.float32)
     W[:, ::5] = 0
     solver = compression.make(method, {"grid": kind})
     if kind not in WITHOUT_ZERO:

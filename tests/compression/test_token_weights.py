@@ -27,8 +27,8 @@ from fleetune.compression.layerwise.federated import ClientHessians
 from fleetune.compression.layerwise.hessian import accumulate, accumulate_drift, mirrored
 from fleetune.errors import FleetuneError
 from fleetune.models import Model
-from fleetune.models.artefact.artefact import Master, Quantised
-from fleetune.models.loading.shapes import shape_of
+from fleetune.models.artefact import Master, Quantised
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 
 GRADIENT = ("--set", "tokens=gradient")

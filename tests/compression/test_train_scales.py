@@ -23,7 +23,7 @@ from fleetune.compression.layerwise.groups import rounded
 from fleetune.data.encode import Encoded, collate
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.evaluation.losses import pad_id
-from fleetune.models.artefact.artefact import Master, Quantised
+from fleetune.models.artefact import Master, Quantised
 
 SMALL = ("--method", "optq", "--text", "text.txt", "--windows", "4", "--length", "32")
 SIZES = {

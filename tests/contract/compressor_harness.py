@@ -17,7 +17,7 @@ from fleetune.compression.layerwise import hessian
 from fleetune.data import Encoded
 from fleetune.errors import Interrupted
 from fleetune.models import Model
-from fleetune.models.artefact.artefact import dense
+from fleetune.models.artefact import dense
 
 # Settings with which a method runs on the tiny model in a second.  A method that is not named here runs with its defaults.
 QUICK: dict[str, dict[str, Any]] = {

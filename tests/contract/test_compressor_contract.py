@@ -34,11 +34,11 @@ from compressor_harness import (
 )
 
 from fleetune import compression, models
+from fleetune.cli import main
 from fleetune.cli import main as cli
-from fleetune.cli import parser
 from fleetune.common import registry, settings
 from fleetune.errors import Interrupted, RecipeError, UsageError
-from fleetune.models.artefact.artefact import Master, dense
+from fleetune.models.artefact import Master, dense
 
 ROOT = Path(__file__).parent.parent.parent
 Check = Callable[[str, Path], None]
@@ -328,7 +328,7 @@ def test_a_compressor_of_another_package_is_listed_and_compresses(
     other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")  # the help breaks lines at hyphens
-    assert other in parser.command_parsers()["compress"].format_help()
+    assert other in main.command_parsers()["compress"].format_help()
     for spelling in ("row-sign", "row_sign"):
         assert cli.main(["compress", "--list", spelling]) == 0
         out = capsys.readouterr().out

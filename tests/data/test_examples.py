@@ -23,7 +23,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 from fleetune.data import Example, read, read_text
 from fleetune.data.examples import row_of
 from fleetune.errors import DataError

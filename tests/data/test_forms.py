@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from fleetune.data import Example, read
-from fleetune.data.columns import guess
 from fleetune.data.examples import digests, is_folder, looks_like_model, looks_like_rows, row_of
-from fleetune.data.splitting import Rows, split
+from fleetune.data.forms import guess_columns
+from fleetune.data.partition import RowsSpec, split
 from fleetune.errors import DataError, RecipeError
 
 Row = dict[str, Any]
@@ -270,7 +270,7 @@ def test_a_refusal_shows_the_first_row_and_the_flag_once(tmp_path: Path) -> None
     ],
 )
 def test_the_flag_that_may_be_meant(row: Row, meant: str) -> None:
-    assert guess(row) == meant
+    assert guess_columns(row) == meant
 
 
 # A folder with one file per client --------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_a_file_of_a_folder_is_a_client(devices: Path) -> None:
         ("bonn", "bonn 4"),
         ("dev-1", "dev-1 3"),
     ]
-    parts = split(Rows(str(devices), "prompt=q,response=a", held_out=1), 8)
+    parts = split(RowsSpec(str(devices), "prompt=q,response=a", held_out=1), 8)
     assert (parts.partition, len(parts.clients)) == ("column:client", 3)
     assert {len({rows[i].meta["client"] for i in part}) for part in parts.clients} == {1}
 
@@ -321,10 +321,10 @@ def test_a_folder_of_something_else_is_refused(devices: Path, tmp_path: Path) ->
 
 def test_auto_divides_by_clients_that_the_data_name(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"text": "t"})
-    assert Rows(file).rule == "iid"
-    assert Rows(file, "client=role").rule == "column:client"
-    assert Rows(file, "client=role", partition="iid").rule == "iid"
-    assert Rows(str(tmp_path)).rule == "column:client"
+    assert RowsSpec(file).rule == "iid"
+    assert RowsSpec(file, "client=role").rule == "column:client"
+    assert RowsSpec(file, "client=role", partition="iid").rule == "iid"
+    assert RowsSpec(str(tmp_path)).rule == "column:client"
 
 
 def test_rows_and_models_are_told_apart_by_their_names(devices: Path, tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ import pytest
 
 from fleetune import models
 from fleetune.data import Example, read
-from fleetune.data.encode import collate
-from fleetune.data.labelled import encode_rows, encode_texts, positions
+from fleetune.data.encode import collate, encode_rows, encode_texts, positions
 from fleetune.errors import DataError
 
 QNLI = {"question": "Who?", "sentence": "It was she.", "label": "entailment"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fleetune import data
-from fleetune.data import folder, splitting
+from fleetune.data import partition, sources
 from fleetune.tuning import methods
 
 
@@ -43,7 +43,7 @@ def test_every_client_gives_as_many_rows_as_the_others(devices: str, limit: int,
 
 
 def test_a_limit_beyond_all_rows_is_none() -> None:
-    assert folder._shares([2, 0, 1], 9) == [2, 0, 1]
+    assert sources._shares([2, 0, 1], 9) == [2, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,9 @@ def test_a_limit_beyond_all_rows_is_none() -> None:
 def test_a_methods_usual_clients_follow_the_rows(tmp_path: Path, rows: int, usual: int, clients: int) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"instruction": f"{i}", "response": "x"}) + "\n" for i in range(rows)))
-    parts = splitting.split(splitting.Rows(str(file)), usual)
+    parts = partition.split(partition.RowsSpec(str(file)), usual)
     assert len(parts.clients) == clients
     assert bool(parts.notes) == (clients < usual)
-    asked = splitting.split(splitting.Rows(str(file), clients=20), usual)
+    asked = partition.split(partition.RowsSpec(str(file), clients=20), usual)
     assert (len(asked.clients), asked.notes) == (20, ())
     assert methods.entry("fwdllm").clients == 100

@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 
 from fleetune import models
-from fleetune.data.encode import encode_all, prompt_ids
+from fleetune.data.encode import begun, count_cut, encode_all, encode_rows, prompt_ids, split_text
 from fleetune.data.forms import Example
-from fleetune.data.labelled import encode_rows
-from fleetune.data.lengths import cut
-from fleetune.data.plain_text import begun, rows_of
 from fleetune.errors import DataError
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import response_loss
@@ -32,7 +29,7 @@ def test_every_token_but_the_first_bears_the_loss_once() -> None:
     for length in (1, 2, 3, 4, 5, 7, 8, 9, 50):
         ids = list(range(length))
         for most in (2, 3, 4, 8):
-            rows = list(rows_of(ids, most))
+            rows = list(split_text(ids, most))
             assert max(map(len, rows)) <= most
             assert Counter(t for row in rows for t in row[1:]) == Counter(ids[1:])
             assert all(list(row) == list(range(row[0], row[-1] + 1)) for row in rows), (
@@ -100,7 +97,7 @@ def test_what_is_cut_is_counted(model: Model) -> None:
         model.tokenizer,
         80,
     )
-    found = cut(rows)
+    found = count_cut(rows)
     assert (found.longer, found.prompts, found.answers) == (2, 1, 1)
     whole, _ = encode_all(
         [Example((("user", "a"),), "word " * 60), Example((("user", "word " * 60),), "it")],
@@ -111,13 +108,13 @@ def test_what_is_cut_is_counted(model: Model) -> None:
     assert found.told(80).startswith(
         f"2 of {len(rows)} rows are longer than max_length=80 and are cut: the prompt of 1, the answer of 1;"
     )
-    assert cut(whole).told(999) == ""
+    assert count_cut(whole).told(999) == ""
 
 
 def test_texts_of_an_encoder_that_are_cut_are_counted() -> None:
     model = models.tiny_bert(labels=("a", "b"))
     examples = [Example((("user", "x"),), "a", texts=(text,)) for text in ("short", "word " * 80)]
     rows, _ = encode_rows(model, examples, 16)
-    found = cut(rows)
+    found = count_cut(rows)
     assert (found.longer, found.prompts, found.answers, len(rows[1].ids)) == (1, 1, 0, 16)
     assert found.longest == len(model.tokenizer("word " * 80, verbose=False)["input_ids"])

@@ -20,11 +20,10 @@ from transformers import (
 )
 
 from fleetune import models
-from fleetune.deploy.export import export
-from fleetune.models import Model
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead, Quantised
-from fleetune.models.families.codebooks import CODEBOOKS
+from fleetune.deploy.export import write as export
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models.families.number_types import CODEBOOKS
 
 LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"

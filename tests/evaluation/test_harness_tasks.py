@@ -16,9 +16,9 @@ import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import TaskScore
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 from fleetune.errors import RecipeError, UsageError
-from fleetune.evaluation import harness_tasks
+from fleetune.evaluation import measures
 
 RESULTS: dict[str, Any] = {
     "results": {
@@ -43,7 +43,7 @@ RESULTS: dict[str, Any] = {
 
 
 def test_the_harness_results_become_scores_with_their_standard_errors() -> None:
-    found = {(s.task, s.metric, s.filter): s for s in harness_tasks.scores(RESULTS)}
+    found = {(s.task, s.metric, s.filter): s for s in measures.scores(RESULTS)}
     assert found["arc_easy", "acc", "none"] == TaskScore(
         task="arc_easy",
         metric="acc",
@@ -58,7 +58,7 @@ def test_the_harness_results_become_scores_with_their_standard_errors() -> None:
     )
     assert found["arc_easy", "acc_norm", "none"].stderr is None
     assert found["gsm8k", "exact_match", "strict-match"].stderr is None, "one that is not finite"
-    assert harness_tasks.by_name(list(found.values())) == {
+    assert measures.by_name(list(found.values())) == {
         "arc_easy.acc": 0.25,
         "arc_easy.acc_norm": 0.5,
         "gsm8k.exact_match.strict-match": 0.0,
@@ -67,14 +67,14 @@ def test_the_harness_results_become_scores_with_their_standard_errors() -> None:
 
 
 def test_own_tasks_are_told_from_others() -> None:
-    assert harness_tasks.divided(["loss", "hellaswag", "rouge", "acc"]) == (
+    assert measures.divided(["loss", "hellaswag", "rouge", "acc"]) == (
         ["loss", "rouge", "acc"],
         ["hellaswag"],
     )
 
 
 def test_without_the_harness_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness_tasks, "installed", lambda: False)
+    monkeypatch.setattr(measures, "installed", lambda: False)
     with pytest.raises(RecipeError) as error:
         fleetune.evaluate("no/such/model", tasks="hellaswag,los")
     assert error.value.problems == ["unknown task 'hellaswag'", "unknown task 'los'; did you mean 'loss'?"]

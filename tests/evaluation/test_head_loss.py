@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.evaluation import head_loss
-from fleetune.evaluation.head_loss import head_nll
-from fleetune.evaluation.logit_changes import Cap, Change, Divide, Multiply
+from fleetune.evaluation.head_loss import Cap, Change, Divide, Multiply, head_nll
 
 N, H, V = 11, 6, 37
 

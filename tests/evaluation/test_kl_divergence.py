@@ -21,7 +21,7 @@ from fleetune.common.display import show_with_error
 from fleetune.common.events import as_dict, evaluated
 from fleetune.data.encode import Encoded
 from fleetune.errors import StorageError
-from fleetune.evaluation import kl_divergence, reference
+from fleetune.evaluation import kl_divergence, losses
 from fleetune.evaluation.kl_divergence import compare, of_tokens, positions, scored, summary, write
 from fleetune.models import Model, tiny_llama
 
@@ -211,8 +211,8 @@ def test_a_model_is_compared_token_by_token(
     assert scored((row.ids, row.n_prompt) for row in rows()) == 8 + 7 + 1
     P, Q = (np.concatenate([whole(m, row) for row in rows()]) for m in (dense, model))
     expected = by_hand(P, Q)
-    assert max(map(len, reference.scored_logits(dense, rows()))) == min(chunk, 8)
-    kept = reference.keep(dense, rows(), tmp_path / "p")
+    assert max(map(len, losses.scored_logits(dense, rows()))) == min(chunk, 8)
+    kept = losses.keep_logits(dense, rows(), tmp_path / "p")
     assert kept.tokens == len(expected) == 16
     found = kept.compare(model)
     assert found.kl_divergence == pytest.approx(statistics.fmean(expected), rel=1e-5)
@@ -227,7 +227,7 @@ def test_a_caller_between_two_pieces_can_train(tmp_path: Path) -> None:
     """No mode of torch is left on while the caller has a piece, nor afterwards."""
     model = tiny_llama(seed=3)
     model.net.train()
-    for _ in reference.scored_logits(model, rows()):
+    for _ in losses.scored_logits(model, rows()):
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
         assert model.net.training

@@ -25,7 +25,16 @@ from fleetune.data.examples import Example
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import answers as answers_module
 from fleetune.evaluation import losses as losses_module
-from fleetune.evaluation.answers import answer_ids, generate, generate_from_ids, label_accuracy, stop_ids
+from fleetune.evaluation.answers import (
+    answer_ids,
+    exact_match,
+    generate,
+    generate_from_ids,
+    label_accuracy,
+    rouge_l,
+    stop_ids,
+    token_f1,
+)
 from fleetune.evaluation.losses import (
     batch_loss,
     eval_mode,
@@ -35,7 +44,6 @@ from fleetune.evaluation.losses import (
     token_losses,
 )
 from fleetune.evaluation.measures import TASKS, check_tasks, evaluate
-from fleetune.evaluation.scores import exact_match, rouge_l, token_f1
 from fleetune.models import Model, named_tensors, tiny_llama
 from fleetune.seeds.noise import passes
 from fleetune.seeds.view import View
@@ -705,7 +713,7 @@ def test_a_streamed_head_has_the_same_losses(
 ) -> None:
     model, batch = tiny_llama(seed=3), _odd_batch()
     base = _by_hand(model.net, batch)
-    monkeypatch.setattr("fleetune.seeds.view.CHUNK", rows_of_head * model.net.config.hidden_size)
+    monkeypatch.setattr("fleetune.seeds.weights.CHUNK", rows_of_head * model.net.config.hidden_size)
     monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
     view = _viewed(model)
     expected = _by_hand(model.net, batch)

@@ -14,9 +14,8 @@ from fleetune.data.encode import Batch, collate, encode_all, prompt_ids
 from fleetune.data.examples import Example
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
-from fleetune.evaluation.answers import generate, label_accuracy
+from fleetune.evaluation.answers import generate, label_accuracy, rouge_l, token_f1
 from fleetune.evaluation.objectives import BUILT_IN, get, loss_tensor, negative_score, split
-from fleetune.evaluation.scores import rouge_l, token_f1
 from fleetune.models import Model, tiny_llama
 
 

@@ -19,14 +19,13 @@ from fleetune import data, models, subject
 from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.common.events import DeviceEvaluated
-from fleetune.data.encode import digest
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import digest, encode_rows
 from fleetune.errors import DataError, FleetError, MessageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.fleet import eval_server, keys, result, status
 from fleetune.fleet.device_state import DeviceState
+from fleetune.fleet.eval_device import divided
 from fleetune.fleet.eval_server import FILE, disagreement, mean, measured, ratio
-from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Job, Order, Reply
 from fleetune.fleet.table import Devices

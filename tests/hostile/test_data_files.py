@@ -13,7 +13,7 @@ import pytest
 import hostile
 from fault_report import Injected
 from fleetune import data, models
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import encode_rows
 from fleetune.models.net.model import Model
 from hostile import put, refusal
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import hostile
 from fault_report import Injected
 from fleetune import data, models
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import encode_rows
 from hostile import put, refusal
 
 Change = Callable[[Path], None]

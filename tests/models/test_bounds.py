@@ -14,8 +14,9 @@ from torch import nn
 from fleetune import models
 from fleetune.common.memory import is_out_of_memory
 from fleetune.errors import DataError, FitError, ModelError
+from fleetune.models import checks
+from fleetune.models.families import foreign
 from fleetune.models.families.foreign import foreign_file
-from fleetune.models.gguf import bounds
 
 HERE = Path("x")
 
@@ -31,10 +32,10 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype
     for size in (1, 7, 64, 1_000, 70_001):
         for at in {0, size // 3, size - 1}:
             tensor = torch.ones(size, dtype=dtype)
-            assert list(bounds.finite([("w", tensor)], HERE))
+            assert list(checks.finite([("w", tensor)], HERE))
             tensor[at] = value
             with pytest.raises(ModelError, match=f"the weights of w {words}"):
-                list(bounds.finite([("w", tensor)], HERE))
+                list(checks.finite([("w", tensor)], HERE))
 
 
 def test_weights_that_overflow_in_fp16_get_another_hint(tmp_path: Path) -> None:
@@ -62,16 +63,16 @@ def test_outputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_sizes_are_compared_with_what_is_there() -> None:
     with torch.device("meta"):
         net = nn.Linear(10_000, 1_000)
-    bounds.check_size(net, 10_001_000, HERE)
-    bounds.check_size(net, 5_000_000, HERE)  # a new head
+    checks.check_size(net, 10_001_000, HERE)
+    checks.check_size(net, 5_000_000, HERE)  # a new head
     with pytest.raises(ModelError, match="describes 10,001,000 parameters"):
-        bounds.check_size(net, 2_000_000, HERE)
+        checks.check_size(net, 2_000_000, HERE)
     net.register_buffer("table", torch.empty(1 << 29, device="meta"))
     with pytest.raises(ModelError, match="tables of 536,870,912"):
-        bounds.check_size(net, 10_001_000, HERE)
-    bounds.check_blocks(272, 272, HERE)
+        checks.check_size(net, 10_001_000, HERE)
+    foreign.check_blocks(272, 272, HERE)
     with pytest.raises(ModelError, match="273 blocks, but there are 272 tensors"):
-        bounds.check_blocks(273, 272, HERE)
+        foreign.check_blocks(273, 272, HERE)
 
 
 # ---------------------------------------------------------------- errors of other packages
@@ -130,6 +131,6 @@ def test_a_model_without_memory_does_not_fit(tmp_path: Path, monkeypatch: pytest
     def full(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
 
-    monkeypatch.setattr("fleetune.models.loading.loading._read_tensors", full)
+    monkeypatch.setattr("fleetune.models.loading._read_tensors", full)
     with pytest.raises(FitError, match="does not fit the memory of 'cpu'"):
         models.load(str(tmp_path / "m"), device="cpu")

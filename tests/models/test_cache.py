@@ -27,7 +27,7 @@ from fleetune.common import sums
 from fleetune.errors import ModelError, StorageError
 from fleetune.models.cache import cache, download
 from fleetune.models.gguf.convert import convert, load_config
-from fleetune.models.mapped.lazy import weights_of
+from fleetune.models.lazy import weights_of
 
 CHAT = [{"role": "user", "content": "hi"}]
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fleetune.models.net import checkpointing
-from fleetune.models.net.checkpointing import by_layer
-from fleetune.models.net.layers import layers_of
+from fleetune.models.net import layers
+from fleetune.models.net.layers import by_layer, layers_of
 from tiny_families import build
 
 IDS = torch.tensor([[5, 9, 20, 5, 3, 26, 2], [1, 4, 2, 3, 12, 8, 9]])
@@ -74,9 +73,9 @@ def test_a_small_batch_keeps_its_activations() -> None:
 def test_free_memory_is_given_back_every_few_layers_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     net: Any = build("llama", num_hidden_layers=7)
     given: list[int] = []
-    monkeypatch.setattr(checkpointing, "give_back", lambda: given.append(1))
+    monkeypatch.setattr(layers, "give_back", lambda: given.append(1))
     trained(net, by_layer(net, small=0))
     assert not given  # a layer is entered by some kB
-    monkeypatch.setattr(checkpointing, "LARGE", 1)
+    monkeypatch.setattr(layers, "LARGE", 1)
     trained(net, by_layer(net, small=0))
     assert len(given) == 2  # one layer of each five, on the way there and back

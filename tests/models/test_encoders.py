@@ -28,17 +28,17 @@ from transformers import (
     RobertaModel,
 )
 
-from fleetune import api, models
+import fleetune
+from fleetune import models
 from fleetune.data import Example
-from fleetune.data.encode import collate, encode
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import collate, encode, encode_rows
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.evaluation.answers import answer_ids, label_accuracy, predict
 from fleetune.evaluation.losses import class_measures, row_losses
 from fleetune.evaluation.measures import evaluate, measure_rows
-from fleetune.models.loading.encoders import MAX_LABELS, head_names
-from fleetune.models.loading.tiny import tiny_pair_tokenizer
+from fleetune.models.encoders import MAX_LABELS, head_names
 from fleetune.models.net.layers import head_of
+from fleetune.models.tiny import tiny_pair_tokenizer
 from fleetune.runs.rundir import events
 from fleetune.tuning.recipe.recipe import label_words, make
 
@@ -280,7 +280,7 @@ def data(path: Path, label: str = "label") -> str:
 
 def test_a_run_of_an_encoder_on_labelled_rows(tmp_path: Path) -> None:
     path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
-    found = api.tune(
+    found = fleetune.tune(
         path,
         data(tmp_path / "qnli.jsonl"),
         out=tmp_path / "runs",
@@ -329,7 +329,7 @@ def test_a_run_that_an_encoder_cannot_do_ends_before_any_work(
         "clients": 2,
     }
     with pytest.raises(error, match=said):
-        api.tune(make(options | changes), out=tmp_path / "runs")
+        fleetune.tune(make(options | changes), out=tmp_path / "runs")
 
 
 def test_a_label_word_may_have_a_comma(tmp_path: Path) -> None:
@@ -339,21 +339,21 @@ def test_a_label_word_may_have_a_comma(tmp_path: Path) -> None:
     rows = [{"text": f"t{i}", "label": names[i % 3]} for i in range(18)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     few: dict[str, Any] = {"method": "fedpetuning", "clients": 2, "rounds": 1, "samples": 0}
-    run = api.tune(path, tmp_path / "a.jsonl", out=tmp_path / "runs", **few)
-    recipe = api.open(run).recipe
+    run = fleetune.tune(path, tmp_path / "a.jsonl", out=tmp_path / "runs", **few)
+    recipe = fleetune.open(run).recipe
     assert recipe.labels == "a\\, b,c\\\\,d,e"
     assert label_words(recipe.labels) == tuple(names)
     assert run.model().labels == tuple(names)
-    assert api.evaluate(run, tasks=["accuracy"], labels=names)["accuracy"] == pytest.approx(
+    assert fleetune.evaluate(run, tasks=["accuracy"], labels=names)["accuracy"] == pytest.approx(
         run.done.tuned["accuracy"]
     )
-    assert api.evaluate(run, tasks="accuracy", labels=recipe.labels)["accuracy"] == pytest.approx(
+    assert fleetune.evaluate(run, tasks="accuracy", labels=recipe.labels)["accuracy"] == pytest.approx(
         run.done.tuned["accuracy"]
     )
-    assert api.resume_run(run, rounds=2).model().labels == tuple(names)
-    again = api.tune(path, tmp_path / "a.jsonl", out=tmp_path / "runs", labels="e,a\\, b,c\\\\,d", **few)
+    assert fleetune.resume_run(run, rounds=2).model().labels == tuple(names)
+    again = fleetune.tune(path, tmp_path / "a.jsonl", out=tmp_path / "runs", labels="e,a\\, b,c\\\\,d", **few)
     assert again.model().labels == ("e", "a, b", "c\\,d")
-    ledger = api.tune(
+    ledger = fleetune.tune(
         path, tmp_path / "a.jsonl", out=tmp_path / "runs", **few | {"method": "mezo", "settings": {"tau": 2}}
     )
     assert label_words(ledger.ledger().head.hyper["labels"]) == tuple(names)
@@ -364,4 +364,4 @@ def test_a_label_word_that_ends_with_a_backslash_is_refused(tmp_path: Path) -> N
     rows = [{"text": f"t{i}", "label": ["a\\", "c"][i % 2]} for i in range(12)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(RecipeError, match="ends with a backslash"):
-        api.tune(path, tmp_path / "a.jsonl", out=tmp_path / "runs", method="fedpetuning", clients=2)
+        fleetune.tune(path, tmp_path / "a.jsonl", out=tmp_path / "runs", method="fedpetuning", clients=2)

@@ -25,11 +25,9 @@ from torch.nn import functional as F
 from fleetune import models
 from fleetune.common.ggml import HALVES
 from fleetune.errors import ModelError
-from fleetune.models.mapped import lazy, quants
-from fleetune.models.mapped.file import MappedFile
-from fleetune.models.mapped.lazy import LazyWeight, Memory, weights_of
-from fleetune.models.mapped.net import into_memory, leave_in_file
-from fleetune.models.mapped.stored import Stored, of_folder
+from fleetune.models import lazy
+from fleetune.models.lazy import LazyWeight, Memory, into_memory, leave_in_file, weights_of
+from fleetune.models.stored import MappedFile, Stored, dequantise, of_folder
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
@@ -56,7 +54,7 @@ def test_numbers_are_those_of_the_package(kind: str) -> None:
     data = blocks(kind, 7, 512)
     expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
     out = torch.empty(expected.size)
-    quants.dequantise(out, torch.from_numpy(data).view(-1), kind)
+    dequantise(out, torch.from_numpy(data).view(-1), kind)
     assert out.numpy().tobytes() == expected.tobytes()
 
 
@@ -68,7 +66,7 @@ def test_every_code_and_sign_of_scale_is_right() -> None:
         data[:, 3] &= 0x7B if kind == "Q4_1" else 0xFF
         expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
         out = torch.empty(expected.size)
-        quants.dequantise(out, torch.from_numpy(data).view(-1), kind)
+        dequantise(out, torch.from_numpy(data).view(-1), kind)
         assert out.numpy().tobytes() == expected.tobytes(), kind
 
 
@@ -112,7 +110,7 @@ def test_any_run_of_numbers_is_a_part_of_the_whole(
 
 
 def test_pages_are_given_back_and_values_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleetune.models.mapped.file.KEPT", 64)
+    monkeypatch.setattr("fleetune.models.stored.KEPT", 64)
     tensor = stored(tmp_path, "F32", 6, 64)
     views = [tensor.read(64 * i, 64 * i + 64, torch.float32) for i in range(6)]
     assert torch.equal(torch.cat(views), tensor.read(0, 384, torch.float32))

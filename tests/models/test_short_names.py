@@ -11,7 +11,7 @@ import pytest
 
 from fleetune import models
 from fleetune.errors import ModelError
-from fleetune.models.cache import cache, short_names
+from fleetune.models.cache import cache, names
 
 
 def test_a_short_name_is_its_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -22,11 +22,11 @@ def test_a_short_name_is_its_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         return tmp_path
 
     monkeypatch.setattr(cache, "pull_hub", pull)
-    for name in short_names.SHORT_NAMES:
+    for name in names.SHORT_NAMES:
         models.pull(name)
-    assert asked == [short.hub for short in short_names.SHORT_NAMES.values()]
+    assert asked == [short.hub for short in names.SHORT_NAMES.values()]
     assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", hub) for hub in asked)
-    assert not {*short_names.SHORT_NAMES} & {*cache.ORIGINS}
+    assert not {*names.SHORT_NAMES} & {*cache.ORIGINS}
 
 
 def test_offline_the_error_names_the_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -42,11 +42,8 @@ def test_a_folder_of_that_name_goes_first(monkeypatch: pytest.MonkeyPatch, tmp_p
     tiny = models.tiny_llama()
     models.save(tiny.net, tiny.tokenizer, tmp_path / "qwen3-0.6b")
     assert models.resolve("qwen3-0.6b") == Path("qwen3-0.6b")
-    assert short_names.hub_of("qwen3-0.6b") is short_names.licence_of("qwen3-0.6b") is None
+    assert names.hub_of("qwen3-0.6b") is names.licence_of("qwen3-0.6b") is None
     monkeypatch.chdir(tmp_path.parent)
-    assert (short_names.hub_of("qwen3-0.6b"), short_names.licence_of("qwen3-0.6b")) == (
-        "Qwen/Qwen3-0.6B",
-        "apache-2.0",
-    )
-    assert short_names.hub_of("smollm2-135m") == cache.SMOLLM2_135M.hub
-    assert short_names.hub_of("any/other") is None
+    assert (names.hub_of("qwen3-0.6b"), names.licence_of("qwen3-0.6b")) == ("Qwen/Qwen3-0.6B", "apache-2.0")
+    assert names.hub_of("smollm2-135m") == cache.SMOLLM2_135M.hub
+    assert names.hub_of("any/other") is None

@@ -20,10 +20,10 @@ import torn_harness
 from torn_harness import Folder, Said, call, resume
 
 from fleetune import report
-from fleetune.cli.interrupt import InterruptHandler
+from fleetune.cli.listener import InterruptHandler
 from fleetune.common.folders import SUFFIX, scratch, staged, sweep
 from fleetune.errors import StorageError
-from fleetune.runs import env_file, metrics, rundir
+from fleetune.runs import metrics, rundir
 from fleetune.runs.metrics import Metrics
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.exchange import messages
@@ -175,7 +175,7 @@ def test_a_checkpoint_states_what_it_stands_on(made) -> None:
     assert stated is not None
     assert stated[0] == checkpoint.stated_in(file)
     assert (stated[0].recipe["rounds"], stated[0].recipe["set.scaffold"]) == (3, True)
-    assert stated[0].base == env_file.base_digest(path)
+    assert stated[0].base == rundir.base_digest(path)
     data = (path / "metrics.jsonl").read_bytes()[: stated[1]]
     assert data.count(b"\n") == len(list(metrics.events(path))) - 1
     kept = checkpoint.kept_in(payload)
@@ -351,7 +351,7 @@ def test_rm_of_a_link_leaves_what_it_leads_to(copy, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
 def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made) -> None:
     for folder in made.values():
-        private = ("adapter", "checkpoints", "memories", "plots")
+        private = ("adapter", "checkpoints", "memories")
         names = [
             f
             for f in folder.files
@@ -361,7 +361,7 @@ def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made) -> None:
         assert len(names) >= 2
         assert {stat.S_IMODE((folder.path / f).stat().st_mode) for f in names} == {PRIVATE}
         for name in private:
-            if name != "plots" and (folder.path / name).is_dir():
+            if (folder.path / name).is_dir():
                 assert stat.S_IMODE((folder.path / name).stat().st_mode) == 0o700, name
 
 

@@ -28,7 +28,7 @@ from fleetune.models import digest, uniform
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Change, Ledger, LedgerHead, load, require_base
-from fleetune.seeds.view import kernels, layout
+from fleetune.seeds.weights import kernels, layout
 from law_definition import slow_places
 
 K = 16

@@ -10,13 +10,12 @@ from torch.nn import functional as F
 
 from fleetune import models
 from fleetune.data.encode import Encoded, collate
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import named_tensors
 from fleetune.seeds import noise
-from fleetune.seeds.moved_modules import Tape
-from fleetune.seeds.project import Projection, descend, fold
-from fleetune.seeds.spsa import Position
-from fleetune.seeds.view import View, kernels
+from fleetune.seeds.descent import Position, Projection, descend_projected, fold
+from fleetune.seeds.view import Tape, View
+from fleetune.seeds.weights import kernels
 from law_definition import slow_places
 
 KEY, EPOCH = 0x0123456789ABCDEF, 3
@@ -59,7 +58,7 @@ def test_pools_wider_than_a_tile(K):
 
 
 def test_backends_threads_and_16_bit_gradients_agree(monkeypatch):
-    monkeypatch.setattr("fleetune.seeds.project.CHUNK", 5000)  # cut in the middle of tiles and of rows
+    monkeypatch.setattr("fleetune.seeds.descent.CHUNK", 5000)  # cut in the middle of tiles and of rows
     g = torch.randn(3, 4111, generator=torch.Generator().manual_seed(1))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         seen = []
@@ -82,11 +81,9 @@ def batch():
     return collate([Encoded(row, 4) for row in ids], 0)
 
 
-def moved_view(K=64, backend="auto"):
+def moved_view(K=64):
     model = models.tiny_llama()
-    view = View(
-        named_tensors(model.net), model.net, run_key=KEY, law="hashed", grid=1e-3 / 256, backend=backend
-    )
+    view = View(named_tensors(model.net), model.net, run_key=KEY, law="hashed", grid=1e-3 / 256)
     c = np.random.default_rng(5).integers(-400, 400, K)
     position = Position("hashed", K, np.arange(K, dtype=np.uint64) + (np.uint64(EPOCH) << np.uint64(32)), c)
     position.place(view)
@@ -150,7 +147,7 @@ def test_a_walk_is_gradient_descent_in_the_space_of_the_pool(clip):
     model, view, position = moved_view(K)
     with torch.inference_mode():
         begun = loss_of(model.net, b)
-    walk = descend(model, view, position, EPOCH, [b, b, b], units=units, clip=clip)
+    walk = descend_projected(model, view, position, EPOCH, [b, b, b], units=units, clip=clip)
     with torch.inference_mode():
         assert loss_of(model.net, b) == begun  # the view is where the walk began
     ids, moved = np.array(position.ids, np.uint64), np.zeros(K)
@@ -170,6 +167,6 @@ def test_a_gradient_that_is_not_finite_is_no_step():
     model, view, position = moved_view()
     with torch.no_grad():
         model.net.model.norm.weight[0] = float("nan")
-    walk = descend(model, view, position, EPOCH, [batch()], units=1e3, clip=0.0)
+    walk = descend_projected(model, view, position, EPOCH, [batch()], units=1e3, clip=0.0)
     assert (walk.steps, walk.loss) == (0, float("inf"))
     assert not walk.moved.any()

@@ -20,15 +20,14 @@ from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.data import Batch
 from fleetune.errors import UsageError
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.mapped.lazy import in_blocks
-from fleetune.models.mapped.quants import dequantise
-from fleetune.models.mapped.stored import Stored
+from fleetune.models.lazy import in_blocks
 from fleetune.models.net.model import Model, named_tensors
-from fleetune.seeds import scale_grid
-from fleetune.seeds.moved_modules import Tape
+from fleetune.models.stored import Stored, dequantise
+from fleetune.seeds import noise
+from fleetune.seeds.descent import Projection
 from fleetune.seeds.noise import EMPTY, passes, probe
-from fleetune.seeds.project import Projection
 from fleetune.seeds.scale_view import ScaleView, moved_tensors
+from fleetune.seeds.view import Tape
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 KEY, GRID = 11, 1e-5
@@ -65,20 +64,18 @@ def reference(stored: Stored, start: int, law: str, K: int, eps: float = 0.0, k:
     bits = blocks[:, : 2 * halves].copy().view("<u2").reshape(-1)
     if eps:  # a probe: float32 after the passes' own sum
         ids, c = some(law)
-        total = scale_grid.summed(passes(law, K, ids, c), KEY, start, len(bits)).astype(np.float32)
+        total = noise.summed(passes(law, K, ids, c), KEY, start, len(bits)).astype(np.float32)
         p = total * np.float32(GRID) + (bits & 0x7FFF).astype(np.float32) / np.float32(1024)
         id, _ = probe(law, K, k)
-        one = scale_grid.summed(
+        one = noise.summed(
             passes(law, K, [(id << 32) | k if law == "hashed" else id], [1]), KEY, start, len(bits)
         )
         p = p + one.astype(np.float32) * np.float32(eps)
-        u = (scale_grid.rounding(KEY, start, len(bits)).astype(np.float32) + np.float32(0.5)) / np.float32(
-            256
-        )
+        u = (noise.rounding(KEY, start, len(bits)).astype(np.float32) + np.float32(0.5)) / np.float32(256)
         whole = np.clip(np.floor(p * np.float32(1024) + u), 0, 0x7BFF).astype(np.uint16)
         new = np.where(bits & 0x7FFF, whole | (bits & 0x8000), bits)
     else:
-        new = scale_grid.moved(bits, start, KEY, passes(law, K, *some(law)), GRID)
+        new = noise.moved_scales(bits, start, KEY, passes(law, K, *some(law)), GRID)
     blocks[:, : 2 * halves] = new.astype("<u2").view(np.uint8).reshape(-1, 2 * halves)
     out = torch.empty(math.prod(stored.shape))
     dequantise(out, torch.from_numpy(blocks.reshape(-1)), stored.kind)
@@ -143,7 +140,7 @@ def test_slopes_of_back_propagation_are_those_of_the_scales(file: Path) -> None:
         slope = np.where(bits & 0x8000, -1.0, 1.0) * 2.0 ** (exponent - 15)
         flat = (by_scale.numpy() * slope).reshape(-1)
         for k in range(K):
-            z = scale_grid.summed(passes("hashed", K, [k], [1]), KEY, slot.start, len(flat))
+            z = noise.summed(passes("hashed", K, [k], [1]), KEY, slot.start, len(flat))
             want[k] += (z * flat).sum()
     np.testing.assert_allclose(found, want, rtol=2e-3, atol=2e-5 * np.abs(want).max())
 
@@ -177,14 +174,14 @@ def test_only_blocks_are_moved_and_a_base_without_any_is_refused(file: Path) -> 
 def test_without_passes_nothing_moves() -> None:
     every = np.arange(1 << 16, dtype=np.uint16)
     finite = every[(every & 0x7C00) != 0x7C00]
-    assert np.array_equal(scale_grid.moved(finite, 0, KEY, EMPTY, 1.0), finite)
+    assert np.array_equal(noise.moved_scales(finite, 0, KEY, EMPTY, 1.0), finite)
 
 
 @given(st.integers(0, 1 << 40), st.integers(1, 2000), st.integers(0, (1 << 64) - 1))
 def test_the_offsets_of_a_part_are_those_of_the_whole(start: int, count: int, key: int) -> None:
     begin = start - start % 4096
-    whole = scale_grid.rounding(key, begin, start - begin + count)
-    assert np.array_equal(scale_grid.rounding(key, start, count), whole[start - begin :])
+    whole = noise.rounding(key, begin, start - begin + count)
+    assert np.array_equal(noise.rounding(key, start, count), whole[start - begin :])
 
 
 @given(st.floats(-3, 3), st.integers(0, 1000))
@@ -192,11 +189,11 @@ def test_a_move_is_right_in_the_mean_and_keeps_sign_zero_and_range(steps: float,
     """4,096 equal scales, moved by `steps` of fp16's: each by the whole number below or above, in the right shares."""
     bits = np.full(4096, 0x2400 | (seed & 1) << 15, np.uint16)
     one = passes("rademacher", 1, [seed], [1])
-    signs = scale_grid.summed(one, KEY, 0, 4096)
-    got = scale_grid.moved(bits, 0, KEY, one, steps / 1024).astype(np.int64) - bits
+    signs = noise.summed(one, KEY, 0, 4096)
+    got = noise.moved_scales(bits, 0, KEY, one, steps / 1024).astype(np.int64) - bits
     assert set(np.unique(np.abs(got - steps * signs) < 1.01)) == {True}
     assert abs((got - steps * signs).mean()) < 5 * 0.5 / 64
-    assert np.array_equal(scale_grid.moved(bits & 0x8000, 0, KEY, one, steps / 1024), bits & 0x8000)
-    ends = scale_grid.moved(bits, 0, KEY, passes("rademacher", 1, [seed], [10**6]), 1.0)
+    assert np.array_equal(noise.moved_scales(bits & 0x8000, 0, KEY, one, steps / 1024), bits & 0x8000)
+    ends = noise.moved_scales(bits, 0, KEY, passes("rademacher", 1, [seed], [10**6]), 1.0)
     assert set((ends & 0x7FFF).tolist()) == {0, 0x7BFF}
     assert set((ends >> 15).tolist()) == {seed & 1}

@@ -19,8 +19,8 @@ from fleetune.data.examples import Example
 from fleetune.evaluation.objectives import get
 from fleetune.models import Model, digest, named_tensors, tiny_llama
 from fleetune.seeds import noise
+from fleetune.seeds.descent import Position, Steps, descend, two_point, uniforms
 from fleetune.seeds.noise import passes, probe
-from fleetune.seeds.spsa import Position, Steps, descend, two_point, uniforms
 from fleetune.seeds.view import View
 from fleetune.tuning.methods._zeroth import draw, pool_ids
 from law_definition import slow_places

@@ -21,7 +21,7 @@ from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.tuning.prepare import prepare, rates
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.run import extension
+from fleetune.tuning.run import resume
 
 FEW: dict[str, Any] = {
     "clients": 3,
@@ -56,18 +56,7 @@ def tuned(rounds: int, method: str = "fedit", out: str = "runs", **more: Any) ->
 
 def told(run: Path) -> list[dict[str, Any]]:
     """The events of a run without times and what depends on the machine."""
-    unlike = (
-        "t",
-        "seconds",
-        "rss",
-        "wall",
-        "peak_rss",
-        "energy",
-        "run",
-        "result",
-        "result_bytes",
-        "seconds_local",
-    )
+    unlike = ("t", "seconds", "rss", "wall", "peak_rss", "run", "result", "result_bytes", "seconds_local")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in unlike} for line in lines if line["event"] != "start"]
 
@@ -156,7 +145,7 @@ def test_a_stop_while_it_is_written_down_costs_nothing() -> None:
     file = short.folder / "run.toml"
     old = file.read_text()
     with rundir.RunDir(short.folder) as folder:
-        extension.write(recipes.make(recipes.read(file) | {"rounds": 3}), folder)
+        resume.write_rounds(recipes.make(recipes.read(file) | {"rounds": 3}), folder)
     assert rundir.status_of(short.folder) == "interrupted"
     new = file.read_text()
     file.write_text(old)
@@ -185,7 +174,7 @@ def test_a_kill_while_it_is_written_down_costs_nothing(written: int, monkeypatch
         return called
 
     with monkeypatch.context() as killed:
-        killed.setattr(extension, "write_atomic", until_killed(extension.write_atomic))
+        killed.setattr(resume, "write_atomic", until_killed(resume.write_atomic))
         for name in ("write", "status", "log"):
             killed.setattr(rundir.RunDir, name, until_killed(getattr(rundir.RunDir, name)))
         with pytest.raises(SystemExit, match="killed"):

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from fleetune import api, models
+import fleetune
+from fleetune import models
 from fleetune.common import files
-from fleetune.common.energy import EnergyMeter
 from fleetune.common.events import ClientReply, Event, RoundDone
 from fleetune.errors import Interrupted
 from fleetune.evaluation.losses import response_loss
@@ -21,10 +21,10 @@ from fleetune.models import tiny_bert, tiny_llama
 from fleetune.runs import rundir
 from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
-from fleetune.tuning.prepare import client_rows, prepare
+from fleetune.tuning.prepare import estimate, prepare
 from fleetune.tuning.recipe import recipe
 from fleetune.tuning.recipe.settled import given, settled
-from fleetune.tuning.run import per_client
+from fleetune.tuning.run import evaluation
 
 FAST: dict[str, Any] = {"samples": 0, "max_length": 64, "rounds": 1, "offline": True, "listener": Silent()}
 SITES = ("north", "south", "west")
@@ -44,7 +44,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(places: Path, out: Path, method: str = "fedit", model: str = "llama", **more: Any) -> Any:
-    return api.tune(str(places / model), str(places / "rows.jsonl"), method=method, out=out, **(FAST | more))
+    return fleetune.tune(
+        str(places / model), str(places / "rows.jsonl"), method=method, out=out, **(FAST | more)
+    )
 
 
 def job_of(places: Path, model: str = "llama", **more: Any) -> prepare.TuneJob:
@@ -82,12 +84,12 @@ def test_losses_before_and_after_are_those_of_the_clients_own_rows(places: Path,
 def test_rows_that_are_trained_on_are_used_and_said_where_held_out_ones_are_too_few(places: Path) -> None:
     for more in ({"partition": "iid", "clients": 3}, {"partition": "column:site", "held_out": 3}):
         job = job_of(places, **more)
-        own = per_client.chosen(job)
+        own = evaluation.client_rows(job)
         assert own is not None
         assert own.kind == "training"
         for rows, chosen in zip(job.rows, own.rows, strict=True):
             assert {id(r) for r in chosen} <= {id(r) for r in rows}
-        again = per_client.chosen(job)
+        again = evaluation.client_rows(job)
         assert again is not None
         assert [[id(r) for r in rows] for rows in again.rows] == [[id(r) for r in rows] for rows in own.rows]
 
@@ -106,17 +108,17 @@ def test_rows_that_are_trained_on_are_used_and_said_where_held_out_ones_are_too_
 )
 def test_a_short_run_measures_fewer_rows(more: dict[str, Any], size: int, clients: int, rows: int) -> None:
     made = recipe.make({"model": "m", "data": "d", **more})
-    assert client_rows.most_rows(made, [size] * clients) == rows
+    assert estimate.most_client_rows(made, [size] * clients) == rows
 
 
 def test_many_clients_are_measured_only_where_it_is_asked_for(
     places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_rows, "MOST_CLIENTS", 2)
+    monkeypatch.setattr(estimate, "MOST_CLIENTS", 2)
     job = job_of(places, partition="iid", clients=3)
-    assert per_client.chosen(job) is None
+    assert evaluation.client_rows(job) is None
     job.recipe = dataclasses.replace(job.recipe, client_rows=6)
-    own = per_client.chosen(job)
+    own = evaluation.client_rows(job)
     assert own is not None
     assert [len(rows) for rows in own.rows] == [6, 6, 6]
 
@@ -154,9 +156,8 @@ def test_a_resumed_run_has_the_same_losses(places: Path, tmp_path: Path) -> None
             settings={"K": 8, "tau": 1},
             listener=Stop(),
         )
-    resumed = api.resume_run(tmp_path / "b" / "latest", offline=True)
+    resumed = fleetune.resume_run(tmp_path / "b" / "latest", offline=True)
     assert resumed.done.per_client == whole.done.per_client
-    assert resumed.done.energy is None  # it would be that of the last sitting
 
 
 class Heard(Silent):
@@ -193,39 +194,6 @@ def test_steps_and_tokens_are_counted(method: str, places: Path, tmp_path: Path)
             assert (
                 6 * min(len(r.ids) for r in rows) <= (reply.tokens or 0) <= 6 * max(len(r.ids) for r in rows)
             )
-
-
-# Energy
-
-
-def counter(folder: Path, name: str, energy: int, most: int = 1_000_000) -> Path:
-    at = folder / name
-    at.mkdir(parents=True, exist_ok=True)
-    (at / "energy_uj").write_text(f"{energy}\n")
-    (at / "max_energy_range_uj").write_text(f"{most}\n")
-    return at
-
-
-def test_energy_is_of_whole_packages(tmp_path: Path) -> None:
-    for name in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0", "dtpm"):
-        counter(tmp_path, name, 500_000)
-    meter = EnergyMeter(tmp_path)
-    counter(tmp_path, "intel-rapl:0", 700_000)
-    counter(tmp_path, "intel-rapl:1", 100_000)  # it went round
-    counter(tmp_path, "intel-rapl:0:0", 900_000)  # a part of package 0
-    assert meter.joules() == pytest.approx(0.2 + 0.6)
-
-
-@pytest.mark.parametrize("kind", ["none", "empty", "unreadable", "rubbish"])
-def test_without_a_counter_there_is_no_figure_and_no_noise(kind: str, tmp_path: Path) -> None:
-    folder = tmp_path / "powercap"
-    if kind != "none":
-        folder.mkdir()
-    if kind == "unreadable":
-        (folder / "intel-rapl:0").mkdir()
-    if kind == "rubbish":
-        (counter(folder, "intel-rapl:0", 1) / "energy_uj").write_text("?")
-    assert EnergyMeter(folder).joules() is None
 
 
 def test_a_setting_that_is_written_at_its_default_is_not_changed(places: Path) -> None:

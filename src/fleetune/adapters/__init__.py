@@ -34,7 +34,7 @@ from fleetune.adapters.lora import (
     subtract_factors,
     subtracted_factors,
 )
-from fleetune.adapters.lora_init_eva import directions
+from fleetune.adapters.lora_init import directions
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 from fleetune.adapters.scales import Scales, ScalesPart, moved_scales

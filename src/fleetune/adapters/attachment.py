@@ -25,9 +25,8 @@ from fleetune import models
 from fleetune.adapters.bitfit import ParameterCopies
 from fleetune.common.display import human_count
 from fleetune.errors import MessageError, ModelError
-from fleetune.models.net import unmerged
 from fleetune.models.net.layers import head_of
-from fleetune.models.net.model import Model
+from fleetune.models.net.model import Model, allow_copies
 
 
 class Part(Protocol):
@@ -111,7 +110,7 @@ def attachment_of(model: Model) -> Attachment:
 def detach(model: Model) -> None:
     """Remove the adapter: `model.net` is bit for bit the base again."""
     parts = attachment_of(model).parts
-    unmerged.free(model.net)
+    allow_copies(model.net)
     for part in reversed(parts):
         part.remove()
     model.attachment = None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.errors import ModelError
-from fleetune.models.mapped.net import into_memory
+from fleetune.models.lazy import into_memory
 from fleetune.models.net.model import Model, named_tensors
 
 CHOOSING: Final = "e_score_correction_bias"

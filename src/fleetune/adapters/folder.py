@@ -41,7 +41,7 @@ from fleetune.common import sums
 from fleetune.common.folders import staged
 from fleetune.data.encode import DATE, end_id
 from fleetune.errors import FleetuneError, ModelError, VersionError
-from fleetune.models.cache import cache, short_names
+from fleetune.models.cache import cache, names
 from fleetune.models.net.chat_template import is_plain
 from fleetune.models.net.layers import head_of, is_causal, layers_of
 from fleetune.models.net.model import Model
@@ -267,7 +267,7 @@ def _plain(value: Any) -> Any:
 
 def _public_name(model: Model) -> str:
     """Return a name of the base that others can find: a hub id, or the bare name of a local file or directory."""
-    if (hub := short_names.hub_of(model.name)) is not None:
+    if (hub := names.hub_of(model.name)) is not None:
         return hub
     return Path(model.name).expanduser().name if _is_local(model) else model.name
 

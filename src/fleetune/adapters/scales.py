@@ -20,12 +20,10 @@ from torch.nn import functional as F
 from fleetune.adapters.attachment import attachment_of
 from fleetune.common.ggml import BLOCK, HALVES
 from fleetune.errors import ModelError
-from fleetune.models.mapped import lazy
-from fleetune.models.mapped.lazy import LazyWeight, in_blocks, kinds_of
-from fleetune.models.mapped.net import replace_parameters
-from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
-from fleetune.models.mapped.stored import check_scales
+from fleetune.models import lazy
+from fleetune.models.lazy import LazyWeight, in_blocks, kinds_of, replace_parameters
 from fleetune.models.net.model import Model
+from fleetune.models.stored import apply_scales, check_scales, scale_bits, write_codes
 from fleetune.seeds.scale_view import gradient_of_places, on_grid, place_of
 
 

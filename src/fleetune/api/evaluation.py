@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune import subject as subjects
-from fleetune.api.arguments import Rows, words
+from fleetune.api.names import Rows, words
 from fleetune.common.display import counted
 from fleetune.common.shell import command
 from fleetune.errors import DataError, RecipeError, UsageError
-from fleetune.runs.listener import Listener
-from fleetune.runs.progress import heard_by
-from fleetune.subject import Compressed, Run, Subject, loading
-from fleetune.subject.reference import logits_of
+from fleetune.runs.listener import Listener, heard_by
+from fleetune.subject import Compressed, Run, Subject, logits_of
 
 if TYPE_CHECKING:
     from fleetune.data import Example
-    from fleetune.evaluation.harness_tasks import HarnessTasks
     from fleetune.evaluation.losses import OnRows
+    from fleetune.evaluation.measures import HarnessTasks
 
 WHOLE: Final = 1 << 20  # tokens: a prompt is not cut
 
@@ -65,23 +63,23 @@ def evaluate(
     dense = subjects.open(reference, out=out) if reference is not None else None
     _check_options(found, limit, answer_tokens, text)
     from fleetune.data import read_text
-    from fleetune.evaluation import harness_tasks
+    from fleetune.evaluation import measures
 
     heard, labels = heard_by(listener, progress), words(labels)
-    own, others = harness_tasks.divided(words(tasks))
+    own, others = measures.divided(words(tasks))
     wanted = _checked_tasks(own, text, compared=dense is not None)
     if dense is not None and others and not own:
         raise UsageError("a reference is compared with on rows or a text", hint="--tasks loss as well")
-    of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
+    of_harness = measures.HarnessTasks(others, task_files) if others else None
     if of_harness is not None and not own:
         return _by_harness(
             of_harness, found, limit, heard, dtype=dtype, device=device, base=base, offline=offline
         )
     if dense is not None:
-        loading.check_same_tokens(found, dense, offline=offline)
+        subjects.check_same_tokens(found, dense, offline=offline)
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
     _check_labels(given[:limit], labels if "accuracy" in wanted else ())
-    texts, compared = read_text(str(text)) if text else [], loading.rows_of(found, given, offline=offline)
+    texts, compared = read_text(str(text)) if text else [], subjects.rows_of(found, given, offline=offline)
     if given:
         _note_trained_on(found, given[:limit], heard, offline=offline)
     how = _Measuring(wanted, limit, answer_tokens, labels, dtype, device, base, offline)
@@ -112,7 +110,7 @@ class _Measuring:
     ) -> dict[str, float]:
         """Load a model, measure it, by tasks of the harness too, and compare it with `dense`; report and return the values."""
         from fleetune.common.events import evaluated
-        from fleetune.evaluation import harness_tasks, measures
+        from fleetune.evaluation import measures
 
         def told(what: str) -> OnRows:
             return lambda done, total: heard.progress(what, done, total)
@@ -121,7 +119,7 @@ class _Measuring:
         with logits_of(
             dense, given[: self.limit], texts, heard, max_length=found.max_length, **where
         ) as kept:
-            loaded, every = loading.load_with_rows(
+            loaded, every = subjects.load_with_rows(
                 found, given, labels=self.labels, base=self.base, needs_rows=not texts, **where
             )
             examples = every[: self.limit]
@@ -138,7 +136,7 @@ class _Measuring:
             values |= kept.compare(loaded, told("rows compared")).values() if kept else {}
         scores = of_harness.evaluate(loaded, limit=self.limit) if of_harness is not None else []
         # `loaded` is the base from here on
-        before = loading.base_losses(found, loaded, examples, told) if rows else None
+        before = subjects.base_losses(found, loaded, examples, told) if rows else None
         heard.event(
             evaluated(
                 found.argument,
@@ -150,7 +148,7 @@ class _Measuring:
                 harness=scores,
             )
         )
-        return values | harness_tasks.by_name(scores)
+        return values | measures.by_name(scores)
 
 
 def _by_harness(
@@ -166,20 +164,20 @@ def _by_harness(
 ) -> dict[str, float]:
     """Measure a model by tasks of the harness alone, which need no rows."""
     from fleetune.common.events import evaluated
-    from fleetune.evaluation import harness_tasks
+    from fleetune.evaluation import measures
 
-    loaded = loading.load_alone(found, dtype=dtype, device=device, base=base, offline=offline)
+    loaded = subjects.load_alone(found, dtype=dtype, device=device, base=base, offline=offline)
     scores = tasks.evaluate(loaded, limit=limit)
     listener.event(evaluated(found.argument, 0, {}, of=0, max_length=found.max_length, harness=scores))
-    return harness_tasks.by_name(scores)
+    return measures.by_name(scores)
 
 
 def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bool) -> list[Example]:
     """Read the rows that were given, none for None: by `columns` or, without, by the `usual` ones where they fit."""
     from fleetune.data import read
-    from fleetune.tuning.recipe import objects_to_files
+    from fleetune.tuning.recipe import objects
 
-    file = objects_to_files.data_name(data, out)
+    file = objects.data_name(data, out)
     if not file:
         return []
     if columns or not usual:
@@ -206,7 +204,7 @@ def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *
 
 def _check_labels(rows: Sequence[Example], labels: Sequence[str]) -> None:
     """DataError for rows with another answer than the label words, where there are any."""
-    from fleetune.data.labelled import check_answers
+    from fleetune.data.encode import check_answers
 
     if labels:
         answers = [example.response.strip() for example in rows]
@@ -256,7 +254,7 @@ def generate(
     answer is drawn with `seed`.  It has at most `max_tokens` tokens.  RecipeError for an encoder; UsageError for an empty
     prompt, for one that leaves no room for an answer, or for a number that means nothing.
     """
-    from fleetune.deploy.serving.client import Sampling
+    from fleetune.deploy.serve import Sampling
 
     Sampling(temperature, max_tokens, seed).check()
     if not prompt.strip():

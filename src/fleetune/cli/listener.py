@@ -1,15 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show a job on the console: its header, its remarks, a live bar for what it counts; and pass Ctrl-C on to it."""
+"""Show a job on the console: its header, its remarks, a live bar for what it counts; and pass Ctrl-C and SIGTERM on to it.
+
+The first stops the job at the next point that it can resume from, the second at once.
+"""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FrameType, TracebackType
 
-from fleetune.cli.console import Ui
-from fleetune.cli.interrupt import InterruptHandler
-from fleetune.cli.progress import CountBar
+from fleetune.cli.console import CountBar, Ui
 from fleetune.common.events import Event
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptHandler:
+    """While a `with` block runs, Ctrl-C or SIGTERM sets `requested` and says so; a second one raises KeyboardInterrupt.
+
+    So does the first one while `at_once` is set: as long as there is nothing to lose.
+    """
+
+    at_once = False
+
+    def __init__(self, ui: Ui) -> None:
+        self.ui = ui
+        self.requested = False
+
+    def __enter__(self) -> InterruptHandler:
+        self.before = {number: signal.signal(number, self._request) for number in STOPS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested or self.at_once:
+            raise KeyboardInterrupt
+        self.requested = True
+        again = "Ctrl-C" if signum == signal.SIGINT else "the signal"
+        self.ui.note(f"stopping after this step ({again} again: at once)")
 
 
 class ConsoleListener:

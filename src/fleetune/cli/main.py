@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a command, and turn errors into exit codes.
+"""Build the parser of the command line, run a command, and turn errors into exit codes.
+
+The parser has every command with its help and examples, and the arguments of the one that is run.  Its errors are
+UsageErrors with a hint, and its options cannot be abbreviated.
 
 A command is one file in `cli/commands/`: `HELP` (one line), `EXAMPLES`, `arguments(parser)` and `run(args, ui)`.  The folder is
 the registry; another package registers a module of that shape under the entry-point group `fleetune.commands`.  Only the
@@ -14,19 +17,121 @@ import gc
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Final
+from typing import Any, Final, NoReturn
 
 from fleetune.cli.console import Ui
-from fleetune.cli.parser import COMMANDS, build_parser, command_in, parse
+from fleetune.common import __version__
 from fleetune.common.display import message_text
 from fleetune.common.memory import is_out_of_memory
-from fleetune.errors import FitError, FleetuneError, Interrupted, cut_reason, fault
+from fleetune.common.registry import Registry
+from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault, suggest
 from fleetune.seeds import chosen_kernels
+
+COMMANDS: Final = Registry(
+    "command", "fleetune.cli.commands", "fleetune.commands", ("HELP",), "fleetune --help"
+)
+
+EXAMPLES = """\
+examples:
+  fleetune demo                                                a real job in minutes, nothing to configure
+  fleetune plan smollm2-135m --ram 4GB --uplink 1Mbps          which method fits this device
+  fleetune tune smollm2-135m data.jsonl --method fedkseed --clients 20 --rounds 10 --set K=4096
+  fleetune tune --resume latest                                continue after a stop
+  fleetune sweep recipe.toml --vary K=64,512 --seeds 3         a grid of runs on one page
+  fleetune eval latest --tasks loss,rouge                      measure the tuned model
+  fleetune ledger verify latest                                prove what a model was made from
+  fleetune compress latest                                     4 bits a weight, solved block by block
+  fleetune export latest --to gguf                             one file for llama.cpp, read back bit for bit
+  fleetune measure latest --kept-gain                          size, speed, and what of the tuning is kept
+  fleetune serve latest                                        an OpenAI-compatible endpoint and a chat page
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UsageErrors, and whose options cannot be abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError instead of printing the usage and ending the process."""
+        raise UsageError(message.removeprefix("argument "), hint=f"{self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raise UsageError for a value that is none of the choices, with the one that was meant."""
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            name = "/".join(action.option_strings) or str(action.metavar or action.dest)
+            near = suggest(str(value), known)
+            self.error(f"{name} {value} is none of {', '.join(known)}.{near}")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments of a command line; UsageError for what is none.  `--help` and `--version` end the process."""
+    command = command_in(words)
+    parser = build_parser(command)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        sub = _by_name(parser)[args.command]
+        flags = [flag for action in sub._actions for flag in action.option_strings]
+        told = (f"unknown argument '{word}'.{suggest(word.partition('=')[0], flags)}" for word in unknown)
+        setting = "; a setting of the method: --set NAME=VALUE" if "--set" in flags else ""
+        raise UsageError("\n  ".join(told), hint=f"fleetune {command} --help{setting}")
+    return args
+
+
+def command_in(words: Sequence[str]) -> str:
+    """Return the command that is run; "" for none, whose help needs no arguments of any."""
+    return next((word for word in words if not word.startswith("-")), "")
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser, with the arguments of one command (None: of all, for the docs)."""
+    parser = Parser(
+        prog="fleetune",
+        description="Fine-tune language models across a fleet of edge devices.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"fleetune {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    common = Parser(add_help=False)
+    group = common.add_argument_group("everywhere")
+    group.add_argument("--json", action="store_true", help="one JSON object per event on stdout")
+    group.add_argument("--out", default="runs", metavar="DIR", help="folder of the runs (default ./runs)")
+    group.add_argument("--offline", action="store_true", help="never use the network")
+    group.add_argument("-q", "--quiet", action="count", default=0, help="say less (-qq: errors alone)")
+    group.add_argument("-v", "--verbose", action="count", default=0, help="say more (-vv: everything)")
+    for member in sorted(COMMANDS.members().values(), key=lambda m: m.order):
+        text, examples = member.text("HELP"), member.text("EXAMPLES")
+        sub = subparsers.add_parser(
+            member.name,
+            parents=[common],
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"examples:\n{textwrap.indent(examples, '  ')}" if examples else None,
+        )
+        if command in (None, member.name):
+            COMMANDS.load(member.name).arguments(sub)
+    return parser
+
+
+def command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return every command's parser by name (for the docs)."""
+    return _by_name(build_parser())
+
+
+def _by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (action,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(action.choices)
+
 
 log = logging.getLogger(__name__)
 

@@ -1,2 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Share what every folder needs: files, locks, memory, text, settings, the registry."""
+"""Share what every folder needs: the version, files, locks, memory, text, settings, the registry, the events."""
+
+__version__ = "0.1.0"

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write files atomically, and turn the system's errors into clear ones."""
+"""Write files atomically, lock an open one for one process, and turn the system's errors into clear ones.
+
+A lock is `flock`'s or, on Windows, one on the file's first byte.  It ends when the file is closed, and so with its process,
+however that ended.
+"""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import re
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,3 +153,44 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     number = errno.ENOSPC if error.errno is None and SHORT.fullmatch(str(error)) else error.errno
     what, hint = reasons.get(number or 0, (error.strerror or str(error), "check the disk and the folder"))
     return StorageError(f"cannot write {path}: {what}", hint=hint)
+
+
+LOCK_RETRY: Final = 0.1  # between two tries, where the system does not wait for us
+
+
+def lock(handle: int, *, wait: bool = False) -> bool:
+    """Lock an open file descriptor; False where another process has the lock.  With `wait`, wait for it instead.
+
+    OSError where the file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return _lock_byte(handle, wait)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def still_names(path: Path, handle: int) -> bool:
+    """Tell whether `path` still names the open file: who had its lock before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock_byte(handle: int, wait: bool) -> bool:
+    msvcrt = importlib.import_module("msvcrt")
+    while True:
+        os.lseek(handle, 0, os.SEEK_SET)
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            if not wait:
+                return False
+            time.sleep(LOCK_RETRY)
+        else:
+            return True

@@ -19,8 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from fleetune.common.files import PRIVATE, default_mode, storage_error
-from fleetune.common.locks import lock, names
+from fleetune.common.files import PRIVATE, default_mode, lock, still_names, storage_error
 from fleetune.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ def _lock_folder(folder: Path) -> int | None:
     """Lock a folder and return its open handle; None where another process has it.  OSError where it cannot be locked."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        if lock(handle) and names(folder, handle):
+        if lock(handle) and still_names(folder, handle):
             return handle
     except OSError:
         os.close(handle)
@@ -194,6 +193,6 @@ def _acquired(place: Path, target: Path) -> tuple[int, bool]:
         except OSError as error:
             log.debug("no file lock for %s (%s)", target, error)
             return handle, False
-        if names(place, handle):
+        if still_names(place, handle):
             return handle, True
         os.close(handle)  # who had it has removed it meanwhile

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numba
 from numba.core.event import Listener, install_listener
 
-from fleetune.common import locks
+from fleetune.common import files
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +94,9 @@ def _alone(folder: str | None) -> Iterator[None]:
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
             handle = os.open(Path(folder) / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            if not locks.lock(handle):
+            if not files.lock(handle):
                 log.warning("another process compiles the kernels for this processor: waiting for it")
-                locks.lock(handle, wait=True)
+                files.lock(handle, wait=True)
     except OSError as error:
         log.info("kernels are compiled without a lock: %s", error)
     try:

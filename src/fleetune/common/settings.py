@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Declare settings as fields of a frozen dataclass, list them, and parse `--set NAME=VALUE` into one.
+r"""Declare settings as fields of a frozen dataclass, list them, and parse what people write.
 
     @dataclass(frozen=True)
     class Method:
         K: int = setting(1024, "K", "directions in the pool")
 
-A `__post_init__` raises ValueError(*problems), in plain words, for values that do not go together.
+A `__post_init__` raises ValueError(*problems), in plain words, for values that do not go together.  Parsed are
+`--set NAME=VALUE`, sizes, speeds, and words with commas between them (a comma of a word itself is written `\,`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Final, TypeVar, get_type_hints
 
 from fleetune.errors import RecipeError, UsageError, suggest
 
@@ -31,7 +34,7 @@ def setting(
 
     `only_if` says when it has an effect: NAME where that other setting is not 0, empty or false, NAME=VALUE|VALUE where it
     has one of these values.  `auto`: the value `auto` is taken too, and stands for one that is found before the work begins;
-    `found`: it is also what stands where no value is given (`tuning/prepare/rate_search.py`).
+    `found`: it is also what stands where no value is given (`tuning/prepare/rates.py`).
     """
     about = {"symbol": symbol, "help": help, "only_if": only_if, "auto": auto or found, "found": found}
     declared: T = dataclasses.field(default=default, metadata=about)
@@ -170,3 +173,65 @@ def _article(kind: type) -> str:
     return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(
         kind, kind.__name__
     )
+
+
+_COMMA: Final = re.compile(r"(?<!\\),")
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a text, without spaces around them; an empty one for nothing between two commas."""
+    return [word.strip().replace("\\,", ",") for word in _COMMA.split(text)]
+
+
+def given_words(text: str) -> list[str]:
+    """Return the words of a text without empty ones."""
+    return [word for word in split_words(text) if word]
+
+
+def join_words(words: Iterable[str]) -> str:
+    """Return the text that `split_words` reads as these words, where none ends with a backslash."""
+    return ",".join(word.replace(",", "\\,") for word in words)
+
+
+LEAST: Final = 1_000_000  # a number without a unit that is smaller was meant in another one
+_NUMBER = r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*"
+_BYTES = re.compile(_NUMBER + r"(?:([kmgt]i?)?b?)\s*", re.IGNORECASE)
+_RATE = re.compile(_NUMBER + r"([kKmMgG]i?)?(bits?|b|B)(?:/s|ps|/sec)\s*")
+
+
+def parse_bytes(text: str | None, flag: str = "--ram", least: int = LEAST) -> int | None:
+    """Parse a size as bytes: 4GB, 512 MB, 2GiB, 8e9.  None stays None; UsageError, which names `flag`, for anything else.
+
+    A plain number below `least` is taken for one whose unit was forgotten.
+    """
+    if text is None:
+        return None
+    found = _BYTES.fullmatch(text)
+    value = float(found[1]) * _factor(found[2]) if found else 0.0
+    if not 1 <= value < math.inf:
+        raise UsageError(f"{flag} {text!r} is not a size", hint="write 4GB, 512MB, 2GiB or a number of bytes")
+    if found and text.strip()[-1] in "0123456789." and value < least:
+        raise UsageError(
+            f"{flag} {text}: {text.strip()} bytes are too few. Did you mean {text.strip()}GB?",
+            hint="write 4GB, 512MB, 2GiB or a number of bytes",
+        )
+    return int(value)
+
+
+def parse_rate(text: str | None) -> float | None:
+    """Parse a speed as bytes a second: 1Mbps, 500kbit/s, 2 MB/s (b is a bit, B a byte).  None stays None."""
+    if text is None:
+        return None
+    found = _RATE.fullmatch(text)
+    value = float(found[1]) * _factor(found[2]) / (1 if found[3] == "B" else 8) if found else 0.0
+    if not 0 < value < math.inf:
+        raise UsageError(f"--uplink {text!r} is not a speed", hint="write 1Mbps, 500kbit/s or 2MB/s")
+    return value
+
+
+def _factor(prefix: str | None) -> int:
+    """Return what a prefix stands for: k 1000, Ki 1024, .."""
+    if not prefix:
+        return 1
+    power = "kmgt".index(prefix[0].lower()) + 1
+    return int(1024**power if len(prefix) == 2 else 1000**power)

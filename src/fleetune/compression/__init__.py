@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fleetune.data import Encoded
-    from fleetune.models.artefact.artefact import Quantised
+    from fleetune.models.artefact import Quantised
     from fleetune.models.net.model import Model
 
 

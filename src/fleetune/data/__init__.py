@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read data sets, split them over clients, and encode them as batches of tokens.
 
-The names of `encode.py` and `labelled.py` are loaded when first used: they need torch, and checking a recipe does not.  The
+The names of `encode.py` are loaded when first used: it needs torch, and checking a recipe does not.  The
 functions `encode` and `partition` are imported from the modules of the same name, which they would hide.
 """
 
@@ -15,8 +15,16 @@ from fleetune.data.forms import Example
 from fleetune.data.partition import check_partition_spec, hold_out, keyed_order
 
 if TYPE_CHECKING:
-    from fleetune.data.encode import Batch, Batches, Encoded, collate, encode_all, prompt_ids, stop_ids
-    from fleetune.data.labelled import encode_rows
+    from fleetune.data.encode import (
+        Batch,
+        Batches,
+        Encoded,
+        collate,
+        encode_all,
+        encode_rows,
+        prompt_ids,
+        stop_ids,
+    )
 
 __all__ = [
     "Batch",
@@ -41,5 +49,4 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "labelled" if name == "encode_rows" else "encode"
-    return getattr(importlib.import_module(f"fleetune.data.{module}"), name)
+    return getattr(importlib.import_module("fleetune.data.encode"), name)

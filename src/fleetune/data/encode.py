@@ -13,38 +13,49 @@ template writes past turns differently), the answer's text is tokenised on its o
 A tokenizer without a chat template belongs to a base model, which knows no roles.  It gets every turn as a
 line of its own (`models/net/chat_template.py`), after the tokens that the tokenizer puts at the start of a text:
 
-    {system}\\n{user}\\n{assistant}\\n{user}\\n...
+    {system}\n{user}\n{assistant}\n{user}\n...
 
 and its answers end with the tokenizer's end-of-text token.
 
-A plain text, which has no prompt, becomes one or several rows with the loss on all of it (`plain_text.py`).
+A plain text, on which training is continued, has no prompt: the loss is on all its tokens but the first, after the start
+mark and before the end mark that the tokenizer has.  A longer one becomes several rows, each of which begins with the last
+token of the row before it: every token but the first bears the loss in exactly one row.
 
 A row longer than `max_length` first loses the middle of its prompt (the opening with the instruction and
 the end with the marker stay), down to a quarter of `max_length`; only then the end of its answer.
+
+For an encoder that chooses among label words a row is the example's text or pair of texts (`Example.texts`; else its turns,
+a line each), joined and marked by the tokenizer itself: `[CLS] a [SEP] b [SEP]` with segments 0 and 1 for BERT,
+`<s> a </s></s> b </s>` without segments for RoBERTa.  Its target is the index of the response among the label words.  A
+row longer than `max_length`, or than the model has positions for, loses tokens from the end of its longer text.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fleetune.common.display import counted
 from fleetune.data.forms import Example
 from fleetune.data.partition import keyed_order
-from fleetune.data.plain_text import begun, is_text, rows_of
 from fleetune.errors import DataError
 from fleetune.models.families.foreign import reason
 from fleetune.models.net.chat_template import LINE, is_plain
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fleetune.models.net.model import Model
+
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +71,7 @@ class Encoded:
 
     `lost` tokens of the answer, and `left` of the prompt, did not fit; of an encoder's row `left` of its texts.
 
-    A row for an encoder (`labelled.py`) has a `target`, the index of its label word, and `segments` [T] where
+    A row for an encoder has a `target`, the index of its label word, and `segments` [T] where
     the tokenizer tells the texts of a pair apart.
     """
 
@@ -116,7 +127,7 @@ def encode_all(
             answer, has_text = _close(answer, tokenizer, marks)
             made = []
             if has_text and not examples[index].messages:
-                parts = rows_of([*prompt, *answer], max_length)
+                parts = split_text([*prompt, *answer], max_length)
                 made = [Encoded(np.array(part, dtype=np.int32), 1) for part in parts]
             elif has_text:
                 made = [_fit(prompt, answer, max_length)]
@@ -402,3 +413,165 @@ def _cut_middle(ids: list[int], room: int) -> list[int]:
     if len(ids) <= room:
         return ids
     return ids[: room // 2] + ids[len(ids) - (room + 1) // 2 :]
+
+
+OPENING: Final = "text"  # the speaker of a text's begin, which no template writes
+LONGEST: Final = 200  # letters of a begin that the model is given to continue
+
+
+def is_text(example: Example) -> bool:
+    """Whether an example is a plain text, or the begin of one."""
+    return not example.messages or example.messages[0][0] == OPENING
+
+
+def begun(example: Example) -> Example:
+    """Return a plain text as its begin, which is the prompt, and the rest, which is the answer; others as they are."""
+    if example.messages:
+        return example
+    text = example.response
+    half = max(1, min(len(text) // 2, LONGEST))
+    at = text.rfind(" ", 1, half + 1)
+    at = at if at > 0 else half
+    return dataclasses.replace(example, messages=((OPENING, text[:at]),), response=text[at:])
+
+
+def split_text(ids: Sequence[int], max_length: int) -> Iterator[Sequence[int]]:
+    """Yield the tokens of a text's rows, at most `max_length` in each; the first of a row bears no loss."""
+    for start in range(0, max(1, len(ids) - 1), max_length - 1):
+        yield ids[start : start + max_length]
+
+
+def encode_rows(
+    model: Model, examples: Sequence[Example], max_length: int
+) -> tuple[list[Encoded], npt.NDArray[np.int64]]:
+    """Return the examples as `model` reads them, and the index of each row's example (see `encode_all`)."""
+    if not model.labels:
+        return encode_all(examples, model.tokenizer, max_length)
+    targets = [_target(example, model.labels) for example in examples]
+    whole = text_lengths(model.tokenizer, examples)
+    rows = [
+        Encoded(ids, len(ids), segments, target, left=max(0, length - len(ids)))
+        for (ids, segments), target, length in zip(
+            encode_texts(model, examples, max_length), targets, whole, strict=True
+        )
+    ]
+    return rows, np.arange(len(rows), dtype=np.int64)
+
+
+def encode_texts(
+    model: Model, examples: Sequence[Example], max_length: int
+) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32] | None]]:
+    """Return the tokens of each example's texts, and their segments where the tokenizer has them: int32 [T] each."""
+    limit = min(max_length, positions(model))
+    for columns in _columns(examples):
+        made = model.tokenizer(*columns, truncation=True, max_length=limit, verbose=False)
+        segments = made.get("token_type_ids", itertools.repeat(None))
+        for ids, segment in zip(made["input_ids"], segments, strict=False):
+            yield np.array(ids, np.int32), None if segment is None else np.array(segment, np.int32)
+
+
+def text_lengths(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[int]:
+    """Yield how many tokens each example has before it is cut."""
+    for columns in _columns(examples):
+        yield from map(len, tokenizer(*columns, verbose=False)["input_ids"])
+
+
+def _columns(examples: Sequence[Example]) -> Iterator[list[list[str]]]:
+    """Yield the texts of examples as the tokenizer takes them at once: one list, or two of pairs."""
+    texts = [
+        example.texts or ("\n".join(content for _, content in example.messages),) for example in examples
+    ]
+    for start in range(0, len(texts), CHUNK):
+        for _, run in itertools.groupby(texts[start : start + CHUNK], len):
+            yield [list(column) for column in zip(*run, strict=True)]
+
+
+def positions(model: Model) -> int:
+    """Return how many tokens an encoder reads at most."""
+    return positions_of(model.net, model.tokenizer)
+
+
+def positions_of(net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens an encoder reads at most; `net` may be without weights.
+
+    RoBERTa's positions begin after the padding's number.
+    """
+    reserved = 0
+    for name, module in net.named_modules():
+        if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            reserved = int(module.padding_idx) + 1
+    table = int(getattr(net.config, "max_position_embeddings", 512))
+    return min(int(tokenizer.model_max_length), table - reserved)
+
+
+def check_answers(answers: Sequence[str], labels: Sequence[str], what: str, hint: str) -> None:
+    """Raise DataError for an answer that is none of the label words, which `what` names."""
+    known = set(labels)
+    if odd := [(row, word) for row, word in enumerate(answers, 1) if word not in known]:
+        row, word = odd[0]
+        raise DataError(
+            f"{what}: {len(odd):,} of {len(answers):,} rows have another answer, the first is row {row}: {word[:40]!r}",
+            hint=hint,
+        )
+
+
+def _target(example: Example, labels: Sequence[str]) -> int:
+    word = example.response.strip()
+    if not example.messages:
+        raise DataError(
+            "a plain text has no label, and an encoder chooses among labels",
+            hint="give rows with a field 'label'; a causal model can be trained on the texts",
+        )
+    if word not in labels:
+        raise DataError(
+            f"the answer {word[:40]!r} is none of the label words {', '.join(labels)}",
+            hint="name all label words with --labels, or leave the option out to take them from the data",
+        )
+    return labels.index(word)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What of some encoded rows did not fit."""
+
+    rows: int  # all rows
+    longer: int  # rows that are cut
+    prompts: int  # of these, rows that lose the middle of the prompt (an encoder's: the end of a text)
+    answers: int  # of these, rows that lose the end of the answer
+    longest: int  # tokens of the longest row before it is cut
+
+    def told(self, max_length: int) -> str:
+        """Say what is cut; "" where nothing is."""
+        if not self.longer:
+            return ""
+        parts = [f"the prompt of {self.prompts:,}"] * (self.prompts > 0)
+        parts += [f"the answer of {self.answers:,}"] * (self.answers > 0)
+        verb = "is" if self.longer == 1 else "are"
+        return (
+            f"{self.longer:,} of {counted(self.rows, 'row')} {verb} longer than max_length={max_length} and {verb} cut: "
+            f"{', '.join(parts)}; "
+            f"the longest has {self.longest:,} tokens"
+        )
+
+
+def cut_remarks(notes: Sequence[str], rows: int, dropped: int, cut: Cut, max_length: int) -> list[str]:
+    """Say what of `rows` rows was left out (`notes`, and `dropped` ones), and what is cut; [] where all are whole."""
+    found = list(notes)
+    if dropped:
+        found.append(
+            f"{dropped:,} of {counted(rows, 'row')} {'is' if dropped == 1 else 'are'} left out: "
+            "the tokenizer knows nothing of their answers"
+        )
+    return found + [told for told in [cut.told(max_length)] if told]
+
+
+def count_cut(rows: Iterable[Encoded]) -> Cut:
+    """Count what of encoded rows did not fit."""
+    count = longer = prompts = answers = longest = 0
+    for row in rows:
+        count += 1
+        longer += row.left + row.lost > 0
+        prompts += row.left > 0
+        answers += row.lost > 0
+        longest = max(longest, len(row.ids) + row.left + row.lost)
+    return Cut(count, longer, prompts, answers, longest)

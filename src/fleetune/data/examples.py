@@ -3,7 +3,7 @@
 
 A source is a file (.jsonl, .json, .csv, .parquet), a folder with one such file per client, "demo" (the set that comes
 with Fleetune), or a data set on the Hugging Face hub: "owner/name", or "owner/name:file" for one file of it.  The first
-row's fields tell the form (`forms.py`), perhaps after columns were renamed (`columns.py`), and every row must have that
+row's fields tell the form (`forms.py`), perhaps after columns were renamed, and every row must have that
 form.  A file of a folder is a client: its name without the suffix is the field `client` of its rows.
 """
 
@@ -21,11 +21,21 @@ from typing import Final, TypeVar
 
 from fleetune.common import sums
 from fleetune.common.display import counted
-from fleetune.data import columns as renaming
-from fleetune.data import folder, hub
-from fleetune.data.chats import told
-from fleetune.data.fields import BadRow, NoForm, shown, text_of
-from fleetune.data.forms import FIELDS, LABELLED, OPTIONAL, TEXT, example_of, form_of, refuse
+from fleetune.data import forms, sources
+from fleetune.data.forms import (
+    FIELDS,
+    LABELLED,
+    OPTIONAL,
+    TEXT,
+    BadRow,
+    NoForm,
+    example_of,
+    form_of,
+    left_out_text,
+    refuse,
+    row_text,
+    text_of,
+)
 from fleetune.data.forms import Example as Example
 from fleetune.data.forms import row_of as row_of
 from fleetune.data.readers import READERS, FileRow, Problem, decode, names_in, no_file, rows_of, unreadable
@@ -43,7 +53,7 @@ WINDOWS: Final = re.compile(r"[A-Za-z]:[\\/]")  # a drive: no data set of the hu
 
 def check_columns(spec: str) -> None:
     """Check the spelling of `columns` without any data; RecipeError says what is wrong with it."""
-    renaming.parse(spec, FIELDS)
+    forms.parse_columns(spec, FIELDS)
 
 
 def read(
@@ -64,10 +74,10 @@ def read(
     """
     if limit is not None and limit < 1:
         raise DataError(f"the limit of rows must be at least 1, got {limit}", hint="leave it out to read all")
-    rows = _Rows(renaming.parse(columns, FIELDS))
+    rows = _Rows(forms.parse_columns(columns, FIELDS))
     found = _collect(_rows_of_files(source, offline, limit, note), rows.make, limit, source)
     rows.check()
-    if text := told(rows.left_out):
+    if text := left_out_text(rows.left_out):
         note(text)
     return found
 
@@ -85,17 +95,17 @@ class _Rows:
     def make(self, row: FileRow) -> list[Example]:
         """Return the row's example, or none where nothing is left of it."""
         if not self.form and self.mapped:
-            renaming.check_first(row.fields, self.mapped, OPTIONAL)
+            forms.check_first_row(row.fields, self.mapped, OPTIONAL)
             self.fields = set(itertools.islice(row.fields, 100))
         self.unseen -= row.fields.keys()
-        fields = renaming.renamed(row.fields, self.mapped) if self.mapped else row.fields
+        fields = forms.renamed(row.fields, self.mapped) if self.mapped else row.fields
         own = form_of(fields, self.mapped)
         if not self.form:
             self.form, self.first = own or refuse(row.fields, self.mapped), row.where
         elif own and own != self.form and not (own == TEXT and self.form in LABELLED):
             raise BadRow(
-                f"is in {own} form, but {self.first} is in {self.form} form\n    row: {shown(row.fields)}",
-                f"keep one form per data set, or {renaming.flag(row.fields)}",
+                f"is in {own} form, but {self.first} is in {self.form} form\n    row: {row_text(row.fields)}",
+                f"keep one form per data set, or {forms.columns_flag(row.fields)}",
             )
         try:
             made = example_of(fields, self.form, self.mapped, self.left_out)
@@ -120,7 +130,7 @@ class _Rows:
 
 def digests(source: str, *, offline: bool = False) -> dict[str, str]:
     """Return the SHA-256 of every file of a source as they lie on the disk, by the name that is shown for it."""
-    files = folder.files(source) if is_folder(source) else _files(source, offline)
+    files = sources.folder_files(source) if is_folder(source) else _files(source, offline)
     return {shown: sums.sha256(path) for path, shown in files}
 
 
@@ -197,7 +207,7 @@ def _rows_of_files(
 ) -> Iterator[FileRow | Problem]:
     """Return the rows of a source; those of a folder with the client that has them, evenly over the clients up to `limit`."""
     if is_folder(source):
-        yield from folder.rows(source, limit, note)
+        yield from sources.folder_rows(source, limit, note)
         return
     for path, name in _files(source, offline):
         yield from rows_of(path, name)
@@ -213,4 +223,4 @@ def _files(source: str, offline: bool) -> list[tuple[Path, str]]:
     like_a_file = Path(source.partition(":")[0]).suffix.lower() in (*READERS, *NOT_READ)
     if like_a_file or WINDOWS.match(source) or not HUB_ID.fullmatch(source):
         raise no_file(source)
-    return hub.files(source, offline)
+    return sources.hub_files(source, offline)

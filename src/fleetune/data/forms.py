@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognise the form of a row by its fields, and make an `Example` of it.
+r"""Recognise the form of a row by its fields, and make an `Example` of it.
 
     Dolly               instruction, context (may be empty or absent), response
     Alpaca              instruction, input (may be empty or absent), output
@@ -13,26 +13,336 @@
                         and question2, sentence1 and sentence2, sentence, or text
     text                text, and no label: training is continued on the whole text, there is no prompt
 
-A context is joined to its instruction in one user turn: "{instruction}\\n{context}", and for Alpaca
-"{instruction}\\n\\n### Input:\\n{input}", as in its own training prompt (tatsu-lab/stanford_alpaca, train.py).  The last
+A context is joined to its instruction in one user turn: "{instruction}\n{context}", and for Alpaca
+"{instruction}\n\n### Input:\n{input}", as in its own training prompt (tatsu-lab/stanford_alpaca, train.py).  The last
 turn of a conversation, the assistant's, is the answer; the turns before it are the prompt.  Text is not changed.
 
 The answer of a labelled row is its label, as text; QNLI's are "yes" (entailment) and "no", which a causal model
 can write too.  An encoder reads the texts themselves, a causal model a question about them (`LABELLED`).  The
 label stays among the row's fields, so that a partition can use it (dirichlet:0.5:label).
+
+Of a conversation, a turn of a tool is left out and counted, and so are the call in an assistant's turn and parts that are
+not text; where that leaves the assistant speaking twice, the two turns become one.  A conversation that lost turns ends
+with the last text of the assistant that answers a user; where there is none, the row is left out.
+
+Columns may be read under other names, `prompt=question,response=answer`: on the left a field of a form, on the right the
+column that holds it.  A form without all names on the left is not considered.  `client` may be named beside any form: its
+column stays, and `client` is a column too, so that `--partition column:client` makes a client of each of its values.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
-from fleetune.data import columns
-from fleetune.data.chats import CHATS, conversation, joined
-from fleetune.data.fields import BadRow, NoForm, meta_of, shown, text_of
-from fleetune.data.readers import names_of
+from fleetune.common.shell import quoted
+from fleetune.data.readers import names_of, value_text, whole
+from fleetune.errors import RecipeError, closest, suggest
+
+FIELDS_SHOWN: Final = 8  # fields of a row that is shown
+LETTERS: Final = 48  # of a value that is shown
+
+
+class BadRow(Exception):
+    """(what is wrong, how to put it right), raised and caught within `fleetune.data`."""
+
+
+class NoForm(BadRow):
+    """A first row in no form: what follows it would be refused for the same."""
+
+
+def text_of(fields: Mapping[str, object], name: str, *, label: str = "", may_lack: bool = False) -> str:
+    """Return the text of field `name`; `may_lack` lets it be absent, null or empty.  BadRow for anything else."""
+    path = f"{label}.{name}" if label else name
+    value = fields.get(name)
+    if value is None and may_lack:
+        return ""
+    if name not in fields:
+        raise BadRow(
+            f"field {path!r} is missing (there are: {names_of(fields)})", f"add {name!r} to these rows"
+        )
+    if not isinstance(value, str):
+        raise BadRow(f"field {path!r} is {value_text(value)}, not text", f"write {name!r} as text")
+    if not value.strip() and not may_lack:
+        raise BadRow(f"field {path!r} is empty", f"fill in {name!r}, or delete these rows")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise BadRow(f"field {path!r} holds {half}, half a character", "write the text out again") from error
+    return value
+
+
+def meta_of(fields: Mapping[str, object], used: Iterable[str]) -> dict[str, str]:
+    """Return the fields besides `used` that are single values, as text (true and false as JSON writes them)."""
+    return {
+        whole(str(name)): str(value).lower() if isinstance(value, bool) else whole(str(value))
+        for name, value in fields.items()
+        if name not in used and value is not None and not isinstance(value, list | dict)
+    }
+
+
+def row_text(fields: Mapping[str, object]) -> str:
+    """Return a row in one printable line: its first fields with the begin of their values."""
+    parts = [
+        f"{_line(str(name), 40)}: {_value(value)}"
+        for name, value in itertools.islice(fields.items(), FIELDS_SHOWN)
+    ]
+    return "{" + ", ".join(parts + [".."] * (len(fields) > FIELDS_SHOWN)) + "}"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list | dict) and len(value):
+        inside = next(iter(value))
+        names = (
+            f" of {{{', '.join(_line(str(n), 20) for n in list(inside)[:4])}}}"
+            if isinstance(inside, dict)
+            else ""
+        )
+        return f"a list{names}" if isinstance(value, list) else "an object"
+    return _line(value, LETTERS)
+
+
+def _line(value: object, most: int) -> str:
+    """Return a value as JSON writes it, cut, without letters that steer a terminal."""
+    short = value[: most + 1] if isinstance(value, str) else value
+    text = value_text(value) if not isinstance(value, str) else json.dumps(short, ensure_ascii=False)
+    text = text.removeprefix("the number ")
+    if isinstance(value, str) and len(value) > most:
+        text = json.dumps(value[:most], ensure_ascii=False)[:-1] + '.."'
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+CLIENT: Final = "client"
+MAIN: Final = ("prompt", "response", "system", "context", "text", "label", "messages", CLIENT)
+EXAMPLE: Final = "prompt=question,response=answer"
+TURN: Final = {"role", "from", "content", "value"}
+ASKED: Final = (  # names that prompts have in the data of others
+    "prompt",
+    "question",
+    "instruction",
+    "ask",
+    "query",
+    "input",
+    "source",
+    "problem",
+    "user",
+    "human",
+    "request",
+    "article",
+    "document",
+    "title",
+    "q",
+)
+ANSWERED: Final = (
+    "response",
+    "answer",
+    "completion",
+    "output",
+    "target",
+    "reply",
+    "solution",
+    "assistant",
+    "summary",
+    "chosen",
+    "label",
+    "a",
+)
+
+
+def parse_columns(spec: str, known: Collection[str]) -> dict[str, str]:
+    """Return name -> column of a list `NAME=COLUMN,..`; {} for "".  RecipeError for what is none, and for unknown names."""
+    found: dict[str, str] = {}
+    for part in spec.split(",") if spec else []:
+        name, equals, column = (piece.strip() for piece in part.partition("="))
+        why = ""
+        if not (name and equals and column):
+            why = f"{part.strip()!r} is not NAME=COLUMN"
+        elif name not in known:
+            why = f"no form has a field {name!r}." + suggest(name, known)
+        elif name in found:
+            why = f"{name!r} is named twice"
+        elif name != CLIENT and column in [c for n, c in found.items() if n != CLIENT]:
+            why = f"column {column!r} is named twice"
+        if why:
+            raise RecipeError(
+                [f"columns = {spec!r}: {why}"],
+                hint=f"such as --columns {EXAMPLE}; the names: {', '.join(MAIN)}",
+            )
+        found[name] = column
+    return found
+
+
+def renamed(fields: Mapping[str, object], mapped: Mapping[str, str]) -> dict[str, object]:
+    """Return a row with the mapped columns under the names of the form; a column that had such a name is hidden."""
+    moved = {column for name, column in mapped.items() if name != CLIENT}
+    rest = {name: value for name, value in fields.items() if name not in moved and name not in mapped}
+    return rest | {name: fields[column] for name, column in mapped.items() if column in fields}
+
+
+def check_first_row(
+    fields: Mapping[str, object], mapped: Mapping[str, str], optional: Collection[str]
+) -> None:
+    """Raise NoForm when the first row lacks a mapped column that no row may lack."""
+    for name, column in mapped.items():
+        if column not in fields and name not in optional:
+            near = closest(column, map(str, fields))
+            raise NoForm(
+                f"has no column {column!r} to read as {name} (the row has: {names_of(fields)})\n    row: {row_text(fields)}",
+                (f"did you mean {near!r}? " if near else "") + columns_flag(fields),
+            )
+
+
+def columns_flag(fields: Mapping[str, object]) -> str:
+    """Return how to map a row's columns, with the flag that may be meant."""
+    return f"say which columns are which: --columns {quoted(guess_columns(fields))}; all forms: docs/data.md"
+
+
+def guess_columns(fields: Mapping[str, object]) -> str:
+    """Return a mapping that a row's fields suggest."""
+    usable = {
+        str(n): v
+        for n, v in fields.items()
+        if str(n).isprintable() and len(str(n)) <= 40 and "," not in str(n)
+    }
+    for name, value in usable.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and TURN & set(value[0]):
+            return f"messages={name}"
+    texts = [
+        n
+        for n, v in usable.items()
+        if isinstance(v, str) and not v.strip().lstrip("-").replace(".", "").isdigit()
+    ]
+    asked, answered = _named(texts, ASKED), _named(texts, ANSWERED)
+    others = [n for n in texts if n not in (asked, answered)]
+    if len(texts) == len(fields) == 1:
+        return f"text={texts[0]}"
+    asked = asked or (others.pop(0) if others else "COLUMN")
+    answered = answered or max(others, key=lambda name: len(str(usable[name])), default="COLUMN")
+    return f"prompt={asked},response={answered}"
+
+
+def _named(columns: Collection[str], names: Collection[str]) -> str:
+    lower = {column.lower(): column for column in reversed(list(columns))}
+    return next((lower[name] for name in names if name in lower), "")
+
+
+CHATS: Final = {
+    "ShareGPT": ("conversations", "from", "value"),
+    "chat messages": ("messages", "role", "content"),
+}
+ROLES: Final = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+TOOLS: Final = ("tool", "function", "function_call", "function_response", "observation", "ipython")
+CALLS: Final = ("tool_calls", "function_call")
+
+Turns = tuple[tuple[tuple[str, str], ...], str]  # the turns before the answer, and the answer
+
+
+def conversation(fields: Mapping[str, object], form: str, left_out: Counter[str]) -> Turns | None:
+    """Return the turns of a ShareGPT or chat-messages row; None where no answer in text is left.
+
+    What is left out is counted in `left_out`, by a name in the plural.
+    """
+    key, speaker, says = CHATS[form]
+    turns = fields.get(key)
+    if not isinstance(turns, list) or not turns:
+        what = f"is {value_text(turns)}" if key in fields else "is missing"
+        raise BadRow(f"field {key!r} {what}", f"make {key!r} a list of {{{speaker}, {says}}}, question first")
+    if fields.get("tools"):
+        left_out["lists of tools"] += 1
+    return joined(turns, key, speaker, says, left_out)
+
+
+def joined(turns: list[Any], key: str, speaker: str, says: str, left_out: Counter[str]) -> Turns | None:
+    """Return turns as (role, text), the last of which is the answer; None as in `conversation`."""
+    if isinstance(turns[0], dict) and speaker not in turns[0] and {"role", "from"} & set(turns[0]):
+        speaker, says = ("from", "value") if "from" in turns[0] else ("role", "content")
+    found: list[tuple[str, str]] = []
+    gap = less = False  # something was left out: since the last turn, in the whole row
+    for number, turn in enumerate(turns):
+        label = f"{key}[{number}]"
+        if not isinstance(turn, dict):
+            raise BadRow(
+                f"field {label!r} is {value_text(turn)}", f"write each turn as {{{speaker}, {says}}}"
+            )
+        name = text_of(turn, speaker, label=label)
+        calls = any(turn.get(call) for call in CALLS)
+        if name in TOOLS or calls:
+            left_out["turns of tools" if name in TOOLS else "turns that call tools"] += 1
+            gap = less = True
+        if name in TOOLS:
+            continue
+        role = ROLES.get(name)
+        if role is None or (role == "system" and number > 0):
+            roles = "system (first turn only), user (or human), assistant (or gpt)"
+            raise BadRow(
+                f"field '{label}.{speaker}' is {value_text(turn[speaker])}", f"the roles are {roles}"
+            )
+        text = _content(turn, says, label, left_out, may_lack=role == "system" or calls)
+        if text is None or (calls and not text.strip()):
+            gap = less = True
+        elif gap and found and found[-1][0] == role == "assistant":
+            found[-1] = (role, f"{found[-1][1]}\n{text}")
+        else:
+            found.append((role, text))
+            gap = calls
+    return _checked(found, key) if not less else _what_is_left(found, left_out)
+
+
+def _what_is_left(found: list[tuple[str, str]], left_out: Counter[str]) -> Turns | None:
+    """Return the turns up to the last answer of which a user's turn is the question, of a row that lost some."""
+    speakers = [role for role, _ in found]
+    ends = [i for i in range(1, len(found)) if speakers[i - 1 : i + 1] == ["user", "assistant"]]
+    if not ends:
+        left_out["rows without a question and an answer in text"] += 1
+        return None
+    return tuple(found[: ends[-1]]), found[ends[-1]][1]
+
+
+def _content(
+    turn: Mapping[str, Any], says: str, label: str, left_out: Counter[str], *, may_lack: bool
+) -> str | None:
+    """Return the text of a turn, which may be a list of parts; None where no part is text."""
+    parts = turn.get(says)
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        return text_of(turn, says, label=label, may_lack=may_lack)
+    texts = [part for part in parts if part.get("type", "text") in ("text", "input_text", "output_text")]
+    if others := len(parts) - len(texts):
+        left_out["parts that are not text"] += others
+    where = f"{label}.{says}"
+    return "\n".join(text_of(part, "text", label=where) for part in texts) if texts else None
+
+
+def _checked(messages: list[tuple[str, str]], key: str) -> Turns:
+    *prompt, (last, response) = messages
+    if last != "assistant":
+        raise BadRow(
+            f"field {key!r}: the last turn is from the {last}", "end each row with the assistant's answer"
+        )
+    if not prompt or prompt[-1][0] != "user":
+        before = f"from the {prompt[-1][0]}" if prompt else "missing"
+        raise BadRow(
+            f"field {key!r}: the turn before the answer is {before}", "put the user's turn before it"
+        )
+    return tuple(prompt), response
+
+
+def left_out_text(left_out: Mapping[str, int]) -> str:
+    """Return what was left out of the conversations, in words; "" for nothing."""
+    parts = [f"{count:,} {what}" for what, count in sorted(left_out.items()) if count]
+    return f"left out of the conversations: {', '.join(parts)}" if parts else ""
+
 
 SYSTEM: Final = "system"
 TEXT: Final = "plain text"
@@ -76,11 +386,11 @@ LABELLED: Final = {  # name: the fields to read, and what is asked about them
 SPOKEN: Final = {
     "QNLI": {"entailment": "yes", "not_entailment": "no", "0": "yes", "1": "no"}
 }  # GLUE's numbers, too
-OPTIONAL: Final = {SYSTEM, columns.CLIENT, "context", "input"}
+OPTIONAL: Final = {SYSTEM, CLIENT, "context", "input"}
 FIELDS: Final = tuple(
     dict.fromkeys(
         (
-            *columns.MAIN,
+            *MAIN,
             *OPTIONAL,
             *(name for pair in PAIRS.values() for name in pair[:3]),
             *(name for texts, _ in LABELLED.values() for name in texts),
@@ -103,7 +413,7 @@ class Example:
 
 def form_of(fields: Mapping[str, object], mapped: Collection[str] = ()) -> str:
     """Return the form that the fields indicate, "" if none; it has all `mapped` fields.  BadRow where two fit."""
-    wanted = set(mapped) - {columns.CLIENT}
+    wanted = set(mapped) - {CLIENT}
 
     def fits(*names: str, optional: Collection[str] = ()) -> bool:
         return all(name in fields for name in names) and wanted <= {*names, *optional}
@@ -127,7 +437,7 @@ def _refuse_both(fields: Mapping[str, object], one: str, other: str) -> NoReturn
         what = f"has both field {a.response!r} ({one}) and field {b.response!r} ({other})"
     else:
         what = f"has both field {a.prompt!r} ({one}) and field {b.prompt!r} ({other})"
-    raise NoForm(f"{what}\n    row: {shown(fields)}", f"keep one of them, or {columns.flag(fields)}")
+    raise NoForm(f"{what}\n    row: {row_text(fields)}", f"keep one of them, or {columns_flag(fields)}")
 
 
 def refuse(fields: Mapping[str, object], mapped: Mapping[str, str]) -> NoReturn:
@@ -137,16 +447,16 @@ def refuse(fields: Mapping[str, object], mapped: Mapping[str, str]) -> NoReturn:
         what = "field 'response' (Dolly) or 'output' (Alpaca) is missing"
     elif mapped:
         what = f"has the fields of no form with {', '.join(mapped)}"
-    hint = columns.flag(fields)
+    hint = columns_flag(fields)
     if any(all(text in fields for text in texts) for texts, _ in LABELLED.values()) and not mapped:
         hint = f"give each row a label, in the field 'label'; or {hint}"
-    raise NoForm(f"{what} (the row has: {names_of(fields)})\n    row: {shown(fields)}", hint)
+    raise NoForm(f"{what} (the row has: {names_of(fields)})\n    row: {row_text(fields)}", hint)
 
 
 def example_of(
     fields: Mapping[str, object], form: str, mapped: Collection[str], left_out: Counter[str]
 ) -> Example | None:
-    """Return a row in a form as an example; None where nothing of it is left (see `chats.py`).  BadRow for a bad one."""
+    """Return a row in a form as an example; None where nothing of it is left.  BadRow for a bad one."""
     if form == TEXT:
         return Example((), text_of(fields, "text"), meta_of(fields, ("text",)))
     if form in LABELLED:

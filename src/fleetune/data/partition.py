@@ -19,20 +19,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fleetune.common.display import counted
-from fleetune.data.forms import Example
+from fleetune.data.examples import is_folder, read
+from fleetune.data.forms import CLIENT, FIELDS, Example, parse_columns
 from fleetune.errors import DataError, RecipeError, closest
 
-Rows = npt.NDArray[np.int64]
-Strata = list[tuple[str, Rows]]
+Indices = npt.NDArray[np.int64]
+Strata = list[tuple[str, Indices]]
 
 KINDS = ("iid", "dirichlet", "shards", "column")
-AUTO = "auto"  # column:client where the data name clients, else iid (`splitting.py`)
+AUTO = "auto"  # column:client where the data name clients, else iid
 FORMS = "iid, dirichlet:ALPHA:COLUMN, shards:COLUMN, shards:COLUMN:S or column:COLUMN"
 GRAMMAR = {
     "iid": "iid, with nothing behind it",
@@ -60,7 +62,7 @@ def _philox(key: int, stream: int) -> np.random.Philox:
     return np.random.Philox(key=key % 2**64, counter=np.array([0, 0, 0, stream], dtype=np.uint64))
 
 
-def keyed_order(key: int, stream: int, n: int) -> Rows:
+def keyed_order(key: int, stream: int, n: int) -> Indices:
     """Return a random permutation of range(n), int64, fixed by `key` (taken mod 2^64) and `stream`.
 
     It sorts n raw Philox words, which no platform or numpy version changes (Generator.permutation may).
@@ -76,7 +78,7 @@ def check_partition_spec(spec: str) -> None:
 
 def partition(
     examples: Sequence[Example], spec: str, clients: int | None, seed: int, min_rows: int = 1
-) -> list[Rows]:
+) -> list[Indices]:
     """Split the rows of `examples` over clients as `spec` says (see the module docstring): sorted int64 indices of each.
 
     Every row goes to exactly one of `clients` clients, and each gets at least `min_rows`: Dirichlet shares
@@ -118,7 +120,7 @@ def partition(
 
 def hold_out(
     examples: Sequence[Example], fraction_or_count: float, seed: int, column: str | None = None
-) -> tuple[Rows, Rows]:
+) -> tuple[Indices, Indices]:
     """Set rows aside for evaluation: (training rows, held-out rows), two sorted int64 index arrays.
 
     `fraction_or_count` is a float in (0, 1), of which at least one row comes, or an int number of rows (0
@@ -241,7 +243,7 @@ def _quotas(sizes: Sequence[int], count: int) -> list[int]:
     return quotas
 
 
-def _natural(strata: Strata, column: str, clients: int | None, min_rows: int) -> list[Rows]:
+def _natural(strata: Strata, column: str, clients: int | None, min_rows: int) -> list[Indices]:
     """Return the column's values as clients: those with `min_rows` rows, the `clients` largest of them."""
     able = [rows for _, rows in strata if len(rows) >= min_rows]
     wanted = len(able) if clients is None else clients
@@ -255,7 +257,7 @@ def _natural(strata: Strata, column: str, clients: int | None, min_rows: int) ->
     return [able[v] for v in sorted(largest)]
 
 
-def _shards(strata: Strata, clients: int, per_client: int, seed: int) -> Rows:
+def _shards(strata: Strata, clients: int, per_client: int, seed: int) -> Indices:
     """Return the owner of each row: S*K contiguous shards of the sorted rows, S of them at random per client."""
     in_order = np.concatenate([rows for _, rows in strata])
     count = clients * per_client
@@ -272,7 +274,7 @@ def _shards(strata: Strata, clients: int, per_client: int, seed: int) -> Rows:
     return owner
 
 
-def _dirichlet(strata: Strata, clients: int, alpha: float, seed: int, min_rows: int) -> Rows:
+def _dirichlet(strata: Strata, clients: int, alpha: float, seed: int, min_rows: int) -> Indices:
     """Return the owner of each row by label skew: the first draw that gives all `min_rows`, else the best one."""
     rng = np.random.Generator(_philox(seed, DIRICHLET))
     best, least = np.empty(0, dtype=np.int64), math.inf
@@ -287,7 +289,7 @@ def _dirichlet(strata: Strata, clients: int, alpha: float, seed: int, min_rows: 
     return best
 
 
-def _dirichlet_draw(strata: Strata, clients: int, alpha: float, rng: np.random.Generator) -> Rows:
+def _dirichlet_draw(strata: Strata, clients: int, alpha: float, rng: np.random.Generator) -> Indices:
     """Draw once: for each value of the column, p ~ Dir(alpha) over the clients with fewer than N/K rows.
 
     (Zeroing the others in a draw over all clients and rescaling it, as the papers' code does, is the same
@@ -310,7 +312,7 @@ def _dirichlet_draw(strata: Strata, clients: int, alpha: float, rng: np.random.G
     return owner
 
 
-def _top_up(owner: Rows, clients: int, min_rows: int, seed: int) -> Rows:
+def _top_up(owner: Indices, clients: int, min_rows: int, seed: int) -> Indices:
     """Move random rows from the client with most rows to the clients with fewer than `min_rows`."""
     sizes = np.bincount(owner, minlength=clients)
     if sizes.min() >= min_rows:
@@ -327,8 +329,109 @@ def _top_up(owner: Rows, clients: int, min_rows: int, seed: int) -> Rows:
     return owner
 
 
-def _lists(owner: Rows, clients: int) -> list[Rows]:
+def _lists(owner: Indices, clients: int) -> list[Indices]:
     """Return the rows of each client, sorted."""
     by_owner = np.argsort(owner, kind="stable")
     sizes = np.bincount(owner, minlength=clients)
     return np.split(by_owner, np.cumsum(sizes)[:-1])
+
+
+FEW_CLIENTS: Final = 8  # most methods' usual number, which stands however few the rows are
+CLIENT_COLUMNS: Final = (
+    "client",
+    "user",
+    "device",
+    "site",
+    "author",
+    "speaker",
+)  # columns that look like clients, also with "id"
+ROWS_EACH: Final = 8  # rows of a client at least where a method's usual clients are more than that
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a run: who holds what, and what nobody trains on."""
+
+    examples: Sequence[Example]
+    clients: Sequence[np.ndarray]  # indices of examples
+    held: np.ndarray
+    column: str | None
+    partition: str = "iid"  # as it was done: never `auto`
+    notes: tuple[str, ...] = ()  # what of the rows was left out
+
+
+@dataclass(frozen=True)
+class RowsSpec:
+    """Where rows come from and how they are divided, as the recipe's options of these names say."""
+
+    data: str
+    columns: str = ""
+    eval_data: str = ""
+    limit: int = 0
+    partition: str = AUTO
+    held_out: float = 0.1
+    clients: int = 0
+    seed: int = 42
+
+    @property
+    def rule(self) -> str:
+        """The partition; `auto` is column:client where the data name clients, as a folder of files does, else iid."""
+        if self.partition != AUTO:
+            return self.partition
+        return (
+            f"column:{CLIENT}"
+            if is_folder(self.data) or CLIENT in parse_columns(self.columns, FIELDS)
+            else "iid"
+        )
+
+
+def split(rows: RowsSpec, usual_clients: int, *, fewer: bool = False, offline: bool = False) -> Split:
+    """Read the data, hold rows out, and give every other row to a client; `usual_clients` where no number is asked for.
+
+    With `fewer`, these are as many as there are rows where the rows are too few.
+    DataError when the data do not allow it.
+    """
+    notes: list[str] = []
+    examples = read(
+        rows.data, limit=rows.limit or None, offline=offline, columns=rows.columns, note=notes.append
+    )
+    rule = rows.rule
+    column = column_of(rule)
+    if rows.eval_data:
+        train = np.arange(len(examples))
+        more = read(rows.eval_data, offline=offline, columns=rows.columns, note=notes.append)
+        examples = [*examples, *more]
+        held = np.arange(len(train), len(examples))
+    else:
+        aside = int(rows.held_out) if rows.held_out >= 1 else rows.held_out
+        train, held = hold_out(examples, aside, rows.seed, column)
+    if not len(held) or not len(train):
+        raise DataError(
+            f"the rows are too few: {len(examples)} in all, {len(train)} to train on and {len(held)} held out",
+            hint="use more rows, or another --held-out",
+        )
+    usual_clients = min(usual_clients, len(train)) if fewer else usual_clients
+    if (most := max(FEW_CLIENTS, len(train) // ROWS_EACH)) < usual_clients and not rows.clients:
+        if not rule.startswith("column:"):
+            notes.append(
+                f"{counted(len(train), 'row')} are few for the method's usual {usual_clients} clients: {most} take part "
+                "(--clients)"
+            )
+        usual_clients = most
+    if rule == "iid" and (name := _like_clients(examples)):
+        notes.append(
+            f"the column {name!r} looks like clients, and is not used: --partition column:{name} follows it"
+        )
+    clients = rows.clients or (None if rule.startswith("column:") else usual_clients)
+    parts = partition([examples[i] for i in train], rule, clients, rows.seed)
+    return Split(examples, [train[part] for part in parts], held, column, rule, tuple(notes))
+
+
+def _like_clients(examples: Sequence[Example]) -> str:
+    """Return the column that looks like clients: it has such a name, several values, and fewer than there are rows; else ""."""
+    for name in examples[0].meta:
+        if name.lower().removesuffix("id").rstrip("_- ") in CLIENT_COLUMNS:
+            values = {example.meta.get(name, "") for example in examples}
+            if 1 < len(values) < len(examples):
+                return name
+    return ""

@@ -20,8 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fleetune.common.extras import pip_install
-from fleetune.common.shell import quoted
+from fleetune.common.shell import pip_install, quoted
 from fleetune.errors import DataError, FleetuneError, UsageError
 from fleetune.models.families.foreign import short_error
 

@@ -6,11 +6,19 @@ An encoder writes nothing: its answer is the label word that it chooses.
 As in `losses.py` nothing is random, and the model is called as a module (`net.generate(...)`), so that
 forward hooks and PEFT layers take part.  Label words are scored by their mean log-probability as in MeZO
 (arXiv 2305.17333, section 2.1 of its code's `get_score`).
+
+Scores of answers are in percent: Rouge-L of Lin (2004) by the `rouge-score` package with its Porter stemmer, as Natural
+Instructions (arXiv 2204.07705) and FedKSeed (arXiv 2312.06353) use it; F1 and exact match of SQuAD (arXiv 1606.05250).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,10 +29,9 @@ from transformers import GenerationConfig
 
 from fleetune.common.display import counted
 from fleetune.common.memory import give_back
-from fleetune.data.encode import Encoded, encode, prompt_ids
+from fleetune.data.encode import Encoded, encode, encode_texts, prompt_ids
 from fleetune.data.encode import stop_ids as tokenizer_stop_ids
 from fleetune.data.examples import Example
-from fleetune.data.labelled import encode_texts
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation.losses import (
     OnRows,
@@ -36,8 +43,11 @@ from fleetune.evaluation.losses import (
     pad_id,
     unheard,
 )
-from fleetune.models.loading.encoders import MAX_LABELS
+from fleetune.models.encoders import MAX_LABELS
 from fleetune.models.net.model import Model
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def generate(
@@ -275,3 +285,57 @@ def label_accuracy(
     prompts = [prompt_ids(example, model.tokenizer, room) for example in examples]
     best = answer_scores(model, prompts, tokens, batch_size=batch_size).argmax(1)
     return 100.0 * sum(words[int(i)] == word for i, word in zip(best, own, strict=True)) / len(own)
+
+
+# --- scores ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _rouge() -> Any:
+    # imported here: it loads nltk, half a second that only Rouge should wait for
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Return the mean Rouge-L F1 over the pairs, in percent (Lin 2004; `rouge-score`, Porter stemmer on).
+
+    The package keeps only a-z and 0-9 of a lower-cased text, so text in another script scores 0.
+    """
+    return _mean_score(lambda a, r: float(_rouge().score(r, a)["rougeL"].fmeasure), answers, references)
+
+
+def token_f1(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Return the mean F1 of the two bags of words, in percent, on normalised text (SQuAD's evaluation script).
+
+    Where either is empty after normalising, the pair scores 1 if both are, else 0 (SQuAD 2.0's rule).
+    """
+    return _mean_score(_f1, answers, references)
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Return the share of answers equal to their reference after normalising, in percent (SQuAD's script)."""
+    return _mean_score(lambda a, r: float(normalise(a) == normalise(r)), answers, references)
+
+
+def normalise(text: str) -> str:
+    """Lower the case; drop ASCII punctuation, English articles and extra spaces (SQuAD's `normalize_answer`)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def _f1(answer: str, reference: str) -> float:
+    got, want = normalise(answer).split(), normalise(reference).split()
+    if not got or not want:
+        return float(got == want)
+    same = sum((Counter(got) & Counter(want)).values())
+    return 2 * same / (len(got) + len(want))
+
+
+def _mean_score(
+    score: Callable[[str, str], float], answers: Sequence[str], references: Sequence[str]
+) -> float:
+    if not answers:
+        raise DataError("no answers to score", hint="evaluate on at least one row")
+    pairs = zip(answers, references, strict=True)
+    return 100.0 * math.fsum(score(answer, reference) for answer, reference in pairs) / len(answers)

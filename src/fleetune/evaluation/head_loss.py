@@ -16,26 +16,103 @@ scaled down to it (Milakov and Gimelshein 2018, arXiv 1805.02867; for the second
     of a view    (`seeds/view.py`) the first sum forward; backward goes over the blocks once more, for the blocks' gradients
     trained, or any other module (LoRA, hooks): some tokens' logits at a time, again in backward
 
-A model may change each logit after its head (`logit_changes.py`): with s_v the slope of that, p_v W_v becomes s_v p_v W_v.
+A model may change each logit after its head: with s_v the slope of that, p_v W_v becomes s_v p_v W_v.
+
+| family | logits | slope, by the head's output z |
+|---|---|---|
+| Gemma 2 (`final_logit_softcapping` c) | c tanh(z / c) | 1 - (logit / c)^2 |
+| Granite (`logits_scaling` s) | z / s | 1 / s |
+| Cohere (`logit_scale` s) | z s | s |
+
+The operations are those of transformers, in their order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fleetune.evaluation.logit_changes import Change
-from fleetune.models.mapped.lazy import LazyWeight
+from fleetune.models.lazy import LazyWeight
 
 CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time where no gradient is wanted
 GRADIENT_SHARE = 4  # ... and this part of them where one is: they and their gradient are alive together
 BLOCK = 1 << 20  # numbers of a block of the head's rows
 LOWEST = torch.finfo(torch.float32).min
+
+
+class Change(Protocol):
+    """A function of each logit by itself."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return what the model gives for what its head gave."""
+        ...
+
+    def slope(self, changed: Tensor) -> Tensor | float:
+        """Return the derivative at the logits that it gave."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cap:
+    """c tanh(z / c)."""
+
+    c: float
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Cap the logits."""
+        return (logits / self.c).tanh() * self.c
+
+    def slope(self, changed: Tensor) -> Tensor:
+        """Return 1 - tanh^2."""
+        return 1.0 - (changed / self.c).square()
+
+
+@dataclass(frozen=True)
+class Divide:
+    """z / s."""
+
+    s: float
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Divide the logits."""
+        return logits / self.s
+
+    def slope(self, changed: Tensor) -> float:
+        """Return 1 / s."""
+        return 1.0 / self.s
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """z s."""
+
+    s: float
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Multiply the logits."""
+        return logits * self.s
+
+    def slope(self, changed: Tensor) -> float:
+        """Return s."""
+        return self.s
+
+
+def stated(config: Any) -> Change | None:
+    """Return the change that a configuration states; None where it states none that is known here."""
+    for name, kind in (
+        ("final_logit_softcapping", Cap),
+        ("logits_scaling", Divide),
+        ("logit_scale", Multiply),
+    ):
+        if value := getattr(config, name, None):
+            return kind(float(value))
+    return None
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
 
@@ -34,13 +36,14 @@ from fleetune.common.display import counted
 from fleetune.common.memory import give_back
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import DataError, RecipeError
-from fleetune.evaluation.head_loss import head_nll, logits_of, nll, tokens_a_piece
-from fleetune.evaluation.logit_changes import Change, Multiply, stated
+from fleetune.evaluation import kl_divergence
+from fleetune.evaluation.head_loss import Change, Multiply, head_nll, logits_of, nll, stated, tokens_a_piece
+from fleetune.evaluation.kl_divergence import Compared
 from fleetune.models.net.model import Model
 
 OnRows = Callable[[int, int], None]  # called with the rows that are done, and the number of all rows
 
-_UNKNOWN: Final[Change] = Multiply(math.nan)  # stands for a change that is none of `logit_changes`
+_UNKNOWN: Final[Change] = Multiply(math.nan)  # stands for a change that is none of `head_loss`
 # nets that change the logits after their head, which was seen when they ran, and how
 _CHANGED: WeakKeyDictionary[nn.Module, Change] = WeakKeyDictionary()
 
@@ -119,7 +122,7 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     The label at position t is predicted at t-1, so a label at position 0 is never scored.  The head runs over
     the N predicting positions in pieces (`head_loss`).  A model that changes the logits after its head is run
-    again the first time, to see how; where that is none of `logit_changes`, it is run with all N in one.  With
+    again the first time, to see how; where that is none of `head_loss`, it is run with all N in one.  With
     gradients enabled the result can be back-propagated.
     """
     if batch.labels.ndim == 1:
@@ -354,3 +357,53 @@ def _text_ids(model: Model, text: str) -> np.ndarray:
 def context_length(model: Model) -> int:
     """Return the longest sequence the model is made for; 2,048 where its configuration does not say."""
     return int(getattr(base_of(model.net).config.get_text_config(), "max_position_embeddings", None) or 2048)
+
+
+# --- the logits of a reference ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The logits of a reference model on rows, in a file."""
+
+    rows: Sequence[Encoded]
+    path: Path
+    tokens: int  # that are compared
+
+    def compare(self, model: Model, on_rows: OnRows = unheard) -> Compared:
+        """Compare a model with the reference, token by token; `on_rows` is called after each row."""
+        return kl_divergence.compare(self.path, scored_logits(model, self.rows, on_rows))
+
+
+def keep_logits(
+    model: Model,
+    rows: Sequence[Encoded],
+    path: Path,
+    hint: str = kl_divergence.FREE,
+    on_rows: OnRows = unheard,
+) -> Reference:
+    """Write the logits of a model on rows to the file `path`; `on_rows` is called after each row.
+
+    StorageError, with `hint`, when the disk has no room for them.
+    """
+    return Reference(
+        rows, path, kl_divergence.write(path, scored_logits(model, rows, on_rows), scored_tokens(rows), hint)
+    )
+
+
+def scored_tokens(rows: Sequence[Encoded]) -> int:
+    """Return how many tokens of rows are scored."""
+    return kl_divergence.scored((row.ids, row.n_prompt) for row in rows)
+
+
+def scored_logits(model: Model, rows: Sequence[Encoded], on_rows: OnRows = unheard) -> Iterator[np.ndarray]:
+    """Yield the logits from which the scored tokens of rows are predicted, in order, a piece at a time: float32 [n, V]."""
+    for done, row in enumerate(rows, 1):
+        with eval_mode(model.net):
+            inputs, head = predictors(model.net, collate([row], pad_id(model), model.device))
+            size = tokens_a_piece(head(inputs[:1]).shape[-1])
+        on_rows(done, len(rows))
+        for first in range(0, len(inputs), size):
+            with eval_mode(model.net):  # not while the caller has the piece
+                logits = head(inputs[first : first + size]).float().cpu().numpy()
+            yield logits

@@ -51,7 +51,7 @@ from typing import Any, Final, cast
 import numpy as np
 from torch import Tensor
 
-from fleetune.common import commas
+from fleetune.common import settings
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
 from fleetune.evaluation.answers import (
@@ -60,10 +60,11 @@ from fleetune.evaluation.answers import (
     decode_answer,
     generate_from_ids,
     require_text_model,
+    rouge_l,
+    token_f1,
     without_end,
 )
 from fleetune.evaluation.losses import batch_loss, class_logits, eval_mode, pad_id, token_losses
-from fleetune.evaluation.scores import rouge_l, token_f1
 from fleetune.models.net.model import Model
 
 Objective = Callable[[Model, Batch], float]
@@ -88,7 +89,7 @@ def get(name: str = "loss") -> Objective:
 def label_words(name: str) -> list[str]:
     """Return the label words that an objective names: ["yes", "no"] of accuracy:yes,no, else none."""
     kind, _, argument = name.partition(":")
-    return commas.split(argument) if kind == "accuracy" and argument else []
+    return settings.split_words(argument) if kind == "accuracy" and argument else []
 
 
 def mean_value(model: Model, rows: Sequence[Encoded], name: str, *, batch_size: int) -> float:
@@ -268,7 +269,9 @@ def _call_fault(function: Callable[..., Any], call: str) -> str:
     return f"takes {signature}: in another order" if taken != sorted(taken, key=names.index) else ""
 
 
-GIVEN: Final = "fleetune_given_"  # modules that hold a function of this process alone (`tuning/recipe/objects_to_files.py`)
+GIVEN: Final = (
+    "fleetune_given_"  # modules that hold a function of this process alone (`tuning/recipe/objects.py`)
+)
 
 
 def _load_module(what: str, where: str) -> ModuleType:

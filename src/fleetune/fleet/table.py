@@ -17,11 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+from fleetune.common import __version__
 from fleetune.common.files import PRIVATE, json_text, read_json, write_atomic
-from fleetune.common.version import __version__
 from fleetune.errors import MessageError, StorageError
 from fleetune.fleet.orders import Device
-from fleetune.tuning.rounds.kinds import Assignment, Wanted
+from fleetune.tuning.rounds.fleets import Assignment, Wanted
 
 FILE: Final = "devices.json"
 

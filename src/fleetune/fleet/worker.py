@@ -9,13 +9,14 @@
 
 A device runs what is installed on it.  An order is data: a method's name and settings, numbers, and the bytes that the
 method itself would read in a simulated fleet.  It does the orders of the task that it has agreed to, of at most `PASSES`
-passes over its rows, and says why it does not by a code (`reasons.py`).
+passes over its rows, and says why it does not by a code (`orders.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,15 +27,14 @@ from typing import Final, Literal
 import torch
 
 from fleetune import models
+from fleetune.common import __version__
 from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import SCALES
 from fleetune.common.memory import at_most, rss, usable_memory
 from fleetune.common.shell import quoted
-from fleetune.common.version import __version__, processor
 from fleetune.data import Batches, Encoded, Example
-from fleetune.data.encode import digest
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import digest, encode_rows
 from fleetune.errors import (
     FAULTS,
     DataError,
@@ -49,25 +49,35 @@ from fleetune.errors import (
     fault,
 )
 from fleetune.evaluation.losses import pad_id, response_loss
-from fleetune.fleet import eval_device, held_out
+from fleetune.fleet import eval_device
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, TASKS, Device, Job, Order, Reply, is_path
-from fleetune.fleet.reasons import Declined, in_words, reason_of
-from fleetune.models.loading.shapes import shape_of
-from fleetune.models.mapped.bases import BLOCKS, MAPPED, PLACES
-from fleetune.models.mapped.net import memory_of
+from fleetune.fleet.orders import (
+    NOTHING_KEPT,
+    REFUSED,
+    TASKS,
+    Declined,
+    Device,
+    Job,
+    Order,
+    Reply,
+    in_words,
+    is_path,
+    reason_of,
+)
+from fleetune.models.cache.cache import BLOCKS, MAPPED, PLACES
+from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
-from fleetune.planning.plan import Workload
+from fleetune.planning.device_cost import Workload
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare.prepare import usual_threads
-from fleetune.tuning.rounds.fleets.local_work import work
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.local_work import Memories, work
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +114,8 @@ class Brings:
         return f"trains on its rows, {measures}, {sums}"
 
     def divided(self, note: Callable[[str], None] = log.info) -> tuple[Sequence[Example], Sequence[Example]]:
-        """Return (training rows, held-out rows); DataError as in `held_out.divided`."""
-        return held_out.divided(
+        """Return (training rows, held-out rows); DataError as in `eval_device.divided`."""
+        return eval_device.divided(
             self.data, self.held_out, self.eval_data, columns=self.columns, note=note, offline=self.offline
         )
 
@@ -191,7 +201,7 @@ class Worker:
                 len(loaded.held),
                 self.own.keyed(job.reading + digest([loaded.held])),
                 str(torch.__version__),
-                processor(loaded.model.device),
+                _processor(loaded.model.device),
             )
             return Reply("ready", order.nonce, order.round, told.to_json()).encode()
         except (Interrupted, KeyboardInterrupt):
@@ -372,7 +382,7 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
     calibration = Calibration(model, rows, own, job)
     speed = measured_speed(model, rows) if job.task == "tune" else 0.0
     return Loaded(
-        job, method, model, rows, held, held_out.digest(aside), Memories(folder), kinds, speed, calibration
+        job, method, model, rows, held, eval_device.digest(aside), Memories(folder), kinds, speed, calibration
     )
 
 
@@ -465,3 +475,10 @@ def _model(job: Job, brings: Brings) -> str:
             hint="give this device's copy, or the hub id if you trust it: --model PATH",
         )
     return job.model
+
+
+def _processor(device: str | torch.device) -> str:
+    """Return the kind of processor behind a device of torch's, with the instructions that torch uses on it."""
+    if str(device) == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common.display import human_bytes
 from fleetune.common.ggml import SCALES, scales_in
+from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import quoted
-from fleetune.common.sizes import parse_bytes
 from fleetune.errors import FitError, ModelError, RecipeError
-from fleetune.models.families.dtypes import WEIGHTS
 from fleetune.models.families.foreign import foreign_file
-from fleetune.models.loading.shapes import Shape, shape_of
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import device_cost, plan
-from fleetune.planning.device_cost import Rates
-from fleetune.planning.fitting import TIGHT, Search, Settings
-from fleetune.planning.workload import Workload
+from fleetune.planning.device_cost import Rates, Workload
+from fleetune.planning.plan import TIGHT, Search, Settings
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.prepare.prepare import CheckMemory
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe import recipe_problems
 from fleetune.tuning.recipe.recipe import AUTO_METHOD, Recipe
 
 if TYPE_CHECKING:
@@ -175,7 +173,7 @@ def able_methods(recipe: Recipe) -> list[str]:
         found = [name for name in found if name in wanted]
     if not found:
         raise RecipeError(
-            recipe_problems.of_no_method(list(recipe.set)),
+            recipes.no_method_problems(list(recipe.set)),
             hint="name the one that is meant: --method NAME (fleetune methods)",
         )
     prepare.check(recipes.resolved(dataclasses.replace(recipe, method=found[0])))
@@ -198,7 +196,7 @@ def checked_kinds(name: str) -> dict[str, str]:
     plain, and of a GGUF file of other types.
     """
     from fleetune.models.cache import cache, names
-    from fleetune.models.mapped.stored import check_scales
+    from fleetune.models.stored import check_scales
 
     if name in cache.ORIGINS and cache.ORIGINS[name].member.endswith(".gguf"):
         return {}
@@ -210,9 +208,9 @@ def checked_kinds(name: str) -> dict[str, str]:
 
 def _kinds_in(name: str, *, offline: bool) -> dict[str, str]:
     from fleetune import models
-    from fleetune.models.loading import placement
+    from fleetune.models import loading
 
-    _, tensors = placement.tensors_of(
+    _, tensors = loading.tensors_of(
         name, functools.partial(models.resolve, offline=offline), offline=offline, blocks=True
     )
     return {name.removesuffix(".weight"): t.kind for name, t in tensors.items() if len(t.shape) == 2}

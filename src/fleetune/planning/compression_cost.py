@@ -34,8 +34,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
-from fleetune.models.loading.shapes import Linear, Shape
-from fleetune.planning import device_cost, workload
+from fleetune.models.shapes import Linear, Shape
+from fleetune.planning import device_cost
 from fleetune.planning.device_cost import FLOOR, KERNELS, PIECE
 from fleetune.tuning.exchange.footprint import Footprint
 
@@ -125,10 +125,10 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
 def training(student: Shape, batch: int, length: int, beside: int) -> dict[str, int]:
     """Return the bytes of the peak by part: all weights of `student` trained in fp32 on batches of `length` tokens a row.
 
-    Of a layer's activations only what enters it is kept (`models/net/checkpointing.py`).
+    Of a layer's activations only what enters it is kept (`models/net/layers.py`).
     `beside` are the bytes of the other models in memory: a teacher, and what the student was made of.
     """
-    work = workload.Workload(batch=batch, length=length)
+    work = device_cost.Workload(batch=batch, length=length)
     footprint = Footprint("backward", checkpointing=True)
     return device_cost.memory(student, work, footprint) | {"beside": beside}
 

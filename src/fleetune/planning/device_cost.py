@@ -11,7 +11,7 @@ Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batc
                  back-propagation: all that autograd keeps, over all layers, times `HEAP`
     logits       at the scored positions, at most `losses.CHUNK_BYTES` in fp32 at a time, a few arrays of them
     gradients    of what is trained; of an adapter's largest tensor where each takes its step in backward; where they are
-                 folded on directions (`seeds/project.py`), of a block of rows, which is computed again from the base, as the
+                 folded on directions (`seeds/descent.py`), of a block of rows, which is computed again from the base, as the
                  activations of a layer are: of those, what enters each layer is kept
     optimizer    AdamW's two moments
     adapter      its own fp32 weights, and the copies that its training keeps (FedProx, SCAFFOLD); without back-propagation
@@ -28,13 +28,53 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from fleetune.models.families.dtypes import WEIGHTS
-from fleetune.models.loading.shapes import Shape
-from fleetune.planning.workload import Workload
+from fleetune.errors import UsageError
+from fleetune.models.cache.cache import PLACES
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.shapes import Shape
 from fleetune.seeds import chosen_kernels
 from fleetune.tuning.exchange.footprint import Footprint, Module
+
+MOST_STEPS: Final = 1_000_000  # of a round: a pool of directions holds as many
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A device's round: `steps` steps on `batch` rows of `length` tokens, weights in `dtype`, in memory or mapped.
+
+    By default rows are as long as `tune` takes at most, and as many as most methods take a step.
+    """
+
+    batch: int = 8
+    length: int = 512
+    steps: int = 200
+    dtype: str = "fp32"
+    base: str = "memory"  # or mapped: the base's weights stay in their file
+
+    def __post_init__(self) -> None:
+        wrong = [n for n in ("batch", "length", "steps") if getattr(self, n) < 1]
+        if wrong:
+            raise UsageError(f"--{wrong[0]} {getattr(self, wrong[0])} must be at least 1")
+        if self.steps > MOST_STEPS:
+            raise UsageError(f"--steps {self.steps} is more than {MOST_STEPS:,}")
+        if self.dtype not in WEIGHTS:
+            raise UsageError(f"no dtype named '{self.dtype}'", hint="choose one of " + ", ".join(WEIGHTS))
+        if self.base not in PLACES:
+            raise UsageError(f"no base named '{self.base}'", hint="choose one of " + ", ".join(PLACES))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.length
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight."""
+        return WEIGHTS[self.dtype].size
+
 
 MIB: Final = 1 << 20
 
@@ -98,7 +138,7 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
         parts |= _backward(shape, work, footprint)
         curved = parts | _curvature(shape, work, footprint) if footprint.hessian_products else parts
         return max(parts, curved, key=lambda p: sum(p.values()))
-    from fleetune.seeds.view import CHUNK
+    from fleetune.seeds.weights import CHUNK
 
     n, s = work.tokens, work.size
     moves_weights = footprint.gradient == "two-point" and not module.tensors
@@ -130,7 +170,7 @@ def least(shape: Shape, work: Workload, footprint: Footprint, *, in_file: bool) 
 
 def _runs_both_signs(shape: Shape, work: Workload, footprint: Footprint) -> bool:
     """Return whether a step along a direction runs both its signs in one forward, in twice the activations."""
-    from fleetune.seeds.spsa import PAIRED
+    from fleetune.seeds.descent import PAIRED
 
     return work.tokens <= PAIRED and not shape.labels and not footprint.stores_direction
 
@@ -139,8 +179,8 @@ def _weights(shape: Shape, work: Workload, footprint: Footprint) -> int:
     trains_all = footprint.gradient == "backward" and not footprint.module.tensors and not footprint.projects
     if work.base == "memory" or trains_all:
         return shape.params * work.size
-    from fleetune.models.mapped.file import KEPT
-    from fleetune.seeds.view import CHUNK
+    from fleetune.models.stored import KEPT
+    from fleetune.seeds.weights import CHUNK
 
     seen = footprint.projects or (footprint.gradient == "two-point" and not footprint.module.tensors)
     largest = max((linear.out * linear.into for linear in shape.linears), default=shape.largest)
@@ -171,7 +211,7 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
 
 def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> dict[str, int]:
     """Return bytes of what backward needs of a forward pass: activations, of one layer or of all, and the loss's."""
-    from fleetune.models.net.checkpointing import SMALL
+    from fleetune.models.net.layers import SMALL
 
     needed = activation_bytes(shape, work, footprint.module)
     entering = shape.layers * work.tokens * shape.hidden * work.size
@@ -192,7 +232,7 @@ def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> d
 def _projected(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
     """Return the parts of a step whose weights and gradients exist a block of rows at a time, and activations a layer."""
     from fleetune.evaluation.head_loss import CHUNK_BYTES
-    from fleetune.seeds.view import CHUNK
+    from fleetune.seeds.weights import CHUNK
 
     n, s = work.tokens, work.size
     layer = LAYERS * activation_bytes(shape, work, module) / shape.layers

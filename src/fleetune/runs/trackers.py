@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneDone
-from fleetune.common.extras import pip_install
 from fleetune.common.files import read_text, write_atomic
 from fleetune.common.settings import Value
+from fleetune.common.shell import pip_install
 from fleetune.errors import FAULTS, Interrupted, UsageError, cut_reason, fault, suggest
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Relay

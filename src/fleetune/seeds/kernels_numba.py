@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-untyped-calls
 """Compute directions on a CPU in one fused, threaded pass over the weights (Numba), bit-equal to `noise`.
 
 `sweep` moves weights along a sum of +1/-1 directions and along one probe direction in a single pass:
@@ -8,10 +9,16 @@
 with acc the integer sum of `noise.Passes` and `place` that of `noise.places`.  Every operation is rounded to
 float32 and none is contracted (Numba leaves fused multiply-adds out unless asked for them), so `kernels_torch`
 gives the same bits.  With `minus` it writes this for the probe and for the opposite one, in one pass too.
-The loops are in `loops_numba`; this module checks the arguments and shares the work among threads.
 
 Threads are Python threads: the compiled loop releases the interpreter's lock.  They take chunks from one
 counter, so a slow one (torch's own workers spin for a while after a product) delays only its own chunk.
+
+Tiles, one by one (4096 elements; `noise` has the layout).  A tile's row of 128 words serves all its 32 rows
+of 128 elements, so the inner loop over a row tests one fixed bit of consecutive words and vectorises on any
+CPU; the sums of many passes stay in the first-level cache while all passes go by.  Then each row is read into
+128 float32, moved, and rounded back to 16 bits with integer operations: once, or once for each sign of the probe.
+
+Numba's cache on disk knows this file's text only: touch it for new numbers of `noise`.
 """
 
 from __future__ import annotations
@@ -21,19 +28,344 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
+import numba
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fleetune.common.numba_cache import cached_njit
 from fleetune.seeds import noise
-from fleetune.seeds.loops_numba import BF16, FP16, FP32, f32, i32, sweep_groups, sweep_tiles, u16, u64
-from fleetune.seeds.noise import TILE, Passes
+from fleetune.seeds.kernels_torch import Probe, checked
+from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH, Passes
 
 SPLIT = 1 << 19  # element-passes that others must take off a thread for waking them (0.05 ms) to pay
 CHUNK = 1 << 19  # most elements a thread takes at a time
+ROWS = TILE // WIDTH
+PLUS, MINUS, BASE = 0, 1, 2  # places of the weights among a kernel's arrays
+FP32, BF16, FP16 = 0, 1, 2  # their types
+
+u16, u32, u64, i32, i64, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.int64, np.float32
+BITS = (np.uint64(1) << np.arange(ROWS, dtype=np.uint64)).astype(np.uint32)
+_M0, _M1, _W0, _W1, _LOW, _HALF = u64(M0), u64(M1), u64(W0), u64(W1), u64(noise.LOW), u64(32)
+_MIX, _SIGN = u64(noise.MIX), u32(1 << 31)
+
+_inner = numba.njit(nogil=True, error_model="numpy")
+_inlined = numba.njit(nogil=True, error_model="numpy", inline="always")
+
+
+@_inner
+def _philox(words, block, id, key):
+    # 32 calls at once, each in a 64-bit lane with an empty upper half: one widening multiply a product.
+    low, high = block & _LOW, block >> _HALF
+    for j in range(32):
+        x0, x1, x2, x3 = low | u64(j), high, id & _LOW, id >> _HALF
+        k0, k1 = key & _LOW, key >> _HALF
+        for _ in range(10):
+            p0, p1 = _M0 * x0, _M1 * x2
+            x0, x1 = (p1 >> _HALF) ^ x1 ^ k0, p1 & _LOW
+            x2, x3 = (p0 >> _HALF) ^ x3 ^ k1, p0 & _LOW
+            k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+        words[j], words[32 + j], words[64 + j], words[96 + j] = u32(x0), u32(x1), u32(x2), u32(x3)
+
+
+@_inlined
+def _place(end, run):
+    # Where the values for the 128 elements of a run begin (`noise.places`) in a table of end + 1 values.
+    x = (run ^ (run >> _HALF)) * _MIX
+    x = (x ^ (x >> _HALF)) * _MIX
+    return (x >> u64(40)) & end
+
+
+@_inner
+def _sum_constants(acc, tile, key, ids, tables, words):
+    # sum of c * sign = sum of c - sum of 2c over the set bits (modulo 2^32 or 2^64, so exact); four a time,
+    # so that an accumulator is loaded and stored once for four passes.
+    total = acc.dtype.type(0)
+    for p in range(ids.size):
+        total += tables[p, 0]
+    acc[:] = total
+    twice = np.zeros(4, acc.dtype)
+    for first in range(0, ids.size, 4):
+        for p in range(4):
+            twice[p] = 0
+            if first + p < ids.size:
+                twice[p] = 2 * tables[first + p, 0]
+                _philox(words[p], u64(tile) * u64(32), ids[first + p], key)
+        a, b, c, d = twice[0], twice[1], twice[2], twice[3]
+        wa, wb, wc, wd = words[0], words[1], words[2], words[3]
+        for r in range(ROWS):
+            bit, i = BITS[r], u64(r * WIDTH)
+            for e in range(WIDTH):
+                acc[i + u64(e)] -= (
+                    (a if wa[e] & bit else 0)
+                    + (b if wb[e] & bit else 0)
+                    + (c if wc[e] & bit else 0)
+                    + (d if wd[e] & bit else 0)
+                )
+
+
+@_inner
+def _sum_tables(acc, tile, key, ids, tables, end, words):
+    acc[:] = 0
+    for p in range(ids.size):
+        _philox(words[0], u64(tile) * u64(32), ids[p], key)
+        table, w = tables[p], words[0]
+        for r in range(ROWS):
+            bit, i = BITS[r], u64(r * WIDTH)
+            at = _place(end, u64(tile) * u64(ROWS) + u64(r))
+            for e in range(WIDTH):
+                acc[i + u64(e)] += _signed(table[at + u64(e)], w[e], bit)
+
+
+@_inlined
+def _signed(v, word, bit):
+    return -v if word & bit else v
+
+
+@_inlined
+def _turned(v, word, bit):
+    # The same of a float, whose sign bit is turned.
+    return u32(f32(v).view(u32) ^ (_SIGN if word & bit else u32(0))).view(f32)
+
+
+@_inlined
+def _from_fp16(code):
+    a = u32(code & u32(0x7FFF))
+    # the exponent moves from bias 15 to 127, and once more by as much for infinities and NaN
+    b = u32((a << u32(13)) + (u32(0x70000000) if a >= u32(0x7C00) else u32(0x38000000)))
+    y = f32(i32(a)) * f32(2.0**-24) if a < u32(0x400) else b.view(f32)
+    return -y if code & u32(0x8000) else y
+
+
+@_inlined
+def _to_bf16(x):
+    # This and the next round to nearest, ties to even; NaN stays a quiet NaN.
+    b = f32(x).view(u32)
+    nearest = u32(b + (u32(0x8000) if b & u32(0x10000) else u32(0x7FFF)))
+    return u16(u32(u32(b | u32(0x400000)) if x != x else nearest) >> u32(16))
+
+
+@_inlined
+def _to_fp16(x):
+    b = f32(x).view(u32)
+    a = u32(b & u32(0x7FFFFFFF))
+    c = min(a, u32(0x47800000))  # 2^16, the code of infinity
+    code = u32(c - (u32(0x37FFF000) if c & u32(0x2000) else u32(0x37FFF001))) >> u32(13)
+    # below 2^-14 the spacing is 2^-24, the spacing of float32 just above 1/2
+    small = u32(f32(a.view(f32) + f32(0.5)).view(u32) - u32(0x3F000000))
+    code = small if a < u32(0x38800000) else code
+    code = u32(0x7E00) if x != x else code
+    return u16(code | u32(u32(b >> u32(16)) & u32(0x8000)))
+
+
+@_inner
+def _rows(floats, codes, kinds, at, first, end, run, acc, grid, table, ends, words, probe, probe_words, x, y):
+    # Move rows first..end, row 0 beginning at element `at` of the weights: by acc, or else by one pass's table,
+    # and by the probe's.  All loops are written out here: an array handed on within the loop over rows, or a
+    # slice of one, costs as much in reference counts as a row's work.  Indices are unsigned: no look for negative ones.
+    plus, minus, base = floats
+    plus16, minus16, base16 = codes
+    reads, writes, both = kinds
+    table_end, probe_end = ends  # the last places that a run may begin at
+    for r in range(first, end):
+        bit, i, j = BITS[r], u64(at + r * WIDTH), u64(r * WIDTH)
+        if reads == BF16:
+            for e in range(WIDTH):
+                x[e] = u32(u32(base16[i + u64(e)]) << u32(16)).view(f32)
+        elif reads == FP16:
+            for e in range(WIDTH):
+                x[e] = _from_fp16(u32(base16[i + u64(e)]))
+        else:
+            for e in range(WIDTH):
+                x[e] = base[i + u64(e)]
+        if acc.size:
+            for e in range(WIDTH):
+                x[e] += f32(grid * f32(acc[j + u64(e)]))
+        elif table.size:
+            k = _place(table_end, run + u64(r))
+            for e in range(WIDTH):
+                x[e] += f32(grid * f32(i32(_signed(table[k + u64(e)], words[e], bit))))
+        if probe.size:
+            k = _place(probe_end, run + u64(r))
+            for e in range(WIDTH):
+                y[e] = _turned(probe[k + u64(e)], probe_words[e], bit)
+            if both:
+                for e in range(WIDTH):
+                    step = y[e]
+                    y[e] = x[e] + (-step)
+                    x[e] += step
+            else:
+                for e in range(WIDTH):
+                    x[e] += y[e]
+        if writes == BF16:
+            for e in range(WIDTH):
+                plus16[i + u64(e)] = _to_bf16(x[e])
+            if both:
+                for e in range(WIDTH):
+                    minus16[i + u64(e)] = _to_bf16(y[e])
+        elif writes == FP16:
+            for e in range(WIDTH):
+                plus16[i + u64(e)] = _to_fp16(x[e])
+            if both:
+                for e in range(WIDTH):
+                    minus16[i + u64(e)] = _to_fp16(y[e])
+        else:
+            for e in range(WIDTH):
+                plus[i + u64(e)] = x[e]
+            if both:
+                for e in range(WIDTH):
+                    minus[i + u64(e)] = y[e]
+
+
+@_inner
+def _copy(x, y):
+    for i in range(x.size):
+        x[i] = y[i]
+
+
+@_inner
+def _edges(size):
+    # Room for the weights of a part of a tile or group, as if it were whole: like `floats` and `codes`.
+    a, b = np.empty((3, size), f32), np.empty((3, size), u16)
+    return (a[0], a[1], a[2]), (b[0], b[1], b[2])
+
+
+@_inner
+def _copy_part(to, i, from_, j, n):
+    # The array for a type that the weights have not is empty.
+    if to.size and from_.size:
+        _copy(to[i : i + n], from_[j : j + n])
+
+
+@_inner
+def _enter(edges, edges16, floats, codes, at, lo, n):
+    _copy_part(edges[BASE], at, floats[BASE], lo, n)
+    _copy_part(edges16[BASE], at, codes[BASE], lo, n)
+
+
+@_inner
+def _leave(edges, edges16, floats, codes, at, lo, n):
+    for k in (PLUS, MINUS):
+        _copy_part(floats[k], lo, edges[k], at, n)
+        _copy_part(codes[k], lo, edges16[k], at, n)
+
+
+@cached_njit
+def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
+    # A single int32 pass needs no accumulator.  Tables are `extended`, but for constants, [P, 1], that are summed.
+    # Parts of tiles are moved in a tile of their own.
+    key, ids, tables, ends, sums, grid, probe_id, probe = move
+    summed = ids.size > 1 or sums.size or (ids.size == 1 and tables.itemsize == 8)
+    acc = np.empty(TILE if summed else 0, tables.dtype)
+    words, x, y = np.empty((5, WIDTH), u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
+    edges, edges16 = _edges(TILE)
+    while lo < hi:
+        tile, at = (start + lo) // TILE, (start + lo) % TILE
+        n = min(TILE - at, hi - lo)
+        if probe.size:
+            _philox(words[4], u64(tile) * u64(32), probe_id, key)
+        if summed:
+            if tables.shape[1] == 1:
+                _sum_constants(acc, tile, key, ids, tables, words)
+            else:
+                _sum_tables(acc, tile, key, ids, tables, ends[0], words)
+            if sums.size:
+                for e in range(n):
+                    acc[at + e] += i32(sums[lo + e])
+        elif ids.size:
+            if probe.size and probe_id == ids[0]:
+                _copy(words[0], words[4])
+            else:
+                _philox(words[0], u64(tile) * u64(32), ids[0], key)
+        to, to16, begin, first, end = floats, codes, lo, 0, ROWS
+        if n < TILE:
+            to, to16, begin, first, end = edges, edges16, 0, at // WIDTH, (at + n + WIDTH - 1) // WIDTH
+            _enter(edges, edges16, floats, codes, at, lo, n)
+        run, table = u64(tile) * u64(ROWS), tables.reshape(tables.size)
+        _rows(
+            to, to16, kinds, begin, first, end, run, acc, grid, table, ends, words[0], probe, words[4], x, y
+        )
+        if n < TILE:
+            _leave(edges, edges16, floats, codes, at, lo, n)
+        lo += n
+
+
+_LOG, _SIN, _COS = (tuple(f32(c) for c in p) for p in (noise.LOG_POLY, noise.SIN_POLY, noise.COS_POLY))
+_LN2_HIGH, _LN2_LOW, _ANGLE = f32(noise.LN2_HIGH), f32(noise.LN2_LOW), f32(noise.ANGLE)
+_SQRT_HALF = i32(noise.SQRT_HALF_BITS)
+
+
+@_inner
+def _horner(y, x, a, b):
+    return f32(f32(f32(f32(y * x) + a) * x) + b)
+
+
+@_inner
+def _normals(z, w):
+    # noise.normals for one group of 128: operation for operation.
+    for pair in range(2):
+        first, second = w[pair * 64 : pair * 64 + 32], w[pair * 64 + 32 : pair * 64 + 64]
+        zc, zs = z[pair * 64 : pair * 64 + 32], z[pair * 64 + 32 : pair * 64 + 64]
+        for j in range(32):
+            bits = f32(f32(f32(first[j]) * f32(2.0**-32)) + f32(2.0**-33)).view(np.int32)
+            e = i32(i32(bits - _SQRT_HALF) >> i32(23))
+            x = f32(i32(bits - i32(e << i32(23))).view(np.float32) - f32(1.0))
+            xx = f32(x * x)
+            log = _horner(_LOG[0], x, _LOG[1], _LOG[2])
+            log = _horner(log, x, _LOG[3], _LOG[4])
+            log = _horner(log, x, _LOG[5], _LOG[6])
+            log = _horner(log, x, _LOG[7], _LOG[8])
+            log = f32(f32(f32(log * x) * xx) + f32(f32(e) * _LN2_LOW))
+            log = f32(f32(x + f32(log - f32(f32(0.5) * xx))) + f32(f32(e) * _LN2_HIGH))
+            r = f32(np.sqrt(f32(f32(-2.0) * log)))
+            quadrant = u32(u32(second[j] + u32(1 << 29)) >> u32(30))
+            t = f32(f32(i32(second[j] - u32(quadrant << u32(30)))) * _ANGLE)
+            tt = f32(t * t)
+            sine = f32(f32(f32(_horner(_SIN[0], tt, _SIN[1], _SIN[2]) * tt) * t) + t)
+            cosine = f32(f32(_horner(_COS[0], tt, _COS[1], _COS[2]) * tt) * tt)
+            cosine = f32(f32(cosine - f32(f32(0.5) * tt)) + f32(1.0))
+            odd = (quadrant & u32(1)) != 0
+            c, s = (sine if odd else cosine), (cosine if odd else sine)
+            zc[j] = f32(r * (-c if quadrant == 1 or quadrant == 2 else c))
+            zs[j] = f32(r * (-s if quadrant >= 2 else s))
+
+
+@cached_njit
+def sweep_groups(floats, codes, kinds, start, lo, hi, move):
+    # Groups of 128, one by one; scale holds the probe's step or nothing.  The normals are a table without signs.
+    key, ids, coefficients, grid, probe_id, scale = move
+    words, z, x, y = np.empty(WIDTH, u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
+    acc, probe = np.empty(WIDTH if ids.size else 0, f32), np.empty(WIDTH if scale.size else 0, f32)
+    table, plain, ends = np.empty(0, i32), np.zeros(WIDTH, u32), (u64(0), u64(0))
+    edges, edges16 = _edges(WIDTH)
+    while lo < hi:
+        group, at = (start + lo) // WIDTH, (start + lo) % WIDTH
+        n = min(WIDTH - at, hi - lo)
+        acc[:] = 0
+        for p in range(ids.size):
+            _philox(words, u64(group) * u64(32), ids[p], key)
+            _normals(z, words)
+            for e in range(WIDTH):
+                acc[e] += f32(coefficients[p] * z[e])
+        if scale.size:
+            _philox(words, u64(group) * u64(32), probe_id, key)
+            _normals(z, words)
+            for e in range(WIDTH):
+                probe[e] = f32(scale[0] * z[e])
+        to, to16, begin = floats, codes, lo
+        if n < WIDTH:
+            to, to16, begin = edges, edges16, 0
+            _enter(edges, edges16, floats, codes, at, lo, n)
+        _rows(to, to16, kinds, begin, 0, 1, u64(0), acc, grid, table, ends, plain, probe, plain, x, y)
+        if n < WIDTH:
+            _leave(edges, edges16, floats, codes, at, lo, n)
+        lo += n
+
+
+# --- the work and its threads -----------------------------------------------------------------------------
 
 
 def sweep(
@@ -43,104 +375,68 @@ def sweep(
     run_key: int,
     passes: Passes,
     grid: float,
-    probe: tuple[int, ArrayLike] | None = None,
+    probe: Probe | None = None,
     *,
+    gaussian: bool = False,
     minus: Tensor | None = None,
-    threads: int | None = None,
-    block: int | None = None,
     sums: Tensor | None = None,
-) -> None:
-    """Set out = base moved by grid * passes, then by sign * table of the probe (formula in the module docstring).
-
-    out, base: 1-D contiguous CPU tensors of one size and type (fp32, bf16, fp16), the same tensor or
-    disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).
-    minus: gets the same with -table, in one pass over the base, which then may be float32 too; disjoint from `out`.
-    threads: torch's number by default; block: elements a thread takes at a time.  sums: integers that are added to
-    the passes' sum: float32, of base's size, no total reaching 2^24.  Raises ValueError for tensors or tables of
-    another kind.
-    """
-    probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
-    noise.check_tables(passes, None if probe is None else step)
-    ids = _native(passes.ids, u64)
-    tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else np.int64)
-    move = (u64(run_key), ids, tables, _cached(sums, base), f32(grid), u64(probe_id), step)
-    cost = max(1, len(ids) // 4)
-    _share(sweep_tiles, _weights(out, minus, base, start), start, cost, move, threads, block)
-
-
-def sweep_gaussian(
-    out: Tensor,
-    base: Tensor,
-    start: int,
-    run_key: int,
-    ids: ArrayLike,
-    coefficients: ArrayLike,
-    grid: float,
-    probe: tuple[int, float] | None = None,
-    *,
-    minus: Tensor | None = None,
     threads: int | None = None,
     block: int | None = None,
 ) -> None:
-    """`sweep` for the gaussian law: out = round((base + grid * sum_p c_p z_p) + scale * z_probe), in float32.
-
-    ids: uint64 [P], summed in this order; coefficients: float32 [P]; probe: (id, scale), with -scale for `minus`.
-    """
-    probe_id, scale = (0, _NONE) if probe is None else (probe[0], np.array([probe[1]], f32))
-    keys, factors = _native(np.asarray(ids), u64), _native(np.asarray(coefficients), f32)
-    if keys.shape != factors.shape:
-        raise ValueError(f"{keys.shape} ids need as many coefficients, got {factors.shape}")
-    move = (u64(run_key), keys, factors, f32(grid), u64(probe_id), scale)
-    cost = 8 * max(1, len(keys))
-    _share(sweep_groups, _weights(out, minus, base, start), start, cost, move, threads, block)
+    """Do what `kernels_torch.sweep` does, on a CPU; `threads` is torch's number by default."""
+    outputs = checked(out, base, start, passes, probe, minus, sums)
+    ids = _native(passes.ids, u64)
+    probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
+    size, factor, kernel = len(ids), f32(grid), sweep_groups if gaussian else sweep_tiles
+    move: Move
+    if gaussian:
+        move = (u64(run_key), ids, _native(passes.tables[:, 0], f32), factor, u64(probe_id), step)
+    else:
+        tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else i64)
+        ends = (u64(tables.shape[1] - 1), u64(max(1, len(step)) - 1))
+        if size == 1 or tables.shape[1] > 1:
+            tables = _extended("passes", tables)
+        step = _extended("probe", step) if len(step) else step
+        cached = _NONE if sums is None else _arrays(sums)[0]
+        move = (u64(run_key), ids, tables, ends, cached, factor, u64(probe_id), step)
+    for moved in outputs:
+        if not moved.is_inference():
+            # so that a backward that needs the old values says so
+            torch.autograd.graph.increment_version(moved)
+    floats, codes = zip(*(_arrays(tensor) for tensor in (out, minus, base)), strict=True)
+    weights = floats, codes, (_KINDS[base.dtype], _KINDS[out.dtype], int(minus is not None))
+    _share(
+        kernel,
+        weights,
+        start,
+        base.numel(),
+        max(1, 8 * size if gaussian else size // 4),
+        move,
+        threads,
+        block,
+    )
 
 
 _NONE = np.zeros(0, f32)
 _NONE16 = np.zeros(0, u16)
 _KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
-Move = tuple[Any, ...]  # a kernel's last argument
+# A kernel's arguments: what it writes and reads (plus, minus, base, each as float32 or as 16-bit codes, the other empty, so
+# that one compilation serves all dtypes; and what is read, what is written, whether minus is), and the move.
+Weights = tuple[tuple[NDArray[Any], ...], tuple[NDArray[Any], ...], tuple[int, int, int]]
+Move = tuple[Any, ...]
 
 
-def _cached(sums: Tensor | None, base: Tensor) -> NDArray[Any]:
-    if sums is None:
-        return _NONE
-    if sums.dtype != torch.float32 or sums.shape != base.shape or not (sums.is_cpu and sums.is_contiguous()):
-        raise ValueError(f"sums are {sums.dtype} {list(sums.shape)}, base is {base.dtype} {list(base.shape)}")
-    return _arrays(sums)[0]
+_EXTENDED: dict[
+    str, tuple[NDArray[Any], NDArray[Any]]
+] = {}  # the last tables, and what `noise.extended` made of them
 
 
-class Weights(NamedTuple):
-    """What a kernel writes and reads: plus, minus and base, each as float32 or as 16-bit codes, the other empty.
-
-    One compilation serves all dtypes.  kinds: what is read, what is written, whether minus is.
-    """
-
-    floats: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-    codes: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-    kinds: tuple[int, int, int]
-
-
-def _weights(plus: Tensor, minus: Tensor | None, base: Tensor, start: int) -> Weights:
-    """Check the tensors and lay them out for a kernel; `plus` is the only output where `minus` is None."""
-    dtype = plus.dtype
-    outputs = [plus] if minus is None else [plus, minus]
-    reads = [dtype] if minus is None else [dtype, torch.float32]
-    for out in outputs:
-        if base.dtype not in reads or out.dtype != dtype or base.shape != out.shape or out.dim() != 1:
-            raise ValueError(f"out is {out.dtype} {list(out.shape)}, base is {base.dtype} {list(base.shape)}")
-    if not all(t.is_contiguous() and t.is_cpu for t in (*outputs, base)):
-        raise ValueError("out and base must be contiguous and in the CPU's memory")
-    if start < 0:
-        raise ValueError(f"start is {start}; a global index is 0 or more")
-    if dtype not in _KINDS:
-        raise ValueError(f"weights of type {dtype}; fp32, bf16 and fp16 are known")
-    for out in outputs:
-        if not out.is_inference():
-            # so that a backward that needs the old values says so
-            torch.autograd.graph.increment_version(out)
-    floats, codes = zip(*(_arrays(t) for t in (plus, minus, base)), strict=True)
-    return Weights(floats, codes, (_KINDS[base.dtype], _KINDS[dtype], int(minus is not None)))
+def _extended(what: str, tables: NDArray[Any]) -> NDArray[Any]:
+    last = _EXTENDED.get(what)
+    if last is None or last[0] is not tables:
+        last = _EXTENDED[what] = tables, noise.extended(tables)
+    return last[1]
 
 
 def _arrays(tensor: Tensor | None) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -155,6 +451,7 @@ def _share(
     kernel: Callable[..., None],
     weights: Weights,
     start: int,
+    size: int,
     cost: int,
     move: Move,
     threads: int | None,
@@ -164,7 +461,6 @@ def _share(
 
     cost: element-passes an element.
     """
-    size = max(len(weights.floats[0]), len(weights.codes[0]))
     n_threads = max(1, threads if threads is not None else torch.get_num_threads())
     if block is None:
         if size * cost * (1 - 1 / n_threads) < SPLIT:

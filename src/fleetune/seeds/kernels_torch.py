@@ -11,6 +11,7 @@ words travel in int64, whose products wrap modulo 2^64 like unsigned ones.  Deno
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fleetune.seeds import noise
-from fleetune.seeds.noise import LOW, M0, M1, MIX, ROUNDS, TILE, W0, W1, WIDTH, Passes
+from fleetune.seeds.noise import LOW, M0, M1, MIX, ROUNDS, TILE, W0, W1, WIDTH, Passes, extended
 
 BLOCK = 1 << 19  # elements at a time on a CPU: few for its cache, many because any call costs torch some time
 BLOCK_DEVICE = 1 << 22  # and elsewhere, to fill the device
@@ -40,105 +41,89 @@ def sweep(
     grid: float,
     probe: Probe | None = None,
     *,
+    gaussian: bool = False,
     minus: Tensor | None = None,
+    sums: Tensor | None = None,
     threads: int | None = None,
     block: int | None = None,
-    sums: Tensor | None = None,
 ) -> None:
-    """Set out = base moved by grid * passes, then by sign * table of the probe, as `kernels_numba.sweep` on any one device.
+    """Set out = base moved by grid * passes, then by sign * table of the probe (formula in the module docstring).
 
-    threads has no effect (torch has its own); block: elements at a time.
+    out, base: 1-D contiguous tensors of one size, type (fp32, bf16, fp16) and device, the same tensor or disjoint;
+    start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).  gaussian: normal numbers
+    (`noise.normals`) in the place of signs; sums of passes are then float32, in their order.  minus: gets the same with
+    -table, in one pass over the base, which then may be float32 too; disjoint from `out`.  sums: integers that are added
+    to the passes' sum: float32, of base's size, no total reaching 2^24.  threads has no effect here (torch has its own);
+    block: elements at a time.  ValueError for tensors or tables of another kind.
     """
-    row = None if probe is None else np.array(probe[1], np.float32)
-    noise.check_tables(passes, row)
-    outputs = _checked(out, minus, base, start, sums)
-    summed = np.int32 if passes.tables.dtype == np.int32 else np.int64
-    table = _period(np.array(passes.tables, summed), base.device) if len(passes.ids) else None
-    step = None if row is None else _period(row[None], base.device)[0]
+    outputs, device, unit = checked(out, base, start, passes, probe, minus, sums), base.device, TILE
+    if gaussian:
+        unit, tables = WIDTH, passes.tables.astype(np.float32)
+    else:
+        tables = passes.tables if passes.tables.dtype == np.int32 else passes.tables.astype(np.int64)
+    table = _period(tables, device)
+    step = None if probe is None else _period(np.array(probe[1], np.float32)[None], device)[0]
     ids, probed = _with_probe(passes.ids, probe)
     grid = float(np.float32(grid))
     with torch.inference_mode():
-        for lo, hi, tile, n_tiles in _blocks(base, start, TILE, block):
-            acc, words = _sums(run_key, ids, table, probed, tile, n_tiles, base.device)
-            where = slice(start + lo - tile * TILE, start + hi - tile * TILE)
+        for lo, hi, first, count in _blocks(base, start, unit, block):
+            where = slice(start + lo - first * unit, start + hi - first * unit)
+            total, turned = None if sums is None else sums[lo:hi].clone(), None
+            acc = torch.zeros(count * WIDTH, device=device) if gaussian and len(passes.ids) else None
+            for p, words in enumerate(_words(run_key, ids, first, count, device)):
+                if p < len(table):
+                    term = _normals(words) * table[p, 0, 0] if gaussian else _summand(words, table[p], first)
+                    acc = term if acc is None else acc.add_(term)
+                if p == probed and step is not None:
+                    turned = _normals(words) * step[0, 0] if gaussian else _signed(words, step, first)
+            if acc is not None:
+                passed = acc.view(-1)[where].float()
+                total = passed if total is None else total.add_(passed)
             x = base[lo:hi].float()
-            total = None if acc is None else acc.view(-1)[where].float()
-            if sums is not None:
-                total = sums[lo:hi].clone() if total is None else total.add_(sums[lo:hi])
-            if total is not None:
-                x = total.mul_(grid).add_(x)
-            turned = None
-            if words is not None and step is not None:
-                turned = _signed(words, step, tile).view(-1)[where]
-            _write(outputs, lo, hi, x, turned)
+            _write(outputs, lo, hi, x if total is None else total.mul_(grid).add_(x), turned, where)
 
 
-def sweep_gaussian(
+def checked(
     out: Tensor,
     base: Tensor,
     start: int,
-    run_key: int,
-    ids: ArrayLike,
-    coefficients: ArrayLike,
-    grid: float,
-    probe: tuple[int, float] | None = None,
-    *,
-    minus: Tensor | None = None,
-    threads: int | None = None,
-    block: int | None = None,
-) -> None:
-    """`sweep` for the gaussian law, as `kernels_numba.sweep_gaussian`."""
-    outputs, device = _checked(out, minus, base, start), base.device
-    keys = np.asarray(ids, np.uint64)
-    grid = float(np.float32(grid))
-    with torch.inference_mode():
-        for lo, hi, group, n_groups in _blocks(base, start, WIDTH, block):
-            x = base[lo:hi].float()
-            where = slice(start + lo - group * WIDTH, start + hi - group * WIDTH)
-            if len(keys):
-                acc = torch.zeros(n_groups * WIDTH, device=device)
-                for z, c in zip(
-                    _normals(run_key, keys, group, n_groups, device),
-                    np.asarray(coefficients, np.float32).tolist(),
-                    strict=True,
-                ):
-                    acc = acc + z * c
-                x = x + acc[where] * grid
-            step = None
-            if probe is not None:
-                (z,) = _normals(run_key, np.array([probe[0]], np.uint64), group, n_groups, device)
-                step = z[where] * float(np.float32(probe[1]))
-            _write(outputs, lo, hi, x, step)
-
-
-def _write(outputs: list[Tensor], lo: int, hi: int, x: Tensor, step: Tensor | None) -> None:
-    # x + step to the first output and x - step to a second.  Both are computed first: x may lie in an output.
-    moved = [x] if step is None else [x + step, x - step] if len(outputs) > 1 else [step.add_(x)]
-    for out, values in zip(outputs, moved, strict=True):
-        out[lo:hi].copy_(values)
-
-
-def _checked(
-    out: Tensor, minus: Tensor | None, base: Tensor, start: int, sums: Tensor | None = None
+    passes: Passes,
+    probe: Probe | None,
+    minus: Tensor | None,
+    sums: Tensor | None,
 ) -> list[Tensor]:
-    # The outputs; ValueError for tensors that do not fit each other.
+    """Return the outputs of a sweep; ValueError for tensors or tables that do not fit each other."""
     dtype, outputs = out.dtype, [out] if minus is None else [out, minus]
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"weights of type {dtype}; fp32, bf16 and fp16 are known")
-    reads = (dtype,) if len(outputs) == 1 else (dtype, torch.float32)
-    for out in outputs:
-        alike = out.dtype == dtype and base.shape == out.shape and base.device == out.device
-        if not alike or base.dtype not in reads or out.dim() != 1:
-            raise ValueError(f"out is {out.dtype} {list(out.shape)}, base is {base.dtype} {list(base.shape)}")
-    if not all(t.is_contiguous() for t in (*outputs, base)):
-        raise ValueError("out and base must be contiguous")
-    if sums is not None and (
-        sums.dtype != torch.float32 or sums.shape != base.shape or sums.device != base.device
-    ):
+    reads = (dtype,) if minus is None else (dtype, torch.float32)
+    for other in outputs:
+        alike = other.dtype == dtype and base.shape == other.shape and base.device == other.device
+        if not alike or base.dtype not in reads or other.dim() != 1:
+            raise ValueError(
+                f"out is {other.dtype} {list(other.shape)}, base is {base.dtype} {list(base.shape)}"
+            )
+    if sums is not None and (sums.dtype, sums.shape, sums.device) != (torch.float32, base.shape, base.device):
         raise ValueError(f"sums are {sums.dtype} {list(sums.shape)}, base is {base.dtype} {list(base.shape)}")
+    if not all(t.is_contiguous() for t in (*outputs, base, *([] if sums is None else [sums]))):
+        raise ValueError("out, base and sums must be contiguous")
     if start < 0:
         raise ValueError(f"start is {start}; a global index is 0 or more")
+    P, tables = len(passes.ids), passes.tables
+    if tables.ndim != 2 or len(tables) != P or tables.dtype.kind != "i":
+        raise ValueError(f"{P} ids need integer tables [{P}, K], got {tables.dtype} {list(tables.shape)}")
+    for width in (tables.shape[1] if P else 1, 1 if probe is None else np.size(probe[1])):
+        if width < 1 or width & (width - 1):
+            raise ValueError(f"a table of {width} columns; a power of two is needed")
     return outputs
+
+
+def _write(outputs: list[Tensor], lo: int, hi: int, x: Tensor, made: Tensor | None, where: slice) -> None:
+    # x + step to the first output and x - step to a second.  Both are computed first: x may lie in an output.
+    step = None if made is None else made.view(-1)[where]
+    moved = [x] if step is None else [x + step, x - step] if len(outputs) > 1 else [step.add_(x)]
+    for out, values in zip(outputs, moved, strict=True):
+        out[lo:hi].copy_(values)
 
 
 def _blocks(base: Tensor, start: int, unit: int, block: int | None) -> Iterator[tuple[int, int, int, int]]:
@@ -163,24 +148,10 @@ def _with_probe(ids: NDArray[np.uint64], probe: Probe | None) -> tuple[NDArray[n
     return (ids, int(found[0])) if len(found) else (np.append(ids, np.uint64(probe[0])), len(ids))
 
 
-def _sums(
-    run_key: int,
-    ids: NDArray[np.uint64],
-    table: Tensor | None,
-    probed: int | None,
-    tile: int,
-    n: int,
-    device: torch.device,
-) -> tuple[Tensor | None, Tensor | None]:
-    # The passes' integer sum in n tiles [n, 4096], and the words of direction number `probed`.
-    acc, words = None, None
-    for p, rows in enumerate(_words(run_key, ids, tile, n, device)):
-        words = rows if p == probed else words
-        if table is not None and p < len(table):
-            signs = _bits(rows).bitwise_right_shift_(31).bitwise_or_(1)
-            term = signs.to(table.dtype).mul_(_tiled(table[p], tile, n))
-            acc = term if acc is None else acc.add_(term)
-    return acc, words
+def _summand(words: Tensor, table: Tensor, tile: int) -> Tensor:
+    # One pass over n tiles: sign * table, integers [n, 4096].
+    signs = _bits(words).bitwise_right_shift_(31).bitwise_or_(1)
+    return signs.to(table.dtype).mul_(_tiled(table, tile, len(words)))
 
 
 def _words(
@@ -223,13 +194,12 @@ def _signed(words: Tensor, table: Tensor, tile: int) -> Tensor:
     return turned.bitwise_xor_(_tiled(table, tile, len(words)).view(torch.int32)).view(torch.float32)
 
 
-def _period(tables: NDArray[np.generic], device: torch.device) -> Tensor:
+def _period(tables: NDArray[Any], device: torch.device) -> Tensor:
     # Tables [P, K] as `_tiled` reads them: the 128 values from each place on, [P, K, 128], which are views of
     # one line; [P, 1, 1] for K = 1.
     if tables.shape[1] == 1:
-        return torch.from_numpy(tables).to(device)[:, None]
-    line = np.concatenate([tables, np.resize(tables.T, (WIDTH - 1, len(tables))).T], axis=1)
-    return torch.from_numpy(line).to(device).unfold(1, WIDTH, 1)
+        return torch.tensor(tables, device=device)[:, None]
+    return torch.from_numpy(extended(tables)).to(device).unfold(1, WIDTH, 1)
 
 
 def _tiled(table: Tensor, tile: int, n: int) -> Tensor:
@@ -247,13 +217,10 @@ def _hashes(tile: int, n: int, device: torch.device) -> Tensor:
     return (x >> 40) & 0xFFFFFF
 
 
-def _normals(
-    run_key: int, ids: NDArray[np.uint64], group: int, n: int, device: torch.device
-) -> Iterator[Tensor]:
-    # noise.normals of each direction in n groups: float32 [n * 128].
-    for words in _words(run_key, ids, group, n, device):
-        pairs = words.long().bitwise_and_(LOW).view(n, 2, 2, 32)
-        yield torch.stack(_box_muller(pairs[:, :, 0], pairs[:, :, 1]), dim=2).view(-1)
+def _normals(words: Tensor) -> Tensor:
+    # noise.normals of a direction in n groups, from its words: int32 [n, 128] -> float32 [n * 128].
+    pairs = words.long().bitwise_and_(LOW).view(-1, 2, 2, 32)
+    return torch.stack(_box_muller(pairs[:, :, 0], pairs[:, :, 1]), dim=2).view(-1)
 
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -118,6 +118,14 @@ def places(K: int, start: int, count: int) -> NDArray[np.int64]:
     h = run_hashes(np.arange(first, last, dtype=np.uint64))
     found: NDArray[np.int64] = (h[:, None] + np.arange(WIDTH)) & (K - 1)
     return found.reshape(-1)[start - first * WIDTH :][:count]
+
+
+def extended(tables: NDArray[Any]) -> NDArray[Any]:
+    """Return tables with the 127 values after their end, from their start on: [.., K] -> [.., K + 127].
+
+    So the 128 values of a run lie side by side wherever it begins.
+    """
+    return np.concatenate([tables, np.take(tables, range(WIDTH - 1), axis=-1, mode="wrap")], axis=-1)
 
 
 def run_key(secret: bytes) -> int:
@@ -313,18 +321,6 @@ def check_law(law: str, K: int) -> None:
         raise UsageError(f"K = {K} is more than {MOST:,} directions", hint=f"use {MOST} or less")
 
 
-def check_tables(passes: Passes, probe: NDArray[Any] | None) -> None:
-    """Raise ValueError unless the passes' tables are [P, K] and the probe's [K], each K a power of two."""
-    P, tables = len(passes.ids), passes.tables
-    if tables.ndim != 2 or len(tables) != P or tables.dtype.kind != "i":
-        raise ValueError(f"{P} ids need integer tables [{P}, K], got {tables.dtype} {list(tables.shape)}")
-    if probe is not None and probe.ndim != 1:
-        raise ValueError(f"the probe's table has shape {list(probe.shape)}; [K] is needed")
-    for width in (tables.shape[1] if P else 1, 1 if probe is None else len(probe)):
-        if width < 1 or width & (width - 1):
-            raise ValueError(f"a table of {width} columns; a power of two is needed")
-
-
 def merged(ids: Ids, values: Sums) -> tuple[Ids, Sums]:
     """Return the different ids, ascending, whose values do not sum to 0, and these sums: uint64 [m], int64 [m]."""
     unique, where = np.unique(ids, return_inverse=True)
@@ -356,3 +352,54 @@ def _power_of_two(K: int) -> int:
         lower = 1 << max(K.bit_length() - 1, 0) if K > 0 else 1
         raise UsageError(f"K = {K} is not a power of two", hint=f"use {lower} or {lower * 2}")
     return K
+
+
+# --- scales -------------------------------------------------------------------------------------------------
+# fp16 scales move along directions on the grid of fp16 itself:
+#
+#     b    the bits of |d| as a whole number, 0 to 31743: a step of 1 is fp16's next number
+#     p    = b / 1024, which is about log2 |d|: equal steps are equal shares of the scale
+#     b'   = floor(1024 (p + grid * sum_k c_k z_k) + u)
+#
+# u in (0, 1) is a fixed number of each scale, from Philox, so a move of a tenth of a step moves a tenth of the scales: the
+# mean is exact, and the point is a function of the ledger alone.  A sign never changes, a scale of 0 stays, and none leaves
+# fp16's range.  All operations are float32's, each rounded, so the bits are the same everywhere.
+
+STEPS: Final = 1024  # steps of fp16 from one power of two to the next
+LARGEST: Final = 0x7BFF  # bits of fp16's largest number
+ROUNDING: Final = (
+    1 << 64
+) - 1  # the direction whose words are the fixed offsets of rounding: no ledger has it
+RUN: Final = 4 * WIDTH  # bytes of a row of words
+
+
+def rounding(run_key: int, start: int, count: int) -> NDArray[np.uint8]:
+    """Return the fixed offsets of rounding of the scales from number `start` on, as 256 u - 0.5: uint8 [count].
+
+    Of `words` of the direction `ROUNDING` they are the bytes, 512 of each row, least significant first.
+    """
+    first, last = start // RUN, -(-(start + count) // RUN)
+    rows = words(run_key, ROUNDING, np.arange(first, last, dtype=np.uint64) * np.uint64(32))
+    every: NDArray[np.uint8] = rows.astype("<u4").reshape(-1).view(np.uint8)
+    return every[start - RUN * first :][:count].copy()
+
+
+def summed(passes: Passes, run_key: int, start: int, count: int) -> NDArray[np.int64]:
+    """Return the integer sum of passes at elements start .. start+count-1: int64 [count]; not of the gaussian law."""
+    total = np.zeros(count, np.int64)
+    where = places(passes.tables.shape[1], start, count)
+    for id, table in zip(passes.ids.tolist(), passes.tables, strict=True):
+        total += signs(run_key, id, start, count) * table.astype(np.int64)[where]
+    return total
+
+
+def moved_scales(
+    bits: NDArray[np.uint16], start: int, run_key: int, passes: Passes, grid: float
+) -> NDArray[np.uint16]:
+    """Return the bits of scales after passes: uint16 [n] -> uint16 [n]; `start` is the global number of the first."""
+    p = (bits & 0x7FFF).astype(np.float32) / np.float32(STEPS)
+    if len(passes.ids):
+        p = summed(passes, run_key, start, len(bits)).astype(np.float32) * np.float32(grid) + p
+    u = (rounding(run_key, start, len(bits)).astype(np.float32) + np.float32(0.5)) / np.float32(256)
+    whole = np.clip(np.floor(p * np.float32(STEPS) + u), 0, LARGEST).astype(np.uint16)
+    return np.where(bits & 0x7FFF, whole | (bits & 0x8000), bits)

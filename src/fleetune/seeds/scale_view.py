@@ -4,7 +4,7 @@
 A block of ggml holds 32 codes q and one or two fp16 numbers, its scale d and perhaps an offset m: w = d q + m.  Training d and
 m alone (PEQA, Kim et al. 2023, arXiv 2305.14152; EfficientQAT, Chen et al. 2024, arXiv 2407.11062) leaves a file of the same
 codes, so nothing is rounded after training; whatever is not in blocks stays.  A direction moves them on the grid of fp16 itself
-(`scale_grid.py`): with b the bits of |d| as a whole number, p = b / 1024 is about log2 |d|, and a scale at p has the bits
+(`noise.py`): with b the bits of |d| as a whole number, p = b / 1024 is about log2 |d|, and a scale at p has the bits
 floor(1024 p + u).  z has a number for each scale, a 16th or a 32nd of what the weights would need, so a pass costs next to
 nothing.
 
@@ -25,14 +25,13 @@ from torch import Tensor
 from fleetune.common import ggml
 from fleetune.common.ggml import BLOCK, HALVES, SCALES
 from fleetune.errors import UsageError
-from fleetune.models.families.dtypes import WEIGHTS
-from fleetune.models.mapped.lazy import LazyWeight, in_blocks, kinds_of
-from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
-from fleetune.models.mapped.stored import check_scales
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.lazy import LazyWeight, in_blocks, kinds_of
 from fleetune.models.net.model import Model, Pieces, named_tensors
-from fleetune.seeds.moved_modules import WeightSlot, layout
-from fleetune.seeds.scale_grid import LARGEST, STEPS, rounding
-from fleetune.seeds.view import CHUNK, View
+from fleetune.models.stored import apply_scales, check_scales, scale_bits, write_codes
+from fleetune.seeds.noise import LARGEST, STEPS, rounding
+from fleetune.seeds.view import View
+from fleetune.seeds.weights import CHUNK, WeightSlot, layout, read_stored
 
 
 class ScaleView(View):
@@ -79,7 +78,7 @@ class ScaleView(View):
         """Return elements first..last of a matrix at the view's point, as `View.piece` does."""
         if self.point is None and self.direction is None and not self.folded.sums:
             self.reached.add(slot.name)
-            base = self.read(slot, first, last)
+            base = read_stored(slot, first, last)
             return base if out is None else out.copy_(base)
         (found,) = self._made(slot, first, last, signs=1)
         return found if out is None else out.copy_(found)
@@ -143,7 +142,8 @@ class ScaleView(View):
         lo, hi = top * per_row, end * per_row
         part = None if sums is None else sums[lo:hi]
         outs = [torch.empty_like(at) for _ in range(signs)]
-        self._sweep(outs[0], at, slot.start + lo, part, self.direction, *outs[1:])
+        minus = outs[1] if signs == 2 else None
+        self.sweep(outs[0], at, slot.start + lo, self.point, self.direction, minus=minus, sums=part)
         offsets = self._offsets_of(slot)[lo:hi]
         return blocks, [on_grid(p, flat, offsets.float().add_(0.5).div_(256)).view_as(bits) for p in outs]
 

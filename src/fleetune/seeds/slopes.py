@@ -34,9 +34,9 @@ import numpy as np
 from fleetune.data import Batch, Batches, Encoded, collate
 from fleetune.evaluation.losses import batch_loss, pad_id, row_losses
 from fleetune.models.net.model import Model
+from fleetune.seeds.descent import Position, descend, two_point
 from fleetune.seeds.noise import probe, run_key
 from fleetune.seeds.scale_view import view_on
-from fleetune.seeds.spsa import Position, descend, two_point
 from fleetune.seeds.view import View
 
 DIRECTIONS: Final = 6  # at a point

@@ -13,7 +13,7 @@ from flwr.app import Context, Message, RecordDict
 import fleetune
 from fleetune.errors import UsageError
 from fleetune.fleet.flower import client_app, partition
-from fleetune.fleet.reasons import Declined
+from fleetune.fleet.orders import Declined
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes

@@ -15,7 +15,7 @@ import torch
 
 from fleetune import adapters, models
 from fleetune.data import Batches, Example
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import encode_rows
 from fleetune.evaluation import objectives
 from fleetune.evaluation.losses import pad_id
 from fleetune.runs.rundir import events

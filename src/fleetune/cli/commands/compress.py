@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import fleetune
-from fleetune.cli import door_flags
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.common import settings
 from fleetune.common.display import COMPARED, human_bytes, human_time, show_with_error
 from fleetune.common.events import CompressChecked, MethodListed
+from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, rundir
@@ -69,7 +70,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="continue a stopped one (a path, a number, or latest), as it was asked for",
     )
     sub.add_argument("--dry-run", action="store_true", help="check settings, model and text, then stop")
-    door_flags.add(
+    flags.add_door(
         sub.add_argument_group("--calibrate fleet (with --resume too)"),
         "the first block (default: those of the run)",
     )
@@ -131,8 +132,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if args.list:
         _list(args, ui)
         return
-    if args.calibrate != FLEET and args.resume is None and (flags := door_flags.given(args)):
-        raise UsageError(f"{flags[0]} is for devices that join", hint="leave it out, or: --calibrate fleet")
+    if args.calibrate != FLEET and args.resume is None and (given := flags.given_door(args)):
+        raise UsageError(f"{given[0]} is for devices that join", hint="leave it out, or: --calibrate fleet")
     out = Path(args.out)
     resumed = compression_folder.get(args.resume, out) if args.resume is not None else None
     if resumed is not None:
@@ -170,9 +171,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 def _door(args: argparse.Namespace, calibrate: str | None) -> AbstractContextManager[Served | None]:
     """Return the door for devices, open in its `with` block; None where none is needed.  UsageError for flags without it."""
     if calibrate == FLEET:
-        return door_flags.served(args)
-    if flags := door_flags.given(args):
-        raise UsageError(f"{flags[0]} is for a compression that devices calibrate", hint="leave it out")
+        return flags.served(args)
+    if given := flags.given_door(args):
+        raise UsageError(f"{given[0]} is for a compression that devices calibrate", hint="leave it out")
     return nullcontext()
 
 
@@ -253,9 +254,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     names = [n for n in CompressRequest.__dataclass_fields__ if n != "run"]
     given = {n: v for n in names if (v := getattr(args, n)) is not None}
     if "bytes" in given:
-        from fleetune.planning import plan
-
-        given["bytes"] = plan.parse_bytes(given["bytes"], "--bytes", least=1)
+        given["bytes"] = parse_bytes(given["bytes"], "--bytes", least=1)
     if given.get("bpw", 1) == 0:
         raise UsageError(
             "--bpw 0 holds nothing", hint="give bits a weight, such as --bpw 4.5, or leave it out"
@@ -279,7 +278,7 @@ def _check_resume(args: argparse.Namespace, folder: Path) -> None:
 
 def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: ConsoleListener) -> None:
     """Load the model and data and check the request; write nothing."""
-    from fleetune.api.compression import file_size
+    from fleetune.api.deployment import file_size
     from fleetune.compression.jobs import job
 
     out = Path(args.out)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from fleetune.cli import recipe_flags
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.common.display import clean, one_line
 from fleetune.common.events import DataChecked, RowShown
@@ -33,14 +33,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "data", metavar="DATA", help="as for `fleetune tune`: a file, a folder, a hub id, -, or 'demo'"
     )
-    recipe_flags.add_some(sub, OPTIONS, {"model": MODEL})
+    flags.add_some(sub, OPTIONS, {"model": MODEL})
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Check the rows, and print what they are."""
     from fleetune.tuning.prepare import data_check
 
-    given = recipe_flags.given(args)
+    given = flags.given(args)
     model = given.pop("model", "")
     recipe = recipes.make({"model": model or "none", "data": args.data, **given})
     found = data_check.check(recipe, model, offline=args.offline)

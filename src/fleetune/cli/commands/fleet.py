@@ -12,18 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fleetune.cli import door_flags, fleet_runs, recipe_flags
+from fleetune.cli import flags
 from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
-from fleetune.cli.interrupt import InterruptHandler
+from fleetune.cli.listener import InterruptHandler
+from fleetune.common.display import human_bytes, human_time
 from fleetune.common.shell import quoted
-from fleetune.errors import RecipeError, UsageError
+from fleetune.errors import RecipeError, StorageError, UsageError
 from fleetune.fleet import PORT
-from fleetune.runs import rundir
+from fleetune.runs import compression_folder, rundir
 from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
     from fleetune.common.events import DeviceEvaluated, FleetEvaluated
+
 
 HELP = "fine-tune on real devices"
 ORDER = 35
@@ -76,13 +78,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         metavar="N",
         help="for simulate: clients at a time (default: one for each processor)",
     )
-    recipe_flags.add(sub)
+    flags.add(sub)
 
 
 def _serve_arguments(serve: argparse._ArgumentGroup) -> None:
     serve.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
     serve.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
-    door_flags.add(serve, "the first round (default: the recipe's clients)")
+    flags.add_door(serve, "the first round (default: the recipe's clients)")
 
 
 def _join_arguments(join: argparse._ArgumentGroup) -> None:
@@ -124,38 +126,39 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _serve(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.api import plain_models
+    from fleetune.api import tuning
     from fleetune.fleet import status
     from fleetune.planning import choose
 
     _no_words(args)
     path = rundir.find(args.resume, Path(args.out)) if args.resume else None
     if path is not None:
-        recipe_flags.check_resume(args, path, "fleetune fleet serve --resume")
+        flags.check_resume(args, path, "fleetune fleet serve --resume")
     values = {} if path else _values(args)
     recipe = recipes.make(values) if values else None
-    fleets = door_flags.served(args)
+    fleets = flags.served(args)
     before = status.resume(path) if path is not None and (path / status.FILE).is_file() else ""
     if before and before != f"fleetune fleet serve --resume {quoted(path)}{fleets.flags()}":
         ui.note(f"it was served otherwise before, and devices look for it there: {before}")
     if recipe:
-        recipe_flags.check_model(recipe.model, args.out, recipes.trained(recipe))
-        recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
+        flags.check_model(recipe.model, args.out, recipes.trained(recipe))
+        recipe = tuning.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe = fleets.settled(recipe, values)
+    from fleetune.tuning.run import resume
     from fleetune.tuning.run import run as running
 
     with screen(ui, path) as shown, fleets:
         if recipe is None:
             assert path is not None
-            result = running.resume(path, shown, offline=args.offline, fleets=fleets)
+            result = resume.resume(path, shown, offline=args.offline, fleets=fleets)
         else:
             result = running.start(recipe, Path(args.out), shown, offline=args.offline, fleets=fleets)
     finish(ui, result)
 
 
 def _values(args: argparse.Namespace) -> Mapping[str, Any]:
-    values = recipe_flags.keys(args, args.config)
+    values = flags.keys(args, args.config)
     if not args.config and "model" not in values:
         raise UsageError(
             f"which recipe is `fleetune fleet {args.action}` to take?",
@@ -173,12 +176,12 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
 
     if len(args.words) != 1:
         raise UsageError("eval takes one RUN or MODEL", hint="fleetune fleet eval latest")
-    if other := [*recipe_flags.given(args), *args.set, *filter(None, (args.config, args.resume))]:
+    if other := [*flags.given(args), *args.set, *filter(None, (args.config, args.resume))]:
         raise UsageError(
             f"eval takes no {other[0]}", hint="devices hold rows out: fleetune fleet join .. --held-out 0.1"
         )
     found = subject.open(args.words[0], args.out)
-    with console_listener(ui) as listener, door_flags.served(args) as served:
+    with console_listener(ui) as listener, flags.served(args) as served:
         done, each = eval_server.evaluate(found, served, listener, offline=args.offline)
     if not ui.json:
         _show(ui, each, done)
@@ -223,12 +226,12 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
 
 
 def _simulate(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.api import plain_models
+    from fleetune.api import tuning
     from fleetune.fleet import flower
     from fleetune.fleet.flower import simulate
     from fleetune.planning import choose
-    from fleetune.tuning.recipe import objects_to_files
-    from fleetune.tuning.result import places, result
+    from fleetune.tuning.recipe import objects
+    from fleetune.tuning.result import finished, foundations
 
     _no_words(args)
     flower.check_installed("ray")
@@ -237,18 +240,18 @@ def _simulate(args: argparse.Namespace, ui: Ui) -> None:
     out = Path(args.out)
     path = rundir.find(args.resume, out) if args.resume else None
     if path is not None:
-        recipe_flags.check_resume(args, path, "fleetune fleet simulate --resume")
-        recipe = places.recipe_of(path)
+        flags.check_resume(args, path, "fleetune fleet simulate --resume")
+        recipe = foundations.recipe_of(path)
     else:
         recipe = recipes.make(_values(args))
-        recipe_flags.check(recipe, args.out)
-        recipe = plain_models.with_file(recipe, out, ui.note)
+        flags.check(recipe, args.out)
+        recipe = tuning.with_file(recipe, out, ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe, _ = choose.settled_base(recipe, ui.note, offline=args.offline)
-        recipe = replace(recipe, data=objects_to_files.data_name(recipe.data, out))
+        recipe = replace(recipe, data=objects.data_name(recipe.data, out))
     workers = args.workers or os.cpu_count() or 1
     run = simulate.simulate(recipe, out, workers, resume=path, offline=args.offline, note=ui.note)
-    done = result.read(run)
+    done = finished.read(run)
     ui.event(done.done)
     finish(ui, done)
 
@@ -257,10 +260,9 @@ def _simulate(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _join(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.common.sizes import parse_bytes
-    from fleetune.data import check_columns, stdin
-    from fleetune.fleet.conditions import Conditions
-    from fleetune.fleet.device import Home, join
+    from fleetune.common.settings import parse_bytes
+    from fleetune.data import check_columns, sources
+    from fleetune.fleet.device import Conditions, Home, join
     from fleetune.fleet.worker import Brings
 
     if len(args.words) != 1:
@@ -268,7 +270,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
             "join takes the server's HOST:PORT",
             hint=f"fleetune fleet join 192.168.1.10:{PORT} --data rows.jsonl",
         )
-    given = recipe_flags.given(args)
+    given = flags.given(args)
     if not (rows := given.pop("data", "")):
         raise UsageError("which rows does this device have?", hint="--data rows.jsonl")
     names = ("model", "device", "threads", "held_out", "eval_data", "columns", "base", "ram")
@@ -282,7 +284,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError(f"--threads {own['threads']} is no number")
     check_columns(own["columns"])
     memory = parse_bytes(own["ram"] or None) or 0
-    rows = str(stdin.stored(Path(args.state))) if rows == stdin.NAME else rows
+    rows = str(sources.store_stdin(Path(args.state))) if rows == sources.STDIN else rows
     brings = Brings(
         rows,
         own["model"],
@@ -398,16 +400,111 @@ def _app(args: argparse.Namespace, ui: Ui) -> None:
     )
 
 
+def _devices(args: argparse.Namespace, ui: Ui) -> None:
+    """Show which key is which client, and what each device has and does."""
+    from fleetune.fleet.table import Devices
+    from fleetune.tuning import methods
+
+    run = _run_of(args)
+    found, names = Devices(run), [""]
+    if not compression_folder.is_one(run):
+        recipe = recipes.make(recipes.read(run / "run.toml"))
+        names = list(methods.make(recipe.method, recipe.set).kind_names)
+    rows = [
+        [
+            str(c),
+            m.name,
+            m.key[:16],
+            str(m.rows or "has not joined"),
+            human_bytes(m.memory) if m.memory else "",
+            str(m.threads or ""),
+            f"{m.speed:,.0f}" if m.speed else "",
+            names[m.kind] if 0 <= m.kind < len(names) else "",
+            m.version,
+            m.torch,
+            m.processor,
+        ]
+        for c, m in enumerate(found.members)
+    ]
+    head = [
+        "client",
+        "device",
+        "key",
+        "rows",
+        "memory",
+        "threads",
+        "tokens/s",
+        "does",
+        "fleetune",
+        "torch",
+        "processor",
+    ]
+    ui.table(head, rows)
+    if len(names) > 1 and all(m.kind >= 0 for m in found.members):
+        given = ",".join(str(m.kind) for m in found.members)
+        ui.note(f"the same in the simulation: --kinds {given}")
+
+
+def _status(args: argparse.Namespace, ui: Ui) -> None:
+    """Show how the run stands, and what each device does now."""
+    from fleetune.fleet import status as standing
+
+    now = standing.look(_run_of(args))
+    ui.event(now)
+    if ui.json:
+        return
+    ago = human_time(now.heard)
+    if now.served:
+        ui.paths([("run", f"{now.run} · {now.status} · heard {ago} ago"), *standing.facts(now)])
+    else:
+        ui.note(f"no server has {now.run} now: last heard {ago} ago")
+        ui.paths([("run", f"{now.run} · {now.status}"), *standing.facts(now)])
+    ui.table(standing.HEAD, [standing.cells(device) for device in now.devices])
+    if not now.served and now.status != "done":
+        ui.paths([("next", standing.resume(Path(now.run)))])
+
+
+def _stop(args: argparse.Namespace, ui: Ui) -> None:
+    """Ask the run's server to end after this step."""
+    from fleetune.fleet import status as standing
+
+    standing.ask_to_stop(run := _run_of(args))
+    ui.note(f"asked: it stops after this step; go on with: {standing.resume(run)}")
+
+
+def _audit(args: argparse.Namespace, ui: Ui) -> None:
+    """Check the log of all that was taken or refused; StorageError where it was changed."""
+    from fleetune.fleet import audit as log
+
+    file = _run_of(args) / log.FILE
+    found = log.verify(file)
+    if found.bad:
+        raise StorageError(
+            f"{file}: line {found.bad} does not follow from the one before: it, or one before it, was changed",
+            hint=f"the first {found.entries} entries are as they were written",
+        )
+    ui.paths([("entries", f"{found.entries}, each follows from the one before"), ("chain", found.chain)])
+
+
+def _run_of(args: argparse.Namespace) -> Path:
+    """The folder of the run that the words name, or of a compression that devices have calibrated."""
+    if len(args.words) != 1:
+        raise UsageError(f"{args.action} takes one RUN", hint=f"fleetune fleet {args.action} latest")
+    name, out = args.words[0], Path(args.out)
+    smaller = compression_folder.find(name, out) if name != "latest" else None
+    return smaller or rundir.find(name, out)
+
+
 ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
     "serve": _serve,
     "join": _join,
     "eval": _eval,
     "split": _split,
     "keys": _keys,
-    "devices": fleet_runs.devices,
-    "status": fleet_runs.status,
-    "stop": fleet_runs.stop,
-    "audit": fleet_runs.audit,
+    "devices": _devices,
+    "status": _status,
+    "stop": _stop,
+    "audit": _audit,
     "app": _app,
     "simulate": _simulate,
 }

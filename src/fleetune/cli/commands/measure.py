@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import fleetune
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
-from fleetune.common import commas
+from fleetune.common import settings
 from fleetune.common.display import COMPARED, change, human_bytes, is_noise, metric, show, show_with_error
 from fleetune.common.events import Measured
 from fleetune.common.shell import quoted
 
 if TYPE_CHECKING:
-    from fleetune.deploy.measure.job import MeasureResult
+    from fleetune.deploy.measure import MeasureResult
 
 HELP = "size, speed, memory and quality of base, tuned and compressed in one table"
 ORDER = 80
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             limit=args.limit,
             tasks=words(args.tasks),
             answer_tokens=args.answer_tokens,
-            labels=commas.given(args.labels),
+            labels=settings.given_words(args.labels),
             threads=args.threads,
             prompt_tokens=args.prompt_tokens,
             new_tokens=args.new_tokens,
@@ -99,7 +99,7 @@ def _shown(row: Measured, name: str) -> str:
 
 def _show(ui: Ui, result: MeasureResult) -> None:
     """Print the table, the kept gain, and the path of the result."""
-    from fleetune.deploy.measure.harness import FILE
+    from fleetune.deploy.harness import FILE
 
     names = list(dict.fromkeys(name for row in result.rows for name in row.values))
     rows = [

@@ -14,8 +14,8 @@ from fleetune.common.display import counted, human_bytes, human_count
 from fleetune.common.events import ModelCached, ModelListed, ModelPulled, ModelRemoved
 from fleetune.common.shell import command
 from fleetune.errors import UsageError
-from fleetune.models.cache import cache, cache_contents
-from fleetune.models.cache.short_names import SHORT_NAMES, ShortName
+from fleetune.models.cache import cache
+from fleetune.models.cache.names import SHORT_NAMES, ShortName
 
 HELP = "list the models there are, fetch one, or remove one from the cache"
 ORDER = 140
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _list(ui: Ui) -> None:
-    found, lying = cache.builtin(), cache_contents.contents()
+    found, lying = cache.builtin(), cache.contents()
     sizes = {model.path: model.bytes for model in lying}
     for m in found:
         ui.event(
@@ -116,13 +116,13 @@ def _list(ui: Ui) -> None:
     )
 
 
-def _folders(lying: Sequence[cache_contents.CachedModel]) -> dict[Path | None, str]:
+def _folders(lying: Sequence[cache.CachedModel]) -> dict[Path | None, str]:
     """Return path -> ", in FOLDER" of the copies that share their name with another one."""
     copies = Counter(model.name for model in lying)
     return {model.path: f", in {model.path.name}" for model in lying if copies[model.name] > 1}
 
 
-def _kept(lying: Sequence[cache_contents.CachedModel]) -> list[tuple[str, str]]:
+def _kept(lying: Sequence[cache.CachedModel]) -> list[tuple[str, str]]:
     """Say that copies of GGUF files which were read stay in the cache, and how they are removed; nothing without any."""
     read = [model.bytes for model in lying if model.source.startswith(cache.OF_FILE)]
     if not read:
@@ -148,7 +148,7 @@ def _where(model: cache.BuiltIn, sizes: Mapping[Path, int]) -> tuple[str, str]:
 def _rm(args: argparse.Namespace, ui: Ui) -> None:
     if not args.name:
         raise UsageError("rm needs the name of a model in the cache", hint="what is there: fleetune models")
-    for gone in cache_contents.remove(args.name):
+    for gone in cache.remove(args.name):
         ui.event(ModelRemoved(name=gone.name, path=str(gone.path), bytes=gone.bytes))
         ui.note(f"removed {gone.name} ({human_bytes(gone.bytes)}) from {gone.path}")
 

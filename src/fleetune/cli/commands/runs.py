@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fleetune import report, subject
+from fleetune.cli.commands.tune import say_what_is_shared
 from fleetune.cli.console import Ui
-from fleetune.cli.sharing import say_what_is_shared
 from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.events import CompressionListed, RunListed, RunRemoved, SweepListed
 from fleetune.common.files import storage_error
@@ -304,10 +304,10 @@ def _needs(folder: Path) -> set[Path]:
 
 def _base_of(run: Path) -> list[Path]:
     """Return the file or folder of a run's base model, if it is there."""
-    from fleetune.tuning.result import places
+    from fleetune.tuning.result import foundations
 
     try:
-        model = places.found_again(recipes.read(run / "run.toml"), run).get("model")
+        model = foundations.found_again(recipes.read(run / "run.toml"), run).get("model")
     except FleetuneError:  # a damaged recipe needs nothing
         return []
     path = Path(model).expanduser() if isinstance(model, str) else None

@@ -7,14 +7,14 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
-from fleetune.cli import recipe_flags
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import ConsoleListener
 from fleetune.common.display import counted
 from fleetune.common.events import Event, SweepDone, SweepPlanned, SweepRun, SweepStart
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, UsageError
-from fleetune.runs.progress import run_words
+from fleetune.runs.listener import run_words
 
 HELP = "tune over a grid of values and seeds, on one page"
 ORDER = 40
@@ -67,19 +67,19 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--resume", metavar="SWEEP", help="continue a stopped sweep (a path, a number, or latest)"
     )
     sub.add_argument("--dry-run", action="store_true", help="check all runs and list them, then stop")
-    recipe_flags.add(sub)
+    flags.add(sub)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Begin a sweep or resume one."""
-    from fleetune.api import sweeping
-    from fleetune.tuning.sweep import sweep as sweeps
-    from fleetune.tuning.sweep import sweep_grid
+    from fleetune.api import tuning
+    from fleetune.tuning import sweep
+    from fleetune.tuning import sweep as sweeps
 
     out = Path(args.out)
     resumed = sweeps.find(args.resume, out) if args.resume else None
     if resumed:
-        if args.recipe or args.vary or args.set or args.seeds or recipe_flags.given(args):
+        if args.recipe or args.vary or args.set or args.seeds or flags.given(args):
             raise UsageError(
                 "--resume follows the sweep's own recipe; it takes no other option",
                 hint=sweeps.resume_command(resumed),
@@ -91,11 +91,11 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
                 "a sweep needs a RECIPE", hint="fleetune sweep recipe.toml --vary K=64,512 --seeds 3"
             )
         varied = [text.partition("=")[0].strip() for text in args.vary]
-        values = recipe_flags.keys(args, args.recipe)
-        values = sweeping.with_method(values, varied, out, ui.note, offline=args.offline)
-        grid = sweep_grid.make(values, args.vary, args.seeds)
+        values = flags.keys(args, args.recipe)
+        values = tuning.with_method(values, varied, out, ui.note, offline=args.offline)
+        grid = sweep.make_grid(values, args.vary, args.seeds)
         for model, train in {(point.recipe.model, point.recipe.train) for point in grid.points}:
-            recipe_flags.check_model(model, args.out, train)
+            flags.check_model(model, args.out, train)
     sweeps.check(grid, offline=args.offline)
     if args.dry_run:
         for point in grid.points:
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with ExitStack() as stack:
         screen = SweepScreen(ui, stack, resumes=True)
         name = Path(args.recipe or "").stem
-        sweeping.start(grid, out, screen, name=name, resumed=resumed, offline=args.offline)
+        tuning.start_sweep(grid, out, screen, name=name, resumed=resumed, offline=args.offline)
 
 
 def _results(done: SweepDone, ui: Ui) -> None:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fleetune
-from fleetune.cli import recipe_flags
-from fleetune.cli.console import Ui
-from fleetune.cli.interrupt import InterruptHandler
-from fleetune.cli.progress import CountBar, RoundBar
-from fleetune.cli.sharing import say_what_is_shared
+from fleetune import report
+from fleetune.cli import flags
+from fleetune.cli.console import CountBar, RoundBar, Ui
+from fleetune.cli.listener import InterruptHandler
 from fleetune.common.display import counted, human_bytes, human_count, human_time, show
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
 from fleetune.common.shell import quoted
@@ -25,7 +24,7 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fleetune.tuning.result.result import TuneResult
+    from fleetune.tuning.result.finished import TuneResult
 
 HELP = "fine-tune a model over a simulated fleet"
 ORDER = 30
@@ -65,17 +64,17 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"send the figures of the rounds there as well: {', '.join(trackers.TRACKERS)}; repeat",
     )
-    recipe_flags.add(sub)
+    flags.add(sub)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Tune, resume or check."""
     if args.resume:
         path = rundir.find(args.resume, Path(args.out))
-        recipe_flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
-        rounds, base = _more_rounds(args), recipe_flags.given(args).get("base", "")
+        flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
+        rounds, base = _more_rounds(args), flags.given(args).get("base", "")
         if args.dry_run:
-            from fleetune.tuning.run.run import check_resume
+            from fleetune.tuning.run.resume import check_resume
 
             _say_checked(check_resume(path, offline=args.offline, rounds=rounds, base=base), ui)
             return
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             finish(ui, result, resumed=True)
         return
     recipe = recipe_of(args)
-    recipe_flags.check(recipe, args.out)
+    flags.check(recipe, args.out)
     if args.dry_run:
         _check_only(recipe, args, ui)
     else:
@@ -101,10 +100,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _more_rounds(args: argparse.Namespace) -> int:
     """The rounds that a resumed run is to have, 0 where none are given; RecipeError for what is no number of rounds."""
-    from fleetune.tuning.run import extension
+    from fleetune.tuning.run import resume
 
-    text = recipe_flags.given(args).get("rounds")
-    return extension.number(text) if text else 0
+    text = flags.given(args).get("rounds")
+    return resume.rounds_number(text) if text else 0
 
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
@@ -155,15 +154,24 @@ def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
     say_what_is_shared(ui, Path(run))
 
 
+def say_what_is_shared(ui: Ui, run: Path) -> None:
+    """Note how many held-out rows a run's report shows the text of; nothing where it shows none."""
+    if count := len(report.samples(run)):
+        ui.note(
+            f"the report shows the text of {counted(count, 'held-out row')}: share it only with those who may read them "
+            "(a run with --no-samples keeps none)"
+        )
+
+
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that the arguments make, from a file or by name; RecipeError for what it cannot be."""
-    values = recipe_flags.keys(args, args.config)
+    values = flags.keys(args, args.config)
     if "sweep" in values:
         raise RecipeError(
             [f"{args.config} is the recipe of a sweep"], hint=f"fleetune sweep {quoted(args.config)}"
         )
     for name in ("model", "data"):
-        if (given := getattr(args, name)) and (flag := getattr(args, recipe_flags.PREFIX + name)):
+        if (given := getattr(args, name)) and (flag := getattr(args, flags.PREFIX + name)):
             raise UsageError(
                 f"two values of {name}: '{given}' and --{name} '{flag}'", hint="give one of them"
             )
@@ -172,11 +180,11 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.api import plain_models
+    from fleetune.api import tuning
     from fleetune.planning import choose
     from fleetune.tuning.prepare import prepare
 
-    recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
+    recipe = tuning.with_file(recipe, Path(args.out), ui.note)
     recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
     recipe, check_memory = choose.settled_base(recipe, ui.note, offline=args.offline)
     _say_checked(prepare.dry_run(recipe, offline=args.offline, check_memory=check_memory), ui)
@@ -272,7 +280,7 @@ class RunScreen:
         return self.interrupt.requested
 
     def _client(self, event: ClientReply) -> None:
-        self.replies += not event.late
+        self.replies += 1
         self.sending += event.bytes_up > 0
         if event.status in ("refused", "failed"):
             self.ui.note(f"round {event.round}: client {event.client} {event.status}: {event.reason}")

@@ -32,8 +32,8 @@ from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.groups import PRUNED, rounded
 from fleetune.compression.layerwise.hessian import inverse_cholesky
 from fleetune.models.families import experts as of_file
-from fleetune.models.families.superblocks import SUPER_TYPES
-from fleetune.models.mapped.net import in_memory
+from fleetune.models.families.number_types import SUPER_TYPES
+from fleetune.models.lazy import in_memory
 from fleetune.models.net.model import Model, named_tensors
 from fleetune.planning.compression_cost import END_ROWS
 

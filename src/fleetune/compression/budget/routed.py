@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.compression.layerwise.experts import DOWN, GATE_UP, Experts
-from fleetune.models.mapped.net import in_memory
+from fleetune.models.lazy import in_memory
 
 ROUNDING: Final = 0.02  # relative error of outputs in bf16 that were added up in another order
 

@@ -28,7 +28,7 @@ from fleetune.compression.budget import routed
 from fleetune.compression.layerwise.experts import Experts
 from fleetune.data.encode import Encoded, collate
 from fleetune.evaluation.losses import pad_id, predictors
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 
 PIECE: Final = 1 << 23  # logits alive at a time

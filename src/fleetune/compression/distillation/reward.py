@@ -33,8 +33,7 @@ from torch import Tensor
 
 from fleetune.data.encode import MASKED, Batch
 from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
-from fleetune.evaluation import scores
-from fleetune.evaluation.answers import decode_answer
+from fleetune.evaluation.answers import decode_answer, exact_match, rouge_l, token_f1
 from fleetune.evaluation.objectives import finite_number, import_function
 from fleetune.models.net.model import Model
 
@@ -73,11 +72,7 @@ def _scaled(score: Callable[[Sequence[str], Sequence[str]], float]) -> Reward:
 
 
 BUILT_IN: Mapping[str, Reward] = MappingProxyType(
-    {
-        "exact_match": _scaled(scores.exact_match),
-        "f1": _scaled(scores.token_f1),
-        "rouge_l": _scaled(scores.rouge_l),
-    }
+    {"exact_match": _scaled(exact_match), "f1": _scaled(token_f1), "rouge_l": _scaled(rouge_l)}
 )
 
 

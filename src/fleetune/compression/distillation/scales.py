@@ -30,10 +30,9 @@ from fleetune.compression.training.steps import Checkpoints, clipped_step, learn
 from fleetune.data.encode import Batch, Encoded, collate
 from fleetune.evaluation.head_loss import CHUNK_BYTES
 from fleetune.evaluation.losses import pad_id, predictors
-from fleetune.models.artefact.artefact import Quantised, dense
-from fleetune.models.families.superblocks import times
-from fleetune.models.mapped.lazy import LazyWeight
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.artefact import Quantised, dense, times
+from fleetune.models.lazy import LazyWeight
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.planning.compression_cost import STEP
 

@@ -8,8 +8,8 @@ import dataclasses
 from torch import nn
 
 from fleetune.compression.pruning.depth import shallow, shallow_config
-from fleetune.models.loading.shapes import Shape, shape_of
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape, shape_of
 
 
 def student_of(model: Model, keep_layers: int) -> Model:

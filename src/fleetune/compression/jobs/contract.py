@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fleetune.compression.jobs.inputs import Inputs
     from fleetune.compression.layerwise.activations import HessianSource
     from fleetune.compression.layerwise.sums import HessianReply
-    from fleetune.models.artefact.artefact import ArtefactHead
+    from fleetune.models.artefact import ArtefactHead
     from fleetune.models.net.model import Model
     from fleetune.runs.compression_folder import CompressRequest
 

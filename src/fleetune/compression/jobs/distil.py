@@ -24,7 +24,7 @@ from fleetune.runs.compression_folder import PARTS, CompressRequest
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
-    from fleetune.evaluation.reference import Reference
+    from fleetune.evaluation.losses import Reference
     from fleetune.models.net.model import Model
 
 SAME = "same"  # the teacher is the given model itself

@@ -18,8 +18,7 @@ from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from fleetune.data import Encoded, Example
-    from fleetune.evaluation.losses import OnRows
-    from fleetune.evaluation.reference import Reference
+    from fleetune.evaluation.losses import OnRows, Reference
     from fleetune.models.net.model import Model
     from fleetune.tuning.recipe.recipe import Recipe
 
@@ -49,24 +48,25 @@ class Inputs:
 
     def logits_size(self, model: Model) -> int:
         """Return the bytes that the logits of a reference model take on the disk."""
-        from fleetune.evaluation import kl_divergence, reference
+        from fleetune.evaluation import kl_divergence
+        from fleetune.evaluation.losses import scored_tokens
 
         vocabulary = model.net.get_input_embeddings().weight.shape[0]
-        return kl_divergence.file_size(reference.scored(self.compared_rows(model)), vocabulary)
+        return kl_divergence.file_size(scored_tokens(self.compared_rows(model)), vocabulary)
 
     @contextmanager
     def reference(self, model: Model, folder: Path, listener: Listener) -> Iterator[Reference | None]:
         """Keep the logits of the model that others are compared with in `folder` while the block runs; None without text."""
-        from fleetune.evaluation import reference
+        from fleetune.evaluation.losses import keep_logits, scored_tokens
 
         rows = self.compared_rows(model)
-        if not reference.scored(rows):
+        if not scored_tokens(rows):
             yield None
             return
         file = folder / LOGITS
         try:
             on_rows = progress.row_reporter(listener, folder, "rows of the reference")
-            found = reference.keep(model, rows, file, on_rows=on_rows)
+            found = keep_logits(model, rows, file, on_rows=on_rows)
             listener.note(
                 f"{counted(found.tokens, 'token')} to compare by: {human_bytes(file.stat().st_size)} of logits, on the disk "
                 "until the end"
@@ -183,10 +183,10 @@ def _of_run(request: CompressRequest, texts: Sequence[str], *, offline: bool) ->
 def _of_clients(request: CompressRequest, recipe: Recipe, *, offline: bool) -> dict[int, list[Example]]:
     """Return client -> training rows, of all clients of the run, or of `request.clients` of them drawn by the seed."""
     from fleetune.tuning.prepare import prepare
-    from fleetune.tuning.recipe import given_methods
+    from fleetune.tuning.recipe import objects
     from fleetune.tuning.rounds import rounds
 
-    parts = prepare.split(recipe, given_methods.entry_of(Path(request.model), recipe), offline=offline)
+    parts = prepare.split(recipe, objects.entry_of(Path(request.model), recipe), offline=offline)
     count = len(parts.clients)
     if request.clients > count:
         raise UsageError(

@@ -98,7 +98,7 @@ def check_disk(folder: Path, need: int, what: str) -> None:
 
 def weight_bytes(model: Model) -> int:
     """Return the bytes of a model's weights in the dtype that they are loaded in."""
-    from fleetune.models.families.dtypes import WEIGHTS
+    from fleetune.models.families.number_types import WEIGHTS
 
     return model.n_params * WEIGHTS[model.dtype].size
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fleetune.compression import Solver
     from fleetune.compression.distillation.scales import Scales
-    from fleetune.models.artefact.artefact import Quantised
+    from fleetune.models.artefact import Quantised
     from fleetune.models.net.model import Model
 
 FOLDER: Final = "scales"  # in the folder of finished blocks: the state of a training

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from fleetune.compression.layerwise.blocks import BlockResult
     from fleetune.compression.layerwise.driver import Plan
     from fleetune.compression.layerwise.sums import HessianReply
-    from fleetune.evaluation.reference import Reference
-    from fleetune.models.artefact.artefact import ArtefactHead, Quantised
+    from fleetune.evaluation.losses import Reference
+    from fleetune.models.artefact import ArtefactHead, Quantised
     from fleetune.planning.compression_cost import CompressionSize
 
 
@@ -73,7 +73,7 @@ class SolveJob:
     @cached_property
     def memory(self) -> int:
         """Planned peak memory, in bytes."""
-        from fleetune.models.loading.shapes import shape_of
+        from fleetune.models.shapes import shape_of
         from fleetune.planning import compression_cost
 
         return sum(compression_cost.memory(shape_of(self.inputs.model.net.config), self.cost).values())
@@ -81,7 +81,7 @@ class SolveJob:
     @property
     def cost(self) -> CompressionSize:
         """The quantities that memory and disk depend on."""
-        from fleetune.models.families.dtypes import WEIGHTS
+        from fleetune.models.families.number_types import WEIGHTS
 
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
         if self.request.calibrate == FLEET:  # the windows are on the devices, the Hessians here
@@ -174,7 +174,7 @@ def _room(
     request: CompressRequest, solver: Solver, inputs: Inputs, beside: FileSize | None
 ) -> budget.Room | None:
     """Return the room that a budget leaves for the matrices, None without one.  UsageError for one that is too small."""
-    from fleetune.models.artefact.artefact import ArtefactHead
+    from fleetune.models.artefact import ArtefactHead
 
     if not budget.asked(request):
         return None
@@ -291,7 +291,7 @@ def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> Plan |
 def head(job: SolveJob) -> ArtefactHead:
     """Return the artefact's head: method, settings, and digests of the weights and calibration windows."""
     from fleetune import models
-    from fleetune.models.artefact.artefact import ArtefactHead
+    from fleetune.models.artefact import ArtefactHead
 
     model = job.inputs.model
     return ArtefactHead(
@@ -320,7 +320,7 @@ def _settings(request: CompressRequest, solver: Solver) -> dict[str, Any]:
 
 def _check_room(listener: Listener, job: SolveJob, folder: Path) -> None:
     """Remark when memory is short; raise StorageError when the disk is too full."""
-    from fleetune.models.loading.shapes import shape_of
+    from fleetune.models.shapes import shape_of
     from fleetune.planning import compression_cost
 
     ways = [] if job.request.low_memory else ["with --low-memory"]
@@ -337,7 +337,7 @@ def _written_heads(config: Any) -> int:
 
 def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
     from fleetune.common.memory import peak_rss
-    from fleetune.models.artefact import artefact
+    from fleetune.models import artefact
 
     began, model = time.monotonic(), job.inputs.model
     before = job.inputs.measure(model, listener, folder)
@@ -383,8 +383,8 @@ def _after(
 ) -> dict[str, float]:
     """Measure the compressed model.  Its weights take the place of the model's own, which are not needed any more."""
     from fleetune.common.memory import give_back
-    from fleetune.models.artefact.artefact import dense
-    from fleetune.models.mapped.net import memory_of
+    from fleetune.models.artefact import dense
+    from fleetune.models.lazy import memory_of
 
     if not inputs.measured:
         return {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fleetune.common.files import write_atomic
 from fleetune.compression.training import checksum
-from fleetune.models.artefact.artefact import Quantised, assembled, stored
+from fleetune.models.artefact import Quantised, assembled, stored
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ from fleetune.compression.layerwise.grids import DEFAULTS, GROUPS, INSTEAD
 from fleetune.compression.layerwise.hessian import lost, share, trace
 from fleetune.compression.layerwise.in_turn import StatesInTurn
 from fleetune.errors import DataError, ModelError, RecipeError
-from fleetune.models.artefact.artefact import Quantised, dense, joined
-from fleetune.models.mapped.net import in_memory
+from fleetune.models.artefact import Quantised, dense, joined
+from fleetune.models.lazy import in_memory
 from fleetune.models.net.layers import layers_of
 from fleetune.models.net.model import Model
 from fleetune.planning.compression_cost import END_ROWS

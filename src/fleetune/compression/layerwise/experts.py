@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fleetune.compression import Solved, Solver
 from fleetune.compression.layerwise.blocks import MatrixResult
 from fleetune.compression.layerwise.hessian import TOKENS_AT_ONCE, accumulate, lost, mirrored, share, trace
-from fleetune.models.artefact.artefact import Quantised, dense, joined
+from fleetune.models.artefact import Quantised, dense, joined
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 

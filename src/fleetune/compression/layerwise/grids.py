@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 
 from fleetune.compression.layerwise.codebook_fit import fit_scale
-from fleetune.models.families.codebooks import CODEBOOKS
-from fleetune.models.families.superblocks import SUPER_TYPES, WIDTH, SuperType
+from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES, SUPER_WIDTH, SuperType
 
 UNIFORM: Final = ("ggml", "symmetric", "asymmetric", "universal")
 KINDS: Final = (*UNIFORM, *CODEBOOKS)  # whose groups have a scale of their own
@@ -64,12 +63,12 @@ _BLOCKS: Final = {
     ("asymmetric", 4): (22, 32),
     ("asymmetric", 5): (34, 32),
     ("iq4_nl", 4): (18, 32),
-    ("q6_k", 6): (210, WIDTH),
-    ("q5_k", 5): (176, WIDTH),
-    ("q4_k", 4): (144, WIDTH),
-    ("q3_k", 3): (110, WIDTH),
-    ("q2_k", 2): (84, WIDTH),
-    ("iq4_xs", 4): (136, WIDTH),
+    ("q6_k", 6): (210, SUPER_WIDTH),
+    ("q5_k", 5): (176, SUPER_WIDTH),
+    ("q4_k", 4): (144, SUPER_WIDTH),
+    ("q3_k", 3): (110, SUPER_WIDTH),
+    ("q2_k", 2): (84, SUPER_WIDTH),
+    ("iq4_xs", 4): (136, SUPER_WIDTH),
 }
 
 
@@ -252,10 +251,10 @@ def row_problem(name: str, C: int, kind: str, group: int) -> str:
     """Say why rows of C columns cannot be divided as the grid has to, or "" when they can."""
     if kind not in SUPER_TYPES:
         return group_problem(name, C, group)
-    if C % WIDTH == 0:
+    if C % SUPER_WIDTH == 0:
         return ""
     instead, bits = INSTEAD[kind]
-    return f"{name} has {C} columns, which super-blocks of {WIDTH} do not divide" + (
+    return f"{name} has {C} columns, which super-blocks of {SUPER_WIDTH} do not divide" + (
         f" (grid={instead} with bits={bits} is for groups of 32)" if C % DEFAULTS[1] == 0 else ""
     )
 

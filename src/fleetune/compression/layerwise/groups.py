@@ -19,8 +19,8 @@ from fleetune.compression.layerwise.column_loop import ColumnLoop, Segment, near
 from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.superblock_fit import SuperFit
 from fleetune.errors import RecipeError
-from fleetune.models.artefact.artefact import Quantised
-from fleetune.models.families.superblocks import WIDTH, SuperBlocks
+from fleetune.models.artefact import Quantised, SuperBlocks
+from fleetune.models.families.number_types import SUPER_WIDTH
 
 PRUNED: Final = 0.05  # share of weights that are exactly 0 from which a matrix counts as pruned
 
@@ -92,11 +92,11 @@ def _quantise_blocks(
     assert of is not None
 
     def choose(Wt: Tensor, begin: int, last: int) -> Segment:
-        inside, end = begin % WIDTH, min(begin - begin % of.group + of.group, last)
+        inside, end = begin % SUPER_WIDTH, min(begin - begin % of.group + of.group, last)
         if begin % of.group == 0:
-            h = None if curvature is None else curvature[begin - inside : begin - inside + WIDTH]
+            h = None if curvature is None else curvature[begin - inside : begin - inside + SUPER_WIDTH]
             if not inside:
-                fits.append(superblock_fit.fit(Wt[begin : begin + WIDTH].T, of, h))
+                fits.append(superblock_fit.fit(Wt[begin : begin + SUPER_WIDTH].T, of, h))
             else:
                 own = None if h is None else h[inside : inside + of.group]
                 superblock_fit.refit(Wt[begin : begin + of.group].T, of, own, fits[-1], inside // of.group)

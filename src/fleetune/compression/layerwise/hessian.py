@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fleetune.compression import Solved
-from fleetune.models.artefact.artefact import dense
+from fleetune.models.artefact import dense
 
 DAMPING_GROWTH = 10.0  # factor of damping while the matrix is not positive definite
 MAX_DAMPING = 1.0  # no factor is sought with more

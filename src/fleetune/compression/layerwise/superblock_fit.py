@@ -3,7 +3,7 @@
 """Fit the scales of GGUF's super-blocks to weights: the least weighted squared error of what the file can hold.
 
 A weight is (d k) q - dmin m, with q a group's steps, k and m whole numbers of the group, d and dmin fp16 numbers of the
-super-block (`models/families/superblocks.py`).  In turn:
+super-block (`models/families/number_types.py`).  In turn:
 
 1. Each group alone: the scale S of least error (`codebook_fit.py`), or S and the minimum M.  For these, the ends of the range
    that the codes cover are moved in and out; for each range the weights are rounded to q, for which least squares gives S and M,
@@ -28,8 +28,7 @@ from torch import Tensor
 from fleetune.common.numba_cache import cached_njit
 from fleetune.compression.layerwise.codebook_fit import fit_scale
 from fleetune.compression.layerwise.grids import to_half
-from fleetune.models.families.codebooks import CODEBOOKS
-from fleetune.models.families.superblocks import SuperType
+from fleetune.models.families.number_types import CODEBOOKS, SuperType
 
 # of a group's range, taken off at an end; below 0: put on
 INSETS: Final = (-0.06, -0.03, 0.0, 0.03, 0.06, 0.1, 0.15, 0.22, 0.3)

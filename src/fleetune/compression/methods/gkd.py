@@ -87,10 +87,10 @@ from fleetune.errors import RecipeError
 from fleetune.evaluation.answers import sample_from_ids, stop_ids, until_end
 from fleetune.evaluation.losses import context_length, eval_mode, pad_id, predictors
 from fleetune.evaluation.objectives import split
-from fleetune.models.families.dtypes import WEIGHTS
-from fleetune.models.loading.shapes import shape_of
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model, digest, named_tensors, uniform
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 
 PAPER = "Agarwal et al., ICLR 2024, arXiv 2306.13649"

@@ -73,10 +73,10 @@ from fleetune.compression.training.checkpoint import fingerprint
 from fleetune.compression.training.steps import learning_rate
 from fleetune.data import Encoded
 from fleetune.errors import DataError, FleetuneError, RecipeError
-from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import FAMILIES, KeptUnits, blocks_of, cut, width_of
-from fleetune.models.loading.shapes import shape_of
 from fleetune.models.net.model import Model, digest, named_tensors
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 
 PAPER = "Ma et al., NeurIPS 2023, arXiv 2305.11627"

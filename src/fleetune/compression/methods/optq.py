@@ -63,7 +63,7 @@ from fleetune.compression.layerwise.column_loop import ColumnLoop, CompensatedLo
 from fleetune.compression.layerwise.grids import Grid, grid_problems, row_problem, settled
 from fleetune.compression.layerwise.groups import Codes, codes_of, quantise, refuse_pruned, segment
 from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky, token_problems
-from fleetune.models.families.superblocks import SUPER_TYPES, WIDTH
+from fleetune.models.families.number_types import SUPER_TYPES, SUPER_WIDTH
 
 PAPER = "Frantar et al., ICLR 2023, arXiv 2210.17323"
 
@@ -184,13 +184,13 @@ def _quantise_sorted_blocks(
     """Do the same for super-blocks; `whole` [R, C] and h [C] are weights and curvature in the order of the file."""
     of = grid.blocks
     assert of is not None
-    places = [slice(first, first + WIDTH) for first in range(0, W.shape[1], WIDTH)]
+    places = [slice(first, first + SUPER_WIDTH) for first in range(0, W.shape[1], SUPER_WIDTH)]
     fits = [superblock_fit.fit(whole[:, at], of, None if h is None else h[at]) for at in places]
 
     def choose(Wt: Tensor, begin: int, last: int) -> Segment:
         column = int(order[begin])
         mask = None if zeros is None else zeros[begin : begin + 1]
-        return segment(begin + 1, grid, fits[column // WIDTH], column % WIDTH // of.group, mask)
+        return segment(begin + 1, grid, fits[column // SUPER_WIDTH], column % SUPER_WIDTH // of.group, mask)
 
     _, codes = loop(W, choose)
     return codes_of(codes[:, order.argsort()], grid, fits)

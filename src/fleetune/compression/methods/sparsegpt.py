@@ -41,8 +41,7 @@ from fleetune.compression.layerwise.column_loop import BLOCK, CompensatedLoop, S
 from fleetune.compression.layerwise.grids import Grid, grid_problems, group_problem
 from fleetune.compression.layerwise.groups import Codes
 from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky, token_problems
-from fleetune.models.families.codebooks import CODEBOOKS
-from fleetune.models.families.superblocks import SUPER_TYPES
+from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES
 
 PAPER = "Frantar and Alistarh, ICML 2023, arXiv 2301.00774"
 

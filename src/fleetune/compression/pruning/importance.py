@@ -35,7 +35,7 @@ from fleetune.data import Encoded, collate
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.families.widths import blocks_of, width_of
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 
 KINDS: Final = ("magnitude", "first", "second", "mixed")

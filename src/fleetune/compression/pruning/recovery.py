@@ -25,7 +25,7 @@ from fleetune.data import Batches, Encoded
 from fleetune.data.encode import Batch
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 
 CLIP = 1.0  # of the gradient's norm

@@ -17,7 +17,7 @@ from fleetune.common.folders import staged
 from fleetune.compression.training import checksum
 from fleetune.data import Encoded
 from fleetune.errors import StorageError, UsageError
-from fleetune.models.loading.loading import disk_errors
+from fleetune.models.net.saving import disk_errors
 
 STATE: Final = "state.safetensors"
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from fleetune.common.extras import pip_install
+from fleetune.common.shell import pip_install
 from fleetune.errors import UsageError
 
 # Flower would report every start to its makers and look for updates otherwise

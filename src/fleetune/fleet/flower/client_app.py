@@ -17,15 +17,14 @@ from typing import Any, Final, Literal
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fleetune.common.locks import lock
+from fleetune.common.files import lock
 from fleetune.common.memory import usable_memory
+from fleetune.common.settings import parse_bytes
 from fleetune.errors import FAULTS, FleetuneError, UsageError, fault
 from fleetune.fleet.flower import partition
 from fleetune.fleet.flower.records import pack, unpack
-from fleetune.fleet.orders import Order, Reply
-from fleetune.fleet.reasons import Declined, reason_of
+from fleetune.fleet.orders import Declined, Order, Reply, reason_of
 from fleetune.fleet.worker import Brings, Worker
-from fleetune.planning.plan import parse_bytes
 
 log = logging.getLogger("flwr")  # what it says is in the SuperNode's output
 

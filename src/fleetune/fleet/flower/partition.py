@@ -16,25 +16,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from fleetune.common.sizes import parse_bytes
+from fleetune.common.settings import parse_bytes
 from fleetune.data import Example
-from fleetune.data.labelled import encode_rows
+from fleetune.data.encode import encode_rows
 from fleetune.errors import UsageError
-from fleetune.fleet.reasons import Declined
+from fleetune.fleet.orders import Declined
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.result import places
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.result import foundations
+from fleetune.tuning.rounds.local_work import Memories
 
 log = logging.getLogger("flwr")
 
 NUMBER: Final = "partition-id"  # in a node's config: Flower's simulation gives every node one, from 0
 FOLDER: Final = "flower"  # in a run's: what its clients keep
 
-ONE_PROCESS: Final = ("drop", "stragglers", "deadline", "over_selection", "late")  # options of a recipe
+ONE_PROCESS: Final = ("drop", "stragglers", "deadline", "over_selection")  # options of a recipe
 
 
 def check(recipe: Recipe) -> None:
@@ -71,7 +71,7 @@ class Clients:
     """The clients of a run that this process has been."""
 
     def __init__(self, run: Path, *, offline: bool = False) -> None:
-        self.run, self.offline, self.recipe = run, offline, places.recipe_of(run)
+        self.run, self.offline, self.recipe = run, offline, foundations.recipe_of(run)
         self.parts = prepare.split(self.recipe, methods.entry(self.recipe.method), offline=offline)
         self._workers: dict[int, Worker] = {}
 

@@ -27,8 +27,7 @@ from fleetune.fleet.flower.client_app import RUN
 from fleetune.fleet.flower.records import pack, unpack
 from fleetune.fleet.keys import fingerprint
 from fleetune.fleet.orders import job_of
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Silent
@@ -37,18 +36,18 @@ from fleetune.tuning.prepare.prepare import check, check_aggregation
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.recipe.settled import about_rule, for_devices
-from fleetune.tuning.rounds.fleets import Fleet
-from fleetune.tuning.rounds.kinds import wanted
+from fleetune.tuning.rounds.fleets import Fleet, wanted
+from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare.prepare import TuneJob
-    from fleetune.tuning.run.simulation import Step
+    from fleetune.tuning.run.run import Step
 
 log = logging.getLogger("flwr")  # what it says is in `flwr log`
 
 POLL: Final = 0.5  # seconds between two looks at the SuperLink
-SIMULATED_POLL: Final = 0.05  # or at the clients of a simulation, which are in this process
+SIMULATED_POLL: Final = 0.2  # or at the clients of a simulation, which answer through this process
 PATIENCE: Final = 300.0  # seconds in which they all say who they are
 # Codes of Flower's errors (`flwr.app.Error.code`)
 LOST: Final = (
@@ -68,7 +67,8 @@ def main(grid: Grid, context: Context) -> None:
     for name in ("grace", "round-deadline", "wait"):
         if float(config[name]) < 0:
             raise UsageError(f"{name}={config[name]} in the run-config cannot be negative")
-    pace = Pace(grace=float(config["grace"]), deadline=float(config["round-deadline"]), poll=POLL)
+    poll = SIMULATED_POLL if config["simulate"] else POLL
+    pace = Pace(grace=float(config["grace"]), deadline=float(config["round-deadline"]), poll=poll)
     kind = Simulation if config["simulate"] else SuperNodes
     fleets = kind(grid, context.run_id, int(config["wait"]), pace, bool(config["offline"]))
     recipe, resume, out = str(config["recipe"]), str(config["resume"]), Path(str(config["out"]))
@@ -78,7 +78,7 @@ def main(grid: Grid, context: Context) -> None:
             "--run-config \"recipe='/path/recipe.toml'\" or \"resume='latest'\""
         )
     if resume:
-        found = running.resume(rundir.find(resume, out), Said(), offline=fleets.offline, fleets=fleets)
+        found = resuming.resume(rundir.find(resume, out), Said(), offline=fleets.offline, fleets=fleets)
     else:
         found = running.start(
             fleets.settled(values_from(recipe)), out, Said(), offline=fleets.offline, fleets=fleets
@@ -126,10 +126,6 @@ class SuperNodes:
     offline: bool = False
     simulated = False
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise UsageError where late replies are to be used and every round waits for all."""
-        self.pace.check(recipe)
-
     def settled(self, values: Mapping[str, Any]) -> Recipe:
         """Return the recipe of these keys as SuperNodes run it."""
         recipe = recipes.make(values)
@@ -161,7 +157,7 @@ class SuperNodes:
             devices,
             job_of(job, devices.run),
             job.recipe.seed,
-            self.pace.of(job.recipe),
+            self.pace,
             note=listener.note,
             audit=Audit(run.path).write,
             kinds=wanted(job.method, job.recipe.kinds),
@@ -175,13 +171,11 @@ class Simulation(SuperNodes):
 
     simulated = True
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise UsageError for what only `fleetune tune` simulates."""
-        partition.check(recipe)
-
     def settled(self, values: Mapping[str, Any]) -> Recipe:
-        """Return the recipe of these keys as it stands: no client of a simulation lies."""
-        return recipes.make(values)
+        """Return the recipe of these keys as it stands, since no client of a simulation lies; UsageError as `partition.check`."""
+        recipe = recipes.make(values)
+        partition.check(recipe)
+        return recipe
 
     def count(self, job: TuneJob) -> int:
         """Return how many clients the rows are divided among; UsageError for another number of nodes."""

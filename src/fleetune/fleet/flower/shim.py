@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from fleetune.common import __version__
 from fleetune.common.files import write_atomic
-from fleetune.common.version import __version__
 from fleetune.errors import UsageError
 
 PROJECT: Final = f"""\

@@ -4,7 +4,7 @@
 The cache is `$FLEETUNE_HOME`, else `$XDG_CACHE_HOME/fleetune`, else `~/.cache/fleetune`.  A model in it is
 a complete Hugging Face directory or is not there at all: it is made in a hidden folder beside its place and
 renamed, and a lock file keeps two processes from doing the same work.  `fleetune_source.json` beside the
-weights records their source and its digests, `SHA256SUMS` the digests of the folder's files (`stated.py`); the record
+weights records their source and its digests, `SHA256SUMS` the digests of the folder's files; the record
 also has the digest of that list, without its own line there.
 
 A built-in model has two sources.  Those of smollm2-135m are **not** the same numbers: the hub has the
@@ -35,7 +35,7 @@ from fleetune.common import sums
 from fleetune.common.files import storage_error
 from fleetune.common.folders import locked, staged
 from fleetune.common.shell import quoted
-from fleetune.errors import ModelError, StorageError
+from fleetune.errors import ModelError, StorageError, suggest
 from fleetune.models.cache.download import (
     HUB_FILES,
     Progress,
@@ -56,6 +56,14 @@ SOURCES: Final = ("auto", "hub", "index")
 SOURCE_FILE: Final = "fleetune_source.json"
 OF_FILE: Final = "file "  # begins the source of a model made of a GGUF file that was given by its path
 GGUF: Final = "model.gguf"  # in a folder whose weights stay in that file
+# where the weights of a base may be: in memory, or in their file, from which pieces are read
+PLACES: Final = ("memory", "mapped")
+BASES: Final = ("auto", *PLACES)
+BLOCKS: Final = (
+    "blocks"  # mapped; a built-in model is its GGUF file even where plain weights of it are in the cache
+)
+MAPPED: Final = ("mapped", BLOCKS)
+SHARE: Final = 0.5  # of the memory: weights that would take more stay in their file, under auto
 
 
 @dataclass(frozen=True)
@@ -422,3 +430,78 @@ def _check_sha256(name: str, found: str, expected: str) -> None:
             f"  SHA-256 expected {expected}",
             hint="pull again; if it happens twice, a proxy or mirror changes the file",
         )
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model in the cache: a folder of its own."""
+
+    name: str  # built-in name, hub id, or name of the folder
+    path: Path
+    bytes: int  # on the disk
+    source: str  # where it came from
+    licence: str  # "" where nothing states it
+
+
+def contents() -> list[CachedModel]:
+    """Return every model in the cache: built-in ones first, then the others by name."""
+    built_in = {target: o for o in ORIGINS.values() for target in _targets(o)}
+    folders = [p for p in _folders() if (p / "config.json").is_file()]
+    found = []
+    for folder in sorted(folders, key=lambda p: (p not in built_in, p.name)):
+        stated, origin = source_of(folder), built_in.get(folder)
+        name = origin.name if origin else _name(folder, stated)
+        licence = origin.licence if origin else str(stated.get("licence", ""))
+        found.append(CachedModel(name, folder, size(folder), str(stated.get("source") or "unknown"), licence))
+    return found
+
+
+def size(folder: Path) -> int:
+    """Return the bytes of all files under a folder; a file that cannot be read counts 0."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.lstat().st_size if path.is_file() and not path.is_symlink() else 0
+        except OSError:
+            continue
+    return total
+
+
+def remove(name: str) -> list[CachedModel]:
+    """Remove the copies of a model from the cache and return them; ModelError when it is not there.
+
+    `name` is a built-in name, a hub id, or the name of a folder in the cache.
+    """
+    every = contents()
+    found = [model for model in every if name in (model.name, model.path.name)]
+    if not found:
+        guess = suggest(name, [model.name for model in every])
+        raise ModelError(
+            f"no model named '{name}' is in the cache ({cache()}).{guess}",
+            hint="what is there: fleetune models",
+        )
+    for model in found:
+        try:
+            with locked(model.path):
+                shutil.rmtree(model.path)
+        except OSError as error:
+            raise storage_error(error, model.path) from error
+    return found
+
+
+def _folders() -> list[Path]:
+    try:
+        return [p for p in (cache() / "models").iterdir() if p.is_dir() and not p.name.startswith(".")]
+    except OSError:
+        return []
+
+
+def _targets(origin: Origin) -> list[Path]:
+    indexed = [index_target(origin, weights=weights) for weights in (True, False)]
+    return [*indexed, hub_target(origin.hub)]
+
+
+def _name(folder: Path, stated: dict[str, object]) -> str:
+    if folder.name.startswith("hub-"):
+        return folder.name.removeprefix("hub-").replace("--", "/")
+    return Path(str(stated.get("file") or folder.name)).name

@@ -30,6 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FAMILIES: Final = ("llama", "qwen2", "qwen3")
 KEY: Final = "fleetune_widths"
+DECI: Final = "deci"  # llama.cpp's architecture of such llamas
 PREFIX: Final = "fleetune_"  # of the model type
 
 

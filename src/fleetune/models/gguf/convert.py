@@ -11,7 +11,7 @@ Beside sizes and rows:
     has them for its own, not only in the file;
   * rescaled rotary frequencies (Llama 3.1) come as factors: used where Llama 3's rule gives them (`rope.py`),
     else the file is refused;
-  * gemma's norms, caps and windows; llamas whose blocks differ in width (`deci.py`), which only Fleetune
+  * gemma's norms, caps and windows; llamas whose blocks differ in width (architecture deci, below), which only Fleetune
     loads again; the tokenizer (`tokenizer.py`).
 
 The model is never in memory as a whole: names and shapes come from a model on the meta device, every tensor of
@@ -21,7 +21,7 @@ it must be found in the file and vice versa, and rows go straight into the safet
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -29,20 +29,26 @@ from typing import Any, Final
 import gguf
 import numpy as np
 import torch
-from transformers import AutoConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GenerationConfig,
+    LlamaConfig,
+)
 
 from fleetune.common.shell import quoted
 from fleetune.errors import ModelError
-from fleetune.models.families import deci, rope, table, widths
-from fleetune.models.families.foreign import foreign_file
+from fleetune.models import stored
+from fleetune.models.families import rope, table, widths
+from fleetune.models.families.foreign import check_blocks, check_range, foreign_file
+from fleetune.models.families.widths import Width, write_widths
 from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
-from fleetune.models.gguf.bounds import check_blocks, check_range
 from fleetune.models.gguf.header import GgufHeader
-from fleetune.models.mapped import places
-from fleetune.models.mapped.file import MappedFile
-from fleetune.models.mapped.stored import Stored
 from fleetune.models.net.saving import disk_errors
+from fleetune.models.stored import MappedFile, Stored
 
 ANOTHER: Final = "fetch the file again, or give another one"
 SLAB: Final = 1 << 22  # elements dequantised at a time (16 MiB of fp32)
@@ -89,7 +95,7 @@ def convert(
     """Write the model of the GGUF file `path` into the existing `folder` as a Hugging Face directory.
 
     fp32 safetensors, configuration, generation defaults, tokenizer with chat template and special tokens.  Without `weights`
-    these stay in the file, and where they are is written instead (`mapped/places.py`).  ModelError as in `load_config`, or
+    these stay in the file, and where they are is written instead (`stored.py`).  ModelError as in `load_config`, or
     when names or shapes do not fit the architecture; OSError when the disk is full.
     """
     head = header.check_whole(path)
@@ -99,7 +105,7 @@ def convert(
     if weights:
         _write_weights(path, tensors, folder / "model.safetensors", progress)
     else:
-        places.write(folder, tensors)
+        stored.write_places(folder, tensors)
     config.dtype = torch.float32
     config.save_pretrained(folder)
     widths.mark_config(folder)
@@ -151,7 +157,7 @@ def _described(path: Path, architecture: str, head: GgufHeader) -> Any:
         f"{name}_token_id": head.values.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in gguf_tokens.SPECIAL.items()
     }
-    if architecture in ("gemma", "gemma2", "gemma3", deci.ARCHITECTURE):
+    if architecture in ("gemma", "gemma2", "gemma3", widths.DECI):
         config = _own(path, architecture, head)
         del ids["unk_token_id"]
         config.update(ids)
@@ -177,18 +183,18 @@ def _own(path: Path, architecture: str, head: GgufHeader) -> Any:
         value = head.values.get(f"{architecture}.{key}")
         return len(tokens) if key == "vocab_size" and value is None else value
 
-    if architecture != deci.ARCHITECTURE:
+    if architecture != widths.DECI:
         return _gemma(architecture, field)
-    if (why := deci.misfit(field)) is not None:
+    if (why := _deci_misfit(field)) is not None:
         raise ModelError(
             f"{path} is no llama with narrower blocks: {why}",
             hint=f"llama.cpp runs it (fleetune serve {quoted(path)}); to tune or compress, take another model",
         )
-    return deci.config_of(field)
+    return _deci(field)
 
 
 def _gemma(architecture: str, field: Callable[[str], Any]) -> Any:
-    """Return the configuration of a gemma, gemma2 or gemma3; `field` as for `deci.config_of`.
+    """Return the configuration of a gemma, gemma2 or gemma3; `field` as for `_deci`.
 
     KeyError for a key that is required; ValueError when the values make no sense.
     """
@@ -334,3 +340,121 @@ def _tokenizer(path: Path, head: GgufHeader, config: Any) -> Any:
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+# ---------------------------------------------------------------- deci
+
+# llama.cpp's architecture for models found by a search over blocks; `deploy/formats/gguf.py` writes pruned llamas as such.
+# Each of the first three is one number for all blocks, or a list of every block's:
+#
+#     attention.head_count       query heads; 0: the block has no attention
+#     attention.head_count_kv    key heads; 0 beside query heads: one matrix in the place of attention
+#     feed_forward_length        channels of the MLP; 0: the block has none
+#     attention.key_length       the width of a head; not given: embedding_length / query heads of the first block
+#
+# A llama whose blocks were narrowed has none of those zeros, and in every block as many query heads to a key head.  It
+# becomes a configuration with widths of its own (`widths.py`), or a plain one where its blocks are alike.  Any other is
+# refused: no class here has a place for it.
+HEADS: Final = "attention.head_count"
+KEY_HEADS: Final = "attention.head_count_kv"
+CHANNELS: Final = "feed_forward_length"
+
+Field = Callable[[str], Any]  # a value by its key without the architecture, or None
+
+
+def _deci_misfit(field: Field) -> str | None:
+    """Return why metadata do not describe a llama with narrower blocks; None when they do.
+
+    KeyError for a key that must be there and is not; ValueError when the values make no sense.
+    """
+    found = _block_widths(field)
+    first = found[0]
+    for i, (heads, key_heads, channels) in enumerate(found):
+        if heads == 0:
+            return f"block {i} has no attention (head_count 0)"
+        if key_heads == 0:
+            return f"block {i} has one matrix in the place of attention (head_count {heads}, head_count_kv 0)"
+        if channels == 0:
+            return f"block {i} has no MLP (feed_forward_length 0)"
+        if heads % key_heads:
+            return f"block {i} has {heads} query heads, no multiple of its {key_heads} key heads"
+        if heads * first.num_key_value_heads != first.num_attention_heads * key_heads:
+            return (
+                f"block {i} has {heads // key_heads} query heads to a key head, block 0 has {_ratio(first)}"
+            )
+    width = _head_dim(field, found)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (other := field(key)) not in (None, width):
+            return f"its heads are {width} wide, and {key} is {other}"
+    return None
+
+
+def _deci(field: Field) -> Any:
+    """Return the configuration of a llama that `_deci_misfit` accepts; errors as there."""
+    found = _block_widths(field)
+    width, hidden = _head_dim(field, found), int(_need(field, "embedding_length"))
+    config = LlamaConfig(
+        **_whole(found, hidden, width)._asdict(),
+        hidden_size=hidden,
+        head_dim=width,
+        num_hidden_layers=len(found),
+        vocab_size=int(_need(field, "vocab_size")),
+        max_position_embeddings=int(_need(field, "context_length")),
+        rms_norm_eps=float(_need(field, "attention.layer_norm_rms_epsilon")),
+        rope_parameters={"rope_type": "default", "rope_theta": float(field("rope.freq_base") or 10000.0)},
+    )
+    write_widths(config, found, width)
+    return config
+
+
+def _block_widths(field: Field) -> list[Width]:
+    """Return every block's widths, 0 for a part that a block lacks; errors as in `_deci_misfit`."""
+    count = int(_need(field, "block_count"))
+    if count < 1:
+        raise ValueError(f"block_count is {count}")
+    key_heads = HEADS if field(KEY_HEADS) is None else KEY_HEADS  # llama.cpp's rule
+    columns = [_of_blocks(field, key, count) for key in (HEADS, key_heads, CHANNELS)]
+    return [Width(*numbers) for numbers in zip(*columns, strict=True)]
+
+
+def _of_blocks(field: Field, key: str, count: int) -> list[int]:
+    value = _need(field, key)
+    numbers = value if isinstance(value, list) else [value] * count
+    if len(numbers) != count:
+        raise ValueError(f"{key} has {len(numbers)} numbers for {count} blocks")
+    for i, number in enumerate(numbers):
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"{key} of block {i} is {number!r}")
+    return numbers
+
+
+def _need(field: Field, key: str) -> Any:
+    if (value := field(key)) is None:
+        raise KeyError(key)
+    return value
+
+
+def _head_dim(field: Field, found: Sequence[Width]) -> int:
+    width = field("attention.key_length")
+    if width is None:
+        width = int(_need(field, "embedding_length")) // found[0].num_attention_heads
+    if width < 2 or width % 2:  # the rotary embedding turns pairs
+        raise ValueError(f"heads are {width} wide")
+    return int(width)
+
+
+def _ratio(width: Width) -> int:
+    return width.num_attention_heads // width.num_key_value_heads
+
+
+def _whole(found: Sequence[Width], hidden: int, head_dim: int) -> Width:
+    """Return widths that no block exceeds and whose heads divide the hidden size, as transformers requires.
+
+    The file does not say what the model had before it was pruned; only the configuration depends on it.
+    """
+    ratio = _ratio(found[0])
+    most = max(width.num_key_value_heads for width in found)
+    usual = hidden // head_dim // ratio  # heads that fill the hidden size: most likely the model's own
+    fits = (n for n in (usual, most, hidden // ratio) if n >= most and hidden % (n * ratio) == 0)
+    key_heads = next(fits, most)
+    return Width(ratio * key_heads, key_heads, max(width.intermediate_size for width in found))

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from fleetune.common.ggml import BLOCK, HALVES
-from fleetune.models.loading.shapes import Linear, Shape
+from fleetune.models.shapes import Linear, Shape
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from fleetune.common import commas
+from fleetune.common import settings
 from fleetune.data import Batches
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.net.model import Model
+from fleetune.seeds.descent import Position, uniforms
 from fleetune.seeds.ledger import TRAINS, Ledger, LedgerHead
 from fleetune.seeds.noise import LAWS, POOL, run_key
 from fleetune.seeds.scale_view import moved_tensors, view_on, view_type
-from fleetune.seeds.spsa import Position, uniforms
 from fleetune.seeds.view import View
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Payload, Scalar, narrow
@@ -36,10 +36,7 @@ UNITS = 256  # grid = lr / 256: a slope of 1 is 256 units, so a usual step is hu
 
 
 class OfLedger(methods.Method):
-    """A method whose state has a ledger: the tuned model is at its point, and a step to it may come late."""
-
-    def late_problem(self) -> str:
-        return ""
+    """A method whose state has a ledger: the tuned model is at its point."""
 
     def apply(self, model: Model, state: Any) -> None:
         place_at(model, state.ledger)
@@ -102,7 +99,7 @@ def new_ledger(
     aggregation: str,
 ) -> Ledger:
     """Return an empty ledger on this base; `K` is the pool's size, the grid is lr / 256."""
-    more = {"labels": commas.join(model.labels)} if model.labels else {}
+    more = {"labels": settings.join_words(model.labels)} if model.labels else {}
     more |= {} if model.trains == "weights" else {"train": model.trains}
     head = LedgerHead(
         base=model.digest,

@@ -52,24 +52,25 @@ from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches, keyed_order
 from fleetune.evaluation import objectives
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
-from fleetune.seeds.moved_modules import WeightSlot, layout
-from fleetune.seeds.noise import LAWS, POOL, Passes, derive, passes, probe
-from fleetune.seeds.spsa import two_point
-from fleetune.seeds.view import CHUNK, View
+from fleetune.models.shapes import Shape
+from fleetune.seeds.descent import two_point
+from fleetune.seeds.noise import EMPTY, LAWS, POOL, Passes, derive, passes, probe
+from fleetune.seeds.view import View
+from fleetune.seeds.weights import CHUNK, kernels, layout
 from fleetune.tuning import methods
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, clipped, size_of
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule, clipped, size_of
 from fleetune.tuning.exchange.server_rules import Tensors
-from fleetune.tuning.methods import Reply, _lora_start, norm
+from fleetune.tuning.methods import Reply, norm
+from fleetune.tuning.methods._adapter import check_targets
 
 KIND = "adapter"
 PAPER = "Xu et al., USENIX ATC 2024, arXiv 2308.13894"
@@ -147,7 +148,7 @@ class Method(methods.Method):
             raise ValueError("r and alpha are sizes of an adapter; bitfit has none")
         if self.module != "lora" and self.targets != "query-value":
             raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
-        _lora_start.check_targets(self.targets)
+        check_targets(self.targets)
         for name, choices in (("law", INDEPENDENT_LAWS), ("module", tuple(MODULES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is none of {', '.join(choices)}")
@@ -402,18 +403,13 @@ def _cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: 
     for slot in slots:
         where = slice(slot.start, slot.start + slot.tensor.numel())
         flat[where], real[where] = slot.tensor.view(-1), 1.0
-    zeros = torch.zeros(min(size, CHUNK))
-
-    def nothing(slot: WeightSlot, first: int, last: int) -> Tensor:
-        return zeros[: last - first]
-
-    view = View([("all", flat)], nn.Module(), run_key=key, law=law, grid=0.0, read=nothing)
+    sweep, direction = kernels(flat.device).sweep, torch.zeros(min(size, CHUNK))
     dots, norms = np.zeros(len(ids)), np.zeros(len(ids))
     for first in range(0, size, CHUNK):
         last = min(first + CHUNK, size)
+        v = direction[: last - first]
         for k, id in enumerate(ids.tolist()):
-            view.probe(probe(law, 1, id), 1.0)
-            v = view.piece(view.slots[0], first, last)
+            sweep(v.zero_(), v, first, key, EMPTY, 0.0, probe(law, 1, id), gaussian=law == "gaussian")
             dots[k] += float(v @ flat[first:last])
             norms[k] += float(v.square() @ real[first:last])
     return dots / np.sqrt(norms * float(flat.double().square().sum()))

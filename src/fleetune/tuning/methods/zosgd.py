@@ -32,8 +32,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from fleetune.data import Batches
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import Payload
 from fleetune.tuning.methods import mezo

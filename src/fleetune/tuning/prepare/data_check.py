@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from fleetune.common.display import counted
 from fleetune.common.events import DataChecked, Lengths, RowShown
-from fleetune.data import lengths, splitting, stdin
+from fleetune.data import partition, sources
 from fleetune.data.forms import Example
-from fleetune.data.lengths import Cut, cut
-from fleetune.data.splitting import Split
+from fleetune.data.partition import Split
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from fleetune.data.encode import Cut
 
 CLIENTS: Final = 8  # where neither the recipe nor the data say how many, as most methods have them
 LABELS: Final = 40  # different answers at most that are labels
@@ -43,9 +44,9 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
 
     DataError and RecipeError as `tune` raises them for the rows.
     """
-    with stdin.borrowed(recipe.data) as source:
-        rows = splitting.Rows(**{**vars(recipes.rows_of(recipe)), "data": source})
-        parts = splitting.split(rows, CLIENTS, fewer=True, offline=offline)
+    with sources.borrowed(recipe.data) as source:
+        rows = partition.RowsSpec(**{**vars(recipes.rows_of(recipe)), "data": source})
+        parts = partition.split(rows, CLIENTS, fewer=True, offline=offline)
     examples, held = parts.examples, parts.held.tolist()
     owner = {i: c for c, part in enumerate(parts.clients) for i in part.tolist()}
     by_size = sorted(range(len(examples)), key=lambda i: len(_text(examples[i])))
@@ -96,8 +97,11 @@ def _remarks(
 ) -> list[str]:
     """Say what is worth to be looked at."""
     rows = len(parts.examples)
-    dropped = rows - len(found.lengths)
-    said = lengths.remarks(parts.notes, rows, dropped, found.cut or Cut(rows, 0, 0, 0, 0), max_length)
+    said = list(parts.notes)
+    if found.cut:
+        from fleetune.data.encode import cut_remarks  # torch, which words need not
+
+        said = cut_remarks(parts.notes, rows, rows - len(found.lengths), found.cut, max_length)
     if found.pieces and found.pieces > rows:
         said.append(f"the {rows:,} texts become {found.pieces:,} rows of at most max_length={max_length}")
     if unused := rows - training - len(parts.held):
@@ -138,8 +142,8 @@ def _in_tokens(
     examples: Sequence[Example], chosen: Sequence[int], model: str, recipe: Recipe, offline: bool
 ) -> _Measured:
     from fleetune import models
-    from fleetune.data.encode import encode_all
-    from fleetune.models.loading.hf_folder import is_encoder
+    from fleetune.data.encode import count_cut, encode_all
+    from fleetune.models.checks import is_encoder
 
     tokenizer = models.load_tokenizer(model, offline=offline)
     config = models.load_config(model, offline=offline)
@@ -160,7 +164,7 @@ def _in_tokens(
             )
             shown[i] = before, after + (f" [.. {row.lost:,} tokens cut]" if row.lost else "")
     texts = [shown.get(i, ("(nothing that the tokenizer knows)", "")) for i in chosen]
-    return _Measured("tokens", list(tokens.values()), texts, cut(rows), len(rows))
+    return _Measured("tokens", list(tokens.values()), texts, count_cut(rows), len(rows))
 
 
 def _for_encoder(
@@ -170,8 +174,8 @@ def _for_encoder(
     config: PretrainedConfig,
     max_length: int,
 ) -> _Measured:
-    from fleetune.data.labelled import positions_of, text_lengths
-    from fleetune.models.loading import encoders
+    from fleetune.data.encode import Cut, positions_of, text_lengths
+    from fleetune.models import encoders
 
     net: list[PreTrainedModel] = []
     encoders.class_of(config, net.append)  # without weights

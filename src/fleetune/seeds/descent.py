@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descend by integer coefficients along directions, by slopes from two forward passes or from a gradient.
+
+Spall (1992), as MeZO uses it (Malladi et al. 2023, arXiv 2305.17333, Definition 1): with a random direction
+z and the losses at w + eps z and w - eps z on one batch, `g = (l+ - l-) / (2 eps)` is an estimate of the
+slope along z, and `w <- w - lr g z` a step of descent.  A step is recorded as the integer
+`c = -lr g / grid`, and the step taken is that integer, not the float: the integers alone give the weights.
+
+Or from one gradient, which is back-propagated and projected on the K directions of a pool.
+A direction of a pool is z_k[i] = D[i] H[place(i), k] (`noise`), so all K slopes of a gradient g are one
+fold and one fast Walsh-Hadamard transform of length K:
+
+    s[j] = sum over the i whose place is j of D[i] g[i],    p = H s,    p_k = z_k . g exactly
+
+and (1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, without their error in eps.  Ferret
+(Shu et al., ICML 2025, arXiv 2409.06277) projects first-order updates on seeded directions too; its
+directions are independent, so it pays a pass over the weights for each.
+
+Neither the weights nor a gradient ever exist whole: backward makes both a row block at a time (`Tape`), and the gradient is
+folded at once (`Projection`).  The activations are those of one layer (`models/net/layers.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import Final, NamedTuple
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fleetune.data import Batch
+from fleetune.evaluation.losses import batch_loss, row_losses
+from fleetune.evaluation.objectives import Objective, loss_tensor
+from fleetune.models.net.layers import by_layer
+from fleetune.models.net.model import Model
+from fleetune.seeds.noise import EMPTY, derive, fwht, passes, philox4x32, places, probe
+from fleetune.seeds.view import Tape, Unpaired, View
+from fleetune.seeds.weights import CHUNK
+
+log = logging.getLogger(__name__)
+
+# tokens of a step up to which both signs run in one forward: it reads the base once, in the memory of twice the activations;
+# beyond, making the weights takes little of a step
+PAIRED: Final = 512
+_COMPARED: Final[WeakSet[nn.Module]] = WeakSet()  # nets whose first step was taken both ways
+_UNPAIRED: Final[WeakSet[nn.Module]] = WeakSet()  # nets that were seen not to keep the signs' rows apart
+
+
+def two_point(
+    view: View, direction: tuple[int, np.ndarray], eps: float, loss: Callable[[], float]
+) -> tuple[float, float]:
+    """Return (l+, l-): `loss()` at the view's point + eps z and - eps z.  The point is restored."""
+    try:
+        view.probe(direction, eps)
+        plus = loss()
+        view.probe(direction, -eps)
+        return plus, loss()
+    finally:
+        view.probe(None)
+
+
+def slope(
+    model: Model,
+    view: View,
+    direction: tuple[int, np.ndarray],
+    batch: Batch,
+    objective: Objective,
+    *,
+    eps: float,
+    clip: float,
+) -> tuple[float, float]:
+    """Return (g, l): the slope along a direction at the view's point, |g| cut to `clip` (0: not), and the mean loss.
+
+    g is not finite where a loss was not.
+    """
+    plus, minus = _losses(model, view, direction, batch, objective, eps)
+    g = (plus - minus) / (2 * eps)
+    if clip and math.isfinite(g):
+        g = max(-clip, min(clip, g))
+    return g, (plus + minus) / 2
+
+
+def _losses(
+    model: Model,
+    view: View,
+    direction: tuple[int, np.ndarray],
+    batch: Batch,
+    objective: Objective,
+    eps: float,
+) -> tuple[float, float]:
+    """Return what `two_point` does, from one forward where that is the same; on a net's first step both ways are compared."""
+    two_forwards = functools.partial(
+        two_point, view, direction, eps, functools.partial(objective, model, batch)
+    )
+    one = _in_one_forward(model, view, direction, batch, eps) if _can_pair(view, batch, objective) else None
+    if one is None:
+        return two_forwards()
+    if view.net not in _COMPARED:
+        _COMPARED.add(view.net)
+        two = two_forwards()
+        if repr(one) != repr(two):  # NaN is equal to itself here
+            log.info("both signs in one forward give %s, two forwards %s: each sign runs alone", one, two)
+            _UNPAIRED.add(view.net)
+        return two
+    return one
+
+
+def _can_pair(view: View, batch: Batch, objective: Objective) -> bool:
+    """Return whether both signs may run in one forward: of the loss, and for a batch that is small beside the weights."""
+    if objective is not batch_loss or batch.labels.ndim != 2 or view.stored is not None:
+        return False
+    rows, length = batch.labels.shape
+    # a net that puts tokens first could not be told from one that puts rows first
+    return rows * length <= PAIRED and length != 2 * rows and view.net not in _UNPAIRED
+
+
+def _in_one_forward(
+    model: Model, view: View, direction: tuple[int, np.ndarray], batch: Batch, eps: float
+) -> tuple[float, float] | None:
+    """Return what `two_point` does of the loss, from one forward of every row twice; None where the net cannot."""
+    rows = len(batch.labels)
+    twice = Batch(
+        *(torch.cat([part, part]) for part in (batch.input_ids, batch.attention_mask, batch.labels))
+    )
+    try:
+        view.probe(direction, eps)
+        view.paired = rows
+        sums, counts = row_losses(model, twice)
+    except Unpaired:
+        _UNPAIRED.add(view.net)
+        return None
+    finally:
+        view.paired = 0
+        view.probe(None)
+    if not counts[:rows].sum():
+        return math.nan, math.nan
+    plus, minus = (float(sums[half].sum() / counts[half].sum()) for half in (slice(rows), slice(rows, None)))
+    return plus, minus
+
+
+class Position:
+    """A point of weight space as a growing list of (direction id, integer coefficient)."""
+
+    def __init__(self, law: str, K: int, ids: np.ndarray, coefficients: np.ndarray) -> None:
+        self.law, self.K = law, K
+        self.ids, self.coefficients = list(ids.tolist()), list(coefficients.tolist())
+
+    def move(self, id: int, c: int) -> None:
+        """Add c units along direction `id`."""
+        if c:
+            self.ids.append(id)
+            self.coefficients.append(c)
+
+    def place(self, view: View) -> None:
+        """Put a view at this point."""
+        ids, coefficients = np.array(self.ids, np.uint64), np.array(self.coefficients, np.int64)
+        view.place(passes(self.law, self.K, ids, coefficients))
+
+
+class Steps(NamedTuple):
+    """The outcome of a device's descent: the integer of every step, the mean loss, steps without a finite slope."""
+
+    coefficients: np.ndarray  # int64[steps]
+    loss: float
+    skipped: int
+
+
+def descend(
+    model: Model,
+    view: View,
+    position: Position,
+    ids: Sequence[int],
+    batches: Iterable[Batch],
+    objective: Objective,
+    *,
+    eps: float,
+    clip: float,
+    to_units: Callable[[int, float], int],
+) -> Steps:
+    """Make one step of two-point descent for every id and batch; `position` moves along.
+
+    `to_units(step, g)` turns the slope into the integer that is taken and reported.  |g| is cut to `clip`
+    (0: not); a batch without a finite slope is skipped.  Afterwards the view is where the steps led.
+    """
+    coefficients, losses, skipped = [], [], 0
+    for step, (id, batch) in enumerate(zip(ids, batches, strict=False)):
+        position.place(view)
+        direction = probe(view.law, position.K, id)
+        g, loss = slope(model, view, direction, batch, objective, eps=eps, clip=clip)
+        if not math.isfinite(g):
+            coefficients.append(0)
+            skipped += 1
+            continue
+        c = to_units(step, g)
+        position.move(id, c)
+        coefficients.append(c)
+        losses.append(loss)
+    position.place(view)
+    view.warn_unreached()
+    return Steps(np.array(coefficients, np.int64), float(np.mean(losses)) if losses else math.inf, skipped)
+
+
+# Random choices that both sides must make alike come from Philox, not from numpy, whose streams may change.
+
+
+def uniforms(key: int, domain: str, count: int) -> np.ndarray:
+    """Return float64[count] in [0, 1) with 32 bits each, a pure function of (key, domain)."""
+    calls = -(-count // 4)
+    counter = np.zeros((calls, 4), np.uint32)
+    counter[:, 0] = np.arange(calls, dtype=np.uint32)
+    k = derive(key, domain)
+    words = philox4x32(counter, np.array([k & 0xFFFFFFFF, k >> 32], np.uint32))
+    return words.reshape(-1)[:count].astype(np.float64) / 2.0**32
+
+
+# --- a gradient along the pool ------------------------------------------------------------------------------
+
+ONE = np.ones(1, np.float32)
+
+
+def fold(
+    sums: np.ndarray,
+    g: Tensor,
+    start: int,
+    run_key: int,
+    epoch: int,
+    kernels: ModuleType,
+    *,
+    threads: int | None = None,
+) -> None:
+    """Add the fold of a gradient: sums[j] += sum over place(i) = j of D[i] g[i], D the signs of `epoch`, K = len(sums).
+
+    sums: float64 [K]; g: a gradient of any shape and float type, row-major; start: the global index of its
+    first element.  Sums within a chunk are float32, of chunks float64.
+    """
+    flat, K = g.detach().reshape(-1), len(sums)
+    for lo in range(0, flat.numel(), CHUNK):
+        x = flat[lo : lo + CHUNK].float()
+        signs = torch.zeros_like(x)
+        kernels.sweep(signs, signs, start + lo, run_key, EMPTY, 1.0, (epoch, ONE), threads=threads)
+        where = torch.from_numpy(places(K, start + lo, x.numel())).to(x.device)
+        part = torch.zeros(K, device=x.device).index_add_(0, where, signs.mul_(x))
+        sums += part.cpu().numpy()
+
+
+class Projection:
+    """Folds gradients as backward makes them (the `sink` of a tape); `take` returns the slopes along the pool."""
+
+    def __init__(self, view: View, K: int, epoch: int) -> None:
+        self.view, self.epoch = view, epoch
+        self.sums = np.zeros(K)
+
+    def add(self, start: int, gradient: Tensor) -> None:
+        """Fold the gradient of elements from `start` on."""
+        view = self.view
+        fold(self.sums, gradient, start, view.run_key, self.epoch, view.kernels, threads=view.threads)
+
+    def take(self) -> np.ndarray:
+        """Return p float64 [K], p_k = z_k . g of all gradients since the last call."""
+        p = fwht(self.sums)
+        self.sums[:] = 0.0
+        return p
+
+
+class Projected(NamedTuple):
+    """The outcome of a device's back-propagation: how far along each direction, and the mean loss of its steps."""
+
+    moved: np.ndarray  # float64 [K], in units of the grid
+    steps: int
+    loss: float
+
+
+def descend_projected(
+    model: Model,
+    view: View,
+    position: Position,
+    epoch: int,
+    batches: Iterable[Batch],
+    *,
+    units: float,
+    clip: float,
+) -> Projected:
+    """Descend in the K-dimensional space of a pool: a_k <- a_k - units p_k / K for every batch.
+
+    `units` is the learning rate over the grid; |p_k| is cut to `clip` (0: not).  A step is taken in floats and
+    seen rounded to the grid; a batch without a finite gradient is skipped.  The view ends where it began: the
+    caller rounds `moved` once and places it there.
+    """
+    K = position.K
+    moved, losses = np.zeros(K), []
+    pool = (np.uint64(epoch) << np.uint64(32)) | np.arange(K, dtype=np.uint64)
+    ids = np.concatenate([np.array(position.ids, np.uint64), pool])
+    begun = np.array(position.coefficients, np.int64)
+    projection = Projection(view, K, epoch)
+    with Tape(view, projection.add), by_layer(model.net), torch.enable_grad():
+        for batch in batches:
+            view.place(passes(view.law, K, ids, np.concatenate([begun, np.rint(moved).astype(np.int64)])))
+            loss = loss_tensor(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            p = projection.take()
+            if math.isfinite(value := loss.item()) and np.isfinite(p).all():
+                losses.append(value)
+                moved -= units / K * (np.clip(p, -clip, clip) if clip else p)
+    position.place(view)
+    return Projected(moved, len(losses), float(np.mean(losses)) if losses else math.inf)
