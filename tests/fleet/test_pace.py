@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 from test_remote import JOB, Memory, link
 
 from fleetune.errors import Interrupted
-from fleetune.fleet.asking import Asking
 from fleetune.fleet.orders import Device, Order, Reply
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import Asking, Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.tuning.rounds.fleets import Answer, Wanted
 
