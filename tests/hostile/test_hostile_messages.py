@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +74,21 @@ CASES: dict[str, Callable[[], bytes]] = {
     "a list that claims 4 GB": lambda: wrap(b"\xdd\xff\xff\xff\xff"),
     "a map that claims 4 GB": lambda: wrap(b"\xdf\xff\xff\xff\xff"),
     "bytes that claim 4 GB": lambda: wrap(b"\x94\x01\xc6\xff\xff\xff\xff"),
+    "nothing": lambda: wrap(b""),
+    "five parts": lambda: wrap(msgpack.packb([1, BASE, {}, {}, 0])),
+    "a round that is text": lambda: wrap(msgpack.packb(["1", BASE, {}, {}])),
+    "a round that is a truth": lambda: wrap(msgpack.packb([True, BASE, {}, {}])),
+    "a base that is text": lambda: wrap(msgpack.packb([1, "", {}, {}])),
+    "scalars that are a list": lambda: packed(scalars=[]),
+    "arrays that are pairs": lambda: packed(arrays=[["a", [9, [1], bytes(4)]]]),
+    "an array of two parts": lambda: packed(arrays={"a": [9, [1]]}),
+    "a type that is a truth": lambda: packed(arrays={"a": [True, [4], bytes(4)]}),
+    "a type that is negative": lambda: packed(arrays={"a": [-1, [1], bytes(4)]}),
+    "values that are text": lambda: packed(arrays={"a": [9, [1], "abcd"]}),
+    "too few values": lambda: shaped([2], bytes(4)),
+    "too many values": lambda: shaped([0], bytes(4)),
+    "a product that wraps": lambda: shaped([2**32, 2**32], bytes(4)),
+    "text that is not UTF-8": lambda: wrap(b"\x94\x01\xc4\x00\x81\xa1\xff\x01\x80"),
     "two messages": lambda: wrap(msgpack.packb([1, BASE, {}, {}]) * 2),
     "another type": lambda: packed(arrays={"a": [99, [1], b"x"]}),
 }
@@ -81,11 +97,14 @@ CASES: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_hostile_message_is_refused_at_once_and_shortly(case: str) -> None:
     message = CASES[case]()
+    tracemalloc.start()
     began = time.process_time()
     said = hostile.refusal(lambda: decode(message), seconds=5)
-    seconds = time.process_time() - began
+    seconds, memory = time.process_time() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert said, f"{case}: accepted"
     assert len(said) <= REASON
+    assert memory < 3_000_000 + 3 * len(message)
     assert seconds < 0.5, f"{case}: {seconds:.2f} s for {len(message):,} bytes"
 
 

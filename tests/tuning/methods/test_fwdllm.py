@@ -51,7 +51,7 @@ def named(vector: np.ndarray) -> dict[str, np.ndarray]:
 def start(seed: int = 11, **changes: Any) -> State:
     none, ids = np.zeros(0), np.zeros(0, np.uint64)
     w = np.random.default_rng(3).normal(size=sum(map(math.prod, SIZES.values())))
-    state = State(named(w), {}, ids, ids, none, none, 0, 0, 0, seed, 0, 0.0, 0, 0.0, 0.0, 0.0)
+    state = State(named(w), {}, ids, ids, none, none, 0, 0, 0, seed)
     return state._replace(**changes)
 
 

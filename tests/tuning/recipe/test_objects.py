@@ -117,22 +117,6 @@ def test_a_class_called_method_has_the_name_of_its_module(monkeypatch: pytest.Mo
     assert "test-objects" in fleetune.methods()
 
 
-def test_a_later_class_of_the_name_takes_its_place() -> None:
-    @dataclass(frozen=True)
-    class Own(fedit.Method):
-        extra: int = 1
-
-    assert objects.registered(Own()) == "own"
-
-    @dataclass(frozen=True)
-    class Other(fedit.Method):
-        more: int = 1
-
-    Other.__name__ = "Own"
-    assert objects.registered(Other()) == "own"
-    assert methods.settings("own")[-1].name == "more"
-
-
 def test_the_result_of_a_class_whose_name_another_kind_took_since_is_still_used() -> None:
     run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=1, **FEW)
 

@@ -98,9 +98,8 @@ def test_every_methods_state_comes_back_and_goes_on_alike(name, i):
                 assert_same(back, first)
 
 
-@pytest.mark.parametrize(("name", "i"), CASES)
-def test_a_checkpoint_that_lacks_a_field_is_refused_by_name(name, i):
-    method = made(name, i)
+def test_a_checkpoint_that_lacks_a_field_is_refused_by_name():
+    method = made("fedkseed", 1)
     first = method.init(tiny_llama(), 5)
     payload = pack(after(method, first, range(1)), Totals())
     inside = tuple(f"state/{f}/" for f, v in first._asdict().items() if isinstance(v, dict))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import pytest
 from toy import BASE, Averaging, Devices, State, honest, play, start, told, with_liars
 
 import fleetune
-from fleetune import Silent, models
+from fleetune import Silent
 from fleetune.common.events import Recorded, RoundDone, as_dict
 from fleetune.errors import FleetError, RecipeError, StorageError
 from fleetune.models import tiny_llama
@@ -353,67 +352,3 @@ def test_without_evaluated_rounds_there_is_no_best() -> None:
         recipe = recipes.make({"model": "m", "data": "d", "method": "mezo", "eval_every": 0, **more})
         with pytest.raises(RecipeError, match="eval_every = 0"):
             prepare.check(recipe)
-
-
-@pytest.mark.parametrize(
-    ("given", "kept"), [({}, "last"), ({"patience": 2}, "best"), ({"patience": 2, "keep": "last"}, "last")]
-)
-def test_patience_keeps_the_best_round_unless_told_otherwise(given: dict[str, Any], kept: str) -> None:
-    assert recipes.make({"model": "m", "data": "d", "method": "mezo", **given}).keep == kept
-
-
-class StopAt(Silent):
-    """Stops a run after a number of local steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def step(self, client: int, step: int) -> None:
-        self.steps -= 1
-
-    @property
-    def stop_requested(self) -> bool:
-        return self.steps <= 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "settings"),
-    [("fedit", {"r": 2, "steps": 1, "lr": 2.0}), ("mezo", {"tau": 1, "lr": 3e-2, "K": 16})],
-)
-def test_a_run_of_either_kind_keeps_its_best_round_and_says_so(
-    method: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
-    rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(20)]
-    Path("data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    options: dict[str, Any] = {
-        "clients": 2,
-        "rounds": 9,
-        "held_out": 6,
-        "max_length": 48,
-        "samples": 0,
-        "device": "cpu",
-        "patience": 2,
-        "method": method,
-        "settings": settings,
-    }
-    whole = fleetune.tune("tiny", "data.jsonl", **options)
-    losses = dict(zip(whole.history["round"], whole.history["loss"], strict=True))
-    best = min(losses, key=lambda r: losses[r])
-    assert whole.done.best == best
-    assert whole.done.stopped_early
-    assert whole.done.rounds == best + 2 < 9
-    assert whole.done.tuned["loss"] == losses[best]
-    assert any("the result is the best of" in text and "stopped early" in text for text in whole.done.remarks)
-    assert "the result is the best of" in whole.report.read_text()
-    alone = fleetune.tune(
-        "tiny", "data.jsonl", **(options | {"rounds": max(1, best), "patience": 0, "keep": "last"})
-    )
-    if best:
-        assert alone.digest == whole.digest
-    with pytest.raises(Exception, match="stopped"):
-        fleetune.tune("tiny", "data.jsonl", out="other", listener=StopAt(2 * (best + 1)), **options)
-    assert fleetune.resume_run("latest", out="other").digest == whole.digest
