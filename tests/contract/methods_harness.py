@@ -69,7 +69,7 @@ def usual(method: Any, state: Any, client: int) -> Payload:
         return walked(method, client, state)
     rng, arrays = np.random.default_rng(client), {}
     for name, (kind, shape) in spec.arrays.items():
-        step = rng.normal(size=[abs(n) for n in shape if n is not None])
+        step = rng.normal(size=[abs(n) for n in shape])
         if np.dtype(kind).kind == "f":
             arrays[name] = (sent.arrays.get(name, np.zeros(step.shape)) + 1e-3 * step).astype(kind)
         elif kind == "uint8":

@@ -88,23 +88,20 @@ def trimmed(values: np.ndarray, share: Fraction) -> np.ndarray:
     place = np.arange(len(values))[:, None]
     kept = (place >= cut) & (place < have - cut)
     mean = np.where(kept, ordered, 0.0).sum(axis=0) / np.maximum(have - 2 * cut, 1)
-    found: np.ndarray = mean * (have / len(values)) + 0.0  # + 0.0: no minus zero
-    return found
+    return np.asarray(mean * (have / len(values)) + 0.0)  # + 0.0: no minus zero
 
 
 def clipped(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return float64[m, d]: moves, those of more than the usual size cut down to it."""
     most = usual(sizes)
     factors = np.divide(most, sizes, out=np.ones(len(sizes)), where=sizes > most)
-    found: np.ndarray = values * factors[:, None]
-    return found
+    return np.asarray(values * factors[:, None])
 
 
 def vote(values: np.ndarray, size: float) -> np.ndarray:
     """Return float64[d]: the sign that most numbers of a column have, times `size`; 0 where votes are equal."""
     have = np.count_nonzero(~np.isnan(values), axis=0)
-    found: np.ndarray = np.sign(np.nansum(np.sign(values), axis=0)) * size * (have / len(values)) + 0.0
-    return found
+    return np.asarray(np.sign(np.nansum(np.sign(values), axis=0)) * size * (have / len(values)) + 0.0)
 
 
 def usual(sizes: Sequence[float] | np.ndarray) -> float:

@@ -118,9 +118,9 @@ REPORTED: Final[Mapping[str, Range]] = MappingProxyType({"n": (int, 1, 1 << 31),
 
 
 class ReplySpec(NamedTuple):
-    """The form that a payload must have.  Shapes may hold None (any length) or -n (at most n)."""
+    """The form that a payload must have.  Shapes may hold -n: at most n."""
 
-    arrays: Mapping[str, tuple[str, tuple[int | None, ...]]]
+    arrays: Mapping[str, tuple[str, tuple[int, ...]]]
     scalars: Mapping[str, Range] = REPORTED
 
 
@@ -295,12 +295,11 @@ def _check_names(kind: str, have: Mapping[str, Any], want: Mapping[str, Any]) ->
         raise MessageError(f"{kind} differ from the agreed: {more} more, {less} missing")
 
 
-def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int | None, ...]) -> None:
+def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> None:
     if array.dtype.name != dtype:
         raise MessageError(f"array '{name}' is {array.dtype.name}, agreed was {dtype}")
     fits = len(array.shape) == len(shape) and all(
-        want is None or (have <= -want if want < 0 else have == want)
-        for have, want in zip(array.shape, shape, strict=True)
+        have <= -want if want < 0 else have == want for have, want in zip(array.shape, shape, strict=True)
     )
     if not fits:
         raise MessageError(f"array '{name}' has shape {array.shape}, agreed was {shape}")
@@ -345,13 +344,10 @@ class LogCode:
         low = np.minimum(np.searchsorted(levels, size, side="right") - 1, 126)
         share = (size - levels[low]) / (levels[low + 1] - levels[low])
         level = low + (u < share)
-        sign: np.ndarray = np.where((x < 0) & (level > 0), 128, 0)
-        codes: np.ndarray = (level + sign).astype(np.uint8)
-        return codes
+        return np.asarray(level + np.where((x < 0) & (level > 0), 128, 0), np.uint8)
 
     @staticmethod
     def decode(codes: np.ndarray) -> np.ndarray:
         """Return the integers int64[n] that codes uint8[n] stand for."""
         size = LogCode.LEVELS[codes & 127]
-        signed: np.ndarray = np.where(codes & 128, -size, size)
-        return signed
+        return np.asarray(np.where(codes & 128, -size, size))

@@ -295,7 +295,6 @@ class Averaged(Trained):
         adapters.load_(model, state.tensors)
 
     def written_out(self) -> Self:
-        """Return the method with the server's own rate in place."""
         return replace(self, server_lr=server_rules.rate(self.server, self.server_lr))
 
     def sized(self, steps: int, batch_size: int) -> Self:

@@ -104,8 +104,7 @@ def draw(key: int, count: int, p: np.ndarray | None, K: int) -> np.ndarray:
 
 def rounded(steps: np.ndarray) -> np.ndarray:
     """Return int64: the nearest integers that a ledger takes, whatever a reply has made of `steps`."""
-    whole: np.ndarray = np.clip(np.rint(steps), -INT32, INT32).astype(np.int64)
-    return whole
+    return np.asarray(np.clip(np.rint(steps), -INT32, INT32), np.int64)
 
 
 def pool_ids(epoch: int, k: np.ndarray) -> np.ndarray:

@@ -174,7 +174,6 @@ class Method(_adapter.Averaged):
         return super().cannot_combine(rule, asked)
 
     def report(self, state: State) -> dict[str, float]:
-        """Return what the last average had to leave out."""
         return {"cut": state.cut} if self.average == "product" else {}
 
     def footprint(self, shape: Shape) -> Footprint | None:

@@ -147,9 +147,8 @@ class Method(_zeroth.OfLedger):
         server_rules.check(self.server, lr=self.server_lr)
 
     def written_out(self) -> Self:
-        """Return the method with the server rule's own rate in place."""
-        own = server_rules.SUMS_ETA.get(self.server, 0.0)
-        return replace(self, server_lr=server_rules.rate(self.server, self.server_lr or own))
+        lr = self.server_lr or server_rules.SUMS_ETA.get(self.server, 0.0)
+        return replace(self, server_lr=server_rules.rate(self.server, lr))
 
     def init(self, model: Model, key: int) -> State:
         how = "mean weighted by rows" + (" and precision" if self.backprop else "")
@@ -350,8 +349,7 @@ def pro_probabilities(size: np.ndarray, seen: np.ndarray) -> np.ndarray:
     mean[seen == 0] = np.median(mean[seen > 0])
     mean = np.minimum(mean, np.quantile(mean, 0.95))
     scaled = (mean - mean.min()) / (np.ptp(mean) or 1.0)
-    p: np.ndarray = (np.exp(scaled) / np.exp(scaled).sum()).astype(np.float32)
-    return p
+    return np.asarray(np.exp(scaled) / np.exp(scaled).sum(), np.float32)
 
 
 def pro_weights(p: np.ndarray | None, K: int) -> np.ndarray:
@@ -437,8 +435,7 @@ class Sums(Byte):
             raise MessageError(f"the sum along direction {k} is {sums[k]}, its steps give {most[k]} at most")
 
     def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
-        sent: np.ndarray = np.clip(np.rint(moved), -INT32, INT32).astype(np.int32)
-        return sent
+        return np.asarray(np.clip(np.rint(moved), -INT32, INT32), np.int32)
 
     def integers(self, array: np.ndarray) -> np.ndarray:
         return array.astype(np.int64)

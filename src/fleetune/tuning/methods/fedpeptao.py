@@ -265,7 +265,6 @@ class Method(_adapter.Trained):
         return state._replace(tensors=tensors, steps=state.steps + 1, eta_s=eta_s, v=v, c=c, c_k=c_k)
 
     def report(self, state: State) -> dict[str, float]:
-        """Return how many layers travel."""
         return {"layers": float(len(state.layers))}
 
     def apply(self, model: Model, state: State) -> None:

@@ -105,7 +105,6 @@ class Method(_adapter.Averaged):
         super().__post_init__()
 
     def written_out(self) -> Self:
-        """Return the method with the module's own size and rate in place, and the server's."""
         own = MODULES[self.module]
         return replace(super().written_out(), size=self.size or own.size, lr=self.lr or own.lr)
 

@@ -270,7 +270,6 @@ class Method(methods.Method):
         adapters.load_(model, state.tensors)
 
     def report(self, state: State) -> dict[str, float]:
-        """Return what the gate did in the round: see `State`."""
         names = ("n", "variance", "moved", "batch")
         return {name: float(getattr(state, name)) for name in names}
 

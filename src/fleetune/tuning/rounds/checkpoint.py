@@ -256,7 +256,6 @@ def _get(path: str, like: Any, payload: Payload) -> Any:
 
 
 COURSE: Final = "course"  # of the scalar in a checkpoint
-CHOICES: Final = ("last", "best")
 
 
 class Course(NamedTuple):

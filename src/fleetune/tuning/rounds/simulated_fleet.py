@@ -9,6 +9,7 @@ from the recipe, as pure functions of (seed, round, client): a resumed run meets
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,28 +50,26 @@ class Faults:
             return 2.0 + 8.0 * _chance(seed, "slower", round, client)
         return 1.0
 
-    def outcome(self, seed: int, round: int, client: int) -> tuple[str, str]:
-        """Return (status, reason) of a client in a round: ok, dropped or late."""
-        if _chance(seed, "drop", round, client) < self.drop:
-            return "dropped", "simulated drop-out"
-        slower = self.slowness(seed, round, client)
-        if self.deadline and slower > max(1.0, self.deadline):  # a usual client is never late
-            return "late", f"simulated straggler, {slower:.1f} times slower"
-        return "ok", ""
-
     def outcomes(
         self, seed: int, round: int, clients: Sequence[int], goal: int
     ) -> Iterator[tuple[int, str, str]]:
-        """Yield (client, status, reason); with a `goal`, those that answer after so many others are late.
+        """Yield (client, status, reason): ok, dropped or late; with a `goal`, those after so many others are late too.
 
         Usual clients take equally long, so who of them is first is drawn anew in every round.
         """
-        found = [(client, *self.outcome(seed, round, client)) for client in clients]
-        here = [client for client, status, _ in found if status == "ok"]
-        here.sort(key=lambda c: (self.slowness(seed, round, c), _chance(seed, "first", round, c)))
-        late = set(here[goal:] if goal else ())
-        for client, status, reason in found:
-            yield (client, "late", outrun(goal)) if client in late else (client, status, reason)
+        slower = {client: self.slowness(seed, round, client) for client in clients}
+        dropped = {client for client in clients if _chance(seed, "drop", round, client) < self.drop}
+        most = max(1.0, self.deadline) if self.deadline else math.inf  # a usual client is never late
+        here = [client for client in clients if client not in dropped and slower[client] <= most]
+        here.sort(key=lambda client: (slower[client], _chance(seed, "first", round, client)))
+        outran = set(here[goal:] if goal else ())
+        for client in clients:
+            if client in dropped:
+                yield client, "dropped", "simulated drop-out"
+            elif slower[client] > most:
+                yield client, "late", f"simulated straggler, {slower[client]:.1f} times slower"
+            else:
+                yield (client, "late", outrun(goal)) if client in outran else (client, "ok", "")
 
 
 def _chance(seed: int, what: str, *parts: int) -> float:
