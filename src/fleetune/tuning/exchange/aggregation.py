@@ -67,10 +67,13 @@ class Mean:
         return {name: s / self.total for name, s in self._sums.items()}
 
 
+# Rules --------------------------------------------------------------------------------------------------
+
 SHARE: Final = Fraction(1, 5)  # cut off at either end by trimmed-mean
 FEWEST: Final = 3  # replies of which one can be outvoted
 TIMES: Final = 4.0  # the median device: what one may count, by what it says of itself
 ONCE: Final = 1.0  # the same of rows in a fleet's mean; more gains nothing (docs/safety.md)
+IN_MEMORY: Final = 1 << 22  # bytes of a round; more lie on disk
 NUMBERS: Final = 1 << 19  # of all clients that are in memory at a time; about 20 MB with what is made of them
 
 # (values float64[m, d], where their moves began float64[d], sizes float64[m], share) -> float64[d]
@@ -240,9 +243,6 @@ class Robust:
         return np.frombuffer(data, self._dtype).astype(np.float64)
 
 
-IN_MEMORY: Final = 1 << 22  # bytes; more lie on disk
-
-
 class Spool:
     """Bytes that are read again by their offset; StorageError when the disk does not take them."""
 
@@ -270,6 +270,9 @@ class Spool:
     def close(self) -> None:
         """Let go of the file, which is then gone."""
         self._file.close()
+
+
+# LoRA by its products -------------------------------------------------------------------------------------
 
 
 def cut(tensors: Mapping[str, np.ndarray], pairs: Mapping[str, tuple[str, str]], rank: int) -> Tensors:

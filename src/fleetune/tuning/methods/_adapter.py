@@ -368,6 +368,9 @@ def prox_(parameter: nn.Parameter, origin: torch.Tensor, mu: float) -> None:
         parameter.grad.add_(parameter.detach() - origin, alpha=mu)
 
 
+# What travels -------------------------------------------------------------------------------------------
+
+
 def coded(tensors: Mapping[str, np.ndarray], wire: str, prefix: str = "") -> Tensors:
     """Return tensors in the wire's type, their names after `prefix`; those that have it are the same arrays."""
     return {prefix + n: t.astype(DTYPE[wire], copy=False) for n, t in tensors.items()}
@@ -388,6 +391,9 @@ def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
         for n, a in arrays.items()
         if (n.startswith(prefix) if prefix else "/" not in n)
     }
+
+
+# LoRA's settings ----------------------------------------------------------------------------------------
 
 
 def check_start(start: str, r: int, *, dropout: float, wire: str) -> None:

@@ -91,6 +91,10 @@ KIND = "adapter"
 PAPER = "Che et al., EMNLP 2023, arXiv 2310.15080"
 SENDS = "the prompts of the layers that matter, up and down"
 
+LIPSCHITZ: Final = "lipschitz"  # the rule that needs the Hessian
+SHIFT: Final = 1e-5  # added to a similarity's eigenvalues, so that 1/lambda stays below 1e5 (published code)
+log = logging.getLogger(__name__)
+
 
 class State(NamedTuple):
     """The prompts that travel, what the warm-up has found out so far, and the server's momentum and variates."""
@@ -295,10 +299,17 @@ class Method(_adapter.Trained):
         )
 
 
-log = logging.getLogger(__name__)
-
-LIPSCHITZ: Final = "lipschitz"  # the rule that needs the Hessian
-SHIFT = 1e-5  # added to the eigenvalues of a similarity, so that 1/lambda stays below 1e5 (published code)
+# Which layers, and how many (section 4.1) --------------------------------------------------------------
+#
+# Two measurements on one batch of a device:
+#
+#     scores     how alike the rows' outputs of a layer are, with no prompts anywhere (needs only forwards)
+#     curvature  the eigenvalues theta of the Hessian H of the loss in all prompts, each with its share of all R
+#                eigenvalues, and how much H changes on the way that the device went (L, for the Lipschitz rule)
+#
+# H is never formed: a product H v is a gradient of (gradient . v).  `lanczos` of them span a subspace Q, whose
+# eigenvalues are good estimates of the extreme ones; the share of each is its squared first component (stochastic
+# Lanczos quadrature).  With R <= lanczos numbers of prompts Q is everything and the result is exact.
 
 
 def layer_of(name: str) -> int | None:
@@ -310,9 +321,6 @@ def layer_of(name: str) -> int | None:
 def prompts(model: Model) -> list[nn.Parameter]:
     """Return the parameters that H is taken in: every prompt that the model carries, in name order."""
     return [p for name, p in adapters.trainable(model).items() if layer_of(name) is not None]
-
-
-# The score of a layer ---------------------------------------------------------------------------------
 
 
 def score(outputs: Tensor, mask: Tensor) -> float:
@@ -349,9 +357,6 @@ def layer_scores(model: Model, batch: Batch) -> np.ndarray:
             hook.remove()
     mask = batch.attention_mask.double()
     return np.array([score(h, mask) for h in outputs])
-
-
-# The spectrum of the Hessian --------------------------------------------------------------------------
 
 
 class Spectrum(NamedTuple):
@@ -458,9 +463,6 @@ def eager(net: Any) -> Iterator[None]:
         yield
     finally:
         net.config._attn_implementation = usual
-
-
-# How many layers --------------------------------------------------------------------------------------
 
 
 def share_by_gap(spectrum: Spectrum, L: float) -> float:

@@ -38,6 +38,7 @@ from fleetune.tuning.exchange.messages import Message, Payload, Scalar
 
 ON: Final = "stands_on"  # the scalar with what it stands on, as JSON
 KEPT: Final = "kept"  # arrays: client, round and CRC-32 of memories
+COURSE: Final = "course"  # the scalar with how the validation stood, as JSON
 
 
 @dataclass
@@ -255,7 +256,7 @@ def _get(path: str, like: Any, payload: Payload) -> Any:
         raise MessageError(f"the checkpoint lacks {missing}") from missing
 
 
-COURSE: Final = "course"  # of the scalar in a checkpoint
+# The best round -----------------------------------------------------------------------------------------
 
 
 class Course(NamedTuple):
