@@ -161,7 +161,7 @@ def train(
         chosen.apply(model, state)
         return {"loss": loss(model)}
 
-    plan = RoundPlan(rounds, 1.0, 1, 7, 1, base_of(model))
+    plan = RoundPlan(rounds, 1.0, 1, 7, 0, base_of(model))  # evaluated at the end
     with opened:
         devices = fleet(model, chosen, memories=opened.path / "memories")
         hooks = Hooks(lambda: None, measure, lambda event: opened.record(as_dict(event)))

@@ -221,7 +221,7 @@ def distance(sample: np.ndarray, cdf: np.ndarray) -> float:
 @pytest.fixture(scope="module")
 def ranked() -> np.ndarray:
     """The 2,000 best of 20,000 candidates, as vectors, best first: float64 [2000, 3400]."""
-    seeds, _ = Method().rank(start(last=named(LAST), round=4), 500)
+    seeds = Method().rank(start(last=named(LAST), round=4), 500)
     return np.stack([directions(11, int(id)) for id in seeds])
 
 
