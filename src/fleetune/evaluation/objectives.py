@@ -220,7 +220,14 @@ def import_function(name: str, kind: str, known: Iterable[str], call: str) -> Ca
     module = _load_file(what, Path(where)) if where.endswith(".py") else _load_module(what, where)
     found = getattr(module, function, None)
     if not callable(found):
-        raise RecipeError([f"{what}: {where} has no function {function!r}"], hint="check its spelling")
+        why = (
+            f"{function} is a {type(found).__name__}, not a function"
+            if found is not None
+            else f"{where} has no {function!r}"
+        )
+        raise RecipeError(
+            [f"{what}: {why}"], hint=f"check its spelling; it must be {call} and return a float"
+        )
     if fault := _call_fault(found, call):
         raise RecipeError(
             [f"{what} is called as {call}, but {function} {fault}"],
@@ -264,6 +271,8 @@ def _load_module(what: str, where: str) -> ModuleType:
 
 
 def _load_file(what: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise RecipeError([f"{what}: no file {path}"], hint="check the path")
     # A name that no package has.  The same file is the same module, so what it keeps outlives a round.
     try:
         content = path.read_bytes()
@@ -310,9 +319,10 @@ def _checked(name: str, function: Callable[..., Any]) -> Objective:
 def finite_number(value: Any, what: str) -> float:
     """Return `value`, the result of `what`, as a float; RecipeError when it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        shown = value if isinstance(value, float) else f"a {type(value).__name__}"
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        shown = float(value) if number else f"a {type(value).__name__}, not a float"
         raise RecipeError(
-            [f"{what} returned {shown}, not a finite float"],
+            [f"{what} returned {shown}"],
             hint="end it with float(...), or .item() for a tensor of one element; guard divisions and logarithms",
         )
     return float(value)

@@ -153,6 +153,10 @@ class Ledger:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        entries, rounds = counted(len(self), "entry", "entries"), counted(self.last_round(), "round")
+        return f"<Ledger of {self.head.method}: {entries}, {rounds}, law {self.head.law}, base {self.head.base[:8]}>"
+
     def final_check(self) -> str | None:
         """Return the digest that the ledger states of the weights it rebuilds as a whole; None when it states none."""
         last = max(map(int, self.head.checks), default=-1)
