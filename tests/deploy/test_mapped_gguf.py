@@ -20,7 +20,7 @@ from fleetune.evaluation.losses import response_loss
 from fleetune.models.lazy import weights_of
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, encode
-from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 IDS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))

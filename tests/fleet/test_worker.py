@@ -29,8 +29,7 @@ from fleetune.planning.plan import Workload
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, decode, encode
-from fleetune.tuning.rounds.fleets.local_work import work
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.local_work import Memories, work
 
 SET = {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}
 

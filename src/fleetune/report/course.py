@@ -235,8 +235,6 @@ def replies(run: RunLog) -> str:
     for event in lost:
         why = (str(event.get("status")), str(event.get("reason") or "no reason given"))
         reasons.setdefault(why, []).append(event)
-    came = sum(str(e.get("status")) == "ok" and bool(e.get("late")) for e in run.clients)
-    later = f" in their round; {came} counted in a later one" if came else ""
     rows: list[list[str | TableCell]] = [
         [
             status,
@@ -247,7 +245,7 @@ def replies(run: RunLog) -> str:
         ]
         for (status, reason), events in sorted(reasons.items(), key=lambda item: -len(item[1]))[:100]
     ]
-    caption = f"{len(lost)} of {len(run.clients) - came} replies did not count{later}"
+    caption = f"{len(lost)} of {len(run.clients)} replies did not count"
     return page.table(caption, ["what", "why", "times", "clients", "rounds"], rows)
 
 

@@ -1,58 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer a server's orders from a device, and come back with the same key whatever happens to server or network."""
+"""Answer a server's orders from a device, and come back with the same key whatever happens to server or network.
+
+The requests are those of `door.py`.  An answer of the server is read up to a limit, and nothing compressed is taken.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import email.utils
 import logging
 import random
 import re
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from base64 import b64encode
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Final, TypeVar
 
 import httpx
-from flwr.proto import fleet_pb2 as fleet
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.node_pb2 import Node
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fleetune.common.display import human_bytes, human_time
-from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.display import human_bytes
+from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.errors import FleetError, FleetuneError, Interrupted
-from fleetune.fleet.flower import wire
+from fleetune.fleet import keys as keyring
+from fleetune.fleet.door import CHALLENGE, HEARTBEAT, HOST, KEY, NEXT, ORDER, SESSION, SIGNATURE, signed_text
 from fleetune.fleet.keys import PrivateKey, is_loopback
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-NODE: Final = "node"  # file with the number of the last session
+FILE: Final = (
+    "session"  # in the device's state: HOST:PORT and the last session there, which a new process replaces
+)
 LONGEST: Final = 20.0  # seconds between two tries
 PATIENCE: Final = 30.0  # seconds without a byte from the server; it answers within half of it
 SLOWEST: Final = (
-    8192  # bytes a second: a slower line may not have carried a piece to the server when that time is over
+    8192  # bytes per second: a slower line may not have carried a piece to the server in that time
 )
 IDLE: Final = 60.0  # seconds that an idle connection is kept: the server keeps it longer
 FAREWELL: Final = 5.0  # seconds for the last words of a device that leaves
 PIECE: Final = 1 << 20  # bytes of an answer in one request
 QUIET: Final = 1.6  # heartbeats until a request that lasts needs another beside it: the server takes two for a device's end
 AGAIN: Final = 1.0  # seconds before a device says that it could not read an order: it is given it again
-TWICE: Final = 412  # status for a key that comes in while it is there; one that is not registered gets 401
-ANEW: Final = 410  # status from a server that was started after the device came in
 SMALL: Final = 1 << 16  # bytes of any answer but an order
 FIRST: Final = 2 << 20  # bytes of an order to a device that has taken no job: of the job itself
-AHEAD: Final = 5.0  # seconds by which a device's clock may be ahead of the server's
-BEHIND: Final = 300.0  # and behind it
+REFUSED: Final[Mapping[int, str]] = {
+    403: "the server does not know this device's key: bring its .pub file into the server's folder of keys",
+    409: "a device with this key is connected already, or one that has gone is not yet given up",
+    410: "the server was started anew",
+}
 NO_TLS: Final = (
     "WRONG_VERSION_NUMBER",
     "RECORD_LAYER_FAILURE",
@@ -70,9 +70,9 @@ class Server:
     room: Callable[[], int] = lambda: FIRST  # bytes that the next order may have
 
     @property
-    def url(self) -> str:
-        """The begin of every request's address."""
-        return f"http{'s' if self.certificate else ''}://{self.address}"
+    def host(self) -> str:
+        """The name or address alone."""
+        return self.address.rpartition(":")[0].strip("[]")
 
     def trust(self) -> ssl.SSLContext | bool:
         """Return what a certificate is checked by; FleetError when it cannot be read."""
@@ -94,80 +94,86 @@ class TooMuch(httpx.HTTPError):
 
 
 class Line:
-    """Carry requests to a server, Flower's too: an answer is read up to a limit, and never decompressed.
-
-    No proxy of the environment is between a machine and itself.
-    """
+    """Requests to a server.  No proxy of the environment is between a machine and itself, and no cookie is kept."""
 
     def __init__(self, server: Server, trust: ssl.SSLContext | bool) -> None:
         self.http = httpx.Client(
-            base_url=server.url,
+            base_url=f"http{'s' if server.certificate else ''}://{server.address}",
             verify=trust,
             timeout=PATIENCE,
             limits=httpx.Limits(keepalive_expiry=IDLE),
-            trust_env=not is_loopback(server.address.rpartition(":")[0]),
+            trust_env=not is_loopback(server.host),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         )
 
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        """Send a request of Flower's client, in the place of its own way to send it."""
-        answer, body = self.send(context.request, SMALL)
-        return httpx.Response(
-            answer.status_code, headers=answer.headers, content=bytes(body), request=context.request
-        )
-
-    def send(self, request: httpx.Request, most: int) -> tuple[httpx.Response, bytearray]:
-        """Return the head and the body of the answer to a request; `TooMuch` for one of more than `most` bytes.
+    def post(
+        self, name: str, headers: Mapping[str, str], body: bytes = b"", most: int = SMALL
+    ) -> tuple[httpx.Response, bytearray]:
+        """Make a request; return the head and the body of the answer, `TooMuch` for one of more than `most` bytes.
 
         A small one has `PATIENCE` in all: a server that sends byte by byte is none.  The body is in memory once.
+        httpx.HTTPStatusError where the server refuses.
         """
-        request.headers["accept-encoding"] = "identity"
+        patience = httpx.Timeout(PATIENCE, read=PATIENCE + len(body) / SLOWEST)  # what is sent is on its way
+        headers = {**headers, "accept-encoding": "identity"}
+        request = self.http.build_request(
+            "POST", f"/fleet/{name}", content=body, headers=headers, timeout=patience
+        )
         response = self.http.send(request, stream=True)
         try:
             if "content-encoding" in response.headers:
                 raise TooMuch("the server compresses what it sends, which a device does not take")
-            body, until = bytearray(), time.monotonic() + PATIENCE
+            data, until = bytearray(), time.monotonic() + PATIENCE
             for piece in response.iter_raw():
-                if len(body) + len(piece) > most:
+                if len(data) + len(piece) > most:
                     raise TooMuch(
                         f"the server sends more than the {human_bytes(most)} that this device takes"
                     )
                 if most <= SMALL and time.monotonic() > until:
                     raise httpx.ReadTimeout("the server does not end its answer", request=request)
-                body += piece
+                data += piece
         finally:
             response.close()
-        return response, body
+        return response.raise_for_status(), data
 
 
-class _Session:
+class _Stay:
     """One stay at a server: heartbeats in a thread, requests for orders in another."""
 
-    def __init__(
-        self, client: FleetHttpClient, line: Line, key: PrivateKey, state: Path, server: Server
-    ) -> None:
-        self.client, self.line, self.key, self.server = client, line, key, server
+    def __init__(self, line: Line, key: PrivateKey, state: Path, server: Server) -> None:
+        self.line, self.key, self.server, self.file = line, key, server, state / FILE
         self.over, self.asking = threading.Event(), False
-        self.node: Node | None = None  # until it has come in
+        self.session = ""  # until it has come in
         self.said = time.monotonic()  # when the last request or heartbeat began
-        self.file = state / NODE
 
     def begin(self) -> None:
         """Come in, and say from then on that this device is there."""
-        if self.file.exists():  # the last process may have gone without a word: its session would last on
-            with contextlib.suppress(httpx.HTTPStatusError, ValueError, OSError):
-                self.client.DeactivateNode(fleet.DeactivateNodeRequest(node_id=int(self.file.read_text())))
         self._come_in()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def _come_in(self) -> None:
-        pem = self.key.public.pem
-        if self.server.certificate is None:
-            with contextlib.suppress(httpx.HTTPStatusError):  # it is registered already
-                self.client.RegisterNode(fleet.RegisterNodeFleetRequest(public_key=pem))
-        request = fleet.ActivateNodeRequest(public_key=pem, heartbeat_interval=self.server.heartbeat)
-        self.node = Node(node_id=self.client.ActivateNode(request).node_id)
-        write_atomic(self.file, str(self.node.node_id), mode=PRIVATE)
+        """Begin a session, in the place of that of this device's last process."""
+        key = {KEY: b64encode(self.key.public.pem).decode()}
+        challenge = self.line.post("challenge", key)[0].headers.get(CHALLENGE, "")
+        text = signed_text(self.server.host, challenge)
+        stated = {
+            CHALLENGE: challenge,
+            HOST: self.server.host,
+            SIGNATURE: b64encode(keyring.sign(self.key, text)).decode(),
+            HEARTBEAT: f"{self.server.heartbeat:g}",
+            SESSION: self._before(),
+        }
+        self.session = self.line.post("session", key | stated)[0].headers.get(SESSION, "")
+        write_atomic(self.file, f"{self.server.address} {self.session}", mode=PRIVATE)
+
+    def _before(self) -> str:
+        """Return the last session of this device at this server; it is a secret to all others."""
+        text = read_text(self.file, errors="replace") if self.file.exists() else ""
+        address, _, session = text.partition(" ")
+        return session if address == self.server.address and text.isascii() and text.isprintable() else ""
+
+    def _bearer(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.session}"}
 
     def _beat(self) -> None:
         """Send heartbeats; a request for an order is one too, until a slow line makes it last.
@@ -179,25 +185,17 @@ class _Session:
             if time.monotonic() - self.said > beats * self.server.heartbeat:
                 self.said = time.monotonic()
                 with contextlib.suppress(httpx.HTTPError, FleetuneError):  # the main loop meets it, and acts
-                    self._beat_once()
-
-    def _beat_once(self) -> None:
-        interval = self.server.heartbeat
-        try:
-            self.client.SendNodeHeartbeat(
-                SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=interval)
-            )
-        except httpx.HTTPStatusError:
-            self._come_in()
+                    try:
+                        self.line.post("alive", self._bearer())
+                    except httpx.HTTPStatusError:
+                        self._come_in()
 
     def end(self) -> None:
         """Leave; a request that still waits for an order is sent away by the server."""
         self.over.set()
-        if self.node is None:
-            return
-        request = fleet.DeactivateNodeRequest(node_id=self.node.node_id)
-        with contextlib.suppress(Exception):  # whatever the server answers, this device is gone
-            self.within(FAREWELL, lambda: self.client.DeactivateNode(request))
+        if self.session:
+            with contextlib.suppress(Exception):  # whatever the server answers, this device is gone
+                self.within(FAREWELL, lambda: self.line.post("leave", self._bearer()))
 
     def waited(self, call: Callable[[], T], over: Callable[[], bool]) -> T | None:
         """Return what a call gives, or raise what it raises; None where the device leaves meanwhile.
@@ -218,10 +216,10 @@ class _Session:
             thread.join(self.server.poll)
             if thread.is_alive() and over():
                 return None
-        (found,) = outcome
-        if isinstance(found, Exception):
-            raise found
-        return found
+        (result,) = outcome
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def within(self, seconds: float, call: Callable[[], object]) -> None:
         """Make a call of a device that leaves, and wait so long for it."""
@@ -232,11 +230,13 @@ class _Session:
         """Answer orders until `over()`; httpx.HTTPError where the server is gone, or refuses."""
         number, data = "", b""
         while not over():
-            found = self._ask(number, data, over)
+            self.asking = True
+            given = self.waited(lambda number=number, data=data: self._send(number, data, "order"), over)  # type: ignore[misc]
+            self.asking = False
             data = b""  # it has arrived, and need not be in memory through the next order's work
-            if found is None:
+            if given is None:
                 return
-            number, order = found
+            number, order = given[0].headers.get(ORDER, ""), given[1]
             if not number and time.monotonic() - self.said < AGAIN:
                 self.over.wait(AGAIN)  # a server that has nothing keeps the request for a while
             data = self._answer(answer, order) if number else b""
@@ -254,32 +254,17 @@ class _Session:
             self.over.wait(AGAIN)
             return b""
 
-    def _ask(self, number: str, data: bytes, over: Callable[[], bool]) -> tuple[str, bytearray] | None:
-        """Send an answer and wait for the next order: (its number, the order), ("", nothing) where none came in time.
-
-        None where the device leaves meanwhile.
-        """
-        self.asking = True
-        found = self.waited(lambda: self._send(number, data, "order"), over)
-        self.asking = False
-        return found and (found[0].headers.get(wire.ORDER, ""), found[1])
-
     def _send(self, number: str, data: bytes, wants: str) -> tuple[httpx.Response, bytearray]:
         """Send an answer, large ones in pieces; return the head and the body of what comes back for the last."""
         pieces = [data[start : start + PIECE] for start in range(0, len(data), PIECE)] or [b""]
         for piece in pieces[:-1]:
-            self._post(number, piece, "piece")
-        return self._post(number, pieces[-1], wants)
+            self._post(number, piece, "piece", SMALL)
+        return self._post(number, pieces[-1], wants, self.server.room() if wants == "order" else SMALL)
 
-    def _post(self, number: str, piece: bytes, wants: str) -> tuple[httpx.Response, bytearray]:
-        headers = {**wire.signed(self.key), wire.NEXT: wants, **({wire.ORDER: number} if number else {})}
+    def _post(self, number: str, piece: bytes, wants: str, most: int) -> tuple[httpx.Response, bytearray]:
+        headers = {**self._bearer(), NEXT: wants, **({ORDER: number} if number else {})}
         self.said = time.monotonic()
-        patience = httpx.Timeout(PATIENCE, read=PATIENCE + len(piece) / SLOWEST)  # what is sent is on its way
-        request = self.line.http.build_request(
-            "POST", wire.EXCHANGE, content=piece, headers=headers, timeout=patience
-        )
-        answer, body = self.line.send(request, self.server.room() if wants == "order" else SMALL)
-        return answer.raise_for_status(), body
+        return self.line.post("exchange", headers, piece, most)
 
 
 def stay(
@@ -295,14 +280,12 @@ def stay(
 
     FleetError when the certificate cannot be read; StorageError when the disk of the device takes nothing more.
     """
-    wire.hush()
     trust = server.trust()
     wait, said = 0.0, ""
     while not over():
         line = Line(server, trust)
-        signs = NodeAuthHttpInterceptor(key.secret, key.secret.public_key())
-        with FleetHttpClient(server.url, interceptors=[signs, line], verify=trust) as client, line.http:
-            session = _Session(client, line, key, state, server)
+        with line.http:
+            session = _Stay(line, key, state, server)
             try:
                 session.waited(session.begin, over)
                 if over():
@@ -312,10 +295,10 @@ def stay(
                 session.answer_all(answer, over)
             except FleetuneError:
                 raise
-            except Exception as error:  # the network, the server, or what Flower makes of their answers
+            except Exception as error:  # the network, the server, or what a library makes of their answers
                 wait = min(max(0.5, wait * 2), LONGEST)
                 why = _why(error, tls=server.certificate is not None)
-                if (kind := re.sub(r"\d+", "", why)) != said:  # a clock's seconds flicker
+                if (kind := re.sub(r"\d+", "", why)) != said:
                     note(f"{why}; trying again")
                     said = kind
             finally:
@@ -327,15 +310,8 @@ def stay(
 
 def _why(error: Exception, *, tls: bool = True) -> str:
     if isinstance(error, httpx.HTTPStatusError):
-        if error.response.status_code == TWICE:
-            return "a device with this key is connected already, or one that has gone is not yet given up"
-        if error.response.status_code in (401, 403):
-            return _clocks_apart(error.response) or (
-                "the server does not know this device's key: bring its .pub file into the server's folder of keys"
-            )
-        if error.response.status_code == ANEW:
-            return "the server was started anew"
-        return f"the server answered {error.response.status_code}"
+        status = error.response.status_code
+        return REFUSED.get(status, f"the server answered {status}")
     if isinstance(error, TooMuch):
         return str(error)
     if not isinstance(error, httpx.HTTPError):
@@ -350,19 +326,3 @@ def _why(error: Exception, *, tls: bool = True) -> str:
     if isinstance(error, httpx.RemoteProtocolError) and not tls:
         return "no server there that speaks plain HTTP; if it has a certificate: --ca ca.pem"
     return f"no server there ({type(error).__name__})"
-
-
-def _clocks_apart(response: httpx.Response) -> str:
-    """Return that, and what to do, where the server's clock (its Date) and this device's differ too much; else ""."""
-    try:
-        server = email.utils.parsedate_to_datetime(response.headers["date"])
-        seconds = (datetime.datetime.now(datetime.UTC) - server).total_seconds()
-    except (KeyError, ValueError, TypeError, OverflowError):
-        return ""
-    if -BEHIND < seconds < AHEAD:
-        return ""
-    which = "ahead of" if seconds > 0 else "behind"
-    return (
-        f"this device's clock is {human_time(abs(seconds))} {which} the server's, which therefore refuses what the device "
-        "signs: set the clock that is wrong (timedatectl set-ntp true)"
-    )

@@ -9,7 +9,6 @@ from the recipe, as pure functions of (seed, round, client): a resumed run meets
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +22,8 @@ from fleetune.models.net.model import Model
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
-from fleetune.tuning.rounds.fleets import OLDEST, Answer, outrun
-from fleetune.tuning.rounds.fleets.late import LateReplies
-from fleetune.tuning.rounds.fleets.local_work import WorkDone, work
-from fleetune.tuning.rounds.fleets.memories import Memories
-from fleetune.tuning.rounds.kinds import Wanted, wanted
+from fleetune.tuning.rounds.fleets import Answer, Wanted, outrun, wanted
+from fleetune.tuning.rounds.local_work import Memories, WorkDone, work
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +73,6 @@ class Faults:
         for client, status, reason in found:
             yield (client, "late", outrun(goal)) if client in late else (client, status, reason)
 
-    def age(self, seed: int, round: int, client: int) -> int:
-        """Return how many rounds later the reply of a late client comes.
-
-        A round is as long as its deadline, or as a usual client takes where there is none.
-        """
-        return max(1, math.ceil(self.slowness(seed, round, client) / (self.deadline or 1.0)) - 1)
-
 
 def _chance(seed: int, what: str, *parts: int) -> float:
     return derive(seed, what, *parts) / 2.0**64
@@ -102,7 +91,6 @@ class LocalFleet:
     on_step: Callable[[int, int], None] = lambda client, step: None
     memories: Memories = field(default_factory=Memories)
     kinds: Wanted | None = None  # None: as the method spreads them
-    late: LateReplies | None = None  # None: late clients do not work
     done: WorkDone = field(default_factory=WorkDone)  # of the client that works, or has worked last
 
     @property
@@ -111,14 +99,8 @@ class LocalFleet:
         return [len(rows) for rows in self.clients]
 
     def present(self) -> Sequence[int]:
-        """Return all clients but those still at work for an earlier round; those that drop out are asked as well."""
-        busy = self.late.busy if self.late is not None else ()
-        return [c for c in range(len(self.clients)) if c not in busy] if busy else range(len(self.clients))
-
-    @property
-    def busy(self) -> int:
-        """Number of clients that are still at work for an earlier round."""
-        return len(self.late.busy) if self.late is not None else 0
+        """Return all clients: those that drop out are asked as well."""
+        return range(len(self.clients))
 
     def kind(self, client: int) -> int:
         """Return the kind that is wanted of a client: the machine that simulates it can do all."""
@@ -138,38 +120,22 @@ class LocalFleet:
     def rewind(self, round: int) -> None:
         """Delete what clients stored after `round`."""
         self.memories.rewind(round)
-        if self.late is not None:
-            self.late.rewind(round)
 
     def forget_before(self, round: int) -> None:
-        """Delete client memories that a newer one, not after `round`, replaces, and late replies that have come by then."""
+        """Delete client memories that a newer one, not after `round`, replaces."""
         self.memories.forget_before(round)
-        if self.late is not None:
-            self.late.forget_before(round)
 
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes], goal: int = 0
     ) -> Iterator[Answer]:
-        """Yield the answers of these clients, in turn; before them the late ones that come in this round."""
-        yield from self._come_late(round)
+        """Yield the answers of these clients, in turn; one that is late does not work."""
         for client, status, reason in self.faults.outcomes(self.seed, round, clients, goal):
             sent = message if isinstance(message, bytes) else message[client]
             key = derive(self.seed, "local", round, client)
             if status == "ok":
                 yield self._answer(round, client, key, sent)
-                continue
-            yield Answer(client, key, None, status, reason, 0.0, len(sent))
-            age = self.faults.age(self.seed, round, client)
-            if status == "late" and self.late is not None and age <= OLDEST:
-                reply = self._answer(round, client, key, sent).data
-                if reply is not None:
-                    self.late.hold(client, round, round + age, reply)
-
-    def _come_late(self, round: int) -> Iterator[Answer]:
-        for client, asked, data in self.late.come(round) if self.late is not None else ():
-            yield Answer(
-                client, derive(self.seed, "local", asked, client), data, "ok", "", 0.0, 0, round - asked
-            )
+            else:
+                yield Answer(client, key, None, status, reason, 0.0, len(sent))
 
     def _answer(self, round: int, client: int, key: int, sent: bytes) -> Answer:
         """Return the answer of a client that works; one bad client never stops a round."""
