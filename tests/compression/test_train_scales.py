@@ -14,9 +14,10 @@ from pruner_harness import tiny
 from torch import Tensor
 
 from fleetune import compression, models
-from fleetune.compression import distillation, scales
+from fleetune.compression import distillation
+from fleetune.compression.jobs import scales
+from fleetune.compression.jobs.scales import Scales
 from fleetune.compression.layerwise.grids import Grid, rounded
-from fleetune.compression.scales import Scales
 from fleetune.data.encode import Encoded, collate
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.evaluation.losses import pad_id

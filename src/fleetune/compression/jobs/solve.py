@@ -31,8 +31,8 @@ from fleetune.common.events import BlockSolved, CalibrationReply, CompressStart,
 from fleetune.common.files import json_text, read_json, write_atomic
 from fleetune.common.memory import give_back, peak_rss
 from fleetune.common.shell import quoted
-from fleetune.compression import DEFAULT_OF_DEVICES, Corrector, Solver, scales
-from fleetune.compression.jobs import budget, inputs, progress
+from fleetune.compression import DEFAULT_OF_DEVICES, Corrector, Solver
+from fleetune.compression.jobs import budget, inputs, progress, scales
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.compression.jobs.progress import Outcome
 from fleetune.compression.layerwise import driver
