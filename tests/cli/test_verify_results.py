@@ -21,10 +21,12 @@ import fleetune
 from fleetune import errors, models
 from fleetune.cli.main import main
 from fleetune.common import sums
+from fleetune.compression.jobs import solve
 from fleetune.deploy import serve
 from fleetune.models import loading
 from fleetune.models.cache import cache
 from fleetune.runs import rundir
+from fleetune.runs.listener import Silent
 from fleetune.seeds import ledger as ledgers
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
@@ -216,3 +218,11 @@ def test_a_model_in_the_cache_is_compared_by_pull_and_export(file: str, at: Path
     ):
         refused(use, file)
     assert f"rm -r {target}" in refused(lambda: USES["export"]("smollm2-135m"), file).hint
+
+
+def test_another_model_in_the_place_of_the_compressed_base(at: Path) -> None:
+    base = solve.compressed_base(Silent(), found("4"), offline=True)
+    assert solve.compressed_base(Silent(), found("4"), offline=True) == base
+    shutil.rmtree(base)
+    shutil.copytree(found("4") / "model", base)
+    refused(lambda: solve.compressed_base(Silent(), found("4"), offline=True), str(base))
