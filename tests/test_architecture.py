@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -173,16 +172,3 @@ def test_any_kind_of_import_is_seen(text: str):
     modules = {"fleetune.a": 0, "fleetune.b": 0}
     assert set(imported(text, modules)) == {"fleetune.b"} or "typing" in text
     assert circle({"fleetune.a": set(imported(text, modules)), "fleetune.b": {"fleetune.a"}}) != []
-
-
-@pytest.mark.parametrize("layer", TABLE, ids=lambda layer: layer["name"])
-def test_what_a_layer_holds_exists(layer: dict):
-    for names, _ in layer.get("holds", ()):
-        for name in names.split(", "):
-            assert (PACKAGE / layer["name"] / name).exists(), name
-
-
-@pytest.mark.parametrize("page", ["architecture.md", "view.md", "ledger.md", "glossary.md"])
-def test_every_source_file_that_a_page_names_exists(page: str):
-    named = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", (ROOT / "docs" / page).read_text(encoding="utf-8"))
-    assert not [n for n in named if not (PACKAGE / n).exists() and not (ROOT / n).exists()]

@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -141,3 +142,20 @@ def test_a_wrong_command_is_seen():
         "fleetune ledger prove a",
     ):
         assert fault(line), line
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "view.md", "ledger.md", "glossary.md"])
+def test_every_source_file_that_a_page_names_exists(page: str):
+    named = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+    assert not [n for n in named if not (ROOT / "src" / "fleetune" / n).exists() and not (ROOT / n).exists()]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    tomllib.loads((ROOT / "docs" / "architecture.toml").read_text())["layer"],
+    ids=lambda layer: layer["name"],
+)
+def test_what_a_layer_holds_exists(layer: dict):
+    for names, _ in layer.get("holds", ()):
+        for name in names.split(", "):
+            assert (ROOT / "src" / "fleetune" / layer["name"] / name).exists(), name
