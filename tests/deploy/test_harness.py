@@ -219,7 +219,7 @@ def test_steps_write_the_greedy_continuation(artefact: Path) -> None:
 def test_a_module_that_lies_in_the_folder_one_stands_in_is_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "numpy.py").write_text("raise SystemExit('run')\n")
+    (tmp_path / "json.py").write_text("raise SystemExit('run')\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError):  # of the file alone, as below
         harness.measured(MeasureJob("gguf", "no.gguf", 1))
