@@ -19,7 +19,7 @@ import torch
 from fleetune import data, models
 from fleetune.common import settings
 from fleetune.common.display import counted
-from fleetune.common.events import TuneChecked
+from fleetune.common.events import RateFound, TuneChecked
 from fleetune.common.ggml import SCALES
 from fleetune.common.memory import release_memory
 from fleetune.common.settings import parse_bytes
@@ -40,7 +40,7 @@ from fleetune.tuning.exchange import robust
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.prepare import estimate, rates
 from fleetune.tuning.prepare.estimate import Estimate
-from fleetune.tuning.prepare.rates import Found, Search
+from fleetune.tuning.prepare.rates import Search
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.recipe.settled import settled
@@ -137,7 +137,7 @@ class TuneJob:
     dropped: int  # rows of whose answer the tokenizer leaves nothing
     cut: Cut  # rows that are longer than max_length
     objective: str  # what the method minimises, by name
-    found: list[Found]  # learning rates that were found before round 1
+    found: list[RateFound]  # learning rates that were found before round 1
     estimate: Estimate | None  # of a run that begins, simulated
     words: tuple[str, ...]  # label words that a causal model's accuracy is measured by; none: it is not
     files: dict[str, str]  # SHA-256 of the data's files, by name
@@ -279,7 +279,7 @@ def prepare(
         recipe = dataclasses.replace(recipe, set=methods.values_of(method))
     prompts = [begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]]
     estimated: Estimate | None = None
-    found: list[Found] = []
+    found: list[RateFound] = []
     clients = len(rows) or recipe.clients or entry.clients
     searches = rates.searches(recipe, method, names, asked_for, len(train), clients, _asked(recipe, rows))
     search = next(iter(searches), None)

@@ -23,10 +23,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Sequence, Set
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 from fleetune.common.display import counted, human_time
+from fleetune.common.events import RateFound
 from fleetune.common.settings import AUTO, Setting
 from fleetune.data import Encoded, keyed_order
 from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
@@ -38,7 +38,7 @@ from fleetune.tuning.exchange import robust
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare import trial
 from fleetune.tuning.prepare.estimate import Estimate
-from fleetune.tuning.prepare.trial import Bench, Size, Tried
+from fleetune.tuning.prepare.trial import Bench, Size
 from fleetune.tuning.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -56,20 +56,6 @@ class Progress(Protocol):
 
 def unheard(what: str, done: int, total: int, text: str = "") -> None:
     """Do nothing: nobody follows the search."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A learning rate, and how it was found."""
-
-    setting: str  # its name: lr
-    rate: float
-    way: str  # slopes or trial
-    why: str  # in words
-    tried: tuple[Tried, ...] = ()  # of a trial
-    slopes: tuple[float, ...] = ()  # along each direction
-    curvatures: tuple[float, ...] = ()
-    seconds: float = 0.0
 
 
 def wanted(recipe: Recipe) -> list[str]:
@@ -118,7 +104,7 @@ def find(
     clients: int,
     progress: Progress = unheard,
     size: Size = trial.WHOLE,
-) -> tuple[Recipe, list[Found]]:
+) -> tuple[Recipe, list[RateFound]]:
     """Return the recipe with the rates of these names (`wanted`), and how each was found.
 
     `rows` are training rows that the server has, `clients` is the number of those asked in a round.  `progress` is told
@@ -154,7 +140,7 @@ def _find(
     clients: int,
     progress: Progress,
     size: Size,
-) -> Found | None:
+) -> RateFound | None:
     began = time.perf_counter()
     switch = next(s.only_if for s in methods.settings(recipe.method) if s.name == name)
     beside = {switch: 1} if switch else {}  # the rate of devices of one kind: all are of it in a trial
@@ -180,7 +166,7 @@ def from_slopes(
     seed: int,
     clients: int,
     progress: Progress,
-) -> Found:
+) -> RateFound:
     """Return the rate that slopes, noise and curvature along random directions give."""
     m: Any = method
     eps = max(m.eps, COARSE.get(model.dtype, 0.0))
@@ -194,21 +180,18 @@ def from_slopes(
     )
     rate = method.rate_from(points, clients)
     seen = max(points, key=lambda point: point.curvature)
-    found = Found(
-        name,
-        float(m.lr),
-        "slopes",
-        "no slope beyond the noise of the rows: the published rate",
-        slopes=tuple(s for point in points for s in point.slopes),
-        curvatures=tuple(c for point in points for c in point.curvatures),
-    )
-    if not rate:
-        return found
-    why = (
-        f"curvature {seen.curvature:,.0f} along a direction, {100 * seen.signal(m.batch_size):.0f} % of a squared slope "
+    return RateFound(
+        setting=name,
+        rate=rounded(rate) if rate else float(m.lr),
+        way="slopes",
+        why=f"curvature {seen.curvature:,.0f} along a direction, {100 * seen.signal(m.batch_size):.0f} % of a squared slope "
         f"on {counted(m.batch_size, 'row')} is signal"
+        if rate
+        else "no slope beyond the noise of the rows: the published rate",
+        seconds=0.0,
+        slopes=[s for point in points for s in point.slopes] or None,
+        curvatures=[c for point in points for c in point.curvatures] or None,
     )
-    return dataclasses.replace(found, rate=rounded(rate), why=why)
 
 
 def from_trial(
@@ -221,13 +204,13 @@ def from_trial(
     clients: int,
     progress: Progress,
     size: Size,
-) -> Found:
+) -> RateFound:
     """Return the rate after which the loss on rows that were not trained on is lowest."""
     at_server = method.rate_at_server
-    losses = itertools.count()
+    measured = itertools.count()
     bench = dataclasses.replace(
         bench_of(model, rows, recipe.seed, min(clients, trial.AT_SERVER if at_server else size.clients)),
-        on_loss=lambda: progress(f"finding {name}", next(losses), 0, "losses after trials"),
+        on_loss=lambda: progress(f"finding {name}", next(measured), 0, "losses after trials"),
     )
     first = trial.first_rate(method, name)
     make = make if at_server else functools.partial(_short, make, len(bench.clients[0]))
@@ -247,7 +230,8 @@ def from_trial(
     elif recipe.rounds > 1:
         rate = rounded(rate / trial.FACTOR)
         why += "; a third of the best, which was not held for more rounds"
-    return Found(name, rate, "trial", why, tuple(tried))
+    rates, losses = [t.rate for t in tried], [t.loss for t in tried]
+    return RateFound(setting=name, rate=rate, way="trial", why=why, seconds=0.0, rates=rates, losses=losses)
 
 
 def bench_of(model: Model, rows: Sequence[Encoded], seed: int, clients: int) -> Bench:

@@ -31,7 +31,6 @@ from fleetune.models.net.model import Model
 from fleetune.runs import rundir
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.scale_view import moved_tensors, scales_share
-from fleetune.seeds.weights import FOLD
 from fleetune.tuning import methods
 from fleetune.tuning.methods import Method
 from fleetune.tuning.recipe import objects
@@ -42,7 +41,6 @@ from fleetune.tuning.rounds import watch
 if TYPE_CHECKING:
     from fleetune.tuning.methods import Method
     from fleetune.tuning.prepare.prepare import TuneJob
-    from fleetune.tuning.prepare.rates import Found
     from fleetune.tuning.recipe.recipe import Recipe
     from fleetune.tuning.rounds.rounds import Outcome
 
@@ -129,21 +127,6 @@ def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
     )
 
 
-def rate_event(found: Found) -> RateFound:
-    """Return the event of a learning rate that was found."""
-    return RateFound(
-        setting=found.setting,
-        rate=found.rate,
-        way=found.way,
-        why=found.why,
-        seconds=found.seconds,
-        rates=[t.rate for t in found.tried] or None,
-        losses=[t.loss for t in found.tried] or None,
-        slopes=found.slopes or None,
-        curvatures=found.curvatures or None,
-    )
-
-
 def client_names(job: TuneJob) -> list[str] | None:
     """Return the clients' names, where they are the values of a column; None where they have only numbers."""
     parts = job.split
@@ -171,60 +154,42 @@ def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
     recipe, m = job.recipe, job.model
     share = scales_share(m)
     part = f" · trains its {recipe.train}" if recipe.train == SCALES and not share else ""
+    size = f"{m.n_params / 1e6:,.1f} M parameters"
+    rule = "" if recipe.aggregation == "mean" else f" · {recipe.aggregation}"
     return [
-        (
-            "model",
-            f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}{part}",
-        ),
+        ("model", f"{recipe.model} @ {m.digest[:8]} · {size} · {m.dtype}{part}"),
         *(("trains", words) for words in share),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
-        ("data", f"{Path(recipe.data).name} · {_split(job)}{_held(job)} held out"),
+        ("data", f"{Path(recipe.data).name} · {_rows_words(job)} held out"),
         *(("rows", remark) for remark in job.about_rows()),
-        ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{_rule(recipe)}"),
+        ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{rule}"),
         *([("time", job.estimate.text)] if job.estimate else []),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]
 
 
-def _rule(recipe: Recipe) -> str:
-    """Return how replies are combined; nothing of the usual mean."""
-    return "" if recipe.aggregation == "mean" else f" · {recipe.aggregation}"
+def _rows_words(job: TuneJob) -> str:
+    """Return how the rows are split over a simulated fleet, and how much is held out.
 
-
-def _unit(job: TuneJob) -> str:
-    """Return what the rows of a job are: a text is cut into windows, which are counted one by one."""
-    return "window" if job.examples and not any(e.messages or e.texts for e in job.examples) else "row"
-
-
-def _held(job: TuneJob) -> str:
-    """Return how much is held out; windows are named as such."""
-    return counted(len(job.held), "window") if _unit(job) == "window" else f"{len(job.held):,}"
-
-
-def _split(job: TuneJob) -> str:
-    """Return how the rows are split over a simulated fleet; nothing of a real one, whose rows are not here."""
+    A text is cut into windows, which are counted one by one; the rows of a real fleet are not here.
+    """
+    windows = bool(job.examples) and not any(e.messages or e.texts for e in job.examples)
+    word = "window" if windows else "row"
+    held = counted(len(job.held), word) if windows else f"{len(job.held):,}"
+    if not job.rows:
+        return held
     sizes = np.array([len(r) for r in job.rows])
-    if not len(sizes):
-        return ""
-    word = _unit(job)
     mean = f"{sizes.mean():,.0f} ± {sizes.std():,.0f} {word}s each"
-    spread = mean if len(sizes) > 1 else counted(int(sizes[0]), word)
-    return f"{job.recipe.partition} · {spread} · "
+    return f"{job.recipe.partition} · {mean if len(sizes) > 1 else counted(int(sizes[0]), word)} · {held}"
 
 
 def samples_page(evaluation: Mapping[str, Any]) -> str:
     """Write samples.md: each fixed prompt with the base's answer, the tuned one and the data's."""
     parts = ["# The same prompts before and after tuning\n"]
     for sample in evaluation["samples"]:
-        for title, key in (
-            ("Prompt", "prompt"),
-            ("Base", "base"),
-            ("Tuned", "tuned"),
-            ("Reference", "reference"),
-        ):
-            parts.append(
-                f"**{title}**\n\n" + "\n".join("> " + line for line in _lines(sample.get(key, ""))) + "\n"
-            )
+        for key in ("prompt", "base", "tuned", "reference"):
+            quoted = "\n".join("> " + line for line in _lines(sample.get(key, "")))
+            parts.append(f"**{key.capitalize()}**\n\n{quoted}\n")
         parts.append("---\n")
     return "\n".join(parts)
 
@@ -241,20 +206,9 @@ PAST: Final = 0.01  # of the lowest validation loss: a result above it by more i
 SAME: Final = 1e-3  # nats; kernels differ by less, a random module makes more
 
 
-def of_rate(found: Found) -> str:
+def of_rate(found: RateFound) -> str:
     """Say which learning rate was found, and how."""
     return f"{found.setting} = {found.rate:g}, found in {human_time(found.seconds)}: {found.why}"
-
-
-def of_law(method: Method) -> str:
-    """Say that a law's directions are slow; "" where they are not."""
-    law, K = getattr(method, "law", ""), getattr(method, "K", 0)
-    if law != "gaussian" or K <= FOLD:
-        return ""
-    return (
-        f"slow: every forward may compute {K:,} gaussian directions, whose sums are not kept; those of other laws are kept as "
-        "one sum"
-    )
 
 
 def probe(job: TuneJob) -> float:
@@ -374,24 +328,7 @@ def of_course(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> lis
     return found
 
 
-# of env.json: what decides the bits of a result beside the recipe
-DECIDES: Final = (
-    "fleetune",
-    "python",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "numba",
-    "numpy",
-    "system",
-    "machine",
-    "device",
-    "gpu",
-    "cuda",
-    "threads",
-    "instructions",
-)
+NO_CAUSE: Final = ("given", rundir.STARTED_IN, "processors")  # of env.json: what changes no bit of a result
 
 
 def progress_words(run: Path, rounds: int) -> str:
@@ -407,12 +344,8 @@ def progress_words(run: Path, rounds: int) -> str:
 
 def machine_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Say what of versions and machine differs from the sitting before; "" where nothing does, or it is not known."""
-    differ = [
-        f"{name} {before[name]} -> {now[name]}"
-        for name in DECIDES
-        if name in before and name in now and before[name] != now[name]
-    ]
-    if not differ:
+    both = [name for name in before if name in now and name not in NO_CAUSE]
+    if not (differ := [f"{n} {before[n]} -> {now[n]}" for n in both if before[n] != now[n]]):
         return ""
     return (
         f"since the last sitting there changed: {', '.join(differ)}; the result may differ in its last bits"
