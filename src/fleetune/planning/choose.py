@@ -45,21 +45,15 @@ def settled_method(recipe: Recipe, note: Callable[[str], None], *, offline: bool
 
 
 def settled_sweep(
-    values: Mapping[str, Any],
-    varied: Collection[str],
-    note: Callable[[str], None],
-    *,
-    configured: Callable[[Recipe], Recipe],
-    offline: bool = False,
+    values: Mapping[str, Any], varied: Collection[str], note: Callable[[str], None], *, offline: bool = False
 ) -> dict[str, Any]:
     """Return the keys of a sweep's recipe with a method; where the method itself varies, any will do.
 
-    `varied` are the names that vary beside those of the table `sweep`.  `configured` returns a recipe with a model whose
-    configuration can be read.
+    `varied` are the names that vary beside those of the table `sweep`.
     """
     if "method" in varied or "method" in values.get("sweep", {}):
         return {"method": "fedit", **values}
-    recipe = configured(recipes.make({k: v for k, v in values.items() if k != "sweep"}))
+    recipe = recipes.make({k: v for k, v in values.items() if k != "sweep"})
     return {**values, "method": settled_method(recipe, note, offline=offline).method}
 
 

@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
 from fleetune.common import __version__, folders
-from fleetune.common.display import counted
 from fleetune.common.files import (
     PRIVATE,
     lock,
@@ -259,23 +258,18 @@ class RunDir:
     def cut(self, round: int, size: int | None = None) -> list[str]:
         """Drop what a kill left: metrics after `round` and of the end, later checkpoints, temporary files.
 
-        `size` is how many bytes the checkpoint of the round states of metrics.jsonl.  What of it was lost, and what was not
-        finished and is dropped, is logged and returned as texts.
+        `size` is how many bytes the checkpoint of the round states of metrics.jsonl.  What of it was lost is logged and returned.
         """
-        lines, torn = self.metrics.unfinished(round)
-        loss = self.metrics.cut(round, size)
-        left = [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]
-        left = [path for path in left if not path.is_dir()]
+        lost = [text for text in [self.metrics.cut(round, size)] if text]
+        left = [
+            p for p in (*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")) if not p.is_dir()
+        ]
         for path in (*left, *(p for r, p in checkpoints(self.path) if r > round)):
             path.unlink(missing_ok=True)
-        parts = [counted(lines, "record")] if lines else []
-        parts += ["a torn line"] if torn else []
-        parts += [counted(n, "half-written file")] if (n := len(left) + folders.sweep(self.path)) else []
-        dropped = f"what was not finished after round {round} is dropped: {', '.join(parts)}" if parts else ""
-        told = [text for text in (loss, dropped) if text and round >= 0]
-        for text in told:
+        folders.sweep(self.path)
+        for text in lost:
             self.log(text)
-        return told
+        return lost
 
     # Checkpoints --------------------------------------------------------------------------------
 

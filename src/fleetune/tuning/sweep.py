@@ -393,6 +393,21 @@ class _OfRun(Relay):
         """Do nothing: a sweep counts rounds."""
 
 
+def start(
+    grid: SweepGrid,
+    out: Path,
+    listener: Listener,
+    *,
+    name: str = "",
+    resumed: Path | None = None,
+    offline: bool,
+) -> SweepResult:
+    """Do the runs of a checked grid: in a new folder under `out` with `name` in its own, or in that of a `resumed` sweep."""
+    rundir.check_writable(resumed or out)
+    with rundir.RunDir(resumed) if resumed else create(out, name, grid) as folder:
+        return run(folder, grid, listener, offline=offline)
+
+
 def run(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool) -> SweepResult:
     """Do the unfinished runs of a sweep, one at a time, and return all of them.
 

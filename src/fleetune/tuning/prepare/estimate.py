@@ -146,14 +146,6 @@ class Estimate:
         )
 
 
-def rest(whole: Estimate, done: int, every: int) -> Estimate:
-    """Return the size and time of what is left of a run after `done` rounds; it is evaluated every so many."""
-    if not done:
-        return whole
-    left = evaluations_of(whole.rounds, every) - 1 - (done // every if every else 0)
-    return dataclasses.replace(whole, rounds=whole.rounds - done, evaluations=left, ends=1, search=0.0)
-
-
 def _short(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 

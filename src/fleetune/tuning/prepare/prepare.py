@@ -174,15 +174,14 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         try:
             test()
         except RecipeError as error:
-            hint = hint or (error.hint or "" if not problems else "")
+            hint = hint or error.hint or ""
             problems += error.problems
         except ValueError as error:
             problems.append(str(error))
     problems += label_problems(recipe)
     if not problems:
-        problems += rates.problems(recipe, methods.make(recipe.method, recipe.set))
-    if not problems:
-        problems += _of_fleet(methods.make(recipe.method, recipe.set), recipe)
+        method = methods.make(recipe.method, recipe.set)
+        problems += rates.problems(recipe, method) or _of_fleet(method, recipe)
     if recipe.stragglers and not recipe.deadline and recipe.over_selection == 1:
         problems.append(f"stragglers = {recipe.stragglers} does nothing without a deadline: add --deadline 3")
     if recipe.over_selection > 1 and recipe.participation == 1:
@@ -193,8 +192,12 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         of_scales, change = recipes.scales_problems(
             recipe.method, recipe.set, recipe.base, recipe.device, recipes.SCALE_METHODS
         )
-        hint, problems = hint if problems else change, problems + of_scales
-    problems += _of_course(recipe)
+        hint, problems = hint or change, problems + of_scales
+    if not recipe.eval_every and (recipe.patience or recipe.keep == "best"):
+        name = "patience" if recipe.patience else "keep = best"
+        problems.append(
+            f"{name} compares evaluated rounds, and eval_every = 0 evaluates none: set --eval-every 1"
+        )
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
@@ -224,14 +227,6 @@ def _of_fleet(method: Method, recipe: Recipe) -> list[str]:
             )
     found = [kinds.problem(method, recipe.kinds), f"late = use: {late}" if late else ""]
     return [problem for problem in found if problem]
-
-
-def _of_course(recipe: Recipe) -> list[str]:
-    """Say what patience and keep cannot do."""
-    if not recipe.eval_every and (recipe.patience or recipe.keep == "best"):
-        name = "patience" if recipe.patience else "keep = best"
-        return [f"{name} compares evaluated rounds, and eval_every = 0 evaluates none: set --eval-every 1"]
-    return []
 
 
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:

@@ -28,7 +28,7 @@ from fleetune.common.settings import Value
 from fleetune.common.shell import quoted
 from fleetune.data.examples import looks_like_model, looks_like_rows
 from fleetune.data.partition import RowsSpec
-from fleetune.errors import FleetuneError, RecipeError, UsageError, suggest
+from fleetune.errors import RecipeError, UsageError, suggest
 from fleetune.models.cache.names import hub_of
 
 CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
@@ -99,30 +99,6 @@ def no_method_problems(chosen: Sequence[str]) -> list[str]:
         every = sorted({s.name for method in methods.entries() for s in methods.settings(method)})
         return [f"no method has a setting '{name}'.{suggest(name, every, cutoff=0.5)}" for name in odd]
     return [f"no method has all of the settings {', '.join(chosen)}"]
-
-
-def setting_problems(values: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the method and its settings; an empty list where they cannot be looked at."""
-    method, chosen = values.get("method"), values.get("set")
-    if not chosen or not isinstance(chosen, Mapping):
-        return []
-    methods = importlib.import_module(
-        "fleetune.tuning.methods"
-    )  # by name: a method's module may import the recipe
-    try:
-        if (method or AUTO_METHOD) != AUTO_METHOD:
-            methods.make(method, chosen)
-        elif found := methods.having(chosen):
-            methods.make(found[0], chosen)
-        else:
-            return no_method_problems([str(name) for name in chosen])
-    except RecipeError as error:
-        return error.problems
-    except FleetuneError as error:
-        return [error.message]
-    except Exception:  # a value that is no text or number: pydantic has refused it
-        return []
-    return []
 
 
 def scales_problems(
@@ -411,7 +387,6 @@ def make(values: Mapping[str, Any]) -> Recipe:
         for name, text in _unwritable(values)
     ]
     if problems:
-        problems += setting_problems(values)  # all at once; without others, `prepare.check` says them
         raise RecipeError(problems, hint="all options: fleetune tune --help")
     if recipe.patience and "keep" not in values:
         recipe = dataclasses.replace(recipe, keep="best")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 from torch import Tensor
 
 from fleetune import adapters, models
@@ -188,33 +187,29 @@ def told(
 
 
 def stated_points(ledger: Ledger) -> dict[int, Ledger]:
-    """Return round -> the ledger up to there, for each round after which it states a digest; one object where they are the same.
+    """Return round -> the ledger up to there, for each round after which it states a digest: of a run one, its last.
 
-    LedgerError where these take more replays or passes than any run's ledger, which states one digest.
+    LedgerError where these take more replays or passes than any run's ledger.
     """
-    order = np.sort(ledger.rounds)
-    entries = {int(r): int(np.searchsorted(order, int(r), side="right")) for r in ledger.head.checks}
-    points = {len(ledger): ledger}
-    for r, count in entries.items():
-        if count not in points and len(points) <= REPLAYS:
-            points[count] = ledger.truncate(r)
-    if len(set(entries.values())) > REPLAYS or sum(p.count_passes() for p in points.values()) > PASSES:
+    rounds = [int(r) for r in ledger.head.checks][: REPLAYS + 1]
+    points = {r: ledger.truncate(r) for r in rounds}
+    if len(rounds) > REPLAYS or sum(point.count_passes() for point in points.values()) > PASSES:
         raise LedgerError(
-            f"to verify the digests after {len(entries):,} rounds takes more work than a run asks for: at most {REPLAYS:,} "
-            f"replays and {PASSES:,} passes",
+            f"to verify the digests after {len(ledger.head.checks):,} rounds takes more work than a run asks for: at most "
+            f"{REPLAYS:,} replays and {PASSES:,} passes",
             hint="rebuild the end alone: fleetune ledger replay FILE",
         )
-    return {r: points[count] for r, count in entries.items()}
+    return points
 
 
 def verify(model: Model, ledger: Ledger, *, listener: Listener | None = None) -> tuple[str, dict[int, bool]]:
     """(digest of the rebuilt weights, round -> whether its stated digest was found again); errors as of `stated_points`."""
-    points, found = stated_points(ledger), dict[int, str]()
+    points, digests = stated_points(ledger), dict[int, str]()
     for point in [*points.values(), ledger]:
-        if id(point) not in found:
-            found[id(point)] = rebuild(model, point, listener=listener)
+        if len(point) not in digests:
+            digests[len(point)] = rebuild(model, point, listener=listener)
     stated = ledger.head.checks
-    return found[id(ledger)], {r: found[id(point)] == stated[str(r)] for r, point in points.items()}
+    return digests[len(ledger)], {r: digests[len(p)] == stated[str(r)] for r, p in points.items()}
 
 
 def load(

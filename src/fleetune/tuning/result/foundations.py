@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -167,7 +166,6 @@ def _first(differences: list[str]) -> list[str]:
 
 
 NOT_PATHS: Final = {"", "demo", *ORIGINS}
-CODE: Final = re.compile(r"(.+\.py):\w+")  # file.py:function
 
 
 def found_again(values: Mapping[str, Any], run: Path) -> dict[str, Any]:
@@ -208,19 +206,6 @@ def check_files(recipe: Recipe, run: Path) -> None:
             raise DataError(
                 f"{run} was made on {name}, which is not here{where}",
                 hint=f"bring it back, or write its new path into {run / 'run.toml'}: its rows are compared",
-            )
-
-
-def check_code(recipe: Recipe, run: Path) -> None:
-    """RecipeError for a setting file.py:function whose file is only in the folder that the run was started in."""
-    start = rundir.start_of(run, environment_of(run))
-    for name, value in recipe.set.items():
-        code = CODE.fullmatch(value) if isinstance(value, str) else None
-        if start and code and not Path(code[1]).exists() and (start / code[1]).is_file():
-            folder = rundir.shown_path(start)
-            raise RecipeError(
-                [f"{name} = {value}: the run was started in {folder}, and {code[1]} is there, not here"],
-                hint=f"go there first: cd {quoted(folder)}",
             )
 
 
