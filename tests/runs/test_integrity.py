@@ -175,7 +175,7 @@ def test_a_checkpoint_states_what_it_stands_on(made) -> None:
     assert stated is not None
     assert stated[0] == checkpoint.stated_in(file)
     assert (stated[0].recipe["rounds"], stated[0].recipe["set.scaffold"]) == (3, True)
-    assert stated[0].base == rundir.base_digest(path)
+    assert stated[0].base == rundir.made_on(path)["base"]
     data = (path / "metrics.jsonl").read_bytes()[: stated[1]]
     assert data.count(b"\n") == len(list(metrics.events(path))) - 1
     kept = checkpoint.kept_in(payload)

@@ -40,7 +40,7 @@ def of_head(head: ArtefactHead, digest: str) -> dict[str, str]:
 def of_run(run: Path, recipe: Recipe) -> dict[str, str]:
     """Return the provenance of a tuned run, from its recipe and its env.json; StorageError when that is damaged."""
     settings = objects.method_settings(recipe)
-    return _made(recipe.method, settings, rundir.base_digest(run)) | of_base(recipe.model)
+    return _made(recipe.method, settings, rundir.made_on(run)["base"]) | of_base(recipe.model)
 
 
 def of_base(name: str) -> dict[str, str]:

@@ -123,17 +123,12 @@ def _check_memory(recipe: Recipe, shape: Shape, stored: str, ram: int, rows: int
     least = min((device_cost.least(shape, work, f, in_file=in_file) for f in counted), default=0)
     if least <= ram:
         return
-    asked = {n: v for n, v in _asked(recipe)[0].items() if (n, v) != ("base", "memory")}
-    search = Search(shape, ram, asked, recipe.set, train=recipe.train)
-    found = next((s.work for s in search.tried(recipe.method) if s.peak <= ram), None)
-    changes = "--base mapped" * (base == "memory")
-    changes += f" --set batch_size={found.batch}" if found and found.batch < work.batch else ""
-    changes += " fits; " if found else " needs less; " if changes else ""
+    less = "--base mapped needs less; " * (base == "memory")
     size = human_bytes(ram).replace(" ", "")
     raise FitError(
         f"{recipe.method} with {work.batch:,} x {tokens:,} tokens a step in {recipe.dtype}, base {base}, takes at least "
         f"{human_bytes(least)} beside pages of files, and there are {human_bytes(ram)}",
-        hint=f"{changes.lstrip()}what else fits: fleetune plan {quoted(recipe.model)} --ram {size}; "
+        hint=f"{less}what fits: fleetune plan {quoted(recipe.model)} --ram {size}; "
         "where there is more memory: --ram SIZE",
     )
 

@@ -69,25 +69,12 @@ def number(path: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def numbered_in(folder: Path) -> list[str]:
-    """The names of the runs and compressions in a folder; none of one that cannot be listed."""
-    try:
-        return sorted(p.name for p in folder.iterdir() if number(p) and p.is_dir())
-    except OSError:
-        return []
-
-
 def none_such(name: str, out: Path, there: Sequence[str]) -> UsageError:
-    """The error for a run that is not there, with those whose names are like its, else the newest."""
+    """The error for a run that is not there, with those whose names are like its."""
     elsewhere = "" if str(out) == "runs" else f" --out {quoted(out)}"
-    begins = re.match(r"\d*", name)
-    same = [other for other in there if begins and begins[0] and number(Path(other)) == int(begins[0])]
-    near = list(dict.fromkeys([*same, *difflib.get_close_matches(name, there, 3)]))[:3]
     hint = f"runs there are: fleetune runs{elsewhere}"
-    if near:
+    if near := difflib.get_close_matches(name, there, 3):
         hint = f"did you mean {' or '.join(str(out / other) for other in near)}? {hint}"
-    elif there:
-        hint = f"the newest is {out / there[-1]}; {hint}"
     return UsageError(f"no run '{name}' in {out}", hint=hint)
 
 
@@ -137,42 +124,36 @@ def shown_path(path: Path) -> str:
 ENVIRONMENT: Final = "env.json"
 
 
+PACKAGES: Final = [
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "numba",
+    "numpy",
+    "safetensors",
+    "jinja2",
+    "msgpack",
+    "pyarrow",
+]
+
+
 def made_on(path: Path) -> dict[str, str]:
     """The digests of the "base" and the "tokenizer" that a run was made on, by env.json; StorageError when it is damaged."""
     hint = f"fleetune tune --resume {quoted(path)}   writes it anew"
     stated = read_json(path / ENVIRONMENT, hint)
-    found = {what: stated.get(f"{what}_digest") for what in ("base", "tokenizer")}
-    for what, digest in found.items():
-        if not isinstance(digest, str):
-            raise StorageError(f"{path / ENVIRONMENT} is damaged (it states no {what}_digest)", hint=hint)
-    return {what: str(digest) for what, digest in found.items()}
-
-
-def base_digest(path: Path) -> str:
-    """The digest of the base model that a run was made on; StorageError when env.json is damaged."""
-    return made_on(path)["base"]
+    digests = {what: stated.get(f"{what}_digest") for what in ("base", "tokenizer")}
+    if missing := [what for what, digest in digests.items() if not isinstance(digest, str)]:
+        raise StorageError(f"{path / ENVIRONMENT} is damaged (it states no {missing[0]}_digest)", hint=hint)
+    return {what: str(digest) for what, digest in digests.items()}
 
 
 def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Versions and machine, for env.json."""
-    packages = (
-        "torch",
-        "transformers",
-        "tokenizers",
-        "peft",
-        "numba",
-        "numpy",
-        "safetensors",
-        "jinja2",
-        "msgpack",
-        "pyarrow",
-    )
-    versions = {}
-    for package in packages:
-        try:
+    versions = dict.fromkeys(PACKAGES, "not installed")
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     machine = {"system": platform.system(), "machine": platform.machine(), "processors": os.cpu_count()}
     return {"fleetune": __version__, "python": platform.python_version(), **versions, **machine, **extra}
 
@@ -416,16 +397,13 @@ def find(run: str, out: Path) -> Path:
 
 
 def check_name(name: str, out: Path) -> None:
-    """UsageError for what can only be a run and is none, before it is taken for a model's name.
-
-    That is `latest`, a number, a run's name, and a path into a folder of runs that leads nowhere.
-    """
-    path = Path(name)
-    like_one = re.fullmatch(r"\d{4,}-[\w.-]+", name) and not path.exists()
-    if name == "latest" or name.isdigit() or like_one:
+    """UsageError for what can only be a run and is none, before it is taken for a model: `latest`, a number, a run's name."""
+    if (
+        name == "latest"
+        or name.isdigit()
+        or (re.fullmatch(r"\d{4,}-[\w.-]+", name) and not Path(name).exists())
+    ):
         find(name, out)
-    elif "/" in name and not path.exists() and (there := numbered_in(path.parent)):
-        raise none_such(path.name, path.parent, there)
 
 
 def listing(out: Path) -> list[Path]:

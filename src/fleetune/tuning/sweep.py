@@ -121,46 +121,35 @@ def _guess(text: str) -> Value:
 
 
 def _axes(base: Recipe, wanted: Mapping[str, Any], problems: list[str]) -> tuple[SweepAxis, ...]:
-    axes: list[SweepAxis] = []
-    tried = wanted.get("method", [base.method])
-    known = _names([m for m in (tried if isinstance(tried, list) else [tried]) if isinstance(m, str)])
+    """Return what varies; an unknown method among its values is found when the runs are checked."""
+    tried, entries = wanted.get("method", [base.method]), methods.entries()
+    named = [
+        m for m in (tried if isinstance(tried, list) else [tried]) if isinstance(m, str) and m in entries
+    ]
+    options = [n for n in recipes.fields() if n not in ("set", "seed")]
+    known = ["alpha", *options, *dict.fromkeys(f"set.{s.name}" for m in named for s in methods.settings(m))]
+    axes: dict[str, SweepAxis] = {}
     for name, values in wanted.items():
         key = name if name in known else f"set.{name}"
-        if key not in known:
-            problems.append(_unknown(name, known))
+        if name == "seed":
+            problems.append("seed varies by seeds: --seeds N, or seeds = N in [sweep]")
+        elif key not in known:
+            guess = suggest(name.removeprefix("set."), [k.removeprefix("set.") for k in known], cutoff=0.5)
+            problems.append(f"nothing called '{name}' can vary.{guess}")
         elif not isinstance(values, list) or not values:
             problems.append(f"{name} = {values!r} is not a list of values")
         elif odd := [v for v in values if not isinstance(v, str | int | float)]:
             problems.append(f"{name}: {odd[0]!r} is not a value")
-        elif twice := [v for i, v in enumerate(values) if v in values[:i]]:
-            problems.append(f"{name}: {twice[0]!r} stands twice")
-        elif key in [a.key for a in axes]:
-            problems.append(f"{name} varies twice")
+        elif key in axes or len(set(values)) < len(values):
+            problems.append(f"{name} varies twice, or has a value twice")
         else:
-            axes.append(SweepAxis(name, key, tuple(values)))
-    keys = [a.key for a in axes]
-    if "alpha" in keys and "partition" in keys:
-        problems.append("alpha is a part of partition: vary one of them")
-    elif "alpha" in keys and base.partition.split(":")[0] != "dirichlet":
-        said = f"alpha varies the Dirichlet partition, but partition = {base.partition!r}"
-        other = "; for the method's own alpha write set.alpha" if "set.alpha" in known else ""
-        problems.append(f"{said}: set it to dirichlet:0.5:COLUMN{other}")
-    return tuple(axes)
-
-
-def _names(tried: Sequence[str]) -> list[str]:
-    """List every name that can vary.  An unknown method among `tried` is found when the runs are checked."""
-    options = [n for n in recipes.fields() if n not in ("set", "seed")]
-    entries = methods.entries()
-    settings = [f"set.{s.name}" for m in tried if m in entries for s in methods.settings(m)]
-    return ["alpha", *options, *dict.fromkeys(settings)]
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    if name == "seed":
-        return "seed varies by seeds: --seeds N, or seeds = N in [sweep]"
-    guess = suggest(name.removeprefix("set."), [k.removeprefix("set.") for k in known], cutoff=0.5)
-    return f"nothing called '{name}' can vary.{guess}"
+            axes[key] = SweepAxis(name, key, tuple(values))
+    if "alpha" in axes and ("partition" in axes or base.partition.split(":")[0] != "dirichlet"):
+        problems.append(
+            f"alpha varies the Dirichlet partition: leave partition = {base.partition!r} out, or set it to "
+            "dirichlet:0.5:COLUMN; the method's own alpha is set.alpha"
+        )
+    return tuple(axes.values())
 
 
 def _points(base: Recipe, axes: Sequence[SweepAxis], seeds: int) -> tuple[Point, ...]:
