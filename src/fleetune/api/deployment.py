@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fleetune.fleet.server import Served
     from fleetune.models.artefact import ArtefactHead
     from fleetune.models.net.model import Model
-    from fleetune.runs.compression_folder import CompressOptions
 
 
 def compress(
@@ -74,7 +73,7 @@ def compress(
     from fleetune.tuning.recipe import objects
 
     watching = heard_by(listener, progress)
-    options: CompressOptions = {
+    options = {
         "data": objects.data_name(data, Path(out)),
         "text": str(text),
         "eval_text": str(eval_text),
