@@ -131,12 +131,10 @@ def file_size(model: Model, quantised: Collection[str], head: ArtefactHead, name
 
 
 def _size(size: float | str) -> int:
-    """Return a size in bytes, given as a number or as people write it."""
     return int(size) if isinstance(size, int | float) else parse_bytes(size, "--bytes", least=1) or 0
 
 
 def _devices(served: Served | None) -> Calibrators | None:
-    """The devices at a door, as a compression asks for them."""
     if served is None:
         return None
     from fleetune.fleet.calibration_server import Calibrators

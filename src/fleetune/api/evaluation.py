@@ -146,7 +146,6 @@ def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bo
 
 
 def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *, offline: bool) -> None:
-    """Say how many rows the run behind a model has trained on: its values on them are no measure of anything else."""
     from fleetune.tuning.result import finished
 
     run = found.run if isinstance(found, Compressed) else found if isinstance(found, Run) else None
@@ -157,7 +156,6 @@ def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *
 
 
 def _check_options(found: Subject, limit: int, answer_tokens: int, text: str | Path | None) -> None:
-    """UsageError for rows that are given as text, RecipeError for numbers and a text that no model can be measured with."""
     from fleetune.data import readers
 
     if text:

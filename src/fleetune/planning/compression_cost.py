@@ -70,7 +70,6 @@ class CompressionSize(NamedTuple):
 
 
 def _experts(shape: Shape, block: list[Linear]) -> list[Linear]:
-    """Return the experts of a block, by its linear layers."""
     front = ".".join(block[0].name.split(".")[:3])
     return [x for x in shape.experts if x.name.startswith(f"{front}.")]
 
@@ -160,7 +159,6 @@ def hessians(block: list[Linear]) -> int:
 
 
 def _inputs(block: list[Linear]) -> list[int]:
-    """Return the size of each distinct input of a block."""
     inputs = {(x.name.rpartition(".")[0], x.name.endswith(("o_proj", "down_proj")), x.into) for x in block}
     return [into for _, _, into in inputs]
 
@@ -202,7 +200,6 @@ def _scales(shape: Shape, work: CompressionSize) -> int:
 
 
 def _ends(shape: Shape) -> int:
-    """Return the bytes of solving embedding and head: some rows at a time, and a byte for each code."""
     rows = 4 * MATRICES * END_ROWS * shape.hidden + 4 * FACTORS * shape.hidden**2
     return int(rows + (4 + WRITTEN) * shape.vocab * shape.hidden)
 

@@ -346,7 +346,6 @@ def calibrate(work: Workload) -> Rates:
 
 
 def _usual(work: Callable[[], object], budget: float = 0.12) -> float:
-    """Return the median seconds of the calls within about `budget` seconds, after one that warms up."""
     work()
     end = time.perf_counter() + budget
     taken: list[float] = []

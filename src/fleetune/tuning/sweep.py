@@ -181,7 +181,6 @@ def shown(value: Value) -> str:
 
 
 def _changed(plain: Mapping[str, Any], axes: Sequence[SweepAxis], values: Sequence[Value]) -> dict[str, Any]:
-    """Return the recipe's keys with these values in place."""
     changed = {**plain, "set": dict(plain["set"])}
     for axis, value in zip(axes, values, strict=True):
         if axis.key == "alpha":
@@ -458,7 +457,6 @@ def run(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool) -
 
 
 def _one(folder: RunDir, point: Point, listener: Listener, offline: bool) -> str:
-    """Do one run; return why it failed, or nothing."""
     try:
         with rundir.at(folder.path / point.name) as run:
             job = prepare.prepare(point.recipe, offline=offline, measure=False)

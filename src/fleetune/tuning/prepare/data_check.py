@@ -95,7 +95,6 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
 def _remarks(
     parts: Split, training: int, found: _Measured, leaked: Sequence[int], max_length: int
 ) -> list[str]:
-    """Say what is worth to be looked at."""
     rows = len(parts.examples)
     said = list(parts.notes)
     if found.cut:
@@ -127,7 +126,6 @@ def _text(example: Example) -> str:
 
 
 def _turns(example: Example) -> tuple[str, str]:
-    """Return a row as (prompt, answer), without a chat template."""
     if len(example.messages) == 1:
         return example.messages[0][1], example.response
     return "\n".join(f"{role}: {content}" for role, content in example.messages), example.response

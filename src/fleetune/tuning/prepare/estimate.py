@@ -355,11 +355,6 @@ def seconds_of(text: str) -> float:
     if not text:
         return 0.0
     found = _TIME.fullmatch(text)
-    unit = (
-        {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}.get((found[2] or "").lower())
-        if found
-        else None
-    )
-    if found is None or unit is None or float(found[1]) <= 0:
+    if found is None or not found[2] or float(found[1]) <= 0:
         raise RecipeError([f"within = {text!r} is not a time"], hint="write 90s, 20m or 1.5h")
-    return float(found[1]) * unit
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2][0].lower()]

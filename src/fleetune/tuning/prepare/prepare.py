@@ -242,7 +242,7 @@ def prepare(
     find: bool = True,
     measure: bool = True,
     note: Callable[[str], None] = log.info,
-    progress: rates.Progress = rates.unheard,
+    progress: rates.Progress = lambda *_: None,
     check_memory: CheckMemory = lambda rows, tokens: None,
 ) -> TuneJob:
     """Check a recipe and load what it names; for a fleet that is not simulated, the held-out rows alone.
@@ -355,13 +355,11 @@ def _tokens(model: Model, parts: Split, max_length: int) -> dict[int, list[Encod
 
 
 def _asked(recipe: Recipe, rows: Sequence[object]) -> int:
-    """Return how many clients are asked in a round."""
     clients = len(rows) or recipe.clients or methods.entry(recipe.method).clients
     return len(rounds.sample(range(clients), recipe.participation, recipe.seed, 1))
 
 
 def _check_quorum(recipe: Recipe, clients: int) -> None:
-    """Raise RecipeError for a quorum that no round can have."""
     asked = _asked(recipe, range(clients))
     if recipe.quorum > asked:
         raise RecipeError(
@@ -374,7 +372,6 @@ def _check_quorum(recipe: Recipe, clients: int) -> None:
 
 
 def _check_rows(rows: Sequence[Sequence[Encoded]], held: Sequence[int]) -> None:
-    """Raise DataError where a client or the validation has no row left."""
     empty = [c for c, part in enumerate(rows) if not part]
     if empty:
         raise DataError(
@@ -423,7 +420,6 @@ def _timed(
 
 
 def _digests(recipe: Recipe, offline: bool) -> dict[str, str]:
-    """SHA-256 of the files of the data, by name."""
     sources = [source for source in (recipe.data, recipe.eval_data) if source]
     found: dict[str, str] = {}
     for source in sources:

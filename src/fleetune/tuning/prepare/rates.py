@@ -23,7 +23,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Sequence, Set
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from fleetune.common.display import counted, human_time
 from fleetune.common.events import RateFound
@@ -47,15 +47,7 @@ COARSE: Final = {"bf16": 2e-3}  # least perturbation: below, a second difference
 SERIES: Final = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 
 
-class Progress(Protocol):
-    """Callback while a rate is sought, as `Listener.progress`."""
-
-    def __call__(self, what: str, done: int, total: int, text: str = "") -> None:
-        """Note that `done` of `total` parts are finished."""
-
-
-def unheard(what: str, done: int, total: int, text: str = "") -> None:
-    """Do nothing: nobody follows the search."""
+Progress = Callable[..., None]  # as `Listener.progress`, while a rate is sought
 
 
 def wanted(recipe: Recipe) -> list[str]:
@@ -102,7 +94,7 @@ def find(
     model: Model,
     rows: Sequence[Encoded],
     clients: int,
-    progress: Progress = unheard,
+    progress: Progress = lambda *_: None,
     size: Size = trial.WHOLE,
 ) -> tuple[Recipe, list[RateFound]]:
     """Return the recipe with the rates of these names (`wanted`), and how each was found.
@@ -213,8 +205,11 @@ def from_trial(
         on_loss=lambda: progress(f"finding {name}", next(measured), 0, "losses after trials"),
     )
     first = trial.first_rate(method, name)
-    make = make if at_server else functools.partial(_short, make, len(bench.clients[0]))
-    trials = (trial.try_on_server if at_server else trial.try_on_devices)(bench, make, first)
+
+    def short(rate: float) -> Method:
+        return make(rate) if at_server else shortened(make(rate), len(bench.clients[0]))
+
+    trials = (trial.try_on_server if at_server else trial.try_on_devices)(bench, short, first)
     tried = trials.tried
     if not any(math.isfinite(t.loss) for t in tried):
         raise RecipeError(
@@ -224,7 +219,7 @@ def from_trial(
     rate = rounded(trials.best())
     why = f"tried {len(tried)} rates for a round, from {tried[0].rate:.2g} to {tried[-1].rate:.2g}"
     if (moves := min(size.moves, recipe.rounds)) > 1:
-        held = trial.hold(functools.partial(trial.loss_after, bench, make, moves, trials.start), rate)
+        held = trial.hold(functools.partial(trial.loss_after, bench, short, moves, trials.start), rate)
         rate = rounded(trial.Trials(trials.start, sorted(held)).best())
         why += f"; {len(held)} for {moves}, from {held[-1].rate:.2g} to {held[0].rate:.2g}"
     elif recipe.rounds > 1:
@@ -240,11 +235,6 @@ def bench_of(model: Model, rows: Sequence[Encoded], seed: int, clients: int) -> 
     parts = rows[measured:] or rows
     count = min(clients, len(parts))
     return Bench(model, [parts[i::count] for i in range(count)], rows[:measured], seed)
-
-
-def _short(make: Callable[[float], Method], rows: int, rate: float) -> Method:
-    """Return the method at a rate, with at most `trial.STEPS` local steps."""
-    return shortened(make(rate), rows)
 
 
 def shortened(method: Method, rows: int) -> Method:

@@ -212,7 +212,6 @@ def _plain_net(model: Any) -> Any:
 
 
 def _folder(out: Path) -> Path:
-    """The folder of saved objects, made if it is not there; StorageError when it cannot be."""
     rundir.check_writable(out / FOLDER)
     return out / FOLDER
 
@@ -255,7 +254,6 @@ def data_name(data: Any, out: Path) -> str:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether a cell of a DataFrame holds nothing: None, NaN, or pandas' NA and NaT."""
     try:
         return value is None or bool(value != value)
     except (TypeError, ValueError):  # NA is neither; an array has no truth
@@ -263,7 +261,6 @@ def _is_missing(value: Any) -> bool:
 
 
 def _plain_value(value: Any) -> Any:
-    """A value that JSON lacks: a numpy number or array, or a date as text."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if hasattr(value, "isoformat"):

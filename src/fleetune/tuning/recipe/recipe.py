@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import json
 import math
 import os
 import re
@@ -485,11 +486,4 @@ def toml_value(value: Value) -> str:
         return repr(value) if math.isfinite(value) else str(value)
     if isinstance(value, int):
         return str(value)
-    escaped = "".join(_escape(c) for c in value)
-    return f'"{escaped}"'
-
-
-def _escape(c: str) -> str:
-    if c in '"\\':
-        return "\\" + c
-    return f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

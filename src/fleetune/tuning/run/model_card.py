@@ -128,7 +128,6 @@ def _front_matter(
 
 
 def _about(run: Path, recipe: Recipe, done: Mapping[str, Any]) -> str:
-    """Return the sections on results, data, settings and digests."""
     start = next((e for e in rundir.events(run) if e["event"] == "start"), {})
     licence = licence_of(recipe)
     parts = [
@@ -194,7 +193,6 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *
 
 
 def _digests(run: Path, done: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the run stated of its inputs and of its result."""
     found = rundir.made_on(run)
     named = [("base weights, as loaded", found["base"]), ("tokenizer", found["tokenizer"])]
     if stands_on := foundations.stated_by(run):

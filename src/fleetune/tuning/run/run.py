@@ -334,7 +334,6 @@ def _base(job: TuneJob, run: RunDir) -> _Base:
 
 
 def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None:
-    """Write down what is run, and tell the listener."""
     recipe = job.recipe
     run.write("run.toml", recipes.to_toml(foundations.as_stated(recipe, run.path)))
     made_of = describe.model_facts(job) | describe.data_facts(job, run.path)

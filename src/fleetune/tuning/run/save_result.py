@@ -95,7 +95,6 @@ def _about(
     outcome: rounds.Outcome,
     change: Difference | None,
 ) -> dict[str, Any]:
-    """The fields of the last event that say what its figures mean."""
     start, base = record.get("start"), record["base"]
     stays = describe.unmoved(*states, digest, job.model.digest)
     words = job.about_rows() + ([describe.NEW_HEAD] if job.model.new_head else [])
