@@ -138,15 +138,9 @@ def check_order(model: str, rows: str) -> None:
         )
 
 
-MOVE_BLOCKS: Final = (
-    "mezo",
-    "fedkseed",
-    "onebyte",
-)  # methods that can move a quantised base's scales along directions
+MOVE_BLOCKS: Final = ("mezo", "fedkseed", "onebyte")  # can move a quantised base's scales along directions
 SCALES_EPS: Final = 0.01  # their perturbation of scales, unless given: ten steps of fp16
-SCALES_MODULE: Final = (
-    "fedpetuning"  # the method that trains scales by back-propagation, as its module `scales`
-)
+SCALES_MODULE: Final = "fedpetuning"  # trains scales by back-propagation, as its module `scales`
 SCALE_METHODS: Final = (*MOVE_BLOCKS, SCALES_MODULE)
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
 MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's

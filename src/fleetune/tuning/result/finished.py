@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -238,7 +238,8 @@ def load(
     recipe = dataclasses.replace(
         recipe, device=device or recipe.device, base=where, model=model or recipe.model
     )
-    tuned = _LOAD[entry.kind](result, recipe, offline)
+    load = _load_ledger if entry.kind == "ledger" else _load_adapter
+    tuned = load(result, recipe, offline)
     refuse_copies(tuned.net)
     return tuned
 
@@ -280,12 +281,6 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
     return model
 
 
-_LOAD: Mapping[str, Callable[[Path, Recipe, bool], Model]] = {
-    "ledger": _load_ledger,
-    "adapter": _load_adapter,
-}
-
-
 def export_hf(model: Model, out: Path, *, card: str | None = None, stated: str | None = None) -> str:
     """Write a tuned model as a Hugging Face directory; the digest of its weights.
 
@@ -307,19 +302,8 @@ def merge_weights(model: Model) -> None:
         model.attachment.merge(model)
 
 
-COLUMNS: Final = (
-    "loss",
-    "accuracy",
-    "objective",
-    "rouge_l",
-    "clients",
-    "accepted",
-    "bytes_up",
-    "bytes_down",
-    "bytes_total",
-    "seconds",
-    "rss",
-)
+MEASURES: Final = ("loss", "accuracy", "objective", "rouge_l")  # of a round
+COSTS: Final = ("clients", "accepted", "bytes_up", "bytes_down", "bytes_total", "seconds", "rss")
 
 
 @dataclass(frozen=True)
@@ -355,7 +339,7 @@ class TuneResult:
         for event in rundir.events(self.folder):
             if event["event"] in ("round", "eval"):
                 rows.setdefault(int(event["round"]), {}).update(event)
-        found = {c: [rows[r].get(c) for r in sorted(rows)] for c in COLUMNS}
+        found = {c: [rows[r].get(c) for r in sorted(rows)] for c in (*MEASURES, *COSTS)}
         used = {c: values for c, values in found.items() if any(v is not None for v in values)}
         return {"round": sorted(rows), **used}
 
@@ -373,12 +357,8 @@ class TuneResult:
 
         found = result_of(self.folder)
         if not found.is_dir():
-            raise UsageError(
-                f"{self.folder} leaves a ledger, no adapter",
-                hint="its tuned model: .model(), or export to hf",
-            )
-        tensors: dict[str, Tensor] = load_file(found / "adapter_model.safetensors")
-        return tensors
+            raise UsageError(f"{self.folder} leaves a ledger, no adapter", hint="its tuned model: .model()")
+        return dict(load_file(found / "adapter_model.safetensors"))
 
 
 def read(folder: Path) -> TuneResult:

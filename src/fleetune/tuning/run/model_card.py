@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -185,7 +186,7 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *
             *(
                 ["Trained on real devices, which keep their rows."]
                 if of_devices
-                else [_code(command_of(recipe))]
+                else [textwrap.indent(command_of(recipe), "    ")]
             ),
             _table(["setting", ""], settings),
         ]
@@ -214,13 +215,6 @@ def _cell(text: str) -> str:
     """A cell of a table: in one line, and no markup where it is a name or a value that someone chose."""
     plain = " ".join(text.split()).replace("|", "\\|")
     return plain.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _code(text: str) -> str:
-    """Code of a shell between fences that are longer than any in it."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}sh\n{text}\n{fence}"
 
 
 def _public_text(text: str) -> str:
