@@ -17,7 +17,7 @@ from fleetune.errors import RecipeError, UsageError
 from fleetune.models.cache import cache
 from fleetune.models.cache.names import is_master
 from fleetune.runs import rundir, trackers
-from fleetune.runs.listener import Listener, Progress, heard_by
+from fleetune.runs.listener import Listener, heard_by
 from fleetune.subject import Compressed, Run
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
@@ -224,10 +224,7 @@ def resume_run(
         )
     folder = getattr(run, "folder", None)
     path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))
-    hearing = heard_by(listener, progress)
-    if isinstance(hearing, Progress):
-        hearing.goes_on(path)
-    with trackers.tracked(hearing, words(tracker), offline=offline) as heard:
+    with trackers.tracked(heard_by(listener, progress), words(tracker), offline=offline) as heard:
         return resume.resume(path, heard, offline=offline, rounds=rounds, base=base)
 
 
@@ -242,7 +239,6 @@ def recipe_for(
     listener: Listener,
 ) -> Recipe:
     """The recipe for what a caller handed over; the options are checked before any object is saved."""
-    from fleetune.tuning import methods
     from fleetune.tuning.recipe import objects
 
     model = path_of(model)
@@ -261,35 +257,18 @@ def recipe_for(
             "method's settings"
         )
     name, chosen = _method_of(method)
-    known = set() if name == recipes.AUTO_METHOD else {s.name for s in methods.settings(name)}
-    if misplaced := [word for word in options if word in known and word not in recipes.fields()]:
-        raise RecipeError(
-            [f"'{word}' is a setting of {name}, not an option" for word in misplaced],
-            hint=f'give it as settings={{"{misplaced[0]}": ..}}',
-        )
-    values = chosen | objects.setting_values(settings)
-    held_out = options.get("eval_data", "")
-    named_rows, named_held_out = (
-        str(rows) if isinstance(rows, str | Path) else "data" for rows in (data, held_out)
-    )
-    is_named = isinstance(model, str | Path)
+    given = {"model": model, "data": data, "eval_data": options.get("eval_data", "")}
+    named = {n: str(v) if isinstance(v, str | Path) else n for n, v in given.items()}
     recipe = recipes.make(
-        {
-            **options,
-            "eval_data": named_held_out,
-            "model": str(model) if is_named else "model",
-            "data": named_rows,
-            "method": name,
-            "set": values,
-        }
+        {**options, **named, "method": name, "set": chosen | objects.setting_values(settings)}
     )
-    if is_named:
+    if isinstance(model, str | Path):
         check_plain(recipe.model, out, recipes.trained(recipe))
     return dataclasses.replace(
         recipe,
         model=objects.model_name(model, tokenizer, out),
         data=objects.data_name(data, out),
-        eval_data=named_held_out if isinstance(held_out, str | Path) else objects.data_name(held_out, out),
+        eval_data=objects.data_name(given["eval_data"], out),
     )
 
 
