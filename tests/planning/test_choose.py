@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from fleetune import models
 from fleetune.cli.main import main
@@ -39,12 +38,6 @@ def test_the_method_is_the_one_that_plan_recommends_and_is_said(tiny: str) -> No
     assert told[0].startswith(
         "method fedit, since none was given: it learns most from a step and takes about "
     )
-
-
-def test_a_method_that_is_given_stays_and_nothing_is_said(tiny: str) -> None:
-    told: list[str] = []
-    assert choose.settled_method(recipe(tiny, method="mezo"), told.append).method == "mezo"
-    assert not told
 
 
 def test_the_method_has_the_settings_that_are_given(tiny: str) -> None:
@@ -198,43 +191,6 @@ def test_what_cannot_fit_is_refused_by_what_no_file_backs_with_what_fits(
     check(own - 1)  # the weights are not in this memory
 
 
-def test_of_a_gpu_its_own_memory_counts(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "check_device", lambda *_: "cuda")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 10**6))
-    with pytest.raises(FitError, match=r"no method fits 1\.0 MB"):
-        choose.method_for(recipe(large), offline=True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 10**12))
-    name, base, why = choose.method_for(recipe(large), offline=True)
-    assert (name, base) == ("fedit", "auto")
-    assert "of this machine's 1.00 TB of memory" in why
-
-
-def test_weights_of_another_type_than_their_files_are_counted_and_refused_before_data_is_read(
-    large: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(models, "device_memory", lambda device: 350_000_000)
-    settled_base(recipe(large, method="mezo", base="memory", dtype="fp32"))
-    config = models.load_config(large)
-    config.dtype = torch.bfloat16
-    monkeypatch.setattr(models, "load_config", lambda name, offline: config)
-    with pytest.raises(FitError, match="mezo with 1 x 1 tokens"):
-        settled_base(recipe(large, method="mezo", base="memory", dtype="fp32"))
-    settled_base(recipe(large, method="mezo", base="mapped", dtype="fp32"))
-
-
-def test_the_hint_of_a_refusal_fits(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = shape_of(models.load_config(large))
-    asked = {"length": 512, "dtype": "fp32", "base": "mapped", "batch": 4}
-    ram = next(Search(shape, None, asked).tried("fedit")).peak
-    monkeypatch.setattr(models, "device_memory", lambda device: ram)
-    _, check, _ = settled_base(recipe(large, method="fedit", base="memory", set={"batch_size": 64}))
-    with pytest.raises(FitError) as error:
-        check(100, 512)
-    assert (error.value.hint or "").startswith("--base mapped --set batch_size=4 fits; ")
-    _, check, _ = settled_base(recipe(large, method="fedit", base="mapped", set={"batch_size": 4}))
-    check(100, 512)
-
-
 def test_tune_refuses_what_cannot_fit_before_any_work(
     large: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,13 +221,3 @@ def test_tune_refuses_what_cannot_fit_before_any_work(
     assert not list((tmp_path / "runs").glob("0*"))
     assert main([*words, "--ram", "2"]) == 2
     assert "--ram 2: 2 bytes are too few" in capsys.readouterr().err
-
-
-def test_an_unknown_setting_is_told_alike_before_and_after_the_recipe_is_made(tiny: str) -> None:
-    known = "no method has a setting 'lrr'. Did you mean 'lr'?"
-    with pytest.raises(RecipeError) as chosen:
-        choose.method_for(recipe(tiny, set={"lrr": 1}), offline=True)
-    assert chosen.value.problems == [known]
-    with pytest.raises(RecipeError) as made:
-        recipe(tiny, set={"lrr": 1}, rounds=0)
-    assert known in made.value.problems

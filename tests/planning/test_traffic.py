@@ -96,19 +96,3 @@ def test_traffic_is_that_of_a_real_round(name: str, family: str) -> None:
     table = plan.table(model.net.config, device_cost.Workload(batch=2, length=9, steps=3), rates=RATES)
     planned = next(r for r in table if r.method == name)
     assert (planned.bytes_up, planned.bytes_down) == (len(answer.data), len(message))
-
-
-def test_one_byte_has_a_pool_as_large_as_its_steps_need() -> None:
-    row = next(
-        r
-        for r in plan.table(LLAMA_7B, device_cost.Workload(steps=5000), rates=RATES)
-        if r.method == "onebyte"
-    )
-    assert 5000 < (row.bytes_up or 0) < 5100
-    assert (row.bytes_down or 0) > 4 * 8192
-
-
-def test_a_step_of_fedkseed_is_one_byte() -> None:
-    up = {n: plan.table(LLAMA_7B, device_cost.Workload(steps=n), rates=RATES)[0].bytes_up for n in (200, 250)}
-    assert up[250] - up[200] == 50
-    assert 0 < up[200] - 200 < 100

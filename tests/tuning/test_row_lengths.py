@@ -64,19 +64,6 @@ def test_answers_that_are_cut_are_told_and_stay_in_the_record(
     assert told in page
 
 
-def test_one_client_and_one_round_are_singular(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "tiny", "data.jsonl", *RUN, "--clients", "1", "--held-out", "1"]) == 0
-    out, err = capsys.readouterr()
-    assert "1 client, 1 a round · 1 round\n" in err
-    assert "validation loss, 1 held-out row " in out
-
-
-def test_nothing_is_said_where_all_answers_are_whole(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "tiny", "data.jsonl", *RUN, "--max-length", "512"]) == 0
-    assert "are cut" not in "".join(capsys.readouterr())
-    assert done_of(at)["remarks"] == []
-
-
 def test_eval_of_a_run_gives_the_loss_that_the_run_ended_with(
     at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,15 +77,3 @@ def test_eval_of_a_run_gives_the_loss_that_the_run_ended_with(
     model = finished.load(run, device="cpu")
     long = response_loss(model, encode_all(finished.held_out(run), model.tokenizer, 512)[0])
     assert abs(long - event["loss"]) > 1e-3  # rows that are cut otherwise have another loss
-
-
-def test_eval_says_how_many_rows_it_took(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "tiny", "data.jsonl", *RUN]) == 0
-    for words, told in (
-        (["1"], "loss, 6 held-out rows "),
-        (["1", "--limit", "4"], "loss, 4 of 6 held-out rows "),
-        (["tiny", "data.jsonl", "--limit", "3"], "loss, 3 of 20 rows "),
-    ):
-        capsys.readouterr()
-        assert main(["eval", *words, "--tasks", "loss", "--device", "cpu"]) == 0
-        assert told in capsys.readouterr().out

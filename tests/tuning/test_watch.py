@@ -21,7 +21,7 @@ from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import events
 from fleetune.tuning import methods
 from fleetune.tuning.rounds.course import Course
-from fleetune.tuning.rounds.watch import Watch, advice
+from fleetune.tuning.rounds.watch import Watch
 from fleetune.tuning.run import describe
 
 
@@ -126,10 +126,6 @@ def test_another_start_and_another_objective() -> None:
     assert Watch(Some(), "loss", past).heard(evaluated(1, 4.3, error=None)) is not None
 
 
-def test_a_method_without_a_rate_gets_words_alone() -> None:
-    assert advice(object(), 10) == "lower the learning rate"
-
-
 # Whole runs -------------------------------------------------------------------------------------------
 
 
@@ -202,19 +198,6 @@ def test_a_change_within_noise_is_called_so(
     assert f"{run.done.base['loss']:.4f}"[:6] in line
 
 
-def test_eval_of_a_run_measures_its_base_on_the_same_rows(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tune(place, tmp_path, settings={"r": 2, "steps": 1, "lr": 0.05}, rounds=1)
-    assert main(["eval", str(run.folder), "--tasks", "loss", "--json"]) == 0
-    event = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert event["base_loss"] == pytest.approx(run.done.base["loss"], rel=1e-6)
-    assert event["loss"] == pytest.approx(run.done.tuned["loss"], rel=1e-6)
-    assert event["change_error"] == pytest.approx(run.done.change_errors["loss"], rel=1e-4)  # type: ignore[index]
-    assert main(["eval", str(place / "tiny"), str(place / "data.jsonl"), "--tasks", "loss"]) == 0
-    assert " ± " in capsys.readouterr().out
-
-
 def test_replies_that_are_not_finite_end_with_a_lower_rate(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,7 +240,3 @@ def test_a_result_past_its_best_is_told_and_never_advised_a_higher_rate() -> Non
     best: Any = SimpleNamespace(round=4, last=4, course=Course(4, 4.381, 0))
     assert "higher learning rate" in describe.of_change(job, {"loss": 4.364}, {"loss": 4.381}, noise, best)
     assert not describe.of_course(job, best, {"loss": 4.381})
-
-
-def test_a_lower_rate_is_written_as_people_write_it() -> None:
-    assert "to 20 (--set lr=20)" in advice(methods.make("mezo", {"lr": 50}), 3)
