@@ -21,7 +21,7 @@ from fleetune import errors, models
 from fleetune.api.names import Rows
 from fleetune.common import events
 from fleetune.compression.methods import qronos
-from fleetune.deploy.measure import harness
+from fleetune.deploy import harness
 from fleetune.evaluation import losses
 from fleetune.runs.compression_folder import OPTIONS, CompressRequest
 from fleetune.tuning.methods import fedkseed

@@ -17,7 +17,7 @@ from fleetune.models import Model
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, check, decode, encode
 from fleetune.tuning.methods import Reply
-from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 BASE = b"12345678"
 IDS = torch.arange(40).reshape(2, 20)

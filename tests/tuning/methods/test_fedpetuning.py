@@ -20,7 +20,7 @@ from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, check, decode, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods.fedpetuning import MODULES
-from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 NETS: dict[str, Callable[[], Model]] = {"llama": models.tiny_llama, "bert": models.tiny_bert}
 BASE = b"12345678"

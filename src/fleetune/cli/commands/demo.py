@@ -71,11 +71,12 @@ def indented(text: str) -> str:
 
 def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
     """The first prompt of the run's samples, and the file's answer."""
-    from fleetune.deploy import export
+    from fleetune import models
     from fleetune.evaluation import answers
 
     row = run.held_out(offline=offline)[0]
-    (answer,) = answers.generate(export.load(file), [row], max_new_tokens=ANSWER)
+    model = models.load(str(file), device="cpu", base="mapped")
+    (answer,) = answers.generate(model, [row], max_new_tokens=ANSWER)
     return row.messages[-1][1], answer
 
 

@@ -34,20 +34,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from fleetune import adapters
+from fleetune import adapters, data
+from fleetune.adapters.lora_init import FROM_WEIGHTS as FROM_WEIGHTS
 from fleetune.common.settings import setting
-from fleetune.data import Batches
+from fleetune.data import Batch, Batches, collate, encode_rows
+from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import server_rules
-from fleetune.tuning.exchange.averaging import weighted_mean
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, weighted_mean
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.exchange.server_rules import Tensors
-from fleetune.tuning.methods import Reply, _lora_start, norm
+from fleetune.tuning.methods import Reply, norm
 
 DTYPE: Final[Mapping[str, Any]] = MappingProxyType({"fp32": np.float32, "fp16": np.float16})
 NOBODY: Final = np.zeros(0, np.int64)
@@ -157,7 +158,7 @@ class Averaged(methods.Method):
     def __post_init__(self) -> None:
         self.training().check()
         server_rules.check(self.server, lr=self.server_lr)
-        _lora_start.check_targets(self.targets)
+        check_targets(self.targets)
 
     def training(self) -> Training:
         """Return how a device trains."""
@@ -184,7 +185,7 @@ class Averaged(methods.Method):
         seed = key >> 1  # fits a signed 64-bit scalar
         self.attach(model, seed, self.start)
         if self.start == "eva":
-            _lora_start.see(model, self.start_data)
+            look_at(model, self.start_data)
         return begin(model, seed, self.wire)
 
     def broadcast(self, state: State) -> Payload:
@@ -215,7 +216,7 @@ class Averaged(methods.Method):
         adapters.load_(model, state.tensors)
 
     def check_files(self) -> None:
-        _lora_start.check_files(self.start, self.start_data)
+        check_start_files(self.start, self.start_data)
 
     def written_out(self) -> Self:
         """Return the method with the server's own rate in place."""
@@ -473,3 +474,54 @@ class Variates:
     def seen(self) -> np.ndarray:
         """Return int64: the devices that have a variate, in order."""
         return np.array(sorted(self.clients), np.int64)
+
+
+STARTS: Final = (*adapters.INITS, "eva")
+ROWS: Final = 32  # that eva looks at
+LENGTH: Final = 128  # tokens of each at most
+
+
+def check_start(start: str, r: int, *, dropout: float, wire: str, start_data: str = "demo") -> None:
+    """Raise ValueError, in plain words, for a start that is not known or does not go with the rest."""
+    if start not in STARTS:
+        raise ValueError(f"start = {start!r} is none of {', '.join(STARTS)}")
+    if start_data != "demo" and start != "eva":
+        raise ValueError(f"start_data = {start_data!r} is what start=eva looks at; start is {start}")
+    if start == "orthogonal" and r % 2:
+        raise ValueError(f"start=orthogonal needs an even rank, r is {r}")
+    if start in FROM_WEIGHTS and (dropout or wire != "fp32"):
+        raise ValueError(
+            f"start={start} moves a part of the base's weights into A and B, which dropout would drop and fp16 "
+            f"would round; use dropout=0 and wire=fp32 (they are {dropout:g} and {wire})"
+        )
+
+
+def check_targets(targets: str) -> None:
+    """Raise ValueError where no layers are named between two commas, or none at all."""
+    if not all(target.strip() for target in targets.split(",")):
+        raise ValueError(
+            f"targets = {targets!r} must be {adapters.ALL_LINEAR}, {adapters.QUERY_VALUE} or the layers' names, as q_proj,k_proj"
+        )
+
+
+def check_start_files(start: str, source: str) -> None:
+    """Raise DataError when the rows that a start looks at cannot be read."""
+    if start == "eva":
+        data.read(source, limit=1, offline=True)
+
+
+def look_at(model: Model, source: str) -> None:
+    """Set the A of `model`'s LoRA to what its layers see on the first rows of `source`.
+
+    DataError when they cannot be read, ModelError when they show too little.
+    """
+    adapters.load_(model, adapters.export(model) | adapters.directions(model, _batches(model, source)))
+
+
+def _batches(model: Model, source: str) -> Iterator[Batch]:
+    examples = data.read(source, limit=ROWS, offline=True)
+    if model.labels:  # the answers do not matter
+        examples = [replace(example, response=model.labels[0]) for example in examples]
+    rows, _ = encode_rows(model, examples, LENGTH)
+    for i in range(0, len(rows), 4):
+        yield collate(rows[i : i + 4], pad_id(model), model.device)

@@ -18,7 +18,7 @@ and sends it back; the server averages, weighted by rows: A <- sum_k p_k A_k and
 ## Options
 
 `average=product` averages the products of the factors, sum_k p_k B_k A_k, instead of A and B apart
-(`averaging.product_mean`).  Then devices may also have unlike ranks: with `ranks=4,8,16` device k has the
+(`aggregation.product_mean`).  Then devices may also have unlike ranks: with `ranks=4,8,16` device k has the
 (k modulo 3)-th of them, is sent the strongest directions of the global adapter (of rank r), up to its rank,
 and sends as many back; the average is exact over all of them.
 
@@ -60,11 +60,10 @@ from fleetune.data import Batches
 from fleetune.errors import MessageError
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
-from fleetune.tuning.exchange.averaging import cut, product_mean
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, cut, product_mean
 from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
-from fleetune.tuning.methods import Reply, _adapter, _lora_start
+from fleetune.tuning.methods import Reply, _adapter
 from fleetune.tuning.methods._adapter import State, Training
 
 log = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ class Method(_adapter.Averaged):
             raise ValueError(f"r = {self.r} and alpha = {self.alpha} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
-        _lora_start.check(
+        _adapter.check_start(
             self.start, self.r, dropout=self.dropout, wire=self.wire, start_data=self.start_data
         )
         one = r" *\d+ *"
@@ -112,7 +111,7 @@ class Method(_adapter.Averaged):
 
     def check_product(self) -> None:
         """Raise ValueError for what does not go with an average of products."""
-        if self.start in _lora_start.FROM_WEIGHTS:
+        if self.start in _adapter.FROM_WEIGHTS:
             raise ValueError(
                 f"average=product keeps the strongest directions, which after start={self.start} are the base's "
                 "own and not what was learned; use average=separate"

@@ -54,7 +54,7 @@ from fleetune.common.settings import setting
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module, scales_module
-from fleetune.tuning.methods import _adapter, _lora_start
+from fleetune.tuning.methods import _adapter
 from fleetune.tuning.methods._adapter import Training
 
 KIND = "adapter"
@@ -95,7 +95,7 @@ class Method(_adapter.Averaged):
         if self.size < 0 or self.lr < 0:
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
         self.check_fits()
-        _lora_start.check(
+        _adapter.check_start(
             self.start,
             self.size or MODULES[self.module].size,
             dropout=0.0,

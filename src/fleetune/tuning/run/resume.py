@@ -51,7 +51,6 @@ def resume(
     A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
     """
     recipe, had = _own_recipe(path, rounds, base)
-    fleets.check(recipe)
     if recipe.rounds == had and is_done(path, listener.note):
         found = read(path)
         more = "; --rounds N gives it more rounds" if fleets.simulated else ""
