@@ -115,7 +115,7 @@ def test_many_clients_are_measured_only_where_it_is_asked_for(
     monkeypatch.setattr(estimate, "MOST_CLIENTS", 2)
     job = job_of(places, partition="iid", clients=3)
     assert evaluation.client_rows(job) is None
-    job.recipe = dataclasses.replace(job.recipe, client_rows=6)
+    job = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, client_rows=6))
     _, own = evaluation.client_rows(job) or ("", [])
     assert [len(rows) for rows in own] == [6, 6, 6]
 

@@ -329,13 +329,7 @@ def told(names: Sequence[str], method: Method, search: Search | None, run: Estim
     words = f"finding {sought} on training rows"
     if run is None or run.search < LONG:
         return f"{words} .."
-    words += f": about {human_time(run.search)}"
-    if run.search < (run.seconds - run.search) / 10:
-        return words
-    return (
-        f"{words}, where the run takes about {human_time(run.seconds - run.search)}; "
-        f"--set {names[0]}=NUMBER leaves the search out"
-    )
+    return f"{words}: about {human_time(run.search)}; --set {names[0]}=NUMBER leaves the search out"
 
 
 def for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:

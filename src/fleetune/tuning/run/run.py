@@ -51,15 +51,12 @@ class Fleets(Protocol):
     @property
     def simulated(self) -> bool:
         """Whether the clients are made from the recipe's data."""
-        ...
 
     def about(self, job: TuneJob) -> str:
         """Return the fleet in a few words, for the header."""
-        ...
 
     def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet; a real one has then enough devices."""
-        ...
 
 
 class Simulated:
