@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,20 +119,6 @@ def test_what_is_around_the_rounds_gives_way_where_it_takes_more_than_a_third() 
     assert (chosen.client_rows, chosen.samples, smaller.answers) == (0, 0, 0)
     assert smaller.seconds <= 16.0
     assert "measured rows of clients 24 -> 0, answers 4 -> 0" in estimate.made_smaller(small, smaller, "20s")
-
-
-def test_the_least_time_that_is_named_is_enough() -> None:
-    for found in (
-        Estimate(10, 8, 100, 30.0, 11, 5.0, 20),
-        Estimate(10, 8, 100, 1.0, 11, 400.0, 20),
-        Estimate(10, 8, 100, 3.0, 11, 0.1, 20, 4, 100.0, 24, 3.0),
-        Estimate(3, 1, 5, 2000.0, 2, 1.0, 200, 4, 9.0),
-    ):
-        with pytest.raises(FitError) as refused:
-            fit("fedit", found, found.step)
-        (named,) = re.findall(r"--within (\S+);", str(refused.value.hint))
-        _, smaller = fit("fedit", found, seconds_of(named))
-        assert smaller.seconds <= seconds_of(named)
 
 
 def test_what_fits_stays_as_it_is() -> None:

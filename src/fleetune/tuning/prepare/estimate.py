@@ -269,29 +269,18 @@ def fitted(
     budget = SPARE * within
     if found.seconds <= budget:
         return recipe, method, found
-    whole = found
     recipe, found = _less_around(recipe, found, budget / 3)
     budget -= found.around + found.search
     recipe, found = _evaluated_less(recipe, found, budget / 3)
     units = (budget - found.evaluations * found.evaluation) / found.step  # steps that there is time for
     if units < 2 or not method.has_own("sized"):
-        least = _least(found) if method.has_own("sized") else whole.seconds
         also = f", after {human_time(found.search)} of finding a learning rate," if found.search else ""
         raise FitError(
             f"two steps of one client, the evaluations and the answers{also} take more than {human_time(within)}",
-            hint=f"the least that fits is about --within {_written(least / SPARE)}; or a smaller model, fewer --eval-rows or "
-            f"--rouge-rows, a shorter --max-length{', a learning rate of yours (--set lr=NUMBER)' if also else ''}",
+            hint="a longer --within, a smaller model, fewer --eval-rows or --rouge-rows, a shorter --max-length"
+            + ", a learning rate of yours (--set lr=NUMBER)" * bool(also),
         )
     return _of_steps(recipe, method, found, units, clients)
-
-
-def _least(found: Estimate) -> float:
-    """Return the seconds for which `fitted` finds two steps of a run whose evaluations are as few as can be.
-
-    With more time it shrinks what is around the rounds and the evaluations less, each to a third of what there is.
-    """
-    rounds = max(found.evaluations * found.evaluation + 2 * found.step, 3 * found.step)
-    return found.search + max(found.around + rounds, 1.5 * rounds)
 
 
 def _of_steps(
@@ -338,13 +327,6 @@ def _evaluated_less(recipe: Recipe, found: Estimate, most: float) -> tuple[Recip
         found = dataclasses.replace(found, evaluation=found.evaluation * rows / found.rows, rows=rows)
         recipe = dataclasses.replace(recipe, eval_rows=rows)
     return recipe, found
-
-
-def _written(seconds: float) -> str:
-    """Return a time, rounded up, as `seconds_of` reads it: 75s, 12m, 2.3h."""
-    if seconds < 100:
-        return f"{math.ceil(seconds)}s"
-    return f"{math.ceil(seconds / 60)}m" if seconds < 6000 else f"{math.ceil(seconds / 360) / 10:g}h"
 
 
 _TIME: Final = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(s|sec|m|min|h|d)?\s*", re.IGNORECASE)

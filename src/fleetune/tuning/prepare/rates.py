@@ -62,30 +62,17 @@ def wanted(recipe: Recipe) -> list[str]:
 
 def problems(recipe: Recipe, method: Method) -> list[str]:
     """Say why a rate that is asked for by name cannot be found."""
+    asked = [s for s in methods.settings(recipe.method) if recipe.set.get(s.name) == AUTO]
+    idle = [s for s in asked if not s.has_effect(method)]
+    if idle:
+        return [f"{s.name}=auto does nothing: it is used only with {s.only_if}" for s in idle]
     objective = str(getattr(method, "objective", "loss"))
-    asked = [name for name, value in recipe.set.items() if value == AUTO]
-    if idle := [
-        why for s in methods.settings(recipe.method) if s.name in asked and (why := _idle(recipe, method, s))
-    ]:
-        return idle
     if asked and objective != "loss" and method.has_own("rate_from"):
+        name = asked[0].name
         return [
-            f"{asked[0]}=auto is found from slopes of the loss, and the objective is {objective!r}: give a number"
+            f"{name}=auto is found from slopes of the loss, and the objective is {objective!r}: give a number"
         ]
     return []
-
-
-def _idle(recipe: Recipe, method: Method, setting: Setting) -> str:
-    """Say why no device would use a rate that is asked for, "" where some do."""
-    if not setting.has_effect(method):
-        return f"{setting.name}=auto does nothing: it is used only with {setting.only_if}"
-    if (
-        setting.only_if
-        and recipe.kinds
-        and not any(int(kind) for kind in recipe.kinds.split(",") if kind.strip().isdigit())
-    ):
-        return f"{setting.name}=auto does nothing: with kinds = {recipe.kinds!r} no client is of the kind that uses it"
-    return ""
 
 
 def find(

@@ -35,41 +35,27 @@ from fleetune.models.cache.names import hub_of
 CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
 AUTO_METHOD: Final = "auto"  # the method of a recipe that names none
 SHOWN: Final = 80  # characters of a refused value
-KINDS: Final[Mapping[str, str]] = {
-    "int_parsing": "an integer",
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "string_type": "a text",
-    "dict_type": "a table",
-    "int_parsing_size": "an integer of a usual size",
-}
-BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
-    "greater_than_equal": ("ge", "at least"),
-    "greater_than": ("gt", "more than"),
-    "less_than_equal": ("le", "at most"),
-    "less_than": ("lt", "less than"),
+WORDS: Final = {
+    "Input should be": "must be",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
 }
 
 
 def problem_text(error: Mapping[str, Any]) -> str:
     """Return one of pydantic's errors as "rounds = 0: must be at least 1"."""
     name = ".".join(str(part) for part in error["loc"])
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    kind, value = error["type"], error["input"]
     if kind == "missing":
         return f"{name} is missing"
     shown = _shown(value)
-    if kind in BOUNDS:
-        key, words = BOUNDS[kind]
-        return f"{name} = {shown}: must be {words} {context[key]:,}"
-    if kind in KINDS:
-        return f"{name} = {shown}: is not {KINDS[kind]}"
-    if kind == "string_pattern_mismatch" and (found := CHOICES.fullmatch(context["pattern"])):
+    if kind == "string_pattern_mismatch" and (found := CHOICES.fullmatch(error["ctx"]["pattern"])):
         known = found[1].split("|")
         return f"{name} = {shown}: none of {', '.join(known)}.{suggest(str(value), known)}"
-    return f"{name} = {shown}: {str(error['msg']).lower()}"
+    text = str(error["msg"])
+    for words, ours in WORDS.items():
+        text = text.replace(words, ours)
+    return f"{name} = {shown}: {text}"
 
 
 def _shown(value: object) -> str:
