@@ -100,18 +100,6 @@ def test_importing_it_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    "name", ["plan", "tune", "sweep", "evaluate", "compress", "export", "measure", "serve", "chat"]
-)
-def test_the_pipeline_is_typed_and_described(name: str) -> None:
-    function = getattr(fleetune, name)
-    signature = inspect.signature(function)
-    assert signature.return_annotation is not inspect.Signature.empty
-    assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
-    assert "Any" not in str(signature.parameters.get("options", ""))
-    assert (function.__doc__ or "").split("\n")[0].endswith(".")
-
-
 def test_options_of_tune_are_those_of_a_recipe() -> None:
     recipe = {n: t for n, t in get_type_hints(Recipe).items() if n not in ("model", "data", "method", "set")}
     assert get_type_hints(RecipeOptions) == recipe | {"eval_data": Rows}
@@ -123,10 +111,6 @@ def test_options_of_compress_are_those_of_a_request() -> None:
         n: p.default for n, p in inspect.signature(fleetune.compress).parameters.items() if n in OPTIONS
     }
     assert stated | {"data": ""} == defaults
-
-
-def test_events_are_frozen() -> None:
-    assert all(cls.__dataclass_params__.frozen for cls in events.classes())  # type: ignore[attr-defined]
 
 
 # Results ----------------------------------------------------------------------------------------------
@@ -195,14 +179,6 @@ def test_a_recipe_says_everything() -> None:
     assert fleetune.tune(recipe).digest == tune().digest
     with pytest.raises(errors.UsageError, match="nothing is given beside it"):
         fleetune.tune(recipe, "rows.jsonl")
-
-
-def test_wrong_options_are_all_said_at_once() -> None:
-    with pytest.raises(errors.RecipeError) as caught:
-        fleetune.tune("tiny", "rows.jsonl", rounds=0, quorum=0)
-    assert len(caught.value.problems) == 2
-    with pytest.raises(errors.RecipeError, match="data is missing"):
-        fleetune.tune("tiny")
 
 
 def test_a_stopped_run_is_resumed_to_the_same_bits() -> None:
@@ -372,18 +348,6 @@ def test_a_name_is_looked_up_without_torch(at: Path) -> None:
 # What a careless caller does ------------------------------------------------------------------------------
 
 
-def test_another_tokenizer_or_config_is_another_model(at: Path) -> None:
-    net, words = (lambda m: (m.net, m.tokenizer))(models.load("tiny", device="cpu"))
-    first = tune(net, ROWS, tokenizer=words)
-    words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    second = tune(net, ROWS, tokenizer=words)
-    assert second.digest != first.digest
-    assert second.model().tokenizer.chat_template == words.chat_template
-    net.config.rms_norm_eps = 0.5
-    tune(net, ROWS, tokenizer=words)
-    assert len(list(Path("runs/objects").glob("model-*"))) == 3
-
-
 class Table:
     """What a pandas DataFrame offers, as far as it is used."""
 
@@ -392,10 +356,6 @@ class Table:
     def to_dict(self, orient: str) -> list[dict[str, str]]:
         assert orient == "records"
         return ROWS
-
-
-def test_a_table_is_rows(at: Path) -> None:
-    assert tune(data=Table()).digest == tune().digest
 
 
 class Holes(Table):

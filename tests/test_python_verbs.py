@@ -14,7 +14,7 @@ import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import SweepDone, SweepRun
-from fleetune.errors import FleetuneError, RecipeError, UsageError
+from fleetune.errors import FleetuneError, RecipeError
 from fleetune.models.net.model import Model
 from fleetune.runs import listener
 
@@ -95,12 +95,6 @@ def test_counts_are_printed_every_ten_seconds_and_names_are_made_safe() -> None:
     assert stream.getvalue().splitlines() == ["blocks 10/30", "blocks 20/30", "a client\\x1b[31m"]
 
 
-def test_a_listener_and_progress_cannot_both_be(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="progress=True asks for another") as error:
-        fleetune.tune("tiny", ROWS, out=tmp_path, listener=fleetune.Silent(), progress=True)
-    assert "fleetune.Progress" in str(error.value.hint)
-
-
 # Sweeps and runs ----------------------------------------------------------------------------------
 
 
@@ -176,16 +170,3 @@ def test_a_model_answers_by_name_and_in_memory(place: Path, model: Model) -> Non
     assert fleetune.generate(place / "tiny", "hello", **asked) == answer
     drawn = {fleetune.generate(model, "hello", temperature=2.0, seed=s, max_tokens=6) for s in (1, 1, 2)}
     assert len(drawn) == 2
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"max_tokens": 0}, "below 1"),
-        ({"temperature": 3.0}, "not in 0..2"),
-        ({"prompt": " "}, "prompt is empty"),
-    ],
-)
-def test_what_means_nothing_is_refused_before_a_model_is_loaded(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        fleetune.generate("no/such-model", **{"prompt": "hello", **given})

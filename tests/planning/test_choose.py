@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from fleetune import models
-from fleetune.cli.main import main
 from fleetune.common.display import human_bytes
 from fleetune.errors import FitError, RecipeError
 from fleetune.models.shapes import shape_of
@@ -52,23 +51,6 @@ def test_what_trains_scales_is_chosen_among_the_methods_that_can(tiny: str) -> N
     assert settled.method in recipes.SCALE_METHODS
     assert settled.base == "auto", "the file is mapped whatever the recipe says"
     assert choose.method_for(recipe(tiny, set={"module": "scales"}), offline=True)[0] == "fedpetuning"
-
-
-def test_training_scales_is_counted_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = models.tiny_llama(vocab=8192, hidden=512, layers=8, heads=8)
-    models.save(model.net, model.tokenizer, tmp_path / "m")
-    shape = shape_of(models.load_config(str(tmp_path / "m")))
-    asked = {"length": 512, "dtype": "fp32", "base": "mapped"}
-    lora, scales = (
-        next(Search(shape, None, asked, train=train).tried("fedpetuning")).peak
-        for train in ("weights", "scales")
-    )
-    assert lora != scales
-    monkeypatch.setattr(models, "device_memory", lambda device: 10**12)
-    name, _, why = choose.method_for(recipe(str(tmp_path / "m"), train="scales"), offline=True)
-    assert name == "fedpetuning"
-    assert f"about {human_bytes(scales)} of" in why
-    assert human_bytes(scales) != human_bytes(lora)
 
 
 def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
@@ -189,35 +171,3 @@ def test_what_cannot_fit_is_refused_by_what_no_file_backs_with_what_fits(
     check(own - 1, ram="10GB")  # who knows better says so
     monkeypatch.setattr(models, "check_device", lambda *_: "cuda")
     check(own - 1)  # the weights are not in this memory
-
-
-def test_tune_refuses_what_cannot_fit_before_any_work(
-    large: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ["tune", large, "demo", "--method", "mezo", "--limit", "40", "--max-length", "64", "--offline"]
-    words += [
-        "--rounds",
-        "1",
-        "--clients",
-        "1",
-        "--set",
-        "tau=1",
-        "--set",
-        "lr=1e-4",
-        "--samples",
-        "0",
-        "--eval-rows",
-        "1",
-    ]
-    out = ["--out", str(tmp_path / "runs")]
-    for more in ([], ["--dry-run"]):
-        assert main([*words, *out, "--ram", "200MB", *more]) == 3
-        assert "--ram SIZE" in capsys.readouterr().err
-    monkeypatch.setattr(
-        device_cost, "least", lambda shape, work, footprint, in_file: 10**9 * (work.length > 9)
-    )
-    assert main([*words, *out, "--ram", "999MB"]) == 3, "the rows' lengths are known after they are read"
-    assert "tokens a step in fp32, base mapped, takes at least 1.00 GB" in capsys.readouterr().err
-    assert not list((tmp_path / "runs").glob("0*"))
-    assert main([*words, "--ram", "2"]) == 2
-    assert "--ram 2: 2 bytes are too few" in capsys.readouterr().err

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -92,18 +91,6 @@ def test_what_was_asked_for_stays(shape: Any) -> None:
         with pytest.raises(FitError) as error:
             found(shape, 1, asked={"base": base})
         assert error.value.hint == hint, "a mapped base needs least"
-
-
-def test_no_smaller_model_is_named_where_none_would_fit(shape: Any) -> None:
-    with pytest.raises(FitError) as error:
-        found(shape, 100_000_000)
-    told = re.fullmatch(r"--ram (5\d\d)MB: a process without any model takes \d+ MB", error.value.hint or "")
-    assert told is not None
-    ram = 1_000_000 * int(told[1])
-    assert found(shape, ram)[0] == "fedit"
-    with pytest.raises(FitError) as error:
-        found(shape, 450_000_000)
-    assert error.value.hint == "take a smaller model"
 
 
 def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:

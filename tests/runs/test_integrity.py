@@ -202,19 +202,6 @@ def test_lost_lines_are_told(tmp_path: Path) -> None:
 # --- status, signals, reports ---------------------------------------------------------------------------------
 
 
-def test_a_killed_run_is_not_said_to_be_running(made, copy) -> None:
-    _, path = copy("fedkseed", "stopped")
-    (path / "status").write_text("running\n")
-    (listed,) = call("runs", "--out", str(path.parent)).events
-    assert listed["status"] == "interrupted"
-    with RunDir(path):
-        (listed,) = call("runs", "--out", str(path.parent)).events
-    assert listed["status"] == "running"
-    for text in ("done\nmore", "ru", "\x00", "[]"):
-        (path / "status").write_text(text)
-        assert rundir.status_of(path) == ""
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
     class Ui:

@@ -96,29 +96,6 @@ def test_runs_are_numbered_and_latest_points_to_the_newest(tmp_path):
     assert sorted(p.name for p in out.iterdir()) == [*names, "0004-x-model", "latest"]
 
 
-def test_a_number_is_never_used_twice(tmp_path):
-    folder(tmp_path, "0041-a-b")
-    folder(tmp_path, "0007-mezo-m")
-    (tmp_path / "0050-not finished").mkdir()  # even without a recipe
-    (tmp_path / "12-x").mkdir()
-    (tmp_path / "99990-note.txt").write_text("")
-    with create(tmp_path, "mezo", "m") as run:
-        assert run.path.name == "99991-mezo-m"
-
-
-def test_a_number_taken_in_the_meantime_is_passed_over(tmp_path, monkeypatch):
-    real, taken = Path.mkdir, []
-
-    def mkdir(self: Path, *args: object, **kwargs: object) -> None:
-        if self.name.startswith("0001-") and not taken:
-            taken.append(real(self))
-        real(self, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Path, "mkdir", mkdir)
-    with create(tmp_path, "mezo", "m") as run:
-        assert run.path.name == "0002-mezo-m"
-
-
 def test_runs_that_start_together_get_numbers_of_their_own(tmp_path):
     def start(method: str) -> int:
         with create(tmp_path, method, "m") as run:
@@ -217,18 +194,6 @@ def test_a_folder_is_held_by_one_and_is_left_as_it_was(tmp_path):
 
 
 # --- small files --------------------------------------------------------------------------------------------
-
-
-def test_status_and_log(run):
-    run.status("failed: two\nlines  and " + "x" * 400)
-    text = (run.path / "status").read_text()
-    assert text.startswith("failed: two lines and xxx")
-    assert text.count("\n") == 1
-    assert len(text) == 301
-    run.log("first")
-    run.log("zweitens ü")
-    lines = (run.path / "log.txt").read_text(encoding="utf-8").splitlines()
-    assert [line.split(" ", 2)[2] for line in lines] == ["first", "zweitens ü"]
 
 
 # --- metrics ------------------------------------------------------------------------------------------------
@@ -411,22 +376,3 @@ def test_a_disk_that_fills_up_under_the_metrics_is_one_clear_error(tmp_path):
     with RunDir(tmp_path / "0001-mezo-m") as again:  # and the lock was given back
         again.cut(3)
         assert [e.get("round") for e in events(again.path)] == [None, 0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("code", "what"), [(errno.EROFS, "the file system is read-only"), (errno.EACCES, "permission denied")]
-)
-def test_a_read_only_place_is_refused_with_what_to_do(tmp_path, monkeypatch, code, what):
-    monkeypatch.setattr(Path, "mkdir", failing(code))
-    with pytest.raises(StorageError, match=what) as caught:
-        create(tmp_path / "runs", "mezo", "m")
-    monkeypatch.undo()
-    assert "can write to" in (caught.value.hint or "")
-    assert list(tmp_path.iterdir()) == []
-    with create(tmp_path / "runs", "mezo", "m") as run:
-        path = run.path
-    monkeypatch.setattr(rundir, "open", failing(code), raising=False)
-    with pytest.raises(StorageError, match=what):
-        RunDir(path)
-    monkeypatch.undo()
-    RunDir(path).close()

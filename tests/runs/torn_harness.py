@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import logging
+import shlex
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,28 +19,10 @@ from fleetune import models
 from fleetune.cli.main import main
 
 SECONDS = 10  # that a command may take on a tiny folder
-SMALL = [
-    "--clients",
-    "3",
-    "--rounds",
-    "3",
-    "--limit",
-    "24",
-    "--held-out",
-    "6",
-    "--eval-rows",
-    "4",
-    "--samples",
-    "2",
-    "--answer-tokens",
-    "4",
-    "--max-length",
-    "48",
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-]
+SMALL = shlex.split(
+    "--clients 3 --rounds 3 --limit 24 --held-out 6 --eval-rows 4 --samples 2 --answer-tokens 4 "
+    "--max-length 48 --device cpu --threads 1"
+)
 TUNE = {
     "fedkseed": ["--method", "fedkseed", "--set", "K=16", "--set", "tau=2"],
     "scaffold": ["--method", "fedit", "--set", "r=2", "--set", "steps=2", "--set", "scaffold=true"],

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,42 +148,3 @@ def test_what_cannot_be_longer_says_why_and_stays_as_it_is() -> None:
         fleetune.resume_run(short, rounds=3)
     assert rundir.status_of(short.folder) == "done"
     assert fleetune.resume_run(short).digest == digest
-
-
-def changed_base() -> None:
-    other = models.tiny_llama(seed=7)
-    models.save(other.net, other.tokenizer, "tiny")
-
-
-def changed_rows() -> None:
-    file = Path("rows.jsonl")
-    file.write_text(file.read_text().replace("say", "shout"))
-
-
-@pytest.mark.parametrize(
-    ("change", "what"), [(changed_base, "the base model has"), (changed_rows, "the clients' rows have")]
-)
-def test_a_refusal_writes_nothing(
-    change: Callable[[], None], what: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """All that the run stands on is compared before a run that is done is said to be unfinished."""
-    rows = [{"prompt": f"say {n}", "response": f"{n} it is"} for n in range(12)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = fleetune.tune("tiny", "rows.jsonl", method="fedit", settings=METHODS["fedit"], rounds=1, **FEW)
-    before = files_of(run.folder)
-    change()
-    assert main(["tune", "--resume", "1", "--rounds", "2"]) == 2
-    err = capsys.readouterr().err
-    assert "was begun with something else than there is now" in err
-    assert f"{what} the digest" in err
-    assert "rounds =" not in err, "the number of rounds is what was asked for"
-    assert files_of(run.folder) == before
-
-
-def files_of(run: Path) -> dict[str, bytes]:
-    """Every file of a run, by its path in there, but the lock."""
-    return {
-        str(p.relative_to(run)): p.read_bytes()
-        for p in run.rglob("*")
-        if p.is_file() and p.name != rundir.LOCK
-    }

@@ -201,15 +201,6 @@ def test_label_words_are_checked_before_the_model_is_loaded(
     assert ("a comma in a word: \\," in caught.value.hint) == ("another answer" in says)
 
 
-def test_label_words_need_not_cover_training_rows_beside_rows_for_validation(
-    places: Path, tmp_path: Path
-) -> None:
-    few = tmp_path / "few.jsonl"
-    few.write_text('{"instruction": "is 1 odd?", "output": "yes"}\n')
-    done = tune(places, tmp_path, labels="yes,maybe", eval_data=str(few), settings={"tau": 1}).done
-    assert done.base["accuracy"] in (0.0, 100.0)
-
-
 # --- nothing moved ------------------------------------------------------------------------------------------
 
 
@@ -255,14 +246,6 @@ def test_a_fleet_that_gave_too_few_replies_says_so(method: str, places: Path, tm
     done = tune(places, tmp_path, method, clients=3, drop=0.9, quorum=3, rounds=2).done
     assert done.moved is False
     assert re.search("nothing moved: (none of 6 clients gave|no round had 3 good replies)", done.remarks[-1])
-
-
-def test_a_change_that_does_not_show_is_told(places: Path, tmp_path: Path) -> None:
-    done = tune(places, tmp_path, "fedpetuning", settings={"module": "lora", "lr": 1e-12, "steps": 1}).done
-    assert done.moved is True
-    assert done.remarks[-1].startswith(
-        "the validation loss did not move: 2 good replies added up to a change too small to show; raise the"
-    )
 
 
 def test_a_resumed_run_keeps_its_base_and_start(places: Path, tmp_path: Path) -> None:

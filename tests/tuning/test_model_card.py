@@ -143,10 +143,3 @@ def test_a_built_in_base_is_linked_with_its_licence(runs: dict[str, TuneResult])
     assert model_card.licence_of(recipe) == "apache-2.0"
     head = model_card._front_matter(recipe, library="transformers", tags=())
     assert yaml.safe_load(head.split("---")[1])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-def test_a_name_is_no_markup_on_a_card() -> None:
-    cell = "a|b\n\n<script>c</script>.jsonl"
-    assert model_card._table(["", ""], [["data", cell]]).splitlines()[2:] == [
-        "| data | a\\|b &lt;script>c&lt;/script>.jsonl |"
-    ]

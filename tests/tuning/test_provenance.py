@@ -24,7 +24,7 @@ from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.settled import given, settled
+from fleetune.tuning.recipe.settled import settled
 from fleetune.tuning.result import foundations
 
 OPTIONS: dict[str, Any] = {
@@ -95,11 +95,6 @@ def test_what_stands_for_another_value_is_written_out_and_means_the_same() -> No
     assert settled(full) == full
     by_column = dataclasses.replace(plain, partition="column:role")
     assert settled(by_column).clients == 0
-
-
-def test_the_usual_number_of_clients_is_not_given() -> None:
-    recipe = settled(recipes.make({"model": "m", "data": "d", "method": "mezo"}))
-    assert given(recipe) == ["model", "data", "method"]
 
 
 # Data -------------------------------------------------------------------------------------------------

@@ -138,21 +138,6 @@ def direction_of(model: Model, k: int) -> dict[str, torch.Tensor]:
         view.remove()
 
 
-def test_the_walk_is_measured_where_it_leads(model: Model) -> None:
-    rows = harness.rows(model)
-    asked: list[Slopes] = []
-
-    def choose(point: Slopes) -> float:
-        asked.append(point)
-        return 1e-3
-
-    points = slopes.measure(model, rows, HOW, choose)
-    assert len(points) == 2
-    assert asked == points[:1]
-    assert points[0].slopes != points[1].slopes
-    assert model.attachment is None
-
-
 # Trials -----------------------------------------------------------------------------------------------
 
 
@@ -163,11 +148,6 @@ def test_rates_are_tried_up_and_down_until_clearly_worse() -> None:
     found = climb(5.0, loss, 1e-3, 10.0, 5)
     assert [t.rate for t in found.tried] == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1])
     assert found.best() == pytest.approx(1e-2)
-
-
-def test_of_a_plateau_the_middle_is_taken() -> None:
-    flat = [(1e-4, 3.9), (1e-3, 3.01), (1e-2, 3.0), (1e-1, 3.02), (1.0, 8.0)]
-    assert Trials(4.0, [Tried(*t) for t in flat]).best() == pytest.approx(1e-2)
 
 
 def test_where_no_loss_falls_the_lowest_rate_is_taken() -> None:

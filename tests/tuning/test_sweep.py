@@ -319,16 +319,6 @@ def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
     assert digests(Path("whole") / "0001-sweep-recipe") == digests(folder)
 
 
-def test_a_sweep_whose_runs_find_their_rate_is_resumed(at, capsys):
-    text = RECIPE.format(rounds=1).replace("lr = 1e-3\n", "")
-    (at / "open.toml").write_text(text)
-    code, _, err = call(capsys, "sweep", "open.toml", "--vary", "K=8,16")
-    assert code == 0, err
-    code, out, err = call(capsys, "sweep", "--resume", "latest", "--json")
-    assert code == 0, err
-    assert [e["skipped"] for e in events(out) if e["event"] == "run"] == [True, True]
-
-
 @pytest.mark.parametrize("error", [IndexError("too few directions")])
 def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys, monkeypatch, error):
     real = prepare.prepare
@@ -433,30 +423,6 @@ def test_a_final_measure_is_the_mean_over_seeds_with_the_spread_of_the_change(tm
     assert end.mean == pytest.approx(by_seed.mean())
     assert end.spread == pytest.approx(np.std(by_seed - base, ddof=1))
     assert end.number == 4
-
-
-def test_half_a_seed_does_not_enter_the_means(tmp_path):
-    _, losses, runs = table(tmp_path / "a", np.random.default_rng(3))
-    part = [*runs[:12], runs[12]]  # two whole seeds and one run of the third
-    used = summary.complete_seeds(AXES, part)
-    assert {m.seed for m in used} == {0, 1}
-    assert summary.final(0, 0.5, "loss", used).mean == pytest.approx(losses[0, :, :2, -1].mean())
-    assert summary.complete_seeds(AXES, runs[:5]) == runs[:5]  # no seed is whole: all there are
-    assert [c["runs"] for c in summary.combinations(AXES, part)] == [3, 2, 2, 2, 2, 2]
-
-
-def test_runs_that_are_measured_on_other_rows_say_so(tmp_path):
-    axes = (SweepAxis("max_length", "max_length", (24, 512)), SweepAxis("K", "set.K", (8, 512)))
-    runs = [
-        fake(tmp_path, (length, k), 0, 4.0, [4.0 - length / 1000]) for length in (24, 512) for k in (8, 512)
-    ]
-    assert summary.apart(runs) == []
-    for run in runs:
-        (run.run.path / "run.toml").write_text(f'data = "demo"\nmax_length = {run.values[0]}\n')
-    runs = [run._replace(run=report.read(run.run.path)) for run in runs]
-    told = ["the runs are measured on different rows (max_length); their losses do not compare directly"]
-    assert summary.apart(runs) == told
-    assert told[0] in summary.html("0001-sweep-x", HEAD, axes, runs, 4)
 
 
 def drawings(html: str) -> dict[str, str]:

@@ -116,16 +116,6 @@ def test_after_a_resume_it_knows_what_it_heard() -> None:
     assert Watch(Some(), "loss", said).heard(evaluated(3, 9.0)) is None
 
 
-def test_another_start_and_another_objective() -> None:
-    past = [as_dict(evaluated(0, 4.0))]
-    assert Watch(Some(), "loss", past, start=6.0).heard(evaluated(1, 5.0)) is None
-    assert Watch(Some(), "accuracy", past).heard(evaluated(1, 50.0)) is None
-    assert (
-        Watch(Some(), "loss", past).heard(evaluated(1, 4.1, error=None)) is None
-    )  # of one row nothing is known
-    assert Watch(Some(), "loss", past).heard(evaluated(1, 4.3, error=None)) is not None
-
-
 # Whole runs -------------------------------------------------------------------------------------------
 
 
@@ -196,34 +186,6 @@ def test_a_change_within_noise_is_called_so(
     assert "loss, 6 held-out rows" in line
     assert "within noise" in line
     assert f"{run.done.base['loss']:.4f}"[:6] in line
-
-
-def test_replies_that_are_not_finite_end_with_a_lower_rate(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [
-        "tune",
-        str(place / "tiny"),
-        str(place / "data.jsonl"),
-        "--method",
-        "fedit",
-        "--clients",
-        "2",
-        "--rounds",
-        "1",
-        "--samples",
-        "0",
-        "--max-length",
-        "48",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
-    assert main([*words, "--set", "lr=1e30", "--set", "steps=2", "--set", "r=2"]) == 4
-    said = capsys.readouterr().err
-    assert "not finite" in said
-    assert "try: lower the learning rate to 1e+29 (--set lr=1e+29)" in said
 
 
 def test_a_result_past_its_best_is_told_and_never_advised_a_higher_rate() -> None:
