@@ -112,12 +112,12 @@ def test_a_class_called_method_has_the_name_of_its_module(capsys: pytest.Capture
     run = fleetune.tune(
         "tiny", "demo", method=Method(K=8, tau=2, lr=1e-4, batch_size=2), rounds=1, **FEW | {"clients": 0}
     )
-    assert run.folder.name == "0001-test-given-methods-tiny"
+    assert run.folder.name == "0001-test-objects-tiny"
     assert run.done.result.endswith("ledger.safetensors")
     assert fleetune.open(run).recipe.clients == 3
-    assert main(["methods", "test-given-methods"]) == 0
+    assert main(["methods", "test-objects"]) == 0
     assert "learning rate" in capsys.readouterr().out
-    assert "test-given-methods" in fleetune.methods()
+    assert "test-objects" in fleetune.methods()
 
 
 def test_the_result_of_a_class_whose_name_another_kind_took_since_is_still_used() -> None:
