@@ -164,7 +164,7 @@ def test_what_cannot_fit_is_refused_by_what_no_file_backs_with_what_fits(
         f"{human_bytes(own)} beside pages of files, and there are {human_bytes(own - 1)}"
         in error.value.message
     )
-    assert f"what else fits: fleetune plan {large} --ram" in (error.value.hint or "")
+    assert f"what fits: fleetune plan {large} --ram" in (error.value.hint or "")
     check(own - 1, tokens=100)  # shorter rows
     check(own - 1, rows=8)  # a client has fewer rows than a step
     check(own - 1, set={"batch_size": 8})

@@ -162,7 +162,7 @@ def _check_options(found: Subject, limit: int, answer_tokens: int, text: str | P
         readers.require_text(str(text), hint=command("eval", found.argument, text))
     numbers: dict[str, object] = {"limit": limit, "answer_tokens": answer_tokens}
     wrong = {n: v for n, v in numbers.items() if not isinstance(v, int) or v < 1}
-    problems = [f"{n} = {v!r} is not a positive integer" for n, v in wrong.items()]
+    problems = [f"{n} = {v!r} is not an integer of at least 1" for n, v in wrong.items()]
     if text and not Path(text).is_file():
         problems.append(f"no text file at {text}")
     if problems:

@@ -273,7 +273,6 @@ def recipe_for(
 
 
 def _method_of(method: object) -> tuple[str, dict[str, Value]]:
-    """Return a method's name and settings, from its name or its own dataclass; a caller's own class gets a name."""
     from fleetune.common.settings import named
     from fleetune.tuning import methods
     from fleetune.tuning.recipe import objects

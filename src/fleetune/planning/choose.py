@@ -114,7 +114,6 @@ def settled_base(
 
 
 def _check_memory(recipe: Recipe, shape: Shape, stored: str, ram: int, rows: int, tokens: int) -> None:
-    """Raise FitError where a step of a client with so many rows, each of so many tokens, cannot fit into `ram` bytes."""
     method = methods.make(recipe.method, recipe.set)
     base = "memory" if recipe.base == "memory" else "mapped"
     work = Workload(min(rows, prepare.batch_size_of(method)), tokens, dtype=recipe.dtype, base=base)
@@ -145,7 +144,6 @@ def _asked(recipe: Recipe) -> tuple[dict[str, Any], str, int | None]:
 
 
 def _shape(recipe: Recipe, config: PretrainedConfig, *, offline: bool) -> Shape:
-    """Return the shape of a recipe's model, where scales are trained with how many there are."""
     if recipes.trained(recipe) != SCALES:
         return shape_of(config)
     return shape_of(config)._replace(scales=scales_of(recipe.model, offline=offline))

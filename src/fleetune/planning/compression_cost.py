@@ -182,7 +182,6 @@ def _backward(shape: Shape, work: CompressionSize) -> int:
 
 
 def _sensitivity(shape: Shape, work: CompressionSize) -> int:
-    """Return the bytes of the sensitivity of experts: what enters those of each layer, and the sums of squares."""
     entering = (
         work.length * work.size * shape.hidden * len({x.name.rpartition(".")[0] for x in shape.experts})
     )

@@ -143,7 +143,6 @@ class Tracked(Relay):
         self._values = {}
 
     def _safely(self, name: str, call: Callable[[], None]) -> None:
-        """Call a tracker with its prints going to the log; one that fails is left out from now on."""
         said = io.StringIO()
         try:
             with redirect_stdout(said):

@@ -103,7 +103,6 @@ def make_grid(values: Mapping[str, Any], vary: Sequence[str] = (), seeds: int | 
 
 
 def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Flatten nested tables to dotted names: `set.K = [..]` in TOML is a table `set`."""
     found: dict[str, Any] = {}
     for name, value in table.items():
         found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
@@ -111,7 +110,6 @@ def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _guess(text: str) -> Value:
-    """Type a value of the command line as TOML would."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -251,7 +249,6 @@ def check(grid: SweepGrid, *, offline: bool = False) -> None:
 
 
 def _of_data(r: Recipe) -> tuple[object, ...]:
-    """Return all that decides how the data are split."""
     clients = r.clients or methods.entry(r.method).clients
     return r.data, r.columns, r.eval_data, r.limit, r.partition, r.held_out, r.seed, clients
 

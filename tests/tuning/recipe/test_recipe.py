@@ -73,7 +73,7 @@ def typed(recipe: Recipe) -> dict[str, Any]:
 def test_any_recipe_comes_back_from_its_toml(tmp_path_factory, given_values):
     recipe = make(given_values)
     text = to_toml(recipe)
-    path: Path = tmp_path_factory.getbasetemp() / "run.toml"
+    path: Path = tmp_path_factory.getbasetemp() / "any.toml"
     path.write_bytes(text.encode())
     again = make(read(path))
     assert typed(again) == typed(recipe)

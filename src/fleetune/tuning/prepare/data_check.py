@@ -176,7 +176,6 @@ def _for_encoder(
 
 
 def _names(parts: Split) -> list[str]:
-    """Return the clients' names where they are the values of a column, in order; else none."""
     if not parts.partition.startswith("column:") or parts.column is None:
         return []
     return [parts.examples[int(part[0])].meta[parts.column] for part in parts.clients]

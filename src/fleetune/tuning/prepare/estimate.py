@@ -194,7 +194,6 @@ def of(
 
 
 def _objective(method: Method, model: Model, rows: Sequence[Encoded]) -> float:
-    """Return the seconds of a row that an objective takes which is measured beside the loss; 0 for the loss."""
     name = str(getattr(method, "objective", "loss"))
     if name.partition(":")[0] in ("loss", "accuracy"):
         return 0.0
@@ -286,7 +285,6 @@ def fitted(
 def _of_steps(
     recipe: Recipe, method: Method, found: Estimate, units: float, clients: int
 ) -> tuple[Recipe, Method, Estimate]:
-    """Return the run with at most `units` local steps of all rounds and clients."""
     count, asked = found.rounds, found.clients
     if units < FEW_STEPS * count * asked:
         count = min(count, max(FEW_ROUNDS, int(units // (FEW_STEPS * asked))))

@@ -156,7 +156,6 @@ def is_adapted(model: object) -> bool:
 
 
 def _parts(model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """The plain net and the tokenizer of a model in memory, checked."""
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fleetune import models
@@ -189,7 +188,6 @@ def _parts(model: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _content_digest(net: Any, tokenizer: Any) -> str:
-    """SHA-256 of all that a saved directory holds: weights, configuration, tokenizer and chat template."""
     from fleetune import models
     from fleetune.models.net.model import stored_tensors
 
@@ -203,7 +201,6 @@ def _content_digest(net: Any, tokenizer: Any) -> str:
 
 
 def _plain_net(model: Any) -> Any:
-    """A PEFT model as a copy with its adapters merged; anything else as it is."""
     if not is_adapted(model):
         return model
     import copy

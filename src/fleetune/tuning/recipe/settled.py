@@ -110,5 +110,4 @@ def given(recipe: Recipe) -> list[str]:
 
 
 def _usual_clients(method: str, partition: str) -> int:
-    """Return the number of clients where none is stated; 0 where the column of the data decides."""
     return 0 if partition.startswith("column") else methods.entry(method).clients

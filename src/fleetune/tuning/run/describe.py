@@ -8,7 +8,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,7 +27,6 @@ from fleetune.common.settings import Value
 from fleetune.data.encode import digest
 from fleetune.errors import StorageError
 from fleetune.evaluation.losses import class_measures, response_loss
-from fleetune.models.net.model import Model
 from fleetune.runs import rundir
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.scale_view import moved_tensors, scales_share
@@ -44,11 +43,6 @@ if TYPE_CHECKING:
     from fleetune.tuning.recipe.recipe import Recipe
     from fleetune.tuning.rounds.rounds import Outcome
 
-TRAINED: dict[str, Callable[[Model], int]] = {
-    "ledger": lambda model: sum(math.prod(shape) for _, shape, _ in moved_tensors(model)),
-    "adapter": lambda model: sum(p.numel() for p in adapters.trainable(model).values()),
-}
-
 
 def model_facts(job: TuneJob) -> dict[str, Any]:
     """Return what env.json says of the model."""
@@ -63,7 +57,6 @@ def model_facts(job: TuneJob) -> dict[str, Any]:
 
 
 def _computed_by(device: str) -> dict[str, Any]:
-    """Return what of the machine decides the bits of a product of matrices."""
     found: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -104,6 +97,10 @@ def split_digest(clients: Sequence[np.ndarray], held: np.ndarray) -> str:
 def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
     """Return the first event: who takes part with what; `rows` of every client, `params` the base model's weights."""
     recipe, parts = job.recipe, job.split
+    if job.entry.kind == "ledger":
+        tensors = [math.prod(shape) for _, shape, _ in moved_tensors(job.model)]
+    else:
+        tensors = [p.numel() for p in adapters.trainable(job.model).values()]
     shown = parts.column if parts.column and not recipe.partition.startswith("column") else "category"
     values = [[parts.examples[i].meta.get(shown, "") for i in part.tolist()] for part in parts.clients]
     names = sorted({v for part in values for v in part})
@@ -113,7 +110,7 @@ def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
         model=recipe.model,
         digest=job.model.digest,
         params=params,
-        trained=TRAINED[job.entry.kind](job.model),
+        trained=sum(tensors),
         clients=len(rows),
         rounds=recipe.rounds,
         partition=recipe.partition,
@@ -297,7 +294,6 @@ def of_change(
 
 
 def _past_best(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> bool:
-    """Whether an earlier round had a clearly lower validation loss than the result."""
     best = outcome.course
     known = best.best is not None and job.objective == "loss" and math.isfinite(after["loss"])
     return known and (best.best or 0) < outcome.round and after["loss"] - best.score > PAST * abs(best.score)

@@ -109,7 +109,6 @@ def command_of(recipe: Recipe) -> str:
 
 
 def _plain(value: Value) -> str:
-    """A value as a flag takes it: 32.0 as 32."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
@@ -168,7 +167,6 @@ def _data(run: Path, recipe: Recipe, start: Mapping[str, Any]) -> list[list[str]
 
 
 def _of_devices(run: Path) -> bool:
-    """Whether the rows were those of real devices: nobody can repeat the run without them."""
     return (run / rundir.FLEET).is_file()
 
 
@@ -212,7 +210,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A cell of a table: in one line, and no markup where it is a name or a value that someone chose."""
     plain = " ".join(text.split()).replace("|", "\\|")
     return plain.replace("&", "&amp;").replace("<", "&lt;")
 
