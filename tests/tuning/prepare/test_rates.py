@@ -334,7 +334,7 @@ def test_a_real_fleets_server_finds_what_the_simulation_finds(
     )
     simulated, real = (prepare.prepare(recipe, simulated=s) for s in (True, False))
     assert simulated.recipe.set["lr"] == real.recipe.set["lr"] > 0
-    assert len(simulated.found) == len(real.found) == (rounds > 2)
+    assert len(simulated.found_rates) == len(real.found_rates) == (rounds > 2)
 
 
 @pytest.mark.parametrize(

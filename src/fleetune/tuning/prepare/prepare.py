@@ -123,7 +123,9 @@ class TuneJob:
     dropped: int  # rows of whose answer the tokenizer leaves nothing
     cut: Cut  # rows that are longer than max_length
     files: dict[str, str]  # SHA-256 of the data's files, by name
-    found: list[RateFound] = field(default_factory=list)  # learning rates that were found before round 1
+    found_rates: list[RateFound] = field(
+        default_factory=list
+    )  # learning rates that were found before round 1
     estimate: Estimate | None = None  # of a run that begins, simulated
 
     @property
@@ -408,7 +410,7 @@ def _with_rates(
     """Return the job with the learning rates that are found on training rows: from here on none changes."""
     recipe = rates.for_clients(job.recipe, job.method, given, job.asked)[0] if "lr" in names else job.recipe
     recipe, found = rates.find(recipe, names, job.model, job.train, job.asked, progress, search.size)
-    return replace(job, recipe=recipe, method=methods.make(recipe.method, recipe.set), found=found)
+    return replace(job, recipe=recipe, method=methods.make(recipe.method, recipe.set), found_rates=found)
 
 
 def _digests(recipe: Recipe, offline: bool) -> dict[str, str]:

@@ -162,7 +162,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     _announce(job, run, listener, fleets.about(job))
     trackers.begin(listener, run.path, describe.facts_of(job))
     began = time.monotonic() - sum(
-        rate.seconds for rate in job.found
+        rate.seconds for rate in job.found_rates
     )  # none is found of a run that is resumed
 
     def step(client: int, number: int) -> None:
@@ -235,7 +235,7 @@ class _Sitting:
         """Record the start of the run; return the measures that round 1 starts from."""
         assert self.base is not None
         self.emit(describe.start_event(self.job, self.fleet.rows, self.params))
-        for rate in self.job.found:
+        for rate in self.job.found_rates:
             self.emit(rate)
         self.emit(round_evaluated(0, self.base.measured))
         if start := self._start():
@@ -319,7 +319,7 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     run.write(rundir.ENVIRONMENT, json_text(now))
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
     changes = filter(None, [describe.machine_changes(before, now)])
-    for remark in (*map(describe.of_rate, job.found), *job.about_time()[1:], *changes):
+    for remark in (*map(describe.of_rate, job.found_rates), *job.about_time()[1:], *changes):
         listener.note(remark)
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))
