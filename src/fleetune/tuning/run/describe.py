@@ -19,7 +19,7 @@ from fleetune import adapters
 from fleetune.common import __version__
 from fleetune.common.display import change as change_text
 from fleetune.common.display import counted, human_time, show
-from fleetune.common.events import RateFound, TuneStart
+from fleetune.common.events import TuneStart
 from fleetune.common.files import read_json
 from fleetune.common.ggml import SCALES
 from fleetune.common.paired import Difference
@@ -203,20 +203,10 @@ PAST: Final = 0.01  # of the lowest validation loss: a result above it by more i
 SAME: Final = 1e-3  # nats; kernels differ by less, a random module makes more
 
 
-def of_rate(found: RateFound) -> str:
-    """Say which learning rate was found, and how."""
-    return f"{found.setting} = {found.rate:g}, found in {human_time(found.seconds)}: {found.why}"
-
-
 def probe(job: TuneJob) -> float:
     """Return the loss (nats) of the model as it stands, on a few held-out rows."""
     few = job.held[:PROBE]
     return class_measures(job.model, few)[0] if job.model.labels else response_loss(job.model, few)
-
-
-def starts_elsewhere(before: float, after: float) -> bool:
-    """Whether attaching the untrained module has changed the loss of `probe`."""
-    return not math.isclose(before, after, rel_tol=SAME, abs_tol=SAME)
 
 
 def of_start(base: Mapping[str, float], start: Mapping[str, float]) -> str:
@@ -235,11 +225,6 @@ def unmoved(first: Any, last: Any, digest: str, base: str) -> bool:
     if not hasattr(last, "tensors"):
         return digest == base
     return all(np.array_equal(tensor, first.tensors.get(name)) for name, tensor in last.tensors.items())
-
-
-def shows_nothing(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
-    """Whether the validation loss is what it was, but for float noise."""
-    return math.isclose(before["loss"], after["loss"], rel_tol=NOISE)
 
 
 def of_unmoved(job: TuneJob, run: RunDir, *, stays: bool) -> str:
@@ -279,14 +264,11 @@ def of_change(
     if change.error is None:
         return f"{rows} cannot tell a change from noise: hold more out (--held-out, --eval-rows)"
     if change.noise:
-        return (
-            f"the change of the validation loss is within noise: two standard errors are {2 * change.error:.3f} on {rows}; "
-            + (
-                "tune longer or with a higher learning rate, or hold more rows out"
-                if not _past_best(job, outcome, after)
-                else watch.advice(job.method, 3)
-            )
-        )
+        advice = "tune longer or with a higher learning rate, or hold more rows out"
+        if _past_best(job, outcome, after):
+            advice = watch.advice(job.method, 3)
+        noise = f"two standard errors are {2 * change.error:.3f} on {rows}"
+        return f"the change of the validation loss is within noise: {noise}; {advice}"
     if after["loss"] <= before["loss"] or job.objective != "loss":
         return ""
     shown = change_text("loss", before["loss"], after["loss"], change.error)
@@ -315,11 +297,6 @@ def of_course(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> lis
         found.append(
             f"stopped early after round {outcome.last} of {recipe.rounds}: "
             f"{counted(outcome.course.stale, 'evaluated round')} in a row no better than round {outcome.course.best}"
-            + (
-                "; --keep best would have kept that round's model"
-                if outcome.course.best != outcome.last
-                else ""
-            )
         )
     return found
 

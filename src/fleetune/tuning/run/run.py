@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from fleetune.common import sums
-from fleetune.common.display import counted
+from fleetune.common.display import counted, human_time
 from fleetune.common.events import ClientReply, Recorded, RoundEvaluated, TuneDone, as_dict, round_evaluated
 from fleetune.common.files import json_text, resumable
 from fleetune.common.paired import RowLosses, difference
@@ -274,7 +275,9 @@ class _Sitting:
         """Where the first state is not the base model, measure it too, say so, and return its measures; else {}."""
         assert self.base is not None
         self.job.method.apply(self.job.model, self.first)
-        if not describe.starts_elsewhere(self.base.probed, describe.probe(self.job)):
+        if math.isclose(
+            self.base.probed, describe.probe(self.job), rel_tol=describe.SAME, abs_tol=describe.SAME
+        ):
             return {}
         start, _ = evaluation.measure(self.job)
         evaluation.add(self.run, {"start": start})
@@ -318,8 +321,9 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     before, now = foundations.environment_of(run.path), rundir.environment(made_of)
     run.write(rundir.ENVIRONMENT, json_text(now))
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
+    rates = [f"{r.setting} = {r.rate:g}, found in {human_time(r.seconds)}: {r.why}" for r in job.found_rates]
     changes = filter(None, [describe.machine_changes(before, now)])
-    for remark in (*map(describe.of_rate, job.found_rates), *job.about_time()[1:], *changes):
+    for remark in (*rates, *job.about_time()[1:], *changes):
         listener.note(remark)
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def _about(
     words += [describe.of_start(base, start)] if start else []
     if outcome.last and not outcome.round:
         pass  # the start is kept as the best: `of_course` says so
-    elif stays or describe.shows_nothing(start or base, tuned):
+    elif stays or math.isclose((start or base)["loss"], tuned["loss"], rel_tol=describe.NOISE):
         words.append(describe.of_unmoved(job, run, stays=stays))
     elif word := describe.of_change(job, start or base, tuned, change, outcome):
         words.append(word)
