@@ -138,11 +138,8 @@ def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bo
         return read(file, columns=columns, offline=offline)
     try:
         return read(file, columns=usual, offline=offline)
-    except DataError as error:
-        try:
-            return read(file, offline=offline)
-        except DataError:
-            raise error from None
+    except DataError:
+        return read(file, offline=offline)
 
 
 def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *, offline: bool) -> None:

@@ -387,18 +387,18 @@ def start(
     resumed: Path | None = None,
     offline: bool,
 ) -> SweepResult:
-    """Do the runs of a checked grid: in a new folder under `out` with `name` in its own, or in that of a `resumed` sweep."""
+    """Do the unfinished runs of a checked grid, one at a time, and return all of them.
+
+    They are in a new folder under `out` with `name` in its own, or in that of a `resumed` sweep.  A run that fails is noted and
+    the sweep continues; FleetuneError, after the last, names those that failed.  What would stop the next one as well (a full
+    disk, Ctrl-C) stops the sweep.
+    """
     rundir.check_writable(resumed or out)
     with rundir.RunDir(resumed) if resumed else create(out, name, grid) as folder:
-        return run(folder, grid, listener, offline=offline)
+        return _runs(folder, grid, listener, offline=offline)
 
 
-def run(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool) -> SweepResult:
-    """Do the unfinished runs of a sweep, one at a time, and return all of them.
-
-    A run that fails is noted and the sweep continues; FleetuneError, after the last, names those that failed.  What would
-    stop the next one as well (a full disk, Ctrl-C) stops the sweep.
-    """
+def _runs(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool) -> SweepResult:
     path, again = folder.path, resume_command(folder.path)
     before = [done(path, point, listener.note) for point in grid.points]
     listener.header(*header(grid, path))
