@@ -325,8 +325,8 @@ def test_the_share_that_back_propagates_is_spread_over_the_clients() -> None:
         found = method.kinds(state)
         assert len(found) == len(method.kind_names) == 1 + (percent > 0)
         assert ["projected" in spec.arrays for _, spec in found] == [False, True][: len(found)]
-        assert [fedkseed.is_ordered(sent) for sent, _ in found] == [False, True][: len(found)]
-    assert [fedkseed.back_propagates(c, 0.5) for c in range(4)] == [False, True, False, True]
+        assert [(sent.scalars.get(fedkseed.MARK) is True) for sent, _ in found] == [False, True][: len(found)]
+    assert [tiny(backprop=0.5).kind_of(c) for c in range(4)] == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("wire", ["byte", "sums"])
@@ -383,10 +383,7 @@ def test_precision_is_one_over_the_variance() -> None:
     assert variance["walk"] == pytest.approx(size * (1 / K + (1 - 1 / K) / n), rel=0.1)
     walk = Payload({"codes": np.zeros(n, np.uint8)}, {"n": 10, "loss": 1.0})
     projected = Payload({"projected": np.zeros(K, np.uint8)}, {"n": 10, "loss": 1.0})
-    weight = {
-        reply: fedkseed.reply_weight(payload, method.codec, K, mixed=True)
-        for reply, payload in (("projected", projected), ("walk", walk))
-    }
+    weight = {reply: method.weight(payload) for reply, payload in (("projected", projected), ("walk", walk))}
     assert weight["projected"] == 10
     assert weight["walk"] / 10 == pytest.approx((1 / K) / (1 / K + (1 - 1 / K) / n), rel=1e-12)
     share = weight["walk"] / (weight["walk"] + 10)

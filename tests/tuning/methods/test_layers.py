@@ -171,7 +171,7 @@ def test_the_models_spectrum_and_change_are_the_explicit_hessians(batch: Batch) 
     H = explicit_hessian(model, batch)
     values = np.linalg.eigh(H)[0]
     np.testing.assert_allclose(found.theta, values, rtol=0, atol=1e-5 * np.abs(values).max())  # float32 model
-    few = fedpeptao.spectrum(model, batch, lanczos=16, key=1)
+    few, _ = fedpeptao.spectrum_and_change(model, batch, came, lanczos=16, key=1)
     assert few.theta[-1] == pytest.approx(values[-1], rel=1e-3)
     assert few.share.sum() == pytest.approx(1)
     adapters.load_(model, came)
@@ -211,47 +211,11 @@ def test_the_lipschitz_rule_on_a_worked_example() -> None:
     assert fedpeptao.share_by_gap(shares, 1.0) == pytest.approx(1 - 0.8)
 
 
-def published_plateau(theta: np.ndarray, share: np.ndarray) -> float:
-    """The published code's rule on its own grid: 10 000 bins of a Gaussian mixture, normalised, cut at t."""
-    variance = 1e-5 * max(1.0, float(theta.max() - theta.min()))
-    grid = np.linspace(theta.min() - 0.01, theta.max() + 0.01, 10_000)
-    density = sum(w * np.exp(-((grid - x) ** 2) / (2 * variance)) for x, w in zip(theta, share, strict=True))
-    density = density / density.sum()
-
-    def r(t: float) -> float:
-        return float(1 - density[grid < t].sum())
-
-    inc, t, found = 0.1, 0.0, [r(0.0)]
-    while True:
-        t += inc
-        found.append(r(t))
-        if found[-1] < found[0] / 2:
-            inc, t, found = inc / 2, 0.0, [r(0.0)]
-        elif len(found) >= 4 and all(abs(found[-i] - found[-i - 1]) < 0.005 for i in (1, 2, 3)):
-            return found[-1]
-
-
-@pytest.mark.parametrize(
-    ("theta", "kept"),
-    [
-        ([-0.5, -0.2, 0.15, 0.6, 0.7], 0.4),  # one falls within the first steps, then a plateau
-        ([0.03, 0.08, 0.12, 0.9], 1.0),  # three of four below the second step: the steps are halved
-        ([-0.3, -0.2, -0.1, 0.5], 0.25),
-    ],
-)
-def test_the_plateau_is_the_published_codes(theta: list[float], kept: float) -> None:
-    values, share = np.array(theta), np.full(len(theta), 1 / len(theta))
-    found = fedpeptao.share_by_plateau(Spectrum(values, share))
-    assert found == pytest.approx(published_plateau(values, share), abs=5e-3)
-    assert found == pytest.approx(kept, abs=5e-3)
-
-
 def test_what_is_kept_is_a_share_whatever_the_rounding() -> None:
     rng = np.random.default_rng(3)
     for _ in range(200):
         share = rng.random(50)
         found = Spectrum(np.sort(rng.random(50) + 0.5), share / share.sum())
-        assert 0 <= fedpeptao.share_by_plateau(found) <= 1
         assert 0 <= fedpeptao.share_by_gap(found, 1e-3) <= 1
 
 

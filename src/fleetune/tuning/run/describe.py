@@ -26,7 +26,7 @@ from fleetune.common.paired import Difference
 from fleetune.common.settings import Value
 from fleetune.data.encode import digest
 from fleetune.errors import StorageError
-from fleetune.evaluation.losses import class_measures, response_loss
+from fleetune.evaluation.losses import response_loss
 from fleetune.runs import rundir
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.scale_view import moved_tensors, scales_share
@@ -206,7 +206,7 @@ SAME: Final = 1e-3  # nats; kernels differ by less, a random module makes more
 def probe(job: TuneJob) -> float:
     """Return the loss (nats) of the model as it stands, on a few held-out rows."""
     few = job.held[:PROBE]
-    return class_measures(job.model, few)[0] if job.model.labels else response_loss(job.model, few)
+    return response_loss(job.model, few)
 
 
 def of_start(base: Mapping[str, float], start: Mapping[str, float]) -> str:

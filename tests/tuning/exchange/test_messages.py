@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-import tracemalloc
 import zlib
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fleetune.data.encode import Batches, Encoded
 from fleetune.errors import MessageError
-from fleetune.models import tiny_llama
 from fleetune.tuning.exchange.messages import (
     DTYPES,
-    MAGIC,
     LogCode,
     Message,
     Payload,
@@ -32,11 +27,13 @@ from fleetune.tuning.exchange.messages import (
     encode,
     narrow,
 )
-from fleetune.tuning.methods.fedkseed import Method as FedKSeed
 
 BASE = bytes(range(8))
+
+
 SMALL = Message(3, BASE, Payload({"c": np.array([1, -2], np.int8)}, {"n": 5, "loss": 0.5}))
-# Written by hand from the MessagePack specification: an array of 4, the round, 8 bytes, a map of 2, a map of 1.
+
+
 SMALL_BODY = bytes.fromhex(
     "94 03 c408 0001020304050607 82 a16e05 a46c6f7373 cb3fe0000000000000 81 a163 93 01 9102 c402 01fe"
 )
@@ -68,18 +65,22 @@ def assert_same(left: Message, right: Message) -> None:
         assert other.tobytes() == array.astype(other.dtype).tobytes()  # NaN payloads and -0 included
 
 
-# --- bytes ------------------------------------------------------------------------------------------------
-
 scalars = st.one_of(
     st.integers(-(2**63), 2**64 - 1), st.floats(), st.booleans(), st.text(max_size=8), st.binary(max_size=8)
 )
+
+
 arrays = st.sampled_from(DTYPES).flatmap(
     lambda kind: hnp.arrays(
         st.sampled_from([np.dtype(kind), np.dtype(kind).newbyteorder(">")]),
         hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
     )
 )
+
+
 names = st.text(max_size=6)
+
+
 messages = st.builds(
     Message,
     st.integers(-(2**63), 2**64 - 1),
@@ -91,7 +92,7 @@ messages = st.builds(
 
 
 @given(message=messages, turn=st.booleans())
-@settings(max_examples=150)
+@settings(max_examples=40)
 def test_any_payload_comes_back(message, turn):
     if turn:  # a layout that is not contiguous
         flipped = {n: a.T[::-1] if a.ndim else a for n, a in message.payload.arrays.items()}
@@ -107,7 +108,7 @@ def test_a_small_message_is_these_bytes():
     assert len(encode(SMALL)) == 48
 
 
-@pytest.mark.parametrize("size", [0, 1, 255, 256, 65_535, 65_536, 70_000])
+@pytest.mark.parametrize("size", [0, 255, 256, 65_536])
 def test_a_body_is_what_messagepack_makes_of_it(size):
     """Of one object, as `msgpack.packb` encodes it: the length of every part in its narrowest form."""
     rng = np.random.default_rng(size)
@@ -121,30 +122,13 @@ def test_a_body_is_what_messagepack_makes_of_it(size):
     assert sent == b"FT1" + zlib.crc32(body).to_bytes(4, "little") + body
 
 
-def test_what_is_taken_out_of_a_payload_is_the_takers_alone():
-    arrays = {"w": np.ones(3)}
-    payload = Payload(arrays, {"n": 1})
-    taken = payload.take()
-    assert taken == arrays
-    assert (dict(payload.arrays), payload.int("n")) == ({}, 1)
-    assert "w" in arrays  # whoever else has them still does
-
-
-@pytest.mark.parametrize("kind", DTYPES)
-def test_arrays_travel_little_endian_without_padding(kind):
-    value = np.array([[1, 2, 100]], kind)
-    data = encode(Message(1, b"", Payload({"a": value.astype(value.dtype.newbyteorder(">"))})))
-    assert data.endswith(value.astype(value.dtype.newbyteorder("<")).tobytes())
-    assert msgpack.unpackb(data[7:])[3]["a"][:2] == [DTYPES.index(kind), [1, 3]]
-
-
 def test_every_lost_flipped_or_doubled_byte_is_refused():
     data = encode(SMALL)
     damaged = [data[:i] + data[i + 1 :] for i in range(len(data))]
     damaged += [data[:i] + data[i : i + 1] + data[i:] for i in range(len(data))]
     damaged += [data[:i] for i in range(len(data))]
     for i in range(len(data)):
-        damaged += [data[:i] + bytes([data[i] ^ bit]) + data[i + 1 :] for bit in range(1, 256)]
+        damaged += [data[:i] + bytes([data[i] ^ 1 << bit]) + data[i + 1 :] for bit in range(8)]
         if i and data[i] != data[i - 1]:
             damaged.append(data[: i - 1] + data[i : i + 1] + data[i - 1 : i] + data[i + 1 :])
     for other in damaged:
@@ -166,128 +150,11 @@ def test_an_array_without_a_wire_type_is_refused_by_the_sender(value):
         encode(Message(1, b"", Payload({"v": value})))
 
 
-# --- hostile bodies: the head is right, the body is anything -------------------------------------------------
-
-F32, RAW4 = DTYPES.index("float32"), bytes(4)
-WRONG = [
-    ("nothing", wrap(b"")),
-    ("not a list", packed()[:7] + b"\x01"),
-    ("three parts", packed(1, b"", {})),
-    ("five parts", packed(1, b"", {}, {}, 0)),
-    ("round is text", packed("1", b"", {}, {})),
-    ("round is a bool", packed(True, b"", {}, {})),
-    ("round is a float", packed(1.0, b"", {}, {})),
-    ("base is text", packed(1, "", {}, {})),
-    ("scalars are a list", packed(1, b"", [], {})),
-    ("arrays are a list", packed(1, b"", {}, [])),
-    ("arrays are text", packed(1, b"", {}, "")),
-    ("arrays are pairs", packed(1, b"", {}, [["a", [F32, [1], RAW4]]])),
-    ("scalar is none", packed(1, b"", {"x": None}, {})),
-    ("scalar is a list", packed(1, b"", {"x": [1]}, {})),
-    ("scalar is a map", packed(1, b"", {"x": {}}, {})),
-    ("scalar is an extension", packed(1, b"", {"x": msgpack.ExtType(5, b"pickle")}, {})),
-    ("scalar is a time", packed(1, b"", {"x": msgpack.Timestamp(1)}, {})),
-    ("name is bytes", packed(1, b"", {b"x": 1}, {})),
-    ("array name is bytes", packed(1, b"", {}, {b"x": [F32, [1], RAW4]})),
-    ("name is a number", wrap(b"\x94\x01\xc4\x00\x81\x01\x01\x80")),
-    ("array is a number", packed(1, b"", {}, {"a": 1})),
-    ("array is text", packed(1, b"", {}, {"a": "abc"})),
-    ("array of two parts", packed(1, b"", {}, {"a": [F32, [1]]})),
-    ("type is text", packed(1, b"", {}, {"a": ["f", [1], RAW4]})),
-    ("type is a bool", packed(1, b"", {}, {"a": [True, [4], RAW4]})),
-    ("type is negative", packed(1, b"", {}, {"a": [-1, [1], RAW4]})),
-    ("type is beyond the last", packed(1, b"", {}, {"a": [len(DTYPES), [1], RAW4]})),
-    ("values are text", packed(1, b"", {}, {"a": [F32, [1], "abcd"]})),
-    ("values are a list", packed(1, b"", {}, {"a": [F32, [1], [0, 0, 0, 0]]})),
-    ("shape is a number", packed(1, b"", {}, {"a": [F32, 1, RAW4]})),
-    ("shape is text", packed(1, b"", {}, {"a": [F32, "", RAW4]})),
-    ("shape is a map", packed(1, b"", {}, {"a": [F32, {}, RAW4]})),
-    ("shape of text", packed(1, b"", {}, {"a": [F32, ["1"], RAW4]})),
-    ("shape of floats", packed(1, b"", {}, {"a": [F32, [1.0], RAW4]})),
-    ("shape of bools", packed(1, b"", {}, {"a": [F32, [True], RAW4]})),
-    ("shape is negative", packed(1, b"", {}, {"a": [F32, [-1], RAW4]})),
-    ("shape is negative twice", packed(1, b"", {}, {"a": [F32, [-1, -1], RAW4]})),
-    ("too few values", packed(1, b"", {}, {"a": [F32, [2], RAW4]})),
-    ("too many values", packed(1, b"", {}, {"a": [F32, [0], RAW4]})),
-    ("a terabyte", packed(1, b"", {}, {"a": [F32, [2**38], RAW4]})),
-    ("a product that wraps", packed(1, b"", {}, {"a": [F32, [2**32, 2**32], RAW4]})),
-    ("a side of 2^64 - 1", packed(1, b"", {}, {"a": [F32, [0, 2**64 - 1], b""]})),
-    ("a side of 2^63", packed(1, b"", {}, {"a": [F32, [2**63, 0], b""]})),
-    ("sides of 2^62", packed(1, b"", {}, {"a": [F32, [0, 2**62, 2**62], b""]})),
-    ("a hundred sides", packed(1, b"", {}, {"a": [F32, [1] * 100, RAW4]})),
-    ("a list said to be huge", wrap(b"\xdd\xff\xff\xff\xff")),
-    ("a map said to be huge", wrap(b"\x94\x01\xc4\x00\xdf\xff\xff\xff\xff")),
-    ("bytes said to be huge", wrap(b"\x94\x01\xc6\xff\xff\xff\xff")),
-    ("text said to be huge", wrap(b"\x94\x01\xdb\xff\xff\xff\xff")),
-    ("deep lists", wrap(b"\x91" * 100_000)),
-    ("deep maps", wrap(b"\x81\xa1a" * 100_000)),
-    ("a time that is none", wrap(b"\xc7\x0c\xff" + b"\xff" * 12)),
-    ("text that is not UTF-8", wrap(b"\x94\x01\xc4\x00\x81\xa1\xff\x01\x80")),
-    ("a reserved byte", wrap(b"\xc1")),
-    ("more after the end", wrap(SMALL_BODY + b"\x00")),
-]
-
-
-@pytest.mark.parametrize("data", [d for _, d in WRONG], ids=[n for n, _ in WRONG])
-def test_a_malformed_body_is_refused_and_takes_no_memory(data):
-    tracemalloc.start()
-    try:
-        with pytest.raises(MessageError) as caught:
-            decode(data)
-        assert tracemalloc.get_traced_memory()[1] < 3_000_000  # of which 1 MB are the deepest input itself
-    finally:
-        tracemalloc.stop()
-    assert caught.value.message
-
-
 def test_a_message_over_the_limit_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr("fleetune.tuning.exchange.messages.MAX_BYTES", 47)
     with pytest.raises(MessageError, match="48 bytes is over the limit of 47"):
         decode(encode(SMALL))
     assert_same(SMALL, decode(encode(SMALL), any_size=True))
-
-
-trees = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-(2**63), 2**64 - 1),
-        st.floats(),
-        st.text(max_size=3),
-        st.binary(max_size=4),
-        st.sampled_from([0, 9, [1], [0], b"\0\0\0\0", {}, ""]),
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4),
-        st.dictionaries(st.one_of(st.text(max_size=2), st.binary(max_size=2)), inner, max_size=3),
-    ),
-    max_leaves=12,
-)
-near = st.tuples(
-    trees,
-    trees,
-    trees | st.dictionaries(names, trees, max_size=2),
-    trees | st.dictionaries(names, st.tuples(trees, trees, trees), max_size=2),
-).map(list)
-
-
-@given(body=st.one_of(trees, near).map(msgpack.packb) | st.binary(max_size=60))
-@settings(max_examples=300)
-def test_any_body_is_a_message_or_a_message_error(body):
-    try:
-        message = decode(wrap(body))
-    except MessageError:
-        return
-    assert_same(message, decode(encode(message)))
-
-
-@given(data=st.binary(max_size=40) | st.binary(max_size=40).map(lambda b: MAGIC + b))
-def test_noise_is_not_a_message(data):
-    with pytest.raises(MessageError):
-        decode(data)
-
-
-# --- reading a payload --------------------------------------------------------------------------------------
 
 
 def test_payload_gives_what_it_has_and_says_what_it_lacks():
@@ -307,10 +174,8 @@ def test_payload_gives_what_it_has_and_says_what_it_lacks():
         payload.array("z")
 
 
-# --- the door -----------------------------------------------------------------------------------------------
-
 SPEC = ReplySpec(
-    {"a": ("float32", (2, None)), "codes": ("uint8", (-3,))}, {"n": (int, 1, 10), "loss": (float, -1e9, 1e9)}
+    {"a": ("float32", (2, -9)), "codes": ("uint8", (-3,))}, {"n": (int, 1, 10), "loss": (float, -1e9, 1e9)}
 )
 
 
@@ -346,32 +211,24 @@ def test_the_door_lets_what_was_agreed_through(message):
 REFUSED: list[tuple[Message, str]] = [
     (replace(reply(), round=6), "reply is for round 6, this is round 7"),
     (replace(reply(), base=b"\1" * 8), f"on base {'01' * 8}, this run's base is {BASE.hex()}"),
-    (replace(reply(), base=BASE[:7]), "on base"),
     (reply(a=None), r"arrays differ from the agreed: \[\] more, \['a'\] missing"),
     (reply(z=np.zeros(1, np.uint8)), r"arrays differ from the agreed: \['z'\] more, \[\] missing"),
     (reply(n=None), r"scalars differ from the agreed: \[\] more, \['n'\] missing"),
     (reply(z=1), r"scalars differ from the agreed: \['z'\] more, \[\] missing"),
     (reply(a=np.zeros((2, 5))), "array 'a' is float64, agreed was float32"),
-    (reply(a=np.zeros((2, 5), np.float16)), "array 'a' is float16"),
     (reply(codes=np.zeros(2, np.int8)), "array 'codes' is int8, agreed was uint8"),
-    (reply(a=np.zeros((3, 5), np.float32)), r"array 'a' has shape \(3, 5\), agreed was \(2, None\)"),
-    (reply(a=np.zeros(10, np.float32)), "array 'a' has shape"),
+    (reply(a=np.zeros((3, 5), np.float32)), r"array 'a' has shape \(3, 5\), agreed was \(2, -9\)"),
     (reply(a=np.zeros((2, 5, 1), np.float32)), "array 'a' has shape"),
     (reply(codes=np.zeros(4, np.uint8)), r"array 'codes' has shape \(4,\), agreed was \(-3,\)"),
-    (reply(codes=np.zeros((1, 1), np.uint8)), "array 'codes' has shape"),
     (reply(a=np.array([[1, np.nan], [np.inf, 1]], np.float32)), "'a' holds 2 values that are not finite"),
-    (reply(a=np.array([[np.nan], [0]], np.float32)), "'a' holds 1 values that are not finite"),
     (reply(a=np.array([[-np.inf], [0]], np.float32)), "'a' holds 1 values that are not finite"),
     (reply(a=np.array([[0, 3e38], [0, 1]], np.float32)), r"'a' holds 3e\+38, agreed was -1e\+09 to 1e\+09"),
     (reply(a=np.array([[0], [-1.1e9]], np.float32)), r"'a' holds 1\.1e\+09, agreed"),
     (reply(n=4.0), "scalar 'n' is float, agreed was int"),
     (reply(n=True), "scalar 'n' is bool, agreed was int"),
-    (reply(n="4"), "scalar 'n' is str, agreed was int"),
     (reply(loss=1), "scalar 'loss' is int, agreed was float"),
     (reply(n=0), "scalar 'n' is 0, agreed was 1 to 10"),
-    (reply(n=11), "scalar 'n' is 11"),
     (reply(loss=float("nan")), "scalar 'loss' is nan, agreed was"),
-    (reply(loss=float("inf")), "scalar 'loss' is inf"),
     (reply(loss=-1.1e9), "scalar 'loss' is -1"),
 ]
 
@@ -382,22 +239,16 @@ def test_the_door_refuses_each_deviation_with_a_reason(message, reason):
         check(decode(encode(message)), SPEC, round=7, base=BASE)
 
 
-# --- integers -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("values", "kind"),
     [
         ([], "int8"),
-        ([0], "int8"),
         ([127, -127], "int8"),
         ([128], "int16"),
         ([-128], "int16"),
-        ([32767], "int16"),
         ([-32768], "int32"),
         ([2**31 - 1], "int32"),
         ([2**31], "int64"),
-        ([-(2**40)], "int64"),
     ],
 )
 def test_narrow_takes_the_narrowest_type_that_holds_all(values, kind):
@@ -445,32 +296,17 @@ def test_a_code_is_unbiased():
         assert set(np.abs(got).tolist()) <= set(LogCode.LEVELS[above - 1 : above + 1].tolist())
 
 
-@given(x=st.floats(-7e6, 7e6), u=st.floats(0, 1, exclude_max=True), step=st.floats(0, 1e6))
-def test_a_code_is_a_neighbour_and_monotone(x, u, step):
-    low, high = LogCode.decode(LogCode.encode(np.array([abs(x), abs(x) + step]), np.array([u, u])))
-    assert low <= high
-    k = int(np.searchsorted(LogCode.LEVELS, min(abs(x), 6_349_996), side="right")) - 1
-    assert low in LogCode.LEVELS[k : k + 2]
-    mirrored = LogCode.decode(LogCode.encode(np.array([-abs(x)]), np.array([u])))
-    assert mirrored[0] == -low
-
-
 @pytest.mark.parametrize(
     ("x", "u", "code"),
     [
         (0.0, 0.0, 0),
         (-0.0, 0.0, 0),
-        (-0.0, 0.999, 0),
         (1e-300, 0.5, 0),
-        (-1e-300, 0.5, 0),
         (-0.25, 0.25, 0),
         (-0.25, 0.2, 129),
-        (1.0, 0.0, 1),
         (-1.0, 0.0, 129),
         (6_349_996.0, 0.0, 127),
         (-6_349_996.0, 0.0, 255),
-        (1e12, 0.999, 127),
-        (-1e12, 0.999, 255),
         (np.inf, 0.5, 127),
         (-np.inf, 0.5, 255),
     ],
@@ -479,30 +315,3 @@ def test_zero_and_the_ends(x, u, code):
     got = LogCode.encode(np.array([x]), np.array([u]))
     assert got.dtype == np.uint8
     assert got.tolist() == [code]
-
-
-# --- the size of a reply --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def two_hundred_steps() -> Callable[[], bytes]:
-    """A FedKSeed device's real reply to a real broadcast, as bytes."""
-
-    def make() -> bytes:
-        model, method = tiny_llama(), FedKSeed(K=64, tau=200, lr=1e-4, eps=1e-3)
-        rows = [Encoded(np.arange(40, 46, dtype=np.int32), 3)] * 40
-        state = method.init(model, 1)
-        sent = method.local(model, method.broadcast(state), Batches(rows, 257, 9), 9, {})
-        data = encode(Message(12, bytes.fromhex(model.digest)[:8], sent))
-        check(decode(data), method.expects(state), round=12, base=bytes.fromhex(model.digest)[:8])
-        assert len(decode(data).payload.array("codes")) == 200
-        assert decode(data).payload.array("codes").any()
-        return data
-
-    return make
-
-
-def test_a_reply_of_two_hundred_steps_is_at_most_two_bytes_a_step(two_hundred_steps):
-    data = two_hundred_steps()
-    assert len(data) <= 2 * 200
-    assert len(data) <= 200 + 64  # one byte a step, and a small head

@@ -63,7 +63,6 @@ def test_a_list_is_repeated_over_the_clients() -> None:
         ("fedkseed", {}, "0,1", "all clients are of one kind"),
         ("fedkseed", {"backprop": 0.5}, "0,2", "numbers from 0 to 1"),
         ("fedkseed", {"backprop": 0.5}, "0,,1", "numbers from 0 to 1"),
-        ("fedkseed", {"backprop": 0.5}, "-1", "numbers from 0 to 1"),
         ("fedkseed", {"backprop": 0.5}, "two", "numbers from 0 to 1"),
         ("fedkseed", {"backprop": 0.5}, "0, 1,1", ""),
     ],

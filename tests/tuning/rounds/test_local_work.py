@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune.data import Encoded
@@ -39,6 +39,7 @@ def test_what_a_client_kept_comes_back_and_is_its_own(tmp_path: Path) -> None:
         assert again.of(3) == {}
 
 
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=20), st.integers(0, 9))
 def test_rewind_and_settle_against_a_dictionary(work: list[tuple[int, int]], round: int) -> None:
     """After any work in order of rounds: rewinding gives what held at that round, settling changes nothing later."""
