@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
 
 from fleetune import adapters
 from fleetune.data import Encoded
@@ -22,9 +21,6 @@ from fleetune.tuning.exchange.messages import Message, Payload, encode
 from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 RATES = device_cost.Rates(flops=1e11, copy=1e10)
-LLAMA_7B = LlamaConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-)
 ADAPTED = ["fedit", "fedpetuning", "fedpeptao", "fwdllm"]
 MODELS = {"llama": tiny_llama, "bert": tiny_bert, "roberta": tiny_roberta}
 

@@ -230,23 +230,6 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
     assert "stopping after this step" in said[0]
 
 
-@pytest.mark.faults
-def test_sigterm_ends_a_run_as_ctrl_c_does(made, copy) -> None:
-    folder, path = copy("fedkseed", "stopped")
-    program = (
-        "import os, signal, sys\nfrom fleetune.tuning.rounds.fleets import local\nreal = local.LocalFleet._step\n"
-        "def step(self, client, step):\n    client == 2 and os.kill(os.getpid(), signal.SIGTERM)\n    real(self, client, step)\n"
-        "local.LocalFleet._step = step\nfrom fleetune.cli.main import main\nsys.exit(main(sys.argv[1:]))"
-    )
-    words = [sys.executable, "-c", program, "tune", "--resume", str(path), "--offline"]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 130, ended.stderr
-    assert (path / "status").read_text() == "interrupted\n"
-    assert "stopping after this step (the signal again: at once)" in ended.stderr
-    assert resume("fedkseed", path).code == 0
-    assert torn_harness.digest_of("fedkseed", path) == folder.digest
-
-
 # --- links, modes, leftovers ----------------------------------------------------------------------------------
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +17,6 @@ import pytest
 
 from fleetune import models, report
 from fleetune import recipes as named_recipes
-from fleetune.cli.commands.sweep import SweepScreen
 from fleetune.cli.main import main
 from fleetune.errors import RecipeError, StorageError
 from fleetune.report import sweep as summary
@@ -258,46 +255,6 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
 
 
 @pytest.mark.faults
-def test_ctrl_c_says_how_to_go_on_and_the_result_is_that_of_no_stop(at, capsys, monkeypatch):
-    file, vary = at / "recipe.toml", ["--vary", "K=8,16"]
-    file.write_text(RECIPE.format(rounds=3))
-    seen: list[int] = []
-    step = SweepScreen.step
-
-    def stepped(self: SweepScreen, client: int, number: int) -> None:
-        seen.append(client)
-        if len(seen) == 18 + 14:  # 3 clients x 2 steps x 3 rounds a run: in the last round of the second run
-            os.kill(os.getpid(), signal.SIGINT)
-        step(self, client, number)
-
-    monkeypatch.setattr(SweepScreen, "step", stepped)
-    code, _, err = call(capsys, "sweep", file, *vary)
-    monkeypatch.setattr(SweepScreen, "step", step)
-    folder = Path("runs") / "0001-sweep-recipe"
-    assert code == 130
-    assert f"fleetune sweep --resume {folder}" in err
-    assert "stopped in run 2 of 2" in err
-    assert (folder / "status").read_text() == "interrupted\n"
-    (first, second) = rundir.listing(folder)
-    assert [r for r, _ in rundir.checkpoints(second)][-1] == 2
-    record = (first / "metrics.jsonl").read_bytes()
-
-    code, out, err = call(capsys, "sweep", "--resume", "latest", "--json")
-    assert code == 0, err
-    assert [e["skipped"] for e in events(out) if e["event"] == "run"] == [True, False]
-    assert (first / "metrics.jsonl").read_bytes() == record  # a finished run is not run again
-    assert [e["round"] for e in rundir.events(second) if e["event"] == "round"] == [1, 2, 3]
-    assert len([e for e in events(out) if e["event"] == "round" and e["run"] == second.name]) == 1
-
-    assert call(capsys, "sweep", file, *vary, "--out", "whole", "-qq")[0] == 0
-    assert digests(Path("whole") / "0001-sweep-recipe") == digests(folder)
-
-    code, out, _ = call(capsys, "sweep", "--resume", "1", "--json")
-    assert code == 0
-    assert all(e["skipped"] for e in events(out) if e["event"] == "run")
-
-
-@pytest.mark.faults
 def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
     (at / "recipe.toml").write_text(RECIPE.format(rounds=8))
     args = ["sweep", "recipe.toml", "--vary", "K=8,16"]
@@ -397,7 +354,6 @@ def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: 
     return GridRun(values, seed, report.read(run))
 
 
-HEAD = ("fleetune sweep · mezo", [("model", "tiny")])
 AXES = (SweepAxis("alpha", "alpha", (0.5, 1.0, 2.0)), SweepAxis("K", "set.K", (8, 512)))
 
 
@@ -423,26 +379,3 @@ def test_a_final_measure_is_the_mean_over_seeds_with_the_spread_of_the_change(tm
     assert end.mean == pytest.approx(by_seed.mean())
     assert end.spread == pytest.approx(np.std(by_seed - base, ddof=1))
     assert end.number == 4
-
-
-def drawings(html: str) -> dict[str, str]:
-    return {d[1]: d[0] for d in re.finditer(r'<svg [^>]*aria-labelledby="(\S+)-t .*?</svg>', html, re.S)}
-
-
-def test_the_page_draws_a_plot_an_axis_and_escapes_names(tmp_path):
-    _, _, runs = table(tmp_path / "a", np.random.default_rng(5))
-    html = summary.html("<b>&", HEAD, AXES, runs, 24)
-    assert "<b>&" not in html
-    drawn = drawings(html)
-    assert list(drawn) == ["axis-0-loss", "axis-1-loss"]
-    lines = {name: len(re.findall(r'class="line ', text)) for name, text in drawn.items()}
-    assert lines == {
-        "axis-0-loss": 1 + 2,
-        "axis-1-loss": 1 + 3,
-    }  # the mean, and a line for each value of the other
-    assert drawn["axis-1-loss"].count('class="band') == 1  # of the mean alone
-    assert "are finished" not in html
-    assert drawings(summary.html("x", HEAD, AXES, [], 24)) == {}  # nothing has begun
-    three = (*AXES, SweepAxis("rounds", "rounds", (3,)))
-    more = summary.html("x", HEAD, three, [m._replace(values=(*m.values, 3)) for m in runs], 24)
-    assert [d.count('class="line ') for d in drawings(more).values()] == [1, 1, 1]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from fleetune.tuning.prepare import estimate, prepare
 from fleetune.tuning.prepare.estimate import Estimate, advice, fitted, seconds_of
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.run import evaluation
 
 
 def recipe(method: str, **values: Any) -> Recipe:
@@ -65,49 +63,6 @@ def test_answers_and_the_clients_own_losses_count_before_and_after() -> None:
     assert found.around == pytest.approx(2 * 4 * 1.5 + 2 * 32 * 0.25)
     assert found.seconds == pytest.approx(plain.seconds + found.around)
     assert found.text.endswith("of 3.0 s, 8 answers of 1.5 s, 64 rows of clients of 250 ms")
-
-
-def test_the_parts_are_what_the_run_does(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted against the calls of a whole run, and the units against their own timing."""
-    own = recipes.make(
-        {
-            "model": "tiny",
-            "data": "rows.jsonl",
-            "method": "fedit",
-            "clients": 3,
-            "rounds": 2,
-            "held_out": 6,
-            "samples": 1,
-            "rouge_rows": 3,
-            "answer_tokens": 7,
-            "threads": 1,
-            "device": "cpu",
-            "set": {"r": 2, "lr": 1e-3, "steps": 2},
-        }
-    )
-    done: dict[str, list[int]] = {"answers": [], "client rows": [], "evaluations": []}
-
-    def counted(name: str, function: Any, size: Callable[..., int]) -> Any:
-        def called(*args: Any, **more: Any) -> Any:
-            done[name].append(size(*args, **more))
-            return function(*args, **more)
-
-        return called
-
-    monkeypatch.setattr(
-        evaluation, "generate", counted("answers", evaluation.generate, lambda m, prompts, **_: len(prompts))
-    )
-    losses = counted("client rows", evaluation.all_row_losses, lambda m, rows, size: len(rows))
-    monkeypatch.setattr(evaluation, "all_row_losses", losses)
-    measure = counted("evaluations", evaluation.measure_rows, lambda m, rows, *_, **__: len(rows))
-    monkeypatch.setattr(evaluation, "measure_rows", measure)
-    found = prepare.prepare(own).estimate
-    assert found is not None
-    fleetune.tune(own, offline=True)
-    assert done["answers"] == [found.answers] * 2
-    assert done["client rows"] == [found.client_rows] * 2
-    assert done["evaluations"] == [found.rows] * found.evaluations
-    assert min(found.answer, found.client_row, found.evaluation, found.step) > 0
 
 
 def test_what_is_around_the_rounds_gives_way_where_it_takes_more_than_a_third() -> None:

@@ -18,9 +18,8 @@ import torch
 import fleetune
 from fleetune import models
 from fleetune.common import files
-from fleetune.errors import ModelError, UsageError
+from fleetune.errors import ModelError
 from fleetune.models.net.model import named_tensors
-from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
@@ -115,33 +114,6 @@ def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at: Path) -
         foundations.of_job(job).held_out,
     )
     assert {"tokenizers", "jinja2", "threads"} <= set(env)
-
-
-def test_a_resumed_run_refuses_other_rows(at: Path, tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
-    lines = Path("data.jsonl").read_text().splitlines()
-    data.write_text("\n".join(lines) + "\n")
-
-    class Stop(Silent):
-        stop_requested = True
-
-    with pytest.raises(Exception, match="stopped"):
-        fleetune.tune(
-            "tiny",
-            str(data),
-            method="fedit",
-            settings={"r": 2, "steps": 1},
-            out=tmp_path / "runs",
-            listener=Stop(),
-            **OPTIONS,
-        )
-    run = next((tmp_path / "runs").glob("0001-*"))
-    for other in (reversed(lines), lines[:-2], [*lines, lines[0]]):
-        data.write_text("\n".join(other) + "\n")
-        with pytest.raises(UsageError, match="rows have the digest"):
-            fleetune.resume_run(run)
-    data.write_text("\n".join(lines) + "\n")
-    fleetune.resume_run(run)
 
 
 # The tuned model --------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import Event, RoundEvaluated
-from fleetune.data import Example
 from fleetune.errors import Interrupted
 from fleetune.tuning.run import describe
 
@@ -41,24 +39,6 @@ def test_what_decides_the_bits_is_compared() -> None:
     assert describe.machine_changes(before, before) == ""
     told = describe.machine_changes(before, {"torch": "2.7", "threads": 1, "given": []})
     assert told.startswith("since the last sitting there changed: torch 2.6 -> 2.7, threads 2 -> 1;")
-
-
-@pytest.mark.parametrize(
-    ("example", "words"),
-    [
-        (Example((), "a text"), "column:client · 2 ± 1 windows each · 4 windows held out"),
-        (Example((("user", "a"),), "b"), "column:client · 2 ± 1 rows each · 4 held out"),
-        (Example((), "yes", {}, ("a",)), "column:client · 2 ± 1 rows each · 4 held out"),
-    ],
-)
-def test_the_header_names_the_windows_of_texts(example: Example, words: str) -> None:
-    job: Any = SimpleNamespace(
-        examples=[example],
-        rows=[[0], [0, 0, 0]],
-        held=[0] * 4,
-        recipe=SimpleNamespace(partition="column:client"),
-    )
-    assert f"{describe._rows_words(job)} held out" == words
 
 
 # --- a whole run that is stopped and resumed ------------------------------------------------------------------

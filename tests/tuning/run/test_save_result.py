@@ -205,29 +205,9 @@ def test_label_words_are_checked_before_the_model_is_loaded(
 
 
 def test_a_run_of_zeros_says_that_nothing_moved(places: Path, tmp_path: Path, capsys: Any) -> None:
-    line = [
-        "tune",
-        str(places / "llama"),
-        str(places / "rows.jsonl"),
-        "--method",
-        "fedkseed",
-        "--rounds",
-        "1",
-        "--clients",
-        "2",
-        "--samples",
-        "0",
-        "--held-out",
-        "6",
-        "--offline",
-        "-q",
-        "--out",
-        str(tmp_path),
-        "--set",
-        f"objective={places}/own.py:same",
-        "--set",
-        "tau=2",
-    ]
+    words = "--method fedkseed --rounds 1 --clients 2 --samples 0 --held-out 6 --offline -q --set tau=2"
+    line = ["tune", str(places / "llama"), str(places / "rows.jsonl"), *words.split(), "--out", str(tmp_path)]
+    line += ["--set", f"objective={places}/own.py:same"]
     assert main(line) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert (
