@@ -120,7 +120,7 @@ def test_the_search_for_a_rate_counts() -> None:
     assert "--set lr=NUMBER" in str(refused.value.hint)
 
 
-@pytest.mark.parametrize("name", ["fedit", "mezo"])
+@pytest.mark.parametrize("name", ["fedit"])
 def test_measuring_leaves_the_model_as_it_was(name: str) -> None:
     model: Model = models.tiny_llama()
     rows, before = harness.rows(model), harness.logits(model)
