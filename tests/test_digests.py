@@ -22,7 +22,7 @@ import fleetune
 from fleetune import errors, models
 from fleetune.cli.main import main
 from fleetune.common import sums
-from fleetune.compression.jobs import compressed_base
+from fleetune.compression.jobs import solve
 from fleetune.deploy import serve
 from fleetune.models import loading
 from fleetune.models.cache import cache
@@ -255,11 +255,11 @@ def test_a_model_in_the_cache_is_compared_by_pull_and_export(file: str, at: Path
 
 
 def test_another_model_in_the_place_of_the_compressed_base(at: Path) -> None:
-    base = compressed_base.base_of(Silent(), found("4"), offline=True)
-    assert compressed_base.base_of(Silent(), found("4"), offline=True) == base
+    base = solve.compressed_base(Silent(), found("4"), offline=True)
+    assert solve.compressed_base(Silent(), found("4"), offline=True) == base
     shutil.rmtree(base)
     shutil.copytree(found("4") / "model", base)
-    said = refused(lambda: compressed_base.base_of(Silent(), found("4"), offline=True), str(base))
+    said = refused(lambda: solve.compressed_base(Silent(), found("4"), offline=True), str(base))
     assert "it was made of weights with" in said.message
     assert said.hint == f"rm -r {base.parent}   and then: fleetune measure {found('4')} --kept-gain"
 

@@ -20,7 +20,7 @@ import windows_stand_in
 from fleetune import models
 from fleetune.common import memory
 from fleetune.common.files import lock
-from fleetune.compression.training import checkpoint
+from fleetune.compression import training
 from fleetune.runs import rundir
 
 EVERYTHING = """
@@ -142,9 +142,10 @@ def test_a_state_that_is_gone_on_with_is_no_file_in_memory(tmp_path: Path) -> No
     optimizer = torch.optim.AdamW([weight])
     weight.sum().backward()
     optimizer.step()
-    checkpoint.store(tmp_path / "parts", "origin", 1, {"w": weight}, optimizer)
+    kept = training.Checkpoints(tmp_path / "parts", "origin", 1)
+    kept.store(1, {"w": weight}, optimizer)
     again = torch.optim.AdamW([fresh := torch.zeros(64, 64, requires_grad=True)])
-    assert checkpoint.restore(tmp_path / "parts", "origin", {"w": fresh}, again) == 1
+    assert kept.restore({"w": fresh}, again) == 1
     assert torch.equal(again.state[fresh]["exp_avg"], optimizer.state[weight]["exp_avg"])
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
