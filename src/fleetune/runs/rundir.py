@@ -74,6 +74,8 @@ def none_such(name: str, out: Path, there: Sequence[str]) -> UsageError:
     hint = f"runs there are: fleetune runs{elsewhere}"
     if near := difflib.get_close_matches(name, there, 3):
         hint = f"did you mean {' or '.join(str(out / other) for other in near)}? {hint}"
+    elif there:
+        hint = f"the newest is {out / there[-1]}; {hint}"
     return UsageError(f"no run '{name}' in {out}", hint=hint)
 
 
@@ -396,13 +398,15 @@ def find(run: str, out: Path) -> Path:
 
 
 def check_name(name: str, out: Path) -> None:
-    """UsageError for what can only be a run and is none, before it is taken for a model: `latest`, a number, a run's name."""
-    if (
-        name == "latest"
-        or name.isdigit()
-        or (re.fullmatch(r"\d{4,}-[\w.-]+", name) and not Path(name).exists())
-    ):
+    """UsageError for what can only be a run and is none, before it is taken for a model's name.
+
+    That is `latest`, a number, a run's name, and a path into a folder of runs that leads nowhere.
+    """
+    path = Path(name)
+    if name == "latest" or name.isdigit() or (re.fullmatch(r"\d{4,}-[\w.-]+", name) and not path.exists()):
         find(name, out)
+    elif "/" in name and not path.exists() and (runs := listing(path.parent)):
+        raise none_such(path.name, path.parent, [p.name for p in runs])
 
 
 def listing(out: Path) -> list[Path]:
