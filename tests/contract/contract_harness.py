@@ -51,7 +51,6 @@ QUICK: dict[str, dict[str, Any]] = {
 VARIANTS = [
     "fedit:average=product",
     "fedit:wire=fp16",
-    "fedit:start=orthogonal",
     "fedit:start=pissa,dropout=0",
     "fedit:start=eva",
     "fedit:targets=query-value,warmup=2,decay=true,clip=1,weight_decay=0.1,lr=0.05",

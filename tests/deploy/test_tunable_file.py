@@ -200,7 +200,7 @@ def test_codes_whose_file_could_not_be_tuned_are_refused_before_it_is_written(
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("bloom", "models of architecture bloom"),
+        ("phi", "models of architecture phi2"),
         ("mixtral", "mixtures of experts"),
         ("qwen3_moe", "mixtures of experts"),
     ],

@@ -312,9 +312,11 @@ def _form(tokenizer: Any) -> str:
     last = end_id(tokenizer)
     end = "no end token" if last is None else f"`{tokenizer.convert_ids_to_tokens(last)}`"
     if is_plain(tokenizer):
-        return _PLAIN.format(end=end)
-    dated = "date_string" in str(tokenizer.chat_template)
-    return _TEMPLATE.format(end=end, date=f', date_string="{DATE}"' if dated else "")
+        how = 'plain lines, every turn with a line break after it: `tokenizer(prompt + "\\n")`'
+    else:
+        date = f', date_string="{DATE}"' if "date_string" in str(tokenizer.chat_template) else ""
+        how = f"the base's chat template: `apply_chat_template(turns, add_generation_prompt=True{date})`"
+    return f"\nPrompt it in the form that it was tuned in, {how}. An answer ends with {end}.\n"
 
 
 _RESIDUAL = """
@@ -338,22 +340,3 @@ model = models.load("THE BASE"{where})
 adapters.load(model, Path("PATH OF THIS FOLDER"))
 ```
 """
-_SEAM: Final = """
-The answer was tokenised together with its prompt: its tokens are those that follow the prompt's in the whole text. Only where
-the whole text's tokens do not begin with the prompt's was it tokenised apart.
-"""
-_TEMPLATE: Final = (
-    """
-Prompt it in the form that it was tuned in, the chat template of the base's tokenizer:
-`apply_chat_template(turns, add_generation_prompt=True{date})`. An answer ends with {end}.
-"""
-    + _SEAM
-)
-_PLAIN: Final = (
-    """
-Prompt it in the form that it was tuned in, plain lines, since the base's tokenizer has no chat template: every turn with a line
-break after it, `tokenizer(prompt + "\\n")`, with the start token that the tokenizer adds, without an end token.
-An answer ends with {end}.
-"""
-    + _SEAM
-)

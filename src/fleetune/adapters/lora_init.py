@@ -4,15 +4,13 @@
 | init | A [r, in] | B [out, r] | source |
 |---|---|---|---|
 | default | uniform in +-1/sqrt(in) | 0 | Hu et al. 2021, arXiv 2106.09685, as PEFT |
-| gaussian | normal, deviation 1/r | 0 | as PEFT |
 | shared | a signed sketch: r orthonormal rows, each input in one of them | 0 | ours |
-| orthogonal | from half the rows of an orthogonal [r, r] | from the other half | as PEFT |
 | pissa | sqrt(S_r / s) V_r' | U_r sqrt(S_r / s) | Meng et al. 2024, arXiv 2404.02948, equations 2 and 3 |
 | olora | R_r | Q_r | Buyukakyuz 2024, arXiv 2406.01775, Algorithm 1 |
 
-with U S V' = W0 (the r largest), Q R = W0 and s = alpha / r.  The first three depend on (seed, tensor name) alone
-and are made of Philox words without a math library: equal bits on every machine.  `orthogonal` and the
-decompositions need one, so the server computes them once and sends them.
+with U S V' = W0 (the r largest), Q R = W0 and s = alpha / r.  The first two depend on (seed, tensor name) alone
+and are made of Philox words without a math library: equal bits on every machine.  The decompositions need one, so
+the server computes them once and sends them.
 
 `eva` (`directions`) is the only start that depends on data.  Paischer, Hauzenberger, Schmied, Alkin, Deisenroth, Hochreiter: "One
 Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", 2024, arXiv 2410.07170 (section 3).  With the
@@ -42,7 +40,7 @@ from fleetune.adapters.attachment import attachment_of
 from fleetune.data.encode import Batch
 from fleetune.errors import ModelError
 from fleetune.models.net.model import Model
-from fleetune.seeds.noise import derive, normals, signs, words
+from fleetune.seeds.noise import derive, signs, words
 
 Factors = tuple[np.ndarray, np.ndarray]  # B [out, r], A [r, in], fp32
 
@@ -51,11 +49,6 @@ def default(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
     """Draw A as PEFT starts it (Kaiming-uniform with a = sqrt(5)); B is zero."""
     a = models.uniform(f"lora/{seed}/{layer}.lora_A.weight", (r, into), 1 / math.sqrt(into))
     return np.zeros((out, r), np.float32), a
-
-
-def gaussian(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
-    """Draw A from a normal with deviation 1/r; B is zero."""
-    return np.zeros((out, r), np.float32), _normal(seed, layer, "A", r, into) / np.float32(r)
 
 
 def shared(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
@@ -72,16 +65,6 @@ def shared(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
     return np.zeros((out, r), np.float32), a
 
 
-def orthogonal(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
-    """Draw both factors with product zero: their inner sides are halves of one orthogonal matrix."""
-    if r % 2:
-        raise ModelError(f"an orthogonal start needs an even rank, r is {r}", hint=f"use r={r + 1}")
-    q, _ = np.linalg.qr(_normal(seed, layer, "Q", r, r).astype(np.float64))
-    a = _normal(seed, layer, "A", into, r // 2) @ q[0::2] / 10
-    b = _normal(seed, layer, "B", out, r // 2) @ q[1::2] / 10
-    return b.astype(np.float32), np.ascontiguousarray(a.T, dtype=np.float32)
-
-
 def pissa(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return the r principal directions of W0 [out, in], so that scale B A is their share of it."""
     u, s, vt = torch.linalg.svd(weight, full_matrices=False)
@@ -95,12 +78,8 @@ def olora(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     return q[:, :r], upper[:r]
 
 
-def _normal(seed: int, layer: str, what: str, rows: int, columns: int) -> np.ndarray:
-    return normals(derive("lora", seed, layer, what), 0, 0, rows * columns).reshape(rows, columns)
-
-
 FROM_SEED: Final[Mapping[str, Callable[[str, int, int, int, int], Factors]]] = MappingProxyType(
-    {"default": default, "gaussian": gaussian, "shared": shared, "orthogonal": orthogonal}
+    {"default": default, "shared": shared}
 )
 FROM_WEIGHTS: Final[Mapping[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]]] = MappingProxyType(
     {"pissa": pissa, "olora": olora}

@@ -317,8 +317,7 @@ def test_eva_reads_rows_for_an_encoder_too() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("fedit", {"start": "magic"}, "none of default, gaussian"),
-        ("fedit", {"start": "orthogonal", "r": 3}, "even rank"),
+        ("fedit", {"start": "magic"}, "none of default, shared"),
         ("fedit", {"start": "pissa"}, "dropout=0"),
         ("fedit", {"start": "olora", "dropout": 0, "wire": "fp16"}, "wire=fp32"),
         ("fedit", {"start": "pissa", "dropout": 0, "average": "product"}, "average=separate"),
@@ -326,10 +325,8 @@ def test_eva_reads_rows_for_an_encoder_too() -> None:
         ("fedit", {"ranks": "2,17", "average": "product"}, "1 to r = 16"),
         ("fedit", {"ranks": "0", "average": "product"}, "1 to r = 16"),
         ("fedit", {"ranks": "2;4", "average": "product"}, "1 to r = 16"),
-        ("fedit", {"ranks": "2", "average": "product", "start": "orthogonal"}, "orthogonal"),
         ("fedpetuning", {"start": "pissa", "module": "adapter"}, "module=lora"),
         ("fedpetuning", {"start": "pissa", "wire": "fp16"}, "wire=fp32"),
-        ("fedpetuning", {"start": "orthogonal", "size": 5}, "even rank"),
     ],
 )
 def test_settings_that_do_not_go_together_are_said_at_once(

@@ -139,9 +139,7 @@ class Averaged(methods.Method):
     weight_decay: float = setting(0.0, "λ", "AdamW weight decay")
     clip: float = setting(0.0, "C", "largest norm of a gradient (0: any)")
     targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
-    start: str = setting(
-        "default", "A₀, B₀", "where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva"
-    )
+    start: str = setting("default", "A₀, B₀", "where A and B start: default, shared, pissa, olora, eva")
     start_data: str = setting(
         "demo", "X", "start=eva: rows the server has, a file or demo (32 are read)", only_if="start=eva"
     )

@@ -18,14 +18,12 @@ ROWS: Final = 32  # that eva looks at
 LENGTH: Final = 128  # tokens of each at most
 
 
-def check(start: str, r: int, *, dropout: float, wire: str, start_data: str = "demo") -> None:
+def check(start: str, *, dropout: float, wire: str, start_data: str = "demo") -> None:
     """Raise ValueError, in plain words, for a start that is not known or does not go with the rest."""
     if start not in STARTS:
         raise ValueError(f"start = {start!r} is none of {', '.join(STARTS)}")
     if start_data != "demo" and start != "eva":
         raise ValueError(f"start_data = {start_data!r} is what start=eva looks at; start is {start}")
-    if start == "orthogonal" and r % 2:
-        raise ValueError(f"start=orthogonal needs an even rank, r is {r}")
     if start in FROM_WEIGHTS and (dropout or wire != "fp32"):
         raise ValueError(
             f"start={start} moves a part of the base's weights into A and B, which dropout would drop and fp16 "

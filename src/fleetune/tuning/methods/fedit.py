@@ -31,9 +31,7 @@ Where A and B start is the server's choice (`start`), and every device gets it f
 | start | A and B |
 |---|---|
 | default | A uniform, B zero, as in PEFT |
-| gaussian | A normal with deviation 1/r, B zero |
 | shared | A a signed sketch with orthonormal rows, equal bits on every machine; B zero (ours) |
-| orthogonal | both random, with B A = 0; r must be even |
 | pissa, olora | the strongest directions (or the first of Q R) of each weight W0; what they hold of it is taken out |
 | eva | A the directions that explain most of what the layer sees on rows of the server's (`start_data`); B zero |
 
@@ -92,18 +90,15 @@ class Method(_adapter.Averaged):
             raise ValueError(f"r = {self.r} and alpha = {self.alpha} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
-        _lora_start.check(
-            self.start, self.r, dropout=self.dropout, wire=self.wire, start_data=self.start_data
-        )
+        _lora_start.check(self.start, dropout=self.dropout, wire=self.wire, start_data=self.start_data)
         one = r" *\d+ *"
         if self.ranks and not (
             re.fullmatch(f"{one}(,{one})*", self.ranks) and all(1 <= k <= self.r for k in self.each_rank)
         ):
             raise ValueError(f"ranks = {self.ranks!r} must be numbers from 1 to r = {self.r}, as 4,8,16")
-        if self.ranks and (self.average != "product" or self.start == "orthogonal"):
+        if self.ranks and self.average != "product":
             raise ValueError(
-                "ranks needs average=product (A and B of unlike ranks have no mean of their own), and a start "
-                "other than orthogonal, whose B A is only zero as a whole"
+                "ranks needs average=product (A and B of unlike ranks have no mean of their own)"
             )
         if self.average not in ("separate", "product"):
             raise ValueError(f"average = {self.average!r} is none of separate, product")

@@ -80,7 +80,7 @@ class Method(_adapter.Averaged):
     start: str = setting(
         "default",
         "A₀, B₀",
-        "lora: where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva",
+        "lora: where A and B start: default, shared, pissa, olora, eva",
         only_if="module=lora",
     )
     places: str = setting(
@@ -95,13 +95,7 @@ class Method(_adapter.Averaged):
         if self.size < 0 or self.lr < 0:
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
         self.check_fits()
-        _lora_start.check(
-            self.start,
-            self.size or MODULES[self.module].size,
-            dropout=0.0,
-            wire=self.wire,
-            start_data=self.start_data,
-        )
+        _lora_start.check(self.start, dropout=0.0, wire=self.wire, start_data=self.start_data)
         super().__post_init__()
 
     def written_out(self) -> Self:

@@ -175,10 +175,10 @@ def _for_encoder(
     max_length: int,
 ) -> _Measured:
     from fleetune.data.encode import Cut, positions_of, text_lengths
-    from fleetune.models import encoders
+    from fleetune.models.families.widths import class_of
 
     net: list[PreTrainedModel] = []
-    encoders.class_of(config, net.append)  # without weights
+    class_of(config, net.append, encoder=True)  # without weights
     lengths = list(text_lengths(tokenizer, examples))
     most = min(max_length, positions_of(net[0], tokenizer))
     longer = sum(length > most for length in lengths)
