@@ -11,16 +11,15 @@ import pytest
 import torch
 from adapters_harness import IDS, MASK, NETS, SPECS, each, on, out, stored
 from torch import nn
-from transformers import DistilBertConfig, DistilBertForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 from fleetune import adapters, models
-from fleetune.adapters import Bitfit, Bottleneck, Prefix, Prompt
+from fleetune.adapters import Bitfit, Bottleneck, Lora, Prefix, Prompt
 from fleetune.adapters.attachment import ParameterCopies
 from fleetune.data.encode import Batch
 from fleetune.errors import ModelError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model
-from fleetune.models.net.layers import by_layer, layers_of
+from fleetune.models.net.layers import by_layer
 
 
 @each
@@ -168,26 +167,6 @@ def test_merge_refuses_what_is_more_than_weights(net: str, name: str) -> None:
     assert stored(model) == model.digest
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        (Bottleneck(0), "size 0"),
-        (Bottleneck(4, "sideways"), "sideways"),
-        (Prefix(0), "0 tokens"),
-        (Prefix(3, layers=[2]), r"layers \[2\]"),
-        (Prefix(3, layers=[]), r"layers \[\]"),
-        (Prompt(0), "0 tokens"),
-    ],
-)
-def test_what_cannot_be_attached(spec: Any, message: str) -> None:
-    model = models.tiny_llama()
-    with pytest.raises(ModelError, match=message) as caught:
-        adapters.attach(model, spec, seed=1)
-    assert caught.value.hint
-    assert model.attachment is None
-    assert stored(model) == model.digest
-
-
 def test_a_parent_that_reads_16_bit_parameters_sees_them_rounded() -> None:
     class Mixer(torch.nn.Module):
         def __init__(self) -> None:
@@ -211,26 +190,31 @@ def test_a_parent_that_reads_16_bit_parameters_sees_them_rounded() -> None:
     assert type(net.inner._parameters) is dict
 
 
-def test_other_families_and_biases_of_a_few_layers() -> None:
-    qwen = models.tiny_llama()
-    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "vocab_size": 264}
-    with torch.random.fork_rng(devices=[]):
-        qwen.net = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, num_key_value_heads=2, **sizes)).eval()
-        distil = models.tiny_bert()
-        distil.net = DistilBertForSequenceClassification(
-            DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=40, vocab_size=264)
-        ).eval()
-    qwen.net.requires_grad_(False)
-    distil.net.requires_grad_(False)
-    adapters.attach(qwen, Bitfit(), seed=1)
-    assert {n.split(".")[-2] for n in adapters.trainable(qwen)} == {"q_proj", "k_proj", "v_proj"}
-    adapters.detach(qwen)
-    for model in (qwen, distil):
-        before = out(model)
-        for name, spec in SPECS.items():
-            adapters.attach(model, spec, seed=1)
-            assert torch.equal(out(model), before) == (name not in ("prefix", "some layers", "prompt")), name
-            adapters.detach(model)
-            assert torch.equal(out(model), before)
-    with pytest.raises(ModelError, match="has no list of layers"):
-        layers_of(torch.nn.Linear(1, 1))
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (Bottleneck(0), "size 0"),
+        (Bottleneck(4, "sideways"), "sideways"),
+        (Prefix(0), "0 tokens"),
+        (Prefix(3, layers=[2]), r"layers \[2\]"),
+        (Prefix(3, layers=[]), r"layers \[\]"),
+        (Prompt(0), "0 tokens"),
+        (Lora(0, 8.0), "r = 0"),
+        (Lora(4, 8.0, 1.0), r"dropout = 1\.0"),
+        (Lora(4, 8.0, init="magic"), "no LoRA start named 'magic'"),
+        (Lora(4, 8.0, targets="q_proj,w_proj"), "no linear layer named 'w_proj'"),
+        (Lora(4, 8.0, targets="lm_head"), "no linear layer named 'lm_head'"),
+    ],
+)
+def test_what_cannot_be_attached_leaves_the_model_alone(spec: Any, message: str) -> None:
+    model = models.tiny_llama()
+    with pytest.raises(ModelError, match=message) as caught:
+        adapters.attach(model, spec, seed=1)
+    assert caught.value.hint
+    assert model.attachment is None
+    assert stored(model) == model.digest
+    with pytest.raises(ModelError, match="carries no adapter"):
+        adapters.export(model)
+    adapters.attach(model, Prompt(2), seed=1)
+    with pytest.raises(ModelError, match="already carries a Prompt"):
+        adapters.attach(model, Prompt(2), seed=1)

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fleetune import adapters, models
 from fleetune.adapters import Bottleneck
-from fleetune.errors import FleetuneError, ModelError, StorageError
+from fleetune.errors import FleetuneError, ModelError
 from fleetune.models import Model
 from fleetune.models.cache import cache
 
@@ -156,29 +154,6 @@ def test_the_base_is_named_so_that_others_find_it(tmp_path: Path) -> None:
         assert f"base_model: {public}\n" in card
         assert model.digest in card
         assert str(tmp_path) not in config + card
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
-def test_adapter_files_have_plain_modes_and_foreign_folders_are_left_alone(tmp_path: Path) -> None:
-    model = tuned()
-    old = os.umask(0o022)
-    try:
-        adapters.save(model, tmp_path / "adapter")
-    finally:
-        os.umask(old)
-    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "adapter").iterdir()} == {0o644}
-    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
-        "README.md",
-        "SHA256SUMS",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes").write_text("")
-    with pytest.raises(StorageError, match="something else"):
-        adapters.save(model, tmp_path / "other")
-    adapters.save(attached(5), tmp_path / "adapter")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "other"]
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:

@@ -74,35 +74,6 @@ def test_the_start_is_a_function_of_the_seed_alone() -> None:
     assert adapters.digest(one) == "43e57b989cc825c8938f5023e497bf5d8d1dfd8548933ce649e51202282a7cab"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"r": 0}, "r = 0"),
-        ({"alpha": 0}, "alpha = 0"),
-        ({"dropout": 1.0}, r"dropout = 1\.0"),
-        ({"init": "magic"}, "no LoRA start named 'magic'"),
-        ({"targets": "q_proj,w_proj"}, "no linear layer named 'w_proj'"),
-        ({"targets": "lm_head"}, "no linear layer named 'lm_head'"),
-        ({"targets": []}, "no linear layer"),
-    ],
-)
-def test_what_cannot_be_attached(options: dict[str, Any], message: str) -> None:
-    model = tiny()
-    with pytest.raises(ModelError, match=message) as caught:
-        adapters.attach_lora(model, **({"r": 4, "alpha": 8.0, "seed": 0} | options))
-    assert caught.value.hint
-    assert model.attachment is None
-    assert models.digest(models.named_tensors(model.net)) == model.digest
-
-
-def test_one_adapter_at_a_time_and_none_is_said() -> None:
-    model = attached()
-    with pytest.raises(ModelError, match="already carries a Lora"):
-        adapters.attach_lora(model, r=2, alpha=2, seed=0)
-    with pytest.raises(ModelError, match="carries no adapter"):
-        adapters.export(tiny())
-
-
 def test_export_and_load_are_inverse_and_export_is_a_copy() -> None:
     model, other = tuned(2), attached(3)
     arrays = adapters.export(model)

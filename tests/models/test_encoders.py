@@ -33,8 +33,6 @@ from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.evaluation.answers import answer_ids, label_accuracy, predict
 from fleetune.evaluation.losses import class_measures
 from fleetune.evaluation.measures import evaluate, measure_rows
-from fleetune.models.encoders import head_names
-from fleetune.models.net.layers import head_of
 from fleetune.models.tiny import tiny_pair_tokenizer
 from fleetune.runs.rundir import events
 from fleetune.tuning.recipe.recipe import label_words, make
@@ -153,18 +151,6 @@ def test_an_encoder_that_lacks_more_than_its_head_is_refused(tmp_path: Path) -> 
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks 1 tensors .*bert\.encoder\.layer\.0\.output\.dense\.weight"):
         models.load(str(path), labels=("no", "yes"))
-
-
-def test_the_names_of_a_head() -> None:
-    net = models.tiny_bert().net
-    assert head_names(net) == ["classifier.bias", "classifier.weight"]
-    assert sorted(head_of(net)) == [  # what is trained with any module: the pooler comes after the layers
-        "bert.pooler.dense.bias",
-        "bert.pooler.dense.weight",
-        "classifier.bias",
-        "classifier.weight",
-    ]
-    assert head_of(models.tiny_llama().net) == []
 
 
 # ---------------------------------------------------------------- accuracy

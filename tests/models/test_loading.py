@@ -70,10 +70,8 @@ def test_a_tokenizer_of_another_model_is_refused(saved: Path) -> None:
     ("name", "message"),
     [
         ("./missing", "no file or directory"),
-        ("/nowhere/at/all", "no file or directory"),
         ("missing.gguf", "no file or directory"),
         ("a/b/c", "no file or directory"),
-        ("smollm2-135", "Did you mean 'smollm2-135m'"),
         ("SmolLM2", "Did you mean 'smollm2-135m'"),
         ("two words", "not a model's name"),
         ("org/no..dots", "not a model's name"),
