@@ -17,7 +17,7 @@ from fleetune.common.display import human_bytes
 from fleetune.models.shapes import Shape, shape_of
 from fleetune.models.stored import KEPT
 from fleetune.planning import device_cost
-from fleetune.planning.workload import Workload
+from fleetune.planning.device_cost import Workload
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Footprint
 

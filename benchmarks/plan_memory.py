@@ -65,9 +65,9 @@ def compare(
     Measured are medians of `repeats` processes, taken by turns.
     """
     from fleetune import models
-    from fleetune.planning import plan
+    from fleetune.planning import device_cost, plan
 
-    work = plan.Workload(batch, length, steps, dtype, base)
+    work = device_cost.Workload(batch, length, steps, dtype, base)
     planned = {row.method: row for row in plan.table(models.load_config(model), work)}
     planned[BACKWARD] = _row(model, work, planned["fedkseed"], {"backprop": 1.0})
     planned[PEPTAO] = _row(model, work, planned[PEPTAO], {"lanczos": SETTINGS[PEPTAO]["lanczos"]})

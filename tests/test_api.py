@@ -17,7 +17,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import fleetune
-from fleetune import api, errors, models
+from fleetune import errors, models
+from fleetune.api.names import Rows
 from fleetune.cli.main import main
 from fleetune.common import events
 from fleetune.compression.methods import qronos
@@ -25,7 +26,7 @@ from fleetune.deploy.measure import harness
 from fleetune.evaluation import losses
 from fleetune.runs.compression_folder import CompressOptions, CompressRequest
 from fleetune.tuning.methods import fedkseed
-from fleetune.tuning.recipe import objects_to_files
+from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
 from fleetune.tuning.result import finished
 
@@ -128,7 +129,7 @@ def test_the_public_names_are_these() -> None:
 
 
 def test_importing_it_loads_nothing_heavy() -> None:
-    script = "import sys, fleetune, fleetune.api; print([m for m in ('torch', 'transformers', 'numba') if m in sys.modules])"
+    script = "import sys, fleetune, fleetune.api.tuning, fleetune.api.deployment, fleetune.api.evaluation, fleetune.api.names; print([m for m in ('torch', 'transformers', 'numba') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -151,7 +152,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
     ],
 )
 def test_the_pipeline_is_typed_and_described(name: str) -> None:
-    function = getattr(api, name)
+    function = getattr(fleetune, name)
     signature = inspect.signature(function)
     assert signature.return_annotation is not inspect.Signature.empty
     assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
@@ -161,7 +162,7 @@ def test_the_pipeline_is_typed_and_described(name: str) -> None:
 
 def test_options_of_tune_are_those_of_a_recipe() -> None:
     recipe = {n: t for n, t in get_type_hints(Recipe).items() if n not in ("model", "data", "method", "set")}
-    assert get_type_hints(RecipeOptions) == recipe | {"eval_data": api.Rows}
+    assert get_type_hints(RecipeOptions) == recipe | {"eval_data": Rows}
 
 
 def test_options_of_compress_are_those_of_a_request() -> None:
@@ -170,7 +171,7 @@ def test_options_of_compress_are_those_of_a_request() -> None:
     }
     assert get_type_hints(CompressOptions) == asked
     defaults = {f.name: f.default for f in dataclasses.fields(CompressRequest) if f.name in asked}
-    stated = {n: p.default for n, p in inspect.signature(api.compress).parameters.items() if n in asked}
+    stated = {n: p.default for n, p in inspect.signature(fleetune.compress).parameters.items() if n in asked}
     assert stated | {"data": ""} == defaults
 
 
@@ -380,9 +381,9 @@ def test_the_pipeline_goes_from_a_run_to_a_file(at: Path, monkeypatch: pytest.Mo
 def test_a_plan_has_every_method_and_its_best() -> None:
     plan = fleetune.plan("tiny", ram="4GB", uplink="1Mbps")
     assert set(fleetune.methods()) <= {row.method for row in plan.rows}
-    assert plan.best() in fleetune.methods()
+    assert plan.settings().method in fleetune.methods()
     with pytest.raises(errors.FitError, match="no method fits"):
-        fleetune.plan("tiny", ram=1000).best()
+        fleetune.plan("tiny", ram=1000).settings()
 
 
 def test_what_there_is_can_be_listed() -> None:
@@ -509,7 +510,7 @@ class Holes(Table):
 def test_missing_values_of_a_table_are_no_texts(tmp_path: Path) -> None:
     from fleetune.data import read
 
-    rows = read(objects_to_files.data_name(Holes(), tmp_path))
+    rows = read(objects.data_name(Holes(), tmp_path))
     assert [row.meta for row in rows] == [{"n": "2.0"}, {}, {}]
     assert {row.response for row in rows} == {"a"}
 

@@ -21,7 +21,7 @@ from contract_harness import fleet, key, reply
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import registry
-from fleetune.planning import plan
+from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Payload
 
@@ -120,7 +120,9 @@ def test_the_example_is_listed_and_planned(fedmedian, tmp_path, capsys):
 
 def test_a_method_that_states_no_footprint_has_an_empty_row_in_the_plan(registered):
     name = registered(example().replace("def footprint", "def unstated"))
-    rows = plan.table(models.tiny_llama().net.config, plan.Workload(), rates=plan.Rates(1e11, 1e10), ram=1000)
+    rows = plan.table(
+        models.tiny_llama().net.config, device_cost.Workload(), rates=device_cost.Rates(1e11, 1e10), ram=1000
+    )
     (row,) = [row for row in rows if row.method == name]
     assert {row.peak, row.trainable, row.bytes_up, row.passes, row.seconds} == {None}
     assert plan.cells(row) == [name, "-", "-", "-", "-", "-", ""]

@@ -16,7 +16,7 @@ from fleetune.cli.main import main
 from fleetune.common.events import SweepDone, SweepRun
 from fleetune.errors import FleetuneError, RecipeError, UsageError
 from fleetune.models.net.model import Model
-from fleetune.runs import progress
+from fleetune.runs import listener
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
 FEW: dict[str, Any] = {
@@ -77,12 +77,12 @@ def test_a_run_prints_on_a_terminal_and_nothing_into_a_pipe(
 
 def test_what_is_asked_for_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     own = fleetune.Silent()
-    for stream, usual in ((Terminal(), progress.Progress), (io.StringIO(), fleetune.Silent)):
+    for stream, usual in ((Terminal(), listener.Progress), (io.StringIO(), fleetune.Silent)):
         monkeypatch.setattr(sys, "stdout", stream)
-        assert type(progress.heard_by(None, None)) is usual
-        assert type(progress.heard_by(None, True)) is progress.Progress
-        assert type(progress.heard_by(None, False)) is fleetune.Silent
-        assert progress.heard_by(own, None) is progress.heard_by(own, False) is own
+        assert type(listener.heard_by(None, None)) is usual
+        assert type(listener.heard_by(None, True)) is listener.Progress
+        assert type(listener.heard_by(None, False)) is fleetune.Silent
+        assert listener.heard_by(own, None) is listener.heard_by(own, False) is own
 
 
 def test_a_notebook_counts_as_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,16 +90,16 @@ def test_a_notebook_counts_as_read(monkeypatch: pytest.MonkeyPatch) -> None:
         """As ipykernel has it: no terminal."""
 
     monkeypatch.setattr(sys, "stdout", OutStream())
-    assert not progress.is_read()
+    assert not listener.is_read()
     OutStream.__module__ = "ipykernel.iostream"
-    assert progress.is_read()
+    assert listener.is_read()
     monkeypatch.setattr(sys, "stdout", None)
-    assert not progress.is_read()
+    assert not listener.is_read()
 
 
 def test_counts_are_printed_every_ten_seconds_and_names_are_made_safe() -> None:
     now, stream = [0.0], io.StringIO()
-    shown = progress.Progress(stream, clock=lambda: now[0])
+    shown = listener.Progress(stream, clock=lambda: now[0])
     for done in range(30):
         now[0] = float(done)
         shown.progress("blocks", done, 30)

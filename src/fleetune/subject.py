@@ -31,7 +31,7 @@ from fleetune.common.shell import quoted
 from fleetune.errors import DataError, UsageError
 from fleetune.models.cache import cache, names
 from fleetune.models.cache.names import is_master
-from fleetune.runs import compression_folder, folder_names, rundir
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.runs.listener import Listener
 
@@ -259,7 +259,7 @@ def open(name: object, out: str | Path = "runs") -> Subject:
     if text != "latest" and is_master(path):
         return Compressed(None, path)
     run, smaller = _run(text, runs), compression_folder.find(text, runs)
-    if smaller and not (run and folder_names.number(smaller) <= folder_names.number(run.resolve())):
+    if smaller and not (run and rundir.number(smaller) <= rundir.number(run.resolve())):
         return Compressed(smaller)  # both have a `latest`
     if run:
         return Run(run)
@@ -281,8 +281,8 @@ def open_weights(name: object, out: str | Path = "runs") -> Run | Plain:
         run = _run(text, runs)
         done = [p for p in compression_folder.listing(runs) if compression_folder.is_complete(p)]
         plain = [p for p in done if not is_master(p / "model")]
-        newest = max(plain, key=folder_names.number, default=None)
-        if newest and not (run and folder_names.number(newest) < folder_names.number(run.resolve())):
+        newest = max(plain, key=rundir.number, default=None)
+        if newest and not (run and rundir.number(newest) < rundir.number(run.resolve())):
             return Plain(str(newest / "model"))
         if run:
             return Run(run)

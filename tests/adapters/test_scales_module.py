@@ -13,7 +13,8 @@ import torch
 from deploy_harness import BLOCKS, gguf_of, tiny
 from torch import Tensor
 
-from fleetune import adapters, api, models
+import fleetune
+from fleetune import adapters, models
 from fleetune.adapters import Scales
 from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.deploy import patch, patch_make
@@ -235,11 +236,11 @@ def test_what_a_run_trained_is_the_file_that_it_exports_and_its_patch_makes(
     kind: str, tmp_path: Path
 ) -> None:
     file, settings = gguf_of(tmp_path, kind), {"lr": 0.05, "batch_size": 2}
-    run = api.tune(
+    run = fleetune.tune(
         str(file), ROWS, method="fedpetuning", train="scales", settings=settings, out=tmp_path / "runs", **FEW
     )
     out = tmp_path / "out.gguf"
-    api.export(run, path=out)
+    fleetune.export(run, path=out)
     assert out.stat().st_size == file.stat().st_size
     tuned, exported = finished.load(run.folder), models.load(str(out), device="cpu", base="mapped")
     assert torch.equal(logits(exported), logits(tuned))

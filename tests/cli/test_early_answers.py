@@ -14,7 +14,7 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.data import readers
 from fleetune.errors import UsageError
-from fleetune.runs import compression_folder, folder_names
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CompressRequest
 
 RUN, SMALL = "runs/0001-fedit-tiny", "runs/0002-optq-fedit-tiny"
@@ -94,9 +94,9 @@ def test_a_compression_of_a_model_has_no_gain_to_keep(at: Path, capsys: pytest.C
 
 
 def test_no_run_is_suggested_where_there_is_none() -> None:
-    assert folder_names.none_such("3", Path("runs"), []).hint == "runs there are: fleetune runs"
+    assert rundir.none_such("3", Path("runs"), []).hint == "runs there are: fleetune runs"
     assert (
-        folder_names.none_such("x", Path("a"), ["0001-y-z"]).hint
+        rundir.none_such("x", Path("a"), ["0001-y-z"]).hint
         == "the newest is a/0001-y-z; runs there are: fleetune runs --out a"
     )
 

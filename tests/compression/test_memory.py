@@ -31,7 +31,7 @@ from fleetune.models.artefact import dense
 from fleetune.models.lazy import LazyWeight, in_memory, weights_of
 from fleetune.models.net.saving import write_in_turn
 from fleetune.models.shapes import shape_of
-from fleetune.planning import compression_cost, plan
+from fleetune.planning import compression_cost, device_cost, plan
 from fleetune.runs.listener import Silent
 
 TYPES = [torch.int8, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]
@@ -366,6 +366,6 @@ def test_what_it_takes_is_said_before_it_begins(
 
 
 def test_plan_says_what_compressing_takes() -> None:
-    text = dict(plan.describe(llama(), "m", plan.Workload()))["compress"]
+    text = dict(plan.describe(llama(), "m", device_cost.Workload()))["compress"]
     assert "the default method over 128 windows of 512 tokens" in text
     assert "with --low-memory" in text

@@ -21,7 +21,7 @@ from fleetune.deploy.export import export
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
-from fleetune.tuning.recipe import objects_to_files
+from fleetune.tuning.recipe import objects
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SIZES: dict[str, Any] = {
@@ -151,6 +151,6 @@ def test_the_refusal_of_gguf_names_the_target_that_keeps_the_codes(kind: str, tm
 
 def test_models_in_memory_that_differ_in_a_buffer_are_two(tmp_path: Path) -> None:
     model = model_of("deepseek_v3", tmp_path / "m")
-    first = objects_to_files.model_name(model.net, model.tokenizer, tmp_path / "runs")
+    first = objects.model_name(model.net, model.tokenizer, tmp_path / "runs")
     next(iter(buffers_of(model.net).values())).add_(1)
-    assert objects_to_files.model_name(model.net, model.tokenizer, tmp_path / "runs") != first
+    assert objects.model_name(model.net, model.tokenizer, tmp_path / "runs") != first

@@ -12,7 +12,8 @@ import pytest
 import torch
 from deploy_harness import compressed, tiny
 
-from fleetune import api, models
+import fleetune
+from fleetune import models
 from fleetune.data import Encoded
 from fleetune.deploy.export import export
 from fleetune.errors import ModelError, RecipeError
@@ -175,8 +176,8 @@ def test_a_run_goes_on_where_the_base_is_elsewhere_to_the_same_bits(file: Path, 
         "settings": {"lr": 1e-3, "steps": 2},
     }
     rows = [{"prompt": f"say {i}", "response": f"it is {i}"} for i in range(24)]
-    whole = api.tune(str(file), rows, method="fedit", rounds=2, base="memory", out=tmp_path / "a", **few)
-    half = api.tune(str(file), rows, method="fedit", rounds=1, base="memory", out=tmp_path / "b", **few)
+    whole = fleetune.tune(str(file), rows, method="fedit", rounds=2, base="memory", out=tmp_path / "a", **few)
+    half = fleetune.tune(str(file), rows, method="fedit", rounds=1, base="memory", out=tmp_path / "b", **few)
     with pytest.raises(RecipeError, match="base = 'disk' is none of auto, memory, mapped"):
-        api.resume_run(half, rounds=2, base="disk")
-    assert api.resume_run(half, rounds=2, base="mapped").done.digest == whole.done.digest
+        fleetune.resume_run(half, rounds=2, base="disk")
+    assert fleetune.resume_run(half, rounds=2, base="mapped").done.digest == whole.done.digest

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from deploy_harness import compressed, gguf_of, tiny, tokenizer
 
-from fleetune import api
+import fleetune
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import ollama
 from fleetune.errors import UsageError
@@ -60,7 +60,7 @@ def test_the_folder_has_the_gguf_file_and_the_modelfile(tmp_path: Path) -> None:
 def test_a_run_that_trained_scales_gives_its_own_file(tmp_path: Path) -> None:
     file = gguf_of(tmp_path)
     rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnop"]
-    run = api.tune(
+    run = fleetune.tune(
         str(file),
         rows,
         method="fedpetuning",
@@ -73,8 +73,8 @@ def test_a_run_that_trained_scales_gives_its_own_file(tmp_path: Path) -> None:
         held_out=4,
         out=tmp_path / "runs",
     )
-    whole = api.export(run, path=tmp_path / "tuned.gguf").path
-    folder = api.export(run, to="ollama", path=tmp_path / "ollama").path
+    whole = fleetune.export(run, path=tmp_path / "tuned.gguf").path
+    folder = fleetune.export(run, to="ollama", path=tmp_path / "ollama").path
     assert sorted(p.name for p in folder.iterdir()) == ["Modelfile", "model.gguf"]
     assert (folder / "model.gguf").read_bytes() == whole.read_bytes()
     assert (folder / "Modelfile").read_text().startswith("FROM ./model.gguf\nPARAMETER stop")

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from patch_harness import ledger_on, load, visible
 
-from fleetune import api, models
+import fleetune
+from fleetune import models
 from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.sums import sha256
 from fleetune.deploy import patch, patch_make
@@ -330,7 +331,7 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
         "onebyte": {"directions": 6, "batch_size": 4},
     }[method]
     rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
-    run = api.tune(
+    run = fleetune.tune(
         str(file),
         rows,
         method=method,
@@ -344,7 +345,7 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
         held_out=4,
     )
     assert run.done.digest != models.load(str(file), device="cpu").digest
-    out = api.export(run, path=tmp_path / "new" / "tuned.gguf").path
+    out = fleetune.export(run, path=tmp_path / "new" / "tuned.gguf").path
     tuned = models.load(str(out), device="cpu")
     assert tuned.digest == run.done.digest
     made = patch_make.of_ledger(file, finished.ledger_of(Path(run.done.run)))

@@ -20,7 +20,8 @@ from family_harness import save
 from test_super_blocks import in_super_blocks
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fleetune import api, models, subject
+import fleetune
+from fleetune import models, subject
 from fleetune.cli.main import main
 from fleetune.common import ggml
 from fleetune.compression.layerwise.grids import Grid
@@ -44,7 +45,7 @@ def codes(folder: Path, **grid: Any) -> subject.Compressed:
 
 def exported(found: subject.Compressed, folder: Path) -> Path:
     """The same model's export, of the same name, in another folder."""
-    return api.export(found, to="gguf", path=folder / "elsewhere" / f"{found.home.name}.gguf").path
+    return fleetune.export(found, to="gguf", path=folder / "elsewhere" / f"{found.home.name}.gguf").path
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -64,7 +65,7 @@ def test_it_is_what_export_writes_where_export_puts_it_and_is_written_once(kind:
     assert "rounded to Q8_0" in told[0]
     assert len(told) == 2
     place.unlink()
-    assert api.export(found, to="gguf").path.read_bytes() == exported(found, tmp_path / "2").read_bytes()
+    assert fleetune.export(found, to="gguf").path.read_bytes() == exported(found, tmp_path / "2").read_bytes()
     assert tunable_file.of(found, told.append) == place, "what export wrote before is taken"
     assert "there already" in told[2]
 
@@ -132,7 +133,7 @@ def test_the_file_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def compression(folder: Path, model: Path, method: str = "rtn", **settings: Any) -> subject.Compressed:
-    done = api.compress(
+    done = fleetune.compress(
         str(model),
         method=method,
         settings=settings,

@@ -33,6 +33,7 @@ from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import ANSWER
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
 
 __all__ = ["device_place", "folder", "job", "place"]
@@ -247,7 +248,7 @@ def test_a_server_whose_disk_is_full_says_so_and_goes_on_later(
             raise StorageError("as the run did")
         (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
         with served(port) as fleets:
-            found = running.resume(run, fleetune.Silent(), offline=True, fleets=fleets)
+            found = resuming.resume(run, fleetune.Silent(), offline=True, fleets=fleets)
     assert found.done.digest == expected
     injected("disk of the server full", 1)
 

@@ -34,6 +34,7 @@ from fleetune.fleet.server import Place, Served
 from fleetune.fleet.worker import Brings
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
 
 CLIENTS = 3
@@ -251,7 +252,7 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
         joined[1] = Device(port, 1)
         joined[1].start()
         with Served(where, pace=QUICK) as fleets:
-            found = running.resume(run, goes_on, offline=True, fleets=fleets)
+            found = resuming.resume(run, goes_on, offline=True, fleets=fleets)
     assert found.done.digest == simulated.done.digest
     assert goes_on.rounds == {2}
 

@@ -26,7 +26,8 @@ from transformers import (
     RobertaModel,
 )
 
-from fleetune import api, models
+import fleetune
+from fleetune import models
 from fleetune.data import Example
 from fleetune.data.encode import encode, encode_rows
 from fleetune.errors import DataError, ModelError, RecipeError
@@ -235,7 +236,7 @@ def data(path: Path, label: str = "label") -> str:
 
 def test_a_run_of_an_encoder_on_labelled_rows(tmp_path: Path) -> None:
     path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
-    found = api.tune(
+    found = fleetune.tune(
         path,
         data(tmp_path / "qnli.jsonl"),
         out=tmp_path / "runs",
@@ -278,7 +279,7 @@ def test_a_run_that_an_encoder_cannot_do_ends_before_any_work(
         "clients": 2,
     }
     with pytest.raises(error, match=said):
-        api.tune(make(options | changes), out=tmp_path / "runs")
+        fleetune.tune(make(options | changes), out=tmp_path / "runs")
 
 
 def test_a_label_word_may_have_a_comma(tmp_path: Path) -> None:
@@ -294,13 +295,13 @@ def test_a_label_word_may_have_a_comma(tmp_path: Path) -> None:
         "samples": 0,
         "out": tmp_path / "runs",
     }
-    run = api.tune(path, tmp_path / "a.jsonl", settings={"module": "bitfit"}, max_length=16, **few)
-    recipe = api.open(run).recipe
+    run = fleetune.tune(path, tmp_path / "a.jsonl", settings={"module": "bitfit"}, max_length=16, **few)
+    recipe = fleetune.open(run).recipe
     assert recipe.labels == "a\\, b,c\\\\,d,e"
     assert label_words(recipe.labels) == run.model().labels == tuple(names)
-    measured = api.evaluate(run, tasks="accuracy", labels=recipe.labels)
+    measured = fleetune.evaluate(run, tasks="accuracy", labels=recipe.labels)
     assert measured["accuracy"] == pytest.approx(run.done.tuned["accuracy"])
     rows = [{"text": f"t{i}", "label": ["a\\", "c"][i % 2]} for i in range(12)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(RecipeError, match="ends with a backslash"):
-        api.tune(path, tmp_path / "a.jsonl", **few)
+        fleetune.tune(path, tmp_path / "a.jsonl", **few)

@@ -14,7 +14,7 @@ from fleetune.common.display import human_bytes
 from fleetune.errors import FitError, RecipeError
 from fleetune.models.shapes import shape_of
 from fleetune.planning import choose, device_cost
-from fleetune.planning.fitting import Search
+from fleetune.planning.plan import Search
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe

@@ -17,9 +17,9 @@ from fleetune import models
 from fleetune.cli.main import build_parser, main
 from fleetune.errors import FitError, UsageError
 from fleetune.models.shapes import shape_of
-from fleetune.planning import device_cost, fitting, plan
-from fleetune.planning.fitting import Search, Settings
-from fleetune.planning.workload import Workload
+from fleetune.planning import device_cost, plan
+from fleetune.planning.device_cost import Workload
+from fleetune.planning.plan import Search, Settings
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Footprint
 
@@ -39,9 +39,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def memory(shape: Any, work: Workload, footprint: Footprint) -> dict[str, int]:
         return {"weights": work.batch * work.length * work.size * (footprint.gradient != "none")}
 
-    monkeypatch.setattr(fitting, "SERVER", 0)
+    monkeypatch.setattr(plan, "SERVER", 0)
     monkeypatch.setattr(device_cost, "FLOOR", 0)
-    monkeypatch.setattr(fitting, "_cached", lambda shape, work: 0)
+    monkeypatch.setattr(plan, "_cached", lambda shape, work: 0)
     monkeypatch.setattr(device_cost, "memory", memory)
 
 
@@ -127,7 +127,7 @@ def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:
     assert [s.work.base for s in every[:4]] == ["memory", "mapped"] * 2  # before anything is made smaller
     work = Workload(8, 512)
     footprint = methods.make("fedit", {}).footprint(shape)
-    server = fitting.SERVER * 4 * footprint.module.size
+    server = plan.SERVER * 4 * footprint.module.size
     assert tried[8, 512, "fp32"].peak == sum(device_cost.memory(shape, work, footprint).values()) + server
     one = Workload(1, 64)
     measured = sum(device_cost.memory(shape, Workload(8, 64), Footprint("none")).values())
@@ -150,7 +150,7 @@ def test_the_keys_and_values_of_answers_are_counted(shape: Any) -> None:
     own = 8 * (512 + 96) * 2 * sum(width for _, width in shape.attention) * 4
     forward = device_cost.memory(shape, replace(work, batch=8, length=1), Footprint("none"))
     footprint = methods.make("fedpetuning", {}).footprint(shape)
-    server = fitting.SERVER * 4 * footprint.module.size
+    server = plan.SERVER * 4 * footprint.module.size
     step = sum(device_cost.memory(shape, work, footprint).values())
     measured = sum(device_cost.memory(shape, replace(work, batch=8), Footprint("none")).values())
     assert own > 0
@@ -169,7 +169,7 @@ def test_only_what_tune_does_not_do_by_itself_is_said() -> None:
     }
     mapped = Settings("fedit", Workload(8, 512, 200, "fp32", "mapped"), 1, 1)
     assert mapped.options() == {"method": "fedit", "base": "mapped"}
-    assert list(fitting.axes(5)["batch"]) == [5, 2, 1]
+    assert list(plan.axes(5)["batch"]) == [5, 2, 1]
 
 
 # --- the command and the function --------------------------------------------------------------------------
@@ -237,10 +237,10 @@ def test_what_is_given_is_kept_and_said(folder: str, capsys: pytest.CaptureFixtu
 def test_the_function_returns_the_settings_as_arguments_of_tune(folder: str) -> None:
     whole = fleetune.plan(folder, ram="64GB")
     assert whole.settings().options() == {"method": "fedit"}
-    assert whole.best() == "fedit"
-    assert whole.settings().work.length == fitting.longest() == 512
+    assert whole.settings().method == "fedit"
+    assert whole.settings().work.length == plan.longest() == 512
     small = fleetune.plan(folder, ram="64GB", batch=3, length=100, dtype="fp32").settings()
     assert small.options() == {"method": "fedit", "settings": {"batch_size": 3}, "max_length": 100}
     with pytest.raises(UsageError, match="--batch 0"):
         fleetune.plan(folder, batch=0)
-    assert plan.Workload().batch == 8
+    assert device_cost.Workload().batch == 8

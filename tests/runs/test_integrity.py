@@ -23,7 +23,7 @@ from fleetune import report
 from fleetune.cli.listener import InterruptHandler
 from fleetune.common.folders import SUFFIX, scratch, staged, sweep
 from fleetune.errors import StorageError
-from fleetune.runs import env_file, metrics, rundir
+from fleetune.runs import metrics, rundir
 from fleetune.runs.metrics import Metrics
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.exchange import messages
@@ -175,7 +175,7 @@ def test_a_checkpoint_states_what_it_stands_on(made) -> None:
     assert stated is not None
     assert stated[0] == checkpoint.stated_in(file)
     assert (stated[0].recipe["rounds"], stated[0].recipe["set.scaffold"]) == (3, True)
-    assert stated[0].base == env_file.base_digest(path)
+    assert stated[0].base == rundir.base_digest(path)
     data = (path / "metrics.jsonl").read_bytes()[: stated[1]]
     assert data.count(b"\n") == len(list(metrics.events(path))) - 1
     kept = checkpoint.kept_in(payload)

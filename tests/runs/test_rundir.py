@@ -22,7 +22,7 @@ import pytest
 
 from fleetune.common.folders import SUFFIX
 from fleetune.errors import MessageError, StorageError, UsageError
-from fleetune.runs import env_file, rundir
+from fleetune.runs import rundir
 from fleetune.runs.rundir import KEEP, RunDir, checkpoints, create, events, find, listing
 from fleetune.tuning.exchange.messages import Message, Payload, encode
 from fleetune.tuning.rounds import checkpoint
@@ -578,7 +578,7 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 
 
 def test_the_environment_names_versions_and_what_is_added():
-    found = env_file.environment({"device": "cpu"})
+    found = rundir.environment({"device": "cpu"})
     assert found["device"] == "cpu"
     assert found["numpy"] == np.__version__
     assert {"fleetune", "python", "torch", "transformers", "peft", "numba", "safetensors", "system"} <= set(

@@ -117,7 +117,7 @@ def test_another_word_is_refused_before_any_work(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(("word", "counted"), [("auto", 104), ("numba", 104), ("torch", 10)])
 def test_the_plan_counts_the_chosen_kernels(monkeypatch, word, counted):
     monkeypatch.setenv(seeds.VARIABLE, word)
-    rows = plan.table(tiny_llama().net.config, plan.Workload(), rates=plan.Rates(1e11, 1e10))
+    rows = plan.table(tiny_llama().net.config, device_cost.Workload(), rates=device_cost.Rates(1e11, 1e10))
     floor = {row.method: row.parts["floor"] for row in rows}
     for name in ("mezo", "zosgd", "fedkseed", "onebyte"):
         assert floor[name] - floor["inference"] == counted * device_cost.MIB
@@ -125,7 +125,11 @@ def test_the_plan_counts_the_chosen_kernels(monkeypatch, word, counted):
 
 
 def test_the_plan_counts_the_time_of_the_chosen_kernels(monkeypatch):
-    config, work, rates = tiny_llama().net.config, plan.Workload(steps=5), plan.Rates(1e11, 1e10)
+    config, work, rates = (
+        tiny_llama().net.config,
+        device_cost.Workload(steps=5),
+        device_cost.Rates(1e11, 1e10),
+    )
     seconds = {}
     for word in ("auto", "numba", "torch"):
         monkeypatch.setenv(seeds.VARIABLE, word)

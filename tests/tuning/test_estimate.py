@@ -23,7 +23,7 @@ from fleetune.tuning.prepare import estimate, prepare
 from fleetune.tuning.prepare.estimate import Estimate, advice, evaluations_of, fitted, rest, seconds_of
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.run import eval_file, per_client, validation
+from fleetune.tuning.run import evaluation
 
 
 def recipe(method: str, **values: Any) -> Recipe:
@@ -96,12 +96,12 @@ def test_the_parts_are_what_the_run_does(place: Path, monkeypatch: pytest.Monkey
         return called
 
     monkeypatch.setattr(
-        eval_file, "generate", counted("answers", eval_file.generate, lambda m, prompts, **_: len(prompts))
+        evaluation, "generate", counted("answers", evaluation.generate, lambda m, prompts, **_: len(prompts))
     )
-    losses = counted("client rows", per_client.all_row_losses, lambda m, rows, size: len(rows))
-    monkeypatch.setattr(per_client, "all_row_losses", losses)
-    measure = counted("evaluations", validation.measure_rows, lambda m, rows, *_, **__: len(rows))
-    monkeypatch.setattr(validation, "measure_rows", measure)
+    losses = counted("client rows", evaluation.all_row_losses, lambda m, rows, size: len(rows))
+    monkeypatch.setattr(evaluation, "all_row_losses", losses)
+    measure = counted("evaluations", evaluation.measure_rows, lambda m, rows, *_, **__: len(rows))
+    monkeypatch.setattr(evaluation, "measure_rows", measure)
     found = prepare.prepare(own).estimate
     assert found is not None
     fleetune.tune(own, offline=True)

@@ -21,7 +21,7 @@ from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.tuning.prepare import prepare, rates
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.run import extension
+from fleetune.tuning.run import resume
 
 FEW: dict[str, Any] = {
     "clients": 3,
@@ -145,7 +145,7 @@ def test_a_stop_while_it_is_written_down_costs_nothing() -> None:
     file = short.folder / "run.toml"
     old = file.read_text()
     with rundir.RunDir(short.folder) as folder:
-        extension.write(recipes.make(recipes.read(file) | {"rounds": 3}), folder)
+        resume.write_rounds(recipes.make(recipes.read(file) | {"rounds": 3}), folder)
     assert rundir.status_of(short.folder) == "interrupted"
     new = file.read_text()
     file.write_text(old)
@@ -174,7 +174,7 @@ def test_a_kill_while_it_is_written_down_costs_nothing(written: int, monkeypatch
         return called
 
     with monkeypatch.context() as killed:
-        killed.setattr(extension, "write_atomic", until_killed(extension.write_atomic))
+        killed.setattr(resume, "write_atomic", until_killed(resume.write_atomic))
         for name in ("write", "status", "log"):
             killed.setattr(rundir.RunDir, name, until_killed(getattr(rundir.RunDir, name)))
         with pytest.raises(SystemExit, match="killed"):

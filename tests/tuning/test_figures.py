@@ -12,7 +12,8 @@ from typing import Any
 import contract_harness
 import pytest
 
-from fleetune import api, models
+import fleetune
+from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import Event, RoundEvaluated
 from fleetune.errors import DataError, Interrupted, RecipeError
@@ -23,7 +24,7 @@ from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
-from fleetune.tuning.run import remarks
+from fleetune.tuning.run import describe
 
 FAST: dict[str, Any] = {
     "clients": 2,
@@ -51,7 +52,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tune(places: Path, out: Path, method: str = "fedkseed", model: str = "llama", **more: Any) -> Any:
     options = FAST | more
-    return api.tune(str(places / model), str(places / "rows.jsonl"), method=method, out=out, **options)
+    return fleetune.tune(str(places / model), str(places / "rows.jsonl"), method=method, out=out, **options)
 
 
 class UntilBase(Silent):
@@ -142,7 +143,7 @@ def test_an_encoder_with_a_new_head_says_so(places: Path, tmp_path: Path) -> Non
     bare = tmp_path / "bare"
     models.save(tiny_bert().net, tiny_bert().tokenizer, bare)
     (bare / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
-    new = api.tune(
+    new = fleetune.tune(
         str(bare), str(places / "rows.jsonl"), method="fedpetuning", settings=settings, out=tmp_path, **FAST
     )
     assert any("head is new" in text for text in new.done.remarks)
@@ -288,7 +289,7 @@ def test_one_reply_is_no_plural(quorum: int, stays: bool, words: str, tmp_path: 
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"v": 1, "t": 0, **e}) + "\n" for e in events))
     job: Any = SimpleNamespace(recipe=SimpleNamespace(quorum=quorum), objective="loss")
     run: Any = SimpleNamespace(path=tmp_path)
-    assert remarks.of_unmoved(job, run, stays=stays).startswith(words)
+    assert describe.of_unmoved(job, run, stays=stays).startswith(words)
 
 
 def test_the_number_of_answers_behind_rouge_is_told(places: Path, tmp_path: Path, capsys: Any) -> None:
@@ -335,7 +336,7 @@ def test_a_resumed_run_keeps_its_base_and_start(places: Path, tmp_path: Path) ->
 
     with pytest.raises(Interrupted):
         tune(places, tmp_path / "b", "fedpetuning", settings=settings, rounds=2, listener=Stop())
-    done = api.resume_run(rundir.find("latest", tmp_path / "b"), out=tmp_path / "b", offline=True).done
+    done = fleetune.resume_run(rundir.find("latest", tmp_path / "b"), out=tmp_path / "b", offline=True).done
     assert (done.base, done.start, done.tuned, done.digest) == (
         whole.base,
         whole.start,

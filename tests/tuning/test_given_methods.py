@@ -19,7 +19,7 @@ from fleetune.common.settings import setting
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.tuning import methods
 from fleetune.tuning.methods import fedit, mezo
-from fleetune.tuning.recipe import given_methods
+from fleetune.tuning.recipe import objects
 
 FEW: dict[str, Any] = {
     "clients": 2,
@@ -124,14 +124,14 @@ def test_a_later_class_of_the_name_takes_its_place() -> None:
     class Own(fedit.Method):
         extra: int = 1
 
-    assert given_methods.registered(Own()) == "own"
+    assert objects.registered(Own()) == "own"
 
     @dataclass(frozen=True)
     class Other(fedit.Method):
         more: int = 1
 
     Other.__name__ = "Own"
-    assert given_methods.registered(Other()) == "own"
+    assert objects.registered(Other()) == "own"
     assert methods.settings("own")[-1].name == "more"
 
 
@@ -143,10 +143,10 @@ def test_the_result_of_a_class_whose_name_another_kind_took_since_is_still_used(
         pass
 
     Other.__name__ = "MiddleLora"
-    assert given_methods.registered(Other()) == "middle-lora"
+    assert objects.registered(Other()) == "middle-lora"
     assert run.model().attachment is not None
     assert fleetune.export(run, to="peft").path.is_dir()
-    assert given_methods.settings_of(fleetune.open(run).recipe)["shrink"] == 1.0
+    assert objects.method_settings(fleetune.open(run).recipe)["shrink"] == 1.0
 
 
 def test_a_dry_run_says_as_the_run_does_that_a_method_is_not_known_here(

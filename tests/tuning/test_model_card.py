@@ -20,8 +20,8 @@ from fleetune.cli.main import build_parser
 from fleetune.common import sums
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import finished
-from fleetune.tuning.result.result import TuneResult
-from fleetune.tuning.run import model_card, run_facts
+from fleetune.tuning.result.finished import TuneResult
+from fleetune.tuning.run import describe, model_card
 from fleetune.tuning.run.describe import samples_page
 
 SECRET = "the otter's passphrase"
@@ -106,8 +106,8 @@ def test_the_command_on_a_card_makes_the_recipe_again(written: tuple[TuneResult,
     (line,) = [w for w in (folder / "README.md").read_text().splitlines() if w.startswith("fleetune tune ")]
     recipe = finished.recipe_of(run.folder)
     made = tune.recipe_of(build_parser("tune").parse_args(shlex.split(line)[1:]))
-    named = {n: run_facts.public(getattr(recipe, n)) for n in run_facts.NAMED}
-    assert run_facts.of_recipe(made) == run_facts.of_recipe(dataclasses.replace(recipe, **named))
+    named = {n: describe.public(getattr(recipe, n)) for n in describe.NAMED}
+    assert describe.recipe_facts(made) == describe.recipe_facts(dataclasses.replace(recipe, **named))
     assert (made.model, made.data) == ("tiny", "rows.jsonl")
 
 
@@ -134,7 +134,7 @@ def test_the_adapters_folder_is_whole_with_its_card(runs: dict[str, TuneResult])
     ],
 )
 def test_a_name_is_public_without_its_folders(text: str, public: str) -> None:
-    assert run_facts.public(text) == public
+    assert describe.public(text) == public
 
 
 def test_a_built_in_base_is_linked_with_its_licence(runs: dict[str, TuneResult]) -> None:
@@ -148,7 +148,7 @@ def test_a_built_in_base_is_linked_with_its_licence(runs: dict[str, TuneResult])
 def test_a_file_that_a_setting_names_is_told_by_its_last_part(tmp_path: Path) -> None:
     rows = tmp_path / "eva.jsonl"
     recipe = Recipe(model="m", data="d.jsonl", method="fedit", set={"start": "eva", "start_data": str(rows)})
-    assert run_facts.of_recipe(recipe)["set.start_data"] == "eva.jsonl"
+    assert describe.recipe_facts(recipe)["set.start_data"] == "eva.jsonl"
     assert str(tmp_path) not in model_card.command_of(recipe)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fleetune import api, models
+import fleetune
+from fleetune import models
 from fleetune.common import files
 from fleetune.common.events import ClientReply, Event, RoundDone
 from fleetune.errors import Interrupted
@@ -20,10 +21,10 @@ from fleetune.models import tiny_bert, tiny_llama
 from fleetune.runs import rundir
 from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
-from fleetune.tuning.prepare import client_rows, prepare
+from fleetune.tuning.prepare import estimate, prepare
 from fleetune.tuning.recipe import recipe
 from fleetune.tuning.recipe.settled import given, settled
-from fleetune.tuning.run import per_client
+from fleetune.tuning.run import evaluation
 
 FAST: dict[str, Any] = {"samples": 0, "max_length": 64, "rounds": 1, "offline": True, "listener": Silent()}
 SITES = ("north", "south", "west")
@@ -43,7 +44,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(places: Path, out: Path, method: str = "fedit", model: str = "llama", **more: Any) -> Any:
-    return api.tune(str(places / model), str(places / "rows.jsonl"), method=method, out=out, **(FAST | more))
+    return fleetune.tune(
+        str(places / model), str(places / "rows.jsonl"), method=method, out=out, **(FAST | more)
+    )
 
 
 def job_of(places: Path, model: str = "llama", **more: Any) -> prepare.TuneJob:
@@ -81,12 +84,12 @@ def test_losses_before_and_after_are_those_of_the_clients_own_rows(places: Path,
 def test_rows_that_are_trained_on_are_used_and_said_where_held_out_ones_are_too_few(places: Path) -> None:
     for more in ({"partition": "iid", "clients": 3}, {"partition": "column:site", "held_out": 3}):
         job = job_of(places, **more)
-        own = per_client.chosen(job)
+        own = evaluation.client_rows(job)
         assert own is not None
         assert own.kind == "training"
         for rows, chosen in zip(job.rows, own.rows, strict=True):
             assert {id(r) for r in chosen} <= {id(r) for r in rows}
-        again = per_client.chosen(job)
+        again = evaluation.client_rows(job)
         assert again is not None
         assert [[id(r) for r in rows] for rows in again.rows] == [[id(r) for r in rows] for rows in own.rows]
 
@@ -105,17 +108,17 @@ def test_rows_that_are_trained_on_are_used_and_said_where_held_out_ones_are_too_
 )
 def test_a_short_run_measures_fewer_rows(more: dict[str, Any], size: int, clients: int, rows: int) -> None:
     made = recipe.make({"model": "m", "data": "d", **more})
-    assert client_rows.most_rows(made, [size] * clients) == rows
+    assert estimate.most_client_rows(made, [size] * clients) == rows
 
 
 def test_many_clients_are_measured_only_where_it_is_asked_for(
     places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_rows, "MOST_CLIENTS", 2)
+    monkeypatch.setattr(estimate, "MOST_CLIENTS", 2)
     job = job_of(places, partition="iid", clients=3)
-    assert per_client.chosen(job) is None
+    assert evaluation.client_rows(job) is None
     job.recipe = dataclasses.replace(job.recipe, client_rows=6)
-    own = per_client.chosen(job)
+    own = evaluation.client_rows(job)
     assert own is not None
     assert [len(rows) for rows in own.rows] == [6, 6, 6]
 
@@ -153,7 +156,7 @@ def test_a_resumed_run_has_the_same_losses(places: Path, tmp_path: Path) -> None
             settings={"K": 8, "tau": 1},
             listener=Stop(),
         )
-    resumed = api.resume_run(tmp_path / "b" / "latest", offline=True)
+    resumed = fleetune.resume_run(tmp_path / "b" / "latest", offline=True)
     assert resumed.done.per_client == whole.done.per_client
 
 

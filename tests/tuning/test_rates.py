@@ -31,11 +31,10 @@ from fleetune.seeds.slopes import Probe, Slopes, along, rate
 from fleetune.seeds.view import View
 from fleetune.tuning import methods
 from fleetune.tuning.methods import _adapter
-from fleetune.tuning.prepare import prepare, rate_search, rates
+from fleetune.tuning.prepare import prepare, rates
 from fleetune.tuning.prepare.estimate import Estimate
-from fleetune.tuning.prepare.rate_search import Search
-from fleetune.tuning.prepare.rates import rounded
-from fleetune.tuning.prepare.rates.trial import Bench, Size, Trials, Tried, climb, hold, loss_after
+from fleetune.tuning.prepare.rates import Search, rounded
+from fleetune.tuning.prepare.trial import Bench, Size, Trials, Tried, climb, hold, loss_after
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 
@@ -276,7 +275,7 @@ def test_of_held_rates_that_end_as_low_the_middle_is_taken(
         place = round(math.log(rate / first, 3.0))
         return start - falls[moves][place + 1 if moves == 1 else -place]
 
-    monkeypatch.setattr("fleetune.tuning.prepare.rates.trial.loss_after", after)
+    monkeypatch.setattr("fleetune.tuning.prepare.trial.loss_after", after)
     recipe = recipes.make({"model": "m", "data": "d", "method": "fedit", "rounds": 3, "set": {"lr": "auto"}})
     _, (found,) = rates.find(recipe, ["lr"], model, harness.rows(model), 2)
     assert found.rate == rounded(first / math.sqrt(3))
@@ -348,9 +347,7 @@ def test_the_time_of_a_search_is_that_of_its_rows(
 def searches(recipe: Recipe, rows: int = 400, *, clients: int = 8, asked: int = 8) -> list[Search]:
     """The searches that may be made for a recipe's rates."""
     names, method = rates.wanted(recipe), methods.make(recipe.method, recipe.set)
-    return rate_search.searches(
-        recipe, method, names, [n for n in names if n in recipe.set], rows, clients, asked
-    )
+    return rates.searches(recipe, method, names, [n for n in names if n in recipe.set], rows, clients, asked)
 
 
 def recipe_of(method: str, rounds: int = 10, **given: Any) -> Recipe:
@@ -358,7 +355,7 @@ def recipe_of(method: str, rounds: int = 10, **given: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("name", ["fedit", "fedpetuning"])
-@pytest.mark.parametrize("size", rate_search.SIZES)
+@pytest.mark.parametrize("size", rates.SIZES)
 def test_a_search_on_devices_takes_about_what_is_counted(
     name: str, size: Size, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,7 +386,7 @@ def test_a_rate_that_nobody_gave_is_searched_for_as_far_as_the_run_is_long(name:
     """A trial of both clients, held for three rounds, takes 120 steps; of one client 60, and for one round 24."""
     for rounds, sizes in ((10, 3), (5, 2), (3, 1), (1, 0)):
         found = searches(recipe_of(name, rounds, steps=4))
-        assert [s.size for s in found] == list(rate_search.SIZES)[3 - sizes :]
+        assert [s.size for s in found] == list(rates.SIZES)[3 - sizes :]
         assert all(not s.due and s.steps <= rounds * 8 * 4 / 2 for s in found)
     assert [s.size for s in searches(recipe_of(name, 1, steps=4, lr="auto"))] == [Size()]
     assert searches(recipe_of(name, lr=1e-3)) == []
@@ -416,13 +413,13 @@ def test_a_search_that_is_long_beside_its_run_says_so() -> None:
     short = Estimate(1, 2, 2, 1.5, 2, 4.0, rows=8)
     assert search.seconds(short) == 0.5 * (36 * 24 + 32)
     run = dataclasses.replace(short, search=search.seconds(short))
-    assert rate_search.told(["lr"], method, search, run) == (
+    assert rates.told(["lr"], method, search, run) == (
         "finding lr on training rows: about 7m28s, where the run takes about 14 s; --set lr=NUMBER leaves the search out"
     )
     long = dataclasses.replace(run, rounds=1000)
-    assert rate_search.told(["lr"], method, search, long) == "finding lr on training rows: about 7m28s"
+    assert rates.told(["lr"], method, search, long) == "finding lr on training rows: about 7m28s"
     for other in (None, dataclasses.replace(short, search=19.0)):
-        assert rate_search.told(["lr"], method, search, other) == "finding lr on training rows .."
+        assert rates.told(["lr"], method, search, other) == "finding lr on training rows .."
 
 
 def test_a_mixed_fleet_has_both_rates_found(model: Model) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fleetune import api
+import fleetune
 from fleetune import recipes as named_recipes
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
@@ -69,7 +69,7 @@ def test_an_outcome_is_promised_in_the_first_line_or_not_at_all(path: Path) -> N
 def test_a_recipe_gives_what_it_promises(path: Path, tmp_path: Path) -> None:
     promise = expected(path)
     assert promise is not None
-    done = api.tune(recipe.make(recipe.read(path)), out=tmp_path).done
+    done = fleetune.tune(recipe.make(recipe.read(path)), out=tmp_path).done
     base, tuned = done.base["loss"], done.tuned["loss"]
     assert base == pytest.approx(promise.base, rel=NEAR)
     assert tuned == pytest.approx(promise.tuned, rel=NEAR)

@@ -28,14 +28,14 @@ from fleetune.tuning.exchange.averaging import weighted_mean
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, ReplySpec, decode, encode
 from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply
-from fleetune.tuning.result.result import TuneResult
+from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.rounds import checkpoint, replies, rounds
 from fleetune.tuning.rounds.checkpoint import Totals
 from fleetune.tuning.rounds.fleets import Answer
 from fleetune.tuning.rounds.fleets.local import LocalFleet
 from fleetune.tuning.rounds.replies import Replies, Round, allowed
 from fleetune.tuning.rounds.rounds import Hooks, ModelLostError, RoundPlan
-from fleetune.tuning.run.run import resume
+from fleetune.tuning.run.resume import resume
 
 BASE = bytes(8)
 ROWS = 10

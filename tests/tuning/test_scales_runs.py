@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from deploy_harness import compressed, gguf_of, tiny
 
-from fleetune import api, models, subject
+import fleetune
+from fleetune import models, subject
 from fleetune.data.encode import Batches, Encoded
 from fleetune.deploy.measure import harness, lines
 from fleetune.errors import LedgerError, RecipeError, UsageError
@@ -62,7 +63,9 @@ def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
     model = models.tiny_llama()
     models.save(model.net, model.tokenizer, tmp_path / "plain")
     with pytest.raises(UsageError, match="no scales"):
-        api.tune(str(tmp_path / "plain"), ROWS, method="mezo", train="scales", out=tmp_path / "runs", **FEW)
+        fleetune.tune(
+            str(tmp_path / "plain"), ROWS, method="mezo", train="scales", out=tmp_path / "runs", **FEW
+        )
 
 
 def test_a_compressed_model_whose_weights_are_to_be_trained_is_refused_with_what_can_be(
@@ -71,10 +74,10 @@ def test_a_compressed_model_whose_weights_are_to_be_trained_is_refused_with_what
     folder = tmp_path / "a b"
     compressed(tiny(), folder)
     with pytest.raises(UsageError, match="is a compressed model") as caught:
-        api.tune(str(folder), ROWS, method="mezo", out=tmp_path / "runs", **FEW)
+        fleetune.tune(str(folder), ROWS, method="mezo", out=tmp_path / "runs", **FEW)
     assert f"fleetune export '{folder}' --to hf" in (caught.value.hint or "")
     assert "--train scales" in (caught.value.hint or "")
-    assert api.tune(
+    assert fleetune.tune(
         str(folder), ROWS, method="mezo", train="scales", out=tmp_path / "runs", **{**FEW, "rounds": 1}
     ).folder.is_dir()
 
@@ -83,8 +86,8 @@ def test_a_run_that_tuned_a_file_has_the_bits_of_that_file_and_compressing_it_is
     file: Path, tmp_path: Path
 ) -> None:
     options: Any = {"out": tmp_path / "runs", **FEW, "rounds": 1}
-    run = api.tune(str(file), ROWS, method="mezo", train="scales", **options)
-    plain = api.tune(str(file), ROWS, method="mezo", **options)
+    run = fleetune.tune(str(file), ROWS, method="mezo", train="scales", **options)
+    plain = fleetune.tune(str(file), ROWS, method="mezo", **options)
     found = {
         folder: lines.of(subject.Run(folder), offline=True).lines for folder in (run.folder, plain.folder)
     }
@@ -94,7 +97,7 @@ def test_a_run_that_tuned_a_file_has_the_bits_of_that_file_and_compressing_it_is
     assert harness.bits(found[plain.folder][0].weights).all == 32
     for folder, said in ((run.folder, True), (plain.folder, False)):
         heard = Heard()
-        api.compress(folder, method="rtn", out=tmp_path / "runs", listener=heard)
+        fleetune.compress(folder, method="rtn", out=tmp_path / "runs", listener=heard)
         noted = "\n".join(heard.notes)
         assert (f"{folder} tuned the scales of a file that is compressed already" in noted) == said
         assert (f"fleetune export {folder} --to gguf" in noted) == said
@@ -150,10 +153,10 @@ def test_a_ledger_of_what_no_version_trains_is_refused(file: Path) -> None:
 
 def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file: Path, tmp_path: Path) -> None:
     settings = {"lr": 0.05, "tau": 3, "K": 64}
-    whole = api.tune(
+    whole = fleetune.tune(
         str(file), ROWS, method="fedkseed", train="scales", settings=settings, out=tmp_path / "a", **FEW
     )
-    half = api.tune(
+    half = fleetune.tune(
         str(file),
         ROWS,
         method="fedkseed",
@@ -162,7 +165,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file: 
         out=tmp_path / "b",
         **{**FEW, "rounds": 1},
     )
-    longer = api.resume_run(half.folder, rounds=2)
+    longer = fleetune.resume_run(half.folder, rounds=2)
     assert longer.done.digest == whole.done.digest
     model = finished.load(whole.folder)
     assert type(model.attachment) is ScaleView

@@ -26,11 +26,10 @@ from fleetune.report import sweep as summary
 from fleetune.report.sweep import GridRun, SweepAxis
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
-from fleetune.tuning import methods
+from fleetune.tuning import methods, sweep
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
 from fleetune.tuning.run import run as jobs
-from fleetune.tuning.sweep import sweep, sweep_grid
 
 BASE: dict[str, Any] = {
     "model": "./tiny",
@@ -105,7 +104,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_every_combination_once_and_whole_seeds_first():
-    grid = sweep_grid.make({**BASE, "sweep": {"seeds": 2, "alpha": [0.5, 2.0], "K": [8, 16, 64]}})
+    grid = sweep.make_grid({**BASE, "sweep": {"seeds": 2, "alpha": [0.5, 2.0], "K": [8, 16, 64]}})
     assert [(p.seed, *p.values) for p in grid.points] == [
         (seed, alpha, K) for seed in (5, 6) for alpha in (0.5, 2.0) for K in (8, 16, 64)
     ]
@@ -120,7 +119,7 @@ def test_every_combination_once_and_whole_seeds_first():
 
 def test_names_are_options_settings_or_dotted_and_flags_override_the_table():
     values = {**BASE, "sweep": {"K": [8], "rounds": [1]}}
-    grid = sweep_grid.make(values, ["K=32,64", "set.lr=1e-3,1e-4", "dtype=fp32,bf16"], 3)
+    grid = sweep.make_grid(values, ["K=32,64", "set.lr=1e-3,1e-4", "dtype=fp32,bf16"], 3)
     assert [(a.name, a.key, a.values) for a in grid.axes] == [
         ("K", "set.K", (32, 64)),
         ("rounds", "rounds", (1,)),
@@ -128,34 +127,34 @@ def test_names_are_options_settings_or_dotted_and_flags_override_the_table():
         ("dtype", "dtype", ("fp32", "bf16")),
     ]
     assert len(grid.points) == 3 * 2 * 1 * 2 * 2
-    dotted = sweep_grid.make({**BASE, "sweep": {"set": {"K": [8, 16]}}})  # set.K = [..] in TOML
+    dotted = sweep.make_grid({**BASE, "sweep": {"set": {"K": [8, 16]}}})  # set.K = [..] in TOML
     assert dotted.axes[0].key == "set.K"
 
 
 def test_alpha_is_the_partitions_and_set_alpha_the_methods_own():
     fedit = {**BASE, "method": "fedit", "set": {"r": 2}}
-    grid = sweep_grid.make(fedit, ["alpha=0.5,1", "set.alpha=8,16"])
+    grid = sweep.make_grid(fedit, ["alpha=0.5,1", "set.alpha=8,16"])
     second = grid.points[1].recipe
     assert (second.partition, second.set["alpha"]) == ("dirichlet:0.5:client", 16)
 
 
 def test_methods_can_vary_and_a_setting_of_one_of_them_is_refused_for_the_others():
-    grid = sweep_grid.make({**BASE, "set": {}}, ["method=fedkseed,fedit", "lr=1e-3,1e-4"])
+    grid = sweep.make_grid({**BASE, "set": {}}, ["method=fedkseed,fedit", "lr=1e-3,1e-4"])
     sweep.check(grid)
     assert [p.recipe.method for p in grid.points] == ["fedkseed", "fedkseed", "fedit", "fedit"]
     with pytest.raises(RecipeError, match="fedit has no setting 'K'"):
-        sweep.check(sweep_grid.make({**BASE, "set": {}}, ["method=fedkseed,fedit", "K=16,32"]))
+        sweep.check(sweep.make_grid({**BASE, "set": {}}, ["method=fedkseed,fedit", "K=16,32"]))
 
 
 def test_the_file_gives_the_grid_back(tmp_path):
     values = {**BASE, "eval_data": 'a "b"\\c.jsonl'}
-    grid = sweep_grid.make(values, ["alpha=0.5,1e-2", "set.law=hashed,gaussian", "set.pro=true,false"], 2)
+    grid = sweep.make_grid(values, ["alpha=0.5,1e-2", "set.law=hashed,gaussian", "set.pro=true,false"], 2)
     (tmp_path / "sweep.toml").write_text(sweep.to_toml(grid), encoding="utf-8")
     assert sweep.read(tmp_path) == grid
 
 
 def test_values_that_differ_late_are_different_runs():
-    grid = sweep_grid.make(BASE, ["alpha=0.1234567,0.1234568", "lr=1e-3,1e-05"])
+    grid = sweep.make_grid(BASE, ["alpha=0.1234567,0.1234568", "lr=1e-3,1e-05"])
     assert [p.recipe.partition for p in grid.points[::2]] == [
         "dirichlet:0.1234567:client",
         "dirichlet:0.1234568:client",
@@ -165,7 +164,7 @@ def test_values_that_differ_late_are_different_runs():
 
 
 def test_a_text_setting_varies_over_numbers_too():
-    grid = sweep_grid.make({**BASE, "method": "fedpeptao", "set": {}}, ["layers_rule=2,half"])
+    grid = sweep.make_grid({**BASE, "method": "fedpeptao", "set": {}}, ["layers_rule=2,half"])
     assert [methods.make("fedpeptao", p.recipe.set).layers_rule for p in grid.points] == ["2", "half"]
     sweep.check(grid)
 
@@ -236,7 +235,7 @@ def test_a_dry_run_lists_the_runs_and_leaves_nothing(at, capsys):
 
 @pytest.mark.parametrize("name", ["case_study", "case_study_small"])
 def test_the_case_studies_can_be_run(name):
-    grid = sweep_grid.make(recipe.read(named_recipes.find(f"recipe:{name}")))
+    grid = sweep.make_grid(recipe.read(named_recipes.find(f"recipe:{name}")))
     assert [a.name for a in grid.axes] == ["alpha", "K"]
     assert grid.axes[0].values == (0.5, 1.0, 1.5, 2.0, 2.5)
     for point in grid.points:

@@ -22,7 +22,7 @@ from fleetune.runs.rundir import events
 from fleetune.tuning import methods
 from fleetune.tuning.rounds.course import Course
 from fleetune.tuning.rounds.watch import Watch, advice
-from fleetune.tuning.run import remarks
+from fleetune.tuning.run import describe
 
 
 @dataclass
@@ -248,15 +248,15 @@ def test_a_result_past_its_best_is_told_and_never_advised_a_higher_rate() -> Non
     job: Any = SimpleNamespace(objective="loss", recipe=SimpleNamespace(rounds=4, keep="last"), method=method)
     noise = Difference(0.02, 0.05, 8)
     past: Any = SimpleNamespace(round=4, last=4, course=Course(1, 4.148, 3))
-    told = remarks.of_change(job, {"loss": 4.364}, {"loss": 4.381}, noise, past)
+    told = describe.of_change(job, {"loss": 4.364}, {"loss": 4.381}, noise, past)
     assert "lower the learning rate to 0.0001 (--set lr=0.0001)" in told
     assert "higher" not in told
-    assert remarks.of_course(job, past, {"loss": 4.381}) == [
+    assert describe.of_course(job, past, {"loss": 4.381}) == [
         "round 1 was the best (4.148), and the loss rose since: --keep best keeps its model, --patience ends a run there"
     ]
     best: Any = SimpleNamespace(round=4, last=4, course=Course(4, 4.381, 0))
-    assert "higher learning rate" in remarks.of_change(job, {"loss": 4.364}, {"loss": 4.381}, noise, best)
-    assert not remarks.of_course(job, best, {"loss": 4.381})
+    assert "higher learning rate" in describe.of_change(job, {"loss": 4.364}, {"loss": 4.381}, noise, best)
+    assert not describe.of_course(job, best, {"loss": 4.381})
 
 
 def test_a_lower_rate_is_written_as_people_write_it() -> None:

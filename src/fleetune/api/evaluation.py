@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune import subject as subjects
-from fleetune.api.arguments import Rows, words
+from fleetune.api.names import Rows, words
 from fleetune.common.display import counted
 from fleetune.common.shell import command
 from fleetune.errors import DataError, RecipeError, UsageError
-from fleetune.runs.listener import Listener
-from fleetune.runs.progress import heard_by
+from fleetune.runs.listener import Listener, heard_by
 from fleetune.subject import Compressed, Run, Subject, logits_of
 
 if TYPE_CHECKING:
@@ -176,9 +175,9 @@ def _by_harness(
 def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bool) -> list[Example]:
     """Read the rows that were given, none for None: by `columns` or, without, by the `usual` ones where they fit."""
     from fleetune.data import read
-    from fleetune.tuning.recipe import objects_to_files
+    from fleetune.tuning.recipe import objects
 
-    file = objects_to_files.data_name(data, out)
+    file = objects.data_name(data, out)
     if not file:
         return []
     if columns or not usual:

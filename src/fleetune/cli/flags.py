@@ -15,7 +15,7 @@ from fleetune.common import settings
 from fleetune.common.shell import quoted
 from fleetune.errors import RecipeError, UsageError
 from fleetune.fleet import PORT
-from fleetune.runs import env_file
+from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
@@ -80,20 +80,19 @@ def keys(args: argparse.Namespace, file: str | None) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     """Read a recipe; the files that a run's own recipe names are looked for in the folder that the run was started in."""
     values = recipes.read(file)
-    if not (file.parent / env_file.ENVIRONMENT).is_file():
+    if not (file.parent / rundir.ENVIRONMENT).is_file():
         return values
-    from fleetune.tuning.result import places
+    from fleetune.tuning.result import foundations
 
-    return places.found_again(values, file.parent)
+    return foundations.found_again(values, file.parent)
 
 
 def check(recipe: recipes.Recipe, out: str) -> None:
     """UsageError for what can be seen to be wrong before torch is loaded, which takes seconds: names, files, rules."""
     from fleetune.data.partition import check_partition_spec
     from fleetune.tuning.exchange import robust
-    from fleetune.tuning.recipe import recipe_problems
 
-    recipe_problems.check_order(recipe.model, recipe.data)
+    recipes.check_order(recipe.model, recipe.data)
     check_model(recipe.model, out, recipes.trained(recipe))
     for rows in filter(None, (recipe.data, recipe.eval_data)):
         check_data(rows)
@@ -116,12 +115,12 @@ def check_model(model: str, out: str, train: str = "weights") -> None:
 
     A compressed model passes where `train` is scales.
     """
-    from fleetune.api import plain_models
+    from fleetune.api import tuning
     from fleetune.models.cache import cache, names
     from fleetune.models.gguf import header
 
-    plain_models.check(model, Path(out), train)
-    if plain_models.compressed_of(model, train, Path(out)) is None:
+    tuning.check_plain(model, Path(out), train)
+    if tuning.compressed_of(model, train, Path(out)) is None:
         names.check(model)
         if model not in cache.ORIGINS and (file := Path(model).expanduser()).is_file():
             header.check_whole(file)

@@ -19,7 +19,7 @@ from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
 from fleetune.errors import ModelError, UsageError, called
 from fleetune.models.cache import names
-from fleetune.runs import compression_folder, folder_names
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
 
@@ -81,7 +81,7 @@ def export(
             "in 16 bits a weight, which may be larger"
         )
     source = subject.directory(offline=offline)
-    out = path or targets.find(kind).place(Path("."), folder_names.of_model(subject.name))
+    out = path or targets.find(kind).place(Path("."), rundir.of_model(subject.name))
     with called(source, subject.name):
         return write(source, kind, out, listener, provenance.of_base(subject.name), _rows(source, text))
 

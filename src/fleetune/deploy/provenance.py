@@ -20,8 +20,8 @@ from typing import Any
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.models.artefact import ArtefactHead, Master
 from fleetune.models.cache import names
-from fleetune.runs import env_file
-from fleetune.tuning.recipe import given_methods
+from fleetune.runs import rundir
+from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.recipe import Recipe
 
 
@@ -39,8 +39,8 @@ def of_head(head: ArtefactHead, digest: str) -> dict[str, str]:
 
 def of_run(run: Path, recipe: Recipe) -> dict[str, str]:
     """Return the provenance of a tuned run, from its recipe and its env.json; StorageError when that is damaged."""
-    settings = given_methods.settings_of(recipe)
-    return _made(recipe.method, settings, env_file.base_digest(run)) | of_base(recipe.model)
+    settings = objects.method_settings(recipe)
+    return _made(recipe.method, settings, rundir.base_digest(run)) | of_base(recipe.model)
 
 
 def of_base(name: str) -> dict[str, str]:

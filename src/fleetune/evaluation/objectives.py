@@ -269,7 +269,9 @@ def _call_fault(function: Callable[..., Any], call: str) -> str:
     return f"takes {signature}: in another order" if taken != sorted(taken, key=names.index) else ""
 
 
-GIVEN: Final = "fleetune_given_"  # modules that hold a function of this process alone (`tuning/recipe/objects_to_files.py`)
+GIVEN: Final = (
+    "fleetune_given_"  # modules that hold a function of this process alone (`tuning/recipe/objects.py`)
+)
 
 
 def _load_module(what: str, where: str) -> ModuleType:

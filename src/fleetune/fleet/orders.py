@@ -37,8 +37,7 @@ from fleetune.errors import MessageError, cut_reason
 from fleetune.fleet.reasons import in_words
 from fleetune.models.cache import names
 from fleetune.tuning.exchange.messages import Message, Payload, Scalar, decode, encode
-from fleetune.tuning.recipe.recipe import label_words
-from fleetune.tuning.recipe.recipe_problems import told
+from fleetune.tuning.recipe.recipe import label_words, problem_text
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare.prepare import TuneJob
@@ -286,7 +285,7 @@ def _read(form: TypeAdapter[T], text: str | bytes, what: str) -> T:
     try:
         return form.validate_json(text)
     except ValidationError as error:
-        raise MessageError(f"{what} is not as agreed: {told(error.errors()[0])}") from error
+        raise MessageError(f"{what} is not as agreed: {problem_text(error.errors()[0])}") from error
 
 
 def _encode(round: int, nonce: bytes, scalars: Mapping[str, Scalar]) -> bytes:
@@ -307,5 +306,5 @@ def _made(cls: type[T], found: Mapping[str, Any], what: str) -> T:
     try:
         return cls(**found)
     except (ValidationError, TypeError) as error:
-        why = told(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
+        why = problem_text(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
         raise MessageError(f"{what} is not as agreed: {why}") from error

@@ -36,7 +36,7 @@ from fleetune.tuning.rounds.kinds import ONE, Wanted, wanted
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare.prepare import TuneJob
-    from fleetune.tuning.run.simulation import Step
+    from fleetune.tuning.run.run import Step
 
 SIMULATED: Final = ("drop", "stragglers", "deadline")  # options of a recipe that real devices do not follow
 PUBLISHED: Final = 1.0  # seconds between two words to `fleet status`

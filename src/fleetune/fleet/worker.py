@@ -59,7 +59,7 @@ from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
-from fleetune.planning.plan import Workload
+from fleetune.planning.device_cost import Workload
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Footprint

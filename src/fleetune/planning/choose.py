@@ -18,14 +18,12 @@ from fleetune.models.families.foreign import foreign_file
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import device_cost, plan
-from fleetune.planning.device_cost import Rates
-from fleetune.planning.fitting import TIGHT, Search, Settings
-from fleetune.planning.workload import Workload
+from fleetune.planning.device_cost import Rates, Workload
+from fleetune.planning.plan import TIGHT, Search, Settings
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.prepare.prepare import CheckMemory
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe import recipe_problems
 from fleetune.tuning.recipe.recipe import AUTO_METHOD, Recipe
 
 if TYPE_CHECKING:
@@ -175,7 +173,7 @@ def able_methods(recipe: Recipe) -> list[str]:
         found = [name for name in found if name in wanted]
     if not found:
         raise RecipeError(
-            recipe_problems.of_no_method(list(recipe.set)),
+            recipes.no_method_problems(list(recipe.set)),
             hint="name the one that is meant: --method NAME (fleetune methods)",
         )
     prepare.check(recipes.resolved(dataclasses.replace(recipe, method=found[0])))

@@ -35,7 +35,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 from fleetune.models.shapes import Linear, Shape
-from fleetune.planning import device_cost, workload
+from fleetune.planning import device_cost
 from fleetune.planning.device_cost import FLOOR, KERNELS, PIECE
 from fleetune.tuning.exchange.footprint import Footprint
 
@@ -128,7 +128,7 @@ def training(student: Shape, batch: int, length: int, beside: int) -> dict[str, 
     Of a layer's activations only what enters it is kept (`models/net/layers.py`).
     `beside` are the bytes of the other models in memory: a teacher, and what the student was made of.
     """
-    work = workload.Workload(batch=batch, length=length)
+    work = device_cost.Workload(batch=batch, length=length)
     footprint = Footprint("backward", checkpointing=True)
     return device_cost.memory(student, work, footprint) | {"beside": beside}
 

@@ -36,7 +36,7 @@ from fleetune.report.runlog import (
     sum_of,
     text_of,
 )
-from fleetune.runs import start_folder
+from fleetune.runs import rundir
 
 
 def header(run: RunLog, facts: Mapping[str, object]) -> str:
@@ -127,7 +127,7 @@ def _letters(run: RunLog, method: str) -> str:
 def versions(run: RunLog) -> str:
     """Return what env.json says: versions, the machine, digests."""
     return page.fact_list(
-        flat({k: v for k, v in run.env.items() if k not in ("given", start_folder.KEY)}), "config"
+        flat({k: v for k, v in run.env.items() if k not in ("given", rundir.STARTED_IN)}), "config"
     )
 
 

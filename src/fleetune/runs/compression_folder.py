@@ -21,7 +21,7 @@ from typing import Any, Final, TypedDict
 from fleetune.common.files import finite, json_text, read_json, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import folder_names, rundir, start_folder
+from fleetune.runs import rundir
 
 RECORD: Final = "compress.json"
 PARTS: Final = "parts"
@@ -87,7 +87,7 @@ class CompressOptions(TypedDict, total=False):
 def find(name: str, out: Path) -> Path | None:
     """The folder of a compression: a path, a name or number under `out`, or `latest`; None if there is none."""
     if name == "latest":
-        return max(listing(out), key=folder_names.number, default=None)
+        return max(listing(out), key=rundir.number, default=None)
     numbered = list(out.glob(f"{name.zfill(4)}-*")) if name.isdigit() else []
     for path in [Path(name), out / name, *numbered]:
         if (path / RECORD).is_file():
@@ -105,7 +105,7 @@ def get(name: str, out: Path) -> Path:
 
 def listing(out: Path) -> list[Path]:
     """The folders of compressions under `out`, in order of number."""
-    return sorted((file.parent for file in out.glob(f"*/{RECORD}")), key=folder_names.number)
+    return sorted((file.parent for file in out.glob(f"*/{RECORD}")), key=rundir.number)
 
 
 def create(request: CompressRequest, out: Path) -> Path:
@@ -119,14 +119,14 @@ def create(request: CompressRequest, out: Path) -> Path:
 def stem_of(request: CompressRequest) -> str:
     """Return the name of a request's folder behind its number."""
     name = name_of(request.model)
-    name = name.removeprefix(f"{folder_names.number(Path(name)):04d}-")  # of a run: without its number
-    return f"{request.method}-{folder_names.of_model(name)}"
+    name = name.removeprefix(f"{rundir.number(Path(name)):04d}-")  # of a run: without its number
+    return f"{request.method}-{rundir.of_model(name)}"
 
 
 def name_of(model: str) -> str:
     """Return the short name of a model or a run; a compression's plain model has its folder's name."""
     path = Path(model)
-    return (path.parent if path.name == "model" and folder_names.number(path.parent) else path).name
+    return (path.parent if path.name == "model" and rundir.number(path.parent) else path).name
 
 
 # What it holds --------------------------------------------------------------------------------------
@@ -157,8 +157,8 @@ def request_of(folder: Path) -> CompressRequest:
 
 def _found_again(request: CompressRequest, folder: Path, record: Mapping[str, Any]) -> CompressRequest:
     """The request with its files named as they are found from the present folder."""
-    start = start_folder.of(folder, record)
-    found: dict[str, Any] = {n: start_folder.find(getattr(request, n), start) for n in PLACES}
+    start = rundir.start_of(folder, record)
+    found: dict[str, Any] = {n: rundir.find_from(getattr(request, n), start) for n in PLACES}
     return replace(request, **found)
 
 
@@ -166,7 +166,7 @@ def write_record(folder: Path, request: CompressRequest, result: Mapping[str, An
     """Write `compress.json`, with the result once there is one; files keep the names that they had at the start."""
     earlier = record(folder) if is_one(folder) else {}
     named: dict[str, Any] = {name: earlier[name] for name in PLACES if name in earlier}
-    content: dict[str, Any] = {"v": 1, **asdict(request), **named, **start_folder.note(folder, earlier)}
+    content: dict[str, Any] = {"v": 1, **asdict(request), **named, **rundir.note_start(folder, earlier)}
     if result is not None:
         content["result"] = finite(result)
     write_atomic(folder / RECORD, json_text(content))

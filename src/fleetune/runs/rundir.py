@@ -22,33 +22,161 @@ they hold rows or names of clients, or what was learned from them.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Final, TypeVar
 
-from fleetune.common import folders
+from fleetune.common import __version__, folders
 from fleetune.common.display import counted
 from fleetune.common.files import (
     PRIVATE,
     lock,
     read_bytes,
+    read_json,
     read_text,
     regular,
     still_names,
     storage_error,
     write_atomic,
 )
+from fleetune.common.shell import quoted
 from fleetune.errors import MessageError, StorageError, UsageError
-from fleetune.runs import folder_names
-from fleetune.runs.folder_names import number, of_model
 from fleetune.runs.metrics import Metrics
 from fleetune.runs.metrics import events as events
+
+
+def slug(text: str) -> str:
+    """A text as part of a folder's name: lower case, digits, dots and hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
+def of_model(name: str) -> str:
+    """The name of a model (a hub id, a file, a folder) as part of a folder's or a file's name, a GGUF file's without its end."""
+    return slug(Path(name).name.removesuffix(".gguf")) or "model"
+
+
+def number(path: Path) -> int:
+    """The number that a run folder's name begins with, 0 for none."""
+    match = re.match(r"(\d{4,})-", path.name)
+    return int(match[1]) if match else 0
+
+
+def numbered_in(folder: Path) -> list[str]:
+    """The names of the runs and compressions in a folder; none of one that cannot be listed."""
+    try:
+        return sorted(p.name for p in folder.iterdir() if number(p) and p.is_dir())
+    except OSError:
+        return []
+
+
+def none_such(name: str, out: Path, there: Sequence[str]) -> UsageError:
+    """The error for a run that is not there, with those whose names are like its, else the newest."""
+    elsewhere = "" if str(out) == "runs" else f" --out {quoted(out)}"
+    begins = re.match(r"\d*", name)
+    same = [other for other in there if begins and begins[0] and number(Path(other)) == int(begins[0])]
+    near = list(dict.fromkeys([*same, *difflib.get_close_matches(name, there, 3)]))[:3]
+    hint = f"runs there are: fleetune runs{elsewhere}"
+    if near:
+        hint = f"did you mean {' or '.join(str(out / other) for other in near)}? {hint}"
+    elif there:
+        hint = f"the newest is {out / there[-1]}; {hint}"
+    return UsageError(f"no run '{name}' in {out}", hint=hint)
+
+
+STARTED_IN: Final = "started_in"  # in env.json and compress.json
+
+
+def note_start(folder: Path, earlier: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the record of `folder` says of its start folder: as it says `earlier`, else this process's folder."""
+    if isinstance(stated := earlier.get(STARTED_IN), str):
+        return {STARTED_IN: stated}
+    try:
+        return {STARTED_IN: Path(os.path.relpath(os.getcwd(), folder.resolve())).as_posix()}
+    except (OSError, ValueError):  # the folder is gone, or on another drive of Windows
+        return {}
+
+
+def start_of(folder: Path, record: Mapping[str, Any]) -> Path | None:
+    """Return the folder in which a run was started; None where that is this one, is not known, or is gone."""
+    stated = record.get(STARTED_IN)
+    if not isinstance(stated, str):
+        return None
+    start = Path(os.path.normpath(folder.resolve() / stated))
+    try:
+        return start if start.is_dir() and not start.samefile(os.getcwd()) else None
+    except OSError:
+        return None
+
+
+def find_from(name: str, start: Path | None) -> str:
+    """Return a file's name as it is found from here: that in the start folder if there is one, else `name` itself."""
+    if not name or start is None or Path(name).expanduser().is_absolute():
+        return name
+    try:
+        return shown_path(start / name) if (start / name).exists() else name
+    except (OSError, ValueError):  # too long, or a character that no path has
+        return name
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as seen from this process's folder."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:  # another drive of Windows
+        return str(path)
+
+
+ENVIRONMENT: Final = "env.json"
+
+
+def made_on(path: Path) -> dict[str, str]:
+    """The digests of the "base" and the "tokenizer" that a run was made on, by env.json; StorageError when it is damaged."""
+    hint = f"fleetune tune --resume {quoted(path)}   writes it anew"
+    stated = read_json(path / ENVIRONMENT, hint)
+    found = {what: stated.get(f"{what}_digest") for what in ("base", "tokenizer")}
+    for what, digest in found.items():
+        if not isinstance(digest, str):
+            raise StorageError(f"{path / ENVIRONMENT} is damaged (it states no {what}_digest)", hint=hint)
+    return {what: str(digest) for what, digest in found.items()}
+
+
+def base_digest(path: Path) -> str:
+    """The digest of the base model that a run was made on; StorageError when env.json is damaged."""
+    return made_on(path)["base"]
+
+
+def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and machine, for env.json."""
+    packages = (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "peft",
+        "numba",
+        "numpy",
+        "safetensors",
+        "jinja2",
+        "msgpack",
+        "pyarrow",
+    )
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    machine = {"system": platform.system(), "machine": platform.machine(), "processors": os.cpu_count()}
+    return {"fleetune": __version__, "python": platform.python_version(), **versions, **machine, **extra}
+
 
 T = TypeVar("T")
 
@@ -290,7 +418,7 @@ def find(run: str, out: Path) -> Path:
     matches = [p for p in runs if p.name == run or p.name.split("-")[0].lstrip("0") == run.lstrip("0")]
     if len(matches) == 1:
         return matches[0]
-    raise folder_names.none_such(run, out, [p.name for p in runs])
+    raise none_such(run, out, [p.name for p in runs])
 
 
 def check_name(name: str, out: Path) -> None:
@@ -302,8 +430,8 @@ def check_name(name: str, out: Path) -> None:
     like_one = re.fullmatch(r"\d{4,}-[\w.-]+", name) and not path.exists()
     if name == "latest" or name.isdigit() or like_one:
         find(name, out)
-    elif "/" in name and not path.exists() and (there := folder_names.numbered_in(path.parent)):
-        raise folder_names.none_such(path.name, path.parent, there)
+    elif "/" in name and not path.exists() and (there := numbered_in(path.parent)):
+        raise none_such(path.name, path.parent, there)
 
 
 def listing(out: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from fleetune.cli.listener import console_listener
 from fleetune.common import settings
 from fleetune.common.display import COMPARED, human_bytes, human_time, show_with_error
 from fleetune.common.events import CompressChecked, MethodListed
+from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, rundir
@@ -253,9 +254,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     names = [n for n in CompressRequest.__dataclass_fields__ if n != "run"]
     given = {n: v for n in names if (v := getattr(args, n)) is not None}
     if "bytes" in given:
-        from fleetune.planning import plan
-
-        given["bytes"] = plan.parse_bytes(given["bytes"], "--bytes", least=1)
+        given["bytes"] = parse_bytes(given["bytes"], "--bytes", least=1)
     if given.get("bpw", 1) == 0:
         raise UsageError(
             "--bpw 0 holds nothing", hint="give bits a weight, such as --bpw 4.5, or leave it out"
@@ -279,7 +278,7 @@ def _check_resume(args: argparse.Namespace, folder: Path) -> None:
 
 def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: ConsoleListener) -> None:
     """Load the model and data and check the request; write nothing."""
-    from fleetune.api.compression import file_size
+    from fleetune.api.deployment import file_size
     from fleetune.compression.jobs import job
 
     out = Path(args.out)

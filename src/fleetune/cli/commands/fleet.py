@@ -117,7 +117,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _serve(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.api import plain_models
+    from fleetune.api import tuning
     from fleetune.fleet import status
     from fleetune.planning import choose
 
@@ -133,15 +133,16 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
         ui.note(f"it was served otherwise before, and devices look for it there: {before}")
     if recipe:
         flags.check_model(recipe.model, args.out, recipes.trained(recipe))
-        recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
+        recipe = tuning.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe = fleets.settled(recipe, values)
+    from fleetune.tuning.run import resume
     from fleetune.tuning.run import run as running
 
     with screen(ui, path) as shown, fleets:
         if recipe is None:
             assert path is not None
-            result = running.resume(path, shown, offline=args.offline, fleets=fleets)
+            result = resume.resume(path, shown, offline=args.offline, fleets=fleets)
         else:
             result = running.start(recipe, Path(args.out), shown, offline=args.offline, fleets=fleets)
     finish(ui, result)

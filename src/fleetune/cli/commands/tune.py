@@ -24,7 +24,7 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fleetune.tuning.result.result import TuneResult
+    from fleetune.tuning.result.finished import TuneResult
 
 HELP = "fine-tune a model over a simulated fleet"
 ORDER = 30
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
         rounds, base = _more_rounds(args), flags.given(args).get("base", "")
         if args.dry_run:
-            from fleetune.tuning.run.run import check_resume
+            from fleetune.tuning.run.resume import check_resume
 
             _say_checked(check_resume(path, offline=args.offline, rounds=rounds, base=base), ui)
             return
@@ -100,10 +100,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _more_rounds(args: argparse.Namespace) -> int:
     """The rounds that a resumed run is to have, 0 where none are given; RecipeError for what is no number of rounds."""
-    from fleetune.tuning.run import extension
+    from fleetune.tuning.run import resume
 
     text = flags.given(args).get("rounds")
-    return extension.number(text) if text else 0
+    return resume.rounds_number(text) if text else 0
 
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
@@ -180,11 +180,11 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.api import plain_models
+    from fleetune.api import tuning
     from fleetune.planning import choose
     from fleetune.tuning.prepare import prepare
 
-    recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
+    recipe = tuning.with_file(recipe, Path(args.out), ui.note)
     recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
     recipe, check_memory = choose.settled_base(recipe, ui.note, offline=args.offline)
     _say_checked(prepare.dry_run(recipe, offline=args.offline, check_memory=check_memory), ui)

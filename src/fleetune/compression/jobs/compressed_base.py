@@ -21,7 +21,7 @@ from fleetune.errors import ModelError, UsageError
 from fleetune.models import artefact
 from fleetune.models.artefact import ArtefactHead, Master
 from fleetune.models.cache.names import is_master
-from fleetune.runs import compression_folder, env_file
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import PARTS, CompressRequest
 from fleetune.runs.listener import Listener
 from fleetune.tuning.result import finished
@@ -63,7 +63,7 @@ def _head_of(folder: Path, model: Path) -> ArtefactHead:
     remedy = f"rm -r {quoted(folder / 'base')}   and then: fleetune measure {quoted(folder)} --kept-gain"
     sums.check(model, remedy=remedy)
     head = Master(model).head
-    expected = env_file.base_digest(Path(compression_folder.request_of(folder).model))
+    expected = rundir.base_digest(Path(compression_folder.request_of(folder).model))
     if head.base != expected:
         raise ModelError(
             f"{model} is not the compressed base: it was made of weights with the SHA-256 {head.base[:16]}.., "

@@ -183,10 +183,10 @@ def _of_run(request: CompressRequest, texts: Sequence[str], *, offline: bool) ->
 def _of_clients(request: CompressRequest, recipe: Recipe, *, offline: bool) -> dict[int, list[Example]]:
     """Return client -> training rows, of all clients of the run, or of `request.clients` of them drawn by the seed."""
     from fleetune.tuning.prepare import prepare
-    from fleetune.tuning.recipe import given_methods
+    from fleetune.tuning.recipe import objects
     from fleetune.tuning.rounds import rounds
 
-    parts = prepare.split(recipe, given_methods.entry_of(Path(request.model), recipe), offline=offline)
+    parts = prepare.split(recipe, objects.entry_of(Path(request.model), recipe), offline=offline)
     count = len(parts.clients)
     if request.clients > count:
         raise UsageError(

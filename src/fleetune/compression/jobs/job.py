@@ -23,7 +23,7 @@ from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressOptions, CompressRequest
 from fleetune.runs.listener import Listener
-from fleetune.tuning.recipe import objects_to_files
+from fleetune.tuning.recipe import objects
 
 if TYPE_CHECKING:
     from fleetune.models.net.model import Model
@@ -72,10 +72,10 @@ def request_for(
         method = compression.DEFAULT_OF_DEVICES if devices else compression.DEFAULT
     modules = {name: member.module for name, member in compression.REGISTRY.members().items()}
     name, own = settings.named(method, modules)
-    values = own | objects_to_files.setting_values(chosen)
+    values = own | objects.setting_values(chosen)
     texts = {n: v if isinstance(v, str) else repr(v) for n, v in values.items()}
-    if objects_to_files.is_model(model):
-        model = objects_to_files.model_name(model, tokenizer, out)
+    if objects.is_model(model):
+        model = objects.model_name(model, tokenizer, out)
     found = subject.open_weights(model, out)
     run = isinstance(found, subject.Run)
     place = str(_lasting(found.folder)) if isinstance(found, subject.Run) else found.name

@@ -23,7 +23,7 @@ from fleetune.deploy.serving.engines import KEY, Engine, Options, Session
 from fleetune.errors import UsageError
 from fleetune.models.cache import names as model_names
 from fleetune.models.gguf import header
-from fleetune.runs import folder_names
+from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Run, Subject
 
@@ -88,7 +88,7 @@ def _model_for(subject: Subject, engine: Engine, folder: Path, listener: Listene
         if _gguf_vocabulary.load(directory).chat_template is not None:
             return directory  # without one transformers cannot put a conversation into words; an export can
     kind = engine.reads if engine.reads == "hf" else _exact_target(subject)
-    name = folder_names.slug(home.resolve().name) or "model"
+    name = rundir.slug(home.resolve().name) or "model"
     out = folder / (name if kind == "hf" else f"{name}.gguf")
     keep = f"to keep it: fleetune export {quoted(subject.argument)} --to {kind}"
     listener.note(f"exporting {subject.argument} to {kind} for this session; {keep}")

@@ -39,11 +39,12 @@ from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.recipe.settled import about_rule, for_devices
 from fleetune.tuning.rounds.fleets import Fleet
 from fleetune.tuning.rounds.kinds import wanted
+from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare.prepare import TuneJob
-    from fleetune.tuning.run.simulation import Step
+    from fleetune.tuning.run.run import Step
 
 log = logging.getLogger("flwr")  # what it says is in `flwr log`
 
@@ -69,7 +70,7 @@ def main(grid: Grid, context: Context) -> None:
             "--run-config \"recipe='/path/recipe.toml'\" or \"resume='latest'\""
         )
     if resume:
-        running.resume(rundir.find(resume, out), Said(), offline=False, fleets=fleets)
+        resuming.resume(rundir.find(resume, out), Said(), offline=False, fleets=fleets)
     else:
         running.start(fleets.settled(values_from(recipe)), out, Said(), offline=False, fleets=fleets)
 

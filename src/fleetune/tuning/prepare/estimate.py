@@ -26,13 +26,48 @@ from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import generate
 from fleetune.tuning import methods
 from fleetune.tuning.methods import Method
-from fleetune.tuning.prepare import client_rows
-from fleetune.tuning.prepare.rates.trial import Bench, restored
+from fleetune.tuning.prepare.trial import Bench, restored
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds import rounds
 
 if TYPE_CHECKING:
     from fleetune.models.net.model import Model
+
+USUAL_CLIENT_ROWS: Final = 4  # rows of a client, unless the recipe says otherwise
+LEAST_CLIENT_ROWS: Final = 2  # and that few in a short run
+MOST_CLIENTS: Final = 64  # more are not measured, unless the recipe asks for more rows than usual
+CLIENT_ROWS_SHARE: Final = 0.05  # of the forward passes of a run, which its usual measures may take
+PASSES: Final = 3  # forward passes that a training row costs at least, its backward pass counted as two
+
+
+def client_rows_of_each(recipe: Recipe, sizes: Sequence[int]) -> int:
+    """Return how many rows of a client are measured at most, for clients with so many rows.
+
+    0 where the recipe wants none, or there are no simulated clients, or too many.
+    """
+    usual = recipe.client_rows <= USUAL_CLIENT_ROWS
+    if not recipe.client_rows or len(sizes) < 2 or (usual and len(sizes) > MOST_CLIENTS):
+        return 0
+    return most_client_rows(recipe, sizes) if usual else recipe.client_rows
+
+
+def client_rows_in_all(recipe: Recipe, sizes: Sequence[int]) -> int:
+    """Return how many rows of all clients are measured, before and again after the run."""
+    most = client_rows_of_each(recipe, sizes)
+    return sum(min(most, size) for size in sizes)
+
+
+def most_client_rows(recipe: Recipe, sizes: Sequence[int]) -> int:
+    """Return how many rows of a client are measured at most, so that all take no more than `SHARE` of a run's passes.
+
+    Both measures together are two passes of a row.  At least `LEAST`, since one row says nothing.
+    """
+    asked = len(rounds.sample(range(len(sizes)), recipe.participation, recipe.seed, 1))
+    trained = recipe.rounds * asked * float(np.mean(sizes)) * PASSES
+    return min(
+        recipe.client_rows, max(LEAST_CLIENT_ROWS, int(CLIENT_ROWS_SHARE * trained / (2 * len(sizes))))
+    )
+
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +196,7 @@ def of(
         len(held),
         len(prompts),
         _answer(model, prompts, recipe.answer_tokens, recipe.max_length),
-        client_rows.in_all(recipe, [len(own) for own in rows]),
+        client_rows_in_all(recipe, [len(own) for own in rows]),
         row,
     )
 

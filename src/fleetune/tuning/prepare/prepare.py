@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median_low
+from typing import Final
 
 import torch
 
@@ -23,27 +24,95 @@ from fleetune.common.ggml import SCALES
 from fleetune.common.memory import release_memory
 from fleetune.common.settings import parse_bytes
 from fleetune.data import Encoded, Example, check_columns, encode, partition, sources
-from fleetune.data.encode import Cut, begun, encode_rows
+from fleetune.data.encode import Cut, begun, check_answers, encode_rows
 from fleetune.data.partition import Split as Split
 from fleetune.data.partition import check_partition_spec
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
 from fleetune.models.cache.cache import BLOCKS
+from fleetune.models.checks import is_encoder
+from fleetune.models.encoders import MAX_LABELS
 from fleetune.models.net.model import Model
 from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import robust
 from fleetune.tuning.methods import Method, MethodEntry
-from fleetune.tuning.prepare import estimate, labels, rate_search, rates
+from fleetune.tuning.prepare import estimate, rates
 from fleetune.tuning.prepare.estimate import Estimate
-from fleetune.tuning.prepare.rate_search import Search
-from fleetune.tuning.prepare.rates import Found
+from fleetune.tuning.prepare.rates import Found, Search
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe import recipe_problems
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.recipe.settled import settled
 from fleetune.tuning.rounds import kinds, rounds
+
+COVER: Final = "name every label word as the data has it (a comma in a word: \\,), or leave the option out"
+
+
+def label_problems(recipe: Recipe) -> list[str]:
+    """List what is wrong with the recipe's label words, whatever the data."""
+    given = settings.split_words(recipe.labels) if recipe.labels else []
+    trained = objectives.label_words(str(recipe.set.get("objective", "loss")))
+    found = []
+    if given and not 2 <= len(given) <= MAX_LABELS:
+        found.append(
+            f"labels = {recipe.labels!r} has {counted(len(given), 'word')}: 2 to {MAX_LABELS} are possible"
+        )
+    if "" in given:
+        found.append(f"labels = {recipe.labels!r} has an empty word")
+    if twice := [word for i, word in enumerate(given) if word and word in given[:i]]:
+        found.append(f"labels = {recipe.labels!r} has {twice[0]!r} twice")
+    if given and trained and set(given) != set(trained):
+        found.append(f"labels = {recipe.labels!r} and objective = {recipe.set['objective']!r} differ")
+    return found
+
+
+def check_label_rows(
+    recipe: Recipe,
+    objective: str,
+    batch_size: int,
+    examples: Sequence[Example],
+    held: Sequence[Example],
+    *,
+    offline: bool,
+) -> None:
+    """Raise DataError for an answer that is none of the label words; RecipeError for an accuracy that needs them named.
+
+    Rows that are given for validation alone are the only ones that `labels` must cover, unless an encoder is trained.
+    """
+    given, trained = recipes.label_words(recipe.labels), objectives.label_words(objective)
+    if trained:
+        check_answers(_answers(examples), trained, f"objective = {objective}", COVER)
+    if given:
+        every = not recipe.eval_data or _encoder(recipe, offline)
+        check_answers(_answers(examples if every else held), given, f"labels = {recipe.labels}", COVER)
+    if objective == "accuracy" and batch_size == 1 and not _encoder(recipe, offline):
+        raise RecipeError(
+            ["objective 'accuracy' compares a row's answer with the others of its batch, and batch_size = 1"],
+            hint="name the label words, for example accuracy:yes,no, or raise batch_size",
+        )
+
+
+def measured_labels(recipe: Recipe, objective: str, examples: Sequence[Example]) -> tuple[str, ...]:
+    """Return the label words that a causal model's accuracy is measured by; () where it is not.
+
+    Those of the recipe, else those that are trained; with the objective `accuracy` alone all answers of the data, unless
+    they are too many to be label words.
+    """
+    words = recipes.label_words(recipe.labels) or tuple(objectives.label_words(objective))
+    if words or objective.partition(":")[0] != "accuracy":
+        return words
+    different = sorted(set(_answers(examples)))
+    return tuple(different) if len(different) <= MAX_LABELS else ()
+
+
+def _answers(examples: Iterable[Example]) -> list[str]:
+    return [example.response.strip() for example in examples]
+
+
+def _encoder(recipe: Recipe, offline: bool) -> bool:
+    return is_encoder(models.load_config(recipe.model, offline=offline))
+
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +157,7 @@ class TuneJob:
 def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
     chosen_kernels()
-    recipe_problems.check_order(recipe.model, recipe.data)
+    recipes.check_order(recipe.model, recipe.data)
     entry = methods.entry(recipe.method)
     problems: list[str] = []
     hint = ""  # of the first
@@ -109,7 +178,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
             problems += error.problems
         except ValueError as error:
             problems.append(str(error))
-    problems += labels.problems(recipe)
+    problems += label_problems(recipe)
     if not problems:
         problems += rates.problems(recipe, methods.make(recipe.method, recipe.set))
     if not problems:
@@ -121,7 +190,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
             f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
         )
     if recipe.train == SCALES:
-        of_scales, change = recipe_problems.of_scales(
+        of_scales, change = recipes.scales_problems(
             recipe.method, recipe.set, recipe.base, recipe.device, recipes.SCALE_METHODS
         )
         hint, problems = hint if problems else change, problems + of_scales
@@ -194,7 +263,7 @@ def prepare(
     asked_for = [name for name in names if name in given]
     recipe, parts = _divided(recipe, entry, method, offline=offline, simulated=simulated)
     objective, held_out = objective_of(method), [parts.examples[i] for i in parts.held.tolist()]
-    labels.check_rows(recipe, objective, batch_size_of(method), parts.examples, held_out, offline=offline)
+    check_label_rows(recipe, objective, batch_size_of(method), parts.examples, held_out, offline=offline)
     recipe, model = _loaded(recipe, method, parts, offline=offline)
     place = _tokens(model, parts, recipe.max_length)
     rows = [[row for i in part.tolist() for row in place.get(i, ())] for part in parts.clients]
@@ -212,9 +281,7 @@ def prepare(
     estimated: Estimate | None = None
     found: list[Found] = []
     clients = len(rows) or recipe.clients or entry.clients
-    searches = rate_search.searches(
-        recipe, method, names, asked_for, len(train), clients, _asked(recipe, rows)
-    )
+    searches = rates.searches(recipe, method, names, asked_for, len(train), clients, _asked(recipe, rows))
     search = next(iter(searches), None)
     if measure and rows:
         measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
@@ -223,11 +290,11 @@ def prepare(
         )
     recipe = dataclasses.replace(recipe, within="")
     if names and (find or search is None):
-        note(rate_search.told(names, method, search, estimated))
+        note(rates.told(names, method, search, estimated))
     if find and search:
         asked = _asked(recipe, rows)
         if "lr" in names:
-            recipe, method = rate_search.for_clients(recipe, method, given, asked)
+            recipe, method = rates.for_clients(recipe, method, given, asked)
         recipe, found = rates.find(recipe, names, model, train, asked, progress, search.size)
         method = methods.make(recipe.method, recipe.set)
     return TuneJob(
@@ -245,7 +312,7 @@ def prepare(
         objective=objective,
         found=found,
         estimate=estimated,
-        words=labels.measured(recipe, objective, parts.examples),
+        words=measured_labels(recipe, objective, parts.examples),
         files=_digests(recipe, offline),
     )
 
@@ -349,7 +416,7 @@ def _timed(
     within = estimate.seconds_of(recipe.within)
     if whole is None:
         return recipe, method, None, next(iter(searches), None)
-    most = rate_search.SHARE * estimate.SPARE * within if within else math.inf
+    most = rates.SHARE * estimate.SPARE * within if within else math.inf
     search = next((s for s in searches if s.due or s.seconds(whole) <= most), None)
     whole = dataclasses.replace(whole, search=search.seconds(whole) if search else 0.0)
     if not within:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from fleetune import adapters, models
 from fleetune.common import sums
 from fleetune.common.display import counted
+from fleetune.common.events import TuneDone
 from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
 from fleetune.data import Example
@@ -21,7 +23,7 @@ from fleetune.errors import FleetuneError, Interrupted, LedgerError, ModelError,
 from fleetune.models.cache.cache import BLOCKS
 from fleetune.models.families import number_types
 from fleetune.models.net.model import Model, Pieces, refuse_copies
-from fleetune.runs import env_file, rundir
+from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Silent
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
@@ -32,10 +34,16 @@ from fleetune.tuning.methods._zeroth import place_at as place_at
 from fleetune.tuning.methods._zeroth import view_of
 from fleetune.tuning.prepare.prepare import split
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.given_methods import RESULT as RESULT
-from fleetune.tuning.recipe.given_methods import entry_of
+from fleetune.tuning.recipe.objects import RESULT as RESULT
+from fleetune.tuning.recipe.objects import entry_of
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.result import foundations, places
+from fleetune.tuning.result import foundations
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fleetune.models.net.model import Model
+    from fleetune.seeds.ledger import Ledger
 
 REPLAYS: Final = 256  # of a ledger that is verified; a run states one digest
 
@@ -48,7 +56,7 @@ def recipe_of(run: Path) -> Recipe:
             hint="what was compressed from it is measured on rows that are given: fleetune eval FOLDER rows.jsonl, "
             "or fleetune measure FOLDER/model --data rows.jsonl",
         )
-    return places.recipe_of(run)
+    return foundations.recipe_of(run)
 
 
 def result_of(run: Path) -> Path:
@@ -87,7 +95,7 @@ def ledger_of(run: Path) -> Ledger:
 def held_out(run: Path, *, offline: bool = False) -> list[Example]:
     """The rows that a run never trained on; UsageError when its data has other rows now."""
     recipe = recipe_of(run)
-    places.check_rows(recipe, run)
+    foundations.check_files(recipe, run)
     parts = split(recipe, entry_of(run, recipe), offline=offline)
     foundations.check_rows(run, recipe, parts)
     return [parts.examples[i] for i in parts.held.tolist()]
@@ -266,7 +274,7 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
         offline=offline,
         labels=recipes.label_words(recipe.labels),
     )
-    made_on = env_file.made_on(path.parent)
+    made_on = rundir.made_on(path.parent)
     for what, now in (("base", model.digest), ("tokenizer", model.tokenizer_digest)):
         if (then := made_on[what]) != now:
             raise ModelError(
@@ -302,3 +310,93 @@ def merge_weights(model: Model) -> None:
     """Make the tuned weights the stored ones of `model`, with nothing attached to it any more."""
     if model.attachment is not None:
         model.attachment.merge(model)
+
+
+COLUMNS: Final = (
+    "loss",
+    "accuracy",
+    "objective",
+    "rouge_l",
+    "clients",
+    "accepted",
+    "bytes_up",
+    "bytes_down",
+    "bytes_total",
+    "seconds",
+    "rss",
+)
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """A finished run.  `done` is its last event: measures before and after, bytes, seconds, digest."""
+
+    folder: Path
+    done: TuneDone
+
+    @property
+    def path(self) -> Path:
+        """The ledger file, or the adapter's directory."""
+        return Path(self.done.result)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tuned weights (a ledger's run) or of the adapter's."""
+        return self.done.digest
+
+    @property
+    def report(self) -> Path:
+        """The run's page."""
+        return self.folder / "report.html"
+
+    @property
+    def history(self) -> dict[str, list[Any]]:
+        """The history of the rounds, as columns of equal length that `pandas.DataFrame` takes.
+
+        `round` counts from 0, the base model; a column has None where a round was not evaluated (losses in nats, bytes
+        and seconds of the round).  Columns without any value are left out.
+        """
+        rows: dict[int, dict[str, Any]] = {}
+        for event in rundir.events(self.folder):
+            if event["event"] in ("round", "eval"):
+                rows.setdefault(int(event["round"]), {}).update(event)
+        found = {c: [rows[r].get(c) for r in sorted(rows)] for c in COLUMNS}
+        used = {c: values for c, values in found.items() if any(v is not None for v in values)}
+        return {"round": sorted(rows), **used}
+
+    def model(self, *, device: str = "cpu", offline: bool = False) -> Model:
+        """Load the tuned model; its stored weights stay the base's."""
+        return load(self.folder, device=device, offline=offline)
+
+    def ledger(self) -> Ledger:
+        """Read the seed ledger; UsageError for a run that leaves an adapter."""
+        return ledger_of(self.folder)
+
+    def adapter(self) -> dict[str, Tensor]:
+        """Read the adapter's tensors, by PEFT's names; UsageError for a run that leaves a ledger."""
+        from safetensors.torch import load_file
+
+        found = result_of(self.folder)
+        if not found.is_dir():
+            raise UsageError(
+                f"{self.folder} leaves a ledger, no adapter",
+                hint="its tuned model: .model(), or export to hf",
+            )
+        tensors: dict[str, Tensor] = load_file(found / "adapter_model.safetensors")
+        return tensors
+
+
+def read(folder: Path) -> TuneResult:
+    """Return the result of a finished run; UsageError when it is not finished."""
+    known = {name for name in TuneDone.__dataclass_fields__ if name != "event"}
+    for event in rundir.events(folder):
+        if event["event"] == "done":
+            done = TuneDone(**{n: v for n, v in event.items() if n in known})
+            result = str(folder / Path(done.result).name)  # as it is found from here
+            return TuneResult(folder, dataclasses.replace(done, run=str(folder), result=result))
+    raise UsageError(f"{folder} is not finished", hint=f"fleetune tune --resume {quoted(folder)}")
+
+
+def finished_in(out: Path) -> list[TuneResult]:
+    """Return the results of the finished runs under a folder, in order of number."""
+    return [read(path) for path in rundir.listing(out) if rundir.status_of(path) == "done"]

@@ -3,36 +3,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 
 from fleetune import adapters
-from fleetune.common.display import counted
+from fleetune.common import __version__
+from fleetune.common.display import change as change_text
+from fleetune.common.display import counted, human_time, show
 from fleetune.common.events import RateFound, TuneStart
 from fleetune.common.files import read_json
 from fleetune.common.ggml import SCALES
+from fleetune.common.paired import Difference
+from fleetune.common.settings import Value
 from fleetune.data.encode import digest
 from fleetune.errors import StorageError
+from fleetune.evaluation.losses import class_measures, response_loss
 from fleetune.models.net.model import Model
-from fleetune.runs import env_file
+from fleetune.runs import rundir
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.scale_view import moved_tensors, scales_share
+from fleetune.seeds.weights import FOLD
 from fleetune.tuning import methods
 from fleetune.tuning.methods import Method
+from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.settled import given
-from fleetune.tuning.result import foundations, places
+from fleetune.tuning.result import foundations
+from fleetune.tuning.rounds import watch
 
 if TYPE_CHECKING:
+    from fleetune.tuning.methods import Method
     from fleetune.tuning.prepare.prepare import TuneJob
     from fleetune.tuning.prepare.rates import Found
     from fleetune.tuning.recipe.recipe import Recipe
+    from fleetune.tuning.rounds.rounds import Outcome
 
 TRAINED: dict[str, Callable[[Model], int]] = {
     "ledger": lambda model: sum(math.prod(shape) for _, shape, _ in moved_tensors(model)),
@@ -40,7 +52,7 @@ TRAINED: dict[str, Callable[[Model], int]] = {
 }
 
 
-def of_model(job: TuneJob) -> dict[str, Any]:
+def model_facts(job: TuneJob) -> dict[str, Any]:
     """Return what env.json says of the model."""
     m = job.model
     return {
@@ -63,14 +75,14 @@ def _computed_by(device: str) -> dict[str, Any]:
     return found
 
 
-def of_data(job: TuneJob, run: Path) -> dict[str, Any]:
+def data_facts(job: TuneJob, run: Path) -> dict[str, Any]:
     """Return what env.json says of the data and the recipe: digests, and the options that were not the defaults.
 
     What it says of the defaults already stays: a run may be resumed by a version with others.
     """
     stated, parts = foundations.of_job(job), job.split
     try:
-        told = read_json(run / env_file.ENVIRONMENT, "").get("given")
+        told = read_json(run / rundir.ENVIRONMENT, "").get("given")
     except StorageError:
         told = None
     return {
@@ -79,7 +91,7 @@ def of_data(job: TuneJob, run: Path) -> dict[str, Any]:
         "held_out_sha256": stated.held_out,
         "split_sha256": split_digest(parts.clients, parts.held),
         "given": told if isinstance(told, list) else given(job.recipe),
-        **places.note(run),
+        **foundations.note_start(run),
     }
 
 
@@ -91,7 +103,7 @@ def split_digest(clients: Sequence[np.ndarray], held: np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def start(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
+def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
     """Return the first event: who takes part with what; `rows` of every client, `params` the base model's weights."""
     recipe, parts = job.recipe, job.split
     shown = parts.column if parts.column and not recipe.partition.startswith("column") else "category"
@@ -117,7 +129,7 @@ def start(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
     )
 
 
-def rate(found: Found) -> RateFound:
+def rate_event(found: Found) -> RateFound:
     """Return the event of a learning rate that was found."""
     return RateFound(
         setting=found.setting,
@@ -220,3 +232,223 @@ def samples_page(evaluation: Mapping[str, Any]) -> str:
 def _lines(text: str) -> list[str]:
     """Return the lines as Markdown sees them: a carriage return alone ends one, too."""
     return re.split(r"\r\n?|\n", text)
+
+
+NEW_HEAD: Final = "the classification head is new and starts at random: the base row is of the encoder with that untrained head"
+PROBE: Final = 8  # held-out rows that tell whether the start is the base
+NOISE: Final = 1e-7  # of a loss, relative: kernels differ by less
+PAST: Final = 0.01  # of the lowest validation loss: a result above it by more is past its best
+SAME: Final = 1e-3  # nats; kernels differ by less, a random module makes more
+
+
+def of_rate(found: Found) -> str:
+    """Say which learning rate was found, and how."""
+    return f"{found.setting} = {found.rate:g}, found in {human_time(found.seconds)}: {found.why}"
+
+
+def of_law(method: Method) -> str:
+    """Say that a law's directions are slow; "" where they are not."""
+    law, K = getattr(method, "law", ""), getattr(method, "K", 0)
+    if law != "gaussian" or K <= FOLD:
+        return ""
+    return (
+        f"slow: every forward may compute {K:,} gaussian directions, whose sums are not kept; those of other laws are kept as "
+        "one sum"
+    )
+
+
+def probe(job: TuneJob) -> float:
+    """Return the loss (nats) of the model as it stands, on a few held-out rows."""
+    few = job.held[:PROBE]
+    return class_measures(job.model, few)[0] if job.model.labels else response_loss(job.model, few)
+
+
+def starts_elsewhere(before: float, after: float) -> bool:
+    """Whether attaching the untrained module has changed the loss of `probe`."""
+    return not math.isclose(before, after, rel_tol=SAME, abs_tol=SAME)
+
+
+def of_start(base: Mapping[str, float], start: Mapping[str, float]) -> str:
+    """Say that the rounds set out from another loss than the base's."""
+    return (
+        f"the untrained module changes the model: its loss is {show('loss', start['loss'])} with it and "
+        f"{show('loss', base['loss'])} without. Training starts at the former; the base row is the latter"
+    )
+
+
+def unmoved(first: Any, last: Any, digest: str, base: str) -> bool:
+    """Whether a method's last state is its first one: the same tensors, or a ledger that leaves the base's weights.
+
+    `digest` is the result's; `base` that of the base model.
+    """
+    if not hasattr(last, "tensors"):
+        return digest == base
+    return all(np.array_equal(tensor, first.tensors.get(name)) for name, tensor in last.tensors.items())
+
+
+def shows_nothing(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    """Whether the validation loss is what it was, but for float noise."""
+    return math.isclose(before["loss"], after["loss"], rel_tol=NOISE)
+
+
+def of_unmoved(job: TuneJob, run: RunDir, *, stays: bool) -> str:
+    """Say that nothing moved (`stays`) or that nothing shows, with the cause where the events tell it, and what to do."""
+    events = list(rundir.events(run.path))
+    replies = [e for e in events if e["event"] == "client"]
+    good = [e for e in replies if e.get("status") == "ok"]
+    counting = sum(e.get("accepted", 0) >= job.recipe.quorum for e in events if e["event"] == "round")
+    if not good:
+        why, remedy = f"none of {counted(len(replies), 'client')} gave a good reply", "see log.txt"
+    elif not counting:
+        why, remedy = f"no round had {_good(job.recipe.quorum)}", "lower --quorum"
+    else:
+        change = "no change of any weight" if stays else "a change too small to show"
+        why = f"{_good(len(good))} added up to {change}"
+        remedy = "raise the learning rate (--set lr=..), or the local steps and --rounds"
+        if job.objective != "loss":
+            remedy += "; an objective that gives equal values at two near points moves nothing: raise batch_size or eps"
+    return f"{'nothing moved' if stays else 'the validation loss did not move'}: {why}; {remedy}"
+
+
+def _good(replies: int) -> str:
+    return counted(replies, "good reply", "good replies")
+
+
+def of_change(
+    job: TuneJob,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    change: Difference | None,
+    outcome: Outcome,
+) -> str:
+    """Say that the validation loss rose, or that its change is within noise; "" where it fell by more."""
+    if change is None or not math.isfinite(after["loss"]):
+        return ""
+    rows = counted(change.rows, "held-out row")
+    if change.error is None:
+        return f"{rows} cannot tell a change from noise: hold more out (--held-out, --eval-rows)"
+    if change.noise:
+        return (
+            f"the change of the validation loss is within noise: two standard errors are {2 * change.error:.3f} on {rows}; "
+            + (
+                "tune longer or with a higher learning rate, or hold more rows out"
+                if not _past_best(job, outcome, after)
+                else watch.advice(job.method, 3)
+            )
+        )
+    if after["loss"] <= before["loss"] or job.objective != "loss":
+        return ""
+    shown = change_text("loss", before["loss"], after["loss"], change.error)
+    return f"the validation loss rose ({shown} on {rows}): {watch.advice(job.method, 3)}"
+
+
+def _past_best(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> bool:
+    """Whether an earlier round had a clearly lower validation loss than the result."""
+    best = outcome.course
+    known = best.best is not None and job.objective == "loss" and math.isfinite(after["loss"])
+    return known and (best.best or 0) < outcome.round and after["loss"] - best.score > PAST * abs(best.score)
+
+
+def of_course(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> list[str]:
+    """Say which round's model the result is, and that the run was stopped before its last round."""
+    recipe, found = job.recipe, []
+    early = ", stopped early" if outcome.last < recipe.rounds else ""
+    if _past_best(job, outcome, after) and not early:
+        found.append(
+            f"round {outcome.course.best} was the best ({show('loss', outcome.course.score)}), and the loss rose since: "
+            "--keep best keeps its model, --patience ends a run there"
+        )
+    if recipe.keep == "best":
+        best = f"round {outcome.round}" if outcome.round else "the start, since no round was better"
+        found.append(f"the result is the best of {counted(outcome.last, 'round')}{early}: {best}")
+    elif early:
+        found.append(
+            f"stopped early after round {outcome.last} of {recipe.rounds}: "
+            f"{counted(outcome.course.stale, 'evaluated round')} in a row no better than round {outcome.course.best}"
+            + (
+                "; --keep best would have kept that round's model"
+                if outcome.course.best != outcome.last
+                else ""
+            )
+        )
+    return found
+
+
+# of env.json: what decides the bits of a result beside the recipe
+DECIDES: Final = (
+    "fleetune",
+    "python",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "numba",
+    "numpy",
+    "system",
+    "machine",
+    "device",
+    "gpu",
+    "cuda",
+    "threads",
+    "instructions",
+)
+
+
+def progress_words(run: Path, rounds: int) -> str:
+    """Say after which of `rounds` rounds a run goes on, and about how long the rest takes, at the time of those done."""
+    done = {int(e["round"]): float(e["seconds"]) for e in rundir.events(run) if e["event"] == "round"}
+    last = max(done, default=0)
+    said = f"goes on after round {last} of {rounds}"
+    if not done or last >= rounds:
+        return said
+    each = statistics.median(done.values())
+    return f"{said}: about {human_time(each * (rounds - last))} left, {counted(rounds - last, 'round')} of {human_time(each)}"
+
+
+def machine_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say what of versions and machine differs from the sitting before; "" where nothing does, or it is not known."""
+    differ = [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in DECIDES
+        if name in before and name in now and before[name] != now[name]
+    ]
+    if not differ:
+        return ""
+    return (
+        f"since the last sitting there changed: {', '.join(differ)}; the result may differ in its last bits"
+    )
+
+
+NAMED: tuple[str, ...] = ("model", "data", "eval_data")  # may be paths: their last part is told
+
+
+def facts_of(job: TuneJob) -> dict[str, Value]:
+    """Return option -> value: those of the recipe, the method's as `set.NAME`, and what they were resolved to."""
+    return recipe_facts(job.recipe) | {
+        "base_digest": job.model.digest,
+        "parameters": job.model.n_params,
+        "held_out_rows": len(job.held),
+        "training_rows": sum(len(rows) for rows in job.rows),
+        "fleetune": __version__,
+    }
+
+
+def recipe_facts(recipe: Recipe) -> dict[str, Value]:
+    """Return the options of a recipe, those of its method with their defaults."""
+    plain = dataclasses.asdict(recipe)
+    plain.pop("set")
+    found: dict[str, Value] = {n: public(str(v)) if n in NAMED else v for n, v in plain.items()}
+    return found | {f"set.{name}": value for name, value in settings_of(recipe).items()}
+
+
+def settings_of(recipe: Recipe) -> dict[str, Value]:
+    """Return the settings of a recipe's method, each with the value that it has in the run; files by their last part."""
+    values = objects.method_settings(recipe)
+    return {name: public(v) if isinstance(v, str) and "/" in v else v for name, v in values.items()}
+
+
+def public(name: str) -> str:
+    """Return a model's or a file's name without the folders of this machine; a hub id, OWNER/NAME, stays whole."""
+    path = Path(name).expanduser()
+    local = path.is_absolute() or path.exists() or name.count("/") != 1
+    return path.name if local else name

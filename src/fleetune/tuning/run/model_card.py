@@ -20,12 +20,12 @@ from fleetune.common.display import counted, human_bytes, show
 from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.common.settings import Value
 from fleetune.models.cache import names
-from fleetune.runs import env_file, rundir
+from fleetune.runs import rundir
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import finished, foundations
-from fleetune.tuning.run import run_facts
+from fleetune.tuning.run import describe
 
 HERE: Final = "PATH OF THIS FOLDER"  # a push puts the repository's name there
 CARD: Final = "README.md"
@@ -70,7 +70,7 @@ _MARK: Final = "<!-- what the run recorded -->"
 
 def base_name(recipe: Recipe) -> str:
     """Return the base model as others know it: its hub id, or the last part of its path."""
-    return names.hub_of(recipe.model) or run_facts.public(recipe.model)
+    return names.hub_of(recipe.model) or describe.public(recipe.model)
 
 
 def licence_of(recipe: Recipe) -> str | None:
@@ -91,17 +91,17 @@ def command_of(recipe: Recipe) -> str:
     words = [
         "fleetune",
         "tune",
-        recipe.model if names.hub_of(recipe.model) else run_facts.public(recipe.model),
+        recipe.model if names.hub_of(recipe.model) else describe.public(recipe.model),
     ]
-    words += [run_facts.public(recipe.data), "--method", recipe.method]
+    words += [describe.public(recipe.data), "--method", recipe.method]
     for name, (_, default, _) in recipes.fields().items():
         value = getattr(recipe, name)
         if name not in ("model", "data", "method", "set") and value != default:
-            text = run_facts.public(value) if name in run_facts.NAMED else _plain(value)
+            text = describe.public(value) if name in describe.NAMED else _plain(value)
             words += [f"--{name.replace('_', '-')}", text]
     known = recipe.method in methods.entries()
     usual = {s.name: s.default for s in methods.settings(recipe.method)} if known else {}
-    for name, value in run_facts.settings_of(recipe).items():
+    for name, value in describe.settings_of(recipe).items():
         if value != usual.get(name):
             words += ["--set", f"{name}={_plain(value)}"]
     return shlex.join(words)
@@ -157,13 +157,13 @@ def _data(run: Path, recipe: Recipe, start: Mapping[str, Any]) -> list[list[str]
     counts = [int(n) for n in start.get("rows_per_client", ())]
     of = "their own rows of real devices" if _of_devices(run) else recipe.partition
     rows = [
-        ["data of the server" if _of_devices(run) else "data", run_facts.public(recipe.data)],
+        ["data of the server" if _of_devices(run) else "data", describe.public(recipe.data)],
         ["training rows", f"{sum(counts):,} of {counted(len(counts), 'client')} ({of})"],
         ["held-out rows", f"{start.get('held_out', 0):,}"],
         ["tokens per row, max.", f"{recipe.max_length:,}"],
     ]
     if recipe.eval_data:
-        rows.append(["held-out data", run_facts.public(recipe.eval_data)])
+        rows.append(["held-out data", describe.public(recipe.eval_data)])
     return rows
 
 
@@ -175,7 +175,7 @@ def _of_devices(run: Path) -> bool:
 def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *, of_devices: bool) -> str:
     known = methods.entries().get(recipe.method)
     paper = f" ({known.paper})" if known and known.paper else ""
-    settings = [[f"`{name}`", str(value)] for name, value in run_facts.settings_of(recipe).items()]
+    settings = [[f"`{name}`", str(value)] for name, value in describe.settings_of(recipe).items()]
     rounds = done.get("rounds", recipe.rounds)
     return "\n\n".join(
         [
@@ -195,7 +195,7 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *
 
 def _digests(run: Path, done: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the run stated of its inputs and of its result."""
-    found = env_file.made_on(run)
+    found = rundir.made_on(run)
     named = [("base weights, as loaded", found["base"]), ("tokenizer", found["tokenizer"])]
     if stands_on := foundations.stated_by(run):
         named += [

@@ -15,13 +15,13 @@ from fleetune.common.events import TuneDone, as_dict
 from fleetune.common.files import read_json
 from fleetune.common.memory import peak_rss
 from fleetune.common.paired import Difference
-from fleetune.runs import env_file, metrics
+from fleetune.runs import metrics, rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.view import View
 from fleetune.tuning.prepare.prepare import TuneJob
 from fleetune.tuning.rounds import rounds
-from fleetune.tuning.run import describe, eval_file, model_card, per_client, remarks, validation
+from fleetune.tuning.run import describe, evaluation, model_card
 
 
 def finish(
@@ -29,26 +29,26 @@ def finish(
     run: RunDir,
     first: Any,
     outcome: rounds.Outcome,
-    check: validation.Validation,
+    check: evaluation.Validation,
     listener: Listener,
     began: float,
 ) -> TuneDone:
     """Save and report the result; `first` is the state before round 1, `began` is when this sitting began, with its search."""
     state, totals = outcome.state, outcome.totals
     job.method.apply(job.model, state)
-    measured, rows = validation.recorded(run.path, outcome.round), check.rows_of(outcome.round)
-    elsewhere = not outcome.round and "start" in read_json(run.path / eval_file.EVALUATION, "")
+    measured, rows = evaluation.recorded(run.path, outcome.round), check.rows_of(outcome.round)
+    elsewhere = not outcome.round and "start" in read_json(run.path / evaluation.EVALUATION, "")
     if not measured or rows is None or elsewhere:
-        measured, rows = validation.measure(job)
-    tuned = eval_file.answer(job, run, "tuned", measured, rows)
+        measured, rows = evaluation.measure(job)
+    tuned = evaluation.answer(job, run, "tuned", measured, rows)
     clients = _clients(job, run)
     result = ARTEFACTS[job.entry.kind](job, run, state, outcome.round)
-    evaluation = eval_file.read(run)
-    if evaluation["samples"]:
-        run.write("samples.md", describe.samples_page(evaluation), private=True)
+    record = evaluation.read(run)
+    if record["samples"]:
+        run.write("samples.md", describe.samples_page(record), private=True)
     change = check.against_base(rows)
     done = TuneDone(
-        base=evaluation["base"],
+        base=record["base"],
         tuned=tuned,
         rows=len(job.held),
         run=str(run.path),
@@ -60,14 +60,14 @@ def finish(
         peak_rss=peak_rss(),
         **result,
         per_client=clients,
-        **_about(job, run, (first, state), evaluation, tuned, result["digest"], outcome, change),
+        **_about(job, run, (first, state), record, tuned, result["digest"], outcome, change),
     )
     if job.entry.kind == "adapter":
         size = model_card.complete(Path(done.result), as_dict(done))
         done = dataclasses.replace(done, result_bytes=size)
     recorded = run.record(as_dict(done))
     listed = Path(done.result).name + (f"/{sums.FILE}" if job.entry.kind == "adapter" else "")
-    sums.write(run.path, ["run.toml", env_file.ENVIRONMENT, metrics.FILE, eval_file.EVALUATION, listed])
+    sums.write(run.path, ["run.toml", rundir.ENVIRONMENT, metrics.FILE, evaluation.EVALUATION, listed])
     run.status("done")
     report.write(run.path)
     done = dataclasses.replace(done, t=recorded["t"], report=str(run.path / "report.html"))
@@ -77,13 +77,13 @@ def finish(
 
 def _clients(job: TuneJob, run: RunDir) -> dict[str, Any] | None:
     """Measure the clients whose losses before are known; None where there are none.  eval.json gets the losses too."""
-    before = eval_file.read(run).get("per_client")
-    own = per_client.chosen(job) if isinstance(before, dict) else None
+    before = evaluation.read(run).get("per_client")
+    own = evaluation.client_rows(job) if isinstance(before, dict) else None
     if own is None or not isinstance(before, dict):
         return None
     own = own.first(before["n"])
     found = own.record(base=before["base"], tuned=own.losses(job))
-    eval_file.add(run, {"per_client": found})
+    evaluation.add(run, {"per_client": found})
     return found
 
 
@@ -91,24 +91,24 @@ def _about(
     job: TuneJob,
     run: RunDir,
     states: tuple[Any, Any],
-    evaluation: dict[str, Any],
+    record: dict[str, Any],
     tuned: dict[str, float],
     digest: str,
     outcome: rounds.Outcome,
     change: Difference | None,
 ) -> dict[str, Any]:
     """The fields of the last event that say what its figures mean."""
-    start, base = evaluation.get("start"), evaluation["base"]
-    stays = remarks.unmoved(*states, digest, job.model.digest)
-    words = job.about_rows() + ([remarks.NEW_HEAD] if job.model.new_head else [])
-    words += [remarks.of_start(base, start)] if start else []
+    start, base = record.get("start"), record["base"]
+    stays = describe.unmoved(*states, digest, job.model.digest)
+    words = job.about_rows() + ([describe.NEW_HEAD] if job.model.new_head else [])
+    words += [describe.of_start(base, start)] if start else []
     if outcome.last and not outcome.round:
         pass  # the start is kept as the best: `of_course` says so
-    elif stays or remarks.shows_nothing(start or base, tuned):
-        words.append(remarks.of_unmoved(job, run, stays=stays))
-    elif word := remarks.of_change(job, start or base, tuned, change, outcome):
+    elif stays or describe.shows_nothing(start or base, tuned):
+        words.append(describe.of_unmoved(job, run, stays=stays))
+    elif word := describe.of_change(job, start or base, tuned, change, outcome):
         words.append(word)
-    words += remarks.of_course(job, outcome, tuned)
+    words += describe.of_course(job, outcome, tuned)
     answered = min(job.recipe.rouge_rows, len(job.prompts)) or None
     return {
         "start": start,

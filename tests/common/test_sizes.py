@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from fleetune.common import settings as sizes
 from fleetune.errors import UsageError
-from fleetune.planning import plan
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,13 @@ from fleetune.planning import plan
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert plan.parse_bytes(text) == size
+    assert sizes.parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["4", "1.5", "512", " 8 "])
 def test_a_number_that_is_no_memory_is_asked_about(text: str) -> None:
     with pytest.raises(UsageError, match=f"Did you mean {text.strip()}GB"):
-        plan.parse_bytes(text)
+        sizes.parse_bytes(text)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_number_that_is_no_memory_is_asked_about(text: str) -> None:
 )
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="--ram"):
-        plan.parse_bytes(text)
+        sizes.parse_bytes(text)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_what_is_no_size(text: str) -> None:
     ],
 )
 def test_speeds(text: str, rate: float) -> None:
-    assert plan.parse_rate(text) == rate
+    assert sizes.parse_rate(text) == rate
 
 
 @pytest.mark.parametrize(
@@ -65,21 +65,21 @@ def test_speeds(text: str, rate: float) -> None:
 )
 def test_what_is_no_speed(text: str) -> None:
     with pytest.raises(UsageError, match="--uplink"):
-        plan.parse_rate(text)
+        sizes.parse_rate(text)
 
 
 def test_what_a_hint_says_is_one_word_and_read() -> None:
     for text in ("lots", "4"):
         with pytest.raises(UsageError) as caught:
-            plan.parse_bytes(text)
+            sizes.parse_bytes(text)
         assert caught.value.hint == "write 4GB, 512MB, 2GiB or a number of bytes"
-    assert [plan.parse_bytes(size) for size in ("4GB", "512MB", "2GiB")] == [4 * 10**9, 512 * 10**6, 1 << 31]
+    assert [sizes.parse_bytes(size) for size in ("4GB", "512MB", "2GiB")] == [4 * 10**9, 512 * 10**6, 1 << 31]
     with pytest.raises(UsageError) as caught:
-        plan.parse_rate("fast")
+        sizes.parse_rate("fast")
     assert caught.value.hint == "write 1Mbps, 500kbit/s or 2MB/s"
-    assert [plan.parse_rate(rate) for rate in ("1Mbps", "500kbit/s", "2MB/s")] == [125_000, 62_500, 2e6]
+    assert [sizes.parse_rate(rate) for rate in ("1Mbps", "500kbit/s", "2MB/s")] == [125_000, 62_500, 2e6]
 
 
 def test_nothing_stays_nothing() -> None:
-    assert plan.parse_bytes(None) is None
-    assert plan.parse_rate(None) is None
+    assert sizes.parse_bytes(None) is None
+    assert sizes.parse_rate(None) is None
