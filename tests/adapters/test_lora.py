@@ -26,7 +26,7 @@ def tiny(dtype: torch.dtype = torch.float32) -> Model:
 
 def attached(seed: int = 1, *, dtype: torch.dtype = torch.float32, **options: Any) -> Model:
     model = tiny(dtype)
-    adapters.attach_lora(model, **({"r": 4, "alpha": 8, "dropout": 0.0} | options), seed=seed)
+    adapters.attach(model, adapters.Lora(**({"r": 4, "alpha": 8, "dropout": 0.0} | options)), seed=seed)
     return model
 
 

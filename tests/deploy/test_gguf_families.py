@@ -125,7 +125,7 @@ def test_an_adapter_beside_its_base(case: str, tmp_path: Path) -> None:
     save(case, tmp_path / "m")
     model = models.load(str(tmp_path / "m"), device="cpu")
     base = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path
-    adapters.attach_lora(model, r=4, alpha=6, seed=1)
+    adapters.attach(model, adapters.Lora(r=4, alpha=6), seed=1)
     rng = np.random.default_rng(1)
     found = sorted(adapters.export(model).items())
     adapters.load_(model, {n: rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in found})

@@ -181,10 +181,10 @@ def test_an_adapter_on_names_that_experts_have_too(tmp_path: Path) -> None:
     ids = torch.tensor([TEXT])
     before = model.net(ids).logits
     with pytest.raises(ModelError, match="for its experts, which are no linear layers") as caught:
-        adapters.attach_lora(model, r=4, alpha=6, seed=1)
+        adapters.attach(model, adapters.Lora(r=4, alpha=6), seed=1)
     assert "targets=k_proj,o_proj,q_proj,v_proj" in (caught.value.hint or "")
     assert torch.equal(model.net(ids).logits, before)  # it is off again
-    adapters.attach_lora(model, r=4, alpha=6, targets="k_proj,o_proj,q_proj,v_proj", seed=1)
+    adapters.attach(model, adapters.Lora(r=4, alpha=6, targets="k_proj,o_proj,q_proj,v_proj"), seed=1)
     adapters.save(model, tmp_path / "adapter")
     assert (
         export_adapter(tmp_path / "adapter", tmp_path / "m", "gguf:lora", tmp_path / "l.gguf").tensors == 32

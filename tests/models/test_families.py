@@ -48,9 +48,7 @@ SAMPLE = [
     ("mamba", "adapter", "ok"),
     ("mamba", "fedpeptao", "a prefix needs attention in every layer"),
     ("gpt2", "fedit", "ok"),  # one matrix of queries, keys and values, stored the other way round
-    ("gpt2", "prefix", "ok"),
     ("gpt2", "rtn", "the blocks of a GPT2LMHeadModel have no matrices"),
-    ("opt", "prompt", "ok"),  # whose base_model is never called
     ("gpt_oss", "adapter", "ok"),  # experts in one tensor, that return a tuple
     ("gemma2", "prefix", "ok"),  # caps in its attention, and windows
     ("stablelm", "prefix", "the attention of a StableLmForCausalLM is no function"),

@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fleetune.adapters.attachment import Part, attach, attachment_of, private_rng
+from fleetune.adapters.attachment import Part, attachment_of, private_rng
 from fleetune.adapters.lora_init import FROM_SEED, FROM_WEIGHTS
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.families.foreign import short_error
@@ -135,20 +135,6 @@ class LoraPart(Part):
                     base_part = layer.scaling[ADAPTER] * (b0 @ a0)
                     delta -= base_part.T if layer.fan_in_fan_out else base_part
                 weight.copy_(weight.float().add_(delta))
-
-
-def attach_lora(
-    model: Model,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float = 0.0,
-    targets: str | Sequence[str] = ALL_LINEAR,
-    init: str = "default",
-    seed: int,
-) -> None:
-    """Call `attach(model, Lora(..), seed=seed)`."""
-    attach(model, Lora(r, alpha, dropout, targets, init), seed=seed)
 
 
 def subtracted_factors(model: Model) -> dict[str, np.ndarray]:

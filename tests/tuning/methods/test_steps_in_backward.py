@@ -32,7 +32,7 @@ ROWS = [Encoded(np.arange(5 + i, 25 + 2 * i, dtype=np.int32), 1) for i in range(
 
 def with_lora() -> models.Model:
     model = models.tiny_llama(layers=3)
-    adapters.attach_lora(model, r=4, alpha=8, dropout=0.1, seed=3)
+    adapters.attach(model, adapters.Lora(r=4, alpha=8, dropout=0.1), seed=3)
     return model
 
 
@@ -148,7 +148,7 @@ def test_the_plan_counts_the_copies_that_a_training_keeps(
 ) -> None:
     """In a step: numpy's arrays, but for the model's, and the tensors that FedProx begins with."""
     model = models.tiny_llama(layers=1)
-    adapters.attach_lora(model, r=64, alpha=8, seed=3)
+    adapters.attach(model, adapters.Lora(r=64, alpha=8), seed=3)
     how, seen = Training(lr=1e-3, steps=2, batch_size=2, wire=wire, **more), list[int]()
     arrays = _adapter.coded(adapters.export(model), wire)
     module = Module(tensors={name: a.shape for name, a in arrays.items()})
