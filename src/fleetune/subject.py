@@ -185,7 +185,8 @@ class Compressed:
                 str(self.model), dtype=dtype, device=device, offline=offline, base=base or "auto"
             )
         if base == "mapped":
-            raise UsageError(f"{self.name} holds codes, which are read into memory", hint="leave out --base")
+            hint = "leave out --base; or, unless it has experts, export it with --to gguf and give that file"
+            raise UsageError(f"{self.name} holds codes, which are read into memory", hint=hint)
         return models.load_artefact(self.model, dtype=dtype, device=device)
 
     def held_out(self, *, offline: bool = False) -> list[Example]:

@@ -35,17 +35,51 @@ from fleetune.models.stored import Stored
 BLOCK: Final = 1 << 20  # numbers of a block of rows: 4 MB in fp32
 # what is asked of a parameter without its values
 PROPERTIES: Final = frozenset(
-    """
-    shape dtype device requires_grad is_leaf grad grad_fn ndim layout itemsize nbytes names is_meta
-    is_cuda is_cpu is_mps is_sparse is_quantized is_nested is_mkldnn is_xla is_xpu is_sparse_csr
-    retains_grad _backward_hooks
-    """.split()
+    [
+        "shape",
+        "dtype",
+        "device",
+        "requires_grad",
+        "is_leaf",
+        "grad",
+        "grad_fn",
+        "ndim",
+        "layout",
+        "itemsize",
+        "nbytes",
+        "names",
+        "is_meta",
+        "is_cuda",
+        "is_cpu",
+        "is_mps",
+        "is_sparse",
+        "is_quantized",
+        "is_nested",
+        "is_mkldnn",
+        "is_xla",
+        "is_xpu",
+        "is_sparse_csr",
+        "retains_grad",
+        "_backward_hooks",
+    ]
 )
 METHODS: Final = frozenset(
-    """
-    size dim numel nelement ndimension element_size is_floating_point is_complex is_inference has_names
-    get_device __hash__ __len__ register_hook
-    """.split()
+    [
+        "size",
+        "dim",
+        "numel",
+        "nelement",
+        "ndimension",
+        "element_size",
+        "is_floating_point",
+        "is_complex",
+        "is_inference",
+        "has_names",
+        "get_device",
+        "__hash__",
+        "__len__",
+        "register_hook",
+    ]
 )
 
 
