@@ -239,8 +239,7 @@ def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
     from fleetune.evaluation.losses import pad_id
     from fleetune.tuning import methods
     from fleetune.tuning.exchange.messages import decode
-    from fleetune.tuning.rounds.fleets.local_work import work
-    from fleetune.tuning.rounds.fleets.memories import Memories
+    from fleetune.tuning.rounds.local_work import Memories, work
 
     (counted, _), *more = SETTINGS[name].items()
     method = methods.make(name.partition(",")[0], {"batch_size": batch, counted: steps} | dict(more))

@@ -22,7 +22,7 @@ from fleetune.api.names import Rows
 from fleetune.cli.main import main
 from fleetune.common import events
 from fleetune.compression.methods import qronos
-from fleetune.deploy.measure import harness
+from fleetune.deploy import harness
 from fleetune.evaluation import losses
 from fleetune.runs.compression_folder import CompressOptions, CompressRequest
 from fleetune.tuning.methods import fedkseed

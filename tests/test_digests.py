@@ -23,7 +23,7 @@ from fleetune import errors, models
 from fleetune.cli.main import main
 from fleetune.common import sums
 from fleetune.compression.jobs import compressed_base
-from fleetune.deploy.serving import engines, session
+from fleetune.deploy import serve
 from fleetune.models import loading
 from fleetune.models.cache import cache
 from fleetune.runs import rundir
@@ -103,8 +103,8 @@ USES: dict[str, Use] = {
     "eval": lambda name: fleetune.evaluate(name, "rows.jsonl", tasks=["loss"], limit=1, offline=True),
     "export": lambda name: fleetune.export(name, to="hf", path="out", offline=True),
     "load": lambda name: fleetune.open(name).load(offline=True),
-    "serve": lambda name: session._model_for(
-        fleetune.open(name), engines.ENGINES[0], Path("served"), fleetune.Silent(), offline=True
+    "serve": lambda name: serve._model_for(
+        fleetune.open(name), Path("served"), fleetune.Silent(), offline=True
     ),
     "replay": lambda name: command("ledger", "replay", name),
 }

@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from fleetune.api.tuning import tune as tune
     from fleetune.common import events as events
     from fleetune.compression.jobs.job import CompressResult as CompressResult
-    from fleetune.deploy.export_subject import ExportResult as ExportResult
-    from fleetune.deploy.measure.job import MeasureResult as MeasureResult
-    from fleetune.deploy.serving.client import Conversation as Conversation
-    from fleetune.deploy.serving.engines import Session as Session
+    from fleetune.deploy.export import ExportResult as ExportResult
+    from fleetune.deploy.measure import MeasureResult as MeasureResult
+    from fleetune.deploy.serve import Conversation as Conversation
+    from fleetune.deploy.serve import Session as Session
     from fleetune.models.net.model import Model as Model
     from fleetune.planning.plan import Plan as Plan
     from fleetune.runs.listener import Listener as Listener
@@ -67,10 +67,9 @@ _PLACES: Final = {
     "fleetune.api.names": "compressors list_runs methods open targets",
     "fleetune.api.tuning": "plan resume_run resume_sweep sweep tune",
     "fleetune.compression.jobs.job": "CompressResult",
-    "fleetune.deploy.export_subject": "ExportResult",
-    "fleetune.deploy.measure.job": "MeasureResult",
-    "fleetune.deploy.serving.client": "Conversation",
-    "fleetune.deploy.serving.engines": "Session",
+    "fleetune.deploy.export": "ExportResult",
+    "fleetune.deploy.measure": "MeasureResult",
+    "fleetune.deploy.serve": "Conversation Session",
     "fleetune.models.net.model": "Model",
     "fleetune.planning.plan": "Plan",
     "fleetune.runs.listener": "Listener Progress Silent",

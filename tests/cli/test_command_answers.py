@@ -301,7 +301,7 @@ def test_numbers_have_their_nouns() -> None:
 def test_an_export_says_what_was_rounded_as_asked(capsys: pytest.CaptureFixture[str]) -> None:
     from fleetune.cli.commands import export
     from fleetune.common.events import ExportDone
-    from fleetune.deploy.export_subject import ExportResult
+    from fleetune.deploy.export import ExportResult
 
     for exact, words in (
         (11, "36 rounded as asked, 11 exact, 0 wrong"),

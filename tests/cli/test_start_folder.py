@@ -13,7 +13,7 @@ import pytest
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
-from fleetune.report import result, runlog
+from fleetune.report import runlog, single
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.subject import Run
@@ -117,7 +117,7 @@ def test_an_objective_in_the_start_folder_is_named_with_it(
 
 def test_the_page_does_not_show_the_folder(project: Path) -> None:
     env = {"fleetune": "1", rundir.STARTED_IN: "../../../home/anna"}
-    assert "anna" not in result.versions(dataclasses.replace(runlog.read(run_in(project)), env=env))
+    assert "anna" not in single.versions(dataclasses.replace(runlog.read(run_in(project)), env=env))
 
 
 def test_a_compression_finds_its_run_and_keeps_its_names(

@@ -20,7 +20,7 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import Event, RoundDone
 from fleetune.common.sums import sha256
-from fleetune.deploy.measure import harness
+from fleetune.deploy import harness
 from fleetune.errors import Interrupted, ModelError, RecipeError, UsageError
 from fleetune.runs.listener import Silent
 from fleetune.tuning.recipe import recipe as recipes

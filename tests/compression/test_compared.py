@@ -19,8 +19,8 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import Measured, as_dict
 from fleetune.data.encode import encode_all
-from fleetune.deploy.measure import harness
-from fleetune.deploy.measure import job as measuring
+from fleetune.deploy import harness
+from fleetune.deploy import measure as measuring
 from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence
 from fleetune.evaluation.losses import text_rows

@@ -21,9 +21,9 @@ from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, decode, encode
 from fleetune.tuning.methods import Method, Reply
-from fleetune.tuning.rounds.fleets.local import Faults, LocalFleet
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.local_work import Memories
 from fleetune.tuning.rounds.rounds import Hooks, RoundPlan, run
+from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 
 # Settings under which a method learns the small language in seconds.  A method that is not named here runs
 # with its own defaults.
@@ -51,8 +51,6 @@ QUICK: dict[str, dict[str, Any]] = {
 VARIANTS = [
     "fedit:average=product",
     "fedit:wire=fp16",
-    "fedit:start=pissa,dropout=0",
-    "fedit:start=eva",
     "fedit:targets=query-value,warmup=2,decay=true,clip=1,weight_decay=0.1,lr=0.05",
     "fedit:average=product,ranks=2;4",
     "fedkseed:law=rademacher",

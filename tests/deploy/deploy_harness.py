@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from fleetune import models
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
 from fleetune.models.families.number_types import CODEBOOKS

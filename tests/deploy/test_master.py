@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fleetune import compression, models
 from fleetune.common import sums
 from fleetune.compression.layerwise import driver
-from fleetune.errors import ModelError, StorageError, VersionError
+from fleetune.errors import ModelError, VersionError
 from fleetune.models.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
 from fleetune.models.cache.names import MASTER, is_master
 from fleetune.models.families.number_types import CODEBOOKS
@@ -56,18 +56,7 @@ def test_packing_and_back(bits: int, R: int, C: int, seed: int) -> None:
     assert torch.equal(unpack(packed, bits, C), codes)
 
 
-def test_weights_are_scale_times_steps() -> None:
-    q = Quantised(
-        torch.tensor([[0, 15, 8, 9]], dtype=torch.uint8),
-        torch.tensor([[0.5, -2.0]], dtype=torch.float16),
-        torch.tensor([[8, 8]], dtype=torch.uint8),
-        4,
-        2,
-    )
-    assert q.dense().tolist() == [[-4.0, 3.5, 0.0, -2.0]]
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("bits", [3, 8])
 def test_an_artefact_holds_every_parameter_once(bits: int, tmp_path: Path) -> None:
     model, master = made(tmp_path, bits=bits)
     want = dict(models.named_tensors(model.net))
@@ -103,58 +92,6 @@ def test_an_artefact_names_the_codebook_of_its_codes(tmp_path: Path) -> None:
         assert master.weight(name).numpy().tobytes() == want.tobytes()
     assert (master.head.version, master.head.codebooks) == (1, dict.fromkeys(sorted(parts), "iq4_nl"))
     assert ArtefactHead.from_json(master.head.to_json()) == master.head
-
-
-@pytest.mark.parametrize(
-    ("codebooks", "why"),
-    [
-        ({"a": "nf4"}, "damaged.*codebook 'nf4'"),
-        ({"a": "iq4_nl"}, "a has codes of 3 bits for iq4_nl"),
-        (["a"], "damaged"),
-    ],
-)
-def test_a_codebook_that_cannot_be_is_refused(codebooks: object, why: str, tmp_path: Path) -> None:
-    head = json.dumps(
-        {
-            **json.loads(HEAD.to_json()),
-            "codebooks": codebooks,
-            "grids": {"a": [3, 8]},
-            "shapes": {"a": [1, 8]},
-        }
-    )
-    tensors = {
-        "a.codes": torch.zeros(1, 3, dtype=torch.uint8),
-        "a.scale": torch.zeros(1, 1).half(),
-        "a.zero": torch.zeros(1, 1, dtype=torch.uint8),
-    }
-    save_file(tensors, tmp_path / MASTER, metadata={"format": "pt", "master": head})
-    with pytest.raises(ModelError, match=why):
-        Master(tmp_path).quantised("a")
-
-
-def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
-    digests = {made(tmp_path / str(i))[1].digest() for i in range(4)}
-    assert len(digests) == 1
-
-
-def test_dense_weights_replace_those_of_the_model(tmp_path: Path) -> None:
-    model = models.tiny_llama()
-    name = next(iter(driver.linears_of(model)[0][1])) + ".weight"
-    shape = dict(models.named_tensors(model.net))[name].shape
-    write(tmp_path / "model", model, {name: torch.zeros(shape)}, HEAD)
-    master = Master(tmp_path / "model")
-    assert master.quantised(name) is None
-    assert not master.weight(name).any()
-
-
-def test_an_older_artefact_is_replaced_and_anything_else_is_not(tmp_path: Path) -> None:
-    model, _ = made(tmp_path)
-    write(tmp_path / "model", model, {}, HEAD)
-    assert Master(tmp_path / "model").head.grids == {}
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "mine.txt").write_text("x")
-    with pytest.raises(StorageError, match="something else"):
-        write(tmp_path / "other", model, {}, HEAD)
 
 
 def test_damage_is_said(tmp_path: Path) -> None:
@@ -200,16 +137,10 @@ Q = "model.layers.0.self_attn.q_proj.weight"
     "forged",
     [
         {"method": ["a"]},
-        {"settings": 3},
-        {"base": 7},
-        {"calibration": "x"},
         {"shapes": {}},
         {"grids": {Q: [1e999, 32]}},
         {"experts": {"another": 2}},
         {"transposed": [Q]},  # and not of experts
-        {"transposed": [7]},
-        {"transposed": 7},
-        {"codebooks": {"another": "iq4_nl"}},
     ],
     ids=str,
 )
@@ -224,9 +155,7 @@ def test_a_head_that_is_nested_without_end_is_damaged() -> None:
         ArtefactHead.from_json("[" * 200_000)
 
 
-@pytest.mark.parametrize(
-    ("part", "dtype"), [("scale", torch.int32), ("zero", torch.float32), ("scale", None)]
-)
+@pytest.mark.parametrize(("part", "dtype"), [("zero", torch.float32), ("scale", None)])
 def test_scales_and_zeros_of_other_types_or_that_are_not_finite_are_refused(
     part: str, dtype: torch.dtype | None, tmp_path: Path
 ) -> None:

@@ -33,8 +33,7 @@ from fleetune.errors import DataError, Interrupted, LedgerError, MessageError, S
 from fleetune.fleet import eval_device, eval_server, result
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import MARK, DeviceState
-from fleetune.fleet.orders import Job, Order, Reply
-from fleetune.fleet.reasons import Declined
+from fleetune.fleet.orders import Declined, Job, Order, Reply
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.runs.listener import Silent
 from fleetune.seeds.ledger import Ledger

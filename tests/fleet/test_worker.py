@@ -16,7 +16,7 @@ from fleetune import data, models
 from fleetune.common.display import human_bytes
 from fleetune.data import Batches
 from fleetune.data.encode import encode_rows
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.errors import FitError, FleetError
 from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
@@ -29,8 +29,7 @@ from fleetune.planning.plan import Workload
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, decode, encode
-from fleetune.tuning.rounds.fleets.local_work import work
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.local_work import Memories, work
 
 SET = {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}
 

@@ -27,7 +27,7 @@ from fleetune.models.tiny import tiny_bert
 from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, encode
-from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 ROOT = Path(__file__).resolve().parents[2]
 RATES = device_cost.Rates(flops=1e11, copy=1e10)

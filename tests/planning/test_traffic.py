@@ -19,7 +19,7 @@ from fleetune.models.tiny import tiny_bert, tiny_roberta
 from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, encode
-from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 RATES = device_cost.Rates(flops=1e11, copy=1e10)
 LLAMA_7B = LlamaConfig(

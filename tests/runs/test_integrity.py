@@ -351,7 +351,7 @@ def test_rm_of_a_link_leaves_what_it_leads_to(copy, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
 def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made) -> None:
     for folder in made.values():
-        private = ("adapter", "checkpoints", "memories", "plots")
+        private = ("adapter", "checkpoints", "memories")
         names = [
             f
             for f in folder.files
@@ -361,7 +361,7 @@ def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made) -> None:
         assert len(names) >= 2
         assert {stat.S_IMODE((folder.path / f).stat().st_mode) for f in names} == {PRIVATE}
         for name in private:
-            if name != "plots" and (folder.path / name).is_dir():
+            if (folder.path / name).is_dir():
                 assert stat.S_IMODE((folder.path / name).stat().st_mode) == 0o700, name
 
 

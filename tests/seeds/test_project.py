@@ -81,11 +81,9 @@ def batch():
     return collate([Encoded(row, 4) for row in ids], 0)
 
 
-def moved_view(K=64, backend="auto"):
+def moved_view(K=64):
     model = models.tiny_llama()
-    view = View(
-        named_tensors(model.net), model.net, run_key=KEY, law="hashed", grid=1e-3 / 256, backend=backend
-    )
+    view = View(named_tensors(model.net), model.net, run_key=KEY, law="hashed", grid=1e-3 / 256)
     c = np.random.default_rng(5).integers(-400, 400, K)
     position = Position("hashed", K, np.arange(K, dtype=np.uint64) + (np.uint64(EPOCH) << np.uint64(32)), c)
     position.place(view)

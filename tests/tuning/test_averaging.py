@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetune.tuning.exchange.averaging import cut, product_mean, weighted_mean
+from fleetune.tuning.exchange.aggregation import cut, product_mean, weighted_mean
 
 PAIRS = {"q": ("q.B", "q.A"), "v": ("v.B", "v.A")}
 SHAPES = {"q": (12, 9), "v": (5, 14)}

@@ -20,14 +20,14 @@ from fleetune.errors import MessageError, RecipeError, StorageError
 from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import RunDir, at, checkpoints, events
 from fleetune.tuning import methods
+from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, encode
-from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.rounds import course as courses
+from fleetune.tuning.rounds import checkpoint as courses
 from fleetune.tuning.rounds import rounds
-from fleetune.tuning.rounds.course import Course
+from fleetune.tuning.rounds.checkpoint import Course
 from fleetune.tuning.rounds.fleets import Answer
 from fleetune.tuning.rounds.rounds import Hooks, Outcome, RoundPlan
 
@@ -116,7 +116,7 @@ def test_the_run_stops_and_the_best_round_is_the_result(tmp_path: Path) -> None:
     assert found.course == Course(4, 4.0, 3)
     last = play(tmp_path / "b", best=False)
     assert (last.last, last.round, last.state.tensors["w"][0]) == (7, 7, 7)
-    assert not courses.bests(tmp_path / "b")
+    assert not courses.best_files(tmp_path / "b")
     longer = play(tmp_path / "c", patience=5)
     assert (longer.last, longer.round) == (10, 10)
     assert play(tmp_path / "d", patience=0).last == 10
@@ -137,7 +137,7 @@ def test_a_kill_at_any_point_changes_nothing(
         if left[0] == 0:
             raise Killed
 
-    keep, forget, write = courses.keep, courses.forget, RunDir.checkpoint
+    keep, forget, write = courses.keep_best, courses.forget_bests, RunDir.checkpoint
 
     def checked(function: Callable[..., None]) -> Callable[..., None]:
         def called(*args: Any) -> None:
@@ -146,8 +146,8 @@ def test_a_kill_at_any_point_changes_nothing(
 
         return called
 
-    monkeypatch.setattr(courses, "keep", checked(keep))
-    monkeypatch.setattr(courses, "forget", checked(forget))
+    monkeypatch.setattr(courses, "keep_best", checked(keep))
+    monkeypatch.setattr(courses, "forget_bests", checked(forget))
     monkeypatch.setattr(RunDir, "checkpoint", checked(write))
     losses = (5.0, 4.0, 4.5, 3.0, 3.5, 3.25, 1.0)
     whole = play(tmp_path / "whole", 2, best=best, touch=touch, losses=losses)
@@ -162,7 +162,9 @@ def test_a_kill_at_any_point_changes_nothing(
         again = play(folder, 2, best=best, touch=touch, losses=losses)
         assert (again.round, again.last, again.course) == (whole.round, whole.last, whole.course), point
         assert np.array_equal(again.state.tensors["w"], whole.state.tensors["w"])
-        assert [n for n, _ in courses.bests(folder)] == [n for n, _ in courses.bests(tmp_path / "whole")]
+        assert [n for n, _ in courses.best_files(folder)] == [
+            n for n, _ in courses.best_files(tmp_path / "whole")
+        ]
         told = [[e for e in events(f) if e["event"] == "eval"] for f in (folder, tmp_path / "whole")]
         assert next([(e["round"], e["loss"]) for e in of] for of in told) == [
             (e["round"], e["loss"]) for e in told[1]
@@ -178,18 +180,18 @@ def test_few_states_are_kept_however_often_a_round_is_the_best(tmp_path: Path) -
 
     def touch(what: str) -> None:
         nonlocal most
-        most = max(most, len(courses.bests(tmp_path)))
+        most = max(most, len(courses.best_files(tmp_path)))
 
     play(tmp_path, losses=falling, touch=touch)
     assert most <= 3
     assert len(checkpoints(tmp_path)) == 2
-    assert all(p.stat().st_mode & 0o077 == 0 for _, p in courses.bests(tmp_path))
+    assert all(p.stat().st_mode & 0o077 == 0 for _, p in courses.best_files(tmp_path))
 
 
 def test_a_damaged_best_round_is_found_before_any_work(tmp_path: Path) -> None:
     found = play(tmp_path, patience=1, losses=(3.0, 2.0, 2.5, 2.6))
     assert found.round == 1
-    (_, file), *_ = courses.bests(tmp_path)[-1:]
+    (_, file), *_ = courses.best_files(tmp_path)[-1:]
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(StorageError, match="is usable"):
         play(tmp_path, patience=1, losses=(3.0, 2.0, 2.5, 2.6))

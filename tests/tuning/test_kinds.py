@@ -13,7 +13,7 @@ from fleetune.errors import RecipeError
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.rounds.kinds import Assignment, Wanted, wanted
+from fleetune.tuning.rounds.fleets import Assignment, Wanted, wanted
 
 
 def mixed(percent: int) -> Wanted:

@@ -17,8 +17,8 @@ from fleetune.data import Encoded
 from fleetune.errors import FitError, MessageError, StorageError
 from fleetune.models import tiny_llama
 from fleetune.tuning.exchange.messages import Message, Payload, encode
-from fleetune.tuning.rounds.fleets.local import LocalFleet
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.local_work import Memories
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 
 def test_what_a_client_kept_comes_back_and_is_its_own(tmp_path: Path) -> None:

@@ -24,17 +24,16 @@ from fleetune.models import tiny_llama
 from fleetune.report.runlog import read
 from fleetune.runs.rundir import RunDir, checkpoints, create, events, listing, status_of
 from fleetune.tuning import methods
-from fleetune.tuning.exchange.averaging import weighted_mean
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, weighted_mean
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, ReplySpec, decode, encode
-from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.rounds import checkpoint, replies, rounds
 from fleetune.tuning.rounds.checkpoint import Totals
 from fleetune.tuning.rounds.fleets import Answer
-from fleetune.tuning.rounds.fleets.local import LocalFleet
 from fleetune.tuning.rounds.replies import Replies, Round, allowed
 from fleetune.tuning.rounds.rounds import Hooks, ModelLostError, RoundPlan
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 from fleetune.tuning.run.resume import resume
 
 BASE = bytes(8)

@@ -21,10 +21,9 @@ from fleetune import errors, models
 from fleetune.models import tiny_llama
 from fleetune.seeds import ledger as ledgers
 from fleetune.tuning import methods
-from fleetune.tuning.exchange import robust
+from fleetune.tuning.exchange import aggregation
+from fleetune.tuning.exchange.aggregation import MEAN, REDUCE, Rule, Spool, parse, trimmed
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, encode
-from fleetune.tuning.exchange.robust import MEAN, REDUCE, Rule, parse, trimmed
-from fleetune.tuning.exchange.spool import Spool
 from fleetune.tuning.methods import fedit
 from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.rounds.fleets import Answer
@@ -125,7 +124,7 @@ def test_so_many_columns_at_a_time_change_no_bit(
 ) -> None:
     values = drawn(3, 9, 41)
     whole = combined(rule, spool, values)
-    monkeypatch.setattr(robust, "NUMBERS", 9 * 7)
+    monkeypatch.setattr(aggregation, "NUMBERS", 9 * 7)
     assert combined(rule, spool, values).tobytes() == whole.tobytes()
 
 
@@ -147,9 +146,9 @@ def test_a_number_that_a_client_could_not_have_is_left_out() -> None:
     values = np.array([[1.0, none, none], [5.0, none, none], [2.0, 8.0, none], [none, none, none]])
     assert trimmed(values, Fraction(1, 2)).tolist() == [0.75 * 2, 0.25 * 8, 0.0]
     assert trimmed(values, Fraction(0)).tolist() == np.nansum(values / 4, axis=0).tolist()
-    assert robust.vote(values, 4.0).tolist() == [3.0, 1.0, 0.0]
-    assert robust.size_of(values[2]) == np.sqrt(34)
-    assert robust.size_of(values[3]) == 0.0
+    assert aggregation.vote(values, 4.0).tolist() == [3.0, 1.0, 0.0]
+    assert aggregation.size_of(values[2]) == np.sqrt(34)
+    assert aggregation.size_of(values[3]) == 0.0
 
 
 def test_numbers_are_kept_as_they_came(spool: Spool) -> None:
@@ -309,8 +308,8 @@ def test_the_seam_by_hand(begun: Any, tmp_path: Path) -> None:
 
 
 def test_fedkseed_combines_among_those_who_drew_the_direction(begun: Any, tmp_path: Path) -> None:
-    from fleetune.tuning.methods._wires import summed
     from fleetune.tuning.methods._zeroth import draw
+    from fleetune.tuning.methods.fedkseed import summed
 
     method, state = begun["fedkseed"]
     method = replace(method, tau=8)
@@ -354,7 +353,7 @@ def test_memory_does_not_grow_with_the_clients(
     begun: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a megabyte a reply: 40 of them take no more memory than 4."""
-    monkeypatch.setattr(robust, "NUMBERS", 1 << 14)
+    monkeypatch.setattr(aggregation, "NUMBERS", 1 << 14)
 
     def peak(clients: int) -> int:
         spool = Spool(tmp_path, 1 << 12)

@@ -14,7 +14,8 @@ from deploy_harness import compressed, gguf_of, tiny
 import fleetune
 from fleetune import models, subject
 from fleetune.data.encode import Batches, Encoded
-from fleetune.deploy.measure import harness, lines
+from fleetune.deploy import harness
+from fleetune.deploy import measure as lines
 from fleetune.errors import LedgerError, RecipeError, UsageError
 from fleetune.seeds.ledger import LedgerHead
 from fleetune.seeds.scale_view import ScaleView

@@ -13,7 +13,7 @@ from fleetune.tuning.recipe.settled import about_rule, for_devices
 
 def served(devices: int, method: str, *, ruled: bool = False, **values: Any) -> tuple[str, str]:
     """The rule of a recipe on so many devices, and the line at the start."""
-    given = {name: values.pop(name) for name in ("aggregation", "participation", "late") if name in values}
+    given = {name: values.pop(name) for name in ("aggregation", "participation") if name in values}
     recipe = recipes.make({"model": "m", "data": "d", "method": method, "set": values, **given})
     found = for_devices(recipe, devices, given if ruled else ())
     return found.aggregation, about_rule(found, devices)
@@ -67,7 +67,6 @@ def test_devices_keep_the_best_round_unless_told_otherwise(
             "no rule against liars fits: average=product has no coordinates",
         ),
         (8, {"method": "fedkseed", "backprop": 0.5}, "no rule against liars fits: a mixed fleet"),
-        (8, {"method": "mezo", "late": "use"}, "no rule against liars fits: late = use takes the mean alone"),
     ],
 )
 def test_where_none_fits_the_mean_bounds_the_rows_and_says_why(

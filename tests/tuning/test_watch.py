@@ -20,7 +20,7 @@ from fleetune.common.paired import Difference
 from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import events
 from fleetune.tuning import methods
-from fleetune.tuning.rounds.course import Course
+from fleetune.tuning.rounds.checkpoint import Course
 from fleetune.tuning.rounds.watch import Watch, advice
 from fleetune.tuning.run import describe
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,16 +11,16 @@ from typing import TYPE_CHECKING
 from fleetune import subject as subjects
 from fleetune.api.names import Rows, Setting, words
 from fleetune.common.settings import parse_bytes
+from fleetune.deploy import targets
 from fleetune.errors import UsageError
 from fleetune.models.cache import names
 from fleetune.runs.listener import Listener, heard_by
 
 if TYPE_CHECKING:
     from fleetune.compression.jobs.job import CompressResult
-    from fleetune.deploy.export_subject import ExportResult
-    from fleetune.deploy.measure.job import MeasureResult
-    from fleetune.deploy.serving.client import Conversation
-    from fleetune.deploy.serving.engines import Session
+    from fleetune.deploy.export import ExportResult
+    from fleetune.deploy.measure import MeasureResult
+    from fleetune.deploy.serve import Conversation, Session
     from fleetune.fleet.calibration_server import Calibrators
     from fleetune.fleet.server import Served
     from fleetune.models.artefact import ArtefactHead
@@ -151,8 +150,6 @@ def export(
     to: str | None = None,
     path: str | Path | None = None,
     text: str | Path | None = None,
-    push: str | None = None,
-    private: bool = False,
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
@@ -162,31 +159,19 @@ def export(
 
     `to` is a target (`fleetune.targets()`; default `gguf`; for a run `hf`), `path` a new file or folder (default: in the
     folder of the run or compression; of a plain model here).  With a text file `text`, the perplexity of the source in
-    torch and of the written file in its runtime are compared.  With `push`, OWNER/NAME, what was written goes to that
-    model repository on the Hub, which is made (`private` or not) if it is not there.
+    torch and of the written file in its runtime are compared.
     """
-    from fleetune.deploy import export_subject, hub_push
+    place, file = Path(path) if path else None, str(text) if text else None
+    targets.check(to, place, file)  # before torch is imported
+    adapter = names.peft_folder(model)
+    subject = None if adapter else subjects.open(model, out=out)
+    from fleetune.deploy import export as exporting
 
-    place, words, watching = (
-        Path(path) if path else None,
-        str(text) if text else None,
-        heard_by(listener, progress),
-    )
-    export_subject.check(to, place, words)
-    if private and push is None:
-        raise UsageError("--private is for a push", hint="add --push OWNER/NAME")
-    if push is not None:
-        hub_push.check(push, private=private, offline=offline)
-    if (adapter := names.peft_folder(model)) is not None:
-        done = export_subject.of_adapter(adapter, to, place, watching, offline=offline)
-    else:
-        found = subjects.open(model, out=out)
-        done = export_subject.export(found, to, place, words, watching, offline=offline)
-    if push is None:
-        return done
-    pushed = hub_push.push(done.path, push, private=private)
-    watching.event(pushed)
-    return dataclasses.replace(done, pushed=pushed)
+    watching = heard_by(listener, progress)
+    if subject is None:
+        assert adapter is not None
+        return exporting.of_adapter(adapter, to, place, watching, offline=offline)
+    return exporting.export(subject, to, place, file, watching, offline=offline)
 
 
 def measure(
@@ -219,16 +204,16 @@ def measure(
     with it: KL divergence of the next-token distributions (nats a token) and same top token (percent), on the windows of
     `text`, else on the rows' answers; a compressed model is compared with what it was made from without being asked.
     """
-    from fleetune.deploy.measure import job
+    from fleetune.deploy import measure as measuring
 
     found = [
         subjects.open(model, out=out) for model in models
     ]  # what is no model is refused before torch is imported
     if kept_gain and found:
-        job.check_kept(found)
+        measuring.check_kept(found)
     from fleetune.tuning.recipe import objects
 
-    options = job.MeasureOptions(
+    options = measuring.MeasureOptions(
         text=str(text) if text else None,
         windows=windows,
         length=length,
@@ -246,7 +231,7 @@ def measure(
     if not models:
         raise UsageError("measure needs a model", hint="give one or more names, paths or results")
     dense = subjects.open(reference, out=out) if reference is not None else None
-    return job.measure(found, options, heard_by(listener, progress), reference=dense, offline=offline)
+    return measuring.measure(found, options, heard_by(listener, progress), reference=dense, offline=offline)
 
 
 @contextmanager
@@ -266,18 +251,18 @@ def serve(
 ) -> Iterator[Session]:
     """Run an engine with a model while the block runs: OpenAI's HTTP interface, and llama.cpp's chat page, at `.url`.
 
-    `engine` is llama-server, xllamacpp, transformers or auto (the first installed), which chooses its number of threads
+    `engine` is llama-server, xllamacpp or auto (the first installed), which chooses its number of threads
     unless `threads` is given; `port` 0 takes any free one.  A client must present `key` if one is given (or is in the
     environment's LLAMA_API_KEY); on a `host` beyond this machine one is always needed, and made where none is given.
     UsageError for options that cannot be, FleetuneError for an engine that ends or does not load the model.
     """
     from fleetune.common.events import Serving
-    from fleetune.deploy.serving import engines, session
+    from fleetune.deploy import serve as serving
 
     watching = heard_by(listener, progress)
-    options = engines.Options(engine, threads, context, host, port, key)
-    with session.opened(subjects.open(model, out=out), options, watching, offline=offline) as served:
-        watching.event(Serving(url=served.url, model=served.model.name, engine=served.engine.name))
+    options = serving.Options(engine, threads, context, host, port, key)
+    with serving.opened(subjects.open(model, out=out), options, watching, offline=offline) as served:
+        watching.event(Serving(url=served.url, model=served.model.name, engine=served.options.engine))
         yield served
 
 
@@ -302,11 +287,11 @@ def chat(
     Temperature 0 gives the likeliest answer, the same each time; above it an answer is drawn with `seed`.  It has at most
     `max_tokens` tokens.  The engine's arguments and the errors are those of `serve`; `generate` needs no engine.
     """
-    from fleetune.deploy.serving import client, engines, session
+    from fleetune.deploy import serve as serving
 
-    options = engines.Options(engine, threads, context, key=None)
-    sampling = client.Sampling(temperature, max_tokens, seed)
+    options = serving.Options(engine, threads, context, key=None)
+    sampling = serving.Sampling(temperature, max_tokens, seed)
     sampling.check()
     found = subjects.open(model, out=out)
-    with session.opened(found, options, heard_by(listener, progress), offline=offline) as opened:
-        yield client.Conversation(opened, sampling, system)
+    with serving.opened(found, options, heard_by(listener, progress), offline=offline) as opened:
+        yield serving.Conversation(opened, sampling, system)

@@ -254,7 +254,7 @@ def generate(
     answer is drawn with `seed`.  It has at most `max_tokens` tokens.  RecipeError for an encoder; UsageError for an empty
     prompt, for one that leaves no room for an answer, or for a number that means nothing.
     """
-    from fleetune.deploy.serving.client import Sampling
+    from fleetune.deploy.serve import Sampling
 
     Sampling(temperature, max_tokens, seed).check()
     if not prompt.strip():

@@ -90,7 +90,7 @@ def _read(file: Path) -> dict[str, Any]:
 def check(recipe: recipes.Recipe, out: str) -> None:
     """UsageError for what can be seen to be wrong before torch is loaded, which takes seconds: names, files, rules."""
     from fleetune.data.partition import check_partition_spec
-    from fleetune.tuning.exchange import robust
+    from fleetune.tuning.exchange import aggregation
 
     recipes.check_order(recipe.model, recipe.data)
     check_model(recipe.model, out, recipes.trained(recipe))
@@ -103,7 +103,7 @@ def check(recipe: recipes.Recipe, out: str) -> None:
     except RecipeError as error:
         problems, hint = list(error.problems), error.hint or ""
     try:
-        robust.parse(recipe.aggregation)
+        aggregation.parse(recipe.aggregation)
     except ValueError as error:
         problems.append(str(error))
     if problems:
@@ -144,7 +144,7 @@ def check_resume(args: argparse.Namespace, path: Path, command: str, allowed: Co
         )
 
 
-DOOR: Final = ("host", "port", "keys", "certificate", "wait", "grace", "round_deadline")
+DOOR: Final = ("host", "port", "keys", "certificate", "wait", "grace", "round_deadline", "page")
 
 
 def add_door(group: argparse._ArgumentGroup, first: str) -> None:
@@ -167,6 +167,14 @@ def add_door(group: argparse._ArgumentGroup, first: str) -> None:
         metavar="SECONDS",
         help="go on without those that have not answered by then (default: wait)",
     )
+    group.add_argument(
+        "--page",
+        nargs="?",
+        const="",
+        metavar="[HOST:]PORT",
+        help="show the running fleet in a browser, and at /metrics to Prometheus; off this machine with TLS and a password: "
+        "the environment's FLEETUNE_PASSWORD, or one made here",
+    )
 
 
 def given_door(args: argparse.Namespace) -> list[str]:
@@ -176,7 +184,7 @@ def given_door(args: argparse.Namespace) -> list[str]:
 
 def served(args: argparse.Namespace) -> Served:
     """Return the door; UsageError for a number below 0, and for a place that others reach without TLS and keys."""
-    from fleetune.fleet.pace import Pace
+    from fleetune.fleet.remote import Pace
     from fleetune.fleet.server import Place, Served
 
     for name in ("wait", "grace", "round_deadline"):
@@ -189,4 +197,4 @@ def served(args: argparse.Namespace) -> Served:
         usual.grace if args.grace is None else args.grace,
         usual.deadline if args.round_deadline is None else args.round_deadline,
     )
-    return Served(place, args.wait or 0, pace)
+    return Served(place, args.wait or 0, pace, page=args.page)

@@ -200,7 +200,6 @@ class RateFound(Recorded):
 class ClientReply(Recorded):
     """Outcome of one client in a round, when its reply has come.
 
-    A client that is late has a second line in the round in which its reply comes, where late replies are used.
     A reply that is refused after all have come (for going much further than the others, or because the method fails on
     it) has a second line, with status refused; the last line of a client counts.
     """
@@ -216,7 +215,6 @@ class ClientReply(Recorded):
     rss: int  # resident memory of the process now, bytes
     status: str  # ok, refused (by the check of replies), failed, dropped, declined or late
     reason: str  # of any status but ok; else ""
-    late: int | None = None  # rounds that the reply comes late; left out for one that is on time
     steps: int | None = None  # local steps that it made; of simulated clients
     tokens: int | None = None  # tokens of the rows in these steps, prompts included; of simulated clients
 
@@ -374,7 +372,7 @@ class DeviceShown:
 
     client: int  # from 0
     name: str  # of its key's file, or the begin of its key's hash
-    does: str  # at work, at work late, ready, declined, joining, away, has not joined, or "refused: " and why; "" if not served
+    does: str  # at work, ready, declined, joining, away, has not joined, or "refused: " and why; "" if not served
     round: int | None = None  # of its last reply; null before the first, as the next six
     status: str | None = None  # of that reply, as in `ClientReply`
     reason: str | None = None  # of any status but ok
@@ -670,17 +668,6 @@ class PatchApplied(Event):
     event: ClassVar[str] = "patched"
     path: str  # of the new file
     result: str  # its SHA-256
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportPushed(Event):
-    """`export --push`: a file or folder is in a repository on the Hub."""
-
-    event: ClassVar[str] = "pushed"
-    path: str  # of the file or folder here
-    repository: str  # OWNER/NAME
-    url: str  # of the commit
-    private: bool  # whether a new repository was asked to be private
 
 
 @dataclass(frozen=True, kw_only=True)

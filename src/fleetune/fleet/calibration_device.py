@@ -41,8 +41,7 @@ from fleetune.data.encode import digest
 from fleetune.errors import MessageError
 from fleetune.fleet import result
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.orders import Job
-from fleetune.fleet.reasons import Declined
+from fleetune.fleet.orders import Declined, Job
 from fleetune.models.net.model import Model
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.result import finished

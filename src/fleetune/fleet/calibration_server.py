@@ -35,8 +35,8 @@ from fleetune.models.net.layers import layers_of
 from fleetune.models.net.model import Model
 from fleetune.runs.compression_folder import PARTS, CompressRequest
 from fleetune.runs.listener import Listener
+from fleetune.tuning.exchange.aggregation import FEWEST
 from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, check, decode, encode
-from fleetune.tuning.exchange.robust import FEWEST
 from fleetune.tuning.result import finished
 from fleetune.tuning.rounds import rounds
 

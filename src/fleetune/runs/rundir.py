@@ -5,17 +5,16 @@
       run.toml        every value resolved; re-runs it       env.json   versions, device, digests
       metrics.jsonl   append-only, one object a line         log.txt    status
       checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
-      memories/       what methods keep on simulated clients, if they do (fleets/memories.py)
+      memories/       what methods keep on simulated clients, if they do (`local_work.Memories`)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
       SHA256SUMS      of a finished run: its record and its result (common/sums.py)
-      plots/          the report's plots as SVG, and their numbers as CSV
       fleet.json  fleet.stop  devices.json  audit.jsonl          of a real fleet (fleet/)
 
 A round counts once its checkpoint is renamed into place.  Whatever a kill leaves beyond that (metrics of an
 unfinished round, a temporary file) is cut off at the next start, so a resumed run writes what the
 uninterrupted one would have written.  One process at a time holds a run (`common/files.py`).
 
-Result, checkpoints, memories, metrics.jsonl, eval.json, samples.md, report.html and plots/ are the owner's alone:
+Result, checkpoints, memories, metrics.jsonl, eval.json, samples.md and report.html are the owner's alone:
 they hold rows or names of clients, or what was learned from them.
 """
 

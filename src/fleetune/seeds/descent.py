@@ -17,7 +17,7 @@ and (1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, witho
 directions are independent, so it pays a pass over the weights for each.
 
 Neither the weights nor a gradient ever exist whole: backward makes both a row block at a time (`Tape`), and the gradient is
-folded at once (`Projection`).  The activations are those of one layer (`models/checkpointing`).
+folded at once (`Projection`).  The activations are those of one layer (`models/net/layers.py`).
 """
 
 from __future__ import annotations

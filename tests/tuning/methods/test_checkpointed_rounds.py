@@ -13,7 +13,7 @@ from fleetune.data import Encoded
 from fleetune.models.net import layers
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, encode
-from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 BASE = b"12345678"
 ROWS = [Encoded(np.arange(i, i + 12, dtype=np.int32), 4) for i in range(6)]

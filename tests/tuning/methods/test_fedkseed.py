@@ -18,9 +18,9 @@ from fleetune.errors import MessageError, RecipeError
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger, load
 from fleetune.seeds.view import View
-from fleetune.seeds.weights import layout
+from fleetune.seeds.weights import kernels, layout
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, check
-from fleetune.tuning.methods import Reply, _mixed_fleet, make
+from fleetune.tuning.methods import Reply, fedkseed, make
 from fleetune.tuning.methods._zeroth import UNITS, draw
 from fleetune.tuning.methods.fedkseed import Method, State, pro_weights
 from law_definition import slow_places
@@ -244,7 +244,8 @@ def test_resume_is_bit_equal_and_the_ledger_file_alone_rebuilds_the_weights(chan
     assert len(ledger)
     fresh = models.tiny_llama()
     head, named = ledger.head, models.named_tensors(fresh.net)
-    again = View(named, fresh.net, run_key=head.run_key, law=head.law, grid=head.grid, backend="torch")
+    again = View(named, fresh.net, run_key=head.run_key, law=head.law, grid=head.grid)
+    again.kernels = kernels(again.device, "torch")
     again.place(ledger.passes())
     assert models.digest(again.tensors()) == models.digest(view.tensors()) != models.digest(named)
 
@@ -324,8 +325,8 @@ def test_the_share_that_back_propagates_is_spread_over_the_clients() -> None:
         found = method.kinds(state)
         assert len(found) == len(method.kind_names) == 1 + (percent > 0)
         assert ["projected" in spec.arrays for _, spec in found] == [False, True][: len(found)]
-        assert [_mixed_fleet.is_ordered(sent) for sent, _ in found] == [False, True][: len(found)]
-    assert [_mixed_fleet.back_propagates(c, 0.5) for c in range(4)] == [False, True, False, True]
+        assert [fedkseed.is_ordered(sent) for sent, _ in found] == [False, True][: len(found)]
+    assert [fedkseed.back_propagates(c, 0.5) for c in range(4)] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("wire", ["byte", "sums"])
@@ -383,7 +384,7 @@ def test_precision_is_one_over_the_variance() -> None:
     walk = Payload({"codes": np.zeros(n, np.uint8)}, {"n": 10, "loss": 1.0})
     projected = Payload({"projected": np.zeros(K, np.uint8)}, {"n": 10, "loss": 1.0})
     weight = {
-        reply: _mixed_fleet.weight(payload, method.codec, K, mixed=True)
+        reply: fedkseed.reply_weight(payload, method.codec, K, mixed=True)
         for reply, payload in (("projected", projected), ("walk", walk))
     }
     assert weight["projected"] == 10

@@ -23,7 +23,7 @@ from fleetune.models.net.layers import layers_of
 from fleetune.runs.rundir import events
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Payload
-from fleetune.tuning.methods import Reply, _layers
+from fleetune.tuning.methods import Reply, fedpeptao
 from fleetune.tuning.methods.fedpeptao import Method, State
 
 PAD = 257
@@ -66,10 +66,10 @@ def test_the_warm_up_is_fedavg_and_its_means_choose_the_layers() -> None:
         np.testing.assert_allclose(state.tensors[name], want, rtol=0, atol=1e-7)
     # Means by rows: scores 0.7, 1.4, 3.2, 1.2; kept 0.51, of four layers: 2.04, so 3.
     assert state.layers.tolist() == [1, 2, 3]
-    assert {_layers.layer_of(n) for n in state.tensors} == {1, 2, 3}
+    assert {fedpeptao.layer_of(n) for n in state.tensors} == {1, 2, 3}
     assert chosen.report(state)["layers"] == 3
     for rule, layers in (("half", [1, 2]), ("1", [2]), ("9", [0, 1, 2, 3])):
-        assert _layers.choose(state.scores, rule, state.kept / state.rows).tolist() == layers
+        assert fedpeptao.choose_layers(state.scores, rule, state.kept / state.rows).tolist() == layers
     all_at_once = replace(chosen, layers_rule="all").init(model, 8)
     assert (all_at_once.warmup, all_at_once.layers.tolist()) == (0, [0, 1, 2, 3])
 
@@ -85,7 +85,7 @@ def test_only_chosen_prompts_exist_and_travel_afterwards(rows: list[Encoded]) ->
         state = chosen.aggregate(state, [Reply(0, 0, reply)])
     assert sizes[1] * 2 == sizes[0] == 4 * 2 * 16 * 4  # layers, key and value, 16 wide, 4 bytes
     chosen.apply(model, state)
-    assert {_layers.layer_of(n) for n in adapters.trainable(model)} == set(state.layers.tolist())
+    assert {fedpeptao.layer_of(n) for n in adapters.trainable(model)} == set(state.layers.tolist())
 
 
 # --- adaptive optimization ---------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_personal_prompts_stay_and_both_metrics_are_told(rows: list[Encoded]) ->
     assert set(chosen.report(state)) == {"layers"}  # nothing personal yet
     kept = {n: a.copy() for n, a in memory.items()}
     reply = chosen.local(model, chosen.broadcast(state), Batches(rows, PAD, 2), 1, memory)
-    assert {_layers.layer_of(n) for n in reply.arrays} == {shared}
+    assert {fedpeptao.layer_of(n) for n in reply.arrays} == {shared}
     mine = f"model.layers.{1 - shared}.self_attn.prefix.value"
     assert not np.array_equal(memory[mine], kept[mine])
 
@@ -257,7 +257,7 @@ def test_a_classifiers_head_travels_with_the_prompts() -> None:
     for round_ in (1, 2):
         reply = chosen.local(model, chosen.broadcast(state), Batches(texts, 258, round_), 1, {})
         state = chosen.aggregate(state, [Reply(0, 0, reply)])
-    inside = {_layers.layer_of(n) for n in state.tensors}
+    inside = {fedpeptao.layer_of(n) for n in state.tensors}
     assert None in inside
     assert len(inside) == 2
     assert len(layers_of(model.net)) == 2

@@ -20,7 +20,7 @@ from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, check, decode, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods.fedpetuning import MODULES
-from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 NETS: dict[str, Callable[[], Model]] = {"llama": models.tiny_llama, "bert": models.tiny_bert}
 BASE = b"12345678"
@@ -166,7 +166,6 @@ def test_lora_has_alpha_equal_to_its_rank_on_query_and_value() -> None:
         ({"module": "bitfit", "size": 4}, "no size to choose"),
         ({"module": "prefix", "targets": "all-linear"}, "needs module=lora"),
         ({"module": "lora", "places": "pfeiffer"}, "needs module=adapter"),
-        ({"module": "lora", "start_data": "rows.jsonl"}, "what start=eva looks at"),
         ({"lr": -1.0}, "must be positive"),
         ({"wire": "int8"}, "none of fp32, fp16"),
         ({"epochs": 0}, "at least 1"),

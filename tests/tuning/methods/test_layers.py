@@ -18,9 +18,8 @@ from fleetune.data import Encoded, Example
 from fleetune.data.encode import Batch, Batches, collate, encode_all
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model, tiny_llama
-from fleetune.tuning.methods import _layers
-from fleetune.tuning.methods._layers import Spectrum
-from fleetune.tuning.methods.fedpeptao import Method
+from fleetune.tuning.methods import fedpeptao
+from fleetune.tuning.methods.fedpeptao import Method, Spectrum
 
 PAD = 257
 
@@ -58,14 +57,16 @@ def test_a_score_is_the_formulas_and_blind_to_padding() -> None:
     lengths = [7, 3, 5, 7, 2]
     mask = np.array([[t < n for t in range(7)] for n in lengths], np.float64)
     want = slow_score([outputs[i, :n] for i, n in enumerate(lengths)])
-    assert _layers.score(torch.from_numpy(outputs), torch.from_numpy(mask)) == pytest.approx(want, rel=1e-9)
+    assert fedpeptao.score(torch.from_numpy(outputs), torch.from_numpy(mask)) == pytest.approx(want, rel=1e-9)
 
 
 def test_rows_that_look_alike_score_highest() -> None:
     one, mask = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(0)), torch.ones(4, 4)
     apart = torch.eye(4 * 6)[:4].reshape(4, 4, 6)
-    assert _layers.score(one.expand(4, 4, 6), mask) == pytest.approx(3e5, rel=0.2)  # three zeros: 1/1e-5 each
-    assert _layers.score(apart, mask) == pytest.approx(4.0, abs=1e-3)  # S is the identity
+    assert fedpeptao.score(one.expand(4, 4, 6), mask) == pytest.approx(
+        3e5, rel=0.2
+    )  # three zeros: 1/1e-5 each
+    assert fedpeptao.score(apart, mask) == pytest.approx(4.0, abs=1e-3)  # S is the identity
 
 
 def test_every_layer_of_a_model_is_scored_by_what_it_hands_on(rows: list[Encoded]) -> None:
@@ -80,7 +81,7 @@ def test_every_layer_of_a_model_is_scored_by_what_it_hands_on(rows: list[Encoded
             for n, layer in enumerate(model.net.model.layers):
                 h = layer(h, position_embeddings=turn)
                 seen[n].append(h[0].double().numpy())
-    found = _layers.scores(model, collate(rows[:3], PAD))
+    found = fedpeptao.layer_scores(model, collate(rows[:3], PAD))
     np.testing.assert_allclose(found, [slow_score(texts) for texts in seen], rtol=1e-3)
 
 
@@ -94,7 +95,7 @@ def symmetric(size: int, seed: int = 0) -> np.ndarray:
 
 def test_lanczos_over_everything_is_exact() -> None:
     H = symmetric(12)
-    theta, share = _layers.ritz(*_layers.subspace(lambda v: H @ v, np.ones(12), 12))
+    theta, share = fedpeptao.ritz(*fedpeptao.subspace(lambda v: H @ v, np.ones(12), 12))
     np.testing.assert_allclose(theta, np.linalg.eigh(H)[0], rtol=0, atol=1e-12)
     np.testing.assert_allclose(share, 1 / 12)
 
@@ -104,7 +105,7 @@ def test_a_few_lanczos_steps_give_the_ends_and_the_moments() -> None:
     H, m = symmetric(60, 3), 20
     values, vectors = np.linalg.eigh(H)
     start = np.where(np.arange(60) % 3 == 0, 1.0, -1.0)
-    theta, share = _layers.ritz(*_layers.subspace(lambda v: H @ v, start, m))
+    theta, share = fedpeptao.ritz(*fedpeptao.subspace(lambda v: H @ v, start, m))
     assert share.sum() == pytest.approx(1.0, abs=1e-12)
     weight = (vectors.T @ start) ** 2 / 60
     scale = np.abs(values).max()
@@ -117,7 +118,7 @@ def test_a_few_lanczos_steps_give_the_ends_and_the_moments() -> None:
 
 def test_lanczos_stops_where_nothing_new_is_found() -> None:
     H = np.diag([3.0] * 5 + [-1.0] * 25)
-    theta, share = _layers.ritz(*_layers.subspace(lambda v: H @ v, np.ones(30), 10))
+    theta, share = fedpeptao.ritz(*fedpeptao.subspace(lambda v: H @ v, np.ones(30), 10))
     np.testing.assert_allclose(theta, [-1, 3], atol=1e-9)
     np.testing.assert_allclose(share, [25 / 30, 5 / 30], atol=1e-9)
 
@@ -125,7 +126,7 @@ def test_lanczos_stops_where_nothing_new_is_found() -> None:
 def explicit_hessian(model: Model, batch: Batch) -> np.ndarray:
     """[R, R] in the model's prompts: row after row the gradient of the gradient of plain cross-entropy of the answer."""
     parameters = list(adapters.trainable(model).values())
-    with _layers.eager(model.net), torch.enable_grad():
+    with fedpeptao.eager(model.net), torch.enable_grad():
         logits = model.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.double()
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
         g = torch.cat([x.flatten() for x in torch.autograd.grad(loss, parameters, create_graph=True)])
@@ -154,8 +155,8 @@ def test_a_product_is_the_change_of_the_gradient(batch: Batch) -> None:
         parts = torch.autograd.grad(loss, list(parameters.values()))
         gradients.append(torch.cat([x.flatten() for x in parts]).double().numpy())
     model = with_prompts(3)
-    with _layers.eager(model.net):
-        found = _layers.products(model, batch)(v)
+    with fedpeptao.eager(model.net):
+        found = fedpeptao.products(model, batch)(v)
     want = (gradients[0] - gradients[1]) / (2 * h)
     assert np.linalg.norm(found - want) < 0.01 * np.linalg.norm(want)
 
@@ -165,12 +166,12 @@ def test_the_models_spectrum_and_change_are_the_explicit_hessians(batch: Batch) 
     model, rng = with_prompts(3), np.random.default_rng(1)
     before = adapters.export(model)
     came = {n: rng.normal(size=a.shape).astype(np.float32) for n, a in before.items()}
-    found, L = _layers.spectrum_and_change(model, batch, came, lanczos=64, key=1)
+    found, L = fedpeptao.spectrum_and_change(model, batch, came, lanczos=64, key=1)
     assert all(np.array_equal(before[n], a) for n, a in adapters.export(model).items())  # put back
     H = explicit_hessian(model, batch)
     values = np.linalg.eigh(H)[0]
     np.testing.assert_allclose(found.theta, values, rtol=0, atol=1e-5 * np.abs(values).max())  # float32 model
-    few = _layers.spectrum(model, batch, lanczos=16, key=1)
+    few = fedpeptao.spectrum(model, batch, lanczos=16, key=1)
     assert few.theta[-1] == pytest.approx(values[-1], rel=1e-3)
     assert few.share.sum() == pytest.approx(1)
     adapters.load_(model, came)
@@ -183,7 +184,7 @@ def test_the_graph_of_one_place_is_gone_before_that_of_the_next_is_made(
 ) -> None:
     made: list[weakref.ref[Any]] = []
     alive: list[list[bool]] = []
-    real = _layers.products
+    real = fedpeptao.products
 
     def watched(model: Model, batch: Batch, heard: Any) -> Any:
         alive.append([product() is not None for product in made])
@@ -191,9 +192,9 @@ def test_the_graph_of_one_place_is_gone_before_that_of_the_next_is_made(
         made.append(weakref.ref(product))
         return product
 
-    monkeypatch.setattr(_layers, "products", watched)
+    monkeypatch.setattr(fedpeptao, "products", watched)
     model = with_prompts(3)
-    _layers.spectrum_and_change(model, batch, adapters.export(model), lanczos=2, key=1)
+    fedpeptao.spectrum_and_change(model, batch, adapters.export(model), lanczos=2, key=1)
     assert alive == [[], [False]]
 
 
@@ -203,11 +204,11 @@ def test_the_graph_of_one_place_is_gone_before_that_of_the_next_is_made(
 def test_the_lipschitz_rule_on_a_worked_example() -> None:
     """Eigenvalues 0, 1, 2, 7, 8, 20 with L = 1: the first gap over 4 is 2 -> 7, so m = 3 of R = 6 may go."""
     spectrum = Spectrum(np.array([0.0, 1, 2, 7, 8, 20]), np.full(6, 1 / 6))
-    assert _layers.share_by_gap(spectrum, 1.0) == pytest.approx(1 - 3 / 6)
-    assert _layers.share_by_gap(spectrum, 1.25) == pytest.approx(1 - 5 / 6)  # 5 is not over 5; 8 -> 20 is
-    assert _layers.share_by_gap(spectrum, 3.0) == 1.0  # no gap over 12: nothing may go
+    assert fedpeptao.share_by_gap(spectrum, 1.0) == pytest.approx(1 - 3 / 6)
+    assert fedpeptao.share_by_gap(spectrum, 1.25) == pytest.approx(1 - 5 / 6)  # 5 is not over 5; 8 -> 20 is
+    assert fedpeptao.share_by_gap(spectrum, 3.0) == 1.0  # no gap over 12: nothing may go
     shares = Spectrum(spectrum.theta, np.array([0.5, 0.2, 0.1, 0.1, 0.05, 0.05]))
-    assert _layers.share_by_gap(shares, 1.0) == pytest.approx(1 - 0.8)
+    assert fedpeptao.share_by_gap(shares, 1.0) == pytest.approx(1 - 0.8)
 
 
 def published_plateau(theta: np.ndarray, share: np.ndarray) -> float:
@@ -240,7 +241,7 @@ def published_plateau(theta: np.ndarray, share: np.ndarray) -> float:
 )
 def test_the_plateau_is_the_published_codes(theta: list[float], kept: float) -> None:
     values, share = np.array(theta), np.full(len(theta), 1 / len(theta))
-    found = _layers.share_by_plateau(Spectrum(values, share))
+    found = fedpeptao.share_by_plateau(Spectrum(values, share))
     assert found == pytest.approx(published_plateau(values, share), abs=5e-3)
     assert found == pytest.approx(kept, abs=5e-3)
 
@@ -250,12 +251,12 @@ def test_what_is_kept_is_a_share_whatever_the_rounding() -> None:
     for _ in range(200):
         share = rng.random(50)
         found = Spectrum(np.sort(rng.random(50) + 0.5), share / share.sum())
-        assert 0 <= _layers.share_by_plateau(found) <= 1
-        assert 0 <= _layers.share_by_gap(found, 1e-3) <= 1
+        assert 0 <= fedpeptao.share_by_plateau(found) <= 1
+        assert 0 <= fedpeptao.share_by_gap(found, 1e-3) <= 1
 
 
 def test_shares_become_layers_that_are_enough() -> None:
-    assert [_layers.count(x, 12) for x in (0.0, 0.01, 1 / 12, 0.5, 0.51, 1.0)] == [1, 1, 1, 6, 7, 12]
+    assert [fedpeptao.layer_count(x, 12) for x in (0.0, 0.01, 1 / 12, 0.5, 0.51, 1.0)] == [1, 1, 1, 6, 7, 12]
 
 
 # --- a device's reply --------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ def test_a_device_measures_what_the_formulas_say(rows: list[Encoded]) -> None:
     state = chosen.init(model, 8)
     reply = chosen.local(model, chosen.broadcast(state), Batches(rows, PAD, 5), 77, {})
     held = next(Batches(rows, PAD, 99).repeat_batch(0, 4, 1))  # the same rows in every round
-    np.testing.assert_array_equal(reply.array("scores"), _layers.scores(tiny_llama(), held))
+    np.testing.assert_array_equal(reply.array("scores"), fedpeptao.layer_scores(tiny_llama(), held))
     other = tiny_llama()
     chosen.attach(other, state.seed, range(2))
     adapters.load_(other, {n: reply.array(n) for n in state.tensors})

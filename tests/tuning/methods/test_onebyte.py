@@ -21,6 +21,7 @@ from fleetune.models import Model, named_tensors, tiny_llama
 from fleetune.seeds import noise
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
+from fleetune.seeds.weights import kernels
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, decode, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import UNITS
@@ -265,14 +266,10 @@ class Machine:
         self.model, self.rows, self.number = tiny_llama(layers=1), rows, number
         self.model.net.to(dtype)
         head = state.ledger.head
-        self.model.attachment = View(
-            named_tensors(self.model.net),
-            self.model.net,
-            run_key=head.run_key,
-            law=head.law,
-            grid=head.grid,
-            backend="numba" if number % 3 else "torch",
-        )
+        named, net = named_tensors(self.model.net), self.model.net
+        view = View(named, net, run_key=head.run_key, law=head.law, grid=head.grid)
+        view.kernels = kernels(view.device, "numba" if number % 3 else "torch")
+        self.model.attachment = view
 
     def reply(self, chosen: Method, message: bytes, round: int) -> Reply:
         key = derive(9, "local", round, self.number)

@@ -24,8 +24,7 @@ from fleetune.tuning.exchange.footprint import Module
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.methods import _adapter
 from fleetune.tuning.methods._adapter import Training
-from fleetune.tuning.rounds.fleets.local_work import work
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.local_work import Memories, work
 
 ROWS = [Encoded(np.arange(5 + i, 25 + 2 * i, dtype=np.int32), 1) for i in range(6)]
 

@@ -62,10 +62,11 @@ def indented(text: str) -> str:
 
 def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
     """The first prompt of the run's samples, and the file's answer."""
-    from fleetune.deploy import export
+    from fleetune import models
     from fleetune.evaluation import answers
     from fleetune.tuning.run import demo
 
     row = run.held_out(offline=offline)[0]
-    (answer,) = answers.generate(export.load(file), [row], max_new_tokens=demo.ANSWER)
+    model = models.load(str(file), device="cpu", base="mapped")
+    (answer,) = answers.generate(model, [row], max_new_tokens=demo.ANSWER)
     return row.messages[-1][1], answer

@@ -12,7 +12,7 @@ from fleetune.cli.listener import console_listener
 from fleetune.common.display import human_bytes
 
 if TYPE_CHECKING:
-    from fleetune.deploy.export_subject import ExportResult
+    from fleetune.deploy.export import ExportResult
 
 HELP = "write a run, a compressed model or a model for a runtime"
 ORDER = 90
@@ -37,10 +37,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--text", help="plain text file: its perplexity by the source, and by the file in its runtime"
     )
-    sub.add_argument(
-        "--push", metavar="OWNER/NAME", help="put what was written into this model repository on the Hub"
-    )
-    sub.add_argument("--private", action="store_true", help="with --push: a new repository is private")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -52,8 +48,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             to=args.to,
             path=args.path,
             text=args.text,
-            push=args.push,
-            private=args.private,
             out=args.out,
             offline=args.offline,
             listener=listener,
@@ -79,8 +73,6 @@ def show(ui: Ui, result: ExportResult) -> None:
                 f"{check.tokens:,} tokens",
             )
         )
-    if result.pushed is not None:
-        rows.append(("pushed", f"{result.pushed.repository}, {result.pushed.url}"))
     ui.paths(rows)
 
 

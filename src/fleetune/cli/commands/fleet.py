@@ -219,8 +219,7 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
 def _join(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.common.settings import parse_bytes
     from fleetune.data import check_columns, sources
-    from fleetune.fleet.conditions import Conditions
-    from fleetune.fleet.device import Home, join
+    from fleetune.fleet.device import Conditions, Home, join
     from fleetune.fleet.worker import Brings
 
     if len(args.words) != 1:

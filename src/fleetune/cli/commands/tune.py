@@ -280,7 +280,7 @@ class RunScreen:
         return self.interrupt.requested
 
     def _client(self, event: ClientReply) -> None:
-        self.replies += not event.late
+        self.replies += 1
         self.sending += event.bytes_up > 0
         if event.status in ("refused", "failed"):
             self.ui.note(f"round {event.round}: client {event.client} {event.status}: {event.reason}")

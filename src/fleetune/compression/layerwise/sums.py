@@ -38,9 +38,8 @@ from fleetune.compression.layerwise.blocks import block_file
 from fleetune.errors import FleetError, MessageError
 from fleetune.models.artefact import Quantised, assembled
 from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES
+from fleetune.tuning.exchange.aggregation import FEWEST, TIMES, Spool, usual
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
-from fleetune.tuning.exchange.robust import FEWEST, TIMES, usual
-from fleetune.tuning.exchange.spool import Spool
 
 WARNING: Final = (
     "the devices send sums of x x^T over their text, from which its activations can leak: treat them as private data, "

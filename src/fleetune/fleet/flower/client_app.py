@@ -22,8 +22,7 @@ from fleetune.common.memory import usable_memory
 from fleetune.common.settings import parse_bytes
 from fleetune.errors import FAULTS, FleetuneError, UsageError, fault
 from fleetune.fleet.flower import wire
-from fleetune.fleet.orders import Order, Reply
-from fleetune.fleet.reasons import Declined, reason_of
+from fleetune.fleet.orders import Declined, Order, Reply, reason_of
 from fleetune.fleet.worker import Brings, Worker
 
 log = logging.getLogger("flwr")  # what it says is in the SuperNode's output

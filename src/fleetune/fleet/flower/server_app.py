@@ -27,8 +27,7 @@ from fleetune.fleet.audit import Audit
 from fleetune.fleet.flower import wire
 from fleetune.fleet.keys import fingerprint
 from fleetune.fleet.orders import job_of
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Silent
@@ -37,8 +36,7 @@ from fleetune.tuning.prepare.prepare import check, check_aggregation
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.recipe.settled import about_rule, for_devices
-from fleetune.tuning.rounds.fleets import Fleet
-from fleetune.tuning.rounds.kinds import wanted
+from fleetune.tuning.rounds.fleets import Fleet, wanted
 from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
 
@@ -114,10 +112,6 @@ class SuperNodes:
     pace: Pace
     simulated = False
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise UsageError where late replies are to be used and every round waits for all."""
-        self.pace.check(recipe)
-
     def settled(self, values: Mapping[str, Any]) -> Recipe:
         """Return the recipe of these keys as SuperNodes run it."""
         recipe = recipes.make(values)
@@ -147,7 +141,7 @@ class SuperNodes:
             devices,
             job_of(job, devices.run),
             job.recipe.seed,
-            self.pace.of(job.recipe),
+            self.pace,
             note=listener.note,
             audit=Audit(run.path).write,
             kinds=wanted(job.method, job.recipe.kinds),

@@ -8,7 +8,7 @@ Gemma (gemma, gemma2, gemma3's text part): norms multiply by 1 + w, and the file
 attention is scaled by query_pre_attn_scalar ** -0.5, which llama.cpp takes for the head's width (in the 27B models, which it
 knows by their number of blocks, for width / heads).
 
-Everything here was checked by running llama.cpp beside transformers (`tests/deploy/test_gguf_families.py`).
+Everything here was checked by running llama.cpp beside transformers (`tests/deploy/formats/test_gguf_families.py`).
 """
 
 from __future__ import annotations

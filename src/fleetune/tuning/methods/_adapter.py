@@ -42,12 +42,11 @@ from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import server_rules
-from fleetune.tuning.exchange.averaging import weighted_mean
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, weighted_mean
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.exchange.server_rules import Tensors
-from fleetune.tuning.methods import Reply, _lora_start, norm
+from fleetune.tuning.methods import Reply, norm
 
 DTYPE: Final[Mapping[str, Any]] = MappingProxyType({"fp32": np.float32, "fp16": np.float16})
 NOBODY: Final = np.zeros(0, np.int64)
@@ -55,7 +54,7 @@ NOTHING: Final[Tensors] = {}  # never written to: a state is replaced
 
 
 class State(NamedTuple):
-    """The global module, how it was started, and what the server's rule and SCAFFOLD remember."""
+    """The global module, and what the server's rule and SCAFFOLD remember."""
 
     tensors: Tensors  # float32, by parameter name
     seed: int
@@ -63,7 +62,6 @@ class State(NamedTuple):
     moments: Tensors = NOTHING
     c: Tensors = NOTHING
     seen: np.ndarray = NOBODY  # devices that c is the mean of
-    start: Tensors = NOTHING  # what a LoRA's start took out of the base (B0, A0)
 
 
 @dataclass(frozen=True)
@@ -139,10 +137,6 @@ class Averaged(methods.Method):
     weight_decay: float = setting(0.0, "λ", "AdamW weight decay")
     clip: float = setting(0.0, "C", "largest norm of a gradient (0: any)")
     targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
-    start: str = setting("default", "A₀, B₀", "where A and B start: default, shared, pissa, olora, eva")
-    start_data: str = setting(
-        "demo", "X", "start=eva: rows the server has, a file or demo (32 are read)", only_if="start=eva"
-    )
     wire: str = setting("fp32", "wire", "fp32, or fp16 to halve the traffic")
     server: str = setting("avg", "server", "the server's rule: avg, avgm or adam")
     server_lr: float = setting(
@@ -155,7 +149,7 @@ class Averaged(methods.Method):
     def __post_init__(self) -> None:
         self.training().check()
         server_rules.check(self.server, lr=self.server_lr)
-        _lora_start.check_targets(self.targets)
+        check_targets(self.targets)
 
     def training(self) -> Training:
         """Return how a device trains."""
@@ -175,15 +169,13 @@ class Averaged(methods.Method):
         )
 
     @abstractmethod
-    def attach(self, model: Model, seed: int, start: str = "default") -> None:
-        """Give `model` the module, unless it has it.  (A device is sent the start's numbers.)"""
+    def attach(self, model: Model, seed: int) -> None:
+        """Give `model` the module, unless it has it."""
 
     def init(self, model: Model, key: int) -> State:
         seed = key >> 1  # fits a signed 64-bit scalar
-        self.attach(model, seed, self.start)
-        if self.start == "eva":
-            _lora_start.see(model, self.start_data)
-        return begin(model, seed, self.wire)
+        self.attach(model, seed)
+        return State(adapters.export(model), seed)
 
     def broadcast(self, state: State) -> Payload:
         return broadcast(state, self.wire)
@@ -209,11 +201,7 @@ class Averaged(methods.Method):
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)
-        adapters.subtract_factors(model, state.start)
         adapters.load_(model, state.tensors)
-
-    def check_files(self) -> None:
-        _lora_start.check_files(self.start, self.start_data)
 
     def written_out(self) -> Self:
         """Return the method with the server's own rate in place."""
@@ -225,13 +213,6 @@ class Averaged(methods.Method):
     def sized(self, steps: int, batch_size: int) -> Self:
         warmup = self.training().warmup_in(steps)
         return replace(self, steps=steps, batch_size=batch_size, warmup=warmup)
-
-
-def begin(model: Model, seed: int, wire: str) -> State:
-    """Return the state of the module that `model` carries, rounded as every device will have it."""
-    start = group(coded(adapters.subtracted_factors(model), wire))
-    adapters.subtract_factors(model, start)
-    return State(adapters.export(model), seed, start=start)
 
 
 def footprint(module: Module | None, how: Training) -> Footprint | None:
@@ -270,7 +251,6 @@ def local(
     `payload` has no arrays afterwards: in training, the module's parameters are all that is left of them.
     """
     arrays = payload.take()
-    adapters.subtract_factors(model, group(arrays, "start/"))
     adapters.load_(model, group(arrays))
     if c := group(arrays, "c/"):
         adapters.check_form(model, c)
@@ -380,8 +360,8 @@ def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
 
 
 def broadcast(state: State, wire: str) -> Payload:
-    """Send the module, what its start took out of the base, and SCAFFOLD's c once there is one."""
-    arrays = coded(state.tensors, wire) | coded(state.start, wire, "start/") | coded(state.c, wire, "c/")
+    """Send the module, and SCAFFOLD's c once there is one."""
+    arrays = coded(state.tensors, wire) | coded(state.c, wire, "c/")
     return Payload(arrays, {"seed": state.seed})
 
 
@@ -471,3 +451,11 @@ class Variates:
     def seen(self) -> np.ndarray:
         """Return int64: the devices that have a variate, in order."""
         return np.array(sorted(self.clients), np.int64)
+
+
+def check_targets(targets: str) -> None:
+    """Raise ValueError where no layers are named between two commas, or none at all."""
+    if not all(target.strip() for target in targets.split(",")):
+        raise ValueError(
+            f"targets = {targets!r} must be {adapters.ALL_LINEAR}, {adapters.QUERY_VALUE} or the layers' names, as q_proj,k_proj"
+        )

@@ -36,10 +36,7 @@ UNITS = 256  # grid = lr / 256: a slope of 1 is 256 units, so a usual step is hu
 
 
 class OfLedger(methods.Method):
-    """A method whose state has a ledger: the tuned model is at its point, and a step to it may come late."""
-
-    def late_problem(self) -> str:
-        return ""
+    """A method whose state has a ledger: the tuned model is at its point."""
 
     def apply(self, model: Model, state: Any) -> None:
         place_at(model, state.ledger)

@@ -18,26 +18,13 @@ and sends it back; the server averages, weighted by rows: A <- sum_k p_k A_k and
 ## Options
 
 `average=product` averages the products of the factors, sum_k p_k B_k A_k, instead of A and B apart
-(`averaging.product_mean`).  Then devices may also have unlike ranks: with `ranks=4,8,16` device k has the
+(`aggregation.product_mean`).  Then devices may also have unlike ranks: with `ranks=4,8,16` device k has the
 (k modulo 3)-th of them, is sent the strongest directions of the global adapter (of rank r), up to its rank,
 and sends as many back; the average is exact over all of them.
 
 A device's rate is `lr` in every step, unless `warmup` lets it rise in the first steps of a round (of w: lr / (w + 1),
 2 lr / (w + 1), ..) and `decay` lets it fall to 0 in those that follow.  Both begin anew every round, as AdamW does.
 `weight_decay` and `clip` (of the whole gradient's norm) are as in other trainers, and off.
-
-Where A and B start is the server's choice (`start`), and every device gets it from the server:
-
-| start | A and B |
-|---|---|
-| default | A uniform, B zero, as in PEFT |
-| shared | A a signed sketch with orthonormal rows, equal bits on every machine; B zero (ours) |
-| pissa, olora | the strongest directions (or the first of Q R) of each weight W0; what they hold of it is taken out |
-| eva | A the directions that explain most of what the layer sees on rows of the server's (`start_data`); B zero |
-
-Sources and formulas: `adapters/lora_init.py`.  The base is never written to: for pissa and olora
-the start itself, B0 A0, is subtracted beside each layer, so it goes down with every broadcast (twice the bytes
-down, none up), and the saved adapter is a plain LoRA of rank 2 r on the plain base.
 
 For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of
 taking it (`server`: FedAvgM, FedAdam); their papers are in `methods/_adapter.py` and
@@ -58,11 +45,10 @@ from fleetune.data import Batches
 from fleetune.errors import MessageError
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
-from fleetune.tuning.exchange.averaging import cut, product_mean
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, cut, product_mean
 from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
-from fleetune.tuning.methods import Reply, _adapter, _lora_start
+from fleetune.tuning.methods import Reply, _adapter
 from fleetune.tuning.methods._adapter import State, Training
 
 log = logging.getLogger(__name__)
@@ -90,7 +76,6 @@ class Method(_adapter.Averaged):
             raise ValueError(f"r = {self.r} and alpha = {self.alpha} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
-        _lora_start.check(self.start, dropout=self.dropout, wire=self.wire, start_data=self.start_data)
         one = r" *\d+ *"
         if self.ranks and not (
             re.fullmatch(f"{one}(,{one})*", self.ranks) and all(1 <= k <= self.r for k in self.each_rank)
@@ -107,11 +92,6 @@ class Method(_adapter.Averaged):
 
     def check_product(self) -> None:
         """Raise ValueError for what does not go with an average of products."""
-        if self.start in _lora_start.FROM_WEIGHTS:
-            raise ValueError(
-                f"average=product keeps the strongest directions, which after start={self.start} are the base's "
-                "own and not what was learned; use average=separate"
-            )
         if self.server != "avg" or self.server_lr or self.scaffold:
             raise ValueError(
                 "average=product turns the factors every round, so that what server, server_lr and scaffold "
@@ -121,7 +101,7 @@ class Method(_adapter.Averaged):
     def training(self) -> Training:
         return replace(super().training(), decay=self.decay)
 
-    def attach(self, model: Model, seed: int, start: str = "default", rank: int = 0) -> None:
+    def attach(self, model: Model, seed: int, rank: int = 0) -> None:
         """Give `model` an adapter of a rank (0: r), unless it has one."""
         r = rank or self.r
         if model.attachment is not None:
@@ -130,8 +110,7 @@ class Method(_adapter.Averaged):
                 return
             adapters.detach(model)
         alpha = self.alpha if r == self.r else self.alpha * r / self.r  # alpha / r is the same for all
-        init = start if start in adapters.INITS else "default"
-        spec = adapters.Lora(r, alpha, self.dropout, self.targets, init)
+        spec = adapters.Lora(r, alpha, self.dropout, self.targets)
         adapters.attach(model, spec, seed=seed)
 
     @property

@@ -40,30 +40,32 @@ whatever the number of rounds, and K numbers carry it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Final, NamedTuple, Self
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from fleetune.common.settings import setting
-from fleetune.data import Batches
+from fleetune.data import Batch, Batches
 from fleetune.errors import MessageError
 from fleetune.evaluation import objectives
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.seeds import slopes
-from fleetune.seeds.descent import descend, uniforms
+from fleetune.seeds.descent import Position, descend, descend_projected, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import POOL
 from fleetune.seeds.slopes import Slopes
+from fleetune.seeds.view import View
 from fleetune.tuning.exchange import server_rules
+from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
-from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import FEWEST, MEAN, Rule
-from fleetune.tuning.methods import Reply, _mixed_fleet, _zeroth, norm
-from fleetune.tuning.methods._wires import WIRES, Wire, summed
-from fleetune.tuning.methods._zeroth import UNITS, draw, pool_ids, rounded
+from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec, Scalar
+from fleetune.tuning.methods import Reply, _zeroth, norm
+from fleetune.tuning.methods._zeroth import INT32, UNITS, draw, pool_ids, rounded
 
 KIND = "ledger"
 PAPER = "Qin et al., ICML 2024, arXiv 2312.06353"
@@ -131,7 +133,7 @@ class Method(_zeroth.OfLedger):
         if self.epoch_rounds < 0 or self.clip < 0:
             raise ValueError("epoch_rounds and clip must be 0 or more")
         plain = self.law == POOL and (self.objective, self.pro) == ("loss", False)
-        _mixed_fleet.check(self.backprop, self.backprop_lr, self.backprop_steps, projectable=plain)
+        check_backprop(self.backprop, self.backprop_lr, self.backprop_steps, projectable=plain)
         server_rules.check(self.server, lr=self.server_lr)
 
     def written_out(self) -> Self:
@@ -174,20 +176,20 @@ class Method(_zeroth.OfLedger):
 
     @property
     def kind_names(self) -> Sequence[str]:
-        return _mixed_fleet.KINDS if self.backprop else _mixed_fleet.KINDS[:1]
+        return KINDS if self.backprop else KINDS[:1]
 
     def kind_of(self, client: int) -> int:
-        return int(_mixed_fleet.back_propagates(client, self.backprop))
+        return int(back_propagates(client, self.backprop))
 
     def kinds(self, state: State) -> list[tuple[Payload, ReplySpec]]:
         """Send the same sums to all; those that are to back-propagate are told so."""
         payload = self.broadcast(state)
-        sent = [payload, _mixed_fleet.order(payload)]
+        sent = [payload, order_backprop(payload)]
         return [(sent[kind], self.reply_spec(kind)) for kind in range(len(self.kind_names))]
 
     def reply_spec(self, kind: int) -> ReplySpec:
         """Return what the reply of a kind must look like."""
-        return _mixed_fleet.spec(self.codec, self.K) if kind else self.codec.spec(self.K, self.tau)
+        return projection_spec(self.codec, self.K) if kind else self.codec.spec(self.K, self.tau)
 
     @property
     def codec(self) -> Wire:
@@ -199,8 +201,8 @@ class Method(_zeroth.OfLedger):
         """Take tau two-point steps along drawn directions, or back-propagate where `payload` says so; reply with integers."""
         view, position = _zeroth.open_view(model, payload, batches, law=self.law, K=self.K, lr=self.lr)
         epoch = len(payload.array("a")) - 1
-        if _mixed_fleet.is_ordered(payload):
-            projected, loss = _mixed_fleet.descend(
+        if is_ordered(payload):
+            projected, loss = project_steps(
                 model,
                 view,
                 position,
@@ -246,31 +248,26 @@ class Method(_zeroth.OfLedger):
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Set A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once.
 
-        Another `rule` combines a_{c,k} over the clients that have drawn direction k.  Replies that come late may be of an
-        earlier pool.
+        Another `rule` combines a_{c,k} over the clients that have drawn direction k.
         """
-        epoch, p = self.epoch(state), self.probabilities(state)
-        combined = rule.combining(sums={str(epoch): np.zeros(self.K)})
+        p, combined = self.probabilities(state), rule.combining()
         sizes = Sizes(state.size.copy(), state.seen.copy())
         units = UNITS * pro_weights(p, self.K)  # of a slope of 1 along each direction
         for reply in replies:
-            sent = reply.stood_on or state
-            w = _mixed_fleet.weight(reply.payload, self.codec, self.K, mixed=self.backprop > 0)
+            w = reply_weight(reply.payload, self.codec, self.K, mixed=self.backprop > 0)
             if "projected" in reply.payload.arrays:
                 sums = self.codec.integers(reply.payload.array("projected"))
             else:
-                k, c = self.codec.walk(reply, p if sent is state else self.probabilities(sent), self.K)
+                k, c = self.codec.walk(reply, p, self.K)
+                sizes.add(k, c / units[k])
                 sums = summed(k, c, self.K)
-                if sent is state:
-                    sizes.add(k, c / units[k])
                 sums = sums if rule.name == "mean" else self.drawn_only(sums, reply, p, rule)
-            combined.add(w, {str(self.epoch(sent)): reply.discount * sums})
+            combined.add(w, {"a": sums})
         ledger, moments = state.ledger, state.moments
-        found = {int(pool): sums for pool, sums in combined.tensors().items()} if combined.total else {}
-        for pool, sums in sorted(found.items()):
-            mean = sums / UNITS  # the paper's: sums of slopes
+        if combined.total:
+            mean = combined.tensors()["a"] / UNITS  # the paper's: sums of slopes
             step, moments = server_rules.step_sums(self.server, mean, moments, lr=self.server_lr)
-            ids = pool_ids(pool, np.arange(self.K))
+            ids = pool_ids(self.epoch(state), np.arange(self.K))
             ledger = ledger.append(ids, rounded(step * UNITS), state.round + 1)
         new = State(ledger, state.round + 1, *sizes, moments)
         if self.epoch(new) > self.epoch(state):  # the next round draws from a pool of which nothing is known
@@ -290,14 +287,6 @@ class Method(_zeroth.OfLedger):
             return (
                 f"a direction of {self.K} is drawn by {met:.1f} of {asked} clients in a round, and {FEWEST} are needed "
                 "to compare; lower K or raise tau, or use aggregation=norm-clip"
-            )
-        return ""
-
-    def late_problem(self) -> str:
-        if self.epoch_rounds and self.server != "avg":
-            return (
-                f"server={self.server} keeps moments of the present pool alone, and with epoch_rounds={self.epoch_rounds} a "
-                "late reply may be of the one before: use server=avg or epoch_rounds=0"
             )
         return ""
 
@@ -369,3 +358,204 @@ def pro_probabilities(size: np.ndarray, seen: np.ndarray) -> np.ndarray:
 def pro_weights(p: np.ndarray | None, K: int) -> np.ndarray:
     """Return float64[K], 1/(K p_k): keeps the mean step what uniform drawing (p None) would give."""
     return np.ones(K) if p is None else 1.0 / (K * p.astype(np.float64))
+
+
+SCALARS: Final = MappingProxyType({"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+
+
+class Wire(Protocol):
+    """A form in which integers are sent.  It decides which integers a step may have."""
+
+    dtype: str  # of the array that is sent
+
+    def spec(self, K: int, tau: int) -> ReplySpec:
+        """Return the form of a walk's reply."""
+        ...
+
+    def integer(self, units: float, u: float, tau: int) -> int:
+        """Return the integer that stands for a step of so many units; u, uniform in [0, 1), is the step's coin."""
+        ...
+
+    def reply(self, k: np.ndarray, c: np.ndarray, K: int, scalars: Mapping[str, Scalar]) -> Payload:
+        """Return the reply of a walk: c int64[steps] along the directions k."""
+        ...
+
+    def steps(self, payload: Payload) -> int:
+        """Return the number of steps of a walk's reply."""
+        ...
+
+    def walk(self, reply: Reply, p: np.ndarray | None, K: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (k, c) of a walk's reply, or what is equal to it in sum."""
+        ...
+
+    def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
+        """Raise MessageError for a walk's reply that no steps along the drawn directions can give."""
+        ...
+
+    def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
+        """Return the array that is sent of a projection float64[K]."""
+        ...
+
+    def integers(self, array: np.ndarray) -> np.ndarray:
+        """Return int64: the integers that an array stands for."""
+        ...
+
+
+class Byte:
+    """One byte a step (`LogCode`): a step is rounded to a level, without bias."""
+
+    dtype = "uint8"
+
+    def spec(self, K: int, tau: int) -> ReplySpec:
+        return ReplySpec({"codes": (self.dtype, (-tau,))}, SCALARS)
+
+    def integer(self, units: float, u: float, tau: int) -> int:
+        return int(LogCode.decode(LogCode.encode(np.array([units]), np.array([u])))[0])
+
+    def reply(self, k: np.ndarray, c: np.ndarray, K: int, scalars: Mapping[str, Scalar]) -> Payload:
+        codes = LogCode.encode(c, np.zeros(len(c)))  # each c is a level, so nothing is rounded
+        return Payload({"codes": codes}, scalars)
+
+    def steps(self, payload: Payload) -> int:
+        return len(payload.array("codes"))
+
+    def walk(self, reply: Reply, p: np.ndarray | None, K: int) -> tuple[np.ndarray, np.ndarray]:
+        c = self.integers(reply.payload.array("codes"))
+        return draw(reply.key, len(c), p, K), c
+
+    def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
+        return  # every code is a step
+
+    def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
+        return LogCode.encode(moved, uniforms(key, "rounding", len(moved)))
+
+    def integers(self, array: np.ndarray) -> np.ndarray:
+        return LogCode.decode(array)
+
+
+class Sums:
+    """Exact sums: 4 bytes for each of the K directions, whatever the number of steps."""
+
+    dtype = "int32"
+
+    def spec(self, K: int, tau: int) -> ReplySpec:
+        return ReplySpec({"sums": (self.dtype, (K,))}, {**SCALARS, "steps": (int, 0, tau)})
+
+    def integer(self, units: float, u: float, tau: int) -> int:
+        top = INT32 // tau  # so that a sum of all steps fits its 32 bits
+        return max(-top, min(top, round(units)))
+
+    def reply(self, k: np.ndarray, c: np.ndarray, K: int, scalars: Mapping[str, Scalar]) -> Payload:
+        return Payload({"sums": summed(k, c, K).astype(np.int32)}, {**scalars, "steps": len(c)})
+
+    def steps(self, payload: Payload) -> int:
+        return payload.int("steps")
+
+    def walk(self, reply: Reply, p: np.ndarray | None, K: int) -> tuple[np.ndarray, np.ndarray]:
+        sums = self.integers(reply.payload.array("sums"))
+        return np.flatnonzero(sums), sums[sums != 0]
+
+    def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
+        sums, drawn = (
+            self.integers(reply.payload.array("sums")),
+            draw(reply.key, self.steps(reply.payload), p, K),
+        )
+        most = np.bincount(drawn, minlength=K) * (INT32 // tau)
+        if (beyond := np.flatnonzero(np.abs(sums) > most)).size:
+            k = int(beyond[0])
+            raise MessageError(f"the sum along direction {k} is {sums[k]}, its steps give {most[k]} at most")
+
+    def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
+        sent: np.ndarray = np.clip(np.rint(moved), -INT32, INT32).astype(np.int32)
+        return sent
+
+    def integers(self, array: np.ndarray) -> np.ndarray:
+        return array.astype(np.int64)
+
+
+WIRES: Final[Mapping[str, Wire]] = MappingProxyType({"byte": Byte(), "sums": Sums()})
+
+
+def summed(k: np.ndarray, c: np.ndarray, K: int) -> np.ndarray:
+    """Return int64[K]: the integers of a walk summed per direction."""
+    sums = np.zeros(K, np.int64)
+    np.add.at(sums, k, c)
+    return sums
+
+
+MARK: Final = "backprop"  # a scalar of the message
+KINDS: Final = ("two-point steps", "back-propagation")
+
+
+def check_backprop(backprop: float, lr: float, steps: int, *, projectable: bool) -> None:
+    """Raise ValueError, in plain words, for settings that cannot be; `projectable`: on the loss and a pool, uniform."""
+    if not 0 <= backprop <= 1 or abs(backprop_share(backprop) - Fraction(backprop)) > 1e-9:
+        raise ValueError(f"backprop = {backprop} is not a share in whole percent, 0 to 1")
+    if not 0 < lr < 1e3 or steps < 1:
+        raise ValueError(
+            f"backprop_lr = {lr} must be positive (and sane) and backprop_steps = {steps} at least 1"
+        )
+    if backprop and not projectable:
+        raise ValueError(
+            "backprop projects the gradient of the loss on all directions of a pool: "
+            "it needs law=hashed, objective=loss and pro=false"
+        )
+
+
+def backprop_share(backprop: float) -> Fraction:
+    """Return the share of the clients that back-propagate as an exact fraction, in whole percent."""
+    return Fraction(round(100 * backprop), 100)
+
+
+def back_propagates(client: int, backprop: float) -> bool:
+    """Tell whether a client is one of those that do, where all can: they are spread evenly over the numbers."""
+    part = backprop_share(backprop)
+    return math.floor((client + 1) * part) > math.floor(client * part)
+
+
+def order_backprop(payload: Payload) -> Payload:
+    """Return the message that makes a device back-propagate; the same without its mark makes it take two-point steps."""
+    return Payload(payload.arrays, {**payload.scalars, MARK: True})
+
+
+def is_ordered(payload: Payload) -> bool:
+    """Tell whether the message makes a device back-propagate."""
+    return payload.scalars.get(MARK) is True
+
+
+def projection_spec(wire: Wire, K: int) -> ReplySpec:
+    """Return the form of the reply of a device that back-propagates."""
+    return ReplySpec({"projected": (wire.dtype, (K,))}, SCALARS)
+
+
+def reply_weight(payload: Payload, wire: Wire, K: int, *, mixed: bool) -> float:
+    """Return what a reply weighs: its rows n; in a mixed fleet n / (1 + (K - 1) / steps) after two-point steps."""
+    n = payload.int("n")
+    if not mixed or "projected" in payload.arrays:
+        return float(n)
+    steps = wire.steps(payload)
+    return n * steps / (steps + K - 1) if steps else 0.0
+
+
+def project_steps(
+    model: Model,
+    view: View,
+    position: Position,
+    epoch: int,
+    batches: Iterable[Batch],
+    key: int,
+    *,
+    wire: Wire,
+    units: float,
+    clip: float,
+) -> tuple[np.ndarray, float]:
+    """Return what a device that back-propagates sends, [K] in the wire's type, and its mean loss; the view follows.
+
+    `units` is its learning rate over the ledger's grid.
+    """
+    steps = descend_projected(model, view, position, epoch, batches, units=units, clip=clip)
+    sent = wire.projection(steps.moved, key)
+    for id, c in zip(pool_ids(epoch, np.arange(len(sent))), wire.integers(sent), strict=True):
+        position.move(int(id), int(c))
+    position.place(view)
+    return sent, steps.loss

@@ -28,8 +28,6 @@ A classification head, where the model has one, is trained with any of them and 
 clients of which 10 % take part in a round; cross-silo, 10 that all do; large-scale cross-device, 1,000 of which
 10 % do: `recipe:fedpetuning_cross_silo` and `recipe:fedpetuning_cross_device`.
 
-LoRA may start elsewhere than at PEFT's default (`start`): see `fedit`.
-
 For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of taking it
 (`server`: FedAvgM, FedAdam); their papers are in `methods/_adapter.py` and `server_rules.py`.
 
@@ -54,7 +52,7 @@ from fleetune.common.settings import setting
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module, scales_module
-from fleetune.tuning.methods import _adapter, _lora_start
+from fleetune.tuning.methods import _adapter
 from fleetune.tuning.methods._adapter import Training
 
 KIND = "adapter"
@@ -77,12 +75,6 @@ class Method(_adapter.Averaged):
     targets: str = setting(
         "query-value", "W", "lora: query-value, all-linear, or the layers' names", only_if="module=lora"
     )
-    start: str = setting(
-        "default",
-        "A₀, B₀",
-        "lora: where A and B start: default, shared, pissa, olora, eva",
-        only_if="module=lora",
-    )
     places: str = setting(
         "houlsby", "places", "adapter: houlsby (two a layer) or pfeiffer (one)", only_if="module=adapter"
     )
@@ -95,7 +87,6 @@ class Method(_adapter.Averaged):
         if self.size < 0 or self.lr < 0:
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
         self.check_fits()
-        _lora_start.check(self.start, dropout=0.0, wire=self.wire, start_data=self.start_data)
         super().__post_init__()
 
     def written_out(self) -> Self:
@@ -105,8 +96,6 @@ class Method(_adapter.Averaged):
 
     def check_fits(self) -> None:
         """Raise ValueError for a setting that the module does not have."""
-        if self.start != "default" and self.module != "lora":
-            raise ValueError(f"start = {self.start!r} is a start of LoRA; it needs module=lora")
         if self.targets != "query-value" and self.module != "lora":
             raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
         if self.places != "houlsby" and self.module != "adapter":
@@ -117,12 +106,10 @@ class Method(_adapter.Averaged):
     def training(self) -> Training:
         return replace(super().training(), lr=self.lr or MODULES[self.module].lr)
 
-    def attach(self, model: Model, seed: int, start: str = "default") -> None:
+    def attach(self, model: Model, seed: int) -> None:
         if model.attachment is None:
             kind = MODULES[self.module]
             spec = kind.spec(self, self.size or kind.size)
-            if isinstance(spec, adapters.Lora) and start in adapters.INITS:
-                spec = replace(spec, init=start)
             adapters.attach(model, spec, seed=seed)
 
     def footprint(self, shape: Shape) -> Footprint | None:

@@ -65,11 +65,12 @@ from fleetune.seeds.noise import EMPTY, LAWS, POOL, Passes, derive, passes, prob
 from fleetune.seeds.view import View
 from fleetune.seeds.weights import CHUNK, kernels, layout
 from fleetune.tuning import methods
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, clipped, size_of
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule, clipped, size_of
 from fleetune.tuning.exchange.server_rules import Tensors
-from fleetune.tuning.methods import Reply, _lora_start, norm
+from fleetune.tuning.methods import Reply, norm
+from fleetune.tuning.methods._adapter import check_targets
 
 KIND = "adapter"
 PAPER = "Xu et al., USENIX ATC 2024, arXiv 2308.13894"
@@ -147,7 +148,7 @@ class Method(methods.Method):
             raise ValueError("r and alpha are sizes of an adapter; bitfit has none")
         if self.module != "lora" and self.targets != "query-value":
             raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
-        _lora_start.check_targets(self.targets)
+        check_targets(self.targets)
         for name, choices in (("law", INDEPENDENT_LAWS), ("module", tuple(MODULES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is none of {', '.join(choices)}")

@@ -40,9 +40,9 @@ from fleetune.seeds import slopes
 from fleetune.seeds.descent import descend
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.slopes import Slopes
+from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import INT32, UNITS, rounded
 
@@ -135,19 +135,14 @@ class Method(_zeroth.OfLedger):
         return norm([reply.payload.array("c")])
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
-        """Take the mean over devices of each step's integer, weighted by rows (or what `rule` makes of them).
-
-        Replies that come late are steps along their own directions.
-        """
+        """Take the mean over devices of each step's integer, weighted by rows (or what `rule` makes of them)."""
         combined = rule.combining()
         for reply in replies:
-            first = (reply.stood_on or state).step
-            c = reply.discount * reply.payload.array("c")
-            combined.add(float(reply.payload.int("n")), {str(first): c})
-        ledger, found = state.ledger, {int(first): c for first, c in combined.tensors().items()}
-        for first, c in sorted(found.items()):
-            ledger = ledger.append(self.ids(first), rounded(c), state.round + 1)
-        return State(ledger, state.step + self.tau * (state.step in found), state.round + 1)
+            combined.add(float(reply.payload.int("n")), {"c": reply.payload.array("c")})
+        if not combined.total:
+            return state._replace(round=state.round + 1)
+        ledger = state.ledger.append(self.ids(state.step), rounded(combined.tensors()["c"]), state.round + 1)
+        return State(ledger, state.step + self.tau, state.round + 1)
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         return ""

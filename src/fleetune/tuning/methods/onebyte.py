@@ -54,9 +54,9 @@ from fleetune.models.shapes import Shape
 from fleetune.seeds.descent import slope, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import derive, probe
+from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import UNITS, pool_ids, rounded
 
@@ -179,25 +179,15 @@ class Method(_zeroth.OfLedger):
         """Take the mean over whoever answered, or their majority, for each direction of the pool."""
         run_key, combined = state.ledger.head.run_key, rule.combining()
         for reply in replies:
-            round = (reply.stood_on or state).round
-            k = self.draw(round, run_key, reply.key)
-            told = np.full(self.K, rule.absent)
-            told[k] = reply.discount * self.decode(reply.payload.array("codes"))
-            combined.add(float(reply.payload.int("n")), {str(self.epoch(round)): told})
-        ledger, found = state.ledger, {int(epoch): c for epoch, c in combined.tensors().items()}
-        for epoch, mean in sorted(found.items()):
-            steps = mean if self.wire == "byte" else UNITS * np.sign(mean)
-            ledger = ledger.append(
-                pool_ids(epoch, np.arange(self.K)), rounded(FINER * steps), state.round + 1
-            )
-        return State(ledger, state.round + 1)
-
-    def late_problem(self) -> str:
-        if self.wire == "sign":
-            return (
-                "wire=sign takes a majority once, and a vote that comes later cannot change it: use wire=byte"
-            )
-        return ""
+            sent = np.full(self.K, rule.absent)
+            sent[self.draw(state.round, run_key, reply.key)] = self.decode(reply.payload.array("codes"))
+            combined.add(float(reply.payload.int("n")), {"slopes": sent})
+        if not combined.total:
+            return State(state.ledger, state.round + 1)
+        mean = combined.tensors()["slopes"]
+        steps = mean if self.wire == "byte" else UNITS * np.sign(mean)
+        ids = pool_ids(self.epoch(state.round), np.arange(self.K))
+        return State(state.ledger.append(ids, rounded(FINER * steps), state.round + 1), state.round + 1)
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         if self.wire == "byte" and rule.name != "norm-clip":

@@ -36,7 +36,7 @@ from fleetune.models.encoders import MAX_LABELS
 from fleetune.models.net.model import Model
 from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods
-from fleetune.tuning.exchange import robust
+from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.prepare import estimate, rates
 from fleetune.tuning.prepare.estimate import Estimate
@@ -44,7 +44,7 @@ from fleetune.tuning.prepare.rates import Found, Search
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.recipe.settled import settled
-from fleetune.tuning.rounds import kinds, rounds
+from fleetune.tuning.rounds import fleets, rounds
 
 COVER: Final = "name every label word as the data has it (a comma in a word: \\,), or leave the option out"
 
@@ -166,7 +166,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         lambda: check_columns(recipe.columns),
         lambda: check_partition_spec(recipe.partition),
         lambda: objectives.get(str(recipe.set.get("objective", "loss"))),
-        lambda: robust.parse(recipe.aggregation),
+        lambda: aggregation.parse(recipe.aggregation),
         lambda: estimate.seconds_of(recipe.within),
         lambda: parse_bytes(recipe.ram or None),
     )
@@ -182,7 +182,8 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     if not problems:
         problems += rates.problems(recipe, methods.make(recipe.method, recipe.set))
     if not problems:
-        problems += _of_fleet(methods.make(recipe.method, recipe.set), recipe)
+        problem = fleets.kinds_problem(methods.make(recipe.method, recipe.set), recipe.kinds)
+        problems += [problem] if problem else []
     if recipe.stragglers and not recipe.deadline and recipe.over_selection == 1:
         problems.append(f"stragglers = {recipe.stragglers} does nothing without a deadline: add --deadline 3")
     if recipe.over_selection > 1 and recipe.participation == 1:
@@ -197,33 +198,17 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     problems += _of_course(recipe)
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
-    method = methods.make(recipe.method, recipe.set)
-    method.check_files()
-    return entry, method
+    return entry, methods.make(recipe.method, recipe.set)
 
 
 def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:
     """Raise RecipeError where the replies of so many clients cannot be combined by the recipe's rule."""
     asked = len(rounds.sample(range(clients), recipe.participation, recipe.seed, 1))
-    if why := method.rule_problem(robust.parse(recipe.aggregation), asked):
+    if why := method.rule_problem(aggregation.parse(recipe.aggregation), asked):
         raise RecipeError(
             [f"aggregation = {recipe.aggregation!r} does not fit method = {recipe.method!r}: {why}"],
             hint="rules, and what each withstands: docs/safety.md",
         )
-
-
-def _of_fleet(method: Method, recipe: Recipe) -> list[str]:
-    """Say what a method cannot do of what the recipe wants of the fleet."""
-    late = ""
-    if recipe.late == "use":
-        late = method.late_problem()
-        if not late and robust.parse(recipe.aggregation).name != "mean":
-            late = (
-                f"aggregation = {recipe.aggregation!r} compares the replies of one round, and a late one is a step of another; "
-                "use aggregation=mean or late=drop"
-            )
-    found = [kinds.problem(method, recipe.kinds), f"late = use: {late}" if late else ""]
-    return [problem for problem in found if problem]
 
 
 def _of_course(recipe: Recipe) -> list[str]:

@@ -34,7 +34,7 @@ from fleetune.models.net.model import Model
 from fleetune.seeds import slopes
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
-from fleetune.tuning.exchange import robust
+from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare import trial
 from fleetune.tuning.prepare.estimate import Estimate
@@ -366,7 +366,7 @@ def told(names: Sequence[str], method: Method, search: Search | None, run: Estim
 
 def for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:
     """Return the run with the server's step for the mean of so many clients, unless that is given or is not their mean."""
-    mean = robust.parse(recipe.aggregation).name in ("mean", "norm-clip")
+    mean = aggregation.parse(recipe.aggregation).name in ("mean", "norm-clip")
     if not (mean and method.server_setting) or method.server_setting in given:
         return recipe, method
     method = method.for_clients(clients)

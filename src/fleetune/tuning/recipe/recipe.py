@@ -287,11 +287,6 @@ class Recipe:
         le=10,
         description="ask so many times the clients that participation says; the round is over when that share has replied",
     )
-    late: str = Field(
-        default="drop",
-        pattern="^(drop|use)$",
-        description="replies that come after their round: drop, or use them in the round in which they come, discounted",
-    )
     quorum: int = Field(default=1, ge=1, description="fewer good replies than this leave the model as it was")
     aggregation: str = Field(
         default="mean",
@@ -365,7 +360,6 @@ class RecipeOptions(TypedDict, total=False):
     stragglers: float
     deadline: float
     over_selection: float
-    late: str
     quorum: int
     aggregation: str
     max_rows: int

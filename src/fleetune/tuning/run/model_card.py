@@ -27,7 +27,7 @@ from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import finished, foundations
 from fleetune.tuning.run import describe
 
-HERE: Final = "PATH OF THIS FOLDER"  # a push puts the repository's name there
+HERE: Final = "PATH OF THIS FOLDER"
 CARD: Final = "README.md"
 TAGS: Final = ("fleetune", "federated-learning")
 

@@ -53,7 +53,6 @@ def resume(
     A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
     """
     recipe, had = _own_recipe(path, rounds, base)
-    fleets.check(recipe)
     if recipe.rounds == had and is_done(path, listener.note):
         found = read(path)
         more = "; --rounds N gives it more rounds" if fleets.simulated else ""
@@ -89,7 +88,6 @@ def _own_recipe(path: Path, rounds: int, base: str) -> tuple[Recipe, int]:
 def check_resume(path: Path, *, offline: bool, rounds: int = 0, base: str = "") -> TuneChecked:
     """Check all that `resume` checks of a simulated run, and return how long the rounds that are left take; write nothing."""
     recipe, had = _own_recipe(path, rounds, base)
-    SIMULATED.check(recipe)
     foundations.check_files(recipe, path)
     with ONE_AT_A_TIME:
         job = prepare(recipe, offline=offline, find=False, measure=False)

@@ -19,13 +19,13 @@ from fleetune.common.events import ClientReply, Recorded, RoundEvaluated, TuneDo
 from fleetune.common.files import json_text, resumable
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
-from fleetune.errors import Interrupted, RecipeError, fault
+from fleetune.errors import Interrupted, fault
 from fleetune.evaluation.losses import pad_id
 from fleetune.runs import rundir, trackers
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
-from fleetune.tuning.exchange import robust
+from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.prepare.prepare import CheckMemory, TuneJob, check, prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.objects import data_name
@@ -34,11 +34,9 @@ from fleetune.tuning.result import foundations
 from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.rounds import rounds
 from fleetune.tuning.rounds.checkpoint import StandsOn
-from fleetune.tuning.rounds.fleets import OLDEST, Fleet
-from fleetune.tuning.rounds.fleets.late import LateReplies
-from fleetune.tuning.rounds.fleets.local import Faults, LocalFleet
-from fleetune.tuning.rounds.fleets.memories import Memories
-from fleetune.tuning.rounds.kinds import wanted
+from fleetune.tuning.rounds.fleets import Fleet, wanted
+from fleetune.tuning.rounds.local_work import Memories
+from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 from fleetune.tuning.rounds.watch import Watch
 from fleetune.tuning.run import describe, evaluation
 from fleetune.tuning.run.evaluation import EVALUATION
@@ -55,10 +53,6 @@ class Fleets(Protocol):
         """Whether the clients are made from the recipe's data."""
         ...
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise UsageError for what a recipe wants and this fleet does not do; called before any work."""
-        ...
-
     def about(self, job: TuneJob) -> str:
         """Return the fleet in a few words, for the header."""
         ...
@@ -72,16 +66,6 @@ class Simulated:
     """All clients in this process, in turn."""
 
     simulated = True
-
-    def check(self, recipe: Recipe) -> None:
-        """Raise RecipeError where late replies are to be used and none comes late."""
-        if recipe.late == "use" and not recipe.deadline and recipe.over_selection == 1:
-            raise RecipeError(
-                [
-                    "late = use does nothing: no simulated client comes late without a deadline or over_selection"
-                ],
-                hint="add --stragglers 0.3 --deadline 3, or --over-selection 1.3",
-            )
 
     def about(self, job: TuneJob) -> str:
         """Return where, and how many are asked."""
@@ -104,7 +88,6 @@ class Simulated:
             step,
             memories,
             wanted(job.method, recipe.kinds),
-            LateReplies(run.path / "late") if recipe.late == "use" else None,
         )
 
 
@@ -128,7 +111,6 @@ def start(
 ) -> TuneResult:
     """Check a recipe, then run it in a new folder under `out`."""
     check(recipe)
-    fleets.check(recipe)
     rundir.check_writable(out)
     recipe = dataclasses.replace(
         recipe, data=data_name(recipe.data, out)
@@ -207,9 +189,8 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         recipe.eval_every,
         bytes.fromhex(model.digest)[:8],
         stands_on,
-        robust.parse(recipe.aggregation),
+        aggregation.parse(recipe.aggregation),
         recipe.over_selection,
-        OLDEST if recipe.late == "use" else 0,
         recipe.patience,
         recipe.keep == "best",
         recipe.max_rows,
@@ -292,8 +273,8 @@ class _Sitting:
 def _first(job: TuneJob) -> Any:
     """Return the state before round 1; a ledger states the rule by which replies are combined."""
     state = job.method.init(job.model, derive(job.recipe.seed, "init"))
-    rule = robust.parse(job.recipe.aggregation)
-    if job.entry.kind != "ledger" or rule == robust.MEAN:
+    rule = aggregation.parse(job.recipe.aggregation)
+    if job.entry.kind != "ledger" or rule == aggregation.MEAN:
         return state
     head = dataclasses.replace(state.ledger.head, aggregation=rule.text)
     return state._replace(ledger=dataclasses.replace(state.ledger, head=head))
