@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,9 +16,8 @@ from fleetune import compression, models
 from fleetune.common import sums
 from fleetune.compression.layerwise import driver
 from fleetune.errors import ModelError, VersionError
-from fleetune.models.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
+from fleetune.models.artefact import ArtefactHead, Master, pack, unpack, write
 from fleetune.models.cache.names import MASTER, is_master
-from fleetune.models.families.number_types import CODEBOOKS
 
 HEAD = ArtefactHead("rtn", {"bits": 4}, "a" * 64, "b" * 64)
 
@@ -70,28 +68,6 @@ def test_an_artefact_holds_every_parameter_once(bits: int, tmp_path: Path) -> No
     assert master.head == ArtefactHead(
         **{**HEAD.__dict__, "grids": dict.fromkeys(sorted(linears), (bits, 8)), "shapes": master.head.shapes}
     )
-
-
-def test_an_artefact_names_the_codebook_of_its_codes(tmp_path: Path) -> None:
-    """Blocks that are finished, the artefact and what is read from it: the same codes, and values to the bit."""
-    model = models.tiny_llama()
-    solver = compression.make("rtn", {"grid": "iq4_nl", "group": 8})
-    assert isinstance(solver, compression.Solver)
-    parts = driver.run(model, solver, None, tmp_path / "parts")
-    write(tmp_path / "model", model, parts, HEAD)
-    master = Master(tmp_path / "model")
-    book = np.array(CODEBOOKS["iq4_nl"], np.float32)
-    assert parts
-    for name, part in parts.items():
-        q = master.quantised(name)
-        assert isinstance(part, Quantised)
-        assert q is not None
-        assert q.codebook == part.codebook == "iq4_nl"
-        assert torch.equal(q.codes, part.codes)
-        want = q.scale.float().repeat_interleave(8, 1).numpy() * book[q.codes.numpy()]
-        assert master.weight(name).numpy().tobytes() == want.tobytes()
-    assert (master.head.version, master.head.codebooks) == (1, dict.fromkeys(sorted(parts), "iq4_nl"))
-    assert ArtefactHead.from_json(master.head.to_json()) == master.head
 
 
 def test_damage_is_said(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_killed_process_leaves_the_whole_file_or_none(tmp_path: Path) -> None:
         "while True: place.unlink(); tunable_file.of(found, lambda _: None)"
     )
     drawn, seen = random.Random(3), set[bool]()
-    for _ in range(3):
+    for _ in range(2):
         child = subprocess.Popen([sys.executable, "-c", code, str(found.home)], stdout=subprocess.PIPE)
         assert child.stdout is not None
         child.stdout.readline()

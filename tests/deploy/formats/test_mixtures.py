@@ -12,13 +12,11 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
-from deploy_harness import tokenizer
 from family_harness import TEXT, divergence, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fleetune
-from fleetune import models
 from fleetune.common.events import BudgetSpent
 from fleetune.deploy import llamacpp
 from fleetune.deploy.checkpoint import open_checkpoint
@@ -26,7 +24,6 @@ from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
 from fleetune.models.artefact import Master
 from fleetune.models.families import experts
-from fleetune.models.families.experts import STACKED
 from fleetune.models.loading import load_artefact
 from fleetune.runs.listener import Silent
 
@@ -192,7 +189,6 @@ def test_formats_of_linear_layers_hold_experts_in_16_bits(tmp_path: Path) -> Non
 
 
 SAME, ROUNDED = 1e-5, 2e-2  # nats: as in test_gguf_families
-SUPER = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 256, "moe_intermediate_size": 256}
 MIXTURES = ["granitemoeshared", "gpt_oss"]
 
 
@@ -264,33 +260,3 @@ def test_the_file_has_the_size_that_was_said_and_runs(family: str, tmp_path: Pat
     assert whole.exact == whole.tensors
     assert divergence(net, whole.path) <= SAME
     assert divergence(net, report.path) <= ROUNDED
-
-
-@needs_engine
-@pytest.mark.parametrize("method", ["optq"])
-def test_experts_have_types_of_their_own(method: str, tmp_path: Path) -> None:
-    """Super-blocks too: the file holds the codes as they are."""
-    net = save("qwen3_moe", tmp_path / "m", **SUPER)
-    with torch.no_grad():  # the downs of two layers decide little
-        for block in net.model.layers[:2]:
-            block.mlp.experts.down_proj *= 0.05
-    models.save(net, tokenizer(), tmp_path / "m")
-    heard = Heard()
-    done = compressed(tmp_path, heard, method, bpw=4.4)
-    master = Master(done.folder / "model")
-    report = export(done.folder / "model", "gguf", named_by_export(tmp_path, done.folder))
-    assert report.bytes == heard.spent[0].bytes
-    tensors = {t.name: t for t in gguf.GGUFReader(report.path).tensors}
-    kinds = set()
-    for block in range(4):
-        name = f"model.layers.{block}.mlp.experts"
-        of_block = [tensors[f"blk.{block}.{stacked}.weight"] for stacked in STACKED]
-        values = [torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type)) for t in of_block]
-        assert torch.equal(torch.cat(values[:2], 1), master.weight(f"{name}.gate_up_proj"))
-        assert torch.equal(values[2], master.weight(f"{name}.down_proj"))
-        assert of_block[0].tensor_type == of_block[1].tensor_type
-        kinds.add((of_block[0].tensor_type, of_block[2].tensor_type))
-    assert len(kinds) > 1
-    assert any(one != other for one, other in kinds)
-    back = AutoModelForCausalLM.from_pretrained(export(done.folder / "model", "hf", tmp_path / "hf").path)
-    assert divergence(back, report.path) <= ROUNDED

@@ -99,15 +99,3 @@ def test_no_other_format_has_a_place_for_them(to: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"different widths, which {to} has no place for"):
         export(tmp_path / "m", to, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_codes_become_a_directory_that_is_loaded_here(kind: str, tmp_path: Path) -> None:
-    model = narrowed(kind)
-    compressed(model, tmp_path / "m")
-    report = export(tmp_path / "m", "hf", tmp_path / "hf")
-    assert any("transformers does not" in note for note in report.notes)
-    again = models.load(str(tmp_path / "hf"), device="cpu")
-    assert torch.equal(logits(again), logits(model))
-    assert again.digest == models.digest(models.named_tensors(model.net))
-    assert torch.equal(logits(models.load_artefact(tmp_path / "m")), logits(model))

@@ -1,13 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the rounds of `fleetune fleet serve` inside a Flower that is there already: the only place that imports `flwr`.
+"""Run a recipe as a Flower app: on SuperNodes that are there already, or on Flower's simulation engine.
 
-server_app.py, client_app.py    the two apps        shim.py    the folder that `flwr run` takes
+    server_app.py, client_app.py    the two parts of the app; `fleetune fleet app` writes the folder that `flwr run` takes
+    partition.py                    who a client of a simulation is, and which rows it has
+    simulate.py                     `fleetune fleet simulate`: start Flower's programs for one run, and stop them
+    records.py, shim.py             bytes in Flower's messages; the files of the app
+
+This folder is the only place that imports `flwr`: `flwr.app`, `flwr.serverapp` and `flwr.clientapp` alone, which Flower
+documents.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+
+from fleetune.common.shell import pip_install
+from fleetune.errors import UsageError
 
 # Flower would report every start to its makers and look for updates otherwise
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+
+def check_installed(*more: str) -> None:
+    """UsageError where Flower, or `more` that it needs for a simulation, is not installed."""
+    if missing := [name for name in ("flwr", *more) if importlib.util.find_spec(name) is None]:
+        extra = " 'flwr[simulation]'" if more else ""
+        raise UsageError(f"{', '.join(missing)} is not installed", hint=pip_install("flower") + extra)
