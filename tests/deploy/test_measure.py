@@ -177,22 +177,9 @@ def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixt
 
 def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, run = folder_of(at), rundir.find("1", at / "runs")
+    asked = ["--data", "demo", "--limit", "2", "--tasks", "em,loss", "--answer-tokens", "2"]
     code, told, err = call(
-        capsys,
-        "measure",
-        "little",
-        str(run),
-        str(folder),
-        str(folder / "model"),
-        *FAST,
-        "--data",
-        "demo",
-        "--limit",
-        "2",
-        "--tasks",
-        "em,loss",
-        "--answer-tokens",
-        "2",
+        capsys, "measure", "little", str(run), str(folder), str(folder / "model"), *FAST, *asked
     )
     assert code == 0, err
     rows = told[-1]["rows"]
@@ -307,7 +294,6 @@ def test_compressed_before_is_the_compression_that_a_base_comes_from(at: Path) -
     assert measure.compressed_before(fleetune.open("little")) is None
     recipe.write_text(recipe.read_text().replace('model = "little"', f'model = "{folder}/model"'))
     assert measure.compressed_before(fleetune.open("1")) == folder
-    gain = {"loss": 1.0}
     rows = [
         Measured(
             name=n,
@@ -319,7 +305,7 @@ def test_compressed_before_is_the_compression_that_a_base_comes_from(at: Path) -
             peak_rss=1,
             prefill=None,
             generate=None,
-            **gain,
+            loss=1.0,
         )
         for n in ("base", "tuned", measure.COMPRESSED_BASE, "compressed")
     ]

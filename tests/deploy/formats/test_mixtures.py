@@ -23,7 +23,6 @@ from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
 from fleetune.models.artefact import Master
-from fleetune.models.families import experts
 from fleetune.models.loading import load_artefact
 from fleetune.runs.listener import Silent
 
@@ -80,19 +79,6 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what the file holds
 
 
-def test_the_order_of_rows_of_a_part() -> None:
-    gate, up = experts.parts("model.layers.0.block_sparse_moe.experts.gate_up_proj")
-    assert (gate.name, up.name) == (
-        "model.layers.0.mlp.experts.gate_proj.weight",
-        "model.layers.0.mlp.experts.up_proj.weight",
-    )
-    assert gate.order((2, 6, 5), True, False).tolist() == [0, 1, 2, 6, 7, 8]
-    assert up.order((2, 6, 5), True, False).tolist() == [3, 4, 5, 9, 10, 11]
-    assert up.order((2, 6, 5), True, True).tolist() == [1, 3, 5, 7, 9, 11]
-    assert up.order((2, 6), False, True).tolist() == [1, 3, 5, 7, 9, 11]
-    assert up.order((6, 5), True, False).tolist() == [3, 4, 5]
-
-
 def test_three_stacked_tensors_and_a_router(tmp_path: Path) -> None:
     net = save("qwen3_moe", tmp_path / "m")
     found = tensors(export(tmp_path / "m", "gguf:f16", tmp_path / "x.gguf").path)
@@ -107,19 +93,6 @@ def test_three_stacked_tensors_and_a_router(tmp_path: Path) -> None:
     router = found["blk.2.ffn_gate_inp.weight"]  # in fp32, as llama.cpp's converter has it
     assert router.tensor_type.name == "F32"
     assert np.array_equal(router.data, own.gate.weight.numpy())
-
-
-@needs_engine
-@pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize(("kind", "bound"), [("gguf:q8_0", 2e-2)])
-def test_rounded_experts_run(case: str, kind: str, bound: float, tmp_path: Path) -> None:
-    net = save(case, tmp_path / "m")
-    report = export(tmp_path / "m", kind, tmp_path / "x.gguf")
-    types = {name: tensor.tensor_type.name for name, tensor in tensors(report.path).items()}
-    stacked = {name: kind for name, kind in types.items() if name.endswith("_exps.weight")}
-    assert len(stacked) >= 9
-    assert set(stacked.values()) == {kind.removeprefix("gguf:").upper()}
-    assert divergence(net, report.path) <= bound
 
 
 # ---------------------------------------------------------------- adapters

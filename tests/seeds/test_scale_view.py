@@ -23,7 +23,7 @@ from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.lazy import in_blocks
 from fleetune.models.net.model import Model, named_tensors
 from fleetune.models.stored import Stored, dequantise
-from fleetune.seeds import noise
+from fleetune.seeds import descent, noise
 from fleetune.seeds.descent import Projection
 from fleetune.seeds.noise import EMPTY, passes, probe
 from fleetune.seeds.scale_view import ScaleView, moved_tensors
@@ -33,9 +33,10 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 KEY, GRID = 11, 1e-5
 
 
-@pytest.fixture(scope="module", params=BLOCKS)
+@pytest.fixture(scope="module", params=["Q4_0", "Q5_1", "Q8_0", "IQ4_NL"])
 def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama as a GGUF file of each kind of blocks."""
+    """A tiny llama as a GGUF file of blocks of a scale, or of a scale and an offset."""
+    assert request.param in BLOCKS
     return gguf_of(tmp_path_factory.mktemp("gguf"), request.param)
 
 
@@ -92,7 +93,10 @@ def test_a_point_is_that_of_the_reference_for_every_matrix(law: str, file: Path)
     moved = 0
     for slot in view.slots:
         want = reference(weights[slot.name].stored, slot.start, law, K)  # type: ignore[attr-defined]
-        assert torch.equal(view.whole(slot), want)
+        whole = view.whole(slot)
+        assert torch.equal(whole, want)
+        for first, last in ((5, 70), (63, 64), (1, whole.numel())):  # wherever a piece begins
+            assert torch.equal(view.piece(slot, first, last), whole.view(-1)[first:last])
         moved += int((want != weights[slot.name].values()).sum())  # type: ignore[attr-defined]
         view.probe(probe(law, K, 9), 0.02)
         probed = reference(weights[slot.name].stored, slot.start, law, K, 0.02, 9)  # type: ignore[attr-defined]
@@ -115,6 +119,18 @@ def test_at_the_base_the_digest_is_the_bases_own(file: Path) -> None:
 def batch(rows: int = 2, length: int = 9) -> Batch:
     ids = torch.randint(0, 250, (rows, length), generator=torch.Generator().manual_seed(1))
     return Batch(ids, torch.ones_like(ids), ids)
+
+
+def test_both_signs_in_one_forward_are_two_forwards(file: Path) -> None:
+    model = mapped(file, "bf16")
+    view = view_of(model)
+    view.place(passes("hashed", 64, *some("hashed")))
+    with torch.inference_mode():
+        two = descent.two_point(
+            view, probe("hashed", 64, 3), 0.02, lambda: descent.batch_loss(model, batch())
+        )
+        assert descent._in_one_forward(model, view, probe("hashed", 64, 3), batch(), 0.02) == two
+    assert two[0] != two[1]
 
 
 def test_slopes_of_back_propagation_are_those_of_the_scales(file: Path) -> None:
