@@ -18,8 +18,7 @@ from family_harness import save
 import fleetune
 from fleetune import models, subject
 from fleetune.common import ggml
-from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.groups import rounded
+from fleetune.compression.layerwise.grids import Grid, rounded
 from fleetune.deploy import tunable_file
 from fleetune.errors import UsageError
 from fleetune.models import artefact

@@ -524,7 +524,6 @@ class CompressStart(Event):
     low_memory: bool  # whether one block at a time is loaded from disk
     calibrate: str  # who calibrates: server, clients or fleet
     clients: int  # number of clients that calibrate; 0 for all
-    true_sequential: bool  # inputs of a layer have passed the compressed layers of its block
     bytes: int  # of the GGUF file at most; 0 for no limit
     bpw: float  # bits a weight of the GGUF file's matrices at most; 0 for no limit
     train_scales: int  # steps in which the scales are trained after solving; 0 for none

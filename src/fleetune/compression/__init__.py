@@ -75,8 +75,8 @@ class Solver(Protocol):
 class Corrector(Solver, Protocol):
     """A solver that first corrects the weights for the errors of the layers before.
 
-    It needs text on this machine, since the dense model runs beside the compressed one, and its layers are solved in turn
-    (`true_sequential`).
+    It needs text on this machine, since the dense model runs beside the compressed one, and its layers are solved in turn,
+    each on inputs that have passed the compressed layers before it in its block.
     """
 
     def correct(self, W: Tensor, H: Tensor, D: Tensor) -> Tensor:
@@ -141,10 +141,8 @@ class Pruner(Protocol):
     def disk(self, model: Model) -> int:
         """Return how many bytes the checkpoints and the result take at most."""
 
-    def prune(
-        self, model: Model, rows: Sequence[Encoded], folder: Path, on_row: Callable[[int, int], None]
-    ) -> Model:
-        """Return the smaller model; the decision of what stays is written to `folder` and read again from there.
+    def prune(self, model: Model, rows: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Model:
+        """Return the smaller model; a resumed compression prunes again, and must come to the same.
 
         `on_row(row, rows)` is called after every row that is read.  It may raise Interrupted.
         """
@@ -158,7 +156,7 @@ class Pruner(Protocol):
         folder: Path,
         on_step: Callable[[int, int, float], None],
     ) -> Model:
-        """Return the trained model; resume from the checkpoint in `folder`, which is not that of `prune`.
+        """Return the trained model; resume from the checkpoint in `folder`.
 
         `on_step(step, steps, loss)` is called after every step.  It may raise Interrupted, which saves the step.
         """

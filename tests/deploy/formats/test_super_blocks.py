@@ -18,9 +18,8 @@ from fleetune import compression, models
 from fleetune.common import sums
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import FinishedBlocks
-from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.groups import rounded
-from fleetune.compression.layerwise.sums import block_message, weights_of
+from fleetune.compression.layerwise.federated import block_message, weights_of
+from fleetune.compression.layerwise.grids import Grid, rounded
 from fleetune.deploy import harness, llamacpp
 from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import _ggml_blocks

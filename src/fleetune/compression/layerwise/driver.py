@@ -6,11 +6,9 @@ For every decoder block: run the calibration windows through it and sum the Hess
 block.  Its outputs are the inputs of the next block.  Norms and routers are not compressed, and embedding and head only with
 a `Plan`; `experts.py` has the experts of a mixture.
 
-With `true_sequential` (GPTQ's name for it) a layer also sees the outputs of the compressed layers before it in its own
-block (`in_turn.py`).
-
-A solver that is a `Corrector` is always run so, since two layers in a row would else both correct the same error.  It also gets
-what the inputs of a layer have drifted from those in the dense model, whose hidden states are kept beside the others.
+For a solver that is a `Corrector` a layer also sees the outputs of the compressed layers before it in its own block, since two
+layers in a row would else both correct the same error.  It also gets what the inputs of a layer have drifted from those in the
+dense model, whose hidden states are kept beside the others.
 
 Memory holds the model (with `--low-memory` one block of it: `models/mapped`), the Hessians and dense copies of one
 block, and the hidden states of the windows; never a second model (`planning/compression_cost.py` adds it up).  Every
@@ -35,7 +33,7 @@ from torch import Tensor, nn
 
 from fleetune.common.display import counted
 from fleetune.compression import Corrector, Solver
-from fleetune.compression.layerwise.activations import HessianSource, HiddenStates
+from fleetune.compression.layerwise.activations import HessianSource, HiddenStates, StatesInTurn
 from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks, MatrixResult
 from fleetune.compression.layerwise.experts import (
     Experts,
@@ -48,7 +46,6 @@ from fleetune.compression.layerwise.experts import (
 )
 from fleetune.compression.layerwise.grids import DEFAULTS, GROUPS, INSTEAD
 from fleetune.compression.layerwise.hessian import lost, share, trace
-from fleetune.compression.layerwise.in_turn import StatesInTurn
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.models.artefact import Quantised, dense, joined
 from fleetune.models.lazy import in_memory
@@ -210,20 +207,23 @@ def run(
     on_matrix: Callable[[int, int, str], None] = lambda block, blocks, name: None,
     on_block: Callable[[BlockResult, int], None] = lambda block, blocks: None,
     *,
-    true_sequential: bool = False,
     plan: Plan | None = None,
     experts: bool = False,
-    weights: Mapping[str, Tensor] | None = None,
 ) -> FinishedBlocks:
     """Compress every block of `model`; blocks that are finished in `folder` are read from there.
 
     calibration: int64 [N, length] windows of tokens, or another source of Hessians; None for a solver without data.
     `on_matrix(block, blocks, name)` is called before every matrix and may raise to stop; finished blocks stay in
     `folder`.  The weights of `model` are restored afterwards.  A `plan` is for windows.  With `experts` those of a mixture are
-    compressed too, from windows or without data.  `weights` are what the tokens of windows count, by layer
-    (`budget/token_weights.py`).
+    compressed too, from windows or without data.
     """
-    source = _source(model, calibration, true_sequential, isinstance(solver, Corrector), weights)
+    source: HessianSource | None
+    if isinstance(calibration, Tensor):
+        source = (StatesInTurn if isinstance(solver, Corrector) else HiddenStates)(model, calibration)
+    elif isinstance(solver, Corrector):
+        raise ValueError("a solver that corrects the weights needs windows")
+    else:
+        source = calibration
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = FinishedBlocks(folder), linears_of(model)
     of_blocks = experts_in(model) if experts else [[] for _ in blocks]
@@ -252,27 +252,6 @@ def run(
             _solve_ends(model, plan, source, parts, functools.partial(on_matrix, len(blocks), len(blocks)))
         on_block(parts.blocks[-1], len(blocks) + 1)
     return parts
-
-
-def _source(
-    model: Model,
-    calibration: Tensor | HessianSource | None,
-    true_sequential: bool,
-    corrects: bool,
-    weights: Mapping[str, Tensor] | None,
-) -> HessianSource | None:
-    """Return what gives the Hessians; ValueError for what another source than windows cannot do."""
-    if isinstance(calibration, Tensor):
-        if true_sequential or corrects:
-            return StatesInTurn(model, calibration, weights, drift=corrects)
-        return HiddenStates(model, calibration, weights)
-    if true_sequential:
-        raise ValueError("true_sequential is for windows; a source has an order of its own")
-    if weights:
-        raise ValueError("weights are of the tokens of windows")
-    if corrects:
-        raise ValueError("a solver that corrects the weights needs windows")
-    return calibration
 
 
 def _solve_ends(

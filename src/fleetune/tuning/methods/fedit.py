@@ -36,7 +36,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fleetune import adapters
@@ -49,7 +49,7 @@ from fleetune.tuning.exchange.aggregation import MEAN, Rule, cut, product_mean
 from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter
-from fleetune.tuning.methods._adapter import State, Training
+from fleetune.tuning.methods._adapter import State
 
 log = logging.getLogger(__name__)
 
@@ -87,19 +87,12 @@ class Method(_adapter.Averaged):
             )
         if self.average not in ("separate", "product"):
             raise ValueError(f"average = {self.average!r} is none of separate, product")
-        if self.average == "product":
-            self.check_product()
-
-    def check_product(self) -> None:
-        """Raise ValueError for what does not go with an average of products."""
-        if self.server != "avg" or self.server_lr or self.scaffold:
+        product = self.average == "product"
+        if product and (self.server != "avg" or self.server_lr or self.scaffold):
             raise ValueError(
                 "average=product turns the factors every round, so that what server, server_lr and scaffold "
                 "remember of them would not fit; use average=separate with these"
             )
-
-    def training(self) -> Training:
-        return replace(super().training(), decay=self.decay)
 
     def attach(self, model: Model, seed: int, rank: int = 0) -> None:
         """Give `model` an adapter of a rank (0: r), unless it has one."""
@@ -140,7 +133,7 @@ class Method(_adapter.Averaged):
         if rank is None:
             raise MessageError("the adapter that came has none of the run's ranks")
         self.attach(model, payload.int("seed"), rank=rank)
-        return _adapter.local(model, payload, batches, key, memory, self.training())
+        return self.trained(model, payload, batches, key, memory)
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Average the adapters (A and B apart) or their products; then take the server's step."""
@@ -159,7 +152,6 @@ class Method(_adapter.Averaged):
         return super().cannot_combine(rule, asked)
 
     def report(self, state: State) -> dict[str, float]:
-        """Return what the last average had to leave out."""
         return {"cut": state.cut} if self.average == "product" else {}
 
     def footprint(self, shape: Shape) -> Footprint | None:
@@ -171,4 +163,4 @@ class Method(_adapter.Averaged):
     def of_rank(self, shape: Shape, rank: int) -> Footprint | None:
         """Return the work of a device of this rank."""
         module = lora_module(lora_layers(shape, self.targets), shape.head, rank, dropout=self.dropout > 0)
-        return _adapter.footprint(module, self.training())
+        return self.work_on(module)

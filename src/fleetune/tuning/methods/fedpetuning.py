@@ -53,7 +53,6 @@ from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module, scales_module
 from fleetune.tuning.methods import _adapter
-from fleetune.tuning.methods._adapter import Training
 
 KIND = "adapter"
 PAPER = "Zhang et al., ACL Findings 2023, arXiv 2212.10025"
@@ -86,25 +85,21 @@ class Method(_adapter.Averaged):
             raise ValueError(f"places = {self.places!r} is neither houlsby nor pfeiffer")
         if self.size < 0 or self.lr < 0:
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
-        self.check_fits()
-        super().__post_init__()
-
-    def written_out(self) -> Self:
-        """Return the method with the module's own size and rate in place, and the server's."""
-        own = MODULES[self.module]
-        return replace(super().written_out(), size=self.size or own.size, lr=self.lr or own.lr)
-
-    def check_fits(self) -> None:
-        """Raise ValueError for a setting that the module does not have."""
         if self.targets != "query-value" and self.module != "lora":
             raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
         if self.places != "houlsby" and self.module != "adapter":
             raise ValueError(f"places = {self.places!r} is where adapters go; it needs module=adapter")
         if self.size and not MODULES[self.module].size:
             raise ValueError(f"size = {self.size}, but module={self.module} has no size to choose")
+        super().__post_init__()
 
-    def training(self) -> Training:
-        return replace(super().training(), lr=self.lr or MODULES[self.module].lr)
+    def written_out(self) -> Self:
+        own = MODULES[self.module]
+        return replace(super().written_out(), size=self.size or own.size, lr=self.lr or own.lr)
+
+    @property
+    def own_lr(self) -> float:
+        return self.lr or MODULES[self.module].lr
 
     def attach(self, model: Model, seed: int) -> None:
         if model.attachment is None:
@@ -116,10 +111,10 @@ class Method(_adapter.Averaged):
         if self.module not in ("lora", "scales"):
             return None  # the other modules are not counted yet
         if self.module == "scales":
-            return _adapter.footprint(scales_module(shape), self.training())
+            return self.work_on(scales_module(shape))
         layers = lora_layers(shape, self.targets)
         module = lora_module(layers, shape.head, self.size or MODULES["lora"].size)
-        return _adapter.footprint(module, self.training())
+        return self.work_on(module)
 
 
 class Kind(NamedTuple):
