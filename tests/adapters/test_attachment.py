@@ -201,6 +201,7 @@ def test_a_parent_that_reads_16_bit_parameters_sees_them_rounded() -> None:
         (Prompt(0), "0 tokens"),
         (Lora(0, 8.0), "r = 0"),
         (Lora(4, 8.0, 1.0), r"dropout = 1\.0"),
+        (Lora(4, 8.0, init="magic"), "no LoRA start named 'magic'"),
         (Lora(4, 8.0, targets="q_proj,w_proj"), "no linear layer named 'w_proj'"),
         (Lora(4, 8.0, targets="lm_head"), "no linear layer named 'lm_head'"),
     ],

@@ -50,6 +50,7 @@ QUICK: dict[str, dict[str, Any]] = {
 # Options that change what travels or how a direction is made keep the contract too.
 VARIANTS = [
     "fedit:average=product,ranks=2;4",
+    "fedit:start=pissa,dropout=0",
     "fedit:wire=fp16",
     "fedkseed:law=gaussian",
     "fedkseed:wire=sums",

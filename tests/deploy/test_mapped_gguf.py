@@ -56,6 +56,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "fedkseed": ("fedkseed", {"tau": 3, "K": 64}),
     "backward": ("fedkseed", {"K": 64, "backprop": 1.0, "backprop_steps": 2}),
     "fedit": ("fedit", {"dropout": 0.2}),
+    "pissa": ("fedit", {"start": "pissa", "dropout": 0.0}),
     "fedpeptao": ("fedpeptao", {"layers_rule": "half", "tokens": 3}),
 } | {m: ("fedpetuning", {"module": m}) for m in ("full", "bitfit")}
 

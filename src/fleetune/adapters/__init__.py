@@ -22,13 +22,22 @@ from fleetune.adapters.attachment import (
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
 from fleetune.adapters.folder import load, save
-from fleetune.adapters.lora import ALL_LINEAR, QUERY_VALUE, Lora, pairs
+from fleetune.adapters.lora import (
+    ALL_LINEAR,
+    INITS,
+    QUERY_VALUE,
+    Lora,
+    pairs,
+    subtract_factors,
+    subtracted_factors,
+)
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 from fleetune.adapters.scales import Scales, moved_scales
 
 __all__ = [
     "ALL_LINEAR",
+    "INITS",
     "QUERY_VALUE",
     "AdapterSpec",
     "Bitfit",
@@ -50,6 +59,8 @@ __all__ = [
     "moved_scales",
     "pairs",
     "save",
+    "subtract_factors",
+    "subtracted_factors",
     "trainable",
     "training",
 ]

@@ -33,7 +33,7 @@ from fleetune import models
 from fleetune.adapters.attachment import AdapterSpec, Attachment, attach, attachment_of, detach, load_
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
-from fleetune.adapters.lora import ADAPTER, Lora, LoraPart
+from fleetune.adapters.lora import ADAPTER, Lora, LoraPart, subtracted_factors
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 from fleetune.adapters.scales import Scales
@@ -181,12 +181,25 @@ def _lora_in_peft(attachment: Attachment, net: Any) -> tuple[dict[str, Any], dic
     part = attachment.parts[0]
     assert isinstance(part, LoraPart)
     config = part.tuner.peft_config[ADAPTER].to_dict()
+    tensors = dict(attachment.parameters) | _plain_lora(part)
+    if part.subtracted:
+        config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
     config["target_modules"] = sorted(config["target_modules"])
     if head := head_of(net):
         pooler = any(".pooler." in n for n in head)
         tops = {n.split(".")[0] for n in head if not n.startswith(net.base_model_prefix + ".")}
         config["modules_to_save"] = sorted(tops | ({"pooler"} if pooler else set()))
-    return config, {FRONT + n: p for n, p in attachment.parameters.items()}
+    return config, {FRONT + n: p for n, p in tensors.items()}
+
+
+def _plain_lora(part: LoraPart) -> dict[str, Tensor]:
+    """Fold a subtracted start into a LoRA on the base itself: B A - B0 A0 = [B, -B0] [A; A0], rank 2 r."""
+    made = {}
+    for name, factor in part.subtracted.items():
+        own = part.parameters[name].detach()
+        side_by_side = ".lora_B." in name
+        made[name] = torch.cat([own, -factor if side_by_side else factor], dim=1 if side_by_side else 0)
+    return made
 
 
 def _prefix_in_peft(
@@ -270,7 +283,7 @@ tags:
 Tuned with Fleetune.
 
 - base weights as loaded: {source}, {model.dtype}, SHA-256 `{model.digest}`
-- {title}{sizes and f": {sizes}"}
+- {title}{sizes and f": {sizes}"}{_RESIDUAL if subtracted_factors(model) else ""}
 
 {use}{form}"""
 
@@ -287,6 +300,8 @@ def _form(tokenizer: Any) -> str:
     return f"\nPrompt it in the form that it was tuned in, {how}. An answer ends with {end}.\n"
 
 
+_RESIDUAL = """
+- the files hold twice that rank: what was learned, less what the start had taken out of the base"""
 _WITH_PEFT = """```python
 from peft import PeftModel
 from transformers import {auto}

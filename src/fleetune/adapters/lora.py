@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attach LoRA (by PEFT) with a start that is the same on every machine.
+"""Attach LoRA (by PEFT) with reproducible starts, also those that subtract a part of the base.
 
 Hu et al. 2021, arXiv 2106.09685: a frozen layer `W0` becomes `W0 x + (alpha / r) B A x` with `A` [r, in] and
-`B` [out, r].  A starts uniform in +-1/sqrt(in), as in PEFT (Kaiming-uniform with a = sqrt(5)), drawn by the seed and the
-layer's name, and B at 0.
+`B` [out, r].  Their start (`lora_init.py`) depends on the seed and the layer's name, where PEFT's is random.
+
+A start that is a part of the base (pissa, olora) is subtracted from it:
+
+    W0 x + (alpha / r) (B A - B0 A0) x
+
+with B0, A0 the frozen start, stored beside the layer (`subtracted`).  The base is never written to.
 
 Names are PEFT's file names without the "base_model.model." in front, e.g.
 `model.layers.0.self_attn.q_proj.lora_A.weight`.
@@ -11,20 +16,20 @@ Names are PEFT's file names without the "base_model.model." in front, e.g.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self, cast
 
+import numpy as np
 import torch
 from peft import LoraConfig, LoraModel, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fleetune import models
-from fleetune.adapters.attachment import Part, private_rng
-from fleetune.errors import ModelError
+from fleetune.adapters.attachment import Part, attachment_of, private_rng
+from fleetune.adapters.lora_init import FROM_SEED, FROM_WEIGHTS
+from fleetune.errors import MessageError, ModelError
 from fleetune.models.families.foreign import short_error
 from fleetune.models.lazy import into_memory
 from fleetune.models.net.layers import head_of, is_linear, layers_of, read_past
@@ -33,6 +38,7 @@ from fleetune.models.net.model import Model
 ADAPTER: Final = "default"  # PEFT's name for a model's only adapter
 ALL_LINEAR: Final = "all-linear"
 QUERY_VALUE: Final = "query-value"
+INITS: Final = (*FROM_SEED, *FROM_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -41,15 +47,19 @@ class Lora:
 
     `targets` is "all-linear" (every linear layer but the output head), "query-value" (these projections of
     attention, the LoRA paper's choice) or the last parts of module names, as a sequence or separated by commas.
+    `init` is one of `INITS` (`lora_init.py`).
     """
 
     r: int
     alpha: float
     dropout: float = 0.0
     targets: str | Sequence[str] = ALL_LINEAR
+    init: str = "default"
 
     def put_on(self, model: Model, seed: int) -> LoraPart:
         """Attach LoRA to the linear layers of `model.net`."""
+        if self.init not in INITS:
+            raise ModelError(f"no LoRA start named '{self.init}'", hint="choose one of " + ", ".join(INITS))
         if self.r < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
             raise ModelError(
                 f"r = {self.r}, alpha = {self.alpha}, dropout = {self.dropout} is not possible",
@@ -77,21 +87,20 @@ class Lora:
         _check_linear(part, type(model.net).__name__)
         if self.dropout and model.device == "cpu":
             _drop_lean(part, self.dropout)
-        for name, layer in part.layers.items():
-            weight = layer.get_base_layer().weight
-            into = weight.shape[0 if layer.fan_in_fan_out else 1]
-            b, a = _names(name)
-            drawn = models.uniform(f"lora/{seed}/{a}", (self.r, into), 1 / math.sqrt(into))
-            part.parameters[a].data = torch.from_numpy(drawn).to(weight.device)
-            part.parameters[b].data = torch.zeros_like(part.parameters[b], dtype=torch.float32)
+        try:
+            _initialise(part, self, seed)
+        except ModelError:
+            part.remove()
+            raise
         return part
 
 
 class LoraPart(Part):
-    """The factors that PEFT has attached to the linear layers of a net."""
+    """The factors that PEFT has attached to the linear layers of a net, and the frozen ones that are subtracted."""
 
     def __init__(self, tuner: LoraModel) -> None:
         self.tuner, self.hooks = tuner, []
+        self.subtracted: dict[str, Tensor] = {}  # B0, A0, fp32, under the parameters' names
         # PEFT's, by the name of the linear layer
         self.layers: dict[str, Any] = {
             n: m for n, m in tuner.model.named_modules() if isinstance(m, BaseTunerLayer)
@@ -101,18 +110,67 @@ class LoraPart(Part):
             sorted(p for n, pair in both.items() for p in zip(_names(n), pair, strict=True))
         )
 
+    def subtract(self, factors: Mapping[str, Tensor]) -> None:
+        """Subtract (alpha / r) B0 A0 from the base's layers, without writing to them; {} subtracts nothing."""
+        self.subtracted.clear()
+        self.subtracted.update(factors)
+        if factors and not self.hooks:
+            for name, layer in self.layers.items():
+                hook = _subtracting_hook(self.subtracted, name, layer.scaling[ADAPTER])
+                self.hooks.append(layer.get_base_layer().register_forward_hook(hook))
+
     def remove(self) -> None:
         """Restore the plain layers."""
         super().remove()
         self.tuner.unload()
 
     def fold(self) -> None:
-        """Set w <- round(w + (alpha / r) B A), added in fp32, rounded once."""
+        """Set w <- round(w + (alpha / r) (B A - B0 A0)), added in fp32, rounded once."""
         into_memory(self.tuner.model)  # of a mapped base
         with torch.no_grad():
-            for layer in self.layers.values():
+            for name, layer in self.layers.items():
                 weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER).float()
+                if self.subtracted:
+                    b0, a0 = (self.subtracted[n] for n in _names(name))
+                    base_part = layer.scaling[ADAPTER] * (b0 @ a0)
+                    delta -= base_part.T if layer.fan_in_fan_out else base_part
                 weight.copy_(weight.float().add_(delta))
+
+
+def subtracted_factors(model: Model) -> dict[str, np.ndarray]:
+    """Return fp32 copies of the frozen factors B0, A0 that are subtracted from the base, by name; {} for none."""
+    found = {
+        n: t
+        for part in attachment_of(model).parts
+        if isinstance(part, LoraPart)
+        for n, t in part.subtracted.items()
+    }
+    return {n: t.cpu().numpy().copy() for n, t in sorted(found.items())}
+
+
+def subtract_factors(model: Model, factors: Mapping[str, np.ndarray]) -> None:
+    """Subtract these factors from the base, as the server that started the adapter did ({}: nothing).
+
+    MessageError, with nothing changed, unless they have the names, shapes and dtype (fp32) of the adapter's own.
+    """
+    part = next((part for part in attachment_of(model).parts if isinstance(part, LoraPart)), None)
+    own = part.parameters if part else {}
+    odd = [
+        name
+        for name in sorted(factors.keys() | (own.keys() if factors else ()))
+        if name not in factors
+        or name not in own
+        or factors[name].shape != tuple(own[name].shape)
+        or factors[name].dtype != np.float32
+    ]
+    if odd:
+        raise MessageError(
+            f"the start's tensors differ in {len(odd)} from this model's adapter, e.g. '{odd[0]}'"
+        )
+    if part:
+        part.subtract(
+            {n: torch.from_numpy(np.array(a)).to(own[n].device) for n, a in sorted(factors.items())}
+        )
 
 
 def pairs(tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -147,6 +205,43 @@ def _drop_lean(part: LoraPart, share: float) -> None:
         if type(layer.lora_A[ADAPTER]) is nn.Linear:
             layer.lora_A[ADAPTER] = DroppedLinear.around(layer.lora_A[ADAPTER], share)
             layer.lora_dropout[ADAPTER] = nn.Identity()
+
+
+def _initialise(part: LoraPart, spec: Lora, seed: int) -> None:
+    """Set the factors to their start, fp32; ModelError when the start does not fit a layer."""
+    start: dict[str, Tensor] = {}
+    for name, layer in part.layers.items():
+        weight = layer.get_base_layer().weight
+        weight = weight.T if layer.fan_in_fan_out else weight
+        out, into = weight.shape
+        if spec.init in FROM_WEIGHTS:
+            if spec.r > min(out, into):
+                raise ModelError(
+                    f"a {spec.init} start needs a rank up to the smaller side of every layer, r is {spec.r}",
+                    hint=f"use r={min(out, into)} or less: {name} is {out} x {into}",
+                )
+            factors = FROM_WEIGHTS[spec.init](weight.detach().float(), spec.r, layer.scaling[ADAPTER])
+        else:
+            drawn = FROM_SEED[spec.init](name, out, into, spec.r, seed)
+            factors = torch.from_numpy(drawn[0]), torch.from_numpy(drawn[1])
+        start |= dict(zip(_names(name), factors, strict=True))
+    for name, parameter in part.parameters.items():
+        parameter.data = start[name].to(parameter.device, torch.float32).contiguous()
+    if spec.init in FROM_WEIGHTS:
+        part.subtract({n: p.detach().clone() for n, p in part.parameters.items()})
+
+
+def _subtracting_hook(subtracted: Mapping[str, Tensor], layer: str, scale: float) -> Any:
+    """Return a hook on the base's layer that subtracts scale B0 A0 x from its output, where `subtracted` has them."""
+    b, a = _names(layer)
+
+    def take(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if not subtracted:
+            return output
+        base_part = F.linear(F.linear(args[0].float(), subtracted[a]), subtracted[b])
+        return output - (scale * base_part).to(output.dtype)
+
+    return take
 
 
 def _head_modules(net: Any) -> list[str]:

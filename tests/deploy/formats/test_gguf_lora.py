@@ -73,7 +73,7 @@ def test_the_factors_are_peft_s_in_the_base_s_order_of_rows(tmp_path: Path) -> N
     ("kind", "sizes", "options"),
     [
         ("llama", {}, {}),
-        ("llama", {"head_dim": 32, "num_key_value_heads": 1}, {"targets": "q_proj,k_proj"}),
+        ("llama", {"head_dim": 32, "num_key_value_heads": 1}, {"targets": "q_proj,k_proj", "init": "pissa"}),
         ("qwen3", {"head_dim": 32}, {}),
     ],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fedit (and fedpetuning's LoRA) beyond the contract: devices of unlike ranks."""
+"""fedit (and fedpetuning's LoRA) beyond the contract: devices of unlike ranks, starts that the server owns."""
 
 from __future__ import annotations
 
@@ -224,13 +224,86 @@ def test_an_encoders_head_is_averaged_with_its_lora(average: str) -> None:
     assert np.array_equal(adapters.export(model)["classifier.weight"], after.tensors["classifier.weight"])
 
 
+# ---------------------------------------------------------------- starts
+
+
+CASES = [("fedit", {"r": 4, "alpha": 12, "dropout": 0.0}), ("fedpetuning", {"size": 4})]
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize(("name", "sizes"), CASES)
+def test_server_and_devices_agree_on_what_was_taken_out(name: str, sizes: dict[str, Any], start: str) -> None:
+    """Before, the model is the base; after a round everybody's weights are w0 + s (B A - B0 A0), in float64."""
+    options = {"lr": 1e-2, "batch_size": 3} | sizes
+    model, method = models.tiny_llama(), methods.make(name, options | {"start": start})
+    state = method.init(model, 5)
+    method.apply(model, state)
+    base = models.tiny_llama()
+    torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=2e-5)
+    replies, _, _ = round_of(model, method, state)
+    one = method.aggregate(state, iter(replies[:1]))
+    device, server = models.tiny_llama(), models.tiny_llama()
+    method.local(device, method.broadcast(state), batches_of(0), replies[0].key, {})
+    adapters.load_(device, {n: a.copy() for n, a in replies[0].payload.arrays.items()})
+    method.apply(server, one)
+    assert torch.equal(logits(server), logits(device))
+    stored, scale = weights(base), (12 / 4 if name == "fedit" else 1.0)
+    adapters.merge(server)
+    now = weights(server)
+    moved = 0.0
+    for layer, (b, a) in adapters.pairs(one.tensors).items():
+        w = stored[f"{layer}.weight"]
+        change = one.tensors[b].astype(np.float64) @ one.tensors[a]
+        change -= state.start[b].astype(np.float64) @ state.start[a]
+        np.testing.assert_allclose(now[f"{layer}.weight"], w + scale * change, atol=3e-6)
+        moved = max(moved, float(np.abs(change).max()))
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize(("name", "sizes"), CASES)
+def test_what_a_start_takes_out_goes_down_with_every_broadcast_and_never_up(
+    name: str, sizes: dict[str, Any]
+) -> None:
+    model = models.tiny_llama()
+    plain = methods.make(name, {"lr": 1e-2, "batch_size": 3} | sizes)
+    usual = round_of(models.tiny_llama(), plain, plain.init(models.tiny_llama(), 5))
+    method = methods.make(name, {"lr": 1e-2, "batch_size": 3, "start": "pissa"} | sizes)
+    state = method.init(model, 5)
+    for r in (1, 2):
+        replies, down, up = round_of(model, method, state, r)
+        state = method.aggregate(state, iter(replies))
+        assert 1.9 * usual[1][0] < down[0] < 2.1 * usual[1][0]
+        assert up == usual[2]
+
+
+def test_a_saved_run_is_a_plain_lora_of_the_base(tmp_path: Path) -> None:
+    model, method = models.tiny_llama(), methods.make("fedit", FAST | {"r": 4, "start": "olora"})
+    state = method.init(model, 5)
+    state = method.aggregate(state, iter(round_of(model, method, state)[0]))
+    method.apply(model, state)
+    adapters.save(model, tmp_path / "adapter")
+    other = models.tiny_llama()
+    adapters.load(other, tmp_path / "adapter")
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=2e-5)
+    assert (logits(other) - logits(models.tiny_llama())).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
+        ("fedit", {"start": "magic"}, "none of default, gaussian"),
+        ("fedit", {"start": "orthogonal", "r": 3}, "even rank"),
+        ("fedit", {"start": "pissa"}, "dropout=0"),
+        ("fedit", {"start": "olora", "dropout": 0, "wire": "fp16"}, "wire=fp32"),
+        ("fedit", {"start": "pissa", "dropout": 0, "average": "product"}, "average=separate"),
         ("fedit", {"ranks": "2,4"}, "average=product"),
         ("fedit", {"ranks": "2,17", "average": "product"}, "1 to r = 16"),
         ("fedit", {"ranks": "0", "average": "product"}, "1 to r = 16"),
         ("fedit", {"ranks": "2;4", "average": "product"}, "1 to r = 16"),
+        ("fedit", {"ranks": "2", "average": "product", "start": "orthogonal"}, "orthogonal"),
+        ("fedpetuning", {"start": "pissa", "module": "adapter"}, "module=lora"),
+        ("fedpetuning", {"start": "pissa", "wire": "fp16"}, "wire=fp32"),
+        ("fedpetuning", {"start": "orthogonal", "size": 5}, "even rank"),
     ],
 )
 def test_settings_that_do_not_go_together_are_said_at_once(

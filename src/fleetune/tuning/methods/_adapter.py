@@ -37,6 +37,7 @@ import torch
 from torch import nn
 
 from fleetune import adapters
+from fleetune.adapters.lora_init import FROM_WEIGHTS as FROM_WEIGHTS
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation.objectives import loss_tensor
@@ -55,7 +56,7 @@ NOTHING: Final[Tensors] = {}  # never written to: a state is replaced
 
 
 class State(NamedTuple):
-    """The global module, and what the server's rule and SCAFFOLD remember."""
+    """The global module, how it was started, and what the server's rule and SCAFFOLD remember."""
 
     tensors: Tensors  # float32, by parameter name
     seed: int
@@ -63,6 +64,7 @@ class State(NamedTuple):
     moments: Tensors = NOTHING
     c: Tensors = NOTHING
     seen: np.ndarray = NOBODY  # devices that c is the mean of
+    start: Tensors = NOTHING  # what a LoRA's start took out of the base (B0, A0)
 
 
 class Trained(methods.Method):
@@ -180,6 +182,9 @@ class Averaged(Trained):
     weight_decay: float = setting(0.0, "λ", "AdamW weight decay")
     clip: float = setting(0.0, "C", "largest norm of a gradient (0: any)")
     targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
+    start: str = setting(
+        "default", "A₀, B₀", "where A and B start: default, gaussian, shared, orthogonal, pissa, olora"
+    )
     wire: str = setting("fp32", "wire", "fp32, or fp16 to halve the traffic")
     server: str = setting("avg", "server", "the server's rule: avg, avgm or adam")
     server_lr: float = setting(
@@ -199,19 +204,21 @@ class Averaged(Trained):
         return self.warmup
 
     @abstractmethod
-    def attach(self, model: Model, seed: int) -> None:
-        """Give `model` the module, unless it has it."""
+    def attach(self, model: Model, seed: int, start: str = "default") -> None:
+        """Give `model` the module, unless it has it.  (A device is sent the start's numbers.)"""
 
     def init(self, model: Model, key: int) -> State:
         """Return the state of the module, rounded as every device will have it."""
         seed = key >> 1  # fits a signed 64-bit scalar
-        self.attach(model, seed)
-        return State(adapters.export(model), seed)
+        self.attach(model, seed, self.start)
+        start = group(coded(adapters.subtracted_factors(model), self.wire))
+        adapters.subtract_factors(model, start)
+        return State(adapters.export(model), seed, start=start)
 
     def broadcast(self, state: State) -> Payload:
-        """Send the module, and SCAFFOLD's c once there is one."""
-        arrays = coded(state.tensors, self.wire) | coded(state.c, self.wire, "c/")
-        return Payload(arrays, {"seed": state.seed})
+        """Send the module, what its start took out of the base, and SCAFFOLD's c once there is one."""
+        arrays = coded(state.tensors, self.wire) | coded(state.start, self.wire, "start/")
+        return Payload(arrays | coded(state.c, self.wire, "c/"), {"seed": state.seed})
 
     def expects(self, state: State) -> ReplySpec:
         arrays = {n: (np.dtype(DTYPE[self.wire]).name, t.shape) for n, t in state.tensors.items()}
@@ -232,6 +239,7 @@ class Averaged(Trained):
         `payload` has no arrays afterwards: in training, the module's parameters are all that is left of them.
         """
         arrays = payload.take()
+        adapters.subtract_factors(model, group(arrays, "start/"))
         adapters.load_(model, group(arrays))
         if c := group(arrays, "c/"):
             adapters.check_form(model, c)
@@ -283,6 +291,7 @@ class Averaged(Trained):
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)
+        adapters.subtract_factors(model, state.start)
         adapters.load_(model, state.tensors)
 
     def written_out(self) -> Self:
@@ -385,6 +394,19 @@ def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
 
 
 # LoRA's settings ----------------------------------------------------------------------------------------
+
+
+def check_start(start: str, r: int, *, dropout: float, wire: str) -> None:
+    """Raise ValueError, in plain words, for a start that is not known or does not go with the rest."""
+    if start not in adapters.INITS:
+        raise ValueError(f"start = {start!r} is none of {', '.join(adapters.INITS)}")
+    if start == "orthogonal" and r % 2:
+        raise ValueError(f"start=orthogonal needs an even rank, r is {r}")
+    if start in FROM_WEIGHTS and (dropout or wire != "fp32"):
+        raise ValueError(
+            f"start={start} moves a part of the base's weights into A and B, which dropout would drop and fp16 "
+            f"would round; use dropout=0 and wire=fp32 (they are {dropout:g} and {wire})"
+        )
 
 
 def check_targets(targets: str) -> None:

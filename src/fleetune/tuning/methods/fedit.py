@@ -26,6 +26,20 @@ A device's rate is `lr` in every step, unless `warmup` lets it rise in the first
 2 lr / (w + 1), ..) and `decay` lets it fall to 0 in those that follow.  Both begin anew every round, as AdamW does.
 `weight_decay` and `clip` (of the whole gradient's norm) are as in other trainers, and off.
 
+Where A and B start is the server's choice (`start`), and every device gets it from the server:
+
+| start | A and B |
+|---|---|
+| default | A uniform, B zero, as in PEFT |
+| gaussian | A normal with deviation 1/r, B zero |
+| shared | A a signed sketch with orthonormal rows, equal bits on every machine; B zero (ours) |
+| orthogonal | both random, with B A = 0; r must be even |
+| pissa, olora | the strongest directions (or the first of Q R) of each weight W0; what they hold of it is taken out |
+
+Sources and formulas: `adapters/lora_init.py`.  The base is never written to: for pissa and olora
+the start itself, B0 A0, is subtracted beside each layer, so it goes down with every broadcast (twice the bytes
+down, none up), and the saved adapter is a plain LoRA of rank 2 r on the plain base.
+
 For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of
 taking it (`server`: FedAvgM, FedAdam); their papers are in `methods/_adapter.py` and
 `server_rules.py`.
@@ -76,25 +90,32 @@ class Method(_adapter.Averaged):
             raise ValueError(f"r = {self.r} and alpha = {self.alpha} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
+        _adapter.check_start(self.start, self.r, dropout=self.dropout, wire=self.wire)
         one = r" *\d+ *"
         if self.ranks and not (
             re.fullmatch(f"{one}(,{one})*", self.ranks) and all(1 <= k <= self.r for k in self.each_rank)
         ):
             raise ValueError(f"ranks = {self.ranks!r} must be numbers from 1 to r = {self.r}, as 4,8,16")
-        if self.ranks and self.average != "product":
+        if self.ranks and (self.average != "product" or self.start == "orthogonal"):
             raise ValueError(
-                "ranks needs average=product (A and B of unlike ranks have no mean of their own)"
+                "ranks needs average=product (A and B of unlike ranks have no mean of their own), and a start "
+                "other than orthogonal, whose B A is only zero as a whole"
             )
         if self.average not in ("separate", "product"):
             raise ValueError(f"average = {self.average!r} is none of separate, product")
         product = self.average == "product"
+        if product and self.start in _adapter.FROM_WEIGHTS:
+            raise ValueError(
+                f"average=product keeps the strongest directions, which after start={self.start} are the base's "
+                "own and not what was learned; use average=separate"
+            )
         if product and (self.server != "avg" or self.server_lr or self.scaffold):
             raise ValueError(
                 "average=product turns the factors every round, so that what server, server_lr and scaffold "
                 "remember of them would not fit; use average=separate with these"
             )
 
-    def attach(self, model: Model, seed: int, rank: int = 0) -> None:
+    def attach(self, model: Model, seed: int, start: str = "default", rank: int = 0) -> None:
         """Give `model` an adapter of a rank (0: r), unless it has one."""
         r = rank or self.r
         if model.attachment is not None:
@@ -103,7 +124,8 @@ class Method(_adapter.Averaged):
                 return
             adapters.detach(model)
         alpha = self.alpha if r == self.r else self.alpha * r / self.r  # alpha / r is the same for all
-        spec = adapters.Lora(r, alpha, self.dropout, self.targets)
+        init = start if start in adapters.INITS else "default"
+        spec = adapters.Lora(r, alpha, self.dropout, self.targets, init)
         adapters.attach(model, spec, seed=seed)
 
     @property

@@ -28,6 +28,8 @@ A classification head, where the model has one, is trained with any of them and 
 clients of which 10 % take part in a round; cross-silo, 10 that all do; large-scale cross-device, 1,000 of which
 10 % do: `recipe:fedpetuning_cross_silo` and `recipe:fedpetuning_cross_device`.
 
+LoRA may start elsewhere than at PEFT's default (`start`): see `fedit`.
+
 For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of taking it
 (`server`: FedAvgM, FedAdam); their papers are in `methods/_adapter.py` and `server_rules.py`.
 
@@ -74,6 +76,12 @@ class Method(_adapter.Averaged):
     targets: str = setting(
         "query-value", "W", "lora: query-value, all-linear, or the layers' names", only_if="module=lora"
     )
+    start: str = setting(
+        "default",
+        "A₀, B₀",
+        "lora: where A and B start: default, gaussian, shared, orthogonal, pissa, olora",
+        only_if="module=lora",
+    )
     places: str = setting(
         "houlsby", "places", "adapter: houlsby (two a layer) or pfeiffer (one)", only_if="module=adapter"
     )
@@ -85,12 +93,15 @@ class Method(_adapter.Averaged):
             raise ValueError(f"places = {self.places!r} is neither houlsby nor pfeiffer")
         if self.size < 0 or self.lr < 0:
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
+        if self.start != "default" and self.module != "lora":
+            raise ValueError(f"start = {self.start!r} is a start of LoRA; it needs module=lora")
         if self.targets != "query-value" and self.module != "lora":
             raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
         if self.places != "houlsby" and self.module != "adapter":
             raise ValueError(f"places = {self.places!r} is where adapters go; it needs module=adapter")
         if self.size and not MODULES[self.module].size:
             raise ValueError(f"size = {self.size}, but module={self.module} has no size to choose")
+        _adapter.check_start(self.start, self.size or MODULES[self.module].size, dropout=0.0, wire=self.wire)
         super().__post_init__()
 
     def written_out(self) -> Self:
@@ -101,10 +112,12 @@ class Method(_adapter.Averaged):
     def own_lr(self) -> float:
         return self.lr or MODULES[self.module].lr
 
-    def attach(self, model: Model, seed: int) -> None:
+    def attach(self, model: Model, seed: int, start: str = "default") -> None:
         if model.attachment is None:
             kind = MODULES[self.module]
             spec = kind.spec(self, self.size or kind.size)
+            if isinstance(spec, adapters.Lora) and start in adapters.INITS:
+                spec = replace(spec, init=start)
             adapters.attach(model, spec, seed=seed)
 
     def footprint(self, shape: Shape) -> Footprint | None:
