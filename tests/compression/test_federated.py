@@ -299,12 +299,12 @@ def test_bytes_are_those_of_the_messages(tmp_path: Path) -> None:
     sums = sum(4 * c * (c + 1) // 2 for c in C)
     for reply in replies:
         assert sums < reply.bytes_up < sums + 700
-        block = 0 if reply.block == 0 else len(ClientHessians.block(_in(tmp_path, model), reply.block - 1))
+        block = (
+            0
+            if reply.block == 0
+            else len(federated.block_message(tmp_path, reply.block - 1, bytes.fromhex(model.digest)[:8]))
+        )
         assert reply.bytes_down == block
-
-
-def _in(folder: Path, model: Model) -> ClientHessians:
-    return ClientHessians(model, {0: SHARES[2]}, folder, lambda reply: None)
 
 
 def test_a_stopped_one_goes_on_and_counts_no_block_twice(tmp_path: Path) -> None:

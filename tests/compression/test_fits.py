@@ -222,7 +222,7 @@ def test_the_bits_of_a_weight_are_those_of_the_file(kind: str) -> None:
         q = rounded(W, grid, 32)
         held = [name for name in _ggml_blocks.PACKERS if _ggml_blocks.misfit(q, name) is None]
         found = _ggml_blocks.PACKERS[held[0]](q).size * 8 / W.numel() if held else None
-        assert found == grid.bits_per_weight, bits
+        assert found == (8 * grid.block[1] / grid.block[0] if grid.block else None), bits
 
 
 # --- OPTQ -----------------------------------------------------------------------------------------------------

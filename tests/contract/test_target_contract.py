@@ -134,7 +134,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model = tiny()
     models.save(model.net, model.tokenizer, folder / "plain")
     compressed(tiny(), folder / "codes")
-    adapters.attach_lora(model, r=2, alpha=4, seed=1)
+    adapters.attach(model, adapters.Lora(r=2, alpha=4), seed=1)
     adapters.save(model, folder / "adapter")
     for number, make in enumerate(ODD.values()):
         model, quantised = make()

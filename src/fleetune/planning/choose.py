@@ -193,7 +193,5 @@ def checked_kinds(name: str) -> dict[str, str]:
 
 
 def _kinds_in(name: str, *, offline: bool) -> dict[str, str]:
-    _, tensors = loading.tensors_of(
-        name, functools.partial(models.resolve, offline=offline), offline=offline, blocks=True
-    )
+    _, tensors = loading.tensors_of(name, offline=offline, blocks=True)
     return {name.removesuffix(".weight"): t.kind for name, t in tensors.items() if len(t.shape) == 2}
