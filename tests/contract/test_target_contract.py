@@ -18,8 +18,7 @@ from deploy_harness import changed, compressed, on_codebook, on_grid, tiny
 from fleetune import adapters, models
 from fleetune.cli.main import main
 from fleetune.common import registry
-from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.groups import rounded
+from fleetune.compression.layerwise.grids import Grid, rounded
 from fleetune.deploy import targets
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import write as export
@@ -135,7 +134,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model = tiny()
     models.save(model.net, model.tokenizer, folder / "plain")
     compressed(tiny(), folder / "codes")
-    adapters.attach_lora(model, r=2, alpha=4, seed=1)
+    adapters.attach(model, adapters.Lora(r=2, alpha=4), seed=1)
     adapters.save(model, folder / "adapter")
     for number, make in enumerate(ODD.values()):
         model, quantised = make()

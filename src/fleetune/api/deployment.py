@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fleetune.fleet.server import Served
     from fleetune.models.artefact import ArtefactHead
     from fleetune.models.net.model import Model
-    from fleetune.runs.compression_folder import CompressOptions
 
 
 def compress(
@@ -42,7 +41,6 @@ def compress(
     calibrate: str = "server",
     clients: int = 0,
     low_memory: bool = False,
-    true_sequential: bool = False,
     bytes: float | str = 0,
     bpw: float = 0.0,
     train_scales: int = 0,
@@ -61,8 +59,7 @@ def compress(
     windows of `length` tokens, of `data` (rows) or `text` (a file), of the run's held-out rows with text that its model
     writes, or of such text alone; with `calibrate="clients"` the run's clients calibrate on their training rows, with
     `calibrate="fleet"` the real devices that join at the door `served` (`fleetune.fleet.server.Served`, in its `with`
-    block).  `low_memory` loads one block at a time from disk.  With `true_sequential` a layer is solved on inputs that have
-    passed the already compressed layers of its own block (GPTQ's option of that name).  `bytes` (a number, or text such as
+    block).  `low_memory` loads one block at a time from disk.  `bytes` (a number, or text such as
     "91.7MB") limits the GGUF file, or `bpw` the bits of a weight in it: the grid of each matrix, embedding and head included,
     is chosen so that the model changes least.  `train_scales` are steps in which the scales are trained, after solving, to
     follow the dense model.  The perplexity of the text file `eval_text` is measured before and after.
@@ -73,7 +70,7 @@ def compress(
     from fleetune.tuning.recipe import objects
 
     watching = heard_by(listener, progress)
-    options: CompressOptions = {
+    options = {
         "data": objects.data_name(data, Path(out)),
         "text": str(text),
         "eval_text": str(eval_text),
@@ -82,7 +79,6 @@ def compress(
         "calibrate": calibrate,
         "clients": clients,
         "low_memory": low_memory,
-        "true_sequential": true_sequential,
         "bytes": _size(bytes),
         "bpw": bpw,
         "train_scales": train_scales,
@@ -131,12 +127,10 @@ def file_size(model: Model, quantised: Collection[str], head: ArtefactHead, name
 
 
 def _size(size: float | str) -> int:
-    """Return a size in bytes, given as a number or as people write it."""
     return int(size) if isinstance(size, int | float) else parse_bytes(size, "--bytes", least=1) or 0
 
 
 def _devices(served: Served | None) -> Calibrators | None:
-    """The devices at a door, as a compression asks for them."""
     if served is None:
         return None
     from fleetune.fleet.calibration_server import Calibrators

@@ -31,7 +31,7 @@ from fleetune.common.files import finite, write_atomic
 from fleetune.common.ggml import SCALES
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
-from fleetune.compression.jobs import compressed_base
+from fleetune.compression.jobs import solve
 from fleetune.data import Example, readers
 from fleetune.data.encode import encode_all
 from fleetune.deploy import harness, llamacpp, patch_make
@@ -92,7 +92,7 @@ def measure(
     tasks = check(options)
     measurables = [of(subject, offline=offline) for subject in subjects]
     if options.kept_gain and measurables[0].folder:
-        compressed_base.check(measurables[0].folder)
+        solve.check_base(measurables[0].folder)
     length, examples = _row_length(options, measurables), _examples(options, measurables, offline=offline)
     if not examples and (tasks or options.kept_gain):
         raise UsageError("tasks and kept gain need rows", hint="--data FILE")
@@ -106,7 +106,7 @@ def measure(
         )
     table = chosen(measurables, listener)
     if options.kept_gain and measurables[0].folder:
-        path = compressed_base.base_of(listener, measurables[0].folder, offline=offline)
+        path = solve.compressed_base(listener, measurables[0].folder, offline=offline)
         table.append((measurables[0], line_of(COMPRESSED_BASE, "artefact", path, path)))
     done: list[Measured] = []
     losses: dict[str, list[tuple[float, int]]] = {}

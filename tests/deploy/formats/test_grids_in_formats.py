@@ -14,8 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fleetune.compression.layerwise.column_loop import nearest
-from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid
-from fleetune.compression.layerwise.groups import quantise
+from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid, quantise
 from fleetune.deploy.formats import _ggml_blocks, compressed_tensors, gptq, mlx
 from fleetune.models.artefact import Quantised
 

@@ -18,9 +18,8 @@ from fleetune import compression, models
 from fleetune.common import sums
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import FinishedBlocks
-from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.groups import rounded
-from fleetune.compression.layerwise.sums import block_message, weights_of
+from fleetune.compression.layerwise.federated import block_message, weights_of
+from fleetune.compression.layerwise.grids import Grid, rounded
 from fleetune.deploy import harness, llamacpp
 from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import _ggml_blocks
@@ -131,7 +130,8 @@ def test_an_artefact_holds_the_file_s_own_numbers(kind: str, tmp_path: Path) -> 
     held = {n.removeprefix(f"{name}.") for n in load_file(tmp_path / "model" / MASTER) if n.startswith(name)}
     assert held == {"codes", "d", "multiples", *(("dmin", "minima") if of.minimum else ())}
     bits = harness.bits(tmp_path / "model").linear
-    assert Grid(kind, of.bits).bits_per_weight <= bits <= Grid(kind, of.bits).bits_per_weight + 0.55
+    columns, size = Grid(kind, of.bits).block
+    assert 8 * size / columns <= bits <= 8 * size / columns + 0.55
 
 
 @pytest.mark.parametrize(

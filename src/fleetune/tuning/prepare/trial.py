@@ -214,7 +214,7 @@ def aside(rows: int) -> int:
 
 def first_rate(method: Any, name: str) -> float:
     """Return where a trial begins: the method's own default."""
-    return float(getattr(method, name)) or float(method.training().lr)
+    return float(getattr(method, name)) or float(method.own_lr)
 
 
 @contextmanager
