@@ -127,7 +127,7 @@ def asked_to_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def run_of(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Tune a model for a round: its held-out rows fill no window of 512."""
+    """Tune a model for a round: its held-out rows fill no window of 128."""
     Path("rows.jsonl").write_text("".join(f'{{"prompt": "say {n}", "response": "so"}}\n' for n in range(8)))
     flags = ("--method", "fedkseed", "--set", "K=4", "--set", "tau=1", "--set", "lr=1e-4", "--clients", "2")
     code, _, err = call(capsys, "tune", model, "rows.jsonl", *flags, "--rounds", "1", "--held-out", "4")
@@ -160,12 +160,12 @@ def test_a_dry_run_writes_no_text_and_says_the_same_of_it(
     assert checked["memory"] == f"about {planned}"
     asked_to_write.clear()
     run_of(model, capsys)
-    code, (of_run,), err = call(capsys, "compress", "latest", "--length", "512", "--dry-run")
+    code, (of_run,), err = call(capsys, "compress", "latest", "--length", "128", "--dry-run")
     assert code == 0, err
     assert "the model would write 12 windows of text: 4 of them are measured on" in err
-    assert of_run["text"].startswith("8 windows that the run's model would write · 8 windows of 512 tokens")
+    assert of_run["text"].startswith("8 windows that the run's model would write · 8 windows of 128 tokens")
     assert asked_to_write == []
-    code, events, err = call(capsys, "compress", "latest", "--length", "512")
+    code, events, err = call(capsys, "compress", "latest", "--length", "128")
     assert code == 0, err
     assert asked_to_write == [12]
     planned = human_bytes(next(event["planned"] for event in events if event["event"] == "start"))
