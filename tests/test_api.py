@@ -614,7 +614,8 @@ def test_a_target_for_codes_refuses_a_run_before_it_is_loaded(
     run = tune()
     monkeypatch.setattr(finished, "load", None)
     with pytest.raises(
-        errors.UsageError, match=r"0001-fedkseed-tiny holds plain weights, and gptq is for compressed"
+        errors.UsageError,
+        match=r"0001-fedkseed-tiny holds no codes of a compression, and gptq is for compressed",
     ):
         fleetune.export(run, to="gptq")
 

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fleetune import adapters, models
 from fleetune.adapters import lora_init
-from fleetune.data.encode import Batch
 from fleetune.errors import MessageError, ModelError
 from fleetune.models import Model
 
@@ -304,58 +303,3 @@ def test_a_rank_that_no_start_can_have_leaves_the_model_alone() -> None:
         assert model.attachment is None
         assert torch.equal(logits(model.net), logits(models.tiny_llama().net))
         adapters.attach_lora(model, r=2, alpha=4, init=init, seed=1)  # and it can be used again
-
-
-# ---------------------------------------------------------------- eva
-
-
-def batches(count: int, seed: int = 0) -> list[Batch]:
-    random = np.random.default_rng(seed)
-    ids = [torch.from_numpy(random.integers(0, 250, (2, 12))) for _ in range(count)]
-    return [Batch(i, MASK, i) for i in ids]
-
-
-def inputs(seen: list[Batch], layer: str) -> np.ndarray:
-    """What the layer is given at the real tokens, in float64."""
-    base, rows = models.tiny_llama(), []
-    hook = base.net.get_submodule(layer).register_forward_pre_hook(
-        lambda module, args: rows.append(args[0][seen[len(rows)].attention_mask.bool()].double().numpy())
-    )
-    with torch.inference_mode():
-        for batch in seen:
-            base.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    hook.remove()
-    return np.concatenate(rows)
-
-
-@pytest.mark.parametrize("layer", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
-def test_eva_takes_the_directions_that_explain_most(layer: str) -> None:
-    model, few, many = on("default"), batches(1), batches(8)
-    x = inputs(few, layer)
-    vt = np.linalg.svd(x)[2]
-    a = adapters.directions(model, few)[f"{layer}.lora_A.weight"].astype(np.float64)
-    np.testing.assert_allclose(np.abs(np.sum(a * vt[:R], axis=1)), 1.0, atol=1e-5)  # the same up to sign
-    x = inputs(many, layer)
-    a = adapters.directions(model, many)[f"{layer}.lora_A.weight"].astype(np.float64)
-    np.testing.assert_allclose(a @ a.T, np.eye(R), atol=1e-5)
-    best = (np.linalg.svd(x, compute_uv=False)[:R] ** 2).sum()
-    assert best * 0.99 < ((x @ a.T) ** 2).sum() <= best * (1 + 1e-6)
-    blind = ((x @ factors(adapters.export(model))[layer][1].T) ** 2).sum()
-    assert ((x @ a.T) ** 2).sum() > 3 * blind
-
-
-def test_eva_says_when_it_sees_too_little_and_leaves_the_model_alone() -> None:
-    model = on("default", r=32, alpha=32)
-    before = adapters.digest(adapters.export(model))
-    with pytest.raises(ModelError, match="fewer than 32 directions"):
-        adapters.directions(model, batches(1))
-    assert adapters.digest(adapters.export(model)) == before
-    assert not any(m._forward_pre_hooks for m in model.net.modules())
-
-
-def test_eva_on_an_encoder_gives_every_layer_its_directions() -> None:
-    model = on("default", net=models.tiny_bert)
-    made = lora_init.directions(model, batches(3))
-    arrays = adapters.export(model)
-    assert made.keys() == {n for n in arrays if ".lora_A." in n}
-    assert all(a.shape == arrays[n].shape and a.dtype == np.float32 for n, a in made.items())

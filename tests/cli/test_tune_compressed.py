@@ -133,39 +133,6 @@ def test_every_name_of_it_means_it(name: str, at: Path) -> None:
     assert {fleetune.open(n).recipe.model for n in "23"} == {FILE}  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("to", ["gguf", "gguf:q8_0"])
-def test_export_takes_the_file_that_is_there_where_it_is_the_same(
-    to: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["export", "1", "--to", to, "--json"]) == 0
-    first = capsys.readouterr()
-    file = Path(json.loads(first.out)["path"])
-    raw, before = file.read_bytes(), file.stat().st_mtime_ns
-    assert main(["export", "1", "--to", to, "--json"]) == 0
-    again = capsys.readouterr()
-    assert json.loads(again.out) == json.loads(first.out)
-    assert f"{file} is there already" in again.err
-    assert "already" not in first.err
-    assert file.stat().st_mtime_ns == before
-    for place in range(40, len(raw), len(raw) // 5):
-        file.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
-        refused = said("export", "1", "--to", to, code=2)
-        assert "exists already" in refused
-        assert len(file.read_bytes()) == len(raw)
-    assert "exists already" in said("export", "1", "--to", to, "--path", str(file), code=2)
-
-
-def test_export_takes_the_file_that_was_tuned_and_not_a_patched_one(at: Path) -> None:
-    said("tune", CODES, "rows.jsonl", *flags("mezo"), "--rounds=1")
-    assert f"{FILE} is there already" in said("export", "1", "--to", "gguf")
-    said("patch", "make", FILE, "2", "--to", "p")
-    said("patch", "make", FILE, "2", "--to", "back", "--inverse")
-    said("patch", "apply", FILE, "p")
-    assert "exists already" in said("export", "1", "--to", "gguf", code=2)
-    said("patch", "apply", FILE, "back")
-    assert f"{FILE} is there already" in said("export", "1", "--to", "gguf")
-
-
 @pytest.mark.parametrize("way", ["mezo", "fedpetuning"])
 def test_the_names_of_patch_make_are_those_of_tune(way: str, at: Path) -> None:
     said("tune", CODES, "rows.jsonl", *flags(way), "--rounds=1")
@@ -176,19 +143,7 @@ def test_the_names_of_patch_make_are_those_of_tune(way: str, at: Path) -> None:
         assert Path("q").read_bytes() == own
         Path("q").unlink()
 
-    def tried(*words: str, code: int = 2) -> str:
-        refused = said("patch", "make", *words, "--to", "q", code=code)
-        _, _, right = refused.partition("fleetune patch make ")
-        said("patch", "make", *shlex.split(right.splitlines()[0]))
-        assert Path("q").read_bytes() == own
-        Path("q").unlink()
-        return refused
-
-    for words in (("latest", "1"), ("2", CODES), ("2", "2"), ("latest", FILE)):
-        assert "the model comes first" in tried(*words)
-    said("patch", "apply", FILE, "p", "--to", "another.gguf")
-    refused = tried("another.gguf", "2", code=1 if "mezo" in way else 2)
-    assert f"the run was tuned on another file: fleetune patch make {FILE} 2 --to q" in refused
+    assert "the model comes first" in said("patch", "make", "2", "1", "--to", "q", code=2)
     Path("copy.gguf").write_bytes(Path(FILE).read_bytes())
     said("patch", "make", "copy.gguf", "2", "--to", "q")
     assert Path("q").read_bytes() == own

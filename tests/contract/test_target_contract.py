@@ -18,8 +18,7 @@ from deploy_harness import changed, compressed, on_codebook, on_grid, tiny
 from fleetune import adapters, models
 from fleetune.cli.main import main
 from fleetune.common import registry
-from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.groups import rounded
+from fleetune.compression.layerwise.grids import Grid, rounded
 from fleetune.deploy import targets
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import write as export

@@ -31,7 +31,7 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QUICK = (
+QUICK = [
     "--limit",
     "60",
     "--held-out",
@@ -44,7 +44,7 @@ QUICK = (
     "1",
     "--clients",
     "2",
-)
+]
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door: targets, places, whole or not at all."""
+"""The door: what is refused, and files whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,34 +14,7 @@ from deploy_harness import compressed, tiny
 from fleetune import models
 from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import gguf, hf
-from fleetune.deploy.targets import check_place, find
 from fleetune.errors import ModelError, StorageError, UsageError
-
-
-def place(to: str) -> str:
-    return "x.gguf" if to.startswith("gguf") else "x"
-
-
-@pytest.mark.parametrize(
-    ("to", "close"),
-    [("gguf:q8", "gguf:q8_0"), ("GGUF", "gguf"), ("compressed_tensors", "compressed-tensors")],
-)
-def test_an_unknown_target_gets_a_suggestion(tmp_path: Path, to: str, close: str) -> None:
-    with pytest.raises(UsageError, match=f"no target named '{to}'. Did you mean '{close}'") as caught:
-        export(tmp_path, to, tmp_path / "x")
-    assert "gptq" in (caught.value.hint or "")
-
-
-def test_places_that_do_not_suit(tmp_path: Path) -> None:
-    (tmp_path / "there.gguf").write_text("mine")
-    for to, name, why in (
-        ("gguf", "there.gguf", "exists already"),
-        ("gguf", "folder", "a file, named .gguf"),
-        ("hf", "x.gguf", "a folder, not named .gguf"),
-    ):
-        with pytest.raises(UsageError, match=why):
-            check_place(find(to), tmp_path / name)
-    assert (tmp_path / "there.gguf").read_text() == "mine"
 
 
 def test_encoders_are_refused(tmp_path: Path) -> None:
@@ -64,7 +37,7 @@ def test_damaged_weights_are_said(tmp_path: Path) -> None:
 def test_of_two_exports_into_one_place_one_is_refused(
     to: str, module: ModuleType, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, both = tmp_path / place(to), threading.Barrier(2, timeout=60)
+    out, both = tmp_path / ("x" if to == "hf" else "x.gguf"), threading.Barrier(2, timeout=60)
     write, done = module.write, dict[str, object]()
 
     def together(*args: object, **named: object) -> object:

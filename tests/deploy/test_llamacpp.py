@@ -25,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     """A compressed model as the artefact holds it, and its file in fp32."""
     folder, model = tmp_path_factory.mktemp("made"), tiny()
     compressed(model, folder / "model")
-    export.export(folder / "model", "gguf:f32", folder / "a.gguf")
+    export.write(folder / "model", "gguf:f32", folder / "a.gguf")
     return model, folder / "a.gguf"
 
 

@@ -20,8 +20,8 @@ from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.common.events import Measured
 from fleetune.common.shell import pip_install
-from fleetune.compression.jobs import compressed_base
-from fleetune.compression.jobs.windows import MEASURED
+from fleetune.compression.jobs import solve
+from fleetune.compression.jobs.inputs import MEASURED
 from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
 from fleetune.deploy import harness, llamacpp, measure
@@ -134,7 +134,7 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
     """By hand: the run's rows as tokens, and text of the tuned model; the solver on the base, with these windows."""
     folder = folder_of(at)
     shutil.rmtree(folder / "base", ignore_errors=True)
-    path = compressed_base.base_of(Silent(), folder, offline=True)
+    path = solve.compressed_base(Silent(), folder, offline=True)
     own, base = Master(folder / "model").head, models.load("little")
     rows = encode_all(_calibrated_on(folder), base.tokenizer, 160)[0]
     tuned = finished.load(Path(compression_folder.request_of(folder).model), offline=True)
@@ -156,7 +156,7 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
         assert torch.equal(found.scale, weight.scale)
     assert not (folder / "base" / "parts").exists()
     before = (path / "master.safetensors").stat().st_mtime_ns
-    assert compressed_base.base_of(Silent(), folder, offline=True) == path
+    assert solve.compressed_base(Silent(), folder, offline=True) == path
     assert (path / "master.safetensors").stat().st_mtime_ns == before  # made once
 
 
@@ -177,22 +177,9 @@ def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixt
 
 def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, run = folder_of(at), rundir.find("1", at / "runs")
+    asked = ["--data", "demo", "--limit", "2", "--tasks", "em,loss", "--answer-tokens", "2"]
     code, told, err = call(
-        capsys,
-        "measure",
-        "little",
-        str(run),
-        str(folder),
-        str(folder / "model"),
-        *FAST,
-        "--data",
-        "demo",
-        "--limit",
-        "2",
-        "--tasks",
-        "em,loss",
-        "--answer-tokens",
-        "2",
+        capsys, "measure", "little", str(run), str(folder), str(folder / "model"), *FAST, *asked
     )
     assert code == 0, err
     rows = told[-1]["rows"]
@@ -307,7 +294,6 @@ def test_compressed_before_is_the_compression_that_a_base_comes_from(at: Path) -
     assert measure.compressed_before(fleetune.open("little")) is None
     recipe.write_text(recipe.read_text().replace('model = "little"', f'model = "{folder}/model"'))
     assert measure.compressed_before(fleetune.open("1")) == folder
-    gain = {"loss": 1.0}
     rows = [
         Measured(
             name=n,
@@ -319,7 +305,7 @@ def test_compressed_before_is_the_compression_that_a_base_comes_from(at: Path) -
             peak_rss=1,
             prefill=None,
             generate=None,
-            **gain,
+            loss=1.0,
         )
         for n in ("base", "tuned", measure.COMPRESSED_BASE, "compressed")
     ]

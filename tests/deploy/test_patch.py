@@ -309,9 +309,6 @@ def test_a_damaged_or_another_patch_is_named_as_such(file: Path, tmp_path: Path)
         patch.apply(file, patch.load(tmp_path / "q"))
     with pytest.raises(ModelError, match="there is no patch"):
         patch.load(tmp_path / "nothing")
-
-
-def test_a_file_that_is_no_patch_is_said_to_be_none(file: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("not a patch")
     save_file({"x": np.ones(2)}, tmp_path / "other", {"patch": "{"})
     for name in ("text", "other"):

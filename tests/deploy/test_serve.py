@@ -253,26 +253,11 @@ def test_a_plain_model_is_exported_for_the_session(at: Path, plain: Path) -> Non
     assert not list(plain.glob("*.gguf"))
 
 
-def test_a_compressed_model_is_exported_and_an_export_that_is_there_is_taken(at: Path) -> None:
-    folder = Path("runs") / "0003-rtn-tiny"
-    compressed(tiny(), folder / "model")
-    work = {
-        "model": "tiny",
-        "run": False,
-        "method": "rtn",
-        "set": {},
-        "data": "",
-        "text": "",
-        "windows": 1,
-        "length": 8,
-        "eval_text": "",
-        "seed": 1,
-        "dtype": "fp32",
-    }
-    (folder / "compress.json").write_text(json.dumps({"v": 1, **work}))
+def test_a_compressed_model_is_exported_and_an_export_that_is_there_is_taken(at: Path, plain: Path) -> None:
+    folder = fleetune.compress(plain, method="rtn", settings={"group": 32, "grid": "symmetric"}).folder
     for subject in ("latest", folder / "model"):
         start = served(subject)
-        assert (start["--alias"], start["magic"]) == ("0003-rtn-tiny.gguf", "GGUF")
+        assert (start["--alias"], start["magic"]) == (f"{folder.name}.gguf", "GGUF")
         assert not Path(start["--model"]).exists()
     export.write(folder / "model", "gguf", folder / "kept.gguf")
     assert served("latest")["--model"] == str((folder / "kept.gguf").resolve())

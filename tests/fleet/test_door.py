@@ -400,7 +400,12 @@ def test_a_spoilt_file_of_the_last_session_keeps_no_device_out(
     device = line.Server(f"127.0.0.1:{house.port}")
     with (way := line.Line(device, False)).http:
         line._Stay(way, house.one, tmp_path, device)._come_in()
-    assert (tmp_path / line.FILE).read_text().partition(".")[0] == house.one.public.fingerprint
+    kept = (tmp_path / line.FILE).read_text()
+    assert kept.startswith(f"{device.address} {house.one.public.fingerprint}.")
+    stay = line._Stay(way, house.one, tmp_path, device)
+    assert stay._before() == kept.partition(" ")[2]
+    stay.server = line.Server("localhost:1")
+    assert stay._before() == ""  # no other server learns it
     assert house.one.public.fingerprint in house.door.online()
 
 

@@ -27,7 +27,7 @@ from fleetune.common import sums
 from fleetune.common.memory import peak_rss, release_memory, rss
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.experts import parameters_of
-from fleetune.compression.layerwise.sums import from_lower_triangle
+from fleetune.compression.layerwise.federated import from_lower_triangle
 from fleetune.data.encode import digest, encode_rows
 from fleetune.errors import DataError, Interrupted, LedgerError, MessageError, StorageError
 from fleetune.fleet import eval_device, eval_server, result

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from malformed import JOB as JOBS
 from malformed import WORK, Honest
+from methods_harness import mean_of
 from test_remote import JOB, Memory
 
 from fault_report import Injected
@@ -34,7 +35,7 @@ from fleetune.fleet.table import FILE, Devices
 from fleetune.runs.rundir import RunDir, create
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import messages as codec
-from fleetune.tuning.exchange.aggregation import MEAN, Rule, weighted_mean
+from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, encode
 from fleetune.tuning.rounds.local_work import Memories, work
 from fleetune.tuning.rounds.replies import Replies, Round
@@ -62,7 +63,7 @@ class Averaging(methods.Method):
         return ReplySpec(arrays, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
     def aggregate(self, state: State, replies: Iterable[methods.Reply], rule: Rule = MEAN) -> State:
-        mean = weighted_mean((float(r.payload.int("n")), r.payload.arrays) for r in replies)
+        mean = mean_of((float(r.payload.int("n")), r.payload.arrays) for r in replies)
         return State(mean) if mean else state
 
 

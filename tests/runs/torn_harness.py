@@ -55,8 +55,6 @@ TUNE = {
         "warmup=1",
         "--set",
         "layers_rule=1",
-        "--set",
-        "personalise=true",
     ],
 }
 COMPRESS = {

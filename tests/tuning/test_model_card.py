@@ -147,8 +147,8 @@ def test_a_built_in_base_is_linked_with_its_licence(runs: dict[str, TuneResult])
 
 def test_a_file_that_a_setting_names_is_told_by_its_last_part(tmp_path: Path) -> None:
     rows = tmp_path / "eva.jsonl"
-    recipe = Recipe(model="m", data="d.jsonl", method="fedit", set={"start": "eva", "start_data": str(rows)})
-    assert describe.recipe_facts(recipe)["set.start_data"] == "eva.jsonl"
+    recipe = Recipe(model="m", data="d.jsonl", method="mezo", set={"objective": str(rows)})
+    assert describe.recipe_facts(recipe)["set.objective"] == "eva.jsonl"
     assert str(tmp_path) not in model_card.command_of(recipe)
 
 

@@ -361,19 +361,19 @@ def test_a_search_on_devices_takes_about_what_is_counted(
 ) -> None:
     given = {k: v for k, v in harness.QUICK[name].items() if k != "lr"}
     recipe, rows, steps, losses = recipe_of(name, 90, **given), harness.rows(model), 0, 0
-    train, loss = _adapter.train, Bench.loss
+    train, loss = _adapter.Trained.train, Bench.loss
 
-    def trained(model: Model, batches: Any, key: int, how: Any, pull: Any) -> float:
+    def trained(how: Any, model: Model, batches: Any, key: int, pull: Any) -> float:
         nonlocal steps
         steps += len(how.rates(batches.n))
-        return train(model, batches, key, how, pull)
+        return train(how, model, batches, key, pull)
 
     def measured(bench: Bench) -> float:
         nonlocal losses
         losses += len(bench.rows)
         return loss(bench)
 
-    monkeypatch.setattr(_adapter, "train", trained)
+    monkeypatch.setattr(_adapter.Trained, "train", trained)
     monkeypatch.setattr(Bench, "loss", measured)
     rates.find(recipe, ["lr"], model, rows, 3, size=size)
     counted = next(s for s in searches(recipe, len(rows), clients=3, asked=3) if s.size == size)

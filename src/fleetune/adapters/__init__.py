@@ -34,7 +34,6 @@ from fleetune.adapters.lora import (
     subtract_factors,
     subtracted_factors,
 )
-from fleetune.adapters.lora_init import directions
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 from fleetune.adapters.scales import Scales, ScalesPart, moved_scales
@@ -60,7 +59,6 @@ __all__ = [
     "check_form",
     "detach",
     "digest",
-    "directions",
     "export",
     "load",
     "load_",

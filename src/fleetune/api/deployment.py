@@ -42,7 +42,6 @@ def compress(
     calibrate: str = "server",
     clients: int = 0,
     low_memory: bool = False,
-    true_sequential: bool = False,
     bytes: float | str = 0,
     bpw: float = 0.0,
     train_scales: int = 0,
@@ -61,8 +60,7 @@ def compress(
     windows of `length` tokens, of `data` (rows) or `text` (a file), of the run's held-out rows with text that its model
     writes, or of such text alone; with `calibrate="clients"` the run's clients calibrate on their training rows, with
     `calibrate="fleet"` the real devices that join at the door `served` (`fleetune.fleet.server.Served`, in its `with`
-    block).  `low_memory` loads one block at a time from disk.  With `true_sequential` a layer is solved on inputs that have
-    passed the already compressed layers of its own block (GPTQ's option of that name).  `bytes` (a number, or text such as
+    block).  `low_memory` loads one block at a time from disk.  `bytes` (a number, or text such as
     "91.7MB") limits the GGUF file, or `bpw` the bits of a weight in it: the grid of each matrix, embedding and head included,
     is chosen so that the model changes least.  `train_scales` are steps in which the scales are trained, after solving, to
     follow the dense model.  The perplexity of the text file `eval_text` is measured before and after.
@@ -82,7 +80,6 @@ def compress(
         "calibrate": calibrate,
         "clients": clients,
         "low_memory": low_memory,
-        "true_sequential": true_sequential,
         "bytes": _size(bytes),
         "bpw": bpw,
         "train_scales": train_scales,

@@ -498,9 +498,7 @@ class CompressChecked(Event):
     text: str | None = None  # calibration text: source, windows, tokens
     clients: str | None = None  # number of clients that would calibrate
     memory: str | None = None  # planned peak memory
-    budget: str | None = (
-        None  # with a size: bytes, the least and the most that can be had, types of llama.cpp
-    )
+    budget: str | None = None  # with a size: bytes, the least and the most that can be had
     teacher: str | None = None  # name and size
     rows: str | None = None  # training rows: source, number, longest
 
@@ -524,7 +522,6 @@ class CompressStart(Event):
     low_memory: bool  # whether one block at a time is loaded from disk
     calibrate: str  # who calibrates: server, clients or fleet
     clients: int  # number of clients that calibrate; 0 for all
-    true_sequential: bool  # inputs of a layer have passed the compressed layers of its block
     bytes: int  # of the GGUF file at most; 0 for no limit
     bpw: float  # bits a weight of the GGUF file's matrices at most; 0 for no limit
     train_scales: int  # steps in which the scales are trained after solving; 0 for none

@@ -30,7 +30,7 @@ from torch import Tensor
 from fleetune import models
 from fleetune.common.events import ExportChecked, ExportDone
 from fleetune.common.files import default_mode, storage_error
-from fleetune.common.folders import appeared, scratch, staged
+from fleetune.common.folders import appeared, locked, scratch, staged
 from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
 from fleetune.deploy import harness, patch, patch_make, targets
@@ -165,7 +165,7 @@ def _require_codes(target: Target, name: str) -> None:
     """UsageError when a target is for the codes of a compressed model alone, which the subject has not."""
     if target.takes == "codes":
         raise UsageError(
-            f"{target.name} is for the codes of fleetune compress, and {name} holds others or plain weights",
+            f"{name} holds no codes of a compression, and {target.name} is for compressed ones",
             hint=f"compress it first: fleetune compress {quoted(name)}; or use --to hf",
         )
 
@@ -363,9 +363,11 @@ def _staged_file(out: Path) -> Iterator[Path]:
             except FileExistsError:
                 raise appeared(out) from None
             except OSError:  # a file system without hard links
-                if out.exists():
-                    raise appeared(out) from None
-                file.rename(out)
+                # not `out` itself, whose lock sweeps its hidden folders
+                with locked(out.with_name(f"{out.name}.new")):
+                    if out.exists():
+                        raise appeared(out) from None
+                    file.rename(out)
     except OSError as error:
         raise storage_error(error, out) from error
 

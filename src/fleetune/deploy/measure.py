@@ -17,7 +17,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +31,7 @@ from fleetune.common.files import finite, write_atomic
 from fleetune.common.ggml import SCALES
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
-from fleetune.compression.jobs import compressed_base
+from fleetune.compression.jobs import solve
 from fleetune.data import Example, readers
 from fleetune.data.encode import encode_all
 from fleetune.deploy import harness, llamacpp, patch_make
@@ -44,16 +44,6 @@ from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
 from fleetune.subject import ROW, Compressed, Plain, Run, Subject, check_same_tokens
 
-NUMBERS: Final = (
-    "windows",
-    "limit",
-    "answer_tokens",
-    "threads",
-    "prompt_tokens",
-    "new_tokens",
-    "repeats",
-    "length",
-)
 NOT_RECORDED: Final = ("tasks", "answer_tokens", "labels", "kept_gain")
 COMPRESSED_BASE: Final = "compressed base"
 SMALL: Final = ("artefact", "gguf")  # kinds of the lines that compression made
@@ -100,24 +90,24 @@ def measure(
     UsageError for contradictions, before anything is loaded; `check_kept` comes before where `options` ask for the kept gain.
     """
     tasks = check(options)
-    found = [of(subject, offline=offline) for subject in subjects]
-    if options.kept_gain and found[0].folder:
-        compressed_base.check(found[0].folder)
-    length, examples = _row_length(options, found), _examples(options, found, offline=offline)
+    measurables = [of(subject, offline=offline) for subject in subjects]
+    if options.kept_gain and measurables[0].folder:
+        solve.check_base(measurables[0].folder)
+    length, examples = _row_length(options, measurables), _examples(options, measurables, offline=offline)
     if not examples and (tasks or options.kept_gain):
         raise UsageError("tasks and kept gain need rows", hint="--data FILE")
-    against = reference_of(found, reference, offline=offline)
-    windows = _windows(options, found)
+    against = reference_of(measurables, reference, offline=offline)
+    windows = _windows(options, measurables)
     rows = _compared_rows(options, against, examples, length)
-    _header(options, found, examples, windows, listener)
-    for before in filter(None, (compressed_before(one.subject) for one in found)):
+    _header(options, measurables, examples, windows, listener)
+    for before in filter(None, (compressed_before(one.subject) for one in measurables)):
         listener.note(
             f"base is {before}, compressed before it was tuned: what is beside it is relative to that"
         )
-    table = chosen(found, listener)
-    if options.kept_gain and found[0].folder:
-        path = compressed_base.base_of(listener, found[0].folder, offline=offline)
-        table.append((found[0], line_of(COMPRESSED_BASE, "artefact", path, path)))
+    table = chosen(measurables, listener)
+    if options.kept_gain and measurables[0].folder:
+        path = solve.compressed_base(listener, measurables[0].folder, offline=offline)
+        table.append((measurables[0], line_of(COMPRESSED_BASE, "artefact", path, path)))
     done: list[Measured] = []
     losses: dict[str, list[tuple[float, int]]] = {}
     with logits_of(against, rows, listener, threads=options.threads, offline=offline) as logits:
@@ -137,17 +127,16 @@ def measure(
             first = next(iter(losses.values()), [])
             losses.setdefault(line.name, result.losses)
             done.append(_report(line, result, first, listener))
-    return _finish(options, found, done, losses, listener, against)
+    return _finish(options, measurables, done, losses, listener, against)
 
 
 def check(options: MeasureOptions) -> list[str]:
     """Return the tasks to measure; UsageError for contradictions, before anything is loaded."""
-    for name in NUMBERS:
+    for name in (option.name for option in fields(options) if option.type == "int"):
         value, least = getattr(options, name), 2 if name == "length" else 1
+        problem = f"is below {least}" if isinstance(value, int) else "is not an integer"
         if not isinstance(value, int) or value < least:
-            raise UsageError(
-                f"{name} = {value!r} is no integer from {least} on", hint="fleetune measure --help"
-            )
+            raise UsageError(f"{name} = {value!r} {problem}", hint="fleetune measure --help")
     if options.text and not Path(options.text).is_file():
         raise UsageError(f"no text file at {options.text}", hint="check the path")
     if options.text:
@@ -163,30 +152,30 @@ def check(options: MeasureOptions) -> list[str]:
 # What it is measured on -------------------------------------------------------------------------------
 
 
-def _row_length(options: MeasureOptions, found: Sequence[Measurable]) -> int:
+def _row_length(options: MeasureOptions, measurables: Sequence[Measurable]) -> int:
     """Return the most tokens of a row, the same for all; UsageError when an option exceeds a model's context."""
-    most, name = min((harness.longest(one.tokenizer), one.name) for one in found)
+    most, name = min((harness.longest(one.tokenizer), one.name) for one in measurables)
     asked = max(options.prompt_tokens + options.new_tokens, options.length if options.text else 0)
     if asked > most:
         raise UsageError(
             f"{asked} tokens are more than the {most} that {name} is made for",
             hint="smaller --length, --prompt-tokens or --new-tokens",
         )
-    return min(found[0].length if len(found) == 1 else ROW, most)
+    return min(measurables[0].length if len(measurables) == 1 else ROW, most)
 
 
-def _examples(options: MeasureOptions, found: Sequence[Measurable], *, offline: bool) -> list[Example]:
+def _examples(options: MeasureOptions, measurables: Sequence[Measurable], *, offline: bool) -> list[Example]:
     examples: list[Example] = []
     if options.data:
         examples = data.read(options.data, offline=offline)
-    elif len(found) == 1 and isinstance(subject := found[0].subject, Run | Compressed):
+    elif len(measurables) == 1 and isinstance(subject := measurables[0].subject, Run | Compressed):
         examples = subject.held_out(offline=offline)
     return examples[: options.limit]
 
 
-def _windows(options: MeasureOptions, found: Sequence[Measurable]) -> dict[Path, list[Row]]:
+def _windows(options: MeasureOptions, measurables: Sequence[Measurable]) -> dict[Path, list[Row]]:
     """Return tokenizer -> windows of the text; DataError when the text is too short to predict anything."""
-    folders = {one.tokenizer for one in found}
+    folders = {one.tokenizer for one in measurables}
     if not options.text:
         return {folder: [] for folder in folders}
     return {f: harness.windows_of(options.text, f, options.length, options.windows) for f in folders}
@@ -263,20 +252,20 @@ class ReferenceLine:
 
 
 def reference_of(
-    found: Sequence[Measurable], named: Subject | None, *, offline: bool
+    measurables: Sequence[Measurable], named: Subject | None, *, offline: bool
 ) -> ReferenceLine | None:
     """Return the reference of what is measured; None where there is none.
 
     UsageError when the named one has other tokens than a model that is measured.
     """
     if named is not None:
-        for one in found:
+        for one in measurables:
             check_same_tokens(one.subject, named, offline=offline)
         own = of(named, offline=offline)
         line = replace(_last_without(own, ("gguf",)), name=own.name)
         return ReferenceLine(line, own.tokenizer, named=True)
-    if len(found) == 1 and found[0].folder is not None:
-        return ReferenceLine(_last_without(found[0], SMALL), found[0].tokenizer, named=False)
+    if len(measurables) == 1 and measurables[0].folder is not None:
+        return ReferenceLine(_last_without(measurables[0], SMALL), measurables[0].tokenizer, named=False)
     return None
 
 
@@ -310,17 +299,17 @@ def logits_of(
 
 def _header(
     options: MeasureOptions,
-    found: Sequence[Measurable],
+    measurables: Sequence[Measurable],
     examples: Sequence[Example],
     windows: Mapping[Path, list[Row]],
     listener: Listener,
 ) -> None:
-    rows = windows[found[0].tokenizer]
+    rows = windows[measurables[0].tokenizer]
     tokens = sum(len(ids) for ids, _ in rows)
     text = f"{options.text} · {counted(len(rows), 'window')}, {counted(tokens, 'token')}"
     speed = f"{options.prompt_tokens} tokens read, {options.new_tokens} written · median of {options.repeats}"
     shown = [
-        ("of", ", ".join(one.subject.argument for one in found)),
+        ("of", ", ".join(one.subject.argument for one in measurables)),
         ("speed", f"{speed} · threads: {options.threads}"),
         ("loss", counted(len(examples), "row") if examples else "no rows (--data)"),
         ("text", text if options.text else "none (--text)"),
@@ -364,16 +353,16 @@ def _row_losses(losses: Sequence[tuple[float, int]]) -> RowLosses:
 
 def _finish(
     options: MeasureOptions,
-    found: Sequence[Measurable],
+    measurables: Sequence[Measurable],
     rows: Sequence[Measured],
     losses: Mapping[str, list[tuple[float, int]]],
     listener: Listener,
     reference: ReferenceLine | None,
 ) -> MeasureResult:
-    kept = _kept(rows, losses, compressed_before(found[0].subject)) if options.kept_gain else {}
+    kept = _kept(rows, losses, compressed_before(measurables[0].subject)) if options.kept_gain else {}
     shown = [{name: value for name, value in as_dict(row).items() if name != "event"} for row in rows]
     gains = {name: asdict(gain) for name, gain in kept.items()}
-    folder = found[0].folder if len(found) == 1 else None
+    folder = measurables[0].folder if len(measurables) == 1 else None
     if folder is not None:
         settings = {name: value for name, value in asdict(options).items() if name not in NOT_RECORDED}
         settings["reference"] = reference and reference.line.path
@@ -403,27 +392,27 @@ def check_kept(subjects: Sequence[Subject]) -> None:
     """Raise UsageError when these are no compression of a tuned run, or one whose base cannot be compressed the same way."""
     if len(subjects) > 1:
         raise UsageError("--kept-gain is of one compressed run", hint="name its folder alone")
-    (found,) = subjects
-    if not isinstance(found, Compressed) or found.folder is None:
+    (compressed,) = subjects
+    if not isinstance(compressed, Compressed) or compressed.folder is None:
         hint = "compress the run first, and measure that: fleetune compress RUN"
         raise UsageError("--kept-gain is of a compressed run's folder", hint=hint)
-    request = compression_folder.request_of(found.folder)
+    request = compression_folder.request_of(compressed.folder)
     if not request.run:
         raise UsageError(
-            f"{found.folder} was made from a model, not from a run: no tuning, no gain to keep",
+            f"{compressed.folder} was made from a model, not from a run: no tuning, no gain to keep",
             hint="fleetune compress RUN",
         )
     if request.calibrate == compression_folder.FLEET:
         raise UsageError(
-            f"{found.folder} was calibrated by devices, so the base would have to be calibrated by them as well",
+            f"{compressed.folder} was calibrated by devices, so the base would have to be calibrated by them as well",
             hint="leave out --kept-gain; or compress with --calibrate clients, which simulates the devices",
         )
     if request.bytes or request.bpw:
         raise UsageError(
-            f"the grids of {found.folder} were chosen for its weights within a size, and the base's would be others",
+            f"the grids of {compressed.folder} were chosen for its weights within a size, and the base's would be others",
             hint="leave out --kept-gain; or compress with one grid: --set grid=iq4_nl",
         )
-    compression_folder.model_in(found.folder)
+    compression_folder.model_in(compressed.folder)
 
 
 def _kept(
@@ -446,6 +435,9 @@ def _kept(
         return kept
     beside = f"; the gain is over the base of that run, {before}, which was compressed already"
     return {name: replace(gain, text=gain.text + beside) for name, gain in kept.items()}
+
+
+# The lines of the table -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from fleetune.common.files import PRIVATE, storage_error, write_atomic
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.experts import parameters_of
-from fleetune.compression.layerwise.sums import message_of, weights_of
+from fleetune.compression.layerwise.federated import message_of, weights_of
 from fleetune.data import Encoded
 from fleetune.data.encode import digest
 from fleetune.errors import MessageError

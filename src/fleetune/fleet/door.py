@@ -118,6 +118,8 @@ class Challenges:
         made = int(text.partition("-")[0])
         if time.monotonic_ns() - made > SIGNED * 1e9 or made <= self._used.get(key, 0):
             return False
+        if len(self._used) >= SESSIONS:  # those before are too old by now
+            self._used = {k: at for k, at in self._used.items() if time.monotonic_ns() - at < SIGNED * 1e9}
         self._used[key] = made
         return True
 

@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FILE: Final = "session"  # in the device's state: its last session, which a new process of it replaces
+FILE: Final = (
+    "session"  # in the device's state: HOST:PORT and the last session there, which a new process replaces
+)
 LONGEST: Final = 20.0  # seconds between two tries
 PATIENCE: Final = 30.0  # seconds without a byte from the server; it answers within half of it
 SLOWEST: Final = (
@@ -154,16 +156,21 @@ class _Stay:
         key = {KEY: b64encode(self.key.public.pem).decode()}
         challenge = self.line.post("challenge", key)[0].headers.get(CHALLENGE, "")
         text = signed_text(self.server.host, challenge)
-        before = read_text(self.file, errors="replace").strip() if self.file.exists() else ""
         stated = {
             CHALLENGE: challenge,
             HOST: self.server.host,
             SIGNATURE: b64encode(keyring.sign(self.key, text)).decode(),
             HEARTBEAT: f"{self.server.heartbeat:g}",
-            SESSION: before if before.isascii() and before.isprintable() else "",
+            SESSION: self._before(),
         }
         self.session = self.line.post("session", key | stated)[0].headers.get(SESSION, "")
-        write_atomic(self.file, self.session, mode=PRIVATE)
+        write_atomic(self.file, f"{self.server.address} {self.session}", mode=PRIVATE)
+
+    def _before(self) -> str:
+        """Return the last session of this device at this server; it is a secret to all others."""
+        text = read_text(self.file, errors="replace") if self.file.exists() else ""
+        address, _, session = text.partition(" ")
+        return session if address == self.server.address and text.isascii() and text.isprintable() else ""
 
     def _bearer(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.session}"}

@@ -25,7 +25,7 @@ from fleetune.fleet.link import Link, answer_in
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
 from fleetune.fleet.table import Devices, apart
 from fleetune.seeds.noise import derive
-from fleetune.tuning.rounds.fleets import ONE, Answer, Wanted, outrun
+from fleetune.tuning.rounds.fleets import ONE, Answer, Fleet, Wanted, outrun
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class _Order:
     order: Order
 
 
-class RemoteFleet:
+class RemoteFleet(Fleet):
     """The devices of a run, over a link; `look()` is called while it waits, and may raise to stop."""
 
     def __init__(
@@ -135,9 +135,6 @@ class RemoteFleet:
             sha256=self._digests.get(reply.client, ""),
             reason=reply.reason,
         )
-
-    def rewind(self, round: int) -> None:
-        """Do nothing: orders say on which memory the work stands."""
 
     def forget_before(self, round: int) -> None:
         """Let devices delete memories that a newer one, not after `round`, replaces."""

@@ -9,8 +9,7 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
     floor     the process: Python, torch, transformers, the tokenizer, the compiled column loop
     weights   all of them, mapped from their file where they have its type; with `--low-memory` the largest part that
               is in memory at a time: a block, or the embedding
-    states    what the windows are in front of the next block: windows * length * hidden * s; where tokens do not count alike,
-              4 bytes for each of them and each layer
+    states    what the windows are in front of the next block: windows * length * hidden * s
     work      the largest of three stages, which follow each other:
               solving   the block's Hessians, 4 C^2 for each distinct input (q, k and v share one); copies of one
                         matrix (4 R C each) and of its Hessian (4 C^2 each); the results so far, a byte a weight or,
@@ -19,7 +18,6 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
               running   a window through the block: length * s * (its widest point), its scores where attention is not
                         fused (4 heads length^2, twice), and the block's compressed weights
               (a method that compares with the dense model has states and Hessians twice)
-              weighing  tokens by the gradient of the loss: a window forward and back, layer by layer
               choosing  grids for a byte budget: a window forward and back, layer by layer, with what enters the experts
                         of each and 8 bytes for each of their outputs; embedding and head solved some rows at a time, and
                         their codes
@@ -66,7 +64,6 @@ class CompressionSize(NamedTuple):
     budget: bool = False  # grids are chosen for a byte budget
     trained: bool = False  # the scales are trained afterwards
     dense: bool = False  # the windows go through the dense model as well (`Corrector`)
-    weighted: bool = False  # tokens count by the gradient of the loss
 
 
 def _experts(shape: Shape, block: list[Linear]) -> list[Linear]:
@@ -93,8 +90,6 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
         scores = SCORES * work.heads * work.length**2 * 4
         stages["running"] = int(work.length * work.size * shape.widest + scores)
         stages["running"] += 2 * inner * 4
-    if work.weighted:
-        stages["weighing"] = _backward(shape, work)
     if work.budget:
         stages["choosing"] = max(_backward(shape, work) + _sensitivity(shape, work), _ends(shape))
     if work.trained:
@@ -116,8 +111,7 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
         // max(1, work.clients)
         * work.length
         * shape.hidden
-        * work.size
-        + work.weighted * 4 * work.windows * work.length * len(shape.linears),
+        * work.size,
         "work": int(max(stages.values())),
     }
 

@@ -190,12 +190,12 @@ def measures(run: RunLog) -> tuple[dict[str, Number], dict[str, Number]]:
     """Return base and tuned measures: of the end when there is one, else of round 0 and the latest evaluation."""
     early = run.evals[0] if run.evals and num_of(run.evals[0], "round") == 0 else {}
     late = run.evals[-1] if len(run.evals) > 1 else {}
-    found: list[dict[str, Number]] = []
+    sides: list[dict[str, Number]] = []
     for key, event in (("base", early), ("tuned", late)):
         source = map_of(run.done, key) or map_of(run.final, key) or event
         names = [n for n in source if n not in NO_MEASURES]
-        found.append({n: v for n in names if (v := num_of(source, n)) is not None})
-    return found[0], found[1]
+        sides.append({n: v for n in names if (v := num_of(source, n)) is not None})
+    return sides[0], sides[1]
 
 
 def samples(run: Path) -> list[object]:
@@ -326,20 +326,20 @@ SHOWN_ELSEWHERE = ("model", "data", "method", "rounds", "clients")  # options wi
 def facts(run: Path, defaults: Mapping[str, object]) -> list[tuple[str, str]]:
     """Return a run as (label, text): status and why, what ran, result, cost, settings that are not `defaults`."""
     log = read(run)
-    found = summarise(log)
+    figures = summarise(log)
     reason = log.status.partition(":")[2].strip()
     lines = [
         ("status", kind_of(log.status)),
         ("reason", reason),
-        ("method", str(found["method"] or "")),
-        ("model", str(found["model"] or "")),
+        ("method", str(figures["method"] or "")),
+        ("model", str(figures["model"] or "")),
         ("data", text_of("data", log.config)),
-        ("rounds", rounds_text(found)),
-        ("clients", str(found["clients"] or "")),
-        ("loss", loss_text(found)),
-        ("traffic", _traffic(found)),
-        ("time", _time(found["seconds"])),
-        ("peak memory", _bytes(found["peak_rss"])),
+        ("rounds", rounds_text(figures)),
+        ("clients", str(figures["clients"] or "")),
+        ("loss", loss_text(figures)),
+        ("traffic", _traffic(figures)),
+        ("time", _time(figures["seconds"])),
+        ("peak memory", _bytes(figures["peak_rss"])),
         ("settings", settings_text(log, defaults)),
         ("digest", text_of("digest", log.done)),
         ("folder", str(run)),
@@ -347,18 +347,18 @@ def facts(run: Path, defaults: Mapping[str, object]) -> list[tuple[str, str]]:
     return [(label, text) for label, text in lines if text]
 
 
-def rounds_text(found: Mapping[str, object]) -> str:
+def rounds_text(figures: Mapping[str, object]) -> str:
     """Return how many rounds were run, and of how many where that is another number: "4", "4 of 10"."""
-    done, planned = found["rounds"], found["rounds_planned"]
+    done, planned = figures["rounds"], figures["rounds_planned"]
     return str(done) if planned in (None, done) else f"{done} of {planned}"
 
 
-def loss_text(found: Mapping[str, object]) -> str:
+def loss_text(figures: Mapping[str, object]) -> str:
     """Return the validation loss before and after: "4.438 -> 4.351 (-2.0 %)"; "" without one."""
-    base, tuned = number(found["base_loss"]), number(found["tuned_loss"])
+    base, tuned = number(figures["base_loss"]), number(figures["tuned_loss"])
     if base is None or tuned is None:
         return "" if base is None else f"{show('loss', base)} before"
-    error = number(found["change_error"])
+    error = number(figures["change_error"])
     noise = ", within noise" if is_noise("loss", base, tuned, error) else ""
     return f"{show('loss', base)} -> {show('loss', tuned)} ({change('loss', base, tuned, error)}{noise})"
 
@@ -405,31 +405,31 @@ def differing(runs: Sequence[Path]) -> tuple[list[tuple[str, list[str]]], int]:
     return unlike, len(every) - len(unlike)
 
 
-def _traffic(found: Mapping[str, object]) -> str:
-    if found["bytes"] is None:
+def _traffic(figures: Mapping[str, object]) -> str:
+    if figures["bytes"] is None:
         return ""
-    up, down = (_bytes(found[key]) for key in ("bytes_up", "bytes_down"))
-    return f"{_bytes(found['bytes'])}: {up} up, {down} down"
+    up, down = (_bytes(figures[key]) for key in ("bytes_up", "bytes_down"))
+    return f"{_bytes(figures['bytes'])}: {up} up, {down} down"
 
 
 def _bytes(value: object) -> str:
-    return "" if (found := number(value)) is None else human_bytes(found)
+    return "" if (size := number(value)) is None else human_bytes(size)
 
 
 def _time(value: object) -> str:
-    return "" if (found := number(value)) is None else human_time(found)
+    return "" if (seconds := number(value)) is None else human_time(seconds)
 
 
 def caveats(runs: Sequence[RunLog]) -> list[str]:
     """Say why the losses of these runs do not compare, in the words after "These runs"; [] where they do."""
     bases = [text_of("digest", run.start, run.config) or None for run in runs]
-    found = ["have different base models"] if _differ(bases) else []
+    told = ["have different base models"] if _differ(bases) else []
     names = _options(runs)
     stated = [text_of("held_out_digest", run.start) for run in runs]
     if _differ(stated) if all(stated) else bool(names):
         why = ", ".join(names) or "the data changed between them"
-        found.append("have different data" if "data" in names else f"are measured on different rows ({why})")
-    return found
+        told.append("have different data" if "data" in names else f"are measured on different rows ({why})")
+    return told
 
 
 def _options(runs: Sequence[RunLog]) -> list[str]:

@@ -51,7 +51,6 @@ class CompressRequest:
     low_memory: bool = False  # load one block at a time from disk
     calibrate: str = "server"  # who does it: server, clients (those of the run) or fleet (devices that join)
     clients: int = 0  # how many of them, 0 for all
-    true_sequential: bool = False  # inputs of a layer have passed the compressed layers of its own block
     bytes: int = 0  # of the GGUF file at most: grids are chosen for each matrix; 0 for no limit
     bpw: float = 0.0  # the same, in bits a weight of its matrices
     train_scales: int = 0  # steps in which the scales are trained after solving; 0 for none
@@ -75,7 +74,6 @@ class CompressOptions(TypedDict, total=False):
     low_memory: bool
     calibrate: str
     clients: int
-    true_sequential: bool
     bytes: int
     bpw: float
     train_scales: int

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import gguf as package
 import pytest
-from deploy_harness import QUICK, compressed, piece_tokenizer, tiny, tokenizer
+from deploy_harness import compressed, piece_tokenizer, tiny, tokenizer
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fleetune import models
-from fleetune.cli.main import main
 from fleetune.data import Example
 from fleetune.data.encode import encode_all, prompt_ids
 from fleetune.deploy.export import write as export
@@ -156,20 +155,3 @@ def test_where_a_template_would_give_other_tokens_there_is_a_note_and_none(tmp_p
     report = export(tmp_path / "m", "hf", tmp_path / "x")
     assert _gguf_vocabulary.NO_TEMPLATE in report.notes
     assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template is None
-
-
-def test_the_directory_of_a_run_carries_the_template(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = speechless(bytes_with_start())
-    models.save(model.net, model.tokenizer, tmp_path / "base")
-    assert (
-        main(["tune", "base", "demo", "--method", "fedit", "--set", "r=2", *QUICK, "--offline", "-qq"]) == 0
-    )
-    assert main(["export", "latest", "--to", "hf", "--path", "tuned"]) == 0
-    there = AutoTokenizer.from_pretrained(tmp_path / "tuned")
-    talk = (("user", "hello"), ("assistant", "hell"))
-    assert there.apply_chat_template(turns(talk), return_dict=False) == tuned_on(
-        talk[:1], "hell", model.tokenizer
-    )

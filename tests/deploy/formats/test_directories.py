@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,15 +214,12 @@ def refused(tmp_path: Path, model: Model, grids: dict[str, Quantised], to: str, 
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("to", ["compressed-tensors", "gptq"])
-def test_plain_weights_and_quantised_embeddings_have_no_place(tmp_path: Path, to: str) -> None:
-    model = tiny("qwen2")
-    models.save(model.net, model.tokenizer, tmp_path / "plain")
-    with pytest.raises(UsageError, match="holds plain weights"):
-        export(tmp_path / "plain", to, tmp_path / "a")
-    name = "model.embed_tokens.weight"
-    grids = {**grids_of(model), name: on_grid(model.net.model.embed_tokens.weight, 4, 32)}
-    refused(tmp_path, model, grids, to, f"quantised linear layers; {name} is none")
+def test_gptq_has_every_matrix_quantised(tmp_path: Path) -> None:
+    model = tiny()
+    grids = grids_of(model)
+    left = "model.layers.0.mlp.up_proj.weight"
+    del grids[left]
+    refused(tmp_path, model, grids, "gptq", f"but the head quantised; {left} is not quantised")
 
 
 def test_what_compressed_tensors_does_not_hold(tmp_path: Path) -> None:
@@ -232,34 +229,6 @@ def test_what_compressed_tensors_does_not_hold(tmp_path: Path) -> None:
     refused(
         tmp_path, model, grids_of(model), "compressed-tensors", "model.norm.weight has values beyond fp16"
     )
-
-
-def without(name: str) -> Callable[[dict[str, Quantised]], object]:
-    return lambda grids: grids.pop(f"model.layers.{name}.weight")
-
-
-def with_bits(bits: int) -> Callable[[dict[str, Quantised]], object]:
-    return lambda grids: grids.update({n: changed(q, bits=bits) for n, q in list(grids.items())[-1:]})
-
-
-@pytest.mark.parametrize(
-    ("spoil", "why"),
-    [
-        (
-            without("0.mlp.up_proj"),
-            "but the head quantised; model.layers.0.mlp.up_proj.weight is not quantised",
-        ),
-        (with_bits(8), "in groups of 32, .* 8 in groups of 32"),
-        (with_bits(5), "has 5 bits, the format has 2, 3, 4, 8"),
-    ],
-)
-def test_what_gptq_does_not_hold(
-    tmp_path: Path, spoil: Callable[[dict[str, Quantised]], object], why: str
-) -> None:
-    model = tiny()
-    grids = grids_of(model)
-    spoil(grids)
-    refused(tmp_path, model, grids, "gptq", why)
 
 
 # ---------------------------------------------------------------- reading back

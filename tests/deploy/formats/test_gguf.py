@@ -188,27 +188,6 @@ def test_llama_3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    ("to", "bits", "group", "grid", "why", "hint"),
-    [
-        ("gguf", 4, 16, {}, r"q_proj.weight .* GGUF blocks .* groups of 16 are no multiple", "gguf:f32"),
-        ("gguf:q4_0", 4, 32, {"zero": 5}, "Q4_0 holds steps -8 to 7", "--to gguf or"),
-        ("gguf:q4_1", 4, 32, {"zero": 5}, "not exact in fp16", "--to gguf or"),
-        ("gguf:iq4_nl", 4, 32, {}, "its codes are not those of the grid iq4_nl", "--to gguf or"),
-        ("gguf:q4_1", 4, 32, {"name": "iq4_nl"}, "evenly spaced values", "--to gguf or"),
-        ("gguf:f16", 4, 32, {}, "not exact in F16", "--to gguf or"),
-    ],
-)
-def test_codes_that_would_not_be_exact_are_refused(
-    tmp_path: Path, to: str, bits: int, group: int, grid: dict[str, Any], why: str, hint: str
-) -> None:
-    compressed(tiny(), tmp_path / "m", bits, group, **grid)
-    with pytest.raises(UsageError, match=why) as caught:
-        export(tmp_path / "m", to, tmp_path / "out" / "x.gguf")
-    assert hint in (caught.value.hint or "")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
     model = tiny()
     model.net.model.layers[1].mlp.up_proj.weight[3, 4] = 1e5

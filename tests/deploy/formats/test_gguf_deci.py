@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruned llamas, whose blocks differ in width: written as deci and read back, files by other hands, refusals elsewhere."""
+"""Pruned llamas, whose blocks differ in width: written as deci and read back, and what is none is refused."""
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 import gguf as package
 import numpy as np
 import pytest
 import torch
-from deploy_harness import LLAMA3, tiny
+from deploy_harness import LLAMA3, compressed, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,11 +22,9 @@ from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
 from fleetune.models import Model
 from fleetune.models.families import widths
-from fleetune.models.families.widths import KeptUnits, Width
+from fleetune.models.families.widths import KeptUnits
 
 IDS: Final = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
-NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
-FOUND: Final = [Width(4, 2, 128), Width(2, 1, 96), Width(4, 2, 32)]
 
 
 def logits(net: Any) -> torch.Tensor:
@@ -53,96 +49,6 @@ def narrowed(found: list[tuple[int, int]], ratio: int = 2, whole: int = 2, **siz
         [KeptUnits(some(whole, heads), some(model.net.config.intermediate_size, c)) for heads, c in found],
     )
     return model
-
-
-def pruned() -> Model:
-    """With the widths of FOUND."""
-    return narrowed([(w.num_key_value_heads, w.intermediate_size) for w in FOUND])
-
-
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows as llama.cpp rotates them: 2 i and 2 i + 1 of a head are the model's i and i + d / 2."""
-    out, d = np.empty_like(weight), len(weight) // heads
-    for h in range(heads):
-        for i in range(d // 2):
-            out[h * d + 2 * i], out[h * d + 2 * i + 1] = weight[h * d + i], weight[h * d + d // 2 + i]
-    return out
-
-
-def foreign(
-    path: Path, model: Model, found: list[Width], said: Mapping[str, Any] = NOTHING, arch: str = "deci"
-) -> Path:
-    """A file as llama.cpp's converter writes it, by hand; `said` replaces metadata, None leaves a key out."""
-    heads, key_heads, channels = (list(numbers) for numbers in zip(*found, strict=True))
-    keys = {
-        "block_count": len(found),
-        "context_length": 1024,
-        "embedding_length": model.net.config.hidden_size,
-        "attention.head_count": heads,
-        "attention.head_count_kv": key_heads,
-        "feed_forward_length": channels,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "attention.key_length": 16,
-        "attention.value_length": 16,
-        "rope.dimension_count": 16,
-        "rope.freq_base": 10000.0,
-        "vocab_size": 264,
-    }
-    writer = package.GGUFWriter(path, arch)
-    for key, value in {**keys, **said}.items():
-        if value is not None:
-            add = {
-                int: writer.add_int32,
-                float: writer.add_float32,
-                str: writer.add_string,
-                list: writer.add_array,
-            }
-            add[type(value)](f"{arch}.{key}", value)
-    _add_words(writer, model)
-    for name, tensor in model.net.named_parameters():
-        stored, heads_of = _place(model, name.removesuffix(".weight"))
-        values = np.ascontiguousarray(tensor.numpy())
-        writer.add_tensor(stored, interleaved(values, heads_of) if heads_of else values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def _add_words(writer: Any, model: Model) -> None:
-    words = model.tokenizer.get_vocab()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*sorted(words, key=words.__getitem__), "[a]", "[b]"])
-    writer.add_token_types([1] * 259 + [3] * 3 + [5] * 2)
-    writer.add_token_merges(["h e", "l l", "he ll"])
-    writer.add_bos_token_id(260)
-    writer.add_eos_token_id(261)
-    writer.add_unk_token_id(259)
-
-
-def _place(model: Model, name: str) -> tuple[str, int]:
-    """A parameter's name in the file, and the heads in which its rows are interleaved (0: they are not)."""
-    ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    if name in ends:
-        return f"{ends[name]}.weight", 0
-    blocks = {
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    _, _, i, rest = name.split(".", 3)
-    own = model.net.model.layers[int(i)].self_attn
-    rotated = {"self_attn.q_proj": own.q_proj, "self_attn.k_proj": own.k_proj}
-    heads = rotated[rest].out_features // own.head_dim if rest in rotated else 0
-    return f"blk.{i}.{blocks[rest]}.weight", heads
 
 
 @pytest.fixture(autouse=True)
@@ -224,42 +130,76 @@ def test_a_pruned_llama_comes_back_from_its_file(model: Model, to: str) -> None:
         assert torch.equal(logits(back.net), logits(model.net))
 
 
-# ---------------------------------------------------------------- commands
-
-
-HEADS: Final = "attention.head_count"
-KEYS: Final = "attention.head_count_kv"
-CHANNELS: Final = "feed_forward_length"
-
-
-def test_a_file_of_others_is_read_by_its_lists(tmp_path: Path) -> None:
-    model = pruned()
-    back = models.load(str(foreign(tmp_path / "m.gguf", model, FOUND)), device="cpu")
-    assert widths.block_widths(back.net.config) == FOUND
-    assert torch.equal(logits(back.net), logits(model.net))
-    assert back.tokenizer("hello 12").input_ids == model.tokenizer("hello 12").input_ids
-    written = json.loads((back.path / "config.json").read_bytes())
-    assert (written["model_type"], written["num_attention_heads"], written["num_key_value_heads"]) == (
-        "fleetune_llama",
-        4,
-        2,
-    )
-
-
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ({HEADS: [4, 0, 4], KEYS: [2, 0, 2]}, r"block 1 has no attention \(head_count 0\)"),
-        ({CHANNELS: [128, 0, 32]}, r"block 1 has no MLP \(feed_forward_length 0\)"),
-        ({KEYS: [2, 2, 2]}, "block 1 has 1 query heads to a key head, block 0 has 2"),
-        ({"attention.value_length": 32}, r"16 wide, and attention.value_length is 32"),
+        (
+            {"attention.head_count": [4, 0, 4], "attention.head_count_kv": [2, 0, 2]},
+            r"no attention \(head_count 0\)",
+        ),
+        ({"feed_forward_length": [128, 0, 32]}, r"block 1 has no MLP \(feed_forward_length 0\)"),
+        ({"attention.head_count_kv": [2, 2, 2]}, "block 1 has 1 query heads to a key head, block 0 has 2"),
+        ({"attention.value_length": [32]}, r"16 wide, and attention.value_length is 32"),
     ],
 )
 def test_what_is_no_narrower_llama_is_refused_up_front(
-    tmp_path: Path, said: dict[str, Any], why: str
+    tmp_path: Path, said: dict[str, list[int]], why: str
 ) -> None:
-    path = foreign(tmp_path / "m.gguf", pruned(), FOUND, said)
-    for use in (models.load_config, models.load):
-        with pytest.raises(ModelError, match=rf"m.gguf is no llama with narrower blocks: .*{why}") as caught:
-            use(str(path))
-        assert f"fleetune serve {path}" in str(caught.value.hint)
+    with exported(narrowed([(2, 128), (1, 96), (2, 32)]), "gguf:f32") as (path, _):
+        reader = package.GGUFReader(path, "r+")
+        for key, numbers in said.items():
+            field = reader.fields[f"deci.{key}"]
+            for part, number in zip(field.data, numbers, strict=True):
+                field.parts[part][0] = number
+        reader.data.flush()
+        for use in (models.load_config, models.load):
+            with pytest.raises(ModelError, match=f"is no llama with narrower blocks: .*{why}") as caught:
+                use(str(path))
+            assert f"fleetune serve {path}" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_llama_of_different_widths_is_a_deci(quantised: bool, tmp_path: Path) -> None:
+    model = narrowed([(2, 128), (1, 96)])
+    if quantised:
+        compressed(model, tmp_path / "m")
+    else:
+        models.save(model.net, model.tokenizer, tmp_path / "m")
+    report = export(tmp_path / "m", "gguf" if quantised else "gguf:f32", tmp_path / "m.gguf")
+    assert report.exact == report.tensors or quantised
+    reader = package.GGUFReader(tmp_path / "m.gguf")
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["general.architecture"] == "deci"
+    assert fields["deci.attention.head_count"] == [4, 2]
+    assert fields["deci.attention.head_count_kv"] == [2, 1]
+    assert fields["deci.feed_forward_length"] == [128, 96]
+    assert fields["deci.attention.key_length"] == fields["deci.attention.value_length"] == 16
+    assert fields["deci.rope.dimension_count"] == 16
+    assert fields["deci.block_count"] == 2
+    found = {t.name: t for t in reader.tensors}
+    assert {
+        n: tuple(map(int, found[n].shape))
+        for n in (
+            "blk.0.attn_q.weight",
+            "blk.1.attn_q.weight",
+            "blk.1.attn_k.weight",
+            "blk.1.attn_output.weight",
+            "blk.1.ffn_down.weight",
+        )
+    } == {
+        "blk.0.attn_q.weight": (64, 64),
+        "blk.1.attn_q.weight": (64, 32),
+        "blk.1.attn_k.weight": (64, 16),
+        "blk.1.attn_output.weight": (32, 64),
+        "blk.1.ffn_down.weight": (96, 64),
+    }
+    state = dict(models.named_tensors(model.net))
+    for part, heads in (("q", 2), ("k", 1)):
+        read = package.quants.dequantize(
+            found[f"blk.1.attn_{part}.weight"].data, found[f"blk.1.attn_{part}.weight"].tensor_type
+        )
+        own = state[f"model.layers.1.self_attn.{part}_proj.weight"].numpy()
+        for head in range(heads):
+            for i in range(8):  # the rows i and i + d/2 of a head are neighbours in the file
+                assert np.array_equal(read[head * 16 + 2 * i], own[head * 16 + i])
+                assert np.array_equal(read[head * 16 + 2 * i + 1], own[head * 16 + 8 + i])

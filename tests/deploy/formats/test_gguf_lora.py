@@ -169,33 +169,6 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def test_a_run_is_exported_by_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = tiny()
-    models.save(model.net, model.tokenizer, tmp_path / "little")
-    quick = ["--limit", "20", "--held-out", "4", "--samples", "0", "--rounds", "1", "--clients", "2"]
-    run = ["tune", str(tmp_path / "little"), "demo", "--method", "fedit", "--set", "r=2", *quick]
-    assert main(run) == 0
-    capsys.readouterr()
-    assert main(["export", "latest", "--to", "gguf:lora", "--json"]) == 0
-    done = json.loads(capsys.readouterr().out.splitlines()[-1])
-    path = Path(done["path"])
-    assert path.name == f"{path.parent.name}-lora.gguf"
-    assert (done["exact"], done["tensors"]) == (28, 28)
-    fields = {key: f.contents() for key, f in package.GGUFReader(path).fields.items()}
-    assert fields["fleetune.method"] == "fedit"
-    assert json.loads(fields["fleetune.settings"])["r"] == 2
-    assert fields["fleetune.base_digest"] == model.digest
-    own = load_file(path.parent / "adapter" / "adapter_model.safetensors")
-    assert np.array_equal(
-        stored(path)["blk.0.attn_v.weight.lora_b"], own[f"{PEFT}0.self_attn.v_proj.lora_B.weight"]
-    )
-    assert main(["export", str(tmp_path / "little"), "--to", "gguf:lora", "--path", "a.gguf"]) == 2
-    assert "only a run has an adapter" in capsys.readouterr().err
-
-
 def test_a_folder_of_peft_is_exported_by_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

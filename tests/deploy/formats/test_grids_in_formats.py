@@ -8,20 +8,15 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from deploy_harness import compressed, tiny
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fleetune import models
 from fleetune.compression.layerwise.column_loop import nearest
-from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid
-from fleetune.compression.layerwise.groups import quantise
-from fleetune.deploy.export import write as export
+from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid, quantise
 from fleetune.deploy.formats import _ggml_blocks, compressed_tensors, gptq, mlx
-from fleetune.models import artefact
-from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models.artefact import Quantised
 
 GROUP, ROWS, GROUPS = 32, 16, 2
 SHAPES = {
@@ -96,26 +91,3 @@ def test_ggml_blocks_hold_what_was_solved(case: tuple[str, Quantised]) -> None:
         assert _ggml_blocks.misfit(q, name) is None, name
         raw = gguf.quants.dequantize(_ggml_blocks.PACKERS[name](q), gguf.GGMLQuantizationType[name])
         assert torch.equal(torch.from_numpy(raw), q.dense()), name
-
-
-def written(grid: str, folder: Path, *, positive: bool = False) -> Path:
-    """A tiny model on a grid, as an artefact; `positive`: no weight of its matrices is negative."""
-    model = tiny()
-    for _, tensor in models.named_tensors(model.net):
-        tensor.copy_(tensor.half())  # exact in every directory
-    found = compressed(model, folder / "ggml")
-    for name, q in found.items():
-        W = q.dense().abs() if positive else q.dense()
-        weight = quantise(W, Grid(grid, 4), GROUP, nearest).solved(Grid(grid, 4), GROUP).weight
-        assert isinstance(weight, Quantised)
-        assert not positive or int(weight.zero.min()) == 0
-        found[name] = weight
-    head = ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest)
-    artefact.write(folder / "codes", model, found, head)
-    return folder / "codes"
-
-
-@pytest.mark.parametrize("grid", ["universal"])
-def test_a_matrix_without_a_negative_weight_is_exported_to_gptq(grid: str, tmp_path: Path) -> None:
-    report = export(written(grid, tmp_path, positive=True), "gptq", tmp_path / "out")  # it reads back
-    assert report.types["I32"] == 3 * 14

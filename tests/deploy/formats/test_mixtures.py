@@ -12,21 +12,17 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
-from deploy_harness import tokenizer
 from family_harness import TEXT, divergence, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fleetune
-from fleetune import models
 from fleetune.common.events import BudgetSpent
 from fleetune.deploy import llamacpp
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
 from fleetune.models.artefact import Master
-from fleetune.models.families import experts
-from fleetune.models.families.experts import STACKED
 from fleetune.models.loading import load_artefact
 from fleetune.runs.listener import Silent
 
@@ -83,19 +79,6 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what the file holds
 
 
-def test_the_order_of_rows_of_a_part() -> None:
-    gate, up = experts.parts("model.layers.0.block_sparse_moe.experts.gate_up_proj")
-    assert (gate.name, up.name) == (
-        "model.layers.0.mlp.experts.gate_proj.weight",
-        "model.layers.0.mlp.experts.up_proj.weight",
-    )
-    assert gate.order((2, 6, 5), True, False).tolist() == [0, 1, 2, 6, 7, 8]
-    assert up.order((2, 6, 5), True, False).tolist() == [3, 4, 5, 9, 10, 11]
-    assert up.order((2, 6, 5), True, True).tolist() == [1, 3, 5, 7, 9, 11]
-    assert up.order((2, 6), False, True).tolist() == [1, 3, 5, 7, 9, 11]
-    assert up.order((6, 5), True, False).tolist() == [3, 4, 5]
-
-
 def test_three_stacked_tensors_and_a_router(tmp_path: Path) -> None:
     net = save("qwen3_moe", tmp_path / "m")
     found = tensors(export(tmp_path / "m", "gguf:f16", tmp_path / "x.gguf").path)
@@ -110,19 +93,6 @@ def test_three_stacked_tensors_and_a_router(tmp_path: Path) -> None:
     router = found["blk.2.ffn_gate_inp.weight"]  # in fp32, as llama.cpp's converter has it
     assert router.tensor_type.name == "F32"
     assert np.array_equal(router.data, own.gate.weight.numpy())
-
-
-@needs_engine
-@pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize(("kind", "bound"), [("gguf:q8_0", 2e-2)])
-def test_rounded_experts_run(case: str, kind: str, bound: float, tmp_path: Path) -> None:
-    net = save(case, tmp_path / "m")
-    report = export(tmp_path / "m", kind, tmp_path / "x.gguf")
-    types = {name: tensor.tensor_type.name for name, tensor in tensors(report.path).items()}
-    stacked = {name: kind for name, kind in types.items() if name.endswith("_exps.weight")}
-    assert len(stacked) >= 9
-    assert set(stacked.values()) == {kind.removeprefix("gguf:").upper()}
-    assert divergence(net, report.path) <= bound
 
 
 # ---------------------------------------------------------------- adapters
@@ -192,7 +162,6 @@ def test_formats_of_linear_layers_hold_experts_in_16_bits(tmp_path: Path) -> Non
 
 
 SAME, ROUNDED = 1e-5, 2e-2  # nats: as in test_gguf_families
-SUPER = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 256, "moe_intermediate_size": 256}
 MIXTURES = ["granitemoeshared", "gpt_oss"]
 
 
@@ -264,33 +233,3 @@ def test_the_file_has_the_size_that_was_said_and_runs(family: str, tmp_path: Pat
     assert whole.exact == whole.tensors
     assert divergence(net, whole.path) <= SAME
     assert divergence(net, report.path) <= ROUNDED
-
-
-@needs_engine
-@pytest.mark.parametrize("method", ["optq"])
-def test_experts_have_types_of_their_own(method: str, tmp_path: Path) -> None:
-    """Super-blocks too: the file holds the codes as they are."""
-    net = save("qwen3_moe", tmp_path / "m", **SUPER)
-    with torch.no_grad():  # the downs of two layers decide little
-        for block in net.model.layers[:2]:
-            block.mlp.experts.down_proj *= 0.05
-    models.save(net, tokenizer(), tmp_path / "m")
-    heard = Heard()
-    done = compressed(tmp_path, heard, method, bpw=4.4)
-    master = Master(done.folder / "model")
-    report = export(done.folder / "model", "gguf", named_by_export(tmp_path, done.folder))
-    assert report.bytes == heard.spent[0].bytes
-    tensors = {t.name: t for t in gguf.GGUFReader(report.path).tensors}
-    kinds = set()
-    for block in range(4):
-        name = f"model.layers.{block}.mlp.experts"
-        of_block = [tensors[f"blk.{block}.{stacked}.weight"] for stacked in STACKED]
-        values = [torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type)) for t in of_block]
-        assert torch.equal(torch.cat(values[:2], 1), master.weight(f"{name}.gate_up_proj"))
-        assert torch.equal(values[2], master.weight(f"{name}.down_proj"))
-        assert of_block[0].tensor_type == of_block[1].tensor_type
-        kinds.add((of_block[0].tensor_type, of_block[2].tensor_type))
-    assert len(kinds) > 1
-    assert any(one != other for one, other in kinds)
-    back = AutoModelForCausalLM.from_pretrained(export(done.folder / "model", "hf", tmp_path / "hf").path)
-    assert divergence(back, report.path) <= ROUNDED

@@ -98,13 +98,6 @@ def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
         default=None,
         help="load one block of the model at a time from disk",
     )
-    sub.add_argument(
-        "--true-sequential",
-        action="store_true",
-        default=None,
-        help="solve a layer on inputs that have passed the compressed layers of its own block (GPTQ's option of that name); "
-        "qronos always does",
-    )
 
 
 def _add_result_arguments(sub: argparse.ArgumentParser) -> None:

@@ -41,14 +41,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def engine_arguments(sub: argparse.ArgumentParser) -> None:
     """Add the subject and the engine's flags: `chat` has them too."""
-    from fleetune.deploy.serve import ENGINES
-
     sub.add_argument("subject", metavar="RUN|FOLDER|MODEL", help="also a .gguf file, or latest")
     sub.add_argument(
-        "--engine",
-        default="auto",
-        choices=["auto", *ENGINES],
-        help="what runs the model (default: the first installed)",
+        "--engine", default="auto", help="llama-server or xllamacpp (default: the first installed)"
     )
     sub.add_argument("--threads", type=int, help="threads of the engine (default: its own choice)")
     sub.add_argument(

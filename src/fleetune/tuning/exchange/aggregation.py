@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
@@ -43,7 +43,7 @@ NOTHING: Final[Mapping[str, np.ndarray]] = MappingProxyType({})
 
 
 class Mean:
-    """sum_k n_k w_k / sum_k n_k, tensor by tensor, float64; (n_k, tensors) are added one at a time."""
+    """FedAvg (McMahan et al. 2017, Algorithm 1): sum_k n_k w_k / sum_k n_k, tensor by tensor, float64."""
 
     def __init__(self, sums: Mapping[str, np.ndarray] = NOTHING) -> None:
         """`sums` is what the sums begin with, float64."""
@@ -55,7 +55,7 @@ class Mean:
         return dict(self._sums)
 
     def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
-        """Count `tensors` with weight `n`."""
+        """Count `tensors` with weight `n`; they are added one at a time, so memory does not grow with the devices."""
         for name, value in tensors.items():
             if name not in self._sums:
                 self._sums[name] = np.zeros(value.shape, np.float64)
@@ -67,36 +67,13 @@ class Mean:
         return {name: s / self.total for name, s in self._sums.items()}
 
 
-class Combination(Protocol):
-    """What tensors are added to one at a time: the `Mean`, or `Robust`."""
-
-    def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
-        """Count `tensors` with weight `n`."""
-        ...
-
-    def tensors(self) -> Tensors:
-        """Return what they combine to, float64; {} when nothing was added."""
-        ...
-
-
-def weighted_mean(
-    weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]], combination: Combination | None = None
-) -> Tensors:
-    """Average by FedAvg (McMahan et al. 2017, Algorithm 1): sum_k n_k w_k / sum_k n_k, tensor by tensor.
-
-    Takes (n_k, tensors) pairs one at a time, sums in float64, gives float32; {} when there are none.  An empty
-    `combination` takes the mean's place.
-    """
-    mean = combination or Mean()
-    for n, tensors in weighted:
-        mean.add(n, tensors)
-    return {name: m.astype(np.float32) for name, m in mean.tensors().items()}
-
+# Rules --------------------------------------------------------------------------------------------------
 
 SHARE: Final = Fraction(1, 5)  # cut off at either end by trimmed-mean
 FEWEST: Final = 3  # replies of which one can be outvoted
 TIMES: Final = 4.0  # the median device: what one may count, by what it says of itself
 ONCE: Final = 1.0  # the same of rows in a fleet's mean; more gains nothing (docs/safety.md)
+IN_MEMORY: Final = 1 << 22  # bytes of a round; more lie on disk
 NUMBERS: Final = 1 << 19  # of all clients that are in memory at a time; about 20 MB with what is made of them
 
 # (values float64[m, d], where their moves began float64[d], sizes float64[m], share) -> float64[d]
@@ -114,23 +91,20 @@ def trimmed(values: np.ndarray, share: Fraction) -> np.ndarray:
     place = np.arange(len(values))[:, None]
     kept = (place >= cut) & (place < have - cut)
     mean = np.where(kept, ordered, 0.0).sum(axis=0) / np.maximum(have - 2 * cut, 1)
-    found: np.ndarray = mean * (have / len(values)) + 0.0  # + 0.0: no minus zero
-    return found
+    return np.asarray(mean * (have / len(values)) + 0.0)  # + 0.0: no minus zero
 
 
 def clipped(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return float64[m, d]: moves, those of more than the usual size cut down to it."""
     most = usual(sizes)
     factors = np.divide(most, sizes, out=np.ones(len(sizes)), where=sizes > most)
-    found: np.ndarray = values * factors[:, None]
-    return found
+    return np.asarray(values * factors[:, None])
 
 
 def vote(values: np.ndarray, size: float) -> np.ndarray:
     """Return float64[d]: the sign that most numbers of a column have, times `size`; 0 where votes are equal."""
     have = np.count_nonzero(~np.isnan(values), axis=0)
-    found: np.ndarray = np.sign(np.nansum(np.sign(values), axis=0)) * size * (have / len(values)) + 0.0
-    return found
+    return np.asarray(np.sign(np.nansum(np.sign(values), axis=0)) * size * (have / len(values)) + 0.0)
 
 
 def usual(sizes: Sequence[float] | np.ndarray) -> float:
@@ -269,9 +243,6 @@ class Robust:
         return np.frombuffer(data, self._dtype).astype(np.float64)
 
 
-IN_MEMORY: Final = 1 << 22  # bytes; more lie on disk
-
-
 class Spool:
     """Bytes that are read again by their offset; StorageError when the disk does not take them."""
 
@@ -299,6 +270,9 @@ class Spool:
     def close(self) -> None:
         """Let go of the file, which is then gone."""
         self._file.close()
+
+
+# LoRA by its products -------------------------------------------------------------------------------------
 
 
 def cut(tensors: Mapping[str, np.ndarray], pairs: Mapping[str, tuple[str, str]], rank: int) -> Tensors:

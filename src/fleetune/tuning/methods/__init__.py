@@ -107,9 +107,6 @@ class Method(ABC):
         """Return why `rule`, not the mean, does not fit replies of `asked` clients, and what to do; "" where it does."""
         return "this method has a rule of its own; leave aggregation out"
 
-    def check_files(self) -> None:  # noqa: B027  # most read none
-        """Raise DataError when files that `init` reads cannot be read: called before the model is loaded."""
-
     def written_out(self) -> Self:
         """Return this method with what 0 or "" stands for in place, which a later version may choose otherwise."""
         return self

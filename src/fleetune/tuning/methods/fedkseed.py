@@ -34,36 +34,37 @@ whatever the number of rounds, and K numbers carry it.
   devices at most this share, of those in whose memory it fits.  Such a device reports its gradient projected
   on the K directions, p_k = z_k . g, after `backprop_steps` steps a_k <- a_k - eta_b p_k / K, each the mean of K
   two-point steps.  Both kinds of reply are K sums and enter one ledger, weighted by their precision: with rows n_c,
-  a device that back-propagated weighs n_c, and one that took n two-point steps n_c / (1 + (K - 1) / n).
+  a device that back-propagated weighs n_c, and one that took n two-point steps n_c / (1 + (K - 1) / n).  For of a
+  gradient in d dimensions, n two-point samples along directions drawn from the pool have, over the draw of the pool, the
+  variance d (1/K + (1 - 1/K) / n) |g|^2, the whole pool (n = infinity) d/K |g|^2.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import numpy as np
 
 from fleetune.common.settings import setting
-from fleetune.data import Batch, Batches
+from fleetune.data import Batches
 from fleetune.errors import MessageError
 from fleetune.evaluation import objectives
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.seeds import slopes
-from fleetune.seeds.descent import Position, descend, descend_projected, uniforms
+from fleetune.seeds.descent import descend, descend_projected, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import POOL
 from fleetune.seeds.slopes import Slopes
-from fleetune.seeds.view import View
 from fleetune.tuning.exchange import server_rules
 from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
-from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec, Scalar
+from fleetune.tuning.exchange.messages import REPORTED, LogCode, Payload, ReplySpec, Scalar
 from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import INT32, UNITS, draw, pool_ids, rounded
 
@@ -72,10 +73,8 @@ PAPER = "Qin et al., ICML 2024, arXiv 2312.06353"
 SENDS = "one byte a local step up; K integers down"
 PASSES: Final = 4  # over a client's rows in a round, where the number of steps is not given
 FEWEST_STEPS: Final = 50
-DIRECTIONS: Final = (
-    1024,
-    4096,
-)  # K where none is given: of two-point steps alone, with clients that back-propagate
+KINDS: Final = ("two-point steps", "back-propagation")
+MARK: Final = "backprop"  # a scalar of the message to a client that is to back-propagate
 
 
 class State(NamedTuple):
@@ -83,8 +82,8 @@ class State(NamedTuple):
 
     ledger: Ledger
     round: int  # rounds done
-    size: np.ndarray  # for Pro: `Sizes`
-    seen: np.ndarray
+    size: np.ndarray  # for Pro: float64[K] sum of |g| seen along each direction,
+    seen: np.ndarray  # int64[K] and the number of these slopes
     moments: dict[str, np.ndarray]  # the server rule's
 
 
@@ -124,7 +123,7 @@ class Method(_zeroth.OfLedger):
 
     def __post_init__(self) -> None:
         if self.K == 0:
-            object.__setattr__(self, "K", DIRECTIONS[self.backprop > 0])
+            object.__setattr__(self, "K", 4096 if self.backprop else 1024)
         _zeroth.check_pool(
             self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size
         )
@@ -133,27 +132,27 @@ class Method(_zeroth.OfLedger):
         if self.epoch_rounds < 0 or self.clip < 0:
             raise ValueError("epoch_rounds and clip must be 0 or more")
         plain = self.law == POOL and (self.objective, self.pro) == ("loss", False)
-        check_backprop(self.backprop, self.backprop_lr, self.backprop_steps, projectable=plain)
+        if not 0 <= self.backprop <= 1 or abs(self.share - Fraction(self.backprop)) > 1e-9:
+            raise ValueError(f"backprop = {self.backprop} is not a share in whole percent, 0 to 1")
+        if not 0 < self.backprop_lr < 1e3 or self.backprop_steps < 1:
+            raise ValueError(
+                f"backprop_lr = {self.backprop_lr} must be positive (and sane) and "
+                f"backprop_steps = {self.backprop_steps} at least 1"
+            )
+        if self.backprop and not plain:
+            raise ValueError(
+                "backprop projects the gradient of the loss on all directions of a pool: "
+                "it needs law=hashed, objective=loss and pro=false"
+            )
         server_rules.check(self.server, lr=self.server_lr)
 
     def written_out(self) -> Self:
-        """Return the method with the server rule's own rate in place."""
-        own = server_rules.SUMS_ETA.get(self.server, 0.0)
-        return replace(self, server_lr=server_rules.rate(self.server, self.server_lr or own))
+        lr = self.server_lr or server_rules.SUMS_ETA.get(self.server, 0.0)
+        return replace(self, server_lr=server_rules.rate(self.server, lr))
 
     def init(self, model: Model, key: int) -> State:
-        ledger = _zeroth.new_ledger(
-            model,
-            key,
-            law=self.law,
-            K=self.K,
-            lr=self.lr,
-            eps=self.eps,
-            method="fedkseed",
-            rule="constant",
-            hyper=asdict(self),
-            aggregation="mean weighted by rows" + (" and precision" if self.backprop else ""),
-        )
+        how = "mean weighted by rows" + (" and precision" if self.backprop else "")
+        ledger = self.empty(model, key, aggregation=how)
         return State(ledger, 0, np.zeros(self.K), np.zeros(self.K, np.int64), {})
 
     def broadcast(self, state: State) -> Payload:
@@ -175,45 +174,50 @@ class Method(_zeroth.OfLedger):
         return self.reply_spec(self.kind_of(0))
 
     @property
+    def share(self) -> Fraction:
+        """The share of the clients that back-propagate, exactly, in whole percent."""
+        return Fraction(round(100 * self.backprop), 100)
+
+    @property
     def kind_names(self) -> Sequence[str]:
         return KINDS if self.backprop else KINDS[:1]
 
     def kind_of(self, client: int) -> int:
-        return int(back_propagates(client, self.backprop))
+        """Return 1 for a client that back-propagates, where all can: they are spread evenly over the numbers."""
+        return math.floor((client + 1) * self.share) - math.floor(client * self.share)
 
     def kinds(self, state: State) -> list[tuple[Payload, ReplySpec]]:
         """Send the same sums to all; those that are to back-propagate are told so."""
         payload = self.broadcast(state)
-        sent = [payload, order_backprop(payload)]
+        sent = [payload, Payload(payload.arrays, {**payload.scalars, MARK: True})]
         return [(sent[kind], self.reply_spec(kind)) for kind in range(len(self.kind_names))]
 
     def reply_spec(self, kind: int) -> ReplySpec:
         """Return what the reply of a kind must look like."""
-        return projection_spec(self.codec, self.K) if kind else self.codec.spec(self.K, self.tau)
+        codec = self.codec
+        return ReplySpec({"projected": (codec.dtype, (self.K,))}) if kind else codec.spec(self.K, self.tau)
 
     @property
-    def codec(self) -> Wire:
+    def codec(self) -> Byte:
+        """The form in which integers are sent; it decides which integers a step may have."""
         return WIRES[self.wire]
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Take tau two-point steps along drawn directions, or back-propagate where `payload` says so; reply with integers."""
-        view, position = _zeroth.open_view(model, payload, batches, law=self.law, K=self.K, lr=self.lr)
+        view, position = self.opened(model, payload, batches)
         epoch = len(payload.array("a")) - 1
-        if is_ordered(payload):
-            projected, loss = project_steps(
-                model,
-                view,
-                position,
-                epoch,
-                batches.steps(self.backprop_steps, self.batch_size),
-                key,
-                wire=self.codec,
-                units=UNITS * self.backprop_lr / self.lr,
-                clip=self.clip,
-            )
-            return Payload({"projected": projected}, {"n": batches.n, "loss": loss})
+        if payload.scalars.get(MARK) is True:
+            taken = batches.steps(self.backprop_steps, self.batch_size)
+            units = UNITS * self.backprop_lr / self.lr
+            walked = descend_projected(model, view, position, epoch, taken, units=units, clip=self.clip)
+            projected = self.codec.projection(walked.moved, key)
+            ids = pool_ids(epoch, np.arange(self.K))
+            for id, c in zip(ids, self.codec.integers(projected), strict=True):
+                position.move(int(id), int(c))
+            position.place(view)
+            return Payload({"projected": projected}, {"n": batches.n, "loss": walked.loss})
         p = payload.arrays.get("p")
         if p is not None and (p.shape != (self.K,) or not np.isfinite(p).all()):
             raise MessageError(f"the probabilities are not of {self.K} directions")
@@ -251,17 +255,20 @@ class Method(_zeroth.OfLedger):
         Another `rule` combines a_{c,k} over the clients that have drawn direction k.
         """
         p, combined = self.probabilities(state), rule.combining()
-        sizes = Sizes(state.size.copy(), state.seen.copy())
+        size, seen = state.size.copy(), state.seen.copy()
         units = UNITS * pro_weights(p, self.K)  # of a slope of 1 along each direction
         for reply in replies:
-            w = reply_weight(reply.payload, self.codec, self.K, mixed=self.backprop > 0)
+            w = self.weight(reply.payload)
             if "projected" in reply.payload.arrays:
                 sums = self.codec.integers(reply.payload.array("projected"))
             else:
                 k, c = self.codec.walk(reply, p, self.K)
-                sizes.add(k, c / units[k])
+                np.add.at(size, k, np.abs(c / units[k]))
+                np.add.at(seen, k, 1)
                 sums = summed(k, c, self.K)
-                sums = sums if rule.name == "mean" else self.drawn_only(sums, reply, p, rule)
+                if rule.name != "mean":  # along directions that were not drawn: what the rule has for none
+                    drawn = draw(reply.key, self.codec.steps(reply.payload), p, self.K)
+                    sums = np.where(np.bincount(drawn, minlength=self.K) > 0, sums, rule.absent)
             combined.add(w, {"a": sums})
         ledger, moments = state.ledger, state.moments
         if combined.total:
@@ -269,15 +276,18 @@ class Method(_zeroth.OfLedger):
             step, moments = server_rules.step_sums(self.server, mean, moments, lr=self.server_lr)
             ids = pool_ids(self.epoch(state), np.arange(self.K))
             ledger = ledger.append(ids, rounded(step * UNITS), state.round + 1)
-        new = State(ledger, state.round + 1, *sizes, moments)
+        new = State(ledger, state.round + 1, size, seen, moments)
         if self.epoch(new) > self.epoch(state):  # the next round draws from a pool of which nothing is known
             new = new._replace(size=np.zeros(self.K), seen=np.zeros(self.K, np.int64), moments={})
         return new
 
-    def drawn_only(self, sums: np.ndarray, reply: Reply, p: np.ndarray | None, rule: Rule) -> np.ndarray:
-        """Return float64[K]: the sums of a walk; along directions that were not drawn, what `rule` has for none."""
-        drawn = draw(reply.key, self.codec.steps(reply.payload), p, self.K)
-        return np.where(np.bincount(drawn, minlength=self.K) > 0, sums, rule.absent)
+    def weight(self, payload: Payload) -> float:
+        """Return what a reply weighs: its rows n; in a mixed fleet n / (1 + (K - 1) / steps) after two-point steps."""
+        n = payload.int("n")
+        if not self.backprop or "projected" in payload.arrays:
+            return float(n)
+        steps = self.codec.steps(payload)
+        return n * steps / (steps + self.K - 1) if steps else 0.0
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         if 0 < self.backprop < 1:
@@ -326,20 +336,8 @@ class Method(_zeroth.OfLedger):
 # Pro: directions drawn by the size of the slopes seen along them (section 3.3) ---------------------------
 
 
-class Sizes(NamedTuple):
-    """Sums and counts of the slopes seen along each direction."""
-
-    size: np.ndarray  # float64[K] sum of |g|
-    seen: np.ndarray  # int64[K] number of slopes
-
-    def add(self, k: np.ndarray, g: np.ndarray) -> None:
-        """Count slopes g, seen along the directions k, in place."""
-        np.add.at(self.size, k, np.abs(g))
-        np.add.at(self.seen, k, 1)
-
-
 def pro_probabilities(size: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Return float32[K]: the softmax of the min-max-scaled mean |g| of each direction (see `Sizes`).
+    """Return float32[K]: the softmax of the min-max-scaled mean |g| of each direction (see `State`).
 
     The most favoured direction is at most e times as likely as the least.  Sizes are cut at the 95 % quantile first:
     in the reference one outlier flattens all other ones.
@@ -351,8 +349,7 @@ def pro_probabilities(size: np.ndarray, seen: np.ndarray) -> np.ndarray:
     mean[seen == 0] = np.median(mean[seen > 0])
     mean = np.minimum(mean, np.quantile(mean, 0.95))
     scaled = (mean - mean.min()) / (np.ptp(mean) or 1.0)
-    p: np.ndarray = (np.exp(scaled) / np.exp(scaled).sum()).astype(np.float32)
-    return p
+    return np.asarray(np.exp(scaled) / np.exp(scaled).sum(), np.float32)
 
 
 def pro_weights(p: np.ndarray | None, K: int) -> np.ndarray:
@@ -360,86 +357,61 @@ def pro_weights(p: np.ndarray | None, K: int) -> np.ndarray:
     return np.ones(K) if p is None else 1.0 / (K * p.astype(np.float64))
 
 
-SCALARS: Final = MappingProxyType({"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
-
-
-class Wire(Protocol):
-    """A form in which integers are sent.  It decides which integers a step may have."""
-
-    dtype: str  # of the array that is sent
-
-    def spec(self, K: int, tau: int) -> ReplySpec:
-        """Return the form of a walk's reply."""
-        ...
-
-    def integer(self, units: float, u: float, tau: int) -> int:
-        """Return the integer that stands for a step of so many units; u, uniform in [0, 1), is the step's coin."""
-        ...
-
-    def reply(self, k: np.ndarray, c: np.ndarray, K: int, scalars: Mapping[str, Scalar]) -> Payload:
-        """Return the reply of a walk: c int64[steps] along the directions k."""
-        ...
-
-    def steps(self, payload: Payload) -> int:
-        """Return the number of steps of a walk's reply."""
-        ...
-
-    def walk(self, reply: Reply, p: np.ndarray | None, K: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (k, c) of a walk's reply, or what is equal to it in sum."""
-        ...
-
-    def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
-        """Raise MessageError for a walk's reply that no steps along the drawn directions can give."""
-        ...
-
-    def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
-        """Return the array that is sent of a projection float64[K]."""
-        ...
-
-    def integers(self, array: np.ndarray) -> np.ndarray:
-        """Return int64: the integers that an array stands for."""
-        ...
+# How a client's steps are sent ----------------------------------------------------------------------------
+#
+# The steps of a client in a round are its walk: tau steps, step j the integer c_j along direction k_j of the pool.  A client
+# that back-propagates sends its projection instead: how far it moved along each direction, one integer each.
 
 
 class Byte:
-    """One byte a step (`LogCode`): a step is rounded to a level, without bias."""
+    """One byte a step (`LogCode`): a step is rounded to a level, without bias.
 
-    dtype = "uint8"
+    The directions are drawn from the client's key of the round, so the server draws them again and they are never sent.
+    """
+
+    dtype = "uint8"  # of the array that is sent
 
     def spec(self, K: int, tau: int) -> ReplySpec:
-        return ReplySpec({"codes": (self.dtype, (-tau,))}, SCALARS)
+        """Return the form of a walk's reply."""
+        return ReplySpec({"codes": (self.dtype, (-tau,))})
 
     def integer(self, units: float, u: float, tau: int) -> int:
+        """Return the integer that stands for a step of so many units; u, uniform in [0, 1), is the step's coin."""
         return int(LogCode.decode(LogCode.encode(np.array([units]), np.array([u])))[0])
 
     def reply(self, k: np.ndarray, c: np.ndarray, K: int, scalars: Mapping[str, Scalar]) -> Payload:
+        """Return the reply of a walk: c int64[steps] along the directions k."""
         codes = LogCode.encode(c, np.zeros(len(c)))  # each c is a level, so nothing is rounded
         return Payload({"codes": codes}, scalars)
 
     def steps(self, payload: Payload) -> int:
+        """Return the number of steps of a walk's reply."""
         return len(payload.array("codes"))
 
     def walk(self, reply: Reply, p: np.ndarray | None, K: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (k, c) of a walk's reply, or what is equal to it in sum."""
         c = self.integers(reply.payload.array("codes"))
         return draw(reply.key, len(c), p, K), c
 
     def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
-        return  # every code is a step
+        """Raise MessageError for a walk's reply that no steps along the drawn directions can give: here all can be."""
 
     def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
+        """Return the array that is sent of a projection float64[K]."""
         return LogCode.encode(moved, uniforms(key, "rounding", len(moved)))
 
     def integers(self, array: np.ndarray) -> np.ndarray:
+        """Return int64: the integers that an array stands for."""
         return LogCode.decode(array)
 
 
-class Sums:
+class Sums(Byte):
     """Exact sums: 4 bytes for each of the K directions, whatever the number of steps."""
 
     dtype = "int32"
 
     def spec(self, K: int, tau: int) -> ReplySpec:
-        return ReplySpec({"sums": (self.dtype, (K,))}, {**SCALARS, "steps": (int, 0, tau)})
+        return ReplySpec({"sums": (self.dtype, (K,))}, {**REPORTED, "steps": (int, 0, tau)})
 
     def integer(self, units: float, u: float, tau: int) -> int:
         top = INT32 // tau  # so that a sum of all steps fits its 32 bits
@@ -456,24 +428,20 @@ class Sums:
         return np.flatnonzero(sums), sums[sums != 0]
 
     def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
-        sums, drawn = (
-            self.integers(reply.payload.array("sums")),
-            draw(reply.key, self.steps(reply.payload), p, K),
-        )
-        most = np.bincount(drawn, minlength=K) * (INT32 // tau)
+        sums = self.integers(reply.payload.array("sums"))
+        most = np.bincount(draw(reply.key, self.steps(reply.payload), p, K), minlength=K) * (INT32 // tau)
         if (beyond := np.flatnonzero(np.abs(sums) > most)).size:
             k = int(beyond[0])
             raise MessageError(f"the sum along direction {k} is {sums[k]}, its steps give {most[k]} at most")
 
     def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
-        sent: np.ndarray = np.clip(np.rint(moved), -INT32, INT32).astype(np.int32)
-        return sent
+        return np.asarray(np.clip(np.rint(moved), -INT32, INT32), np.int32)
 
     def integers(self, array: np.ndarray) -> np.ndarray:
         return array.astype(np.int64)
 
 
-WIRES: Final[Mapping[str, Wire]] = MappingProxyType({"byte": Byte(), "sums": Sums()})
+WIRES: Final[Mapping[str, Byte]] = MappingProxyType({"byte": Byte(), "sums": Sums()})
 
 
 def summed(k: np.ndarray, c: np.ndarray, K: int) -> np.ndarray:
@@ -481,81 +449,3 @@ def summed(k: np.ndarray, c: np.ndarray, K: int) -> np.ndarray:
     sums = np.zeros(K, np.int64)
     np.add.at(sums, k, c)
     return sums
-
-
-MARK: Final = "backprop"  # a scalar of the message
-KINDS: Final = ("two-point steps", "back-propagation")
-
-
-def check_backprop(backprop: float, lr: float, steps: int, *, projectable: bool) -> None:
-    """Raise ValueError, in plain words, for settings that cannot be; `projectable`: on the loss and a pool, uniform."""
-    if not 0 <= backprop <= 1 or abs(backprop_share(backprop) - Fraction(backprop)) > 1e-9:
-        raise ValueError(f"backprop = {backprop} is not a share in whole percent, 0 to 1")
-    if not 0 < lr < 1e3 or steps < 1:
-        raise ValueError(
-            f"backprop_lr = {lr} must be positive (and sane) and backprop_steps = {steps} at least 1"
-        )
-    if backprop and not projectable:
-        raise ValueError(
-            "backprop projects the gradient of the loss on all directions of a pool: "
-            "it needs law=hashed, objective=loss and pro=false"
-        )
-
-
-def backprop_share(backprop: float) -> Fraction:
-    """Return the share of the clients that back-propagate as an exact fraction, in whole percent."""
-    return Fraction(round(100 * backprop), 100)
-
-
-def back_propagates(client: int, backprop: float) -> bool:
-    """Tell whether a client is one of those that do, where all can: they are spread evenly over the numbers."""
-    part = backprop_share(backprop)
-    return math.floor((client + 1) * part) > math.floor(client * part)
-
-
-def order_backprop(payload: Payload) -> Payload:
-    """Return the message that makes a device back-propagate; the same without its mark makes it take two-point steps."""
-    return Payload(payload.arrays, {**payload.scalars, MARK: True})
-
-
-def is_ordered(payload: Payload) -> bool:
-    """Tell whether the message makes a device back-propagate."""
-    return payload.scalars.get(MARK) is True
-
-
-def projection_spec(wire: Wire, K: int) -> ReplySpec:
-    """Return the form of the reply of a device that back-propagates."""
-    return ReplySpec({"projected": (wire.dtype, (K,))}, SCALARS)
-
-
-def reply_weight(payload: Payload, wire: Wire, K: int, *, mixed: bool) -> float:
-    """Return what a reply weighs: its rows n; in a mixed fleet n / (1 + (K - 1) / steps) after two-point steps."""
-    n = payload.int("n")
-    if not mixed or "projected" in payload.arrays:
-        return float(n)
-    steps = wire.steps(payload)
-    return n * steps / (steps + K - 1) if steps else 0.0
-
-
-def project_steps(
-    model: Model,
-    view: View,
-    position: Position,
-    epoch: int,
-    batches: Iterable[Batch],
-    key: int,
-    *,
-    wire: Wire,
-    units: float,
-    clip: float,
-) -> tuple[np.ndarray, float]:
-    """Return what a device that back-propagates sends, [K] in the wire's type, and its mean loss; the view follows.
-
-    `units` is its learning rate over the ledger's grid.
-    """
-    steps = descend_projected(model, view, position, epoch, batches, units=units, clip=clip)
-    sent = wire.projection(steps.moved, key)
-    for id, c in zip(pool_ids(epoch, np.arange(len(sent))), wire.integers(sent), strict=True):
-        position.move(int(id), int(c))
-    position.place(view)
-    return sent, steps.loss

@@ -26,7 +26,7 @@ own data and the server takes the mean of their scalars, direction by direction.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -82,18 +82,7 @@ class Method(_zeroth.OfLedger):
             raise ValueError("clip and decay must be 0 or more")
 
     def init(self, model: Model, key: int) -> State:
-        ledger = _zeroth.new_ledger(
-            model,
-            key,
-            law=self.law,
-            K=self.K,
-            lr=self.lr,
-            eps=self.eps,
-            method="mezo",
-            rule="linear to 0" if self.decay else "constant",
-            hyper=asdict(self),
-            aggregation="mean weighted by rows",
-        )
+        ledger = self.empty(model, key, rule="linear to 0" if self.decay else "constant")
         return State(ledger, 0, 0)
 
     def ids(self, step: int) -> np.ndarray:
@@ -110,13 +99,13 @@ class Method(_zeroth.OfLedger):
         return Payload(payload.arrays, {**payload.scalars, "step": state.step})
 
     def expects(self, state: State) -> ReplySpec:
-        return ReplySpec({"c": ("int32", (self.tau,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+        return ReplySpec({"c": ("int32", (self.tau,))})
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Take tau steps along fresh directions; reply with the integers that were stepped by."""
-        view, position = _zeroth.open_view(model, payload, batches, law=self.law, K=self.K, lr=self.lr)
+        view, position = self.opened(model, payload, batches)
         first = payload.int("step")
         steps = descend(
             model,

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -101,20 +101,8 @@ class Method(_zeroth.OfLedger):
             raise ValueError(f"clip = {self.clip} must be 0 or more")
 
     def init(self, model: Model, key: int) -> State:
-        vote = self.wire == "sign"
-        ledger = _zeroth.new_ledger(
-            model,
-            key,
-            law=self.law,
-            K=self.K,
-            lr=self.grid_lr,
-            eps=self.eps,
-            method="onebyte",
-            rule="constant",
-            hyper=asdict(self),
-            aggregation="majority vote weighted by rows" if vote else "mean weighted by rows",
-        )
-        return State(ledger, 0)
+        how = "mean" if self.wire == "byte" else "majority vote"
+        return State(self.empty(model, key, aggregation=f"{how} weighted by rows"), 0)
 
     @property
     def grid_lr(self) -> float:
@@ -136,13 +124,13 @@ class Method(_zeroth.OfLedger):
 
     def expects(self, state: State) -> ReplySpec:
         size = self.directions if self.wire == "byte" else -(-self.directions // 8)
-        return ReplySpec({"codes": ("uint8", (size,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+        return ReplySpec({"codes": ("uint8", (size,))})
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Measure n slopes at one point; then step by what is sent, as if this machine were alone."""
-        view, position = _zeroth.open_view(model, payload, batches, law=self.law, K=self.K, lr=self.grid_lr)
+        view, position = self.opened(model, payload, batches)
         position.place(view)
         round = payload.int("round")
         ids = pool_ids(self.epoch(round), self.draw(round, payload.int("run_key"), key)).tolist()

@@ -198,9 +198,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     problems += _of_course(recipe)
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
-    method = methods.make(recipe.method, recipe.set)
-    method.check_files()
-    return entry, method
+    return entry, methods.make(recipe.method, recipe.set)
 
 
 def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from fleetune import adapters
 from fleetune.data import Batches, Encoded
-from fleetune.evaluation.losses import class_measures, pad_id, response_loss
+from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.models.net.model import Model
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
@@ -76,7 +76,7 @@ class Bench:
         """Return the loss on the measured rows, infinite where it is no number."""
         self.on_loss()
         few = list(self.rows)
-        found = class_measures(self.model, few)[0] if self.model.labels else response_loss(self.model, few)
+        found = response_loss(self.model, few)
         return found if math.isfinite(found) else math.inf
 
     def begin(self, method: Method) -> Any:
@@ -214,7 +214,7 @@ def aside(rows: int) -> int:
 
 def first_rate(method: Any, name: str) -> float:
     """Return where a trial begins: the method's own default."""
-    return float(getattr(method, name)) or float(method.training().lr)
+    return float(getattr(method, name)) or float(method.own_lr)
 
 
 @contextmanager

@@ -31,13 +31,14 @@ import numpy as np
 from fleetune.common.files import PRIVATE, read_bytes, regular, write_atomic
 from fleetune.errors import MessageError
 from fleetune.runs import rundir
-from fleetune.runs.rundir import RunDir, checkpoints
+from fleetune.runs.rundir import RunDir
 from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning.exchange import messages
 from fleetune.tuning.exchange.messages import Message, Payload, Scalar
 
 ON: Final = "stands_on"  # the scalar with what it stands on, as JSON
 KEPT: Final = "kept"  # arrays: client, round and CRC-32 of memories
+COURSE: Final = "course"  # the scalar with how the validation stood, as JSON
 
 
 @dataclass
@@ -205,22 +206,25 @@ def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
     return type(like)(**values), Totals(*json.loads(_get("totals", "", payload)))
 
 
-def state_of(run: RunDir, round: int, like: Any) -> Any | None:
-    """Return the state after `round`, None when there is no such checkpoint (any more); `like` as for `unpack`."""
-    path = dict(checkpoints(run.path)).get(round)
+def _saved(run: RunDir, round: int) -> Payload | None:
+    """Return the checkpoint of a round; None when there is none (any more), or none that can be read."""
+    path = dict(rundir.checkpoints(run.path)).get(round)
     try:
-        return None if path is None else unpack(decode(read_bytes(path)), like)[0]
-    except MessageError:
+        return None if path is None else decode(read_bytes(path))
+    except (MessageError, OSError):
         return None
 
 
+def state_of(run: RunDir, round: int, like: Any) -> Any | None:
+    """Return the state after `round`, None where its checkpoint is not there; `like` as for `unpack`."""
+    saved = _saved(run, round)
+    return None if saved is None else unpack(saved, like)[0]
+
+
 def course_of(run: RunDir, round: int) -> Course:
-    """Return how the validation stood after `round`; the start of a course where there is no such checkpoint."""
-    path = dict(checkpoints(run.path)).get(round)
-    try:
-        return Course() if path is None else course_in(decode(read_bytes(path)))
-    except (MessageError, OSError):
-        return Course()
+    """Return how the validation stood after `round`; the start of a course where its checkpoint is not there."""
+    saved = _saved(run, round)
+    return Course() if saved is None else course_in(saved)
 
 
 def _put(path: str, value: Any, arrays: dict[str, np.ndarray], scalars: dict[str, Scalar]) -> None:
@@ -252,8 +256,7 @@ def _get(path: str, like: Any, payload: Payload) -> Any:
         raise MessageError(f"the checkpoint lacks {missing}") from missing
 
 
-COURSE: Final = "course"  # of the scalar in a checkpoint
-CHOICES: Final = ("last", "best")
+# The best round -----------------------------------------------------------------------------------------
 
 
 class Course(NamedTuple):
@@ -275,14 +278,9 @@ class Course(NamedTuple):
 
     @classmethod
     def from_json(cls, text: str) -> Course:
-        """Read it from a checkpoint; MessageError when it is damaged."""
-        try:
-            best, score, stale = json.loads(text)
-            if best is None:
-                return cls(stale=int(stale))
-            return cls(int(best), float(score), int(stale))
-        except (ValueError, TypeError) as error:
-            raise MessageError(f"the best round in the checkpoint is damaged ({error})") from error
+        """Read it from a checkpoint."""
+        best, score, stale = json.loads(text)
+        return cls(stale=stale) if best is None else cls(best, score, stale)
 
 
 def best_files(run: Path) -> list[tuple[int, Path]]:

@@ -13,9 +13,10 @@ memory (`Assignment`).
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from fleetune.common.events import ClientReply
 from fleetune.tuning.methods import Method
@@ -40,22 +41,19 @@ class Answer(NamedTuple):
     tokens: int | None = None  # of the rows in these steps
 
 
-class Fleet(Protocol):
+class Fleet(ABC):
     """Anything that can run `Method.local` for its clients."""
 
     @property
+    @abstractmethod
     def rows(self) -> Sequence[int]:
         """Rows of every client."""
-        ...
 
+    @abstractmethod
     def present(self) -> Sequence[int]:
         """Return the numbers of the clients that may be asked in the coming round, ascending."""
-        ...
 
-    def kind(self, client: int) -> int:
-        """Return the kind of a client that may be asked, of those that the method has."""
-        ...
-
+    @abstractmethod
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes], goal: int = 0
     ) -> Iterator[Answer]:
@@ -63,27 +61,28 @@ class Fleet(Protocol):
 
         With a `goal` the round is over when so many have replied, and the others are late.
         """
-        ...
+
+    def kind(self, client: int) -> int:
+        """Return the kind of a client that may be asked, of those that the method has."""
+        return 0
+
+    def heard(self, reply: ClientReply) -> None:  # noqa: B027  # a simulation has nothing to add
+        """Take note of what became of a client's reply."""
+
+    # What clients remember between rounds
 
     def kept(self) -> Mapping[int, tuple[int, int]]:
         """Return client -> (round, CRC-32) of what each client stored last."""
-        ...
+        return {}
 
-    def check_kept(self, stated: Mapping[int, tuple[int, int]]) -> None:
+    def check_kept(self, stated: Mapping[int, tuple[int, int]]) -> None:  # noqa: B027
         """Raise MessageError when what a checkpoint states of the clients' memories is not there."""
-        ...
 
-    def heard(self, reply: ClientReply) -> None:
-        """Take note of what became of a client's reply."""
-        ...
-
-    def rewind(self, round: int) -> None:
+    def rewind(self, round: int) -> None:  # noqa: B027
         """Delete what clients stored after `round`; called before anything is asked (a resume)."""
-        ...
 
-    def forget_before(self, round: int) -> None:
+    def forget_before(self, round: int) -> None:  # noqa: B027
         """Delete client memories that a newer one, not after `round`, replaces; no resume can need them."""
-        ...
 
 
 class Wanted(NamedTuple):

@@ -3,7 +3,7 @@
 
     memories/client-000017.round-000005.ckpt        what client 17 stored at the end of its work in round 5
 
-What a method remembers on a client (SCAFFOLD's variates, personal prompts) lies on disk (`Memories`): read when the client
+What a method remembers on a client (SCAFFOLD's variates) lies on disk (`Memories`): read when the client
 works and written when it is done, so the process holds one memory however many clients there are.  A round counts with the
 run's checkpoint: `rewind` deletes what a kill left beyond it, `forget_before` what no resume can need.  The checkpoint names
 every memory that it stands on (`kept`), and a resumed run compares them before it begins (`check`).
@@ -15,8 +15,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ import numpy as np
 
 from fleetune.common.files import PRIVATE, read_bytes, regular, storage_error, write_atomic
 from fleetune.common.memory import give_back
-from fleetune.data import Batch, Batches
+from fleetune.data import Batches
 from fleetune.errors import MessageError
 from fleetune.models.net.model import Model
 from fleetune.tuning.exchange.messages import HEAD, Message, Payload, crc_of, decode, encode
@@ -41,68 +40,19 @@ def work(
     received: Message,
     memories: Memories,
     on_step: Callable[[int, int], None],
-    done: WorkDone | None = None,
 ) -> bytes:
     """Do what was `received`, for the client whose rows `batches` has; return its reply, and keep what it remembers.
 
     The method takes the message's arrays out of it, so that they need not be in memory as long as it works.
-    `on_step(client, step)` is called before every local step; `done` counts the steps and their tokens.
+    `on_step(client, step)` is called before every local step, and may raise.
     """
     memory = memories.of(batches.client)
-    watched = Watched(batches, on_step, done or WorkDone())
+    batches.on_step = on_step
     give_back()  # what was done before: an evaluation, another client's work, the message's bytes
-    reply = method.local(model, received.payload, watched, key, memory)  # type: ignore[arg-type]
+    reply = method.local(model, received.payload, batches, key, memory)
     memories.keep(batches.client, received.round, memory)
     give_back()  # what training leaves behind, so that the reply's bytes do not come on top of it
     return encode(Message(received.round, received.base, reply))
-
-
-@dataclass
-class WorkDone:
-    """The local steps that a client has made, and the tokens of their rows (prompts included, padding not)."""
-
-    steps: int = 0
-    tokens: int = 0
-
-    def add(self, batch: Batch) -> None:
-        """Count a step."""
-        self.steps += 1
-        self.tokens += int(batch.attention_mask.sum())
-
-
-class Watched:
-    """Batches that report each step before it is taken (for the progress bar, and so that Ctrl-C is heard)."""
-
-    def __init__(self, batches: Batches, on_step: Callable[[int, int], None], done: WorkDone) -> None:
-        self.batches, self.on_step, self.done = batches, on_step, done
-        self.n, self.client, self.step = batches.n, batches.client, 0
-
-    def steps(self, count: int, batch_size: int) -> Iterator[Batch]:
-        """Like `Batches.steps`."""
-        return self._watch(self.batches.steps(count, batch_size))
-
-    def epochs(self, epochs: int, batch_size: int) -> Iterator[Batch]:
-        """Like `Batches.epochs`."""
-        return self._watch(self.batches.epochs(epochs, batch_size))
-
-    def repeat_batch(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
-        """Like `Batches.repeat_batch`."""
-        return self._watch(self.batches.repeat_batch(number, batch_size, count))
-
-    def heard(self) -> None:
-        """Report the step that is taken; once more between pieces of work that are no steps."""
-        self.on_step(self.client, self.step)
-
-    def split_off(self, batch_size: int) -> tuple[Batch, Watched]:
-        """Like `Batches.split_off`."""
-        batch, rest = self.batches.split_off(batch_size)
-        return batch, Watched(rest, self.on_step, self.done)
-
-    def _watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for self.step, batch in enumerate(batches):
-            self.heard()
-            self.done.add(batch)
-            yield batch
 
 
 class Memories:

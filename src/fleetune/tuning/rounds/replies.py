@@ -55,8 +55,7 @@ class Kept(NamedTuple):
     offset: int
     size: int
     kind: frozenset[str]  # names of its arrays
-    agreed: int | None  # numbers that a reply of its form has at most; None: any
-    numbers: int  # in its arrays
+    bound: float  # how many times as far as the median it may go
     distance: float
     n: int  # rows that it counts; 0 where the method sends none
     reach: float  # the distance of the same reply from a client with the median rows
@@ -157,16 +156,13 @@ class Replies:
         except FAULTS as error:
             log.info("the reply of client %d cannot be measured", answer.client, exc_info=True)
             raise MessageError(f"it cannot be measured ({fault(error)})") from error
-        arrays = payload.arrays
-        numbers = sum(a.size for a in arrays.values())
         self.kept.append(
             Kept(
                 answer._replace(data=None),
                 self._spool.store(data),
                 len(data),
-                frozenset(arrays),
-                agreed(spec),
-                numbers,
+                frozenset(payload.arrays),
+                allowed(agreed(spec)),
                 distance,
                 n,
                 reach,
@@ -263,7 +259,7 @@ def lighter(kept: Sequence[Kept]) -> list[Kept]:
         same = [k for k in kept if k.kind == kind]
         middle = median([k.reach for k in same], FEWEST - 1) * usual([k.n for k in same])
         for k in same:
-            most = bound(k, same) * middle / k.reach if k.n and k.reach else k.n
+            most = k.bound * middle / k.reach if k.n and k.reach else k.n
             found.append(k._replace(n=int(min(k.n, max(1.0, most)))))
     return found
 
@@ -281,28 +277,15 @@ def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]
         if fewest < FEWEST:
             middle = min(middle, APART * median([k.distance for k in kept], fewest))
         for k in same:
-            if not k.distance <= (most := bound(k, same)) * middle:
+            if not k.distance <= k.bound * middle:
                 times = f"{k.distance / middle:.3g} times as far as the median of the round"
-                found.append((k, f"it goes {times}, {most:.3g} at most"))
+                found.append((k, f"it goes {times}, {k.bound:.3g} at most"))
     return found
 
 
-def bound(one: Kept, same: Sequence[Kept]) -> float:
-    """Return how many times as far as the median a reply may go.
-
-    It is by the numbers that were agreed; where any number is, by the median of the replies of its kind, `same`.
-    """
-    if one.agreed is not None:
-        return allowed(one.agreed)
-    return allowed(sorted(k.numbers for k in same)[(len(same) - 1) // 2])
-
-
-def agreed(spec: ReplySpec) -> int | None:
-    """Return how many numbers a reply of this form has at most; None where an array may be of any length."""
-    shapes = [shape for _, shape in spec.arrays.values()]
-    if any(n is None for shape in shapes for n in shape):
-        return None
-    return sum(math.prod(abs(n) for n in shape if n is not None) for shape in shapes)
+def agreed(spec: ReplySpec) -> int:
+    """Return how many numbers a reply of this form has at most."""
+    return sum(math.prod(map(abs, shape)) for _, shape in spec.arrays.values())
 
 
 def allowed(numbers: int) -> float:

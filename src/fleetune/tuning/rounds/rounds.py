@@ -56,10 +56,7 @@ class ModelLostError(FleetError):
         kept = "the result of the best is" if best else "there is no result; the checkpoint is"
         self.hint = f"{kept} in the run folder; start anew with a lower lr, or set the method's clip"
 
-    @property
-    def page(self) -> str:
-        """The section of the docs on errors of the fleet."""
-        return FleetError("").page
+    page = FleetError("").page  # its section of the docs
 
 
 @dataclass(frozen=True)

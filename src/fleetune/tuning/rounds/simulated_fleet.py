@@ -9,11 +9,11 @@ from the recipe, as pure functions of (seed, round, client): a resumed run meets
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fleetune.common.events import ClientReply
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded
@@ -22,8 +22,8 @@ from fleetune.models.net.model import Model
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
-from fleetune.tuning.rounds.fleets import Answer, Wanted, outrun, wanted
-from fleetune.tuning.rounds.local_work import Memories, WorkDone, work
+from fleetune.tuning.rounds.fleets import Answer, Fleet, Wanted, outrun, wanted
+from fleetune.tuning.rounds.local_work import Memories, work
 
 log = logging.getLogger(__name__)
 
@@ -50,28 +50,26 @@ class Faults:
             return 2.0 + 8.0 * _chance(seed, "slower", round, client)
         return 1.0
 
-    def outcome(self, seed: int, round: int, client: int) -> tuple[str, str]:
-        """Return (status, reason) of a client in a round: ok, dropped or late."""
-        if _chance(seed, "drop", round, client) < self.drop:
-            return "dropped", "simulated drop-out"
-        slower = self.slowness(seed, round, client)
-        if self.deadline and slower > max(1.0, self.deadline):  # a usual client is never late
-            return "late", f"simulated straggler, {slower:.1f} times slower"
-        return "ok", ""
-
     def outcomes(
         self, seed: int, round: int, clients: Sequence[int], goal: int
     ) -> Iterator[tuple[int, str, str]]:
-        """Yield (client, status, reason); with a `goal`, those that answer after so many others are late.
+        """Yield (client, status, reason): ok, dropped or late; with a `goal`, those after so many others are late too.
 
         Usual clients take equally long, so who of them is first is drawn anew in every round.
         """
-        found = [(client, *self.outcome(seed, round, client)) for client in clients]
-        here = [client for client, status, _ in found if status == "ok"]
-        here.sort(key=lambda c: (self.slowness(seed, round, c), _chance(seed, "first", round, c)))
-        late = set(here[goal:] if goal else ())
-        for client, status, reason in found:
-            yield (client, "late", outrun(goal)) if client in late else (client, status, reason)
+        slower = {client: self.slowness(seed, round, client) for client in clients}
+        dropped = {client for client in clients if _chance(seed, "drop", round, client) < self.drop}
+        most = max(1.0, self.deadline) if self.deadline else math.inf  # a usual client is never late
+        here = [client for client in clients if client not in dropped and slower[client] <= most]
+        here.sort(key=lambda client: (slower[client], _chance(seed, "first", round, client)))
+        outran = set(here[goal:] if goal else ())
+        for client in clients:
+            if client in dropped:
+                yield client, "dropped", "simulated drop-out"
+            elif slower[client] > most:
+                yield client, "late", f"simulated straggler, {slower[client]:.1f} times slower"
+            else:
+                yield (client, "late", outrun(goal)) if client in outran else (client, "ok", "")
 
 
 def _chance(seed: int, what: str, *parts: int) -> float:
@@ -79,7 +77,7 @@ def _chance(seed: int, what: str, *parts: int) -> float:
 
 
 @dataclass
-class LocalFleet:
+class LocalFleet(Fleet):
     """`clients[c]` are the encoded rows of client c; `on_step(client, step)` is called before every local step."""
 
     model: Model
@@ -91,7 +89,7 @@ class LocalFleet:
     on_step: Callable[[int, int], None] = lambda client, step: None
     memories: Memories = field(default_factory=Memories)
     kinds: Wanted | None = None  # None: as the method spreads them
-    done: WorkDone = field(default_factory=WorkDone)  # of the client that works, or has worked last
+    batches: Batches | None = None  # of the client that works, or has worked last
 
     @property
     def rows(self) -> list[int]:
@@ -113,9 +111,6 @@ class LocalFleet:
     def check_kept(self, stated: Mapping[int, tuple[int, int]]) -> None:
         """Raise MessageError when what a checkpoint states of the clients' memories is not there."""
         self.memories.check(stated)
-
-    def heard(self, reply: ClientReply) -> None:
-        """Do nothing: the run's metrics say it."""
 
     def rewind(self, round: int) -> None:
         """Delete what clients stored after `round`."""
@@ -140,7 +135,6 @@ class LocalFleet:
     def _answer(self, round: int, client: int, key: int, sent: bytes) -> Answer:
         """Return the answer of a client that works; one bad client never stops a round."""
         began = time.monotonic()
-        self.done = done = WorkDone()
         try:
             data = self._work(client, key, sent)
         except _ListenerError as error:  # the caller's own: no client is to blame
@@ -157,18 +151,9 @@ class LocalFleet:
                 "client %d failed in round %d", client, round, exc_info=True
             )  # its reason is shown anyway
             return Answer(client, key, None, "failed", fault(error), time.monotonic() - began, len(sent))
-        spent = time.monotonic() - began
-        return Answer(
-            client,
-            key,
-            data,
-            "ok",
-            "",
-            spent,
-            len(sent),
-            steps=done.steps or None,
-            tokens=done.tokens or None,
-        )
+        spent, done = time.monotonic() - began, self.batches
+        steps, tokens = (done.taken or None, done.tokens or None) if done else (None, None)
+        return Answer(client, key, data, "ok", "", spent, len(sent), steps, tokens)
 
     def _step(self, client: int, step: int) -> None:
         try:
@@ -177,7 +162,6 @@ class LocalFleet:
             raise _ListenerError(error) from error
 
     def _work(self, client: int, key: int, message: bytes) -> bytes:
-        rows = self.clients[client]
-        batches = Batches(rows, self.pad_id, key, self.model.device, client)
+        self.batches = Batches(self.clients[client], self.pad_id, key, self.model.device, client)
         received = decode(message)
-        return work(self.method, self.model, batches, key, received, self.memories, self._step, self.done)
+        return work(self.method, self.model, self.batches, key, received, self.memories, self._step)

@@ -26,7 +26,7 @@ from fleetune.common.paired import Difference
 from fleetune.common.settings import Value
 from fleetune.data.encode import digest
 from fleetune.errors import StorageError
-from fleetune.evaluation.losses import class_measures, response_loss
+from fleetune.evaluation.losses import response_loss
 from fleetune.models.net.model import Model
 from fleetune.runs import rundir
 from fleetune.runs.rundir import RunDir
@@ -260,7 +260,7 @@ def of_law(method: Method) -> str:
 def probe(job: TuneJob) -> float:
     """Return the loss (nats) of the model as it stands, on a few held-out rows."""
     few = job.held[:PROBE]
-    return class_measures(job.model, few)[0] if job.model.labels else response_loss(job.model, few)
+    return response_loss(job.model, few)
 
 
 def starts_elsewhere(before: float, after: float) -> bool:
