@@ -154,9 +154,8 @@ def test_stock_supernodes_one_of_them_killed_end_in_the_digest_of_the_simulation
                 flower.end("node-1", signal.SIGKILL)
                 flower.supernode(1)
             elif killed and flower.running["node-1"].poll() is not None:
-                flower.end(
-                    "node-1", signal.SIGKILL
-                )  # Flower takes its key again when it holds the one before for dead
+                # Flower refuses its key, and its program ends, until the session before counts as dead
+                flower.end("node-1", signal.SIGKILL)
                 flower.supernode(1)
             time.sleep(2)
     finally:
