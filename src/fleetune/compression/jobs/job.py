@@ -21,7 +21,7 @@ from fleetune.compression.jobs.progress import resume_command
 from fleetune.data import readers
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
-from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressOptions, CompressRequest
+from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
 from fleetune.runs.listener import Listener
 from fleetune.tuning.recipe import objects
 
@@ -61,7 +61,7 @@ def request_for(
     model: object,
     method: object,
     chosen: Mapping[str, Any],
-    options: CompressOptions,
+    options: Mapping[str, Any],
     *,
     tokenizer: object = None,
     out: Path,

@@ -512,7 +512,7 @@ def _head_of(folder: Path, model: Path) -> ArtefactHead:
     remedy = f"rm -r {quoted(folder / 'base')}   and then: fleetune measure {quoted(folder)} --kept-gain"
     sums.check(model, remedy=remedy)
     head = Master(model).head
-    expected = rundir.base_digest(Path(compression_folder.request_of(folder).model))
+    expected = rundir.made_on(Path(compression_folder.request_of(folder).model))["base"]
     if head.base != expected:
         raise ModelError(
             f"{model} is not the compressed base: it was made of weights with the SHA-256 {head.base[:16]}.., "
