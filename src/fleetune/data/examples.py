@@ -33,7 +33,6 @@ from fleetune.data.forms import (
     form_of,
     left_out_text,
     refuse,
-    row_text,
     text_of,
 )
 from fleetune.data.forms import Example as Example
@@ -104,8 +103,8 @@ class _Rows:
             self.form, self.first = own or refuse(row.fields, self.mapped), row.where
         elif own and own != self.form and not (own == TEXT and self.form in LABELLED):
             raise BadRow(
-                f"is in {own} form, but {self.first} is in {self.form} form\n    row: {row_text(row.fields)}",
-                f"keep one form per data set, or {forms.columns_flag(row.fields)}",
+                f"is in {own} form, but {self.first} is in {self.form} form",
+                f"keep one form per data set, or {forms.COLUMNS_HINT}",
             )
         try:
             made = example_of(fields, self.form, self.mapped, self.left_out)

@@ -36,12 +36,6 @@ Strata = list[tuple[str, Indices]]
 KINDS = ("iid", "dirichlet", "shards", "column")
 AUTO = "auto"  # column:client where the data name clients, else iid
 FORMS = "iid, dirichlet:ALPHA:COLUMN, shards:COLUMN, shards:COLUMN:S or column:COLUMN"
-GRAMMAR = {
-    "iid": "iid, with nothing behind it",
-    "dirichlet": "dirichlet:ALPHA:COLUMN, such as dirichlet:0.5:category",
-    "shards": "shards:COLUMN or shards:COLUMN:S, such as shards:category:2",
-    "column": "column:COLUMN, such as column:client",
-}
 EVEN = 1e9  # an alpha above this is as even as this one, and could overflow
 DRAWS = 10  # Dirichlet draws before rows are moved to clients that got too few
 # Streams of one seed: far above the pass numbers that `Batches` uses, and apart from each other.
@@ -180,9 +174,7 @@ def _parse(spec: str) -> PartitionSpec:
     alpha, _, column = rest.partition(":")
     if kind == "dirichlet" and alpha and column:
         return PartitionSpec(kind, column, _alpha(spec, alpha))
-    raise RecipeError(
-        [f"partition {spec!r} is not complete: it is written {GRAMMAR[kind]}"], hint=f"write one of {FORMS}"
-    )
+    raise RecipeError([f"partition {spec!r} is not complete"], hint=f"write one of {FORMS}")
 
 
 def column_of(spec: str) -> str | None:

@@ -108,8 +108,6 @@ def _answer(ui: Ui, talk: Conversation, prompt: str) -> None:
     with closing(talk.pieces(prompt)) as written:
         for piece in written:
             text += piece
-            if not ui.json:
-                ui.text(piece)
-    if not ui.json:
-        ui.text("\n")
+            ui.text(piece)
+    ui.text("\n")
     ui.event(Answered(prompt=prompt, text=text, seconds=time.monotonic() - began))

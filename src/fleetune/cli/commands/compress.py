@@ -188,8 +188,7 @@ def show(ui: Ui, result: CompressResult) -> None:
     rows: list[list[object]] = [["weights", *sizes]]
     names = dict.fromkeys(name for column in columns for name in measured[column])
     rows += [[name, *(_shown(measured[c], name) for c in columns)] for name in names if name not in BESIDE]
-    if not ui.json:
-        ui.table(["", *columns], rows, align="l" + "r" * len(columns))
+    ui.table(["", *columns], rows, align="l" + "r" * len(columns))
     ui.paths(
         [
             ("result", f"{result.folder / 'model'} ({human_bytes(done.bytes)})"),
@@ -315,12 +314,11 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
                 settings=[asdict(s) | {"type": s.type.__name__} for s in found],
             )
         )
-        if not ui.json:
-            ui.paths([(name, entry.summary), ("paper", entry.paper)])
-            ui.table(
-                ["setting", "symbol", "default", ""],
-                [[s.name, s.symbol, s.default, s.help] for s in found],
-                align="llll",
-            )
+        ui.paths([(name, entry.summary), ("paper", entry.paper)])
+        ui.table(
+            ["setting", "symbol", "default", ""],
+            [[s.name, s.symbol, s.default, s.help] for s in found],
+            align="llll",
+        )
     if args.list != "all":
         compression.settings_of(args.list)  # refuses an unknown one

@@ -45,8 +45,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     recipe = recipes.make({"model": model or "none", "data": args.data, **given})
     found = data_check.check(recipe, model, offline=args.offline)
     ui.event(found)
-    if not ui.json:
-        _print(found, recipe.data, model, _flags(given), ui)
+    _print(found, recipe.data, model, _flags(given), ui)
 
 
 def _flags(given: Mapping[str, object]) -> str:

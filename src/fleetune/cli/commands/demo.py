@@ -9,6 +9,7 @@ from pathlib import Path
 import fleetune
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
+from fleetune.common.display import human_bytes
 from fleetune.common.events import Answered
 from fleetune.common.shell import quoted
 from fleetune.subject import Run
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.cli.commands import compress, export, tune
     from fleetune.tuning.run import demo
 
-    with ui.count(demo.MODEL, 0, size=True) as bar:
+    with ui.bar(demo.MODEL, human_bytes) as bar:
         models.pull(
             demo.MODEL, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what)
         )

@@ -173,8 +173,7 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
     found = subject.open(args.words[0], args.out)
     with console_listener(ui) as listener, flags.served(args) as served:
         done, each = eval_server.evaluate(found, served, listener, offline=args.offline)
-    if not ui.json:
-        _show(ui, each, done)
+    _show(ui, each, done)
 
 
 def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> None:
@@ -406,8 +405,6 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
 
     now = standing.look(_run_of(args))
     ui.event(now)
-    if ui.json:
-        return
     ago = human_time(now.heard)
     if now.served:
         ui.paths([("run", f"{now.run} · {now.status} · heard {ago} ago"), *standing.facts(now)])

@@ -126,8 +126,6 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
             trains=head.trains,
         )
     )
-    if ui.json:
-        return
     passes = f"{ledger.count_passes():,} {'pass' if ledger.count_passes() == 1 else 'passes'}"
     parameters = sum(math.prod(shape) for _, shape, _ in head.tensors)
     ui.table(
@@ -180,8 +178,7 @@ def _replay(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
 
 def _digest(ui: Ui, digest: str) -> None:
     ui.event(DigestFound(digest=digest))
-    if not ui.json:
-        ui.paths([("digest", digest)])
+    ui.paths([("digest", digest)])
 
 
 def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
@@ -207,18 +204,14 @@ def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     if ledger.final_check() is None:
         ui.note(f"the last digest is stated after round {max(checks)}: the rounds after it are not verified")
     ui.event(LedgerVerified(digest=digest, checks=len(checks)))
-    if not ui.json:
-        ui.paths(
-            [("verified", f"{len(checks)} of {len(checks)} stated digests found again"), ("digest", digest)]
-        )
+    ui.paths([("verified", f"{len(checks)} of {len(checks)} stated digests found again"), ("digest", digest)])
 
 
 def _diff(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
     changes = loaded[0].diff(loaded[1])
     for c in changes:
         ui.event(LedgerDifference(**c._asdict()))
-    if not ui.json:
-        ui.table(["what", paths[0].parent.name, paths[1].parent.name], changes, align="lll")
+    ui.table(["what", paths[0].parent.name, paths[1].parent.name], changes, align="lll")
     if not changes:
         ui.note("no difference")
 

@@ -115,22 +115,21 @@ def _show(ui: Ui, result: MeasureResult) -> None:
         ]
         for r in result.rows
     ]
-    if not ui.json:
-        ui.table(
-            [
-                "",
-                "engine",
-                "size",
-                "bits/weight",
-                "with ends",
-                "peak",
-                "read tok/s",
-                "write tok/s",
-                *(metric(name).label for name in names),
-            ],
-            rows,
-            align="ll" + "r" * (6 + len(names)),
-        )
+    ui.table(
+        [
+            "",
+            "engine",
+            "size",
+            "bits/weight",
+            "with ends",
+            "peak",
+            "read tok/s",
+            "write tok/s",
+            *(metric(name).label for name in names),
+        ],
+        rows,
+        align="ll" + "r" * (6 + len(names)),
+    )
     ui.paths([("kept", gain.text) for gain in result.kept.values()])
     if (folder := result.folder) is not None:
         ui.paths([("result", str(folder / FILE))])

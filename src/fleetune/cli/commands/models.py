@@ -88,8 +88,6 @@ def _list(ui: Ui) -> None:
     others = [model for model in lying if model.path not in [m.cached for m in found]]
     for other in others:
         ui.event(ModelCached(**{**dataclasses.asdict(other), "path": str(other.path)}))
-    if ui.json:
-        return
     folders = _folders(lying)
     rows = [
         [
@@ -158,7 +156,7 @@ def _pull(args: argparse.Namespace, ui: Ui) -> None:
 
     if not args.name:
         raise UsageError("pull needs the name of a model", hint="fleetune models pull smollm2-135m")
-    with ui.count(args.name, 0, size=True) as bar:
+    with ui.bar(args.name, human_bytes) as bar:
         path = models.pull(
             args.name,
             offline=args.offline,

@@ -67,8 +67,6 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
     file = made.file
     write_atomic(out, file)
     ui.event(PatchMade(path=str(out), bytes=len(file), base=made.base, result=made.result))
-    if ui.json:
-        return
     ui.paths(
         [("patch", f"{out} ({human_bytes(len(file))})"), ("makes", f"a file with SHA-256 {made.result}")]
     )
@@ -104,6 +102,4 @@ def _apply(args: argparse.Namespace, ui: Ui) -> None:
     with console_listener(ui) as listener:
         patch.apply(path, loaded, out, listener)
     ui.event(PatchApplied(path=str(out or path), result=loaded.result))
-    if ui.json:
-        return
     ui.paths([("model", str(out or path)), ("SHA-256", loaded.result)])

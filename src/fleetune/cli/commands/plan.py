@@ -83,9 +83,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     )
     for row in plan.rows:
         ui.event(PlanRow(model=args.model, **dataclasses.asdict(row), fits=row.fits))
-    if not ui.json:
-        ui.header("fleetune plan", plan.about)
-        ui.table(planning.columns(plan.rows), [planning.cells(row) for row in plan.rows])
+    ui.header("fleetune plan", plan.about)
+    ui.table(planning.columns(plan.rows), [planning.cells(row) for row in plan.rows])
     found = plan.settings()
     ui.event(
         PlanSettings(
@@ -100,14 +99,11 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             command=_command(args.model, found),
         )
     )
-    if not ui.json:
-        told = f"{found}: about {human_bytes(found.peak)}" + (
-            f" of {human_bytes(found.ram)}" if found.ram else ""
-        )
-        counted = (
-            "the table: a device's round · best: one process that trains, measures, answers and averages"
-        )
-        ui.paths([("best", told), ("counted", counted), ("next", _command(args.model, found))])
+    told = f"{found}: about {human_bytes(found.peak)}" + (
+        f" of {human_bytes(found.ram)}" if found.ram else ""
+    )
+    counted = "the table: a device's round · best: one process that trains, measures, answers and averages"
+    ui.paths([("best", told), ("counted", counted), ("next", _command(args.model, found))])
 
 
 def _command(model: str, found: Settings) -> str:

@@ -52,8 +52,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
                 "show takes one name and no file", hint=f"fleetune recipes copy {found.name} {args.file}"
             )
         ui.event(_event(found, text=found.text))
-        if not ui.json:
-            ui.text(found.text)
+        ui.text(found.text)
         return
     _copy(found, Path(args.file or found.path.name), ui)
 
@@ -62,17 +61,13 @@ def _list(ui: Ui) -> None:
     found = recipes.every().values()
     for recipe in found:
         ui.event(_event(recipe))
-    if not ui.json:
-        ui.table(["recipe", "model", "data", "does"], [[r.name, *_uses(r), r.about] for r in found])
-        ui.paths(
-            [
-                ("next", "fleetune recipes show NAME"),
-                (
-                    "",
-                    "fleetune tune -c recipe:NAME MODEL DATA, or fleetune sweep recipe:NAME for one of a sweep",
-                ),
-            ]
-        )
+    ui.table(["recipe", "model", "data", "does"], [[r.name, *_uses(r), r.about] for r in found])
+    ui.paths(
+        [
+            ("next", "fleetune recipes show NAME"),
+            ("", "fleetune tune -c recipe:NAME MODEL DATA, or fleetune sweep recipe:NAME for one of a sweep"),
+        ]
+    )
 
 
 def _copy(recipe: Named, file: Path, ui: Ui) -> None:

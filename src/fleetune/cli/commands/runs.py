@@ -88,8 +88,6 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
     smaller = _compressed(Path(args.out))
     for listed in smaller:
         ui.event(listed)
-    if ui.json:
-        return
     if not rows and not smaller:
         ui.note(f"no runs in {args.out}")
         ui.paths([("next", "fleetune demo")])
@@ -127,7 +125,6 @@ def _runs_table(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
             for r in rows
         ],
         align="llrrrrr",
-        spare=(5, 6, 2),
     )
 
 
@@ -172,10 +169,9 @@ def _show(args: argparse.Namespace, ui: Ui) -> None:
         facts = report.summary(folder)
         ui.event(RunListed(**facts))
         _note_changed([facts], ui)
-        if not ui.json:
-            known = {name: default for name, (_, default, _) in recipes.fields().items()}
-            ui.table(["", folder.name], report.facts(folder, known), align="ll")
-            _report(folder, ui)
+        known = {name: default for name, (_, default, _) in recipes.fields().items()}
+        ui.table(["", folder.name], report.facts(folder, known), align="ll")
+        _report(folder, ui)
 
 
 def _report(folder: Path, ui: Ui) -> None:
@@ -193,8 +189,6 @@ def _show_compressed(folder: Path, ui: Ui) -> None:
     done = compression_folder.record(folder).get("result")
     row = replace(_row(folder), folder=str(folder), asked=work, result=done)
     ui.event(row)
-    if ui.json:
-        return
     given = {k: v for k, v in work.items() if k != "run" and v not in ("", {}, False)}
     asked = [[k, _settings(v) if k == "set" else v] for k, v in given.items()]
     ui.table(["", folder.name], [*asked, ["status", row.status], *_outcome(done or {})], align="ll")
@@ -233,17 +227,16 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
     runs = [folder for folder, _ in found]
     for row in (rows := report.table(runs)):
         ui.event(RunListed(**row))
-    if not ui.json:
-        head = ["run", "status", "rounds", "validation loss", "traffic", "time", "peak memory"]
-        ui.table(head, report.results(runs), align="llrlrrr", spare=(6, 5, 2, 1))
-        unlike, same = report.differing(runs)
-        if unlike:
-            ui.table(
-                ["option", *(folder.name for folder in runs)],
-                [[k, *values] for k, values in unlike],
-                align="l" * (len(runs) + 1),
-            )
-        ui.note(f"{counted(same, 'option')} equal" if unlike else "all options are equal")
+    head = ["run", "status", "rounds", "validation loss", "traffic", "time", "peak memory"]
+    ui.table(head, report.results(runs), align="llrlrrr")
+    unlike, same = report.differing(runs)
+    if unlike:
+        ui.table(
+            ["option", *(folder.name for folder in runs)],
+            [[k, *values] for k, values in unlike],
+            align="l" * (len(runs) + 1),
+        )
+    ui.note(f"{counted(same, 'option')} equal" if unlike else "all options are equal")
     _note_changed(rows, ui)
     for caveat in report.caveats([report.read(folder) for folder in runs]):
         ui.note(f"these runs {caveat}: {report.APART}")

@@ -100,8 +100,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if args.dry_run:
         for point in grid.points:
             ui.event(SweepPlanned(name=point.name, values=list(point.values), seed=point.seed))
-        if not ui.json:
-            ui.table(["run", "values"], [[p.name, p.words] for p in grid.points])
+        ui.table(["run", "values"], [[p.name, p.words] for p in grid.points])
         ui.note(f"the sweep is good: {counted(len(grid.points), 'run')}")
         return
     with ExitStack() as stack:
