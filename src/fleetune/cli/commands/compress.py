@@ -19,7 +19,7 @@ from fleetune.common.display import COMPARED, human_bytes, human_time, show_with
 from fleetune.common.events import CompressChecked, MethodListed
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
-from fleetune.runs import compression_folder, rundir
+from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import FLEET, RECORD, CompressOptions, CompressRequest
 
 if TYPE_CHECKING:
@@ -183,8 +183,10 @@ def show(ui: Ui, result: CompressResult) -> None:
         return
     measured: dict[str, Any] = asdict(done)
     sizes = [human_bytes(size) for size in result.sizes.values()]
-    if in_file := _file_size(result):
-        sizes[0] += f", {human_bytes(in_file)} in its file"
+    if (
+        file := Path(result.request.model).expanduser()
+    ).is_file():  # whose weights were read into plain numbers
+        sizes[0] += f", {human_bytes(file.stat().st_size)} in its file"
     rows: list[list[object]] = [["weights", *sizes]]
     names = dict.fromkeys(name for column in columns for name in measured[column])
     rows += [[name, *(_shown(measured[c], name) for c in columns)] for name in names if name not in BESIDE]
@@ -194,7 +196,6 @@ def show(ui: Ui, result: CompressResult) -> None:
             ("result", f"{result.folder / 'model'} ({human_bytes(done.bytes)})"),
             ("time · peak memory", f"{human_time(done.seconds)} · {human_bytes(done.peak_rss)}"),
             ("digest", done.digest),
-            *_latest(result.folder),
             *(
                 []
                 if names
@@ -207,12 +208,6 @@ def show(ui: Ui, result: CompressResult) -> None:
     )
 
 
-def _file_size(result: CompressResult) -> int:
-    """Return the bytes of the GGUF file that was compressed, whose weights were read into plain numbers; 0 for no file."""
-    file = Path(result.request.model).expanduser()
-    return file.stat().st_size if file.is_file() else 0
-
-
 def _shown(values: Mapping[str, float], name: str) -> str:
     """A measure of a column; what compares with the dense model with its standard error."""
     if name not in values:
@@ -220,20 +215,6 @@ def _shown(values: Mapping[str, float], name: str) -> str:
     if name not in COMPARED:
         return f"{values[name]:.3f}"
     return show_with_error(name, values[name], values.get(f"{name}_error")) + COMPARED[name]
-
-
-def _latest(folder: Path) -> list[tuple[str, str]]:
-    """Say what `latest` means from now on, where a link of that name leads to a run."""
-    link = folder.parent / rundir.LATEST
-    if not link.is_symlink():
-        return []
-    run = folder.parent / link.readlink()
-    return [
-        (
-            "latest",
-            f"means this model from now on, in measure, serve and export; the link {link} still leads to the run {run.name}",
-        )
-    ]
 
 
 def _next_target(model: Path) -> str:

@@ -27,8 +27,6 @@ NAMED = 6  # clients that are named
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.formatter_class = argparse.RawDescriptionHelpFormatter
-    sub.epilog = "examples:\n" + "".join(f"  {line}\n" for line in EXAMPLES.splitlines())
     sub.add_argument("action", metavar="ACTION", choices=["check"], help="check")
     sub.add_argument(
         "data", metavar="DATA", help="as for `fleetune tune`: a file, a folder, a hub id, -, or 'demo'"

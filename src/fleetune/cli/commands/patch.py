@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
 from fleetune.common.events import PatchApplied, PatchMade
@@ -53,10 +54,7 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.common.files import write_atomic
     from fleetune.deploy import patch, patch_make
 
-    if not args.to:
-        raise UsageError("patch make needs --to FILE, the patch to write")
-    if (out := Path(args.to)).exists():
-        raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
+    out = flags.new_path(args.to, "patch make")
     patch.require_folder(out)
     run = args.files[1]
     with console_listener(ui) as listener:

@@ -64,10 +64,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Print the table, and the command to begin with."""
-    from fleetune.cli import flags
     from fleetune.planning import plan as planning
 
-    flags.check_model(args.model, args.out, args.train)
     plan = fleetune.plan(
         args.model,
         ram=args.ram,

@@ -94,8 +94,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         values = flags.keys(args, args.recipe)
         values = sweeping.with_method(values, varied, out, ui.note, offline=args.offline)
         grid = sweep_grid.make(values, args.vary, args.seeds)
-        for model, train in {(point.recipe.model, point.recipe.train) for point in grid.points}:
-            flags.check_model(model, args.out, train)
     sweeps.check(grid, offline=args.offline)
     if args.dry_run:
         for point in grid.points:

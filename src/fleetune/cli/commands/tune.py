@@ -72,7 +72,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if args.resume:
         path = rundir.find(args.resume, Path(args.out))
         flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
-        rounds, base = _more_rounds(args), flags.given(args).get("base", "")
+        from fleetune.tuning.run import extension
+
+        given = flags.given(args)
+        rounds, base = extension.number(given["rounds"]) if "rounds" in given else 0, given.get("base", "")
         if args.dry_run:
             from fleetune.tuning.run.run import check_resume
 
@@ -91,19 +94,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             finish(ui, result, resumed=True)
         return
     recipe = recipe_of(args)
-    flags.check(recipe, args.out)
     if args.dry_run:
         _check_only(recipe, args, ui)
     else:
         run_recipe(recipe, args, ui)
-
-
-def _more_rounds(args: argparse.Namespace) -> int:
-    """The rounds that a resumed run is to have, 0 where none are given; RecipeError for what is no number of rounds."""
-    from fleetune.tuning.run import extension
-
-    text = flags.given(args).get("rounds")
-    return extension.number(text) if text else 0
 
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
