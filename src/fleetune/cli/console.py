@@ -237,7 +237,6 @@ class Ui:
 
     @property
     def _results(self) -> bool:
-        """Whether results are shown."""
         return self.quiet < 2 and not self.json
 
     # What is said

@@ -79,6 +79,11 @@ def keys(args: argparse.Namespace, file: str | None) -> dict[str, Any]:
     return {**values, "set": {**values.get("set", {}), **settings.pairs(args.set)}}
 
 
+def options(args: argparse.Namespace, names: str) -> dict[str, Any]:
+    """Return the values of these arguments by name, and of those that every command has: `out` and `offline`."""
+    return {name: getattr(args, name) for name in (*names.split(), "out", "offline")}
+
+
 def new_path(text: str | None, command: str) -> Path:
     """Return what `--to` names; UsageError where `command` was given none, or something is there."""
     if not text:

@@ -11,25 +11,18 @@ import ctypes
 import gc
 import mmap
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 # torch's words where the CPU's memory does not suffice, Linux' own (ENOMEM), and its loader's
-NO_MEMORY: Final = (
-    "can't allocate memory",
-    "not enough memory",
-    "Cannot allocate memory",
-    "failed to map segment",
-)
+NO_MEMORY: Final = "can't allocate memory|not enough memory|Cannot allocate memory|failed to map segment"
 M_TRIM_THRESHOLD: Final = -1  # of glibc's malloc.h
 M_MMAP_THRESHOLD: Final = -3
-OWN_LIMITS: Final = (
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "GLIBC_TUNABLES",
-)  # in the environment
+# limits of the user, in the environment
+OWN_LIMITS: Final = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 LARGE: Final = 1 << 23  # smaller pieces are used again: the system clears what it hands out, which takes time
 STACKS: Final = 1 << 24  # bytes of address space that threads of a core may take
 KEPT: Final = 1 << 25  # bytes of them at the end of the heap that are not given back
@@ -168,14 +161,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     while found is not None:
         if isinstance(found, MemoryError) or type(found).__name__ == "OutOfMemoryError":
             return True
-        if isinstance(found, RuntimeError | OSError) and any(words in str(found) for words in NO_MEMORY):
+        if isinstance(found, RuntimeError | OSError) and re.search(NO_MEMORY, str(found)):
             return True
         found = found.__cause__ or found.__context__
     return False
 
 
 def _without_proc() -> tuple[int, int]:
-    """Return (now, peak) in bytes without /proc."""
     import psutil  # type: ignore[import-untyped]
 
     told = psutil.Process().memory_info()

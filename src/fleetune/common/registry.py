@@ -93,7 +93,6 @@ class Registry:
         return found | {name: member for name, member in self._given.items() if name not in found}
 
     def _warn(self, text: str) -> None:
-        """Log a warning, once in a process."""
         if text not in self._warned:
             self._warned.add(text)
             log.warning("%s", text)
@@ -128,7 +127,6 @@ class Registry:
             ) from error
 
     def _own(self) -> dict[str, Member]:
-        """The members of the folder."""
         found = {}
         spec = importlib.util.find_spec(self.package)
         assert spec is not None

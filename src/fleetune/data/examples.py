@@ -171,7 +171,6 @@ def read_text(path: str | Path) -> list[str]:
 
 
 def _blank_or_text(row: FileRow) -> list[str]:
-    """Return the field `text` of a row in a list, or an empty list where it is blank."""
     text = text_of(row.fields, "text", may_lack="text" in row.fields)
     return [text] if text.strip() else []
 
@@ -213,7 +212,6 @@ def _rows_of_files(
 
 
 def _files(source: str, offline: bool) -> list[tuple[Path, str]]:
-    """Return the files of a source, each with the name to show for it."""
     if source == "demo":
         return [(Path(__file__).with_name("demo.jsonl"), "demo")]
     path = Path(os.path.expanduser(source))

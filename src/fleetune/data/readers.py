@@ -52,7 +52,6 @@ def rows_of(path: Path, shown: str) -> Iterator[FileRow | Problem]:
 
 
 def _row(where: str, value: object) -> FileRow | Problem:
-    """Return a JSON value as a row."""
     if isinstance(value, dict):
         return FileRow(where, value)
     return Problem(where, f"is {value_text(value)}, not an object", "write each row as {...}")
@@ -170,20 +169,11 @@ READERS: Mapping[str, Callable[[Path, str], Iterator[FileRow | Problem]]] = {
 
 
 def value_text(value: object) -> str:
-    """Describe a wrong value in few words."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    if isinstance(value, dict):
-        return "an object"
-    kind = "value"
-    if isinstance(value, str):
-        kind = "text"
-    elif isinstance(value, int | float):
-        kind = "number"
-    written = repr(value)
-    return f"the {kind} {written if len(written) <= 40 else written[:37] + '...'}"
+    """Describe a wrong value in few words: null, a list, an object, "the text"."""
+    if isinstance(value, list | dict):
+        return ("a list" if value else "an empty list") if isinstance(value, list) else "an object"
+    written = json.dumps(value, ensure_ascii=False, default=str)
+    return written if len(written) <= 40 else f"{written[:37]}..."
 
 
 def whole(text: str) -> str:

@@ -83,7 +83,6 @@ def _download(source: str, repo: str, wanted: str) -> list[tuple[Path, str]]:
 
 
 def _hub_cache(cache: Path, repo: str) -> Path | None:
-    """Return the folder of `repo`'s cached main revision, if there is one."""
     folder = cache / f"datasets--{repo.replace('/', '--')}"
     try:
         snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
@@ -150,7 +149,6 @@ def folder_rows(
 
 
 def _shares(sizes: Sequence[int], limit: int) -> list[int]:
-    """Return how many rows each client gives: row after row in turn, until there are `limit`."""
     shares, left = [0] * len(sizes), limit
     while left and (open_ := [at for at, size in enumerate(sizes) if shares[at] < size]):
         each = max(1, min(left // len(open_), min(sizes[at] - shares[at] for at in open_)))

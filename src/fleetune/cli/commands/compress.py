@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +17,7 @@ from fleetune.cli.listener import console_listener
 from fleetune.common import settings
 from fleetune.common.display import COMPARED, human_bytes, human_time, show_with_error
 from fleetune.common.events import CompressChecked, MethodListed
-from fleetune.common.shell import quoted
+from fleetune.common.shell import command, quoted
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import FLEET, RECORD, CompressOptions, CompressRequest
@@ -25,7 +25,6 @@ from fleetune.runs.compression_folder import FLEET, RECORD, CompressOptions, Com
 if TYPE_CHECKING:
     from fleetune.cli.listener import ConsoleListener
     from fleetune.compression.jobs.job import CompressResult
-    from fleetune.fleet.server import Served
 
 HELP = "make a model or a finished run smaller"
 ORDER = 70
@@ -76,7 +75,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
-    """Add what a method works on, and where and how it does."""
     sub.add_argument(
         "--data",
         help="calibrate or train on these rows (a run: every second held-out row of its own, and text that it writes)",
@@ -107,7 +105,6 @@ def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_result_arguments(sub: argparse.ArgumentParser) -> None:
-    """Add what says how large the result may be, and what is done to it after solving."""
     sub.add_argument(
         "--bytes",
         metavar="SIZE",
@@ -127,53 +124,29 @@ def _add_result_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Compress, resume, check or list."""
-
     if args.list:
         _list(args, ui)
         return
-    if args.calibrate != FLEET and args.resume is None and (given := flags.given_door(args)):
-        raise UsageError(f"{given[0]} is for devices that join", hint="leave it out, or: --calibrate fleet")
     out = Path(args.out)
     resumed = compression_folder.get(args.resume, out) if args.resume is not None else None
     if resumed is not None:
         _check_resume(args, resumed)
     elif not args.model:
         raise UsageError("compress needs a model or a run", hint="fleetune compress latest")
-    with console_listener(ui) as listener:
+    calibrate = compression_folder.request_of(resumed).calibrate if resumed else args.calibrate
+    if calibrate != FLEET and (given := flags.given_door(args)):
+        raise UsageError(f"{given[0]} is for devices that join", hint="leave it out, or: --calibrate fleet")
+    door = flags.served(args) if calibrate == FLEET and not args.dry_run else nullcontext()
+    with console_listener(ui) as listener, door as served:
+        common: dict[str, Any] = flags.options(args, "") | {"listener": listener, "served": served}
         if args.dry_run:
             _dry_run(args, ui, resumed, listener)
         elif resumed is not None:
-            with _door(args, compression_folder.request_of(resumed).calibrate) as served:
-                show(
-                    ui,
-                    fleetune.resume_compression(
-                        resumed, out=out, offline=args.offline, listener=listener, served=served
-                    ),
-                )
+            show(ui, fleetune.resume_compression(resumed, **common))
         else:
-            with _door(args, args.calibrate) as served:
-                show(
-                    ui,
-                    fleetune.compress(
-                        args.model,
-                        method=args.method,
-                        settings=settings.pairs(args.set or []),
-                        out=out,
-                        offline=args.offline,
-                        listener=listener,
-                        served=served,
-                        **_options(args),
-                    ),
-                )
-
-
-def _door(args: argparse.Namespace, calibrate: str | None) -> AbstractContextManager[Served | None]:
-    """Return the door for devices, open in its `with` block; None where none is needed.  UsageError for flags without it."""
-    if calibrate == FLEET:
-        return flags.served(args)
-    if given := flags.given_door(args):
-        raise UsageError(f"{given[0]} is for a compression that devices calibrate", hint="leave it out")
-    return nullcontext()
+            chosen = settings.pairs(args.set or [])
+            options = common | _options(args)
+            show(ui, fleetune.compress(args.model, method=args.method, settings=chosen, **options))
 
 
 def show(ui: Ui, result: CompressResult) -> None:
@@ -183,9 +156,8 @@ def show(ui: Ui, result: CompressResult) -> None:
         return
     measured: dict[str, Any] = asdict(done)
     sizes = [human_bytes(size) for size in result.sizes.values()]
-    if (
-        file := Path(result.request.model).expanduser()
-    ).is_file():  # whose weights were read into plain numbers
+    file = Path(result.request.model).expanduser()
+    if file.is_file():  # whose weights were read into plain numbers
         sizes[0] += f", {human_bytes(file.stat().st_size)} in its file"
     rows: list[list[object]] = [["weights", *sizes]]
     names = dict.fromkeys(name for column in columns for name in measured[column])
@@ -199,9 +171,7 @@ def show(ui: Ui, result: CompressResult) -> None:
             *(
                 []
                 if names
-                else [
-                    ("quality", f"not measured; fleetune measure {quoted(result.folder)} --text FILE does it")
-                ]
+                else [("quality", f"not measured: {command('measure', result.folder)} --text FILE")]
             ),
             ("next", f"fleetune export {quoted(result.folder)} --to {_next_target(result.folder / 'model')}"),
         ]
@@ -209,7 +179,6 @@ def show(ui: Ui, result: CompressResult) -> None:
 
 
 def _shown(values: Mapping[str, float], name: str) -> str:
-    """A measure of a column; what compares with the dense model with its standard error."""
     if name not in values:
         return ""
     if name not in COMPARED:
@@ -229,7 +198,6 @@ def _next_target(model: Path) -> str:
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of a request that were given on the command line, by name."""
     names = [n for n in CompressRequest.__dataclass_fields__ if n != "run"]
     given = {n: v for n in names if (v := getattr(args, n)) is not None}
     if "bytes" in given:
@@ -248,7 +216,6 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_resume(args: argparse.Namespace, folder: Path) -> None:
-    """Raise UsageError for any other option beside `--resume`."""
     if given := _given(args):
         flags = ", ".join("RUN|MODEL" if n == "model" else f"--{n.replace('_', '-')}" for n in given)
         raise UsageError(

@@ -47,7 +47,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _flags(given: Mapping[str, object]) -> str:
-    """Return the settings of the recipe that were given, as flags of the command that follows."""
     return "".join(f" --{name.replace('_', '-')} {quoted(value)}" for name, value in given.items())
 
 

@@ -62,7 +62,6 @@ def indented(text: str) -> str:
 
 
 def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
-    """The first prompt of the run's samples, and the file's answer."""
     from fleetune.deploy import export
     from fleetune.evaluation import answers
     from fleetune.tuning.run import demo

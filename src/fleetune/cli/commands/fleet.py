@@ -170,7 +170,6 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> None:
-    """Print the figures of every device, the means, the standard errors and the medians."""
 
     def cells(base: float | None, tuned: float | None) -> list[str]:
         if base is None or tuned is None:
@@ -345,7 +344,6 @@ def _app(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _devices(args: argparse.Namespace, ui: Ui) -> None:
-    """Show which key is which client, and what each device has and does."""
     from fleetune.fleet.table import Devices
     from fleetune.tuning import methods
 
@@ -378,7 +376,6 @@ def _devices(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _status(args: argparse.Namespace, ui: Ui) -> None:
-    """Show how the run stands, and what each device does now."""
     from fleetune.fleet import status as standing
 
     now = standing.look(_run_of(args))
@@ -395,7 +392,6 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _stop(args: argparse.Namespace, ui: Ui) -> None:
-    """Ask the run's server to end after this step."""
     from fleetune.fleet import status as standing
 
     standing.ask_to_stop(run := _run_of(args))
@@ -403,7 +399,6 @@ def _stop(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _audit(args: argparse.Namespace, ui: Ui) -> None:
-    """Check the log of all that was taken or refused; StorageError where it was changed."""
     from fleetune.fleet import audit as log
 
     file = _run_of(args) / log.FILE

@@ -71,7 +71,6 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _patch(args: argparse.Namespace, name: str, base: Path, listener: Listener) -> Patch:
-    """Return the patch from a base to a run, or to the model of a ledger alone."""
     from fleetune import subject
     from fleetune.cli.commands.ledger import file_of
     from fleetune.deploy import patch_make

@@ -8,6 +8,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import fleetune
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
 from fleetune.common.events import PlanRow, PlanSettings
@@ -66,19 +67,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Print the table, and the command to begin with."""
     from fleetune.planning import plan as planning
 
-    plan = fleetune.plan(
-        args.model,
-        ram=args.ram,
-        uplink=args.uplink,
-        batch=args.batch,
-        length=args.length,
-        steps=args.steps,
-        dtype=args.dtype,
-        base=args.base,
-        train=args.train,
-        out=args.out,
-        offline=args.offline,
-    )
+    plan = fleetune.plan(args.model, **flags.options(args, "ram uplink batch length steps dtype base train"))
     for row in plan.rows:
         ui.event(PlanRow(model=args.model, **dataclasses.asdict(row), fits=row.fits))
     ui.header("fleetune plan", plan.about)
@@ -105,7 +94,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _command(model: str, found: Settings) -> str:
-    """Return the command that tunes with these settings."""
     options = found.options()
     words = ["--method", options.pop("method")]
     for name, value in options.pop("settings", {}).items():
