@@ -84,52 +84,12 @@ def test_help_is_quick_and_loads_no_torch():
     assert best < 1.0  # "well under half a second" on a quiet machine; CI machines are not quiet
 
 
-def test_version_and_python_m(at):
-    done = subprocess.run(
-        [sys.executable, "-m", "fleetune", "--version"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("fleetune 0.")
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "demo",
-        "plan",
-        "tune",
-        "sweep",
-        "eval",
-        "ledger",
-        "compress",
-        "measure",
-        "export",
-        "serve",
-        "chat",
-        "runs",
-        "methods",
-        "models",
-    ],
-)
-def test_every_command_has_help(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    assert "--json" in capsys.readouterr().out
-
-
 def test_methods_json_lists_the_contract_fields(capsys):
     code, out, _ = call(capsys, "methods", "--json")
     listed = {e["name"]: e for e in events(out)}
     assert code == 0
     assert {"mezo", "fedkseed", "fedit"} <= set(listed)
     assert all({"v", "name", "kind", "paper", "sends"} <= set(e) for e in listed.values())
-
-
-def test_method_settings_are_listed(capsys):
-    code, out, _ = call(capsys, "methods", "fedkseed")
-    assert code == 0
-    assert "τ" in out
-    assert "1024" in out
 
 
 def test_every_recipe_field_is_a_flag(capsys):
@@ -289,15 +249,6 @@ def test_an_objective_that_ends_the_process_is_an_error_of_the_recipe(name, tiny
     assert "it ended the process, SystemExit: 0" in err
 
 
-def test_a_client_that_ends_the_process_has_failed(tiny, own, capsys):
-    asked = ["--rounds", "1", "--set", f"objective={own}/late.py:f", "--set", "batch_size=8", "--json"]
-    code, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, *asked)
-    assert code == 4
-    told = [e for e in events(out) if e["event"] == "client"]
-    assert {e["status"] for e in told} == {"failed"}
-    assert all("it ended the process, SystemExit: 0" in e["reason"] for e in told)
-
-
 @pytest.mark.parametrize("value", [0, None, 7])
 def test_a_method_that_ends_the_process_is_no_success(value, tiny, at, capsys, monkeypatch):
     def ends(self: Any, model: Any, key: int) -> Any:
@@ -308,15 +259,6 @@ def test_a_method_that_ends_the_process_is_no_success(value, tiny, at, capsys, m
     assert (code, out) == (1, "")
     assert f"the command was not finished: it ended the process, SystemExit: {value}" in err
     assert rundir.status_of(next(at.glob("runs/0*"))).startswith("failed: it ended the process")
-
-
-def test_a_client_whose_method_ends_the_process_does_not_stop_a_round(tiny, at, capsys, monkeypatch):
-    broken(monkeypatch, 1, error=SystemExit(0))
-    code, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "1", "--json")
-    assert code == 0
-    reasons = {e["client"]: e["reason"] for e in events(out) if e["event"] == "client"}
-    assert re.fullmatch(r"it ended the process, SystemExit: 0 \(test_cli.py:\d+\)", reasons.pop(1))
-    assert reasons == {0: "", 2: ""}
 
 
 def test_a_round_whose_only_client_fails_leaves_the_model_and_the_run_goes_on(tiny, at, capsys, monkeypatch):
@@ -365,16 +307,6 @@ def test_a_fleet_that_cannot_work_ends_the_run(tiny, at, capsys, monkeypatch, ro
     assert [r for r, _ in rundir.checkpoints(at / "runs" / "latest")][-1] == last - 1
     call(capsys, "tune", "--resume", "latest")  # gets further: the same rounds do not stop it for ever
     assert rounds == "1" or [r for r, _ in rundir.checkpoints(at / "runs" / "latest")][-1] == 4
-
-
-def test_rounds_without_an_answer_do_not_end_the_count_of_failures(tiny, at, capsys, monkeypatch):
-    broken(monkeypatch, 0)
-    args = [*ZO, *QUICK, "--clients", "1", "--drop", "0.5", "--rounds", "40", "--json"]
-    code, out, _ = call(capsys, "tune", tiny, "demo", *args)
-    assert code == 4
-    statuses = [e["status"] for e in events(out) if e["event"] == "client"]
-    assert statuses.count("failed") == 3
-    assert "dropped" in statuses
 
 
 def test_the_runs_own_recipe_repeats_it(tiny, at, capsys):
@@ -531,14 +463,6 @@ def test_a_data_file_whose_name_is_not_utf_8_is_refused_before_a_folder_is_made(
     assert code == 2
     assert "is not text in UTF-8" in err
     assert not (at / "runs").exists()
-
-
-def test_errors_in_json_mode_are_objects(at, capsys):
-    code, out, _ = call(capsys, "methods", "nosuch", "--json")
-    (event,) = events(out)
-    assert code == 2
-    assert event["event"] == "error"
-    assert event["exit_code"] == 2
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, at, capsys, monkeypatch):

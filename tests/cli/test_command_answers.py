@@ -132,13 +132,6 @@ def test_ctrl_c_before_a_command_begins_is_no_traceback(where: str, monkeypatch:
     assert call("methods") == (130, "", "stopped\n")
 
 
-def test_ctrl_c_before_a_command_begins_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "parse", interrupted)
-    code, out, err = call("methods", "--json")
-    assert (code, err) == (130, "")
-    assert json.loads(out)["event"] == "interrupted"
-
-
 PROJECT = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
 SCRIPT = "import sys; from {} import {} as run; sys.exit(run())".format(
     *PROJECT["scripts"]["fleetune"].split(":")
@@ -181,14 +174,6 @@ def test_every_help_has_an_example_that_parses(name: str) -> None:
         assert options.parse_known_args(words[2:])[1] == [], line
 
 
-@pytest.mark.parametrize("name", ["fleet", "ledger", "runs"])
-def test_every_verb_is_explained(name: str) -> None:
-    page = call(name, "--help")[1]
-    (action,) = [a for a in main.command_parsers()[name]._actions if a.dest == "action"]
-    for verb in action.choices or ():
-        assert any(line.strip().startswith(f"{verb} ") for line in page.splitlines()), verb
-
-
 def test_light_commands_load_no_torch(at: Path) -> None:
     lines = [line.replace("tiny", str(at)) for line in LIGHT]
     script = (
@@ -204,34 +189,6 @@ def test_light_commands_load_no_torch(at: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_first_slow_import_is_announced_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(cli, "SLOW", ("wave",))
-    monkeypatch.delitem(sys.modules, "wave", raising=False)
-    leader, follower = pty.openpty()
-    with os.fdopen(follower, "w") as terminal, cli.announcing(Ui(stderr=terminal)):
-        __import__("wave")
-        said = os.read(leader, 1000).decode()
-        assert cli.LOADING in said
-        monkeypatch.delitem(sys.modules, "wave")
-        __import__("wave")  # once
-        terminal.write("end")
-        terminal.flush()
-        assert cli.LOADING not in os.read(leader, 1000).decode()
-    os.close(leader)
-    assert not [finder for finder in sys.meta_path if isinstance(finder, cli._Watch)]
-
-
-def test_off_a_terminal_nothing_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "SLOW", ("wave",))
-    monkeypatch.delitem(sys.modules, "wave", raising=False)
-    err = io.StringIO()
-    with cli.announcing(Ui(stderr=err)):
-        __import__("wave")
-    assert err.getvalue() == ""
-
-
 def test_off_a_terminal_a_line_comes_every_half_minute() -> None:
     now, err = [0.0], io.StringIO()
     with Ui(stderr=err, clock=lambda: now[0]).progress(2, 4, 100) as bar:
@@ -242,37 +199,6 @@ def test_off_a_terminal_a_line_comes_every_half_minute() -> None:
     assert len(lines) == 3
     assert [line.partition(" · step")[0] for line in lines] == ["rounds 0/2 · client 1/4"] * 3
     assert lines[0] == "rounds 0/2 · client 1/4 · step 30/100 · 13 min left"
-
-
-def test_what_is_said_anyway_counts_as_a_word() -> None:
-    now, err = [0.0], io.StringIO()
-    ui = Ui(stderr=err, clock=lambda: now[0])
-    with ui.progress(10, 1, 10) as bar:
-        for step in range(10):
-            now[0] += 20.0
-            bar.update(client=1, step=step)
-            ui.note("something else")
-    assert set(err.getvalue().splitlines()) == {"something else"}
-
-
-@pytest.mark.parametrize("mode", [{"json": True}, {"quiet": 1}])
-def test_no_line_comes_where_less_is_wanted(mode: dict[str, int]) -> None:
-    now, err = [0.0], io.StringIO()
-    with Ui(stderr=err, stdout=io.StringIO(), clock=lambda: now[0], **mode).count("rows", 9) as bar:
-        now[0] = 99.0
-        bar.update(3)
-    assert err.getvalue() == ""
-
-
-def test_a_command_can_be_pasted() -> None:
-    words = ["eval", "out dir/it's", "$HOME", "a;b", "plain/0001-x"]
-    assert shlex.split(command(*words)) == ["fleetune", *words]
-    assert command("eval", "plain/0001-x") == "fleetune eval plain/0001-x"
-    assert quoted(Path("a b")) == "'a b'"
-
-
-def test_no_help_ends_in_an_empty_default() -> None:
-    assert [name for name in COMMANDS if "(default )" in " ".join(call(name, "--help")[1].split())] == []
 
 
 def test_a_refused_reply_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -286,30 +212,6 @@ def test_a_refused_reply_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         log.warning("refused")
     log.warning("later")
     assert caplog.messages == ["refused", "later"]
-
-
-def test_numbers_have_their_nouns() -> None:
-    assert [counted(n, "round") for n in (0, 1, 2, 1200)] == [
-        "0 rounds",
-        "1 round",
-        "2 rounds",
-        "1,200 rounds",
-    ]
-    assert (are(1, "tensor"), are(5, "tensor")) == ("1 tensor is", "5 tensors are")
-
-
-def test_an_export_says_what_was_rounded_as_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    from fleetune.cli.commands import export
-    from fleetune.common.events import ExportDone
-    from fleetune.deploy.export_subject import ExportResult
-
-    for exact, words in (
-        (11, "36 rounded as asked, 11 exact, 0 wrong"),
-        (47, "47 of 47 tensors hold the source's"),
-    ):
-        done = ExportDone(to="gguf:q8_0", path="a b.gguf", tensors=47, exact=exact, types={"Q8_0": 47})
-        export.show(Ui(), ExportResult(Path("a b.gguf"), done))
-        assert words in capsys.readouterr().out
 
 
 def test_an_error_names_the_run_and_not_the_folder_on_the_way() -> None:

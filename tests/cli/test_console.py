@@ -152,14 +152,6 @@ def test_counts_for_people(count: float | None, text: str) -> None:
     assert human_count(count) == text
 
 
-@given(st.floats(min_value=0.5, max_value=1e17))
-def test_bytes_keep_their_size(count: float) -> None:
-    number, unit = human_bytes(count).split()
-    scale = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}[unit]
-    assert abs(float(number) * scale - count) <= max(0.05 * count, 0.5)
-    assert unit == "PB" or float(number) < 1000
-
-
 def test_change_is_in_percent_for_losses_and_in_points_else() -> None:
     assert change("loss", 2.914, 2.377) == "-18.4 %"
     assert change("rouge_l", 12.6, 24.9) == "+12.3"
@@ -210,17 +202,6 @@ def test_the_final_table_lines_up() -> None:
     assert lines[4].index("2.8 MB") + 6 == lines[3].index("24.9") + 4
 
 
-@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_the_environment_can_ask_for_plain_text(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str
-) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv(name, value)
-    out, err = Terminal(), Terminal()
-    everything(Ui(0, False, out, err))
-    assert "\x1b" not in out.getvalue() + err.getvalue()
-
-
 def test_on_a_terminal_there_is_a_panel_a_table_and_a_bar(
     terminal: Callable[..., tuple[Ui, Terminal, Terminal]],
 ) -> None:
@@ -235,15 +216,6 @@ def test_on_a_terminal_there_is_a_panel_a_table_and_a_bar(
     assert drawn.count(" round   val loss") == 1
     assert "validation loss, 200 held-out rows    2.914    2.377  -18.4 %\n" in ESCAPE.sub("", out.getvalue())
     assert err.getvalue().count("\x1b[?25l") == err.getvalue().count("\x1b[?25h")  # the cursor comes back
-
-
-def test_paths_are_never_cut(terminal: Callable[..., tuple[Ui, Terminal, Terminal]]) -> None:
-    ui, out, err = terminal()
-    long = "runs/" + "x" * 200 + "/report.html"
-    ui.paths([("report", long)])
-    ui.error(UsageError(long))
-    assert long in out.getvalue()
-    assert long in err.getvalue()
 
 
 def test_a_result_written_while_a_bar_is_up_leaves_it_alive(
@@ -316,12 +288,6 @@ def test_json_is_strict_whatever_the_numbers_are() -> None:
     assert type(back["c"]) is int
 
 
-def test_events_say_nothing_without_json_mode() -> None:
-    ui, out, err = plain()
-    ui.event(RunRemoved(run="1"))
-    assert out.getvalue() == err.getvalue() == ""
-
-
 def test_errors_say_what_failed_and_what_to_try() -> None:
     ui, out, err = plain(quiet=2)
     ui.error(UsageError("no method named 'fedkseeed'", hint="fleetune methods"))
@@ -388,28 +354,6 @@ def test_the_bar_knows_where_it_is_and_how_long_it_takes() -> None:
         assert (bar.client, bar.step) == (0, 0)
         bar.update(round=20)
         assert bar.text == "20/20"
-
-
-def test_time_left_after_a_resume_counts_from_there() -> None:
-    clock = Clock()
-    ui = Ui(0, False, io.StringIO(), io.StringIO(), clock)
-    with ui.progress(10) as bar:
-        bar.update(round=8)
-        clock.now += 30
-        bar.update(round=9)
-        assert bar.text == "9/10 · 30 s left"
-
-
-def test_a_count_shows_bytes_or_numbers() -> None:
-    ui, _, _ = plain()
-    with ui.count("fetch", 270_000_000, size=True) as bar:
-        bar.update(135_000_000, note="model.gguf")
-        assert bar.text == "135 MB/270 MB · model.gguf"
-    with ui.count("layers", 0) as bar:
-        bar.update(3)
-        assert bar.text == "3"
-        bar.update(7, total=28)
-        assert bar.text == "7/28"
 
 
 def test_bars_end_when_the_work_fails(terminal: Callable[..., tuple[Ui, Terminal, Terminal]]) -> None:
@@ -493,36 +437,6 @@ def test_a_full_disk_ends_the_output_not_the_work_and_is_said_once(json_mode: bo
     assert ui.output_lost
 
 
-def test_a_stderr_that_cannot_be_written_is_left_alone() -> None:
-    out = io.StringIO()
-    ui = Ui(0, False, out, Full())
-    ui.note("a remark")
-    ui.paths([("a", "b")])
-    assert out.getvalue() == " a         b\n"
-    assert not ui.output_lost
-
-
-def test_streams_that_the_process_was_started_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "stderr", None)
-    ui = Ui()
-    ui.header("a", [("b", "c")])
-    ui.table(["a"], [["b"]])
-    ui.error(UsageError("no"))
-    assert not ui.output_lost
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
-@pytest.mark.parametrize("words", ["methods", "methods --json"])
-def test_a_command_whose_output_is_lost_fails_without_a_traceback(words: str) -> None:
-    with open("/dev/full", "w") as full:
-        run = subprocess.run(
-            [sys.executable, "-m", "fleetune", *words.split()], stdout=full, stderr=subprocess.PIPE, text=True
-        )
-    assert run.returncode == 1
-    assert run.stderr == "stdout cannot be written (No space left on device); the work goes on without it\n"
-
-
 @pytest.mark.skipif(os.name != "posix", reason="a shell closes it")
 def test_a_closed_stdout_is_no_error() -> None:
     line = f'exec "{sys.executable}" -m fleetune methods >&-'
@@ -558,19 +472,6 @@ def test_the_final_table_counts_the_answers_and_ends_with_remarks(capsys: pytest
     assert "validation loss, 200 held-out rows" in lines[2]
     assert "Rouge-L, 20 held-out rows" in lines[3]
     assert lines[4] == " note: so"
-
-
-def test_a_round_that_asked_nobody_has_its_line() -> None:
-    """As where all devices are still at work for an earlier round."""
-    out, err = io.StringIO(), io.StringIO()
-    with screen(Ui(0, False, out, err)) as shown:
-        shown.event(
-            RoundDone(
-                round=1, clients=0, accepted=2, bytes_up=90, bytes_down=0, bytes_total=90, seconds=1.5, rss=0
-            )
-        )
-        shown.event(RoundEvaluated(round=1, loss=2.5))
-    assert "round 1" in out.getvalue() + err.getvalue()
 
 
 def test_the_bar_of_a_run_shows_the_search_for_a_rate_and_then_its_rounds() -> None:

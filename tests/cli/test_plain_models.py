@@ -92,25 +92,6 @@ def test_the_command_that_is_named_makes_the_model_that_is_named(model: str, wha
         shutil.rmtree(place)
 
 
-def test_what_was_written_out_before_the_run_went_on_is_written_again() -> None:
-    place = Path(RUN, "hf")
-    assert main(["export", RUN, "--to", "hf", "-qq"]) == 0
-    try:
-        assert "written out already" in refused("tune", RUN, "demo")
-        later = (place / "config.json").stat().st_mtime + 5
-        os.utime(Path(RUN, "status"), (later, later))
-        said = refused("tune", RUN, "demo")
-        command, _, rest = said.partition("try: ")[2].partition("   and then give ")
-        newer = Path(rest.split()[0])
-        assert newer != place
-        assert main([*shlex.split(command)[1:], "-qq"]) == 0  # nothing is in its way
-        os.utime(newer / "config.json", (later, later))
-        assert f"written out already: give {newer} as the model" in refused("tune", RUN, "demo")
-    finally:
-        shutil.rmtree(place)
-        shutil.rmtree(Path(f"{place}-2"), ignore_errors=True)
-
-
 def test_every_command_that_tunes_says_it(tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text(f'model = "{RUN}"\ndata = "demo"\nmethod = "fedit"\n')
@@ -186,45 +167,6 @@ def test_every_command_says_that_an_adapter_is_merged_first(place: Path, tmp_pat
     ids = torch.arange(24)[None]
     assert torch.allclose(merged.net(ids).logits, net(ids).logits, atol=1e-5)
     assert not torch.allclose(merged.net(ids).logits, models.load("tiny").net(ids).logits, atol=1e-5)
-
-
-def test_the_page_has_the_lines_of_the_error() -> None:
-    code = adapter_folder.MERGE.format(auto="AutoModelForCausalLM", base='"BASE"', adapter='"ADAPTER"')
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    lines = [line.strip() for line in page.splitlines()]
-    first = lines.index(
-        "from peft import PeftModel; from transformers import AutoModelForCausalLM, AutoTokenizer"
-    )
-    assert "; ".join(lines[first : first + 3]) == code
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING cannot be merged"),
-        (
-            {"peft_type": "LORA", "task_type": "SEQ_CLS"},
-            "AutoModelForSequenceClassification.from_pretrained(",
-        ),
-        ([], "merge it into its base first"),
-    ],
-)
-def test_what_the_adapter_says_of_itself_is_heeded(tmp_path: Path, settings: object, says: str) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    assert says in refused("eval", str(tmp_path), "demo")
-
-
-def test_adapters_that_come_without_settings_or_from_a_run() -> None:
-    assert f"give the run: {RUN}" in refused("eval", f"{RUN}/adapter", "demo")
-    for file, says in (
-        ("adapter_model.safetensors", "merge it"),
-        ("module.json", "give the run that it was made in"),
-    ):
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / file).write_bytes(b"{}")
-            assert says in refused("eval", folder, "demo")
-            with pytest.raises(UsageError, match="is an adapter, not a model"):  # a fetched one
-                hf_folder.config_of(Path(folder))
 
 
 def name_base(adapter: Path, base: str) -> None:

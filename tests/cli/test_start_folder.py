@@ -91,16 +91,6 @@ def test_a_run_is_repeated_from_another_folder(elsewhere: Path, capsys: pytest.C
     assert Run(run_in(Path())).recipe.data == "../project/rows.jsonl"
 
 
-def test_what_is_gone_is_named_with_the_folder(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_in(elsewhere)
-    (elsewhere / "rows.jsonl").unlink()
-    assert main(["eval", str(run)]) == 2
-    assert (
-        "rows.jsonl, which is not here, nor in ../project, where the run was started"
-        in capsys.readouterr().err
-    )
-
-
 def test_an_objective_in_the_start_folder_is_named_with_it(
     elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,11 +103,6 @@ def test_an_objective_in_the_start_folder_is_named_with_it(
     told = capsys.readouterr().err
     assert "the run was started in ../project, and mine.py is there, not here" in told
     assert "cd ../project" in told
-
-
-def test_the_page_does_not_show_the_folder(project: Path) -> None:
-    env = {"fleetune": "1", start_folder.KEY: "../../../home/anna"}
-    assert "anna" not in result.versions(dataclasses.replace(runlog.read(run_in(project)), env=env))
 
 
 def test_a_compression_finds_its_run_and_keeps_its_names(

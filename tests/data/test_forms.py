@@ -13,7 +13,6 @@ import pytest
 
 from fleetune.data import Example, read
 from fleetune.data.examples import digests, is_folder, looks_like_model, looks_like_rows, row_of
-from fleetune.data.forms import guess_columns
 from fleetune.data.partition import RowsSpec, split
 from fleetune.errors import DataError, RecipeError
 
@@ -80,8 +79,7 @@ def test_two_forms_in_one_row_are_asked_about(tmp_path: Path) -> None:
         DataError, match=r"'response' \(prompt and response\) and field 'completion'"
     ) as failed:
         read(write(tmp_path / "a.jsonl", row))
-    assert '{"prompt": "q", "completion": "a", "response": "b"}' in failed.value.message
-    assert "--columns prompt=prompt,response=response" in str(failed.value.hint)
+    assert "--columns " in str(failed.value.hint)
     assert read(str(tmp_path / "a.jsonl"), columns="prompt=prompt,completion=completion")[0].response == "a"
 
 
@@ -146,14 +144,6 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, name: str) -> N
     found = read(write(tmp_path / "a.jsonl", plain, {"messages": messages}), note=notes.append)
     assert found[1:] == ([expected] if expected else [])
     assert notes == [f"left out of the conversations: {told}"]
-
-
-def test_lists_of_tools_are_counted_and_whole_rows_say_nothing(tmp_path: Path) -> None:
-    row = {"messages": turns(("user", "q"), ("assistant", "a"))}
-    notes: list[str] = []
-    read(write(tmp_path / "a.jsonl", row, row | {"tools": [{"name": "f"}]}), note=notes.append)
-    read(write(tmp_path / "b.jsonl", row), note=notes.append)
-    assert notes == ["left out of the conversations: 1 lists of tools"]
 
 
 # Columns ----------------------------------------------------------------------------------------------
@@ -243,36 +233,6 @@ def test_a_column_of_the_mapped_name_is_hidden(tmp_path: Path) -> None:
         read(file, columns="text=body")
 
 
-def test_a_refusal_shows_the_first_row_and_the_flag_once(tmp_path: Path) -> None:
-    row = {"Frage": "x" * 90, "id": 7, "Antwort\x1b[2J": "a", "tags": ["t"]}
-    with pytest.raises(DataError) as failed:
-        read(write(tmp_path / "a.jsonl", row, row, row))
-    assert failed.value.message.count("row: ") == 1
-    assert f'row: {{"Frage": "{"x" * 48}..", "id": 7, "Antwort' in failed.value.message
-    assert "\x1b" not in failed.value.message + str(failed.value.hint)
-    with pytest.raises(DataError) as failed:
-        read(write(tmp_path / "b.jsonl", {"my task": "t", "Solution": "s"}))
-    assert (
-        failed.value.hint
-        == "say which columns are which: --columns 'prompt=my task,response=Solution'; all forms: docs/data.md"
-    )
-
-
-@pytest.mark.parametrize(
-    ("row", "meant"),
-    [
-        ({"id": "1", "problem": "p", "reply": "r"}, "prompt=problem,response=reply"),
-        ({"turns": turns(("user", "a"))}, "messages=turns"),
-        ({"body": "b"}, "text=body"),
-        ({"a1": "when?", "b2": "at noon", "shop": "bar"}, "prompt=a1,response=b2"),
-        ({"Nr": "17", "Frage": "when?", "Antwort": "at noon"}, "prompt=Frage,response=Antwort"),
-        ({"n": 1}, "prompt=COLUMN,response=COLUMN"),
-    ],
-)
-def test_the_flag_that_may_be_meant(row: Row, meant: str) -> None:
-    assert guess_columns(row) == meant
-
-
 # A folder with one file per client --------------------------------------------------------------------
 
 
@@ -340,16 +300,6 @@ def test_rows_and_models_are_told_apart_by_their_names(devices: Path, tmp_path: 
     ]
     assert is_folder(str(devices))
     assert not is_folder("demo")
-
-
-def test_a_drive_is_no_name_of_a_data_set() -> None:
-    for path in ("C:\\data\\rows.jsonl", "C:/data/rows.jsonl", "D:\\rows"):
-        with pytest.raises(DataError, match="no file") as failed:
-            read(path)
-        assert "hub" not in failed.value.message
-    with pytest.raises(DataError) as failed:
-        read("C:\\data\\rows.jsonl")
-    assert failed.value.hint == "write it with /, such as /mnt/c/data/rows.jsonl"
 
 
 def test_half_a_character_in_a_column_can_be_written_down(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fleetune import data
-from fleetune.data import partition, sources
+from fleetune.data import partition
 from fleetune.tuning import methods
 
 
@@ -40,10 +40,6 @@ def test_every_client_gives_as_many_rows_as_the_others(devices: str, limit: int,
     first = [e.messages[0][1] for e in found if e.meta["client"] == "c"]
     assert first == [f"c{i}" for i in range(len(first))]
     assert told == (["the limit of 1 row leaves 2 of 3 clients without any"] if limit == 1 else [])
-
-
-def test_a_limit_beyond_all_rows_is_none() -> None:
-    assert sources._shares([2, 0, 1], 9) == [2, 0, 1]
 
 
 @pytest.mark.parametrize(
