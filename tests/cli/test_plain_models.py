@@ -6,10 +6,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shlex
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,6 @@ from fleetune import models
 from fleetune.api import plain_models
 from fleetune.cli.main import main
 from fleetune.errors import UsageError
-from fleetune.models.cache import adapter_folder
-from fleetune.models.loading import hf_folder
 
 FEW: dict[str, Any] = {
     "clients": 2,

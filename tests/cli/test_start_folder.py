@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
-from fleetune.report import result, runlog
 from fleetune.runs import compression_folder, rundir, start_folder
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.subject import Run

@@ -8,14 +8,10 @@ import csv
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -296,116 +292,6 @@ def test_plain_text(tmp_path):
 
 
 # The hub, without a network: its three calls are replaced.
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub whose data sets are folders under tmp_path/hub, and an empty cache."""
-    root = tmp_path / "hub"
-    state = SimpleNamespace(root=root, asked=[], failure=None)
-
-    def dataset_info(self, repo, *, timeout):
-        state.asked.append(repo)
-        assert timeout <= 30
-        if state.failure is not None:
-            raise state.failure
-        files = sorted(p for p in (root / repo).rglob("*") if p.is_file())
-        return SimpleNamespace(
-            siblings=[SimpleNamespace(rfilename=str(p.relative_to(root / repo))) for p in files]
-        )
-
-    def hf_hub_download(repo, name, *, repo_type):
-        assert repo_type == "dataset"
-        return str(root / repo / name)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.chdir(tmp_path)
-    return state
-
-
-def put(folder: Path, *names: str) -> None:
-    for number, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write(folder / name, [{**DOLLY, "file": f"{number}"}])
-
-
-@pytest.mark.parametrize(
-    ("names", "source", "expected"),
-    [
-        (["README.json", "set-15k.jsonl"], "o/s:set-15k.jsonl", ["1"]),
-        (["dataset_info.json", ".meta.json", "set-15k.jsonl"], "o/s", ["2"]),
-        (["data/test-00000-of-00001.parquet", "data/train-00000-of-00001-a09b.parquet"], "o/s", ["1"]),
-        (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], "o/s", ["0", "1"]),
-        (["train.csv", "train.jsonl", "test.jsonl"], "o/s", ["1"]),
-        (["validation.jsonl", "data.jsonl", "dev.csv"], "o/s", ["1"]),
-        (["train/a.jsonl", "train/test.jsonl"], "s", ["0"]),
-        (["constrain.jsonl"], "o/s", ["0"]),
-        (
-            ["train_a-00000-of-00002.parquet", "train_b.parquet", "train_a-00001-of-00002.parquet"],
-            "o/s:train_a.parquet",
-            ["0", "2"],
-        ),
-    ],
-)
-def test_the_training_files_of_a_hub_set(hub, names, source, expected):
-    put(hub.root / source.split(":")[0], *names)
-    assert [example.meta["file"] for example in read(source)] == expected
-
-
-@pytest.mark.parametrize(
-    ("names", "source", "says"),
-    [
-        (["a.jsonl", "b.jsonl"], "o/s", "several training files"),
-        (["test.jsonl"], "o/s", "no training file"),
-        (["dataset_infos.json"], "o/s", "no training file"),
-        (["train.jsonl"], "o/s:trian.jsonl", "has no file 'trian.jsonl'"),
-        (["train-00000-of-00002.parquet"], "o/s", "1 of the 2 parts"),
-    ],
-)
-def test_hub_sets_without_clear_training_files(hub, names, source, says):
-    put(hub.root / "o/s", *names)
-    with pytest.raises(DataError, match=says):
-        read(source)
-
-
-def cache(tmp_path: Path, *names: str) -> None:
-    folder = tmp_path / "cache/datasets--o--s"
-    put(folder / "snapshots/abc", *names)
-    (folder / "refs").mkdir()
-    (folder / "refs/main").write_text("abc")
-
-
-def test_offline_uses_the_cache_alone(hub, tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="working offline") as caught:
-        read("o/s", offline=True)
-    assert "demo" in (caught.value.hint or "")
-    cache(tmp_path, "train.jsonl")
-    assert len(read("o/s", offline=True)) == 1
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert len(read("o/s")) == 1
-    assert hub.asked == []
-
-
-def test_an_unreachable_hub_is_one_clear_error_or_the_cache(hub, tmp_path, caplog):
-    hub.failure = ConnectionError("Name or service not known\nand forty more lines")
-    with pytest.raises(DataError, match="cannot be asked for it: Name or service not known") as caught:
-        read("o/s")
-    assert "forty" not in caught.value.message
-    assert "file's path" in (caught.value.hint or "")
-    cache(tmp_path, "train.jsonl")
-    assert len(read("o/s")) == 1
-    assert "data set o/s comes from the cache: Name or service not known" in caplog.text
-
-
-@pytest.mark.parametrize("kind", [RepositoryNotFoundError, GatedRepoError])
-def test_sets_that_the_hub_refuses(hub, kind):
-    hub.failure = kind.__new__(kind)  # their constructors want the response of one HTTP library or another
-    with pytest.raises(DataError) as caught:
-        read("o/s")
-    assert "hf auth login" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(

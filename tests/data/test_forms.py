@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fleetune.data import Example, read
-from fleetune.data.examples import digests, is_folder, looks_like_model, looks_like_rows, row_of
-from fleetune.data.partition import RowsSpec, split
+from fleetune.data.examples import is_folder, looks_like_model, looks_like_rows, row_of
+from fleetune.data.partition import RowsSpec
 from fleetune.errors import DataError, RecipeError
 
 Row = dict[str, Any]
@@ -247,38 +245,6 @@ def devices(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_file_of_a_folder_is_a_client(devices: Path) -> None:
-    rows = read(str(devices), columns="prompt=q,response=a")
-    assert [(e.meta["client"], e.messages[0][1]) for e in rows[::4]] == [
-        ("bonn", "bonn 0"),
-        ("bonn", "bonn 4"),
-        ("dev-1", "dev-1 3"),
-    ]
-    parts = split(RowsSpec(str(devices), "prompt=q,response=a", held_out=1), 8)
-    assert (parts.partition, len(parts.clients)) == ("column:client", 3)
-    assert {len({rows[i].meta["client"] for i in part}) for part in parts.clients} == {1}
-
-
-def test_a_folder_of_something_else_is_refused(devices: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"{devices}/bonn.jsonl:1: has the fields of no form"):
-        read(str(devices))
-    write(devices / "oslo.json", {"q": "q", "a": "a"})
-    with pytest.raises(DataError, match="two files of client 'oslo'"):
-        read(str(devices), columns="prompt=q,response=a")
-    (devices / "config.json").write_text("{}")
-    with pytest.raises(DataError, match="is the folder of a model"):
-        read(str(devices))
-    (tmp_path / "set").mkdir()
-    for name in ("demo_train", "demo_eval"):
-        write(tmp_path / "set" / f"{name}.jsonl", {"prompt": "q", "completion": "a"})
-    with pytest.raises(DataError, match="the splits of one data set") as failed:
-        read(str(tmp_path / "set"))
-    assert (
-        failed.value.hint
-        == f"give one of them: {tmp_path}/set/demo_train.jsonl --eval-data {tmp_path}/set/demo_eval.jsonl"
-    )
-
-
 def test_auto_divides_by_clients_that_the_data_name(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"text": "t"})
     assert RowsSpec(file).rule == "iid"
@@ -307,11 +273,3 @@ def test_half_a_character_in_a_column_can_be_written_down(tmp_path: Path) -> Non
     found = read(write(tmp_path / "rows.jsonl", *rows))
     assert [example.meta["client"] for example in found] == ["\\ud800", "\\ud801"], "told apart"
     assert json.dumps([dict(example.meta) for example in found], ensure_ascii=False).encode()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
-def test_a_file_whose_name_is_no_utf8_is_a_client_too(devices: Path) -> None:
-    write(devices / os.fsdecode(b"caf\xe9.jsonl"), {"q": "q", "a": "a"})
-    clients = {example.meta["client"] for example in read(str(devices), columns="prompt=q,response=a")}
-    assert "caf\\udce9" in clients
-    assert "".join(digests(str(devices))).encode()

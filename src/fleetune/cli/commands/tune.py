@@ -178,6 +178,7 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.planning import choose
     from fleetune.tuning.prepare import prepare
 
+    plain_models.check(recipe.model, Path(args.out), recipes.trained(recipe))
     recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
     recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
     recipe, check_memory = choose.settled_base(recipe, ui.note, offline=args.offline)
