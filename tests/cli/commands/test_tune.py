@@ -246,7 +246,7 @@ def test_a_round_whose_only_client_fails_leaves_the_model_and_the_run_goes_on(ti
     assert code == 0
     told = [e for e in events(out) if e["event"] == "client"]
     assert {(e["client"], e["status"]) for e in told} == {(0, "ok"), (1, "failed"), (2, "ok")}
-    assert {e["reason"].partition(" (test_cli.py:")[0] for e in told} == {
+    assert {e["reason"].partition(" (test_tune.py:")[0] for e in told} == {
         "",
         "IndexError: client 1 is broken",
     }

@@ -14,14 +14,15 @@ HELP = "list the recipes that come with Fleetune, or show one"
 ORDER = 125
 EXAMPLES = """\
 fleetune recipes                      what there is
-fleetune recipes fedit                the recipe as a file: fleetune tune -c recipe:fedit MODEL DATA
-fleetune recipes fedit > mine.toml    a copy to change
+fleetune recipes fedit                the recipe as a file, to be used: fleetune tune -c recipe:fedit MODEL DATA
 """
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("name", metavar="NAME", nargs="?", help="a recipe, to show it")
+    sub.add_argument(
+        "name", metavar="NAME", nargs="?", help="a recipe, to show it; write it into a file to change it"
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
