@@ -31,9 +31,9 @@ from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Payload
 from fleetune.tuning.methods import Method
-from fleetune.tuning.rounds.fleets.local import LocalFleet
 from fleetune.tuning.rounds.rounds import Hooks, RoundPlan
 from fleetune.tuning.rounds.rounds import run as run_rounds
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 BASE = bytes(8)
 NOTE = "whole rounds with codec, door, metrics and checkpoints, against the time inside Method.local; ratio - 1 is the overhead"

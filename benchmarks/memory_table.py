@@ -14,10 +14,10 @@ from typing import Final
 from transformers import LlamaConfig
 
 from fleetune.common.display import human_bytes
-from fleetune.models.loading.shapes import Shape, shape_of
-from fleetune.models.mapped.file import KEPT
+from fleetune.models.shapes import Shape, shape_of
+from fleetune.models.stored import KEPT
 from fleetune.planning import device_cost
-from fleetune.planning.workload import Workload
+from fleetune.planning.device_cost import Workload
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Footprint
 

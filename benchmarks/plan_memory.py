@@ -65,9 +65,9 @@ def compare(
     Measured are medians of `repeats` processes, taken by turns.
     """
     from fleetune import models
-    from fleetune.planning import plan
+    from fleetune.planning import device_cost, plan
 
-    work = plan.Workload(batch, length, steps, dtype, base)
+    work = device_cost.Workload(batch, length, steps, dtype, base)
     planned = {row.method: row for row in plan.table(models.load_config(model), work)}
     planned[BACKWARD] = _row(model, work, planned["fedkseed"], {"backprop": 1.0})
     planned[PEPTAO] = _row(model, work, planned[PEPTAO], {"lanczos": SETTINGS[PEPTAO]["lanczos"]})
@@ -124,7 +124,7 @@ def compare(
 def _row(model: str, work: Any, usual: Any, settings: Mapping[str, Any]) -> Any:
     """Return the row of a method with other settings, which the plan's table does not show."""
     from fleetune import models
-    from fleetune.models.loading.shapes import shape_of
+    from fleetune.models.shapes import shape_of
     from fleetune.planning import device_cost
     from fleetune.tuning import methods
 
@@ -239,8 +239,7 @@ def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
     from fleetune.evaluation.losses import pad_id
     from fleetune.tuning import methods
     from fleetune.tuning.exchange.messages import decode
-    from fleetune.tuning.rounds.fleets.local_work import work
-    from fleetune.tuning.rounds.fleets.memories import Memories
+    from fleetune.tuning.rounds.local_work import Memories, work
 
     (counted, _), *more = SETTINGS[name].items()
     method = methods.make(name.partition(",")[0], {"batch_size": batch, counted: steps} | dict(more))

@@ -30,7 +30,7 @@ from fleetune.compression.layerwise.grids import Grid
 from fleetune.compression.layerwise.hessian import share, trace
 from fleetune.compression.methods import optq, sparsegpt
 from fleetune.models import Model
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 
 GROUP, BLOCK, DAMPING = 32, 128, 0.01
 
@@ -167,25 +167,19 @@ def _blocks(setting: Setting, result: Result, name: str) -> list[Row]:
         0, config.vocab_size, (4 if setting.quick else 16, 256), generator=torch.Generator().manual_seed(0)
     )
 
-    def ours(true_sequential: bool) -> None:
+    def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            driver.run(model, OURS[name], windows, Path(folder), true_sequential=true_sequential)
+            driver.run(model, OURS[name], windows, Path(folder))
 
     def theirs() -> None:
         published(model, PLAIN[name], windows)
 
-    ways = {"ours": lambda: ours(False), "true": lambda: ours(True), "plain": theirs}
-    times = measure(ways, setting.repeats(3))
+    times = measure({"ours": ours, "plain": theirs}, setting.repeats(3))
     result.keep(f"{name} blocks", times)
     note = (
         "16 windows of 256 tokens, four blocks of SmolLM2-135M's shape; Hessians and forward passes included"
     )
-    return [
-        compare(f"{name}, whole blocks: time", times["ours"], times["plain"], "cost", 0.75, note),
-        compare(
-            f"{name}, whole blocks, true sequential: time", times["true"], times["plain"], "cost", 0.75, note
-        ),  # no less than whole blocks: a window runs up to each layer in turn, so that memory stays flat
-    ]
+    return [compare(f"{name}, whole blocks: time", times["ours"], times["plain"], "cost", 0.75, note)]
 
 
 @torch.inference_mode()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 MULTIPLIER = 0x9E3779B97F4A7C15
@@ -17,6 +19,7 @@ def place(K: int, i: int) -> int:
     return ((mixed(mixed(i // 128)) >> 40) + i % 128) % K
 
 
+@cache
 def slow_places(K: int, start: int, count: int) -> np.ndarray:
     """`noise.places`, slowly: int64 [count]."""
     return np.array([place(K, i) for i in range(start, start + count)], np.int64)

@@ -93,8 +93,8 @@ def test_inside_a_layer_every_import_goes_down(layer: str):
         parts = module.split(".")
         return groups.index(parts[2]) if parts[1:2] == [layer] and len(parts) > 2 else None
 
-    folders = {p.name for p in (PACKAGE / layer).iterdir() if p.name[0] != "_"}
-    assert folders == set(groups)
+    rooms = {p.stem for p in (PACKAGE / layer).iterdir() if p.name[0] != "_"}
+    assert rooms == set(groups)
     up = [
         f"{module} imports {below}"
         for module, found in arrows().items()
@@ -134,9 +134,17 @@ def test_the_folders_of_a_layer_form_no_circle(folder: str):
     assert circle(graph) == []
 
 
-def test_flower_is_imported_in_one_folder():
-    found = {
-        name
+@pytest.mark.parametrize(
+    ("packages", "where"),
+    [
+        (("flwr",), "fleetune.fleet.flower"),
+        (("starlette", "uvicorn", "httpx", "prometheus_client"), "fleetune.fleet"),
+        (("fastapi",), ""),
+    ],
+)
+def test_packages_of_the_network_are_imported_in_one_folder(packages: tuple[str, ...], where: str):
+    folders = {
+        name.rpartition(".")[0]
         for name, file in MODULES.items()
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         for module in (
@@ -146,9 +154,9 @@ def test_flower_is_imported_in_one_folder():
             if isinstance(node, ast.Import)
             else []
         )
-        if module.split(".")[0] in ("flwr", "fastapi", "uvicorn", "starlette")
+        if module.split(".")[0] in packages
     }
-    assert {name.rpartition(".")[0] for name in found} == {"fleetune.fleet.flower"}
+    assert folders == ({where} if where else set())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from fleetune import models
 from fleetune.models import tiny_tokenizer
-from fleetune.models.loading.tiny import tiny_pair_tokenizer
+from fleetune.models.tiny import tiny_pair_tokenizer
 
 VOCAB: Final = 264
 _TOKENS: Final = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}

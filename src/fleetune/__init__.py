@@ -8,139 +8,83 @@
     file = fleetune.export(small, to="gguf")
     model = fleetune.open("latest").load()
 
-`fleetune.api` is the pipeline as functions.  The public names are imported when they are first used: `import fleetune`
+The functions are described in `fleetune.api`.  The public names are imported when they are first used: `import fleetune`
 loads neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common import __version__
 
 if TYPE_CHECKING:
-    from fleetune import errors
-    from fleetune.api import (
-        chat,
-        compress,
-        compressors,
-        evaluate,
-        export,
-        generate,
-        list_runs,
-        measure,
-        methods,
-        open,
-        plan,
-        resume_compression,
-        resume_run,
-        resume_sweep,
-        serve,
-        sweep,
-        targets,
-        tune,
-    )
-    from fleetune.common import events
-    from fleetune.compression.jobs.job import CompressResult
-    from fleetune.deploy.export_subject import ExportResult
-    from fleetune.deploy.measure.job import MeasureResult
-    from fleetune.deploy.serving.client import Conversation
-    from fleetune.deploy.serving.engines import Session
-    from fleetune.models.net.model import Model
-    from fleetune.planning.plan import Plan
-    from fleetune.runs.listener import Listener, Silent
-    from fleetune.runs.progress import Progress
-    from fleetune.seeds.ledger import Ledger
-    from fleetune.seeds.ledger import load as load_ledger
-    from fleetune.subject import Compressed, Plain, Run
-    from fleetune.tuning.recipe.recipe import Recipe
-    from fleetune.tuning.result.result import TuneResult
-    from fleetune.tuning.sweep.sweep import SweepResult
+    from fleetune import errors as errors
+    from fleetune.api.deployment import chat as chat
+    from fleetune.api.deployment import compress as compress
+    from fleetune.api.deployment import export as export
+    from fleetune.api.deployment import measure as measure
+    from fleetune.api.deployment import resume_compression as resume_compression
+    from fleetune.api.deployment import serve as serve
+    from fleetune.api.evaluation import evaluate as evaluate
+    from fleetune.api.evaluation import generate as generate
+    from fleetune.api.names import compressors as compressors
+    from fleetune.api.names import list_runs as list_runs
+    from fleetune.api.names import methods as methods
+    from fleetune.api.names import open as open
+    from fleetune.api.names import targets as targets
+    from fleetune.api.tuning import plan as plan
+    from fleetune.api.tuning import resume_run as resume_run
+    from fleetune.api.tuning import resume_sweep as resume_sweep
+    from fleetune.api.tuning import sweep as sweep
+    from fleetune.api.tuning import tune as tune
+    from fleetune.common import events as events
+    from fleetune.compression.jobs.job import CompressResult as CompressResult
+    from fleetune.deploy.export import ExportResult as ExportResult
+    from fleetune.deploy.measure import MeasureResult as MeasureResult
+    from fleetune.deploy.serve import Conversation as Conversation
+    from fleetune.deploy.serve import Session as Session
+    from fleetune.models.net.model import Model as Model
+    from fleetune.planning.plan import Plan as Plan
+    from fleetune.runs.listener import Listener as Listener
+    from fleetune.runs.listener import Progress as Progress
+    from fleetune.runs.listener import Silent as Silent
+    from fleetune.seeds import ledger as _ledger
+    from fleetune.seeds.ledger import Ledger as Ledger
+    from fleetune.subject import Compressed as Compressed
+    from fleetune.subject import Plain as Plain
+    from fleetune.subject import Run as Run
+    from fleetune.tuning.recipe.recipe import Recipe as Recipe
+    from fleetune.tuning.result.finished import TuneResult as TuneResult
+    from fleetune.tuning.sweep import SweepResult as SweepResult
 
-_PLACES = {
-    "fleetune.api": (
-        "chat",
-        "compress",
-        "compressors",
-        "evaluate",
-        "export",
-        "generate",
-        "list_runs",
-        "measure",
-        "methods",
-        "open",
-        "plan",
-        "resume_compression",
-        "resume_run",
-        "resume_sweep",
-        "serve",
-        "sweep",
-        "targets",
-        "tune",
-    ),
-    "fleetune.compression.jobs.job": ("CompressResult",),
-    "fleetune.deploy.export_subject": ("ExportResult",),
-    "fleetune.deploy.measure.job": ("MeasureResult",),
-    "fleetune.deploy.serving.client": ("Conversation",),
-    "fleetune.deploy.serving.engines": ("Session",),
-    "fleetune.models.net.model": ("Model",),
-    "fleetune.planning.plan": ("Plan",),
-    "fleetune.runs.listener": ("Listener", "Silent"),
-    "fleetune.runs.progress": ("Progress",),
-    "fleetune.seeds.ledger": ("Ledger",),
-    "fleetune.subject": ("Compressed", "Plain", "Run"),
-    "fleetune.tuning.recipe.recipe": ("Recipe",),
-    "fleetune.tuning.result.result": ("TuneResult",),
-    "fleetune.tuning.sweep.sweep": ("SweepResult",),
+    load_ledger = _ledger.load
+
+_PLACES: Final = {
+    "fleetune.api.deployment": "chat compress export measure resume_compression serve",
+    "fleetune.api.evaluation": "evaluate generate",
+    "fleetune.api.names": "compressors list_runs methods open targets",
+    "fleetune.api.tuning": "plan resume_run resume_sweep sweep tune",
+    "fleetune.compression.jobs.job": "CompressResult",
+    "fleetune.deploy.export": "ExportResult",
+    "fleetune.deploy.measure": "MeasureResult",
+    "fleetune.deploy.serve": "Conversation Session",
+    "fleetune.models.net.model": "Model",
+    "fleetune.planning.plan": "Plan",
+    "fleetune.runs.listener": "Listener Progress Silent",
+    "fleetune.seeds.ledger": "Ledger",
+    "fleetune.subject": "Compressed Plain Run",
+    "fleetune.tuning.recipe.recipe": "Recipe",
+    "fleetune.tuning.result.finished": "TuneResult",
+    "fleetune.tuning.sweep": "SweepResult",
 }
-_PUBLIC = {name: f"{module}:{name}" for module, names in _PLACES.items() for name in names} | {
+_PUBLIC: Final = {name: f"{module}:{name}" for module, names in _PLACES.items() for name in names.split()} | {
     "errors": "fleetune.errors:",
     "events": "fleetune.common.events:",
     "load_ledger": "fleetune.seeds.ledger:load",
 }
-
-__all__ = [
-    "CompressResult",
-    "Compressed",
-    "Conversation",
-    "ExportResult",
-    "Ledger",
-    "Listener",
-    "MeasureResult",
-    "Model",
-    "Plain",
-    "Plan",
-    "Progress",
-    "Recipe",
-    "Run",
-    "Session",
-    "Silent",
-    "SweepResult",
-    "TuneResult",
-    "__version__",
-    "chat",
-    "compress",
-    "compressors",
-    "errors",
-    "evaluate",
-    "events",
-    "export",
-    "generate",
-    "list_runs",
-    "load_ledger",
-    "measure",
-    "methods",
-    "open",
-    "plan",
-    "resume_compression",
-    "resume_run",
-    "resume_sweep",
-    "serve",
-    "sweep",
-    "targets",
-    "tune",
-]
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
 
 if not TYPE_CHECKING:  # or a checker would take every name for one that there is

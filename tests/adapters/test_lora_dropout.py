@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A's own dropout: the numbers and the gradients of torch's, bit for bit, in less memory until backward."""
+"""Dropout of LoRA's inputs is torch's, bit for bit, and keeps less."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from fleetune.adapters.lora_dropout import DroppedLinear
+from fleetune.adapters.lora import DroppedLinear
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (3, 17, 64), (2, 3, 5, 64)])

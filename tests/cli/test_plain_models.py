@@ -16,7 +16,7 @@ import torch
 
 import fleetune
 from fleetune import models
-from fleetune.api import plain_models
+from fleetune.api import tuning
 from fleetune.cli.main import main
 from fleetune.errors import UsageError
 
@@ -80,7 +80,7 @@ def test_the_command_that_is_named_makes_the_model_that_is_named(model: str, wha
     assert not Path(place).exists()
     assert main([*shlex.split(command)[1:], "-qq"]) == 0
     try:
-        plain_models.check(place, Path("runs"))
+        tuning.check_plain(place, Path("runs"))
         assert models.load(place).n_params == models.load("tiny").n_params
         again = refused("tune", model, "demo")
         assert f"written out already: give {place} as the model" in again

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from fleetune import models
 from fleetune.cli import main as cli
 from fleetune.common import events
-from fleetune.deploy.measure import harness
+from fleetune.deploy import harness
 
 SCHEMA = json.loads(runpy.run_path(str(Path(__file__).parents[2] / "docs" / "build.py"))["events_schema"]())
 VALIDATORS = {
@@ -82,7 +82,6 @@ ELSEWHERE = {  # these need an engine, a tokenizer with merges, the network, dev
     "BudgetSpent",
     "DeviceEvaluated",
     "Diverging",
-    "ExportPushed",
     "FleetEvaluated",
     "FleetShown",
     "ModelPulled",

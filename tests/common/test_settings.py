@@ -48,8 +48,7 @@ def test_conditions_name_settings_of_the_method(name: str) -> None:
 SHOWN = {
     "no client back-propagates": ("fedkseed", {}, ["K 1,024"], ["backprop_lr", "backprop_steps"]),
     "some do": ("fedkseed", {"backprop": 0.5}, ["backprop_lr 0.0003", "backprop_steps 10"], []),
-    "no start from rows": ("fedit", {}, ["start default", "epochs 1"], ["start_data", "steps"]),
-    "a start from rows": ("fedit", {"start": "eva"}, ["start_data demo"], []),
+    "epochs": ("fedit", {}, ["start default", "epochs 1"], ["steps"]),
     "steps instead of epochs": ("fedit", {"steps": 3}, ["steps 3"], ["epochs"]),
     "another module": ("fedpetuning", {"module": "bitfit"}, ["module bitfit"], ["start", "places"]),
 }

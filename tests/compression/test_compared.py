@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KL divergence and same top token of a compressed model: in `compress` and its files, and in `eval --reference`."""
+"""A compressed model beside the dense one, in `compress` and its files, and as `eval` sees it."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,19 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_harness import LORA, call, pulled_after, tuned
+from command_harness import LORA, QUICK, ZEROTH, call, pulled_after, tuned
 
+import fleetune
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.common.events import Measured, as_dict
 from fleetune.data.encode import encode_all
-from fleetune.deploy.measure import harness
-from fleetune.deploy.measure import job as measuring
 from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence
 from fleetune.evaluation.losses import text_rows
 from fleetune.models import Model
-from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import LOGITS
 from fleetune.subject import Compressed
 from fleetune.tuning.result import finished
@@ -94,22 +90,6 @@ def test_a_compressed_model_is_compared_with_the_dense_one(
         )
 
 
-def test_the_table_shows_it_with_its_error(tiny: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compress", tiny, *RTN, *TEXT]) == 0
-    out, _ = capsys.readouterr()
-    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
-    (folder,) = (at / "runs").iterdir()
-    after = json.loads((folder / "compress.json").read_text())["result"]["after"]
-    value, sign, error = lines["kl_divergence"]
-    assert (float(value), sign, float(error)) == (
-        pytest.approx(after["kl_divergence"], abs=5.1e-5),
-        "±",
-        pytest.approx(after["kl_divergence_error"], abs=5.1e-5),
-    )
-    assert lines["same_top"] == [f"{after['same_top']:.1f}", "±", f"{after['same_top_error']:.1f}", "%"]
-    assert not {"kl_divergence_error", "same_top_error", "kl_tokens"} & set(lines)
-
-
 def test_a_run_is_compared_on_the_rows_that_it_was_not_calibrated_on(
     tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,50 +114,6 @@ def test_a_run_is_compared_on_the_rows_that_it_was_not_calibrated_on(
     assert seen[-1]["base_loss"] > 0
 
 
-def test_a_pruned_model_and_a_student_are_compared_too(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dense, texts = models.load(tiny), [(at / "text.txt").read_text()]
-    pruner = [
-        "--set",
-        "ratio=0.3",
-        "--set",
-        "recover=none",
-        "--set",
-        "mode=depth",
-        "--set",
-        "first=0",
-        "--set",
-        "last=0",
-    ]
-    _, told, _ = call(
-        capsys, "compress", tiny, "--method", "llm-pruner", *pruner, "--windows", "2", "--length", "16", *TEXT
-    )
-    assert told[-1]["event"] == "done", told[-1]
-    model = models.load(f"{told[-1]['folder']}/model")
-    close(told[-1]["after"], expected(dense, model, text_rows(dense, texts)))
-    assert told[-1]["pruned"] == told[-1]["after"]
-    teacher = models.tiny_llama(seed=4)
-    models.save(teacher.net, teacher.tokenizer, at / "teacher")
-    student = ["teacher=./teacher", "steps=2", "batch_size=1", "max_new_tokens=4", "lmbda=0"]
-    _, told, _ = call(
-        capsys,
-        "compress",
-        tiny,
-        "--method",
-        "gkd",
-        "--data",
-        "rows.jsonl",
-        *TEXT,
-        *(word for each in student for word in ("--set", each)),
-    )
-    assert told[-1]["event"] == "done", told[-1]
-    model, rows = models.load(f"{told[-1]['folder']}/model"), text_rows(dense, texts)
-    close(told[-1]["after"], expected(teacher, model, rows))
-    close(told[-1]["before"], expected(teacher, dense, rows))
-    assert "kl_divergence" not in told[-1]["teacher"]
-
-
 def test_ctrl_c_leaves_no_logits_and_a_resumed_compression_states_the_same(
     tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,41 +131,6 @@ def test_ctrl_c_leaves_no_logits_and_a_resumed_compression_states_the_same(
     (folder / LOGITS).write_bytes(b"what a copy of a killed one brought")
     assert call(capsys, "compress", "--resume", str(folder))[0] == 0
     assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
-
-
-def test_an_infinite_divergence_is_null_in_the_files(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(capsys, "compress", tiny, *RTN, *TEXT)[0] == 0
-    (folder,) = (at / "runs").iterdir()
-    known = compression_folder.record(folder)["result"]
-    known["after"] |= {"kl_divergence": math.inf, "perplexity": math.nan}
-    compression_folder.write_record(folder, compression_folder.request_of(folder), known)
-    line = Measured(
-        name="codes",
-        engine="torch",
-        path=str(folder),
-        bytes=1,
-        bits_linear=4.0,
-        bits=4.0,
-        peak_rss=1,
-        prefill=None,
-        generate=None,
-        kl_divergence=math.inf,
-        kl_tokens=7,
-    )
-    measuring._write(folder, {}, [as_dict(line)], {})
-
-    def strict(name: str) -> Any:
-        return json.loads((folder / name).read_text(), parse_constant=lambda text: pytest.fail(text))
-
-    after = strict("compress.json")["result"]["after"]
-    assert (after["kl_divergence"], after["perplexity"]) == (None, None)
-    assert after["same_top"] == known["after"]["same_top"]
-    (row,) = strict("measure.json")["rows"]
-    assert (row["kl_divergence"], row["kl_tokens"]) == (None, 7)
-    assert call(capsys, "compress", "--resume", str(folder))[1][-1]["after"] == after
-    assert main(["runs", "show", "1"]) == 0
 
 
 # --- eval ---------------------------------------------------------------------------------------------------
@@ -271,31 +172,17 @@ def other_tokens(at: Path) -> str:
     return str(at / "other")
 
 
-@pytest.mark.parametrize("command", ["eval", "measure"])
 def test_a_temporary_folder_without_room_for_the_logits_is_said_before_they_are_written(
-    command: str, tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that is too small cannot be had here: of the disk's answer the free bytes are replaced."""
-    used, answer = shutil.disk_usage, list[str]()
-
-    def nearly_full(path: str | Path) -> object:
-        answer.append(str(path))
-        return used(path)._replace(free=1000)
-
-    def here(job: harness.MeasureJob) -> harness.Measurement:
-        return harness.carry_out(job)
-
+    used = shutil.disk_usage
     monkeypatch.setenv("TMPDIR", str(at))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
-    monkeypatch.setattr(harness, "measured", here)  # in this process, whose disk is so full
-    rows = ["--tasks", "perplexity", "--device", "cpu"] if command == "eval" else ["--repeats", "1"]
-    code, told, _ = call(capsys, command, tiny, "--reference", tiny, "--text", "text.txt", *rows)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: used(path)._replace(free=1000))
+    asked = ["--reference", tiny, "--text", "text.txt", "--tasks", "perplexity", "--device", "cpu"]
+    code, told, _ = call(capsys, "eval", tiny, *asked)
     assert code == StorageError.exit_code
     assert "the logits of the reference take" in told[-1]["message"]
-    assert "1.0 kB free" in told[-1]["message"]
-    assert "TMPDIR" in told[-1]["hint"]
-    assert answer[-1].startswith(str(at))
     assert not list(at.glob("fleetune-*"))
 
 
@@ -314,15 +201,41 @@ def test_a_reference_with_other_tokens_is_refused_before_a_model_is_loaded(
     assert "the model that it was made from" in told[-1]["hint"]
 
 
-def test_without_rows_or_text_there_is_nothing_to_compare_on(
+LOSS = ["rows.jsonl", "--tasks", "loss"]
+
+
+def test_a_compressed_model_is_measured_in_the_type_and_on_the_device_that_are_named(
     tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, told, _ = call(capsys, "eval", tiny, "--reference", tiny)
-    assert code == 2
-    assert "needs DATA" in told[-1]["message"]
-    code, told, _ = call(capsys, "eval", tiny, "--reference", tiny, "--tasks", "hellaswag")
-    assert code == 2
-    assert "on rows or a text" in told[-1]["message"]
-    code, told, _ = call(capsys, "measure", tiny, "--reference", tiny)
-    assert code == 2
-    assert "nothing to compare" in told[-1]["message"]
+    assert call(capsys, "compress", tiny, *RTN)[0] == 0
+    assert call(capsys, "export", "1", "--to", "hf", "--path", "plain")[0] == 0
+    losses = {}
+    for dtype in ("fp32", "bf16"):
+        for subject in ("1", "runs/0001-rtn-tiny/model", "plain"):
+            code, seen, err = call(capsys, "eval", subject, *LOSS, "--dtype", dtype, "--device", "cpu")
+            assert code == 0, err
+            losses[subject, dtype] = seen[-1]["loss"]
+        assert losses["1", dtype] == losses["runs/0001-rtn-tiny/model", dtype] == losses["plain", dtype]
+    assert losses["1", "fp32"] != losses["1", "bf16"]
+
+
+def test_rows_that_were_trained_on_are_said_to_be(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"say {n}", "response": f"{n} it is"}) + "\n" for n in range(20))
+    )
+    assert call(capsys, "tune", tiny, "rows.jsonl", *QUICK, *ZEROTH)[0] == 0
+    assert call(capsys, "compress", "1", *RTN)[0] == 0
+    rows = Path("rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    held = fleetune.open("runs/0001-fedkseed-tiny").held_out()  # type: ignore[union-attr]
+    trained = len(rows) - len(held)
+    for subject in ("1", "2"):
+        said = f"{trained} of {len(rows)} rows were trained on in runs/0001-fedkseed-tiny"
+        assert said in call(capsys, "eval", subject, *LOSS)[2]
+    for given in ([], ["other.jsonl"]):
+        Path("other.jsonl").write_text(json.dumps({"prompt": "none of", "response": "those rows"}))
+        assert "trained on" not in call(capsys, "eval", "1", *given, "--tasks", "loss")[2]
+    assert "trained on" not in call(capsys, "eval", tiny, *LOSS)[2]
+    Path("rows.jsonl").rename("moved.jsonl")
+    assert call(capsys, "eval", "1", "moved.jsonl", "--tasks", "loss")[0] == 0, "nothing is known of them"

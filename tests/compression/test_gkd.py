@@ -1,31 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GKD: who answers which batch, the students, training and its resumption, bad settings."""
+"""GKD: who answers which batch, training, rewards, zeros that stay, what it takes of memory and disk."""
 
 from __future__ import annotations
 
+import logging
 import math
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_harness import call
 from gkd_harness import END, direct, pair, rows, trainer
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config
 
-from fleetune import models
+from fleetune import compression, models
+from fleetune.common import memory
 from fleetune.compression.methods import gkd
 from fleetune.compression.pruning import depth
 from fleetune.data.encode import MASKED, Encoded, collate
-from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError
+from fleetune.errors import FleetuneError, Interrupted, RecipeError, UsageError
 from fleetune.evaluation import answers
 from fleetune.evaluation.losses import pad_id
-from fleetune.models import digest, named_tensors
-
-# --- who answers ----------------------------------------------------------------------------------------------
+from fleetune.models import Model, digest, named_tensors
+from fleetune.models.shapes import shape_of
+from fleetune.planning import compression_cost
 
 
 def answers_of(batch: Any) -> list[list[int]]:
@@ -50,20 +53,6 @@ def test_who_answers() -> None:
         assert all(1 <= len(a) <= 6 for a in answers_of(found))
     swapped = trainer(lmbda=1).answered(teacher, student, batch, 0, 0)
     assert answers_of(swapped) == answers_of(draw["teacher"])
-
-
-def test_the_share_of_batches_that_the_student_answers() -> None:
-    student, teacher = pair()
-    for lmbda in (0.0, 0.3, 1.0):
-        both, data = trainer(lmbda=lmbda, seq_kd=True), trainer(lmbda=lmbda)
-        asked = [both.writer(student, teacher, 1, t) for t in range(1000)]
-        assert all(m is student or m is teacher for m in asked)
-        share = sum(m is student for m in asked) / 1000
-        assert share == pytest.approx(lmbda, abs=0 if lmbda in (0, 1) else 0.04)
-        other = [data.writer(student, teacher, 2, t) for t in range(1000)]
-        assert all(m is student or m is None for m in other)
-        if lmbda == 0.3:
-            assert [m is student for m in asked] != [m is student for m in other]
 
 
 def test_answers_are_a_function_of_seed_and_step() -> None:
@@ -99,109 +88,11 @@ def test_nothing_after_the_first_end_counts(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
 
 
-def test_empty_answers_do_not_divide_by_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    student, teacher = pair()
-    before = digest(named_tensors(student.net))
-    monkeypatch.setattr(
-        gkd, "sample_from_ids", lambda m, prompts, **_: [np.zeros(0, np.int32) for _ in prompts]
-    )
-    losses: list[float] = []
-    trainer(lmbda=1, steps=2).train(
-        student, teacher, rows(0, 4), 0, tmp_path / "p", lambda s, n, x, _: losses.append(x)
-    )
-    assert losses == [0.0, 0.0]
-    assert digest(named_tensors(student.net)) == before
-
-
-# --- the student ----------------------------------------------------------------------------------------------
-
-
-def test_kept_blocks_are_evenly_spaced_with_both_ends() -> None:
-    assert depth.evenly_spaced(30, 15) == [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27, 29]
-    assert depth.evenly_spaced(5, 3) == [0, 2, 4]
-    assert depth.evenly_spaced(7, 2) == [0, 6]
-    for whole in range(2, 40):
-        for keep in range(2, whole + 1):
-            kept = depth.evenly_spaced(whole, keep)
-            assert len(set(kept)) == keep
-            assert kept == sorted(kept)
-            assert (kept[0], kept[-1]) == (0, whole - 1)
-
-
-def test_a_student_of_some_blocks_saves_loads_and_runs(tmp_path: Path) -> None:
-    model = models.tiny_llama(layers=5)
-    student = trainer(keep_layers=3).student(model)
-    blocks, own = model.net.model.layers, student.net.model.layers
-    assert len(blocks) == model.net.config.num_hidden_layers == 5
-    assert len(own) == student.net.config.num_hidden_layers == 3
-    for mine, i in zip(own, (0, 2, 4), strict=True):
-        for (name, a), (_, b) in zip(mine.named_parameters(), blocks[i].named_parameters(), strict=True):
-            assert torch.equal(a, b), name
-            assert a.data_ptr() != b.data_ptr()
-    assert [block.self_attn.layer_idx for block in own] == [0, 1, 2]
-    assert [block.self_attn.layer_idx for block in blocks] == [0, 1, 2, 3, 4]
-    models.save(student.net, student.tokenizer, tmp_path / "m")
-    back = models.load(str(tmp_path / "m"))
-    assert back.digest == digest(named_tensors(student.net))
-    prompt = [np.array([256, 65, 66], np.int32)]
-    told = [answers.generate_from_ids(m, prompt, max_new_tokens=8) for m in (student, back)]
-    assert told[0] == told[1]
-    ids = torch.tensor([[256, 65, 66, 67]])
-    hidden = model.net.model.embed_tokens(ids)
-    places = model.net.model.rotary_emb(hidden, torch.arange(4)[None])
-    mask = torch.full((4, 4), -math.inf).triu(1)[None, None]
-    for i in (0, 2, 4):
-        out = blocks[i](hidden, attention_mask=mask, position_embeddings=places)
-        hidden = out if isinstance(out, Tensor) else out[0]
-    want = model.net.lm_head(model.net.model.norm(hidden))
-    torch.testing.assert_close(back.net(input_ids=ids).logits, want, rtol=1e-4, atol=1e-5)
-
-
-def test_what_a_configuration_says_of_each_block_is_cut_too(tmp_path: Path) -> None:
-    kinds = [
-        "full_attention",
-        "sliding_attention",
-        "sliding_attention",
-        "full_attention",
-        "sliding_attention",
-    ]
-    config = Qwen2Config(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=kinds,
-        sliding_window=4,
-        use_sliding_window=True,
-        pad_token_id=END,
-        eos_token_id=END,
-        bos_token_id=256,
-    )
-    torch.manual_seed(0)
-    model = models.tiny_llama()
-    model.net = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    cut = depth.shallow(model.net, 3)
-    assert cut.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
-    assert model.net.config.layer_types == kinds
-    models.save(cut, model.tokenizer, tmp_path / "m")
-    back = models.load(str(tmp_path / "m"))
-    ids = torch.arange(60, 80)[None]
-    assert torch.equal(back.net(input_ids=ids).logits, cut(input_ids=ids).logits)
-    assert [getattr(b, "attention_type", None) for b in back.net.model.layers] == [
-        getattr(b, "attention_type", None) for b in cut.model.layers
-    ]
-
-
-# --- training -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("beta", "lmbda"),
     [
-        (0.5, 0.5),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((0.0, 0.0), (0.5, 1.0), (1.0, 1.0))),
+        (0.0, 0.0),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((0.5, 0.5), (0.5, 1.0), (1.0, 1.0))),
     ],
 )
 def test_the_student_comes_close_to_the_teacher(beta: float, lmbda: float, tmp_path: Path) -> None:
@@ -227,50 +118,6 @@ def test_distance_is_the_mean_over_tokens() -> None:
         )
 
 
-Stop = Callable[[int, int, float, float | None], None]
-
-
-def run(folder: Path, on_step: Stop, **values: Any) -> str:
-    student, teacher = pair()
-    trainer(**{"save_every": 2, "steps": 8} | values).train(student, teacher, rows(0, 7), 3, folder, on_step)
-    return digest(named_tensors(student.net))
-
-
-@pytest.mark.parametrize("error", [Interrupted, RuntimeError])
-def test_a_stopped_training_goes_on_bit_for_bit(error: type[Exception], tmp_path: Path) -> None:
-    """Interrupted keeps the step it comes in; a crash falls back to the last that was kept."""
-    whole: list[float] = []
-    want = run(tmp_path / "whole", lambda s, n, loss, _: whole.append(loss))
-    assert run(tmp_path / "again", lambda *_: None) == want
-    seen: dict[int, float] = {}
-
-    def stop(step: int, steps: int, loss: float, mean: float | None) -> None:
-        seen[step] = loss
-        if step == 5:
-            raise error("now")
-
-    with pytest.raises(error):
-        run(tmp_path / "p", stop)
-    assert [p.name for p in (tmp_path / "p").iterdir()] == ["state.safetensors"]
-    more: dict[int, float] = {}
-    got = run(tmp_path / "p", lambda step, n, loss, _: more.update({step: loss}))
-    assert got == want
-    assert min(more) == (6 if error is Interrupted else 5)
-    assert [(seen | more)[s] for s in range(1, 9)] == whole
-    assert run(tmp_path / "p", lambda *_: pytest.fail("all is done already")) == want
-    assert run(tmp_path / "other", lambda *_: None, lmbda=1.0) != want
-
-
-def test_what_is_kept_of_another_training_or_damaged_is_refused(tmp_path: Path) -> None:
-    run(tmp_path / "p", lambda *_: None)
-    with pytest.raises(UsageError, match="other weights, rows or settings"):
-        run(tmp_path / "p", lambda *_: None, lr=2e-3)
-    assert "weight/model.norm.weight" in load_file(tmp_path / "p" / "state.safetensors")
-    (tmp_path / "p" / "state.safetensors").write_bytes(b"nothing")
-    with pytest.raises(StorageError, match="damaged"):
-        run(tmp_path / "p", lambda *_: None)
-
-
 def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(tmp_path: Path) -> None:
     student, teacher = pair()
     teacher.net.model.norm.weight[0] = math.nan
@@ -279,52 +126,6 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(tmp_path:
         trainer(lmbda=0).train(student, teacher, rows(0, 4), 0, tmp_path / "p")
     assert digest(named_tensors(student.net)) == before
     assert not any(p.requires_grad for p in student.net.parameters())
-
-
-def test_the_learning_rate_rises_and_falls() -> None:
-    rates = [trainer(steps=10, warmup=0.2, lr=1.0).rate(t) for t in range(10)]
-    assert rates == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
-    assert trainer(steps=3, warmup=0, lr=1.0).rate(0) == 1.0
-    assert trainer(steps=2, warmup=1, lr=1.0).rate(1) == 1.0
-
-
-def test_clip_bounds_the_gradient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    norms: list[float] = []
-    real = torch.optim.AdamW.step
-
-    def step(self: torch.optim.AdamW) -> None:
-        grads = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
-        norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
-        real(self)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    for clip in (0.0, 1e-3):
-        student, teacher = pair()
-        trainer(clip=clip, steps=1).train(student, teacher, rows(0, 4), 0, tmp_path / str(clip))
-    assert norms[0] > 1e-2
-    assert norms[1] == pytest.approx(1e-3, rel=1e-3)
-
-
-# --- bad input ------------------------------------------------------------------------------------------------
-
-BAD = {
-    "no teacher": ({"teacher": ""}, "no teacher is given"),
-    "beta": ({"beta": 1.5}, "beta = 1.5 is not between 0 and 1"),
-    "lmbda": ({"lmbda": -0.1}, "lmbda = -0.1"),
-    "temperature": ({"temperature": 0}, "temperature = 0.0 must be positive"),
-    "steps": ({"steps": 0}, "steps = 0 is below 1"),
-    "a batch": ({"batch_size": 0}, "batch_size = 0"),
-    "lr": ({"lr": "inf"}, "lr = inf"),
-    "clip": ({"clip": -1}, "cannot be negative"),
-    "a misspelling": ({"lambda": 1}, "Did you mean 'lmbda'"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_settings(case: str) -> None:
-    values, text = BAD[case]
-    with pytest.raises(RecipeError, match=text):
-        trainer(**values)
 
 
 def test_all_that_does_not_fit_is_said_at_once() -> None:
@@ -343,3 +144,239 @@ def test_all_that_does_not_fit_is_said_at_once() -> None:
     assert "answers of 999 go beyond the context of 1024" in problems
     with pytest.raises(RecipeError, match="is an encoder"):
         trainer().check(model, models.tiny_bert(), 10)
+
+
+OWN = """
+import math
+seen = []
+def keep(prompt, answer, reference):
+    seen.append((prompt, answer, reference))
+    return float(len(seen) % 3)
+def plain(prompt, answer, reference):
+    return sum(c < chr(128) for c in answer) / max(1, len(answer))
+def raises(prompt, answer, reference):
+    return 1 / 0
+def ends(prompt, answer, reference):
+    raise SystemExit(0)
+def nan(prompt, answer, reference):
+    return math.nan
+def text(prompt, answer, reference):
+    return "good"
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    file = tmp_path / "rewards.py"
+    file.write_text(OWN)
+    return file
+
+
+def seen_by(own: Path) -> list[Any]:
+    found: list[Any] = next(
+        vars(m)["seen"] for m in sys.modules.values() if vars(m).get("__file__") == str(own)
+    )
+    return found
+
+
+def test_only_what_the_student_writes_is_rewarded(
+    own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of its answers once, with its own prompt and the data's answer; others not at all."""
+    student, teacher = pair()
+    data = rows(0, 7)
+    t = trainer(reward=f"{own}:keep", alpha=0.5, reward_samples=2, lmbda=0.5, steps=6, lr=1e-30, seq_kd=True)
+    writers = [t.writer(student, teacher, 3, step) is student for step in range(6)]
+    assert len(set(writers)) == 2
+    want, means = [], list[float | None]()
+    batches = gkd.Batches(data, END, 3, "cpu").steps(6, 3)
+    for step, batch in enumerate(batches):
+        if writers[step]:
+            written = gkd.split(t.answered(student, teacher, batch, 3, step))[1]
+            prompts, references = gkd.split(batch)
+            for i in range(3):
+                for k in (0, 1):
+                    texts = (prompts[i][1:], written[2 * i + k], references[i])
+                    want.append(tuple(answers.decode_answer(student, x.tolist()) for x in texts))
+            assert any(written[2 * i].tolist() != written[2 * i + 1].tolist() for i in range(3))
+    with caplog.at_level(logging.INFO, "fleetune"):
+        t.train(student, teacher, data, 3, tmp_path / "p", lambda step, n, loss, mean: means.append(mean))
+    assert means == [1.0 if writes else None for writes in writers]
+    assert seen_by(own) == want
+    assert len(want) == 6 * sum(writers)
+    told = [r.getMessage() for r in caplog.records if "mean reward" in r.getMessage()]
+    assert told[0] == f"step {1 + writers.index(True)}: mean reward 1.0000 of 6 answers"
+    assert len(told) == sum(writers)
+
+
+Stop = Callable[[int, int, float, float | None], None]
+
+
+def run(folder: Path, on_step: Stop = lambda *_: None, **values: Any) -> str:
+    student, teacher = pair()
+    trainer(**{"save_every": 2, "steps": 6} | values).train(student, teacher, rows(0, 7), 3, folder, on_step)
+    return digest(named_tensors(student.net))
+
+
+def test_with_alpha_1_a_reward_changes_no_bit(tmp_path: Path) -> None:
+    told: list[list[float]] = [[], []]
+    plain = run(tmp_path / "a", lambda s, n, loss, _: told[0].append(loss))
+    assert run(tmp_path / "b", lambda s, n, loss, _: told[1].append(loss), reward="f1", alpha=1) == plain
+    assert told[0] == told[1]
+    less: list[float] = []
+    assert run(tmp_path / "c", lambda s, n, loss, _: less.append(loss), reward="f1", alpha=0.9) != plain
+    assert less[0] == told[0][0]  # what is told is the divergence, whatever its weight
+
+
+def test_a_training_keeps_its_reward_and_goes_on_with_no_other(own: Path, tmp_path: Path) -> None:
+    """A file that is edited meanwhile: nothing changes in this training, and the next one notices."""
+    given = {"reward": f"{own}:plain", "alpha": 0.5, "lmbda": 1}
+    want, other = run(tmp_path / "whole", **given), OWN.replace("sum(", "-sum(")
+
+    def edit(*_: Any) -> None:
+        own.write_text(other)
+
+    assert run(tmp_path / "edited", edit, **given) == want
+    assert run(tmp_path / "other", **given) != want
+
+    def stop(step: int, *_: Any) -> None:
+        raise Interrupted("now")
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "p", stop, **given)
+    own.write_text(OWN)
+    with pytest.raises(UsageError, match="is of a training with other"):
+        run(tmp_path / "p", **given)
+    own.write_text(other)
+    run(tmp_path / "p", **given)
+
+
+@pytest.mark.parametrize(
+    ("function", "says"), [("raises", "failed: ZeroDivisionError: division by zero"), ("nan", "returned nan")]
+)
+def test_a_reward_that_fails_shows_the_row_and_moves_nothing(
+    function: str, says: str, own: Path, tmp_path: Path
+) -> None:
+    student, teacher = pair()
+    before = digest(named_tensors(student.net))
+    t = trainer(reward=f"{own}:{function}", alpha=0.5, lmbda=1)
+    with pytest.raises(RecipeError, match=says) as caught:
+        t.train(student, teacher, rows(0, 1), 0, tmp_path / "p")
+    row = rows(0, 1)[0]
+    prompt = student.tokenizer.decode(row.ids[1 : row.n_prompt].tolist())
+    assert f"reward '{own}:{function}', on the answer " in caught.value.message
+    assert f"to {prompt!r}," in caught.value.message
+    assert caught.value.hint
+    assert digest(named_tensors(student.net)) == before
+    assert not any(p.requires_grad for p in student.net.parameters())
+
+
+def pruned() -> tuple[Model, Model]:
+    """A student without the smaller half of each linear layer's weights, and its teacher."""
+    student, teacher = pair()
+    for name, weight in named_tensors(student.net):
+        if "_proj" in name:
+            weight.masked_fill_(weight.abs() < weight.abs().median(), 0.0)
+    return student, teacher
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_zeros_stay_where_it_is_asked_for(keep: bool, tmp_path: Path) -> None:
+    student, teacher = pruned()
+    before = {name: weight.clone() for name, weight in named_tensors(student.net)}
+    t = trainer(keep_zeros=keep, steps=20, batch_size=8, lr=1e-2, lmbda=0)
+    apart = t.distance(student, teacher, rows(9, 8))
+    t.train(student, teacher, rows(0, 16), 0, tmp_path / "p")
+    assert t.distance(student, teacher, rows(9, 8)) < apart
+    for name, weight in named_tensors(student.net):
+        zero = before[name] == 0
+        if keep:
+            assert torch.equal(weight == 0, zero), name
+        elif "_proj" in name:
+            assert (weight[zero] == 0).sum() < 0.1 * zero.sum(), name
+        assert (weight[~zero] != before[name][~zero]).float().mean() > 0.5, name
+
+
+def test_a_vector_of_zeros_is_no_hole(tmp_path: Path) -> None:
+    student, teacher = pruned()
+    norm = student.net.model.norm.weight
+    norm[0] = 0.0
+    trainer(keep_zeros=True, steps=1).train(student, teacher, rows(0, 4), 0, tmp_path / "p")
+    assert norm[0] != 0
+
+
+def test_what_has_no_zeros_and_what_will_lose_them_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    student, teacher = pair()
+    with pytest.raises(RecipeError, match="keep_zeros: no matrix of tiny-llama has a zero to keep"):
+        trainer(keep_zeros=True).check(student, teacher, 10)
+    trainer().check(student, teacher, 10)
+    assert not caplog.records
+    student, teacher = pruned()
+    linear = [w for n, w in named_tensors(student.net) if w.ndim == 2]
+    share = sum(int((w == 0).sum()) for w in linear) / sum(w.numel() for w in linear)
+    assert gkd.zero_share(student.net) == pytest.approx(share)
+    with caplog.at_level(logging.WARNING, "fleetune"):
+        trainer(keep_zeros=True).check(student, teacher, 10)
+        assert not caplog.records
+        trainer().check(student, teacher, 10)
+    assert f"{100 * share:.0f} % of the weights are 0 and will not stay so" in caplog.text
+
+
+def test_the_plan_of_distillation_counts_every_model_and_the_training() -> None:
+    model, other = models.tiny_llama(layers=4, hidden=64), models.tiny_llama(layers=2, hidden=64)
+
+    def peak(teacher: models.Model = model, length: int = 32, **values: Any) -> int:
+        made: Any = compression.make("gkd", {"teacher": "t", "lmbda": 0, "batch_size": 2, **values})
+        return int(made.memory(model, teacher, length))
+
+    def params(m: models.Model) -> int:
+        return sum(p.numel() for p in m.net.parameters())
+
+    block = sum(p.numel() for p in model.net.model.layers[0].parameters())
+    halved = peak(keep_layers=2)  # half of the model beside it, which teaches
+    parts = compression_cost.training(shape_of(model.net.config), 2, 32, 0)
+    assert parts["weights"] == parts["gradients"] == parts["optimizer"] // 2 == 4 * params(model)
+    assert peak(other) - sum(parts.values()) == 4 * params(other)
+    assert peak(other, keep_layers=2) - halved == 4 * params(other)
+    few = compression_cost.training(shape_of(depth.shallow(model.net, 2).config), 2, 32, 0)
+    assert few["weights"] == 4 * (params(model) - 2 * block)
+    assert halved == sum(few.values()) + 4 * params(model)
+    longer = peak(keep_layers=2, lmbda=0.5, max_new_tokens=48)  # with the student's own answers
+    assert longer == peak(keep_layers=2, length=80) > halved
+    assert peak(keep_layers=2, batch_size=4) == peak(
+        keep_layers=2, batch_size=1, lmbda=1, max_new_tokens=1, length=31, reward="f1", reward_samples=4
+    )
+
+
+def test_distillation_says_what_it_takes_and_what_is_missing(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [
+        x
+        for s in ("teacher=same", "keep_layers=2", "lmbda=0", "steps=3", "save_every=1")
+        for x in ("--set", s)
+    ]
+    model = models.tiny_llama(layers=3)
+    models.save(model.net, model.tokenizer, at / "m")
+    args = ["compress", str(at / "m"), "--method", "gkd", "--data", "demo", *given]
+    code, events, err = call(capsys, *args, "--dry-run")
+    assert code == 0
+    assert "memory: about 4" in err
+    code, events, err = call(capsys, *args)
+    assert code == 0, err
+    assert events[-1]["planned"] == events[0]["planned"] > 4e8
+    assert "of memory are free" not in err
+    made = models.load(str(at / "runs/0001-gkd-m/model"), device="cpu")
+    weights = 4 * sum(p.numel() for p in made.net.parameters())
+    used = SimpleNamespace(free=6 * weights - 2000)  # two states of three copies; the record is there already
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: used)
+    monkeypatch.setattr(compression_cost, "available", lambda: 1000)
+    monkeypatch.setattr(memory, "rss", lambda: 0)
+    code, events, err = call(capsys, *args)
+    assert code == 1
+    assert "1.0 kB of memory are free; with a smaller batch_size it takes less" in err
+    assert "the state that is kept and the result take" in events[-1]["message"]
+    assert "fleetune compress --resume runs/0002-gkd-m" in events[-1]["hint"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=6 * weights))
+    code, _, err = call(capsys, *args)
+    assert code == 0, err

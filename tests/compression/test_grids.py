@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fleetune.compression.layerwise.column_loop import Segment, nearest
 from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid
-from fleetune.models.artefact.artefact import Quantised
-from fleetune.models.families.codebooks import CODEBOOKS
+from fleetune.models.artefact import Quantised
+from fleetune.models.families.number_types import CODEBOOKS
 
 
 @given(
@@ -23,7 +23,7 @@ from fleetune.models.families.codebooks import CODEBOOKS
     values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40),
     search=st.booleans(),
 )
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_a_grid_holds_zero_and_is_exact_in_fp16(
     kind: str, bits: int, values: list[float], search: bool
 ) -> None:
@@ -110,57 +110,20 @@ def groups(seed: int, R: int = 40, n: int = 32) -> tuple[np.ndarray, np.ndarray]
     return rng.standard_t(5, (R, n)) * 2.0 ** rng.integers(-9, 4, (R, 1)), rng.lognormal(0, 1, n)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("weighted", [True, False])
-def test_the_scale_of_a_codebook_is_nearly_the_best_of_all(weighted: bool, dtype: torch.dtype) -> None:
-    """Against 800 scales of either sign."""
-    book = np.array(CODEBOOKS["iq4_nl"], np.float64)
-    x, h = groups(1, 100)
-    h = h if weighted else np.ones_like(h)
-    scale, zero = Grid("iq4_nl", 4).find(
-        torch.from_numpy(x).to(dtype), torch.from_numpy(h) if weighted else None
-    )
-    assert scale.dtype == dtype
-    assert torch.equal(scale, scale.half().to(dtype))
-    assert not zero.any()
-    assert set(scale.sign().tolist()) == {-1.0, 1.0}
-    found = errors(x, h, scale.double().numpy(), book)
-    extreme = np.abs(x).max(1)
-    ways = [side * extreme / t for t in np.linspace(60, 200, 400) for side in (-1, 1)]
-    least = np.min([errors(x, h, way, book) for way in ways], axis=0)
-    assert np.mean(found / least) < 1.01
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
-def test_the_scale_of_ggmls_grid_is_nearly_the_best_where_errors_are_weighed(bits: int) -> None:
-    x, h = groups(5, 100)
-    half = 1 << (bits - 1)
-    steps = np.arange(-half, half, dtype=np.float64)
-    scale, zero = Grid("ggml", bits).find(torch.from_numpy(x), torch.from_numpy(h))
-    assert set(zero.tolist()) == {half}
-    found = errors(x, h, scale.numpy(), steps)
-    extreme = np.abs(x).max(1)
-    ways = [side * extreme / (half * t) for t in np.linspace(0.4, 1.6, 400) for side in (-1, 1)]
-    least = np.min([errors(x, h, way, steps) for way in ways], axis=0)
-    assert np.mean(found / least) < (1.03 if bits > 2 else 1.1)
-    plain = errors(x, h, Grid("ggml", bits).find(torch.from_numpy(x))[0].numpy(), steps)
-    assert found.sum() < 0.95 * plain.sum()
-
-
-@pytest.mark.parametrize(("spread", "most"), [(0.0, 1.0015), (1.0, 1.01), (2.0, 1.01)])
-@pytest.mark.parametrize(("kind", "bits"), [("iq4_nl", 4), *(("ggml", bits) for bits in (2, 3, 4, 5))])
+@pytest.mark.parametrize(("spread", "most"), [(0.0, 1.0015), (2.0, 1.01)])
+@pytest.mark.parametrize(("kind", "bits"), [("iq4_nl", 4), ("ggml", 2), ("ggml", 5)])
 def test_how_far_from_the_least_error_a_scale_is(kind: str, bits: int, spread: float, most: float) -> None:
-    """Against 600 scales over a factor of 27, where errors weigh the same, and where few of them count."""
+    """Against 400 scales over a factor of 27, where errors weigh the same, and where few of them count."""
     half = 1 << (bits - 1)
     book = np.array(CODEBOOKS["iq4_nl"] if kind == "iq4_nl" else range(-half, half), np.float64)
     found = least = 0.0
-    for seed in range(20):
+    for seed in range(12):
         rng = np.random.default_rng(seed)
         x, h = rng.standard_t(5, (20, 32)), rng.lognormal(0, spread, 32)
         h /= h.sum()
         scale = Grid(kind, bits).find(torch.from_numpy(x), torch.from_numpy(h))[0].numpy()
         unit = np.abs(x).max(1) / np.abs(book).max()
-        ways = [side * unit / t for t in np.geomspace(0.3, 8, 300) for side in (-1, 1)]
+        ways = [side * unit / t for t in np.geomspace(0.3, 8, 200) for side in (-1, 1)]
         found += errors(x, h, scale, book).sum()
         least += np.min([errors(x, h, way, book) for way in ways], axis=0).sum()
     assert found < (most if bits > 2 else most + 0.004) * least

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A compression that is killed near its end: what is left is finished, or gone on with without doing anything again."""
+"""A compression that is stopped or killed: what is left is finished, or gone on with; Ctrl-C stops what is measured."""
 
 from __future__ import annotations
 
@@ -11,67 +11,25 @@ from typing import Any
 
 import pytest
 from command_harness import call, tuned
+from deploy_harness import tiny as wide
 from pruner_harness import tiny
 
+import fleetune
 from fleetune import models
-from fleetune.common import folders
-from fleetune.compression.jobs import compressed_base
-from fleetune.compression.methods import llm_pruner, optq, rtn
-from fleetune.models.artefact import artefact
+from fleetune.compression.jobs import solve
+from fleetune.compression.methods import optq, rtn
+from fleetune.errors import Interrupted
+from fleetune.models import artefact
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Silent
+from heard import Heard
 
 WORK = {
-    "optq": [
-        "--method",
-        "optq",
-        "--set",
-        "group=4",
-        "--windows",
-        "2",
-        "--length",
-        "16",
-        "--text",
-        "text.txt",
-    ],
-    "gkd": [
-        "--method",
-        "gkd",
-        "--set",
-        "teacher=same",
-        "--set",
-        "keep_layers=2",
-        "--set",
-        "steps=2",
-        "--set",
-        "lmbda=0",
-        "--set",
-        "batch_size=2",
-        "--data",
-        "rows.jsonl",
-        "--length",
-        "64",
-    ],
-    "llm-pruner": [
-        "--method",
-        "llm-pruner",
-        "--set",
-        "first=1",
-        "--set",
-        "last=1",
-        "--set",
-        "round_to=4",
-        "--set",
-        "ratio=0.34",
-        "--set",
-        "steps=2",
-        "--set",
-        "batch_size=2",
-        "--data",
-        "rows.jsonl",
-        "--length",
-        "64",
-    ],
+    "optq": "--method optq --set group=4 --windows 2 --length 16 --text text.txt",
+    "gkd": "--method gkd --set teacher=same --set keep_layers=2 --set steps=2 --set lmbda=0 --set batch_size=2 "
+    "--data rows.jsonl --length 64",
+    "llm-pruner": "--method llm-pruner --set first=1 --set last=1 --set round_to=4 --set ratio=0.34 --set steps=2 "
+    "--set batch_size=2 --data rows.jsonl --length 64",
 }
 
 
@@ -126,21 +84,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def nothing_is_done_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(optq.Solver, "solve", die)
-    patch.setattr(llm_pruner, "estimate", die)
 
 
 @pytest.mark.parametrize("method", WORK)
 def test_a_kill_near_the_end_loses_nothing(
     method: str, model: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, events, err = call(capsys, "compress", model, *WORK[method])
+    code, events, err = call(capsys, "compress", model, *WORK[method].split())
     assert code == 0, err
     want = events[-1]["digest"]
     for number, (point, (done, kill)) in enumerate(POINTS.items(), 2):
         with pytest.MonkeyPatch.context() as patch:
             kill(patch)
             with pytest.raises(Killed):
-                call(capsys, "compress", model, *WORK[method])
+                call(capsys, "compress", model, *WORK[method].split())
         capsys.readouterr()
         (folder,) = (at / "runs").glob(f"000{number}-*")
         _, told, _ = call(capsys, "runs")
@@ -156,65 +113,18 @@ def test_a_kill_near_the_end_loses_nothing(
         assert json.loads((folder / "compress.json").read_text())["result"]["digest"] == want, point
 
 
-@pytest.mark.parametrize("left", ["no folder", "an empty folder"])
 def test_a_finished_one_whose_model_is_gone_is_made_anew(
-    left: str, model: str, at: Path, capsys: pytest.CaptureFixture[str]
+    model: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, first, err = call(capsys, "compress", model, *WORK["optq"])
+    code, first, err = call(capsys, "compress", model, *WORK["optq"].split())
     assert code == 0, err
     made = at / "runs" / "0001-optq-small" / "model"
     shutil.rmtree(made)
-    if left == "an empty folder":
-        made.mkdir()
+    made.mkdir()
     code, again, err = call(capsys, "compress", "--resume", "latest")
     assert code == 0, err
     assert [e["event"] for e in again] == [e["event"] for e in first]
     assert again[-1]["digest"] == first[-1]["digest"]
-
-
-def test_a_kill_while_the_model_is_written_leaves_nothing(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folders, "_flush_tree", die)
-        patch.setattr(
-            folders.shutil, "rmtree", lambda *args, **kwargs: None
-        )  # a killed process cleans nothing up
-        with pytest.raises(Killed):
-            call(capsys, "compress", model, *WORK["optq"])
-    capsys.readouterr()
-    (folder,) = (at / "runs").glob("0001-*")
-    assert list(folder.glob(".model.*.tmp"))
-    code, _, err = call(capsys, "compress", "--resume", "latest")
-    assert code == 0, err
-    assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
-
-
-def test_a_damaged_record_is_a_clear_error(model: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(capsys, "compress", model, *WORK["optq"])[0] == 0
-    (at / "runs" / "0001-optq-small" / "compress.json").write_text("{")
-    code, events, _ = call(capsys, "compress", "--resume", "1")
-    assert code == 1
-    assert "compress.json is damaged" in events[-1]["message"]
-
-
-def test_parts_that_cannot_be_removed_are_said_and_do_no_harm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As on Windows, where one of their files is open."""
-    parts = tmp_path / "parts"
-    parts.mkdir()
-    with monkeypatch.context() as patch:
-
-        def rename(self: Path, target: Path) -> None:
-            raise PermissionError(13, "in use")
-
-        patch.setattr(Path, "rename", rename)
-        compression_folder.drop_parts(parts)
-    assert "is not needed any more, but cannot be removed" in caplog.text
-    compression_folder.drop_parts(parts)
-    compression_folder.drop_parts(parts)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -240,10 +150,68 @@ def test_a_kill_while_the_base_is_compressed(
         else:
             while_parts_are_removed(patch)
         with pytest.raises(Killed):
-            compressed_base.base_of(Silent(), folder, offline=True)
+            solve.compressed_base(Silent(), folder, offline=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rtn.Solver, "solve", die)
-        made = compressed_base.base_of(Silent(), folder, offline=True)
-        assert compressed_base.base_of(Silent(), folder, offline=True) == made
+        made = solve.compressed_base(Silent(), folder, offline=True)
+        assert solve.compressed_base(Silent(), folder, offline=True) == made
     assert [p.name for p in (folder / "base").iterdir()] == ["model"]
     artefact.Master(made).digest()
+
+
+@pytest.fixture
+def little(at: Path) -> Path:
+    """The folder that we are in, with a small model."""
+    model = wide()
+    models.save(model.net, model.tokenizer, at / "little")
+    (at / "text.txt").write_text("a few words of a text, some more of them. " * 60)
+    return at
+
+
+ROWS = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghij"]
+
+
+def counts(heard: Heard) -> dict[str, list[tuple[int, int]]]:
+    found: dict[str, list[tuple[int, int]]] = {}
+    for what, done, total, _ in heard.counts:
+        found.setdefault(what, []).append((done, total))
+    return found
+
+
+def test_a_compression_counts_the_rows_that_it_measures_on(little: Path) -> None:
+    heard = Heard()
+    fleetune.compress("little", method="rtn", eval_text="text.txt", listener=heard)
+    found = counts(heard)
+    windows = found["rows of the reference"][-1][1]
+    assert windows > 1
+    once = [(n, windows) for n in range(1, windows + 1)]
+    assert found["rows of the reference"] == found["rows compared"] == once
+    assert found["rows of the text"] == once * 2, "before and after"
+
+
+@pytest.mark.parametrize("what", ["rows of the text", "rows compared"])
+def test_a_stop_while_measuring_is_heard_and_resumed_to_the_same_bits(little: Path, what: str) -> None:
+    whole = fleetune.compress("little", method="rtn", eval_text="text.txt")
+    with pytest.raises(Interrupted) as caught:
+        fleetune.compress("little", method="rtn", eval_text="text.txt", listener=Heard(stop_at=what))
+    assert caught.value.hint == "fleetune compress --resume runs/0002-rtn-little"
+    again = fleetune.resume_compression("latest")
+    assert again.folder == Path("runs/0002-rtn-little")
+    assert (again.digest, again.done.after) == (whole.digest, whole.done.after)
+    assert not list(again.folder.glob("*.npy"))
+
+
+def test_eval_counts_rows_answers_and_what_is_compared(little: Path) -> None:
+    heard = Heard()
+    fleetune.evaluate(
+        "little", ROWS, tasks=["loss", "rouge_l"], answer_tokens=2, reference="little", listener=heard
+    )
+    assert counts(heard) == {
+        "rows of the reference": [(n, 10) for n in range(1, 11)],
+        "rows": [(8, 10), (10, 10)],
+        "answers": [(8, 10), (10, 10)],
+        "rows compared": [(n, 10) for n in range(1, 11)],
+    }
+    heard = Heard()
+    fleetune.evaluate("little", text="text.txt", listener=heard)
+    assert set(counts(heard)) == {"rows of the text"}

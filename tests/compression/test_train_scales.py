@@ -14,16 +14,16 @@ from pruner_harness import tiny
 from torch import Tensor
 
 from fleetune import compression, models
-from fleetune.cli.main import main
-from fleetune.compression.distillation import scales
-from fleetune.compression.distillation.divergence import divergence
-from fleetune.compression.distillation.scales import Scales
-from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.groups import rounded
+from fleetune.compression import distillation
+from fleetune.compression.jobs import scales
+from fleetune.compression.jobs.scales import Scales
+from fleetune.compression.layerwise.grids import Grid, rounded
 from fleetune.data.encode import Encoded, collate
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.evaluation.losses import pad_id
-from fleetune.models.artefact.artefact import Master, Quantised
+from fleetune.models.artefact import Master, Quantised
+from fleetune.runs.compression_folder import CompressRequest
+from heard import Heard
 
 SMALL = ("--method", "optq", "--text", "text.txt", "--windows", "4", "--length", "32")
 SIZES = {
@@ -32,17 +32,14 @@ SIZES = {
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
     "head_dim": 32,
+    "num_hidden_layers": 2,
 }
 GRIDS = [
     ("ggml", 4),
-    ("ggml", 5),
     ("iq4_nl", 4),
-    ("universal", 4),
     ("universal", 5),
     ("asymmetric", 3),
-    ("asymmetric", 8),
     ("q4_k", 4),
-    ("q2_k", 2),
     ("q6_k", 6),
     ("iq4_xs", 4),
 ]
@@ -123,7 +120,7 @@ def test_the_gradient_of_a_step_is_that_of_the_divergence(tied: bool) -> None:
         if tensor.dim() == 2
     }
     student = scales.student_of(model, weights)
-    assert len(student.scales) == 28
+    assert len(student.scales) == 14
     windows = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(3))
     batch = collate([Encoded(ids=w.numpy(), n_prompt=1) for w in windows], pad_id(model), "cpu")
     loss = scales._backward(model, student, batch)
@@ -135,7 +132,7 @@ def test_the_gradient_of_a_step_is_that_of_the_divergence(tied: bool) -> None:
         p.grad = None
     with student.on(), torch.enable_grad():
         Q = model.net(input_ids=windows).logits[:, :-1].flatten(0, 1)
-        whole = divergence(Q, P, 0.0).mean()
+        whole = distillation.divergence(Q, P, 0.0).mean()
         torch.autograd.backward(whole)
     assert float(loss) == pytest.approx(float(whole.detach()), rel=1e-4)
     assert float(loss) > 0
@@ -165,38 +162,36 @@ def after(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[float, str, 
     return events[-1]["after"]["kl_divergence"], events[-1]["digest"], Path(events[-1]["folder"])
 
 
-@pytest.mark.parametrize("grid", ["asymmetric", "ggml"])
 def test_training_brings_the_model_nearer_to_the_dense_one(
-    model: str, capsys: pytest.CaptureFixture[str], grid: str
+    model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = (model, "--set", "bits=3", "--set", f"grid={grid}")
+    flags = (model, "--set", "bits=3", "--set", "grid=asymmetric")
     plain, _, one = after(capsys, *flags)
-    trained, _, two = after(capsys, *flags, "--train-scales", "60")
-    assert trained < 0.9 * plain
+    trained, _, two = after(capsys, *flags, "--train-scales", "40")
+    assert trained < 0.95 * plain
     first, second = (Master(folder / "model") for folder in (one, two))
     for name in first.head.grids:
         assert torch.equal(first.quantised(name).codes, second.quantised(name).codes)  # type: ignore[union-attr]
-    assert second.head.settings["train_scales"] == 60
+    assert second.head.settings["train_scales"] == 40
 
 
-def test_little_text_is_said(
-    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for steps, little, said in (("1", 129, True), ("0", 129, False), ("1", 128, False)):  # of 128 tokens
-        monkeypatch.setattr("fleetune.compression.jobs.scales.LITTLE", little)
-        assert main(["compress", model, *SMALL, "--train-scales", steps]) == 0
-        assert ("128 tokens to train on" in capsys.readouterr().err) == said
+def test_little_text_is_said() -> None:
+    for steps, tokens, said in ((1, 4095, True), (0, 4095, False), (1, 4096, False)):
+        heard = Heard()
+        request = CompressRequest("m", False, "optq", train_scales=steps)
+        scales.warn(request, torch.zeros(1, tokens), heard, experts=False)
+        assert bool(heard.notes) == said
 
 
 def test_it_resumes_with_the_same_bits(
     model: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = (model, *SMALL, "--bytes", "260kB", "--train-scales", "9")
+    flags = (model, *SMALL, "--bytes", "150kB", "--train-scales", "9")
     code, events, err = call(capsys, "compress", *flags)
     assert code == 0, err
     whole, kept = events[-1]["digest"], at / "runs" / "0002-optq-tiny" / "parts" / "scales"
     with monkeypatch.context() as patch:
-        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(66))
+        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(38))
         code, events, _ = call(capsys, "compress", *flags)
     assert code == 130
     assert kept.is_dir(), "stopped within the training"
@@ -206,26 +201,3 @@ def test_it_resumes_with_the_same_bits(
     assert 0 < sum(event["event"] == "step" for event in events) < 9
     assert events[-1]["digest"] == whole
     assert not kept.exists()
-
-
-def test_a_model_that_is_read_a_block_at_a_time_gives_the_same(
-    model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = (model, "--bytes", "260kB", "--train-scales", "3")
-    assert after(capsys, *flags)[:2] == after(capsys, *flags, "--low-memory")[:2]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--method", "rtn", "--train-scales", "5"), "rtn takes none"),
-        (("--method", "sparsegpt", "--train-scales", "5"), "sparsegpt with bits=0 leaves no scales"),
-        (("--method", "llm-pruner", "--train-scales", "5"), "llm-pruner leaves no scales"),
-        (("--train-scales", "-1"), "train_scales = -1 is below 0"),
-    ],
-)
-def test_where_there_are_no_scales_to_train_it_is_refused(
-    model: str, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
-) -> None:
-    assert main(["compress", model, *SMALL, *flags]) == 2
-    assert message in capsys.readouterr().err

@@ -17,7 +17,7 @@ from fleetune.compression.layerwise import hessian
 from fleetune.data import Encoded
 from fleetune.errors import Interrupted
 from fleetune.models import Model
-from fleetune.models.artefact.artefact import dense
+from fleetune.models.artefact import dense
 
 # Settings with which a method runs on the tiny model in a second.  A method that is not named here runs with its defaults.
 QUICK: dict[str, dict[str, Any]] = {
@@ -34,10 +34,8 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 # Options that change what is computed keep the contract too.
 VARIANTS = [
-    "optq:order=static",
     "optq:order=gar",
     "optq:grid=asymmetric,bits=3",
-    "optq:grid=universal",
     "optq:group=0",
     "qronos:order=gar",
     "rtn:grid=universal,search=true",
@@ -142,5 +140,5 @@ def distilled(case: str, folder: Path, on_step: Callable[..., None]) -> tuple[Mo
 def pruned(case: str, folder: Path, on_row: Callable[..., None], on_step: Callable[..., None]) -> Model:
     """The model of a case after pruning and recovery."""
     chosen, model = pruner(case), whole()
-    small = chosen.prune(model, rows(), folder, on_row)
-    return chosen.train(small, model, rows(), 7, folder / "recovery", on_step)
+    small = chosen.prune(model, rows(), on_row)
+    return chosen.train(small, model, rows(), 7, folder, on_step)

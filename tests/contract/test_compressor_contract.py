@@ -38,7 +38,7 @@ from fleetune.cli import main
 from fleetune.cli import main as cli
 from fleetune.common import registry, settings
 from fleetune.errors import Interrupted, RecipeError, UsageError
-from fleetune.models.artefact.artefact import Master, dense
+from fleetune.models.artefact import Master, dense
 
 ROOT = Path(__file__).parent.parent.parent
 Check = Callable[[str, Path], None]
@@ -209,15 +209,6 @@ def a_pruner_makes_a_smaller_model_the_same_each_time(case: str, tmp: Path) -> N
     assert bits(pruned(case, tmp / "b", ignore, ignore)) == bits(small)
 
 
-def a_pruner_resumes_from_its_decision(case: str, tmp: Path) -> None:
-    with pytest.raises(Interrupted):
-        pruner(case).prune(whole(), rows(), tmp / "a", stop_at(1, []))
-    small = pruner(case).prune(whole(), rows(), tmp / "a", ignore)
-    read = lambda *_: pytest.fail("the rows are read again")  # noqa: E731
-    again = pruner(case).prune(whole(), rows(), tmp / "a", read)
-    assert bits(again) == bits(small)
-
-
 def a_pruner_resumes_its_recovery_bit_for_bit(case: str, tmp: Path) -> None:
     if pruner(case).recover == "none":
         return
@@ -244,11 +235,7 @@ OF_KIND: dict[compression.Kind, list[Check]] = {
         a_trainer_resumes_bit_for_bit,
         a_trainer_states_what_it_takes,
     ],
-    "pruner": [
-        a_pruner_makes_a_smaller_model_the_same_each_time,
-        a_pruner_resumes_from_its_decision,
-        a_pruner_resumes_its_recovery_bit_for_bit,
-    ],
+    "pruner": [a_pruner_makes_a_smaller_model_the_same_each_time, a_pruner_resumes_its_recovery_bit_for_bit],
 }
 
 

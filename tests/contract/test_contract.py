@@ -34,7 +34,6 @@ from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, check, decode, encode
 from fleetune.tuning.methods import Reply
-from fleetune.tuning.rounds.checkpoint import Totals, pack, unpack
 
 every = pytest.mark.parametrize("name", NAMES)
 
@@ -86,19 +85,19 @@ def test_2_the_loss_falls(name, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if ":" not in n] + STATEFUL)
 def test_3_same_seed_same_bits_and_resume_from_any_round(name, tmp_path):
-    _, whole, _ = train(name, tmp_path / "whole", 3, steps=6)
-    _, _, run = train(name, tmp_path / "in_parts", 1, steps=6)
+    _, whole, _ = train(name, tmp_path / "whole", 3, steps=3)
+    _, _, run = train(name, tmp_path / "in_parts", 1, steps=3)
     for last in (2, 3):
-        _, resumed, run = train(name, tmp_path, last, steps=6, run_dir=RunDir(run.path))
+        _, resumed, run = train(name, tmp_path, last, steps=3, run_dir=RunDir(run.path))
     assert equal_states(whole, resumed)
 
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_3_what_a_kill_left_beyond_the_checkpoint_is_not_used(name, tmp_path):
-    _, whole, _ = train(name, tmp_path / "whole", 3)
-    _, _, run = train(name, tmp_path / "stopped", 2)
+    _, whole, _ = train(name, tmp_path / "whole", 3, steps=3)
+    _, _, run = train(name, tmp_path / "stopped", 2, steps=3)
     (run.path / "checkpoints" / "round-000002.ckpt").unlink()  # the clients' memories of round 2 stay
-    _, resumed, _ = train(name, tmp_path, 3, run_dir=RunDir(run.path))
+    _, resumed, _ = train(name, tmp_path, 3, steps=3, run_dir=RunDir(run.path))
     assert equal_states(whole, resumed)
 
 
@@ -186,17 +185,6 @@ def broken(answer: Reply) -> list[Payload]:
         Payload(arrays, {**scalars, "loss": float("nan")}),
         Payload(arrays, {k: v for k, v in scalars.items() if k != "n"}),
     ]
-
-
-@every
-def test_6b_a_state_survives_a_checkpoint(name):
-    model, chosen = models.tiny_llama(), short(name)
-    state = chosen.init(model, key())
-    tuned = chosen.aggregate(state, iter(answers(name)[:1]))
-    data = encode(Message(1, b"", pack(tuned, Totals(1, 2, 3.0))))
-    back, totals = unpack(decode(data).payload, state)
-    assert equal_states(back, tuned)
-    assert totals == Totals(1, 2, 3.0)
 
 
 @every

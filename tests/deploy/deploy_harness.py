@@ -20,11 +20,10 @@ from transformers import (
 )
 
 from fleetune import models
-from fleetune.deploy.export import export
-from fleetune.models import Model
-from fleetune.models.artefact import artefact
-from fleetune.models.artefact.artefact import ArtefactHead, Quantised
-from fleetune.models.families.codebooks import CODEBOOKS
+from fleetune.deploy.export import write as export
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models.families.number_types import CODEBOOKS
 
 LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -32,7 +31,7 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QUICK = (
+QUICK = [
     "--limit",
     "60",
     "--held-out",
@@ -45,7 +44,7 @@ QUICK = (
     "1",
     "--clients",
     "2",
-)
+]
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

@@ -10,13 +10,10 @@ import pytest
 from deploy_harness import tiny
 
 from fleetune import models
-from fleetune.cli.commands.demo import indented
-from fleetune.cli.console import Ui
+from fleetune.cli.commands import demo
 from fleetune.cli.main import main
-from fleetune.deploy import export as exports
 from fleetune.evaluation import answers, measures
 from fleetune.tuning.result.finished import held_out
-from fleetune.tuning.run import demo
 
 
 def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
@@ -41,7 +38,7 @@ def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
     (said,) = [event for event in told if event["event"] == "answer"]
     row = held_out(tmp_path / "runs" / "0001-fedit-little", offline=True)[0]
     assert said["prompt"] == row.messages[-1][1]
-    packed = exports.load(Path(export["path"]))
+    packed = models.load(export["path"], device="cpu", base="mapped")
     assert [said["text"]] == answers.generate(packed, [row], max_new_tokens=demo.ANSWER)
     after = measures.evaluate(
         packed, held_out(tmp_path / "runs" / "0001-fedit-little", offline=True)[1::2], ["loss"]
@@ -49,13 +46,3 @@ def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
     assert after["loss"] == pytest.approx(
         done[2]["after"]["loss"], rel=0.02
     )  # the embedding is Q8_0 in the file
-
-
-def test_the_mixed_run_is_evaluated_before_and_after() -> None:
-    """As the README shows it; an evaluation takes as long as a fifth of a round."""
-    assert [(recipe.rounds, recipe.eval_every) for recipe in demo.recipes()] == [(3, 1), (2, 2)]
-
-
-def test_the_answer_is_shown_in_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    Ui().paths([("it says", indented("**In short:** rain.\n- Dry it.\n\nCheck: the crust."))])
-    assert capsys.readouterr().out == " it says   **In short:** rain.\n  - Dry it.\n  \n  Check: the crust.\n"

@@ -12,8 +12,7 @@ from deploy_harness import compressed, tiny
 
 from fleetune.common.shell import pip_install
 from fleetune.data import Encoded
-from fleetune.deploy import export
-from fleetune.deploy.measure import harness, llamacpp
+from fleetune.deploy import export, harness, llamacpp
 from fleetune.errors import ModelError, UsageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.models import Model
@@ -26,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     """A compressed model as the artefact holds it, and its file in fp32."""
     folder, model = tmp_path_factory.mktemp("made"), tiny()
     compressed(model, folder / "model")
-    export.export(folder / "model", "gguf:f32", folder / "a.gguf")
+    export.write(folder / "model", "gguf:f32", folder / "a.gguf")
     return model, folder / "a.gguf"
 
 
@@ -70,26 +69,6 @@ def test_logits_are_those_of_the_scored_tokens_piece_by_piece(made: tuple[Model,
 
 
 @needs_engine
-def test_a_file_is_compared_with_a_reference_in_torch(made: tuple[Model, Path], tmp_path: Path) -> None:
-    """The file holds the model's own values, so what is left is llama.cpp's arithmetic: 16-bit keys and values."""
-    _, file = made
-    asked = {"compared": rows(), "logits": str(tmp_path / "p"), "repeats": 0, "threads": 1}
-    assert (
-        harness.carry_out(
-            harness.MeasureJob("artefact", str(file.parent / "model"), **asked, reference=True)
-        ).values
-        == {}
-    )
-    found = harness.measured(harness.MeasureJob("gguf", str(file), **asked))
-    assert found.peak_rss < 120e6  # no torch
-    assert 0 < found.values["kl_divergence"] < 1e-5
-    assert found.values["same_top"] > 95
-    assert found.values["kl_tokens"] == 4 + 1 + 130 + 699 + 10
-    again = harness.measured(harness.MeasureJob("gguf", str(file), **asked))
-    assert again.values == found.values
-
-
-@needs_engine
 def test_steps_write_torch_s_greedy_continuation(made: tuple[Model, Path]) -> None:
     model, file = made
     prompt = np.random.default_rng(2).integers(0, 260, 600).tolist()  # longer than one batch
@@ -105,39 +84,6 @@ def test_steps_write_torch_s_greedy_continuation(made: tuple[Model, Path]) -> No
                 assert np.abs(logits - ours).max() < 0.01 * np.abs(ours).max()
                 seen.append(int(logits.argmax()))
                 engine.step()
-
-
-@needs_engine
-def test_a_codebook_means_the_same_there(tmp_path: Path) -> None:
-    """IQ4_NL's logits are those of the same weights in Q8_0, and torch's but for activations rounded to 8 bits."""
-    model = tiny()
-    compressed(model, tmp_path / "model", name="iq4_nl")
-    ids, found = list(range(40, 90)), {}
-    for to in ("gguf", "gguf:q8_0"):
-        export.export(tmp_path / "model", to, tmp_path / "a.gguf")
-        with llamacpp.opened(tmp_path / "a.gguf", 1) as engine:
-            engine.open(64)
-            engine.prefill(ids)
-            found[to] = engine._rows(engine._lib.llama_get_logits_ith(engine._context, -1), 1)[0].copy()
-        (tmp_path / "a.gguf").unlink()
-    with torch.inference_mode():
-        ours = model.net(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
-    assert np.abs(found["gguf"] - found["gguf:q8_0"]).max() < 1e-4 * np.abs(ours).max()
-    assert np.abs(found["gguf"] - ours).max() < 0.03 * np.abs(ours).max()
-
-
-@needs_engine
-def test_a_prefill_forgets_what_was_read_before(made: tuple[Model, Path]) -> None:
-    with llamacpp.opened(made[1], 1) as engine:
-        engine.open(64)
-
-        def after(ids: list[int]) -> np.ndarray:
-            engine.prefill(ids)
-            return engine._rows(engine._lib.llama_get_logits_ith(engine._context, -1), 1)[0].copy()
-
-        first = after([5, 6])
-        after(list(range(40, 60)))
-        assert np.array_equal(after([5, 6]), first)
 
 
 @needs_engine

@@ -1,294 +1,365 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kept gain, bits, speed by a clock of ours, and the process that measures, against numbers worked out by hand."""
+"""`fleetune measure` as a user types it: a compressed run with its kept gain, other subjects, exports, bad input."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from deploy_harness import compressed, tiny
-from hypothesis import given
-from hypothesis import strategies as st
+from deploy_harness import tiny
 
-from fleetune.common.memory import peak_rss
-from fleetune.deploy import export
-from fleetune.deploy.measure import harness
-from fleetune.deploy.measure.harness import KEPT_BAR, MeasureJob, kept_gain
-from fleetune.errors import DataError, FleetuneError, ModelError, UsageError
-from fleetune.models.artefact.artefact import Master
+import fleetune
+from fleetune import compression, models
+from fleetune.cli.main import main
+from fleetune.common import files
+from fleetune.common.events import Measured
+from fleetune.common.shell import pip_install
+from fleetune.compression.jobs import solve
+from fleetune.compression.jobs.inputs import MEASURED
+from fleetune.compression.layerwise import driver
+from fleetune.data.encode import encode_all
+from fleetune.deploy import harness, llamacpp, measure
+from fleetune.errors import FleetuneError
+from fleetune.evaluation.losses import response_loss
+from fleetune.models.artefact import Master, Quantised
+from fleetune.runs import compression_folder, rundir
+from fleetune.runs.listener import Silent
+from fleetune.subject import Compressed
+from fleetune.tuning.result import finished
 
-# ---------------------------------------------------------------- kept gain
-
-
-def test_kept_gain_where_less_is_better_and_where_more_is() -> None:
-    less = kept_gain("loss", base=3.0, tuned=2.0, small_base=3.25, small_tuned=2.5)
-    more = kept_gain("accuracy", base=50.0, tuned=70.0, small_base=40.0, small_tuned=55.0)
-    assert (less.gain, less.value) == (1.0, 0.75)
-    assert (more.gain, more.value) == (20.0, 0.75)
-    assert less.text == "validation loss: 75 % of what tuning gained is kept"
-    assert "accuracy" in more.text
-
-
-def test_compression_can_leave_more_of_a_gain_than_there_was_or_turn_it_round() -> None:
-    assert kept_gain("loss", 3.0, 2.0, 5.0, 3.0).value == 2.0
-    lost = kept_gain("loss", 3.0, 2.0, 3.0, 3.5)
-    assert lost.value == -0.5
-    assert lost.text.endswith("tuning helps no more")
-
-
-def test_no_gain_is_nothing_to_keep_and_said_so() -> None:
-    same = kept_gain("loss", 2.5, 2.5, 2.75, 2.5)
-    assert (same.value, same.gain) == (None, 0.0)
-    assert "no gain to keep" in same.text
-    for name, tuned in (("loss", 4.0), ("rouge_l", 1.0)):
-        worse = kept_gain(name, 3.0, tuned, 3.0, 2.0)
-        assert worse.value is None
-        assert worse.gain < 0
-        assert "made it worse" in worse.text
-    unknown = kept_gain("loss", 3.0, 2.0, math.inf, 2.5)
-    assert unknown.value is None
-    assert "not finite" in unknown.text
-
-
-@given(*[st.floats(-1e3, 1e3)] * 4)
-def test_the_direction_of_a_measure_does_not_matter(b: float, t: float, cb: float, ct: float) -> None:
-    less, more = kept_gain("loss", b, t, cb, ct), kept_gain("accuracy", -b, -t, -cb, -ct)
-    assert (less.gain, less.value) == (more.gain, more.value)
-    if t < b:
-        assert less.value == pytest.approx((ct - cb) / (t - b))
-    else:
-        assert less.value is None
+RUN = [
+    "--method",
+    "fedit",
+    "--set",
+    "r=2",
+    "--set",
+    "lr=1e-2",
+    "--limit",
+    "60",
+    "--held-out",
+    "8",
+    "--max-length",
+    "160",
+    "--samples",
+    "0",
+    "--rounds",
+    "1",
+    "--clients",
+    "2",
+    "--offline",
+]
+FAST = ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--offline"]
 
 
-# ---------------------------------------------------------------- bits
-
-
-def test_bits_of_artefacts_and_files_are_exact(tmp_path: Path) -> None:
-    model = tiny()
-    compressed(model, tmp_path / "four", bits=4, group=32)
-    compressed(tiny(), tmp_path / "three", bits=3, group=64, zero=4)
-    four, three = harness.bits(tmp_path / "four"), harness.bits(tmp_path / "three")
-    assert four.linear == 4 + (16 + 8) / 32  # an fp16 scale and a byte's zero for 32 codes
-    assert three.linear == 3 + (16 + 8) / 64
-    n = {name: p.numel() for name, p in model.net.named_parameters()}
-    linear = sum(count for name, count in n.items() if "proj" in name)
-    assert four.all == (4.75 * linear + 32 * (sum(n.values()) - linear)) / sum(n.values())
-    export.export(tmp_path / "four", "gguf", tmp_path / "a.gguf")
-    export.export(tmp_path / "four", "hf:bf16", tmp_path / "bf16")
-    file = harness.bits(tmp_path / "a.gguf")
-    assert file.linear == 4.5
-    norms = sum(count for name, count in n.items() if "norm" in name)
-    embedding = sum(n.values()) - linear - norms
-    assert file.all == (4.5 * linear + 8.5 * embedding + 32 * norms) / sum(n.values())
-    assert harness.bits(tmp_path / "bf16") == (16.0, 16.0)
-
-
-def test_an_untied_head_is_no_matrix_of_a_block(tmp_path: Path) -> None:
-    compressed(tiny("qwen2"), tmp_path / "a", bits=8, group=32, zero=128)
-    assert harness.bits(tmp_path / "a").linear == 8.75
-
-
-# ---------------------------------------------------------------- speed
-
-
-class Paced:
-    """A model whose passes take the seconds it is told, by its own clock."""
-
-    vocab = 5
-
-    def __init__(self, passes: Sequence[tuple[float, float]]) -> None:
-        self.passes, self.now, self.read, self.room = list(passes), 0.0, list[list[int]](), 0
-        self.each = 0.0
-
-    def clock(self) -> float:
-        return self.now
-
-    def open(self, length: int) -> None:
-        self.room = length
-
-    def prefill(self, ids: Sequence[int]) -> None:
-        self.read.append(list(ids))
-        seconds, self.each = self.passes.pop(0)
-        self.now += seconds
-
-    def step(self) -> None:
-        self.now += self.each
-
-    def losses(self, rows: Sequence[harness.Row]) -> list[tuple[float, int]]:
-        raise AssertionError("not asked for")
-
-    def scored_logits(self, rows: Sequence[harness.Row]) -> Iterator[np.ndarray]:
-        raise AssertionError("not asked for")
-
-    def close(self) -> None:
-        pass
-
-
-def test_speed_is_the_median_of_the_passes_after_the_first() -> None:
-    engine = Paced([(100.0, 100.0), (2.0, 0.5), (8.0, 0.25), (4.0, 4.0)])
-    assert harness.speed(engine, 8, 3, 3, engine.clock) == (2.0, 2.0)  # 8 tokens in 4 s, one in 0.5 s
-    assert engine.read == [[0, 1, 2, 3, 4, 0, 1, 2]] * 4
-    assert engine.room == 11
-
-
-def by_row(*changes: float) -> list[tuple[float, int]]:
-    """The losses of four rows of 2 tokens."""
-    return [(2 * (3.0 + c), 2) for c in changes]
-
-
-def test_a_kept_gain_has_the_error_of_a_ratio_over_rows() -> None:
-    b, t = by_row(0, 0, 0, 0), by_row(-1.0, -1.2, -0.8, -1.0)
-    cb, ct = by_row(0.5, 0.5, 0.5, 0.5), by_row(-0.4, -0.6, -0.3, -0.1)
-    found = kept_gain("loss", 3.0, 2.0, 3.5, 2.65, (b, t, cb, ct))
-    gains, small = np.array([1.0, 1.2, 0.8, 1.0]), np.array([0.9, 1.1, 0.8, 0.6])
-    assert found.value == pytest.approx(0.85)
-    assert found.gain_error == pytest.approx(gains.std(ddof=1) / 2)
-    residuals = small - small.sum() / gains.sum() * gains
-    assert found.error == pytest.approx(math.sqrt(4 / 3 * (residuals**2).sum()) / gains.sum())
-    assert found.text == "validation loss: 85 ± 8 % of what tuning gained is kept"
-
-
-def test_no_gain_is_kept_where_the_gain_is_within_noise() -> None:
-    b, t = by_row(0, 0, 0, 0), by_row(-1.0, 1.1, -0.8, 0.6)
-    found = kept_gain("loss", 3.0, 2.975, 3.0, 2.9, (b, t, b, t))
-    assert found.value is None
-    assert found.text.startswith("validation loss: not measurable on 4 rows: the tuning gain (0.0250 ± ")
-    assert found.text.endswith("is within noise")
-    alone = kept_gain("loss", 3.0, 2.0, 3.0, 2.5, (b[:1], t[:1], b[:1], t[:1]))
-    assert alone.value is None
-    assert "not measurable on 1 row:" in alone.text
-
-
-# ---------------------------------------------------------------- windows, losses, the process
-
-
-def test_windows_are_apart_and_the_last_may_be_short() -> None:
-    assert harness.windows([[1, 2, 3], [4, 5]], 2, 9) == [
-        ([1, 2], 1),
-        ([3, 4], 1),
-    ]  # one token predicts nothing
-    assert harness.windows([[1, 2, 3, 4, 5]], 3, 9) == [([1, 2, 3], 1), ([4, 5], 1)]
-    assert harness.windows([[1, 2, 3, 4, 5]], 2, 1) == [([1, 2], 1)]
-    with pytest.raises(DataError, match="nothing to predict"):
-        harness.windows([[1]], 8, 2)
+def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
+    code = main([*args, "--json"])
+    out, err = capsys.readouterr()
+    return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
 
 
 @pytest.fixture(scope="module")
-def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made") / "model"
-    compressed(tiny(), folder)
-    return folder
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a model, a run of it, the run compressed, and that as a file."""
+    at = tmp_path_factory.mktemp("work")
+    (at / "text.txt").write_text("The heron stood still in the shallow water, and the evening went on. " * 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(at)
+        model = tiny()
+        models.save(model.net, model.tokenizer, at / "little")
+        assert main(["tune", "little", "demo", *RUN, "-qq"]) == 0
+        assert main(["compress", "latest", "--windows", "4", "--length", "32", "-qq"]) == 0
+        assert main(["export", "latest", "-qq"]) == 0
+        yield at
 
 
-def reference(folder: Path, rows: Sequence[harness.Row]) -> float:
-    """Mean cross-entropy by logits of whole rows, in float64."""
-    net = export.load(folder).net
-    total, count = 0.0, 0
-    for ids, n_prompt in rows:
-        logits = net(input_ids=torch.tensor([ids])).logits[0].double().detach().numpy()
-        for t in range(max(n_prompt, 1), len(ids)):
-            total += np.log(np.exp(logits[t - 1]).sum()) - logits[t - 1, ids[t]]
-            count += 1
-    return float(total / count)
-
-
-@pytest.mark.slow
-def test_a_process_measures_what_the_model_gives_and_its_own_memory(artefact: Path) -> None:
-    rng = np.random.default_rng(0)
-    rows = [(rng.integers(0, 260, n).tolist(), k) for n, k in ((9, 4), (17, 0), (6, 5))]
-    windows = [(rng.integers(0, 260, 24).tolist(), 1) for _ in range(3)]
-    ours = np.ones(100_000_000)  # 800 MB here are none of the child's
-    found = harness.measured(
-        MeasureJob("artefact", str(artefact), 1, prompt=8, generate=2, repeats=1, rows=rows, windows=windows)
-    )
-    assert 100e6 < found.peak_rss < peak_rss() - 400e6
-    assert found.values["loss"] == pytest.approx(reference(artefact, rows), rel=1e-5)
-    assert found.values["perplexity"] == pytest.approx(math.exp(reference(artefact, windows)), rel=1e-5)
-    assert found.prefill is not None
-    assert found.prefill > 0
-    assert ours[-1] == 1
-
-
-def test_a_job_is_done_with_the_threads_it_says_and_without_a_clock_where_none_is_asked(
-    artefact: Path,
-) -> None:
+@pytest.fixture
+def at(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy to work in, where models are measured in this process."""
+    shutil.copytree(made, tmp_path / "work", symlinks=True)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(harness, "measured", harness.carry_out)
     before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        found = harness.carry_out(MeasureJob("artefact", str(artefact), 1, repeats=0))
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-    assert (found.prefill, found.generate, found.values) == (None, None, {})
+    yield tmp_path / "work"
+    torch.set_num_threads(before)
 
 
-def test_steps_write_the_greedy_continuation(artefact: Path) -> None:
-    from fleetune.deploy.measure.engines import of_artefact
-
-    engine = of_artefact(str(artefact), "fp32", True)
-    engine.prefill([1, 2, 3])
-    seen = [1, 2, 3]
-    for _ in range(4):
-        with torch.inference_mode():
-            whole = engine.model.net(input_ids=torch.tensor([seen])).logits[0, -1]
-        assert torch.allclose(engine.logits, whole, atol=1e-5)
-        seen.append(int(whole.argmax()))
-        engine.step()
+def folder_of(at: Path) -> Path:
+    (folder,) = at.glob("runs/*/compress.json")
+    return folder.parent
 
 
-def test_a_module_that_lies_in_the_folder_one_stands_in_is_not_run(
-    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_kept_gain_of_a_compressed_run(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of(at)
+    code, told, err = call(
+        capsys, "measure", "latest", "--kept-gain", "--text", "text.txt", "--length", "64", *FAST
+    )
+    assert code == 0, err
+    rows = {row["name"]: row for row in told[-1]["rows"]}
+    names = ["base", "tuned", "compressed", "compressed base"]
+    file = [f"{folder.name}.gguf"] if llamacpp.available() else []
+    assert list(rows) == [*names[:3], *file, names[3]]
+    record = json.loads((folder / "compress.json").read_text())["result"]
+    assert rows["tuned"]["loss"] == pytest.approx(record["before"]["loss"], rel=1e-5)
+    assert rows["compressed"]["loss"] == pytest.approx(record["after"]["loss"], rel=1e-5)
+    base = models.load("little")
+    held = encode_all(Compressed(folder).held_out(offline=True), base.tokenizer, 160)[0]
+    assert rows["base"]["loss"] == pytest.approx(response_loss(base, held), rel=1e-5)
+    b, t, c, cb = (rows[name]["loss"] for name in names)
+    assert t < b
+    value = (c - cb) / (t - b)
+    assert told[-1]["kept"]["loss"]["value"] == pytest.approx(value)
+    assert list(told[-1]["kept"]) == ["loss"]  # the text is nothing that was tuned for
+    assert rows["compressed"]["bits_linear"] == 4.75
+    assert rows["base"]["bits"] == 32
+    assert rows["tuned"]["bytes"] > rows["base"]["bytes"]  # the adapter comes on top
+    assert rows["compressed base"]["prefill"] is None
+    assert all(row["perplexity"] > 1 and row["peak_rss"] > 5e7 for row in rows.values())
+    for name in file:
+        assert rows[name]["engine"] == "llama.cpp"
+        assert rows[name]["bits_linear"] == 4.5
+        assert rows[name]["loss"] == pytest.approx(c, rel=0.01)  # its embedding is Q8_0
+    kept_down = json.loads((folder / harness.FILE).read_text())
+    assert kept_down["digest"] == Master(folder / "model").digest()
+    assert kept_down["kept"]["loss"]["value"] == pytest.approx(value)
+    assert "compressed the same way" in err
+
+
+def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
+    """By hand: the run's rows as tokens, and text of the tuned model; the solver on the base, with these windows."""
+    folder = folder_of(at)
+    shutil.rmtree(folder / "base", ignore_errors=True)
+    path = solve.compressed_base(Silent(), folder, offline=True)
+    own, base = Master(folder / "model").head, models.load("little")
+    rows = encode_all(_calibrated_on(folder), base.tokenizer, 160)[0]
+    tuned = finished.load(Path(compression_folder.request_of(folder).model), offline=True)
+    finished.merge_weights(tuned)
+    text = driver.sampled_windows(tuned, 32, 2 + MEASURED, 42, batch=2 + MEASURED)[:2]
+    windows = torch.cat([driver.windows([row.ids for row in rows], 32, 2), text])
+    told = {
+        "windows": len(windows),
+        "length": 32,
+        "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+    }
+    assert told == own.calibration == Master(path).head.calibration
+    parts = driver.run(base, compression.make(compression.DEFAULT, {}), windows, at / "parts")
+    for name, weight in parts.items():
+        assert isinstance(weight, Quantised)
+        found = Master(path).quantised(name)
+        assert found is not None
+        assert torch.equal(found.codes, weight.codes)
+        assert torch.equal(found.scale, weight.scale)
+    assert not (folder / "base" / "parts").exists()
+    before = (path / "master.safetensors").stat().st_mtime_ns
+    assert solve.compressed_base(Silent(), folder, offline=True) == path
+    assert (path / "master.safetensors").stat().st_mtime_ns == before  # made once
+
+
+def _calibrated_on(folder: Path) -> Any:
+    return finished.held_out(Path(compression_folder.request_of(folder).model), offline=True)[::2]
+
+
+def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of(at)
+    shutil.rmtree(folder / "base", ignore_errors=True)
+    record = files.read_json(folder / "compress.json", "")
+    (folder / "compress.json").write_text(files.json_text({**record, "windows": 2}))
+    code, told, _ = call(capsys, "measure", str(folder), "--kept-gain", *FAST)
+    assert code == 2
+    assert "is not what" in told[-1]["message"]
+    assert not (folder / "base").exists()
+
+
+def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, run = folder_of(at), rundir.find("1", at / "runs")
+    asked = ["--data", "demo", "--limit", "2", "--tasks", "em,loss", "--answer-tokens", "2"]
+    code, told, err = call(
+        capsys, "measure", "little", str(run), str(folder), str(folder / "model"), *FAST, *asked
+    )
+    assert code == 0, err
+    rows = told[-1]["rows"]
+    files = [f"{folder.name}.gguf"] if llamacpp.available() else []
+    assert [row["name"] for row in rows] == ["little", run.name, folder.name, *files, "model"]
+    assert all("loss" in row for row in rows)
+    assert [row["name"] for row in rows if "exact_match" in row] == ["little", run.name, folder.name, "model"]
+    assert rows[-1]["loss"] == rows[2]["loss"]
+
+
+def test_a_compressed_model_and_its_file_are_compared_with_what_was_compressed(
+    at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "safetensors.py").write_text("raise SystemExit('run')\n")
-    monkeypatch.chdir(tmp_path)
-    assert harness.measured(MeasureJob("artefact", str(artefact.resolve()), 1, repeats=0)).peak_rss > 0
+    """Without a text on the rows: the number that `compress` stated; the tuned model is the reference, in every engine."""
+    folder = folder_of(at)
+    code, told, err = call(capsys, "measure", "2", *FAST)
+    assert code == 0, err
+    rows = {row["name"]: row for row in told[-1]["rows"]}
+    after = json.loads((folder / "compress.json").read_text())["result"]["after"]
+    names = [name for name in after if name.startswith(("kl_", "same_"))]
+    assert names == ["kl_divergence", "kl_divergence_error", "same_top", "same_top_error", "kl_tokens"]
+    assert {n: rows["compressed"][n] for n in names} == pytest.approx({n: after[n] for n in names}, rel=1e-3)
+    assert not any(name in rows[model] for model in ("base", "tuned") for name in names)
+    if llamacpp.available():
+        file = rows[f"{folder.name}.gguf"]
+        assert file["engine"] == "llama.cpp"
+        assert file["kl_tokens"] == after["kl_tokens"]
+        assert (
+            after["kl_divergence"] < file["kl_divergence"] < 4 * after["kl_divergence"]
+        )  # its embedding is Q8_0
+    assert f"tuned in torch is the reference: {after['kl_tokens']:,} tokens" in err
+    assert json.loads((folder / harness.FILE).read_text())["reference"] == "runs/0001-fedit-little"
 
 
-def test_what_goes_wrong_in_the_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError) as told:  # not installed, or no such file: either is an error of use
-        harness.measured(MeasureJob("gguf", "no.gguf", 1))
-    assert told.value.hint
-    script = tmp_path / "dies"
-    script.write_text("#!/bin/sh\necho of thirst >&2\nexit 3\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(harness.sys, "executable", str(script))
-    with pytest.raises(FleetuneError, match=r"measuring a\.gguf ended with 3: of thirst") as ended:
-        harness.measured(MeasureJob("gguf", "a.gguf", 1))
-    assert "signal" not in (ended.value.hint or "")
-    for number, hint in ((9, "memory"), (11, "a negative number is a signal")):
-        script.write_text(f"#!/bin/sh\nkill -{number} $$\n")
-        with pytest.raises(FleetuneError, match=rf"ended with -{number}") as ended:
-            harness.measured(MeasureJob("gguf", "a.gguf", 1))
-        assert hint in (ended.value.hint or "")
+def test_every_model_is_compared_with_a_reference_that_is_named(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of(at)
+    text = ["--text", "text.txt", "--length", "64", "--windows", "3", *FAST]
+    code, told, err = call(capsys, "measure", "little", "2", "--reference", "little", *text)
+    assert code == 0, err
+    base, small = told[-1]["rows"][:2]
+    assert (base["name"], base["kl_divergence"], base["same_top"]) == ("little", 0.0, 100.0)
+    assert base["kl_tokens"] == small["kl_tokens"] == 3 * 63
+    code, told, _ = call(capsys, "measure", str(folder), "--reference", "1", *text)
+    assert code == 0
+    rows = {row["name"]: row for row in told[-1]["rows"]}
+    assert (
+        rows["tuned"]["kl_divergence"] < 1e-9 < rows["compressed"]["kl_divergence"] < small["kl_divergence"]
+    )
+    assert rows["base"]["kl_divergence"] == pytest.approx(small["kl_divergence"], rel=0.5)
+    assert main(["measure", "2", *text]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split()[-6:] == ["KL", "divergence", "same", "top", "token,", "%"]
+    (line,) = [line for line in out if line.startswith(" compressed")]
+    assert line.count("±") == 3  # of the loss as well
 
 
-def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=str(tmp_path)):
-        harness.carry_out(MeasureJob("artefact", str(tmp_path), 1))
+def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = next(folder_of(at).glob("*.gguf"))
+    shutil.copy(file, "a.gguf")
+    text = ["--text", "text.txt", "--length", "64"]
+    code, told, err = call(capsys, "measure", "a.gguf", *text, *FAST)
+    assert code == 0, err
+    rows = told[-1]["rows"]
+    assert [row["engine"] for row in rows] == (["torch", "llama.cpp"] if llamacpp.available() else ["torch"])
+    assert rows[0]["bytes"] == Path("a.gguf").stat().st_size
+    assert rows[-1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=0.01)
+    monkeypatch.setattr(llamacpp, "MODULE", "no_such_engine")
+    code, told, err = call(capsys, "measure", "a.gguf", *text, *FAST)
+    assert (code, len(told[-1]["rows"])) == (0, 1)
+    assert pip_install("llamacpp") in err
 
 
-# ---------------------------------------------------------------- what an export says
+def test_a_file_that_its_engine_does_not_run_costs_no_other_row(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(job: harness.MeasureJob) -> harness.Measurement:
+        if job.kind == "gguf":
+            raise FleetuneError("undefined symbol: llama_init")
+        return harness.carry_out(job)
+
+    monkeypatch.setattr(llamacpp, "available", lambda: True)
+    monkeypatch.setattr(harness, "measured", measured)
+    code, told, err = call(capsys, "measure", "2", "--limit", "1", *FAST)
+    assert code == 0, err
+    assert [row["name"] for row in told[-1]["rows"]] == ["base", "tuned", "compressed"]
+    assert ".gguf is left out, llama.cpp does not run it: undefined symbol: llama_init" in err
 
 
-@pytest.mark.parametrize(
-    ("value", "said"), [(KEPT_BAR, ""), (0.62, "62 %"), (-0.1, "-10 %"), (None, ""), (1.2, "")]
-)
-def test_an_export_warns_below_the_bar(value: float | None, said: str, artefact: Path) -> None:
-    file, master = artefact.parent / harness.FILE, Master(artefact)
-    file.write_text(json.dumps({"digest": master.digest(), "kept": {"loss": {"value": value}}}))
-    text = harness.warning(master)
-    assert (said in text) if said else text == ""
+def test_chosen_has_no_file_twice(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llamacpp, "available", lambda: True)
+    folder = folder_of(at)
+    (file,) = folder.glob("*.gguf")
+
+    def listed(*names: object) -> list[tuple[str, str]]:
+        found = [measure.of(fleetune.open(name), offline=True) for name in names]
+        return [(line.name, line.engine) for _, line in measure.chosen(found, Silent())]
+
+    both = [(folder.name, "torch"), (file.name, "llama.cpp"), (file.name, "torch")]
+    assert listed(folder, file) == listed(folder, file.absolute()) == both
+    assert listed(file, folder) == [both[2], both[1], both[0]]
+    shutil.copy(file, "other.gguf")  # is another file
+    assert len(listed(folder, "other.gguf")) == 4
 
 
-def test_a_measure_of_another_artefact_or_a_damaged_one_says_nothing(artefact: Path) -> None:
-    file, master = artefact.parent / harness.FILE, Master(artefact)
-    for text in ('{"digest": "x", "kept": {"loss": {"value": 0.1}}}', "{", "[]", '{"kept": {}}'):
-        file.write_text(text)
-        assert harness.warning(master) == ""
-    file.unlink()
-    assert harness.warning(master) == ""
+def test_compressed_before_is_the_compression_that_a_base_comes_from(at: Path) -> None:
+    folder, recipe = folder_of(at), at / "runs" / "0001-fedit-little" / "run.toml"
+    assert measure.compressed_before(fleetune.open("1")) is None
+    assert measure.compressed_before(fleetune.open("little")) is None
+    recipe.write_text(recipe.read_text().replace('model = "little"', f'model = "{folder}/model"'))
+    assert measure.compressed_before(fleetune.open("1")) == folder
+    rows = [
+        Measured(
+            name=n,
+            engine="torch",
+            path="",
+            bytes=1,
+            bits_linear=4,
+            bits=4,
+            peak_rss=1,
+            prefill=None,
+            generate=None,
+            loss=1.0,
+        )
+        for n in ("base", "tuned", measure.COMPRESSED_BASE, "compressed")
+    ]
+    kept = measure._kept(rows, {row.name: [] for row in rows}, folder)
+    assert kept["loss"].text.endswith(
+        f"the gain is over the base of that run, {folder}, which was compressed already"
+    )
+
+
+# ---------------------------------------------------------------- export
+
+
+def test_an_export_is_run_where_it_is_for(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = models.load("little").tokenizer
+    count = len(words(Path("text.txt").read_text())["input_ids"])
+    for to in ("hf", "gguf:f32"):
+        place = "b.gguf" if to == "gguf:f32" else to
+        code, told, err = call(capsys, "export", "2", "--to", to, "--path", place, "--text", "text.txt")
+        assert code == 0, err
+        found = told[-1]
+        assert found["event"] == "check"
+        if to == "hf" or llamacpp.available():
+            assert found["runtime"] == ("transformers" if to == "hf" else "llama.cpp")
+            assert found["ratio"] == pytest.approx(1, rel=1e-3)
+            assert found["tokens"] == count - -(-count // 512)  # the first token of each window is context
+    code, told, _ = call(capsys, "export", "1", "--to", "hf", "--path", "of-run", "--text", "text.txt")
+    assert (code, told[-1]["runtime"]) == (0, "transformers")
+    assert told[-1]["ratio"] == pytest.approx(1, rel=1e-5)
+
+
+# ---------------------------------------------------------------- bad input
+
+BAD = {
+    "a text of one token": (["measure", "little", "--text", "one.txt"], "1 tokens: nothing to predict"),
+    "a text of nothing": (["measure", "little", "--text", "empty.txt"], "has no rows"),
+    "no threads": (["measure", "little", "--threads", "0"], "threads = 0"),
+    "tasks without rows": (["measure", "little", "--tasks", "rouge"], "need rows"),
+    "perplexity without a text": (["measure", "little", "--tasks", "perplexity"], "on a text"),
+    "a kept gain of a model": (["measure", "little", "--kept-gain"], "compressed run's folder"),
+    "windows beyond the model": (["measure", "little", "--text", "text.txt", "--length", "4096"], "made for"),
+    "an export's text that is none": (["export", "2", "--to", "hf", "--text", "no.txt"], "no text file"),
+    "an adapter's perplexity": (["export", "1", "--to", "peft", "--text", "text.txt"], "adapter alone"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_clear_error(case: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args, text = BAD[case]
+    Path("one.txt").write_text("a")
+    Path("empty.txt").touch()
+    before = sorted(at.rglob("*"))
+    code = main(args)
+    out, err = capsys.readouterr()
+    assert code == 2, err
+    assert text in err
+    assert out == ""
+    assert sorted(at.rglob("*")) == before

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -14,11 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from fleetune.cli.console import line_of
-from fleetune.common.display import show_with_error
-from fleetune.common.events import as_dict, evaluated
 from fleetune.data.encode import Encoded
 from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence, losses
@@ -52,15 +47,9 @@ def test_the_divergence_of_a_token_is_the_formula(piece: int, monkeypatch: pytes
         a.index(max(a)) == b.index(max(b)) for a, b in zip(P.tolist(), Q.tolist(), strict=True)
     ]
     assert np.array_equal(of_tokens(P, P)[0], np.zeros(7))
+    for a, b in ((P, drawn(1, V=60)), (drawn(1, V=60), P)):  # of two widths the smaller counts
+        np.testing.assert_allclose(of_tokens(a, b)[0], by_hand(a[:, :50], b[:, :50]), rtol=1e-13)
     assert of_tokens(P, P)[1].all()
-
-
-def test_a_difference_far_below_float32_is_seen() -> None:
-    """KL is half the variance of a small shift: 1e-5 gives 1e-10 or so, which float32 sums would lose."""
-    P, shift = drawn(0).astype(np.float64), 1e-5 * drawn(2, scale=1.0)
-    p = np.exp(P) / np.exp(P).sum(1, keepdims=True)
-    variance = (p * shift**2).sum(1) - (p * shift).sum(1) ** 2
-    np.testing.assert_allclose(of_tokens(P, P + shift)[0], variance / 2, rtol=1e-3)
 
 
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=6), st.integers(0, 99))
@@ -79,28 +68,6 @@ def test_words_that_cannot_come_count_nothing_and_a_model_that_excludes_a_word_i
     assert of_tokens(P, Q)[0][0] == np.inf
     P[0, 0] = np.nan
     assert np.isnan(of_tokens(P, Q)[0][0])
-
-
-def test_the_mean_with_a_token_that_is_infinitely_far_is_infinite_and_has_no_error(tmp_path: Path) -> None:
-    P, Q = drawn(0), drawn(1)
-    Q[2, 9] = -np.inf
-    found = summary(*of_tokens(P, Q))
-    assert found.kl_divergence == np.inf
-    assert found.kl_divergence_error is None
-    assert found.same_top_error is not None
-    assert "kl_divergence_error" not in found.values()
-    assert show_with_error("kl_divergence", found.kl_divergence, None) == "inf"
-    line = json.loads(line_of(as_dict(evaluated("m", 7, found.values(), of=7, max_length=9))))
-    assert line["kl_divergence"] is None
-    assert line["kl_tokens"] == 7
-    Q[3, 1] = np.nan
-    assert math.isnan(summary(*of_tokens(P, Q)).kl_divergence)
-
-
-def test_of_two_widths_the_smaller_counts() -> None:
-    P, Q = drawn(0), drawn(1, V=60)
-    for a, b in ((P, Q), (Q, P)):
-        np.testing.assert_allclose(of_tokens(a, b)[0], by_hand(a[:, :50], b[:, :50]), rtol=1e-13)
 
 
 def test_means_and_standard_errors_are_over_the_tokens() -> None:
@@ -150,14 +117,6 @@ def test_only_the_first_tokens_are_kept_and_no_piece_after_them_is_made(
     assert positions(7, 1 << 40) == 1
 
 
-def test_other_rows_than_the_reference_s_are_a_fault(tmp_path: Path) -> None:
-    write(tmp_path / "p", cut(drawn(0), 7), 7)
-    with pytest.raises(ValueError, match="6 tokens were given, the reference has 7"):
-        compare(tmp_path / "p", cut(drawn(1)[:6], 6))
-    with pytest.raises(ValueError, match="fewer logits"):
-        write(tmp_path / "p", cut(drawn(0), 7), 8)
-
-
 @pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
 def test_a_full_disk_is_said() -> None:
     with pytest.raises(StorageError, match="the disk is full"):
@@ -176,24 +135,6 @@ def rows() -> list[Encoded]:
     ]
 
 
-def soft_capped() -> Model:
-    """A model that changes its logits after the head."""
-    torch.manual_seed(4)
-    config = Gemma2Config(
-        vocab_size=264,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        final_logit_softcapping=0.5,
-    )
-    model = tiny_llama(seed=5)
-    model.net = Gemma2ForCausalLM(config).eval()  # type: ignore[assignment]
-    return model
-
-
 def whole(model: Model, row: Encoded) -> np.ndarray:
     """The logits of a row's scored tokens from one forward of all of it."""
     with torch.inference_mode():
@@ -201,13 +142,12 @@ def whole(model: Model, row: Encoded) -> np.ndarray:
     return logits[max(row.n_prompt, 1) - 1 : -1].float().numpy()
 
 
-@pytest.mark.parametrize("other", [lambda: tiny_llama(seed=4), soft_capped], ids=["llama", "soft cap"])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_a_model_is_compared_token_by_token(
-    other: object, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fleetune.evaluation.head_loss.CHUNK_BYTES", 4 * 264 * chunk)
-    dense, model = tiny_llama(seed=3), other()  # type: ignore[operator]
+    dense, model = tiny_llama(seed=3), tiny_llama(seed=4)
     assert scored((row.ids, row.n_prompt) for row in rows()) == 8 + 7 + 1
     P, Q = (np.concatenate([whole(m, row) for row in rows()]) for m in (dense, model))
     expected = by_hand(P, Q)

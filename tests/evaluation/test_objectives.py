@@ -90,15 +90,6 @@ def test_accuracy_is_evaluates_accuracy(tiny: Model) -> None:
     assert 0 < percent < 100
 
 
-def test_accuracy_says_what_words_it_misses(tiny: Model) -> None:
-    with pytest.raises(RecipeError, match="do not cover the answer 'maybe'"):
-        get("accuracy:yes,no")(tiny, _batch(tiny, _examples("yes", "maybe")))
-    with pytest.raises(RecipeError, match="do not cover the answer 'yes'") as caught:
-        get("accuracy")(tiny, _batch(tiny, _examples("yes")))
-    assert "accuracy:yes,no" in str(caught.value.hint)
-    assert get("accuracy")(tiny, _batch(tiny, _examples("yes", "yes"))) == -1.0
-
-
 @pytest.mark.parametrize(("name", "score"), [("rouge_l", rouge_l), ("f1", token_f1)])
 def test_scores_of_greedy_answers(name: str, score: objectives.Score) -> None:
     model = tiny_llama()
@@ -164,15 +155,6 @@ def test_values_repeat_and_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.net.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize(
-    "name", ["loss:3", "accuracy:yes", "accuracy:yes,yes", "accuracy:yes,,no", "f1:0", "f1:x", "rouge_l:-3"]
-)
-def test_wrong_arguments_of_built_in_ones(name: str) -> None:
-    with pytest.raises(RecipeError, match="objective") as caught:
-        get(name)
-    assert caught.value.hint
-
-
 # --- a function of one's own ------------------------------------------------------------------------------
 
 OWN = """
@@ -195,9 +177,6 @@ def count(model, batch):
 
 def tensor(model, batch):
     return torch.tensor(1.0)
-
-def nothing(model, batch):
-    pass
 
 def flag(model, batch):
     return True
@@ -224,6 +203,15 @@ def refuses(model, batch):
 
 def one(model):
     return 1.0
+
+def swapped(batch, model):
+    return 1.0
+
+async def later(model, batch):
+    return 1.0
+
+def pieces(model, batch):
+    yield 1.0
 """
 
 
@@ -243,13 +231,7 @@ def test_a_function_in_a_file(tiny: Model, own: Path, monkeypatch: pytest.Monkey
     own.write_text(OWN.replace("2.0", "3.0"))
     assert get(f"{own}:mine")(tiny, batch) == 21.0  # an edited file is read again
     assert objective(tiny, batch) == 14.0
-
-
-def test_a_file_is_one_module_however_often_it_is_asked_for(tiny: Model, own: Path) -> None:
-    batch = _batch(tiny, _examples("yes"))
-    for _ in range(3):
-        get(f"{own}:mine")(tiny, batch)
-    assert get(f"{own}:count")(tiny, batch) == 3.0
+    assert get(f"{own}:count")(tiny, batch) == 1.0  # the same file is the same module
 
 
 def test_a_function_in_a_package(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,83 +249,46 @@ def test_a_function_in_a_package(tiny: Model, tmp_path: Path, monkeypatch: pytes
     assert get("fleetune.evaluation.losses:batch_loss")(tiny, batch) == get("loss")(tiny, batch)
 
 
+def test_objectives_that_cannot_be_are_refused_when_they_are_chosen(own: Path, tmp_path: Path) -> None:
+    ends = tmp_path / "ends.py"
+    ends.write_text("import sys\ndef f(model, batch): ...\nsys.exit()\n")
+    wrong = ["loss:3", "accuracy:yes", "accuracy:yes,yes", "accuracy:yes,,no", "f1:0", "f1:x", "rouge_l:-3"]
+    paths = ["lsos", ":f", "module:", f"{tmp_path / 'none.py'}:f", f"{ends}:f", "no_such_package_here.sub:f"]
+    functions = [
+        f"{own}:{name}" for name in ("missing", "CONSTANT", "one", "swapped", "Weight", "later", "pieces")
+    ]
+    for name in (*wrong, *paths, *functions):
+        with pytest.raises(RecipeError) as caught:
+            get(name)
+        assert caught.value.hint
+    assert not [name for name in sys.modules if vars(sys.modules[name]).get("__file__") == str(ends)]
+
+
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        ("tensor", "returned a Tensor, not a float"),
-        ("nothing", "returned a NoneType"),
-        ("flag", "returned a bool"),
-        ("nan", "returned nan"),
-        ("infinite", "returned -inf"),
-        ("fails", "failed: ZeroDivisionError: division by zero"),
-        ("ends", "failed: it ended the process, SystemExit: 0"),
+        ("tensor", "Tensor"),
+        ("flag", "bool"),
+        ("nan", "nan"),
+        ("infinite", "-inf"),
+        ("fails", r"ZeroDivisionError: .*my objectives.py:\d+\)$"),
+        ("ends", "SystemExit"),
     ],
 )
 def test_bad_results_are_recipe_errors(tiny: Model, own: Path, function: str, says: str) -> None:
     objective = get(f"{own}:{function}")
     with pytest.raises(RecipeError, match=says) as caught:
         objective(tiny, _batch(tiny, _examples("yes")))
-    assert f"{own.name}:{function}" in caught.value.message
     assert caught.value.hint
+    with pytest.raises(DataError, match="not these rows"):  # our own pass through
+        get(f"{own}:refuses")(tiny, _batch(tiny, _examples("yes")))
 
 
-SIGNATURES = """
-def one(model): ...
-def three(model, batch, extra): ...
-def reward(prompt, answer, reference=None): return 0.0
-def texts(a: str, b: str): return 0.0
-def keyword(model, batch, *, scale): ...
-def swapped(batch, model): ...
-class Reward: ...
-async def later(model, batch): ...
-def pieces(model, batch): yield 0.0
-def spare(model, batch, scale=1.0): return scale
-def any_number(*args): return 0.0
-def other_names(net, rows): return 0.0
-partial = __import__("functools").partial(spare, scale=2.0)
-"""
-
-
-@pytest.mark.parametrize(
-    ("function", "says"),
-    [
-        ("one", r"takes \(model\): it is given 2 arguments"),
-        ("three", r"takes \(model, batch, extra\): nothing is given for 'extra'"),
-        ("keyword", r"takes \(model, batch, \*, scale\): nothing is given for 'scale'"),
-        ("swapped", "in another order"),
-        ("reward", r"takes \(prompt, answer, reference=None\), and 'prompt' is of another kind of function"),
-        ("texts", r"takes \(a: str, b: str\), where 'a' is a text"),
-        ("Reward", "is a class"),
-        ("later", "is async"),
-        ("pieces", "is async or a generator"),
-    ],
-)
-def test_a_signature_is_checked_when_the_function_is_found(tmp_path: Path, function: str, says: str) -> None:
-    file = tmp_path / "signatures.py"
-    file.write_text(SIGNATURES)
-    with pytest.raises(RecipeError, match=says) as caught:
-        get(f"{file}:{function}")
-    assert "is called as objective(model, batch), but" in caught.value.message
-    assert caught.value.hint == f"begin it with: def {function}(model, batch):   and return a float"
-
-
-def test_a_fault_is_told_with_its_line_in_the_users_own_file(tiny: Model, tmp_path: Path) -> None:
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "import json\ndef f(model, batch):\n    return deeper()\ndef deeper():\n    return json.loads('{')\n"
-    )
-    with pytest.raises(RecipeError, match=r"failed: JSONDecodeError: .* \(mine.py:5\)$"):
-        get(f"{file}:f")(tiny, _batch(tiny, _examples("yes")))
-
-
-def test_what_can_be_called_is_a_signature_too(tiny: Model, tmp_path: Path) -> None:
-    file = tmp_path / "signatures.py"
-    file.write_text(SIGNATURES)
-    batch = _batch(tiny, _examples("yes"))
-    values = [
-        get(f"{file}:{name}")(tiny, batch) for name in ("spare", "any_number", "other_names", "partial")
-    ]
-    assert values == [1.0, 0.0, 0.0, 2.0]
+def test_accuracy_refuses_answers_that_no_word_covers(tiny: Model) -> None:
+    for name, labels in (("accuracy:yes,no", ("yes", "maybe")), ("accuracy", ("yes",))):
+        with pytest.raises(RecipeError, match="cover"):
+            get(name)(tiny, _batch(tiny, _examples(*labels)))
+    assert get("accuracy")(tiny, _batch(tiny, _examples("yes", "yes"))) == -1.0
 
 
 def test_the_mean_over_rows_is_weighted_by_rows(tiny: Model, tmp_path: Path) -> None:
@@ -351,31 +296,3 @@ def test_the_mean_over_rows_is_weighted_by_rows(tiny: Model, tmp_path: Path) -> 
     rows, _ = encode_all(_examples("yes", "no", "no", "yes", "no"), tiny.tokenizer, 64)
     # batches of 2, 2 and 1 rows, each of which says its own length
     assert objectives.mean_value(tiny, rows, f"{tmp_path}/rows.py:length", batch_size=2) == 9 / 5
-
-
-def test_our_own_errors_pass_through(tiny: Model, own: Path) -> None:
-    with pytest.raises(DataError, match="not these rows"):
-        get(f"{own}:refuses")(tiny, _batch(tiny, _examples("yes")))
-
-
-def test_paths_that_give_no_function(own: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.py"
-    broken.write_text("def f(:\n")
-    ends = tmp_path / "ends.py"
-    ends.write_text("import sys\ndef f(model, batch): ...\nsys.exit()\n")
-    for name, says in [
-        ("lsos", "unknown objective 'lsos'"),
-        (":f", "unknown objective"),
-        ("module:", "unknown objective"),
-        (f"{own}:missing", "has no 'missing'"),
-        (f"{own}:CONSTANT", "CONSTANT is a int, not a function"),
-        (f"{tmp_path / 'none.py'}:f", "no file"),
-        (f"{broken}:f", "cannot be imported: SyntaxError"),
-        (f"{ends}:f", "cannot be imported: it ended the process, SystemExit: None"),
-        ("no_such_package_here.sub:f", "cannot be imported: ModuleNotFoundError"),
-        ("fleetune.evaluation.losses:missing", "has no 'missing'"),
-    ]:
-        with pytest.raises(RecipeError, match=says) as caught:
-            get(name)
-        assert caught.value.hint
-    assert not [name for name in sys.modules if vars(sys.modules[name]).get("__file__") == str(broken)]

@@ -19,8 +19,7 @@ from fleetune.fleet import device, keys
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.device import Home
 from fleetune.fleet.orders import Job, Order
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import Brings, Worker

@@ -13,12 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import flwr  # noqa: F401
 import peft  # noqa: F401
 import torch
 
-import fleetune.fleet.flower.gate
-import fleetune.fleet.flower.node
+import fleetune.fleet.door
+import fleetune.fleet.line
 import fleetune.tuning.run.run  # noqa: F401
 from fleetune.cli.main import main
 from fleetune.fleet import worker

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fleetune.errors import UsageError
-from fleetune.fleet.conditions import Conditions
+from fleetune.fleet.device import Conditions
 
 
 def supply(folder: Path, name: str, **words: str) -> None:

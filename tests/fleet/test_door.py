@@ -1,350 +1,549 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door: every malformed answer of a device that has a key is refused with its own reason, and changes nothing.
-
-The devices are in memory; what they send goes the way of a real run: `RemoteFleet`, the checks of a round, the method's sum.
-"""
+"""The door over HTTP: who comes in, whose order and answer it is, and what no request can do."""
 
 from __future__ import annotations
 
-import dataclasses
-import random
+import contextlib
+import json
+import socket
+import struct
+import threading
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from base64 import b64encode
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
+import httpx
 import pytest
-from malformed import JOB as JOBS
-from malformed import WORK, Honest
-from test_remote import JOB, Memory
 
 from fault_report import Injected
-from fleetune import models
-from fleetune.common.events import ClientReply
-from fleetune.data import Batches, Example
-from fleetune.data.encode import encode_rows
-from fleetune.errors import REASON
-from fleetune.evaluation.losses import pad_id
-from fleetune.fleet.orders import Device, Order
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
-from fleetune.fleet.table import FILE, Devices
-from fleetune.runs.rundir import RunDir, create
-from fleetune.tuning import methods
-from fleetune.tuning.exchange import messages as codec
-from fleetune.tuning.exchange.averaging import weighted_mean
-from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, encode
-from fleetune.tuning.exchange.robust import MEAN, Rule
-from fleetune.tuning.rounds.fleets.local_work import work
-from fleetune.tuning.rounds.fleets.memories import Memories
-from fleetune.tuning.rounds.replies import Replies, Round
+from fleetune.fleet import door, http_server, keys, line, link
+from fleetune.fleet.audit import FILE, Audit, verify
+from fleetune.fleet.door import CHALLENGE, HEARTBEAT, HOST, KEY, NEXT, ORDER, SESSION, SIGNATURE, Door
+from fleetune.fleet.http_server import Address
+from fleetune.fleet.keys import PrivateKey
+from fleetune.fleet.link import Mail
+from fleetune.fleet.server import Place, Served
 
-BASE, ROWS, ROUND, LIAR = bytes(range(8)), 9, 2, 1
-CLIENTS = 4
-SECONDS = 2.0  # of processor time that a malformed answer may cost
+Head = dict[str, str]
 
 
-class State(NamedTuple):
-    tensors: dict[str, np.ndarray]
+class House:
+    """An open door, and three keys: two registered devices, which are there, and a stranger."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.one, self.two, self.stranger = (keys.make(folder / name) for name in ("one", "two", "stranger"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.door = Door(Address("127.0.0.1", self.port), [self.one.public, self.two.public])
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}/fleet/", timeout=20)
+        self.heads: dict[str, Head] = {}
+
+    def post(self, name: str, head: Head, body: bytes = b"") -> httpx.Response:
+        return self.http.post(name, content=body, headers=head)
+
+    def signed(
+        self, key: PrivateKey, *, by: PrivateKey | None = None, host: str = "127.0.0.1", stated: str = ""
+    ) -> Head:
+        """The head by which a key comes in: signed by another (`by`), or for one host and stated to be of another."""
+        claim = {KEY: b64encode(key.public.pem).decode()}
+        challenge = self.post("challenge", claim).headers.get(CHALLENGE, "")
+        signature = b64encode(keys.sign(by or key, door.signed_text(host, challenge))).decode()
+        return claim | {CHALLENGE: challenge, SIGNATURE: signature, HOST: stated or host}
+
+    def come(self, key: PrivateKey, heartbeat: str = "30") -> Head:
+        """Come in anew; the head of the device's requests."""
+        before = self.heads.get(key.public.name, {}).get("authorization", "").removeprefix("Bearer ")
+        got = self.post("session", self.signed(key) | {SESSION: before, HEARTBEAT: heartbeat})
+        self.heads[key.public.name] = bearer(got)
+        return self.heads[key.public.name]
+
+    def exchange(
+        self, key: PrivateKey, body: bytes = b"", number: str = "", wants: str = "order"
+    ) -> httpx.Response:
+        head = self.heads[key.public.name] | {NEXT: wants} | ({ORDER: number} if number else {})
+        return self.post("exchange", head, body)
+
+    def raw(
+        self, path: str, head: Head, length: str = "content-length: 0", sent: bytes = b""
+    ) -> socket.socket:
+        """A connection on which a request was sent as these bytes."""
+        opened = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
+        opened.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\n{lines}{length}\r\n\r\n".encode() + sent)
+        return opened
+
+    def push(self, key: PrivateKey, data: bytes = b"work", common: int = 0, room: int = 1 << 24) -> str:
+        number = self.door.push(key.public.fingerprint, data, common, room)
+        assert number is not None
+        return number
+
+    def pull(self, number: str) -> list[tuple[str, bytes | None]]:
+        for _ in range(200):
+            if pulled := list(self.door.pull({number})):
+                return pulled
+            time.sleep(0.01)
+        return []
+
+    def session(self, key: PrivateKey) -> door.Session:
+        return self.door._sessions[key.public.fingerprint]
+
+    def waits(self, key: PrivateKey) -> None:
+        """Return when a request of the device waits for an order."""
+        for _ in range(500):
+            if self.session(key).waits is not None:
+                return
+            time.sleep(0.01)
+        raise AssertionError("no request waits")
 
 
-@dataclass(frozen=True)
-class Averaging(methods.Method):
-    """The mean of two tensors."""
-
-    init = local = apply = None  # type: ignore[assignment]  # a server alone
-
-    def broadcast(self, state: State) -> Payload:
-        return Payload(state.tensors)
-
-    def expects(self, state: State) -> ReplySpec:
-        arrays = {name: ("float32", a.shape) for name, a in state.tensors.items()}
-        return ReplySpec(arrays, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
-
-    def aggregate(self, state: State, replies: Iterable[methods.Reply], rule: Rule = MEAN) -> State:
-        mean = weighted_mean((float(r.payload.int("n")), r.payload.arrays) for r in replies)
-        return State(mean) if mean else state
+def bearer(got: httpx.Response) -> Head:
+    """The head of a device's requests, by the answer to its coming in."""
+    assert got.status_code == 204
+    return {"authorization": f"Bearer {got.headers[SESSION]}"}
 
 
-class Toy(NamedTuple):
-    """A method, its state, and what each client would answer."""
-
-    method: Any
-    state: Any
-    replies: list[Payload]
-
-
-def averaging() -> Toy:
-    rng = np.random.default_rng(3)
-    shapes = {"a.weight": (4, 3), "b.bias": (6,)}
-    state = State({n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()})
-    arrays = [
-        {n: (a + rng.normal(size=a.shape)).astype(np.float32) for n, a in state.tensors.items()}
-        for _ in range(CLIENTS)
-    ]
-    return Toy(Averaging(), state, [Payload(a, {"n": ROWS, "loss": 1.0}) for a in arrays])
-
-
-def real(name: str, settings: dict[str, Any]) -> Toy:
-    """A method with the replies that it makes of the tiny model."""
-    model = models.tiny_llama(layers=1)
-    method = methods.make(name, settings)
-    state = method.init(model, 5)
-    rows = [Example((("user", f"count to {i}"),), "one two three", {}) for i in range(ROWS)]
-    encoded = encode_rows(model, rows, 48)[0]
-    kinds, replies = method.kinds(state), []
-    for c in range(CLIENTS):
-        sent = encode(Message(ROUND, BASE, kinds[c % len(kinds)][0]))
-        batches = Batches(encoded, pad_id(model), 7 + c, "cpu", c)
-        came = work(method, model, batches, 7 + c, codec.decode(sent), Memories(), lambda *_: None)
-        replies.append(codec.decode(came).payload)
-    return Toy(method, state, replies)
-
-
-@dataclass
-class Lying(Memory):
-    """Honest devices, of which one answers with what `lie` makes of its honest answer."""
-
-    replies: list[Payload] = field(default_factory=list)
-    lie: Callable[[Honest], bytes] | None = None
-    about: str = "work"  # the kind of order that it lies about
-    dies: str = ""  # the device that dies of its work
-
-    def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        for number, (key, data) in list(self.queue.items()):
-            if key == self.dies and Order.decode(data).what == "work":
-                del self.queue[number]
-                self.marks[key] = self.marks.get(key, 0) + 1
-        yield from super().pull(numbers)
-
-    def answer(self, key: str, order: Order) -> bytes:
-        client = int(key[1:])
-        honest = Honest(
-            order,
-            BASE,
-            self.replies[client],
-            self.devices[key],
-            ROWS,
-            Order("work", ROUND),
-            Order("work", ROUND - 1),
-        )
-        if client == LIAR and self.lie is not None and order.what == self.about:
-            return self.lie(honest)
-        return honest.reply() if order.what == "work" else honest.told()
-
-
-class Place:
-    """A server with its devices, and what becomes of a round."""
-
-    def __init__(self, toy: Toy, run: RunDir, folder: Path) -> None:
-        self.toy, self.run, self.notes = toy, run, list[str]()
-        known = {f"k{c}": Device(ROWS, f"{c}" * 64, 1 << 33, 1, "0") for c in range(CLIENTS)}
-        self.link = Lying(known, random.Random(1), replies=toy.replies)
-        self.table = Devices(folder)
-        self.table.register([(key, key) for key in known])
-        self.events: list[ClientReply] = []
-        self.log: list[dict[str, Any]] = []
-        self.fleet = self.anew()
-        self.fleet.wait_for(CLIENTS)
-
-    def anew(self) -> RemoteFleet:
-        """The same server after a restart, with the same table of devices."""
-        return RemoteFleet(
-            self.link,
-            self.table,
-            JOB,
-            42,
-            Pace(grace=0.05, poll=0),
-            note=self.notes.append,
-            audit=lambda what, **fields: self.log.append({"what": what, **fields}),
-        )
-
-    def played(self) -> Any:
-        """The state after a round in which all clients are asked."""
-        self.events.clear()
-        kinds = self.toy.method.kinds(self.toy.state)
-        sent = {c: encode(Message(ROUND, BASE, kinds[c % len(kinds)][0])) for c in range(CLIENTS)}
-        round = Round(ROUND, BASE, self.fleet.rows, self.toy.state)
-        with Replies(self.toy.method, round, self.run, self.events.append) as replies:
-            replies.gather(self.fleet.ask(ROUND, range(CLIENTS), sent))
-            return replies.aggregate()
-
-    def outcome(self, client: int) -> ClientReply:
-        return [e for e in self.events if e.client == client][-1]
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    house = House(tmp_path_factory.mktemp("keys"))
+    house.door.open()
+    yield house
+    house.door.close()
+    house.http.close()
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[RunDir]:
-    with create(tmp_path, "averaging", "toy") as opened:
-        yield opened
+def house(opened: House, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    monkeypatch.setattr(door, "HOLD", 0.2)
+    opened.door.admit([opened.one.public, opened.two.public])
+    for key in (opened.one, opened.two):
+        opened.door._end(key.public.fingerprint)
+        opened.come(key)
+    assert len(opened.door.online()) == 2
+    opened.door.refusals.taken()
+    yield opened
+    opened.door.drop(set(opened.door.mail._open))
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two states are the same to the bit."""
-    return repr_of(one) == repr_of(other)
+# Who comes in ------------------------------------------------------------------------------------------
 
 
-def repr_of(state: Any) -> list[Any]:
-    parts: list[Any] = []
-    for value in state:
-        if isinstance(value, dict):
-            parts += [(n, v.tobytes() if isinstance(v, np.ndarray) else v) for n, v in sorted(value.items())]
-        elif isinstance(value, np.ndarray):
-            parts.append(value.tobytes())
-        elif dataclasses.is_dataclass(value):
-            parts.append({n: repr_of([v]) for n, v in vars(value).items()})
-        else:
-            parts.append(value)
-    return parts
-
-
-def knock(place: Place, reference: Any) -> tuple[int, list[str]]:
-    """Let the liar send every malformed answer; return how many were survived, and what was wrong of the others."""
-    faults: list[str] = []
-    for name, case in WORK.items():
-        place.link.lie = case.make
-        began = time.process_time()
-        state = place.played()
-        seconds, said = time.process_time() - began, place.outcome(LIAR)
-        if (
-            said.status not in ("refused", "failed")
-            or case.reason not in said.reason
-            or len(said.reason) > REASON
-        ):
-            faults.append(f"{name}: {said.status}, {said.reason}")
-        elif [place.outcome(c).status for c in range(CLIENTS) if c != LIAR] != ["ok"] * (CLIENTS - 1):
-            faults.append(f"{name}: the others' replies were not taken")
-        elif not same(state, reference):
-            faults.append(f"{name}: the state is another")
-        elif seconds > SECONDS:
-            faults.append(f"{name}: {seconds:.1f} s")
-    return len(WORK) - len(faults), faults
-
-
-def reference_of(place: Place) -> Any:
-    """The state of a round in which the liar is away."""
-    place.link.lie = lambda h: h.outer(what="failed", code="fault")
-    return place.played()
-
-
-@pytest.mark.injects
-def test_every_malformed_answer_is_refused_with_its_own_reason(
-    tmp_path: Path, run: RunDir, injected: Injected
-) -> None:
-    assert len(WORK) >= 60
-    place = Place(averaging(), run, tmp_path)
-    survived, faults = knock(place, reference_of(place))
-    injected("malformed answers", len(WORK), survived=survived)
-    assert not faults, "\n".join(faults)
-    place.link.lie = None
-    assert not same(place.played(), reference_of(place))  # an honest answer counts
-
-
-REAL = {
-    "fedit": {"r": 2, "steps": 1, "dropout": 0.0},
-    "fedpetuning": {"module": "full", "steps": 1},
-    "fwdllm": {"P": 2},
-    "fedpeptao": {},
-}
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("name", list(REAL))
-def test_so_it_is_with_real_methods(tmp_path: Path, run: RunDir, injected: Injected, name: str) -> None:
-    place = Place(real(name, REAL[name]), run, tmp_path)
-    survived, faults = knock(place, reference_of(place))
-    injected("malformed answers", len(WORK), survived=survived)
-    assert not faults, "\n".join(faults)
+def forgeries(house: House) -> dict[str, Callable[[], httpx.Response]]:
+    """What somebody without the key of device one may send to be taken for it, and what a revoked device may."""
+    used, later = house.signed(house.one), house.signed(house.one)
+    known = house.heads["one"]["authorization"].removeprefix("Bearer ")
+    house.heads["one"] = bearer(house.post("session", later | {SESSION: known}))
+    secret = house.session(house.one).secret
+    two = house.session(house.two)
+    return {
+        "nothing": lambda: house.post("session", {}),
+        "a key that is not registered": lambda: house.post(
+            "challenge", {KEY: b64encode(house.stranger.public.pem).decode()}
+        ),
+        "its key, signed with another": lambda: house.post("session", house.signed(house.one, by=house.two)),
+        "signed for another server": lambda: house.post("session", house.signed(house.one, host="a.org")),
+        "for another server, said to be for this": lambda: house.post(
+            "session", house.signed(house.one, host="a.org", stated="127.0.0.1")
+        ),
+        "the challenge of another key": lambda: house.post(
+            "session", house.signed(house.one) | {CHALLENGE: house.signed(house.two)[CHALLENGE]}
+        ),
+        "a challenge that was made before one that was used": lambda: house.post("session", used),
+        "a challenge again": lambda: house.post("session", later),
+        "letters that are no signature": lambda: house.post(
+            "session", house.signed(house.one) | {SIGNATURE: "!?"}
+        ),
+        "a signature cut short": lambda: house.post("session", house.signed(house.one) | {SIGNATURE: "AAAA"}),
+        "without a session": lambda: house.post("alive", {}),
+        "the session of another": lambda: house.post(
+            "alive", {"authorization": f"Bearer {house.one.public.fingerprint}.{two.secret}"}
+        ),
+        "its session cut short": lambda: house.post(
+            "leave", {"authorization": f"Bearer {house.one.public.fingerprint}.{secret[:-1]}"}
+        ),
+        "its session in another way": lambda: house.post(
+            "leave", {"authorization": f"Basic {house.one.public.fingerprint}.{secret}"}
+        ),
+    }
 
 
 @pytest.mark.injects
-def test_a_device_that_is_malformed_when_it_joins_takes_no_part(
-    tmp_path: Path, run: RunDir, injected: Injected
-) -> None:
-    place = Place(averaging(), run, tmp_path)
-    known, faults = (tmp_path / FILE).read_bytes(), []
-    for name, case in JOBS.items():
-        place.link.lie, place.link.about = case.make, "job"
-        place.fleet, place.notes[:], place.log[:] = place.anew(), [], []
-        place.fleet.wait_for(CLIENTS - 1)
-        place.played()
-        said = [n for n in place.notes if "takes no part" in n]
-        logged = [e["reason"] for e in place.log if e["what"] == "not admitted"]
-        if len(said) != 1 or case.reason not in said[0] or logged != [said[0].partition(": ")[2]]:
-            faults.append(f"{name}: {said}, {logged}")
-        elif place.outcome(LIAR).status != "dropped" or len(place.events) != CLIENTS:
-            faults.append(f"{name}: {place.events}")
-        elif (tmp_path / FILE).read_bytes() != known:
-            faults.append(f"{name}: the table of devices has changed")
-    injected("malformed answers", len(JOBS), survived=len(JOBS) - len(faults))
+def test_forged_identities_are_refused_and_logged(house: House, tmp_path: Path, injected: Injected) -> None:
+    (tmp_path / "keys").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "keys" / f"{name}.pub").write_bytes((house.folder / f"{name}.pub").read_bytes())
+    served, audit = Served(Place("127.0.0.1", 1, tmp_path / "keys")), Audit(tmp_path)
+    served._door, faults, tried = house.door, [], forgeries(house)
+    for name, send in tried.items():
+        status = send().status_code
+        served._next_refusals = 0.0
+        served._log_refusals(audit)
+        logged = (
+            json.loads((tmp_path / FILE).read_text().splitlines()[-1]) if (tmp_path / FILE).exists() else {}
+        )
+        if status not in (403, 410) or logged.get("status") != status or logged.get("requests") != 1:
+            faults.append(f"{name}: {status}, {logged}")
+    injected("forged identities", len(tried), survived=len(tried) - len(faults))
     assert not faults, "\n".join(faults)
+    assert verify(tmp_path / FILE) == (len(tried), audit.chain, 0)
+    names = [json.loads(entry)["name"] for entry in (tmp_path / FILE).read_text().splitlines()]
+    assert {"one", ""} == set(names)  # as whose key they came
+    assert set(house.door.online()) == {house.one.public.fingerprint, house.two.public.fingerprint}
 
 
-def mutated(rng: random.Random, data: bytes) -> bytes:
-    """Change a message in one to four places, and mend its checksum three times in four."""
-    body = bytearray(data[7:])
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(max(1, len(body)))
-        match rng.randrange(4):
-            case 0:
-                body[at : at + 1] = rng.randbytes(1)
-            case 1:
-                del body[at : at + rng.randint(1, 9)]
-            case 2:
-                body[at:at] = rng.randbytes(rng.randint(1, 9))
-            case 3:
-                body[at : at + 1] = bytes(
-                    [rng.choice((0xC1, 0xDC, 0xDD, 0xDF, 0xC6, 0xC9, 0xD9, 0x94, 0xCF, 0xCB))]
-                )
-    check = zlib.crc32(body) if rng.random() < 0.75 else zlib.crc32(data)
-    return data[:3] + check.to_bytes(4, "little") + bytes(body)
+def test_a_revoked_key_is_thrown_out_and_a_new_one_comes_in(house: House) -> None:
+    number = house.push(house.two)
+    house.door.admit([house.one.public, house.stranger.public])
+    assert house.exchange(house.two).status_code == 410
+    assert house.post("session", house.signed(house.two)).status_code == 403
+    assert house.pull(number) == [(number, None)]
+    house.come(house.stranger)
+    assert house.stranger.public.fingerprint in house.door.online()
 
 
-def storm(place: Place, count: int, seed: int) -> dict[str, int]:
-    """Send so many mutated answers, half of them mutated inside; a round completes with each."""
-    rng, reference, found = random.Random(seed), reference_of(place), {"refused": 0, "taken": 0}
-
-    def lie(h: Honest) -> bytes:
-        return mutated(rng, h.reply()) if rng.random() < 0.5 else h.reply(mutated(rng, h.body()))
-
-    place.link.lie = lie
-    for _ in range(count):
-        state = place.played()
-        assert [place.outcome(c).status for c in range(CLIENTS) if c != LIAR] == ["ok"] * (CLIENTS - 1)
-        if place.outcome(LIAR).status in ("refused", "failed"):
-            found["refused"] += 1
-            assert place.outcome(LIAR).reason
-            assert same(state, reference)
-        else:  # what is left of it is within what was agreed
-            found["taken"] += 1
-            assert all(
-                np.isfinite(a).all() for part in state if isinstance(part, dict) for a in part.values()
-            )
-    return found
+def test_a_key_is_there_once_unless_its_own_process_comes_again(house: House, tmp_path: Path) -> None:
+    said: list[str] = []
+    device = line.Server(f"127.0.0.1:{house.port}")
+    line.stay(device, house.one, tmp_path, lambda order: b"", over=lambda: bool(said), note=said.append)
+    assert said == [f"{line.REFUSED[409]}; trying again"]
+    mark = house.door.online()[house.one.public.fingerprint]
+    house.come(house.one)
+    assert house.door.online()[house.one.public.fingerprint] != mark
 
 
-def test_mutated_answers_change_nothing_or_are_within_what_was_agreed(tmp_path: Path, run: RunDir) -> None:
-    found = storm(Place(averaging(), run, tmp_path), 150, seed=1)
-    assert found["refused"] > 110
+def test_a_challenge_is_for_one_key_once_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [5 * 10**9]
+    monkeypatch.setattr(door.time, "monotonic_ns", lambda: now[0])
+    challenges = door.Challenges()
+
+    def made(after: float = 1) -> str:
+        now[0] += int(after * 1e9)
+        return challenges.new("k")
+
+    first, second, third = made(), made(), made()
+    assert not challenges.use("other", second)
+    assert challenges.use("k", second)
+    assert not challenges.use("k", second)
+    assert not challenges.use("k", first)
+    now[0] += 61 * 10**9
+    assert not challenges.use("k", third)
+    assert not door.Challenges().use("k", made())  # of another server
+    for odd in ("", "-", "--", "1-2-3", third.replace("-", "")):
+        assert not challenges.use("k", odd)
 
 
-@pytest.mark.faults
-def test_ten_thousand_mutated_answers(tmp_path: Path, run: RunDir, injected: Injected) -> None:
-    found = storm(Place(averaging(), run, tmp_path), 10_000, seed=2)
-    injected("mutated answers", sum(found.values()))
-    assert found["refused"] > 8_000
+@pytest.mark.parametrize(
+    ("certificate", "host", "called"),
+    [
+        (["a.example.org", "*.fleet.org", "10.0.0.1"], "A.example.org", True),
+        (["a.example.org", "*.fleet.org", "10.0.0.1"], "x.fleet.org", True),
+        (["a.example.org", "*.fleet.org", "10.0.0.1"], "10.0.0.1", True),
+        (["a.example.org", "*.fleet.org", "10.0.0.1"], "b.example.org", False),
+        (["a.example.org", "*.fleet.org", "10.0.0.1"], "fleet.org", False),
+        ([], "localhost", True),
+        ([], "fleet.org", False),
+    ],
+)
+def test_a_server_is_called_by_its_certificate(
+    tmp_path: Path, certificate: list[str], host: str, called: bool
+) -> None:
+    if certificate:
+        keys.make_certificate(tmp_path, certificate)
+    address = Address("127.0.0.1", 1, tmp_path / "server.pem" if certificate else None)
+    assert Door(address, None)._is_called(host) is called
 
 
-def test_a_device_that_dies_of_every_order_does_not_hold_the_round(tmp_path: Path, run: RunDir) -> None:
-    """Or that comes in anew all the time: it is asked ten times, and the round goes on without it."""
-    place = Place(averaging(), run, tmp_path)
-    reference = reference_of(place)
-    place.link.lie = None
-    place.link.dies = f"k{LIAR}"
-    place.fleet.pace, began = Pace(grace=20, poll=0), time.monotonic()
-    assert same(place.played(), reference)
-    assert (place.outcome(LIAR).status, place.outcome(LIAR).reason) == ("dropped", "10 times lost at work")
-    assert time.monotonic() - began < 15
+def test_a_device_that_has_gone_is_known_to_have_whatever_interval_it_named(house: House) -> None:
+    for stated, taken in (("1800", 60), ("-1", 60), ("nan", 60), ("x", 60), ("0.5", 0.5)):
+        house.come(house.one, stated)
+        assert house.session(house.one).heartbeat == taken
+    house.session(house.one).said -= 1.1
+    number = house.push(house.one)
+    assert set(house.door.online()) == {house.two.public.fingerprint}
+    assert house.pull(number) == [(number, None)]
+    assert house.exchange(house.one).status_code == 204  # it is back, in the same stay
+    assert len(house.door.online()) == 2
+
+
+def test_where_any_key_comes_in_their_number_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "SESSIONS", 2)
+    house = House(tmp_path)
+    house.door = Door(Address("127.0.0.1", house.port), None)
+    house.door.open()
+    try:
+        house.come(house.one)
+        house.come(house.two)
+        assert house.post("session", house.signed(house.stranger)).status_code == 503
+        house.session(house.two).said -= 1000
+        house.come(house.stranger)
+        assert len(house.door._sessions) == 2
+        claim = {KEY: b64encode(b"no key").decode()}
+        assert house.post("session", house.signed(house.one) | claim).status_code == 403
+    finally:
+        house.door.close()
+        house.http.close()
+
+
+# Orders and answers ------------------------------------------------------------------------------------
+
+
+def test_an_order_is_given_until_it_is_answered_and_its_answer_taken_once(house: House) -> None:
+    number = house.push(house.one, b"head tail", 4)
+    for _ in range(2):
+        got = house.exchange(house.one)
+        assert (got.status_code, got.content, got.headers[ORDER]) == (200, b"head tail", number)
+    assert house.exchange(house.one, b"done", number).status_code == 204
+    assert house.pull(number) == [(number, b"done")]
+    assert not list(house.door.pull({number}))
+    house.door.drop({house.push(house.one)})
+    assert house.exchange(house.one).status_code == 204
+    assert not house.door.mail._open
+
+
+def test_a_request_waits_for_the_order(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later one of the device sends it away: its connection may be dead. So does the device's end."""
+    monkeypatch.setattr(door, "HOLD", 10.0)
+    began, left = time.monotonic(), list[int]()
+    earlier = threading.Thread(target=lambda: left.append(house.exchange(house.one).status_code))
+    earlier.start()
+    house.waits(house.one)
+    threading.Timer(0.2, house.push, (house.one,)).start()
+    assert house.exchange(house.one).content == b"work"
+    earlier.join(5)
+    going = threading.Thread(target=lambda: left.append(house.exchange(house.two).status_code))
+    going.start()
+    house.waits(house.two)
+    assert house.post("leave", house.heads["two"]).status_code == 204
+    going.join(5)
+    assert left == [204, 204]
+    assert set(house.door.online()) == {house.one.public.fingerprint}
+    assert time.monotonic() - began < 8
+
+
+def test_nobody_answers_the_order_of_another(house: House) -> None:
+    number = house.push(house.one)
+    assert house.exchange(house.two).status_code == 204  # nor is given it
+    assert house.exchange(house.two, b"a lie", number).status_code == 204
+    assert not list(house.door.pull({number}))
+    assert house.exchange(house.one).content == b"work"
+    assert house.exchange(house.one, b"the truth", number).status_code == 204
+    assert house.exchange(house.one, b"second thoughts", number).status_code == 204
+    assert house.pull(number) == [(number, b"the truth")]
+
+
+def test_what_was_ordered_in_an_earlier_stay_is_lost(house: House) -> None:
+    """So a process that has not taken the job yet is given no work."""
+    number = house.push(house.two)
+    house.come(house.two)
+    assert house.pull(number) == [(number, None)]
+    assert house.exchange(house.two).status_code == 204
+
+
+def test_an_order_that_went_to_a_dead_connection_is_given_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its device is killed while its request waits: the socket is closed with a reset, which nobody looks at."""
+    monkeypatch.setattr(door, "HOLD", 10.0)
+    with house.raw("/fleet/exchange", house.heads["one"]) as dead:
+        dead.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        house.waits(house.one)
+    number = house.push(house.one)
+    got = house.exchange(house.one)
+    assert (got.status_code, got.content, got.headers[ORDER]) == (200, b"work", number)
+
+
+def test_a_large_answer_comes_in_pieces(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line, "PIECE", 1000)
+    number = house.push(house.one, data := bytes(range(256)) * 1000, 200_000)
+    device = line.Server(f"127.0.0.1:{house.port}")
+    with (way := line.Line(device, False)).http:
+        stay = line._Stay(way, house.one, tmp_path, device)
+        stay.session = house.heads["one"]["authorization"].removeprefix("Bearer ")
+        assert stay._send("", b"", "order")[1] == data
+        stay._send(number, data[:12_345], "nothing")
+    assert house.pull(number) == [(number, data[:12_345])]
+
+
+def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(house: House, tmp_path: Path) -> None:
+    """The server was started anew: it shows the device while it works on, and has its next order ready."""
+    key = house.two.public.fingerprint
+    house.post("leave", house.heads["two"])
+    device = line.Server(f"127.0.0.1:{house.port}", heartbeat=0.4)
+    with (way := line.Line(device, False)).http:
+        stay = line._Stay(way, house.two, tmp_path, device)
+        stay.begin()
+        try:
+            house.door._end(key)  # a new server knows as much of it
+            until = time.monotonic() + 10
+            while key not in house.door.online() and time.monotonic() < until:
+                time.sleep(0.02)
+            number = house.push(house.two, b"the next")
+            got, body = stay._send("0" * 32, b"what nobody waits for", "order")
+            assert (body, got.headers[ORDER]) == (b"the next", number)
+        finally:
+            stay.end()
+    assert key not in house.door.online()
+
+
+@pytest.mark.parametrize("text", [b"", b"x", b"\xff\xfe", b"a.b", b"9" * 5000, b"a\r\nx: y"])
+def test_a_spoilt_file_of_the_last_session_keeps_no_device_out(
+    house: House, tmp_path: Path, text: bytes
+) -> None:
+    house.post("leave", house.heads["one"])
+    (tmp_path / line.FILE).write_bytes(text)
+    device = line.Server(f"127.0.0.1:{house.port}")
+    with (way := line.Line(device, False)).http:
+        line._Stay(way, house.one, tmp_path, device)._come_in()
+    kept = (tmp_path / line.FILE).read_text()
+    assert kept.startswith(f"{device.address} {house.one.public.fingerprint}.")
+    stay = line._Stay(way, house.one, tmp_path, device)
+    assert stay._before() == kept.partition(" ")[2]
+    stay.server = line.Server("localhost:1")
+    assert stay._before() == ""  # no other server learns it
+    assert house.one.public.fingerprint in house.door.online()
+
+
+def test_orders_that_end_alike_share_their_end() -> None:
+    box, body = Mail(), bytes(1000)
+    for device in "012":
+        box.put(device, device.encode() + body, len(body), 100)
+    letters = [box.first(device) for device in "012"]
+    assert [letter.head for letter in letters if letter] == [b"0", b"1", b"2"]
+    assert len({id(letter.tail) for letter in letters if letter}) == 1
+
+
+# What no request can do --------------------------------------------------------------------------------
+
+
+def test_what_is_too_large_is_refused(house: House) -> None:
+    number = house.push(house.one, room=10)  # of all pieces together
+    assert house.exchange(house.one).content == b"work"
+    head = house.heads["one"]
+    for path, length, status in (
+        ("exchange", f"content-length: {door.LIMIT + 1}", 413),
+        ("exchange", "content-length: 99999999999999999999", 413),
+        ("exchange", "transfer-encoding: chunked", 411),
+        ("alive", "content-length: 1", 413),
+        ("leave", "content-length: 1", 413),
+        ("session", "content-length: 1", 413),
+        ("challenge", "content-length: 1", 413),
+    ):
+        with house.raw(f"/fleet/{path}", head, length) as opened:
+            assert f" {status} ".encode() in opened.recv(4096)
+    for piece in (b"12345", b"67890", b"!", b"more"):
+        assert house.exchange(house.one, piece, number, "piece").status_code == 204
+    assert house.pull(number) == [(number, link.TOO_LARGE)]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/fleet", "/fleet/", "/fleet/../fleet/x", "/docs", "/openapi.json", "/v1/fleet/pull-messages"],
+)
+def test_nothing_but_what_devices_use_is_there(house: House, path: str) -> None:
+    """Whoever asks, and before a body is read."""
+    for head in ({}, house.heads["one"]):
+        with house.raw(path, head, "content-length: 1000000") as opened:
+            assert b" 404 " in opened.recv(4096)
+    assert house.http.get("exchange").status_code == 405
+
+
+def test_a_strangers_body_is_not_read(house: House) -> None:
+    with house.raw("/fleet/exchange", {"authorization": "Bearer x.y"}, "content-length: 1000000") as opened:
+        assert b" 410 " in opened.recv(4096)
+
+
+def test_half_open_connections_lock_nobody_out(house: House) -> None:
+    """200 that send the begin of a request, or of a body, and no more."""
+    opened = [house.raw("/fleet/exchange", house.heads["two"], "content-length: 9", b"1") for _ in range(100)]
+    opened += [socket.create_connection(("127.0.0.1", house.port), timeout=10) for _ in range(100)]
+    try:
+        for half in opened[100:]:
+            half.sendall(b"POST /fleet/exch")
+        number, began = house.push(house.one), time.monotonic()
+        assert house.exchange(house.one).content == b"work"
+        assert house.exchange(house.one, b"done", number).status_code == 204
+        assert house.pull(number) == [(number, b"done")]
+        assert time.monotonic() - began < 5
+    finally:
+        for half in opened:
+            half.close()
+
+
+def test_a_device_fills_no_memory_with_bodies_that_do_not_end(house: House) -> None:
+    """Of an answer that is wanted the last one that began is kept, and of others nothing."""
+    number = house.push(house.one)
+    assert house.exchange(house.one).content == b"work"
+
+    def begin(order: str) -> socket.socket:
+        head = house.heads["one"] | {NEXT: "nothing", ORDER: order}
+        return house.raw("/fleet/exchange", head, "content-length: 1000", b"x" * 999)
+
+    with begin(number) as first, begin(number) as second:
+        assert b" 409 " in first.recv(4096)
+        with begin("0" * 32) as unwanted:
+            second.sendall(b"y")
+            assert b" 204 " in second.recv(4096)
+            unwanted.sendall(b"z")
+            assert b" 204 " in unwanted.recv(4096)
+    assert house.pull(number) == [(number, b"x" * 999 + b"y")]
+    assert house.session(house.one).coming is None
+
+
+def test_requests_that_wait_in_one_connection_fill_no_memory(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that sends request after request without reading is not read on, while the first waits."""
+    monkeypatch.setattr(door, "HOLD", 5.0)
+    with house.raw("/fleet/exchange", house.heads["one"]) as opened:
+        house.waits(house.one)
+        opened.settimeout(0.5)
+        lines = f"POST /fleet/alive HTTP/1.1\r\nhost: x\r\nauthorization: {house.heads['one']['authorization']}\r\n"
+        block, sent = (lines + "content-length: 0\r\n\r\n").encode() * 500, 0
+        with contextlib.suppress(TimeoutError):
+            while sent < 100 << 20:
+                sent += opened.send(block)
+        assert sent < 30 << 20  # what the system's buffers hold
+
+
+def test_a_connection_without_a_request_is_closed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first request of a connection, or a later one."""
+    monkeypatch.setattr(http_server, "HEAD", 0.3)
+    with socket.create_connection(("127.0.0.1", house.port), timeout=10) as opened:
+        opened.sendall(b"POST /fleet/exch")
+        assert opened.recv(1) == b""
+    with house.raw("/fleet/alive", house.heads["one"]) as opened:
+        assert b" 204 " in opened.recv(4096)
+        opened.sendall(b"POST /fleet/exch")
+        assert opened.recv(1) == b""
+
+
+@pytest.mark.parametrize("begin", [b"POST / HTTP/1.1\r\nX: a", b"POST /v1/fleet/"])
+def test_a_head_that_does_not_end_is_not_kept(house: House, begin: bytes) -> None:
+    with house.raw("/fleet/alive", house.heads["one"]) as opened:
+        assert b" 204 " in opened.recv(4096)
+        opened.sendall(begin)
+        sent, answered = 0, b""
+        with contextlib.suppress(ConnectionError):
+            while sent < 50 * http_server.LONGEST_HEAD:
+                opened.sendall(b"a" * 4096)
+                sent += 4096
+                time.sleep(0.001)
+        with contextlib.suppress(ConnectionError):
+            answered = opened.recv(4096)
+        assert sent < 50 * http_server.LONGEST_HEAD or answered[:12] == b"HTTP/1.1 400"
+
+
+def test_refusals_are_counted_in_bounded_memory() -> None:
+    refusals = door.Refusals()
+    for i in range(1000):
+        refusals.note(403, "/fleet/session", f"{i}")
+    counts = refusals.taken()
+    assert len(counts) == door.KINDS + 1
+    assert counts[0, "", ""] == 1000 - door.KINDS
+    assert not refusals.taken()

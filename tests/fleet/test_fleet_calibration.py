@@ -25,7 +25,7 @@ from devices_harness import (
 
 import fleetune
 from fleetune.cli.main import main
-from fleetune.compression.layerwise.sums import check_sums
+from fleetune.compression.layerwise.federated import check_sums
 from fleetune.errors import DataError, FleetError, Interrupted, MessageError, UsageError
 from fleetune.fleet import calibration_server
 from fleetune.fleet.audit import FILE, verify

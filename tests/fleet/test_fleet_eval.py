@@ -24,8 +24,8 @@ from fleetune.errors import DataError, FleetError, MessageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.fleet import eval_server, keys, result, status
 from fleetune.fleet.device_state import DeviceState
+from fleetune.fleet.eval_device import divided
 from fleetune.fleet.eval_server import FILE, disagreement, mean, measured, ratio
-from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Job, Order, Reply
 from fleetune.fleet.table import Devices

@@ -18,9 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from test_forged import Door, signed
 from test_loopback import FEDIT, FEDKSEED, QUICK, Device, devices, folder, free_port, place, split
 from test_remote import JOB, Memory
 from test_worker import job, make_worker, message
@@ -28,14 +26,13 @@ from test_worker import place as device_place
 
 import fleetune
 from fault_report import Injected
-from fleetune.errors import FleetError, MessageError
+from fleetune.errors import MessageError
 from fleetune.fleet import audit as audits
+from fleetune.fleet import line
 from fleetune.fleet.audit import verify
-from fleetune.fleet.flower import clock, node
 from fleetune.fleet.orders import NOTHING_KEPT, Job, Order, Reply
 from fleetune.fleet.orders import Device as Told
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
@@ -79,57 +76,6 @@ def jump(by: datetime.timedelta) -> Iterator[None]:
         seconds, real = by.total_seconds(), time.time
         patch.setattr(time, "time", lambda: real() + seconds)
         yield
-
-
-def right() -> dict[str, Any]:
-    """The time that a device signs whose clock is right, whatever the server's says."""
-    return {"stamp": REAL.now(datetime.UTC).isoformat()}
-
-
-@pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    with Door(tmp_path_factory.mktemp("door")) as opened:
-        yield opened
-
-
-@pytest.mark.injects
-@pytest.mark.parametrize("days", [1, -1])
-def test_a_servers_clock_that_jumps_drops_no_device_and_ends_no_run(
-    door: Door, injected: Injected, days: int
-) -> None:
-    before = dict(door.gate.online())
-    number = door.order(0)
-    with jump(days * DAY):
-        assert dict(door.gate.online()) == before
-        assert not list(door.gate.pull({number}))  # nothing has expired
-        later = door.order(1)
-        for c, key in enumerate(door.keys):
-            assert door.ask(door.nodes[c], signed(key, **right())).status_code == 200
-    assert dict(door.gate.online()) == before
-    door.gate.drop({number, later})
-    injected("clock of the server set by a day", 1)
-
-
-@pytest.mark.injects
-@pytest.mark.parametrize("days", [1, -1])
-def test_a_device_whose_clock_is_wrong_is_told_what_to_do(door: Door, injected: Injected, days: int) -> None:
-    response = door.ask(door.nodes[0], signed(door.keys[0], shift=days * DAY))
-    assert response.status_code == 401
-    with jump(days * DAY):
-        said = node._why(httpx.HTTPStatusError("401", request=response.request, response=response))
-    assert f"clock is 1d00h {'ahead of' if days > 0 else 'behind'} the server's" in said
-    assert "timedatectl set-ntp true" in said
-    assert "does not know this device's key" in node._why(
-        httpx.HTTPStatusError("401", request=response.request, response=response)
-    )
-    assert door.ask(door.nodes[0], signed(door.keys[0])).status_code == 200  # set right, it is in again
-    injected("clock of a device set by a day", 1)
-
-
-def test_a_server_whose_clock_is_years_behind_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clock, "wall", lambda: REAL(1970, 1, 1, tzinfo=datetime.UTC))
-    with pytest.raises(FleetError, match="clock says 1970-01-01"):
-        clock.install()
 
 
 @pytest.mark.faults
@@ -200,7 +146,7 @@ class Proxy:
 def test_connections_that_are_cut_in_the_middle_of_a_message(
     place: Path, injected: Injected, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(node, "LONGEST", 0.5)
+    monkeypatch.setattr(line, "LONGEST", 0.5)
     recipe = {**recipe, "rounds": 40}
     expected, port, rng = simulated(recipe), free_port(), random.Random(3)
     proxy = Proxy(port, [rng.randint(200, 30_000) for _ in range(60)])

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from test_fleet_faults import served, simulated
-from test_forged import Door
 from test_loopback import FEDIT, FEDKSEED, devices, folder, free_port, place
 from test_worker import job, make_worker, message, take
 from test_worker import place as device_place
@@ -27,21 +26,15 @@ from fleetune.errors import FleetuneError, StorageError
 from fleetune.fleet import audit as audits
 from fleetune.fleet import table
 from fleetune.fleet.audit import Audit, verify
-from fleetune.fleet.flower import node
 from fleetune.fleet.orders import Job, Order, Reply
 from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import ANSWER
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
 
 __all__ = ["device_place", "folder", "job", "place"]
-
-
-@pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    with Door(tmp_path_factory.mktemp("door")) as opened:
-        yield opened
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -155,7 +148,7 @@ def torn_device(device_place: Path, state: Path, job: Job, count: int) -> int:
 
 def make_worker_again(worker: Any) -> Any:
     """The device as it is after a restart, with the model still in memory."""
-    from fleetune.tuning.rounds.fleets.memories import Memories
+    from fleetune.tuning.rounds.local_work import Memories
 
     worker.loaded = dataclasses.replace(worker.loaded, memories=Memories(worker.loaded.memories.folder))
     return worker
@@ -168,23 +161,6 @@ def test_torn_files_of_a_device(device_place: Path, tmp_path: Path, job: Job, in
 
 def test_torn_files_of_a_device_at_a_few_places(device_place: Path, tmp_path: Path, job: Job) -> None:
     assert torn_device(device_place, tmp_path, job, 1) == 6
-
-
-@pytest.mark.parametrize("text", [b"", b"x", b"-1", b"9" * 40, b"\xff\xfe", b"12 13", b"1"])
-def test_a_spoilt_number_of_the_last_session_keeps_no_device_out(
-    door: Door, tmp_path: Path, text: bytes
-) -> None:
-    (tmp_path / node.NODE).write_bytes(text)
-    address = door.http.base_url.netloc.decode()
-    signer = node.NodeAuthHttpInterceptor(door.keys[0].secret, door.keys[0].secret.public_key())
-    door.gate.state.deactivate_node(door.nodes[0])
-    with node.FleetHttpClient.from_server_address(address, True, None, interceptors=[signer]) as client:
-        server = node.Server(address, tmp_path / "ca.pem", heartbeat=30.0)
-        session = node._Session(client, door.http, door.keys[0], tmp_path, server)
-        session.begin()
-        assert session.node is not None
-        assert session.node.node_id == door.nodes[0]
-        session.over.set()
 
 
 # Disks --------------------------------------------------------------------------------------------
@@ -247,7 +223,7 @@ def test_a_server_whose_disk_is_full_says_so_and_goes_on_later(
             raise StorageError("as the run did")
         (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
         with served(port) as fleets:
-            found = running.resume(run, fleetune.Silent(), offline=True, fleets=fleets)
+            found = resuming.resume(run, fleetune.Silent(), offline=True, fleets=fleets)
     assert found.done.digest == expected
     injected("disk of the server full", 1)
 

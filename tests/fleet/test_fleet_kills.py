@@ -42,6 +42,7 @@ rounds = {rounds}
 held_out = 4
 eval_rows = 4
 samples = 0
+keep = "last"
 max_length = 48
 device = "cpu"
 threads = 1

@@ -33,7 +33,6 @@ __all__ = ["folder", "place"]  # fixtures
         ),
         (["serve", "-c", "recipe.toml", "--grace", "-1"], "cannot be negative"),
         (["serve", "more"], "takes no 'more'"),
-        (["serve", "-c", "recipe.toml", "--port", "0", "--late", "use"], "every round waits for all"),
         (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--max-load", "50"], "no share of the processors"),
         (["join", "192.168.1.9:8470", "--data", "rows.jsonl"], "with TLS alone"),
         (["join", "nowhere", "--data", "rows.jsonl"], "is not HOST:PORT"),
@@ -93,12 +92,14 @@ def test_a_server_without_a_recipe_says_how_it_is_given(capsys: pytest.CaptureFi
     assert "fleetune fleet serve -c recipe.toml" in capsys.readouterr().err
 
 
-def test_without_flower_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", ["cryptography", "uvicorn"])
+def test_a_missing_library_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "flwr" else find(name, *more)
-    )
-    with pytest.raises(UsageError) as caught:
+    without = lambda name, *more: None if name == missing else find(name, *more)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    with pytest.raises(UsageError, match=missing) as caught:
         Served(Place())
     assert pip_install("fleet") in str(caught.value.hint)
 

@@ -27,14 +27,13 @@ from fleetune.common import sums
 from fleetune.common.memory import peak_rss, release_memory, rss
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.experts import parameters_of
-from fleetune.compression.layerwise.sums import from_lower_triangle
+from fleetune.compression.layerwise.federated import from_lower_triangle
 from fleetune.data.encode import digest, encode_rows
 from fleetune.errors import DataError, Interrupted, LedgerError, MessageError, StorageError
 from fleetune.fleet import eval_device, eval_server, result
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import MARK, DeviceState
-from fleetune.fleet.orders import Job, Order, Reply
-from fleetune.fleet.reasons import Declined
+from fleetune.fleet.orders import Declined, Job, Order, Reply
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.runs.listener import Silent
 from fleetune.seeds.ledger import Ledger

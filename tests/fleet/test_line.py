@@ -17,9 +17,8 @@ from typing import Any, ClassVar
 import pytest
 
 from fleetune.common.memory import rss
-from fleetune.fleet import keys
-
-node = pytest.importorskip("fleetune.fleet.flower.node")
+from fleetune.fleet import keys, line
+from fleetune.fleet.line import Server, stay
 
 MILLION = 1_000_000
 
@@ -77,23 +76,25 @@ class Endless(Quiet):
                 self.wfile.write(bytes(MILLION))
 
 
+def stayed(way: line.Line, key: keys.PrivateKey, state: Path, server: Server) -> line._Stay:
+    """A device that has come in."""
+    stay = line._Stay(way, key, state, server)
+    stay.session = "x.y"
+    return stay
+
+
 @pytest.mark.parametrize(
     ("handler", "why"), [(Bomb, "compresses what it sends"), (Endless, "sends more than the")]
 )
-@pytest.mark.parametrize("ours", [True, False])
-def test_no_answer_fills_a_devices_memory(tmp_path: Path, handler: type[Quiet], why: str, ours: bool) -> None:
-    """Neither that to our request, nor that to one of Flower's client."""
+def test_no_answer_fills_a_devices_memory(tmp_path: Path, handler: type[Quiet], why: str) -> None:
+    """Neither that to its request for an order, nor that to another."""
     key, said, before = keys.make(tmp_path / "key"), list[str](), rss()
     with hostile(handler) as address:
-        server = node.Server(address)
-        if ours:
-            session = node._Session.__new__(node._Session)
-            session.line, session.key, session.server = node.Line(server, False), key, server
-            with session.line.http, pytest.raises(node.TooMuch, match=why):
-                session._send("", b"", "order")
-        else:
-            node.stay(server, key, tmp_path, lambda order: b"", over=lambda: bool(said), note=said.append)
-            assert why in said[0]
+        server = Server(address)
+        with (way := line.Line(server, False)).http, pytest.raises(line.TooMuch, match=why):
+            stayed(way, key, tmp_path, server)._send("", b"", "order")
+        stay(server, key, tmp_path, lambda order: b"", over=lambda: bool(said), note=said.append)
+        assert why in said[0]
     assert rss() - before < 30 * MILLION
     assert handler.asked.pop()["accept-encoding"] == "identity"
 
@@ -110,10 +111,9 @@ def test_an_order_may_be_as_large_as_the_device_says(tmp_path: Path) -> None:
 
     key, most = keys.make(tmp_path / "key"), [3 * MILLION]
     with hostile(Large) as address:
-        server = node.Server(address, room=lambda: most[0])
-        session = node._Session.__new__(node._Session)
-        session.line, session.key, session.server = node.Line(server, False), key, server
-        with session.line.http:
+        server = Server(address, room=lambda: most[0])
+        with (way := line.Line(server, False)).http:
+            session = stayed(way, key, tmp_path, server)
             tracemalloc.start()
             assert len(session._send("", b"", "order")[1]) == 3 * MILLION
             assert (
@@ -121,7 +121,7 @@ def test_an_order_may_be_as_large_as_the_device_says(tmp_path: Path) -> None:
             )  # once; the server of the test has another
             tracemalloc.stop()
             most[0] -= 1
-            with pytest.raises(node.TooMuch):
+            with pytest.raises(line.TooMuch):
                 session._send("", b"", "order")
 
 
@@ -137,8 +137,8 @@ def test_no_proxy_is_between_a_machine_and_itself(tmp_path: Path, monkeypatch: p
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
         monkeypatch.delenv("no_proxy", raising=False)
         said = list[str]()
-        node.stay(
-            node.Server(address),
+        stay(
+            Server(address),
             keys.make(tmp_path / "key"),
             tmp_path,
             lambda order: b"",
@@ -149,33 +149,22 @@ def test_no_proxy_is_between_a_machine_and_itself(tmp_path: Path, monkeypatch: p
         with pytest.raises(TimeoutError):
             proxy.accept()
     assert Refuses.asked
-    assert node.Line(node.Server("fleet.example.org:1"), False).http.trust_env  # others are reached as usual
+    assert line.Line(Server("fleet.example.org:1"), False).http.trust_env  # others are reached as usual
 
 
-def test_a_wrong_clock_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its seconds flicker from try to try."""
-    tries = iter(range(3598, 3608))
-
+def test_what_is_wrong_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Told(Quiet):
         def answer(self) -> None:
-            self.send_response(401)
+            self.send_response(403)
             self.end_headers()
 
     Told.asked, said = [], list[str]()
-    monkeypatch.setattr(
-        node, "_clocks_apart", lambda response: f"this device's clock is {next(tries)}s ahead"
-    )
-    monkeypatch.setattr(node, "LONGEST", 0.01)
+    monkeypatch.setattr(line, "LONGEST", 0.01)
+    key = keys.make(tmp_path / "key")
     with hostile(Told) as address:
-        node.stay(
-            node.Server(address),
-            keys.make(tmp_path / "key"),
-            tmp_path,
-            lambda order: b"",
-            over=lambda: len(Told.asked) >= 6,
-            note=said.append,
-        )
-    assert said == ["this device's clock is 3598s ahead; trying again"]
+        over = lambda: len(Told.asked) >= 6  # noqa: E731
+        stay(Server(address), key, tmp_path, lambda order: b"", over=over, note=said.append)
+    assert said == [f"{line.REFUSED[403]}; trying again"]
 
 
 class Drips(Quiet):
@@ -205,8 +194,8 @@ class Processing(Quiet):
 def test_a_device_that_comes_in_hears_that_it_shall_leave(tmp_path: Path, handler: type[Quiet]) -> None:
     key, began = keys.make(tmp_path / "key"), time.monotonic()
     with hostile(handler) as address:
-        node.stay(
-            node.Server(address),
+        stay(
+            Server(address),
             key,
             tmp_path,
             lambda order: b"",
@@ -217,11 +206,11 @@ def test_a_device_that_comes_in_hears_that_it_shall_leave(tmp_path: Path, handle
 
 
 def test_a_small_answer_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node, "PATIENCE", 0.5)
+    monkeypatch.setattr(line, "PATIENCE", 0.5)
     said = list[str]()
     with hostile(Drips) as address:
-        node.stay(
-            node.Server(address),
+        stay(
+            Server(address),
             keys.make(tmp_path / "key"),
             tmp_path,
             lambda order: b"",
@@ -235,14 +224,11 @@ def test_a_small_answer_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_last_words_to_a_server_take_a_few_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: type[Quiet]
 ) -> None:
-    monkeypatch.setattr(node, "FAREWELL", 0.3)
+    monkeypatch.setattr(line, "FAREWELL", 0.3)
     with hostile(handler) as address:
-        server = node.Server(address)
-        line = node.Line(server, False)
-        signs = node.NodeAuthHttpInterceptor(key := keys.make(tmp_path / "key").secret, key.public_key())
-        with node.FleetHttpClient(server.url, interceptors=[signs, line], verify=False) as client, line.http:
-            session = node._Session(client, line, keys.read(tmp_path / "key"), tmp_path, server)
-            session.node = node.Node(node_id=1)
+        server = Server(address)
+        with (way := line.Line(server, False)).http:
+            session = stayed(way, keys.make(tmp_path / "key"), tmp_path, server)
             began = time.monotonic()
             session.end()
             assert time.monotonic() - began < 5

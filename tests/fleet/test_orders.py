@@ -21,8 +21,7 @@ from fleetune.errors import (
     StorageError,
     UsageError,
 )
-from fleetune.fleet.orders import Device, Job, Order, Reply
-from fleetune.fleet.reasons import WORDS, Declined, in_words, reason_of
+from fleetune.fleet.orders import WORDS, Declined, Device, Job, Order, Reply, in_words, reason_of
 from fleetune.tuning.exchange.messages import Message, Payload, encode
 
 JOB = Job(

@@ -16,16 +16,12 @@ from hypothesis import strategies as st
 from test_remote import JOB, Memory, link
 
 from fleetune.errors import Interrupted
-from fleetune.fleet.asking import Asking
 from fleetune.fleet.orders import Device, Order, Reply
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import Asking, Pace, RemoteFleet
 from fleetune.fleet.table import Devices
-from fleetune.tuning.rounds.fleets import OLDEST, Answer
-from fleetune.tuning.rounds.kinds import Wanted
+from fleetune.tuning.rounds.fleets import Answer, Wanted
 
-USE = Pace(grace=0.2, poll=0.001, late=True, again=0.02)
-DROP = dataclasses.replace(USE, late=False)
+PACE = Pace(grace=0.2, poll=0.001, again=0.02)
 
 
 @dataclass
@@ -51,7 +47,7 @@ class Slow(Memory):
 
 
 def made(
-    folder: Path, count: int = 4, pace: Pace = USE, *, seed: int = 0, odd: float = 0.0
+    folder: Path, count: int = 4, pace: Pace = PACE, *, seed: int = 0, odd: float = 0.0
 ) -> tuple[Slow, RemoteFleet, list[str]]:
     """A fleet of so many devices over a link in memory, and what it notes; a round that never ends fails."""
     there, notes, until = (
@@ -75,7 +71,7 @@ def asked(fleet: RemoteFleet, round: int, goal: int = 0) -> dict[int, Answer]:
 
 
 def test_the_round_is_over_when_as_many_have_replied_as_are_needed(tmp_path: Path) -> None:
-    there, fleet, _ = made(tmp_path, pace=dataclasses.replace(DROP, grace=99))
+    there, fleet, _ = made(tmp_path, pace=dataclasses.replace(PACE, grace=99))
     there.slow = {"k1"}
     there.away = {"k3"}
     found = asked(fleet, 1, goal=2)
@@ -86,60 +82,20 @@ def test_the_round_is_over_when_as_many_have_replied_as_are_needed(tmp_path: Pat
     assert {a.status for a in asked(fleet, 2).values()} == {"ok"}
 
 
-def test_a_late_reply_is_used_in_the_round_in_which_it_comes(tmp_path: Path) -> None:
-    there, fleet, _ = made(tmp_path)
-    there.slow = {"k1"}
-    assert asked(fleet, 1, goal=3)[1].status == "late"
-    assert list(fleet.present()) == [0, 2, 3]  # it is still at work
-    assert ("k1", 1, "at work late") in fleet.doing()
-    assert 1 not in asked(fleet, 2, goal=2)
-    there.slow = set()
-    late = asked(fleet, 3)[1]
-    assert (late.data, late.status, late.late, late.sent) == (b"k1 did r1", "ok", 2, 0)
-    assert late.key == next(o.key for o in there.seen if o.client == 1)
-    assert list(fleet.present()) == [0, 1, 2, 3]
-    assert asked(fleet, 4)[1].late == 0
-
-
-def test_a_late_reply_is_dropped_unless_it_is_asked_for(tmp_path: Path) -> None:
-    there, fleet, _ = made(tmp_path, pace=DROP)
+def test_a_late_reply_is_dropped(tmp_path: Path) -> None:
+    there, fleet, _ = made(tmp_path, pace=PACE)
     there.slow = {"k1"}
     assert asked(fleet, 1, goal=3)[1].status == "late"
     there.slow = set()
-    assert {(a.data, a.late) for a in asked(fleet, 2).values()} == {
-        (f"k{c} did r2".encode(), 0) for c in range(4)
-    }
+    assert {a.data for a in asked(fleet, 2).values()} == {f"k{c} did r2".encode() for c in range(4)}
 
 
 def test_after_the_deadline_those_at_work_are_late(tmp_path: Path) -> None:
-    there, fleet, _ = made(tmp_path, pace=dataclasses.replace(USE, deadline=0.05))
+    there, fleet, _ = made(tmp_path, pace=dataclasses.replace(PACE, deadline=0.05))
     there.slow = {"k0", "k1", "k2", "k3"}
     assert {a.status for a in asked(fleet, 1).values()} == {"late"}
-    assert fleet.present() == []
-    there.slow = {"k3"}
-    found = asked(fleet, 2)  # nobody is asked, and the late ones are waited for
-    assert {c: a.late for c, a in found.items()} == {0: 1, 1: 1, 2: 1}
-
-
-def test_a_reply_that_is_too_old_is_waited_for_no_longer(tmp_path: Path) -> None:
-    there, fleet, _ = made(tmp_path)
-    there.slow = {"k1"}
-    asked(fleet, 1, goal=3)
-    asked(fleet, 1 + OLDEST)
-    assert 1 not in fleet.present()
-    asked(fleet, 2 + OLDEST)
-    assert 1 in fleet.present()
-
-
-def test_a_late_device_that_starts_anew_is_asked_like_the_others(tmp_path: Path) -> None:
-    there, fleet, _ = made(tmp_path)
-    there.slow = {"k1"}
-    asked(fleet, 1, goal=3)
-    there.marks["k1"] = 7
     there.slow = set()
-    there.queue.clear()
-    asked(fleet, 2)
-    assert asked(fleet, 3)[1].data == b"k1 did r3"
+    assert {a.status for a in asked(fleet, 2).values()} == {"ok"}
 
 
 @settings(max_examples=25)
@@ -148,7 +104,7 @@ def test_whatever_is_late_or_lost_no_work_counts_twice_and_each_counts_for_its_r
     tmp_path_factory: pytest.TempPathFactory, seed: int, odd: float, count: int
 ) -> None:
     there, fleet, _ = made(
-        tmp_path_factory.mktemp("run"), count, dataclasses.replace(USE, grace=20, poll=0), seed=seed, odd=odd
+        tmp_path_factory.mktemp("run"), count, dataclasses.replace(PACE, grace=20, poll=0), seed=seed, odd=odd
     )
     rng, taken = random.Random(seed), list[bytes]()
     for round in range(1, 6):
@@ -161,7 +117,7 @@ def test_whatever_is_late_or_lost_no_work_counts_twice_and_each_counts_for_its_r
             round, present, f"r{round}".encode(), len(free) if len(free) < len(present) else 0
         ):
             if a.data is not None:
-                assert a.data == f"k{a.client} did r{round - a.late}".encode()
+                assert a.data == f"k{a.client} did r{round}".encode()
                 taken.append(a.data)
     assert len(taken) == len(set(taken)) > 0
 
@@ -191,7 +147,7 @@ def test_where_all_decline_they_are_asked_again_until_one_works(tmp_path: Path) 
 
 
 def test_where_all_decline_the_deadline_ends_the_round(tmp_path: Path) -> None:
-    there, fleet, _ = made(tmp_path, 2, dataclasses.replace(USE, deadline=0.1, again=60))
+    there, fleet, _ = made(tmp_path, 2, dataclasses.replace(PACE, deadline=0.1, again=60))
     there.declining = {"k0": "busy 75", "k1": "battery"}
     assert {c: a.status for c, a in asked(fleet, 1).items()} == {0: "declined", 1: "declined"}
 
@@ -254,7 +210,7 @@ def joined(folder: Path, *kinds: tuple[int, ...]) -> tuple[Memory, RemoteFleet, 
     }
     devices = Devices(folder)
     devices.register([(key, key) for key in sorted(there.devices)])
-    fleet = RemoteFleet(there, devices, JOB, 42, USE, kinds=EVERY_OTHER, note=notes.append)
+    fleet = RemoteFleet(there, devices, JOB, 42, PACE, kinds=EVERY_OTHER, note=notes.append)
     for _ in range(3):
         fleet._greet()
         list(fleet._answers())

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from fleetune.common import __version__, files
 from fleetune.errors import FleetError, Interrupted, StorageError
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import GREETED, REST, RemoteFleet
+from fleetune.fleet.remote import GREETED, REST, Pace, RemoteFleet
 from fleetune.fleet.server import check_count
 from fleetune.fleet.table import FILE, Devices
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import fleet_run
 import jsonschema
 import pytest
-from fleet_run import EVIL, client, done
+from fleet_run import EVIL, client
 
 from fleetune.cli.main import main
 from fleetune.common import files
@@ -59,18 +59,6 @@ def test_replies_of_a_round_in_progress_are_shown_and_not_yet_counted(run):
     now = status.look(run)
     assert now.replies["late"] == 0
     assert (now.devices[0].round, now.devices[0].status, now.devices[0].lost) == (3, "late", 0)
-
-
-def test_a_late_reply_that_is_used_counts_after_all(run):
-    first = [client(3, 0, "late", "no answer in 5 s"), *done(3)]
-    second = [client(4, 0, late=1), *done(4)]
-    with (run / "metrics.jsonl").open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in first)
-    assert status.look(run).devices[0].lost == 1
-    with (run / "metrics.jsonl").open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in second)
-    now = status.look(run)
-    assert (now.devices[0].lost, now.replies["late"], now.replies["ok"]) == (0, 1, 5)
 
 
 def test_a_killed_server_and_a_finished_run(run):

@@ -16,21 +16,20 @@ from fleetune import data, models
 from fleetune.common.display import human_bytes
 from fleetune.data import Batches
 from fleetune.data.encode import encode_rows
-from fleetune.deploy.export import export
+from fleetune.deploy.export import write as export
 from fleetune.errors import FitError, FleetError
 from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
 from fleetune.fleet.worker import ANSWER, Brings, Worker, fitting_kinds
-from fleetune.models.loading import loading
-from fleetune.models.loading.shapes import shape_of
-from fleetune.models.mapped.bases import BLOCKS
+from fleetune.models import loading
+from fleetune.models.cache.cache import BLOCKS
+from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, decode, encode
-from fleetune.tuning.rounds.fleets.local_work import work
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.local_work import Memories, work
 
 SET = {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}
 

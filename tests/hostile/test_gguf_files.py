@@ -16,8 +16,8 @@ from deploy_harness import tiny
 import hostile
 from fault_report import Injected
 from fleetune import models
-from fleetune.deploy.export import export
-from fleetune.deploy.formats.gguf_lora import is_adapter
+from fleetune.deploy.export import write as export
+from fleetune.deploy.serve import is_adapter
 from fleetune.models.gguf import convert, header
 from hostile import put, refusal
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -57,32 +58,37 @@ def twice(kind: str) -> bytes:
 
 
 CASES: dict[str, Callable[[], bytes]] = {
-    "20,000 dims": lambda: shaped([2**63 - 1] * 20_000),
     "1,600,000 dims (14 MB)": lambda: shaped([2**63 - 1] * 1_600_000),
-    "a million small dims": lambda: shaped([1] * 1_000_000),
-    "dims beyond the bytes": lambda: shaped([2**63 - 1] * MAX_DIMS),
     "a dim beyond memory, and none": lambda: shaped([2**64 - 1, 0]),
     "more dims than agreed": lambda: shaped([1] * (MAX_DIMS + 1), bytes(4)),
     "a shape that is a map": lambda: shaped({"a": 1}),
-    "a shape of reals": lambda: shaped([4.0, 2.0], bytes(32)),
-    "a shape of truths": lambda: shaped([True], bytes(4)),
     "a negative dim": lambda: shaped([-1], bytes(4)),
     "200,000 names": lambda: packed(scalars={f"n{i}": 0 for i in range(MANY)}),
     "a name of 14 MB": lambda: packed(scalars={"n" * 14_000_000: 0}),
-    "an array's name of 14 MB": lambda: packed(arrays={"n" * 14_000_000: [9, [0], b""]}),
     "a name that is a number": lambda: packed(scalars={5: 0}),
-    "a name that is bytes": lambda: packed(scalars={b"n": 0}),
     "a name twice among the scalars": lambda: twice("scalars"),
     "a name twice among the arrays": lambda: twice("arrays"),
     "a list as a scalar": lambda: packed(scalars={"n": [1]}),
-    "a map as a scalar": lambda: packed(scalars={"n": {"m": 1}}),
     "an extension": lambda: packed(scalars={"n": msgpack.ExtType(5, b"x")}),
-    "a date": lambda: packed(scalars={"n": msgpack.Timestamp(0)}),
     "100,000 brackets": lambda: wrap(b"\x91" * 100_000),
     "a list that claims 4 GB": lambda: wrap(b"\xdd\xff\xff\xff\xff"),
     "a map that claims 4 GB": lambda: wrap(b"\xdf\xff\xff\xff\xff"),
     "bytes that claim 4 GB": lambda: wrap(b"\x94\x01\xc6\xff\xff\xff\xff"),
-    "no list": lambda: wrap(b"\x05"),
+    "nothing": lambda: wrap(b""),
+    "five parts": lambda: wrap(msgpack.packb([1, BASE, {}, {}, 0])),
+    "a round that is text": lambda: wrap(msgpack.packb(["1", BASE, {}, {}])),
+    "a round that is a truth": lambda: wrap(msgpack.packb([True, BASE, {}, {}])),
+    "a base that is text": lambda: wrap(msgpack.packb([1, "", {}, {}])),
+    "scalars that are a list": lambda: packed(scalars=[]),
+    "arrays that are pairs": lambda: packed(arrays=[["a", [9, [1], bytes(4)]]]),
+    "an array of two parts": lambda: packed(arrays={"a": [9, [1]]}),
+    "a type that is a truth": lambda: packed(arrays={"a": [True, [4], bytes(4)]}),
+    "a type that is negative": lambda: packed(arrays={"a": [-1, [1], bytes(4)]}),
+    "values that are text": lambda: packed(arrays={"a": [9, [1], "abcd"]}),
+    "too few values": lambda: shaped([2], bytes(4)),
+    "too many values": lambda: shaped([0], bytes(4)),
+    "a product that wraps": lambda: shaped([2**32, 2**32], bytes(4)),
+    "text that is not UTF-8": lambda: wrap(b"\x94\x01\xc4\x00\x81\xa1\xff\x01\x80"),
     "two messages": lambda: wrap(msgpack.packb([1, BASE, {}, {}]) * 2),
     "another type": lambda: packed(arrays={"a": [99, [1], b"x"]}),
 }
@@ -91,11 +97,14 @@ CASES: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_hostile_message_is_refused_at_once_and_shortly(case: str) -> None:
     message = CASES[case]()
+    tracemalloc.start()
     began = time.process_time()
     said = hostile.refusal(lambda: decode(message), seconds=5)
-    seconds = time.process_time() - began
+    seconds, memory = time.process_time() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert said, f"{case}: accepted"
     assert len(said) <= REASON
+    assert memory < 3_000_000 + 3 * len(message)
     assert seconds < 0.5, f"{case}: {seconds:.2f} s for {len(message):,} bytes"
 
 
@@ -157,7 +166,7 @@ def storm(count: int, seed: int) -> dict[str, int]:
 
 
 def test_mutated_messages_are_refused_or_within_what_was_agreed() -> None:
-    assert storm(2_000, seed=11)["refused"] > 1_000
+    assert storm(600, seed=11)["refused"] > 300
 
 
 @pytest.mark.faults

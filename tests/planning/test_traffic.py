@@ -10,22 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
 
 from fleetune import adapters
 from fleetune.data import Encoded
-from fleetune.models import Model, tiny_llama
-from fleetune.models.loading import shapes
-from fleetune.models.loading.tiny import tiny_bert, tiny_roberta
-from fleetune.planning import plan, traffic
+from fleetune.models import Model, shapes, tiny_llama
+from fleetune.models.tiny import tiny_bert, tiny_roberta
+from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, encode
-from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
-RATES = plan.Rates(flops=1e11, copy=1e10)
-LLAMA_7B = LlamaConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-)
+RATES = device_cost.Rates(flops=1e11, copy=1e10)
 ADAPTED = ["fedit", "fedpetuning", "fedpeptao", "fwdllm"]
 MODELS = {"llama": tiny_llama, "bert": tiny_bert, "roberta": tiny_roberta}
 
@@ -69,7 +64,7 @@ def test_lora_on_other_layers_is_counted_as_it_is_attached(name: str, family: st
 def test_message_bytes_is_the_length_of_the_message(arrays: Any, scalars: Any) -> None:
     payload = Payload({n: np.zeros(shape, kind) for n, (kind, shape) in arrays.items()}, scalars)
     told = {n: (kind, tuple(shape)) for n, (kind, shape) in arrays.items()}
-    assert traffic.message_bytes(told, scalars) == len(encode(Message(1, bytes(8), payload)))
+    assert plan.message_bytes(told, scalars) == len(encode(Message(1, bytes(8), payload)))
 
 
 def _filled(method: Any, model: Model) -> Any:
@@ -92,22 +87,8 @@ def test_traffic_is_that_of_a_real_round(name: str, family: str) -> None:
     more = {"layers_rule": "all"} if name == "fedpeptao" else {}  # all layers travel, and nothing is measured
     method = methods.make(name, more).sized(3, 2)
     message = encode(Message(1, bytes(8), method.broadcast(_filled(method, model))))
-    (answer,) = LocalFleet(model, method, [[row] * traffic.ROWS], 0, 0).ask(1, [0], message)
+    (answer,) = LocalFleet(model, method, [[row] * plan.ROWS], 0, 0).ask(1, [0], message)
     assert answer.data is not None, answer.reason
-    table = plan.table(model.net.config, plan.Workload(batch=2, length=9, steps=3), rates=RATES)
+    table = plan.table(model.net.config, device_cost.Workload(batch=2, length=9, steps=3), rates=RATES)
     planned = next(r for r in table if r.method == name)
     assert (planned.bytes_up, planned.bytes_down) == (len(answer.data), len(message))
-
-
-def test_one_byte_has_a_pool_as_large_as_its_steps_need() -> None:
-    row = next(
-        r for r in plan.table(LLAMA_7B, plan.Workload(steps=5000), rates=RATES) if r.method == "onebyte"
-    )
-    assert 5000 < (row.bytes_up or 0) < 5100
-    assert (row.bytes_down or 0) > 4 * 8192
-
-
-def test_a_step_of_fedkseed_is_one_byte() -> None:
-    up = {n: plan.table(LLAMA_7B, plan.Workload(steps=n), rates=RATES)[0].bytes_up for n in (200, 250)}
-    assert up[250] - up[200] == 50
-    assert 0 < up[200] - 200 < 100

@@ -17,8 +17,8 @@ Names are PEFT's file names without the "base_model.model." in front, e.g.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, Self, cast
 
 import numpy as np
 import torch
@@ -27,12 +27,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fleetune.adapters.attachment import attach, attachment_of, private_rng
-from fleetune.adapters.lora_dropout import DroppedLinear
+from fleetune.adapters.attachment import Part, attachment_of, private_rng
 from fleetune.adapters.lora_init import FROM_SEED, FROM_WEIGHTS
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.families.foreign import short_error
-from fleetune.models.mapped.net import into_memory
+from fleetune.models.lazy import into_memory
 from fleetune.models.net.layers import head_of, is_linear, layers_of, read_past
 from fleetune.models.net.model import Model
 
@@ -84,7 +83,7 @@ class Lora:
                 f"PEFT puts no LoRA on a {type(model.net).__name__}: {short_error(error)}",
                 hint="name other layers: targets=...",
             ) from error
-        part = _part(tuner)
+        part = LoraPart(tuner)
         _check_linear(part, type(model.net).__name__)
         if self.dropout and model.device == "cpu":
             _drop_lean(part, self.dropout)
@@ -96,15 +95,20 @@ class Lora:
         return part
 
 
-@dataclass(frozen=True)
-class LoraPart:
+class LoraPart(Part):
     """The factors that PEFT has attached to the linear layers of a net, and the frozen ones that are subtracted."""
 
-    tuner: LoraModel
-    layers: Mapping[str, Any]  # PEFT's, by the name of the linear layer
-    parameters: Mapping[str, nn.Parameter]
-    subtracted: dict[str, Tensor] = field(default_factory=dict)  # B0, A0, fp32, under the parameters' names
-    hooks: list[Any] = field(default_factory=list)
+    def __init__(self, tuner: LoraModel) -> None:
+        self.tuner, self.hooks = tuner, []
+        self.subtracted: dict[str, Tensor] = {}  # B0, A0, fp32, under the parameters' names
+        # PEFT's, by the name of the linear layer
+        self.layers: dict[str, Any] = {
+            n: m for n, m in tuner.model.named_modules() if isinstance(m, BaseTunerLayer)
+        }
+        both = {n: (m.lora_B[ADAPTER].weight, m.lora_A[ADAPTER].weight) for n, m in self.layers.items()}
+        self.parameters = dict(
+            sorted(p for n, pair in both.items() for p in zip(_names(n), pair, strict=True))
+        )
 
     def subtract(self, factors: Mapping[str, Tensor]) -> None:
         """Subtract (alpha / r) B0 A0 from the base's layers, without writing to them; {} subtracts nothing."""
@@ -117,8 +121,7 @@ class LoraPart:
 
     def remove(self) -> None:
         """Restore the plain layers."""
-        for hook in self.hooks:
-            hook.remove()
+        super().remove()
         self.tuner.unload()
 
     def fold(self) -> None:
@@ -132,20 +135,6 @@ class LoraPart:
                     base_part = layer.scaling[ADAPTER] * (b0 @ a0)
                     delta -= base_part.T if layer.fan_in_fan_out else base_part
                 weight.copy_(weight.float().add_(delta))
-
-
-def attach_lora(
-    model: Model,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float = 0.0,
-    targets: str | Sequence[str] = ALL_LINEAR,
-    init: str = "default",
-    seed: int,
-) -> None:
-    """Call `attach(model, Lora(..), seed=seed)`."""
-    attach(model, Lora(r, alpha, dropout, targets, init), seed=seed)
 
 
 def subtracted_factors(model: Model) -> dict[str, np.ndarray]:
@@ -192,15 +181,6 @@ def pairs(tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 def _names(layer: str) -> tuple[str, str]:
     return f"{layer}.lora_B.weight", f"{layer}.lora_A.weight"
-
-
-def _part(tuner: LoraModel) -> LoraPart:
-    layers = {n: m for n, m in tuner.model.named_modules() if isinstance(m, BaseTunerLayer)}
-    parameters: dict[str, nn.Parameter] = {}
-    for name, layer in layers.items():
-        b, a = _names(name)
-        parameters |= {b: layer.lora_B[ADAPTER].weight, a: layer.lora_A[ADAPTER].weight}
-    return LoraPart(tuner, layers, dict(sorted(parameters.items())))
 
 
 def _check_linear(part: LoraPart, net: str) -> None:
@@ -297,3 +277,57 @@ def _query_value(net: Any, leaves: Sequence[str]) -> list[str]:
             hint=f"name some: --set targets={','.join(leaves)}, or all of them: --set targets=all-linear",
         )
     return sorted({n.rpartition(".")[2] for layer in layers for n in (layer.query, layer.value)})
+
+
+# ---------------------------------------------------------------- dropout
+
+
+class DroppedLinear(nn.Linear):
+    """A linear layer without bias, with dropout of its input in training mode, on the CPU.
+
+    Until backward one byte a number is kept: the input x and which numbers stayed, not x * noise and the noise.  PEFT computes
+    A (x * noise), for which autograd keeps x * noise and the noise: 8 bytes a number, of every layer apart.  x is one array for
+    all layers that read it.  Backward multiplies again, so values and gradients are the same, bit for bit, also in
+    `torch.autocast`.  What is dropped is what `F.dropout` would drop, where the input is contiguous: of another one torch draws
+    in the order of its memory.
+    """
+
+    share: float  # of the input's numbers that are dropped
+
+    @classmethod
+    def around(cls, layer: nn.Linear, share: float) -> Self:
+        """Return a layer with the same parameter."""
+        made = cls(1, 1, bias=False, device="meta")
+        made.weight, made.share = layer.weight, share
+        made.in_features, made.out_features = layer.in_features, layer.out_features
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return A (x * noise) in training mode, A x otherwise."""
+        if not self.training:
+            return F.linear(x, self.weight)
+        stayed = torch.empty(x.shape, dtype=torch.bool).bernoulli_(1.0 - self.share)  # as `F.dropout` draws
+        return cast(Tensor, _Dropped.apply(x, self.weight, stayed, self.share))  # type: ignore[no-untyped-call]
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]  # backward in autocast where forward was
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stayed: Tensor, share: float) -> Tensor:
+        ctx.share = share
+        ctx.save_for_backward(x, weight, stayed)
+        return F.linear(x * _noise(stayed, share, x.dtype), weight)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight, stayed = ctx.saved_tensors
+        noise, g = _noise(stayed, ctx.share, x.dtype), gradients[0].reshape(-1, len(weight))
+        of_weight = g.t().mm((x * noise).reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        of_x = g.mm(weight).view(x.shape) * noise if ctx.needs_input_grad[0] else None
+        return of_x, of_weight, None, None
+
+
+def _noise(stayed: Tensor, share: float, dtype: torch.dtype) -> Tensor:
+    """Return 1 / (1 - share) for what stays and 0 for the rest."""
+    return stayed.to(dtype).div_(1.0 - share)

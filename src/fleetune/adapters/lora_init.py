@@ -14,8 +14,6 @@ with U S V' = W0 (the r largest), Q R = W0 and s = alpha / r.  The first three d
 and are made of Philox words without a math library: equal bits on every machine.  `orthogonal` and the
 decompositions need one, so the server computes them once and sends them.
 
-`eva` (`lora_init_eva.py`) is the only start that depends on data.
-
 The last two start at B A != 0, so s B0 A0 is subtracted from the base.  The base is never written to: B0 and A0
 stay beside it as frozen factors.  So nothing is rounded away, removing the adapter restores the base bit for bit,
 and all devices subtract the same once they have B0 and A0 from the server.

@@ -9,7 +9,7 @@ scales' nearest numbers in fp16, so the net that is trained, measured and writte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fleetune.adapters.attachment import attachment_of
+from fleetune.adapters.attachment import Part, attachment_of
 from fleetune.common.ggml import BLOCK, HALVES
 from fleetune.errors import ModelError
-from fleetune.models.mapped import lazy
-from fleetune.models.mapped.lazy import LazyWeight, in_blocks, kinds_of
-from fleetune.models.mapped.net import replace_parameters
-from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
-from fleetune.models.mapped.stored import check_scales
+from fleetune.models import lazy
+from fleetune.models.lazy import LazyWeight, in_blocks, kinds_of, replace_parameters
 from fleetune.models.net.model import Model
+from fleetune.models.stored import apply_scales, check_scales, scale_bits, write_codes
 from fleetune.seeds.scale_view import gradient_of_places, on_grid, place_of
 
 
@@ -38,7 +36,7 @@ class Scales:
         return ScalesPart(model.net)
 
 
-class ScalesPart:
+class ScalesPart(Part):
     """The moves of a net's scales: of each layer float32 [rows, blocks of a row, 1 or 2], in steps of log2."""
 
     def __init__(self, net: Any) -> None:
@@ -53,9 +51,7 @@ class ScalesPart:
         moves = {
             name: nn.Parameter(torch.zeros(_shape(_weight(layer)))) for name, layer in self._layers.items()
         }
-        self.parameters: Mapping[str, nn.Parameter] = {
-            f"{name}.scales": delta for name, delta in moves.items()
-        }
+        self.parameters = {f"{name}.scales": delta for name, delta in moves.items()}
         for name, layer in self._layers.items():
             layer.forward = _forward(layer, moves[name])  # type: ignore[method-assign]
 

@@ -16,36 +16,3 @@ A function that takes long prints lines while it works where a person reads them
 notebook.  `progress=False` prints nothing, `progress=True` prints in a pipe too.  A `listener` is called with events,
 remarks and progress instead (`runs/listener.py`).  Remarks of what is silent go to the log `fleetune`.
 """
-
-from __future__ import annotations
-
-from fleetune.api.arguments import Rows as Rows
-from fleetune.api.arguments import Setting as Setting
-from fleetune.api.compression import compress, resume_compression
-from fleetune.api.deployment import chat, export, measure, serve
-from fleetune.api.evaluation import evaluate, generate
-from fleetune.api.names import compressors, list_runs, methods, open, targets
-from fleetune.api.planning import plan
-from fleetune.api.sweeping import resume_sweep, sweep
-from fleetune.api.tuning import resume_run, tune
-
-__all__ = [
-    "chat",
-    "compress",
-    "compressors",
-    "evaluate",
-    "export",
-    "generate",
-    "list_runs",
-    "measure",
-    "methods",
-    "open",
-    "plan",
-    "resume_compression",
-    "resume_run",
-    "resume_sweep",
-    "serve",
-    "sweep",
-    "targets",
-    "tune",
-]

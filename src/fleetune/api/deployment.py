@@ -3,24 +3,139 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
-from fleetune.api.arguments import Rows, words
+from fleetune.api.names import Rows, Setting, words
+from fleetune.common.settings import parse_bytes
+from fleetune.deploy import targets
 from fleetune.errors import UsageError
-from fleetune.models.cache import adapter_folder
-from fleetune.runs.listener import Listener
-from fleetune.runs.progress import heard_by
+from fleetune.models.cache import names
+from fleetune.runs.listener import Listener, heard_by
 
 if TYPE_CHECKING:
-    from fleetune.deploy.export_subject import ExportResult
-    from fleetune.deploy.measure.job import MeasureResult
-    from fleetune.deploy.serving.client import Conversation
-    from fleetune.deploy.serving.engines import Session
+    from fleetune.compression.jobs.job import CompressResult
+    from fleetune.deploy.export import ExportResult
+    from fleetune.deploy.measure import MeasureResult
+    from fleetune.deploy.serve import Conversation, Session
+    from fleetune.fleet.calibration_server import Calibrators
+    from fleetune.fleet.server import Served
+    from fleetune.models.artefact import ArtefactHead
+    from fleetune.models.net.model import Model
+
+
+def compress(
+    model: object,
+    *,
+    method: object = None,
+    settings: Mapping[str, Setting] | None = None,
+    tokenizer: object = None,
+    data: Rows | None = None,
+    text: str | Path = "",
+    eval_text: str | Path = "",
+    windows: int = 128,
+    length: int = 512,
+    calibrate: str = "server",
+    clients: int = 0,
+    low_memory: bool = False,
+    bytes: float | str = 0,
+    bpw: float = 0.0,
+    train_scales: int = 0,
+    seed: int = 42,
+    dtype: str = "fp32",
+    served: Served | None = None,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+) -> CompressResult:
+    """Make a model or a finished run smaller in a new folder under `out`, and return it.
+
+    `method` is a name (`fleetune.compressors()`) or a method's own dataclass (`optq.Solver(bits=3)`); without one it is
+    `qronos`, or `optq` where devices calibrate.  `settings` are the method's, by name.  A solver calibrates on `windows`
+    windows of `length` tokens, of `data` (rows) or `text` (a file), of the run's held-out rows with text that its model
+    writes, or of such text alone; with `calibrate="clients"` the run's clients calibrate on their training rows, with
+    `calibrate="fleet"` the real devices that join at the door `served` (`fleetune.fleet.server.Served`, in its `with`
+    block).  `low_memory` loads one block at a time from disk.  `bytes` (a number, or text such as
+    "91.7MB") limits the GGUF file, or `bpw` the bits of a weight in it: the grid of each matrix, embedding and head included,
+    is chosen so that the model changes least.  `train_scales` are steps in which the scales are trained, after solving, to
+    follow the dense model.  The perplexity of the text file `eval_text` is measured before and after.
+    """
+    if isinstance(model, str | Path):
+        subjects.open_weights(model, out)  # refused before torch is imported
+    from fleetune.compression.jobs import job
+    from fleetune.tuning.recipe import objects
+
+    watching = heard_by(listener, progress)
+    options = {
+        "data": objects.data_name(data, Path(out)),
+        "text": str(text),
+        "eval_text": str(eval_text),
+        "windows": windows,
+        "length": length,
+        "calibrate": calibrate,
+        "clients": clients,
+        "low_memory": low_memory,
+        "bytes": _size(bytes),
+        "bpw": bpw,
+        "train_scales": train_scales,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    request = job.request_for(model, method, settings or {}, options, tokenizer=tokenizer, out=Path(out))
+    return job.start(
+        request, watching, Path(out), offline=offline, devices=_devices(served), beside=file_size
+    )
+
+
+def resume_compression(
+    folder: object,
+    *,
+    served: Served | None = None,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+) -> CompressResult:
+    """Resume a stopped compression as it was requested; return a finished one as it is.
+
+    `folder` is a name, number, path or result; `served` is the door for devices, where these calibrate.
+    """
+    from fleetune.compression.jobs import job
+    from fleetune.runs import compression_folder
+
+    found = getattr(folder, "folder", None)
+    path = found if isinstance(found, Path) else compression_folder.get(str(folder), Path(out))
+    return job.resume(
+        path,
+        heard_by(listener, progress),
+        Path(out),
+        offline=offline,
+        devices=_devices(served),
+        beside=file_size,
+    )
+
+
+def file_size(model: Model, quantised: Collection[str], head: ArtefactHead, name: str) -> int:
+    """Return what `export.size_beside` does; that module, which imports torch, is imported once it is called."""
+    from fleetune.deploy import export
+
+    return export.size_beside(model, quantised, head, name)
+
+
+def _size(size: float | str) -> int:
+    return int(size) if isinstance(size, int | float) else parse_bytes(size, "--bytes", least=1) or 0
+
+
+def _devices(served: Served | None) -> Calibrators | None:
+    if served is None:
+        return None
+    from fleetune.fleet.calibration_server import Calibrators
+
+    return Calibrators(served)
 
 
 def export(
@@ -29,8 +144,6 @@ def export(
     to: str | None = None,
     path: str | Path | None = None,
     text: str | Path | None = None,
-    push: str | None = None,
-    private: bool = False,
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
@@ -40,31 +153,19 @@ def export(
 
     `to` is a target (`fleetune.targets()`; default `gguf`; for a run `hf`), `path` a new file or folder (default: in the
     folder of the run or compression; of a plain model here).  With a text file `text`, the perplexity of the source in
-    torch and of the written file in its runtime are compared.  With `push`, OWNER/NAME, what was written goes to that
-    model repository on the Hub, which is made (`private` or not) if it is not there.
+    torch and of the written file in its runtime are compared.
     """
-    from fleetune.deploy import export_subject, hub_push
+    place, file = Path(path) if path else None, str(text) if text else None
+    targets.check(to, place, file)  # before torch is imported
+    adapter = names.peft_folder(model)
+    subject = None if adapter else subjects.open(model, out=out)
+    from fleetune.deploy import export as exporting
 
-    place, words, watching = (
-        Path(path) if path else None,
-        str(text) if text else None,
-        heard_by(listener, progress),
-    )
-    export_subject.check(to, place, words)
-    if private and push is None:
-        raise UsageError("--private is for a push", hint="add --push OWNER/NAME")
-    if push is not None:
-        hub_push.check(push, private=private, offline=offline)
-    if (adapter := adapter_folder.of_peft(model)) is not None:
-        done = export_subject.of_adapter(adapter, to, place, watching, offline=offline)
-    else:
-        found = subjects.open(model, out=out)
-        done = export_subject.export(found, to, place, words, watching, offline=offline)
-    if push is None:
-        return done
-    pushed = hub_push.push(done.path, push, private=private)
-    watching.event(pushed)
-    return dataclasses.replace(done, pushed=pushed)
+    watching = heard_by(listener, progress)
+    if subject is None:
+        assert adapter is not None
+        return exporting.of_adapter(adapter, to, place, watching, offline=offline)
+    return exporting.export(subject, to, place, file, watching, offline=offline)
 
 
 def measure(
@@ -97,20 +198,20 @@ def measure(
     with it: KL divergence of the next-token distributions (nats a token) and same top token (percent), on the windows of
     `text`, else on the rows' answers; a compressed model is compared with what it was made from without being asked.
     """
-    from fleetune.deploy.measure import job
+    from fleetune.deploy import measure as measuring
 
     found = [
         subjects.open(model, out=out) for model in models
     ]  # what is no model is refused before torch is imported
     if kept_gain and found:
-        job.check_kept(found)
-    from fleetune.tuning.recipe import objects_to_files
+        measuring.check_kept(found)
+    from fleetune.tuning.recipe import objects
 
-    options = job.MeasureOptions(
+    options = measuring.MeasureOptions(
         text=str(text) if text else None,
         windows=windows,
         length=length,
-        data=objects_to_files.data_name(data, Path(out)) or None,
+        data=objects.data_name(data, Path(out)) or None,
         limit=limit,
         tasks=tuple(words(tasks)),
         answer_tokens=answer_tokens,
@@ -124,7 +225,7 @@ def measure(
     if not models:
         raise UsageError("measure needs a model", hint="give one or more names, paths or results")
     dense = subjects.open(reference, out=out) if reference is not None else None
-    return job.measure(found, options, heard_by(listener, progress), reference=dense, offline=offline)
+    return measuring.measure(found, options, heard_by(listener, progress), reference=dense, offline=offline)
 
 
 @contextmanager
@@ -144,18 +245,18 @@ def serve(
 ) -> Iterator[Session]:
     """Run an engine with a model while the block runs: OpenAI's HTTP interface, and llama.cpp's chat page, at `.url`.
 
-    `engine` is llama-server, xllamacpp, transformers or auto (the first installed), which chooses its number of threads
+    `engine` is llama-server, xllamacpp or auto (the first installed), which chooses its number of threads
     unless `threads` is given; `port` 0 takes any free one.  A client must present `key` if one is given (or is in the
     environment's LLAMA_API_KEY); on a `host` beyond this machine one is always needed, and made where none is given.
     UsageError for options that cannot be, FleetuneError for an engine that ends or does not load the model.
     """
     from fleetune.common.events import Serving
-    from fleetune.deploy.serving import engines, session
+    from fleetune.deploy import serve as serving
 
     watching = heard_by(listener, progress)
-    options = engines.Options(engine, threads, context, host, port, key)
-    with session.opened(subjects.open(model, out=out), options, watching, offline=offline) as served:
-        watching.event(Serving(url=served.url, model=served.model.name, engine=served.engine.name))
+    options = serving.Options(engine, threads, context, host, port, key)
+    with serving.opened(subjects.open(model, out=out), options, watching, offline=offline) as served:
+        watching.event(Serving(url=served.url, model=served.model.name, engine=served.options.engine))
         yield served
 
 
@@ -180,11 +281,11 @@ def chat(
     Temperature 0 gives the likeliest answer, the same each time; above it an answer is drawn with `seed`.  It has at most
     `max_tokens` tokens.  The engine's arguments and the errors are those of `serve`; `generate` needs no engine.
     """
-    from fleetune.deploy.serving import client, engines, session
+    from fleetune.deploy import serve as serving
 
-    options = engines.Options(engine, threads, context, key=None)
-    sampling = client.Sampling(temperature, max_tokens, seed)
+    options = serving.Options(engine, threads, context, key=None)
+    sampling = serving.Sampling(temperature, max_tokens, seed)
     sampling.check()
     found = subjects.open(model, out=out)
-    with session.opened(found, options, heard_by(listener, progress), offline=offline) as opened:
-        yield client.Conversation(opened, sampling, system)
+    with serving.opened(found, options, heard_by(listener, progress), offline=offline) as opened:
+        yield serving.Conversation(opened, sampling, system)

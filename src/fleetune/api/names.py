@@ -3,14 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fleetune import subject as subjects
+from fleetune.common import settings
+from fleetune.common.settings import Value
 from fleetune.subject import Subject
 
 if TYPE_CHECKING:
-    from fleetune.tuning.result.result import TuneResult
+    from fleetune.tuning.result.finished import TuneResult
+
+Setting = Value | Callable[..., Any]  # of a method; a function is an objective or a reward
+Rows = str | Path | Iterable[Mapping[str, Any]]  # a file, a hub id, or rows: dicts, a datasets.Dataset
+
+
+def words(given: str | Sequence[str]) -> list[str]:
+    r"""Return names as a list; a text may have several, with commas (one of a name itself is written `\,`)."""
+    return settings.given_words(given) if isinstance(given, str) else list(given)
 
 
 def open(name: object, *, out: str | Path = "runs") -> Subject:
@@ -27,9 +38,9 @@ def list_runs(out: str | Path = "runs") -> list[TuneResult]:
 
     Runs that are stopped or failed are not among them (`fleetune runs` lists them as well), nor are compressions.
     """
-    from fleetune.tuning.result import result
+    from fleetune.tuning.result import finished
 
-    return result.finished_in(Path(out))
+    return finished.finished_in(Path(out))
 
 
 def methods() -> list[str]:

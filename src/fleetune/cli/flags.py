@@ -15,7 +15,7 @@ from fleetune.common import settings
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.fleet import PORT
-from fleetune.runs import env_file
+from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
@@ -69,12 +69,10 @@ def keys(args: argparse.Namespace, file: str | None) -> dict[str, Any]:
     """The keys of a recipe (a file or `recipe:NAME`), overridden by the flags; RecipeError for a setting without a value."""
     path = named.find(file) if file else None
     values = recipes.read(path) if path else {}
-    if (
-        path and (path.parent / env_file.ENVIRONMENT).is_file()
-    ):  # a run's own, of the folder it was started in
-        from fleetune.tuning.result import places
+    if path and (path.parent / rundir.ENVIRONMENT).is_file():  # a run's own, of the folder it was started in
+        from fleetune.tuning.result import foundations
 
-        values = places.found_again(values, path.parent)
+        values = foundations.found_again(values, path.parent)
     values |= given(args)
     return {**values, "set": {**values.get("set", {}), **settings.pairs(args.set)}}
 
@@ -102,7 +100,7 @@ def check_resume(args: argparse.Namespace, path: Path, command: str, allowed: Co
         )
 
 
-DOOR: Final = ("host", "port", "keys", "certificate", "wait", "grace", "round_deadline")
+DOOR: Final = ("host", "port", "keys", "certificate", "wait", "grace", "round_deadline", "page")
 
 
 def add_door(group: argparse._ArgumentGroup, first: str) -> None:
@@ -125,6 +123,14 @@ def add_door(group: argparse._ArgumentGroup, first: str) -> None:
         metavar="SECONDS",
         help="go on without those that have not answered by then (default: wait)",
     )
+    group.add_argument(
+        "--page",
+        nargs="?",
+        const="",
+        metavar="[HOST:]PORT",
+        help="show the running fleet in a browser, and at /metrics to Prometheus; off this machine with TLS and a password: "
+        "the environment's FLEETUNE_PASSWORD, or one made here",
+    )
 
 
 def given_door(args: argparse.Namespace) -> list[str]:
@@ -134,7 +140,7 @@ def given_door(args: argparse.Namespace) -> list[str]:
 
 def served(args: argparse.Namespace) -> Served:
     """Return the door; UsageError for a number below 0, and for a place that others reach without TLS and keys."""
-    from fleetune.fleet.pace import Pace
+    from fleetune.fleet.remote import Pace
     from fleetune.fleet.server import Place, Served
 
     for name in ("wait", "grace", "round_deadline"):
@@ -147,4 +153,4 @@ def served(args: argparse.Namespace) -> Served:
         usual.grace if args.grace is None else args.grace,
         usual.deadline if args.round_deadline is None else args.round_deadline,
     )
-    return Served(place, args.wait or 0, pace)
+    return Served(place, args.wait or 0, pace, page=args.page)

@@ -193,7 +193,6 @@ class RateFound(Recorded, event="rate"):
 class ClientReply(Recorded, event="client"):
     """Outcome of one client in a round, when its reply has come.
 
-    A client that is late has a second line in the round in which its reply comes, where late replies are used.
     A reply that is refused after all have come (for going much further than the others, or because the method fails on
     it) has a second line, with status refused; the last line of a client counts.
     """
@@ -208,7 +207,6 @@ class ClientReply(Recorded, event="client"):
     rss: int  # resident memory of the process now, bytes
     status: str  # ok, refused (by the check of replies), failed, dropped, declined or late
     reason: str  # of any status but ok; else ""
-    late: int | None = None  # rounds that the reply comes late; left out for one that is on time
     steps: int | None = None  # local steps that it made; of simulated clients
     tokens: int | None = None  # tokens of the rows in these steps, prompts included; of simulated clients
 
@@ -348,7 +346,7 @@ class DeviceShown:
 
     client: int  # from 0
     name: str  # of its key's file, or the begin of its key's hash
-    does: str  # at work, at work late, ready, declined, joining, away, has not joined, or "refused: " and why; "" if not served
+    does: str  # at work, ready, declined, joining, away, has not joined, or "refused: " and why; "" if not served
     round: int | None = None  # of its last reply; null before the first, as the next six
     status: str | None = None  # of that reply, as in `ClientReply`
     reason: str | None = None  # of any status but ok
@@ -460,9 +458,7 @@ class CompressChecked(Event, event="fits"):
     text: str | None = None  # calibration text: source, windows, tokens
     clients: str | None = None  # number of clients that would calibrate
     memory: str | None = None  # planned peak memory
-    budget: str | None = (
-        None  # with a size: bytes, the least and the most that can be had, types of llama.cpp
-    )
+    budget: str | None = None  # with a size: bytes, the least and the most that can be had
     teacher: str | None = None  # name and size
     rows: str | None = None  # training rows: source, number, longest
 
@@ -484,7 +480,6 @@ class CompressStart(Event, event="start"):
     low_memory: bool  # whether one block at a time is loaded from disk
     calibrate: str  # who calibrates: server, clients or fleet
     clients: int  # number of clients that calibrate; 0 for all
-    true_sequential: bool  # inputs of a layer have passed the compressed layers of its block
     bytes: int  # of the GGUF file at most; 0 for no limit
     bpw: float  # bits a weight of the GGUF file's matrices at most; 0 for no limit
     train_scales: int  # steps in which the scales are trained after solving; 0 for none
@@ -608,15 +603,6 @@ class PatchApplied(Event, event="patched"):
 
     path: str  # of the new file
     result: str  # its SHA-256
-
-
-class ExportPushed(Event, event="pushed"):
-    """`export --push`: a file or folder is in a repository on the Hub."""
-
-    path: str  # of the file or folder here
-    repository: str  # OWNER/NAME
-    url: str  # of the commit
-    private: bool  # whether a new repository was asked to be private
 
 
 class ExportChecked(Event, event="check"):

@@ -34,7 +34,7 @@ def setting(
 
     `only_if` says when it has an effect: NAME where that other setting is not 0, empty or false, NAME=VALUE|VALUE where it
     has one of these values.  `auto`: the value `auto` is taken too, and stands for one that is found before the work begins;
-    `found`: it is also what stands where no value is given (`tuning/prepare/rate_search.py`).
+    `found`: it is also what stands where no value is given (`tuning/prepare/rates.py`).
     """
     about = {"symbol": symbol, "help": help, "only_if": only_if, "auto": auto or found, "found": found}
     declared: T = dataclasses.field(default=default, metadata=about)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fleetune.data import Encoded
-    from fleetune.models.artefact.artefact import Quantised
+    from fleetune.models.artefact import Quantised
     from fleetune.models.net.model import Model
 
 
@@ -61,22 +61,20 @@ class Solver(Protocol):
 
     def check(self, name: str, R: int, C: int) -> str:
         """Say why a matrix [R, C] cannot be compressed with these settings, or "" when it can."""
-        ...
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Return the compressed matrix.
 
         W float32 [R, C] and H float32 [C, C], the sum of 2 x x^T over the calibration tokens, are left unchanged.
         """
-        ...
 
 
 @runtime_checkable
 class Corrector(Solver, Protocol):
     """A solver that first corrects the weights for the errors of the layers before.
 
-    It needs text on this machine, since the dense model runs beside the compressed one, and its layers are solved in turn
-    (`true_sequential`).
+    It needs text on this machine, since the dense model runs beside the compressed one, and its layers are solved in turn,
+    each on inputs that have passed the compressed layers before it in its block.
     """
 
     def correct(self, W: Tensor, H: Tensor, D: Tensor) -> Tensor:
@@ -85,7 +83,6 @@ class Corrector(Solver, Protocol):
         W and H as in `solve`.  D float32 [C, C] is the sum of 2 (x - y) y^T over the calibration tokens, with x the inputs in
         the dense model and y those in the compressed one, which H is of.  All are left unchanged.
         """
-        ...
 
 
 @runtime_checkable
@@ -141,10 +138,8 @@ class Pruner(Protocol):
     def disk(self, model: Model) -> int:
         """Return how many bytes the checkpoints and the result take at most."""
 
-    def prune(
-        self, model: Model, rows: Sequence[Encoded], folder: Path, on_row: Callable[[int, int], None]
-    ) -> Model:
-        """Return the smaller model; the decision of what stays is written to `folder` and read again from there.
+    def prune(self, model: Model, rows: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Model:
+        """Return the smaller model; a resumed compression prunes again, and must come to the same.
 
         `on_row(row, rows)` is called after every row that is read.  It may raise Interrupted.
         """
@@ -158,7 +153,7 @@ class Pruner(Protocol):
         folder: Path,
         on_step: Callable[[int, int, float], None],
     ) -> Model:
-        """Return the trained model; resume from the checkpoint in `folder`, which is not that of `prune`.
+        """Return the trained model; resume from the checkpoint in `folder`.
 
         `on_step(step, steps, loss)` is called after every step.  It may raise Interrupted, which saves the step.
         """

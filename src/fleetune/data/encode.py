@@ -36,7 +36,7 @@ import dataclasses
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -204,7 +204,8 @@ class Batches:
     """One client's rows for one round, in an order fixed by a 64-bit key.
 
     Pass p over the rows goes in the order `keyed_order(key, p, n)`, the same on every platform.  `n` is the
-    number of rows, `client` the client's number in the fleet.
+    number of rows, `client` the client's number in the fleet.  `on_step(client, step)` is called before each batch, and may
+    raise; `taken` counts the batches, `tokens` those of their rows (prompts included, padding not).
     """
 
     def __init__(
@@ -219,6 +220,8 @@ class Batches:
         if not rows:
             raise DataError("no rows for a client", hint="use fewer clients, or more data")
         self.n, self.client = len(rows), client
+        self.step = self.taken = self.tokens = 0
+        self.on_step: Callable[[int, int], None] = lambda client, step: None
         self._rows = rows
         self._pad_id = pad_id
         self._key = key
@@ -232,19 +235,21 @@ class Batches:
         size = min(batch_size, self.n)
         queue: list[int] = []
         number = 0
-        for _ in range(count):
+        for self.step in range(count):
             while len(queue) < size:
                 queue += self._order(number)
                 number += 1
-            yield self._batch(queue[:size])
+            yield self._counted(self._batch(queue[:size]))
             del queue[:size]
 
     def epochs(self, epochs: int, batch_size: int) -> Iterator[Batch]:
         """Yield batches of every row once per epoch; the last batch of an epoch may be smaller."""
+        self.step = -1
         for epoch in range(epochs):
             order = self._order(epoch)
             for start in range(0, self.n, batch_size):
-                yield self._batch(order[start : start + batch_size])
+                self.step += 1
+                yield self._counted(self._batch(order[start : start + batch_size]))
 
     def repeat_batch(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
         """Yield batch `number` of this client `count` times: the same rows in every round.
@@ -254,23 +259,18 @@ class Batches:
         size = min(batch_size, self.n)
         places = range(number * size, (number + 1) * size)
         batch = self._batch([int(keyed_order(0, i // self.n, self.n)[i % self.n]) for i in places])
-        yield from itertools.repeat(batch, count)
+        for self.step in range(count):
+            yield self._counted(batch)
 
     def heard(self) -> None:
-        """Be called by a method between long pieces of work that are no steps: who watches them may end it here."""
+        """Report the step that is taken: a method calls it between long pieces of work, which may end here."""
+        self.on_step(self.client, self.step)
 
-    def split_off(self, batch_size: int) -> tuple[Batch, Batches]:
-        """Return (a batch to measure on, the batches of all other rows): the same rows in every round.
-
-        A fifth of the rows, at most `batch_size`; a client's only row is in both.
-        """
-        if self.n == 1:
-            return self._batch([0]), self
-        order = [int(i) for i in keyed_order(0, 0, self.n)]
-        size = min(batch_size, max(1, self.n // 5))
-        others = [self._rows[i] for i in sorted(order[size:])]
-        rest = Batches(others, self._pad_id, self._key, self._device, self.client)
-        return self._batch(order[:size]), rest
+    def _counted(self, batch: Batch) -> Batch:
+        self.heard()
+        self.taken += 1
+        self.tokens += int(batch.attention_mask.sum())
+        return batch
 
     def _order(self, number: int) -> list[int]:
         order: list[int] = keyed_order(self._key, number, self.n).tolist()

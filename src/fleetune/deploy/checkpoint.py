@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -35,10 +35,10 @@ from transformers.core_model_loading import (
 )
 
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.artefact.artefact import Master, Quantised
-from fleetune.models.artefact.artefact_folder import is_master
+from fleetune.models.artefact import Master, Quantised
+from fleetune.models.cache.names import is_master
+from fleetune.models.checks import check_folder, config_of, is_encoder
 from fleetune.models.families.widths import build
-from fleetune.models.loading.hf_folder import check_folder, config_of, is_encoder
 
 ANOTHER: Final = "the weights belong to another configuration: make or fetch the model again"
 COMPUTED: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
@@ -112,19 +112,21 @@ class Checkpoint:
         """UsageError for an encoder; ModelError when the tensors are not those of the configuration."""
         self.source = source
         self.folder = source.folder
+        self.compressed = isinstance(source, Master)  # whether it is a master artefact
         self.config: Any = config_of(source.folder)
         if is_encoder(self.config):
             raise UsageError(
                 f"{source.folder} holds an encoder; only causal language models are exported",
                 hint="save it as it is: an encoder's directory is ready for transformers",
             )
-        net = build(self.config)
-        state: dict[str, Tensor] = net.state_dict(keep_vars=True)
-        self._joined = _JoinedSource(source, net)
-        self._stored = _stored_names(net, state, self._joined)
+        self._net = build(self.config)
+        state: dict[str, Tensor] = self._net.state_dict(keep_vars=True)
+        self._parts = _stored_parts(self._net, source)
+        self._stored = _stored_names(self._net, state, source, self._parts)
         self.shapes = {name: tuple(state[name].shape) for name in self._stored}
-        self.buffers = self.shapes.keys() - dict(net.named_parameters())
-        self.linears = frozenset(f"{n}.weight" for n, m in net.named_modules() if isinstance(m, nn.Linear))
+        self.buffers = self.shapes.keys() - dict(self._net.named_parameters())
+        modules = self._net.named_modules()
+        self.linears = frozenset(f"{n}.weight" for n, m in modules if isinstance(m, nn.Linear))
 
     @property
     def names(self) -> list[str]:
@@ -136,15 +138,20 @@ class Checkpoint:
         return self._stored[name]
 
     def quantised(self, name: str) -> Quantised | None:
-        """Return the codes of a tensor; None for a dense one."""
-        q = self._joined.quantised(self._stored[name])
+        """Return the codes of a tensor; None for a dense one, as those in parts are."""
+        stored = self._stored[name]
+        q = None if stored in self._parts else self.source.quantised(stored)
         if q is not None:
             self._check_shape(name, q.shape)
         return q
 
     def weight(self, name: str) -> Tensor:
-        """Return the values of a tensor: float32 for a quantised one, else in the stored dtype."""
-        weight = self._joined.weight(self._stored[name])
+        """Return the values of a tensor: float32 for a quantised one, else in the stored dtype.
+
+        All parts of a parameter are in memory beside it until it is joined.
+        """
+        stored = self._stored[name]
+        weight = self._joined(stored) if stored in self._parts else self.source.weight(stored)
         self._check_shape(name, tuple(weight.shape))
         return weight
 
@@ -154,11 +161,6 @@ class Checkpoint:
         names = self.shapes.keys() - self.buffers
         return self.weight(min(names, key=lambda name: (len(self.shapes[name]), name))).dtype
 
-    @property
-    def compressed(self) -> bool:
-        """Whether the source is a master artefact."""
-        return isinstance(self.source, Master)
-
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if shape != self.shapes[name]:
             raise ModelError(
@@ -166,21 +168,52 @@ class Checkpoint:
                 hint=ANOTHER,
             )
 
+    def _joined(self, name: str) -> Tensor:
+        renamings, converters = self._conversions
+        joining: WeightConverter | None = None
+        for part in self._parts[name]:
+            key, pattern = rename_source_key(part, renamings, converters)
+            if joining is None:
+                joining = deepcopy(next(c for c in converters if pattern in c.source_patterns))
+            joining.add_tensor(key, part, pattern, self.source.weight(part))
+        assert joining is not None
+        try:
+            joined: Tensor = joining.convert(name, model=self._net, config=self._net.config)[name]
+        except (RuntimeError, KeyError) as error:  # experts of different shapes
+            raise ModelError(
+                f"{self.folder}: the parts of {name} do not join ({error})", hint=ANOTHER
+            ) from error
+        return joined
 
-def _stored_names(net: PreTrainedModel, state: Mapping[str, Tensor], source: TensorSource) -> dict[str, str]:
-    """Return for each tensor of a net's `state`, tied ones once, the name that the source stores it under."""
+    @cached_property
+    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        every = get_model_conversion_mapping(self._net, add_legacy=False)
+        renamings = [one for one in every if isinstance(one, WeightRenaming)]
+        return renamings, [one for one in every if isinstance(one, WeightConverter)]
+
+
+def _stored_names(
+    net: PreTrainedModel,
+    state: Mapping[str, Tensor],
+    source: TensorSource,
+    parted: Mapping[str, Sequence[str]],
+) -> dict[str, str]:
+    """Return for each tensor of a net's `state`, tied ones once, the name that the source stores it under.
+
+    Of the parameters that it stores in parts (`parted`) that is transformers' name.
+    """
     aliases: dict[int, list[str]] = {}
     for name, tensor in state.items():
         aliases.setdefault(id(tensor), []).append(name)
     front, written = f"{net.base_model_prefix}.", _written_names(net, state)
-    has = set(source.names)
+    has = set(source.names).difference(*parted.values()) | parted.keys()
     stored, known = dict[str, str](), set[str]()
     for identity, names in aliases.items():
         # checkpoints of a bare body (GPT-2's, Bloom's) have no name of the body in front
         spellings = [*names, *written[identity], *(name.removeprefix(front) for name in names)]
         stored[names[0]] = next((name for name in spellings if name in has), "")
         known.update(spellings)
-    missing = sorted(name for name, found in stored.items() if not found)
+    missing = sorted(name for name, there in stored.items() if not there)
     ignored = [re.compile(pattern) for pattern in net._keys_to_ignore_on_load_unexpected or ()]
     extra = sorted(name for name in has - known if not any(pattern.search(name) for pattern in ignored))
     if missing or extra:
@@ -200,66 +233,16 @@ def _written_names(net: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[in
     return whole
 
 
-class _JoinedSource:
-    """A source under the names that it has, but for the parameters that it stores in parts: under transformers' names."""
-
-    def __init__(self, source: TensorSource, net: PreTrainedModel) -> None:
-        """ModelError when the source has some parts of a parameter and not all."""
-        self.source, self._net = source, net
-        has = set(source.names)
-        self._parts: dict[str, list[str]] = {}
-        for name, parts in _parts_of(net).items():
-            if has.isdisjoint(parts):
-                continue
-            if missing := [part for part in parts if part not in has]:
-                raise ModelError(f"{source.folder} lacks {missing[0]}", hint=ANOTHER)
-            self._parts[name] = parts
-
-    @property
-    def folder(self) -> Path:
-        """The source's folder."""
-        return self.source.folder
-
-    @property
-    def names(self) -> list[str]:
-        """The parameters; those in parts once."""
-        parts = {part for found in self._parts.values() for part in found}
-        return [*(name for name in self.source.names if name not in parts), *self._parts]
-
-    def quantised(self, name: str) -> Quantised | None:
-        """Return the codes of a parameter; None for a dense one, as those in parts are."""
-        return None if name in self._parts else self.source.quantised(name)
-
-    def weight(self, name: str) -> Tensor:
-        """Return the values of a parameter; all its parts are in memory beside it until it is joined."""
-        if name not in self._parts:
-            return self.source.weight(name)
-        return self._joined(name, ((part, self.source.weight(part)) for part in self._parts[name]))
-
-    def _joined(self, name: str, parts: Iterable[tuple[str, Tensor]]) -> Tensor:
-        renamings, converters = self._conversions
-        joining: WeightConverter | None = None
-        for part, tensor in parts:
-            key, pattern = rename_source_key(part, renamings, converters)
-            if joining is None:
-                joining = deepcopy(next(c for c in converters if pattern in c.source_patterns))
-            joining.add_tensor(key, part, pattern, tensor)
-        assert joining is not None
-        try:
-            found: Tensor = joining.convert(name, model=self._net, config=self._net.config)[name]
-        except (RuntimeError, KeyError) as error:  # experts of different shapes
-            raise ModelError(
-                f"{self.folder}: the parts of {name} do not join ({error})", hint=ANOTHER
-            ) from error
-        return found
-
-    @cached_property
-    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-        every = get_model_conversion_mapping(self._net, add_legacy=False)
-        return (
-            [found for found in every if isinstance(found, WeightRenaming)],
-            [found for found in every if isinstance(found, WeightConverter)],
-        )
+def _stored_parts(net: PreTrainedModel, source: TensorSource) -> dict[str, list[str]]:
+    """Return the parts of those parameters that the source has in parts; ModelError where it has some of one and not all."""
+    has, parted = set(source.names), dict[str, list[str]]()
+    for name, parts in _parts_of(net).items():
+        if has.isdisjoint(parts):
+            continue
+        if missing := [part for part in parts if part not in has]:
+            raise ModelError(f"{source.folder} lacks {missing[0]}", hint=ANOTHER)
+        parted[name] = parts
+    return parted
 
 
 def _parts_of(net: PreTrainedModel) -> dict[str, list[str]]:

@@ -1,49 +1,281 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export a model or an adapter to a target: the whole file or folder appears, or nothing does."""
+"""Export a run, a compressed model or a plain model, and check the file in the runtime that it is for.
+
+The whole file or folder appears, or nothing does.  A format may hold where the model comes from, as strings; no time and no path
+is among them, so the same work gives the same bytes, and `fleetune ledger verify` or the artefact itself proves the digests:
+
+    fleetune.method           the tuning or compression method
+    fleetune.settings         its settings, as canonical JSON
+    fleetune.base_digest      SHA-256 of the weights it started from (`models.digest`)
+    fleetune.artefact_digest  SHA-256 of the compressed model's master.safetensors, where there is one
+    general.license           where it is known: of the built-in models
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from fleetune import models
+from fleetune.common.events import ExportChecked, ExportDone
 from fleetune.common.files import default_mode, storage_error
-from fleetune.common.folders import appeared, scratch, staged
-from fleetune.deploy import provenance, targets
+from fleetune.common.folders import appeared, locked, scratch, staged
+from fleetune.common.ggml import SCALES
+from fleetune.common.shell import quoted
+from fleetune.deploy import harness, patch, patch_make, targets
 from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
-from fleetune.deploy.formats import AdapterFormat, Misfit, ModelFormat, Report, gguf
+from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary, gguf, ollama
+from fleetune.deploy.harness import MeasureJob, Row
 from fleetune.deploy.targets import Target, check_place, find
-from fleetune.errors import UsageError
-from fleetune.models.artefact.artefact import ArtefactHead
-from fleetune.models.artefact.artefact_folder import is_master
-from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.errors import ModelError, UsageError, called
+from fleetune.models.artefact import ArtefactHead, Master
+from fleetune.models.cache import names
+from fleetune.models.cache.names import is_master
+from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import has_block_widths, mark_config
-from fleetune.models.gguf import convert
-from fleetune.models.loading.loading import disk_errors
 from fleetune.models.net.model import Model, stored_tensors
+from fleetune.models.net.saving import disk_errors
+from fleetune.runs import compression_folder, rundir
+from fleetune.runs.listener import Listener
+from fleetune.subject import Compressed, Plain, Run, Subject
+from fleetune.tuning.recipe import objects
+from fleetune.tuning.result import finished
+from fleetune.tuning.run import model_card
 
 NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
+DEFAULT_TARGET: Final = "gguf"
+DEFAULT_TARGET_OF_A_RUN: Final = "hf"
+FILES: Final = ("gguf", "ollama")  # targets that hold the GGUF file itself
+RUNTIMES: Final = {"llama.cpp": "gguf", "transformers": "transformers"}  # -> the kind of a `MeasureJob`
+WINDOWS: Final = 8  # of the text that an export is checked on
+LENGTH: Final = 512  # tokens of one
+GGUF: Final = ".gguf"
 
 
-def export(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHING) -> Report:
+@dataclass(frozen=True)
+class ExportResult:
+    """A written file or folder, and what checking it found."""
+
+    path: Path
+    done: ExportDone
+    check: ExportChecked | None = None  # where a text was given
+
+
+def export(
+    subject: Subject,
+    to: str | None,
+    path: Path | None,
+    text: str | None,
+    listener: Listener,
+    *,
+    offline: bool,
+) -> ExportResult:
+    """Write `subject` as target `to` (default: gguf; of a run of weights hf) to `path` (default: beside it), and read it back.
+
+    With a `text` file its perplexity is measured by the source and by what was written, in its runtime.  `targets.check` comes
+    before; errors as of `write`.
+    """
+    if isinstance(subject, Run):
+        own = DEFAULT_TARGET if subject.recipe.train == SCALES else DEFAULT_TARGET_OF_A_RUN
+        return _of_run(subject, find(to or own), path, text, listener, offline=offline)
+    target = find(to or DEFAULT_TARGET)
+    if isinstance(subject, Compressed):
+        return _checked(subject.model, target, path or target.place(subject.home), NOTHING, text, listener)
+    _require_codes(target, subject.name)
+    if subject.name.endswith(GGUF) and target.name in FILES:
+        listener.note(
+            f"note: {subject.name} is a GGUF file already: its blocks are read as plain numbers, and these are written "
+            "in 16 bits a weight, which may be larger"
+        )
+    source = subject.directory(offline=offline)
+    out = path or target.place(Path("."), rundir.of_model(subject.name))
+    with called(source, subject.name):
+        return _checked(source, target, out, facts_of_base(subject.name), text, listener)
+
+
+def of_adapter(
+    adapter: Path, to: str | None, path: Path | None, listener: Listener, *, offline: bool
+) -> ExportResult:
+    """Write the adapter in a folder of PEFT, of the base that it names, as target `to` to `path` (default: here).
+
+    ModelError for a target that takes whole models, with how to merge it, and where its base is not found; the rest as in
+    `write_adapter`.
+    """
+    target = find(to or DEFAULT_TARGET)
+    if target.takes != "adapter":
+        taken = " or ".join(name for name, other in targets.every().items() if other.takes == "adapter")
+        refused = names.adapter_refused(adapter, adapter)
+        refused.hint = f"--to {taken} takes it as it is; {refused.hint}"
+        raise refused
+    check_adapter(adapter, target)
+    base, source = names.adapter_base(adapter), None
+    if target.states("BASE"):
+        try:
+            source = Plain(base).directory(offline=offline)
+        except ModelError as error:
+            raise ModelError(
+                f"{adapter} says that it is of the base '{base}': {error.message}",
+                hint=f"write the base's path or hub id as {names.BASE} into {adapter / names.ADAPTER_CONFIG}",
+            ) from error
+    out = path or target.place(Path("."), adapter.resolve().name)
+    report = write_adapter(adapter, source, target.name, out, made=facts_of_base(base))
+    return ExportResult(out, _done(report, listener))
+
+
+def _of_run(
+    run: Run, target: Target, path: Path | None, text: str | None, listener: Listener, *, offline: bool
+) -> ExportResult:
+    recipe, out = run.recipe, path or target.place(run.folder)
+    check_place(target, out)
+    _require_codes(target, str(run.folder))
+    base, made = Plain(recipe.model), facts_of_run(run)
+    if target.takes == "adapter":
+        check_adapter(run.folder / finished.RESULT["adapter"], target)
+        adapter = run.result
+        source = base.directory(offline=offline) if target.states("BASE") else None
+        return ExportResult(out, _done(write_adapter(adapter, source, target.name, out, made=made), listener))
+    rows = _rows(base.directory(offline=offline), text) if text else []
+    if recipe.train == SCALES and target.name in FILES:
+        done = _done(_with_other_scales(run, target, out, listener, offline=offline), listener)
+        return _finish(run.folder, target, done, rows, listener, offline=offline)
+    if target.name == DEFAULT_TARGET_OF_A_RUN:
+        digest = _write_tuned(run, out, listener, offline=offline)
+        done = ExportDone(to=target.name, path=str(out), digest=digest, bytes=compression_folder.size(out))
+        listener.event(done)
+        return _finish(run.folder, target, done, rows, listener, offline=offline)
+    with _scratch(out) as folder:
+        plain = folder / run.folder.name
+        _write_tuned(run, plain, offline=offline)
+        with called(plain, run.folder):
+            return _checked(plain, target, out, made, text, listener)
+
+
+def _require_codes(target: Target, name: str) -> None:
+    """UsageError when a target is for the codes of a compressed model alone, which the subject has not."""
+    if target.takes == "codes":
+        raise UsageError(
+            f"{name} holds no codes of a compression, and {target.name} is for compressed ones",
+            hint=f"compress it first: fleetune compress {quoted(name)}; or use --to hf",
+        )
+
+
+def _checked(
+    source: Path, target: Target, out: Path, made: Mapping[str, str], text: str | None, listener: Listener
+) -> ExportResult:
+    """Export the folder `source`, and run what was written and `source` on the same windows of a text, if there is one."""
+    rows = _rows(source, text) if text else []
+    report = write(source, target.name, out, made=made)
+    if is_master(source) and (warning := harness.warning(Master(source))):
+        report = dataclasses.replace(report, notes=(*report.notes, warning))
+    return _finish(source, target, _done(report, listener), rows, listener)
+
+
+def _rows(source: Path, text: str) -> list[Row]:
+    return harness.windows_of(text, source, LENGTH, WINDOWS)
+
+
+def _with_other_scales(run: Run, target: Target, out: Path, listener: Listener, *, offline: bool) -> Report:
+    """Write the GGUF file that a run was tuned on with the scales that it has found; all else stays as it is."""
+    name, notes = run.recipe.model, list[str]()
+    source = patch_make.file_of(name, offline=offline)
+    with called(source, name), _staged(target, out) as place:
+        made = patch_make.of_run(source, run.folder, name=name, offline=offline, listener=listener)
+        file = place if target.suffix else place / ollama.FILE
+        patch.write(source, made, file, listener)
+        report = patch_make.report(file)
+        if not target.suffix:
+            notes = ollama.add_modelfile(models.load_tokenizer(name, offline=offline), place)
+    size = compression_folder.size(out)
+    return dataclasses.replace(report, path=out, to=target.name, bytes=size, notes=(*report.notes, *notes))
+
+
+def _write_tuned(run: Run, out: Path, listener: Listener | None = None, *, offline: bool) -> str:
+    """Write the run's tuned weights as a plain directory; return the digest of its weights."""
+    model = run.load(offline=offline)
+    card = model_card.of_run(run.folder, encoder=bool(model.labels))
+    if listener is not None:
+        for note in _gguf_vocabulary.give_template(model.tokenizer):
+            listener.note(f"note: {note}")
+    return finished.export_hf(model, out, card=card)
+
+
+def _done(report: Report, listener: Listener) -> ExportDone:
+    done = ExportDone(**{**dataclasses.asdict(report), "path": str(report.path)})
+    listener.event(done)
+    for note in report.notes:
+        listener.note(f"note: {note}")
+    return done
+
+
+def _finish(
+    source: Path,
+    target: Target,
+    done: ExportDone,
+    rows: Sequence[Row],
+    listener: Listener,
+    *,
+    offline: bool = False,
+) -> ExportResult:
+    """Compare the perplexity of a text by the source in torch with that by what was written, in its runtime."""
+    out = Path(done.path)
+    if not rows:
+        return ExportResult(out, done)
+
+    def perplexity(engine: str, path: Path) -> float:
+        job = MeasureJob(engine, str(path), 1, offline=offline, repeats=0, windows=list(rows))
+        return harness.measured(job).values["perplexity"]
+
+    if why := _obstacle(target, out):
+        checked = ExportChecked(path=str(out), runtime=None)
+        listener.event(checked)
+        listener.note(f"not run: {why}")
+        return ExportResult(out, done, checked)
+    runtime, tokens = target.states("RUNTIME"), sum(len(row) - 1 for row, _ in rows)
+    own = perplexity("run" if (source / "run.toml").is_file() else "artefact", source)
+    theirs = perplexity(RUNTIMES[runtime], out)
+    checked = ExportChecked(
+        path=str(out), runtime=runtime, source=own, file=theirs, tokens=tokens, ratio=theirs / own
+    )
+    listener.event(checked)
+    return ExportResult(out, done, checked)
+
+
+def _obstacle(target: Target, out: Path) -> str:
+    """Return why what was written cannot be run here; "" when it can."""
+    runtime = target.states("RUNTIME")
+    if runtime not in RUNTIMES:
+        return f"nothing here runs {target.name}"
+    if target.missing:
+        return f"{runtime} for {target.name}: {target.install}"
+    if runtime == "transformers" and has_block_widths(models.load_config(str(out))):
+        return f"{runtime} does not load blocks of different widths; llama.cpp does, a llama's: --to gguf"
+    return ""
+
+
+# ---------------------------------------------------------------- one source to one file or folder
+
+
+def write(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHING) -> Report:
     """Write the model in the folder `source` as target `to` to the new file or folder `out`.
 
-    `source` is a master artefact or a plain Hugging Face directory; `made` (`provenance.py`) goes into the file where
+    `source` is a master artefact or a plain Hugging Face directory; `made`, where it comes from, goes into the file where
     the format has a place for it.  Everything written is read back and compared.  UsageError for an unknown target, an
     `out` that exists, or a model that the target cannot hold; ModelError for a source that is none; StorageError when the
     disk is full.  `out` appears when it is complete.
     """
     target = find(to)
-    check_place(to, out)
+    check_place(target, out)
     if target.takes == "adapter":
         raise UsageError("only a run has an adapter", hint=f"fleetune export RUN --to {to}")
     model = open_checkpoint(source)
@@ -52,28 +284,13 @@ def export(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHIN
             f"{source} has blocks of different widths, which {to} has no place for",
             hint=_others(model, "prune it again with --set first=0 --set last=0"),
         )
-    writer: ModelFormat = target.load()
     with _staged(target, out) as place, _hinted(model):
-        facts = {**made, **provenance.of_artefact(model)} if target.states("PROVENANCE") else made
-        report = writer.write(model, place, target.kind, facts)
+        facts = {**made, **facts_of_artefact(model)} if target.states("PROVENANCE") else made
+        report: Report = target.load().write(model, place, target.kind, facts)
     return dataclasses.replace(report, path=out)
 
 
-def written(source: Path, to: str, out: Path) -> Report | None:
-    """Return what `export` reports of a GGUF file `out` that it has written of an artefact before; None for any other file.
-
-    The file is compared byte for byte.  UsageError for a model that the target cannot hold, ModelError for a source that is none.
-    """
-    if not out.is_file():
-        return None
-    if to not in gguf.TARGETS:
-        return None
-    model = open_checkpoint(source)
-    with _hinted(model):
-        return gguf.written(out, model, find(to).kind, provenance.of_artefact(model))
-
-
-def export_adapter(
+def write_adapter(
     adapter: Path, base: Path | None, to: str, out: Path, *, made: Mapping[str, str] = NOTHING
 ) -> Report:
     """Write the adapter in the PEFT directory `adapter`, of the model in the folder `base`, to the new `out`.
@@ -81,50 +298,32 @@ def export_adapter(
     A target that does not state BASE needs no `base`.  UsageError for a target that takes no adapter, an `out` that
     exists or an adapter that the target has no place for; ModelError for one of another base.
     """
-    check_place(to, out)
-    check_adapter(adapter, to)
     target = find(to)
-    writer: AdapterFormat = target.load()
+    check_place(target, out)
+    check_adapter(adapter, target)
     model = None if base is None else open_checkpoint(base)
     with _staged(target, out) as place, _hinted(model):
-        report = writer.write(adapter, model, place, target.kind, made)
+        report: Report = target.load().write(adapter, model, place, target.kind, made)
     return dataclasses.replace(report, path=out)
 
 
-def check_adapter(adapter: Path, to: str) -> None:
-    """Raise UsageError unless `to` takes adapters and has a place for that in the folder `adapter`."""
-    target = find(to)
+def check_adapter(adapter: Path, target: Target) -> None:
+    """Raise UsageError unless a target takes adapters and has a place for that in the folder `adapter`."""
     if target.takes != "adapter":
-        raise UsageError(f"{to} is for whole models, not for adapters", hint="see fleetune export --help")
-    checker: AdapterFormat = target.load()
-    checker.check(adapter, target.kind)
-
-
-def load(source: Path) -> Model:
-    """Load a master artefact, a plain directory or a GGUF file in fp32, ready to run on the CPU.
-
-    ModelError if it is none of them.  Nothing of it stays on the disk.
-    """
-    if is_master(source):
-        return models.load_artefact(source)
-    if source.suffix != ".gguf":
-        return models.load(str(source), device="cpu")
-    with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
-        plain = Path(folder) / source.name
-        plain.mkdir()
-        convert.convert(source, plain)
-        model = models.load(str(plain), device="cpu")
-    return dataclasses.replace(model, name=str(source), path=source)
+        raise UsageError(
+            f"{target.name} is for whole models, not for adapters", hint="see fleetune export --help"
+        )
+    target.load().check(adapter, target.kind)
 
 
 def _others(model: Checkpoint, remedy: str = "") -> str:
     """Return a hint for a model that a target refused: the targets that hold it exactly, then the `remedy`."""
-    found = []
+    able = []
     for name in targets.FORMATS.members():
         exact = getattr(targets.FORMATS.load(name), "exact_target", None)
         if exact is not None and (target := exact(model)) is not None:
-            found.append(f"--to {target}")
-    exactly = " or ".join([", ".join(found[:-1]), found[-1]] if found[:-1] else found)
+            able.append(f"--to {target}")
+    exactly = " or ".join(filter(None, [", ".join(able[:-1]), *able[-1:]]))
     return f"use {exactly}" + (f", or {remedy}" if remedy else "")
 
 
@@ -153,8 +352,7 @@ def _staged(target: Target, out: Path) -> Iterator[Path]:
 def _staged_file(out: Path) -> Iterator[Path]:
     """The path of a file in a hidden folder beside `out`, moved to `out` when the block ends without an error."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with scratch(out.parent, out.name) as folder:
+        with _scratch(out) as folder:
             file = folder / out.name
             yield file
             with file.open("rb+") as written:
@@ -165,11 +363,59 @@ def _staged_file(out: Path) -> Iterator[Path]:
             except FileExistsError:
                 raise appeared(out) from None
             except OSError:  # a file system without hard links
-                if out.exists():
-                    raise appeared(out) from None
-                file.rename(out)
+                # not `out` itself, whose lock sweeps its hidden folders
+                with locked(out.with_name(f"{out.name}.new")):
+                    if out.exists():
+                        raise appeared(out) from None
+                    file.rename(out)
     except OSError as error:
         raise storage_error(error, out) from error
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """Give a hidden folder beside `out`, for what is written on the way there; StorageError when it cannot be made."""
+    with ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(scratch(out.parent, out.name))
+        except OSError as error:
+            raise storage_error(error, out) from error
+        yield folder
+
+
+# ---------------------------------------------------------------- where a model comes from
+
+
+def facts_of_artefact(model: Checkpoint) -> dict[str, str]:
+    """Return where a master artefact comes from; {} for a plain directory."""
+    if not isinstance(model.source, Master):
+        return {}
+    return facts_of_head(model.source.head, model.source.digest())
+
+
+def facts_of_head(head: ArtefactHead, digest: str) -> dict[str, str]:
+    """Return where an artefact with this head, and the digest of its file, comes from."""
+    return _facts(head.method, head.settings, head.base) | {"fleetune.artefact_digest": digest}
+
+
+def facts_of_run(run: Run) -> dict[str, str]:
+    """Return where a tuned model comes from, by its recipe and its env.json; StorageError when that is damaged."""
+    settings = objects.method_settings(run.recipe)
+    made = _facts(run.recipe.method, settings, rundir.made_on(run.folder)["base"])
+    return made | facts_of_base(run.recipe.model)
+
+
+def facts_of_base(name: str) -> dict[str, str]:
+    """Return the licence of a built-in model or a short name; {} for others."""
+    licence = names.licence_of(name)
+    return {} if licence is None else {"general.license": licence}
+
+
+def _facts(method: str, settings: Mapping[str, Any], base: str) -> dict[str, str]:
+    text = json.dumps(dict(settings), sort_keys=True, separators=(",", ":"))
+    every = {"fleetune.method": method, "fleetune.settings": text, "fleetune.base_digest": base}
+    return {key: value for key, value in every.items() if value}
 
 
 # ---------------------------------------------------------------- the size of a file to come
@@ -190,16 +436,6 @@ class _Names:
         raise KeyError(name)
 
 
-class _ToBeCompressed(Checkpoint):
-    """A model in memory as the compressed one that will be made of it."""
-
-    compressed = True
-
-    def __init__(self, model: Model, folder: Path) -> None:
-        super().__init__(_Names(model, folder))
-        self.dtype: torch.dtype = getattr(torch, WEIGHTS[model.dtype].full)
-
-
 def size_beside(model: Model, quantised: Collection[str], head: ArtefactHead, name: str) -> int:
     """Return the bytes of a model's GGUF file beside the matrices `quantised`: the header and all other tensors.
 
@@ -212,9 +448,11 @@ def size_beside(model: Model, quantised: Collection[str], head: ArtefactHead, na
         mark_config(folder)
         model.tokenizer.save_pretrained(folder)
         try:
-            checkpoint = _ToBeCompressed(model, folder)
+            checkpoint = Checkpoint(_Names(model, folder))
+            checkpoint.compressed = True
+            checkpoint.dtype = getattr(torch, WEIGHTS[model.dtype].full)
             without = {name for name in checkpoint.names if checkpoint.stored_name(name) in quantised}
-            made = provenance.of_head(head, "0" * 64)
+            made = facts_of_head(head, "0" * 64)
             return gguf.size_beside(checkpoint, without, folder / f"{name}.gguf", made)
         except UsageError as error:
             told = error.message.replace(place, model.name)

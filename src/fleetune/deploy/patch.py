@@ -32,10 +32,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fleetune.common.display import counted
-from fleetune.common.files import regular, storage_error, sync_folder
+from fleetune.common.files import storage_error, sync_folder
 from fleetune.common.folders import locked
 from fleetune.common.ggml import BYTES, HALVES
-from fleetune.common.shell import command, quoted
+from fleetune.common.shell import quoted
 from fleetune.common.sums import sha256
 from fleetune.errors import Interrupted, ModelError, UsageError, VersionError
 from fleetune.runs.listener import Listener, Silent
@@ -49,7 +49,6 @@ MOST: Final = 1 << 48  # of a place's numbers
 # what a patch's entries may ask of a device: passes, and numbers in their tables (4 M steps of 4,096 directions a pool)
 PASSES: Final = 1 << 14
 TABLES: Final = 1 << 22
-GGUF: Final = b"GGUF"  # what such a file begins with
 AGAIN: Final = "get the patch again from its origin"
 # what reading bytes that are no patch can raise
 DAMAGED: Final = (
@@ -320,7 +319,8 @@ def apply(path: Path, patch: Patch, out: Path | None = None, listener: Listener 
     listener asks to stop.
     """
     path = path.resolve()  # a link stays one
-    _require_file(path)
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}", hint="give the GGUF file on the device")
     if out is not None:
         require_folder(out)
     with _alone(out or path):
@@ -337,24 +337,6 @@ def require_folder(out: Path) -> None:
             f"there is no folder {out.parent} for {out.name}",
             hint=f"make it first: mkdir -p {quoted(out.parent)}",
         )
-
-
-def check_order(path: Path, patch: Path, out: Path | None) -> None:
-    """Raise UsageError where the model and the patch of `apply` are given the wrong way round."""
-    if _begins(patch, GGUF) and path.is_file() and not _begins(path, GGUF):
-        raise UsageError(
-            f"{patch} is a GGUF file and {path} is none: the model comes first, then the patch",
-            hint=command("patch", "apply", patch, path, *(["--to", out] if out else [])),
-        )
-
-
-def _begins(path: Path, mark: bytes) -> bool:
-    """Tell whether a file begins with these bytes; False for one that cannot be read."""
-    try:
-        with open(path, "rb", opener=regular) as file:
-            return file.read(len(mark)) == mark
-    except OSError:
-        return False
 
 
 @contextmanager
@@ -377,11 +359,6 @@ def told(listener: Listener, what: str, text: str = "") -> Callable[[int, int], 
             raise Interrupted("stopped before the new file was whole; nothing was changed")
 
     return tell
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise ModelError(f"there is no file {path}", hint="give the GGUF file on the device")
 
 
 def _require_base(path: Path, patch: Patch, listener: Listener) -> None:

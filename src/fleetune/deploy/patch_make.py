@@ -11,41 +11,34 @@ import functools
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fleetune import adapters, models
-from fleetune import subject as subjects
 from fleetune.common.display import counted
 from fleetune.common.ggml import BLOCK, SCALES
-from fleetune.common.shell import command
 from fleetune.common.sums import sha256
-from fleetune.deploy import tunable_file
 from fleetune.deploy.formats import Report
 from fleetune.deploy.patch import SILENT, Entries, Patch, Place, difference, patched, told
-from fleetune.errors import FleetuneError, LedgerError, ModelError, UsageError
+from fleetune.errors import ModelError, UsageError
+from fleetune.models import loading
+from fleetune.models.cache.cache import BLOCKS
 from fleetune.models.gguf import header
-from fleetune.models.loading import placement
-from fleetune.models.mapped.bases import BLOCKS
-from fleetune.models.mapped.lazy import weights_of
-from fleetune.models.mapped.stored import Stored
+from fleetune.models.lazy import weights_of
+from fleetune.models.stored import Stored
 from fleetune.runs.listener import Listener
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.scale_view import ScaleView
-from fleetune.subject import Compressed, Run, Subject
 from fleetune.tuning.methods._zeroth import place_at
 from fleetune.tuning.result import finished
 
 
 def file_of(name: str, *, offline: bool = False) -> Path:
     """Return the GGUF file of a built-in model or a path; UsageError for a model that is none."""
-    _, tensors = placement.tensors_of(
-        name, functools.partial(models.resolve, offline=offline), offline=offline, blocks=True
-    )
+    _, tensors = loading.tensors_of(name, offline=offline, blocks=True)
     file = next(iter(tensors.values())).file.path
     if file.suffix != ".gguf":
         raise UsageError(f"{name} is no GGUF file, which could be patched", hint="give the .gguf file")
@@ -59,62 +52,11 @@ def report(path: Path) -> Report:
     return Report(path, "gguf", path.stat().st_size, count, count, dict(kinds))
 
 
-# What the arguments of `fleetune patch make` mean ----------------------------------------------------
-
-
-def run_of(name: str, runs: str | Path) -> Subject | None:
-    """Return what RUN means; None for a file, which is a ledger."""
-    return None if Path(name).is_file() else subjects.open(name, runs)
-
-
-def model_of(name: str, run: str, out: Path, runs: str | Path, note: Callable[[str], None]) -> str:
-    """Return the model that BASE means: of a compression its GGUF file, as `tunable_file.of`; any other as it is.
-
-    UsageError where BASE is a run, or RUN a model: the hint is the command with the two the other way round.
-    """
-    if Path(run).suffix == ".gguf" and Path(run).is_file() and Path(name).suffix != ".gguf":
-        raise UsageError(
-            f"{run} is a GGUF file: the model comes first, then the run",
-            hint=command("patch", "make", run, name, "--to", out),
-        )
-    if Path(name).is_file():
-        return name
-    base, other = subjects.open(name, runs), run_of(run, runs)
-    if isinstance(base, Run):
-        words = (other.recipe.model, run) if isinstance(other, Run) else (run, name)
-        raise UsageError(
-            f"{name} is a run: the model comes first, then the run",
-            hint=command("patch", "make", *words, "--to", out),
-        )
-    of_weights = isinstance(other, Run) and other.recipe.train != SCALES  # refused later, in its own words
-    return str(tunable_file.of(base, note)) if isinstance(base, Compressed) and not of_weights else name
-
-
-@contextmanager
-def base_hinted(base: Path, run: str, out: Path, runs: str | Path, *, offline: bool) -> Iterator[None]:
-    """Name the command with the run's own model where the block fails on a base that is another file."""
-    try:
-        yield
-    except (LedgerError, ModelError) as error:
-        found = run_of(run, runs)
-        if isinstance(found, Run):
-            with suppress(FleetuneError):
-                if sha256(file_of(found.recipe.model, offline=offline)) != sha256(base):
-                    right = command("patch", "make", found.recipe.model, run, "--to", out)
-                    error.hint = f"the run was tuned on another file: {right}"
-        raise
-
-
-# Making a patch --------------------------------------------------------------------------------------
-
-
 class Matrix(NamedTuple):
     """What a patch makes of a matrix."""
 
     place: Place
-    scales: Callable[
-        [], np.ndarray
-    ]  # its new bits uint16 [rows, scales of a row], in the model's order of rows
+    scales: Callable[[], np.ndarray]  # new bits uint16 [rows, scales of a row], rows in the model's order
 
 
 def of_run(

@@ -79,31 +79,22 @@ def every() -> dict[str, Target]:
 
     A target that takes the name of another is left out with a warning; those of Fleetune come first.
     """
-    found: dict[str, Target] = {}
-    for member in sorted(FORMATS.members().values(), key=_order):
-        for name, text in _stated(member).items():
-            if name in found:
+    known: dict[str, Target] = {}
+    own = f"{FORMATS.package}."
+    for member in sorted(FORMATS.members().values(), key=lambda m: (not m.module.startswith(own), m.order)):
+        stated = member.constants["TARGETS"]
+        if not isinstance(stated, dict):
+            log.warning("%s is left out: TARGETS is no dict of names and helps", member.module)
+            continue
+        for name, text in stated.items():
+            if name in known:
+                first = known[name].format.module
                 log.warning(
-                    "the export target '%s' of %s is left out: %s has that name",
-                    name,
-                    member.module,
-                    found[name].format.module,
+                    "the export target '%s' of %s is left out: %s has that name", name, member.module, first
                 )
-                continue
-            found[name] = Target(name, text, member)
-    return found
-
-
-def _order(member: Member) -> tuple[bool, int]:
-    return not member.module.startswith(f"{FORMATS.package}."), member.order
-
-
-def _stated(member: Member) -> dict[str, str]:
-    found = member.constants["TARGETS"]
-    if not isinstance(found, dict):
-        log.warning("%s is left out: TARGETS is no dict of names and helps", member.module)
-        return {}
-    return {str(name): str(text) for name, text in found.items()}
+            else:
+                known[str(name)] = Target(str(name), str(text), member)
+    return known
 
 
 def find(to: str) -> Target:
@@ -123,19 +114,30 @@ def listed() -> str:
     for target in every():
         kinds.setdefault(target.partition(":")[0], []).append(target)
     return ", ".join(
-        name if found == [name] else f"{name} ({', '.join(n for n in found if n != name)})"
-        for name, found in kinds.items()
+        name if names == [name] else f"{name} ({', '.join(n for n in names if n != name)})"
+        for name, names in kinds.items()
     )
 
 
-def check_place(to: str, out: Path) -> None:
-    """Raise UsageError unless `out` is a new place that suits the target `to`."""
+def check(to: str | None, path: Path | None, text: str | None) -> None:
+    """UsageError for a target, a place or a text that cannot be, before anything heavy is imported."""
+    target = find(to) if to else None
+    if target and path:
+        check_place(target, path)
+    if text and not Path(text).is_file():
+        raise UsageError(f"no text file at {text}", hint="check the path")
+    if text and target and target.takes == "adapter":
+        raise UsageError("an adapter alone has no perplexity", hint="leave out --text, or --to hf")
+
+
+def check_place(target: Target, out: Path) -> None:
+    """Raise UsageError unless `out` is a new place that suits a target."""
     if out.exists():
         raise UsageError(f"{out} exists already", hint="choose a new place with --path, or remove it first")
-    target, given = find(to), out.suffix.lower()
+    suffix = out.suffix.lower()
     of_files = {other.suffix for other in every().values() if other.suffix}
-    if target.suffix != (given if given in of_files else ""):
-        what = f"a file, named {target.suffix}" if target.suffix else f"a folder, not named {given}"
+    if target.suffix != (suffix if suffix in of_files else ""):
+        what = f"a file, named {target.suffix}" if target.suffix else f"a folder, not named {suffix}"
         raise UsageError(
-            f"{to} is written as {what}; --path is {out}", hint="choose another name with --path"
+            f"{target.name} is written as {what}; --path is {out}", hint="choose another name with --path"
         )

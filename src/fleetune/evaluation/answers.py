@@ -43,7 +43,7 @@ from fleetune.evaluation.losses import (
     pad_id,
     unheard,
 )
-from fleetune.models.loading.encoders import MAX_LABELS
+from fleetune.models.encoders import MAX_LABELS
 from fleetune.models.net.model import Model
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

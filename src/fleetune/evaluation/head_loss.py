@@ -31,14 +31,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fleetune.models.mapped.lazy import LazyWeight
+from fleetune.models.lazy import LazyWeight
 
 CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time where no gradient is wanted
 GRADIENT_SHARE = 4  # ... and this part of them where one is: they and their gradient are alive together
@@ -46,72 +46,31 @@ BLOCK = 1 << 20  # numbers of a block of the head's rows
 LOWEST = torch.finfo(torch.float32).min
 
 
-class Change(Protocol):
-    """A function of each logit by itself."""
+@dataclass(frozen=True)
+class Change:
+    """A function of each logit by itself: the setting of the configuration that states it, and its number."""
+
+    setting: str
+    number: float
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return what the model gives for what its head gave."""
-        ...
+        if self.setting == "final_logit_softcapping":
+            return (logits / self.number).tanh() * self.number
+        return logits / self.number if self.setting == "logits_scaling" else logits * self.number
 
     def slope(self, changed: Tensor) -> Tensor | float:
         """Return the derivative at the logits that it gave."""
-        ...
-
-
-@dataclass(frozen=True)
-class Cap:
-    """c tanh(z / c)."""
-
-    c: float
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Cap the logits."""
-        return (logits / self.c).tanh() * self.c
-
-    def slope(self, changed: Tensor) -> Tensor:
-        """Return 1 - tanh^2."""
-        return 1.0 - (changed / self.c).square()
-
-
-@dataclass(frozen=True)
-class Divide:
-    """z / s."""
-
-    s: float
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Divide the logits."""
-        return logits / self.s
-
-    def slope(self, changed: Tensor) -> float:
-        """Return 1 / s."""
-        return 1.0 / self.s
-
-
-@dataclass(frozen=True)
-class Multiply:
-    """z s."""
-
-    s: float
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Multiply the logits."""
-        return logits * self.s
-
-    def slope(self, changed: Tensor) -> float:
-        """Return s."""
-        return self.s
+        if self.setting == "final_logit_softcapping":
+            return 1.0 - (changed / self.number).square()
+        return 1.0 / self.number if self.setting == "logits_scaling" else self.number
 
 
 def stated(config: Any) -> Change | None:
     """Return the change that a configuration states; None where it states none that is known here."""
-    for name, kind in (
-        ("final_logit_softcapping", Cap),
-        ("logits_scaling", Divide),
-        ("logit_scale", Multiply),
-    ):
-        if value := getattr(config, name, None):
-            return kind(float(value))
+    for setting in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if value := getattr(config, setting, None):
+            return Change(setting, float(value))
     return None
 
 
@@ -131,13 +90,13 @@ def head_nll(
     blocks = getattr(head, "row_blocks", None) or _blocks(head)
     if not torch.is_grad_enabled():
         if blocks:
-            return _stream(rows, None, blocks, targets, change)
+            return _online(rows, blocks, targets, None, change)[0]
         pieces = _pieces(rows, vocabulary)
         return torch.cat([nll(logits_of(head, rows[at], change), targets[at]) for at in pieces])
     if not blocks:
         return _again(head, rows, targets, vocabulary, change)
     if blocks.root is not None:
-        return _stream(rows, blocks.root, blocks, targets, change)
+        return cast(Tensor, _StreamedNll.apply(rows, blocks.root, blocks, targets, change))  # type: ignore[no-untyped-call]
     return cast(Tensor, _FrozenNll.apply(rows, head, blocks, targets, change))  # type: ignore[no-untyped-call]
 
 
@@ -222,16 +181,12 @@ class _FrozenNll(torch.autograd.Function):
         return back * gradients[0][:, None].to(back.dtype), None, None, None, None
 
 
-def _stream(rows: Tensor, root: Tensor | None, blocks: Any, targets: Tensor, change: Change | None) -> Tensor:
-    return cast(Tensor, _StreamedNll.apply(rows, root, blocks, targets, change))  # type: ignore[no-untyped-call]
-
-
 class _StreamedNll(torch.autograd.Function):
     """Compute `nll` by blocks; backward goes over them once more, with softmax - onehot as the gradient of a block's logits."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, root: Tensor | None, blocks: Any, targets: Tensor, change: Change | None
+        ctx: Any, rows: Tensor, root: Tensor, blocks: Any, targets: Tensor, change: Change | None
     ) -> Tensor:
         ctx.blocks, ctx.change = blocks, change
         losses, log_sums = _online(rows, blocks, targets, None, change)
@@ -274,13 +229,9 @@ def _online(
     The target stays out of both running sums and is added at the end: of a token that is nearly certain, p W_y and W_y
     would cancel.
     """
-    top = torch.full(
-        (len(rows),), LOWEST, device=rows.device
-    )  # finite, so that -inf among the logits is harmless
-    total, own = (
-        torch.zeros_like(top),
-        torch.zeros_like(top),
-    )  # sum over v != y of exp(logit - top); the target's logit
+    # top is finite, so that -inf among the logits is harmless; total: sum over v != y of exp(logit - top)
+    top = torch.full((len(rows),), LOWEST, device=rows.device)
+    total, own = torch.zeros_like(top), torch.zeros_like(top)  # own: the target's logit
     target_rows = None if back is None else torch.zeros_like(back)
     bias, slope = getattr(blocks, "bias", None), cast("Tensor | float", 1.0)
     room = rows.new_empty(0)

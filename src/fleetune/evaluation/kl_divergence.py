@@ -73,7 +73,12 @@ def write(path: Path, pieces: Iterable[np.ndarray], scored: int, hint: str = FRE
         with open(path, "wb") as file:
             for piece in pieces:
                 if not count:
-                    _check_room(path.parent, file_size(scored, piece.shape[1]), hint)
+                    need, free = file_size(scored, piece.shape[1]), shutil.disk_usage(path.parent).free
+                    if need > free:
+                        raise StorageError(
+                            f"the logits of the reference take {human_bytes(need)}, {path.parent} has {human_bytes(free)} free",
+                            hint=hint,
+                        )
                     count = left = positions(scored, piece.shape[1])
                     head = {"descr": "<f4", "fortran_order": False, "shape": (count, piece.shape[1])}
                     np.lib.format.write_array_header_1_0(file, head)
@@ -85,14 +90,6 @@ def write(path: Path, pieces: Iterable[np.ndarray], scored: int, hint: str = FRE
     except OSError as error:
         raise storage_error(error, path) from error
     raise ValueError("there are fewer logits than scored tokens")
-
-
-def _check_room(folder: Path, need: int, hint: str) -> None:
-    if need > (left := shutil.disk_usage(folder).free):
-        raise StorageError(
-            f"the logits of the reference take {human_bytes(need)}, {folder} has {human_bytes(left)} free",
-            hint=hint,
-        )
 
 
 def tokens_in(path: Path) -> int:

@@ -37,13 +37,13 @@ from fleetune.common.memory import give_back
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import kl_divergence
-from fleetune.evaluation.head_loss import Change, Multiply, head_nll, logits_of, nll, stated, tokens_a_piece
+from fleetune.evaluation.head_loss import Change, head_nll, logits_of, nll, stated, tokens_a_piece
 from fleetune.evaluation.kl_divergence import Compared
 from fleetune.models.net.model import Model
 
 OnRows = Callable[[int, int], None]  # called with the rows that are done, and the number of all rows
 
-_UNKNOWN: Final[Change] = Multiply(math.nan)  # stands for a change that is none of `head_loss`
+_UNKNOWN: Final = Change("", math.nan)  # stands for a change that is none of `head_loss`
 # nets that change the logits after their head, which was seen when they ran, and how
 _CHANGED: WeakKeyDictionary[nn.Module, Change] = WeakKeyDictionary()
 
@@ -255,17 +255,9 @@ def all_class_logits(model: Model, rows: Sequence[Encoded], batch_size: int = 8)
     return logits
 
 
-def class_measures(model: Model, rows: Sequence[Encoded], *, batch_size: int = 8) -> tuple[float, float]:
-    """Return the mean cross-entropy (nats) and accuracy (percent) of an encoder, from one forward of each row."""
-    losses, right = class_rows(model, rows, batch_size=batch_size)
-    return float(losses.mean()), 100.0 * float(right.mean())
-
-
-def class_rows(
-    model: Model, rows: Sequence[Encoded], *, batch_size: int = 8
-) -> tuple[np.ndarray, np.ndarray]:
+def class_rows(model: Model, rows: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
     """Return an encoder's cross-entropy (nats) of each row, and whether it is right: float64 [N], bool [N]."""
-    logits, targets = all_class_logits(model, rows, batch_size), np.array([row.target for row in rows])
+    logits, targets = all_class_logits(model, rows), np.array([row.target for row in rows])
     top = logits.max(1)
     losses = top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(len(rows)), targets]
     return losses, logits.argmax(1) == targets
@@ -274,11 +266,13 @@ def class_rows(
 def response_loss(
     model: Model, rows: Sequence[Encoded], *, batch_size: int = 8, on_rows: OnRows = unheard
 ) -> float:
-    """Return the mean cross-entropy over all response tokens of `rows`, in nats.
+    """Return the mean cross-entropy over all response tokens of `rows`, in nats; of an encoder, over the rows.
 
     Token-weighted: a long answer counts for more than a short one, as in training.  DataError when there is
     no response token at all.
     """
+    if model.labels:
+        return float(class_rows(model, rows)[0].mean())
     return token_mean(*all_row_losses(model, rows, batch_size, on_rows))
 
 

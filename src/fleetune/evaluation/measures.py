@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,24 +75,19 @@ class _Work:
         return all_row_losses(self.model, rows, self.batch_size, self.told("rows"))
 
 
-def _loss_task(work: _Work) -> float:
-    return token_mean(*work.losses)
-
-
 def _perplexity_task(work: _Work) -> float:
     texts = work.texts or [example.response for example in work.examples]
     return perplexity(work.model, texts, on_rows=work.told("rows of the text"))
 
 
 def _accuracy_task(work: _Work) -> float:
-    return label_accuracy(
-        work.model, work.examples, work.labels, max_length=work.max_length, batch_size=work.batch_size
-    )
+    how = {"max_length": work.max_length, "batch_size": work.batch_size}
+    return label_accuracy(work.model, work.examples, work.labels, **how)
 
 
 TASKS: Mapping[str, Callable[[_Work], float]] = MappingProxyType(
     {
-        "loss": _loss_task,
+        "loss": lambda work: token_mean(*work.losses),
         "rouge_l": lambda work: rouge_l(*work.answers),
         "f1": lambda work: token_f1(*work.answers),
         "exact_match": lambda work: exact_match(*work.answers),
@@ -111,14 +106,16 @@ def is_known(task: str) -> bool:
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """Return the tasks' full names, each once; RecipeError naming every unknown one, with the nearest known."""
     names = tuple(dict.fromkeys(_SHORT.get(task, task) for task in tasks))
-    problems = []
-    for name in names:
-        if name not in TASKS:
-            near = closest(name, TASKS)
-            problems.append(f"unknown task {name!r}" + (f"; did you mean {near!r}?" if near else ""))
-    if problems:
-        raise RecipeError(problems, hint=f"the tasks are {', '.join(TASKS)}")
+    _require(names, TASKS, f"the tasks are {', '.join(TASKS)}")
     return names
+
+
+def _require(names: Iterable[str], known: Collection[str], hint: str) -> None:
+    """Raise RecipeError that names every name which is not known, with the nearest known one."""
+    near = {name: closest(name, known) for name in names if name not in known}
+    if near:
+        problems = [f"unknown task {n!r}" + (f"; did you mean {c!r}?" if c else "") for n, c in near.items()]
+        raise RecipeError(problems, hint=hint)
 
 
 class Evaluated(NamedTuple):
@@ -226,12 +223,8 @@ class HarnessTasks:
         """
         self.names = list(dict.fromkeys(names))
         if not installed():
-            near = [closest(name, TASKS) for name in self.names]
-            guesses = [f"; did you mean {n!r}?" if n else "" for n in near]
-            raise RecipeError(
-                [f"unknown task {name!r}{guess}" for name, guess in zip(self.names, guesses, strict=True)],
-                hint=f"the tasks are {', '.join(TASKS)}; for those of lm-evaluation-harness: {INSTALL}",
-            )
+            hint = f"the tasks are {', '.join(TASKS)}; for those of lm-evaluation-harness: {INSTALL}"
+            _require(self.names, TASKS, hint)
         if files is not None and not Path(files).is_dir():
             raise UsageError(f"no folder of task files at {files}", hint="check the path")
         self._manager = self._find(files)
@@ -245,12 +238,8 @@ class HarnessTasks:
         if own is not None and all(name in own.all_tasks for name in self.names):
             return own
         every = TaskManager(include_path=given)
-        if missing := [name for name in self.names if name not in every.all_tasks]:
-            near = {name: closest(name, [*TASKS, *every.all_tasks]) for name in missing}
-            raise RecipeError(
-                [f"unknown task {n!r}" + (f"; did you mean {c!r}?" if c else "") for n, c in near.items()],
-                hint=f"the tasks are {', '.join(TASKS)}, and those of lm-evaluation-harness: lm_eval ls tasks",
-            )
+        hint = f"the tasks are {', '.join(TASKS)}, and those of lm-evaluation-harness: lm_eval ls tasks"
+        _require(self.names, [*TASKS, *every.all_tasks], hint)
         return every
 
     def evaluate(self, model: Model, *, limit: int) -> list[TaskScore]:

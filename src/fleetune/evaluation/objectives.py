@@ -37,11 +37,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import math
 import numbers
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -220,25 +218,22 @@ def import_function(name: str, kind: str, known: Iterable[str], call: str) -> Ca
             hint=f"choose {', '.join(known)}, or give package.module:function or file.py:function",
         )
     module = _load_file(what, Path(where)) if where.endswith(".py") else _load_module(what, where)
-    expected = f"it must be a function {call} that returns a float"
-    try:
-        found = getattr(module, function)
-    except AttributeError as error:
-        raise RecipeError([f"{what}: {where} has no {function!r}"], hint="check its spelling") from error
+    found = getattr(module, function, None)
     if not callable(found):
-        raise RecipeError([f"{what}: {function} is a {type(found).__name__}, not a function"], hint=expected)
+        why = (
+            f"{function} is a {type(found).__name__}, not a function"
+            if found is not None
+            else f"{where} has no {function!r}"
+        )
+        raise RecipeError(
+            [f"{what}: {why}"], hint=f"check its spelling; it must be {call} and return a float"
+        )
     if fault := _call_fault(found, call):
-        needed = call[call.index("(") :]
         raise RecipeError(
             [f"{what} is called as {call}, but {function} {fault}"],
-            hint=f"begin it with: def {function}{needed}:   and return a float",
+            hint=f"begin it with: def {function}{call[call.index('(') :]}:   and return a float",
         )
     return cast(Callable[..., Any], found)
-
-
-# What the functions of one's own are called with: an objective with the first two, a reward with the texts
-TEXTS: Final = ("prompt", "answer", "reference")
-CALL_NAMES: Final = ("model", "batch", *TEXTS)
 
 
 def _call_fault(function: Callable[..., Any], call: str) -> str:
@@ -253,23 +248,16 @@ def _call_fault(function: Callable[..., Any], call: str) -> str:
     except (TypeError, ValueError):
         return ""
     try:
-        bound = signature.bind(*names).arguments
+        signature.bind(*names)
     except TypeError as error:
-        lacking = re.search(r"argument: ('.*')", str(error))
-        why = f"nothing is given for {lacking[1]}" if lacking else f"it is given {len(names)} arguments"
-        return f"takes {signature}: {why}"
-    parts = {name: signature.parameters[name] for name, value in bound.items() if isinstance(value, str)}
-    if wrong := [name for name in parts if name in CALL_NAMES and name not in names]:
-        return f"takes {signature}, and {wrong[0]!r} is of another kind of function"
-    if text := [
-        name for name, part in parts.items() if part.annotation in (str, "str") and bound[name] not in TEXTS
-    ]:
-        return f"takes {signature}, where {text[0]!r} is a text"
+        return f"takes {signature}: {error}"
     taken = [name for name in signature.parameters if name in names]
     return f"takes {signature}: in another order" if taken != sorted(taken, key=names.index) else ""
 
 
-GIVEN: Final = "fleetune_given_"  # modules that hold a function of this process alone (`tuning/recipe/objects_to_files.py`)
+GIVEN: Final = (
+    "fleetune_given_"  # modules that hold a function of this process alone (`tuning/recipe/objects.py`)
+)
 
 
 def _load_module(what: str, where: str) -> ModuleType:
@@ -289,24 +277,20 @@ def _load_file(what: str, path: Path) -> ModuleType:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise _import_error(what, error, "check the file's permissions") from error
+        raise _import_error(what, error, "check the path and the file's permissions") from error
     key = hashlib.sha256(str(path.resolve()).encode() + b"\0" + content).hexdigest()[:16]
     label = f"fleetune_objective_{key}"
-    if label in sys.modules:
-        return sys.modules[label]
-    spec = importlib.util.spec_from_file_location(label, path)
-    if spec is None or spec.loader is None:
-        raise RecipeError([f"{what}: {path} cannot be loaded"], hint="give a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[label] = module  # dataclasses and pickle look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except FAULTS as error:
-        del sys.modules[label]
-        raise _import_error(
-            what, error, "run the file with Python by itself to see the whole error"
-        ) from error
-    return module
+    if label not in sys.modules:
+        module = ModuleType(label)
+        module.__file__ = str(path)
+        sys.modules[label] = module  # dataclasses and pickle look their module up there
+        try:
+            exec(compile(content, str(path), "exec"), vars(module))
+        except FAULTS as error:
+            del sys.modules[label]
+            hint = "run the file with Python by itself to see the whole error"
+            raise _import_error(what, error, hint) from error
+    return sys.modules[label]
 
 
 def _import_error(what: str, error: BaseException, hint: str) -> RecipeError:
@@ -334,14 +318,11 @@ def _checked(name: str, function: Callable[..., Any]) -> Objective:
 
 def finite_number(value: Any, what: str) -> float:
     """Return `value`, the result of `what`, as a float; RecipeError when it is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        shown = float(value) if number else f"a {type(value).__name__}, not a float"
         raise RecipeError(
-            [f"{what} returned a {type(value).__name__}, not a float"],
-            hint="end it with float(...), or .item() for a tensor of one element",
-        )
-    if not math.isfinite(value):
-        raise RecipeError(
-            [f"{what} returned {float(value)}"],
-            hint="it must be finite whatever it is given; guard divisions and logarithms",
+            [f"{what} returned {shown}"],
+            hint="end it with float(...), or .item() for a tensor of one element; guard divisions and logarithms",
         )
     return float(value)

@@ -35,14 +35,13 @@ from fleetune.common.files import PRIVATE, storage_error, write_atomic
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.experts import parameters_of
-from fleetune.compression.layerwise.sums import message_of, weights_of
+from fleetune.compression.layerwise.federated import message_of, weights_of
 from fleetune.data import Encoded
 from fleetune.data.encode import digest
 from fleetune.errors import MessageError
 from fleetune.fleet import result
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.orders import Job
-from fleetune.fleet.reasons import Declined
+from fleetune.fleet.orders import Declined, Job
 from fleetune.models.net.model import Model
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.result import finished

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from fleetune.common.display import counted
 from fleetune.common.files import PRIVATE, json_text, read_json, write_atomic
 from fleetune.common.shell import quoted
-from fleetune.compression.jobs.windows import each_of
+from fleetune.compression.jobs.inputs import each_of
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates, SolveLayer
-from fleetune.compression.layerwise.sums import Answer, HessianReply, HessianSums, block_message, sharing
+from fleetune.compression.layerwise.federated import Answer, HessianReply, HessianSums, block_message, sharing
 from fleetune.errors import DataError, MessageError, UsageError
 from fleetune.fleet import result
 from fleetune.fleet.orders import Device, Order
@@ -35,8 +35,8 @@ from fleetune.models.net.layers import layers_of
 from fleetune.models.net.model import Model
 from fleetune.runs.compression_folder import PARTS, CompressRequest
 from fleetune.runs.listener import Listener
+from fleetune.tuning.exchange.aggregation import FEWEST
 from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, check, decode, encode
-from fleetune.tuning.exchange.robust import FEWEST
 from fleetune.tuning.result import finished
 from fleetune.tuning.rounds import rounds
 
@@ -45,7 +45,7 @@ ON_THE_WAY: Final = 1 << 28  # bytes of answers
 
 
 class Calibrators:
-    """The devices that join at a door, as a compression asks for them (`compression/jobs/contract.py`: `Devices`)."""
+    """The devices that join at a door, as a compression asks for them (`compression/jobs/solve.py`: `Devices`)."""
 
     def __init__(self, served: Served) -> None:
         self.served = served

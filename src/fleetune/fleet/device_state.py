@@ -22,8 +22,7 @@ from typing import Any, Final
 
 from fleetune.common.files import PRIVATE, read_bytes, read_text, storage_error, write_atomic
 from fleetune.errors import StorageError
-from fleetune.fleet.orders import Job
-from fleetune.fleet.reasons import Declined
+from fleetune.fleet.orders import Declined, Job
 
 MARK: Final = ".fleetune-device"
 SECRET: Final = "secret"

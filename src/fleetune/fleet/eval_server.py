@@ -5,7 +5,7 @@
 
 Each device measures base and tuned model on its own rows and sends sums (`eval_device.py`).  The mean over all devices is
 weighted by tokens, as that of `fleetune eval` is: R = sum w_i l_i, with the loss l_i of device i and its share w_i of the
-tokens.  Tokens are what a device says, so none counts more than `robust.TIMES` times the median device; beside R stand the
+tokens.  Tokens are what a device says, so none counts more than `aggregation.TIMES` times the median device; beside R stand the
 mean in which each device counts once, and the median.  The standard error is the jackknife's, R_-i being R without device i:
 
     se(R)^2 = (n - 1) / n sum (R_-i - R)^2        R_-i - R = w_i (R - l_i) / (1 - w_i)
@@ -38,7 +38,7 @@ from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run
-from fleetune.tuning.exchange import robust
+from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, check, decode, encode
 from fleetune.tuning.result import finished
 from fleetune.tuning.rounds.fleets import Answer
@@ -180,8 +180,8 @@ def mean(model: str, found: Sequence[DeviceEvaluated]) -> FleetEvaluated:
 
 
 def shares_of(tokens: Sequence[int]) -> list[float]:
-    """Return what each device counts in the mean, of 1: by its tokens, at most `robust.TIMES` times the median's."""
-    counted = [min(own, robust.TIMES * robust.usual(tokens)) for own in tokens]
+    """Return what each device counts in the mean, of 1: by its tokens, at most `aggregation.TIMES` times the median's."""
+    counted = [min(own, aggregation.TIMES * aggregation.usual(tokens)) for own in tokens]
     return [own / sum(counted) for own in counted]
 
 

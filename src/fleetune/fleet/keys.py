@@ -56,8 +56,34 @@ class PrivateKey:
 
 def check_installed() -> None:
     """UsageError where the libraries of a real fleet are not there."""
-    if not all(importlib.util.find_spec(name) for name in ("flwr", "cryptography")):
-        raise UsageError("a real fleet needs Flower, which is not installed", hint=INSTALL)
+    for name in ("cryptography", "httpx", "starlette", "uvicorn"):
+        if not importlib.util.find_spec(name):
+            raise UsageError(f"a real fleet needs {name}, which is not installed", hint=INSTALL)
+
+
+def sign(key: PrivateKey, text: bytes) -> bytes:
+    """Return the ECDSA signature of a text, with SHA-256."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    return key.secret.sign(text, ec.ECDSA(SHA256()))
+
+
+def has_signed(key: PublicKey, signature: bytes, text: bytes) -> bool:
+    """Tell whether a signature is this key's of this text; ValueError for a key that is none."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    public = load_pem_public_key(key.pem)
+    if not isinstance(public, ec.EllipticCurvePublicKey) or _pem(public) != key.pem:
+        raise ValueError("not a key on a NIST curve, or in another form than ours")
+    try:
+        public.verify(signature, text, ec.ECDSA(SHA256()))
+    except InvalidSignature:
+        return False
+    return True
 
 
 def make(path: Path) -> PrivateKey:

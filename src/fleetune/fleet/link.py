@@ -7,11 +7,12 @@ There are two: the server's own door (`flower/gate.py`), and the Grid of a Flowe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Final, Protocol
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final, NamedTuple, Protocol
 
 from fleetune.errors import MessageError
-from fleetune.fleet.mail import TOO_LARGE
 from fleetune.fleet.orders import Order, Reply
 
 MAY_ANSWER: Final[Mapping[str, tuple[str, ...]]] = {
@@ -69,3 +70,112 @@ def answer_in(data: bytes | None, order: Order) -> Reply | None:
     except MessageError as error:
         return Reply.unusable(order, str(error))
     return reply
+
+
+TOO_LARGE: Final = b"too large"  # stands for an answer of more bytes than there is room for
+
+
+class Letter(NamedTuple):
+    """An order on its way; `tail` is one object for all orders that end alike."""
+
+    number: str
+    head: bytes
+    tail: bytes
+
+
+class _Open(NamedTuple):
+    """An order whose answer is still to come."""
+
+    device: str
+    room: int
+
+
+class Mail:
+    """Orders and answers by device; `ring(device)` is called when there is an order for it."""
+
+    def __init__(self) -> None:
+        self.ring: Callable[[str], None] = lambda device: None
+        self._lock = threading.Lock()
+        self._boxes: dict[str, list[Letter]] = {}  # by device: orders that it has not answered
+        self._open: dict[str, _Open] = {}  # by number: orders that somebody waits for
+        self._answers: dict[str, bytes | None] = {}  # by number: those that are complete, None for a lost one
+        self._pieces: dict[str, bytearray] = {}  # by number: what has come of those that are not
+        self._tail = b""  # of the last order
+
+    def put(self, device: str, data: bytes, common: int, room: int) -> str:
+        """Queue an order, whose last `common` bytes may be those of the one before; return its number.
+
+        Its answer may have `room` bytes.
+        """
+        number, cut = secrets.token_hex(16), len(data) - common
+        with self._lock:
+            if (tail := data[cut:]) != self._tail:
+                self._tail = tail
+            self._boxes.setdefault(device, []).append(Letter(number, data[:cut], self._tail))
+            self._open[number] = _Open(device, room)
+        self.ring(device)
+        return number
+
+    def first(self, device: str) -> Letter | None:
+        """Return the next order for a device: the same until it is answered, since it may never have arrived."""
+        with self._lock:
+            box = self._boxes.get(device)
+            return box[0] if box else None
+
+    def waits(self, device: str, number: str) -> bool:
+        """Whether a device's answer to an order, or a piece of it, is still wanted."""
+        with self._lock:
+            order = self._open.get(number)
+            return order is not None and order.device == device and number not in self._answers
+
+    def answer(self, device: str, number: str, piece: bytes, *, last: bool = True) -> None:
+        """Take a piece of a device's answer.
+
+        What answers no order of this device is thrown away; what is too large is `TOO_LARGE`; without a byte, it is a lost one.
+        """
+        with self._lock:
+            order = self._open.get(number)
+            if order is None or order.device != device or number in self._answers:
+                return
+            pieces = self._pieces.pop(number, None)
+            if len(piece) + len(pieces or b"") > order.room:
+                self._answers[number] = TOO_LARGE
+            elif not last:
+                self._pieces[number] = (pieces or bytearray()) + piece
+            else:
+                self._answers[number] = (bytes(pieces + piece) if pieces else piece) or None
+            if number in self._answers:
+                self._take_out(device, number)
+
+    def lose(self, device: str) -> None:
+        """Note that a device has gone: no answer to what it was ordered will come."""
+        with self._lock:
+            self._boxes.pop(device, None)
+            for number in [n for n, order in self._open.items() if order.device == device]:
+                self._answers.setdefault(number, None)
+
+    def answered(self, numbers: set[str]) -> list[str]:
+        """Return the orders that are answered, or lost."""
+        with self._lock:
+            return [n for n in self._answers if n in numbers]
+
+    def pull(self, number: str) -> bytes | None:
+        """Return the answer to an order, once; the order is forgotten."""
+        with self._lock:
+            answer = self._answers.get(number)
+        self.drop({number})
+        return answer
+
+    def drop(self, numbers: set[str]) -> None:
+        """Forget orders, and their answers."""
+        with self._lock:
+            for number in numbers:
+                order = self._open.pop(number, None)
+                self._answers.pop(number, None)
+                self._pieces.pop(number, None)
+                if order is not None:
+                    self._take_out(order.device, number)
+
+    def _take_out(self, device: str, number: str) -> None:
+        if box := self._boxes.get(device):
+            box[:] = [letter for letter in box if letter.number != number]

@@ -19,7 +19,7 @@ Each order holds a number of its own that its answer repeats: an answer is bound
 run and round.
 
 What both sides believe of each other stands in the fields of these classes: pydantic refuses every other type, size and
-name (MessageError).  A device's reasons are codes (`reasons.py`).
+name (MessageError).  A device's reasons are codes (`WORDS`).
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic.dataclasses import dataclass
 
 from fleetune.errors import MessageError, cut_reason
-from fleetune.fleet.reasons import in_words
 from fleetune.models.cache import names
 from fleetune.tuning.exchange.messages import Message, Payload, Scalar, decode, encode
-from fleetune.tuning.recipe.recipe import label_words
-from fleetune.tuning.recipe.recipe_problems import told
+from fleetune.tuning.recipe.recipe import label_words, problem_text
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare.prepare import TuneJob
+from types import MappingProxyType
+
+from fleetune.common.memory import is_out_of_memory
+from fleetune.errors import DataError, FitError, FleetError, LedgerError, ModelError, StorageError, UsageError
 
 T = TypeVar("T")
 
@@ -207,9 +209,7 @@ class Reply:
     kept: Kept = NOTHING_KEPT  # round and CRC-32 of what the device remembers now
     seconds: Annotated[float, Field(ge=0, lt=1e9)] = 0.0
     rss: Bytes = 0
-    code: Annotated[str, Field(max_length=60)] = (
-        ""  # why it is not done: one of `reasons.WORDS`, with its numbers
-    )
+    code: Annotated[str, Field(max_length=60)] = ""  # why it is not done: one of `WORDS`, with its numbers
     reason: Text = ""  # the same in words; it is not sent
 
     @model_validator(mode="after")
@@ -286,7 +286,7 @@ def _read(form: TypeAdapter[T], text: str | bytes, what: str) -> T:
     try:
         return form.validate_json(text)
     except ValidationError as error:
-        raise MessageError(f"{what} is not as agreed: {told(error.errors()[0])}") from error
+        raise MessageError(f"{what} is not as agreed: {problem_text(error.errors()[0])}") from error
 
 
 def _encode(round: int, nonce: bytes, scalars: Mapping[str, Scalar]) -> bytes:
@@ -307,5 +307,70 @@ def _made(cls: type[T], found: Mapping[str, Any], what: str) -> T:
     try:
         return cls(**found)
     except (ValidationError, TypeError) as error:
-        why = told(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
+        why = problem_text(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
         raise MessageError(f"{what} is not as agreed: {why}") from error
+
+
+WORDS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "battery": "it runs on its battery",
+        "busy": "other programs take {} % of its processors",
+        "calibrated": "it has calibrated one compression on {} windows of {} tokens, and gives no other sums",
+        "fault": "its work ended in an error; its console says which",
+        "few-tokens": "sums over so few tokens could give its rows away; it makes none over fewer than {}",
+        "measured": "it has made {} measurements, and makes no other",
+        "measured-at": "it has measured its held-out rows at {} tokens, and does so at no other length and with no other labels",
+        "memory": "the work does not fit the {} MB that it may use",
+        "model": "it has not the run's model in this revision; its console says more",
+        "no-calibration": "it takes no part in calibrations: fleetune fleet join .. --calibrate",
+        "no-data": "it was not told which rows it has: start the SuperNode with --node-config \"data='FILE'\"",
+        "no-evaluation": "it takes no part in evaluations: join with the --held-out that it trained with, or --eval-data FILE",
+        "no-job": "it has no job yet; does another process use its key?",
+        "order": "it was sent something that it does not obey; its console says more",
+        "remembers": "it no longer has what it kept in round {}; its console says more",
+        "rows": "its rows cannot be used for this run; its console says more",
+        "settings": "it cannot do this work with these settings; its console says more",
+        "storage": "its disk takes no more",
+        "work": "it was asked for {} rows' work in a round, and does {} at most",
+    }
+)
+OF_ERRORS: Final = (
+    (MessageError, "order"),
+    (LedgerError, "order"),
+    (DataError, "rows"),
+    (ModelError, "model"),
+    (StorageError, "storage"),
+    (UsageError, "settings"),
+)
+LARGEST: Final = 1 << 63  # of a number
+
+
+class Declined(FleetError):
+    """A device does not do what it is asked: `WORDS[code]` with these numbers, and for its own console a hint."""
+
+    def __init__(self, code: str, *numbers: int, hint: str | None = None) -> None:
+        super().__init__(WORDS[code].format(*(f"{n:,}" for n in numbers)), hint=hint)
+        self.reason = " ".join([code, *(str(min(n, LARGEST - 1)) for n in numbers)])
+
+    @property
+    def page(self) -> str:
+        """The section of the docs on errors of the fleet."""
+        return FleetError("").page
+
+
+def reason_of(error: BaseException, memory: int) -> str:
+    """Return what a server is told of an error, on a device that may use so many bytes of memory."""
+    if isinstance(error, Declined):
+        return error.reason
+    if isinstance(error, FitError) or is_out_of_memory(error):
+        return f"memory {memory // 10**6}"
+    return next((code for kind, code in OF_ERRORS if isinstance(error, kind)), "fault")
+
+
+def in_words(reason: str) -> str:
+    """Return a device's reason as a sentence; MessageError for one that is none of the list."""
+    code, *numbers = reason.split(" ")
+    plain = all(n.isascii() and n.isdigit() and len(n) < 20 and int(n) < LARGEST for n in numbers)
+    if code not in WORDS or not plain or WORDS[code].count("{}") != len(numbers):
+        raise MessageError(f"the reason {reason!r:.60} is none that a device can have")
+    return WORDS[code].format(*(f"{int(n):,}" for n in numbers))

@@ -15,20 +15,17 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
 from fleetune.common.display import counted
 from fleetune.common.events import ClientReply
 from fleetune.errors import FleetError, MessageError
-from fleetune.fleet.asking import WORD, Asking
 from fleetune.fleet.link import Link, answer_in
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
-from fleetune.fleet.pace import Pace
 from fleetune.fleet.table import Devices, apart
 from fleetune.seeds.noise import derive
-from fleetune.tuning.rounds.fleets import OLDEST, Answer, outrun
-from fleetune.tuning.rounds.kinds import ONE, Wanted
+from fleetune.tuning.rounds.fleets import ONE, Answer, Fleet, Wanted, outrun
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +46,7 @@ class _Order:
     order: Order
 
 
-class RemoteFleet:
+class RemoteFleet(Fleet):
     """The devices of a run, over a link; `look()` is called while it waits, and may raise to stop."""
 
     def __init__(
@@ -79,7 +76,6 @@ class RemoteFleet:
         self.told: dict[int, Device] = {}  # client -> what it said of itself last
         self._asking: Asking | None = None
         self._gone: set[int] = set()  # clients that were waited for in vain, until they are back
-        self._late = set[str]()  # numbers of orders of earlier rounds, whose answers are used when they come
         self._declined = set[int]()  # clients that declined when they were last asked
 
     # What every fleet has ---------------------------------------------------------------------------------
@@ -92,17 +88,14 @@ class RemoteFleet:
     def present(self) -> Sequence[int]:
         """Return the clients that may be asked: those that have joined, and were not waited for in vain since.
 
-        Those that are still at work for an earlier round are left out.  Where nobody is there it waits until somebody is.
+        Where nobody is there it waits until somebody is.
         """
         next_word = time.monotonic()
         while True:
-            self._lost(self._late, self._greet())
+            self._greet()
             self.devices.give_kinds(self.kinds)
-            busy = {self._orders[n].order.client for n in self._late}
-            away = self._gone | busy
-            found = [c for c, rows in enumerate(self.devices.rows) if rows and c not in away]
-            if found or busy:
-                return found
+            if there := [c for c, rows in enumerate(self.devices.rows) if rows and c not in self._gone]:
+                return there
             self._check_prospect(1)
             if time.monotonic() >= next_word:
                 next_word += WORD
@@ -111,11 +104,6 @@ class RemoteFleet:
             for _ in self._answers():
                 pass
             time.sleep(self.pace.poll)
-
-    @property
-    def busy(self) -> int:
-        """Number of clients that are still at work for an earlier round."""
-        return len(self._late)
 
     def kind(self, client: int) -> int:
         """Return the kind of work that a device was given, by what fits it."""
@@ -148,9 +136,6 @@ class RemoteFleet:
             reason=reply.reason,
         )
 
-    def rewind(self, round: int) -> None:
-        """Do nothing: orders say on which memory the work stands."""
-
     def forget_before(self, round: int) -> None:
         """Let devices delete memories that a newer one, not after `round`, replaces."""
         self._oldest = max(0, round)
@@ -158,7 +143,7 @@ class RemoteFleet:
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes], goal: int = 0
     ) -> Iterator[Answer]:
-        """Yield the answers of these clients as they come, and late ones to earlier rounds where these are used.
+        """Yield the answers of these clients as they come.
 
         A device that is away is waited for, and asked when it is back; one that comes in anew is asked again.
         """
@@ -177,12 +162,10 @@ class RemoteFleet:
 
     def _given(self, asking: Asking) -> Iterator[Answer]:
         self._asking = asking
-        self._forget({n for n in self._late if asking.round - self._orders[n].order.round > OLDEST})
-        while asking.goes_on(late=bool(self._late)):
+        while asking.goes_on():
             self.look()
             here = self._greet()
             asking.lost(self._lost(asking.sent, here))
-            self._lost(self._late, here)
             self._give_out(asking, here)
             yield from self._given_up(asking)
             for number, order, reply in self._answers():
@@ -200,12 +183,6 @@ class RemoteFleet:
 
     def _taken(self, asking: Asking, number: str, order: Order, reply: Reply | None) -> Iterator[Answer]:
         """Yield what has been answered to an order; nothing where the answer was lost, or the device has declined."""
-        if number in self._late:
-            self._late.discard(number)
-            if reply is not None and reply.what == "done":
-                asking.heard += 1
-                yield self._answer(order, reply)._replace(sent=0, late=asking.round - order.round)
-            return
         client = asking.answered(number, lost=reply is None)
         if client is None or reply is None:
             return
@@ -258,10 +235,7 @@ class RemoteFleet:
             yield self._without(asking.orders[client], "dropped", f"not there for {now - since:.0f} s")
         yield from self._that_declined(asking)
         slow, asking.sent = asking.sent, {}
-        if self.pace.late:
-            self._late |= slow.keys()
-        else:
-            self._forget(set(slow))
+        self._forget(set(slow))
         for client in slow.values():
             yield self._without(asking.orders[client], "late", reason)
 
@@ -323,12 +297,11 @@ class RemoteFleet:
     def doing(self) -> list[tuple[str, int, str]]:
         """Return (name, client, what it does) of every device.
 
-        That is ready, at work, at work late, declined, joining, away, has not joined, or "refused: " and why.
+        That is ready, at work, declined, joining, away, has not joined, or "refused: " and why.
         """
         here, asking = self.link.online(), self._asking
         does = dict.fromkeys(self._declined, "declined")
         does |= dict.fromkeys(asking.sent.values() if asking is not None else (), "at work")
-        does |= dict.fromkeys((self._orders[n].order.client for n in self._late), "at work late")
 
         def what(client: int, key: str, rows: int) -> str:
             if key in self._refused:
@@ -391,7 +364,6 @@ class RemoteFleet:
 
     def _forget(self, numbers: set[str]) -> None:
         self.link.drop(numbers)
-        self._late -= numbers
         for number in numbers:
             self._orders.pop(number, None)
 
@@ -458,3 +430,95 @@ class RemoteFleet:
     @staticmethod
     def _without(order: Order, status: str, reason: str) -> Answer:
         return Answer(order.client, order.key, None, status, reason, 0.0, len(order.body))
+
+
+WORD: Final = 30.0  # seconds of waiting, after which it is said for whom
+SHOWN: Final = 5  # names in that word
+
+
+class Declined(NamedTuple):
+    """When a device has declined, and why."""
+
+    since: float
+    reason: str
+
+
+@dataclass
+class Asking:
+    """A round in progress; `goal` is the number of replies that end it, 0: all."""
+
+    round: int
+    orders: Mapping[int, Order]  # by client
+    goal: int = 0
+    at_once: int = 0  # how many may be at work, 0 for any number
+    room: int = 0  # bytes that an answer may have, 0: the usual
+    replies: int = 0  # that have come
+    heard: int = 0  # devices that have worked for this round, well or not
+    over: bool = False  # its time is up
+    began: float = field(default_factory=time.monotonic)
+    waiting: dict[int, float] = field(init=False)  # client -> since when it is waited for
+    sent: dict[str, int] = field(init=False, default_factory=dict)  # number of an order -> client
+    times: dict[int, int] = field(init=False, default_factory=dict)  # client -> how often it was asked
+    declined: dict[int, Declined] = field(init=False, default_factory=dict)
+    next_word: float = field(init=False)  # when to say who is waited for
+
+    def __post_init__(self) -> None:
+        self.waiting = dict.fromkeys(self.orders, self.began)
+        self.next_word = self.began + WORD
+
+    def goes_on(self) -> bool:
+        """Tell whether the round is to be waited for."""
+        if self.over or (self.goal and self.replies >= self.goal):
+            return False
+        return bool(self.waiting or self.sent or self.declined)
+
+    def given(self, client: int, number: str) -> None:
+        """Note that a client was given its order."""
+        del self.waiting[client]
+        self.sent[number] = client
+        self.times[client] = self.times.get(client, 0) + 1
+
+    def lost(self, numbers: Iterable[str]) -> None:
+        """Note that the devices of these orders have gone, or come in anew, so that they are asked again."""
+        for number in numbers:
+            self.waiting[self.sent.pop(number)] = time.monotonic()
+
+    def answered(self, number: str, *, lost: bool) -> int | None:
+        """Note that an order is answered, or that its answer was lost; its client, None for an order of no client."""
+        client = self.sent.pop(number, None)
+        if client is not None and lost:
+            self.waiting[client] = time.monotonic()
+        return client
+
+    def decline(self, client: int, reason: str) -> None:
+        """Note that a client that had its order has declined."""
+        self.declined[client] = Declined(time.monotonic(), reason)
+
+    def ask_again(self, seconds: float) -> None:
+        """Let those that declined so long ago be asked again."""
+        for client, found in list(self.declined.items()):
+            if time.monotonic() - found.since > seconds:
+                del self.declined[client]
+                self.waiting[client] = time.monotonic()
+
+    def word(self, name: Callable[[int], str]) -> Iterator[str]:
+        """Yield, when it is time, for whom the round waits; `name` gives a client's name."""
+        if time.monotonic() <= self.next_word:
+            return
+        self.next_word += WORD
+        does = dict.fromkeys(self.waiting, "away") | dict.fromkeys(self.sent.values(), "at work")
+        does |= {client: f"declined: {found.reason}" for client, found in self.declined.items()}
+        shown = [f"{name(c)} ({does[c]})" for c in sorted(does)[:SHOWN]]
+        more = f" and {len(does) - SHOWN} more" if len(does) > SHOWN else ""
+        few = f"{self.goal - self.replies} of " if self.goal else ""
+        yield f"round {self.round}: waiting for {few}{', '.join(shown)}{more}"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long the server waits."""
+
+    grace: float = 60.0  # seconds for a device that has gone, before the round goes on without it
+    deadline: float = 0.0  # seconds for a round; 0: as long as devices work
+    poll: float = 0.05  # seconds between two looks
+    again: float = 30.0  # seconds until devices that declined are asked again, where no other has worked

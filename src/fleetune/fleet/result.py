@@ -19,7 +19,7 @@ from fleetune.errors import LedgerError, MessageError, UsageError
 from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.orders import Job
 from fleetune.models.net.model import Model
-from fleetune.runs import env_file
+from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.noise import POOL
 from fleetune.tuning.exchange.messages import Scalar
@@ -52,7 +52,7 @@ def job_of_run(folder: Path, run: str, task: str, steps: int = 0) -> Job:
         recipe.method,
         dict(recipe.set),
         recipe.model,
-        env_file.base_digest(folder),
+        rundir.made_on(folder)["base"],
         recipe.dtype,
         recipe.max_length,
         label_words(recipe.labels),

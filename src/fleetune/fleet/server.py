@@ -22,8 +22,7 @@ from fleetune.fleet import keys as keyring
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.keys import PublicKey
 from fleetune.fleet.orders import Job, is_path, job_of
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
@@ -31,12 +30,12 @@ from fleetune.runs.rundir import RunDir
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import settled
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.rounds.fleets import Fleet
-from fleetune.tuning.rounds.kinds import ONE, Wanted, wanted
+from fleetune.tuning.rounds.fleets import ONE, Fleet, Wanted, wanted
 
 if TYPE_CHECKING:
+    from fleetune.fleet.page import LivePage
     from fleetune.tuning.prepare.prepare import TuneJob
-    from fleetune.tuning.run.simulation import Step
+    from fleetune.tuning.run.run import Step
 
 SIMULATED: Final = ("drop", "stragglers", "deadline")  # options of a recipe that real devices do not follow
 PUBLISHED: Final = 1.0  # seconds between two words to `fleet status`
@@ -108,6 +107,7 @@ class Served:
     simulated: bool = False
     session: str = field(init=False, default_factory=lambda: secrets.token_hex(16))  # of this process
     farewell: str = "the run is finished"  # what devices are told at the end
+    page: str | None = None  # where the fleet is shown in a browser: [HOST:]PORT, "" for the usual
     more: str = ""  # that devices need beside their rows, for the command that is shown
     _count: int = field(init=False, default=0)  # of devices, that the first round waits for
     _done: int = field(init=False, default=0)  # rounds that were finished before
@@ -117,27 +117,33 @@ class Served:
     _next_word: float = field(init=False, default=0.0)  # to `fleet status`
     _next_refusals: float = field(init=False, default=0.0)  # to the log
     _complaint: str = field(init=False, default="")
+    _page: LivePage | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._keys = self.place.check()
 
     def __enter__(self) -> Served:
-        from fleetune.fleet.flower.gate import Address, Gate
+        from fleetune.fleet.door import Door
+        from fleetune.fleet.http_server import Address
 
         certificate = self.place.certificate
         files = (certificate / "server.pem", certificate / "server.key") if certificate else (None, None)
-        self._gate = Gate(Address(self.place.host, self.place.port, *files), self._keys)
-        self._gate.open()
+        address = Address(self.place.host, self.place.port, *files)
+        self._door = Door(address, self._keys)
+        if self.page is not None:
+            from fleetune.fleet import page
+
+            self._page = page.LivePage(page.place(self.page, address), os.environ.get("FLEETUNE_PASSWORD"))
+            self._page.open()
+        self._door.open()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._fleet is not None and error[0] is None:
             self._fleet.end(self.farewell)
-        self._gate.close()
-
-    def check(self, recipe: Recipe) -> None:
-        """Raise UsageError where late replies are to be used and every round waits for all."""
-        self.pace.check(recipe)
+        self._door.close()
+        if self._page is not None:
+            self._page.close()
 
     def settled(self, recipe: Recipe, named: Collection[str]) -> Recipe:
         """Return the recipe as these devices run it; it names the options `named` itself."""
@@ -196,7 +202,6 @@ class Served:
         devices = Devices(run.path)
         told = job_of(job, devices.run)
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
-        self.pace = self.pace.of(job.recipe)
         kinds = wanted(job.method, job.recipe.kinds)
         return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds)
 
@@ -213,6 +218,10 @@ class Served:
         """Return the fleet for a job when `count` devices are ready; what they do is written into `folder`."""
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
         listener.note(f"on each device: {self.line(is_path(job.model) or Path(job.model).exists())}")
+        if self._page is not None:
+            self._page.run = folder
+            asks = self._page.password if "FLEETUNE_PASSWORD" not in os.environ else ""
+            listener.note(f"page: {self._page.url}" + (f"   (any name, password {asks})" if asks else ""))
 
         audit = Audit(folder)
 
@@ -224,7 +233,7 @@ class Served:
                 raise Interrupted(f"stopped while waiting for devices{KEPT[job.task]}", hint=hint)
 
         self._fleet = RemoteFleet(
-            self._gate,
+            self._door,
             devices,
             job,
             seed,
@@ -254,7 +263,7 @@ class Served:
         if found != self._keys:
             before, now = set(self._keys or []), set(found)
             self._keys = found
-            self._gate.admit(found)
+            self._door.admit(found)
             devices.register([(k.fingerprint, k.name) for k in found])
             changed = [f"{k.name} may join" for k in now - before] + [
                 f"{k.name} is revoked" for k in before - now
@@ -272,7 +281,7 @@ class Served:
             return
         self._next_refusals = time.monotonic() + REFUSALS
         names = {k.fingerprint: k.name for k in self._keys or []}
-        for (answered, path, key), count in sorted(self._gate.refusals.taken().items()):
+        for (answered, path, key), count in sorted(self._door.refusals.taken().items()):
             audit.write(
                 "turned away", status=answered, path=path, device=key, name=names.get(key, ""), requests=count
             )

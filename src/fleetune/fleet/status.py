@@ -28,16 +28,7 @@ FILE: Final = rundir.FLEET
 STOP: Final = "fleet.stop"
 # What a server's word has, what a device does, and what became of a reply
 FIELDS: Final = frozenset({"t", "session", "pid", "machine", "rss", "address", "round", "rounds", "devices"})
-STATES: Final = (
-    "at work",
-    "at work late",
-    "ready",
-    "declined",
-    "joining",
-    "refused",
-    "away",
-    "has not joined",
-)
+STATES: Final = ("at work", "ready", "declined", "joining", "refused", "away", "has not joined")
 STATUSES: Final = ("ok", "refused", "late", "dropped", "failed", "declined")
 
 
@@ -102,10 +93,7 @@ class Record:
             case "round":
                 self.replies.update(reply["status"] for reply in self._round.values())
                 for client, reply in self._round.items():
-                    if reply.get("late"):  # it was counted as lost when its round was over
-                        self.lost[client] -= reply["status"] == "ok"
-                    else:
-                        self.lost[client] += reply["status"] != "ok"
+                    self.lost[client] += reply["status"] != "ok"
                 self._round = {}
                 self.bytes_up += event["bytes_up"]
                 self.bytes_down += event["bytes_down"]

@@ -21,7 +21,7 @@ from fleetune.common import __version__
 from fleetune.common.files import PRIVATE, json_text, read_json, write_atomic
 from fleetune.errors import MessageError, StorageError
 from fleetune.fleet.orders import Device
-from fleetune.tuning.rounds.kinds import Assignment, Wanted
+from fleetune.tuning.rounds.fleets import Assignment, Wanted
 
 FILE: Final = "devices.json"
 

@@ -9,7 +9,7 @@
 
 A device runs what is installed on it.  An order is data: a method's name and settings, numbers, and the bytes that the
 method itself would read in a simulated fleet.  It does the orders of the task that it has agreed to, of at most `PASSES`
-passes over its rows, and says why it does not by a code (`reasons.py`).
+passes over its rows, and says why it does not by a code (`orders.py`).
 """
 
 from __future__ import annotations
@@ -49,25 +49,35 @@ from fleetune.errors import (
     fault,
 )
 from fleetune.evaluation.losses import pad_id, response_loss
-from fleetune.fleet import eval_device, held_out
+from fleetune.fleet import eval_device
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, TASKS, Device, Job, Order, Reply, is_path
-from fleetune.fleet.reasons import Declined, in_words, reason_of
-from fleetune.models.loading.shapes import shape_of
-from fleetune.models.mapped.bases import BLOCKS, MAPPED, PLACES
-from fleetune.models.mapped.net import memory_of
+from fleetune.fleet.orders import (
+    NOTHING_KEPT,
+    REFUSED,
+    TASKS,
+    Declined,
+    Device,
+    Job,
+    Order,
+    Reply,
+    in_words,
+    is_path,
+    reason_of,
+)
+from fleetune.models.cache.cache import BLOCKS, MAPPED, PLACES
+from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
-from fleetune.planning.plan import Workload
+from fleetune.planning.device_cost import Workload
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare.prepare import usual_threads
-from fleetune.tuning.rounds.fleets.local_work import work
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.local_work import Memories, work
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +114,8 @@ class Brings:
         return f"trains on its rows, {measures}, {sums}"
 
     def divided(self, note: Callable[[str], None] = log.info) -> tuple[Sequence[Example], Sequence[Example]]:
-        """Return (training rows, held-out rows); DataError as in `held_out.divided`."""
-        return held_out.divided(
+        """Return (training rows, held-out rows); DataError as in `eval_device.divided`."""
+        return eval_device.divided(
             self.data, self.held_out, self.eval_data, columns=self.columns, note=note, offline=self.offline
         )
 
@@ -372,7 +382,7 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
     calibration = Calibration(model, rows, own, job)
     speed = measured_speed(model, rows) if job.task == "tune" else 0.0
     return Loaded(
-        job, method, model, rows, held, held_out.digest(aside), Memories(folder), kinds, speed, calibration
+        job, method, model, rows, held, eval_device.digest(aside), Memories(folder), kinds, speed, calibration
     )
 
 

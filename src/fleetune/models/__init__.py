@@ -11,24 +11,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fleetune.models.loading.loading import (
+    from fleetune.models.cache.cache import builtin
+    from fleetune.models.loading import (
         DEVICES,
         DTYPES,
-        builtin,
         check_device,
         device_memory,
-        disk_errors,
         load,
         load_artefact,
         load_config,
         load_tokenizer,
-        move_model,
         pull,
         resolve,
-        save,
     )
-    from fleetune.models.loading.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
     from fleetune.models.net.model import Model, digest, named_tensors, tokenizer_digest, uniform
+    from fleetune.models.net.saving import disk_errors, save
+    from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
 
 __all__ = [
     "DEVICES",
@@ -43,7 +41,6 @@ __all__ = [
     "load_artefact",
     "load_config",
     "load_tokenizer",
-    "move_model",
     "named_tensors",
     "pull",
     "resolve",
@@ -56,13 +53,16 @@ __all__ = [
     "uniform",
 ]
 
-_MODEL = ("Model", "digest", "named_tensors", "tokenizer_digest", "uniform")
+_PLACES = {
+    "cache.cache": ("builtin",),
+    "tiny": ("tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer"),
+    "net.model": ("Model", "digest", "named_tensors", "tokenizer_digest", "uniform"),
+    "net.saving": ("disk_errors", "save"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = (
-        "loading.tiny" if name.startswith("tiny_") else "net.model" if name in _MODEL else "loading.loading"
-    )
+    module = next((module for module, names in _PLACES.items() if name in names), "loading")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -9,8 +9,7 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
     floor     the process: Python, torch, transformers, the tokenizer, the compiled column loop
     weights   all of them, mapped from their file where they have its type; with `--low-memory` the largest part that
               is in memory at a time: a block, or the embedding
-    states    what the windows are in front of the next block: windows * length * hidden * s; where tokens do not count alike,
-              4 bytes for each of them and each layer
+    states    what the windows are in front of the next block: windows * length * hidden * s
     work      the largest of three stages, which follow each other:
               solving   the block's Hessians, 4 C^2 for each distinct input (q, k and v share one); copies of one
                         matrix (4 R C each) and of its Hessian (4 C^2 each); the results so far, a byte a weight or,
@@ -19,7 +18,6 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
               running   a window through the block: length * s * (its widest point), its scores where attention is not
                         fused (4 heads length^2, twice), and the block's compressed weights
               (a method that compares with the dense model has states and Hessians twice)
-              weighing  tokens by the gradient of the loss: a window forward and back, layer by layer
               choosing  grids for a byte budget: a window forward and back, layer by layer, with what enters the experts
                         of each and 8 bytes for each of their outputs; embedding and head solved some rows at a time, and
                         their codes
@@ -34,8 +32,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
-from fleetune.models.loading.shapes import Linear, Shape
-from fleetune.planning import device_cost, workload
+from fleetune.models.shapes import Linear, Shape
+from fleetune.planning import device_cost
 from fleetune.planning.device_cost import FLOOR, KERNELS, PIECE
 from fleetune.tuning.exchange.footprint import Footprint
 
@@ -66,11 +64,9 @@ class CompressionSize(NamedTuple):
     budget: bool = False  # grids are chosen for a byte budget
     trained: bool = False  # the scales are trained afterwards
     dense: bool = False  # the windows go through the dense model as well (`Corrector`)
-    weighted: bool = False  # tokens count by the gradient of the loss
 
 
 def _experts(shape: Shape, block: list[Linear]) -> list[Linear]:
-    """Return the experts of a block, by its linear layers."""
     front = ".".join(block[0].name.split(".")[:3])
     return [x for x in shape.experts if x.name.startswith(f"{front}.")]
 
@@ -93,8 +89,6 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
         scores = SCORES * work.heads * work.length**2 * 4
         stages["running"] = int(work.length * work.size * shape.widest + scores)
         stages["running"] += 2 * inner * 4
-    if work.weighted:
-        stages["weighing"] = _backward(shape, work)
     if work.budget:
         stages["choosing"] = max(_backward(shape, work) + _sensitivity(shape, work), _ends(shape))
     if work.trained:
@@ -116,8 +110,7 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
         // max(1, work.clients)
         * work.length
         * shape.hidden
-        * work.size
-        + work.weighted * 4 * work.windows * work.length * len(shape.linears),
+        * work.size,
         "work": int(max(stages.values())),
     }
 
@@ -125,10 +118,10 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
 def training(student: Shape, batch: int, length: int, beside: int) -> dict[str, int]:
     """Return the bytes of the peak by part: all weights of `student` trained in fp32 on batches of `length` tokens a row.
 
-    Of a layer's activations only what enters it is kept (`models/net/checkpointing.py`).
+    Of a layer's activations only what enters it is kept (`models/net/layers.py`).
     `beside` are the bytes of the other models in memory: a teacher, and what the student was made of.
     """
-    work = workload.Workload(batch=batch, length=length)
+    work = device_cost.Workload(batch=batch, length=length)
     footprint = Footprint("backward", checkpointing=True)
     return device_cost.memory(student, work, footprint) | {"beside": beside}
 
@@ -160,7 +153,6 @@ def hessians(block: list[Linear]) -> int:
 
 
 def _inputs(block: list[Linear]) -> list[int]:
-    """Return the size of each distinct input of a block."""
     inputs = {(x.name.rpartition(".")[0], x.name.endswith(("o_proj", "down_proj")), x.into) for x in block}
     return [into for _, _, into in inputs]
 
@@ -184,7 +176,6 @@ def _backward(shape: Shape, work: CompressionSize) -> int:
 
 
 def _sensitivity(shape: Shape, work: CompressionSize) -> int:
-    """Return the bytes of the sensitivity of experts: what enters those of each layer, and the sums of squares."""
     entering = (
         work.length * work.size * shape.hidden * len({x.name.rpartition(".")[0] for x in shape.experts})
     )
@@ -202,7 +193,6 @@ def _scales(shape: Shape, work: CompressionSize) -> int:
 
 
 def _ends(shape: Shape) -> int:
-    """Return the bytes of solving embedding and head: some rows at a time, and a byte for each code."""
     rows = 4 * MATRICES * END_ROWS * shape.hidden + 4 * FACTORS * shape.hidden**2
     return int(rows + (4 + WRITTEN) * shape.vocab * shape.hidden)
 

@@ -28,13 +28,53 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from fleetune.models.families.dtypes import WEIGHTS
-from fleetune.models.loading.shapes import Shape
-from fleetune.planning.workload import Workload
+from fleetune.errors import UsageError
+from fleetune.models.cache.cache import PLACES
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.shapes import Shape
 from fleetune.seeds import chosen_kernels
 from fleetune.tuning.exchange.footprint import Footprint, Module
+
+MOST_STEPS: Final = 1_000_000  # of a round: a pool of directions holds as many
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A device's round: `steps` steps on `batch` rows of `length` tokens, weights in `dtype`, in memory or mapped.
+
+    By default rows are as long as `tune` takes at most, and as many as most methods take a step.
+    """
+
+    batch: int = 8
+    length: int = 512
+    steps: int = 200
+    dtype: str = "fp32"
+    base: str = "memory"  # or mapped: the base's weights stay in their file
+
+    def __post_init__(self) -> None:
+        wrong = [n for n in ("batch", "length", "steps") if getattr(self, n) < 1]
+        if wrong:
+            raise UsageError(f"--{wrong[0]} {getattr(self, wrong[0])} must be at least 1")
+        if self.steps > MOST_STEPS:
+            raise UsageError(f"--steps {self.steps} is more than {MOST_STEPS:,}")
+        if self.dtype not in WEIGHTS:
+            raise UsageError(f"no dtype named '{self.dtype}'", hint="choose one of " + ", ".join(WEIGHTS))
+        if self.base not in PLACES:
+            raise UsageError(f"no base named '{self.base}'", hint="choose one of " + ", ".join(PLACES))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.length
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight."""
+        return WEIGHTS[self.dtype].size
+
 
 MIB: Final = 1 << 20
 
@@ -129,7 +169,6 @@ def least(shape: Shape, work: Workload, footprint: Footprint, *, in_file: bool) 
 
 
 def _runs_both_signs(shape: Shape, work: Workload, footprint: Footprint) -> bool:
-    """Return whether a step along a direction runs both its signs in one forward, in twice the activations."""
     from fleetune.seeds.descent import PAIRED
 
     return work.tokens <= PAIRED and not shape.labels and not footprint.stores_direction
@@ -139,7 +178,7 @@ def _weights(shape: Shape, work: Workload, footprint: Footprint) -> int:
     trains_all = footprint.gradient == "backward" and not footprint.module.tensors and not footprint.projects
     if work.base == "memory" or trains_all:
         return shape.params * work.size
-    from fleetune.models.mapped.file import KEPT
+    from fleetune.models.stored import KEPT
     from fleetune.seeds.weights import CHUNK
 
     seen = footprint.projects or (footprint.gradient == "two-point" and not footprint.module.tensors)
@@ -171,7 +210,7 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
 
 def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> dict[str, int]:
     """Return bytes of what backward needs of a forward pass: activations, of one layer or of all, and the loss's."""
-    from fleetune.models.net.checkpointing import SMALL
+    from fleetune.models.net.layers import SMALL
 
     needed = activation_bytes(shape, work, footprint.module)
     entering = shape.layers * work.tokens * shape.hidden * work.size
@@ -190,7 +229,6 @@ def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> d
 
 
 def _projected(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
-    """Return the parts of a step whose weights and gradients exist a block of rows at a time, and activations a layer."""
     from fleetune.evaluation.head_loss import CHUNK_BYTES
     from fleetune.seeds.weights import CHUNK
 
@@ -306,7 +344,6 @@ def calibrate(work: Workload) -> Rates:
 
 
 def _usual(work: Callable[[], object], budget: float = 0.12) -> float:
-    """Return the median seconds of the calls within about `budget` seconds, after one that warms up."""
     work()
     end = time.perf_counter() + budget
     taken: list[float] = []

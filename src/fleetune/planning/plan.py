@@ -12,47 +12,211 @@ State alone (weights, gradients, moments; no activations, no process) is the com
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common import ggml
 from fleetune.common.display import counted, human_bytes, human_count, human_time
-from fleetune.common.settings import parse_bytes, parse_rate
-from fleetune.errors import UsageError
-from fleetune.models.loading.shapes import Shape, shape_of
-from fleetune.planning import device_cost
-from fleetune.planning.device_cost import Rates
-from fleetune.planning.fitting import TIGHT, Search, Settings, longest
-from fleetune.planning.traffic import traffic
-from fleetune.planning.workload import Workload
+from fleetune.errors import FitError, UsageError
+from fleetune.models.cache.cache import PLACES, SHARE
+from fleetune.models.shapes import Shape, shape_of
+from fleetune.planning import compression_cost, device_cost
+from fleetune.planning.device_cost import Rates, Workload
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Footprint
+from fleetune.tuning.exchange.messages import Message, Payload, encode
 from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = [
-    "Rates",
-    "Row",
-    "Search",
-    "Settings",
-    "Workload",
-    "cells",
-    "columns",
-    "describe",
-    "order",
-    "parse_bytes",
-    "parse_rate",
-    "state_bytes",
-    "table",
-]
+
+ROWS: Final = 1000  # rows of a device: decides the width of one integer of its reply
+
+
+def traffic(method: methods.Method, footprint: Footprint) -> tuple[int, int]:
+    """Return (bytes up, bytes down) of a device in one round; sums at their full 32 bits."""
+    tensors, state = footprint.module.tensors, footprint.state
+    reply = method.expects(state)
+    numbers = {n: 0.5 if kind is float else ROWS for n, (kind, _, _) in reply.scalars.items()}
+    arrays = {n: (kind, tuple(abs(d or 0) for d in sizes)) for n, (kind, sizes) in reply.arrays.items()}
+    # `broadcast` may copy the module, so it is left out there and added here
+    down = method.broadcast(state._replace(tensors={}) if tensors else state)
+    sent = {n: (a.dtype.name, a.shape) for n, a in down.arrays.items()}
+    sent |= {n: ("float32", sizes) for n, sizes in tensors.items()}
+    return message_bytes(arrays, numbers), message_bytes(sent, down.scalars)
+
+
+def message_bytes(arrays: Mapping[str, tuple[str, tuple[int, ...]]], scalars: Mapping[str, Any]) -> int:
+    """Return `len(messages.encode(..))` of a payload with these arrays (dtype, shape), without making them.
+
+    What an array adds is what an empty one adds, its values, and the wider length of its bytes and sizes.
+    """
+    import msgpack
+    import numpy as np
+
+    def packed(value: object) -> int:
+        return len(msgpack.packb(value))
+
+    count = len(arrays)
+    total = len(encode(Message(1, bytes(8), Payload({}, scalars)))) + (
+        0 if count < 16 else 2 if count < 1 << 16 else 4
+    )
+    for name, (kind, shape) in arrays.items():
+        raw = int(np.prod(shape, dtype=np.int64)) * np.dtype(kind).itemsize
+        prefix = 2 if raw < 1 << 8 else 3 if raw < 1 << 16 else 5
+        total += packed([name, 0, list(shape)]) + prefix + raw
+    return total
+
+
+TIGHT: Final = 0.9  # fuller than this is a tight fit: it is taken where no method has more room
+SHORTEST: Final = 64  # tokens of a row, below which rows are not cut
+# copies of an adapter in fp32 that a run holds at its peak beside a device's: its state, the message, replies, their mean in
+# float64, the best so far, a checkpoint
+SERVER: Final = 9
+ANSWER: Final = 96  # tokens of a sample answer
+HOLES: Final = 1.2  # keys and values grow token by token, and leave holes in memory
+EVALUATED: Final = 8  # rows that an evaluation takes at a time
+OPTIONS: Final = {"length": "max_length"}  # fields of `Workload` that a recipe calls otherwise
+
+
+def axes(batch: int) -> dict[str, Sequence[Any]]:
+    """Return what may change, by field of `Workload`: its values, the wanted one first.  The last field changes first.
+
+    `batch` is the number of rows that a step of the method has by itself.
+    """
+    return {
+        "dtype": ("fp32", "bf16"),
+        "length": _halves(longest(), SHORTEST),
+        "batch": _halves(batch, 1),
+        "base": PLACES,
+    }
+
+
+def longest() -> int:
+    """Return the tokens of a row at most in a run that states nothing else."""
+    return int(recipes.fields()["max_length"][1])
+
+
+def _halves(most: int, least: int) -> list[int]:
+    found = [most]
+    while found[-1] // 2 >= least:
+        found.append(found[-1] // 2)
+    return found
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A method, the work of its steps, and the memory that `tune` takes with both."""
+
+    method: str
+    work: Workload  # rows of a step (batch), tokens of a row at most (length), type of the weights (dtype)
+    peak: int  # bytes
+    weights: int  # bytes of the peak
+    ram: int | None = None  # of the device, bytes; None where it is not stated
+    train: str = "weights"  # or scales of a GGUF file
+
+    def options(self) -> dict[str, Any]:
+        """Return what to tell `fleetune.tune`, as keyword arguments; what it does by itself is left out.
+
+        Such as `{"method": "fedit", "settings": {"batch_size": 2}, "max_length": 256, "dtype": "bf16"}`.
+        """
+        own = getattr(methods.make(self.method, {}), "batch_size", self.work.batch)
+        usual = {name: default for name, (_, default, _) in recipes.fields().items()}
+        stated = {OPTIONS.get(name, name): getattr(self.work, name) for name in reversed(axes(1))}
+        if self.work.base == "memory" and (self.ram is None or self.weights <= SHARE * self.ram):
+            del stated["base"]  # auto means memory then
+        return {
+            "method": self.method,
+            **({"settings": {"batch_size": self.work.batch}} if self.work.batch != own else {}),
+            **{n: value for n, value in stated.items() if n in usual and value != usual[n]},
+            **({"train": self.train} if self.train != usual["train"] else {}),
+        }
+
+    def __str__(self) -> str:
+        base = ", base mapped" * (self.work.base == "mapped")
+        return f"{self.method} with {self.work.batch:,} x {self.work.length:,} tokens a step in {self.work.dtype}{base}"
+
+
+def _cached(shape: Shape, work: Workload) -> int:
+    """Return the bytes of the keys and values of the sample answers that a run writes, and of the holes as they grow."""
+    widths = [width for _, width in shape.attention] or [shape.hidden] * shape.layers
+    tokens = EVALUATED * (work.length + ANSWER)
+    return int(HOLES * tokens * 2 * sum(widths) * work.size)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search for the settings under which a model fits a device."""
+
+    shape: Shape
+    ram: int | None  # of the device, bytes; None fits everything
+    asked: Mapping[str, Any] = field(default_factory=dict)  # fields of `Workload` that stay as they are
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
+    shrinks: bool = True  # False tries every method as `tune` runs it by itself, and no smaller
+    train: str = "weights"  # or scales of a GGUF file
+
+    def best(self, order: Sequence[str]) -> Settings:
+        """Return the first settings that fit, of the first method in `order` that has any; FitError where none has.
+
+        A tight fit is taken only where no method has more room.
+        """
+        tried = [settings for name in order for settings in self.tried(name)]
+        if not tried:
+            raise FitError(
+                f"no method that has these settings has a place on a {self.shape.family}",
+                hint="leave out --set, or take another model (docs/models.md)",
+            )
+        if self.ram is None:
+            return tried[0]
+        for room in (TIGHT * self.ram, self.ram):
+            for settings in tried:
+                if settings.peak <= room:
+                    return settings
+        raise self._nothing_fits(min(reversed(tried), key=lambda settings: settings.peak))
+
+    def tried(self, method_name: str) -> Iterator[Settings]:
+        """Yield what is tried of a method, the wanted first; nothing where it has no place on the model."""
+        method = methods.make(method_name, {**recipes.own_settings(self.train, method_name), **self.settings})
+        values = axes(getattr(method, "batch_size", Workload.batch))
+        values |= {name: (value,) for name, value in self.asked.items()}
+        if not self.shrinks:
+            values = {name: some if name == "base" else some[:1] for name, some in values.items()}
+        for combination in itertools.product(*values.values()):
+            work = Workload(**dict(zip(values, combination, strict=True)))
+            sized = method.sized(work.steps, work.batch)
+            footprint = sized.footprint(self.shape)
+            if footprint is None:
+                return
+            step = device_cost.memory(self.shape, work, footprint)
+            measure = device_cost.memory(self.shape, replace(work, batch=EVALUATED), Footprint("none"))
+            of_server = SERVER * 4 * footprint.module.size
+            forward = replace(work, batch=EVALUATED, length=1)
+            answers = sum(device_cost.memory(self.shape, forward, Footprint("none")).values())
+            answers += 0 if self.shape.labels else _cached(self.shape, work)
+            peak = max(sum(step.values()), sum(measure.values()), answers) + of_server
+            yield Settings(method_name, work, peak, step["weights"], self.ram, self.train)
+
+    def _nothing_fits(self, least: Settings) -> FitError:
+        flags = ", ".join(f"--{n}" for n, v in self.asked.items() if (n, v) != ("base", "mapped"))
+        hint = f"leave out {flags}, or take a smaller model" if flags else "take a smaller model"
+        if not self.shrinks:
+            hint = "fleetune plan MODEL --ram SIZE finds settings that need less"
+        elif (self.ram or 0) < device_cost.FLOOR and not flags:
+            needed = human_bytes(1.05 * least.peak).replace(" ", "")
+            hint = f"--ram {needed}: a process without any model takes {human_bytes(device_cost.FLOOR)}"
+        return FitError(
+            f"no method fits {human_bytes(self.ram)}: the smallest, {least}, needs "
+            f"{human_bytes(least.peak - (self.ram or 0))} more ({human_bytes(least.peak)}, of which "
+            f"{human_bytes(least.weights)} are weights)",
+            hint=hint,
+        )
+
 
 log = logging.getLogger(__name__)
 
@@ -78,18 +242,12 @@ class Row:
     ram: int | None  # stated memory of the device
 
     @property
-    def spare(self) -> int:
-        """Bytes of the stated memory left over (negative: missing)."""
-        peak = self.peak or 0
-        return (self.ram or peak) - peak
-
-    @property
     def fits(self) -> str:
         """ "yes", "yes, tight" (within a tenth), or "no: 3.9 GB short"; "" where the memory or the peak is not known."""
         if self.ram is None or self.peak is None:
             return ""
-        if self.spare < 0:
-            return f"no: {human_bytes(-self.spare)} short"
+        if self.peak > self.ram:
+            return f"no: {human_bytes(self.peak - self.ram)} short"
         return "yes" if self.peak <= TIGHT * self.ram else "yes, tight"
 
 
@@ -116,8 +274,6 @@ def table(
     shape = shape_of(config)._replace(scales=scales)
     speed = rates or device_cost.calibrate(work)
 
-    whole = shape.params * work.size
-
     def row(name: str, footprint: Footprint, up: int | None, down: int | None) -> Row:
         module, infers = footprint.module, footprint.gradient == "none"
         parts = device_cost.memory(shape, work, footprint)
@@ -141,7 +297,7 @@ def table(
     rows = [row(name, footprint, *traffic(method, footprint)) for name, method, footprint in stated]
     rows += [Row(name, "", True, None, {}, None, None, None, None, None, None, ram) for name in unstated]
     for name, footprint in device_cost.COMPARISON.items():
-        sent = None if footprint.gradient == "none" else whole
+        sent = None if footprint.gradient == "none" else shape.params * work.size
         rows.append(row(name, footprint, sent, sent))
     return rows
 
@@ -186,10 +342,6 @@ class Plan:
         """
         return self.search.best(order(self.rows))
 
-    def best(self) -> str:
-        """Return the method to begin with; FitError when none fits.  It may need the settings of `settings`."""
-        return self.settings().method
-
 
 def make(
     config: PretrainedConfig,
@@ -212,9 +364,8 @@ def make(
     work, scales = Workload(steps=steps, **asked), ggml.scales_in(kinds)
     rows = table(config, work, ram=ram, uplink=uplink, train=train, scales=scales)
     search = Search(shape_of(config)._replace(scales=scales), ram, asked, train=train)
-    about = describe(config, name, work, uplink=uplink)
-    about[1:1] = [("trains", share)] if (share := ggml.share(kinds)) else []
-    return Plan(tuple(rows), tuple(about), search)
+    about = describe(config, name, work, uplink, ggml.share(kinds))
+    return Plan(tuple(rows), tuple(about.items()), search)
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -249,66 +400,30 @@ def order(rows: Sequence[Row]) -> list[str]:
 
 
 def describe(
-    config: PretrainedConfig, name: str, work: Workload, *, uplink: float | None = None
-) -> list[tuple[str, str]]:
-    """Return the (label, text) lines over the table: model, work, the state alone of running and tuning it, time."""
+    config: PretrainedConfig, name: str, work: Workload, uplink: float | None = None, share: str = ""
+) -> dict[str, str]:
+    """Return label -> text of the lines over the table: model, work, the state alone of running and tuning it, time.
+
+    `share` says what of a quantised file is trained.
+    """
     shape = shape_of(config)
-    adam, fp16 = state_bytes(shape.params, "adam"), state_bytes(shape.params, "inference")
+    size = human_count(shape.params)
+    fp16, adam = human_bytes(2 * shape.params), human_bytes(16 * shape.params)
+    about = {
+        "model": f"{name} · {shape.family} · {size} parameters · {work.dtype} · base {work.base}",
+        "trains": share,
+        "round": f"{counted(work.steps, 'step')} of {work.batch:,} x {work.length:,} tokens on every device",
+        "tune": f"cuts rows at {longest()} tokens (--max-length)",
+        "state only": f"{fp16} to run in fp16 · {adam} to tune with Adam (16 bytes a weight)",
+    }
+    about["compress"] = "" if shape.labels else _compression(shape, work)
     sending = f", and sending at {human_bytes(uplink)} a second" if uplink else ""
-    smaller = [] if shape.labels else [("compress", _compression(shape, work))]
-    return [
-        (
-            "model",
-            f"{name} · {shape.family} · {human_count(shape.params)} parameters · {work.dtype} · base {work.base}",
-        ),
-        (
-            "round",
-            f"{counted(work.steps, 'step')} of {work.batch:,} x {work.length:,} tokens on every device",
-        ),
-        (
-            "tune",
-            f"cuts rows at {longest()} tokens (--max-length); unless told, its steps have {_usual_batches()}",
-        ),
-        (
-            "state only",
-            f"{human_bytes(fp16)} to run in fp16 · {human_bytes(adam)} to tune with Adam (16 bytes a weight)",
-        ),
-        *smaller,
-        ("time", f"computing at this machine's speed of just now{_busy()}{sending}"),
-    ]
-
-
-def _busy() -> str:
-    """Say that this machine has more to do than half of its processors can; "" where not, or where it cannot be told."""
-    load, processors = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
-    if load <= processors / 2:
-        return ""
-    return f" (busy: load {load:.1f} on {counted(processors, 'processor')}, so it may be faster)"
-
-
-def _usual_batches() -> str:
-    """Return the rows of a step by method, as each states them: "1 (fedkseed), 8 (fedit, fedpeptao) rows"."""
-    found: dict[int, list[str]] = {}
-    for name in methods.entries():
-        with suppress(UsageError):  # of another package's module
-            for s in methods.settings(name):
-                if s.name == "batch_size":
-                    found.setdefault(s.default, []).append(name)
-    parts = [f"{batch} ({', '.join(sorted(names))})" for batch, names in sorted(found.items())]
-    return ", ".join(parts) + " rows"
+    about["time"] = f"computing at this machine's speed of just now{sending}"
+    return {label: text for label, text in about.items() if text}
 
 
 def _compression(shape: Shape, work: Workload) -> str:
-    """Describe the peak memory of `fleetune compress` with its default method and windows."""
-    from fleetune.planning import compression_cost as compress
-
-    job = compress.CompressionSize(128, 512, size=work.size, dense=True)
-    whole, paged = (
-        sum(compress.memory(shape, job._replace(low_memory=low)).values()) for low in (False, True)
-    )
-    return f"the default method over 128 windows of 512 tokens: {human_bytes(whole)} · with --low-memory {human_bytes(paged)}"
-
-
-def state_bytes(params: int, use: str) -> int:
-    """Return the bytes of state alone: "inference" is fp16 weights; "adam" fp32 weights, gradients and two moments."""
-    return params * {"inference": 2, "adam": 16}[use]
+    job = compression_cost.CompressionSize(128, 512, size=work.size, dense=True)
+    jobs = (job, job._replace(low_memory=True))
+    whole, paged = (human_bytes(sum(compression_cost.memory(shape, size).values())) for size in jobs)
+    return f"the default method over 128 windows of 512 tokens: {whole} · with --low-memory {paged}"

@@ -5,18 +5,26 @@ The page is one HTML file with its style and its plots (inline SVG) inside: it o
 network for nothing (a content policy forbids it), follows the reader's light or dark scheme and prints.
 Every plot has a title and a description for those who do not see it and its numbers in a table.
 
-The plots lie beside it in `plots/`, as SVG, with their numbers as CSV (`plots.py`); links in the page hold the same files.
-
-`runlog` reads the folder, `page` has the parts of a page, `axes`, `svg` and `charts` draw, `result`, `training` and `clients`
-are the page's sections, `single` puts them together, `words` tells runs and their differences in a terminal, `sweep` is the table
-and the page of a sweep.
+`runlog` reads the folder and tells runs in a terminal, `page` has the parts of a page, `svg` draws, `single`
+is the page of a run with the rounds and clients of `course`, `sweep` the table and the page of a sweep.
 """
 
 from __future__ import annotations
 
-from fleetune.report.runlog import changed, measures, read, samples, summary, table
-from fleetune.report.single import sections, write
-from fleetune.report.words import APART, caveats, differing, facts, results
+from fleetune.report.runlog import (
+    APART,
+    caveats,
+    changed,
+    differing,
+    facts,
+    measures,
+    read,
+    results,
+    samples,
+    summary,
+    table,
+)
+from fleetune.report.single import write
 
 __all__ = [
     "APART",
@@ -28,7 +36,6 @@ __all__ = [
     "read",
     "results",
     "samples",
-    "sections",
     "summary",
     "table",
     "write",

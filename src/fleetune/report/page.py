@@ -8,12 +8,12 @@ are untrusted.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from fleetune.report.runlog import Number
-from fleetune.report.svg import escape, plot_style
+from fleetune.report.svg import escape
 
 
 def esc(value: object) -> str:
@@ -88,46 +88,18 @@ def section(ident: str, title: str, body: str) -> str:
     return f'<section id="{ident}"><h2>{esc(title)}</h2>{body}</section>' if body else ""
 
 
-def style() -> str:
-    """Return the style of a page and its plots."""
-    return plot_style() + Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-
-
 def document(title: str, body: str) -> str:
     """Return the page around `body`: its policy forbids every request."""
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{esc(title)}</title>\n<style>{style()}</style>\n</head>\n<body>\n<main>\n{body}\n"
+        f"<title>{esc(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n"
         "</main>\n</body>\n</html>\n"
     )
-
-
-def flat(source: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
-    """Flatten nested tables to (dotted key, value) with values as text."""
-    out: list[tuple[str, str]] = []
-    for key, value in source.items():
-        if isinstance(value, dict):
-            out += flat(value, f"{prefix}{key}.")
-        else:
-            out.append((f"{prefix}{key}", value_text(value)))
-    return out
-
-
-def value_text(value: object) -> str:
-    """Format a value of an option."""
-    if isinstance(value, bool) or value is None:
-        return "none" if value is None else str(value).lower()
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list):
-        return ", ".join(map(value_text, value)) or "(empty)"
-    return str(value) or '""'
 
 
 def short_name(text: str) -> str:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fleetune.common import sums
-from fleetune.common.display import clean
+from fleetune.common.display import change, clean, human_bytes, human_time, is_noise, show
 from fleetune.common.files import read_text
 from fleetune.errors import UsageError
-from fleetune.report.axes import usable
+from fleetune.report.svg import usable
 from fleetune.runs import metrics, rundir
 
 Event = Mapping[str, object]
@@ -190,12 +190,12 @@ def measures(run: RunLog) -> tuple[dict[str, Number], dict[str, Number]]:
     """Return base and tuned measures: of the end when there is one, else of round 0 and the latest evaluation."""
     early = run.evals[0] if run.evals and num_of(run.evals[0], "round") == 0 else {}
     late = run.evals[-1] if len(run.evals) > 1 else {}
-    found: list[dict[str, Number]] = []
+    sides: list[dict[str, Number]] = []
     for key, event in (("base", early), ("tuned", late)):
         source = map_of(run.done, key) or map_of(run.final, key) or event
         names = [n for n in source if n not in NO_MEASURES]
-        found.append({n: v for n in names if (v := num_of(source, n)) is not None})
-    return found[0], found[1]
+        sides.append({n: v for n in names if (v := num_of(source, n)) is not None})
+    return sides[0], sides[1]
 
 
 def samples(run: Path) -> list[object]:
@@ -287,3 +287,168 @@ def steps(run: RunLog) -> list[Step]:
         own = {n: v for n in figures if (v := num_of(figures, n)) is not None}
         steps.append(Step(int(number), losses, asked, accepted, up, down, total, seconds, rss, own))
     return steps
+
+
+# ---------------------------------------------------------------- told in a terminal
+
+
+def flat(source: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
+    """Flatten nested tables to (dotted key, value) with values as text."""
+    out: list[tuple[str, str]] = []
+    for key, value in source.items():
+        if isinstance(value, dict):
+            out += flat(value, f"{prefix}{key}.")
+        else:
+            out.append((f"{prefix}{key}", value_text(value)))
+    return out
+
+
+def value_text(value: object) -> str:
+    """Format a value of an option."""
+    if isinstance(value, bool) or value is None:
+        return "none" if value is None else str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ", ".join(map(value_text, value)) or "(empty)"
+    return str(value) or '""'
+
+
+APART = "their losses do not compare directly"
+ROWS = ("data", "eval_data", "limit", "held_out", "partition", "seed", "eval_rows", "max_length")
+NO_MATTER = ("data", "limit", "held_out", "partition", "seed")  # where rows are given to validate on
+
+SHOWN_ELSEWHERE = ("model", "data", "method", "rounds", "clients")  # options with a line of their own
+
+
+def facts(run: Path, defaults: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Return a run as (label, text): status and why, what ran, result, cost, settings that are not `defaults`."""
+    log = read(run)
+    figures = summarise(log)
+    reason = log.status.partition(":")[2].strip()
+    lines = [
+        ("status", kind_of(log.status)),
+        ("reason", reason),
+        ("method", str(figures["method"] or "")),
+        ("model", str(figures["model"] or "")),
+        ("data", text_of("data", log.config)),
+        ("rounds", rounds_text(figures)),
+        ("clients", str(figures["clients"] or "")),
+        ("loss", loss_text(figures)),
+        ("traffic", _traffic(figures)),
+        ("time", _time(figures["seconds"])),
+        ("peak memory", _bytes(figures["peak_rss"])),
+        ("settings", settings_text(log, defaults)),
+        ("digest", text_of("digest", log.done)),
+        ("folder", str(run)),
+    ]
+    return [(label, text) for label, text in lines if text]
+
+
+def rounds_text(figures: Mapping[str, object]) -> str:
+    """Return how many rounds were run, and of how many where that is another number: "4", "4 of 10"."""
+    done, planned = figures["rounds"], figures["rounds_planned"]
+    return str(done) if planned in (None, done) else f"{done} of {planned}"
+
+
+def loss_text(figures: Mapping[str, object]) -> str:
+    """Return the validation loss before and after: "4.438 -> 4.351 (-2.0 %)"; "" without one."""
+    base, tuned = number(figures["base_loss"]), number(figures["tuned_loss"])
+    if base is None or tuned is None:
+        return "" if base is None else f"{show('loss', base)} before"
+    error = number(figures["change_error"])
+    noise = ", within noise" if is_noise("loss", base, tuned, error) else ""
+    return f"{show('loss', base)} -> {show('loss', tuned)} ({change('loss', base, tuned, error)}{noise})"
+
+
+def settings_text(log: RunLog, defaults: Mapping[str, object]) -> str:
+    """Return the options that are not `defaults`, and the method's settings that are not its defaults, in one line."""
+    chosen = {
+        k: v
+        for k, v in log.config.items()
+        if k not in (*SHOWN_ELSEWHERE, "set") and (k not in defaults or v != defaults[k])
+    }
+    own = map_of(log.config, "set")
+    if isinstance(log.start.get("changed"), list):
+        named = {"lr", *(str(name).removeprefix("set.") for name in list_of(log.start, "changed"))}
+        own = {k: v for k, v in own.items() if k in named}
+    return " · ".join(f"{k} {v}" for k, v in flat({**chosen, **own}))
+
+
+def results(runs: Sequence[Path]) -> list[list[str]]:
+    """Return a row for each run: name, status, rounds, loss, traffic, time, peak memory."""
+    rows = []
+    for run in runs:
+        log = read(run)
+        f = summarise(log)
+        rows.append(
+            [
+                log.name,
+                kind_of(log.status),
+                str(f["rounds"]),
+                loss_text(f),
+                _bytes(f["bytes"]),
+                _time(f["seconds"]),
+                _bytes(f["peak_rss"]),
+            ]
+        )
+    return rows
+
+
+def differing(runs: Sequence[Path]) -> tuple[list[tuple[str, list[str]]], int]:
+    """Return the options that are not equal, each with its value of every run ("-" for none), and how many are equal."""
+    flats = [dict(flat(read(run).config)) for run in runs]
+    every = {key: [config.get(key, "-") for config in flats] for config in flats for key in config}
+    unlike = [(key, values) for key, values in every.items() if len(set(values)) > 1]
+    return unlike, len(every) - len(unlike)
+
+
+def _traffic(figures: Mapping[str, object]) -> str:
+    if figures["bytes"] is None:
+        return ""
+    up, down = (_bytes(figures[key]) for key in ("bytes_up", "bytes_down"))
+    return f"{_bytes(figures['bytes'])}: {up} up, {down} down"
+
+
+def _bytes(value: object) -> str:
+    return "" if (size := number(value)) is None else human_bytes(size)
+
+
+def _time(value: object) -> str:
+    return "" if (seconds := number(value)) is None else human_time(seconds)
+
+
+def caveats(runs: Sequence[RunLog]) -> list[str]:
+    """Say why the losses of these runs do not compare, in the words after "These runs"; [] where they do."""
+    bases = [text_of("digest", run.start, run.config) or None for run in runs]
+    told = ["have different base models"] if _differ(bases) else []
+    names = _options(runs)
+    stated = [text_of("held_out_digest", run.start) for run in runs]
+    if _differ(stated) if all(stated) else bool(names):
+        why = ", ".join(names) or "the data changed between them"
+        told.append("have different data" if "data" in names else f"are measured on different rows ({why})")
+    return told
+
+
+def _options(runs: Sequence[RunLog]) -> list[str]:
+    """List those options that decide the validation rows and are not the same in all runs."""
+    given = all(text_of("eval_data", run.config) for run in runs)
+    return [
+        name for name in ROWS if not (given and name in NO_MATTER) and _differ(_value(r, name) for r in runs)
+    ]
+
+
+def _value(run: RunLog, name: str) -> str | None:
+    """Return an option as text; None where the run does not state it."""
+    if name not in run.config:
+        return None
+    value = str(run.config[name])
+    if name == "partition":  # of it only the column decides, whose values all give their share
+        return value.split(":")[-1] if ":" in value else ""
+    return value
+
+
+def _differ(values: Iterable[str | None]) -> bool:
+    return len({*values} - {None}) > 1

@@ -1,38 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the report page of one run into its folder, with its plots as files: SVG for papers, CSV with the numbers."""
+"""Write the report page of one run into its folder: what it was, what came of it, what it cost, and how to repeat it."""
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+import statistics
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
 
-from fleetune.common.display import counted
-from fleetune.common.files import PRIVATE, storage_error, write_atomic
-from fleetune.report import clients, page, result, runlog, training
-from fleetune.report.clients import client_name, measured
-from fleetune.report.page import esc
-from fleetune.report.runlog import RunLog, kind_of, read, steps
-from fleetune.report.svg import standalone
+from fleetune.common.display import (
+    change,
+    counted,
+    human_bytes,
+    human_count,
+    human_time,
+    improved,
+    is_noise,
+    metric,
+    show,
+)
+from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.report import course, page, runlog
+from fleetune.report.course import partition_words
+from fleetune.report.page import TableCell, esc, short_name, span, true_minus
+from fleetune.report.runlog import (
+    Number,
+    RunLog,
+    changed,
+    flat,
+    kind_of,
+    list_of,
+    map_of,
+    measures,
+    num_of,
+    number,
+    read,
+    sum_of,
+    text_of,
+)
+from fleetune.runs import rundir
 
 
 def write(run: Path) -> Path:
-    """Write `report.html`, and its plots as files, into the run folder and return the page's path.
+    """Write `report.html` into the run folder and return the page's path.
 
     UsageError when the folder does not exist, StorageError when it cannot be written; an older report is
     then left as it was.
     """
-    seen = read(run)
-    target = run / "report.html"
-    html, tables = _report(seen), _tables(seen)
-    text = linked(html, tables)
-    write_atomic(target, text.encode("utf-8", "replace"), mode=PRIVATE)  # it has held-out prompts
-    _write_plots(run, html, tables)
+    log, target = read(run), run / "report.html"
+    html = page.document(f"{log.name} - fleetune", "\n".join(filter(None, sections(log).values())))
+    write_atomic(target, html.encode("utf-8", "replace"), mode=PRIVATE)  # it has held-out prompts
     return target
 
 
@@ -45,23 +64,17 @@ def sections(run: RunLog) -> dict[str, str]:
         else ""
     )
     return {
-        "head": result.header(run, facts),
-        "result": page.section("result", "Result", result.result(run, steps, facts)),
-        "course": page.section(
-            "course", "Training", training.course(run, steps, facts) + training.rates(run)
-        ),
-        "fleet": page.section("fleet", "Fleet", clients.fleet(run)),
-        "samples": page.section("samples", "Samples", result.samples(run)),
-        "configuration": page.section("configuration", "Configuration", result.configuration(run)),
-        "versions": page.section("versions", "Versions", result.versions(run)),
+        "head": header(run, facts),
+        "result": page.section("result", "Result", result(run, facts)),
+        "course": page.section("course", "Training", course.course(run, steps, facts) + course.rates(run)),
+        "fleet": page.section("fleet", "Fleet", course.fleet(run)),
+        "samples": page.section("samples", "Samples", samples(run)),
+        "configuration": page.section("configuration", "Configuration", configuration(run)),
+        "versions": page.section("versions", "Versions", versions(run)),
         "again": page.section("again", "Run it again", _rerun_section(run)),
         "footer": lost,
-        "sharing": result.sharing(run),
+        "sharing": sharing(run),
     }
-
-
-def _report(run: RunLog) -> str:
-    return page.document(f"{run.name} - fleetune", "\n".join(filter(None, sections(run).values())))
 
 
 def _rerun_section(run: RunLog) -> str:
@@ -79,141 +92,226 @@ def _rerun_section(run: RunLog) -> str:
     return f'<dl class="commands">{rows}</dl>'
 
 
-FOLDER: Final = "plots"
-LARGEST: Final = 64_000  # characters of a drawing that the page holds a second time
-DRAWING: Final = re.compile(r'<svg viewBox=.*?aria-labelledby="(\S+)-t .*?</svg>', re.DOTALL)
-# of each drawing the file with its numbers
-NUMBERS: Final = {
-    "loss-round": "rounds",
-    "loss-bytes": "rounds",
-    "memory": "rounds",
-    "bytes-up": "rounds",
-    "bytes-down": "rounds",
-    "spread": "client-losses",
-    "partition": "client-rows",
-    "per-client": "clients",
-    "replies": "client-losses",
-}
+def header(run: RunLog, facts: Mapping[str, object]) -> str:
+    """Return title, state, the result in a sentence, and the run's settings."""
+    kind = kind_of(run.status)
+    mark = {"done": "✓", "running": "●", "failed": "✕", "interrupted": "❙❙"}.get(kind, "?")
+    method, model = str(facts["method"] or "tuning"), str(facts["model"] or "an unnamed model")
+    alert = ""
+    if kind in {"failed", "interrupted"}:
+        alert = f'<p class="alert">{esc(run.status)}. To go on: <code>{esc(run.resume)}</code></p>'
+    if not run.intact:
+        alert += f'<p class="alert">{esc(changed(run.name))}</p>'
+    pill = f'<span class="pill {kind}">{mark} {esc(kind)}</span>'
+    return (
+        f'<header><p class="over">fleetune · {esc(run.name)} {pill}</p>'
+        f"<h1>{esc(method)} <small>on</small> {esc(short_name(model))}</h1>"
+        f'<p class="lead">{esc(_sentence(facts))}</p>{alert}{page.fact_list(_identity(run, facts))}</header>'
+    )
 
 
-def drawings(html: str) -> dict[str, str]:
-    """Return the drawings of a page as files: name -> SVG."""
-    return {found[1]: standalone(found[0]) for found in DRAWING.finditer(html)}
+def _sentence(facts: Mapping[str, object]) -> str:
+    base, tuned = number(facts["base_loss"]), number(facts["tuned_loss"])
+    rounds, moved, seconds = facts["rounds"], number(facts["bytes"]), number(facts["seconds"])
+    spent = f" {human_bytes(moved)} were exchanged" if moved is not None else ""
+    spent += f" in {human_time(seconds)}" if spent and seconds is not None else ""
+    done = counted(rounds, "round")
+    spent = _unbroken(spent)
+    if base is None or tuned is None:
+        return f"{done} so far; no loss to compare yet.{spent + '.' if spent else ''}"
+    before, after, error = show("loss", base), show("loss", tuned), number(facts["change_error"])
+    moves = f"{'fell' if tuned < base else 'rose'} from {before} to {after} ({true_minus(change('loss', base, tuned, error))})"
+    loss = f"stayed at {before}" if improved("loss", base, tuned) is None else moves
+    if is_noise("loss", base, tuned, error):
+        loss = f"went from {before} to {after} ({true_minus(change('loss', base, tuned, error))}), which is within noise,"
+    return f"Validation loss {loss} in {done}.{spent + '.' if spent else ''}"
 
 
-def _tables(run: RunLog) -> dict[str, str]:
-    """Return the numbers behind the drawings: name -> CSV, of those that have rows."""
-    tables = {
-        "rounds": _rounds(run),
-        "client-losses": _client_losses(run),
-        "client-rows": _client_rows(run),
-        "clients": _clients(run),
-    }
-    return {name: text for name, rows in tables.items() if (text := csv_text(rows))}
+def _unbroken(text: str) -> str:
+    """Keep numbers and their units on one line."""
+    return re.sub(r"(?<=\d) (?=[a-zA-Z])", "\u00a0", text)
 
 
-def _write_plots(folder: Path, html: str, tables: Mapping[str, str]) -> None:
-    """Write the drawings of a page, and the tables, into `plots/` of a run folder; StorageError when that is impossible."""
-    place = folder / FOLDER
-    try:
-        place.mkdir(exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, place) from error
-    for name, drawing in drawings(html).items():
-        write_atomic(place / f"{name}.svg", drawing.encode("utf-8", "replace"), mode=PRIVATE)
-    for name, text in tables.items():
-        write_atomic(place / f"{name}.csv", text.encode("utf-8", "replace"), mode=PRIVATE)
+def _identity(run: RunLog, facts: Mapping[str, object]) -> list[tuple[str, str]]:
+    digest, params = text_of("digest", run.start, run.env), num_of(run.start, "params")
+    trained, dtype = num_of(run.start, "trained"), text_of("dtype", run.config, run.env)
+    model = [f"{short_name(str(facts['model'] or ''))}{f' @ {digest[:12]}' if digest else ''}"]
+    model += [f"{human_count(params)} params"] if params is not None else []
+    model += [dtype] if dtype else []
+    share = f"trains {human_count(trained)}" if trained is not None and trained != params else ""
+    method = [str(facts["method"] or ""), _letters(run, str(facts["method"])), share]
+    sizes = [n for v in list_of(run.start, "rows_per_client") if (n := number(v)) is not None]
+    clients, partition = facts["clients"], partition_words(run)
+    data = [
+        short_name(text_of("data", run.config)),
+        counted(clients, "client") if clients is not None else "",
+        partition,
+    ]
+    if sizes:
+        middle = f", median {statistics.median(sizes):g}" if min(sizes) != max(sizes) else ""
+        data.append(f"{span(sizes)} rows{' each' if len(sizes) > 1 else ''}{middle}")
+    asked = [v for e in run.rounds if (v := num_of(e, "clients")) is not None]
+    fleet = f" · {span(asked)} client{'' if max(asked) == 1 else 's'} in each" if asked else ""
+    began = num_of(run.start, "t") or 0
+    when = datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%d %H:%M UTC") if 0 < began < 1e11 else ""
+    return [
+        ("model", " · ".join(model)),
+        ("method", " · ".join(part for part in method if part)),
+        ("data", " · ".join(part for part in data if part)),
+        ("rounds", f"{runlog.rounds_text(facts)}{fleet}"),
+        ("seed", text_of("seed", run.config, run.start)),
+        ("started", when),
+    ]
 
 
-def linked(html: str, tables: Mapping[str, str]) -> str:
-    """Return a page with links below every drawing: to its numbers, where there is a table of them, and to the drawing itself.
+def _letters(run: RunLog, method: str) -> str:
+    """Return the method's own options: the table of the recipe that is called after it, or `set`.
 
-    A very large drawing is a file beside the page alone.
+    Of a run that says which are not the defaults, these and the learning rate; all are in the configuration.
     """
-
-    def links(found: re.Match[str]) -> str:
-        ident = found[1]
-        drawing = standalone(found[0])
-        out = _link(f"{ident}.svg", "image/svg+xml", drawing, "SVG") if len(drawing) <= LARGEST else ""
-        if text := tables.get(NUMBERS.get(ident, "")):
-            out += _link(f"{NUMBERS[ident]}.csv", "text/csv", text, "CSV")
-        return f'{found[0]}<p class="files">{out}</p>' if out else found[0]
-
-    return DRAWING.sub(links, html)
+    sources = [v for key in (method, "set", "method", "fields") if isinstance(v := run.config.get(key), dict)]
+    shown = [(k, v) for k, v in (flat(sources[0]) if sources else []) if k != "name"]
+    if isinstance(run.env.get("given"), list):
+        named = {"lr", *(str(name).removeprefix("set.") for name in list_of(run.env, "given"))}
+        shown = [(k, v) for k, v in shown if k in named]
+    return " · ".join(f"{k} {v}" for k, v in shown)
 
 
-def _link(name: str, kind: str, text: str, label: str) -> str:
-    data = base64.b64encode(text.encode("utf-8", "replace")).decode()
-    return f'<a download="{name}" href="data:{kind};base64,{data}">{label}</a>'
+def versions(run: RunLog) -> str:
+    """Return what env.json says: versions, the machine, digests."""
+    return page.fact_list(
+        flat({k: v for k, v in run.env.items() if k not in ("given", rundir.STARTED_IN)}), "config"
+    )
 
 
-# Tables ---------------------------------------------------------------------------------------------
-
-Rows = Iterator[Mapping[str, object]]
-
-
-def csv_text(rows: Iterable[Mapping[str, object]]) -> str:
-    """Write rows as CSV, with the columns of all of them; "" for none."""
-    listed = list(rows)
-    names = list(dict.fromkeys(name for row in listed for name in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: _safe(v) for k, v in row.items()} for row in listed)
-    return out.getvalue() if listed else ""
-
-
-def _safe(value: object) -> object:
-    """Keep a text from being read as a formula by a spreadsheet."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
-
-
-def _rounds(run: RunLog) -> Rows:
-    for s in steps(run):
-        yield {
-            "round": s.round,
-            **s.losses,
-            "clients_asked": s.asked,
-            "replies_accepted": s.accepted,
-            "bytes_up": s.up,
-            "bytes_down": s.down,
-            "bytes_total": s.total,
-            "seconds": s.seconds,
-            "rss": s.rss,
-            **s.own,
-        }
-
-
-def _client_losses(run: RunLog) -> Rows:
-    for e in run.clients:
-        yield {
-            "round": e.get("round"),
-            "client": client_name(run, e.get("client")),
-            "training_loss": e.get("loss"),
-            "rows": e.get("n"),
-            "status": e.get("status"),
-            "seconds": e.get("seconds"),
-        }
+def result(run: RunLog, facts: Mapping[str, object]) -> str:
+    """Return the measures before and after beside the run's cost."""
+    base, tuned = measures(run)
+    rows: list[list[str | TableCell]] = []
+    for name in dict.fromkeys([*base, *tuned]):
+        b, t = base.get(name), tuned.get(name)
+        error = num_of(map_of(run.done, "change_errors"), name)
+        kind, word = page.verdict(improved(name, b, t, error))
+        word = "within noise" if is_noise(name, b, t, error) else word
+        diff = TableCell(true_minus(change(name, b, t, error)) + (word and f", {word}"), kind)
+        rows.append([_label(run, name), TableCell(show(name, b)), TableCell(show(name, t)), diff])
+    row_count = num_of(run.final, "rows") or num_of(run.done, "rows")
+    caption = f"Measured on {row_count:,} held-out rows" if row_count else "Measured on held-out rows"
+    measured = page.table(caption, ["", "base", "tuned", "change"], rows, "result") if rows else ""
+    up, down = number(facts["bytes_up"]), number(facts["bytes_down"])
+    asked, accepted = sum_of(run.rounds, "clients"), sum_of(run.rounds, "accepted")
+    each = [human_bytes(_each(run, *pair)) for pair in (("bytes_up", up), ("bytes_down", down))]
+    spent: list[list[str | TableCell]] = [
+        ["bytes over the fleet", TableCell(human_bytes(number(facts["bytes"])))],
+        ["sent by a client, per round", TableCell(each[0])],
+        ["received by a client, per round", TableCell(each[1])],
+        *_speed(run),
+        ["wall time", TableCell(human_time(number(facts["seconds"])))],
+        ["peak memory", TableCell(human_bytes(number(facts["peak_rss"])))],
+        [
+            "replies accepted",
+            TableCell(f"{accepted:,} of {asked:,}" if accepted is not None and asked else "-"),
+        ],
+    ]
+    if not rows and not run.rounds:
+        return "<p>Nothing has been measured yet.</p>"
+    files = "".join(f"<li><code>{esc(name)}</code> {esc(size)}</li>" for name, size in _artefacts(run))
+    digest = text_of("digest", run.done)
+    files += f"<li>digest (SHA-256 of the tuned tensors) <code>{esc(digest)}</code></li>" if digest else ""
+    told = "".join(f'<p class="alert">{esc(text)}</p>' for text in list_of(run.done, "remarks"))
+    left = measured + told + (f'<ul class="files">{files}</ul>' if files else "")
+    costs = page.table("Cost", ["", ""], spent, "result plainhead")
+    return f'<div class="pair"><div>{left}</div>{costs}</div>'
 
 
-def _client_rows(run: RunLog) -> Rows:
-    counts = run.start.get("counts")
-    own = run.start.get("rows_per_client")
-    for i, rows in enumerate(own if isinstance(own, list) else ()):
-        values = counts.items() if isinstance(counts, dict) else ()
-        by = {
-            f"rows: {name}": column[i]
-            for name, column in values
-            if isinstance(column, list) and i < len(column)
-        }
-        yield {"client": client_name(run, i), "rows": rows, **by}
+def _speed(run: RunLog) -> list[list[str | TableCell]]:
+    """Return steps and tokens per second of the clients' local work, where the run states them."""
+    work = [e for e in run.clients if num_of(e, "steps") is not None and (num_of(e, "seconds") or 0) > 0]
+    spent = sum(num_of(e, "seconds") or 0 for e in work)
+    found: list[list[str | TableCell]] = []
+    for key, label in (("steps", "local steps per second"), ("tokens", "tokens trained on per second")):
+        if spent and (total := sum_of(work, key)):
+            found.append(
+                [label, TableCell(f"{total / spent:,.0f}" if total > 20 * spent else f"{total / spent:.2g}")]
+            )
+    return found
 
 
-def _clients(run: RunLog) -> Rows:
-    for c in measured(run):
-        yield {
-            "client": client_name(run, c.client),
-            "loss_before": c.before,
-            "loss_after": c.after,
-            "rows": c.rows,
-        }
+def _label(run: RunLog, name: str) -> str:
+    """Return a measure's label; Rouge-L's with the number of its rows, which are fewer than the table's."""
+    answered = num_of(run.done, "answered") if name == "rouge_l" else None
+    return metric(name).label + (f", {answered:,} rows" if answered else "")
+
+
+def _each(run: RunLog, key: str, total: Number | None) -> float | None:
+    """Return a client's bytes in a round: the mean over those that moved any, else the total over those asked."""
+    moved = [v for e in run.clients if (v := num_of(e, key))]
+    if moved:
+        return statistics.fmean(moved)
+    asked = sum_of(run.rounds, "clients")
+    return total / asked if total is not None and asked else None
+
+
+def _artefacts(run: RunLog) -> list[tuple[str, str]]:
+    """List results in the run folder, with their sizes."""
+    out = []
+    for name in ("ledger.safetensors", "adapter/adapter_model.safetensors"):
+        path = run.path / name
+        if path.is_file():
+            out.append((name, human_bytes(path.stat().st_size)))
+    return out
+
+
+NOTE = (
+    "This page shows the text of {} of the clients, with the model's answers. Share it only with those who may read them; "
+    "a run with --no-samples has none."
+)
+
+
+def samples(run: RunLog) -> str:
+    """Return the prompts with their answers."""
+    listed = [s for s in list_of(run.final, "samples") if isinstance(s, dict)]
+    return "".join(_sample(sample, i) for i, sample in enumerate(listed, 1))
+
+
+def sharing(run: RunLog) -> str:
+    """Return the note in the foot for who shares the page: how many held-out rows are on it; nothing for none."""
+    count = len([s for s in list_of(run.final, "samples") if isinstance(s, dict)])
+    return f"<footer>{esc(NOTE.format(counted(count, 'held-out row')))}</footer>" if count else ""
+
+
+def _sample(sample: Mapping[str, object], number: int) -> str:
+    owner = sample.get("client")
+    title = f"Prompt {number}" + (f" · client {owner}" if owner not in (None, "") else "")
+    parts = [
+        f"<div><h4>{esc(label)}</h4><p>{esc(sample.get(key) or '(nothing)')}</p></div>"
+        for key, label in (("base", "before"), ("tuned", "after"), ("reference", "reference"))
+        if sample.get(key) is not None
+    ]
+    prompt = esc(sample.get("prompt") or "")
+    return (
+        f'<article class="sample"><h3>{esc(title)}</h3><p class="prompt">{prompt}</p>'
+        f'<div class="answers">{"".join(parts)}</div></article>'
+    )
+
+
+PATHS = ("model", "data", "eval_data")  # options that may be paths: their last part is shown
+
+
+def options(run: RunLog) -> list[tuple[str, str]]:
+    """Return the options as text, without this machine's folders."""
+    return [(k, short_name(v) if k in PATHS else v) for k, v in flat(run.config)]
+
+
+def configuration(run: RunLog) -> str:
+    """Return the options, those that differ from their defaults first where the run states which these are."""
+    found = options(run)
+    changed = {str(name) for name in list_of(run.start, "changed")}
+    first = [(k, v) for k, v in found if k in changed]
+    if not first:
+        return page.fact_list(found, "config")
+    rest = [(k, v) for k, v in found if k not in changed]
+    return (
+        f"<h3>Chosen for this run</h3>{page.fact_list(first, 'config chosen')}"
+        f"<h3>Left at the default</h3>{page.fact_list(rest, 'config')}"
+    )

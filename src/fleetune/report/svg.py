@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw plots as SVG text: lines, dots, bars, bands and levels on two axes.
+"""Draw plots as SVG text: lines, dots, bands and levels on two axes, and a row a name with bars or values before and after.
 
 A drawing is plain text for a page: no script, no font, no library.  Colours are classes `c0` ... `c7` and
-CSS variables that `plot.css` defines for light and dark pages (the Okabe-Ito palette, "Color Universal
+CSS variables that `style.css` defines for light and dark pages (the Okabe-Ito palette, "Color Universal
 Design", 2008, with lighter variants on dark), so one drawing serves both.  Series differ in marker shape as
 well as in colour.  Every text is escaped here, at the one place where text becomes markup.
 """
@@ -10,19 +10,116 @@ well as in colour.  Every text is escaped here, at the one place where text beco
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape as escape_markup
-from pathlib import Path
 
 from fleetune.common.display import clean
-from fleetune.report.axes import PlotAxis, usable
 
-COLOURS = 8  # of `plot.css`
+COLOURS = 8  # of `style.css`
 WIDTH = 460.0  # of a drawing: its text is about 12 px where two stand side by side, 9 on a telephone
 WIDEST = 7.2  # advance of bold text, and of the larger text of a telephone: for names that must not be cut
 CHAR = 6.1  # mean advance of an 11 px system font, used to keep labels apart
+BETTER, WORSE, SAME = 0, 1, 7  # colours
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+_TINY = 1e-18  # what is nearer to zero is drawn as zero
+
+
+# ---------------------------------------------------------------- axes
+
+
+@dataclass(frozen=True, slots=True)
+class PlotAxis:
+    """One axis: the range shown, ticks as (value, text), its label; `log` places values by logarithm."""
+
+    lo: float
+    hi: float
+    ticks: tuple[tuple[float, str], ...]
+    label: str
+    log: bool = False
+
+    @property
+    def broken(self) -> bool:
+        """Return whether a linear axis leaves out 0, so that differences look larger than they are."""
+        return not self.log and (self.lo > 0 or self.hi < 0)
+
+    def at(self, value: float) -> float:
+        """Return the position of `value` along the axis, 0 at `lo` and 1 at `hi`."""
+        if self.log:
+            return math.log(value / self.lo) / math.log(self.hi / self.lo)
+        return (value - self.lo) / (self.hi - self.lo)
+
+
+def usable(value: object) -> bool:
+    """Return whether a value is a finite number of a size that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
+
+
+def nice_step(span: float, count: int) -> float:
+    """Return the smallest 1, 2 or 5 times a power of ten that cuts `span` into at most `count` parts."""
+    raw = span / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(m * power for m in (1.0, 2.0, 5.0, 10.0) if raw <= m * power * (1 + 1e-9))
+
+
+def _range(values: Iterable[float], zero: bool) -> tuple[float, float]:
+    finite = [v if abs(v) > _TINY else 0.0 for v in values if usable(v)] or [0.0, 1.0]
+    lo, hi = min(finite), max(finite)
+    if zero:
+        lo, hi = min(lo, 0.0), max(hi, 0.0)
+    if hi - lo <= 1e-9 * max(abs(lo), abs(hi)):
+        room = 0.05 * abs(hi) or 1.0
+        lo, hi = (lo, hi + room) if zero else (lo - room, hi + room)
+    return lo, hi
+
+
+def numbers(values: Iterable[float], label: str) -> PlotAxis:
+    """Make a linear axis of plain numbers, widened to whole steps."""
+    lo, hi = _range(values, zero=False)
+    step = nice_step(hi - lo, 5)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return _linear(
+        lo, hi, step, label, lambda v: f"{v:.{digits}f}" if abs(v) < 1e6 else f"{v:.3g}", snap=True
+    )
+
+
+def counts(values: Iterable[float], label: str) -> PlotAxis:
+    """Make a linear axis of counts from zero: no ticks between whole numbers."""
+    lo, hi = _range(values, zero=True)
+    return _linear(lo, hi, max(1.0, nice_step(hi - lo, 5)), label, lambda v: f"{v:,.0f}", snap=True)
+
+
+def integers(values: Iterable[float], label: str, *, pad: float = 0.0) -> PlotAxis:
+    """Make a linear axis of whole numbers (rounds), `pad` units wider on both sides."""
+    lo, hi = _range(values, zero=False)
+    step = max(1.0, nice_step(hi - lo, 10))
+    return _linear(lo - pad, hi + pad, step, label, lambda v: f"{v:.0f}", snap=False)
+
+
+def sizes(values: Iterable[float], label: str) -> PlotAxis:
+    """Make a linear axis of bytes from zero, all ticks in one decimal unit."""
+    lo, hi = _range(values, zero=True)
+    scale, unit = next((s, u) for s, u in _UNITS if hi >= s or s == 1.0)
+    step = max(nice_step(hi - lo, 8), 1.0)
+    return _linear(lo, hi, step, label, lambda v: f"{v / scale:g} {unit}" if v else "0", snap=False)
+
+
+def _linear(
+    lo: float, hi: float, step: float, label: str, text: Callable[[float], str], *, snap: bool
+) -> PlotAxis:
+    if snap:
+        lo = math.floor(lo / step + 1e-9) * step
+        hi = max(math.ceil(hi / step - 1e-9) * step, lo + step)
+    places = range(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1)
+    return PlotAxis(lo, hi, tuple((k * step, text(k * step)) for k in places), label)
+
+
+def sparse(values: Sequence[float]) -> bool:
+    """Return whether a logarithmic axis reads better: positive values over more than a decade and a half."""
+    return min(values) > _TINY and max(values) / min(values) > 30
+
+
+# ---------------------------------------------------------------- marks
 
 
 def escape(text: str) -> str:
@@ -47,14 +144,19 @@ def text_at(x: float, y: float, text: str, kind: str = "", anchor: str = "start"
     return f'<text x="{fixed(x)}" y="{fixed(y)}"{css}{side}>{escape(text)}</text>'
 
 
-def rect_at(x: float, y: float, w: float, h: float, kind: str, more: str = "") -> str:
+def rect_at(x: float, y: float, w: float, h: float, kind: str) -> str:
     """Draw a rectangle from its upper left corner, in pixels."""
-    return f'<rect class="{kind}" x="{fixed(x)}" y="{y:.2f}" width="{w:.2f}" height="{max(h, 0):.2f}"{more}/>'
+    return f'<rect class="{kind}" x="{fixed(x)}" y="{y:.2f}" width="{w:.2f}" height="{max(h, 0):.2f}"/>'
 
 
 def tipped(tip: str, inner: str) -> str:
     """Return marks with a text that shows when one points at them."""
     return f"<g><title>{escape(tip)}</title>{inner}</g>"
+
+
+def shortened(text: str, room: int) -> str:
+    """Return a text that fits in so many characters."""
+    return text if len(text) <= room else text[: room - 1] + "…"
 
 
 def _marker(shape: int, x: float, y: float, kind: str) -> str:
@@ -69,12 +171,6 @@ def _marker(shape: int, x: float, y: float, kind: str) -> str:
     return f'<path class="mark {kind}" d="M{fixed(x)} {fixed(y)}{paths[shape % 4 - 1]}"/>'
 
 
-def axis_break(x: float, y: float) -> str:
-    """Draw the mark of an axis that does not begin at 0: a stub with a zigzag, upwards from a position in pixels."""
-    zigzag = f"M{fixed(x)} {fixed(y)}v-5l-4-2.5 8-4-4-2.5v-6"
-    return f'<g><title>this axis does not begin at 0</title><path class="break" d="{zigzag}"/></g>'
-
-
 def frame(title: str, desc: str, width: float, height: float, body: str, ident: str) -> str:
     """Return the svg element with its accessible title and description around `body`."""
     return (
@@ -83,32 +179,7 @@ def frame(title: str, desc: str, width: float, height: float, body: str, ident: 
     )
 
 
-def plot_style() -> str:
-    """Return the style that drawings need."""
-    return Path(__file__).with_name("plot.css").read_text(encoding="utf-8")
-
-
-def standalone(drawing: str) -> str:
-    """Return a drawing as a file of its own: namespace, size, and the light style without variables, on white.
-
-    Programs other than browsers do not know CSS variables, and paper is white.
-    """
-    style = re.sub(r"@media[^{]*\{([^{}]*\{[^{}]*\})*[^{}]*\}", "", plot_style())
-    rules = [(selector.strip(), body) for selector, body in re.findall(r"([^{}]+)\{([^{}]*)\}", style)]
-    values = dict(
-        pair for name, body in rules if name == ":root" for pair in re.findall(r"(--\w+):([^;]+)", body)
-    )
-    colours = {name: body.removeprefix("--k:") for name, body in rules if body.startswith("--k:")}
-    out = f"svg{{background:{values['--card']}}}"
-    for name, body in rules:
-        if name != ":root" and name not in colours:
-            each = colours.items() if "var(--k)" in body else [("", "")]
-            out += "".join(f"{name}{colour}{{{body.replace('var(--k)', value)}}}" for colour, value in each)
-    out = re.sub(r"var\((--\w+)\)", lambda match: values[match[1]].strip(), out)
-    head, rest = drawing.split(">", 1)
-    width, height = head.split('viewBox="0 0 ')[1].split('"')[0].split()
-    size = f'xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-    return f"{head.replace('<svg ', '<svg ' + size, 1)}><style>{out}</style>{rest}\n"
+# ---------------------------------------------------------------- two axes
 
 
 @dataclass(slots=True)
@@ -124,8 +195,6 @@ class Plot:
     desc: str
     x: PlotAxis
     y: PlotAxis
-    width: float = WIDTH
-    height: float = 280.0
     right: float = 18.0
     marks: list[str] = field(default_factory=list)
     ends: list[tuple[float, float, str, int]] = field(default_factory=list)
@@ -137,22 +206,14 @@ class Plot:
 
     def px(self, value: float) -> float:
         """Return the horizontal position of a data value."""
-        return self.left + self.x.at(value) * (self.width - self.left - self.right)
+        return self.left + self.x.at(value) * (WIDTH - self.left - self.right)
 
     def py(self, value: float) -> float:
-        """Return the vertical position of a data value; 26 px above are for the axis name, 40 below for ticks."""
-        return 26.0 + (1.0 - self.y.at(value)) * (self.height - 66.0)
+        """Return the vertical position of a data value, of 280 px; 26 above are for the axis name, 40 below for ticks."""
+        return 26.0 + (1.0 - self.y.at(value)) * 214.0
 
-    def line(
-        self,
-        points: Sequence[tuple[float, float]],
-        colour: int = 0,
-        tips: Sequence[str] = (),
-        *,
-        dash: bool = False,
-        markers: bool = True,
-    ) -> None:
-        """Draw a line through points, broken where a value cannot be drawn; up to 80 points get markers."""
+    def line(self, points: Sequence[tuple[float, float]], colour: int = 0, tips: Sequence[str] = ()) -> None:
+        """Draw a line through points, broken where a value cannot be drawn; up to 80 points with tips get markers."""
         kind, path, pen = _kind(colour), "", "M"
         for x, y in points:
             if not (usable(x) and usable(y)):
@@ -160,11 +221,8 @@ class Plot:
                 continue
             path += f"{pen}{fixed(self.px(x))} {fixed(self.py(y))}"
             pen = "L"
-        dashes = ' stroke-dasharray="5 4"' if dash else ""
-        self.marks.append(f'<path class="line {kind}" d="{path}"{dashes}/>')
-        if not markers or len(points) > 80:
-            return
-        for (x, y), tip in zip(points, tips, strict=True):
+        self.marks.append(f'<path class="line {kind}" d="{path}"/>')
+        for (x, y), tip in zip(points, tips if len(points) <= 80 else (), strict=False):
             if usable(x) and usable(y):
                 hit = f'<circle class="hit" cx="{fixed(self.px(x))}" cy="{fixed(self.py(y))}" r="10"/>'
                 self.marks.append(tipped(tip, hit + _marker(colour, self.px(x), self.py(y), kind)))
@@ -175,14 +233,6 @@ class Plot:
         place = f'class="dot {_kind(colour)}" cx="{cx}" cy="{cy}" r="3"'
         self.marks.append(f"<circle {place}><title>{escape(tip)}</title></circle>")
 
-    def dash(self, x: float, y: float, half: float, colour: int, tip: str) -> None:
-        """Draw a short horizontal stroke centred on a point (a median)."""
-        cx, cy = self.px(x), fixed(self.py(y))
-        stroke = (
-            f'<path class="line median {_kind(colour)}" d="M{fixed(cx - half)} {cy}H{fixed(cx + half)}"/>'
-        )
-        self.marks.append(tipped(tip, stroke))
-
     def band(self, points: Sequence[tuple[float, float, float]], colour: int = 0) -> None:
         """Draw the area between two curves: points are (x, low, high)."""
         drawn = [p for p in points if all(usable(v) for v in p)]
@@ -191,20 +241,11 @@ class Plot:
         if drawn:
             self.marks.append(f'<path class="band {_kind(colour)}" d="M{"L".join(there + back)}z"/>')
 
-    def bar(self, x: float, y: float, colour: int, tip: str, base: float = 0.0, kind: str = "bar") -> None:
-        """Draw a vertical bar from `base` to `y`, 0.72 units wide (at most 56 px)."""
-        slot = (self.width - self.left - self.right) / max(self.x.hi - self.x.lo, 1e-9)
-        w, top = min(0.72 * slot, 56.0) if slot > 8 else slot + 0.2, self.py(y)
-        body = rect_at(self.px(x) - w / 2, top, w, self.py(base) - top, f"{kind} {_kind(colour)}")
-        self.marks.append(tipped(tip, body) if tip else body)
-
-    def reference(self, value: float, text: str, *, below: bool = False) -> None:
-        """Draw a dashed level with its text at the right end, above the level or below it."""
-        y = self.py(value)
-        self.marks.append(
-            f'<path class="ref" d="M{fixed(self.left)} {fixed(y)}H{fixed(self.width - self.right)}"/>'
-            + text_at(self.width - self.right, y + (13 if below else -5), text, anchor="end")
-        )
+    def reference(self, value: float, text: str) -> None:
+        """Draw a dashed level with its text above its right end."""
+        y, right = self.py(value), WIDTH - self.right
+        level = f'<path class="ref" d="M{fixed(self.left)} {fixed(y)}H{fixed(right)}"/>'
+        self.marks.append(level + text_at(right, y - 5, text, anchor="end"))
 
     def end(self, point: tuple[float, float], text: str, colour: int) -> None:
         """Name the line that ends in `point`, right of the plot; a faint leader joins the two."""
@@ -214,8 +255,8 @@ class Plot:
     def _end_labels(self) -> str:
         """Return the line names, pushed apart where they would overlap."""
         ordered = sorted(self.ends)
-        ys = spread([end[0] for end in ordered], 14.0, 20.0, self.height - 40.0)
-        x, out = self.width - self.right + 8, ""
+        ys = spread([end[0] for end in ordered], 14.0, 20.0, 240.0)
+        x, out = WIDTH - self.right + 8, ""
         for y, (from_y, from_x, text, colour) in zip(ys, ordered, strict=True):
             if x - from_x > 20:
                 leader = f"M{fixed(from_x + 6)} {fixed(from_y)}L{fixed(x - 3)} {fixed(y)}"
@@ -225,7 +266,7 @@ class Plot:
 
     def svg(self) -> str:
         """Return the finished drawing."""
-        x1, y0, y1 = self.width - self.right, self.py(self.y.hi), self.py(self.y.lo)
+        x1, y1 = WIDTH - self.right, self.py(self.y.lo)
         out = [text_at(2, 12, self.y.label, "strong")]
         for value, text in self.y.ticks:
             y = self.py(value)
@@ -235,16 +276,18 @@ class Plot:
         for value, text in self.x.ticks:
             x, half = self.px(value), CHAR * len(text) / 2
             out.append(f'<path class="axis" d="M{fixed(x)} {fixed(y1)}v4"/>')
-            if x - half > taken + 8 and x + half <= self.width + 2:
+            if x - half > taken + 8 and x + half <= WIDTH + 2:
                 out.append(text_at(x, y1 + 17, text, anchor="middle"))
                 taken = x + half
         out.append(f'<path class="axis" d="M{fixed(self.left)} {fixed(y1)}H{fixed(x1)}"/>')
-        out.append(axis_break(self.left, y1) if self.y.broken else "")
+        desc = self.desc
+        if self.y.broken:  # a stub with a zigzag
+            zigzag = f"M{fixed(self.left)} {fixed(y1)}v-5l-4-2.5 8-4-4-2.5v-6"
+            out.append(tipped("this axis does not begin at 0", f'<path class="break" d="{zigzag}"/>'))
+            desc += " The vertical axis does not begin at 0."
         out.append(text_at((self.left + x1) / 2, y1 + 34, self.x.label, "strong", "middle"))
         body = "".join(out) + "".join(self.marks) + self._end_labels()
-        assert y0 <= y1
-        desc = f"{self.desc} The vertical axis does not begin at 0." if self.y.broken else self.desc
-        return frame(self.title, desc, self.width, self.height, body, self.ident)
+        return frame(self.title, desc, WIDTH, 280.0, body, self.ident)
 
 
 def spread(ys: Sequence[float], gap: float, lo: float, hi: float) -> list[float]:
@@ -257,3 +300,115 @@ def spread(ys: Sequence[float], gap: float, lo: float, hi: float) -> list[float]
         out[i] = min(out[i], ceiling)
         ceiling = out[i] - gap
     return out
+
+
+# ---------------------------------------------------------------- a row a name
+
+
+def stacked_rows(
+    ident: str,
+    title: str,
+    desc: str,
+    names: Sequence[str],
+    series: Sequence[tuple[str, Sequence[float]]],
+    tips: Sequence[str],
+    *,
+    label: str,
+) -> str:
+    """Draw a horizontal bar per name, each the stack of its series; `label` names the axis, the legend is below."""
+    chart = _Rows(names, counts([sum(values[i] for _, values in series) for i in range(len(names))], label))
+    for i, tip in enumerate(tips):
+        base, cells = 0.0, ""
+        for colour, (_, values) in enumerate(series):
+            if values[i]:
+                x, end = chart.px(base), chart.px(base + values[i])
+                top = chart.y(i) - chart.thick / 2
+                cells += rect_at(x, top, end - x, chart.thick, f"stack {_kind(colour)}")
+            base += values[i]
+        chart.marks.append(tipped(tip, cells + chart.hit(i)))
+    entries = [(name, i % COLOURS) for i, (name, _) in enumerate(series)] if len(series) > 1 else []
+    return chart.svg(ident, title, desc, entries)
+
+
+def dumbbells(
+    ident: str,
+    title: str,
+    desc: str,
+    names: Sequence[str],
+    pairs: Sequence[tuple[float, float]],
+    tips: Sequence[str],
+    changes: Sequence[bool | None],
+    *,
+    label: str,
+) -> str:
+    """Draw each name's value before (hollow) and after (filled), joined by a stroke in the colour of the change.
+
+    `changes` says of each whether it is better, worse, or neither (None).  The value after is a triangle where it is worse,
+    so that colour alone does not say it.
+    """
+    chart = _Rows(names, numbers([v for pair in pairs for v in pair], label))
+    for i, ((before, after), better, tip) in enumerate(zip(pairs, changes, tips, strict=True)):
+        colour = SAME if better is None else BETTER if better else WORSE
+        y, x0, x1 = fixed(chart.y(i)), fixed(chart.px(before)), fixed(chart.px(after))
+        link = f'<path class="link c{colour}" d="M{x0} {y}H{x1}"/>'
+        hollow = f'<circle class="hollow" cx="{x0}" cy="{y}" r="3.4"/>'
+        filled = f'<circle class="mark c{colour}" cx="{x1}" cy="{y}" r="3.8"/>'
+        if colour == WORSE:
+            filled = f'<path class="mark c{colour}" d="M{x1} {y}m0-4.8l4.6 8h-9.2z"/>'
+        chart.marks.append(tipped(tip, link + hollow + filled + chart.hit(i)))
+    kinds = ((BETTER, True, "better"), (WORSE, False, "worse"), (SAME, None, "the same"))
+    entries = [(word, colour) for colour, better, word in kinds if better in changes]
+    return chart.svg(ident, title, desc, entries)
+
+
+class _Rows:
+    """A chart of rows under construction: `marks` are added in pixels."""
+
+    def __init__(self, names: Sequence[str], x: PlotAxis) -> None:
+        self.names, self.x = [shortened(name, 22) for name in names], x
+        self.pitch = 19.0 if len(names) <= 30 else 14.0
+        self.thick = self.pitch - 5
+        self.left = 14.0 + WIDEST * max((len(name) for name in self.names), default=1)
+        self.right, self.top = WIDTH - 16.0, 8.0
+        self.marks: list[str] = []
+
+    def y(self, row: int) -> float:
+        """Return the middle of a row."""
+        return self.top + (row + 0.5) * self.pitch
+
+    def px(self, value: float) -> float:
+        """Return the horizontal position of a value."""
+        return self.left + self.x.at(value) * (self.right - self.left)
+
+    def hit(self, row: int) -> str:
+        """Draw what shows the tip: the whole row."""
+        return rect_at(0, self.y(row) - self.pitch / 2, self.right, self.pitch, "hit")
+
+    def svg(self, ident: str, title: str, desc: str, entries: Sequence[tuple[str, int]]) -> str:
+        """Return the finished drawing, with a legend of `entries` (name, colour) below."""
+        bottom = self.top + len(self.names) * self.pitch + 4
+        out = []
+        for value, text in self.x.ticks:
+            x = fixed(self.px(value))
+            out.append(f'<path class="grid" d="M{x} {fixed(self.top)}V{fixed(bottom)}"/>')
+            out.append(text_at(self.px(value), bottom + 14, text, anchor="middle"))
+        out += [text_at(self.left - 8, self.y(i) + 4, n, anchor="end") for i, n in enumerate(self.names)]
+        out.append(text_at((self.left + self.right) / 2, bottom + 31, self.x.label, "strong", "middle"))
+        desc += " The axis does not begin at 0." if self.x.broken else ""
+        key, height = legend(entries, 4.0, bottom + 42)
+        body = "".join(out) + "".join(self.marks) + key
+        return frame(title, desc, WIDTH, bottom + 40 + height, body, ident)
+
+
+def legend(entries: Sequence[tuple[str, int]], left: float, top: float) -> tuple[str, float]:
+    """Draw a legend of (name, colour) in as many lines as it needs; return it with its height in pixels (0: nothing)."""
+    out, x, y = [], left, top
+    for name, colour in entries:
+        shown = shortened(name, 28)
+        room = 15 + CHAR * len(shown) + 18
+        if x > left and x + room - 18 > WIDTH:
+            x, y = left, y + 17
+        mark = rect_at(x, y, 10, 10, f"bar c{colour}") + text_at(x + 15, y + 9, shown)
+        out.append(tipped(name, mark))
+        x += room
+    return "".join(out), (y + 16 - top if entries else 0.0)

@@ -8,21 +8,20 @@ standard deviation over the seeds of the change by tuning.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from csv import DictWriter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fleetune.common.display import human_bytes, human_time, metric
 from fleetune.common.settings import Value
-from fleetune.report import axes as scales
 from fleetune.report import page, runlog, svg
-from fleetune.report.page import TableCell, esc, value_text
-from fleetune.report.runlog import Number, RunLog
-from fleetune.report.single import csv_text
-from fleetune.report.words import APART, caveats
+from fleetune.report.page import TableCell, esc
+from fleetune.report.runlog import APART, Number, RunLog, caveats, value_text
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,8 @@ def metrics(members: Sequence[GridRun]) -> list[str]:
 # The table ------------------------------------------------------------------------------------------
 
 
-Cell = Mapping[
-    str, Any
-]  # values, runs, base, tuned (by measure mean, spread, number), bytes and seconds (means of a run)
+# values, runs, base, tuned (by measure mean, spread, number), bytes and seconds (means of a run)
+Cell = Mapping[str, Any]
 
 
 def combinations(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> Sequence[Cell]:
@@ -141,7 +139,18 @@ def csv(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> str:
                 **{key: facts[key] for key in ("bytes_up", "bytes_down", "seconds")},
             }
         )
-    return csv_text(rows)
+    listed = io.StringIO()
+    writer = DictWriter(
+        listed, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows({name: _safe(value) for name, value in row.items()} for row in rows)
+    return listed.getvalue() if rows else ""
+
+
+def _safe(value: object) -> object:
+    """Keep a text from being read as a formula by a spreadsheet."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
 # The page -------------------------------------------------------------------------------------------
@@ -220,7 +229,7 @@ def _figure(number: int, axes: Sequence[SweepAxis], measure: str, members: Seque
     mean, *_ = found
     edges = [(s.mean - (s.spread or 0.0), s.mean + (s.spread or 0.0)) for s in mean.values()]
     x, places = _values_axis(axis)
-    y = scales.numbers(
+    y = svg.numbers(
         [s.mean for line in found for s in line.values()] + [e for pair in edges for e in pair], label
     )
     title = f"{label[:1].upper()}{label[1:]} at the end, by {axis.name}"
@@ -233,7 +242,7 @@ def _figure(number: int, axes: Sequence[SweepAxis], measure: str, members: Seque
     ):  # the mean on top
         points = [(places[v], s.mean) for v, s in line.items()]
         tips = [f"{name or axis.name} at {value_text(v)}: {s.text(digits)}" for v, s in line.items()]
-        plot.line(points, colour, tips, dash=colour >= svg.COLOURS)
+        plot.line(points, colour, tips)
         if name and points:
             plot.end(points[-1], name, colour)
     rows: list[list[str | TableCell]] = [
@@ -246,15 +255,15 @@ def _figure(number: int, axes: Sequence[SweepAxis], measure: str, members: Seque
     return page.figure(plot.svg(), title, words, data=data)
 
 
-def _values_axis(axis: SweepAxis) -> tuple[scales.PlotAxis, dict[Value, float]]:
+def _values_axis(axis: SweepAxis) -> tuple[svg.PlotAxis, dict[Value, float]]:
     """Return an axis with a tick at every value, and each value's position: by size (or its logarithm) for numbers."""
     at = {v: float(i) for i, v in enumerate(axis.values)}
     log = False
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in axis.values):
         at = {v: float(v) for v in axis.values}
-        log = scales.sparse(list(at.values())) and min(at.values()) > 0
+        log = svg.sparse(list(at.values())) and min(at.values()) > 0
     lo, hi = min(at.values()), max(at.values())
     room = 0.05 * (hi - lo) or 0.5
     lo, hi = (lo / 1.2, hi * 1.2) if log else (lo - room, hi + room)
     ticks = tuple((at[v], value_text(v)) for v in sorted(axis.values, key=lambda v: at[v]))
-    return scales.PlotAxis(lo, hi, ticks, axis.name + (" (log)" if log else ""), log), at
+    return svg.PlotAxis(lo, hi, ticks, axis.name + (" (log)" if log else ""), log), at

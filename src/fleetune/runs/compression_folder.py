@@ -16,12 +16,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
 from fleetune.common.files import finite, json_text, read_json, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import folder_names, rundir, start_folder
+from fleetune.runs import rundir
 
 RECORD: Final = "compress.json"
 PARTS: Final = "parts"
@@ -51,7 +51,6 @@ class CompressRequest:
     low_memory: bool = False  # load one block at a time from disk
     calibrate: str = "server"  # who does it: server, clients (those of the run) or fleet (devices that join)
     clients: int = 0  # how many of them, 0 for all
-    true_sequential: bool = False  # inputs of a layer have passed the compressed layers of its own block
     bytes: int = 0  # of the GGUF file at most: grids are chosen for each matrix; 0 for no limit
     bpw: float = 0.0  # the same, in bits a weight of its matrices
     train_scales: int = 0  # steps in which the scales are trained after solving; 0 for none
@@ -62,23 +61,9 @@ class CompressRequest:
         return self.run and not (self.data or self.text or self.calibrate in (CLIENTS, FLEET))
 
 
-class CompressOptions(TypedDict, total=False):
-    """The fields of a request without model, method and settings; a test compares them with `CompressRequest`."""
-
-    data: str
-    text: str
-    windows: int
-    length: int
-    eval_text: str
-    seed: int
-    dtype: str
-    low_memory: bool
-    calibrate: str
-    clients: int
-    true_sequential: bool
-    bytes: int
-    bpw: float
-    train_scales: int
+FIELDS: Final = tuple(CompressRequest.__dataclass_fields__)
+OPTIONS: Final = tuple(name for name in FIELDS if name not in ("model", "run", "method", "set"))
+AGAIN: Final = "compress again: fleetune compress MODEL"
 
 
 # Finding one ----------------------------------------------------------------------------------------
@@ -87,7 +72,7 @@ class CompressOptions(TypedDict, total=False):
 def find(name: str, out: Path) -> Path | None:
     """The folder of a compression: a path, a name or number under `out`, or `latest`; None if there is none."""
     if name == "latest":
-        return max(listing(out), key=folder_names.number, default=None)
+        return max(listing(out), key=rundir.number, default=None)
     numbered = list(out.glob(f"{name.zfill(4)}-*")) if name.isdigit() else []
     for path in [Path(name), out / name, *numbered]:
         if (path / RECORD).is_file():
@@ -105,7 +90,7 @@ def get(name: str, out: Path) -> Path:
 
 def listing(out: Path) -> list[Path]:
     """The folders of compressions under `out`, in order of number."""
-    return sorted((file.parent for file in out.glob(f"*/{RECORD}")), key=folder_names.number)
+    return sorted((file.parent for file in out.glob(f"*/{RECORD}")), key=rundir.number)
 
 
 def create(request: CompressRequest, out: Path) -> Path:
@@ -119,14 +104,14 @@ def create(request: CompressRequest, out: Path) -> Path:
 def stem_of(request: CompressRequest) -> str:
     """Return the name of a request's folder behind its number."""
     name = name_of(request.model)
-    name = name.removeprefix(f"{folder_names.number(Path(name)):04d}-")  # of a run: without its number
-    return f"{request.method}-{folder_names.of_model(name)}"
+    name = name.removeprefix(f"{rundir.number(Path(name)):04d}-")  # of a run: without its number
+    return f"{request.method}-{rundir.of_model(name)}"
 
 
 def name_of(model: str) -> str:
     """Return the short name of a model or a run; a compression's plain model has its folder's name."""
     path = Path(model)
-    return (path.parent if path.name == "model" and folder_names.number(path.parent) else path).name
+    return (path.parent if path.name == "model" and rundir.number(path.parent) else path).name
 
 
 # What it holds --------------------------------------------------------------------------------------
@@ -134,39 +119,29 @@ def name_of(model: str) -> str:
 
 def record(folder: Path) -> dict[str, Any]:
     """The content of `compress.json`.  StorageError when it is damaged."""
-    file, hint = folder / RECORD, "compress again: fleetune compress MODEL"
-    found = read_json(file, hint)
-    if not isinstance(found.get("model"), str) or not isinstance(found.get("result", {}), dict):
-        raise StorageError(f"{file} is damaged (a field has a wrong type)", hint=hint)
-    return found
+    content = read_json(folder / RECORD, AGAIN)
+    if not isinstance(content.get("model"), str) or not isinstance(content.get("result", {}), dict):
+        raise StorageError(f"{folder / RECORD} is damaged (a field has a wrong type)", hint=AGAIN)
+    return content
 
 
 def request_of(folder: Path) -> CompressRequest:
-    """The request of a folder.  StorageError for a record that does not hold one."""
+    """The request of a folder, its files named as they are found from here.  StorageError for a record that holds none."""
     raw = record(folder)
+    start = rundir.start_of(folder, raw)
     try:
-        request = CompressRequest(
-            **{name: raw[name] for name in CompressRequest.__dataclass_fields__ if name in raw}
-        )
-        return _found_again(request, folder, raw)
+        request = CompressRequest(**{name: raw[name] for name in FIELDS if name in raw})
+        places: dict[str, Any] = {n: rundir.find_from(getattr(request, n), start) for n in PLACES}
+        return replace(request, **places)
     except TypeError as error:
-        raise StorageError(
-            f"{folder / RECORD} is damaged ({error})", hint="compress again: fleetune compress MODEL"
-        ) from error
-
-
-def _found_again(request: CompressRequest, folder: Path, record: Mapping[str, Any]) -> CompressRequest:
-    """The request with its files named as they are found from the present folder."""
-    start = start_folder.of(folder, record)
-    found: dict[str, Any] = {n: start_folder.find(getattr(request, n), start) for n in PLACES}
-    return replace(request, **found)
+        raise StorageError(f"{folder / RECORD} is damaged ({error})", hint=AGAIN) from error
 
 
 def write_record(folder: Path, request: CompressRequest, result: Mapping[str, Any] | None) -> None:
     """Write `compress.json`, with the result once there is one; files keep the names that they had at the start."""
     earlier = record(folder) if is_one(folder) else {}
     named: dict[str, Any] = {name: earlier[name] for name in PLACES if name in earlier}
-    content: dict[str, Any] = {"v": 1, **asdict(request), **named, **start_folder.note(folder, earlier)}
+    content: dict[str, Any] = {"v": 1, **asdict(request), **named, **rundir.note_start(folder, earlier)}
     if result is not None:
         content["result"] = finite(result)
     write_atomic(folder / RECORD, json_text(content))
@@ -179,7 +154,7 @@ def is_one(folder: Path) -> bool:
 
 def is_complete(folder: Path) -> bool:
     """Whether the compressed model is there, as an artefact of codes or as plain weights."""
-    from fleetune.models.artefact.artefact_folder import is_master
+    from fleetune.models.cache.names import is_master
 
     return is_master(folder / "model") or any((folder / "model").glob("model*.safetensors"))
 

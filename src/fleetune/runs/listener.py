@@ -8,10 +8,22 @@ logs remarks); subclass it and override the calls you need.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Protocol
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol, TextIO
 
-from fleetune.common.events import Event
+from fleetune.common.display import changes, human_bytes, human_time, message_text, show
+from fleetune.common.events import (
+    ClientReply,
+    Event,
+    RoundDone,
+    RoundEvaluated,
+    Serving,
+    SweepRun,
+    SweepStart,
+    TuneDone,
+)
 from fleetune.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -22,28 +34,22 @@ class Listener(Protocol):
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Show what is about to run, as (label, value) rows under a title."""
-        ...
 
     def event(self, event: Event) -> None:
         """Take one event (a class of `common/events.py`)."""
-        ...
 
     def note(self, text: str) -> None:
         """Show a remark."""
-        ...
 
     def step(self, client: int, step: int) -> None:
         """Note that a client of a round is about to take a local step."""
-        ...
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
         """Note that `done` of `total` parts (`what`: "blocks", "steps", "rows") are finished."""
-        ...
 
     @property
     def stop_requested(self) -> bool:
         """Whether the job should stop at the next point from which it can be resumed."""
-        ...
 
 
 class Silent:
@@ -78,32 +84,26 @@ class Relay:
         self.inner = inner
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Pass it on."""
         self.inner.header(title, rows)
 
     def event(self, event: Event) -> None:
-        """Pass it on."""
         self.inner.event(event)
 
     def note(self, text: str) -> None:
-        """Pass it on."""
         self.inner.note(text)
 
     def step(self, client: int, step: int) -> None:
-        """Pass it on."""
         self.inner.step(client, step)
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
-        """Pass it on."""
         self.inner.progress(what, done, total, text)
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the other listener asks to stop."""
         return self.inner.stop_requested
 
 
-def checked(listener: Listener | None) -> Listener:
+def checked_listener(listener: Listener | None) -> Listener:
     """Return the listener to call, a `Silent` one for None; UsageError, before any work, for an object that is none."""
     found = Silent() if listener is None else listener
     if missing := [n for n in vars(Silent) if not n.startswith("_") and not hasattr(found, n)]:
@@ -112,3 +112,107 @@ def checked(listener: Listener | None) -> Listener:
             hint="inherit from fleetune.Silent, and override what you want to hear",
         )
     return found
+
+
+PAUSE: Final = 10.0  # seconds between two lines of one count
+
+
+class Progress(Silent):
+    """A listener that prints: what runs, a line for each round, remarks, and how far a count is every ten seconds.
+
+    `stream` is where (default: standard output, as it is at each line).  Inherit from it to hear more than it prints.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._clock = stream, clock
+        self._rounds, self._before = 0, None  # type: int, float | None
+        self._last: RoundDone | None = None
+        self._in_sweep = False
+        self._spoke = clock()
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Print what is about to run."""
+        wide = max((len(label) for label, _ in rows), default=0)
+        self._say(title, *(f" {label:{wide}}   {value}" for label, value in rows))
+
+    def note(self, text: str) -> None:
+        """Print a remark."""
+        self._say(text)
+
+    def event(self, event: Event) -> None:
+        """Print a finished round, a refused reply, a run of a sweep, and the end."""
+        if isinstance(event, RoundDone):
+            self._last = event
+        elif isinstance(event, RoundEvaluated) and not self._in_sweep:
+            self._round(event)
+        elif isinstance(event, ClientReply) and event.status in ("refused", "failed"):
+            self._say(f"round {event.round}: client {event.client} {event.status}: {event.reason}")
+        elif isinstance(event, SweepStart):
+            self._in_sweep = True
+        elif isinstance(event, SweepRun):
+            self._say(run_words(event))
+        elif isinstance(event, TuneDone) and not self._in_sweep:
+            ended = ["done", *changes(event.base, event.tuned), f"time {human_time(event.wall)}"]
+            self._say("  ".join(ended), *event.remarks, f"report {event.report or event.run}")
+        elif isinstance(event, Serving):
+            self._say(f"{event.model} with {event.engine} at {event.url}")
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        """Print how far a count is, at most every ten seconds."""
+        if what == "rounds":
+            self._rounds = total
+        elif what != "clients" and self._clock() - self._spoke >= PAUSE:
+            self._say(f"{what} {done:,}/{total:,}  {text}".rstrip())
+
+    def _round(self, event: RoundEvaluated) -> None:
+        last = self._last if event.round else None
+        self._before = self._before if event.round else None
+        parts = [f"round {event.round}" + (f"/{self._rounds}" if self._rounds else "")]
+        parts += [f"val loss {show('loss', event.loss)}"]
+        if event.loss is not None:
+            parts += [f"change {event.loss - self._before:+.3f}"] if self._before is not None else []
+            self._before = event.loss
+        parts += [f"accuracy {show('accuracy', event.accuracy)}"] if event.accuracy is not None else []
+        if last is not None:
+            parts += [f"sent {human_bytes(last.bytes_up)}", f"received {human_bytes(last.bytes_down)}"]
+            parts += [f"time {human_time(last.seconds)}"]
+            parts += [f"{last.accepted} of {last.clients} clients"] if last.accepted < last.clients else []
+        self._say("  ".join(parts))
+
+    def _say(self, *lines: str) -> None:
+        stream = self._stream or sys.stdout
+        self._spoke = self._clock()
+        if stream is not None:  # a process without a console has none
+            print("\n".join(message_text(line) for line in lines), file=stream, flush=True)
+
+
+def run_words(event: SweepRun) -> str:
+    """Return a run of a sweep that is over, as one line."""
+    name = event.run.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    if event.failed:
+        return f"{name}  failed: {event.failed}"
+    return "  ".join([name, *changes(event.base, event.tuned), *(["done before"] if event.skipped else [])])
+
+
+def is_read() -> bool:
+    """Whether a person reads standard output along: it is a terminal, or a notebook's."""
+    stream = sys.stdout
+    if stream is None:
+        return False
+    return bool(stream.isatty()) or type(stream).__module__.startswith("ipykernel")
+
+
+def heard_by(listener: Listener | None, progress: bool | None) -> Listener:
+    """Return what hears a job of the library: the caller's listener, lines on standard output, or nothing.
+
+    `progress` True prints, False does not, None prints where it is read.  UsageError for a listener that is none, and
+    for a listener beside `progress=True`.
+    """
+    if listener is not None:
+        if progress:
+            raise UsageError(
+                "a listener is given, and progress=True asks for another",
+                hint="leave out progress; or inherit from fleetune.Progress",
+            )
+        return checked_listener(listener)
+    return Progress() if progress or (progress is None and is_read()) else Silent()

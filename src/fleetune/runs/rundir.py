@@ -5,50 +5,159 @@
       run.toml        every value resolved; re-runs it       env.json   versions, device, digests
       metrics.jsonl   append-only, one object a line         log.txt    status
       checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
-      memories/       what methods keep on simulated clients, if they do (fleets/memories.py)
+      memories/       what methods keep on simulated clients, if they do (`local_work.Memories`)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
       SHA256SUMS      of a finished run: its record and its result (common/sums.py)
-      plots/          the report's plots as SVG, and their numbers as CSV
       fleet.json  fleet.stop  devices.json  audit.jsonl          of a real fleet (fleet/)
 
 A round counts once its checkpoint is renamed into place.  Whatever a kill leaves beyond that (metrics of an
 unfinished round, a temporary file) is cut off at the next start, so a resumed run writes what the
 uninterrupted one would have written.  One process at a time holds a run (`common/files.py`).
 
-Result, checkpoints, memories, metrics.jsonl, eval.json, samples.md, report.html and plots/ are the owner's alone:
+Result, checkpoints, memories, metrics.jsonl, eval.json, samples.md and report.html are the owner's alone:
 they hold rows or names of clients, or what was learned from them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Final, TypeVar
 
-from fleetune.common import folders
-from fleetune.common.display import counted
+from fleetune.common import __version__, folders
 from fleetune.common.files import (
     PRIVATE,
     lock,
     read_bytes,
+    read_json,
     read_text,
     regular,
     still_names,
     storage_error,
     write_atomic,
 )
+from fleetune.common.shell import quoted
 from fleetune.errors import MessageError, StorageError, UsageError
-from fleetune.runs import folder_names
-from fleetune.runs.folder_names import number, of_model
 from fleetune.runs.metrics import Metrics
 from fleetune.runs.metrics import events as events
+
+
+def slug(text: str) -> str:
+    """A text as part of a folder's name: lower case, digits, dots and hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
+def of_model(name: str) -> str:
+    """The name of a model (a hub id, a file, a folder) as part of a folder's or a file's name, a GGUF file's without its end."""
+    return slug(Path(name).name.removesuffix(".gguf")) or "model"
+
+
+def number(path: Path) -> int:
+    """The number that a run folder's name begins with, 0 for none."""
+    match = re.match(r"(\d{4,})-", path.name)
+    return int(match[1]) if match else 0
+
+
+def none_such(name: str, out: Path, there: Sequence[str]) -> UsageError:
+    """The error for a run that is not there, with those whose names are like its."""
+    elsewhere = "" if str(out) == "runs" else f" --out {quoted(out)}"
+    hint = f"runs there are: fleetune runs{elsewhere}"
+    if near := difflib.get_close_matches(name, there, 3):
+        hint = f"did you mean {' or '.join(str(out / other) for other in near)}? {hint}"
+    elif there:
+        hint = f"the newest is {out / there[-1]}; {hint}"
+    return UsageError(f"no run '{name}' in {out}", hint=hint)
+
+
+STARTED_IN: Final = "started_in"  # in env.json and compress.json
+
+
+def note_start(folder: Path, earlier: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the record of `folder` says of its start folder: as it says `earlier`, else this process's folder."""
+    if isinstance(stated := earlier.get(STARTED_IN), str):
+        return {STARTED_IN: stated}
+    try:
+        return {STARTED_IN: Path(os.path.relpath(os.getcwd(), folder.resolve())).as_posix()}
+    except (OSError, ValueError):  # the folder is gone, or on another drive of Windows
+        return {}
+
+
+def start_of(folder: Path, record: Mapping[str, Any]) -> Path | None:
+    """Return the folder in which a run was started; None where that is this one, is not known, or is gone."""
+    stated = record.get(STARTED_IN)
+    if not isinstance(stated, str):
+        return None
+    start = Path(os.path.normpath(folder.resolve() / stated))
+    try:
+        return start if start.is_dir() and not start.samefile(os.getcwd()) else None
+    except OSError:
+        return None
+
+
+def find_from(name: str, start: Path | None) -> str:
+    """Return a file's name as it is found from here: that in the start folder if there is one, else `name` itself."""
+    if not name or start is None or Path(name).expanduser().is_absolute():
+        return name
+    try:
+        return shown_path(start / name) if (start / name).exists() else name
+    except (OSError, ValueError):  # too long, or a character that no path has
+        return name
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as seen from this process's folder."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:  # another drive of Windows
+        return str(path)
+
+
+ENVIRONMENT: Final = "env.json"
+
+
+PACKAGES: Final = [
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "numba",
+    "numpy",
+    "safetensors",
+    "jinja2",
+    "msgpack",
+    "pyarrow",
+]
+
+
+def made_on(path: Path) -> dict[str, str]:
+    """The digests of the "base" and the "tokenizer" that a run was made on, by env.json; StorageError when it is damaged."""
+    hint = f"fleetune tune --resume {quoted(path)}   writes it anew"
+    stated = read_json(path / ENVIRONMENT, hint)
+    digests = {what: stated.get(f"{what}_digest") for what in ("base", "tokenizer")}
+    if missing := [what for what, digest in digests.items() if not isinstance(digest, str)]:
+        raise StorageError(f"{path / ENVIRONMENT} is damaged (it states no {missing[0]}_digest)", hint=hint)
+    return {what: str(digest) for what, digest in digests.items()}
+
+
+def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and machine, for env.json."""
+    versions = dict.fromkeys(PACKAGES, "not installed")
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    machine = {"system": platform.system(), "machine": platform.machine(), "processors": os.cpu_count()}
+    return {"fleetune": __version__, "python": platform.python_version(), **versions, **machine, **extra}
+
 
 T = TypeVar("T")
 
@@ -131,23 +240,18 @@ class RunDir:
     def cut(self, round: int, size: int | None = None) -> list[str]:
         """Drop what a kill left: metrics after `round` and of the end, later checkpoints, temporary files.
 
-        `size` is how many bytes the checkpoint of the round states of metrics.jsonl.  What of it was lost, and what was not
-        finished and is dropped, is logged and returned as texts.
+        `size` is how many bytes the checkpoint of the round states of metrics.jsonl.  What of it was lost is logged and returned.
         """
-        lines, torn = self.metrics.unfinished(round)
-        loss = self.metrics.cut(round, size)
-        left = [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]
-        left = [path for path in left if not path.is_dir()]
+        lost = [text for text in [self.metrics.cut(round, size)] if text]
+        left = [
+            p for p in (*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")) if not p.is_dir()
+        ]
         for path in (*left, *(p for r, p in checkpoints(self.path) if r > round)):
             path.unlink(missing_ok=True)
-        parts = [counted(lines, "record")] if lines else []
-        parts += ["a torn line"] if torn else []
-        parts += [counted(n, "half-written file")] if (n := len(left) + folders.sweep(self.path)) else []
-        dropped = f"what was not finished after round {round} is dropped: {', '.join(parts)}" if parts else ""
-        told = [text for text in (loss, dropped) if text and round >= 0]
-        for text in told:
+        folders.sweep(self.path)
+        for text in lost:
             self.log(text)
-        return told
+        return lost
 
     # Checkpoints --------------------------------------------------------------------------------
 
@@ -290,7 +394,7 @@ def find(run: str, out: Path) -> Path:
     matches = [p for p in runs if p.name == run or p.name.split("-")[0].lstrip("0") == run.lstrip("0")]
     if len(matches) == 1:
         return matches[0]
-    raise folder_names.none_such(run, out, [p.name for p in runs])
+    raise none_such(run, out, [p.name for p in runs])
 
 
 def check_name(name: str, out: Path) -> None:
@@ -299,11 +403,10 @@ def check_name(name: str, out: Path) -> None:
     That is `latest`, a number, a run's name, and a path into a folder of runs that leads nowhere.
     """
     path = Path(name)
-    like_one = re.fullmatch(r"\d{4,}-[\w.-]+", name) and not path.exists()
-    if name == "latest" or name.isdigit() or like_one:
+    if name == "latest" or name.isdigit() or (re.fullmatch(r"\d{4,}-[\w.-]+", name) and not path.exists()):
         find(name, out)
-    elif "/" in name and not path.exists() and (there := folder_names.numbered_in(path.parent)):
-        raise folder_names.none_such(path.name, path.parent, there)
+    elif "/" in name and not path.exists() and (runs := listing(path.parent)):
+        raise none_such(path.name, path.parent, [p.name for p in runs])
 
 
 def listing(out: Path) -> list[Path]:

@@ -17,7 +17,7 @@ and (1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, witho
 directions are independent, so it pays a pass over the weights for each.
 
 Neither the weights nor a gradient ever exist whole: backward makes both a row block at a time (`Tape`), and the gradient is
-folded at once (`Projection`).  The activations are those of one layer (`models/checkpointing`).
+folded at once (`Projection`).  The activations are those of one layer (`models/net/layers.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
 from typing import Final, NamedTuple
 from weakref import WeakSet
 
@@ -37,11 +36,11 @@ from torch import Tensor, nn
 from fleetune.data import Batch
 from fleetune.evaluation.losses import batch_loss, row_losses
 from fleetune.evaluation.objectives import Objective, loss_tensor
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
-from fleetune.seeds.noise import EMPTY, derive, fwht, passes, philox4x32, places, probe
+from fleetune.seeds.noise import derive, fwht, passes, philox4x32, places, probe
 from fleetune.seeds.view import Tape, Unpaired, View
-from fleetune.seeds.weights import CHUNK
+from fleetune.seeds.weights import CHUNK, MovedWeights
 
 log = logging.getLogger(__name__)
 
@@ -224,42 +223,26 @@ def uniforms(key: int, domain: str, count: int) -> np.ndarray:
 ONE = np.ones(1, np.float32)
 
 
-def fold(
-    sums: np.ndarray,
-    g: Tensor,
-    start: int,
-    run_key: int,
-    epoch: int,
-    kernels: ModuleType,
-    *,
-    threads: int | None = None,
-) -> None:
-    """Add the fold of a gradient: sums[j] += sum over place(i) = j of D[i] g[i], D the signs of `epoch`, K = len(sums).
-
-    sums: float64 [K]; g: a gradient of any shape and float type, row-major; start: the global index of its
-    first element.  Sums within a chunk are float32, of chunks float64.
-    """
-    flat, K = g.detach().reshape(-1), len(sums)
-    for lo in range(0, flat.numel(), CHUNK):
-        x = flat[lo : lo + CHUNK].float()
-        signs = torch.zeros_like(x)
-        kernels.sweep(signs, signs, start + lo, run_key, EMPTY, 1.0, (epoch, ONE), threads=threads)
-        where = torch.from_numpy(places(K, start + lo, x.numel())).to(x.device)
-        part = torch.zeros(K, device=x.device).index_add_(0, where, signs.mul_(x))
-        sums += part.cpu().numpy()
-
-
 class Projection:
     """Folds gradients as backward makes them (the `sink` of a tape); `take` returns the slopes along the pool."""
 
-    def __init__(self, view: View, K: int, epoch: int) -> None:
-        self.view, self.epoch = view, epoch
+    def __init__(self, weights: MovedWeights, K: int, epoch: int) -> None:
+        self.weights, self.epoch = weights, epoch
         self.sums = np.zeros(K)
 
     def add(self, start: int, gradient: Tensor) -> None:
-        """Fold the gradient of elements from `start` on."""
-        view = self.view
-        fold(self.sums, gradient, start, view.run_key, self.epoch, view.kernels, threads=view.threads)
+        """Add the fold of a gradient: sums[j] += sum over place(i) = j of D[i] g[i], D the signs of the epoch.
+
+        gradient: of any shape and float type, row-major; start: the global index of its first element.  Sums within a
+        chunk are float32, of chunks float64.
+        """
+        flat, K = gradient.detach().reshape(-1), len(self.sums)
+        for lo in range(0, flat.numel(), CHUNK):
+            x = flat[lo : lo + CHUNK].float()
+            signs = torch.zeros_like(x)
+            self.weights.sweep(signs, signs, start + lo, None, (self.epoch, ONE))
+            where = torch.from_numpy(places(K, start + lo, x.numel())).to(x.device)
+            self.sums += torch.zeros(K, device=x.device).index_add_(0, where, signs.mul_(x)).cpu().numpy()
 
     def take(self) -> np.ndarray:
         """Return p float64 [K], p_k = z_k . g of all gradients since the last call."""

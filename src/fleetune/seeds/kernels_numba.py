@@ -221,12 +221,6 @@ def _rows(floats, codes, kinds, at, first, end, run, acc, grid, table, ends, wor
 
 
 @_inner
-def _copy(x, y):
-    for i in range(x.size):
-        x[i] = y[i]
-
-
-@_inner
 def _edges(size):
     # Room for the weights of a part of a tile or group, as if it were whole: like `floats` and `codes`.
     a, b = np.empty((3, size), f32), np.empty((3, size), u16)
@@ -237,7 +231,7 @@ def _edges(size):
 def _copy_part(to, i, from_, j, n):
     # The array for a type that the weights have not is empty.
     if to.size and from_.size:
-        _copy(to[i : i + n], from_[j : j + n])
+        to[i : i + n] = from_[j : j + n]
 
 
 @_inner
@@ -277,7 +271,7 @@ def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
                     acc[at + e] += i32(sums[lo + e])
         elif ids.size:
             if probe.size and probe_id == ids[0]:
-                _copy(words[0], words[4])
+                words[0] = words[4]
             else:
                 _philox(words[0], u64(tile) * u64(32), ids[0], key)
         to, to16, begin, first, end = floats, codes, lo, 0, ROWS

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,8 @@ from fleetune.seeds.noise import (
 )
 
 FORMAT = 1
+NAME = "fleetune-ledger"
+ARRAYS = {"id": "U64", "coefficient": "I32", "round": "U32"}
 AGAIN = "get it again from its origin; a run writes its own again: fleetune tune --resume RUN"
 TRAINS = ("weights", SCALES)
 LARGEST = (1 << 31) - 1  # a coefficient, of either sign
@@ -95,18 +97,8 @@ class LedgerHead:
             raise VersionError("the ledger")
         if not _sound(head):
             raise LedgerError(
-                f"the ledger's head is damaged (law {head.law!r:.40}, K {head.K}, grid {head.grid})",
-                hint=f"K is at most {MOST}, a grid lies above 0 and is at most {GRID_LIMIT:g}",
-            )
-        if head.trains not in TRAINS:
-            raise LedgerError(
-                f"the ledger's head is damaged (it trains {head.trains!r:.40}, not {', '.join(TRAINS)})",
-                hint=AGAIN,
-            )
-        if strange := [r for r in head.checks if not _is_round(r)]:
-            raise LedgerError(
-                f"the ledger's head is damaged (it states a digest after round {short(repr(strange[0]))})",
-                hint=AGAIN,
+                f"the ledger's head is damaged (law {head.law!r:.40}, K {head.K!r:.40}, grid {head.grid!r:.40})",
+                hint=f"K is at most {MOST}, a grid lies above 0 and is at most {GRID_LIMIT:g}; {AGAIN}",
             )
         return head
 
@@ -125,7 +117,8 @@ def _sound(head: LedgerHead) -> bool:
         and 0.0 < head.grid <= GRID_LIMIT
         and type(head.eps) in (float, int)
         and type(head.hyper) is type(head.checks) is dict
-        and all(type(d) is str for d in head.checks.values())
+        and all(type(d) is str and _is_round(r) for r, d in head.checks.items())
+        and head.trains in TRAINS
     )
 
 
@@ -161,11 +154,8 @@ class Ledger:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        head, last = self.head, self.last_round()
-        return (
-            f"<Ledger of {head.method}: {counted(len(self), 'entry', 'entries')}, {counted(last, 'round')}, law {head.law}, "
-            f"base {head.base[:8]}>"
-        )
+        entries, rounds = counted(len(self), "entry", "entries"), counted(self.last_round(), "round")
+        return f"<Ledger of {self.head.method}: {entries}, {rounds}, law {self.head.law}, base {self.head.base[:8]}>"
 
     def final_check(self) -> str | None:
         """Return the digest that the ledger states of the weights it rebuilds as a whole; None when it states none."""
@@ -197,9 +187,6 @@ class Ledger:
         """Return the number of replay passes, without their tables."""
         return count_passes(self.head.law, self.ids, self.coefficients)
 
-    def _sums(self) -> tuple[np.ndarray, np.ndarray]:
-        return merged(self.ids, self.coefficients.astype(np.int64))
-
     def with_check(self, round: int, digest: str) -> Ledger:
         """Return this ledger with the digest that the weights have after `round`."""
         return replace(self, head=replace(self.head, checks={**self.head.checks, str(round): digest}))
@@ -207,15 +194,19 @@ class Ledger:
     def fingerprint(self) -> str:
         """Return the SHA-256 over the canonical head and the entries."""
         h = hashlib.sha256(self.head.to_json().encode())
-        for array in (self.ids, self.coefficients, self.rounds):
-            h.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+        for array in self._arrays():
+            h.update(array.tobytes())
         return h.hexdigest()
+
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return ids, coefficients and rounds in the types of the file."""
+        return self.ids.astype("<u8"), self.coefficients.astype("<i4"), self.rounds.astype("<u4")
 
     # Operations ---------------------------------------------------------------------------------
 
     def _derived(self, keep: np.ndarray, checks: dict[str, str]) -> Ledger:
         head = replace(self.head, previous=self.fingerprint(), checks=checks)
-        return Ledger(head, self.ids[keep], self.coefficients[keep], self.rounds[keep])
+        return Ledger(head, *(array[keep] for array in self._arrays()))
 
     def last_round(self) -> int:
         """Return the last round of which the ledger has an entry or states a digest; 0 for none."""
@@ -223,14 +214,12 @@ class Ledger:
 
     def _require_round(self, round: int, first: int) -> None:
         last = self.last_round()
-        if first <= round <= last:
-            return
-        if not last:
-            raise UsageError(f"the ledger has no rounds, so none {round}", hint="fleetune ledger show FILE")
-        has = f"rounds 1 to {last:,}" if last > 1 else "round 1 alone"
-        base = "; 0 is its base" if first == 0 else ""
-        named = f"a round from {first} to {last:,}" if first < last else f"round {last:,}"
-        raise UsageError(f"the ledger has {has}, none {round:,}", hint=f"name {named}{base}")
+        if not first <= round <= last:
+            hint = f"name a round from {first} to {last:,}{'; 0 is its base' * (not first)}" if last else None
+            raise UsageError(
+                f"the ledger has {counted(last, 'round')}, none {round:,}",
+                hint=hint or "fleetune ledger show FILE",
+            )
 
     def truncate(self, round: int) -> Ledger:
         """Return the ledger up to and including `round`, 0 for none of them; UsageError for a round that it does not have."""
@@ -273,7 +262,7 @@ class Ledger:
 
         A sum beyond 32 bits takes as many entries as it needs, one after another.
         """
-        ids, left = self._sums()
+        ids, left = merged(self.ids, self.coefficients.astype(np.int64))
         parts = []
         while left.any():
             parts.append(np.clip(left, -LARGEST, LARGEST))
@@ -295,18 +284,10 @@ class Ledger:
                 hint="merge needs the same base model, run key, law, K and grid",
             )
         order = np.argsort(np.concatenate([self.rounds, other.rounds]), kind="stable")
-        both = [
-            np.concatenate(pair)[order]
-            for pair in (
-                (self.ids, other.ids),
-                (self.coefficients, other.coefficients),
-                (self.rounds, other.rounds),
-            )
-        ]
-        parents = hashlib.sha256(
-            "".join(sorted([self.fingerprint(), other.fingerprint()])).encode()
-        ).hexdigest()
-        return Ledger(replace(self.head, previous=parents, checks={}), *both)
+        both = [np.concatenate(pair)[order] for pair in zip(self._arrays(), other._arrays(), strict=True)]
+        parents = "".join(sorted([self.fingerprint(), other.fingerprint()])).encode()
+        head = replace(self.head, previous=hashlib.sha256(parents).hexdigest(), checks={})
+        return Ledger(head, *both)
 
     def head_changes(self, other: Ledger) -> list[Change]:
         """Return the fields of the head that differ."""
@@ -318,10 +299,10 @@ class Ledger:
         changes = self.head_changes(other)
         for r in np.union1d(self.rounds, other.rounds):
             a, b = self.rounds == r, other.rounds == r
-            same = np.array_equal(self.ids[a], other.ids[b]) and np.array_equal(
-                self.coefficients[a], other.coefficients[b]
-            )
-            if not same:
+            if (
+                self.ids[a].tobytes() + self.coefficients[a].tobytes()
+                != other.ids[b].tobytes() + other.coefficients[b].tobytes()
+            ):
                 changes.append(Change(f"round {r}", f"{a.sum()} entries", f"{b.sum()} entries"))
         if all(c.what not in MUST_AGREE for c in changes):
             left, right = self.compact(), other.compact()
@@ -336,22 +317,13 @@ class Ledger:
 
     def to_bytes(self) -> bytes:
         """Return the file's bytes: equal ledgers give equal bytes (safetensors' own writer shuffles metadata)."""
-        metadata = {
-            "format": "fleetune-ledger",
-            "head": self.head.to_json(),
-            "fingerprint": self.fingerprint(),
-        }
+        metadata = {"format": NAME, "head": self.head.to_json(), "fingerprint": self.fingerprint()}
         header: dict[str, Any] = {"__metadata__": metadata}
         data = b""
-        for name, kind, values in (
-            ("id", "U64", self.ids.astype("<u8")),
-            ("coefficient", "I32", self.coefficients.astype("<i4")),
-            ("round", "U32", self.rounds.astype("<u4")),
-        ):
-            raw = values.tobytes()
-            place = [len(data), len(data) + len(raw)]
+        for (name, kind), values in zip(ARRAYS.items(), self._arrays(), strict=True):
+            place = [len(data), len(data) + values.nbytes]
             header[name] = {"data_offsets": place, "dtype": kind, "shape": [len(values)]}
-            data += raw
+            data += values.tobytes()
         text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text + data
@@ -374,14 +346,10 @@ def load(path: str | os.PathLike[str]) -> Ledger:
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
-            ours = metadata.get("format") == "fleetune-ledger" and set(metadata) == {
-                "format",
-                "head",
-                "fingerprint",
-            }
-            if not ours or set(file.keys()) != {"id", "coefficient", "round"}:
+            ours = metadata.get("format") == NAME and set(metadata) == {"format", "head", "fingerprint"}
+            if not ours or set(file.keys()) != set(ARRAYS):
                 raise LedgerError(f"{path} is a safetensors file, but not a ledger", hint=AGAIN)
-            arrays = [file.get_tensor(n) for n in ("id", "coefficient", "round")]
+            arrays = [file.get_tensor(n) for n in ARRAYS]
     except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: types numpy lacks
         raise LedgerError(f"{path} is damaged or not a ledger ({error})", hint=AGAIN) from error
     try:
@@ -411,30 +379,18 @@ def require_base(
 ) -> None:
     """Raise LedgerError with what differs, unless the ledger was made on this very base model."""
     tensors = tuple(tensors)
-    problems = []
-    if head.tensors != tensors:
-        problems.append(_tensor_difference(head.tensors, tensors))
-    if head.base != base:
-        problems.append(f"base digest {base[:16]}.. differs from the ledger's {head.base[:16]}..")
-    if head.tokenizer != tokenizer:
-        problems.append(
-            f"tokenizer digest {tokenizer[:16]}.. differs from the ledger's {head.tokenizer[:16]}.."
-        )
-    if problems:
+    differ = {
+        "tensors": head.tensors != tensors,
+        "base digest": head.base != base,
+        "tokenizer digest": head.tokenizer != tokenizer,
+    }
+    if any(differ.values()):
+        apart = sorted(set(head.tensors) ^ set(tensors))
+        shown = f", e.g. {apart[0][0]} {list(apart[0][1])} {apart[0][2]}" if apart else ""
         raise LedgerError(
-            "this ledger belongs to another base model: " + "; ".join(problems),
+            f"this ledger belongs to another base model: the {', '.join(k for k, v in differ.items() if v)} differ{shown}",
             hint=f"load the base it was made on, in the same dtype ({head.tensors[0][2] if head.tensors else '?'})",
         )
-
-
-def _tensor_difference(want: Sequence[Any], have: Sequence[Any]) -> str:
-    missing = [n for n, *_ in want if n not in {m for m, *_ in have}]
-    if missing:
-        return f"tensor {missing[0]} is missing ({len(missing)} in all)"
-    for left, right in zip(want, have, strict=False):
-        if left != right:
-            return f"tensor {right[0]} is {list(right[1])} {right[2]}, the ledger has {left[0]} {list(left[1])} {left[2]}"
-    return f"the model has {len(have)} tensors, the ledger {len(want)}"
 
 
 def _cosine(left: Ledger, right: Ledger) -> float:

@@ -39,7 +39,6 @@ POOL = "hashed"  # the law with K directions in one pass
 MOST = 1 << 24  # directions of a pool: the table of a pass has as many numbers
 PASSES = 1 << 20  # of a sum: ten times the 100,000 steps of the longest runs in MeZO's paper
 TABLES = 1 << 26  # numbers in the tables of all passes, 256 MiB: 67 million steps along fresh directions
-BLOCK = 1 << 16  # numbers of a table that are transformed at a time
 MIX = 0x9E3779B97F4A7C15  # the multiplier of `run_hashes`: 2^64 over the golden ratio
 TILE = 4096  # elements that share 32 Philox calls: one bit each
 WIDTH = 128  # words of a tile, and elements of one row of it
@@ -105,9 +104,9 @@ def run_hashes(runs: NDArray[np.uint64]) -> NDArray[np.int64]:
 
     h(r) = m(m(r)) >> 40 with m(x) = (x xor (x >> 32)) * MIX mod 2^64.
     """
-    half, mix = np.uint64(32), np.uint64(MIX)
-    x = (runs ^ (runs >> half)) * mix
-    x = (x ^ (x >> half)) * mix
+    x = runs
+    for _ in range(2):
+        x = (x ^ (x >> np.uint64(32))) * np.uint64(MIX)
     hashes: NDArray[np.int64] = (x >> np.uint64(40)).astype(np.int64)
     return hashes
 
@@ -222,27 +221,14 @@ def fwht(a: ArrayLike) -> NDArray[Any]:
 
 
 def _transform(v: NDArray[Any]) -> None:
-    """Replace v, [K], by H v, in a block of memory beside it."""
-    for first in range(0, len(v), BLOCK):
-        part = v[first : first + BLOCK]
-        half = 1
-        while half < len(part):
-            pairs = part.reshape(-1, 2, half)
-            _butterfly(pairs[:, 0], pairs[:, 1])
-            half *= 2
-    half = BLOCK
+    """Replace v, [K], by H v, in half its memory beside it."""
+    half = 1
     while half < len(v):
-        for left, right in v.reshape(-1, 2, half):
-            for first in range(0, half, BLOCK):
-                _butterfly(left[first : first + BLOCK], right[first : first + BLOCK])
+        pairs = v.reshape(-1, 2, half)
+        less = pairs[:, 0] - pairs[:, 1]
+        pairs[:, 0] += pairs[:, 1]
+        pairs[:, 1] = less
         half *= 2
-
-
-def _butterfly(left: NDArray[Any], right: NDArray[Any]) -> None:
-    """Replace left by left + right, and right by left - right."""
-    less = left - right
-    left += right
-    right[:] = less
 
 
 def hadamard_column(K: int, k: int) -> NDArray[np.int8]:

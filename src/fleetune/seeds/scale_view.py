@@ -25,11 +25,10 @@ from torch import Tensor
 from fleetune.common import ggml
 from fleetune.common.ggml import BLOCK, HALVES, SCALES
 from fleetune.errors import UsageError
-from fleetune.models.families.dtypes import WEIGHTS
-from fleetune.models.mapped.lazy import LazyWeight, in_blocks, kinds_of
-from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
-from fleetune.models.mapped.stored import check_scales
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.lazy import LazyWeight, in_blocks, kinds_of
 from fleetune.models.net.model import Model, Pieces, named_tensors
+from fleetune.models.stored import apply_scales, check_scales, scale_bits, write_codes
 from fleetune.seeds.noise import LARGEST, STEPS, rounding
 from fleetune.seeds.view import View
 from fleetune.seeds.weights import CHUNK, WeightSlot, layout, read_stored
@@ -139,12 +138,18 @@ class ScaleView(View):
         bits = scale_bits(blocks, stored.kind)
         flat = bits.view(-1)
         at = place_of(flat)
-        sums = self.folded.sums.get(slot.name)
         lo, hi = top * per_row, end * per_row
-        part = None if sums is None else sums[lo:hi]
         outs = [torch.empty_like(at) for _ in range(signs)]
         minus = outs[1] if signs == 2 else None
-        self.sweep(outs[0], at, slot.start + lo, self.point, self.direction, minus=minus, sums=part)
+        self.sweep(
+            outs[0],
+            at,
+            slot.start + lo,
+            self.point,
+            self.direction,
+            minus=minus,
+            sums=self.folded.of(slot, lo, hi),
+        )
         offsets = self._offsets_of(slot)[lo:hi]
         return blocks, [on_grid(p, flat, offsets.float().add_(0.5).div_(256)).view_as(bits) for p in outs]
 

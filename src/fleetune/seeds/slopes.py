@@ -23,9 +23,8 @@ taken, all is measured once more where it leads, and the higher curvature and th
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -106,13 +105,18 @@ def measure(
     key = run_key(how.key.to_bytes(8, "little"))
     view = view_on(model, run_key=key, law=how.law, grid=GRID)
     model.attachment = view
+    done = 0
+
+    def counted(more: int) -> None:
+        nonlocal done
+        done += more
+        on_passes(done)
+
     try:
-        points = [_at_point(model, view, rows, how, 0, on_passes)]
+        points = [_at_point(model, view, rows, how, 0, counted)]
         if step := choose(points[0]):
-            begun = 3 * DIRECTIONS
-            _walk(model, view, rows, how, step, lambda done: on_passes(begun + done))
-            begun += 2 * STEPS
-            points.append(_at_point(model, view, rows, how, DIRECTIONS, lambda done: on_passes(begun + done)))
+            _walk(model, view, rows, how, step, counted)
+            points.append(_at_point(model, view, rows, how, DIRECTIONS, counted))
     finally:
         view.remove()
         model.attachment = None
@@ -120,71 +124,44 @@ def measure(
 
 
 def _at_point(
-    model: Model,
-    view: View,
-    rows: Sequence[Encoded],
-    how: Probe,
-    first: int,
-    on_passes: Callable[[int], None],
+    model: Model, view: View, rows: Sequence[Encoded], how: Probe, first: int, counted: Callable[[int], None]
 ) -> Slopes:
     """Measure along `DIRECTIONS` members of the pool from `first` on, each on up to `ROWS` of the rows."""
-    size, found = min(ROWS, len(rows)), []
+    size, measured = min(ROWS, len(rows)), []
     for k in range(first, first + DIRECTIONS):
         few = [rows[(k * size + i) % len(rows)] for i in range(size)]
         batch = collate(few, pad_id(model), model.device)
         middle, tokens = row_losses(model, batch)
         sides: list[np.ndarray] = []
-        two_point(
-            view, probe(how.law, how.K, k % how.K), how.eps, functools.partial(_heard, model, batch, sides)
-        )
-        found.append(along(middle, sides[0], sides[1], tokens, how.eps))
-        on_passes(3 * len(found))
-    slopes, variances, curvatures = (np.array(column) for column in zip(*found, strict=True))
+
+        def loss(batch: Batch = batch, sides: list[np.ndarray] = sides) -> float:
+            sides.append(row_losses(model, batch)[0])
+            return 0.0
+
+        two_point(view, probe(how.law, how.K, k % how.K), how.eps, loss)
+        measured.append(along(middle, sides[0], sides[1], tokens, how.eps))
+        counted(3)
+    slopes, variances, curvatures = np.array(measured).T
     noise = float(variances.mean())
+    squared, curvature = float((slopes**2).mean()), float(np.abs(curvatures).mean())
     return Slopes(
-        float((slopes**2).mean()) - noise,
-        noise * size,
-        float(np.abs(curvatures).mean()),
-        tuple(slopes.tolist()),
-        tuple(curvatures.tolist()),
+        squared - noise, noise * size, curvature, tuple(slopes.tolist()), tuple(curvatures.tolist())
     )
-
-
-def _heard(model: Model, batch: Batch, sides: list[np.ndarray]) -> float:
-    """Add the losses of the rows to `sides`; return their sum."""
-    sides.append(row_losses(model, batch)[0])
-    return float(sides[-1].sum())
 
 
 def _walk(
-    model: Model,
-    view: View,
-    rows: Sequence[Encoded],
-    how: Probe,
-    step: float,
-    on_passes: Callable[[int], None],
+    model: Model, view: View, rows: Sequence[Encoded], how: Probe, step: float, counted: Callable[[int], None]
 ) -> None:
     """Take `STEPS` two-point steps at a rate from the base; the view stays where they lead."""
+
+    def units(number: int, g: float) -> int:
+        counted(2)
+        return max(-LIMIT, min(LIMIT, round(-g * step / GRID)))
+
     position = Position(how.law, how.K, np.zeros(0, np.uint64), np.zeros(0, np.int64))
     batches = Batches(rows, pad_id(model), how.key, model.device).steps(STEPS, min(how.batch, ROWS))
-
-    def taken() -> Iterator[Batch]:
-        for number, batch in enumerate(batches, 1):
-            yield batch
-            on_passes(2 * number)  # the step on it is done
-
     ids = [(1 << 32) | (k % how.K) for k in range(STEPS)]  # of another pool than what is measured
-    descend(
-        model,
-        view,
-        position,
-        ids,
-        taken(),
-        batch_loss,
-        eps=how.eps,
-        clip=0.0,
-        to_units=lambda _, g: max(-LIMIT, min(LIMIT, round(-g * step / GRID))),
-    )
+    descend(model, view, position, ids, batches, batch_loss, eps=how.eps, clip=0.0, to_units=units)
 
 
 def along(

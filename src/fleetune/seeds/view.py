@@ -32,9 +32,8 @@ from torch.nn import functional as F
 
 from fleetune.common.display import counted
 from fleetune.errors import ModelError
-from fleetune.models.mapped.lazy import LazyWeight
-from fleetune.models.mapped.net import replace_parameters
-from fleetune.models.net import unmerged
+from fleetune.models.lazy import LazyWeight, replace_parameters
+from fleetune.models.net.model import allow_copies
 from fleetune.seeds.weights import MovedWeights, WeightSlot
 
 log = logging.getLogger(__name__)
@@ -66,42 +65,29 @@ class View(MovedWeights):
 
     def write(self) -> None:
         """Overwrite the stored weights with the view's point (for export; the base is lost)."""
+        lazy = {slot.name for slot in self.slots if isinstance(slot.tensor, LazyWeight)}
         with torch.inference_mode():
             for slot in self.slots:
-                if not isinstance(slot.tensor, LazyWeight):
+                if slot.name not in lazy:
                     self.fill(slot, slot.tensor.detach().view(-1))
-        if self.lazy:
-            self._write_lazy()
+        new = {s.name: nn.Parameter(self.whole(s), requires_grad=False) for s in self.slots if s.name in lazy}
+        if new:  # values in memory take the places of lazy weights, and are what is looked at from here on
+            replace_parameters(self.net, {id(s.tensor): new[s.name] for s in self.slots if s.name in new})
+            self.remove()
+            self.slots = [slot._replace(tensor=new.get(slot.name, slot.tensor)) for slot in self.slots]
+            self._install(self.net)
         self.folded.forget()
         self.place(None)
-
-    def _write_lazy(self) -> None:
-        """Put values in memory in the places of lazy weights, and look at these from here on."""
-        new = {
-            slot.name: nn.Parameter(self.whole(slot), requires_grad=False)
-            for slot in self.slots
-            if isinstance(slot.tensor, LazyWeight)
-        }
-        replace_parameters(self.net, {id(s.tensor): new[s.name] for s in self.slots if s.name in new})
-        self.remove()
-        self.slots = [slot._replace(tensor=new.get(slot.name, slot.tensor)) for slot in self.slots]
-        self.lazy = False
-        self._install(self.net)
 
     @property
     def words(self) -> str:
         """Say in words what it is, for the model that carries it."""
-        return (
-            "its weights moved by a seed ledger"
-            if self.point is not None
-            else "its weights ready to be moved"
-        )
+        return "its weights moved by a seed ledger" if self.point else "its weights ready to be moved"
 
     def merge(self, model: Any) -> None:
         """Overwrite the stored weights of the model that carries this view, and take the view off."""
         self.write()
-        self.remove()
-        model.attachment = None
+        self.detach(model)
 
     def detach(self, model: Any) -> None:
         """Take the view off the model that carries it, which is then the base again."""
@@ -111,12 +97,11 @@ class View(MovedWeights):
     def remove(self) -> None:
         """Take the view off: the net runs on its stored weights again."""
         for module in [*self._around, *(module for module, _ in self.owners)]:
-            unmerged.free(module)
+            allow_copies(module)
+            del module.forward
         for module, _ in self.owners:
             module._parameters = dict(module._parameters.items())
             module.__dict__.pop("row_blocks", None)
-        for module in [*self._around, *(module for module, _ in self.owners)]:
-            del module.forward
         self.owners, self._around = [], []
 
     def warn_unreached(self) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fleetune.errors import UsageError
-from fleetune.models.mapped.lazy import LazyWeight
+from fleetune.models.lazy import LazyWeight
 from fleetune.models.net.model import Pieces
 from fleetune.seeds import VARIABLE, chosen_kernels
 from fleetune.seeds.noise import EMPTY, TILE, Passes
@@ -101,8 +101,8 @@ class MovedWeights:
         self.run_key, self.law, self.grid = run_key, law, grid
         self.threads: int | None = None  # torch's number
         self.device = self.slots[0].tensor.device
-        self.lazy = any(isinstance(slot.tensor, LazyWeight) for slot in self.slots)
-        self.folds = not self.lazy  # whether sums of passes are cached, a number for each that is moved
+        # whether sums of passes are cached, a number for each that is moved
+        self.folds = not any(isinstance(slot.tensor, LazyWeight) for slot in self.slots)
         self.kernels = kernels(self.device)
         self.point: Passes | None = None
         self.direction: Direction | None = None
@@ -162,18 +162,17 @@ class MovedWeights:
         self.heard()
         self.reached.add(slot.name)
         base = read_stored(slot, first, last)
-        sums = self.folded.sums.get(slot.name)
+        sums = self.folded.of(slot, first, last)
         if self.point is None and self.direction is None and sums is None:
             return base if out is None else out.copy_(base)
         if out is None:
             out = self._take(last - first, base.dtype)
-        part = None if sums is None else sums[first:last]
         if self.stored is not None and self.direction is not None:
             x = torch.empty_like(base, dtype=torch.float32)
-            self.sweep(x, base.float(), slot.start + first, self.point, None, sums=part)
+            self.sweep(x, base.float(), slot.start + first, self.point, None, sums=sums)
             self.stored.add(x, slot.name, first)
             return out.copy_(x)
-        self.sweep(out, base, slot.start + first, self.point, self.direction, sums=part)
+        self.sweep(out, base, slot.start + first, self.point, self.direction, sums=sums)
         return out
 
     def signs(self, slot: WeightSlot, first: int, last: int) -> tuple[Tensor, ...]:
@@ -181,11 +180,9 @@ class MovedWeights:
         if not self.paired:
             return (self.piece(slot, first, last),)
         self.reached.add(slot.name)
-        base, sums = read_stored(slot, first, last), self.folded.sums.get(slot.name)
-        room = self._take(2 * (last - first), base.dtype)
-        plus, minus = room[: last - first], room[last - first :]
-        part = None if sums is None else sums[first:last]
-        self.sweep(plus, base, slot.start + first, self.point, self.direction, minus=minus, sums=part)
+        base, sums = read_stored(slot, first, last), self.folded.of(slot, first, last)
+        plus, minus = self._take(2 * (last - first), base.dtype).view(2, -1).unbind()
+        self.sweep(plus, base, slot.start + first, self.point, self.direction, minus=minus, sums=sums)
         return plus, minus
 
     def sweep(
@@ -196,24 +193,13 @@ class MovedWeights:
         passes: Passes | None,
         probe: Direction | None,
         *,
-        minus: Tensor | None = None,
-        sums: Tensor | None = None,
         grid: float | None = None,
+        **more: Any,
     ) -> None:
-        """Set out = base moved by passes and by the probe (`minus` by its opposite), as `kernels_torch.sweep`."""
-        self.kernels.sweep(
-            out,
-            base,
-            start,
-            self.run_key,
-            passes or EMPTY,
-            self.grid if grid is None else grid,
-            probe,
-            gaussian=self.law == "gaussian",
-            minus=minus,
-            sums=sums,
-            threads=self.threads,
-        )
+        """Set out = base moved by passes and by the probe, as `kernels_torch.sweep`, which takes `minus` and `sums` too."""
+        more |= {"gaussian": self.law == "gaussian", "threads": self.threads}
+        grid = self.grid if grid is None else grid
+        self.kernels.sweep(out, base, start, self.run_key, passes or EMPTY, grid, probe, **more)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of every trainable tensor at the view's point, in name order."""
@@ -337,6 +323,11 @@ class FoldedSums:
             raise
         self.folded = point
         return None
+
+    def of(self, slot: WeightSlot, first: int, last: int) -> Tensor | None:
+        """Return the sums of some elements of a tensor; None where there are none."""
+        sums = self.sums.get(slot.name)
+        return None if sums is None else sums[first:last]
 
     def forget(self) -> None:
         """Drop the sums and their memory."""

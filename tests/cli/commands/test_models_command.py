@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fleetune.cli import main as cli
-from fleetune.models.cache import cache, cache_contents, short_names
+from fleetune.models.cache import cache, names
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,10 @@ def test_models_shows_sizes_sources_and_the_cache(capsys, at):
     assert f"cache     {at / 'home'} (2.1 kB)" in out
     _, out, _ = call(capsys, "models", "--json")
     events = [json.loads(line) for line in out.splitlines()]
-    assert [e["event"] for e in events] == [*["model"] * len(short_names.every()), "cached_model"]
+    assert [e["event"] for e in events] == [
+        *["model"] * len([*cache.ORIGINS, *names.SHORT_NAMES]),
+        "cached_model",
+    ]
     assert events[-1]["name"] == "mine.gguf"
 
 
@@ -68,4 +71,4 @@ def test_a_name_that_is_a_path_removes_nothing(capsys, at):
     put("hub-some--one")
     for name in ("..", "../..", str(at), ".", "models"):
         assert call(capsys, "models", "rm", name)[0] == 2
-    assert len(cache_contents.contents()) == 1
+    assert len(cache.contents()) == 1

@@ -380,19 +380,6 @@ BAD = {  # command line: exit code, words of the error
 }
 
 
-def test_rows_for_a_start_are_looked_for_before_the_model_is_loaded(tiny, at, capsys, monkeypatch):
-    def no_model(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(models, "load", no_model)
-    for method in ("fedit", "fedpetuning"):
-        args = ["--method", method, "--set", "start=eva", "--set", "start_data=nosuch.jsonl"]
-        code, _, err = call(capsys, "tune", tiny, "demo", *args)
-        assert code == 2
-        assert "nosuch.jsonl" in err
-        assert list(at.iterdir()) == []
-
-
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input_is_a_clear_error_and_leaves_nothing_behind(line, tiny, at, capsys):
     row = '{"instruction": "a", "response": "b"}\n'

@@ -23,8 +23,8 @@ from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import UNITS
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
-from fleetune.tuning.rounds.fleets.local import LocalFleet
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.rounds.local_work import Memories
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 # Few steps, on all six rows at once; perturbations so large that a step function is no constant; rates that descend with
 # any key (at three times the rate, one key in four does not).

@@ -10,10 +10,10 @@ import pytest
 
 from fleetune import models
 from fleetune.data import Encoded
-from fleetune.models.net import checkpointing
+from fleetune.models.net import layers
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, encode
-from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 BASE = b"12345678"
 ROWS = [Encoded(np.arange(i, i + 12, dtype=np.int32), 4) for i in range(6)]
@@ -30,15 +30,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_change_no_bit_of_a_reply(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, settings = KINDS[kind]
-    monkeypatch.setattr(checkpointing, "SMALL", 0)  # else so small a batch keeps its activations
-    real, runs = checkpointing.checkpoint, 0
+    monkeypatch.setattr(layers, "SMALL", 0)  # else so small a batch keeps its activations
+    real, runs = layers.checkpoint, 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal runs
         runs += 1
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(checkpointing, "checkpoint", counted)
+    monkeypatch.setattr(layers, "checkpoint", counted)
     sent, used = [], []
     for on in (True, False):
         model, before = models.tiny_llama(seed=2), runs

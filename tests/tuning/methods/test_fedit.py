@@ -12,12 +12,12 @@ import torch
 
 from fleetune import adapters, models
 from fleetune.data import Batches, Encoded
-from fleetune.errors import DataError, MessageError, ModelError, RecipeError
+from fleetune.errors import MessageError, ModelError, RecipeError
 from fleetune.models import Model
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, check, decode, encode
 from fleetune.tuning.methods import Reply
-from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 BASE = b"12345678"
 IDS = torch.arange(40).reshape(2, 20)
@@ -286,32 +286,6 @@ def test_a_saved_run_is_a_plain_lora_of_the_base(tmp_path: Path) -> None:
     adapters.load(other, tmp_path / "adapter")
     torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=2e-5)
     assert (logits(other) - logits(models.tiny_llama())).abs().max() > 1e-2
-
-
-def test_eva_starts_from_the_servers_rows(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.jsonl"
-    line = '{"instruction": "say red", "response": "red red red"}\n'
-    mine.write_text("".join(line.replace("red", f"red{i}") for i in range(40)))
-    starts = {}
-    for source in ("demo", str(mine)):
-        method = methods.make("fedit", FAST | {"r": 4, "start": "eva", "start_data": source})
-        model = models.tiny_llama()
-        state = method.init(model, 5)
-        assert state.start == {}
-        assert torch.equal(logits(model), logits(models.tiny_llama()))
-        starts[source] = state.tensors["model.layers.0.self_attn.q_proj.lora_A.weight"].astype(np.float64)
-        np.testing.assert_allclose(starts[source] @ starts[source].T, np.eye(4), atol=1e-5)
-    assert np.abs(starts["demo"] @ starts[str(mine)].T - np.eye(4)).max() > 0.1
-    method = methods.make("fedit", FAST | {"start": "eva", "start_data": str(tmp_path / "none.jsonl")})
-    with pytest.raises(DataError):
-        method.init(models.tiny_llama(), 5)
-
-
-def test_eva_reads_rows_for_an_encoder_too() -> None:
-    method = methods.make("fedpetuning", {"size": 2, "start": "eva"})
-    state = method.init(models.tiny_bert(), 5)
-    a = state.tensors["bert.encoder.layer.1.attention.self.query.lora_A.weight"]
-    np.testing.assert_allclose(a @ a.T, np.eye(2), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from fleetune.errors import MessageError, RecipeError
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger, load
 from fleetune.seeds.view import View
-from fleetune.seeds.weights import layout
+from fleetune.seeds.weights import kernels, layout
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, check
-from fleetune.tuning.methods import Reply, _mixed_fleet, make
+from fleetune.tuning.methods import Reply, fedkseed, make
 from fleetune.tuning.methods._zeroth import UNITS, draw
 from fleetune.tuning.methods.fedkseed import Method, State, pro_weights
 from law_definition import slow_places
@@ -224,10 +224,7 @@ def test_server_rules_over_the_K_sums_in_float64(rule: str, lr: float) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        "server=adam",
-        "server=avgm,server_lr=0.5",
         "server=adam,wire=sums",
-        "pro=true,server=avgm",
         "epoch_rounds=2,pro=true,server=adam",
         "backprop=0.5,backprop_lr=0.05,server=avgm",
     ],
@@ -244,7 +241,8 @@ def test_resume_is_bit_equal_and_the_ledger_file_alone_rebuilds_the_weights(chan
     assert len(ledger)
     fresh = models.tiny_llama()
     head, named = ledger.head, models.named_tensors(fresh.net)
-    again = View(named, fresh.net, run_key=head.run_key, law=head.law, grid=head.grid, backend="torch")
+    again = View(named, fresh.net, run_key=head.run_key, law=head.law, grid=head.grid)
+    again.kernels = kernels(again.device, "torch")
     again.place(ledger.passes())
     assert models.digest(again.tensors()) == models.digest(view.tensors()) != models.digest(named)
 
@@ -324,8 +322,8 @@ def test_the_share_that_back_propagates_is_spread_over_the_clients() -> None:
         found = method.kinds(state)
         assert len(found) == len(method.kind_names) == 1 + (percent > 0)
         assert ["projected" in spec.arrays for _, spec in found] == [False, True][: len(found)]
-        assert [_mixed_fleet.is_ordered(sent) for sent, _ in found] == [False, True][: len(found)]
-    assert [_mixed_fleet.back_propagates(c, 0.5) for c in range(4)] == [False, True, False, True]
+        assert [(sent.scalars.get(fedkseed.MARK) is True) for sent, _ in found] == [False, True][: len(found)]
+    assert [tiny(backprop=0.5).kind_of(c) for c in range(4)] == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("wire", ["byte", "sums"])
@@ -382,10 +380,7 @@ def test_precision_is_one_over_the_variance() -> None:
     assert variance["walk"] == pytest.approx(size * (1 / K + (1 - 1 / K) / n), rel=0.1)
     walk = Payload({"codes": np.zeros(n, np.uint8)}, {"n": 10, "loss": 1.0})
     projected = Payload({"projected": np.zeros(K, np.uint8)}, {"n": 10, "loss": 1.0})
-    weight = {
-        reply: _mixed_fleet.weight(payload, method.codec, K, mixed=True)
-        for reply, payload in (("projected", projected), ("walk", walk))
-    }
+    weight = {reply: method.weight(payload) for reply, payload in (("projected", projected), ("walk", walk))}
     assert weight["projected"] == 10
     assert weight["walk"] / 10 == pytest.approx((1 / K) / (1 / K + (1 - 1 / K) / n), rel=1e-12)
     share = weight["walk"] / (weight["walk"] + 10)
@@ -418,18 +413,6 @@ def test_both_kinds_enter_one_ledger_by_precision(wire: str) -> None:
     w = 30 / (1 + (K - 1) / 6)
     expected = (w * summed + 20 * whole) / (w + 20)
     np.testing.assert_allclose(of_round(new.ledger, 1) * UNITS, expected, rtol=0, atol=0.5 + 1e-9)
-
-
-def test_the_more_clients_back_propagate_the_lower_the_loss(tmp_path) -> None:
-    """0, 50 and 100 % under one recipe; all leave a ledger of at most K numbers a round."""
-    end = []
-    for share in (0, 0.5, 1):
-        name = f"fedkseed:K={K},tau=20,backprop={share},backprop_lr=0.03"
-        model, state, _ = harness.train(name, tmp_path / str(share), 3)
-        assert 0 < len(state.ledger) <= 3 * K
-        end.append(harness.loss(model))
-    begin = harness.loss(models.tiny_llama())
-    assert end[2] < end[1] < end[0] < begin
 
 
 # --- renewed pools, and what cannot be ------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, check, decode, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods.fedpetuning import MODULES
-from fleetune.tuning.rounds.fleets.local import LocalFleet
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 NETS: dict[str, Callable[[], Model]] = {"llama": models.tiny_llama, "bert": models.tiny_bert}
 BASE = b"12345678"
@@ -141,9 +141,9 @@ def test_lr_and_size_zero_are_the_papers(module: str) -> None:
     lr, size = PAPERS[module]
     kind = MODULES[module]
     assert (kind.lr, kind.size) == (lr, size)
-    rates = methods.make("fedpetuning", {"module": module, "batch_size": 10}).training().rates(40)
+    rates = methods.make("fedpetuning", {"module": module, "batch_size": 10}).rates(40)
     np.testing.assert_allclose(rates, [lr, lr * 3 / 4, lr / 2, lr / 4])  # falls to 0 within the round
-    own = methods.make("fedpetuning", {"module": module, "lr": 0.5, "steps": 2}).training().rates(40)
+    own = methods.make("fedpetuning", {"module": module, "lr": 0.5, "steps": 2}).rates(40)
     np.testing.assert_allclose(own, [0.5, 0.25])
 
 
@@ -166,7 +166,6 @@ def test_lora_has_alpha_equal_to_its_rank_on_query_and_value() -> None:
         ({"module": "bitfit", "size": 4}, "no size to choose"),
         ({"module": "prefix", "targets": "all-linear"}, "needs module=lora"),
         ({"module": "lora", "places": "pfeiffer"}, "needs module=adapter"),
-        ({"module": "lora", "start_data": "rows.jsonl"}, "what start=eva looks at"),
         ({"lr": -1.0}, "must be positive"),
         ({"wire": "int8"}, "none of fp32, fp16"),
         ({"epochs": 0}, "at least 1"),

@@ -11,7 +11,6 @@ from typing import Any
 import contract_harness as harness
 import numpy as np
 import pytest
-import torch
 
 from fleetune import adapters, models
 from fleetune.data import Batches, Example
@@ -51,7 +50,7 @@ def named(vector: np.ndarray) -> dict[str, np.ndarray]:
 def start(seed: int = 11, **changes: Any) -> State:
     none, ids = np.zeros(0), np.zeros(0, np.uint64)
     w = np.random.default_rng(3).normal(size=sum(map(math.prod, SIZES.values())))
-    state = State(named(w), {}, ids, ids, none, none, 0, 0, 0, seed, 0, 0.0, 0, 0.0, 0.0, 0.0)
+    state = State(named(w), {}, ids, ids, none, none, 0, 0, 0, seed)
     return state._replace(**changes)
 
 
@@ -185,15 +184,6 @@ def test_no_slope_counts_more_than_the_clip() -> None:
     assert np.abs(flat(moved.tensors) - flat(start().tensors)).max() < 1
 
 
-def test_a_device_cuts_its_own_slopes() -> None:
-    model = models.tiny_llama()
-    for clip, largest in ((0.0, np.inf), (0.01, np.float32(0.01))):
-        method = quick(P=8, clip=clip)
-        state = method.init(model, harness.key())
-        g = harness.reply(harness.fleet(model, method), method, state).payload.array("g")
-        assert (np.abs(g).max() == largest) if clip else (np.abs(g).max() > 0.01)
-
-
 def test_the_rate_falls_linearly_to_nothing() -> None:
     method = Method(lr=0.2, decay=50)
     assert [method.rate(r) for r in (0, 10, 25, 50, 60)] == pytest.approx([0.2, 0.16, 0.1, 0.0, 0.0])
@@ -221,7 +211,7 @@ def distance(sample: np.ndarray, cdf: np.ndarray) -> float:
 @pytest.fixture(scope="module")
 def ranked() -> np.ndarray:
     """The 2,000 best of 20,000 candidates, as vectors, best first: float64 [2000, 3400]."""
-    seeds, _ = Method().rank(start(last=named(LAST), round=4), 500)
+    seeds = Method().rank(start(last=named(LAST), round=4), 500)
     return np.stack([directions(11, int(id)) for id in seeds])
 
 
@@ -236,13 +226,6 @@ def test_what_ranked_directions_have_along_the_old_gradient_is_a_cut_normal(rank
     assert (a * a).mean() == pytest.approx(square, rel=0.03)
 
 
-def test_across_the_old_gradient_they_are_normal(ranked: np.ndarray) -> None:
-    across = np.random.default_rng(9).normal(size=3400)
-    across -= (across @ U) * U
-    b = np.sort(ranked @ (across / np.linalg.norm(across)))
-    assert distance(b, np.array([NORMAL.cdf(x) for x in b])) < 0.0364
-
-
 def test_the_bias_is_the_one_that_the_docstring_states(ranked: np.ndarray) -> None:
     """mean of g v = grad + (E[a^2] - 1) <grad, u> u, for a gradient of which half is along u."""
     gradient = 0.5 * U + 0.5 * np.roll(U, 1)
@@ -255,28 +238,18 @@ def test_the_bias_is_the_one_that_the_docstring_states(ranked: np.ndarray) -> No
 @pytest.mark.parametrize("law", ["gaussian", "rademacher"])
 def test_the_best_tenth_of_the_candidates_is_offered_in_order(law: str) -> None:
     method, state = Method(law=law, candidates=5), start(last=named(LAST), round=6)
-    seeds, offer = method.rank(state, 3)
+    seeds = method.rank(state, 3)
     assert len(seeds) == 3 * fwdllm.SPARE
     ids = [(7 << 32) + i for i in range(5 * len(seeds))]
     v = np.stack([directions(11, id, law) for id in ids])
     cosine = v @ U / np.linalg.norm(v, axis=1)
     order = np.argsort(-cosine)[: len(seeds)]
     assert seeds.tolist() == [ids[i] for i in order]
-    assert offer == pytest.approx(cosine[order].mean() * math.sqrt(3400), rel=1e-5)
 
 
-def test_ranks_are_keyed_by_run_and_round() -> None:
-    state = start(last=named(LAST))
-    again, other = Method().rank(state, 4)[0], Method().rank(state._replace(round=1), 4)[0]
-    assert np.array_equal(Method().rank(state, 4)[0], again)
-    assert not set(again.tolist()) & set(other.tolist())
-    assert not np.array_equal(Method().rank(state._replace(seed=12), 4)[0], again)
-
-
-def test_only_odd_batches_are_ranked_and_the_effect_is_reported() -> None:
+def test_only_odd_batches_are_ranked() -> None:
     method = Method(P=4, variance_gate=False, lr=0.1, decay=0)
     state, gradient = start(), np.random.default_rng(2).normal(size=3400)
-    lasts = []
     for batch in range(6):
         assert bool(len(state.seeds)) == (batch % 2 == 1)
         assert ("seeds" in method.broadcast(state).arrays) == (batch % 2 == 1)
@@ -288,22 +261,13 @@ def test_only_odd_batches_are_ranked_and_the_effect_is_reported() -> None:
             for c, (k, x) in enumerate(zip(keys, g, strict=True))
         ]
         state = method.aggregate(state, iter(answers))
-        lasts.append(flat(state.last))
         report = method.report(state)
         assert (report["batch"], report["moved"]) == (batch + 1, 1)
-        if batch % 2:
-            assert 1.4 < report["along"] < 2.2  # 80 of 800: about 1.755
-        else:
-            assert report["along"] == 0
-        if batch:
-            a, b = lasts[-2:]
-            assert report["cosine"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-6)
     off = Method(P=4, variance_gate=False, discriminative=False)
     state = start()
     for batch in range(3):
         state = off.aggregate(state, iter(replies(state, off, np.ones((5, 4)), round=batch)))
         assert not len(state.seeds)
-        assert off.report(state)["along"] == 0
 
 
 def test_devices_draw_different_seeds_of_the_offer_and_the_server_knows_which() -> None:
@@ -414,7 +378,7 @@ def test_a_run_records_what_gate_and_ranking_did(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(harness.QUICK, "fwdllm", harness.QUICK["fwdllm"] | {"threshold": 0.5, "P": 2})
     _, state, run = harness.train("fwdllm", tmp_path, 8)
     told = [e["report"] for e in events(run.path) if e["event"] == "round"]
-    assert [set(r) for r in told] == [{"n", "variance", "moved", "batch", "along", "cosine"}] * 8
+    assert [set(r) for r in told] == [{"n", "variance", "moved", "batch"}] * 8
     asked = 0
     for report in told:
         asked += 1
@@ -442,11 +406,3 @@ def test_a_run_records_what_gate_and_ranking_did(tmp_path: Path, monkeypatch: py
 def test_bad_settings_are_named(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(Exception, match=said):
         methods.make("fwdllm", settings)
-
-
-def test_a_reply_is_four_bytes_a_direction() -> None:
-    model, method = models.tiny_llama(), quick(P=16)
-    state = method.init(model, harness.key())
-    answer = harness.reply(harness.fleet(model, method), method, state)
-    assert answer.payload.array("g").nbytes == 64
-    assert torch.is_grad_enabled()

@@ -8,7 +8,7 @@ every step can be written down by hand.  The code under test is all but that los
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +25,7 @@ from fleetune.tuning import methods
 from fleetune.tuning.exchange import server_rules
 from fleetune.tuning.exchange.messages import Message, Payload, check
 from fleetune.tuning.methods import Reply, _adapter, fedit, fedpetuning
-from fleetune.tuning.methods._adapter import State, Training
+from fleetune.tuning.methods._adapter import State
 
 SIZES = {"a": (2, 2), "b": (3,)}
 CURVATURE = {"a": np.array([[0.5, 2.0], [1.0, 3.0]]), "b": np.array([4.0, 0.1, 1.0])}
@@ -67,6 +67,11 @@ def start() -> dict[str, np.ndarray]:
     return {n: rng.normal(size=s).astype(np.float32) for n, s in SIZES.items()}
 
 
+def Training(**settings: Any) -> fedit.Method:
+    """A way of training, with a learning rate that stays."""
+    return fedit.Method(**settings)
+
+
 # --- the reference ----------------------------------------------------------------------------------------
 
 
@@ -90,7 +95,7 @@ class AdamW:
 
 
 def device(
-    w: dict[str, np.ndarray], tokens: list[int], how: Training, pull: dict[str, Any] | None = None
+    w: dict[str, np.ndarray], tokens: list[int], how: fedit.Method, pull: dict[str, Any] | None = None
 ) -> dict[str, np.ndarray]:
     """A device's round as the papers write it: FedProx's gradient, clipping, AdamW, SCAFFOLD's correction."""
     count = how.epochs
@@ -159,12 +164,12 @@ def test_what_no_strength_can_be_is_said(name: str, value: float) -> None:
     ],
 )
 @pytest.mark.parametrize("pulled", [False, True])
-def test_a_devices_round_is_the_papers(toy: Any, how: Training, pulled: bool) -> None:
+def test_a_devices_round_is_the_papers(toy: Any, how: fedit.Method, pulled: bool) -> None:
     w, rng = start(), np.random.default_rng(2)
     pull = {n: rng.normal(size=s).astype(np.float32) for n, s in SIZES.items()} if pulled else {}
     for name, parameter in toy.attachment.parameters.items():
         parameter.data = torch.from_numpy(w[name]).double()
-    _adapter.train(toy, batches([1, 4]), 0, how, pull)
+    how.train(toy, batches([1, 4]), 0, pull)
     want = device(w, [1, 4], how, pull)
     for name, parameter in toy.attachment.parameters.items():
         np.testing.assert_allclose(parameter.detach().numpy(), want[name], rtol=0, atol=1e-12)
@@ -187,7 +192,7 @@ def test_the_pull_keeps_a_device_near(toy: Any) -> None:
     gone = []
     for mu in (0.0, 1.0, 100.0):
         payload = Payload(start(), {"seed": 1})
-        reply = _adapter.local(toy, payload, batches([2]), 0, {}, Training(lr=0.05, epochs=40, mu=mu))
+        reply = Training(lr=0.05, epochs=40, mu=mu).trained(toy, payload, batches([2]), 0, {})
         gone.append(float(sum(((reply.arrays[n] - w) ** 2).sum() for n, w in start().items())))
     assert gone[2] < 0.05 * gone[0]
     assert gone[2] < gone[1] < gone[0]
@@ -197,9 +202,9 @@ def test_the_pull_keeps_a_device_near(toy: Any) -> None:
 
 
 @pytest.mark.parametrize("how", [Training(lr=0.1, epochs=4), Training(lr=0.2, epochs=3, decay=True, clip=2)])
-def test_scaffold_by_hand(toy: Any, how: Training) -> None:
+def test_scaffold_by_hand(toy: Any, how: fedit.Method) -> None:
     """Two rounds of devices 0 and 1, then one of 1 and a newcomer 2 (Algorithm 1, option II)."""
-    how = Training(**(vars(how) | {"scaffold": True}))
+    how = replace(how, scaffold=True)
     rows = {0: [1, 2, 3], 1: [7], 2: [5, 6]}
     walked = sum(how.lr * ((how.epochs - t) / how.epochs if how.decay else 1) for t in range(how.epochs))
     state, memories = State(start(), 1), {k: {} for k in rows}  # type: ignore[var-annotated]
@@ -209,14 +214,14 @@ def test_scaffold_by_hand(toy: Any, how: Training) -> None:
     for taking in ([0, 1], [0, 1], [1, 2]):
         replies, ends = [], {}
         for k in taking:
-            payload = _adapter.broadcast(state, "fp32")
-            reply = _adapter.local(toy, payload, batches(rows[k]), 0, memories[k], how)
+            payload = how.broadcast(state)
+            reply = how.trained(toy, payload, batches(rows[k]), 0, memories[k])
             assert reply.arrays.keys() == SIZES.keys()  # nothing more goes up
             replies.append(Reply(k, 0, reply))
             own = c_k.get(k, zero)
             ends[k] = device(w, rows[k], how, {n: c[n] - own[n] for n in w})
             c_k[k] = {n: own[n] - c[n] + (w[n] - ends[k][n]) / walked for n in w}
-        state = _adapter.aggregate(state, iter(replies), how, "avg", 0.0)
+        state = how.aggregate(state, iter(replies))
         c = {n: sum(own[n] for own in c_k.values()) / len(c_k) for n in w}
         size = sum(len(rows[k]) for k in taking)
         w = {n: sum(len(rows[k]) * ends[k][n] for k in taking) / size for n in w}
@@ -231,21 +236,21 @@ def test_scaffold_by_hand(toy: Any, how: Training) -> None:
 def test_only_scaffolds_mean_goes_down_and_it_is_refused_going_up(toy: Any) -> None:
     how = Training(lr=0.1, scaffold=True)
     state = State(start(), 1)
-    assert _adapter.broadcast(state, "fp32").arrays.keys() == SIZES.keys()  # nobody has a variate yet
-    reply = _adapter.local(toy, _adapter.broadcast(state, "fp32"), batches([1]), 0, {}, how)
-    state = _adapter.aggregate(state, [Reply(0, 0, reply)], how, "avg", 0.0)
-    down = _adapter.broadcast(state, "fp32")
+    assert how.broadcast(state).arrays.keys() == SIZES.keys()  # nobody has a variate yet
+    reply = how.trained(toy, how.broadcast(state), batches([1]), 0, {})
+    state = how.aggregate(state, [Reply(0, 0, reply)])
+    down = how.broadcast(state)
     assert down.arrays.keys() == SIZES.keys() | {f"c/{n}" for n in SIZES}
-    check(Message(1, b"", reply), _adapter.expects(state, "fp32"), round=1, base=b"")
+    check(Message(1, b"", reply), how.expects(state), round=1, base=b"")
     with pytest.raises(Exception, match="c/a"):
-        check(Message(1, b"", down), _adapter.expects(state, "fp32"), round=1, base=b"")
+        check(Message(1, b"", down), how.expects(state), round=1, base=b"")
 
 
 def test_a_walk_that_ran_away_leaves_no_variate(toy: Any) -> None:
     memory: dict[str, Any] = {}
     with np.errstate(all="ignore"):
         how = Training(lr=1e300, epochs=3, scaffold=True)
-        _adapter.local(toy, Payload(start(), {"seed": 1}), batches([1]), 0, memory, how)
+        how.trained(toy, Payload(start(), {"seed": 1}), batches([1]), 0, memory)
     assert memory == {}
 
 

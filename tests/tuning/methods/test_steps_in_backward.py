@@ -18,25 +18,28 @@ from fleetune import adapters, models
 from fleetune.data import Batches, Encoded
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Module
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
-from fleetune.tuning.methods import _adapter
-from fleetune.tuning.methods._adapter import Training
-from fleetune.tuning.rounds.fleets.local_work import work
-from fleetune.tuning.rounds.fleets.memories import Memories
+from fleetune.tuning.methods import _adapter, fedit
+from fleetune.tuning.rounds.local_work import Memories, work
 
 ROWS = [Encoded(np.arange(5 + i, 25 + 2 * i, dtype=np.int32), 1) for i in range(6)]
 
 
+def Training(**settings: Any) -> fedit.Method:
+    """A way of training, with a learning rate that stays."""
+    return fedit.Method(**settings)
+
+
 def with_lora() -> models.Model:
     model = models.tiny_llama(layers=3)
-    adapters.attach_lora(model, r=4, alpha=8, dropout=0.1, seed=3)
+    adapters.attach(model, adapters.Lora(r=4, alpha=8, dropout=0.1), seed=3)
     return model
 
 
-def after_backward(model: models.Model, key: int, how: Training, pull: dict[str, np.ndarray]) -> None:
+def after_backward(model: models.Model, key: int, how: fedit.Method, pull: dict[str, np.ndarray]) -> None:
     """The reference: one AdamW over all parameters, a step when all gradients are there."""
     parameters = adapters.trainable(model)
     origin = {n: p.detach().clone() for n, p in parameters.items()}
@@ -76,7 +79,7 @@ def test_they_are_the_steps_after_backward(more: dict[str, Any], monkeypatch: py
     pull = {n: rng.normal(size=p.shape).astype(np.float32) for n, p in adapters.trainable(one).items()}
     pull = pull if how.scaffold else {}
     before = adapters.export(one)
-    _adapter.train(one, Batches(ROWS, pad_id(one), 9), 9, how, pull)
+    how.train(one, Batches(ROWS, pad_id(one), 9), 9, pull)
     after_backward(other, 9, how, pull)
     ours, theirs = adapters.export(one), adapters.export(other)
     assert all(np.array_equal(ours[n], theirs[n]) for n in before)
@@ -84,7 +87,7 @@ def test_they_are_the_steps_after_backward(more: dict[str, Any], monkeypatch: py
     assert not any(p._post_accumulate_grad_hooks for p in adapters.trainable(one).values())
 
 
-def steps_of(parameters: list[nn.Parameter], loss: Tensor, how: Training) -> None:
+def steps_of(parameters: list[nn.Parameter], loss: Tensor, how: fedit.Method) -> None:
     steps = _adapter.Steps(parameters, how, "cpu")
     with steps.in_backward():
         loss.backward()  # type: ignore[no-untyped-call]
@@ -129,7 +132,7 @@ def test_what_came_is_gone_when_training_begins(name: str, monkeypatch: pytest.M
         seen.extend(ref() is None for ref in arrays)
         return 1.0
 
-    monkeypatch.setattr(_adapter, "train", train)
+    monkeypatch.setattr(_adapter.Trained, "train", train)
     reply = work(method, model, Batches(ROWS, pad_id(model), 1), 1, received, Memories(), lambda *_: None)
     assert len(seen) == len(arrays) > 0
     assert all(seen)
@@ -148,11 +151,11 @@ def test_the_plan_counts_the_copies_that_a_training_keeps(
 ) -> None:
     """In a step: numpy's arrays, but for the model's, and the tensors that FedProx begins with."""
     model = models.tiny_llama(layers=1)
-    adapters.attach_lora(model, r=64, alpha=8, seed=3)
+    adapters.attach(model, adapters.Lora(r=64, alpha=8), seed=3)
     how, seen = Training(lr=1e-3, steps=2, batch_size=2, wire=wire, **more), list[int]()
     arrays = _adapter.coded(adapters.export(model), wire)
     module = Module(tensors={name: a.shape for name, a in arrays.items()})
-    planned = _adapter.footprint(module, how)
+    planned = how.work_on(module)
     assert planned is not None
 
     def watched(model: models.Model, batch: Any) -> Tensor:
@@ -171,7 +174,7 @@ def test_the_plan_counts_the_copies_that_a_training_keeps(
         memory: dict[str, Any] = {n: np.full(a.shape, 0.2, np.float32) for n, a in c.items()}
         payload = Payload({name: a.copy() for name, a in arrays.items()} | c, {})
         del c
-        _adapter.local(model, payload, Batches(ROWS, pad_id(model), 5), 6, memory, how)
+        how.trained(model, payload, Batches(ROWS, pad_id(model), 5), 6, memory)
     finally:
         tracemalloc.stop()
     assert seen[0] == pytest.approx(4 * module.size * planned.kept, abs=0.1 * module.size)

@@ -18,7 +18,7 @@ from fleetune.common.events import Answered
 from fleetune.errors import UsageError
 
 if TYPE_CHECKING:
-    from fleetune.deploy.serving.client import Conversation
+    from fleetune.deploy.serve import Conversation
 
 HELP = "talk to a model in the terminal, or ask it one thing"
 ORDER = 110
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _talk(ui: Ui, talk: Conversation) -> None:
-    from fleetune.deploy.serving.client import Refused
+    from fleetune.deploy.serve import Refused
 
     with suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its line editing)

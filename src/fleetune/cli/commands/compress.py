@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import fleetune
 from fleetune.cli import flags
@@ -17,10 +17,11 @@ from fleetune.cli.listener import console_listener
 from fleetune.common import settings
 from fleetune.common.display import COMPARED, human_bytes, human_time, show_with_error
 from fleetune.common.events import CompressChecked, MethodListed
+from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import command, quoted
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder
-from fleetune.runs.compression_folder import FLEET, RECORD, CompressOptions, CompressRequest
+from fleetune.runs.compression_folder import FLEET, OPTIONS, RECORD, CompressRequest
 
 if TYPE_CHECKING:
     from fleetune.cli.listener import ConsoleListener
@@ -94,13 +95,6 @@ def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         default=None,
         help="load one block of the model at a time from disk",
-    )
-    sub.add_argument(
-        "--true-sequential",
-        action="store_true",
-        default=None,
-        help="solve a layer on inputs that have passed the compressed layers of its own block (GPTQ's option of that name); "
-        "qronos always does",
     )
 
 
@@ -201,9 +195,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     names = [n for n in CompressRequest.__dataclass_fields__ if n != "run"]
     given = {n: v for n in names if (v := getattr(args, n)) is not None}
     if "bytes" in given:
-        from fleetune.planning import plan
-
-        given["bytes"] = plan.parse_bytes(given["bytes"], "--bytes", least=1)
+        given["bytes"] = parse_bytes(given["bytes"], "--bytes", least=1)
     if given.get("bpw", 1) == 0:
         raise UsageError(
             "--bpw 0 holds nothing", hint="give bits a weight, such as --bpw 4.5, or leave it out"
@@ -212,7 +204,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {n: v for n, v in _given(args).items() if n in CompressOptions.__annotations__}
+    return {n: v for n, v in _given(args).items() if n in OPTIONS}
 
 
 def _check_resume(args: argparse.Namespace, folder: Path) -> None:
@@ -226,14 +218,14 @@ def _check_resume(args: argparse.Namespace, folder: Path) -> None:
 
 def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: ConsoleListener) -> None:
     """Load the model and data and check the request; write nothing."""
-    from fleetune.api.compression import file_size
+    from fleetune.api.deployment import file_size
     from fleetune.compression.jobs import job
 
     out = Path(args.out)
     if resumed is not None:
         request = compression_folder.request_of(resumed)
     else:
-        options, chosen = cast(CompressOptions, _options(args)), settings.pairs(args.set or [])
+        options, chosen = _options(args), settings.pairs(args.set or [])
         request = job.request_for(args.model, args.method, chosen, options, out=out)
     found = job.prepare(request, listener, out, offline=args.offline, beside=file_size, dry=True)
     about, count = found.about(), found.inputs.model.n_params

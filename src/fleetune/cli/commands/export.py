@@ -13,7 +13,7 @@ from fleetune.cli.listener import console_listener
 from fleetune.common.display import human_bytes
 
 if TYPE_CHECKING:
-    from fleetune.deploy.export_subject import ExportResult
+    from fleetune.deploy.export import ExportResult
 
 HELP = "write a run, a compressed model or a model for a runtime"
 ORDER = 90
@@ -38,19 +38,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--text", help="plain text file: its perplexity by the source, and by the file in its runtime"
     )
-    sub.add_argument(
-        "--push", metavar="OWNER/NAME", help="put what was written into this model repository on the Hub"
-    )
-    sub.add_argument("--private", action="store_true", help="with --push: a new repository is private")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Export, and print what was written."""
 
     with console_listener(ui) as listener:
-        result = fleetune.export(
-            args.subject, listener=listener, **flags.options(args, "to path text push private")
-        )
+        result = fleetune.export(args.subject, listener=listener, **flags.options(args, "to path text"))
     show(ui, result)
 
 
@@ -72,8 +66,6 @@ def show(ui: Ui, result: ExportResult) -> None:
                 f"{check.tokens:,} tokens",
             )
         )
-    if result.pushed is not None:
-        rows.append(("pushed", f"{result.pushed.repository}, {result.pushed.url}"))
     ui.paths(rows)
 
 

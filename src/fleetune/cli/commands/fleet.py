@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -44,6 +46,7 @@ status RUN                            how the run stands, and what each device d
 stop RUN                              end the server after this step; it can be resumed
 audit RUN                             check the log of all that was taken or refused
 app DIR                               write the app for a Flower of your own: flwr run DIR
+simulate -c recipe.toml               run it on Flower's simulation engine: several clients at a time (--resume RUN)
 """
 
 
@@ -69,6 +72,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         )
     )
     sub.add_argument("--to", metavar="DIR", help="for split: folder for the files")
+    sub.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="for simulate: clients at a time (default: one for each processor)",
+    )
     flags.add(sub)
 
 
@@ -111,7 +120,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _serve(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.api import plain_models
+    from fleetune.api import tuning
     from fleetune.fleet import status
     from fleetune.planning import choose
 
@@ -126,16 +135,17 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     if before and before != f"fleetune fleet serve --resume {quoted(path)}{fleets.flags()}":
         ui.note(f"it was served otherwise before, and devices look for it there: {before}")
     if recipe:
-        plain_models.check(recipe.model, Path(args.out), recipes.trained(recipe))
-        recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
+        tuning.check_plain(recipe.model, Path(args.out), recipes.trained(recipe))
+        recipe = tuning.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe = fleets.settled(recipe, values)
+    from fleetune.tuning.run import resume
     from fleetune.tuning.run import run as running
 
     with screen(ui, path) as shown, fleets:
         if recipe is None:
             assert path is not None
-            result = running.resume(path, shown, offline=args.offline, fleets=fleets)
+            result = resume.resume(path, shown, offline=args.offline, fleets=fleets)
         else:
             result = running.start(recipe, Path(args.out), shown, offline=args.offline, fleets=fleets)
     finish(ui, result)
@@ -145,7 +155,7 @@ def _values(args: argparse.Namespace) -> Mapping[str, Any]:
     values = flags.keys(args, args.config)
     if not args.config and "model" not in values:
         raise UsageError(
-            f"which recipe is to {'be served' if args.action == 'serve' else 'split rows'}?",
+            f"which recipe is `fleetune fleet {args.action}` to take?",
             hint=f"fleetune fleet {args.action} -c recipe.toml, or the flags of fleetune tune (fleetune tune --help)",
         )
     if "sweep" in values:
@@ -203,14 +213,47 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
         ui.paths([("measures", done.path)])
 
 
+# A simulation -----------------------------------------------------------------------------------------
+
+
+def _simulate(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.api import tuning
+    from fleetune.fleet import flower
+    from fleetune.fleet.flower import simulate
+    from fleetune.planning import choose
+    from fleetune.tuning.recipe import objects
+    from fleetune.tuning.result import finished, foundations
+
+    _no_words(args)
+    flower.check_installed("ray")
+    if args.workers is not None and args.workers < 1:
+        raise UsageError(f"--workers {args.workers} is no number of processes")
+    out = Path(args.out)
+    path = rundir.find(args.resume, out) if args.resume else None
+    if path is not None:
+        flags.check_resume(args, path, "fleetune fleet simulate --resume")
+        recipe = foundations.recipe_of(path)
+    else:
+        recipe = recipes.make(_values(args))
+        tuning.check_plain(recipe.model, out, recipes.trained(recipe))
+        recipe = tuning.with_file(recipe, out, ui.note)
+        recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
+        recipe, _ = choose.settled_base(recipe, ui.note, offline=args.offline)
+        recipe = replace(recipe, data=objects.data_name(recipe.data, out))
+    workers = args.workers or os.cpu_count() or 1
+    run = simulate.simulate(recipe, out, workers, resume=path, offline=args.offline, note=ui.note)
+    done = finished.read(run)
+    ui.event(done.done)
+    finish(ui, done)
+
+
 # A device ---------------------------------------------------------------------------------------------
 
 
 def _join(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.common.settings import parse_bytes
     from fleetune.data import check_columns, sources
-    from fleetune.fleet.conditions import Conditions
-    from fleetune.fleet.device import Home, join
+    from fleetune.fleet.device import Conditions, Home, join
     from fleetune.fleet.worker import Brings
 
     server = _word(args, f"192.168.1.10:{PORT} --data rows.jsonl")
@@ -328,8 +371,10 @@ def _word(args: argparse.Namespace, such: str) -> str:
 
 
 def _app(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.fleet import flower
     from fleetune.fleet.flower import shim
 
+    flower.check_installed()
     folder = Path(_word(args, "fleetune-app"))
     shim.write(folder)
     ui.paths(
@@ -429,4 +474,5 @@ ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
     "stop": _stop,
     "audit": _audit,
     "app": _app,
+    "simulate": _simulate,
 }

@@ -16,7 +16,7 @@ from fleetune.common.events import Measured
 from fleetune.common.shell import quoted
 
 if TYPE_CHECKING:
-    from fleetune.deploy.measure.job import MeasureResult
+    from fleetune.deploy.measure import MeasureResult
 
 HELP = "size, speed, memory and quality of base, tuned and compressed in one table"
 ORDER = 80
@@ -88,7 +88,7 @@ def _shown(row: Measured, name: str) -> str:
 
 
 def _show(ui: Ui, result: MeasureResult) -> None:
-    from fleetune.deploy.measure.harness import FILE
+    from fleetune.deploy.harness import FILE
 
     names = list(dict.fromkeys(name for row in result.rows for name in row.values))
     rows = [

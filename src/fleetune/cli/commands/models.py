@@ -13,8 +13,8 @@ from fleetune.common.display import counted, human_bytes, human_count
 from fleetune.common.events import ModelCached, ModelListed, ModelPulled, ModelRemoved
 from fleetune.common.shell import command
 from fleetune.errors import UsageError
-from fleetune.models.cache import cache, cache_contents
-from fleetune.models.cache.short_names import SHORT_NAMES
+from fleetune.models.cache import cache
+from fleetune.models.cache.names import SHORT_NAMES
 
 HELP = "list the models there are, fetch one, or remove one from the cache"
 ORDER = 140
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _list(ui: Ui) -> None:
-    builtin, cached = cache.builtin(), cache_contents.contents()
+    builtin, cached = cache.builtin(), cache.contents()
     sizes: dict[Path | None, int] = {model.path: model.bytes for model in cached}
     copies = Counter(model.name for model in cached)
     folders = {model.path: f", in {model.path.name}" for model in cached if copies[model.name] > 1}
@@ -108,7 +108,7 @@ def _list(ui: Ui) -> None:
 def _rm(args: argparse.Namespace, ui: Ui) -> None:
     if not args.name:
         raise UsageError("rm needs the name of a model in the cache", hint="what is there: fleetune models")
-    for gone in cache_contents.remove(args.name):
+    for gone in cache.remove(args.name):
         ui.event(ModelRemoved(name=gone.name, path=str(gone.path), bytes=gone.bytes))
         ui.note(f"removed {gone.name} ({human_bytes(gone.bytes)}) from {gone.path}")
 

@@ -52,15 +52,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 def _make(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.cli.listener import console_listener
     from fleetune.common.files import write_atomic
-    from fleetune.deploy import patch, patch_make
+    from fleetune.deploy import patch, patch_make, tunable_file
 
     out = flags.new_path(args.to, "patch make")
     patch.require_folder(out)
-    run = args.files[1]
     with console_listener(ui) as listener:
-        name = patch_make.model_of(args.files[0], run, out, args.out, listener.note)
+        name = tunable_file.model_of(args.files[0], args.out, listener.note)
         base = patch_make.file_of(name, offline=args.offline)
-        with called(base, name), patch_make.base_hinted(base, run, out, args.out, offline=args.offline):
+        with called(base, name):
             made = _patch(args, name, base, listener)
     file = made.file
     write_atomic(out, file)
@@ -77,7 +76,7 @@ def _patch(args: argparse.Namespace, name: str, base: Path, listener: Listener) 
     from fleetune.seeds import ledger as ledgers
 
     run = args.files[1]
-    found = patch_make.run_of(run, args.out)
+    found = None if Path(run).is_file() else subject.open(run, args.out)
     if isinstance(found, subject.Run):
         return patch_make.of_run(
             base, found.folder, inverse=args.inverse, name=name, offline=args.offline, listener=listener
@@ -94,7 +93,6 @@ def _apply(args: argparse.Namespace, ui: Ui) -> None:
 
     path, file = map(Path, args.files)
     out = Path(args.to) if args.to else None
-    patch.check_order(path, file, out)
     loaded = patch.load(file)
     with console_listener(ui) as listener:
         patch.apply(path, loaded, out, listener)

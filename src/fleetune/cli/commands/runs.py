@@ -262,10 +262,10 @@ def _needs(folder: Path) -> set[Path]:
 
 
 def _base_of(run: Path) -> list[Path]:
-    from fleetune.tuning.result import places
+    from fleetune.tuning.result import foundations
 
     try:
-        model = places.found_again(recipes.read(run / "run.toml"), run).get("model")
+        model = foundations.found_again(recipes.read(run / "run.toml"), run).get("model")
     except FleetuneError:  # a damaged recipe needs nothing
         return []
     path = Path(model).expanduser() if isinstance(model, str) else None

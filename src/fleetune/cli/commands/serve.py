@@ -42,18 +42,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def engine_arguments(sub: argparse.ArgumentParser) -> None:
     """Add the subject and the engine's flags: `chat` has them too."""
-    from fleetune.deploy.serving.engines import ENGINES
-
     sub.add_argument("subject", metavar="RUN|FOLDER|MODEL", help="also a .gguf file, or latest")
     sub.add_argument(
-        "--engine",
-        default="auto",
-        choices=["auto", *(engine.name for engine in ENGINES)],
-        help="what runs the model (default: the first installed)",
+        "--engine", default="auto", help="llama-server or xllamacpp (default: the first installed)"
     )
     sub.add_argument("--threads", type=int, help="threads of the engine (default: its own choice)")
     sub.add_argument(
-        "--context", type=int, default=4096, help="tokens of a conversation at most (default 4096; llama.cpp)"
+        "--context", type=int, default=4096, help="tokens of a conversation at most (default 4096)"
     )
 
 
@@ -69,8 +64,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             **flags.options(args, "engine threads context host port"),
         ) as session,
     ):
-        rows = [("page", session.url + "/")] if session.engine.page else []
-        rows += [("endpoint", session.url + "/v1"), ("log", str(session.log))]
+        rows = [("page", session.url + "/"), ("endpoint", session.url + "/v1"), ("log", str(session.log))]
         ui.paths(rows + ([("key", session.options.key)] if session.options.key else []))
         ui.note("Ctrl-C ends it")
         try:

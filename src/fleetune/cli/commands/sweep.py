@@ -14,7 +14,7 @@ from fleetune.common.display import counted
 from fleetune.common.events import Event, SweepDone, SweepPlanned, SweepRun, SweepStart
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, UsageError
-from fleetune.runs.progress import run_words
+from fleetune.runs.listener import run_words
 
 HELP = "tune over a grid of values and seeds, on one page"
 ORDER = 40
@@ -72,9 +72,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Begin a sweep or resume one."""
-    from fleetune.api import sweeping
-    from fleetune.tuning.sweep import sweep as sweeps
-    from fleetune.tuning.sweep import sweep_grid
+    from fleetune.api import tuning
+    from fleetune.planning import choose
+    from fleetune.tuning import sweep as sweeps
 
     out = Path(args.out)
     resumed = sweeps.find(args.resume, out) if args.resume else None
@@ -92,8 +92,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             )
         varied = [text.partition("=")[0].strip() for text in args.vary]
         values = flags.keys(args, args.recipe)
-        values = sweeping.with_method(values, varied, out, ui.note, offline=args.offline)
-        grid = sweep_grid.make(values, args.vary, args.seeds)
+        values = choose.settled_sweep(values, varied, ui.note, offline=args.offline)
+        grid = sweeps.make_grid(values, args.vary, args.seeds)
+        for model in {point.recipe.model for point in grid.points}:
+            tuning.check_plain(model, out, "weights")
     sweeps.check(grid, offline=args.offline)
     if args.dry_run:
         for point in grid.points:
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with ExitStack() as stack:
         screen = SweepScreen(ui, stack, resumes=True)
         name = Path(args.recipe or "").stem
-        sweeping.start(grid, out, screen, name=name, resumed=resumed, offline=args.offline)
+        sweeps.start(grid, out, screen, name=name, resumed=resumed, offline=args.offline)
 
 
 def _results(done: SweepDone, ui: Ui) -> None:

@@ -24,7 +24,7 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fleetune.tuning.result.result import TuneResult
+    from fleetune.tuning.result.finished import TuneResult
 
 HELP = "fine-tune a model over a simulated fleet"
 ORDER = 30
@@ -72,15 +72,15 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if args.resume:
         path = rundir.find(args.resume, Path(args.out))
         flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
-        from fleetune.tuning.run import extension
+        from fleetune.tuning.run import resume
 
         given = flags.given(args)
-        rounds, base = extension.number(given["rounds"]) if "rounds" in given else 0, given.get("base", "")
+        rounds, base = (
+            resume.rounds_number(given["rounds"]) if "rounds" in given else 0,
+            given.get("base", ""),
+        )
         if args.dry_run:
-            from fleetune.tuning.run.run import check_resume
-
-            _say_checked(check_resume(path, offline=args.offline, rounds=rounds, base=base), ui)
-            return
+            raise UsageError("--dry-run is for a new run", hint=f"fleetune tune --resume {quoted(path)}")
         with screen(ui, path) as shown:
             result = fleetune.resume_run(
                 path,
@@ -174,12 +174,12 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.api import plain_models
+    from fleetune.api import tuning
     from fleetune.planning import choose
     from fleetune.tuning.prepare import prepare
 
-    plain_models.check(recipe.model, Path(args.out), recipes.trained(recipe))
-    recipe = plain_models.with_file(recipe, Path(args.out), ui.note)
+    tuning.check_plain(recipe.model, Path(args.out), recipes.trained(recipe))
+    recipe = tuning.with_file(recipe, Path(args.out), ui.note)
     recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
     recipe, check_memory = choose.settled_base(recipe, ui.note, offline=args.offline)
     _say_checked(prepare.dry_run(recipe, offline=args.offline, check_memory=check_memory), ui)
@@ -279,7 +279,7 @@ class RunScreen:
         return self.interrupt.requested
 
     def _client(self, event: ClientReply) -> None:
-        self.replies += not event.late
+        self.replies += 1
         self.sending += event.bytes_up > 0
         if event.status in ("refused", "failed"):
             self.ui.note(f"round {event.round}: client {event.client} {event.status}: {event.reason}")

@@ -6,31 +6,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
+
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from fleetune import compression
-from fleetune.common.display import counted, human_bytes
+from fleetune.common.display import human_bytes
 from fleetune.common.events import BudgetMeasured, BudgetSpent
 from fleetune.common.files import write_atomic
-from fleetune.common.shell import command
-from fleetune.compression.training import checksum
-from fleetune.errors import FleetuneError, Interrupted, UsageError
+from fleetune.compression import Solver
+from fleetune.compression.jobs.progress import stop_if_asked
+from fleetune.compression.layerwise import costs, sensitivity
+from fleetune.compression.layerwise.costs import Costs, Reach
+from fleetune.compression.layerwise.driver import End, Plan, experts_in, linears_of
+from fleetune.compression.training import head_of, metadata
+from fleetune.errors import FleetuneError, UsageError
+from fleetune.models.net.model import Model
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.runs.listener import Listener
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fleetune.compression import Solver
-    from fleetune.compression.budget.costs import Costs, Reach
-    from fleetune.compression.layerwise.driver import Plan
-    from fleetune.models.net.model import Model
 
 FILE: Final = "budget.safetensors"
 TOKENS: Final = 8192  # of the windows that sensitivities are measured on
@@ -54,13 +53,12 @@ def check(request: CompressRequest, solver: Solver) -> None:
         raise UsageError(f"{flag} chooses {given[0]} for each matrix", hint=f"leave out --set {given[0]}=..")
     if cast(Any, solver).order == "gar":
         raise UsageError(
-            f"{flag} may choose super-blocks, whose groups order=gar would move",
-            hint="--set order=static or none",
+            f"{flag} may choose super-blocks, whose groups order=gar would move", hint="--set order=none"
         )
-    if request.calibrate != "server":
+    if request.length < 2:
         raise UsageError(
-            f"{flag} needs the text on this machine, and --calibrate {request.calibrate} leaves it where it is",
-            hint=f"leave out {flag}, or calibrate on --text",
+            f"{flag} goes by the gradient of predictions, and in windows of 1 token nothing is predicted",
+            hint="give a larger --length",
         )
 
 
@@ -82,23 +80,21 @@ class Budget:
     kinds: Mapping[str, int]  # how many matrices are of each type of GGUF
     bytes: int  # of the file
     cost: float  # estimated KL divergence from the dense model, nats a token
-    ends: Sequence[tuple[str, float, Tensor | None]]  # see `driver.End`
+    ends: Sequence[End]
 
     def plan(self, solver: Solver) -> Plan:
         """Return the solver of each matrix."""
-        from fleetune.compression.layerwise.driver import End, Plan
-
         solvers = {
             name: cast("Solver", replace(cast(Any, solver), grid=grid, bits=bits))
             for name, (grid, bits) in self.chosen.items()
         }
-        return Plan(solvers, [End(*end) for end in self.ends])
+        return Plan(solvers, self.ends)
 
     def report(self, listener: Listener) -> None:
         """Report the choice as an event and a line."""
         listener.event(BudgetSpent(kinds=dict(self.kinds), bytes=self.bytes, kl_divergence=self.cost))
-        told = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
-        listener.note(f"{human_bytes(self.bytes)} as gguf: {told}")
+        matrices = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        listener.note(f"{human_bytes(self.bytes)} as gguf: {matrices}")
 
 
 class Room(NamedTuple):
@@ -113,8 +109,8 @@ class Room(NamedTuple):
         """Say what the room can buy, for the header."""
         least, most = (human_bytes(size + self.others) for size in (self.reach.least, self.reach.most))
         return (
-            f"{human_bytes(self.matrices + self.others)} as gguf, where {least} to {most} can be had · each matrix "
-            f"{', '.join(self.reach.kinds)}, by sensitivities that the run measures first (up to 4 times one grid's time)"
+            f"{human_bytes(self.matrices + self.others)} as gguf, where {least} to {most} can be had · by sensitivities that "
+            "the run measures first (up to 4 times one grid's time)"
         )
 
 
@@ -123,146 +119,90 @@ def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]
 
     UsageError, with the least that can be met, for a budget that is too small.
     """
-    from fleetune.compression.budget import costs
-
     matrices = costs.matrices(model)
     others, weights = beside(list(matrices)), sum(W.numel() for W in matrices.values())
     limit = request.bytes - others if request.bytes else int(request.bpw * weights / 8)
     reach = costs.reach(model)
-    if limit < reach.least:
-        raise _too_small(request, model, reach.least, others, weights)
-    return Room(limit, others, reach)
-
-
-def spend(listener: Listener, model: Model, windows: Tensor, seed: int, room: Room) -> Budget:
-    """Measure what each grid costs each matrix on some of the windows, and choose."""
-    return chosen(measured(listener, model, windows, seed), room)
+    if limit >= reach.least:
+        return Room(limit, others, reach)
+    if request.bytes:
+        size = reach.least + others
+        need = f"{math.ceil(size / 1e3)}kB" if size < 1e6 else f"{math.ceil(size / 1e5) / 10:g}MB"
+        raise UsageError(
+            f"no file of {human_bytes(request.bytes)} can hold this model: the smallest that llama.cpp's types allow here has "
+            f"{human_bytes(size)}",
+            hint=f"--bytes {need}   or remove parts of it first: --method llm-pruner",
+        )
+    raise UsageError(
+        f"{request.bpw:g} bits a weight are too few: the smallest types that fit this model take "
+        f"{8 * reach.least / weights:.3f}",
+        hint=f"--bpw {math.ceil(800 * reach.least / weights) / 100:g}",
+    )
 
 
 def measured(listener: Listener, model: Model, windows: Tensor, seed: int) -> Costs:
     """Measure what each grid costs each matrix, on some of the windows int64 [n, length].  Interrupted on Ctrl-C."""
-    from fleetune.compression.budget import costs, sensitivity
-    from fleetune.compression.layerwise.driver import experts_in, linears_of
-
     some = windows[: max(1, TOKENS // windows.shape[1])]
-
-    seen = -1  # block whose matrices are at work
+    stopped, seen = "stopped before the first block; nothing is kept of the choice of grids", -1
 
     def on_window(number: int, count: int) -> None:
         listener.event(BudgetMeasured(phase="sensitivity", done=number, total=count))
-        _checked(listener, "sensitivity", number, count, "")
+        listener.progress("sensitivity", number, count, "")
+        stop_if_asked(listener, stopped)
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
         nonlocal seen
         if block != seen:
             seen = block
             listener.event(BudgetMeasured(phase="grids", done=block, total=blocks))
-        _checked(listener, "grids", block, blocks, name.rsplit(".", 1)[-1])
+        listener.progress("grids", block, blocks, name.rsplit(".", 1)[-1])
+        stop_if_asked(listener, stopped)
 
     names = [name for _, linears in linears_of(model) for name in linears]
     experts = [each for inside in experts_in(model) for each in inside]
-    found = sensitivity.measure(model, some, names, seed, on_window, experts)
-    if found.estimated:
-        listener.note(
-            f"how much the experts of {counted(len(found.estimated), 'layer')} change the predictions is an estimate: they "
-            "return something else than the sum of what each computes"
-        )
-    return costs.measure(model, some, found, on_matrix)
-
-
-def chosen(costs: Costs, room: Room) -> Budget:
-    """Choose the grid of each matrix within the room."""
-    from fleetune.compression.budget import choose
-
-    lost = [
-        name for name, options in costs.options.items() if not all(math.isfinite(o.cost) for o in options)
-    ]
-    if lost:
-        raise FleetuneError(
-            f"what rounding costs {lost[0]} is not a finite number: the text's activations overflow",
-            hint="compress with one grid: leave out --bytes and --bpw",
-        )
-    found = choose.choose(costs.options, room.matrices)
-    kinds = Counter(option.candidate.kind for option in found.values())
-    return Budget(
-        {name: (option.candidate.grid, option.candidate.bits) for name, option in found.items()},
-        dict(sorted(kinds.items())),
-        room.others + sum(option.bytes for option in found.values()),
-        sum(option.cost for option in found.values()),
-        [(end.name, end.head, end.table) for end in costs.ends],
+    return costs.measure(
+        model, some, sensitivity.measure(model, some, names, seed, on_window, experts), on_matrix
     )
 
 
-def _checked(listener: Listener, what: str, number: int, count: int, text: str) -> None:
-    listener.progress(what, number, count, text)
-    if listener.stop_requested:
-        raise Interrupted("stopped before the first block; nothing is kept of the choice of grids")
-
-
-def _too_small(request: CompressRequest, model: Model, least: int, others: int, weights: int) -> UsageError:
-    from fleetune.models.families.widths import FAMILIES
-
-    if request.bytes:
-        size = least + others
-        prune = command("compress", request.model, "--method", "llm-pruner")
-        fewer = f"   or remove parts of it first: {prune}" if model.net.config.model_type in FAMILIES else ""
-        need = f"{math.ceil(size / 1e3)}kB" if size < 1e6 else f"{math.ceil(size / 1e5) / 10:g}MB"
-        return UsageError(
-            f"no file of {human_bytes(request.bytes)} can hold this model: the smallest that llama.cpp's types allow here has "
-            f"{human_bytes(size)}",
-            hint=f"--bytes {need}{fewer}",
-        )
-    bits = math.ceil(800 * least / weights) / 100
-    return UsageError(
-        f"{request.bpw:g} bits a weight are too few: the smallest types that fit this model take {8 * least / weights:.3f}",
-        hint=f"--bpw {bits:g}",
+def chosen(measured: Costs, room: Room) -> Budget:
+    """Choose the grid of each matrix within the room."""
+    for name, options in measured.options.items():
+        if not all(math.isfinite(option.cost) for option in options):
+            raise FleetuneError(
+                f"what rounding costs {name} is not a finite number: the text's activations overflow",
+                hint="compress with one grid: leave out --bytes and --bpw",
+            )
+    best = costs.choose(measured.options, room.matrices)
+    kinds = Counter(option.candidate.kind for option in best.values())
+    return Budget(
+        {name: (option.candidate.grid, option.candidate.bits) for name, option in best.items()},
+        dict(sorted(kinds.items())),
+        room.others + sum(option.bytes for option in best.values()),
+        sum(option.cost for option in best.values()),
+        measured.ends,
     )
 
 
 # Keeping it -----------------------------------------------------------------------------------------
 
 
-def save(budget: Budget, folder: Path, origin: str) -> None:
+def save_choice(budget: Budget, folder: Path, origin: str) -> None:
     """Write the choice into the folder of finished blocks, with what it was made of.  StorageError when it cannot be."""
-    from safetensors.torch import save as to_bytes
-
-    tensors = {f"table.{name}": table for name, _, table in budget.ends if table is not None}
-    head = json.dumps(
-        {
-            "chosen": budget.chosen,
-            "kinds": budget.kinds,
-            "bytes": budget.bytes,
-            "cost": budget.cost,
-            "ends": [(name, share) for name, share, _ in budget.ends],
-            "origin": origin,
-        }
-    )
-    about = {"budget": head, "crc32": checksum.of_tensors(head, tensors.items())}
+    tensors = {end.name: end.table for end in budget.ends if end.table is not None}
+    ends = [(end.name, end.head) for end in budget.ends]
+    head = {"origin": origin, "chosen": budget.chosen, "kinds": budget.kinds, "bytes": budget.bytes}
+    head |= {"cost": budget.cost, "ends": ends}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / FILE, to_bytes(tensors, metadata=about))
+    write_atomic(folder / FILE, save(tensors, metadata=metadata(head, tensors)))
 
 
-def saved(folder: Path, origin: str, model: Model) -> Budget | None:
-    """Read the choice from the folder of finished blocks.
-
-    None where it is not there, damaged, of another origin, or of other grids than the model's weights can have.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    from fleetune.compression.budget import costs
-
-    try:
-        with safe_open(folder / FILE, framework="pt") as opened:
-            about = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in set(opened.keys())}
-        if checksum.of_tensors(about["budget"], tensors.items()) != about["crc32"]:
-            return None
-        raw = json.loads(about["budget"])
-        if raw["origin"] != origin:
-            return None
-        ends = [(name, share, tensors.get(f"table.{name}")) for name, share in raw["ends"]]
-        chosen = {name: (grid, bits) for name, (grid, bits) in raw["chosen"].items()}
-        found = Budget(chosen, raw["kinds"], raw["bytes"], raw["cost"], ends)
-        return found if costs.are_possible(chosen, model) else None
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
+def saved_choice(folder: Path, origin: str) -> Budget | None:
+    """Read the choice from the folder of finished blocks; None where it is not there, damaged, or of another origin."""
+    head = head_of(folder / FILE)
+    if head is None or head["origin"] != origin:
         return None
+    tables = load_file(folder / FILE)
+    ends = [End(name, share, tables.get(name)) for name, share in head["ends"]]
+    chosen = {name: (grid, bits) for name, (grid, bits) in head["chosen"].items()}
+    return Budget(chosen, head["kinds"], head["bytes"], head["cost"], ends)

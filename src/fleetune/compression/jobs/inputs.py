@@ -1,26 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load the inputs of a compression: the model, rows to calibrate or train on, and rows and text to measure on."""
+"""Load the inputs of a compression: the model, rows or windows to calibrate or train on, and rows and text to measure on.
+
+Calibration windows are cut from rows, a text, each client's rows, or text that the model writes itself.
+
+A run's held-out rows are few and all of one kind.  Calibrated on them alone a model is good at rows like these and worse
+at everything else, and its loss on the other rows does not show it.  So a run is calibrated on its rows and on text that
+its model writes, and is measured on more of that text as well.  Where the rows fill no window, that text stands alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Final
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from fleetune import data, models
 from fleetune.common.display import counted, human_bytes
-from fleetune.common.shell import quoted
-from fleetune.compression.jobs import progress
+from fleetune.compression.jobs.progress import row_reporter
+from fleetune.compression.layerwise import driver
+from fleetune.data import Encoded, Example
+from fleetune.data.encode import encode_all
 from fleetune.errors import DataError, UsageError
+from fleetune.evaluation import kl_divergence
+from fleetune.evaluation.losses import (
+    Reference,
+    context_length,
+    keep_logits,
+    perplexity,
+    response_loss,
+    row_perplexity,
+    scored_tokens,
+    text_rows,
+)
+from fleetune.models.net.model import Model
 from fleetune.runs.compression_folder import CLIENTS, FLEET, LOGITS, CompressRequest
 from fleetune.runs.listener import Listener
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import objects
+from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.result import finished
+from fleetune.tuning.rounds import rounds
 
-if TYPE_CHECKING:
-    from fleetune.data import Encoded, Example
-    from fleetune.evaluation.losses import OnRows, Reference
-    from fleetune.models.net.model import Model
-    from fleetune.tuning.recipe.recipe import Recipe
+OWN: Final = 8  # windows that the model of a run writes to be calibrated on
+MEASURED: Final = 4  # and to be measured on
 
 
 @dataclass(frozen=True)
@@ -40,38 +68,35 @@ class Inputs:
         """Whether there are rows or texts to measure on."""
         return bool(self.held_out or self.texts or self.own_text)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.ids) for row in self.rows)
+
     def compared_rows(self, model: Model) -> Sequence[Encoded]:
         """Return what a model is compared with its reference on: the text, else the held-out rows, else its own text."""
-        from fleetune.evaluation.losses import text_rows
-
         return (text_rows(model, self.texts) if self.texts else self.held_out) or self.own_text
 
     def logits_size(self, model: Model) -> int:
         """Return the bytes that the logits of a reference model take on the disk."""
-        from fleetune.evaluation import kl_divergence
-        from fleetune.evaluation.losses import scored_tokens
-
         vocabulary = model.net.get_input_embeddings().weight.shape[0]
         return kl_divergence.file_size(scored_tokens(self.compared_rows(model)), vocabulary)
 
     @contextmanager
     def reference(self, model: Model, folder: Path, listener: Listener) -> Iterator[Reference | None]:
         """Keep the logits of the model that others are compared with in `folder` while the block runs; None without text."""
-        from fleetune.evaluation.losses import keep_logits, scored_tokens
-
-        rows = self.compared_rows(model)
+        rows, file = self.compared_rows(model), folder / LOGITS
         if not scored_tokens(rows):
             yield None
             return
-        file = folder / LOGITS
         try:
-            on_rows = progress.row_reporter(listener, folder, "rows of the reference")
-            found = keep_logits(model, rows, file, on_rows=on_rows)
+            on_rows = row_reporter(listener, folder, "rows of the reference")
+            kept = keep_logits(model, rows, file, on_rows=on_rows)
             listener.note(
-                f"{counted(found.tokens, 'token')} to compare by: {human_bytes(file.stat().st_size)} of logits, on the disk "
+                f"{counted(kept.tokens, 'token')} to compare by: {human_bytes(file.stat().st_size)} of logits, on the disk "
                 "until the end"
             )
-            yield found
+            yield kept
         finally:
             file.unlink(missing_ok=True)
 
@@ -83,21 +108,19 @@ class Inputs:
         With a `reference` also how far its next-token distributions are from that model's.  Interrupted on Ctrl-C; `folder`
         is the job's, for the command that resumes it.
         """
-        from fleetune.evaluation.losses import perplexity, response_loss, row_perplexity
-
-        def told(what: str) -> OnRows:
-            return progress.row_reporter(listener, folder, what)
-
-        found = {"loss": response_loss(model, self.held_out, on_rows=told("rows"))} if self.held_out else {}
+        measures: dict[str, float] = {}
+        if self.held_out:
+            on_rows = row_reporter(listener, folder, "rows")
+            measures["loss"] = response_loss(model, self.held_out, on_rows=on_rows)
         if self.own_text:
-            found["own_perplexity"] = row_perplexity(
-                model, self.own_text, on_rows=told("rows of its own text")
-            )
+            on_rows = row_reporter(listener, folder, "rows of its own text")
+            measures["own_perplexity"] = row_perplexity(model, self.own_text, on_rows=on_rows)
         if self.texts:
-            found["perplexity"] = perplexity(model, self.texts, on_rows=told("rows of the text"))
+            on_rows = row_reporter(listener, folder, "rows of the text")
+            measures["perplexity"] = perplexity(model, self.texts, on_rows=on_rows)
         if reference:
-            found |= reference.compare(model, told("rows compared")).values()
-        return found
+            measures |= reference.compare(model, row_reporter(listener, folder, "rows compared")).values()
+        return measures
 
 
 def load(request: CompressRequest, *, offline: bool) -> Inputs:
@@ -105,88 +128,42 @@ def load(request: CompressRequest, *, offline: bool) -> Inputs:
 
     Raises UsageError for an encoder model, and whatever loading the model (`models.load`), the run or the rows raises.
     """
-    from fleetune import data, models
-    from fleetune.data.encode import encode_all
-
     texts = data.read_text(request.eval_text) if request.eval_text else []
-    if request.run:
-        return _of_run(request, texts, offline=offline)
-    model = models.load(
-        request.model,
-        dtype=request.dtype,
-        device="cpu",
-        offline=offline,
-        base="mapped" if request.low_memory else "memory",
-    )
-    _require_decoder(model)
-    examples = data.read(request.data, offline=offline) if request.data else []
-    rows = encode_all(examples, model.tokenizer, request.length)[0] if examples else []
-    return Inputs(model, rows, [], texts, request.data or request.text or "text of its own")
+    recipe = finished.recipe_of(Path(request.model)) if request.run else None
+    held_out: Sequence[Example] = []
+    if recipe is not None:
+        held_out = finished.held_out(Path(request.model), offline=offline)
+        model = finished.load(Path(request.model), offline=offline, device="cpu")
+    else:
+        base = "mapped" if request.low_memory else "memory"
+        model = models.load(request.model, dtype=request.dtype, device="cpu", offline=offline, base=base)
+    if model.labels:
+        raise UsageError("an encoder cannot be compressed", hint="decoders can, such as: fleetune models")
+    if recipe is not None:
+        finished.merge_weights(model)
 
+    def encoded(rows: Sequence[Example], length: int) -> list[Encoded]:
+        return encode_all(rows, model.tokenizer, length)[0] if rows else []
 
-def check_kinds(request: CompressRequest) -> None:
-    """Raise UsageError for rows that are given as text, and for text that is given as rows; the hint has the flag that fits.
-
-    Of rows the first is looked at; what cannot be read is told where it is read.
-    """
-    from fleetune.data import readers
-
-    if request.text:
-        readers.require_text(request.text, hint=f"--data {quoted(request.text)}")
-    rows = Path(request.data).expanduser()
-    other = request.data and rows.is_file() and rows.suffix.lower() not in readers.READERS
-    if other and _is_text(rows):
-        raise UsageError(
-            f"{request.data} is plain text, and --data is rows in {', '.join(readers.READERS)}",
-            hint=f"--text {quoted(request.data)}",
-        )
-
-
-def _is_text(file: Path) -> bool:
-    from fleetune import data
-
-    try:
-        return bool(data.read_text(file))
-    except DataError:
-        return False
-
-
-def _of_run(request: CompressRequest, texts: Sequence[str], *, offline: bool) -> Inputs:
-    from fleetune import data
-    from fleetune.data.encode import encode_all
-    from fleetune.tuning.result import finished
-
-    run = Path(request.model)
-    recipe = finished.recipe_of(run)
-    held_out = finished.held_out(run, offline=offline)
-    model = finished.load(run, offline=offline, device="cpu")
-    _require_decoder(model)
-    finished.merge_weights(model)
-
-    def encoded(rows: Sequence[Example], length: int = recipe.max_length) -> list[Encoded]:
-        return encode_all(rows, model.tokenizer, length)[0]
-
+    measured = encoded(held_out, recipe.max_length) if recipe else []
     if request.data:
         rows = encoded(data.read(request.data, offline=offline), request.length)
-        return Inputs(model, rows, encoded(held_out), texts, request.data)
-    if request.text:
-        return Inputs(model, [], encoded(held_out), texts, request.text)
+        return Inputs(model, rows, measured, texts, request.data)
+    if request.text or recipe is None:
+        return Inputs(model, [], measured, texts, request.text or "text of its own")
     if request.calibrate == CLIENTS:
-        own = {c: encoded(rows) for c, rows in _of_clients(request, recipe, offline=offline).items()}
-        return Inputs(model, [], encoded(held_out), texts, "training rows of the run's clients", own)
+        own = _of_clients(request, recipe, offline=offline)
+        clients = {client: encoded(rows, recipe.max_length) for client, rows in own.items()}
+        return Inputs(model, [], measured, texts, "training rows of the run's clients", clients)
     if request.calibrate == FLEET:
-        return Inputs(model, [], encoded(held_out), texts, "training rows of the devices that join")
-    source = "every second held-out row of the run"
-    return Inputs(model, encoded(held_out[::2]), encoded(held_out[1::2]), texts, source)
+        return Inputs(model, [], measured, texts, "training rows of the devices that join")
+    rows, measured = (encoded(held_out[first::2], recipe.max_length) for first in (0, 1))
+    return Inputs(model, rows, measured, texts, "every second held-out row of the run")
 
 
 def _of_clients(request: CompressRequest, recipe: Recipe, *, offline: bool) -> dict[int, list[Example]]:
     """Return client -> training rows, of all clients of the run, or of `request.clients` of them drawn by the seed."""
-    from fleetune.tuning.prepare import prepare
-    from fleetune.tuning.recipe import given_methods
-    from fleetune.tuning.rounds import rounds
-
-    parts = prepare.split(recipe, given_methods.entry_of(Path(request.model), recipe), offline=offline)
+    parts = prepare.split(recipe, objects.entry_of(Path(request.model), recipe), offline=offline)
     count = len(parts.clients)
     if request.clients > count:
         raise UsageError(
@@ -196,6 +173,97 @@ def _of_clients(request: CompressRequest, recipe: Recipe, *, offline: bool) -> d
     return {c: [parts.examples[i] for i in parts.clients[c].tolist()] for c in chosen}
 
 
-def _require_decoder(model: Model) -> None:
-    if model.labels:
-        raise UsageError("an encoder cannot be compressed", hint="decoders can, such as: fleetune models")
+# Windows --------------------------------------------------------------------------------------------
+
+
+def windows(request: CompressRequest, inputs: Inputs, listener: Listener, *, dry: bool = False) -> Tensor:
+    """Return int64 [N, length]: windows of the request's rows or text; without both, of text that the model writes.
+
+    Where a run is `dry` the model writes nothing, and zeros stand for its text: their number is all that is needed.
+    """
+    model = inputs.model
+    check_length(request, inputs)
+    if inputs.rows:
+        return _cut(inputs.rows, request.length, request.windows)
+    if request.text:
+        encode = model.tokenizer
+        ids = [np.asarray(encode(text, verbose=False)["input_ids"]) for text in data.read_text(request.text)]
+        return driver.windows(ids, request.length, request.windows)
+    if request.low_memory:
+        raise UsageError(
+            "with --low-memory the model cannot write its own text: each token would read all of it anew",
+            hint="give some: --text FILE or --data FILE",
+        )
+    write = "would write" if dry else "writes"
+    listener.note(
+        f"no calibration text is given: the model {write} {counted(request.windows, 'window')} itself"
+    )
+    return _written(model, request, request.windows, dry)
+
+
+def of_run(
+    request: CompressRequest, inputs: Inputs, listener: Listener, *, dry: bool = False
+) -> tuple[Tensor, Inputs]:
+    """Return int64 [N, length], windows of a run's rows and of its model's text, and the inputs with more of that text.
+
+    At most half of the request's windows are the model's; all are where the rows do not fill one, and that is noted.
+    `dry` as in `windows`.
+    """
+    check_length(request, inputs)
+    tokens = sum(len(row.ids) for row in inputs.rows)
+    filled = tokens >= request.length
+    own = min(OWN, request.windows // 2 if filled else request.windows)
+    rows = [_cut(inputs.rows, request.length, request.windows - own)] if filled else []
+    if not filled:
+        listener.note(
+            f"{inputs.source} has {counted(tokens, 'token')}, and a window needs {request.length}: the model is calibrated on "
+            "text alone that it writes itself; a smaller --length takes the rows in, --data FILE or --text FILE gives more"
+        )
+    count, write, wrote = own + MEASURED, *(("would write",) * 2 if dry else ("writes", "wrote"))
+    listener.note(f"the model {write} {count} windows of text: {MEASURED} of them are measured on")
+    written = _written(inputs.model, request, count, dry, batch=count)
+    source = f"{counted(own, 'window')} that the run's model {wrote}"
+    if filled:
+        source = f"{inputs.source}: {counted(len(rows[0]), 'window')}, and {own} that its model {wrote}"
+    text = [Encoded(ids=window, n_prompt=1) for window in written[own:].numpy()]
+    return torch.cat([*rows, written[:own]]), replace(inputs, own_text=text, source=source)
+
+
+def _cut(rows: Sequence[Encoded], length: int, count: int) -> Tensor:
+    return driver.windows([np.asarray(row.ids) for row in rows], length, count)
+
+
+def _written(model: Model, request: CompressRequest, count: int, dry: bool, *, batch: int = 8) -> Tensor:
+    if dry:
+        return torch.zeros(count, request.length, dtype=torch.int64)
+    return driver.sampled_windows(model, request.length, count, request.seed, batch=batch)
+
+
+def of_clients(request: CompressRequest, inputs: Inputs, listener: Listener) -> dict[int, Tensor]:
+    """Return client -> its windows: an equal part of the request's, at least one; a client that fills none is left out."""
+    check_length(request, inputs)
+    each, shares = each_of(request.windows, len(inputs.clients)), dict[int, Tensor]()
+    for client, rows in inputs.clients.items():
+        try:
+            shares[client] = _cut(rows, request.length, each)
+        except DataError as error:
+            listener.note(f"client {client} is left out: {error.message}")
+    if not shares:
+        raise DataError(
+            f"no client has text for a window of {request.length} tokens", hint="give a smaller --length"
+        )
+    return shares
+
+
+def each_of(windows: int, clients: int) -> int:
+    """Return how many of a request's windows each of so many clients takes, at most."""
+    return max(1, windows // clients)
+
+
+def check_length(request: CompressRequest, inputs: Inputs) -> None:
+    """Raise UsageError for windows that are longer than the model's context."""
+    if request.length > (longest := context_length(inputs.model)):
+        raise UsageError(
+            f"windows of {request.length} tokens are longer than the model's {longest}",
+            hint=f"--length {min(longest, 512)}",
+        )

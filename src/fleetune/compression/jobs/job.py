@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fleetune import compression, subject
 from fleetune.common import settings, sums
@@ -15,18 +15,22 @@ from fleetune.common.display import human_bytes
 from fleetune.common.events import CompressDone
 from fleetune.common.files import resumable
 from fleetune.common.ggml import SCALES
+from fleetune.common.memory import release_memory
 from fleetune.common.shell import command, quoted
-from fleetune.compression.jobs import budget, calibrating, progress, scales
-from fleetune.compression.jobs.contract import Devices, FileSize, Job
+from fleetune.compression.jobs.progress import resume_command
 from fleetune.data import readers
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
-from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressOptions, CompressRequest
+from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
 from fleetune.runs.listener import Listener
-from fleetune.tuning.recipe import objects_to_files
+from fleetune.tuning.recipe import objects
 
 if TYPE_CHECKING:
+    from fleetune.compression.jobs.solve import Devices, FileSize, SolveJob
+    from fleetune.compression.jobs.whole import DistilJob, PruneJob
     from fleetune.models.net.model import Model
+
+    Job: TypeAlias = SolveJob | DistilJob | PruneJob
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def request_for(
     model: object,
     method: object,
     chosen: Mapping[str, Any],
-    options: CompressOptions,
+    options: Mapping[str, Any],
     *,
     tokenizer: object = None,
     out: Path,
@@ -72,10 +76,10 @@ def request_for(
         method = compression.DEFAULT_OF_DEVICES if devices else compression.DEFAULT
     modules = {name: member.module for name, member in compression.REGISTRY.members().items()}
     name, own = settings.named(method, modules)
-    values = own | objects_to_files.setting_values(chosen)
+    values = own | objects.setting_values(chosen)
     texts = {n: v if isinstance(v, str) else repr(v) for n, v in values.items()}
-    if objects_to_files.is_model(model):
-        model = objects_to_files.model_name(model, tokenizer, out)
+    if objects.is_model(model):
+        model = objects.model_name(model, tokenizer, out)
     found = subject.open_weights(model, out)
     run = isinstance(found, subject.Run)
     place = str(_lasting(found.folder)) if isinstance(found, subject.Run) else found.name
@@ -103,11 +107,11 @@ def prepare(
 
     Where a run is `dry` the job is not to be carried out: no text is written for it.
     """
-    from fleetune.common.memory import release_memory
-    from fleetune.compression.jobs import distil, inputs, prune, solve
-
     release_memory()  # an earlier job's, so that the peak is this one's
-    check(request)  # before the method's module is imported, which loads torch
+    check(request)
+    # only now: these import torch, and a wrong request is refused without it
+    from fleetune.compression.jobs import inputs, solve, whole
+
     method = compression.make(request.method, request.set)
     _check_grid(request, method)
     if request.run:
@@ -117,13 +121,10 @@ def prepare(
     if isinstance(method, compression.Trainer | compression.Pruner):
         _check_whole(request)
     if isinstance(method, compression.Trainer):
-        return distil.prepare(request, method, out, offline=offline)
-    inputs.check_kinds(request)
+        return whole.prepare_distillation(request, method, out, offline=offline)
     if isinstance(method, compression.Pruner):
-        return prune.prepare(request, method, listener, offline=offline, dry=dry)
-    calibrating.check(request, method)
-    budget.check(request, method)
-    scales.check(request, method)
+        return whole.prepare_pruning(request, method, listener, offline=offline, dry=dry)
+    solve.check(request, method)
     loaded = inputs.load(request, offline=offline)
     return solve.prepare(request, method, loaded, listener, devices, beside, dry=dry)
 
@@ -178,7 +179,7 @@ def resume(
 @contextmanager
 def _named_when_stopped(folder: Path) -> Iterator[None]:
     """Let what stops the job in the block (Ctrl-C, a full disk) name the command that resumes it."""
-    command = progress.resume_command(folder)
+    command = resume_command(folder)
     with resumable(command):
         try:
             yield
@@ -192,13 +193,14 @@ def _named_when_stopped(folder: Path) -> Iterator[None]:
 
 def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: Path) -> CompressResult:
     """Run a prepared job in a folder that is locked."""
-    own = settings.of(compression.method_class(request.method))
-    fields: dict[str, Any] = {s.name: s.default for s in own} | request.set
-    if (solver := getattr(job, "solver", None)) is not None:  # a grid may say bits and group
-        fields |= {name: getattr(solver, name) for name in ("bits", "group") if name in fields}
-    if budget.asked(request):
+    fields: dict[str, Any] = {
+        s.name: s.default for s in compression.settings_of(request.method)
+    } | request.set
+    # a grid may say bits and group
+    fields |= {name: getattr(job.method, name) for name in ("bits", "group") if name in fields}
+    if request.bytes or request.bpw:
         limit = human_bytes(request.bytes) if request.bytes else f"{request.bpw:g} bits a weight"
-        fields = {n: v for n, v in fields.items() if n not in budget.CHOSEN} | {"within": limit}
+        fields = {n: v for n, v in fields.items() if n not in ("bits", "grid")} | {"within": limit}
     model = job.inputs.model
     listener.header(
         "fleetune compress",
@@ -232,32 +234,41 @@ def check(request: CompressRequest) -> None:
         problems.append(f"bpw = {request.bpw!r} is not a number")
     if problems:
         raise RecipeError(problems, hint="fleetune compress --help")
-    problems += [
-        f"{n} = {getattr(request, n)} is below 1" for n in ("windows", "length") if getattr(request, n) < 1
+    least = {"windows": 1, "length": 1, "clients": 0, "bytes": 0, "train_scales": 0}
+    problems = [
+        f"{n} = {getattr(request, n)} is below {low}" for n, low in least.items() if getattr(request, n) < low
     ]
-    if request.calibrate not in ("server", CLIENTS, FLEET):
-        problems.append(f"calibrate = {request.calibrate!r} is none of server, clients, fleet")
-    if request.data and request.text:
-        problems.append("data and text are both given")
-    problems += _client_problems(request)
-    if request.train_scales < 0:
-        problems.append(f"train_scales = {request.train_scales} is below 0")
-    if request.bytes < 0:
-        problems.append(f"bytes = {request.bytes} is below 0")
-    if not 0 <= request.bpw < 33:
-        problems.append(f"bpw = {request.bpw} is not a number of bits a weight, below 33")
-    if request.run and request.dtype != "fp32":
-        problems.append("a run has a dtype of its own")
-    if request.run and request.low_memory:
-        problems.append(
+    devices = request.calibrate in (CLIENTS, FLEET)
+    rows = request.data or request.text
+    for wrong, problem in (
+        (
+            request.calibrate not in ("server", CLIENTS, FLEET),
+            f"calibrate = {request.calibrate!r} is none of server, clients, fleet",
+        ),
+        (request.data and request.text, "data and text are both given"),
+        (
+            request.clients > 0 and not devices,
+            f"clients = {request.clients} needs --calibrate clients or fleet",
+        ),
+        (devices and not request.run, "only a run has clients to calibrate on"),
+        (devices and rows, "the clients calibrate on rows of their own: no data, no text"),
+        (not 0 <= request.bpw < 33, f"bpw = {request.bpw} is not a number of bits a weight, below 33"),
+        (request.run and request.dtype != "fp32", "a run has a dtype of its own"),
+        (
+            request.run and request.low_memory,
             "a run's weights are made in memory, not in its files: "
-            f"fleetune export {quoted(request.model)} --to hf, then that"
-        )
+            f"fleetune export {quoted(request.model)} --to hf, then that",
+        ),
+    ):
+        if wrong:
+            problems.append(problem)
     if problems:
         raise RecipeError(problems, hint="fleetune compress --help")
     for name in (request.text, request.eval_text):
         if name and not Path(name).is_file():
             raise UsageError(f"no text file at {name}", hint="check the path")
+    if request.text:
+        readers.require_text(request.text, hint=f"--data {quoted(request.text)}")
     if request.eval_text:
         after = f"leave it out, and measure on rows once it is compressed: {command('eval', 'latest', request.eval_text)}"
         readers.require_text(request.eval_text, hint=after, flag="--eval-text")
@@ -301,40 +312,21 @@ def _check_devices(request: CompressRequest, devices: Devices | None) -> None:
         )
 
 
-def _client_problems(request: CompressRequest) -> list[str]:
-    problems = []
-    if request.clients < 0:
-        problems.append(f"clients = {request.clients} is below 0")
-    if request.calibrate not in (CLIENTS, FLEET):
-        return (
-            [*problems, f"clients = {request.clients} needs --calibrate clients or fleet"]
-            if request.clients
-            else problems
-        )
-    if not request.run:
-        problems.append("only a run has clients to calibrate on")
-    if request.data or request.text:
-        problems.append("the clients calibrate on rows of their own: no data, no text")
-    if request.true_sequential:
-        problems.append("clients solve a block at a time: no true_sequential")
-    return problems
-
-
 def _check_whole(request: CompressRequest) -> None:
     """Raise RecipeError for options that only the layer-by-layer methods have."""
-    problems = []
-    if request.low_memory:
-        problems.append(f"{request.method} trains the whole model, which must be in memory")
-    if request.calibrate in (CLIENTS, FLEET):
-        problems.append(f"{request.method} is not calibrated by clients")
-    if request.true_sequential:
-        problems.append(f"{request.method} solves no layers: no true_sequential")
-    if request.train_scales:
-        problems.append(f"{request.method} leaves no scales to train")
-    if request.bytes or request.bpw:
-        problems.append(f"{request.method} leaves floats, which no budget of bytes is spent on")
+    limited = bool(request.bytes or request.bpw)
+    problems = [
+        f"{request.method} {why}"
+        for wrong, why in (
+            (request.low_memory, "trains the whole model, which must be in memory"),
+            (request.calibrate in (CLIENTS, FLEET), "is not calibrated by clients"),
+            (request.train_scales, "leaves no scales to train"),
+            (limited, "leaves floats, which no budget of bytes is spent on"),
+        )
+        if wrong
+    ]
     if problems:
         solvers = [name for name in compression.entries() if compression.kind_of(name) == "solver"]
-        if request.bytes or request.bpw or request.train_scales:
+        if limited or request.train_scales:
             solvers = [compression.DEFAULT, compression.DEFAULT_OF_DEVICES]
         raise RecipeError(problems, hint=f"--method {', '.join(solvers)}")

@@ -1,36 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compress a model block by block with a solver, into the artefact of codes that `fleetune export` repacks."""
+"""Compress a model block by block with a solver, into the artefact of codes that `fleetune export` repacks.
+
+For `measure --kept-gain` the untuned base is compressed with the same method, settings and windows as the tuned model.  Base
+and tuned model share a tokenizer, so the same text gives the same windows of tokens.  Text that the tuned model wrote for its
+calibration serves for the base as well.  The head of each artefact has the digest of its windows, and the two digests are
+compared.  An artefact that is there already is used when it was made of the run's base weights, and is as it was written.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Final, TypeAlias
 
-from fleetune.common.display import counted, human_bytes
-from fleetune.common.events import CompressStart
-from fleetune.compression import Corrector, Solver
-from fleetune.compression.jobs import budget, calibrating, progress, scales, weighing, windows
-from fleetune.compression.jobs.contract import Devices, FileSize, Outcome
+import torch
+from torch import Tensor
+
+from fleetune import compression, models
+from fleetune.common import sums
+from fleetune.common.display import counted, human_bytes, human_time
+from fleetune.common.events import BlockSolved, CalibrationReply, CompressStart, MatrixSolved
+from fleetune.common.files import json_text, read_json, write_atomic
+from fleetune.common.memory import give_back, peak_rss
+from fleetune.common.shell import quoted
+from fleetune.compression import DEFAULT_OF_DEVICES, Corrector, Solver
+from fleetune.compression.jobs import budget, inputs, progress, scales
 from fleetune.compression.jobs.inputs import Inputs
-from fleetune.errors import Interrupted, RecipeError, UsageError
-from fleetune.runs import compression_folder
+from fleetune.compression.jobs.progress import Outcome
+from fleetune.compression.layerwise import driver
+from fleetune.compression.layerwise.activations import HessianSource
+from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks
+from fleetune.compression.layerwise.driver import Plan
+from fleetune.compression.layerwise.experts import FEW
+from fleetune.compression.layerwise.federated import WARNING, ClientHessians, HessianReply
+from fleetune.errors import ModelError, RecipeError, StorageError, UsageError
+from fleetune.evaluation.losses import Reference
+from fleetune.models import artefact
+from fleetune.models.artefact import ArtefactHead, Master, Quantised, dense
+from fleetune.models.cache.names import is_master
+from fleetune.models.families import table
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.lazy import memory_of
+from fleetune.models.net.model import Model
+from fleetune.models.shapes import shape_of
+from fleetune.planning import compression_cost
+from fleetune.planning.compression_cost import CompressionSize
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CLIENTS, FLEET, PARTS, RECORD, CompressRequest
 from fleetune.runs.listener import Listener
+from fleetune.tuning.result import finished
 
-if TYPE_CHECKING:
-    from torch import Tensor
+ORIGIN: Final = "origin.json"  # in the folder of finished blocks: what made them
+REPLIES: Final = "replies.jsonl"  # there too: of the clients
 
-    from fleetune.compression.layerwise.blocks import BlockResult
-    from fleetune.compression.layerwise.driver import Plan
-    from fleetune.compression.layerwise.sums import HessianReply
-    from fleetune.evaluation.losses import Reference
-    from fleetune.models.artefact.artefact import ArtefactHead, Quantised
-    from fleetune.planning.compression_cost import CompressionSize
+# real ones that calibrate, with `about` and `source`: `Calibrators` of `fleet/calibration_server.py`, which lies above
+Devices: TypeAlias = Any
+# (model, matrices' names, head, file's name) -> bytes of the GGUF file beside these matrices (`deploy/export.py`)
+FileSize: TypeAlias = Callable[[Model, Collection[str], ArtefactHead, str], int]
 
 
 @dataclass(frozen=True)
@@ -38,17 +72,21 @@ class SolveJob:
     """A checked request for a solver, with its model and calibration windows."""
 
     request: CompressRequest
-    solver: Solver
+    method: Solver
     inputs: Inputs
-    calibration: Tensor | None
-    shares: Mapping[int, Tensor]  # client -> its windows; {} unless clients calibrate
+    calibration: Tensor | None = (
+        None  # windows int64 [n, length]; None where devices have them, or none are needed
+    )
+    shares: Mapping[int, Tensor] = field(
+        default_factory=dict
+    )  # client -> its windows; {} unless clients calibrate
     replies: list[HessianReply] = field(default_factory=list)  # of these clients, in order of arrival
     devices: Devices | None = None  # real ones, that calibrate
-    agreed: dict[int, int] = field(default_factory=dict)  # client -> its windows, once they are known
+    agreed: dict[int, int] = field(default_factory=dict)  # client -> its number of windows, once it is known
     room: budget.Room | None = None  # that a budget leaves for the matrices; None without one
 
     def about(self) -> list[tuple[str, str]]:
-        """Return rows of the header: calibration text, clients, planned memory."""
+        """Return rows of the header as (label, text): calibration text, clients, planned memory."""
         memory = f"about {human_bytes(self.memory)}" + (
             " · one block at a time, read from its file" if self.request.low_memory else ""
         )
@@ -60,308 +98,348 @@ class SolveJob:
             return [("memory", memory)]
         count, length = self.calibration.shape
         text = f"{self.inputs.source} · {counted(count, 'window')} of {length} tokens"
-        text += " · true sequential" if self.in_turn else ""
         whose = [("clients", f"{len(self.shares)} of them, in turn")] if self.shares else []
         limit = [("budget", self.room.about)] if self.room else []
         return [("text", text), *whose, ("memory", memory), *limit]
 
-    @property
-    def in_turn(self) -> bool:
-        """Whether a layer's inputs have passed the compressed layers of its own block."""
-        return self.request.true_sequential or isinstance(self.solver, Corrector)
-
     @cached_property
     def memory(self) -> int:
         """Planned peak memory, in bytes."""
-        from fleetune.models.loading.shapes import shape_of
-        from fleetune.planning import compression_cost
-
         return sum(compression_cost.memory(shape_of(self.inputs.model.net.config), self.cost).values())
 
     @property
     def cost(self) -> CompressionSize:
         """The quantities that memory and disk depend on."""
-        from fleetune.models.families.dtypes import WEIGHTS
-
+        config = self.inputs.model.net.config
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
         if self.request.calibrate == FLEET:  # the windows are on the devices, the Hessians here
             count, length = 1, self.request.length
-        found, limited = size_of(self.solver, count, length), budget.asked(self.request)
-        return found._replace(
+        size, limited = size_of(self.method, count, length), budget.asked(self.request)
+        return size._replace(
             size=WEIGHTS[self.inputs.model.dtype].size,
             low_memory=self.request.low_memory,
             measured=self.inputs.measured,
             clients=len(self.shares),
-            heads=_written_heads(self.inputs.model.net.config),
+            # attention scores are stored, unless attention is fused
+            heads=int(getattr(config, "num_attention_heads", 0))
+            if config._attn_implementation == "eager"
+            else 0,
             budget=limited,
             trained=bool(self.request.train_scales),
-            bits=8 if limited else found.bits,
+            bits=8 if limited else size.bits,
         )
+
+    @property
+    def takes_experts(self) -> bool:
+        """Whether a mixture's experts are compressed: not from the sums of clients."""
+        return self.request.calibrate not in (CLIENTS, FLEET)
+
+    @property
+    def head(self) -> ArtefactHead:
+        """The artefact's head: method, settings, and digests of the weights and calibration windows."""
+        model, stated = self.inputs.model, settings_of(self.request, self.method)
+        weights = models.digest(models.named_tensors(model.net))
+        return ArtefactHead(self.request.method, stated, weights, model.tokenizer_digest, self.text)
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """What the head states of the calibration text: its size and digest; {} for none.
+
+        Clients that calibrate keep the digest of their text to themselves: who guesses a text could confirm it.
+        """
+        if self.agreed:
+            count = sum(self.agreed.values())
+            return {"windows": count, "length": self.request.length, "clients": len(self.agreed)}
+        if self.calibration is None:
+            return {}
+        count, length = self.calibration.shape
+        return {"windows": count, "length": length, "sha256": sha256(self.calibration)}
+
+    @property
+    def origin(self) -> str:
+        """What finished blocks are made of, as text: weights, settings, calibration text."""
+        model, method = self.inputs.model, [self.request.method, settings_of(self.request, self.method)]
+        clients = [[client, len(own)] for client, own in self.shares.items()]
+        return json.dumps([*method, model.digest, model.dtype, self.text, clients])
 
     def run(self, listener: Listener, folder: Path) -> Outcome:
         """Solve all blocks and write the artefact; blocks that are finished in `folder` are not solved again.
 
         StorageError when the disk is too full.
         """
-        _check_room(listener, self, folder)
-        return _compress(listener, self, folder)
+        began, model = time.monotonic(), self.inputs.model
+        progress.warn_of_memory(listener, self.memory, "" if self.request.low_memory else "--low-memory")
+        need = compression_cost.disk(shape_of(model.net.config), self.cost) + self.inputs.logits_size(model)
+        progress.check_disk(folder, need, "the finished blocks and the result")
+        before = self.inputs.measure(model, listener, folder)
+        listener.event(
+            CompressStart(**asdict(self.request), folder=str(folder), before=before, planned=self.memory)
+        )
+        with self.inputs.reference(model, folder, listener) as reference:
+            solved = solve(listener, self, folder, progress.resume_command(folder))
+            written = folder / "model"
+            artefact.write(written, model, solved, self.head)
+            after = _after(listener, self.inputs, folder, solved, reference)
+        errors = _errors(solved.blocks)
+        done = {
+            "before": before,
+            "after": after,
+            "bytes": compression_folder.size(written),
+            "seconds": round(time.monotonic() - began, 3),
+            "peak_rss": peak_rss(),
+            "digest": artefact.Master(written).digest(),
+            **({"error": statistics.fmean(errors)} if errors else {}),
+            "notes": {m.name: list(m.notes) for b in solved.blocks for m in b.matrices if m.notes},
+            "planned": self.memory,
+            **_traffic(listener, self),
+        }
+        sizes = {"before": progress.weight_bytes(model), "after": compression_folder.weights_size(written)}
+        return Outcome(done, sizes)
 
 
 def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
     """Return the quantities that memory and disk depend on, from a solver's settings and its calibration windows."""
-    from fleetune.planning.compression_cost import CompressionSize
-
     bits, group = int(getattr(solver, "bits", 0)), int(getattr(solver, "group", 0))
-    dense, weighted = isinstance(solver, Corrector), calibrating.weighs(solver)
     return CompressionSize(
-        windows if solver.data else 0, length, bits=bits, group=group, dense=dense, weighted=weighted
+        windows if solver.data else 0, length, bits=bits, group=group, dense=isinstance(solver, Corrector)
     )
+
+
+def settings_of(request: CompressRequest, solver: Solver) -> dict[str, Any]:
+    """Return the settings that an artefact states; a budget takes the place of those that it chooses."""
+    stated: dict[str, Any] = asdict(solver)  # type: ignore[call-overload]
+    if budget.asked(request):
+        limit = {"bytes": request.bytes} if request.bytes else {"bpw": request.bpw}
+        stated = {name: value for name, value in stated.items() if name not in budget.CHOSEN} | limit
+    return stated | ({"train_scales": request.train_scales} if request.train_scales else {})
+
+
+def sha256(windows: Tensor) -> str:
+    """Return the SHA-256 of windows int64 [n, length], hexadecimal."""
+    return hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+# Before ---------------------------------------------------------------------------------------------
+
+
+def check(request: CompressRequest, solver: Solver) -> None:
+    """Raise UsageError for options that the solver, or those who calibrate, have no place for."""
+    budget.check(request, solver)
+    scales.check(request, solver)
+    if request.calibrate == "server":
+        return
+    if not solver.data:
+        raise UsageError(f"{request.method} is not calibrated", hint="leave out --calibrate")
+    flag, methods = budget.flag_of(request), f"--method {DEFAULT_OF_DEVICES}"
+    for needs_text, what, hint in (
+        (isinstance(solver, Corrector), f"{request.method} compares with the dense model, which", methods),
+        (budget.asked(request), flag, f"leave out {flag}"),
+        (request.train_scales, scales.FLAG, f"leave out {scales.FLAG}"),
+    ):
+        if needs_text:
+            raise UsageError(
+                f"{what} needs the text on this machine, and --calibrate {request.calibrate} leaves it where it is",
+                hint=f"{hint}, or calibrate on --text",
+            )
 
 
 def prepare(
     request: CompressRequest,
     solver: Solver,
-    inputs: Inputs,
+    loaded: Inputs,
     listener: Listener,
     devices: Devices | None = None,
     beside: FileSize | None = None,
     *,
     dry: bool = False,
 ) -> SolveJob:
-    """Check the solver on every matrix and cut the calibration windows; `dry` as in `windows.windows`.
+    """Check the solver on every matrix and cut the calibration windows; `dry` as in `inputs.windows`.
 
     UsageError when a matrix cannot be compressed, a budget cannot be met, the text is too short for a window, or a window is
     longer than the model's context.
     """
-    from fleetune.compression.layerwise import driver
-    from fleetune.models.families import table
-
+    job = SolveJob(request, solver, loaded, devices=devices)
     try:
-        driver.check(inputs.model, solver, experts=_takes_experts(request))
+        driver.check(loaded.model, solver, experts=job.takes_experts)
     except RecipeError as error:
         if budget.asked(request):
             error.hint = f"leave out {budget.flag_of(request)}; then {error.hint}"
         raise
-    if (why := table.misfit(inputs.model.net.config)) is not None:
+    if (why := table.misfit(loaded.model.net.config)) is not None:
         listener.note(f"no GGUF file can be made of the result: {why}")
     if not solver.data:
-        for asked, flag in (
-            (request.calibrate in (CLIENTS, FLEET), "--calibrate"),
-            (request.true_sequential, "--true-sequential"),
-        ):
-            if asked:
-                raise UsageError(f"{request.method} is not calibrated", hint=f"leave out {flag}")
-        return SolveJob(request, solver, inputs, None, {})
-    import torch
-
+        return job
     if request.calibrate == FLEET:
-        windows.check_length(request, inputs)
-        return SolveJob(request, solver, inputs, None, {}, devices=devices)
-    room = _room(request, solver, inputs, beside)  # before any text is written, which takes minutes
+        inputs.check_length(request, loaded)
+        return job
+    if request.calibrate == CLIENTS:
+        shares = inputs.of_clients(request, loaded, listener)
+        agreed = {client: len(own) for client, own in shares.items()}
+        return replace(job, calibration=torch.cat(list(shares.values())), shares=shares, agreed=agreed)
+    if budget.asked(request):  # before any text is written, which takes minutes
+        job = replace(job, room=_room(job, beside))
     if request.uses_held_out:
-        calibration, inputs = windows.of_run(request, inputs, listener, dry=dry)
-        return SolveJob(request, solver, inputs, calibration, {}, room=room)
-    clients = request.calibrate == CLIENTS
-    shares = windows.of_clients(request, inputs, listener) if clients else {}
-    calibration = (
-        torch.cat(list(shares.values())) if clients else windows.windows(request, inputs, listener, dry=dry)
-    )
-    agreed = {client: len(own) for client, own in shares.items()}
-    return SolveJob(request, solver, inputs, calibration, shares, agreed=agreed, room=room)
+        calibration, loaded = inputs.of_run(request, loaded, listener, dry=dry)
+        return replace(job, calibration=calibration, inputs=loaded)
+    return replace(job, calibration=inputs.windows(request, loaded, listener, dry=dry))
 
 
-def _room(
-    request: CompressRequest, solver: Solver, inputs: Inputs, beside: FileSize | None
-) -> budget.Room | None:
-    """Return the room that a budget leaves for the matrices, None without one.  UsageError for one that is too small."""
-    from fleetune.models.artefact.artefact import ArtefactHead
-
-    if not budget.asked(request):
-        return None
+def _room(job: SolveJob, beside: FileSize | None) -> budget.Room:
+    """Return the room that a budget leaves for the matrices.  UsageError for one that is too small."""
     if beside is None:
         raise ValueError("a budget needs the size of the file to come")
-    model = inputs.model
+    model, request, size = job.inputs.model, job.request, beside
     # a digest has 64 characters, whichever it is
-    about = ArtefactHead(request.method, _settings(request, solver), "0" * 64, model.tokenizer_digest)
+    stated = settings_of(request, job.method)
+    head = ArtefactHead(request.method, stated, "0" * 64, model.tokenizer_digest)
     name = f"0000-{compression_folder.stem_of(request)}"  # as `export` calls it
-    return budget.room(model, request, lambda names: beside(model, names, about, name))
+    return budget.room(model, request, lambda names: size(model, names, head, name))
 
 
-class Weights(NamedTuple):
-    """What a solver found: of each block, and the weights by name, read on access."""
-
-    blocks: Sequence[BlockResult]
-    weights: Mapping[str, Quantised | Tensor]
+# Solving --------------------------------------------------------------------------------------------
 
 
-def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> Weights:
+def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> FinishedBlocks:
     """Solve the blocks of the job's model, and train their scales where that is asked for; what `folder` holds is kept.
 
     `resume_command` is shown after Ctrl-C (Interrupted).  UsageError when the blocks in `folder` were made from other
     weights, settings or text.
     """
-    from fleetune.compression.layerwise import driver
-
-    origin = _origin_of(job)
-    calibrating.check_origin(listener, origin, job.request.model, folder / PARTS)
+    model, parts, origin = job.inputs.model, folder / PARTS, job.origin
+    check_origin(origin, job.request.model, parts)
     if job.calibration is not None:
-        scales.warn(job.request, job.calibration, listener, experts=driver.solves_experts(job.inputs.model))
+        scales.warn(job.request, job.calibration, listener, experts=driver.solves_experts(model))
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
         listener.progress("blocks", block, blocks, name.rsplit(".", 1)[-1])
-        if listener.stop_requested:
-            raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=resume_command)
+        progress.stop_if_asked(
+            listener, f"stopped in block {block}; finished blocks are kept", resume_command
+        )
 
-    plan = _plan(listener, job, folder / PARTS, origin)
-    if left := driver.experts_left(job.inputs.model, taken=_takes_experts(job.request)):
-        listener.note(f"the experts of {counted(left, 'layer')} stay as they are: {_reason(job.request)}")
+    plan = _plan(listener, job, parts, origin)
+    if left := driver.experts_left(model, taken=job.takes_experts):
+        why = (
+            "their matrices are stored the other way round, or have biases"
+            if job.takes_experts
+            else "the devices send no sums of theirs"
+        )
+        listener.note(f"the experts of {counted(left, 'layer')} stay as they are: {why}")
     blocks = driver.run(
-        job.inputs.model,
-        job.solver,
-        calibrating.source(listener, job, folder / PARTS),
-        folder / PARTS,
+        model,
+        job.method,
+        _source(listener, job, parts),
+        parts,
         on_matrix,
-        lambda block, blocks: progress.report_block(listener, block, blocks),
-        true_sequential=job.request.true_sequential,
+        lambda block, blocks: _report_block(listener, block, blocks),
         plan=plan,
-        experts=_takes_experts(job.request),
-        weights=weighing.weights(listener, job, folder / PARTS, origin),
+        experts=job.takes_experts,
     )
-    if few := progress.of_few(note for b in blocks.blocks for m in b.matrices for note in m.notes):
-        listener.note(f"{few}; {RECORD} has the numbers of each tensor")
-    listener.note(progress.summary(blocks.blocks, plan is not None))
-    if not job.request.train_scales:
-        return Weights(blocks.blocks, blocks)
-    assert job.calibration is not None
-    trained = scales.train(
-        listener, job.inputs.model, blocks, job.calibration, job.request, folder / PARTS, origin
-    )
-    return Weights(blocks.blocks, trained)
+    if few := sum(FEW in note for b in blocks.blocks for m in b.matrices for note in m.notes):
+        listener.note(
+            f"experts {FEW} columns, in {counted(few, 'tensor')}: solved on all tokens of their layer. More --windows give "
+            f"them more; {RECORD} has the numbers of each tensor"
+        )
+    listener.note(_summary(blocks.blocks, plan is not None))
+    if job.request.train_scales:
+        assert job.calibration is not None
+        scales.trained(listener, model, blocks, job.calibration, job.request, origin)
+    return blocks
 
 
-def _takes_experts(request: CompressRequest) -> bool:
-    """Return whether a mixture's experts are compressed: not from the sums of clients."""
-    return request.calibrate not in (CLIENTS, FLEET)
+def check_origin(own: str, model: str, parts: Path) -> None:
+    """Note in `parts` what the blocks there are made of, `own`.
 
-
-def _reason(request: CompressRequest) -> str:
-    """Say why experts are not compressed."""
-    if not _takes_experts(request):
-        return "the devices send no sums of theirs"
-    return "their matrices are stored the other way round, or have biases"
-
-
-def _origin_of(job: SolveJob) -> str:
-    """Return what finished blocks are made of, as text: weights, settings, calibration text."""
-    from fleetune.compression.layerwise import driver
-
-    model = job.inputs.model
-    experts = _takes_experts(job.request) and driver.solves_experts(model)
-    return json.dumps(
-        [
-            job.request.method,
-            _settings(job.request, job.solver),
-            model.digest,
-            model.dtype,
-            calibrating.stated(job),
-            [[client, len(own)] for client, own in job.shares.items()],
-            *(["experts"] if experts else []),
-        ]
-    )
+    UsageError for blocks of other weights, settings or text, or of unknown ones; `model` names what to compress again.
+    """
+    file = parts / ORIGIN
+    with suppress(StorageError):
+        if any(parts.glob("block-*")) and read_json(file, "").get("origin") == own:
+            return
+    if any(parts.glob("block-*")):
+        raise UsageError(
+            f"the blocks in {parts} were made of other weights or another text: something has changed since",
+            hint=f"compress again: fleetune compress {quoted(model)}",
+        )
+    parts.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json_text({"origin": own}))
 
 
 def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> Plan | None:
     """Return the grid of each matrix where there is a budget: the choice in `parts`, or a new one, which is kept there."""
     if job.room is None:
         return None
-    if (found := budget.saved(parts, origin, job.inputs.model)) is None:
+    if (choice := budget.saved_choice(parts, origin)) is None:
         assert job.calibration is not None
         if any(parts.glob("block-*")):
             listener.note(
-                "the choice of grids is damaged, gone or of other weights: it is made again, and the blocks are solved again"
+                "the choice of grids is damaged or gone: it is made again, and the blocks are solved again"
             )
             for file in parts.glob("block-*"):
                 file.unlink()
-        found = budget.spend(listener, job.inputs.model, job.calibration, job.request.seed, job.room)
-        budget.save(found, parts, origin)
-    found.report(listener)
-    return found.plan(job.solver)
+        costs = budget.measured(listener, job.inputs.model, job.calibration, job.request.seed)
+        choice = budget.chosen(costs, job.room)
+        budget.save_choice(choice, parts, origin)
+    choice.report(listener)
+    return choice.plan(job.method)
 
 
-def head(job: SolveJob) -> ArtefactHead:
-    """Return the artefact's head: method, settings, and digests of the weights and calibration windows."""
-    from fleetune import models
-    from fleetune.models.artefact.artefact import ArtefactHead
+def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | HessianSource | None:
+    """Return the windows of a job, or its clients' or devices' Hessians; None for a solver without data."""
+    if not job.shares and job.devices is None:
+        return job.calibration
+    log = parts / REPLIES
+    # what was sent before a stop counts, and a client that was left out stays out
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+        with suppress(ValueError, TypeError):  # cut short by a kill
+            job.replies.append(HessianReply(**json.loads(line)))
+    gone = frozenset(reply.client for reply in job.replies if reply.reason)
 
+    def on_reply(reply: HessianReply) -> None:
+        listener.event(CalibrationReply(**asdict(reply)))
+        if reply.reason:
+            listener.note(f"block {reply.block + 1}: client {reply.client} is left out: {reply.reason}")
+        job.replies.append(reply)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(reply)) + "\n")
+
+    listener.note(WARNING)
     model = job.inputs.model
-    return ArtefactHead(
-        job.request.method,
-        _settings(job.request, job.solver),
-        models.digest(models.named_tensors(model.net)),
-        model.tokenizer_digest,
-        calibrating.stated(job),
-    )
+    if job.devices is not None:
+        source: HessianSource
+        source, agreed = job.devices.source(job.request, model, parts.parent, gone, on_reply, listener)
+        job.agreed.update(agreed)
+        return source
+    left = {client: own for client, own in job.shares.items() if client not in gone}
+    return ClientHessians(model, left or job.shares, parts, on_reply)
 
 
-def _settings(request: CompressRequest, solver: Solver) -> dict[str, Any]:
-    """Return the settings that an artefact states; with a budget it takes the place of those that it chooses.
+# After ----------------------------------------------------------------------------------------------
 
-    Tokens that count alike are left out.
+
+def _report_block(listener: Listener, block: BlockResult, blocks: int) -> None:
+    """Report a finished block as an event, and what a solver noted on its layers, but for experts that saw few tokens."""
+    matrices = [MatrixSolved(name=m.name, error=m.error, notes=list(m.notes)) for m in block.matrices]
+    listener.event(BlockSolved(block=block.number, blocks=blocks, seconds=block.seconds, matrices=matrices))
+    for matrix in block.matrices:
+        for note in matrix.notes:
+            if FEW not in note:
+                listener.note(f"{matrix.name}: {note}")
+
+
+def _summary(blocks: Sequence[BlockResult], ends: bool) -> str:
+    """Return a line on all blocks: how many, the errors of their layers, the time that solving took.
+
+    `ends` tells whether the last one is embedding and head.
     """
-    every: dict[str, Any] = asdict(solver)  # type: ignore[call-overload]
-    settings = {name: value for name, value in every.items() if (name, value) != ("tokens", "equal")}
-    if budget.asked(request):
-        limit = {"bytes": request.bytes} if request.bytes else {"bpw": request.bpw}
-        settings = {name: value for name, value in settings.items() if name not in budget.CHOSEN} | limit
-    if request.train_scales:
-        settings |= {"train_scales": request.train_scales}
-    return settings
+    errors = _errors(blocks)
+    of_layers = f"  error {statistics.fmean(errors):.4f}, at most {max(errors):.4f}" if errors else ""
+    what = counted(len(blocks) - ends, "block") + ", embedding and head" * ends
+    return f"{what}{of_layers}  {human_time(sum(block.seconds for block in blocks))}"
 
 
-def _check_room(listener: Listener, job: SolveJob, folder: Path) -> None:
-    """Remark when memory is short; raise StorageError when the disk is too full."""
-    from fleetune.models.loading.shapes import shape_of
-    from fleetune.planning import compression_cost
-
-    ways = [] if job.request.low_memory else ["with --low-memory"]
-    progress.warn_of_memory(listener, job.memory, ways)
-    need = compression_cost.disk(shape_of(job.inputs.model.net.config), job.cost)
-    need += job.inputs.logits_size(job.inputs.model)
-    progress.check_disk(folder, need, "the finished blocks and the result")
-
-
-def _written_heads(config: Any) -> int:
-    """Return the number of heads whose attention scores are stored; 0 for fused attention."""
-    return int(getattr(config, "num_attention_heads", 0)) if config._attn_implementation == "eager" else 0
-
-
-def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
-    from fleetune.common.memory import peak_rss
-    from fleetune.models.artefact import artefact
-
-    began, model = time.monotonic(), job.inputs.model
-    before = job.inputs.measure(model, listener, folder)
-    request = asdict(job.request) | {"true_sequential": job.in_turn}
-    listener.event(CompressStart(**request, folder=str(folder), before=before, planned=job.memory))
-    with job.inputs.reference(model, folder, listener) as reference:
-        found = solve(listener, job, folder, progress.resume_command(folder))
-        written = folder / "model"
-        artefact.write(written, model, found.weights, head(job))
-        after = _after(listener, job.inputs, folder, found.weights, reference)
-    done = {
-        "before": before,
-        "after": after,
-        "bytes": compression_folder.size(written),
-        "seconds": round(time.monotonic() - began, 3),
-        "peak_rss": peak_rss(),
-        "digest": artefact.Master(written).digest(),
-        **progress.mean_error(progress.errors_of(found.blocks)),
-        "notes": progress.notes_of(found.blocks),
-        "planned": job.memory,
-        **_traffic(listener, job),
-    }
-    sizes = {"before": progress.weight_bytes(model), "after": compression_folder.weights_size(written)}
-    return Outcome(done, sizes)
+def _errors(blocks: Iterable[BlockResult]) -> list[float]:
+    """Return the errors of all layers, without those that are not a number."""
+    return [m.error for b in blocks for m in b.matrices if not math.isnan(m.error)]
 
 
 def _traffic(listener: Listener, job: SolveJob) -> dict[str, int]:
@@ -376,24 +454,93 @@ def _traffic(listener: Listener, job: SolveJob) -> dict[str, int]:
 
 def _after(
     listener: Listener,
-    inputs: Inputs,
+    loaded: Inputs,
     folder: Path,
     weights: Mapping[str, Quantised | Tensor],
     reference: Reference | None,
 ) -> dict[str, float]:
     """Measure the compressed model.  Its weights take the place of the model's own, which are not needed any more."""
-    from fleetune.common.memory import give_back
-    from fleetune.models.artefact.artefact import dense
-    from fleetune.models.mapped.net import memory_of
-
-    if not inputs.measured:
+    if not loaded.measured:
         return {}
-    model = inputs.model
-    if lazy := memory_of(model.net):
+    net = loaded.model.net
+    if lazy := memory_of(net):
         lazy.changed = lambda name: dense(weights[name]) if name in weights else None
-        return inputs.measure(model, listener, folder, reference)
-    for name in weights:
-        own = model.net.get_parameter(name)
-        own.data = dense(weights[name]).to(own)
-    give_back()  # what the model's own weights leave behind
-    return inputs.measure(model, listener, folder, reference)
+    else:
+        for name in weights:
+            own = net.get_parameter(name)
+            own.data = dense(weights[name]).to(own)
+        give_back()  # what the model's own weights leave behind
+    return loaded.measure(loaded.model, listener, folder, reference)
+
+
+# The base of a tuned model --------------------------------------------------------------------------
+
+
+def check_base(folder: Path) -> None:
+    """Raise UsageError when the method of a compression cannot be run on the base as well."""
+    _solver(compression_folder.request_of(folder))
+
+
+def compressed_base(listener: Listener, folder: Path, *, offline: bool) -> Path:
+    """Return the artefact of the compressed base; it is made now if it is missing, and resumed if it was stopped.
+
+    UsageError when the calibration text has changed since the folder was made, ModelError when the artefact that is there
+    is not the base's, or not what was written.
+    """
+    place = folder / "base"
+    model, own = place / "model", Master(folder / "model").head
+    if is_master(model) and _alike(_head_of(folder, model), own):
+        compression_folder.drop_parts(place / PARTS)  # a kill may have left them
+        return model
+    job = _base_job(folder, offline, listener)
+    head = job.head
+    if not _alike(head, own):
+        raise UsageError(
+            f"the calibration text is not what {folder} was made with: the data has changed since",
+            hint=f"compress again: fleetune compress {quoted(compression_folder.request_of(folder).model)}",
+        )
+    seconds = compression_folder.record(folder)["result"]["seconds"]
+    listener.note(f"the base is compressed the same way, once: the tuned model took {human_time(seconds)}")
+    solved = solve(listener, job, place, f"fleetune measure {quoted(folder)} --kept-gain")
+    artefact.write(model, job.inputs.model, solved, head)
+    compression_folder.drop_parts(place / PARTS)
+    return model
+
+
+def _head_of(folder: Path, model: Path) -> ArtefactHead:
+    """Return the head of the base's artefact; ModelError when it is of other weights than the base's, or damaged."""
+    remedy = f"rm -r {quoted(folder / 'base')}   and then: fleetune measure {quoted(folder)} --kept-gain"
+    sums.check(model, remedy=remedy)
+    head = Master(model).head
+    expected = rundir.made_on(Path(compression_folder.request_of(folder).model))["base"]
+    if head.base != expected:
+        raise ModelError(
+            f"{model} is not the compressed base: it was made of weights with the SHA-256 {head.base[:16]}.., "
+            f"the run's base has {expected[:16]}..",
+            hint=remedy,
+        )
+    return head
+
+
+def _solver(request: CompressRequest) -> Solver:
+    method = compression.make(request.method, request.set)
+    if isinstance(method, compression.Trainer | compression.Pruner):
+        raise UsageError(
+            f"{request.method} works on the whole model, so the base would have to go through all of it as well",
+            hint="--kept-gain is of methods that work layer by layer: fleetune compress --list",
+        )
+    return method
+
+
+def _alike(a: ArtefactHead, b: ArtefactHead) -> bool:
+    names = ("method", "settings", "calibration", "tokenizer")
+    return all(getattr(a, name) == getattr(b, name) for name in names)
+
+
+def _base_job(folder: Path, offline: bool, listener: Listener) -> SolveJob:
+    request = compression_folder.request_of(folder)
+    loaded, recipe = inputs.load(request, offline=offline), finished.recipe_of(Path(request.model))
+    job = prepare(request, _solver(request), loaded, listener)  # the tuned model writes its text again
+    loaded.model.net.to("meta")  # its weights go before the base's come
+    base = models.load(recipe.model, dtype=recipe.dtype, device="cpu", offline=offline)
+    return replace(job, inputs=replace(job.inputs, model=base))

@@ -1,34 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run calibration windows through a model block by block, and collect the Hessians of each block's linear layers.
 
-Where tokens do not count alike (`budget/token_weights.py`) the sums are weighted.  `in_turn.py` has the layers of a block solved
-in turn.
+For a solver that aims at the dense model's outputs (`Corrector`) the layers of a block are solved in turn (`StatesInTurn`).  Each
+window runs through the block up to the next layer that is to be solved, whose input is added to that layer's Hessian.  Then the
+layer is solved, its compressed weights are put in place, and the windows run up to the layer after it.  In all a window takes the
+time of somewhat more than two passes through a decoder's block.  The windows go through the dense model as well, with the block's
+dense weights in place for that moment.  With x the input of a layer there and y its input in the compressed model, the drift of
+its inputs is D = sum of 2 (x - y) y^T over all tokens.  Only the hidden states in front of the block are kept, of both models.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from fleetune.compression.layerwise.experts import Experts, Routed
-from fleetune.compression.layerwise.hessian import accumulate, mirrored
+from fleetune.compression.layerwise.experts import Experts, Routed, parameters_of
+from fleetune.compression.layerwise.hessian import accumulate, accumulate_drift, mirrored
 from fleetune.models.net.layers import layers_of
 from fleetune.models.net.model import Model
 
 SolveExperts = Callable[[Experts, Routed], None]
-
-
-class SolveLayer(Protocol):
-    """Solve a layer; where layers are solved in turn, also put the compressed weights in place."""
-
-    def __call__(self, name: str, H: Tensor | None, D: Tensor | None = None) -> None:
-        """Solve layer `name` with the Hessian and the drift of its inputs, [C, C]; None where nothing is known."""
-        ...
+# (name, H, D=None): solve a layer with the Hessian and the drift of its inputs, [C, C]; None where nothing is known
+SolveLayer = Callable[..., None]
 
 
 class HessianSource(Protocol):
@@ -36,11 +36,9 @@ class HessianSource(Protocol):
 
     def solve_layers(self, number: int, linears: Mapping[str, nn.Linear], solve: SolveLayer) -> None:
         """Call `solve(name, H)` for every layer that is used, H float32 [C, C] the sum of 2 x x^T over all tokens."""
-        ...
 
     def advance(self, number: int) -> None:
         """Advance to the next block; called while this block's layers have their compressed weights."""
-        ...
 
 
 class Stop(Exception):
@@ -50,18 +48,11 @@ class Stop(Exception):
 class HiddenStates:
     """The hidden states of the calibration windows in front of a block."""
 
-    def __init__(
-        self, model: Model, calibration: Tensor, weights: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """calibration: int64 [n, length].
-
-        `weights` [n, length] by layer are what tokens count in its Hessian; 1 for a layer that has none.  Layers that read one
-        tensor have the same.
-        """
+    def __init__(self, model: Model, calibration: Tensor) -> None:
+        """calibration: int64 [n, length]."""
         modules = dict(model.net.named_modules())
         self.model, self.blocks = model, [modules[layer.name] for layer in layers_of(model.net)]
         self.tokens = calibration.numel()
-        self.weights = weights or {}
         self.kwargs = _block_arguments(model, self.blocks, calibration[:1])
         self.states = self.first_block_inputs(calibration)
         self._in_tuple = False  # whether blocks return their states in a tuple
@@ -69,12 +60,15 @@ class HiddenStates:
     def first_block_inputs(self, calibration: Tensor) -> list[Tensor]:
         """Return the inputs of the first block, for windows of the same length."""
         states: list[Tensor] = []
-        with _intercepted(self.blocks[0], lambda args, kwargs: states.append(_hidden_state(args, kwargs))):
+
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.append(args[0] if args else kwargs["hidden_states"])
+            raise Stop
+
+        with self.blocks[0].register_forward_pre_hook(take, with_kwargs=True):
             for window in calibration:
-                try:
+                with suppress(Stop):
                     self.model.net(input_ids=window[None].to(self.model.device), use_cache=False)
-                except Stop:
-                    continue
         return states
 
     def forward(self, number: int, state: Tensor) -> Tensor:
@@ -128,15 +122,13 @@ class HiddenStates:
         shared = _SharedInputs()
         called = list[str]()  # in this window
         order = list[str]()  # in the first window that calls every layer exactly once
-        window = 0  # its number
 
         def observe(name: str, x: Tensor) -> None:
             first = shared.first(name, x)
             if name not in H:
                 H[name] = torch.zeros(x.shape[-1], x.shape[-1]) if first == name else H[first]
             if first == name:
-                s = self.weights.get(name)
-                accumulate(H[name], x.cpu(), None if s is None else s[window])
+                accumulate(H[name], x.cpu())
             note(name)
 
         def note(name: str) -> None:
@@ -157,7 +149,6 @@ class HiddenStates:
                     order = called.copy()
                 called.clear()
                 shared = _SharedInputs()
-                window += 1
         for h in {id(h): h for h in H.values()}.values():
             mirrored(h)
         return H
@@ -198,73 +189,30 @@ class _SharedInputs:
         return self.reader
 
 
-@torch.inference_mode()
-def same_inputs(model: Model, linears: Mapping[str, nn.Linear], ids: Tensor) -> list[list[str]]:
-    """Return the layers that a text int64 [length] reaches, those together that read the same tensor."""
-    found, shared = dict[str, list[str]](), _SharedInputs()
-
-    def observe(name: str, x: Tensor) -> None:
-        readers = found.setdefault(shared.first(name, x), [])
-        if name not in readers:
-            readers.append(name)
-
-    with observed_inputs(linears, observe):
-        model.net(input_ids=ids[None].to(model.device), use_cache=False)
-    return list(found.values())
+def hooked(handles: Iterable[RemovableHandle]) -> ExitStack:
+    """Return a context that removes hooks at its end."""
+    stack = ExitStack()
+    for handle in handles:
+        stack.enter_context(handle)
+    return stack
 
 
-@contextmanager
-def observed_inputs(
-    linears: Mapping[str, nn.Linear], observe: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Call `observe(name, x)` with the input of a layer, just before the layer runs."""
+def observed_inputs(linears: Mapping[str, nn.Linear], observe: Callable[[str, Tensor], None]) -> ExitStack:
+    """Return a context in which `observe(name, x)` is called with the input of a layer, just before the layer runs."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: observe(name, args[0])
 
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items())
 
 
-@contextmanager
-def observed_routes(experts: Sequence[Experts], observe: SolveExperts) -> Iterator[None]:
-    """Call `observe(experts, routed)` with what experts are called with, on the CPU, just before they run."""
+def observed_routes(experts: Sequence[Experts], observe: SolveExperts) -> ExitStack:
+    """Return one in which `observe(experts, routed)` gets what experts are called with, on the CPU, just before they run."""
 
     def hook(each: Experts) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: observe(each, Routed(args[0].cpu(), args[1].cpu()))
 
-    handles = [each.module.register_forward_pre_hook(hook(each)) for each in experts]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hidden_state(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    state: Tensor = args[0] if args else kwargs["hidden_states"]
-    return state
-
-
-@contextmanager
-def _intercepted(
-    block: nn.Module, take: Callable[[tuple[Any, ...], Mapping[str, Any]], None]
-) -> Iterator[None]:
-    """Call `take` with the arguments of a block, and end the forward pass there."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take(args, kwargs)
-        raise Stop
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hooked(each.module.register_forward_pre_hook(hook(each)) for each in experts)
 
 
 def _block_arguments(model: Model, blocks: Sequence[nn.Module], window: Tensor) -> list[dict[str, Any]]:
@@ -285,12 +233,8 @@ def _block_arguments(model: Model, blocks: Sequence[nn.Module], window: Tensor) 
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles.append(blocks[0].register_forward_hook(after))
-    try:
-        with _passed_on(blocks[1:], lambda: given[0]), suppress(Stop):
-            model.net(input_ids=window.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), _passed_on(blocks[1:], lambda: given[0]), suppress(Stop):
+        model.net(input_ids=window.to(model.device), use_cache=False)
     return found
 
 
@@ -304,3 +248,153 @@ def _passed_on(blocks: Sequence[nn.Module], given: Callable[[], Any]) -> Iterato
     finally:
         for block in blocks:
             del block.forward
+
+
+class StatesInTurn(HiddenStates):
+    """The hidden states in front of a block whose layers are solved in turn, in the compressed and in the dense model."""
+
+    def __init__(self, model: Model, calibration: Tensor) -> None:
+        """calibration: int64 [n, length]."""
+        super().__init__(model, calibration)
+        self.dense = list(self.states)  # in front of the first block they are the same
+        self._behind = set[int]()  # windows whose state in the dense model is behind the block already
+
+    def solve_layers(
+        self,
+        number: int,
+        linears: Mapping[str, nn.Linear],
+        solve: SolveLayer,
+        experts: Sequence[Experts] = (),
+        solve_routed: SolveExperts = lambda experts, routed: None,
+    ) -> None:
+        """Solve every layer that a window reaches, and leave the compressed weights in place."""
+        dense = _DenseWeights(parameters_of(linears, experts))
+        left = {name: linears[name] for name in linears}
+        routed = {each.name: each for each in experts}
+        while (left or routed) and (found := self._next(number, left, list(routed.values()), dense)).readers:
+            if found.first in routed:
+                solve_routed(routed.pop(found.first), found.routed)
+            for name in found.readers:
+                if left.pop(name, None) is not None:
+                    solve(name, found.H, found.D)
+        if number + 1 < len(self.blocks):
+            with dense.in_place():
+                self.pass_over(number)
+
+    def pass_over(self, number: int) -> None:
+        """Run the dense model's states through a block, those that are not behind it yet, while its weights are its own."""
+        for i, state in enumerate(self.dense):
+            if i not in self._behind:
+                self.dense[i] = self.forward(number, state)
+        self._behind.clear()
+
+    def _next(
+        self, number: int, linears: Mapping[str, nn.Linear], experts: Sequence[Experts], dense: _DenseWeights
+    ) -> _Next:
+        """Return the first of the layers that the windows reach, with the sums over its inputs."""
+        found = _Next()
+        with observed_inputs(linears, found.observe), observed_routes(experts, found.observe_experts):
+            for window, state in enumerate(self.states):
+                y = found.input_of(self.forward, number, state)
+                if y is None:
+                    continue
+                x = None
+                if isinstance(y, Tensor):
+                    # where no other layer is left, the pass goes on to the end
+                    last = len({*found.readers}) == len(linears) + len(experts)
+                    with dense.in_place():
+                        x = found.input_of(self.forward, number, self.dense[window], whole=last)
+                    if found.output is not None:
+                        self.dense[window] = found.output
+                        self._behind.add(window)
+                found.add(y, x, state.shape[:-1].numel())
+        mirrored(found.H)
+        return found
+
+
+@dataclass
+class _Next:
+    """The layer that is next in a block, and the sums over its inputs in the windows so far."""
+
+    first: str = ""  # its name
+    readers: list[str] = field(default_factory=list)  # it, and those after it that read the same tensor
+    H: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    D: Tensor | None = None  # None where the inputs are not of the same tokens in both models: routed experts
+    calls: list[Routed] = field(default_factory=list)  # of experts
+    output: Tensor | None = None  # of the block, where the last pass went through the whole of it
+    _input: Tensor | Routed | None = None  # in this pass
+    _called: list[str] = field(default_factory=list)  # in this pass
+    _whole: bool = False  # whether this pass goes through the whole block
+
+    @property
+    def routed(self) -> Routed:
+        """What experts were called with in all windows."""
+        return Routed(*(torch.cat(parts) for parts in zip(*self.calls, strict=True)))
+
+    def input_of(
+        self, forward: Callable[[int, Tensor], Tensor], number: int, state: Tensor, *, whole: bool = False
+    ) -> Tensor | Routed | None:
+        """Run a window up to the layer, or through the `whole` block, and return the layer's input; None if it is not called."""
+        self._input, self._called, self._whole, self.output = None, [], whole, None
+        with suppress(Stop):
+            after = forward(number, state)
+            self.output = after if whole else None
+        if not self.readers:
+            self.readers = self._called
+        return self._input
+
+    def observe(self, name: str, x: Tensor) -> None:
+        """Take the input of a layer that is called, if the layer is the next one or reads the same tensor."""
+        if self._input is None:
+            if name != (self.first or name):
+                return
+            self.first, self._input = name, x
+        elif x is not self._input:
+            raise Stop
+        self._called.append(name)
+        if self.readers and not self._whole:  # the layer itself and all behind it need not run
+            raise Stop
+
+    def observe_experts(self, each: Experts, routed: Routed) -> None:
+        """Take what experts are called with, if they are next."""
+        if self._input is not None:
+            raise Stop
+        if each.name == (self.first or each.name):
+            self.first, self._input, self._called = each.name, routed, [each.name]
+            raise Stop
+
+    def add(self, y: Tensor | Routed, x: Tensor | Routed | None, tokens: int) -> None:
+        """Add a window's inputs, y in the compressed and x in the dense model."""
+        if isinstance(y, Routed):
+            self.calls.append(y)
+            return
+        if not len(self.H):
+            self.H = torch.zeros(y.shape[-1], y.shape[-1])
+            self.D = None if x is None else torch.zeros_like(self.H)
+        accumulate(self.H, y.cpu())
+        if not isinstance(x, Tensor) or not x.shape[:-1].numel() == y.shape[:-1].numel() == tokens:
+            self.D = None
+        if self.D is not None and isinstance(x, Tensor):
+            accumulate_drift(self.D, x.cpu(), y.cpu())
+
+
+class _DenseWeights:
+    """The dense weights of a block whose layers get their compressed ones in turn."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._dense = {name: parameter.data for name, parameter in parameters.items()}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the dense weights in place, and afterwards those that were there."""
+        now = {name: parameter.data for name, parameter in self._parameters.items()}
+        try:
+            self._put(self._dense)
+            yield
+        finally:
+            self._put(now)
+
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.data = weights[name]

@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from fleetune.common.files import write_atomic
-from fleetune.compression.training import checksum
-from fleetune.models.artefact.artefact import Quantised, assembled, stored
+from fleetune.compression.training import head_of, metadata
+from fleetune.models.artefact import Quantised, assembled, stored
 
 
 @dataclass(frozen=True)
@@ -63,22 +62,13 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
         # by parameter name: (block, `described`, or None for floats)
         self._where: dict[str, tuple[int, list[Any] | None]] = {}
         self.blocks: list[BlockResult] = []
+        self.adjust: dict[str, Callable[[Quantised], Quantised]] = {}  # what is done to a weight that is read
 
     def open(self, number: int) -> bool:
         """Add the file of a block; False when it is missing or damaged."""
-        try:
-            with safe_open(block_file(self.folder, number), framework="pt") as opened:
-                about = opened.metadata() or {}
-                crc = checksum.of_tensors(
-                    about["block"], ((n, opened.get_tensor(n)) for n in set(opened.keys()))
-                )
-            head = json.loads(about["block"])
-        except (OSError, SafetensorError, KeyError, ValueError):
+        if (head := head_of(block_file(self.folder, number))) is None:
             return False
-        if about.get("crc32") != crc:
-            return False
-        for name, grid in head["weights"].items():
-            self._where[name] = (number, grid)
+        self._where |= {name: (number, grid) for name, grid in head["weights"].items()}
         matrices = (MatrixResult(n, float(e), tuple(notes)) for n, e, notes in head["matrices"])
         self.blocks.append(BlockResult(number, tuple(matrices), head["seconds"]))
         return True
@@ -87,10 +77,9 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
         """Write a finished block.  StorageError when it cannot be written."""
         grids = {n: described(w) if isinstance(w, Quantised) else None for n, w in weights.items()}
         matrices = [[m.name, m.error, m.notes] for m in block.matrices]
-        head = json.dumps({"weights": grids, "matrices": matrices, "seconds": block.seconds})
+        head = {"weights": grids, "matrices": matrices, "seconds": block.seconds}
         tensors = {k: v for n, w in weights.items() for k, v in stored(n, w).items()}
-        about = {"format": "pt", "block": head, "crc32": checksum.of_tensors(head, tensors.items())}
-        write_atomic(block_file(self.folder, block.number), save(tensors, metadata=about))
+        write_atomic(block_file(self.folder, block.number), save(tensors, metadata=metadata(head, tensors)))
         self.open(block.number)
 
     def __getitem__(self, name: str) -> Quantised | Tensor:
@@ -99,7 +88,8 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
             if grid is None:
                 floats: Tensor = opened.get_tensor(name)
                 return floats
-            return assembled(lambda part: opened.get_tensor(f"{name}.{part}"), *grid)
+            weight = assembled(lambda part: opened.get_tensor(f"{name}.{part}"), *grid)
+        return self.adjust[name](weight) if name in self.adjust else weight
 
     def __contains__(self, name: object) -> bool:
         return name in self._where

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from fleetune.compression import Solved, Solver
 from fleetune.compression.layerwise.blocks import MatrixResult
 from fleetune.compression.layerwise.hessian import TOKENS_AT_ONCE, accumulate, lost, mirrored, share, trace
-from fleetune.models.artefact.artefact import Quantised, dense, joined
+from fleetune.models.artefact import Quantised, dense, joined
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
+FEW: Final = "saw fewer tokens than"  # in the note on experts that are solved on all tokens of their layer
 
 
 class Experts(NamedTuple):
@@ -176,7 +177,7 @@ def _stacked(solved: list[Solved], experts: Experts, name: str) -> Quantised | T
 def _notes(solved: list[Solved], few: list[int], C: int) -> tuple[str, ...]:
     said = []
     if few:
-        seen = f"{len(few)} of {len(solved)} experts saw fewer than {C} tokens (the least {min(few)})"
+        seen = f"{len(few)} of {len(solved)} experts {FEW} columns, {C} (the least {min(few)})"
         said.append(f"{seen}: solved on all tokens of the layer")
     counts: Mapping[str, int] = Counter(note for each in solved for note in each.notes)
     return (*said, *(f"{note} ({n} of {len(solved)} experts)" for note, n in counts.items()))

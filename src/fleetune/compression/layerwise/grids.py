@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit quantisation grids, w = scale * (code - zero), to groups of weights.
+r"""Fit quantisation grids, w = scale * (code - zero), to groups of weights.
+
+A group's grid is fitted when the column loop reaches its first column.
 
 | grid | zero | scale and range |
 |---|---|---|
-| ggml | 2^(b-1) | of either sign.  With a Hessian of least error (`codebook_fit.py`), else ggml's: the largest is code 0 |
-| symmetric | 2^(b-1) | that of the GPTQ reference code, scale = 2 max\\|w\\| / (2^b - 1): it clips one of the extremes |
+| ggml | 2^(b-1) | of either sign.  With a Hessian of least error (`fits.py`), else ggml's: the largest is code 0 |
+| symmetric | 2^(b-1) | that of the GPTQ reference code, scale = 2 max\|w\| / (2^b - 1): it clips one of the extremes |
 | asymmetric | integer | from the smallest to the largest element; 0 is always exact |
 | universal | integer | as asymmetric; scales of 7 significant bits (6 where b = 5): scale * zero is exact in fp16 (Q4_1, Q5_1) |
-| iq4_nl | none | the 16 values of llama.cpp's IQ4_NL, denser about 0; the scale of least squared error (`codebook_fit.py`) |
-| q6_k, q3_k | 32, 4 | GGUF's super-blocks: the scales in 256 columns are multiples of one number (`superblock_fit.py`) |
+| iq4_nl | none | the 16 values of llama.cpp's IQ4_NL, denser about 0; the scale of least squared error (`fits.py`) |
+| q6_k, q3_k | 32, 4 | GGUF's super-blocks: the scales in 256 columns are multiples of one number (`fits.py`) |
 | q5_k, q4_k, q2_k | none | the same, with a minimum of each group, likewise a multiple |
 | iq4_xs | none | the same, without a minimum, with the values of iq4_nl |
 
@@ -16,6 +18,9 @@ All scales are rounded to fp16 (those of super-blocks to what the file holds) *b
 round them again.  Zero is on every grid whose row says so: pruned weights stay zero there, and the small weights of a group do
 not all err in one direction.  `search` also tries smaller ranges and takes the one with the least sum |err|^2.4 (`mse` in the
 reference code); grids that are fitted do without it.
+
+A grid that has no 0 (`iq4_nl`, `q4_k`) cannot keep weights at exactly 0.  A matrix with so many of them that it was pruned is
+refused; a few are there by chance (3 in 10,000 of SmolLM2-135M's) and get the nearest value.
 """
 
 from __future__ import annotations
@@ -23,14 +28,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fleetune.compression.layerwise.codebook_fit import fit_scale
-from fleetune.models.families.codebooks import CODEBOOKS
-from fleetune.models.families.superblocks import SUPER_TYPES, WIDTH, SuperType
+from fleetune.compression import Solved
+from fleetune.compression.layerwise.column_loop import ColumnLoop, Segment, nearest
+from fleetune.compression.layerwise.fits import SuperFit, fit_block, fit_scale, refit_group, to_half
+from fleetune.errors import RecipeError
+from fleetune.models.artefact import Quantised, SuperBlocks
+from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES, SUPER_WIDTH, SuperType
 
 UNIFORM: Final = ("ggml", "symmetric", "asymmetric", "universal")
 KINDS: Final = (*UNIFORM, *CODEBOOKS)  # whose groups have a scale of their own
@@ -64,12 +72,12 @@ _BLOCKS: Final = {
     ("asymmetric", 4): (22, 32),
     ("asymmetric", 5): (34, 32),
     ("iq4_nl", 4): (18, 32),
-    ("q6_k", 6): (210, WIDTH),
-    ("q5_k", 5): (176, WIDTH),
-    ("q4_k", 4): (144, WIDTH),
-    ("q3_k", 3): (110, WIDTH),
-    ("q2_k", 2): (84, WIDTH),
-    ("iq4_xs", 4): (136, WIDTH),
+    ("q6_k", 6): (210, SUPER_WIDTH),
+    ("q5_k", 5): (176, SUPER_WIDTH),
+    ("q4_k", 4): (144, SUPER_WIDTH),
+    ("q3_k", 3): (110, SUPER_WIDTH),
+    ("q2_k", 2): (84, SUPER_WIDTH),
+    ("iq4_xs", 4): (136, SUPER_WIDTH),
 }
 
 
@@ -108,11 +116,6 @@ class Grid:
         return (found[0][1], found[0][0]) if found else None
 
     @property
-    def bits_per_weight(self) -> float | None:
-        """Bits a weight of a GGUF file in blocks of that type."""
-        return 8 * self.block[1] / self.block[0] if self.block else None
-
-    @property
     def by_curvature(self) -> bool:
         """Whether a scale is fitted to the errors that count, where it is known which do."""
         return bool(self.codebook) or (self.kind == "ggml" and self.bits <= 5)
@@ -127,7 +130,7 @@ class Grid:
 
         curvature [n] says how much an error in a column counts; a codebook and ggml's grid are fitted by it.  Returns (scale,
         zero) [R] of x's dtype: scales are exact in fp16, zeros are integers.  ValueError for super-blocks, which are fitted
-        as a whole (`superblock_fit.fit`; `groups.rounded` is for all grids).
+        as a whole (`fit_block`; `rounded` is for all grids).
         """
         if self.blocks is not None:
             raise ValueError(f"{self.kind} has no groups with a scale of their own")
@@ -195,11 +198,6 @@ def _fp16(scale: Tensor) -> Tensor:
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
 
-def to_half(scale: Tensor) -> Tensor:
-    """Round to fp16 and back, without infinities."""
-    return scale.clamp(-65504, 65504).to(torch.float16).to(scale.dtype)
-
-
 def significant(scale: Tensor, bits: int) -> Tensor:
     """Round to so many significant bits."""
     _, exponent = torch.frexp(scale)
@@ -252,10 +250,10 @@ def row_problem(name: str, C: int, kind: str, group: int) -> str:
     """Say why rows of C columns cannot be divided as the grid has to, or "" when they can."""
     if kind not in SUPER_TYPES:
         return group_problem(name, C, group)
-    if C % WIDTH == 0:
+    if C % SUPER_WIDTH == 0:
         return ""
     instead, bits = INSTEAD[kind]
-    return f"{name} has {C} columns, which super-blocks of {WIDTH} do not divide" + (
+    return f"{name} has {C} columns, which super-blocks of {SUPER_WIDTH} do not divide" + (
         f" (grid={instead} with bits={bits} is for groups of 32)" if C % DEFAULTS[1] == 0 else ""
     )
 
@@ -268,3 +266,111 @@ def group_problem(name: str, C: int, group: int) -> str:
     return f"{name} has {C} columns, which groups of {group} do not divide" + (
         f" (groups of {fits[0]} do)" if fits else " (group=0 takes the whole row)"
     )
+
+
+PRUNED: Final = 0.05  # share of weights that are exactly 0 from which a matrix counts as pruned
+
+
+class Codes(NamedTuple):
+    """The codes of a matrix with R rows, C columns and G groups of columns."""
+
+    codes: Tensor  # uint8 [R, C]
+    scale: Tensor  # [R, G]
+    zero: Tensor  # [R, G]
+    blocks: SuperBlocks | None = None  # of a super-block type, whose scales and zeros follow from it
+
+    def solved(
+        self, grid: Grid, group: int, notes: tuple[str, ...] = (), loss: float | None = None
+    ) -> Solved:
+        """Return the codes as a solver's answer."""
+        if self.blocks is not None:
+            return Solved(Quantised.of_blocks(self.codes, self.blocks), notes, loss)
+        scale, zero = self.scale.to(torch.float16), self.zero.to(torch.uint8)
+        return Solved(Quantised(self.codes, scale, zero, grid.bits, group, grid.codebook), notes, loss)
+
+
+def refuse_pruned(W: Tensor, grid: Grid) -> None:
+    """Raise RecipeError when W was pruned and the grid has no 0."""
+    zeros = 0 if grid.holds_zero else int((W == 0).sum())
+    if zeros >= PRUNED * W.numel() > 0:
+        raise RecipeError(
+            [f"{zeros / W.numel():.0%} of a matrix is exactly 0, and the grid {grid.kind} has no 0"],
+            hint="choose another grid for a pruned model: --set grid=ggml",
+        )
+
+
+def quantise(
+    W: Tensor,
+    grid: Grid,
+    group: int,
+    loop: ColumnLoop,
+    zeros: Tensor | None = None,
+    curvature: Tensor | None = None,
+) -> Codes:
+    """Quantise W [R, C]; each group's grid is fitted to the weights as they are when the loop reaches it.
+
+    `zeros` bool [C, R] marks the weights that must stay zero, on a grid that has a 0; `curvature` [C] says how much an
+    error in a column counts in the fit.
+    """
+    if grid.blocks is not None:
+        return _quantise_blocks(W, grid, loop, zeros, curvature)
+    scales, zero_points, levels = list[Tensor](), list[Tensor](), grid.levels
+
+    def choose(Wt: Tensor, begin: int, last: int) -> Segment:
+        if begin % group == 0:  # the part of a group beyond the block is fitted as it is so far
+            h = None if curvature is None else curvature[begin : begin + group]
+            scale, zero = grid.find(Wt[begin : begin + group].T, h)
+            scales.append(scale)
+            zero_points.append(zero)
+        end = min(begin - begin % group + group, last)
+        mask = None if zeros is None else zeros[begin:end]
+        return Segment(end, scales[-1], zero_points[-1], grid.top, mask, levels)
+
+    _, codes = loop(W, choose)
+    return Codes(codes, torch.stack(scales, 1), torch.stack(zero_points, 1))
+
+
+def _quantise_blocks(
+    W: Tensor, grid: Grid, loop: ColumnLoop, zeros: Tensor | None, curvature: Tensor | None
+) -> Codes:
+    """Quantise W [R, C] in super-blocks: each is fitted when the loop reaches it, each of its groups again when it does."""
+    of, fits = grid.blocks, list[SuperFit]()
+    assert of is not None
+
+    def choose(Wt: Tensor, begin: int, last: int) -> Segment:
+        inside, end = begin % SUPER_WIDTH, min(begin - begin % of.group + of.group, last)
+        if begin % of.group == 0:
+            h = None if curvature is None else curvature[begin - inside : begin - inside + SUPER_WIDTH]
+            if not inside:
+                fits.append(fit_block(Wt[begin : begin + SUPER_WIDTH].T, of, h))
+            else:
+                own = None if h is None else h[inside : inside + of.group]
+                refit_group(Wt[begin : begin + of.group].T, of, own, fits[-1], inside // of.group)
+        mask, fit, g = None if zeros is None else zeros[begin:end], fits[-1], inside // of.group
+        zero = torch.full_like(fit.d, float(of.middle))
+        return Segment(
+            end, fit.scale(g), zero, grid.top, mask, grid.levels, fit.offset(g) if of.minimum else None
+        )
+
+    _, codes = loop(W, choose)
+    d, multiples = torch.stack([f.d for f in fits], 1), torch.cat([f.k for f in fits]).T
+    dmin, minima = torch.stack([f.dmin for f in fits], 1), torch.cat([f.m for f in fits]).T
+    kept = None if of.minimum else 0  # columns of what a minimum has
+    blocks = SuperBlocks(
+        grid.kind,
+        d.to(torch.float16),
+        multiples.to(torch.int8).contiguous(),
+        dmin.to(torch.float16)[:, :kept],
+        minima.to(torch.int8)[:, :kept].contiguous(),
+    )
+    return Codes(codes, multiples, minima, blocks)
+
+
+def rounded(W: Tensor, grid: Grid, group: int, curvature: Tensor | None = None) -> Quantised:
+    """Return W [R, C] rounded to the nearest values of a grid that is fitted by `curvature` [C], without corrections.
+
+    In a GGUF file it takes blocks of `grid.block`.
+    """
+    weight = quantise(W, grid, group, nearest, None, curvature).solved(grid, group).weight
+    assert isinstance(weight, Quantised)
+    return weight

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fleetune.compression import Solved
-from fleetune.models.artefact.artefact import dense
+from fleetune.models.artefact import dense
 
 DAMPING_GROWTH = 10.0  # factor of damping while the matrix is not positive definite
 MAX_DAMPING = 1.0  # no factor is sought with more
@@ -25,34 +25,27 @@ TOKENS_AT_ONCE = 4096  # tokens whose inputs are converted to H's dtype in one p
 STRIP = 128  # columns of a symmetric product computed in one piece
 
 
-def accumulate(H: Tensor, x: Tensor, s: Tensor | None = None) -> None:
-    """Add 2 s x x^T of every token to H float32 [C, C]; x [.., C] are the inputs of real tokens (no padding).
+def accumulate(H: Tensor, x: Tensor) -> None:
+    """Add 2 x x^T of every token to H float32 [C, C]; x [.., C] are the inputs of real tokens (no padding).
 
-    s [..] is what each token counts, 1 where it is None.  Only the lower triangle is right until `mirrored` completes it: little
-    more than half the work.
+    Only the lower triangle is right until `mirrored` completes it: little more than half the work.
     """
-    for (flat,) in _pieces(H, s, x):
+    for flat in _pieces(H, x):
         for first in range(0, len(H), STRIP):
             last = first + STRIP
             H[first:last, :last].addmm_(flat[:, first:last].T, flat[:, :last], alpha=2.0)
 
 
-def accumulate_drift(D: Tensor, x: Tensor, y: Tensor, s: Tensor | None = None) -> None:
-    """Add 2 s (x - y) y^T of every token to D float32 [C, C]; x and y [.., C] are inputs in the dense and compressed model.
-
-    s as in `accumulate`.
-    """
-    for of_dense, of_compressed in _pieces(D, s, x, y):
+def accumulate_drift(D: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add 2 (x - y) y^T of every token to D float32 [C, C]; x and y [.., C] are inputs in the dense and compressed model."""
+    for of_dense, of_compressed in zip(_pieces(D, x), _pieces(D, y), strict=True):
         D.addmm_((of_dense - of_compressed).T, of_compressed, alpha=2.0)
 
 
-def _pieces(H: Tensor, s: Tensor | None, *inputs: Tensor) -> Iterator[list[Tensor]]:
-    """Yield the inputs [.., C] some tokens at a time, [tokens, C] in H's dtype, times the root of what each token counts."""
-    every = [x.reshape(-1, x.shape[-1]).split(TOKENS_AT_ONCE) for x in inputs]  # type: ignore[no-untyped-call]
-    roots = None if s is None else s.reshape(-1).to(H.dtype).sqrt()[:, None].split(TOKENS_AT_ONCE)  # type: ignore[no-untyped-call]
-    for number, parts in enumerate(zip(*every, strict=True)):
-        flat = [part.to(H.dtype) for part in parts]
-        yield flat if roots is None else [part * roots[number] for part in flat]
+def _pieces(H: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """Yield inputs [.., C] some tokens at a time, [tokens, C] in H's dtype."""
+    for part in x.reshape(-1, x.shape[-1]).split(TOKENS_AT_ONCE):  # type: ignore[no-untyped-call]
+        yield part.to(H.dtype)
 
 
 def mirrored(H: Tensor) -> Tensor:
@@ -159,8 +152,3 @@ def trace(W: Tensor, H: Tensor) -> float:
 def damping_problems(damping: float) -> list[str]:
     """List what is wrong with a damping."""
     return [] if 0 <= damping <= 1 else [f"damping = {damping} is not between 0 and 1"]
-
-
-def token_problems(tokens: str) -> list[str]:
-    """List what is wrong with a setting of what tokens count."""
-    return [] if tokens in ("equal", "gradient") else [f"tokens = {tokens!r} is none of equal, gradient"]

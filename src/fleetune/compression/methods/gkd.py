@@ -66,31 +66,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fleetune.common.settings import setting
-from fleetune.compression.distillation import reward
-from fleetune.compression.distillation.divergence import divergences, log_probs
-from fleetune.compression.distillation.reward import Reward
-from fleetune.compression.distillation.student import (
-    hold_zeros,
-    mismatches,
-    student_of,
-    student_shape,
-    zero_share,
-)
-from fleetune.compression.training.checkpoint import fingerprint
-from fleetune.compression.training.steps import Checkpoints, all_trainable, clipped_step, learning_rate
+from fleetune.compression import distillation
+from fleetune.compression.distillation import Reward, divergences, log_probs
+from fleetune.compression.pruning.depth import shallow, shallow_config
+from fleetune.compression.training import Checkpoints, all_trainable, clipped_step, fingerprint, learning_rate
 from fleetune.data import Batches, Encoded
 from fleetune.data.encode import Batch, collate
 from fleetune.errors import RecipeError
 from fleetune.evaluation.answers import sample_from_ids, stop_ids, until_end
 from fleetune.evaluation.losses import context_length, eval_mode, pad_id, predictors
 from fleetune.evaluation.objectives import split
-from fleetune.models.families.dtypes import WEIGHTS
-from fleetune.models.loading.shapes import shape_of
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model, digest, named_tensors, uniform
+from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import compression_cost
 
 PAPER = "Agarwal et al., ICLR 2024, arXiv 2306.13649"
@@ -140,7 +132,7 @@ class Trainer:
         """
         parameters = dict(named_tensors(student.net))
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=0.0)
-        score = reward.get(self.reward) if self.reward else None
+        score = distillation.reward_of(self.reward) if self.reward else None
         origin = self._origin(student, teacher, rows, seed, score)
 
         def step(t: int, batch: Batch) -> tuple[float, float | None]:
@@ -197,10 +189,10 @@ class Trainer:
         """Return r - b of every answer that the student wrote, float64, and their mean reward."""
         prompts, answers = split(answered)
         references = self._repeated(split(batch)[1])
-        found = reward.rewards(self.reward, score, student, prompts, answers, references)
+        found = distillation.rewards(self.reward, score, student, prompts, answers, references)
         mean = float(found.mean())
         log.info("step %d: mean reward %.4f of %d answers", t + 1, mean, len(found))
-        return reward.advantages(found, self.reward_samples), mean
+        return distillation.advantages(found, self.reward_samples), mean
 
     def loss(
         self, student: Model, teacher: Model, batch: Batch, advantages: np.ndarray | None
@@ -215,7 +207,9 @@ class Trainer:
         if advantages is None or self.alpha == 1:
             return self.alpha * D, D
         log_p = log_probs(made, batch, self.temperature)
-        return self.alpha * D - (1 - self.alpha) * reward.reinforce_objective(log_p, batch, advantages), D
+        return self.alpha * D - (1 - self.alpha) * distillation.reinforce_objective(
+            log_p, batch, advantages
+        ), D
 
     def _update(
         self,
@@ -230,36 +224,38 @@ class Trainer:
         with by_layer(student.net):
             loss, D = self.loss(student, teacher, batch, advantages)
             loss.backward()  # type: ignore[no-untyped-call]
-        if self.keep_zeros:
-            hold_zeros(student.net)
+        for weight in (
+            matrices(student.net) if self.keep_zeros else ()
+        ):  # AdamW's moments, and so its step, are 0 as well
+            if weight.grad is not None:
+                weight.grad.masked_fill_(weight == 0, 0.0)
         clipped_step(
             loss,
             student.net.parameters(),
             optimizer,
             t=t,
-            rate=self.rate(t),
+            rate=learning_rate(t, self.steps, self.lr, self.warmup),
             clip=self.clip or math.inf,
             hint="give a lower lr, or look for values that are not finite in the models",
         )
         optimizer.zero_grad(set_to_none=True)
         return float(D.item())
 
-    def rate(self, t: int) -> float:
-        """Return the learning rate of step t, from 0."""
-        return learning_rate(t, self.steps, self.lr, self.warmup)
-
     def _origin(
         self, student: Model, teacher: Model, rows: Sequence[Encoded], seed: int, score: Reward | None
     ) -> str:
         models = "".join(digest(named_tensors(model.net)) for model in (student, teacher))
         own = json.dumps([dataclasses.asdict(self), seed], sort_keys=True)
-        return fingerprint(own + models, rows, reward.source_digest(self.reward, score) if score else "")
+        return fingerprint(
+            own + models, rows, distillation.source_digest(self.reward, score) if score else ""
+        )
 
     # ---------------------------------------------------------------- before and after
 
     def student(self, model: Model) -> Model:
         """Return what is trained, in fp32: the model itself, or some of its blocks."""
-        return student_of(model, self.keep_layers)
+        net = shallow(model.net, self.keep_layers) if self.keep_layers else model.net
+        return dataclasses.replace(model, net=net.float(), dtype="fp32")
 
     def distance(self, student: Model, teacher: Model, rows: Sequence[Encoded]) -> float:
         """Return the mean divergence, in nats, over the answer tokens of the rows as they are."""
@@ -327,7 +323,7 @@ class Trainer:
         if problems:
             raise ValueError(*problems)
         if self.reward:
-            reward.get(self.reward)
+            distillation.reward_of(self.reward)
 
     def _reward_problems(self) -> list[str]:
         if not self.reward:
@@ -341,3 +337,38 @@ class Trainer:
         if not self.alpha and self.lmbda < 1:
             return [f"alpha = 0 with lmbda = {self.lmbda}: nothing is learnt from the other batches"]
         return []
+
+
+def student_shape(model: Model, keep_layers: int) -> Shape:
+    """Return the shape of that student."""
+    config = model.net.config
+    return shape_of(shallow_config(config, keep_layers) if keep_layers else config)
+
+
+def mismatches(model: Model, teacher: Model, keep_layers: int) -> list[str]:
+    """List why a student with `keep_layers` blocks of `model` (0: all) cannot learn from `teacher`."""
+    problems = []
+    blocks = int(model.net.config.get_text_config().num_hidden_layers)
+    if keep_layers and not 2 <= keep_layers < blocks:
+        problems.append(f"keep_layers = {keep_layers} of {blocks} blocks: 2 to {blocks - 1} can be")
+    if teacher is model and not keep_layers:
+        problems.append("teacher=same without keep_layers: the student has nothing to learn from itself")
+    if teacher.labels:
+        problems.append(f"the teacher {teacher.name} is an encoder, which writes nothing")
+    elif teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        problems.append(
+            f"the teacher {teacher.name} has another vocabulary ({len(teacher.tokenizer)} tokens) than "
+            f"{model.name} ({len(model.tokenizer)})"
+        )
+    return problems
+
+
+def matrices(net: nn.Module) -> list[nn.Parameter]:
+    """Return the two-dimensional weights."""
+    return [weight for weight in net.parameters() if weight.ndim == 2]
+
+
+def zero_share(net: nn.Module) -> float:
+    """Return the share of exact zeros among the entries of the matrices."""
+    counts = [(int(weight.count_nonzero()), weight.numel()) for weight in matrices(net)]
+    return 1 - sum(n for n, _ in counts) / sum(size for _, size in counts)

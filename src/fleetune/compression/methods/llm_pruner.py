@@ -10,8 +10,8 @@ Weights that only make sense together are a group: a key head with its query hea
 
 1. Estimate on a few short texts how much the loss would rise without each group (`pruning/importance.py` has the groups
    and the formulas).
-2. Remove the least important groups (`pruning/selection.py`).
-3. Recover: train the smaller model with LoRA (`pruning/recovery.py`), or distil the whole model into it (`gkd`).
+2. Remove the least important groups (`pruning/importance.py` too).
+3. Recover: train the smaller model with LoRA, or distil the whole model into it (`gkd`).
 
 The result is a smaller dense model: faster and with less memory in any runtime, without special kernels.
 
@@ -43,44 +43,51 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fleetune.adapters import Lora
+from fleetune.adapters import Lora, attach, detach, merge, trainable, training
 from fleetune.common.settings import setting
 from fleetune.compression.methods import gkd
-from fleetune.compression.pruning import hidden_width, saved_selection
+from fleetune.compression.pruning import hidden_width
 from fleetune.compression.pruning.depth import with_blocks
-from fleetune.compression.pruning.importance import KINDS, Shares, estimate
-from fleetune.compression.pruning.recovery import LoraRecovery
-from fleetune.compression.pruning.saved_selection import Decision
-from fleetune.compression.pruning.selection import (
+from fleetune.compression.pruning.importance import (
     AGGREGATES,
+    KINDS,
+    Shares,
     depth_problems,
+    estimate,
     select_blocks,
     select_units,
     width_problems,
 )
-from fleetune.compression.training.checkpoint import fingerprint
-from fleetune.compression.training.steps import learning_rate
-from fleetune.data import Encoded
+from fleetune.compression.training import Checkpoints, clipped_step, fingerprint, learning_rate
+from fleetune.data import Batches, Encoded
+from fleetune.data.encode import Batch
 from fleetune.errors import DataError, FleetuneError, RecipeError
-from fleetune.models.families.dtypes import WEIGHTS
+from fleetune.evaluation.losses import pad_id
+from fleetune.evaluation.objectives import loss_tensor
+from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import FAMILIES, KeptUnits, blocks_of, cut, width_of
-from fleetune.models.loading.shapes import shape_of
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model, digest, named_tensors
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 
 PAPER = "Ma et al., NeurIPS 2023, arXiv 2305.11627"
-DECISION = "kept.json"  # the file of what stays
+CLIP = 1.0  # of the gradient's norm in the recovery
+
+# what stays: the heads and channels of each block that does, by its number, or the channels of the residual stream
+Decision: TypeAlias = dict[int, KeptUnits] | list[int]
 
 
 @dataclass(frozen=True)
@@ -112,16 +119,19 @@ class Pruner:
         self,
         model: Model,
         rows: Sequence[Encoded],
-        folder: Path,
         on_row: Callable[[int, int], None] = lambda row, rows: None,
     ) -> Model:
-        """Return the smaller model; the decision of what stays is written to `folder`, or read from there.
+        """Return the smaller model.
 
         With recover=gkd `model` is left unchanged, to be the teacher.  Otherwise its net is cut in place, so that no
         second one is in memory.  DataError when no row has a token to score; FleetuneError when the importance is not
         finite.
         """
-        kept = self._decide(model, rows, folder, on_row)
+        scored = [row for row in rows if len(row.ids) > max(1, row.n_prompt)]
+        if not scored:
+            raise DataError(f"none of {len(rows)} rows has a token to score", hint="give rows with responses")
+        few = scored[:: max(1, len(scored) // self.samples)][: self.samples]
+        kept = (self._hidden_channels if self.mode == "hidden" else self._units)(model, few, on_row)
         net = model.net
         if isinstance(kept, dict) and len(kept) < len(blocks_of(net)):
             net = with_blocks(net, sorted(kept))
@@ -132,21 +142,6 @@ class Pruner:
         else:
             hidden_width.narrow(net, kept)
         return dataclasses.replace(model, net=net, digest=digest(named_tensors(net)))
-
-    def _decide(
-        self, model: Model, rows: Sequence[Encoded], folder: Path, on_row: Callable[[int, int], None]
-    ) -> Decision:
-        """Read what stays from the decision's file, or estimate it and write the file."""
-        scored = [row for row in rows if len(row.ids) > max(1, row.n_prompt)]
-        if not scored:
-            raise DataError(f"none of {len(rows)} rows has a token to score", hint="give rows with responses")
-        few = scored[:: max(1, len(scored) // self.samples)][: self.samples]
-        origin, file = self._origin(model, few), folder / DECISION
-        if file.is_file():
-            return saved_selection.read(file, origin)
-        kept = (self._hidden_channels if self.mode == "hidden" else self._units)(model, few, on_row)
-        saved_selection.write(file, origin, kept)
-        return kept
 
     def _units(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decision:
         """Estimate and select the heads and channels, or the blocks, that stay."""
@@ -176,11 +171,6 @@ class Pruner:
         """Return the numbers of the blocks that are not spared."""
         return list(range(blocks) if self.mode == "hidden" else range(self.first, blocks - self.last))
 
-    def _origin(self, model: Model, rows: Sequence[Encoded]) -> str:
-        names = ("ratio", "importance", "aggregate", "scope", "mode", "first", "last", "round_to")
-        own = {name: getattr(self, name) for name in names}
-        return fingerprint(json.dumps([own, model.digest], sort_keys=True), rows)
-
     # ---------------------------------------------------------------- recover
 
     def train(
@@ -201,11 +191,51 @@ class Pruner:
             pruned = distiller.student(pruned)
             distiller.train(pruned, whole, rows, seed, folder, lambda t, n, loss, _: on_step(t, n, loss))
         elif self.recover == "lora":
-            rates = [learning_rate(t, self.steps, self.lr, self.warmup) for t in range(self.steps)]
-            lora = Lora(self.r, self.alpha, self.dropout)
-            recovery = LoraRecovery(lora, self.steps, self.batch_size, rates, self.save_every)
-            recovery.train(pruned, rows, seed, folder, on_step)
+            attach(pruned, Lora(self.r, self.alpha, self.dropout), seed=seed)
+            try:
+                self._train_lora(pruned, rows, seed, folder, on_step)
+            except BaseException:
+                detach(pruned)
+                raise
+            merge(pruned)
         return pruned
+
+    def _train_lora(
+        self,
+        model: Model,
+        rows: Sequence[Encoded],
+        seed: int,
+        folder: Path,
+        on_step: Callable[[int, int, float], None],
+    ) -> None:
+        """Train the LoRA that is attached to a model.
+
+        The loss is the cross-entropy of the responses (of plain text: of all tokens).  AdamW trains the factors in fp32 on
+        frozen weights, so memory is the model, the activations of one batch, and little more.  Dropout, the order of rows
+        and the initial factors depend on the seed and the step alone, so a training resumed from a checkpoint ends with the
+        same bits.  FleetuneError when the loss or its gradient is not finite.
+        """
+        origin = fingerprint(json.dumps([dataclasses.asdict(self), seed, model.digest], sort_keys=True), rows)
+        parameters = trainable(model)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0)
+
+        def step(t: int, batch: Batch) -> float:
+            dropout = int.from_bytes(hashlib.sha256(f"recovery/{seed}/{t}".encode()).digest()[:7])
+            rate, hint = (
+                learning_rate(t, self.steps, self.lr, self.warmup),
+                "give a lower lr, or --dtype fp32",
+            )
+            with training(model, dropout), by_layer(model.net):
+                loss = loss_tensor(model, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                clipped_step(loss, parameters.values(), optimizer, t=t, rate=rate, clip=CLIP, hint=hint)
+            return float(loss.item())
+
+        batches = Batches(rows, pad_id(model), seed, model.device).steps(self.steps, self.batch_size)
+        checkpoints = Checkpoints(folder, origin, self.save_every)
+        checkpoints.run(
+            batches, self.steps, parameters, optimizer, step, lambda t, loss: on_step(t, self.steps, loss)
+        )
 
     def _distiller(self) -> gkd.Trainer:
         """Return the distillation from the whole model, with the steps of this recovery."""

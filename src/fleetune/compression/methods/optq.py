@@ -29,23 +29,16 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
 
 ## Options
 
-- `order=static` takes the columns by falling H_ii, with grids fitted before the loop.  `order=gar` sorts the columns
-  within each group and then the groups (the group-aware reordering of GPTQModel), and fits grids as they are reached.
-  In both, a group stays a run of neighbouring columns in the file: no index has to be written.  The default is
+- `order=gar` takes the columns within each group and then the groups by falling H_ii (the group-aware reordering of
+  GPTQModel).  A group stays a run of neighbouring columns in the file: no index has to be written.  The default is
   `order=none`, because the differences are within the noise.
 - `grid=iq4_nl` is for llama.cpp's type of that name: 16 values that are denser about 0, 4.5 bits a weight in groups of 32.
   A group's scale is the one of least squared error, in which column i counts by 1 / U_ii^2.
 - `grid=q6_k`, `q5_k`, `q4_k`, `q3_k`, `q2_k` and `iq4_xs` are for llama.cpp's types of these names, whose super-blocks of 256
   columns must divide the rows; bits and groups are the type's.  A super-block's two numbers are fitted when the loop reaches
-  it, a group's own whole numbers once more when it reaches the group (`layerwise/superblock_fit.py`).
+  it, a group's own whole numbers once more when it reaches the group (`layerwise/fits.py`).
 - The scales of `ggml` and `iq4_nl` are fitted: the errors of a column weigh as its curvature given those before it, 1 / U_ii^2.
 - `search=true` also tries smaller ranges for each of the other grids and takes the best.
-- `tokens=gradient` weighs each token x_t of H by how much the layer's outputs there change the model's predictions:
-  H = sum of 2 s_t x_t x_t^T, with s_t the mean square of the loss's gradient by these outputs (GuidedQuant: Kim et al., ICML
-  2025, arXiv 2505.07004; here with one group of output channels).  First the windows go through the dense model and back
-  (`budget/token_weights.py`).  The loss is that of tokens drawn from the model's own distribution, not of the text's next
-  tokens.  Layers that read the same inputs share the mean of their weights, and with it H.  Experts of a mixture, embedding and
-  head count their tokens alike.  The text must be on this machine.  The error that is reported is the weighted one.
 """
 
 from __future__ import annotations
@@ -58,12 +51,18 @@ from torch import Tensor
 
 from fleetune.common.settings import setting
 from fleetune.compression import Solved
-from fleetune.compression.layerwise import superblock_fit
-from fleetune.compression.layerwise.column_loop import ColumnLoop, CompensatedLoop, Segment
-from fleetune.compression.layerwise.grids import Grid, grid_problems, row_problem, settled
-from fleetune.compression.layerwise.groups import Codes, codes_of, quantise, refuse_pruned, segment
-from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky, token_problems
-from fleetune.models.families.superblocks import SUPER_TYPES, WIDTH
+from fleetune.compression.layerwise.column_loop import CompensatedLoop
+from fleetune.compression.layerwise.grids import (
+    Codes,
+    Grid,
+    grid_problems,
+    quantise,
+    refuse_pruned,
+    row_problem,
+    settled,
+)
+from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
+from fleetune.models.families.number_types import SUPER_TYPES
 
 PAPER = "Frantar et al., ICLR 2023, arXiv 2210.17323"
 
@@ -80,23 +79,18 @@ class Solver:
         "ggml", "grid", "ggml, symmetric, asymmetric, universal, iq4_nl; q6_k, q5_k, q4_k, q3_k, q2_k, iq4_xs"
     )
     search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
-    order: str = setting("none", "act", "order of the columns: none, static or gar")
+    order: str = setting("none", "act", "order of the columns: none or gar")
     damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
-    tokens: str = setting(
-        "equal", "s", "what a token counts in H: equal, or by the loss's gradient: gradient"
-    )
 
     def __post_init__(self) -> None:
         problems = grid_problems(self.grid, self.bits, self.group, search=self.search)
-        problems += damping_problems(self.damping) + token_problems(self.tokens)
+        problems += damping_problems(self.damping)
         if self.search and self.grid == "ggml" and self.bits <= 5:
             problems.append("grid = ggml is fitted to the errors that count: leave search out")
-        if self.order not in ("none", "static", "gar"):
-            problems.append(f"order = {self.order!r} is none of none, static, gar")
+        if self.order not in ("none", "gar"):
+            problems.append(f"order = {self.order!r} is none of none, gar")
         if self.order == "gar" and self.grid in SUPER_TYPES:
-            problems.append(
-                "order = gar moves groups, and those of super-blocks belong together: none or static"
-            )
+            problems.append("order = gar moves groups, and those of super-blocks belong together")
         if problems:
             raise ValueError(*problems)
         for name, value in zip(("bits", "group"), settled(self.grid, self.bits, self.group), strict=True):
@@ -111,86 +105,22 @@ class Solver:
         grid, group = Grid(self.grid, self.bits, self.search), self.group or W.shape[1]
         refuse_pruned(W, grid)
         zeros = (W == 0).T if grid.holds_zero and bool((W == 0).any()) else None
-        order = column_order(H.diagonal(), group, self.order)
+        order = column_order(H.diagonal(), group) if self.order == "gar" else None
         if order is not None:
             W, H = W[:, order], H[order][:, order]
             zeros = None if zeros is None else zeros[order]
         factor = inverse_cholesky(H, self.damping)
-        loop, W = CompensatedLoop(factor), W.masked_fill(factor.dead, 0.0)
-        if self.order == "static":
-            assert order is not None
-            found = _quantise_sorted(W, grid, group, loop, order, zeros, factor.curvature)
-        else:
-            found = quantise(W, grid, group, loop, zeros, factor.curvature)
-            if order is not None:
-                found = _in_file_order(found, group, order)
+        loop = CompensatedLoop(factor)
+        found = quantise(W.masked_fill(factor.dead, 0.0), grid, group, loop, zeros, factor.curvature)
+        if order is not None:
+            # columns and groups go back to their places
+            back, groups = order.argsort(), (order.view(-1, group)[:, 0] // group).argsort()
+            found = Codes(found.codes[:, back], found.scale[:, groups], found.zero[:, groups])
         return found.solved(grid, group, factor.notes, loop.loss)
 
 
-def column_order(importance: Tensor, group: int, order: str) -> Tensor | None:
-    """Return the order in which columns are taken, int64 [C]; None for the order of the matrix."""
-    if order == "none":
-        return None
-    if order == "static":
-        return importance.argsort(stable=True, descending=True)
+def column_order(importance: Tensor, group: int) -> Tensor:
+    """Return the order in which `gar` takes columns of importance [C], int64 [C]."""
     groups = importance.view(-1, group)
     inside = groups.argsort(stable=True, dim=1, descending=True) + group * torch.arange(len(groups))[:, None]
     return inside[groups.amax(1).argsort(stable=True, descending=True)].reshape(-1)
-
-
-def _in_file_order(found: Codes, group: int, order: Tensor) -> Codes:
-    """Put the columns and groups of a reordered matrix back in their places."""
-    back, groups = order.argsort(), (order.view(-1, group)[:, 0] // group).argsort()
-    return Codes(found.codes[:, back], found.scale[:, groups], found.zero[:, groups])
-
-
-def _quantise_sorted(
-    W: Tensor,
-    grid: Grid,
-    group: int,
-    loop: ColumnLoop,
-    order: Tensor,
-    zeros: Tensor | None,
-    curvature: Tensor | None,
-) -> Codes:
-    """Quantise sorted columns; the grids are fitted beforehand, to groups of neighbours in the file."""
-    back = order.argsort()
-    whole, h = W[:, back], None if curvature is None else curvature[back]
-    if grid.blocks is not None:
-        return _quantise_sorted_blocks(W, whole, grid, loop, order, zeros, h)
-    levels, places = grid.levels, [slice(first, first + group) for first in range(0, W.shape[1], group)]
-    fits = [grid.find(whole[:, place], None if h is None else h[place]) for place in places]
-    scale, zero = (torch.stack([fit[i] for fit in fits], 1) for i in (0, 1))
-    group_of = order // group
-
-    def choose(Wt: Tensor, begin: int, last: int) -> Segment:
-        g = int(group_of[begin])
-        mask = None if zeros is None else zeros[begin : begin + 1]
-        return Segment(begin + 1, scale[:, g], zero[:, g], grid.top, mask, levels)
-
-    _, codes = loop(W, choose)
-    return Codes(codes[:, back], scale, zero)
-
-
-def _quantise_sorted_blocks(
-    W: Tensor,
-    whole: Tensor,
-    grid: Grid,
-    loop: ColumnLoop,
-    order: Tensor,
-    zeros: Tensor | None,
-    h: Tensor | None,
-) -> Codes:
-    """Do the same for super-blocks; `whole` [R, C] and h [C] are weights and curvature in the order of the file."""
-    of = grid.blocks
-    assert of is not None
-    places = [slice(first, first + WIDTH) for first in range(0, W.shape[1], WIDTH)]
-    fits = [superblock_fit.fit(whole[:, at], of, None if h is None else h[at]) for at in places]
-
-    def choose(Wt: Tensor, begin: int, last: int) -> Segment:
-        column = int(order[begin])
-        mask = None if zeros is None else zeros[begin : begin + 1]
-        return segment(begin + 1, grid, fits[column // WIDTH], column % WIDTH // of.group, mask)
-
-    _, codes = loop(W, choose)
-    return codes_of(codes[:, order.argsort()], grid, fits)

@@ -8,7 +8,7 @@ arXiv 2505.11695 (in its equivalent form with a Cholesky factor).
 
 Let X be the inputs of a layer in the dense model, and Y those in the model as compressed so far; the calibration windows go
 through both, a block at a time.  OPTQ makes Q Y close to W Y.  Qronos makes it close to W X, what the layer returns in the dense
-model: it minimises ||W X - Q Y||^2 + λ ||W - Q||^2 / 2.  With H = 2 Y Y^T + λ and D = 2 (X - Y) Y^T (`layerwise/in_turn.py`):
+model: it minimises ||W X - Q Y||^2 + λ ||W - Q||^2 / 2.  With H = 2 Y Y^T + λ and D = 2 (X - Y) Y^T (`layerwise/activations.py`):
 
 1. Choose the value of the first column with all others as they are: w_1 + (W D)_1 / H_11.
 2. Move the other columns to the least-squares solution for this value.  (Without it the solution is W + W D H^-1.)
@@ -17,7 +17,7 @@ model: it minimises ||W X - Q Y||^2 + λ ||W - Q||^2 / 2.  With H = 2 Y Y^T + λ
 The paper states it as steps 1 and 2 for every column, with its rounding between them.  After the first column the others are at
 their optimum already, and what is left of the steps is the loop of OPTQ.
 
-Layers are solved in turn, each on the outputs of those before it in its block (`--true-sequential` is implied).  With the dense
+Layers are solved in turn, each on the outputs of those before it in its block (GPTQ calls that true sequential).  With the dense
 weights there, two layers in a row would both correct the same error: on SmolLM2-135M (Q4_0, damping 0.01) the KL divergence was
 then 15 times that of OPTQ.
 
@@ -53,8 +53,7 @@ import torch
 from torch import Tensor
 
 from fleetune.common.settings import setting
-from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.groups import refuse_pruned
+from fleetune.compression.layerwise.grids import Grid, refuse_pruned
 from fleetune.compression.layerwise.hessian import inverse_cholesky
 from fleetune.compression.methods import optq
 
@@ -74,8 +73,8 @@ class Solver(optq.Solver):
         if U is None:
             return W
         drift = W @ D
-        order = optq.column_order(H.diagonal(), self.group or W.shape[1], self.order)
-        first = 0 if order is None else int(order[0])
+        group = self.group or W.shape[1]
+        first = int(optq.column_order(H.diagonal(), group)[0]) if self.order == "gar" else 0
         corrected = W + (drift @ U.T) @ U
         value = W[:, first] + drift[:, first] / (H[first, first] + damping + dead[first])
         inverse = U[:, first] @ U  # the first column's row of H^-1

@@ -29,8 +29,14 @@ from torch import Tensor
 from fleetune.common.settings import setting
 from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import nearest
-from fleetune.compression.layerwise.grids import Grid, grid_problems, row_problem, settled
-from fleetune.compression.layerwise.groups import quantise, refuse_pruned
+from fleetune.compression.layerwise.grids import (
+    Grid,
+    grid_problems,
+    quantise,
+    refuse_pruned,
+    row_problem,
+    settled,
+)
 
 PAPER = "the baseline of Frantar et al., ICLR 2023, arXiv 2210.17323"
 

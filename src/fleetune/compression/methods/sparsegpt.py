@@ -24,7 +24,7 @@ w^2 / [H_F^-1]_ii = w^2 / U_ii^2 is among the smallest, and moves all later colu
 ## Options
 
 Sparsity makes the download smaller, not inference faster: no runtime for edge devices has kernels for it.  For speed,
-set `bits`.  `tokens=gradient` is that of `optq`.
+set `bits`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,9 @@ from torch import Tensor
 from fleetune.common.settings import setting
 from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import BLOCK, CompensatedLoop, Segment
-from fleetune.compression.layerwise.grids import Grid, grid_problems, group_problem
-from fleetune.compression.layerwise.groups import Codes
-from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky, token_problems
-from fleetune.models.families.codebooks import CODEBOOKS
-from fleetune.models.families.superblocks import SUPER_TYPES
+from fleetune.compression.layerwise.grids import Codes, Grid, grid_problems, group_problem
+from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
+from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES
 
 PAPER = "Frantar and Alistarh, ICML 2023, arXiv 2301.00774"
 
@@ -60,12 +58,9 @@ class Solver:
     group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
     grid: str = setting("ggml", "grid", "ggml, symmetric, asymmetric or universal")
     damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
-    tokens: str = setting(
-        "equal", "s", "what a token counts in H: equal, or by the loss's gradient: gradient"
-    )
 
     def __post_init__(self) -> None:
-        problems = damping_problems(self.damping) + token_problems(self.tokens)
+        problems = damping_problems(self.damping)
         if not 0 <= self.sparsity < 1:
             problems.append(f"sparsity = {self.sparsity} is not in [0, 1)")
         if self.n < 0:

@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fleetune.compression.pruning.importance import GradientSums, LayerGroups
-from fleetune.compression.pruning.selection import AGGREGATES, choose, count_kept
+from fleetune.compression.pruning.importance import AGGREGATES, GradientSums, LayerGroups, choose, count_kept
 from fleetune.data import Encoded
 from fleetune.models.families.widths import blocks_of, config_accepts, keep_positions
 from fleetune.models.net.model import Model

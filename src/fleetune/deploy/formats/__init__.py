@@ -9,14 +9,26 @@
     SUFFIX        ".gguf" for a file of that name; "", the default, for a folder
     BASE          True where an adapter is written with the help of its base model (default False)
     BLOCK_WIDTHS  True where blocks of different widths have a place (default False: they are refused)
-    PROVENANCE    True where the file says where the model comes from (`provenance.py`; default False)
+    PROVENANCE    True where the file says where the model comes from (`export.py`; default False)
     RUNTIME       what `--text` runs the result in: "llama.cpp", "mlx-lm" or "transformers"; left out for none
     NEEDS         the modules that this takes besides Fleetune's own dependencies
     INSTALL       the command that installs them; or
     EXTRA         the extra of Fleetune that does
     ORDER         place in listings (default: last)
 
-and has the functions of `ModelFormat` or, for TAKES = "adapter", of `AdapterFormat`.
+and has functions, in which `kind` is what follows the colon of the target, None for none:
+
+    check(model: Checkpoint, kind) -> None
+        Raise Misfit, or UsageError with a hint of its own, for a model that has no place in the format.
+    write(model: Checkpoint, out: Path, kind, made: Mapping[str, str]) -> Report
+        Write the model to `out`, a path for a file that does not exist yet or an empty folder, read it back and compare it with
+        the source.  `made` says where the model comes from.  What `check` raises comes before anything is written; FleetuneError
+        when the disk gives back something else.
+    exact_target(model: Checkpoint) -> str | None
+        Optional: the target that holds the model without loss, which is then named in hints where another format refuses.
+
+For TAKES = "adapter" these are check(adapter: Path, kind) and write(adapter: Path, base: Checkpoint | None, out, kind, made);
+`base` is the adapter's model where the format states BASE.
 """
 
 from __future__ import annotations
@@ -24,9 +36,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.errors import UsageError
 
 
@@ -53,37 +63,3 @@ class Misfit(UsageError):
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
         self.remedy = remedy
-
-
-class ModelFormat(Protocol):
-    """The functions of a format that holds a model.  `kind` is what follows the colon of the target, None for none.
-
-    It may also have `exact_target(model) -> str | None`: its target that holds the model without loss, which is then
-    named in hints where another format refuses.
-    """
-
-    def check(self, model: Checkpoint, kind: str | None) -> None:
-        """Raise Misfit, or UsageError with a hint of its own, for a model that has no place in the format."""
-        ...
-
-    def write(self, model: Checkpoint, out: Path, kind: str | None, made: Mapping[str, str]) -> Report:
-        """Write `model` to `out`, read it back and compare it with the source.
-
-        `out` is a path for a file that does not exist yet, or an empty folder.  `made` is the provenance.  What
-        `check` raises comes before anything is written; FleetuneError when the disk gives back something else.
-        """
-        ...
-
-
-class AdapterFormat(Protocol):
-    """The functions of a format that holds the adapter of a tuned run."""
-
-    def check(self, adapter: Path, kind: str | None) -> None:
-        """Raise UsageError for an adapter folder that has no place in the format."""
-        ...
-
-    def write(
-        self, adapter: Path, base: Checkpoint | None, out: Path, kind: str | None, made: Mapping[str, str]
-    ) -> Report:
-        """Write the adapter to `out`, read it back and compare; `base` is its model where the format states BASE."""
-        ...

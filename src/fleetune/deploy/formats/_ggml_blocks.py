@@ -46,8 +46,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.models.artefact.artefact import Quantised
-from fleetune.models.families.superblocks import WIDTH, SuperBlocks
+from fleetune.models.artefact import Quantised, SuperBlocks
+from fleetune.models.families.number_types import SUPER_WIDTH
 
 BLOCK: Final = 32
 RANGES: Final[Mapping[str, tuple[int, int]]] = MappingProxyType(
@@ -216,7 +216,7 @@ def _join(*parts: np.ndarray) -> np.ndarray:
 def _parts(q: Quantised) -> tuple[SuperBlocks, np.ndarray]:
     """Return the scales, and the codes as uint8 [N, 256], N super-blocks."""
     assert q.blocks is not None
-    return q.blocks, q.codes.numpy().reshape(-1, WIDTH)
+    return q.blocks, q.codes.numpy().reshape(-1, SUPER_WIDTH)
 
 
 def _groups(multiples: Tensor, more: int = 0) -> np.ndarray:
@@ -248,5 +248,5 @@ def _six_bits(blocks: SuperBlocks) -> np.ndarray:
 
 
 def _join_super(q: Quantised, *parts: np.ndarray) -> np.ndarray:
-    N = q.codes.numel() // WIDTH
+    N = q.codes.numel() // SUPER_WIDTH
     return np.concatenate([part.reshape(N, -1) for part in parts], axis=1).reshape(len(q.codes), -1)

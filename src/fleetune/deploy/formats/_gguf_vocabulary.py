@@ -31,9 +31,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fleetune.data import Example
 from fleetune.data.encode import encode, prompt_ids
 from fleetune.errors import ModelError, UsageError
+from fleetune.models.checks import config_of
 from fleetune.models.families.foreign import foreign_file
 from fleetune.models.gguf.tokenizer import MARKS, RULES, WHOLE
-from fleetune.models.loading.hf_folder import config_of
 from fleetune.models.net import chat_template as plain
 
 SPECIAL: Final = ("bos", "eos", "unk", "pad")
@@ -107,7 +107,7 @@ def read(folder: Path, rows: int, config: Any) -> Vocabulary:
             f"the tokenizer in {folder} has ids up to {max(ids.values())}, the model {rows} rows",
             hint="the tokenizer belongs to another model: fetch the model again",
         )
-    merges = _merges(model, folder)
+    merges = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
     fallback = bool(model["byte_fallback"])
     pre, notes = ("default", []) if fallback else _rule(rules)
     special = _special(tokenizer, config)
@@ -130,19 +130,15 @@ def read(folder: Path, rows: int, config: Any) -> Vocabulary:
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
-    """Return what tokenizer.json says; UsageError unless it is there, and of a BPE model."""
-    if not tokenizer.is_fast:
-        raise UsageError(
-            f"the tokenizer of {folder} has no tokenizer.json, which GGUF files are written from",
-            hint="export to a directory instead: --to hf",
-        )
-    rules: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    kind = rules["model"]["type"]
-    if kind != "BPE":
-        raise UsageError(
-            f"the tokenizer of {folder} is a {kind} model; GGUF files are written for BPE",
-            hint="export to a directory instead: --to hf",
-        )
+    """Return what tokenizer.json says; UsageError unless it is there, and of a BPE model with merges."""
+    why, rules = "has no tokenizer.json, which GGUF files are written from", dict[str, Any]()
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        why = f"is a {rules['model']['type']} model; GGUF files are written for BPE"
+        if rules["model"]["type"] == "BPE":
+            why = "" if rules["model"]["merges"] else "has no merges, and llama.cpp reads none without"
+    if why:
+        raise UsageError(f"the tokenizer of {folder} {why}", hint="export to a directory instead: --to hf")
     return rules
 
 
@@ -155,16 +151,6 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
             folder, config=config, local_files_only=True, trust_remote_code=False
         )
     return tokenizer
-
-
-def _merges(model: Mapping[str, Any], folder: Path) -> list[list[str]]:
-    merges = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
-    if not merges:
-        raise UsageError(
-            f"the tokenizer of {folder} has no merges, and llama.cpp reads none without",
-            hint="export to a directory instead: --to hf",
-        )
-    return merges
 
 
 def _special(tokenizer: PreTrainedTokenizerBase, config: Any) -> dict[str, int]:

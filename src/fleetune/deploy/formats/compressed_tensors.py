@@ -33,7 +33,7 @@ from torch import Tensor
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, hf
 from fleetune.errors import UsageError
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 from fleetune.models.families.widths import has_block_widths
 
 TARGETS: Final = {"compressed-tensors": "a directory for vLLM, SGLang and transformers: 4- or 8-bit codes"}
@@ -50,15 +50,10 @@ ASYMMETRIC: Final = (
 )
 
 
-def check(model: Checkpoint, kind: str | None) -> None:
-    """Raise Misfit for other numbers of bits or quantised tensors of no linear layer, UsageError for plain weights."""
-    _grids(model)
-
-
 def exact_target(model: Checkpoint) -> str | None:
     """Return the target where the codes have a place in it, else None."""
     try:
-        _grids(model)
+        check(model)
     except UsageError:
         return None
     return None if has_block_widths(model.config) else TARGET
@@ -66,7 +61,7 @@ def exact_target(model: Checkpoint) -> str | None:
 
 def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
     """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
-    grids = _grids(model)
+    grids = check(model)
     settings = quantization_config(model, grids)
     notes = ["layers are on several grids, of which transformers (5.24) takes the first for all"]
     notes = notes if len(settings["config_groups"]) > 1 else []
@@ -82,7 +77,8 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     )
 
 
-def _grids(model: Checkpoint) -> dict[str, Quantised]:
+def check(model: Checkpoint, kind: str | None = None) -> dict[str, Quantised]:
+    """Return the grids; Misfit for other numbers of bits or tensors of no linear layer, UsageError for plain weights."""
     grids = hf.matrices(model, TARGET)
     for name, q in grids.items():
         if q.bits not in BITS:

@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report
-from fleetune.deploy.formats._gguf_layout import check_config, tensor_name
+from fleetune.deploy.formats.gguf import check_config, tensor_name
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.artefact.tensor_file import damaged
 from fleetune.models.families import experts, table
 from fleetune.models.gguf import header
+from fleetune.models.net.saving import damaged
 
 TARGETS: Final = {"gguf:lora": "a run's LoRA adapter, for llama.cpp beside a GGUF file of the base"}
 TAKES: Final = "adapter"
@@ -113,14 +113,6 @@ def check(adapter: Path, kind: str | None) -> None:
         raise UsageError(
             f"GGUF has no place for this adapter: {wrong[0]} is {settings[wrong[0]]!r}", hint=INSTEAD
         )
-
-
-def is_adapter(path: Path) -> bool:
-    """Return whether a .gguf file holds an adapter; False for one that cannot be read."""
-    try:
-        return bool(header.read(path).values.get(gguf.Keys.General.TYPE) == gguf.GGUFType.ADAPTER)
-    except ModelError:
-        return False
 
 
 def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

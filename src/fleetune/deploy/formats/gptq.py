@@ -28,7 +28,7 @@ from torch import Tensor
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, hf
 from fleetune.deploy.formats.compressed_tensors import symmetric
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 
 TARGETS: Final = {"gptq": "a directory in GPTQ's format: 2-, 3-, 4- or 8-bit codes"}
 TAKES: Final = "codes"
@@ -42,14 +42,9 @@ BITS: Final = (2, 3, 4, 8)
 HEAD: Final = "lm_head.weight"
 
 
-def check(model: Checkpoint, kind: str | None) -> None:
-    """Raise Misfit when the codes have no place in the format, UsageError for plain weights."""
-    _grids(model)
-
-
 def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
     """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
-    grids = _grids(model)
+    grids = check(model)
     settings = quantize_config(grids)
     return hf.write_codes(
         model,
@@ -95,8 +90,8 @@ def quantize_config(grids: dict[str, Quantised]) -> dict[str, Any]:
     }
 
 
-def _grids(model: Checkpoint) -> dict[str, Quantised]:
-    """Return the grids of the linear layers; Misfit when the format cannot hold them."""
+def check(model: Checkpoint, kind: str | None = None) -> dict[str, Quantised]:
+    """Return the grids of the linear layers; Misfit when the format cannot hold them, UsageError for plain weights."""
     grids = hf.matrices(model, TARGET)
     plain = model.linears - grids.keys() - {HEAD}
     missing = sorted(
@@ -105,15 +100,15 @@ def _grids(model: Checkpoint) -> dict[str, Quantised]:
     if missing or HEAD in grids:
         what = f"{missing[0]} is not quantised" if missing else f"{HEAD} is"
         raise Misfit(f"{TARGET} wants all linear layers but the head quantised; {what}", remedy=REMEDY)
-    first, kind = next((name, (q.bits, hf.group_size(q, grids))) for name, q in grids.items())
+    first, usual = next((name, (q.bits, hf.group_size(q, grids))) for name, q in grids.items())
     for name, q in grids.items():
         R, C = model.shapes[name]
         problem, group = None, hf.group_size(q, grids)
         if q.bits not in BITS:
             problem = f"{name} has {q.bits} bits, the format has {', '.join(map(str, BITS))}"
-        elif (q.bits, group) != kind:
+        elif (q.bits, group) != usual:
             problem = (
-                f"{first} has {kind[0]} bits in groups of {kind[1]}, {name} {q.bits} in groups of {group}"
+                f"{first} has {usual[0]} bits in groups of {usual[1]}, {name} {q.bits} in groups of {group}"
             )
         elif R * q.bits % 32 or C * q.bits % 32:
             problem = f"{name} of shape [{R}, {C}] does not fill words of 32 bits with codes of {q.bits}"

@@ -28,10 +28,10 @@ from fleetune.common.display import are
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary
 from fleetune.errors import UsageError
-from fleetune.models.artefact.artefact import Quantised, pack
-from fleetune.models.artefact.tensor_file import Tensors, compare, damaged, write_tensors
+from fleetune.models.artefact import Quantised, pack
 from fleetune.models.families.widths import has_block_widths
-from fleetune.models.loading.loading import DTYPES
+from fleetune.models.loading import DTYPES
+from fleetune.models.net.saving import Tensors, compare, damaged, write_tensors
 
 TARGETS: Final = {
     "hf": "a plain directory for transformers: fp32 from codes, else as stored",
@@ -226,15 +226,13 @@ def codes_of(model: Checkpoint, name: str, experts: bool = False) -> Quantised |
     return None if q is None or (q.experts and not experts) else q
 
 
-def coded(
-    model: Checkpoint, to: str, grid: str = "ggml", *, experts: bool = False
-) -> Iterator[tuple[str, Quantised]]:
-    """Yield (name, codes) of the quantised matrices; `grid` is one that the target `to` holds, for what it refuses.
+def matrices(model: Checkpoint, to: str, *, experts: bool = False) -> dict[str, Quantised]:
+    """Return the grids of the quantised matrices, without their codes, for the target `to`.
 
     UsageError when nothing is quantised, Misfit when something else than linear layers (and with `experts` theirs) is, where
     values are not evenly spaced, and for super-blocks.
     """
-    another, nothing = f"compress again on another grid (--set grid={grid})", True
+    grids = dict[str, Quantised]()
     for name in model.names:
         if (q := codes_of(model, name, experts)) is None:
             continue
@@ -243,29 +241,18 @@ def coded(
                 f"{to} holds quantised linear layers; {name} is none",
                 remedy="compress again without --bytes and --bpw",
             )
-        if q.blocks is not None:
-            raise Misfit(
-                f"{to} holds groups with a scale of their own; those of {name} are of {q.blocks.kind}'s super-blocks",
-                remedy=another,
-            )
-        if q.codebook:
-            raise Misfit(
-                f"{to} holds evenly spaced values; those of {name} are of the grid {q.codebook}",
-                remedy=another,
-            )
-        nothing = False
-        yield name, q
-    if nothing:
+        if q.blocks is not None or q.codebook:
+            what = f"{to} holds evenly spaced values; those of {name} are of the grid {q.codebook}"
+            if q.blocks is not None:
+                what = f"{to} holds groups with a scale of their own; those of {name} are of {q.blocks.kind}'s super-blocks"
+            raise Misfit(what, remedy="compress again on another grid (--set grid=ggml)")
+        grids[name] = replace(q, codes=q.codes[:0], scale=q.scale[:0])
+    if not grids:
         raise UsageError(
             f"{model.folder} holds plain weights, and {to} is for compressed ones",
             hint="compress it first (fleetune compress), or use --to hf",
         )
-
-
-def matrices(model: Checkpoint, to: str, *, experts: bool = False) -> dict[str, Quantised]:
-    """Return the grids of the quantised matrices, without their codes; refuses what `coded` does."""
-    found = coded(model, to, experts=experts)
-    return {name: replace(q, codes=q.codes[:0], scale=q.scale[:0]) for name, q in found}
+    return grids
 
 
 def group_size(q: Quantised, grids: Mapping[str, Quantised]) -> int:

@@ -16,8 +16,8 @@ the layers that have others; a layer without scales (a router, the head) is a pl
 
 mlx-lm (0.32) has a model class a family, which reads some fields of config.json and fixes the rest in its code.  It does not know
 where transformers 5 keeps the rotary settings ("rope_parameters"), and what config.json leaves out it fills with defaults of its
-own.  So config.json states the `STATED` fields, and a record of `FAMILIES` says which configurations have a place.  Families that
-are missing have no class in mlx-lm, or one that differs in more than that.
+own.  So config.json states the `STATED` fields, and a record of `FAMILIES` says which configurations have a place.  Others
+are refused by name.
 """
 
 from __future__ import annotations
@@ -35,12 +35,10 @@ from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, hf
-from fleetune.models.artefact.artefact import Quantised
+from fleetune.models.artefact import Quantised
 from fleetune.models.families import experts, rope
-from fleetune.models.families.limits import (
-    ALL_EXPERTS,
+from fleetune.models.families.table import (
     NO_WINDOW,
-    OWN_HEAD,
     SILU,
     TANH,
     TIED,
@@ -55,23 +53,15 @@ TARGETS: Final = {
     "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128"
 }
 TAKES: Final = "codes"
-RUNTIME: Final = "mlx-lm"
-NEEDS: Final = ("mlx", "mlx_lm")
-INSTALL: Final = "pip install mlx mlx-lm (on Linux also mlx-cpu)"
 ORDER: Final = 50
 TARGET: Final = "mlx"
 BITS: Final = (2, 3, 4, 5, 6, 8)
 GROUPS: Final = (32, 64, 128)
 
 
-def check(model: Checkpoint, kind: str | None) -> None:
-    """Raise Misfit when the architecture or the codes have no place in MLX, UsageError for plain weights."""
-    _grids(model)
-
-
 def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
     """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
-    grids = _grids(model)
+    grids = check(model)
     dtype = torch.float16 if all(_exact(model, name) for name in grids) else torch.float32
     settings = quantization(model.config, grids)
     config = {"dtype": "float16", "quantization": settings, "quantization_config": settings}
@@ -124,8 +114,8 @@ def _exact(model: Checkpoint, name: str) -> bool:
     return bool((_biases(q).half().float() == _biases(q)).all())
 
 
-def _grids(model: Checkpoint) -> dict[str, Quantised]:
-    """Return the grids of linear layers and experts; Misfit when MLX cannot hold the model."""
+def check(model: Checkpoint, kind: str | None = None) -> dict[str, Quantised]:
+    """Return the grids of linear layers and experts; Misfit when MLX cannot hold the model, UsageError for plain weights."""
     if (problem := misfit(model.config)) is not None:
         raise Misfit(f"{TARGET} has no place for {problem}")
     grids = hf.matrices(model, TARGET, experts=True)
@@ -165,20 +155,9 @@ STATED: Final = (
     "layer_types",
     "sliding_window",
     "attention_bias",
-    "attention_out_bias",
     "mlp_bias",
-    "conv_bias",
-    "use_bias",
-    "use_qkv_bias",
-    "use_qk_norm",
-    "qk_layernorm",
-    "use_parallel_residual",
     "no_rope_layers",
     "rms_norm_eps",
-    "layer_norm_eps",
-    "norm_eps",
-    "norm_epsilon",
-    "logit_scale",
     "logits_scaling",
     "attention_multiplier",
     "embedding_multiplier",
@@ -188,10 +167,6 @@ STATED: Final = (
     "final_logit_softcapping",
     "intermediate_size",
     "hidden_act",
-    "conv_L_cache",
-    "block_multiple_of",
-    "block_ffn_dim_multiplier",
-    "block_auto_adjust_ff_dim",
     "num_experts",
     "num_local_experts",
     "num_experts_per_tok",
@@ -199,7 +174,6 @@ STATED: Final = (
     "decoder_sparse_step",
     "mlp_only_layers",
     "moe_intermediate_size",
-    "shared_expert_intermediate_size",
 )
 
 
@@ -209,16 +183,15 @@ class Family(Limits):
 
     options: Options = field(default_factory=dict)
     windowless: bool = False  # mlx-lm has no window there: longer texts differ, which a note says
-    exact_gelu: bool = False  # mlx-lm computes the exact GELU; a note says where transformers takes tanh
     names: tuple[tuple[str, str], ...] = ()  # parts of tensors' names, and mlx-lm's; the first found counts
-    paired: bool = False  # rows of an expert's gate and up alternate in the model
-    transposed: bool = False  # the model has the matrices of experts as [in, out]
     fields: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # what mlx-lm calls otherwise
 
 
 _SCALED: Final = ("default", "linear", "llama3")  # of mlx-lm's initialize_rope
-_SWITCH: Final = ((".mlp.experts.", ".mlp.switch_mlp."),)
-_GEMMA: Final = only(hidden_activation=TANH, use_bidirectional_attention=(False, None))
+_GEMMA: Final = only(
+    hidden_activation=TANH, use_bidirectional_attention=(False, None), attention_bias=(False,)
+)
+_UNCAPPED: Final = only(attn_logit_softcapping=(None,), final_logit_softcapping=(None,))
 
 
 def _pattern(config: Any) -> int:
@@ -237,81 +210,35 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         "mistral": Family(SILU, scalings=_SCALED, square=False, windowless=True),
         "qwen2": Family(only(SILU, NO_WINDOW), scalings=_SCALED),
         "qwen3": Family(only(SILU, NO_WINDOW, attention_bias=(False,)), scalings=_SCALED, square=False),
-        "phi": Family(only(OWN_HEAD, hidden_act=TANH, qk_layernorm=(False,)), partial=True),
         "phi3": Family(SILU, partial=True, windowless=True),
-        "stablelm": Family(only(SILU, OWN_HEAD), partial=True),
         "olmo2": Family(SILU, scalings=_SCALED, square=False),
         "granite": Family(SILU, scalings=_SCALED),
         "smollm3": Family(only(SILU, NO_WINDOW), scalings=_SCALED, square=False),
-        "seed_oss": Family(SILU, scalings=_SCALED, square=False),
-        "cohere": Family(only(SILU, TIED)),
-        "glm4": Family(only(SILU, OWN_HEAD), partial=True, square=False),
-        "ernie4_5": Family(SILU, square=False),
-        "nemotron": Family(only(hidden_act=("relu2",)), partial=True, square=False),
-        # of these mlx-lm has something otherwise
-        "gemma": Family(
-            only(TIED, hidden_act=(*TANH, "gelu"), attention_bias=(False,)), square=False, exact_gelu=True
-        ),
         "gemma2": Family(
-            only(_GEMMA, TIED, attention_bias=(False,)),
+            only(_GEMMA, TIED),
             square=False,
             layers=WINDOWS,
             windowless=True,
             needed=("attn_logit_softcapping", "final_logit_softcapping"),
         ),
         "gemma3_text": Family(
-            only(
-                _GEMMA,
-                attention_bias=(False,),
-                attn_logit_softcapping=(None,),
-                final_logit_softcapping=(None,),
-            ),
+            only(_GEMMA, _UNCAPPED),
             scalings=_SCALED,
             square=False,
             layers=WINDOWS,
             fields=_gemma3_fields,
             misfit=lambda config: irregular(config, _pattern(config)),
         ),
-        "starcoder2": Family(
-            only(hidden_act=(*TANH, "gelu"), use_bias=(True,)), windowless=True, exact_gelu=True
-        ),
-        "cohere2": Family(
-            only(SILU, TIED),
-            layers=WINDOWS,
-            misfit=lambda config: irregular(config, _pattern(config)),
-            fields=lambda config: {"sliding_window_pattern": _pattern(config)},
-        ),
-        "lfm2": Family(
-            only(TIED),
-            layers=("full_attention", "conv"),
-            mixed=True,
-            fields=lambda config: {"block_dim": config.hidden_size},
-        ),
         "mixtral": Family(
             SILU,
             windowless=True,
             names=((".mlp.experts.", ".block_sparse_moe.switch_mlp."), (".mlp.", ".block_sparse_moe.")),
         ),
-        "qwen2_moe": Family(
-            only(SILU, NO_WINDOW, OWN_HEAD, ALL_EXPERTS, qkv_bias=(True,), norm_topk_prob=(False,)),
-            names=_SWITCH,
-        ),
         "qwen3_moe": Family(
             only(SILU, NO_WINDOW, attention_bias=(False,)),
             square=False,
-            names=_SWITCH,
+            names=((".mlp.experts.", ".mlp.switch_mlp."),),
             fields=lambda config: {"head_dim": rope.head_dim(config)},
-        ),
-        "olmoe": Family(only(SILU, clip_qkv=(None,)), scalings=_SCALED, names=_SWITCH),
-        "gpt_oss": Family(
-            only(OWN_HEAD, attention_bias=(True,), swiglu_alpha=(1.702,), swiglu_limit=(7.0,)),
-            scalings=("default", "yarn"),
-            square=False,
-            layers=WINDOWS,
-            mixed=True,
-            paired=True,
-            transposed=True,
-            misfit=rope.yarn_misfit,
         ),
     }
 )
@@ -339,18 +266,10 @@ def layers(
     config: Any, parameter: str, weight: Quantised | Tensor
 ) -> Iterator[tuple[str, Quantised | Tensor]]:
     """Yield the tensors that a parameter is in mlx-lm: their names there, and their values."""
-    family, pieces = FAMILIES[config.model_type], experts.stacked(parameter)
-    of_experts = pieces[0].name != parameter
-    for part in pieces:
-        matrix, whole = not experts.is_bias(part.name), weight
-        if family.transposed and of_experts and matrix:
-            whole = (
-                weight.mT.contiguous() if isinstance(weight, Tensor) else replace(weight, transposed=False)
-            )
-        order = part.order(tuple(whole.shape), matrix, family.paired)
-        if order is not None:
-            whole = _rows(whole, torch.from_numpy(order), part)
-        yield _renamed(config, part.name), whole
+    for part in experts.stacked(parameter):
+        order = part.order(tuple(weight.shape), True, False)
+        values = weight if order is None else _rows(weight, torch.from_numpy(order), part)
+        yield _renamed(config, part.name), values
 
 
 def _renamed(config: Any, name: str) -> str:
@@ -361,7 +280,7 @@ def _renamed(config: Any, name: str) -> str:
 
 
 def _rows(weight: Quantised | Tensor, order: Tensor, part: experts.Part) -> Quantised | Tensor:
-    """Return the rows of a part; of a bias, its values."""
+    """Return the rows of a part."""
     if isinstance(weight, Quantised):
         codes, scale, zero = (values[order] for values in (weight.codes, weight.scale, weight.zero))
         return replace(weight, codes=codes, scale=scale, zero=zero)
@@ -374,6 +293,3 @@ def notes(config: Any) -> Iterator[str]:
     family, kind = FAMILIES[config.model_type], config.model_type
     if family.windowless and (window := config.sliding_window) is not None:
         yield f"mlx-lm has no window in a {kind}: it gives the same up to {window:,} tokens, and in longer texts sees more"
-    if family.exact_gelu and config.hidden_act != "gelu":
-        yield f"mlx-lm computes the GELU of a {kind} exactly, transformers as '{config.hidden_act}'"
-    yield from rope.ramp_notes(config, "mlx-lm")

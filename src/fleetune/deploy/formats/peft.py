@@ -15,7 +15,7 @@ from fleetune.common.shell import quoted
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report
 from fleetune.errors import UsageError
-from fleetune.models.artefact.tensor_file import damaged
+from fleetune.models.net.saving import damaged
 
 TARGETS: Final = {"peft": "a run's adapter as it is, a directory for PEFT"}
 TAKES: Final = "adapter"

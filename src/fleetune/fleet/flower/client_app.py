@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer orders as a ClientApp on a stock SuperNode, which starts a new process for every message.
+"""Answer orders as a ClientApp: on a SuperNode, which starts a new process for every message, or in a simulation.
 
-So the job is kept in the context of the run, which lives as long as the SuperNode's process, and each message loads model
-and rows anew.  Where a process gets several messages, what is loaded stays.
+The job is kept in the context of the run, which lives as long as the SuperNode, and a process that has not loaded what the
+job needs does so.  A SuperNode's process loads model and rows for one message; a simulation's keeps them (`partition.py`).
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fleetune.common.files import lock
 from fleetune.common.memory import usable_memory
+from fleetune.common.settings import parse_bytes
 from fleetune.errors import FAULTS, FleetuneError, UsageError, fault
-from fleetune.fleet.flower import wire
-from fleetune.fleet.orders import Order, Reply
-from fleetune.fleet.reasons import Declined, reason_of
+from fleetune.fleet.flower import partition
+from fleetune.fleet.flower.records import pack, unpack
+from fleetune.fleet.orders import Declined, Order, Reply, reason_of
 from fleetune.fleet.worker import Brings, Worker
-from fleetune.planning.plan import parse_bytes
 
 log = logging.getLogger("flwr")  # what it says is in the SuperNode's output
 
-JOB: Final = "fleetune-job"  # record in the context
+JOB: Final = "fleetune-job"  # records in the context: the job
+RUN: Final = "fleetune-run"  # and the folder of a simulation's run
 
 app = ClientApp()
 
@@ -36,14 +37,24 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answer one order."""
-    return wire.answer_to(message, answer(wire.unpack(message.content), context))
+    return Message(pack(answer(unpack(message.content), context)), reply_to=message)
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Keep the folder of a simulation's run, and answer which client of it this node is; nothing where it is none."""
+    found = RecordDict()
+    with contextlib.suppress(Declined):
+        found[RUN] = ConfigRecord({"client": partition.number_of(context.node_config)})
+        context.state[RUN] = message.content[RUN]
+    return Message(found, reply_to=message)
 
 
 def answer(data: bytes, context: Context) -> bytes:
     """Return the answer to an order; what is wrong with this device is the answer too."""
     order = Order.decode(data)
     try:
-        worker = _worker(*brought(context.node_config, context.node_id))
+        worker = _worker_of(context)
         with _alone(worker.state):
             if order.what == "job":
                 context.state[JOB] = ConfigRecord({"order": data})
@@ -57,6 +68,16 @@ def answer(data: bytes, context: Context) -> bytes:
         log.error("%s", error.message if isinstance(error, FleetuneError) else fault(error))
         what: Literal["refused", "failed"] = "refused" if order.what == "job" else "failed"
         return Reply(what, order.nonce, order.round, code=reason_of(error, usable_memory())).encode()
+
+
+def _worker_of(context: Context) -> Worker:
+    """Return who does the work of a node: a simulation's client, or the SuperNode's device."""
+    if RUN not in context.state:
+        return _worker(*brought(context.node_config, context.node_id))
+    said = context.state[RUN]
+    return partition.clients(Path(str(said["folder"])), bool(said["offline"])).worker(
+        partition.number_of(context.node_config)
+    )
 
 
 def brought(config: Mapping[str, Any], node: int) -> tuple[Brings, Path]:

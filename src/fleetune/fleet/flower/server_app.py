@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a recipe as a ServerApp on a stock SuperLink, on the SuperNodes that are connected to it.
+"""Run a recipe as a ServerApp: on the SuperNodes of a stock SuperLink, or on the nodes of Flower's simulation.
 
 The rounds, the run's folder and the checkpoints are those of `fleetune fleet serve`.  Flower keeps nothing of a run that
 stops; a new `flwr run` with `resume` goes on with its folder.
@@ -13,22 +13,21 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from flwr.app import Context, Message
-from flwr.common.constant import ErrorCode
-from flwr.proto.node_pb2 import NodeInfo
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fleetune.common.display import counted, show
 from fleetune.common.events import Event, RoundEvaluated, TuneDone
 from fleetune.errors import MessageError, RecipeError, UsageError
 from fleetune.fleet.audit import Audit
-from fleetune.fleet.flower import wire
+from fleetune.fleet.flower import partition, shim
+from fleetune.fleet.flower.client_app import RUN
+from fleetune.fleet.flower.records import pack, unpack
 from fleetune.fleet.keys import fingerprint
 from fleetune.fleet.orders import job_of
-from fleetune.fleet.pace import Pace
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Silent
@@ -37,18 +36,26 @@ from fleetune.tuning.prepare.prepare import check, check_aggregation
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.recipe.settled import about_rule, for_devices
-from fleetune.tuning.rounds.fleets import Fleet
-from fleetune.tuning.rounds.kinds import wanted
+from fleetune.tuning.rounds.fleets import Fleet, wanted
+from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare.prepare import TuneJob
-    from fleetune.tuning.run.simulation import Step
+    from fleetune.tuning.run.run import Step
 
 log = logging.getLogger("flwr")  # what it says is in `flwr log`
 
 POLL: Final = 0.5  # seconds between two looks at the SuperLink
-AWAY: Final = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+SIMULATED_POLL: Final = 0.2  # or at the clients of a simulation, which answer through this process
+PATIENCE: Final = 300.0  # seconds in which they all say who they are
+# Codes of Flower's errors (`flwr.app.Error.code`)
+LOST: Final = (
+    3,
+    4,
+    5,
+    8,
+)  # message, reply or node is unavailable, or the app's process died: the order is given again
 
 app = ServerApp()
 
@@ -60,8 +67,10 @@ def main(grid: Grid, context: Context) -> None:
     for name in ("grace", "round-deadline", "wait"):
         if float(config[name]) < 0:
             raise UsageError(f"{name}={config[name]} in the run-config cannot be negative")
-    pace = Pace(grace=float(config["grace"]), deadline=float(config["round-deadline"]), poll=POLL)
-    fleets = SuperNodes(grid, context.run_id, int(config["wait"]), pace)
+    poll = SIMULATED_POLL if config["simulate"] else POLL
+    pace = Pace(grace=float(config["grace"]), deadline=float(config["round-deadline"]), poll=poll)
+    kind = Simulation if config["simulate"] else SuperNodes
+    fleets = kind(grid, context.run_id, int(config["wait"]), pace, bool(config["offline"]))
     recipe, resume, out = str(config["recipe"]), str(config["resume"]), Path(str(config["out"]))
     if bool(recipe) == bool(resume):
         raise UsageError(
@@ -69,9 +78,12 @@ def main(grid: Grid, context: Context) -> None:
             "--run-config \"recipe='/path/recipe.toml'\" or \"resume='latest'\""
         )
     if resume:
-        running.resume(rundir.find(resume, out), Said(), offline=False, fleets=fleets)
+        found = resuming.resume(rundir.find(resume, out), Said(), offline=fleets.offline, fleets=fleets)
     else:
-        running.start(fleets.settled(values_from(recipe)), out, Said(), offline=False, fleets=fleets)
+        found = running.start(
+            fleets.settled(values_from(recipe)), out, Said(), offline=fleets.offline, fleets=fleets
+        )
+    log.info("%s%s", shim.DONE, found.folder)
 
 
 def values_from(text: str) -> dict[str, Any]:
@@ -111,11 +123,8 @@ class SuperNodes:
     run_id: int
     wait: int  # SuperNodes before the first round; 0: the recipe's clients
     pace: Pace
+    offline: bool = False
     simulated = False
-
-    def check(self, recipe: Recipe) -> None:
-        """Raise UsageError where late replies are to be used and every round waits for all."""
-        self.pace.check(recipe)
 
     def settled(self, values: Mapping[str, Any]) -> Recipe:
         """Return the recipe of these keys as SuperNodes run it."""
@@ -135,7 +144,9 @@ class SuperNodes:
         """Return the fleet when enough SuperNodes are ready; those are numbered in the order of their names."""
         check_aggregation(job.recipe, job.method, self.count(job))
         listener.note(about_rule(job.recipe, self.count(job)))
-        link = GridLink(self.grid)
+        return self._gathered(GridLink(self.grid), job, run, listener)
+
+    def _gathered(self, link: GridLink, job: TuneJob, run: RunDir, listener: Listener) -> RemoteFleet:
         listener.note(f"waiting for {self.count(job)} SuperNodes")
         while len(link.online()) < self.count(job):
             time.sleep(self.pace.poll)
@@ -146,7 +157,7 @@ class SuperNodes:
             devices,
             job_of(job, devices.run),
             job.recipe.seed,
-            self.pace.of(job.recipe),
+            self.pace,
             note=listener.note,
             audit=Audit(run.path).write,
             kinds=wanted(job.method, job.recipe.kinds),
@@ -155,34 +166,87 @@ class SuperNodes:
         return fleet
 
 
+class Simulation(SuperNodes):
+    """The nodes of Flower's simulation engine as the recipe's clients, each the one with the number of its partition."""
+
+    simulated = True
+
+    def settled(self, values: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of these keys as it stands, since no client of a simulation lies; UsageError as `partition.check`."""
+        recipe = recipes.make(values)
+        partition.check(recipe)
+        return recipe
+
+    def count(self, job: TuneJob) -> int:
+        """Return how many clients the rows are divided among; UsageError for another number of nodes."""
+        clients, nodes = len(job.rows), len(list(self.grid.get_node_ids()))
+        if nodes > clients or (self.wait and self.wait != clients):
+            raise UsageError(
+                f"the simulation has {nodes} SuperNodes, and the recipe {counted(clients, 'client')}",
+                hint=f'--federation-config "num-supernodes={clients}"',
+            )
+        return clients
+
+    def about(self, job: TuneJob) -> str:
+        """Return where, and how many there are."""
+        return f"Flower's simulation · {counted(len(job.rows), 'client')}"
+
+    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+        """Return the fleet when every client has said who it is."""
+        link = Partitions(self.grid)
+        while len(list(self.grid.get_node_ids())) < self.count(job):
+            time.sleep(self.pace.poll)
+        link.ask(run.path.absolute(), offline=self.offline)
+        return self._gathered(link, job, run, listener)
+
+
+class Node(NamedTuple):
+    """A node of the Grid."""
+
+    id: int
+    name: str  # "" for none
+    since: str  # when it came in
+
+
 class GridLink:
-    """A `Link` over the Grid of a ServerApp."""
+    """A `Link` over the Grid of a ServerApp.
+
+    A SuperNode is known by its public key, which `Grid.get_nodes` states; by its number where it has none.
+    """
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self._nodes: dict[str, NodeInfo] = {}  # by hash of the key, of those that were ever there
+        self._nodes: dict[str, Node] = {}  # by hash of the key, of those that were ever there
 
     def online(self) -> Mapping[str, str]:
-        """Return the SuperNodes that are there now, each with the time at which it came in."""
-        here = {fingerprint(info.public_key): info for info in self.grid.get_nodes()}
+        """Return the nodes that are there now, each with the time at which it came in."""
+        here = self._here()
         self._nodes |= here
-        return {key: f"{info.node_id} {info.last_activated_at}" for key, info in here.items()}
+        return {key: f"{node.id} {node.since}" for key, node in here.items()}
+
+    def _here(self) -> dict[str, Node]:
+        return {
+            fingerprint(info.public_key or str(info.node_id).encode()): Node(
+                info.node_id, info.name, info.last_activated_at
+            )
+            for info in self.grid.get_nodes()
+        }
 
     def in_order(self) -> list[tuple[str, str]]:
         """Return (key, name) of all that were ever there: by name, and those without one by their number."""
-        found = sorted(self._nodes.items(), key=lambda item: (item[1].name, item[1].node_id))
+        found = sorted(self._nodes.items(), key=lambda item: (item[1].name, item[1].id))
         return [(key, self.name(key)) for key, _ in found]
 
     def name(self, key: str) -> str:
         """Return the name under which a SuperNode was registered, or its number."""
-        info = self._nodes.get(key)
-        return key[:8] if info is None else info.name or str(info.node_id)
+        node = self._nodes.get(key)
+        return key[:8] if node is None else node.name or str(node.id)
 
     def push(self, key: str, data: bytes, common: int, room: int) -> str | None:
         """Queue an order for a SuperNode; its last `common` bytes are stored once for all orders that end with them."""
-        if (info := self._nodes.get(key)) is None:
+        if (node := self._nodes.get(key)) is None:
             return None
-        (number,) = self.grid.push_messages([Message(wire.pack(data, common), info.node_id, "train")])
+        (number,) = self.grid.push_messages([Message(pack(data, common), node.id, "train")])
         return number or None
 
     def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
@@ -199,11 +263,40 @@ class GridLink:
         """Do nothing: a SuperNode may still work on orders that nobody waits for any longer."""
 
 
+class Partitions(GridLink):
+    """A `Link` to the clients of a simulation, which are known by the numbers of their partitions: also by a resumed run."""
+
+    def ask(self, run: Path, *, offline: bool) -> None:
+        """Tell every node the folder of the run, and hear which client it is; UsageError where they are not all clients."""
+        said = RecordDict({RUN: ConfigRecord({"folder": str(run), "offline": offline})})
+        nodes = list(self.grid.get_node_ids())
+        replies = list(
+            self.grid.send_and_receive([Message(said, node, "query") for node in nodes], timeout=PATIENCE)
+        )
+        for reply in replies:
+            if reply.has_error():
+                raise UsageError(f"the ClientApp failed: {reply.error.reason}")
+            if RUN in reply.content:
+                client = int(reply.content[RUN]["client"])  # type: ignore[arg-type]
+                node = Node(reply.metadata.src_node_id, f"client {client:06d}", "")
+                self._nodes[fingerprint(node.name.encode())] = node
+        if sorted(node.name for node in self._nodes.values()) != [
+            f"client {c:06d}" for c in range(len(nodes))
+        ]:
+            raise UsageError(
+                f"of {len(nodes)} SuperNodes {len(self._nodes)} are clients of a simulation",
+                hint="real ones are served with simulate=false",
+            )
+
+    def _here(self) -> dict[str, Node]:
+        return self._nodes
+
+
 def _answer_in(reply: Message) -> bytes | None:
     """Return the bytes of a reply, None where it was lost; MessageError for one that says why there is none."""
     if not reply.has_error():
-        return wire.unpack(reply.content)
-    if reply.error.code in AWAY:
+        return unpack(reply.content)
+    if reply.error.code in LOST:
         return None
     raise MessageError(
         f"the ClientApp failed: {reply.error.reason}; is this Fleetune installed on the device?"

@@ -32,10 +32,14 @@ clientapp = "fleetune_app.client_app:app"
 recipe = ""  # path of a TOML recipe on the server, or the recipe itself
 resume = ""  # or a stopped run to go on with: a path, a number, or latest
 out = "runs"  # folder of the runs, on the server
+simulate = false  # whether the nodes are those of a simulation: each has the rows of the recipe's client of its number
+offline = false  # fetch nothing
 wait = 0  # SuperNodes before the first round; 0: the recipe's clients
 grace = 60.0  # seconds to wait for a SuperNode that has gone
 round-deadline = 0.0  # seconds for a round; 0: as long as SuperNodes work
 """
+
+DONE: Final = "the run is finished: "  # in the app's log, before the folder of the run
 
 # Flower reads the text of these files, and looks for an assignment
 PART: Final = """\

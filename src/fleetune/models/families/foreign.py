@@ -8,6 +8,7 @@ file does it within `foreign_file`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from fleetune.common.memory import is_out_of_memory
 from fleetune.errors import FleetuneError, ModelError
 
 AGAIN: Final = "fetch the model again"
+LARGEST_WEIGHT: Final = 1e9  # trained weights are far below; products of such stay finite in fp32
 PANIC: Final = "PanicException"  # of pyo3: what a Rust package raises for a fault of its own; no Exception
 
 
@@ -50,3 +52,22 @@ def short_error(error: BaseException) -> str:
     """Return an error's first line (with the next where it ends in a colon), cut to a length that fits a message."""
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
     return (f"{first} {more[0].strip()}" if more and first.endswith(":") else first)[:300]
+
+
+def check_blocks(blocks: object, tensors: int, file: Path) -> None:
+    """Raise ModelError when a configuration claims more blocks than there are tensors."""
+    if isinstance(blocks, int) and blocks > tensors:
+        raise ModelError(f"{file} says {blocks:,} blocks, but there are {tensors:,} tensors", hint=AGAIN)
+
+
+def check_range(low: float, high: float, name: str, path: Path, hint: str = AGAIN) -> None:
+    """Raise ModelError unless a tensor's least and largest values are finite and small enough to compute with."""
+    if not -LARGEST_WEIGHT <= low <= high <= LARGEST_WEIGHT:  # also for NaN
+        what = (
+            "are no numbers in places"
+            if math.isnan(low) or math.isnan(high)
+            else f"go from {low:.3g} to {high:.3g}"
+        )
+        raise ModelError(
+            f"{path}: the weights of {name} {what}; no step can be computed with such", hint=hint
+        )

@@ -7,6 +7,10 @@ The **base digest** identifies the weights that a run starts from.  It is SHA-25
     name, NUL, dtype ("float32", "bfloat16", ..), NUL, shape ("576,1536"), NUL, raw little-endian values
 
 of the weights as loaded, so another dtype is another base.
+
+The net of a tuned model runs on its base's weights with a ledger's view or an adapter attached.  `state_dict`,
+`save_pretrained`, `copy.deepcopy` and `torch.save` would give the base, or pieces that nothing else reads.
+`refuse_copies` lets the net refuse them, and say which call does it.
 """
 
 from __future__ import annotations
@@ -16,16 +20,16 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fleetune.common.display import human_count
 from fleetune.errors import ModelError
-from fleetune.models.mapped.lazy import LazyWeight
+from fleetune.models.lazy import LazyWeight
 from fleetune.models.net import saving
 from fleetune.models.net.chat_template import is_plain
 
@@ -177,3 +181,41 @@ def uniform(key: str, shape: tuple[int, ...], bound: float) -> np.ndarray:
     raw = np.random.Philox(key=word).random_raw(int(np.prod(shape, dtype=np.int64)))
     unit = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
     return ((unit * np.float32(2) - np.float32(1)) * np.float32(bound)).reshape(shape)
+
+
+HINT: Final = (
+    "model.save(FOLDER) writes the tuned model; model.merge() puts the tuning into the weights, for good, and then "
+    "every way works"
+)
+HOOK: Final = "_fleetune_unmerged"
+CALLS: Final = {
+    "save_pretrained": "save_pretrained",
+    "__deepcopy__": "copy.deepcopy",
+    "__reduce_ex__": "torch.save",
+}
+
+
+def refuse_copies(net: nn.Module) -> None:
+    """Let the net and all modules of it refuse these calls until `allow_copies`."""
+
+    def refusal(call: str) -> Any:
+        def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+            raise ModelError(f"{call} would lose the tuning, which is not in the stored weights", hint=HINT)
+
+        return refuse
+
+    allow_copies(net)
+    for module in net.modules():
+        register: Any = module.register_state_dict_pre_hook  # torch leaves it untyped
+        module.__dict__[HOOK] = register(refusal("state_dict"))
+        calls = {n: call for n, call in CALLS.items() if n != "save_pretrained" or hasattr(module, n)}
+        module.__dict__.update({name: refusal(call) for name, call in calls.items()})
+
+
+def allow_copies(module: nn.Module) -> None:
+    """Take the refusals off a module and all within it; does nothing where there are none."""
+    for inside in module.modules():
+        if (hook := inside.__dict__.pop(HOOK, None)) is not None:
+            hook.remove()
+            for name in CALLS:
+                inside.__dict__.pop(name, None)

@@ -1,19 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a model as a Hugging Face directory, whole or not at all."""
+"""Write a model as a Hugging Face directory, and safetensors files one tensor at a time; compare what the disk gives back.
+
+A safetensors file is 8 bytes with the header's length, the header (JSON: dtype, shape and offsets of each tensor) and the
+raw little-endian values.  (The writer of the safetensors package needs all tensors in memory, and its order of several
+keys of metadata varies.)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
 
+import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fleetune.common.folders import staged
-from fleetune.errors import ModelError, StorageError
+from fleetune.errors import FleetuneError, ModelError, StorageError
 from fleetune.models.families.foreign import short_error
+from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import mark_config
 
 
@@ -70,3 +82,92 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"cannot write {path}: {'the disk is full' if full else short_error(error)}",
             hint="free some space, or choose another folder with --out",
         ) from error
+
+
+Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
+Table = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+TYPES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
+    {
+        **{getattr(torch, dtype.full): dtype.tag for dtype in WEIGHTS.values()},
+        torch.int8: "I8",
+        torch.uint8: "U8",
+        torch.int32: "I32",
+        torch.uint32: "U32",
+        torch.int64: "I64",
+    }
+)
+# the order that safetensors' own writer has
+_RANK: Final = ("U8", "I8", "F16", "BF16", "I32", "U32", "F32", "I64")
+
+
+def write_pieces(
+    path: Path,
+    table: Table,
+    tensors: Iterable[tuple[str, Iterable[Tensor]]],
+    metadata: Mapping[str, str],
+    *,
+    aligned: int = 64,
+) -> None:
+    """Write a safetensors file whose values lie in the order of `table`; they come in any order, each in pieces."""
+    head, end = dict[str, Any]({"__metadata__": dict(metadata)}), 0
+    for name, (dtype, shape) in table.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        head[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": (start, end)}
+    raw = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-(len(raw) + 8) % aligned)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, pieces in tensors:
+            file.seek(8 + len(raw) + head[name]["data_offsets"][0])
+            for piece in pieces:
+                file.write(_bytes(piece).numpy().data)
+
+
+def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; wide dtypes come first, so that all values are aligned."""
+    table = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors()}
+    order = sorted(table, key=lambda name: (-table[name][0].itemsize, name))
+    pieces = ((name, [tensor]) for name, tensor in tensors())
+    write_pieces(path, {name: table[name] for name in order}, pieces, metadata)
+
+
+def write_in_turn(
+    path: Path, table: Table, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
+    """Write what `safetensors.torch.save_file` would, byte for byte, with one tensor in memory at a time.
+
+    `table` gives every tensor's dtype and shape.  (Only one key of metadata, since that writer's order of several varies.)
+    """
+    order = sorted(table, key=lambda name: (-_RANK.index(TYPES[table[name][0]]), name))
+    pieces = ((name, [tensor]) for name, tensor in tensors)
+    write_pieces(path, {name: table[name] for name in order}, pieces, metadata, aligned=8)
+
+
+def compare(path: Path, tensors: Tensors) -> None:
+    """Raise FleetuneError unless the file holds these tensors and no others, bit for bit."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            left = set(file.keys())
+            for name, tensor in tensors():
+                found = file.get_tensor(name)
+                same = (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+                if not same or not torch.equal(_bytes(found), _bytes(tensor)):
+                    raise damaged(path, f"{name} does not hold what was written")
+                left.remove(name)
+    except SafetensorError as error:
+        raise damaged(path, str(error)) from error
+    if left:
+        raise damaged(path, f"{min(left)} was not written")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def damaged(path: Path, what: str) -> FleetuneError:
+    """Return the error for a file that does not give back what was written."""
+    return FleetuneError(
+        f"the file just written to {path} is wrong: {what}",
+        hint="try again on another disk; if it stays, report it as a fault of Fleetune",
+    )

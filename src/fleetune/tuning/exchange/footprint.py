@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
+import numpy as np
+
+from fleetune import adapters
 from fleetune.common.ggml import BLOCK, HALVES
-from fleetune.models.loading.shapes import Linear, Shape
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from fleetune.seeds.ledger import Ledger
+from fleetune.models.shapes import Linear, Shape
+from fleetune.seeds.ledger import Ledger, LedgerHead
 
 WIDE: Final = (1 << 64) - 1  # a 64-bit key at its full width in a message
 Sizes = Mapping[str, tuple[int, ...]]
@@ -68,8 +67,6 @@ class Footprint(NamedTuple):
 
 def lora_layers(shape: Shape, targets: str) -> tuple[Linear, ...]:
     """Return the layers that LoRA is put on, by the `targets` of `adapters.Lora`."""
-    from fleetune import adapters
-
     if targets in (adapters.ALL_LINEAR, adapters.QUERY_VALUE):
         return shape.linears if targets == adapters.ALL_LINEAR else shape.query_value
     ends = tuple("." + target.strip() for target in targets.split(","))
@@ -100,16 +97,10 @@ def scales_module(shape: Shape) -> Module | None:
 
 def placeholders(module: Module) -> dict[str, np.ndarray]:
     """Return the module's tensors as zeros that share one number's memory."""
-    import numpy as np
-
     return {name: np.broadcast_to(np.float32(0), sizes) for name, sizes in module.tensors.items()}
 
 
 def placeholder_ledger(K: int) -> Ledger:
     """Return a ledger of a pool of K directions whose sums need their full 32 bits."""
-    import numpy as np
-
-    from fleetune.seeds.ledger import Ledger, LedgerHead
-
     ledger = Ledger(LedgerHead("", "", (), WIDE, "hashed", K, 1.0))
     return ledger.append(np.zeros(1, np.uint64), np.array([1 << 20]), 1)

@@ -24,7 +24,8 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgpack
 import numpy as np
@@ -111,12 +112,16 @@ class NotFiniteError(MessageError):
     """A reply that holds NaN or infinity."""
 
 
-@dataclass(frozen=True)
-class ReplySpec:
-    """The form that a payload must have.  Shapes may hold None (any length) or -n (at most n)."""
+Range = tuple[type, float, float]  # of a scalar: its type, lowest, highest
+# The scalars of every method's reply: the rows that a client has, and its training loss.
+REPORTED: Final[Mapping[str, Range]] = MappingProxyType({"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
-    arrays: Mapping[str, tuple[str, tuple[int | None, ...]]]
-    scalars: Mapping[str, tuple[type, float, float]]  # type, lowest, highest
+
+class ReplySpec(NamedTuple):
+    """The form that a payload must have.  Shapes may hold -n: at most n."""
+
+    arrays: Mapping[str, tuple[str, tuple[int, ...]]]
+    scalars: Mapping[str, Range] = REPORTED
 
 
 def encode(message: Message) -> bytes:
@@ -290,12 +295,11 @@ def _check_names(kind: str, have: Mapping[str, Any], want: Mapping[str, Any]) ->
         raise MessageError(f"{kind} differ from the agreed: {more} more, {less} missing")
 
 
-def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int | None, ...]) -> None:
+def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> None:
     if array.dtype.name != dtype:
         raise MessageError(f"array '{name}' is {array.dtype.name}, agreed was {dtype}")
     fits = len(array.shape) == len(shape) and all(
-        want is None or (have <= -want if want < 0 else have == want)
-        for have, want in zip(array.shape, shape, strict=True)
+        have <= -want if want < 0 else have == want for have, want in zip(array.shape, shape, strict=True)
     )
     if not fits:
         raise MessageError(f"array '{name}' has shape {array.shape}, agreed was {shape}")
@@ -340,13 +344,10 @@ class LogCode:
         low = np.minimum(np.searchsorted(levels, size, side="right") - 1, 126)
         share = (size - levels[low]) / (levels[low + 1] - levels[low])
         level = low + (u < share)
-        sign: np.ndarray = np.where((x < 0) & (level > 0), 128, 0)
-        codes: np.ndarray = (level + sign).astype(np.uint8)
-        return codes
+        return np.asarray(level + np.where((x < 0) & (level > 0), 128, 0), np.uint8)
 
     @staticmethod
     def decode(codes: np.ndarray) -> np.ndarray:
         """Return the integers int64[n] that codes uint8[n] stand for."""
         size = LogCode.LEVELS[codes & 127]
-        signed: np.ndarray = np.where(codes & 128, -size, size)
-        return signed
+        return np.asarray(np.where(codes & 128, -size, size))

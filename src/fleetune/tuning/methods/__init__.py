@@ -24,13 +24,13 @@ import numpy as np
 from fleetune.common.registry import Member, Registry
 from fleetune.common.settings import Setting, Value, of
 from fleetune.common.settings import make as make_of
+from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, Rule
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import FEWEST, MEAN, Rule
 
 if TYPE_CHECKING:
     from fleetune.data import Batches
-    from fleetune.models.loading.shapes import Shape
     from fleetune.models.net.model import Model
+    from fleetune.models.shapes import Shape
     from fleetune.seeds.slopes import Slopes
     from fleetune.tuning.exchange.footprint import Footprint
 
@@ -43,17 +43,7 @@ class Reply(NamedTuple):
     client: int
     key: int
     payload: Payload
-    late: int = 0  # rounds that it comes late
-    stood_on: Any = None  # the state that the device was sent, where that is not the present one
     rows: int = 0  # that its steps were for, where the payload's `n` is what they count; 0: the same
-
-    @property
-    def discount(self) -> float:
-        """What a late reply counts: 1 / sqrt(1 + late), the same bits on every machine.
-
-        Nguyen et al. 2022, arXiv 2106.06639 (FedBuff); the power of 1/2 of Xie et al. 2019, arXiv 1903.03934 (FedAsync).
-        """
-        return 1.0 / math.sqrt(1 + self.late)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,19 +106,6 @@ class Method(ABC):
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         """Return why `rule`, not the mean, does not fit replies of `asked` clients, and what to do; "" where it does."""
         return "this method has a rule of its own; leave aggregation out"
-
-    def late_problem(self) -> str:
-        """Return why `aggregate` cannot take replies to earlier rounds with these settings, "" where it can.
-
-        Such a reply counts `Reply.discount` times, along the directions of the state that it stood on.
-        """
-        return (
-            "a reply to an earlier round is of no use to this method; use one whose replies are steps along directions that "
-            "stay known: mezo, zosgd, onebyte or fedkseed"
-        )
-
-    def check_files(self) -> None:  # noqa: B027  # most read none
-        """Raise DataError when files that `init` reads cannot be read: called before the model is loaded."""
 
     def written_out(self) -> Self:
         """Return this method with what 0 or "" stands for in place, which a later version may choose otherwise."""

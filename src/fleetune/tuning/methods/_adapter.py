@@ -10,6 +10,8 @@ together (both are off unless asked for):
 
 A server: the mean weighted by rows, then a rule of `server_rules`.
 
+`Trained` is what every method that trains on devices does there; `Averaged` is a method that averages one module.
+
 What differs from SCAFFOLD's algorithm, and why:
 - The steps are AdamW's, so the variates are means of AdamW's steps, not of gradients; the correction is
   taken after the step, as OpenFedLLM does.
@@ -35,19 +37,18 @@ import torch
 from torch import nn
 
 from fleetune import adapters
+from fleetune.adapters.lora_init import FROM_WEIGHTS as FROM_WEIGHTS
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.net.checkpointing import by_layer
+from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import server_rules
-from fleetune.tuning.exchange.averaging import weighted_mean
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, Tensors
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
-from fleetune.tuning.exchange.server_rules import Tensors
-from fleetune.tuning.methods import Reply, _lora_start, norm
+from fleetune.tuning.methods import Reply, norm
 
 DTYPE: Final[Mapping[str, Any]] = MappingProxyType({"fp32": np.float32, "fp16": np.float16})
 NOBODY: Final = np.zeros(0, np.int64)
@@ -66,28 +67,25 @@ class State(NamedTuple):
     start: Tensors = NOTHING  # what a LoRA's start took out of the base (B0, A0)
 
 
-@dataclass(frozen=True)
-class Training:
-    """Settings of a device's training in a round."""
+class Trained(methods.Method):
+    """A method whose devices train a module with AdamW; its settings are fields of the method, or stand here."""
 
     lr: float
-    epochs: int = 1
-    steps: int = 0  # instead of epochs, unless 0
-    batch_size: int = 8
-    warmup: int = 0  # steps at the beginning of a round in which the rate rises
-    decay: bool = False  # linear to 0 within the round, after them
-    clip: float = 0.0  # of the gradient's norm; 0: not
-    weight_decay: float = 0.0
+    epochs: int
+    steps: int  # instead of epochs, unless 0
+    batch_size: int
+    weight_decay: float
+    clip: float  # of the gradient's norm; 0: not
+    checkpointing: bool
+    decay: bool = True  # linear to 0 within the round, after them
     mu: float = 0.0  # FedProx
     scaffold: bool = False
-    checkpointing: bool = True
     wire: str = "fp32"
 
-    def check(self) -> None:
-        """Raise ValueError, in plain words, for numbers that cannot be."""
-        if self.batch_size < 1 or self.epochs < 1 or self.steps < 0 or self.warmup < 0:
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.epochs < 1 or self.steps < 0 or self.rising < 0:
             raise ValueError("batch_size and epochs must be at least 1, steps and warmup 0 or more")
-        if not 0 < self.lr < math.inf:
+        if not 0 < self.own_lr < math.inf:
             raise ValueError(f"lr = {self.lr} must be positive")
         if not all(0 <= x < math.inf for x in (self.clip, self.weight_decay, self.mu)):
             raise ValueError(
@@ -96,39 +94,84 @@ class Training:
         if self.wire not in DTYPE:
             raise ValueError(f"wire = {self.wire!r} is none of {', '.join(DTYPE)}")
 
-    def warmup_in(self, steps: int) -> int:
-        """Return the warmup of a round made as short as this: as it is where the round has no fewer steps, else half at most."""
-        return self.warmup if 0 < self.steps <= steps else min(self.warmup, steps // 2)
+    @property
+    def own_lr(self) -> float:
+        """The learning rate, where `lr` 0 may stand for a rate of the method's own."""
+        return self.lr
 
-    def count(self, n: int) -> int:
-        """Return how many steps a device with n rows takes in a round."""
-        return self.steps or self.epochs * -(-n // self.batch_size)
+    @property
+    def rising(self) -> int:
+        """The steps at the beginning of a round in which the rate rises."""
+        return 0
+
+    def local_steps(self, rows: int) -> int:
+        return self.steps or self.epochs * -(-rows // self.batch_size)
 
     def rates(self, n: int) -> list[float]:
         """Return the learning rate of every step of a device with n rows.
 
-        It rises for `warmup` steps, from lr / (warmup + 1) on, and may fall linearly afterwards.
+        It rises for so many steps w, from lr / (w + 1) on, and may fall linearly afterwards.
         """
-        count, warm = self.count(n), self.warmup
-        rising = [self.lr * (t + 1) / (warm + 1) for t in range(min(warm, count))]
+        count, warm, lr = self.local_steps(n), self.rising, self.own_lr
+        rising = [lr * (t + 1) / (warm + 1) for t in range(min(warm, count))]
         rest = count - len(rising)
-        return rising + [self.lr * (1 - t / rest if self.decay else 1) for t in range(rest)]
+        return rising + [lr * (1 - t / rest if self.decay else 1) for t in range(rest)]
 
     def walked(self, n: int) -> tuple[float, float]:
         """Return the sum of `rates(n)` and the root of the sum of their squares, without the list: n may be any claim."""
-        w = min(self.warmup, self.count(n))
-        rest = self.count(n) - w
-        length, squares = (
-            w * (w + 1) / 2 / (self.warmup + 1),
-            w * (w + 1) * (2 * w + 1) / 6 / (self.warmup + 1) ** 2,
-        )
+        w = min(self.rising, self.local_steps(n))
+        rest = self.local_steps(n) - w
+        length = w * (w + 1) / 2 / (self.rising + 1)
+        squares = w * (w + 1) * (2 * w + 1) / 6 / (self.rising + 1) ** 2
         length += (rest + 1) / 2 if self.decay and rest else rest
         squares += (rest + 1) * (2 * rest + 1) / (6 * rest) if self.decay and rest else rest
-        return self.lr * length, self.lr * math.sqrt(squares)
+        return self.own_lr * length, self.own_lr * math.sqrt(squares)
+
+    def train(self, model: Model, batches: Batches, key: int, pull: Mapping[str, np.ndarray]) -> float:
+        """Train the module, and return the mean loss of the steps; `pull` is SCAFFOLD's c - c_k by name, {} for none."""
+        parameters = adapters.trainable(model)
+        away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in pull.items()}
+        steps = Steps(list(parameters.values()), self, model.device)
+        taken = batches.steps if self.steps else batches.epochs
+        checkpoints, losses = by_layer(model.net) if self.checkpointing else nullcontext(), []
+        with adapters.training(model, key), checkpoints, steps.in_backward():
+            for batch, rate in zip(
+                taken(self.steps or self.epochs, self.batch_size), self.rates(batches.n), strict=True
+            ):
+                steps.rate = rate
+                loss = loss_tensor(model, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                steps.after_backward()
+                with torch.no_grad():
+                    for name, direction in away.items():
+                        parameters[name].sub_(direction, alpha=rate)
+                losses.append(loss.item())
+        return float(np.mean(losses))
+
+    def distance(self, state: Any, sent: Payload, reply: Reply) -> float:
+        """Return how far a device went: root mean square, over that of random steps of the learning rate's size.
+
+        Such steps, and AdamW's are about that, go sqrt(sum of the steps' squared rates): with it, devices of few and of many
+        rows compare.  A device of a lower rank was sent the first part of each tensor.
+        """
+        w_k, tensors = reply.payload.arrays, state.tensors
+        moved = norm(
+            w_k[n].astype(np.float64) - t.astype(DTYPE[self.wire])[tuple(map(slice, w_k[n].shape))]
+            for n, t in tensors.items()
+        )
+        _, walk = self.walked(reply.payload.int("n"))
+        return moved / (math.sqrt(sum(w_k[n].size for n in tensors)) * walk)
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        if rule.name == "sign-vote":
+            return (
+                "signs do not say how far the numbers of a module go; use aggregation=median or trimmed-mean"
+            )
+        return ""
 
 
 @dataclass(frozen=True)
-class Averaged(methods.Method):
+class Averaged(Trained):
     """A method that averages one module, with the settings that all of these have."""
 
     lr: float = setting(3e-4, "η", "AdamW learning rate", found=True)
@@ -140,10 +183,7 @@ class Averaged(methods.Method):
     clip: float = setting(0.0, "C", "largest norm of a gradient (0: any)")
     targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
     start: str = setting(
-        "default", "A₀, B₀", "where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva"
-    )
-    start_data: str = setting(
-        "demo", "X", "start=eva: rows the server has, a file or demo (32 are read)", only_if="start=eva"
+        "default", "A₀, B₀", "where A and B start: default, gaussian, shared, orthogonal, pissa, olora"
     )
     wire: str = setting("fp32", "wire", "fp32, or fp16 to halve the traffic")
     server: str = setting("avg", "server", "the server's rule: avg, avgm or adam")
@@ -155,162 +195,127 @@ class Averaged(methods.Method):
     checkpointing: bool = setting(True, "ckpt", "compute activations twice: less memory, more time")
 
     def __post_init__(self) -> None:
-        self.training().check()
+        super().__post_init__()
         server_rules.check(self.server, lr=self.server_lr)
-        _lora_start.check_targets(self.targets)
+        check_targets(self.targets)
 
-    def training(self) -> Training:
-        """Return how a device trains."""
-        return Training(
-            lr=self.lr,
-            epochs=self.epochs,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            warmup=self.warmup,
-            decay=True,
-            clip=self.clip,
-            weight_decay=self.weight_decay,
-            mu=self.mu,
-            scaffold=self.scaffold,
-            checkpointing=self.checkpointing,
-            wire=self.wire,
-        )
+    @property
+    def rising(self) -> int:
+        return self.warmup
 
     @abstractmethod
     def attach(self, model: Model, seed: int, start: str = "default") -> None:
         """Give `model` the module, unless it has it.  (A device is sent the start's numbers.)"""
 
     def init(self, model: Model, key: int) -> State:
+        """Return the state of the module, rounded as every device will have it."""
         seed = key >> 1  # fits a signed 64-bit scalar
         self.attach(model, seed, self.start)
-        if self.start == "eva":
-            _lora_start.see(model, self.start_data)
-        return begin(model, seed, self.wire)
+        start = group(coded(adapters.subtracted_factors(model), self.wire))
+        adapters.subtract_factors(model, start)
+        return State(adapters.export(model), seed, start=start)
 
     def broadcast(self, state: State) -> Payload:
-        return broadcast(state, self.wire)
+        """Send the module, what its start took out of the base, and SCAFFOLD's c once there is one."""
+        arrays = coded(state.tensors, self.wire) | coded(state.start, self.wire, "start/")
+        return Payload(arrays | coded(state.c, self.wire, "c/"), {"seed": state.seed})
 
     def expects(self, state: State) -> ReplySpec:
-        return expects(state, self.wire)
+        arrays = {n: (np.dtype(DTYPE[self.wire]).name, t.shape) for n, t in state.tensors.items()}
+        return ReplySpec(arrays)
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Do epochs (or steps) of AdamW on the module, moments fresh every round."""
         self.attach(model, payload.int("seed"))
-        return local(model, payload, batches, key, memory, self.training())
+        return self.trained(model, payload, batches, key, memory)
 
-    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
-        return distance(state.tensors, reply, self.training())
+    def trained(
+        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
+    ) -> Payload:
+        """Load what came, train, and return what goes back; the module is then what was sent.
+
+        `payload` has no arrays afterwards: in training, the module's parameters are all that is left of them.
+        """
+        arrays = payload.take()
+        adapters.subtract_factors(model, group(arrays, "start/"))
+        adapters.load_(model, group(arrays))
+        if c := group(arrays, "c/"):
+            adapters.check_form(model, c)
+        if not self.scaffold:
+            arrays.clear()
+        w, c_k = group(arrays), group(memory, "c/")
+        pull = {n: np.asarray(c.get(n, 0.0) - c_k.get(n, 0.0)) for n in w} if c or c_k else {}
+        loss = self.train(model, batches, key, pull)
+        sent = coded(adapters.export(model), self.wire)
+        w_k = group(sent)
+        adapters.load_(model, w_k)
+        if self.scaffold:
+            variate = server_rules.control(c_k, c, w, w_k, self.walked(batches.n)[0])
+            if all(np.isfinite(v).all() for v in variate.values()):  # else the reply will be refused
+                memory.update({f"c/{n}": v.astype(np.float32) for n, v in variate.items()})
+        return Payload(sent, {"n": batches.n, "loss": loss})
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
-        return aggregate(state, replies, self.training(), self.server, self.server_lr, rule)
+        """Take the mean weighted by rows, the server's step, and SCAFFOLD's c if it is on; no reply gives the state back.
 
-    def cannot_combine(self, rule: Rule, asked: int) -> str:
-        return cannot_combine(rule)
+        Another `rule` combines the modules in the mean's place, and the changes of the devices' variates.
+        """
+        sent = self.broadcast(state).arrays
+        w, c, seen = group(sent), group(sent, "c/"), set(state.seen.tolist())
+        zeros = {n: np.zeros(tensor.shape) for n, tensor in w.items()}
+        before = {n: len(seen) * np.asarray(state.c.get(n, 0.0), np.float64) + zeros[n] for n in w}
+        combined, variates = rule.combining(w), rule.combining(sums=before)  # sum of c_k of the devices seen
+        for reply in replies:
+            n, w_k = reply.payload.int("n"), reply.payload.arrays
+            combined.add(float(n), w_k)
+            if self.scaffold:
+                walked, _ = self.walked(reply.rows or n)
+                variates.add(1.0, server_rules.control({}, c, w, w_k, walked))  # c_k' - c_k
+                seen.add(reply.client)
+        if not combined.total:
+            return state
+        mean = combined.tensors()
+        new = state._replace(tensors=rounded(mean))
+        if self.server != "avg" or self.server_lr not in (0.0, 1.0):  # else the mean itself
+            delta = {n: m.astype(np.float64) - w[n].astype(np.float64) for n, m in new.tensors.items()}
+            moved, moments = server_rules.step(
+                self.server, state.tensors, delta, state.moments, lr=self.server_lr
+            )
+            new = state._replace(tensors=rounded(moved), moments=moments)
+        if not self.scaffold:
+            return new
+        c = {n: total / len(seen) for n, total in variates.sums().items()}
+        return new._replace(c=c, seen=np.array(sorted(seen), np.int64))
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)
         adapters.subtract_factors(model, state.start)
         adapters.load_(model, state.tensors)
 
-    def check_files(self) -> None:
-        _lora_start.check_files(self.start, self.start_data)
-
     def written_out(self) -> Self:
-        """Return the method with the server's own rate in place."""
         return replace(self, server_lr=server_rules.rate(self.server, self.server_lr))
 
-    def local_steps(self, rows: int) -> int:
-        return self.training().count(rows)
-
     def sized(self, steps: int, batch_size: int) -> Self:
-        warmup = self.training().warmup_in(steps)
+        """Return the method with so many steps; where a round was longer, its warmup takes half of them at most."""
+        warmup = self.warmup if 0 < self.steps <= steps else min(self.warmup, steps // 2)
         return replace(self, steps=steps, batch_size=batch_size, warmup=warmup)
 
-
-def begin(model: Model, seed: int, wire: str) -> State:
-    """Return the state of the module that `model` carries, rounded as every device will have it."""
-    start = group(coded(adapters.subtracted_factors(model), wire))
-    adapters.subtract_factors(model, start)
-    return State(adapters.export(model), seed, start=start)
-
-
-def footprint(module: Module | None, how: Training) -> Footprint | None:
-    """Return a device's work of training this module, with the state that its messages are counted by."""
-    if module is None:
-        return None
-    state = State(placeholders(module), WIDE >> 1)
-    together = how.clip > 0
-    return Footprint(
-        "backward", module, state, checkpointing=how.checkpointing, whole_gradient=together, kept=_kept(how)
-    )
-
-
-def _kept(how: Training) -> int:
-    """Return how many fp32 copies of the module a training keeps beside it.
-
-    FedProx's origins; SCAFFOLD's w, c, c_k and pull, and w and c as they came, where that is in fp16.
-    """
-    return (how.mu > 0) + how.scaffold * (5 if how.wire == "fp16" else 4)
-
-
-def clear(model: Model) -> None:
-    """Take off whatever adapter the model carries."""
-    if model.attachment is not None:
-        adapters.detach(model)
-
-
-# ---------------------------------------------------------------- a device
-
-
-def local(
-    model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any], how: Training
-) -> Payload:
-    """Load what came, train, and return what goes back; the module is then what was sent.
-
-    `payload` has no arrays afterwards: in training, the module's parameters are all that is left of them.
-    """
-    arrays = payload.take()
-    adapters.subtract_factors(model, group(arrays, "start/"))
-    adapters.load_(model, group(arrays))
-    if c := group(arrays, "c/"):
-        adapters.check_form(model, c)
-    if not how.scaffold:
-        arrays.clear()
-    w, c_k = group(arrays), group(memory, "c/")
-    pull = {n: np.asarray(c.get(n, 0.0) - c_k.get(n, 0.0)) for n in w} if c or c_k else {}
-    loss = train(model, batches, key, how, pull)
-    sent = coded(adapters.export(model), how.wire)
-    w_k = group(sent)
-    adapters.load_(model, w_k)
-    if how.scaffold:
-        variate = server_rules.control(c_k, c, w, w_k, how.walked(batches.n)[0])
-        if all(np.isfinite(v).all() for v in variate.values()):  # else the reply will be refused
-            memory.update({f"c/{n}": v.astype(np.float32) for n, v in variate.items()})
-    return Payload(sent, {"n": batches.n, "loss": loss})
-
-
-def train(model: Model, batches: Batches, key: int, how: Training, pull: Mapping[str, np.ndarray]) -> float:
-    """Train, and return the mean loss of the steps; `pull` is SCAFFOLD's c - c_k by name, {} for none."""
-    parameters = adapters.trainable(model)
-    away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in pull.items()}
-    steps = Steps(list(parameters.values()), how, model.device)
-    rows, losses = batches.steps if how.steps else batches.epochs, []
-    checkpoints = by_layer(model.net) if how.checkpointing else nullcontext()
-    with adapters.training(model, key), checkpoints, steps.in_backward():
-        for batch, rate in zip(
-            rows(how.steps or how.epochs, how.batch_size), how.rates(batches.n), strict=True
-        ):
-            steps.rate = rate
-            loss = loss_tensor(model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            steps.after_backward()
-            with torch.no_grad():
-                for name, direction in away.items():
-                    parameters[name].sub_(direction, alpha=rate)
-            losses.append(loss.item())
-    return float(np.mean(losses))
+    def work_on(self, module: Module | None) -> Footprint | None:
+        """Return a device's work of training this module, with the state that its messages are counted by."""
+        if module is None:
+            return None
+        # FedProx's origins; SCAFFOLD's w, c, c_k and pull, and w and c as they came, where that is in fp16
+        kept = (self.mu > 0) + self.scaffold * (5 if self.wire == "fp16" else 4)
+        return Footprint(
+            "backward",
+            module,
+            State(placeholders(module), WIDE >> 1),
+            checkpointing=self.checkpointing,
+            whole_gradient=self.clip > 0,
+            kept=kept,
+        )
 
 
 class Steps:
@@ -320,11 +325,13 @@ class Steps:
     which needs all of it, or on an accelerator, which takes many small steps slowly, all are taken after backward.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], how: Training, device: str) -> None:
-        self.how, self.rate = how, how.lr
+    def __init__(self, parameters: Sequence[nn.Parameter], how: Trained, device: str) -> None:
+        self.how, self.rate = how, how.own_lr
         self.at_once = not how.clip and device == "cpu"
         self.groups = [[p] for p in parameters] if self.at_once else [parameters]
-        self.optimizers = [torch.optim.AdamW(g, how.lr, weight_decay=how.weight_decay) for g in self.groups]
+        self.optimizers = [
+            torch.optim.AdamW(g, how.own_lr, weight_decay=how.weight_decay) for g in self.groups
+        ]
         self.origins = {p: p.detach().clone() for p in parameters} if how.mu else {}  # FedProx's w_global
 
     @contextmanager
@@ -361,12 +368,17 @@ def prox_(parameter: nn.Parameter, origin: torch.Tensor, mu: float) -> None:
         parameter.grad.add_(parameter.detach() - origin, alpha=mu)
 
 
-# ---------------------------------------------------------------- what travels
+# What travels -------------------------------------------------------------------------------------------
 
 
 def coded(tensors: Mapping[str, np.ndarray], wire: str, prefix: str = "") -> Tensors:
     """Return tensors in the wire's type, their names after `prefix`; those that have it are the same arrays."""
     return {prefix + n: t.astype(DTYPE[wire], copy=False) for n, t in tensors.items()}
+
+
+def rounded(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Return float32, what travels."""
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
 def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
@@ -381,95 +393,25 @@ def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
     }
 
 
-def broadcast(state: State, wire: str) -> Payload:
-    """Send the module, what its start took out of the base, and SCAFFOLD's c once there is one."""
-    arrays = coded(state.tensors, wire) | coded(state.start, wire, "start/") | coded(state.c, wire, "c/")
-    return Payload(arrays, {"seed": state.seed})
+# LoRA's settings ----------------------------------------------------------------------------------------
 
 
-def expects(state: State, wire: str) -> ReplySpec:
-    """Expect the module's tensors in the wire's type, rows and loss."""
-    arrays = {n: (np.dtype(DTYPE[wire]).name, t.shape) for n, t in state.tensors.items()}
-    return ReplySpec(arrays, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+def check_start(start: str, r: int, *, dropout: float, wire: str) -> None:
+    """Raise ValueError, in plain words, for a start that is not known or does not go with the rest."""
+    if start not in adapters.INITS:
+        raise ValueError(f"start = {start!r} is none of {', '.join(adapters.INITS)}")
+    if start == "orthogonal" and r % 2:
+        raise ValueError(f"start=orthogonal needs an even rank, r is {r}")
+    if start in FROM_WEIGHTS and (dropout or wire != "fp32"):
+        raise ValueError(
+            f"start={start} moves a part of the base's weights into A and B, which dropout would drop and fp16 "
+            f"would round; use dropout=0 and wire=fp32 (they are {dropout:g} and {wire})"
+        )
 
 
-def distance(tensors: Tensors, reply: Reply, how: Training) -> float:
-    """Return how far a device went from `tensors`: root mean square, over that of random steps of the learning rate's size.
-
-    Such steps, and AdamW's are about that, go sqrt(sum of the steps' squared rates): with it, devices of few and of many
-    rows compare.  A device of a lower rank was sent the first part of each tensor.
-    """
-    w_k = reply.payload.arrays
-    moved = norm(
-        w_k[n].astype(np.float64) - t.astype(DTYPE[how.wire])[tuple(map(slice, w_k[n].shape))]
-        for n, t in tensors.items()
-    )
-    _, walk = how.walked(reply.payload.int("n"))
-    return moved / (math.sqrt(sum(w_k[n].size for n in tensors)) * walk)
-
-
-# ---------------------------------------------------------------- a server
-
-
-def cannot_combine(rule: Rule) -> str:
-    """Return why a rule does not fit modules, "" where it does."""
-    if rule.name == "sign-vote":
-        return "signs do not say how far the numbers of a module go; use aggregation=median or trimmed-mean"
-    return ""
-
-
-def aggregate(
-    state: State, replies: Iterable[Reply], how: Training, server: str, lr: float, rule: Rule = MEAN
-) -> State:
-    """Take the mean weighted by rows, the server's step, and SCAFFOLD's c if it is on; no reply gives the state back.
-
-    Another `rule` combines the modules in the mean's place, and the changes of the devices' variates.
-    """
-    sent = broadcast(state, how.wire).arrays
-    variates = Variates(state, sent, how, rule)
-    taken = variates.watch(replies) if how.scaffold else replies
-    weighted = ((float(r.payload.int("n")), r.payload.arrays) for r in taken)
-    mean = weighted_mean(weighted, rule.combining(group(sent)))
-    if not mean:
-        return state
-    new = advance(state, mean, group(sent), server, lr)
-    return new._replace(c=variates.mean(), seen=variates.seen()) if how.scaffold else new
-
-
-def advance(state: State, mean: Tensors, sent: Tensors, rule: str, lr: float) -> State:
-    """Take the rule's step from the module as it was `sent`; plain averaging takes the mean itself."""
-    if rule == "avg" and lr in (0.0, 1.0):
-        return state._replace(tensors=mean)
-    delta = {n: m.astype(np.float64) - sent[n].astype(np.float64) for n, m in mean.items()}
-    w, moments = server_rules.step(rule, state.tensors, delta, state.moments, lr=lr)
-    return state._replace(tensors={n: a.astype(np.float32) for n, a in w.items()}, moments=moments)
-
-
-class Variates:
-    """SCAFFOLD's c through a round: (sum of c_k of the devices seen) / (number of them)."""
-
-    def __init__(self, state: State, sent: Mapping[str, np.ndarray], how: Training, rule: Rule) -> None:
-        self.w, self.c, self.how = group(sent), group(sent, "c/"), how
-        self.clients = set(state.seen.tolist())
-        before = {
-            n: len(self.clients) * np.asarray(state.c.get(n, 0.0), np.float64) + np.zeros(t.shape)
-            for n, t in self.w.items()
-        }
-        self.changes = rule.combining(sums=before)
-
-    def watch(self, replies: Iterable[Reply]) -> Iterator[Reply]:
-        """Yield the replies, each added on its way."""
-        for reply in replies:
-            walked, _ = self.how.walked(reply.rows or reply.payload.int("n"))
-            change = server_rules.control({}, self.c, self.w, reply.payload.arrays, walked)  # c_k' - c_k
-            self.changes.add(1.0, change)
-            self.clients.add(reply.client)
-            yield reply
-
-    def mean(self) -> Tensors:
-        """Return the new c, float64."""
-        return {name: s / len(self.clients) for name, s in self.changes.sums().items()}
-
-    def seen(self) -> np.ndarray:
-        """Return int64: the devices that have a variate, in order."""
-        return np.array(sorted(self.clients), np.int64)
+def check_targets(targets: str) -> None:
+    """Raise ValueError where no layers are named between two commas, or none at all."""
+    if not all(target.strip() for target in targets.split(",")):
+        raise ValueError(
+            f"targets = {targets!r} must be {adapters.ALL_LINEAR}, {adapters.QUERY_VALUE} or the layers' names, as q_proj,k_proj"
+        )

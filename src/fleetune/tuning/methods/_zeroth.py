@@ -7,6 +7,7 @@ point (`open_view`).  A direction's id is `epoch << 32 | k`, member k of a pool 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -36,10 +37,39 @@ UNITS = 256  # grid = lr / 256: a slope of 1 is 256 units, so a usual step is hu
 
 
 class OfLedger(methods.Method):
-    """A method whose state has a ledger: the tuned model is at its point, and a step to it may come late."""
+    """A method whose state has a ledger: the tuned model is at its point."""
 
-    def late_problem(self) -> str:
-        return ""
+    law: str
+    K: int
+    lr: float
+    eps: float
+    batch_size: int
+
+    @property
+    def grid_lr(self) -> float:
+        """The learning rate that decides the ledger's grid."""
+        return self.lr
+
+    def empty(
+        self, model: Model, key: int, *, rule: str = "constant", aggregation: str = "mean weighted by rows"
+    ) -> Ledger:
+        """Return the ledger before round 1; `rule` says how the rate goes, `aggregation` how replies become one."""
+        return new_ledger(
+            model,
+            key,
+            law=self.law,
+            K=self.K,
+            lr=self.grid_lr,
+            eps=self.eps,
+            rule=rule,
+            method=type(self).__module__.rpartition(".")[2],
+            hyper=dataclasses.asdict(self),
+            aggregation=aggregation,
+        )
+
+    def opened(self, model: Model, payload: Payload, batches: Batches) -> tuple[View, Position]:
+        """Return `open_view` by the method's settings."""
+        return open_view(model, payload, batches, law=self.law, K=self.K, lr=self.grid_lr)
 
     def apply(self, model: Model, state: Any) -> None:
         place_at(model, state.ledger)
@@ -74,8 +104,7 @@ def draw(key: int, count: int, p: np.ndarray | None, K: int) -> np.ndarray:
 
 def rounded(steps: np.ndarray) -> np.ndarray:
     """Return int64: the nearest integers that a ledger takes, whatever a reply has made of `steps`."""
-    whole: np.ndarray = np.clip(np.rint(steps), -INT32, INT32).astype(np.int64)
-    return whole
+    return np.asarray(np.clip(np.rint(steps), -INT32, INT32), np.int64)
 
 
 def pool_ids(epoch: int, k: np.ndarray) -> np.ndarray:

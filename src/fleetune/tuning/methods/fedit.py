@@ -18,7 +18,7 @@ and sends it back; the server averages, weighted by rows: A <- sum_k p_k A_k and
 ## Options
 
 `average=product` averages the products of the factors, sum_k p_k B_k A_k, instead of A and B apart
-(`averaging.product_mean`).  Then devices may also have unlike ranks: with `ranks=4,8,16` device k has the
+(`aggregation.product_mean`).  Then devices may also have unlike ranks: with `ranks=4,8,16` device k has the
 (k modulo 3)-th of them, is sent the strongest directions of the global adapter (of rank r), up to its rank,
 and sends as many back; the average is exact over all of them.
 
@@ -35,9 +35,8 @@ Where A and B start is the server's choice (`start`), and every device gets it f
 | shared | A a signed sketch with orthonormal rows, equal bits on every machine; B zero (ours) |
 | orthogonal | both random, with B A = 0; r must be even |
 | pissa, olora | the strongest directions (or the first of Q R) of each weight W0; what they hold of it is taken out |
-| eva | A the directions that explain most of what the layer sees on rows of the server's (`start_data`); B zero |
 
-Sources and formulas: `adapters/lora_init.py`, `adapters/lora_init_eva.py`.  The base is never written to: for pissa and olora
+Sources and formulas: `adapters/lora_init.py`.  The base is never written to: for pissa and olora
 the start itself, B0 A0, is subtracted beside each layer, so it goes down with every broadcast (twice the bytes
 down, none up), and the saved adapter is a plain LoRA of rank 2 r on the plain base.
 
@@ -51,21 +50,20 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.errors import MessageError
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
-from fleetune.tuning.exchange.averaging import cut, product_mean
+from fleetune.models.shapes import Shape
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, cut, product_mean
 from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
-from fleetune.tuning.methods import Reply, _adapter, _lora_start
-from fleetune.tuning.methods._adapter import State, Training
+from fleetune.tuning.methods import Reply, _adapter
+from fleetune.tuning.methods._adapter import State
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +90,7 @@ class Method(_adapter.Averaged):
             raise ValueError(f"r = {self.r} and alpha = {self.alpha} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
-        _lora_start.check(
-            self.start, self.r, dropout=self.dropout, wire=self.wire, start_data=self.start_data
-        )
+        _adapter.check_start(self.start, self.r, dropout=self.dropout, wire=self.wire)
         one = r" *\d+ *"
         if self.ranks and not (
             re.fullmatch(f"{one}(,{one})*", self.ranks) and all(1 <= k <= self.r for k in self.each_rank)
@@ -107,24 +103,17 @@ class Method(_adapter.Averaged):
             )
         if self.average not in ("separate", "product"):
             raise ValueError(f"average = {self.average!r} is none of separate, product")
-        if self.average == "product":
-            self.check_product()
-
-    def check_product(self) -> None:
-        """Raise ValueError for what does not go with an average of products."""
-        if self.start in _lora_start.FROM_WEIGHTS:
+        product = self.average == "product"
+        if product and self.start in _adapter.FROM_WEIGHTS:
             raise ValueError(
                 f"average=product keeps the strongest directions, which after start={self.start} are the base's "
                 "own and not what was learned; use average=separate"
             )
-        if self.server != "avg" or self.server_lr or self.scaffold:
+        if product and (self.server != "avg" or self.server_lr or self.scaffold):
             raise ValueError(
                 "average=product turns the factors every round, so that what server, server_lr and scaffold "
                 "remember of them would not fit; use average=separate with these"
             )
-
-    def training(self) -> Training:
-        return replace(super().training(), decay=self.decay)
 
     def attach(self, model: Model, seed: int, start: str = "default", rank: int = 0) -> None:
         """Give `model` an adapter of a rank (0: r), unless it has one."""
@@ -166,7 +155,7 @@ class Method(_adapter.Averaged):
         if rank is None:
             raise MessageError("the adapter that came has none of the run's ranks")
         self.attach(model, payload.int("seed"), rank=rank)
-        return _adapter.local(model, payload, batches, key, memory, self.training())
+        return self.trained(model, payload, batches, key, memory)
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Average the adapters (A and B apart) or their products; then take the server's step."""
@@ -185,7 +174,6 @@ class Method(_adapter.Averaged):
         return super().cannot_combine(rule, asked)
 
     def report(self, state: State) -> dict[str, float]:
-        """Return what the last average had to leave out."""
         return {"cut": state.cut} if self.average == "product" else {}
 
     def footprint(self, shape: Shape) -> Footprint | None:
@@ -197,4 +185,4 @@ class Method(_adapter.Averaged):
     def of_rank(self, shape: Shape, rank: int) -> Footprint | None:
         """Return the work of a device of this rank."""
         module = lora_module(lora_layers(shape, self.targets), shape.head, rank, dropout=self.dropout > 0)
-        return _adapter.footprint(module, self.training())
+        return self.work_on(module)

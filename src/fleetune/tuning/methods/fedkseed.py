@@ -34,14 +34,18 @@ whatever the number of rounds, and K numbers carry it.
   devices at most this share, of those in whose memory it fits.  Such a device reports its gradient projected
   on the K directions, p_k = z_k . g, after `backprop_steps` steps a_k <- a_k - eta_b p_k / K, each the mean of K
   two-point steps.  Both kinds of reply are K sums and enter one ledger, weighted by their precision: with rows n_c,
-  a device that back-propagated weighs n_c, and one that took n two-point steps n_c / (1 + (K - 1) / n).
+  a device that back-propagated weighs n_c, and one that took n two-point steps n_c / (1 + (K - 1) / n).  For of a
+  gradient in d dimensions, n two-point samples along directions drawn from the pool have, over the draw of the pool, the
+  variance d (1/K + (1 - 1/K) / n) |g|^2, the whole pool (n = infinity) d/K |g|^2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import numpy as np
@@ -50,30 +54,27 @@ from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.errors import MessageError
 from fleetune.evaluation import objectives
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.seeds import slopes
-from fleetune.seeds.descent import descend, uniforms
+from fleetune.seeds.descent import descend, descend_projected, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import POOL
 from fleetune.seeds.slopes import Slopes
 from fleetune.tuning.exchange import server_rules
+from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
-from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import FEWEST, MEAN, Rule
-from fleetune.tuning.methods import Reply, _mixed_fleet, _zeroth, norm
-from fleetune.tuning.methods._wires import WIRES, Wire, summed
-from fleetune.tuning.methods._zeroth import UNITS, draw, pool_ids, rounded
+from fleetune.tuning.exchange.messages import REPORTED, LogCode, Payload, ReplySpec, Scalar
+from fleetune.tuning.methods import Reply, _zeroth, norm
+from fleetune.tuning.methods._zeroth import INT32, UNITS, draw, pool_ids, rounded
 
 KIND = "ledger"
 PAPER = "Qin et al., ICML 2024, arXiv 2312.06353"
 SENDS = "one byte a local step up; K integers down"
 PASSES: Final = 4  # over a client's rows in a round, where the number of steps is not given
 FEWEST_STEPS: Final = 50
-DIRECTIONS: Final = (
-    1024,
-    4096,
-)  # K where none is given: of two-point steps alone, with clients that back-propagate
+KINDS: Final = ("two-point steps", "back-propagation")
+MARK: Final = "backprop"  # a scalar of the message to a client that is to back-propagate
 
 
 class State(NamedTuple):
@@ -81,8 +82,8 @@ class State(NamedTuple):
 
     ledger: Ledger
     round: int  # rounds done
-    size: np.ndarray  # for Pro: `Sizes`
-    seen: np.ndarray
+    size: np.ndarray  # for Pro: float64[K] sum of |g| seen along each direction,
+    seen: np.ndarray  # int64[K] and the number of these slopes
     moments: dict[str, np.ndarray]  # the server rule's
 
 
@@ -122,7 +123,7 @@ class Method(_zeroth.OfLedger):
 
     def __post_init__(self) -> None:
         if self.K == 0:
-            object.__setattr__(self, "K", DIRECTIONS[self.backprop > 0])
+            object.__setattr__(self, "K", 4096 if self.backprop else 1024)
         _zeroth.check_pool(
             self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size
         )
@@ -131,27 +132,27 @@ class Method(_zeroth.OfLedger):
         if self.epoch_rounds < 0 or self.clip < 0:
             raise ValueError("epoch_rounds and clip must be 0 or more")
         plain = self.law == POOL and (self.objective, self.pro) == ("loss", False)
-        _mixed_fleet.check(self.backprop, self.backprop_lr, self.backprop_steps, projectable=plain)
+        if not 0 <= self.backprop <= 1 or abs(self.share - Fraction(self.backprop)) > 1e-9:
+            raise ValueError(f"backprop = {self.backprop} is not a share in whole percent, 0 to 1")
+        if not 0 < self.backprop_lr < 1e3 or self.backprop_steps < 1:
+            raise ValueError(
+                f"backprop_lr = {self.backprop_lr} must be positive (and sane) and "
+                f"backprop_steps = {self.backprop_steps} at least 1"
+            )
+        if self.backprop and not plain:
+            raise ValueError(
+                "backprop projects the gradient of the loss on all directions of a pool: "
+                "it needs law=hashed, objective=loss and pro=false"
+            )
         server_rules.check(self.server, lr=self.server_lr)
 
     def written_out(self) -> Self:
-        """Return the method with the server rule's own rate in place."""
-        own = server_rules.SUMS_ETA.get(self.server, 0.0)
-        return replace(self, server_lr=server_rules.rate(self.server, self.server_lr or own))
+        lr = self.server_lr or server_rules.SUMS_ETA.get(self.server, 0.0)
+        return replace(self, server_lr=server_rules.rate(self.server, lr))
 
     def init(self, model: Model, key: int) -> State:
-        ledger = _zeroth.new_ledger(
-            model,
-            key,
-            law=self.law,
-            K=self.K,
-            lr=self.lr,
-            eps=self.eps,
-            method="fedkseed",
-            rule="constant",
-            hyper=asdict(self),
-            aggregation="mean weighted by rows" + (" and precision" if self.backprop else ""),
-        )
+        how = "mean weighted by rows" + (" and precision" if self.backprop else "")
+        ledger = self.empty(model, key, aggregation=how)
         return State(ledger, 0, np.zeros(self.K), np.zeros(self.K, np.int64), {})
 
     def broadcast(self, state: State) -> Payload:
@@ -173,45 +174,50 @@ class Method(_zeroth.OfLedger):
         return self.reply_spec(self.kind_of(0))
 
     @property
+    def share(self) -> Fraction:
+        """The share of the clients that back-propagate, exactly, in whole percent."""
+        return Fraction(round(100 * self.backprop), 100)
+
+    @property
     def kind_names(self) -> Sequence[str]:
-        return _mixed_fleet.KINDS if self.backprop else _mixed_fleet.KINDS[:1]
+        return KINDS if self.backprop else KINDS[:1]
 
     def kind_of(self, client: int) -> int:
-        return int(_mixed_fleet.back_propagates(client, self.backprop))
+        """Return 1 for a client that back-propagates, where all can: they are spread evenly over the numbers."""
+        return math.floor((client + 1) * self.share) - math.floor(client * self.share)
 
     def kinds(self, state: State) -> list[tuple[Payload, ReplySpec]]:
         """Send the same sums to all; those that are to back-propagate are told so."""
         payload = self.broadcast(state)
-        sent = [payload, _mixed_fleet.order(payload)]
+        sent = [payload, Payload(payload.arrays, {**payload.scalars, MARK: True})]
         return [(sent[kind], self.reply_spec(kind)) for kind in range(len(self.kind_names))]
 
     def reply_spec(self, kind: int) -> ReplySpec:
         """Return what the reply of a kind must look like."""
-        return _mixed_fleet.spec(self.codec, self.K) if kind else self.codec.spec(self.K, self.tau)
+        codec = self.codec
+        return ReplySpec({"projected": (codec.dtype, (self.K,))}) if kind else codec.spec(self.K, self.tau)
 
     @property
-    def codec(self) -> Wire:
+    def codec(self) -> Byte:
+        """The form in which integers are sent; it decides which integers a step may have."""
         return WIRES[self.wire]
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Take tau two-point steps along drawn directions, or back-propagate where `payload` says so; reply with integers."""
-        view, position = _zeroth.open_view(model, payload, batches, law=self.law, K=self.K, lr=self.lr)
+        view, position = self.opened(model, payload, batches)
         epoch = len(payload.array("a")) - 1
-        if _mixed_fleet.is_ordered(payload):
-            projected, loss = _mixed_fleet.descend(
-                model,
-                view,
-                position,
-                epoch,
-                batches.steps(self.backprop_steps, self.batch_size),
-                key,
-                wire=self.codec,
-                units=UNITS * self.backprop_lr / self.lr,
-                clip=self.clip,
-            )
-            return Payload({"projected": projected}, {"n": batches.n, "loss": loss})
+        if payload.scalars.get(MARK) is True:
+            taken = batches.steps(self.backprop_steps, self.batch_size)
+            units = UNITS * self.backprop_lr / self.lr
+            walked = descend_projected(model, view, position, epoch, taken, units=units, clip=self.clip)
+            projected = self.codec.projection(walked.moved, key)
+            ids = pool_ids(epoch, np.arange(self.K))
+            for id, c in zip(ids, self.codec.integers(projected), strict=True):
+                position.move(int(id), int(c))
+            position.place(view)
+            return Payload({"projected": projected}, {"n": batches.n, "loss": walked.loss})
         p = payload.arrays.get("p")
         if p is not None and (p.shape != (self.K,) or not np.isfinite(p).all()):
             raise MessageError(f"the probabilities are not of {self.K} directions")
@@ -246,41 +252,42 @@ class Method(_zeroth.OfLedger):
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Set A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once.
 
-        Another `rule` combines a_{c,k} over the clients that have drawn direction k.  Replies that come late may be of an
-        earlier pool.
+        Another `rule` combines a_{c,k} over the clients that have drawn direction k.
         """
-        epoch, p = self.epoch(state), self.probabilities(state)
-        combined = rule.combining(sums={str(epoch): np.zeros(self.K)})
-        sizes = Sizes(state.size.copy(), state.seen.copy())
+        p, combined = self.probabilities(state), rule.combining()
+        size, seen = state.size.copy(), state.seen.copy()
         units = UNITS * pro_weights(p, self.K)  # of a slope of 1 along each direction
         for reply in replies:
-            sent = reply.stood_on or state
-            w = _mixed_fleet.weight(reply.payload, self.codec, self.K, mixed=self.backprop > 0)
+            w = self.weight(reply.payload)
             if "projected" in reply.payload.arrays:
                 sums = self.codec.integers(reply.payload.array("projected"))
             else:
-                k, c = self.codec.walk(reply, p if sent is state else self.probabilities(sent), self.K)
+                k, c = self.codec.walk(reply, p, self.K)
+                np.add.at(size, k, np.abs(c / units[k]))
+                np.add.at(seen, k, 1)
                 sums = summed(k, c, self.K)
-                if sent is state:
-                    sizes.add(k, c / units[k])
-                sums = sums if rule.name == "mean" else self.drawn_only(sums, reply, p, rule)
-            combined.add(w, {str(self.epoch(sent)): reply.discount * sums})
+                if rule.name != "mean":  # along directions that were not drawn: what the rule has for none
+                    drawn = draw(reply.key, self.codec.steps(reply.payload), p, self.K)
+                    sums = np.where(np.bincount(drawn, minlength=self.K) > 0, sums, rule.absent)
+            combined.add(w, {"a": sums})
         ledger, moments = state.ledger, state.moments
-        found = {int(pool): sums for pool, sums in combined.tensors().items()} if combined.total else {}
-        for pool, sums in sorted(found.items()):
-            mean = sums / UNITS  # the paper's: sums of slopes
+        if combined.total:
+            mean = combined.tensors()["a"] / UNITS  # the paper's: sums of slopes
             step, moments = server_rules.step_sums(self.server, mean, moments, lr=self.server_lr)
-            ids = pool_ids(pool, np.arange(self.K))
+            ids = pool_ids(self.epoch(state), np.arange(self.K))
             ledger = ledger.append(ids, rounded(step * UNITS), state.round + 1)
-        new = State(ledger, state.round + 1, *sizes, moments)
+        new = State(ledger, state.round + 1, size, seen, moments)
         if self.epoch(new) > self.epoch(state):  # the next round draws from a pool of which nothing is known
             new = new._replace(size=np.zeros(self.K), seen=np.zeros(self.K, np.int64), moments={})
         return new
 
-    def drawn_only(self, sums: np.ndarray, reply: Reply, p: np.ndarray | None, rule: Rule) -> np.ndarray:
-        """Return float64[K]: the sums of a walk; along directions that were not drawn, what `rule` has for none."""
-        drawn = draw(reply.key, self.codec.steps(reply.payload), p, self.K)
-        return np.where(np.bincount(drawn, minlength=self.K) > 0, sums, rule.absent)
+    def weight(self, payload: Payload) -> float:
+        """Return what a reply weighs: its rows n; in a mixed fleet n / (1 + (K - 1) / steps) after two-point steps."""
+        n = payload.int("n")
+        if not self.backprop or "projected" in payload.arrays:
+            return float(n)
+        steps = self.codec.steps(payload)
+        return n * steps / (steps + self.K - 1) if steps else 0.0
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         if 0 < self.backprop < 1:
@@ -290,14 +297,6 @@ class Method(_zeroth.OfLedger):
             return (
                 f"a direction of {self.K} is drawn by {met:.1f} of {asked} clients in a round, and {FEWEST} are needed "
                 "to compare; lower K or raise tau, or use aggregation=norm-clip"
-            )
-        return ""
-
-    def late_problem(self) -> str:
-        if self.epoch_rounds and self.server != "avg":
-            return (
-                f"server={self.server} keeps moments of the present pool alone, and with epoch_rounds={self.epoch_rounds} a "
-                "late reply may be of the one before: use server=avg or epoch_rounds=0"
             )
         return ""
 
@@ -337,20 +336,8 @@ class Method(_zeroth.OfLedger):
 # Pro: directions drawn by the size of the slopes seen along them (section 3.3) ---------------------------
 
 
-class Sizes(NamedTuple):
-    """Sums and counts of the slopes seen along each direction."""
-
-    size: np.ndarray  # float64[K] sum of |g|
-    seen: np.ndarray  # int64[K] number of slopes
-
-    def add(self, k: np.ndarray, g: np.ndarray) -> None:
-        """Count slopes g, seen along the directions k, in place."""
-        np.add.at(self.size, k, np.abs(g))
-        np.add.at(self.seen, k, 1)
-
-
 def pro_probabilities(size: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Return float32[K]: the softmax of the min-max-scaled mean |g| of each direction (see `Sizes`).
+    """Return float32[K]: the softmax of the min-max-scaled mean |g| of each direction (see `State`).
 
     The most favoured direction is at most e times as likely as the least.  Sizes are cut at the 95 % quantile first:
     in the reference one outlier flattens all other ones.
@@ -362,10 +349,103 @@ def pro_probabilities(size: np.ndarray, seen: np.ndarray) -> np.ndarray:
     mean[seen == 0] = np.median(mean[seen > 0])
     mean = np.minimum(mean, np.quantile(mean, 0.95))
     scaled = (mean - mean.min()) / (np.ptp(mean) or 1.0)
-    p: np.ndarray = (np.exp(scaled) / np.exp(scaled).sum()).astype(np.float32)
-    return p
+    return np.asarray(np.exp(scaled) / np.exp(scaled).sum(), np.float32)
 
 
 def pro_weights(p: np.ndarray | None, K: int) -> np.ndarray:
     """Return float64[K], 1/(K p_k): keeps the mean step what uniform drawing (p None) would give."""
     return np.ones(K) if p is None else 1.0 / (K * p.astype(np.float64))
+
+
+# How a client's steps are sent ----------------------------------------------------------------------------
+#
+# The steps of a client in a round are its walk: tau steps, step j the integer c_j along direction k_j of the pool.  A client
+# that back-propagates sends its projection instead: how far it moved along each direction, one integer each.
+
+
+class Byte:
+    """One byte a step (`LogCode`): a step is rounded to a level, without bias.
+
+    The directions are drawn from the client's key of the round, so the server draws them again and they are never sent.
+    """
+
+    dtype = "uint8"  # of the array that is sent
+
+    def spec(self, K: int, tau: int) -> ReplySpec:
+        """Return the form of a walk's reply."""
+        return ReplySpec({"codes": (self.dtype, (-tau,))})
+
+    def integer(self, units: float, u: float, tau: int) -> int:
+        """Return the integer that stands for a step of so many units; u, uniform in [0, 1), is the step's coin."""
+        return int(LogCode.decode(LogCode.encode(np.array([units]), np.array([u])))[0])
+
+    def reply(self, k: np.ndarray, c: np.ndarray, K: int, scalars: Mapping[str, Scalar]) -> Payload:
+        """Return the reply of a walk: c int64[steps] along the directions k."""
+        codes = LogCode.encode(c, np.zeros(len(c)))  # each c is a level, so nothing is rounded
+        return Payload({"codes": codes}, scalars)
+
+    def steps(self, payload: Payload) -> int:
+        """Return the number of steps of a walk's reply."""
+        return len(payload.array("codes"))
+
+    def walk(self, reply: Reply, p: np.ndarray | None, K: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (k, c) of a walk's reply, or what is equal to it in sum."""
+        c = self.integers(reply.payload.array("codes"))
+        return draw(reply.key, len(c), p, K), c
+
+    def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
+        """Raise MessageError for a walk's reply that no steps along the drawn directions can give: here all can be."""
+
+    def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
+        """Return the array that is sent of a projection float64[K]."""
+        return LogCode.encode(moved, uniforms(key, "rounding", len(moved)))
+
+    def integers(self, array: np.ndarray) -> np.ndarray:
+        """Return int64: the integers that an array stands for."""
+        return LogCode.decode(array)
+
+
+class Sums(Byte):
+    """Exact sums: 4 bytes for each of the K directions, whatever the number of steps."""
+
+    dtype = "int32"
+
+    def spec(self, K: int, tau: int) -> ReplySpec:
+        return ReplySpec({"sums": (self.dtype, (K,))}, {**REPORTED, "steps": (int, 0, tau)})
+
+    def integer(self, units: float, u: float, tau: int) -> int:
+        top = INT32 // tau  # so that a sum of all steps fits its 32 bits
+        return max(-top, min(top, round(units)))
+
+    def reply(self, k: np.ndarray, c: np.ndarray, K: int, scalars: Mapping[str, Scalar]) -> Payload:
+        return Payload({"sums": summed(k, c, K).astype(np.int32)}, {**scalars, "steps": len(c)})
+
+    def steps(self, payload: Payload) -> int:
+        return payload.int("steps")
+
+    def walk(self, reply: Reply, p: np.ndarray | None, K: int) -> tuple[np.ndarray, np.ndarray]:
+        sums = self.integers(reply.payload.array("sums"))
+        return np.flatnonzero(sums), sums[sums != 0]
+
+    def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
+        sums = self.integers(reply.payload.array("sums"))
+        most = np.bincount(draw(reply.key, self.steps(reply.payload), p, K), minlength=K) * (INT32 // tau)
+        if (beyond := np.flatnonzero(np.abs(sums) > most)).size:
+            k = int(beyond[0])
+            raise MessageError(f"the sum along direction {k} is {sums[k]}, its steps give {most[k]} at most")
+
+    def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
+        return np.asarray(np.clip(np.rint(moved), -INT32, INT32), np.int32)
+
+    def integers(self, array: np.ndarray) -> np.ndarray:
+        return array.astype(np.int64)
+
+
+WIRES: Final[Mapping[str, Byte]] = MappingProxyType({"byte": Byte(), "sums": Sums()})
+
+
+def summed(k: np.ndarray, c: np.ndarray, K: int) -> np.ndarray:
+    """Return int64[K]: the integers of a walk summed per direction."""
+    sums = np.zeros(K, np.int64)
+    np.add.at(sums, k, c)
+    return sums

@@ -22,46 +22,33 @@ Every layer has a prompt of its own: keys and values that its attention finds in
 
 ## Differences from the paper
 
-- The code has neither the Lipschitz rule nor a gap: its plateau rule is `layers_rule=plateau`, and the user copies
-  the outcome by hand into a list of half of the layers (`half`).  Here the paper's rule is the default, and the run
-  itself applies it.  Scores and curvature come from the devices of the warm-up rounds (the code: all devices; after
+- The code has neither the Lipschitz rule nor a gap: the user copies the outcome of another rule by hand into a list of
+  half of the layers (`half`).  Here the paper's rule is the default, and the run itself applies it.
+  Scores and curvature come from the devices of the warm-up rounds (the code: all devices; after
   10 rounds, 5 for LLaMA); the trained prompts of the chosen layers are kept (the code starts again).
 - Scores leave padding out (the code compares padded outputs) and use `eigvalsh` (the code's eigenvalues may come
   out complex); the last layer can be chosen too.  The Hessian is of the loss on the answer (the code: on all ids).
 - In the code the devices' server steps share one momentum and one live model, so they pile up; here they do not.
-  Its momentum takes the change of the pseudo-gradient, D before - D now: `momentum_input=delta_diff`.
+  Its momentum takes the change of the pseudo-gradient, D before - D now.
 - AdamW starts anew each round and its rate falls to 0 within the round (paper; the code keeps one AdamW a device
   for the whole run).  So eta K_k, the way that a device could go, is the sum of the rates that it used.
 - rho is the share of the devices seen so far that answered, and a new device starts at c_k = c.  With rho fixed and
-  c_k = 0 (`rho=0.1` fixes it), c starts far too small, and the correction pulls back what was just learned.
+  c_k = 0, c starts far too small, and the correction pulls back what was just learned.
 - Prompts have no dropout.  They start small, yet the model with untrained ones is not the base: a run reports both.
 - Curvature is measured with 20 Hessian products on two rows (the code: 50 on a batch, which is
   `lanczos=50 curvature_rows=0`).
 
 ## Options
 
-- `layers_rule` is how many layers travel: by the gap in the Hessian's spectrum (`lipschitz`), by the published code's
-  `plateau`, `half`, `all` or a number.
-- `lanczos` and `curvature_rows` decide what the choice costs, once, in the warm-up (`lipschitz` takes twice as many products as
-  `plateau`; `half`, `all` and a number take none).  A device that will need more than 10 s says so.
-- `personalise` trains the other layers' prompts on every device too, but they stay there.  What the run evaluates is
-  always the global model: the chosen layers' prompts alone.  Beside it the round event reports `personal_loss`, of each
-  device's own model on rows that it never trains on, with `global_loss` on the same rows.
+- `layers_rule` is how many layers travel: by the gap in the Hessian's spectrum (`lipschitz`), `half`, `all` or a number.
+- `lanczos` and `curvature_rows` decide what the choice costs, once, in the warm-up (`half`, `all` and a number cost
+  nothing).
 
 ## What the choice costs
 
-Layers that travel, of 5, for six seeds; processor seconds of the Lipschitz rule on a device of 16 rows, and as a multiple of
-its training in that round (0.21 s).
-
-| rows | products | lipschitz | plateau | seconds | of training |
-|---|---|---|---|---|---|
-| 8 (`curvature_rows=0`) | 50 | 5, 5, 5, 5, 5, 5 | 3, 3, 3, 3, 3, 3 | 9.02 | 43.3 |
-| 8 | 20 | 5, 5, 5, 5, 5, 5 | 3, 3, 3, 3, 3, 3 | 3.61 | 17.3 |
-| 2 | 20 (default) | 5, 5, 5, 5, 5, 5 | 2, 3, 3, 3, 3, 3 | 1.12 | 5.4 |
-| 2 | 10 | 5, 5, 5, 5, 5, 5 | 2, 1, 2, 3, 3, 2 | 0.56 | 2.7 |
-| 2 | 5 | 5, 5, 5, 5, 5, 5 | 4, 1, 4, 3, 1, 4 | 0.28 | 1.3 |
-
-The Lipschitz rule finds no gap here, however it is measured, so all layers travel; equal choices give equal models.
+Processor time of the Lipschitz rule on a device of 16 rows of a model of 5 layers, as a multiple of its training in that
+round (0.21 s): 43 with 50 products on 8 rows, 17 with 20 on 8, 5.4 with 20 on 2 (the default), 1.3 with 5 on 2.  It finds
+no gap there, however it is measured, so all layers travel.
 After five rounds of four clients (40 rows each, base 4.800, six seeds) the loss is 3.746 by this rule, for 1.0 MB, and
 3.783 by `half`, for 0.71 MB; the noise of such a mean is 0.005.  The recipe has `clients = 4`, `rounds = 5`, `limit = 220`,
 `max_length = 64`, `held_out = 60`: `fleetune sweep choice.toml --vary layers_rule=half,lipschitz --seeds 6`
@@ -69,30 +56,44 @@ After five rounds of four clients (40 rows each, base 4.800, six seeds) the loss
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from fleetune import adapters
+from fleetune.adapters.prefix import IMPLEMENTATIONS
+from fleetune.common.memory import give_back
 from fleetune.common.settings import setting
-from fleetune.data import Batches
-from fleetune.evaluation.losses import batch_loss
-from fleetune.models.loading.shapes import Shape
+from fleetune.data import Batch, Batches
+from fleetune.errors import FleetError
+from fleetune.evaluation.losses import eval_mode
+from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.net.layers import check_separate, layers_of
 from fleetune.models.net.model import Model
-from fleetune.tuning import methods
+from fleetune.models.shapes import Shape
+from fleetune.seeds.descent import uniforms
+from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
-from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
+from fleetune.tuning.exchange.messages import REPORTED, Payload, ReplySpec
 from fleetune.tuning.exchange.server_rules import Tensors, control
-from fleetune.tuning.methods import Reply, _adapter, _layers
-from fleetune.tuning.methods._adapter import NOTHING
+from fleetune.tuning.methods import Reply, _adapter
+from fleetune.tuning.methods._adapter import NOTHING, rounded
 
 KIND = "adapter"
 PAPER = "Che et al., EMNLP 2023, arXiv 2310.15080"
 SENDS = "the prompts of the layers that matter, up and down"
+
+LIPSCHITZ: Final = "lipschitz"  # the rule that needs the Hessian
+SHIFT: Final = 1e-5  # added to a similarity's eigenvalues, so that 1/lambda stays below 1e5 (published code)
+log = logging.getLogger(__name__)
 
 
 class State(NamedTuple):
@@ -109,14 +110,11 @@ class State(NamedTuple):
     eta_s: float = 0.0
     v: Tensors = NOTHING  # float64
     c: Tensors = NOTHING  # float64
-    D: Tensors = NOTHING  # float64: the last pseudo-gradient
     c_k: Tensors = NOTHING  # float32, by "device/parameter name": it alone grows with the devices
-    personal: float = 0.0  # mean losses on rows that devices set apart (0: none), of their own models:
-    common: float = 0.0  # and of the global one
 
 
 @dataclass(frozen=True)
-class Method(methods.Method):
+class Method(_adapter.Trained):
     """Hyper-parameters with the paper's symbols and its code's defaults."""
 
     tokens: int = setting(20, "T", "length of each layer's prompt (the code: 5 for decoders)")
@@ -126,53 +124,37 @@ class Method(methods.Method):
     batch_size: int = setting(8, "B", "rows a step, and of a score")
     weight_decay: float = setting(0.1, "λ", "AdamW weight decay")
     clip: float = setting(1.0, "C", "largest norm of a gradient (0: any)")
-    layers_rule: str = setting("lipschitz", "rule", "lipschitz, plateau, half, all or a number of layers")
+    layers_rule: str = setting("lipschitz", "rule", "lipschitz, half, all or a number of layers")
     warmup: int = setting(1, "t₀", "rounds with all layers before they are chosen")
     lanczos: int = setting(
-        20,
-        "q",
-        "Hessian products of a measurement (lipschitz: twice; the code: 50)",
-        only_if="layers_rule=lipschitz|plateau",
+        20, "q", "Hessian products of a measurement (twice; the code: 50)", only_if="layers_rule=lipschitz"
     )
     curvature_rows: int = setting(
         2,
         "b",
         "rows that curvature is measured on (0: batch_size, as in the paper)",
-        only_if="layers_rule=lipschitz|plateau",
+        only_if="layers_rule=lipschitz",
     )
     beta: float = setting(0.9, "β", "server momentum")
     server_lr: float = setting(0.05, "ηₛ", "server step, times 0.99 each round, 1e-4 at least (0: FedAvg)")
-    momentum_input: str = setting("delta", "g", "delta: D of the round; delta_diff: D before - D (code)")
-    rho: float = setting(0.0, "ρ", "weight of a round in c (0: the share of known devices)")
     checkpointing: bool = setting(True, "ckpt", "compute activations twice: less memory, more time")
-    personalise: bool = setting(False, "pFL", "the other layers' prompts stay on the device")
 
     def __post_init__(self) -> None:
-        self.training().check()
+        super().__post_init__()
         if self.tokens < 1 or self.warmup < 1 or self.lanczos < 2 or self.curvature_rows < 0:
             raise ValueError(
                 "tokens and warmup must be at least 1, lanczos at least 2, curvature_rows 0 or more"
             )
-        if not (0 <= self.beta < 1 and 0 <= self.server_lr < 1e3 and 0 <= self.rho <= 1):
+        if not (0 <= self.beta < 1 and 0 <= self.server_lr < 1e3):
             raise ValueError(
-                f"beta = {self.beta}, server_lr = {self.server_lr}, rho = {self.rho} are not in [0, 1), [0, 1000), [0, 1]"
+                f"beta = {self.beta} and server_lr = {self.server_lr} are not in [0, 1) and [0, 1000)"
             )
-        _layers.check_rule(self.layers_rule)
-        if self.momentum_input not in ("delta", "delta_diff"):
-            raise ValueError(f"momentum_input = {self.momentum_input!r} is neither delta nor delta_diff")
-
-    def training(self) -> _adapter.Training:
-        """Return how a device trains."""
-        return _adapter.Training(
-            lr=self.lr,
-            epochs=self.epochs,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            decay=True,
-            clip=self.clip,
-            weight_decay=self.weight_decay,
-            checkpointing=self.checkpointing,
-        )
+        if self.layers_rule not in (LIPSCHITZ, "half", "all") and not re.fullmatch(
+            "[1-9][0-9]*", self.layers_rule
+        ):
+            raise ValueError(
+                f"layers_rule = {self.layers_rule!r} is none of lipschitz, half, all, nor a number"
+            )
 
     def init(self, model: Model, key: int) -> State:
         check_separate(model.net, "fedpeptao")
@@ -196,12 +178,10 @@ class Method(methods.Method):
 
     def expects(self, state: State) -> ReplySpec:
         arrays: dict[str, Any] = {n: ("float32", t.shape) for n, t in state.tensors.items()}
-        scalars: dict[str, Any] = {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)}
+        scalars = dict(REPORTED)
         if state.warmup:
             arrays["scores"] = ("float64", state.scores.shape)
-            scalars |= {"kept": (float, 0.0, 1.0)} if self.layers_rule in _layers.CURVED else {}
-        elif self.personalise:
-            scalars |= {"personal": (float, -1e9, 1e9), "common": (float, -1e9, 1e9)}
+            scalars |= {"kept": (float, 0.0, 1.0)} if self.layers_rule == LIPSCHITZ else {}
         return ReplySpec(arrays, scalars)
 
     # A device ------------------------------------------------------------------------------------------
@@ -209,53 +189,29 @@ class Method(methods.Method):
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
-        """Train the prompts that came (and the device's own); in the warm-up, measure what the choice needs."""
+        """Train the prompts that came; in the warm-up, measure what the choice needs."""
         seed, warm, w = payload.int("seed"), payload.int("warmup") > 0, _adapter.group(payload.arrays)
-        layers = sorted({i for i in map(_layers.layer_of, w) if i is not None})
-        measured: dict[str, float] = {}
         scores: Tensors = {}
-        if self.personalise:
-            aside, batches = batches.split_off(self.batch_size)
-        batch = next(batches.repeat_batch(0, self.batch_size, 1))
+        measured: dict[str, float] = {}
         if warm:
-            _adapter.clear(model)
-            scores["scores"] = _layers.scores(model, batch)
-        self.attach(model, seed, layers)
+            if model.attachment is not None:
+                adapters.detach(model)
+            scores["scores"] = layer_scores(model, next(batches.repeat_batch(0, self.batch_size, 1)))
+        self.attach(model, seed, sorted({i for i in map(layer_of, w) if i is not None}))
         adapters.load_(model, w)
-        if self.personalise and not warm:
-            measured["common"] = batch_loss(model, aside)
-            self.load_own(model, seed, w, memory)
-            measured["personal"] = batch_loss(model, aside)
-        loss = _adapter.train(model, batches, key, self.training(), {})
-        if warm and self.layers_rule in _layers.CURVED:
+        loss = self.train(model, batches, key, {})
+        if warm and self.layers_rule == LIPSCHITZ:
             few = next(batches.repeat_batch(0, self.curvature_rows or self.batch_size, 1))
-            measured["kept"] = _layers.needed_share(
-                model, few, w, rule=self.layers_rule, lanczos=self.lanczos, key=key, heard=batches.heard
-            )
+            found, L = spectrum_and_change(model, few, w, lanczos=self.lanczos, key=key, heard=batches.heard)
+            measured["kept"] = share_by_gap(found, L)
         trained = adapters.export(model)
-        if self.personalise and all(np.isfinite(a).all() for a in trained.values()):
-            memory.update(trained)
-        sent = {name: trained[name] for name in w}
-        return Payload(sent | scores, {"n": batches.n, "loss": loss} | measured)
-
-    def load_own(self, model: Model, seed: int, w: Tensors, memory: Mapping[str, np.ndarray]) -> None:
-        """Load the global prompts, and in layers where none came the device's own (at first: untrained)."""
-        _adapter.clear(model)
-        self.attach(model, seed, range(len(layers_of(model.net))))
-        own = {name: w.get(name, memory.get(name, a)) for name, a in adapters.export(model).items()}
-        adapters.load_(model, own)
+        return Payload({n: trained[n] for n in w} | scores, {"n": batches.n, "loss": loss} | measured)
 
     # The server ----------------------------------------------------------------------------------------
-
-    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
-        return _adapter.distance(state.tensors, reply, self.training())
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Do a round of warm-up, or of adaptive optimization."""
         return self.warm(state, replies, rule) if state.warmup else self.step(state, replies, rule)
-
-    def cannot_combine(self, rule: Rule, asked: int) -> str:
-        return _adapter.cannot_combine(rule)
 
     def warm(self, state: State, replies: Iterable[Reply], rule: Rule) -> State:
         """Average, and add the devices' measurements up; the layers are chosen after the last such round."""
@@ -264,7 +220,7 @@ class Method(methods.Method):
             n = float(reply.payload.int("n"))
             w.add(n, {name: reply.payload.array(name) for name in state.tensors})
             kept = np.array(reply.payload.scalars.get("kept", 1.0))
-            scores = np.clip(reply.payload.array("scores"), 0.0, _layers.highest(self.batch_size))
+            scores = np.clip(reply.payload.array("scores"), 0.0, self.batch_size / SHIFT)
             measured.add(n, {"scores": scores, "kept": kept})
         if not w.total:
             return state
@@ -278,65 +234,46 @@ class Method(methods.Method):
         )
         if state.warmup:
             return state
-        return self.begin(state, _layers.choose(state.scores, self.layers_rule, state.kept / state.rows))
+        return self.begin(state, choose_layers(state.scores, self.layers_rule, state.kept / state.rows))
 
     def begin(self, state: State, layers: Iterable[int]) -> State:
         """Return the state from which only these layers' prompts travel: momentum and variates are zero."""
         taken = np.array(sorted(layers), np.int64)
-        tensors = {n: t for n, t in state.tensors.items() if _layers.layer_of(n) in (None, *taken.tolist())}
+        tensors = {n: t for n, t in state.tensors.items() if layer_of(n) in (None, *taken.tolist())}
         zeros = {n: np.zeros(t.shape) for n, t in tensors.items()}
-        return state._replace(tensors=tensors, layers=taken, warmup=0, v=zeros, c=zeros, D=zeros)
+        return state._replace(tensors=tensors, layers=taken, warmup=0, v=zeros, c=zeros)
 
     def step(self, state: State, replies: Iterable[Reply], rule: Rule) -> State:
-        """Take every device's momentum step from wbar, averaged (no momentum in the first round)."""
-        variates = LayerControl(state.tensors, state.c, state.c_k, rule)
-        measured = rule.combining()
+        """Take every device's momentum step from wbar, averaged (section 4.2; no momentum in the first round)."""
+        w, answered, c_k = state.tensors, 0, dict(state.c_k)
+        w_k, mean, changes = rule.combining(w), rule.combining(), rule.combining()
         for reply in replies:
-            n, scalars = reply.payload.int("n"), reply.payload.scalars
-            how = self.training()
-            variates.add(reply, how.count(n), how.walked(reply.rows or n)[0])
-            measured.add(n, {x: np.array(scalars.get(x, 0.0)) for x in ("personal", "common")})
-        if not variates.answered:
+            answered += 1
+            n, sent = reply.payload.int("n"), reply.payload.arrays
+            old = {x: state.c_k.get(f"{reply.client}/{x}", state.c[x]) for x in w}  # a new device starts at c
+            new = rounded(control(old, state.c, w, sent, self.walked(reply.rows or n)[0]))
+            c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
+            w_k.add(n, {x: sent[x] for x in w})
+            mean.add(n, new)
+            changes.add(self.local_steps(n), {x: new[x] - old[x].astype(np.float64) for x in w})
+        if not answered:
             return state
-        first = state.steps == 0
-        eta_s = state.eta_s if first else max(0.99 * state.eta_s, min(1e-4, self.server_lr))
-        c, pull = variates.pull(self.rho)
-        w, momentum = server_step(
-            state.tensors,
-            variates.mean(),
-            pull,
-            Momentum(state.v, state.D),
-            beta=self.beta,
-            eta_s=eta_s,
-            difference=self.momentum_input == "delta_diff",
-            first=first,
-        )
-        losses = measured.tensors()
-        return state._replace(
-            tensors=w,
-            steps=state.steps + 1,
-            eta_s=eta_s,
-            v=momentum.v,
-            D=momentum.D,
-            c=c,
-            c_k=variates.c_k,
-            personal=float(losses["personal"]),
-            common=float(losses["common"]),
-        )
+        rho = min(1.0, answered * len(w) / len(c_k))  # the share of the devices seen so far that answered
+        c = {x: state.c[x] + rho * change for x, change in changes.tensors().items()}
+        own, wbar, v, eta_s = mean.tensors(), w_k.tensors(), state.v, state.eta_s
+        if state.steps:
+            eta_s = max(0.99 * eta_s, min(1e-4, self.server_lr))
+            beta = self.beta
+            v = {x: beta * v[x] + (1 - beta) * (w[x] - wbar[x]) + (c[x] - own[x]) for x in w}
+        tensors = rounded({x: wbar[x] - eta_s * v[x] for x in w})
+        return state._replace(tensors=tensors, steps=state.steps + 1, eta_s=eta_s, v=v, c=c, c_k=c_k)
 
     def report(self, state: State) -> dict[str, float]:
-        """Return how many layers travel, and what personal prompts gain."""
-        figures = {"layers": float(len(state.layers))}
-        if self.personalise and state.steps:
-            figures |= {"personal_loss": state.personal, "global_loss": state.common}
-        return figures
+        return {"layers": float(len(state.layers))}
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed, state.layers)
         adapters.load_(model, state.tensors)
-
-    def local_steps(self, rows: int) -> int:
-        return self.training().count(rows)
 
     def sized(self, steps: int, batch_size: int) -> Self:
         return replace(self, steps=steps, batch_size=batch_size)
@@ -350,7 +287,7 @@ class Method(methods.Method):
             tensors |= {f"{layer}.prefix.{which}": (self.tokens, width) for which in ("key", "value")}
         module, none = Module(f"T={self.tokens}", tensors, tokens=self.tokens), np.zeros(shape.layers)
         state = State(placeholders(module), WIDE >> 1, np.arange(shape.layers), 0, 0, none, 0.0)
-        products = self.lanczos if self.layers_rule in _layers.CURVED else 0
+        products = self.lanczos if self.layers_rule == LIPSCHITZ else 0
         return Footprint(
             "backward",
             module,
@@ -362,79 +299,192 @@ class Method(methods.Method):
         )
 
 
-# Adaptive optimization on the server --------------------------------------------------------------------
+# Which layers, and how many (section 4.1) --------------------------------------------------------------
 #
-# Section 4.2; the variates are SCAFFOLD's (`server_rules.control`).  With p_k = n_k / sum n, D_k = w - w_k,
-# wbar = sum_k p_k w_k and D = w - wbar, every device's step starts at the same wbar:
+# Two measurements on one batch of a device:
 #
-#     c_k' = c_k - c + D_k / (sum of the steps' eta)       c <- c + rho sum_k (K_k / sum K) (c_k' - c_k)
-#     v_k  = beta v + (1 - beta) D + (c - c_k')            w <- sum_k p_k (wbar - eta_s v_k)
+#     scores     how alike the rows' outputs of a layer are, with no prompts anywhere (needs only forwards)
+#     curvature  the eigenvalues theta of the Hessian H of the loss in all prompts, each with its share of all R
+#                eigenvalues, and how much H changes on the way that the device went (L, for the Lipschitz rule)
 #
-# The last two are linear in k, so their mean is one step with v = beta v + (1 - beta) D + (c - sum_k p_k c_k').
+# H is never formed: a product H v is a gradient of (gradient . v).  `lanczos` of them span a subspace Q, whose
+# eigenvalues are good estimates of the extreme ones; the share of each is its squared first component (stochastic
+# Lanczos quadrature).  With R <= lanczos numbers of prompts Q is everything and the result is exact.
 
 
-class LayerControl:
-    """The mean of a round's tensors, and the devices' variates before and after it."""
-
-    def __init__(self, w: Tensors, c: Tensors, c_k: Tensors, rule: Rule = MEAN) -> None:
-        """`c_k` holds the devices' variates by "device/tensor name"; a new device starts at `c`."""
-        self.w, self.c, self.before = w, c, c_k
-        self.c_k, self.answered = dict(c_k), 0
-        self._w_k, self._variates, self._changes = rule.combining(w), rule.combining(), rule.combining()
-
-    def add(self, reply: Reply, steps: int, walked: float) -> None:
-        """Count a device's reply after so many steps; `walked` is the sum of their learning rates."""
-        self.answered += 1
-        n, arrays = reply.payload.int("n"), reply.payload.arrays
-        old = {x: self.before.get(f"{reply.client}/{x}", self.c[x]) for x in self.w}
-        new = rounded(control(old, self.c, self.w, arrays, walked))
-        self.c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
-        self._w_k.add(n, {x: arrays[x] for x in self.w})
-        self._variates.add(n, new)
-        self._changes.add(steps, {x: new[x] - old[x].astype(np.float64) for x in new})
-
-    def mean(self) -> Tensors:
-        """Return wbar, float64."""
-        return self._w_k.tensors()
-
-    def pull(self, rho: float) -> tuple[Tensors, Tensors]:
-        """Return the new c, and c - sum_k p_k c_k'; rho 0 is the share of the devices seen so far that answered."""
-        rho = rho or min(1.0, self.answered * len(self.w) / len(self.c_k))
-        c = {x: self.c[x] + rho * change for x, change in self._changes.tensors().items()}
-        mean = self._variates.tensors()
-        return c, {x: c[x] - mean[x] for x in self.w}
+def layer_of(name: str) -> int | None:
+    """Return the layer whose prompt has this parameter name; None for what is no prompt (a classification head's)."""
+    found = re.search(r"\.(\d+)\..*\.prefix\.", name)
+    return int(found[1]) if found else None
 
 
-class Momentum(NamedTuple):
-    """The server's momentum and the last pseudo-gradient, float64."""
-
-    v: Tensors
-    D: Tensors
+def prompts(model: Model) -> list[nn.Parameter]:
+    """Return the parameters that H is taken in: every prompt that the model carries, in name order."""
+    return [p for name, p in adapters.trainable(model).items() if layer_of(name) is not None]
 
 
-def server_step(
-    w: Tensors,
-    wbar: Mapping[str, np.ndarray],
-    pull: Mapping[str, np.ndarray],
-    old: Momentum,
+def score(outputs: Tensor, mask: Tensor) -> float:
+    """Return s = sum_i ln(lambda_i) + 1/lambda_i of the b rows' similarity S_ij = cos(h_i, h_j).
+
+    `outputs` [b, T, d] of a layer, `mask` [b, T] 1 on real tokens: padding counts as zero, so that S compares
+    texts and not the amount of padding.  1/lambda rules: the more alike the rows, the higher the score, b / SHIFT at most;
+    the least is above 0, since ln(x) + 1/x is at least 1.
+    """
+    h = (outputs.double() * mask.unsqueeze(-1)).flatten(1)
+    h = nn.functional.normalize(h, dim=1)
+    eigenvalues = torch.linalg.eigvalsh(h @ h.T).clamp(min=0) + SHIFT
+    return float((eigenvalues.log() + 1 / eigenvalues).sum())
+
+
+def layer_scores(model: Model, batch: Batch) -> np.ndarray:
+    """Return float64[L], the score of every layer on one batch; `model` must carry no prompts.
+
+    A layer's output is what it hands on, also the last one's (which a decoder's list of hidden states has normed).
+    """
+    outputs: list[Tensor] = []
+    hooks = [
+        model.net.get_submodule(layer.name).register_forward_hook(
+            lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for layer in layers_of(model.net)
+    ]
+    more = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+    try:
+        with eval_mode(model.net):
+            model.net.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    mask = batch.attention_mask.double()
+    return np.array([score(h, mask) for h in outputs])
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues, ascending, and each one's share of all (their sum is 1)."""
+
+    theta: np.ndarray
+    share: np.ndarray
+
+
+Product = Callable[[np.ndarray], np.ndarray]  # v float64[R] -> H v
+
+
+def subspace(product: Product, start: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Run Lanczos with full reorthogonalisation: orthonormal Q [R, <=count] from `start`, and H Q.
+
+    Everything (the identity) when R <= count.
+    """
+    size = len(start)
+    if size <= count:
+        Q = np.eye(size)
+        return Q, np.stack([product(q) for q in Q], axis=1)
+    q = start / np.linalg.norm(start)
+    basis, images = [q], [product(q)]
+    while len(basis) < count:
+        r = images[-1].copy()
+        for _ in range(2):  # twice is enough (Kahan)
+            for b in basis:
+                r -= (b @ r) * b
+        if np.linalg.norm(r) <= 1e-6 * np.linalg.norm(images[-1]):
+            break  # the subspace is invariant: nothing new to find
+        basis.append(r / np.linalg.norm(r))
+        images.append(product(basis[-1]))
+    return np.stack(basis, axis=1), np.stack(images, axis=1)
+
+
+def ritz(Q: np.ndarray, HQ: np.ndarray) -> Spectrum:
+    """Return the eigenvalues of Q' H Q, with the share of the spectrum that each stands for."""
+    T = Q.T @ HQ
+    if not np.isfinite(T).all():
+        raise FleetError(
+            "the curvature of the loss is not finite at this device's prompts",
+            hint="lower lr, or set layers_rule=half",
+        )
+    theta, U = np.linalg.eigh((T + T.T) / 2)
+    whole = Q.shape[0] == Q.shape[1]
+    return Spectrum(theta, np.full(len(theta), 1 / len(theta)) if whole else U[0] ** 2)
+
+
+def spectrum_and_change(
+    model: Model,
+    batch: Batch,
+    came: dict[str, np.ndarray],
     *,
-    beta: float,
-    eta_s: float,
-    difference: bool,
-    first: bool,
-) -> tuple[Tensors, Momentum]:
-    """Return w and momentum after a step from wbar; `difference` takes D before - D for D, the first step adds none."""
-    moved: Tensors = {}
-    new = Momentum({}, {})
-    for name, before in w.items():
-        D = new.D[name] = before - wbar[name]
-        g = old.D[name] - D if difference else D
-        v = old.v[name] if first else beta * old.v[name] + (1 - beta) * g + pull[name]
-        new.v[name] = v
-        moved[name] = wbar[name] - eta_s * v
-    return rounded(moved), new
+    lanczos: int,
+    key: int,
+    heard: Callable[[], None] = lambda: None,
+) -> tuple[Spectrum, float]:
+    """Return (spectrum of H at the model's prompts P, L), on one batch, in eval mode.
+
+    The paper's base function is B(D) = H D - grad F(P + D).  Its slope at D is H - H(P + D): L is the norm of
+    that on the subspace, with P + D = `came`, the prompts that the device's round began from.  As a sample of
+    the Lipschitz constant it is a lower bound.
+    """
+    here = adapters.export(model)
+    with eager(model.net), torch.enable_grad():
+        product, size = products(model, batch, heard), sum(p.numel() for p in prompts(model))
+        start = np.where(uniforms(key, "lanczos", size) < 0.5, -1.0, 1.0)
+        Q, HQ = subspace(product, start, lanczos)
+        del product  # its graph is as large as the one of the next
+        give_back()
+        adapters.load_(model, came)
+        there = products(model, batch, heard)
+        moved = np.stack([there(q) for q in Q.T], axis=1)
+    adapters.load_(model, here)
+    return ritz(Q, HQ), float(np.linalg.norm(HQ - moved, 2))
 
 
-def rounded(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """Return float32, what travels."""
-    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+def products(model: Model, batch: Batch, heard: Callable[[], None] = lambda: None) -> Product:
+    """Return v -> H v for the loss of `batch` in all prompts: one forward, then a double backward each.
+
+    `heard()` is called before each of these, and may raise: a device may have to stop.
+    """
+    parameters = prompts(model)
+    gradients = torch.autograd.grad(loss_tensor(model, batch), parameters, create_graph=True)
+    g = torch.cat([x.flatten() for x in gradients])
+
+    def product(v: np.ndarray) -> np.ndarray:
+        heard()
+        w = torch.from_numpy(v).to(g)
+        parts = torch.autograd.grad(g, parameters, w, retain_graph=True)
+        return torch.cat([x.flatten() for x in parts]).double().cpu().numpy()
+
+    return product
+
+
+@contextmanager
+def eager(net: Any) -> Iterator[None]:
+    """Compute attention in plain operations while the block runs: the fused kernels cannot be differentiated twice."""
+    usual = net.config._attn_implementation
+    net.config._attn_implementation = (
+        IMPLEMENTATIONS["eager"] if usual in IMPLEMENTATIONS.values() else "eager"
+    )
+    try:
+        yield
+    finally:
+        net.config._attn_implementation = usual
+
+
+def share_by_gap(spectrum: Spectrum, L: float) -> float:
+    """Return the share by the paper's rule: 1 - m/R, with m the first place where theta[m+1] - theta[m] > 4 L (ascending).
+
+    The m flat directions below the gap cannot mix with those above it, so they may go.  No gap: all stay.
+    """
+    gaps = np.flatnonzero(np.diff(spectrum.theta) > 4 * L)
+    return max(0.0, 1.0 - float(spectrum.share[: gaps[0] + 1].sum())) if len(gaps) else 1.0
+
+
+def layer_count(share: float, layers: int) -> int:
+    """Return so many layers that their share is at least `share`; one at least."""
+    return max(1, min(layers, math.ceil(round(share * layers, 9))))
+
+
+def choose_layers(scores: np.ndarray, rule: str, share: float) -> np.ndarray:
+    """Return the best layers by score in order, as many as the rule says; `share` is what the curvature needs."""
+    L = len(scores)
+    number = (
+        layer_count(share, L) if rule == LIPSCHITZ else min(L, -(-L // 2) if rule == "half" else int(rule))
+    )
+    order = np.argsort(-scores, kind="stable")
+    log.info("prompts of %d of %d layers travel; by score: %s", number, L, order.tolist())
+    return np.sort(order[:number])

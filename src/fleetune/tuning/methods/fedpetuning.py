@@ -51,11 +51,10 @@ from typing import Final, NamedTuple, Self
 
 from fleetune import adapters
 from fleetune.common.settings import setting
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module, scales_module
-from fleetune.tuning.methods import _adapter, _lora_start
-from fleetune.tuning.methods._adapter import Training
+from fleetune.tuning.methods import _adapter
 
 KIND = "adapter"
 PAPER = "Zhang et al., ACL Findings 2023, arXiv 2212.10025"
@@ -80,7 +79,7 @@ class Method(_adapter.Averaged):
     start: str = setting(
         "default",
         "A₀, B₀",
-        "lora: where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva",
+        "lora: where A and B start: default, gaussian, shared, orthogonal, pissa, olora",
         only_if="module=lora",
     )
     places: str = setting(
@@ -94,23 +93,6 @@ class Method(_adapter.Averaged):
             raise ValueError(f"places = {self.places!r} is neither houlsby nor pfeiffer")
         if self.size < 0 or self.lr < 0:
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
-        self.check_fits()
-        _lora_start.check(
-            self.start,
-            self.size or MODULES[self.module].size,
-            dropout=0.0,
-            wire=self.wire,
-            start_data=self.start_data,
-        )
-        super().__post_init__()
-
-    def written_out(self) -> Self:
-        """Return the method with the module's own size and rate in place, and the server's."""
-        own = MODULES[self.module]
-        return replace(super().written_out(), size=self.size or own.size, lr=self.lr or own.lr)
-
-    def check_fits(self) -> None:
-        """Raise ValueError for a setting that the module does not have."""
         if self.start != "default" and self.module != "lora":
             raise ValueError(f"start = {self.start!r} is a start of LoRA; it needs module=lora")
         if self.targets != "query-value" and self.module != "lora":
@@ -119,9 +101,16 @@ class Method(_adapter.Averaged):
             raise ValueError(f"places = {self.places!r} is where adapters go; it needs module=adapter")
         if self.size and not MODULES[self.module].size:
             raise ValueError(f"size = {self.size}, but module={self.module} has no size to choose")
+        _adapter.check_start(self.start, self.size or MODULES[self.module].size, dropout=0.0, wire=self.wire)
+        super().__post_init__()
 
-    def training(self) -> Training:
-        return replace(super().training(), lr=self.lr or MODULES[self.module].lr)
+    def written_out(self) -> Self:
+        own = MODULES[self.module]
+        return replace(super().written_out(), size=self.size or own.size, lr=self.lr or own.lr)
+
+    @property
+    def own_lr(self) -> float:
+        return self.lr or MODULES[self.module].lr
 
     def attach(self, model: Model, seed: int, start: str = "default") -> None:
         if model.attachment is None:
@@ -135,10 +124,10 @@ class Method(_adapter.Averaged):
         if self.module not in ("lora", "scales"):
             return None  # the other modules are not counted yet
         if self.module == "scales":
-            return _adapter.footprint(scales_module(shape), self.training())
+            return self.work_on(scales_module(shape))
         layers = lora_layers(shape, self.targets)
         module = lora_module(layers, shape.head, self.size or MODULES["lora"].size)
-        return _adapter.footprint(module, self.training())
+        return self.work_on(module)
 
 
 class Kind(NamedTuple):

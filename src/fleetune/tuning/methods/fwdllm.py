@@ -58,18 +58,19 @@ from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches, keyed_order
 from fleetune.evaluation import objectives
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.seeds.descent import two_point
 from fleetune.seeds.noise import EMPTY, LAWS, POOL, Passes, derive, passes, probe
 from fleetune.seeds.view import View
 from fleetune.seeds.weights import CHUNK, kernels, layout
 from fleetune.tuning import methods
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, clipped, size_of
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule, clipped, size_of
 from fleetune.tuning.exchange.server_rules import Tensors
-from fleetune.tuning.methods import Reply, _lora_start, norm
+from fleetune.tuning.methods import Reply, norm
+from fleetune.tuning.methods._adapter import check_targets
 
 KIND = "adapter"
 PAPER = "Xu et al., USENIX ATC 2024, arXiv 2308.13894"
@@ -100,9 +101,6 @@ class State(NamedTuple):
     n: int = 0  # of the last round: directions on its batch, their variance, and whether the server moved,
     variance: float = 0.0
     moved: int = 0
-    along: float = 0.0  # mean of how far its directions went along the last gradient (not ranked: about 0)
-    cosine: float = 0.0  # where it moved, of the gradient accepted and the one before (else 0)
-    offer: float = 0.0  # `along` of the coming round
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ class Method(methods.Method):
             raise ValueError("r and alpha are sizes of an adapter; bitfit has none")
         if self.module != "lora" and self.targets != "query-value":
             raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
-        _lora_start.check_targets(self.targets)
+        check_targets(self.targets)
         for name, choices in (("law", INDEPENDENT_LAWS), ("module", tuple(MODULES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is none of {', '.join(choices)}")
@@ -171,7 +169,7 @@ class Method(methods.Method):
         return Payload(arrays, {"seed": state.seed, "batch": state.batch, "rate": self.rate(state.round)})
 
     def expects(self, state: State) -> ReplySpec:
-        return ReplySpec({"g": ("float32", (self.P,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+        return ReplySpec({"g": ("float32", (self.P,))})
 
     def directions(self, seeds: np.ndarray | None, key: int) -> np.ndarray:
         """Draw uint64[P], a device's directions of a round, with its key; the server draws them again."""
@@ -202,8 +200,9 @@ class Method(methods.Method):
         return np.clip(g, -self.clip, self.clip) if self.clip else g
 
     def view(self, tensors: Mapping[str, np.ndarray], seed: int, rate: float, device: str = "cpu") -> View:
-        """Return a view of the adapter from other points."""
-        return view_of(tensors, run_key(seed), self.law, rate, device)
+        """Return a view of the adapter from other points; its grid is the learning rate over 2^20."""
+        named = [(n, torch.from_numpy(t.copy()).to(device)) for n, t in tensors.items()]
+        return View(named, nn.Module(), run_key=run_key(seed), law=self.law, grid=rate / UNITS)
 
     def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         return norm([self.cut(reply.payload.array("g"))])
@@ -219,7 +218,7 @@ class Method(methods.Method):
             for reply in replies
         ]
         if not parts:
-            return state._replace(round=state.round + 1, moved=0, cosine=0.0)
+            return state._replace(round=state.round + 1, moved=0)
         if rule.name == "norm-clip":
             told = np.stack([g for _, g, _ in parts])
             told = clipped(told, np.array([size_of(g) for g in told]))
@@ -229,43 +228,37 @@ class Method(methods.Method):
         fresh = len(ids) - len(state.ids)
         step, variance = descent(self.law, ids, g, rows)
         state = state._replace(
-            ids=ids,
-            g=g,
-            rows=rows,
-            n=len(np.unique(ids)),
-            variance=variance,
-            asked=state.asked + 1,
-            moved=0,
-            along=state.offer,
-            cosine=0.0,
+            ids=ids, g=g, rows=rows, n=len(np.unique(ids)), variance=variance, asked=state.asked + 1, moved=0
         )
         if not self.variance_gate or variance <= self.threshold or state.asked >= self.patience:
             state = self.move(state, step)
         ranked = self.discriminative and state.batch % 2 and state.last
-        seeds, offer = self.rank(state, fresh) if ranked else (IDS, 0.0)
-        return state._replace(seeds=seeds, offer=offer, round=state.round + 1)
+        seeds = self.rank(state, fresh) if ranked else IDS
+        return state._replace(seeds=seeds, round=state.round + 1)
 
     def move(self, state: State, step: Passes) -> State:
         """Take a step of SGD and go on to the next batch."""
         view = self.view(state.tensors, state.seed, self.rate(state.round))
-        tensors, last = moved_by(state.tensors, view, step)
+        view.place(step, fold=False)
+        tensors = {name: seen.numpy() for name, seen in view.tensors()}
+        last = {name: state.tensors[name] - tensor for name, tensor in tensors.items()}
         return state._replace(
             tensors=tensors,
-            last=last,
+            last=last if any(tensor.any() for tensor in last.values()) else {},
             ids=IDS,
             g=NUMBERS,
             rows=NUMBERS,
             batch=state.batch + 1,
             asked=0,
             moved=1,
-            cosine=cosine(last, state.last),
         )
 
-    def rank(self, state: State, used: int) -> tuple[np.ndarray, float]:
-        """Return the fresh directions most like the last gradient, and how far along it they go in the mean."""
+    def rank(self, state: State, used: int) -> np.ndarray:
+        """Return the fresh directions most like the last gradient, best first."""
         first, keep = np.uint64((state.round + 1) << 32), SPARE * used
         ids = first + np.arange(keep * self.candidates, dtype=np.uint64)
-        return most_alike(state.last, ids, keep, key=run_key(state.seed), law=self.law)
+        alike = cosines(state.last, ids, run_key(state.seed), self.law)
+        return ids[np.argsort(-alike, kind="stable")[:keep]]
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         if rule.name != "norm-clip":
@@ -277,8 +270,7 @@ class Method(methods.Method):
         adapters.load_(model, state.tensors)
 
     def report(self, state: State) -> dict[str, float]:
-        """Return what the gate and the ranking did in the round: see `State`."""
-        names = ("n", "variance", "moved", "batch", "along", "cosine")
+        names = ("n", "variance", "moved", "batch")
         return {name: float(getattr(state, name)) for name in names}
 
     def local_steps(self, rows: int) -> int:
@@ -315,12 +307,6 @@ def run_key(seed: int) -> int:
 #
 # A forward gradient is (1/n) sum_k g_k v_k, g_k the slope of the loss along the direction v_k.  A direction is an id: its
 # numbers follow from the run's key, so that whoever has ids and slopes has the gradient.
-
-
-def view_of(tensors: Mapping[str, np.ndarray], key: int, law: str, rate: float, device: str = "cpu") -> View:
-    """Return a view of the module's tensors from other points; its grid is the learning rate over 2^20."""
-    named = [(n, torch.from_numpy(t.copy()).to(device)) for n, t in tensors.items()]
-    return View(named, nn.Module(), run_key=key, law=law, grid=rate / UNITS)
 
 
 def write_to(parameters: Mapping[str, nn.Parameter], view: View) -> None:
@@ -368,33 +354,7 @@ def descent(law: str, ids: np.ndarray, g: np.ndarray, rows: np.ndarray) -> tuple
     return passes(law, 1, unique, units), float(2 * (a @ a))
 
 
-def moved_by(tensors: Mapping[str, np.ndarray], view: View, step: Passes) -> tuple[Tensors, Tensors]:
-    """Return the tensors after a step, and how far each went down ({} where nothing moved)."""
-    view.place(step, fold=False)
-    new = {name: t.numpy() for name, t in view.tensors()}
-    last = {name: tensors[name] - t for name, t in new.items()}
-    return new, last if any(t.any() for t in last.values()) else {}
-
-
-def cosine(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
-    """Return the cosine of two gradients in float64; 0 where one is nothing."""
-
-    def dot(x: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray]) -> float:
-        return sum(float(np.vdot(x[n].astype(np.float64), y[n].astype(np.float64))) for n in x)
-
-    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) if a and b else 0.0
-
-
-def most_alike(
-    tensors: Mapping[str, np.ndarray], ids: np.ndarray, keep: int, *, key: int, law: str
-) -> tuple[np.ndarray, float]:
-    """Return the `keep` directions most like `tensors`, best first, and how far along it they go in the mean."""
-    found = _cosines(tensors, ids, key, law)
-    best = np.argsort(-found, kind="stable")[:keep]
-    return ids[best], float(found[best].mean()) * math.sqrt(sum(t.size for t in tensors.values()))
-
-
-def _cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: str) -> np.ndarray:
+def cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: str) -> np.ndarray:
     """Return float64[len(ids)], the cosine of each direction with `tensors`, in the memory of one chunk of a direction."""
     slots = layout((n, torch.from_numpy(t)) for n, t in tensors.items())
     size = slots[-1].start + slots[-1].tensor.numel()

@@ -26,7 +26,7 @@ own data and the server takes the mean of their scalars, direction by direction.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -34,15 +34,15 @@ import numpy as np
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation import objectives
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.seeds import slopes
 from fleetune.seeds.descent import descend
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.slopes import Slopes
+from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import INT32, UNITS, rounded
 
@@ -82,18 +82,7 @@ class Method(_zeroth.OfLedger):
             raise ValueError("clip and decay must be 0 or more")
 
     def init(self, model: Model, key: int) -> State:
-        ledger = _zeroth.new_ledger(
-            model,
-            key,
-            law=self.law,
-            K=self.K,
-            lr=self.lr,
-            eps=self.eps,
-            method="mezo",
-            rule="linear to 0" if self.decay else "constant",
-            hyper=asdict(self),
-            aggregation="mean weighted by rows",
-        )
+        ledger = self.empty(model, key, rule="linear to 0" if self.decay else "constant")
         return State(ledger, 0, 0)
 
     def ids(self, step: int) -> np.ndarray:
@@ -110,13 +99,13 @@ class Method(_zeroth.OfLedger):
         return Payload(payload.arrays, {**payload.scalars, "step": state.step})
 
     def expects(self, state: State) -> ReplySpec:
-        return ReplySpec({"c": ("int32", (self.tau,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+        return ReplySpec({"c": ("int32", (self.tau,))})
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Take tau steps along fresh directions; reply with the integers that were stepped by."""
-        view, position = _zeroth.open_view(model, payload, batches, law=self.law, K=self.K, lr=self.lr)
+        view, position = self.opened(model, payload, batches)
         first = payload.int("step")
         steps = descend(
             model,
@@ -135,19 +124,14 @@ class Method(_zeroth.OfLedger):
         return norm([reply.payload.array("c")])
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
-        """Take the mean over devices of each step's integer, weighted by rows (or what `rule` makes of them).
-
-        Replies that come late are steps along their own directions.
-        """
+        """Take the mean over devices of each step's integer, weighted by rows (or what `rule` makes of them)."""
         combined = rule.combining()
         for reply in replies:
-            first = (reply.stood_on or state).step
-            c = reply.discount * reply.payload.array("c")
-            combined.add(float(reply.payload.int("n")), {str(first): c})
-        ledger, found = state.ledger, {int(first): c for first, c in combined.tensors().items()}
-        for first, c in sorted(found.items()):
-            ledger = ledger.append(self.ids(first), rounded(c), state.round + 1)
-        return State(ledger, state.step + self.tau * (state.step in found), state.round + 1)
+            combined.add(float(reply.payload.int("n")), {"c": reply.payload.array("c")})
+        if not combined.total:
+            return state._replace(round=state.round + 1)
+        ledger = state.ledger.append(self.ids(state.step), rounded(combined.tensors()["c"]), state.round + 1)
+        return State(ledger, state.step + self.tau, state.round + 1)
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         return ""

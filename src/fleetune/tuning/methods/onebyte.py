@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -49,14 +49,14 @@ import numpy as np
 from fleetune.common.settings import setting
 from fleetune.data import Batches, keyed_order
 from fleetune.evaluation import objectives
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.seeds.descent import slope, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import derive, probe
+from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec
-from fleetune.tuning.exchange.robust import MEAN, Rule
 from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import UNITS, pool_ids, rounded
 
@@ -101,20 +101,8 @@ class Method(_zeroth.OfLedger):
             raise ValueError(f"clip = {self.clip} must be 0 or more")
 
     def init(self, model: Model, key: int) -> State:
-        vote = self.wire == "sign"
-        ledger = _zeroth.new_ledger(
-            model,
-            key,
-            law=self.law,
-            K=self.K,
-            lr=self.grid_lr,
-            eps=self.eps,
-            method="onebyte",
-            rule="constant",
-            hyper=asdict(self),
-            aggregation="majority vote weighted by rows" if vote else "mean weighted by rows",
-        )
-        return State(ledger, 0)
+        how = "mean" if self.wire == "byte" else "majority vote"
+        return State(self.empty(model, key, aggregation=f"{how} weighted by rows"), 0)
 
     @property
     def grid_lr(self) -> float:
@@ -136,13 +124,13 @@ class Method(_zeroth.OfLedger):
 
     def expects(self, state: State) -> ReplySpec:
         size = self.directions if self.wire == "byte" else -(-self.directions // 8)
-        return ReplySpec({"codes": ("uint8", (size,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+        return ReplySpec({"codes": ("uint8", (size,))})
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Measure n slopes at one point; then step by what is sent, as if this machine were alone."""
-        view, position = _zeroth.open_view(model, payload, batches, law=self.law, K=self.K, lr=self.grid_lr)
+        view, position = self.opened(model, payload, batches)
         position.place(view)
         round = payload.int("round")
         ids = pool_ids(self.epoch(round), self.draw(round, payload.int("run_key"), key)).tolist()
@@ -179,25 +167,15 @@ class Method(_zeroth.OfLedger):
         """Take the mean over whoever answered, or their majority, for each direction of the pool."""
         run_key, combined = state.ledger.head.run_key, rule.combining()
         for reply in replies:
-            round = (reply.stood_on or state).round
-            k = self.draw(round, run_key, reply.key)
-            told = np.full(self.K, rule.absent)
-            told[k] = reply.discount * self.decode(reply.payload.array("codes"))
-            combined.add(float(reply.payload.int("n")), {str(self.epoch(round)): told})
-        ledger, found = state.ledger, {int(epoch): c for epoch, c in combined.tensors().items()}
-        for epoch, mean in sorted(found.items()):
-            steps = mean if self.wire == "byte" else UNITS * np.sign(mean)
-            ledger = ledger.append(
-                pool_ids(epoch, np.arange(self.K)), rounded(FINER * steps), state.round + 1
-            )
-        return State(ledger, state.round + 1)
-
-    def late_problem(self) -> str:
-        if self.wire == "sign":
-            return (
-                "wire=sign takes a majority once, and a vote that comes later cannot change it: use wire=byte"
-            )
-        return ""
+            sent = np.full(self.K, rule.absent)
+            sent[self.draw(state.round, run_key, reply.key)] = self.decode(reply.payload.array("codes"))
+            combined.add(float(reply.payload.int("n")), {"slopes": sent})
+        if not combined.total:
+            return State(state.ledger, state.round + 1)
+        mean = combined.tensors()["slopes"]
+        steps = mean if self.wire == "byte" else UNITS * np.sign(mean)
+        ids = pool_ids(self.epoch(state.round), np.arange(self.K))
+        return State(state.ledger.append(ids, rounded(FINER * steps), state.round + 1), state.round + 1)
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         if self.wire == "byte" and rule.name != "norm-clip":

@@ -28,16 +28,15 @@ measured instead of quoted; there is no reason to train with it.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fleetune.data import Batches
-from fleetune.models.loading.shapes import Shape
 from fleetune.models.net.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import Payload
 from fleetune.tuning.methods import mezo
-from fleetune.tuning.methods._zeroth import open_view
 
 KIND = "ledger"
 PAPER = "Ghadimi and Lan, SIAM J. Optim. 2013, arXiv 1309.5549"
@@ -51,16 +50,11 @@ class Method(mezo.Method):
 
     decay: ClassVar[int] = 0  # type: ignore[misc]  # no setting here
 
-    def init(self, model: Model, key: int) -> mezo.State:
-        state = super().init(model, key)
-        head = replace(state.ledger.head, method="zosgd", hyper=asdict(self))
-        return state._replace(ledger=replace(state.ledger, head=head))
-
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Do MeZO's round with every direction stored."""
-        view, _ = open_view(model, payload, batches, law=self.law, K=self.K, lr=self.lr)
+        view, _ = self.opened(model, payload, batches)
         with view.storing():
             return super().local(model, payload, batches, key, memory)
 

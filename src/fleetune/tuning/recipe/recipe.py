@@ -9,10 +9,14 @@ before any slow work.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import importlib
+import json
 import math
+import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
@@ -22,20 +26,107 @@ from pydantic.fields import FieldInfo
 
 from fleetune.common import settings
 from fleetune.common.settings import Value
+from fleetune.common.shell import quoted
+from fleetune.data.examples import looks_like_model, looks_like_rows
 from fleetune.data.partition import RowsSpec
-from fleetune.errors import RecipeError
-from fleetune.tuning.recipe import recipe_problems
+from fleetune.errors import RecipeError, UsageError, suggest
+from fleetune.models.cache.names import hub_of
 
-AUTO_METHOD: Final = recipe_problems.AUTO
-MOVE_BLOCKS: Final = (
-    "mezo",
-    "fedkseed",
-    "onebyte",
-)  # methods that can move a quantised base's scales along directions
+CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
+AUTO_METHOD: Final = "auto"  # the method of a recipe that names none
+SHOWN: Final = 80  # characters of a refused value
+WORDS: Final = {
+    "Input should be": "must be",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
+
+
+def problem_text(error: Mapping[str, Any]) -> str:
+    """Return one of pydantic's errors as "rounds = 0: must be at least 1"."""
+    name = ".".join(str(part) for part in error["loc"])
+    kind, value = error["type"], error["input"]
+    if kind == "missing":
+        return f"{name} is missing"
+    shown = _shown(value)
+    if kind == "string_pattern_mismatch" and (found := CHOICES.fullmatch(error["ctx"]["pattern"])):
+        known = found[1].split("|")
+        return f"{name} = {shown}: none of {', '.join(known)}.{suggest(str(value), known)}"
+    text = str(error["msg"])
+    for words, ours in WORDS.items():
+        text = text.replace(words, ours)
+    return f"{name} = {shown}: {text}"
+
+
+def _shown(value: object) -> str:
+    """Return a value as it was written: a number from the command line is a text, and is not put in quotes."""
+    number = isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", value, re.IGNORECASE)
+    text = str(value) if number else repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}.."
+
+
+def unknown_option(key: str, names: Sequence[str], values: Mapping[str, Any]) -> str:
+    """Return what to say of a key that is no option: the option that was meant, or that it is a setting of the method."""
+    methods = importlib.import_module("fleetune.tuning.methods")
+    method = str(values.get("method") or AUTO_METHOD)
+    if known := [name for name in methods.having([key]) if method in (AUTO_METHOD, name)]:
+        return (
+            f"unknown option '{key}'. It is a setting of the method{'s' if len(known) > 1 else ''} {', '.join(known)}: "
+            f"settings={{{key!r}: {values[key]!r}}} in Python, {key} = {values[key]} under [set] in a recipe, "
+            f"--set {key}={values[key]} as a flag"
+        )
+    close = difflib.get_close_matches(key, names, n=1)
+    return f"unknown option '{key}'." + (f" Did you mean '{close[0]}'?" if close else "")
+
+
+def no_method_problems(chosen: Sequence[str]) -> list[str]:
+    """Say which of these settings no method has, with suggestions; or that no method has all of them."""
+    methods = importlib.import_module("fleetune.tuning.methods")
+    if odd := [name for name in chosen if not methods.having([name])]:
+        every = sorted({s.name for method in methods.entries() for s in methods.settings(method)})
+        return [f"no method has a setting '{name}'.{suggest(name, every, cutoff=0.5)}" for name in odd]
+    return [f"no method has all of the settings {', '.join(chosen)}"]
+
+
+def scales_problems(
+    method: str, chosen: Mapping[str, Any], base: str, device: str, able: Sequence[str]
+) -> tuple[list[str], str]:
+    """Say what of a recipe cannot train the scales of a quantised base, and what to change; [] and "" where all can.
+
+    `chosen` are the method's settings, `able` the methods that can.
+    """
+    train = "train = scales"
+    found: list[tuple[str, str]] = []
+    if method not in able:
+        found.append(
+            (f"{train} is for {', '.join(able)}, not for {method}", f"--method {able[0]}, or --train weights")
+        )
+    elif (module := chosen.get("module", "scales")) != "scales":
+        found.append((f"{train} is the module scales, not {module}", "--set module=scales"))
+    if base == "memory":
+        found.append((f"{train} reads the base from its GGUF file, base = memory does not", "--base mapped"))
+    if device not in ("auto", "cpu"):
+        found.append((f"{train} runs on the CPU, not on device = {device}", "--device cpu"))
+    if chosen.get("law") == "gaussian":
+        found.append(
+            (f"{train} takes integer sums of directions, which law = gaussian has not", "--set law=hashed")
+        )
+    return [problem for problem, _ in found], "; ".join(change for _, change in found)
+
+
+def check_order(model: str, rows: str) -> None:
+    """Raise UsageError where the model is the data, and the data are the model."""
+    if looks_like_rows(model) and (os.path.isfile(model) or hub_of(rows) or looks_like_model(rows)):
+        raise UsageError(
+            f"MODEL and DATA are swapped: {model} holds rows"
+            + (f", {rows} is a model" * looks_like_model(rows)),
+            hint=f"fleetune tune {quoted(rows)} {quoted(model)}",
+        )
+
+
+MOVE_BLOCKS: Final = ("mezo", "fedkseed", "onebyte")  # can move a quantised base's scales along directions
 SCALES_EPS: Final = 0.01  # their perturbation of scales, unless given: ten steps of fp16
-SCALES_MODULE: Final = (
-    "fedpetuning"  # the method that trains scales by back-propagation, as its module `scales`
-)
+SCALES_MODULE: Final = "fedpetuning"  # trains scales by back-propagation, as its module `scales`
 SCALE_METHODS: Final = (*MOVE_BLOCKS, SCALES_MODULE)
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
 MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's
@@ -153,11 +244,6 @@ class Recipe:
         le=10,
         description="ask so many times the clients that participation says; the round is over when that share has replied",
     )
-    late: str = Field(
-        default="drop",
-        pattern="^(drop|use)$",
-        description="replies that come after their round: drop, or use them in the round in which they come, discounted",
-    )
     quorum: int = Field(default=1, ge=1, description="fewer good replies than this leave the model as it was")
     aggregation: str = Field(
         default="mean",
@@ -231,7 +317,6 @@ class RecipeOptions(TypedDict, total=False):
     stragglers: float
     deadline: float
     over_selection: float
-    late: str
     quorum: int
     aggregation: str
     max_rows: int
@@ -260,26 +345,23 @@ def choices(name: str) -> list[str]:
     """Return the values that an option allows; an empty list where it is free."""
     info: FieldInfo = Recipe.__pydantic_fields__[name]  # type: ignore[attr-defined]
     patterns = [p for part in info.metadata if (p := getattr(part, "pattern", None))]
-    found = recipe_problems.CHOICES.fullmatch(patterns[0]) if patterns else None
+    found = CHOICES.fullmatch(patterns[0]) if patterns else None
     return found[1].split("|") if found else []
 
 
 def make(values: Mapping[str, Any]) -> Recipe:
     """The recipe with these values; RecipeError lists every problem, with suggestions for unknown keys."""
     names = list(fields())
-    problems = [recipe_problems.unknown(key, names, values) for key in values if key not in names]
+    problems = [unknown_option(key, names, values) for key in values if key not in names]
     try:
         recipe = TypeAdapter(Recipe).validate_python({k: v for k, v in values.items() if k in names})
     except ValidationError as error:
-        problems += [recipe_problems.told(dict(e)) for e in error.errors()]
+        problems += [problem_text(dict(e)) for e in error.errors()]
     problems += [
         f"{name} = {text!r} is not text in UTF-8, and a run writes it down"
         for name, text in _unwritable(values)
     ]
     if problems:
-        problems += recipe_problems.of_settings(
-            values
-        )  # all at once; without others, `prepare.check` says them
         raise RecipeError(problems, hint="all options: fleetune tune --help")
     if recipe.patience and "keep" not in values:
         recipe = dataclasses.replace(recipe, keep="best")
@@ -378,11 +460,4 @@ def toml_value(value: Value) -> str:
         return repr(value) if math.isfinite(value) else str(value)
     if isinstance(value, int):
         return str(value)
-    escaped = "".join(_escape(c) for c in value)
-    return f'"{escaped}"'
-
-
-def _escape(c: str) -> str:
-    if c in '"\\':
-        return "\\" + c
-    return f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from fleetune.errors import FleetuneError
 from fleetune.tuning import methods
-from fleetune.tuning.exchange import robust
+from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds.rounds import share_of
@@ -35,39 +35,35 @@ def for_devices(recipe: Recipe, devices: int, named: Collection[str]) -> Recipe:
     Where it names no rule, it gets one of `DEFENCES`; a plain mean becomes one with bounded weights, since rows are what
     devices say.  Where it does not say what is kept, that is the best round: no liar makes the result worse than the start.
     """
-    rule = robust.parse(recipe.aggregation) if "aggregation" in named else defence(recipe, devices)[0]
-    rule = robust.Rule(times=robust.ONCE) if rule == robust.MEAN else rule
+    rule = aggregation.parse(recipe.aggregation) if "aggregation" in named else defence(recipe, devices)[0]
+    rule = aggregation.Rule(times=aggregation.ONCE) if rule == aggregation.MEAN else rule
     keep = recipe.keep if "keep" in named or not recipe.eval_every else "best"
     return dataclasses.replace(recipe, aggregation=rule.text, keep=keep)
 
 
-def defence(recipe: Recipe, devices: int) -> tuple[robust.Rule, str]:
+def defence(recipe: Recipe, devices: int) -> tuple[aggregation.Rule, str]:
     """Return the first of `DEFENCES` that fits the method and so many devices; or the mean, and why none fits."""
-    if recipe.late == "use":
-        return robust.MEAN, "late = use takes the mean alone"
     method, asked = methods.make(recipe.method, recipe.set), share_of(devices, recipe.participation)
     names = DEFENCES[methods.entry(recipe.method).kind]
-    why = [method.rule_problem(robust.Rule(name), asked) for name in names]
+    why = [method.rule_problem(aggregation.Rule(name), asked) for name in names]
     fitting = [name for name, problem in zip(names, why, strict=True) if not problem]
-    return (robust.Rule(fitting[0]), "") if fitting else (robust.MEAN, why[0])
+    return (aggregation.Rule(fitting[0]), "") if fitting else (aggregation.MEAN, why[0])
 
 
 def about_rule(recipe: Recipe, count: int) -> str:
     """Return which rule combines the replies of so many devices; of a mean, why none against liars is used."""
-    rule = robust.parse(recipe.aggregation)
-    if rule.name != robust.MEAN.name:
+    rule = aggregation.parse(recipe.aggregation)
+    if rule.name != aggregation.MEAN.name:
         return (
             f"replies are combined by {rule.text}: every device counts once, whatever rows it claims; --aggregation mean weighs "
             "by rows (docs/safety.md)"
         )
-    given = f"a mean is {rule.text} on real devices: " if rule == robust.Rule(times=robust.ONCE) else ""
-    times = "" if rule.times == robust.ONCE else f"{rule.times:g} times "
-    bound = f"at most {times}the median's" if rule != robust.MEAN else "of any number"
+    bound = "of any number" if rule == aggregation.MEAN else f"at most {rule.times:g} times the median's"
     other, why = defence(recipe, count)
     more = f"no rule against liars fits: {why}" if why else f"where some may lie: --aggregation {other.text}"
     if len(methods.make(recipe.method, recipe.set).kind_names) > 1:
         more += "; a device that alone could back-propagate takes two-point steps"
-    return f"replies are combined by {rule.text} ({given}weighted by rows, {bound}); {more} (docs/safety.md)"
+    return f"replies are combined by {rule.text} (weighted by rows, {bound}); {more} (docs/safety.md)"
 
 
 def options_of(recipe: Recipe) -> dict[str, Any]:
@@ -114,5 +110,4 @@ def given(recipe: Recipe) -> list[str]:
 
 
 def _usual_clients(method: str, partition: str) -> int:
-    """Return the number of clients where none is stated; 0 where the column of the data decides."""
     return 0 if partition.startswith("column") else methods.entry(method).clients

@@ -4,25 +4,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 from torch import Tensor
 
 from fleetune import adapters, models
 from fleetune.common import sums
 from fleetune.common.display import counted
+from fleetune.common.events import TuneDone
 from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
 from fleetune.data import Example
 from fleetune.errors import FleetuneError, Interrupted, LedgerError, ModelError, UsageError
-from fleetune.models.families import dtypes
-from fleetune.models.mapped.bases import BLOCKS
-from fleetune.models.net import unmerged
-from fleetune.models.net.model import Model, Pieces
-from fleetune.runs import env_file, rundir
+from fleetune.models.cache.cache import BLOCKS
+from fleetune.models.families import number_types
+from fleetune.models.net.model import Model, Pieces, refuse_copies
+from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Silent
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
@@ -33,10 +33,16 @@ from fleetune.tuning.methods._zeroth import place_at as place_at
 from fleetune.tuning.methods._zeroth import view_of
 from fleetune.tuning.prepare.prepare import split
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.given_methods import RESULT as RESULT
-from fleetune.tuning.recipe.given_methods import entry_of
+from fleetune.tuning.recipe.objects import RESULT as RESULT
+from fleetune.tuning.recipe.objects import entry_of
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.result import foundations, places
+from fleetune.tuning.result import foundations
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fleetune.models.net.model import Model
+    from fleetune.seeds.ledger import Ledger
 
 REPLAYS: Final = 256  # of a ledger that is verified; a run states one digest
 
@@ -49,7 +55,7 @@ def recipe_of(run: Path) -> Recipe:
             hint="what was compressed from it is measured on rows that are given: fleetune eval FOLDER rows.jsonl, "
             "or fleetune measure FOLDER/model --data rows.jsonl",
         )
-    return places.recipe_of(run)
+    return foundations.recipe_of(run)
 
 
 def result_of(run: Path) -> Path:
@@ -88,7 +94,7 @@ def ledger_of(run: Path) -> Ledger:
 def held_out(run: Path, *, offline: bool = False) -> list[Example]:
     """The rows that a run never trained on; UsageError when its data has other rows now."""
     recipe = recipe_of(run)
-    places.check_rows(recipe, run)
+    foundations.check_files(recipe, run)
     parts = split(recipe, entry_of(run, recipe), offline=offline)
     foundations.check_rows(run, recipe, parts)
     return [parts.examples[i] for i in parts.held.tolist()]
@@ -115,7 +121,7 @@ def base_of(
     """
     if not ledger.head.tensors:
         raise LedgerError("the ledger names no tensors, so it is no model's")
-    dtype = dtypes.from_full(ledger.head.tensors[0][2])
+    dtype = number_types.from_full(ledger.head.tensors[0][2])
     if dtype is None:
         raise LedgerError(
             f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
@@ -181,33 +187,29 @@ def told(
 
 
 def stated_points(ledger: Ledger) -> dict[int, Ledger]:
-    """Return round -> the ledger up to there, for each round after which it states a digest; one object where they are the same.
+    """Return round -> the ledger up to there, for each round after which it states a digest: of a run one, its last.
 
-    LedgerError where these take more replays or passes than any run's ledger, which states one digest.
+    LedgerError where these take more replays or passes than any run's ledger.
     """
-    order = np.sort(ledger.rounds)
-    entries = {int(r): int(np.searchsorted(order, int(r), side="right")) for r in ledger.head.checks}
-    points = {len(ledger): ledger}
-    for r, count in entries.items():
-        if count not in points and len(points) <= REPLAYS:
-            points[count] = ledger.truncate(r)
-    if len(set(entries.values())) > REPLAYS or sum(p.count_passes() for p in points.values()) > PASSES:
+    rounds = [int(r) for r in ledger.head.checks][: REPLAYS + 1]
+    points = {r: ledger.truncate(r) for r in rounds}
+    if len(rounds) > REPLAYS or sum(point.count_passes() for point in points.values()) > PASSES:
         raise LedgerError(
-            f"to verify the digests after {len(entries):,} rounds takes more work than a run asks for: at most {REPLAYS:,} "
-            f"replays and {PASSES:,} passes",
+            f"to verify the digests after {len(ledger.head.checks):,} rounds takes more work than a run asks for: at most "
+            f"{REPLAYS:,} replays and {PASSES:,} passes",
             hint="rebuild the end alone: fleetune ledger replay FILE",
         )
-    return {r: points[count] for r, count in entries.items()}
+    return points
 
 
 def verify(model: Model, ledger: Ledger, *, listener: Listener | None = None) -> tuple[str, dict[int, bool]]:
     """(digest of the rebuilt weights, round -> whether its stated digest was found again); errors as of `stated_points`."""
-    points, found = stated_points(ledger), dict[int, str]()
+    points, digests = stated_points(ledger), dict[int, str]()
     for point in [*points.values(), ledger]:
-        if id(point) not in found:
-            found[id(point)] = rebuild(model, point, listener=listener)
+        if len(point) not in digests:
+            digests[len(point)] = rebuild(model, point, listener=listener)
     stated = ledger.head.checks
-    return found[id(ledger)], {r: found[id(point)] == stated[str(r)] for r, point in points.items()}
+    return digests[len(ledger)], {r: digests[len(p)] == stated[str(r)] for r, p in points.items()}
 
 
 def load(
@@ -218,7 +220,7 @@ def load(
     base: str | None = None,
     model: str | None = None,
 ) -> Model:
-    """The tuned model of a finished run; its stored weights stay the base's, so that it refuses to be copied (`unmerged.py`).
+    """The tuned model of a finished run; its stored weights stay the base's, so that it refuses to be copied.
 
     `device`, `base` (where the base's weights are) and `model` (the base's name now) are the run's own unless given.
 
@@ -236,8 +238,9 @@ def load(
     recipe = dataclasses.replace(
         recipe, device=device or recipe.device, base=where, model=model or recipe.model
     )
-    tuned = _LOAD[entry.kind](result, recipe, offline)
-    unmerged.guard(tuned.net)
+    load = _load_ledger if entry.kind == "ledger" else _load_adapter
+    tuned = load(result, recipe, offline)
+    refuse_copies(tuned.net)
     return tuned
 
 
@@ -267,7 +270,7 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
         offline=offline,
         labels=recipes.label_words(recipe.labels),
     )
-    made_on = env_file.made_on(path.parent)
+    made_on = rundir.made_on(path.parent)
     for what, now in (("base", model.digest), ("tokenizer", model.tokenizer_digest)):
         if (then := made_on[what]) != now:
             raise ModelError(
@@ -276,12 +279,6 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
             )
     adapters.load(model, path)
     return model
-
-
-_LOAD: Mapping[str, Callable[[Path, Recipe, bool], Model]] = {
-    "ledger": _load_ledger,
-    "adapter": _load_adapter,
-}
 
 
 def export_hf(model: Model, out: Path, *, card: str | None = None, stated: str | None = None) -> str:
@@ -303,3 +300,78 @@ def merge_weights(model: Model) -> None:
     """Make the tuned weights the stored ones of `model`, with nothing attached to it any more."""
     if model.attachment is not None:
         model.attachment.merge(model)
+
+
+MEASURES: Final = ("loss", "accuracy", "objective", "rouge_l")  # of a round
+COSTS: Final = ("clients", "accepted", "bytes_up", "bytes_down", "bytes_total", "seconds", "rss")
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """A finished run.  `done` is its last event: measures before and after, bytes, seconds, digest."""
+
+    folder: Path
+    done: TuneDone
+
+    @property
+    def path(self) -> Path:
+        """The ledger file, or the adapter's directory."""
+        return Path(self.done.result)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tuned weights (a ledger's run) or of the adapter's."""
+        return self.done.digest
+
+    @property
+    def report(self) -> Path:
+        """The run's page."""
+        return self.folder / "report.html"
+
+    @property
+    def history(self) -> dict[str, list[Any]]:
+        """The history of the rounds, as columns of equal length that `pandas.DataFrame` takes.
+
+        `round` counts from 0, the base model; a column has None where a round was not evaluated (losses in nats, bytes
+        and seconds of the round).  Columns without any value are left out.
+        """
+        rows: dict[int, dict[str, Any]] = {}
+        for event in rundir.events(self.folder):
+            if event["event"] in ("round", "eval"):
+                rows.setdefault(int(event["round"]), {}).update(event)
+        found = {c: [rows[r].get(c) for r in sorted(rows)] for c in (*MEASURES, *COSTS)}
+        used = {c: values for c, values in found.items() if any(v is not None for v in values)}
+        return {"round": sorted(rows), **used}
+
+    def model(self, *, device: str = "cpu", offline: bool = False) -> Model:
+        """Load the tuned model; its stored weights stay the base's."""
+        return load(self.folder, device=device, offline=offline)
+
+    def ledger(self) -> Ledger:
+        """Read the seed ledger; UsageError for a run that leaves an adapter."""
+        return ledger_of(self.folder)
+
+    def adapter(self) -> dict[str, Tensor]:
+        """Read the adapter's tensors, by PEFT's names; UsageError for a run that leaves a ledger."""
+        from safetensors.torch import load_file
+
+        found = result_of(self.folder)
+        if not found.is_dir():
+            raise UsageError(f"{self.folder} leaves a ledger, no adapter", hint="its tuned model: .model()")
+        return dict(load_file(found / "adapter_model.safetensors"))
+
+
+def read(folder: Path) -> TuneResult:
+    """Return the result of a finished run; UsageError when it is not finished."""
+    known = {name for name in TuneDone.__dataclass_fields__ if name != "event"}
+    for event in rundir.events(folder):
+        if event["event"] == "done":
+            done = TuneDone(**{n: v for n, v in event.items() if n in known})
+            result = str(folder / Path(done.result).name)  # as it is found from here
+            return TuneResult(folder, dataclasses.replace(done, run=str(folder), result=result))
+    raise UsageError(f"{folder} is not finished", hint=f"fleetune tune --resume {quoted(folder)}")
+
+
+def finished_in(out: Path) -> list[TuneResult]:
+    """Return the results of the finished runs under a folder, in order of number."""
+    return [read(path) for path in rundir.listing(out) if rundir.status_of(path) == "done"]

@@ -13,10 +13,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fleetune.common.files import read_json
 from fleetune.common.shell import quoted
 from fleetune.data import Example
 from fleetune.data.encode import digest
-from fleetune.errors import RecipeError, UsageError
+from fleetune.data.readers import READERS
+from fleetune.errors import DataError, FleetuneError, RecipeError, StorageError, UsageError
+from fleetune.models.cache.cache import ORIGINS
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
@@ -60,12 +63,10 @@ def texts_of(parts: Split) -> tuple[str, str]:
 
     That of the clients is "" where their rows are not in the data: on the devices of a real fleet.
     """
-    clients = (
-        _text_digest([parts.examples[i] for i in part.tolist()] for part in parts.clients)
-        if parts.clients
-        else ""
+    own, held = (
+        [[parts.examples[i] for i in p.tolist()] for p in some] for some in (parts.clients, [parts.held])
     )
-    return clients, _text_digest([[parts.examples[i] for i in parts.held.tolist()]])
+    return _text_digest(own) if own else "", _text_digest(held)
 
 
 def _text_digest(parts: Iterable[Iterable[Example]]) -> str:
@@ -77,28 +78,16 @@ def _text_digest(parts: Iterable[Iterable[Example]]) -> str:
     return sha.hexdigest()
 
 
-def changed_rows(run: Path, parts: Split) -> list[str]:
-    """List whether rows of a run are others now, in words for the user; [] where none are, or where the run does not state it."""
-    stated, now = stated_by(run), texts_of(parts)
-    if stated is None:
-        return []
-    pairs = (
-        ("the clients' rows", stated.rows_text, now[0]),
-        ("the held-out rows", stated.held_out_text, now[1]),
-    )
-    return [
-        f"{what} have the digest {new[:16]}.., and had {old[:16]}.."
-        for what, old, new in pairs
-        if old not in ("", new)
-    ]
-
-
 def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
     """UsageError when the rows that the data gives now are not those that a run was made on."""
-    if differences := changed_rows(run, parts):
+    stated, (clients, held_out) = stated_by(run), texts_of(parts)
+    if stated is None:
+        return
+    pairs = {"clients'": (stated.rows_text, clients), "held-out": (stated.held_out_text, held_out)}
+    if changed := [what for what, (old, new) in pairs.items() if old not in ("", new)]:
         data = " or ".join(filter(None, (recipe.data, recipe.eval_data)))
         raise UsageError(
-            "\n  ".join([f"{data} was changed since {run} was made on it:", *differences]),
+            f"{data} was changed since {run} was made on it: other {' and '.join(changed)} rows",
             hint=f"bring it back as it was: rows held out now may have been trained on; or name the rows to measure on: "
             f"fleetune eval {quoted(run)} FILE, or fleetune measure {quoted(run)} --data FILE",
         )
@@ -111,7 +100,7 @@ def stated_by(run: Path) -> StandsOn | None:
     return stated and dataclasses.replace(stated, recipe=_deciding(stated.recipe))
 
 
-def recipe_of(run: Path, *, longer: bool = False) -> Recipe:
+def stated_recipe(run: Path, *, longer: bool = False) -> Recipe:
     """The recipe in a run's run.toml; RecipeError, with every option that differs, when it is not the run's own any more.
 
     With `longer` the number of rounds may differ.
@@ -160,3 +149,55 @@ def check(job: TuneJob, run: Path, *, longer: bool = False) -> StandsOn:
 def _first(differences: list[str]) -> list[str]:
     more = len(differences) - SHOWN
     return differences[:SHOWN] + ([f"and {more} more"] if more > 0 else [])
+
+
+NOT_PATHS: Final = {"", "demo", *ORIGINS}
+
+
+def found_again(values: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """Return the keys of a run's recipe with the names of its files as they are found from here."""
+    start = rundir.start_of(run, environment_of(run))
+    names = {n: v for n in PATHS if isinstance(v := values.get(n), str) and v not in NOT_PATHS}
+    return {**values, **{n: rundir.find_from(v, start) for n, v in names.items()}}
+
+
+def recipe_of(run: Path, *, longer: bool = False) -> Recipe:
+    """Return the recipe of a run, its files named as they are found from here; RecipeError as `stated_recipe`."""
+    recipe = stated_recipe(run, longer=longer)
+    found = found_again({n: getattr(recipe, n) for n in PATHS}, run)
+    return dataclasses.replace(recipe, **found)
+
+
+def as_stated(recipe: Recipe, run: Path) -> Recipe:
+    """Return a recipe with the names of its files as the run's run.toml has them; as it is where there is none yet."""
+    try:
+        values = recipes.read(run / "run.toml")
+    except FleetuneError:
+        return recipe
+    return dataclasses.replace(recipe, **{n: values[n] for n in PATHS if n in values})
+
+
+def note_start(run: Path) -> dict[str, str]:
+    """Return what env.json says of the folder that a run is started in."""
+    return rundir.note_start(run, environment_of(run))
+
+
+def check_files(recipe: Recipe, run: Path) -> None:
+    """DataError for a file of rows that is neither here nor in the folder that the run was started in."""
+    start = rundir.start_of(run, environment_of(run))
+    for name in filter(None, (recipe.data, recipe.eval_data)):
+        path = Path(name).expanduser()
+        if path.suffix.lower() in READERS and ":" not in name and not path.exists():
+            where = f", nor in {rundir.shown_path(start)}, where the run was started" if start else ""
+            raise DataError(
+                f"{run} was made on {name}, which is not here{where}",
+                hint=f"bring it back, or write its new path into {run / 'run.toml'}: its rows are compared",
+            )
+
+
+def environment_of(run: Path) -> Mapping[str, Any]:
+    """Return what env.json holds; {} where it is damaged or gone."""
+    try:
+        return read_json(run / rundir.ENVIRONMENT, "")
+    except StorageError:
+        return {}

@@ -6,31 +6,39 @@ that `init` gives, so a checkpoint holds data only.
 
 A checkpoint also names all that it stands on (`StandsOn`): the recipe's options, digests of the base model and of the
 rows, how long metrics.jsonl was then, and the clients' memories with round and CRC-32.
+
+It also holds how the validation stood (`Course`): the best evaluated round so far, and when to stop since none gets better.
+A round is better where its score is lower than that of every evaluated round before it, the start (round 0) among them.
+With `keep = "best"` the state of the best round lies beside the checkpoints, in best-NNNNNN.ckpt, written before the
+checkpoint that names it.  Best rounds only ever get later, so that of the checkpoint of round r is the latest of them up to
+r: those that no kept checkpoint needs are removed.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgpack
 import numpy as np
 
-from fleetune.common.files import read_bytes, regular
+from fleetune.common.files import PRIVATE, read_bytes, regular, write_atomic
 from fleetune.errors import MessageError
-from fleetune.runs.rundir import RunDir, checkpoints
+from fleetune.runs import rundir
+from fleetune.runs.rundir import RunDir
 from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning.exchange import messages
 from fleetune.tuning.exchange.messages import Message, Payload, Scalar
-from fleetune.tuning.rounds.course import NAME as COURSE
-from fleetune.tuning.rounds.course import Course
 
 ON: Final = "stands_on"  # the scalar with what it stands on, as JSON
 KEPT: Final = "kept"  # arrays: client, round and CRC-32 of memories
+COURSE: Final = "course"  # the scalar with how the validation stood, as JSON
 
 
 @dataclass
@@ -198,22 +206,25 @@ def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
     return type(like)(**values), Totals(*json.loads(_get("totals", "", payload)))
 
 
-def state_of(run: RunDir, round: int, like: Any) -> Any | None:
-    """Return the state after `round`, None when there is no such checkpoint (any more); `like` as for `unpack`."""
-    path = dict(checkpoints(run.path)).get(round)
+def _saved(run: RunDir, round: int) -> Payload | None:
+    """Return the checkpoint of a round; None when there is none (any more), or none that can be read."""
+    path = dict(rundir.checkpoints(run.path)).get(round)
     try:
-        return None if path is None else unpack(decode(read_bytes(path)), like)[0]
-    except MessageError:
+        return None if path is None else decode(read_bytes(path))
+    except (MessageError, OSError):
         return None
 
 
+def state_of(run: RunDir, round: int, like: Any) -> Any | None:
+    """Return the state after `round`, None where its checkpoint is not there; `like` as for `unpack`."""
+    saved = _saved(run, round)
+    return None if saved is None else unpack(saved, like)[0]
+
+
 def course_of(run: RunDir, round: int) -> Course:
-    """Return how the validation stood after `round`; the start of a course where there is no such checkpoint."""
-    path = dict(checkpoints(run.path)).get(round)
-    try:
-        return Course() if path is None else course_in(decode(read_bytes(path)))
-    except (MessageError, OSError):
-        return Course()
+    """Return how the validation stood after `round`; the start of a course where its checkpoint is not there."""
+    saved = _saved(run, round)
+    return Course() if saved is None else course_in(saved)
 
 
 def _put(path: str, value: Any, arrays: dict[str, np.ndarray], scalars: dict[str, Scalar]) -> None:
@@ -243,3 +254,78 @@ def _get(path: str, like: Any, payload: Payload) -> Any:
         return payload.scalars[path]
     except KeyError as missing:
         raise MessageError(f"the checkpoint lacks {missing}") from missing
+
+
+# The best round -----------------------------------------------------------------------------------------
+
+
+class Course(NamedTuple):
+    """How the validation stands: the best round, its score, and the evaluated rounds since."""
+
+    best: int | None = None  # None before the first score
+    score: float = math.inf
+    stale: int = 0
+
+    def after(self, round: int, score: float | None) -> Course:
+        """Return how it stands after a round was evaluated; one without a finite score counts as no better."""
+        if score is not None and math.isfinite(score) and (self.best is None or score < self.score):
+            return Course(round, score, 0)
+        return self._replace(stale=self.stale + 1)
+
+    def to_json(self) -> str:
+        """Return it as a checkpoint holds it."""
+        return json.dumps([self.best, self.score if self.best is not None else None, self.stale])
+
+    @classmethod
+    def from_json(cls, text: str) -> Course:
+        """Read it from a checkpoint."""
+        best, score, stale = json.loads(text)
+        return cls(stale=stale) if best is None else cls(best, score, stale)
+
+
+def best_files(run: Path) -> list[tuple[int, Path]]:
+    """List the kept states of best rounds, oldest first."""
+    found = [
+        (re.fullmatch(r"best-(\d+)\.ckpt", p.name), p) for p in (run / "checkpoints").glob("best-*.ckpt")
+    ]
+    return sorted((int(m[1]), p) for m, p in found if m)
+
+
+def keep_best(run: RunDir, round: int, data: bytes) -> None:
+    """Write the state of a best round."""
+    write_atomic(_best_file(run.path, round), data, mode=PRIVATE)
+
+
+def read_best(run: Path, round: int) -> Payload:
+    """Read the checkpoint of a best round; MessageError when it is damaged or gone."""
+    try:
+        return decode(read_bytes(_best_file(run, round)))
+    except OSError as error:
+        raise MessageError(
+            f"the state of the best round, {round}, cannot be read: {error.strerror}"
+        ) from error
+
+
+def best_state(run: Path, round: int, like: Any) -> Any:
+    """Return the state of a best round, as `unpack` does; MessageError when it is damaged or gone."""
+    return unpack(read_best(run, round), like)[0]
+
+
+def forget_bests(run: RunDir) -> None:
+    """Remove the states of best rounds that no checkpoint needs any more."""
+    oldest = min((number for number, _ in rundir.checkpoints(run.path)), default=0)
+    needed = max((number for number, _ in best_files(run.path) if number <= oldest), default=0)
+    for number, path in best_files(run.path):
+        if number < needed:
+            path.unlink(missing_ok=True)
+
+
+def cut_bests(run: RunDir, round: int) -> None:
+    """Remove those of rounds after `round`, which a kill left."""
+    for number, path in best_files(run.path):
+        if number > round:
+            path.unlink(missing_ok=True)
+
+
+def _best_file(run: Path, round: int) -> Path:
+    return run / "checkpoints" / f"best-{round:06d}.ckpt"

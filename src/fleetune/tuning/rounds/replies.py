@@ -20,25 +20,23 @@ known to be wrong need not be used in part.
   their number.
 - They are handed over in the clients' order, so the sums do not depend on who answered first.
 - A reply on which the method fails is refused as well, and the round is added up again without it.
-- A reply to an earlier round is checked against that round, and held against the others of the round in which it comes.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, Final, NamedTuple
 
 from fleetune.common.events import ClientReply
 from fleetune.common.memory import rss
 from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
 from fleetune.runs.rundir import RunDir
+from fleetune.tuning.exchange.aggregation import FEWEST, IN_MEMORY, MEAN, Rule, Spool, usual
 from fleetune.tuning.exchange.messages import NotFiniteError, Payload, ReplySpec, check, decode
-from fleetune.tuning.exchange.robust import FEWEST, MEAN, Rule, usual
-from fleetune.tuning.exchange.spool import IN_MEMORY, Spool
 from fleetune.tuning.methods import Method, Reply
 from fleetune.tuning.rounds.fleets import Answer
 
@@ -57,8 +55,7 @@ class Kept(NamedTuple):
     offset: int
     size: int
     kind: frozenset[str]  # names of its arrays
-    agreed: int | None  # numbers that a reply of its form has at most; None: any
-    numbers: int  # in its arrays
+    bound: float  # how many times as far as the median it may go
     distance: float
     n: int  # rows that it counts; 0 where the method sends none
     reach: float  # the distance of the same reply from a client with the median rows
@@ -86,11 +83,9 @@ class Replies:
         emit: Callable[[ClientReply], None],
         rule: Rule = MEAN,
         max_rows: int = 0,
-        past: Mapping[int, Round] = MappingProxyType({}),
     ) -> None:
-        self.method, self.round, self.emit, self.past = method, round, emit, past
+        self.method, self.round, self.emit = method, round, emit
         self.kinds = method.kinds(round.state)
-        self._earlier: dict[int, Sequence[tuple[Payload, ReplySpec]]] = {}  # kinds of past rounds, by number
         self.kept: list[Kept] = []
         self.asked = self.failed = self.not_finite = 0  # failed: refused ones included
         self.bytes_up = self.bytes_down = 0
@@ -121,7 +116,7 @@ class Replies:
     def gather(self, answers: Iterator[Answer]) -> None:
         """Take every answer of the round; afterwards `kept` holds those that count."""
         for answer in answers:
-            self.asked += not answer.late
+            self.asked += 1
             self.bytes_down += answer.sent
             self.bytes_up += len(answer.data or b"")
             self._take(answer)
@@ -130,7 +125,7 @@ class Replies:
             self._refuse(kept, reason)
         if claimed:
             self.kept = lighter(self.kept)
-        self.kept.sort(key=lambda kept: (kept.answer.client, kept.answer.late))
+        self.kept.sort(key=lambda kept: kept.answer.client)
 
     def _take(self, answer: Answer) -> None:
         payload, status, reason = None, answer.status, cut_reason(answer.reason)
@@ -145,61 +140,35 @@ class Replies:
         self._record(answer, payload, status, reason)
 
     def _checked(self, answer: Answer, data: bytes) -> Payload:
-        asked = self._asked(answer)
-        sent, spec = self._kinds(asked)[asked.kind(answer.client)]
+        asked = self.round
+        sent, spec = self.kinds[asked.kind(answer.client)]
         payload = check(decode(data), spec, round=asked.number, base=asked.base)
-        n = _rows_of(payload, self.round.rows[answer.client], self.most)
+        n = _rows_of(payload, asked.rows[answer.client], self.most)
 
         def distance_with(rows: int) -> float:
-            told = self._reply(answer, payload, rows)
-            return self.method.distance(asked.state, sent, told)
+            return self.method.distance(asked.state, sent, _reply(answer, payload, rows))
 
         try:
             distance = distance_with(payload.int("n") if n else 0)
-            reach = distance_with(self.round.usual) if n and self.rule.times < math.inf else distance
+            reach = distance_with(asked.usual) if n and self.rule.times < math.inf else distance
         except (MessageError, MemoryError):
             raise
         except FAULTS as error:
             log.info("the reply of client %d cannot be measured", answer.client, exc_info=True)
             raise MessageError(f"it cannot be measured ({fault(error)})") from error
-        arrays = payload.arrays
-        numbers = sum(a.size for a in arrays.values())
         self.kept.append(
             Kept(
                 answer._replace(data=None),
                 self._spool.store(data),
                 len(data),
-                frozenset(arrays),
-                agreed(spec),
-                numbers,
+                frozenset(payload.arrays),
+                allowed(agreed(spec)),
                 distance,
                 n,
                 reach,
             )
         )
         return payload
-
-    def _asked(self, answer: Answer) -> Round:
-        """Return the round that an answer belongs to; MessageError where its replies count no longer."""
-        if not answer.late:
-            return self.round
-        if (number := self.round.number - answer.late) not in self.past:
-            raise MessageError(f"reply is for round {number}, whose replies count no longer")
-        return self.past[number]
-
-    def _kinds(self, asked: Round) -> Sequence[tuple[Payload, ReplySpec]]:
-        if asked is self.round:
-            return self.kinds
-        if asked.number not in self._earlier:
-            self._earlier[asked.number] = self.method.kinds(asked.state)
-        return self._earlier[asked.number]
-
-    def _reply(self, answer: Answer, payload: Payload, n: int) -> Reply:
-        """Return a reply as its method gets it; `n` are the rows that it counts, 0 where it has none."""
-        stood_on = self._asked(answer).state if answer.late else None
-        rows = payload.int("n") if n else 0
-        counting = Payload(payload.arrays, {**payload.scalars, "n": n}) if n else payload
-        return Reply(answer.client, answer.key, counting, answer.late, stood_on, rows)
 
     # Added up -------------------------------------------------------------------------------------------
 
@@ -226,13 +195,11 @@ class Replies:
     def _each(self) -> Iterator[Reply]:
         for kept in tuple(self.kept):
             self._in_hand = kept
-            yield self._reply(kept.answer, self._payload(kept), kept.n)
+            payload = decode(self._spool.read(kept.offset, kept.size)).payload
+            yield _reply(kept.answer, payload, kept.n)
         self._in_hand = None
 
     # One reply ------------------------------------------------------------------------------------------
-
-    def _payload(self, kept: Kept) -> Payload:
-        return decode(self._spool.read(kept.offset, kept.size)).payload
 
     def _refuse(self, kept: Kept, reason: str) -> None:
         """Leave out a reply that had been taken; its client's event is written again."""
@@ -261,11 +228,18 @@ class Replies:
                 rss=rss(),
                 status=status,
                 reason=reason,
-                late=answer.late or None,
                 steps=answer.steps,
                 tokens=answer.tokens,
             )
         )
+
+
+def _reply(answer: Answer, payload: Payload, n: int) -> Reply:
+    """Return a reply as its method gets it; `n` are the rows that it counts, 0 where it has none."""
+    if not n:
+        return Reply(answer.client, answer.key, payload)
+    counting = Payload(payload.arrays, {**payload.scalars, "n": n})
+    return Reply(answer.client, answer.key, counting, payload.int("n"))
 
 
 def _rows_of(payload: Payload, rows: int, most: float) -> int:
@@ -285,7 +259,7 @@ def lighter(kept: Sequence[Kept]) -> list[Kept]:
         same = [k for k in kept if k.kind == kind]
         middle = median([k.reach for k in same], FEWEST - 1) * usual([k.n for k in same])
         for k in same:
-            most = bound(k, same) * middle / k.reach if k.n and k.reach else k.n
+            most = k.bound * middle / k.reach if k.n and k.reach else k.n
             found.append(k._replace(n=int(min(k.n, max(1.0, most)))))
     return found
 
@@ -303,28 +277,15 @@ def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]
         if fewest < FEWEST:
             middle = min(middle, APART * median([k.distance for k in kept], fewest))
         for k in same:
-            if not k.distance <= (most := bound(k, same)) * middle:
+            if not k.distance <= k.bound * middle:
                 times = f"{k.distance / middle:.3g} times as far as the median of the round"
-                found.append((k, f"it goes {times}, {most:.3g} at most"))
+                found.append((k, f"it goes {times}, {k.bound:.3g} at most"))
     return found
 
 
-def bound(one: Kept, same: Sequence[Kept]) -> float:
-    """Return how many times as far as the median a reply may go.
-
-    It is by the numbers that were agreed; where any number is, by the median of the replies of its kind, `same`.
-    """
-    if one.agreed is not None:
-        return allowed(one.agreed)
-    return allowed(sorted(k.numbers for k in same)[(len(same) - 1) // 2])
-
-
-def agreed(spec: ReplySpec) -> int | None:
-    """Return how many numbers a reply of this form has at most; None where an array may be of any length."""
-    shapes = [shape for _, shape in spec.arrays.values()]
-    if any(n is None for shape in shapes for n in shape):
-        return None
-    return sum(math.prod(abs(n) for n in shape if n is not None) for shape in shapes)
+def agreed(spec: ReplySpec) -> int:
+    """Return how many numbers a reply of this form has at most."""
+    return sum(math.prod(map(abs, shape)) for _, shape in spec.arrays.values())
 
 
 def allowed(numbers: int) -> float:

@@ -24,13 +24,11 @@ from fleetune.errors import FleetError, MessageError
 from fleetune.runs import rundir
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, usual
 from fleetune.tuning.exchange.messages import Message, Payload, encode
-from fleetune.tuning.exchange.robust import MEAN, Rule, usual
 from fleetune.tuning.methods import Method
 from fleetune.tuning.rounds import checkpoint
-from fleetune.tuning.rounds import course as courses
-from fleetune.tuning.rounds.checkpoint import StandsOn, Totals
-from fleetune.tuning.rounds.course import Course
+from fleetune.tuning.rounds.checkpoint import Course, StandsOn, Totals
 from fleetune.tuning.rounds.fleets import Fleet
 from fleetune.tuning.rounds.replies import Replies, Round
 from fleetune.tuning.rounds.watch import advice
@@ -58,10 +56,7 @@ class ModelLostError(FleetError):
         kept = "the result of the best is" if best else "there is no result; the checkpoint is"
         self.hint = f"{kept} in the run folder; start anew with a lower lr, or set the method's clip"
 
-    @property
-    def page(self) -> str:
-        """The section of the docs on errors of the fleet."""
-        return FleetError("").page
+    page = FleetError("").page  # its section of the docs
 
 
 @dataclass(frozen=True)
@@ -77,15 +72,9 @@ class RoundPlan:
     stands_on: StandsOn | None = None  # what every checkpoint states of recipe, base and rows
     rule: Rule = MEAN  # how replies are combined
     over_selection: float = 1.0  # so many times the clients that are needed are asked
-    late: int = 0  # rounds that a reply may come late and still count
     patience: int = 0  # evaluated rounds in a row without a better one after which the run ends; 0: never
     keep_best: bool = False  # whether the best evaluated round's state is the result
     max_rows: int = 0  # that a reply counts at most; 0: any number
-
-    @property
-    def kept(self) -> int:
-        """Checkpoints that are kept: a reply that comes late is understood by the state that it stands on."""
-        return KEEP + self.late
 
 
 @dataclass(frozen=True)
@@ -121,15 +110,13 @@ def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, 
     A round counts when its checkpoint is written.  FleetError when every client failed in `PATIENCE` rounds in
     a row (or in all, of fewer); a resumed run counts anew, so that it gets past them.
     """
-    run.keep = plan.kept
     last, state, totals, course = _start(run, fleet, state, plan, hooks)
-    past = _past(run, fleet, state, plan, last)
     failures = 0
     for r in range(last + 1, plan.rounds + 1):
-        if _over(course, plan):
+        if plan.patience and course.stale >= plan.patience:
             break
         began = time.monotonic()
-        new, replies = _played(method, fleet, state, run, plan, hooks, r, past)
+        new, replies = _played(method, fleet, state, run, plan, hooks, r)
         failures = _failures(method, replies, failures, plan)
         totals.bytes_up += replies.bytes_up
         totals.bytes_down += replies.bytes_down
@@ -153,47 +140,21 @@ def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, 
                 raise ModelLostError(f"the model's loss after round {r} is not finite", r - 1, state)
             course = course.after(r, hooks.score(measured))
         state, last = new, r
-        if plan.late:
-            past[r] = replies.round
-            past.pop(r - plan.late, None)
-        _write(r, state, _until_now(totals, hooks), plan, run, fleet, course)
-        fleet.forget_before(r + 1 - plan.kept)
-    return _outcome(run, state, totals, last, plan, course)
-
-
-def _over(course: Course, plan: RoundPlan) -> bool:
-    """Whether the run ends before its last round."""
-    return bool(plan.patience) and course.stale >= plan.patience
-
-
-def _outcome(run: RunDir, state: Any, totals: Totals, last: int, plan: RoundPlan, course: Course) -> Outcome:
-    """Return the last state, or that of the best round."""
+        _write(r, state, totals, plan, hooks, run, fleet, course)
+        fleet.forget_before(r + 1 - KEEP)
     if not plan.keep_best or course.best in (None, last):
         return Outcome(state, totals, last, last, course)
-    assert course.best is not None
-    best, _ = checkpoint.unpack(checkpoint.decode(courses.kept(run.path, course.best)), state)
-    return Outcome(best, totals, course.best, last, course)
+    return Outcome(checkpoint.best_state(run.path, course.best, state), totals, course.best, last, course)
 
 
 def keep_best_of(lost: ModelLostError, run: RunDir, plan: RoundPlan) -> None:
     """Let the result of a run that lost its model be the best round's state, where the best is kept and one was better."""
     course = checkpoint.course_of(run, lost.round) if plan.keep_best else Course()
-    if course.best in (None, lost.round):
-        return
-    assert course.best is not None
-    try:
-        saved = checkpoint.decode(courses.kept(run.path, course.best))
-    except MessageError as error:  # the last good round's is the result then
-        log.warning("%s", error)
-        return
-    lost.give_way(course.best, checkpoint.unpack(saved, lost.state)[0])
-
-
-def _past(run: RunDir, fleet: Fleet, like: Any, plan: RoundPlan, last: int) -> dict[int, Round]:
-    """Return the rounds up to `last` whose replies may still come late, by number."""
-    numbers = range(max(1, last + 1 - plan.late), last + 1)
-    states = {r: checkpoint.state_of(run, r - 1, like) for r in numbers}
-    return {r: Round(r, plan.base, fleet.rows, s, fleet.kind) for r, s in states.items() if s is not None}
+    if course.best not in (None, lost.round):
+        try:
+            lost.give_way(course.best, checkpoint.best_state(run.path, course.best, lost.state))
+        except MessageError as error:  # the last good round's is the result then
+            log.warning("%s", error)
 
 
 def _start(
@@ -210,7 +171,7 @@ def _start(
         fleet.check_kept(checkpoint.kept_in(payload))
         best = checkpoint.course_in(payload).best
         if plan.keep_best and best is not None:
-            checkpoint.decode(courses.kept(run.path, best))
+            checkpoint.read_best(run.path, best)
         return payload
 
     totals = Totals()
@@ -219,9 +180,9 @@ def _start(
             hooks.note(f"{run.path} has no checkpoint left: the run begins anew")
         run.cut(-1)
         fleet.rewind(0)
-        courses.cut(run, -1)
+        checkpoint.cut_bests(run, -1)
         course = Course().after(0, hooks.score(hooks.begin() or {}))._replace(stale=0)
-        _write(0, state, _until_now(totals, hooks), plan, run, fleet, course)
+        _write(0, state, totals, plan, hooks, run, fleet, course)
         return 0, state, totals, course
     last, payload = saved
     state, totals = checkpoint.unpack(payload, state)
@@ -229,49 +190,45 @@ def _start(
     for told in run.cut(last, stated[1] if stated else None):
         hooks.note(told)
     fleet.rewind(last)
-    fleet.forget_before(last + 1 - plan.kept)
-    courses.cut(run, last)
+    fleet.forget_before(last + 1 - KEEP)
+    checkpoint.cut_bests(run, last)
     hooks.resumed()
     return last, state, totals, checkpoint.course_in(payload)
 
 
-def _until_now(totals: Totals, hooks: Hooks) -> Totals:
-    """Return the totals as a later sitting needs them: with the time of this one."""
-    return replace(totals, wall=totals.wall + hooks.clock())
-
-
 def _write(
-    round: int, state: Any, totals: Totals, plan: RoundPlan, run: RunDir, fleet: Fleet, course: Course
+    round: int,
+    state: Any,
+    totals: Totals,
+    plan: RoundPlan,
+    hooks: Hooks,
+    run: RunDir,
+    fleet: Fleet,
+    course: Course,
 ) -> None:
     """Make a round count: write its checkpoint, with all that it stands on; the state of a new best round before it."""
-    data = checkpoint.encode(round, state, totals, plan.stands_on, run.metrics.size, fleet.kept(), course)
+    until_now = replace(totals, wall=totals.wall + hooks.clock())
+    data = checkpoint.encode(round, state, until_now, plan.stands_on, run.metrics.size, fleet.kept(), course)
     if plan.keep_best and course.best == round:
-        courses.keep(run, round, data)
+        checkpoint.keep_best(run, round, data)
     run.checkpoint(round, data)
     if plan.keep_best:
-        courses.forget(run)
+        checkpoint.forget_bests(run)
 
 
 def _played(
-    method: Method,
-    fleet: Fleet,
-    state: Any,
-    run: RunDir,
-    plan: RoundPlan,
-    hooks: Hooks,
-    r: int,
-    past: Mapping[int, Round],
+    method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks, r: int
 ) -> tuple[Any, Replies]:
-    """Return the state that a round gives, and its replies; `past` are the rounds whose replies may come late."""
+    """Return the state that a round gives, and its replies."""
     present = fleet.present()
-    goal = share_of(len(present) + fleet.busy, plan.participation)
-    chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection, fleet.busy)
+    goal = share_of(len(present), plan.participation)
+    chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection)
     kinds = {client: fleet.kind(client) for client in chosen}
     if plan.rule.times < math.inf:
         kinds = of_two(kinds)
     middle = int(usual([fleet.rows[client] for client in chosen]))
     asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__, middle)
-    with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, past) as replies:
+    with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows) as replies:
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
         messages = {client: coded[kind] for client, kind in kinds.items()}
         replies.gather(fleet.ask(r, chosen, messages, goal if len(chosen) > goal else 0))
@@ -280,14 +237,13 @@ def _played(
 
 
 def sample(
-    clients: Sequence[int], participation: float, seed: int, round: int, over: float = 1.0, busy: int = 0
+    clients: Sequence[int], participation: float, seed: int, round: int, over: float = 1.0
 ) -> Sequence[int]:
     """Return the clients of a round: a share of those, without repeats, in order; keyed by seed and round.
 
-    At least one, unless there are none; `over` times as many as the share.  Of `busy` more, which cannot be asked now, the
-    share is taken as well, so that a round has as many replies as without them.
+    At least one, unless there are none; `over` times as many as the share.
     """
-    count = min(len(clients), math.ceil(share_of(len(clients) + busy, participation) * over - 1e-9))
+    count = min(len(clients), math.ceil(share_of(len(clients), participation) * over - 1e-9))
     order = keyed_order(derive(seed, "sample", round), 0, len(clients))
     return sorted(clients[i] for i in order[:count].tolist())
 
@@ -300,19 +256,7 @@ def of_two(kinds: Mapping[int, int]) -> dict[int, int]:
 
 def share_of(clients: int, participation: float) -> int:
     """Return how many replies a round needs of so many clients; at least one, unless there are none."""
-    return min(clients, max(1, round_half_up(clients * participation)))
-
-
-def round_half_up(x: float) -> int:
-    """Return the nearest integer, halves up."""
-    return int(x + 0.5)
-
-
-def _hint(method: Method, replies: Replies) -> str:
-    """Say what to do where all rounds fail: numbers that are not finite are of a learning rate that is too high."""
-    if replies.not_finite:
-        return f"{advice(method, 10)}; a run with other options is a new one"
-    return "-v shows the whole error; when the cause is gone, resume the run"
+    return min(clients, max(1, int(clients * participation + 0.5)))
 
 
 def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) -> int:
@@ -325,9 +269,12 @@ def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) ->
         return before if not replies.accepted else 0
     if before + 1 >= min(PATIENCE, plan.rounds):
         what = "every client failed, " if not replies.accepted else "most replies are not finite, "
+        hint = "-v shows the whole error; when the cause is gone, resume the run"
+        if replies.not_finite:  # the learning rate is too high
+            hint = f"{advice(method, 10)}; a run with other options is a new one"
         raise FleetError(
             f"{what}{counted(before + 1, 'round')} in a row; the first of round {replies.round.number}: {replies.reason}",
-            hint=_hint(method, replies),
+            hint=hint,
         )
     return before + 1
 

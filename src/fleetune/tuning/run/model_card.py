@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -19,15 +20,15 @@ from fleetune.common import __version__
 from fleetune.common.display import counted, human_bytes, show
 from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.common.settings import Value
-from fleetune.models.cache import short_names
-from fleetune.runs import env_file, rundir
+from fleetune.models.cache import names
+from fleetune.runs import rundir
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import finished, foundations
-from fleetune.tuning.run import run_facts
+from fleetune.tuning.run import describe
 
-HERE: Final = "PATH OF THIS FOLDER"  # a push puts the repository's name there
+HERE: Final = "PATH OF THIS FOLDER"
 CARD: Final = "README.md"
 TAGS: Final = ("fleetune", "federated-learning")
 
@@ -70,12 +71,12 @@ _MARK: Final = "<!-- what the run recorded -->"
 
 def base_name(recipe: Recipe) -> str:
     """Return the base model as others know it: its hub id, or the last part of its path."""
-    return short_names.hub_of(recipe.model) or run_facts.public(recipe.model)
+    return names.hub_of(recipe.model) or describe.public(recipe.model)
 
 
 def licence_of(recipe: Recipe) -> str | None:
     """Return the licence of the base: of a name that is known, or as the card in its folder states; None where neither does."""
-    if known := short_names.licence_of(recipe.model):
+    if known := names.licence_of(recipe.model):
         return known
     card = Path(recipe.model).expanduser() / CARD
     try:
@@ -91,24 +92,23 @@ def command_of(recipe: Recipe) -> str:
     words = [
         "fleetune",
         "tune",
-        recipe.model if short_names.hub_of(recipe.model) else run_facts.public(recipe.model),
+        recipe.model if names.hub_of(recipe.model) else describe.public(recipe.model),
     ]
-    words += [run_facts.public(recipe.data), "--method", recipe.method]
+    words += [describe.public(recipe.data), "--method", recipe.method]
     for name, (_, default, _) in recipes.fields().items():
         value = getattr(recipe, name)
         if name not in ("model", "data", "method", "set") and value != default:
-            text = run_facts.public(value) if name in run_facts.NAMED else _plain(value)
+            text = describe.public(value) if name in describe.NAMED else _plain(value)
             words += [f"--{name.replace('_', '-')}", text]
     known = recipe.method in methods.entries()
     usual = {s.name: s.default for s in methods.settings(recipe.method)} if known else {}
-    for name, value in run_facts.settings_of(recipe).items():
+    for name, value in describe.settings_of(recipe).items():
         if value != usual.get(name):
             words += ["--set", f"{name}={_plain(value)}"]
     return shlex.join(words)
 
 
 def _plain(value: Value) -> str:
-    """A value as a flag takes it: 32.0 as 32."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
@@ -128,7 +128,6 @@ def _front_matter(
 
 
 def _about(run: Path, recipe: Recipe, done: Mapping[str, Any]) -> str:
-    """Return the sections on results, data, settings and digests."""
     start = next((e for e in rundir.events(run) if e["event"] == "start"), {})
     licence = licence_of(recipe)
     parts = [
@@ -157,25 +156,24 @@ def _data(run: Path, recipe: Recipe, start: Mapping[str, Any]) -> list[list[str]
     counts = [int(n) for n in start.get("rows_per_client", ())]
     of = "their own rows of real devices" if _of_devices(run) else recipe.partition
     rows = [
-        ["data of the server" if _of_devices(run) else "data", run_facts.public(recipe.data)],
+        ["data of the server" if _of_devices(run) else "data", describe.public(recipe.data)],
         ["training rows", f"{sum(counts):,} of {counted(len(counts), 'client')} ({of})"],
         ["held-out rows", f"{start.get('held_out', 0):,}"],
         ["tokens per row, max.", f"{recipe.max_length:,}"],
     ]
     if recipe.eval_data:
-        rows.append(["held-out data", run_facts.public(recipe.eval_data)])
+        rows.append(["held-out data", describe.public(recipe.eval_data)])
     return rows
 
 
 def _of_devices(run: Path) -> bool:
-    """Whether the rows were those of real devices: nobody can repeat the run without them."""
     return (run / rundir.FLEET).is_file()
 
 
 def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *, of_devices: bool) -> str:
     known = methods.entries().get(recipe.method)
     paper = f" ({known.paper})" if known and known.paper else ""
-    settings = [[f"`{name}`", str(value)] for name, value in run_facts.settings_of(recipe).items()]
+    settings = [[f"`{name}`", str(value)] for name, value in describe.settings_of(recipe).items()]
     rounds = done.get("rounds", recipe.rounds)
     return "\n\n".join(
         [
@@ -186,7 +184,7 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *
             *(
                 ["Trained on real devices, which keep their rows."]
                 if of_devices
-                else [_code(command_of(recipe))]
+                else [textwrap.indent(command_of(recipe), "    ")]
             ),
             _table(["setting", ""], settings),
         ]
@@ -194,8 +192,7 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *
 
 
 def _digests(run: Path, done: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the run stated of its inputs and of its result."""
-    found = env_file.made_on(run)
+    found = rundir.made_on(run)
     named = [("base weights, as loaded", found["base"]), ("tokenizer", found["tokenizer"])]
     if stands_on := foundations.stated_by(run):
         named += [
@@ -213,16 +210,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A cell of a table: in one line, and no markup where it is a name or a value that someone chose."""
     plain = " ".join(text.split()).replace("|", "\\|")
     return plain.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _code(text: str) -> str:
-    """Code of a shell between fences that are longer than any in it."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}sh\n{text}\n{fence}"
 
 
 def _public_text(text: str) -> str:

@@ -5,64 +5,97 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from fleetune.common import sums
-from fleetune.common.events import (
-    ClientReply,
-    Recorded,
-    RoundEvaluated,
-    TuneChecked,
-    TuneDone,
-    as_dict,
-    round_evaluated,
-)
+from fleetune.common.display import counted, human_time
+from fleetune.common.events import ClientReply, Recorded, RoundEvaluated, TuneDone, as_dict, round_evaluated
 from fleetune.common.files import json_text, resumable
-from fleetune.common.paired import RowLosses
+from fleetune.common.paired import RowLosses, difference
 from fleetune.common.shell import quoted
-from fleetune.errors import Interrupted, StorageError, fault
-from fleetune.runs import env_file, rundir, trackers
+from fleetune.errors import Interrupted, fault
+from fleetune.evaluation.losses import pad_id
+from fleetune.runs import rundir, trackers
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
-from fleetune.tuning.exchange import robust
-from fleetune.tuning.methods import entry
-from fleetune.tuning.prepare import estimate
-from fleetune.tuning.prepare.prepare import CheckMemory, TuneJob, check, checked, prepare, timed
-from fleetune.tuning.recipe import given_methods
+from fleetune.tuning.exchange import aggregation
+from fleetune.tuning.prepare.prepare import CheckMemory, TuneJob, check, prepare
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.objects_to_files import data_name
+from fleetune.tuning.recipe.objects import data_name
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.result import finished, foundations, places
-from fleetune.tuning.result.result import TuneResult, read
+from fleetune.tuning.result import foundations
+from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.rounds import rounds
 from fleetune.tuning.rounds.checkpoint import StandsOn
-from fleetune.tuning.rounds.fleets import OLDEST, Fleet
+from fleetune.tuning.rounds.fleets import Fleet, wanted
+from fleetune.tuning.rounds.local_work import Memories
+from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 from fleetune.tuning.rounds.watch import Watch
-from fleetune.tuning.run import (
-    describe,
-    eval_file,
-    extension,
-    per_client,
-    remarks,
-    resumption,
-    run_facts,
-    validation,
-)
-from fleetune.tuning.run.eval_file import EVALUATION
-from fleetune.tuning.run.save_result import ARTEFACTS, finish
-from fleetune.tuning.run.simulation import SIMULATED, Fleets
+from fleetune.tuning.run import describe, evaluation
+from fleetune.tuning.run.evaluation import EVALUATION
+from fleetune.tuning.run.save_result import finish, save
+
+Step = Callable[[int, int], None]  # called with a client and the number of its next local step
+
+
+class Fleets(Protocol):
+    """Where a run's local work is done."""
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the clients are made from the recipe's data."""
+
+    def about(self, job: TuneJob) -> str:
+        """Return the fleet in a few words, for the header."""
+
+    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+        """Return the fleet; a real one has then enough devices."""
+
+
+class Simulated:
+    """All clients in this process, in turn."""
+
+    simulated = True
+
+    def about(self, job: TuneJob) -> str:
+        """Return where, and how many are asked."""
+        recipe, count = job.recipe, len(job.rows)
+        asked = len(rounds.sample(range(count), recipe.participation, recipe.seed, 1, recipe.over_selection))
+        return f"this machine · {job.model.device} · {counted(count, 'client')}, {asked} a round"
+
+    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+        """Return the fleet, with the faults that the recipe simulates."""
+        recipe = job.recipe
+        faults = Faults(recipe.drop, recipe.stragglers, recipe.deadline)
+        memories = Memories(run.path / "memories")
+        return LocalFleet(
+            job.model,
+            job.method,
+            job.rows,
+            recipe.seed,
+            pad_id(job.model),
+            faults,
+            step,
+            memories,
+            wanted(job.method, recipe.kinds),
+        )
+
+
+SIMULATED: Final[Fleets] = Simulated()
+
 
 log = logging.getLogger(__name__)
 
 # A job seeds torch's generator and sets its threads, so two at a time in a process would disturb each other.
-_ONE_AT_A_TIME = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()
 
 
 def start(
@@ -76,12 +109,11 @@ def start(
 ) -> TuneResult:
     """Check a recipe, then run it in a new folder under `out`."""
     check(recipe)
-    fleets.check(recipe)
     rundir.check_writable(out)
     recipe = dataclasses.replace(
         recipe, data=data_name(recipe.data, out)
     )  # rows from standard input are stored
-    with _ONE_AT_A_TIME:
+    with ONE_AT_A_TIME:
         job = prepare(
             recipe,
             offline=offline,
@@ -91,106 +123,14 @@ def start(
             check_memory=check_memory,
         )
         recipe = job.recipe
-        with rundir.create(out, recipe.method, recipe.model) as folder, _resumable(folder.path, fleets):
+        with rundir.create(out, recipe.method, recipe.model) as folder, goes_on(folder.path, fleets):
             return TuneResult(folder.path.absolute(), tune(job, folder, listener, fleets))
 
 
-def resume(
-    path: Path,
-    listener: Listener,
-    *,
-    offline: bool,
-    fleets: Fleets = SIMULATED,
-    rounds: int = 0,
-    base: str = "",
-) -> TuneResult:
-    """Resume a stopped run by its own recipe; return the result of a finished one.
-
-    With more `rounds` than it has it goes on until it has as many, finished or not; UsageError, with nothing written,
-    where it cannot.
-    `base` is where the base's weights are from now on, which changes no bit of the result.
-    A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
-    """
-    recipe, had = _own_recipe(path, rounds, base)
-    fleets.check(recipe)
-    if recipe.rounds == had and is_done(path, listener.note):
-        found = read(path)
-        more = "; --rounds N gives it more rounds" if fleets.simulated else ""
-        listener.note(f"{path} is finished already{more}")
-        listener.event(found.done)
-        return found
-    places.check_rows(recipe, path)
-    with _ONE_AT_A_TIME, _resumable(path, fleets), RunDir(path) as folder:
-        rundir.check_writable(path)
-        job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False, measure=False)
-        if not any(round for round, _ in rundir.checkpoints(path)):  # no round tells how long one takes
-            job = timed(job)
-        if recipe.rounds != had:
-            foundations.check(job, path, longer=True)  # a refusal leaves a finished run as it is
-            extension.write(job.recipe, folder)
-        return TuneResult(path.absolute(), tune(job, folder, listener, fleets))
-
-
-def _own_recipe(path: Path, rounds: int, base: str) -> tuple[Recipe, int]:
-    """Return the recipe by which a run is resumed, checked, and how many rounds the run has; arguments as for `resume`."""
-    recipe = places.recipe_of(path, longer=rounds > 0)
-    recipe = dataclasses.replace(recipe, base=base or recipe.base)
-    had = recipe.rounds
-    if rounds:
-        recipe = extension.longer(recipe, path, rounds)
-        had = extension.checkpoint_rounds(path) or had
-    places.check_code(recipe, path)
-    given_methods.check_known(recipe.method, path)
-    check(recipe)
-    return recipe, had
-
-
-def check_resume(path: Path, *, offline: bool, rounds: int = 0, base: str = "") -> TuneChecked:
-    """Check all that `resume` checks of a simulated run, and return how long the rounds that are left take; write nothing."""
-    recipe, had = _own_recipe(path, rounds, base)
-    SIMULATED.check(recipe)
-    places.check_rows(recipe, path)
-    with _ONE_AT_A_TIME:
-        job = prepare(recipe, offline=offline, find=False, measure=False)
-        foundations.check(job, path, longer=recipe.rounds != had)
-        done = max((round for round, _ in rundir.checkpoints(path)), default=0)
-        remarks = [*job.about_rows(), f"goes on after round {done} of {recipe.rounds}"]
-        if done < recipe.rounds and (whole := timed(job).estimate) is not None:
-            left = estimate.rest(whole, done, recipe.eval_every)
-            job, remarks = dataclasses.replace(job, estimate=left), [*remarks, f"left: {left.text}"]
-        return checked(job, remarks)
-
-
-def _resumable(path: Path, fleets: Fleets) -> AbstractContextManager[None]:
+def goes_on(path: Path, fleets: Fleets) -> AbstractContextManager[None]:
     """Let a full disk's hint name the command that goes on with a run."""
     verb = "tune" if fleets.simulated else "fleet serve"
     return resumable(f"fleetune {verb} --resume {quoted(path)}")
-
-
-def is_done(path: Path, note: Callable[[str], None]) -> bool:
-    """Whether a run is finished, and its record, answers and result are as they were written; if not so, it is said.
-
-    StorageError when a file of a finished run is damaged, and there is no checkpoint to make it from.
-    """
-    if rundir.status_of(path) != "done":
-        return False
-    if damaged := damaged_file(path):
-        if not rundir.checkpoints(path):
-            raise StorageError(
-                f"{path / damaged} of a finished run is damaged, and no checkpoint is left to make it from",
-                hint=f"bring it back; or tune anew: fleetune tune -c {quoted(path / 'run.toml')}",
-            )
-        note(f"{path / damaged} is damaged or gone: it is made again from the last checkpoint")
-    return not damaged
-
-
-def damaged_file(path: Path) -> str:
-    """The first file of a finished run that is not as it was written, "" where all are."""
-    result = path / finished.RESULT[entry(foundations.recipe_of(path).method).kind]
-    found = [*sums.faults(path), *((f"{result.name}/{name}", why) for name, why in sums.faults(result))]
-    if not result.exists():
-        return result.name
-    return found[0][0] if found else ""
 
 
 def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULATED) -> TuneDone:
@@ -221,24 +161,25 @@ def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULAT
 def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_on: StandsOn) -> TuneDone:
     recipe, model, method = job.recipe, job.model, job.method
     _announce(job, run, listener, fleets.about(job))
-    trackers.begin(listener, run.path, run_facts.of_job(job))
-    searched = sum(found.seconds for found in job.found)  # none of a run that is resumed: it has its rates
-    began = time.monotonic() - searched
+    trackers.begin(listener, run.path, describe.facts_of(job))
+    began = time.monotonic() - sum(
+        rate.seconds for rate in job.found_rates
+    )  # none is found of a run that is resumed
 
     def step(client: int, number: int) -> None:
         listener.step(client, number)
         if listener.stop_requested:
             raise Interrupted("stopped between two steps; finished rounds are kept")
 
-    whole = eval_file.having(run.path, "base") if rundir.checkpoints(run.path) else {}
-    base = None if whole else _base(job, run)
-    check = validation.Validation(job, base.rows if base else validation.losses_in(whole, "base"))
+    known = evaluation.of_base(run.path) if rundir.checkpoints(run.path) else {}
+    base = None if known else _base(job, run)
     params = model.n_params  # before a module is attached to it
     first = _first(job)
     fleet = fleets.make(job, run, listener, step)
-    start = None if base else whole.get("start", {}).get("loss")
-    watch = Watch(method, job.objective, rundir.events(run.path) if whole else (), start)
-    sitting = _Sitting(job, run, listener, fleet, first, base, params, check, watch)
+    start = None if base else known.get("start", {}).get("loss")
+    watch = Watch(method, job.objective, rundir.events(run.path) if known else (), start)
+    base_rows = base.rows if base else evaluation.losses_in(known, "base")
+    sitting = _Sitting(job, run, listener, fleet, first, base, params, base_rows, watch)
     plan = rounds.RoundPlan(
         recipe.rounds,
         recipe.participation,
@@ -247,25 +188,35 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         recipe.eval_every,
         bytes.fromhex(model.digest)[:8],
         stands_on,
-        robust.parse(recipe.aggregation),
+        aggregation.parse(recipe.aggregation),
         recipe.over_selection,
-        OLDEST if recipe.late == "use" else 0,
         recipe.patience,
         recipe.keep == "best",
         recipe.max_rows,
     )
+    hooks = rounds.Hooks(
+        sitting.begin,
+        sitting.measure,
+        sitting.emit,
+        sitting.resumed,
+        listener.note,
+        lambda: time.monotonic() - began,
+        lambda measured: evaluation.score(job.objective, measured),
+    )
     try:
-        outcome = rounds.run(method, fleet, first, run, plan, sitting.hooks(began))
+        outcome = rounds.run(method, fleet, first, run, plan, hooks)
     except rounds.ModelLostError as lost:
         rounds.keep_best_of(lost, run, plan)
         if lost.round:  # else there is only the base
             method.apply(model, lost.state)
-            ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
+            save(job, run, lost.state, lost.round)
         raise
-    return finish(job, run, first, outcome, check, listener, began)
+    method.apply(model, outcome.state)
+    measured = sitting.measured if outcome.round == sitting.round else None
+    return finish(job, run, first, outcome, measured or evaluation.measure(job), base_rows, listener, began)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sitting:
     """The part of a run from its start or resume to its end or stop, as the rounds see it."""
 
@@ -276,71 +227,76 @@ class _Sitting:
     first: Any  # state before round 1
     base: _Base | None  # None: eval.json has it
     params: int  # weights of the base model
-    check: validation.Validation
+    base_rows: RowLosses | None  # losses of the held-out rows under the base, where they are known
     watch: Watch
-
-    def hooks(self, began: float) -> rounds.Hooks:
-        """Return what the rounds call; `began` is when the sitting began, with its search for rates."""
-        return rounds.Hooks(
-            self.begin,
-            self.measure,
-            self.emit,
-            self.resumed,
-            self.listener.note,
-            lambda: time.monotonic() - began,
-            self.check.score,
-        )
+    measured: tuple[dict[str, float], RowLosses] | None = None  # the last measures, and the rows' losses
+    round: int = 0  # that they are of; 0: of none
 
     def begin(self) -> dict[str, float]:
         """Record the start of the run; return the measures that round 1 starts from."""
         assert self.base is not None
-        self.emit(describe.start(self.job, self.fleet.rows, self.params))
-        for rate in self.job.found:
-            self.emit(describe.rate(rate))
+        self.emit(describe.start_event(self.job, self.fleet.rows, self.params))
+        for rate in self.job.found_rates:
+            self.emit(rate)
         self.emit(round_evaluated(0, self.base.measured))
-        if found := _start(self.job, self.run, self.base, self.first, self.listener):
-            self.watch.starts_at(found["loss"])
-        return found or self.base.measured
+        if start := self._start():
+            self.watch.starts_at(start["loss"])
+        return start or self.base.measured
 
     def resumed(self) -> None:
         """Say how far the run is, and where eval.json has lost the base that it was measured again."""
-        self.listener.note(resumption.progress(self.run.path, self.job.recipe.rounds))
+        self.listener.note(describe.progress_words(self.run.path, self.job.recipe.rounds))
         if self.base is not None:
-            self.listener.note(
-                f"{self.run.path / EVALUATION} is damaged or gone: the base model has answered again"
-            )
-            _start(self.job, self.run, self.base, self.first, self.listener)
+            file = self.run.path / EVALUATION
+            self.listener.note(f"{file} is damaged or gone: the base model has answered again")
+            self._start()
 
     def measure(self, state: Any) -> dict[str, float]:
-        """Return the measures of a state on the held-out rows."""
+        """Return the measures of a state on the held-out rows; `change_error` is that of the loss against the base."""
         self.job.method.apply(self.job.model, state)
-        return self.check.measure()
+        self.measured = measured, rows = evaluation.measure(self.job)
+        change = None if self.base_rows is None else difference(self.base_rows, rows)
+        return (
+            measured if change is None or change.error is None else measured | {"change_error": change.error}
+        )
 
     def emit(self, event: Recorded) -> None:
         """Record an event, pass it on, and say what is to be said of it."""
         self.listener.event(dataclasses.replace(event, t=self.run.record(as_dict(event))["t"]))
         if isinstance(event, ClientReply):
             self.fleet.heard(event)
-        if isinstance(event, RoundEvaluated) and event.round:
-            objective = {} if event.objective is None else {"objective": event.objective}
-            self.check.of_round(event.round, event.values | objective)
+        if isinstance(event, RoundEvaluated):
+            self.round = event.round
         if (advice := self.watch.heard(event)) is not None:
             self.listener.note(advice.text)
             self.emit(advice)
+
+    def _start(self) -> dict[str, float]:
+        """Where the first state is not the base model, measure it too, say so, and return its measures; else {}."""
+        assert self.base is not None
+        self.job.method.apply(self.job.model, self.first)
+        if math.isclose(
+            self.base.probed, describe.probe(self.job), rel_tol=describe.SAME, abs_tol=describe.SAME
+        ):
+            return {}
+        start, _ = evaluation.measure(self.job)
+        evaluation.add(self.run, {"start": start})
+        self.listener.note(describe.of_start(self.base.measured, start))
+        return start
 
 
 def _first(job: TuneJob) -> Any:
     """Return the state before round 1; a ledger states the rule by which replies are combined."""
     state = job.method.init(job.model, derive(job.recipe.seed, "init"))
-    rule = robust.parse(job.recipe.aggregation)
-    if job.entry.kind != "ledger" or rule == robust.MEAN:
+    rule = aggregation.parse(job.recipe.aggregation)
+    if job.entry.kind != "ledger" or rule == aggregation.MEAN:
         return state
     head = dataclasses.replace(state.ledger.head, aggregation=rule.text)
     return state._replace(ledger=dataclasses.replace(state.ledger, head=head))
 
 
 class _Base(NamedTuple):
-    """The base model with nothing attached to it: its measures, and its loss on a few rows (`remarks.probe`)."""
+    """The base model with nothing attached to it: its measures, and its loss on a few rows (`describe.probe`)."""
 
     measured: dict[str, float]
     rows: RowLosses
@@ -349,37 +305,26 @@ class _Base(NamedTuple):
 
 def _base(job: TuneJob, run: RunDir) -> _Base:
     """Measure the base and let it answer; call it before the method's `init`, which may attach a module."""
-    measured, rows = validation.measure(job)
-    measured = eval_file.answer(job, run, "base", measured, rows)
-    if own := per_client.chosen(job):
-        eval_file.add(run, {"per_client": own.record(base=own.losses(job))})
-    return _Base(measured, rows, remarks.probe(job))
-
-
-def _start(job: TuneJob, run: RunDir, base: _Base, first: Any, listener: Listener) -> dict[str, float]:
-    """Where the first state is not the base model, measure it too, say so, and return its measures; else {}."""
-    job.method.apply(job.model, first)
-    if not remarks.starts_elsewhere(base.probed, remarks.probe(job)):
-        return {}
-    found, _ = validation.measure(job)
-    eval_file.add(run, {"start": found})
-    listener.note(remarks.of_start(base.measured, found))
-    return found
+    measured, rows = evaluation.measure(job)
+    measured = evaluation.answer(job, run, "base", measured, rows)
+    if chosen := evaluation.client_rows(job):
+        kind, own = chosen
+        losses = evaluation.client_losses(job, own)
+        evaluation.add(run, {"per_client": {"rows": kind, "n": list(map(len, own)), "base": losses}})
+    return _Base(measured, rows, describe.probe(job))
 
 
 def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None:
-    """Write down what is run, and tell the listener."""
     recipe = job.recipe
-    run.write("run.toml", recipes.to_toml(places.as_stated(recipe, run.path)))
-    made_of = describe.of_model(job) | describe.of_data(job, run.path)
-    before, now = places.record(run.path), env_file.environment(made_of)
-    run.write(env_file.ENVIRONMENT, json_text(now))
+    run.write("run.toml", recipes.to_toml(foundations.as_stated(recipe, run.path)))
+    made_of = describe.model_facts(job) | describe.data_facts(job, run.path)
+    before, now = foundations.environment_of(run.path), rundir.environment(made_of)
+    run.write(rundir.ENVIRONMENT, json_text(now))
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
-    for remark in (*map(remarks.of_rate, job.found), *job.about_time()[1:], remarks.of_law(job.method)):
-        if remark:
-            listener.note(remark)
-    if told := resumption.changes(before, now):
-        listener.note(told)
+    rates = [f"{r.setting} = {r.rate:g}, found in {human_time(r.seconds)}: {r.why}" for r in job.found_rates]
+    changes = filter(None, [describe.machine_changes(before, now)])
+    for remark in (*rates, *job.about_time()[1:], *changes):
+        listener.note(remark)
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))
     done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)

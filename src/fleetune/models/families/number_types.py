@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""List the types of numbers that weights have: plain dtypes, codebooks, and GGUF's super-blocks.
+
+In a super-block 256 neighbouring columns of a row share one or two fp16 numbers.  It is 8 groups of 32 columns or 16 of 16.
+A group's scale is a small whole number k times the super-block's d.  In the types with a minimum a second whole number m
+times its dmin is taken off (gguf.quants, Q2_K .. Q6_K and IQ4_XS):
+
+    w = (d k) (code - middle) - dmin m            IQ4_XS: CODEBOOKS["iq4_nl"][code] in place of code - middle
+
+d k and dmin m are exact in float32 (11 + 7 bits), and so is the product with the code (5 bits more at most): only the
+subtraction rounds, so every runtime that computes in float32 has the same values.
+
+No torch is imported here, so that a plan and the check of a recipe can ask as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+
+class Dtype(NamedTuple):
+    """One dtype of weights."""
+
+    full: str  # in torch, numpy and ledgers
+    tag: str  # in safetensors and GGUF files
+    size: int  # bytes of a number
+
+
+WEIGHTS: Final[Mapping[str, Dtype]] = MappingProxyType(
+    {
+        "fp32": Dtype("float32", "F32", 4),
+        "bf16": Dtype("bfloat16", "BF16", 2),
+        "fp16": Dtype("float16", "F16", 2),
+    }
+)
+
+
+def from_full(full: str) -> str | None:
+    """Return the option's name of "float32" and so on; None for a dtype that weights do not have."""
+    return next((name for name, dtype in WEIGHTS.items() if dtype.full == full), None)
+
+
+# the values that the codes 0, 1, 2 .. stand for, times a scale
+CODEBOOKS: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType(
+    {
+        # llama.cpp's type IQ4_NL (ggml-common.h, kvalues_iq4nl)
+        "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+    }
+)
+
+
+SUPER_WIDTH: Final = 256  # columns of a super-block
+
+
+class SuperType(NamedTuple):
+    """The numbers of a type."""
+
+    bits: int  # of a code
+    group: int  # columns of a group
+    low: int  # smallest and largest multiple of d
+    high: int
+    middle: int = 0  # the code of a scale's 0
+    minimum: bool = False  # whether there is a dmin, of multiples 0 .. high
+    codebook: str = ""  # of `CODEBOOKS`
+
+
+SUPER_TYPES: Final[Mapping[str, SuperType]] = MappingProxyType(
+    {
+        "q6_k": SuperType(6, 16, -128, 127, middle=32),
+        "q5_k": SuperType(5, 32, 0, 63, minimum=True),
+        "q4_k": SuperType(4, 32, 0, 63, minimum=True),
+        "q3_k": SuperType(3, 16, -32, 31, middle=4),
+        "q2_k": SuperType(2, 16, 0, 15, minimum=True),
+        "iq4_xs": SuperType(4, 32, -32, 31, codebook="iq4_nl"),
+    }
+)

@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find a model by name, load it, save it.
+
+A name is a built-in (`smollm2-135m`), a local Hugging Face directory, a `.gguf` file, or a hub id.  There are
+two kinds: causal language models, which write their answers, and encoders, which choose among label words
+(`encoders.py`; `Model.labels` tells them apart).
+
+Loading maps safetensors files into memory and converts one tensor at a time: the peak is one copy of the
+weights in the chosen dtype.  With the file's own dtype the weights stay a private mapping of it (writes go to
+memory, never to the file); such a file must not be overwritten in place while a model is loaded from it;
+`save` never does that.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fleetune.common import sums
+from fleetune.common.memory import give_back, is_out_of_memory, return_large_pieces, usable_memory
+from fleetune.common.shell import quoted
+from fleetune.errors import FitError, FleetuneError, ModelError, called
+from fleetune.models import encoders
+from fleetune.models.artefact import Master
+from fleetune.models.cache import cache, names
+from fleetune.models.cache.cache import BASES, BLOCKS, MAPPED, SHARE
+from fleetune.models.cache.download import Progress
+from fleetune.models.cache.names import MASTER, is_master
+from fleetune.models.checks import (
+    check_folder,
+    check_size,
+    check_step,
+    check_tensors,
+    config_of,
+    finite,
+    is_encoder,
+)
+from fleetune.models.families.foreign import AGAIN, check_blocks, foreign_file, short_error
+from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.families.widths import class_of
+from fleetune.models.lazy import NotMappable, leave_in_file, memory_of, placeholders
+from fleetune.models.net.model import Model, digest, named_tensors, tokenizer_digest
+from fleetune.models.net.saving import quiet
+from fleetune.models.stored import Stored, has_places, of_folder, read_places, weight_files
+
+log = logging.getLogger(__name__)
+
+DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
+    {name: getattr(torch, dtype.full) for name, dtype in WEIGHTS.items()}
+)
+_RANGE: Final = (
+    "fp16 holds numbers up to 65,504: try --dtype fp32 or bf16; if it stays, fetch the model again"
+)
+_LOADING = threading.Lock()
+
+DENSEST: Final = 8  # numbers that a byte of a GGUF file stands for, at most
+DEVICES: Final = ("auto", "cpu", "cuda", "mps")
+
+
+# ---------------------------------------------------------------- names
+
+
+def pull(
+    name: str,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+    source: str | None = None,
+    base: str = "memory",
+) -> Path:
+    """Fetch a built-in model or a hub model into the cache and return its directory.
+
+    For a `base` that is mapped, a GGUF file is kept as it is.
+    `source` forces where a built-in comes from: "hub", "index" or "auto" (default: the environment's
+    FLEETUNE_MODEL_SOURCE, else auto).  A copy that is there already is compared with the digests that it states
+    (ModelError).  Other errors as in `cache.pull_builtin` and `cache.pull_hub`.
+    """
+    if name in cache.ORIGINS:
+        path = cache.pull_builtin(
+            cache.ORIGINS[name], offline=offline, source=source, progress=progress, bases=(base,)
+        )
+        sums.check(path, remedy=cache.remedy(path))
+        return path
+    if Path(name).expanduser().exists() and "/" in name:
+        raise ModelError(f"'{name}' is here already; there is nothing to pull", hint="use the path as it is")
+    return cache.pull_hub(names.hub_id(name), offline=offline, progress=progress)
+
+
+def resolve(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
+    """Return the Hugging Face directory that a name stands for, fetched or converted first where need be.
+
+    The order is: built-in name, existing path (directory or .gguf file), short name of a hub id, hub id.  The directory is
+    checked for completeness, without reading weights.  ModelError with what to do when it is none of these.
+    """
+    if name in cache.ORIGINS:
+        return cache.pull_builtin(cache.ORIGINS[name], offline=offline, progress=progress)
+    path = names.local(name)
+    if path is None:
+        path = cache.pull_hub(names.hub_id(name), offline=offline, progress=progress)
+    elif path.is_file():
+        path = cache.import_gguf(path, progress=progress)
+    check_folder(path)
+    return path
+
+
+def load_config(name: str, *, offline: bool = False) -> PretrainedConfig:
+    """Return the transformers configuration of a model without its weights.
+
+    A hub id costs the fetch of config.json alone, a GGUF file the reading of its metadata, a built-in name
+    nothing.  ModelError as in `load`.
+    """
+    if name in cache.ORIGINS:
+        origin = cache.ORIGINS[name]
+        found = cache.cached(origin)
+        return config_of(found) if found else AutoConfig.for_model(**origin.config)
+    path = names.local(name)
+    if path is None:
+        return config_of(cache.pull_hub(names.hub_id(name), offline=offline, weights=False))
+    if path.is_file():
+        from fleetune.models.gguf.convert import load_config as from_gguf
+
+        return from_gguf(path)
+    return config_of(path)
+
+
+# ---------------------------------------------------------------- load
+
+
+def check_device(device: str, dtype: str, base: str = "memory") -> str:
+    """Return the device that is meant (auto is the CPU for a mapped base).
+
+    ModelError when there is none such, or it cannot hold this dtype.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"no dtype named '{dtype}'", hint="choose one of " + ", ".join(DTYPES))
+    if device not in DEVICES:
+        raise ModelError(f"no device named '{device}'", hint="choose one of " + ", ".join(DEVICES))
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    chosen = device
+    if device == "auto":
+        chosen = "cpu" if base in MAPPED else next(name for name, found in here.items() if found)
+    if not here[chosen]:
+        built = torch.version.cuda is not None if chosen == "cuda" else torch.backends.mps.is_built()
+        why = "finds no such device" if built else "was built without it"
+        raise ModelError(
+            f"device '{chosen}': torch {torch.__version__} {why}",
+            hint="use --device cpu" + ("" if built else ", or install a torch that has it"),
+        )
+    try:
+        torch.ones(1, dtype=DTYPES[dtype], device=chosen).mul_(2)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"device '{chosen}' cannot use {DTYPES[dtype]}: {short_error(error)}", hint="use --dtype fp32"
+        ) from error
+    return chosen
+
+
+def device_memory(device: str) -> int:
+    """Return the bytes of memory that work on a device (`check_device`) may take; 0 where the system does not tell."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[1])
+    return int(torch.mps.recommended_max_memory()) if device == "mps" else usable_memory()
+
+
+def load(
+    name: str,
+    *,
+    dtype: str = "fp32",
+    device: str = "auto",
+    offline: bool = False,
+    progress: Progress | None = None,
+    labels: Sequence[str] = (),
+    base: str = "memory",
+    ram: int = 0,
+) -> Model:
+    """Load a model and its tokenizer, ready to run: eval mode, no gradients, on the device.
+
+    `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
+    the label words that an encoder's head chooses among; a causal model ignores them.  `base` is memory,
+    mapped (the weights stay in their file, a GGUF file as it is or safetensors, and are read piece by piece; on the CPU), blocks
+    (mapped, and a built-in model is its GGUF file, whose scales are tuned) or auto (by `ram`, the
+    bytes that the work may take, 0 for all that this process may use).  ModelError when the name, its files, the labels, the
+    dtype or the device cannot be used; FitError when memory does not suffice.
+    """
+    device = check_device(device, dtype, base)
+    ram = ram or usable_memory()
+
+    @functools.cache
+    def folder() -> Path:
+        return resolve(name, offline=offline, progress=progress)
+
+    @functools.cache  # a GGUF file is hashed for it
+    def stored() -> tuple[Path, Mapping[str, Stored]]:
+        return tensors_of(name, folder, offline=offline, progress=progress, blocks=base == BLOCKS)
+
+    if _is_mapped(base, name, WEIGHTS[dtype].size, device, ram, folder, stored):
+        try:
+            path, tensors = stored()
+            with called(path, name):
+                return _load_folder(name, path, dtype, device, labels, tensors)
+        except NotMappable as error:
+            if base in MAPPED:
+                raise
+            log.info("%s", error)
+    return _load_folder(name, folder(), dtype, device, labels)
+
+
+def _is_mapped(
+    base: str,
+    name: str,
+    size: int,
+    device: str,
+    ram: int,
+    folder: Callable[[], Path],
+    stored: Callable[[], tuple[Path, Mapping[str, Stored]]],
+) -> bool:
+    """Return whether weights stay in their file: under auto, where `size` bytes each would take half of `ram` bytes of a CPU.
+
+    `folder` and `stored` are asked where the size cannot be told without.  ModelError for another word, and for mapped on
+    another device.
+    """
+    if base not in (*BASES, BLOCKS):
+        raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(BASES))
+    if base in MAPPED and device != "cpu":
+        raise ModelError(
+            f"a mapped base is for the CPU, not for '{device}'", hint="leave out --base or --device"
+        )
+    room = SHARE * ram / size
+    if base != "auto" or device != "cpu" or not room:
+        return base in MAPPED
+    if name in cache.ORIGINS:
+        return cache.ORIGINS[name].params > room
+    path = names.local(name)
+    if path is None or path.is_dir():
+        return sum(map(math.prod, weight_shapes(folder()))) > room
+    return DENSEST * path.stat().st_size > room and sum(t.numbers for t in stored()[1].values()) > room
+
+
+def tensors_of(
+    name: str,
+    folder: Callable[[], Path] | None = None,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+    blocks: bool = False,
+) -> tuple[Path, Mapping[str, Stored]]:
+    """Return the folder of a model's configuration and tokenizer, and where its tensors are; `folder` resolves the name.
+
+    A GGUF file is not converted: the folder, in the cache, has no weights.  With `blocks` a built-in model is its GGUF file,
+    else whatever of it is in the cache.  ModelError as in `models.load`.
+    """
+    if name in cache.ORIGINS:
+        bases = ("mapped",) if blocks else ("mapped", "memory")
+        place = cache.pull_builtin(cache.ORIGINS[name], offline=offline, progress=progress, bases=bases)
+        file = place / cache.GGUF
+    elif (path := names.local(name)) is not None and path.is_file():
+        place, file = cache.import_gguf(path, weights=False, progress=progress), path
+    else:
+        place, file = folder() if folder else resolve(name, offline=offline, progress=progress), Path()
+    return place, read_places(place, file) if file.is_file() and has_places(place) else of_folder(place)
+
+
+def weight_shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Return the shapes of all tensors in a directory's files."""
+    found = []
+    with foreign_file(folder, "has weights that cannot be loaded"):
+        for file in weight_files(folder):
+            with safe_open(file, "pt") as opened:
+                found += [tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())]
+    return found
+
+
+def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Model:
+    """Load a compressed model from its artefact of codes, each code as the value that it stands for.
+
+    In fp32 these values are exact.  ModelError when the folder holds no artefact or a damaged one; the rest as in `load`.
+    """
+    Master(folder)  # a damaged one is refused before anything else is read
+    return _load_folder(str(folder), folder, dtype, check_device(device, dtype), ())
+
+
+def _load_folder(
+    name: str,
+    path: Path,
+    dtype: str,
+    chosen: str,
+    labels: Sequence[str],
+    tensors: Mapping[str, Stored] | None = None,
+) -> Model:
+    """The model of a directory that is checked, on a device that is; with `tensors` its weights stay where these are."""
+    try:
+        tokenizer = _read_tokenizer(path)
+        return_large_pieces()
+        net, words, new = _read_net(path, DTYPES[dtype], labels, tensors)
+        named = named_tensors(net)
+        base = digest(finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
+        if tensors is None:
+            net.to(chosen)
+        check_step(net, path)
+        if (memory := memory_of(net)) is not None:
+            memory.forget()
+        give_back()  # some ten MB of the tokenizer's making
+    except Exception as error:
+        if isinstance(error, FleetuneError) or not is_out_of_memory(error):
+            raise
+        raise FitError(
+            f"model '{name}' in {dtype} does not fit the memory of '{chosen}'",
+            hint=f"see: fleetune plan {quoted(name)}",
+        ) from error
+    rows = net.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer in {path} has {len(tokenizer)} tokens, the model {rows}",
+            hint="the tokenizer belongs to another model: fetch the model again",
+        )
+    return Model(
+        net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, None, words, new
+    )
+
+
+def _read_net(
+    path: Path, dtype: torch.dtype, labels: Sequence[str], stored: Mapping[str, Stored] | None
+) -> tuple[PreTrainedModel, tuple[str, ...], bool]:
+    """Return the net of a directory, its label words (none: a causal language model), and whether its head is new."""
+    config = config_of(path)
+    count, elements = _sizes(path, stored)
+    check_blocks(getattr(config, "num_hidden_layers", 0), count, path / "config.json")
+
+    def inspect(net: PreTrainedModel) -> None:
+        check_size(net, elements, path)
+
+    with foreign_file(path / "config.json"):
+        if is_encoder(config):
+            saved = encoders.saved_labels(config)
+            words = encoders.choose_labels(config, labels, path)
+        else:
+            saved = words = ()
+        kind = class_of(config, inspect, encoder=is_encoder(config))
+    with foreign_file(path, "has weights that cannot be loaded"):
+        tensors = _read_tensors(path, dtype) if stored is None else placeholders(stored, dtype)
+        if words != saved:
+            tensors = encoders.without_head(tensors, kind, config)
+        # transformers changes classes of its own while it loads, so two threads must not load at a time; and what a file
+        # lacks is drawn from torch's generator
+        with _LOADING, quiet(), torch.random.fork_rng(devices=[]):
+            net, found = kind.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+            )
+    missing = [str(name) for name in found["missing_keys"]]
+    if words != saved:
+        missing = encoders.make_head(net, missing)
+    check_tensors(path, kind, found, missing, head=bool(words))
+    if (file := path / "generation_config.json").is_file():
+        with foreign_file(file):
+            net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    net.eval()
+    net.requires_grad_(False)
+    if stored is not None:
+        leave_in_file(
+            net,
+            stored,
+            dtype,
+            path,
+            drawn=list(found["missing_keys"]),
+            ignored=list(found["unexpected_keys"]),
+        )
+    return net, words, words != saved
+
+
+def _sizes(path: Path, stored: Mapping[str, Stored] | None) -> tuple[int, int]:
+    """Return how many tensors a directory's files hold, and the most elements that they can stand for."""
+    if stored is not None:
+        return len(stored), sum(tensor.numbers for tensor in stored.values())
+    if is_master(path):  # a byte holds 8 codes at most
+        size = (path / MASTER).stat().st_size
+        return size, 8 * size
+    shapes = weight_shapes(path)
+    return len(shapes), sum(map(math.prod, shapes))
+
+
+def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Read all tensors of a directory in `dtype`, mapping the file anew for each so that read pages are given back."""
+    if is_master(path):
+        every = Master(path).items()
+        return {name: w.to(dtype) if w.is_floating_point() else w for name, w in every}
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        with safe_open(file, "pt") as whole:
+            for name in whole.keys():  # noqa: SIM118
+                tensor = whole.get_tensor(name)
+                if tensor.is_floating_point() and tensor.dtype != dtype:
+                    with safe_open(file, "pt") as mapped:
+                        tensor = mapped.get_tensor(name).to(dtype)
+                tensors[name] = tensor
+    return tensors
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    config = config_of(path)  # transformers would not know the type of one with widths of its own
+    with foreign_file(path, "has a tokenizer that cannot be loaded"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, config=config, local_files_only=True, trust_remote_code=False
+        )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer("a")["input_ids"]  # some faults show only when it is used
+    return tokenizer
+
+
+def load_tokenizer(name: str, *, offline: bool = False) -> PreTrainedTokenizerBase:
+    """Return a model's tokenizer without loading weights; a model that is not here is fetched.  ModelError as in `load`."""
+    path = resolve(name, offline=offline)
+    with quiet(), _LOADING:
+        return _read_tokenizer(path)

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make the replies of a round one: the mean (FedAvg), LoRA averaged as products, and rules that a minority of liars cannot lead.
+
+    mean          sum_c n_c x_c / sum_c n_c, n_c the rows of client c        McMahan et al. 2017, arXiv 1602.05629
+    mean:TIMES    the same, no n_c above TIMES the median of the round       Portnoy et al. 2020, arXiv 2004.04986
+    median        of each coordinate                                         Yin et al. 2018, arXiv 1803.01498, Definition 1
+    trimmed-mean  of each coordinate, without ceil(share m) of the m numbers at either end      the same, Definition 2
+    norm-clip     every move cut to the median size of the round, then the mean           Sun et al. 2019, arXiv 1911.07963
+    sign-vote     the sign that most have, times the median size of the round      Bernstein et al. 2018, arXiv 1802.04434
+
+A method adds each reply as named arrays (`Rule.combining`, then `add`), and gets the combination of all (`tensors`).
+
+- All rules but the mean count every client once.  Rows are what a client says of itself, so a weight by rows would be the
+  liar's to choose; and the bounds of Yin et al. are for equal weights.
+- Portnoy et al. cut weights so that a given share of the clients has at most a given weight together; a multiple of the
+  median does so too, and needs no guess of how many lie.  `replies.py` cuts them (`Replies.most`, `lighter`).
+- Size is the root mean square of a move's numbers.  The vote's step has that size, so a learning rate means the same
+  under every rule (the paper and FeedSign, arXiv 2501.17610, agree on a constant instead).
+- A number that a client could not have is NaN: a direction that its walk did not meet.  A coordinate is then combined among
+  the clients that have it, and counts by their share of all, as it does in the mean.
+- Every column is sorted before it is added up, so the order of the replies changes no bit.
+- Vectors lie on disk (`Spool`) and are read by columns: beside the outcome and where the moves began (8 bytes a number
+  each), there are `NUMBERS` numbers in memory, whatever the number of clients.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+
+from fleetune.common.files import storage_error
+
+Tensors = dict[str, np.ndarray]
+NOTHING: Final[Mapping[str, np.ndarray]] = MappingProxyType({})
+
+
+class Mean:
+    """FedAvg (McMahan et al. 2017, Algorithm 1): sum_k n_k w_k / sum_k n_k, tensor by tensor, float64."""
+
+    def __init__(self, sums: Mapping[str, np.ndarray] = NOTHING) -> None:
+        """`sums` is what the sums begin with, float64."""
+        self.total = 0.0  # sum_k n_k
+        self._sums: Tensors = {name: s.copy() for name, s in sums.items()}
+
+    def sums(self) -> Tensors:
+        """Return sum_k n_k w_k."""
+        return dict(self._sums)
+
+    def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
+        """Count `tensors` with weight `n`; they are added one at a time, so memory does not grow with the devices."""
+        for name, value in tensors.items():
+            if name not in self._sums:
+                self._sums[name] = np.zeros(value.shape, np.float64)
+            self._sums[name] += n * value.astype(np.float64)
+        self.total += n
+
+    def tensors(self) -> Tensors:
+        """Return the mean; {} when nothing was added."""
+        return {name: s / self.total for name, s in self._sums.items()}
+
+
+# Rules --------------------------------------------------------------------------------------------------
+
+SHARE: Final = Fraction(1, 5)  # cut off at either end by trimmed-mean
+FEWEST: Final = 3  # replies of which one can be outvoted
+TIMES: Final = 4.0  # the median device: what one may count, by what it says of itself
+ONCE: Final = 1.0  # the same of rows in a fleet's mean; more gains nothing (docs/safety.md)
+IN_MEMORY: Final = 1 << 22  # bytes of a round; more lie on disk
+NUMBERS: Final = 1 << 19  # of all clients that are in memory at a time; about 20 MB with what is made of them
+
+# (values float64[m, d], where their moves began float64[d], sizes float64[m], share) -> float64[d]
+Reduce = Callable[[np.ndarray, np.ndarray, np.ndarray, Fraction], np.ndarray]
+
+
+def trimmed(values: np.ndarray, share: Fraction) -> np.ndarray:
+    """Return float64[d]: each column's mean without ceil(share m) of its m numbers at either end; NaN is no number.
+
+    One or two numbers always stay, so 1/2 is the median and 0 the mean.
+    """
+    ordered, have = np.sort(values, axis=0), np.count_nonzero(~np.isnan(values), axis=0)
+    cut = -(-have * share.numerator // share.denominator)
+    cut = np.minimum(cut, np.maximum(have - 1, 0) // 2)
+    place = np.arange(len(values))[:, None]
+    kept = (place >= cut) & (place < have - cut)
+    mean = np.where(kept, ordered, 0.0).sum(axis=0) / np.maximum(have - 2 * cut, 1)
+    return np.asarray(mean * (have / len(values)) + 0.0)  # + 0.0: no minus zero
+
+
+def clipped(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return float64[m, d]: moves, those of more than the usual size cut down to it."""
+    most = usual(sizes)
+    factors = np.divide(most, sizes, out=np.ones(len(sizes)), where=sizes > most)
+    return np.asarray(values * factors[:, None])
+
+
+def vote(values: np.ndarray, size: float) -> np.ndarray:
+    """Return float64[d]: the sign that most numbers of a column have, times `size`; 0 where votes are equal."""
+    have = np.count_nonzero(~np.isnan(values), axis=0)
+    return np.asarray(np.sign(np.nansum(np.sign(values), axis=0)) * size * (have / len(values)) + 0.0)
+
+
+def usual(sizes: Sequence[float] | np.ndarray) -> float:
+    """Return the lower median of the sizes that are not 0; 0 where all are."""
+    moving = np.sort([s for s in sizes if s > 0])
+    return float(moving[(len(moving) - 1) // 2]) if len(moving) else 0.0
+
+
+def size_of(move: np.ndarray) -> float:
+    """Return the root mean square of the numbers that are not NaN; 0 where there are none."""
+    numbers = move[~np.isnan(move)]
+    return math.sqrt(float(np.square(numbers).mean())) if numbers.size else 0.0
+
+
+REDUCE: Final[Mapping[str, Reduce]] = MappingProxyType(
+    {
+        "median": lambda values, start, sizes, share: trimmed(values, Fraction(1, 2)),
+        "trimmed-mean": lambda values, start, sizes, share: trimmed(values, share),
+        "norm-clip": lambda values, start, sizes, share: (
+            start + trimmed(clipped(values - start, sizes), Fraction(0))
+        ),
+        "sign-vote": lambda values, start, sizes, share: vote(values, usual(sizes)),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the replies of a round become one; `parse` makes it from a recipe's text."""
+
+    name: str = "mean"
+    share: Fraction = SHARE  # of trimmed-mean
+    times: float = math.inf  # of mean: the median rows of a round, which a reply counts at most
+    spool: Spool | None = None  # where vectors lie; only the mean needs none
+
+    @property
+    def text(self) -> str:
+        """Return the rule as a recipe has it."""
+        if self.times < math.inf:
+            return f"{self.name}:{self.times:g}"
+        return self.name if self.share == SHARE else f"{self.name}:{float(self.share)}"
+
+    @property
+    def absent(self) -> float:
+        """Return what stands for a number that a client could not have: nothing, which the mean counts as 0."""
+        return 0.0 if self.name == "mean" else math.nan
+
+    def combining(
+        self, start: Mapping[str, np.ndarray] = NOTHING, sums: Mapping[str, np.ndarray] = NOTHING
+    ) -> Mean | Robust:
+        """Return an empty combination of moves from `start`, or of moves as such; its `sums` begin with `sums`."""
+        if self.name == "mean":
+            return Mean(sums)
+        assert self.spool is not None
+        return Robust(self, self.spool, start, sums)
+
+
+MEAN: Final = Rule()
+
+
+def parse(text: str) -> Rule:
+    """Return the rule of a recipe's `aggregation`; ValueError, in plain words, when there is none."""
+    name, colon, number = text.partition(":")
+    if name != "mean" and name not in REDUCE:
+        raise ValueError(f"aggregation = {text!r} is none of mean, {', '.join(REDUCE)}")
+    if not colon:
+        return Rule(name)
+    try:
+        found = float(number)
+    except ValueError:
+        found = math.nan
+    if name == "mean" and 1 <= found < math.inf:
+        return Rule(name, times=found)
+    share = Fraction(found).limit_denominator(1000) if 0 < found < 1 else Fraction(0)
+    if name == "trimmed-mean" and 0 < share < Fraction(1, 2):
+        return Rule(name, share)
+    raise ValueError(
+        f"aggregation = {text!r}: only mean takes a number, from 1 on, such as mean:4, and trimmed-mean a share, between 0 "
+        "and 0.5, such as trimmed-mean:0.3"
+    )
+
+
+class Robust:
+    """The combination of vectors by a rule; it takes them one at a time."""
+
+    def __init__(
+        self, rule: Rule, spool: Spool, start: Mapping[str, np.ndarray], sums: Mapping[str, np.ndarray]
+    ) -> None:
+        self.total = 0.0  # vectors: each counts once
+        self._rule, self._spool, self._start, self._sums = rule, spool, start, sums
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtype = np.dtype(np.float64)  # in the spool: one that holds every number as it came
+        self._at: list[int] = []
+        self._sizes: list[float] = []
+
+    def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
+        """Count `tensors` once, whatever the weight `n`; NaN is a number that this client could not have."""
+        if not self._shapes:
+            self._shapes = {name: t.shape for name, t in tensors.items()}
+            self._dtype = np.result_type(np.float32, *tensors.values())
+        flat = np.concatenate([np.ravel(tensors[name]) for name in self._shapes]).astype(self._dtype)
+        self._sizes.append(size_of(flat - self._began()))
+        self._at.append(self._spool.store(flat.tobytes()))
+        self.total += 1
+
+    def tensors(self) -> Tensors:
+        """Return the combination, float64; {} when nothing was added."""
+        if not self._at:
+            return {}
+        began, sizes = self._began(), np.array(self._sizes)
+        found, width = np.zeros(len(began)), max(1, NUMBERS // len(self._at))
+        for first in range(0, len(began), width):
+            columns = slice(first, min(first + width, len(began)))
+            values = np.stack([self._read(at, columns) for at in self._at])
+            reduce = REDUCE[self._rule.name]
+            found[columns] = reduce(values, began[columns], sizes, self._rule.share)
+        ends = np.cumsum([math.prod(shape) for shape in self._shapes.values()])[:-1]
+        parts = zip(self._shapes.items(), np.split(found, ends), strict=True)
+        return {name: part.reshape(shape) for (name, shape), part in parts}
+
+    def sums(self) -> Tensors:
+        """Return the combination times the number of vectors, which stands for their sum."""
+        return {name: self._sums.get(name, 0.0) + self.total * t for name, t in self.tensors().items()}
+
+    def _began(self) -> np.ndarray:
+        """Return float64[d], where the moves began."""
+        parts = [
+            np.ravel(self._start[name]) if name in self._start else np.zeros(math.prod(shape))
+            for name, shape in self._shapes.items()
+        ]
+        return np.concatenate(parts).astype(np.float64)
+
+    def _read(self, at: int, columns: slice) -> np.ndarray:
+        item = self._dtype.itemsize
+        data = self._spool.read(at + columns.start * item, (columns.stop - columns.start) * item)
+        return np.frombuffer(data, self._dtype).astype(np.float64)
+
+
+class Spool:
+    """Bytes that are read again by their offset; StorageError when the disk does not take them."""
+
+    def __init__(self, folder: Path, in_memory: int = IN_MEMORY) -> None:
+        self._folder = folder
+        self._file = tempfile.SpooledTemporaryFile(in_memory, "w+b", dir=str(folder))  # noqa: SIM115
+
+    def store(self, data: bytes) -> int:
+        """Append `data`; return its offset."""
+        try:
+            offset = self._file.seek(0, 2)
+            self._file.write(data)
+        except OSError as error:
+            raise storage_error(error, self._folder) from error
+        return offset
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset` on."""
+        try:
+            self._file.seek(offset)
+            return self._file.read(size)
+        except OSError as error:
+            raise storage_error(error, self._folder) from error
+
+    def close(self) -> None:
+        """Let go of the file, which is then gone."""
+        self._file.close()
+
+
+# LoRA by its products -------------------------------------------------------------------------------------
+
+
+def cut(tensors: Mapping[str, np.ndarray], pairs: Mapping[str, tuple[str, str]], rank: int) -> Tensors:
+    """Return an adapter with only the first `rank` directions of every layer; tensors outside `pairs` as they are."""
+    b_names, a_names = ({pair[i] for pair in pairs.values()} for i in (0, 1))
+    return {
+        n: np.ascontiguousarray(t[:, :rank] if n in b_names else t[:rank] if n in a_names else t)
+        for n, t in tensors.items()
+    }
+
+
+def product_mean(
+    weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]],
+    pairs: Mapping[str, tuple[str, str]],
+    start: Mapping[str, np.ndarray],
+) -> tuple[Tensors, float]:
+    """Average LoRA by its products: per layer the B', A' nearest to sum_k p_k B_k A_k (exact before the cut).
+
+    The plain average of A and of B is not the average of the products: (mean B)(mean A) != mean(B A).
+    `pairs` maps a layer to the names of its (B [out, r], A [r, in]), `start` is the adapter that the devices
+    began with.  A device may have a lower rank r_k than `start`: it was sent the first r_k directions (`cut`),
+    and the others stay as they were for it,
+
+        G = sum_k p_k (B_k A_k + B[:, r_k:] A[r_k:])        p_k = n_k / sum n
+
+    The mean is kept as stacked factors `[p_1 B_1 .. p_m B_m, B t] [A_1; ..; A_m; A]`, t_i the share of those
+    who were not sent direction i, and as the dense product from where that is smaller.  Its SVD needs only two
+    thin QRs and an SVD of the stack's size; the best factors are B' = U sqrt(S), A' = sqrt(S) V', exact when G
+    has rank <= r.  Directions that G does not need get their row of A back, with zeros in B: they can still learn.
+
+    Tensors outside `pairs` (a head's) are averaged plainly.  Returns the tensors and the share of the squared
+    norm that the cut left out.  FlexLoRA (Bai et al. 2024, arXiv 2402.11505) does the same with the dense
+    product, and without what low ranks were not sent.
+    """
+    factors = {name for pair in pairs.values() for name in pair}
+    stacks = {pair: _Stack(start[pair[0]], start[pair[1]]) for pair in pairs.values()}
+    plain = Mean()
+    for n, tensors in weighted:
+        plain.add(n, {k: v for k, v in tensors.items() if k not in factors})
+        for (b_name, a_name), stack in stacks.items():
+            stack.add(n, tensors[b_name], tensors[a_name])
+    if not plain.total:
+        return {}, 0.0
+    result = {name: m.astype(np.float32) for name, m in plain.tensors().items()}
+    lost = kept = 0.0
+    for (b_name, a_name), stack in stacks.items():
+        b, a, s = _best(*stack.factors(), start[a_name])
+        result[b_name], result[a_name] = b.astype(np.float32), a.astype(np.float32)
+        kept += float((s[: len(a)] ** 2).sum())
+        lost += float((s[len(a) :] ** 2).sum())
+    return result, lost / (kept + lost) if kept + lost else 0.0
+
+
+class _Stack:
+    """Factors of sum_k n_k (B_k A_k + B[:, r_k:] A[r_k:]) for one layer, never larger than that sum is dense."""
+
+    def __init__(self, b: np.ndarray, a: np.ndarray) -> None:
+        self.b, self.a = b.astype(np.float64), a.astype(np.float64)
+        self.left, self.right = np.zeros((len(b), 0)), np.zeros((0, a.shape[1]))
+        self.total, self.away = 0.0, np.zeros(len(a))  # away[i]: sum of n_k with r_k <= i
+
+    def add(self, n: float, b_k: np.ndarray, a_k: np.ndarray) -> None:
+        """Count a device's factors with weight `n`."""
+        self.left = np.concatenate([self.left, n * b_k.astype(np.float64)], axis=1)
+        self.right = np.concatenate([self.right, a_k.astype(np.float64)])
+        self.total += n
+        self.away[len(a_k) :] += n
+        if len(self.right) > max(self.right.shape[1], len(self.left)):
+            self.left, self.right = self.left @ self.right, np.eye(self.right.shape[1])
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (left, right) whose product is the mean."""
+        left = np.concatenate([self.left, self.b * self.away], axis=1) / self.total
+        right = np.concatenate([self.right, self.a])
+        used = np.concatenate([np.ones(self.left.shape[1], bool), self.away > 0])
+        return left[:, used], right[used]
+
+
+def _best(
+    left: np.ndarray, right: np.ndarray, spare: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return B', A' of `spare`'s rank, and all singular values of left right; `spare` [r, in] fills idle directions."""
+    q_left, r_left = np.linalg.qr(left)
+    q_right, r_right = np.linalg.qr(right.T)
+    u, s, vt = np.linalg.svd(r_left @ r_right.T)
+    used = int((s[: len(spare)] > 1e-12 * s[0]).sum())  # the rest is float64's rounding
+    root = np.sqrt(s[:used])
+    b, a = np.zeros((len(left), len(spare))), spare.astype(np.float64)
+    b[:, :used] = (q_left @ u[:, :used]) * root
+    a[:used] = root[:, None] * (vt[:used] @ q_right.T)
+    return b, a, s

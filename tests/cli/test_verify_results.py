@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file that is not as it was written is refused by name where a result, an artefact or a cached model is used."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fleetune
+from fleetune import errors, models
+from fleetune.cli.main import main
+from fleetune.common import sums
+from fleetune.compression.jobs import solve
+from fleetune.deploy import serve
+from fleetune.models import loading
+from fleetune.models.cache import cache
+from fleetune.runs import rundir
+from fleetune.runs.listener import Silent
+from fleetune.seeds import ledger as ledgers
+
+ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
+FEW: dict[str, Any] = {
+    "clients": 2,
+    "rounds": 1,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "threads": 1,
+    "device": "cpu",
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "fedkseed": {"K": 16, "tau": 2, "lr": 1e-2, "batch_size": 2},
+    "fedit": {"r": 2, "steps": 1, "batch_size": 2},
+    "fedpetuning": {"module": "bitfit", "steps": 1, "batch_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tiny model, a run of each kind, a compression of codes and one of plain weights."""
+    folder = tmp_path_factory.mktemp("digests")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        tiny = models.tiny_llama()
+        models.save(tiny.net, tiny.tokenizer, folder / "tiny")
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+        for method, settings in METHODS.items():
+            fleetune.tune("tiny", "rows.jsonl", method=method, settings=settings, **FEW)
+        fleetune.compress("2", method="rtn", settings={"group": 8})
+        fleetune.compress(
+            "tiny",
+            method="llm-pruner",
+            settings={"recover": "none", "mode": "depth", "ratio": 0.5, "first": 0, "last": 0},
+            data="rows.jsonl",
+            length=64,
+        )
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def at(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of all that, to be damaged, and an empty cache."""
+    shutil.copytree(place, tmp_path / "at", symlinks=True)
+    monkeypatch.chdir(tmp_path / "at")
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+    return tmp_path / "at"
+
+
+def flip(file: Path, place: float = 0.5, bit: int = 1) -> None:
+    """Flip a bit in the byte that lies at so much of a file; its times stay what they were."""
+    times, data = file.stat(), bytearray(file.read_bytes())
+    data[min(int(place * len(data)), len(data) - 1)] ^= bit
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def refused(use: Callable[[], object], *names: str) -> errors.FleetuneError:
+    with pytest.raises(errors.FleetuneError) as caught:
+        use()
+    said = caught.value
+    assert any(name in said.message for name in names), said.message
+    assert said.hint
+    return said
+
+
+Use = Callable[[str], object]
+USES: dict[str, Use] = {
+    "eval": lambda name: fleetune.evaluate(name, "rows.jsonl", tasks=["loss"], limit=1, offline=True),
+    "export": lambda name: fleetune.export(name, to="hf", path="out", offline=True),
+    "load": lambda name: fleetune.open(name).load(offline=True),
+    "serve": lambda name: serve._model_for(
+        fleetune.open(name), Path("served"), fleetune.Silent(), offline=True
+    ),
+    "replay": lambda name: command("ledger", "replay", name),
+}
+
+
+def found(number: str) -> Path:
+    return next(Path("runs").glob(f"{number.zfill(4)}-*"))
+
+
+def command(*words: str) -> str:
+    """What a command line writes; when it fails, what it says as the error that it was."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = main([*words, "--offline"])
+    if code:
+        message, _, hint = err.getvalue().partition("\n  try:")
+        error = errors.FleetuneError(message, hint=hint)
+        error.exit_code = code
+        raise error
+    return out.getvalue() + err.getvalue()
+
+
+FILES = [  # the number of a run or a compression, a file of it, a use that reads it, and what befell it
+    ("1", "ledger.safetensors", "eval", "gone"),
+    ("1", "ledger.safetensors", "replay", "flipped"),
+    ("2", "adapter/adapter_model.safetensors", "export", "gone"),
+    ("2", "adapter/adapter_config.json", "load", "flipped"),
+    ("3", "adapter/module.safetensors", "eval", "flipped"),
+    ("3", "adapter/SHA256SUMS", "serve", "gone"),
+    ("4", "model/master.safetensors", "export", "flipped"),
+    ("5", "model/model.safetensors", "load", "gone"),
+    ("5", "model/tokenizer.json", "serve", "flipped"),
+]
+
+
+@pytest.mark.parametrize(("number", "file", "use", "damage"), FILES)
+def test_a_damaged_file_of_a_result(number: str, file: str, use: str, damage: str, at: Path) -> None:
+    place = found(number) / file
+    flip(place, 0.99 if file.endswith("safetensors") else 0.3) if damage == "flipped" else place.unlink()
+    if damage == "gone" and Path(file).name in (
+        "ledger.safetensors",
+        "master.safetensors",
+        "model.safetensors",
+    ):
+        refused(lambda: USES[use](number), found(number).name)  # there is no result then
+    else:
+        said = refused(lambda: USES[use](number), place.name, sums.FILE)
+        assert "fleetune tune --resume" in said.hint or "fleetune compress" in said.hint
+    assert not Path("out").exists()
+    refused(lambda: command("verify", number), place.name, sums.FILE)
+
+
+def test_a_ledger_that_was_changed_and_saved_again(at: Path) -> None:
+    """Its own fingerprint is right, so only the run's list tells."""
+    file = found("1") / "ledger.safetensors"
+    ledger = ledgers.load(file)
+    replace(ledger, coefficients=ledger.coefficients * np.int32(1000)).save(file)
+    assert "SHA256SUMS states" in refused(lambda: USES["replay"]("1"), "ledger.safetensors").message
+
+
+@pytest.mark.parametrize("file", ["run.toml", "env.json", "metrics.jsonl", "eval.json"])
+def test_verify_names_a_changed_file_of_a_run(file: str, at: Path) -> None:
+    assert "all as they were written" in command("verify", "2")
+    flip(found("2") / file)
+    assert f"{file} is not what was written" in refused(lambda: command("verify", "2"), file).message
+
+
+def test_a_ledger_alone_is_compared_with_its_own_digest(at: Path) -> None:
+    """`replay` and `export` rebuild the weights anyway, so they compare what `verify` compares."""
+    ledger = ledgers.load(found("1") / "ledger.safetensors")
+    ledger.save(Path("good.safetensors"))
+    stated = ledger.final_check()
+    assert stated
+    assert stated in command("ledger", "replay", "good.safetensors", "--model", "./tiny")
+    assert "1 of 1 stated digests" in command("ledger", "verify", "good.safetensors", "--model", "./tiny")
+    replace(ledger, coefficients=-ledger.coefficients).save(Path("bad.safetensors"))
+    for words in (("verify",), ("replay",), ("export", "--to", "new")):
+        use = partial(command, "ledger", words[0], "bad.safetensors", "--model", "./tiny", *words[1:])
+        assert "states" in refused(use, "the ledger", "bad.safetensors").message
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "file"), [("1", "ledger.safetensors"), ("2", "adapter/adapter_model.safetensors")]
+)
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_resume_writes_a_damaged_result_again(damage: str, number: str, file: str, at: Path) -> None:
+    whole = fleetune.resume_run(number)
+    before = (found(number) / file).read_bytes()
+    if damage == "flipped":
+        flip(found(number) / file, 0.99)
+    else:
+        shutil.rmtree(whole.path) if whole.path.is_dir() else whole.path.unlink()
+    again = fleetune.resume_run(number)
+    assert (found(number) / file).read_bytes() == before
+    assert again.digest == whole.digest
+    assert [e["event"] for e in rundir.events(found(number))].count("done") == 1
+    fleetune.open(number).load(offline=True)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_model_in_the_cache_is_compared_by_pull_and_export(file: str, at: Path) -> None:
+    target = cache.index_target(cache.SMOLLM2_135M)
+    shutil.copytree("tiny", target)
+    cache._write_source(target, "index", sha256={})
+    assert loading.pull("smollm2-135m", offline=True) == target
+    command("verify", "smollm2-135m")
+    flip(target / file)
+    for use in (
+        lambda: loading.pull("smollm2-135m", offline=True),
+        lambda: USES["export"]("smollm2-135m"),
+        lambda: command("verify", "smollm2-135m"),
+    ):
+        refused(use, file)
+    assert f"rm -r {target}" in refused(lambda: USES["export"]("smollm2-135m"), file).hint
+
+
+def test_another_model_in_the_place_of_the_compressed_base(at: Path) -> None:
+    base = solve.compressed_base(Silent(), found("4"), offline=True)
+    assert solve.compressed_base(Silent(), found("4"), offline=True) == base
+    shutil.rmtree(base)
+    shutil.copytree(found("4") / "model", base)
+    refused(lambda: solve.compressed_base(Silent(), found("4"), offline=True), str(base))

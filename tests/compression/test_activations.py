@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hessians of what a compressed model really feeds its layers, and drifts from the dense model's inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from solver_harness import dense
+from spy_harness import FAMILIES, Spy, compressed_inputs, inputs_of, model_of, text
+from torch import Tensor
+
+from fleetune import compression, models
+from fleetune.compression import Corrector, Solved
+from fleetune.compression.layerwise import driver
+from fleetune.compression.layerwise.activations import HiddenStates, StatesInTurn
+from fleetune.compression.layerwise.blocks import FinishedBlocks, block_file
+from fleetune.compression.layerwise.driver import linears_of
+from fleetune.compression.layerwise.federated import ClientHessians
+from fleetune.models.artefact import Quantised
+
+
+@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+def test_hessians_are_of_the_inputs_in_the_compressed_model(family: str, tmp_path: Path) -> None:
+    """Layer by layer what the compressed model feeds it, with its own block as it was."""
+    model, spy, windows = model_of(family), Spy(), text(3, 20)
+    before = {n: p.clone() for n, p in model.net.named_parameters()}
+    parts = driver.run(model, spy, windows, tmp_path)
+    assert all(torch.equal(p, before[n]) for n, p in model.net.named_parameters())  # the model is as it was
+    blocks = linears_of(model)
+    names = [
+        matrix.name for block in parts.blocks for matrix in block.matrices
+    ]  # in the order they were solved
+    assert sorted(names) == sorted(name for _, linears in blocks for name in linears)
+    assert len(spy.seen) == len(names) == len(parts)
+    for at, (_, x) in enumerate(compressed_inputs(model, parts, windows, in_turn=False)):
+        assert len(x) == 60
+        got = spy.seen[at].double()
+        torch.testing.assert_close(got, 2 * x.T @ x, rtol=1e-4, atol=1e-4 * got.abs().max().item())
+
+
+def test_a_layer_that_is_read_twice_counts_twice() -> None:
+    model, windows = models.tiny_llama(), text(3, 16)
+    block, linears = linears_of(model)[0]
+    mlp: Any = block.mlp
+
+    def forward(x: Tensor) -> Tensor:
+        h = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return mlp.down_proj(h) + mlp.down_proj(h / 2 + 1)
+
+    mlp.forward = forward
+    with torch.inference_mode():
+        H = HiddenStates(model, windows).hessians(0, linears)
+    for name, x in inputs_of(model, linears, windows).items():
+        torch.testing.assert_close(H[name].double(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_a_layer_that_only_later_windows_read_counts() -> None:
+    """As an expert that the first window has no use for."""
+    model, calls, read = models.tiny_llama(), list[int](), list[Tensor]()
+    block, linears = linears_of(model)[0]
+    mlp: Any = block.mlp
+
+    def forward(x: Tensor) -> Tensor:
+        calls.append(1)
+        out: Tensor = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
+        return out if len(calls) == 1 else out + mlp.up_proj(x).mean()
+
+    mlp.forward = forward
+    with torch.inference_mode():
+        stream = HiddenStates(model, text(3, 16))
+        calls.clear()
+        mlp.up_proj.register_forward_pre_hook(lambda module, args: read.append(args[0][0]))
+        H = stream.hessians(0, linears)
+    x = torch.cat(read).double()
+    assert len(x) == 32
+    torch.testing.assert_close(H["model.layers.0.mlp.up_proj"].double(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_hessians_of_more_than_a_strip_are_whole(tmp_path: Path) -> None:
+    model, spy, windows = models.tiny_llama(layers=1, hidden=160), Spy(), text(2, 12)
+    driver.run(model, spy, windows, tmp_path)
+    x = inputs_of(
+        model,
+        {"model.layers.0.self_attn.q_proj": linears_of(model)[0][1]["model.layers.0.self_attn.q_proj"]},
+        windows,
+    )
+    (inputs,) = x.values()
+    assert spy.seen[0].shape == (160, 160)
+    torch.testing.assert_close(spy.seen[0].double(), 2 * inputs.T @ inputs, rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(H, H.T) for H in spy.seen)
+
+
+def test_layers_that_read_one_tensor_share_a_hessian(tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    _, linears = linears_of(model)[0]
+    with torch.inference_mode():
+        stream = HiddenStates(model, text(2, 8))
+        H = stream.hessians(0, linears)
+    by = {name.rsplit(".", 1)[-1]: h for name, h in H.items()}
+    assert by["q_proj"] is by["k_proj"] is by["v_proj"]
+    assert by["gate_proj"] is by["up_proj"]
+    assert len({id(h) for h in H.values()}) == 4
+
+
+class Corrected(Spy):
+    """A spy that keeps the drifts as well, and moves the weights by a step of the grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drifts: list[Tensor] = []
+
+    def correct(self, W: Tensor, H: Tensor, D: Tensor) -> Tensor:
+        self.drifts.append(D.clone())
+        return W + 1 / 16
+
+    def solve(self, W: Tensor, H: Tensor) -> Solved:
+        return super().solve(W, H)
+
+
+@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+def test_drifts_are_of_the_inputs_in_both_models(family: str, tmp_path: Path) -> None:
+    """The compressed model with all layers solved so far, those of its own block as well."""
+    model, spy, windows = model_of(family), Corrected(), text(3, 20)
+    assert isinstance(spy, Corrector)
+    parts = driver.run(model, spy, windows, tmp_path)
+    names = [matrix.name for block in parts.blocks for matrix in block.matrices]
+    every = {name: m for _, linears in linears_of(model) for name, m in linears.items()}
+    assert len(spy.drifts) == len(spy.seen) == len(names)
+    for at, (name, y) in enumerate(compressed_inputs(model, parts, windows, in_turn=True)):
+        x = inputs_of(model, {name: every[name]}, windows)[name]
+        tolerance = 1e-5 * float(y.square().sum())
+        torch.testing.assert_close(spy.seen[at].double(), 2 * y.T @ y, rtol=1e-4, atol=tolerance)
+        torch.testing.assert_close(spy.drifts[at].double(), 2 * (x - y).T @ y, rtol=1e-4, atol=tolerance)
+        assert spy.drifts[at].any() == (at > 2), (
+            "the first three layers read what the model's first norm gives"
+        )
+        want = torch.round(16 * (every[name].weight + 1 / 16)) / 16
+        assert torch.equal(dense(Solved(parts[f"{name}.weight"])), want)
+
+
+def test_the_dense_stream_is_that_of_the_model(tmp_path: Path) -> None:
+    """Bit for bit, through blocks that are solved and blocks that are passed over after a stop."""
+    model, windows = models.tiny_llama(layers=3), text(3, 20)
+    blocks = [linears for _, linears in linears_of(model)]
+    streams = []
+    with torch.inference_mode():
+        for solved in (True, False):
+            stream = StatesInTurn(model, windows)
+            for number, linears in enumerate(blocks[:2]):
+                if solved:
+                    stream.solve_layers(number, linears, lambda name, H, D=None: None)
+                else:
+                    stream.pass_over(number)
+            streams.append(stream.dense)
+        own = HiddenStates(model, windows)
+        own.advance(0)
+        own.advance(1)
+    for found in streams:
+        assert len(found) == len(own.states) == 3
+        assert all(torch.equal(a, b) for a, b in zip(found, own.states, strict=True))
+
+
+def test_the_dense_stream_of_a_window_that_misses_a_layer_is_that_of_the_model() -> None:
+    """Such a window goes through the block once more, with the dense weights although others are in place by then."""
+    model, windows = models.tiny_llama(layers=2), text(6, 16)
+    block, linears = linears_of(model)[0]
+    mlp: Any = block.mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x) if x.sum() > 0 else 0 * x
+    signs = set[bool]()
+    mlp.register_forward_pre_hook(lambda module, args: signs.add(bool(args[0].sum() > 0)))
+
+    def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
+        linears[name].weight.data = torch.zeros_like(linears[name].weight)
+
+    with torch.inference_mode(), driver.restored_weights(linears):
+        own = HiddenStates(model, windows)
+        own.advance(0)
+        stream = StatesInTurn(model, windows)
+        stream.solve_layers(0, linears, solve)
+    assert signs == {True, False}
+    assert all(torch.equal(a, b) for a, b in zip(stream.dense, own.states, strict=True))
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def run() -> FinishedBlocks:
+        solver: Any = compression.make("qronos", {"group": 8})
+        return driver.run(models.tiny_llama(layers=4), solver, text(4, 16), tmp_path)
+
+    whole = run()
+    codes = {name: found.codes for name, found in whole.items() if isinstance(found, Quantised)}
+    for last in (2, 3):
+        block_file(tmp_path, last).unlink()
+    again = run()
+    assert len(codes) == len(whole) == 28
+    assert all(torch.equal(own, again[name].codes) for name, own in codes.items())  # type: ignore[union-attr]
+
+
+def test_inputs_of_other_tokens_have_no_drift() -> None:
+    """As those of experts, which a token may reach in one model and not in the other."""
+    model, found = models.tiny_llama(layers=2), dict[str, tuple[Tensor | None, Tensor | None]]()
+    block, linears = linears_of(model)[1]
+    mlp: Any = block.mlp
+    forward = mlp.forward
+
+    def half(x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[x.sum(-1).flatten().topk(8).indices]
+
+    mlp.forward = lambda x: x * forward(half(x)).sum()
+
+    def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
+        found[name.rsplit(".", 1)[-1]] = H, D
+
+    with torch.inference_mode():
+        stream = StatesInTurn(model, text(3, 16))
+        stream.pass_over(0)
+        stream.states = [state + torch.randn_like(state) for state in stream.states]
+        stream.solve_layers(1, linears, solve)
+    q, up = found["q_proj"], found["up_proj"]
+    assert q[1] is not None
+    assert q[1].any()
+    assert up[0] is not None
+    assert up[1] is None
+
+
+def test_layers_that_windows_reach_in_different_order_have_all_their_inputs() -> None:
+    model, found = models.tiny_llama(layers=2), dict[str, tuple[Tensor | None, Tensor | None]]()
+    block, linears = linears_of(model)[1]
+    mlp: Any = block.mlp
+
+    def forward(x: Tensor) -> Tensor:
+        calls = (lambda: mlp.gate_proj(x), lambda: mlp.up_proj(3 * x))
+        values = [call() for call in (calls if x.sum() > 0 else reversed(calls))]
+        return mlp.down_proj(values[0] * values[1])
+
+    mlp.forward = forward
+
+    def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
+        assert name not in found
+        found[name.rsplit(".", 1)[-1]] = H, D
+
+    signs = set[bool]()
+    with torch.inference_mode():
+        stream = StatesInTurn(model, text(6, 16))
+        stream.pass_over(0)
+        stream.states = [state + torch.randn_like(state) for state in stream.states]
+        mlp.register_forward_pre_hook(lambda module, args: signs.add(bool(args[0].sum() > 0)))
+        stream.solve_layers(1, linears, solve)
+    assert signs == {True, False}
+    assert len(found) == 7
+    for gate, up in zip(found["gate_proj"], found["up_proj"], strict=True):
+        assert gate is not None
+        assert up is not None
+        assert gate.any()
+        torch.testing.assert_close(up, 9 * gate, rtol=1e-4, atol=1e-4 * float(up.abs().max()))
+
+
+def test_a_source_without_a_dense_model_is_refused(tmp_path: Path) -> None:
+    model, solver = models.tiny_llama(), compression.make("qronos", {"group": 8})
+    assert isinstance(solver, compression.Solver)
+    clients = ClientHessians(model, {0: text(2, 16)}, tmp_path, lambda reply: None)
+    with pytest.raises(ValueError, match="needs windows"):
+        driver.run(model, solver, clients, tmp_path)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune compress --bytes` and `--bpw`: the file has the size that was said, and what cannot be is refused up front."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from command_harness import call, pulled_after
+from deploy_harness import tokenizer
+from pruner_harness import tiny
+
+from fleetune import compression, models
+from fleetune.cli.main import main
+from fleetune.common.display import human_bytes
+from fleetune.compression.jobs import budget
+from fleetune.compression.layerwise import driver
+from fleetune.compression.layerwise.driver import End
+from fleetune.models.artefact import Master
+
+SMALL = ("--text", "text.txt", "--windows", "4", "--length", "16")
+SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "num_hidden_layers": 2,
+}
+
+
+Events = list[dict[str, Any]]
+
+
+@pytest.fixture
+def model(at: Path) -> str:
+    """A tiny llama of which 12 matrices have rows of 96, and 2 of 256, with a tokenizer that GGUF holds."""
+    made = dataclasses.replace(tiny("llama", **SIZES), tokenizer=tokenizer())
+    models.save(made.net, made.tokenizer, at / "tiny")
+    return "tiny"
+
+
+def told(events: Events) -> dict[str, Any]:
+    (found,) = [event for event in events if event["event"] == "budget"]
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What a command that is refused says."""
+    code = main(list(args))
+    err = capsys.readouterr().err
+    assert code == 2, err
+    return err
+
+
+def exported(capsys: pytest.CaptureFixture[str], folder: Path) -> Path:
+    """The newest compressed model as a file with the name that `export` gives it."""
+    code, events, err = call(capsys, "export", "latest", "--to", "gguf")
+    assert code == 0, err
+    return folder / events[0]["path"]
+
+
+def test_the_file_has_the_size_that_was_said(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, events, err = call(capsys, "compress", model, *SMALL, "--bytes", "140kB", "--method", "optq")
+    assert code == 0, err
+    found, limit = told(events), 140_000
+    names = [event["event"] for event in events]
+    assert names.index("start") < names.index("choosing") < names.index("budget") < names.index("block")
+    steps = [(e["phase"], e["done"], e["total"]) for e in events if e["event"] == "choosing"]
+    assert steps == [*(("sensitivity", k, 4) for k in range(4)), *(("grids", k, 2) for k in range(3))]
+    file = exported(capsys, at)
+    assert file.stat().st_size == found["bytes"] <= limit
+    kinds = [t.tensor_type.name for t in gguf.GGUFReader(file).tensors if len(t.shape) == 2]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == found["kinds"]
+    assert sum(found["kinds"].values()) == 15, "the tied embedding is one of them"
+
+
+def test_untied_ends_are_solved_each_for_itself(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = dataclasses.replace(tiny("llama", tie_word_embeddings=False, **SIZES), tokenizer=tokenizer())
+    models.save(made.net, made.tokenizer, at / "tiny")
+    code, events, err = call(capsys, "compress", "tiny", *SMALL, "--bytes", "170kB")
+    assert code == 0, err
+    assert exported(capsys, at).stat().st_size == told(events)["bytes"]
+    grids = Master(Path(events[-1]["folder"]) / "model").head.grids
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(grids)
+
+
+def test_a_budget_that_cannot_be_met_names_the_least_that_can(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    err = refused(capsys, "compress", model, *SMALL, "--bytes", "100kB")
+    assert "no file of 100 kB can hold this model" in err
+    assert not list(at.glob("runs/*")), "refused before a folder is made"
+    least = err.split("--bytes ")[1].split()[0]
+    assert call(capsys, "compress", model, *SMALL, "--bytes", least, "--dry-run")[0] == 0
+    err = refused(capsys, "compress", model, *SMALL, "--bpw", "3")
+    assert "3 bits a weight are too few" in err
+    bits = float(err.split("--bpw ")[1].split()[0])
+    code, events, err = call(capsys, "compress", model, *SMALL, "--bpw", str(bits))
+    assert code == 0, err
+    matrices = [t for t in gguf.GGUFReader(exported(capsys, at)).tensors if len(t.shape) == 2]
+    assert 8 * sum(t.n_bytes for t in matrices) / sum(t.n_elements for t in matrices) <= bits
+    head = Master(Path(events[-1]["folder"]) / "model").head
+    assert head.settings["bpw"] == bits
+    assert not {"bits", "grid"} & set(head.settings)
+    refused(capsys, "compress", model, *SMALL, "--bpw", str(bits - 0.01))
+
+
+@pytest.fixture
+def asked_to_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many windows of text a model was asked to write, each time."""
+    counts: list[int] = []
+
+    def written(model: Any, length: int, count: int, seed: int, *, batch: int = 8) -> torch.Tensor:
+        counts.append(count)
+        return torch.arange(count * length).view(count, length) % 64
+
+    monkeypatch.setattr(driver, "sampled_windows", written)
+    return counts
+
+
+def run_of(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tune a model for a round: its held-out rows fill no window of 512."""
+    Path("rows.jsonl").write_text("".join(f'{{"prompt": "say {n}", "response": "so"}}\n' for n in range(8)))
+    flags = ("--method", "fedkseed", "--set", "K=4", "--set", "tau=1", "--set", "lr=1e-4", "--clients", "2")
+    code, _, err = call(capsys, "tune", model, "rows.jsonl", *flags, "--rounds", "1", "--held-out", "4")
+    assert code == 0, err
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_any_text_is_written(
+    model: str, capsys: pytest.CaptureFixture[str], asked_to_write: list[int]
+) -> None:
+    for more in ((), ("--dry-run",)):
+        err = refused(capsys, "compress", model, "--length", "16", "--bytes", "1kB", *more)
+        assert "can hold this model" in err
+        assert "the model w" not in err, "no word of text either"
+    assert asked_to_write == []
+
+
+def test_a_dry_run_writes_no_text_and_says_the_same_of_it(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str], asked_to_write: list[int]
+) -> None:
+    flags = ("--length", "16", "--windows", "6")
+    code, (checked,), err = call(capsys, "compress", model, *flags, "--dry-run")
+    assert code == 0, err
+    assert asked_to_write == []
+    assert "no calibration text is given: the model would write 6 windows itself" in err
+    assert checked["text"] == "text of its own · 6 windows of 16 tokens"
+    code, events, err = call(capsys, "compress", model, *flags)
+    assert code == 0, err
+    assert asked_to_write == [6]
+    planned = human_bytes(next(event["planned"] for event in events if event["event"] == "start"))
+    assert checked["memory"] == f"about {planned}"
+    asked_to_write.clear()
+    run_of(model, capsys)
+    code, (of_run,), err = call(capsys, "compress", "latest", "--length", "512", "--dry-run")
+    assert code == 0, err
+    assert "the model would write 12 windows of text: 4 of them are measured on" in err
+    assert of_run["text"].startswith("8 windows that the run's model would write · 8 windows of 512 tokens")
+    assert asked_to_write == []
+    code, events, err = call(capsys, "compress", "latest", "--length", "512")
+    assert code == 0, err
+    assert asked_to_write == [12]
+    planned = human_bytes(next(event["planned"] for event in events if event["event"] == "start"))
+    assert of_run["memory"] == f"about {planned}"
+
+
+def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = (*SMALL, "--bytes", "150kB")
+    code, events, _ = call(capsys, "compress", model, *flags)
+    whole = events[-1]["digest"]
+    monkeypatch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(28))
+    code, events, err = call(capsys, "compress", model, *flags)
+    assert code == 130, err
+    parts = at / "runs" / "0002-qronos-tiny" / "parts"
+    assert list(parts.glob("block-*"))
+    monkeypatch.undo()
+    monkeypatch.chdir(at)
+    shutil.copytree(at / "runs" / "0002-qronos-tiny", at / "runs" / "0003-qronos-tiny")
+    chosen = told(events)
+    code, events, err = call(capsys, "compress", "--resume", "2")
+    assert code == 0, err
+    assert told(events)["kinds"] == chosen["kinds"]
+    assert events[-1]["digest"] == whole
+    (at / "runs" / "0003-qronos-tiny" / "parts" / budget.FILE).write_bytes(b"damaged")
+    code, events, err = call(capsys, "compress", "--resume", "3")
+    assert code == 0, err
+    assert "it is made again, and the blocks are solved again" in err
+    assert events[-1]["digest"] == whole
+
+
+def test_a_choice_comes_back_as_it_was_kept_and_a_damaged_one_not_at_all(tmp_path: Path) -> None:
+    table, chosen = torch.rand(4, 4), {"a": ("iq4_nl", 4), "b": ("ggml", 8)}
+    kept = budget.Budget(chosen, {"IQ4_NL": 1}, 99, 0.5, [End("b", 0.25, table), End("c", 1.0, None)])
+    budget.save_choice(kept, tmp_path, "o")
+    assert budget.saved_choice(tmp_path, "another") is None
+    found = budget.saved_choice(tmp_path, "o")
+    assert found is not None
+    assert dataclasses.replace(found, ends=[]) == dataclasses.replace(kept, ends=[])
+    torch.testing.assert_close(found.ends[0].table, table)
+    assert [end[:2] for end in found.ends] == [("b", 0.25), ("c", 1.0)]
+    plan = found.plan(compression.make("optq", {}))  # type: ignore[arg-type]
+    assert (plan.solvers["a"].grid, plan.solvers["b"].bits) == ("iq4_nl", 8)  # type: ignore[attr-defined]
+    file = tmp_path / budget.FILE
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert budget.saved_choice(tmp_path, "o") is None
+    file.unlink()
+    assert budget.saved_choice(tmp_path, "o") is None

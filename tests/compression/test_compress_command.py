@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune compress` as a user meets it: a model, a run, Ctrl-C and resume, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_harness import call, pulled_after
+
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.common import files
+from fleetune.models.artefact import Master, Quantised
+
+SMALL = ["--method", "optq", "--windows", "4", "--length", "16", "--set", "group=8"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, path)
+    return str(path)
+
+
+def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ["--text", "text.txt", "--eval-text", "text.txt"]
+    assert main(["compress", tiny, *SMALL, *text]) == 0
+    out, err = capsys.readouterr()
+    (told,) = [line for line in err.splitlines() if "block" in line]  # one line for all of them
+    assert re.fullmatch(r"2 blocks  error 0\.\d{4}, at most 0\.\d{4}  [\d.]+ m?s", told), told
+    folder = at / "runs" / "0001-optq-tiny"
+    assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
+    assert f"fleetune export runs/{folder.name} --to compressed-tensors" in out, (
+        "groups of 8 fit no GGUF file"
+    )
+    master, base = Master(folder / "model"), models.load(tiny)
+    assert (master.head.method, master.head.settings["group"]) == ("optq", 8)
+    assert master.head.calibration["windows"] == 4
+    assert (master.head.base, master.head.tokenizer) == (base.digest, base.tokenizer_digest)
+    result = json.loads((folder / "compress.json").read_text())["result"]
+    assert result["digest"] == master.digest()
+    assert result["before"]["perplexity"] != result["after"]["perplexity"]
+    assert 0 < result["error"] < 0.1
+    code, events, _ = call(capsys, "compress", tiny, *SMALL, *text)
+    assert (code, events[-1]["event"], events[-1]["digest"]) == (
+        0,
+        "done",
+        result["digest"],
+    )  # the same bytes
+    assert [e["block"] for e in events if e["event"] == "block"] == [0, 1]
+
+
+def test_a_tuned_run_is_compressed_from_its_ledger(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is compressed is the tuned model: rounding its weights to nearest by hand gives the same artefact."""
+    from fleetune import compression
+    from fleetune.compression.layerwise import driver
+    from fleetune.tuning.result import finished
+
+    quick = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", "0", "--rounds", "1"]
+    zo = ["--method", "fedkseed", "--clients", "2", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2"]
+    assert call(capsys, "tune", tiny, "demo", *quick, *zo)[0] == 0
+    code, out, err = call(capsys, "compress", "latest", "--method", "rtn", "--set", "group=8")
+    assert code == 0, err
+    done = out[-1]
+    run = finished.load(at / "runs" / "latest")
+    finished.merge_weights(run)
+    parts = driver.run(run, compression.make("rtn", {"group": 8}), None, at / "parts")
+    master = Master(Path(done["folder"]) / "model")
+    assert master.head.base == models.digest(models.named_tensors(run.net)) != run.digest
+    for name, weight in parts.items():
+        assert isinstance(weight, Quantised)
+        found = master.quantised(name)
+        assert found is not None
+        assert torch.equal(found.codes, weight.codes)
+        assert torch.equal(found.scale, weight.scale)
+    assert done["before"]["loss"] != done["after"]["loss"]
+    assert Path(done["folder"]).name == "0002-rtn-fedkseed-tiny"
+    values = {}
+    for name in ("latest", "1", "2"):
+        code, out, err = call(capsys, "eval", name, "--tasks", "loss")
+        assert code == 0, err
+        values[name] = out[-1]["loss"]
+    assert values["latest"] == values["2"] != values["1"], "latest is the newer of run and compressed model"
+    code, out, _ = call(capsys, "compress", "latest", *SMALL)  # its held-out rows are the calibration text
+    assert code == 0
+    assert "loss" in out[-1]["after"]
+
+
+def test_a_stopped_one_is_taken_up_again(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(10))
+        code, said, _ = call(capsys, "compress", tiny, *SMALL, "--seed", "7")
+    assert code == 130
+    assert "fleetune compress --resume runs/0001-optq-tiny" in json.dumps(said[-1])
+    folder = at / "runs" / "0001-optq-tiny"
+    assert [p.name for p in (folder / "parts").glob("block-*")] == ["block-0000.safetensors"]
+    assert not (folder / "model").exists()
+    code, resumed, err = call(capsys, "compress", "--resume", "latest")
+    assert code == 0, err
+    assert resumed[-1]["folder"] == "runs/0001-optq-tiny"
+    _, whole, _ = call(capsys, "compress", tiny, *SMALL, "--seed", "7")
+    assert whole[-1]["digest"] == resumed[-1]["digest"]
+
+
+@pytest.mark.parametrize("change", ["text", "weights", "settings"])
+def test_a_stopped_one_does_not_go_on_with_something_else(
+    change: str, tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny, at / "mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(10))
+        assert call(capsys, "compress", "mine", *SMALL, "--text", "text.txt")[0] == 130
+    folder = Path("runs/0001-optq-mine")
+    if change == "text":
+        Path("text.txt").write_text("Another text, of which there is enough as well. " * 30)
+    elif change == "weights":
+        shutil.rmtree("mine")
+        model = models.tiny_llama(seed=5)
+        models.save(model.net, model.tokenizer, Path("mine"))
+    else:
+        record = files.read_json(
+            folder / "compress.json", ""
+        )  # without its checksum, as earlier versions wrote it
+        (folder / "compress.json").write_text(json.dumps(record | {"set": {"group": "8", "bits": "3"}}))
+    code, said, _ = call(capsys, "compress", "--resume", "latest")
+    assert code == 2
+    assert "something has changed since" in said[-1]["message"]
+    assert [p.name for p in (folder / "parts").glob("block-*")] == ["block-0000.safetensors"]
+
+
+def test_methods_are_listed_with_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    code, listed, _ = call(capsys, "compress", "--list")
+    assert code == 0
+    settings = {e["name"]: {s["name"] for s in e["settings"]} for e in listed}
+    assert set(settings) == {"gkd", "llm-pruner", "optq", "qronos", "rtn", "sparsegpt"}
+    assert settings["sparsegpt"] >= {"sparsity", "n", "m"}
+    code, listed, _ = call(capsys, "compress", "--list", "llm_pruner")
+    assert (code, [e["name"] for e in listed]) == (0, ["llm-pruner"])
+    assert call(capsys, "compress", "--list", "nosuch")[0] == 2
+
+
+def test_the_default_method_is_that_which_changes_the_model_least(tmp_path: Path) -> None:
+    """Where devices calibrate it is one that needs no dense model beside the compressed one."""
+    from fleetune import compression
+    from fleetune.compression.jobs import job
+
+    def method(**options: Any) -> str:
+        return job.request_for("tiny", None, {}, options, out=tmp_path).method  # type: ignore[arg-type]
+
+    assert method() == method(calibrate="server") == compression.DEFAULT == "qronos"
+    assert method(calibrate="clients") == method(calibrate="fleet") == "optq"

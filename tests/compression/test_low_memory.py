@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One block in memory at a time: the same bytes, a peak that blocks do not add to, and what the plan says of it."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from command_harness import call
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fleetune import compression, models
+from fleetune.common import memory
+from fleetune.compression.jobs import solve
+from fleetune.compression.jobs.inputs import Inputs
+from fleetune.compression.layerwise import driver
+from fleetune.compression.layerwise.driver import linears_of
+from fleetune.compression.layerwise.federated import ClientHessians
+from fleetune.models.artefact import dense
+from fleetune.models.lazy import LazyWeight
+from fleetune.models.net.saving import write_in_turn
+from fleetune.models.shapes import shape_of
+from fleetune.planning import compression_cost
+from fleetune.runs.listener import Silent
+
+TYPES = [torch.int8, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]
+
+
+def saved(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    layers: int = 3,
+    hidden: int = 32,
+    tied: bool = True,
+    shard: str = "5GB",
+) -> str:
+    tiny = models.tiny_llama(layers=layers, hidden=hidden)
+    if not tied:
+        config = LlamaConfig(**{**tiny.net.config.to_dict(), "tie_word_embeddings": False})
+        torch.manual_seed(0)
+        tiny.net = LlamaForCausalLM(config).eval().requires_grad_(False)
+    tiny.net.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    tiny.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@pytest.mark.parametrize("method", ["qronos", "sparsegpt"])
+def test_low_memory_gives_the_same_bytes(
+    method: str, dtype: torch.dtype, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = saved(at / "m", dtype, shard="20KB")
+    text = ["--text", "text.txt", "--windows", "4", "--length", "16", "--eval-text", "text.txt"]
+    group = [] if method == "sparsegpt" else ["--set", "group=8"]
+    done = []
+    for more in ([], ["--low-memory"]):
+        code, events, err = call(capsys, "compress", name, "--method", method, *group, *text, *more)
+        assert code == 0, err
+        done.append(events[-1])
+    same = ("before", "after", "error", "digest", "bytes")
+    assert [done[0][k] for k in same] == [done[1][k] for k in same]
+    folders = [Path(d["folder"]) / "model" for d in done]
+    for file in folders[0].iterdir():
+        assert file.read_bytes() == (folders[1] / file.name).read_bytes(), file.name
+
+
+def most_alive(folder: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """(the most bytes of weights that were read and not yet dropped, bytes of all) while a model is compressed."""
+    model = models.load(saved(folder / "m", torch.bfloat16, layers=layers), device="cpu", base="mapped")
+    alive: dict[int, int] = {}
+    seen, read = [0], LazyWeight.values
+
+    def values(self: LazyWeight) -> Tensor:
+        tensor = read(self)
+        alive[id(tensor)] = tensor.nbytes
+        weakref.finalize(tensor, alive.pop, id(tensor), None)
+        seen[0] = max(seen[0], sum(alive.values()))
+        return tensor
+
+    solver: Any = compression.make("optq", {"group": 8})
+    with monkeypatch.context() as patch:
+        patch.setattr(LazyWeight, "values", values)
+        driver.check(model, solver)
+        windows = torch.zeros(3, 12, dtype=torch.int64) + torch.arange(12)
+        inputs = Inputs(model, [], [], ["a text to measure on"], "a text")
+        with inputs.reference(model, folder, Silent()) as reference:
+            parts = driver.run(model, solver, windows, folder / "parts")
+            assert "kl_divergence" in solve._after(Silent(), inputs, folder, parts, reference)
+        from fleetune.models import artefact
+
+        artefact.write(
+            folder / "model",
+            model,
+            parts,
+            artefact.ArtefactHead("optq", {}, model.digest, model.tokenizer_digest),
+        )
+    return seen[0], sum(4 * p.numel() for p in model.net.parameters())
+
+
+def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, _ = most_alive(tmp_path / "few", 2, monkeypatch)
+    many, whole = most_alive(tmp_path / "many", 6, monkeypatch)
+    assert few == many
+    assert many < whole / 3
+
+
+def test_afterwards_the_compressed_weights_take_the_place_of_the_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing keeps the model's own weights while the result is measured, so that memory holds one of both."""
+    model = models.load(saved(tmp_path / "m"), device="cpu")
+    parts = driver.run(model, compression.make("rtn", {"group": 8}), None, tmp_path / "parts")
+    linears = {name: m for _, found in linears_of(model) for name, m in found.items()}
+    own = {name: Room(m.weight) for name, m in linears.items()}
+    held: list[int] = []
+    monkeypatch.setattr(
+        Inputs,
+        "measure",
+        lambda self, net, listener, folder, reference: held.append(sum(r.held() for r in own.values())),
+    )
+    solve._after(Silent(), Inputs(model, [], [], ["a text to measure on"], "a text"), tmp_path, parts, None)
+    assert held == [0]
+    for name, linear in linears.items():
+        torch.testing.assert_close(linear.weight.data, dense(parts[f"{name}.weight"]))
+
+
+class Room:
+    """The bytes of a weight, and whether they are still held."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.bytes = bytearray(weight.nbytes)
+        own = torch.frombuffer(self.bytes, dtype=weight.dtype).view(weight.shape)
+        weight.data = own.copy_(weight.data)
+
+    def held(self) -> bool:
+        """A buffer that a tensor uses cannot change its size."""
+        try:
+            self.bytes.append(0)
+        except BufferError:
+            return True
+        return False
+
+
+def test_the_peak_does_not_grow_with_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the real process: 4 blocks of 2.4 MB or 12 of them, converted from bf16, leave the same mark."""
+    monkeypatch.setattr("fleetune.models.stored.KEPT", 1 << 20)  # else all of so small a file stays
+    solver: Any = compression.make("rtn", {"group": 8})
+    peaks: list[int] = []
+    for layers in (4, 4, 12):  # the first one warms up
+        name = saved(tmp_path / f"m{len(peaks)}", torch.bfloat16, layers=layers, hidden=256)
+        memory.release_memory()
+        before = memory.rss()
+        model = models.load(name, device="cpu", base="mapped")
+        driver.check(model, solver)
+        parts = driver.run(model, solver, None, tmp_path / f"p{len(peaks)}")
+        from fleetune.models import artefact
+
+        artefact.write(tmp_path / f"a{len(peaks)}", model, parts, artefact.ArtefactHead("rtn", {}, "", ""))
+        peaks.append(memory.peak_rss() - before)
+        del model, parts
+    block = 2.4e6
+    assert peaks[2] - peaks[1] < 3 * block  # a model in memory would add 8 blocks, two copies 16
+
+
+# The file -------------------------------------------------------------------------------------------
+
+
+@given(
+    kinds=st.lists(st.sampled_from(TYPES), min_size=1, max_size=8),
+    names=st.lists(st.text('abxyz.é"\\ ', min_size=1, max_size=6), min_size=8, max_size=8, unique=True),
+    note=st.text(max_size=20),
+)
+def test_the_file_is_what_safetensors_writes(kinds: list[torch.dtype], names: list[str], note: str) -> None:
+    import tempfile
+
+    tensors = {
+        n: torch.arange(3 * (i + 1)).reshape(3, -1).to(k)
+        for i, (n, k) in enumerate(zip(names, kinds, strict=False))
+    }
+    table = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = Path(folder) / "a", Path(folder) / "b"
+        write_in_turn(ours, table, reversed(list(tensors.items())), {"master": note})
+        save_file(tensors, theirs, metadata={"master": note})
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+# The plan -------------------------------------------------------------------------------------------
+
+
+def llama(layers: int = 2, **sizes: int) -> LlamaConfig:
+    return LlamaConfig(
+        **{
+            "vocab_size": 500,
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_hidden_layers": layers,
+            **sizes,
+        }
+    )
+
+
+def test_the_plan_with_low_memory_does_not_depend_on_the_blocks() -> None:
+    def peak(layers: int, **work: Any) -> int:
+        return sum(
+            compression_cost.memory(
+                shape_of(llama(layers)), compression_cost.CompressionSize(8, 64)._replace(**work)
+            ).values()
+        )
+
+    assert peak(2, low_memory=True) == peak(20, low_memory=True)
+    block = 4 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 160 + 2 * 64)
+    assert peak(20) - peak(2) == 18 * block
+    assert peak(2, windows=16) - peak(2) == 8 * 64 * 64 * 4
+    assert peak(2, windows=16, clients=2) == peak(2)
+    assert peak(2, heads=4) == peak(2)  # of one window they are little
+    assert peak(2, windows=0) < peak(2)
+    assert (
+        peak(20, measured=True) - peak(20) == peak(2, measured=True) - peak(2) > 0
+    )  # no second copy of the blocks
+
+
+def test_a_method_that_compares_with_the_dense_model_is_planned_for() -> None:
+    """Its states and sums twice."""
+    optq, qronos = (compression.make(name, {"group": 8}) for name in ("optq", "qronos"))
+    assert isinstance(optq, compression.Solver)
+    assert isinstance(qronos, compression.Solver)
+    plain, own = (solve.size_of(solver, 8, 64) for solver in (optq, qronos))
+    assert own == plain._replace(dense=True)
+    shape, tokens = shape_of(llama()), 8 * 64
+    parts = [compression_cost.memory(shape, work) for work in (plain, own)]
+    assert parts[1]["states"] - parts[0]["states"] == tokens * 64 * 4
+    drifts = 4 * (3 * 64**2 + 160**2)
+    assert parts[1]["work"] - parts[0]["work"] == drifts
+
+
+def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:
+    model = models.tiny_llama(layers=4, hidden=128)
+    for values in ({"group": 8}, {"bits": 8, "group": 8}, {"bits": 3, "group": 0}):
+        solver: Any = compression.make("rtn", values)
+        parts = driver.run(model, solver, None, tmp_path / "parts")
+        from fleetune.models import artefact
+
+        artefact.write(tmp_path / "model", model, parts, artefact.ArtefactHead("rtn", {}, "", ""))
+        real = sum(
+            f.stat().st_size
+            for d in ("parts", "model")
+            for f in (tmp_path / d).iterdir()
+            if f.suffix == ".safetensors"
+        )
+        assert compression_cost.disk(
+            shape_of(model.net.config), solve.size_of(solver, 0, 0)
+        ) == pytest.approx(real, rel=0.15)
+        shutil.rmtree(tmp_path / "parts")
+
+
+def test_the_disk_holds_the_states_of_clients_that_wait(tmp_path: Path) -> None:
+    model, text = models.tiny_llama(layers=2, hidden=128), torch.randint(0, 250, (6, 16))
+    ClientHessians(model, {0: text[:2], 1: text[2:]}, tmp_path, lambda reply: None)
+    waiting = sum(file.stat().st_size for file in (tmp_path / "devices").iterdir())
+    shape, alone = (shape_of(model.net.config), solve.size_of(compression.make("optq", {"group": 8}), 6, 16))
+    more = compression_cost.disk(shape, alone._replace(clients=2)) - compression_cost.disk(shape, alone)
+    assert more == pytest.approx(waiting, rel=0.05)
+
+
+def test_what_it_takes_is_said_before_it_begins(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = saved(at / "m")
+    args = [name, "--set", "group=8", "--text", "text.txt", "--windows", "4", "--length", "16"]
+    code, events, err = call(capsys, "compress", *args, "--dry-run")
+    assert code == 0
+    assert events[0]["memory"].startswith("about 49")  # MB, tens
+    assert "memory: about 49" in err
+    code, events, err = call(capsys, "compress", *args)
+    assert events[-1]["planned"] == events[0]["planned"] > 4e8
+    assert "of memory are free" not in err
+    monkeypatch.setattr(compression_cost, "available", lambda: 1000)
+    monkeypatch.setattr(memory, "rss", lambda: 0)
+    code, _, err = call(capsys, "compress", *args)
+    assert code == 0
+    assert "1.0 kB of memory are free; with --low-memory it takes less" in err
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    code, events, err = call(capsys, "compress", *args)
+    assert code == 1
+    assert "has 10 B free" in events[-1]["message"]
+    assert not (at / "runs" / "0003-qronos-m" / "parts").exists()

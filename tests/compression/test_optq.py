@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OPTQ on one matrix, against optimal-brain updates with explicit inverses in float64; what solvers do with odd ones."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from solver_harness import brain_surgeon, curvature, damped, dense, onto, relative_error, work
+from torch import Tensor
+
+from fleetune import compression
+from fleetune.compression.layerwise import hessian
+from fleetune.compression.layerwise.column_loop import Segment, sweep
+from fleetune.compression.layerwise.grids import KINDS, UNIFORM, Grid
+from fleetune.errors import RecipeError
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", [3, 8, 128])
+def test_optq_is_the_optimal_brain_surgeon_on_a_grid(kind: str, block: int) -> None:
+    """Every block size gives what explicit inverses give, groups fitted to the updated weights."""
+    W, H = work(1, 5, 24)
+    H = damped(H, 0.01)
+    grid, group, h = Grid(kind, 4), 8, curvature(H)
+    fits: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def settle(i: int, now: Tensor) -> Tensor:
+        if i % group == 0:
+            fits[i // group] = grid.find(now[:, i : i + group], h[i : i + group])
+        return onto(grid, now[:, i], *fits[i // group])
+
+    want = brain_surgeon(W, H, settle)
+    U, *_ = hessian.inverse_cholesky(H.clone(), 0.0)
+    assert U is not None
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def choose(Wt: Tensor, begin: int, last: int) -> Segment:
+        if begin % group == 0:
+            found.append(grid.find(Wt[begin : begin + group].T, h[begin : begin + group]))
+        return Segment(begin - begin % group + group, *found[-1], grid.top, None, grid.levels)
+
+    if (
+        block == 3
+    ):  # groups that go beyond a block are fitted before its end is known: only the loop is compared
+        scale, zero = grid.find(W)
+
+        def alike(i: int, now: Tensor) -> Tensor:
+            return onto(grid, now[:, i], scale, zero)
+
+        want = brain_surgeon(W, H, alike)
+        alone = Segment(24, scale, zero, grid.top, None, grid.levels)
+        got, _, _ = sweep(W, U, lambda Wt, begin, last: alone, block)
+    else:
+        got, _, _ = sweep(W, U, choose, block)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("rtn", {"grid": "iq4_nl", "group": 8}),
+        ("optq", {"group": 8}),
+        ("qronos", {"group": 8}),
+        ("sparsegpt", {}),
+    ],
+)
+def test_weights_in_another_layout_are_solved_alike_and_stay(
+    method: str, settings: dict[str, object]
+) -> None:
+    """gpt-oss has its experts as [in, out]: a matrix is a view of them, contiguous when it is transposed."""
+    W, H = work(8, 1, 24, torch.float32)
+    solver = compression.make(method, settings)
+    want = dense(solver.solve(W.clone(), H))
+    for weights in (W.clone(), W.T.contiguous().T):
+        found = solver.solve(weights, H)
+        assert torch.equal(weights, W)
+        assert torch.equal(dense(found), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["none", "gar"])
+def test_optq_in_any_order_is_the_surgeon_on_sorted_columns(kind: str, order: str) -> None:
+    W, H = work(2, 4, 32)
+    group = 8
+    solver = compression.make("optq", {"group": group, "grid": kind, "order": order, "damping": 0.02})
+    got = dense(solver.solve(W.clone(), H.clone()))
+    sort = {
+        "none": list(range(32)),
+        "gar": list(
+            itertools.chain.from_iterable(
+                sorted(columns, key=lambda i: -H[i, i].item())
+                for columns in sorted(
+                    (range(g, g + group) for g in range(0, 32, group)),
+                    key=lambda columns: -max(H[i, i].item() for i in columns),
+                )
+            )
+        ),
+    }[order]
+    grid, fits = Grid(kind, 4), dict[int, tuple[Tensor, Tensor]]()
+    h = curvature(damped(H, 0.02)[sort][:, sort])
+
+    def settle(i: int, now: Tensor) -> Tensor:
+        g = sort[i] // group
+        if g not in fits:
+            fits[g] = grid.find(now[:, i : i + group], h[i : i + group])
+        return onto(grid, now[:, i], *fits[g])
+
+    want = brain_surgeon(W[:, sort], damped(H, 0.02)[sort][:, sort], settle)
+    torch.testing.assert_close(got.double()[:, sort], want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["none", "gar"])
+def test_without_a_factor_a_ggml_grid_is_ggmls_in_any_order(order: str) -> None:
+    W, grid = work(3, 8, 32)[0], Grid("ggml", 4)
+    solved = compression.make("optq", {"group": 8, "order": order}).solve(
+        W.clone(), torch.zeros_like(W.T @ W)
+    )
+    assert solved.notes == ("nothing reached it: rounded to nearest",)
+    wanted = []
+    for part in W.split(8, 1):
+        scale, zero = grid.find(part)
+        wanted.append((grid.codes(part, scale, zero) - zero[:, None]) * scale[:, None])
+    assert torch.equal(dense(solved).double(), torch.cat(wanted, 1))
+
+
+def test_pruned_weights_stay_zero_when_they_are_quantised_later() -> None:
+    W, H = work(5, 16, 64, torch.float32)
+    pruned = dense(compression.make("sparsegpt", {"n": 2, "m": 4}).solve(W.clone(), H.clone()))
+    for kind, order in itertools.product(UNIFORM, ("none", "gar")):
+        solver = compression.make("optq", {"grid": kind, "order": order, "group": 16})
+        assert not dense(solver.solve(pruned.clone(), H.clone()))[pruned == 0].any()
+
+
+@pytest.mark.parametrize("method", ["optq", "rtn"])
+def test_a_codebook_without_0_takes_no_pruned_matrix(method: str) -> None:
+    W, H = work(5, 16, 64, torch.float32)
+    solver = compression.make(method, {"grid": "iq4_nl"})
+    W.view(-1)[:1020:20] = 0.0  # 51; one more is 5 %
+    got = dense(solver.solve(W.clone(), H.clone()))
+    assert got.all()  # 0 is not on it
+    W.view(-1)[1020] = 0.0
+    with pytest.raises(
+        RecipeError, match="5% of a matrix is exactly 0, and the grid iq4_nl has no 0"
+    ) as caught:
+        solver.solve(W.clone(), H.clone())
+    assert "grid=ggml" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_exact_zeros_stay_zero_however_few_they_are(count: int) -> None:
+    W, H = work(5, 16, 64, torch.float32)
+    places = torch.randperm(W.numel(), generator=torch.Generator().manual_seed(count))[:count]
+    W.view(-1)[places] = 0.0
+    for order in ("none", "gar"):
+        solver = compression.make("optq", {"bits": 8, "order": order, "group": 16})
+        assert not dense(solver.solve(W.clone(), H.clone()))[W == 0].any()
+
+
+@pytest.mark.parametrize("method", ["optq", "sparsegpt"])
+def test_error_feedback_pays(method: str) -> None:
+    """||WX - QX||^2 is well below that of rounding (or of magnitude pruning) on correlated inputs."""
+    W, H = work(6, 48, 256, torch.float32)
+    if method == "optq":
+        ours = dense(compression.make("optq", {"bits": 3}).solve(W.clone(), H.clone()))
+        plain = dense(compression.make("rtn", {"bits": 3}).solve(W.clone(), H.clone()))
+    else:
+        ours = dense(compression.make("sparsegpt", {}).solve(W.clone(), H.clone()))
+        plain = W * (W.abs() > W.abs().flatten().median())
+    errors = [relative_error(W, q, H) for q in (ours, plain)]
+    assert errors[0] < 0.4 * errors[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("optq", {"grid": kind, "order": order, "group": 16})
+        for kind in ("ggml", "asymmetric")
+        for order in ("none", "gar")
+    ]
+    + [("sparsegpt", {}), ("sparsegpt", {"n": 2}), ("sparsegpt", {"bits": 3, "group": 16})],
+)
+def test_the_loss_that_the_loop_tells_is_that_of_the_matrix(method: str, values: dict[str, object]) -> None:
+    """Over several blocks, with dead inputs, and zeros that stay; damping is not a part of it."""
+    W, H = work(11, 6, 320)
+    W[:, ::3] = 0
+    H[:, [3, 200]] = 0
+    H[[3, 200]] = 0
+    solved = compression.make(method, {**values, "damping": 0.1}).solve(W.clone(), H.clone())
+    D = W - dense(solved)
+    assert solved.loss == pytest.approx(torch.trace(D @ H @ D.T).item(), rel=1e-6)
+
+
+def test_what_is_on_the_grid_already_costs_nothing() -> None:
+    W, H = work(12, 4, 32, torch.float32)
+    for kind in ("ggml", "iq4_nl"):
+        once = dense(compression.make("rtn", {"grid": kind}).solve(W, H))
+        assert compression.make("optq", {"grid": kind}).solve(once.clone(), H.clone()).loss == 0.0
+
+
+def test_dead_inputs_are_said_and_their_weights_become_zero() -> None:
+    W, H = work(7, 4, 32, torch.float32)
+    H[:, [3, 20]] = 0
+    H[[3, 20]] = 0
+    for name in ("optq", "sparsegpt"):
+        solved = compression.make(name, {}).solve(W.clone(), H.clone())
+        assert not dense(solved)[:, [3, 20]].any()
+        assert solved.notes == ("2 of 32 inputs are always zero",)
+
+
+def test_a_matrix_without_a_factor_is_damped_then_rounded_and_said() -> None:
+    W, _ = work(8, 4, 32, torch.float32)
+    indefinite = torch.eye(32)
+    indefinite[0, 1] = indefinite[1, 0] = 1.005
+    solved = compression.make("optq", {"damping": 0.001}).solve(W.clone(), indefinite.clone())
+    assert solved.notes == ("no Cholesky factor: damping raised to 0.01",)
+    hopeless = torch.eye(32)
+    hopeless[0, 1] = hopeless[1, 0] = 9.0
+    solved = compression.make("optq", {}).solve(W.clone(), hopeless)
+    assert solved.notes[-1] == "no Cholesky factor at any damping: rounded to nearest"
+    assert solved.loss is None  # nobody knows it without a factor
+    assert torch.equal(dense(solved), dense(compression.make("rtn", {}).solve(W.clone(), hopeless)))
+
+
+def test_matrices_that_do_not_fit_are_told_what_would() -> None:
+    assert compression.make("optq", {"group": 128}).check("q", 9, 576) == (
+        "q has 576 columns, which groups of 128 do not divide (groups of 64 do)"
+    )
+    assert "group=0 takes" in compression.make("rtn", {}).check("q", 9, 31)
+    assert "patterns of 4" in compression.make("sparsegpt", {"n": 2}).check("q", 9, 31)
+    assert compression.make("sparsegpt", {"group": 7}).check("q", 9, 31) == ""
+    assert compression.make("optq", {"group": 0}).check("q", 9, 31) == ""

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`compress` with gkd and llm-pruner as a user meets them: results, runs, Ctrl-C and resume, a kill, a full disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from command_harness import call, pulled_after, tuned
+from pruner_harness import tiny as pruned_one
+
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.models.families import widths
+
+QUICK = [
+    "--length",
+    "64",
+    "--set",
+    "steps=4",
+    "--set",
+    "batch_size=2",
+    "--set",
+    "max_new_tokens=4",
+    "--set",
+    "lmbda=1",
+]
+GKD = ["--method", "gkd", *QUICK]
+SELF = [*GKD, "--set", "teacher=same", "--set", "keep_layers=2"]
+ROWS = ["--data", "rows.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    made = {"deep": models.tiny_llama(layers=3), "other": models.tiny_llama(7), "llama": pruned_one()}
+    for name, model in made.items():
+        models.save(model.net, model.tokenizer, folder / name)
+    return {name: str(folder / name) for name in made}
+
+
+def test_a_model_teaches_a_shallower_self(
+    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", tiny["deep"], *SELF, *ROWS, "--eval-text", "text.txt"]) == 0
+    out, err = capsys.readouterr()
+    assert "step 4/4  divergence" in err
+    assert "teacher" in out
+    assert "perplexity" in out
+    folder = at / "runs" / "0001-gkd-deep"
+    assert f"fleetune export runs/{folder.name} --to gguf" in out
+    assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
+    result = json.loads((folder / "compress.json").read_text())["result"]
+    model = models.load(str(folder / "model"))
+    assert len(model.net.model.layers) == 2
+    assert model.digest == result["digest"]
+    assert len({result[when]["perplexity"] for when in ("before", "after", "teacher")}) == 3
+    code, seen, err = call(capsys, "eval", "1", "--text", "text.txt", "--tasks", "perplexity")
+    assert code == 0, err
+    assert seen[-1]["perplexity"] == pytest.approx(result["after"]["perplexity"], rel=1e-5)
+    code, again, err = call(capsys, "compress", tiny["deep"], *SELF, *ROWS)
+    assert code == 0, err
+    assert again[-1]["digest"] == result["digest"]  # the same work, the same weights
+    assert [e["step"] for e in again if e["event"] == "step" and "reward" not in e] == [1, 2, 3, 4]
+
+
+def test_a_reward_of_ones_own(
+    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (at / "mine.py").write_text("def short(prompt, answer, reference):\n    return -len(answer) / 10\n")
+    mine = ["--set", "reward=mine.py:short", "--set", "alpha=0.5", "--set", "reward_samples=2"]
+    code, told, err = call(capsys, "compress", tiny["deep"], *SELF, *ROWS, *mine, "-v")
+    assert code == 0, err
+    means = [e["reward"] for e in told if e["event"] == "step"]
+    assert len(means) == 4
+    assert f"step 4: mean reward {means[-1]:.4f} of 4 answers" in caplog.text
+    assert all(-1 < mean < 0 for mean in means)
+    (at / "mine.py").write_text("def short(prompt, answer, reference):\n    return None\n")
+    assert main(["compress", tiny["deep"], *SELF, *ROWS, *mine]) == 2
+    err = capsys.readouterr().err
+    assert "reward 'mine.py:short', on the answer" in err
+    assert "returned a NoneType, not a float" in err
+    assert "Traceback" not in err
+
+
+def test_runs_as_student_and_as_teacher(
+    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The held-out rows of the run that are not trained on measure both; eval finds them again."""
+    tuned(capsys, tiny["deep"])
+    learn = ["--set", "lr=1e-2", "--set", "steps=10", "--set", "lmbda=0"]
+    code, done, err = call(capsys, "compress", "latest", *GKD, *learn, "--set", f"teacher={tiny['other']}")
+    assert code == 0, err
+    before, after, teacher = (done[-1][when] for when in ("before", "after", "teacher"))
+    assert after["divergence"] < before["divergence"]
+    assert "divergence" not in teacher
+    code, seen, err = call(capsys, "eval", "2", "--tasks", "loss")
+    assert code == 0, err
+    assert seen[-1]["loss"] == pytest.approx(after["loss"], rel=1e-5)
+    assert seen[-1]["rows"] == 4
+    code, done, err = call(capsys, "compress", tiny["other"], *GKD, *ROWS, "--set", "teacher=1")
+    assert code == 0, err
+
+
+def test_a_stopped_one_is_taken_up_again(
+    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(2))
+        code, out, _ = call(capsys, "compress", tiny["deep"], *SELF, *ROWS, "--seed", "7")
+    assert code == 130
+    assert "fleetune compress --resume runs/0001-gkd-deep" in json.dumps(out[-1])
+    folder = at / "runs" / "0001-gkd-deep"
+    assert [p.name for p in (folder / "parts").iterdir()] == ["state.safetensors"]
+    assert not (folder / "model").exists()
+    code, resumed, err = call(capsys, "compress", "--resume", "latest")
+    assert code == 0, err
+    assert [e["step"] for e in resumed if e["event"] == "step"] == [4]
+    assert not (folder / "parts").exists()
+    _, whole, _ = call(capsys, "compress", tiny["deep"], *SELF, *ROWS, "--seed", "7")
+    assert whole[-1]["digest"] == resumed[-1]["digest"]
+
+
+PRUNER_BASE = ["--method", "llm-pruner", "--length", "64"]
+PRUNER = [*PRUNER_BASE, "--set", "first=1", "--set", "last=1", "--set", "round_to=4", "--set", "ratio=0.34"]
+FEW = ["--set", "steps=4", "--set", "batch_size=2"]
+ROWS = ["--data", "rows.jsonl"]
+
+
+KILL = """
+import os, signal, sys
+from fleetune.cli.main import main
+from fleetune.compression.methods import llm_pruner
+told = llm_pruner.clipped_step
+def step(*given, t, **named):
+    if t == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return told(*given, t=t, **named)
+llm_pruner.clipped_step = step
+main(sys.argv[1:])
+"""
+
+
+def test_a_model_is_pruned_trained_quantised_and_exported(
+    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = ["--eval-text", "text.txt"]
+    assert main(["compress", tiny["llama"], *PRUNER, *FEW, *ROWS, *text]) == 0
+    out, err = capsys.readouterr()
+    assert "of the weights are gone: 4 blocks with 2 to 3 key heads and 28 to 40 channels" in err
+    assert "step 4/4  loss" in err
+    assert "pruned" in out
+    folder = at / "runs" / "0001-llm-pruner-llama"
+    assert f"fleetune export runs/{folder.name} --to gguf" in out
+    assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
+    assert "loaded by `fleetune`" in (folder / "model" / "README.md").read_text()
+    result = json.loads((folder / "compress.json").read_text())["result"]
+    model = models.load(str(folder / "model"), device="cpu")
+    assert model.digest == result["digest"]
+    assert result["parameters"]["after"] == model.n_params < result["parameters"]["before"]
+    assert len({result[when]["perplexity"] for when in ("before", "pruned", "after")}) == 3
+    code, seen, err = call(capsys, "eval", "1", "--text", "text.txt", "--tasks", "perplexity")
+    assert code == 0, err
+    assert seen[-1]["perplexity"] == pytest.approx(result["after"]["perplexity"], rel=1e-5)
+    solve = ["--method", "optq", "--set", "group=4", "--text", "text.txt", "--length", "32"]
+    code, _, err = call(capsys, "compress", "runs/0001-llm-pruner-llama/model", *solve, *text)
+    assert code == 0, err
+    code, exported, err = call(capsys, "export", "latest", "--to", "hf", "--text", "text.txt")
+    assert (code, exported.pop()["runtime"]) == (0, None), err
+    assert "not run: transformers does not load blocks of different widths" in err
+    assert "--to gguf" in err
+    plain = models.load(exported[-1]["path"], device="cpu")
+    assert [tuple(w) for w in widths.block_widths(plain.net.config)] == [
+        tuple(w) for w in widths.block_widths(model.net.config)
+    ]
+
+
+def test_either_dash_text_and_no_recovery(
+    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["compress", tiny["llama"], *PRUNER, "--set", "first=0", "--set", "last=0", "--text", "text.txt"]
+    code, done, err = call(capsys, *args, "--set", "recover=none")
+    assert code == 0, err
+    assert [e["event"] for e in done] == ["start", "pruned", "done"]
+    assert done[1]["widths"][0] == {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "intermediate_size": 28,
+    }
+    under = ["--method", "llm_pruner"]
+    code, again, err = call(capsys, *args, "--set", "recover=none", *under)
+    assert code == 0, err
+    assert again[-1]["digest"] == done[-1]["digest"]
+    assert again[-1]["folder"] == "runs/0002-llm-pruner-llama"
+    code, trained, err = call(capsys, *args, *FEW)
+    assert code == 0, err
+    assert [e["step"] for e in trained if e["event"] == "step"] == [1, 2, 3, 4]
+    assert trained[-1]["digest"] != done[-1]["digest"]
+
+
+@pytest.mark.faults
+def test_a_killed_one_goes_on(tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed without a word after its third step: the kept steps are not done again."""
+    more = [f"--set={x}" for x in ("batch_size=2", "steps=8", "save_every=2", "lr=1e-3")]
+    args = ["compress", tiny["llama"], *PRUNER, *ROWS, *more]
+    killed = subprocess.run([sys.executable, "-c", KILL, *args], cwd=at, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = at / "runs" / "0001-llm-pruner-llama"
+    assert sorted(p.name for p in (folder / "parts").iterdir()) == ["recovery"]
+    code, resumed, err = call(capsys, "compress", "--resume", "latest")
+    assert code == 0, err
+    assert [e["step"] for e in resumed if e["event"] == "step"] == [3, 4, 5, 6, 7, 8]
+    assert not (folder / "parts").exists()
+    _, whole, _ = call(capsys, *args)
+    assert whole[-1]["digest"] == resumed[-1]["digest"]
+
+
+@pytest.mark.parametrize(("recover", "copies"), [("gkd", 6)])
+def test_a_disk_too_small_is_said_before_any_work(
+    recover: str,
+    copies: int,
+    tiny: dict[str, str],
+    at: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = [
+        "compress",
+        tiny["llama"],
+        *PRUNER,
+        *FEW,
+        *ROWS,
+        "--set",
+        f"recover={recover}",
+        "--set",
+        "save_every=1",
+    ]
+    need = copies * 4 * pruned_one().n_params
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=need - 2000))
+    code, events, _ = call(capsys, *args)
+    assert code == 1
+    assert "the state that is kept and the result take" in events[-1]["message"]
+    assert not (at / "runs" / "0001-llm-pruner-llama" / "parts").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=need))
+    assert call(capsys, "compress", "--resume", "1")[0] == 0

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compressed-tensors, GPTQ and plain directories: golden words, round trips, configurations, refusals, damage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deploy_harness import changed, compressed, on_grid, tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from fleetune import models
+from fleetune.deploy.export import write as export
+from fleetune.deploy.formats import compressed_tensors, gptq, hf
+from fleetune.errors import FleetuneError, UsageError
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models.net import saving
+
+
+def matrix(codes: list[list[int]], scale: list[list[float]], zero: list[list[int]], bits: int) -> Quantised:
+    return Quantised(
+        torch.tensor(codes, dtype=torch.uint8),
+        torch.tensor(scale, dtype=torch.float16),
+        torch.tensor(zero, dtype=torch.uint8),
+        bits,
+        len(codes[0]) // len(scale[0]),
+    )
+
+
+def unsigned(words: torch.Tensor) -> list[list[int]]:
+    return (words.to(torch.int64) & 0xFFFFFFFF).tolist()
+
+
+def write(model: Model, folder: Path, grids: dict[str, Quantised]) -> Path:
+    artefact.write(folder, model, grids, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
+    return folder
+
+
+def grids_of(model: Model, bits: int = 4, group: int = 32) -> dict[str, Quantised]:
+    return {
+        n: on_grid(t, bits, group) for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")
+    }
+
+
+# ---------------------------------------------------------------- words
+
+
+@given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(1, 70), st.integers(0, 2**32 - 1))
+def test_words_come_back(bits: int, rows: int, columns: int, seed: int) -> None:
+    codes = torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
+    )
+    assert torch.equal(hf.unwords(hf.words(codes, bits), bits, columns), codes)
+
+
+# ---------------------------------------------------------------- packers
+
+
+def test_compressed_tensors_golden() -> None:
+    q = matrix([[0, 1, 2, 3, 4, 5, 6, 7], [8] * 8], [[0.5, -2.0], [1.0, 3.0]], [[8, 8], [8, 8]], 4)
+    found = dict(compressed_tensors.parts("a.weight", q, middle=True))
+    assert list(found) == ["a.weight_packed", "a.weight_scale", "a.weight_shape"]
+    assert unsigned(found["a.weight_packed"]) == [[0x76543210], [0x88888888]]
+    assert found["a.weight_scale"].tolist() == [[0.5, -2.0], [1.0, 3.0]]
+    assert found["a.weight_shape"].tolist() == [2, 8]
+    found = dict(
+        compressed_tensors.parts(
+            "a.weight", changed(q, zero=q.zero + torch.tensor([[0, 1], [2, 3]], dtype=torch.uint8)), False
+        )
+    )
+    assert unsigned(found["a.weight_zero_point"]) == [[0xA8, 0xB9]]
+
+
+def test_gptq_golden() -> None:
+    codes = [[i, 15 - i, 1, 2, 3, 4, 5, 6] for i in range(8)]
+    zero = [[i + 1, 16 - i - 1] for i in range(8)]
+    q = matrix(codes, [[float(i), -float(i)] for i in range(8)], zero, 4)
+    found = dict(gptq.parts("a.weight", q))
+    assert unsigned(found["a.qweight"])[0][:3] == [0x654321F0, 0x654321E1, 0x654321D2]
+    assert found["a.qweight"].shape == (1, 8)
+    assert unsigned(found["a.qzeros"]) == [[0x76543210], [0x789ABCDE]]
+    assert found["a.scales"].tolist() == [[float(i) for i in range(8)], [-float(i) for i in range(8)]]
+    assert found["a.g_idx"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("to", "bits", "group", "grid"),
+    [
+        ("compressed-tensors", 4, 32, {}),
+        ("compressed-tensors", 4, 32, {"zero": 5}),
+        ("gptq", 3, 32, {}),
+        ("gptq", 8, 64, {"zero": 100}),
+    ],
+)
+def test_the_codes_are_in_the_file(
+    tmp_path: Path, to: str, bits: int, group: int, grid: dict[str, int]
+) -> None:
+    model = tiny("qwen2")
+    quantised = compressed(model, tmp_path / "m", bits, group, **grid)
+    report = export(tmp_path / "m", to, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, q in quantised.items():
+        layer = name.removesuffix(".weight")
+        if to == "gptq":
+            codes = hf.unwords(stored[f"{layer}.qweight"].T, bits, q.codes.shape[1])
+            assert torch.equal(stored[f"{layer}.scales"].T, q.scale)
+        else:
+            codes = hf.unwords(stored[f"{layer}.weight_packed"], bits, q.codes.shape[1])
+            assert torch.equal(stored[f"{layer}.weight_scale"], q.scale)
+        assert torch.equal(codes, q.codes)
+    assert (f"{layer}.weight_zero_point" in stored) == (to != "gptq" and bool(grid))
+    assert torch.equal(stored["model.norm.weight"], model.net.model.norm.weight.half())
+    assert report.tensors - report.exact == 13
+    rounded, *others = report.notes
+    assert rounded == "13 dense tensors are rounded to fp16"
+    assert others == ([compressed_tensors.ASYMMETRIC] if to == "compressed-tensors" and grid else [])
+    assert report.bytes == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {
+        f.name for f in (tmp_path / "out").iterdir()
+    }
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    return config["quantization_config"]
+
+
+def test_the_configuration_of_compressed_tensors(tmp_path: Path) -> None:
+    compressed(tiny(), tmp_path / "m", 4, 32)
+    export(tmp_path / "m", "compressed-tensors", tmp_path / "a")
+    found = settings(tmp_path / "a")
+    assert {k: found[k] for k in ("quant_method", "format", "quantization_status", "ignore")} == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+    }
+    group = found["config_groups"]["group_0"]
+    assert (group["targets"], group["input_activations"]) == (["Linear"], None)
+    assert group["weights"] == {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "dynamic": False,
+        "strategy": "group",
+        "group_size": 32,
+    }
+
+
+def test_whole_rows_are_channels_and_layers_left_out_are_ignored(tmp_path: Path) -> None:
+    model = tiny()
+    grids = {
+        n: on_grid(t, 4, t.shape[1]) for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")
+    }
+    left = "model.layers.1.mlp.up_proj"
+    grids.pop(f"{left}.weight")
+    export(write(model, tmp_path / "m", grids), "compressed-tensors", tmp_path / "a")
+    found = settings(tmp_path / "a")
+    weights = found["config_groups"]["group_0"]["weights"]
+    assert (weights["strategy"], weights["group_size"]) == ("channel", None)
+    assert found["ignore"] == ["lm_head", left]
+
+
+# ---------------------------------------------------------------- plain
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_a_plain_directory_gives_the_same_logits(tmp_path: Path, kind: str) -> None:
+    model = tiny(kind)
+    compressed(model, tmp_path / "m", 4, 16, zero=3)
+    report = export(tmp_path / "m", "hf", tmp_path / "a")
+    back = models.load(str(tmp_path / "a"))
+    ids = torch.tensor([[1, 2, 3, 260]])
+    assert torch.equal(back.net(ids).logits, model.net(ids).logits)
+    assert back.digest == models.digest(models.named_tensors(model.net))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "m" / file).read_bytes()
+    assert (report.exact, report.tensors, report.notes) == (
+        len(back.net.state_dict()) - (kind != "qwen2"),
+    ) * 2 + ((),)
+
+
+def test_a_plain_directory_in_16_bits(tmp_path: Path) -> None:
+    model = tiny()
+    compressed(model, tmp_path / "m")
+    report = export(tmp_path / "m", "hf:bf16", tmp_path / "a")
+    assert report.types == {"BF16": 20}
+    assert report.notes == ("20 tensors are rounded to bf16",)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["dtype"] == "bfloat16"
+    back = models.load(str(tmp_path / "a"), dtype="bf16")
+    assert torch.equal(back.net.model.norm.weight, model.net.model.norm.weight.bfloat16())
+    again = export(tmp_path / "a", "hf", tmp_path / "b")
+    assert (again.types, again.exact) == ({"BF16": 20}, 20)
+    assert (tmp_path / "b" / "model.safetensors").read_bytes() == (
+        tmp_path / "a" / "model.safetensors"
+    ).read_bytes()
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refused(tmp_path: Path, model: Model, grids: dict[str, Quantised], to: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        export(write(model, tmp_path / "m", grids), to, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_gptq_has_every_matrix_quantised(tmp_path: Path) -> None:
+    model = tiny()
+    grids = grids_of(model)
+    left = "model.layers.0.mlp.up_proj.weight"
+    del grids[left]
+    refused(tmp_path, model, grids, "gptq", f"but the head quantised; {left} is not quantised")
+
+
+def test_what_compressed_tensors_does_not_hold(tmp_path: Path) -> None:
+    model = tiny()
+    refused(tmp_path, model, grids_of(model, bits=3), "compressed-tensors", "4 or 8 bits; .* has 3")
+    model.net.model.norm.weight[0] = 1e6
+    refused(
+        tmp_path, model, grids_of(model), "compressed-tensors", "model.norm.weight has values beyond fp16"
+    )
+
+
+# ---------------------------------------------------------------- reading back
+
+
+def one_tensor() -> Iterator[tuple[str, torch.Tensor]]:
+    yield "a", torch.arange(6, dtype=torch.int32).reshape(2, 3)
+    yield "b", torch.tensor([1.5], dtype=torch.float16)
+    yield "c", torch.tensor([7])
+
+
+def test_a_safetensors_file_and_every_damaged_byte_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    saving.write_tensors(path, one_tensor, {"k": "v"})
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    assert (length + 8) % 64 == 0
+    assert json.loads(whole[8 : 8 + length]) == {
+        "__metadata__": {"k": "v"},
+        "c": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]},
+        "a": {"dtype": "I32", "shape": [2, 3], "data_offsets": [8, 32]},
+        "b": {"dtype": "F16", "shape": [1], "data_offsets": [32, 34]},
+    }
+    assert whole[8 + length :] == bytes(
+        [7, *[0] * 7, *(b for i in range(6) for b in (i, 0, 0, 0)), 0x00, 0x3E]
+    )
+    saving.compare(path, one_tensor)
+    for at in range(8 + length, len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(FleetuneError, match="does not hold what was written"):
+            saving.compare(path, one_tensor)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(FleetuneError, match="is wrong"):
+        saving.compare(path, one_tensor)
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "gptq"])
+def test_a_wrong_packer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    compressed(tiny(), tmp_path / "m")
+    right = hf.words
+    monkeypatch.setattr(hf, "words", lambda codes, bits: right(codes.flip(1), bits))
+    with pytest.raises(FleetuneError, match="q_proj does not decode to its weights"):
+        export(tmp_path / "m", to, tmp_path / "a")
+    assert not (tmp_path / "a").exists()

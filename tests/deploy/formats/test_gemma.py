@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gemma's decoders as .gguf: norms, caps, windows and rotary bases there and back, tokens of pieces, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deploy_harness import piece_tokenizer
+from tokenizers import AddedToken, normalizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    PreTrainedTokenizerBase,
+)
+
+from fleetune import models
+from fleetune.deploy.export import write as export
+from fleetune.models import Model
+
+CLASSES = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
+IDS = torch.tensor([[1, *range(262, 287), *range(40, 70)]])  # longer than the windows
+LOCAL = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own for what the importer converts."""
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+
+
+def words() -> PreTrainedTokenizerBase:
+    """Pieces as Gemma has them: no space in front of a text, runs of spaces and lines among the added words."""
+    made = piece_tokenizer()
+    made.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    made.add_tokens([AddedToken(t, normalized=False) for t in ("\n\n", "<unused0>")])
+    return made
+
+
+def tiny(kind: str, **sizes: Any) -> Model:
+    given: dict[str, Any] = {
+        "vocab_size": 288,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }
+    if kind != "gemma":
+        given |= {"query_pre_attn_scalar": 32, "sliding_window": 8}
+    if kind == "gemma3_text":
+        given["num_hidden_layers"] = 7  # the sixth looks at everything
+    with torch.random.fork_rng(devices=[]):
+        net = AutoModelForCausalLM.from_config(CLASSES[kind](**(given | sizes)), attn_implementation="eager")
+    net.eval()
+    net.requires_grad_(False)
+    rng = np.random.default_rng(0)
+    for _, tensor in models.named_tensors(net):
+        tensor.copy_(torch.from_numpy(rng.standard_normal(tuple(tensor.shape), dtype=np.float32) * 0.2))
+    made = words()
+    return Model(
+        net,
+        made,
+        kind,
+        Path(kind),
+        models.digest(models.named_tensors(net)),
+        models.tokenizer_digest(made),
+        "fp32",
+        "cpu",
+    )
+
+
+def saved(model: Model, folder: Path) -> Path:
+    models.save(model.net, model.tokenizer, folder)
+    return folder
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("gemma", {}),
+    ("gemma", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    ("gemma2", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
+    ("gemma3_text", {}),
+    ("gemma3_text", {"rope_parameters": LOCAL}),
+]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), CASES)
+def test_a_file_loads_back_to_the_same_logits_and_tokens(
+    tmp_path: Path, kind: str, sizes: dict[str, Any]
+) -> None:
+    model = tiny(kind, **sizes)
+    report = export(saved(model, tmp_path / "m"), "gguf:f32", tmp_path / "x.gguf")
+    assert (report.exact, report.types, report.notes) == (report.tensors, {"F32": report.tensors}, ())
+    back = models.load(str(report.path))
+    back.net.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert torch.equal(back.net(IDS).logits, model.net(IDS).logits)
+    want, found = model.net.config.to_dict(), back.net.config.to_dict()
+    for key in want.keys() - {"transformers_version", "dtype", "_name_or_path", "architectures"}:
+        assert found[key] == want[key], key
+    for text in ("hello hell", "  hel lo\n\n\nx", "<unused0>hello\n\n", "é 🚀 xhello", "", " "):
+        assert back.tokenizer(text).input_ids == model.tokenizer(text).input_ids, text
+        assert back.tokenizer.decode(back.tokenizer(text).input_ids) == model.tokenizer.decode(
+            model.tokenizer(text).input_ids
+        )

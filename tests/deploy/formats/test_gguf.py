@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models as .gguf: read back by the importer, refused when they have no place, and never half right."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf as package
+import numpy as np
+import pytest
+import torch
+from deploy_harness import LLAMA3, changed, compressed, tiny
+from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from fleetune import models
+from fleetune.deploy.checkpoint import open_checkpoint
+from fleetune.deploy.export import facts_of_base
+from fleetune.deploy.export import write as export
+from fleetune.deploy.formats import gguf
+from fleetune.errors import FleetuneError, ModelError, UsageError
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import ArtefactHead
+from fleetune.models.families import rope
+
+IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own for what the importer converts."""
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+
+
+def logits(net: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return net(IDS).logits
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {key: field.contents() for key, field in package.GGUFReader(path).fields.items()}
+
+
+def write(model: Model, folder: Path, **quantised: artefact.Quantised) -> Path:
+    """An artefact in which the named layers ("0.self_attn.q_proj") are on grids."""
+    parts = {f"model.layers.{name}.weight": q for name, q in quantised.items()}
+    artefact.write(folder, model, parts, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "bits", "group", "grid", "types"),
+    [
+        ("llama", "gguf", 4, 32, {}, "Q4_0"),
+        ("qwen2", "gguf", 4, 64, {"zero": 5, "scale_bits": 7}, "Q4_1"),
+        ("qwen3", "gguf", 5, 32, {}, "Q5_0"),
+        ("llama", "gguf", 5, 32, {"zero": 5, "scale_bits": 6}, "Q5_1"),
+        ("qwen3", "gguf", 8, 32, {}, "Q8_0"),
+        ("qwen2", "gguf", 4, 32, {"name": "iq4_nl"}, "IQ4_NL"),
+        ("llama", "gguf:q8_0", 4, 32, {"name": "iq4_nl"}, "Q8_0"),
+        ("llama", "gguf:q4_1", 4, 32, {}, "Q4_1"),
+        ("qwen2", "gguf:f32", 4, 16, {}, "F32"),
+    ],
+)
+def test_the_importer_gets_the_weights_back(
+    tmp_path: Path, kind: str, to: str, bits: int, group: int, grid: dict[str, Any], types: str
+) -> None:
+    model = tiny(kind)
+    compressed(model, tmp_path / "master", bits, group, **grid)
+    report = export(tmp_path / "master", to, tmp_path / "model.gguf")
+    layers = 2 * 7
+    assert report.types[types] >= layers
+    assert report.bytes == (tmp_path / "model.gguf").stat().st_size
+    assert report.tensors == len(models.named_tensors(model.net))
+    back = models.load(str(report.path))
+    ends = {"lm_head.weight", "model.embed_tokens.weight"}
+    read = dict(models.named_tensors(back.net))
+    for name, tensor in models.named_tensors(model.net):
+        if name not in ends:
+            assert torch.equal(read[name], tensor), name
+    if to == "gguf:f32":
+        assert report.exact == report.tensors
+        assert torch.equal(logits(back.net), logits(model.net))
+    else:  # the embedding is rounded to Q8_0, all else is not
+        for name in ends & read.keys():
+            model.net.get_parameter(name).copy_(read[name])
+        assert torch.equal(logits(back.net), logits(model.net))
+    for text in ("hello 123 he's\n\n  ll", "<|im_start|>x<|im_end|>"):
+        assert back.tokenizer(text).input_ids == model.tokenizer(text).input_ids
+    assert back.tokenizer.chat_template == model.tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("to", "types", "exact"),
+    [
+        ("gguf", {"F16": 15, "F32": 5}, 5),
+        ("gguf:bf16", {"BF16": 15, "F32": 5}, 5),
+        ("gguf:f32", {"F32": 20}, 20),
+        ("gguf:q8_0", {"Q8_0": 15, "F32": 5}, 5),
+    ],
+)
+def test_a_plain_directory(tmp_path: Path, to: str, types: dict[str, int], exact: int) -> None:
+    model = tiny()
+    models.save(model.net, model.tokenizer, tmp_path / "plain")
+    report = export(tmp_path / "plain", to, tmp_path / "x.gguf")
+    rounded = next(iter(types))
+    notes = () if rounded == "F32" else (f"15 tensors are rounded to {rounded}",)  # once, not a line a layer
+    assert (report.types, report.exact, report.notes) == (types, exact, notes)
+    back = models.load(str(report.path))
+    near = {"Q8_0": 2e-3, "BF16": 2e-3, "F16": 3e-4}.get(next(iter(types)), 0)
+    for (_, own), (_, read) in zip(
+        models.named_tensors(model.net), models.named_tensors(back.net), strict=True
+    ):
+        assert (own - read).abs().max() <= near
+
+
+def test_a_bf16_directory_in_shards_stays_bf16(tmp_path: Path) -> None:
+    model = tiny("qwen2")
+    model.net.to(torch.bfloat16)
+    model.net.save_pretrained(tmp_path / "plain", max_shard_size="50KB")
+    model.tokenizer.save_pretrained(tmp_path / "plain")
+    assert len(list((tmp_path / "plain").glob("model-*.safetensors"))) > 1
+    report = export(tmp_path / "plain", "gguf", tmp_path / "x.gguf")
+    assert report.types == {"BF16": 16, "F32": 11}
+    assert report.exact == report.tensors
+
+
+def test_what_the_metadata_say(tmp_path: Path) -> None:
+    model = tiny(head_dim=32)
+    compressed(model, tmp_path / "m")
+    found = fields(export(tmp_path / "m", "gguf", tmp_path / "little.gguf").path)
+    want = {
+        "general.architecture": "llama",
+        "general.name": "little",
+        "general.file_type": 2,
+        "general.quantization_version": 2,
+        "llama.context_length": 1024,
+        "llama.embedding_length": 64,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 128,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 32,
+        "llama.attention.value_length": 32,
+        "llama.rope.dimension_count": 32,
+        "llama.vocab_size": 264,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.bos_token_id": 260,
+        "tokenizer.ggml.eos_token_id": 261,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    assert {key: found[key] for key in want} == want
+    assert found["llama.rope.freq_base"] == 10000.0
+    assert math.isclose(found["llama.attention.layer_norm_rms_epsilon"], 1e-5, rel_tol=1e-6)
+    assert len(found["tokenizer.ggml.tokens"]) == 264
+
+
+def test_rows_of_q_and_k_are_interleaved_and_so_are_their_biases(tmp_path: Path) -> None:
+    model = tiny(attention_bias=True)
+    models.save(model.net, model.tokenizer, tmp_path / "plain")
+    path = export(tmp_path / "plain", "gguf:f32", tmp_path / "x.gguf").path
+    stored = {t.name: np.array(t.data) for t in package.GGUFReader(path).tensors}
+    layer = model.net.model.layers[0].self_attn
+    order = [h * 16 + i + half for h in range(4) for i in range(8) for half in (0, 8)]
+    assert np.array_equal(stored["blk.0.attn_q.weight"], layer.q_proj.weight.numpy()[order])
+    assert np.array_equal(stored["blk.0.attn_q.bias"], layer.q_proj.bias.numpy()[order])
+    assert np.array_equal(stored["blk.0.attn_k.bias"], layer.k_proj.bias.numpy()[order[:32]])
+    assert np.array_equal(stored["blk.0.attn_v.bias"], layer.v_proj.bias.numpy())
+    assert np.array_equal(stored["blk.0.attn_output.weight"], layer.o_proj.weight.numpy())
+
+
+def test_llama_3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
+    model = tiny(head_dim=32, rope_parameters=LLAMA3)
+    compressed(model, tmp_path / "m")
+    path = export(tmp_path / "m", "gguf", tmp_path / "x.gguf").path
+    stored = next(t for t in package.GGUFReader(path).tensors if t.name == "rope_freqs.weight")
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.net.config, "cpu")
+    plain = 10000.0 ** -(np.arange(0, 32, 2) / 32)
+    np.testing.assert_allclose(plain / np.array(stored.data), scaled.numpy(), rtol=1e-6)
+    assert stored.data.min() == 1
+    assert stored.data.max() == 8
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
+    model = tiny()
+    model.net.model.layers[1].mlp.up_proj.weight[3, 4] = 1e5
+    models.save(model.net, model.tokenizer, tmp_path / "plain")
+    with pytest.raises(UsageError, match=r"layers.1.mlp.up_proj.weight has values beyond F16's range"):
+        export(tmp_path / "plain", "gguf:f16", tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+    assert export(tmp_path / "plain", "gguf:bf16", tmp_path / "x.gguf").types["BF16"] == 15
+
+
+def test_weights_of_another_configuration_are_refused(tmp_path: Path) -> None:
+    model = tiny()
+    models.save(model.net, model.tokenizer, tmp_path / "plain")
+    config = (tmp_path / "plain" / "config.json").read_text()
+    (tmp_path / "plain" / "config.json").write_text(
+        config.replace('"intermediate_size": 128', '"intermediate_size": 96')
+    )
+    with pytest.raises(ModelError, match=r"has shape .* the configuration says"):
+        export(tmp_path / "plain", "gguf", tmp_path / "x.gguf")
+    (tmp_path / "plain" / "config.json").write_text(
+        config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
+    with pytest.raises(ModelError, match=r"lacks model.layers.2.input_layernorm.weight"):
+        export(tmp_path / "plain", "gguf", tmp_path / "x.gguf")
+    (tmp_path / "plain" / "config.json").write_text(
+        config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1')
+    )
+    with pytest.raises(ModelError, match=r"holds model.layers.1.* does not have"):
+        export(tmp_path / "plain", "gguf", tmp_path / "x.gguf")
+
+
+# ---------------------------------------------------------------- reading back
+
+
+def test_every_damaged_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
+    compressed(tiny(rope_parameters=LLAMA3), tmp_path / "m")
+    path = export(tmp_path / "m", "gguf", tmp_path / "x.gguf").path
+    model = open_checkpoint(tmp_path / "m")
+    entries = gguf.plan(model, None, [])
+    factors = rope.tensors(model.config)
+    whole = path.read_bytes()
+    rounded = gguf.verify(path, model, entries, factors)
+    assert [entry.parameter for entry in rounded] == ["model.embed_tokens.weight"]
+    for tensor in package.GGUFReader(path).tensors:
+        for at in (tensor.data_offset, tensor.data_offset + tensor.n_bytes - 1):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(FleetuneError, match=tensor.name):
+                gguf.verify(path, model, entries, factors)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FleetuneError, match="is cut off"):
+        gguf.verify(path, model, entries, factors)
+
+
+def test_a_wrong_packer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressed(tiny(), tmp_path / "m")
+    wrong = {**gguf._ggml_blocks.PACKERS}
+    wrong["Q4_0"] = lambda q: gguf._ggml_blocks.pack_q4_0(changed(q, codes=q.codes.flip(1)))
+    monkeypatch.setattr(gguf._ggml_blocks, "PACKERS", wrong)
+    with pytest.raises(
+        FleetuneError, match=r"does not hold the values of model.layers.0.self_attn.q_proj.weight"
+    ):
+        export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
+    model = tiny()
+    compressed(model, tmp_path / "m")
+    base = artefact.Master(tmp_path / "m").head.base
+    found = fields(export(tmp_path / "m", "gguf", tmp_path / "x.gguf", made={"general.license": "mit"}).path)
+    digest = hashlib.sha256((tmp_path / "m" / "master.safetensors").read_bytes()).hexdigest()
+    assert {k: v for k, v in found.items() if k.startswith("fleetune.") or k == "general.license"} == {
+        "fleetune.method": "rtn",
+        "fleetune.settings": "{}",
+        "fleetune.base_digest": base,
+        "fleetune.artefact_digest": digest,
+        "general.license": "mit",
+    }
+    models.save(model.net, model.tokenizer, tmp_path / "plain")
+    found = fields(export(tmp_path / "plain", "gguf", tmp_path / "y.gguf").path)
+    assert not [key for key in found if key.startswith("fleetune.") or key == "general.license"]
+    assert facts_of_base("smollm2-135m") == {"general.license": "apache-2.0"}
+    assert facts_of_base("elsewhere/model") == {}
+
+
+@pytest.mark.parametrize("name", ["my-Phi-3-mini"])
+def test_a_name_that_llamacpp_takes_for_another_vocabulary_is_spelt_otherwise(
+    tmp_path: Path, name: str
+) -> None:
+    """llama.cpp loads no file whose name has phi-3 in it and whose vocabulary lacks that model's tokens."""
+    model = tiny()
+    compressed(model, tmp_path / "model")
+    export(tmp_path / "model", "gguf", tmp_path / f"{name}.gguf")
+    assert "phi 3" in str(fields(tmp_path / f"{name}.gguf")["general.name"]).lower()

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our own GGUF files as models again: tokens of any text, logits and configuration are what they were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deploy_harness import piece_tokenizer, qwen_split, tiny, tokenizer
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fleetune import models
+from fleetune.deploy.export import write as export
+from fleetune.models.gguf import tokenizer as gguf_tokens
+
+IDS = torch.tensor([[0, 12, 200, 7, 256, 258, 31, 90, 3, *range(40, 80)]])
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def without_unknown(pre: Any, **model: Any) -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer as Qwen's and Llama 3's: no unknown token."""
+    with_it = tokenizer(pre)
+    rules = json.loads(with_it.backend_tokenizer.to_str())
+    rules["model"] |= model
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(rules)),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        chat_template=with_it.chat_template,
+        model_max_length=1024,
+    )
+
+
+def llama3() -> PreTrainedTokenizerBase:
+    """With Llama 3's rule, whole words taken as they are, a start mark in front and a word added later."""
+    rule = gguf_tokens.RULES["llama-bpe"][0]
+    split = pre_tokenizers.Split(Regex(rule), behavior="isolated", invert=False)
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocab = tokenizer().backend_tokenizer.get_vocab(with_added_tokens=False)
+    made = without_unknown(
+        pre_tokenizers.Sequence([split, bytes_only]), ignore_merges=True, vocab=vocab | {"os": 259}
+    )  # no merge makes "os"
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A",
+        pair="<|im_start|> $A <|im_start|> $B",
+        special_tokens=[("<|im_start|>", 261)],
+    )
+    made.add_tokens([AddedToken("<tool>", normalized=False)])
+    return made
+
+
+def pieces(prefix: bool) -> PreTrainedTokenizerBase:
+    made = piece_tokenizer()
+    if not prefix:
+        made.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    return made
+
+
+WORDS = {
+    "smollm": lambda: tokenizer(),
+    "smollm without unknown": lambda: without_unknown(
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    ),
+    "gpt2 without unknown": lambda: without_unknown(pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "qwen2 without unknown": lambda: without_unknown(qwen_split()),
+    "llama 3": llama3,
+    "pieces": lambda: pieces(True),
+    "pieces without a space in front": lambda: pieces(False),
+}
+SIZES = {"pieces": 288, "pieces without a space in front": 288}
+
+
+@pytest.fixture(scope="module", params=WORDS)
+def both(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[models.Model, models.Model]:
+    """A model with a tokenizer of each kind, and what its GGUF file loads as."""
+    folder = tmp_path_factory.mktemp("back")
+    model = tiny(vocab_size=SIZES.get(request.param, 264), bos_token_id=1, eos_token_id=2, pad_token_id=None)
+    model.tokenizer = WORDS[request.param]()
+    models.save(model.net, model.tokenizer, folder / "m")
+    file = export(folder / "m", "gguf:f32", folder / "x.gguf").path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEETUNE_HOME", str(folder / "home"))
+        return model, models.load(str(file))
+
+
+TEXTS = st.text(alphabet="hel o\n\t 12é🚀▁<>'S.s|", max_size=24) | st.text(max_size=12)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(" hello hell os")
+@example("os")
+@given(TEXTS)
+def test_any_text_has_the_same_tokens(both: tuple[models.Model, models.Model], text: str) -> None:
+    own, back = both
+    ids = own.tokenizer(text).input_ids
+    assert back.tokenizer(text).input_ids == ids
+    assert back.tokenizer.decode(ids) == own.tokenizer.decode(ids)
+    chat = f"<|im_start|>{text}<|im_end|><s>{text}</s><tool>"
+    assert back.tokenizer(chat).input_ids == own.tokenizer(chat).input_ids
+
+
+def test_pieces_join_by_score_not_by_id() -> None:
+    joined = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5, "x": 6, "xy": 7}
+    scores = [-9.0, -9.0, -9.0, -2.0, -1.0, -1.0, 0.0, 0.0]
+    assert gguf_tokens._merges(joined, scores) == [("b", "c"), ("a", "bc"), ("ab", "c"), ("a", "b")]
+
+
+def test_marks_template_and_logits(both: tuple[models.Model, models.Model]) -> None:
+    own, back = both
+    assert torch.equal(back.net(IDS).logits, own.net(IDS).logits)
+    if own.tokenizer.unk_token != "<|endoftext|>":  # transformers' reader, which takes unused rows for tokens
+        assert len(back.tokenizer) == len(own.tokenizer)
+    if own.tokenizer.chat_template is not None:  # `test_chat_templates.py` has the others
+        assert back.tokenizer.chat_template == own.tokenizer.chat_template
+    for mark in ("bos", "eos", "unk"):
+        assert getattr(back.tokenizer, f"{mark}_token") == getattr(own.tokenizer, f"{mark}_token")
+    assert back.tokenizer.decode([260, 12], skip_special_tokens=True) == own.tokenizer.decode(
+        [260, 12], skip_special_tokens=True
+    )
+
+
+# ---------------------------------------------------------------- rescaled frequencies
+
+
+def file_with(folder: Path, rescaled: dict[str, Any], **changed: Any) -> Path:
+    model = tiny(head_dim=32, rope_parameters=rescaled)
+    models.save(model.net, model.tokenizer, folder / "m")
+    return export(folder / "m", "gguf:f32", folder / "x.gguf").path
+
+
+@pytest.mark.parametrize(
+    "rescaled", [LLAMA3, LLAMA3 | {"factor": 3.0, "low_freq_factor": 2.0}, LLAMA3 | {"rope_theta": 500000.0}]
+)
+def test_rescaled_frequencies_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rescaled: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+    path = file_with(tmp_path, rescaled)
+    back = models.load(str(path))
+    own = models.load(str(tmp_path / "m"), device="cpu")
+    assert dict(back.net.config.rope_parameters) == rescaled
+    assert torch.equal(back.net(IDS).logits, own.net(IDS).logits)
+    assert models.load_config(str(path)).rope_parameters == rescaled

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The app for a Flower that is there already ends in the digest of the simulation, and uses what Flower documents.
+
+Most of it runs in this process, on a grid that calls the ClientApp itself, anew for each message as a SuperNode does;
+`make slow` has the same with Flower's own programs.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import logging
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flower_app import CLIENTS, CONFIG, RECIPE, GridHere, digest_of, run
+from flwr.app import ConfigRecord, Context, RecordDict
+
+import fleetune
+from fleetune.cli.main import main
+from fleetune.errors import FleetError, MessageError, RecipeError, UsageError
+from fleetune.fleet.flower import client_app, server_app
+from fleetune.fleet.link import answer_in
+from fleetune.fleet.orders import Order, Reply
+from fleetune.fleet.remote import ROOM
+from fleetune.tuning.recipe import recipe as recipes
+
+PUBLIC = {"flwr.app", "flwr.serverapp", "flwr.clientapp"}
+
+
+def supernodes() -> GridHere:
+    """SuperNodes with the rows of the clients, as `fleetune fleet split` writes them."""
+    own = {"model": "model", "device": "cpu", "threads": 1}
+    configs = [{**own, "data": f"rows/client-{c:03d}.jsonl", "state": f"state-{c}"} for c in range(CLIENTS)]
+    return GridHere((7, 3, 5), configs)
+
+
+def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulation(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-qq"]) == 0
+    values = {**recipes.read(Path("recipe.toml")), "aggregation": "norm-clip"}  # what a fleet takes
+    simulated = fleetune.tune(recipes.make(values), out="simulated")
+    grid = supernodes()
+    grid.errors = list(server_app.LOST)  # the first jobs are lost, and given again
+    grid.stop_after = 4 + 2 * CLIENTS + 2  # these, jobs and round 1, and the second order of round 2
+    with pytest.raises(KeyboardInterrupt):
+        run(grid)
+    run(grid, recipe="", resume="latest")
+    assert digest_of("real") == simulated.done.digest
+    assert main(["fleet", "devices", "latest", "--out", "real"]) == 0
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "edge" in line]
+    assert lines == [[str(c), f"edge-{c}"] for c in range(CLIENTS)]
+
+
+def test_a_run_ends_when_all_supernodes_have_refused(place: Path) -> None:
+    """Flower's own simulation starts them without rows."""
+    with pytest.raises(
+        FleetError, match=r"no device can take part: 3 came; .* it was not told which rows"
+    ) as ends:
+        run(GridHere((7, 3, 5), [{"partition-id": c} for c in range(CLIENTS)]))
+    assert ends.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("code", "what"), [(1, "failed"), (2, "failed"), (3, ""), (4, ""), (5, ""), (8, "")], ids=str
+)
+def test_what_a_device_answers_when_flower_says_there_is_no_answer(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int, what: str
+) -> None:
+    """An app that fails is a failed answer, with the reason in the log; what was lost is given again."""
+    monkeypatch.setattr(server_app, "log", logging.getLogger("said"))
+    grid = supernodes()
+    link = server_app.GridLink(grid)  # type: ignore[arg-type]
+    (key, *_) = link.online()
+    order = Order("work", 3)
+    grid.errors = [code]
+    number = link.push(key, order.encode(), 0, ROOM)
+    assert number is not None
+    ((_, data),) = link.pull({number})
+    reply = answer_in(data, order)
+    assert (reply.what if reply else "") == what
+    assert ("the ClientApp failed: because" in caplog.text) == bool(what)
+    assert link.push("unknown", order.encode(), 0, ROOM) is None
+    assert (link.name(key), link.name("0123456789")) == ("edge-0", "01234567")
+
+
+def ask(order: Order, config: dict[str, Any], state: RecordDict | None = None) -> Reply:
+    return Reply.decode(client_app.answer(order.encode(), Context(0, 5, config, state or RecordDict(), {})))
+
+
+def test_what_a_device_lacks_is_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    reply = ask(Order("job"), {})
+    assert (reply.what, reply.code) == ("refused", "no-data")
+    assert ask(Order("job"), {"data": "rows", "threads": "two"}).what == "refused"
+    reply = ask(Order("work", 2), {"data": "rows"})
+    assert (reply.what, reply.round, reply.code) == ("failed", 2, "no-job")
+    assert (tmp_path / "fleetune-device" / "5" / ".lock").exists()
+    bad = RecordDict({client_app.JOB: ConfigRecord({"order": Order("job", body=b"{}").encode()})})
+    assert ask(Order("work", 2), {"data": "rows"}, bad).code == "order"
+    with pytest.raises(MessageError):
+        client_app.answer(b"x", Context(0, 5, {}, RecordDict(), {}))
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "what"),
+    [
+        ({"resume": "latest"}, UsageError, "not both"),
+        ({"wait": -1}, UsageError, "negative"),
+        ({"recipe": "nowhere.toml"}, RecipeError, "no recipe"),
+        ({"recipe": "model =\nx"}, RecipeError, "TOML"),
+    ],
+)
+def test_a_run_config_that_cannot_be(config: dict[str, Any], error: type[Exception], what: str) -> None:
+    with pytest.raises(error, match=what):
+        run(supernodes(), **config)
+
+
+def test_the_app_holds_no_code_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fleet", "app", "app"]) == 0
+    app = tomllib.loads(Path("app/pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert app["config"].keys() == CONFIG.keys()
+    assert server_app.values_from(RECIPE)["set"]["K"] == 16  # the recipe's text, where a path could be
+    for part in ("server_app", "client_app"):
+        assert app["components"][part.replace("_", "")] == f"fleetune_app.{part}:app"
+        lines = Path(f"app/fleetune_app/{part}.py").read_text().split("\n")
+        assert lines == [
+            f"from fleetune.fleet.flower import {part} as installed",
+            "",
+            "app = installed.app",
+            "",
+        ]
+    assert main(["fleet", "app", "app"]) == 2
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "flwr" else find(name, *a)
+    )
+    assert main(["fleet", "app", "other"]) == 2
+    assert main(["fleet", "simulate", "-c", "recipe.toml"]) == 2
+    said = capsys.readouterr().err
+    assert "there already" in said
+    assert "[flower]' 'flwr[simulation]'" in said
+
+
+def test_of_flower_only_what_it_documents_is_used() -> None:
+    """A release of Flower may change the rest at any time."""
+    source = Path(fleetune.__file__).parent
+    used: set[str] = set()
+    for file in (source / "fleet" / "flower").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                used |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                used.add(node.module or "")
+            elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                assert own or node.attr == "__version__", f"{file.name}: {ast.unparse(node)}"
+    assert {name for name in used if name.partition(".")[0] in ("flwr", "ray")} == PUBLIC

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flower's own programs, started for real: its simulation engine, and a SuperLink with SuperNodes, one of which is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flower_app import CLIENTS, digest_of
+
+import fleetune
+from fleetune.cli.main import main
+from fleetune.errors import FleetError
+from fleetune.fleet import keys
+from fleetune.fleet.flower import simulate
+from fleetune.tuning.recipe import recipe as recipes
+
+BIN = Path(sys.executable).parent
+programs = pytest.mark.skipif(
+    not (BIN / "flower-superlink").exists(), reason="Flower's programs are not installed"
+)
+
+
+@programs
+@pytest.mark.slow
+def test_a_simulation_in_two_processes_ends_in_the_digest_of_tune(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    simulated = fleetune.tune(recipes.make(recipes.read(Path("recipe.toml"))), out="simulated")
+    flags = ["--workers", "2", "--out", "real", "--offline"]
+    assert main(["fleet", "simulate", "-c", "recipe.toml", *flags]) == 0
+    assert digest_of("real") == simulated.done.digest
+    said = capsys.readouterr()
+    assert simulated.done.digest in said.out
+    assert not re.search(r"\x1b|^INFO", said.err)
+    Path("unknown.toml").write_text(Path("recipe.toml").read_text().replace('model"', 'nowhere"', 1))
+    recipe = recipes.make({**recipes.read(Path("recipe.toml")), "model": "nowhere/at-all"})
+    with pytest.raises(FleetError, match="nowhere"):
+        simulate.simulate(recipe, Path("real"), 1, offline=True, note=lambda line: None)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Programs:
+    """A SuperLink with TLS and registered keys, and its SuperNodes, as processes in groups of their own."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.port = place, free_port()
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.env = {
+            **os.environ,
+            "FLWR_HOME": str(place / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        }
+        (place / "flwr").mkdir()
+        (place / "flwr" / "config.toml").write_text(
+            f'[superlink.own]\naddress = "localhost:{self.port}"\nroot-certificates = "{place}/certs/ca.pem"\n'
+        )
+
+    def start(self, name: str, *words: str) -> None:
+        with Path(f"{name}.txt").open("ab") as said:
+            self.running[name] = subprocess.Popen(
+                words, env=self.env, stdout=said, stderr=said, start_new_session=True
+            )
+
+    def flwr(self, *words: str) -> dict[str, Any]:
+        done = subprocess.run(
+            ["flwr", *words, "--format", "json"], env=self.env, capture_output=True, text=True, timeout=120
+        )
+        text = done.stdout[done.stdout.find("{") :]
+        assert text, done.stdout + done.stderr
+        found: dict[str, Any] = json.loads(text)
+        assert found["success"], found
+        return found
+
+    def superlink(self) -> None:
+        certificate = (
+            "--ssl-certfile certs/server.pem --ssl-keyfile certs/server.key --ssl-ca-certfile certs/ca.pem"
+        )
+        more = "--enable-supernode-auth --disable-runtime-dependency-installation"
+        self.start(
+            "superlink", "flower-superlink", "--port", str(self.port), *certificate.split(), *more.split()
+        )
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.2)
+        raise AssertionError(Path("superlink.txt").read_text())
+
+    def supernode(self, number: int) -> None:
+        link = f"--superlink localhost:{self.port} --root-certificates certs/ca.pem --port {free_port()}"
+        key = f"--auth-supernode-private-key edge-{number} --node-config"
+        data = f"data='{self.place}/rows/client-{number:03d}.jsonl' model='{self.place}/model' threads=1"
+        config = f"{data} state='{self.place}/state-{number}'"
+        self.start(f"node-{number}", "flower-supernode", *link.split(), *key.split(), config)
+
+    def log(self, run: str) -> str:
+        return subprocess.run(
+            ["flwr", "log", run, "own", "--show"], env=self.env, capture_output=True, text=True
+        ).stdout
+
+    def end(self, name: str, how: signal.Signals) -> None:
+        process = self.running.pop(name)
+        if process.poll() is None:
+            os.killpg(process.pid, how)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@programs
+@pytest.mark.slow
+def test_stock_supernodes_one_of_them_killed_end_in_the_digest_of_the_simulation(place: Path) -> None:
+    values = {**recipes.read(Path("recipe.toml")), "aggregation": "norm-clip", "rounds": 3}
+    Path("recipe.toml").write_text(recipes.to_toml(recipes.make(values)))
+    simulated = fleetune.tune(recipes.make(values), out="simulated")
+    assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-qq"]) == 0
+    assert main(["fleet", "app", "app"]) == 0
+    keys.make_certificate(Path("certs"), ["localhost", "127.0.0.1"])
+    flower = Programs(place)
+    try:
+        flower.superlink()
+        for c in range(CLIENTS):
+            keys.make(Path(f"edge-{c}"))
+            flower.flwr("supernode", "register", f"edge-{c}.pub", "own", "--name", f"edge-{c}")
+            flower.supernode(c)
+        config = f"recipe='{place}/recipe.toml' out='{place}/real' offline=true"
+        number = flower.flwr("run", "app", "own", "--run-config", config)["run-id"]
+        until, killed = time.monotonic() + 540, False
+        while "the run is finished" not in (said := flower.log(number)):
+            assert time.monotonic() < until, said
+            if "round 1: val loss" in said and not killed:
+                killed = True
+                flower.end("node-1", signal.SIGKILL)
+                flower.supernode(1)
+            time.sleep(2)
+    finally:
+        for name in list(flower.running):
+            flower.end(name, signal.SIGTERM)
+    assert killed
+    assert digest_of("real") == simulated.done.digest

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run folder read as far as it can be read: its summary, torn and doubled records, and which runs compare."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from report_harness import fake_run, lines_of, page_of, write_lines
+
+from fleetune import report
+from fleetune.cli.main import main
+from fleetune.common import sums
+from fleetune.runs import metrics, rundir
+
+
+@pytest.fixture(scope="module")
+def run24(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_run(tmp_path_factory.mktemp("runs"))
+
+
+def test_summary_of_a_run(run24: Path) -> None:
+    done = lines_of(run24)[-1]
+    assert report.summary(run24) == {
+        "name": "0007-fedit-smollm2-135m",
+        "path": str(run24),
+        "method": "fedit",
+        "model": "smollm2-135m",
+        "status": "done",
+        "rounds": 10,
+        "rounds_planned": 10,
+        "clients": 24,
+        "base_loss": 2.3914,
+        "tuned_loss": done["tuned"]["loss"],  # type: ignore[index]
+        "change_error": None,
+        "bytes_up": done["bytes_up"],
+        "bytes_down": done["bytes_down"],
+        "bytes": done["bytes_up"] + done["bytes_down"],  # type: ignore[operator]
+        "seconds": done["wall"],
+        "peak_rss": done["peak_rss"],
+        "intact": True,
+    }
+
+
+def test_summary_before_the_end_is_reckoned_from_the_rounds(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, rounds=3, status="running")
+    events = lines_of(run)
+    rounds = [e for e in events if e["event"] == "round"]
+    assert report.summary(run)["status"] == "interrupted"  # nobody has the folder: it was killed
+    with rundir.locked(run):
+        found = report.summary(run)
+    assert found["status"] == "running"
+    found["status"] = "interrupted"
+    assert found["bytes"] == rounds[-1]["bytes_total"]
+    assert found["tuned_loss"] == events[-1]["loss"]
+    assert found["seconds"] == pytest.approx(sum(e["seconds"] for e in rounds))  # type: ignore[misc]
+    assert found["peak_rss"] == max(e["rss"] for e in events if "rss" in e)  # type: ignore[type-var]
+    assert report.table([run, run]) == [found, found]
+
+
+def test_summary_leaves_out_a_torn_last_line(run24: Path, tmp_path: Path) -> None:
+    lines = (run24 / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    before = b"".join(lines[:60])
+    (tmp_path / "metrics.jsonl").write_bytes(before)
+    whole = report.summary(tmp_path)
+    assert whole["rounds"] == 2
+    for torn in (b'{"event": "\xff\xfe', lines[60][: len(lines[60]) // 2]):
+        (tmp_path / "metrics.jsonl").write_bytes(before + torn)
+        assert report.summary(tmp_path) == whole
+    assert "1 damaged line of" in page_of(tmp_path).text
+
+
+def test_summary_counts_a_round_that_stands_twice_once(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, rounds=4, status="interrupted")
+    before, events = report.summary(run), lines_of(run)
+    write_lines(run, events + [e for e in events if e.get("round") == 4])
+    assert report.summary(run) == before
+    page = page_of(run)
+    assert "fleetune tune --resume" in page.text
+    assert len(page.table("round", "validation loss")) == 5
+
+
+def test_summary_of_an_end_that_was_gone_beyond(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, rounds=2)
+    done = report.summary(run)
+    more = {"event": "round", "round": 3, "clients": 24, "accepted": 24, "bytes_up": 5, "bytes_down": 7}
+    write_lines(run, [*lines_of(run), more])
+    after = report.summary(run)
+    assert (after["rounds"], after["bytes"]) == (3, done["bytes"] + 12)
+
+
+def altered(run: Path, place: Path, digest: str = "", **options: object) -> Path:
+    """A copy of a run with other options; `digest` is stated of its validation rows."""
+    shutil.copytree(run, place)
+    for name, value in options.items():
+        text = re.sub(rf"(?m)^{name} = .*\n", "", (place / "run.toml").read_text())
+        (place / "run.toml").write_text(f"{name} = {json.dumps(value)}\n{text}")
+    if digest:
+        first, *lines = lines_of(place)
+        write_lines(place, [first | {"held_out_digest": digest}, *lines])
+    return place
+
+
+NOT_ALIKE = {
+    "another seed": ({"seed": 43}, "are measured on different rows (seed)"),
+    "other data": ({"data": "other.jsonl"}, "have different data"),
+    "rows of another column": ({"partition": "iid"}, "are measured on different rows (partition)"),
+    "rows of their own": ({"eval_data": "v.jsonl"}, "are measured on different rows (eval_data)"),
+    "another alpha": ({"partition": "dirichlet:9:category"}, ""),
+    "other rounds": ({"rounds": 3}, ""),
+}
+
+
+@pytest.mark.parametrize("case", NOT_ALIKE)
+def test_caveats_tell_losses_on_different_rows(case: str, run24: Path, tmp_path: Path) -> None:
+    options, told = NOT_ALIKE[case]
+    runs = [run24, altered(run24, tmp_path / "0008-fedit-other", **options)]
+    assert report.caveats([report.read(run) for run in runs]) == [told] * bool(told)
+
+
+def test_caveats_are_decided_by_the_digest_of_the_rows_where_runs_state_it(
+    run24: Path, tmp_path: Path
+) -> None:
+    def caveats(*runs: Path) -> list[str]:
+        return report.caveats([report.read(run) for run in runs])
+
+    one = altered(run24, tmp_path / "0001-a", "aa")
+    assert caveats(one, altered(run24, tmp_path / "0002-a", "aa", limit=50)) == []
+    changed = ["are measured on different rows (the data changed between them)"]
+    assert caveats(one, altered(run24, tmp_path / "0003-a", "bb")) == changed
+    given = [altered(run24, tmp_path / f"000{i}-b", eval_data="v.jsonl", seed=i, data=f"{i}") for i in (4, 5)]
+    assert caveats(*given) == []
+
+
+def test_changed_records_are_told_wherever_they_are_shown(
+    run24: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("0001-fedit-a", "0002-fedit-b"):
+        shutil.copytree(run24, tmp_path / name)
+    changed = tmp_path / "0002-fedit-b" / "metrics.jsonl"
+    changed.unlink()
+    writer = metrics.Metrics(changed.parent)
+    for line in lines_of(run24):
+        writer.record(line)
+    writer.close()
+    sums.write(changed.parent, [changed.name])
+    told = "0002-fedit-b: metrics.jsonl was changed since the run ended"
+    for spoilt in (False, True):
+        if spoilt:
+            changed.write_text(changed.read_text().replace('"round": 3', '"round": 4', 1))
+        for words in ([], ["show", "2"], ["compare", "1", "2"]):
+            assert main(["runs", *words, "--out", str(tmp_path)]) == 0
+            assert (told in capsys.readouterr().err) is spoilt
+    assert main(["runs", "--out", str(tmp_path), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {r["name"]: r["intact"] for r in rows} == {"0001-fedit-a": True, "0002-fedit-b": False}
+    assert told in (changed.parent / "report.html").read_text()

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of a run: one file that needs nothing else, shows no folder of this machine, and that no damage stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from report_harness import fake_run, lines_of, page_of, restated, self_contained, write_lines
+
+from fleetune import report
+from fleetune.common.display import human_bytes, human_time
+from fleetune.errors import StorageError, UsageError
+from fleetune.report import page as parts
+from fleetune.report import svg
+
+
+@pytest.fixture(scope="module")
+def run24(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_run(tmp_path_factory.mktemp("runs"))
+
+
+def pairs_of(text: str) -> dict[str, str]:
+    return dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
+
+
+def costs_of(run: Path) -> dict[str, str]:
+    return {row[0]: row[1] for t in page_of(run).tables for row in t if len(row) == 2}
+
+
+def test_page_is_whole_and_needs_nothing_else(run24: Path) -> None:
+    page, text = page_of(run24), (run24 / "report.html").read_text()
+    self_contained(page, text)
+    assert len(page.values("id")) == len(set(page.values("id")))
+    assert (run24 / "report.html").stat().st_size < 300_000
+    for title in ("Result", "Training", "Fleet", "Samples", "Configuration", "Versions", "Run it again"):
+        assert title in page.words
+    drawings = re.findall(r"<svg .*?</svg>", text, re.S)
+    assert len(drawings) == 4
+    for drawing in drawings:  # each can be read without seeing it, and on a telephone
+        title, desc = re.search(r'aria-labelledby="(\S+) (\S+)"', drawing).groups()  # type: ignore[union-attr]
+        assert re.search(rf'<title id="{title}">[^<]{{8,}}</title>', drawing)
+        assert re.search(rf'<desc id="{desc}">[^<]{{8,}}</desc>', drawing)
+        assert f'viewBox="0 0 {svg.WIDTH:.0f} ' in drawing
+        assert 'role="img"' in drawing
+        assert "nan" not in drawing
+
+
+def test_result_is_that_of_the_metrics(run24: Path) -> None:
+    events = lines_of(run24)
+    done = events[-1]
+    base, tuned = done["base"], done["tuned"]
+    assert isinstance(base, dict)
+    assert isinstance(tuned, dict)
+    loss, rouge = page_of(run24).table("", "base", "tuned", "change")
+    fell = 100 * (tuned["loss"] - base["loss"]) / base["loss"]
+    assert loss == [
+        "validation loss",
+        f"{base['loss']:.3f}",
+        f"{tuned['loss']:.3f}",
+        f"−{-fell:.1f} %, better",
+    ]
+    assert rouge[1:] == ["11.8", f"{tuned['rouge_l']:.1f}", f"+{tuned['rouge_l'] - 11.82:.1f}, better"]
+    took = costs_of(run24)
+    assert took["bytes over the fleet"] == human_bytes(done["bytes_up"] + done["bytes_down"])  # type: ignore[operator]
+    assert took["wall time"] == human_time(done["wall"])  # type: ignore[arg-type]
+    assert took["peak memory"] == human_bytes(done["peak_rss"])  # type: ignore[arg-type]
+    assert took["sent by a client, per round"] == "2.5 MB"
+    accepted = sum(int(str(e["accepted"])) for e in events if e["event"] == "round")
+    assert took["replies accepted"] == f"{accepted} of 240"
+
+
+def test_costs_have_the_speed_where_it_is_stated(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, clients=2, rounds=1, asked=2)
+    assert "local steps per second" not in costs_of(run)
+    restated(run, "client", steps=10, tokens=4000, seconds=2.0)
+    shown = costs_of(run)
+    assert shown["local steps per second"] == "5"
+    assert shown["tokens trained on per second"] == "2,000"
+
+
+def test_header_says_what_was_run(run24: Path) -> None:
+    text = page_of(run24).text
+    for part in (
+        "smollm2-135m @ 9f2c9f2c9f2c · 135 M params · fp32",
+        "fedit · r 8 · alpha 16 · lr 0.0003 · targets all-linear · exact false · trains 4.88 M",
+        "demo · 24 clients · Dirichlet α 0.5 over category",
+        "rounds10 · 24 clients in each",
+        "2025-10-09 08:53 UTC",
+        "✓ done",
+        "/0007-fedit-smollm2-135m/run.toml",
+        "adapter/adapter_model.safetensors 2.5 MB",
+        "digest (SHA-256 of the tuned tensors) " + "51ab" * 16,
+    ):
+        assert part in text, part
+    lead = re.search(r'<p class="lead">([^<]*)</p>', (run24 / "report.html").read_text())
+    assert lead is not None
+    assert re.search("\\d\u00a0[kMG]B were exchanged in \\d+m?\u00a0?", lead[1])  # numbers keep their units
+
+
+def test_page_shows_no_folder_of_this_machine(tmp_path: Path) -> None:
+    run = restated(fake_run(tmp_path, rounds=1), model="/home/someone/models/small-hf/")
+    recipe = (run / "run.toml").read_text().replace('"smollm2-135m"', '"/home/someone/models/small-hf/"')
+    (run / "run.toml").write_text(recipe.replace('"demo"', '"/srv/secret/rows.jsonl"'))
+    text = report.write(run).read_text()
+    assert not [part for part in ("/home/someone", "/srv", str(tmp_path.parent)) if part in text]
+    assert (pairs_of(text)["model"], pairs_of(text)["data"]) == ("small-hf", "rows.jsonl")
+    names = {
+        "/a/b/model": "model",
+        r"C:\data\rows.jsonl": "rows.jsonl",
+        "org/name": "org/name",
+        "/": "/",
+        "": "",
+    }
+    assert {name: parts.short_name(name) for name in names} == names
+
+
+def test_page_of_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, rounds=1, clients=2, asked=1, status="running")
+    first, *events = [e for e in lines_of(run) if e["event"] in ("start", "client") or e.get("round") == 0]
+    write_lines(run, [first | {"rows_per_client": [5, 5]}, *events])
+    page, text = page_of(run), (run / "report.html").read_text()
+    assert "0 rounds so far; no loss to compare yet." in page.text
+    assert "5 rows each" in page.text
+    assert "median 5" not in page.text
+    assert "Validation loss by round" not in text  # one value is not a course
+
+
+def test_configuration_puts_what_was_chosen_first(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, rounds=1)
+    pairs = pairs_of(report.write(run).read_text())
+    assert (pairs["max_length"], pairs["set.r"], pairs["set.exact"]) == ("512", "8", "false")
+    assert (pairs["torch"], pairs["processors"]) == ("2.9.0", "2")
+    text = report.write(restated(run, changed=["model", "rounds", "set.lr", "gone"])).read_text()
+    chosen, rest = text.split("Chosen for this run")[1].split("Left at the default")
+    assert pairs_of(chosen) == {"model": "smollm2-135m", "rounds": "1", "set.lr": "0.0003"}
+    assert "<dt>set.alpha</dt>" in rest
+    assert "<dt>set.lr</dt>" not in rest.split("</section>")[0]
+
+
+def test_page_with_samples_says_so_before_it_is_shared(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, rounds=1)
+    assert "This page shows the text of 3 held-out rows of the clients" in page_of(run).text
+    final = json.loads((run / "eval.json").read_text())
+    (run / "eval.json").write_text(json.dumps(final | {"samples": []}))
+    assert "This page shows" not in page_of(run).text
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    bad = "<script>alert(1)</script>\"'&\x00\x1b[31m\ud800</title></svg></style>"
+    run = fake_run(tmp_path, clients=3, rounds=2, asked=3, categories=(bad, "b"))
+    restated(run, model=bad, method=bad, digest=bad, partition=bad, column=bad)
+    restated(restated(run, "client", status="refused", reason=bad, client=bad), "eval", **{bad: 1.5})
+    sample = dict.fromkeys(("prompt", "reference", "base", "tuned", "client"), bad)
+    (run / "eval.json").write_text(json.dumps({"base": {bad: 1.0}, "tuned": {bad: 2.0}, "samples": [sample]}))
+    (run / "env.json").write_text(json.dumps({bad: bad}))
+    (run / "status").write_text(f"failed: {'<b>'} {bad[:8]}")
+    page, text = page_of(run), (run / "report.html").read_text()
+    self_contained(page, text)
+    assert text.count("<script") == 0
+    assert text.count("</svg>") == text.count("<svg ")
+    assert text.count("</style>") == 1
+    assert not {"\x00", "\x1b"} & set(text)
+    assert page.text.count("<script>alert(1)</script>") >= 10
+
+
+@pytest.mark.parametrize(
+    "missing", ["run.toml", "env.json", "metrics.jsonl", "eval.json", "status", "adapter"]
+)
+def test_missing_file_is_an_empty_part(tmp_path: Path, missing: str) -> None:
+    run = fake_run(tmp_path, rounds=2)
+    (run / missing).rename(tmp_path / "gone")
+    self_contained(page_of(run), (run / "report.html").read_text())
+    assert report.summary(run)["base_loss"] == 2.3914
+
+
+def test_empty_folder_has_a_page_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
+    assert "Nothing has been measured yet." in page_of(tmp_path).text
+    assert report.summary(tmp_path)["status"] == "unknown"
+    with pytest.raises(UsageError, match="no run folder at"):
+        report.write(tmp_path / "none")
+
+
+RUBBISH = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = (
+    *("round", "loss", "client", "clients", "accepted", "bytes_up", "bytes_down", "bytes_total", "seconds"),
+    *("rss", "status", "reason", "t", "method", "model", "params", "rows_per_client", "counts", "partition"),
+    *("base", "tuned", "peak_rss", "rounds", "digest", "column"),
+)
+
+
+@settings(max_examples=40)
+@example([{"event": "round", "round": 0, "loss": 0, "bytes_up": 7.550206357119099e-233}], {})
+@example([{"event": "round", "round": 0, "bytes_up": 1e-10, "seconds": -9.9e17}], {})
+@given(
+    st.lists(
+        st.builds(
+            lambda event, rest: {"event": event, **rest},
+            st.sampled_from(("start", "eval", "client", "round", "done", "else")),
+            st.dictionaries(st.sampled_from(KEYS), RUBBISH | st.integers(-1, 3), max_size=12),
+        ),
+        max_size=8,
+    ),
+    st.dictionaries(st.sampled_from(("base", "tuned", "rows", "samples")), RUBBISH, max_size=4),
+)
+def test_no_record_however_wrong_stops_the_page(
+    tmp_path_factory: pytest.TempPathFactory, events: list[dict[str, object]], final: dict[str, object]
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    write_lines(run, events)
+    (run / "eval.json").write_text(json.dumps(final))
+    self_contained(page_of(run), (run / "report.html").read_text())
+    report.summary(run)
+
+
+def test_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fake_run(tmp_path, rounds=2)
+    old = report.write(run).read_bytes()
+    assert stat.S_IMODE((run / "report.html").stat().st_mode) == 0o600  # it has held-out prompts
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(StorageError, match="disk is full"):
+            report.write(run)
+    assert (run / "report.html").read_bytes() == old
+    assert not [p for p in run.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_report_needs_no_torch() -> None:
+    check = "import sys, fleetune.report; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, timeout=60)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights at a point, a piece at a time: those of the definition, whatever kernels, threads, pieces and cached sums make them."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from view_harness import (
+    COEFFICIENTS,
+    DIRECTION,
+    ENTRIES,
+    EPS,
+    IDS,
+    K,
+    direction,
+    llama,
+    logits,
+    make,
+    placed,
+    reference,
+    view_of,
+)
+
+from fleetune import seeds
+from fleetune.cli.main import main
+from fleetune.errors import UsageError
+from fleetune.models import DTYPES, digest, named_tensors, tiny_llama
+from fleetune.seeds import noise, weights
+from fleetune.seeds.descent import two_point
+from fleetune.seeds.noise import passes, probe
+from fleetune.seeds.weights import MovedWeights, difference, kernels, layout
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+GOLDEN = "eda21ad7ba134ea1da5645fee7af938bbcbe1551ef97d9036579fb8e801e1052"
+
+
+@pytest.mark.parametrize("law", ["hashed", "rademacher"])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("name", ["tied llama", "gpt2"])
+def test_tensors_are_the_definition(monkeypatch: pytest.MonkeyPatch, name: str, dtype: str, law: str) -> None:
+    net = make(name, dtype)
+    want = digest(reference(named_tensors(net), law, ENTRIES))
+    assert want != digest(named_tensors(net))
+    for chunk, backend, threads in ((1 << 20, "numba", 1), (777, "numba", 2), (4096, "torch", 1)):
+        monkeypatch.setattr(weights, "CHUNK", chunk)
+        view = view_of(net, law)
+        view.kernels, view.threads = kernels(CPU, backend), threads
+        assert digest(placed(view).tensors()) == want
+        order = np.array([2, 0, 3, 1])
+        view.place(passes(law, K, IDS[order], COEFFICIENTS[order]))
+        assert digest(view.tensors()) == want
+        view.remove()
+
+
+def test_a_rebuilt_model_never_changes() -> None:
+    model = tiny_llama()
+    assert digest(placed(view_of(model.net)).tensors()) == GOLDEN
+    assert model.digest == digest(named_tensors(model.net))
+
+
+@pytest.mark.parametrize("law", ["hashed", "rademacher"])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_the_two_points_are_w_plus_and_minus_eps_z_exactly(dtype: str, law: str) -> None:
+    net = make("tied llama", dtype)
+    view, seen = placed(view_of(net, law)), list[str]()
+
+    def loss() -> float:
+        seen.append(digest(view.tensors()))
+        return 0.0
+
+    two_point(view, probe(law, K, DIRECTION), EPS, loss)
+    named = named_tensors(net)
+    assert seen == [digest(reference(named, law, ENTRIES, e)) for e in (EPS, -EPS)]
+    assert digest(view.tensors()) == digest(reference(named, law, ENTRIES))
+
+
+def test_tied_tensors_count_once_and_tensors_start_at_whole_tiles() -> None:
+    net = make("gpt2")
+    slots = layout(named_tensors(net))
+    names = [s.name for s in slots]
+    assert names == sorted(names)
+    assert "lm_head.weight" in names
+    assert "transformer.wte.weight" not in names
+    end = 0
+    for slot in slots:
+        assert slot.start % 4096 == 0
+        assert end <= slot.start < end + 4096
+        end = slot.start + slot.tensor.numel()
+    assert [s.name for s in layout(reversed(named_tensors(net)))] == names
+
+
+def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "CHUNK", 1000)
+    net, sizes, sweep = make("tied llama"), list[int](), MovedWeights.sweep
+
+    def watched(view: MovedWeights, out: torch.Tensor, *rest: object, **more: object) -> None:
+        sizes.append(out.numel())
+        sweep(view, out, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MovedWeights, "sweep", watched)
+    view = placed(view_of(net), EPS)
+    logits(net)
+    list(view.tensors())
+    assert max(sizes) <= 1000
+    assert view._scratch.numel() <= 1000
+
+
+@pytest.mark.parametrize("chunk", [weights.CHUNK, 64])
+@pytest.mark.parametrize("paired", [0, 1])
+def test_a_row_of_a_table_is_that_of_the_moved_weights(
+    chunk: int, paired: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that fits into the scratch is made at once where many of its rows are used, a larger one by rows."""
+    tokens = torch.arange(0, 264, 8).repeat(2).view(2, -1)
+    view = placed(view_of(llama(tied=False)))
+    slot = next(s for s in view.slots if s.name.endswith("embed_tokens.weight"))
+    monkeypatch.setattr(weights, "CHUNK", chunk)
+    expected = []
+    for sign in (1, -1)[: 1 + paired]:
+        view.probe(probe("hashed", K, DIRECTION), sign * EPS)
+        expected.append(view.whole(slot))
+    view.probe(probe("hashed", K, DIRECTION), EPS)
+    view.paired = paired
+    numbers, table, where = view.table(slot, tokens)
+    assert numbers == list(range(0, 264, 8))
+    for part, whole in zip(table, expected, strict=True):
+        assert torch.equal(part[where], whole[tokens])
+
+
+def test_a_stored_direction_is_that_of_the_law() -> None:
+    net = make("gpt2")
+    view = placed(view_of(net))
+    with view.storing():
+        view.probe(probe("hashed", K, DIRECTION), EPS)
+        assert view.stored is not None
+        for slot in view.slots:
+            z = direction("hashed", DIRECTION, slot.start, slot.tensor.numel())
+            assert np.array_equal(view.stored.z[slot.name].numpy(), z)
+        assert digest(view.tensors()) == digest(reference(named_tensors(net), "hashed", ENTRIES, EPS))
+
+
+# --- cached sums ----------------------------------------------------------------------------------------------
+
+
+def point(law: str, K: int, count: int, seed: int, scale: int = 3000) -> noise.Passes:
+    rng = np.random.default_rng(seed)
+    epochs, members = (rng.integers(0, top, 3 * count).astype(np.uint64) for top in (count, K))
+    return passes(law, K, epochs << np.uint64(32) | members, rng.integers(-scale, scale, 3 * count))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("law", "K"), [("rademacher", 1), ("hashed", 8)])
+def test_a_walk_of_points_has_the_bits_of_plain_passes(dtype: torch.dtype, law: str, K: int) -> None:
+    model = tiny_llama()
+    model.net.to(dtype)
+    view, direction = view_of(model.net, law), probe(law, K, 5)
+    # many passes, a few more, many others, fewer than are worth folding, none
+    for count, seed in ((60, 0), (61, 0), (64, 1), (3, 3), (0, 4), (30, 5)):
+        at = point(law, K, count, seed) if count else None
+        seen = []
+        for fold in (False, True):
+            view.place(at, fold=fold)
+            for eps in (0.0, 1e-3):
+                view.probe(direction if eps else None, eps)
+                seen.append(digest(view.tensors()))
+            view.probe(None)
+        assert seen[:2] == seen[2:]
+
+
+def test_many_passes_are_folded_and_few_are_computed() -> None:
+    view = view_of(tiny_llama().net, "rademacher")
+    first = point("rademacher", 1, 60, 0)
+    view.place(first)
+    assert view.point is None
+    assert view.folded.sums
+    more = passes("rademacher", 1, np.append(first.ids, np.uint64(7)), np.append(first.tables[:, 0], 5))
+    view.place(more)
+    assert view.point is not None
+    assert view.point.ids.tolist() == [7]
+
+
+def test_sums_that_could_pass_2_to_24_are_not_folded() -> None:
+    view = view_of(tiny_llama().net, "rademacher")
+    big = point("rademacher", 1, 40, 1, scale=1 << 22)
+    view.place(big, fold=False)
+    plain = digest(view.tensors())
+    view.place(big)
+    assert not view.folded.sums
+    assert digest(view.tensors()) == plain
+
+
+def test_difference_leads_from_one_point_to_the_other() -> None:
+    a, b = point("hashed", 4, 9, 0), point("hashed", 4, 9, 1)
+    left = difference(b, a)
+    for id in np.union1d(a.ids, b.ids):
+        rows = [p.tables[p.ids == id].sum(axis=0) for p in (a, b, left)]
+        assert np.array_equal(rows[0] + rows[2], rows[1])
+    assert len(difference(a, a).ids) == 0
+
+
+# --- the choice of kernels --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "asked", "device", "want"),
+    [
+        (None, "auto", CPU, "numba"),
+        ("", "auto", CPU, "numba"),
+        ("torch", "auto", CPU, "torch"),
+        ("torch", "numba", CPU, "numba"),  # what a caller asks for goes before the environment
+        ("numba", "torch", CPU, "torch"),
+        (None, "auto", META, "torch"),
+        ("auto", "auto", META, "torch"),
+    ],
+)
+def test_the_environment_chooses(
+    monkeypatch: pytest.MonkeyPatch, word: str | None, asked: str, device: torch.device, want: str
+) -> None:
+    monkeypatch.delenv(seeds.VARIABLE, raising=False)
+    if word is not None:
+        monkeypatch.setenv(seeds.VARIABLE, word)
+    assert kernels(device, asked).__name__ == f"fleetune.seeds.kernels_{want}"
+
+
+def test_numba_where_it_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(seeds.VARIABLE, "numba")
+    with pytest.raises(UsageError, match="on meta"):
+        kernels(META)
+    monkeypatch.setitem(sys.modules, "fleetune.seeds.kernels_numba", None)  # as if Numba were not there
+    with pytest.raises(UsageError, match="not usable here"):
+        kernels(CPU)
+    monkeypatch.setenv(seeds.VARIABLE, "auto")
+    assert kernels(CPU).__name__ == "fleetune.seeds.kernels_torch"
+
+
+def test_another_word_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(seeds.VARIABLE, "moon")
+    assert main(["tune", "no such model", "no such data"]) == 2
+    assert "moon" in capsys.readouterr().err

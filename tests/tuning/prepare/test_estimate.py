@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time of a run before it begins, and a run that is made to fit into a stated time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import contract_harness as harness
+import pytest
+import torch
+
+import fleetune
+from fleetune import models
+from fleetune.errors import FitError, ModelError, RecipeError
+from fleetune.models.net.model import Model
+from fleetune.tuning import methods
+from fleetune.tuning.prepare import estimate, prepare
+from fleetune.tuning.prepare.estimate import Estimate, advice, fitted, seconds_of
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.recipe import Recipe
+
+
+def recipe(method: str, **values: Any) -> Recipe:
+    return recipes.make({"model": "m", "data": "d", "method": method, **values})
+
+
+def fit(method: str, found: Estimate, within: float) -> tuple[Recipe, Estimate]:
+    chosen, made, smaller = fitted(recipe(method), methods.make(method, {}), found, within, found.clients)
+    assert chosen.set == methods.values_of(made) or smaller is found
+    return chosen, smaller
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("20m", 1200), ("1.5 h", 5400), ("2d", 172800), ("45 min", 2700), ("", 0)],
+)
+def test_a_time_is_read_as_people_write_it(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["20", "soon", "-1h", "0m", "1h30"])
+def test_what_is_no_time_is_refused_before_any_work(text: str) -> None:
+    with pytest.raises(RecipeError, match="within = "):
+        prepare.check(recipe("fedit", within=text))
+
+
+def test_a_run_is_its_rounds_times_clients_times_steps() -> None:
+    found = Estimate(10, 8, 12.5, 0.4, 11, 3.0)
+    assert found.seconds == pytest.approx(10 * 8 * 12.5 * 0.4 + 33)
+    assert (
+        found.text == "about 7m13s: 10 rounds × 8 clients × 12 steps of 400 ms, and 11 evaluations of 3.0 s"
+    )
+    assert not advice(found)
+    assert "--within 1h" in advice(Estimate(10, 8, 200, 2.0, 11, 3.0))
+
+
+def test_answers_and_the_clients_own_losses_count_before_and_after() -> None:
+    plain = Estimate(10, 8, 12.5, 0.4, 11, 3.0)
+    found = replace(plain, answers=4, answer=1.5, client_rows=32, client_row=0.25)
+    assert found.around == pytest.approx(2 * 4 * 1.5 + 2 * 32 * 0.25)
+    assert found.seconds == pytest.approx(plain.seconds + found.around)
+    assert found.text.endswith("of 3.0 s, 8 answers of 1.5 s, 64 rows of clients of 250 ms")
+
+
+def test_what_is_around_the_rounds_gives_way_where_it_takes_more_than_a_third() -> None:
+    small = Estimate(10, 2, 10, 0.1, 11, 0.05, 20, 4, 1.0, 24, 0.5)  # 20 + 0.55 + 8 + 24 seconds
+    chosen, smaller = fit("fedit", small, 40.0)
+    assert (chosen.client_rows, chosen.samples, smaller.client_rows, smaller.answers) == (0, 4, 0, 4)
+    assert smaller.seconds <= 32.0
+    chosen, smaller = fit("fedit", small, 20.0)
+    assert (chosen.client_rows, chosen.samples, smaller.answers) == (0, 0, 0)
+    assert smaller.seconds <= 16.0
+    assert "measured rows of clients 24 -> 0, answers 4 -> 0" in estimate.made_smaller(small, smaller, "20s")
+
+
+def test_what_fits_stays_as_it_is() -> None:
+    found = Estimate(10, 8, 10, 0.1, 11, 1.0)
+    assert fit("fedit", found, 200.0) == (recipe("fedit"), found)
+
+
+def test_local_steps_are_fewer_first_then_rounds_then_clients() -> None:
+    found = Estimate(10, 8, 100, 0.5, 11, 0.1, 20)
+    for within, rounds, clients, steps in (
+        (300.0, 10, 8, 5),
+        (200.0, 9, 8, 4),
+        (100.0, 4, 8, 4),
+        (40.0, 3, 5, 4),
+        (10.0, 3, 2, 2),
+        (4.0, 3, 2, 1),
+    ):
+        chosen, smaller = fit("fedit", found, within)
+        assert (chosen.rounds, smaller.clients, chosen.set["steps"]) == (rounds, clients, steps), within
+        assert chosen.participation == pytest.approx(clients / 8)
+        assert smaller.seconds <= 0.8 * within
+
+
+def test_evaluations_that_take_most_of_the_time_are_fewer_and_of_fewer_rows() -> None:
+    chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0, 200), 60.0)
+    assert (chosen.eval_every, chosen.eval_rows, smaller.evaluations) == (0, 200, 2)
+    chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0, 200), 20.0)
+    assert (chosen.eval_every, chosen.eval_rows) == (0, 106)
+    assert smaller.seconds <= 16.0
+    chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 50.0, 200), 40.0)
+    assert chosen.eval_rows == estimate.FEWEST_ROWS
+
+
+def test_the_search_for_a_rate_counts() -> None:
+    found = Estimate(10, 8, 10, 0.1, 11, 0.5, 20, search=30.0)
+    assert found.seconds == pytest.approx(80 + 5.5 + 30)
+    assert found.text.endswith(", after 30 s of finding a learning rate")
+    _, smaller = fit("fedit", found, 60.0)
+    assert 40 < smaller.seconds <= 48.0
+    with pytest.raises(
+        FitError, match="after 30 s of finding a learning rate, take more than 20 s"
+    ) as refused:
+        fit("fedit", found, 20.0)
+    assert "--set lr=NUMBER" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("name", ["fedit"])
+def test_measuring_leaves_the_model_as_it_was(name: str) -> None:
+    model: Model = models.tiny_llama()
+    rows, before = harness.rows(model), harness.logits(model)
+    found = estimate.of(recipe(name), harness.method(name), model, [rows[:12], rows[12:24]], rows[24:])
+    assert found.step > 0
+    assert found.evaluation > 0
+    assert found.steps == harness.method(name).local_steps(12)
+    assert model.attachment is None
+    assert torch.equal(harness.logits(model), before)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    rows = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return tmp_path
+
+
+def test_local_steps_follow_the_rows_unless_they_are_given(place: Path) -> None:
+    values: dict[str, Any] = {"model": "tiny", "data": "rows.jsonl", "method": "fedkseed", "held_out": 4}
+    for clients, rows, steps in ((2, 10, 50), (1, 20, 80)):
+        own = recipes.make({**values, "clients": clients, "set": {"lr": 1e-3, "batch_size": 1}})
+        simulated, real = (prepare.prepare(own, simulated=s) for s in (True, False))
+        assert simulated.recipe.set["tau"] == real.recipe.set["tau"] == steps, (rows, steps)
+    given = recipes.make({**values, "set": {"lr": 1e-3, "tau": 3}})
+    assert prepare.prepare(given).recipe.set["tau"] == 3
+
+
+def test_what_a_method_refuses_of_the_model_is_said_before_anything_is_written(place: Path) -> None:
+    own = recipes.make(
+        {
+            "model": "tiny",
+            "data": "rows.jsonl",
+            "method": "fedit",
+            "clients": 2,
+            "held_out": 4,
+            "set": {"targets": "q_proj,nowhere"},
+        }
+    )
+    with pytest.raises(ModelError, match="no linear layer named 'nowhere'"):
+        prepare.dry_run(own, offline=True)
+    with pytest.raises(ModelError, match="no linear layer named 'nowhere'"):
+        fleetune.tune(own, offline=True)
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())
+
+
+def test_a_run_that_was_fitted_is_repeated_by_its_own_recipe(place: Path) -> None:
+    few: dict[str, Any] = {"clients": 2, "samples": 0, "threads": 1, "device": "cpu", "offline": True}
+    run = fleetune.tune(
+        "tiny", "rows.jsonl", method="fedit", settings={"r": 2, "lr": 1e-3}, within="2s", rounds=500, **few
+    )
+    written = recipes.read(Path(run.done.run) / "run.toml")
+    assert written["within"] == ""
+    assert written["rounds"] < 500
+    assert fleetune.tune(recipes.make(written), offline=True).digest == run.digest

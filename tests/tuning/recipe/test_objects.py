@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A method that a caller wrote is taken as an object: tuned in this process, and its result used in any."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.common.settings import setting
+from fleetune.errors import Interrupted, UsageError
+from fleetune.seeds import VARIABLE
+from fleetune.tuning import methods
+from fleetune.tuning.methods import fedit, mezo
+from fleetune.tuning.recipe import objects
+
+FEW: dict[str, Any] = {
+    "clients": 2,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "threads": 1,
+    "device": "cpu",
+    "limit": 24,
+    "max_length": 64,
+}
+
+
+@dataclass(frozen=True)
+class MiddleLora(fedit.Method):
+    """Take the coordinate-wise median."""
+
+    r: int = setting(2, "r", "rank")
+    shrink: float = 1.0  # a field without `setting`
+
+    def aggregate(self, state: Any, replies: Any, rule: Any = None) -> Any:
+        taken = [reply.payload.arrays for reply in replies]
+        median = {n: self.shrink * np.median([t[n] for t in taken], axis=0) for n in state.tensors}
+        return (
+            state._replace(tensors={n: m.astype(np.float32) for n, m in median.items()}) if taken else state
+        )
+
+
+@dataclass(frozen=True)
+class Method(mezo.Method):
+    KIND: ClassVar[str] = "ledger"
+    CLIENTS: ClassVar[int] = 3
+
+
+@pytest.fixture(autouse=True)
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(methods.REGISTRY, "_given", {})
+    tiny = models.tiny_llama()
+    models.save(tiny.net, tiny.tokenizer, "tiny")
+
+
+def test_it_is_tuned_with_its_own_functions_and_settings() -> None:
+    run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2, shrink=0.0), rounds=1, **FEW)
+    recipe = fleetune.open(run).recipe
+    assert (recipe.method, recipe.set["shrink"], recipe.set["r"]) == ("middle-lora", 0.0, 2)
+    assert run.folder.name == "0001-middle-lora-tiny"
+    assert run.done.tuned["loss"] == run.done.base["loss"]  # an adapter of zeros
+    moved = fleetune.tune(
+        "tiny", "demo", method=MiddleLora(lr=1e-2), settings={"shrink": 0.5}, rounds=1, **FEW
+    )
+    assert moved.done.tuned["loss"] != run.done.base["loss"]
+
+
+def test_a_run_of_it_goes_on_in_this_process() -> None:
+    class Once(fleetune.Silent):
+        stop = False
+
+        def event(self, event: fleetune.events.Event) -> None:
+            self.stop = self.stop or (isinstance(event, fleetune.events.RoundEvaluated) and event.round == 1)
+
+        @property
+        def stop_requested(self) -> bool:
+            return self.stop
+
+    whole = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=2, **FEW)
+    with pytest.raises(Interrupted):
+        fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=2, listener=Once(), **FEW)
+    assert fleetune.resume_run("latest").digest == whole.digest
+
+
+def test_another_process_uses_the_result_and_is_told_what_it_cannot_do() -> None:
+    run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=1, **FEW)
+    here = fleetune.evaluate(run)["loss"]
+    script = (
+        "import fleetune; from fleetune.cli.main import main\n"
+        f"print(fleetune.evaluate({str(run.folder)!r})['loss'], main(['export', '1', '--to', 'hf', '-q']), "
+        "main(['tune', '--resume', '1']))"
+    )
+    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loss, exported, resumed = there.stdout.split()[-3:]
+    assert float(loss) == pytest.approx(here, abs=1e-6)
+    assert (exported, resumed) == ("0", "2"), there.stderr
+    assert "made by the method 'middle-lora', which is not known here" in there.stderr
+
+
+def test_a_class_called_method_has_the_name_of_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "torch")  # which compiles nothing
+    run = fleetune.tune(
+        "tiny", "demo", method=Method(K=8, tau=2, lr=1e-4, batch_size=2), rounds=1, **FEW | {"clients": 0}
+    )
+    assert run.folder.name == "0001-test-objects-tiny"
+    assert run.done.result.endswith("ledger.safetensors")
+    assert fleetune.open(run).recipe.clients == 3
+    assert "test-objects" in fleetune.methods()
+
+
+def test_the_result_of_a_class_whose_name_another_kind_took_since_is_still_used() -> None:
+    run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=1, **FEW)
+
+    @dataclass(frozen=True)
+    class Other(mezo.Method):
+        pass
+
+    Other.__name__ = "MiddleLora"
+    assert objects.registered(Other()) == "middle-lora"
+    assert run.model().attachment is not None
+    assert fleetune.export(run, to="peft").path.is_dir()
+    assert objects.method_settings(fleetune.open(run).recipe)["shrink"] == 1.0
+
+
+@dataclass(frozen=True)
+class Half(methods.Method):
+    lr: float = 1.0
+
+    def init(self, model: Any, key: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Unstated(methods.Method):
+    def nothing(self, *_: Any) -> None: ...
+
+    init = broadcast = expects = local = aggregate = apply = nothing
+
+
+@dataclass(frozen=True)
+class Fedit(fedit.Method):
+    pass
+
+
+@dataclass
+class Thawed:
+    lr: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (Thawed(), "Thawed of .* is no method"),
+        (Unstated(), "does not state KIND = 'ledger' or 'adapter'"),
+        (Fedit(), "has the name of the method 'fedit'"),
+        (MiddleLora, "the method is a class"),
+    ],
+)
+def test_what_is_no_method_says_what_is_missing(method: Any, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        fleetune.tune("tiny", "demo", method=method, **FEW)
+    assert not Path("runs").exists()
+
+
+def test_a_class_without_all_six_functions_makes_no_object() -> None:
+    with pytest.raises(TypeError, match=r"Half .*aggregate.*apply.*broadcast.*expects.*local"):
+        Half()  # type: ignore[abstract]

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A state comes back from a checkpoint bit by bit; the course of a run through JSON."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from fleetune.errors import LedgerError, MessageError
+from fleetune.models import tiny_llama
+from fleetune.seeds.ledger import Ledger, LedgerHead
+from fleetune.tuning import methods
+from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, decode, encode
+from fleetune.tuning.methods import Method, Reply
+from fleetune.tuning.rounds.checkpoint import Course, Totals, pack, unpack
+
+SMALL: dict[str, list[dict[str, Any]]] = {  # settings that make each method small, one run a set
+    "fedit": [{"r": 2}, {"r": 2, "average": "product", "wire": "fp16"}],
+    "fedkseed": [
+        {"K": 32, "tau": 5},
+        {"K": 32, "tau": 5, "pro": True, "epoch_rounds": 2},
+        {"K": 32, "tau": 5, "wire": "sums"},
+    ],
+    "mezo": [{"K": 16, "tau": 10}, {"K": 16, "tau": 10, "law": "gaussian"}],
+}
+
+
+CASES = [(name, i) for name in sorted(methods.entries()) for i in range(len(SMALL.get(name, [{}])))]
+
+
+def made(name: str, i: int) -> Method:
+    return methods.make(name, SMALL.get(name, [{}])[i])
+
+
+def answer(spec: ReplySpec, seed: int) -> Payload:
+    """Some payload that the spec allows."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for name, (kind, shape) in spec.arrays.items():
+        sides = [abs(n) for n in shape]
+        if np.dtype(kind).kind == "f":
+            arrays[name] = rng.normal(size=sides).astype(kind)
+        else:
+            arrays[name] = rng.integers(0, 120, sides).astype(kind)
+    scalars: dict[str, Any] = {}
+    for name, (kind, low, high) in spec.scalars.items():
+        scalars[name] = float(np.clip(1.5, low, high)) if kind is float else int(np.clip(3, low, high))
+    return Payload(arrays, scalars)
+
+
+def after(method: Method, state: Any, rounds: range) -> Any:
+    """The state after these rounds of two clients."""
+    for r in rounds:
+        replies = (Reply(c, 100 * r + c, answer(method.expects(state), 100 * r + c)) for c in range(2))
+        state = method.aggregate(state, replies)
+    return state
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Equal states, type by type and bit by bit."""
+    assert type(left) is type(right)
+    if isinstance(left, Ledger):
+        assert left.fingerprint() == right.fingerprint()
+        assert left.to_bytes() == right.to_bytes()
+    elif isinstance(left, np.ndarray):
+        assert (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes())
+    elif isinstance(left, dict):
+        assert list(left) == list(right)
+        for name in left:
+            assert_same(left[name], right[name])
+    elif isinstance(left, tuple):
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    else:
+        assert left == right
+
+
+def through_bytes(payload: Payload) -> Payload:
+    return decode(encode(Message(3, b"", payload))).payload
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_every_methods_state_comes_back_and_goes_on_alike(name, i):
+    method = made(name, i)
+    first = method.init(tiny_llama(), 2**64 - 5)
+    for rounds in (0, 3):
+        state = after(method, first, range(rounds))
+        back, totals = unpack(through_bytes(pack(state, Totals(7, 8, 0.25))), first)
+        assert_same(back, state)
+        assert totals == Totals(7, 8, 0.25)
+        sent = [encode(Message(1, b"", method.broadcast(s))) for s in (state, back)]
+        assert sent[0] == sent[1]
+        assert_same(after(method, back, range(4, 6)), after(method, state, range(4, 6)))
+        if rounds:
+            with pytest.raises(AssertionError):
+                assert_same(back, first)
+
+
+def test_a_checkpoint_that_lacks_a_field_is_refused_by_name():
+    method = made("fedkseed", 1)
+    first = method.init(tiny_llama(), 5)
+    payload = pack(after(method, first, range(1)), Totals())
+    inside = tuple(f"state/{f}/" for f, v in first._asdict().items() if isinstance(v, dict))
+    needed = [n for n in (*payload.scalars, *payload.arrays) if not n.startswith(inside or ("?",))]
+    assert "totals" in needed
+    for missing in needed:
+        arrays = {n: a for n, a in payload.arrays.items() if n != missing}
+        scalars = {n: s for n, s in payload.scalars.items() if n != missing}
+        with pytest.raises(MessageError, match=f"the checkpoint lacks '{missing}'"):
+            unpack(Payload(arrays, scalars), first)
+
+
+class Odd(NamedTuple):
+    """A state with one field of every kind."""
+
+    number: int
+    share: float
+    text: str
+    flag: bool
+    raw: bytes
+    array: np.ndarray
+    nothing: np.ndarray
+    tensors: dict[str, np.ndarray]
+    empty: dict[str, np.ndarray]
+    ledger: Ledger
+
+
+def odd() -> Odd:
+    head = LedgerHead(
+        "a" * 64, "b" * 64, (("w", (3,), "float32"),), 2**64 - 1, "rademacher", 1, 0.5, hyper={"é": [1, None]}
+    )
+    ledger = Ledger(head).append(np.array([2**64 - 1], np.uint64), np.array([-7]), 2).with_check(2, "c" * 64)
+    tensors = {
+        "layer/0/B": np.ones((2, 1), np.float16),
+        "": np.zeros(0),
+        "a.b": np.arange(4, dtype=np.uint16),
+    }
+    return Odd(
+        2**64 - 1, 0.1, "é\n", True, b"\0\xff", np.eye(2), np.zeros((0, 3), np.int8), tensors, {}, ledger
+    )
+
+
+def test_every_kind_of_field_comes_back():
+    back, _ = unpack(through_bytes(pack(odd(), Totals())), odd())
+    assert_same(back, odd())
+
+
+def test_a_damaged_ledger_in_a_checkpoint_is_refused():
+    payload = pack(odd(), Totals())
+    scalars = {**payload.scalars, "state/ledger": "{}"}
+    with pytest.raises(LedgerError, match="head is damaged"):
+        unpack(Payload(payload.arrays, scalars), odd())
+
+
+def test_a_course_through_json_and_back() -> None:
+    for course in (Course(), Course(0, 4.25, 2), Course().after(1, None), Course(None, stale=3)):
+        assert Course.from_json(course.to_json()) == course
+    assert Course(1, 2.0, 0).after(2, float("nan")) == Course(1, 2.0, 1)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What methods keep on simulated clients: it comes back, a kill loses nothing that counts, and memory stays flat."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetune.data import Encoded
+from fleetune.errors import FitError, MessageError, StorageError
+from fleetune.models import tiny_llama
+from fleetune.tuning.exchange.messages import Message, Payload, encode
+from fleetune.tuning.rounds.local_work import Memories
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
+
+
+def test_what_a_client_kept_comes_back_and_is_its_own(tmp_path: Path) -> None:
+    given = {"seen": np.arange(3), "w/0": np.zeros((2, 2), np.float16), "count": 3, "on": False, "name": "é"}
+    memories = Memories(tmp_path / "memories")
+    assert memories.of(12) == {}
+    memories.keep(12, 1, given)
+    memories.keep(3, 1, {})  # nothing kept, nothing written
+    assert [p.name for p in memories.folder.iterdir()] == ["client-000012.round-000001.ckpt"]
+    for again in (memories, Memories(tmp_path / "memories")):
+        back = again.of(12)
+        assert set(back) == set(given)
+        for name, value in given.items():
+            assert np.array_equal(back[name], value)
+            assert getattr(back[name], "dtype", type(back[name])) == getattr(value, "dtype", type(value))
+        back["seen"] += 1  # may be changed; it counts when it is kept
+        assert again.of(12)["seen"].tolist() == [0, 1, 2]
+        assert again.of(3) == {}
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=20), st.integers(0, 9))
+def test_rewind_and_settle_against_a_dictionary(work: list[tuple[int, int]], round: int) -> None:
+    """After any work in order of rounds: rewinding gives what held at that round, settling changes nothing later."""
+    work = sorted(work, key=lambda pair: pair[1])
+    memories, at = Memories(), dict[int, int]()
+    for client, r in work:
+        memories.keep(client, r, {"r": r})
+        at |= {client: r} if r <= round else {}
+    memories.forget_before(round)
+    latest = dict(work)
+    assert {c: memories.of(c).get("r") for c in range(4)} == {c: latest.get(c) for c in range(4)}
+    again = Memories(memories.folder)  # the folder goes with `memories`
+    again.rewind(round)
+    assert {c: again.of(c).get("r") for c in range(4)} == {c: at.get(c) for c in range(4)}
+    assert len(list(again.folder.iterdir())) == len(at)
+
+
+def test_a_damaged_file_is_named_and_a_half_written_one_goes(tmp_path: Path) -> None:
+    memories = Memories(tmp_path)
+    memories.keep(1, 1, {"a": 1})
+    (tmp_path / ".client-000001.round-000002.ckpt.x.tmp").write_bytes(b"half")
+    (path,) = tmp_path.glob("client*")
+    path.write_bytes(path.read_bytes()[:-1])
+    again = Memories(tmp_path)
+    again.rewind(1)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(MessageError, match=r"client-000001\.round-000001\.ckpt\) cannot be read"):
+        again.of(1)
+
+
+def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        Memories(tmp_path / "file").keep(1, 1, {"a": 1})
+
+
+class Keeper:
+    """A method whose clients keep an array and count their rounds; every second reply of client 1 fails late."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def local(
+        self, model: object, payload: Payload, batches: Any, key: int, memory: dict[str, Any]
+    ) -> Payload:
+        memory["count"] = memory.get("count", 0) + 1
+        memory["big"] = np.zeros(self.size)
+        if batches.client == 1 and memory["count"] == 2:
+            raise RuntimeError("after it changed its memory")
+        return Payload({}, {"count": memory["count"]})
+
+
+def asked(fleet: LocalFleet, round: int, clients: range) -> Iterator[bytes | None]:
+    for answer in fleet.ask(round, clients, encode(Message(round, b"", Payload({}, {})))):
+        yield answer.data
+
+
+def test_a_client_that_fails_keeps_what_it_had_before() -> None:
+    rows = [[Encoded(np.arange(3, dtype=np.int32), 1)]] * 2
+    fleet = LocalFleet(tiny_llama(), Keeper(1), rows, 0, 0)  # type: ignore[arg-type]
+    for r in range(1, 4):
+        list(asked(fleet, r, range(2)))
+    assert [fleet.memories.of(c)["count"] for c in range(2)] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_a_client_without_memory_ends_the_run_as_one_that_does_not_fit(error: Exception) -> None:
+    class Full(Keeper):
+        def local(self, *args: Any) -> Payload:
+            raise error
+
+    rows = [[Encoded(np.arange(3, dtype=np.int32), 1)]] * 2
+    fleet = LocalFleet(tiny_llama(), Full(1), rows, 0, 0)  # type: ignore[arg-type]
+    with pytest.raises(FitError, match="client 0 in round 1: memory does not suffice on 'cpu'"):
+        list(asked(fleet, 1, range(2)))
+
+
+def test_memory_does_not_grow_with_the_clients() -> None:
+    """1 MB kept on each of 40 clients: the process holds a few of them, not 40."""
+    rows = [[Encoded(np.arange(3, dtype=np.int32), 1)]] * 40
+    peaks = []
+    for _ in range(2):  # of both the lower: a table of the interpreter's own may grow meanwhile, by megabytes
+        fleet = LocalFleet(tiny_llama(), Keeper(131_072), rows, 0, 0)  # type: ignore[arg-type]
+        tracemalloc.start()
+        for r in (1, 2):
+            assert all(asked(fleet, r, range(2, 40)))
+            fleet.forget_before(r - 1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(list(fleet.memories.folder.iterdir())) == 2 * 38
+    assert min(peaks) < 8e6

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that diverges says so at once, once, with what to change; and says at the end what its change is worth."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.common import files
+from fleetune.common.events import ClientReply, Diverging, RoundEvaluated, as_dict
+from fleetune.common.paired import Difference
+from fleetune.runs.listener import Silent
+from fleetune.runs.rundir import events
+from fleetune.tuning import methods
+from fleetune.tuning.rounds.checkpoint import Course
+from fleetune.tuning.rounds.watch import Watch
+from fleetune.tuning.run import describe
+
+
+@dataclass
+class Some:
+    lr: float = 3e-3
+    clip: float = 0.0
+
+
+@dataclass
+class Clipped:
+    lr: float = 3e-3
+    clip: float = 1.0
+
+
+def evaluated(round: int, loss: float, error: float | None = 0.01) -> RoundEvaluated:
+    return RoundEvaluated(round=round, loss=loss, change_error=error if round else None)
+
+
+def replied(
+    round: int, loss: float | None, status: str = "ok", reason: str = "", client: int = 0
+) -> ClientReply:
+    return ClientReply(
+        round=round,
+        client=client,
+        n=1,
+        loss=loss,
+        bytes_up=1,
+        bytes_down=1,
+        seconds=0.0,
+        rss=1,
+        status=status,
+        reason=reason,
+    )
+
+
+def heard(watch: Watch, *told: Any) -> list[Diverging | None]:
+    return [watch.heard(event) for event in told]
+
+
+def test_a_loss_above_the_start_by_more_than_noise_is_said_at_once_and_once() -> None:
+    watch = Watch(Some(), "loss", ())
+    nothing, within, rose, again = heard(
+        watch, evaluated(0, 4.0), evaluated(1, 4.019), evaluated(2, 4.03), evaluated(3, 9.0)
+    )
+    assert (nothing, within, again) == (None, None, None)
+    assert rose is not None
+    assert rose.round == 2
+    assert "has risen to 4.030 from 4.000 before tuning, by more than noise (0.020)" in rose.text
+    assert "--set lr=0.0003" in rose.text
+    assert "clip" in rose.text
+
+
+def test_ups_and_downs_after_a_gain_are_not_divergence_and_half_the_gain_lost_is() -> None:
+    told = (evaluated(0, 4.0), evaluated(1, 3.0), evaluated(2, 3.49), evaluated(3, 3.51))
+    *before, lost = heard(Watch(Some(), "loss", ()), *told)
+    assert before == [None] * 3
+    assert lost is not None
+    assert "from 3.000 after round 1" in lost.text
+    assert "--set lr=0.001" in lost.text
+    assert "--keep best" in lost.text
+
+
+def test_a_client_whose_loss_is_twice_what_it_was_is_said_before_the_round_ends() -> None:
+    watch = Watch(Clipped(), "loss", ())
+    *calm, blown = heard(watch, evaluated(0, 4.0), replied(1, 5.0), replied(2, 9.9), replied(2, 10.1))
+    assert calm == [None] * 3
+    assert blown is not None
+    assert blown.text.startswith(
+        "round 2: the training loss of client 0 is 10.100, and was 5.000; lower the learning rate"
+    )
+    assert "clip" not in blown.text  # it has one
+    first = heard(Watch(Some(), "loss", ()), evaluated(0, 4.0), replied(1, 8.1))[-1]
+    assert first is not None  # of a first reply the base's loss is the measure
+
+
+def test_a_reply_that_is_not_finite_is_said_at_once() -> None:
+    watch = Watch(Some(), "loss", ())
+    found = watch.heard(replied(1, None, "refused", "2752 values that are not finite"))
+    assert found is not None
+    assert "lower the learning rate" in found.text
+    assert Watch(Some(), "loss", ()).heard(replied(1, None, "refused", "too far")) is None
+
+
+def test_after_a_resume_it_knows_what_it_heard() -> None:
+    told = [evaluated(0, 4.0), replied(1, 3.0), evaluated(1, 3.0), replied(2, 3.0), evaluated(2, 3.6)]
+    for cut in range(len(told) + 1):
+        past = [as_dict(event) for event in told[:cut]]
+        watch = Watch(Some(), "loss", past)
+        assert [e is not None for e in heard(watch, *told[cut:])] == [i == 4 for i in range(cut, len(told))]
+    said = [*(as_dict(e) for e in told), {"event": "diverging", "round": 2, "text": ""}]
+    assert Watch(Some(), "loss", said).heard(evaluated(3, 9.0)) is None
+
+
+# Whole runs -------------------------------------------------------------------------------------------
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("watch")
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, folder / "tiny")
+    rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(20)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def tune(place: Path, out: Path, listener: Notes | None = None, **more: Any) -> fleetune.TuneResult:
+    options: dict[str, Any] = {
+        "method": "fedit",
+        "settings": {"r": 2, "steps": 1, "lr": 3.0},
+        "clients": 2,
+        "rounds": 2,
+        "held_out": 6,
+        "max_length": 48,
+        "samples": 0,
+        "device": "cpu",
+    }
+    return fleetune.tune(
+        str(place / "tiny"), str(place / "data.jsonl"), out=out, listener=listener, **(options | more)
+    )
+
+
+def test_a_run_that_rises_says_so_in_the_round_and_at_the_end(place: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    run = tune(place, tmp_path, notes)
+    assert run.done.tuned["loss"] > run.done.base["loss"]  # type: ignore[operator]
+    said = [text for text in notes.notes if "has risen" in text]
+    assert len(said) == 1
+    assert [e["text"] for e in events(run.folder) if e["event"] == "diverging"] == said
+    assert any(
+        text.startswith("the validation loss rose (+") and "--set lr=1" in text for text in run.done.remarks
+    )
+    error = run.done.change_errors["loss"]  # type: ignore[index]
+    evaluation = files.read_json(run.folder / "eval.json", "")["losses"]
+    changes = [t - b for b, t in zip(evaluation["base"], evaluation["tuned"], strict=True)]
+    D = sum(changes) / sum(evaluation["tokens"])
+    squares = sum((d - D * n) ** 2 for d, n in zip(changes, evaluation["tokens"], strict=True))
+    assert error == pytest.approx((6 / 5 * squares) ** 0.5 / sum(evaluation["tokens"]))
+    page = run.report.read_text()
+    assert f" ± {100 * error / run.done.base['loss']:.1f} %, worse" in page  # type: ignore[operator]
+
+
+def test_a_change_within_noise_is_called_so(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tune(place, Path("runs"), method="mezo", settings={"tau": 1, "lr": 1e-3}, rounds=1, seed=5)
+    assert any("within noise" in text for text in run.done.remarks)
+    assert "which is within noise" in run.report.read_text()
+    assert "within noise</td>" in run.report.read_text()
+    assert main(["eval", "1", "--tasks", "loss"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "loss, 6 held-out rows" in line
+    assert "within noise" in line
+    assert f"{run.done.base['loss']:.4f}"[:6] in line
+
+
+def test_a_result_past_its_best_is_told_and_never_advised_a_higher_rate() -> None:
+    method = methods.make("fedkseed", {"lr": 3e-4})
+    job: Any = SimpleNamespace(objective="loss", recipe=SimpleNamespace(rounds=4, keep="last"), method=method)
+    noise = Difference(0.02, 0.05, 8)
+    past: Any = SimpleNamespace(round=4, last=4, course=Course(1, 4.148, 3))
+    told = describe.of_change(job, {"loss": 4.364}, {"loss": 4.381}, noise, past)
+    assert "lower the learning rate to 0.0001 (--set lr=0.0001)" in told
+    assert "higher" not in told
+    assert describe.of_course(job, past, {"loss": 4.381}) == [
+        "round 1 was the best (4.148), and the loss rose since: --keep best keeps its model, --patience ends a run there"
+    ]
+    best: Any = SimpleNamespace(round=4, last=4, course=Course(4, 4.381, 0))
+    assert "higher learning rate" in describe.of_change(job, {"loss": 4.364}, {"loss": 4.381}, noise, best)
+    assert not describe.of_course(job, best, {"loss": 4.381})

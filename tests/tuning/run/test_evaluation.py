@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every client's loss before and after: on its own rows, held out where there are enough, few enough to cost little."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.common import files
+from fleetune.common.events import ClientReply, Event, RoundDone
+from fleetune.errors import Interrupted
+from fleetune.evaluation.losses import response_loss
+from fleetune.models import tiny_bert, tiny_llama
+from fleetune.runs import rundir
+from fleetune.runs.listener import Silent
+from fleetune.tuning import methods
+from fleetune.tuning.prepare import estimate, prepare
+from fleetune.tuning.recipe import recipe
+from fleetune.tuning.recipe.settled import given, settled
+from fleetune.tuning.run import evaluation
+
+FAST: dict[str, Any] = {"samples": 0, "max_length": 64, "rounds": 1, "offline": True, "listener": Silent()}
+SITES = ("north", "south", "west")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    at = tmp_path_factory.mktemp("clients")
+    for name, model in (("llama", tiny_llama()), ("bert", tiny_bert(labels=("no", "yes")))):
+        models.save(model.net, model.tokenizer, at / name)
+    rows = [
+        {"instruction": f"is {n} odd?", "output": "yes" if n % 2 else "no", "site": SITES[n % 3]}
+        for n in range(36)
+    ]
+    (at / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return at
+
+
+def tune(places: Path, out: Path, method: str = "fedit", model: str = "llama", **more: Any) -> Any:
+    return fleetune.tune(
+        str(places / model), str(places / "rows.jsonl"), method=method, out=out, **(FAST | more)
+    )
+
+
+def job_of(places: Path, model: str = "llama", **more: Any) -> prepare.TuneJob:
+    values = {
+        "method": "fedit",
+        "model": str(places / model),
+        "data": str(places / "rows.jsonl"),
+        "max_length": 64,
+        **more,
+    }
+    return prepare.prepare(recipe.make(values), offline=True)
+
+
+def test_losses_before_and_after_are_those_of_the_clients_own_rows(places: Path, tmp_path: Path) -> None:
+    result = tune(places, tmp_path, partition="column:site", held_out=12, settings={"lr": 0.01})
+    found = result.done.per_client
+    assert (found["rows"], found["n"]) == ("held-out", [2, 2, 2])
+    assert found == files.read_json(result.folder / "eval.json", "")["per_client"]
+    job = job_of(places, partition="column:site", held_out=12)
+    for model, key in ((job.model, "base"), (result.model(offline=True), "tuned")):
+        for client, site in enumerate(SITES):
+            own = [row for row, e in zip(job.held, job.examples, strict=True) if e.meta["site"] == site][:2]
+            assert found[key][client] == pytest.approx(response_loss(model, own), rel=1e-5)
+    assert found["base"] != found["tuned"]
+    text = (result.folder / "report.html").read_text()
+    assert "Loss of each client before and after" in text
+    assert ">north</text>" in text
+    start = next(rundir.events(result.folder))
+    assert start["names"] == list(SITES)
+    assert {"model", "data", "method", "partition", "held_out", "samples", "set.lr"} <= set(start["changed"])
+    assert not {"seed", "client_rows", "threads"} & set(start["changed"])
+    assert start["params"] == job.model.n_params  # without the adapter
+
+
+def test_rows_that_are_trained_on_are_used_and_said_where_held_out_ones_are_too_few(places: Path) -> None:
+    for more in ({"partition": "column:site", "held_out": 3},):
+        job = job_of(places, **more)
+        kind, own = evaluation.client_rows(job) or ("", [])
+        assert kind == "training"
+        for rows, chosen in zip(job.rows, own, strict=True):
+            assert {id(r) for r in chosen} <= {id(r) for r in rows}
+        _, again = evaluation.client_rows(job) or ("", [])
+        assert [[id(r) for r in rows] for rows in again] == [[id(r) for r in rows] for rows in own]
+
+
+@pytest.mark.parametrize(
+    ("more", "size", "clients", "rows"),
+    [
+        ({"rounds": 1}, 12, 8, 2),  # 36 passes a client: 5 % are less than one row before and after
+        ({"rounds": 10}, 12, 8, 4),
+        ({"rounds": 3, "participation": 0.25}, 36, 8, 2),
+        ({"rounds": 100, "client_rows": 1}, 12, 8, 1),
+    ],
+)
+def test_a_short_run_measures_fewer_rows(more: dict[str, Any], size: int, clients: int, rows: int) -> None:
+    made = recipe.make({"model": "m", "data": "d", **more})
+    assert estimate.most_client_rows(made, [size] * clients) == rows
+
+
+def test_many_clients_are_measured_only_where_it_is_asked_for(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "MOST_CLIENTS", 2)
+    job = job_of(places, partition="iid", clients=3)
+    assert evaluation.client_rows(job) is None
+    job = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, client_rows=6))
+    _, own = evaluation.client_rows(job) or ("", [])
+    assert [len(rows) for rows in own] == [6, 6, 6]
+
+
+class Stop(Silent):
+    """Stop after the first round."""
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, RoundDone):
+            raise Interrupted("enough")
+
+
+def test_a_resumed_run_has_the_same_losses(places: Path, tmp_path: Path) -> None:
+    whole = tune(places, tmp_path / "a", method="fedkseed", clients=3, rounds=2, settings={"K": 8, "tau": 1})
+    with pytest.raises(Interrupted):
+        tune(
+            places,
+            tmp_path / "b",
+            method="fedkseed",
+            clients=3,
+            rounds=2,
+            settings={"K": 8, "tau": 1},
+            listener=Stop(),
+        )
+    resumed = fleetune.resume_run(tmp_path / "b" / "latest", offline=True)
+    assert resumed.done.per_client == whole.done.per_client
+
+
+class Heard(Silent):
+    """Keep what the clients did."""
+
+    def __init__(self) -> None:
+        self.replies: list[ClientReply] = []
+        self.steps: Counter[int] = Counter()
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, ClientReply):
+            self.replies.append(event)
+
+    def step(self, client: int, step: int) -> None:
+        self.steps[client] += 1
+
+
+@pytest.mark.parametrize("method", ["fedkseed"])
+def test_steps_and_tokens_are_counted(method: str, places: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    settings = {"batch_size": 4} if method == "fedit" else {"K": 8, "tau": 3, "batch_size": 2}
+    tune(places, tmp_path, method=method, clients=2, held_out=4, listener=heard, settings=settings)
+    assert (
+        {r.client: r.steps for r in heard.replies}
+        == dict(heard.steps)
+        == dict.fromkeys((0, 1), 4 if method == "fedit" else 3)
+    )
+    job = job_of(places, clients=2, held_out=4)
+    for reply in heard.replies:
+        rows = job.rows[reply.client]
+        if method == "fedit":  # one epoch: every row once
+            assert reply.tokens == sum(len(row.ids) for row in rows)
+        else:
+            assert (
+                6 * min(len(r.ids) for r in rows) <= (reply.tokens or 0) <= 6 * max(len(r.ids) for r in rows)
+            )
+
+
+def test_a_setting_that_is_written_at_its_default_is_not_changed(places: Path) -> None:
+    defaults = {s.name: s.default for s in methods.settings("fedkseed")}
+    same = recipe.make({"model": "m", "data": "d", "method": "fedkseed", "set": defaults})
+    assert not [name for name in given(same) if name.startswith("set.")]
+    texts = recipe.make(
+        {"model": "m", "data": "d", "method": "fedkseed", "set": {"lr": str(defaults["lr"]), "tau": "7"}}
+    )
+    assert [name for name in given(settled(texts)) if name.startswith("set.")] == ["set.tau"]

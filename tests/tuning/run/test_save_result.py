@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of a run: the base row is the untouched model, objectives are measured, and a run that moved nothing says so."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import contract_harness
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.common.events import Event, RoundEvaluated
+from fleetune.errors import DataError, Interrupted, RecipeError
+from fleetune.evaluation.losses import response_loss
+from fleetune.models import Model, tiny_bert, tiny_llama
+from fleetune.runs import rundir
+from fleetune.runs.listener import Silent
+from fleetune.tuning import methods
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import recipe
+
+FAST: dict[str, Any] = {
+    "clients": 2,
+    "rounds": 1,
+    "held_out": 6,
+    "samples": 0,
+    "max_length": 64,
+    "offline": True,
+    "listener": Silent(),
+}
+DEAF = "def same(model, batch):\n    return 1.5\n\ndef size(model, batch):\n    return float(batch.labels.shape[0])\n"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a causal model, two encoders, labelled rows and a file of objectives."""
+    at = tmp_path_factory.mktemp("figures")
+    for name, model in (("llama", tiny_llama()), ("bert", tiny_bert(labels=("no", "yes")))):
+        models.save(model.net, model.tokenizer, at / name)
+    rows = [{"instruction": f"is {n} odd?", "output": "yes" if n % 2 else "no"} for n in range(30)]
+    (at / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (at / "own.py").write_text(DEAF)
+    return at
+
+
+def tune(places: Path, out: Path, method: str = "fedkseed", model: str = "llama", **more: Any) -> Any:
+    options = FAST | more
+    return fleetune.tune(str(places / model), str(places / "rows.jsonl"), method=method, out=out, **options)
+
+
+class UntilBase(Silent):
+    """Stop when the base has been measured."""
+
+    loss: float | None = None
+
+    def event(self, event: Event) -> None:
+        """Keep the base's loss."""
+        if isinstance(event, RoundEvaluated):
+            self.loss = event.loss
+            raise Interrupted("enough")
+
+
+@pytest.fixture(scope="module")
+def untouched(places: Path) -> float:
+    """The held-out loss of the model as `models.load` gives it, with nothing else done to it."""
+    name, data = str(places / "llama"), str(places / "rows.jsonl")
+    made = recipe.make(
+        {
+            "model": name,
+            "data": data,
+            "method": "fedkseed",
+            "set": {"lr": 1e-3},
+            "clients": 2,
+            "held_out": 6,
+            "max_length": 64,
+            "samples": 0,
+        }
+    )
+    return response_loss(models.load(name, offline=True), prepare.prepare(made, offline=True).held)
+
+
+OTHERS = [
+    case
+    for case in contract_harness.VARIANTS
+    if "start=" in case or "module=" in case or "layers_rule=all" in case or "backprop=0.5" in case
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *sorted(methods.entries()),
+        *(case if "module=p" in case else pytest.param(case, marks=pytest.mark.slow) for case in OTHERS),
+    ],
+)
+def test_the_base_row_is_the_untouched_model_bit_for_bit(
+    name: str, places: Path, untouched: float, tmp_path: Path
+) -> None:
+    method, _, changes = name.partition(":")
+    pairs = [pair.replace(";", ",").split("=") for pair in changes.split(",") if pair]
+    settings = contract_harness.QUICK.get(method, {}) | dict(pairs)
+    if "ranks" in settings:
+        settings["ranks"] = "2,4"
+    watching = UntilBase()
+    with pytest.raises(Interrupted):
+        tune(places, tmp_path, method, settings=settings, listener=watching)
+    assert watching.loss == untouched
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "told"),
+    [
+        ("fedpetuning", {"module": "prefix", "size": 4}, True),
+        ("fedpeptao", {"tokens": 4, "lanczos": 2}, True),
+        ("fedpetuning", {"module": "lora", "size": 4}, False),
+        ("fedkseed", {"K": 4, "tau": 2}, False),
+    ],
+)
+def test_a_start_that_is_not_the_base_is_told(
+    method: str, settings: dict[str, Any], told: bool, places: Path, untouched: float, tmp_path: Path
+) -> None:
+    done = tune(places, tmp_path, method, settings=settings).done
+    assert done.base["loss"] == untouched
+    assert (done.start is not None) == told
+    assert any("the untrained module changes the model" in text for text in done.remarks) == told
+    if told:
+        assert abs(done.start["loss"] - untouched) > 1e-3
+        assert json.loads((Path(done.run) / "eval.json").read_text())["start"] == done.start
+
+
+def test_an_encoder_with_a_new_head_says_so(places: Path, tmp_path: Path) -> None:
+    settings = {"module": "bitfit", "steps": 1}
+    old = tune(places, tmp_path, "fedpetuning", "bert", settings=settings).done
+    assert not any("head is new" in text for text in old.remarks)
+    config = json.loads((places / "bert" / "config.json").read_text())
+    bare = tmp_path / "bare"
+    models.save(tiny_bert().net, tiny_bert().tokenizer, bare)
+    (bare / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    new = fleetune.tune(
+        str(bare), str(places / "rows.jsonl"), method="fedpetuning", settings=settings, out=tmp_path, **FAST
+    )
+    assert any("head is new" in text for text in new.done.remarks)
+    assert "head is new" in new.report.read_text()
+
+
+# --- objectives ---------------------------------------------------------------------------------------------
+
+
+def test_a_custom_objective_is_measured_before_and_after(places: Path, tmp_path: Path) -> None:
+    objective = f"{places}/own.py:size"
+    settings = {"objective": objective, "K": 4, "tau": 2, "batch_size": 4}
+    result = tune(places, tmp_path, settings=settings)
+    worth = (4 * 4 + 2 * 2) / 6  # batches of 4 and 2 of the 6 held-out rows, each its own number of rows
+    assert result.done.base["objective"] == result.done.tuned["objective"] == pytest.approx(worth)
+    written = json.loads((result.folder / "eval.json").read_text())
+    assert written["base"]["objective"] == written["tuned"]["objective"] == pytest.approx(worth)
+    evaluated = [e for e in rundir.events(result.folder) if e["event"] == "eval"]
+    assert [e["objective"] for e in evaluated] == [pytest.approx(worth)] * 2
+    assert "objective (less is better)" in result.report.read_text()
+    assert result.history["objective"] == [pytest.approx(worth)] * 2
+
+
+@pytest.mark.parametrize("objective", ["accuracy:yes,no", "accuracy"])
+def test_an_accuracy_that_is_trained_is_measured(objective: str, places: Path, tmp_path: Path) -> None:
+    settings = {"objective": objective, "K": 4, "tau": 2, "batch_size": 4}
+    done = tune(places, tmp_path, settings=settings).done
+    assert set(done.base) == set(done.tuned) == {"loss", "accuracy"}
+    assert 0 <= (done.base["accuracy"] or 0) <= 100
+
+
+# --- labels -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "objective", "says"),
+    [
+        ("yes,no,yes", "loss", "has 'yes' twice"),
+        ("yes", "loss", r"has 1 word: "),
+        ("yes,,no", "loss", "has an empty word"),
+        ("yes,maybe", "loss", "15 of 30 rows have another answer, the first is row 1: 'no'"),
+        ("", "accuracy:Yes,No", "30 of 30 rows have another answer"),
+        ("yes,no", "accuracy:yes,maybe", "differ"),
+        ("", "accuracy", "batch_size = 1"),
+    ],
+)
+def test_label_words_are_checked_before_the_model_is_loaded(
+    labels: str, objective: str, says: str, places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> Model:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(models, "load", never)
+    with pytest.raises((RecipeError, DataError), match=says) as caught:
+        tune(places, tmp_path, labels=labels, settings={"objective": objective})
+    assert caught.value.hint
+    assert ("a comma in a word: \\," in caught.value.hint) == ("another answer" in says)
+
+
+# --- nothing moved ------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_zeros_says_that_nothing_moved(places: Path, tmp_path: Path, capsys: Any) -> None:
+    words = "--method fedkseed --rounds 1 --clients 2 --samples 0 --held-out 6 --offline -q --set tau=2"
+    line = ["tune", str(places / "llama"), str(places / "rows.jsonl"), *words.split(), "--out", str(tmp_path)]
+    line += ["--set", f"objective={places}/own.py:same"]
+    assert main(line) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "note: nothing moved: 2 good replies added up to no change of any weight; raise the learning rate"
+        in shown
+    )
+    assert "raise batch_size or eps" in shown
+    (done,) = [e for e in rundir.events(tmp_path / "latest") if e["event"] == "done"]
+    assert done["moved"] is False
+    assert done["remarks"][0].startswith("nothing moved")
+    assert "nothing moved" in (tmp_path / "latest" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("method", ["fedit"])
+def test_a_fleet_that_gave_too_few_replies_says_so(method: str, places: Path, tmp_path: Path) -> None:
+    done = tune(places, tmp_path, method, clients=3, drop=0.9, quorum=3, rounds=2).done
+    assert done.moved is False
+    assert re.search("nothing moved: (none of 6 clients gave|no round had 3 good replies)", done.remarks[-1])
+
+
+def test_a_resumed_run_keeps_its_base_and_start(places: Path, tmp_path: Path) -> None:
+    settings = {"module": "prefix", "size": 4, "steps": 1}
+    whole = tune(places, tmp_path / "a", "fedpetuning", settings=settings, rounds=2).done
+
+    class Stop(Silent):
+        def event(self, event: Event) -> None:
+            if isinstance(event, RoundEvaluated) and event.round == 2:
+                raise Interrupted("here")
+
+    with pytest.raises(Interrupted):
+        tune(places, tmp_path / "b", "fedpetuning", settings=settings, rounds=2, listener=Stop())
+    done = fleetune.resume_run(rundir.find("latest", tmp_path / "b"), out=tmp_path / "b", offline=True).done
+    assert (done.base, done.start, done.tuned, done.digest) == (
+        whole.base,
+        whole.start,
+        whole.tuned,
+        whole.digest,
+    )
+    assert done.remarks == whole.remarks
