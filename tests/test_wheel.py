@@ -97,16 +97,3 @@ def test_the_command_recipes_and_demo_work_outside_the_repository(site: Path, tm
     assert "--quick" in run(site, tmp_path, "-m", "fleetune", "demo", "--help")
     assert run(site, tmp_path, "-m", "fleetune", "recipes", "copy", "fedit")
     assert (tmp_path / "fedit.toml").read_bytes() == (PACKAGE / "recipes" / "fedit.toml").read_bytes()
-
-
-@pytest.mark.slow
-def test_a_run_and_its_page_come_out_of_the_wheel(site: Path, tmp_path: Path) -> None:
-    script = (
-        "from fleetune import models; m = models.tiny_llama(); models.save(m.net, m.tokenizer, 'tiny')\n"
-        "from fleetune.cli.main import main\n"
-        "raise SystemExit(main('tune tiny demo --method fedit --rounds 1 --limit 30 --samples 0 --max-length 64'.split()))\n"
-    )
-    run(site, tmp_path, "-c", script)
-    page = (tmp_path / "runs" / "latest" / "report.html").read_text(encoding="utf-8")
-    assert "<style" in page
-    assert "<svg" in page

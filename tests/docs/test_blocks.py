@@ -23,11 +23,11 @@ from fleetune import models
 from fleetune.models.cache import cache
 from fleetune.tuning import methods
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "deploy"))
 ELSEWHERE = {
-    "CONTRIBUTING.md": "test_contributing.py",
-    "docs/ledger.md": "test_docs_ledger.py",
+    "CONTRIBUTING.md": "docs/test_contributing.py",
+    "docs/ledger.md": "docs/test_ledger_page.py",
     "docs/export.md": "contract/test_target_contract.py",
 }
 

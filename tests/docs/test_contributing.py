@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import re
@@ -17,15 +16,15 @@ import numpy as np
 import pytest
 import test_contract
 from contract_harness import fleet, key, reply
+from safetensors.numpy import load_file
 
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import registry
-from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Payload
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -118,21 +117,42 @@ def test_the_example_is_listed_and_planned(fedmedian, tmp_path, capsys):
     assert list(rows).index(fedmedian) < list(rows).index("inference")
 
 
-def test_a_method_that_states_no_footprint_has_an_empty_row_in_the_plan(registered):
-    name = registered(example().replace("def footprint", "def unstated"))
-    rows = plan.table(
-        models.tiny_llama().net.config, device_cost.Workload(), rates=device_cost.Rates(1e11, 1e10), ram=1000
-    )
-    (row,) = [row for row in rows if row.method == name]
-    assert {row.peak, row.trainable, row.bytes_up, row.passes, row.seconds} == {None}
-    assert plan.cells(row) == [name, "-", "-", "-", "-", "-", ""]
-    assert name not in plan.order(rows)
+# --- the compressor and the command -----------------------------------------------------------------------------
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+EXAMPLES = {"fleetune.compressors": ("magnitude", "\nclass Solver"), "fleetune.commands": ("count", "\nHELP")}
 
 
-def test_the_example_has_a_page_in_the_docs(fedmedian):
-    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    page = build.method_page(fedmedian)
-    assert "coordinate-wise median" in page
-    assert "| `r` | r | int | `8` | rank of the adapters |" in page
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny model, where the examples are registered."""
+    points = {}
+    for group, (name, mark) in EXAMPLES.items():
+        (code,) = [block for block in BLOCKS if mark in block]
+        (tmp_path / f"{name}_example.py").write_text(code, encoding="utf-8")
+        points[group] = [EntryPoint(name, f"{name}_example", group)]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "entry_points", lambda group: points.get(group, []))
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_compressor_compresses(place: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["compress", "--list", "magnitude"]) == 0
+    assert "share of each row" in capsys.readouterr().out
+    words = ["compress", "./tiny", "--method", "magnitude", "--set", "sparsity=0.25", "--json"]
+    assert main(words) == 0
+    folder = json.loads(capsys.readouterr().out.splitlines()[-1])["folder"]
+    assert main(["export", folder, "--to", "hf", "--path", "small"]) == 0
+    matrix = load_file("small/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert ((matrix == 0).sum(axis=1) == matrix.shape[1] // 4).all()
+
+
+def test_the_command_counts(place: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["count", "./tiny"]) == 0
+    assert f"{models.load('./tiny').n_params:,}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "count the weights" in capsys.readouterr().out

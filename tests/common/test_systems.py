@@ -11,17 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-
 import windows_stand_in
+
 from fleetune import models
 from fleetune.common import memory
 from fleetune.common.files import lock
-from fleetune.compression import training
-from fleetune.runs import rundir
 
 EVERYTHING = """
 import importlib, pkgutil, sys
@@ -116,13 +112,6 @@ def test_a_lock_is_had_by_one_and_waited_for(windows: bool, tmp_path: Path) -> N
     os.close(handle)
 
 
-def test_a_file_system_without_locks_is_an_error_of_its_own(tmp_path: Path) -> None:
-    handle = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    os.close(handle)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        lock(handle)
-
-
 def test_macos_tells_the_peak_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     told = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     monkeypatch.setattr(builtins, "open", missing)
@@ -134,37 +123,3 @@ def test_macos_tells_the_peak_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def missing(*args: object) -> None:
     raise FileNotFoundError
-
-
-def test_a_state_that_is_gone_on_with_is_no_file_in_memory(tmp_path: Path) -> None:
-    """Windows would not let it be replaced by the next one."""
-    weight = torch.ones(64, 64, requires_grad=True)
-    optimizer = torch.optim.AdamW([weight])
-    weight.sum().backward()
-    optimizer.step()
-    kept = training.Checkpoints(tmp_path / "parts", "origin", 1)
-    kept.store(1, {"w": weight}, optimizer)
-    again = torch.optim.AdamW([fresh := torch.zeros(64, 64, requires_grad=True)])
-    assert kept.restore({"w": fresh}, again) == 1
-    assert torch.equal(again.state[fresh]["exp_avg"], optimizer.state[weight]["exp_avg"])
-    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
-
-
-def test_a_run_is_removed_with_its_lock_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is open cannot be removed on Windows: here its name is watched."""
-    run, still = rundir.create(tmp_path, "mezo", "m"), list[str]()
-    run.write("run.toml", "")
-    run.record({"event": "start"})
-    (run.path / "link").symlink_to(tmp_path)
-    (tmp_path / "beside").write_text("")
-    real, opened = os.unlink, Path("/proc/self/fd")
-
-    def unlink(path: str | Path, **given: Any) -> None:
-        held = [os.path.realpath(fd) for fd in opened.iterdir()]
-        still.extend(p for p in held if Path(p) == run.path / Path(path).name)
-        real(path, **given)
-
-    monkeypatch.setattr(os, "unlink", unlink)
-    run.remove()
-    assert still == []
-    assert [p.name for p in tmp_path.iterdir()] == ["beside"], "nothing beside it has gone"

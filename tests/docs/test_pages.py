@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,7 @@ from fleetune.cli import main
 from fleetune.errors import UsageError
 from fleetune.tuning import methods
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _module(name: str) -> ModuleType:
@@ -88,43 +89,6 @@ def leaves(nav):
         yield from [entry] if isinstance(entry, str) else leaves(entry)
 
 
-def test_links_that_leave_the_docs_are_moved():
-    moved = hooks.moved
-    assert (
-        moved("see [it](../CONTRIBUTING.md#x), [a](a.md)", "docs/b.md")
-        == "see [it](contributing.md#x), [a](a.md)"
-    )
-    assert moved("[a](../docs/export.md)", "benchmarks/README.md") == "[a](export.md)"
-    assert moved("[up](../methods.md)", "docs/methods/mezo.md") == "[up](../methods.md)"
-    assert (
-        moved("[code](src/fleetune/errors.py) [web](https://x.org/)", "CONTRIBUTING.md")
-        == "code [web](https://x.org/)"
-    )
-    assert moved("[m](../src/fleetune/tuning/methods/mezo.py)", "docs/b.md") == "[m](methods/mezo.md)"
-    assert moved("```python\na[b](c)\n```\n", "docs/b.md") == "```python\na[b](c)\n```\n"
-
-
-def test_a_source_file_leads_to_the_page_that_is_made_from_it():
-    folders = {"methods": "src/fleetune/tuning/methods", "compress": "src/fleetune/compression/methods"}
-    sources = {*hooks.MADE}
-    for page in MAKERS:
-        if folder := folders.get(page.parent.name):
-            sources.add(f"{folder}/{page.stem.replace('-', '_')}.py")
-    assert all((ROOT / source).exists() for source in sources)
-    made = {ROOT / "docs" / hooks.made_from(source) for source in sources}
-    assert made == {page for page in MAKERS if page.suffix == ".md"}
-    assert not hooks.made_from("src/fleetune/tuning/methods/_adapter.py")
-
-
-def test_make_docs_writes_every_page(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    made = {tmp_path / page.name: functools.partial(str, page.name) for page in MAKERS}
-    monkeypatch.setattr(build, "makers", lambda: made)
-    monkeypatch.setattr(build, "parts", dict)
-    monkeypatch.setattr(sys, "argv", ["build.py"])
-    assert build.main() == 0
-    assert {page.name: page.read_text() for page in tmp_path.iterdir()} == {p.name: p.name for p in made}
-
-
 @functools.cache
 def known_commands() -> dict[str, argparse.ArgumentParser]:
     return main.command_parsers()
@@ -165,21 +129,33 @@ def test_every_command_in_the_docs_parses(page):
         assert not fault(line, whole=False), line
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "fleetune tuna smollm2-135m demo",
-        "fleetune tune smollm2-135m demo --round 3",
-        "fleetune tune a b c d",
-        "fleetune ledger prove latest",
-        "fleetune measure latest --kept",
-    ],
-)
-def test_a_wrong_command_is_seen(line):
-    assert fault(line)
-    assert not fault("fleetune tune smollm2-135m demo --rounds 3")
-
-
 def test_the_readme_lists_every_method():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in readme for name in methods.entries())
+
+
+def test_a_wrong_command_is_seen():
+    for line in (
+        "fleetune tuna a demo",
+        "fleetune tune a b --round 3",
+        "fleetune tune a b c d",
+        "fleetune ledger prove a",
+    ):
+        assert fault(line), line
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "view.md", "ledger.md", "glossary.md"])
+def test_every_source_file_that_a_page_names_exists(page: str):
+    named = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+    assert not [n for n in named if not (ROOT / "src" / "fleetune" / n).exists() and not (ROOT / n).exists()]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    tomllib.loads((ROOT / "docs" / "architecture.toml").read_text())["layer"],
+    ids=lambda layer: layer["name"],
+)
+def test_what_a_layer_holds_exists(layer: dict):
+    for names, _ in layer.get("holds", ()):
+        for name in names.split(", "):
+            assert (ROOT / "src" / "fleetune" / layer["name"] / name).exists(), name
