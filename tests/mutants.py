@@ -120,7 +120,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'tuning/rounds/test_replies.py -k make_no_reply_short'),
     Mutant('tuning/recipe/settled.py', 'for_devices',
            'if rule == aggregation.MEAN else rule', 'if False else rule',
-           'tuning/test_settled.py'),
+           'tuning/recipe/test_settled.py'),
     Mutant('tuning/exchange/aggregation.py', 'trimmed',
            'ordered, have = np.sort(values, axis=0),', 'ordered, have = values,',
            'tuning/exchange/test_aggregation.py'),
