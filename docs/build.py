@@ -151,7 +151,7 @@ def formats_table(page: str) -> str:
 
 
 def matrix(page: str) -> dict[str, dict[str, str]]:
-    """The table that `tests/family_matrix.py` wrote into a page, by family and column; a note's number is its text."""
+    """The table of every method on every family in a page, by family and column; a note's number is its text."""
     text = page.partition("<!-- matrix -->")[2].partition("<!-- /matrix -->")[0]
     said = dict(re.findall(r"(?m)^(\d+)\. (.*)$", text))
     (_, *columns), _, *rows = (

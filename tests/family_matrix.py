@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run every method on a tiny model of every family: what was trained must be what is loaded again and exported.
 
-    python tests/family_matrix.py [FAMILY ...] [--columns NAME;..] [--page docs/models.md]
-
 A cell is a whole run of one round (`fleetune.tune`), then
 
     ledger        the logits of the run's model (base and ledger, through the view) against those of the exported Hugging
@@ -19,13 +17,8 @@ and in each the model must have moved.  A solver or pruner must end.  A cell is 
 
 from __future__ import annotations
 
-import argparse
-import functools
 import json
 import re
-import shutil
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -38,7 +31,7 @@ import fleetune
 from fleetune import models
 from fleetune.errors import FleetuneError
 from fleetune.tuning.result.finished import TuneResult
-from tiny_families import DECODERS, ENCODERS, save
+from tiny_families import DECODERS, ENCODERS
 
 ROWS: Final = 12
 TWO_POINT: Final = {"lr": 1e-3, "eps": 1e-3, "batch_size": 2}
@@ -88,12 +81,6 @@ SOLVERS: Final[dict[str, dict[str, Any]]] = {
 NAMES: Final = [*COLUMNS, *SOLVERS]
 FAMILIES: Final = [*DECODERS, *ENCODERS]
 LOST: Final = re.compile(r"^every client failed.*?: (\w+Error: .*)$", re.MULTILINE)
-# what of a message is of one family alone, and what a note says instead
-OWN: Final = (
-    (re.compile(r"(a )?\b[A-Z]\w+(For\w+|LMHeadModel)\b"), "this model"),
-    (re.compile(r"of type '[\w-]+'"), "of this type"),
-    (re.compile(r" \([\w.]+\.\d+\)$"), ""),
-)
 
 
 def tune(model: Path, column: Column, out: Path) -> TuneResult:
@@ -179,48 +166,3 @@ def cell(model: Path, column: str, out: Path) -> str:
     except Exception as error:
         return f"FAULT: {type(error).__name__}: {error}".splitlines()[0]
     return "ok"
-
-
-def page(found: dict[str, dict[str, str]]) -> str:
-    """Return the cells as a table, families that are alike in one row, and its notes."""
-    notes: dict[str, int] = {}
-    columns = list(next(iter(found.values())))
-    lines = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    alike: dict[str, list[str]] = {}
-    for family, cells in found.items():
-        words = [functools.reduce(lambda said, own: own[0].sub(own[1], said), OWN, x) for x in cells.values()]
-        marks = [said if said == "ok" else str(notes.setdefault(said, len(notes) + 1)) for said in words]
-        alike.setdefault(" | ".join(marks), []).append(family)
-    lines += [f"| {', '.join(families)} | {marks} |" for marks, families in alike.items()]
-    return "\n".join([*lines, "", *(f"{number}. {said}" for said, number in notes.items())])
-
-
-def write(file: Path, table: str) -> None:
-    """Put a table between the marks of a page."""
-    before, mark, rest = file.read_text(encoding="utf-8").partition("<!-- matrix -->\n")
-    _, end, after = rest.partition("<!-- /matrix -->")
-    file.write_text(f"{before}{mark}\n{table}\n\n{end}{after}", encoding="utf-8")
-
-
-def main() -> int:
-    """Run the matrix, or some of it; 1 when there is a fault."""
-    parser = argparse.ArgumentParser(description="Every method on every family.")
-    parser.add_argument("families", nargs="*", metavar="FAMILY", default=FAMILIES)
-    parser.add_argument("--columns", default=";".join(NAMES), help="names, with ; between (default: all)")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="put the table into this page")
-    options = parser.parse_args()
-    found: dict[str, dict[str, str]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for family in options.families:
-            model, row = save(family, Path(folder)), found.setdefault(family, {})
-            for column in options.columns.split(";"):
-                row[column] = cell(model, column, Path(folder) / "runs")
-                print(f"{family:12} {column:20} {row[column]}", flush=True)
-                shutil.rmtree(Path(folder) / "runs", ignore_errors=True)
-    if options.page:
-        write(options.page, page(found))
-    return int(any(said.startswith("FAULT") for row in found.values() for said in row.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,16 +19,14 @@ from peft import LoraConfig, get_peft_model
 import fleetune
 from fleetune import errors, models
 from fleetune.api.names import Rows
-from fleetune.cli.main import main
 from fleetune.common import events
 from fleetune.compression.methods import qronos
 from fleetune.deploy import harness
 from fleetune.evaluation import losses
-from fleetune.runs.compression_folder import CompressOptions, CompressRequest
+from fleetune.runs.compression_folder import OPTIONS, CompressRequest
 from fleetune.tuning.methods import fedkseed
 from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
-from fleetune.tuning.result import finished
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
 FEW: dict[str, Any] = {
@@ -82,47 +80,15 @@ def tune(model: object = "tiny", data: Any = "rows.jsonl", **given: Any) -> flee
 
 
 def test_the_public_names_are_these() -> None:
-    assert set(fleetune.__all__) == {
-        "CompressResult",
-        "Compressed",
-        "Conversation",
-        "ExportResult",
-        "Ledger",
-        "Listener",
-        "MeasureResult",
-        "Model",
-        "Plain",
-        "Plan",
-        "Progress",
-        "Recipe",
-        "Run",
-        "Session",
-        "Silent",
-        "SweepResult",
-        "TuneResult",
-        "__version__",
-        "chat",
-        "compress",
-        "compressors",
-        "errors",
-        "evaluate",
-        "events",
-        "export",
-        "generate",
-        "list_runs",
-        "load_ledger",
-        "measure",
-        "methods",
-        "open",
-        "plan",
-        "resume_compression",
-        "resume_run",
-        "resume_sweep",
-        "serve",
-        "sweep",
-        "targets",
-        "tune",
-    }
+    functions = (
+        "chat compress compressors evaluate export generate list_runs load_ledger measure methods open plan "
+        "resume_compression resume_run resume_sweep serve sweep targets tune"
+    )
+    classes = (
+        "CompressResult Compressed Conversation ExportResult Ledger Listener MeasureResult Model Plain Plan Progress Recipe "
+        "Run Session Silent SweepResult TuneResult"
+    )
+    assert {"errors", "events", "__version__", *functions.split(), *classes.split()} == set(fleetune.__all__)
     assert all(getattr(fleetune, name) is not None for name in fleetune.__all__)
     with pytest.raises(AttributeError, match="no attribute 'tuna'"):
         fleetune.tuna  # noqa: B018
@@ -134,51 +100,17 @@ def test_importing_it_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "plan",
-        "tune",
-        "sweep",
-        "evaluate",
-        "compress",
-        "export",
-        "measure",
-        "serve",
-        "open",
-        "generate",
-        "chat",
-        "list_runs",
-    ],
-)
-def test_the_pipeline_is_typed_and_described(name: str) -> None:
-    function = getattr(fleetune, name)
-    signature = inspect.signature(function)
-    assert signature.return_annotation is not inspect.Signature.empty
-    assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
-    assert "Any" not in str(signature.parameters.get("options", ""))
-    assert (function.__doc__ or "").split("\n")[0].endswith(".")
-
-
 def test_options_of_tune_are_those_of_a_recipe() -> None:
     recipe = {n: t for n, t in get_type_hints(Recipe).items() if n not in ("model", "data", "method", "set")}
     assert get_type_hints(RecipeOptions) == recipe | {"eval_data": Rows}
 
 
 def test_options_of_compress_are_those_of_a_request() -> None:
-    asked = {
-        n: t for n, t in get_type_hints(CompressRequest).items() if n not in ("model", "run", "method", "set")
+    defaults = {f.name: f.default for f in dataclasses.fields(CompressRequest) if f.name in OPTIONS}
+    stated = {
+        n: p.default for n, p in inspect.signature(fleetune.compress).parameters.items() if n in OPTIONS
     }
-    assert get_type_hints(CompressOptions) == asked
-    defaults = {f.name: f.default for f in dataclasses.fields(CompressRequest) if f.name in asked}
-    stated = {n: p.default for n, p in inspect.signature(fleetune.compress).parameters.items() if n in asked}
     assert stated | {"data": ""} == defaults
-
-
-@pytest.mark.parametrize("cls", events.classes(), ids=lambda c: c.__name__)
-def test_events_are_frozen(cls: type[events.Event]) -> None:
-    assert dataclasses.is_dataclass(cls)
-    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
 # Results ----------------------------------------------------------------------------------------------
@@ -236,9 +168,7 @@ def test_a_method_may_be_its_own_dataclass() -> None:
     by_name = tune()
     typed = tune(method=fedkseed.Method(**SMALL), settings={})
     assert typed.digest == by_name.digest
-    with pytest.raises(
-        errors.UsageError, match=r"an object of list \(builtins\) is no method: its class does not inherit"
-    ):
+    with pytest.raises(errors.UsageError, match=r"list of builtins is no method"):
         tune(method=[])
     with pytest.raises(errors.UsageError, match="the method is a class"):
         tune(method=fedkseed.Method)
@@ -249,14 +179,6 @@ def test_a_recipe_says_everything() -> None:
     assert fleetune.tune(recipe).digest == tune().digest
     with pytest.raises(errors.UsageError, match="nothing is given beside it"):
         fleetune.tune(recipe, "rows.jsonl")
-
-
-def test_wrong_options_are_all_said_at_once() -> None:
-    with pytest.raises(errors.RecipeError) as caught:
-        fleetune.tune("tiny", "rows.jsonl", rounds=0, quorum=0)
-    assert len(caught.value.problems) == 2
-    with pytest.raises(errors.RecipeError, match="data is missing"):
-        fleetune.tune("tiny")
 
 
 def test_a_stopped_run_is_resumed_to_the_same_bits() -> None:
@@ -423,60 +345,7 @@ def test_a_name_is_looked_up_without_torch(at: Path) -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_what_has_no_ledger_says_so(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tune(method="fedit", settings={"r": 2})
-    fleetune.compress("1", method="rtn", settings={"group": 8})
-    for name, said in (("1", "leaves an adapter, no ledger"), ("2", "is a compression, which has no ledger")):
-        assert main(["ledger", "show", name]) == 2
-        assert said in capsys.readouterr().err
-
-
-def test_latest_of_nothing_is_an_error(at: Path) -> None:
-    with pytest.raises(errors.UsageError, match="no run 'latest'"):
-        fleetune.open("latest")
-
-
-def test_what_is_not_there_cannot_be_resumed(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for more in ([], ["--dry-run"]):
-        assert main(["compress", "--resume", "7", *more]) == 2
-        assert "no compression '7' in runs" in capsys.readouterr().err
-
-
-def test_the_commands_give_what_the_functions_give(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tune()
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in FEW.items()]
-    settings = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
-    assert main(["tune", "tiny", "rows.jsonl", *flags, *settings, "--json", "-q"]) == 0
-    done = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert done["digest"] == run.digest
-
-
 # What a careless caller does ------------------------------------------------------------------------------
-
-
-def test_another_tokenizer_or_config_is_another_model(at: Path) -> None:
-    net, words = (lambda m: (m.net, m.tokenizer))(models.load("tiny", device="cpu"))
-    first = tune(net, ROWS, tokenizer=words)
-    words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    second = tune(net, ROWS, tokenizer=words)
-    assert second.digest != first.digest
-    assert second.model().tokenizer.chat_template == words.chat_template
-    net.config.rms_norm_eps = 0.5
-    tune(net, ROWS, tokenizer=words)
-    assert len(list(Path("runs/objects").glob("model-*"))) == 3
-
-
-def test_objects_are_saved_after_the_options_are_checked(at: Path) -> None:
-    with pytest.raises(errors.RecipeError, match="rounds"):
-        tune(data=ROWS, rounds=0)
-    assert not Path("runs").exists()
-
-
-def test_rows_that_were_cut_are_written_again(at: Path) -> None:
-    first = tune(data=ROWS)
-    (file,) = Path("runs/objects").glob("data-*")
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:12]))
-    assert tune(data=ROWS).digest == first.digest
 
 
 class Table:
@@ -487,10 +356,6 @@ class Table:
     def to_dict(self, orient: str) -> list[dict[str, str]]:
         assert orient == "records"
         return ROWS
-
-
-def test_a_table_is_rows(at: Path) -> None:
-    assert tune(data=Table()).digest == tune().digest
 
 
 class Holes(Table):
@@ -513,12 +378,6 @@ def test_missing_values_of_a_table_are_no_texts(tmp_path: Path) -> None:
     rows = read(objects.data_name(Holes(), tmp_path))
     assert [row.meta for row in rows] == [{"n": "2.0"}, {}, {}]
     assert {row.response for row in rows} == {"a"}
-
-
-def test_rows_in_memory_have_columns_too(at: Path) -> None:
-    rows = [{"q": f"what is {i}", "a": f"it is {i}"} for i in range(24)]
-    run = tune(data=rows, columns="prompt=q,response=a")
-    assert 'columns = "prompt=q,response=a"' in (run.folder / "run.toml").read_text()
 
 
 def test_numpy_numbers_are_numbers_and_other_objects_are_said(at: Path) -> None:
@@ -558,13 +417,6 @@ def test_a_listeners_own_error_is_raised_and_blamed_on_no_client(at: Path) -> No
     assert len(list(Path("runs").glob("0*"))) == 3, "it was refused before a folder was made"
 
 
-def test_results_hold_after_another_folder_is_entered(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tune()
-    (at / "elsewhere").mkdir()
-    monkeypatch.chdir(at / "elsewhere")
-    assert run.history["round"] == [0, 1]
-
-
 def test_nothing_is_ignored_in_silence(at: Path) -> None:
     recipe = Recipe(model="tiny", data="rows.jsonl", method="fedkseed", set=SMALL, **FEW)
     with pytest.raises(errors.UsageError, match="nothing is given beside it"):
@@ -591,45 +443,6 @@ def test_nothing_is_ignored_in_silence(at: Path) -> None:
         fleetune.plan(models.load("tiny", device="cpu").net)
     with pytest.raises(errors.UsageError, match="measure needs a model"):
         fleetune.measure()
-
-
-def test_places_and_names_that_cannot_be_are_clear_errors(at: Path) -> None:
-    (at / "afile").write_text("")
-    with pytest.raises(errors.StorageError):
-        tune(data=ROWS, out="afile")
-    with pytest.raises(errors.UsageError, match="is not the name of a model"):
-        fleetune.open("x" * 300)
-    model = models.load("tiny", device="cpu")
-    with pytest.raises(errors.ModelError, match="on the meta device"):
-        tune(model.net.to("meta"), ROWS, tokenizer=model.tokenizer)
-    other = models.load("tiny", device="cpu")
-    other.tokenizer.add_tokens([f"<{i}>" for i in range(999)])
-    with pytest.raises(errors.ModelError, match="the tokenizer has"):
-        tune(other.net, ROWS, tokenizer=other.tokenizer)
-
-
-def test_a_target_for_codes_refuses_a_run_before_it_is_loaded(
-    at: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tune()
-    monkeypatch.setattr(finished, "load", None)
-    with pytest.raises(
-        errors.UsageError,
-        match=r"0001-fedkseed-tiny holds no codes of a compression, and gptq is for compressed",
-    ):
-        fleetune.export(run, to="gptq")
-
-
-def test_an_export_is_a_model_and_words_may_be_one_text(at: Path) -> None:
-    file = fleetune.export(tune(), to="hf")
-    found = fleetune.evaluate(file, "rows.jsonl", tasks="loss,perplexity", limit=2, device="cpu")
-    assert set(found) == {"loss", "perplexity"}
-
-
-def test_a_text_that_no_task_reads_is_refused(at: Path) -> None:
-    Path("some.txt").write_text("a text")
-    with pytest.raises(errors.RecipeError, match="is for the task perplexity"):
-        fleetune.evaluate(tune(), "rows.jsonl", tasks="loss", text="some.txt")
 
 
 def test_two_threads_load_and_tune_as_one_would(at: Path) -> None:

@@ -12,8 +12,6 @@ import pytest
 
 import fleetune
 from fleetune import models
-from fleetune.cli.main import main
-from fleetune.errors import DataError
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
 HELD = [{"instruction": f"tell {i}", "response": f"{i}, then"} for i in range(5)]
@@ -58,22 +56,3 @@ def test_rows_to_validate_on_are_taken_as_objects() -> None:
     assert fleetune.evaluate(runs[0])["loss"] == pytest.approx(runs[0].done.tuned["loss"])
     grid = fleetune.sweep("tiny", ROWS, vary={"lr": [1e-3, 1e-2]}, eval_data=HELD, **LORA)
     assert {run.done.rows for run in grid.runs} == {5}
-
-
-def test_a_name_stays_a_name_and_what_are_no_rows_is_refused() -> None:
-    Path("held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HELD))
-    for given in ("held.jsonl", Path("held.jsonl")):
-        run = fleetune.tune("tiny", ROWS, eval_data=given, **LORA)
-        assert (fleetune.open(run).recipe.eval_data, run.done.rows) == ("held.jsonl", 5)
-    with pytest.raises(DataError, match="row 1 is a int, not a dict"):
-        fleetune.tune("tiny", ROWS, eval_data=[1, 2], out="bad", **LORA)
-
-
-@pytest.mark.parametrize(
-    ("law", "K", "said"), [("gaussian", 64, 1), ("gaussian", 8, 0), ("rademacher", 64, 0)]
-)
-def test_a_slow_law_is_said_once(law: str, K: int, said: int, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--set", f"law={law}", "--set", f"K={K}", "--set", "tau=1"]
-    few = ["--rounds", "1", "--clients", "2", "--limit", "20", "--max-length", "64", "--no-samples"]
-    assert main(["tune", "tiny", "demo", "--method", "fedkseed", *words, *few]) == 0
-    assert capsys.readouterr().err.count("slow: every forward may compute") == said

@@ -7,16 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import fleetune
-from fleetune import adapters, models
-from fleetune.adapters import Bitfit, Lora
-from fleetune.common.display import human_count
 from fleetune.errors import RecipeError
-from fleetune.seeds.ledger import Ledger
 
 
 def test_completion_shows_the_public_names_alone():
@@ -24,46 +19,10 @@ def test_completion_shows_the_public_names_alone():
     assert shown == {name for name in fleetune.__all__ if not name.startswith("__")}
 
 
-def test_a_model_and_a_ledger_are_one_short_line(tmp_path: Path) -> None:
-    model = models.tiny_llama()
-    text = repr(model)
-    assert len(text) < 200
-    assert "\n" not in text
-    assert model.digest[:8] in text
-    run = fleetune.tune(
-        model,
-        [{"instruction": f"Say {n}", "response": f"It is {n}."} for n in range(12)],
-        method="mezo",
-        settings={"tau": 1, "K": 16},
-        rounds=1,
-        samples=0,
-        held_out=2,
-        max_length=32,
-        out=tmp_path,
-    )
-    ledger = run.ledger()
-    assert isinstance(ledger, Ledger)
-    assert len(repr(ledger)) < 200
-    assert "1 round, " in repr(ledger)
-    assert repr(run.model()).endswith("its weights moved by a seed ledger>")
-
-
-@pytest.mark.parametrize("spec", [Lora(r=2, alpha=2), Bitfit()])
-def test_a_model_with_an_adapter_says_the_size_of_each(spec: Any) -> None:
-    model = models.tiny_bert()
-    count, plain = model.n_params, repr(model)
-    adapters.attach(model, spec, seed=1)
-    added = sum(p.numel() for p in model.attachment.parameters.values())
-    base, _, held = repr(model).partition(", with an adapter of ")
-    assert base == plain.removesuffix(">")
-    assert held == f"{human_count(added)} parameters ({type(spec).__name__})>"
-    assert f"{human_count(count)} parameters, fp32" in base
-
-
 def test_a_setting_that_is_given_as_an_option_is_sent_to_its_place(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="'lr' is a setting of fedit") as error:
+    with pytest.raises(RecipeError, match="It is a setting of the method fedit") as error:
         fleetune.tune("tiny", [{"instruction": "a", "response": "b"}], method="fedit", lr=1e-4, out=tmp_path)  # type: ignore[call-arg]
-    assert error.value.hint == 'give it as settings={"lr": ..}'
+    assert "settings={'lr': 0.0001}" in error.value.message
     assert not list(tmp_path.iterdir())
 
 

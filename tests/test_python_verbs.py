@@ -14,7 +14,7 @@ import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import SweepDone, SweepRun
-from fleetune.errors import FleetuneError, RecipeError, UsageError
+from fleetune.errors import FleetuneError, RecipeError
 from fleetune.models.net.model import Model
 from fleetune.runs import listener
 
@@ -85,18 +85,6 @@ def test_what_is_asked_for_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         assert listener.heard_by(own, None) is listener.heard_by(own, False) is own
 
 
-def test_a_notebook_counts_as_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OutStream(io.StringIO):
-        """As ipykernel has it: no terminal."""
-
-    monkeypatch.setattr(sys, "stdout", OutStream())
-    assert not listener.is_read()
-    OutStream.__module__ = "ipykernel.iostream"
-    assert listener.is_read()
-    monkeypatch.setattr(sys, "stdout", None)
-    assert not listener.is_read()
-
-
 def test_counts_are_printed_every_ten_seconds_and_names_are_made_safe() -> None:
     now, stream = [0.0], io.StringIO()
     shown = listener.Progress(stream, clock=lambda: now[0])
@@ -105,12 +93,6 @@ def test_counts_are_printed_every_ten_seconds_and_names_are_made_safe() -> None:
         shown.progress("blocks", done, 30)
     shown.note("a client\x1b[31m")
     assert stream.getvalue().splitlines() == ["blocks 10/30", "blocks 20/30", "a client\\x1b[31m"]
-
-
-def test_a_listener_and_progress_cannot_both_be(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="progress=True asks for another") as error:
-        fleetune.tune("tiny", ROWS, out=tmp_path, listener=fleetune.Silent(), progress=True)
-    assert "fleetune.Progress" in str(error.value.hint)
 
 
 # Sweeps and runs ----------------------------------------------------------------------------------
@@ -188,26 +170,3 @@ def test_a_model_answers_by_name_and_in_memory(place: Path, model: Model) -> Non
     assert fleetune.generate(place / "tiny", "hello", **asked) == answer
     drawn = {fleetune.generate(model, "hello", temperature=2.0, seed=s, max_tokens=6) for s in (1, 1, 2)}
     assert len(drawn) == 2
-
-
-def test_a_prompt_that_leaves_no_room_is_refused(model: Model) -> None:
-    with pytest.raises(UsageError, match="tokens, the model is made for"):
-        fleetune.generate(model, "ab " * 4000)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"max_tokens": 0}, "below 1"),
-        ({"temperature": 3.0}, "not in 0..2"),
-        ({"prompt": " "}, "prompt is empty"),
-    ],
-)
-def test_what_means_nothing_is_refused_before_a_model_is_loaded(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        fleetune.generate("no/such-model", **{"prompt": "hello", **given})
-
-
-def test_an_encoder_writes_no_text() -> None:
-    with pytest.raises(RecipeError, match="an encoder"):
-        fleetune.generate(models.tiny_bert(labels=("no", "yes")), "hello")

@@ -22,13 +22,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from fleetune import models
 from fleetune.common import sums
 from fleetune.common.display import counted, human_bytes
 from fleetune.common.shell import quoted
 from fleetune.errors import DataError, UsageError
-from fleetune.models.cache import names
+from fleetune.models.cache import cache, names
 from fleetune.models.cache.names import is_master
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CompressRequest
@@ -179,27 +180,14 @@ class Compressed:
 
         UsageError for a mapped base where it holds codes.
         """
-        from fleetune import models
-
         if not self.holds_codes:
             return models.load(
                 str(self.model), dtype=dtype, device=device, offline=offline, base=base or "auto"
             )
         if base == "mapped":
-            raise UsageError(
-                f"{self.name} holds codes, which are read into memory", hint=self._instead_of_mapped
-            )
+            hint = "leave out --base; or, unless it has experts, export it with --to gguf and give that file"
+            raise UsageError(f"{self.name} holds codes, which are read into memory", hint=hint)
         return models.load_artefact(self.model, dtype=dtype, device=device)
-
-    @property
-    def _instead_of_mapped(self) -> str:
-        """Say what to do where codes cannot stay in their file: a mixture's GGUF file is not read back."""
-        from fleetune.models.artefact import Master
-
-        codes = Master(self.model)
-        if codes.head.experts or any(".experts." in name for name in codes.names):
-            return "leave out --base"
-        return f"leave out --base; or fleetune export {quoted(self.argument)} --to gguf   and give the file that it writes"
 
     def held_out(self, *, offline: bool = False) -> list[Example]:
         """Return the run's held-out rows, without those used to compress it; [] when the model does not come from a run.
@@ -234,18 +222,20 @@ class Plain:
         return self.name
 
     def load(
-        self, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False, base: str | None = None
+        self,
+        *,
+        dtype: str = "fp32",
+        device: str = "cpu",
+        offline: bool = False,
+        base: str | None = None,
+        labels: Sequence[str] = (),
     ) -> Model:
-        """Load the model; `base` says where its weights are, as in `models.load`."""
-        from fleetune import models
-
-        return models.load(self.name, dtype=dtype, device=device, offline=offline, base=base or "auto")
+        """Load the model; `base` says where its weights are, as in `models.load`; `labels` are an encoder's label words."""
+        where = base or "auto"
+        return models.load(self.name, dtype=dtype, device=device, offline=offline, labels=labels, base=where)
 
     def directory(self, *, offline: bool = False) -> Path:
         """Return its Hugging Face directory, fetched or converted first if necessary; all its files are as it states."""
-        from fleetune import models
-        from fleetune.models.cache import cache
-
         path = models.resolve(self.name, offline=offline)
         sums.check(path, remedy=cache.remedy(path))
         return path
@@ -270,12 +260,8 @@ def open(name: object, out: str | Path = "runs") -> Subject:
     if text != "latest" and is_master(path):
         return Compressed(None, path)
     run, smaller = _run(text, runs), compression_folder.find(text, runs)
-    if run and smaller:  # both have a `latest`
-        run, smaller = (
-            (None, smaller) if rundir.number(smaller) > rundir.number(run.resolve()) else (run, None)
-        )
-    if smaller:
-        return Compressed(smaller)
+    if smaller and not (run and rundir.number(smaller) <= rundir.number(run.resolve())):
+        return Compressed(smaller)  # both have a `latest`
     if run:
         return Run(run)
     rundir.check_name(text, runs)
@@ -292,20 +278,28 @@ def open_weights(name: object, out: str | Path = "runs") -> Run | Plain:
     if isinstance(name, Run | Plain):
         return name
     text, runs = name.argument if isinstance(name, Compressed) else _text_of(name), Path(out)
-    run = _run(text, runs)
     if text == "latest":
-        plain = [p for p in compression_folder.listing(runs) if _is_plain(p)]
+        run = _run(text, runs)
+        done = [p for p in compression_folder.listing(runs) if compression_folder.is_complete(p)]
+        plain = [p for p in done if not is_master(p / "model")]
         newest = max(plain, key=rundir.number, default=None)
         if newest and not (run and rundir.number(newest) < rundir.number(run.resolve())):
             return Plain(str(newest / "model"))
         if run:
             return Run(run)
-    found = open(text, runs)
-    if not isinstance(found, Compressed):
-        return found
-    if not found.holds_codes:
-        return Plain(str(found.model))
-    raise _codes(text, found)
+    subject = open(text, runs)
+    if not isinstance(subject, Compressed):
+        return subject
+    if not subject.holds_codes:
+        return Plain(str(subject.model))
+    from fleetune.models.artefact import Master
+
+    head = Master(subject.model).head
+    raise UsageError(
+        f"{text} was compressed with {head.method}: it holds {'codes' if head.grids else 'zeros among weights'} "
+        "in a file of Fleetune's own, not a plain model",
+        hint=f"fleetune export {quoted(text)} --to hf   and give the folder that it writes",
+    )
 
 
 def _text_of(name: object) -> str:
@@ -317,17 +311,6 @@ def _text_of(name: object) -> str:
             return str(found)
     raise UsageError(
         f"a {type(name).__name__} is not the name of a model", hint="give a name, a path or a result"
-    )
-
-
-def _codes(name: str, found: Compressed) -> UsageError:
-    from fleetune.models.artefact import Master
-
-    head = Master(found.model).head
-    return UsageError(
-        f"{name} was compressed with {head.method}: it holds {'codes' if head.grids else 'zeros among weights'} "
-        "in a file of Fleetune's own, not a plain model",
-        hint=f"fleetune export {quoted(name)} --to hf   and give the folder that it writes",
     )
 
 
@@ -351,10 +334,6 @@ def _run(name: str, out: Path) -> Path | None:
     return None
 
 
-def _is_plain(folder: Path) -> bool:
-    return compression_folder.is_complete(folder) and not is_master(folder / "model")
-
-
 # ---------------------------------------------------------------- loading
 
 
@@ -373,25 +352,15 @@ def load_with_rows(
 
     UsageError, before the model is loaded, when `needs_rows` and there are none, or when `dtype` differs from a run's.
     """
-    from fleetune import models
-
-    if isinstance(subject, Run):
-        _check_dtype(subject, dtype, device)
-        rows = rows_of(subject, given, offline=offline)
-        return subject.load(device=device, offline=offline, base=base), rows
-    models.check_device(device, dtype or "fp32")
+    _check_dtype(subject, dtype, device)
     rows = rows_of(subject, given, offline=offline)
-    if not rows and needs_rows:
+    if not rows and needs_rows and not isinstance(subject, Run):
         what = "this model" if isinstance(subject, Compressed) else "a model"
         raise UsageError(
             f"eval of {what} needs DATA", hint=f"fleetune eval {quoted(subject.argument)} data.jsonl"
         )
-    if isinstance(subject, Compressed):
-        return subject.load(dtype=dtype or "fp32", device=device, offline=offline, base=base), rows
     words = list(labels) or sorted({e.response.strip() for e in rows})
-    model = models.load(
-        subject.name, dtype=dtype or "fp32", device=device, offline=offline, labels=words, base=base or "auto"
-    )
+    model = load_alone(subject, labels=words, dtype=dtype, device=device, base=base, offline=offline)
     return model, rows
 
 
@@ -410,19 +379,19 @@ def base_losses(
 def load_alone(
     subject: Subject,
     *,
+    labels: Sequence[str] = (),
     dtype: str | None = None,
     device: str = "auto",
     base: str | None = None,
     offline: bool = False,
 ) -> Model:
     """Load a subject without any rows; UsageError, before that, when `dtype` differs from a run's."""
-    from fleetune import models
-
+    _check_dtype(subject, dtype, device)
+    where: dict[str, Any] = {"device": device, "offline": offline, "base": base}
     if isinstance(subject, Run):
-        _check_dtype(subject, dtype, device)
-        return subject.load(device=device, offline=offline, base=base)
-    models.check_device(device, dtype or "fp32")
-    return subject.load(dtype=dtype or "fp32", device=device, offline=offline, base=base)
+        return subject.load(**where)
+    more: dict[str, Any] = {"labels": labels} if isinstance(subject, Plain) else {}
+    return subject.load(dtype=dtype or "fp32", **where, **more)
 
 
 def rows_of(subject: Subject, given: list[Example], *, offline: bool = False) -> list[Example]:
@@ -432,7 +401,7 @@ def rows_of(subject: Subject, given: list[Example], *, offline: bool = False) ->
 
 def check_same_tokens(subject: Subject, reference: Subject, *, offline: bool = False) -> None:
     """UsageError when two models have different tokens, before either is loaded; one may have more of them."""
-    own, other = (_vocabulary(found, offline=offline).items() for found in (subject, reference))
+    own, other = (_vocabulary(of, offline=offline).items() for of in (subject, reference))
     if not (own <= other or other <= own):
         raise UsageError(
             f"{subject.argument} and {reference.argument} have different tokens, so what they predict cannot be compared",
@@ -442,23 +411,18 @@ def check_same_tokens(subject: Subject, reference: Subject, *, offline: bool = F
 
 def _vocabulary(subject: Subject, *, offline: bool) -> dict[str, int]:
     """Return the tokens of a subject, with their numbers."""
-    from transformers import AutoTokenizer
-
-    from fleetune import models
-
     if isinstance(subject, Compressed):
-        tokenizer = AutoTokenizer.from_pretrained(subject.model, local_files_only=True)
-    else:
-        name = subject.recipe.model if isinstance(subject, Run) else subject.name
-        tokenizer = models.load_tokenizer(name, offline=offline)
-    return dict(tokenizer.get_vocab())
+        from transformers import AutoTokenizer
+
+        return dict(AutoTokenizer.from_pretrained(subject.model, local_files_only=True).get_vocab())
+    name = subject.recipe.model if isinstance(subject, Run) else subject.name
+    return dict(models.load_tokenizer(name, offline=offline).get_vocab())
 
 
-def _check_dtype(run: Run, dtype: str | None, device: str) -> None:
-    """UsageError for another dtype than the run's, or a device that cannot compute in it."""
-    from fleetune import models
-
-    if dtype not in (None, own := run.recipe.dtype):
+def _check_dtype(subject: Subject, dtype: str | None, device: str) -> None:
+    """UsageError for another dtype than a run's, ModelError for a device that cannot compute in it."""
+    own = subject.recipe.dtype if isinstance(subject, Run) else dtype or "fp32"
+    if dtype not in (None, own):
         raise UsageError(f"a run has a dtype of its own, here {own}", hint="leave out --dtype")
     models.check_device(device, own)
 
@@ -482,43 +446,26 @@ def logits_of(
     if subject is None or not (examples or texts):
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
-        file = Path(folder) / "reference.npy"
-
-        def on_rows(done: int, total: int) -> None:
-            listener.progress("rows of the reference", done, total)
-
-        kept = _write(
-            subject, examples, texts, file, max_length, dtype, device, offline=offline, on_rows=on_rows
-        )
-        size = human_bytes(file.stat().st_size)
-        listener.note(
-            f"{subject.argument} is the reference: {counted(kept.tokens, 'token')}, {size} of logits in {folder} until the end"
-        )
-        yield kept
-
-
-def _write(
-    subject: Subject,
-    examples: Sequence[Example],
-    texts: Sequence[str],
-    file: Path,
-    max_length: int,
-    dtype: str | None,
-    device: str,
-    *,
-    offline: bool,
-    on_rows: OnRows,
-) -> Reference:
     from fleetune.data.encode import encode_all
     from fleetune.evaluation import kl_divergence
     from fleetune.evaluation.answers import require_text_model
     from fleetune.evaluation.losses import keep_logits, scored_tokens, text_rows
 
-    own = None if isinstance(subject, Run) else dtype  # a run has one of its own
-    model = load_alone(subject, dtype=own, device=device, offline=offline)
-    require_text_model(model, "a comparison with a reference")
-    rows = text_rows(model, texts) if texts else encode_all(examples, model.tokenizer, max_length)[0]
-    if not scored_tokens(rows):
-        raise DataError("there is no token to compare", hint="give rows with an answer, or a longer text")
-    return keep_logits(model, rows, file, kl_divergence.TEMPORARY, on_rows)
+    def on_rows(done: int, total: int) -> None:
+        listener.progress("rows of the reference", done, total)
+
+    with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
+        own = None if isinstance(subject, Run) else dtype  # a run has one of its own
+        model = load_alone(subject, dtype=own, device=device, offline=offline)
+        require_text_model(model, "a comparison with a reference")
+        rows = text_rows(model, texts) if texts else encode_all(examples, model.tokenizer, max_length)[0]
+        if not scored_tokens(rows):
+            raise DataError("there is no token to compare", hint="give rows with an answer, or a longer text")
+        file = Path(folder) / "reference.npy"
+        kept = keep_logits(model, rows, file, kl_divergence.TEMPORARY, on_rows)
+        del model
+        size = human_bytes(file.stat().st_size)
+        listener.note(
+            f"{subject.argument} is the reference: {counted(kept.tokens, 'token')}, {size} of logits in {folder} until the end"
+        )
+        yield kept

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A's own dropout: the numbers and the gradients of torch's, bit for bit, in less memory until backward."""
+"""Dropout of LoRA's inputs is torch's, bit for bit, and keeps less."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ import torch
 from deploy_harness import BLOCKS, gguf_of, tiny
 from torch import Tensor
 
-from fleetune import adapters, api, models
+import fleetune
+from fleetune import adapters, models
 from fleetune.adapters import Scales
 from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.deploy import patch, patch_make
-from fleetune.errors import ModelError, RecipeError, UsageError
+from fleetune.errors import ModelError, RecipeError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model
 from fleetune.models.lazy import weights_of
@@ -31,7 +31,6 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
 IDS = torch.arange(36).reshape(2, 18) * 7 % 250
 ROWS = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
 FEW: dict[str, Any] = {"clients": 2, "rounds": 2, "samples": 0, "client_rows": 0, "held_out": 4}
@@ -182,26 +181,16 @@ def test_a_folder_holds_the_moves(one: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("odd", [np.nan, np.inf])
-def test_a_folder_with_numbers_that_are_not_finite_is_refused(one: Path, odd: float, tmp_path: Path) -> None:
+def test_a_folder_with_numbers_that_are_not_finite_is_refused(one: Path, tmp_path: Path) -> None:
     model = mapped(one)
     values = moves(model)
-    next(iter(values.values()))[0, 0, 0] = odd
+    next(iter(values.values()))[0, 0, 0] = np.nan
     adapters.load_(model, values)
     adapters.save(model, tmp_path / "adapter")
     again = mapped(one, on=False)
     with pytest.raises(ModelError, match="not finite"):
         adapters.load(again, tmp_path / "adapter")
     assert again.attachment is None
-
-
-def test_the_method_is_found_by_the_module_and_by_the_option(one: Path, tmp_path: Path) -> None:
-    few: dict[str, Any] = {**FEW, "rounds": 1, "out": tmp_path / "runs"}
-    settings = {"steps": 1, "lr": 1e-3}
-    for given in ({"settings": {"module": "scales", **settings}}, {"train": "scales", "settings": settings}):
-        run = api.tune(str(one), ROWS, **given, **few)
-        found = finished.recipe_of(run.folder)
-        assert (found.method, found.train, found.set["module"]) == ("fedpetuning", "scales", "scales")
 
 
 def test_the_plan_counts_the_scales_that_the_files_blocks_have(file: Path) -> None:
@@ -228,9 +217,6 @@ def test_a_base_in_memory_has_no_scales(one: Path) -> None:
         adapters.moved_scales(model)
 
 
-# ---------------------------------------------------------------- runs
-
-
 def recipe(**given: Any) -> recipes.Recipe:
     return recipes.make({"model": "m.gguf", "data": "demo", "method": "fedpetuning", **given})
 
@@ -246,14 +232,14 @@ def test_the_option_and_the_module_mean_one_another() -> None:
 
 
 def test_what_a_run_trained_is_the_file_that_it_exports_and_its_patch_makes(
-    file: Path, tmp_path: Path
+    one: Path, tmp_path: Path
 ) -> None:
-    settings = {"lr": 0.05, "batch_size": 2}
-    run = api.tune(
+    file, settings = one, {"lr": 0.05, "batch_size": 2}
+    run = fleetune.tune(
         str(file), ROWS, method="fedpetuning", train="scales", settings=settings, out=tmp_path / "runs", **FEW
     )
     out = tmp_path / "out.gguf"
-    api.export(run, path=out)
+    fleetune.export(run, path=out)
     assert out.stat().st_size == file.stat().st_size
     tuned, exported = finished.load(run.folder), models.load(str(out), device="cpu", base="mapped")
     assert torch.equal(logits(exported), logits(tuned))
@@ -266,69 +252,3 @@ def test_what_a_run_trained_is_the_file_that_it_exports_and_its_patch_makes(
     assert copy.read_bytes() == file.read_bytes()
     losses = run.history["loss"]
     assert losses[-1] < losses[0]
-
-
-def test_a_run_of_another_module_has_no_patch(one: Path, tmp_path: Path) -> None:
-    run = api.tune(
-        str(one),
-        ROWS,
-        method="fedit",
-        settings={"steps": 1, "lr": 1e-3},
-        out=tmp_path / "runs",
-        **{**FEW, "rounds": 1},
-    )
-    with pytest.raises(UsageError, match="something else than scales"):
-        patch_make.of_run(one, run.folder)
-
-
-def tuned(file: Path, out: Path, method: str = "fedpetuning", **settings: float) -> Path:
-    """The folder of a run of one step on the scales of a file."""
-    return api.tune(
-        str(file),
-        ROWS,
-        method=method,
-        train="scales",
-        settings={"lr": 1e-2, **settings},
-        out=out,
-        **{**FEW, "rounds": 1},
-    ).folder
-
-
-def test_an_export_that_has_no_place_for_scales_names_one_that_has(
-    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from fleetune.cli.main import main
-
-    for run in (
-        tuned(one, tmp_path / "runs", steps=1),
-        tuned(one, tmp_path / "runs", "mezo", tau=1, batch_size=1),
-    ):
-        with pytest.raises(
-            UsageError, match="has tuned the scales of a GGUF file: there is no LoRA"
-        ) as no_lora:
-            api.export(run, to="gguf:lora", path=tmp_path / "no.gguf")
-        with pytest.raises(
-            UsageError, match="and mlx is for codes that fleetune compress has written"
-        ) as no_codes:
-            api.export(run, to="mlx", path=tmp_path / "no")
-        assert no_lora.value.hint is not None
-        assert no_codes.value.hint is not None
-        for hint in (no_lora.value.hint, no_codes.value.hint):
-            assert hint.startswith("--to gguf writes")
-        made = shlex.split(no_lora.value.hint.partition("alone: fleetune ")[2])
-        assert main([*made[:-1], str(tmp_path / f"{run.name}.patch")]) == 0, capsys.readouterr().err
-        assert api.export(run, to="gguf", path=tmp_path / f"{run.name}.gguf").path.is_file()
-
-
-def test_scales_are_not_moved_in_memory(one: Path, tmp_path: Path) -> None:
-    run = tuned(one, tmp_path / "runs", steps=1)
-    with pytest.raises(UsageError, match="base = memory cannot be") as refused:
-        api.evaluate(run, tasks=["loss"], base="memory")
-    assert f"fleetune export {run} --to gguf" in str(refused.value.hint)
-    assert api.evaluate(run, tasks=["loss"], base="mapped") == api.evaluate(run, tasks=["loss"])
-
-
-def test_a_patch_for_another_file_is_not_made(one: Path, tmp_path: Path) -> None:
-    folder = tuned(one, tmp_path / "runs", steps=1)
-    with pytest.raises(ModelError, match="was made on base"):
-        patch_make.of_run(gguf_of(tmp_path, "Q4_1", tiny(seed=4)), folder)

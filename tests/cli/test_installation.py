@@ -53,7 +53,10 @@ def test_models_shows_sizes_sources_and_the_cache(capsys, at):
     assert f"cache     {at / 'home'} (2.1 kB)" in out
     _, out, _ = call(capsys, "models", "--json")
     events = [json.loads(line) for line in out.splitlines()]
-    assert [e["event"] for e in events] == [*["model"] * len(names.every_short()), "cached_model"]
+    assert [e["event"] for e in events] == [
+        *["model"] * len([*cache.ORIGINS, *names.SHORT_NAMES]),
+        "cached_model",
+    ]
     assert events[-1]["name"] == "mine.gguf"
 
 

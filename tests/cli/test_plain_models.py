@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shlex
 import shutil
 import tempfile
@@ -90,25 +89,6 @@ def test_the_command_that_is_named_makes_the_model_that_is_named(model: str, wha
         assert f"written out already: give {place} as the model" in again
     finally:
         shutil.rmtree(place)
-
-
-def test_what_was_written_out_before_the_run_went_on_is_written_again() -> None:
-    place = Path(RUN, "hf")
-    assert main(["export", RUN, "--to", "hf", "-qq"]) == 0
-    try:
-        assert "written out already" in refused("tune", RUN, "demo")
-        later = (place / "config.json").stat().st_mtime + 5
-        os.utime(Path(RUN, "status"), (later, later))
-        said = refused("tune", RUN, "demo")
-        command, _, rest = said.partition("try: ")[2].partition("   and then give ")
-        newer = Path(rest.split()[0])
-        assert newer != place
-        assert main([*shlex.split(command)[1:], "-qq"]) == 0  # nothing is in its way
-        os.utime(newer / "config.json", (later, later))
-        assert f"written out already: give {newer} as the model" in refused("tune", RUN, "demo")
-    finally:
-        shutil.rmtree(place)
-        shutil.rmtree(Path(f"{place}-2"), ignore_errors=True)
 
 
 def test_every_command_that_tunes_says_it(tmp_path: Path) -> None:

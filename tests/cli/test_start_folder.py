@@ -101,20 +101,6 @@ def test_what_is_gone_is_named_with_the_folder(elsewhere: Path, capsys: pytest.C
     )
 
 
-def test_an_objective_in_the_start_folder_is_named_with_it(
-    elsewhere: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = run_in(elsewhere)
-    (elsewhere / "mine.py").write_text("def f(model, batch):\n    return 1.0\n")
-    text = (run / "run.toml").read_text().replace('"fedit"', '"mezo"').partition("[set]")[0]
-    (run / "run.toml").write_text(text + '[set]\nobjective = "mine.py:f"\nlr = 1e-4\n')
-    shutil.rmtree(run / "checkpoints")
-    assert main(["tune", "--resume", str(run)]) == 2
-    told = capsys.readouterr().err
-    assert "the run was started in ../project, and mine.py is there, not here" in told
-    assert "cd ../project" in told
-
-
 def test_the_page_does_not_show_the_folder(project: Path) -> None:
     env = {"fleetune": "1", rundir.STARTED_IN: "../../../home/anna"}
     assert "anna" not in single.versions(dataclasses.replace(runlog.read(run_in(project)), env=env))

@@ -22,6 +22,7 @@ from fleetune.common.events import Event, RoundDone
 from fleetune.common.sums import sha256
 from fleetune.deploy import harness
 from fleetune.errors import Interrupted, ModelError, RecipeError, UsageError
+from fleetune.planning import plan as planning
 from fleetune.runs.listener import Silent
 from fleetune.tuning.recipe import recipe as recipes
 
@@ -350,7 +351,7 @@ def test_a_plan_counts_it_and_writes_nothing(at: Path, capsys: pytest.CaptureFix
     assert set(plan.search.shape.scales.values()) == {1}
     assert {row.method for row in plan.rows if row.tunes} == set(recipes.SCALE_METHODS)
     assert not Path(FILE).exists()
-    unknown = plan.make(models.load_config("tiny"), "tiny", {"base": "mapped"}, train="scales")
+    unknown = planning.make(models.load_config("tiny"), "tiny", {"base": "mapped"}, train="scales")
     one, two = (_trained(plan) for plan in (plan, unknown))
     assert one * 2 == two, "Q4_0 has one scale a block; where the file is not known two are counted"
     assert main(["plan", CODES, "--train", "scales", "--batch", "4", "--length", "64"]) == 0

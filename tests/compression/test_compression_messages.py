@@ -67,7 +67,7 @@ REQUESTS = [
     ("m --method optq --set group=8 --text short.txt", "window needs"),
     ("m --text no.txt", "no.txt"),
     ("m --text rows.jsonl", "--data rows.jsonl"),
-    ("m --data text.txt", "--text text.txt"),
+    ("m --data text.txt", "no reader"),
     ("m --text text.txt --data rows.jsonl", "both given"),
     ("m --windows 0", "below 1"),
     ("m --length 9999 --set group=8", "longer than"),

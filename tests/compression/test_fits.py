@@ -222,7 +222,7 @@ def test_the_bits_of_a_weight_are_those_of_the_file(kind: str) -> None:
         q = rounded(W, grid, 32)
         held = [name for name in _ggml_blocks.PACKERS if _ggml_blocks.misfit(q, name) is None]
         found = _ggml_blocks.PACKERS[held[0]](q).size * 8 / W.numel() if held else None
-        assert found == grid.bits_per_weight, bits
+        assert found == (8 * grid.block[1] / grid.block[0] if grid.block else None), bits
 
 
 # --- OPTQ -----------------------------------------------------------------------------------------------------
@@ -258,26 +258,6 @@ def test_error_feedback_pays_on_super_blocks(kind: str) -> None:
     assert relative_error(W, dense(solved), H) < 0.5 * relative_error(W, plain, H)
     D = (W - dense(solved)).double()
     assert solved.loss == pytest.approx(torch.trace(D @ H.double() @ D.T).item(), rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
-def test_a_group_is_fitted_again_to_what_the_loop_has_made_of_it(kind: str) -> None:
-    of, g = SUPER_TYPES[kind], torch.Generator().manual_seed(2)
-    x = torch.randn(16, SUPER_WIDTH, generator=g)
-    found = fits.fit_block(x, of, None)
-    before = fits.SuperFit(*(part.clone() for part in found))
-    part = x[:, of.group : 2 * of.group]
-    fits.refit_group(part, of, None, found, 1)
-    own = fits._Work(part, of, None)
-    errors = [
-        own.settle(fits.SuperFit(f.d, f.dmin, f.k[1:2].clone(), f.m[1:2].clone())) for f in (found, before)
-    ]
-    assert (errors[0] <= errors[1] * (1 + 1e-6)).all()  # the same weights: no worse
-    fits.refit_group(part * 0.5, of, None, found, 1)
-    others = [n for n in range(len(found.k)) if n != 1]
-    assert torch.equal(found.k[others], before.k[others])
-    assert torch.equal(found.d, before.d)
-    assert (found.k[1].abs() < 0.75 * before.k[1].abs()).float().mean() > 0.8
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -11,6 +11,7 @@ import pytest
 from gkd_harness import pair, rows, trainer
 from safetensors.torch import load_file
 
+from fleetune.compression.training import learning_rate
 from fleetune.errors import Interrupted, StorageError, UsageError
 from fleetune.models import digest, named_tensors
 
@@ -59,7 +60,7 @@ def test_what_is_kept_of_another_training_or_damaged_is_refused(tmp_path: Path) 
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    rates = [trainer(steps=10, warmup=0.2, lr=1.0).rate(t) for t in range(10)]
+    rates = [learning_rate(t, 10, 1.0, 0.2) for t in range(10)]
     assert rates == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
-    assert trainer(steps=3, warmup=0, lr=1.0).rate(0) == 1.0
-    assert trainer(steps=2, warmup=1, lr=1.0).rate(1) == 1.0
+    assert learning_rate(0, 3, 1.0, 0) == 1.0
+    assert learning_rate(1, 2, 1.0, 1) == 1.0

@@ -7,7 +7,7 @@ import importlib
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model = tiny()
     models.save(model.net, model.tokenizer, folder / "plain")
     compressed(tiny(), folder / "codes")
-    adapters.attach_lora(model, r=2, alpha=4, seed=1)
+    adapters.attach(model, adapters.Lora(r=2, alpha=4), seed=1)
     adapters.save(model, folder / "adapter")
     for number, make in enumerate(ODD.values()):
         model, quantised = make()
@@ -168,6 +168,14 @@ def exported(to: str, out: Path, sources: dict[str, Path], made: dict[str, str] 
     return export(source_of(to, sources), to, out, made=made or {})
 
 
+@pytest.fixture(scope="module")
+def written(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Report]:
+    """What a target writes, made once."""
+    return cache(
+        lambda to: exported(to, place(to, tmp_path_factory.mktemp("written") / "new"), sources, made=MADE)
+    )
+
+
 def place(to: str, folder: Path) -> Path:
     return targets.find(to).place(folder, "model")
 
@@ -192,15 +200,15 @@ def test_1_a_format_states_what_it_is_and_has_its_functions(to: str) -> None:
 
 @every
 def test_2_what_is_written_is_read_back_and_what_is_rounded_is_said(
-    to: str, tmp_path: Path, sources: dict[str, Path]
+    to: str, written: Callable[[str], Report]
 ) -> None:
-    out = place(to, tmp_path / "new")
-    report = exported(to, out, sources)
-    assert (report.path, report.to) == (out, to)
+    report = written(to)
+    out = report.path
+    assert (report.to, out) == (to, place(to, out.parent))
     assert [path.name for path in out.parent.iterdir()] == [out.name]
-    written = contents(out)
-    assert report.bytes == sum(map(len, written.values()))
-    assert report.files in (None, len(written))
+    found = contents(out)
+    assert report.bytes == sum(map(len, found.values()))
+    assert report.files in (None, len(found))
     assert 0 <= report.exact <= report.tensors
     assert report.exact == report.tensors or any("rounded" in note for note in report.notes)
     assert sum(report.types.values()) >= report.tensors
@@ -292,9 +300,10 @@ def test_6_what_it_cannot_hold_is_refused_before_anything_is_written_with_target
 
 
 @every
-def test_7_a_file_says_where_the_model_comes_from(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
-    exported(to, place(to, tmp_path), sources, made=MADE)
-    whole = b"".join(contents(place(to, tmp_path)).values())
+def test_7_a_file_says_where_the_model_comes_from(
+    to: str, sources: dict[str, Path], written: Callable[[str], Report]
+) -> None:
+    whole = b"".join(contents(written(to).path).values())
     stated = bool(targets.find(to).states("PROVENANCE"))
     if targets.find(to).takes != "adapter" and (source := source_of(to, sources)) != sources["plain"]:
         digest = artefact.Master(source).digest().encode()
@@ -304,10 +313,11 @@ def test_7_a_file_says_where_the_model_comes_from(to: str, tmp_path: Path, sourc
 
 
 @every
-def test_8_the_same_work_gives_the_same_bytes(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
-    for folder in ("a", "b"):
-        exported(to, place(to, tmp_path / folder), sources, made=MADE)
-    assert contents(place(to, tmp_path / "a")) == contents(place(to, tmp_path / "b"))
+def test_8_the_same_work_gives_the_same_bytes(
+    to: str, tmp_path: Path, sources: dict[str, Path], written: Callable[[str], Report]
+) -> None:
+    again = exported(to, place(to, tmp_path / "again"), sources, made=MADE)
+    assert contents(again.path) == contents(written(to).path)
 
 
 @each_format

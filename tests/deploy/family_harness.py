@@ -28,7 +28,6 @@ PLAIN: dict[str, Any] = {
 GROUPED = PLAIN | {"num_key_value_heads": 2}
 WIDE = GROUPED | {"head_dim": 32}  # heads that are wider together than the model
 OLD: dict[str, Any] = {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 128}
-FALCON = PLAIN | {"ffn_hidden_size": 160}
 WINDOW = {"sliding_window": 64}  # longer than the text
 SHORT, LONG = [1.0 + i / 8 for i in range(8)], [2.0 + i / 4 for i in range(8)]
 LONGROPE: dict[str, Any] = {
@@ -109,31 +108,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", GROUPED | {"partial_rotary_factor": 0.5}),
     "olmo2": ("olmo2", GROUPED),
     "granite": ("granite", GROUPED | SCALES),
-    "stablelm": ("stablelm", GROUPED | {"partial_rotary_factor": 0.5}),
-    "stablelm, parallel": ("stablelm", GROUPED | {"use_parallel_residual": True, "use_qkv_bias": True}),
-    "starcoder2": ("starcoder2", GROUPED | WINDOW),
     "gpt2": ("gpt2", OLD | {"n_inner": 160}),
-    "gpt_neox": ("gpt_neox", PLAIN | {"rotary_pct": 0.5}),
-    "gpt_neox, in turn": ("gpt_neox", PLAIN | {"use_parallel_residual": False}),
-    "falcon": ("falcon", FALCON),
-    "falcon, groups": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon, one norm": (
-        "falcon",
-        FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
-    ),
-    "bloom": ("bloom", {"hidden_size": 96, "n_layer": 3, "n_head": 6}),
     "glm4": ("glm4", WIDE),
     "ernie4_5": ("ernie4_5", WIDE),
-    "cohere": ("cohere", GROUPED | {"logit_scale": 0.5}),
-    "cohere2": ("cohere2", GROUPED | {"sliding_window": 16, "logit_scale": 0.5}),
-    "nemotron": ("nemotron", GROUPED | {"partial_rotary_factor": 0.5}),
     "lfm2": ("lfm2", LFM2),
-    "exaone4": ("exaone4", GROUPED | {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
-    "seed_oss": ("seed_oss", WIDE),
-    "arcee": ("arcee", WIDE),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", WIDE),
-    "gpt_bigcode": ("gpt_bigcode", OLD | {"n_inner": 160}),
-    "glm": ("glm", GROUPED | {"head_dim": 16}),
     "mixtral": ("mixtral", WIDE | LOCAL | WINDOW),
     "qwen3_moe": ("qwen3_moe", WIDE | EXPERTS | {"norm_topk_prob": True}),
     "qwen2_moe": ("qwen2_moe", GROUPED | EXPERTS | {"shared_expert_intermediate_size": 128}),

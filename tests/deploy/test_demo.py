@@ -10,10 +10,10 @@ import pytest
 from deploy_harness import tiny
 
 from fleetune import models
+from fleetune.cli.commands import demo
 from fleetune.cli.main import main
 from fleetune.evaluation import answers, measures
 from fleetune.tuning.result.finished import held_out
-from fleetune.tuning.run import demo
 
 
 def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(

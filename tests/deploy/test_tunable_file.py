@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,7 @@ def test_codes_whose_file_could_not_be_tuned_are_refused_before_it_is_written(
 
 
 @pytest.mark.parametrize(
-    ("family", "words"), [("bloom", "models of architecture bloom"), ("qwen3_moe", "mixtures of experts")]
+    ("family", "words"), [("phi", "models of architecture phi2"), ("qwen3_moe", "mixtures of experts")]
 )
 @pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 def test_families_whose_files_are_not_read_are_refused_before_one_is_written(
@@ -191,23 +190,35 @@ def test_a_killed_process_leaves_the_whole_file_or_none(tmp_path: Path) -> None:
     found = codes(tmp_path / "codes")
     whole = exported(found, tmp_path).read_bytes()
     place = found.home / "codes.gguf"
-    code = (
-        "import sys; from fleetune import subject; from fleetune.deploy import tunable_file\n"
-        "found = subject.open(sys.argv[1]); place = tunable_file.of(found, lambda _: None); print(flush=True)\n"
-        "while True: place.unlink(); tunable_file.of(found, lambda _: None)"
+    code = """
+import os, signal, sys, time
+from fleetune import subject
+from fleetune.deploy import tunable_file
+found = subject.open(sys.argv[1])
+place = tunable_file.of(found, lambda _: None)
+for delay in map(float, sys.argv[2:]):
+    child = os.fork()
+    while not child:
+        place.unlink(missing_ok=True)
+        tunable_file.of(found, lambda _: None)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print(flush=True)
+    sys.stdin.readline()
+"""
+    drawn = random.Random(3)
+    words = [sys.executable, "-c", code, str(found.home), *(str(drawn.uniform(0, 0.4)) for _ in range(6))]
+    run = subprocess.Popen(
+        words, stdin=-1, stdout=-1, text=True, bufsize=1, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    drawn, seen = random.Random(3), set[bool]()
-    for _ in range(2):
-        child = subprocess.Popen([sys.executable, "-c", code, str(found.home)], stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        child.stdout.readline()
-        time.sleep(drawn.uniform(0, 0.4))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
-        seen.add(place.exists())
-        if place.exists():
-            assert place.read_bytes() == whole
+    with run:
+        assert run.stdin is not None
+        assert run.stdout is not None
+        for _ in run.stdout:
+            assert not place.exists() or place.read_bytes() == whole
+            run.stdin.write("\n")
+    assert run.returncode == 0
     assert tunable_file.of(found, lambda _: None).read_bytes() == whole
     place.unlink()
     tunable_file.of(found, lambda _: None)

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,29 +93,6 @@ def test_what_was_asked_for_stays(shape: Any) -> None:
         assert error.value.hint == hint, "a mapped base needs least"
 
 
-def test_no_smaller_model_is_named_where_none_would_fit(shape: Any) -> None:
-    with pytest.raises(FitError) as error:
-        found(shape, 100_000_000)
-    told = re.fullmatch(r"--ram (5\d\d)MB: a process without any model takes \d+ MB", error.value.hint or "")
-    assert told is not None
-    ram = 1_000_000 * int(told[1])
-    assert found(shape, ram)[0] == "fedit"
-    with pytest.raises(FitError) as error:
-        found(shape, 450_000_000)
-    assert error.value.hint == "take a smaller model"
-
-
-@pytest.mark.usefixtures("counted")
-def test_without_shrinking_each_method_has_its_own_batch_or_the_one_that_is_set(shape: Any) -> None:
-    ram = 8 * 512 * 4 * 10 // 9 + 1
-    assert found(shape, ram, "fedpetuning", "fedit", shrinks=False) == ("fedit", 8, 512, "fp32")
-    own = {"settings": {"batch_size": "2"}, "shrinks": False}
-    assert found(shape, ram, "fedpetuning", "fedit", **own) == ("fedpetuning", 2, 512, "fp32")
-    with pytest.raises(FitError) as error:
-        found(shape, ram, "fedpetuning", shrinks=False)
-    assert "fleetune plan MODEL --ram SIZE" in (error.value.hint or "")
-
-
 def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:
     every = list(Search(shape, GB).tried("fedit"))
     tried = {(s.work.batch, s.work.length, s.work.dtype): s for s in every if s.work.base == "memory"}
@@ -140,21 +115,6 @@ def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:
     assert (
         found.peak == max(sum(few.values()), sum(every_row.values())) + server
     )  # an evaluation is of 8 rows
-
-
-def test_the_keys_and_values_of_answers_are_counted(shape: Any) -> None:
-    work = Workload(1, 512, base="mapped")
-    tried = next(
-        s for s in Search(shape, GB, {"batch": 1, "length": 512, "base": "mapped"}).tried("fedpetuning")
-    )
-    own = 8 * (512 + 96) * 2 * sum(width for _, width in shape.attention) * 4
-    forward = device_cost.memory(shape, replace(work, batch=8, length=1), Footprint("none"))
-    footprint = methods.make("fedpetuning", {}).footprint(shape)
-    server = plan.SERVER * 4 * footprint.module.size
-    step = sum(device_cost.memory(shape, work, footprint).values())
-    measured = sum(device_cost.memory(shape, replace(work, batch=8), Footprint("none")).values())
-    assert own > 0
-    assert tried.peak == max(int(1.2 * own) + sum(forward.values()), step, measured) + server
 
 
 def test_only_what_tune_does_not_do_by_itself_is_said() -> None:
@@ -222,16 +182,6 @@ def test_the_printed_command_makes_tune_use_what_was_planned(
         told["dtype"],
         told["base"],
     )
-
-
-def test_what_is_given_is_kept_and_said(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--batch", "4", "--length", "64", "--dtype", "bf16"]
-    assert main(["plan", folder, *given]) == 0
-    out = capsys.readouterr().out
-    assert "fedit with 4 x 64 tokens a step in bf16: about " in out
-    assert "--method fedit --set batch_size=4 --max-length 64 --dtype bf16" in out
-    assert main(["plan", folder]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("DATA --method fedit")
 
 
 def test_the_function_returns_the_settings_as_arguments_of_tune(folder: str) -> None:

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.common.memory import peak_rss
 from fleetune.data import Encoded, collate
 from fleetune.errors import UsageError
 from fleetune.evaluation.objectives import loss_tensor
@@ -71,21 +69,6 @@ def test_a_llama_is_counted_from_its_configuration(family: str, more: dict[str, 
     assert (shape.vocab, shape.hidden, shape.layers) == (counted.vocab, counted.hidden, counted.layers)
 
 
-def test_another_family_is_counted_on_the_meta_device() -> None:
-    config = AutoConfig.for_model("gpt2", vocab_size=60, n_embd=32, n_layer=2, n_head=4)
-    shape = shapes.shape_of(config)
-    net = AutoModelForCausalLM.from_config(config)
-    assert shape.params == sum(p.numel() for p in net.parameters())
-    assert [(x.name, x.out, x.into) for x in shape.linears[:2]] == [
-        ("transformer.h.0.attn.c_attn", 96, 32),
-        ("transformer.h.0.attn.c_proj", 32, 32),
-    ]
-    assert len(shape.linears) == 8
-    assert (
-        min(row.peak for row in plan.table(config, device_cost.Workload(), rates=RATES)) > device_cost.FLOOR
-    )
-
-
 def test_what_has_no_place_on_a_model_is_not_planned() -> None:
     gpt2 = AutoConfig.for_model("gpt2", vocab_size=60, n_embd=32, n_layer=2, n_head=4)
     bloom = AutoConfig.for_model("bloom", vocab_size=60, hidden_size=32, n_layer=2, n_head=4)
@@ -109,24 +92,6 @@ def test_llama_7b_gives_the_figures_of_the_papers() -> None:
     assert "108 GB to tune with Adam" in text
 
 
-def test_a_large_model_is_planned_in_little_memory() -> None:
-    plan.table(tiny_llama().net.config, device_cost.Workload(), rates=RATES)  # imports
-    tracemalloc.start()
-    try:
-        rows = plan.table(LLAMA_7B, device_cost.Workload(), rates=RATES)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 20e6
-    assert next(r for r in rows if r.method == "full Adam").peak > 16 * 6.7e9
-
-
-def test_importing_it_loads_neither_torch_nor_transformers() -> None:
-    code = "import sys, fleetune.planning.plan; print([m for m in ('torch', 'transformers', 'numba') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 # --- time -------------------------------------------------------------------------------------------------
 
 
@@ -146,24 +111,6 @@ def test_time_follows_the_rates() -> None:
         for f in (1, 4)
     )
     assert [s / 4 for s in slow if s] == pytest.approx([s for s in fast if s])
-
-
-def test_sending_is_added_where_an_uplink_is_stated() -> None:
-    config = tiny_llama().net.config
-    bare, told = (plan.table(config, device_cost.Workload(), rates=RATES, uplink=u) for u in (None, 100.0))
-    for before, after in zip(bare, told, strict=True):
-        assert before.sending is None
-        assert after.sending == (None if after.bytes_up is None else after.bytes_up / 100)
-        assert before.seconds == after.seconds
-    shown = plan.cells(dataclasses.replace(told[0], seconds=10.0, sending=32.0))
-    assert shown[5] == "42 s"
-    assert "100 B a second" in dict(plan.describe(config, "x", device_cost.Workload(), uplink=100.0))["time"]
-
-
-def test_calibration_measures_something_sane() -> None:
-    rates = device_cost.calibrate(device_cost.Workload(length=64))
-    assert 1e8 < rates.flops < 1e16
-    assert 1e8 < rates.copy < 1e14
 
 
 # --- what fits --------------------------------------------------------------------------------------------
@@ -190,13 +137,6 @@ def test_fit_in_words(peak: int, text: str) -> None:
     assert row.fits == text
     assert plan.cells(row)[-1] == text
     assert plan.columns([row])[-1] == "fits 4.00 GB"
-
-
-def test_without_a_memory_nothing_is_said_of_fitting() -> None:
-    rows = _rows(None, fedkseed=1, fedit=2)
-    assert rows[0].fits == ""
-    assert len(plan.cells(rows[0])) == len(plan.columns(rows)) == 6
-    assert plan.order(rows) == ["fedit", "fedkseed"]
 
 
 def test_recommended_methods_come_first_unless_their_sending_is_slow() -> None:
@@ -250,7 +190,7 @@ def test_the_command_says_that_nothing_fits_after_the_table(folder: str, capsys:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [3])
 @pytest.mark.parametrize("method", ["fedit", "fedpetuning", "fedpeptao", "full SGD"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_what_autograd_keeps_is_counted(family: str, method: str, batch: int, dtype: str) -> None:
@@ -290,11 +230,6 @@ def test_what_autograd_keeps_is_counted(family: str, method: str, batch: int, dt
     assert expected == pytest.approx(bytes_kept, rel=0.03)
 
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "wide": {"vocab": 8192, "hidden": 768, "layers": 7, "heads": 12, "kv_heads": 4},
-    "deep": {"vocab": 12288, "hidden": 384, "layers": 14, "heads": 6, "kv_heads": 6},
-}
-WORK = {"wide": (1, 160), "deep": (4, 144)}  # batch, length
 NEAR = 0.15
 measured_here = pytest.mark.skipif(
     not sys.platform.startswith("linux") or torch.version.cuda is not None,
@@ -312,25 +247,6 @@ def compiled() -> None:
 
 
 @measured_here
-@pytest.mark.parametrize(
-    ("name", "which"),
-    [
-        pytest.param("fedit", "wide", marks=pytest.mark.slow),
-        pytest.param("mezo", "wide", marks=pytest.mark.slow),
-        pytest.param("fedpetuning", "deep", marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.usefixtures("compiled")
-def test_predicted_memory_is_within_15_percent_of_measured(name: str, which: str, tmp_path: Path) -> None:
-    model = tiny_llama(**SHAPES[which])
-    models.save(model.net, model.tokenizer, tmp_path / "model")
-    work = device_cost.Workload(*WORK[which], 3)
-    rows = {r.method: r for r in plan.table(model.net.config, work, rates=RATES)}
-    del model
-    assert rows[name].peak == pytest.approx(_measured(name, str(tmp_path / "model"), work), rel=NEAR)
-
-
-@measured_here
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*methods.entries(), *device_cost.COMPARISON])
 @pytest.mark.parametrize(("model", "work"), [("smollm2-135m", (4, 128)), ("minilm-l6", (16, 64))])
@@ -339,10 +255,6 @@ def test_predicted_memory_of_real_models(model: str, work: tuple[int, int], name
     asked = device_cost.Workload(*work, 2)
     found = json.loads(_child(model, asked, "--only", name, "--json"))["rows"][name]
     assert found["predicted"] == pytest.approx(found["measured"], rel=NEAR)
-
-
-def _measured(name: str, model: str, work: device_cost.Workload) -> int:
-    return int(json.loads(_child(model, work, "--one", name).splitlines()[-1])["peak"])
 
 
 def _child(model: str, work: device_cost.Workload, *more: str) -> str:
@@ -365,13 +277,3 @@ def test_the_copies_of_fedprox_and_scaffold_are_counted(name: str, more: dict[st
     assert module is not None
     parts = [device_cost.memory(shape, work, method.footprint(shape)) for method in (plain, kept)]  # type: ignore[arg-type]
     assert sum(parts[1].values()) - sum(parts[0].values()) == copies * 4 * module.module.size
-
-
-def test_a_peak_can_be_measured_here() -> None:
-    assert peak_rss() > 50e6
-
-
-def test_the_default_round_is_that_of_tune_and_says_what_differs() -> None:
-    text = dict(plan.describe(LLAMA_7B, "llama-7b", device_cost.Workload(steps=1)))
-    assert text["round"] == "1 step of 8 x 512 tokens on every device"
-    assert text["tune"].startswith("cuts rows at 512 tokens (--max-length)")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
 
 from fleetune import adapters
 from fleetune.data import Encoded
@@ -22,9 +21,6 @@ from fleetune.tuning.exchange.messages import Message, Payload, encode
 from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 RATES = device_cost.Rates(flops=1e11, copy=1e10)
-LLAMA_7B = LlamaConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-)
 ADAPTED = ["fedit", "fedpetuning", "fedpeptao", "fwdllm"]
 MODELS = {"llama": tiny_llama, "bert": tiny_bert, "roberta": tiny_roberta}
 
@@ -96,19 +92,3 @@ def test_traffic_is_that_of_a_real_round(name: str, family: str) -> None:
     table = plan.table(model.net.config, device_cost.Workload(batch=2, length=9, steps=3), rates=RATES)
     planned = next(r for r in table if r.method == name)
     assert (planned.bytes_up, planned.bytes_down) == (len(answer.data), len(message))
-
-
-def test_one_byte_has_a_pool_as_large_as_its_steps_need() -> None:
-    row = next(
-        r
-        for r in plan.table(LLAMA_7B, device_cost.Workload(steps=5000), rates=RATES)
-        if r.method == "onebyte"
-    )
-    assert 5000 < (row.bytes_up or 0) < 5100
-    assert (row.bytes_down or 0) > 4 * 8192
-
-
-def test_a_step_of_fedkseed_is_one_byte() -> None:
-    up = {n: plan.table(LLAMA_7B, device_cost.Workload(steps=n), rates=RATES)[0].bytes_up for n in (200, 250)}
-    assert up[250] - up[200] == 50
-    assert 0 < up[200] - 200 < 100

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import logging
+import shlex
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,82 +19,15 @@ from fleetune import models
 from fleetune.cli.main import main
 
 SECONDS = 10  # that a command may take on a tiny folder
-SMALL = [
-    "--clients",
-    "3",
-    "--rounds",
-    "3",
-    "--limit",
-    "24",
-    "--held-out",
-    "6",
-    "--eval-rows",
-    "4",
-    "--samples",
-    "2",
-    "--answer-tokens",
-    "4",
-    "--max-length",
-    "48",
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-]
+SMALL = shlex.split(
+    "--clients 3 --rounds 3 --limit 24 --held-out 6 --eval-rows 4 --samples 2 --answer-tokens 4 "
+    "--max-length 48 --device cpu --threads 1"
+)
 TUNE = {
     "fedkseed": ["--method", "fedkseed", "--set", "K=16", "--set", "tau=2"],
-    "fedit": ["--method", "fedit", "--set", "r=2", "--set", "steps=2"],
     "scaffold": ["--method", "fedit", "--set", "r=2", "--set", "steps=2", "--set", "scaffold=true"],
-    "fedpeptao": [
-        "--method",
-        "fedpeptao",
-        "--set",
-        "tokens=2",
-        "--set",
-        "epochs=1",
-        "--set",
-        "warmup=1",
-        "--set",
-        "layers_rule=1",
-    ],
 }
-COMPRESS = {
-    "optq": [
-        "--method",
-        "optq",
-        "--set",
-        "group=4",
-        "--windows",
-        "2",
-        "--length",
-        "16",
-        "--text",
-        "text.txt",
-        "--eval-text",
-        "text.txt",
-    ],
-    "gkd": [
-        "--method",
-        "gkd",
-        "--set",
-        "teacher=same",
-        "--set",
-        "keep_layers=2",
-        "--set",
-        "steps=3",
-        "--set",
-        "lmbda=0",
-        "--set",
-        "batch_size=2",
-        "--data",
-        "rows.jsonl",
-        "--length",
-        "48",
-    ],
-}
-KINDS = (*TUNE, *COMPRESS)
-# looks at Ctrl-C until it is pressed: after the first round, block or step
-STOP = {"fedkseed": 27, "fedit": 27, "scaffold": 27, "fedpeptao": 27, "optq": 8, "gkd": 1}
+STOP = 27  # looks at Ctrl-C until it is pressed: after the first round
 CHANGES = {"t", "seconds", "wall", "rss", "peak_rss", "run", "path", "report", "result", "folder", "planned"}
 
 
@@ -187,26 +121,21 @@ def lay_out(place: Path) -> None:
     """Put the model, the rows and the texts that all jobs use into the folder `place`."""
     made = models.tiny_llama(layers=3)
     models.save(made.net, made.tokenizer, place / "model")
-    (place / "text.txt").write_text("The heron stood still in the shallow water. " * 8)
     rows = [
         {"instruction": f"count to {i}", "response": " ".join(map(str, range(1 + i % 8)))}
         for i in range(1, 31)
     ]
     (place / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (place / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:8]))
 
 
 def begin(kind: str, out: str) -> Said:
     """Begin a job of this kind, in the folder laid out; its folder is the only one under `out`."""
-    if kind in COMPRESS:
-        return call("compress", "model", *COMPRESS[kind], "--out", out, seconds=600)
     return call("tune", "model", "data.jsonl", *SMALL, *TUNE[kind], "--out", out, seconds=600)
 
 
 def resume(kind: str, path: Path) -> Said:
     """Resume a job."""
-    word = "compress" if kind in COMPRESS else "tune"
-    return call(word, "--resume", str(path))
+    return call("tune", "--resume", str(path))
 
 
 def whole_and_stopped(kind: str) -> list[Folder]:
@@ -214,7 +143,7 @@ def whole_and_stopped(kind: str) -> list[Folder]:
     assert (said := begin(kind, f"{kind}-done")).code == 0, said.text
     (done,) = (p for p in Path(f"{kind}-done").iterdir() if p.is_dir() and not p.is_symlink())
     ended = [Folder(kind, "done", done, digest_of(kind, done), metrics_of(done))]
-    with stopped_after(STOP[kind]):
+    with stopped_after(STOP):
         assert (said := begin(kind, f"{kind}-stopped")).code == 130, said.text
     (part,) = (p for p in Path(f"{kind}-stopped").iterdir() if p.is_dir() and not p.is_symlink())
     return [*ended, Folder(kind, "stopped", part, ended[0].digest, ended[0].metrics)]
@@ -222,8 +151,6 @@ def whole_and_stopped(kind: str) -> list[Folder]:
 
 def digest_of(kind: str, path: Path) -> str:
     """What a finished job's result is, by the digests that it states and by its bytes."""
-    if kind in COMPRESS:
-        return str(json.loads((path / "compress.json").read_text())["result"]["digest"])
     done = [e for e in _lines(path) if e["event"] == "done"]
     return str(done[-1]["digest"]) if done else ""
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -19,14 +17,12 @@ import pytest
 
 from fleetune import models, report
 from fleetune import recipes as named_recipes
-from fleetune.cli.commands.sweep import SweepScreen
 from fleetune.cli.main import main
-from fleetune.errors import FleetError, ModelError, RecipeError, StorageError
+from fleetune.errors import RecipeError, StorageError
 from fleetune.report import sweep as summary
 from fleetune.report.sweep import GridRun, SweepAxis
 from fleetune.runs import rundir
-from fleetune.runs.listener import Listener
-from fleetune.tuning import methods, sweep
+from fleetune.tuning import sweep
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
 from fleetune.tuning.run import run as jobs
@@ -131,13 +127,6 @@ def test_names_are_options_settings_or_dotted_and_flags_override_the_table():
     assert dotted.axes[0].key == "set.K"
 
 
-def test_alpha_is_the_partitions_and_set_alpha_the_methods_own():
-    fedit = {**BASE, "method": "fedit", "set": {"r": 2}}
-    grid = sweep.make_grid(fedit, ["alpha=0.5,1", "set.alpha=8,16"])
-    second = grid.points[1].recipe
-    assert (second.partition, second.set["alpha"]) == ("dirichlet:0.5:client", 16)
-
-
 def test_methods_can_vary_and_a_setting_of_one_of_them_is_refused_for_the_others():
     grid = sweep.make_grid({**BASE, "set": {}}, ["method=fedkseed,fedit", "lr=1e-3,1e-4"])
     sweep.check(grid)
@@ -153,44 +142,22 @@ def test_the_file_gives_the_grid_back(tmp_path):
     assert sweep.read(tmp_path) == grid
 
 
-def test_values_that_differ_late_are_different_runs():
-    grid = sweep.make_grid(BASE, ["alpha=0.1234567,0.1234568", "lr=1e-3,1e-05"])
-    assert [p.recipe.partition for p in grid.points[::2]] == [
-        "dirichlet:0.1234567:client",
-        "dirichlet:0.1234568:client",
-    ]
-    assert len({p.words for p in grid.points}) == 4
-    assert grid.points[1].words == "alpha 0.1234567 · lr 1e-05 · seed 5"
-
-
-def test_a_text_setting_varies_over_numbers_too():
-    grid = sweep.make_grid({**BASE, "method": "fedpeptao", "set": {}}, ["layers_rule=2,half"])
-    assert [methods.make("fedpeptao", p.recipe.set).layers_rule for p in grid.points] == ["2", "half"]
-    sweep.check(grid)
-
-
 BAD = {
     "unknown name": (["--vary", "roundz=1,2"], "Did you mean 'rounds'"),
     "unknown setting": (["--vary", "set.taus=1,2"], "Did you mean 'tau'"),
     "no values": (["--vary", "K="], "is not a list of values"),
     "no equals sign": (["--vary", "K"], "is not NAME=VALUE,VALUE"),
-    "a value twice": (["--vary", "K=16,16"], "16 stands twice"),
+    "a value twice": (["--vary", "K=16,16"], "has a value twice"),
     "one thing by two names": (["--vary", "K=16,32", "--vary", "set.K=64"], "varies twice"),
     "a setting of a wrong type": (["--vary", "K=16,many"], "K = 'many' is not an integer"),
-    "an option of a wrong type": (["--vary", "rounds=2,few"], "rounds = 'few'"),
     "an option out of range": (["--vary", "participation=0.5,1.5"], "participation = 1.5"),
     "what a method refuses": (["--vary", "law=hashed,rademacher", "--vary", "K=16,700"], "K=512 or K=1024"),
     "an alpha of nothing": (["--vary", "alpha=0.5,0"], "alpha must be a number greater than 0"),
     "alpha of no Dirichlet": (["--vary", "alpha=0.5,1", "--partition", "iid"], "partition = 'iid'"),
-    "alpha and partition": (["--vary", "alpha=1,2", "--vary", "partition=iid"], "a part of partition"),
-    "unknown method": (["--vary", "method=fedkseed,fedkseeed"], "Did you mean 'fedkseed'"),
     "the seed by name": (["--vary", "seed=1,2"], "--seeds N"),
-    "no seeds": (["--seeds", "0"], "seeds = 0"),
     "nothing varies": ([], "nothing varies"),
     "too many runs": (["--vary", "K=16,32", "--seeds", "9999"], "are more than 10,000"),
     "more clients than rows": (["--vary", "clients=2,500"], "clients 500 · seed 5: no rows for a client"),
-    "an unknown column": (["--vary", "partition=iid,column:nosuch"], "no column 'nosuch'"),
-    "data that is not there": (["--vary", "K=16,32", "--data", "nosuch.jsonl"], "nosuch.jsonl"),
     "a recipe that is not there": (["nosuch.toml"], "no recipe at"),
     "no recipe": (None, "needs a RECIPE"),
 }
@@ -211,18 +178,6 @@ def test_bad_input_is_said_before_any_work(case, at, capsys, monkeypatch):
     assert err.startswith("error: ")
     assert out == ""
     assert sorted(at.rglob("*")) == before, "something was left behind"
-
-
-def test_all_problems_are_told_at_once(at, capsys):
-    _, _, err = call(capsys, "sweep", "recipe.toml", "--vary", "roundz=1", "--vary", "K=8,8", "--seeds", "0")
-    assert all(text in err for text in ("'roundz'", "8 stands twice", "seeds = 0"))
-
-
-def test_tune_says_that_a_sweeps_recipe_is_one(at, capsys):
-    (at / "swept.toml").write_text(RECIPE.format(rounds=1) + "[sweep]\nK = [8, 16]\n")
-    code, _, err = call(capsys, "tune", "-c", "swept.toml")
-    assert code == 2
-    assert "fleetune sweep swept.toml" in err
 
 
 def test_a_dry_run_lists_the_runs_and_leaves_nothing(at, capsys):
@@ -300,46 +255,6 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
 
 
 @pytest.mark.faults
-def test_ctrl_c_says_how_to_go_on_and_the_result_is_that_of_no_stop(at, capsys, monkeypatch):
-    file, vary = at / "recipe.toml", ["--vary", "K=8,16"]
-    file.write_text(RECIPE.format(rounds=3))
-    seen: list[int] = []
-    step = SweepScreen.step
-
-    def stepped(self: SweepScreen, client: int, number: int) -> None:
-        seen.append(client)
-        if len(seen) == 18 + 14:  # 3 clients x 2 steps x 3 rounds a run: in the last round of the second run
-            os.kill(os.getpid(), signal.SIGINT)
-        step(self, client, number)
-
-    monkeypatch.setattr(SweepScreen, "step", stepped)
-    code, _, err = call(capsys, "sweep", file, *vary)
-    monkeypatch.setattr(SweepScreen, "step", step)
-    folder = Path("runs") / "0001-sweep-recipe"
-    assert code == 130
-    assert f"fleetune sweep --resume {folder}" in err
-    assert "stopped in run 2 of 2" in err
-    assert (folder / "status").read_text() == "interrupted\n"
-    (first, second) = rundir.listing(folder)
-    assert [r for r, _ in rundir.checkpoints(second)][-1] == 2
-    record = (first / "metrics.jsonl").read_bytes()
-
-    code, out, err = call(capsys, "sweep", "--resume", "latest", "--json")
-    assert code == 0, err
-    assert [e["skipped"] for e in events(out) if e["event"] == "run"] == [True, False]
-    assert (first / "metrics.jsonl").read_bytes() == record  # a finished run is not run again
-    assert [e["round"] for e in rundir.events(second) if e["event"] == "round"] == [1, 2, 3]
-    assert len([e for e in events(out) if e["event"] == "round" and e["run"] == second.name]) == 1
-
-    assert call(capsys, "sweep", file, *vary, "--out", "whole", "-qq")[0] == 0
-    assert digests(Path("whole") / "0001-sweep-recipe") == digests(folder)
-
-    code, out, _ = call(capsys, "sweep", "--resume", "1", "--json")
-    assert code == 0
-    assert all(e["skipped"] for e in events(out) if e["event"] == "run")
-
-
-@pytest.mark.faults
 def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
     (at / "recipe.toml").write_text(RECIPE.format(rounds=8))
     args = ["sweep", "recipe.toml", "--vary", "K=8,16"]
@@ -361,39 +276,7 @@ def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
     assert digests(Path("whole") / "0001-sweep-recipe") == digests(folder)
 
 
-def test_a_sweep_whose_runs_find_their_rate_is_resumed(at, capsys):
-    text = RECIPE.format(rounds=1).replace("lr = 1e-3\n", "")
-    (at / "open.toml").write_text(text)
-    code, _, err = call(capsys, "sweep", "open.toml", "--vary", "K=8,16")
-    assert code == 0, err
-    code, out, err = call(capsys, "sweep", "--resume", "latest", "--json")
-    assert code == 0, err
-    assert [e["skipped"] for e in events(out) if e["event"] == "run"] == [True, True]
-
-
-def test_a_run_that_fails_does_not_stop_the_others_and_is_run_again(at, capsys, monkeypatch):
-    tune = jobs.tune
-
-    def failing(job: prepare.TuneJob, run: rundir.RunDir, listener: Listener) -> dict[str, Any]:
-        if job.recipe.set["K"] == 8:
-            raise FleetError("every client of round 1 failed")
-        return tune(job, run, listener)
-
-    monkeypatch.setattr(jobs, "tune", failing)
-    code, _, err = call(capsys, "sweep", "recipe.toml", "--vary", "K=8,16,32")
-    assert code == 1
-    assert "1 of 3 runs failed: 0001-k-8-seed-5" in err
-    folder = Path("runs") / "0001-sweep-recipe"
-    assert f"fleetune sweep --resume {folder}" in err
-    page = (folder / "sweep.html").read_text(encoding="utf-8")
-    assert "2 of 3 runs are finished" in page
-    monkeypatch.setattr(jobs, "tune", tune)
-    code, out, _ = call(capsys, "sweep", "--resume", folder, "--json")
-    assert code == 0
-    assert [e["skipped"] for e in events(out) if e["event"] == "run"] == [False, True, True]
-
-
-@pytest.mark.parametrize("error", [ModelError("too few directions"), IndexError("too few directions")])
+@pytest.mark.parametrize("error", [IndexError("too few directions")])
 def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys, monkeypatch, error):
     real = prepare.prepare
 
@@ -471,7 +354,6 @@ def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: 
     return GridRun(values, seed, report.read(run))
 
 
-HEAD = ("fleetune sweep · mezo", [("model", "tiny")])
 AXES = (SweepAxis("alpha", "alpha", (0.5, 1.0, 2.0)), SweepAxis("K", "set.K", (8, 512)))
 
 
@@ -497,75 +379,3 @@ def test_a_final_measure_is_the_mean_over_seeds_with_the_spread_of_the_change(tm
     assert end.mean == pytest.approx(by_seed.mean())
     assert end.spread == pytest.approx(np.std(by_seed - base, ddof=1))
     assert end.number == 4
-
-
-def test_half_a_seed_does_not_enter_the_means(tmp_path):
-    _, losses, runs = table(tmp_path / "a", np.random.default_rng(3))
-    part = [*runs[:12], runs[12]]  # two whole seeds and one run of the third
-    used = summary.complete_seeds(AXES, part)
-    assert {m.seed for m in used} == {0, 1}
-    assert summary.final(0, 0.5, "loss", used).mean == pytest.approx(losses[0, :, :2, -1].mean())
-    assert summary.complete_seeds(AXES, runs[:5]) == runs[:5]  # no seed is whole: all there are
-    assert [c["runs"] for c in summary.combinations(AXES, part)] == [3, 2, 2, 2, 2, 2]
-
-
-def test_one_seed_has_no_spread_and_no_band(tmp_path):
-    _, _, runs = table(tmp_path / "a", np.random.default_rng(4))
-    one = runs[:6]
-    assert summary.final(0, 0.5, "loss", one).spread is None
-    _, rows = summary.table(summary.combinations(AXES, one))
-    assert "±" not in "".join(cell for row in rows for cell in row)
-    html = summary.html("0001-sweep-x", HEAD, AXES, one, 24)
-    assert "6 of 24 runs are finished" in html
-    assert 'class="band' not in html
-
-
-def test_runs_that_are_measured_on_other_rows_say_so(tmp_path):
-    axes = (SweepAxis("max_length", "max_length", (24, 512)), SweepAxis("K", "set.K", (8, 512)))
-    runs = [
-        fake(tmp_path, (length, k), 0, 4.0, [4.0 - length / 1000]) for length in (24, 512) for k in (8, 512)
-    ]
-    assert summary.apart(runs) == []
-    for run in runs:
-        (run.run.path / "run.toml").write_text(f'data = "demo"\nmax_length = {run.values[0]}\n')
-    runs = [run._replace(run=report.read(run.run.path)) for run in runs]
-    told = ["the runs are measured on different rows (max_length); their losses do not compare directly"]
-    assert summary.apart(runs) == told
-    assert told[0] in summary.html("0001-sweep-x", HEAD, axes, runs, 4)
-
-
-def drawings(html: str) -> dict[str, str]:
-    return {d[1]: d[0] for d in re.finditer(r'<svg [^>]*aria-labelledby="(\S+)-t .*?</svg>', html, re.S)}
-
-
-def test_the_page_draws_a_plot_an_axis_and_escapes_names(tmp_path):
-    _, _, runs = table(tmp_path / "a", np.random.default_rng(5))
-    html = summary.html("<b>&", HEAD, AXES, runs, 24)
-    assert "<b>&" not in html
-    drawn = drawings(html)
-    assert list(drawn) == ["axis-0-loss", "axis-1-loss"]
-    lines = {name: len(re.findall(r'class="line ', text)) for name, text in drawn.items()}
-    assert lines == {
-        "axis-0-loss": 1 + 2,
-        "axis-1-loss": 1 + 3,
-    }  # the mean, and a line for each value of the other
-    assert drawn["axis-1-loss"].count('class="band') == 1  # of the mean alone
-    assert "are finished" not in html
-    assert drawings(summary.html("x", HEAD, AXES, [], 24)) == {}  # nothing has begun
-    three = (*AXES, SweepAxis("rounds", "rounds", (3,)))
-    more = summary.html("x", HEAD, three, [m._replace(values=(*m.values, 3)) for m in runs], 24)
-    assert [d.count('class="line ') for d in drawings(more).values()] == [1, 1, 1]
-
-
-def test_figures_stand_where_the_means_are(tmp_path):
-    """The last marker of a line is at the mean, by the axis' own ticks."""
-    _, losses, runs = table(tmp_path / "a", np.random.default_rng(6))
-    text = drawings(summary.html("x", HEAD, AXES, runs, 24))["axis-1-loss"]
-    ticks = [
-        (float(v), float(y) - 4) for y, v in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', text)
-    ]
-    (v0, y0), (v1, y1) = ticks[0], ticks[-1]
-    last = re.search(r'class="line c0" d="[^"]*L[\d.]+ ([\d.]+)"', text)
-    assert last is not None
-    at = v0 + (float(last[1]) - y0) * (v1 - v0) / (y1 - y0)
-    assert at == pytest.approx(losses[0, 1, :, -1].mean(), abs=0.01 * abs(v1 - v0))

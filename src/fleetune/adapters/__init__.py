@@ -3,13 +3,11 @@
 
 `attach(model, spec, seed=..)` puts one of the modules on a model; `trainable`, `export`, `load_` and `training`
 handle its parameters; `detach` restores the base bit for bit.  There is one file for each kind of module; what
-they share is in `core.py`.  PEFT is imported in this package alone.
+they share is in `attachment.py`.  PEFT is imported in this package alone.
 """
 
 from fleetune.adapters.attachment import (
     AdapterSpec,
-    Attachment,
-    Part,
     attach,
     attachment_of,
     check_form,
@@ -29,32 +27,27 @@ from fleetune.adapters.lora import (
     INITS,
     QUERY_VALUE,
     Lora,
-    attach_lora,
     pairs,
     subtract_factors,
     subtracted_factors,
 )
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
-from fleetune.adapters.scales import Scales, ScalesPart, moved_scales
+from fleetune.adapters.scales import Scales, moved_scales
 
 __all__ = [
     "ALL_LINEAR",
     "INITS",
     "QUERY_VALUE",
     "AdapterSpec",
-    "Attachment",
     "Bitfit",
     "Bottleneck",
     "Full",
     "Lora",
-    "Part",
     "Prefix",
     "Prompt",
     "Scales",
-    "ScalesPart",
     "attach",
-    "attach_lora",
     "attachment_of",
     "check_form",
     "detach",

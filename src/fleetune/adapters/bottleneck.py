@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fleetune import models
-from fleetune.adapters.bitfit import ParameterCopies, norms
+from fleetune.adapters.attachment import ParameterCopies, Part
+from fleetune.adapters.bitfit import norms
 from fleetune.errors import ModelError
 from fleetune.models.net.layers import layers_of, outputs_of
 from fleetune.models.net.model import Model
@@ -55,29 +56,21 @@ class Bottleneck:
             hooks.append(block.register_forward_hook(_behind(list(own.values()))))
         inside = tuple(f"{layer.name}." for layer in layers)
         trained = [n for n in norms(model.net) if n.startswith(inside)] if self.norms else []
-        replaced = ParameterCopies(model.net, trained)
-        return BottleneckPart(parameters | dict(replaced.parameters), hooks, replaced)
+        return BottleneckPart(parameters, hooks, ParameterCopies(model.net, trained))
 
 
-@dataclass(frozen=True)
-class BottleneckPart:
+class BottleneckPart(Part):
     """The adapters' parameters, the hooks that run them, and the norms."""
 
-    parameters: Mapping[str, nn.Parameter]
-    hooks: list[Any]
-    norms: ParameterCopies
+    what = "bottleneck adapters, layers of their own,"
+
+    def __init__(self, own: Mapping[str, nn.Parameter], hooks: list[Any], norms: ParameterCopies) -> None:
+        self.parameters, self.hooks, self._norms = {**own, **norms.parameters}, hooks, norms
 
     def remove(self) -> None:
-        """Remove the hooks."""
-        for hook in self.hooks:
-            hook.remove()
-        self.norms.remove()
-
-    def fold(self) -> None:
-        """Raise ModelError: adapters are layers of their own and cannot be folded."""
-        raise ModelError(
-            "bottleneck adapters cannot be folded into the weights", hint="use the run's folder as it is"
-        )
+        """Remove the hooks, and put the norms back."""
+        super().remove()
+        self._norms.remove()
 
 
 def _start(name: str, width: int, size: int, seed: int, device: str) -> dict[str, nn.Parameter]:

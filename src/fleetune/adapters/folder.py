@@ -93,9 +93,7 @@ def load(model: Model, path: Path) -> None:
         file = "module.json" if ours else "adapter_config.json"
         config = json.loads((path / file).read_text(encoding="utf-8"))
         tensors = load_file(path / ("module.safetensors" if ours else "adapter_model.safetensors"))
-        spec, arrays = (
-            _from_ours(config, tensors) if ours else _FROM_PEFT[config["peft_type"]](config, tensors, model)
-        )
+        spec, arrays = _from_ours(config, tensors) if ours else _from_peft(config, tensors, model)
         _check_size(spec, arrays)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise ModelError(
@@ -155,7 +153,10 @@ def _peft(model: Model, attachment: Attachment) -> tuple[dict[str, Any], Mapping
     elif isinstance(spec, Prompt) and is_causal(net) and not head_of(net):
         width = net.get_input_embeddings().weight.shape[1]
         config = PromptTuningConfig(num_virtual_tokens=spec.tokens, token_dim=width).to_dict()
-        config.update(_sizes(net), num_transformer_submodules=1, task_type=TaskType.CAUSAL_LM)
+        text = net.config.get_text_config()
+        heads = getattr(text, "num_attention_heads", 1)  # PEFT wants a number, a prompt has no use for it
+        sizes = {"num_layers": text.num_hidden_layers, "num_attention_heads": heads}
+        config.update(sizes, num_transformer_submodules=1, task_type=TaskType.CAUSAL_LM)
         tensors = {"prompt_embeddings": attachment.parameters["prompt.embeddings"]}
     else:
         return None
@@ -204,54 +205,34 @@ def _plain_lora(part: LoraPart) -> dict[str, Tensor]:
 def _prefix_in_peft(
     attachment: Attachment, spec: Prefix, net: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    layers = layers_of(net)
-    width = layers[0].heads * layers[0].width
-    config = PrefixTuningConfig(
-        num_virtual_tokens=spec.tokens, token_dim=width, encoder_hidden_size=width
-    ).to_dict()
-    config.update(
-        num_layers=len(layers),
-        num_attention_heads=layers[0].heads,
-        num_transformer_submodules=1,
-        task_type=TaskType.CAUSAL_LM,
-    )
-    order = [f"{layer.attention}.prefix.{which}" for layer in layers for which in ("key", "value")]
-    return config, {"prompt_embeddings": torch.cat([attachment.parameters[n].detach() for n in order], dim=1)}
+    layers, numbers = layers_of(net), attachment.parameters
+    heads, width = layers[0].heads, layers[0].heads * layers[0].width
+    made = PrefixTuningConfig(num_virtual_tokens=spec.tokens, token_dim=width, encoder_hidden_size=width)
+    sizes = {"num_layers": len(layers), "num_attention_heads": heads, "num_transformer_submodules": 1}
+    table = torch.cat([numbers[n].detach() for n in _prefix_names(net)], dim=1)
+    return made.to_dict() | sizes | {"task_type": TaskType.CAUSAL_LM}, {"prompt_embeddings": table}
 
 
-def _sizes(net: Any) -> dict[str, int]:
-    config = net.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 1)  # PEFT wants a number, a prompt has no use for it
-    return {"num_layers": config.num_hidden_layers, "num_attention_heads": heads}
+def _prefix_names(net: Any) -> list[str]:
+    """Return the names of a prefix's parameters in the order of PEFT's table."""
+    return [f"{layer.attention}.prefix.{which}" for layer in layers_of(net) for which in ("key", "value")]
 
 
-def _lora_from_peft(
+def _from_peft(
     config: Mapping[str, Any], tensors: dict[str, Any], model: Model
 ) -> tuple[AdapterSpec, dict[str, Any]]:
-    targets = [str(t) for t in config["target_modules"]]
-    spec = Lora(int(config["r"]), float(config["lora_alpha"]), targets=targets)
-    return spec, {n.removeprefix(FRONT): t for n, t in tensors.items()}
-
-
-def _prefix_from_peft(
-    config: Mapping[str, Any], tensors: dict[str, Any], model: Model
-) -> tuple[AdapterSpec, dict[str, Any]]:
-    layers = layers_of(model.net)
-    table = tensors["prompt_embeddings"]
-    columns = table.reshape(table.shape[0], 2 * len(layers), -1).swapaxes(0, 1)
-    order = [f"{layer.attention}.prefix.{which}" for layer in layers for which in ("key", "value")]
-    return Prefix(int(config["num_virtual_tokens"])), dict(zip(order, columns, strict=True))
-
-
-def _prompt_from_peft(
-    config: Mapping[str, Any], tensors: dict[str, Any], model: Model
-) -> tuple[AdapterSpec, dict[str, Any]]:
-    return Prompt(int(config["num_virtual_tokens"])), {"prompt.embeddings": tensors["prompt_embeddings"]}
-
-
-_FROM_PEFT: Final = MappingProxyType(
-    {"LORA": _lora_from_peft, "PREFIX_TUNING": _prefix_from_peft, "PROMPT_TUNING": _prompt_from_peft}
-)
+    if (kind := config["peft_type"]) == "LORA":
+        targets = [str(t) for t in config["target_modules"]]
+        spec = Lora(int(config["r"]), float(config["lora_alpha"]), targets=targets)
+        return spec, {n.removeprefix(FRONT): t for n, t in tensors.items()}
+    tokens, table = int(config["num_virtual_tokens"]), tensors["prompt_embeddings"]
+    if kind == "PROMPT_TUNING":
+        return Prompt(tokens), {"prompt.embeddings": table}
+    if kind != "PREFIX_TUNING":
+        raise KeyError(kind)
+    names = _prefix_names(model.net)
+    columns = table.reshape(table.shape[0], len(names), -1).swapaxes(0, 1)
+    return Prefix(tokens), dict(zip(names, columns, strict=True))
 
 
 # ---------------------------------------------------------------- words
@@ -312,9 +293,11 @@ def _form(tokenizer: Any) -> str:
     last = end_id(tokenizer)
     end = "no end token" if last is None else f"`{tokenizer.convert_ids_to_tokens(last)}`"
     if is_plain(tokenizer):
-        return _PLAIN.format(end=end)
-    dated = "date_string" in str(tokenizer.chat_template)
-    return _TEMPLATE.format(end=end, date=f', date_string="{DATE}"' if dated else "")
+        how = 'plain lines, every turn with a line break after it: `tokenizer(prompt + "\\n")`'
+    else:
+        date = f', date_string="{DATE}"' if "date_string" in str(tokenizer.chat_template) else ""
+        how = f"the base's chat template: `apply_chat_template(turns, add_generation_prompt=True{date})`"
+    return f"\nPrompt it in the form that it was tuned in, {how}. An answer ends with {end}.\n"
 
 
 _RESIDUAL = """
@@ -338,22 +321,3 @@ model = models.load("THE BASE"{where})
 adapters.load(model, Path("PATH OF THIS FOLDER"))
 ```
 """
-_SEAM: Final = """
-The answer was tokenised together with its prompt: its tokens are those that follow the prompt's in the whole text. Only where
-the whole text's tokens do not begin with the prompt's was it tokenised apart.
-"""
-_TEMPLATE: Final = (
-    """
-Prompt it in the form that it was tuned in, the chat template of the base's tokenizer:
-`apply_chat_template(turns, add_generation_prompt=True{date})`. An answer ends with {end}.
-"""
-    + _SEAM
-)
-_PLAIN: Final = (
-    """
-Prompt it in the form that it was tuned in, plain lines, since the base's tokenizer has no chat template: every turn with a line
-break after it, `tokenizer(prompt + "\\n")`, with the start token that the tokenizer adds, without an end token.
-An answer ends with {end}.
-"""
-    + _SEAM
-)

@@ -17,7 +17,7 @@ Names are PEFT's file names without the "base_model.model." in front, e.g.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Self, cast
 
 import numpy as np
@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fleetune.adapters.attachment import attach, attachment_of, private_rng
+from fleetune.adapters.attachment import Part, attachment_of, private_rng
 from fleetune.adapters.lora_init import FROM_SEED, FROM_WEIGHTS
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.families.foreign import short_error
@@ -83,7 +83,7 @@ class Lora:
                 f"PEFT puts no LoRA on a {type(model.net).__name__}: {short_error(error)}",
                 hint="name other layers: targets=...",
             ) from error
-        part = _part(tuner)
+        part = LoraPart(tuner)
         _check_linear(part, type(model.net).__name__)
         if self.dropout and model.device == "cpu":
             _drop_lean(part, self.dropout)
@@ -95,15 +95,20 @@ class Lora:
         return part
 
 
-@dataclass(frozen=True)
-class LoraPart:
+class LoraPart(Part):
     """The factors that PEFT has attached to the linear layers of a net, and the frozen ones that are subtracted."""
 
-    tuner: LoraModel
-    layers: Mapping[str, Any]  # PEFT's, by the name of the linear layer
-    parameters: Mapping[str, nn.Parameter]
-    subtracted: dict[str, Tensor] = field(default_factory=dict)  # B0, A0, fp32, under the parameters' names
-    hooks: list[Any] = field(default_factory=list)
+    def __init__(self, tuner: LoraModel) -> None:
+        self.tuner, self.hooks = tuner, []
+        self.subtracted: dict[str, Tensor] = {}  # B0, A0, fp32, under the parameters' names
+        # PEFT's, by the name of the linear layer
+        self.layers: dict[str, Any] = {
+            n: m for n, m in tuner.model.named_modules() if isinstance(m, BaseTunerLayer)
+        }
+        both = {n: (m.lora_B[ADAPTER].weight, m.lora_A[ADAPTER].weight) for n, m in self.layers.items()}
+        self.parameters = dict(
+            sorted(p for n, pair in both.items() for p in zip(_names(n), pair, strict=True))
+        )
 
     def subtract(self, factors: Mapping[str, Tensor]) -> None:
         """Subtract (alpha / r) B0 A0 from the base's layers, without writing to them; {} subtracts nothing."""
@@ -116,8 +121,7 @@ class LoraPart:
 
     def remove(self) -> None:
         """Restore the plain layers."""
-        for hook in self.hooks:
-            hook.remove()
+        super().remove()
         self.tuner.unload()
 
     def fold(self) -> None:
@@ -131,20 +135,6 @@ class LoraPart:
                     base_part = layer.scaling[ADAPTER] * (b0 @ a0)
                     delta -= base_part.T if layer.fan_in_fan_out else base_part
                 weight.copy_(weight.float().add_(delta))
-
-
-def attach_lora(
-    model: Model,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float = 0.0,
-    targets: str | Sequence[str] = ALL_LINEAR,
-    init: str = "default",
-    seed: int,
-) -> None:
-    """Call `attach(model, Lora(..), seed=seed)`."""
-    attach(model, Lora(r, alpha, dropout, targets, init), seed=seed)
 
 
 def subtracted_factors(model: Model) -> dict[str, np.ndarray]:
@@ -191,15 +181,6 @@ def pairs(tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 def _names(layer: str) -> tuple[str, str]:
     return f"{layer}.lora_B.weight", f"{layer}.lora_A.weight"
-
-
-def _part(tuner: LoraModel) -> LoraPart:
-    layers = {n: m for n, m in tuner.model.named_modules() if isinstance(m, BaseTunerLayer)}
-    parameters: dict[str, nn.Parameter] = {}
-    for name, layer in layers.items():
-        b, a = _names(name)
-        parameters |= {b: layer.lora_B[ADAPTER].weight, a: layer.lora_A[ADAPTER].weight}
-    return LoraPart(tuner, layers, dict(sorted(parameters.items())))
 
 
 def _check_linear(part: LoraPart, net: str) -> None:

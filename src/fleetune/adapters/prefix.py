@@ -30,6 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleetune import models
+from fleetune.adapters.attachment import Part
 from fleetune.errors import ModelError
 from fleetune.models.net.layers import OTHER_MODULE, Layer, attention_layers, body_of, is_causal
 from fleetune.models.net.model import Model
@@ -81,8 +82,10 @@ def _layers(net: Any) -> list[Layer]:
     return layers
 
 
-class PrefixPart:
+class PrefixPart(Part):
     """The prefixes of a net's layers."""
+
+    what = "a prefix"
 
     def __init__(
         self,
@@ -100,24 +103,16 @@ class PrefixPart:
         for layer, module in zip(layers, self._modules, strict=True):
             own = [parameters[f"{layer.attention}.prefix.{which}"] for which in ("key", "value")]
             setattr(module, ATTRIBUTE, LayerPrefix(own[0], own[1], layer.heads, dropout))
-        self._hook = None
-        if is_causal(net):
-            self._hook = body_of(net).register_forward_pre_hook(_position_hook(tokens), with_kwargs=True)
+        move = _position_hook(tokens)
+        causal = is_causal(net)
+        self.hooks = [body_of(net).register_forward_pre_hook(move, with_kwargs=True)] if causal else []
 
     def remove(self) -> None:
         """Detach them."""
         for module in self._modules:
             delattr(module, ATTRIBUTE)
         self._config._attn_implementation = self._before
-        if self._hook is not None:
-            self._hook.remove()
-
-    def fold(self) -> None:
-        """Raise ModelError: a prefix is no weight."""
-        raise ModelError(
-            "a prefix cannot be folded into the weights",
-            hint="fleetune export --to peft, or use the run's folder",
-        )
+        super().remove()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ classifier reads.  Their outputs are removed from what the base model returns, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune import models
+from fleetune.adapters.attachment import Part
 from fleetune.errors import ModelError
 from fleetune.models.net.layers import body_of, is_causal
 from fleetune.models.net.model import Model
@@ -40,32 +40,22 @@ class Prompt:
         return PromptPart(model.net, nn.Parameter(start))
 
 
-class PromptPart:
+class PromptPart(Part):
     """The embeddings, and the hooks that insert them and remove their outputs."""
 
+    what = "a soft prompt"
+
     def __init__(self, net: Any, prompt: nn.Parameter) -> None:
-        self.parameters: Mapping[str, nn.Parameter] = {"prompt.embeddings": prompt}
+        self.parameters = {"prompt.embeddings": prompt}
         self._prompt = prompt
         self._table = net.get_input_embeddings()
         self._at = 0 if is_causal(net) else 1
         self._went_in = False
         body = body_of(net)
-        self._hooks: list[Any] = [
+        self.hooks = [
             body.register_forward_pre_hook(self._before, with_kwargs=True),
             body.register_forward_hook(self._after),
         ]
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def fold(self) -> None:
-        """Raise ModelError: a prompt is no weight."""
-        raise ModelError(
-            "a soft prompt cannot be folded into the weights",
-            hint="fleetune export --to peft, or use the run's folder",
-        )
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Insert the prompt unless a cache has it; extend masks and positions in any case."""

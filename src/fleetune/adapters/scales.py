@@ -9,7 +9,7 @@ scales' nearest numbers in fp16, so the net that is trained, measured and writte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fleetune.adapters.attachment import attachment_of
+from fleetune.adapters.attachment import Part, attachment_of
 from fleetune.common.ggml import BLOCK, HALVES
 from fleetune.errors import ModelError
 from fleetune.models import lazy
@@ -36,7 +36,7 @@ class Scales:
         return ScalesPart(model.net)
 
 
-class ScalesPart:
+class ScalesPart(Part):
     """The moves of a net's scales: of each layer float32 [rows, blocks of a row, 1 or 2], in steps of log2."""
 
     def __init__(self, net: Any) -> None:
@@ -51,9 +51,7 @@ class ScalesPart:
         moves = {
             name: nn.Parameter(torch.zeros(_shape(_weight(layer)))) for name, layer in self._layers.items()
         }
-        self.parameters: Mapping[str, nn.Parameter] = {
-            f"{name}.scales": delta for name, delta in moves.items()
-        }
+        self.parameters = {f"{name}.scales": delta for name, delta in moves.items()}
         for name, layer in self._layers.items():
             layer.forward = _forward(layer, moves[name])  # type: ignore[method-assign]
 

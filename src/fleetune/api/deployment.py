@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fleetune.fleet.server import Served
     from fleetune.models.artefact import ArtefactHead
     from fleetune.models.net.model import Model
-    from fleetune.runs.compression_folder import CompressOptions
 
 
 def compress(
@@ -71,7 +70,7 @@ def compress(
     from fleetune.tuning.recipe import objects
 
     watching = heard_by(listener, progress)
-    options: CompressOptions = {
+    options = {
         "data": objects.data_name(data, Path(out)),
         "text": str(text),
         "eval_text": str(eval_text),
@@ -128,12 +127,10 @@ def file_size(model: Model, quantised: Collection[str], head: ArtefactHead, name
 
 
 def _size(size: float | str) -> int:
-    """Return a size in bytes, given as a number or as people write it."""
     return int(size) if isinstance(size, int | float) else parse_bytes(size, "--bytes", least=1) or 0
 
 
 def _devices(served: Served | None) -> Calibrators | None:
-    """The devices at a door, as a compression asks for them."""
     if served is None:
         return None
     from fleetune.fleet.calibration_server import Calibrators

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +18,6 @@ from fleetune.subject import Compressed, Run, Subject, logits_of
 if TYPE_CHECKING:
     from fleetune.data import Example
     from fleetune.evaluation.losses import OnRows
-    from fleetune.evaluation.measures import HarnessTasks
 
 WHOLE: Final = 1 << 20  # tokens: a prompt is not cut
 
@@ -62,114 +60,70 @@ def evaluate(
     found = subjects.open(model, out=out)  # before torch is imported
     dense = subjects.open(reference, out=out) if reference is not None else None
     _check_options(found, limit, answer_tokens, text)
+    from fleetune.common.events import evaluated
     from fleetune.data import read_text
+    from fleetune.data.encode import check_answers
     from fleetune.evaluation import measures
 
     heard, labels = heard_by(listener, progress), words(labels)
     own, others = measures.divided(words(tasks))
-    wanted = _checked_tasks(own, text, compared=dense is not None)
+    if text and own and dense is None and not {"perplexity", "ppl"} & set(own):
+        problem = f"{text} is for the task perplexity, which --tasks does not name"
+        raise RecipeError([problem], hint="fleetune eval --help")
+    wanted = measures.check_tasks(list(own))
     if dense is not None and others and not own:
         raise UsageError("a reference is compared with on rows or a text", hint="--tasks loss as well")
-    of_harness = measures.HarnessTasks(others, task_files) if others else None
-    if of_harness is not None and not own:
-        return _by_harness(
-            of_harness, found, limit, heard, dtype=dtype, device=device, base=base, offline=offline
-        )
+    harness = measures.HarnessTasks(others, task_files) if others else None
+    where: dict[str, Any] = {"dtype": dtype, "device": device, "offline": offline}
+    longest = found.max_length
+    if harness is not None and not own:  # which needs no rows
+        loaded = subjects.load_alone(found, base=base, **where)
+        scores = harness.evaluate(loaded, limit=limit)
+        heard.event(evaluated(found.argument, 0, {}, of=0, max_length=longest, harness=scores))
+        return measures.by_name(scores)
     if dense is not None:
         subjects.check_same_tokens(found, dense, offline=offline)
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
-    _check_labels(given[:limit], labels if "accuracy" in wanted else ())
-    texts, compared = read_text(str(text)) if text else [], subjects.rows_of(found, given, offline=offline)
+    if labels and "accuracy" in wanted:
+        answers = [example.response.strip() for example in given[:limit]]
+        check_answers(answers, labels, f"labels = {', '.join(labels)}", "name all label words of the data")
     if given:
         _note_trained_on(found, given[:limit], heard, offline=offline)
-    how = _Measuring(wanted, limit, answer_tokens, labels, dtype, device, base, offline)
-    return how.measured(found, compared, texts, dense, of_harness, heard)
+    texts, compared = read_text(str(text)) if text else [], subjects.rows_of(found, given, offline=offline)
 
+    def told(what: str) -> OnRows:
+        return lambda done, total: heard.progress(what, done, total)
 
-@dataclass(frozen=True)
-class _Measuring:
-    """How a model is loaded and measured."""
-
-    tasks: tuple[str, ...]
-    limit: int
-    answer_tokens: int
-    labels: Sequence[str]
-    dtype: str | None
-    device: str
-    base: str | None
-    offline: bool
-
-    def measured(
-        self,
-        found: Subject,
-        given: list[Example],
-        texts: list[str],
-        dense: Subject | None,
-        of_harness: HarnessTasks | None,
-        heard: Listener,
-    ) -> dict[str, float]:
-        """Load a model, measure it, by tasks of the harness too, and compare it with `dense`; report and return the values."""
-        from fleetune.common.events import evaluated
-        from fleetune.evaluation import measures
-
-        def told(what: str) -> OnRows:
-            return lambda done, total: heard.progress(what, done, total)
-
-        where: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "offline": self.offline}
-        with logits_of(
-            dense, given[: self.limit], texts, heard, max_length=found.max_length, **where
-        ) as kept:
-            loaded, every = subjects.load_with_rows(
-                found, given, labels=self.labels, base=self.base, needs_rows=not texts, **where
-            )
-            examples = every[: self.limit]
-            values, rows = measures.evaluate(
-                loaded,
-                examples,
-                self.tasks,
-                max_length=found.max_length,
-                max_new_tokens=self.answer_tokens,
-                labels=self.labels,
-                texts=texts,
-                told=told,
-            )
-            values |= kept.compare(loaded, told("rows compared")).values() if kept else {}
-        scores = of_harness.evaluate(loaded, limit=self.limit) if of_harness is not None else []
-        # `loaded` is the base from here on
-        before = subjects.base_losses(found, loaded, examples, told) if rows else None
-        heard.event(
-            evaluated(
-                found.argument,
-                len(examples),
-                values,
-                of=len(every),
-                max_length=found.max_length,
-                rows_of=(before, rows),
-                harness=scores,
-            )
+    with logits_of(dense, compared[:limit], texts, heard, max_length=longest, **where) as kept:
+        loaded, every = subjects.load_with_rows(
+            found, compared, labels=labels, base=base, needs_rows=not texts, **where
         )
-        return values | measures.by_name(scores)
-
-
-def _by_harness(
-    tasks: HarnessTasks,
-    found: Subject,
-    limit: int,
-    listener: Listener,
-    *,
-    dtype: str | None,
-    device: str,
-    base: str | None,
-    offline: bool,
-) -> dict[str, float]:
-    """Measure a model by tasks of the harness alone, which need no rows."""
-    from fleetune.common.events import evaluated
-    from fleetune.evaluation import measures
-
-    loaded = subjects.load_alone(found, dtype=dtype, device=device, base=base, offline=offline)
-    scores = tasks.evaluate(loaded, limit=limit)
-    listener.event(evaluated(found.argument, 0, {}, of=0, max_length=found.max_length, harness=scores))
-    return measures.by_name(scores)
+        values, rows = measures.evaluate(
+            loaded,
+            every[:limit],
+            wanted,
+            max_length=longest,
+            max_new_tokens=answer_tokens,
+            labels=labels,
+            texts=texts,
+            told=told,
+        )
+        values |= kept.compare(loaded, told("rows compared")).values() if kept else {}
+    scores = harness.evaluate(loaded, limit=limit) if harness is not None else []
+    measured = every[:limit]
+    before = subjects.base_losses(found, loaded, measured, told) if rows else None  # makes `loaded` the base
+    heard.event(
+        evaluated(
+            found.argument,
+            len(measured),
+            values,
+            of=len(every),
+            max_length=longest,
+            rows_of=(before, rows),
+            harness=scores,
+        )
+    )
+    return values | measures.by_name(scores)
 
 
 def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bool) -> list[Example]:
@@ -184,15 +138,11 @@ def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bo
         return read(file, columns=columns, offline=offline)
     try:
         return read(file, columns=usual, offline=offline)
-    except DataError as error:
-        try:
-            return read(file, offline=offline)
-        except DataError:
-            raise error from None
+    except DataError:
+        return read(file, offline=offline)
 
 
 def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *, offline: bool) -> None:
-    """Say how many rows the run behind a model has trained on: its values on them are no measure of anything else."""
     from fleetune.tuning.result import finished
 
     run = found.run if isinstance(found, Compressed) else found if isinstance(found, Run) else None
@@ -202,38 +152,18 @@ def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *
         )
 
 
-def _check_labels(rows: Sequence[Example], labels: Sequence[str]) -> None:
-    """DataError for rows with another answer than the label words, where there are any."""
-    from fleetune.data.encode import check_answers
-
-    if labels:
-        answers = [example.response.strip() for example in rows]
-        check_answers(answers, labels, f"labels = {', '.join(labels)}", "name all label words of the data")
-
-
 def _check_options(found: Subject, limit: int, answer_tokens: int, text: str | Path | None) -> None:
-    """UsageError for rows that are given as text, RecipeError for numbers and a text that no model can be measured with."""
     from fleetune.data import readers
 
     if text:
         readers.require_text(str(text), hint=command("eval", found.argument, text))
     numbers: dict[str, object] = {"limit": limit, "answer_tokens": answer_tokens}
-    problems = [f"{n} = {v!r} is not an integer" for n, v in numbers.items() if not isinstance(v, int)]
-    problems += [f"{n} = {v} is below 1" for n, v in numbers.items() if isinstance(v, int) and v < 1]
+    wrong = {n: v for n, v in numbers.items() if not isinstance(v, int) or v < 1}
+    problems = [f"{n} = {v!r} is not an integer of at least 1" for n, v in wrong.items()]
     if text and not Path(text).is_file():
         problems.append(f"no text file at {text}")
     if problems:
         raise RecipeError(problems, hint="fleetune eval --help")
-
-
-def _checked_tasks(tasks: Sequence[str], text: str | Path | None, *, compared: bool) -> tuple[str, ...]:
-    """Return the tasks; RecipeError for unknown ones, and where none of them is of the text."""
-    from fleetune.evaluation import measures
-
-    if text and tasks and not compared and not {"perplexity", "ppl"} & set(tasks):
-        problem = f"{text} is for the task perplexity, which --tasks does not name"
-        raise RecipeError([problem], hint="fleetune eval --help")
-    return measures.check_tasks(list(tasks))
 
 
 def generate(

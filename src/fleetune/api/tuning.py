@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack, cast
 
@@ -18,7 +17,7 @@ from fleetune.errors import RecipeError, UsageError
 from fleetune.models.cache import cache
 from fleetune.models.cache.names import is_master
 from fleetune.runs import rundir, trackers
-from fleetune.runs.listener import Listener, Progress, heard_by
+from fleetune.runs.listener import Listener, heard_by
 from fleetune.subject import Compressed, Run
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
@@ -28,11 +27,9 @@ if TYPE_CHECKING:
     from fleetune.subject import Compressed
     from fleetune.tuning.methods import Method
     from fleetune.tuning.result.finished import TuneResult
-    from fleetune.tuning.sweep import SweepGrid, SweepResult
+    from fleetune.tuning.sweep import SweepResult
 
 RESULTS: Final = ("adapter", "ledger.safetensors")  # of a run
-HF: Final = "hf"  # target of an export, and its folder
-GGUF: Final = "gguf"
 
 
 def path_of(result: object) -> object:
@@ -93,37 +90,14 @@ def with_file(recipe: Recipe, out: Path, note: Callable[[str], None]) -> Recipe:
     return dataclasses.replace(recipe, model=str(tunable_file.of(found, note)))
 
 
-def with_artefact(recipe: Recipe, out: Path) -> Recipe:
-    """Return a recipe that trains scales of a compressed model with its artefact as the model; others as they are.
-
-    The artefact has the model's configuration, so a method can be chosen before the GGUF file is written.
-    """
-    found = compressed_of(recipe.model, recipes.trained(recipe), out)
-    return recipe if found is None else dataclasses.replace(recipe, model=str(found.model))
-
-
 def _written_out(what: str, found: Run | Compressed, home: Path) -> UsageError:
     """Return the error with the command that writes the model out: as a GGUF file where a run has tuned scales."""
-    to = GGUF if isinstance(found, Run) and found.recipe.train == "scales" else HF
-    first = targets.find(to).place(home)
-    place, number = first, 1
-    while place.exists():
-        if _is_new(place if to == GGUF else place / "config.json", home / "status"):
-            return UsageError(what, hint=f"it is written out already: give {quoted(place)} as the model")
-        number += 1
-        place = first.with_name(f"{first.stem}-{number}{first.suffix}")  # export overwrites nothing
-    where = f" --path {quoted(place)}" if number > 1 else ""
-    return UsageError(
-        what,
-        hint=f"fleetune export {quoted(found.argument)} --to {to}{where}   and then give {quoted(place)} as the model",
-    )
-
-
-def _is_new(written: Path, status: Path) -> bool:
-    """Whether a model was written out, and not before the run ended: it may have been given more rounds since."""
-    if not written.is_file():
-        return False
-    return not status.is_file() or written.stat().st_mtime >= status.stat().st_mtime
+    to = "gguf" if isinstance(found, Run) and found.recipe.train == "scales" else "hf"
+    place = targets.find(to).place(home)
+    hint = f"fleetune export {quoted(found.argument)} --to {to}   and then give {quoted(place)} as the model"
+    if place.exists():
+        hint = f"it is written out already: give {quoted(place)} as the model (if it is newer than the run)"
+    return UsageError(what, hint=hint)
 
 
 def plan(
@@ -250,10 +224,7 @@ def resume_run(
         )
     folder = getattr(run, "folder", None)
     path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))
-    hearing = heard_by(listener, progress)
-    if isinstance(hearing, Progress):
-        hearing.goes_on(path)
-    with trackers.tracked(hearing, words(tracker), offline=offline) as heard:
+    with trackers.tracked(heard_by(listener, progress), words(tracker), offline=offline) as heard:
         return resume.resume(path, heard, offline=offline, rounds=rounds, base=base)
 
 
@@ -268,7 +239,6 @@ def recipe_for(
     listener: Listener,
 ) -> Recipe:
     """The recipe for what a caller handed over; the options are checked before any object is saved."""
-    from fleetune.tuning import methods
     from fleetune.tuning.recipe import objects
 
     model = path_of(model)
@@ -287,40 +257,22 @@ def recipe_for(
             "method's settings"
         )
     name, chosen = _method_of(method)
-    known = set() if name == recipes.AUTO_METHOD else {s.name for s in methods.settings(name)}
-    if misplaced := [word for word in options if word in known and word not in recipes.fields()]:
-        raise RecipeError(
-            [f"'{word}' is a setting of {name}, not an option" for word in misplaced],
-            hint=f'give it as settings={{"{misplaced[0]}": ..}}',
-        )
-    values = chosen | objects.setting_values(settings)
-    held_out = options.get("eval_data", "")
-    named_rows, named_held_out = (
-        str(rows) if isinstance(rows, str | Path) else "data" for rows in (data, held_out)
-    )
-    is_named = isinstance(model, str | Path)
+    given = {"model": model, "data": data, "eval_data": options.get("eval_data", "")}
+    named = {n: str(v) if isinstance(v, str | Path) else n for n, v in given.items()}
     recipe = recipes.make(
-        {
-            **options,
-            "eval_data": named_held_out,
-            "model": str(model) if is_named else "model",
-            "data": named_rows,
-            "method": name,
-            "set": values,
-        }
+        {**options, **named, "method": name, "set": chosen | objects.setting_values(settings)}
     )
-    if is_named:
+    if isinstance(model, str | Path):
         check_plain(recipe.model, out, recipes.trained(recipe))
     return dataclasses.replace(
         recipe,
         model=objects.model_name(model, tokenizer, out),
         data=objects.data_name(data, out),
-        eval_data=named_held_out if isinstance(held_out, str | Path) else objects.data_name(held_out, out),
+        eval_data=objects.data_name(given["eval_data"], out),
     )
 
 
 def _method_of(method: object) -> tuple[str, dict[str, Value]]:
-    """Return a method's name and settings, from its name or its own dataclass; a caller's own class gets a name."""
     from fleetune.common.settings import named
     from fleetune.tuning import methods
     from fleetune.tuning.recipe import objects
@@ -354,16 +306,18 @@ def sweep(
     run, for a name that cannot vary or a combination that cannot be; FleetuneError, after all runs, when some failed:
     `resume_sweep` does these again.
     """
-    from fleetune.tuning import sweep
+    from fleetune.planning import choose
     from fleetune.tuning import sweep as sweeps
 
     heard, varied = heard_by(listener, progress), dict(vary or {})
     recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, heard)
     table = {n: [*values] if isinstance(values, list | tuple) else values for n, values in varied.items()}
     values = dataclasses.asdict(recipe) | {"sweep": {**table, "seeds": seeds}}
-    grid = sweep.make_grid(with_method(values, (), Path(out), heard.note, offline=offline))
+    grid = sweeps.make_grid(choose.settled_sweep(values, (), heard.note, offline=offline))
+    for tuned in {point.recipe.model for point in grid.points}:
+        check_plain(tuned, Path(out))
     sweeps.check(grid, offline=offline)
-    return start_sweep(grid, Path(out), heard, name=name, offline=offline)
+    return sweeps.start(grid, Path(out), heard, name=name, offline=offline)
 
 
 def resume_sweep(
@@ -385,46 +339,4 @@ def resume_sweep(
     path = sweeps.find(str(getattr(sweep, "folder", sweep)), Path(out))
     grid = sweeps.read(path)
     sweeps.check(grid, offline=offline)
-    return start_sweep(grid, Path(out), heard, resumed=path, offline=offline)
-
-
-def start_sweep(
-    grid: SweepGrid,
-    out: Path,
-    listener: Listener,
-    *,
-    name: str = "",
-    resumed: Path | None = None,
-    offline: bool,
-) -> SweepResult:
-    """Do the runs of a checked grid: in a new folder under `out` with `name` in its own, or in that of a `resumed` sweep."""
-    from fleetune.tuning import sweep as sweeps
-
-    rundir.check_writable(resumed or out)
-    grid = _with_files(grid, out, listener.note)
-    with rundir.RunDir(resumed) if resumed else sweeps.create(out, name, grid) as folder:
-        return sweeps.run(folder, grid, listener, offline=offline)
-
-
-def with_method(
-    values: dict[str, Any], varied: Collection[str], out: Path, note: Callable[[str], None], *, offline: bool
-) -> dict[str, Any]:
-    """Return the keys of a sweep's recipe with a method, unless the method is what varies: here, or by name in `varied`."""
-    from fleetune.planning import choose
-
-    configured = functools.partial(with_artefact, out=out)
-    return choose.settled_sweep(values, varied, note, configured=configured, offline=offline)
-
-
-def _with_files(grid: SweepGrid, out: Path, note: Callable[[str], None]) -> SweepGrid:
-    """Return a checked grid whose compressed models are their GGUF files, as in `with_file`."""
-    files: dict[str, str] = {}
-    for recipe in {(p.recipe.model, p.recipe.train): p.recipe for p in grid.points}.values():
-        check_plain(recipe.model, out, recipe.train)
-        files[recipe.model] = with_file(recipe, out, note).model
-
-    def tuned(recipe: Recipe) -> Recipe:
-        return dataclasses.replace(recipe, model=files.get(recipe.model, recipe.model))
-
-    points = tuple(dataclasses.replace(point, recipe=tuned(point.recipe)) for point in grid.points)
-    return dataclasses.replace(grid, base=tuned(grid.base), points=points)
+    return sweeps.start(grid, Path(out), heard, resumed=path, offline=offline)

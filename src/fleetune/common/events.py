@@ -498,9 +498,7 @@ class CompressChecked(Event):
     text: str | None = None  # calibration text: source, windows, tokens
     clients: str | None = None  # number of clients that would calibrate
     memory: str | None = None  # planned peak memory
-    budget: str | None = (
-        None  # with a size: bytes, the least and the most that can be had, types of llama.cpp
-    )
+    budget: str | None = None  # with a size: bytes, the least and the most that can be had
     teacher: str | None = None  # name and size
     rows: str | None = None  # training rows: source, number, longest
 

@@ -61,14 +61,12 @@ class Solver(Protocol):
 
     def check(self, name: str, R: int, C: int) -> str:
         """Say why a matrix [R, C] cannot be compressed with these settings, or "" when it can."""
-        ...
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Return the compressed matrix.
 
         W float32 [R, C] and H float32 [C, C], the sum of 2 x x^T over the calibration tokens, are left unchanged.
         """
-        ...
 
 
 @runtime_checkable
@@ -85,7 +83,6 @@ class Corrector(Solver, Protocol):
         W and H as in `solve`.  D float32 [C, C] is the sum of 2 (x - y) y^T over the calibration tokens, with x the inputs in
         the dense model and y those in the compressed one, which H is of.  All are left unchanged.
         """
-        ...
 
 
 @runtime_checkable

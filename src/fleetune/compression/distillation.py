@@ -24,6 +24,7 @@ exactly that of the mean expected reward.  A mean that includes the answer's own
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import math
@@ -108,14 +109,10 @@ def _chunked(
     # The backward pass of a chunk has some 20 arrays [chunk, V] alive, so a chunk is a quarter of a plain loss's.
     size = chunk or max(1, CHUNK_BYTES // (16 * head(rows[:0]).shape[-1]))
     pieces = [(rows[a : a + size], other[a : a + size]) for a in range(0, max(1, len(rows)), size)]
-    if not torch.is_grad_enabled():
-        return torch.cat([function(*piece) for piece in pieces])
-    return torch.cat(
-        [
-            cast(Tensor, checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False))
-            for piece in pieces
-        ]
-    )
+    if torch.is_grad_enabled():
+        again = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([cast(Tensor, again(*piece)) for piece in pieces])
+    return torch.cat([function(*piece) for piece in pieces])
 
 
 Reward = Callable[[str, str, str], float]

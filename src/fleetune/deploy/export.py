@@ -402,7 +402,7 @@ def facts_of_head(head: ArtefactHead, digest: str) -> dict[str, str]:
 def facts_of_run(run: Run) -> dict[str, str]:
     """Return where a tuned model comes from, by its recipe and its env.json; StorageError when that is damaged."""
     settings = objects.method_settings(run.recipe)
-    made = _facts(run.recipe.method, settings, rundir.base_digest(run.folder))
+    made = _facts(run.recipe.method, settings, rundir.made_on(run.folder)["base"])
     return made | facts_of_base(run.recipe.model)
 
 

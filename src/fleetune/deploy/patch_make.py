@@ -38,9 +38,7 @@ from fleetune.tuning.result import finished
 
 def file_of(name: str, *, offline: bool = False) -> Path:
     """Return the GGUF file of a built-in model or a path; UsageError for a model that is none."""
-    _, tensors = loading.tensors_of(
-        name, functools.partial(models.resolve, offline=offline), offline=offline, blocks=True
-    )
+    _, tensors = loading.tensors_of(name, offline=offline, blocks=True)
     file = next(iter(tensors.values())).file.path
     if file.suffix != ".gguf":
         raise UsageError(f"{name} is no GGUF file, which could be patched", hint="give the .gguf file")

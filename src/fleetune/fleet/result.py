@@ -52,7 +52,7 @@ def job_of_run(folder: Path, run: str, task: str, steps: int = 0) -> Job:
         recipe.method,
         dict(recipe.set),
         recipe.model,
-        rundir.base_digest(folder),
+        rundir.made_on(folder)["base"],
         recipe.dtype,
         recipe.max_length,
         label_words(recipe.labels),

@@ -11,17 +11,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fleetune.models.cache.cache import builtin
     from fleetune.models.loading import (
         DEVICES,
         DTYPES,
-        builtin,
         check_device,
         device_memory,
         load,
         load_artefact,
         load_config,
         load_tokenizer,
-        move_model,
         pull,
         resolve,
     )
@@ -42,7 +41,6 @@ __all__ = [
     "load_artefact",
     "load_config",
     "load_tokenizer",
-    "move_model",
     "named_tensors",
     "pull",
     "resolve",
@@ -56,6 +54,7 @@ __all__ = [
 ]
 
 _PLACES = {
+    "cache.cache": ("builtin",),
     "tiny": ("tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer"),
     "net.model": ("Model", "digest", "named_tensors", "tokenizer_digest", "uniform"),
     "net.saving": ("disk_errors", "save"),

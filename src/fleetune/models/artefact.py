@@ -55,6 +55,7 @@ from fleetune.models.net.saving import write_in_turn
 
 VERSION: Final = 1
 AGAIN: Final = "compress the model again"
+_OF_MATRICES: Final = ("grids", "shapes", "codebooks", "superblocks", "experts")  # fields of the head by NAME
 
 
 class SuperBlocks(NamedTuple):
@@ -192,35 +193,33 @@ class ArtefactHead:
             raw = json.loads(text)
             if raw["version"] != VERSION:
                 raise VersionError("the artefact")
-            if type(raw["version"]) is not int:
-                raise ValueError("its version")
-            if unknown := sorted(set(raw.get("codebooks", {}).values()) - set(CODEBOOKS)):
-                raise ValueError(f"the codebook {unknown[0]!r}")
-            if unknown := sorted(set(raw.get("superblocks", {}).values()) - set(SUPER_TYPES)):
-                raise ValueError(f"the super-block type {unknown[0]!r}")
-            if not all(type(n) is int and n > 0 for n in raw.get("experts", {}).values()):
-                raise ValueError("its numbers of experts")
             pairs = {k: {n: (int(a), int(b)) for n, (a, b) in raw[k].items()} for k in ("grids", "shapes")}
-            if set(pairs["grids"]) != set(pairs["shapes"]):
-                raise ValueError("its shapes are not of the matrices that have grids")
             head = ArtefactHead(**{**raw, **pairs})
-            head._check_types()
+            if problem := head._misfit():
+                raise ValueError(problem)
             return head
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ModelError(f"the artefact's head is damaged ({error!r})", hint=AGAIN) from error
 
-    def _check_types(self) -> None:
-        """Raise ValueError where a field is of another type, or names a matrix that has no grid."""
-        texts = all(
-            isinstance(text, str) for text in (self.method, self.base, self.tokenizer, *self.transposed)
+    def _misfit(self) -> str:
+        """Return what of the fields no artefact has; "" for nothing."""
+        texts = (self.method, self.base, self.tokenizer, *self.transposed)
+        own = (self.settings, self.calibration, self.codebooks, self.superblocks, self.experts)
+        if type(self.version) is not int or not all(isinstance(text, str) for text in texts):
+            return "fields of other types"
+        if not all(isinstance(field, dict) for field in own) or set(self.grids) != set(self.shapes):
+            return "fields of other types, or shapes of other matrices than have grids"
+        for what, found, known in (
+            ("codebook", self.codebooks.values(), CODEBOOKS),
+            ("super-block type", self.superblocks.values(), SUPER_TYPES),
+            ("matrix without a grid", [*self.codebooks, *self.superblocks, *self.experts], self.grids),
+            ("matrix of no experts", self.transposed, self.experts),
+        ):
+            if odd := sorted(set(found) - set(known)):
+                return f"the {what} {odd[0]!r}"
+        return (
+            "" if all(type(n) is int and n > 0 for n in self.experts.values()) else "its numbers of experts"
         )
-        named = (self.codebooks, self.superblocks, self.experts)
-        if not texts or not all(isinstance(of, dict) for of in (self.settings, self.calibration, *named)):
-            raise ValueError("fields of other types")
-        if unknown := sorted({name for of in named for name in of} - set(self.grids)):
-            raise ValueError(f"{unknown[0]} has no grid")
-        if unknown := sorted(set(self.transposed) - set(self.experts)):
-            raise ValueError(f"{unknown[0]} is transposed and not of experts")
 
 
 def joined(rows: Sequence[Quantised | Tensor]) -> Quantised | Tensor:
@@ -302,32 +301,25 @@ def assembled(
         raise ValueError(f"codes that are not {columns} a row")
     if experts and R % experts:
         raise ValueError(f"{R} rows of {experts} experts")
-    if not superblocks:
-        scale, zero = rest
-        groups = (R, columns // group)
-        if columns % group or scale.shape != groups or zero.shape != groups:
-            raise ValueError(f"parts that are not those of groups of {group}")
-        if not scale.is_floating_point() or zero.dtype != torch.uint8 or not bool(scale.isfinite().all()):
-            raise ValueError("scales that are no finite numbers, or zeros that are no codes")
-        codes = unpack(packed, bits, columns)
-        return Quantised(codes, scale, zero, bits, group, codebook, experts=experts, transposed=transposed)
-    of = SUPER_TYPES[superblocks]
-    if (bits, group, codebook) != (of.bits, of.group, ""):
-        raise ValueError(f"codes of {bits} bits in groups of {group} for {superblocks}")
-    rest += [torch.zeros(R, 0, dtype=torch.float16), torch.zeros(R, 0, dtype=torch.int8)] * (not of.minimum)
-    blocks = SuperBlocks(superblocks, *rest)
-    if problem := blocks.misfit(R, columns):
-        raise ValueError(problem)
-    found = Quantised.of_blocks(unpack(packed, bits, columns), blocks)
-    return dataclasses.replace(found, experts=experts, transposed=transposed)
-
-
-def _merged(
-    model: Model, changed: Mapping[str, Quantised | Tensor]
-) -> Iterator[tuple[str, Quantised | Tensor]]:
-    """Yield (name, value) of every tensor of a checkpoint in name order, with one of them in memory at a time."""
-    for name, tensor in stored_tensors(model.net):
-        yield name, changed.get(name, tensor)
+    codes = unpack(packed, bits, columns)
+    if superblocks:
+        of = SUPER_TYPES[superblocks]
+        if (bits, group, codebook) != (of.bits, of.group, ""):
+            raise ValueError(f"codes of {bits} bits in groups of {group} for {superblocks}")
+        rest += [torch.zeros(R, 0, dtype=torch.float16), torch.zeros(R, 0, dtype=torch.int8)] * (
+            not of.minimum
+        )
+        blocks = SuperBlocks(superblocks, *rest)
+        if problem := blocks.misfit(R, columns):
+            raise ValueError(problem)
+        return dataclasses.replace(Quantised.of_blocks(codes, blocks), experts=experts, transposed=transposed)
+    scale, zero = rest
+    groups = (R, columns // group)
+    if columns % group or scale.shape != groups or zero.shape != groups:
+        raise ValueError(f"parts that are not those of groups of {group}")
+    if not scale.is_floating_point() or zero.dtype != torch.uint8 or not bool(scale.isfinite().all()):
+        raise ValueError("scales that are no finite numbers, or zeros that are no codes")
+    return Quantised(codes, scale, zero, bits, group, codebook, experts=experts, transposed=transposed)
 
 
 def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor], head: ArtefactHead) -> None:
@@ -336,43 +328,29 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
     One parameter is in memory at a time; the bytes are those of safetensors' own writer.
     StorageError when it cannot be written or `folder` holds something else; then `folder` is unchanged.
     """
-    grids, shapes = dict[str, tuple[int, int]](), dict[str, tuple[int, int]]()
-    codebooks, superblocks, experts, transposed = (
-        dict[str, str](),
-        dict[str, str](),
-        dict[str, int](),
-        list[str](),
-    )
-    table = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
-    for name, weight in _merged(model, changed):
+
+    def weights() -> Iterator[tuple[str, Quantised | Tensor]]:
+        for name, tensor in stored_tensors(model.net):
+            yield name, changed.get(name, tensor)
+
+    table, fields = dict[str, tuple[torch.dtype, tuple[int, ...]]](), dict[str, dict[str, Any]]()
+    for name, weight in weights():
         table |= {n: (t.dtype, tuple(t.shape)) for n, t in stored(name, weight).items()}
         if isinstance(weight, Quantised):
-            (R, C) = weight.codes.shape
-            grids[name], shapes[name] = (weight.bits, weight.group), (R, C)
-            if weight.experts:
-                experts[name] = weight.experts
-            if weight.transposed:
-                transposed.append(name)
-            if weight.blocks is not None:
-                superblocks[name] = weight.blocks.kind
-            elif weight.codebook:
-                codebooks[name] = weight.codebook
-    head = dataclasses.replace(
-        head,
-        grids=grids,
-        shapes=shapes,
-        codebooks=codebooks,
-        superblocks=superblocks,
-        experts=experts,
-        transposed=transposed,
-    )
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in _merged(model, changed):
-            yield from stored(name, weight).items()
-
+            kind = "" if weight.blocks is None else weight.blocks.kind
+            fields[name] = {
+                "grids": (weight.bits, weight.group),
+                "shapes": tuple(weight.codes.shape),
+                "superblocks": kind,
+                "codebooks": "" if kind else weight.codebook,
+                "experts": weight.experts,
+            }
+            head = dataclasses.replace(head, transposed=[*head.transposed, *[name] * weight.transposed])
+    of: dict[str, Any] = {key: {n: own[key] for n, own in fields.items() if own[key]} for key in _OF_MATRICES}
+    head = dataclasses.replace(head, **of)
+    tensors = (item for name, weight in weights() for item in stored(name, weight).items())
     with staged(folder, replace=MASTER) as new:
-        write_in_turn(new / MASTER, table, tensors(), {"master": head.to_json()})
+        write_in_turn(new / MASTER, table, tensors, {"master": head.to_json()})
         model.net.config.save_pretrained(new)
         mark_config(new)
         if model.net.can_generate() and model.net.generation_config is not None:
@@ -410,36 +388,28 @@ class Master:
 
     def quantised(self, name: str) -> Quantised | None:
         """Read the codes of a parameter; None for one that is not quantised.  ModelError for wrong shapes."""
-        if name not in self.head.grids:
+        head, file = self.head, self.folder / MASTER
+        if name not in head.grids:
             return None
-        (bits, group), (R, C) = self.head.grids[name], self.head.shapes[name]
-        codebook = self.head.codebooks.get(name, "")
-        if codebook and len(CODEBOOKS[codebook]) != 1 << bits:
-            raise ModelError(
-                f"{self.folder / MASTER}: {name} has codes of {bits} bits for {codebook}", hint=AGAIN
-            )
-        kind = self.head.superblocks.get(name, "")
+        (bits, group), (R, C) = head.grids[name], head.shapes[name]
+        codebook, kind = head.codebooks.get(name, ""), head.superblocks.get(name, "")
         try:
-            found = assembled(
-                lambda part: self._file.get_tensor(f"{name}.{part}"),
-                bits,
-                group,
-                C,
-                codebook,
-                kind,
-                self.head.experts.get(name, 0),
-                name in self.head.transposed,
+            if codebook and len(CODEBOOKS[codebook]) != 1 << bits:
+                raise ValueError(f"codes of {bits} bits for {codebook}")
+            more = head.experts.get(name, 0), name in head.transposed
+            read = assembled(
+                lambda part: self._file.get_tensor(f"{name}.{part}"), bits, group, C, codebook, kind, *more
             )
-            if len(found.codes) != R:
-                raise ValueError(f"{len(found.codes)} rows")
+            if len(read.codes) != R:
+                raise ValueError(f"{len(read.codes)} rows")
+            return read
         except SafetensorError as error:
-            raise ModelError(f"{self.folder / MASTER} lacks parts of {name}", hint=AGAIN) from error
+            raise ModelError(f"{file} lacks parts of {name}", hint=AGAIN) from error
         except ValueError as error:
+            wanted = f"[{R}, {C}] in groups of {group}"
             raise ModelError(
-                f"{self.folder / MASTER}: the parts of {name} do not fit [{R}, {C}] in groups of {group} ({error})",
-                hint=AGAIN,
+                f"{file}: the parts of {name} do not fit {wanted} ({error})", hint=AGAIN
             ) from error
-        return found
 
     def weight(self, name: str) -> Tensor:
         """Read a parameter's values: float32 for a quantised one, else in the stored dtype."""

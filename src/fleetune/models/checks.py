@@ -26,7 +26,6 @@ from transformers.models.auto.modeling_auto import (
 
 from fleetune.errors import ModelError
 from fleetune.models.cache import names
-from fleetune.models.cache.names import NAME_HINT
 from fleetune.models.families.foreign import AGAIN, check_range, foreign_file
 from fleetune.models.families.widths import KEY, base_type, config_from
 from fleetune.models.lazy import LazyWeight
@@ -44,6 +43,27 @@ SIZES: Final = (
 )
 COUNT: Final = re.compile(r"(layer|expert|label)s?$")  # transformers makes a list or a module for each
 MOST: Final = 65_536
+AGAIN_KIND: Final = "use a causal language model or a BERT-style encoder, such as: fleetune models"
+ENCODERS: Final = (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys()
+)
+CAUSAL_CLASSES: Final = frozenset(
+    name
+    for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    for name in ((entry,) if isinstance(entry, str) else entry)
+)
+SLACK: Final = 1 << 22  # parameters that a net may have beyond twice those in its files: a new head
+TABLES: Final = 1 << 28  # elements that a net may compute for itself: masks, sines
+COMPUTED: Final = (  # buffers that older files hold
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    "position_ids",
+    "token_type_ids",
+    ".attn.bias",
+    ".attention.bias",
+    ".masked_bias",
+)
 
 
 def check_folder(folder: Path) -> None:
@@ -91,7 +111,9 @@ def config_of(folder: Path) -> Any:
     if not file.is_file():
         if names.is_adapter(folder):
             raise names.adapter_refused(folder, folder)
-        raise ModelError(f"'{folder}' is not a model directory: it has no config.json", hint=_instead(folder))
+        files = sorted(folder.glob("*.gguf"))
+        hint = f"give the file: {files[0]}" if files else names.NAME_HINT
+        raise ModelError(f"'{folder}' is not a model directory: it has no config.json", hint=hint)
     with foreign_file(file, "is not a model configuration"):
         raw = json.loads(file.read_bytes())
         kind = base_type(raw["model_type"]) if KEY in raw else raw["model_type"]
@@ -105,29 +127,21 @@ def config_of(folder: Path) -> Any:
 
 def _check_kind(folder: Path, raw: dict[str, Any], kind: str) -> None:
     """Raise ModelError for a model that is neither causal nor an encoder, or whose weights are quantised."""
-    again = "use a causal language model or a BERT-style encoder, such as: fleetune models"
-    stated = raw.get("architectures") or []
-    encoder = _is_encoder(kind, stated)
+    stated, quantised = raw.get("architectures") or [], raw.get("quantization_config")
+    encoder, hint = _is_encoder(kind, stated), AGAIN_KIND
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder:
-        own = (
-            "needs code of its own, which is never run"
-            if "auto_map" in raw
-            else "is not a causal language model or an encoder"
-        )
-        raise ModelError(
-            f"{folder} is of type '{kind}', which {own} (transformers {transformers.__version__})", hint=again
-        )
-    if stated and not encoder and not set(stated) & _causal_classes():
-        raise ModelError(
-            f"{folder} holds a {stated[0]}, which does not generate text from left to right", hint=again
-        )
-    if raw.get("is_encoder_decoder"):
-        raise ModelError(f"{folder} holds an encoder-decoder ({kind})", hint=again)
-    if quantised := raw.get("quantization_config"):
+        own = "needs code of its own, which is never run" if "auto_map" in raw else "is not one of these"
+        what = f"is of type '{kind}', which {own} (transformers {transformers.__version__})"
+    elif stated and not encoder and not set(stated) & CAUSAL_CLASSES:
+        what = f"holds a {stated[0]}, which does not generate text from left to right"
+    elif raw.get("is_encoder_decoder"):
+        what = f"holds an encoder-decoder ({kind})"
+    elif quantised:
         how = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
-        raise ModelError(
-            f"{folder} is quantised ({how}); plain weights are needed", hint="use the model it was made from"
-        )
+        what, hint = f"is quantised ({how}); plain weights are needed", "use the model it was made from"
+    else:
+        return
+    raise ModelError(f"{folder} {what}", hint=hint)
 
 
 def _check_sizes(raw: dict[str, Any], file: Path) -> None:
@@ -145,37 +159,7 @@ def is_encoder(config: Any) -> bool:
 
 def _is_encoder(kind: str, stated: list[str]) -> bool:
     """Return whether transformers knows the type as a masked language model; some of these can be made causal too."""
-    encoders = (
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys()
-    )
-    return kind in encoders and not set(stated) & _causal_classes()
-
-
-def _causal_classes() -> set[str]:
-    names: set[str] = set()
-    for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        names.update((entry,) if isinstance(entry, str) else entry)
-    return names
-
-
-def _instead(folder: Path) -> str:
-    if files := sorted(folder.glob("*.gguf")):
-        return f"give the file: {files[0]}"
-    return NAME_HINT
-
-
-SLACK: Final = 1 << 22  # parameters that a net may have beyond twice those in its files: a new head
-TABLES: Final = 1 << 28  # elements that a net may compute for itself: masks, sines
-COMPUTED: Final = (  # buffers that older files hold
-    "rotary_emb.inv_freq",
-    "rotary_emb.cos_cached",
-    "rotary_emb.sin_cached",
-    "position_ids",
-    "token_type_ids",
-    ".attn.bias",
-    ".attention.bias",
-    ".masked_bias",
-)
+    return kind in ENCODERS and not set(stated) & CAUSAL_CLASSES
 
 
 def check_size(net: nn.Module, elements: int, path: Path) -> None:
@@ -220,26 +204,18 @@ def check_tensors(
     path: Path, kind: type, found: Mapping[str, Iterable[object]], missing: Sequence[str], *, head: bool
 ) -> None:
     """Raise ModelError unless the files have just the tensors that the model needs; `found` is transformers' report."""
-    wrong = sorted([*missing, *map(str, found["mismatched_keys"])])
-    if wrong:
+    if wrong := sorted([*missing, *map(str, found["mismatched_keys"])]):
         raise ModelError(
             f"{path} lacks {len(wrong)} tensors of a {kind.__name__} (or they have other shapes): "
             + ", ".join(wrong[:3]),
             hint="the directory holds another or an incomplete model: fetch it again",
         )
-    if left := _left_over(map(str, found["unexpected_keys"]), head=head):
+    # with a head (an encoder) the blocks' tensors alone count: a checkpoint has other ones as well
+    place = re.compile(r"\.\d+\." if head else "")
+    names = map(str, found["unexpected_keys"])
+    if left := sorted(n for n in names if place.search(n) and not n.endswith(COMPUTED)):
         raise ModelError(
             f"{path} has {len(left)} tensors that a {kind.__name__} of its config.json has no place for: "
             + ", ".join(left[:3]),
             hint="config.json is of another model than the weights (does it say fewer blocks?): fetch the model again",
         )
-
-
-def _left_over(names: Iterable[str], *, head: bool) -> list[str]:
-    """Return the tensors of a file that should have a place in the net but have none, sorted.
-
-    Buffers that are computed anew (`COMPUTED`) do not count.  With a head (an encoder) only the blocks' tensors
-    count: a checkpoint has other ones as well.
-    """
-    wanted = re.compile(r"\.\d+\." if head else "")
-    return sorted(n for n in names if wanted.search(n) and not n.endswith(COMPUTED))

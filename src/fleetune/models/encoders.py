@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fleetune.errors import ModelError
 from fleetune.models.net.model import uniform
@@ -28,16 +28,6 @@ from fleetune.models.net.model import uniform
 log = logging.getLogger(__name__)
 
 MAX_LABELS: Final = 64  # more different answers than this are free text, not label words
-
-
-def class_of(
-    config: PretrainedConfig, inspect: Callable[[PreTrainedModel], None] = lambda net: None
-) -> type[PreTrainedModel]:
-    """Return the model class that puts a classification head on such an encoder; `inspect` as in `widths.class_of`."""
-    with torch.device("meta"):
-        net = AutoModelForSequenceClassification.from_config(config)
-    inspect(net)
-    return type(net)
 
 
 def saved_labels(config: PretrainedConfig) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ from fleetune.models.stored import Stored
 BLOCK: Final = 1 << 20  # numbers of a block of rows: 4 MB in fp32
 # what is asked of a parameter without its values
 PROPERTIES: Final = frozenset(
-    (
+    [
         "shape",
         "dtype",
         "device",
@@ -61,10 +61,10 @@ PROPERTIES: Final = frozenset(
         "is_sparse_csr",
         "retains_grad",
         "_backward_hooks",
-    )
+    ]
 )
 METHODS: Final = frozenset(
-    (
+    [
         "size",
         "dim",
         "numel",
@@ -79,7 +79,7 @@ METHODS: Final = frozenset(
         "__hash__",
         "__len__",
         "register_hook",
-    )
+    ]
 )
 
 
@@ -172,16 +172,11 @@ class LazyWeight(torch.Tensor):
             return OWN[name](*args, **given)
         if _would_change(func, name, args, given):
             raise _refused(name)
-        if _asks_no_values(func, name):
+        asks = name in METHODS or (name == "__get__" and func.__self__.__name__ in PROPERTIES)
+        if asks or name == "__set__":
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **given)
         return func(*tree_map(_with_values, args), **tree_map(_with_values, given))
-
-
-def _asks_no_values(func: Any, name: str) -> bool:
-    if name == "__set__":
-        return True
-    return name in METHODS or (name == "__get__" and func.__self__.__name__ in PROPERTIES)
 
 
 def _would_change(func: Any, name: str, args: tuple[Any, ...], given: Mapping[str, Any]) -> bool:
@@ -344,6 +339,7 @@ def leave_in_file(
     tensor of the files and every other tensor one parameter: experts that are put together while a model is loaded are not.
     """
     memory, head = Memory(), net.get_output_embeddings()
+    of_head = set() if head is None else {id(p) for p in head.parameters(recurse=False)}
     names: dict[int, list[str]] = {}
     for name, tensor in net.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
@@ -359,7 +355,7 @@ def leave_in_file(
         if tensors[found].shape != tuple(tensor.shape):
             raise _not_mappable(path, own)
         left -= {found, *names[id(tensor)]}
-        lazy = LazyWeight.make(own, tensors[found], dtype, memory, streams=_is_of(head, tensor))
+        lazy = LazyWeight.make(own, tensors[found], dtype, memory, streams=id(tensor) in of_head)
         made[id(tensor)] = lazy if tensor.dim() > 1 else nn.Parameter(lazy.values(), requires_grad=False)
     if left:
         raise _not_mappable(path, min(left))
@@ -380,10 +376,6 @@ def _name_of(names: list[str], tensors: Mapping[str, Stored]) -> str | None:
             return name
     ends = [n for n in tensors if any(name.endswith(f".{n}") for name in names)]
     return ends[0] if len(ends) == 1 else None
-
-
-def _is_of(module: nn.Module | None, tensor: Tensor) -> bool:
-    return module is not None and any(tensor is p for p in module.parameters(recurse=False))
 
 
 def replace_parameters(net: nn.Module, new: Mapping[int, Any]) -> None:

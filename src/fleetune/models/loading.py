@@ -18,7 +18,6 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -42,7 +41,7 @@ from fleetune.errors import FitError, FleetuneError, ModelError, called
 from fleetune.models import encoders
 from fleetune.models.artefact import Master
 from fleetune.models.cache import cache, names
-from fleetune.models.cache.cache import BASES, BLOCKS, MAPPED, SHARE, BuiltIn
+from fleetune.models.cache.cache import BASES, BLOCKS, MAPPED, SHARE
 from fleetune.models.cache.download import Progress
 from fleetune.models.cache.names import MASTER, is_master
 from fleetune.models.checks import (
@@ -72,19 +71,11 @@ _RANGE: Final = (
 )
 _LOADING = threading.Lock()
 
-Resolve = Callable[[str], Path]
-Tensors = Callable[[str], tuple[Path, Mapping[str, Stored]]]
-
 DENSEST: Final = 8  # numbers that a byte of a GGUF file stands for, at most
 DEVICES: Final = ("auto", "cpu", "cuda", "mps")
 
 
 # ---------------------------------------------------------------- names
-
-
-def builtin() -> list[BuiltIn]:
-    """List the built-in models, and which of them lie in the cache (from which source)."""
-    return cache.builtin()
 
 
 def pull(
@@ -160,36 +151,13 @@ def check_device(device: str, dtype: str, base: str = "memory") -> str:
     """
     if dtype not in DTYPES:
         raise ModelError(f"no dtype named '{dtype}'", hint="choose one of " + ", ".join(DTYPES))
-    return _device("cpu" if device == "auto" and base in MAPPED else device, DTYPES[dtype])
-
-
-def device_memory(device: str) -> int:
-    """Return the bytes of memory that work on a device (`check_device`) may take; 0 where the system does not tell."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[1])
-    return int(torch.mps.recommended_max_memory()) if device == "mps" else usable_memory()
-
-
-def move_model(model: Model, *, dtype: str, device: str) -> Model:
-    """Convert a model to another dtype and device, as `load` would have put it there; `model` is used up.
-
-    Its digest stays that of the weights it was loaded with.  ModelError as in `check_device`.
-    """
-    chosen = check_device(device, dtype)
-    for parameter in model.net.parameters():
-        parameter.data = parameter.data.to(chosen, DTYPES[dtype])
-    model.net.config.dtype = DTYPES[dtype]
-    return replace(model, net=model.net.to(chosen), dtype=dtype, device=chosen)
-
-
-def _device(device: str, dtype: torch.dtype) -> str:
     if device not in DEVICES:
         raise ModelError(f"no device named '{device}'", hint="choose one of " + ", ".join(DEVICES))
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     chosen = device
     if device == "auto":
-        chosen = next((name for name, found in (("cuda", cuda), ("mps", mps)) if found), "cpu")
-    if (chosen == "cuda" and not cuda) or (chosen == "mps" and not mps):
+        chosen = "cpu" if base in MAPPED else next(name for name, found in here.items() if found)
+    if not here[chosen]:
         built = torch.version.cuda is not None if chosen == "cuda" else torch.backends.mps.is_built()
         why = "finds no such device" if built else "was built without it"
         raise ModelError(
@@ -197,12 +165,19 @@ def _device(device: str, dtype: torch.dtype) -> str:
             hint="use --device cpu" + ("" if built else ", or install a torch that has it"),
         )
     try:
-        torch.ones(1, dtype=dtype, device=chosen).mul_(2)
+        torch.ones(1, dtype=DTYPES[dtype], device=chosen).mul_(2)
     except (RuntimeError, TypeError) as error:
         raise ModelError(
-            f"device '{chosen}' cannot use {dtype}: {short_error(error)}", hint="use --dtype fp32"
+            f"device '{chosen}' cannot use {DTYPES[dtype]}: {short_error(error)}", hint="use --dtype fp32"
         ) from error
     return chosen
+
+
+def device_memory(device: str) -> int:
+    """Return the bytes of memory that work on a device (`check_device`) may take; 0 where the system does not tell."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[1])
+    return int(torch.mps.recommended_max_memory()) if device == "mps" else usable_memory()
 
 
 def load(
@@ -229,31 +204,38 @@ def load(
     ram = ram or usable_memory()
 
     @functools.cache
-    def folder_of(name: str) -> Path:
+    def folder() -> Path:
         return resolve(name, offline=offline, progress=progress)
 
     @functools.cache  # a GGUF file is hashed for it
-    def stored_of(name: str) -> tuple[Path, Mapping[str, Stored]]:
-        return tensors_of(name, folder_of, offline=offline, progress=progress, blocks=base == BLOCKS)
+    def stored() -> tuple[Path, Mapping[str, Stored]]:
+        return tensors_of(name, folder, offline=offline, progress=progress, blocks=base == BLOCKS)
 
-    if _place(base, name, WEIGHTS[dtype].size, device, ram, folder_of, stored_of) == "memory":
-        return _load_folder(name, folder_of(name), dtype, device, labels)
-    path, tensors = stored_of(name)
-    try:
-        with called(path, name):
-            return _load_folder(name, path, dtype, device, labels, tensors)
-    except NotMappable as error:
-        if base in MAPPED:
-            raise
-        log.info("%s", error)
-        return _load_folder(name, folder_of(name), dtype, device, labels)
+    if _is_mapped(base, name, WEIGHTS[dtype].size, device, ram, folder, stored):
+        try:
+            path, tensors = stored()
+            with called(path, name):
+                return _load_folder(name, path, dtype, device, labels, tensors)
+        except NotMappable as error:
+            if base in MAPPED:
+                raise
+            log.info("%s", error)
+    return _load_folder(name, folder(), dtype, device, labels)
 
 
-def _place(base: str, name: str, size: int, device: str, ram: int, resolve: Resolve, tensors: Tensors) -> str:
-    """Return memory or mapped; auto is mapped on a CPU where weights of `size` bytes each would take half of `ram` bytes.
+def _is_mapped(
+    base: str,
+    name: str,
+    size: int,
+    device: str,
+    ram: int,
+    folder: Callable[[], Path],
+    stored: Callable[[], tuple[Path, Mapping[str, Stored]]],
+) -> bool:
+    """Return whether weights stay in their file: under auto, where `size` bytes each would take half of `ram` bytes of a CPU.
 
-    `resolve` and `tensors` (`tensors_of`) are asked where the size cannot be told without.  ModelError for another word, and
-    for mapped on another device.
+    `folder` and `stored` are asked where the size cannot be told without.  ModelError for another word, and for mapped on
+    another device.
     """
     if base not in (*BASES, BLOCKS):
         raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(BASES))
@@ -261,49 +243,39 @@ def _place(base: str, name: str, size: int, device: str, ram: int, resolve: Reso
         raise ModelError(
             f"a mapped base is for the CPU, not for '{device}'", hint="leave out --base or --device"
         )
-    if base != "auto":
-        return base
     room = SHARE * ram / size
-    return "mapped" if device == "cpu" and room and _count(name, room, resolve, tensors) > room else "memory"
-
-
-def _count(name: str, room: float, resolve: Resolve, tensors: Tensors) -> float:
-    """Return how many weights a model has, or an upper bound that is below `room`."""
+    if base != "auto" or device != "cpu" or not room:
+        return base in MAPPED
     if name in cache.ORIGINS:
-        return cache.ORIGINS[name].params
+        return cache.ORIGINS[name].params > room
     path = names.local(name)
-    if path is not None and path.is_file():
-        most = DENSEST * path.stat().st_size
-        return most if most < room else sum(t.numbers for t in tensors(name)[1].values())
-    return sum(math.prod(shape) for shape in weight_shapes(resolve(name)))
+    if path is None or path.is_dir():
+        return sum(map(math.prod, weight_shapes(folder()))) > room
+    return DENSEST * path.stat().st_size > room and sum(t.numbers for t in stored()[1].values()) > room
 
 
 def tensors_of(
     name: str,
-    resolve: Resolve,
+    folder: Callable[[], Path] | None = None,
     *,
     offline: bool = False,
     progress: Progress | None = None,
     blocks: bool = False,
 ) -> tuple[Path, Mapping[str, Stored]]:
-    """Return the folder of a model's configuration and tokenizer, and where its tensors are.
+    """Return the folder of a model's configuration and tokenizer, and where its tensors are; `folder` resolves the name.
 
     A GGUF file is not converted: the folder, in the cache, has no weights.  With `blocks` a built-in model is its GGUF file,
     else whatever of it is in the cache.  ModelError as in `models.load`.
     """
     if name in cache.ORIGINS:
-        folder = cache.pull_builtin(
-            cache.ORIGINS[name],
-            offline=offline,
-            progress=progress,
-            bases=("mapped",) if blocks else ("mapped", "memory"),
-        )
-        file = folder / cache.GGUF
+        bases = ("mapped",) if blocks else ("mapped", "memory")
+        place = cache.pull_builtin(cache.ORIGINS[name], offline=offline, progress=progress, bases=bases)
+        file = place / cache.GGUF
     elif (path := names.local(name)) is not None and path.is_file():
-        folder, file = cache.import_gguf(path, weights=False, progress=progress), path
+        place, file = cache.import_gguf(path, weights=False, progress=progress), path
     else:
-        folder, file = resolve(name), Path()
-    return folder, read_places(folder, file) if file.is_file() and has_places(folder) else of_folder(folder)
+        place, file = folder() if folder else resolve(name, offline=offline, progress=progress), Path()
+    return place, read_places(place, file) if file.is_file() and has_places(place) else of_folder(place)
 
 
 def weight_shapes(folder: Path) -> list[tuple[int, ...]]:
@@ -379,10 +351,9 @@ def _read_net(
         if is_encoder(config):
             saved = encoders.saved_labels(config)
             words = encoders.choose_labels(config, labels, path)
-            kind = encoders.class_of(config, inspect)
         else:
             saved = words = ()
-            kind = class_of(config, inspect)
+        kind = class_of(config, inspect, encoder=is_encoder(config))
     with foreign_file(path, "has weights that cannot be loaded"):
         tensors = _read_tensors(path, dtype) if stored is None else placeholders(stored, dtype)
         if words != saved:

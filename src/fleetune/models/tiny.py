@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
 from fleetune.models.net.model import Model, digest, named_tensors, tokenizer_digest, uniform
@@ -36,14 +32,11 @@ _TEMPLATE: Final = (
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
     """Make a tokenizer of the 256 bytes and two turn marks, with a chat template; the end mark is eos and pad."""
-    backend = _bytes("<|im_start|>", "<|im_end|>")
+    start, end = "<|im_start|>", "<|im_end|>"
+    marks = {"bos_token": start, "eos_token": end, "pad_token": end}
+    backend = _bytes(start, end)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        chat_template=_TEMPLATE,
-        model_max_length=1024,
+        tokenizer_object=backend, chat_template=_TEMPLATE, model_max_length=1024, **marks
     )
 
 
@@ -51,20 +44,15 @@ def tiny_pair_tokenizer(kind: str) -> PreTrainedTokenizerBase:
     """Make a tokenizer of the 256 bytes that marks texts and pairs as BERT's does (with segments), or RoBERTa's."""
     start, end, pad = ("[CLS]", "[SEP]", "[PAD]") if kind == "bert" else ("<s>", "</s>", "<pad>")
     backend = _bytes(start, end, pad)
+    ends, inputs = ((end, 257), (start, 256)), ["input_ids", "attention_mask"]
     if kind == "bert":
-        backend.post_processor = processors.BertProcessing((end, 257), (start, 256))
+        inputs.insert(1, "token_type_ids")
+        backend.post_processor = processors.BertProcessing(*ends)
     else:
-        backend.post_processor = processors.RobertaProcessing(
-            (end, 257), (start, 256), add_prefix_space=False
-        )
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+        backend.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False)
+    marks = {"cls_token": start, "sep_token": end, "pad_token": pad}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        cls_token=start,
-        sep_token=end,
-        pad_token=pad,
-        model_max_length=128,
-        model_input_names=inputs if kind == "bert" else [inputs[0], inputs[2]],
+        tokenizer_object=backend, model_max_length=128, model_input_names=inputs, **marks
     )
 
 
@@ -81,13 +69,9 @@ def _bytes(*special: str) -> Tokenizer:
 def tiny_llama(
     seed: int = 0, *, vocab: int = 264, hidden: int = 32, layers: int = 2, heads: int = 4, kv_heads: int = 2
 ) -> Model:
-    """Make a random llama (grouped-query attention, tied embeddings) with `tiny_tokenizer`, on the CPU.
-
-    ValueError for sizes that do not fit (vocab < 258, hidden not a multiple of 2 heads).
-    """
-    if vocab < 258 or hidden % (2 * heads) or heads % kv_heads:
-        raise ValueError(f"tiny_llama cannot have vocab {vocab}, hidden {hidden}, heads {heads}/{kv_heads}")
-    config = LlamaConfig(
+    """Make a random llama (grouped-query attention, tied embeddings) with `tiny_tokenizer`, on the CPU."""
+    config = AutoConfig.for_model(
+        "llama",
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=2 * hidden + 8,
@@ -100,70 +84,49 @@ def tiny_llama(
         eos_token_id=257,
         pad_token_id=257,
     )
-    with torch.random.fork_rng(devices=[]):
-        net = LlamaForCausalLM(config)
-    return _made("tiny-llama", net, tiny_tokenizer(), seed)
+    return _made(config, AutoModelForCausalLM, tiny_tokenizer(), seed)
 
 
 def tiny_bert(seed: int = 0, *, labels: tuple[str, ...] = ("no", "yes"), layers: int = 2) -> Model:
     """Make a random BERT classifier of `labels`, 32 wide, with segments and a pooler."""
-    sizes = _encoder_sizes(labels, layers)
-    with torch.random.fork_rng(devices=[]):
-        net = BertForSequenceClassification(
-            BertConfig(max_position_embeddings=128, pad_token_id=258, **sizes)
-        )
-    return _made("tiny-bert", net, tiny_pair_tokenizer("bert"), seed, labels)
+    return _encoder("bert", seed, labels, layers, max_position_embeddings=128)
 
 
 def tiny_roberta(seed: int = 0, *, labels: tuple[str, ...] = ("no", "yes"), layers: int = 2) -> Model:
     """Make a random RoBERTa classifier of `labels`, 32 wide: positions start after the padding's, a deeper head."""
-    sizes = _encoder_sizes(labels, layers) | {"type_vocab_size": 1}
-    with torch.random.fork_rng(devices=[]):
-        net = RobertaForSequenceClassification(
-            RobertaConfig(max_position_embeddings=387, pad_token_id=258, **sizes)
-        )
-    return _made("tiny-roberta", net, tiny_pair_tokenizer("roberta"), seed, labels)
+    return _encoder("roberta", seed, labels, layers, max_position_embeddings=387, type_vocab_size=1)
 
 
-def _encoder_sizes(labels: tuple[str, ...], layers: int) -> dict[str, object]:
-    return {
-        "vocab_size": 264,
-        "hidden_size": 32,
-        "intermediate_size": 72,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "id2label": dict(enumerate(labels)),
-        "label2id": {word: i for i, word in enumerate(labels)},
-        "problem_type": "single_label_classification",
-    }
+def _encoder(kind: str, seed: int, labels: tuple[str, ...], layers: int, **sizes: int) -> Model:
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=72,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=258,
+        id2label=dict(enumerate(labels)),
+        label2id={word: i for i, word in enumerate(labels)},
+        problem_type="single_label_classification",
+        **sizes,
+    )
+    return _made(config, AutoModelForSequenceClassification, tiny_pair_tokenizer(kind), seed, labels)
 
 
 def _made(
-    name: str,
-    net: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    labels: tuple[str, ...] = (),
+    config: Any, auto: Any, words: PreTrainedTokenizerBase, seed: int, labels: tuple[str, ...] = ()
 ) -> Model:
-    """Return the net, with our own random matrices, as a model."""
-    net.eval()
-    net.requires_grad_(False)
-    for tensor_name, tensor in named_tensors(net):
+    """Return a net of this configuration, with our own random matrices, as a model."""
+    with torch.random.fork_rng(devices=[]):
+        net = auto.from_config(config).eval().requires_grad_(False)
+    for name, tensor in named_tensors(net):
         if tensor.dim() == 2:
-            table = "embed" in tensor_name or "lm_head" in tensor_name
-            spread = math.sqrt(3 / net.config.hidden_size) * (0.5 if table else 1.0)
-            values = uniform(f"tiny/{seed}/{tensor_name}", tuple(tensor.shape), spread)
-            tensor.copy_(torch.from_numpy(values))
-    return Model(
-        net,
-        tokenizer,
-        name,
-        Path(name),
-        digest(named_tensors(net)),
-        tokenizer_digest(tokenizer),
-        "fp32",
-        "cpu",
-        labels=labels,
-    )
+            table = "embed" in name or "lm_head" in name
+            spread = math.sqrt(3 / config.hidden_size) * (0.5 if table else 1.0)
+            tensor.copy_(torch.from_numpy(uniform(f"tiny/{seed}/{name}", tuple(tensor.shape), spread)))
+    name = f"tiny-{config.model_type}"
+    base = digest(named_tensors(net))
+    return Model(net, words, name, Path(name), base, tokenizer_digest(words), "fp32", "cpu", labels=labels)

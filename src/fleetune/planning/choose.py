@@ -9,17 +9,21 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fleetune import models
 from fleetune.common.display import human_bytes
 from fleetune.common.ggml import SCALES, scales_in
 from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import quoted
 from fleetune.errors import FitError, ModelError, RecipeError
+from fleetune.models import loading
+from fleetune.models.cache import cache, names
 from fleetune.models.families.foreign import foreign_file
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.shapes import Shape, shape_of
+from fleetune.models.stored import check_scales
 from fleetune.planning import device_cost, plan
 from fleetune.planning.device_cost import Rates, Workload
-from fleetune.planning.plan import TIGHT, Search, Settings
+from fleetune.planning.plan import TIGHT, Search
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.prepare.prepare import CheckMemory
@@ -45,28 +49,20 @@ def settled_method(recipe: Recipe, note: Callable[[str], None], *, offline: bool
 
 
 def settled_sweep(
-    values: Mapping[str, Any],
-    varied: Collection[str],
-    note: Callable[[str], None],
-    *,
-    configured: Callable[[Recipe], Recipe],
-    offline: bool = False,
+    values: Mapping[str, Any], varied: Collection[str], note: Callable[[str], None], *, offline: bool = False
 ) -> dict[str, Any]:
     """Return the keys of a sweep's recipe with a method; where the method itself varies, any will do.
 
-    `varied` are the names that vary beside those of the table `sweep`.  `configured` returns a recipe with a model whose
-    configuration can be read.
+    `varied` are the names that vary beside those of the table `sweep`.
     """
     if "method" in varied or "method" in values.get("sweep", {}):
         return {"method": "fedit", **values}
-    recipe = configured(recipes.make({k: v for k, v in values.items() if k != "sweep"}))
+    recipe = recipes.make({k: v for k, v in values.items() if k != "sweep"})
     return {**values, "method": settled_method(recipe, note, offline=offline).method}
 
 
 def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]:
     """Return the method to begin with among those that have the recipe's settings, where its base is, and why, in words."""
-    from fleetune import models
-
     able, part = able_methods(recipe), recipes.trained(recipe)
     try:
         config = models.load_config(recipe.model, offline=offline)
@@ -79,7 +75,11 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     settings = search.best([name for name in plan.order(rows) if name in able])
     mapped = settings.work.base == "mapped"
     base = "mapped" if mapped and part != SCALES else recipe.base
-    return settings.method, base, _why(settings) + ", base mapped" * mapped
+    why = "it learns most from a step" if methods.entries()[settings.method].recommended else "it fits"
+    if settings.ram is not None:
+        why += f" and takes about {human_bytes(settings.peak)}"
+        why += f" of this machine's {human_bytes(settings.ram)} of memory"
+    return settings.method, base, why + ", base mapped" * mapped
 
 
 def settled_base(
@@ -90,8 +90,6 @@ def settled_base(
     FitError, here already, where a step of one token does not fit.  Only what is certain is refused: pages of files do not
     count, nor does a method without a footprint, nor a GPU, which says itself what does not fit.
     """
-    from fleetune import models
-
     prepare.check(recipe)
     asked, device, ram = _asked(recipe)
     if ram is None or device != "cpu":
@@ -120,7 +118,6 @@ def settled_base(
 
 
 def _check_memory(recipe: Recipe, shape: Shape, stored: str, ram: int, rows: int, tokens: int) -> None:
-    """Raise FitError where a step of a client with so many rows, each of so many tokens, cannot fit into `ram` bytes."""
     method = methods.make(recipe.method, recipe.set)
     base = "memory" if recipe.base == "memory" else "mapped"
     work = Workload(min(rows, prepare.batch_size_of(method)), tokens, dtype=recipe.dtype, base=base)
@@ -129,25 +126,18 @@ def _check_memory(recipe: Recipe, shape: Shape, stored: str, ram: int, rows: int
     least = min((device_cost.least(shape, work, f, in_file=in_file) for f in counted), default=0)
     if least <= ram:
         return
-    asked = {n: v for n, v in _asked(recipe)[0].items() if (n, v) != ("base", "memory")}
-    search = Search(shape, ram, asked, recipe.set, train=recipe.train)
-    found = next((s.work for s in search.tried(recipe.method) if s.peak <= ram), None)
-    changes = "--base mapped" * (base == "memory")
-    changes += f" --set batch_size={found.batch}" if found and found.batch < work.batch else ""
-    changes += " fits; " if found else " needs less; " if changes else ""
+    less = "--base mapped needs less; " * (base == "memory")
     size = human_bytes(ram).replace(" ", "")
     raise FitError(
         f"{recipe.method} with {work.batch:,} x {tokens:,} tokens a step in {recipe.dtype}, base {base}, takes at least "
         f"{human_bytes(least)} beside pages of files, and there are {human_bytes(ram)}",
-        hint=f"{changes.lstrip()}what else fits: fleetune plan {quoted(recipe.model)} --ram {size}; "
+        hint=f"{less}what fits: fleetune plan {quoted(recipe.model)} --ram {size}; "
         "where there is more memory: --ram SIZE",
     )
 
 
 def _asked(recipe: Recipe) -> tuple[dict[str, Any], str, int | None]:
     """Return the fields of `Workload` that a recipe states, its device, and the memory of its work there (None: not known)."""
-    from fleetune import models
-
     base = "mapped" if recipes.trained(recipe) == SCALES else recipe.base
     device = models.check_device(recipe.device, recipe.dtype, base)
     base = base if device == "cpu" else "memory"
@@ -156,7 +146,6 @@ def _asked(recipe: Recipe) -> tuple[dict[str, Any], str, int | None]:
 
 
 def _shape(recipe: Recipe, config: PretrainedConfig, *, offline: bool) -> Shape:
-    """Return the shape of a recipe's model, where scales are trained with how many there are."""
     if recipes.trained(recipe) != SCALES:
         return shape_of(config)
     return shape_of(config)._replace(scales=scales_of(recipe.model, offline=offline))
@@ -195,9 +184,6 @@ def checked_kinds(name: str) -> dict[str, str]:
     ModelError where no layer has scales, as loading it to tune would raise: of a directory or hub id, whose weights are
     plain, and of a GGUF file of other types.
     """
-    from fleetune.models.cache import cache, names
-    from fleetune.models.stored import check_scales
-
     if name in cache.ORIGINS and cache.ORIGINS[name].member.endswith(".gguf"):
         return {}
     in_file = name not in cache.ORIGINS and (path := names.local(name)) is not None and path.is_file()
@@ -207,18 +193,5 @@ def checked_kinds(name: str) -> dict[str, str]:
 
 
 def _kinds_in(name: str, *, offline: bool) -> dict[str, str]:
-    from fleetune import models
-    from fleetune.models import loading
-
-    _, tensors = loading.tensors_of(
-        name, functools.partial(models.resolve, offline=offline), offline=offline, blocks=True
-    )
+    _, tensors = loading.tensors_of(name, offline=offline, blocks=True)
     return {name.removesuffix(".weight"): t.kind for name, t in tensors.items() if len(t.shape) == 2}
-
-
-def _why(settings: Settings) -> str:
-    learns = "learns most from a step" if methods.entries()[settings.method].recommended else "fits"
-    if settings.ram is None:
-        return f"it {learns}"
-    also = "and " if learns != "fits" else "since it "
-    return f"it {learns} {also}takes about {human_bytes(settings.peak)} of this machine's {human_bytes(settings.ram)} of memory"

@@ -67,7 +67,6 @@ class CompressionSize(NamedTuple):
 
 
 def _experts(shape: Shape, block: list[Linear]) -> list[Linear]:
-    """Return the experts of a block, by its linear layers."""
     front = ".".join(block[0].name.split(".")[:3])
     return [x for x in shape.experts if x.name.startswith(f"{front}.")]
 
@@ -154,7 +153,6 @@ def hessians(block: list[Linear]) -> int:
 
 
 def _inputs(block: list[Linear]) -> list[int]:
-    """Return the size of each distinct input of a block."""
     inputs = {(x.name.rpartition(".")[0], x.name.endswith(("o_proj", "down_proj")), x.into) for x in block}
     return [into for _, _, into in inputs]
 
@@ -178,7 +176,6 @@ def _backward(shape: Shape, work: CompressionSize) -> int:
 
 
 def _sensitivity(shape: Shape, work: CompressionSize) -> int:
-    """Return the bytes of the sensitivity of experts: what enters those of each layer, and the sums of squares."""
     entering = (
         work.length * work.size * shape.hidden * len({x.name.rpartition(".")[0] for x in shape.experts})
     )
@@ -196,7 +193,6 @@ def _scales(shape: Shape, work: CompressionSize) -> int:
 
 
 def _ends(shape: Shape) -> int:
-    """Return the bytes of solving embedding and head: some rows at a time, and a byte for each code."""
     rows = 4 * MATRICES * END_ROWS * shape.hidden + 4 * FACTORS * shape.hidden**2
     return int(rows + (4 + WRITTEN) * shape.vocab * shape.hidden)
 

@@ -169,7 +169,6 @@ def least(shape: Shape, work: Workload, footprint: Footprint, *, in_file: bool) 
 
 
 def _runs_both_signs(shape: Shape, work: Workload, footprint: Footprint) -> bool:
-    """Return whether a step along a direction runs both its signs in one forward, in twice the activations."""
     from fleetune.seeds.descent import PAIRED
 
     return work.tokens <= PAIRED and not shape.labels and not footprint.stores_direction
@@ -230,7 +229,6 @@ def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> d
 
 
 def _projected(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
-    """Return the parts of a step whose weights and gradients exist a block of rows at a time, and activations a layer."""
     from fleetune.evaluation.head_loss import CHUNK_BYTES
     from fleetune.seeds.weights import CHUNK
 
@@ -346,7 +344,6 @@ def calibrate(work: Workload) -> Rates:
 
 
 def _usual(work: Callable[[], object], budget: float = 0.12) -> float:
-    """Return the median seconds of the calls within about `budget` seconds, after one that warms up."""
     work()
     end = time.perf_counter() + budget
     taken: list[float] = []

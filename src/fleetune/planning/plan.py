@@ -104,7 +104,6 @@ def longest() -> int:
 
 
 def _halves(most: int, least: int) -> list[int]:
-    """Return `most`, its half, the half of that, .. down to `least`."""
     found = [most]
     while found[-1] // 2 >= least:
         found.append(found[-1] // 2)
@@ -424,7 +423,6 @@ def describe(
 
 
 def _compression(shape: Shape, work: Workload) -> str:
-    """Describe the peak memory of `fleetune compress` with its default method and windows."""
     job = compression_cost.CompressionSize(128, 512, size=work.size, dense=True)
     jobs = (job, job._replace(low_memory=True))
     whole, paged = (human_bytes(sum(compression_cost.memory(shape, size).values())) for size in jobs)

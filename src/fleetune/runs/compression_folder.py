@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
 from fleetune.common.files import finite, json_text, read_json, write_atomic
 from fleetune.common.shell import quoted
@@ -61,22 +61,9 @@ class CompressRequest:
         return self.run and not (self.data or self.text or self.calibrate in (CLIENTS, FLEET))
 
 
-class CompressOptions(TypedDict, total=False):
-    """The fields of a request without model, method and settings; a test compares them with `CompressRequest`."""
-
-    data: str
-    text: str
-    windows: int
-    length: int
-    eval_text: str
-    seed: int
-    dtype: str
-    low_memory: bool
-    calibrate: str
-    clients: int
-    bytes: int
-    bpw: float
-    train_scales: int
+FIELDS: Final = tuple(CompressRequest.__dataclass_fields__)
+OPTIONS: Final = tuple(name for name in FIELDS if name not in ("model", "run", "method", "set"))
+AGAIN: Final = "compress again: fleetune compress MODEL"
 
 
 # Finding one ----------------------------------------------------------------------------------------
@@ -132,32 +119,22 @@ def name_of(model: str) -> str:
 
 def record(folder: Path) -> dict[str, Any]:
     """The content of `compress.json`.  StorageError when it is damaged."""
-    file, hint = folder / RECORD, "compress again: fleetune compress MODEL"
-    found = read_json(file, hint)
-    if not isinstance(found.get("model"), str) or not isinstance(found.get("result", {}), dict):
-        raise StorageError(f"{file} is damaged (a field has a wrong type)", hint=hint)
-    return found
+    content = read_json(folder / RECORD, AGAIN)
+    if not isinstance(content.get("model"), str) or not isinstance(content.get("result", {}), dict):
+        raise StorageError(f"{folder / RECORD} is damaged (a field has a wrong type)", hint=AGAIN)
+    return content
 
 
 def request_of(folder: Path) -> CompressRequest:
-    """The request of a folder.  StorageError for a record that does not hold one."""
+    """The request of a folder, its files named as they are found from here.  StorageError for a record that holds none."""
     raw = record(folder)
+    start = rundir.start_of(folder, raw)
     try:
-        request = CompressRequest(
-            **{name: raw[name] for name in CompressRequest.__dataclass_fields__ if name in raw}
-        )
-        return _found_again(request, folder, raw)
+        request = CompressRequest(**{name: raw[name] for name in FIELDS if name in raw})
+        places: dict[str, Any] = {n: rundir.find_from(getattr(request, n), start) for n in PLACES}
+        return replace(request, **places)
     except TypeError as error:
-        raise StorageError(
-            f"{folder / RECORD} is damaged ({error})", hint="compress again: fleetune compress MODEL"
-        ) from error
-
-
-def _found_again(request: CompressRequest, folder: Path, record: Mapping[str, Any]) -> CompressRequest:
-    """The request with its files named as they are found from the present folder."""
-    start = rundir.start_of(folder, record)
-    found: dict[str, Any] = {n: rundir.find_from(getattr(request, n), start) for n in PLACES}
-    return replace(request, **found)
+        raise StorageError(f"{folder / RECORD} is damaged ({error})", hint=AGAIN) from error
 
 
 def write_record(folder: Path, request: CompressRequest, result: Mapping[str, Any] | None) -> None:

@@ -11,7 +11,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Final, Protocol, TextIO
 
 from fleetune.common.display import changes, human_bytes, human_time, message_text, show
@@ -26,7 +25,6 @@ from fleetune.common.events import (
     TuneDone,
 )
 from fleetune.errors import UsageError
-from fleetune.runs import metrics
 
 log = logging.getLogger(__name__)
 
@@ -128,14 +126,9 @@ class Progress(Silent):
     def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
         self._rounds, self._before = 0, None  # type: int, float | None
-        self._resumed: Path | None = None
         self._last: RoundDone | None = None
         self._in_sweep = False
         self._spoke = clock()
-
-    def goes_on(self, run: Path) -> None:
-        """Let the record of a run that is resumed tell what the first round changes."""
-        self._resumed = run
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print what is about to run."""
@@ -174,9 +167,6 @@ class Progress(Silent):
     def _round(self, event: RoundEvaluated) -> None:
         last = self._last if event.round else None
         self._before = self._before if event.round else None
-        if self._resumed:
-            self._before = metrics.loss_before(self._resumed, event.round)
-            self._resumed = None
         parts = [f"round {event.round}" + (f"/{self._rounds}" if self._rounds else "")]
         parts += [f"val loss {show('loss', event.loss)}"]
         if event.loss is not None:

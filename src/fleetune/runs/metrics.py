@@ -52,12 +52,6 @@ class Metrics:
             raise storage_error(error, self.file) from error
         return line
 
-    def unfinished(self, round: int) -> tuple[int, bool]:
-        """Return how many lines are of later rounds, and whether the last line is torn: what a stopped sitting left."""
-        *lines, last = _bytes(self.file).split(b"\n")
-        found = [event for line in [*lines, last] if (event := event_of(line)) is not None]
-        return sum(_round_of(event) > round for event in found), bool(last) and event_of(last) is None
-
     def cut(self, round: int, size: int | None) -> str:
         """Keep the `size` bytes that stood there after `round`; return what was lost of them, "" for nothing.
 

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
 from fleetune.common import __version__, folders
-from fleetune.common.display import counted
 from fleetune.common.files import (
     PRIVATE,
     lock,
@@ -69,22 +68,11 @@ def number(path: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def numbered_in(folder: Path) -> list[str]:
-    """The names of the runs and compressions in a folder; none of one that cannot be listed."""
-    try:
-        return sorted(p.name for p in folder.iterdir() if number(p) and p.is_dir())
-    except OSError:
-        return []
-
-
 def none_such(name: str, out: Path, there: Sequence[str]) -> UsageError:
-    """The error for a run that is not there, with those whose names are like its, else the newest."""
+    """The error for a run that is not there, with those whose names are like its."""
     elsewhere = "" if str(out) == "runs" else f" --out {quoted(out)}"
-    begins = re.match(r"\d*", name)
-    same = [other for other in there if begins and begins[0] and number(Path(other)) == int(begins[0])]
-    near = list(dict.fromkeys([*same, *difflib.get_close_matches(name, there, 3)]))[:3]
     hint = f"runs there are: fleetune runs{elsewhere}"
-    if near:
+    if near := difflib.get_close_matches(name, there, 3):
         hint = f"did you mean {' or '.join(str(out / other) for other in near)}? {hint}"
     elif there:
         hint = f"the newest is {out / there[-1]}; {hint}"
@@ -137,42 +125,36 @@ def shown_path(path: Path) -> str:
 ENVIRONMENT: Final = "env.json"
 
 
+PACKAGES: Final = [
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "numba",
+    "numpy",
+    "safetensors",
+    "jinja2",
+    "msgpack",
+    "pyarrow",
+]
+
+
 def made_on(path: Path) -> dict[str, str]:
     """The digests of the "base" and the "tokenizer" that a run was made on, by env.json; StorageError when it is damaged."""
     hint = f"fleetune tune --resume {quoted(path)}   writes it anew"
     stated = read_json(path / ENVIRONMENT, hint)
-    found = {what: stated.get(f"{what}_digest") for what in ("base", "tokenizer")}
-    for what, digest in found.items():
-        if not isinstance(digest, str):
-            raise StorageError(f"{path / ENVIRONMENT} is damaged (it states no {what}_digest)", hint=hint)
-    return {what: str(digest) for what, digest in found.items()}
-
-
-def base_digest(path: Path) -> str:
-    """The digest of the base model that a run was made on; StorageError when env.json is damaged."""
-    return made_on(path)["base"]
+    digests = {what: stated.get(f"{what}_digest") for what in ("base", "tokenizer")}
+    if missing := [what for what, digest in digests.items() if not isinstance(digest, str)]:
+        raise StorageError(f"{path / ENVIRONMENT} is damaged (it states no {missing[0]}_digest)", hint=hint)
+    return {what: str(digest) for what, digest in digests.items()}
 
 
 def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Versions and machine, for env.json."""
-    packages = (
-        "torch",
-        "transformers",
-        "tokenizers",
-        "peft",
-        "numba",
-        "numpy",
-        "safetensors",
-        "jinja2",
-        "msgpack",
-        "pyarrow",
-    )
-    versions = {}
-    for package in packages:
-        try:
+    versions = dict.fromkeys(PACKAGES, "not installed")
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     machine = {"system": platform.system(), "machine": platform.machine(), "processors": os.cpu_count()}
     return {"fleetune": __version__, "python": platform.python_version(), **versions, **machine, **extra}
 
@@ -258,23 +240,18 @@ class RunDir:
     def cut(self, round: int, size: int | None = None) -> list[str]:
         """Drop what a kill left: metrics after `round` and of the end, later checkpoints, temporary files.
 
-        `size` is how many bytes the checkpoint of the round states of metrics.jsonl.  What of it was lost, and what was not
-        finished and is dropped, is logged and returned as texts.
+        `size` is how many bytes the checkpoint of the round states of metrics.jsonl.  What of it was lost is logged and returned.
         """
-        lines, torn = self.metrics.unfinished(round)
-        loss = self.metrics.cut(round, size)
-        left = [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]
-        left = [path for path in left if not path.is_dir()]
+        lost = [text for text in [self.metrics.cut(round, size)] if text]
+        left = [
+            p for p in (*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")) if not p.is_dir()
+        ]
         for path in (*left, *(p for r, p in checkpoints(self.path) if r > round)):
             path.unlink(missing_ok=True)
-        parts = [counted(lines, "record")] if lines else []
-        parts += ["a torn line"] if torn else []
-        parts += [counted(n, "half-written file")] if (n := len(left) + folders.sweep(self.path)) else []
-        dropped = f"what was not finished after round {round} is dropped: {', '.join(parts)}" if parts else ""
-        told = [text for text in (loss, dropped) if text and round >= 0]
-        for text in told:
+        folders.sweep(self.path)
+        for text in lost:
             self.log(text)
-        return told
+        return lost
 
     # Checkpoints --------------------------------------------------------------------------------
 
@@ -426,11 +403,10 @@ def check_name(name: str, out: Path) -> None:
     That is `latest`, a number, a run's name, and a path into a folder of runs that leads nowhere.
     """
     path = Path(name)
-    like_one = re.fullmatch(r"\d{4,}-[\w.-]+", name) and not path.exists()
-    if name == "latest" or name.isdigit() or like_one:
+    if name == "latest" or name.isdigit() or (re.fullmatch(r"\d{4,}-[\w.-]+", name) and not path.exists()):
         find(name, out)
-    elif "/" in name and not path.exists() and (there := numbered_in(path.parent)):
-        raise none_such(path.name, path.parent, there)
+    elif "/" in name and not path.exists() and (runs := listing(path.parent)):
+        raise none_such(path.name, path.parent, [p.name for p in runs])
 
 
 def listing(out: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneDone
 from fleetune.common.files import read_text, write_atomic
@@ -30,18 +30,6 @@ from fleetune.runs.listener import Listener, Relay
 log = logging.getLogger(__name__)
 
 OF_A_ROUND: Final = ("clients", "accepted", "bytes_up", "bytes_down", "seconds", "rss")
-
-
-class Tracker(Protocol):
-    """A run at one tracker."""
-
-    def log(self, values: Mapping[str, float], round: int) -> None:
-        """Take the figures of a round, by name; round 0 is the base model."""
-        ...
-
-    def finish(self, summary: Mapping[str, Value], status: str) -> None:
-        """Take the last figures; `status` is done, stopped or failed."""
-        ...
 
 
 class TensorBoard:
@@ -101,10 +89,9 @@ class Wandb:
         self._run.finish(exit_code=int(status == "failed"))
 
 
-TRACKERS: Final[Mapping[str, Callable[[Path, Mapping[str, Value], int, bool], Tracker]]] = {
-    "tensorboard": TensorBoard,
-    "wandb": Wandb,
-}  # by name, which is that of the package and of the extra too
+# By name, which is that of the package and of the extra too.  `log` takes the figures of a round (0: the base model), by name;
+# `finish` the last figures, and done, stopped or failed.
+TRACKERS: Final[Mapping[str, type[TensorBoard | Wandb]]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def check(wanted: Iterable[str]) -> tuple[str, ...]:
@@ -124,10 +111,9 @@ class Tracked(Relay):
     """A `Listener` that passes every call on to another one, and the figures of a run to trackers."""
 
     def __init__(self, inner: Listener, names: Sequence[str], *, offline: bool) -> None:
-        """UsageError for a tracker that is unknown or not installed."""
         super().__init__(inner)
         self._names, self._offline = check(names), offline
-        self._running: dict[str, Tracker] = {}
+        self._running: dict[str, TensorBoard | Wandb] = {}
         self._round, self._values = 0, dict[str, float]()
         self._losses: dict[int, float] = {}  # of the round's good replies
         self._summary: dict[str, Value] = {}
@@ -157,7 +143,6 @@ class Tracked(Relay):
         self._values = {}
 
     def _safely(self, name: str, call: Callable[[], None]) -> None:
-        """Call a tracker with its prints going to the log; one that fails is left out from now on."""
         said = io.StringIO()
         try:
             with redirect_stdout(said):
@@ -191,7 +176,6 @@ class Tracked(Relay):
 
 
 def _of_round(event: RoundDone, losses: Sequence[float]) -> dict[str, float]:
-    """The figures of a round: its costs, the mean of its clients' training losses, and the method's own."""
     found = {f"round/{name}": float(getattr(event, name)) for name in OF_A_ROUND}
     found["total/bytes"] = float(event.bytes_total)
     if losses:

@@ -103,7 +103,6 @@ def make_grid(values: Mapping[str, Any], vary: Sequence[str] = (), seeds: int | 
 
 
 def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Flatten nested tables to dotted names: `set.K = [..]` in TOML is a table `set`."""
     found: dict[str, Any] = {}
     for name, value in table.items():
         found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
@@ -111,7 +110,6 @@ def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _guess(text: str) -> Value:
-    """Type a value of the command line as TOML would."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -121,46 +119,35 @@ def _guess(text: str) -> Value:
 
 
 def _axes(base: Recipe, wanted: Mapping[str, Any], problems: list[str]) -> tuple[SweepAxis, ...]:
-    axes: list[SweepAxis] = []
-    tried = wanted.get("method", [base.method])
-    known = _names([m for m in (tried if isinstance(tried, list) else [tried]) if isinstance(m, str)])
+    """Return what varies; an unknown method among its values is found when the runs are checked."""
+    tried, entries = wanted.get("method", [base.method]), methods.entries()
+    named = [
+        m for m in (tried if isinstance(tried, list) else [tried]) if isinstance(m, str) and m in entries
+    ]
+    options = [n for n in recipes.fields() if n not in ("set", "seed")]
+    known = ["alpha", *options, *dict.fromkeys(f"set.{s.name}" for m in named for s in methods.settings(m))]
+    axes: dict[str, SweepAxis] = {}
     for name, values in wanted.items():
         key = name if name in known else f"set.{name}"
-        if key not in known:
-            problems.append(_unknown(name, known))
+        if name == "seed":
+            problems.append("seed varies by seeds: --seeds N, or seeds = N in [sweep]")
+        elif key not in known:
+            guess = suggest(name.removeprefix("set."), [k.removeprefix("set.") for k in known], cutoff=0.5)
+            problems.append(f"nothing called '{name}' can vary.{guess}")
         elif not isinstance(values, list) or not values:
             problems.append(f"{name} = {values!r} is not a list of values")
         elif odd := [v for v in values if not isinstance(v, str | int | float)]:
             problems.append(f"{name}: {odd[0]!r} is not a value")
-        elif twice := [v for i, v in enumerate(values) if v in values[:i]]:
-            problems.append(f"{name}: {twice[0]!r} stands twice")
-        elif key in [a.key for a in axes]:
-            problems.append(f"{name} varies twice")
+        elif key in axes or len(set(values)) < len(values):
+            problems.append(f"{name} varies twice, or has a value twice")
         else:
-            axes.append(SweepAxis(name, key, tuple(values)))
-    keys = [a.key for a in axes]
-    if "alpha" in keys and "partition" in keys:
-        problems.append("alpha is a part of partition: vary one of them")
-    elif "alpha" in keys and base.partition.split(":")[0] != "dirichlet":
-        said = f"alpha varies the Dirichlet partition, but partition = {base.partition!r}"
-        other = "; for the method's own alpha write set.alpha" if "set.alpha" in known else ""
-        problems.append(f"{said}: set it to dirichlet:0.5:COLUMN{other}")
-    return tuple(axes)
-
-
-def _names(tried: Sequence[str]) -> list[str]:
-    """List every name that can vary.  An unknown method among `tried` is found when the runs are checked."""
-    options = [n for n in recipes.fields() if n not in ("set", "seed")]
-    entries = methods.entries()
-    settings = [f"set.{s.name}" for m in tried if m in entries for s in methods.settings(m)]
-    return ["alpha", *options, *dict.fromkeys(settings)]
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    if name == "seed":
-        return "seed varies by seeds: --seeds N, or seeds = N in [sweep]"
-    guess = suggest(name.removeprefix("set."), [k.removeprefix("set.") for k in known], cutoff=0.5)
-    return f"nothing called '{name}' can vary.{guess}"
+            axes[key] = SweepAxis(name, key, tuple(values))
+    if "alpha" in axes and ("partition" in axes or base.partition.split(":")[0] != "dirichlet"):
+        problems.append(
+            f"alpha varies the Dirichlet partition: leave partition = {base.partition!r} out, or set it to "
+            "dirichlet:0.5:COLUMN; the method's own alpha is set.alpha"
+        )
+    return tuple(axes.values())
 
 
 def _points(base: Recipe, axes: Sequence[SweepAxis], seeds: int) -> tuple[Point, ...]:
@@ -192,7 +179,6 @@ def shown(value: Value) -> str:
 
 
 def _changed(plain: Mapping[str, Any], axes: Sequence[SweepAxis], values: Sequence[Value]) -> dict[str, Any]:
-    """Return the recipe's keys with these values in place."""
     changed = {**plain, "set": dict(plain["set"])}
     for axis, value in zip(axes, values, strict=True):
         if axis.key == "alpha":
@@ -263,7 +249,6 @@ def check(grid: SweepGrid, *, offline: bool = False) -> None:
 
 
 def _of_data(r: Recipe) -> tuple[object, ...]:
-    """Return all that decides how the data are split."""
     clients = r.clients or methods.entry(r.method).clients
     return r.data, r.columns, r.eval_data, r.limit, r.partition, r.held_out, r.seed, clients
 
@@ -393,12 +378,27 @@ class _OfRun(Relay):
         """Do nothing: a sweep counts rounds."""
 
 
-def run(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool) -> SweepResult:
-    """Do the unfinished runs of a sweep, one at a time, and return all of them.
+def start(
+    grid: SweepGrid,
+    out: Path,
+    listener: Listener,
+    *,
+    name: str = "",
+    resumed: Path | None = None,
+    offline: bool,
+) -> SweepResult:
+    """Do the unfinished runs of a checked grid, one at a time, and return all of them.
 
-    A run that fails is noted and the sweep continues; FleetuneError, after the last, names those that failed.  What would
-    stop the next one as well (a full disk, Ctrl-C) stops the sweep.
+    They are in a new folder under `out` with `name` in its own, or in that of a `resumed` sweep.  A run that fails is noted and
+    the sweep continues; FleetuneError, after the last, names those that failed.  What would stop the next one as well (a full
+    disk, Ctrl-C) stops the sweep.
     """
+    rundir.check_writable(resumed or out)
+    with rundir.RunDir(resumed) if resumed else create(out, name, grid) as folder:
+        return _runs(folder, grid, listener, offline=offline)
+
+
+def _runs(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool) -> SweepResult:
     path, again = folder.path, resume_command(folder.path)
     before = [done(path, point, listener.note) for point in grid.points]
     listener.header(*header(grid, path))
@@ -454,7 +454,6 @@ def run(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool) -
 
 
 def _one(folder: RunDir, point: Point, listener: Listener, offline: bool) -> str:
-    """Do one run; return why it failed, or nothing."""
     try:
         with rundir.at(folder.path / point.name) as run:
             job = prepare.prepare(point.recipe, offline=offline, measure=False)

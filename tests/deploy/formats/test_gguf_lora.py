@@ -29,7 +29,7 @@ def tuned(folder: Path, kind: str = "llama", sizes: dict[str, Any] | None = None
     model = tiny(kind, **(sizes or {}))
     models.save(model.net, model.tokenizer, folder / "base")
     model = models.load(str(folder / "base"), device="cpu")
-    adapters.attach_lora(model, **({"r": 4, "alpha": 6} | options), seed=1)
+    adapters.attach(model, adapters.Lora(**({"r": 4, "alpha": 6} | options)), seed=1)
     rng = np.random.default_rng(1)
     new = {
         n: rng.normal(0, 0.2, a.shape).astype(np.float32) for n, a in sorted(adapters.export(model).items())

@@ -35,7 +35,7 @@ def Training(**settings: Any) -> fedit.Method:
 
 def with_lora() -> models.Model:
     model = models.tiny_llama(layers=3)
-    adapters.attach_lora(model, r=4, alpha=8, dropout=0.1, seed=3)
+    adapters.attach(model, adapters.Lora(r=4, alpha=8, dropout=0.1), seed=3)
     return model
 
 
@@ -151,7 +151,7 @@ def test_the_plan_counts_the_copies_that_a_training_keeps(
 ) -> None:
     """In a step: numpy's arrays, but for the model's, and the tensors that FedProx begins with."""
     model = models.tiny_llama(layers=1)
-    adapters.attach_lora(model, r=64, alpha=8, seed=3)
+    adapters.attach(model, adapters.Lora(r=64, alpha=8), seed=3)
     how, seen = Training(lr=1e-3, steps=2, batch_size=2, wire=wire, **more), list[int]()
     arrays = _adapter.coded(adapters.export(model), wire)
     module = Module(tensors={name: a.shape for name, a in arrays.items()})

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import fleetune
 from fleetune.cli import flags
@@ -21,7 +21,7 @@ from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, rundir
-from fleetune.runs.compression_folder import FLEET, RECORD, CompressOptions, CompressRequest
+from fleetune.runs.compression_folder import FLEET, OPTIONS, RECORD, CompressRequest
 
 if TYPE_CHECKING:
     from fleetune.cli.listener import ConsoleListener
@@ -256,7 +256,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {n: v for n, v in _given(args).items() if n in CompressOptions.__annotations__}
+    return {n: v for n, v in _given(args).items() if n in OPTIONS}
 
 
 def _check_resume(args: argparse.Namespace, folder: Path) -> None:
@@ -278,7 +278,7 @@ def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: C
     if resumed is not None:
         request = compression_folder.request_of(resumed)
     else:
-        options, chosen = cast(CompressOptions, _options(args)), settings.pairs(args.set or [])
+        options, chosen = _options(args), settings.pairs(args.set or [])
         request = job.request_for(args.model, args.method, chosen, options, out=out)
     found = job.prepare(request, listener, out, offline=args.offline, beside=file_size, dry=True)
     about, count = found.about(), found.inputs.model.n_params

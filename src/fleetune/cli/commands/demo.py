@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune demo`: the whole pipeline.  Tune twice, compress the first result, write its GGUF file, ask that file."""
+"""`fleetune demo`: the whole pipeline.  Tune twice, compress the first result, write its GGUF file, ask that file.
+
+FedIT first, because minutes of back-propagation on an adapter show a gain; then FedKSeed, because a full-parameter fine-tune
+as some kilobytes is what no other tool has.  Its fleet is mixed: every second site back-propagates, the others only run the
+model forward.  In so few steps forward passes alone would move the loss by hundredths (`recipe:fedkseed`).
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import fleetune
 from fleetune.cli.console import Ui
@@ -13,12 +19,18 @@ from fleetune.common.events import Answered
 from fleetune.common.shell import quoted
 from fleetune.subject import Run
 
+if TYPE_CHECKING:
+    from fleetune.tuning.recipe.recipe import Recipe
+
 HELP = "tune smollm2-135m over the built-in demo fleet and make the result fit a device"
 ORDER = 10
 EXAMPLES = """\
 fleetune demo
 fleetune demo --quick
 """
+MODEL = "smollm2-135m"
+LENGTH = 256  # tokens of a row at most
+ANSWER = 72  # tokens of an answer at most
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -30,16 +42,13 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Run the pipeline, each stage shown as its own command shows it."""
     from fleetune import models
     from fleetune.cli.commands import compress, export, tune
-    from fleetune.tuning.run import demo
 
-    with ui.count(demo.MODEL, 0, size=True) as bar:
-        models.pull(
-            demo.MODEL, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what)
-        )
-    run, _ = [tune.run_recipe(recipe, args, ui) for recipe in demo.recipes(quick=args.quick)]
+    with ui.count(MODEL, 0, size=True) as bar:
+        models.pull(MODEL, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what))
+    run, _ = [tune.run_recipe(recipe, args, ui) for recipe in recipes(quick=args.quick)]
     with console_listener(ui) as listener:
         small = fleetune.compress(
-            run.done.run, length=demo.LENGTH, out=args.out, offline=args.offline, listener=listener
+            run.done.run, length=LENGTH, out=args.out, offline=args.offline, listener=listener
         )
         compress.show(ui, small)
         file = small.folder / f"{small.folder.name}.gguf"
@@ -64,9 +73,48 @@ def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
     """The first prompt of the run's samples, and the file's answer."""
     from fleetune import models
     from fleetune.evaluation import answers
-    from fleetune.tuning.run import demo
 
     row = run.held_out(offline=offline)[0]
     model = models.load(str(file), device="cpu", base="mapped")
-    (answer,) = answers.generate(model, [row], max_new_tokens=demo.ANSWER)
+    (answer,) = answers.generate(model, [row], max_new_tokens=ANSWER)
     return row.messages[-1][1], answer
+
+
+def recipes(*, quick: bool = False) -> list[Recipe]:
+    """Return the demo's recipes, in order; `quick` takes a few steps of each, to see the path."""
+    from fleetune.tuning.recipe.recipe import make
+
+    shared: dict[str, Any] = {
+        "model": MODEL,
+        "data": "demo",
+        "partition": "column:client",
+        "held_out": 32,
+        "max_length": LENGTH,
+        "samples": 2,
+        "answer_tokens": ANSWER,
+        "client_rows": 0,  # two rows of each site tell little
+    }
+    fedit = shared | {  # many small steps of few sites: four of them a round
+        "method": "fedit",
+        "rounds": 1 if quick else 3,
+        "participation": 0.125 if quick else 0.167,
+        "set": {"r": 8, "alpha": 16, "dropout": 0.0, "lr": 2e-3, "batch_size": 2, "epochs": 1},
+    }
+    fedkseed = shared | {
+        "method": "fedkseed",
+        "rounds": 1 if quick else 2,
+        "participation": 0.167,
+        "samples": 0,
+        "eval_every": 2,
+        "set": {
+            "K": 1024,
+            "tau": 1 if quick else 4,
+            "lr": 1e-4,
+            "eps": 1e-3,
+            "batch_size": 4,
+            "backprop": 0.5,
+            "backprop_steps": 1 if quick else 3,
+            "backprop_lr": 5e-3,
+        },
+    }
+    return [make(fedit), make(fedkseed)]

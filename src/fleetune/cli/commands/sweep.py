@@ -72,8 +72,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Begin a sweep or resume one."""
-    from fleetune.api import tuning
-    from fleetune.tuning import sweep
+    from fleetune.planning import choose
     from fleetune.tuning import sweep as sweeps
 
     out = Path(args.out)
@@ -92,10 +91,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             )
         varied = [text.partition("=")[0].strip() for text in args.vary]
         values = flags.keys(args, args.recipe)
-        values = tuning.with_method(values, varied, out, ui.note, offline=args.offline)
-        grid = sweep.make_grid(values, args.vary, args.seeds)
-        for model, train in {(point.recipe.model, point.recipe.train) for point in grid.points}:
-            flags.check_model(model, args.out, train)
+        values = choose.settled_sweep(values, varied, ui.note, offline=args.offline)
+        grid = sweeps.make_grid(values, args.vary, args.seeds)
+        for model in {point.recipe.model for point in grid.points}:
+            flags.check_model(model, args.out, "weights")
     sweeps.check(grid, offline=args.offline)
     if args.dry_run:
         for point in grid.points:
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with ExitStack() as stack:
         screen = SweepScreen(ui, stack, resumes=True)
         name = Path(args.recipe or "").stem
-        tuning.start_sweep(grid, out, screen, name=name, resumed=resumed, offline=args.offline)
+        sweeps.start(grid, out, screen, name=name, resumed=resumed, offline=args.offline)
 
 
 def _results(done: SweepDone, ui: Ui) -> None:

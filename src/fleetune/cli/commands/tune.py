@@ -74,10 +74,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
         rounds, base = _more_rounds(args), flags.given(args).get("base", "")
         if args.dry_run:
-            from fleetune.tuning.run.resume import check_resume
-
-            _say_checked(check_resume(path, offline=args.offline, rounds=rounds, base=base), ui)
-            return
+            raise UsageError("--dry-run is for a new run", hint=f"fleetune tune --resume {quoted(path)}")
         with screen(ui, path) as shown:
             result = fleetune.resume_run(
                 path,

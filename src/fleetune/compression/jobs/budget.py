@@ -109,8 +109,8 @@ class Room(NamedTuple):
         """Say what the room can buy, for the header."""
         least, most = (human_bytes(size + self.others) for size in (self.reach.least, self.reach.most))
         return (
-            f"{human_bytes(self.matrices + self.others)} as gguf, where {least} to {most} can be had · each matrix "
-            f"{', '.join(self.reach.kinds)}, by sensitivities that the run measures first (up to 4 times one grid's time)"
+            f"{human_bytes(self.matrices + self.others)} as gguf, where {least} to {most} can be had · by sensitivities that "
+            "the run measures first (up to 4 times one grid's time)"
         )
 
 

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from fleetune import data, models
 from fleetune.common.display import counted, human_bytes
-from fleetune.common.shell import quoted
 from fleetune.compression.jobs.progress import row_reporter
 from fleetune.compression.layerwise import driver
-from fleetune.data import Encoded, Example, readers
+from fleetune.data import Encoded, Example
 from fleetune.data.encode import encode_all
 from fleetune.errors import DataError, UsageError
 from fleetune.evaluation import kl_divergence
@@ -160,21 +159,6 @@ def load(request: CompressRequest, *, offline: bool) -> Inputs:
         return Inputs(model, [], measured, texts, "training rows of the devices that join")
     rows, measured = (encoded(held_out[first::2], recipe.max_length) for first in (0, 1))
     return Inputs(model, rows, measured, texts, "every second held-out row of the run")
-
-
-def check_kinds(request: CompressRequest) -> None:
-    """Raise UsageError for rows that are given as text, and for text that is given as rows; the hint has the flag that fits.
-
-    Of rows the first is looked at; what cannot be read is told where it is read.
-    """
-    if request.text:
-        readers.require_text(request.text, hint=f"--data {quoted(request.text)}")
-    rows = Path(request.data).expanduser()
-    if request.data and rows.suffix.lower() in (".txt", ".md") and rows.is_file():
-        raise UsageError(
-            f"{request.data} is plain text, and --data is rows in {', '.join(readers.READERS)}",
-            hint=f"--text {quoted(request.data)}",
-        )
 
 
 def _of_clients(request: CompressRequest, recipe: Recipe, *, offline: bool) -> dict[int, list[Example]]:

@@ -21,7 +21,7 @@ from fleetune.compression.jobs.progress import resume_command
 from fleetune.data import readers
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
-from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressOptions, CompressRequest
+from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
 from fleetune.runs.listener import Listener
 from fleetune.tuning.recipe import objects
 
@@ -61,7 +61,7 @@ def request_for(
     model: object,
     method: object,
     chosen: Mapping[str, Any],
-    options: CompressOptions,
+    options: Mapping[str, Any],
     *,
     tokenizer: object = None,
     out: Path,
@@ -122,7 +122,6 @@ def prepare(
         _check_whole(request)
     if isinstance(method, compression.Trainer):
         return whole.prepare_distillation(request, method, out, offline=offline)
-    inputs.check_kinds(request)
     if isinstance(method, compression.Pruner):
         return whole.prepare_pruning(request, method, listener, offline=offline, dry=dry)
     solve.check(request, method)
@@ -268,6 +267,8 @@ def check(request: CompressRequest) -> None:
     for name in (request.text, request.eval_text):
         if name and not Path(name).is_file():
             raise UsageError(f"no text file at {name}", hint="check the path")
+    if request.text:
+        readers.require_text(request.text, hint=f"--data {quoted(request.text)}")
     if request.eval_text:
         after = f"leave it out, and measure on rows once it is compressed: {command('eval', 'latest', request.eval_text)}"
         readers.require_text(request.eval_text, hint=after, flag="--eval-text")

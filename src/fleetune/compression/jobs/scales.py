@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
@@ -29,9 +28,10 @@ from fleetune import compression
 from fleetune.compression import Solver
 from fleetune.compression.distillation import divergence
 from fleetune.compression.jobs import progress
+from fleetune.compression.layerwise.blocks import FinishedBlocks
 from fleetune.compression.layerwise.fits import to_half
 from fleetune.compression.layerwise.grids import HALF_BITS, SIGNIFICANT, significant
-from fleetune.compression.training import Checkpoints, clipped_step, learning_rate
+from fleetune.compression.training import Checkpoints, clipped_step, fingerprint, learning_rate
 from fleetune.data.encode import Batch, Encoded, collate
 from fleetune.errors import UsageError
 from fleetune.evaluation.head_loss import CHUNK_BYTES
@@ -48,7 +48,6 @@ RATE: Final = 1e-3  # the highest learning rate of delta, which falls to 0
 WARMUP: Final = 0.05  # share of the steps
 CLIP: Final = 1.0  # of the gradient's norm
 BETAS: Final = (0.9, 0.95)
-HINT: Final = "leave out --train-scales, or give more text"
 
 
 class Scales(nn.Module):
@@ -56,7 +55,9 @@ class Scales(nn.Module):
 
     def __init__(self, q: Quantised) -> None:
         super().__init__()
-        self.steps, blocks = _small(q.steps()), q.blocks
+        steps, blocks = q.steps(), q.blocks
+        # int8 where they fit; those of 8 bits with a zero may not
+        self.steps = steps.to(torch.int8) if int(steps.min()) >= -128 and int(steps.max()) <= 127 else steps
         self.unit = (q.scale if blocks is None else blocks.d).float()
         self.multiples = None if blocks is None else blocks.multiples
         self.delta = nn.Parameter(torch.zeros_like(self.unit))
@@ -66,13 +67,14 @@ class Scales(nn.Module):
 
     def scale(self) -> Tensor:
         """Return the groups' scales, float32 [R, groups]."""
-        return _times(self.unit * (1 + self.delta), self.multiples)
+        unit = self.unit * (1 + self.delta)
+        return unit if self.multiples is None else times(unit, self.multiples)
 
     def offset(self) -> Tensor | None:
         """Return the groups' minima, float32 [R, groups]; None where there are none."""
-        if self.low is None or self.low_unit is None:
+        if self.low is None or self.low_unit is None or self.minima is None:
             return None
-        return _times(self.low_unit * (1 + self.low), self.minima)
+        return times(self.low_unit * (1 + self.low), self.minima)
 
     def product(self, x: Tensor) -> Tensor:
         """Return x W'."""
@@ -93,15 +95,6 @@ class Scales(nn.Module):
             else _half(self.low_unit * (1 + self.low))
         )
         return Quantised.of_blocks(q.codes, q.blocks._replace(d=_half(unit), dmin=low))
-
-
-def _small(steps: Tensor) -> Tensor:
-    """Return whole numbers as int8 where they fit; those of 8 bits with a zero may not."""
-    return steps.to(torch.int8) if int(steps.min()) >= -128 and int(steps.max()) <= 127 else steps
-
-
-def _times(unit: Tensor, multiples: Tensor | None) -> Tensor:
-    return unit if multiples is None else times(unit, multiples)
 
 
 def _half(unit: Tensor) -> Tensor:
@@ -223,7 +216,15 @@ def train(
         optimizer.zero_grad()
         loss = _backward(model, student, batch)
         rate = learning_rate(t, steps, RATE, WARMUP)
-        clipped_step(loss, parameters.values(), optimizer, t=t, rate=rate, clip=CLIP, hint=HINT)
+        clipped_step(
+            loss,
+            parameters.values(),
+            optimizer,
+            t=t,
+            rate=rate,
+            clip=CLIP,
+            hint=f"leave out {FLAG}, or give more text",
+        )
         return float(loss)
 
     batches = _batches(model, windows, steps, seed)
@@ -265,7 +266,6 @@ def _backward(model: Model, student: Student, batch: Batch) -> Tensor:
     return total
 
 
-FOLDER: Final = "scales"  # in the folder of finished blocks: the state of a training
 EVERY: Final = 20  # steps between two checkpoints
 FLAG: Final = "--train-scales"
 LITTLE: Final = 4096  # tokens of text; on 1,024 the divergence on other text rose
@@ -300,45 +300,21 @@ def warn(request: CompressRequest, windows: Tensor, listener: Listener, *, exper
         )
 
 
-class Trained(Mapping[str, "Quantised | Tensor"]):
-    """Solved weights by name, read on access, with the scales that were trained."""
-
-    def __init__(self, solved: Mapping[str, Quantised | Tensor], scales: Mapping[str, Scales]) -> None:
-        self._solved = solved
-        self._scales = {f"{layer}.weight": found for layer, found in scales.items()}
-
-    def __getitem__(self, name: str) -> Quantised | Tensor:
-        weight = self._solved[name]
-        scales = self._scales.get(name)
-        return weight if scales is None else scales.on_grid(cast("Quantised", weight))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._solved
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._solved)
-
-    def __len__(self) -> int:
-        return len(self._solved)
-
-
 def trained(
     listener: Listener,
     model: Model,
-    solved: Mapping[str, Quantised | Tensor],
+    solved: FinishedBlocks,
     windows: Tensor,
     request: CompressRequest,
-    parts: Path,
     origin: str,
-) -> Mapping[str, Quantised | Tensor]:
-    """Return the solved weights with trained scales; resume from the checkpoint in `parts`.
+) -> None:
+    """Give the solved weights trained scales; resume from the checkpoint in their folder.
 
     `origin` says what the weights were made of.  Interrupted, after the step is saved, on Ctrl-C.
     """
-    from fleetune.compression.training import Checkpoints, fingerprint
-
+    parts = solved.folder
     student = student_of(model, solved)
-    kept = Checkpoints(parts / FOLDER, fingerprint(origin, [], str(request.train_scales)), EVERY)
+    kept = Checkpoints(parts / "scales", fingerprint(origin, [], str(request.train_scales)), EVERY)
     report = progress.step_reporter(listener, parts.parent, "divergence")
     train(model, student, windows, request.train_scales, request.seed, kept, report)
-    return Trained(solved, student.scales)
+    solved.adjust = {f"{layer}.weight": scales.on_grid for layer, scales in student.scales.items()}

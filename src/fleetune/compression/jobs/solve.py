@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from fleetune.compression.jobs.inputs import Inputs
 from fleetune.compression.jobs.progress import Outcome
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HessianSource
-from fleetune.compression.layerwise.blocks import BlockResult
+from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks
 from fleetune.compression.layerwise.driver import Plan
 from fleetune.compression.layerwise.experts import FEW
 from fleetune.compression.layerwise.federated import WARNING, ClientHessians, HessianReply
@@ -61,36 +61,10 @@ from fleetune.tuning.result import finished
 ORIGIN: Final = "origin.json"  # in the folder of finished blocks: what made them
 REPLIES: Final = "replies.jsonl"  # there too: of the clients
 
+# real ones that calibrate, with `about` and `source`: `Calibrators` of `fleet/calibration_server.py`, which lies above
+Devices: TypeAlias = Any
 # (model, matrices' names, head, file's name) -> bytes of the GGUF file beside these matrices (`deploy/export.py`)
 FileSize: TypeAlias = Callable[[Model, Collection[str], ArtefactHead, str], int]
-
-
-class Devices(Protocol):
-    """Real devices that calibrate (`fleet/calibration_server.py`)."""
-
-    def about(self, request: CompressRequest) -> str:
-        """Return where they join, for the header."""
-
-    def source(
-        self,
-        request: CompressRequest,
-        model: Model,
-        folder: Path,
-        without: frozenset[int],
-        on_reply: Callable[[HessianReply], None],
-        listener: Listener,
-    ) -> tuple[HessianSource, Mapping[int, int]]:
-        """Return the Hessians of devices that join, and how many windows each has; those `without` take no part any more.
-
-        `folder` is the compression's.  DataError when no device has text for a window.
-        """
-
-
-class Solved(NamedTuple):
-    """What a solver found: of each block, and the weights by name, read on access."""
-
-    blocks: Sequence[BlockResult]
-    weights: Mapping[str, Quantised | Tensor]
 
 
 @dataclass(frozen=True)
@@ -204,8 +178,8 @@ class SolveJob:
         with self.inputs.reference(model, folder, listener) as reference:
             solved = solve(listener, self, folder, progress.resume_command(folder))
             written = folder / "model"
-            artefact.write(written, model, solved.weights, self.head)
-            after = _after(listener, self.inputs, folder, solved.weights, reference)
+            artefact.write(written, model, solved, self.head)
+            after = _after(listener, self.inputs, folder, solved, reference)
         errors = _errors(solved.blocks)
         done = {
             "before": before,
@@ -325,7 +299,7 @@ def _room(job: SolveJob, beside: FileSize | None) -> budget.Room:
 # Solving --------------------------------------------------------------------------------------------
 
 
-def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> Solved:
+def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> FinishedBlocks:
     """Solve the blocks of the job's model, and train their scales where that is asked for; what `folder` holds is kept.
 
     `resume_command` is shown after Ctrl-C (Interrupted).  UsageError when the blocks in `folder` were made from other
@@ -366,11 +340,10 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
             f"them more; {RECORD} has the numbers of each tensor"
         )
     listener.note(_summary(blocks.blocks, plan is not None))
-    if not job.request.train_scales:
-        return Solved(blocks.blocks, blocks)
-    assert job.calibration is not None
-    trained = scales.trained(listener, model, blocks, job.calibration, job.request, parts, origin)
-    return Solved(blocks.blocks, trained)
+    if job.request.train_scales:
+        assert job.calibration is not None
+        scales.trained(listener, model, blocks, job.calibration, job.request, origin)
+    return blocks
 
 
 def check_origin(own: str, model: str, parts: Path) -> None:
@@ -432,6 +405,7 @@ def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | HessianS
     listener.note(WARNING)
     model = job.inputs.model
     if job.devices is not None:
+        source: HessianSource
         source, agreed = job.devices.source(job.request, model, parts.parent, gone, on_reply, listener)
         job.agreed.update(agreed)
         return source
@@ -528,7 +502,7 @@ def compressed_base(listener: Listener, folder: Path, *, offline: bool) -> Path:
     seconds = compression_folder.record(folder)["result"]["seconds"]
     listener.note(f"the base is compressed the same way, once: the tuned model took {human_time(seconds)}")
     solved = solve(listener, job, place, f"fleetune measure {quoted(folder)} --kept-gain")
-    artefact.write(model, job.inputs.model, solved.weights, head)
+    artefact.write(model, job.inputs.model, solved, head)
     compression_folder.drop_parts(place / PARTS)
     return model
 
@@ -538,7 +512,7 @@ def _head_of(folder: Path, model: Path) -> ArtefactHead:
     remedy = f"rm -r {quoted(folder / 'base')}   and then: fleetune measure {quoted(folder)} --kept-gain"
     sums.check(model, remedy=remedy)
     head = Master(model).head
-    expected = rundir.base_digest(Path(compression_folder.request_of(folder).model))
+    expected = rundir.made_on(Path(compression_folder.request_of(folder).model))["base"]
     if head.base != expected:
         raise ModelError(
             f"{model} is not the compressed base: it was made of weights with the SHA-256 {head.base[:16]}.., "

@@ -12,13 +12,14 @@ its inputs is D = sum of 2 (x - y) y^T over all tokens.  Only the hidden states 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fleetune.compression.layerwise.experts import Experts, Routed, parameters_of
 from fleetune.compression.layerwise.hessian import accumulate, accumulate_drift, mirrored
@@ -59,12 +60,15 @@ class HiddenStates:
     def first_block_inputs(self, calibration: Tensor) -> list[Tensor]:
         """Return the inputs of the first block, for windows of the same length."""
         states: list[Tensor] = []
-        with _intercepted(self.blocks[0], lambda args, kwargs: states.append(_hidden_state(args, kwargs))):
+
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.append(args[0] if args else kwargs["hidden_states"])
+            raise Stop
+
+        with self.blocks[0].register_forward_pre_hook(take, with_kwargs=True):
             for window in calibration:
-                try:
+                with suppress(Stop):
                     self.model.net(input_ids=window[None].to(self.model.device), use_cache=False)
-                except Stop:
-                    continue
         return states
 
     def forward(self, number: int, state: Tensor) -> Tensor:
@@ -185,58 +189,30 @@ class _SharedInputs:
         return self.reader
 
 
-@contextmanager
-def observed_inputs(
-    linears: Mapping[str, nn.Linear], observe: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Call `observe(name, x)` with the input of a layer, just before the layer runs."""
+def hooked(handles: Iterable[RemovableHandle]) -> ExitStack:
+    """Return a context that removes hooks at its end."""
+    stack = ExitStack()
+    for handle in handles:
+        stack.enter_context(handle)
+    return stack
+
+
+def observed_inputs(linears: Mapping[str, nn.Linear], observe: Callable[[str, Tensor], None]) -> ExitStack:
+    """Return a context in which `observe(name, x)` is called with the input of a layer, just before the layer runs."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: observe(name, args[0])
 
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items())
 
 
-@contextmanager
-def observed_routes(experts: Sequence[Experts], observe: SolveExperts) -> Iterator[None]:
-    """Call `observe(experts, routed)` with what experts are called with, on the CPU, just before they run."""
+def observed_routes(experts: Sequence[Experts], observe: SolveExperts) -> ExitStack:
+    """Return one in which `observe(experts, routed)` gets what experts are called with, on the CPU, just before they run."""
 
     def hook(each: Experts) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: observe(each, Routed(args[0].cpu(), args[1].cpu()))
 
-    handles = [each.module.register_forward_pre_hook(hook(each)) for each in experts]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hidden_state(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    state: Tensor = args[0] if args else kwargs["hidden_states"]
-    return state
-
-
-@contextmanager
-def _intercepted(
-    block: nn.Module, take: Callable[[tuple[Any, ...], Mapping[str, Any]], None]
-) -> Iterator[None]:
-    """Call `take` with the arguments of a block, and end the forward pass there."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take(args, kwargs)
-        raise Stop
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hooked(each.module.register_forward_pre_hook(hook(each)) for each in experts)
 
 
 def _block_arguments(model: Model, blocks: Sequence[nn.Module], window: Tensor) -> list[dict[str, Any]]:
@@ -257,12 +233,8 @@ def _block_arguments(model: Model, blocks: Sequence[nn.Module], window: Tensor) 
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles.append(blocks[0].register_forward_hook(after))
-    try:
-        with _passed_on(blocks[1:], lambda: given[0]), suppress(Stop):
-            model.net(input_ids=window.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), _passed_on(blocks[1:], lambda: given[0]), suppress(Stop):
+        model.net(input_ids=window.to(model.device), use_cache=False)
     return found
 
 

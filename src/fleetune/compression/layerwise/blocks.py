@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
         # by parameter name: (block, `described`, or None for floats)
         self._where: dict[str, tuple[int, list[Any] | None]] = {}
         self.blocks: list[BlockResult] = []
+        self.adjust: dict[str, Callable[[Quantised], Quantised]] = {}  # what is done to a weight that is read
 
     def open(self, number: int) -> bool:
         """Add the file of a block; False when it is missing or damaged."""
@@ -87,7 +88,8 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
             if grid is None:
                 floats: Tensor = opened.get_tensor(name)
                 return floats
-            return assembled(lambda part: opened.get_tensor(f"{name}.{part}"), *grid)
+            weight = assembled(lambda part: opened.get_tensor(f"{name}.{part}"), *grid)
+        return self.adjust[name](weight) if name in self.adjust else weight
 
     def __contains__(self, name: object) -> bool:
         return name in self._where

@@ -63,12 +63,6 @@ class Candidate(NamedTuple):
         return padded(R * (C // columns) * size)
 
     @property
-    def bits_a_weight(self) -> float:
-        """Return the size of a weight in the file, in bits."""
-        columns, size = self._block
-        return 8 * size / columns
-
-    @property
     def _block(self) -> tuple[int, int]:
         """The columns and the bytes of a block."""
         found = Grid(self.grid, self.bits).block
@@ -226,20 +220,15 @@ class Reach(NamedTuple):
 
     least: int  # bytes, each matrix on the smallest grid that it can have
     most: int  # ... on the largest
-    kinds: tuple[str, ...]  # types of llama.cpp that some matrix can have, by rising size
 
 
 def reach(model: Model) -> Reach:
     """Return what the matrices of a model can take."""
     least = most = 0
-    possible = set[Candidate]()
     for name, weight in matrices(model).items():
-        found = _possible(weight)
-        sizes = [_bytes(each, name, weight.shape) for each in found]
+        sizes = [_bytes(each, name, weight.shape) for each in _possible(weight)]
         least, most = least + min(sizes), most + max(sizes)
-        possible |= set(found)
-    rising = sorted(possible, key=lambda each: (each.bits_a_weight, each.kind))
-    return Reach(least, most, tuple(each.kind for each in rising))
+    return Reach(least, most)
 
 
 def _possible(weight: Tensor) -> list[Candidate]:

@@ -60,7 +60,10 @@ def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
     found = []
     for layer in layers_of(model.net):
         inside = modules[layer.name].named_modules()
-        found.append((modules[layer.name], {f"{layer.name}.{n}": m for n, m in inside if _is_matrix(m)}))
+        linears = {
+            f"{layer.name}.{n}": m for n, m in inside if isinstance(m, nn.Linear) and m.out_features > 1
+        }
+        found.append((modules[layer.name], linears))
     return found
 
 
@@ -80,10 +83,6 @@ def experts_left(model: Model, *, taken: bool) -> int:
     solved = experts_in(model) if taken else [[] for _ in layers_of(model.net)]
     blocks = [block for block, _ in linears_of(model)]
     return sum(has_experts(block) and not found for block, found in zip(blocks, solved, strict=True))
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and module.out_features > 1
 
 
 def check(model: Model, solver: Solver, *, experts: bool = False) -> None:
@@ -107,7 +106,8 @@ def check(model: Model, solver: Solver, *, experts: bool = False) -> None:
                 shapes.append((name, *weight.shape[-2:]))
                 if problem := solver.check(*shapes[-1]):
                     alike.setdefault(problem.replace(name.removesuffix(".weight"), ""), []).append(problem)
-                if not _finite(weight):
+                # by their sum in float64: no mask of the size of the weights is made
+                if not torch.isfinite(weight.sum(dtype=torch.float64)):
                     alike.setdefault("values", []).append(f"{name} holds values that are not finite")
     if alike:
         problems = [
@@ -133,11 +133,6 @@ def _fitting(solver: Solver, shapes: Sequence[tuple[str, int, int]]) -> str:
                 whole = " (a row is one group)" * (not smaller)
                 return f"--set group={smaller} fits every layer{whole}"
     return "choose settings that fit every layer"
-
-
-def _finite(weight: Tensor) -> bool:
-    """Tell whether all values are finite, by their sum in float64: no mask of the size of the weights is made."""
-    return bool(torch.isfinite(weight.sum(dtype=torch.float64)))
 
 
 def windows(ids: Sequence[np.ndarray], length: int, count: int) -> Tensor:
@@ -237,8 +232,7 @@ def run(
         with in_memory(block), restored_weights(linears, inside):
             if not (found := parts.open(number)):
                 on_name = functools.partial(on_matrix, number, len(blocks))
-                solving = Solving(solver_of, number, on_name, placing)
-                solving.block(linears, inside, source, parts)
+                _solve_block(number, linears, inside, source, parts, solver_of, on_name)
             on_block(parts.blocks[-1], len(blocks) + bool(plan))
             if source and (plan or number + 1 < len(blocks)):
                 if found and isinstance(source, StatesInTurn):
@@ -272,51 +266,44 @@ def _solve_ends(
     parts.put(BlockResult(len(parts.blocks), tuple(matrices), round(time.monotonic() - began, 3)), found)
 
 
-class Solving(NamedTuple):
-    """How a block is solved; with `placing` each layer gets its compressed weights as soon as it is solved."""
+def _solve_block(
+    number: int,
+    linears: Mapping[str, nn.Linear],
+    experts: Sequence[Experts],
+    source: HessianSource | None,
+    parts: FinishedBlocks,
+    solver_of: Callable[[str], Solver],
+    on_name: Callable[[str], None],
+) -> None:
+    """Solve a block and write it; where layers are solved in turn, each gets its compressed weights as soon as it is."""
+    began, placing = time.monotonic(), isinstance(source, StatesInTurn)
+    weights, matrices = dict[str, Quantised | Tensor](), list[MatrixResult]()
 
-    solver_of: Callable[[str], Solver]
-    number: int
-    on_name: Callable[[str], None]
-    placing: bool
+    def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
+        on_name(name)
+        linear = linears[name]
+        weight, matrix = _solve_layer(solver_of(f"{name}.weight"), name, linear, H, D)
+        weights[f"{name}.weight"] = weight
+        matrices.append(matrix)
+        if placing:
+            linear.weight.data = dense(weight).to(linear.weight)
 
-    def block(
-        self,
-        linears: Mapping[str, nn.Linear],
-        experts: Sequence[Experts],
-        source: HessianSource | None,
-        parts: FinishedBlocks,
-    ) -> None:
-        """Solve a block and write it."""
-        began = time.monotonic()
-        weights, matrices = dict[str, Quantised | Tensor](), list[MatrixResult]()
-
-        def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
-            self.on_name(name)
-            linear = linears[name]
-            weight, matrix = _solve_layer(self.solver_of(f"{name}.weight"), name, linear, H, D)
-            weights[f"{name}.weight"] = weight
+    def solve_routed(each: Experts, routed: Routed | None) -> None:
+        for name, weight, matrix in solve_experts(solver_of, each, routed, on_name, placing=placing):
+            weights[name] = weight
             matrices.append(matrix)
-            if self.placing:
-                linear.weight.data = dense(weight).to(linear.weight)
 
-        def solve_routed(each: Experts, routed: Routed | None) -> None:
-            found = solve_experts(self.solver_of, each, routed, self.on_name, placing=self.placing)
-            for name, weight, matrix in found:
-                weights[name] = weight
-                matrices.append(matrix)
-
-        if isinstance(source, HiddenStates):
-            source.solve_layers(self.number, linears, solve, experts, solve_routed)
-        elif source:
-            source.solve_layers(self.number, linears, solve)
-        for name in linears:
-            if f"{name}.weight" not in weights:  # no window used it, or the solver needs no data
-                solve(name, None)
-        for each in experts:
-            if not each.parameters.keys() & weights.keys():
-                solve_routed(each, None)
-        parts.put(BlockResult(self.number, tuple(matrices), round(time.monotonic() - began, 3)), weights)
+    if isinstance(source, HiddenStates):
+        source.solve_layers(number, linears, solve, experts, solve_routed)
+    elif source:
+        source.solve_layers(number, linears, solve)
+    for name in linears:
+        if f"{name}.weight" not in weights:  # no window used it, or the solver needs no data
+            solve(name, None)
+    for each in experts:
+        if not each.parameters.keys() & weights.keys():
+            solve_routed(each, None)
+    parts.put(BlockResult(number, tuple(matrices), round(time.monotonic() - began, 3)), weights)
 
 
 def _solve_layer(

@@ -147,7 +147,9 @@ class HessianSums:
             for client, one in sorted(taken.items()):
                 if not (reason := one.reason or beyond(one.squares, middles)):
                     share = min(1.0, usual_tokens / self.tokens[client])
-                    _add(total, decode(spool.read(one.offset, one.size)).payload, share)
+                    for name, a in decode(spool.read(one.offset, one.size)).payload.arrays.items():
+                        added = total.setdefault(name, torch.zeros(a.size, dtype=torch.float64))
+                        added.add_(torch.from_numpy(a.astype(np.float64)), alpha=share)
                 else:
                     del self.tokens[client]
                 status = "refused" if reason else "ok"
@@ -190,14 +192,6 @@ class HessianSums:
                 raise MessageError(f"'{name}' cannot share the sums of '{of}': their inputs differ in size")
         squares = {n: check_sums(n, a, linears[n].in_features, tokens) for n, a in payload.arrays.items()}
         return found, squares
-
-
-def _add(total: dict[str, Tensor], payload: Payload, share: float) -> None:
-    """Add a reply to the sums, or a share of it."""
-    for name, a in payload.arrays.items():
-        total.setdefault(name, torch.zeros(a.size, dtype=torch.float64)).add_(
-            torch.from_numpy(a.astype(np.float64)), alpha=share
-        )
 
 
 def medians(squares: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -353,7 +347,7 @@ class ClientHessians:
     def advance(self, number: int) -> None:
         """Send the compressed block to the devices and run their windows through it."""
         if self._answered == number:  # else the block was finished before a resume
-            self._down = len(self.block(number))
+            self._down = len(block_message(self.folder, number, self.base))
         for client in self.sums.tokens:
             self._stream.states = self._load_states(client)
             self._stream.advance(number)
@@ -365,10 +359,6 @@ class ClientHessians:
         H = self._stream.hessians(number, linears)
         self._stream.states = []
         return message_of(H, self.sums.tokens[client], number, self.base)
-
-    def block(self, number: int) -> bytes:
-        """Return the message with a compressed block."""
-        return block_message(self.folder, number, self.base)
 
     def _answers(self, number: int, linears: Mapping[str, nn.Linear]) -> Iterator[Answer]:
         for client in sorted(self.sums.tokens):

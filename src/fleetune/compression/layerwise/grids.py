@@ -116,11 +116,6 @@ class Grid:
         return (found[0][1], found[0][0]) if found else None
 
     @property
-    def bits_per_weight(self) -> float | None:
-        """Bits a weight of a GGUF file in blocks of that type."""
-        return 8 * self.block[1] / self.block[0] if self.block else None
-
-    @property
     def by_curvature(self) -> bool:
         """Whether a scale is fitted to the errors that count, where it is known which do."""
         return bool(self.codebook) or (self.kind == "ggml" and self.bits <= 5)
@@ -374,7 +369,7 @@ def _quantise_blocks(
 def rounded(W: Tensor, grid: Grid, group: int, curvature: Tensor | None = None) -> Quantised:
     """Return W [R, C] rounded to the nearest values of a grid that is fitted by `curvature` [C], without corrections.
 
-    The bytes of a GGUF file for it are `grid.bits_per_weight` R C / 8.
+    In a GGUF file it takes blocks of `grid.block`.
     """
     weight = quantise(W, grid, group, nearest, None, curvature).solved(grid, group).weight
     assert isinstance(weight, Quantised)

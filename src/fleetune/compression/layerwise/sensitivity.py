@@ -24,7 +24,7 @@ and up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fleetune.compression.layerwise.activations import hooked
 from fleetune.compression.layerwise.experts import GATE_UP, Experts
 from fleetune.data.encode import Encoded, collate
 from fleetune.evaluation.losses import pad_id, predictors
@@ -96,8 +97,12 @@ def _back(model: Model, window: Tensor, draw: torch.Generator, head: Tensor) -> 
     Returns the embedding's outputs, which have their gradient, and the factor that they are of the table's rows.
     """
     net: Any = model.net
-    table, out = net.get_input_embeddings(), net.get_output_embeddings()
-    with _first(table) as embedded, _norm_of(out) as norm:
+    table, norm = net.get_input_embeddings(), list[float]()
+
+    def see(module: nn.Module, args: Any, out: Tensor) -> None:
+        norm.append(float(out.detach().norm()))
+
+    with _first(table) as embedded, net.get_output_embeddings().register_forward_hook(see):
         batch = collate([Encoded(ids=window.numpy(), n_prompt=1)], pad_id(model), model.device)
         hidden, logits = predictors(net, batch)
         size = max(1, PIECE // len(table.weight))
@@ -176,27 +181,12 @@ def _first(table: Any) -> Iterator[list[tuple[Tensor, float]]]:
         leaves.append((leaf, float(out.norm()) / max(float(rows.norm()), 1e-30)))
         return leaf
 
-    handle = table.register_forward_hook(hook)
-    try:
+    with table.register_forward_hook(hook):
         yield leaves
-    finally:
-        handle.remove()
 
 
-@contextmanager
-def _norm_of(head: nn.Module) -> Iterator[list[float]]:
-    """Collect the norms of what a head returns."""
-    found = list[float]()
-    handle = head.register_forward_hook(lambda module, args, out: found.append(float(out.detach().norm())))
-    try:
-        yield found
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _observed(net: nn.Module, sums: Mapping[str, Tensor]) -> Iterator[None]:
-    """Add the squared gradients of the outputs of each layer in `sums` to its [R], in every backward pass."""
+def _observed(net: nn.Module, sums: Mapping[str, Tensor]) -> ExitStack:
+    """Return a context in which each backward pass adds the squared gradients of a layer's outputs to its [R] in `sums`."""
 
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def watch(module: nn.Module, args: Any, out: Tensor) -> None:
@@ -205,12 +195,7 @@ def _observed(net: nn.Module, sums: Mapping[str, Tensor]) -> Iterator[None]:
 
         return watch
 
-    handles = [net.get_submodule(name).register_forward_hook(hook(name)) for name in sums]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(net.get_submodule(name).register_forward_hook(hook(name)) for name in sums)
 
 
 class _Call(NamedTuple):
@@ -246,12 +231,8 @@ def squares(experts: Sequence[Experts]) -> Iterator[dict[str, Tensor]]:
 
         return watch
 
-    handles = [each.module.register_forward_hook(hook(each)) for each in experts]
-    try:
+    with hooked(each.module.register_forward_hook(hook(each)) for each in experts):
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -224,23 +224,22 @@ class Trainer:
         with by_layer(student.net):
             loss, D = self.loss(student, teacher, batch, advantages)
             loss.backward()  # type: ignore[no-untyped-call]
-        if self.keep_zeros:
-            hold_zeros(student.net)
+        for weight in (
+            matrices(student.net) if self.keep_zeros else ()
+        ):  # AdamW's moments, and so its step, are 0 as well
+            if weight.grad is not None:
+                weight.grad.masked_fill_(weight == 0, 0.0)
         clipped_step(
             loss,
             student.net.parameters(),
             optimizer,
             t=t,
-            rate=self.rate(t),
+            rate=learning_rate(t, self.steps, self.lr, self.warmup),
             clip=self.clip or math.inf,
             hint="give a lower lr, or look for values that are not finite in the models",
         )
         optimizer.zero_grad(set_to_none=True)
         return float(D.item())
-
-    def rate(self, t: int) -> float:
-        """Return the learning rate of step t, from 0."""
-        return learning_rate(t, self.steps, self.lr, self.warmup)
 
     def _origin(
         self, student: Model, teacher: Model, rows: Sequence[Encoded], seed: int, score: Reward | None
@@ -255,7 +254,8 @@ class Trainer:
 
     def student(self, model: Model) -> Model:
         """Return what is trained, in fp32: the model itself, or some of its blocks."""
-        return student_of(model, self.keep_layers)
+        net = shallow(model.net, self.keep_layers) if self.keep_layers else model.net
+        return dataclasses.replace(model, net=net.float(), dtype="fp32")
 
     def distance(self, student: Model, teacher: Model, rows: Sequence[Encoded]) -> float:
         """Return the mean divergence, in nats, over the answer tokens of the rows as they are."""
@@ -339,12 +339,6 @@ class Trainer:
         return []
 
 
-def student_of(model: Model, keep_layers: int) -> Model:
-    """Return the model itself, or a copy with `keep_layers` of its blocks, in fp32."""
-    net = shallow(model.net, keep_layers) if keep_layers else model.net
-    return dataclasses.replace(model, net=net.float(), dtype="fp32")
-
-
 def student_shape(model: Model, keep_layers: int) -> Shape:
     """Return the shape of that student."""
     config = model.net.config
@@ -378,10 +372,3 @@ def zero_share(net: nn.Module) -> float:
     """Return the share of exact zeros among the entries of the matrices."""
     counts = [(int(weight.count_nonzero()), weight.numel()) for weight in matrices(net)]
     return 1 - sum(n for n, _ in counts) / sum(size for _, size in counts)
-
-
-def hold_zeros(net: nn.Module) -> None:
-    """Set the gradient of every exact zero to 0: AdamW's moments, and so its step, are then 0 as well."""
-    for weight in matrices(net):
-        if weight.grad is not None:
-            weight.grad.masked_fill_(weight == 0, 0.0)

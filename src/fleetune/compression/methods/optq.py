@@ -113,7 +113,9 @@ class Solver:
         loop = CompensatedLoop(factor)
         found = quantise(W.masked_fill(factor.dead, 0.0), grid, group, loop, zeros, factor.curvature)
         if order is not None:
-            found = _in_file_order(found, group, order)
+            # columns and groups go back to their places
+            back, groups = order.argsort(), (order.view(-1, group)[:, 0] // group).argsort()
+            found = Codes(found.codes[:, back], found.scale[:, groups], found.zero[:, groups])
         return found.solved(grid, group, factor.notes, loop.loss)
 
 
@@ -122,9 +124,3 @@ def column_order(importance: Tensor, group: int) -> Tensor:
     groups = importance.view(-1, group)
     inside = groups.argsort(stable=True, dim=1, descending=True) + group * torch.arange(len(groups))[:, None]
     return inside[groups.amax(1).argsort(stable=True, descending=True)].reshape(-1)
-
-
-def _in_file_order(found: Codes, group: int, order: Tensor) -> Codes:
-    """Put the columns and groups of a reordered matrix back in their places."""
-    back, groups = order.argsort(), (order.view(-1, group)[:, 0] // group).argsort()
-    return Codes(found.codes[:, back], found.scale[:, groups], found.zero[:, groups])

@@ -231,7 +231,7 @@ def check_config(config: Any) -> None:
 def notes_on(config: Any) -> list[str]:
     """Return what llama.cpp does otherwise with a model of this configuration, for the user."""
     found = []
-    length, whole = context_length(config), table.length(config)
+    length, whole = context_length(config), int(config.max_position_embeddings)
     if length != whole:
         found.append(
             f"llama.cpp has no window in a {config.model_type}: the file states a context of {length} tokens instead of "
@@ -247,7 +247,7 @@ def notes_on(config: Any) -> list[str]:
 
 def context_length(config: Any) -> int:
     """Return the longest context for which llama.cpp computes what transformers does."""
-    length = table.length(config)
+    length = int(config.max_position_embeddings)
     window = config.sliding_window if table.family_of(config).windowless else None
     return length if window is None else min(length, int(window))
 

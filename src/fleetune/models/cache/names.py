@@ -107,11 +107,6 @@ def _known(name: str) -> Origin | ShortName | None:
     return ORIGINS.get(name) or (None if short and Path(name).exists() else short)
 
 
-def every_short() -> list[str]:
-    """Return the built-in names, then the short ones."""
-    return [*ORIGINS, *SHORT_NAMES]
-
-
 # ---------------------------------------------------------------- folders
 
 MASTER: Final = "master.safetensors"  # the file of an artefact of codes

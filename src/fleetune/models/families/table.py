@@ -99,7 +99,6 @@ class Family(Limits):
     architecture: str  # llama.cpp's name
     layer_norm: bool = False  # norms subtract the mean
     interleaved: bool = False  # a head of the file's q and k has rows 0, d/2, 1, d/2 + 1, .. of the model's
-    grouped: bool = False  # the model's fused matrix has a key head's q, k, v together, the file all q first
     shifted: bool = False  # norms multiply by 1 + w, and the file holds that
     transposed: tuple[str, ...] = ()  # tensors that the model stores as [in, out]
     paired: bool = False  # rows of an expert's gate and up alternate in the model
@@ -128,20 +127,6 @@ def _smollm3_misfit(config: Any) -> str | None:
     return None if list(config.no_rope_layers) == usual else "no_rope_layers other than each 4th"
 
 
-def _cohere_misfit(config: Any) -> str | None:
-    large = config.num_hidden_layers >= 64  # llama.cpp looks for these norms by the number of blocks
-    if bool(config.use_qk_norm) != large:
-        return f"use_qk_norm={config.use_qk_norm} with {config.num_hidden_layers} blocks"
-    return None
-
-
-def _exaone4_misfit(config: Any) -> str | None:
-    large = config.num_hidden_layers == 64  # llama.cpp has windows by the number of blocks
-    if (config.sliding_window is not None) != large:
-        return f"sliding_window={config.sliding_window} with {config.num_hidden_layers} blocks"
-    return irregular(config, 4 if large else 1)
-
-
 def _olmoe_misfit(config: Any) -> str | None:
     heads, of_keys = (
         config.num_attention_heads,
@@ -159,7 +144,6 @@ def _ernie_misfit(config: Any) -> str | None:
 
 
 _PLAIN: Final = only(SILU, attention_bias=(False,), mlp_bias=(False,))
-_RELU2: Final = only(hidden_act=("relu2",), attention_bias=(False,), mlp_bias=(False,))
 # llama.cpp approximates the exact GELU by tanh, for every family that has it
 _GELU: Final = (*TANH, "gelu")
 _GPT: Final = only(activation_function=_GELU, scale_attn_weights=(True,), add_cross_attention=(False,))
@@ -224,12 +208,6 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         ),
         "olmo2": Family("olmo2", options=only(_PLAIN, OWN_HEAD)),
         "granite": Family("granite", interleaved=True, options=SILU, keys=_GRANITE),
-        "stablelm": Family(
-            "stablelm", layer_norm=True, partial=True, options=only(SILU, OWN_HEAD, qk_layernorm=(False,))
-        ),
-        "starcoder2": Family(
-            "starcoder2", layer_norm=True, windowless=True, options=only(hidden_act=_GELU, use_bias=(True,))
-        ),
         "gpt2": Family(
             "gpt2",
             layer_norm=True,
@@ -237,48 +215,8 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
             options=only(_GPT, scale_attn_by_inverse_layer_idx=(False,)),
         ),
-        "gpt_neox": Family(
-            "gptneox",
-            layer_norm=True,
-            partial=True,
-            grouped=True,
-            options=only(OWN_HEAD, hidden_act=_GELU, attention_bias=(True,)),
-            keys={"use_parallel_residual": "use_parallel_residual"},
-        ),
-        "falcon": Family(
-            "falcon",
-            layer_norm=True,
-            grouped=True,
-            options=only(activation=_GELU, alibi=(False,), bias=(False,), parallel_attn=(True,)),
-        ),
-        "bloom": Family(
-            "bloom",
-            layer_norm=True,
-            grouped=True,
-            rotary=False,
-            options=only(apply_residual_connection_post_layernorm=(False,)),
-        ),
         "glm4": Family("glm4", partial=True, square=False, options=SILU),
         "ernie4_5": Family("ernie4_5", square=False, options=only(SILU, use_bias=(False,))),
-        "cohere": Family(
-            "command-r",
-            layer_norm=True,
-            options=only(_PLAIN, TIED),
-            keys={"logit_scale": "logit_scale"},
-            misfit=_cohere_misfit,
-        ),
-        "cohere2": Family(
-            "cohere2",
-            layer_norm=True,
-            options=only(_PLAIN, TIED),
-            keys={"logit_scale": "logit_scale", **_WINDOW},
-            needed=("sliding_window",),
-            layers=WINDOWS,
-            misfit=lambda config: irregular(config, 4),
-        ),
-        "nemotron": Family(
-            "nemotron", layer_norm=True, partial=True, shifted=True, options=only(OWN_HEAD, _RELU2)
-        ),
         "lfm2": Family(
             "lfm2",
             layers=("full_attention", "conv"),
@@ -286,20 +224,9 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             options=only(conv_bias=(False,)),
             keys={"shortconv.l_cache": "conv_L_cache"},
         ),
-        "exaone4": Family("exaone4", layers=WINDOWS, options=SILU, keys=_WINDOW, misfit=_exaone4_misfit),
-        "seed_oss": Family(
-            "seed_oss",
-            square=False,
-            options=only(SILU, attention_bias=(True,), attention_out_bias=(False,), mlp_bias=(False,)),
-        ),
-        "arcee": Family("arcee", interleaved=True, square=False, options=_RELU2),
         "hunyuan_v1_dense": Family(
             "hunyuan-dense", square=False, options=only(SILU, attention_bias=(False,))
         ),
-        "gpt_bigcode": Family(
-            "starcoder", layer_norm=True, rotary=False, options=only(_GPT, multi_query=(True,))
-        ),
-        "glm": Family("chatglm", partial=True, options=SILU),
         "mixtral": Family(
             "llama", interleaved=True, square=False, options=SILU, windowless=True, keys=_EXPERTS
         ),
@@ -365,13 +292,8 @@ def keys(config: Any) -> dict[str, Value]:
 
 def epsilon(config: Any) -> float:
     """Return the epsilon of the norms."""
-    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
     return next(float(getattr(config, name)) for name in names if hasattr(config, name))
-
-
-def length(config: Any) -> int:
-    """Return the longest context of a configuration; 2,048, what Bloom was trained on, where it states none."""
-    return int(getattr(config, "max_position_embeddings", 2048))
 
 
 def channels(config: Any) -> int:
@@ -381,17 +303,12 @@ def channels(config: Any) -> int:
         if config.block_ffn_dim_multiplier is not None:
             width = step * -(-int(config.block_ffn_dim_multiplier * width) // step)
         return width
-    names = ("ffn_hidden_size", "intermediate_size", "n_inner")
-    found = next((getattr(config, name) for name in names if hasattr(config, name)), None)
-    return int(found or 4 * config.hidden_size)
+    width = config.intermediate_size if hasattr(config, "intermediate_size") else config.n_inner
+    return int(width or 4 * config.hidden_size)
 
 
 def key_heads(config: Any) -> int | list[int]:
     """Return the key heads of all blocks, or of each where some have a convolution in the place of attention."""
-    if getattr(config, "new_decoder_architecture", False):  # Falcon's
-        return int(config.num_kv_heads)
-    if getattr(config, "multi_query", False):
-        return 1
     heads = int(getattr(config, "num_key_value_heads", config.num_attention_heads))
     kinds = getattr(config, "layer_types", None) or ()
     return [0 if kind == "conv" else heads for kind in kinds] if "conv" in kinds else heads
@@ -435,24 +352,13 @@ def is_transposed(config: Any, tensor: str) -> bool:
 
 def row_order(config: Any, tensor: str, rows: int) -> np.ndarray | None:
     """Return for each row of the file's tensor which row of the model's it is, int64 [rows]; None: as they are."""
-    family, part = family_of(config), tensor.split(".")
-    if family.interleaved and part[-2] in ("attn_q", "attn_k"):
-        width = widths.block_widths(config)[int(part[1])]
-        heads = width.num_attention_heads if part[-2] == "attn_q" else width.num_key_value_heads
-        return interleaved(rows, heads)
-    if family.grouped and part[-2] == "attn_qkv":
-        groups = key_heads(config)
-        assert isinstance(groups, int)
-        return ungrouped(rows, groups, rope.head_dim(config))
-    return None
+    part = tensor.split(".")
+    if not family_of(config).interleaved or part[-2] not in ("attn_q", "attn_k"):
+        return None
+    width = widths.block_widths(config)[int(part[1])]
+    return interleaved(rows, width.num_attention_heads if part[-2] == "attn_q" else width.num_key_value_heads)
 
 
 def interleaved(rows: int, heads: int) -> np.ndarray:
     """Return, for each row of the file's q or k, the row of the model that it is."""
     return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
-
-
-def ungrouped(rows: int, groups: int, width: int) -> np.ndarray:
-    """Return the order that takes [groups][queries.., key, value][width] to all queries, all keys, all values."""
-    parts = np.arange(rows).reshape(groups, -1, width)
-    return np.concatenate([parts[:, :-2].reshape(-1), parts[:, -2].reshape(-1), parts[:, -1].reshape(-1)])

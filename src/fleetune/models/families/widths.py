@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FAMILIES: Final = ("llama", "qwen2", "qwen3")
@@ -149,14 +149,15 @@ def config_accepts(config: Any, plain: Mapping[str, int]) -> bool:
 
 
 def class_of(
-    config: Any, inspect: Callable[[PreTrainedModel], None] = lambda net: None
+    config: Any, inspect: Callable[[PreTrainedModel], None] = lambda net: None, *, encoder: bool = False
 ) -> type[PreTrainedModel]:
-    """Return the class of a causal language model: transformers' own, or one that narrows its blocks once made.
+    """Return the class of a causal language model (transformers' own, or one that narrows its blocks once made), or of an
+    encoder with a classification head.
 
     `inspect` is called with a whole net of it on the meta device, before anything takes memory.
     """
     with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(config)
+        net = (AutoModelForSequenceClassification if encoder else AutoModelForCausalLM).from_config(config)
     inspect(net)
     kind = type(net)
     if not has_block_widths(config):

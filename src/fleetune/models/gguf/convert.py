@@ -20,8 +20,7 @@ it must be found in the file and vice versa, and rows go straight into the safet
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -29,6 +28,7 @@ from typing import Any, Final
 import gguf
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     Gemma2Config,
@@ -43,27 +43,19 @@ from fleetune.errors import ModelError
 from fleetune.models import stored
 from fleetune.models.families import rope, table, widths
 from fleetune.models.families.foreign import check_blocks, check_range, foreign_file
-from fleetune.models.families.widths import Width, write_widths
+from fleetune.models.families.widths import DECI, Width, write_widths
 from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
 from fleetune.models.gguf.header import GgufHeader
-from fleetune.models.net.saving import disk_errors
+from fleetune.models.net.saving import disk_errors, write_pieces
 from fleetune.models.stored import MappedFile, Stored
 
 ANOTHER: Final = "fetch the file again, or give another one"
+INSTEAD: Final = "use the model's hub id or a Hugging Face directory of it"
+RESCALED: Final = "rescales its rotary frequencies, which transformers cannot express"
 SLAB: Final = 1 << 22  # elements dequantised at a time (16 MiB of fp32)
-# what the rows and values of an architecture need; an architecture that is not here was not verified
-ARCHITECTURES: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "llama": "interleaved q, k",
-        "qwen2": "as they are",
-        "qwen3": "as they are",
-        "gemma": "norms 1 + w",
-        "gemma2": "norms 1 + w",
-        "gemma3": "norms 1 + w",
-        "deci": "interleaved q, k",
-    }
-)
+# those that were verified
+ARCHITECTURES: Final = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", DECI)
 READ: Final = frozenset({"F32", "F16", *(kind.name for kind in gguf.quants._type_traits)})  # types of tensors
 SIZES: Final[Mapping[str, str]] = MappingProxyType(  # keys of an architecture -> names in a configuration
     {
@@ -103,7 +95,9 @@ def convert(
     tensors = _tensors(path, head, config)
     tokenizer = _tokenizer(path, head, config)
     if weights:
-        _write_weights(path, tensors, folder / "model.safetensors", progress)
+        table = {name: (torch.float32, tensor.shape) for name, tensor in tensors.items()}
+        pieces = _pieces(path, tensors, progress)
+        write_pieces(folder / "model.safetensors", table, pieces, {"format": "pt"})
     else:
         stored.write_places(folder, tensors)
     config.dtype = torch.float32
@@ -117,35 +111,32 @@ def convert(
 
 
 def _config(path: Path, head: GgufHeader) -> Any:
-    instead = "use the model's hub id or a Hugging Face directory of it"
-    with foreign_file(path, "has unusable metadata", hint=instead):  # a text may be in no encoding
-        architecture = _checked_architecture(path, head, instead)
+    with foreign_file(path, "has unusable metadata", hint=INSTEAD):  # a text may be in no encoding
+        architecture = _checked_architecture(path, head)
         config = _described(path, architecture, head)
         if (width := head.values.get(f"{architecture}.attention.key_length")) is not None:
             config.head_dim = int(width)  # transformers does not read it for every architecture
-        _take_factors(path, head, config, instead)
+        _take_factors(path, head, config)
         # metadata hold fp32: 1e-05 comes back as 9.999999747378752e-06
         config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
     return config
 
 
-def _checked_architecture(path: Path, head: GgufHeader, instead: str) -> str:
+def _checked_architecture(path: Path, head: GgufHeader) -> str:
     """Return the architecture of the metadata; ModelError for one that is not read, and for sizes that no model has."""
     architecture = str(head.values.get("general.architecture"))
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(
-            f"{path} holds architecture '{architecture}'; GGUF files are read for {known}", hint=instead
+            f"{path} holds architecture '{architecture}'; GGUF files are read for {known}", hint=INSTEAD
         )
     if head.values.get(f"{architecture}.expert_count"):
         raise ModelError(
-            f"{path} holds a mixture of experts; GGUF files are read for dense models", hint=instead
+            f"{path} holds a mixture of experts; GGUF files are read for dense models", hint=INSTEAD
         )
     scaling = head.values.get(f"{architecture}.rope.scaling.type")
     if scaling not in (None, "none") and (architecture, scaling) != ("gemma3", "linear"):
-        raise ModelError(
-            f"{path} rescales its rotary frequencies, which transformers cannot express", hint=instead
-        )
+        raise ModelError(f"{path} {RESCALED}", hint=INSTEAD)
     check_blocks(head.values.get(f"{architecture}.block_count"), len(head.tensors), path)
     return architecture
 
@@ -157,8 +148,9 @@ def _described(path: Path, architecture: str, head: GgufHeader) -> Any:
         f"{name}_token_id": head.values.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in gguf_tokens.SPECIAL.items()
     }
-    if architecture in ("gemma", "gemma2", "gemma3", widths.DECI):
-        config = _own(path, architecture, head)
+    if architecture == DECI or architecture.startswith("gemma"):
+        fields = _Fields(head, architecture)
+        config = _deci(path, fields) if architecture == DECI else _gemma(architecture, fields)
         del ids["unk_token_id"]
         config.update(ids)
     else:
@@ -175,65 +167,57 @@ def _described(path: Path, architecture: str, head: GgufHeader) -> Any:
     return config
 
 
-def _own(path: Path, architecture: str, head: GgufHeader) -> Any:
-    """Return the configuration of what transformers cannot read: gemma and deci, and gemma2's and gemma3's caps and bases."""
-    tokens = head.values.get("tokenizer.ggml.tokens") or []
+class _Fields:
+    """The metadata of an architecture by their keys without its name."""
 
-    def field(key: str) -> Any:
-        value = head.values.get(f"{architecture}.{key}")
-        return len(tokens) if key == "vocab_size" and value is None else value
+    def __init__(self, head: GgufHeader, architecture: str) -> None:
+        self._head, self._front = head, architecture
 
-    if architecture != widths.DECI:
-        return _gemma(architecture, field)
-    if (why := _deci_misfit(field)) is not None:
-        raise ModelError(
-            f"{path} is no llama with narrower blocks: {why}",
-            hint=f"llama.cpp runs it (fleetune serve {quoted(path)}); to tune or compress, take another model",
-        )
-    return _deci(field)
+    def __call__(self, key: str) -> Any:
+        """Return a value, or None."""
+        value = self._head.values.get(f"{self._front}.{key}")
+        if key == "vocab_size" and value is None:
+            return len(self._head.values.get("tokenizer.ggml.tokens") or [])
+        return value
 
-
-def _gemma(architecture: str, field: Callable[[str], Any]) -> Any:
-    """Return the configuration of a gemma, gemma2 or gemma3; `field` as for `_deci`.
-
-    KeyError for a key that is required; ValueError when the values make no sense.
-    """
-
-    def need(key: str) -> Any:
-        if (value := field(key)) is None:
+    def need(self, key: str) -> Any:
+        """Return a value; KeyError where there is none."""
+        if (value := self(key)) is None:
             raise KeyError(key)
         return value
 
-    sizes = {
-        "vocab_size": need("vocab_size"),
-        "hidden_size": need("embedding_length"),
-        "num_hidden_layers": need("block_count"),
-        "intermediate_size": need("feed_forward_length"),
-        "num_attention_heads": need("attention.head_count"),
-        "head_dim": need("attention.key_length"),
-        "num_key_value_heads": need("attention.head_count_kv"),
-        "max_position_embeddings": need("context_length"),
+    def rotary(self, base: str = "rope.freq_base") -> dict[str, Any]:
+        """Return the settings of a rotary embedding that is not rescaled."""
+        return {"rope_type": "default", "rope_theta": float(self(base) or 10000.0)}
+
+
+def _gemma(architecture: str, fields: _Fields) -> Any:
+    """Return the configuration of a gemma, gemma2 or gemma3, which transformers cannot read, or not their caps and bases.
+
+    KeyError for a key that is required; ValueError when the values make no sense.
+    """
+    need, own = fields.need, fields.rotary()
+    made: dict[str, Any] = {
+        name: int(need(key)) for key, name in SIZES.items() if not key.endswith(("base", "epsilon"))
     }
-    made: dict[str, Any] = {key: int(value) for key, value in sizes.items()}
+    made["head_dim"] = int(need("attention.key_length"))
     made["rms_norm_eps"] = need("attention.layer_norm_rms_epsilon")
-    rope = {"rope_type": "default", "rope_theta": float(field("rope.freq_base") or 10000.0)}
     if architecture == "gemma":
-        return GemmaConfig(**made, rope_parameters=rope)
+        return GemmaConfig(**made, rope_parameters=own)
     made["sliding_window"] = int(need("attention.sliding_window"))
     if architecture == "gemma2":
         caps = {key: float(need(key)) for key in ("attn_logit_softcapping", "final_logit_softcapping")}
-        config: Any = Gemma2Config(**made, **caps, rope_parameters=rope)
+        config: Any = Gemma2Config(**made, **caps, rope_parameters=own)
     else:
-        local = {"rope_type": "default", "rope_theta": float(field("rope.freq_base_swa") or 10000.0)}
-        if field("rope.scaling.type") == "linear":
-            rope |= {"rope_type": "linear", "factor": float(need("rope.scaling.factor"))}
-        both = {"full_attention": rope, "sliding_attention": local}
+        if fields("rope.scaling.type") == "linear":
+            own |= {"rope_type": "linear", "factor": float(need("rope.scaling.factor"))}
+        both = {"full_attention": own, "sliding_attention": fields.rotary("rope.freq_base_swa")}
         config = Gemma3TextConfig(**made, rope_parameters=both)
     config.query_pre_attn_scalar = table.query_scalar(config)
     return config
 
 
-def _take_factors(path: Path, head: GgufHeader, config: Any, instead: str) -> None:
+def _take_factors(path: Path, head: GgufHeader, config: Any) -> None:
     """Set Llama 3's rescaled frequencies in the configuration; ModelError for factors that are not Llama 3's."""
     found = [tensor for tensor in head.tensors if tensor.name.startswith("rope_")]
     if not found:
@@ -245,9 +229,7 @@ def _take_factors(path: Path, head: GgufHeader, config: Any, instead: str) -> No
             head.bytes(found[0]).view(np.float32), head.values.get(rope.KEY), theta, width
         )
     if rescaled is None:
-        raise ModelError(
-            f"{path} rescales its rotary frequencies, which transformers cannot express", hint=instead
-        )
+        raise ModelError(f"{path} {RESCALED}", hint=INSTEAD)
     config.rope_parameters = rescaled
 
 
@@ -257,85 +239,58 @@ def _tensors(path: Path, head: GgufHeader, config: Any) -> dict[str, Stored]:
         net = widths.build(config)
         config.architectures = [type(net).__name__]
         shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}  # tied tensors once
-        return _placed(path, head, config, shapes)
-
-
-def _placed(
-    path: Path, head: GgufHeader, config: Any, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Stored]:
-    architecture = str(head.values.get("general.architecture"))
-    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    left = {tensor.name: tensor for tensor in head.tensors if tensor.name != rope.TENSOR}
-    file = MappedFile(path)
-    tensors: dict[str, Stored] = {}
-    for name, shape in shapes.items():
-        found = left.pop(str(names.get_name(name, try_suffixes=(".weight", ".bias"))), None)
-        if found is None:
-            raise ModelError(
-                f"{path} has no tensor for {name}", hint="the file is incomplete: fetch it again"
-            )
-        if found.shape != shape:
-            raise ModelError(
-                f"{path}: {found.name} has shape {found.shape}, {name} needs {shape}",
-                hint="the file's metadata and tensors disagree: give another file",
-            )
-        if found.kind not in READ:
-            raise ModelError(f"{path}: {found.name} is of type {found.kind}, which is not read", hint=ANOTHER)
-        tensors[name] = Stored(
-            file,
-            found.offset,
-            found.size,
-            found.kind,
-            shape,
-            _row_order(found.name, shape, config),
-            table.is_shifted(config, found.name),
-        )
+        architecture = str(head.values.get("general.architecture"))
+        arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+        names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+        left = {tensor.name: tensor for tensor in head.tensors if tensor.name != rope.TENSOR}
+        file, tensors = MappedFile(path), dict[str, Stored]()
+        for name, shape in shapes.items():
+            place = left.pop(str(names.get_name(name, try_suffixes=(".weight", ".bias"))), None)
+            if place is None:
+                raise ModelError(f"{path} has no tensor for {name}", hint=ANOTHER)
+            if place.shape != shape:
+                raise ModelError(
+                    f"{path}: {place.name} has shape {place.shape}, {name} needs {shape}", hint=ANOTHER
+                )
+            if place.kind not in READ:
+                raise ModelError(
+                    f"{path}: {place.name} is of type {place.kind}, which is not read", hint=ANOTHER
+                )
+            order = table.row_order(config, place.name, shape[0])
+            back = None if order is None else np.argsort(order)
+            shifted = table.is_shifted(config, place.name)
+            tensors[name] = Stored(file, place.offset, place.size, place.kind, shape, back, shifted)
     if left:
         raise ModelError(
             f"{path} has {len(left)} tensors that architecture '{architecture}' does not: "
             + ", ".join(left)[:200],
-            hint="use the model's hub id or a Hugging Face directory of it",
+            hint=INSTEAD,
         )
     return tensors
 
 
-def _row_order(name: str, shape: tuple[int, ...], config: Any) -> np.ndarray | None:
-    order = table.row_order(config, name, shape[0])
-    return None if order is None else np.argsort(order)
+def _pieces(
+    source: Path, tensors: Mapping[str, Stored], progress: Callable[[str, int, int], None] | None
+) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    """Yield each tensor's values in fp32, a slab at a time; ModelError for values of `source` that are not finite."""
 
+    def slabs(name: str, tensor: Stored) -> Iterator[Tensor]:
+        step = max(1, SLAB * tensor.shape[0] // tensor.numbers) * (tensor.numbers // tensor.shape[0])
+        for first in range(0, tensor.numbers, step):
+            values = tensor.read(first, min(first + step, tensor.numbers), torch.float32)
+            check_range(float(values.min()), float(values.max()), name, source, ANOTHER)
+            yield values
 
-def _write_weights(
-    source: Path, tensors: Mapping[str, Stored], path: Path, progress: Callable[[str, int, int], None] | None
-) -> None:
-    """Write a safetensors file: 8 bytes with the header's length, the header (JSON), the raw little-endian values.
-
-    ModelError for values of the file `source` that are not finite.
-    """
-    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    done, whole = 0, sum(4 * tensor.numbers for tensor in tensors.values())
     for name, tensor in tensors.items():
-        start, end = end, end + 4 * tensor.numbers
-        head[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    raw = json.dumps(head, separators=(",", ":")).encode()
-    raw += b" " * (-(len(raw) + 8) % 64)  # values start on a cache line
-    done = 0
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for name, tensor in tensors.items():
-            step = max(1, SLAB * tensor.shape[0] // tensor.numbers) * (tensor.numbers // tensor.shape[0])
-            for first in range(0, tensor.numbers, step):
-                values = tensor.read(first, min(first + step, tensor.numbers), torch.float32)
-                check_range(float(values.min()), float(values.max()), name, source, ANOTHER)
-                file.write(values.numpy().data)
-                done += values.nbytes
-            if progress is not None:
-                progress("convert to safetensors", done, end)
+        yield name, slabs(name, tensor)
+        done += 4 * tensor.numbers
+        if progress is not None:
+            progress("convert to safetensors", done, whole)
 
 
 def _tokenizer(path: Path, head: GgufHeader, config: Any) -> Any:
-    hint = "use the model's hub id or a Hugging Face directory of it"
-    with foreign_file(path, "has a tokenizer that cannot be read", hint=hint):
+    with foreign_file(path, "has a tokenizer that cannot be read", hint=INSTEAD):
         tokenizer: Any = gguf_tokens.build_tokenizer(head.values.get)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.padding_side = "right"
@@ -359,102 +314,71 @@ HEADS: Final = "attention.head_count"
 KEY_HEADS: Final = "attention.head_count_kv"
 CHANNELS: Final = "feed_forward_length"
 
-Field = Callable[[str], Any]  # a value by its key without the architecture, or None
 
-
-def _deci_misfit(field: Field) -> str | None:
-    """Return why metadata do not describe a llama with narrower blocks; None when they do.
+def _deci(path: Path, fields: _Fields) -> Any:
+    """Return the configuration of a llama with narrower blocks; ModelError for other models.
 
     KeyError for a key that must be there and is not; ValueError when the values make no sense.
     """
-    found = _block_widths(field)
-    first = found[0]
-    for i, (heads, key_heads, channels) in enumerate(found):
-        if heads == 0:
-            return f"block {i} has no attention (head_count 0)"
-        if key_heads == 0:
-            return f"block {i} has one matrix in the place of attention (head_count {heads}, head_count_kv 0)"
-        if channels == 0:
-            return f"block {i} has no MLP (feed_forward_length 0)"
-        if heads % key_heads:
-            return f"block {i} has {heads} query heads, no multiple of its {key_heads} key heads"
-        if heads * first.num_key_value_heads != first.num_attention_heads * key_heads:
-            return (
-                f"block {i} has {heads // key_heads} query heads to a key head, block 0 has {_ratio(first)}"
+    count, hidden = int(fields.need("block_count")), int(fields.need("embedding_length"))
+    if count < 1:
+        raise ValueError(f"block_count is {count}")
+    key_heads = HEADS if fields(KEY_HEADS) is None else KEY_HEADS  # llama.cpp's rule
+    columns = [_of_blocks(fields, key, count) for key in (HEADS, key_heads, CHANNELS)]
+    blocks = [Width(*numbers) for numbers in zip(*columns, strict=True)]
+    why, ratio = "", 0
+    for i, (heads, keys, channels) in enumerate(blocks):
+        if (
+            not (heads and keys and channels)
+            or heads % keys
+            or heads // keys != (ratio := ratio or heads // keys)
+        ):
+            why = (
+                why
+                or f"block {i} has {heads} query heads, {keys} key heads and an MLP of {channels} channels"
             )
-    width = _head_dim(field, found)
+    width = fields("attention.key_length")
+    width = int(hidden // max(1, blocks[0].num_attention_heads) if width is None else width)
+    if width < 2 or width % 2:  # the rotary embedding turns pairs
+        raise ValueError(f"heads are {width} wide")
     for key in ("attention.value_length", "rope.dimension_count"):
-        if (other := field(key)) not in (None, width):
-            return f"its heads are {width} wide, and {key} is {other}"
-    return None
-
-
-def _deci(field: Field) -> Any:
-    """Return the configuration of a llama that `_deci_misfit` accepts; errors as there."""
-    found = _block_widths(field)
-    width, hidden = _head_dim(field, found), int(_need(field, "embedding_length"))
+        if (other := fields(key)) not in (None, width):
+            why = why or f"its heads are {width} wide, and {key} is {other}"
+    if why:
+        raise ModelError(
+            f"{path} is no llama with narrower blocks: {why}",
+            hint=f"llama.cpp runs it (fleetune serve {quoted(path)}); to tune or compress, take another model",
+        )
     config = LlamaConfig(
-        **_whole(found, hidden, width)._asdict(),
+        **_whole(blocks, hidden, width)._asdict(),
         hidden_size=hidden,
         head_dim=width,
-        num_hidden_layers=len(found),
-        vocab_size=int(_need(field, "vocab_size")),
-        max_position_embeddings=int(_need(field, "context_length")),
-        rms_norm_eps=float(_need(field, "attention.layer_norm_rms_epsilon")),
-        rope_parameters={"rope_type": "default", "rope_theta": float(field("rope.freq_base") or 10000.0)},
+        num_hidden_layers=count,
+        vocab_size=int(fields.need("vocab_size")),
+        max_position_embeddings=int(fields.need("context_length")),
+        rms_norm_eps=float(fields.need("attention.layer_norm_rms_epsilon")),
+        rope_parameters=fields.rotary(),
     )
-    write_widths(config, found, width)
+    write_widths(config, blocks, width)
     return config
 
 
-def _block_widths(field: Field) -> list[Width]:
-    """Return every block's widths, 0 for a part that a block lacks; errors as in `_deci_misfit`."""
-    count = int(_need(field, "block_count"))
-    if count < 1:
-        raise ValueError(f"block_count is {count}")
-    key_heads = HEADS if field(KEY_HEADS) is None else KEY_HEADS  # llama.cpp's rule
-    columns = [_of_blocks(field, key, count) for key in (HEADS, key_heads, CHANNELS)]
-    return [Width(*numbers) for numbers in zip(*columns, strict=True)]
-
-
-def _of_blocks(field: Field, key: str, count: int) -> list[int]:
-    value = _need(field, key)
+def _of_blocks(fields: _Fields, key: str, count: int) -> list[int]:
+    value = fields.need(key)
     numbers = value if isinstance(value, list) else [value] * count
-    if len(numbers) != count:
-        raise ValueError(f"{key} has {len(numbers)} numbers for {count} blocks")
-    for i, number in enumerate(numbers):
-        if not isinstance(number, int) or number < 0:
-            raise ValueError(f"{key} of block {i} is {number!r}")
+    if len(numbers) != count or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"{key} is {str(value)[:80]} for {count} blocks")
     return numbers
 
 
-def _need(field: Field, key: str) -> Any:
-    if (value := field(key)) is None:
-        raise KeyError(key)
-    return value
-
-
-def _head_dim(field: Field, found: Sequence[Width]) -> int:
-    width = field("attention.key_length")
-    if width is None:
-        width = int(_need(field, "embedding_length")) // found[0].num_attention_heads
-    if width < 2 or width % 2:  # the rotary embedding turns pairs
-        raise ValueError(f"heads are {width} wide")
-    return int(width)
-
-
-def _ratio(width: Width) -> int:
-    return width.num_attention_heads // width.num_key_value_heads
-
-
-def _whole(found: Sequence[Width], hidden: int, head_dim: int) -> Width:
+def _whole(blocks: Sequence[Width], hidden: int, head_dim: int) -> Width:
     """Return widths that no block exceeds and whose heads divide the hidden size, as transformers requires.
 
     The file does not say what the model had before it was pruned; only the configuration depends on it.
     """
-    ratio = _ratio(found[0])
-    most = max(width.num_key_value_heads for width in found)
+    ratio = blocks[0].num_attention_heads // blocks[0].num_key_value_heads
+    most = max(width.num_key_value_heads for width in blocks)
     usual = hidden // head_dim // ratio  # heads that fill the hidden size: most likely the model's own
     fits = (n for n in (usual, most, hidden // ratio) if n >= most and hidden % (n * ratio) == 0)
     key_heads = next(fits, most)
-    return Width(ratio * key_heads, key_heads, max(width.intermediate_size for width in found))
+    return Width(ratio * key_heads, key_heads, max(width.intermediate_size for width in blocks))

@@ -24,9 +24,7 @@ LINES: Final = (
 )
 # transformers adds no start mark to what a template wrote; llama.cpp takes the template's away and puts its own in front
 START: Final = "{{ bos_token }}"
-# what exports wrote once: the last answer ended with a line break too
-OLD: Final = r"{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
-TEMPLATES: Final = (LINES, START + LINES, OLD, START + OLD)
+TEMPLATES: Final = (LINES, START + LINES)
 
 
 def is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:

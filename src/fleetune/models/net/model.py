@@ -198,15 +198,18 @@ CALLS: Final = {
 def refuse_copies(net: nn.Module) -> None:
     """Let the net and all modules of it refuse these calls until `allow_copies`."""
 
-    def before(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        _refuse("state_dict")
+    def refusal(call: str) -> Any:
+        def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+            raise ModelError(f"{call} would lose the tuning, which is not in the stored weights", hint=HINT)
 
+        return refuse
+
+    allow_copies(net)
     for module in net.modules():
-        allow_copies(module)
         register: Any = module.register_state_dict_pre_hook  # torch leaves it untyped
-        module.__dict__[HOOK] = register(before)
+        module.__dict__[HOOK] = register(refusal("state_dict"))
         calls = {n: call for n, call in CALLS.items() if n != "save_pretrained" or hasattr(module, n)}
-        module.__dict__.update({name: _refusal(call) for name, call in calls.items()})
+        module.__dict__.update({name: refusal(call) for name, call in calls.items()})
 
 
 def allow_copies(module: nn.Module) -> None:
@@ -216,14 +219,3 @@ def allow_copies(module: nn.Module) -> None:
             hook.remove()
             for name in CALLS:
                 inside.__dict__.pop(name, None)
-
-
-def _refusal(call: str) -> Any:
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        _refuse(call)
-
-    return refuse
-
-
-def _refuse(call: str) -> NoReturn:
-    raise ModelError(f"{call} would lose the tuning, which is not in the stored weights", hint=HINT)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -85,6 +85,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
+Table = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 TYPES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
     {
@@ -96,60 +97,51 @@ TYPES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
         torch.int64: "I64",
     }
 )
+# the order that safetensors' own writer has
+_RANK: Final = ("U8", "I8", "F16", "BF16", "I32", "U32", "F32", "I64")
+
+
+def write_pieces(
+    path: Path,
+    table: Table,
+    tensors: Iterable[tuple[str, Iterable[Tensor]]],
+    metadata: Mapping[str, str],
+    *,
+    aligned: int = 64,
+) -> None:
+    """Write a safetensors file whose values lie in the order of `table`; they come in any order, each in pieces."""
+    head, end = dict[str, Any]({"__metadata__": dict(metadata)}), 0
+    for name, (dtype, shape) in table.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        head[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": (start, end)}
+    raw = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-(len(raw) + 8) % aligned)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, pieces in tensors:
+            file.seek(8 + len(raw) + head[name]["data_offsets"][0])
+            for piece in pieces:
+                file.write(_bytes(piece).numpy().data)
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file; wide dtypes come first, so that all values are aligned."""
-    table = {name: (tensor.dtype, tuple(tensor.shape), tensor.nbytes) for name, tensor in tensors()}
-    head: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in sorted(table, key=lambda name: (-table[name][0].itemsize, name)):
-        dtype, shape, size = table[name]
-        head[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": (end, end + size)}
-        end += size
-    raw = json.dumps(head, separators=(",", ":")).encode()
-    raw += b" " * (-(len(raw) + 8) % 64)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for name, tensor in tensors():
-            file.seek(8 + len(raw) + head[name]["data_offsets"][0])
-            file.write(_bytes(tensor).numpy().data)
-
-
-# The order that safetensors' own writer has, within the wide types first.
-_RANK: Final = ("I8", "F16", "BF16", "I32", "U32", "F32", "I64")
+    table = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors()}
+    order = sorted(table, key=lambda name: (-table[name][0].itemsize, name))
+    pieces = ((name, [tensor]) for name, tensor in tensors())
+    write_pieces(path, {name: table[name] for name in order}, pieces, metadata)
 
 
 def write_in_turn(
-    path: Path,
-    table: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    tensors: Iterator[tuple[str, Tensor]],
-    metadata: Mapping[str, str],
+    path: Path, table: Table, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> None:
     """Write what `safetensors.torch.save_file` would, byte for byte, with one tensor in memory at a time.
 
-    `table` gives every tensor's dtype and shape; `tensors` come in any order.  (Only one key of metadata, since that
-    writer's order of several varies.)
+    `table` gives every tensor's dtype and shape.  (Only one key of metadata, since that writer's order of several varies.)
     """
-    head: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    ranked = [(_rank(TYPES[dtype]), name) for name, (dtype, _) in table.items()]
-    for _, name in sorted(ranked, key=lambda item: (-item[0], item[1])):
-        dtype, shape = table[name]
-        size = math.prod(shape) * dtype.itemsize
-        head[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": (end, end + size)}
-        end += size
-    raw = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for name, tensor in tensors:
-            file.seek(8 + len(raw) + head[name]["data_offsets"][0])
-            file.write(_bytes(tensor).numpy().data)
-
-
-def _rank(kind: str) -> int:
-    return _RANK.index(kind) if kind in _RANK else -1
+    order = sorted(table, key=lambda name: (-_RANK.index(TYPES[table[name][0]]), name))
+    pieces = ((name, [tensor]) for name, tensor in tensors)
+    write_pieces(path, {name: table[name] for name in order}, pieces, metadata, aligned=8)
 
 
 def compare(path: Path, tensors: Tensors) -> None:

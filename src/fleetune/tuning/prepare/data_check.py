@@ -20,7 +20,7 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from fleetune.data.encode import Cut
 
@@ -95,7 +95,6 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
 def _remarks(
     parts: Split, training: int, found: _Measured, leaked: Sequence[int], max_length: int
 ) -> list[str]:
-    """Say what is worth to be looked at."""
     rows = len(parts.examples)
     said = list(parts.notes)
     if found.cut:
@@ -127,7 +126,6 @@ def _text(example: Example) -> str:
 
 
 def _turns(example: Example) -> tuple[str, str]:
-    """Return a row as (prompt, answer), without a chat template."""
     if len(example.messages) == 1:
         return example.messages[0][1], example.response
     return "\n".join(f"{role}: {content}" for role, content in example.messages), example.response
@@ -146,16 +144,13 @@ def _in_tokens(
     from fleetune.models.checks import is_encoder
 
     tokenizer = models.load_tokenizer(model, offline=offline)
-    config = models.load_config(model, offline=offline)
-    if is_encoder(config):
-        return _for_encoder(examples, chosen, tokenizer, config, recipe.max_length)
+    if is_encoder(models.load_config(model, offline=offline)):
+        return _for_encoder(examples, chosen, tokenizer, recipe.max_length)
     rows, kept = encode_all(examples, tokenizer, recipe.max_length)
     tokens: Counter[int] = Counter()
     shown: dict[int, tuple[str, str]] = {}
     for i, row in zip(kept.tolist(), rows, strict=True):
-        again = (
-            i in tokens and not examples[i].messages
-        )  # rows of a text begin with a token of the row before
+        again = i in tokens and not examples[i].messages  # it begins with a token of the row before
         tokens[i] += len(row.ids) + row.left + row.lost - again
         if i in chosen and i not in shown:
             parts = row.ids[: row.n_prompt], row.ids[row.n_prompt :]
@@ -168,27 +163,19 @@ def _in_tokens(
 
 
 def _for_encoder(
-    examples: Sequence[Example],
-    chosen: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    max_length: int,
+    examples: Sequence[Example], chosen: Sequence[int], tokenizer: PreTrainedTokenizerBase, most: int
 ) -> _Measured:
-    from fleetune.data.encode import Cut, positions_of, text_lengths
-    from fleetune.models import encoders
+    from fleetune.data.encode import Cut, text_lengths
 
-    net: list[PreTrainedModel] = []
-    encoders.class_of(config, net.append)  # without weights
     lengths = list(text_lengths(tokenizer, examples))
-    most = min(max_length, positions_of(net[0], tokenizer))
     longer = sum(length > most for length in lengths)
     texts = [("\n".join(examples[i].texts) or _turns(examples[i])[0], examples[i].response) for i in chosen]
-    whole = Cut(len(lengths), longer, longer, 0, max(lengths))
-    return _Measured("tokens", lengths, texts, whole, len(lengths))
+    return _Measured(
+        "tokens", lengths, texts, Cut(len(lengths), longer, longer, 0, max(lengths)), len(lengths)
+    )
 
 
 def _names(parts: Split) -> list[str]:
-    """Return the clients' names where they are the values of a column, in order; else none."""
     if not parts.partition.startswith("column:") or parts.column is None:
         return []
     return [parts.examples[int(part[0])].meta[parts.column] for part in parts.clients]
@@ -198,9 +185,7 @@ def _labels(examples: Sequence[Example]) -> dict[str, int] | None:
     """Return the rows by answer where the answers are labels: few, and each of several rows."""
     counts = Counter(example.response.strip() for example in examples)
     labelled = all(example.texts for example in examples)
-    few = (
-        len(counts) <= LABELS and len(counts) * 5 <= len(examples) and all(len(word) <= 40 for word in counts)
-    )
+    few = len(counts) <= min(LABELS, len(examples) // 5) and all(len(word) <= 40 for word in counts)
     return dict(counts.most_common(LABELS)) if labelled or few else None
 
 

@@ -146,14 +146,6 @@ class Estimate:
         )
 
 
-def rest(whole: Estimate, done: int, every: int) -> Estimate:
-    """Return the size and time of what is left of a run after `done` rounds; it is evaluated every so many."""
-    if not done:
-        return whole
-    left = evaluations_of(whole.rounds, every) - 1 - (done // every if every else 0)
-    return dataclasses.replace(whole, rounds=whole.rounds - done, evaluations=left, ends=1, search=0.0)
-
-
 def _short(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
@@ -202,7 +194,6 @@ def of(
 
 
 def _objective(method: Method, model: Model, rows: Sequence[Encoded]) -> float:
-    """Return the seconds of a row that an objective takes which is measured beside the loss; 0 for the loss."""
     name = str(getattr(method, "objective", "loss"))
     if name.partition(":")[0] in ("loss", "accuracy"):
         return 0.0
@@ -277,35 +268,23 @@ def fitted(
     budget = SPARE * within
     if found.seconds <= budget:
         return recipe, method, found
-    whole = found
     recipe, found = _less_around(recipe, found, budget / 3)
     budget -= found.around + found.search
     recipe, found = _evaluated_less(recipe, found, budget / 3)
     units = (budget - found.evaluations * found.evaluation) / found.step  # steps that there is time for
     if units < 2 or not method.has_own("sized"):
-        least = _least(found) if method.has_own("sized") else whole.seconds
         also = f", after {human_time(found.search)} of finding a learning rate," if found.search else ""
         raise FitError(
             f"two steps of one client, the evaluations and the answers{also} take more than {human_time(within)}",
-            hint=f"the least that fits is about --within {_written(least / SPARE)}; or a smaller model, fewer --eval-rows or "
-            f"--rouge-rows, a shorter --max-length{', a learning rate of yours (--set lr=NUMBER)' if also else ''}",
+            hint="a longer --within, a smaller model, fewer --eval-rows or --rouge-rows, a shorter --max-length"
+            + ", a learning rate of yours (--set lr=NUMBER)" * bool(also),
         )
     return _of_steps(recipe, method, found, units, clients)
-
-
-def _least(found: Estimate) -> float:
-    """Return the seconds for which `fitted` finds two steps of a run whose evaluations are as few as can be.
-
-    With more time it shrinks what is around the rounds and the evaluations less, each to a third of what there is.
-    """
-    rounds = max(found.evaluations * found.evaluation + 2 * found.step, 3 * found.step)
-    return found.search + max(found.around + rounds, 1.5 * rounds)
 
 
 def _of_steps(
     recipe: Recipe, method: Method, found: Estimate, units: float, clients: int
 ) -> tuple[Recipe, Method, Estimate]:
-    """Return the run with at most `units` local steps of all rounds and clients."""
     count, asked = found.rounds, found.clients
     if units < FEW_STEPS * count * asked:
         count = min(count, max(FEW_ROUNDS, int(units // (FEW_STEPS * asked))))
@@ -348,13 +327,6 @@ def _evaluated_less(recipe: Recipe, found: Estimate, most: float) -> tuple[Recip
     return recipe, found
 
 
-def _written(seconds: float) -> str:
-    """Return a time, rounded up, as `seconds_of` reads it: 75s, 12m, 2.3h."""
-    if seconds < 100:
-        return f"{math.ceil(seconds)}s"
-    return f"{math.ceil(seconds / 60)}m" if seconds < 6000 else f"{math.ceil(seconds / 360) / 10:g}h"
-
-
 _TIME: Final = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(s|sec|m|min|h|d)?\s*", re.IGNORECASE)
 
 
@@ -363,11 +335,6 @@ def seconds_of(text: str) -> float:
     if not text:
         return 0.0
     found = _TIME.fullmatch(text)
-    unit = (
-        {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}.get((found[2] or "").lower())
-        if found
-        else None
-    )
-    if found is None or unit is None or float(found[1]) <= 0:
+    if found is None or not found[2] or float(found[1]) <= 0:
         raise RecipeError([f"within = {text!r} is not a time"], hint="write 90s, 20m or 1.5h")
-    return float(found[1]) * unit
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2][0].lower()]

@@ -6,11 +6,11 @@ The data are read before the model, since that is faster.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import median_low
 from typing import Final
 
@@ -19,7 +19,7 @@ import torch
 from fleetune import data, models
 from fleetune.common import settings
 from fleetune.common.display import counted
-from fleetune.common.events import TuneChecked
+from fleetune.common.events import RateFound, TuneChecked
 from fleetune.common.ggml import SCALES
 from fleetune.common.memory import release_memory
 from fleetune.common.settings import parse_bytes
@@ -40,7 +40,7 @@ from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.prepare import estimate, rates
 from fleetune.tuning.prepare.estimate import Estimate
-from fleetune.tuning.prepare.rates import Found, Search
+from fleetune.tuning.prepare.rates import Search
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.recipe.settled import settled
@@ -93,19 +93,6 @@ def check_label_rows(
         )
 
 
-def measured_labels(recipe: Recipe, objective: str, examples: Sequence[Example]) -> tuple[str, ...]:
-    """Return the label words that a causal model's accuracy is measured by; () where it is not.
-
-    Those of the recipe, else those that are trained; with the objective `accuracy` alone all answers of the data, unless
-    they are too many to be label words.
-    """
-    words = recipes.label_words(recipe.labels) or tuple(objectives.label_words(objective))
-    if words or objective.partition(":")[0] != "accuracy":
-        return words
-    different = sorted(set(_answers(examples)))
-    return tuple(different) if len(different) <= MAX_LABELS else ()
-
-
 def _answers(examples: Iterable[Example]) -> list[str]:
     return [example.response.strip() for example in examples]
 
@@ -121,9 +108,9 @@ CheckMemory = Callable[
 ]  # of the rows of a usual client, and the tokens of a usual row; FitError
 
 
-@dataclass
+@dataclass(frozen=True)
 class TuneJob:
-    """A checked recipe with everything in memory."""
+    """A checked recipe with everything in memory; `prepare` makes it in stages, of which the last finds learning rates."""
 
     recipe: Recipe
     entry: MethodEntry
@@ -131,16 +118,54 @@ class TuneJob:
     model: Model
     split: Split
     rows: list[list[Encoded]]  # per client; of a real fleet none, since they stay on the devices
-    held: list[Encoded]
-    examples: list[Example]  # of the held rows
-    prompts: list[Example]  # held out, for generated answers
+    train: list[Encoded]  # training rows that are here
+    validation: list[tuple[Example, list[Encoded]]]  # all that is held out; a long text is several rows
     dropped: int  # rows of whose answer the tokenizer leaves nothing
     cut: Cut  # rows that are longer than max_length
-    objective: str  # what the method minimises, by name
-    found: list[Found]  # learning rates that were found before round 1
-    estimate: Estimate | None  # of a run that begins, simulated
-    words: tuple[str, ...]  # label words that a causal model's accuracy is measured by; none: it is not
     files: dict[str, str]  # SHA-256 of the data's files, by name
+    found_rates: list[RateFound] = field(
+        default_factory=list
+    )  # learning rates that were found before round 1
+    estimate: Estimate | None = None  # of a run that begins, simulated
+
+    @property
+    def held(self) -> list[Encoded]:
+        """Held-out rows that the run is measured on."""
+        return [row for _, rows in self.validation[: self.recipe.eval_rows] for row in rows]
+
+    @property
+    def examples(self) -> list[Example]:
+        """The examples of the held rows."""
+        return [example for example, _ in self.validation[: self.recipe.eval_rows]]
+
+    @property
+    def prompts(self) -> list[Example]:
+        """Held-out examples, for generated answers."""
+        most = max(self.recipe.rouge_rows, self.recipe.samples)
+        return [begun(example) for example, _ in self.validation[:most]]
+
+    @property
+    def objective(self) -> str:
+        """What the method minimises, by name."""
+        return objective_of(self.method)
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """Label words that a causal model's accuracy is measured by; () where it is not.
+
+        Those of the recipe, else those that are trained; with the objective `accuracy` alone all answers of the data, unless
+        they are too many to be label words.
+        """
+        words = recipes.label_words(self.recipe.labels) or tuple(objectives.label_words(self.objective))
+        if words or self.objective.partition(":")[0] != "accuracy":
+            return words
+        different = sorted(set(_answers(self.split.examples)))
+        return tuple(different) if len(different) <= MAX_LABELS else ()
+
+    @property
+    def asked(self) -> int:
+        """Clients that are asked in a round."""
+        return _asked(self.recipe, len(self.rows))
 
     def about_rows(self) -> list[str]:
         """Say which rows are left out, and which are cut; [] where all are whole."""
@@ -174,16 +199,15 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         try:
             test()
         except RecipeError as error:
-            hint = hint or (error.hint or "" if not problems else "")
+            hint = hint or error.hint or ""
             problems += error.problems
         except ValueError as error:
             problems.append(str(error))
     problems += label_problems(recipe)
     if not problems:
-        problems += rates.problems(recipe, methods.make(recipe.method, recipe.set))
-    if not problems:
-        problem = fleets.kinds_problem(methods.make(recipe.method, recipe.set), recipe.kinds)
-        problems += [problem] if problem else []
+        method = methods.make(recipe.method, recipe.set)
+        problems += rates.problems(recipe, method)
+        problems += list(filter(None, [fleets.kinds_problem(method, recipe.kinds)]))
     if recipe.stragglers and not recipe.deadline and recipe.over_selection == 1:
         problems.append(f"stragglers = {recipe.stragglers} does nothing without a deadline: add --deadline 3")
     if recipe.over_selection > 1 and recipe.participation == 1:
@@ -194,8 +218,12 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         of_scales, change = recipes.scales_problems(
             recipe.method, recipe.set, recipe.base, recipe.device, recipes.SCALE_METHODS
         )
-        hint, problems = hint if problems else change, problems + of_scales
-    problems += _of_course(recipe)
+        hint, problems = hint or change, problems + of_scales
+    if not recipe.eval_every and (recipe.patience or recipe.keep == "best"):
+        name = "patience" if recipe.patience else "keep = best"
+        problems.append(
+            f"{name} compares evaluated rounds, and eval_every = 0 evaluates none: set --eval-every 1"
+        )
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
     return entry, methods.make(recipe.method, recipe.set)
@@ -211,14 +239,6 @@ def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:
         )
 
 
-def _of_course(recipe: Recipe) -> list[str]:
-    """Say what patience and keep cannot do."""
-    if not recipe.eval_every and (recipe.patience or recipe.keep == "best"):
-        name = "patience" if recipe.patience else "keep = best"
-        return [f"{name} compares evaluated rounds, and eval_every = 0 evaluates none: set --eval-every 1"]
-    return []
-
-
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:
     """Read the data, hold rows out, and give every other row to a client."""
     return partition.split(recipes.rows_of(recipe), entry.clients, offline=offline)
@@ -232,7 +252,7 @@ def prepare(
     find: bool = True,
     measure: bool = True,
     note: Callable[[str], None] = log.info,
-    progress: rates.Progress = rates.unheard,
+    progress: rates.Progress = lambda *_: None,
     check_memory: CheckMemory = lambda rows, tokens: None,
 ) -> TuneJob:
     """Check a recipe and load what it names; for a fleet that is not simulated, the held-out rows alone.
@@ -243,63 +263,30 @@ def prepare(
     """
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
-    method = method.written_out()
     names, given = rates.wanted(recipe), set(recipe.set)
-    asked_for = [name for name in names if name in given]
     recipe, parts = _divided(recipe, entry, method, offline=offline, simulated=simulated)
-    objective, held_out = objective_of(method), [parts.examples[i] for i in parts.held.tolist()]
-    check_label_rows(recipe, objective, batch_size_of(method), parts.examples, held_out, offline=offline)
-    recipe, model = _loaded(recipe, method, parts, offline=offline)
-    place = _tokens(model, parts, recipe.max_length)
-    rows = [[row for i in part.tolist() for row in place.get(i, ())] for part in parts.clients]
-    held = [i for i in parts.held.tolist() if i in place]
-    _check_rows(rows, held)
-    if rows:
-        check_memory(median_low(map(len, rows)), median_low(len(row.ids) for part in rows for row in part))
-    aside = set(parts.held.tolist())
-    train = [row for i, pieces in place.items() if i not in aside for row in pieces]
-    new = find or measure  # not one that is resumed
-    if new and method.steps_setting and method.steps_setting not in given:
-        method = method.for_rows(len(train) // max(1, len(rows) or recipe.clients))
-        recipe = dataclasses.replace(recipe, set=methods.values_of(method))
-    prompts = [begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]]
-    estimated: Estimate | None = None
-    found: list[Found] = []
-    clients = len(rows) or recipe.clients or entry.clients
-    searches = rates.searches(recipe, method, names, asked_for, len(train), clients, _asked(recipe, rows))
+    job = _loaded(recipe, entry, method.written_out(), parts, offline=offline)
+    if job.rows:
+        tokens = median_low(len(row.ids) for part in job.rows for row in part)
+        check_memory(median_low(map(len, job.rows)), tokens)
+    own_steps = job.method.steps_setting
+    if (find or measure) and own_steps and own_steps not in given:  # of one that is resumed they are written
+        job = _with(job, job.method.for_rows(len(job.train) // max(1, len(job.rows) or job.recipe.clients)))
+    clients = len(job.rows) or job.recipe.clients or entry.clients
+    asked_for = [name for name in names if name in given]
+    searches = rates.searches(job.recipe, job.method, names, asked_for, len(job.train), clients, job.asked)
     search = next(iter(searches), None)
-    if measure and rows:
-        measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
-        recipe, method, estimated, search = _timed(
-            recipe, method, model, rows, measured, prompts, searches, note
-        )
-    recipe = dataclasses.replace(recipe, within="")
+    if measure and job.rows:
+        job, search = _timed(job, searches, note)
+    job = replace(job, recipe=replace(job.recipe, within=""))
     if names and (find or search is None):
-        note(rates.told(names, method, search, estimated))
-    if find and search:
-        asked = _asked(recipe, rows)
-        if "lr" in names:
-            recipe, method = rates.for_clients(recipe, method, given, asked)
-        recipe, found = rates.find(recipe, names, model, train, asked, progress, search.size)
-        method = methods.make(recipe.method, recipe.set)
-    return TuneJob(
-        recipe,
-        entry,
-        method,
-        model,
-        parts,
-        rows,
-        held=[row for i in held[: recipe.eval_rows] for row in place[i]],
-        examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
-        prompts=prompts[: max(recipe.rouge_rows, recipe.samples)],
-        dropped=len(parts.examples) - len(place),
-        cut=encode.count_cut([row for pieces in place.values() for row in pieces]),
-        objective=objective,
-        found=found,
-        estimate=estimated,
-        words=measured_labels(recipe, objective, parts.examples),
-        files=_digests(recipe, offline),
-    )
+        note(rates.told(names, job.method, search, job.estimate))
+    return _with_rates(job, names, given, search, progress) if find and search else job
+
+
+def _with(job: TuneJob, method: Method) -> TuneJob:
+    """Return the job with another method, whose settings the recipe states."""
+    return replace(job, method=method, recipe=replace(job.recipe, set=methods.values_of(method)))
 
 
 def _divided(
@@ -307,24 +294,28 @@ def _divided(
 ) -> tuple[Recipe, Split]:
     """Return the settled recipe, and its rows in parts: of a fleet that is not simulated the held-out ones alone."""
     parts = split(recipe, entry, offline=offline)
-    recipe = dataclasses.replace(recipe, partition=parts.partition)
+    recipe = replace(recipe, partition=parts.partition)
     if not simulated:
-        parts = dataclasses.replace(parts, clients=[])
-    recipe = settled(recipe) if simulated else dataclasses.replace(settled(recipe), clients=recipe.clients)
+        parts = replace(parts, clients=[])
+    recipe = settled(recipe) if simulated else replace(settled(recipe), clients=recipe.clients)
     if clients := len(parts.clients) or recipe.clients:
         check_aggregation(recipe, method, clients)
         _check_quorum(recipe, clients)
     return recipe, parts
 
 
-def _loaded(recipe: Recipe, method: Method, parts: Split, *, offline: bool) -> tuple[Recipe, Model]:
-    """Return the recipe, of an encoder with its label words, and its model; the threads are set for it."""
+def _loaded(recipe: Recipe, entry: MethodEntry, method: Method, parts: Split, *, offline: bool) -> TuneJob:
+    """Return the job with its model and the rows as tokens; torch's threads are set for it."""
+    held_out = [parts.examples[i] for i in parts.held.tolist()]
+    check_label_rows(
+        recipe, objective_of(method), batch_size_of(method), parts.examples, held_out, offline=offline
+    )
     model = models.load(
         recipe.model,
         dtype=recipe.dtype,
         device=recipe.device,
         offline=offline,
-        labels=_labels(recipe, parts),
+        labels=recipes.label_words(recipe.labels) or sorted(set(_answers(parts.examples))),
         base=BLOCKS if recipe.train == SCALES else recipe.base,
         ram=parse_bytes(recipe.ram or None) or 0,
     )
@@ -332,27 +323,35 @@ def _loaded(recipe: Recipe, method: Method, parts: Split, *, offline: bool) -> t
     scale_view.moved_tensors(model)  # refuses a base that has no blocks where these are trained
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
     torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
-    return recipe, model
-
-
-def _tokens(model: Model, parts: Split, max_length: int) -> dict[int, list[Encoded]]:
-    """Return the encoded rows of every example that has any, by its number; a long text has several."""
-    encoded, kept = encode_rows(model, parts.examples, max_length)
-    place: dict[int, list[Encoded]] = {}
+    encoded, kept = encode_rows(model, parts.examples, recipe.max_length)
+    place: dict[int, list[Encoded]] = {}  # an example's rows, by its number
     for i, row in zip(kept.tolist(), encoded, strict=True):
         place.setdefault(i, []).append(row)
-    return place
+    held = set(parts.held.tolist())
+    job = TuneJob(
+        recipe,
+        entry,
+        method,
+        model,
+        parts,
+        [[row for i in part.tolist() for row in place.get(i, ())] for part in parts.clients],
+        [row for i, rows in place.items() if i not in held for row in rows],
+        [(parts.examples[i], place[i]) for i in parts.held.tolist() if i in place],
+        len(parts.examples) - len(place),
+        encode.count_cut(encoded),
+        _digests(recipe, offline),
+    )
+    _check_rows(job)
+    return job
 
 
-def _asked(recipe: Recipe, rows: Sequence[object]) -> int:
-    """Return how many clients are asked in a round."""
-    clients = len(rows) or recipe.clients or methods.entry(recipe.method).clients
+def _asked(recipe: Recipe, clients: int) -> int:
+    clients = clients or recipe.clients or methods.entry(recipe.method).clients
     return len(rounds.sample(range(clients), recipe.participation, recipe.seed, 1))
 
 
 def _check_quorum(recipe: Recipe, clients: int) -> None:
-    """Raise RecipeError for a quorum that no round can have."""
-    asked = _asked(recipe, range(clients))
+    asked = _asked(recipe, clients)
     if recipe.quorum > asked:
         raise RecipeError(
             [
@@ -363,15 +362,14 @@ def _check_quorum(recipe: Recipe, clients: int) -> None:
         )
 
 
-def _check_rows(rows: Sequence[Sequence[Encoded]], held: Sequence[int]) -> None:
-    """Raise DataError where a client or the validation has no row left."""
-    empty = [c for c, part in enumerate(rows) if not part]
+def _check_rows(job: TuneJob) -> None:
+    empty = [c for c, part in enumerate(job.rows) if not part]
     if empty:
         raise DataError(
             f"client {empty[0]} has no rows with an answer that the model's tokenizer knows ({len(empty)} such clients)",
             hint="lower --clients, or use another model",
         )
-    if not held:
+    if not job.validation:
         raise DataError(
             "no held-out row has an answer that the model's tokenizer knows",
             hint="hold out more rows, or use another model",
@@ -382,38 +380,38 @@ def timed(job: TuneJob) -> TuneJob:
     """Return a job with its estimated time; as it is where the rows of its clients are not here."""
     if not job.rows:
         return job
-    found = estimate.of(job.recipe, job.method, job.model, job.rows, job.held, job.prompts)
-    return dataclasses.replace(job, estimate=found)
+    time = estimate.of(job.recipe, job.method, job.model, job.rows, job.held, job.prompts)
+    return replace(job, estimate=time)
 
 
 def _timed(
-    recipe: Recipe,
-    method: Method,
-    model: Model,
-    rows: Sequence[Sequence[Encoded]],
-    held: Sequence[Encoded],
-    prompts: Sequence[Example],
-    searches: Sequence[Search],
-    note: Callable[[str], None],
-) -> tuple[Recipe, Method, Estimate | None, Search | None]:
-    """Return the run with its estimated time, and the search before it; both fit into `within`, and `note` is told how."""
-    whole = estimate.of(recipe, method, model, rows, held, prompts)
-    within = estimate.seconds_of(recipe.within)
-    if whole is None:
-        return recipe, method, None, next(iter(searches), None)
+    job: TuneJob, searches: Sequence[Search], note: Callable[[str], None]
+) -> tuple[TuneJob, Search | None]:
+    """Return the job with its estimated time, and the search before it; both fit into `within`, and `note` is told how."""
+    if (whole := timed(job).estimate) is None:
+        return job, next(iter(searches), None)
+    within = estimate.seconds_of(job.recipe.within)
     most = rates.SHARE * estimate.SPARE * within if within else math.inf
     search = next((s for s in searches if s.due or s.seconds(whole) <= most), None)
-    whole = dataclasses.replace(whole, search=search.seconds(whole) if search else 0.0)
-    if not within:
-        return recipe, method, whole, search
-    smaller, method, estimated = estimate.fitted(recipe, method, whole, within, len(rows))
-    if words := estimate.made_smaller(whole, estimated, recipe.within):
-        note(words)
-    return smaller, method, estimated, search
+    whole = smaller = replace(whole, search=search.seconds(whole) if search else 0.0)
+    recipe, method = job.recipe, job.method
+    if within:
+        recipe, method, smaller = estimate.fitted(recipe, method, whole, within, len(job.rows))
+        if words := estimate.made_smaller(whole, smaller, recipe.within):
+            note(words)
+    return replace(job, recipe=recipe, method=method, estimate=smaller), search
+
+
+def _with_rates(
+    job: TuneJob, names: Sequence[str], given: Set[str], search: Search, progress: rates.Progress
+) -> TuneJob:
+    """Return the job with the learning rates that are found on training rows: from here on none changes."""
+    recipe = rates.for_clients(job.recipe, job.method, given, job.asked)[0] if "lr" in names else job.recipe
+    recipe, found = rates.find(recipe, names, job.model, job.train, job.asked, progress, search.size)
+    return replace(job, recipe=recipe, method=methods.make(recipe.method, recipe.set), found_rates=found)
 
 
 def _digests(recipe: Recipe, offline: bool) -> dict[str, str]:
-    """SHA-256 of the files of the data, by name."""
     sources = [source for source in (recipe.data, recipe.eval_data) if source]
     found: dict[str, str] = {}
     for source in sources:
@@ -431,11 +429,6 @@ def batch_size_of(method: Method) -> int:
     return int(getattr(method, "batch_size", 8))
 
 
-def _labels(recipe: Recipe, parts: Split) -> Sequence[str]:
-    """The label words that an encoder would choose among: the recipe's, else all different answers."""
-    return recipes.label_words(recipe.labels) or sorted({e.response.strip() for e in parts.examples})
-
-
 def _for_encoder(recipe: Recipe, method: Method, model: Model) -> Recipe:
     """The recipe with the label words written out; RecipeError for what an encoder cannot do."""
     if recipe.rouge_rows:
@@ -444,7 +437,7 @@ def _for_encoder(recipe: Recipe, method: Method, model: Model) -> Recipe:
         require_text_model(model, f"objective {objective!r}")
     if odd := [word for word in model.labels if word.endswith("\\")]:
         raise RecipeError([f"the label word {odd[0]!r} ends with a backslash"], hint="rename it in the data")
-    return dataclasses.replace(recipe, labels=settings.join_words(model.labels))
+    return replace(recipe, labels=settings.join_words(model.labels))
 
 
 def usual_threads(params: int) -> int:
@@ -463,7 +456,7 @@ def dry_run(
     told: list[str] = []
     with sources.borrowed(recipe.data) as source:
         job = prepare(
-            dataclasses.replace(recipe, data=source),
+            replace(recipe, data=source),
             offline=offline,
             find=False,
             note=told.append,

@@ -23,10 +23,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Sequence, Set
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from fleetune.common.display import counted, human_time
+from fleetune.common.events import RateFound
 from fleetune.common.settings import AUTO, Setting
 from fleetune.data import Encoded, keyed_order
 from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
@@ -38,7 +38,7 @@ from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare import trial
 from fleetune.tuning.prepare.estimate import Estimate
-from fleetune.tuning.prepare.trial import Bench, Size, Tried
+from fleetune.tuning.prepare.trial import Bench, Size
 from fleetune.tuning.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -47,29 +47,7 @@ COARSE: Final = {"bf16": 2e-3}  # least perturbation: below, a second difference
 SERIES: Final = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 
 
-class Progress(Protocol):
-    """Callback while a rate is sought, as `Listener.progress`."""
-
-    def __call__(self, what: str, done: int, total: int, text: str = "") -> None:
-        """Note that `done` of `total` parts are finished."""
-
-
-def unheard(what: str, done: int, total: int, text: str = "") -> None:
-    """Do nothing: nobody follows the search."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A learning rate, and how it was found."""
-
-    setting: str  # its name: lr
-    rate: float
-    way: str  # slopes or trial
-    why: str  # in words
-    tried: tuple[Tried, ...] = ()  # of a trial
-    slopes: tuple[float, ...] = ()  # along each direction
-    curvatures: tuple[float, ...] = ()
-    seconds: float = 0.0
+Progress = Callable[..., None]  # as `Listener.progress`, while a rate is sought
 
 
 def wanted(recipe: Recipe) -> list[str]:
@@ -84,30 +62,17 @@ def wanted(recipe: Recipe) -> list[str]:
 
 def problems(recipe: Recipe, method: Method) -> list[str]:
     """Say why a rate that is asked for by name cannot be found."""
+    asked = [s for s in methods.settings(recipe.method) if recipe.set.get(s.name) == AUTO]
+    idle = [s for s in asked if not s.has_effect(method)]
+    if idle:
+        return [f"{s.name}=auto does nothing: it is used only with {s.only_if}" for s in idle]
     objective = str(getattr(method, "objective", "loss"))
-    asked = [name for name, value in recipe.set.items() if value == AUTO]
-    if idle := [
-        why for s in methods.settings(recipe.method) if s.name in asked and (why := _idle(recipe, method, s))
-    ]:
-        return idle
     if asked and objective != "loss" and method.has_own("rate_from"):
+        name = asked[0].name
         return [
-            f"{asked[0]}=auto is found from slopes of the loss, and the objective is {objective!r}: give a number"
+            f"{name}=auto is found from slopes of the loss, and the objective is {objective!r}: give a number"
         ]
     return []
-
-
-def _idle(recipe: Recipe, method: Method, setting: Setting) -> str:
-    """Say why no device would use a rate that is asked for, "" where some do."""
-    if not setting.has_effect(method):
-        return f"{setting.name}=auto does nothing: it is used only with {setting.only_if}"
-    if (
-        setting.only_if
-        and recipe.kinds
-        and not any(int(kind) for kind in recipe.kinds.split(",") if kind.strip().isdigit())
-    ):
-        return f"{setting.name}=auto does nothing: with kinds = {recipe.kinds!r} no client is of the kind that uses it"
-    return ""
 
 
 def find(
@@ -116,9 +81,9 @@ def find(
     model: Model,
     rows: Sequence[Encoded],
     clients: int,
-    progress: Progress = unheard,
+    progress: Progress = lambda *_: None,
     size: Size = trial.WHOLE,
-) -> tuple[Recipe, list[Found]]:
+) -> tuple[Recipe, list[RateFound]]:
     """Return the recipe with the rates of these names (`wanted`), and how each was found.
 
     `rows` are training rows that the server has, `clients` is the number of those asked in a round.  `progress` is told
@@ -154,7 +119,7 @@ def _find(
     clients: int,
     progress: Progress,
     size: Size,
-) -> Found | None:
+) -> RateFound | None:
     began = time.perf_counter()
     switch = next(s.only_if for s in methods.settings(recipe.method) if s.name == name)
     beside = {switch: 1} if switch else {}  # the rate of devices of one kind: all are of it in a trial
@@ -180,7 +145,7 @@ def from_slopes(
     seed: int,
     clients: int,
     progress: Progress,
-) -> Found:
+) -> RateFound:
     """Return the rate that slopes, noise and curvature along random directions give."""
     m: Any = method
     eps = max(m.eps, COARSE.get(model.dtype, 0.0))
@@ -194,21 +159,18 @@ def from_slopes(
     )
     rate = method.rate_from(points, clients)
     seen = max(points, key=lambda point: point.curvature)
-    found = Found(
-        name,
-        float(m.lr),
-        "slopes",
-        "no slope beyond the noise of the rows: the published rate",
-        slopes=tuple(s for point in points for s in point.slopes),
-        curvatures=tuple(c for point in points for c in point.curvatures),
-    )
-    if not rate:
-        return found
-    why = (
-        f"curvature {seen.curvature:,.0f} along a direction, {100 * seen.signal(m.batch_size):.0f} % of a squared slope "
+    return RateFound(
+        setting=name,
+        rate=rounded(rate) if rate else float(m.lr),
+        way="slopes",
+        why=f"curvature {seen.curvature:,.0f} along a direction, {100 * seen.signal(m.batch_size):.0f} % of a squared slope "
         f"on {counted(m.batch_size, 'row')} is signal"
+        if rate
+        else "no slope beyond the noise of the rows: the published rate",
+        seconds=0.0,
+        slopes=[s for point in points for s in point.slopes] or None,
+        curvatures=[c for point in points for c in point.curvatures] or None,
     )
-    return dataclasses.replace(found, rate=rounded(rate), why=why)
 
 
 def from_trial(
@@ -221,17 +183,20 @@ def from_trial(
     clients: int,
     progress: Progress,
     size: Size,
-) -> Found:
+) -> RateFound:
     """Return the rate after which the loss on rows that were not trained on is lowest."""
     at_server = method.rate_at_server
-    losses = itertools.count()
+    measured = itertools.count()
     bench = dataclasses.replace(
         bench_of(model, rows, recipe.seed, min(clients, trial.AT_SERVER if at_server else size.clients)),
-        on_loss=lambda: progress(f"finding {name}", next(losses), 0, "losses after trials"),
+        on_loss=lambda: progress(f"finding {name}", next(measured), 0, "losses after trials"),
     )
     first = trial.first_rate(method, name)
-    make = make if at_server else functools.partial(_short, make, len(bench.clients[0]))
-    trials = (trial.try_on_server if at_server else trial.try_on_devices)(bench, make, first)
+
+    def short(rate: float) -> Method:
+        return make(rate) if at_server else shortened(make(rate), len(bench.clients[0]))
+
+    trials = (trial.try_on_server if at_server else trial.try_on_devices)(bench, short, first)
     tried = trials.tried
     if not any(math.isfinite(t.loss) for t in tried):
         raise RecipeError(
@@ -241,13 +206,14 @@ def from_trial(
     rate = rounded(trials.best())
     why = f"tried {len(tried)} rates for a round, from {tried[0].rate:.2g} to {tried[-1].rate:.2g}"
     if (moves := min(size.moves, recipe.rounds)) > 1:
-        held = trial.hold(functools.partial(trial.loss_after, bench, make, moves, trials.start), rate)
+        held = trial.hold(functools.partial(trial.loss_after, bench, short, moves, trials.start), rate)
         rate = rounded(trial.Trials(trials.start, sorted(held)).best())
         why += f"; {len(held)} for {moves}, from {held[-1].rate:.2g} to {held[0].rate:.2g}"
     elif recipe.rounds > 1:
         rate = rounded(rate / trial.FACTOR)
         why += "; a third of the best, which was not held for more rounds"
-    return Found(name, rate, "trial", why, tuple(tried))
+    rates, losses = [t.rate for t in tried], [t.loss for t in tried]
+    return RateFound(setting=name, rate=rate, way="trial", why=why, seconds=0.0, rates=rates, losses=losses)
 
 
 def bench_of(model: Model, rows: Sequence[Encoded], seed: int, clients: int) -> Bench:
@@ -256,11 +222,6 @@ def bench_of(model: Model, rows: Sequence[Encoded], seed: int, clients: int) -> 
     parts = rows[measured:] or rows
     count = min(clients, len(parts))
     return Bench(model, [parts[i::count] for i in range(count)], rows[:measured], seed)
-
-
-def _short(make: Callable[[float], Method], rows: int, rate: float) -> Method:
-    """Return the method at a rate, with at most `trial.STEPS` local steps."""
-    return shortened(make(rate), rows)
 
 
 def shortened(method: Method, rows: int) -> Method:
@@ -355,13 +316,7 @@ def told(names: Sequence[str], method: Method, search: Search | None, run: Estim
     words = f"finding {sought} on training rows"
     if run is None or run.search < LONG:
         return f"{words} .."
-    words += f": about {human_time(run.search)}"
-    if run.search < (run.seconds - run.search) / 10:
-        return words
-    return (
-        f"{words}, where the run takes about {human_time(run.seconds - run.search)}; "
-        f"--set {names[0]}=NUMBER leaves the search out"
-    )
+    return f"{words}: about {human_time(run.search)}; --set {names[0]}=NUMBER leaves the search out"
 
 
 def for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:

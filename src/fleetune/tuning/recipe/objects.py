@@ -41,35 +41,25 @@ HINT: Final = "what a method is: CONTRIBUTING.md#add-a-tuning-method"
 def registered(method: object) -> str:
     """Make the class of a method known in this process, and return its name; UsageError for what is no method."""
     cls = type(method)
+    who = f"{cls.__name__} of {cls.__module__}"
     if not isinstance(method, methods.Method):
-        raise UsageError(
-            f"an object of {cls.__name__} ({cls.__module__}) is no method: its class does not inherit "
-            "fleetune.tuning.methods.Method",
-            hint=HINT,
-        )
+        raise UsageError(f"{who} is no method: it does not inherit fleetune.tuning.methods.Method", hint=HINT)
     constants = {name: value for name in STATED if (value := _stated(cls, name)) is not None}
     if constants.get("KIND") not in RESULT:
         raise UsageError(
-            f"{cls.__name__} of {cls.__module__} does not state KIND = {' or '.join(map(repr, RESULT))}, what a run leaves",
+            f"{who} does not state KIND = {' or '.join(map(repr, RESULT))}, what a run leaves",
             hint=f"state it in its module or as a ClassVar of the class; {HINT}",
         )
     name = name_of(cls)
-    if name == AUTO_METHOD:
-        raise UsageError(
-            f"{cls.__name__} of {cls.__module__} has the name by which a method is chosen", hint="rename it"
-        )
     known = methods.entries().get(name)
-    if known is not None and not known.module.startswith(PREFIX):
-        raise UsageError(
-            f"{cls.__name__} of {cls.__module__} has the name of the method '{name}'", hint="rename it"
-        )
+    if name == AUTO_METHOD or (known is not None and not known.module.startswith(PREFIX)):
+        raise UsageError(f"{who} has the name of the method '{name}'", hint="rename it")
     place = ModuleType(f"{PREFIX}{name}", cls.__doc__)
     place.__dict__["Method"] = cls
     sys.modules[place.__name__] = place
-    doc = (
-        "" if (cls.__doc__ or "").startswith(f"{cls.__name__}(") else cls.__doc__ or ""
-    )  # dataclass writes one itself
-    methods.REGISTRY.give(Member(name, place.__name__, doc.strip().split("\n")[0], constants))
+    doc = (cls.__doc__ or "").strip().split("\n")[0]
+    doc = "" if doc.startswith(f"{cls.__name__}(") else doc  # one that dataclass wrote
+    methods.REGISTRY.give(Member(name, place.__name__, doc, constants))
     return name
 
 
@@ -166,7 +156,6 @@ def is_adapted(model: object) -> bool:
 
 
 def _parts(model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """The plain net and the tokenizer of a model in memory, checked."""
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fleetune import models
@@ -199,7 +188,6 @@ def _parts(model: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _content_digest(net: Any, tokenizer: Any) -> str:
-    """SHA-256 of all that a saved directory holds: weights, configuration, tokenizer and chat template."""
     from fleetune import models
     from fleetune.models.net.model import stored_tensors
 
@@ -213,7 +201,6 @@ def _content_digest(net: Any, tokenizer: Any) -> str:
 
 
 def _plain_net(model: Any) -> Any:
-    """A PEFT model as a copy with its adapters merged; anything else as it is."""
     if not is_adapted(model):
         return model
     import copy
@@ -222,7 +209,6 @@ def _plain_net(model: Any) -> Any:
 
 
 def _folder(out: Path) -> Path:
-    """The folder of saved objects, made if it is not there; StorageError when it cannot be."""
     rundir.check_writable(out / FOLDER)
     return out / FOLDER
 
@@ -265,7 +251,6 @@ def data_name(data: Any, out: Path) -> str:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether a cell of a DataFrame holds nothing: None, NaN, or pandas' NA and NaT."""
     try:
         return value is None or bool(value != value)
     except (TypeError, ValueError):  # NA is neither; an array has no truth
@@ -273,7 +258,6 @@ def _is_missing(value: Any) -> bool:
 
 
 def _plain_value(value: Any) -> Any:
-    """A value that JSON lacks: a numpy number or array, or a date as text."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if hasattr(value, "isoformat"):

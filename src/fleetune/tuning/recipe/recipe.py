@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import json
 import math
 import os
 import re
@@ -28,47 +29,33 @@ from fleetune.common.settings import Value
 from fleetune.common.shell import quoted
 from fleetune.data.examples import looks_like_model, looks_like_rows
 from fleetune.data.partition import RowsSpec
-from fleetune.errors import FleetuneError, RecipeError, UsageError, suggest
+from fleetune.errors import RecipeError, UsageError, suggest
 from fleetune.models.cache.names import hub_of
 
 CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
 AUTO_METHOD: Final = "auto"  # the method of a recipe that names none
 SHOWN: Final = 80  # characters of a refused value
-KINDS: Final[Mapping[str, str]] = {
-    "int_parsing": "an integer",
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "string_type": "a text",
-    "dict_type": "a table",
-    "int_parsing_size": "an integer of a usual size",
-}
-BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
-    "greater_than_equal": ("ge", "at least"),
-    "greater_than": ("gt", "more than"),
-    "less_than_equal": ("le", "at most"),
-    "less_than": ("lt", "less than"),
+WORDS: Final = {
+    "Input should be": "must be",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
 }
 
 
 def problem_text(error: Mapping[str, Any]) -> str:
     """Return one of pydantic's errors as "rounds = 0: must be at least 1"."""
     name = ".".join(str(part) for part in error["loc"])
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    kind, value = error["type"], error["input"]
     if kind == "missing":
         return f"{name} is missing"
     shown = _shown(value)
-    if kind in BOUNDS:
-        key, words = BOUNDS[kind]
-        return f"{name} = {shown}: must be {words} {context[key]:,}"
-    if kind in KINDS:
-        return f"{name} = {shown}: is not {KINDS[kind]}"
-    if kind == "string_pattern_mismatch" and (found := CHOICES.fullmatch(context["pattern"])):
+    if kind == "string_pattern_mismatch" and (found := CHOICES.fullmatch(error["ctx"]["pattern"])):
         known = found[1].split("|")
         return f"{name} = {shown}: none of {', '.join(known)}.{suggest(str(value), known)}"
-    return f"{name} = {shown}: {str(error['msg']).lower()}"
+    text = str(error["msg"])
+    for words, ours in WORDS.items():
+        text = text.replace(words, ours)
+    return f"{name} = {shown}: {text}"
 
 
 def _shown(value: object) -> str:
@@ -99,30 +86,6 @@ def no_method_problems(chosen: Sequence[str]) -> list[str]:
         every = sorted({s.name for method in methods.entries() for s in methods.settings(method)})
         return [f"no method has a setting '{name}'.{suggest(name, every, cutoff=0.5)}" for name in odd]
     return [f"no method has all of the settings {', '.join(chosen)}"]
-
-
-def setting_problems(values: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the method and its settings; an empty list where they cannot be looked at."""
-    method, chosen = values.get("method"), values.get("set")
-    if not chosen or not isinstance(chosen, Mapping):
-        return []
-    methods = importlib.import_module(
-        "fleetune.tuning.methods"
-    )  # by name: a method's module may import the recipe
-    try:
-        if (method or AUTO_METHOD) != AUTO_METHOD:
-            methods.make(method, chosen)
-        elif found := methods.having(chosen):
-            methods.make(found[0], chosen)
-        else:
-            return no_method_problems([str(name) for name in chosen])
-    except RecipeError as error:
-        return error.problems
-    except FleetuneError as error:
-        return [error.message]
-    except Exception:  # a value that is no text or number: pydantic has refused it
-        return []
-    return []
 
 
 def scales_problems(
@@ -161,15 +124,9 @@ def check_order(model: str, rows: str) -> None:
         )
 
 
-MOVE_BLOCKS: Final = (
-    "mezo",
-    "fedkseed",
-    "onebyte",
-)  # methods that can move a quantised base's scales along directions
+MOVE_BLOCKS: Final = ("mezo", "fedkseed", "onebyte")  # can move a quantised base's scales along directions
 SCALES_EPS: Final = 0.01  # their perturbation of scales, unless given: ten steps of fp16
-SCALES_MODULE: Final = (
-    "fedpetuning"  # the method that trains scales by back-propagation, as its module `scales`
-)
+SCALES_MODULE: Final = "fedpetuning"  # trains scales by back-propagation, as its module `scales`
 SCALE_METHODS: Final = (*MOVE_BLOCKS, SCALES_MODULE)
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
 MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's
@@ -405,7 +362,6 @@ def make(values: Mapping[str, Any]) -> Recipe:
         for name, text in _unwritable(values)
     ]
     if problems:
-        problems += setting_problems(values)  # all at once; without others, `prepare.check` says them
         raise RecipeError(problems, hint="all options: fleetune tune --help")
     if recipe.patience and "keep" not in values:
         recipe = dataclasses.replace(recipe, keep="best")
@@ -504,11 +460,4 @@ def toml_value(value: Value) -> str:
         return repr(value) if math.isfinite(value) else str(value)
     if isinstance(value, int):
         return str(value)
-    escaped = "".join(_escape(c) for c in value)
-    return f'"{escaped}"'
-
-
-def _escape(c: str) -> str:
-    if c in '"\\':
-        return "\\" + c
-    return f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

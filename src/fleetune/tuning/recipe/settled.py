@@ -58,16 +58,12 @@ def about_rule(recipe: Recipe, count: int) -> str:
             f"replies are combined by {rule.text}: every device counts once, whatever rows it claims; --aggregation mean weighs "
             "by rows (docs/safety.md)"
         )
-    given = (
-        f"a mean is {rule.text} on real devices: " if rule == aggregation.Rule(times=aggregation.ONCE) else ""
-    )
-    times = "" if rule.times == aggregation.ONCE else f"{rule.times:g} times "
-    bound = f"at most {times}the median's" if rule != aggregation.MEAN else "of any number"
+    bound = "of any number" if rule == aggregation.MEAN else f"at most {rule.times:g} times the median's"
     other, why = defence(recipe, count)
     more = f"no rule against liars fits: {why}" if why else f"where some may lie: --aggregation {other.text}"
     if len(methods.make(recipe.method, recipe.set).kind_names) > 1:
         more += "; a device that alone could back-propagate takes two-point steps"
-    return f"replies are combined by {rule.text} ({given}weighted by rows, {bound}); {more} (docs/safety.md)"
+    return f"replies are combined by {rule.text} (weighted by rows, {bound}); {more} (docs/safety.md)"
 
 
 def options_of(recipe: Recipe) -> dict[str, Any]:
@@ -114,5 +110,4 @@ def given(recipe: Recipe) -> list[str]:
 
 
 def _usual_clients(method: str, partition: str) -> int:
-    """Return the number of clients where none is stated; 0 where the column of the data decides."""
     return 0 if partition.startswith("column") else methods.entry(method).clients

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 from torch import Tensor
 
 from fleetune import adapters, models
@@ -188,33 +187,29 @@ def told(
 
 
 def stated_points(ledger: Ledger) -> dict[int, Ledger]:
-    """Return round -> the ledger up to there, for each round after which it states a digest; one object where they are the same.
+    """Return round -> the ledger up to there, for each round after which it states a digest: of a run one, its last.
 
-    LedgerError where these take more replays or passes than any run's ledger, which states one digest.
+    LedgerError where these take more replays or passes than any run's ledger.
     """
-    order = np.sort(ledger.rounds)
-    entries = {int(r): int(np.searchsorted(order, int(r), side="right")) for r in ledger.head.checks}
-    points = {len(ledger): ledger}
-    for r, count in entries.items():
-        if count not in points and len(points) <= REPLAYS:
-            points[count] = ledger.truncate(r)
-    if len(set(entries.values())) > REPLAYS or sum(p.count_passes() for p in points.values()) > PASSES:
+    rounds = [int(r) for r in ledger.head.checks][: REPLAYS + 1]
+    points = {r: ledger.truncate(r) for r in rounds}
+    if len(rounds) > REPLAYS or sum(point.count_passes() for point in points.values()) > PASSES:
         raise LedgerError(
-            f"to verify the digests after {len(entries):,} rounds takes more work than a run asks for: at most {REPLAYS:,} "
-            f"replays and {PASSES:,} passes",
+            f"to verify the digests after {len(ledger.head.checks):,} rounds takes more work than a run asks for: at most "
+            f"{REPLAYS:,} replays and {PASSES:,} passes",
             hint="rebuild the end alone: fleetune ledger replay FILE",
         )
-    return {r: points[count] for r, count in entries.items()}
+    return points
 
 
 def verify(model: Model, ledger: Ledger, *, listener: Listener | None = None) -> tuple[str, dict[int, bool]]:
     """(digest of the rebuilt weights, round -> whether its stated digest was found again); errors as of `stated_points`."""
-    points, found = stated_points(ledger), dict[int, str]()
+    points, digests = stated_points(ledger), dict[int, str]()
     for point in [*points.values(), ledger]:
-        if id(point) not in found:
-            found[id(point)] = rebuild(model, point, listener=listener)
+        if len(point) not in digests:
+            digests[len(point)] = rebuild(model, point, listener=listener)
     stated = ledger.head.checks
-    return found[id(ledger)], {r: found[id(point)] == stated[str(r)] for r, point in points.items()}
+    return digests[len(ledger)], {r: digests[len(p)] == stated[str(r)] for r, p in points.items()}
 
 
 def load(
@@ -243,7 +238,8 @@ def load(
     recipe = dataclasses.replace(
         recipe, device=device or recipe.device, base=where, model=model or recipe.model
     )
-    tuned = _LOAD[entry.kind](result, recipe, offline)
+    load = _load_ledger if entry.kind == "ledger" else _load_adapter
+    tuned = load(result, recipe, offline)
     refuse_copies(tuned.net)
     return tuned
 
@@ -285,12 +281,6 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
     return model
 
 
-_LOAD: Mapping[str, Callable[[Path, Recipe, bool], Model]] = {
-    "ledger": _load_ledger,
-    "adapter": _load_adapter,
-}
-
-
 def export_hf(model: Model, out: Path, *, card: str | None = None, stated: str | None = None) -> str:
     """Write a tuned model as a Hugging Face directory; the digest of its weights.
 
@@ -312,19 +302,8 @@ def merge_weights(model: Model) -> None:
         model.attachment.merge(model)
 
 
-COLUMNS: Final = (
-    "loss",
-    "accuracy",
-    "objective",
-    "rouge_l",
-    "clients",
-    "accepted",
-    "bytes_up",
-    "bytes_down",
-    "bytes_total",
-    "seconds",
-    "rss",
-)
+MEASURES: Final = ("loss", "accuracy", "objective", "rouge_l")  # of a round
+COSTS: Final = ("clients", "accepted", "bytes_up", "bytes_down", "bytes_total", "seconds", "rss")
 
 
 @dataclass(frozen=True)
@@ -360,7 +339,7 @@ class TuneResult:
         for event in rundir.events(self.folder):
             if event["event"] in ("round", "eval"):
                 rows.setdefault(int(event["round"]), {}).update(event)
-        found = {c: [rows[r].get(c) for r in sorted(rows)] for c in COLUMNS}
+        found = {c: [rows[r].get(c) for r in sorted(rows)] for c in (*MEASURES, *COSTS)}
         used = {c: values for c, values in found.items() if any(v is not None for v in values)}
         return {"round": sorted(rows), **used}
 
@@ -378,12 +357,8 @@ class TuneResult:
 
         found = result_of(self.folder)
         if not found.is_dir():
-            raise UsageError(
-                f"{self.folder} leaves a ledger, no adapter",
-                hint="its tuned model: .model(), or export to hf",
-            )
-        tensors: dict[str, Tensor] = load_file(found / "adapter_model.safetensors")
-        return tensors
+            raise UsageError(f"{self.folder} leaves a ledger, no adapter", hint="its tuned model: .model()")
+        return dict(load_file(found / "adapter_model.safetensors"))
 
 
 def read(folder: Path) -> TuneResult:

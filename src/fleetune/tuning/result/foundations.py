@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -64,12 +63,10 @@ def texts_of(parts: Split) -> tuple[str, str]:
 
     That of the clients is "" where their rows are not in the data: on the devices of a real fleet.
     """
-    clients = (
-        _text_digest([parts.examples[i] for i in part.tolist()] for part in parts.clients)
-        if parts.clients
-        else ""
+    own, held = (
+        [[parts.examples[i] for i in p.tolist()] for p in some] for some in (parts.clients, [parts.held])
     )
-    return clients, _text_digest([[parts.examples[i] for i in parts.held.tolist()]])
+    return _text_digest(own) if own else "", _text_digest(held)
 
 
 def _text_digest(parts: Iterable[Iterable[Example]]) -> str:
@@ -81,28 +78,16 @@ def _text_digest(parts: Iterable[Iterable[Example]]) -> str:
     return sha.hexdigest()
 
 
-def changed_rows(run: Path, parts: Split) -> list[str]:
-    """List whether rows of a run are others now, in words for the user; [] where none are, or where the run does not state it."""
-    stated, now = stated_by(run), texts_of(parts)
-    if stated is None:
-        return []
-    pairs = (
-        ("the clients' rows", stated.rows_text, now[0]),
-        ("the held-out rows", stated.held_out_text, now[1]),
-    )
-    return [
-        f"{what} have the digest {new[:16]}.., and had {old[:16]}.."
-        for what, old, new in pairs
-        if old not in ("", new)
-    ]
-
-
 def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
     """UsageError when the rows that the data gives now are not those that a run was made on."""
-    if differences := changed_rows(run, parts):
+    stated, (clients, held_out) = stated_by(run), texts_of(parts)
+    if stated is None:
+        return
+    pairs = {"clients'": (stated.rows_text, clients), "held-out": (stated.held_out_text, held_out)}
+    if changed := [what for what, (old, new) in pairs.items() if old not in ("", new)]:
         data = " or ".join(filter(None, (recipe.data, recipe.eval_data)))
         raise UsageError(
-            "\n  ".join([f"{data} was changed since {run} was made on it:", *differences]),
+            f"{data} was changed since {run} was made on it: other {' and '.join(changed)} rows",
             hint=f"bring it back as it was: rows held out now may have been trained on; or name the rows to measure on: "
             f"fleetune eval {quoted(run)} FILE, or fleetune measure {quoted(run)} --data FILE",
         )
@@ -167,7 +152,6 @@ def _first(differences: list[str]) -> list[str]:
 
 
 NOT_PATHS: Final = {"", "demo", *ORIGINS}
-CODE: Final = re.compile(r"(.+\.py):\w+")  # file.py:function
 
 
 def found_again(values: Mapping[str, Any], run: Path) -> dict[str, Any]:
@@ -208,19 +192,6 @@ def check_files(recipe: Recipe, run: Path) -> None:
             raise DataError(
                 f"{run} was made on {name}, which is not here{where}",
                 hint=f"bring it back, or write its new path into {run / 'run.toml'}: its rows are compared",
-            )
-
-
-def check_code(recipe: Recipe, run: Path) -> None:
-    """RecipeError for a setting file.py:function whose file is only in the folder that the run was started in."""
-    start = rundir.start_of(run, environment_of(run))
-    for name, value in recipe.set.items():
-        code = CODE.fullmatch(value) if isinstance(value, str) else None
-        if start and code and not Path(code[1]).exists() and (start / code[1]).is_file():
-            folder = rundir.shown_path(start)
-            raise RecipeError(
-                [f"{name} = {value}: the run was started in {folder}, and {code[1]} is there, not here"],
-                hint=f"go there first: cd {quoted(folder)}",
             )
 
 

@@ -8,7 +8,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +19,7 @@ from fleetune import adapters
 from fleetune.common import __version__
 from fleetune.common.display import change as change_text
 from fleetune.common.display import counted, human_time, show
-from fleetune.common.events import RateFound, TuneStart
+from fleetune.common.events import TuneStart
 from fleetune.common.files import read_json
 from fleetune.common.ggml import SCALES
 from fleetune.common.paired import Difference
@@ -27,11 +27,9 @@ from fleetune.common.settings import Value
 from fleetune.data.encode import digest
 from fleetune.errors import StorageError
 from fleetune.evaluation.losses import response_loss
-from fleetune.models.net.model import Model
 from fleetune.runs import rundir
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.scale_view import moved_tensors, scales_share
-from fleetune.seeds.weights import FOLD
 from fleetune.tuning import methods
 from fleetune.tuning.methods import Method
 from fleetune.tuning.recipe import objects
@@ -42,14 +40,8 @@ from fleetune.tuning.rounds import watch
 if TYPE_CHECKING:
     from fleetune.tuning.methods import Method
     from fleetune.tuning.prepare.prepare import TuneJob
-    from fleetune.tuning.prepare.rates import Found
     from fleetune.tuning.recipe.recipe import Recipe
     from fleetune.tuning.rounds.rounds import Outcome
-
-TRAINED: dict[str, Callable[[Model], int]] = {
-    "ledger": lambda model: sum(math.prod(shape) for _, shape, _ in moved_tensors(model)),
-    "adapter": lambda model: sum(p.numel() for p in adapters.trainable(model).values()),
-}
 
 
 def model_facts(job: TuneJob) -> dict[str, Any]:
@@ -65,7 +57,6 @@ def model_facts(job: TuneJob) -> dict[str, Any]:
 
 
 def _computed_by(device: str) -> dict[str, Any]:
-    """Return what of the machine decides the bits of a product of matrices."""
     found: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -106,6 +97,10 @@ def split_digest(clients: Sequence[np.ndarray], held: np.ndarray) -> str:
 def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
     """Return the first event: who takes part with what; `rows` of every client, `params` the base model's weights."""
     recipe, parts = job.recipe, job.split
+    if job.entry.kind == "ledger":
+        tensors = [math.prod(shape) for _, shape, _ in moved_tensors(job.model)]
+    else:
+        tensors = [p.numel() for p in adapters.trainable(job.model).values()]
     shown = parts.column if parts.column and not recipe.partition.startswith("column") else "category"
     values = [[parts.examples[i].meta.get(shown, "") for i in part.tolist()] for part in parts.clients]
     names = sorted({v for part in values for v in part})
@@ -115,7 +110,7 @@ def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
         model=recipe.model,
         digest=job.model.digest,
         params=params,
-        trained=TRAINED[job.entry.kind](job.model),
+        trained=sum(tensors),
         clients=len(rows),
         rounds=recipe.rounds,
         partition=recipe.partition,
@@ -126,21 +121,6 @@ def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
         names=client_names(job),
         changed=given(recipe),
         held_out_digest=digest([job.held]),
-    )
-
-
-def rate_event(found: Found) -> RateFound:
-    """Return the event of a learning rate that was found."""
-    return RateFound(
-        setting=found.setting,
-        rate=found.rate,
-        way=found.way,
-        why=found.why,
-        seconds=found.seconds,
-        rates=[t.rate for t in found.tried] or None,
-        losses=[t.loss for t in found.tried] or None,
-        slopes=found.slopes or None,
-        curvatures=found.curvatures or None,
     )
 
 
@@ -171,60 +151,42 @@ def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
     recipe, m = job.recipe, job.model
     share = scales_share(m)
     part = f" · trains its {recipe.train}" if recipe.train == SCALES and not share else ""
+    size = f"{m.n_params / 1e6:,.1f} M parameters"
+    rule = "" if recipe.aggregation == "mean" else f" · {recipe.aggregation}"
     return [
-        (
-            "model",
-            f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}{part}",
-        ),
+        ("model", f"{recipe.model} @ {m.digest[:8]} · {size} · {m.dtype}{part}"),
         *(("trains", words) for words in share),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
-        ("data", f"{Path(recipe.data).name} · {_split(job)}{_held(job)} held out"),
+        ("data", f"{Path(recipe.data).name} · {_rows_words(job)} held out"),
         *(("rows", remark) for remark in job.about_rows()),
-        ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{_rule(recipe)}"),
+        ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{rule}"),
         *([("time", job.estimate.text)] if job.estimate else []),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]
 
 
-def _rule(recipe: Recipe) -> str:
-    """Return how replies are combined; nothing of the usual mean."""
-    return "" if recipe.aggregation == "mean" else f" · {recipe.aggregation}"
+def _rows_words(job: TuneJob) -> str:
+    """Return how the rows are split over a simulated fleet, and how much is held out.
 
-
-def _unit(job: TuneJob) -> str:
-    """Return what the rows of a job are: a text is cut into windows, which are counted one by one."""
-    return "window" if job.examples and not any(e.messages or e.texts for e in job.examples) else "row"
-
-
-def _held(job: TuneJob) -> str:
-    """Return how much is held out; windows are named as such."""
-    return counted(len(job.held), "window") if _unit(job) == "window" else f"{len(job.held):,}"
-
-
-def _split(job: TuneJob) -> str:
-    """Return how the rows are split over a simulated fleet; nothing of a real one, whose rows are not here."""
+    A text is cut into windows, which are counted one by one; the rows of a real fleet are not here.
+    """
+    windows = bool(job.examples) and not any(e.messages or e.texts for e in job.examples)
+    word = "window" if windows else "row"
+    held = counted(len(job.held), word) if windows else f"{len(job.held):,}"
+    if not job.rows:
+        return held
     sizes = np.array([len(r) for r in job.rows])
-    if not len(sizes):
-        return ""
-    word = _unit(job)
     mean = f"{sizes.mean():,.0f} ± {sizes.std():,.0f} {word}s each"
-    spread = mean if len(sizes) > 1 else counted(int(sizes[0]), word)
-    return f"{job.recipe.partition} · {spread} · "
+    return f"{job.recipe.partition} · {mean if len(sizes) > 1 else counted(int(sizes[0]), word)} · {held}"
 
 
 def samples_page(evaluation: Mapping[str, Any]) -> str:
     """Write samples.md: each fixed prompt with the base's answer, the tuned one and the data's."""
     parts = ["# The same prompts before and after tuning\n"]
     for sample in evaluation["samples"]:
-        for title, key in (
-            ("Prompt", "prompt"),
-            ("Base", "base"),
-            ("Tuned", "tuned"),
-            ("Reference", "reference"),
-        ):
-            parts.append(
-                f"**{title}**\n\n" + "\n".join("> " + line for line in _lines(sample.get(key, ""))) + "\n"
-            )
+        for key in ("prompt", "base", "tuned", "reference"):
+            quoted = "\n".join("> " + line for line in _lines(sample.get(key, "")))
+            parts.append(f"**{key.capitalize()}**\n\n{quoted}\n")
         parts.append("---\n")
     return "\n".join(parts)
 
@@ -241,31 +203,10 @@ PAST: Final = 0.01  # of the lowest validation loss: a result above it by more i
 SAME: Final = 1e-3  # nats; kernels differ by less, a random module makes more
 
 
-def of_rate(found: Found) -> str:
-    """Say which learning rate was found, and how."""
-    return f"{found.setting} = {found.rate:g}, found in {human_time(found.seconds)}: {found.why}"
-
-
-def of_law(method: Method) -> str:
-    """Say that a law's directions are slow; "" where they are not."""
-    law, K = getattr(method, "law", ""), getattr(method, "K", 0)
-    if law != "gaussian" or K <= FOLD:
-        return ""
-    return (
-        f"slow: every forward may compute {K:,} gaussian directions, whose sums are not kept; those of other laws are kept as "
-        "one sum"
-    )
-
-
 def probe(job: TuneJob) -> float:
     """Return the loss (nats) of the model as it stands, on a few held-out rows."""
     few = job.held[:PROBE]
     return response_loss(job.model, few)
-
-
-def starts_elsewhere(before: float, after: float) -> bool:
-    """Whether attaching the untrained module has changed the loss of `probe`."""
-    return not math.isclose(before, after, rel_tol=SAME, abs_tol=SAME)
 
 
 def of_start(base: Mapping[str, float], start: Mapping[str, float]) -> str:
@@ -284,11 +225,6 @@ def unmoved(first: Any, last: Any, digest: str, base: str) -> bool:
     if not hasattr(last, "tensors"):
         return digest == base
     return all(np.array_equal(tensor, first.tensors.get(name)) for name, tensor in last.tensors.items())
-
-
-def shows_nothing(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
-    """Whether the validation loss is what it was, but for float noise."""
-    return math.isclose(before["loss"], after["loss"], rel_tol=NOISE)
 
 
 def of_unmoved(job: TuneJob, run: RunDir, *, stays: bool) -> str:
@@ -328,14 +264,11 @@ def of_change(
     if change.error is None:
         return f"{rows} cannot tell a change from noise: hold more out (--held-out, --eval-rows)"
     if change.noise:
-        return (
-            f"the change of the validation loss is within noise: two standard errors are {2 * change.error:.3f} on {rows}; "
-            + (
-                "tune longer or with a higher learning rate, or hold more rows out"
-                if not _past_best(job, outcome, after)
-                else watch.advice(job.method, 3)
-            )
-        )
+        advice = "tune longer or with a higher learning rate, or hold more rows out"
+        if _past_best(job, outcome, after):
+            advice = watch.advice(job.method, 3)
+        noise = f"two standard errors are {2 * change.error:.3f} on {rows}"
+        return f"the change of the validation loss is within noise: {noise}; {advice}"
     if after["loss"] <= before["loss"] or job.objective != "loss":
         return ""
     shown = change_text("loss", before["loss"], after["loss"], change.error)
@@ -343,7 +276,6 @@ def of_change(
 
 
 def _past_best(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> bool:
-    """Whether an earlier round had a clearly lower validation loss than the result."""
     best = outcome.course
     known = best.best is not None and job.objective == "loss" and math.isfinite(after["loss"])
     return known and (best.best or 0) < outcome.round and after["loss"] - best.score > PAST * abs(best.score)
@@ -365,33 +297,11 @@ def of_course(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> lis
         found.append(
             f"stopped early after round {outcome.last} of {recipe.rounds}: "
             f"{counted(outcome.course.stale, 'evaluated round')} in a row no better than round {outcome.course.best}"
-            + (
-                "; --keep best would have kept that round's model"
-                if outcome.course.best != outcome.last
-                else ""
-            )
         )
     return found
 
 
-# of env.json: what decides the bits of a result beside the recipe
-DECIDES: Final = (
-    "fleetune",
-    "python",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "numba",
-    "numpy",
-    "system",
-    "machine",
-    "device",
-    "gpu",
-    "cuda",
-    "threads",
-    "instructions",
-)
+NO_CAUSE: Final = ("given", rundir.STARTED_IN, "processors")  # of env.json: what changes no bit of a result
 
 
 def progress_words(run: Path, rounds: int) -> str:
@@ -407,12 +317,8 @@ def progress_words(run: Path, rounds: int) -> str:
 
 def machine_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Say what of versions and machine differs from the sitting before; "" where nothing does, or it is not known."""
-    differ = [
-        f"{name} {before[name]} -> {now[name]}"
-        for name in DECIDES
-        if name in before and name in now and before[name] != now[name]
-    ]
-    if not differ:
+    both = [name for name in before if name in now and name not in NO_CAUSE]
+    if not (differ := [f"{n} {before[n]} -> {now[n]}" for n in both if before[n] != now[n]]):
         return ""
     return (
         f"since the last sitting there changed: {', '.join(differ)}; the result may differ in its last bits"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -108,7 +109,6 @@ def command_of(recipe: Recipe) -> str:
 
 
 def _plain(value: Value) -> str:
-    """A value as a flag takes it: 32.0 as 32."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
@@ -128,7 +128,6 @@ def _front_matter(
 
 
 def _about(run: Path, recipe: Recipe, done: Mapping[str, Any]) -> str:
-    """Return the sections on results, data, settings and digests."""
     start = next((e for e in rundir.events(run) if e["event"] == "start"), {})
     licence = licence_of(recipe)
     parts = [
@@ -168,7 +167,6 @@ def _data(run: Path, recipe: Recipe, start: Mapping[str, Any]) -> list[list[str]
 
 
 def _of_devices(run: Path) -> bool:
-    """Whether the rows were those of real devices: nobody can repeat the run without them."""
     return (run / rundir.FLEET).is_file()
 
 
@@ -186,7 +184,7 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *
             *(
                 ["Trained on real devices, which keep their rows."]
                 if of_devices
-                else [_code(command_of(recipe))]
+                else [textwrap.indent(command_of(recipe), "    ")]
             ),
             _table(["setting", ""], settings),
         ]
@@ -194,7 +192,6 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *
 
 
 def _digests(run: Path, done: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the run stated of its inputs and of its result."""
     found = rundir.made_on(run)
     named = [("base weights, as loaded", found["base"]), ("tokenizer", found["tokenizer"])]
     if stands_on := foundations.stated_by(run):
@@ -213,16 +210,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A cell of a table: in one line, and no markup where it is a name or a value that someone chose."""
     plain = " ".join(text.split()).replace("|", "\\|")
     return plain.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _code(text: str) -> str:
-    """Code of a shell between fences that are longer than any in it."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}sh\n{text}\n{fence}"
 
 
 def _public_text(text: str) -> str:

@@ -15,7 +15,6 @@ from typing import Final
 
 from fleetune.common import sums
 from fleetune.common.display import counted
-from fleetune.common.events import TuneChecked
 from fleetune.common.files import PRIVATE, read_bytes, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import MessageError, StorageError, UsageError
@@ -23,8 +22,7 @@ from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.methods import entry
-from fleetune.tuning.prepare import estimate
-from fleetune.tuning.prepare.prepare import check, checked, prepare, timed
+from fleetune.tuning.prepare.prepare import check, prepare, timed
 from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
@@ -79,25 +77,9 @@ def _own_recipe(path: Path, rounds: int, base: str) -> tuple[Recipe, int]:
     if rounds:
         recipe = longer(recipe, path, rounds)
         had = checkpoint_rounds(path) or had
-    foundations.check_code(recipe, path)
     objects.check_known(recipe.method, path)
     check(recipe)
     return recipe, had
-
-
-def check_resume(path: Path, *, offline: bool, rounds: int = 0, base: str = "") -> TuneChecked:
-    """Check all that `resume` checks of a simulated run, and return how long the rounds that are left take; write nothing."""
-    recipe, had = _own_recipe(path, rounds, base)
-    foundations.check_files(recipe, path)
-    with ONE_AT_A_TIME:
-        job = prepare(recipe, offline=offline, find=False, measure=False)
-        foundations.check(job, path, longer=recipe.rounds != had)
-        done = max((round for round, _ in rundir.checkpoints(path)), default=0)
-        remarks = [*job.about_rows(), f"goes on after round {done} of {recipe.rounds}"]
-        if done < recipe.rounds and (whole := timed(job).estimate) is not None:
-            left = estimate.rest(whole, done, recipe.eval_every)
-            job, remarks = dataclasses.replace(job, estimate=left), [*remarks, f"left: {left.text}"]
-        return checked(job, remarks)
 
 
 def is_done(path: Path, note: Callable[[str], None]) -> bool:

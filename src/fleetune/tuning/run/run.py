@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from fleetune.common import sums
-from fleetune.common.display import counted
+from fleetune.common.display import counted, human_time
 from fleetune.common.events import ClientReply, Recorded, RoundEvaluated, TuneDone, as_dict, round_evaluated
 from fleetune.common.files import json_text, resumable
-from fleetune.common.paired import RowLosses
+from fleetune.common.paired import RowLosses, difference
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, fault
 from fleetune.evaluation.losses import pad_id
@@ -40,7 +41,7 @@ from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 from fleetune.tuning.rounds.watch import Watch
 from fleetune.tuning.run import describe, evaluation
 from fleetune.tuning.run.evaluation import EVALUATION
-from fleetune.tuning.run.save_result import ARTEFACTS, finish
+from fleetune.tuning.run.save_result import finish, save
 
 Step = Callable[[int, int], None]  # called with a client and the number of its next local step
 
@@ -51,15 +52,12 @@ class Fleets(Protocol):
     @property
     def simulated(self) -> bool:
         """Whether the clients are made from the recipe's data."""
-        ...
 
     def about(self, job: TuneJob) -> str:
         """Return the fleet in a few words, for the header."""
-        ...
 
     def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet; a real one has then enough devices."""
-        ...
 
 
 class Simulated:
@@ -164,23 +162,24 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     recipe, model, method = job.recipe, job.model, job.method
     _announce(job, run, listener, fleets.about(job))
     trackers.begin(listener, run.path, describe.facts_of(job))
-    searched = sum(found.seconds for found in job.found)  # none of a run that is resumed: it has its rates
-    began = time.monotonic() - searched
+    began = time.monotonic() - sum(
+        rate.seconds for rate in job.found_rates
+    )  # none is found of a run that is resumed
 
     def step(client: int, number: int) -> None:
         listener.step(client, number)
         if listener.stop_requested:
             raise Interrupted("stopped between two steps; finished rounds are kept")
 
-    whole = evaluation.having(run.path, "base") if rundir.checkpoints(run.path) else {}
-    base = None if whole else _base(job, run)
-    check = evaluation.Validation(job, base.rows if base else evaluation.losses_in(whole, "base"))
+    known = evaluation.of_base(run.path) if rundir.checkpoints(run.path) else {}
+    base = None if known else _base(job, run)
     params = model.n_params  # before a module is attached to it
     first = _first(job)
     fleet = fleets.make(job, run, listener, step)
-    start = None if base else whole.get("start", {}).get("loss")
-    watch = Watch(method, job.objective, rundir.events(run.path) if whole else (), start)
-    sitting = _Sitting(job, run, listener, fleet, first, base, params, check, watch)
+    start = None if base else known.get("start", {}).get("loss")
+    watch = Watch(method, job.objective, rundir.events(run.path) if known else (), start)
+    base_rows = base.rows if base else evaluation.losses_in(known, "base")
+    sitting = _Sitting(job, run, listener, fleet, first, base, params, base_rows, watch)
     plan = rounds.RoundPlan(
         recipe.rounds,
         recipe.participation,
@@ -195,18 +194,29 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         recipe.keep == "best",
         recipe.max_rows,
     )
+    hooks = rounds.Hooks(
+        sitting.begin,
+        sitting.measure,
+        sitting.emit,
+        sitting.resumed,
+        listener.note,
+        lambda: time.monotonic() - began,
+        lambda measured: evaluation.score(job.objective, measured),
+    )
     try:
-        outcome = rounds.run(method, fleet, first, run, plan, sitting.hooks(began))
+        outcome = rounds.run(method, fleet, first, run, plan, hooks)
     except rounds.ModelLostError as lost:
         rounds.keep_best_of(lost, run, plan)
         if lost.round:  # else there is only the base
             method.apply(model, lost.state)
-            ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
+            save(job, run, lost.state, lost.round)
         raise
-    return finish(job, run, first, outcome, check, listener, began)
+    method.apply(model, outcome.state)
+    measured = sitting.measured if outcome.round == sitting.round else None
+    return finish(job, run, first, outcome, measured or evaluation.measure(job), base_rows, listener, began)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sitting:
     """The part of a run from its start or resume to its end or stop, as the rounds see it."""
 
@@ -217,57 +227,62 @@ class _Sitting:
     first: Any  # state before round 1
     base: _Base | None  # None: eval.json has it
     params: int  # weights of the base model
-    check: evaluation.Validation
+    base_rows: RowLosses | None  # losses of the held-out rows under the base, where they are known
     watch: Watch
-
-    def hooks(self, began: float) -> rounds.Hooks:
-        """Return what the rounds call; `began` is when the sitting began, with its search for rates."""
-        return rounds.Hooks(
-            self.begin,
-            self.measure,
-            self.emit,
-            self.resumed,
-            self.listener.note,
-            lambda: time.monotonic() - began,
-            self.check.score,
-        )
+    measured: tuple[dict[str, float], RowLosses] | None = None  # the last measures, and the rows' losses
+    round: int = 0  # that they are of; 0: of none
 
     def begin(self) -> dict[str, float]:
         """Record the start of the run; return the measures that round 1 starts from."""
         assert self.base is not None
         self.emit(describe.start_event(self.job, self.fleet.rows, self.params))
-        for rate in self.job.found:
-            self.emit(describe.rate_event(rate))
+        for rate in self.job.found_rates:
+            self.emit(rate)
         self.emit(round_evaluated(0, self.base.measured))
-        if found := _start(self.job, self.run, self.base, self.first, self.listener):
-            self.watch.starts_at(found["loss"])
-        return found or self.base.measured
+        if start := self._start():
+            self.watch.starts_at(start["loss"])
+        return start or self.base.measured
 
     def resumed(self) -> None:
         """Say how far the run is, and where eval.json has lost the base that it was measured again."""
         self.listener.note(describe.progress_words(self.run.path, self.job.recipe.rounds))
         if self.base is not None:
-            self.listener.note(
-                f"{self.run.path / EVALUATION} is damaged or gone: the base model has answered again"
-            )
-            _start(self.job, self.run, self.base, self.first, self.listener)
+            file = self.run.path / EVALUATION
+            self.listener.note(f"{file} is damaged or gone: the base model has answered again")
+            self._start()
 
     def measure(self, state: Any) -> dict[str, float]:
-        """Return the measures of a state on the held-out rows."""
+        """Return the measures of a state on the held-out rows; `change_error` is that of the loss against the base."""
         self.job.method.apply(self.job.model, state)
-        return self.check.measure()
+        self.measured = measured, rows = evaluation.measure(self.job)
+        change = None if self.base_rows is None else difference(self.base_rows, rows)
+        return (
+            measured if change is None or change.error is None else measured | {"change_error": change.error}
+        )
 
     def emit(self, event: Recorded) -> None:
         """Record an event, pass it on, and say what is to be said of it."""
         self.listener.event(dataclasses.replace(event, t=self.run.record(as_dict(event))["t"]))
         if isinstance(event, ClientReply):
             self.fleet.heard(event)
-        if isinstance(event, RoundEvaluated) and event.round:
-            objective = {} if event.objective is None else {"objective": event.objective}
-            self.check.of_round(event.round, event.values | objective)
+        if isinstance(event, RoundEvaluated):
+            self.round = event.round
         if (advice := self.watch.heard(event)) is not None:
             self.listener.note(advice.text)
             self.emit(advice)
+
+    def _start(self) -> dict[str, float]:
+        """Where the first state is not the base model, measure it too, say so, and return its measures; else {}."""
+        assert self.base is not None
+        self.job.method.apply(self.job.model, self.first)
+        if math.isclose(
+            self.base.probed, describe.probe(self.job), rel_tol=describe.SAME, abs_tol=describe.SAME
+        ):
+            return {}
+        start, _ = evaluation.measure(self.job)
+        evaluation.add(self.run, {"start": start})
+        self.listener.note(describe.of_start(self.base.measured, start))
+        return start
 
 
 def _first(job: TuneJob) -> Any:
@@ -292,35 +307,24 @@ def _base(job: TuneJob, run: RunDir) -> _Base:
     """Measure the base and let it answer; call it before the method's `init`, which may attach a module."""
     measured, rows = evaluation.measure(job)
     measured = evaluation.answer(job, run, "base", measured, rows)
-    if own := evaluation.client_rows(job):
-        evaluation.add(run, {"per_client": own.record(base=own.losses(job))})
+    if chosen := evaluation.client_rows(job):
+        kind, own = chosen
+        losses = evaluation.client_losses(job, own)
+        evaluation.add(run, {"per_client": {"rows": kind, "n": list(map(len, own)), "base": losses}})
     return _Base(measured, rows, describe.probe(job))
 
 
-def _start(job: TuneJob, run: RunDir, base: _Base, first: Any, listener: Listener) -> dict[str, float]:
-    """Where the first state is not the base model, measure it too, say so, and return its measures; else {}."""
-    job.method.apply(job.model, first)
-    if not describe.starts_elsewhere(base.probed, describe.probe(job)):
-        return {}
-    found, _ = evaluation.measure(job)
-    evaluation.add(run, {"start": found})
-    listener.note(describe.of_start(base.measured, found))
-    return found
-
-
 def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None:
-    """Write down what is run, and tell the listener."""
     recipe = job.recipe
     run.write("run.toml", recipes.to_toml(foundations.as_stated(recipe, run.path)))
     made_of = describe.model_facts(job) | describe.data_facts(job, run.path)
     before, now = foundations.environment_of(run.path), rundir.environment(made_of)
     run.write(rundir.ENVIRONMENT, json_text(now))
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
-    for remark in (*map(describe.of_rate, job.found), *job.about_time()[1:], describe.of_law(job.method)):
-        if remark:
-            listener.note(remark)
-    if told := describe.machine_changes(before, now):
-        listener.note(told)
+    rates = [f"{r.setting} = {r.rate:g}, found in {human_time(r.seconds)}: {r.why}" for r in job.found_rates]
+    changes = filter(None, [describe.machine_changes(before, now)])
+    for remark in (*rates, *job.about_time()[1:], *changes):
+        listener.note(remark)
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))
     done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)

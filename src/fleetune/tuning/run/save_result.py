@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fleetune import adapters, models, report
 from fleetune.common import sums
 from fleetune.common.events import TuneDone, as_dict
-from fleetune.common.files import read_json
 from fleetune.common.memory import peak_rss
-from fleetune.common.paired import Difference
+from fleetune.common.paired import Difference, RowLosses, difference
 from fleetune.runs import metrics, rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
@@ -29,24 +28,23 @@ def finish(
     run: RunDir,
     first: Any,
     outcome: rounds.Outcome,
-    check: evaluation.Validation,
+    measured: tuple[dict[str, float], RowLosses],
+    base_rows: RowLosses | None,
     listener: Listener,
     began: float,
 ) -> TuneDone:
-    """Save and report the result; `first` is the state before round 1, `began` is when this sitting began, with its search."""
+    """Save and report the result, the model as it stands, of these measures.
+
+    `first` is the state before round 1, `began` is when this sitting began, with its search.
+    """
     state, totals = outcome.state, outcome.totals
-    job.method.apply(job.model, state)
-    measured, rows = evaluation.recorded(run.path, outcome.round), check.rows_of(outcome.round)
-    elsewhere = not outcome.round and "start" in read_json(run.path / evaluation.EVALUATION, "")
-    if not measured or rows is None or elsewhere:
-        measured, rows = evaluation.measure(job)
-    tuned = evaluation.answer(job, run, "tuned", measured, rows)
+    tuned = evaluation.answer(job, run, "tuned", *measured)
     clients = _clients(job, run)
-    result = ARTEFACTS[job.entry.kind](job, run, state, outcome.round)
+    result = save(job, run, state, outcome.round)
     record = evaluation.read(run)
     if record["samples"]:
         run.write("samples.md", describe.samples_page(record), private=True)
-    change = check.against_base(rows)
+    change = None if base_rows is None else difference(base_rows, measured[1])
     done = TuneDone(
         base=record["base"],
         tuned=tuned,
@@ -77,14 +75,15 @@ def finish(
 
 def _clients(job: TuneJob, run: RunDir) -> dict[str, Any] | None:
     """Measure the clients whose losses before are known; None where there are none.  eval.json gets the losses too."""
-    before = evaluation.read(run).get("per_client")
-    own = evaluation.client_rows(job) if isinstance(before, dict) else None
-    if own is None or not isinstance(before, dict):
+    before, chosen = evaluation.read(run).get("per_client"), evaluation.client_rows(job)
+    if not isinstance(before, dict) or chosen is None:
         return None
-    own = own.first(before["n"])
-    found = own.record(base=before["base"], tuned=own.losses(job))
-    evaluation.add(run, {"per_client": found})
-    return found
+    own = [
+        rows[:n] for rows, n in zip(chosen[1], before["n"], strict=True)
+    ]  # those of a run with fewer rounds
+    after = {**before, "tuned": evaluation.client_losses(job, own)}
+    evaluation.add(run, {"per_client": after})
+    return after
 
 
 def _about(
@@ -97,14 +96,13 @@ def _about(
     outcome: rounds.Outcome,
     change: Difference | None,
 ) -> dict[str, Any]:
-    """The fields of the last event that say what its figures mean."""
     start, base = record.get("start"), record["base"]
     stays = describe.unmoved(*states, digest, job.model.digest)
     words = job.about_rows() + ([describe.NEW_HEAD] if job.model.new_head else [])
     words += [describe.of_start(base, start)] if start else []
     if outcome.last and not outcome.round:
         pass  # the start is kept as the best: `of_course` says so
-    elif stays or describe.shows_nothing(start or base, tuned):
+    elif stays or math.isclose((start or base)["loss"], tuned["loss"], rel_tol=describe.NOISE):
         words.append(describe.of_unmoved(job, run, stays=stays))
     elif word := describe.of_change(job, start or base, tuned, change, outcome):
         words.append(word)
@@ -121,37 +119,18 @@ def _about(
     }
 
 
-# What a run leaves behind, by the method's kind -----------------------------------------------------
-
-
-def _ledger(job: TuneJob, run: RunDir, state: Any, round: int) -> dict[str, Any]:
-    view = job.model.attachment
-    assert isinstance(view, View)
-    digest = models.digest(view.pieces())
-    path = run.path / "ledger.safetensors"
-    state.ledger.with_check(round, digest).save(path)
-    return {
-        "result": str(path),
-        "result_bytes": path.stat().st_size,
-        "digest": digest,
-        "result_sha256": sums.sha256(path),
-        "entries": len(state.ledger),
-    }
-
-
-def _adapter(job: TuneJob, run: RunDir, state: Any, round: int) -> dict[str, Any]:
-    path = run.path / "adapter"
-    adapters.save(job.model, path, private=True)
-    size = sum(p.stat().st_size for p in path.iterdir())
-    return {
-        "result": str(path),
-        "result_bytes": size,
-        "digest": adapters.digest(state.tensors),
-        "result_sha256": sums.sha256(path / sums.FILE),
-    }
-
-
-ARTEFACTS: dict[str, Callable[[TuneJob, RunDir, Any, int], dict[str, Any]]] = {
-    "ledger": _ledger,
-    "adapter": _adapter,
-}
+def save(job: TuneJob, run: RunDir, state: Any, round: int) -> dict[str, Any]:
+    """Write the ledger or the adapter of a state; return the fields of the last event that say where, and what it is."""
+    if job.entry.kind == "adapter":
+        path = run.path / "adapter"
+        adapters.save(job.model, path, private=True)
+        size = sum(p.stat().st_size for p in path.iterdir())
+        digest, listed, more = adapters.digest(state.tensors), path / sums.FILE, {}
+    else:
+        view, path = job.model.attachment, run.path / "ledger.safetensors"
+        assert isinstance(view, View)
+        digest, listed, more = models.digest(view.pieces()), path, {"entries": len(state.ledger)}
+        state.ledger.with_check(round, digest).save(path)
+        size = path.stat().st_size
+    sha256 = sums.sha256(listed)
+    return {"result": str(path), "result_bytes": size, "digest": digest, "result_sha256": sha256, **more}

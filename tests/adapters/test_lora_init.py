@@ -30,7 +30,7 @@ taken = pytest.mark.parametrize("init", lora_init.FROM_WEIGHTS)
 
 def on(init: str, seed: int = 1, *, net: Callable[[], Model] = models.tiny_llama, **options: Any) -> Model:
     model = net()
-    adapters.attach_lora(model, **({"r": R, "alpha": ALPHA, "init": init} | options), seed=seed)
+    adapters.attach(model, adapters.Lora(**({"r": R, "alpha": ALPHA, "init": init} | options)), seed=seed)
     return model
 
 
@@ -298,8 +298,8 @@ def test_a_rank_that_no_start_can_have_leaves_the_model_alone() -> None:
     for init, r, message in (("orthogonal", 3, "even"), ("pissa", 17, "17"), ("olora", 17, "16 or less")):
         model = models.tiny_llama()
         with pytest.raises(ModelError) as caught:
-            adapters.attach_lora(model, r=r, alpha=4, init=init, seed=1)
+            adapters.attach(model, adapters.Lora(r=r, alpha=4, init=init), seed=1)
         assert message in f"{caught.value} {caught.value.hint}"
         assert model.attachment is None
         assert torch.equal(logits(model.net), logits(models.tiny_llama().net))
-        adapters.attach_lora(model, r=2, alpha=4, init=init, seed=1)  # and it can be used again
+        adapters.attach(model, adapters.Lora(r=2, alpha=4, init=init), seed=1)  # and it can be used again

@@ -52,17 +52,6 @@ def test_a_replay_says_what_work_is_ahead_and_how_far_it_is(model: Model) -> Non
         finished.rebuild(model, ledger, listener=Heard(stop=True))
 
 
-def test_rounds_without_entries_take_one_replay(model: Model) -> None:
-    ledger, heard = ledger_on(model, 2), Heard()
-    own = {str(r): finished.rebuild(model, ledger.truncate(r)) for r in (1, 2)}
-    checks = {"1": own["1"], "2": own["2"], **{str(r): own["2"] for r in range(3, 1000)}, "5": own["1"]}
-    stated = replace(ledger, head=dataclasses.replace(ledger.head, checks=checks))
-    digest, found = finished.verify(model, stated, listener=heard)
-    assert digest == own["2"]
-    assert {r for r, right in found.items() if not right} == {5}
-    assert len(heard.notes) == 2
-
-
 def test_a_ledger_that_asks_for_endless_replays_is_refused_before_the_first(
     model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short names of models on the hub: what they stand for, and that nothing is claimed of them."""
+"""Short names of models on the hub."""
 
 from __future__ import annotations
 

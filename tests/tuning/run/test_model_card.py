@@ -18,11 +18,9 @@ from fleetune import models
 from fleetune.cli.commands import tune
 from fleetune.cli.main import build_parser
 from fleetune.common import sums
-from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import finished
 from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.run import describe, model_card
-from fleetune.tuning.run.describe import samples_page
 
 SECRET = "the otter's passphrase"
 QUICK: dict[str, Any] = {
@@ -103,7 +101,9 @@ def test_a_card_tells_nothing_of_rows_clients_and_this_machine(written: tuple[Tu
 
 def test_the_command_on_a_card_makes_the_recipe_again(written: tuple[TuneResult, Path]) -> None:
     run, folder = written
-    (line,) = [w for w in (folder / "README.md").read_text().splitlines() if w.startswith("fleetune tune ")]
+    (line,) = [
+        w for w in (folder / "README.md").read_text().splitlines() if w.startswith("    fleetune tune ")
+    ]
     recipe = finished.recipe_of(run.folder)
     made = tune.recipe_of(build_parser("tune").parse_args(shlex.split(line)[1:]))
     named = {n: describe.public(getattr(recipe, n)) for n in describe.NAMED}
@@ -143,27 +143,3 @@ def test_a_built_in_base_is_linked_with_its_licence(runs: dict[str, TuneResult])
     assert model_card.licence_of(recipe) == "apache-2.0"
     head = model_card._front_matter(recipe, library="transformers", tags=())
     assert yaml.safe_load(head.split("---")[1])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-def test_a_file_that_a_setting_names_is_told_by_its_last_part(tmp_path: Path) -> None:
-    rows = tmp_path / "eva.jsonl"
-    recipe = Recipe(model="m", data="d.jsonl", method="mezo", set={"objective": str(rows)})
-    assert describe.recipe_facts(recipe)["set.objective"] == "eva.jsonl"
-    assert str(tmp_path) not in model_card.command_of(recipe)
-
-
-def test_a_name_is_no_markup_on_a_card() -> None:
-    cell = "a|b\n\n<script>c</script>.jsonl"
-    assert model_card._table(["", ""], [["data", cell]]).splitlines()[2:] == [
-        "| data | a\\|b &lt;script>c&lt;/script>.jsonl |"
-    ]
-    code = model_card._code("fleetune tune m 'd\n````\n# x'")
-    assert code.startswith("`````sh\n")
-    assert code.endswith("\n`````")
-
-
-def test_a_text_does_not_leave_its_quote_in_the_samples() -> None:
-    page = samples_page(
-        {"samples": [{"prompt": "one\r# two\r\nthree", "base": "", "tuned": "", "reference": ""}]}
-    )
-    assert page.split("**Base**")[0].endswith("> one\n> # two\n> three\n\n")

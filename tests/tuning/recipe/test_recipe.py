@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import tomllib
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune.errors import RecipeError
-from fleetune.tuning import methods
-from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.recipe import Recipe, fields, make, read, to_toml
+from fleetune.tuning.recipe.recipe import Recipe, make, read, to_toml
 
 texts = st.text(max_size=20) | st.sampled_from(
     [
@@ -73,58 +69,17 @@ def typed(recipe: Recipe) -> dict[str, Any]:
 
 
 @given(given_values=whole)
-@settings(max_examples=200)
+@settings(max_examples=60)
 def test_any_recipe_comes_back_from_its_toml(tmp_path_factory, given_values):
     recipe = make(given_values)
     text = to_toml(recipe)
-    path: Path = tmp_path_factory.getbasetemp() / "run.toml"
+    path: Path = tmp_path_factory.getbasetemp() / "any.toml"
     path.write_bytes(text.encode())
     again = make(read(path))
     assert typed(again) == typed(recipe)
     assert to_toml(again) == text
     for name, value in given_values.items():
         assert getattr(recipe, name) == value
-
-
-def test_run_toml_states_every_option_with_its_help():
-    text = to_toml(
-        make({"model": "m", "data": "d", "set": {"K": 64, "lr": 3e-7, "wire": "byte", "pro": True}})
-    )
-    for name, (_, _, help) in fields().items():
-        assert help
-        assert help in text
-        assert f"\n{name} = " in text or f"\n[{name}]" in text
-    parsed = tomllib.loads(text)
-    assert parsed["set"] == {"K": 64, "lr": 3e-7, "wire": "byte", "pro": True}
-    assert set(parsed) == set(fields())
-    assert '\n"a b" = 1\n' in to_toml(make({"model": "m", "data": "d", "set": {"a b": 1}}))
-
-
-def test_fields_have_types_defaults_and_help():
-    found = fields()
-    assert list(found) == [f.name for f in dataclasses.fields(Recipe)]
-    assert found["model"][1] is dataclasses.MISSING
-    assert found["rounds"][:2] == (int, 10)
-    assert found["participation"][:2] == (float, 1.0)
-    assert found["set"][1] == {}
-    found["set"][1]["x"] = 1  # a default is nobody's to change
-    assert fields()["set"][1] == {}
-    assert make({"model": "m", "data": "d"}).set == {}
-
-
-def test_the_defaults_of_a_recipe_are_what_fields_says():
-    recipe = make({"model": "m", "data": "d"})
-    for name, (_, default, _) in fields().items():
-        if name == "partition":
-            assert (default, recipe.partition) == ("auto", "iid")  # what auto means for these data
-        elif default is not dataclasses.MISSING:
-            assert getattr(recipe, name) == default
-
-
-def test_a_recipe_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        make({"model": "m", "data": "d"}).rounds = 3
-    assert replace(make({"model": "m", "data": "d"}), rounds=3).rounds == 3
 
 
 # --- problems -----------------------------------------------------------------------------------------------
@@ -155,18 +110,7 @@ def test_all_problems_are_told_at_once():
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize(
-    ("typo", "meant"),
-    [
-        ("round", "rounds"),
-        ("Clients", "clients"),
-        ("heldout", "held_out"),
-        ("learning_rate", None),
-        ("devise", "device"),
-        ("eval-every", "eval_every"),
-        ("dropp", "drop"),
-    ],
-)
+@pytest.mark.parametrize(("typo", "meant"), [("heldout", "held_out"), ("learning_rate", None)])
 def test_a_typo_gets_a_suggestion(typo, meant):
     with pytest.raises(RecipeError) as caught:
         make({"model": "m", "data": "d", typo: 1})
@@ -226,32 +170,6 @@ def test_a_name_that_run_toml_cannot_hold_is_refused(name, value):
     "\n".join(caught.value.problems).encode()  # what is said can be printed
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("model", 3),
-        ("rounds", 2.5),
-        ("rounds", "many"),
-        ("rounds", None),
-        ("set", 3),
-        ("set", ["K"]),
-        ("set", {"K": [1]}),
-        ("set", {"K": None}),
-    ],
-)
-def test_wrong_types(name, value):
-    with pytest.raises(RecipeError) as caught:
-        make({"model": "m", "data": "d", name: value})
-    assert all(p.startswith(name) for p in caught.value.problems)
-
-
-def test_a_text_setting_may_be_written_as_a_number():
-    assert methods.make("fedpeptao", {"layers_rule": 4}).layers_rule == "4"
-    for value in (True, None, [4]):
-        with pytest.raises(RecipeError, match=r"layers_rule = .* is not a text"):
-            methods.make("fedpeptao", {"layers_rule": value})
-
-
 # --- files --------------------------------------------------------------------------------------------------
 
 
@@ -266,15 +184,3 @@ def test_reading_says_what_is_wrong_with_a_file(tmp_path):
         with pytest.raises(RecipeError, match=r"bad\.toml is not TOML") as caught:
             read(bad)
         assert caught.value.hint
-
-
-def test_a_file_by_hand(tmp_path):
-    file = tmp_path / "recipe.toml"
-    file.write_text('model = "smollm2-135m"\ndata = "demo"\nrounds = 3\n[set]\nK = 64\nlr = 1e-5\n')
-    recipe = make(recipes.read(file))
-    assert (recipe.model, recipe.data, recipe.rounds, recipe.set) == (
-        "smollm2-135m",
-        "demo",
-        3,
-        {"K": 64, "lr": 1e-5},
-    )

@@ -3,25 +3,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import fleetune
 from fleetune import models
-from fleetune.cli.commands import tune
-from fleetune.cli.console import Ui
 from fleetune.cli.main import main
-from fleetune.common.events import Event, RoundEvaluated, TuneDone
-from fleetune.data import Example
+from fleetune.common.events import Event, RoundEvaluated
 from fleetune.errors import Interrupted
-from fleetune.runs import metrics
-from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.run import describe
 
 
@@ -46,49 +39,6 @@ def test_what_decides_the_bits_is_compared() -> None:
     assert describe.machine_changes(before, before) == ""
     told = describe.machine_changes(before, {"torch": "2.7", "threads": 1, "given": []})
     assert told.startswith("since the last sitting there changed: torch 2.6 -> 2.7, threads 2 -> 1;")
-
-
-def test_the_time_of_a_resumed_run_says_what_it_counts() -> None:
-    done = TuneDone(
-        base={"loss": 2.0},
-        tuned={"loss": 1.0},
-        rows=3,
-        run="runs/x",
-        result="runs/x/adapter",
-        result_bytes=1,
-        rounds=1,
-        bytes_up=1,
-        bytes_down=1,
-        seconds=1.0,
-        wall=2.0,
-        peak_rss=1,
-        digest="d",
-        result_sha256="s",
-        moved=True,
-        remarks=[],
-    )
-    for resumed in (False, True):
-        out = io.StringIO()
-        tune.finish(Ui(stdout=out, stderr=io.StringIO()), TuneResult(Path("runs/x"), done), resumed=resumed)
-        assert ("of all sittings, without the time between" in out.getvalue()) == resumed
-
-
-@pytest.mark.parametrize(
-    ("example", "words"),
-    [
-        (Example((), "a text"), "column:client · 2 ± 1 windows each · 4 windows held out"),
-        (Example((("user", "a"),), "b"), "column:client · 2 ± 1 rows each · 4 held out"),
-        (Example((), "yes", {}, ("a",)), "column:client · 2 ± 1 rows each · 4 held out"),
-    ],
-)
-def test_the_header_names_the_windows_of_texts(example: Example, words: str) -> None:
-    job: Any = SimpleNamespace(
-        examples=[example],
-        rows=[[0], [0, 0, 0]],
-        held=[0] * 4,
-        recipe=SimpleNamespace(partition="column:client"),
-    )
-    assert f"{describe._split(job)}{describe._held(job)} held out" == words
 
 
 # --- a whole run that is stopped and resumed ------------------------------------------------------------------
@@ -130,35 +80,6 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny = models.tiny_llama()
     models.save(tiny.net, tiny.tokenizer, "tiny")
     return tmp_path
-
-
-def told_change(told: str, round: int) -> str:
-    """The change in the line of a round."""
-    (line,) = re.findall(rf"^round {round}/2 .*$", told, re.MULTILINE)
-    return re.search(r"change ([+-][\d.]+)", line)[1]  # type: ignore[index]
-
-
-def recorded_change(run: Path, round: int) -> str:
-    losses = {e["round"]: e["loss"] for e in metrics.events(run) if e["event"] == "eval"}
-    return f"{losses[round] - losses[round - 1]:+.3f}"
-
-
-@pytest.mark.parametrize("after", [0, 1])
-def test_the_first_round_is_compared_with_the_one_before_the_stop(
-    after: int, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On the console and in the lines of the library."""
-    stopped(after)
-    assert main(["tune", "--resume", "latest"]) == 0
-    told = capsys.readouterr().err
-    assert f"goes on after round {after} of 2" in told
-    for round in range(after + 1, 3):
-        assert told_change(told, round) == recorded_change(at / "runs/latest", round)
-    stopped(after)
-    run = fleetune.resume_run("latest", progress=True)
-    told = capsys.readouterr().out
-    for round in range(after + 1, 3):
-        assert told_change(told, round) == recorded_change(run.folder, round)
 
 
 def test_a_run_without_a_round_is_timed_anew(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

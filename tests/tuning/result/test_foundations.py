@@ -4,43 +4,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import fleetune
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.errors import UsageError
-from fleetune.runs import rundir
-from fleetune.tuning.result import finished, foundations
-from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.run import run as jobs
 
-RUN = (
-    "--method",
-    "fedit",
-    "--set",
-    "r=2",
-    "--set",
-    "steps=1",
-    "--clients",
-    "2",
-    "--rounds",
-    "1",
-    "--held-out",
-    "6",
-    "--eval-rows",
-    "3",
-    "--max-length",
-    "48",
-    "--samples",
-    "0",
-    "--device",
-    "cpu",
+RUN = shlex.split(
+    "--method fedit --set r=2 --set steps=1 --clients 2 --rounds 1 --held-out 6 --eval-rows 3 "
+    "--max-length 48 --samples 0 --device cpu"
 )
 SWEEP = """\
 model = "tiny"
@@ -99,57 +76,13 @@ def test_a_run_whose_data_changed_is_not_measured_on_them(
         assert main(words) == 2
         said = capsys.readouterr().err
         assert "data.jsonl was changed since" in said
-        assert "the clients' rows have the digest" in said
-        assert "the held-out rows have the digest" in said
+        assert "other clients' and held-out rows" in said
         assert "fleetune eval runs/0001-fedit-tiny FILE" in said
     assert (
         main(["eval", "1", "data.jsonl", "--tasks", "loss"]) == 0
     )  # rows that are named are no held-out ones
     shutil.copy("kept.jsonl", "data.jsonl")
     assert main(["eval", "1", "--tasks", "loss"]) == 0
-
-
-@pytest.mark.parametrize(("row", "which"), [("held", "held-out"), ("trained", "clients'")])
-def test_a_single_changed_row_is_found_also_beyond_those_that_the_run_measured(
-    row: str, which: str, at: Path
-) -> None:
-    run = fleetune.tune(
-        "tiny",
-        "data.jsonl",
-        method="fedit",
-        settings={"r": 2, "steps": 1},
-        rounds=1,
-        clients=2,
-        held_out=6,
-        eval_rows=3,
-        max_length=48,
-        samples=0,
-        device="cpu",
-    )
-    held = [e.response for e in finished.held_out(run.folder)]
-    lines = Path("data.jsonl").read_text().splitlines()
-    answers = [json.loads(line)["response"] for line in lines]
-    trained = next(answer for answer in answers if answer not in held)
-    place = answers.index(held[-1] if row == "held" else trained)
-    lines[place] = json.dumps({"instruction": "another", "response": "one"})
-    Path("data.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(UsageError) as refused:
-        finished.held_out(run.folder)
-    assert f"the {which} rows have" in refused.value.message
-    assert refused.value.message.count("have the digest") == 1
-
-
-def test_a_run_of_an_earlier_version_states_no_rows_and_is_measured(
-    at: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(["tune", "tiny", "data.jsonl", *RUN]) == 0
-    path = rundir.listing(at / "runs")[0]
-    stated = foundations.stated_by(path)
-    assert stated is not None
-    reverse(at / "data.jsonl")
-    for before in (replace(stated, rows_text="", held_out_text=""), None):
-        monkeypatch.setattr(checkpoint, "stated_in", lambda file, before=before: before)
-        assert len(finished.held_out(path)) == 6
 
 
 # A sweep ---------------------------------------------------------------------------------------------

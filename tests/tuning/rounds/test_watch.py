@@ -21,7 +21,7 @@ from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import events
 from fleetune.tuning import methods
 from fleetune.tuning.rounds.checkpoint import Course
-from fleetune.tuning.rounds.watch import Watch, advice
+from fleetune.tuning.rounds.watch import Watch
 from fleetune.tuning.run import describe
 
 
@@ -116,20 +116,6 @@ def test_after_a_resume_it_knows_what_it_heard() -> None:
     assert Watch(Some(), "loss", said).heard(evaluated(3, 9.0)) is None
 
 
-def test_another_start_and_another_objective() -> None:
-    past = [as_dict(evaluated(0, 4.0))]
-    assert Watch(Some(), "loss", past, start=6.0).heard(evaluated(1, 5.0)) is None
-    assert Watch(Some(), "accuracy", past).heard(evaluated(1, 50.0)) is None
-    assert (
-        Watch(Some(), "loss", past).heard(evaluated(1, 4.1, error=None)) is None
-    )  # of one row nothing is known
-    assert Watch(Some(), "loss", past).heard(evaluated(1, 4.3, error=None)) is not None
-
-
-def test_a_method_without_a_rate_gets_words_alone() -> None:
-    assert advice(object(), 10) == "lower the learning rate"
-
-
 # Whole runs -------------------------------------------------------------------------------------------
 
 
@@ -202,47 +188,6 @@ def test_a_change_within_noise_is_called_so(
     assert f"{run.done.base['loss']:.4f}"[:6] in line
 
 
-def test_eval_of_a_run_measures_its_base_on_the_same_rows(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tune(place, tmp_path, settings={"r": 2, "steps": 1, "lr": 0.05}, rounds=1)
-    assert main(["eval", str(run.folder), "--tasks", "loss", "--json"]) == 0
-    event = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert event["base_loss"] == pytest.approx(run.done.base["loss"], rel=1e-6)
-    assert event["loss"] == pytest.approx(run.done.tuned["loss"], rel=1e-6)
-    assert event["change_error"] == pytest.approx(run.done.change_errors["loss"], rel=1e-4)  # type: ignore[index]
-    assert main(["eval", str(place / "tiny"), str(place / "data.jsonl"), "--tasks", "loss"]) == 0
-    assert " ± " in capsys.readouterr().out
-
-
-def test_replies_that_are_not_finite_end_with_a_lower_rate(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [
-        "tune",
-        str(place / "tiny"),
-        str(place / "data.jsonl"),
-        "--method",
-        "fedit",
-        "--clients",
-        "2",
-        "--rounds",
-        "1",
-        "--samples",
-        "0",
-        "--max-length",
-        "48",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
-    assert main([*words, "--set", "lr=1e30", "--set", "steps=2", "--set", "r=2"]) == 4
-    said = capsys.readouterr().err
-    assert "not finite" in said
-    assert "try: lower the learning rate to 1e+29 (--set lr=1e+29)" in said
-
-
 def test_a_result_past_its_best_is_told_and_never_advised_a_higher_rate() -> None:
     method = methods.make("fedkseed", {"lr": 3e-4})
     job: Any = SimpleNamespace(objective="loss", recipe=SimpleNamespace(rounds=4, keep="last"), method=method)
@@ -257,7 +202,3 @@ def test_a_result_past_its_best_is_told_and_never_advised_a_higher_rate() -> Non
     best: Any = SimpleNamespace(round=4, last=4, course=Course(4, 4.381, 0))
     assert "higher learning rate" in describe.of_change(job, {"loss": 4.364}, {"loss": 4.381}, noise, best)
     assert not describe.of_course(job, best, {"loss": 4.381})
-
-
-def test_a_lower_rate_is_written_as_people_write_it() -> None:
-    assert "to 20 (--set lr=20)" in advice(methods.make("mezo", {"lr": 50}), 3)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import contract_harness
@@ -24,7 +23,6 @@ from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
-from fleetune.tuning.run import describe
 
 FAST: dict[str, Any] = {
     "clients": 2,
@@ -203,42 +201,13 @@ def test_label_words_are_checked_before_the_model_is_loaded(
     assert ("a comma in a word: \\," in caught.value.hint) == ("another answer" in says)
 
 
-def test_label_words_need_not_cover_training_rows_beside_rows_for_validation(
-    places: Path, tmp_path: Path
-) -> None:
-    few = tmp_path / "few.jsonl"
-    few.write_text('{"instruction": "is 1 odd?", "output": "yes"}\n')
-    done = tune(places, tmp_path, labels="yes,maybe", eval_data=str(few), settings={"tau": 1}).done
-    assert done.base["accuracy"] in (0.0, 100.0)
-
-
 # --- nothing moved ------------------------------------------------------------------------------------------
 
 
 def test_a_run_of_zeros_says_that_nothing_moved(places: Path, tmp_path: Path, capsys: Any) -> None:
-    line = [
-        "tune",
-        str(places / "llama"),
-        str(places / "rows.jsonl"),
-        "--method",
-        "fedkseed",
-        "--rounds",
-        "1",
-        "--clients",
-        "2",
-        "--samples",
-        "0",
-        "--held-out",
-        "6",
-        "--offline",
-        "-q",
-        "--out",
-        str(tmp_path),
-        "--set",
-        f"objective={places}/own.py:same",
-        "--set",
-        "tau=2",
-    ]
+    words = "--method fedkseed --rounds 1 --clients 2 --samples 0 --held-out 6 --offline -q --set tau=2"
+    line = ["tune", str(places / "llama"), str(places / "rows.jsonl"), *words.split(), "--out", str(tmp_path)]
+    line += ["--set", f"objective={places}/own.py:same"]
     assert main(line) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert (
@@ -252,77 +221,11 @@ def test_a_run_of_zeros_says_that_nothing_moved(places: Path, tmp_path: Path, ca
     assert "nothing moved" in (tmp_path / "latest" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("method", ["fedit", "fedpeptao", "fwdllm", "onebyte"])
+@pytest.mark.parametrize("method", ["fedit"])
 def test_a_fleet_that_gave_too_few_replies_says_so(method: str, places: Path, tmp_path: Path) -> None:
     done = tune(places, tmp_path, method, clients=3, drop=0.9, quorum=3, rounds=2).done
     assert done.moved is False
     assert re.search("nothing moved: (none of 6 clients gave|no round had 3 good replies)", done.remarks[-1])
-
-
-def test_a_run_that_moved_has_nothing_to_say(places: Path, tmp_path: Path) -> None:
-    done = tune(places, tmp_path, "fedit", settings={"steps": 2, "r": 2, "lr": 1e-2}).done
-    assert (done.moved, list(done.remarks)) == (True, [])
-
-
-def test_a_change_that_does_not_show_is_told(places: Path, tmp_path: Path) -> None:
-    done = tune(places, tmp_path, "fedpetuning", settings={"module": "lora", "lr": 1e-12, "steps": 1}).done
-    assert done.moved is True
-    assert done.remarks[-1].startswith(
-        "the validation loss did not move: 2 good replies added up to a change too small to show; raise the"
-    )
-
-
-@pytest.mark.parametrize(
-    ("quorum", "stays", "words"),
-    [
-        (1, True, "nothing moved: 1 good reply added up to no change of any weight; raise"),
-        (
-            1,
-            False,
-            "the validation loss did not move: 1 good reply added up to a change too small to show; raise",
-        ),
-        (2, True, "nothing moved: no round had 2 good replies; lower --quorum"),
-    ],
-)
-def test_one_reply_is_no_plural(quorum: int, stays: bool, words: str, tmp_path: Path) -> None:
-    events = [{"event": "client", "status": "ok"}, {"event": "round", "accepted": 1}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"v": 1, "t": 0, **e}) + "\n" for e in events))
-    job: Any = SimpleNamespace(recipe=SimpleNamespace(quorum=quorum), objective="loss")
-    run: Any = SimpleNamespace(path=tmp_path)
-    assert describe.of_unmoved(job, run, stays=stays).startswith(words)
-
-
-def test_the_number_of_answers_behind_rouge_is_told(places: Path, tmp_path: Path, capsys: Any) -> None:
-    line = [
-        "tune",
-        str(places / "llama"),
-        str(places / "rows.jsonl"),
-        "--method",
-        "fedkseed",
-        "--rounds",
-        "1",
-        "--clients",
-        "2",
-        "--samples",
-        "0",
-        "--held-out",
-        "6",
-        "--offline",
-        "-q",
-        "--out",
-        str(tmp_path),
-        "--set",
-        "tau=1",
-        "--rouge-rows",
-        "2",
-        "--answer-tokens",
-        "2",
-    ]
-    assert main(line) == 0
-    shown = capsys.readouterr().out
-    assert "validation loss, 6 held-out rows" in shown
-    assert "Rouge-L, 2 held-out rows" in shown
-    assert "Rouge-L, 2 rows" in (tmp_path / "latest" / "report.html").read_text()
 
 
 def test_a_resumed_run_keeps_its_base_and_start(places: Path, tmp_path: Path) -> None:

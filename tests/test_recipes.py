@@ -55,15 +55,6 @@ def test_a_recipe_names_options_settings_and_a_method_that_exist(path: Path) -> 
     assert entry.name == made.method
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=named)
-def test_an_outcome_is_promised_in_the_first_line_or_not_at_all(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    promises = [line for line in text.splitlines() if "Expected" in line]
-    assert len(promises) == (expected(path) is not None), "write it as the docstring of this test does"
-    if promises:
-        assert recipe.read(path)["data"] == "demo", "only what comes built in can be run anywhere"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PROMISING, ids=named)
 def test_a_recipe_gives_what_it_promises(path: Path, tmp_path: Path) -> None:

@@ -80,10 +80,3 @@ def test_text_that_is_kept_is_the_owners_alone_and_is_told(
     assert main(["runs", "show", "1", "--out", str(tmp_path)]) == 0
     assert told in "".join(capsys.readouterr())
     assert "This page shows the text of 2 held-out rows" in (run / "report.html").read_text()
-
-
-@pytest.mark.parametrize("command", [["sweep"], ["fleet", "serve"]])
-def test_the_other_commands_have_it_too(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([*command, "--help"])
-    assert "--no-samples" in capsys.readouterr().out

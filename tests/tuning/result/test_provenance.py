@@ -8,25 +8,22 @@ import dataclasses
 import hashlib
 import io
 import json
-import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import fleetune
 from fleetune import models
 from fleetune.common import files
-from fleetune.errors import ModelError, UsageError
+from fleetune.errors import ModelError
 from fleetune.models.net.model import named_tensors
-from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.settled import given, settled, settled_options
+from fleetune.tuning.recipe.settled import settled
 from fleetune.tuning.result import foundations
 
 OPTIONS: dict[str, Any] = {
@@ -85,20 +82,6 @@ def digest_of(run: Path) -> str:
     return str(events[-1]["digest"])
 
 
-def test_a_later_default_does_not_change_what_run_toml_means(
-    at: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fleetune.tuning.methods import mezo
-
-    recipe = recipes.make(recipes.read(folder_of("mezo") / "run.toml"))
-    later = dataclasses.make_dataclass(
-        "Later", [("eps", float, dataclasses.field(default=0.5))], bases=(mezo.Method,), frozen=True
-    )
-    monkeypatch.setattr(mezo, "Method", later)
-    assert methods.make("mezo", recipe.set).eps == 1e-3  # type: ignore[attr-defined]
-    assert methods.make("mezo", {}).eps == 0.5  # type: ignore[attr-defined]
-
-
 def test_what_stands_for_another_value_is_written_out_and_means_the_same() -> None:
     plain = recipes.make(
         {"model": "m", "data": "d", "method": "fedpetuning", "set": {"server": "adam", "module": "prompt"}}
@@ -111,40 +94,6 @@ def test_what_stands_for_another_value_is_written_out_and_means_the_same() -> No
     assert settled(full) == full
     by_column = dataclasses.replace(plain, partition="column:role")
     assert settled(by_column).clients == 0
-
-
-def test_a_checkpoint_of_an_earlier_version_states_fewer_settings() -> None:
-    given_then = {"method": "mezo", "clients": 0, "partition": "iid", "set.lr": "1e-3"}
-    now = settled_options(
-        {
-            "method": "mezo",
-            "clients": methods.entry("mezo").clients,
-            "partition": "iid",
-            "set.lr": 1e-3,
-            "set.tau": 100,
-        }
-    )
-    usual = {s.name: s.default for s in methods.settings("mezo")}
-    now["set.tau"] = usual["tau"]
-    assert settled_options(given_then) == now
-    assert settled_options({"method": "gone", "set.x": 1}) == {"method": "gone", "set.x": 1}
-
-
-def test_the_report_tells_what_was_given_from_what_is_the_default(at: Path) -> None:
-    run = folder_of("fedit")
-    env = files.read_json(run / "env.json", "")
-    assert {"rounds", "clients", "set.r", "set.steps", "method"} <= set(env["given"])
-    assert not {"set.lr", "seed", "participation"} & set(env["given"])
-    page = (run / "report.html").read_text()
-    _, usual = page.split("Left at the default")
-    assert "<dt>set.lr</dt><dd>0.0003</dd>" in usual
-    assert "<dt>set.r</dt><dd>2</dd>" in page
-    assert re.search("fedit · [^<]*lr 0.0003 · steps 1[^<]* · r 2", page)
-
-
-def test_the_usual_number_of_clients_is_not_given() -> None:
-    recipe = settled(recipes.make({"model": "m", "data": "d", "method": "mezo"}))
-    assert given(recipe) == ["model", "data", "method"]
 
 
 # Data -------------------------------------------------------------------------------------------------
@@ -165,33 +114,6 @@ def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at: Path) -
         foundations.of_job(job).held_out,
     )
     assert {"tokenizers", "jinja2", "threads"} <= set(env)
-
-
-def test_a_resumed_run_refuses_other_rows(at: Path, tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
-    lines = Path("data.jsonl").read_text().splitlines()
-    data.write_text("\n".join(lines) + "\n")
-
-    class Stop(Silent):
-        stop_requested = True
-
-    with pytest.raises(Exception, match="stopped"):
-        fleetune.tune(
-            "tiny",
-            str(data),
-            method="fedit",
-            settings={"r": 2, "steps": 1},
-            out=tmp_path / "runs",
-            listener=Stop(),
-            **OPTIONS,
-        )
-    run = next((tmp_path / "runs").glob("0001-*"))
-    for other in (reversed(lines), lines[:-2], [*lines, lines[0]]):
-        data.write_text("\n".join(other) + "\n")
-        with pytest.raises(UsageError, match="rows have the digest"):
-            fleetune.resume_run(run)
-    data.write_text("\n".join(lines) + "\n")
-    fleetune.resume_run(run)
 
 
 # The tuned model --------------------------------------------------------------------------------------
@@ -233,12 +155,3 @@ def test_a_tuned_model_is_saved_whole_or_says_how(at: Path, method: str, tmp_pat
         assert model.digest == digest_of(folder_of(method))
     copied = copy.deepcopy(model.net)
     assert len(copied.state_dict()) == len(model.net.state_dict())
-
-
-def test_split_digests_tell_who_has_a_row() -> None:
-    from fleetune.tuning.run.describe import split_digest
-
-    a, b = np.array([0, 1]), np.array([2])
-    assert (
-        len({split_digest([a, b], b), split_digest([b, a], b), split_digest([np.array([0, 1, 2])], b)}) == 3
-    )

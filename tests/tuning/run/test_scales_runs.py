@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deploy_harness import compressed, gguf_of, tiny
+from deploy_harness import gguf_of
 
 import fleetune
 from fleetune import models, subject
@@ -58,29 +58,6 @@ def test_what_cannot_train_scales_is_refused_before_any_work(changed: dict[str, 
         named = dict([value.split("=")]) if flag == "set" else {}
         given |= {"set": {**given.get("set", {}), **named}} if named else {flag: value}
     prepare.check(recipes.make(given))
-
-
-def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "plain")
-    with pytest.raises(UsageError, match="no scales"):
-        fleetune.tune(
-            str(tmp_path / "plain"), ROWS, method="mezo", train="scales", out=tmp_path / "runs", **FEW
-        )
-
-
-def test_a_compressed_model_whose_weights_are_to_be_trained_is_refused_with_what_can_be(
-    tmp_path: Path,
-) -> None:
-    folder = tmp_path / "a b"
-    compressed(tiny(), folder)
-    with pytest.raises(UsageError, match="is a compressed model") as caught:
-        fleetune.tune(str(folder), ROWS, method="mezo", out=tmp_path / "runs", **FEW)
-    assert f"fleetune export '{folder}' --to hf" in (caught.value.hint or "")
-    assert "--train scales" in (caught.value.hint or "")
-    assert fleetune.tune(
-        str(folder), ROWS, method="mezo", train="scales", out=tmp_path / "runs", **{**FEW, "rounds": 1}
-    ).folder.is_dir()
 
 
 def test_a_run_that_tuned_a_file_has_the_bits_of_that_file_and_compressing_it_is_said_to_round_again(
@@ -140,16 +117,6 @@ def test_a_device_does_what_the_message_says_and_the_base_must_have_blocks(file:
 
 def _of_weights(head: LedgerHead) -> LedgerHead:
     return dataclasses.replace(head, hyper={})
-
-
-def test_a_ledger_of_what_no_version_trains_is_refused(file: Path) -> None:
-    model = models.load(str(file), device="cpu", base="mapped")
-    head = _zeroth.new_ledger(
-        model, 5, law="hashed", K=64, lr=0.1, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
-    ).head
-    text = dataclasses.replace(head, hyper={"train": "norms"}).to_json()
-    with pytest.raises(LedgerError, match="is damaged"):
-        LedgerHead.from_json(text)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file: Path, tmp_path: Path) -> None:

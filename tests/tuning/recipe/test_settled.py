@@ -75,7 +75,7 @@ def test_where_none_fits_the_mean_bounds_the_rows_and_says_why(
     rule, said = served(devices, **values)
     assert rule == "mean:1"
     assert said.startswith(
-        "replies are combined by mean:1 (a mean is mean:1 on real devices: weighted by rows, at most the median's); "
+        "replies are combined by mean:1 (weighted by rows, at most 1 times the median's); "
     )
     assert why in said
     assert ("alone could back-propagate" in said) == ("backprop" in values)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters as folders: PEFT's layout, our own, and folders that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapters_harness import IDS, MASK, NETS, SPECS, each, on, out, stored
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fleetune import adapters, models
+from fleetune.adapters import Bottleneck
+from fleetune.errors import FleetuneError, ModelError
+from fleetune.models import Model
+from fleetune.models.cache import cache
+
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+LEAVES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def tiny(dtype: torch.dtype = torch.float32) -> Model:
+    model = models.tiny_llama()
+    model.net.to(dtype)
+    return model
+
+
+def attached(seed: int = 1, *, dtype: torch.dtype = torch.float32, **options: Any) -> Model:
+    model = tiny(dtype)
+    adapters.attach(model, adapters.Lora(**({"r": 4, "alpha": 8, "dropout": 0.0} | options)), seed=seed)
+    return model
+
+
+def tuned(seed: int = 1, **options: Any) -> Model:
+    """With numbers in B too, as after training."""
+    model = attached(seed, **options)
+    random = np.random.default_rng(seed)
+    arrays = {n: random.normal(0, 0.1, a.shape).astype(np.float32) for n, a in adapters.export(model).items()}
+    adapters.load_(model, arrays)
+    return model
+
+
+def logits(net: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return net(IDS).logits
+
+
+@each
+def test_a_folder_holds_the_module_bit_for_bit(net: str, name: str, tmp_path: Path) -> None:
+    model = on(net, SPECS[name])
+    adapters.save(model, tmp_path / "module")
+    other = NETS[net]()
+    adapters.load(other, tmp_path / "module")
+    assert adapters.digest(adapters.export(other)) == adapters.digest(adapters.export(model))
+    assert torch.equal(out(other), out(model))
+    files = {p.name for p in (tmp_path / "module").iterdir()}
+    peft = name.startswith("lora") or (net == "llama" and name in ("prefix", "prompt"))
+    assert ("adapter_config.json" in files) == peft
+    text = (tmp_path / "module" / "README.md").read_text()
+    assert ("from peft import" in text) == peft
+    assert ("PEFT has no such module" in text) == (not peft)
+    assert model.digest in text
+
+
+@PEFT_WARNS
+def test_peft_loads_what_we_save(tmp_path: Path) -> None:
+    model = tuned(alpha=12)
+    adapters.save(model, tmp_path / "adapter")
+    base = tiny()
+    models.save(base.net, base.tokenizer, tmp_path / "base")
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    assert torch.equal(logits(theirs), logits(model.net))
+    assert not torch.equal(logits(theirs), logits(base.net))
+
+
+@PEFT_WARNS
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's prefix uses it
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_peft_loads_decoder_modules_and_says_the_same(name: str, tmp_path: Path) -> None:
+    model = on("llama", SPECS[name])
+    adapters.save(model, tmp_path / "module")
+    base = models.tiny_llama()
+    models.save(base.net, base.tokenizer, tmp_path / "base")
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = PeftModel.from_pretrained(net, tmp_path / "module").eval()
+    for mask in (MASK, torch.ones_like(MASK)):
+        with torch.inference_mode():
+            logits = theirs(input_ids=IDS, attention_mask=mask).logits[:, -16:]
+            ours = model.net(input_ids=IDS, attention_mask=mask).logits
+        real = mask.bool()
+        torch.testing.assert_close(logits[real], ours[real], rtol=0, atol=2e-5)
+        assert (ours[real] - out(base, attention_mask=mask)[: len(ours[real])][0]).abs().max() > 1e-2
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize("net", ["bert", "roberta"])
+def test_peft_loads_an_encoders_lora_with_its_head(net: str, tmp_path: Path) -> None:
+    model = on(net, SPECS["lora everywhere"])
+    adapters.save(model, tmp_path / "module")
+    base = NETS[net]()
+    models.save(base.net, base.tokenizer, tmp_path / "base")
+    encoder = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    theirs = PeftModel.from_pretrained(encoder, tmp_path / "module").eval()
+    with torch.inference_mode():
+        logits = theirs(input_ids=IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(logits, out(model), rtol=0, atol=1e-6)
+
+
+@PEFT_WARNS
+def test_the_files_are_those_that_peft_would_write(tmp_path: Path) -> None:
+    model = tuned()
+    adapters.save(model, tmp_path / "ours")
+    theirs = get_peft_model(
+        tiny().net, LoraConfig(r=4, lora_alpha=8, target_modules=LEAVES, task_type="CAUSAL_LM")
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    keys = []
+    for folder in ("ours", "theirs"):
+        with safe_open(tmp_path / folder / "adapter_model.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            keys.append({k: file.get_slice(k).get_shape() for k in file.keys()})  # noqa: SIM118
+    assert keys[0] == keys[1]
+    ours, other = (
+        json.loads((tmp_path / f / "adapter_config.json").read_bytes()) for f in ("ours", "theirs")
+    )
+    assert ours.pop("target_modules") == sorted(other.pop("target_modules")) == LEAVES
+    assert ours.pop("base_model_name_or_path") == "tiny-llama"
+    other.pop("base_model_name_or_path")
+    for config in (ours, other):
+        config.pop("auto_mapping")
+    assert ours == other
+
+
+def test_the_base_is_named_so_that_others_find_it(tmp_path: Path) -> None:
+    for name, public in [
+        ("smollm2-135m", cache.SMOLLM2_135M.hub),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        (str(tmp_path), tmp_path.name),
+    ]:
+        model = tuned()
+        model.name = name
+        adapters.save(model, tmp_path / "adapter")
+        config = (tmp_path / "adapter" / "adapter_config.json").read_text()
+        card = (tmp_path / "adapter" / "README.md").read_text()
+        assert json.loads(config)["base_model_name_or_path"] == public
+        assert f"base_model: {public}\n" in card
+        assert model.digest in card
+        assert str(tmp_path) not in config + card
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    adapters.save(on("llama", Bottleneck(6)), tmp_path / "module")
+    config = tmp_path / "module" / "module.json"
+    good = json.loads(config.read_text())
+    assert good["spec"] == {"size": 6, "places": "houlsby", "norms": True}
+    for change in ({"version": 2}, {"module": "magic"}, {"spec": {"length": 1}}, {"spec": {"size": 7}}):
+        config.write_text(json.dumps(good | change))
+        model = models.tiny_llama()
+        with pytest.raises(FleetuneError) as caught:
+            adapters.load(model, tmp_path / "module")
+        assert caught.value
+        assert model.attachment is None
+        assert stored(model) == model.digest
+    with pytest.raises(ModelError, match="not a usable adapter"):
+        adapters.load(models.tiny_llama(), tmp_path / "nothing")

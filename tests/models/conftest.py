@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache of its own for every test of models, and no way to the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleetune import models
+from fleetune.models.cache import cache, download
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own, and no way to the network."""
+
+    def no_hub(*args: Any, **kwargs: Any) -> Any:
+        raise download.Unreachable("no hub in tests")
+
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+    for name in ("FLEETUNE_MODEL_SOURCE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cache, "hub_commit", no_hub)
+    monkeypatch.setattr(cache, "hub_snapshot", no_hub)
+    monkeypatch.setattr(cache, "pip_download", no_hub)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A tiny model as a directory."""
+    tiny = models.tiny_llama()
+    models.save(tiny.net, tiny.tokenizer, tmp_path / "tiny")
+    return tmp_path / "tiny"

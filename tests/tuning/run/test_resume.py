@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is given more rounds ends in the bits of one that had as many from the start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.common import events as kinds
+from fleetune.common import sums
+from fleetune.errors import Interrupted, RecipeError, UsageError
+from fleetune.runs import rundir
+from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.run import resume
+
+FEW: dict[str, Any] = {
+    "clients": 3,
+    "participation": 0.67,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 2,
+    "answer_tokens": 4,
+    "threads": 1,
+    "device": "cpu",
+    "limit": 60,
+    "max_length": 64,
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "fedit": {"r": 2, "batch_size": 2, "lr": 1e-2, "server": "adam", "scaffold": True},
+    "fedkseed": {"K": 16, "tau": 3, "lr": 1e-3, "batch_size": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = models.tiny_llama()
+    models.save(tiny.net, tiny.tokenizer, "tiny")
+
+
+def tuned(rounds: int, method: str = "fedit", out: str = "runs", **more: Any) -> Any:
+    return fleetune.tune(
+        "tiny", "demo", method=method, settings=METHODS[method], rounds=rounds, out=out, **FEW | more
+    )
+
+
+def told(run: Path) -> list[dict[str, Any]]:
+    """The events of a run without times and what depends on the machine."""
+    unlike = ("t", "seconds", "rss", "wall", "peak_rss", "run", "result", "result_bytes", "seconds_local")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in unlike} for line in lines if line["event"] != "start"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_result_is_that_of_a_run_that_had_the_rounds_from_the_start(method: str) -> None:
+    whole = tuned(3, method, "whole")
+    short = tuned(1, method)
+    assert short.digest != whole.digest
+    longer = fleetune.resume_run(short, rounds=3)
+    assert longer.digest == whole.digest == fleetune.list_runs()[0].digest
+    assert longer.done.rounds == 3
+    assert told(longer.folder) == told(whole.folder)
+    assert not list(sums.faults(longer.folder))
+    assert longer.done.tuned == whole.done.tuned
+    for name in ("samples.md",):
+        assert (longer.folder / name).read_text() == (whole.folder / name).read_text()
+    assert recipes.make(recipes.read(longer.folder / "run.toml")).rounds == 3
+    assert "given more rounds: 3 in all" in (longer.folder / "log.txt").read_text()
+    again = fleetune.resume_run(longer)  # by its own recipe, which has them now
+    assert again.digest == whole.digest
+
+
+def test_a_stopped_run_may_be_given_more_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = tuned(4, out="whole")
+
+    class Once(fleetune.Silent):
+        def event(self, event: fleetune.events.Event) -> None:
+            if isinstance(event, kinds.RoundEvaluated) and event.round == 1:
+                self.stop = True
+
+        stop = False
+
+        @property
+        def stop_requested(self) -> bool:
+            return self.stop
+
+    with pytest.raises(Interrupted):
+        tuned(2, listener=Once())
+    assert main(["tune", "--resume", "latest", "--rounds", "4"]) == 0
+    assert "goes on after round 1 of 4" in capsys.readouterr().err
+    assert fleetune.list_runs()[0].digest == whole.digest
+
+
+@pytest.mark.parametrize("written", [4])
+def test_a_kill_while_it_is_written_down_costs_nothing(written: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After any number of the files: what is left is never taken for a finished run that has the rounds."""
+    whole, short = tuned(3, out="whole"), tuned(1)
+    left = iter(range(written))
+
+    def until_killed(function: Any) -> Any:
+        def called(*args: Any, **more: Any) -> Any:
+            if next(left, None) is None:
+                raise SystemExit("killed")
+            return function(*args, **more)
+
+        return called
+
+    with monkeypatch.context() as killed:
+        killed.setattr(resume, "write_atomic", until_killed(resume.write_atomic))
+        for name in ("write", "status", "log"):
+            killed.setattr(rundir.RunDir, name, until_killed(getattr(rundir.RunDir, name)))
+        with pytest.raises(SystemExit, match="killed"):
+            fleetune.resume_run(short, rounds=3)
+    assert fleetune.resume_run(short, rounds=3).digest == whole.digest
+    assert recipes.make(recipes.read(short.folder / "run.toml")).rounds == 3
+
+
+@pytest.mark.parametrize("rounds", [-1, 2.5, "many", 10**9])
+def test_from_python_too_what_is_no_number_of_rounds_is_refused(rounds: Any) -> None:
+    with pytest.raises(RecipeError, match="rounds"):
+        fleetune.resume_run("1", rounds=rounds)
+
+
+def test_what_cannot_be_longer_says_why_and_stays_as_it_is() -> None:
+    short = tuned(2)
+    digest = short.digest
+    with pytest.raises(UsageError, match="has 2 rounds, and 1 are fewer"):
+        fleetune.resume_run(short, rounds=1)
+    assert fleetune.resume_run(short, rounds=2).digest == digest
+    (short.folder / "fleet.json").write_text("{}")
+    with pytest.raises(UsageError, match="of real devices") as refused:
+        fleetune.resume_run(short, rounds=3)
+    assert "fleetune export" in str(refused.value.hint)
+    (short.folder / "fleet.json").unlink()
+    Path("runs/sweep.toml").write_text("")
+    with pytest.raises(UsageError, match="a run of a sweep"):
+        fleetune.resume_run(short, rounds=3)
+    Path("runs/sweep.toml").unlink()
+    for _, file in rundir.checkpoints(short.folder):
+        file.unlink()
+    with pytest.raises(UsageError, match="no checkpoint left"):
+        fleetune.resume_run(short, rounds=3)
+    assert rundir.status_of(short.folder) == "done"
+    assert fleetune.resume_run(short).digest == digest
