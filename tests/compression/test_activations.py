@@ -57,28 +57,6 @@ def test_a_layer_that_is_read_twice_counts_twice() -> None:
         torch.testing.assert_close(H[name].double(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
 
 
-def test_a_layer_that_only_later_windows_read_counts() -> None:
-    """As an expert that the first window has no use for."""
-    model, calls, read = models.tiny_llama(), list[int](), list[Tensor]()
-    block, linears = linears_of(model)[0]
-    mlp: Any = block.mlp
-
-    def forward(x: Tensor) -> Tensor:
-        calls.append(1)
-        out: Tensor = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
-        return out if len(calls) == 1 else out + mlp.up_proj(x).mean()
-
-    mlp.forward = forward
-    with torch.inference_mode():
-        stream = HiddenStates(model, text(3, 16))
-        calls.clear()
-        mlp.up_proj.register_forward_pre_hook(lambda module, args: read.append(args[0][0]))
-        H = stream.hessians(0, linears)
-    x = torch.cat(read).double()
-    assert len(x) == 32
-    torch.testing.assert_close(H["model.layers.0.mlp.up_proj"].double(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
-
-
 def test_hessians_of_more_than_a_strip_are_whole(tmp_path: Path) -> None:
     model, spy, windows = models.tiny_llama(layers=1, hidden=160), Spy(), text(2, 12)
     driver.run(model, spy, windows, tmp_path)
@@ -224,38 +202,6 @@ def test_inputs_of_other_tokens_have_no_drift() -> None:
     assert q[1].any()
     assert up[0] is not None
     assert up[1] is None
-
-
-def test_layers_that_windows_reach_in_different_order_have_all_their_inputs() -> None:
-    model, found = models.tiny_llama(layers=2), dict[str, tuple[Tensor | None, Tensor | None]]()
-    block, linears = linears_of(model)[1]
-    mlp: Any = block.mlp
-
-    def forward(x: Tensor) -> Tensor:
-        calls = (lambda: mlp.gate_proj(x), lambda: mlp.up_proj(3 * x))
-        values = [call() for call in (calls if x.sum() > 0 else reversed(calls))]
-        return mlp.down_proj(values[0] * values[1])
-
-    mlp.forward = forward
-
-    def solve(name: str, H: Tensor | None, D: Tensor | None = None) -> None:
-        assert name not in found
-        found[name.rsplit(".", 1)[-1]] = H, D
-
-    signs = set[bool]()
-    with torch.inference_mode():
-        stream = StatesInTurn(model, text(6, 16))
-        stream.pass_over(0)
-        stream.states = [state + torch.randn_like(state) for state in stream.states]
-        mlp.register_forward_pre_hook(lambda module, args: signs.add(bool(args[0].sum() > 0)))
-        stream.solve_layers(1, linears, solve)
-    assert signs == {True, False}
-    assert len(found) == 7
-    for gate, up in zip(found["gate_proj"], found["up_proj"], strict=True):
-        assert gate is not None
-        assert up is not None
-        assert gate.any()
-        torch.testing.assert_close(up, 9 * gate, rtol=1e-4, atol=1e-4 * float(up.abs().max()))
 
 
 def test_a_source_without_a_dense_model_is_refused(tmp_path: Path) -> None:

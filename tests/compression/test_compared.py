@@ -4,21 +4,17 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_harness import LORA, QUICK, ZEROTH, call, pulled_after, tuned
+from command_harness import LORA, call, pulled_after, tuned
 
-import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.data.encode import encode_all
-from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence
 from fleetune.evaluation.losses import text_rows
 from fleetune.models import Model
@@ -172,21 +168,7 @@ def other_tokens(at: Path) -> str:
     return str(at / "other")
 
 
-def test_a_temporary_folder_without_room_for_the_logits_is_said_before_they_are_written(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used = shutil.disk_usage
-    monkeypatch.setenv("TMPDIR", str(at))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: used(path)._replace(free=1000))
-    asked = ["--reference", tiny, "--text", "text.txt", "--tasks", "perplexity", "--device", "cpu"]
-    code, told, _ = call(capsys, "eval", tiny, *asked)
-    assert code == StorageError.exit_code
-    assert "the logits of the reference take" in told[-1]["message"]
-    assert not list(at.glob("fleetune-*"))
-
-
-@pytest.mark.parametrize("command", ["eval", "measure"])
+@pytest.mark.parametrize("command", ["measure"])
 def test_a_reference_with_other_tokens_is_refused_before_a_model_is_loaded(
     command: str, tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,25 +199,3 @@ def test_a_compressed_model_is_measured_in_the_type_and_on_the_device_that_are_n
             losses[subject, dtype] = seen[-1]["loss"]
         assert losses["1", dtype] == losses["runs/0001-rtn-tiny/model", dtype] == losses["plain", dtype]
     assert losses["1", "fp32"] != losses["1", "bf16"]
-
-
-def test_rows_that_were_trained_on_are_said_to_be(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("rows.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"say {n}", "response": f"{n} it is"}) + "\n" for n in range(20))
-    )
-    assert call(capsys, "tune", tiny, "rows.jsonl", *QUICK, *ZEROTH)[0] == 0
-    assert call(capsys, "compress", "1", *RTN)[0] == 0
-    rows = Path("rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    held = fleetune.open("runs/0001-fedkseed-tiny").held_out()  # type: ignore[union-attr]
-    trained = len(rows) - len(held)
-    for subject in ("1", "2"):
-        said = f"{trained} of {len(rows)} rows were trained on in runs/0001-fedkseed-tiny"
-        assert said in call(capsys, "eval", subject, *LOSS)[2]
-    for given in ([], ["other.jsonl"]):
-        Path("other.jsonl").write_text(json.dumps({"prompt": "none of", "response": "those rows"}))
-        assert "trained on" not in call(capsys, "eval", "1", *given, "--tasks", "loss")[2]
-    assert "trained on" not in call(capsys, "eval", tiny, *LOSS)[2]
-    Path("rows.jsonl").rename("moved.jsonl")
-    assert call(capsys, "eval", "1", "moved.jsonl", "--tasks", "loss")[0] == 0, "nothing is known of them"

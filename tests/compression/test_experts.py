@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mixture_harness import mixture
 from safetensors.torch import load_file
 from spy_harness import Spy, text
 from torch import Tensor
@@ -19,10 +17,10 @@ import fleetune
 from fleetune import compression, models
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.blocks import block_file
-from fleetune.compression.layerwise.driver import Plan, linears_of, place_weights, restored_weights
-from fleetune.compression.layerwise.experts import Experts, Routed, hessian
+from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
+from fleetune.compression.layerwise.experts import Experts
 from fleetune.errors import RecipeError
-from fleetune.models import Model, artefact, tiny_tokenizer
+from fleetune.models import Model, tiny_tokenizer
 from fleetune.models.artefact import Master, Quantised
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
@@ -136,27 +134,6 @@ def test_hessians_are_of_the_tokens_that_an_expert_saw(family: str, in_turn: boo
     assert 0 < few < 3 * 2 * 4
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_the_inputs_of_all_tokens_are_summed_once_for_gates_and_ups(order: tuple[int, ...]) -> None:
-    """Those that few tokens chose, here the second and third expert, share them; the first has its own."""
-    each = experts_in(model_of("qwen3_moe"))[0]
-    for name, parameter in each.parameters.items():
-        C = parameter.shape[-1]
-        chosen = torch.zeros(C + 3, 2, dtype=torch.int64)
-        chosen[:2, 1] = 1
-        chosen[2:, 1] = 3
-        routed = Routed(torch.randn(C + 3, each.module.gate_up_proj.shape[-1]), chosen)
-        kept: list[Tensor] = []
-        found = {number: hessian(each, name, number, routed, kept) for number in order}
-        alone = {number: hessian(each, name, number, routed) for number in order}
-        assert [found[number][1] for number in range(3)] == [C + 3, 2, 0]
-        for number in order:
-            assert found[number][1] == alone[number][1]
-            assert torch.equal(found[number][0], alone[number][0])
-        assert (found[1][0] is found[2][0]) == name.endswith("gate_up_proj")
-        assert found[0][0] is not found[1][0]
-
-
 def test_experts_that_saw_few_tokens_are_said(tmp_path: Path) -> None:
     model, windows = model_of("qwen3_moe"), text(4, 24)
     parts = driver.run(model, Spy(), windows, tmp_path, experts=True)
@@ -266,39 +243,3 @@ def test_experts_of_which_transformers_says_nothing_stay(tmp_path: Path) -> None
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
-
-
-def drawn(count: int, length: int) -> Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("method", ["optq", "qronos"])
-def test_gates_with_ups_and_downs_on_grids_of_their_own_are_solved_as_alone(
-    method: str, tmp_path: Path
-) -> None:
-    model, windows = mixture("qwen3_moe"), drawn(8, 32)
-    solver: Any = compression.make(method, {"group": 32})
-    both, first, second = (
-        ("both", "iq4_nl", "ggml"),
-        ("first", "iq4_nl", "iq4_nl"),
-        ("second", "ggml", "ggml"),
-    )
-    found = {}
-    for at, gates_and_ups, downs in (both, first, second):
-        solvers = {f"{n}.weight": solver for _, linears in linears_of(model) for n in linears}
-        for each in experts_in(model):
-            of_both = zip(each.parameters, (gates_and_ups, downs), strict=True)
-            solvers |= {name: dataclasses.replace(solver, grid=grid) for name, grid in of_both}
-        found[at] = driver.run(model, solver, windows, tmp_path / at, plan=Plan(solvers, []), experts=True)
-    # of the first block, whose inputs are the same in all; qronos gives the downs inputs from solved gates and ups
-    gates_and_ups, downs = experts_in(model)[0].parameters
-    got, want = found["both"][gates_and_ups], found["first"][gates_and_ups]
-    assert isinstance(got, Quantised)
-    assert isinstance(want, Quantised)
-    assert (got.codebook, got.experts) == ("iq4_nl", 5)
-    assert torch.equal(got.dense(), want.dense())
-    other = found["both"][downs]
-    assert isinstance(other, Quantised)
-    assert (other.codebook, other.experts) == ("", 5)
-    if method == "optq":
-        assert torch.equal(other.dense(), artefact.dense(found["second"][downs]))

@@ -288,52 +288,6 @@ def test_answers_are_added_in_the_clients_order_whenever_they_come(tmp_path: Pat
     assert [(r.block, r.client) for r in again] == [(r.block, r.client) for r in replies]
 
 
-def test_bytes_are_those_of_the_messages(tmp_path: Path) -> None:
-    model = models.tiny_llama()
-    _, replies = by_clients(model, SHARES, tmp_path)
-    C = [
-        m.in_features
-        for n, m in linears_of(model)[0][1].items()
-        if n.endswith(("q_proj", "o_proj", "up_proj", "down_proj"))
-    ]
-    sums = sum(4 * c * (c + 1) // 2 for c in C)
-    for reply in replies:
-        assert sums < reply.bytes_up < sums + 700
-        block = (
-            0
-            if reply.block == 0
-            else len(federated.block_message(tmp_path, reply.block - 1, bytes.fromhex(model.digest)[:8]))
-        )
-        assert reply.bytes_down == block
-
-
-def test_a_stopped_one_goes_on_and_counts_no_block_twice(tmp_path: Path) -> None:
-    model = models.tiny_llama(layers=3)
-    whole, all_replies = by_clients(model, SHARES, tmp_path / "whole")
-
-    def stop(block: int, blocks: int, name: str) -> None:
-        if block == 2:
-            raise KeyboardInterrupt
-
-    replies: list[HessianReply] = []
-    with pytest.raises(KeyboardInterrupt):
-        driver.run(
-            model,
-            SOLVER,
-            ClientHessians(model, SHARES, tmp_path / "half", replies.append),
-            tmp_path / "half",
-            stop,
-        )
-    more: list[HessianReply] = []
-    again = driver.run(
-        model, SOLVER, ClientHessians(model, SHARES, tmp_path / "half", more.append), tmp_path / "half"
-    )
-    same(whole, again)
-    assert {r.block for r in more} == {2}
-    assert all(r.bytes_down == 0 for r in more)  # they had the block already
-    assert all_replies[-1].bytes_down > 0
-
-
 def test_memory_does_not_grow_with_the_devices(tmp_path: Path) -> None:
     model = models.tiny_llama()
     clients = ClientHessians(model, {i: text(2, seed=i) for i in range(20)}, tmp_path, lambda reply: None)

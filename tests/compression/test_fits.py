@@ -260,26 +260,6 @@ def test_error_feedback_pays_on_super_blocks(kind: str) -> None:
     assert solved.loss == pytest.approx(torch.trace(D @ H.double() @ D.T).item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
-def test_a_group_is_fitted_again_to_what_the_loop_has_made_of_it(kind: str) -> None:
-    of, g = SUPER_TYPES[kind], torch.Generator().manual_seed(2)
-    x = torch.randn(16, SUPER_WIDTH, generator=g)
-    found = fits.fit_block(x, of, None)
-    before = fits.SuperFit(*(part.clone() for part in found))
-    part = x[:, of.group : 2 * of.group]
-    fits.refit_group(part, of, None, found, 1)
-    own = fits._Work(part, of, None)
-    errors = [
-        own.settle(fits.SuperFit(f.d, f.dmin, f.k[1:2].clone(), f.m[1:2].clone())) for f in (found, before)
-    ]
-    assert (errors[0] <= errors[1] * (1 + 1e-6)).all()  # the same weights: no worse
-    fits.refit_group(part * 0.5, of, None, found, 1)
-    others = [n for n in range(len(found.k)) if n != 1]
-    assert torch.equal(found.k[others], before.k[others])
-    assert torch.equal(found.d, before.d)
-    assert (found.k[1].abs() < 0.75 * before.k[1].abs()).float().mean() > 0.8
-
-
 @pytest.mark.parametrize("kind", TYPES)
 def test_zeros_stay_where_the_grid_has_0_and_a_pruned_matrix_is_refused_where_it_has_not(kind: str) -> None:
     W, H = work(5, 8, SUPER_WIDTH, torch.float32)

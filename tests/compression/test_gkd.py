@@ -18,16 +18,14 @@ import torch
 from command_harness import call
 from gkd_harness import END, direct, pair, rows, trainer
 
-from fleetune import compression, models
+from fleetune import models
 from fleetune.common import memory
 from fleetune.compression.methods import gkd
-from fleetune.compression.pruning import depth
 from fleetune.data.encode import MASKED, Encoded, collate
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, UsageError
 from fleetune.evaluation import answers
 from fleetune.evaluation.losses import pad_id
 from fleetune.models import Model, digest, named_tensors
-from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 
 
@@ -320,32 +318,6 @@ def test_what_has_no_zeros_and_what_will_lose_them_is_said(caplog: pytest.LogCap
         assert not caplog.records
         trainer().check(student, teacher, 10)
     assert f"{100 * share:.0f} % of the weights are 0 and will not stay so" in caplog.text
-
-
-def test_the_plan_of_distillation_counts_every_model_and_the_training() -> None:
-    model, other = models.tiny_llama(layers=4, hidden=64), models.tiny_llama(layers=2, hidden=64)
-
-    def peak(teacher: models.Model = model, length: int = 32, **values: Any) -> int:
-        made: Any = compression.make("gkd", {"teacher": "t", "lmbda": 0, "batch_size": 2, **values})
-        return int(made.memory(model, teacher, length))
-
-    def params(m: models.Model) -> int:
-        return sum(p.numel() for p in m.net.parameters())
-
-    block = sum(p.numel() for p in model.net.model.layers[0].parameters())
-    halved = peak(keep_layers=2)  # half of the model beside it, which teaches
-    parts = compression_cost.training(shape_of(model.net.config), 2, 32, 0)
-    assert parts["weights"] == parts["gradients"] == parts["optimizer"] // 2 == 4 * params(model)
-    assert peak(other) - sum(parts.values()) == 4 * params(other)
-    assert peak(other, keep_layers=2) - halved == 4 * params(other)
-    few = compression_cost.training(shape_of(depth.shallow(model.net, 2).config), 2, 32, 0)
-    assert few["weights"] == 4 * (params(model) - 2 * block)
-    assert halved == sum(few.values()) + 4 * params(model)
-    longer = peak(keep_layers=2, lmbda=0.5, max_new_tokens=48)  # with the student's own answers
-    assert longer == peak(keep_layers=2, length=80) > halved
-    assert peak(keep_layers=2, batch_size=4) == peak(
-        keep_layers=2, batch_size=1, lmbda=1, max_new_tokens=1, length=31, reward="f1", reward_samples=4
-    )
 
 
 def test_distillation_says_what_it_takes_and_what_is_missing(

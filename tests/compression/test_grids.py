@@ -158,17 +158,3 @@ def test_rows_on_a_codebook_are_found_and_rows_of_zeros_stay_zero() -> None:
     assert torch.equal(again, want)
     got, _ = nearest(once, lambda Wt, begin, last: Segment(last, again, zero, grid.top, None, grid.levels))
     assert torch.equal(got, once)
-
-
-def test_an_error_that_counts_for_nothing_is_not_looked_at() -> None:
-    """The curvature is that of the group's columns: a column of weight 0 has no say, nor have rows of no other."""
-    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(4))
-    h = torch.ones(32)
-    h[::2] = 0
-    grid = Grid("iq4_nl", 4)
-    changed = x.clone()
-    changed[:, ::2] *= 0.5
-    changed[:, 1] = x[:, 1] = 9.0  # the extreme, from which the candidates are made, stays
-    assert torch.equal(grid.find(x, h)[0], grid.find(changed, h)[0])
-    assert not torch.equal(grid.find(x)[0], grid.find(changed)[0])
-    assert not grid.find(x, torch.zeros(32))[0].any()

@@ -24,7 +24,6 @@ from fleetune import models
 from fleetune.compression.pruning import hidden_width
 from fleetune.data import Encoded
 from fleetune.models import Model, digest, named_tensors
-from fleetune.models.families.widths import block_widths
 
 FAMILIES = ["llama", "biased llama", "qwen2", "qwen3"]
 READS = ("embed_tokens", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
@@ -202,25 +201,6 @@ def test_transformers_loads_it(family: str, tied: bool, tmp_path: Path) -> None:
     assert torch.equal(net.generate(IDS, max_new_tokens=6), pruned.net.generate(IDS, max_new_tokens=6))
     assert (net.lm_head.weight is net.model.embed_tokens.weight) == tied
     assert models.load(str(tmp_path / "saved"), device="cpu").digest == pruned.digest
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_blocks_of_different_widths_are_narrowed_and_the_other_way_round(family: str, tmp_path: Path) -> None:
-    first = pruner().prune(tiny(family), rows(0, 3))
-    widths = block_widths(first.net.config)
-    both = narrower().prune(first, rows(0, 3))
-    assert block_widths(both.net.config) == widths
-    models.save(both.net, both.tokenizer, tmp_path / "saved")
-    again = models.load(str(tmp_path / "saved"), device="cpu")
-    assert again.net.config.hidden_size == 27
-    assert torch.equal(logits(again.net), logits(both.net))
-    twice = narrower(ratio=0.3).prune(again, rows(0, 3))
-    assert twice.net.config.hidden_size == (18 if family == "llama" else 19)
-    narrow = narrower().prune(tiny(family), rows(0, 3))
-    other = pruner(first=0, last=0).prune(narrow, rows(0, 3))
-    assert [tuple(w) for w in block_widths(other.net.config)] == [(6, 2, 28)] * 4
-    models.save(other.net, other.tokenizer, tmp_path / "other")
-    assert torch.equal(logits(models.load(str(tmp_path / "other"), device="cpu").net), logits(other.net))
 
 
 def test_a_narrow_model_goes_everywhere(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,9 +168,6 @@ def little(at: Path) -> Path:
     return at
 
 
-ROWS = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghij"]
-
-
 def counts(heard: Heard) -> dict[str, list[tuple[int, int]]]:
     found: dict[str, list[tuple[int, int]]] = {}
     for what, done, total, _ in heard.counts:
@@ -199,19 +196,3 @@ def test_a_stop_while_measuring_is_heard_and_resumed_to_the_same_bits(little: Pa
     assert again.folder == Path("runs/0002-rtn-little")
     assert (again.digest, again.done.after) == (whole.digest, whole.done.after)
     assert not list(again.folder.glob("*.npy"))
-
-
-def test_eval_counts_rows_answers_and_what_is_compared(little: Path) -> None:
-    heard = Heard()
-    fleetune.evaluate(
-        "little", ROWS, tasks=["loss", "rouge_l"], answer_tokens=2, reference="little", listener=heard
-    )
-    assert counts(heard) == {
-        "rows of the reference": [(n, 10) for n in range(1, 11)],
-        "rows": [(8, 10), (10, 10)],
-        "answers": [(8, 10), (10, 10)],
-        "rows compared": [(n, 10) for n in range(1, 11)],
-    }
-    heard = Heard()
-    fleetune.evaluate("little", text="text.txt", listener=heard)
-    assert set(counts(heard)) == {"rows of the text"}

@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gkd_harness import END, rows
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from fleetune import adapters, models
 from fleetune.compression.methods import gkd
-from fleetune.data import Batches, Encoded
-from fleetune.errors import DataError, FleetuneError, Interrupted, UsageError
+from fleetune.data import Batches
+from fleetune.errors import FleetuneError, Interrupted, UsageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.models import Model, digest, named_tensors
 from fleetune.models.families.widths import KeptUnits, block_widths, cut
@@ -166,36 +165,6 @@ def test_blocks_of_different_widths_are_saved_and_loaded(family: str, tmp_path: 
     assert models.load(str(tmp_path / "twice"), device="cpu").digest == odd.digest
 
 
-def test_a_pruned_model_is_pruned_again_and_made_shallow(tmp_path: Path) -> None:
-    from fleetune.compression.pruning import depth
-
-    odd = pruner().prune(tiny(), rows(0, 3))
-    again = pruner(first=1, last=2, ratio=0.5).prune(odd, rows(0, 3))
-    assert [tuple(w) for w in block_widths(again.net.config)] == [
-        (9, 3, 40),
-        (3, 1, 16),
-        (6, 2, 28),
-        (9, 3, 40),
-    ]
-    cut_down = depth.shallow(again.net, 3)
-    assert [tuple(w) for w in block_widths(cut_down.config)] == [(9, 3, 40), (6, 2, 28), (9, 3, 40)]
-    models.save(cut_down, odd.tokenizer, tmp_path / "shallow")
-    assert torch.equal(logits(models.load(str(tmp_path / "shallow"), device="cpu").net), logits(cut_down))
-
-
-def test_samples_are_spread_over_the_rows(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    pruner(samples=3).prune(tiny(), rows(0, 9), lambda row, all_: seen.append((row, all_)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    far = rows(0, 9)
-    same = pruner(samples=3).prune(tiny(), [far[0], far[3], far[6]])
-    assert same.digest == pruner(samples=3).prune(tiny(), far).digest
-    empty = Encoded(np.array([256, 60, 61], np.int32), 3)
-    assert same.digest == pruner(samples=3).prune(tiny(), [empty, far[0], far[3], far[6]]).digest
-    with pytest.raises(DataError, match="none of 1 rows"):
-        pruner().prune(tiny(), [empty])
-
-
 def test_importance_that_is_no_number_is_an_error(tmp_path: Path) -> None:
     model = tiny()
     model.net.model.norm.weight.fill_(math.inf)
@@ -293,9 +262,3 @@ def test_the_whole_model_teaches_the_pruned_one(tmp_path: Path) -> None:
     model = made.train(pruned, whole, rows(0, 8), OF_DATA, tmp_path / "recovery")
     assert gkd.Trainer(teacher="t").distance(model, whole, rows(0, 8)) < 0.9 * far
     assert digest(named_tensors(whole.net)) == before
-
-
-def test_depth_may_take_all_that_is_not_spared(tmp_path: Path) -> None:
-    made = pruner(mode="depth", ratio=0.9, first=1, last=1, recover="none")
-    made.check(tiny(), 24, plain=False)
-    assert made.prune(tiny(), rows(0, 8)).net.config.num_hidden_layers == 2

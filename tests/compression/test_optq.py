@@ -111,20 +111,6 @@ def test_optq_in_any_order_is_the_surgeon_on_sorted_columns(kind: str, order: st
     torch.testing.assert_close(got.double()[:, sort], want, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("order", ["none", "gar"])
-def test_without_a_factor_a_ggml_grid_is_ggmls_in_any_order(order: str) -> None:
-    W, grid = work(3, 8, 32)[0], Grid("ggml", 4)
-    solved = compression.make("optq", {"group": 8, "order": order}).solve(
-        W.clone(), torch.zeros_like(W.T @ W)
-    )
-    assert solved.notes == ("nothing reached it: rounded to nearest",)
-    wanted = []
-    for part in W.split(8, 1):
-        scale, zero = grid.find(part)
-        wanted.append((grid.codes(part, scale, zero) - zero[:, None]) * scale[:, None])
-    assert torch.equal(dense(solved).double(), torch.cat(wanted, 1))
-
-
 def test_pruned_weights_stay_zero_when_they_are_quantised_later() -> None:
     W, H = work(5, 16, 64, torch.float32)
     pruned = dense(compression.make("sparsegpt", {"n": 2, "m": 4}).solve(W.clone(), H.clone()))

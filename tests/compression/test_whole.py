@@ -70,25 +70,6 @@ def test_a_model_teaches_a_shallower_self(
     assert [e["step"] for e in again if e["event"] == "step" and "reward" not in e] == [1, 2, 3, 4]
 
 
-def test_a_reward_of_ones_own(
-    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    (at / "mine.py").write_text("def short(prompt, answer, reference):\n    return -len(answer) / 10\n")
-    mine = ["--set", "reward=mine.py:short", "--set", "alpha=0.5", "--set", "reward_samples=2"]
-    code, told, err = call(capsys, "compress", tiny["deep"], *SELF, *ROWS, *mine, "-v")
-    assert code == 0, err
-    means = [e["reward"] for e in told if e["event"] == "step"]
-    assert len(means) == 4
-    assert f"step 4: mean reward {means[-1]:.4f} of 4 answers" in caplog.text
-    assert all(-1 < mean < 0 for mean in means)
-    (at / "mine.py").write_text("def short(prompt, answer, reference):\n    return None\n")
-    assert main(["compress", tiny["deep"], *SELF, *ROWS, *mine]) == 2
-    err = capsys.readouterr().err
-    assert "reward 'mine.py:short', on the answer" in err
-    assert "returned a NoneType, not a float" in err
-    assert "Traceback" not in err
-
-
 def test_runs_as_student_and_as_teacher(
     tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,6 @@ from fleetune.common.events import StepDone
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, StorageError
 from fleetune.models.families.number_types import WEIGHTS
-from fleetune.planning import compression_cost
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
 
@@ -84,6 +83,10 @@ def warn_of_memory(listener: Listener, planned: int, way: str) -> None:
 
     `way` is an option that would need less memory, "" for none.
     """
+    from fleetune.planning import (
+        compression_cost,
+    )  # it imports torch, which a wrong request is refused without
+
     free, more = compression_cost.available(), planned - memory.rss()
     if free is not None and more > free:
         instead = f"; with {way} it takes less" if way else ""

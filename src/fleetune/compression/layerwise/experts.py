@@ -9,7 +9,7 @@ With fewer tokens than columns a Hessian has no full rank: in the directions tha
 at will.  Such an expert, and one that no token chose, gets the Hessian of all tokens of the layer instead, as if all had
 been routed to it, and the report says how many these are.
 
-With a byte budget (`budget/costs.py`) each parameter has a solver of its own.
+With a byte budget (`costs.py`) each parameter has a solver of its own.
 """
 
 from __future__ import annotations
