@@ -95,7 +95,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'if bad := int(np.count_nonzero(~np.isfinite(array))):', 'if bad := int(np.count_nonzero(np.isnan(array))):',
            'tuning/exchange/test_messages.py'),
     Mutant('tuning/exchange/messages.py', '_named',
-           'if len(found) < len(pairs):', 'if False:',
+           'if len(named) < len(pairs):', 'if False:',
            'hostile/test_hostile_messages.py'),
     Mutant('tuning/exchange/messages.py', 'check',
            'if isinstance(value, str | bytes) or not low <= value <= high:', 'if isinstance(value, str | bytes) or not value <= high:',

@@ -8,7 +8,6 @@ import io
 import json
 import shlex
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from fleetune import models
 from fleetune.api import tuning
 from fleetune.cli.main import main
 from fleetune.errors import UsageError
-from fleetune.models import checks
-from fleetune.models.cache import names
 
 FEW: dict[str, Any] = {
     "clients": 2,
@@ -166,45 +163,6 @@ def test_every_command_says_that_an_adapter_is_merged_first(place: Path, tmp_pat
     ids = torch.arange(24)[None]
     assert torch.allclose(merged.net(ids).logits, net(ids).logits, atol=1e-5)
     assert not torch.allclose(merged.net(ids).logits, models.load("tiny").net(ids).logits, atol=1e-5)
-
-
-def test_the_page_has_the_lines_of_the_error() -> None:
-    code = names.MERGE.format(auto="AutoModelForCausalLM", base='"BASE"', adapter='"ADAPTER"')
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    lines = [line.strip() for line in page.splitlines()]
-    first = lines.index(
-        "from peft import PeftModel; from transformers import AutoModelForCausalLM, AutoTokenizer"
-    )
-    assert "; ".join(lines[first : first + 3]) == code
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING cannot be merged"),
-        (
-            {"peft_type": "LORA", "task_type": "SEQ_CLS"},
-            "AutoModelForSequenceClassification.from_pretrained(",
-        ),
-        ([], "merge it into its base first"),
-    ],
-)
-def test_what_the_adapter_says_of_itself_is_heeded(tmp_path: Path, settings: object, says: str) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    assert says in refused("eval", str(tmp_path), "demo")
-
-
-def test_adapters_that_come_without_settings_or_from_a_run() -> None:
-    assert f"give the run: {RUN}" in refused("eval", f"{RUN}/adapter", "demo")
-    for file, says in (
-        ("adapter_model.safetensors", "merge it"),
-        ("module.json", "give the run that it was made in"),
-    ):
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / file).write_bytes(b"{}")
-            assert says in refused("eval", folder, "demo")
-            with pytest.raises(UsageError, match="is an adapter, not a model"):  # a fetched one
-                checks.config_of(Path(folder))
 
 
 def name_base(adapter: Path, base: str) -> None:

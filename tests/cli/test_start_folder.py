@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
-from fleetune.report import runlog, single
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.subject import Run
@@ -89,21 +87,6 @@ def test_a_run_is_repeated_from_another_folder(elsewhere: Path, capsys: pytest.C
     ]
     assert digests[0] == digests[1]
     assert Run(run_in(Path())).recipe.data == "../project/rows.jsonl"
-
-
-def test_what_is_gone_is_named_with_the_folder(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_in(elsewhere)
-    (elsewhere / "rows.jsonl").unlink()
-    assert main(["eval", str(run)]) == 2
-    assert (
-        "rows.jsonl, which is not here, nor in ../project, where the run was started"
-        in capsys.readouterr().err
-    )
-
-
-def test_the_page_does_not_show_the_folder(project: Path) -> None:
-    env = {"fleetune": "1", rundir.STARTED_IN: "../../../home/anna"}
-    assert "anna" not in single.versions(dataclasses.replace(runlog.read(run_in(project)), env=env))
 
 
 def test_a_compression_finds_its_run_and_keeps_its_names(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import signal
 import stat
 import subprocess
@@ -19,16 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fleetune.common import folders
-from fleetune.common.files import (
-    default_mode,
-    read_bytes,
-    read_text,
-    regular,
-    resumable,
-    storage_error,
-    write_atomic,
-)
+from fleetune.common.files import default_mode, read_bytes, read_text, regular, storage_error, write_atomic
 from fleetune.errors import StorageError
 
 
@@ -39,17 +29,6 @@ def umask(mask: int) -> Iterator[None]:
         yield
     finally:
         os.umask(before)
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """The kernel refuses to let any file grow beyond `size`: a real failing write, on any file system."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def mode(path: Path) -> int:
@@ -76,32 +55,6 @@ def test_the_mode_follows_the_umask_unless_it_is_given(tmp_path, mask):
         assert os.umask(mask) == mask  # left as it was
     assert mode(tmp_path / "usual") == 0o666 & ~mask
     assert mode(tmp_path / "secret") == 0o600
-
-
-def test_a_secret_is_never_readable_by_others_not_even_before_its_rename(tmp_path, monkeypatch):
-    seen = []
-    real = os.replace
-
-    def watched(source: str, target: Path) -> None:
-        seen.append(mode(Path(source)))
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", watched)
-    with umask(0):
-        write_atomic(tmp_path / "secret", b"x", mode=0o600)
-    assert seen == [0o600]
-
-
-def test_a_full_disk_names_the_command_that_goes_on_where_there_is_one() -> None:
-    with pytest.raises(StorageError) as full, resumable("fleetune tune --resume runs/1"):
-        raise storage_error(OSError(errno.ENOSPC, ""), Path("x"))
-    assert (
-        full.value.hint
-        == "free some space, then: fleetune tune --resume runs/1   (nothing written before is lost)"
-    )
-    with pytest.raises(StorageError) as other, resumable("fleetune tune --resume runs/1"):
-        raise storage_error(OSError(errno.EROFS, ""), Path("x"))
-    assert other.value.hint == "choose a place that you can write to"
 
 
 def test_the_new_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
@@ -156,28 +109,6 @@ def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
     assert "--" not in (caught.value.hint or "")  # not every command has that option
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_write_that_really_fails_halfway_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-    with file_size_limit(100_000), pytest.raises(StorageError, match=str(path)):
-        write_atomic(path, b"n" * 300_000)
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_missing_folder_and_a_file_in_its_place(tmp_path):
-    with pytest.raises(StorageError, match="the folder is gone"):
-        write_atomic(tmp_path / "none" / "file", b"x")
-    (tmp_path / "plain").write_bytes(b"")
-    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
-        write_atomic(tmp_path / "plain" / "file", b"x")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["plain"]
-
-
-def test_an_error_without_a_number_is_still_told(tmp_path):
-    assert "odd" in storage_error(OSError("odd"), tmp_path).message
 
 
 def test_numpy_s_words_for_a_full_disk_are_understood(tmp_path):
@@ -267,54 +198,3 @@ def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
 
 
 # Locks ----------------------------------------------------------------------------------------------------------
-
-COUNT = """
-import sys
-from pathlib import Path
-from fleetune.common.folders import locked
-count = Path(sys.argv[1])
-for _ in range(150):
-    with locked(count):
-        before = int(count.read_text())
-        count.write_text(str(before + 1))
-"""
-
-
-def test_a_lock_is_had_by_one_though_its_file_goes_each_time(tmp_path: Path) -> None:
-    count = tmp_path / "count"
-    count.write_text("0")
-    several = [subprocess.Popen([sys.executable, "-c", COUNT, str(count)]) for _ in range(4)]
-    assert [one.wait(timeout=120) for one in several] == [0] * 4
-    assert count.read_text() == "600"
-    assert [p.name for p in tmp_path.iterdir()] == ["count"]
-
-
-def test_a_lock_that_its_holder_has_removed_is_nobodys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Opened before it was removed, locked after: whoever makes the file anew would have the target as well."""
-    real, opened, file = folders.lock, list[int](), tmp_path / ".m.lock"
-
-    def lock(handle: int) -> bool:
-        opened.append(handle)
-        if len(opened) == 1:
-            file.unlink()
-        return real(handle)
-
-    monkeypatch.setattr(folders, "lock", lock)
-    with folders.locked(tmp_path / "m"):
-        assert len(opened) == 2
-        assert file.is_file()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_file_whose_lock_is_not_had_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where locks are not to be had now, another process may have it."""
-
-    def lock(handle: int) -> bool:
-        raise OSError(errno.ENOLCK, "no locks")
-
-    monkeypatch.setattr(folders, "lock", lock)
-    with folders.locked(tmp_path / "m"):
-        pass
-    assert [p.name for p in tmp_path.iterdir()] == [".m.lock"]

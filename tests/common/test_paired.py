@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 
-from fleetune.common.display import change, improved
 from fleetune.common.paired import Difference, RowLosses, difference, ratio, within_noise
 
 
@@ -89,13 +88,3 @@ def test_noise_is_two_standard_errors() -> None:
     assert within_noise(0.2, 0.1)
     assert not within_noise(-0.21, 0.1)
     assert within_noise(9.0, None)
-
-
-def test_the_words_have_the_error_and_better_is_said_beyond_noise_alone() -> None:
-    assert change("loss", 4.0, 3.656, 0.048) == "-8.6 ± 1.2 %"
-    assert change("loss", 4.0, 3.996, 0.0004) == "-0.10 ± 0.01 %"
-    assert change("accuracy", 50.0, 62.3, 4.0) == "+12.3 ± 4.0"
-    assert change("loss", 4.0, 3.656) == "-8.6 %"
-    assert improved("loss", 4.0, 3.9, 0.04) is True
-    assert improved("loss", 4.0, 4.1, 0.04) is False
-    assert improved("loss", 4.0, 3.9, 0.051) is None

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fleetune.common import settings
 from fleetune.common.settings import setting
@@ -58,3 +60,26 @@ def test_the_header_shows_settings_that_have_an_effect(case: str) -> None:
     text = describe.letters(methods.make(name, values), name)
     assert all(word in text for word in there), text
     assert not any(word in text for word in not_there), text
+
+
+WORDS = st.text(st.sampled_from("ab ,\\"), max_size=6).map(str.strip).filter(lambda w: not w.endswith("\\"))
+
+
+@given(st.lists(WORDS, min_size=1))
+def test_what_is_written_is_read(words: list[str]) -> None:
+    assert settings.split_words(settings.join_words(words)) == words
+    assert settings.given_words(settings.join_words(words)) == [word for word in words if word]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("yes,no", ["yes", "no"]),
+        (" yes , no,", ["yes", "no"]),
+        ("a\\b,c", ["a\\b", "c"]),
+        (r"late\, but paid,paid", ["late, but paid", "paid"]),
+        ("", []),
+    ],
+)
+def test_texts_are_read_as_before_but_for_a_comma_after_a_backslash(text: str, words: list[str]) -> None:
+    assert settings.given_words(text) == words

@@ -2,7 +2,7 @@
 """A process without what Windows lacks: `python windows_stand_in.py SCRIPT ARGS..` runs SCRIPT in it.
 
 No /proc, no symbolic links, no fork, groups or affinity of processes, and for Fleetune no `fcntl` and no `resource`;
-instead `msvcrt.locking` and psapi's GetProcessMemoryInfo, which check what they are given as Microsoft describes them.
+instead `msvcrt.locking`, which checks what it is given as Microsoft describes it, and what psutil tells there.
 It is no Windows: paths, open files, signals and all below Python are Linux's, and so are the other packages, which go by
 `sys.platform`.
 """
@@ -15,11 +15,12 @@ import errno
 import fcntl
 import os
 import runpy
-import struct
 import subprocess  # noqa: F401  (it takes a system with `msvcrt` for Windows: it must come first)
 import sys
 import types
 from typing import Any
+
+import psutil
 
 NOW, PEAK = 123 << 20, 456 << 20  # bytes that the counters tell
 MISSING = ("fcntl", "resource")
@@ -34,24 +35,16 @@ def locking(handle: int, mode: int, count: int) -> None:
         raise PermissionError(errno.EACCES, "Permission denied") from None
 
 
-class WinDLL:
-    """psapi.dll."""
-
-    def __init__(self, name: str) -> None:
-        assert name == "psapi"
-
-    def GetProcessMemoryInfo(self, process: Any, counters: Any, size: Any) -> int:
-        assert process.value == 2 ** (8 * struct.calcsize("P")) - 1
-        told = struct.pack("@II8N", 72, 0, PEAK, NOW, 0, 0, 0, 0, 0, 0)
-        assert size.value == len(told)
-        ctypes.memmove(counters, told, len(told))
-        return 1
+def memory_info(self: psutil.Process) -> Any:
+    """What psutil tells of a process on Windows."""
+    return types.SimpleNamespace(rss=NOW, peak_wset=PEAK)
 
 
 def main() -> None:
     sys.modules["msvcrt"] = types.ModuleType("msvcrt")
     vars(sys.modules["msvcrt"]).update(locking=locking, LK_NBLCK=2)
-    vars(ctypes)["WinDLL"] = WinDLL
+    vars(ctypes)["WinDLL"] = lambda name: None  # who finds msvcrt may ask for it
+    psutil.Process.memory_info = memory_info
     for name in ("fork", "killpg", "pread", "sched_getaffinity", "setsid"):
         delattr(os, name)
     real, found = builtins.open, builtins.__import__

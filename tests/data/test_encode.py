@@ -142,14 +142,6 @@ def test_the_answer_ends_with_one_end_of_turn(template, eos, answer, stops):
     assert stop_ids(tok) == tuple(sorted(tok.convert_tokens_to_ids(list(stops))))
 
 
-def test_an_answer_that_brings_its_own_end_has_it_once():
-    tok = tokenizer()
-    row = encode(Example(ASK.messages, "Four<|im_end|>"), tok, 1000)
-    assert halves(row, tok)[1] == "Four<|im_end|>"
-    plain = tokenizer(None)
-    assert halves(encode(Example(ASK.messages, "Four<|im_end|>"), plain, 1000), plain)[1] == "Four<|im_end|>"
-
-
 @pytest.mark.parametrize("template", [CHATML, None])
 def test_a_token_that_grows_over_the_seam_is_split(template):
     # "assistant\n" + "\nFour" holds the token "\n\n": the prompt's tokens must stay those of generate().
@@ -168,13 +160,6 @@ def test_a_template_that_rewrites_earlier_turns_keeps_the_prompt_of_generate():
     example = Example((("user", "Hi"),), " two\nlines ")
     row = encode(example, tok, 1000)
     assert halves(row, tok) == ("user: Hi<|end|>assistant: ", "two\nlines<|end|>")
-
-
-def test_a_template_that_swallows_the_answer_still_teaches_it():
-    tok = tokenizer(
-        "{% for m in messages if m.role == 'user' %}{{ m.content + '|' + messages[-1].role[0] }}{% endfor %}"
-    )
-    assert halves(encode(ASK, tok, 1000), tok) == ("What is 2+2?|u", "It is 4.<|im_end|>")
 
 
 def test_plain_layout_without_a_template():

@@ -6,20 +6,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import re
-import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -145,231 +137,40 @@ def without(field: str) -> dict:
     return {key: value for key, value in DOLLY.items() if key != field}
 
 
-BAD = {  # name: file name, bytes, line, what is said of it, what to do
-    "bad json": (
-        "a.jsonl",
-        GOOD + b'{"instruction": "q", }\n',
-        2,
-        "not JSON: .* column 2",
-        "one JSON object per line",
-    ),
-    "cut off": ("a.jsonl", GOOD * 2 + GOOD[:28], 3, "not JSON: Unterminated", "in full"),
-    "nested": ("a.jsonl", GOOD + b"[" * 100_000 + b"\n", 2, "not JSON: nested too deeply", "one JSON object"),
-    "huge integer": ("a.jsonl", GOOD + b"9" * 5000 + b"\n", 2, "not JSON: .*digits", "one JSON object"),
-    "not an object": ("a.jsonl", GOOD + b"[1]\n", 2, "is a list, not an object", r"\{\.\.\.\}"),
-    "a number": ("a.jsonl", GOOD + b"5\n", 2, "is the number 5, not an object", r"\{\.\.\.\}"),
-    "missing field": (
-        "a.jsonl",
-        GOOD + jsonl(without("response")),
-        2,
-        "field 'response' is missing",
-        "'response'",
-    ),
-    "missing question": (
-        "a.jsonl",
-        GOOD + jsonl(without("instruction")),
-        2,
-        "field 'instruction' is missing",
-        "add",
-    ),
-    "first row, no answer": (
-        "a.jsonl",
-        jsonl(without("response")),
-        1,
-        "field 'response' .* 'output' .*missing.*row has: instruction, context, category",
-        "--columns prompt=instruction,response=",
-    ),
-    "first row, no form": (
-        "a.jsonl",
-        jsonl({"q": 1, "a": 2}),
-        1,
-        r"the fields of no form .the row has: q, a",
-        "--columns prompt=COLUMN,response=COLUMN; all forms: docs/data.md",
-    ),
-    "wrong type": (
-        "a.jsonl",
-        jsonl({**DOLLY, "response": 5}),
-        1,
-        "field 'response' is the number 5, not text",
-        "text",
-    ),
-    "null": ("a.jsonl", jsonl({**DOLLY, "response": None}), 1, "field 'response' is null, not text", "text"),
-    "context type": (
-        "a.jsonl",
-        jsonl({**DOLLY, "context": ["x"]}),
-        1,
-        "field 'context' is a list, not text",
-        "text",
-    ),
-    "empty answer": (
-        "a.jsonl",
-        GOOD + jsonl({**DOLLY, "response": " \n"}),
-        2,
-        "field 'response' is empty",
-        "delete",
-    ),
-    "empty question": (
-        "a.jsonl",
-        jsonl({**DOLLY, "instruction": ""}),
-        1,
-        "field 'instruction' is empty",
-        "fill in",
-    ),
-    "half a character": (
-        "a.jsonl",
-        jsonl({**DOLLY, "response": "\ud83d!"}),
-        1,
-        r"'response' holds \\ud83d",
-        "again",
-    ),
-    "both answers": (
-        "a.jsonl",
-        jsonl({**DOLLY, "output": "x"}),
-        1,
-        "'response' .Dolly. and field 'output'",
-        "keep one",
-    ),
-    "foreign context": (
-        "a.jsonl",
-        jsonl({**without("context"), "input": "x"}),
-        1,
-        "field 'input' is of the Alpaca form",
-        "'context'",
-    ),
-    "mixed forms": (
-        "a.jsonl",
-        GOOD + jsonl(CHAT),
-        2,
-        "is in chat messages form, but .*a.jsonl:1 is in Dolly",
-        "one form",
-    ),
-    "no list": (
-        "a.jsonl",
-        jsonl(CHAT, {"messages": "hi"}),
-        2,
-        "field 'messages' is the text 'hi'",
-        r"\{role, content\}",
-    ),
-    "empty list": (
-        "a.jsonl",
-        jsonl({"conversations": []}),
-        1,
-        "field 'conversations' is an empty list",
-        r"\{from, value\}",
-    ),
-    "messages gone": ("a.jsonl", jsonl(CHAT, {"x": 1}), 2, "field 'messages' is missing", "list of"),
-    "turn type": (
-        "a.jsonl",
-        jsonl({"messages": ["hi"]}),
-        1,
-        r"field 'messages\[0\]' is the text 'hi'",
-        "each turn",
-    ),
-    "role unknown": (
-        "a.jsonl",
-        chat(("narrator", "x")),
-        2,
-        r"field 'messages\[0\].role' is the text 'narrator'",
-        "the roles are",
-    ),
-    "late system": (
-        "a.jsonl",
-        chat(("user", "x"), ("system", "y")),
-        2,
-        r"messages\[1\].role",
-        "first turn only",
-    ),
-    "no content": (
-        "a.jsonl",
-        jsonl({"messages": [{"role": "user"}]}),
-        1,
-        r"field 'messages\[0\].content' is missing",
-        "add",
-    ),
-    "parts": (
-        "a.jsonl",
-        chat(("user", [{"type": "text"}])),
-        2,
-        r"'messages\[0\].content.text' is missing",
-        "add",
-    ),
-    "last from user": (
-        "a.jsonl",
-        chat(("user", "x"), ("assistant", "y"), ("user", "z")),
-        2,
-        "last turn is from the user",
-        "end",
-    ),
-    "two answers": (
-        "a.jsonl",
-        chat(("user", "x"), ("assistant", "y"), ("assistant", "z")),
-        2,
-        "before the answer is from the assistant",
-        "user",
-    ),
-    "answer alone": (
-        "a.jsonl",
-        chat(("assistant", "y")),
-        2,
-        "turn before the answer is missing",
-        "user's turn",
-    ),
-    "not utf-8 line": (
-        "a.jsonl",
-        GOOD + '{"instruction": "é"}\n'.encode("latin1"),
-        2,
-        "not UTF-8 .byte 0xe9",
-        "iconv",
-    ),
-    "not utf-8 csv": (
-        "a.csv",
-        "instruction,response\nq,a\nq,é\n".encode("latin1"),
-        3,
-        "not UTF-8 .byte 0xe9",
-        "iconv",
-    ),
-    "json list item": ("a.json", b"[\n" + GOOD + b",\n\n{}]", 5, "field 'instruction' is missing", "add"),
-    "json list broken": ("a.json", b"[\n" + GOOD + b",\n{,}]", 4, "not JSON", "one JSON list"),
-    "json list cut off": ("a.json", b"[\n" + GOOD, 3, "list does not end", "one JSON list"),
-    "json list and more": ("a.json", b"[\n" + GOOD + b"] x", 3, "list does not end", "one JSON list"),
-    "json trailing comma": ("a.json", b"[\n" + GOOD + b",\n]", 4, "not JSON", "one JSON list"),
-    "json one object": (
-        "a.json",
-        b'{\n"data": [],\n"v": 1}',
-        1,
-        "one object, not a list of rows .it has: data, v",
-        "jq .data",
-    ),
-    "csv short row": (
-        "a.csv",
-        b'instruction,response\n"q\nr",a\nq\n',
-        4,
-        "has 1 values for the header's 2",
-        "columns",
-    ),
-    "csv long row": (
-        "a.csv",
-        b"instruction,response\nq,a,b\n",
-        2,
-        "has 3 values for the header's 2",
-        "columns",
-    ),
-    "csv quote": ("a.csv", b'instruction,response\nq,a\nq,"a\n', 3, "not CSV", "columns"),
-    "csv column twice": (
-        "a.csv",
-        b"instruction,response,response\nq,a,b\n",
-        1,
-        "column 'response' is there twice",
-        "rename",
-    ),
-    "csv empty": ("a.csv", b"instruction,response\nq,\n", 2, "field 'response' is empty", "fill in"),
-    "csv semicolons": (
-        "a.csv",
-        b"instruction;response\nq;a\nq;a;b\n",
-        3,
-        "has 3 values for the header's 2",
-        "values that hold semicolons",
-    ),
+# name: file, bytes, place in it, words that are said of it; the errors of rows stand in test_forms.py
+BAD: dict[str, tuple[str, bytes, str, str]] = {
+    "bad json": ("a.jsonl", GOOD + b'{"instruction": "q", }\n', "2", "not JSON"),
+    "cut off": ("a.jsonl", GOOD * 2 + GOOD[:28], "3", "not JSON"),
+    "nested": ("a.jsonl", GOOD + b"[" * 100_000 + b"\n", "2", "nested too deeply"),
+    "huge integer": ("a.jsonl", GOOD + b"9" * 5000 + b"\n", "2", "not JSON"),
+    "not an object": ("a.jsonl", GOOD + b"[1]\n", "2", "a list, not an object"),
+    "not utf-8 line": ("a.jsonl", GOOD + '{"instruction": "é"}\n'.encode("latin1"), "2", "not UTF-8"),
+    "utf-16": ("a.jsonl", f"\ufeff{GOOD.decode()}".encode("utf-16-le"), "1", "not UTF-8"),
+    "not utf-8 csv": ("a.csv", "instruction,response\nq,a\nq,é\n".encode("latin1"), "3", "not UTF-8"),
+    "list item": ("a.json", b"[\n" + GOOD + b",\n\n{}]", "row 2", "'instruction' is missing"),
+    "list broken": ("a.json", b"[\n" + GOOD + b",\n{,}]", "4", "not JSON"),
+    "list cut off": ("a.json", b"[\n" + GOOD, "3", "not JSON"),
+    "list and more": ("a.json", b"[\n" + GOOD + b"] x", "3", "not JSON"),
+    "one object": ("a.json", b'{\n"data": [],\n"v": 1}', "1", "it has: data, v"),
+    "short row": ("a.csv", b'instruction,response\n"q\nr",a\nq\n', "4", "has 1 values for the header's 2"),
+    "quote": ("a.csv", b'instruction,response\nq,a\nq,"a\n', "3", "not CSV"),
+    "column twice": ("a.csv", b"instruction,response,response\nq,a,b\n", "1", "is there twice"),
+    "semicolons": ("a.csv", b"instruction;response\nq;a\nq;a;b\n", "3", "hold semicolons"),
+    "missing field": ("a.jsonl", GOOD + jsonl(without("response")), "2", "'response' is missing"),
+    "wrong type": ("a.jsonl", jsonl({**DOLLY, "response": 5}), "1", "'response' is 5, not text"),
+    "empty": ("a.jsonl", GOOD + jsonl({**DOLLY, "response": " \n"}), "2", "'response' is empty"),
+    "half a character": ("a.jsonl", jsonl({**DOLLY, "response": "\ud83d!"}), "1", "half a character"),
+    "no form": ("a.jsonl", jsonl({"q": 1, "a": 2}), "1", "--columns prompt="),
+    "both answers": ("a.jsonl", jsonl({**DOLLY, "output": "x"}), "1", "keep one of them"),
+    "foreign context": ("a.jsonl", jsonl({**without("context"), "input": "x"}), "1", "of the Alpaca form"),
+    "mixed forms": ("a.jsonl", GOOD + jsonl(CHAT), "2", "is in chat messages form"),
+    "empty list": ("a.jsonl", jsonl({"conversations": []}), "1", "is an empty list"),
+    "turn type": ("a.jsonl", jsonl({"messages": ["hi"]}), "1", "'messages[0]' is \"hi\""),
+    "role unknown": ("a.jsonl", chat(("narrator", "x")), "2", "the roles are"),
+    "late system": ("a.jsonl", chat(("user", "x"), ("system", "y")), "2", "first turn only"),
+    "parts": ("a.jsonl", chat(("user", [{"type": "text"}])), "2", "'messages[0].content.text' is missing"),
+    "last from user": ("a.jsonl", chat(("user", "x"), ("assistant", "y"), ("user", "z")), "2", "last turn"),
+    "answer alone": ("a.jsonl", chat(("assistant", "y")), "2", "before the answer is missing"),
 }
 
 
@@ -382,25 +183,15 @@ def test_the_separator_of_a_table_is_that_of_its_header(tmp_path: Path, mark: st
     assert (row.messages[0][1], row.response) == (f"q{mark} r{other} s", f"a{other} b")
 
 
-def test_a_header_with_commas_is_separated_by_commas(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("instruction,response,a;b;c;d\nq;r,s,\n")
-    (row,) = read(str(path))
-    assert (row.messages[0][1], row.response) == ("q;r", "s")
-
-
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_row_is_named_with_file_line_field_and_fix(tmp_path, name):
-    file, raw, line, says, fix = BAD[name]
+def test_a_bad_row_is_named_with_its_file_and_line(tmp_path, name):
+    file, raw, place, says = BAD[name]
     path = tmp_path / file
     path.write_bytes(raw)
     with pytest.raises(DataError) as caught:
         read(str(path))
-    assert re.search(rf"{re.escape(str(path))}:{line}: .*({says})", caught.value.message), (
-        caught.value.message
-    )
-    assert re.search(fix, caught.value.hint or ""), caught.value.hint
-    assert caught.value.exit_code == 2
+    assert f"{path}:{place}: " in caught.value.message
+    assert says in f"{caught.value.message} {caught.value.hint}"
     assert len(caught.value.message) < 2000
 
 
@@ -416,25 +207,12 @@ def test_the_first_five_bad_rows_come_in_one_error(tmp_path):
     path.write_bytes(jsonl(DOLLY, *bad, DOLLY, *bad, *bad, *bad))
     with pytest.raises(DataError) as caught:
         read(str(path))
-    first, *lines = caught.value.message.splitlines()
-    assert first == f"the first 5 bad rows in {path}"
+    _, *lines = caught.value.message.splitlines()
     assert [line.strip().split(": ")[0] for line in lines] == [f"{path}:{i}" for i in (2, 3, 5, 6, 7)]
-    assert caught.value.hint == "fill in 'response', or delete these rows; write 'response' as text"
-    path.write_bytes(jsonl(DOLLY, bad[0]))
-    with pytest.raises(DataError, match=r"^1 bad row in "):
-        read(str(path))
 
 
 @pytest.mark.parametrize(
-    ("name", "raw"),
-    [
-        ("a.jsonl", b""),
-        ("a.jsonl", b"\n \n"),
-        ("a.json", b""),
-        ("a.json", b" [ ] "),
-        ("a.csv", b""),
-        ("a.csv", b"a,b\n"),
-    ],
+    ("name", "raw"), [("a.jsonl", b"\n \n"), ("a.json", b" [ ] "), ("a.csv", b"a,b\n"), ("a.json", b"")]
 )
 def test_a_file_without_rows(tmp_path, name, raw):
     (tmp_path / name).write_bytes(raw)
@@ -442,42 +220,24 @@ def test_a_file_without_rows(tmp_path, name, raw):
         read(str(tmp_path / name))
 
 
-def test_files_that_are_not_there_or_not_data(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "says", "hint"),
+    [
+        ("tain.jsonl", "no file", "train.jsonl"),
+        ("nowhere/a.jsonl", "no folder", "check the path"),
+        ("empty", "without a file of rows", "one file per client"),
+        ("notes.txt", "no reader for '.txt'", ".parquet"),
+        ("a" * 5000 + ".csv", "no file", "data files there"),
+        ("", "the splits of one data set", "train.jsonl"),
+    ],
+)
+def test_files_that_are_not_there_or_not_data(tmp_path, name, says, hint):
     (tmp_path / "train.jsonl").write_bytes(GOOD)
     (tmp_path / "notes.txt").write_text("hi")
     (tmp_path / "empty").mkdir()
-    cases = [
-        ("tain.jsonl", "no file", "did you mean .*train.jsonl"),
-        ("zzzzzz.csv", "no file", "data files there: train.jsonl"),
-        ("nowhere/a.jsonl", "no folder", "check the path"),
-        ("empty", "is a folder without a file of rows", "one file per client"),
-        ("notes.txt", "no reader for '.txt'", r"\.jsonl, \.json, \.csv, \.parquet"),
-        ("a" * 5000 + ".csv", "no file", "data files there"),
-        ("~nobody/a.csv", "no folder", "check the path"),
-    ]
-    for name, says, hint in cases:
-        with pytest.raises(DataError, match=says) as caught:
-            read(str(tmp_path / name))
-        assert re.search(hint, caught.value.hint or ""), (name, caught.value.hint)
-    with pytest.raises(DataError, match="has the splits of one data set") as caught:
-        read(str(tmp_path))
-    assert caught.value.hint == f"give one of them: {tmp_path / 'train.jsonl'}"
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"no file trian\.jsonl") as caught:
-        read("trian.jsonl")
-    assert caught.value.hint == "did you mean train.jsonl?"
-
-
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    def refuse(self, *args):
-        raise PermissionError(13, "Permission denied", str(self))
-
-    monkeypatch.setattr(Path, "open", refuse)
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    for name, call in (("a.jsonl", read), ("a.csv", read), ("a.json", read), ("a.txt", read_text)):
-        (tmp_path / name).touch()
-        with pytest.raises(DataError, match=rf"cannot read .*{name}: Permission denied"):
-            call(str(tmp_path / name))
+    with pytest.raises(DataError, match=says) as caught:
+        read(str(tmp_path / name))
+    assert hint in (caught.value.hint or "")
 
 
 def test_parquet_needs_pyarrow_and_parquet(tmp_path, monkeypatch):
@@ -491,7 +251,7 @@ def test_parquet_needs_pyarrow_and_parquet(tmp_path, monkeypatch):
     assert caught.value.hint == pip_install("parquet")
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.fixed_dictionaries(
@@ -507,7 +267,7 @@ def test_any_text_survives_jsonl_json_and_parquet(tmp_path, rows):
         assert read(write(tmp_path / f"a{suffix}", rows)) == expected
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=st.binary(max_size=60), at=st.integers(0, len(GOOD)), suffix=st.sampled_from(SUFFIXES[:4]))
 def test_no_bytes_raise_anything_but_a_data_error(tmp_path, raw, at, suffix):
     path = tmp_path / f"a{suffix}"
@@ -516,198 +276,22 @@ def test_no_bytes_raise_anything_but_a_data_error(tmp_path, raw, at, suffix):
         assert read(str(path))
 
 
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a b.txt"])
-def test_a_file_in_utf16_is_told_once_with_what_turns_it_into_utf8(tmp_path, monkeypatch, name, encoding):
-    monkeypatch.chdir(tmp_path)
-    text = "instruction,response\nq,é\n" if name == "a.csv" else GOOD.decode() * 6
-    Path(name).write_bytes(f"\ufeff{text}".encode(encoding))
-    with pytest.raises(DataError) as caught:
-        (read_text if name.endswith(".txt") else read)(name)
-    kind = encoding[:6]
-    assert caught.value.message == f"{name} is written in {kind.upper()}, not UTF-8"
-    words = shlex.split((caught.value.hint or "").partition(": ")[2])
-    new = name.replace(".", "-utf8.")
-    assert words == ["iconv", "-f", kind, "-t", "utf-8", name, ">", new]
-    if shutil.which("iconv") is not None:
-        subprocess.run(shlex.join(words[:6]) + " > " + shlex.quote(new), shell=True, check=True)
-        assert Path(new).read_text(encoding="utf-8-sig") == text
-        assert read_text(new) if new.endswith(".txt") else read(new)
-
-
 def test_plain_text(tmp_path):
     path = tmp_path / "wiki.txt"
     path.write_text("= A =\n\nOne.\n", encoding="utf-8")
     assert read_text(path) == ["= A =\n\nOne.\n"]
-    assert read_text(
-        write(tmp_path / "a.jsonl", [{"text": "x"}, {"text": " "}, {"text": None}, {"text": "y"}])
-    ) == ["x", "y"]
+    rows = [{"text": "x"}, {"text": " "}, {"text": None}, {"text": "y"}]
+    assert read_text(write(tmp_path / "a.jsonl", rows)) == ["x", "y"]
     path.write_bytes(b"one\ntwo \xff\n")
-    with pytest.raises(DataError, match=r"wiki\.txt:2: not UTF-8 \(byte 0xff\)"):
+    with pytest.raises(DataError, match=r"wiki\.txt:2: not UTF-8"):
         read_text(path)
-    for raw, says in (
-        (b" \n", "has no rows"),
-        (jsonl({"text": 5}), "field 'text' is the number 5, not text"),
-    ):
+    for raw in (b" \n", jsonl({"text": 5}), GOOD):
         (tmp_path / "b.jsonl").write_bytes(raw)
-        with pytest.raises(DataError, match=says):
+        with pytest.raises(DataError):
             read_text(tmp_path / "b.jsonl")
-    (tmp_path / "b.jsonl").write_bytes(GOOD)
-    with pytest.raises(DataError, match=r"b\.jsonl:1: field 'text' is missing"):
-        read_text(tmp_path / "b.jsonl")
-    with pytest.raises(DataError, match="no file") as caught:
-        read_text(tmp_path / "wikki.txt")
-    assert "wiki.txt" in (caught.value.hint or "")
 
 
 # The hub, without a network: its three calls are replaced.
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub whose data sets are folders under tmp_path/hub, and an empty cache."""
-    root = tmp_path / "hub"
-    state = SimpleNamespace(root=root, asked=[], failure=None)
-
-    def dataset_info(self, repo, *, timeout):
-        state.asked.append(repo)
-        assert timeout <= 30
-        if state.failure is not None:
-            raise state.failure
-        files = sorted(p for p in (root / repo).rglob("*") if p.is_file())
-        return SimpleNamespace(
-            siblings=[SimpleNamespace(rfilename=str(p.relative_to(root / repo))) for p in files]
-        )
-
-    def hf_hub_download(repo, name, *, repo_type):
-        assert repo_type == "dataset"
-        return str(root / repo / name)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.chdir(tmp_path)
-    return state
-
-
-def put(folder: Path, *names: str) -> None:
-    for number, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write(folder / name, [{**DOLLY, "file": f"{number}"}])
-
-
-@pytest.mark.parametrize(
-    ("names", "source", "expected"),
-    [
-        (["README.json", "set-15k.jsonl"], "o/s:set-15k.jsonl", ["1"]),
-        (["dataset_info.json", ".meta.json", "set-15k.jsonl"], "o/s", ["2"]),
-        (["data/test-00000-of-00001.parquet", "data/train-00000-of-00001-a09b.parquet"], "o/s", ["1"]),
-        (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], "o/s", ["0", "1"]),
-        (["train.csv", "train.jsonl", "test.jsonl"], "o/s", ["1"]),
-        (["validation.jsonl", "data.jsonl", "dev.csv"], "o/s", ["1"]),
-        (["train/a.jsonl", "train/test.jsonl"], "s", ["0"]),
-        (["constrain.jsonl"], "o/s", ["0"]),
-        (
-            ["train_a-00000-of-00002.parquet", "train_b.parquet", "train_a-00001-of-00002.parquet"],
-            "o/s:train_a.parquet",
-            ["0", "2"],
-        ),
-    ],
-)
-def test_the_training_files_of_a_hub_set(hub, names, source, expected):
-    put(hub.root / source.split(":")[0], *names)
-    assert [example.meta["file"] for example in read(source)] == expected
-
-
-@pytest.mark.parametrize(
-    ("names", "source", "says", "hint"),
-    [
-        (
-            ["a.jsonl", "b.jsonl"],
-            "o/s",
-            "several training files",
-            r"o/s:FILE; data files: a\.jsonl, b\.jsonl",
-        ),
-        (["test.jsonl"], "o/s", "no training file", r"data files: test\.jsonl"),
-        (["dataset_infos.json"], "o/s", "no training file", "none that can be read"),
-        (["train.jsonl"], "o/s:trian.jsonl", "has no file 'trian.jsonl'", r"train\.jsonl"),
-        (["train-00000-of-00002.parquet"], "o/s", "1 of the 2 parts", "fetch it again"),
-    ],
-)
-def test_hub_sets_without_clear_training_files(hub, names, source, says, hint):
-    put(hub.root / "o/s", *names)
-    with pytest.raises(DataError, match=says) as caught:
-        read(source)
-    assert re.search(hint, caught.value.hint or ""), caught.value.hint
-
-
-def test_bad_rows_of_a_hub_set_are_named(hub):
-    (hub.root / "o/s").mkdir(parents=True)
-    (hub.root / "o/s/train.jsonl").write_bytes(GOOD + b"{}\n")
-    with pytest.raises(DataError, match=r"o/s:train\.jsonl:2: field 'instruction' is missing"):
-        read("o/s")
-
-
-def cache(tmp_path: Path, *names: str) -> None:
-    folder = tmp_path / "cache/datasets--o--s"
-    put(folder / "snapshots/abc", *names)
-    (folder / "refs").mkdir()
-    (folder / "refs/main").write_text("abc")
-
-
-def test_offline_uses_the_cache_alone(hub, tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="working offline") as caught:
-        read("o/s", offline=True)
-    assert "demo" in (caught.value.hint or "")
-    cache(tmp_path, "train.jsonl")
-    assert len(read("o/s", offline=True)) == 1
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert len(read("o/s")) == 1
-    assert hub.asked == []
-
-
-def test_an_unreachable_hub_is_one_clear_error_or_the_cache(hub, tmp_path, caplog):
-    hub.failure = ConnectionError("Name or service not known\nand forty more lines")
-    with pytest.raises(DataError, match="cannot be asked for it: Name or service not known") as caught:
-        read("o/s")
-    assert "forty" not in caught.value.message
-    assert "file's path" in (caught.value.hint or "")
-    cache(tmp_path, "train.jsonl")
-    assert len(read("o/s")) == 1
-    assert "data set o/s comes from the cache: Name or service not known" in caplog.text
-
-
-def test_a_name_that_is_close_to_a_file_is_asked_about(hub):
-    hub.failure = ConnectionError("no network")
-    (hub.root.parent / "mine.jsonl").write_bytes(GOOD)
-    for source, hint in (("mine", "did you mean mine.jsonl?"), ("dmeo", "did you mean demo?")):
-        with pytest.raises(DataError, match="is no file here") as caught:
-            read(source)
-        assert caught.value.hint == hint
-
-
-@pytest.mark.parametrize(
-    ("kind", "says", "hint"),
-    [
-        (RepositoryNotFoundError, "no data set on the hub", "hf auth login"),
-        (GatedRepoError, "gated", "hf auth login"),
-    ],
-)
-def test_sets_that_the_hub_refuses(hub, kind, says, hint):
-    hub.failure = kind.__new__(kind)  # their constructors want the response of one HTTP library or another
-    with pytest.raises(DataError, match=says) as caught:
-        read("o/s")
-    assert hint in (caught.value.hint or "")
-
-
-def test_the_demo_set_is_found_without_the_hub(hub):
-    demo = Path(sys.modules["fleetune.data.examples"].__file__).with_name("demo.jsonl")
-    if not demo.exists():
-        pytest.skip("not written yet")
-    examples = read("demo")
-    assert all({"category", "client"} <= set(example.meta) for example in examples)
-    assert hub.asked == []
 
 
 @pytest.mark.parametrize(

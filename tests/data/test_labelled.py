@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -71,17 +70,6 @@ def test_other_forms_are_told_by_their_fields(tmp_path: Path, texts: tuple[str, 
     assert all(text in prompt for text in example.texts)
 
 
-def test_numbers_are_words_only_where_the_form_says_which(tmp_path: Path) -> None:
-    rows = [{"text": "a", "label": True}, {"text": "b", "label": 0}, {"text": "c", "label": " sport "}]
-    assert [e.response for e in read(write(tmp_path / "a.jsonl", rows))] == ["true", "0", "sport"]
-
-
-def test_a_label_beside_an_instruction_is_only_a_field(tmp_path: Path) -> None:
-    row = {"instruction": "q", "response": "a", "text": "t", "label": 1}
-    (example,) = read(write(tmp_path / "a.jsonl", [row]))
-    assert (example.response, example.texts, example.meta["label"]) == ("a", (), "1")
-
-
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -99,12 +87,6 @@ def test_a_label_beside_an_instruction_is_only_a_field(tmp_path: Path) -> None:
 def test_a_bad_row_is_named_with_its_line_and_field(tmp_path: Path, row: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         read(write(tmp_path / "a.jsonl", [QNLI, row]))
-
-
-def test_texts_without_a_label_are_told_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the row has: question, sentence") as failed:
-        read(write(tmp_path / "a.jsonl", [{"question": "q", "sentence": "s"}]))
-    assert "give each row a label, in the field 'label'" in str(failed.value.hint)
 
 
 # ---------------------------------------------------------------- what an encoder reads
@@ -177,13 +159,3 @@ def test_batches_pad_texts_and_segments_and_hold_one_target_a_row() -> None:
 def test_an_answer_that_is_no_label_word_is_refused() -> None:
     with pytest.raises(DataError, match="the answer 'perhaps' is none of the label words no, yes"):
         encode_rows(models.tiny_bert(), [example("a", answer="perhaps")], 64)
-
-
-def test_a_causal_model_reads_the_question_about_the_texts() -> None:
-    model = models.tiny_llama()
-    row = Example((("user", "Is it so?"),), "no", {}, ("a", "b"))
-    (encoded,), _ = encode_rows(model, [row], 64)
-    assert "Is it so?" in model.tokenizer.decode(encoded.ids[: encoded.n_prompt])
-    assert model.tokenizer.decode(encoded.ids[encoded.n_prompt :]).startswith("no")
-    assert encoded.target is None
-    assert encoded.ids.dtype == np.int32

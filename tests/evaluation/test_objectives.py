@@ -15,7 +15,7 @@ from fleetune.data.examples import Example
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import generate, label_accuracy, rouge_l, token_f1
-from fleetune.evaluation.objectives import BUILT_IN, get, loss_tensor, negative_score, split
+from fleetune.evaluation.objectives import BUILT_IN, get, loss_tensor, split
 from fleetune.models import Model, tiny_llama
 
 
@@ -113,33 +113,6 @@ def test_scores_of_greedy_answers(name: str, score: objectives.Score) -> None:
     expected = score(answers, [example.response for example in examples]) / 100
     assert 0.3 < expected < 0.9
     assert get(name)(model, _batch(model, examples)) == pytest.approx(-expected)
-
-
-@pytest.mark.parametrize("name", ["rouge_l", "f1"])
-def test_prompts_are_answered_as_in_evaluation(
-    tiny: Model, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    examples = _examples("yes", "no, never", "maybe")
-    seen: list[list[str]] = []
-
-    def score(answers: list[str], references: list[str]) -> float:
-        seen.append(answers)
-        assert references == [example.response for example in examples]
-        return 25.0
-
-    assert negative_score(tiny, _batch(tiny, examples), score, 7) == -0.25
-    assert seen == [generate(tiny, examples, max_new_tokens=7)]
-    lengths: list[int] = []
-    monkeypatch.setattr(
-        objectives,
-        "generate_from_ids",
-        lambda model, prompts, max_new_tokens, batch_size: lengths.append(max_new_tokens) or [""] * 3,
-    )
-    batch = _batch(tiny, examples)
-    get(name)(tiny, batch)
-    get(f"{name}:50")(tiny, batch)
-    get(name)(tiny, _batch(tiny, _examples("a" * 99, "b", "c")))
-    assert lengths == [2 * len("no, never_"), 50, 128]
 
 
 def test_values_repeat_and_the_model_is_left_as_it_was() -> None:

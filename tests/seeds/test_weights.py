@@ -31,7 +31,7 @@ from fleetune.models import DTYPES, digest, named_tensors, tiny_llama
 from fleetune.seeds import noise, weights
 from fleetune.seeds.descent import two_point
 from fleetune.seeds.noise import passes, probe
-from fleetune.seeds.weights import MovedWeights, difference, kernels, layout
+from fleetune.seeds.weights import MovedWeights, kernels, layout
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 GOLDEN = "eda21ad7ba134ea1da5645fee7af938bbcbe1551ef97d9036579fb8e801e1052"
@@ -190,15 +190,6 @@ def test_sums_that_could_pass_2_to_24_are_not_folded() -> None:
     view.place(big)
     assert not view.folded.sums
     assert digest(view.tensors()) == plain
-
-
-def test_difference_leads_from_one_point_to_the_other() -> None:
-    a, b = point("hashed", 4, 9, 0), point("hashed", 4, 9, 1)
-    left = difference(b, a)
-    for id in np.union1d(a.ids, b.ids):
-        rows = [p.tables[p.ids == id].sum(axis=0) for p in (a, b, left)]
-        assert np.array_equal(rows[0] + rows[2], rows[1])
-    assert len(difference(a, a).ids) == 0
 
 
 # --- the choice of kernels --------------------------------------------------------------------------------------

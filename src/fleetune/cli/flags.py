@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fleetune import recipes as named
 from fleetune.common import settings
 from fleetune.common.shell import quoted
-from fleetune.errors import RecipeError, UsageError
+from fleetune.errors import UsageError
 from fleetune.fleet import PORT
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
@@ -25,16 +25,11 @@ if TYPE_CHECKING:
 PREFIX = "recipe_"
 
 
-def add_set(sub: argparse.ArgumentParser) -> None:
-    """Add `--set NAME=VALUE`."""
+def add(sub: argparse.ArgumentParser) -> None:
+    """Add `--set`, and a flag for every other field of a recipe."""
     sub.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
     )
-
-
-def add(sub: argparse.ArgumentParser) -> None:
-    """Add `--set`, and a flag for every other field of a recipe."""
-    add_set(sub)
     add_some(sub, [name for name in recipes.fields() if name != "set"])
 
 
@@ -72,67 +67,28 @@ def given(args: argparse.Namespace) -> dict[str, str]:
 
 def keys(args: argparse.Namespace, file: str | None) -> dict[str, Any]:
     """The keys of a recipe (a file or `recipe:NAME`), overridden by the flags; RecipeError for a setting without a value."""
-    values = _read(named.find(file)) if file else {}
+    path = named.find(file) if file else None
+    values = recipes.read(path) if path else {}
+    if path and (path.parent / rundir.ENVIRONMENT).is_file():  # a run's own, of the folder it was started in
+        from fleetune.tuning.result import foundations
+
+        values = foundations.found_again(values, path.parent)
     values |= given(args)
     return {**values, "set": {**values.get("set", {}), **settings.pairs(args.set)}}
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """Read a recipe; the files that a run's own recipe names are looked for in the folder that the run was started in."""
-    values = recipes.read(file)
-    if not (file.parent / rundir.ENVIRONMENT).is_file():
-        return values
-    from fleetune.tuning.result import foundations
-
-    return foundations.found_again(values, file.parent)
+def options(args: argparse.Namespace, names: str) -> dict[str, Any]:
+    """Return the values of these arguments by name, and of those that every command has: `out` and `offline`."""
+    return {name: getattr(args, name) for name in (*names.split(), "out", "offline")}
 
 
-def check(recipe: recipes.Recipe, out: str) -> None:
-    """UsageError for what can be seen to be wrong before torch is loaded, which takes seconds: names, files, rules."""
-    from fleetune.data.partition import check_partition_spec
-    from fleetune.tuning.exchange import aggregation
-
-    recipes.check_order(recipe.model, recipe.data)
-    check_model(recipe.model, out, recipes.trained(recipe))
-    for rows in filter(None, (recipe.data, recipe.eval_data)):
-        check_data(rows)
-    problems: list[str] = []
-    hint = ""
-    try:
-        check_partition_spec(recipe.partition)
-    except RecipeError as error:
-        problems, hint = list(error.problems), error.hint or ""
-    try:
-        aggregation.parse(recipe.aggregation)
-    except ValueError as error:
-        problems.append(str(error))
-    if problems:
-        raise RecipeError(problems, hint=hint or "all options: fleetune tune --help")
-
-
-def check_model(model: str, out: str, train: str = "weights") -> None:
-    """UsageError for what is no plain model, before torch is loaded: a run, an adapter, a path to nothing or to a part.
-
-    A compressed model passes where `train` is scales.
-    """
-    from fleetune.api import tuning
-    from fleetune.models.cache import cache, names
-    from fleetune.models.gguf import header
-
-    tuning.check_plain(model, Path(out), train)
-    if tuning.compressed_of(model, train, Path(out)) is None:
-        names.check(model)
-        if model not in cache.ORIGINS and (file := Path(model).expanduser()).is_file():
-            header.check_whole(file)
-
-
-def check_data(data: str) -> None:
-    """DataError for a file that is not there, before torch is loaded; names of the hub and folders are looked at later."""
-    from fleetune.data import readers
-
-    path = Path(data).expanduser()
-    if path.suffix.lower() in readers.READERS and ":" not in data and not path.exists():
-        raise readers.no_file(data)
+def new_path(text: str | None, command: str) -> Path:
+    """Return what `--to` names; UsageError where `command` was given none, or something is there."""
+    if not text:
+        raise UsageError(f"{command} needs --to PATH, what to write")
+    if (path := Path(text)).exists():
+        raise UsageError(f"{path} exists already", hint="choose another --to: nothing is overwritten")
+    return path
 
 
 def check_resume(args: argparse.Namespace, path: Path, command: str, allowed: Collection[str] = ()) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 
-from fleetune.cli.console import CountBar, Ui
+from fleetune.cli.console import Bar, Ui
 from fleetune.common.events import Event
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -59,7 +59,7 @@ class ConsoleListener:
         self.ui, self.stack, self.bars = ui, stack, stack.enter_context(ExitStack())
         self.interrupt: InterruptHandler | None = None
         self.what = ""
-        self.bar: CountBar | None = None  # until something is counted
+        self.bar: Bar | None = None  # until something is counted
         self.last: Event | None = None
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -85,7 +85,7 @@ class ConsoleListener:
         if self.bar is None or what != self.what:
             self.bars.close()
             self.what = what
-            self.bar = self.bars.enter_context(self.ui.count(what, 0))
+            self.bar = self.bars.enter_context(self.ui.bar(what))
         self.bar.update(done, total, text)
 
     @property

@@ -18,11 +18,7 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 from fleetune.cli.console import Ui
@@ -135,9 +131,6 @@ def _by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
 
 log = logging.getLogger(__name__)
 
-SLOW: Final = ("torch", "transformers")  # the packages that take seconds to import
-LOADING: Final = "loading torch and transformers .."
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code (0 ok, 1 failed, 2 usage, 3 does not fit, 4 fleet, 130 stopped)."""
@@ -155,8 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ui = Ui(quiet=args.quiet, json=args.json)
         _set_environment(args)
         chosen_kernels()  # a wrong choice is refused before any work
-        with announcing(ui):
-            _run(args, ui)
+        _run(args, ui)
     except FleetuneError as error:
         ui.error(error)
         return error.exit_code
@@ -183,40 +175,6 @@ def _run(args: argparse.Namespace, ui: Ui) -> None:
             f"the command was not finished: {fault(error)}",
             hint="a function, module or plug-in that it uses called sys.exit(); -v shows where",
         ) from error
-
-
-class _Watch(MetaPathFinder):
-    """Call `say` once, when one of SLOW is looked for; find nothing itself."""
-
-    def __init__(self, say: Callable[[], None]) -> None:
-        self.say = say
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name in SLOW:
-            self.end()
-            self.say()
-        return None
-
-    def end(self) -> None:
-        """End the watch; nothing happens where it has ended."""
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-
-
-@contextmanager
-def announcing(ui: Ui) -> Iterator[None]:
-    """Say on a terminal that torch is loading, which takes seconds, at the first such import of the block."""
-    if not ui.on_terminal or any(name in sys.modules for name in SLOW):
-        yield
-        return
-    watch = _Watch(lambda: ui.note(LOADING))
-    sys.meta_path.insert(0, watch)
-    try:
-        yield
-    finally:
-        watch.end()
 
 
 class _Formatter(logging.Formatter):

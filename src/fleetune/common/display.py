@@ -94,7 +94,6 @@ def are(count: int, word: str) -> str:
 
 
 def _digits(value: float) -> int:
-    """Return the decimals that give about three digits."""
     if abs(value) >= 99.95:
         return 0
     return 1 if abs(value) >= 9.995 else 2
@@ -165,8 +164,7 @@ def change(name: str, base: float | None, tuned: float | None, error: float | No
     """
     if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)):
         return ""
-    if math.isclose(base, tuned, rel_tol=SAME):
-        error = None
+    error = None if math.isclose(base, tuned, rel_tol=SAME) else error
     scale, digits, unit = 1.0, metric(name).digits, ""
     if metric(name).relative and base >= 0:
         if base == 0:

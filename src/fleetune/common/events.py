@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, dataclass_transform
 
 from fleetune.common import paired
 from fleetune.common.paired import RowLosses
@@ -26,13 +26,17 @@ VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 class Event:
-    """Base class of all events."""
+    """Base class of all events, which are frozen dataclasses: `class RunRemoved(Event, event="removed")`."""
 
-    event: ClassVar[str] = ""
+    event: ClassVar[str] = ""  # its name; "" for a class that others are derived from
+
+    def __init_subclass__(cls, event: str = "") -> None:
+        cls.event = event
+        dataclass(frozen=True, kw_only=True)(cls)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Measures(Event):
     """Measures of quality; those that were not asked for are None."""
 
@@ -50,7 +54,6 @@ class Measures(Event):
         return {n: v for n in names if (v := getattr(self, n)) is not None}
 
 
-@dataclass(frozen=True, kw_only=True)
 class Compared(Measures):
     """Measures of quality, and how far a model is from a reference model; None without one."""
 
@@ -67,7 +70,6 @@ class Compared(Measures):
         return super().values | {name: value for name, value in own.items() if value is not None}
 
 
-@dataclass(frozen=True, kw_only=True)
 class Recorded(Event):
     """An event of a tuning run, which its `metrics.jsonl` holds as well."""
 
@@ -98,11 +100,9 @@ def _plain(value: Any) -> Any:
 # Tuning, sweeps, runs and fleets
 
 
-@dataclass(frozen=True, kw_only=True)
-class TuneChecked(Event):
+class TuneChecked(Event, event="checked"):
     """`tune --dry-run`: the recipe, data and model can be used."""
 
-    event: ClassVar[str] = "checked"
     clients: int  # number of clients in the fleet
     rows: int  # training rows of all clients
     held_out: int  # number of held-out rows
@@ -133,11 +133,9 @@ class RowShown:
     trained: str  # the part that does
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataChecked(Event):
+class DataChecked(Event, event="data"):
     """`data check`: what rows there are, how long they are, who holds them, and which repeat others."""
 
-    event: ClassVar[str] = "data"
     data: str  # as it was given
     rows: int  # number of rows
     training: int  # rows that clients train on
@@ -158,11 +156,9 @@ class DataChecked(Event):
     remarks: Sequence[str]  # what to know about the rows, in words
 
 
-@dataclass(frozen=True, kw_only=True)
-class TuneStart(Recorded):
+class TuneStart(Recorded, event="start"):
     """A run begins: its model, its clients, their rows."""
 
-    event: ClassVar[str] = "start"
     method: str  # tuning method
     model: str  # base model, as the recipe names it
     digest: str  # SHA-256 of the base model's weights
@@ -180,11 +176,9 @@ class TuneStart(Recorded):
     held_out_digest: str | None = None  # SHA-256 of the encoded held-out rows: where equal, losses compare
 
 
-@dataclass(frozen=True, kw_only=True)
-class RateFound(Recorded):
+class RateFound(Recorded, event="rate"):
     """A learning rate that was found before round 1."""
 
-    event: ClassVar[str] = "rate"
     setting: str  # its name among the method's settings
     rate: float  # the learning rate
     way: str  # slopes (along random directions) or trial (of several rates)
@@ -196,15 +190,13 @@ class RateFound(Recorded):
     curvatures: Sequence[float] | None = None  # along each random direction
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClientReply(Recorded):
+class ClientReply(Recorded, event="client"):
     """Outcome of one client in a round, when its reply has come.
 
     A reply that is refused after all have come (for going much further than the others, or because the method fails on
     it) has a second line, with status refused; the last line of a client counts.
     """
 
-    event: ClassVar[str] = "client"
     round: int  # from 1
     client: int  # from 0
     n: Value | bytes | None  # training rows, as the client states; null without a good reply
@@ -219,11 +211,9 @@ class ClientReply(Recorded):
     tokens: int | None = None  # tokens of the rows in these steps, prompts included; of simulated clients
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoundDone(Recorded):
+class RoundDone(Recorded, event="round"):
     """A round has been aggregated."""
 
-    event: ClassVar[str] = "round"
     round: int  # from 1
     clients: int  # number of clients that were asked
     accepted: int  # number of replies that count
@@ -235,21 +225,17 @@ class RoundDone(Recorded):
     report: Mapping[str, float] | None = None  # the method's own figures, by name
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoundEvaluated(Recorded, Measures):
+class RoundEvaluated(Recorded, Measures, event="eval"):
     """The model after a round (0: the base), on the held-out rows."""
 
-    event: ClassVar[str] = "eval"
     round: int  # 0 for the base model, with nothing attached to it
     objective: float | None = None  # mean of what the run minimises, where that is not the loss
     change_error: float | None = None  # standard error of the loss's change from the base's, taken row by row
 
 
-@dataclass(frozen=True, kw_only=True)
-class Diverging(Recorded):
+class Diverging(Recorded, event="diverging"):
     """A run seems to diverge: said once, as soon as it shows."""
 
-    event: ClassVar[str] = "diverging"
     round: int  # in which it showed
     text: str  # what was seen, and what to change
 
@@ -260,11 +246,9 @@ def round_evaluated(round: int, measures: Mapping[str, float]) -> RoundEvaluated
     return RoundEvaluated(round=round, **values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TuneDone(Event):
+class TuneDone(Event, event="done"):
     """A run is finished."""
 
-    event: ClassVar[str] = "done"
     base: Mapping[str, float | None]  # measures of the base model with nothing attached to it, by name
     tuned: Mapping[str, float | None]  # measures of the tuned model, by name
     rows: int  # held-out rows behind the measures
@@ -296,32 +280,26 @@ class TuneDone(Event):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepPlanned(Event):
+class SweepPlanned(Event, event="planned"):
     """`sweep --dry-run`: a run of the grid."""
 
-    event: ClassVar[str] = "planned"
     name: str  # folder of the run
     values: Sequence[Value]  # what varies, in the order of the axes
     seed: int  # of the run
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepStart(Event):
+class SweepStart(Event, event="sweep"):
     """A sweep begins."""
 
-    event: ClassVar[str] = "sweep"
     path: str  # folder of the sweep
     runs: int  # number of runs
     seeds: int  # number of seeds of each combination
     axes: Mapping[str, Sequence[Value]]  # what varies: its values, by name
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepRun(Event):
+class SweepRun(Event, event="run"):
     """A run of a sweep is over."""
 
-    event: ClassVar[str] = "run"
     run: str  # path of the run's folder
     values: Sequence[Value]  # what varies, in the order of the axes
     seed: int  # of the run
@@ -331,22 +309,18 @@ class SweepRun(Event):
     tuned: Mapping[str, float | None]  # measures of the tuned model, by name
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepDone(Event):
+class SweepDone(Event, event="done"):
     """A sweep is over, with its table."""
 
-    event: ClassVar[str] = "done"
     path: str  # folder of the sweep
     page: str  # path of sweep.html
     table: str  # path of sweep.csv, a row a run
     cells: Sequence[Mapping[str, Any]]  # a combination: values, runs, base, tuned, bytes, seconds
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunListed(Event):
+class RunListed(Event, event="run"):
     """`runs`: a tuned run in a few numbers; null where its folder does not say."""
 
-    event: ClassVar[str] = "run"
     name: str  # of the folder
     path: str  # of the folder
     method: str | None  # tuning method
@@ -383,11 +357,9 @@ class DeviceShown:
     lost: int = 0  # its replies that did not count, of all rounds
 
 
-@dataclass(frozen=True, kw_only=True)
-class FleetShown(Event):
+class FleetShown(Event, event="fleet"):
     """`fleet status`: a real fleet's run; totals are of its finished rounds."""
 
-    event: ClassVar[str] = "fleet"
     run: str  # path of the run's folder
     status: str  # running, done, interrupted, failed (and why) or unknown
     served: bool  # whether a server has the run now
@@ -408,19 +380,15 @@ class FleetShown(Event):
     devices: Sequence[DeviceShown]  # by client
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepListed(Event):
+class SweepListed(Event, event="sweep"):
     """`runs`: the folder of a sweep."""
 
-    event: ClassVar[str] = "sweep"
     path: str  # of the folder
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompressionListed(Event):
+class CompressionListed(Event, event="compressed"):
     """`runs`: a compression."""
 
-    event: ClassVar[str] = "compressed"
     name: str  # of the folder
     of: str  # name of the model or run that is compressed
     method: str | None  # compression method
@@ -431,19 +399,15 @@ class CompressionListed(Event):
     result: Mapping[str, Any] | None = None  # what `CompressDone` has, without `folder`
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunRemoved(Event):
+class RunRemoved(Event, event="removed"):
     """`runs rm`: a folder is removed."""
 
-    event: ClassVar[str] = "removed"
     run: str  # path of the folder
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeviceEvaluated(Event):
+class DeviceEvaluated(Event, event="device"):
     """`fleet eval`: a device has measured base and tuned model on its own held-out rows."""
 
-    event: ClassVar[str] = "device"
     client: int  # from 0
     name: str  # of the device: its key's file, or the begin of its key's hash
     rows: int  # held-out rows that it measured; 0 for none
@@ -455,11 +419,9 @@ class DeviceEvaluated(Event):
     reason: str  # of any status but ok; else ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FleetEvaluated(Event):
+class FleetEvaluated(Event, event="evaluated"):
     """`fleet eval`: the means over the devices, by tokens and plain, with standard errors, and the medians."""
 
-    event: ClassVar[str] = "evaluated"
     model: str  # as a command takes it
     devices: int  # number of devices that have measured
     asked: int  # number of devices that were asked
@@ -486,14 +448,12 @@ class FleetEvaluated(Event):
 # Compression, export and measurement
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompressChecked(Event):
+class CompressChecked(Event, event="fits"):
     """`compress --dry-run`: the request is valid.
 
     The text fields say which calibration text, clients, memory, teacher and rows would be used.
     """
 
-    event: ClassVar[str] = "fits"
     parameters: int  # number of weights of the model
     text: str | None = None  # calibration text: source, windows, tokens
     clients: str | None = None  # number of clients that would calibrate
@@ -503,11 +463,9 @@ class CompressChecked(Event):
     rows: str | None = None  # training rows: source, number, longest
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompressStart(Event):
+class CompressStart(Event, event="start"):
     """A compression begins: the request, and the measures before it."""
 
-    event: ClassVar[str] = "start"
     model: str  # name of the model, or path of the run's folder
     run: bool  # whether `model` is a run
     method: str  # compression method
@@ -540,42 +498,34 @@ class MatrixSolved:
     notes: Sequence[str] = ()  # what the solver had to do differently
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockSolved(Event):
+class BlockSolved(Event, event="block"):
     """A decoder block is compressed and written to disk; with a size the embedding and the head are the last one."""
 
-    event: ClassVar[str] = "block"
     block: int  # from 0
     blocks: int  # number of blocks in the model, and one more with a size
     seconds: float  # of this block
     matrices: Sequence[MatrixSolved]  # its linear layers: name, relative error of the outputs, notes
 
 
-@dataclass(frozen=True, kw_only=True)
-class BudgetMeasured(Event):
+class BudgetMeasured(Event, event="choosing"):
     """A part of what `--bytes` or `--bpw` chooses by begins to be measured."""
 
-    event: ClassVar[str] = "choosing"
     phase: str  # sensitivity (of the outputs of each matrix, a window at a time) or grids (of a block, a block at a time)
     done: int  # windows, or blocks, that are measured; the last block is embedding and head
     total: int  # number of windows, or of blocks without the last
 
 
-@dataclass(frozen=True, kw_only=True)
-class BudgetSpent(Event):
+class BudgetSpent(Event, event="budget"):
     """The grid of each matrix is chosen for `--bytes` or `--bpw`."""
 
-    event: ClassVar[str] = "budget"
     kinds: Mapping[str, int]  # type of llama.cpp -> number of matrices
     bytes: int  # size of the GGUF file to come
     kl_divergence: float  # a rough estimate, from the dense model, nats a token: to compare budgets by
 
 
-@dataclass(frozen=True, kw_only=True)
-class CalibrationReply(Event):
+class CalibrationReply(Event, event="client"):
     """Outcome of one client in the calibration of a block."""
 
-    event: ClassVar[str] = "client"
     block: int  # from 0
     client: int  # from 0
     bytes_up: int  # size of the sums that it sent
@@ -584,33 +534,27 @@ class CalibrationReply(Event):
     reason: str  # why it is left out from now on; else ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepDone(Event):
+class StepDone(Event, event="step"):
     """A training step of distillation, of a pruned model's recovery or of a quantised model's scales."""
 
-    event: ClassVar[str] = "step"
     step: int  # from 1
     steps: int  # number of steps
     loss: float  # of this step; in distillation and of scales the divergence from the teacher
     reward: float | None = None  # mean reward of the answers that the student wrote in this step
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelPruned(Event):
+class ModelPruned(Event, event="pruned"):
     """Parts of a model are removed."""
 
-    event: ClassVar[str] = "pruned"
     parameters: int  # number of weights that are left
     blocks: int  # number of blocks that are left
     hidden_size: int  # numbers of a hidden state
     widths: Sequence[Mapping[str, int]]  # of each block: its numbers of heads and channels
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompressDone(Event):
+class CompressDone(Event, event="done"):
     """A compression is finished."""
 
-    event: ClassVar[str] = "done"
     folder: str  # path of the compression's folder
     before: Mapping[str, float]  # before compression: loss, own_perplexity (of text it wrote), perplexity
     after: Mapping[
@@ -631,11 +575,9 @@ class CompressDone(Event):
     parameters: Mapping[str, int] | None = None  # number of weights `before` and `after`
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportDone(Event):
+class ExportDone(Event, event="export"):
     """A file or folder is written and read back."""
 
-    event: ClassVar[str] = "export"
     to: str  # export target
     path: str  # of the new file or folder
     digest: str | None = None  # SHA-256 of a run's weights; only of a run as `hf`
@@ -647,31 +589,25 @@ class ExportDone(Event):
     notes: Sequence[str] | None = None  # fallbacks and warnings
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatchMade(Event):
+class PatchMade(Event, event="patch"):
     """`patch make`: a patch is written."""
 
-    event: ClassVar[str] = "patch"
     path: str  # of the patch
     bytes: int  # of the patch
     base: str  # SHA-256 of the file that it is for
     result: str  # SHA-256 of the file that it makes
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatchApplied(Event):
+class PatchApplied(Event, event="patched"):
     """`patch apply`: a file has other scales now."""
 
-    event: ClassVar[str] = "patched"
     path: str  # of the new file
     result: str  # its SHA-256
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportChecked(Event):
+class ExportChecked(Event, event="check"):
     """`export --text`: perplexity of the written file, run in its runtime; `runtime` is null where none is installed."""
 
-    event: ClassVar[str] = "check"
     path: str  # of the file or folder
     runtime: str | None  # name of the program that ran it
     source: float | None = None  # perplexity of the source in torch
@@ -680,11 +616,9 @@ class ExportChecked(Event):
     ratio: float | None = None  # `file` / `source`; 1 for the same
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured(Compared):
+class Measured(Compared, event="measured"):
     """A model in an engine: size, speed, memory and quality."""
 
-    event: ClassVar[str] = "measured"
     name: str  # base, tuned, compressed, or the model's own
     engine: str  # torch or llama.cpp
     path: str  # of the model, or its name
@@ -699,11 +633,9 @@ class Measured(Compared):
     change_error: float | None = None  # standard error of `change`, taken row by row
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeasureDone(Event):
+class MeasureDone(Event, event="done"):
     """All models are measured."""
 
-    event: ClassVar[str] = "done"
     folder: str | None  # of the compression that has the table as measure.json; else null
     rows: Sequence[Mapping[str, Any]]  # all `measured` events, without their name
     kept: Mapping[str, Mapping[str, Any]]  # by measure: gain of tuning; value, the share that is left
@@ -725,11 +657,9 @@ class TaskScore:
     higher_is_better: bool | None  # null where the harness does not say
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalDone(Compared):
+class EvalDone(Compared, event="eval"):
     """`eval`: the measures of one model."""
 
-    event: ClassVar[str] = "eval"
     model: str  # as a command takes it
     rows: int  # number of rows measured
     of: int  # number of rows there are; more than `rows` where a limit left some out
@@ -772,11 +702,9 @@ def evaluated(
 # Planning, lists, ledgers, serving
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanRow(Event):
+class PlanRow(Event, event="plan"):
     """`plan`: what one method (or a comparison) needs on the device."""
 
-    event: ClassVar[str] = "plan"
     model: str  # name of the model
     method: str  # tuning method, or name of the comparison
     note: str  # size of what is trained, such as r=8; "" for all weights
@@ -793,11 +721,9 @@ class PlanRow(Event):
     fits: str  # yes; yes, tight (over 90 % full); no: SIZE short; "" if not known
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanSettings(Event):
+class PlanSettings(Event, event="plan_settings"):
     """`plan`: the method to begin with, and the settings under which it fits the device."""
 
-    event: ClassVar[str] = "plan_settings"
     model: str  # name of the model
     method: str  # tuning method
     batch_size: int  # rows of a step
@@ -809,11 +735,9 @@ class PlanSettings(Event):
     command: str  # `fleetune tune` with these settings; DATA stands for the rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class SettingListed(Event):
+class SettingListed(Event, event="setting"):
     """`methods NAME`: a setting."""
 
-    event: ClassVar[str] = "setting"
     method: str  # whose setting it is
     name: str  # as in `--set NAME=VALUE`
     type: str  # int, float, str or bool
@@ -822,11 +746,9 @@ class SettingListed(Event):
     help: str  # meaning
 
 
-@dataclass(frozen=True, kw_only=True)
-class MethodListed(Event):
+class MethodListed(Event, event="method"):
     """`methods`, and `compress --list`: a method."""
 
-    event: ClassVar[str] = "method"
     name: str  # of the method
     paper: str  # authors, place, year
     kind: str | None = None  # of a tuning method: what a run leaves, ledger or adapter
@@ -835,11 +757,9 @@ class MethodListed(Event):
     settings: Sequence[Mapping[str, Any]] | None = None  # each with name, type, default, symbol, help
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecipeListed(Event):
-    """`recipes`: a recipe that comes with Fleetune; `recipes show` adds its text, `recipes copy` the new file."""
+class RecipeListed(Event, event="recipe"):
+    """`recipes`: a recipe that comes with Fleetune; `recipes NAME` adds its text."""
 
-    event: ClassVar[str] = "recipe"
     name: str  # as in recipe:NAME
     about: str  # one line
     method: str  # tuning method
@@ -848,14 +768,11 @@ class RecipeListed(Event):
     sweeps: bool  # whether it is a grid of runs, for `sweep`
     expected: str | None = None  # outcome that it states
     text: str | None = None  # the whole recipe, TOML
-    file: str | None = None  # path of the copy
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelListed(Event):
+class ModelListed(Event, event="model"):
     """`models`: a built-in model."""
 
-    event: ClassVar[str] = "model"
     name: str  # built-in name
     hub: str  # hub id
     params: int  # number of weights
@@ -867,20 +784,16 @@ class ModelListed(Event):
     download: int | None = None  # bytes that fetching it takes, about
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelPulled(Event):
+class ModelPulled(Event, event="pulled"):
     """`models pull`: a model is in the cache."""
 
-    event: ClassVar[str] = "pulled"
     name: str  # built-in name
     path: str  # of its directory
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelCached(Event):
+class ModelCached(Event, event="cached_model"):
     """`models`: a model in the cache that is not built in, such as a GGUF file that was read."""
 
-    event: ClassVar[str] = "cached_model"
     name: str  # hub id, name of the file, or of the folder
     path: str  # of its directory
     bytes: int  # on the disk
@@ -888,31 +801,25 @@ class ModelCached(Event):
     licence: str  # of the weights; "" where nothing states it
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelRemoved(Event):
+class ModelRemoved(Event, event="model_removed"):
     """`models rm`: a copy of a model was removed from the cache."""
 
-    event: ClassVar[str] = "model_removed"
     name: str  # as `models` lists it
     path: str  # where it was
     bytes: int  # that are free now
 
 
-@dataclass(frozen=True, kw_only=True)
-class FilesVerified(Event):
+class FilesVerified(Event, event="verified"):
     """`verify`: files were compared with the digests that were written with them."""
 
-    event: ClassVar[str] = "verified"
     folder: str  # path
     files: int  # how many are listed
     faults: Sequence[str]  # what is wrong with each that is not as it was written
 
 
-@dataclass(frozen=True, kw_only=True)
-class LedgerShown(Event):
+class LedgerShown(Event, event="ledger"):
     """`ledger show`: the head of a ledger."""
 
-    event: ClassVar[str] = "ledger"
     file: str  # path
     bytes: int  # size of the file
     entries: int  # number of entries
@@ -927,79 +834,63 @@ class LedgerShown(Event):
     trains: str  # what its directions move: weights, or the scales of a GGUF file
 
 
-@dataclass(frozen=True, kw_only=True)
-class DigestFound(Event):
+class DigestFound(Event, event="digest"):
     """`ledger replay` and `ledger export`: SHA-256 of the rebuilt weights."""
 
-    event: ClassVar[str] = "digest"
     digest: str  # SHA-256, hexadecimal
 
 
-@dataclass(frozen=True, kw_only=True)
-class LedgerVerified(Event):
+class LedgerVerified(Event, event="verified"):
     """`ledger verify`: every digest that the ledger states was found again."""
 
-    event: ClassVar[str] = "verified"
     digest: str  # SHA-256 of the rebuilt weights
     checks: int  # number of digests that the ledger states
 
 
-@dataclass(frozen=True, kw_only=True)
-class LedgerDifference(Event):
+class LedgerDifference(Event, event="difference"):
     """`ledger diff`: something that differs."""
 
-    event: ClassVar[str] = "difference"
     what: str  # field of the head, a round, or the cosine of both changes
     left: str  # value in the first ledger
     right: str  # value in the second ledger
 
 
-@dataclass(frozen=True, kw_only=True)
-class LedgerWritten(Event):
+class LedgerWritten(Event, event="written"):
     """A new ledger file."""
 
-    event: ClassVar[str] = "written"
     file: str  # path
     entries: int  # number of entries
     fingerprint: str  # SHA-256 of the head and all entries
 
 
-@dataclass(frozen=True, kw_only=True)
-class Serving(Event):
+class Serving(Event, event="serving"):
     """`serve` and `chat`: the engine answers."""
 
-    event: ClassVar[str] = "serving"
     url: str  # address of the endpoint, and of the engine's page
     model: str  # name of the file or folder that is served
     engine: str  # name of the engine
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answered(Event):
+class Answered(Event, event="answer"):
     """`chat` and `demo`: an answer."""
 
-    event: ClassVar[str] = "answer"
     prompt: str  # of the user
     text: str  # of the model
     seconds: float | None = None  # to answer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failed(Event):
+class Failed(Event, event="error"):
     """The command ends with an error."""
 
-    event: ClassVar[str] = "error"
     type: str  # class of the error
     message: str  # what failed
     hint: str | None  # what to do next
     exit_code: int  # of the command
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stopped(Event):
+class Stopped(Event, event="interrupted"):
     """The command was stopped by Ctrl-C; `hint` resumes it."""
 
-    event: ClassVar[str] = "interrupted"
     type: str  # Interrupted
     message: str  # where it stopped
     hint: str | None  # command that resumes

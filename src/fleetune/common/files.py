@@ -85,7 +85,10 @@ def json_text(content: Mapping[str, Any]) -> str:
 
 def finite(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content as strict JSON holds it: a number that is not finite is None, as it is in an event."""
-    found: dict[str, Any] = json.loads(json.dumps(dict(content)), parse_constant=lambda _: None)
+    text = json.dumps(
+        dict(content), default=lambda value: value.item() if hasattr(value, "item") else str(value)
+    )
+    found: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
     return found
 
 

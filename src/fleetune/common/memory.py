@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure this process's memory on each system, without heavy imports.
+"""Measure this process's memory on each system, without heavy imports: by /proc on Linux, which can also restart the peak.
 
-    Linux     /proc, which can also restart the peak
-    macOS     getrusage: the peak, in bytes there
-    Windows   GetProcessMemoryInfo: the working set and its peak
-
-The last has not been run on Windows yet: the tests use a stand-in for its two libraries.
+Elsewhere psutil tells what is there now, and the peak on Windows; getrusage tells the peak on macOS.
 """
 
 from __future__ import annotations
@@ -15,25 +11,18 @@ import ctypes
 import gc
 import mmap
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 # torch's words where the CPU's memory does not suffice, Linux' own (ENOMEM), and its loader's
-NO_MEMORY: Final = (
-    "can't allocate memory",
-    "not enough memory",
-    "Cannot allocate memory",
-    "failed to map segment",
-)
+NO_MEMORY: Final = "can't allocate memory|not enough memory|Cannot allocate memory|failed to map segment"
 M_TRIM_THRESHOLD: Final = -1  # of glibc's malloc.h
 M_MMAP_THRESHOLD: Final = -3
-OWN_LIMITS: Final = (
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "GLIBC_TUNABLES",
-)  # in the environment
+# limits of the user, in the environment
+OWN_LIMITS: Final = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 LARGE: Final = 1 << 23  # smaller pieces are used again: the system clears what it hands out, which takes time
 STACKS: Final = 1 << 24  # bytes of address space that threads of a core may take
 KEPT: Final = 1 << 25  # bytes of them at the end of the heap that are not given back
@@ -41,28 +30,19 @@ KEPT: Final = 1 << 25  # bytes of them at the end of the heap that are not given
 
 def peak_rss() -> int:
     """Return the most bytes of memory this process had since its start, or since `release_memory`."""
-    try:
-        with open("/proc/self/status", "rb") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(b"VmHWM"))
-    except (OSError, StopIteration):
-        return _without_proc()[1]
+    return _status("VmHWM") or _without_proc()[1]
 
 
 def rss() -> int:
-    """Return the bytes of memory this process has now; their peak where the system tells no more."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * mmap.PAGESIZE
-    except OSError:
-        return _without_proc()[0]
+    """Return the bytes of memory this process has now."""
+    return _status("VmRSS") or _without_proc()[0]
 
 
 def total_memory() -> int:
     """Return the bytes of memory that this machine has; 0 where the system does not tell."""
-    try:
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 0
+    return 0
 
 
 def usable_memory(process: Path = Path("/proc/self"), groups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -135,9 +115,10 @@ def at_most(total: int) -> Iterator[None]:
 
 def _status(name: str) -> int:
     """Return a number of bytes in /proc/self/status; 0 where it is not there."""
-    with open("/proc/self/status", "rb") as file:
+    with contextlib.suppress(OSError), open("/proc/self/status", "rb") as file:
         lines = (line.split() for line in file)
         return next((int(words[1]) * 1024 for words in lines if words[0] == f"{name}:".encode()), 0)
+    return 0
 
 
 def release_memory() -> None:
@@ -180,44 +161,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     while found is not None:
         if isinstance(found, MemoryError) or type(found).__name__ == "OutOfMemoryError":
             return True
-        if isinstance(found, RuntimeError | OSError) and any(words in str(found) for words in NO_MEMORY):
+        if isinstance(found, RuntimeError | OSError) and re.search(NO_MEMORY, str(found)):
             return True
         found = found.__cause__ or found.__context__
     return False
 
 
 def _without_proc() -> tuple[int, int]:
-    """Return (now, peak) in bytes without /proc; macOS tells the peak alone."""
+    import psutil  # type: ignore[import-untyped]
+
+    told = psutil.Process().memory_info()
     try:
         import resource
     except ImportError:  # Windows
-        found = _counters()
-        return found.now, found.peak
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak, peak
-
-
-class _Counters(ctypes.Structure):
-    """PROCESS_MEMORY_COUNTERS of psapi.h."""
-
-    _fields_ = (
-        ("size", ctypes.c_uint32),
-        ("faults", ctypes.c_uint32),
-        ("peak", ctypes.c_size_t),
-        ("now", ctypes.c_size_t),
-        ("quotas", ctypes.c_size_t * 4),
-        ("pagefile", ctypes.c_size_t),
-        ("peak_pagefile", ctypes.c_size_t),
-    )
-    peak: int
-    now: int
-
-
-def _counters() -> _Counters:
-    """Read Windows' counters of this process; OSError when it does not give them."""
-    library: Any = ctypes.WinDLL("psapi")  # type: ignore[attr-defined]
-    found, size = _Counters(), ctypes.sizeof(_Counters)
-    this = ctypes.c_void_p(-1)  # GetCurrentProcess()
-    if not library.GetProcessMemoryInfo(this, ctypes.byref(found), ctypes.c_uint32(size)):
-        raise OSError("GetProcessMemoryInfo does not tell the memory of this process")
-    return found
+        return told.rss, told.peak_wset
+    unit = 1 if sys.platform == "darwin" else 1024
+    return told.rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

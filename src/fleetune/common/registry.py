@@ -14,8 +14,6 @@ import functools
 import importlib
 import importlib.util
 import logging
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -79,7 +77,7 @@ class Registry:
         says why.  So is one with the name of a module of the folder.
         """
         found = self._own()
-        for point in _points(self.group):
+        for point in _points(entry_points, self.group):
             try:
                 member = self._registered(point)
             except UsageError as error:
@@ -95,7 +93,6 @@ class Registry:
         return found | {name: member for name, member in self._given.items() if name not in found}
 
     def _warn(self, text: str) -> None:
-        """Log a warning, once in a process."""
         if text not in self._warned:
             self._warned.add(text)
             log.warning("%s", text)
@@ -107,7 +104,7 @@ class Registry:
         """
         known, asked = self.members(), name.replace("_", "-")
         if asked not in known:
-            for point in _points(self.group):
+            for point in _points(entry_points, self.group):
                 if point.name.replace("_", "-") == asked:
                     self._registered(point)  # raises the reason
             raise UsageError(
@@ -130,7 +127,6 @@ class Registry:
             ) from error
 
     def _own(self) -> dict[str, Member]:
-        """The members of the folder."""
         found = {}
         spec = importlib.util.find_spec(self.package)
         assert spec is not None
@@ -162,26 +158,10 @@ class Registry:
         return member
 
 
-def _points(group: str) -> tuple[EntryPoint, ...]:
-    """Return what the packages register that are installed now; looking through all of them takes milliseconds."""
-    return _points_of(entry_points, group, tuple((place, _identity(place)) for place in sys.path))
-
-
 @functools.lru_cache(maxsize=32)
-def _points_of(
-    look: Callable[..., Iterable[EntryPoint]], group: str, places: object
-) -> tuple[EntryPoint, ...]:
-    """Look through the packages; `places` are the folders that they lie in, so that one that comes or goes is seen."""
+def _points(look: Callable[..., Iterable[EntryPoint]], group: str) -> tuple[EntryPoint, ...]:
+    """Return what the installed packages register; looking through all of them takes milliseconds."""
     return tuple(look(group=group))
-
-
-def _identity(place: str) -> tuple[int, ...]:
-    """Which folder a name of `sys.path` is, and when something was last added to it or removed."""
-    try:
-        found = os.stat(place or os.curdir)
-    except (OSError, ValueError):
-        return ()
-    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _read(name: str, module: str, path: Path) -> Member:

@@ -73,16 +73,7 @@ def of(cls: type) -> list[Setting]:
     """List the settings of a class, in order."""
     hints = get_type_hints(cls)
     return [
-        Setting(
-            f.name,
-            hints[f.name],
-            f.default,
-            f.metadata.get("symbol", f.name),
-            f.metadata.get("help", ""),
-            f.metadata.get("only_if", ""),
-            f.metadata.get("auto", False),
-            f.metadata.get("found", False),
-        )
+        Setting(f.name, hints[f.name], f.default, **{"symbol": f.name, "help": "", **f.metadata})
         for f in dataclasses.fields(cls)
     ]
 
@@ -230,7 +221,6 @@ def parse_rate(text: str | None) -> float | None:
 
 
 def _factor(prefix: str | None) -> int:
-    """Return what a prefix stands for: k 1000, Ki 1024, .."""
     if not prefix:
         return 1
     power = "kmgt".index(prefix[0].lower()) + 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -19,21 +19,14 @@ from fleetune.common.files import write_atomic
 from fleetune.errors import ModelError
 
 FILE: Final = "SHA256SUMS"
-PIECE: Final = 1 << 22  # bytes that are read at a time
 LEFT_OUT: Final = (FILE, "README.md")
 LINE: Final = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+(?:/[^/\\\0]+)*)")
 
 
-def sha256(path: Path, told: Callable[[int, int], None] | None = None) -> str:
-    """Return the SHA-256 of a file, read in pieces; a file that has not changed since is read once in a process.
-
-    With `told`, which is given the bytes that are read and the file's size after each piece, it is read anyway.
-    ModelError when it cannot be read.
-    """
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file; one that has not changed since is read once in a process.  ModelError when it cannot be."""
     try:
         now = path.stat()
-        if told is not None:
-            return _told_sha256(path, now.st_size, told)
         return _sha256(path.absolute(), now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino)
     except OSError as error:
         raise ModelError(
@@ -45,16 +38,6 @@ def sha256(path: Path, told: Callable[[int, int], None] | None = None) -> str:
 def _sha256(path: Path, size: int, modified: int, changed: int, inode: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _told_sha256(path: Path, size: int, told: Callable[[int, int], None]) -> str:
-    found, done = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while part := file.read(PIECE):
-            found.update(part)
-            done += len(part)
-            told(done, size)
-    return found.hexdigest()
 
 
 def write(folder: Path, names: Collection[str] = ()) -> None:

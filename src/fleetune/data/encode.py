@@ -288,7 +288,6 @@ def _check_length(max_length: int) -> None:
 
 
 def _render(example: Example, tokenizer: PreTrainedTokenizerBase, index: int) -> tuple[str, str]:
-    """Return the prompt and the whole conversation as text."""
     if is_text(example):
         prompt = "".join(content for _, content in example.messages)
         return prompt, prompt + example.response

@@ -33,7 +33,6 @@ from fleetune.data.forms import (
     form_of,
     left_out_text,
     refuse,
-    row_text,
     text_of,
 )
 from fleetune.data.forms import Example as Example
@@ -104,8 +103,8 @@ class _Rows:
             self.form, self.first = own or refuse(row.fields, self.mapped), row.where
         elif own and own != self.form and not (own == TEXT and self.form in LABELLED):
             raise BadRow(
-                f"is in {own} form, but {self.first} is in {self.form} form\n    row: {row_text(row.fields)}",
-                f"keep one form per data set, or {forms.columns_flag(row.fields)}",
+                f"is in {own} form, but {self.first} is in {self.form} form",
+                f"keep one form per data set, or {forms.COLUMNS_HINT}",
             )
         try:
             made = example_of(fields, self.form, self.mapped, self.left_out)
@@ -172,7 +171,6 @@ def read_text(path: str | Path) -> list[str]:
 
 
 def _blank_or_text(row: FileRow) -> list[str]:
-    """Return the field `text` of a row in a list, or an empty list where it is blank."""
     text = text_of(row.fields, "text", may_lack="text" in row.fields)
     return [text] if text.strip() else []
 
@@ -214,7 +212,6 @@ def _rows_of_files(
 
 
 def _files(source: str, offline: bool) -> list[tuple[Path, str]]:
-    """Return the files of a source, each with the name to show for it."""
     if source == "demo":
         return [(Path(__file__).with_name("demo.jsonl"), "demo")]
     path = Path(os.path.expanduser(source))

@@ -32,19 +32,13 @@ column stays, and `client` is a column too, so that `--partition column:client` 
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
 
-from fleetune.common.shell import quoted
 from fleetune.data.readers import names_of, value_text, whole
 from fleetune.errors import RecipeError, closest, suggest
-
-FIELDS_SHOWN: Final = 8  # fields of a row that is shown
-LETTERS: Final = 48  # of a value that is shown
 
 
 class BadRow(Exception):
@@ -86,72 +80,10 @@ def meta_of(fields: Mapping[str, object], used: Iterable[str]) -> dict[str, str]
     }
 
 
-def row_text(fields: Mapping[str, object]) -> str:
-    """Return a row in one printable line: its first fields with the begin of their values."""
-    parts = [
-        f"{_line(str(name), 40)}: {_value(value)}"
-        for name, value in itertools.islice(fields.items(), FIELDS_SHOWN)
-    ]
-    return "{" + ", ".join(parts + [".."] * (len(fields) > FIELDS_SHOWN)) + "}"
-
-
-def _value(value: object) -> str:
-    if isinstance(value, list | dict) and len(value):
-        inside = next(iter(value))
-        names = (
-            f" of {{{', '.join(_line(str(n), 20) for n in list(inside)[:4])}}}"
-            if isinstance(inside, dict)
-            else ""
-        )
-        return f"a list{names}" if isinstance(value, list) else "an object"
-    return _line(value, LETTERS)
-
-
-def _line(value: object, most: int) -> str:
-    """Return a value as JSON writes it, cut, without letters that steer a terminal."""
-    short = value[: most + 1] if isinstance(value, str) else value
-    text = value_text(value) if not isinstance(value, str) else json.dumps(short, ensure_ascii=False)
-    text = text.removeprefix("the number ")
-    if isinstance(value, str) and len(value) > most:
-        text = json.dumps(value[:most], ensure_ascii=False)[:-1] + '.."'
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 CLIENT: Final = "client"
 MAIN: Final = ("prompt", "response", "system", "context", "text", "label", "messages", CLIENT)
 EXAMPLE: Final = "prompt=question,response=answer"
-TURN: Final = {"role", "from", "content", "value"}
-ASKED: Final = (  # names that prompts have in the data of others
-    "prompt",
-    "question",
-    "instruction",
-    "ask",
-    "query",
-    "input",
-    "source",
-    "problem",
-    "user",
-    "human",
-    "request",
-    "article",
-    "document",
-    "title",
-    "q",
-)
-ANSWERED: Final = (
-    "response",
-    "answer",
-    "completion",
-    "output",
-    "target",
-    "reply",
-    "solution",
-    "assistant",
-    "summary",
-    "chosen",
-    "label",
-    "a",
-)
+COLUMNS_HINT: Final = f"say which columns are which: --columns {EXAMPLE}; all forms: docs/data.md"
 
 
 def parse_columns(spec: str, known: Collection[str]) -> dict[str, str]:
@@ -192,43 +124,9 @@ def check_first_row(
         if column not in fields and name not in optional:
             near = closest(column, map(str, fields))
             raise NoForm(
-                f"has no column {column!r} to read as {name} (the row has: {names_of(fields)})\n    row: {row_text(fields)}",
-                (f"did you mean {near!r}? " if near else "") + columns_flag(fields),
+                f"has no column {column!r} to read as {name} (the row has: {names_of(fields)})",
+                (f"did you mean {near!r}? " if near else "") + COLUMNS_HINT,
             )
-
-
-def columns_flag(fields: Mapping[str, object]) -> str:
-    """Return how to map a row's columns, with the flag that may be meant."""
-    return f"say which columns are which: --columns {quoted(guess_columns(fields))}; all forms: docs/data.md"
-
-
-def guess_columns(fields: Mapping[str, object]) -> str:
-    """Return a mapping that a row's fields suggest."""
-    usable = {
-        str(n): v
-        for n, v in fields.items()
-        if str(n).isprintable() and len(str(n)) <= 40 and "," not in str(n)
-    }
-    for name, value in usable.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict) and TURN & set(value[0]):
-            return f"messages={name}"
-    texts = [
-        n
-        for n, v in usable.items()
-        if isinstance(v, str) and not v.strip().lstrip("-").replace(".", "").isdigit()
-    ]
-    asked, answered = _named(texts, ASKED), _named(texts, ANSWERED)
-    others = [n for n in texts if n not in (asked, answered)]
-    if len(texts) == len(fields) == 1:
-        return f"text={texts[0]}"
-    asked = asked or (others.pop(0) if others else "COLUMN")
-    answered = answered or max(others, key=lambda name: len(str(usable[name])), default="COLUMN")
-    return f"prompt={asked},response={answered}"
-
-
-def _named(columns: Collection[str], names: Collection[str]) -> str:
-    lower = {column.lower(): column for column in reversed(list(columns))}
-    return next((lower[name] for name in names if name in lower), "")
 
 
 CHATS: Final = {
@@ -437,7 +335,7 @@ def _refuse_both(fields: Mapping[str, object], one: str, other: str) -> NoReturn
         what = f"has both field {a.response!r} ({one}) and field {b.response!r} ({other})"
     else:
         what = f"has both field {a.prompt!r} ({one}) and field {b.prompt!r} ({other})"
-    raise NoForm(f"{what}\n    row: {row_text(fields)}", f"keep one of them, or {columns_flag(fields)}")
+    raise NoForm(what, f"keep one of them, or {COLUMNS_HINT}")
 
 
 def refuse(fields: Mapping[str, object], mapped: Mapping[str, str]) -> NoReturn:
@@ -447,10 +345,10 @@ def refuse(fields: Mapping[str, object], mapped: Mapping[str, str]) -> NoReturn:
         what = "field 'response' (Dolly) or 'output' (Alpaca) is missing"
     elif mapped:
         what = f"has the fields of no form with {', '.join(mapped)}"
-    hint = columns_flag(fields)
+    hint = COLUMNS_HINT
     if any(all(text in fields for text in texts) for texts, _ in LABELLED.values()) and not mapped:
         hint = f"give each row a label, in the field 'label'; or {hint}"
-    raise NoForm(f"{what} (the row has: {names_of(fields)})\n    row: {row_text(fields)}", hint)
+    raise NoForm(f"{what} (the row has: {names_of(fields)})", hint)
 
 
 def example_of(

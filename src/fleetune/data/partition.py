@@ -36,12 +36,6 @@ Strata = list[tuple[str, Indices]]
 KINDS = ("iid", "dirichlet", "shards", "column")
 AUTO = "auto"  # column:client where the data name clients, else iid
 FORMS = "iid, dirichlet:ALPHA:COLUMN, shards:COLUMN, shards:COLUMN:S or column:COLUMN"
-GRAMMAR = {
-    "iid": "iid, with nothing behind it",
-    "dirichlet": "dirichlet:ALPHA:COLUMN, such as dirichlet:0.5:category",
-    "shards": "shards:COLUMN or shards:COLUMN:S, such as shards:category:2",
-    "column": "column:COLUMN, such as column:client",
-}
 EVEN = 1e9  # an alpha above this is as even as this one, and could overflow
 DRAWS = 10  # Dirichlet draws before rows are moved to clients that got too few
 # Streams of one seed: far above the pass numbers that `Batches` uses, and apart from each other.
@@ -58,7 +52,6 @@ class PartitionSpec(NamedTuple):
 
 
 def _philox(key: int, stream: int) -> np.random.Philox:
-    """Return Philox with the 64-bit `key`, at a counter that belongs to `stream` alone."""
     return np.random.Philox(key=key % 2**64, counter=np.array([0, 0, 0, stream], dtype=np.uint64))
 
 
@@ -180,9 +173,7 @@ def _parse(spec: str) -> PartitionSpec:
     alpha, _, column = rest.partition(":")
     if kind == "dirichlet" and alpha and column:
         return PartitionSpec(kind, column, _alpha(spec, alpha))
-    raise RecipeError(
-        [f"partition {spec!r} is not complete: it is written {GRAMMAR[kind]}"], hint=f"write one of {FORMS}"
-    )
+    raise RecipeError([f"partition {spec!r} is not complete"], hint=f"write one of {FORMS}")
 
 
 def column_of(spec: str) -> str | None:
@@ -191,7 +182,6 @@ def column_of(spec: str) -> str | None:
 
 
 def _alpha(spec: str, written: str) -> float:
-    """Parse Dirichlet's concentration, a finite number above 0."""
     try:
         alpha = float(written)
     except ValueError:
@@ -330,21 +320,12 @@ def _top_up(owner: Indices, clients: int, min_rows: int, seed: int) -> Indices:
 
 
 def _lists(owner: Indices, clients: int) -> list[Indices]:
-    """Return the rows of each client, sorted."""
     by_owner = np.argsort(owner, kind="stable")
     sizes = np.bincount(owner, minlength=clients)
     return np.split(by_owner, np.cumsum(sizes)[:-1])
 
 
 FEW_CLIENTS: Final = 8  # most methods' usual number, which stands however few the rows are
-CLIENT_COLUMNS: Final = (
-    "client",
-    "user",
-    "device",
-    "site",
-    "author",
-    "speaker",
-)  # columns that look like clients, also with "id"
 ROWS_EACH: Final = 8  # rows of a client at least where a method's usual clients are more than that
 
 
@@ -418,20 +399,6 @@ def split(rows: RowsSpec, usual_clients: int, *, fewer: bool = False, offline: b
                 "(--clients)"
             )
         usual_clients = most
-    if rule == "iid" and (name := _like_clients(examples)):
-        notes.append(
-            f"the column {name!r} looks like clients, and is not used: --partition column:{name} follows it"
-        )
     clients = rows.clients or (None if rule.startswith("column:") else usual_clients)
     parts = partition([examples[i] for i in train], rule, clients, rows.seed)
     return Split(examples, [train[part] for part in parts], held, column, rule, tuple(notes))
-
-
-def _like_clients(examples: Sequence[Example]) -> str:
-    """Return the column that looks like clients: it has such a name, several values, and fewer than there are rows; else ""."""
-    for name in examples[0].meta:
-        if name.lower().removesuffix("id").rstrip("_- ") in CLIENT_COLUMNS:
-            values = {example.meta.get(name, "") for example in examples}
-            if 1 < len(values) < len(examples):
-                return name
-    return ""

@@ -6,15 +6,12 @@ A reader yields a `Problem` in place of an invalid row; an invalid file as a who
 
 from __future__ import annotations
 
-import codecs
 import csv
 import difflib
 import io
 import itertools
 import json
 import os
-import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -55,7 +52,6 @@ def rows_of(path: Path, shown: str) -> Iterator[FileRow | Problem]:
 
 
 def _row(where: str, value: object) -> FileRow | Problem:
-    """Return a JSON value as a row."""
     if isinstance(value, dict):
         return FileRow(where, value)
     return Problem(where, f"is {value_text(value)}, not an object", "write each row as {...}")
@@ -66,8 +62,6 @@ def _jsonl(path: Path, shown: str) -> Iterator[FileRow | Problem]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             where = f"{shown}:{number}"
-            if number == 1:
-                _require_no_utf16(raw, shown)
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             if not line.strip():
                 continue
@@ -82,47 +76,22 @@ def _jsonl(path: Path, shown: str) -> Iterator[FileRow | Problem]:
 def _json(path: Path, shown: str) -> Iterator[FileRow | Problem]:
     """Read a JSON list of objects; a file that starts with an object is read as JSON lines, as the hub does."""
     text = decode(path.read_bytes(), shown)
-    blank = re.compile(r"[ \t\r\n]*")
-    decoder = json.JSONDecoder()
-
-    def skip(start: int) -> int:
-        return blank.match(text, start).end()  # type: ignore[union-attr]  # it matches the empty string
-
-    at = skip(0)
-    if text[at : at + 1] != "[":
-        yield from _one_object(text, shown) or _jsonl(path, shown)
-        return
-    line, counted, after, fix = 1, 0, "[", "make the file one JSON list of objects: [{...}, {...}]"
-    while after in ("[", ","):
-        at = skip(at + 1)
-        if after == "[" and text[at : at + 1] == "]":
-            break
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            at = error.pos if isinstance(error, json.JSONDecodeError) else at
-            yield Problem(f"{shown}:{line + text.count(chr(10), counted, at)}", _json_fault(error), fix)
-            return
-        yield _row(f"{shown}:{line}", value)
-        at = skip(end)
-        after = text[at : at + 1]
-    if text[at : at + 1] != "]" or skip(at + 1) != len(text):
-        where = f"{shown}:{1 + text.count(chr(10), 0, at)}"
-        yield Problem(where, "not JSON: the list does not end where it should", fix)
-
-
-def _one_object(text: str, shown: str) -> list[FileRow | Problem]:
-    """Return the problem of a file that is a single object over several lines; empty for anything else."""
+    fix = "make the file one JSON list of objects: [{...}, {...}]"
     try:
-        value = json.loads(text) if "\n" in text.strip() else None
-    except (ValueError, RecursionError):
-        return []
-    if not isinstance(value, dict):
-        return []
-    lists = [key for key, rows in value.items() if isinstance(rows, list)]
-    fix = f"take the rows out of it, for example: jq .{lists[0]}" if lists else "put [ and ] around it"
-    return [Problem(f"{shown}:1", f"one object, not a list of rows (it has: {names_of(value)})", fix)]
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            yield Problem(f"{shown}:{getattr(error, 'lineno', 1)}", _json_fault(error), fix)
+        else:
+            yield from _jsonl(path, shown)
+        return
+    if isinstance(value, list):
+        yield from (_row(f"{shown}:row {number}", row) for number, row in enumerate(value, 1))
+    elif isinstance(value, dict) and "\n" in text.strip():
+        what = f"one object, not a list of rows (it has: {names_of(value)})"
+        yield Problem(f"{shown}:1", what, "take the list of rows out of it, or put [ and ] around it")
+    else:
+        yield _row(f"{shown}:1", value)
 
 
 def _csv(path: Path, shown: str) -> Iterator[FileRow | Problem]:
@@ -200,20 +169,11 @@ READERS: Mapping[str, Callable[[Path, str], Iterator[FileRow | Problem]]] = {
 
 
 def value_text(value: object) -> str:
-    """Describe a wrong value in few words."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    if isinstance(value, dict):
-        return "an object"
-    kind = "value"
-    if isinstance(value, str):
-        kind = "text"
-    elif isinstance(value, int | float):
-        kind = "number"
-    written = repr(value)
-    return f"the {kind} {written if len(written) <= 40 else written[:37] + '...'}"
+    """Describe a wrong value in few words: null, a list, an object, "the text"."""
+    if isinstance(value, list | dict):
+        return ("a list" if value else "an empty list") if isinstance(value, list) else "an object"
+    written = json.dumps(value, ensure_ascii=False, default=str)
+    return written if len(written) <= 40 else f"{written[:37]}..."
 
 
 def whole(text: str) -> str:
@@ -231,8 +191,7 @@ def names_of(fields: Mapping[str, object]) -> str:
 
 
 def decode(raw: bytes, shown: str) -> str:
-    """Decode UTF-8 text, without a byte-order mark; DataError names the line that is not UTF-8, or says that all is UTF-16."""
-    _require_no_utf16(raw, shown)
+    """Decode UTF-8 text, without a byte-order mark; DataError names the line that is not UTF-8."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -257,27 +216,8 @@ def require_text(source: str, hint: str, flag: str = "--text") -> None:
         )
 
 
-def _require_no_utf16(raw: bytes, shown: str) -> None:
-    """Raise DataError for a file that begins with the mark of UTF-16 or UTF-32, in which no line of it can be read."""
-    if not (wide := wide_encoding(raw)):
-        return
-    name, suffix = os.path.splitext(shown)
-    raise DataError(
-        f"{shown} is written in {wide}, not UTF-8",
-        hint=f"save it as UTF-8, for example: iconv -f {wide.lower()} -t utf-8 {quoted(shown)} > "
-        f"{quoted(f'{name}-utf8{suffix}')}",
-    )
-
-
-def wide_encoding(raw: bytes) -> str:
-    """Return UTF-16 or UTF-32 where bytes begin with its mark, "" for any others."""
-    if not raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
-        return ""
-    return "UTF-32" if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else "UTF-16"
-
-
 def _utf8_fix(shown: str) -> str:
-    return f"save it as UTF-8, for example: iconv -f latin1 -t utf-8 {shown}"
+    return f"save it as UTF-8, for example: iconv -f latin1 -t utf-8 {quoted(shown)} (or -f utf-16)"
 
 
 def _json_fault(error: Exception) -> str:
@@ -304,26 +244,11 @@ def no_file(source: str) -> DataError:
         inside = [name for name in names_in(path) if Path(name).suffix.lower() in READERS]
         hint = f"give one file of it, such as {path / inside[0]}" if inside else "give a file"
         return DataError(f"{source} is a folder, not a file", hint=hint)
-    if os.name != "nt" and "\\" in source and not os.path.exists(path):
-        return DataError(
-            f"no file {source}: it is written as Windows writes paths, and this is {sys.platform}",
-            hint="write it with /, such as " + _as_posix(source),
-        )
     if not os.path.isdir(path.parent):
         return DataError(f"no file {source}: there is no folder {path.parent}", hint="check the path")
     data = [name for name in names_in(path.parent) if Path(name).suffix.lower() in READERS][:5]
     there = f"data files there: {', '.join(data)}" if data else "check the path"
     return DataError(f"no file {source}", hint=suggest_files(source) or there)
-
-
-def _as_posix(source: str) -> str:
-    """Return a Windows path as WSL and others write it."""
-    drive, colon, rest = source.partition(":")
-    return (
-        f"/mnt/{drive.lower()}{rest}".replace("\\", "/")
-        if colon and len(drive) == 1
-        else source.replace("\\", "/")
-    )
 
 
 def suggest_files(source: str) -> str:

@@ -21,7 +21,6 @@ from typing import Final
 
 from fleetune.common.display import counted
 from fleetune.common.files import PRIVATE, write_atomic
-from fleetune.data import readers
 from fleetune.data.forms import CLIENT
 from fleetune.data.readers import READERS, FileRow, Problem, names_in, rows_of, suggest_files, whole
 from fleetune.errors import DataError, FleetuneError
@@ -84,7 +83,6 @@ def _download(source: str, repo: str, wanted: str) -> list[tuple[Path, str]]:
 
 
 def _hub_cache(cache: Path, repo: str) -> Path | None:
-    """Return the folder of `repo`'s cached main revision, if there is one."""
     folder = cache / f"datasets--{repo.replace('/', '--')}"
     try:
         snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
@@ -151,7 +149,6 @@ def folder_rows(
 
 
 def _shares(sizes: Sequence[int], limit: int) -> list[int]:
-    """Return how many rows each client gives: row after row in turn, until there are `limit`."""
     shares, left = [0] * len(sizes), limit
     while left and (open_ := [at for at, size in enumerate(sizes) if shares[at] < size]):
         each = max(1, min(left // len(open_), min(sizes[at] - shares[at] for at in open_)))
@@ -202,7 +199,7 @@ PIPED: Final = "pipe them in, one JSON object a line: cat rows.jsonl | fleetune 
 def store_stdin(folder: Path) -> Path:
     """Read standard input to its end, and return the JSONL file in `folder` that holds it.
 
-    DataError where nothing came, or what is not in UTF-8 as a whole.
+    DataError where nothing came.
     """
     if sys.stdin is None or sys.stdin.isatty():
         raise DataError("- stands for rows from standard input, and none are piped into it", hint=PIPED)
@@ -211,11 +208,6 @@ def store_stdin(folder: Path) -> Path:
     content = content if isinstance(content, bytes) else content.encode()
     if not content.strip():
         raise DataError(f"no row came from {STDIN_SHOWN}", hint=PIPED)
-    if wide := readers.wide_encoding(content):
-        raise DataError(
-            f"the rows from {STDIN_SHOWN} are written in {wide}, not UTF-8",
-            hint=f"convert them on the way: iconv -f {wide.lower()} -t utf-8 rows.jsonl | fleetune tune MODEL -",
-        )
     folder.mkdir(parents=True, exist_ok=True)
     return store_rows(content, folder)
 

@@ -365,7 +365,7 @@ def _require_base(path: Path, patch: Patch, listener: Listener) -> None:
     """Raise ModelError unless a file is the one that a patch is for."""
     if patch.work:
         listener.note(f"{patch.work} to compute")
-    found = sha256(path, told(listener, "bytes compared"))
+    found = sha256(path)
     if found == patch.base:
         return
     if found == patch.result:

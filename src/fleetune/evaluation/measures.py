@@ -17,7 +17,6 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -42,59 +41,7 @@ from fleetune.evaluation.answers import (
 from fleetune.evaluation.losses import OnRows, all_row_losses, class_rows, perplexity, token_mean, unheard
 from fleetune.models.net.model import Model
 
-
-@dataclass(frozen=True)
-class _Work:
-    """The input of the tasks; the greedy answers are made once for all tasks that need them."""
-
-    model: Model
-    examples: Sequence[Example]
-    max_length: int
-    batch_size: int
-    max_new_tokens: int
-    labels: Sequence[str]
-    texts: Sequence[str]
-    told: Callable[[str], OnRows]
-
-    @functools.cached_property
-    def answers(self) -> tuple[list[str], list[str]]:
-        """Return the model's answers and the references."""
-        made = generate(
-            self.model,
-            self.examples,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            on_rows=self.told("answers"),
-        )
-        return made, [example.response for example in self.examples]
-
-    @functools.cached_property
-    def losses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the loss sums of the rows and their numbers of scored tokens."""
-        rows, _ = encode_rows(self.model, self.examples, self.max_length)
-        return all_row_losses(self.model, rows, self.batch_size, self.told("rows"))
-
-
-def _perplexity_task(work: _Work) -> float:
-    texts = work.texts or [example.response for example in work.examples]
-    return perplexity(work.model, texts, on_rows=work.told("rows of the text"))
-
-
-def _accuracy_task(work: _Work) -> float:
-    how = {"max_length": work.max_length, "batch_size": work.batch_size}
-    return label_accuracy(work.model, work.examples, work.labels, **how)
-
-
-TASKS: Mapping[str, Callable[[_Work], float]] = MappingProxyType(
-    {
-        "loss": lambda work: token_mean(*work.losses),
-        "rouge_l": lambda work: rouge_l(*work.answers),
-        "f1": lambda work: token_f1(*work.answers),
-        "exact_match": lambda work: exact_match(*work.answers),
-        "accuracy": _accuracy_task,
-        "perplexity": _perplexity_task,
-    }
-)
+TASKS: Final = ("loss", "rouge_l", "f1", "exact_match", "accuracy", "perplexity")
 _SHORT = MappingProxyType({"rouge": "rouge_l", "em": "exact_match", "acc": "accuracy", "ppl": "perplexity"})
 
 
@@ -153,11 +100,37 @@ def evaluate(
     for name in names:
         if name not in ("loss", "accuracy"):
             require_text_model(model, f"task '{name}'")
-    work = _Work(model, examples, max_length, batch_size, max_new_tokens, labels, texts, told)
-    answered = replace(work, examples=[begun(example) for example in examples[:answer_rows]])
-    of_answers = {"rouge_l", "f1", "exact_match"}
-    values = {name: TASKS[name](answered if name in of_answers else work) for name in names}
-    return Evaluated(values, row_losses_of(*work.losses) if "loss" in names else None)
+    answered = [begun(example) for example in examples[:answer_rows]]
+
+    @functools.cache
+    def losses() -> tuple[np.ndarray, np.ndarray]:
+        rows, _ = encode_rows(model, examples, max_length)
+        return all_row_losses(model, rows, batch_size, told("rows"))
+
+    @functools.cache
+    def answers() -> tuple[
+        list[str], list[str]
+    ]:  # made once for all tasks that need them, and the references
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        made = generate(model, answered, on_rows=told("answers"), **how)
+        return made, [example.response for example in answered]
+
+    def read() -> float:
+        responses = [example.response for example in examples]
+        return perplexity(model, texts or responses, on_rows=told("rows of the text"))
+
+    measure: Mapping[str, Callable[[], float]] = {
+        "loss": lambda: token_mean(*losses()),
+        "rouge_l": lambda: rouge_l(*answers()),
+        "f1": lambda: token_f1(*answers()),
+        "exact_match": lambda: exact_match(*answers()),
+        "accuracy": lambda: label_accuracy(
+            model, examples, labels, max_length=max_length, batch_size=batch_size
+        ),
+        "perplexity": read,
+    }
+    values = {name: measure[name]() for name in names}
+    return Evaluated(values, row_losses_of(*losses()) if "loss" in names else None)
 
 
 def row_losses_of(sums: np.ndarray, counts: np.ndarray) -> RowLosses:

@@ -159,7 +159,7 @@ def signs(run_key: int, id: int, start: int, count: int) -> NDArray[np.int8]:
     first, last = start // TILE, -(-(start + count) // TILE)
     rows = words(run_key, id, np.arange(first, last, dtype=np.uint64) * np.uint64(32))
     bits = (rows[:, None, :] >> np.arange(32, dtype=np.uint32)[:, None]) & np.uint32(1)
-    return _sign(bits.astype(np.int8).reshape(-1)[start - first * TILE :][:count])
+    return 1 - 2 * bits.astype(np.int8).reshape(-1)[start - first * TILE :][:count]
 
 
 def normals(run_key: int, id: int, start: int, count: int) -> NDArray[np.float32]:
@@ -239,7 +239,7 @@ def hadamard_column(K: int, k: int) -> NDArray[np.int8]:
     parity = np.arange(K, dtype=np.uint64) & np.uint64(k)
     for shift in (16, 8, 4, 2, 1):
         parity ^= parity >> np.uint64(shift)
-    return _sign((parity & np.uint64(1)).astype(np.int8))
+    return 1 - 2 * (parity & np.uint64(1)).astype(np.int8)
 
 
 def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
@@ -326,11 +326,6 @@ def _pool(ids: Ids, sums: NDArray[Any], K: int) -> tuple[Ids, NDArray[Any]]:
     for line in a:
         _transform(line)
     return epochs, a
-
-
-def _sign(bit: NDArray[np.int8]) -> NDArray[np.int8]:
-    one: NDArray[np.int8] = np.ones_like(bit)
-    return one - bit - bit
 
 
 def _power_of_two(K: int) -> int:

@@ -106,30 +106,23 @@ class ScaleView(View):
         raise UsageError("a direction of scales is not written out", hint="use mezo, fedkseed or onebyte")
 
     def _made(self, slot: WeightSlot, first: int, last: int, signs: int) -> tuple[Tensor, ...]:
+        """Return elements at the view's point, and for 2 signs at the opposite: the file's codes times its scales, moved.
+
+        They are made by whole rows in float32, in scratch, which the next call overwrites.
+        """
         self.reached.add(slot.name)
         weight = _weight(slot)
         width = weight.stored.width
         top, end = first // width, -(-last // width)
-        begin = top * width
-        return tuple(
-            numbers[first - begin : last - begin].to(weight.dtype)
-            for numbers in self._rows(slot, top, end, signs)
-        )
-
-    def _rows(self, slot: WeightSlot, top: int, end: int, signs: int) -> Tensor:
-        """Return rows at the view's point, and for 2 signs at the opposite: the file's codes times its scales, moved.
-
-        float32 [signs, numbers], in scratch, which the next call overwrites.
-        """
-        weight = _weight(slot)
         blocks, moved = self._bits(slot, top, end, signs)
-        room = self._take(signs * (end - top) * weight.stored.width, torch.float32).view(signs, -1, BLOCK)
+        room = self._take(signs * (end - top) * width, torch.float32).view(signs, -1, BLOCK)
         write_codes(room[-1], blocks, weight.stored.kind)
         for number, (out, bits) in enumerate(zip(room, moved, strict=True)):
             if number < signs - 1:
                 out.copy_(room[-1])
             apply_scales(out, bits.view(torch.float16).float())
-        return room.view(signs, -1)
+        part = slice(first - top * width, last - top * width)
+        return tuple(numbers[part].to(weight.dtype) for numbers in room.view(signs, -1))
 
     def _bits(self, slot: WeightSlot, top: int, end: int, signs: int) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the blocks of some rows, uint8 [n, bytes], and for each sign the bits of their scales int16 [n, 1 or 2]."""
@@ -197,19 +190,16 @@ def on_grid(p: Tensor, bits: Tensor, u: Tensor | float) -> Tensor:
     return torch.where((bits & 0x7FFF) == 0, bits, found)
 
 
-def slope(bits: Tensor) -> Tensor:
-    """Return dd/dp of scales: 2^(e - 15) in the sign of d, with e the exponent's bits (0: as 1)."""
-    power = (bits & -0x400).view(torch.float16).float()
-    return torch.where((bits & 0x7C00) == 0, (1.0 - 2.0 * (bits < 0)) * 2.0**-14, power)
-
-
 def gradient_of_places(of_weights: Tensor, blocks: Tensor, bits: Tensor, kind: str) -> Tensor:
     """Return dL/dp from dL/dw [n, 32] of blocks uint8 [n, bytes] whose scales have the bits int16 [n, 1 or 2]."""
     g = of_weights.reshape(-1, BLOCK).float()
     codes = torch.empty_like(g)
     write_codes(codes, blocks, kind)
     parts = [codes.mul_(g).sum(1)] + [g.sum(1)] * (bits.shape[1] - 1)
-    return torch.stack(parts, 1).mul_(slope(bits))
+    # dd/dp is 2^(e - 15) in the sign of d, with e the exponent's bits (0: as 1)
+    power = (bits & -0x400).view(torch.float16).float()
+    least = (1.0 - 2.0 * (bits < 0)) * 2.0**-14
+    return torch.stack(parts, 1).mul_(torch.where((bits & 0x7C00) == 0, least, power))
 
 
 def _scales_of(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, tuple[int, ...]]]:

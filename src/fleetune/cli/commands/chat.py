@@ -10,6 +10,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Final
 
 import fleetune
+from fleetune.cli import flags
 from fleetune.cli.commands.serve import ended_by_signals, engine_arguments
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
@@ -57,16 +58,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         console_listener(ui, resumes=False) as listener,
         fleetune.chat(
             model,
-            system=args.system,
-            max_tokens=args.max_tokens,
-            temperature=args.temperature,
-            seed=args.seed,
-            engine=args.engine,
-            threads=args.threads,
-            context=args.context,
-            out=args.out,
-            offline=args.offline,
             listener=listener,
+            **flags.options(args, "system max_tokens temperature seed engine threads context"),
         ) as talk,
     ):
         if prompt is not None:
@@ -103,13 +96,10 @@ def _talk(ui: Ui, talk: Conversation) -> None:
 
 
 def _answer(ui: Ui, talk: Conversation, prompt: str) -> None:
-    """Show an answer as it is written; in JSON mode the whole as an event."""
     began, text = time.monotonic(), ""
     with closing(talk.pieces(prompt)) as written:
         for piece in written:
             text += piece
-            if not ui.json:
-                ui.text(piece)
-    if not ui.json:
-        ui.text("\n")
+            ui.text(piece)
+    ui.text("\n")
     ui.event(Answered(prompt=prompt, text=text, seconds=time.monotonic() - began))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,14 @@ from fleetune.common import settings
 from fleetune.common.display import COMPARED, human_bytes, human_time, show_with_error
 from fleetune.common.events import CompressChecked, MethodListed
 from fleetune.common.settings import parse_bytes
-from fleetune.common.shell import quoted
+from fleetune.common.shell import command, quoted
 from fleetune.errors import UsageError
-from fleetune.runs import compression_folder, rundir
+from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import FLEET, OPTIONS, RECORD, CompressRequest
 
 if TYPE_CHECKING:
     from fleetune.cli.listener import ConsoleListener
     from fleetune.compression.jobs.job import CompressResult
-    from fleetune.fleet.server import Served
 
 HELP = "make a model or a finished run smaller"
 ORDER = 70
@@ -77,7 +76,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
-    """Add what a method works on, and where and how it does."""
     sub.add_argument(
         "--data",
         help="calibrate or train on these rows (a run: every second held-out row of its own, and text that it writes)",
@@ -101,7 +99,6 @@ def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_result_arguments(sub: argparse.ArgumentParser) -> None:
-    """Add what says how large the result may be, and what is done to it after solving."""
     sub.add_argument(
         "--bytes",
         metavar="SIZE",
@@ -121,53 +118,29 @@ def _add_result_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Compress, resume, check or list."""
-
     if args.list:
         _list(args, ui)
         return
-    if args.calibrate != FLEET and args.resume is None and (given := flags.given_door(args)):
-        raise UsageError(f"{given[0]} is for devices that join", hint="leave it out, or: --calibrate fleet")
     out = Path(args.out)
     resumed = compression_folder.get(args.resume, out) if args.resume is not None else None
     if resumed is not None:
         _check_resume(args, resumed)
     elif not args.model:
         raise UsageError("compress needs a model or a run", hint="fleetune compress latest")
-    with console_listener(ui) as listener:
+    calibrate = compression_folder.request_of(resumed).calibrate if resumed else args.calibrate
+    if calibrate != FLEET and (given := flags.given_door(args)):
+        raise UsageError(f"{given[0]} is for devices that join", hint="leave it out, or: --calibrate fleet")
+    door = flags.served(args) if calibrate == FLEET and not args.dry_run else nullcontext()
+    with console_listener(ui) as listener, door as served:
+        common: dict[str, Any] = flags.options(args, "") | {"listener": listener, "served": served}
         if args.dry_run:
             _dry_run(args, ui, resumed, listener)
         elif resumed is not None:
-            with _door(args, compression_folder.request_of(resumed).calibrate) as served:
-                show(
-                    ui,
-                    fleetune.resume_compression(
-                        resumed, out=out, offline=args.offline, listener=listener, served=served
-                    ),
-                )
+            show(ui, fleetune.resume_compression(resumed, **common))
         else:
-            with _door(args, args.calibrate) as served:
-                show(
-                    ui,
-                    fleetune.compress(
-                        args.model,
-                        method=args.method,
-                        settings=settings.pairs(args.set or []),
-                        out=out,
-                        offline=args.offline,
-                        listener=listener,
-                        served=served,
-                        **_options(args),
-                    ),
-                )
-
-
-def _door(args: argparse.Namespace, calibrate: str | None) -> AbstractContextManager[Served | None]:
-    """Return the door for devices, open in its `with` block; None where none is needed.  UsageError for flags without it."""
-    if calibrate == FLEET:
-        return flags.served(args)
-    if given := flags.given_door(args):
-        raise UsageError(f"{given[0]} is for a compression that devices calibrate", hint="leave it out")
-    return nullcontext()
+            chosen = settings.pairs(args.set or [])
+            options = common | _options(args)
+            show(ui, fleetune.compress(args.model, method=args.method, settings=chosen, **options))
 
 
 def show(ui: Ui, result: CompressResult) -> None:
@@ -177,58 +150,34 @@ def show(ui: Ui, result: CompressResult) -> None:
         return
     measured: dict[str, Any] = asdict(done)
     sizes = [human_bytes(size) for size in result.sizes.values()]
-    if in_file := _file_size(result):
-        sizes[0] += f", {human_bytes(in_file)} in its file"
+    file = Path(result.request.model).expanduser()
+    if file.is_file():  # whose weights were read into plain numbers
+        sizes[0] += f", {human_bytes(file.stat().st_size)} in its file"
     rows: list[list[object]] = [["weights", *sizes]]
     names = dict.fromkeys(name for column in columns for name in measured[column])
     rows += [[name, *(_shown(measured[c], name) for c in columns)] for name in names if name not in BESIDE]
-    if not ui.json:
-        ui.table(["", *columns], rows, align="l" + "r" * len(columns))
+    ui.table(["", *columns], rows, align="l" + "r" * len(columns))
     ui.paths(
         [
             ("result", f"{result.folder / 'model'} ({human_bytes(done.bytes)})"),
             ("time · peak memory", f"{human_time(done.seconds)} · {human_bytes(done.peak_rss)}"),
             ("digest", done.digest),
-            *_latest(result.folder),
             *(
                 []
                 if names
-                else [
-                    ("quality", f"not measured; fleetune measure {quoted(result.folder)} --text FILE does it")
-                ]
+                else [("quality", f"not measured: {command('measure', result.folder)} --text FILE")]
             ),
             ("next", f"fleetune export {quoted(result.folder)} --to {_next_target(result.folder / 'model')}"),
         ]
     )
 
 
-def _file_size(result: CompressResult) -> int:
-    """Return the bytes of the GGUF file that was compressed, whose weights were read into plain numbers; 0 for no file."""
-    file = Path(result.request.model).expanduser()
-    return file.stat().st_size if file.is_file() else 0
-
-
 def _shown(values: Mapping[str, float], name: str) -> str:
-    """A measure of a column; what compares with the dense model with its standard error."""
     if name not in values:
         return ""
     if name not in COMPARED:
         return f"{values[name]:.3f}"
     return show_with_error(name, values[name], values.get(f"{name}_error")) + COMPARED[name]
-
-
-def _latest(folder: Path) -> list[tuple[str, str]]:
-    """Say what `latest` means from now on, where a link of that name leads to a run."""
-    link = folder.parent / rundir.LATEST
-    if not link.is_symlink():
-        return []
-    run = folder.parent / link.readlink()
-    return [
-        (
-            "latest",
-            f"means this model from now on, in measure, serve and export; the link {link} still leads to the run {run.name}",
-        )
-    ]
 
 
 def _next_target(model: Path) -> str:
@@ -243,7 +192,6 @@ def _next_target(model: Path) -> str:
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of a request that were given on the command line, by name."""
     names = [n for n in CompressRequest.__dataclass_fields__ if n != "run"]
     given = {n: v for n in names if (v := getattr(args, n)) is not None}
     if "bytes" in given:
@@ -260,7 +208,6 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_resume(args: argparse.Namespace, folder: Path) -> None:
-    """Raise UsageError for any other option beside `--resume`."""
     if given := _given(args):
         flags = ", ".join("RUN|MODEL" if n == "model" else f"--{n.replace('_', '-')}" for n in given)
         raise UsageError(
@@ -307,12 +254,11 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
                 settings=[asdict(s) | {"type": s.type.__name__} for s in found],
             )
         )
-        if not ui.json:
-            ui.paths([(name, entry.summary), ("paper", entry.paper)])
-            ui.table(
-                ["setting", "symbol", "default", ""],
-                [[s.name, s.symbol, s.default, s.help] for s in found],
-                align="llll",
-            )
+        ui.paths([(name, entry.summary), ("paper", entry.paper)])
+        ui.table(
+            ["setting", "symbol", "default", ""],
+            [[s.name, s.symbol, s.default, s.help] for s in found],
+            align="llll",
+        )
     if args.list != "all":
         compression.settings_of(args.list)  # refuses an unknown one

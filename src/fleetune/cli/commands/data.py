@@ -27,8 +27,6 @@ NAMED = 6  # clients that are named
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.formatter_class = argparse.RawDescriptionHelpFormatter
-    sub.epilog = "examples:\n" + "".join(f"  {line}\n" for line in EXAMPLES.splitlines())
     sub.add_argument("action", metavar="ACTION", choices=["check"], help="check")
     sub.add_argument(
         "data", metavar="DATA", help="as for `fleetune tune`: a file, a folder, a hub id, -, or 'demo'"
@@ -45,12 +43,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     recipe = recipes.make({"model": model or "none", "data": args.data, **given})
     found = data_check.check(recipe, model, offline=args.offline)
     ui.event(found)
-    if not ui.json:
-        _print(found, recipe.data, model, _flags(given), ui)
+    _print(found, recipe.data, model, _flags(given), ui)
 
 
 def _flags(given: Mapping[str, object]) -> str:
-    """Return the settings of the recipe that were given, as flags of the command that follows."""
     return "".join(f" --{name.replace('_', '-')} {quoted(value)}" for name, value in given.items())
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import fleetune
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
+from fleetune.common.display import human_bytes
 from fleetune.common.events import Answered
 from fleetune.common.shell import quoted
 from fleetune.subject import Run
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune import models
     from fleetune.cli.commands import compress, export, tune
 
-    with ui.count(MODEL, 0, size=True) as bar:
+    with ui.bar(MODEL, human_bytes) as bar:
         models.pull(MODEL, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what))
     run, _ = [tune.run_recipe(recipe, args, ui) for recipe in recipes(quick=args.quick)]
     with console_listener(ui) as listener:
@@ -70,7 +71,6 @@ def indented(text: str) -> str:
 
 
 def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
-    """The first prompt of the run's samples, and the file's answer."""
     from fleetune import models
     from fleetune.evaluation import answers
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 import fleetune
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.common.display import COMPARED, change, counted, is_noise, show_with_error
@@ -78,19 +79,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             args.model,
             args.data,
             tasks=tasks,
-            columns=args.columns,
-            limit=args.limit,
-            text=args.text,
-            answer_tokens=args.answer_tokens,
-            task_files=args.task_files,
             labels=args.labels or "",
-            reference=args.reference,
-            dtype=args.dtype,
-            device=args.device,
-            base=args.base,
-            out=args.out,
-            offline=args.offline,
             listener=listener,
+            **flags.options(args, "columns limit text answer_tokens task_files reference dtype device base"),
         )
     done = listener.last
     if isinstance(done, EvalDone) and not ui.json:
@@ -110,7 +101,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _score(score: TaskScore) -> list[object]:
-    """A metric of a task of the harness, with its standard error and how many questions were asked."""
     how = "" if score.filter == "none" else f" ({score.filter})"
     asked = "" if score.rows is None else f"{score.rows:,} of {score.of:,}" if score.of else f"{score.rows:,}"
     error = "" if score.stderr is None else f"± {score.stderr:.4f}"
@@ -118,7 +108,6 @@ def _score(score: TaskScore) -> list[object]:
 
 
 def _line(done: EvalDone, name: str, label: str, value: float) -> list[object]:
-    """A line of the table: of a run's loss with that of its base, and the change with its standard error."""
     if name in COMPARED:
         shown = show_with_error(name, value, getattr(done, f"{name}_error")) + COMPARED[name]
         return [label, shown] if done.base_loss is None else [label, "", shown, ""]

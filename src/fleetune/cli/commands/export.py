@@ -7,6 +7,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 import fleetune
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.common.display import human_bytes
@@ -43,15 +44,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Export, and print what was written."""
 
     with console_listener(ui) as listener:
-        result = fleetune.export(
-            args.subject,
-            to=args.to,
-            path=args.path,
-            text=args.text,
-            out=args.out,
-            offline=args.offline,
-            listener=listener,
-        )
+        result = fleetune.export(args.subject, listener=listener, **flags.options(args, "to path text"))
     show(ui, result)
 
 
@@ -77,7 +70,6 @@ def show(ui: Ui, result: ExportResult) -> None:
 
 
 def _read_back(exact: int, tensors: int) -> str:
-    """Return what the comparison with the source found; an export with a wrong tensor has failed before."""
     if exact == tensors:
         return f"{exact} of {tensors} tensors hold the source's values bit for bit"
     return f"{tensors - exact} rounded as asked, {exact} exact, 0 wrong ({tensors} tensors)"

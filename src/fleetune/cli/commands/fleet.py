@@ -52,7 +52,6 @@ simulate -c recipe.toml               run it on Flower's simulation engine: seve
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.formatter_class = argparse.RawDescriptionHelpFormatter
     sub.usage = "fleetune fleet ACTION [WORD ...] [options]"
     sub.description = f"{sub.description}\n\n{textwrap.indent(VERBS, '    ')}"
     sub.add_argument("action", metavar="ACTION", choices=list(ACTIONS), help="one of the above")
@@ -63,9 +62,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         default=[],
         help="HOST:PORT (join), what to make (keys), RUN (eval, devices, status, stop, audit), DIR (app)",
     )
-    _serve_arguments(
-        sub.add_argument_group("serve (eval takes those of the door, from --host to --round-deadline)")
-    )
+    serve = sub.add_argument_group("serve (eval takes those of the door, from --host to --round-deadline)")
+    serve.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
+    serve.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
+    flags.add_door(serve, "the first round (default: the recipe's clients)")
     _join_arguments(
         sub.add_argument_group(
             "join (with --data, --columns, --held-out or --eval-data, --model, --base, --ram, --device, --threads of this device)"
@@ -79,12 +79,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="for simulate: clients at a time (default: one for each processor)",
     )
     flags.add(sub)
-
-
-def _serve_arguments(serve: argparse._ArgumentGroup) -> None:
-    serve.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
-    serve.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
-    flags.add_door(serve, "the first round (default: the recipe's clients)")
 
 
 def _join_arguments(join: argparse._ArgumentGroup) -> None:
@@ -141,7 +135,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     if before and before != f"fleetune fleet serve --resume {quoted(path)}{fleets.flags()}":
         ui.note(f"it was served otherwise before, and devices look for it there: {before}")
     if recipe:
-        flags.check_model(recipe.model, args.out, recipes.trained(recipe))
+        tuning.check_plain(recipe.model, Path(args.out), recipes.trained(recipe))
         recipe = tuning.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe = fleets.settled(recipe, values)
@@ -174,21 +168,18 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.cli.listener import console_listener
     from fleetune.fleet import eval_server
 
-    if len(args.words) != 1:
-        raise UsageError("eval takes one RUN or MODEL", hint="fleetune fleet eval latest")
+    name = _word(args, "latest")
     if other := [*flags.given(args), *args.set, *filter(None, (args.config, args.resume))]:
         raise UsageError(
             f"eval takes no {other[0]}", hint="devices hold rows out: fleetune fleet join .. --held-out 0.1"
         )
-    found = subject.open(args.words[0], args.out)
+    found = subject.open(name, args.out)
     with console_listener(ui) as listener, flags.served(args) as served:
         done, each = eval_server.evaluate(found, served, listener, offline=args.offline)
-    if not ui.json:
-        _show(ui, each, done)
+    _show(ui, each, done)
 
 
 def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> None:
-    """Print the figures of every device, the means, the standard errors and the medians."""
 
     def cells(base: float | None, tuned: float | None) -> list[str]:
         if base is None or tuned is None:
@@ -244,7 +235,7 @@ def _simulate(args: argparse.Namespace, ui: Ui) -> None:
         recipe = foundations.recipe_of(path)
     else:
         recipe = recipes.make(_values(args))
-        flags.check(recipe, args.out)
+        tuning.check_plain(recipe.model, out, recipes.trained(recipe))
         recipe = tuning.with_file(recipe, out, ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe, _ = choose.settled_base(recipe, ui.note, offline=args.offline)
@@ -265,11 +256,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.fleet.device import Conditions, Home, join
     from fleetune.fleet.worker import Brings
 
-    if len(args.words) != 1:
-        raise UsageError(
-            "join takes the server's HOST:PORT",
-            hint=f"fleetune fleet join 192.168.1.10:{PORT} --data rows.jsonl",
-        )
+    server = _word(args, f"192.168.1.10:{PORT} --data rows.jsonl")
     given = flags.given(args)
     if not (rows := given.pop("data", "")):
         raise UsageError("which rows does this device have?", hint="--data rows.jsonl")
@@ -298,10 +285,10 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         own["base"] or "auto",
         args.calibrate,
     )
-    home = Home(Path(args.state), _path(args.key), _path(args.ca))
+    home = Home(Path(args.state), args.key and Path(args.key), args.ca and Path(args.ca))
     with InterruptHandler(ui) as interrupt:
         why = join(
-            args.words[0],
+            server,
             brings,
             home,
             stop=lambda: interrupt.requested,
@@ -376,8 +363,11 @@ def _no_words(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.action} takes no '{args.words[0]}'", hint="fleetune fleet --help")
 
 
-def _path(text: str | None) -> Path | None:
-    return Path(text) if text else None
+def _word(args: argparse.Namespace, such: str) -> str:
+    """Return the one word that an action takes, such as `such`."""
+    if len(args.words) != 1:
+        raise UsageError(f"{args.action} takes one WORD", hint=f"fleetune fleet {args.action} {such}")
+    return str(args.words[0])
 
 
 def _app(args: argparse.Namespace, ui: Ui) -> None:
@@ -385,9 +375,7 @@ def _app(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.fleet.flower import shim
 
     flower.check_installed()
-    if len(args.words) != 1:
-        raise UsageError("app takes one DIR", hint="fleetune fleet app fleetune-app")
-    folder = Path(args.words[0])
+    folder = Path(_word(args, "fleetune-app"))
     shim.write(folder)
     ui.paths(
         [
@@ -401,7 +389,6 @@ def _app(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _devices(args: argparse.Namespace, ui: Ui) -> None:
-    """Show which key is which client, and what each device has and does."""
     from fleetune.fleet.table import Devices
     from fleetune.tuning import methods
 
@@ -426,33 +413,18 @@ def _devices(args: argparse.Namespace, ui: Ui) -> None:
         ]
         for c, m in enumerate(found.members)
     ]
-    head = [
-        "client",
-        "device",
-        "key",
-        "rows",
-        "memory",
-        "threads",
-        "tokens/s",
-        "does",
-        "fleetune",
-        "torch",
-        "processor",
-    ]
-    ui.table(head, rows)
+    head = "client device key rows memory threads tokens/s does fleetune torch processor"
+    ui.table(head.split(), rows)
     if len(names) > 1 and all(m.kind >= 0 for m in found.members):
         given = ",".join(str(m.kind) for m in found.members)
         ui.note(f"the same in the simulation: --kinds {given}")
 
 
 def _status(args: argparse.Namespace, ui: Ui) -> None:
-    """Show how the run stands, and what each device does now."""
     from fleetune.fleet import status as standing
 
     now = standing.look(_run_of(args))
     ui.event(now)
-    if ui.json:
-        return
     ago = human_time(now.heard)
     if now.served:
         ui.paths([("run", f"{now.run} · {now.status} · heard {ago} ago"), *standing.facts(now)])
@@ -465,7 +437,6 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _stop(args: argparse.Namespace, ui: Ui) -> None:
-    """Ask the run's server to end after this step."""
     from fleetune.fleet import status as standing
 
     standing.ask_to_stop(run := _run_of(args))
@@ -473,7 +444,6 @@ def _stop(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _audit(args: argparse.Namespace, ui: Ui) -> None:
-    """Check the log of all that was taken or refused; StorageError where it was changed."""
     from fleetune.fleet import audit as log
 
     file = _run_of(args) / log.FILE
@@ -488,9 +458,7 @@ def _audit(args: argparse.Namespace, ui: Ui) -> None:
 
 def _run_of(args: argparse.Namespace) -> Path:
     """The folder of the run that the words name, or of a compression that devices have calibrated."""
-    if len(args.words) != 1:
-        raise UsageError(f"{args.action} takes one RUN", hint=f"fleetune fleet {args.action} latest")
-    name, out = args.words[0], Path(args.out)
+    name, out = _word(args, "latest"), Path(args.out)
     smaller = compression_folder.find(name, out) if name != "latest" else None
     return smaller or rundir.find(name, out)
 

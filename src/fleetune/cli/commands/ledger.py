@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.common.display import counted, human_bytes
 from fleetune.common.events import DigestFound, LedgerDifference, LedgerShown, LedgerVerified, LedgerWritten
@@ -126,8 +127,6 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
             trains=head.trains,
         )
     )
-    if ui.json:
-        return
     passes = f"{ledger.count_passes():,} {'pass' if ledger.count_passes() == 1 else 'passes'}"
     parameters = sum(math.prod(shape) for _, shape, _ in head.tensors)
     ui.table(
@@ -180,8 +179,7 @@ def _replay(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
 
 def _digest(ui: Ui, digest: str) -> None:
     ui.event(DigestFound(digest=digest))
-    if not ui.json:
-        ui.paths([("digest", digest)])
+    ui.paths([("digest", digest)])
 
 
 def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
@@ -207,18 +205,14 @@ def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     if ledger.final_check() is None:
         ui.note(f"the last digest is stated after round {max(checks)}: the rounds after it are not verified")
     ui.event(LedgerVerified(digest=digest, checks=len(checks)))
-    if not ui.json:
-        ui.paths(
-            [("verified", f"{len(checks)} of {len(checks)} stated digests found again"), ("digest", digest)]
-        )
+    ui.paths([("verified", f"{len(checks)} of {len(checks)} stated digests found again"), ("digest", digest)])
 
 
 def _diff(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
     changes = loaded[0].diff(loaded[1])
     for c in changes:
         ui.event(LedgerDifference(**c._asdict()))
-    if not ui.json:
-        ui.table(["what", paths[0].parent.name, paths[1].parent.name], changes, align="lll")
+    ui.table(["what", paths[0].parent.name, paths[1].parent.name], changes, align="lll")
     if not changes:
         ui.note("no difference")
 
@@ -226,10 +220,7 @@ def _diff(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
 def _export(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
     from fleetune.tuning.result import finished
 
-    name = _base_name(args, paths[0])
-    out = Path(_target(args, "a folder to write"))
-    if out.exists():
-        raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
+    name, out = _base_name(args, paths[0]), flags.new_path(args.to, "ledger export")
     model = finished.base_of(loaded[0], name, offline=args.offline, base=args.base)
     finished.place_at(model, loaded[0])
     card = f"# {name}, tuned\n\nBase {loaded[0].head.base}, ledger {loaded[0].fingerprint()}.\n"
@@ -238,44 +229,33 @@ def _export(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     _digest(ui, digest)
 
 
-def _target(args: argparse.Namespace, what: str) -> str:
-    if not args.to:
-        raise UsageError(f"ledger {args.action} needs --to PATH, {what}")
-    return str(args.to)
+def _derive(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
+    """Write a ledger that is made of one or two."""
+    path, ledger = flags.new_path(args.to, f"ledger {args.action}"), loaded[0]
+    needed = {"truncate": "round", "drop": "round", "scale": "factor"}.get(args.action)
+    if needed and getattr(args, needed) is None:
+        raise UsageError(f"ledger {args.action} needs --{needed}")
+    match args.action:
+        case "merge":
+            made = ledger.merge(loaded[1])
+        case "compact":
+            made = ledger.compact()
+        case "scale":
+            made = ledger.scale(args.factor)
+        case "drop":
+            made = ledger.drop(args.round)
+        case _:
+            made = ledger.truncate(args.round)
+    made.save(path)
+    ui.event(LedgerWritten(file=str(path), entries=len(made), fingerprint=made.fingerprint()))
+    ui.paths([("result", f"{path} ({human_bytes(path.stat().st_size)}, {len(made):,} entries)")])
 
 
-def _write(args: argparse.Namespace, ui: Ui, ledger: Ledger) -> None:
-    path = Path(_target(args, "a file to write"))
-    if path.exists():
-        raise UsageError(f"{path} exists already", hint="choose another --to: nothing is overwritten")
-    ledger.save(path)
-    ui.event(LedgerWritten(file=str(path), entries=len(ledger), fingerprint=ledger.fingerprint()))
-    ui.paths([("result", f"{path} ({human_bytes(path.stat().st_size)}, {len(ledger):,} entries)")])
-
-
-def _needs(value: float | None, flag: str, args: argparse.Namespace) -> float:
-    if value is None:
-        raise UsageError(f"ledger {args.action} needs {flag}")
-    return value
-
-
-Action = Callable[[argparse.Namespace, Ui, Sequence[Path], Sequence["Ledger"]], None]
-
-ACTIONS: dict[str, Action] = {
+ACTIONS: dict[str, Callable[[argparse.Namespace, Ui, Sequence[Path], Sequence[Ledger]], None]] = {
     "show": _show,
     "replay": _replay,
     "verify": _verify,
     "diff": _diff,
     "export": _export,
-    "merge": lambda args, ui, paths, loaded: _write(args, ui, loaded[0].merge(loaded[1])),
-    "compact": lambda args, ui, paths, loaded: _write(args, ui, loaded[0].compact()),
-    "truncate": lambda args, ui, paths, loaded: _write(
-        args, ui, loaded[0].truncate(int(_needs(args.round, "--round N", args)))
-    ),
-    "drop": lambda args, ui, paths, loaded: _write(
-        args, ui, loaded[0].drop(int(_needs(args.round, "--round N", args)))
-    ),
-    "scale": lambda args, ui, paths, loaded: _write(
-        args, ui, loaded[0].scale(_needs(args.factor, "--factor X", args))
-    ),
+    **dict.fromkeys(("merge", "compact", "truncate", "drop", "scale"), _derive),
 }

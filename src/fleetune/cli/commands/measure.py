@@ -7,6 +7,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 import fleetune
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.common import settings
@@ -64,29 +65,18 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with console_listener(ui) as listener:
         result = fleetune.measure(
             *args.subjects,
-            text=args.text,
-            windows=args.windows,
-            length=args.length,
-            data=args.data,
-            limit=args.limit,
             tasks=words(args.tasks),
-            answer_tokens=args.answer_tokens,
             labels=settings.given_words(args.labels),
-            threads=args.threads,
-            prompt_tokens=args.prompt_tokens,
-            new_tokens=args.new_tokens,
-            repeats=args.repeats,
-            kept_gain=args.kept_gain,
-            reference=args.reference,
-            out=args.out,
-            offline=args.offline,
             listener=listener,
+            **flags.options(
+                args,
+                "text windows length data limit answer_tokens threads prompt_tokens new_tokens repeats kept_gain reference",
+            ),
         )
     _show(ui, result)
 
 
 def _shown(row: Measured, name: str) -> str:
-    """A measure; the loss with its change from the first line, where that is known."""
     value = row.values[name]
     if name in COMPARED:
         return show_with_error(name, value, getattr(row, f"{name}_error"))
@@ -98,7 +88,6 @@ def _shown(row: Measured, name: str) -> str:
 
 
 def _show(ui: Ui, result: MeasureResult) -> None:
-    """Print the table, the kept gain, and the path of the result."""
     from fleetune.deploy.harness import FILE
 
     names = list(dict.fromkeys(name for row in result.rows for name in row.values))
@@ -115,22 +104,21 @@ def _show(ui: Ui, result: MeasureResult) -> None:
         ]
         for r in result.rows
     ]
-    if not ui.json:
-        ui.table(
-            [
-                "",
-                "engine",
-                "size",
-                "bits/weight",
-                "with ends",
-                "peak",
-                "read tok/s",
-                "write tok/s",
-                *(metric(name).label for name in names),
-            ],
-            rows,
-            align="ll" + "r" * (6 + len(names)),
-        )
+    ui.table(
+        [
+            "",
+            "engine",
+            "size",
+            "bits/weight",
+            "with ends",
+            "peak",
+            "read tok/s",
+            "write tok/s",
+            *(metric(name).label for name in names),
+        ],
+        rows,
+        align="ll" + "r" * (6 + len(names)),
+    )
     ui.paths([("kept", gain.text) for gain in result.kept.values()])
     if (folder := result.folder) is not None:
         ui.paths([("result", str(folder / FILE))])

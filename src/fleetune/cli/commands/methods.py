@@ -31,9 +31,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     found = methods.entries().values()
     for e in found:
         ui.event(MethodListed(name=e.name, kind=e.kind, paper=e.paper, sends=e.sends))
-    if not ui.json:
-        ui.table(["method", "leaves", "sends", "paper"], [[e.name, e.kind, e.sends, e.paper] for e in found])
-        ui.paths([("next", "fleetune methods NAME")])
+    ui.table(["method", "leaves", "sends", "paper"], [[e.name, e.kind, e.sends, e.paper] for e in found])
+    ui.paths([("next", "fleetune methods NAME")])
 
 
 def _settings(name: str, ui: Ui) -> None:
@@ -51,14 +50,8 @@ def _settings(name: str, ui: Ui) -> None:
                 help=s.help,
             )
         )
-    if not ui.json:
-        ui.paths(
-            [
-                ("method", entry.summary),
-                ("paper", entry.paper),
-                ("sends", entry.sends),
-                ("leaves", entry.kind),
-            ]
-        )
-        rows = [[s.name, s.symbol, s.type.__name__, s.shown, s.help] for s in found]
-        ui.table(["--set", "symbol", "type", "default", "meaning"], rows, align="lllll")
+    ui.paths(
+        [("method", entry.summary), ("paper", entry.paper), ("sends", entry.sends), ("leaves", entry.kind)]
+    )
+    rows = [[s.name, s.symbol, s.type.__name__, s.shown, s.help] for s in found]
+    ui.table(["--set", "symbol", "type", "default", "meaning"], rows, align="lllll")

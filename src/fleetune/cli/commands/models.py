@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fleetune.cli.console import Ui
@@ -15,7 +14,7 @@ from fleetune.common.events import ModelCached, ModelListed, ModelPulled, ModelR
 from fleetune.common.shell import command
 from fleetune.errors import UsageError
 from fleetune.models.cache import cache
-from fleetune.models.cache.names import SHORT_NAMES, ShortName
+from fleetune.models.cache.names import SHORT_NAMES
 
 HELP = "list the models there are, fetch one, or remove one from the cache"
 ORDER = 140
@@ -63,17 +62,20 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _list(ui: Ui) -> None:
-    found, lying = cache.builtin(), cache.contents()
-    sizes = {model.path: model.bytes for model in lying}
-    for m in found:
-        ui.event(
-            ModelListed(
-                **{**dataclasses.asdict(m), "cached": str(m.cached) if m.cached else None},
-                bytes=sizes.get(m.cached) if m.cached else None,
-                download=cache.ORIGINS[m.name].wheel_bytes,
-            )
-        )
+    builtin, cached = cache.builtin(), cache.contents()
+    sizes: dict[Path | None, int] = {model.path: model.bytes for model in cached}
+    copies = Counter(model.name for model in cached)
+    folders = {model.path: f", in {model.path.name}" for model in cached if copies[model.name] > 1}
+    rows: list[list[object]] = []
+    for m in builtin:
+        download = cache.ORIGINS[m.name].wheel_bytes
+        here = {"cached": str(m.cached) if m.cached else None, "bytes": sizes.get(m.cached)}
+        ui.event(ModelListed(**dataclasses.asdict(m) | here, download=download))
+        where = ["yes" if m.cached else "no", human_bytes(sizes[m.cached] if m.cached else download)]
+        source = (m.source or m.hub) + (folders.get(m.cached, "") if m.cached else "")
+        rows.append([m.name, human_count(m.params), m.licence, *where, source])
     for s in SHORT_NAMES.values():
+        about = "from the hub, gated" if s.gated else "from the hub"
         ui.event(
             ModelListed(
                 name=s.name,
@@ -82,67 +84,25 @@ def _list(ui: Ui) -> None:
                 licence=s.licence,
                 cached=None,
                 source="",
-                about=_of_hub(s),
+                about=about,
             )
         )
-    others = [model for model in lying if model.path not in [m.cached for m in found]]
-    for other in others:
-        ui.event(ModelCached(**{**dataclasses.asdict(other), "path": str(other.path)}))
-    if ui.json:
-        return
-    folders = _folders(lying)
-    rows = [
-        [
-            m.name,
-            human_count(m.params),
-            m.licence,
-            *_where(m, sizes),
-            (m.source or m.hub) + folders.get(m.cached, ""),
-        ]
-        for m in found
-    ]
-    rows += [[s.name, human_count(s.params), s.licence, _of_hub(s), "", s.hub] for s in SHORT_NAMES.values()]
-    rows += [
-        [o.name, "", o.licence, "yes", human_bytes(o.bytes), o.source + folders.get(o.path, "")]
-        for o in others
-    ]
+        rows.append([s.name, human_count(s.params), s.licence, about, "", s.hub])
+    for other in [model for model in cached if model.path not in [m.cached for m in builtin]]:
+        ui.event(ModelCached(**dataclasses.asdict(other) | {"path": str(other.path)}))
+        size, source = human_bytes(other.bytes), other.source + folders.get(other.path, "")
+        rows.append([other.name, "", other.licence, "yes", size, source])
     ui.table(["model", "parameters", "licence", "here", "size", "source"], rows, align="lrllrl")
+    files = [model.bytes for model in cached if model.source.startswith(cache.OF_FILE)]
+    copied = f"{counted(len(files), 'copy', 'copies')} made of GGUF files that were read ({human_bytes(sum(files))})"
+    kept = f"{copied}, until: fleetune models rm NAME   (of several with one name: rm FOLDER)"
     ui.paths(
         [
-            ("cache", f"{cache.cache()} ({human_bytes(sum(m.bytes for m in lying))})"),
-            *_kept(lying),
+            ("cache", f"{cache.cache()} ({human_bytes(sum(m.bytes for m in cached))})"),
+            *([("kept", kept)] if files else []),
             ("also", "any hub id, Hugging Face directory or GGUF file is a MODEL"),
         ]
     )
-
-
-def _folders(lying: Sequence[cache.CachedModel]) -> dict[Path | None, str]:
-    """Return path -> ", in FOLDER" of the copies that share their name with another one."""
-    copies = Counter(model.name for model in lying)
-    return {model.path: f", in {model.path.name}" for model in lying if copies[model.name] > 1}
-
-
-def _kept(lying: Sequence[cache.CachedModel]) -> list[tuple[str, str]]:
-    """Say that copies of GGUF files which were read stay in the cache, and how they are removed; nothing without any."""
-    read = [model.bytes for model in lying if model.source.startswith(cache.OF_FILE)]
-    if not read:
-        return []
-    what = (
-        f"{counted(len(read), 'copy', 'copies')} made of GGUF files that were read ({human_bytes(sum(read))})"
-    )
-    return [("kept", f"{what}, until: fleetune models rm NAME   (of several with one name: rm FOLDER)")]
-
-
-def _of_hub(model: ShortName) -> str:
-    """Say where a short name's model comes from, and that the hub asks for an account where it does."""
-    return "from the hub, gated" if model.gated else "from the hub"
-
-
-def _where(model: cache.BuiltIn, sizes: Mapping[Path, int]) -> tuple[str, str]:
-    """Return whether a model is here, and the size of it or of its download."""
-    if model.cached:
-        return "yes", human_bytes(sizes.get(model.cached))
-    return "no", human_bytes(cache.ORIGINS[model.name].wheel_bytes)
 
 
 def _rm(args: argparse.Namespace, ui: Ui) -> None:
@@ -158,7 +118,7 @@ def _pull(args: argparse.Namespace, ui: Ui) -> None:
 
     if not args.name:
         raise UsageError("pull needs the name of a model", hint="fleetune models pull smollm2-135m")
-    with ui.count(args.name, 0, size=True) as bar:
+    with ui.bar(args.name, human_bytes) as bar:
         path = models.pull(
             args.name,
             offline=args.offline,

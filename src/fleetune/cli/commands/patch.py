@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
 from fleetune.common.events import PatchApplied, PatchMade
@@ -53,10 +54,7 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.common.files import write_atomic
     from fleetune.deploy import patch, patch_make, tunable_file
 
-    if not args.to:
-        raise UsageError("patch make needs --to FILE, the patch to write")
-    if (out := Path(args.to)).exists():
-        raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
+    out = flags.new_path(args.to, "patch make")
     patch.require_folder(out)
     with console_listener(ui) as listener:
         name = tunable_file.model_of(args.files[0], args.out, listener.note)
@@ -66,15 +64,12 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
     file = made.file
     write_atomic(out, file)
     ui.event(PatchMade(path=str(out), bytes=len(file), base=made.base, result=made.result))
-    if ui.json:
-        return
     ui.paths(
         [("patch", f"{out} ({human_bytes(len(file))})"), ("makes", f"a file with SHA-256 {made.result}")]
     )
 
 
 def _patch(args: argparse.Namespace, name: str, base: Path, listener: Listener) -> Patch:
-    """Return the patch from a base to a run, or to the model of a ledger alone."""
     from fleetune import subject
     from fleetune.cli.commands.ledger import file_of
     from fleetune.deploy import patch_make
@@ -102,6 +97,4 @@ def _apply(args: argparse.Namespace, ui: Ui) -> None:
     with console_listener(ui) as listener:
         patch.apply(path, loaded, out, listener)
     ui.event(PatchApplied(path=str(out or path), result=loaded.result))
-    if ui.json:
-        return
     ui.paths([("model", str(out or path)), ("SHA-256", loaded.result)])

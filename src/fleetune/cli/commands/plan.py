@@ -8,6 +8,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import fleetune
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
 from fleetune.common.events import PlanRow, PlanSettings
@@ -64,28 +65,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Print the table, and the command to begin with."""
-    from fleetune.cli import flags
     from fleetune.planning import plan as planning
 
-    flags.check_model(args.model, args.out, args.train)
-    plan = fleetune.plan(
-        args.model,
-        ram=args.ram,
-        uplink=args.uplink,
-        batch=args.batch,
-        length=args.length,
-        steps=args.steps,
-        dtype=args.dtype,
-        base=args.base,
-        train=args.train,
-        out=args.out,
-        offline=args.offline,
-    )
+    plan = fleetune.plan(args.model, **flags.options(args, "ram uplink batch length steps dtype base train"))
     for row in plan.rows:
         ui.event(PlanRow(model=args.model, **dataclasses.asdict(row), fits=row.fits))
-    if not ui.json:
-        ui.header("fleetune plan", plan.about)
-        ui.table(planning.columns(plan.rows), [planning.cells(row) for row in plan.rows])
+    ui.header("fleetune plan", plan.about)
+    ui.table(planning.columns(plan.rows), [planning.cells(row) for row in plan.rows])
     found = plan.settings()
     ui.event(
         PlanSettings(
@@ -100,18 +86,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             command=_command(args.model, found),
         )
     )
-    if not ui.json:
-        told = f"{found}: about {human_bytes(found.peak)}" + (
-            f" of {human_bytes(found.ram)}" if found.ram else ""
-        )
-        counted = (
-            "the table: a device's round · best: one process that trains, measures, answers and averages"
-        )
-        ui.paths([("best", told), ("counted", counted), ("next", _command(args.model, found))])
+    told = f"{found}: about {human_bytes(found.peak)}" + (
+        f" of {human_bytes(found.ram)}" if found.ram else ""
+    )
+    counted = "the table: a device's round · best: one process that trains, measures, answers and averages"
+    ui.paths([("best", told), ("counted", counted), ("next", _command(args.model, found))])
 
 
 def _command(model: str, found: Settings) -> str:
-    """Return the command that tunes with these settings."""
     options = found.options()
     words = ["--method", options.pop("method")]
     for name, value in options.pop("settings", {}).items():

@@ -59,14 +59,11 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Carry out an action."""
     if args.force and args.action != "rm":
         raise UsageError("--force is of runs rm alone", hint="leave it out")
-    ACTIONS[args.action](args, ui)
-
-
-def _at_least(args: argparse.Namespace, least: int) -> None:
-    if len(args.names) < least:
+    if len(args.names) < (least := {"show": 1, "compare": 2, "rm": 1}.get(args.action, 0)):
         raise UsageError(
             f"runs {args.action} needs {least} RUN or more", hint="runs there are: fleetune runs"
         )
+    ACTIONS[args.action](args, ui)
 
 
 def _folder(name: str, out: Path) -> tuple[Path, bool]:
@@ -78,57 +75,41 @@ def _folder(name: str, out: Path) -> tuple[Path, bool]:
 
 
 def _list(args: argparse.Namespace, ui: Ui) -> None:
-    rows = report.table(rundir.listing(Path(args.out)))
+    out = Path(args.out)
+    rows = report.table(rundir.listing(out))
     for row in rows:
         ui.event(RunListed(**row))
-    for sweep in sorted(p.parent for p in Path(args.out).glob("*/sweep.toml")):
+    for sweep in sorted(p.parent for p in out.glob("*/sweep.toml")):
         ui.event(SweepListed(path=str(sweep)))
         ui.note(f"{sweep} is a sweep; its runs: fleetune runs --out {quoted(sweep)}")
     _note_changed(rows, ui)
-    smaller = _compressed(Path(args.out))
+    smaller = [_row(folder) for folder in compression_folder.listing(out)]
     for listed in smaller:
         ui.event(listed)
-    if ui.json:
-        return
-    if not rows and not smaller:
-        ui.note(f"no runs in {args.out}")
-        ui.paths([("next", "fleetune demo")])
-        return
     if rows:
-        _runs_table(rows, ui)
-    if smaller:
-        cells = [[r.name, r.of, r.status, human_bytes(r.bytes)] for r in smaller]
-        ui.table(["compressed", "of", "status", "size"], cells, align="lllr")
-    if rows:
-        failed = [r["name"] for r in rows if kind_of(str(r["status"])) == "failed"]
-        if failed:
-            ui.paths(
-                [("reason", f"of {failed[-1]}: {command('runs', 'show', Path(args.out) / str(failed[-1]))}")]
-            )
-        page = Path(args.out) / str(rows[-1]["name"]) / "report.html"  # of the newest, once it has one
-        if page.is_file():
-            ui.paths([("report", str(page))])
-
-
-def _runs_table(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
-    """List the runs, with one word for the status: the reason is in `runs show`."""
-    ui.table(
-        ["run", "status", "rounds", "base", "tuned", "bytes", "time"],
-        [
+        cells = [
             [
                 r["name"],
-                kind_of(str(r["status"])),
+                kind_of(str(r["status"])),  # a word; the reason is in `runs show`
                 r["rounds"],
-                show("loss", _number(r["base_loss"])),
-                show("loss", _number(r["tuned_loss"])),
+                *(show("loss", _number(r[name])) for name in ("base_loss", "tuned_loss")),
                 human_bytes(_number(r["bytes"])),
                 human_time(_number(r["seconds"])),
             ]
             for r in rows
-        ],
-        align="llrrrrr",
-        spare=(5, 6, 2),
-    )
+        ]
+        ui.table(["run", "status", "rounds", "base", "tuned", "bytes", "time"], cells, align="llrrrrr")
+    if smaller:
+        cells = [[r.name, r.of, r.status, human_bytes(r.bytes)] for r in smaller]
+        ui.table(["compressed", "of", "status", "size"], cells, align="lllr")
+    if not rows and not smaller:
+        ui.note(f"no runs in {out}")
+        ui.paths([("next", "fleetune demo")])
+    failed = [str(r["name"]) for r in rows if kind_of(str(r["status"])) == "failed"]
+    if failed:
+        ui.paths([("reason", f"of {failed[-1]}: {command('runs', 'show', out / failed[-1])}")])
+    if rows and (page := out / str(rows[-1]["name"]) / "report.html").is_file():  # the newest has one
+        ui.paths([("report", str(page))])
 
 
 def _note_changed(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
@@ -137,13 +118,7 @@ def _note_changed(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
             ui.note(report.changed(row["name"]))
 
 
-def _compressed(out: Path) -> list[CompressionListed]:
-    """Return the compressions under `out`, by number."""
-    return [_row(folder) for folder in compression_folder.listing(out)]
-
-
 def _row(folder: Path) -> CompressionListed:
-    """Return a compression's line of the list."""
     try:
         record = compression_folder.record(folder)
     except StorageError:
@@ -164,7 +139,6 @@ def _number(value: object) -> float | None:
 
 
 def _show(args: argparse.Namespace, ui: Ui) -> None:
-    _at_least(args, 1)
     for folder, smaller in [_folder(name, Path(args.out)) for name in args.names]:
         if smaller:
             _show_compressed(folder, ui)
@@ -172,49 +146,37 @@ def _show(args: argparse.Namespace, ui: Ui) -> None:
         facts = report.summary(folder)
         ui.event(RunListed(**facts))
         _note_changed([facts], ui)
-        if not ui.json:
-            known = {name: default for name, (_, default, _) in recipes.fields().items()}
-            ui.table(["", folder.name], report.facts(folder, known), align="ll")
-            _report(folder, ui)
-
-
-def _report(folder: Path, ui: Ui) -> None:
-    """Write the report anew; where nothing can be written, the one that is there stays."""
-    try:
-        ui.paths([("report", str(report.write(folder)))])
-        say_what_is_shared(ui, folder)
-    except StorageError as error:
-        ui.note(f"the report is not written anew: {error.message}")
+        known = {name: default for name, (_, default, _) in recipes.fields().items()}
+        ui.table(["", folder.name], report.facts(folder, known), align="ll")
+        try:
+            ui.paths([("report", str(report.write(folder)))])
+            say_what_is_shared(ui, folder)
+        except StorageError as error:  # the one that is there stays
+            ui.note(f"the report is not written anew: {error.message}")
 
 
 def _show_compressed(folder: Path, ui: Ui) -> None:
-    """Show a compression: its request and its result."""
     work = asdict(compression_folder.request_of(folder))
     done = compression_folder.record(folder).get("result")
     row = replace(_row(folder), folder=str(folder), asked=work, result=done)
     ui.event(row)
-    if ui.json:
-        return
     given = {k: v for k, v in work.items() if k != "run" and v not in ("", {}, False)}
-    asked = [[k, _settings(v) if k == "set" else v] for k, v in given.items()]
+    if chosen := given.get("set"):
+        given["set"] = " · ".join(f"{name} {value}" for name, value in chosen.items())
+    asked = [[k, v] for k, v in given.items()]
     ui.table(["", folder.name], [*asked, ["status", row.status], *_outcome(done or {})], align="ll")
     next_ = f"fleetune measure {quoted(folder)}" if done else f"fleetune compress --resume {quoted(folder)}"
     ui.paths([("folder", str(folder)), ("next", next_)])
 
 
-def _settings(chosen: Mapping[str, object]) -> str:
-    return " · ".join(f"{k} {v}" for k, v in chosen.items())
-
-
 def _outcome(done: Mapping[str, Any]) -> list[list[object]]:
-    """A finished compression's size, and its measures before and after."""
     if not done:
         return []
-    measures = {k: (v, done["after"].get(k)) for k, v in done["before"].items()}
+    after = done["after"]
     return [
         *(
-            [k, f"{show(k, before)} before, {show(k, after)} after"]
-            for k, (before, after) in measures.items()
+            [k, f"{show(k, before)} before, {show(k, after.get(k))} after"]
+            for k, before in done["before"].items()
         ),
         ["size", human_bytes(_number(done["bytes"]))],
         ["time", human_time(_number(done["seconds"]))],
@@ -223,7 +185,6 @@ def _outcome(done: Mapping[str, Any]) -> list[list[object]]:
 
 
 def _compare(args: argparse.Namespace, ui: Ui) -> None:
-    _at_least(args, 2)
     found = [_folder(name, Path(args.out)) for name in args.names]
     if smaller := [name for name, (_, is_smaller) in zip(args.names, found, strict=True) if is_smaller]:
         raise UsageError(
@@ -233,24 +194,22 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
     runs = [folder for folder, _ in found]
     for row in (rows := report.table(runs)):
         ui.event(RunListed(**row))
-    if not ui.json:
-        head = ["run", "status", "rounds", "validation loss", "traffic", "time", "peak memory"]
-        ui.table(head, report.results(runs), align="llrlrrr", spare=(6, 5, 2, 1))
-        unlike, same = report.differing(runs)
-        if unlike:
-            ui.table(
-                ["option", *(folder.name for folder in runs)],
-                [[k, *values] for k, values in unlike],
-                align="l" * (len(runs) + 1),
-            )
-        ui.note(f"{counted(same, 'option')} equal" if unlike else "all options are equal")
+    head = ["run", "status", "rounds", "validation loss", "traffic", "time", "peak memory"]
+    ui.table(head, report.results(runs), align="llrlrrr")
+    unlike, same = report.differing(runs)
+    if unlike:
+        ui.table(
+            ["option", *(folder.name for folder in runs)],
+            [[k, *values] for k, values in unlike],
+            align="l" * (len(runs) + 1),
+        )
+    ui.note(f"{counted(same, 'option')} equal" if unlike else "all options are equal")
     _note_changed(rows, ui)
     for caveat in report.caveats([report.read(folder) for folder in runs]):
         ui.note(f"these runs {caveat}: {report.APART}")
 
 
 def _rm(args: argparse.Namespace, ui: Ui) -> None:
-    _at_least(args, 1)
     found = list(dict.fromkeys(_folder(name, Path(args.out))[0] for name in args.names))
     if "latest" in args.names:
         latest, _ = _folder("latest", Path(args.out))
@@ -303,7 +262,6 @@ def _needs(folder: Path) -> set[Path]:
 
 
 def _base_of(run: Path) -> list[Path]:
-    """Return the file or folder of a run's base model, if it is there."""
     from fleetune.tuning.result import foundations
 
     try:
@@ -315,7 +273,6 @@ def _base_of(run: Path) -> list[Path]:
 
 
 def _holding(paths: Sequence[Path]) -> set[Path]:
-    """Return these paths and all folders that they are in."""
     return {inside for p in paths for inside in (p.resolve(), *p.resolve().parents)}
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import fleetune
+from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.errors import Interrupted
@@ -58,15 +59,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         console_listener(ui, resumes=False) as listener,
         fleetune.serve(
             args.subject,
-            engine=args.engine,
-            threads=args.threads,
-            context=args.context,
-            host=args.host,
-            port=args.port,
             key=args.api_key,
-            out=args.out,
-            offline=args.offline,
             listener=listener,
+            **flags.options(args, "engine threads context host port"),
         ) as session,
     ):
         rows = [("page", session.url + "/"), ("endpoint", session.url + "/v1"), ("log", str(session.log))]

@@ -72,6 +72,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Begin a sweep or resume one."""
+    from fleetune.api import tuning
     from fleetune.planning import choose
     from fleetune.tuning import sweep as sweeps
 
@@ -94,13 +95,12 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         values = choose.settled_sweep(values, varied, ui.note, offline=args.offline)
         grid = sweeps.make_grid(values, args.vary, args.seeds)
         for model in {point.recipe.model for point in grid.points}:
-            flags.check_model(model, args.out, "weights")
+            tuning.check_plain(model, out, "weights")
     sweeps.check(grid, offline=args.offline)
     if args.dry_run:
         for point in grid.points:
             ui.event(SweepPlanned(name=point.name, values=list(point.values), seed=point.seed))
-        if not ui.json:
-            ui.table(["run", "values"], [[p.name, p.words] for p in grid.points])
+        ui.table(["run", "values"], [[p.name, p.words] for p in grid.points])
         ui.note(f"the sweep is good: {counted(len(grid.points), 'run')}")
         return
     with ExitStack() as stack:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import fleetune
 from fleetune import report
 from fleetune.cli import flags
-from fleetune.cli.console import CountBar, RoundBar, Ui
+from fleetune.cli.console import Bar, Ui
 from fleetune.cli.listener import InterruptHandler
-from fleetune.common.display import counted, human_bytes, human_count, human_time, show
+from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
@@ -72,7 +72,13 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if args.resume:
         path = rundir.find(args.resume, Path(args.out))
         flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
-        rounds, base = _more_rounds(args), flags.given(args).get("base", "")
+        from fleetune.tuning.run import resume
+
+        given = flags.given(args)
+        rounds, base = (
+            resume.rounds_number(given["rounds"]) if "rounds" in given else 0,
+            given.get("base", ""),
+        )
         if args.dry_run:
             raise UsageError("--dry-run is for a new run", hint=f"fleetune tune --resume {quoted(path)}")
         with screen(ui, path) as shown:
@@ -88,19 +94,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             finish(ui, result, resumed=True)
         return
     recipe = recipe_of(args)
-    flags.check(recipe, args.out)
     if args.dry_run:
         _check_only(recipe, args, ui)
     else:
         run_recipe(recipe, args, ui)
-
-
-def _more_rounds(args: argparse.Namespace) -> int:
-    """The rounds that a resumed run is to have, 0 where none are given; RecipeError for what is no number of rounds."""
-    from fleetune.tuning.run import resume
-
-    text = flags.given(args).get("rounds")
-    return resume.rounds_number(text) if text else 0
 
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
@@ -181,6 +178,7 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.planning import choose
     from fleetune.tuning.prepare import prepare
 
+    tuning.check_plain(recipe.model, Path(args.out), recipes.trained(recipe))
     recipe = tuning.with_file(recipe, Path(args.out), ui.note)
     recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
     recipe, check_memory = choose.settled_base(recipe, ui.note, offline=args.offline)
@@ -199,7 +197,7 @@ def _say_checked(found: TuneChecked, ui: Ui) -> None:
 @contextmanager
 def screen(ui: Ui, resumed: Path | None = None) -> Iterator[RunScreen]:
     """Show a run for the time of the block: a new one, or the one in a folder that is `resumed`."""
-    with ui.progress(0) as bar, InterruptHandler(ui) as interrupt, _said_once(ui):
+    with ui.bar("rounds") as bar, InterruptHandler(ui) as interrupt, _said_once(ui):
         interrupt.at_once = True
         yield RunScreen(ui, bar, interrupt, resumed)
 
@@ -222,12 +220,10 @@ class RunScreen:
     Ctrl-C stops between two steps; before the header, while rows are read and a learning rate is found, at once.
     """
 
-    def __init__(
-        self, ui: Ui, bar: RoundBar, interrupt: InterruptHandler, resumed: Path | None = None
-    ) -> None:
+    def __init__(self, ui: Ui, bar: Bar, interrupt: InterruptHandler, resumed: Path | None = None) -> None:
         self.ui, self.bar, self.interrupt = ui, bar, interrupt
         self.resumed = resumed  # whose record has the loss before the first line; None after that line
-        self.round = self.replies = 0
+        self.rounds = self.clients = self.round = self.replies = 0
         self.sending = self.sent = 0  # replies with any bytes, refused ones too: of this round, of the last
         self.last: RoundDone | None = None
 
@@ -248,28 +244,34 @@ class RunScreen:
         elif isinstance(event, RoundDone):
             self.last, self.round, self.replies = event, event.round, 0
             self.sent, self.sending = self.sending, 0
-            self.bar.update(round=event.round)
+            self._move(0)
         elif isinstance(event, RoundEvaluated):
             self._evaluated(event)
 
     def step(self, client: int, step: int) -> None:
         """Move the bar; stop here if Ctrl-C was pressed."""
-        self.bar.update(client=self.replies + 1, step=step)
+        self._move(self.replies + 1)
         if self.stop_requested:
             raise Interrupted(f"stopped after round {self.round}; nothing that was finished is lost")
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
         """Note how many rounds there are, and how many clients are asked in each; show any other count on the bar."""
-        live = self.bar.live
         if what == "clients":
-            self.bar.update(clients=total)
+            self.clients = total
             return
-        if live.label != what:
-            live.relabel(what)
+        if self.bar.label != what:
+            self.bar.relabel(what)
         if what == "rounds":
-            self.bar.rounds, self.bar.round, self.round = total, done, done
+            self.rounds, self.round = total, done
         else:
-            CountBar(live, total, human_count).update(done, total, text)
+            self.bar.update(done, total, text)
+
+    def _move(self, client: int) -> None:
+        """Move the bar to a client of the round that comes, from 1; 0 before any is at work."""
+        inside = min((client - 1) / self.clients, 1.0) if client and self.clients else 0.0
+        at_work = f"client {client}/{self.clients}" if client else ""
+        fraction = (self.round + inside) / self.rounds if self.rounds else 0.0
+        self.bar.set(fraction, [f"{self.round}/{self.rounds}", at_work])
 
     @property
     def stop_requested(self) -> bool:
@@ -295,7 +297,7 @@ class RunScreen:
             sent=last.bytes_up / max(1, self.sent) if last else None,
             received=last.bytes_down / max(1, last.clients) if last else None,
             seconds=last.seconds if last else None,
-            rounds=self.bar.rounds,
+            rounds=self.rounds,
             change=event.loss - before if event.loss is not None and before is not None else None,
             note="  ".join(notes),
         )

@@ -48,14 +48,10 @@ log = logging.getLogger("flwr")  # what it says is in `flwr log`
 
 POLL: Final = 0.5  # seconds between two looks at the SuperLink
 SIMULATED_POLL: Final = 0.2  # or at the clients of a simulation, which answer through this process
-PATIENCE: Final = 300.0  # seconds in which they all say who they are
-# Codes of Flower's errors (`flwr.app.Error.code`)
-LOST: Final = (
-    3,
-    4,
-    5,
-    8,
-)  # message, reply or node is unavailable, or the app's process died: the order is given again
+PATIENCE: Final = 60.0  # seconds in which they all say who they are, and one more for each
+# Codes of Flower's errors (`flwr.app.Error.code`) after which an order is given again: message, reply or node is unavailable,
+# or the process of the app has died
+LOST: Final = (3, 4, 5, 8)
 
 app = ServerApp()
 
@@ -271,7 +267,9 @@ class Partitions(GridLink):
         said = RecordDict({RUN: ConfigRecord({"folder": str(run), "offline": offline})})
         nodes = list(self.grid.get_node_ids())
         replies = list(
-            self.grid.send_and_receive([Message(said, node, "query") for node in nodes], timeout=PATIENCE)
+            self.grid.send_and_receive(
+                [Message(said, node, "query") for node in nodes], timeout=PATIENCE + len(nodes)
+            )
         )
         for reply in replies:
             if reply.has_error():

@@ -52,13 +52,15 @@ def simulate(
     """
     partition.check(recipe)
     clients = len(prepare.split(recipe, methods.entry(recipe.method), offline=offline).clients)
-    threads = recipe.threads or 1
+    threads, cluster = recipe.threads or 1, os.environ.get("RAY_ADDRESS", "")
     with tempfile.TemporaryDirectory(prefix="fleetune-flower-") as name:
         home, port = Path(name), _free_port()
         env = {
             **os.environ,
             "FLWR_HOME": name,
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ADDRESS": cluster
+            or "local",  # else Ray looks for a cluster by itself, and finds one that is gone
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # Flower's programs
         }
         (home / "config.toml").write_text(
@@ -75,7 +77,7 @@ def simulate(
         (home / "config-of-run.toml").write_text("".join(lines), encoding="utf-8")
         federation: dict[str, int | str] = {"num-supernodes": clients, "client-resources-num-cpus": threads}
         federation["init-args-log-to-driver"] = "false"
-        if "RAY_ADDRESS" not in os.environ:
+        if not cluster:
             federation["init-args-num-cpus"] = workers * threads
         with _superlink(home, port, env):
             return _run(home, federation, env, note)

@@ -173,12 +173,12 @@ def parse(text: str) -> Rule:
     if not colon:
         return Rule(name)
     try:
-        found = float(number)
+        value = float(number)
     except ValueError:
-        found = math.nan
-    if name == "mean" and 1 <= found < math.inf:
-        return Rule(name, times=found)
-    share = Fraction(found).limit_denominator(1000) if 0 < found < 1 else Fraction(0)
+        value = math.nan
+    if name == "mean" and 1 <= value < math.inf:
+        return Rule(name, times=value)
+    share = Fraction(value).limit_denominator(1000) if 0 < value < 1 else Fraction(0)
     if name == "trimmed-mean" and 0 < share < Fraction(1, 2):
         return Rule(name, share)
     raise ValueError(
@@ -215,14 +215,14 @@ class Robust:
         if not self._at:
             return {}
         began, sizes = self._began(), np.array(self._sizes)
-        found, width = np.zeros(len(began)), max(1, NUMBERS // len(self._at))
+        combined, width = np.zeros(len(began)), max(1, NUMBERS // len(self._at))
         for first in range(0, len(began), width):
             columns = slice(first, min(first + width, len(began)))
             values = np.stack([self._read(at, columns) for at in self._at])
             reduce = REDUCE[self._rule.name]
-            found[columns] = reduce(values, began[columns], sizes, self._rule.share)
+            combined[columns] = reduce(values, began[columns], sizes, self._rule.share)
         ends = np.cumsum([math.prod(shape) for shape in self._shapes.values()])[:-1]
-        parts = zip(self._shapes.items(), np.split(found, ends), strict=True)
+        parts = zip(self._shapes.items(), np.split(combined, ends), strict=True)
         return {name: part.reshape(shape) for (name, shape), part in parts}
 
     def sums(self) -> Tensors:

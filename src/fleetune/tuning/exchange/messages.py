@@ -223,15 +223,15 @@ def _read(body: memoryview, crc: int, size: int, names: int, text: int) -> Messa
 class _Parts:
     """Count the maps or lists of a message while it is read: each takes many times the byte that it may come as."""
 
-    def __init__(self, most: int, made: Callable[[Any], Any] = lambda found: found) -> None:
+    def __init__(self, most: int, made: Callable[[Any], Any] = lambda part: part) -> None:
         self.left, self.made = most, made
 
-    def __call__(self, found: Any) -> Any:
+    def __call__(self, part: Any) -> Any:
         """Return what is made of a map or a list; ValueError for more of them than a message has."""
         self.left -= 1
         if self.left < 0:
             raise ValueError("it has more maps or lists than a message")
-        return self.made(found)
+        return self.made(part)
 
 
 def _named(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
@@ -239,10 +239,10 @@ def _named(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     for name, _ in pairs:
         if type(name) is not str or len(name) > MAX_NAME:
             raise ValueError(f"a name is not text of at most {MAX_NAME} characters")
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    named = dict(pairs)
+    if len(named) < len(pairs):
         raise ValueError("a name is there twice")
-    return found
+    return named
 
 
 def _array(name: str, value: Any) -> np.ndarray:

@@ -202,8 +202,10 @@ class Method(_adapter.Trained):
         loss = self.train(model, batches, key, {})
         if warm and self.layers_rule == LIPSCHITZ:
             few = next(batches.repeat_batch(0, self.curvature_rows or self.batch_size, 1))
-            found, L = spectrum_and_change(model, few, w, lanczos=self.lanczos, key=key, heard=batches.heard)
-            measured["kept"] = share_by_gap(found, L)
+            curvature, L = spectrum_and_change(
+                model, few, w, lanczos=self.lanczos, key=key, heard=batches.heard
+            )
+            measured["kept"] = share_by_gap(curvature, L)
         trained = adapters.export(model)
         return Payload({n: trained[n] for n in w} | scores, {"n": batches.n, "loss": loss} | measured)
 
@@ -224,13 +226,13 @@ class Method(_adapter.Trained):
             measured.add(n, {"scores": scores, "kept": kept})
         if not w.total:
             return state
-        found = measured.tensors()
+        means = measured.tensors()
         state = state._replace(
             tensors=rounded(w.tensors()),
             warmup=state.warmup - 1,
             rows=state.rows + int(w.total),
-            scores=state.scores + w.total * found["scores"],
-            kept=state.kept + w.total * float(found["kept"]),
+            scores=state.scores + w.total * means["scores"],
+            kept=state.kept + w.total * float(means["kept"]),
         )
         if state.warmup:
             return state
@@ -314,8 +316,8 @@ class Method(_adapter.Trained):
 
 def layer_of(name: str) -> int | None:
     """Return the layer whose prompt has this parameter name; None for what is no prompt (a classification head's)."""
-    found = re.search(r"\.(\d+)\..*\.prefix\.", name)
-    return int(found[1]) if found else None
+    match = re.search(r"\.(\d+)\..*\.prefix\.", name)
+    return int(match[1]) if match else None
 
 
 def prompts(model: Model) -> list[nn.Parameter]:

@@ -64,12 +64,12 @@ class StandsOn:
 
     def differences(self, now: StandsOn) -> list[str]:
         """List what is otherwise now, in words for the user."""
-        found = [
+        texts = [
             f"{name} = {now.recipe.get(name)!r}, and was {value!r}"
             for name, value in self.recipe.items()
             if now.recipe.get(name) != value
         ]
-        found += [
+        texts += [
             f"{name} = {value!r}, and was not set"
             for name, value in now.recipe.items()
             if name not in self.recipe and name.startswith("set.")
@@ -81,8 +81,8 @@ class StandsOn:
         )
         for name, what in whats:
             own, other = getattr(self, name), getattr(now, name)
-            found += [] if own == other else [f"{what} the digest {other[:16]}.., and had {own[:16]}.."]
-        return found
+            texts += [] if own == other else [f"{what} the digest {other[:16]}.., and had {own[:16]}.."]
+        return texts
 
 
 # client -> (round, CRC-32) of what it stored last

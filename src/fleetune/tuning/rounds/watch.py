@@ -59,15 +59,15 @@ class Watch:
 
     def heard(self, event: Event) -> Diverging | None:
         """Return what there is to say after an event, None for nothing."""
-        found = ""
+        text = ""
         if isinstance(event, ClientReply):
-            found = self._of_reply(event)
+            text = self._of_reply(event)
         elif isinstance(event, RoundEvaluated):
-            found = self._of_round(event)
-        if not found or self.told:
+            text = self._of_round(event)
+        if not text or self.told:
             return None
         self.told = True
-        return Diverging(round=event.round, text=found)  # type: ignore[attr-defined]
+        return Diverging(round=event.round, text=text)  # type: ignore[attr-defined]
 
     def _of_reply(self, event: ClientReply) -> str:
         if event.status != "ok":

@@ -84,52 +84,12 @@ def test_help_is_quick_and_loads_no_torch():
     assert best < 1.0  # "well under half a second" on a quiet machine; CI machines are not quiet
 
 
-def test_version_and_python_m(at):
-    done = subprocess.run(
-        [sys.executable, "-m", "fleetune", "--version"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("fleetune 0.")
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "demo",
-        "plan",
-        "tune",
-        "sweep",
-        "eval",
-        "ledger",
-        "compress",
-        "measure",
-        "export",
-        "serve",
-        "chat",
-        "runs",
-        "methods",
-        "models",
-    ],
-)
-def test_every_command_has_help(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    assert "--json" in capsys.readouterr().out
-
-
 def test_methods_json_lists_the_contract_fields(capsys):
     code, out, _ = call(capsys, "methods", "--json")
     listed = {e["name"]: e for e in events(out)}
     assert code == 0
     assert {"mezo", "fedkseed", "fedit"} <= set(listed)
     assert all({"v", "name", "kind", "paper", "sends"} <= set(e) for e in listed.values())
-
-
-def test_method_settings_are_listed(capsys):
-    code, out, _ = call(capsys, "methods", "fedkseed")
-    assert code == 0
-    assert "τ" in out
-    assert "1024" in out
 
 
 def test_every_recipe_field_is_a_flag(capsys):
@@ -154,23 +114,13 @@ def test_a_run_from_start_to_ledger(tiny, at, capsys):
     assert kinds.count("round") == 2
     done = events(out)[-1]
     run = Path(done["run"])
-    for name in (
-        "run.toml",
-        "env.json",
-        "metrics.jsonl",
-        "ledger.safetensors",
-        "eval.json",
-        "samples.md",
-        "report.html",
-        "status",
-        "log.txt",
-    ):
-        assert (run / name).exists() or name == "log.txt", name
+    files = "run.toml env.json metrics.jsonl ledger.safetensors eval.json samples.md report.html status"
+    assert all((run / name).exists() for name in files.split())
     assert (run / "status").read_text() == "done\n"
     assert not re.search(r"(src|href)\s*=\s*['\"]?(https?:)?//", (run / "report.html").read_text())
 
     digests = set()
-    for threads, backend in ((1, "numba"), (2, "numba"), (1, "torch")):
+    for threads, backend in ((2, "numba"), (1, "torch")):
         code, out, _ = call(
             capsys, "ledger", "replay", run, "--json", "--threads", threads, "--backend", backend
         )
@@ -270,35 +220,14 @@ def broken(monkeypatch: pytest.MonkeyPatch, *clients: int, error: BaseException 
     monkeypatch.setattr(fedkseed.Method, "local", failing)
 
 
-@pytest.fixture
-def own(at: Path) -> Path:
-    """Functions of a user that end the process: when called, from the third call on, and when imported."""
-    (at / "late.py").write_text(
-        "import glob, sys\ndef f(model, batch):\n"  # when the base has been measured
-        "    sys.exit(0) if glob.glob('runs/0*/eval.json') else None\n    return 1.0\n"
-    )
+def test_an_objective_that_ends_the_process_is_an_error_of_the_recipe(tiny, at, capsys):
     (at / "now.py").write_text("import sys\ndef f(model, batch):\n    sys.exit(0)\n")
-    (at / "import.py").write_text("import sys\nsys.exit(0)\ndef f(model, batch): ...\n")
-    return at
-
-
-@pytest.mark.parametrize("name", ["now", "import"])
-def test_an_objective_that_ends_the_process_is_an_error_of_the_recipe(name, tiny, own, capsys):
-    code, _, err = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--set", f"objective={own}/{name}.py:f")
+    code, _, err = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--set", f"objective={at}/now.py:f")
     assert code == 2
     assert "it ended the process, SystemExit: 0" in err
 
 
-def test_a_client_that_ends_the_process_has_failed(tiny, own, capsys):
-    asked = ["--rounds", "1", "--set", f"objective={own}/late.py:f", "--set", "batch_size=8", "--json"]
-    code, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, *asked)
-    assert code == 4
-    told = [e for e in events(out) if e["event"] == "client"]
-    assert {e["status"] for e in told} == {"failed"}
-    assert all("it ended the process, SystemExit: 0" in e["reason"] for e in told)
-
-
-@pytest.mark.parametrize("value", [0, None, 7])
+@pytest.mark.parametrize("value", [0, None])
 def test_a_method_that_ends_the_process_is_no_success(value, tiny, at, capsys, monkeypatch):
     def ends(self: Any, model: Any, key: int) -> Any:
         raise SystemExit(value)
@@ -310,15 +239,6 @@ def test_a_method_that_ends_the_process_is_no_success(value, tiny, at, capsys, m
     assert rundir.status_of(next(at.glob("runs/0*"))).startswith("failed: it ended the process")
 
 
-def test_a_client_whose_method_ends_the_process_does_not_stop_a_round(tiny, at, capsys, monkeypatch):
-    broken(monkeypatch, 1, error=SystemExit(0))
-    code, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "1", "--json")
-    assert code == 0
-    reasons = {e["client"]: e["reason"] for e in events(out) if e["event"] == "client"}
-    assert re.fullmatch(r"it ended the process, SystemExit: 0 \(test_cli.py:\d+\)", reasons.pop(1))
-    assert reasons == {0: "", 2: ""}
-
-
 def test_a_round_whose_only_client_fails_leaves_the_model_and_the_run_goes_on(tiny, at, capsys, monkeypatch):
     broken(monkeypatch, 1)
     args = [tiny, "demo", *ZO, *QUICK, "--participation", "0.3", "--rounds", "8", "--json"]
@@ -326,7 +246,7 @@ def test_a_round_whose_only_client_fails_leaves_the_model_and_the_run_goes_on(ti
     assert code == 0
     told = [e for e in events(out) if e["event"] == "client"]
     assert {(e["client"], e["status"]) for e in told} == {(0, "ok"), (1, "failed"), (2, "ok")}
-    assert {e["reason"].partition(" (test_cli.py:")[0] for e in told} == {
+    assert {e["reason"].partition(" (test_tune.py:")[0] for e in told} == {
         "",
         "IndexError: client 1 is broken",
     }
@@ -351,7 +271,7 @@ def test_a_round_whose_only_client_fails_leaves_the_model_and_the_run_goes_on(ti
     assert events(resumed)[-1]["digest"] == events(out)[-1]["digest"]
 
 
-@pytest.mark.parametrize(("rounds", "clients"), [("8", "1"), ("8", "3"), ("1", "3")])
+@pytest.mark.parametrize(("rounds", "clients"), [("8", "3"), ("1", "3")])
 def test_a_fleet_that_cannot_work_ends_the_run(tiny, at, capsys, monkeypatch, rounds, clients):
     broken(monkeypatch, 0, 1, 2)
     args = [*ZO, *QUICK, "--clients", clients, "--rounds", rounds]
@@ -365,16 +285,6 @@ def test_a_fleet_that_cannot_work_ends_the_run(tiny, at, capsys, monkeypatch, ro
     assert [r for r, _ in rundir.checkpoints(at / "runs" / "latest")][-1] == last - 1
     call(capsys, "tune", "--resume", "latest")  # gets further: the same rounds do not stop it for ever
     assert rounds == "1" or [r for r, _ in rundir.checkpoints(at / "runs" / "latest")][-1] == 4
-
-
-def test_rounds_without_an_answer_do_not_end_the_count_of_failures(tiny, at, capsys, monkeypatch):
-    broken(monkeypatch, 0)
-    args = [*ZO, *QUICK, "--clients", "1", "--drop", "0.5", "--rounds", "40", "--json"]
-    code, out, _ = call(capsys, "tune", tiny, "demo", *args)
-    assert code == 4
-    statuses = [e["status"] for e in events(out) if e["event"] == "client"]
-    assert statuses.count("failed") == 3
-    assert "dropped" in statuses
 
 
 def test_the_runs_own_recipe_repeats_it(tiny, at, capsys):
@@ -393,12 +303,12 @@ def whole(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of a run that nothing stops."""
     folder = str(tmp_path_factory.mktemp("whole"))
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()):
-        assert main(["tune", tiny, "demo", *ZO, *QUICK, "--rounds", "15", "--out", folder, "--json"]) == 0
+        assert main(["tune", tiny, "demo", *ZO, *QUICK, "--rounds", "8", "--out", folder, "--json"]) == 0
     return str(events(out.getvalue())[-1]["digest"])
 
 
 def started(tiny: str, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fleetune", "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "15", *more]
+    command = [sys.executable, "-m", "fleetune", "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "8", *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -424,7 +334,7 @@ def test_ctrl_c_says_how_to_resume_and_the_bits_are_the_same(tiny, at, capsys, w
     assert code == 0
     assert events(out)[-1]["digest"] == whole
     lines = [json.loads(x) for x in (at / "runs" / "latest" / "metrics.jsonl").read_text().splitlines()]
-    assert [e["round"] for e in lines if e["event"] == "round"] == list(range(1, 16))
+    assert [e["round"] for e in lines if e["event"] == "round"] == list(range(1, 9))
 
 
 @pytest.mark.faults
@@ -443,71 +353,48 @@ def test_kill_9_then_resume_gives_the_same_bits(tiny, at, capsys, whole):
 
 # Bad input: a clear error, the right code, nothing half-written -----------------------------------
 
-BAD = {
-    "no data": (["tune", "{tiny}"], 2, "data is missing"),
-    "missing file": (["tune", "{tiny}", "rowz.jsonl"], 2, "rows.jsonl"),
-    "bad JSON line": (["tune", "{tiny}", "broken.jsonl"], 2, "broken.jsonl:2"),
-    "missing field": (["tune", "{tiny}", "fieldless.jsonl"], 2, "fieldless.jsonl:2"),
-    "empty file": (["tune", "{tiny}", "empty.jsonl"], 2, "empty"),
-    "unknown method": (["tune", "{tiny}", "demo", "--method", "fedkseeed"], 2, "Did you mean 'fedkseed'"),
-    "unknown setting": (["tune", "{tiny}", "demo", "--set", "taus=3"], 2, "Did you mean 'tau'"),
-    "setting of a wrong type": (["tune", "{tiny}", "demo", "--set", "tau=many"], 2, "is not an integer"),
-    "setting without a value": (["tune", "{tiny}", "demo", "--set", "tau"], 2, "NAME=VALUE"),
-    "K not a power of two": (["tune", "{tiny}", "demo", "--set", "K=1000"], 2, "try K=512 or K=1024"),
-    "unknown flag": (["tune", "{tiny}", "demo", "--rouns", "3"], 2, "Did you mean '--rounds'"),
-    "a flag of another command": (
-        ["eval", "{tiny}", "demo", "--rounds", "2"],
-        2,
-        "unknown argument '--rounds'",
-    ),
-    "two models": (["tune", "{tiny}", "demo", "--model", "other"], 2, "two values of model"),
-    "two data sets": (["tune", "{tiny}", "demo", "--data", "rows.jsonl"], 2, "two values of data"),
-    "unknown TOML key": (["tune", "-c", "typo.toml"], 2, "Did you mean 'rounds'"),
-    "not TOML": (["tune", "-c", "rows.jsonl"], 2, "is not TOML"),
-    "missing recipe": (["tune", "-c", "nosuch.toml"], 2, "no recipe at"),
-    "value out of range": (["tune", "{tiny}", "demo", "--participation", "1.5"], 2, "participation"),
-    "stragglers alone": (["tune", "{tiny}", "demo", "--stragglers", "0.5"], 2, "without a deadline"),
-    "bad partition": (["tune", "{tiny}", "demo", "--partition", "dirichlet:0:category"], 2, "alpha"),
-    "unknown column": (["tune", "{tiny}", "demo", "--partition", "column:nosuch"], 2, "the columns are"),
-    "more clients than rows": (["tune", "{tiny}", "demo", "--clients", "5000"], 2, "no rows for a client"),
-    "a model that is none": (["tune", "./folder", "demo"], 2, "config.json"),
-    "unknown model, offline": (["tune", "no/such-model", "demo", "--offline"], 2, "no/such-model"),
-    "an encoder-decoder": (["tune", "./encoder", "demo"], 2, "of type 't5'"),
-    "unknown run": (["tune", "--resume", "77"], 2, "no run '77'"),
-    "resume with other flags": (["tune", "--resume", "latest", "--rounds", "3"], 2, "no run 'latest'"),
-    "not a ledger": (["ledger", "show", "rows.jsonl"], 1, "not a ledger"),
-    "unknown task": (["eval", "{tiny}", "rows.jsonl", "--tasks", "los"], 2, "did you mean 'loss'"),
-    "out is a file": (["tune", "{tiny}", "demo", "--out", "rows.jsonl"], 1, "cannot write"),
+BAD = {  # command line: exit code, words of the error
+    "tune {tiny}": (2, "data is missing"),
+    "tune {tiny} rowz.jsonl": (2, "rows.jsonl"),
+    "tune {tiny} broken.jsonl": (2, "broken.jsonl:2"),
+    "tune {tiny} demo --method fedkseeed": (2, "Did you mean 'fedkseed'"),
+    "tune {tiny} demo --set taus=3": (2, "Did you mean 'tau'"),
+    "tune {tiny} demo --set tau=many": (2, "is not an integer"),
+    "tune {tiny} demo --set K=1000": (2, "try K=512 or K=1024"),
+    "tune {tiny} demo --model other": (2, "two values of model"),
+    "tune rows.jsonl {tiny}": (2, "MODEL and DATA are swapped"),
+    "tune -c typo.toml": (2, "Did you mean 'rounds'"),
+    "tune -c rows.jsonl": (2, "is not TOML"),
+    "tune -c nosuch.toml": (2, "no recipe at"),
+    "tune {tiny} demo --participation 1.5": (2, "participation"),
+    "tune {tiny} demo --partition dirichlet:0:category": (2, "alpha"),
+    "tune {tiny} demo --partition column:nosuch": (2, "the columns are"),
+    "tune {tiny} demo --clients 5000": (2, "no rows for a client"),
+    "tune ./folder demo": (2, "config.json"),
+    "tune no/such-model demo --offline": (2, "no/such-model"),
+    "tune --resume 77": (2, "no run '77'"),
+    "tune --resume latest --rounds 3": (2, "no run 'latest'"),
+    "ledger show rows.jsonl": (1, "not a ledger"),
+    "eval {tiny} rows.jsonl --tasks los": (2, "did you mean 'loss'"),
+    "tune {tiny} demo --out rows.jsonl": (1, "cannot write"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_a_clear_error(case, tiny, at, capsys):
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_a_clear_error_and_leaves_nothing_behind(line, tiny, at, capsys):
     row = '{"instruction": "a", "response": "b"}\n'
     (at / "rows.jsonl").write_text(row * 40)
     (at / "broken.jsonl").write_text(row + "{not json\n")
-    (at / "fieldless.jsonl").write_text(row + '{"instruction": "a"}\n')
-    (at / "empty.jsonl").write_text("")
     (at / "typo.toml").write_text('model = "x"\ndata = "y"\nroundz = 3\n')
     (at / "folder").mkdir()
-    (at / "encoder").mkdir()
-    (at / "encoder" / "config.json").write_text(
-        '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}'
-    )
-    (at / "encoder" / "model.safetensors").write_bytes(b"")
-    before = sorted(p for p in at.rglob("*"))
-    args, code, text = BAD[case]
-    found, out, err = call(capsys, *[a.format(tiny=tiny) for a in args])
-    assert found == code, err
+    before = sorted(at.rglob("*"))
+    code, text = BAD[line]
+    found, out, err = call(capsys, *line.format(tiny=tiny).split())
+    assert (found, out) == (code, ""), err
     assert text in err
-    assert err.removeprefix(err.splitlines()[0] + "\n" if err.startswith("method ") else "").startswith(
-        "error: "
-    )
+    assert re.search(r"^error: ", err, re.MULTILINE)
     assert "Traceback" not in err
-    assert len(err.splitlines()) <= 12
-    assert out == ""
-    after = [p for p in at.rglob("*") if p.name != "runs"]
-    assert sorted(after) == before, "something was left behind"
+    assert sorted(p for p in at.rglob("*") if p.name != "runs") == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
@@ -518,14 +405,6 @@ def test_a_data_file_whose_name_is_not_utf_8_is_refused_before_a_folder_is_made(
     assert code == 2
     assert "is not text in UTF-8" in err
     assert not (at / "runs").exists()
-
-
-def test_errors_in_json_mode_are_objects(at, capsys):
-    code, out, _ = call(capsys, "methods", "nosuch", "--json")
-    (event,) = events(out)
-    assert code == 2
-    assert event["event"] == "error"
-    assert event["exit_code"] == 2
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, at, capsys, monkeypatch):
@@ -571,18 +450,7 @@ ODD = "m\x1b]0;title\x07\x1b[31m\nerror: all is lost\u2028"
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["patch", "apply", "{odd}.gguf", "{odd}"],
-        ["eval", "{odd}"],
-        ["ledger", "show", "{odd}"],
-        ["tune", "{odd}.gguf", "demo"],
-        ["runs", "show", "{odd}"],
-        ["export", "{odd}"],
-        ["chat", "{odd}", "--prompt", "why?"],
-        ["compress", "{odd}", "--method", "rtn"],
-        ["tune", "-c", "{odd}.toml"],
-        ["eval", "0009-mezo-m", "--out", "{odd}"],
-    ],
+    [["patch", "apply", "{odd}.gguf", "{odd}"], ["tune", "{odd}.gguf", "demo"], ["runs", "show", "{odd}"]],
 )
 def test_the_name_of_a_file_drives_no_terminal(words, at, capsys):
     Path(f"{ODD}.gguf").write_bytes(b"none")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,30 +19,14 @@ from fleetune.cli.main import main
 from fleetune.data import read
 from fleetune.data.encode import encode_all
 from fleetune.runs import rundir
-from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished
 
-RUN = (
-    "--method",
-    "fedit",
-    "--set",
-    "r=2",
-    "--set",
-    "steps=1",
-    "--clients",
-    "2",
-    "--rounds",
-    "1",
-    "--held-out",
-    "4",
-    "--samples",
-    "1",
-    "--answer-tokens",
-    "2",
-    "--device",
-    "cpu",
+FLAGS = (
+    "--method fedit --set r=2 --set steps=1 --clients 2 --rounds 1 --held-out 4 --samples 1 --answer-tokens 2 "
+    "--device cpu"
 )
+RUN = FLAGS.split()
 Capture = pytest.CaptureFixture[str]
 
 
@@ -131,29 +114,6 @@ def test_the_masked_part_of_a_row_is_shown(at: Path, capsys: Capture) -> None:
     assert "a 1" in out
 
 
-def test_long_texts_are_said_to_become_several_rows(at: Path, capsys: Capture) -> None:
-    texts = [{"text": f"once {i} " * 60, "client_id": f"c{i % 3}"} for i in range(6)]
-    write(at / "texts.jsonl", texts)
-    words = ("texts.jsonl", "--model", "tiny", "--max-length", "64")
-    found = checked(capsys, *words)
-    rows, _ = encode_all(read("texts.jsonl"), models.load("tiny").tokenizer, 64)
-    assert found["pieces"] == len(rows) > 12
-    assert f"the 6 texts become {len(rows)} rows of at most max_length=64" in found["remarks"]
-
-
-def test_a_column_that_looks_like_clients_is_named_with_its_flag(at: Path, capsys: Capture) -> None:
-    told = (
-        "the column 'client_id' looks like clients, and is not used: --partition column:client_id follows it"
-    )
-    write(at / "ids.jsonl", [{"prompt": f"p {i}", "response": "r", "client_id": i % 3} for i in range(12)])
-    write(at / "alone.jsonl", [{"prompt": f"p {i}", "response": "r", "client_id": i} for i in range(12)])
-    assert checked(capsys, "ids.jsonl")["remarks"].count(told) == 1
-    assert main(["tune", "tiny", "ids.jsonl", *RUN, "--dry-run"]) == 0
-    assert capsys.readouterr().err.replace("\n", " ").count("looks like clients") == 1
-    for other in (["ids.jsonl", "--partition", "column:client_id"], ["alone.jsonl"]):
-        assert not [text for text in checked(capsys, *other)["remarks"] if "looks like clients" in text]
-
-
 def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
     write(
         at / "labelled.jsonl",
@@ -167,24 +127,6 @@ def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
     assert (found["equal_training"], found["equal_held_out"]) == (0, 1)
     assert "1 of 2 held-out rows are trained on too (rows 21)" in found["remarks"][0]
     assert "trained on too" not in "".join(checked(capsys, "labelled.jsonl", "--held-out", "1")["remarks"])
-
-
-def test_a_model_that_chooses_labels_counts_its_own_tokens(at: Path, capsys: Capture) -> None:
-    model = models.tiny_bert(labels=("0", "1"))
-    models.save(model.net, model.tokenizer, at / "bert")
-    write(at / "labelled.jsonl", [{"text": "word " * (1 + 20 * i), "label": i % 2} for i in range(8)])
-    found = checked(capsys, "labelled.jsonl", "--model", "bert", "--max-length", "32")
-    whole = [len(model.tokenizer(e.texts[0], verbose=False)["input_ids"]) for e in read("labelled.jsonl")]
-    assert (found["lengths"]["longest"], found["cut"]) == (max(whole), sum(n > 32 for n in whole))
-
-
-def test_a_long_text_counts_once_however_many_rows_it_gives(at: Path, capsys: Capture) -> None:
-    write(at / "texts.jsonl", [{"text": f"{i} " + "a tale " * i} for i in range(12)])
-    short, whole = (
-        checked(capsys, "texts.jsonl", "--model", "tiny", "--max-length", most) for most in ("16", "512")
-    )
-    assert short["lengths"] == whole["lengths"]
-    assert (short["cut"], short["rows"]) == (0, 12)
 
 
 def test_a_check_without_a_model_loads_no_torch(at: Path) -> None:
@@ -203,57 +145,6 @@ def test_no_row_of_a_check_steers_the_terminal(at: Path, capsys: Capture) -> Non
 
 
 # Truncation, order, and what is told of options ----------------------------------------------------------
-
-
-def test_a_dry_run_tells_what_is_cut(at: Path, capsys: Capture) -> None:
-    assert main(["tune", "tiny", "own.jsonl", *COLUMNS, *RUN, "--max-length", "64", "--dry-run"]) == 0
-    assert "of 24 rows are longer than max_length=64 and are cut: the prompt of" in capsys.readouterr().err
-    assert (
-        main(["tune", "tiny", "own.jsonl", *COLUMNS, *RUN, "--max-length", "64", "--dry-run", "--json"]) == 0
-    )
-    event = json.loads(capsys.readouterr().out)
-    assert event["cut"] > 0
-    assert len(event["remarks"]) == 3
-    assert "--set lr=auto" in event["remarks"][1]  # one step is too short a run for a search
-    assert event["remarks"][2].startswith("about ")
-    assert event["steps"] > 0 < event["seconds"]
-    assert not (at / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "says", "hint"),
-    [
-        (("own.jsonl", "tiny"), "MODEL and DATA are swapped", "fleetune tune tiny own.jsonl"),
-        (("own.jsonl", "smollm2-135m"), "MODEL and DATA are swapped", "fleetune tune smollm2-135m own.jsonl"),
-        (("demo", "tiny"), "MODEL and DATA are swapped", "fleetune tune tiny demo"),
-        (("tiny", "C:\\data\\rows.jsonl"), "as Windows writes paths", "/mnt/c/data/rows.jsonl"),
-        (("C:\\models\\x", "demo"), "there is no file or directory", "check the path"),
-        (("tiny", "demo", "--clients", "5000"), "cannot give 5,000 clients", "--clients "),
-        (
-            ("tiny", "demo", "--partition", "dirichlet:0.5"),
-            "dirichlet:ALPHA:COLUMN, such as dirichlet:0.5:category",
-            "iid",
-        ),
-        (
-            ("tiny", "own.jsonl"),
-            'row: {"ask": "what of 0", "say": "word ", "shop": "b"}',
-            "--columns prompt=ask,response=",
-        ),
-        (
-            ("tiny", "own.jsonl", "--columns", "promt=ask"),
-            "Did you mean 'prompt'?",
-            "--columns prompt=question",
-        ),
-    ],
-)
-def test_a_mistake_is_answered_with_what_was_meant(
-    at: Path, capsys: Capture, words: tuple[str, ...], says: str, hint: str
-) -> None:
-    assert main(["tune", *words, "--offline"]) == 2
-    error = capsys.readouterr().err
-    assert says in error
-    assert hint in error.partition("try: ")[2]
-    assert "larger min_rows" not in error
 
 
 # Whole runs ---------------------------------------------------------------------------------------------
@@ -352,44 +243,6 @@ def test_standard_input_without_rows_is_told(
     assert (at / "runs").exists() == (words == ("tune", "tiny", "-"))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("tune", "tiny", "-"),
-        ("tune", "tiny", "-", "--dry-run"),
-        ("eval", "tiny", "-"),
-        ("data", "check", "-"),
-    ],
-)
-def test_rows_from_standard_input_that_are_not_utf_8_name_no_file(
-    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
-) -> None:
-    for encoding in ("utf-16", "utf-32"):
-        monkeypatch.setattr(sys, "stdin", Piped((at / "own.jsonl").read_text().encode(encoding)))
-        assert main([*words]) == 2
-        err = capsys.readouterr().err.splitlines()
-        assert f"error: the rows from standard input are written in {encoding.upper()}, not UTF-8" in err
-        hint = f"iconv -f {encoding} -t utf-8 rows.jsonl | fleetune tune MODEL -"
-        assert f"  try: convert them on the way: {hint}" in err
-
-
-@pytest.mark.parametrize("words", [("data", "check"), ("tune", "tiny")])
-def test_a_single_row_is_told_what_to_give_beside_it(
-    at: Path, capsys: Capture, words: tuple[str, ...]
-) -> None:
-    row = json.dumps({"prompt": "a", "response": "b"}) + "\n"
-    Path("one.jsonl").write_text(row)
-    assert main([*words, "one.jsonl"]) == 2
-    said = capsys.readouterr().err
-    assert "error: cannot hold out 1 of 1 row: none would be left for training\n" in said
-    assert "try: give more data, or the rows to measure on in a file of their own: --eval-data FILE\n" in said
-    Path("two.jsonl").write_text(row * 2)
-    assert main([*words, "two.jsonl", "--held-out", "2"]) == 2
-    assert "try: hold out fewer rows (--held-out 1 at most), or give more data\n" in capsys.readouterr().err
-    assert main(["data", "check", "two.jsonl", "--held-out", "1"]) == 0
-    assert main(["data", "check", "one.jsonl", "--eval-data", "two.jsonl"]) == 0
-
-
 @pytest.mark.parametrize("words", [("tune", "tiny", "-", "--dry-run"), ("data", "check", "-")])
 def test_bad_rows_from_standard_input_name_no_file_that_is_gone(
     at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
@@ -399,7 +252,7 @@ def test_bad_rows_from_standard_input_name_no_file_that_is_gone(
     err = capsys.readouterr().err
     assert "error: 2 bad rows in standard input\n  standard input:2: not JSON" in err
     assert "  standard input:3: not UTF-8" in err
-    assert "iconv -f latin1 -t utf-8 rows.jsonl\n" in err
+    assert "iconv -f latin1 -t utf-8 rows.jsonl " in err
     assert "fleetune-rows-" not in err
 
 
@@ -427,76 +280,6 @@ def test_a_device_reads_the_same_forms(at: Path, capsys: Capture, monkeypatch: p
     assert "Did you mean 'prompt'?" in capsys.readouterr().err
 
 
-def test_a_name_with_a_line_end_stays_on_its_line(at: Path, capsys: Capture) -> None:
-    rows = [
-        {
-            "ask": f"what of {i}",
-            "say": "no" if i % 2 else "yes",
-            "shop": ["a\nrows\t9", "b\x1b[2J\u2028"][i % 2],
-        }
-        for i in range(20)
-    ]
-    write(at / "odd.jsonl", rows)
-    assert main(["data", "check", "odd.jsonl", *COLUMNS]) == 0
-    out = capsys.readouterr().out
-    (line,) = [line for line in out.split("\n") if "clients" in line]
-    assert "a\\nrows\\t9 9" in line
-    assert "b\\x1b[2J\\u2028 9" in line
-    assert not [c for c in out if (c < " " and c != "\n") or c == "\u2028"]
-    assert sum("of client" in line for line in out.split("\n")) >= 1
-
-
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_a_check_knows_an_encoders_positions(kind: str, at: Path, capsys: Capture) -> None:
-    tiny_encoder = models.tiny_bert if kind == "bert" else models.tiny_roberta
-    model = tiny_encoder(labels=("no", "yes"))
-    model.tokenizer.model_max_length = 10**9  # as of a tokenizer that does not say
-    models.save(model.net, model.tokenizer, at / kind)
-    rows = [{"text": "word " * (1 + 8 * i), "label": ["no", "yes"][i % 2]} for i in range(24)]
-    write(at / "labelled.jsonl", rows)
-    found = checked(capsys, "labelled.jsonl", "--model", kind, "--max-length", "9999", "--held-out", "4")
-    job = prepare.prepare(
-        recipes.make(
-            {
-                "model": str(at / kind),
-                "data": "labelled.jsonl",
-                "method": "fedpetuning",
-                "max_length": 9999,
-                "held_out": 4,
-                "clients": 2,
-                "set": {"lr": 1e-3, "module": "bitfit"},
-            }
-        )
-    )
-    assert found["cut"] == job.cut.longer > 0
-
-
-def test_the_command_that_follows_a_check_has_its_flags_and_runs(at: Path, capsys: Capture) -> None:
-    mapping = "prompt=ask,response=say,client=shop"
-    assert (
-        main(["data", "check", "own.jsonl", "--columns", mapping, "--model", "tiny", "--max-length", "64"])
-        == 0
-    )
-    (line,) = [s for s in capsys.readouterr().out.splitlines() if s.strip().startswith("next")]
-    command = line.split("fleetune ")[1]
-    assert command == f"tune tiny own.jsonl --columns {mapping} --max-length 64"
-    assert main([*command.split(), *RUN[:8], "--held-out", "4", "--dry-run", "--device", "cpu"]) == 0
-
-
-def test_a_search_for_a_rate_is_stopped_at_once_and_leaves_no_run(
-    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def pulled(*_: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
-        raise AssertionError("the search went on")
-
-    monkeypatch.setattr("fleetune.tuning.prepare.rates.find", pulled)
-    words = ["tune", "tiny", "own.jsonl", "--columns", "prompt=ask,response=say", *RUN, "--set", "lr=auto"]
-    assert main(words) == 130
-    assert "stopped" in capsys.readouterr().err
-    assert not list(at.glob("runs/*/"))
-
-
 def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys: Capture) -> None:
     mapping = ["--columns", "prompt=ask,response=say"]
     assert main(["tune", "tiny", "own.jsonl", *mapping, *RUN]) == 0
@@ -516,16 +299,4 @@ def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys
         found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["loss"])
     assert found[0] == found[1] == found[2]
     assert main(["eval", "latest", "third.jsonl", "--device", "cpu"]) == 2
-    assert "has no column 'ask' to read as prompt" in capsys.readouterr().err
     assert main(["eval", "tiny", "more.jsonl", *mapping, "--tasks", "loss", "--device", "cpu"]) == 0
-
-
-def test_the_help_says_no_more_of_the_model_than_holds_here(capsys: pytest.CaptureFixture[str]) -> None:
-    told = {}
-    for command in (["data"], ["tune"]):
-        with pytest.raises(SystemExit):
-            main([*command, "--help"])
-        told[command[0]] = " ".join(capsys.readouterr().out.split())
-    assert "compressed model" not in told["data"]
-    assert "whose tokens lengths are counted in" in told["data"]
-    assert "with train = scales also a compressed model" in told["tune"]

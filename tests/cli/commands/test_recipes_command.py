@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,44 +40,9 @@ def test_every_recipe_is_listed_with_what_it_does(capsys: pytest.CaptureFixture[
     assert listed["fedit"]["about"] in out
 
 
-def test_listing_loads_no_torch() -> None:
-    script = "import sys; from fleetune.cli.main import main; main(['recipes', '-qq']); print(sorted({'torch', 'pydantic'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
-def test_a_recipe_is_shown_as_it_is_and_copied_once(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     text = (recipes.FOLDER / "fedpetuning_cross_silo.toml").read_text(encoding="utf-8")
-    code, out, _ = call(capsys, "recipes", "show", "fedpetuning-cross-silo")
-    assert (code, out) == (0, text)
-    code, out, _ = call(capsys, "recipes", "copy", "fedit")
-    assert (code, (at / "fedit.toml").read_text()) == (0, (recipes.FOLDER / "fedit.toml").read_text())
-    assert "fleetune tune -c fedit.toml" in out
-    (at / "fedit.toml").write_text("mine")
-    code, _, err = call(capsys, "recipes", "copy", "fedit")
-    assert (code, (at / "fedit.toml").read_text()) == (2, "mine")
-    assert "exists already" in err
-    code, out, _ = call(capsys, "recipes", "copy", "case_study", "sub.toml", "--json")
-    assert json.loads(out)["file"] == "sub.toml"
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (("show", "fedkit"), "Did you mean 'fedit'?"),
-        (("show",), "needs the name of a recipe"),
-        (("list", "fedit"), "fleetune recipes show fedit"),
-        (("show", "fedit", "x.toml"), "fleetune recipes copy fedit x.toml"),
-        (("copy", "fedit", "no/such/folder.toml"), "no/such/folder.toml"),
-    ],
-)
-def test_a_slip_is_told(
-    at: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], told: str
-) -> None:
-    code, _, err = call(capsys, "recipes", *words)
-    assert code != 0
-    assert told in err
-    assert not list(at.iterdir())
+    assert call(capsys, "recipes", "fedpetuning-cross-silo")[:2] == (0, text)
 
 
 def test_a_run_takes_a_recipe_by_name_with_a_model_and_data_of_ones_own() -> None:

