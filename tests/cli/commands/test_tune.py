@@ -73,15 +73,19 @@ def test_a_lack_of_memory_is_told_as_what_does_not_fit(
 
 
 def test_help_is_quick_and_loads_no_torch():
-    script = "import sys, fleetune.cli.main as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
-    best = 9.0
-    for _ in range(3):
-        began = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        best = min(best, time.monotonic() - began)
-    assert done.stdout.strip().endswith("False")
-    assert "examples:" in done.stdout
-    assert best < 1.0  # "well under half a second" on a quiet machine; CI machines are not quiet
+    """In seconds of the processor, since a machine may be busy."""
+    script = (
+        "import sys, time, fleetune.cli.main as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+        "print('torch' in sys.modules, time.process_time())"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        for _ in "123"
+    ]
+    loaded, seconds = zip(*(run.stdout.split()[-2:] for run in runs), strict=True)
+    assert set(loaded) == {"False"}
+    assert "examples:" in runs[0].stdout
+    assert min(map(float, seconds)) < 0.5
 
 
 def test_methods_json_lists_the_contract_fields(capsys):
