@@ -111,7 +111,7 @@ def directions(
             else:
                 rows = torch.linalg.eigh(rows @ rows.T)[1].flip(1).T @ rows
             best[names] = rows[: WIDER * rank]
-    made = {}
+    made: dict[str, np.ndarray] = {}
     for names, rows in best.items():
         size = rows.norm(dim=1, keepdim=True)
         if len(rows) < rank or size[rank - 1] <= 1e-6 * size[0]:
