@@ -21,8 +21,6 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("rtn", {"grid": "iq4_nl", "search": True}, "leave search out"),
     ("rtn", {"grid": "q6_k", "bits": 8}, "codes of 6 bits"),
     ("optq", {"grid": "q2_k", "group": 64}, "groups of 16"),
-    ("optq", {"grid": "q4_k", "order": "gar"}, "belong together"),
-    ("optq", {"order": "desc"}, "none, gar"),
     ("optq", {"damping": "2"}, "between 0 and 1"),
     ("optq", {"grid": "universal", "bits": 8}, "5 bits at most"),
     ("rtn", {"group": -1}, "below 0"),
@@ -54,7 +52,6 @@ MODELS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"mode": "depth", "ratio": 0.2}, {}, "half a block"),
     ({"mode": "depth", "ratio": 0.9, "first": 0, "last": 0}, {}, "all of them"),
     ({"mode": "hidden", "first": 4, "last": 2}, {}, "hidden channels"),
-    ({"recover": "gkd"}, {"max_position_embeddings": 100}, "context of 100"),
     ({}, {"kind": "mistral"}, "'mistral'"),
 ]
 REQUESTS = [
@@ -105,7 +102,7 @@ def test_models_that_cannot_be_pruned_are_refused(
     values: dict[str, Any], sizes: dict[str, Any], word: str
 ) -> None:
     with pytest.raises(RecipeError, match=word):
-        pruner(**values).check(prunable(**sizes), 24, plain=False)
+        pruner(**values).check(prunable(**sizes))
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,8 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 # Options that change what is computed keep the contract too.
 VARIANTS = [
-    "optq:order=gar",
     "optq:grid=asymmetric,bits=3",
     "optq:group=0",
-    "qronos:order=gar",
     "rtn:grid=universal,search=true",
     "sparsegpt:n=2",
     "sparsegpt:bits=4",
@@ -46,13 +44,12 @@ VARIANTS = [
     "gkd:lmbda=0,seq_kd=true,beta=0",
     "llm-pruner:mode=hidden,first=4,last=2,ratio=0.5",
     "llm-pruner:mode=depth",
-    "llm-pruner:recover=gkd",
     "llm-pruner:importance=mixed,scope=global",
 ]
 
 
 def values(case: str) -> dict[str, Any]:
-    """The settings of a case such as `optq` or `optq:order=gar,bits=3`."""
+    """The settings of a case such as `optq` or `optq:grid=asymmetric,bits=3`."""
     name, _, changes = case.partition(":")
     return QUICK.get(name, {}) | dict(pair.split("=") for pair in changes.split(",") if pair)
 
@@ -141,4 +138,4 @@ def pruned(case: str, folder: Path, on_row: Callable[..., None], on_step: Callab
     """The model of a case after pruning and recovery."""
     chosen, model = pruner(case), whole()
     small = chosen.prune(model, rows(), on_row)
-    return chosen.train(small, model, rows(), 7, folder, on_step)
+    return chosen.train(small, rows(), 7, folder, on_step)
