@@ -21,6 +21,8 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("rtn", {"grid": "iq4_nl", "search": True}, "leave search out"),
     ("rtn", {"grid": "q6_k", "bits": 8}, "codes of 6 bits"),
     ("optq", {"grid": "q2_k", "group": 64}, "groups of 16"),
+    ("optq", {"grid": "q4_k", "order": "gar"}, "belong together"),
+    ("optq", {"order": "desc"}, "none, gar"),
     ("optq", {"damping": "2"}, "between 0 and 1"),
     ("optq", {"grid": "universal", "bits": 8}, "5 bits at most"),
     ("rtn", {"group": -1}, "below 0"),

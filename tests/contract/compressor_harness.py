@@ -34,8 +34,10 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 # Options that change what is computed keep the contract too.
 VARIANTS = [
+    "optq:order=gar",
     "optq:grid=asymmetric,bits=3",
     "optq:group=0",
+    "qronos:order=gar",
     "rtn:grid=universal,search=true",
     "sparsegpt:n=2",
     "sparsegpt:bits=4",
@@ -49,7 +51,7 @@ VARIANTS = [
 
 
 def values(case: str) -> dict[str, Any]:
-    """The settings of a case such as `optq` or `optq:grid=asymmetric,bits=3`."""
+    """The settings of a case such as `optq` or `optq:order=gar,bits=3`."""
     name, _, changes = case.partition(":")
     return QUICK.get(name, {}) | dict(pair.split("=") for pair in changes.split(",") if pair)
 
