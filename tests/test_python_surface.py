@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,25 +21,3 @@ def test_a_setting_that_is_given_as_an_option_is_sent_to_its_place(tmp_path: Pat
         fleetune.tune("tiny", [{"instruction": "a", "response": "b"}], method="fedit", lr=1e-4, out=tmp_path)  # type: ignore[call-arg]
     assert "settings={'lr': 0.0001}" in error.value.message
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_a_checker_knows_the_names_and_their_types(tmp_path: Path) -> None:
-    (tmp_path / "use.py").write_text(
-        "import fleetune\n"
-        "fleetune.nothing\n"
-        "fleetune.tune('m', 'demo', nosuch=1)\n"
-        "reveal_type(fleetune.tune('m', 'demo', rounds=2).digest)\n"
-    )
-    config = Path(__file__).parent.parent / "pyproject.toml"
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "use.py", "--config-file", config],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MYPYPATH": str(config.parent / "src")},
-    )
-    told = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("use.py")]
-    assert any('has no attribute "nothing"' in line for line in told), done.stdout
-    assert any('"nosuch"' in line for line in told)
-    assert any('"str"' in line for line in told)

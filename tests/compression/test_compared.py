@@ -13,9 +13,7 @@ import torch
 from command_harness import LORA, call, pulled_after, tuned
 
 from fleetune import models
-from fleetune.cli.main import main
 from fleetune.data.encode import encode_all
-from fleetune.evaluation import kl_divergence
 from fleetune.evaluation.losses import text_rows
 from fleetune.models import Model
 from fleetune.runs.compression_folder import LOGITS
@@ -130,27 +128,6 @@ def test_ctrl_c_leaves_no_logits_and_a_resumed_compression_states_the_same(
 
 
 # --- eval ---------------------------------------------------------------------------------------------------
-
-
-def test_a_model_is_compared_with_a_reference_on_a_text(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kl_divergence, "ROOM", 4 * 264 * 100)  # the first 100 tokens
-    assert call(capsys, "compress", tiny, *RTN, *TEXT)[0] == 0
-    asked = ["--reference", tiny, "--tasks", "perplexity", "--text", "text.txt", "--device", "cpu"]
-    code, told, err = call(capsys, "eval", "1", *asked)
-    assert code == 0, err
-    (folder,) = (at / "runs").iterdir()
-    after = json.loads((folder / "compress.json").read_text())["result"]["after"]
-    assert after["kl_tokens"] == 100
-    assert {name: told[-1][name] for name in NAMES} == {name: after[name] for name in NAMES}
-    assert f"{tiny} is the reference: 100 tokens, 106 kB of logits" in err
-    assert main(["eval", "1", *asked]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.split()[:3] == ["kl_divergence,", "100", "tokens"] and "±" in line for line in lines)
-    assert any(line.split()[:3] == ["same_top,", "100", "tokens"] and line.endswith(" %") for line in lines)
-    code, told, _ = call(capsys, "eval", tiny, *asked)
-    assert (told[-1]["kl_divergence"], told[-1]["same_top"]) == (0.0, 100.0)
 
 
 def other_tokens(at: Path) -> str:

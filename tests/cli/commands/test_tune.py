@@ -170,20 +170,6 @@ def test_an_adapter_run_and_its_eval(tiny, at, capsys):
         assert any("lora_A" in n for n in file.keys())  # noqa: SIM118
 
 
-def test_runs_list_show_compare_rm(tiny, at, capsys):
-    for seed in ("1", "2"):
-        assert call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "1", "--seed", seed, "-qq")[0] == 0
-    _, out, _ = call(capsys, "runs", "--json")
-    assert [e["name"][:4] for e in events(out)] == ["0001", "0002"]
-    assert call(capsys, "runs", "show", "1")[0] == 0
-    code, out, _ = call(capsys, "runs", "compare", "1", "latest")
-    assert (code, re.findall(r"seed +1 +2", out) != []) == (0, True), out
-    assert call(capsys, "runs", "rm", "1")[0] == 0
-    assert len(rundir.listing(at / "runs")) == 1
-    assert call(capsys, "runs", "rm", "runs/latest")[0] == 0  # a link, by its path
-    assert not rundir.listing(at / "runs")
-
-
 def test_bad_clients_do_not_stop_a_round(tiny, at, capsys):
     weather = ["--drop", "0.3", "--stragglers", "0.5", "--deadline", "3", "--clients", "12"]
     code, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, *weather, "--rounds", "2", "--json")
