@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_harness import LORA, call, pulled_after, tuned
+from command_harness import LORA, call, tuned
 
 from fleetune import models
 from fleetune.data.encode import encode_all
 from fleetune.evaluation.losses import text_rows
 from fleetune.models import Model
-from fleetune.runs.compression_folder import LOGITS
 from fleetune.subject import Compressed
 from fleetune.tuning.result import finished
 
@@ -106,25 +105,6 @@ def test_a_run_is_compared_on_the_rows_that_it_was_not_calibrated_on(
     rows = encode_all(finished.held_out(at / "runs" / "0001-fedit-tiny"), dense.tokenizer, 512)[0]
     close(seen[-1], expected(models.load(tiny), dense, rows))
     assert seen[-1]["base_loss"] > 0
-
-
-def test_ctrl_c_leaves_no_logits_and_a_resumed_compression_states_the_same(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, told, _ = call(capsys, "compress", tiny, *RTN, *TEXT)
-    with monkeypatch.context() as patch:
-        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(9))
-        assert call(capsys, "compress", tiny, *RTN, *TEXT)[0] == 130
-    folder = sorted((at / "runs").iterdir())[-1]
-    assert not (folder / LOGITS).exists()
-    (folder / LOGITS).write_bytes(b"what a kill left")
-    code, again, err = call(capsys, "compress", "--resume", str(folder))
-    assert code == 0, err
-    assert again[-1]["after"] == told[-1]["after"]
-    assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
-    (folder / LOGITS).write_bytes(b"what a copy of a killed one brought")
-    assert call(capsys, "compress", "--resume", str(folder))[0] == 0
-    assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
 
 
 # --- eval ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 from typing import Any
 
 import contract_harness as harness
@@ -23,7 +22,6 @@ from fleetune.tuning.methods import Reply, fwdllm
 from fleetune.tuning.methods.fwdllm import Method, State, descent
 
 SIZES = {"a.weight": (40, 60), "b.weight": (25, 40)}  # an adapter of 3,400 numbers, for what needs no model
-NORMAL = NormalDist()
 
 
 def directions(seed: int, id: int, law: str = "gaussian") -> np.ndarray:
@@ -176,35 +174,6 @@ def test_the_rate_falls_linearly_to_nothing() -> None:
 
 LAST = np.random.default_rng(8).normal(size=3400)
 U = LAST / np.linalg.norm(LAST)
-
-
-def cut_normal(x: np.ndarray) -> np.ndarray:
-    """The distribution function of a standard normal cut off below at its 90 % quantile."""
-    return np.maximum(0.0, (np.array([NORMAL.cdf(v) for v in x]) - 0.9) / 0.1)
-
-
-def distance(sample: np.ndarray, cdf: np.ndarray) -> float:
-    """Kolmogorov and Smirnov's: the largest difference to the sample's own distribution function."""
-    n = len(sample)
-    return float(max((np.arange(1, n + 1) / n - cdf).max(), (cdf - np.arange(n) / n).max()))
-
-
-@pytest.fixture(scope="module")
-def ranked() -> np.ndarray:
-    """The 2,000 best of 20,000 candidates, as vectors, best first: float64 [2000, 3400]."""
-    seeds = Method().rank(start(last=named(LAST), round=4), 500)
-    return np.stack([directions(11, int(id)) for id in seeds])
-
-
-def test_what_ranked_directions_have_along_the_old_gradient_is_a_cut_normal(ranked: np.ndarray) -> None:
-    a = np.sort(ranked @ U)
-    # 0.0364 is the 1 % bound for 2,000 draws; the cut itself is a quantile of 20,000 draws: + 2.3 x 0.021
-    assert distance(a, cut_normal(a)) < 0.0364 + 0.049
-    cut, density = NORMAL.inv_cdf(0.9), NORMAL.pdf(NORMAL.inv_cdf(0.9))
-    mean, square = density / 0.1, 1 + cut * density / 0.1  # of the cut normal, by parts
-    assert (mean, square) == (pytest.approx(1.755, abs=1e-3), pytest.approx(3.249, abs=1e-3))
-    assert a.mean() == pytest.approx(mean, abs=4 * math.sqrt((square - mean**2) / 2000))
-    assert (a * a).mean() == pytest.approx(square, rel=0.03)
 
 
 @pytest.mark.parametrize("law", ["gaussian", "rademacher"])
