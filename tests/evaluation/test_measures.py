@@ -21,7 +21,7 @@ from fleetune.cli.main import main
 from fleetune.common.events import TaskScore
 from fleetune.common.shell import pip_install
 from fleetune.data.encode import encode_all
-from fleetune.data.examples import Example
+from fleetune.data.read_rows import Example
 from fleetune.errors import RecipeError
 from fleetune.evaluation import measures
 from fleetune.evaluation.answers import generate, rouge_l, token_f1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Say what a way between server and devices can do, and read the answers that come by it.
 
-There are two: the server's own door (`flower/gate.py`), and the Grid of a Flower that is there already
+There are two: the server's own door (`door.py`), and the Grid of a Flower that is there already
 (`flower/server_app.py`).
 """
 

@@ -15,7 +15,7 @@ from tables import DOLLY, jsonl, write
 
 from fleetune.common.shell import pip_install
 from fleetune.data import Example, read, read_text
-from fleetune.data.examples import row_of
+from fleetune.data.read_rows import row_of
 from fleetune.errors import DataError
 
 SUFFIXES = [".jsonl", ".json", ".csv", ".parquet", ".JSONL"]
