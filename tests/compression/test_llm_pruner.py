@@ -97,36 +97,6 @@ def test_a_cut_net_is_the_whole_one_without_what_those_groups_add(data: st.DataO
     torch.testing.assert_close(logits(model.net), logits(whole), rtol=1e-4, atol=1e-5)
 
 
-def zeroed(family: str) -> Model:
-    """A model with a key head and every tenth channel of zeros in its middle blocks."""
-    model = tiny(family)
-    for i in (1, 2):
-        a, f = model.net.model.layers[i].self_attn, model.net.model.layers[i].mlp
-        for part, own in ((a.q_proj, slice(12, 24)), (a.k_proj, slice(4, 8)), (a.v_proj, slice(4, 8))):
-            part.weight[own] = 0
-            if part.bias is not None:
-                part.bias[own] = 0
-        a.o_proj.weight[:, 12:24] = 0
-        f.gate_proj.weight[3::10] = 0
-        f.up_proj.weight[3::10] = 0
-        f.down_proj.weight[:, 3::10] = 0
-    return model
-
-
-@pytest.mark.parametrize(
-    ("family", "kind"), [("llama", "magnitude"), ("qwen2", "first"), ("qwen3", "second"), ("qwen2", "mixed")]
-)
-def test_groups_of_zeros_go_first_and_change_nothing(family: str, kind: str, tmp_path: Path) -> None:
-    model = zeroed(family)
-    before = logits(model.net)
-    made = pruner(ratio=0.2, round_to=36, importance=kind)
-    kept = made._units(model, rows(3, 3), lambda *_: None)
-    pruned = made.prune(model, rows(3, 3))
-    for i in (1, 2):
-        assert kept[i] == KeptUnits([0, 2], [c for c in range(40) if c % 10 != 3])
-    torch.testing.assert_close(logits(pruned.net), before, rtol=1e-5, atol=1e-5)
-
-
 def test_alike_blocks_make_a_plain_directory(tmp_path: Path) -> None:
     """transformers itself loads it, to the same outputs; one that it cannot hold is refused there and loaded here."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM

@@ -197,7 +197,7 @@ def _stored_names(
 ) -> dict[str, str]:
     """Return for each tensor of a net's `state`, tied ones once, the name that the source stores it under.
 
-    Of the parameters that it stores in parts (`parted`) that is transformers' name.
+    A parameter that the source stores in parts (`parted`) gets its name in transformers.
     """
     aliases: dict[int, list[str]] = {}
     for name, tensor in state.items():

@@ -207,23 +207,6 @@ def test_what_does_not_fit_the_global_rank_is_told() -> None:
     assert method.aggregate(state, iter(replies[:1])).cut < 1e-9
 
 
-@pytest.mark.parametrize("average", ["separate", "product"])
-def test_an_encoders_head_is_averaged_with_its_lora(average: str) -> None:
-    model = models.tiny_bert()
-    method = methods.make("fedit", FAST | {"r": 2, "alpha": 4, "average": average})
-    state = method.init(model, 5)
-    replies, _, _ = round_of(model, method, state)
-    after = method.aggregate(state, iter(replies))
-    assert after.tensors.keys() == state.tensors.keys()
-    n = np.array([reply.payload.int("n") for reply in replies], np.float64)
-    head = np.stack([reply.payload.arrays["classifier.weight"] for reply in replies]).astype(np.float64)
-    np.testing.assert_allclose(
-        after.tensors["classifier.weight"], np.tensordot(n / n.sum(), head, 1), atol=1e-7
-    )
-    method.apply(model, after)
-    assert np.array_equal(adapters.export(model)["classifier.weight"], after.tensors["classifier.weight"])
-
-
 # ---------------------------------------------------------------- starts
 
 

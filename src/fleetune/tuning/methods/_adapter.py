@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a module on a device with AdamW, and step on the server along the devices' mean.
 
-A device: AdamW on the module's numbers, moments fresh every round, with what keeps devices of unlike data
-together (both are off unless asked for):
+A device runs AdamW on the module's numbers, with fresh moments every round.  Two options, both off by default, keep devices
+with unlike data together:
 
 - FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): the loss has mu/2 |w - w_global|^2 added.
 - SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II): every step also moves by
   -eta (c - c_k), where the device's variate c_k is what its own steps were last time and c the mean of all.
 
-A server: the mean weighted by rows, then a rule of `server_rules`.
+A server takes the mean weighted by rows, then a step of `server_rules`.
 
 `Trained` is what every method that trains on devices does there; `Averaged` is a method that averages one module.
 

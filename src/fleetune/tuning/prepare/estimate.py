@@ -154,8 +154,9 @@ def of(
 ) -> Estimate | None:
     """Time a step, an evaluation and an answer of a run whose clients have these rows; the model is left as it was.
 
-    `held` are the rows of an evaluation, `prompts` those that are answered before and after.  None where a step fails: the
-    run itself says why, and for which clients.  What the method refuses of the model is raised: no client could begin.
+    `held` are the rows of an evaluation, `prompts` those that are answered before and after.  None where a step fails: the run
+    itself says why, and for which clients.  If the method refuses the model, that error is raised, since no client could
+    begin.
     """
     asked = len(rounds.sample(range(len(rows)), recipe.participation, recipe.seed, 1, recipe.over_selection))
     steps = float(np.mean([method.local_steps(len(part)) for part in rows]))
@@ -256,10 +257,10 @@ def fitted(
 ) -> tuple[Recipe, Method, Estimate]:
     """Return the run, of a fleet of so many `clients`, made so small that it takes at most `within` seconds.
 
-    What is done before and after the rounds becomes less where it takes more than a third of the time: the clients' own losses
-    are left out, then the answers that are kept to be read.  Evaluations become fewer, then of fewer rows, where they take
-    more than a third of what is left.  Then local steps become fewer; where fewer than `FEW_STEPS` would be left, rounds, then
-    the clients that are asked.  What fits already stays as it is.  FitError when not even two steps of one client do.
+    If the work before and after the rounds takes more than a third of the time, the clients' own losses are left out first,
+    then the answers that are kept to be read.  Evaluations become fewer, then of fewer rows, where they take more than a third
+    of what is left.  Then local steps become fewer; where fewer than `FEW_STEPS` would be left, rounds, then the clients that
+    are asked.  A run that fits already stays as it is.  FitError if not even two steps of one client fit.
     """
     budget = SPARE * within
     if found.seconds <= budget:
