@@ -94,6 +94,18 @@ def test_the_public_names_are_these() -> None:
         fleetune.tuna  # noqa: B018
 
 
+def test_completion_shows_the_public_names_alone() -> None:
+    shown = {name for name in dir(fleetune) if not name.startswith("__")}
+    assert shown == {name for name in fleetune.__all__ if not name.startswith("__")}
+
+
+def test_a_setting_that_is_given_as_an_option_is_sent_to_its_place(at: Path) -> None:
+    with pytest.raises(errors.RecipeError, match="It is a setting of the method fedit") as error:
+        tune(method="fedit", lr=1e-4)
+    assert "settings={'lr': 0.0001}" in error.value.message
+    assert not Path("runs").exists()
+
+
 def test_importing_it_loads_nothing_heavy() -> None:
     script = "import sys, fleetune, fleetune.api.tuning, fleetune.api.deployment, fleetune.api.evaluation, fleetune.api.names; print([m for m in ('torch', 'transformers', 'numba') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -179,25 +191,6 @@ def test_a_recipe_says_everything() -> None:
     assert fleetune.tune(recipe).digest == tune().digest
     with pytest.raises(errors.UsageError, match="nothing is given beside it"):
         fleetune.tune(recipe, "rows.jsonl")
-
-
-def test_a_stopped_run_is_resumed_to_the_same_bits() -> None:
-    whole = tune(rounds=2)
-
-    class Stop(fleetune.Silent):
-        asked = 0
-
-        def step(self, client: int, step: int) -> None:
-            self.asked += 1
-            if self.asked > 5:
-                raise errors.Interrupted("stopped")
-
-    with pytest.raises(errors.Interrupted) as stopped:
-        tune(rounds=2, listener=Stop())
-    assert stopped.value.hint == "fleetune tune --resume runs/0002-fedkseed-tiny"
-    resumed = fleetune.resume_run("latest")
-    assert resumed.digest == whole.digest
-    assert fleetune.resume_run(2).digest == fleetune.resume_run(resumed).digest == whole.digest
 
 
 # Objects ----------------------------------------------------------------------------------------------
@@ -308,12 +301,6 @@ def test_a_plan_has_every_method_and_its_best() -> None:
         fleetune.plan("tiny", ram=1000).settings()
 
 
-def test_what_there_is_can_be_listed() -> None:
-    assert {"fedkseed", "mezo"} <= set(fleetune.methods())
-    assert {"optq", "gkd"} <= set(fleetune.compressors())
-    assert {"gguf", "hf"} <= set(fleetune.targets())
-
-
 # Names ------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +373,25 @@ def test_numpy_numbers_are_numbers_and_other_objects_are_said(at: Path) -> None:
         tune(settings={"K": None})
     with pytest.raises(errors.RecipeError, match="settings are a dict"):
         tune(settings=["K=1"])
+
+
+def test_rows_to_validate_on_are_taken_as_objects() -> None:
+    held = [{"instruction": f"tell {i}", "response": f"{i}, then"} for i in range(5)]
+
+    class Held(Table):
+        def to_dict(self, orient: str) -> list[dict[str, str]]:
+            return held
+
+    lora: dict[str, Any] = {"method": "fedit", "settings": {"r": 2, "steps": 1}, "eval_rows": 5}
+    runs = [tune(data=ROWS, eval_data=given, **lora) for given in (held, Held(), iter(held))]
+    assert {run.done.rows for run in runs} == {5}
+    assert {json.dumps(run.done.base) for run in runs} == {json.dumps(runs[0].done.base)}
+    recipe = fleetune.open(runs[0]).recipe  # type: ignore[union-attr]
+    assert [json.loads(line) for line in Path(recipe.eval_data).read_text().splitlines()] == held
+    assert fleetune.tune(recipe).digest == runs[0].digest
+    assert fleetune.evaluate(runs[0])["loss"] == pytest.approx(runs[0].done.tuned["loss"])
+    grid = fleetune.sweep("tiny", ROWS, vary={"lr": [1e-3, 1e-2]}, eval_data=held, **FEW | lora)
+    assert {run.done.rows for run in grid.runs} == {5}
 
 
 class Broken(fleetune.Silent):

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from spy_harness import Spy, text
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,10 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import fleetune
 from fleetune import compression, models
 from fleetune.compression.layerwise import driver
-from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
 from fleetune.compression.layerwise.experts import Experts
-from fleetune.errors import RecipeError
 from fleetune.models import Model, tiny_tokenizer
 from fleetune.models.artefact import Master, Quantised
 
@@ -134,21 +131,6 @@ def test_hessians_are_of_the_tokens_that_an_expert_saw(family: str, in_turn: boo
     assert 0 < few < 3 * 2 * 4
 
 
-def test_experts_that_saw_few_tokens_are_said(tmp_path: Path) -> None:
-    model, windows = model_of("qwen3_moe"), text(4, 24)
-    parts = driver.run(model, Spy(), windows, tmp_path, experts=True)
-    for each in experts_in(model):
-        counts = [tokens for tokens, _, _ in inputs_of(model, each, windows)] if each.name[13] == "0" else []
-        for (name, parameter), C in zip(each.parameters.items(), (32, 64), strict=True):
-            notes = next(m.notes for b in parts.blocks for m in b.matrices if m.name == name)
-            if few := [n for n in counts if n < C]:
-                assert notes == (
-                    f"{len(few)} of 4 experts saw fewer tokens than columns, {C} (the least {min(few)}): solved on all tokens of the "
-                    "layer",
-                )
-            assert parameter.shape[0] == 4
-
-
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("method", ["rtn", "optq"])
 def test_an_expert_is_solved_as_a_layer_is(method: str, family: str, tmp_path: Path) -> None:
@@ -169,60 +151,6 @@ def test_an_expert_is_solved_as_a_layer_is(method: str, family: str, tmp_path: P
             rows = slice(number * len(W), (number + 1) * len(W))
             same = (q.codes[rows] == one.codes).float().mean().item()
             assert same == 1.0 if method == "rtn" else same > 0.99  # the sums were added in another order
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("method", ["optq", "qronos"])
-def test_a_killed_run_resumes(method: str, family: str, tmp_path: Path) -> None:
-    def stop(block: int, blocks: int, name: str) -> None:
-        if block == 1 and name.endswith("experts.down_proj"):
-            raise KeyboardInterrupt
-
-    solver, windows = compression.make(method, {"group": 16}), text(4, 24)
-    settings: dict[str, Any] = {"experts": True}
-    driver.run(model_of(family), solver, windows, tmp_path / "whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        driver.run(model_of(family), solver, windows, tmp_path / "half", stop, **settings)
-    assert block_file(tmp_path / "half", 0).is_file()
-    assert not block_file(tmp_path / "half", 1).is_file()
-    driver.run(model_of(family), solver, windows, tmp_path / "half", **settings)
-    for number in range(3):
-        whole, again = (load_file(block_file(tmp_path / at, number)) for at in ("whole", "half"))
-        assert set(whole) == set(again)
-        assert all(torch.equal(whole[name], again[name]) for name in whole)
-
-
-@pytest.mark.parametrize("family", ["gpt_oss"])
-def test_sparsegpt_prunes_every_expert(family: str, tmp_path: Path) -> None:
-    model = model_of(family)
-    parts = driver.run(model, compression.make("sparsegpt", {}), text(4, 24), tmp_path, experts=True)
-    for each in experts_in(model):
-        for name, parameter in each.parameters.items():
-            weight = parts[name]
-            assert isinstance(weight, Tensor)
-            assert weight.shape == parameter.shape
-            zeros = (weight == 0).float().mean((1, 2))
-            assert torch.allclose(zeros, torch.full((4,), 0.5), atol=0.02)
-            kept = weight != 0
-            assert torch.corrcoef(torch.stack([weight[kept], parameter[kept]]))[0, 1] > 0.9
-
-
-@pytest.mark.parametrize(
-    ("family", "width"), [("qwen3_moe", "moe_intermediate_size"), ("gpt_oss", "intermediate_size")]
-)
-def test_a_group_that_does_not_fit_experts_is_said(family: str, width: str, tmp_path: Path) -> None:
-    model = folder_of(family, tmp_path / "m", **{width: 40})
-    with pytest.raises(
-        RecipeError, match=r"model.layers.0.mlp.experts.down_proj.* and 2 matrices more"
-    ) as caught:
-        fleetune.compress(model, method="rtn", settings={"group": 32}, out=tmp_path / "runs")
-    assert caught.value.hint == "--set group=8 fits every layer"
-    values = model_of("qwen3_moe")
-    values.net.model.layers[1].mlp.experts.gate_up_proj[2, 3, 4] = float("nan")
-    with pytest.raises(
-        RecipeError, match=r"layers.1.mlp.experts.gate_up_proj holds values that are not finite"
-    ):
-        driver.check(values, compression.make("rtn", {"group": 8}), experts=True)
 
 
 def test_experts_of_which_transformers_says_nothing_stay(tmp_path: Path) -> None:

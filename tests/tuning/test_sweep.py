@@ -16,16 +16,14 @@ import numpy as np
 import pytest
 
 from fleetune import models, report
-from fleetune import recipes as named_recipes
 from fleetune.cli.main import main
-from fleetune.errors import RecipeError, StorageError
+from fleetune.errors import RecipeError
 from fleetune.report import sweep as summary
 from fleetune.report.sweep import GridRun, SweepAxis
 from fleetune.runs import rundir
 from fleetune.tuning import sweep
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
-from fleetune.tuning.run import run as jobs
 
 BASE: dict[str, Any] = {
     "model": "./tiny",
@@ -188,21 +186,6 @@ def test_a_dry_run_lists_the_runs_and_leaves_nothing(at, capsys):
     assert not (at / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ["case_study", "case_study_small"])
-def test_the_case_studies_can_be_run(name):
-    grid = sweep.make_grid(recipe.read(named_recipes.find(f"recipe:{name}")))
-    assert [a.name for a in grid.axes] == ["alpha", "K"]
-    assert grid.axes[0].values == (0.5, 1.0, 1.5, 2.0, 2.5)
-    for point in grid.points:
-        prepare.check(point.recipe)
-        assert (point.recipe.clients, point.recipe.participation, point.recipe.set["batch_size"]) == (
-            200,
-            0.05,
-            1,
-        )
-        assert point.recipe.rouge_rows > 0
-
-
 # Doing them ---------------------------------------------------------------------------------------
 
 
@@ -294,17 +277,6 @@ def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys,
         assert ["too few directions" in e["failed"] for e in runs] == [True, False]
     assert runs[1]["skipped"]
     assert "failed: " in (at / "runs" / "0001-sweep-recipe" / "log.txt").read_text()
-
-
-def test_a_full_disk_stops_the_sweep(at, capsys, monkeypatch):
-    def full(*args: Any) -> dict[str, Any]:
-        raise StorageError("cannot write: the disk is full")
-
-    monkeypatch.setattr(jobs, "tune", full)
-    code, _, err = call(capsys, "sweep", "recipe.toml", "--vary", "K=8,16")
-    assert code == 1
-    assert "the disk is full" in err
-    assert len(list((at / "runs" / "0001-sweep-recipe").glob("0*"))) == 1
 
 
 def test_a_sweep_in_use_or_changed_is_refused(at, capsys):

@@ -23,7 +23,7 @@ from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import estimate, prepare
 from fleetune.tuning.recipe import recipe
-from fleetune.tuning.recipe.settled import given, settled
+from fleetune.tuning.recipe.defaults import given, settled
 from fleetune.tuning.run import evaluation
 
 FAST: dict[str, Any] = {"samples": 0, "max_length": 64, "rounds": 1, "offline": True, "listener": Silent()}
@@ -123,22 +123,6 @@ class Stop(Silent):
     def event(self, event: Event) -> None:
         if isinstance(event, RoundDone):
             raise Interrupted("enough")
-
-
-def test_a_resumed_run_has_the_same_losses(places: Path, tmp_path: Path) -> None:
-    whole = tune(places, tmp_path / "a", method="fedkseed", clients=3, rounds=2, settings={"K": 8, "tau": 1})
-    with pytest.raises(Interrupted):
-        tune(
-            places,
-            tmp_path / "b",
-            method="fedkseed",
-            clients=3,
-            rounds=2,
-            settings={"K": 8, "tau": 1},
-            listener=Stop(),
-        )
-    resumed = fleetune.resume_run(tmp_path / "b" / "latest", offline=True)
-    assert resumed.done.per_client == whole.done.per_client
 
 
 class Heard(Silent):

@@ -308,7 +308,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
     model, parts, origin = job.inputs.model, folder / PARTS, job.origin
     check_origin(origin, job.request.model, parts)
     if job.calibration is not None:
-        scales.warn(job.request, job.calibration, listener, experts=driver.solves_experts(model))
+        scales.warn(job.request, job.calibration, listener, experts=any(driver.experts_in(model)))
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
         listener.progress("blocks", block, blocks, name.rsplit(".", 1)[-1])
@@ -377,7 +377,7 @@ def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> Plan |
             for file in parts.glob("block-*"):
                 file.unlink()
         costs = budget.measured(listener, job.inputs.model, job.calibration, job.request.seed)
-        choice = budget.chosen(costs, job.room)
+        choice = budget.make_budget(costs, job.room)
         budget.save_choice(choice, parts, origin)
     choice.report(listener)
     return choice.plan(job.method)

@@ -26,6 +26,8 @@ Every layer has a prompt of its own: keys and values that its attention finds in
   half of the layers (`half`).  Here the paper's rule is the default, and the run itself applies it.
   Scores and curvature come from the devices of the warm-up rounds (the code: all devices; after
   10 rounds, 5 for LLaMA); the trained prompts of the chosen layers are kept (the code starts again).
+- The code can train the other layers' prompts on every device too, and its accuracies are of these personal models;
+  here a layer that does not travel has no prompt.
 - Scores leave padding out (the code compares padded outputs) and use `eigvalsh` (the code's eigenvalues may come
   out complex); the last layer can be chosen too.  The Hessian is of the loss on the answer (the code: on all ids).
 - In the code the devices' server steps share one momentum and one live model, so they pile up; here they do not.
@@ -83,7 +85,7 @@ from fleetune.seeds.descent import uniforms
 from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import REPORTED, Payload, ReplySpec
-from fleetune.tuning.exchange.server_rules import Tensors, control
+from fleetune.tuning.exchange.server_rules import Tensors, client_variate
 from fleetune.tuning.methods import Reply, _adapter
 from fleetune.tuning.methods._adapter import NOTHING, rounded
 
@@ -253,7 +255,7 @@ class Method(_adapter.Trained):
             answered += 1
             n, sent = reply.payload.int("n"), reply.payload.arrays
             old = {x: state.c_k.get(f"{reply.client}/{x}", state.c[x]) for x in w}  # a new device starts at c
-            new = rounded(control(old, state.c, w, sent, self.walked(reply.rows or n)[0]))
+            new = rounded(client_variate(old, state.c, w, sent, self.walked(reply.rows or n)[0]))
             c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
             w_k.add(n, {x: sent[x] for x in w})
             mean.add(n, new)

@@ -22,9 +22,9 @@ from fleetune.errors import DataError, FleetuneError, RecipeError, StorageError,
 from fleetune.models.cache.cache import ORIGINS
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.defaults import options_of as all_options
+from fleetune.tuning.recipe.defaults import settled_options
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.recipe.settled import options_of as all_options
-from fleetune.tuning.recipe.settled import settled_options
 from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.rounds.checkpoint import StandsOn
 
@@ -128,7 +128,7 @@ def stated_recipe(run: Path, *, longer: bool = False) -> Recipe:
 
 
 def check(job: TuneJob, run: Path, *, longer: bool = False) -> StandsOn:
-    """What a job stands on; UsageError when its run was begun on another recipe, model or rows.
+    """Return what a job stands on; UsageError if its run was begun with another recipe, model or rows.
 
     With `longer` the number of rounds may differ.
     """

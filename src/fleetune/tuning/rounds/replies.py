@@ -9,8 +9,8 @@ known to be wrong need not be used in part.
 
 - Rows weigh in a mean, and are what a client says of itself.  Where the rule bounds them (`mean:TIMES`), a reply counts at
   most so many times the median rows of those that were asked, and its rows times its distance stay within the bound
-  too: no reply moves the mean further than one of the median rows may.  That distance is the one of a client with the
-  median rows: steps that a claim of rows stands for would else make it short.
+  too: no reply moves the mean further than one of the median rows may.  That distance is computed as if the client had the
+  median number of rows; otherwise claiming more rows, and so more steps, would make the reply look closer.
 - Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
   may send fewer than it was asked for, and the slack is not its to choose.
 - With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.  Where rows are
@@ -257,7 +257,7 @@ def lighter(kept: Sequence[Kept]) -> list[Kept]:
     found = []
     for kind in dict.fromkeys(k.kind for k in kept):
         same = [k for k in kept if k.kind == kind]
-        middle = median([k.reach for k in same], FEWEST - 1) * usual([k.n for k in same])
+        middle = usual_distance([k.reach for k in same], FEWEST - 1) * usual([k.n for k in same])
         for k in same:
             most = k.bound * middle / k.reach if k.n and k.reach else k.n
             found.append(k._replace(n=int(min(k.n, max(1.0, most)))))
@@ -273,9 +273,9 @@ def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]
     found = []
     for kind in dict.fromkeys(k.kind for k in kept):
         same = [k for k in kept if k.kind == kind]
-        middle = median([k.distance for k in same], fewest)
+        middle = usual_distance([k.distance for k in same], fewest)
         if fewest < FEWEST:
-            middle = min(middle, APART * median([k.distance for k in kept], fewest))
+            middle = min(middle, APART * usual_distance([k.distance for k in kept], fewest))
         for k in same:
             if not k.distance <= k.bound * middle:
                 times = f"{k.distance / middle:.3g} times as far as the median of the round"
@@ -293,6 +293,6 @@ def allowed(numbers: int) -> float:
     return FURTHEST * (1 + FEW / max(1, numbers))
 
 
-def median(distances: Sequence[float], fewest: int = FEWEST) -> float:
+def usual_distance(distances: Sequence[float], fewest: int = FEWEST) -> float:
     """Return the lower median of the distances that are not 0; infinity where fewer than `fewest` are."""
     return usual(distances) if sum(d > 0 for d in distances) >= fewest else math.inf
