@@ -19,7 +19,18 @@ import pytest
 from fault_report import Injected
 from fleetune.fleet import door, http_server, keys, line, link
 from fleetune.fleet.audit import FILE, Audit, verify
-from fleetune.fleet.door import CHALLENGE, HEARTBEAT, HOST, KEY, NEXT, ORDER, SESSION, SIGNATURE, Door
+from fleetune.fleet.door import (
+    CHALLENGE,
+    HEARTBEAT,
+    HOST,
+    KEY,
+    NEXT,
+    ORDER,
+    SESSION,
+    SIGNATURE,
+    TRUSTED,
+    Door,
+)
 from fleetune.fleet.http_server import Address
 from fleetune.fleet.keys import PrivateKey
 from fleetune.fleet.link import Mail
@@ -45,13 +56,19 @@ class House:
         return self.http.post(name, content=body, headers=head)
 
     def signed(
-        self, key: PrivateKey, *, by: PrivateKey | None = None, host: str = "127.0.0.1", stated: str = ""
+        self,
+        key: PrivateKey,
+        *,
+        by: PrivateKey | None = None,
+        host: str = "127.0.0.1",
+        stated: str = "",
+        trusted: str = "",
     ) -> Head:
         """The head by which a key comes in: signed by another (`by`), or for one host and stated to be of another."""
         claim = {KEY: b64encode(key.public.pem).decode()}
         challenge = self.post("challenge", claim).headers.get(CHALLENGE, "")
-        signature = b64encode(keys.sign(by or key, door.signed_text(host, challenge))).decode()
-        return claim | {CHALLENGE: challenge, SIGNATURE: signature, HOST: stated or host}
+        signature = b64encode(keys.sign(by or key, door.signed_text(host, trusted, challenge))).decode()
+        return claim | {CHALLENGE: challenge, SIGNATURE: signature, HOST: stated or host, TRUSTED: trusted}
 
     def come(self, key: PrivateKey, heartbeat: str = "30") -> Head:
         """Come in anew; the head of the device's requests."""
@@ -147,6 +164,9 @@ def forgeries(house: House) -> dict[str, Callable[[], httpx.Response]]:
         "for another server, said to be for this": lambda: house.post(
             "session", house.signed(house.one, host="a.org", stated="127.0.0.1")
         ),
+        "signed for a server that another certificate vouches for": lambda: house.post(
+            "session", house.signed(house.one, trusted="ab" * 32)
+        ),
         "the challenge of another key": lambda: house.post(
             "session", house.signed(house.one) | {CHALLENGE: house.signed(house.two)[CHALLENGE]}
         ),
@@ -201,6 +221,22 @@ def test_a_revoked_key_is_thrown_out_and_a_new_one_comes_in(house: House) -> Non
     assert house.pull(number) == [(number, None)]
     house.come(house.stranger)
     assert house.stranger.public.fingerprint in house.door.online()
+
+
+def test_a_key_that_is_revoked_while_it_comes_in_stays_out(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of keys is read in another thread than requests are answered in."""
+    verify = keys.has_signed
+
+    def slow(*given: object) -> bool:
+        house.door.admit([house.one.public])
+        return verify(*given)  # type: ignore[arg-type]
+
+    head = house.signed(house.two)
+    monkeypatch.setattr(keys, "has_signed", slow)
+    assert house.post("session", head).status_code == 403
+    assert set(house.door.online()) == {house.one.public.fingerprint}
 
 
 def test_a_key_is_there_once_unless_its_own_process_comes_again(house: House, tmp_path: Path) -> None:
@@ -374,7 +410,7 @@ def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(house: Hous
     """The server was started anew: it shows the device while it works on, and has its next order ready."""
     key = house.two.public.fingerprint
     house.post("leave", house.heads["two"])
-    device = line.Server(f"127.0.0.1:{house.port}", heartbeat=0.4)
+    device = line.Server(f"127.0.0.1:{house.port}", heartbeat=2)
     with (way := line.Line(device, False)).http:
         stay = line._Stay(way, house.two, tmp_path, device)
         stay.begin()
@@ -436,6 +472,7 @@ def test_what_is_too_large_is_refused(house: House) -> None:
     ):
         with house.raw(f"/fleet/{path}", head, length) as opened:
             assert f" {status} ".encode() in opened.recv(4096)
+    assert house.exchange(house.one, b"", number, "piece").status_code == 400
     for piece in (b"12345", b"67890", b"!", b"more"):
         assert house.exchange(house.one, piece, number, "piece").status_code == 204
     assert house.pull(number) == [(number, link.TOO_LARGE)]
@@ -443,7 +480,16 @@ def test_what_is_too_large_is_refused(house: House) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/fleet", "/fleet/", "/fleet/../fleet/x", "/docs", "/openapi.json", "/v1/fleet/pull-messages"],
+    [
+        "/",
+        "/fleet",
+        "/fleet/",
+        "/fleet/challenge/",
+        "/fleet/../fleet/x",
+        "/docs",
+        "/openapi.json",
+        "/v1/fleet/pull-messages",
+    ],
 )
 def test_nothing_but_what_devices_use_is_there(house: House, path: str) -> None:
     """Whoever asks, and before a body is read."""
@@ -493,6 +539,48 @@ def test_a_device_fills_no_memory_with_bodies_that_do_not_end(house: House) -> N
             assert b" 204 " in unwanted.recv(4096)
     assert house.pull(number) == [(number, b"x" * 999 + b"y")]
     assert house.session(house.one).coming is None
+
+
+def test_an_order_that_is_not_read_is_not_kept(house: House) -> None:
+    """A later request of the device ends the earlier answer, and the end of its stay ends the last."""
+    number = house.push(house.one, bytes(8 << 20))
+    with house.raw("/fleet/exchange", house.heads["one"]) as first:
+        until = time.monotonic() + 5
+        while (sending := house.session(house.one).sending) is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert sending is not None
+        with house.raw("/fleet/exchange", house.heads["one"]):
+            until = time.monotonic() + 5
+            while not sending.done() and time.monotonic() < until:
+                time.sleep(0.01)
+            assert sending.done()
+        assert len(b"".join(iter(lambda: first.recv(1 << 16), b""))) < 8 << 20
+    assert house.exchange(house.one).headers[ORDER] == number  # who reads gets it
+
+
+def test_more_connections_than_may_be_are_hung_up_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other open files that the system allows are for the run."""
+    monkeypatch.setattr(http_server, "_connections", lambda: 3)
+    house = House(tmp_path)
+    house.door.open()
+    opened = [socket.create_connection(("127.0.0.1", house.port), timeout=10) for _ in range(8)]
+    try:
+        time.sleep(0.2)
+        ended = 0
+        for one in opened:
+            one.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                ended += one.recv(1) == b""
+        assert ended == 5
+    finally:
+        for one in opened:
+            one.close()
+    time.sleep(0.2)
+    assert house.come(house.one)
+    house.door.close()
+    house.http.close()
 
 
 def test_requests_that_wait_in_one_connection_fill_no_memory(

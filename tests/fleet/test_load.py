@@ -69,7 +69,7 @@ async def device(port: int, size: int) -> None:
 
     claim = {door.KEY: b64encode(key.public.pem).decode()}
     challenge = (await post("challenge", claim))[0][door.CHALLENGE]
-    signature = keys.sign(key, door.signed_text("127.0.0.1", challenge))
+    signature = keys.sign(key, door.signed_text("127.0.0.1", "", challenge))
     claim |= {
         door.CHALLENGE: challenge,
         door.HOST: "127.0.0.1",

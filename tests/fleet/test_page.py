@@ -78,7 +78,8 @@ def test_page_changes_nothing_and_has_no_other_path(live: LivePage) -> None:
         assert httpx.request(method, live.url).status_code == 405
     for path in ("stop", "report.html", "..%2fstatus", "fleet/exchange"):
         assert get(live, path).status_code == 404
-    assert get(live, Host="rebound.example").status_code == 400
+    for host, status in (("rebound.example", 400), ("[::1]:8471", 200), ("LOCALHOST", 200), ("", 400)):
+        assert get(live, "metrics", Host=host).status_code in (status, 503 if status == 200 else status)
 
 
 def test_page_with_a_password_says_nothing_without(
@@ -105,6 +106,9 @@ def test_page_with_a_password_says_nothing_without(
                 assert http.get("", auth=("me", wrong)).status_code == 401
             assert http.get("", headers={"Authorization": "Basic !"}).status_code == 401
             assert time.monotonic() - began > 0.8
+            monkeypatch.setattr(page, "QUEUE", 0)
+            assert http.get("", auth=("me", "sesam")).status_code == 429
+            assert http.get("", auth=("me", "sesame")).status_code == 200
     finally:
         live.close()
 

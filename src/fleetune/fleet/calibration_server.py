@@ -105,7 +105,7 @@ class Calibrators:
 
         if len(tokens) < FEWEST:
             listener.note(
-                f"{counted(len(tokens), 'device')} calibrate: of fewer than {FEWEST} none can be held against the others"
+                f"{counted(len(tokens), 'device')} calibrate: of two, the sums are held against the smaller, of one against none"
             )
         sums = HessianSums(base, tokens, heard, parts, claimed=True)
         return FleetHessians(fleet, sums, model, parts), agreed

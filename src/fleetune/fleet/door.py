@@ -4,7 +4,8 @@
     POST /fleet/challenge      fleetune-key: base64 of the public key (PEM)
     204                        fleetune-challenge: a text that this key may sign within a minute, once
     POST /fleet/session        fleetune-key, fleetune-challenge; fleetune-signature: base64 of `signed_text`'s ECDSA signature;
-                               fleetune-host: the server's name as the device calls it; fleetune-heartbeat: seconds;
+                               fleetune-host, fleetune-trusted: the server's name as the device calls it, and SHA-256 of the
+                               certificate (ca.pem) that it trusts; fleetune-heartbeat: seconds;
                                fleetune-session: that of the device's last process, if it has one
     204                        fleetune-session: a secret that the requests below state as `authorization: Bearer ..`
     POST /fleet/alive          a heartbeat
@@ -20,9 +21,10 @@
     403 the key may not come in, or has not signed this      409 the key is there already, or a later request took over
     410 no such session: the server has begun anew           404, 411, 413 no request of a device
 
-A signature is of the server's name too, so that no server can use it to be the device elsewhere.  Before a session is known,
-no body is read; an answer belongs to an open order of the device and has a bound (`link.py`).  The state is in memory: a run's
-folder has all that a restarted server needs, and its devices come in again.  No clock of a device matters.
+A signature is of the server's name and certificate authority too, so that no server can use it to be the device elsewhere.
+Before a session is known, no body is read; an answer belongs to an open order of the device and has a bound (`link.py`).  A
+device has one answer and one order on their way.  The state is in memory: a run's folder has all that a restarted server needs, and its
+devices come in again.  No clock of a device matters.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import itertools
 import secrets
 import threading
@@ -37,7 +40,7 @@ import time
 from base64 import b64decode
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -54,6 +57,7 @@ KEY: Final = "fleetune-key"
 CHALLENGE: Final = "fleetune-challenge"
 SIGNATURE: Final = "fleetune-signature"
 HOST: Final = "fleetune-host"
+TRUSTED: Final = "fleetune-trusted"
 HEARTBEAT: Final = "fleetune-heartbeat"
 SESSION: Final = "fleetune-session"
 ORDER: Final = "fleetune-order"
@@ -64,14 +68,23 @@ LONGEST_KEY: Final = 1024  # characters of a public key in a request's head
 HOLD: Final = 15.0  # seconds a request waits for an order: less than two heartbeats, of which one may fail
 RAREST: Final = 60.0  # seconds between two heartbeats of a device; ours send one in 10 s
 SIGNED: Final = 60.0  # seconds in which a challenge has to come back
+BODY: Final = 240.0  # seconds that a piece of an answer may take: a device gives up before
 CHUNK: Final = 1 << 16  # bytes handed to a connection at once: more would lie in memory for each device
 SESSIONS: Final = 1 << 12  # of devices that are there, where any key may come in
 KINDS: Final = 16  # of refusals that are told apart between two looks
 
 
-def signed_text(host: str, challenge: str) -> bytes:
-    """Return what a device signs to come in to the server that it calls `host`."""
-    return f"a device comes in to a Fleetune fleet\n{host.lower()}\n{challenge}".encode()
+def signed_text(host: str, trusted: str, challenge: str) -> bytes:
+    """Return what a device signs to come in to the server that it calls `host`, and trusts by this hash of a certificate."""
+    return f"a device comes in to a Fleetune fleet\n{plain(host)}\n{trusted}\n{challenge}".encode()
+
+
+def plain(host: str) -> str:
+    """Return a name or an address in one form."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host.lower().rstrip(".")
 
 
 @dataclass
@@ -86,11 +99,25 @@ class Session:
     # ----
     waits: asyncio.Future[None] | None = None  # its request that waits for an order
     coming: asyncio.Future[bytes] | None = None  # the body that is on its way
+    sending: asyncio.Task[Any] | None = None  # the request whose order is on its way, or was
 
     @property
     def online(self) -> bool:
         """Whether it was heard within its last two heartbeats."""
         return time.monotonic() - self.said < 2 * self.heartbeat
+
+    def stop_sending(self) -> None:
+        """End the answer that is on its way: a device that does not read one would else hold as many orders as it asks for."""
+        if self.sending is not None:
+            self.sending.cancel()
+            self.sending = None
+
+    def end(self) -> None:
+        """End what is on its way, in both directions."""
+        self.wake()
+        self.stop_sending()
+        if self.coming is not None:
+            self.coming.cancel()
 
     def wake(self) -> None:
         """Have its waiting request look again."""
@@ -165,7 +192,10 @@ class Door:
         self._sessions: dict[str, Session] = {}  # by key
         self._here: dict[str, str] = {}  # key -> mark, at the last look
         self._names = {} if keys is None else {key.fingerprint: key.name for key in keys}
-        self._hosts = None if address.certificate is None else keyring.hosts_of(address.certificate)
+        self._hosts, self._trusted = None, ""
+        if address.certificate is not None:
+            self._hosts = {plain(name) for name in keyring.hosts_of(address.certificate)}
+            self._trusted = keyring.trusted(address.certificate.with_name("ca.pem"))
         self._closing = False
         self._server = HttpServer(self._app(), address)
 
@@ -178,7 +208,9 @@ class Door:
             "exchange": self._exchange,
         }
         routes = [Route(f"/fleet/{name}", answer, methods=["POST"]) for name, answer in answers.items()]
-        return Starlette(routes=routes, exception_handlers={HTTPException: self._refuse})
+        app = Starlette(routes=routes, exception_handlers={HTTPException: self._refuse})
+        app.router.redirect_slashes = False
+        return app
 
     def open(self) -> None:
         """Start to listen; FleetError where that is not possible."""
@@ -193,9 +225,10 @@ class Door:
 
     def admit(self, keys: Sequence[PublicKey]) -> None:
         """Make these the keys whose devices may come in; others that are there are thrown out."""
-        self._keys = {key.fingerprint: key for key in keys}
+        with self._lock:
+            self._keys = {key.fingerprint: key for key in keys}
         self._names |= {key.fingerprint: key.name for key in keys}
-        for key in self._sessions.keys() - self._keys.keys():
+        for key in list(self._sessions.keys() - self._keys.keys()):
             self._end(key)
 
     # What every link has ----------------------------------------------------------------------------------
@@ -245,10 +278,11 @@ class Door:
         challenge = request.headers.get(CHALLENGE, "")
         try:
             signature = b64decode(request.headers.get(SIGNATURE, ""), validate=True)
-            signed = keyring.has_signed(key, signature, signed_text(host, challenge))
+            trusted = request.headers.get(TRUSTED, "")
+            signed = keyring.has_signed(key, signature, signed_text(host, trusted, challenge))
         except ValueError as error:
             raise HTTPException(403) from error
-        if not signed or not self._challenges.use(key.fingerprint, challenge):
+        if not signed or trusted != self._trusted or not self._challenges.use(key.fingerprint, challenge):
             raise HTTPException(403)
         before = self._sessions.get(key.fingerprint)
         known = request.headers.get(SESSION, "")
@@ -259,6 +293,8 @@ class Door:
         self._end(key.fingerprint)
         with self._lock:
             self._make_room()
+            if self._keys is not None and key.fingerprint not in self._keys:
+                raise HTTPException(403)  # revoked while it came in
             self._sessions[key.fingerprint] = session
         return Response(status_code=204, headers={SESSION: f"{key.fingerprint}.{session.secret}"})
 
@@ -283,8 +319,7 @@ class Door:
         """Tell whether this server is called so: by a name of its certificate, or on this machine alone."""
         if self._hosts is None:
             return keyring.is_loopback(host)
-        names = {name.lower() for name in self._hosts}
-        return host.lower() in names or f"*.{host.lower().partition('.')[2]}" in names
+        return plain(host) in self._hosts or f"*.{plain(host).partition('.')[2]}" in self._hosts
 
     async def _alive(self, request: Request) -> Response:
         _check_length(request, 0)
@@ -312,7 +347,7 @@ class Door:
             session = self._sessions.pop(key, None)
         self.mail.lose(key)
         if session is not None:
-            self._server.call(session.wake)
+            self._server.call(session.end)
 
     async def _refuse(self, request: Request, error: Exception) -> Response:
         """Count a request that is refused, and end its connection."""
@@ -325,14 +360,22 @@ class Door:
     async def _exchange(self, request: Request) -> Response:
         session, wants = self._of(request), request.headers.get(NEXT, "order")
         _check_length(request, LIMIT)
+        if wants == "piece" and request.headers.get("content-length", "0") == "0":
+            raise HTTPException(400)  # a piece of nothing, as often as a device likes
         if number := request.headers.get(ORDER):
             try:
                 piece = await self._body(session, number, request)
             except ClientDisconnect:
                 return Response(status_code=204)
+            except TimeoutError as error:
+                raise HTTPException(408) from error
             self.mail.answer(session.key.fingerprint, number, piece, last=wants != "piece")
+        session.stop_sending()
         letter = await self._next(session) if wants == "order" and not self._closing else None
-        return Response(status_code=204) if letter is None else _letter(letter)
+        if letter is None:
+            return Response(status_code=204)
+        session.sending = asyncio.current_task()
+        return _letter(letter)
 
     async def _body(self, session: Session, number: str, request: Request) -> bytes:
         """Return an answer's bytes, b"" for one that nobody waits for: it is thrown away as it comes.
@@ -340,19 +383,18 @@ class Door:
         A device has one on its way, so that its connections fill no memory: HTTPException 409 when a later one begins.
         """
         if not self.mail.waits(session.key.fingerprint, number):
-            async for _ in request.stream():
-                pass
+            await asyncio.wait_for(_thrown_away(request), BODY)
             return b""
         if session.coming is not None:
             session.coming.cancel()
         coming = session.coming = asyncio.ensure_future(request.body())
         try:
-            await asyncio.wait([coming])
+            await asyncio.wait([coming], timeout=BODY)
         finally:
             coming.cancel()
             if session.coming is coming:
                 session.coming = None
-        if coming.cancelled():
+        if not coming.done() or coming.cancelled():
             raise HTTPException(409)
         return coming.result()
 
@@ -375,6 +417,11 @@ class Door:
         """Have a device's request look again; from any thread."""
         if (session := self._sessions.get(key)) is not None and not self._closing:
             self._server.call(session.wake)
+
+
+async def _thrown_away(request: Request) -> None:
+    async for _ in request.stream():
+        pass
 
 
 def _same(secret: str, stated: str) -> bool:
@@ -421,6 +468,7 @@ def _letter(letter: Letter) -> Response:
         for part in parts:
             for start in range(0, len(part), CHUNK):
                 yield part[start : start + CHUNK]
+                await asyncio.sleep(0)  # where the device has hung up, asyncio learns it here
 
     headers = {ORDER: letter.number, "content-length": str(length)}
     return StreamingResponse(chunks(), headers=headers, media_type="application/octet-stream")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -26,6 +26,7 @@ LONGEST_HEAD: Final = 1 << 15  # bytes of a request's head
 HEAD: Final = 20.0  # seconds in which the head of a request has to arrive
 KEEP: Final = 75  # seconds that a connection may be idle: longer than a device keeps it
 CONNECTIONS: Final = 1 << 16  # open files that are asked for
+RESERVE: Final = 256  # of them that are no connections
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,13 @@ class HttpServer:
             ) from error
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            opened = socket.create_server((host, port), family=family, backlog=1024)
+            opened = _Listening(
+                socket.create_server((host, port), family=family, backlog=1024), _connections()
+            )
         except OSError as error:
             raise FleetError(
                 f"cannot listen on {host}:{port}: {error.strerror}", hint="choose another --port or --host"
             ) from error
-        _allow_connections()
         self._server = uvicorn.Server(self._config)
         self._thread = threading.Thread(
             target=functools.partial(asyncio.run, self._serve(opened)), name="http", daemon=True
@@ -118,6 +120,12 @@ class Connection(H11Protocol):
         if self._last is None or self.cycle.response_complete:
             self._expect()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        super().connection_lost(exc)
+        if self._clock is not None:
+            self._clock.cancel()
+
     @property
     def _last(self) -> object:
         """The last request whose head has come, None before the first."""
@@ -136,13 +144,39 @@ class Connection(H11Protocol):
             self.transport.close()
 
 
-def _allow_connections() -> None:
-    """Let this process have as many open connections as the system allows: often 1,024 unless asked for more."""
-    if sys.platform != "win32":
-        import resource
+class _Listening(socket.socket):
+    """A listening socket that hangs up at once on what would be more than `most` open connections.
 
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(CONNECTIONS, hard)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            with contextlib.suppress(OSError, ValueError):  # a system may allow less than it says
-                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    The rest of the open files that the system allows is for the run.
+    """
+
+    def __init__(self, opened: socket.socket, most: int) -> None:
+        super().__init__(opened.family, opened.type, opened.proto, opened.detach())
+        self.most = most
+        self.accepted = list[socket.socket]()  # closed ones among them
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Return the next connection; BlockingIOError, which asyncio takes for none, where there are too many."""
+        connection, address = super().accept()
+        if len(self.accepted) >= self.most:
+            self.accepted = [one for one in self.accepted if one.fileno() >= 0]
+        if len(self.accepted) >= self.most:
+            connection.close()
+            raise BlockingIOError("too many connections")
+        self.accepted.append(connection)
+        return connection, address
+
+
+def _connections() -> int:
+    """Have the system allow this process as many open files as it can, often 1,024 otherwise; return those for connections."""
+    if sys.platform == "win32":
+        return CONNECTIONS
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(CONNECTIONS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # a system may allow less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return CONNECTIONS if allowed == resource.RLIM_INFINITY else max(allowed // 2, allowed - RESERVE)

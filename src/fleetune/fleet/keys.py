@@ -215,6 +215,21 @@ def hosts_of(certificate: Path) -> list[str]:
     return [str(name.value) for name in names]
 
 
+def trusted(ca: Path | None) -> str:
+    """Return SHA-256 of the first certificate in a file (PEM), hexadecimal; "" without one, UsageError for one that is none."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    if ca is None or not ca.is_file():
+        return ""
+    try:
+        return x509.load_pem_x509_certificates(ca.read_bytes())[0].fingerprint(SHA256()).hex()
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{ca} is no certificate ({error})", hint="it is made beside server.pem: ca.pem"
+        ) from error
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address is this machine's own, which nobody else can reach."""
     if host == "localhost":

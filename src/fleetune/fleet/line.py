@@ -26,7 +26,18 @@ from fleetune.common.display import human_bytes
 from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.errors import FleetError, FleetuneError, Interrupted
 from fleetune.fleet import keys as keyring
-from fleetune.fleet.door import CHALLENGE, HEARTBEAT, HOST, KEY, NEXT, ORDER, SESSION, SIGNATURE, signed_text
+from fleetune.fleet.door import (
+    CHALLENGE,
+    HEARTBEAT,
+    HOST,
+    KEY,
+    NEXT,
+    ORDER,
+    SESSION,
+    SIGNATURE,
+    TRUSTED,
+    signed_text,
+)
 from fleetune.fleet.keys import PrivateKey, is_loopback
 
 log = logging.getLogger(__name__)
@@ -155,10 +166,12 @@ class _Stay:
         """Begin a session, in the place of that of this device's last process."""
         key = {KEY: b64encode(self.key.public.pem).decode()}
         challenge = self.line.post("challenge", key)[0].headers.get(CHALLENGE, "")
-        text = signed_text(self.server.host, challenge)
+        trusted = keyring.trusted(self.server.certificate)
+        text = signed_text(self.server.host, trusted, challenge)
         stated = {
             CHALLENGE: challenge,
             HOST: self.server.host,
+            TRUSTED: trusted,
             SIGNATURE: b64encode(keyring.sign(self.key, text)).decode(),
             HEARTBEAT: f"{self.server.heartbeat:g}",
             SESSION: self._before(),
@@ -184,7 +197,7 @@ class _Stay:
             beats = QUIET if self.asking else random.uniform(0.5, 0.7)
             if time.monotonic() - self.said > beats * self.server.heartbeat:
                 self.said = time.monotonic()
-                with contextlib.suppress(httpx.HTTPError, FleetuneError):  # the main loop meets it, and acts
+                with contextlib.suppress(Exception):  # the main loop meets it, and acts
                     try:
                         self.line.post("alive", self._bearer())
                     except httpx.HTTPStatusError:
@@ -287,9 +300,12 @@ def stay(
         with line.http:
             session = _Stay(line, key, state, server)
             try:
-                session.waited(session.begin, over)
+                until = time.monotonic() + 2 * PATIENCE
+                session.waited(session.begin, lambda until=until: over() or time.monotonic() > until)  # type: ignore[misc]
                 if over():
                     break
+                if not session.session:
+                    raise httpx.ReadTimeout("the server does not end its answers")
                 note(f"connected to {server.address}")
                 wait, said = 0.0, ""
                 session.answer_all(answer, over)

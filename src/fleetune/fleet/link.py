@@ -138,15 +138,16 @@ class Mail:
             order = self._open.get(number)
             if order is None or order.device != device or number in self._answers:
                 return
-            pieces = self._pieces.pop(number, None)
-            if len(piece) + len(pieces or b"") > order.room:
+            pieces = self._pieces.setdefault(number, bytearray())
+            if len(piece) + len(pieces) > order.room:
                 self._answers[number] = TOO_LARGE
             elif not last:
-                self._pieces[number] = (pieces or bytearray()) + piece
+                pieces += piece
+                return
             else:
-                self._answers[number] = (bytes(pieces + piece) if pieces else piece) or None
-            if number in self._answers:
-                self._take_out(device, number)
+                self._answers[number] = (bytes(pieces) + piece if pieces else piece) or None
+            del self._pieces[number]
+            self._take_out(device, number)
 
     def lose(self, device: str) -> None:
         """Note that a device has gone: no answer to what it was ordered will come."""

@@ -22,11 +22,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -49,9 +49,9 @@ FRESH: Final = 2.0  # seconds for which an answer is given again
 REST: Final = 20.0  # and at least so many times the seconds that it took to make
 SHORTEST: Final = 12  # characters of a password, off this machine
 WRONG: Final = 1.0  # seconds that a wrong password costs everybody who gives one
+QUEUE: Final = 4  # wrong ones that wait
 LARGEST: Final = 16 << 20  # bytes of a metrics.jsonl that the report is made of while the fleet runs
 MOST_DEVICES: Final = 200  # in the table
-LOCAL: Final = ["localhost", "127.0.0.1", "[::1]"]  # as a browser on this machine calls it
 
 
 def place(text: str, fleet: Address) -> Address:
@@ -88,13 +88,13 @@ class LivePage:
             )
         self.password = password or (None if local else secrets.token_urlsafe(16))
         self.run: Path | None = None
-        self._wrong = asyncio.Lock()
+        self._wrong, self._waiting = asyncio.Lock(), 0
         self._lock = threading.Lock()
         self._made: dict[str, tuple[float, Response]] = {}  # by path: until when it is fresh
         routes = [Route(path, self._answer) for path in ANSWERS]
-        check = Middleware(BaseHTTPMiddleware, dispatch=self._check)
-        hosts = [] if self.password else [Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL)]
-        self._server = HttpServer(Starlette(routes=routes, middleware=[*hosts, check]), address)
+        app = Starlette(routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=self._check)])
+        app.router.redirect_slashes = False
+        self._server = HttpServer(app, address)
         way = "https" if address.certificate else "http"
         shown = f"[{address.host}]" if ":" in address.host else address.host
         self.url = f"{way}://{shown}:{address.port}/"
@@ -112,13 +112,26 @@ class LivePage:
         if self.password is not None:
             given = request.headers.get("authorization", "")
             if not _gives(given, self.password):
-                if given:
-                    async with self._wrong:
-                        await asyncio.sleep(WRONG)
+                if given and not await self._made_wait():
+                    return Response(status_code=429)
                 return Response(status_code=401, headers={"www-authenticate": 'Basic realm="fleetune"'})
+        elif not is_loopback(urlsplit(f"//{request.headers.get('host', '')}").hostname or ""):
+            return Response("this page is shown on this machine alone", 400)  # another site's name for it
         response = await call_next(request)
         response.headers["cache-control"] = "no-store"
         return response
+
+    async def _made_wait(self) -> bool:
+        """Wait a second, one after another; False at once where `QUEUE` wait already."""
+        if self._waiting >= QUEUE:
+            return False
+        self._waiting += 1
+        try:
+            async with self._wrong:
+                await asyncio.sleep(WRONG)
+        finally:
+            self._waiting -= 1
+        return True
 
     def _answer(self, request: Request) -> Response:
         """Answer a request, in a thread of its own."""

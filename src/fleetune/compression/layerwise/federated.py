@@ -141,9 +141,8 @@ class HessianSums:
                 taken[client] = _Taken(spool.store(data), len(data), squares, "")
             good = [client for client, one in taken.items() if not one.reason]
             middles = medians([taken[client].squares for client in good])
-            usual_tokens = (
-                usual([self.tokens[client] for client in good]) if middles and self.claimed else math.inf
-            )
+            held = self.claimed and len(good) >= FEWEST
+            usual_tokens = usual([self.tokens[client] for client in good]) if held else math.inf
             for client, one in sorted(taken.items()):
                 if not (reason := one.reason or beyond(one.squares, middles)):
                     share = min(1.0, usual_tokens / self.tokens[client])
@@ -195,8 +194,8 @@ class HessianSums:
 
 
 def medians(squares: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the median of the devices' mean squares by input; {} for fewer devices than have a majority."""
-    if len(squares) < FEWEST:
+    """Return the lower median of the devices' mean squares by input; {} for one device, which nothing can be held against."""
+    if len(squares) < 2:
         return {}
     return {name: usual([one[name] for one in squares]) for name in squares[0]}
 

@@ -121,7 +121,8 @@ class Replies:
             self.bytes_up += len(answer.data or b"")
             self._take(answer)
         claimed = self.rule.times < math.inf
-        for kept, reason in too_far(self.kept, FEWEST - claimed):
+        bounded = claimed or self.rule.name != "mean"  # two are then held against the one that goes less far
+        for kept, reason in too_far(self.kept, FEWEST - bounded):
             self._refuse(kept, reason)
         if claimed:
             self.kept = lighter(self.kept)
