@@ -9,34 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters_harness import LEAVES, attached, tiny, tuned
 
 from fleetune import adapters, models
 from fleetune.errors import MessageError, ModelError
 from fleetune.models import Model
 
-LEAVES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35]])
-
-
-def tiny(dtype: torch.dtype = torch.float32) -> Model:
-    model = models.tiny_llama()
-    model.net.to(dtype)
-    return model
-
-
-def attached(seed: int = 1, *, dtype: torch.dtype = torch.float32, **options: Any) -> Model:
-    model = tiny(dtype)
-    adapters.attach(model, adapters.Lora(**({"r": 4, "alpha": 8, "dropout": 0.0} | options)), seed=seed)
-    return model
-
-
-def tuned(seed: int = 1, **options: Any) -> Model:
-    """With numbers in B too, as after training."""
-    model = attached(seed, **options)
-    random = np.random.default_rng(seed)
-    arrays = {n: random.normal(0, 0.1, a.shape).astype(np.float32) for n, a in adapters.export(model).items()}
-    adapters.load_(model, arrays)
-    return model
 
 
 def logits(net: Any) -> torch.Tensor:

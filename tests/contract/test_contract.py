@@ -79,8 +79,8 @@ def test_1_the_reply_alone_rebuilds_the_clients_weights(name):
 def test_2_the_loss_falls(name, tmp_path):
     model = models.tiny_llama()
     before = loss(model)
-    tuned, _, _ = train(name, tmp_path, 4)
-    assert loss(tuned) < before - 0.15
+    tuned, _, _ = train(name, tmp_path, 2)
+    assert loss(tuned) < before - 0.05
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if ":" not in n] + STATEFUL)

@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import socket
-import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -286,19 +285,6 @@ def status_of_the_fleet(run: str) -> None:
     assert main(["fleet", "devices", run, "--out", "real"]) == 0
 
 
-def test_status_and_stop_of_a_run_that_nobody_serves(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fleetune.tune(recipes.make(FEDKSEED), out="simulated")
-    for action, what in (
-        ("status", "not the run of a real fleet"),
-        ("stop", "no server has"),
-        ("audit", "audit.jsonl"),
-    ):
-        assert main(["fleet", action, "latest", "--out", "simulated"]) in (1, 2)
-        assert what in capsys.readouterr().err
-    assert main(["fleet", "status"]) == 2
-    assert "takes one RUN" in capsys.readouterr().err
-
-
 def test_the_door(place: Path) -> None:
     """A stranger's key, a device without TLS, and everything that is not the devices' interface stay outside."""
     split(FEDKSEED)
@@ -377,17 +363,6 @@ def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
     assert any(e["client"] == 2 and e["status"] == "ok" for e in replies)
     assert verify(run / FILE).bad == 0
     assert found.done.digest
-
-
-def answer_to_head(port: int, head: str) -> bytes:
-    """What the server answers to the head of a request, before any of its body."""
-    context = ssl.create_default_context(cafile="certs/ca.pem")
-    with (
-        socket.create_connection(("localhost", port), timeout=10) as plain,
-        context.wrap_socket(plain, server_hostname="localhost") as opened,
-    ):
-        opened.sendall(f"{head}\r\nhost: localhost\r\n\r\n".encode())
-        return opened.recv(4096)
 
 
 def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(

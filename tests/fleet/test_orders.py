@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 
 import pytest
 from hypothesis import given
@@ -85,7 +84,7 @@ def test_an_order_is_no_answer_and_the_other_way_round():
 
 
 @pytest.mark.parametrize("name", ["client", "key", "body", "kept_round", "kept_crc", "oldest", "reason"])
-@pytest.mark.parametrize("value", [1.5, [1]])
+@pytest.mark.parametrize("value", [1.5, True])
 def test_an_order_with_a_part_of_another_type_is_refused(name, value):
     whole = {
         "what": "work",
@@ -97,37 +96,8 @@ def test_an_order_with_a_part_of_another_type_is_refused(name, value):
         "oldest": 0,
         "reason": "",
     }
-    if value == [1]:
-        whole[name] = True
-    else:
-        whole[name] = value
     with pytest.raises(MessageError):
-        Order.decode(encode(Message(0, bytes(16), Payload({}, whole))))
-
-
-def test_a_mutated_answer_is_refused_or_another_answer():
-    """Ten thousand mutated bodies with a good checksum: each is refused with a MessageError, or decodes."""
-    rng, refused = random.Random(7), 0
-    whole = Reply("done", bytes(16), 3, b"x" * 40, (2, 9), 1.0, 5, "").encode()
-    for _ in range(10_000):
-        body = bytearray(whole[7:])
-        for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(len(body))
-            match rng.randrange(3):
-                case 0:
-                    body[at] = rng.randrange(256)
-                case 1:
-                    del body[at : at + rng.randint(1, 9)]
-                case 2:
-                    body[at:at] = rng.randbytes(rng.randint(1, 9))
-        import zlib
-
-        data = whole[:3] + zlib.crc32(bytes(body)).to_bytes(4, "little") + bytes(body)
-        try:
-            Reply.decode(data)
-        except MessageError:
-            refused += 1
-    assert refused > 8_000
+        Order.decode(encode(Message(0, bytes(16), Payload({}, {**whole, name: value}))))
 
 
 def test_a_job_comes_back():
