@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_fleet_faults import served, simulated
-from test_loopback import FEDIT, FEDKSEED, devices, folder, free_port, place
+from devices_harness import free_port
+from test_fleet_faults import simulated
+from test_loopback import FEDIT, FEDKSEED, devices, folder, place, served
 from test_worker import job, make_worker, message, take
 from test_worker import place as device_place
 

@@ -34,7 +34,7 @@ __all__ = ["folder", "place"]  # fixtures
         (["serve", "-c", "recipe.toml", "--grace", "-1"], "cannot be negative"),
         (["serve", "more"], "takes no 'more'"),
         (["serve"], "fleetune fleet serve -c recipe.toml"),
-        (["status"], "takes one RUN"),
+        (["status"], "status takes one"),
         (["eval", "model", "--rounds", "3"], "eval takes no rounds"),
         (["eval", "model", "--host", "0.0.0.0"], "needs TLS and registered keys"),
         (["eval", "model", "--wait", "-1"], "cannot be negative"),

@@ -193,33 +193,20 @@ def test_a_reason_is_a_code_with_its_numbers_and_nothing_else(reason):
 
 
 def test_every_error_of_ours_has_a_code_of_the_list():
-    errors = [
-        DataError("'HIV positive' is none of the words"),
-        ModelError("m"),
-        FitError("f"),
-        StorageError("s"),
-        MessageError("m"),
-        LedgerError("l"),
-        UsageError("u"),
-        FleetError("f"),
-        ValueError("v"),
-        MemoryError(),
-        Declined("busy", 75),
-    ]
-    told = [reason_of(error, 5 << 20) for error in errors]
-    assert told == [
-        "rows",
-        "model",
-        "memory 5",
-        "storage",
-        "order",
-        "order",
-        "settings",
-        "fault",
-        "fault",
-        "memory 5",
-        "busy 75",
-    ]
+    told = {
+        DataError("'HIV positive' is none of the words"): "rows",
+        ModelError("m"): "model",
+        FitError("f"): "memory 5",
+        StorageError("s"): "storage",
+        MessageError("m"): "order",
+        LedgerError("l"): "order",
+        UsageError("u"): "settings",
+        FleetError("f"): "fault",
+        ValueError("v"): "fault",
+        MemoryError(): "memory 5",
+        Declined("busy", 75): "busy 75",
+    }
+    assert {error: reason_of(error, 5 << 20) for error in told} == told
     assert in_words("busy 75") == "other programs take 75 % of its processors" == Declined("busy", 75).message
     assert all(in_words(" ".join([code, *["7"] * words.count("{}")])) for code, words in WORDS.items())
 
@@ -234,13 +221,11 @@ def test_what_is_no_job_is_refused(text):
 
 def test_a_device_comes_back_and_its_claim_of_rows_is_bounded():
     assert Device.from_json(DEVICE.to_json()) == DEVICE
-    for rows in (0, -1, 1 << 22, 1 << 70):
-        with pytest.raises(MessageError, match="rows"):
-            Device.from_json(json.dumps(json.loads(DEVICE.to_json()) | {"rows": rows}).encode())
     able = dataclasses.replace(DEVICE, speed=41.5, kinds=(0, 2))
     assert Device.from_json(able.to_json()) == able
     whole = json.loads(DEVICE.to_json())
     for name, odd in (
+        *(("rows", rows) for rows in (0, -1, 1 << 22, 1 << 70, True, 1.0, "9")),
         ("speed", -1.0),
         ("speed", float("nan")),
         ("speed", float("inf")),
@@ -251,8 +236,5 @@ def test_a_device_comes_back_and_its_claim_of_rows_is_bounded():
         ("kinds", 0),
         ("speed", "3"),
     ):
-        with pytest.raises(MessageError):
+        with pytest.raises(MessageError, match=name):
             Device.from_json(json.dumps(whole | {name: odd}).encode())
-    for odd in (True, 1.0, "9"):
-        with pytest.raises(MessageError, match="rows"):
-            Device.from_json(json.dumps(json.loads(DEVICE.to_json()) | {"rows": odd}).encode())

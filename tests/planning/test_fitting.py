@@ -84,13 +84,6 @@ def test_what_was_asked_for_stays(shape: Any) -> None:
         found(shape, 1_000, asked=asked)
     assert "3 x 100 tokens a step in fp32" in error.value.message
     assert error.value.hint == "leave out --batch, --length, --dtype, or take a smaller model"
-    for base, hint in (
-        ("memory", "leave out --base, or take a smaller model"),
-        ("mapped", "take a smaller model"),
-    ):
-        with pytest.raises(FitError) as error:
-            found(shape, 1, asked={"base": base})
-        assert error.value.hint == hint, "a mapped base needs least"
 
 
 def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:
