@@ -160,15 +160,8 @@ def test_work_that_cannot_be(wrong: dict[str, Any]) -> None:
 # --- the command ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    model, path = tiny_llama(), tmp_path_factory.mktemp("plan") / "tiny"
-    models.save(model.net, model.tokenizer, path)
-    return str(path)
-
-
-def test_the_command_says_that_nothing_fits_after_the_table(folder: str, capsys: Any) -> None:
-    assert main(["plan", folder, "--ram", "100MB", "--json"]) == 3
+def test_the_command_says_that_nothing_fits_after_the_table(tiny: str, capsys: Any) -> None:
+    assert main(["plan", tiny, "--ram", "100MB", "--json"]) == 3
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [e["event"] for e in events] == ["plan"] * 11 + ["error"]
     assert events[-1]["exit_code"] == 3
