@@ -279,7 +279,7 @@ def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
                 (Path("some") / "odd.pub").unlink(missing_ok=True)
                 (Path("some") / "dev-0.pub").unlink()
 
-    pace = Pace(grace=4, poll=0.01)
+    pace = Pace(grace=2, poll=0.01)
     recipe = recipes.make({**FEDKSEED, "clients": 2})
     with (
         devices(port, 2) as joined,
