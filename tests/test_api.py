@@ -181,25 +181,6 @@ def test_a_recipe_says_everything() -> None:
         fleetune.tune(recipe, "rows.jsonl")
 
 
-def test_a_stopped_run_is_resumed_to_the_same_bits() -> None:
-    whole = tune(rounds=2)
-
-    class Stop(fleetune.Silent):
-        asked = 0
-
-        def step(self, client: int, step: int) -> None:
-            self.asked += 1
-            if self.asked > 5:
-                raise errors.Interrupted("stopped")
-
-    with pytest.raises(errors.Interrupted) as stopped:
-        tune(rounds=2, listener=Stop())
-    assert stopped.value.hint == "fleetune tune --resume runs/0002-fedkseed-tiny"
-    resumed = fleetune.resume_run("latest")
-    assert resumed.digest == whole.digest
-    assert fleetune.resume_run(2).digest == fleetune.resume_run(resumed).digest == whole.digest
-
-
 # Objects ----------------------------------------------------------------------------------------------
 
 
@@ -306,12 +287,6 @@ def test_a_plan_has_every_method_and_its_best() -> None:
     assert plan.settings().method in fleetune.methods()
     with pytest.raises(errors.FitError, match="no method fits"):
         fleetune.plan("tiny", ram=1000).settings()
-
-
-def test_what_there_is_can_be_listed() -> None:
-    assert {"fedkseed", "mezo"} <= set(fleetune.methods())
-    assert {"optq", "gkd"} <= set(fleetune.compressors())
-    assert {"gguf", "hf"} <= set(fleetune.targets())
 
 
 # Names ------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fleetune.cli.commands.tune import screen
 from fleetune.cli.console import Ui, line_of
 from fleetune.common.display import clean, human_bytes, message_text
 from fleetune.common.events import RunRemoved
@@ -91,28 +90,6 @@ def test_off_a_terminal_there_is_no_escape_code_and_one_line_a_round() -> None:
     assert " model   smollm2-135m @ 9f2c\n" in err.getvalue()
 
 
-def test_the_final_table_lines_up() -> None:
-    ui, out, _ = plain()
-    everything(ui)
-    lines = out.getvalue().splitlines()
-    assert lines[0].split() == ["base", "tuned", "change"]
-    assert lines[2].split() == [
-        "validation",
-        "loss,",
-        "200",
-        "held-out",
-        "rows",
-        "2.914",
-        "2.377",
-        "-18.4",
-        "%",
-    ]
-    assert lines[3].split() == ["Rouge-L", "12.6", "24.9", "+12.3"]
-    assert len(lines[0]) == len(lines[2]) == len(lines[3]) == len(lines[1])
-    assert lines[4].endswith("2.8 MB   (FedIT here: 2.9 GB)")
-    assert lines[4].index("2.8 MB") + 6 == lines[3].index("24.9") + 4
-
-
 def test_on_a_terminal_there_is_a_panel_a_table_and_a_bar(
     terminal: Callable[..., tuple[Ui, Terminal, Terminal]],
 ) -> None:
@@ -127,17 +104,6 @@ def test_on_a_terminal_there_is_a_panel_a_table_and_a_bar(
     assert drawn.count(" round   val loss") == 1
     assert "validation loss, 200 held-out rows    2.914    2.377  -18.4 %\n" in ESCAPE.sub("", out.getvalue())
     assert err.getvalue().count("\x1b[?25l") == err.getvalue().count("\x1b[?25h")  # the cursor comes back
-
-
-def test_a_result_written_while_a_bar_is_up_leaves_it_alive(
-    terminal: Callable[..., tuple[Ui, Terminal, Terminal]],
-) -> None:
-    ui, out, err = terminal()
-    with ui.bar("rounds") as bar:
-        ui.paths([("report", "here")])
-        bar.update(2, 4)
-    assert "here" in out.getvalue()
-    assert "2/4" in err.getvalue()
 
 
 def test_names_are_neither_markup_nor_escape_codes(
@@ -232,18 +198,6 @@ def test_quiet(quiet: int, on_out: bool, on_err: bool) -> None:
     assert bool(out.getvalue()) is on_out
     assert ("remark" in err.getvalue()) is on_err
     assert "error: " in err.getvalue()
-
-
-def test_the_change_of_a_round_is_against_the_line_before() -> None:
-    ui, _, err = plain(quiet=0)
-    ui.round_line(4, 2.5, change=-0.1)
-    ui.round_line(5, None, seconds=3.0)
-    ui.round_line(6, 2.75)
-    lines = err.getvalue().splitlines()
-    assert "change -0.100" in lines[0]
-    assert "val loss -" in lines[1]
-    assert "change" not in lines[1]
-    assert "change +0.250" in lines[2]
 
 
 def test_the_bar_knows_where_it_is_and_how_long_it_takes() -> None:
@@ -355,14 +309,6 @@ def test_a_closed_stdout_is_no_error() -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
-def test_importing_it_loads_nothing_heavy() -> None:
-    check = (
-        "import sys, fleetune.cli.console, fleetune.report; ui = fleetune.cli.console.Ui(); ui.paths([('a', 'b')]);"
-        "assert not {'rich', 'torch', 'numpy', 'transformers'} & set(sys.modules), sorted(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, timeout=60)
-
-
 def test_the_final_table_counts_the_answers_and_ends_with_remarks(capsys: pytest.CaptureFixture[str]) -> None:
     Ui().final_table(
         {"loss": 2.0, "rouge_l": 1.0}, {"loss": 1.0, "rouge_l": 2.0}, rows=200, answered=20, remarks=["so"]
@@ -371,20 +317,3 @@ def test_the_final_table_counts_the_answers_and_ends_with_remarks(capsys: pytest
     assert "validation loss, 200 held-out rows" in lines[2]
     assert "Rouge-L, 20 held-out rows" in lines[3]
     assert lines[4] == " note: so"
-
-
-def test_the_bar_of_a_run_shows_the_search_for_a_rate_and_then_its_rounds() -> None:
-    ui, _, _ = plain()
-    with screen(ui) as shown:
-        shown.progress("finding lr", 21, 68, "forward passes")
-        live = shown.bar
-        assert (live.label, live.fraction) == ("finding lr", 21 / 68)
-        assert shown.bar.text.startswith("21/68 · forward passes")
-        shown.progress("rounds", 0, 4)
-        shown.progress("clients", 0, 2)
-        shown.step(0, 1)
-        assert live.label == "rounds"
-        assert shown.bar.text.startswith("0/4 · client 1/2")
-        shown.progress("rounds", 2, 4)  # of a run that is resumed
-        shown.step(0, 1)
-        assert shown.bar.text.startswith("2/4 · client 1/2")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import shlex
 import subprocess
@@ -172,19 +171,6 @@ def test_off_a_terminal_a_line_comes_every_half_minute() -> None:
     assert lines[0].endswith(" · 3 min left")
 
 
-def test_a_refused_reply_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    from fleetune.cli.commands import tune
-
-    log = logging.getLogger("fleetune.tuning.rounds.replies")
-    with tune._said_once(Ui(stderr=io.StringIO())):  # which shows it
-        log.warning("refused")
-    assert caplog.messages == []
-    with tune._said_once(Ui(quiet=1, stderr=io.StringIO())):  # which does not
-        log.warning("refused")
-    log.warning("later")
-    assert caplog.messages == ["refused", "later"]
-
-
 def test_an_error_names_the_run_and_not_the_folder_on_the_way() -> None:
     from fleetune.errors import called
 
@@ -201,21 +187,6 @@ def test_latest_is_looked_for_where_the_runs_are(at: Path) -> None:
     (at / "runs" / "0001-mezo-m").mkdir(parents=True)
     (at / "runs" / "0001-mezo-m" / "run.toml").write_text("")
     assert fleetune.open("latest").folder == Path("runs/0001-mezo-m")  # type: ignore[union-attr]
-
-
-def test_a_command_ends_without_looking_for_cycles() -> None:
-    """With torch loaded that takes a second; a handler that was registered before the command's runs after it."""
-    script = (
-        "import atexit, gc, sys\n"
-        "atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"
-        "from fleetune.cli.main import main\n"
-        "main(['methods']) if sys.argv[1:] == ['inside'] else main()"
-    )
-    for words, frozen in ((["methods"], "True"), (["inside"], "False")):
-        done = subprocess.run(
-            [sys.executable, "-c", script, *words], capture_output=True, text=True, check=True
-        )
-        assert done.stdout.splitlines()[-1] == frozen
 
 
 def completed(line: str, at: Path) -> list[str]:

@@ -18,12 +18,10 @@ import fleetune
 from fleetune import models
 from fleetune.api import tuning
 from fleetune.cli.main import main
-from fleetune.common.events import Event, RoundDone
 from fleetune.common.sums import sha256
 from fleetune.deploy import harness
-from fleetune.errors import Interrupted, ModelError, RecipeError, UsageError
+from fleetune.errors import RecipeError, UsageError
 from fleetune.planning import plan as planning
-from fleetune.runs.listener import Silent
 from fleetune.tuning.recipe import recipe as recipes
 
 FEW: dict[str, Any] = {
@@ -159,25 +157,6 @@ def test_an_artefact_without_a_compression_and_a_method_that_is_not_named(at: Pa
     assert fleetune.open(done).recipe.train == "scales"  # type: ignore[union-attr]
 
 
-class Stops(Silent):
-    """Ends a run after its first round."""
-
-    def event(self, event: Event) -> None:
-        if isinstance(event, RoundDone) and event.round == 1:
-            raise Interrupted("stopped")
-
-
-def test_a_stopped_run_goes_on_to_the_same_bits(at: Path) -> None:
-    whole = tuned(CODES)
-    with pytest.raises(Interrupted):
-        tuned(CODES, listener=Stops())
-    before = Path(FILE).stat().st_mtime_ns
-    said("tune", "--resume", "latest")
-    runs = fleetune.list_runs()
-    assert [run.done.digest for run in runs] == [whole.done.digest] * 2
-    assert Path(FILE).stat().st_mtime_ns == before
-
-
 def test_a_compressed_run_is_tuned_on_and_measured(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "measured", harness.carry_out)  # here, and not in a process for each figure
     first = fleetune.tune(
@@ -231,32 +210,9 @@ def test_a_plan_counts_it_and_writes_nothing(at: Path) -> None:
     assert one * 2 == two, "Q4_0 has one scale a block; where the file is not known two are counted"
 
 
-def test_a_plan_of_what_has_no_blocks_is_refused_as_tune_refuses_it(at: Path) -> None:
-    """A plain directory, and a GGUF file of floats; a name whose file is not fetched yet is not."""
-    fleetune.export("tiny", to="gguf:f16", path="plain.gguf")
-    for model in ("tiny", "plain.gguf"):
-        with pytest.raises(ModelError, match="this base has no scales"):
-            fleetune.plan(model, train="scales")
-        with pytest.raises(ModelError, match="this base has no scales"):
-            tuned(model)
-
-
 def _trained(plan: Any) -> int:
     """Numbers that fedpetuning trains."""
     return int(next(row for row in plan.rows if row.method == "fedpetuning").trainable)
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({}, "is a compressed model: codes, not plain weights"),
-        ({"train": "norms"}, "train = 'norms' is none of weights, scales"),
-        ({"train": "scales", "base": "memory"}, "train = scales reads the base from its GGUF file"),
-    ],
-)
-def test_a_plan_of_what_cannot_be_is_refused(given: dict[str, Any], words: str, at: Path) -> None:
-    with pytest.raises(UsageError, match=words):
-        fleetune.plan(CODES, **given)
 
 
 # What is refused ------------------------------------------------------------------------------------
@@ -287,14 +243,3 @@ def test_what_else_is_no_plain_model_is_refused_as_ever(at: Path) -> None:
         "tune", CODES, "rows.jsonl", *flags("mezo"), code=2
     )
     assert Path(FILE).read_bytes() == b"mine"
-
-
-def test_a_damaged_compressed_model_is_refused_as_such(at: Path) -> None:
-    codes = Path(CODES, "model", "master.safetensors")
-    raw = bytearray(codes.read_bytes())
-    raw[-1] ^= 1
-    codes.write_bytes(raw)
-    assert "master.safetensors is not what was written" in said(
-        "tune", CODES, "rows.jsonl", *flags("mezo"), code=2
-    )
-    assert not Path(FILE).exists()

@@ -134,16 +134,6 @@ def run_of(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0, err
 
 
-def test_a_budget_that_cannot_be_met_is_refused_before_any_text_is_written(
-    model: str, capsys: pytest.CaptureFixture[str], asked_to_write: list[int]
-) -> None:
-    for more in ((), ("--dry-run",)):
-        err = refused(capsys, "compress", model, "--length", "16", "--bytes", "1kB", *more)
-        assert "can hold this model" in err
-        assert "the model w" not in err, "no word of text either"
-    assert asked_to_write == []
-
-
 def test_a_dry_run_writes_no_text_and_says_the_same_of_it(
     model: str, at: Path, capsys: pytest.CaptureFixture[str], asked_to_write: list[int]
 ) -> None:

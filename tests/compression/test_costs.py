@@ -21,6 +21,7 @@ from mixture_harness import (
 )
 from torch import Tensor
 
+from fleetune.compression.jobs.budget import hull, solve_budget
 from fleetune.compression.layerwise import costs, sensitivity
 from fleetune.compression.layerwise.costs import CANDIDATES, Candidate, Option, Term
 from fleetune.compression.layerwise.driver import linears_of
@@ -74,17 +75,17 @@ options = st.lists(
 def test_no_choice_of_as_many_bytes_costs_less(each: list[list[Option]], spare: int) -> None:
     """While every step fits: optimal for the bytes used; always within the budget, and no further step of a hull fits."""
     table = {str(i): found for i, found in enumerate(each)}
-    budget = sum(min(o.bytes for o in found) for found in each) + spare
-    chosen = costs.choose(table, budget)
+    most = sum(min(o.bytes for o in found) for found in each) + spare
+    chosen = solve_budget(table, most)
     used, cost = (sum(getattr(o, n) for o in chosen.values()) for n in ("bytes", "cost"))
-    assert used <= budget
+    assert used <= most
     for name, option in chosen.items():
-        later = [o for o in costs.hull(table[name]) if o.bytes > option.bytes]
-        assert not later or later[0].bytes - option.bytes > budget - used
+        later = [o for o in hull(table[name]) if o.bytes > option.bytes]
+        assert not later or later[0].bytes - option.bytes > most - used
     best = min(
         sum(o.cost for o in found)
         for found in itertools.product(*each)
-        if sum(o.bytes for o in found) <= budget
+        if sum(o.bytes for o in found) <= most
     )
     largest = max((b.cost - a.cost for found in each for a in found for b in found), default=0.0)
     assert best <= cost <= best + largest, "off by one matrix's step at most"
@@ -92,25 +93,25 @@ def test_no_choice_of_as_many_bytes_costs_less(each: list[list[Option]], spare: 
 
 @given(options)
 def test_a_hull_is_convex_and_has_the_cheapest(found: list[Option]) -> None:
-    hull = costs.hull(found)
-    assert hull[0].bytes == min(o.bytes for o in found)
-    assert hull[-1].cost == min(o.cost for o in found)
-    gains = [(a.cost - b.cost) / (b.bytes - a.bytes) for a, b in itertools.pairwise(hull)]
+    corners = hull(found)
+    assert corners[0].bytes == min(o.bytes for o in found)
+    assert corners[-1].cost == min(o.cost for o in found)
+    gains = [(a.cost - b.cost) / (b.bytes - a.bytes) for a, b in itertools.pairwise(corners)]
     assert all(gain > 0 for gain in gains)
     assert all(a > b for a, b in itertools.pairwise(gains))
 
 
 def test_the_smallest_of_each_must_fit() -> None:
     table = {"a": [Option(A, 5, 1.0), Option(A, 7, 0.0)], "b": [Option(A, 4, 1.0)]}
-    assert costs.choose(table, 9)["a"].bytes == 5
-    assert costs.choose(table, 11)["a"].bytes == 7
+    assert solve_budget(table, 9)["a"].bytes == 5
+    assert solve_budget(table, 11)["a"].bytes == 7
     with pytest.raises(ValueError, match="too few"):
-        costs.choose(table, 8)
+        solve_budget(table, 8)
 
 
 def test_a_step_that_does_not_fit_leaves_its_bytes_to_others() -> None:
     table = {"large": [Option(A, 1, 9.0), Option(A, 9, 0.0)], "small": [Option(A, 1, 1.0), Option(A, 3, 0.0)]}
-    chosen = costs.choose(table, 5)
+    chosen = solve_budget(table, 5)
     assert (chosen["large"].bytes, chosen["small"].bytes) == (1, 3)
 
 

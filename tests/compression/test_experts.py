@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from spy_harness import Spy, text
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,10 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import fleetune
 from fleetune import compression, models
 from fleetune.compression.layerwise import driver
-from fleetune.compression.layerwise.blocks import block_file
 from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
 from fleetune.compression.layerwise.experts import Experts
-from fleetune.errors import RecipeError
 from fleetune.models import Model, tiny_tokenizer
 from fleetune.models.artefact import Master, Quantised
 
@@ -171,27 +168,6 @@ def test_an_expert_is_solved_as_a_layer_is(method: str, family: str, tmp_path: P
             assert same == 1.0 if method == "rtn" else same > 0.99  # the sums were added in another order
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("method", ["optq", "qronos"])
-def test_a_killed_run_resumes(method: str, family: str, tmp_path: Path) -> None:
-    def stop(block: int, blocks: int, name: str) -> None:
-        if block == 1 and name.endswith("experts.down_proj"):
-            raise KeyboardInterrupt
-
-    solver, windows = compression.make(method, {"group": 16}), text(4, 24)
-    settings: dict[str, Any] = {"experts": True}
-    driver.run(model_of(family), solver, windows, tmp_path / "whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        driver.run(model_of(family), solver, windows, tmp_path / "half", stop, **settings)
-    assert block_file(tmp_path / "half", 0).is_file()
-    assert not block_file(tmp_path / "half", 1).is_file()
-    driver.run(model_of(family), solver, windows, tmp_path / "half", **settings)
-    for number in range(3):
-        whole, again = (load_file(block_file(tmp_path / at, number)) for at in ("whole", "half"))
-        assert set(whole) == set(again)
-        assert all(torch.equal(whole[name], again[name]) for name in whole)
-
-
 @pytest.mark.parametrize("family", ["gpt_oss"])
 def test_sparsegpt_prunes_every_expert(family: str, tmp_path: Path) -> None:
     model = model_of(family)
@@ -205,24 +181,6 @@ def test_sparsegpt_prunes_every_expert(family: str, tmp_path: Path) -> None:
             assert torch.allclose(zeros, torch.full((4,), 0.5), atol=0.02)
             kept = weight != 0
             assert torch.corrcoef(torch.stack([weight[kept], parameter[kept]]))[0, 1] > 0.9
-
-
-@pytest.mark.parametrize(
-    ("family", "width"), [("qwen3_moe", "moe_intermediate_size"), ("gpt_oss", "intermediate_size")]
-)
-def test_a_group_that_does_not_fit_experts_is_said(family: str, width: str, tmp_path: Path) -> None:
-    model = folder_of(family, tmp_path / "m", **{width: 40})
-    with pytest.raises(
-        RecipeError, match=r"model.layers.0.mlp.experts.down_proj.* and 2 matrices more"
-    ) as caught:
-        fleetune.compress(model, method="rtn", settings={"group": 32}, out=tmp_path / "runs")
-    assert caught.value.hint == "--set group=8 fits every layer"
-    values = model_of("qwen3_moe")
-    values.net.model.layers[1].mlp.experts.gate_up_proj[2, 3, 4] = float("nan")
-    with pytest.raises(
-        RecipeError, match=r"layers.1.mlp.experts.gate_up_proj holds values that are not finite"
-    ):
-        driver.check(values, compression.make("rtn", {"group": 8}), experts=True)
 
 
 def test_experts_of_which_transformers_says_nothing_stay(tmp_path: Path) -> None:

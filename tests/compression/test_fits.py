@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solver_harness import brain_surgeon, curvature, damped, dense, relative_error, work
+from solver_harness import brain_surgeon, curvature, damped, dense, work
 from torch import Tensor
 
 from fleetune import compression
@@ -248,16 +248,6 @@ def test_optq_is_the_surgeon_on_super_blocks(kind: str) -> None:
         return values.gather(1, (values - now[:, i, None]).abs().argmin(1, keepdim=True))[:, 0]
 
     torch.testing.assert_close(got.double(), brain_surgeon(W, H, settle), rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("kind", ["q4_k", "iq4_xs"])
-def test_error_feedback_pays_on_super_blocks(kind: str) -> None:
-    W, H = work(6, 24, 512, torch.float32)
-    solved = compression.make("optq", {"grid": kind}).solve(W.clone(), H.clone())
-    plain = dense(compression.make("rtn", {"grid": kind}).solve(W.clone(), H.clone()))
-    assert relative_error(W, dense(solved), H) < 0.5 * relative_error(W, plain, H)
-    D = (W - dense(solved)).double()
-    assert solved.loss == pytest.approx(torch.trace(D @ H.double() @ D.T).item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -5,28 +5,23 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_harness import call
 from gkd_harness import END, direct, pair, rows, trainer
 
 from fleetune import models
-from fleetune.common import memory
 from fleetune.compression.methods import gkd
 from fleetune.data.encode import MASKED, Encoded, collate
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, UsageError
 from fleetune.evaluation import answers
 from fleetune.evaluation.losses import pad_id
 from fleetune.models import Model, digest, named_tensors
-from fleetune.planning import compression_cost
 
 
 def answers_of(batch: Any) -> list[list[int]]:
@@ -301,54 +296,3 @@ def test_a_vector_of_zeros_is_no_hole(tmp_path: Path) -> None:
     norm[0] = 0.0
     trainer(keep_zeros=True, steps=1).train(student, teacher, rows(0, 4), 0, tmp_path / "p")
     assert norm[0] != 0
-
-
-def test_what_has_no_zeros_and_what_will_lose_them_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    student, teacher = pair()
-    with pytest.raises(RecipeError, match="keep_zeros: no matrix of tiny-llama has a zero to keep"):
-        trainer(keep_zeros=True).check(student, teacher, 10)
-    trainer().check(student, teacher, 10)
-    assert not caplog.records
-    student, teacher = pruned()
-    linear = [w for n, w in named_tensors(student.net) if w.ndim == 2]
-    share = sum(int((w == 0).sum()) for w in linear) / sum(w.numel() for w in linear)
-    assert gkd.zero_share(student.net) == pytest.approx(share)
-    with caplog.at_level(logging.WARNING, "fleetune"):
-        trainer(keep_zeros=True).check(student, teacher, 10)
-        assert not caplog.records
-        trainer().check(student, teacher, 10)
-    assert f"{100 * share:.0f} % of the weights are 0 and will not stay so" in caplog.text
-
-
-def test_distillation_says_what_it_takes_and_what_is_missing(
-    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = [
-        x
-        for s in ("teacher=same", "keep_layers=2", "lmbda=0", "steps=3", "save_every=1")
-        for x in ("--set", s)
-    ]
-    model = models.tiny_llama(layers=3)
-    models.save(model.net, model.tokenizer, at / "m")
-    args = ["compress", str(at / "m"), "--method", "gkd", "--data", "demo", *given]
-    code, events, err = call(capsys, *args, "--dry-run")
-    assert code == 0
-    assert "memory: about 4" in err
-    code, events, err = call(capsys, *args)
-    assert code == 0, err
-    assert events[-1]["planned"] == events[0]["planned"] > 4e8
-    assert "of memory are free" not in err
-    made = models.load(str(at / "runs/0001-gkd-m/model"), device="cpu")
-    weights = 4 * sum(p.numel() for p in made.net.parameters())
-    used = SimpleNamespace(free=6 * weights - 2000)  # two states of three copies; the record is there already
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: used)
-    monkeypatch.setattr(compression_cost, "available", lambda: 1000)
-    monkeypatch.setattr(memory, "rss", lambda: 0)
-    code, events, err = call(capsys, *args)
-    assert code == 1
-    assert "1.0 kB of memory are free; with a smaller batch_size it takes less" in err
-    assert "the state that is kept and the result take" in events[-1]["message"]
-    assert "fleetune compress --resume runs/0002-gkd-m" in events[-1]["hint"]
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=6 * weights))
-    code, _, err = call(capsys, *args)
-    assert code == 0, err

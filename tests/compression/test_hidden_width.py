@@ -141,26 +141,6 @@ def test_a_narrow_net_is_the_whole_one_without_what_those_channels_carry(
     torch.testing.assert_close(logits(narrow), logits(whole), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("kind", "family", "tied"),
-    [
-        ("magnitude", "llama", True),
-        ("first", "biased llama", True),
-        ("first", "qwen2", False),
-        ("second", "qwen3", True),
-        ("mixed", "biased llama", False),
-    ],
-)
-def test_dead_channels_go_first_and_change_nothing(kind: str, family: str, tied: bool) -> None:
-    """By gradients it is enough that nothing writes them: what reads them does not matter."""
-    model, dead = model_of(family, tied, rms_norm_eps=1e-12), {1, 5, 6, 11, 17, 20, 28, 34, 35}
-    silence(model.net, dead, reads=kind == "magnitude")
-    before = logits(model.net)
-    pruned = narrower(importance=kind).prune(model, rows(3, 3))
-    assert pruned.net.config.hidden_size == 36 - len(dead)
-    torch.testing.assert_close(logits(pruned.net), before, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(("family", "tied"), [("biased llama", True), ("qwen2", False), ("qwen3", True)])
 def test_the_parts_are_the_wholes(family: str, tied: bool) -> None:
     """Every parameter has the kept channels' numbers, norms of the residual times sqrt(36 / 27), the rest as it was."""

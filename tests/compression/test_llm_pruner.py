@@ -14,13 +14,13 @@ import torch
 from gkd_harness import END, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pruner_harness import IDS, logits, pruner, stop_at, tiny
+from pruner_harness import IDS, logits, pruner, tiny
 from torch import Tensor
 
 from fleetune import adapters, models
 from fleetune.compression.methods import gkd
 from fleetune.data import Batches
-from fleetune.errors import FleetuneError, Interrupted, UsageError
+from fleetune.errors import FleetuneError
 from fleetune.evaluation.losses import response_loss
 from fleetune.models import Model, digest, named_tensors
 from fleetune.models.families.widths import KeptUnits, block_widths, cut
@@ -237,20 +237,6 @@ def test_lora_is_trained_as_the_formulas_say(tmp_path: Path) -> None:
         name = f"{layer}.weight"
         moved = (theirs[name] - base[name]).norm()
         assert float((after[name].double() - theirs[name]).norm() / moved) < 0.01
-
-
-@pytest.mark.parametrize(("recover", "save_every"), [("lora", 2), ("gkd", 100)])
-def test_a_stopped_recovery_goes_on_bit_for_bit(recover: str, save_every: int, tmp_path: Path) -> None:
-    values = LORA | {"recover": recover, "steps": 5, "save_every": save_every, "lr": 1e-3}
-    whole = recovered(values, tmp_path / "whole")
-    with pytest.raises(Interrupted):
-        recovered(values, tmp_path / "part", stop_at(3))
-    steps: list[int] = []
-    again = recovered(values, tmp_path / "part", lambda step, *_: steps.append(step))
-    assert steps == [4, 5]
-    assert digest(named_tensors(again.net)) == digest(named_tensors(whole.net))
-    with pytest.raises(UsageError, match="other weights, rows or settings"):
-        recovered(values, tmp_path / "part", seed=6)
 
 
 def test_the_whole_model_teaches_the_pruned_one(tmp_path: Path) -> None:

@@ -98,27 +98,6 @@ def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert many < whole / 3
 
 
-def test_the_peak_does_not_grow_with_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the real process: 4 blocks of 2.4 MB or 12 of them, converted from bf16, leave the same mark."""
-    monkeypatch.setattr("fleetune.models.stored.KEPT", 1 << 20)  # else all of so small a file stays
-    solver: Any = compression.make("rtn", {"group": 8})
-    peaks: list[int] = []
-    for layers in (4, 4, 12):  # the first one warms up
-        name = saved(tmp_path / f"m{len(peaks)}", torch.bfloat16, layers=layers, hidden=256)
-        memory.release_memory()
-        before = memory.rss()
-        model = models.load(name, device="cpu", base="mapped")
-        driver.check(model, solver)
-        parts = driver.run(model, solver, None, tmp_path / f"p{len(peaks)}")
-        from fleetune.models import artefact
-
-        artefact.write(tmp_path / f"a{len(peaks)}", model, parts, artefact.ArtefactHead("rtn", {}, "", ""))
-        peaks.append(memory.peak_rss() - before)
-        del model, parts
-    block = 2.4e6
-    assert peaks[2] - peaks[1] < 3 * block  # a model in memory would add 8 blocks, two copies 16
-
-
 # The file -------------------------------------------------------------------------------------------
 
 

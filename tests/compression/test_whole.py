@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from command_harness import call, pulled_after, tuned
+from command_harness import call, tuned
 from pruner_harness import tiny as pruned_one
 
 from fleetune import models
@@ -87,25 +85,6 @@ def test_runs_as_student_and_as_teacher(
     assert seen[-1]["rows"] == 4
     code, done, err = call(capsys, "compress", tiny["other"], *GKD, *ROWS, "--set", "teacher=1")
     assert code == 0, err
-
-
-def test_a_stopped_one_is_taken_up_again(
-    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(2))
-        code, out, _ = call(capsys, "compress", tiny["deep"], *SELF, *ROWS, "--seed", "7")
-    assert code == 130
-    assert "fleetune compress --resume runs/0001-gkd-deep" in json.dumps(out[-1])
-    folder = at / "runs" / "0001-gkd-deep"
-    assert [p.name for p in (folder / "parts").iterdir()] == ["state.safetensors"]
-    assert not (folder / "model").exists()
-    code, resumed, err = call(capsys, "compress", "--resume", "latest")
-    assert code == 0, err
-    assert [e["step"] for e in resumed if e["event"] == "step"] == [4]
-    assert not (folder / "parts").exists()
-    _, whole, _ = call(capsys, "compress", tiny["deep"], *SELF, *ROWS, "--seed", "7")
-    assert whole[-1]["digest"] == resumed[-1]["digest"]
 
 
 PRUNER_BASE = ["--method", "llm-pruner", "--length", "64"]
@@ -200,33 +179,3 @@ def test_a_killed_one_goes_on(tiny: dict[str, str], at: Path, capsys: pytest.Cap
     assert not (folder / "parts").exists()
     _, whole, _ = call(capsys, *args)
     assert whole[-1]["digest"] == resumed[-1]["digest"]
-
-
-@pytest.mark.parametrize(("recover", "copies"), [("gkd", 6)])
-def test_a_disk_too_small_is_said_before_any_work(
-    recover: str,
-    copies: int,
-    tiny: dict[str, str],
-    at: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    args = [
-        "compress",
-        tiny["llama"],
-        *PRUNER,
-        *FEW,
-        *ROWS,
-        "--set",
-        f"recover={recover}",
-        "--set",
-        "save_every=1",
-    ]
-    need = copies * 4 * pruned_one().n_params
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=need - 2000))
-    code, events, _ = call(capsys, *args)
-    assert code == 1
-    assert "the state that is kept and the result take" in events[-1]["message"]
-    assert not (at / "runs" / "0001-llm-pruner-llama" / "parts").exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=need))
-    assert call(capsys, "compress", "--resume", "1")[0] == 0

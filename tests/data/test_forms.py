@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fleetune.data import Example, read
-from fleetune.data.examples import is_folder, looks_like_model, looks_like_rows, row_of
 from fleetune.data.partition import RowsSpec
+from fleetune.data.read_rows import is_folder, looks_like_model, looks_like_rows, row_of
 from fleetune.errors import DataError, RecipeError
 
 Row = dict[str, Any]

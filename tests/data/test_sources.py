@@ -20,8 +20,8 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from fleetune import data
 from fleetune.data import partition, read
-from fleetune.data.examples import digests
 from fleetune.data.partition import RowsSpec, split
+from fleetune.data.read_rows import digests
 from fleetune.errors import DataError
 from fleetune.tuning import methods
 

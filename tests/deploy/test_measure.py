@@ -14,18 +14,15 @@ import pytest
 import torch
 from deploy_harness import tiny
 
-import fleetune
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.common import files
-from fleetune.common.events import Measured
 from fleetune.common.shell import pip_install
 from fleetune.compression.jobs import solve
 from fleetune.compression.jobs.inputs import MEASURED
 from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
-from fleetune.deploy import harness, llamacpp, measure
-from fleetune.errors import FleetuneError
+from fleetune.deploy import harness, llamacpp
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.artefact import Master, Quantised
 from fleetune.runs import compression_folder, rundir
@@ -254,65 +251,6 @@ def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
     code, told, err = call(capsys, "measure", "a.gguf", *text, *FAST)
     assert (code, len(told[-1]["rows"])) == (0, 1)
     assert pip_install("llamacpp") in err
-
-
-def test_a_file_that_its_engine_does_not_run_costs_no_other_row(
-    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measured(job: harness.MeasureJob) -> harness.Measurement:
-        if job.kind == "gguf":
-            raise FleetuneError("undefined symbol: llama_init")
-        return harness.carry_out(job)
-
-    monkeypatch.setattr(llamacpp, "available", lambda: True)
-    monkeypatch.setattr(harness, "measured", measured)
-    code, told, err = call(capsys, "measure", "2", "--limit", "1", *FAST)
-    assert code == 0, err
-    assert [row["name"] for row in told[-1]["rows"]] == ["base", "tuned", "compressed"]
-    assert ".gguf is left out, llama.cpp does not run it: undefined symbol: llama_init" in err
-
-
-def test_chosen_has_no_file_twice(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llamacpp, "available", lambda: True)
-    folder = folder_of(at)
-    (file,) = folder.glob("*.gguf")
-
-    def listed(*names: object) -> list[tuple[str, str]]:
-        found = [measure.of(fleetune.open(name), offline=True) for name in names]
-        return [(line.name, line.engine) for _, line in measure.chosen(found, Silent())]
-
-    both = [(folder.name, "torch"), (file.name, "llama.cpp"), (file.name, "torch")]
-    assert listed(folder, file) == listed(folder, file.absolute()) == both
-    assert listed(file, folder) == [both[2], both[1], both[0]]
-    shutil.copy(file, "other.gguf")  # is another file
-    assert len(listed(folder, "other.gguf")) == 4
-
-
-def test_compressed_before_is_the_compression_that_a_base_comes_from(at: Path) -> None:
-    folder, recipe = folder_of(at), at / "runs" / "0001-fedit-little" / "run.toml"
-    assert measure.compressed_before(fleetune.open("1")) is None
-    assert measure.compressed_before(fleetune.open("little")) is None
-    recipe.write_text(recipe.read_text().replace('model = "little"', f'model = "{folder}/model"'))
-    assert measure.compressed_before(fleetune.open("1")) == folder
-    rows = [
-        Measured(
-            name=n,
-            engine="torch",
-            path="",
-            bytes=1,
-            bits_linear=4,
-            bits=4,
-            peak_rss=1,
-            prefill=None,
-            generate=None,
-            loss=1.0,
-        )
-        for n in ("base", "tuned", measure.COMPRESSED_BASE, "compressed")
-    ]
-    kept = measure._kept(rows, {row.name: [] for row in rows}, folder)
-    assert kept["loss"].text.endswith(
-        f"the gain is over the base of that run, {folder}, which was compressed already"
-    )
 
 
 # ---------------------------------------------------------------- export

@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -184,44 +180,3 @@ def test_only_layers_count() -> None:
 
 
 # Writing it -----------------------------------------------------------------------------------------
-
-
-def test_a_killed_process_leaves_the_whole_file_or_none(tmp_path: Path) -> None:
-    found = codes(tmp_path / "codes")
-    whole = exported(found, tmp_path).read_bytes()
-    place = found.home / "codes.gguf"
-    code = """
-import os, signal, sys, time
-from fleetune import subject
-from fleetune.deploy import tunable_file
-found = subject.open(sys.argv[1])
-place = tunable_file.of(found, lambda _: None)
-for delay in map(float, sys.argv[2:]):
-    child = os.fork()
-    while not child:
-        place.unlink(missing_ok=True)
-        tunable_file.of(found, lambda _: None)
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    print(flush=True)
-    sys.stdin.readline()
-"""
-    drawn = random.Random(3)
-    words = [sys.executable, "-c", code, str(found.home), *(str(drawn.uniform(0, 0.4)) for _ in range(6))]
-    run = subprocess.Popen(
-        words, stdin=-1, stdout=-1, text=True, bufsize=1, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    with run:
-        assert run.stdin is not None
-        assert run.stdout is not None
-        for _ in run.stdout:
-            assert not place.exists() or place.read_bytes() == whole
-            run.stdin.write("\n")
-    assert run.returncode == 0
-    assert tunable_file.of(found, lambda _: None).read_bytes() == whole
-    place.unlink()
-    tunable_file.of(found, lambda _: None)
-    assert [p.name for p in found.home.iterdir() if p.name.startswith(".")] == [], (
-        "what killed ones left is gone"
-    )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fleetune.data.encode import Batch, Encoded, collate, encode_all
-from fleetune.data.examples import Example
+from fleetune.data.read_rows import Example
 from fleetune.evaluation.losses import eval_mode, token_losses
 from fleetune.models import Model
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fleetune.data.encode import Encoded, collate, prompt_ids
-from fleetune.data.examples import Example
+from fleetune.data.read_rows import Example
 from fleetune.errors import DataError
 from fleetune.evaluation import answers as answers_module
 from fleetune.evaluation.answers import (

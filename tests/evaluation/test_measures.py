@@ -21,8 +21,8 @@ from fleetune.cli.main import main
 from fleetune.common.events import TaskScore
 from fleetune.common.shell import pip_install
 from fleetune.data.encode import encode_all
-from fleetune.data.examples import Example
-from fleetune.errors import RecipeError, UsageError
+from fleetune.data.read_rows import Example
+from fleetune.errors import RecipeError
 from fleetune.evaluation import measures
 from fleetune.evaluation.answers import generate, rouge_l, token_f1
 from fleetune.evaluation.losses import eval_mode, perplexity, response_loss
@@ -145,13 +145,6 @@ def test_the_harness_results_become_scores_with_their_standard_errors() -> None:
     }
 
 
-def test_own_tasks_are_told_from_others() -> None:
-    assert measures.divided(["loss", "hellaswag", "rouge", "acc"]) == (
-        ["loss", "rouge", "acc"],
-        ["hellaswag"],
-    )
-
-
 def test_without_the_harness_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measures, "installed", lambda: False)
     with pytest.raises(RecipeError) as error:
@@ -248,19 +241,3 @@ def test_the_harness_runs_the_tuned_weights_and_gives_its_standard_error(
     base = fleetune.evaluate("tiny", tasks=["otter_choice"], task_files="tasks", offline=True)
     assert base == {"otter_choice.acc": pytest.approx(accuracy(fleetune.open("tiny").load()))}
     assert base["otter_choice.acc"] != pytest.approx(tuned), "the view of the ledger is what was measured"
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-def test_a_limit_a_table_and_a_slip(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["eval", "tiny", "--task-files", "tasks", "--offline", "--tasks"]
-    assert main([*words, "otter_choice", "--limit", "5"]) == 0
-    out = capsys.readouterr().out
-    assert "5 of 12" in out
-    assert "±" in out
-    assert main([*words, "otter_choise,helaswag"]) == 2
-    err = capsys.readouterr().err
-    assert "did you mean 'otter_choice'" in err
-    assert "did you mean 'hellaswag'" in err
-    with pytest.raises(UsageError, match="no folder"):
-        fleetune.evaluate("tiny", tasks="otter_choice", task_files="nowhere")

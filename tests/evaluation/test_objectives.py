@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fleetune.data.encode import Batch, collate, encode_all, prompt_ids
-from fleetune.data.examples import Example
+from fleetune.data.read_rows import Example
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import generate, label_accuracy, rouge_l, token_f1

@@ -314,7 +314,7 @@ def test_tokens_are_read_out_of_two_sums_where_a_device_lets_them(
     ids = np.concatenate([row.ids for row in encode_rows(plain, data.read("rows-0.jsonl"), 48)[0]])
     if not guarded:
         monkeypatch.setattr(Calibration, "least_tokens", lambda self: 1)
-        monkeypatch.setattr(DeviceState, "calibrate_on", lambda self, *asked, note: None)
+        monkeypatch.setattr(DeviceState, "allow_calibration", lambda self, *asked, note: None)
         found: list[int] = []
         before = np.zeros((32, 32))
         for n in range(1, 9):
@@ -480,7 +480,7 @@ def test_a_calibration_that_was_begun_in_one_job_is_checked_again_in_another(pla
 def test_results_are_measured_a_few_times_and_to_a_few_digits(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fleetune.fleet.device_state.RESULTS", 2)
+    monkeypatch.setattr("fleetune.fleet.device_state.MOST_MEASUREMENTS", 2)
     codes = []
     for seed in (10, 20, 30, 10):
         device, adapter = worker(held_out=4), saved(seed)
@@ -573,17 +573,17 @@ def test_held_out_rows_are_measured_at_one_length_and_few_times_whatever_a_serve
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut to 2, 3, 4 .. tokens, the base alone tells the rows token by token."""
-    monkeypatch.setattr("fleetune.fleet.device_state.RESULTS", 3)
+    monkeypatch.setattr("fleetune.fleet.device_state.MOST_MEASUREMENTS", 3)
     assert measured(method="") == ""
     for length in (2, 3, 47, 49):
         assert measured(method="", max_length=length) == "measured-at 48"
     assert [measured(set={**SET, "r": r}) for r in (2, 3, 4)] == ["", "", "measured 3"]
     assert measured(method="") == ""  # known, so it tells nothing more
-    monkeypatch.setattr("fleetune.fleet.device_state.RESULTS", 9)
+    monkeypatch.setattr("fleetune.fleet.device_state.MOST_MEASUREMENTS", 9)
     own, job_ = DeviceState(Path("state")), Job.from_json(json.dumps(job(method="", task="eval")))
-    own.measure("rows", dataclasses.replace(job_, labels=("a", "b")))
+    own.allow_measurement("rows", dataclasses.replace(job_, labels=("a", "b")))
     with pytest.raises(Declined, match="no other labels"):
-        own.measure("rows", dataclasses.replace(job_, labels=("b", "a")))
+        own.allow_measurement("rows", dataclasses.replace(job_, labels=("b", "a")))
 
 
 def test_every_file_of_an_adapter_is_in_the_list_that_the_job_states(place: Path) -> None:

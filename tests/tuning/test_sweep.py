@@ -18,14 +18,13 @@ import pytest
 from fleetune import models, report
 from fleetune import recipes as named_recipes
 from fleetune.cli.main import main
-from fleetune.errors import RecipeError, StorageError
+from fleetune.errors import RecipeError
 from fleetune.report import sweep as summary
 from fleetune.report.sweep import GridRun, SweepAxis
 from fleetune.runs import rundir
 from fleetune.tuning import sweep
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
-from fleetune.tuning.run import run as jobs
 
 BASE: dict[str, Any] = {
     "model": "./tiny",
@@ -294,17 +293,6 @@ def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys,
         assert ["too few directions" in e["failed"] for e in runs] == [True, False]
     assert runs[1]["skipped"]
     assert "failed: " in (at / "runs" / "0001-sweep-recipe" / "log.txt").read_text()
-
-
-def test_a_full_disk_stops_the_sweep(at, capsys, monkeypatch):
-    def full(*args: Any) -> dict[str, Any]:
-        raise StorageError("cannot write: the disk is full")
-
-    monkeypatch.setattr(jobs, "tune", full)
-    code, _, err = call(capsys, "sweep", "recipe.toml", "--vary", "K=8,16")
-    assert code == 1
-    assert "the disk is full" in err
-    assert len(list((at / "runs" / "0001-sweep-recipe").glob("0*"))) == 1
 
 
 def test_a_sweep_in_use_or_changed_is_refused(at, capsys):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from fleetune.data.examples import check_columns, digests, read, read_text
 from fleetune.data.forms import Example
 from fleetune.data.partition import check_partition_spec, hold_out, keyed_order
+from fleetune.data.read_rows import check_columns, digests, read, read_text
 
 if TYPE_CHECKING:
     from fleetune.data.encode import (

@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.common.display import counted
-from fleetune.data.examples import is_folder, read
 from fleetune.data.forms import CLIENT, FIELDS, Example, parse_columns
+from fleetune.data.read_rows import is_folder, read
 from fleetune.errors import DataError, RecipeError, closest
 
 Indices = npt.NDArray[np.int64]

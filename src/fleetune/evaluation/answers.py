@@ -31,7 +31,7 @@ from fleetune.common.display import counted
 from fleetune.common.memory import give_back
 from fleetune.data.encode import Encoded, encode, encode_texts, prompt_ids
 from fleetune.data.encode import stop_ids as tokenizer_stop_ids
-from fleetune.data.examples import Example
+from fleetune.data.read_rows import Example
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation.losses import (
     OnRows,

@@ -27,7 +27,7 @@ from fleetune.common.events import TaskScore
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import pip_install
 from fleetune.data.encode import Encoded, begun, encode_rows
-from fleetune.data.examples import Example
+from fleetune.data.read_rows import Example
 from fleetune.errors import FleetuneError, RecipeError, UsageError, closest, cut_reason, fault
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import (

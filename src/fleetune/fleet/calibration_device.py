@@ -13,7 +13,7 @@ was doing.
 Sums over few tokens give these away: over fewer than an input is wide, each token can be tested for; and the difference of
 two sums over nearly the same tokens holds the others.  Sums behind other weights are other sums.  So they are over at least 4
 times the model's width and twice the widest input (`least_tokens`), of one result over one choice of windows of the same rows
-(`DeviceState.calibrate_on`), and behind one compressed form of each block (`DeviceState.go_through`).
+(`DeviceState.allow_calibration`), and behind one compressed form of each block (`DeviceState.allow_block`).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Calibration:
         file, self.heard = self.folder / BEGIN, lambda: on_step(0)
         count, length = self._checked(decode(message).payload)
         asked = digest([self.rows]), self.job.result, count, length
-        self.own.calibrate_on(*asked, note=False)
+        self.own.allow_calibration(*asked, note=False)
         if not (file.exists() and file.read_bytes() == message):
             self.own.renewed(self.folder)
             write_atomic(file, message, mode=PRIVATE)
@@ -81,7 +81,7 @@ class Calibration:
             self.remove()
             self.__dict__.pop("_windows", None)
             raise
-        self.own.calibrate_on(*asked, note=True)
+        self.own.allow_calibration(*asked, note=True)
         if self._stands() is None:
             self.heard()
             with torch.inference_mode():
@@ -126,7 +126,7 @@ class Calibration:
                 raise MessageError(
                     f"the compressed block {stands} has other layers or shapes than this model's"
                 )
-            self.own.go_through(stands, hashlib.sha256(message).hexdigest())
+            self.own.allow_block(stands, hashlib.sha256(message).hexdigest())
             driver.place_weights(self._blocks[stands][1], weights)
             stream.states = self._load(stands)
             stream.advance(stands)

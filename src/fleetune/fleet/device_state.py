@@ -28,7 +28,7 @@ MARK: Final = ".fleetune-device"
 SECRET: Final = "secret"
 CALIBRATED: Final = "calibrated.json"
 MEASURED: Final = "measured.json"
-RESULTS: Final = 16  # that are measured, the base alone among them
+MOST_MEASUREMENTS: Final = 16  # of the same rows, the one of the base included
 RUNS: Final = 64  # whose folders may lie there
 
 
@@ -87,7 +87,7 @@ class DeviceState:
             raise StorageError(f"{folder} leads out of {self.folder}", hint="remove the link")
         return folder
 
-    def calibrate_on(self, rows: str, result: str, windows: int, length: int, *, note: bool) -> None:
+    def allow_calibration(self, rows: str, result: str, windows: int, length: int, *, note: bool) -> None:
         """Tell whether sums of this result over so many windows of the rows with this digest may leave; `note` that they do.
 
         Declined where others did before: the difference of two sums over nearly the same tokens shows the tokens, and so do
@@ -100,7 +100,7 @@ class DeviceState:
         elif (before := json.loads(read_text(file)))["on"] != wanted:
             raise self._calibrated(before)
 
-    def go_through(self, block: int, message: str) -> None:
+    def allow_block(self, block: int, message: str) -> None:
         """Note that the windows go through a compressed block whose message has this digest.
 
         Declined for another than before: the sums behind it would be more of the same tokens, as many as a server likes.
@@ -115,12 +115,12 @@ class DeviceState:
         hint = f"to allow it, for a server that you would give the rows: remove {self.folder / CALIBRATED}"
         return Declined("calibrated", *before["on"][2:], hint=hint)
 
-    def measure(self, rows: str, job: Job) -> None:
+    def allow_measurement(self, rows: str, job: Job) -> None:
         """Note that the rows with this digest (of their words) are measured as the job asks.
 
         Declined where they were measured at another length or with other labels, since the difference shows the tokens at
-        which they are cut; and where `RESULTS` other measurements were made, since one tells a few tokens, so that many tell
-        all.  What the server chooses makes another measurement, not its result alone.
+        which they are cut.  Declined too after `MOST_MEASUREMENTS` different measurements: each tells a few tokens, so many
+        tell them all.  Any choice of the server makes a measurement different, not only its result.
         """
         file = self.folder / MEASURED
         before = json.loads(read_text(file)) if file.exists() else {"rows": {}, "known": []}
@@ -129,6 +129,6 @@ class DeviceState:
         if (first := before["rows"].setdefault(self.keyed(rows), cut)) != cut:
             raise Declined("measured-at", int(first[0]), hint=hint)
         known = {self.keyed(rows + job.measurement), *before["known"]}
-        if len(known) > RESULTS:
-            raise Declined("measured", RESULTS, hint=hint)
+        if len(known) > MOST_MEASUREMENTS:
+            raise Declined("measured", MOST_MEASUREMENTS, hint=hint)
         write_atomic(file, json.dumps({"rows": before["rows"], "known": sorted(known)}), mode=PRIVATE)

@@ -28,7 +28,7 @@ from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.prepare import prepare
-from fleetune.tuning.recipe import settled
+from fleetune.tuning.recipe import defaults
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds.fleets import ONE, Fleet, Wanted, wanted
 
@@ -148,7 +148,7 @@ class Served:
     def settled(self, recipe: Recipe, named: Collection[str]) -> Recipe:
         """Return the recipe as these devices run it; it names the options `named` itself."""
         entry, _ = prepare.check(recipe)
-        return settled.for_devices(recipe, self.wanted(recipe.clients, entry.clients), named)
+        return defaults.for_devices(recipe, self.wanted(recipe.clients, entry.clients), named)
 
     def count(self, job: TuneJob) -> int:
         """Return how many devices the first round waits for; FleetError when fewer can come."""
@@ -190,7 +190,7 @@ class Served:
         """Return the fleet when enough devices are ready."""
         count = self.count(job)
         prepare.check_aggregation(job.recipe, job.method, count)
-        listener.note(settled.about_rule(job.recipe, count))
+        listener.note(defaults.about_rule(job.recipe, count))
         if not job.recipe.eval_every:
             listener.note(
                 "no round is evaluated, so the last one is kept, however bad: --eval-every 1 keeps the best"

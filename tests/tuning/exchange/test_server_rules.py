@@ -80,10 +80,10 @@ def test_scaffolds_variate_is_the_mean_gradient_of_the_walk():
     y = w["x"].copy()
     for g in gradients:
         y -= eta * (g - c_k["x"] + c["x"])
-    found = server_rules.control(c_k, c, w, {"x": y}, 7 * eta)["x"]
+    found = server_rules.client_variate(c_k, c, w, {"x": y}, 7 * eta)["x"]
     np.testing.assert_allclose(found, gradients.mean(axis=0), rtol=0, atol=1e-12)
     np.testing.assert_allclose(  # nobody has a variate before round 1
-        server_rules.control({}, {}, w, {"x": w["x"] - eta * gradients.sum(0)}, 7 * eta)["x"],
+        server_rules.client_variate({}, {}, w, {"x": w["x"] - eta * gradients.sum(0)}, 7 * eta)["x"],
         found,
         atol=1e-12,
     )

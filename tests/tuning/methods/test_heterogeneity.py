@@ -95,7 +95,7 @@ class AdamW:
 
 
 def device(
-    w: dict[str, np.ndarray], tokens: list[int], how: fedit.Method, pull: dict[str, Any] | None = None
+    w: dict[str, np.ndarray], tokens: list[int], how: fedit.Method, correction: dict[str, Any] | None = None
 ) -> dict[str, np.ndarray]:
     """A device's round as the papers write it: FedProx's gradient, clipping, AdamW, SCAFFOLD's correction."""
     count = how.epochs
@@ -109,7 +109,7 @@ def device(
         norm = math.sqrt(sum((x**2).sum() for x in g.values()))
         scale = min(1.0, how.clip / (norm + 1e-6)) if how.clip else 1.0
         y = adam.step(y, {n: scale * x for n, x in g.items()}, eta, how.weight_decay)
-        y = {n: x - eta * pull[n].astype(np.float64) for n, x in y.items()} if pull else y
+        y = {n: x - eta * correction[n].astype(np.float64) for n, x in y.items()} if correction else y
     return y
 
 
@@ -166,11 +166,11 @@ def test_what_no_strength_can_be_is_said(name: str, value: float) -> None:
 @pytest.mark.parametrize("pulled", [False, True])
 def test_a_devices_round_is_the_papers(toy: Any, how: fedit.Method, pulled: bool) -> None:
     w, rng = start(), np.random.default_rng(2)
-    pull = {n: rng.normal(size=s).astype(np.float32) for n, s in SIZES.items()} if pulled else {}
+    correction = {n: rng.normal(size=s).astype(np.float32) for n, s in SIZES.items()} if pulled else {}
     for name, parameter in toy.attachment.parameters.items():
         parameter.data = torch.from_numpy(w[name]).double()
-    how.train(toy, batches([1, 4]), 0, pull)
-    want = device(w, [1, 4], how, pull)
+    how.train(toy, batches([1, 4]), 0, correction)
+    want = device(w, [1, 4], how, correction)
     for name, parameter in toy.attachment.parameters.items():
         np.testing.assert_allclose(parameter.detach().numpy(), want[name], rtol=0, atol=1e-12)
 

@@ -39,7 +39,9 @@ def with_lora() -> models.Model:
     return model
 
 
-def after_backward(model: models.Model, key: int, how: fedit.Method, pull: dict[str, np.ndarray]) -> None:
+def after_backward(
+    model: models.Model, key: int, how: fedit.Method, correction: dict[str, np.ndarray]
+) -> None:
     """The reference: one AdamW over all parameters, a step when all gradients are there."""
     parameters = adapters.trainable(model)
     origin = {n: p.detach().clone() for n, p in parameters.items()}
@@ -57,7 +59,7 @@ def after_backward(model: models.Model, key: int, how: fedit.Method, pull: dict[
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
-                for name, away in pull.items():
+                for name, away in correction.items():
                     parameters[name].sub_(torch.from_numpy(away), alpha=rate)
 
 
@@ -76,11 +78,11 @@ def test_they_are_the_steps_after_backward(more: dict[str, Any], monkeypatch: py
     how = Training(**({"lr": 0.01, "epochs": 3, "batch_size": 2} | more))
     one, other = with_lora(), with_lora()
     rng = np.random.default_rng(5)
-    pull = {n: rng.normal(size=p.shape).astype(np.float32) for n, p in adapters.trainable(one).items()}
-    pull = pull if how.scaffold else {}
+    correction = {n: rng.normal(size=p.shape).astype(np.float32) for n, p in adapters.trainable(one).items()}
+    correction = correction if how.scaffold else {}
     before = adapters.export(one)
-    how.train(one, Batches(ROWS, pad_id(one), 9), 9, pull)
-    after_backward(other, 9, how, pull)
+    how.train(one, Batches(ROWS, pad_id(one), 9), 9, correction)
+    after_backward(other, 9, how, correction)
     ours, theirs = adapters.export(one), adapters.export(other)
     assert all(np.array_equal(ours[n], theirs[n]) for n in before)
     assert not any(np.array_equal(ours[n], before[n]) for n in before)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +54,6 @@ def test_a_run_is_its_rounds_times_clients_times_steps() -> None:
     )
     assert not advice(found)
     assert "--within 1h" in advice(Estimate(10, 8, 200, 2.0, 11, 3.0))
-
-
-def test_answers_and_the_clients_own_losses_count_before_and_after() -> None:
-    plain = Estimate(10, 8, 12.5, 0.4, 11, 3.0)
-    found = replace(plain, answers=4, answer=1.5, client_rows=32, client_row=0.25)
-    assert found.around == pytest.approx(2 * 4 * 1.5 + 2 * 32 * 0.25)
-    assert found.seconds == pytest.approx(plain.seconds + found.around)
-    assert found.text.endswith("of 3.0 s, 8 answers of 1.5 s, 64 rows of clients of 250 ms")
 
 
 def test_what_is_around_the_rounds_gives_way_where_it_takes_more_than_a_third() -> None:

@@ -191,22 +191,6 @@ def test_a_rate_is_held_until_the_model_has_moved_so_often(name: str, moves: int
         adapters.detach(model)
 
 
-@pytest.mark.parametrize("name", ["fedit", "fedkseed"])
-def test_what_is_found_learns_and_leaves_the_model_alone(name: str, model: Model) -> None:
-    given = {k: v for k, v in harness.QUICK[name].items() if k != "lr"}
-    recipe = recipes.make(
-        {"model": "m", "data": "d", "method": name, "rounds": 1, "set": {**given, "lr": "auto"}}
-    )
-    before, rows = harness.logits(model), harness.rows(model)
-    chosen, (found,) = rates.find(recipe, rates.wanted(recipe), model, rows, 3)
-    assert torch.equal(harness.logits(model), before)
-    assert model.attachment is None
-    assert chosen.set["lr"] == found.rate == rounded(found.rate)
-    best = harness.QUICK[name]["lr"]
-    assert best / 12 < found.rate < best * 12  # of the rate that was chosen by hand
-    assert rates.find(recipe, rates.wanted(recipe), model, rows, 3)[1][0].rate == found.rate
-
-
 def searches(recipe: Recipe, rows: int = 400, *, clients: int = 8, asked: int = 8) -> list[Search]:
     """The searches that may be made for a recipe's rates."""
     names, method = rates.wanted(recipe), methods.make(recipe.method, recipe.set)

@@ -23,7 +23,7 @@ from fleetune.models.net.model import named_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.settled import settled
+from fleetune.tuning.recipe.defaults import settled
 from fleetune.tuning.result import foundations
 
 OPTIONS: dict[str, Any] = {

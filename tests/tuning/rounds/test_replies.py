@@ -168,24 +168,6 @@ def test_replies_that_move_nothing_do_not_count_and_two_are_no_majority(tmp_path
     assert list(play(tmp_path, Devices(two, 3)).refused()) == [0]
 
 
-def test_who_answers_first_makes_no_difference(tmp_path: Path) -> None:
-    """Replies are added up in the clients' order, however they come."""
-    added: list[list[int]] = []
-
-    @dataclass(frozen=True)
-    class Ordered(Averaging):
-        def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
-            taken = list(replies)
-            added.append([r.client for r in taken])
-            return super().aggregate(state, iter(taken))
-
-    lying = with_liars(lambda r, c, w: told(w - 50), 5)
-    there = play(tmp_path, Devices(lying), Ordered())
-    back = play(tmp_path, Devices(lying, order=lambda clients: clients[::-1]), Ordered())
-    assert added == [[0, 1, 2, 3, 4, 6, 7]] * 2
-    assert there.state.tensors["w"].tobytes() == back.state.tensors["w"].tobytes()
-
-
 def extreme(honest: Payload, sent: Payload, size: float, direction: str) -> Payload:
     """A lie within the agreed ranges: so many times the honest move, or one number everywhere."""
     arrays = {}

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +15,9 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.common.events import ClientReply, Diverging, RoundEvaluated, as_dict
-from fleetune.common.paired import Difference
 from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import events
-from fleetune.tuning import methods
-from fleetune.tuning.rounds.checkpoint import Course
 from fleetune.tuning.rounds.watch import Watch
-from fleetune.tuning.run import describe
 
 
 @dataclass
@@ -186,19 +181,3 @@ def test_a_change_within_noise_is_called_so(
     assert "loss, 6 held-out rows" in line
     assert "within noise" in line
     assert f"{run.done.base['loss']:.4f}"[:6] in line
-
-
-def test_a_result_past_its_best_is_told_and_never_advised_a_higher_rate() -> None:
-    method = methods.make("fedkseed", {"lr": 3e-4})
-    job: Any = SimpleNamespace(objective="loss", recipe=SimpleNamespace(rounds=4, keep="last"), method=method)
-    noise = Difference(0.02, 0.05, 8)
-    past: Any = SimpleNamespace(round=4, last=4, course=Course(1, 4.148, 3))
-    told = describe.of_change(job, {"loss": 4.364}, {"loss": 4.381}, noise, past)
-    assert "lower the learning rate to 0.0001 (--set lr=0.0001)" in told
-    assert "higher" not in told
-    assert describe.of_course(job, past, {"loss": 4.381}) == [
-        "round 1 was the best (4.148), and the loss rose since: --keep best keeps its model, --patience ends a run there"
-    ]
-    best: Any = SimpleNamespace(round=4, last=4, course=Course(4, 4.381, 0))
-    assert "higher learning rate" in describe.of_change(job, {"loss": 4.364}, {"loss": 4.381}, noise, best)
-    assert not describe.of_course(job, best, {"loss": 4.381})

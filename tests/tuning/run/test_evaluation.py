@@ -23,7 +23,7 @@ from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import estimate, prepare
 from fleetune.tuning.recipe import recipe
-from fleetune.tuning.recipe.settled import given, settled
+from fleetune.tuning.recipe.defaults import given, settled
 from fleetune.tuning.run import evaluation
 
 FAST: dict[str, Any] = {"samples": 0, "max_length": 64, "rounds": 1, "offline": True, "listener": Silent()}

@@ -11,10 +11,8 @@ import pytest
 
 import fleetune
 from fleetune import models
-from fleetune.cli.main import main
-from fleetune.common import events as kinds
 from fleetune.common import sums
-from fleetune.errors import Interrupted, RecipeError, UsageError
+from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.run import resume
@@ -74,27 +72,6 @@ def test_the_result_is_that_of_a_run_that_had_the_rounds_from_the_start(method: 
     assert "given more rounds: 3 in all" in (longer.folder / "log.txt").read_text()
     again = fleetune.resume_run(longer)  # by its own recipe, which has them now
     assert again.digest == whole.digest
-
-
-def test_a_stopped_run_may_be_given_more_as_well(capsys: pytest.CaptureFixture[str]) -> None:
-    whole = tuned(4, out="whole")
-
-    class Once(fleetune.Silent):
-        def event(self, event: fleetune.events.Event) -> None:
-            if isinstance(event, kinds.RoundEvaluated) and event.round == 1:
-                self.stop = True
-
-        stop = False
-
-        @property
-        def stop_requested(self) -> bool:
-            return self.stop
-
-    with pytest.raises(Interrupted):
-        tuned(2, listener=Once())
-    assert main(["tune", "--resume", "latest", "--rounds", "4"]) == 0
-    assert "goes on after round 1 of 4" in capsys.readouterr().err
-    assert fleetune.list_runs()[0].digest == whole.digest
 
 
 @pytest.mark.parametrize("written", [4])

@@ -318,7 +318,7 @@ def _held_out(own: Mapping[str, str]) -> float:
 
 
 def _split(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.data.examples import row_of
+    from fleetune.data.read_rows import row_of
     from fleetune.tuning import methods
     from fleetune.tuning.prepare import prepare
 

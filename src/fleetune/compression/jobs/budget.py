@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spend a byte budget: choose the grid of each matrix, and keep the choice for a resumed compression.
+"""Spend a byte budget: choose the grid of each matrix (`solve_budget`), and keep the choice for a resumed compression.
+
+The choice has the least sum of costs (`layerwise/costs.py`) whose bytes keep within the budget.  Of each matrix only the
+options on the lower convex hull of cost over bytes are taken: each saves less for a byte than the one before it.  All matrices
+start with the smallest, and the step that saves most for a byte is taken next, while it fits.  As long as every step fits, that
+is optimal for the bytes that it uses (Everett 1963); the last steps fill what is left.
 
 `parts/budget.safetensors` holds the choice and, as tensors, what the Hessians of embedding and head are sums of.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +29,7 @@ from fleetune.common.files import write_atomic
 from fleetune.compression import Solver
 from fleetune.compression.jobs.progress import stop_if_asked
 from fleetune.compression.layerwise import costs, sensitivity
-from fleetune.compression.layerwise.costs import Costs, Reach
+from fleetune.compression.layerwise.costs import Costs, Option, Reach
 from fleetune.compression.layerwise.driver import End, Plan, experts_in, linears_of
 from fleetune.compression.training import head_of, metadata
 from fleetune.errors import FleetuneError, UsageError
@@ -165,7 +171,45 @@ def measured(listener: Listener, model: Model, windows: Tensor, seed: int) -> Co
     )
 
 
-def chosen(measured: Costs, room: Room) -> Budget:
+def hull(options: Sequence[Option]) -> list[Option]:
+    """Return the options on the lower convex hull of cost over bytes, by bytes."""
+    found = list[Option]()
+    for option in sorted(options, key=lambda o: (o.bytes, o.cost)):
+        if found and option.cost >= found[-1].cost:
+            continue
+        while len(found) > 1 and _saved(found[-2], found[-1]) <= _saved(found[-2], option):
+            found.pop()
+        found.append(option)
+    return found
+
+
+def _saved(small: Option, large: Option) -> float:
+    """Return how much cost each further byte saves."""
+    return (small.cost - large.cost) / (large.bytes - small.bytes)
+
+
+def solve_budget(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    """Return an option for each name, of at most `budget` bytes together; ValueError where even the smallest take more."""
+    hulls = {name: hull(each) for name, each in options.items()}
+    chosen = {name: each[0] for name, each in hulls.items()}
+    left = budget - sum(o.bytes for o in chosen.values())
+    if left < 0:
+        raise ValueError(f"{budget} bytes are too few")
+    steps = [(-_saved(each[0], each[1]), name, 1) for name, each in hulls.items() if len(each) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, name, to = heapq.heappop(steps)
+        each = hulls[name]
+        if (more := each[to].bytes - each[to - 1].bytes) > left:
+            continue  # a smaller matrix may still fit
+        left -= more
+        chosen[name] = each[to]
+        if to + 1 < len(each):
+            heapq.heappush(steps, (-_saved(each[to], each[to + 1]), name, to + 1))
+    return chosen
+
+
+def make_budget(measured: Costs, room: Room) -> Budget:
     """Choose the grid of each matrix within the room."""
     for name, options in measured.options.items():
         if not all(math.isfinite(option.cost) for option in options):
@@ -173,7 +217,7 @@ def chosen(measured: Costs, room: Room) -> Budget:
                 f"what rounding costs {name} is not a finite number: the text's activations overflow",
                 hint="compress with one grid: leave out --bytes and --bpw",
             )
-    best = costs.choose(measured.options, room.matrices)
+    best = solve_budget(measured.options, room.matrices)
     kinds = Counter(option.candidate.kind for option in best.values())
     return Budget(
         {name: (option.candidate.grid, option.candidate.bits) for name, option in best.items()},

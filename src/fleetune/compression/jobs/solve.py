@@ -377,7 +377,7 @@ def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> Plan |
             for file in parts.glob("block-*"):
                 file.unlink()
         costs = budget.measured(listener, job.inputs.model, job.calibration, job.request.seed)
-        choice = budget.chosen(costs, job.room)
+        choice = budget.make_budget(costs, job.room)
         budget.save_choice(choice, parts, origin)
     choice.report(listener)
     return choice.plan(job.method)

@@ -11,17 +11,11 @@ without running the loop.  Blocks are visited in turn on the dense model's input
 
 The experts of a mixture have an F and a c each, and a parameter of all of them one grid: its cost is the sum of theirs.  Gates
 and ups are one parameter.
-
-Then an option is chosen for each matrix: the least sum of costs whose bytes keep within a budget.  Of each matrix only the
-options on the lower convex hull of cost over bytes are taken: each saves less for a byte than the one before it.  All matrices
-start with the smallest, and the step that saves most for a byte is taken next, while it fits.  As long as every step fits, that
-is optimal for the bytes that it uses (Everett 1963); the last steps fill what is left.
 """
 
 from __future__ import annotations
 
 import functools
-import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -294,41 +288,3 @@ def _cost(W: Tensor, grid: Grid, terms: Sequence[Term]) -> float:
         squares = (rows - rounded(rows, grid, BLOCK, fit).dense()).double().square()
         cost += sum(float(term.F[a : a + size] @ (squares @ term.c.double())) for term in terms) / 2
     return cost
-
-
-def hull(options: Sequence[Option]) -> list[Option]:
-    """Return the options on the lower convex hull of cost over bytes, by bytes."""
-    found = list[Option]()
-    for option in sorted(options, key=lambda o: (o.bytes, o.cost)):
-        if found and option.cost >= found[-1].cost:
-            continue
-        while len(found) > 1 and _saved(found[-2], found[-1]) <= _saved(found[-2], option):
-            found.pop()
-        found.append(option)
-    return found
-
-
-def _saved(small: Option, large: Option) -> float:
-    """Return how much cost each further byte saves."""
-    return (small.cost - large.cost) / (large.bytes - small.bytes)
-
-
-def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    """Return an option for each name, of at most `budget` bytes together; ValueError where even the smallest take more."""
-    hulls = {name: hull(each) for name, each in options.items()}
-    chosen = {name: each[0] for name, each in hulls.items()}
-    left = budget - sum(o.bytes for o in chosen.values())
-    if left < 0:
-        raise ValueError(f"{budget} bytes are too few")
-    steps = [(-_saved(each[0], each[1]), name, 1) for name, each in hulls.items() if len(each) > 1]
-    heapq.heapify(steps)
-    while steps:
-        _, name, to = heapq.heappop(steps)
-        each = hulls[name]
-        if (more := each[to].bytes - each[to - 1].bytes) > left:
-            continue  # a smaller matrix may still fit
-        left -= more
-        chosen[name] = each[to]
-        if to + 1 < len(each):
-            heapq.heappush(steps, (-_saved(each[to], each[to + 1]), name, to + 1))
-    return chosen

@@ -34,8 +34,8 @@ from fleetune.runs.listener import Listener, Silent
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.prepare.prepare import check, check_aggregation
 from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.defaults import about_rule, for_devices
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.recipe.settled import about_rule, for_devices
 from fleetune.tuning.rounds.fleets import Fleet, wanted
 from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running

@@ -83,7 +83,7 @@ Reduce = Callable[[np.ndarray, np.ndarray, np.ndarray, Fraction], np.ndarray]
 def trimmed(values: np.ndarray, share: Fraction) -> np.ndarray:
     """Return float64[d]: each column's mean without ceil(share m) of its m numbers at either end; NaN is no number.
 
-    One or two numbers always stay, so 1/2 is the median and 0 the mean.
+    One or two numbers always stay, so 1/2 gives the median and 0 the mean.
     """
     ordered, have = np.sort(values, axis=0), np.count_nonzero(~np.isnan(values), axis=0)
     cut = -(-have * share.numerator // share.denominator)
@@ -92,6 +92,11 @@ def trimmed(values: np.ndarray, share: Fraction) -> np.ndarray:
     kept = (place >= cut) & (place < have - cut)
     mean = np.where(kept, ordered, 0.0).sum(axis=0) / np.maximum(have - 2 * cut, 1)
     return np.asarray(mean * (have / len(values)) + 0.0)  # + 0.0: no minus zero
+
+
+def median(values: np.ndarray) -> np.ndarray:
+    """Return float64[d]: each column's median, the mean of the middle two of an even number; NaN is no number."""
+    return trimmed(values, Fraction(1, 2))
 
 
 def clipped(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -121,7 +126,7 @@ def size_of(move: np.ndarray) -> float:
 
 REDUCE: Final[Mapping[str, Reduce]] = MappingProxyType(
     {
-        "median": lambda values, start, sizes, share: trimmed(values, Fraction(1, 2)),
+        "median": lambda values, start, sizes, share: median(values),
         "trimmed-mean": lambda values, start, sizes, share: trimmed(values, share),
         "norm-clip": lambda values, start, sizes, share: (
             start + trimmed(clipped(values - start, sizes), Fraction(0))

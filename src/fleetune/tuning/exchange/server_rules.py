@@ -94,7 +94,7 @@ def step_sums(
     return moved["a"], new
 
 
-def control(
+def client_variate(
     c_k: Mapping[str, np.ndarray],
     c: Mapping[str, np.ndarray],
     w: Mapping[str, np.ndarray],

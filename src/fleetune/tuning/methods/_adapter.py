@@ -127,10 +127,10 @@ class Trained(methods.Method):
         squares += (rest + 1) * (2 * rest + 1) / (6 * rest) if self.decay and rest else rest
         return self.own_lr * length, self.own_lr * math.sqrt(squares)
 
-    def train(self, model: Model, batches: Batches, key: int, pull: Mapping[str, np.ndarray]) -> float:
-        """Train the module, and return the mean loss of the steps; `pull` is SCAFFOLD's c - c_k by name, {} for none."""
+    def train(self, model: Model, batches: Batches, key: int, correction: Mapping[str, np.ndarray]) -> float:
+        """Train the module, and return the mean loss of the steps; `correction` is SCAFFOLD's c - c_k by name, {} for none."""
         parameters = adapters.trainable(model)
-        away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in pull.items()}
+        away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in correction.items()}
         steps = Steps(list(parameters.values()), self, model.device)
         taken = batches.steps if self.steps else batches.epochs
         checkpoints, losses = by_layer(model.net) if self.checkpointing else nullcontext(), []
@@ -246,13 +246,13 @@ class Averaged(Trained):
         if not self.scaffold:
             arrays.clear()
         w, c_k = group(arrays), group(memory, "c/")
-        pull = {n: np.asarray(c.get(n, 0.0) - c_k.get(n, 0.0)) for n in w} if c or c_k else {}
-        loss = self.train(model, batches, key, pull)
+        correction = {n: np.asarray(c.get(n, 0.0) - c_k.get(n, 0.0)) for n in w} if c or c_k else {}
+        loss = self.train(model, batches, key, correction)
         sent = coded(adapters.export(model), self.wire)
         w_k = group(sent)
         adapters.load_(model, w_k)
         if self.scaffold:
-            variate = server_rules.control(c_k, c, w, w_k, self.walked(batches.n)[0])
+            variate = server_rules.client_variate(c_k, c, w, w_k, self.walked(batches.n)[0])
             if all(np.isfinite(v).all() for v in variate.values()):  # else the reply will be refused
                 memory.update({f"c/{n}": v.astype(np.float32) for n, v in variate.items()})
         return Payload(sent, {"n": batches.n, "loss": loss})
@@ -272,7 +272,7 @@ class Averaged(Trained):
             combined.add(float(n), w_k)
             if self.scaffold:
                 walked, _ = self.walked(reply.rows or n)
-                variates.add(1.0, server_rules.control({}, c, w, w_k, walked))  # c_k' - c_k
+                variates.add(1.0, server_rules.client_variate({}, c, w, w_k, walked))  # c_k' - c_k
                 seen.add(reply.client)
         if not combined.total:
             return state
@@ -306,7 +306,7 @@ class Averaged(Trained):
         """Return a device's work of training this module, with the state that its messages are counted by."""
         if module is None:
             return None
-        # FedProx's origins; SCAFFOLD's w, c, c_k and pull, and w and c as they came, where that is in fp16
+        # FedProx's origins; SCAFFOLD's w, c, c_k and correction, and w and c as they came, where that is in fp16
         kept = (self.mu > 0) + self.scaffold * (5 if self.wire == "fp16" else 4)
         return Footprint(
             "backward",

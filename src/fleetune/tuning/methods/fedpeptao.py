@@ -83,7 +83,7 @@ from fleetune.seeds.descent import uniforms
 from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import REPORTED, Payload, ReplySpec
-from fleetune.tuning.exchange.server_rules import Tensors, control
+from fleetune.tuning.exchange.server_rules import Tensors, client_variate
 from fleetune.tuning.methods import Reply, _adapter
 from fleetune.tuning.methods._adapter import NOTHING, rounded
 
@@ -253,7 +253,7 @@ class Method(_adapter.Trained):
             answered += 1
             n, sent = reply.payload.int("n"), reply.payload.arrays
             old = {x: state.c_k.get(f"{reply.client}/{x}", state.c[x]) for x in w}  # a new device starts at c
-            new = rounded(control(old, state.c, w, sent, self.walked(reply.rows or n)[0]))
+            new = rounded(client_variate(old, state.c, w, sent, self.walked(reply.rows or n)[0]))
             c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
             w_k.add(n, {x: sent[x] for x in w})
             mean.add(n, new)

@@ -42,8 +42,8 @@ from fleetune.tuning.prepare import estimate, rates
 from fleetune.tuning.prepare.estimate import Estimate
 from fleetune.tuning.prepare.rates import Search
 from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.defaults import settled
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.recipe.settled import settled
 from fleetune.tuning.rounds import fleets, rounds
 
 COVER: Final = "name every label word as the data has it (a comma in a word: \\,), or leave the option out"

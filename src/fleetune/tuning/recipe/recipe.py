@@ -27,8 +27,8 @@ from pydantic.fields import FieldInfo
 from fleetune.common import settings
 from fleetune.common.settings import Value
 from fleetune.common.shell import quoted
-from fleetune.data.examples import looks_like_model, looks_like_rows
 from fleetune.data.partition import RowsSpec
+from fleetune.data.read_rows import looks_like_model, looks_like_rows
 from fleetune.errors import RecipeError, UsageError, suggest
 from fleetune.models.cache.names import hub_of
 

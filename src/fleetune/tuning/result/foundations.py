@@ -22,9 +22,9 @@ from fleetune.errors import DataError, FleetuneError, RecipeError, StorageError,
 from fleetune.models.cache.cache import ORIGINS
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.recipe.defaults import options_of as all_options
+from fleetune.tuning.recipe.defaults import settled_options
 from fleetune.tuning.recipe.recipe import Recipe
-from fleetune.tuning.recipe.settled import options_of as all_options
-from fleetune.tuning.recipe.settled import settled_options
 from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.rounds.checkpoint import StandsOn
 

@@ -257,7 +257,7 @@ def lighter(kept: Sequence[Kept]) -> list[Kept]:
     found = []
     for kind in dict.fromkeys(k.kind for k in kept):
         same = [k for k in kept if k.kind == kind]
-        middle = median([k.reach for k in same], FEWEST - 1) * usual([k.n for k in same])
+        middle = usual_distance([k.reach for k in same], FEWEST - 1) * usual([k.n for k in same])
         for k in same:
             most = k.bound * middle / k.reach if k.n and k.reach else k.n
             found.append(k._replace(n=int(min(k.n, max(1.0, most)))))
@@ -273,9 +273,9 @@ def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]
     found = []
     for kind in dict.fromkeys(k.kind for k in kept):
         same = [k for k in kept if k.kind == kind]
-        middle = median([k.distance for k in same], fewest)
+        middle = usual_distance([k.distance for k in same], fewest)
         if fewest < FEWEST:
-            middle = min(middle, APART * median([k.distance for k in kept], fewest))
+            middle = min(middle, APART * usual_distance([k.distance for k in kept], fewest))
         for k in same:
             if not k.distance <= k.bound * middle:
                 times = f"{k.distance / middle:.3g} times as far as the median of the round"
@@ -293,6 +293,6 @@ def allowed(numbers: int) -> float:
     return FURTHEST * (1 + FEW / max(1, numbers))
 
 
-def median(distances: Sequence[float], fewest: int = FEWEST) -> float:
+def usual_distance(distances: Sequence[float], fewest: int = FEWEST) -> float:
     """Return the lower median of the distances that are not 0; infinity where fewer than `fewest` are."""
     return usual(distances) if sum(d > 0 for d in distances) >= fewest else math.inf

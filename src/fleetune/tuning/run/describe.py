@@ -33,7 +33,7 @@ from fleetune.seeds.scale_view import moved_tensors, scales_share
 from fleetune.tuning import methods
 from fleetune.tuning.methods import Method
 from fleetune.tuning.recipe import objects
-from fleetune.tuning.recipe.settled import given
+from fleetune.tuning.recipe.defaults import given
 from fleetune.tuning.result import foundations
 from fleetune.tuning.rounds import watch
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.settled import about_rule, for_devices
+from fleetune.tuning.recipe.defaults import about_rule, for_devices
 
 
 def served(devices: int, method: str, *, ruled: bool = False, **values: Any) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fleetune.common.shell import pip_install
 from fleetune.data import Example, read, read_text
-from fleetune.data.examples import row_of
+from fleetune.data.read_rows import row_of
 from fleetune.errors import DataError
 
 DOLLY = {"instruction": "Name a bird", "context": "", "response": "A wren", "category": "open_qa"}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write out what a recipe leaves open: every setting of its method, and the number of clients.
+"""Fill in the defaults that a recipe leaves open: settings of its method, the number of clients, and on real devices the rule.
 
-A run records the recipe so, and a later version with other defaults repeats it.
+A run records the complete recipe, so a later version with other defaults can repeat it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds.rounds import share_of
 
 # The first that fits: one liar of three leads clipped adapters, and of noisy slopes a median learns less (docs/safety.md)
-DEFENCES: Final = {"adapter": ("median", "norm-clip"), "ledger": ("norm-clip", "sign-vote")}
+DEFAULT_RULES: Final = {"adapter": ("median", "norm-clip"), "ledger": ("norm-clip", "sign-vote")}
 FOUND: Final = ("iid", "column:client")  # what `partition = auto` becomes
 
 
@@ -32,19 +32,21 @@ def settled(recipe: Recipe) -> Recipe:
 def for_devices(recipe: Recipe, devices: int, named: Collection[str]) -> Recipe:
     """Return the recipe as so many real devices run it, of whom some may lie; it names the options `named` itself.
 
-    Where it names no rule, it gets one of `DEFENCES`; a plain mean becomes one with bounded weights, since rows are what
+    Where it names no rule, it gets one of `DEFAULT_RULES`; a plain mean becomes one with bounded weights, since rows are what
     devices say.  Where it does not say what is kept, that is the best round: no liar makes the result worse than the start.
     """
-    rule = aggregation.parse(recipe.aggregation) if "aggregation" in named else defence(recipe, devices)[0]
+    rule = (
+        aggregation.parse(recipe.aggregation) if "aggregation" in named else default_rule(recipe, devices)[0]
+    )
     rule = aggregation.Rule(times=aggregation.ONCE) if rule == aggregation.MEAN else rule
     keep = recipe.keep if "keep" in named or not recipe.eval_every else "best"
     return dataclasses.replace(recipe, aggregation=rule.text, keep=keep)
 
 
-def defence(recipe: Recipe, devices: int) -> tuple[aggregation.Rule, str]:
-    """Return the first of `DEFENCES` that fits the method and so many devices; or the mean, and why none fits."""
+def default_rule(recipe: Recipe, devices: int) -> tuple[aggregation.Rule, str]:
+    """Return the first of `DEFAULT_RULES` that fits the method and so many devices; or the mean, and why none fits."""
     method, asked = methods.make(recipe.method, recipe.set), share_of(devices, recipe.participation)
-    names = DEFENCES[methods.entry(recipe.method).kind]
+    names = DEFAULT_RULES[methods.entry(recipe.method).kind]
     why = [method.rule_problem(aggregation.Rule(name), asked) for name in names]
     fitting = [name for name, problem in zip(names, why, strict=True) if not problem]
     return (aggregation.Rule(fitting[0]), "") if fitting else (aggregation.MEAN, why[0])
@@ -59,7 +61,7 @@ def about_rule(recipe: Recipe, count: int) -> str:
             "by rows (docs/safety.md)"
         )
     bound = "of any number" if rule == aggregation.MEAN else f"at most {rule.times:g} times the median's"
-    other, why = defence(recipe, count)
+    other, why = default_rule(recipe, count)
     more = f"no rule against liars fits: {why}" if why else f"where some may lie: --aggregation {other.text}"
     if len(methods.make(recipe.method, recipe.set).kind_names) > 1:
         more += "; a device that alone could back-propagate takes two-point steps"
