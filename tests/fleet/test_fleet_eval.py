@@ -196,7 +196,7 @@ def test_the_standard_error_is_that_of_devices_drawn_again() -> None:
     assert ratio(values.tolist(), equal)[1] == pytest.approx(values.std(ddof=1) / 3)
 
 
-def told(devices: list[tuple[int, float, float]]) -> list[DeviceEvaluated]:
+def claims(devices: list[tuple[int, float, float]]) -> list[DeviceEvaluated]:
     """What devices say of one row each: (tokens, loss of the base, loss of the result)."""
     one = {"name": "", "rows": 1, "digest": "", "status": "ok", "reason": ""}
     return [
@@ -206,7 +206,7 @@ def told(devices: list[tuple[int, float, float]]) -> list[DeviceEvaluated]:
 
 
 def test_the_mean_is_that_of_all_tokens() -> None:
-    each = told([(10, 3.0, 2.0), (30, 5.0, 6.0), (60, 1.0, 0.5)])
+    each = claims([(10, 3.0, 2.0), (30, 5.0, 6.0), (60, 1.0, 0.5)])
     lost = claimed(rows=0)
     done = mean("m", [*each, lost])
     assert (done.devices, done.asked, done.rows, done.tokens) == (3, 4, 3, 100)
@@ -230,7 +230,7 @@ def test_the_mean_is_that_of_all_tokens() -> None:
 def test_a_device_that_claims_all_tokens_neither_decides_nor_seems_certain(lie: float) -> None:
     """Three honest devices; a fourth says that it has 2^31 - 1 rows, and any loss."""
     honest = [(3400, 3.5, 3.1), (3600, 3.7, 3.3), (3500, 3.6, 3.0)]
-    each = told([*honest, ((2**31 - 1) * 64, 4.0, lie)])
+    each = claims([*honest, ((2**31 - 1) * 64, 4.0, lie)])
     done = mean("m", each)
     share = 4 * 3500 / (3400 + 3600 + 3500 + 4 * 3500)
     by_tokens = sum(w * t for w, _, t in honest) / sum(w for w, *_ in honest)
@@ -266,7 +266,7 @@ SAME = [(3000, loss, loss) for loss in (3.1, 3.3, 3.0)]  # of a plain model
     ],
 )
 def test_few_devices_that_decide_the_mean_are_seen(honest: list[Any], lies: list[Any], told: str) -> None:
-    said = disagreement(mean("m", told([*honest, *lies])))
+    said = disagreement(mean("m", claims([*honest, *lies])))
     assert said.startswith(told)
     assert bool(said) == bool(told)
 
