@@ -192,7 +192,7 @@ def a_trainer_states_what_it_takes(case: str, tmp: Path) -> None:
 
 def a_pruner_makes_a_smaller_model_the_same_each_time(case: str, tmp: Path) -> None:
     chosen = pruner(case)
-    chosen.check(whole(), 32, plain=False)
+    chosen.check(whole())
     assert chosen.disk(whole()) > 0
     small = pruned(case, tmp / "a", ignore, ignore)
     assert small.n_params < whole().n_params
