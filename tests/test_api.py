@@ -94,6 +94,18 @@ def test_the_public_names_are_these() -> None:
         fleetune.tuna  # noqa: B018
 
 
+def test_completion_shows_the_public_names_alone() -> None:
+    shown = {name for name in dir(fleetune) if not name.startswith("__")}
+    assert shown == {name for name in fleetune.__all__ if not name.startswith("__")}
+
+
+def test_a_setting_that_is_given_as_an_option_is_sent_to_its_place(at: Path) -> None:
+    with pytest.raises(errors.RecipeError, match="It is a setting of the method fedit") as error:
+        tune(method="fedit", lr=1e-4)
+    assert "settings={'lr': 0.0001}" in error.value.message
+    assert not Path("runs").exists()
+
+
 def test_importing_it_loads_nothing_heavy() -> None:
     script = "import sys, fleetune, fleetune.api.tuning, fleetune.api.deployment, fleetune.api.evaluation, fleetune.api.names; print([m for m in ('torch', 'transformers', 'numba') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -361,6 +373,25 @@ def test_numpy_numbers_are_numbers_and_other_objects_are_said(at: Path) -> None:
         tune(settings={"K": None})
     with pytest.raises(errors.RecipeError, match="settings are a dict"):
         tune(settings=["K=1"])
+
+
+def test_rows_to_validate_on_are_taken_as_objects() -> None:
+    held = [{"instruction": f"tell {i}", "response": f"{i}, then"} for i in range(5)]
+
+    class Held(Table):
+        def to_dict(self, orient: str) -> list[dict[str, str]]:
+            return held
+
+    lora: dict[str, Any] = {"method": "fedit", "settings": {"r": 2, "steps": 1}, "eval_rows": 5}
+    runs = [tune(data=ROWS, eval_data=given, **lora) for given in (held, Held(), iter(held))]
+    assert {run.done.rows for run in runs} == {5}
+    assert {json.dumps(run.done.base) for run in runs} == {json.dumps(runs[0].done.base)}
+    recipe = fleetune.open(runs[0]).recipe  # type: ignore[union-attr]
+    assert [json.loads(line) for line in Path(recipe.eval_data).read_text().splitlines()] == held
+    assert fleetune.tune(recipe).digest == runs[0].digest
+    assert fleetune.evaluate(runs[0])["loss"] == pytest.approx(runs[0].done.tuned["loss"])
+    grid = fleetune.sweep("tiny", ROWS, vary={"lr": [1e-3, 1e-2]}, eval_data=held, **FEW | lora)
+    assert {run.done.rows for run in grid.runs} == {5}
 
 
 class Broken(fleetune.Silent):

@@ -14,7 +14,6 @@ import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import SweepDone, SweepRun
-from fleetune.errors import FleetuneError, RecipeError
 from fleetune.models.net.model import Model
 from fleetune.runs import listener
 
@@ -133,23 +132,6 @@ def test_a_sweep_stops_goes_on_and_is_the_commands_sweep(
     assert capsys.readouterr().out.count('"skipped": true') == 2
     fleetune.resume_sweep(done, out=tmp_path, listener=(late := Log()))
     assert isinstance(late.events[-1], SweepDone)
-
-
-def test_a_sweep_says_what_cannot_vary_and_which_runs_failed(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="nothing called 'lrr' can vary"):
-        fleetune.sweep(place / "tiny", ROWS, vary={"lrr": [1, 2]}, out=tmp_path, **FEW)
-    assert fleetune.list_runs(tmp_path) == []
-    settings = {"tau": 1, "lr": 1e-4}
-    with pytest.raises(FleetuneError, match="1 of 2 runs failed"):
-        fleetune.sweep(
-            place / "tiny",
-            ROWS,
-            vary={"model": [str(place / "tiny"), "./gone"]},
-            settings=settings,
-            out=tmp_path,
-            **FEW,
-        )
-    assert len(fleetune.list_runs(tmp_path / "0001-sweep-grid")) == 1
 
 
 def test_finished_runs_are_listed_with_their_results(place: Path, tmp_path: Path) -> None:

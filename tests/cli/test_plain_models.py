@@ -18,7 +18,6 @@ import fleetune
 from fleetune import models
 from fleetune.api import tuning
 from fleetune.cli.main import main
-from fleetune.errors import UsageError
 
 FEW: dict[str, Any] = {
     "clients": 2,
@@ -99,17 +98,6 @@ def test_every_command_that_tunes_says_it(tmp_path: Path) -> None:
         ["plan", RUN],
     ):
         assert f"fleetune export {RUN} --to hf" in refused(*words), words
-
-
-def test_python_says_it_of_names_and_of_results() -> None:
-    (run,) = fleetune.list_runs()
-    for given in (run, RUN, Path(RUN), fleetune.open(RUN), "1"):
-        for verb in (fleetune.tune, fleetune.sweep):
-            with pytest.raises(UsageError, match="is a run: a change of its base") as told:
-                verb(given, "demo", method="fedit")
-            assert "--to hf" in str(told.value.hint)
-    with pytest.raises(UsageError, match="is a run"):
-        fleetune.tune(fleetune.Recipe(RUN, "demo", method="fedit"))
 
 
 def test_what_was_exported_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from fleetune.api import tuning
 from fleetune.cli.main import main
 from fleetune.common.sums import sha256
 from fleetune.deploy import harness
-from fleetune.errors import RecipeError, UsageError
 from fleetune.planning import plan as planning
 from fleetune.tuning.recipe import recipe as recipes
 
@@ -231,15 +230,3 @@ def test_what_is_wrong_beside_it_is_said_before_its_file_is_written(
 ) -> None:
     assert words in said("tune", CODES, "rows.jsonl", *flags("mezo"), *changed, code=2)
     assert not Path(FILE).exists()
-
-
-def test_what_else_is_no_plain_model_is_refused_as_ever(at: Path) -> None:
-    with pytest.raises(RecipeError, match="not for fedit"):
-        fleetune.tune(CODES, "rows.jsonl", method="fedit", train="scales", **FEW)
-    with pytest.raises(UsageError, match="is a compressed model"):
-        fleetune.tune(CODES, "rows.jsonl", method="mezo", **FEW)
-    Path(FILE).write_bytes(b"mine")
-    assert "is not what fleetune export --to gguf writes" in said(
-        "tune", CODES, "rows.jsonl", *flags("mezo"), code=2
-    )
-    assert Path(FILE).read_bytes() == b"mine"

@@ -57,20 +57,6 @@ def test_a_layer_that_is_read_twice_counts_twice() -> None:
         torch.testing.assert_close(H[name].double(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
 
 
-def test_hessians_of_more_than_a_strip_are_whole(tmp_path: Path) -> None:
-    model, spy, windows = models.tiny_llama(layers=1, hidden=160), Spy(), text(2, 12)
-    driver.run(model, spy, windows, tmp_path)
-    x = inputs_of(
-        model,
-        {"model.layers.0.self_attn.q_proj": linears_of(model)[0][1]["model.layers.0.self_attn.q_proj"]},
-        windows,
-    )
-    (inputs,) = x.values()
-    assert spy.seen[0].shape == (160, 160)
-    torch.testing.assert_close(spy.seen[0].double(), 2 * inputs.T @ inputs, rtol=1e-4, atol=1e-3)
-    assert all(torch.equal(H, H.T) for H in spy.seen)
-
-
 def test_layers_that_read_one_tensor_share_a_hessian(tmp_path: Path) -> None:
     model = models.tiny_llama()
     _, linears = linears_of(model)[0]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +125,6 @@ def asked_to_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def run_of(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Tune a model for a round: its held-out rows fill no window of 128."""
-    Path("rows.jsonl").write_text("".join(f'{{"prompt": "say {n}", "response": "so"}}\n' for n in range(8)))
-    flags = ("--method", "fedkseed", "--set", "K=4", "--set", "tau=1", "--set", "lr=1e-4", "--clients", "2")
-    code, _, err = call(capsys, "tune", model, "rows.jsonl", *flags, "--rounds", "1", "--held-out", "4")
-    assert code == 0, err
-
-
 def test_a_dry_run_writes_no_text_and_says_the_same_of_it(
     model: str, at: Path, capsys: pytest.CaptureFixture[str], asked_to_write: list[int]
 ) -> None:
@@ -148,18 +139,6 @@ def test_a_dry_run_writes_no_text_and_says_the_same_of_it(
     assert asked_to_write == [6]
     planned = human_bytes(next(event["planned"] for event in events if event["event"] == "start"))
     assert checked["memory"] == f"about {planned}"
-    asked_to_write.clear()
-    run_of(model, capsys)
-    code, (of_run,), err = call(capsys, "compress", "latest", "--length", "128", "--dry-run")
-    assert code == 0, err
-    assert "the model would write 12 windows of text: 4 of them are measured on" in err
-    assert of_run["text"].startswith("8 windows that the run's model would write · 8 windows of 128 tokens")
-    assert asked_to_write == []
-    code, events, err = call(capsys, "compress", "latest", "--length", "128")
-    assert code == 0, err
-    assert asked_to_write == [12]
-    planned = human_bytes(next(event["planned"] for event in events if event["event"] == "start"))
-    assert of_run["memory"] == f"about {planned}"
 
 
 def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(
@@ -175,16 +154,10 @@ def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(
     assert list(parts.glob("block-*"))
     monkeypatch.undo()
     monkeypatch.chdir(at)
-    shutil.copytree(at / "runs" / "0002-qronos-tiny", at / "runs" / "0003-qronos-tiny")
     chosen = told(events)
     code, events, err = call(capsys, "compress", "--resume", "2")
     assert code == 0, err
     assert told(events)["kinds"] == chosen["kinds"]
-    assert events[-1]["digest"] == whole
-    (at / "runs" / "0003-qronos-tiny" / "parts" / budget.FILE).write_bytes(b"damaged")
-    code, events, err = call(capsys, "compress", "--resume", "3")
-    assert code == 0, err
-    assert "it is made again, and the blocks are solved again" in err
     assert events[-1]["digest"] == whole
 
 

@@ -10,15 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_harness import LORA, call, pulled_after, tuned
+from command_harness import LORA, call, tuned
 
 from fleetune import models
-from fleetune.cli.main import main
 from fleetune.data.encode import encode_all
-from fleetune.evaluation import kl_divergence
 from fleetune.evaluation.losses import text_rows
 from fleetune.models import Model
-from fleetune.runs.compression_folder import LOGITS
 from fleetune.subject import Compressed
 from fleetune.tuning.result import finished
 
@@ -110,47 +107,7 @@ def test_a_run_is_compared_on_the_rows_that_it_was_not_calibrated_on(
     assert seen[-1]["base_loss"] > 0
 
 
-def test_ctrl_c_leaves_no_logits_and_a_resumed_compression_states_the_same(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, told, _ = call(capsys, "compress", tiny, *RTN, *TEXT)
-    with monkeypatch.context() as patch:
-        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(9))
-        assert call(capsys, "compress", tiny, *RTN, *TEXT)[0] == 130
-    folder = sorted((at / "runs").iterdir())[-1]
-    assert not (folder / LOGITS).exists()
-    (folder / LOGITS).write_bytes(b"what a kill left")
-    code, again, err = call(capsys, "compress", "--resume", str(folder))
-    assert code == 0, err
-    assert again[-1]["after"] == told[-1]["after"]
-    assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
-    (folder / LOGITS).write_bytes(b"what a copy of a killed one brought")
-    assert call(capsys, "compress", "--resume", str(folder))[0] == 0
-    assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
-
-
 # --- eval ---------------------------------------------------------------------------------------------------
-
-
-def test_a_model_is_compared_with_a_reference_on_a_text(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kl_divergence, "ROOM", 4 * 264 * 100)  # the first 100 tokens
-    assert call(capsys, "compress", tiny, *RTN, *TEXT)[0] == 0
-    asked = ["--reference", tiny, "--tasks", "perplexity", "--text", "text.txt", "--device", "cpu"]
-    code, told, err = call(capsys, "eval", "1", *asked)
-    assert code == 0, err
-    (folder,) = (at / "runs").iterdir()
-    after = json.loads((folder / "compress.json").read_text())["result"]["after"]
-    assert after["kl_tokens"] == 100
-    assert {name: told[-1][name] for name in NAMES} == {name: after[name] for name in NAMES}
-    assert f"{tiny} is the reference: 100 tokens, 106 kB of logits" in err
-    assert main(["eval", "1", *asked]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.split()[:3] == ["kl_divergence,", "100", "tokens"] and "±" in line for line in lines)
-    assert any(line.split()[:3] == ["same_top,", "100", "tokens"] and line.endswith(" %") for line in lines)
-    code, told, _ = call(capsys, "eval", tiny, *asked)
-    assert (told[-1]["kl_divergence"], told[-1]["same_top"]) == (0.0, 100.0)
 
 
 def other_tokens(at: Path) -> str:

@@ -109,12 +109,6 @@ def test_the_smallest_of_each_must_fit() -> None:
         solve_budget(table, 8)
 
 
-def test_a_step_that_does_not_fit_leaves_its_bytes_to_others() -> None:
-    table = {"large": [Option(A, 1, 9.0), Option(A, 9, 0.0)], "small": [Option(A, 1, 1.0), Option(A, 3, 0.0)]}
-    chosen = solve_budget(table, 5)
-    assert (chosen["large"].bytes, chosen["small"].bytes) == (1, 3)
-
-
 def test_bytes_of_a_candidate_are_a_multiple_of_32() -> None:
     assert Candidate("iq4_nl", 4, "IQ4_NL").bytes(3, 64) == 128  # 108
 

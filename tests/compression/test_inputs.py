@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_harness import call, tuned
 
 from fleetune import models
 from fleetune.common.display import counted
@@ -76,27 +75,6 @@ def test_where_the_rows_fill_no_window_all_are_written(tokens: int, count: int, 
     filled, _ = inputs.of_run(asked(count), inputs_of(LENGTH), notes)
     assert torch.equal(filled[0], torch.arange(LENGTH)), "just one window"
     assert not any("a window needs" in note for note in notes.notes)
-
-
-def test_the_table_has_the_second_figure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
-    tuned(capsys, "tiny")
-    small = ["--windows", "8", "--length", "16", "--set", "group=8", "--set", "bits=2"]
-    code, events, err = call(capsys, "compress", "latest", *small)
-    assert code == 0, err
-    assert "4 windows, and 4 that its model wrote" in err
-    done = events[-1]
-    assert list(done["before"]) == ["loss", "own_perplexity"]
-    assert list(done["after"])[:3] == ["loss", "own_perplexity", "kl_divergence"]
-    assert done["before"]["own_perplexity"] != done["after"]["own_perplexity"]
-    _, again, _ = call(capsys, "compress", "1", *small)
-    assert (again[-1]["digest"], again[-1]["after"]) == (done["digest"], done["after"])
-    code, events, _ = call(capsys, "compress", "1", "--method", "rtn", "--set", "group=8")
-    assert list(events[-1]["before"]) == ["loss"]  # it is not calibrated, so nothing is to be watched
 
 
 def test_a_client_with_too_little_text_is_left_out() -> None:

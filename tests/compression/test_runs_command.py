@@ -18,7 +18,6 @@ from command_harness import QUICK, ZEROTH, call
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.compression.jobs import solve as layerwise
 from fleetune.runs import rundir
 
 RTN = ["--method", "rtn", "--set", "group=8"]
@@ -164,24 +163,3 @@ def test_a_compression_in_use_is_left_alone(tiny: str, at: Path, capsys: pytest.
     assert sorted(p.name for p in folder.rglob("*")) == before, "the lock that the kill left is gone"
     assert call(capsys, "runs", "rm", "1")[0] == 0
     assert not folder.exists()
-
-
-def test_a_compression_is_held_while_it_is_made(
-    tiny: str, made: Path, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """New or gone on with: nobody else gets in until it is done."""
-    real, seen = layerwise.solve, list[bool]()
-
-    def solve(*args: object) -> object:
-        seen.append(True)
-        with pytest.raises(Exception, match="in use by another process"), rundir.locked(args[2]):  # type: ignore[arg-type]
-            pass
-        return real(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(layerwise, "solve", solve)
-    code, _, err = call(capsys, "compress", tiny, *RTN)
-    assert code == 0, err
-    shutil.rmtree("runs/0001-rtn-tiny/model")
-    code, _, err = call(capsys, "compress", "--resume", "1")
-    assert code == 0, err
-    assert len(seen) == 2

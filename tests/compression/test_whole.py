@@ -141,29 +141,6 @@ def test_a_model_is_pruned_trained_quantised_and_exported(
     ]
 
 
-def test_either_dash_text_and_no_recovery(
-    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = ["compress", tiny["llama"], *PRUNER, "--set", "first=0", "--set", "last=0", "--text", "text.txt"]
-    code, done, err = call(capsys, *args, "--set", "recover=none")
-    assert code == 0, err
-    assert [e["event"] for e in done] == ["start", "pruned", "done"]
-    assert done[1]["widths"][0] == {
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "intermediate_size": 28,
-    }
-    under = ["--method", "llm_pruner"]
-    code, again, err = call(capsys, *args, "--set", "recover=none", *under)
-    assert code == 0, err
-    assert again[-1]["digest"] == done[-1]["digest"]
-    assert again[-1]["folder"] == "runs/0002-llm-pruner-llama"
-    code, trained, err = call(capsys, *args, *FEW)
-    assert code == 0, err
-    assert [e["step"] for e in trained if e["event"] == "step"] == [1, 2, 3, 4]
-    assert trained[-1]["digest"] != done[-1]["digest"]
-
-
 @pytest.mark.faults
 def test_a_killed_one_goes_on(tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed without a word after its third step: the kept steps are not done again."""

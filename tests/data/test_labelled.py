@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from tables import write
 
 from fleetune import models
 from fleetune.data import Example, read
@@ -18,19 +15,6 @@ from fleetune.data.encode import collate, encode_rows, encode_texts, positions
 from fleetune.errors import DataError
 
 QNLI = {"question": "Who?", "sentence": "It was she.", "label": "entailment"}
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 # ---------------------------------------------------------------- which form

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
@@ -12,11 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from tables import DOLLY, write
 
 from fleetune import data
 from fleetune.data import partition, read
@@ -68,32 +66,6 @@ def test_a_methods_usual_clients_follow_the_rows(tmp_path: Path, rows: int, usua
     asked = partition.split(partition.RowsSpec(str(file), clients=20), usual)
     assert (len(asked.clients), asked.notes) == (20, ())
     assert methods.entry("fwdllm").clients == 100
-
-
-DOLLY = {"instruction": "Name a bird", "context": "", "response": "A wren", "category": "open_qa"}
-
-
-def jsonl(*rows: object) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    """The rows in the file type of the suffix."""
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        path.write_bytes(
-            jsonl(*rows) if path.suffix.lower() == ".jsonl" else json.dumps(rows, indent=1).encode()
-        )
-    return str(path)
-
-
-GOOD = jsonl(DOLLY)
 
 
 @pytest.fixture

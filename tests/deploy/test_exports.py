@@ -32,8 +32,9 @@ def test_damaged_weights_are_said(tmp_path: Path) -> None:
         export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
 
 
-@pytest.mark.parametrize(("to", "module"), [("gguf", gguf), ("hf", hf)])
-@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize(
+    ("to", "module", "links"), [("gguf", gguf, True), ("gguf", gguf, False), ("hf", hf, True)]
+)
 def test_of_two_exports_into_one_place_one_is_refused(
     to: str, module: ModuleType, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

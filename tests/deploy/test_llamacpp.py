@@ -87,19 +87,6 @@ def test_steps_write_torch_s_greedy_continuation(made: tuple[Model, Path]) -> No
 
 
 @needs_engine
-def test_its_process_carries_no_torch(made: tuple[Model, Path]) -> None:
-    model, file = made
-    found = harness.measured(
-        harness.MeasureJob("gguf", str(file), 1, prompt=8, generate=2, repeats=1, rows=rows()[:3])
-    )
-    assert found.peak_rss < 120e6  # torch alone is more
-    ours = response_loss(model, [Encoded(np.asarray(ids, np.int32), k) for ids, k in rows()[:3]])
-    assert found.values == {"loss": pytest.approx(ours, rel=1e-3)}
-    assert found.generate is not None
-    assert found.generate > 0
-
-
-@needs_engine
 def test_a_file_that_is_none_and_a_row_beyond_the_room_are_refused(
     made: tuple[Model, Path], tmp_path: Path
 ) -> None:

@@ -11,11 +11,9 @@ import pytest
 import torch
 from deploy_harness import compressed, tiny
 
-import fleetune
 from fleetune import models
 from fleetune.data import Encoded
 from fleetune.deploy.export import write as export
-from fleetune.errors import RecipeError
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.lazy import weights_of
 from fleetune.tuning import methods
@@ -77,19 +75,3 @@ def test_replies_are_the_same_bytes(kind: str, file: Path) -> None:
         losses.append(response_loss(model, ROWS))
     assert sent[0] == sent[1]
     assert losses[0] == losses[1]
-
-
-def test_a_run_goes_on_where_the_base_is_elsewhere_to_the_same_bits(file: Path, tmp_path: Path) -> None:
-    few: dict[str, Any] = {
-        "clients": 2,
-        "samples": 0,
-        "client_rows": 0,
-        "held_out": 4,
-        "settings": {"lr": 1e-3, "steps": 2},
-    }
-    rows = [{"prompt": f"say {i}", "response": f"it is {i}"} for i in range(24)]
-    whole = fleetune.tune(str(file), rows, method="fedit", rounds=2, base="memory", out=tmp_path / "a", **few)
-    half = fleetune.tune(str(file), rows, method="fedit", rounds=1, base="memory", out=tmp_path / "b", **few)
-    with pytest.raises(RecipeError, match="base = 'disk' is none of auto, memory, mapped"):
-        fleetune.resume_run(half, rounds=2, base="disk")
-    assert fleetune.resume_run(half, rounds=2, base="mapped").done.digest == whole.done.digest

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
 import importlib.util
@@ -159,3 +160,31 @@ def test_what_a_layer_holds_exists(layer: dict):
     for names, _ in layer.get("holds", ()):
         for name in names.split(", "):
             assert (ROOT / "src" / "fleetune" / layer["name"] / name).exists(), name
+
+
+def _defined(file: Path) -> set[str]:
+    """The functions, classes, methods (`Class.method`) and constants of a module."""
+    top = ast.parse(file.read_text(encoding="utf-8")).body
+    inside = [(f"{c.name}.", node) for c in top if isinstance(c, ast.ClassDef) for node in c.body]
+    names = {prefix + n.name for prefix, n in [*(("", n) for n in top), *inside] if hasattr(n, "name")}
+    targets = [t for n in top if isinstance(n, ast.Assign | ast.AnnAssign) for t in ast.walk(n)]
+    return names | {t.id for t in targets if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)}
+
+
+def test_where_is_what_names_what_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    places = text.partition("## Where is what")[2].partition("\n## ")[0]
+    found = re.findall(r"`([\w/]+\.py)`((?:(?:: |, )`[\w.]+`)*)", places)
+    assert len(found) > 40
+    for file, names in found:
+        defined = _defined(ROOT / "src" / "fleetune" / file)
+        assert not set(re.findall(r"`([\w.]+)`", names)) - defined, file
+
+
+def test_every_file_that_a_docstring_names_exists():
+    places = [ROOT / folder for folder in ("src", "tests", "benchmarks", "docs")]
+    everything = [p.relative_to(ROOT).as_posix() for place in places for p in place.rglob("*.py")]
+    ends = {file.split("/", start)[-1] for file in everything for start in range(file.count("/") + 1)}
+    for file in everything:
+        named = re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", (ROOT / file).read_text(encoding="utf-8"))
+        assert set(named) <= ends, file

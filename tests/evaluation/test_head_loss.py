@@ -114,18 +114,6 @@ def test_logits_of_minus_infinity_are_harmless(few: int, pieces: tuple[int, int]
     torch.testing.assert_close(rows.grad.double(), gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_what_others_hook_to_a_head_takes_part(pieces: tuple[int, int]) -> None:
-    head, rows, targets, weights = made()
-    head.register_forward_hook(lambda module, args, out: 1.5 * out)
-    (head_nll(head, rows, targets, V) * weights).sum().backward()
-    scaled, plain, *_ = made()
-    scaled.weight.mul_(1.5)
-    scaled.bias.mul_(1.5)
-    _, gradient = by_formula(scaled, plain, targets, weights)
-    assert rows.grad is not None
-    torch.testing.assert_close(rows.grad.double(), gradient, rtol=1e-5, atol=1e-6)
-
-
 # ---------------------------------------------------------------- logits that a model changes after its head
 
 each_change = pytest.mark.parametrize(

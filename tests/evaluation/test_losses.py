@@ -187,13 +187,6 @@ def test_a_soft_prompt_moves_the_positions(monkeypatch: pytest.MonkeyPatch) -> N
 TEXT = "the river runs past the old stone mill, and the wind turns its wheel at night"
 
 
-def test_perplexity_of_one_window_is_the_one_shot_value(tiny: Model) -> None:
-    ids = np.array(tiny.tokenizer(TEXT)["input_ids"])
-    losses = [loss for _, loss in by_hand(tiny.net, collate([Encoded(ids.astype(np.int32), 1)], 257))]
-    assert len(losses) == len(ids) - 1
-    assert perplexity(tiny, [TEXT]) == pytest.approx(math.exp(np.mean(losses)), rel=1e-6)
-
-
 @pytest.mark.parametrize(("window", "stride"), [(16, 8), (16, 5), (9, 1), (20, 19), (500, 3)])
 def test_strided_perplexity_follows_the_guide(tiny: Model, window: int, stride: int) -> None:
     ids = torch.tensor([tiny.tokenizer(TEXT)["input_ids"]])
@@ -268,22 +261,6 @@ def test_a_streamed_head_has_the_same_losses(
     same_losses(model.net, batch)
     view.remove()
     same_losses(model.net, batch)
-
-
-def test_a_streamed_head_computes_its_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = tiny_llama(seed=3), odd_batch()
-    monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB)  # one token a time, were it not for the stream
-    view, asked, piece = _viewed(model), list[tuple[str, int, int]](), View.piece
-    monkeypatch.setattr(
-        View, "piece", lambda self, slot, *at: asked.append((slot.name, *at[:2])) or piece(self, slot, *at)
-    )
-    with eval_mode(model.net):
-        token_losses(model.net, batch)
-    view.remove()
-    head = model.net.lm_head.weight
-    assert (
-        asked.count(("lm_head.weight", 0, head.numel())) == 2
-    )  # as the embedding, a small table, and as the head
 
 
 def test_nothing_to_score_is_refused(tiny: Model) -> None:

@@ -246,27 +246,6 @@ def test_each_step_starts_where_the_last_one_ended(view: View) -> None:
     assert seen == want
 
 
-def test_descent_descends(tiny: Model, view: View) -> None:
-    """Fails for a wrong sign or size anywhere between the loss and the replay.
-
-    On a bowl, the mean of (w - 0.3)^2, a move of t along z changes the loss by g t + t^2 exactly.
-    """
-    slopes = []
-
-    def bowl() -> float:
-        return sum(float((t.double() - 0.3).square().sum()) for _, t in view.tensors()) / tiny.n_params
-
-    def to_units(step: int, g: float) -> int:
-        slopes.append(g)
-        return round(-0.4 * g / GRID)
-
-    start = bowl()
-    taken, _ = walk(view, bowl, steps=12, eps=1e-2, to_units=to_units)
-    assert start - bowl() == pytest.approx((0.4 - 0.4**2) * sum(g * g for g in slopes), rel=0.01)
-    assert start - bowl() > 2e-5
-    assert taken.loss == pytest.approx(start, rel=0.02)
-
-
 # --- a gradient along the pool ------------------------------------------------------------------------------
 
 

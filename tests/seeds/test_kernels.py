@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -177,21 +176,6 @@ def test_each_way_through_the_kernel(kernels: ModuleType, dtype: torch.dtype, K:
                 id, table = noise.probe(law, K, probed)
                 probe = id, table * np.float32(0.37)
                 check(kernels, weights(4, n, dtype), start, 5, passes, 1e-2, probe, threads=3, block=TILE)
-
-
-@each_backend
-@pytest.mark.parametrize("law", ["rademacher", "hashed"])
-def test_pieces_of_a_tensor_equal_the_whole(kernels: ModuleType, law: str) -> None:
-    K = 64 if law == noise.POOL else 1
-    passes = noise.passes(law, K, [1, 2 << 32 | 3, 5], [3, -4, 9])
-    id, table = noise.probe(law, K, 5)
-    probe = id, table.astype(np.float32) * np.float32(0.01)
-    base = weights(1, 30_000, torch.float32)
-    whole, parts = torch.empty_like(base), torch.empty_like(base)
-    kernels.sweep(whole, base, 700, 99, passes, 1e-3, probe)
-    for lo, hi in itertools.pairwise([0, 1, 576, 4096, 9000, 9001, 29_999, 30_000]):
-        kernels.sweep(parts[lo:hi], base[lo:hi], 700 + lo, 99, passes, 1e-3, probe)
-    assert torch.equal(whole, parts)
 
 
 @pytest.mark.parametrize("gaussian", [False, True])

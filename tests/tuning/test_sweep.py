@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from fleetune import models, report
-from fleetune import recipes as named_recipes
 from fleetune.cli.main import main
 from fleetune.errors import RecipeError
 from fleetune.report import sweep as summary
@@ -185,21 +184,6 @@ def test_a_dry_run_lists_the_runs_and_leaves_nothing(at, capsys):
     assert "0004-k-16-seed-6" in out
     assert "4 runs" in err
     assert not (at / "runs").exists()
-
-
-@pytest.mark.parametrize("name", ["case_study", "case_study_small"])
-def test_the_case_studies_can_be_run(name):
-    grid = sweep.make_grid(recipe.read(named_recipes.find(f"recipe:{name}")))
-    assert [a.name for a in grid.axes] == ["alpha", "K"]
-    assert grid.axes[0].values == (0.5, 1.0, 1.5, 2.0, 2.5)
-    for point in grid.points:
-        prepare.check(point.recipe)
-        assert (point.recipe.clients, point.recipe.participation, point.recipe.set["batch_size"]) == (
-            200,
-            0.05,
-            1,
-        )
-        assert point.recipe.rouge_rows > 0
 
 
 # Doing them ---------------------------------------------------------------------------------------

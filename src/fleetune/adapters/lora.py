@@ -288,8 +288,8 @@ class DroppedLinear(nn.Linear):
     Until backward one byte a number is kept: the input x and which numbers stayed, not x * noise and the noise.  PEFT computes
     A (x * noise), for which autograd keeps x * noise and the noise: 8 bytes a number, of every layer apart.  x is one array for
     all layers that read it.  Backward multiplies again, so values and gradients are the same, bit for bit, also in
-    `torch.autocast`.  What is dropped is what `F.dropout` would drop, where the input is contiguous: of another one torch draws
-    in the order of its memory.
+    `torch.autocast`.  It drops the numbers that `F.dropout` would drop from a contiguous input; for another input, torch draws
+    in memory order.
     """
 
     share: float  # of the input's numbers that are dropped

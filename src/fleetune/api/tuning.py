@@ -69,7 +69,7 @@ def check_plain(name: str, out: Path, train: str = "weights") -> None:
 
 
 def compressed_of(name: str, train: str, out: Path) -> Compressed | None:
-    """Return the compressed model that a name means where `train` is scales, which it has; None for any other."""
+    """Return the compressed model of this name whose scales can be trained (`train` = scales); None for anything else."""
     if train != "scales":
         return None
     found = subjects.open(name, out)
@@ -81,8 +81,8 @@ def compressed_of(name: str, train: str, out: Path) -> Compressed | None:
 def with_file(recipe: Recipe, out: Path, note: Callable[[str], None]) -> Recipe:
     """Return a recipe that trains scales of a compressed model with its GGUF file as the model; others as they are.
 
-    The file is written unless it is there, and `note` is told.  RecipeError, before that, for what needs neither model nor
-    data to be seen to be wrong; UsageError as in `tunable_file.of`.
+    The file is written unless it is there, and `note` is told.  First, RecipeError for mistakes that show without model and
+    data; UsageError as in `tunable_file.of`.
     """
     if (found := compressed_of(recipe.model, recipes.trained(recipe), out)) is None:
         return recipe
@@ -119,12 +119,11 @@ def plan(
 ) -> Plan:
     """Return memory, traffic and time of every method for one device and one round, before any work.
 
-    `ram` is the device's memory (4GB, or bytes), `uplink` its upload speed (1Mbps, or bytes a second); without them
-    the plan does not say what fits, or how long sending takes.  A round is `steps` local steps of `batch` rows (None: 8) of
-    `length` tokens (None: 512), with weights in `dtype` (None: fp32), in
-    memory or mapped (`base`, None: memory).  With `train` scales the methods are those that tune the scales of a GGUF
-    file (the base is mapped), and the model may be a compressed one, of which no file is written; ModelError for a model
-    that has none.
+    `ram` is the device's memory (4GB, or bytes), `uplink` its upload speed (1Mbps, or bytes a second); without them, the plan
+    states neither what fits nor how long sending takes.  A round is `steps` local steps of `batch` rows (None: 8) of `length`
+    tokens (None: 512), with weights in `dtype` (None: fp32), in memory or mapped (`base`, None: memory).  With `train` scales
+    the methods are those that tune the scales of a GGUF file (the base is mapped), and the model may be a compressed one, of
+    which no file is written; ModelError for a model that has none.
 
     `Plan.settings` finds the method to begin with and what makes it fit `ram`: a `batch`, `length` or `dtype` that is None
     may become smaller and a `base` mapped, one that is given stays.  `Settings.options` are the arguments for `tune`:

@@ -78,7 +78,8 @@ def _group_limits(process: Path, groups: Path) -> Iterator[int]:
 def _address_space(process: Path) -> int:
     """Return the bytes that the limit on addresses (`ulimit -v`) leaves for memory; 0 where there is none.
 
-    Libraries and stacks of threads take more addresses than memory.  What is mapped now and not in memory is not to be had.
+    Libraries and stacks of threads take more addresses than memory.  Addresses that are mapped but not in memory are
+    unavailable.
     """
     try:
         import resource
@@ -141,8 +142,8 @@ def return_large_pieces() -> None:
     By itself glibc raises its limit to the largest piece freed so far, up to 32 MB, and keeps what is below it. Activations of
     many tokens then leave holes that others do not fit: a llama of 1.07 B weights took 0.2 GB more for 16 x 64 tokens.
 
-    Limits that the user has set in the environment stay.  What it keeps at the end of the heap is set as well: with the one
-    limit set, glibc leaves the other at 128 kB, and smaller pieces go back and forth too, which takes time.
+    Limits that the user has set in the environment stay.  The limit for the end of the heap is set as well: with only one
+    limit set, glibc leaves the other at 128 kB and returns smaller pieces again and again, which takes time.
     """
     if any(name in os.environ for name in OWN_LIMITS):
         return

@@ -2,8 +2,8 @@
 """State the SHA-256 of a folder's files in `SHA256SUMS` when they are finished, and compare them where they are used.
 
 The file is that of coreutils: `sha256sum -c SHA256SUMS` reads it.  README.md is left out: people write in it.  A folder
-without such a file states nothing and is taken as it is.  What writes one: a finished run (of its record and its result), an
-adapter, a compressed model, and a model that is put into the cache.
+without such a file is accepted unchecked.  These have one: a finished run (for its record and its result), an adapter, a
+compressed model, and a model in the cache.
 """
 
 from __future__ import annotations

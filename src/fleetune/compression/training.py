@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train in AdamW steps with a learning-rate schedule, gradient clipping, and checkpoints to resume from bit for bit.
 
-What a stopped compression resumes from is in safetensors files with a checksum, so that a damaged one is not taken.
+A stopped compression resumes from safetensors files with a checksum, so a damaged file is not used.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ class Encoded:
 class Batch(NamedTuple):
     """Rows padded on the right to the longest: int64 [B, T] each; `labels` is -100 where there is no loss.
 
-    Of rows for an encoder `labels` is the index of each row's label word, int64 [B], and `token_type_ids`
-    tells the texts of a pair apart, where the tokenizer does.
+    For an encoder, `labels` holds the index of each row's label word, int64 [B], and `token_type_ids` tells the texts of a
+    pair apart, where the tokenizer does.
     """
 
     input_ids: torch.Tensor
@@ -376,7 +376,7 @@ def _close(
 ) -> tuple[list[int], bool]:
     """Return the answer with one end-of-turn token as its last, and whether it has any other token.
 
-    What a template writes after that token (a line break, a second end) is cut; where it writes none, the
+    Anything that a template writes after that token (a line break, a second end) is cut.  If it writes no such token, the
     end-of-text token is added, if the tokenizer has one.
     """
     text_end = len(answer)
@@ -531,7 +531,7 @@ def _target(example: Example, labels: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """What of some encoded rows did not fit."""
+    """How many rows were cut, and where."""
 
     rows: int  # all rows
     longer: int  # rows that are cut

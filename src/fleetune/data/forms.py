@@ -21,9 +21,9 @@ The answer of a labelled row is its label, as text; QNLI's are "yes" (entailment
 can write too.  An encoder reads the texts themselves, a causal model a question about them (`LABELLED`).  The
 label stays among the row's fields, so that a partition can use it (dirichlet:0.5:label).
 
-Of a conversation, a turn of a tool is left out and counted, and so are the call in an assistant's turn and parts that are
-not text; where that leaves the assistant speaking twice, the two turns become one.  A conversation that lost turns ends
-with the last text of the assistant that answers a user; where there is none, the row is left out.
+Turns of tools, tool calls in an assistant's turn and parts that are not text are left out and counted; if the assistant then
+speaks twice in a row, the two turns become one.  A conversation that lost turns ends with the assistant's last answer to a
+user; without one, the row is left out.
 
 Columns may be read under other names, `prompt=question,response=answer`: on the left a field of a form, on the right the
 column that holds it.  A form without all names on the left is not considered.  `client` may be named beside any form: its
@@ -150,7 +150,7 @@ Turns = tuple[tuple[tuple[str, str], ...], str]  # the turns before the answer, 
 def conversation(fields: Mapping[str, object], form: str, left_out: Counter[str]) -> Turns | None:
     """Return the turns of a ShareGPT or chat-messages row; None where no answer in text is left.
 
-    What is left out is counted in `left_out`, by a name in the plural.
+    `left_out` counts what is left out, by plural name.
     """
     key, speaker, says = CHATS[form]
     turns = fields.get(key)

@@ -16,9 +16,9 @@ Kept gain: with base b, tuned t and both compressed the same way, cb and ct, on 
 
     kept = (ct - cb) / (t - b)
 
-which is 1 when compression loses nothing of the gain from tuning, whether lower or higher is better.  Of the loss, gain and
-kept gain are ratios of sums over the same rows, so their standard errors are known (`common/paired.py`); where the gain is
-within noise, there is no share of it to speak of.
+which is 1 when compression loses nothing of the gain from tuning, whether lower or higher is better.  For the loss, gain and
+kept gain are ratios of sums over the same rows, so their standard errors are known (`common/paired.py`).  If the gain is
+within noise, its kept share means nothing.
 """
 
 from __future__ import annotations

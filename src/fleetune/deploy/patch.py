@@ -9,8 +9,8 @@ and where the blocks lie.  It carries one of two things:
     changes    the differences of the scales' bits modulo 2^16, compressed (zlib): megabytes; the device only copies
 
 Applying needs numpy, no torch, and a few MB beside the patch.  The file is checked before and after, written beside the old one
-and renamed into its place, so at any instant there is the old file or the new one.  A patch says what it makes; who made it it
-does not say: get it from where you get models.
+and renamed into its place, so at any instant there is the old file or the new one.  A patch states what it produces, but not
+who made it: get it from where you get models.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Say what a way between server and devices can do, and read the answers that come by it.
 
-There are two: the server's own door (`flower/gate.py`), and the Grid of a Flower that is there already
+There are two: the server's own door (`door.py`), and the Grid of a Flower that is there already
 (`flower/server_app.py`).
 """
 
@@ -131,7 +131,8 @@ class Mail:
     def answer(self, device: str, number: str, piece: bytes, *, last: bool = True) -> None:
         """Take a piece of a device's answer.
 
-        What answers no order of this device is thrown away; what is too large is `TOO_LARGE`; without a byte, it is a lost one.
+        An answer to no order of this device is thrown away; one that is too large becomes `TOO_LARGE`; an empty one counts as
+        lost.
         """
         with self._lock:
             order = self._open.get(number)

@@ -18,8 +18,8 @@ method sends travel inside, as they would in a simulated fleet, so that traffic 
 Each order holds a number of its own that its answer repeats: an answer is bound to one order, and that to one device,
 run and round.
 
-What both sides believe of each other stands in the fields of these classes: pydantic refuses every other type, size and
-name (MessageError).  A device's reasons are codes (`WORDS`).
+The fields of these classes are all that the two sides accept from each other: pydantic refuses any other type, size or name
+(MessageError).  A device's reasons are codes (`WORDS`).
 """
 
 from __future__ import annotations
@@ -114,12 +114,12 @@ class Job:
 
     @property
     def reading(self) -> str:
-        """What decides which tokens and targets rows become: the server's choice, the same throughout a run."""
+        """The choices of the server, the same throughout a run, that decide how rows become tokens and targets."""
         return json.dumps([self.base, self.dtype, self.max_length, self.labels])
 
     @property
     def measurement(self) -> str:
-        """What decides what is told of rows that are measured: all that the server chooses, but names and counts."""
+        """The choices of the server that decide what a measurement tells of the rows: all but names and counts."""
         return json.dumps([self.reading, self.result, self.method, self.set, self.train], sort_keys=True)
 
     @classmethod

@@ -166,7 +166,7 @@ def _shown(now: FleetShown) -> Response:
 def devices(now: FleetShown) -> str:
     """Return the section on the devices: how many do what, and a table of them.
 
-    Of more than `MOST_DEVICES` those come first that are away, or whose last reply did not count.
+    With more than `MOST_DEVICES`, devices that are away or whose last reply did not count come first.
     """
     bad = sorted(now.devices, key=lambda d: (d.does != "away", d.status in ("ok", None), d.client))
     shown = sorted(bad[:MOST_DEVICES], key=lambda d: d.client)

@@ -5,8 +5,8 @@ The server keeps what it needs to go on in the run's folder (`table.py`, the che
 link that is opened anew after a kill knows no message of the one before, and every order is given again.  A device that
 has answered an order keeps its answer until the next, so no work is done twice (`worker.py`).
 
-What a method remembers of a device stays on the device.  The server knows round and checksum of it, and says with every
-order on which memory the work stands; so a run that goes on from an earlier checkpoint goes on from the earlier memory.
+The memory that a method keeps of a device stays on that device.  The server knows its round and checksum, and every order
+names the memory to start from, so a run that resumes from an earlier checkpoint also uses the earlier memory.
 """
 
 from __future__ import annotations

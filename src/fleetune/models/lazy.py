@@ -10,8 +10,8 @@ net runs on it as it is:
     a tied head        goes by blocks of rows
     anything else      gets the values, in memory of their own
 
-Values and products are those of a model in memory, bit for bit, but for a product by blocks.  What would change the weight
-itself in place is refused; whoever takes its values (`weight.data`, `weight.detach()`) has a copy.
+Values and products are those of a model in memory, bit for bit, except for a product by blocks.  Operations that change the
+weight in place are refused; `weight.data` and `weight.detach()` return a copy.
 """
 
 from __future__ import annotations

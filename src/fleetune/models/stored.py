@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read any run of numbers of a tensor that lies in a mapped file, in the dtype that a model computes in.
 
-What a process has read of a mapped file counts as its memory until the system takes it back.  Here it is given back every
-`KEPT` bytes.  The system keeps the file in its cache as long as there is room, so reading it again is no disk access then.
-A file that is written to while it is mapped would change the weights of a run under way, and one that is cut would kill the
-process.  So size and time are compared at every read.  (A new file in its place under the same name does no harm.)
+The pages that a process has read from a mapped file count as its memory until the system reclaims them.  Here they are given
+back every `KEPT` bytes.  The system keeps the file in its cache as long as there is room, so reading it again is no disk
+access then.  A file that is written to while it is mapped would change the weights of a run under way, and one that is cut
+would kill the process.  So size and time are compared at every read.  (A new file in its place under the same name does no
+harm.)
 
 Blocks of ggml's formats are dequantised with torch, bit-equal to the package gguf.  A block is 32 numbers of a row: a scale d
 (fp16), in Q4_1 and Q5_1 an offset m (fp16), and codes q,

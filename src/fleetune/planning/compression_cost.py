@@ -117,7 +117,7 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
 def training(student: Shape, batch: int, length: int, beside: int) -> dict[str, int]:
     """Return the bytes of the peak by part: all weights of `student` trained in fp32 on batches of `length` tokens a row.
 
-    Of a layer's activations only what enters it is kept (`models/net/layers.py`).
+    Of each layer's activations, only its input is kept (`models/net/layers.py`).
     `beside` are the bytes of the other models in memory: a teacher, and what the student was made of.
     """
     work = device_cost.Workload(batch=batch, length=length)

@@ -263,7 +263,7 @@ def _beside(work: Workload, module: Module, shape: Shape) -> int:
     """Return bytes that are kept for a module: a prefix's keys and values for every head, or what LoRA works on.
 
     That is A's output and its input in fp32: in an fp32 model the layer's own, one for all that read it; else a
-    copy for each.  Of dropout a byte a number says what stays.
+    copy for each.  Dropout takes a byte a number, which says what stays.
     """
     if module.tokens:
         numbers = shape.padded + 2 * sum(width for _, width in shape.attention)

@@ -58,7 +58,7 @@ def traffic(method: methods.Method, footprint: Footprint) -> tuple[int, int]:
 def message_bytes(arrays: Mapping[str, tuple[str, tuple[int, ...]]], scalars: Mapping[str, Any]) -> int:
     """Return `len(messages.encode(..))` of a payload with these arrays (dtype, shape), without making them.
 
-    What an array adds is what an empty one adds, its values, and the wider length of its bytes and sizes.
+    An array adds as much as an empty one, plus its values and the wider encoding of its lengths.
     """
 
     def packed(value: object) -> int:

@@ -40,8 +40,8 @@ def table(
 ) -> str:
     """Return a table whose first column names the rows; a column's head goes right when one of its cells does.
 
-    Of the kind "cards", and where it has five columns or more, a row becomes a card where the page is narrow, with the
-    heads beside its cells.
+    On a narrow page, each row of a table of kind "cards", or of five columns or more, becomes a card with the heads beside its
+    cells.
     """
     kind = f"{kind} cards".strip() if len(head) >= 5 and "cards" not in kind.split() else kind
     right = [any(_stands_right(row[i]) for row in rows) for i in range(len(head))]

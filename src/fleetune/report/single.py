@@ -167,7 +167,7 @@ def _identity(run: RunLog, facts: Mapping[str, object]) -> list[tuple[str, str]]
 def _letters(run: RunLog, method: str) -> str:
     """Return the method's own options: the table of the recipe that is called after it, or `set`.
 
-    Of a run that says which are not the defaults, these and the learning rate; all are in the configuration.
+    If the run states which settings are not defaults, only these and the learning rate are shown.
     """
     sources = [v for key in (method, "set", "method", "fields") if isinstance(v := run.config.get(key), dict)]
     shown = [(k, v) for k, v in (flat(sources[0]) if sources else []) if k != "name"]

@@ -240,7 +240,7 @@ class RunDir:
     def cut(self, round: int, size: int | None = None) -> list[str]:
         """Drop what a kill left: metrics after `round` and of the end, later checkpoints, temporary files.
 
-        `size` is how many bytes the checkpoint of the round states of metrics.jsonl.  What of it was lost is logged and returned.
+        `size` is the length of metrics.jsonl that the checkpoint of the round states.  Lost lines are logged and returned.
         """
         lost = [text for text in [self.metrics.cut(round, size)] if text]
         left = [

@@ -357,7 +357,7 @@ RUN: Final = 4 * WIDTH  # bytes of a row of words
 def rounding(run_key: int, start: int, count: int) -> NDArray[np.uint8]:
     """Return the fixed offsets of rounding of the scales from number `start` on, as 256 u - 0.5: uint8 [count].
 
-    Of `words` of the direction `ROUNDING` they are the bytes, 512 of each row, least significant first.
+    They are the bytes of `words` of the direction `ROUNDING`, 512 of each row, least significant first.
     """
     first, last = start // RUN, -(-(start + count) // RUN)
     rows = words(run_key, ROUNDING, np.arange(first, last, dtype=np.uint64) * np.uint64(32))

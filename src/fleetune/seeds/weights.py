@@ -10,8 +10,8 @@ into a small scratch block
 straight from the stored base, the ledger's passes and the probe direction.  So there is nothing to restore, the point is
 bit-equal to a replay of the ledger, and a step costs one fused pass for each of its two forwards and a few MB of memory.
 
-The only way to the base is `read_stored`: one run of elements of one tensor at a time.  Of a mapped base (`models/mapped`)
-these are read from its file.  `view.py` runs a net on such weights.
+The only way to the base is `read_stored`: one run of elements of one tensor at a time.  For a mapped base (`models/stored.py`)
+these come from its file.  `view.py` runs a net on such weights.
 """
 
 from __future__ import annotations

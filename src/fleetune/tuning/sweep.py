@@ -8,7 +8,7 @@
       status          log.txt
 
 The folder is the record: a run whose status is `done` is not run again, an unfinished one resumes from its
-last checkpoint, so a sweep can be killed at any time and resumed.  What varies is in `py`.
+last checkpoint, so a sweep can be killed at any time and resumed.
 """
 
 from __future__ import annotations
@@ -389,9 +389,9 @@ def start(
 ) -> SweepResult:
     """Do the unfinished runs of a checked grid, one at a time, and return all of them.
 
-    They are in a new folder under `out` with `name` in its own, or in that of a `resumed` sweep.  A run that fails is noted and
-    the sweep continues; FleetuneError, after the last, names those that failed.  What would stop the next one as well (a full
-    disk, Ctrl-C) stops the sweep.
+    They are in a new folder under `out` whose name contains `name`, or in the folder of a `resumed` sweep.  A run that fails
+    is noted and the sweep continues; after the last run, FleetuneError names those that failed.  A cause that would stop the
+    next run as well (a full disk, Ctrl-C) stops the sweep.
     """
     rundir.check_writable(resumed or out)
     with rundir.RunDir(resumed) if resumed else create(out, name, grid) as folder:

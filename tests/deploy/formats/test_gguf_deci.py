@@ -193,13 +193,3 @@ def test_a_llama_of_different_widths_is_a_deci(quantised: bool, tmp_path: Path) 
         "blk.1.attn_output.weight": (32, 64),
         "blk.1.ffn_down.weight": (96, 64),
     }
-    state = dict(models.named_tensors(model.net))
-    for part, heads in (("q", 2), ("k", 1)):
-        read = package.quants.dequantize(
-            found[f"blk.1.attn_{part}.weight"].data, found[f"blk.1.attn_{part}.weight"].tensor_type
-        )
-        own = state[f"model.layers.1.self_attn.{part}_proj.weight"].numpy()
-        for head in range(heads):
-            for i in range(8):  # the rows i and i + d/2 of a head are neighbours in the file
-                assert np.array_equal(read[head * 16 + 2 * i], own[head * 16 + i])
-                assert np.array_equal(read[head * 16 + 2 * i + 1], own[head * 16 + 8 + i])

@@ -6,9 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from deploy_harness import compressed, gguf_of, tiny, tokenizer
+from deploy_harness import compressed, tiny, tokenizer
 
-import fleetune
 from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import ollama
 from fleetune.errors import UsageError
@@ -54,27 +53,3 @@ def test_the_folder_has_the_gguf_file_and_the_modelfile(tmp_path: Path) -> None:
     assert "Q4_0" in report.types
     with pytest.raises(UsageError, match="exists already"):
         export(tmp_path / "codes", "ollama", tmp_path / "out")
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_a_run_that_trained_scales_gives_its_own_file(tmp_path: Path) -> None:
-    file = gguf_of(tmp_path)
-    rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnop"]
-    run = fleetune.tune(
-        str(file),
-        rows,
-        method="fedpetuning",
-        train="scales",
-        settings={"steps": 1, "lr": 0.05},
-        clients=2,
-        rounds=1,
-        samples=0,
-        client_rows=0,
-        held_out=4,
-        out=tmp_path / "runs",
-    )
-    whole = fleetune.export(run, path=tmp_path / "tuned.gguf").path
-    folder = fleetune.export(run, to="ollama", path=tmp_path / "ollama").path
-    assert sorted(p.name for p in folder.iterdir()) == ["Modelfile", "model.gguf"]
-    assert (folder / "model.gguf").read_bytes() == whole.read_bytes()
-    assert (folder / "Modelfile").read_text().startswith("FROM ./model.gguf\nPARAMETER stop")

@@ -22,7 +22,6 @@ from methods_harness import mean_of as float32_mean
 import fleetune
 from fleetune import errors, models
 from fleetune.models import tiny_llama
-from fleetune.seeds import ledger as ledgers
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.exchange.aggregation import MEAN, REDUCE, Rule, Spool, cut, parse, product_mean, trimmed
@@ -485,26 +484,3 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = [{"instruction": f"say {n}", "output": f"{n} {n}"} for n in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
-
-
-MORE: dict[str, Any] = {"clients": 4, "rounds": 2, "held_out": 4, "max_length": 64, "samples": 0}
-
-
-def test_a_resumed_run_has_the_same_bits_and_its_ledger_replays(at: Path) -> None:
-    """The rule stands in run.toml and in the ledger's head; the ledger rebuilds the digest that it states."""
-    tuned = {
-        "method": "mezo",
-        "settings": {"lr": 1e-3, "tau": 3, "batch_size": 2},
-        "aggregation": "trimmed-mean",
-        **MORE,
-    }
-    whole = fleetune.tune("tiny", "rows.jsonl", **tuned)
-    stopped = Stop()
-    with pytest.raises(errors.Interrupted):
-        fleetune.tune("tiny", "rows.jsonl", listener=stopped, **tuned)
-    assert stopped.shown["fleet"].endswith("2 rounds · trimmed-mean")
-    assert fleetune.resume_run("latest").digest == whole.digest
-    assert 'aggregation = "trimmed-mean"' in (whole.folder / "run.toml").read_text()
-    ledger = ledgers.load(whole.folder / "ledger.safetensors")
-    assert ledger.head.aggregation == "trimmed-mean"
-    assert ledger.head.checks["2"] == whole.digest

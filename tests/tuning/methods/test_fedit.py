@@ -207,23 +207,6 @@ def test_what_does_not_fit_the_global_rank_is_told() -> None:
     assert method.aggregate(state, iter(replies[:1])).cut < 1e-9
 
 
-@pytest.mark.parametrize("average", ["separate", "product"])
-def test_an_encoders_head_is_averaged_with_its_lora(average: str) -> None:
-    model = models.tiny_bert()
-    method = methods.make("fedit", FAST | {"r": 2, "alpha": 4, "average": average})
-    state = method.init(model, 5)
-    replies, _, _ = round_of(model, method, state)
-    after = method.aggregate(state, iter(replies))
-    assert after.tensors.keys() == state.tensors.keys()
-    n = np.array([reply.payload.int("n") for reply in replies], np.float64)
-    head = np.stack([reply.payload.arrays["classifier.weight"] for reply in replies]).astype(np.float64)
-    np.testing.assert_allclose(
-        after.tensors["classifier.weight"], np.tensordot(n / n.sum(), head, 1), atol=1e-7
-    )
-    method.apply(model, after)
-    assert np.array_equal(adapters.export(model)["classifier.weight"], after.tensors["classifier.weight"])
-
-
 # ---------------------------------------------------------------- starts
 
 
@@ -286,6 +269,22 @@ def test_a_saved_run_is_a_plain_lora_of_the_base(tmp_path: Path) -> None:
     adapters.load(other, tmp_path / "adapter")
     torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=2e-5)
     assert (logits(other) - logits(models.tiny_llama())).abs().max() > 1e-2
+
+
+def test_eva_starts_from_the_servers_rows(tmp_path: Path) -> None:
+    mine, starts = tmp_path / "mine.jsonl", {}
+    mine.write_text("".join(f'{{"instruction": "say {i}", "response": "red{i} {i}"}}\n' for i in range(40)))
+    for source in ("demo", str(mine)):
+        method = methods.make("fedit", FAST | {"r": 4, "start": "eva", "start_data": source})
+        model = models.tiny_llama()
+        state = method.init(model, 5)
+        assert state.start == {}
+        starts[source] = state.tensors["model.layers.0.self_attn.q_proj.lora_A.weight"].astype(np.float64)
+        np.testing.assert_allclose(starts[source] @ starts[source].T, np.eye(4), atol=1e-5)
+    assert np.abs(starts["demo"] @ starts[str(mine)].T - np.eye(4)).max() > 0.1
+    state = methods.make("fedpetuning", {"size": 2, "start": "eva"}).init(models.tiny_bert(), 5)
+    a = state.tensors["bert.encoder.layer.1.attention.self.query.lora_A.weight"]
+    np.testing.assert_allclose(a @ a.T, np.eye(2), atol=1e-5)
 
 
 @pytest.mark.parametrize(

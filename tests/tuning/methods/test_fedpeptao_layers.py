@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from torch.nn import functional as F
 from fleetune import adapters
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import Batch, Batches, collate, encode_all
-from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model, tiny_llama
 from fleetune.tuning.methods import fedpeptao
 from fleetune.tuning.methods.fedpeptao import Method, Spectrum
@@ -58,15 +55,6 @@ def test_a_score_is_the_formulas_and_blind_to_padding() -> None:
     mask = np.array([[t < n for t in range(7)] for n in lengths], np.float64)
     want = slow_score([outputs[i, :n] for i, n in enumerate(lengths)])
     assert fedpeptao.score(torch.from_numpy(outputs), torch.from_numpy(mask)) == pytest.approx(want, rel=1e-9)
-
-
-def test_rows_that_look_alike_score_highest() -> None:
-    one, mask = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(0)), torch.ones(4, 4)
-    apart = torch.eye(4 * 6)[:4].reshape(4, 4, 6)
-    assert fedpeptao.score(one.expand(4, 4, 6), mask) == pytest.approx(
-        3e5, rel=0.2
-    )  # three zeros: 1/1e-5 each
-    assert fedpeptao.score(apart, mask) == pytest.approx(4.0, abs=1e-3)  # S is the identity
 
 
 def test_every_layer_of_a_model_is_scored_by_what_it_hands_on(rows: list[Encoded]) -> None:
@@ -140,27 +128,6 @@ def with_prompts(seed: int) -> Model:
     return model
 
 
-def test_a_product_is_the_change_of_the_gradient(batch: Batch) -> None:
-    """H v against (g(P + h v) - g(P - h v)) / 2 h through the usual attention, which is not differentiated twice."""
-    model, v = with_prompts(3), np.random.default_rng(1).normal(size=64)
-    parameters = adapters.trainable(model)
-    gradients, h = [], 0.02
-    for sign in (1, -1):
-        place = 0
-        for parameter in parameters.values():
-            move = torch.from_numpy(v[place : place + parameter.numel()]).view_as(parameter)
-            parameter.data.add_(move, alpha=sign * h * (1 if sign > 0 else 2))
-            place += parameter.numel()
-        loss = loss_tensor(model, batch)
-        parts = torch.autograd.grad(loss, list(parameters.values()))
-        gradients.append(torch.cat([x.flatten() for x in parts]).double().numpy())
-    model = with_prompts(3)
-    with fedpeptao.eager(model.net):
-        found = fedpeptao.products(model, batch)(v)
-    want = (gradients[0] - gradients[1]) / (2 * h)
-    assert np.linalg.norm(found - want) < 0.01 * np.linalg.norm(want)
-
-
 def test_the_models_spectrum_and_change_are_the_explicit_hessians(batch: Batch) -> None:
     """All R = 64 prompt numbers of a tiny llama: eigenvalues, and the norm of H's change on the way from P to P + D."""
     model, rng = with_prompts(3), np.random.default_rng(1)
@@ -177,25 +144,6 @@ def test_the_models_spectrum_and_change_are_the_explicit_hessians(batch: Batch) 
     adapters.load_(model, came)
     moved = explicit_hessian(model, batch)
     assert pytest.approx(np.linalg.norm(H - moved, 2), rel=1e-4) == L
-
-
-def test_the_graph_of_one_place_is_gone_before_that_of_the_next_is_made(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[weakref.ref[Any]] = []
-    alive: list[list[bool]] = []
-    real = fedpeptao.products
-
-    def watched(model: Model, batch: Batch, heard: Any) -> Any:
-        alive.append([product() is not None for product in made])
-        product = real(model, batch, heard)
-        made.append(weakref.ref(product))
-        return product
-
-    monkeypatch.setattr(fedpeptao, "products", watched)
-    model = with_prompts(3)
-    fedpeptao.spectrum_and_change(model, batch, adapters.export(model), lanczos=2, key=1)
-    assert alive == [[], [False]]
 
 
 # --- how many layers --------------------------------------------------------------------------------------

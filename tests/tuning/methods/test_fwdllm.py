@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import contract_harness as harness
@@ -17,7 +15,6 @@ from fleetune.data import Batches, Example
 from fleetune.data.encode import encode_rows
 from fleetune.evaluation import objectives
 from fleetune.evaluation.losses import pad_id
-from fleetune.runs.rundir import events
 from fleetune.seeds import noise
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, MessageError, Payload, check
@@ -25,7 +22,6 @@ from fleetune.tuning.methods import Reply, fwdllm
 from fleetune.tuning.methods.fwdllm import Method, State, descent
 
 SIZES = {"a.weight": (40, 60), "b.weight": (25, 40)}  # an adapter of 3,400 numbers, for what needs no model
-NORMAL = NormalDist()
 
 
 def directions(seed: int, id: int, law: str = "gaussian") -> np.ndarray:
@@ -88,23 +84,6 @@ def test_the_gate_is_the_published_variance_exactly_for_orthogonal_signs(n: int)
     vectors = [x * v for x, v in zip(g, hadamard(n), strict=False)]
     _, variance = descent("gaussian", np.arange(n, dtype=np.uint64), g, np.full(n, 8.0))
     assert variance == pytest.approx(published_variance(vectors), rel=1e-12)
-
-
-@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
-def test_the_gate_is_the_published_variance_of_the_runs_own_directions(law: str) -> None:
-    """Over 200 splits of 32 directions of 3,400 numbers: their mean within 3 %, each within 20 %.
-
-    By chance |v|^2 differs from d: by 0.7 % (one sigma) of the sum for normals.  Halves add <v_j, v_k>.
-    """
-    ids = np.arange(32, dtype=np.uint64)
-    v = np.stack([directions(11, int(id), law) for id in ids])
-    gradient = np.random.default_rng(5).normal(size=v.shape[1]) * 0.1
-    g = v @ gradient
-    _, variance = descent(law, ids, g, np.full(32, 8.0))
-    rng = np.random.default_rng(7)
-    found = [published_variance(list((g[:, None] * v)[rng.permutation(32)])) for _ in range(200)]
-    assert variance == pytest.approx(np.mean(found), rel=0.03)
-    assert np.abs(np.array(found) / variance - 1).max() < 0.2
 
 
 def test_a_direction_that_two_devices_tried_has_both_shares_of_the_mean_and_one_of_the_variance() -> None:
@@ -195,44 +174,6 @@ def test_the_rate_falls_linearly_to_nothing() -> None:
 
 LAST = np.random.default_rng(8).normal(size=3400)
 U = LAST / np.linalg.norm(LAST)
-
-
-def cut_normal(x: np.ndarray) -> np.ndarray:
-    """The distribution function of a standard normal cut off below at its 90 % quantile."""
-    return np.maximum(0.0, (np.array([NORMAL.cdf(v) for v in x]) - 0.9) / 0.1)
-
-
-def distance(sample: np.ndarray, cdf: np.ndarray) -> float:
-    """Kolmogorov and Smirnov's: the largest difference to the sample's own distribution function."""
-    n = len(sample)
-    return float(max((np.arange(1, n + 1) / n - cdf).max(), (cdf - np.arange(n) / n).max()))
-
-
-@pytest.fixture(scope="module")
-def ranked() -> np.ndarray:
-    """The 2,000 best of 20,000 candidates, as vectors, best first: float64 [2000, 3400]."""
-    seeds = Method().rank(start(last=named(LAST), round=4), 500)
-    return np.stack([directions(11, int(id)) for id in seeds])
-
-
-def test_what_ranked_directions_have_along_the_old_gradient_is_a_cut_normal(ranked: np.ndarray) -> None:
-    a = np.sort(ranked @ U)
-    # 0.0364 is the 1 % bound for 2,000 draws; the cut itself is a quantile of 20,000 draws: + 2.3 x 0.021
-    assert distance(a, cut_normal(a)) < 0.0364 + 0.049
-    cut, density = NORMAL.inv_cdf(0.9), NORMAL.pdf(NORMAL.inv_cdf(0.9))
-    mean, square = density / 0.1, 1 + cut * density / 0.1  # of the cut normal, by parts
-    assert (mean, square) == (pytest.approx(1.755, abs=1e-3), pytest.approx(3.249, abs=1e-3))
-    assert a.mean() == pytest.approx(mean, abs=4 * math.sqrt((square - mean**2) / 2000))
-    assert (a * a).mean() == pytest.approx(square, rel=0.03)
-
-
-def test_the_bias_is_the_one_that_the_docstring_states(ranked: np.ndarray) -> None:
-    """mean of g v = grad + (E[a^2] - 1) <grad, u> u, for a gradient of which half is along u."""
-    gradient = 0.5 * U + 0.5 * np.roll(U, 1)
-    estimate = np.mean((ranked @ gradient)[:, None] * ranked, axis=0)
-    expected = gradient + (3.249 - 1) * (gradient @ U) * U
-    for axis in (U, np.roll(U, 1)):
-        assert estimate @ axis == pytest.approx(expected @ axis, abs=0.1)
 
 
 @pytest.mark.parametrize("law", ["gaussian", "rademacher"])
@@ -372,20 +313,6 @@ def test_accuracy_needs_no_gradient() -> None:
 
 
 # ---------------------------------------------------------------- a run
-
-
-def test_a_run_records_what_gate_and_ranking_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(harness.QUICK, "fwdllm", harness.QUICK["fwdllm"] | {"threshold": 0.5, "P": 2})
-    _, state, run = harness.train("fwdllm", tmp_path, 8)
-    told = [e["report"] for e in events(run.path) if e["event"] == "round"]
-    assert [set(r) for r in told] == [{"n", "variance", "moved", "batch"}] * 8
-    asked = 0
-    for report in told:
-        asked += 1
-        assert report["moved"] == (report["variance"] <= 0.5 or asked == 10)
-        asked = 0 if report["moved"] else asked
-    assert {r["moved"] for r in told} == {0, 1}  # it asked for more, and it moved
-    assert told[-1]["batch"] == state.batch
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import tracemalloc
-import weakref
 from typing import Any
 
 import numpy as np
@@ -19,11 +16,7 @@ from fleetune.data import Batches, Encoded
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.net.layers import by_layer
-from fleetune.tuning import methods
-from fleetune.tuning.exchange.footprint import Module
-from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.methods import _adapter, fedit
-from fleetune.tuning.rounds.local_work import Memories, work
 
 ROWS = [Encoded(np.arange(5 + i, 25 + 2 * i, dtype=np.int32), 1) for i in range(6)]
 
@@ -119,64 +112,3 @@ def test_without_a_clip_one_gradient_exists_at_a_time(clip: float, most: int) ->
     steps_of(parameters, layers(torch.randn(4, 6)).square().sum(), Training(lr=0.1, clip=clip))
     assert max(alive) == most
     assert all(p.grad is None for p in parameters)
-
-
-@pytest.mark.parametrize("name", ["fedit", "fedpetuning"])
-def test_what_came_is_gone_when_training_begins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, method = models.tiny_llama(layers=1), methods.make(name, {})
-    sent = encode(Message(1, b"x" * 8, method.broadcast(method.init(model, 5))))
-    received = decode(sent)
-    arrays = [weakref.ref(a) for a in received.payload.arrays.values()]
-    seen = []
-
-    def train(*given: Any) -> float:
-        gc.collect()
-        seen.extend(ref() is None for ref in arrays)
-        return 1.0
-
-    monkeypatch.setattr(_adapter.Trained, "train", train)
-    reply = work(method, model, Batches(ROWS, pad_id(model), 1), 1, received, Memories(), lambda *_: None)
-    assert len(seen) == len(arrays) > 0
-    assert all(seen)
-    came, went = decode(sent).payload.arrays, decode(reply).payload.arrays
-    assert all(np.array_equal(came[n], went[n]) for n in came)  # nothing was trained
-
-
-@pytest.mark.parametrize("wire", ["fp32", "fp16"])
-@pytest.mark.parametrize(
-    "more",
-    [{}, {"mu": 0.1}, {"scaffold": True}, {"mu": 0.1, "scaffold": True}],
-    ids=lambda more: "+".join(more),
-)
-def test_the_plan_counts_the_copies_that_a_training_keeps(
-    wire: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a step: numpy's arrays, but for the model's, and the tensors that FedProx begins with."""
-    model = models.tiny_llama(layers=1)
-    adapters.attach(model, adapters.Lora(r=64, alpha=8), seed=3)
-    how, seen = Training(lr=1e-3, steps=2, batch_size=2, wire=wire, **more), list[int]()
-    arrays = _adapter.coded(adapters.export(model), wire)
-    module = Module(tensors={name: a.shape for name, a in arrays.items()})
-    planned = how.work_on(module)
-    assert planned is not None
-
-    def watched(model: models.Model, batch: Any) -> Tensor:
-        of_numpy = [tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)]
-        traces = tracemalloc.take_snapshot().filter_traces(of_numpy).traces
-        steps = [one for one in gc.get_objects() if type(one) is _adapter.Steps]  # no proxy is asked
-        origins = [origin.nbytes for one in steps for origin in one.origins.values()]
-        seen.append(sum(trace.size for trace in traces) + sum(origins))
-        return loss_tensor(model, batch)
-
-    monkeypatch.setattr(_adapter, "loss_tensor", watched)
-    gc.collect()
-    tracemalloc.start()
-    try:
-        c = {"c/" + name: np.full_like(a, 0.1) for name, a in arrays.items()} if how.scaffold else {}
-        memory: dict[str, Any] = {n: np.full(a.shape, 0.2, np.float32) for n, a in c.items()}
-        payload = Payload({name: a.copy() for name, a in arrays.items()} | c, {})
-        del c
-        how.trained(model, payload, Batches(ROWS, pad_id(model), 5), 6, memory)
-    finally:
-        tracemalloc.stop()
-    assert seen[0] == pytest.approx(4 * module.size * planned.kept, abs=0.1 * module.size)

@@ -104,21 +104,6 @@ def test_the_whole_direction_lies_in_memory_while_the_losses_are_taken(
     assert model.attachment.stored is None  # and none of it afterwards
 
 
-def test_both_losses_are_taken_along_what_is_stored(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the stored direction wiped there is no slope."""
-    model, method = tiny_llama(), zosgd.Method(**SETTINGS)
-    real = objectives.get("loss")
-
-    def wiped(model: Model, batch: Any) -> float:
-        for z in model.attachment.stored.z.values():
-            z.zero_()
-        return real(model, batch)
-
-    monkeypatch.setattr(objectives, "get", lambda name: wiped)
-    payload = method.local(model, method.broadcast(method.init(model, 5)), Batches(rows, 257, 1), 1, {})
-    assert not payload.array("c").any()
-
-
 def test_settings_are_mezos_and_checked() -> None:
     for name in ("lr", "eps", "batch_size", "tau", "K", "law", "clip", "objective"):
         assert getattr(zosgd.Method(), name) == getattr(mezo.Method(), name)

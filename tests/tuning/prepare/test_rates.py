@@ -162,7 +162,7 @@ def test_a_rate_that_does_not_last_is_made_smaller() -> None:
     assert len(hold(lambda rate: {9.0: 2.0, 3.0: 2.0}[rate], 9.0)) == 2
 
 
-@pytest.mark.parametrize(("name", "moves"), [("fedit", 3), ("fwdllm", 3)])
+@pytest.mark.parametrize(("name", "moves"), [("fedit", 3), ("fwdllm", 2)])
 def test_a_rate_is_held_until_the_model_has_moved_so_often(name: str, moves: int, model: Model) -> None:
     """Against the rounds done by hand.  FwdLLM waits for more directions in between: its state counts its moves."""
     given = {
@@ -279,34 +279,21 @@ def test_a_run_that_back_propagates_finds_its_rate_or_says_that_it_does_not(plac
     assert found == [written["set"]["lr"]] != [3e-4]
     assert "finding lr on training rows .." in said
     assert fleetune.tune(recipes.make(written)).digest == digest
-    digest, written, found, said = runs[2]
+    _, written, found, said = runs[2]
     assert (found, written["set"]["lr"]) == ([], 3e-4)
     assert sum(text.startswith("lr = 0.0003 as published, not searched for") for text in said) == 1
-    given = few | {"rounds": 2, "settings": {"r": 2, "steps": 1, "batch_size": 2, "lr": 3e-4}}
-    assert fleetune.tune("tiny", "rows.jsonl", **given).digest == digest
 
 
-@pytest.mark.parametrize(
-    ("method", "rounds", "settings"),
-    [("fedkseed", 10, {"K": 16, "tau": 4}), ("fedit", 2, {"r": 2, "steps": 1})],
-)
-def test_a_real_fleets_server_finds_what_the_simulation_finds(
-    method: str, rounds: int, settings: dict[str, Any], place: Path
-) -> None:
-    recipe = recipes.make(
-        {
-            "model": "tiny",
-            "data": "rows.jsonl",
-            "method": method,
-            "clients": 2,
-            "rounds": rounds,
-            "held_out": 4,
-            "set": {**settings, "batch_size": 2},
-        }
-    )
-    simulated, real = (prepare.prepare(recipe, simulated=s) for s in (True, False))
+def of_two(values: dict[str, Any], **more: Any) -> Any:
+    """A recipe of FedKSeed for two clients."""
+    given = {"model": "tiny", "data": "rows.jsonl", "method": "fedkseed", "clients": 2, "held_out": 4}
+    return recipes.make({**given, "set": {"K": 16, "batch_size": 2, **values}, **more})
+
+
+def test_a_real_fleets_server_finds_what_the_simulation_finds(place: Path) -> None:
+    simulated, real = (prepare.prepare(of_two({"tau": 4}), simulated=s) for s in (True, False))
     assert simulated.recipe.set["lr"] == real.recipe.set["lr"] > 0
-    assert len(simulated.found_rates) == len(real.found_rates) == (rounds > 2)
+    assert len(simulated.found_rates) == len(real.found_rates) == 1
 
 
 @pytest.mark.parametrize(
@@ -314,24 +301,13 @@ def test_a_real_fleets_server_finds_what_the_simulation_finds(
     [
         ({}, {}, round(math.sqrt(2), 3)),
         ({"lr": 1e-4}, {}, 0.0),  # the rate is the user's, and so is what the server makes of it
-        ({"server_lr": 1.0}, {}, 1.0),
         ({}, {"aggregation": "norm-clip", "clients": 4}, 2.0),
     ],
 )
 def test_with_a_rate_that_is_found_the_server_steps_by_the_root_of_the_clients(
     settings: dict[str, Any], more: dict[str, Any], step: float, place: Path
 ) -> None:
-    recipe = recipes.make(
-        {
-            "model": "tiny",
-            "data": "rows.jsonl",
-            "method": "fedkseed",
-            "clients": 2,
-            "held_out": 4,
-            "set": {"K": 16, "tau": 2, "batch_size": 2, "backprop_steps": 1, **settings},
-            **more,
-        }
-    )
+    recipe = of_two({"tau": 2, "backprop_steps": 1, **settings}, **more)
     for simulated in (True, False):
         job = prepare.prepare(recipe, simulated=simulated)
         assert job.recipe.set["server_lr"] == job.method.server_lr == step  # type: ignore[attr-defined]

@@ -19,7 +19,6 @@ from fleetune.errors import Interrupted, UsageError
 from fleetune.seeds import VARIABLE
 from fleetune.tuning import methods
 from fleetune.tuning.methods import fedit, mezo
-from fleetune.tuning.recipe import objects
 
 FEW: dict[str, Any] = {
     "clients": 2,
@@ -115,20 +114,6 @@ def test_a_class_called_method_has_the_name_of_its_module(monkeypatch: pytest.Mo
     assert run.done.result.endswith("ledger.safetensors")
     assert fleetune.open(run).recipe.clients == 3
     assert "test-objects" in fleetune.methods()
-
-
-def test_the_result_of_a_class_whose_name_another_kind_took_since_is_still_used() -> None:
-    run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=1, **FEW)
-
-    @dataclass(frozen=True)
-    class Other(mezo.Method):
-        pass
-
-    Other.__name__ = "MiddleLora"
-    assert objects.registered(Other()) == "middle-lora"
-    assert run.model().attachment is not None
-    assert fleetune.export(run, to="peft").path.is_dir()
-    assert objects.method_settings(fleetune.open(run).recipe)["shrink"] == 1.0
 
 
 @dataclass(frozen=True)

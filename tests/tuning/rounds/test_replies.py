@@ -207,7 +207,7 @@ def test_whoever_answers_first_the_state_of_every_method_is_the_same(case: str, 
 
 
 @pytest.mark.parametrize("case", CASES)
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(
     size=st.floats(-20, 20).map(lambda x: float(np.sign(x) * 10 ** (abs(x) - 8))),
     direction=st.sampled_from(["all", "own"]),

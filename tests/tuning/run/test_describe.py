@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,6 @@ from fleetune.cli.main import main
 from fleetune.common.events import Event, RoundEvaluated
 from fleetune.errors import Interrupted
 from fleetune.tuning.run import describe
-
-
-def test_the_rest_takes_as_long_as_the_rounds_before(tmp_path: Path) -> None:
-    assert describe.progress_words(tmp_path, 3) == "goes on after round 0 of 3"
-    rounds = [
-        {"v": 1, "t": 0, "event": "round", "round": r, "seconds": s}
-        for r, s in ((1, 9.0), (2, 2.0), (3, 2.0))
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in rounds))
-    assert (
-        describe.progress_words(tmp_path, 8)
-        == "goes on after round 3 of 8: about 10 s left, 5 rounds of 2.0 s"
-    )
-    assert describe.progress_words(tmp_path, 4).endswith("about 2.0 s left, 1 round of 2.0 s")
-    assert describe.progress_words(tmp_path, 3) == "goes on after round 3 of 3"
 
 
 def test_what_decides_the_bits_is_compared() -> None:

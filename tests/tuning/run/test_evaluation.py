@@ -125,22 +125,6 @@ class Stop(Silent):
             raise Interrupted("enough")
 
 
-def test_a_resumed_run_has_the_same_losses(places: Path, tmp_path: Path) -> None:
-    whole = tune(places, tmp_path / "a", method="fedkseed", clients=3, rounds=2, settings={"K": 8, "tau": 1})
-    with pytest.raises(Interrupted):
-        tune(
-            places,
-            tmp_path / "b",
-            method="fedkseed",
-            clients=3,
-            rounds=2,
-            settings={"K": 8, "tau": 1},
-            listener=Stop(),
-        )
-    resumed = fleetune.resume_run(tmp_path / "b" / "latest", offline=True)
-    assert resumed.done.per_client == whole.done.per_client
-
-
 class Heard(Silent):
     """Keep what the clients did."""
 

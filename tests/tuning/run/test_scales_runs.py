@@ -24,7 +24,6 @@ from fleetune.tuning.methods import _zeroth
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished
-from heard import Heard
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 ROWS = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
@@ -60,9 +59,7 @@ def test_what_cannot_train_scales_is_refused_before_any_work(changed: dict[str, 
     prepare.check(recipes.make(given))
 
 
-def test_a_run_that_tuned_a_file_has_the_bits_of_that_file_and_compressing_it_is_said_to_round_again(
-    file: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_tuned_a_file_has_the_bits_of_that_file(file: Path, tmp_path: Path) -> None:
     options: Any = {"out": tmp_path / "runs", **FEW, "rounds": 1}
     run = fleetune.tune(str(file), ROWS, method="mezo", train="scales", **options)
     plain = fleetune.tune(str(file), ROWS, method="mezo", **options)
@@ -73,12 +70,6 @@ def test_a_run_that_tuned_a_file_has_the_bits_of_that_file_and_compressing_it_is
     assert harness.bits(base.weights) == harness.bits(tuned.weights) == harness.bits(file)
     assert (base.bytes, tuned.bytes) == (file.stat().st_size, file.stat().st_size + run.path.stat().st_size)
     assert harness.bits(found[plain.folder][0].weights).all == 32
-    for folder, said in ((run.folder, True), (plain.folder, False)):
-        heard = Heard()
-        fleetune.compress(folder, method="rtn", out=tmp_path / "runs", listener=heard)
-        noted = "\n".join(heard.notes)
-        assert (f"{folder} tuned the scales of a file that is compressed already" in noted) == said
-        assert (f"fleetune export {folder} --to gguf" in noted) == said
 
 
 def test_eps_is_in_the_units_of_what_is_trained_unless_given() -> None:

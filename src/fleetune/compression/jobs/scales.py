@@ -7,8 +7,8 @@ and over the columns j of a group
 
     dL/ds = sum_j n_j dL/dw_j        dL/do = - sum_j dL/dw_j
 
-(the second phase of EfficientQAT: Chen et al. 2024, arXiv 2407.11062).  What is trained with AdamW is a factor 1 + delta of each
-scale, of a super-block's d and dmin, in the matrices of the layers.  In the end they are rounded to what the file holds.
+(the second phase of EfficientQAT: Chen et al. 2024, arXiv 2407.11062).  AdamW trains a factor 1 + delta for each scale in the
+matrices of the layers, or for the d and dmin of a super-block.  In the end the scales are rounded to what the file holds.
 
 Both models are one net with the dense weights.  A switch puts the quantised ones in their place, which are made of codes and
 scales in forward and again in backward, a matrix at a time.

@@ -105,7 +105,7 @@ class HiddenStates:
     def inputs(
         self, number: int, linears: Mapping[str, nn.Linear], experts: Sequence[Experts]
     ) -> tuple[dict[str, Tensor], dict[str, Routed]]:
-        """Return H by layer name as `hessians` does, and what experts are called with by their module's; of those in use."""
+        """Return H by layer name, as `hessians` does, and the inputs of each expert module in use by its name."""
         calls = {each.name: list[Routed]() for each in experts}
         H = self._collect(number, linears, experts, lambda each, routed: calls[each.name].append(routed))
         joined = {
@@ -328,7 +328,7 @@ class _Next:
 
     @property
     def routed(self) -> Routed:
-        """What experts were called with in all windows."""
+        """The inputs of the experts in all windows."""
         return Routed(*(torch.cat(parts) for parts in zip(*self.calls, strict=True)))
 
     def input_of(

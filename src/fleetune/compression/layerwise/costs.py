@@ -257,7 +257,7 @@ def _curvature(H: Tensor) -> Tensor:
 
 
 def of_matrix(W: Tensor, terms: Sequence[Term]) -> list[Option]:
-    """Return what every candidate costs W float32 [R, C]: the sum over `terms`."""
+    """Return the cost of every candidate for W float32 [R, C], summed over `terms`."""
     R, C = W.shape
     return [
         Option(candidate, candidate.bytes(R, C), _cost(W, Grid(candidate.grid, candidate.bits), terms))
@@ -268,7 +268,7 @@ def of_matrix(W: Tensor, terms: Sequence[Term]) -> list[Option]:
 def candidates(W: Tensor) -> list[Candidate]:
     """Return the candidates for W [R, C]: those whose blocks divide its rows, and that have a 0 where it was pruned.
 
-    As it is solved, some rows at a time: pruned rows among others count as well.
+    Like the solver, this looks at some rows at a time, so a matrix with only some pruned rows counts as pruned.
     """
     pruned = any(int((rows == 0).sum()) >= PRUNED * rows.numel() for rows in W.split(END_ROWS))  # type: ignore[no-untyped-call]
     return [

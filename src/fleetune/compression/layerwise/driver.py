@@ -10,7 +10,7 @@ For a solver that is a `Corrector` a layer also sees the outputs of the compress
 layers in a row would else both correct the same error.  It also gets what the inputs of a layer have drifted from those in the
 dense model, whose hidden states are kept beside the others.
 
-Memory holds the model (with `--low-memory` one block of it: `models/mapped`), the Hessians and dense copies of one
+Memory holds the model (with `--low-memory` one block of it: `models/lazy.py`), the Hessians and dense copies of one
 block, and the hidden states of the windows; never a second model (`planning/compression_cost.py` adds it up).  Every
 finished block is a file.  A run that was killed reads the files it finds and resumes with the next block.
 
@@ -71,11 +71,6 @@ def experts_in(model: Model) -> list[list[Experts]]:
     """Return the experts of every decoder block whose matrices can be solved."""
     modules = dict(model.net.named_modules())
     return [experts_of(layer.name, modules[layer.name]) for layer in layers_of(model.net)]
-
-
-def solves_experts(model: Model) -> bool:
-    """Return whether a model has experts whose matrices can be solved."""
-    return any(experts_in(model))
 
 
 def experts_left(model: Model, *, taken: bool) -> int:

@@ -3,7 +3,7 @@
 
 To second order, the KL divergence that an error e of the outputs of one layer causes at one token is e' F e / 2, with F the
 Fisher information: the mean of g g', where g is the gradient of -log p(y) by these outputs and y is drawn from the model's
-own distribution p.  Of F the diagonal is kept: for a matrix W [R, C] with inputs x and an error E = Q - W,
+own distribution p.  Only the diagonal of F is kept: for a matrix W [R, C] with inputs x and an error E = Q - W,
 
     KL  ~  1/2 sum_i F_i (E_i H E_i'),        F_i = mean g_i^2,  H = mean x x'
 

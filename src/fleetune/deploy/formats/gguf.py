@@ -314,7 +314,7 @@ def _add_widths(writer: Any, config: Any) -> None:
 def loadable_name(name: str, tokens: Sequence[str]) -> str:
     """Return a model's name as the header of its file has it.
 
-    Of a name with "phi-3" or "phi3" llama.cpp takes it that the vocabulary is Phi-3's, and loads no other.
+    If a name contains "phi-3" or "phi3", llama.cpp assumes Phi-3's vocabulary and loads no other.
     """
     return name if set(tokens) >= PHI3_TOKENS else re.sub("(?i)phi-?3", "phi 3", name)
 
@@ -507,7 +507,7 @@ def _values(model: Checkpoint, entry: GgufTensor) -> Tensor:
     if entry.order is not None:
         weight = weight.reshape(len(entry.order) * entry.parts, -1)[torch.from_numpy(entry.order)]
     weight = weight.reshape(entry.shape).contiguous()
-    return torch.from_numpy(table.plus_one(weight.float().numpy())) if entry.shifted else weight
+    return weight.float() + 1 if entry.shifted else weight
 
 
 def _float_bytes(weight: Tensor, entry: GgufTensor) -> np.ndarray:

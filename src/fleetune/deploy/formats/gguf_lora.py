@@ -8,7 +8,7 @@ base's architecture, adapter.lora.alpha, and for each adapted matrix NAME of the
     NAME.lora_b  [out, r]     B, with its rows in the order of the base's file (`gguf.py`)
 
 llama.cpp adds (alpha / r) B A x with r the width of B, as LoRA does.  The base's file may be of any type; its
-weights stay what they are.  What PEFT can say and the file cannot is refused: weights instead of factors (modules to
+weights stay what they are.  Features of PEFT that the file cannot express are refused: weights instead of factors (modules to
 save, biases), other scalings (rsLoRA, ranks or alphas by layer), DoRA.
 """
 

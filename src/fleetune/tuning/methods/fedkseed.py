@@ -34,9 +34,9 @@ whatever the number of rounds, and K numbers carry it.
   devices at most this share, of those in whose memory it fits.  Such a device reports its gradient projected
   on the K directions, p_k = z_k . g, after `backprop_steps` steps a_k <- a_k - eta_b p_k / K, each the mean of K
   two-point steps.  Both kinds of reply are K sums and enter one ledger, weighted by their precision: with rows n_c,
-  a device that back-propagated weighs n_c, and one that took n two-point steps n_c / (1 + (K - 1) / n).  For of a
-  gradient in d dimensions, n two-point samples along directions drawn from the pool have, over the draw of the pool, the
-  variance d (1/K + (1 - 1/K) / n) |g|^2, the whole pool (n = infinity) d/K |g|^2.
+  a device that back-propagated weighs n_c, and one that took n two-point steps n_c / (1 + (K - 1) / n).  Reason: averaged over
+  the draw of the pool, n two-point samples of a d-dimensional gradient g have variance d (1/K + (1 - 1/K) / n) |g|^2; the
+  whole pool (n = infinity) has d/K |g|^2.
 """
 
 from __future__ import annotations

@@ -51,7 +51,11 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
     owner = {i: c for c, part in enumerate(parts.clients) for i in part.tolist()}
     by_size = sorted(range(len(examples)), key=lambda i: len(_text(examples[i])))
     chosen = list(dict.fromkeys([0, by_size[len(by_size) // 2], by_size[-1]]))
-    found = _in_tokens(examples, chosen, model, recipe, offline) if model else _in_words(examples, chosen)
+    if model:
+        found = _in_tokens(examples, chosen, model, recipe, offline)
+    else:
+        words = [len(_text(example).split()) for example in examples]
+        found = _Measured("words", words, [_turns(examples[i]) for i in chosen])
     names = _names(parts)
     sizes, whole = sorted(found.lengths) or [0], found.cut
     training = {_content(examples[i]) for i in owner}
@@ -129,11 +133,6 @@ def _turns(example: Example) -> tuple[str, str]:
     if len(example.messages) == 1:
         return example.messages[0][1], example.response
     return "\n".join(f"{role}: {content}" for role, content in example.messages), example.response
-
-
-def _in_words(examples: Sequence[Example], chosen: Sequence[int]) -> _Measured:
-    words = [len(_text(example).split()) for example in examples]
-    return _Measured("words", words, [_turns(examples[i]) for i in chosen])
 
 
 def _in_tokens(

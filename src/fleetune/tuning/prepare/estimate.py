@@ -51,12 +51,6 @@ def client_rows_of_each(recipe: Recipe, sizes: Sequence[int]) -> int:
     return most_client_rows(recipe, sizes) if usual else recipe.client_rows
 
 
-def client_rows_in_all(recipe: Recipe, sizes: Sequence[int]) -> int:
-    """Return how many rows of all clients are measured, before and again after the run."""
-    most = client_rows_of_each(recipe, sizes)
-    return sum(min(most, size) for size in sizes)
-
-
 def most_client_rows(recipe: Recipe, sizes: Sequence[int]) -> int:
     """Return how many rows of a client are measured at most, so that all take no more than `SHARE` of a run's passes.
 
@@ -160,8 +154,9 @@ def of(
 ) -> Estimate | None:
     """Time a step, an evaluation and an answer of a run whose clients have these rows; the model is left as it was.
 
-    `held` are the rows of an evaluation, `prompts` those that are answered before and after.  None where a step fails: the
-    run itself says why, and for which clients.  What the method refuses of the model is raised: no client could begin.
+    `held` are the rows of an evaluation, `prompts` those that are answered before and after.  None where a step fails: the run
+    itself says why, and for which clients.  If the method refuses the model, that error is raised, since no client could
+    begin.
     """
     asked = len(rounds.sample(range(len(rows)), recipe.participation, recipe.seed, 1, recipe.over_selection))
     steps = float(np.mean([method.local_steps(len(part)) for part in rows]))
@@ -178,6 +173,8 @@ def of(
         log.info("the time cannot be estimated: %s", fault(error))
         return None
     row = _timed(bench.loss) / len(held[:ROWS])
+    sizes = [len(own) for own in rows]
+    of_each = client_rows_of_each(recipe, sizes)
     return Estimate(
         recipe.rounds,
         asked,
@@ -188,7 +185,7 @@ def of(
         len(held),
         len(prompts),
         _answer(model, prompts, recipe.answer_tokens, recipe.max_length),
-        client_rows_in_all(recipe, [len(own) for own in rows]),
+        sum(min(of_each, size) for size in sizes),  # of all clients, before and again after the run
         row,
     )
 
@@ -260,10 +257,10 @@ def fitted(
 ) -> tuple[Recipe, Method, Estimate]:
     """Return the run, of a fleet of so many `clients`, made so small that it takes at most `within` seconds.
 
-    What is done before and after the rounds becomes less where it takes more than a third of the time: the clients' own losses
-    are left out, then the answers that are kept to be read.  Evaluations become fewer, then of fewer rows, where they take
-    more than a third of what is left.  Then local steps become fewer; where fewer than `FEW_STEPS` would be left, rounds, then
-    the clients that are asked.  What fits already stays as it is.  FitError when not even two steps of one client do.
+    If the work before and after the rounds takes more than a third of the time, the clients' own losses are left out first,
+    then the answers that are kept to be read.  Evaluations become fewer, then of fewer rows, where they take more than a third
+    of what is left.  Then local steps become fewer; where fewer than `FEW_STEPS` would be left, rounds, then the clients that
+    are asked.  A run that fits already stays as it is.  FitError if not even two steps of one client fit.
     """
     budget = SPARE * within
     if found.seconds <= budget:

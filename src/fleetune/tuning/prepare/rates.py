@@ -7,11 +7,11 @@ A method says how its rate acts, and that decides how the rate is found:
     rate_at_server   the server steps by it: devices work once, the server's step is tried at many rates (`trial`)
     any other        one round of a few clients at each of some rates (`trial`)
 
-What a trial finds is held for a few rounds, and made smaller where it does not last.
+A rate that a trial finds is then tested over a few rounds, and lowered if it does not last.
 
-What is found is rounded to one of 1, 1.5, 2, 3, 5 and 7 times a power of ten: more digits would not be true, and machines whose
-float noise differs find the same.  It is written into the run's recipe, so a resumed or repeated run does not search again.
-The rows are training rows, the same for a simulated and for a real fleet, whose server has some in its own data.
+Rates are rounded to 1, 1.5, 2, 3, 5 or 7 times a power of ten: more digits would not be meaningful, and machines with
+different float noise find the same rate.  It is written into the run's recipe, so a resumed or repeated run does not search
+again.  The rows are training rows, the same for a simulated and for a real fleet, whose server has some in its own data.
 """
 
 from __future__ import annotations

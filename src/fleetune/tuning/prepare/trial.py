@@ -4,8 +4,8 @@
 Methods whose rate acts on a device are tried whole, a rate at a time (`try_on_devices`).  Where the rate acts on the server
 alone (`Method.rate_at_server`), devices work once, and only the server's step is repeated (`try_on_server`).
 
-What is best for one round can be too much for the next ones.  So what was found is then held for a few rounds, and a smaller
-rate likewise, while it ends lower (`hold`); of those that end as low the middle is taken again.
+The best rate for one round can be too high for the next.  So `hold` tests the rate over a few rounds, and then smaller ones as
+long as the loss ends lower; of rates that end equally low, it takes the middle one.
 
 Each trial begins at the base model and leaves it as it was.  The rows of the trial are training rows.
 """

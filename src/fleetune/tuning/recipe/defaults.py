@@ -30,10 +30,10 @@ def settled(recipe: Recipe) -> Recipe:
 
 
 def for_devices(recipe: Recipe, devices: int, named: Collection[str]) -> Recipe:
-    """Return the recipe as so many real devices run it, of whom some may lie; it names the options `named` itself.
+    """Return the recipe as so many real devices run it, some of which may lie; the user gave the options `named`.
 
-    Where it names no rule, it gets one of `DEFAULT_RULES`; a plain mean becomes one with bounded weights, since rows are what
-    devices say.  Where it does not say what is kept, that is the best round: no liar makes the result worse than the start.
+    Without a rule, the recipe gets one of `DEFAULT_RULES`; a plain mean gets bounded weights, since devices state their own
+    rows.  Without `keep`, the best round is kept, so no liar makes the result worse than the start.
     """
     rule = (
         aggregation.parse(recipe.aggregation) if "aggregation" in named else default_rule(recipe, devices)[0]
@@ -53,7 +53,7 @@ def default_rule(recipe: Recipe, devices: int) -> tuple[aggregation.Rule, str]:
 
 
 def about_rule(recipe: Recipe, count: int) -> str:
-    """Return which rule combines the replies of so many devices; of a mean, why none against liars is used."""
+    """Return which rule combines the replies of so many devices; for a mean, why no rule against liars is used."""
     rule = aggregation.parse(recipe.aggregation)
     if rule.name != aggregation.MEAN.name:
         return (

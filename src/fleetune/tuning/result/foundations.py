@@ -128,7 +128,7 @@ def stated_recipe(run: Path, *, longer: bool = False) -> Recipe:
 
 
 def check(job: TuneJob, run: Path, *, longer: bool = False) -> StandsOn:
-    """What a job stands on; UsageError when its run was begun on another recipe, model or rows.
+    """Return what a job stands on; UsageError if its run was begun with another recipe, model or rows.
 
     With `longer` the number of rounds may differ.
     """

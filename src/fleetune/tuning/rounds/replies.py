@@ -9,8 +9,8 @@ known to be wrong need not be used in part.
 
 - Rows weigh in a mean, and are what a client says of itself.  Where the rule bounds them (`mean:TIMES`), a reply counts at
   most so many times the median rows of those that were asked, and its rows times its distance stay within the bound
-  too: no reply moves the mean further than one of the median rows may.  That distance is the one of a client with the
-  median rows: steps that a claim of rows stands for would else make it short.
+  too: no reply moves the mean further than one of the median rows may.  That distance is computed as if the client had the
+  median number of rows; otherwise claiming more rows, and so more steps, would make the reply look closer.
 - Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
   may send fewer than it was asked for, and the slack is not its to choose.
 - With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.  Where rows are

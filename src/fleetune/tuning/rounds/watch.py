@@ -4,7 +4,7 @@
 It shows in a client's reply (its loss is a multiple of what it was, or its numbers are not finite) or in the validation: the
 loss has risen from its lowest by more than noise, and by more than half of what the run had gained.  The second part leaves
 out the ups and downs of training, which are larger than the noise of the rows.  The noise is two standard errors of the
-change from the base, row by row.  What was recorded before a resume counts as if it were heard now.
+change from the base, row by row.  Events recorded before a resume count too.
 """
 
 from __future__ import annotations

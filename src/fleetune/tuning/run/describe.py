@@ -69,7 +69,7 @@ def _computed_by(device: str) -> dict[str, Any]:
 def data_facts(job: TuneJob, run: Path) -> dict[str, Any]:
     """Return what env.json says of the data and the recipe: digests, and the options that were not the defaults.
 
-    What it says of the defaults already stays: a run may be resumed by a version with others.
+    A statement of the defaults that is already there stays: the version that resumes a run may have others.
     """
     stated, parts = foundations.of_job(job), job.split
     try:

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows, written as a file of each type that is read."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+DOLLY = {"instruction": "Name a bird", "context": "", "response": "A wren", "category": "open_qa"}
+
+
+def jsonl(*rows: object) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    """The rows in the file type of the suffix."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_bytes(
+            jsonl(*rows) if path.suffix.lower() == ".jsonl" else json.dumps(rows, indent=1).encode()
+        )
+    return str(path)
