@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters_harness import LEAVES
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fleetune import adapters, models
 from fleetune.adapters import lora_init
+from fleetune.data import Batch
 from fleetune.errors import MessageError, ModelError
 from fleetune.models import Model
 
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-LEAVES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 IDS = torch.arange(24).reshape(2, 12) * 7 % 250
 MASK = (torch.arange(12) < torch.tensor([[12], [5]])).long()
 R, ALPHA = 4, 12
@@ -303,3 +304,50 @@ def test_a_rank_that_no_start_can_have_leaves_the_model_alone() -> None:
         assert model.attachment is None
         assert torch.equal(logits(model.net), logits(models.tiny_llama().net))
         adapters.attach(model, adapters.Lora(r=2, alpha=4, init=init), seed=1)  # and it can be used again
+
+
+# ---------------------------------------------------------------- eva
+
+
+def batches(count: int) -> list[Batch]:
+    random = np.random.default_rng(0)
+    ids = [torch.from_numpy(random.integers(0, 250, (2, 12))) for _ in range(count)]
+    return [Batch(i, MASK, i) for i in ids]
+
+
+def inputs(seen: list[Batch], layer: str) -> np.ndarray:
+    """What the layer is given at the real tokens, in float64."""
+    base, rows = models.tiny_llama(), []
+    base.net.get_submodule(layer).register_forward_pre_hook(
+        lambda module, args: rows.append(args[0][seen[len(rows)].attention_mask.bool()].double().numpy())
+    )
+    with torch.inference_mode():
+        for batch in seen:
+            base.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    return np.concatenate(rows)
+
+
+def eva(model: Model, seen: list[Batch], rank: int = R) -> dict[str, np.ndarray]:
+    part = adapters.attachment_of(model).parts[0]
+    assert isinstance(part, adapters.LoraPart)
+    return lora_init.directions(model, part.layers, rank, seen)
+
+
+@pytest.mark.parametrize("layer", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
+def test_eva_takes_the_directions_that_explain_most(layer: str) -> None:
+    model, few, many = on("default"), batches(1), batches(8)
+    vt = np.linalg.svd(inputs(few, layer))[2]
+    a = eva(model, few)[f"{layer}.lora_A.weight"].astype(np.float64)
+    np.testing.assert_allclose(np.abs(np.sum(a * vt[:R], axis=1)), 1.0, atol=1e-5)  # the same up to sign
+    x = inputs(many, layer)
+    a = eva(model, many)[f"{layer}.lora_A.weight"].astype(np.float64)
+    np.testing.assert_allclose(a @ a.T, np.eye(R), atol=1e-5)
+    best = (np.linalg.svd(x, compute_uv=False)[:R] ** 2).sum()
+    assert best * 0.99 < ((x @ a.T) ** 2).sum() <= best * (1 + 1e-6)
+
+
+def test_eva_says_when_it_sees_too_little_and_leaves_the_model_alone() -> None:
+    model = on("default", r=32, alpha=32)
+    with pytest.raises(ModelError, match="fewer than 32 directions"):
+        eva(model, batches(1), 32)
+    assert not any(m._forward_pre_hooks for m in model.net.modules())

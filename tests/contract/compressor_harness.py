@@ -46,7 +46,6 @@ VARIANTS = [
     "gkd:lmbda=0,seq_kd=true,beta=0",
     "llm-pruner:mode=hidden,first=4,last=2,ratio=0.5",
     "llm-pruner:mode=depth",
-    "llm-pruner:recover=gkd",
     "llm-pruner:importance=mixed,scope=global",
 ]
 
@@ -141,4 +140,4 @@ def pruned(case: str, folder: Path, on_row: Callable[..., None], on_step: Callab
     """The model of a case after pruning and recovery."""
     chosen, model = pruner(case), whole()
     small = chosen.prune(model, rows(), on_row)
-    return chosen.train(small, model, rows(), 7, folder, on_step)
+    return chosen.train(small, rows(), 7, folder, on_step)

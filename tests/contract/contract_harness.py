@@ -51,6 +51,7 @@ QUICK: dict[str, dict[str, Any]] = {
 VARIANTS = [
     "fedit:average=product,ranks=2;4",
     "fedit:start=pissa,dropout=0",
+    "fedit:start=eva",
     "fedit:wire=fp16",
     "fedkseed:law=gaussian",
     "fedkseed:wire=sums",

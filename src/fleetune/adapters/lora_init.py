@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initialise the factors of LoRA: from a seed, or from the base's weights.
+"""Initialise the factors of LoRA: from a seed, from the base's weights, or from the activations of each layer.
 
 | init | A [r, in] | B [out, r] | source |
 |---|---|---|---|
@@ -9,12 +9,17 @@
 | orthogonal | from half the rows of an orthogonal [r, r] | from the other half | as PEFT |
 | pissa | sqrt(S_r / s) V_r' | U_r sqrt(S_r / s) | Meng et al. 2024, arXiv 2404.02948, equations 2 and 3 |
 | olora | R_r | Q_r | Buyukakyuz 2024, arXiv 2406.01775, Algorithm 1 |
+| eva | the first r rows of V' of the layer's inputs X = U S V' | 0 | Paischer et al. 2024, arXiv 2410.07170, section 3 |
 
 with U S V' = W0 (the r largest), Q R = W0 and s = alpha / r.  The first three depend on (seed, tensor name) alone
 and are made of Philox words without a math library: equal bits on every machine.  `orthogonal` and the
 decompositions need one, so the server computes them once and sends them.
 
-The last two start at B A != 0, so s B0 A0 is subtracted from the base.  The base is never written to: B0 and A0
+`eva` (`directions`) is the only start that depends on data.  X is too large for memory: batch by batch,
+[S V' so far; new rows] is reduced to its best `WIDER` r rows, exact up to that many rows, else a close approximation.
+Unlike the paper, every layer has rank r (its rho = 1), and batches are read until the rows end.
+
+`pissa` and `olora` start at B A != 0, so s B0 A0 is subtracted from the base.  The base is never written to: B0 and A0
 stay beside it as frozen factors.  So nothing is rounded away, removing the adapter restores the base bit for bit,
 and all devices subtract the same once they have B0 and A0 from the server.
 """
@@ -22,19 +27,22 @@ and all devices subtract the same once they have B0 and A0 from the server.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fleetune import models
+from fleetune.data import Batch
 from fleetune.errors import ModelError
+from fleetune.models.net.model import Model
 from fleetune.seeds.noise import derive, normals, signs, words
 
 Factors = tuple[np.ndarray, np.ndarray]  # B [out, r], A [r, in], fp32
+WIDER: Final = 4  # rows stored between batches of `directions`, in ranks
 
 
 def default(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
@@ -83,6 +91,56 @@ def olora(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return the first r columns of Q and rows of R."""
     q, upper = torch.linalg.qr(weight)
     return q[:, :r], upper[:r]
+
+
+def directions(
+    model: Model, layers: Mapping[str, nn.Module], rank: int, batches: Iterable[Batch]
+) -> dict[str, np.ndarray]:
+    """Return A [rank, in] fp32 of these LoRA layers, which are at a start with B A = 0, by the parameter's name.
+
+    ModelError when a layer's inputs have fewer than `rank` directions.
+    """
+    best: dict[tuple[str, ...], Tensor] = {}
+    for batch in batches:
+        for names, rows in _inputs(model, layers, batch).items():
+            rows = torch.cat([best[names], rows]) if names in best else rows
+            # S V' of rows = U S V', by way of the smaller of rows' rows and rows rows'
+            if len(rows) > rows.shape[1]:
+                squares, v = torch.linalg.eigh(rows.T @ rows)
+                rows = (v * squares.clamp(min=0).sqrt()).flip(1).T
+            else:
+                rows = torch.linalg.eigh(rows @ rows.T)[1].flip(1).T @ rows
+            best[names] = rows[: WIDER * rank]
+    made: dict[str, np.ndarray] = {}
+    for names, rows in best.items():
+        size = rows.norm(dim=1, keepdim=True)
+        if len(rows) < rank or size[rank - 1] <= 1e-6 * size[0]:
+            raise ModelError(
+                f"the inputs of {names[0]} have fewer than {rank} directions on these rows",
+                hint="give it more rows, or use a smaller rank",
+            )
+        a = (rows / size)[:rank].float().cpu().numpy()
+        made |= {f"{name}.lora_A.weight": a for name in names}
+    return made
+
+
+def _inputs(model: Model, layers: Mapping[str, nn.Module], batch: Batch) -> dict[tuple[str, ...], Tensor]:
+    """Return the layers' inputs at real tokens, [tokens, in] float64; layers with the same input together."""
+    seen: dict[int, tuple[Tensor, list[str]]] = {}  # by id; the tensor stays, so that no id comes twice
+
+    def keep(name: str) -> Any:
+        return lambda module, args: seen.setdefault(id(args[0]), (args[0], []))[1].append(name)
+
+    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+    more = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+    try:
+        with torch.inference_mode():
+            model.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    real = batch.attention_mask.bool()
+    return {tuple(names): x[real].double() for x, names in seen.values()}
 
 
 def _normal(seed: int, layer: str, what: str, rows: int, columns: int) -> np.ndarray:

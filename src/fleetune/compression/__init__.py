@@ -132,8 +132,8 @@ class Pruner(Protocol):
     def recover(self) -> str:
         """The way the pruned model is trained; "none" for not at all."""
 
-    def check(self, model: Model, length: int, *, plain: bool) -> None:
-        """Raise RecipeError with every reason why rows of `length` tokens (`plain`: windows of text) cannot be used."""
+    def check(self, model: Model) -> None:
+        """Raise RecipeError with every reason why the model cannot be pruned."""
 
     def disk(self, model: Model) -> int:
         """Return how many bytes the checkpoints and the result take at most."""
@@ -147,7 +147,6 @@ class Pruner(Protocol):
     def train(
         self,
         pruned: Model,
-        whole: Model,
         rows: Sequence[Encoded],
         seed: int,
         folder: Path,

@@ -122,8 +122,9 @@ class Checkpoint:
         self._net = build(self.config)
         state: dict[str, Tensor] = self._net.state_dict(keep_vars=True)
         self._parts = _stored_parts(self._net, source)
-        self._stored = _stored_names(self._net, state, source, self._parts)
-        self.shapes = {name: tuple(state[name].shape) for name in self._stored}
+        # the name under which the source has a tensor
+        self.stored = _stored_names(self._net, state, source, self._parts)
+        self.shapes = {name: tuple(state[name].shape) for name in self.stored}
         self.buffers = self.shapes.keys() - dict(self._net.named_parameters())
         modules = self._net.named_modules()
         self.linears = frozenset(f"{n}.weight" for n, m in modules if isinstance(m, nn.Linear))
@@ -133,13 +134,9 @@ class Checkpoint:
         """The parameters and the `buffers`; a tied one under the name of the input embedding."""
         return list(self.shapes)
 
-    def stored_name(self, name: str) -> str:
-        """Return the name under which the source has a tensor."""
-        return self._stored[name]
-
     def quantised(self, name: str) -> Quantised | None:
         """Return the codes of a tensor; None for a dense one, as those in parts are."""
-        stored = self._stored[name]
+        stored = self.stored[name]
         q = None if stored in self._parts else self.source.quantised(stored)
         if q is not None:
             self._check_shape(name, q.shape)
@@ -150,7 +147,7 @@ class Checkpoint:
 
         All parts of a parameter are in memory beside it until it is joined.
         """
-        stored = self._stored[name]
+        stored = self.stored[name]
         weight = self._joined(stored) if stored in self._parts else self.source.weight(stored)
         self._check_shape(name, tuple(weight.shape))
         return weight

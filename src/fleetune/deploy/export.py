@@ -139,7 +139,8 @@ def _of_run(
     recipe, out = run.recipe, path or target.place(run.folder)
     check_place(target, out)
     _require_codes(target, str(run.folder))
-    base, made = Plain(recipe.model), facts_of_run(run)
+    base, settings = Plain(recipe.model), objects.method_settings(recipe)
+    made = _facts(recipe.method, settings, rundir.made_on(run.folder)["base"]) | facts_of_base(recipe.model)
     if target.takes == "adapter":
         check_adapter(run.folder / finished.RESULT["adapter"], target)
         adapter = run.result
@@ -399,13 +400,6 @@ def facts_of_head(head: ArtefactHead, digest: str) -> dict[str, str]:
     return _facts(head.method, head.settings, head.base) | {"fleetune.artefact_digest": digest}
 
 
-def facts_of_run(run: Run) -> dict[str, str]:
-    """Return where a tuned model comes from, by its recipe and its env.json; StorageError when that is damaged."""
-    settings = objects.method_settings(run.recipe)
-    made = _facts(run.recipe.method, settings, rundir.made_on(run.folder)["base"])
-    return made | facts_of_base(run.recipe.model)
-
-
 def facts_of_base(name: str) -> dict[str, str]:
     """Return the licence of a built-in model or a short name; {} for others."""
     licence = names.licence_of(name)
@@ -451,7 +445,7 @@ def size_beside(model: Model, quantised: Collection[str], head: ArtefactHead, na
             checkpoint = Checkpoint(_Names(model, folder))
             checkpoint.compressed = True
             checkpoint.dtype = getattr(torch, WEIGHTS[model.dtype].full)
-            without = {name for name in checkpoint.names if checkpoint.stored_name(name) in quantised}
+            without = {name for name in checkpoint.names if checkpoint.stored[name] in quantised}
             made = facts_of_head(head, "0" * 64)
             return gguf.size_beside(checkpoint, without, folder / f"{name}.gguf", made)
         except UsageError as error:

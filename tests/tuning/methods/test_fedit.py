@@ -271,6 +271,22 @@ def test_a_saved_run_is_a_plain_lora_of_the_base(tmp_path: Path) -> None:
     assert (logits(other) - logits(models.tiny_llama())).abs().max() > 1e-2
 
 
+def test_eva_starts_from_the_servers_rows(tmp_path: Path) -> None:
+    mine, starts = tmp_path / "mine.jsonl", {}
+    mine.write_text("".join(f'{{"instruction": "say {i}", "response": "red{i} {i}"}}\n' for i in range(40)))
+    for source in ("demo", str(mine)):
+        method = methods.make("fedit", FAST | {"r": 4, "start": "eva", "start_data": source})
+        model = models.tiny_llama()
+        state = method.init(model, 5)
+        assert state.start == {}
+        starts[source] = state.tensors["model.layers.0.self_attn.q_proj.lora_A.weight"].astype(np.float64)
+        np.testing.assert_allclose(starts[source] @ starts[source].T, np.eye(4), atol=1e-5)
+    assert np.abs(starts["demo"] @ starts[str(mine)].T - np.eye(4)).max() > 0.1
+    state = methods.make("fedpetuning", {"size": 2, "start": "eva"}).init(models.tiny_bert(), 5)
+    a = state.tensors["bert.encoder.layer.1.attention.self.query.lora_A.weight"]
+    np.testing.assert_allclose(a @ a.T, np.eye(2), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import fleetune
 from fleetune import report
+from fleetune.api import tuning
 from fleetune.cli import flags
 from fleetune.cli.console import Bar, Ui
 from fleetune.cli.listener import InterruptHandler
@@ -174,7 +175,6 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.api import tuning
     from fleetune.planning import choose
     from fleetune.tuning.prepare import prepare
 

@@ -308,7 +308,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
     model, parts, origin = job.inputs.model, folder / PARTS, job.origin
     check_origin(origin, job.request.model, parts)
     if job.calibration is not None:
-        scales.warn(job.request, job.calibration, listener, experts=driver.solves_experts(model))
+        scales.warn(job.request, job.calibration, listener, experts=any(driver.experts_in(model)))
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
         listener.progress("blocks", block, blocks, name.rsplit(".", 1)[-1])

@@ -205,7 +205,7 @@ class PruneJob:
             if self.method.recover != "none":
                 sizes["pruned"] = progress.weight_bytes(pruned)
                 on_step, place = progress.step_reporter(listener, folder, "loss"), folder / PARTS / "recovery"
-                pruned = self.method.train(pruned, whole, self.rows, self.request.seed, place, on_step)
+                pruned = self.method.train(pruned, self.rows, self.request.seed, place, on_step)
                 after = loaded.measure(pruned, listener, folder, reference)
             done = _finished(pruned, folder, self._card(pruned), began)
         done |= {"before": before, "pruned": cut, "after": after}
@@ -234,7 +234,7 @@ def prepare_pruning(
     loaded = inputs.load(request, offline=offline)
     if request.data and not loaded.rows:
         raise UsageError("there are no rows to prune with", hint="give some with --data")
-    pruner.check(loaded.model, loaded.longest if loaded.rows else request.length, plain=not loaded.rows)
+    pruner.check(loaded.model)
     rows = loaded.rows
     if not rows:  # windows of text as rows: the loss of every token but the first counts
         windows = inputs.windows(request, loaded, listener, dry=dry)

@@ -73,11 +73,6 @@ def experts_in(model: Model) -> list[list[Experts]]:
     return [experts_of(layer.name, modules[layer.name]) for layer in layers_of(model.net)]
 
 
-def solves_experts(model: Model) -> bool:
-    """Return whether a model has experts whose matrices can be solved."""
-    return any(experts_in(model))
-
-
 def experts_left(model: Model, *, taken: bool) -> int:
     """Return how many blocks have experts that stay as they are; `taken` tells whether experts are compressed at all."""
     solved = experts_in(model) if taken else [[] for _ in layers_of(model.net)]

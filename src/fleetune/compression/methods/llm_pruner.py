@@ -20,7 +20,6 @@ The result is a smaller dense model: faster and with less memory in any runtime,
 - The reference implementation credits query head h to key head h % n_kv.  Here it is h // n_rep, as in attention itself.
   With 9 query and 3 key heads the two choose different heads in 13 of SmolLM2-135M's 30 blocks.
 - Rows count the tokens of their responses, plain text all of its tokens, in estimation and in recovery.
-- Recovery by distillation is not in the paper.
 
 ## Options
 
@@ -35,13 +34,11 @@ The result is a smaller dense model: faster and with less memory in any runtime,
   blocks differ in width: fleetune loads the directory, transformers refuses it, and it exports to a GGUF file of
   architecture `deci`.
 - Memory: estimation needs one more copy of the weights that can be removed (`importance=mixed` two).  Recovery with
-  LoRA needs little more than the model.  Recovery with gkd needs the whole model, the pruned one, and three times the
-  weights of the pruned one, all in fp32.
+  LoRA needs little more than the model.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -57,7 +54,6 @@ from transformers import PreTrainedModel
 
 from fleetune.adapters import Lora, attach, detach, merge, trainable, training
 from fleetune.common.settings import setting
-from fleetune.compression.methods import gkd
 from fleetune.compression.pruning import hidden_width
 from fleetune.compression.pruning.depth import with_blocks
 from fleetune.compression.pruning.importance import (
@@ -81,7 +77,6 @@ from fleetune.models.families.widths import FAMILIES, KeptUnits, blocks_of, cut,
 from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model, digest, named_tensors
 from fleetune.models.shapes import shape_of
-from fleetune.planning import compression_cost
 
 PAPER = "Ma et al., NeurIPS 2023, arXiv 2305.11627"
 CLIP = 1.0  # of the gradient's norm in the recovery
@@ -103,7 +98,7 @@ class Pruner:
     last: int = setting(2, "z", "blocks spared at the end")
     round_to: int = setting(32, "m", "channels are left in multiples of this")
     samples: int = setting(10, "N", "texts or rows to estimate the importance on")
-    recover: str = setting("lora", "R", "lora, gkd (with rows only) or none")
+    recover: str = setting("lora", "R", "lora or none")
     r: int = setting(8, "r", "rank of the LoRA")
     alpha: float = setting(16.0, "α", "scale of the LoRA: alpha / r")
     dropout: float = setting(0.05, "p", "dropout of the LoRA in training")
@@ -121,10 +116,9 @@ class Pruner:
         rows: Sequence[Encoded],
         on_row: Callable[[int, int], None] = lambda row, rows: None,
     ) -> Model:
-        """Return the smaller model.
+        """Return the smaller model, whose net is that of `model`, cut in place.
 
-        With recover=gkd `model` is left unchanged, to be the teacher.  Otherwise its net is cut in place, so that no
-        second one is in memory.  DataError when no row has a token to score; FleetuneError when the importance is not
+        DataError when no row has a token to score; FleetuneError when the importance is not
         finite.
         """
         scored = [row for row in rows if len(row.ids) > max(1, row.n_prompt)]
@@ -135,8 +129,6 @@ class Pruner:
         net = model.net
         if isinstance(kept, dict) and len(kept) < len(blocks_of(net)):
             net = with_blocks(net, sorted(kept))
-        elif self.recover == "gkd":
-            net = copy.deepcopy(net)
         if isinstance(kept, dict):
             cut(net, [kept[i] for i in sorted(kept)])
         else:
@@ -176,7 +168,6 @@ class Pruner:
     def train(
         self,
         pruned: Model,
-        whole: Model,
         rows: Sequence[Encoded],
         seed: int,
         folder: Path,
@@ -186,11 +177,7 @@ class Pruner:
 
         `on_step(step, steps, loss)` is called after every step.  It may raise Interrupted, which saves the step.
         """
-        if self.recover == "gkd":
-            distiller = self._distiller()
-            pruned = distiller.student(pruned)
-            distiller.train(pruned, whole, rows, seed, folder, lambda t, n, loss, _: on_step(t, n, loss))
-        elif self.recover == "lora":
+        if self.recover == "lora":
             attach(pruned, Lora(self.r, self.alpha, self.dropout), seed=seed)
             try:
                 self._train_lora(pruned, rows, seed, folder, on_step)
@@ -237,24 +224,10 @@ class Pruner:
             batches, self.steps, parameters, optimizer, step, lambda t, loss: on_step(t, self.steps, loss)
         )
 
-    def _distiller(self) -> gkd.Trainer:
-        """Return the distillation from the whole model, with the steps of this recovery."""
-        return gkd.Trainer(
-            teacher="same",
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            warmup=self.warmup,
-            save_every=self.save_every,
-        )
-
     # ---------------------------------------------------------------- checks
 
-    def check(self, model: Model, length: int, *, plain: bool) -> None:
-        """Raise RecipeError with every reason why the model, or rows of `length` tokens, cannot be used.
-
-        `plain`: the rows are windows of text.
-        """
+    def check(self, model: Model) -> None:
+        """Raise RecipeError with every reason why the model cannot be pruned."""
         kind = model.net.config.model_type
         if kind not in FAMILIES:
             raise RecipeError(
@@ -269,12 +242,8 @@ class Pruner:
         problems = self._size_problems(model.net, numbers)
         if any(not torch.isfinite(p).all() for p in model.net.parameters()):
             problems.append("the model holds values that are not finite")
-        if self.recover == "gkd" and plain:
-            problems.append("recover=gkd trains on rows, not on plain text: give --data, or recover=lora")
         if problems:
             raise RecipeError(problems, hint="settings: fleetune compress --list llm-pruner")
-        if self.recover == "gkd":
-            self._distiller().check(model, dataclasses.replace(model), length)
 
     def _size_problems(self, net: PreTrainedModel, numbers: Sequence[int]) -> list[str]:
         """Say why nothing, or everything, would be removed."""
@@ -287,10 +256,7 @@ class Pruner:
 
     def disk(self, model: Model) -> int:
         """Return how many bytes the checkpoints and the result take at most: those of the whole model."""
-        shape = shape_of(model.net.config)
-        if self.recover == "gkd":
-            return compression_cost.training_disk(shape, math.ceil(self.steps / self.save_every))
-        return WEIGHTS[model.dtype].size * shape.params
+        return WEIGHTS[model.dtype].size * shape_of(model.net.config).params
 
     def __post_init__(self) -> None:
         problems = []
@@ -299,7 +265,7 @@ class Pruner:
             "aggregate": tuple(AGGREGATES),
             "scope": ("local", "global"),
             "mode": ("width", "depth", "hidden"),
-            "recover": ("lora", "gkd", "none"),
+            "recover": ("lora", "none"),
         }
         for name, value in dataclasses.asdict(self).items():
             if name in choices and value not in choices[name]:

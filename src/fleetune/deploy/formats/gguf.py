@@ -507,7 +507,7 @@ def _values(model: Checkpoint, entry: GgufTensor) -> Tensor:
     if entry.order is not None:
         weight = weight.reshape(len(entry.order) * entry.parts, -1)[torch.from_numpy(entry.order)]
     weight = weight.reshape(entry.shape).contiguous()
-    return torch.from_numpy(table.plus_one(weight.float().numpy())) if entry.shifted else weight
+    return weight.float() + 1 if entry.shifted else weight
 
 
 def _float_bytes(weight: Tensor, entry: GgufTensor) -> np.ndarray:

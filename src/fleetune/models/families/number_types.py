@@ -37,11 +37,6 @@ WEIGHTS: Final[Mapping[str, Dtype]] = MappingProxyType(
 )
 
 
-def from_full(full: str) -> str | None:
-    """Return the option's name of "float32" and so on; None for a dtype that weights do not have."""
-    return next((name for name, dtype in WEIGHTS.items() if dtype.full == full), None)
-
-
 # the values that the codes 0, 1, 2 .. stand for, times a scale
 CODEBOOKS: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType(
     {

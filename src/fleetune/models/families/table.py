@@ -338,12 +338,6 @@ def is_shifted(config: Any, tensor: str) -> bool:
     return family_of(config).shifted and tensor.endswith("norm.weight")
 
 
-def plus_one(values: np.ndarray) -> np.ndarray:
-    """Return a norm's weights as the file stores them: 1 + w, fp32."""
-    shifted: np.ndarray = np.float32(1) + values.astype(np.float32)
-    return shifted
-
-
 def is_transposed(config: Any, tensor: str) -> bool:
     """Return whether a matrix of the model is [in, out], which the file holds as [out, in]."""
     family = family_of(config)

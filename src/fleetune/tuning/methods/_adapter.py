@@ -36,10 +36,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from fleetune import adapters
+from fleetune import adapters, data
 from fleetune.adapters.lora_init import FROM_WEIGHTS as FROM_WEIGHTS
+from fleetune.adapters.lora_init import directions
 from fleetune.common.settings import setting
-from fleetune.data import Batches
+from fleetune.data import Batches, collate, encode_rows
+from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
@@ -183,7 +185,10 @@ class Averaged(Trained):
     clip: float = setting(0.0, "C", "largest norm of a gradient (0: any)")
     targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
     start: str = setting(
-        "default", "A₀, B₀", "where A and B start: default, gaussian, shared, orthogonal, pissa, olora"
+        "default", "A₀, B₀", "where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva"
+    )
+    start_data: str = setting(
+        "demo", "X", "start=eva: rows the server has, a file or demo (32 are read)", only_if="start=eva"
     )
     wire: str = setting("fp32", "wire", "fp32, or fp16 to halve the traffic")
     server: str = setting("avg", "server", "the server's rule: avg, avgm or adam")
@@ -211,6 +216,8 @@ class Averaged(Trained):
         """Return the state of the module, rounded as every device will have it."""
         seed = key >> 1  # fits a signed 64-bit scalar
         self.attach(model, seed, self.start)
+        if self.start == "eva":
+            start_from_rows(model, self.start_data)
         start = group(coded(adapters.subtracted_factors(model), self.wire))
         adapters.subtract_factors(model, start)
         return State(adapters.export(model), seed, start=start)
@@ -396,10 +403,15 @@ def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
 # LoRA's settings ----------------------------------------------------------------------------------------
 
 
-def check_start(start: str, r: int, *, dropout: float, wire: str) -> None:
+STARTS: Final = (*adapters.INITS, "eva")
+
+
+def check_start(start: str, r: int, *, dropout: float, wire: str, start_data: str) -> None:
     """Raise ValueError, in plain words, for a start that is not known or does not go with the rest."""
-    if start not in adapters.INITS:
-        raise ValueError(f"start = {start!r} is none of {', '.join(adapters.INITS)}")
+    if start not in STARTS:
+        raise ValueError(f"start = {start!r} is none of {', '.join(STARTS)}")
+    if start_data != "demo" and start != "eva":
+        raise ValueError(f"start_data = {start_data!r} is what start=eva looks at; start is {start}")
     if start == "orthogonal" and r % 2:
         raise ValueError(f"start=orthogonal needs an even rank, r is {r}")
     if start in FROM_WEIGHTS and (dropout or wire != "fp32"):
@@ -407,6 +419,23 @@ def check_start(start: str, r: int, *, dropout: float, wire: str) -> None:
             f"start={start} moves a part of the base's weights into A and B, which dropout would drop and fp16 "
             f"would round; use dropout=0 and wire=fp32 (they are {dropout:g} and {wire})"
         )
+
+
+def start_from_rows(model: Model, source: str) -> None:
+    """Set the A of `model`'s LoRA to the directions of what its layers see on the first 32 rows of `source` (EVA).
+
+    DataError when they cannot be read, ModelError when they show too little.
+    """
+    examples = data.read(source, limit=32, offline=True)
+    if model.labels:  # the answers do not matter
+        examples = [replace(example, response=model.labels[0]) for example in examples]
+    rows, _ = encode_rows(model, examples, 128)
+    batches = (collate(rows[i : i + 4], pad_id(model), model.device) for i in range(0, len(rows), 4))
+    attachment = adapters.attachment_of(model)
+    spec, part = attachment.spec, attachment.parts[0]
+    assert isinstance(spec, adapters.Lora)
+    assert isinstance(part, adapters.LoraPart)
+    adapters.load_(model, adapters.export(model) | directions(model, part.layers, spec.r, batches))
 
 
 def check_targets(targets: str) -> None:

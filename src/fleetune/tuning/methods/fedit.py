@@ -35,6 +35,7 @@ Where A and B start is the server's choice (`start`), and every device gets it f
 | shared | A a signed sketch with orthonormal rows, equal bits on every machine; B zero (ours) |
 | orthogonal | both random, with B A = 0; r must be even |
 | pissa, olora | the strongest directions (or the first of Q R) of each weight W0; what they hold of it is taken out |
+| eva | A the directions that explain most of what the layer sees on rows of the server (`start_data`); B zero |
 
 Sources and formulas: `adapters/lora_init.py`.  The base is never written to: for pissa and olora
 the start itself, B0 A0, is subtracted beside each layer, so it goes down with every broadcast (twice the bytes
@@ -90,7 +91,9 @@ class Method(_adapter.Averaged):
             raise ValueError(f"r = {self.r} and alpha = {self.alpha} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
-        _adapter.check_start(self.start, self.r, dropout=self.dropout, wire=self.wire)
+        _adapter.check_start(
+            self.start, self.r, dropout=self.dropout, wire=self.wire, start_data=self.start_data
+        )
         one = r" *\d+ *"
         if self.ranks and not (
             re.fullmatch(f"{one}(,{one})*", self.ranks) and all(1 <= k <= self.r for k in self.each_rank)

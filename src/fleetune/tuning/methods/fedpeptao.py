@@ -26,6 +26,8 @@ Every layer has a prompt of its own: keys and values that its attention finds in
   half of the layers (`half`).  Here the paper's rule is the default, and the run itself applies it.
   Scores and curvature come from the devices of the warm-up rounds (the code: all devices; after
   10 rounds, 5 for LLaMA); the trained prompts of the chosen layers are kept (the code starts again).
+- The code can train the other layers' prompts on every device too, and its accuracies are of these personal models;
+  here a layer that does not travel has no prompt.
 - Scores leave padding out (the code compares padded outputs) and use `eigvalsh` (the code's eigenvalues may come
   out complex); the last layer can be chosen too.  The Hessian is of the loss on the answer (the code: on all ids).
 - In the code the devices' server steps share one momentum and one live model, so they pile up; here they do not.

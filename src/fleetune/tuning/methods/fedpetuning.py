@@ -79,7 +79,7 @@ class Method(_adapter.Averaged):
     start: str = setting(
         "default",
         "A₀, B₀",
-        "lora: where A and B start: default, gaussian, shared, orthogonal, pissa, olora",
+        "lora: where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva",
         only_if="module=lora",
     )
     places: str = setting(
@@ -101,7 +101,8 @@ class Method(_adapter.Averaged):
             raise ValueError(f"places = {self.places!r} is where adapters go; it needs module=adapter")
         if self.size and not MODULES[self.module].size:
             raise ValueError(f"size = {self.size}, but module={self.module} has no size to choose")
-        _adapter.check_start(self.start, self.size or MODULES[self.module].size, dropout=0.0, wire=self.wire)
+        r = self.size or MODULES[self.module].size
+        _adapter.check_start(self.start, r, dropout=0.0, wire=self.wire, start_data=self.start_data)
         super().__post_init__()
 
     def written_out(self) -> Self:

@@ -20,7 +20,7 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from fleetune.data.encode import Cut
 
@@ -51,7 +51,11 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
     owner = {i: c for c, part in enumerate(parts.clients) for i in part.tolist()}
     by_size = sorted(range(len(examples)), key=lambda i: len(_text(examples[i])))
     chosen = list(dict.fromkeys([0, by_size[len(by_size) // 2], by_size[-1]]))
-    found = _in_tokens(examples, chosen, model, recipe, offline) if model else _in_words(examples, chosen)
+    if model:
+        found = _in_tokens(examples, chosen, model, recipe, offline)
+    else:
+        words = [len(_text(example).split()) for example in examples]
+        found = _Measured("words", words, [_turns(examples[i]) for i in chosen])
     names = _names(parts)
     sizes, whole = sorted(found.lengths) or [0], found.cut
     training = {_content(examples[i]) for i in owner}
@@ -131,21 +135,27 @@ def _turns(example: Example) -> tuple[str, str]:
     return "\n".join(f"{role}: {content}" for role, content in example.messages), example.response
 
 
-def _in_words(examples: Sequence[Example], chosen: Sequence[int]) -> _Measured:
-    words = [len(_text(example).split()) for example in examples]
-    return _Measured("words", words, [_turns(examples[i]) for i in chosen])
-
-
 def _in_tokens(
     examples: Sequence[Example], chosen: Sequence[int], model: str, recipe: Recipe, offline: bool
 ) -> _Measured:
     from fleetune import models
-    from fleetune.data.encode import count_cut, encode_all
+    from fleetune.data.encode import Cut, count_cut, encode_all, positions_of, text_lengths  # torch
     from fleetune.models.checks import is_encoder
+    from fleetune.models.families import widths
 
     tokenizer = models.load_tokenizer(model, offline=offline)
-    if is_encoder(models.load_config(model, offline=offline)):
-        return _for_encoder(examples, chosen, tokenizer, recipe.max_length)
+    config = models.load_config(model, offline=offline)
+    if is_encoder(config):
+        net: list[PreTrainedModel] = []
+        widths.class_of(config, net.append, encoder=True)  # without weights
+        most = min(recipe.max_length, positions_of(net[0], tokenizer))
+        lengths = list(text_lengths(tokenizer, examples))
+        longer = sum(length > most for length in lengths)
+        texts = [
+            ("\n".join(examples[i].texts) or _turns(examples[i])[0], examples[i].response) for i in chosen
+        ]
+        cut = Cut(len(lengths), longer, longer, 0, max(lengths))
+        return _Measured("tokens", lengths, texts, cut, len(lengths))
     rows, kept = encode_all(examples, tokenizer, recipe.max_length)
     tokens: Counter[int] = Counter()
     shown: dict[int, tuple[str, str]] = {}
@@ -160,19 +170,6 @@ def _in_tokens(
             shown[i] = before, after + (f" [.. {row.lost:,} tokens cut]" if row.lost else "")
     texts = [shown.get(i, ("(nothing that the tokenizer knows)", "")) for i in chosen]
     return _Measured("tokens", list(tokens.values()), texts, count_cut(rows), len(rows))
-
-
-def _for_encoder(
-    examples: Sequence[Example], chosen: Sequence[int], tokenizer: PreTrainedTokenizerBase, most: int
-) -> _Measured:
-    from fleetune.data.encode import Cut, text_lengths
-
-    lengths = list(text_lengths(tokenizer, examples))
-    longer = sum(length > most for length in lengths)
-    texts = [("\n".join(examples[i].texts) or _turns(examples[i])[0], examples[i].response) for i in chosen]
-    return _Measured(
-        "tokens", lengths, texts, Cut(len(lengths), longer, longer, 0, max(lengths)), len(lengths)
-    )
 
 
 def _names(parts: Split) -> list[str]:

@@ -51,12 +51,6 @@ def client_rows_of_each(recipe: Recipe, sizes: Sequence[int]) -> int:
     return most_client_rows(recipe, sizes) if usual else recipe.client_rows
 
 
-def client_rows_in_all(recipe: Recipe, sizes: Sequence[int]) -> int:
-    """Return how many rows of all clients are measured, before and again after the run."""
-    most = client_rows_of_each(recipe, sizes)
-    return sum(min(most, size) for size in sizes)
-
-
 def most_client_rows(recipe: Recipe, sizes: Sequence[int]) -> int:
     """Return how many rows of a client are measured at most, so that all take no more than `SHARE` of a run's passes.
 
@@ -179,6 +173,8 @@ def of(
         log.info("the time cannot be estimated: %s", fault(error))
         return None
     row = _timed(bench.loss) / len(held[:ROWS])
+    sizes = [len(own) for own in rows]
+    of_each = client_rows_of_each(recipe, sizes)
     return Estimate(
         recipe.rounds,
         asked,
@@ -189,7 +185,7 @@ def of(
         len(held),
         len(prompts),
         _answer(model, prompts, recipe.answer_tokens, recipe.max_length),
-        client_rows_in_all(recipe, [len(own) for own in rows]),
+        sum(min(of_each, size) for size in sizes),  # of all clients, before and again after the run
         row,
     )
 

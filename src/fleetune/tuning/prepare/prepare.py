@@ -271,7 +271,8 @@ def prepare(
         check_memory(median_low(map(len, job.rows)), tokens)
     own_steps = job.method.steps_setting
     if (find or measure) and own_steps and own_steps not in given:  # of one that is resumed they are written
-        job = _with(job, job.method.for_rows(len(job.train) // max(1, len(job.rows) or job.recipe.clients)))
+        method = job.method.for_rows(len(job.train) // max(1, len(job.rows) or job.recipe.clients))
+        job = replace(job, method=method, recipe=replace(job.recipe, set=methods.values_of(method)))
     clients = len(job.rows) or job.recipe.clients or entry.clients
     asked_for = [name for name in names if name in given]
     searches = rates.searches(job.recipe, job.method, names, asked_for, len(job.train), clients, job.asked)
@@ -282,11 +283,6 @@ def prepare(
     if names and (find or search is None):
         note(rates.told(names, job.method, search, job.estimate))
     return _with_rates(job, names, given, search, progress) if find and search else job
-
-
-def _with(job: TuneJob, method: Method) -> TuneJob:
-    """Return the job with another method, whose settings the recipe states."""
-    return replace(job, method=method, recipe=replace(job.recipe, set=methods.values_of(method)))
 
 
 def _divided(

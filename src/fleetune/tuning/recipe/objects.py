@@ -8,6 +8,7 @@ in this process alone.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
@@ -168,7 +169,8 @@ def _parts(model: Any, tokenizer: Any) -> tuple[Any, Any]:
             )
         net, words = model.net, model.tokenizer
     else:
-        net, words = _plain_net(model), tokenizer
+        net = copy.deepcopy(model).merge_and_unload() if is_adapted(model) else model
+        words = tokenizer
         if not isinstance(net, PreTrainedModel):
             raise ModelError(
                 f"a {type(model).__name__} is not a model",
@@ -198,14 +200,6 @@ def _content_digest(net: Any, tokenizer: Any) -> str:
         str(tokenizer.chat_template),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _plain_net(model: Any) -> Any:
-    if not is_adapted(model):
-        return model
-    import copy
-
-    return copy.deepcopy(model).merge_and_unload()
 
 
 def _folder(out: Path) -> Path:

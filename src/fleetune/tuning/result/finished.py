@@ -121,11 +121,10 @@ def base_of(
     """
     if not ledger.head.tensors:
         raise LedgerError("the ledger names no tensors, so it is no model's")
-    dtype = number_types.from_full(ledger.head.tensors[0][2])
+    full = ledger.head.tensors[0][2]
+    dtype = next((name for name, dtype in number_types.WEIGHTS.items() if dtype.full == full), None)
     if dtype is None:
-        raise LedgerError(
-            f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
-        )
+        raise LedgerError(f"the ledger's tensors are {full}, which is not a type of weights")
     labels = recipes.label_words(str(ledger.head.hyper.get("labels", "")))
     if ledger.head.trains == SCALES:
         base = BLOCKS

@@ -206,25 +206,13 @@ def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
     return type(like)(**values), Totals(*json.loads(_get("totals", "", payload)))
 
 
-def _saved(run: RunDir, round: int) -> Payload | None:
+def saved(run: RunDir, round: int) -> Payload | None:
     """Return the checkpoint of a round; None when there is none (any more), or none that can be read."""
     path = dict(rundir.checkpoints(run.path)).get(round)
     try:
         return None if path is None else decode(read_bytes(path))
     except (MessageError, OSError):
         return None
-
-
-def state_of(run: RunDir, round: int, like: Any) -> Any | None:
-    """Return the state after `round`, None where its checkpoint is not there; `like` as for `unpack`."""
-    saved = _saved(run, round)
-    return None if saved is None else unpack(saved, like)[0]
-
-
-def course_of(run: RunDir, round: int) -> Course:
-    """Return how the validation stood after `round`; the start of a course where its checkpoint is not there."""
-    saved = _saved(run, round)
-    return Course() if saved is None else course_in(saved)
 
 
 def _put(path: str, value: Any, arrays: dict[str, np.ndarray], scalars: dict[str, Scalar]) -> None:

@@ -149,7 +149,8 @@ def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, 
 
 def keep_best_of(lost: ModelLostError, run: RunDir, plan: RoundPlan) -> None:
     """Let the result of a run that lost its model be the best round's state, where the best is kept and one was better."""
-    course = checkpoint.course_of(run, lost.round) if plan.keep_best else Course()
+    saved = checkpoint.saved(run, lost.round) if plan.keep_best else None
+    course = Course() if saved is None else checkpoint.course_in(saved)
     if course.best not in (None, lost.round):
         try:
             lost.give_way(course.best, checkpoint.best_state(run.path, course.best, lost.state))
@@ -317,8 +318,10 @@ def _check_model(replies: Replies, run: RunDir, hooks: Hooks) -> None:
         return
     number = replies.round.number
     loss = hooks.evaluate(replies.round.state).get("loss", 0.0)
-    before = checkpoint.state_of(run, number - 2, replies.round.state)
-    if before is not None and not loss <= hooks.evaluate(before).get("loss", 0.0):
+    if (saved := checkpoint.saved(run, number - 2)) is None:
+        return
+    before, _ = checkpoint.unpack(saved, replies.round.state)
+    if not loss <= hooks.evaluate(before).get("loss", 0.0):
         run.withdraw(number - 1)
         raise ModelLostError(
             f"{replies.not_finite} of {replies.asked} replies of round {number} are not finite, and round {number - 1} "
