@@ -107,7 +107,6 @@ def resume_compression(
 
     `folder` is a name, number, path or result; `served` is the door for devices, where these calibrate.
     """
-
     found = getattr(folder, "folder", None)
     path = found if isinstance(found, Path) else compression_folder.get(str(folder), Path(out))
     return job.resume(
@@ -249,7 +248,6 @@ def serve(
     environment's LLAMA_API_KEY); on a `host` beyond this machine one is always needed, and made where none is given.
     UsageError for options that cannot be, FleetuneError for an engine that ends or does not load the model.
     """
-
     watching = heard_by(listener, progress)
     options = serving.Options(engine, threads, context, host, port, key)
     with serving.opened(subjects.open(model, out=out), options, watching, offline=offline) as served:
@@ -278,7 +276,6 @@ def chat(
     Temperature 0 gives the likeliest answer, the same each time; above it an answer is drawn with `seed`.  It has at most
     `max_tokens` tokens.  The engine's arguments and the errors are those of `serve`; `generate` needs no engine.
     """
-
     options = serving.Options(engine, threads, context, key=None)
     sampling = serving.Sampling(temperature, max_tokens, seed)
     sampling.check()

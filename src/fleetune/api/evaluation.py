@@ -129,7 +129,6 @@ def evaluate(
 
 def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bool) -> list[Example]:
     """Read the rows that were given, none for None: by `columns` or, without, by the `usual` ones where they fit."""
-
     file = objects.data_name(data, out)
     if not file:
         return []
@@ -152,7 +151,6 @@ def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *
 
 
 def _check_options(found: Subject, limit: int, answer_tokens: int, text: str | Path | None) -> None:
-
     if text:
         readers.require_text(str(text), hint=command("eval", found.argument, text))
     numbers: dict[str, object] = {"limit": limit, "answer_tokens": answer_tokens}
@@ -182,7 +180,6 @@ def generate(
     answer is drawn with `seed`.  It has at most `max_tokens` tokens.  RecipeError for an encoder; UsageError for an empty
     prompt, for one that leaves no room for an answer, or for a number that means nothing.
     """
-
     Sampling(temperature, max_tokens, seed).check()
     if not prompt.strip():
         raise UsageError("the prompt is empty", hint='fleetune.generate(model, "What is ..")')

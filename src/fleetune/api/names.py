@@ -48,17 +48,14 @@ def list_runs(out: str | Path = "runs") -> list[TuneResult]:
 
 def methods() -> list[str]:
     """Return the names of all tuning methods, those of other packages included."""
-
     return list(tuning_methods.entries())
 
 
 def compressors() -> list[str]:
     """Return the names of all compression methods, those of other packages included."""
-
     return list(compression.entries())
 
 
 def targets() -> list[str]:
     """Return the names of all export targets, those of other packages included."""
-
     return list(export_targets.every())

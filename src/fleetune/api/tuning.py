@@ -240,7 +240,6 @@ def recipe_for(
     listener: Listener,
 ) -> Recipe:
     """The recipe for what a caller handed over; the options are checked before any object is saved."""
-
     model = path_of(model)
     if isinstance(model, Recipe):
         check_plain(model.model, out, recipes.trained(model))

@@ -197,7 +197,6 @@ def _metrics(now: FleetShown) -> Response:
 
 def _families(now: FleetShown) -> Iterator[Metric]:
     """Yield what Prometheus reads.  Counters are of finished rounds; no device has a series of its own."""
-
     yield InfoMetricFamily("fleetune_run", "The run.", {"run": Path(now.run).name})
     for name, what, value in (
         ("fleetune_round", "Round in progress, 0 before the first.", now.round),

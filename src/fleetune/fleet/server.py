@@ -125,7 +125,6 @@ class Served:
         self._keys = self.place.check()
 
     def __enter__(self) -> Served:
-
         certificate = self.place.certificate
         files = (certificate / "server.pem", certificate / "server.key") if certificate else (None, None)
         address = Address(self.place.host, self.place.port, *files)

@@ -173,7 +173,6 @@ def least(shape: Shape, work: Workload, footprint: Footprint, *, in_file: bool) 
 
 
 def _runs_both_signs(shape: Shape, work: Workload, footprint: Footprint) -> bool:
-
     return work.tokens <= PAIRED and not shape.labels and not footprint.stores_direction
 
 
@@ -189,7 +188,6 @@ def _weights(shape: Shape, work: Workload, footprint: Footprint) -> int:
 
 def _logits(shape: Shape, work: Workload) -> tuple[int, float]:
     """Return fp32 bytes of the logits of a chunk, and how many chunks a step's positions make."""
-
     whole = (work.batch if shape.labels else work.tokens) * shape.outputs * 4
     return min(whole, CHUNK_BYTES), max(1.0, whole / CHUNK_BYTES)
 
@@ -210,7 +208,6 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
 
 def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> dict[str, int]:
     """Return bytes of what backward needs of a forward pass: activations, of one layer or of all, and the loss's."""
-
     needed = activation_bytes(shape, work, footprint.module)
     entering = shape.layers * work.tokens * shape.hidden * work.size
     if footprint.checkpointing and entering >= SMALL:
@@ -226,7 +223,6 @@ def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> d
 
 
 def _projected(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
-
     n, s = work.tokens, work.size
     layer = LAYERS * activation_bytes(shape, work, module) / shape.layers
     whole = (work.batch if shape.labels else n) * shape.outputs * 4

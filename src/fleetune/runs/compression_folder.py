@@ -155,7 +155,6 @@ def is_one(folder: Path) -> bool:
 
 def is_complete(folder: Path) -> bool:
     """Whether the compressed model is there, as an artefact of codes or as plain weights."""
-
     return is_master(folder / "model") or any((folder / "model").glob("model*.safetensors"))
 
 

@@ -70,7 +70,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _talk(ui: Ui, talk: Conversation) -> None:
-
     with suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its line editing)
     ui.note(KEYS)

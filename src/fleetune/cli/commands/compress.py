@@ -42,7 +42,6 @@ BESIDE = {*(f"{name}_error" for name in COMPARED), "kl_tokens"}  # these have no
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-
     sub.add_argument("model", metavar="RUN|MODEL", nargs="?", help="what to make smaller")
     sub.add_argument(
         "--method",
@@ -220,7 +219,6 @@ def _check_resume(args: argparse.Namespace, folder: Path) -> None:
 
 def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: ConsoleListener) -> None:
     """Load the model and data and check the request; write nothing."""
-
     out = Path(args.out)
     if resumed is not None:
         request = compression_folder.request_of(resumed)
@@ -236,7 +234,6 @@ def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: C
 
 
 def _list(args: argparse.Namespace, ui: Ui) -> None:
-
     for name, entry in compression.entries().items():
         if args.list.replace("_", "-") not in ("all", name):
             continue

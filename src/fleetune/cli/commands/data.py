@@ -37,7 +37,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Check the rows, and print what they are."""
-
     given = flags.given(args)
     model = given.pop("model", "")
     recipe = recipes.make({"model": model or "none", "data": args.data, **given})

@@ -44,7 +44,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Run the pipeline, each stage shown as its own command shows it."""
-
     with ui.bar(MODEL, human_bytes) as bar:
         models.pull(MODEL, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what))
     run, _ = [tune.run_recipe(recipe, args, ui) for recipe in recipes(quick=args.quick)]
@@ -82,7 +81,6 @@ def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
 
 def recipes(*, quick: bool = False) -> list[Recipe]:
     """Return the demo's recipes, in order; `quick` takes a few steps of each, to see the path."""
-
     shared: dict[str, Any] = {
         "model": MODEL,
         "data": "demo",

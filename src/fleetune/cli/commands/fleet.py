@@ -338,7 +338,6 @@ def _split(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _keys(args: argparse.Namespace, ui: Ui) -> None:
-
     keys.check_installed()
     match args.words:
         case ["new", name]:
@@ -370,7 +369,6 @@ def _word(args: argparse.Namespace, such: str) -> str:
 
 
 def _app(args: argparse.Namespace, ui: Ui) -> None:
-
     flower.check_installed()
     folder = Path(_word(args, "fleetune-app"))
     shim.write(folder)
@@ -386,7 +384,6 @@ def _app(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _devices(args: argparse.Namespace, ui: Ui) -> None:
-
     run = _run_of(args)
     found, names = Devices(run), [""]
     if not compression_folder.is_one(run):
@@ -416,7 +413,6 @@ def _devices(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _status(args: argparse.Namespace, ui: Ui) -> None:
-
     now = standing.look(_run_of(args))
     ui.event(now)
     ago = human_time(now.heard)
@@ -431,13 +427,11 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _stop(args: argparse.Namespace, ui: Ui) -> None:
-
     standing.ask_to_stop(run := _run_of(args))
     ui.note(f"asked: it stops after this step; go on with: {standing.resume(run)}")
 
 
 def _audit(args: argparse.Namespace, ui: Ui) -> None:
-
     file = _run_of(args) / log.FILE
     found = log.verify(file)
     if found.bad:

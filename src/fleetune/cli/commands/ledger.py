@@ -73,7 +73,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Carry out an action on one ledger or two; a run stands for its ledger."""
-
     wanted = 2 if args.action in ("diff", "merge") else 1
     if len(args.files) != wanted:
         raise UsageError(f"ledger {args.action} takes {wanted} FILE, {len(args.files)} given")
@@ -83,7 +82,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def file_of(name: str, out: str) -> Path:
     """The ledger file that a name means: a file, a run's folder, or a run by name or number."""
-
     path = Path(name)
     if path.is_file():
         return path

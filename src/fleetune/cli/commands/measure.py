@@ -89,7 +89,6 @@ def _shown(row: Measured, name: str) -> str:
 
 
 def _show(ui: Ui, result: MeasureResult) -> None:
-
     names = list(dict.fromkeys(name for row in result.rows for name in row.values))
     rows = [
         [

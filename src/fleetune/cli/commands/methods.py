@@ -24,7 +24,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """List the methods, or the settings of one."""
-
     if args.name:
         _settings(args.name, ui)
         return
@@ -36,7 +35,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _settings(name: str, ui: Ui) -> None:
-
     entry, found = methods.entry(name), methods.settings(name)
     for s in found:
         ui.event(

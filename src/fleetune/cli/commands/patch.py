@@ -89,7 +89,6 @@ def _patch(args: argparse.Namespace, name: str, base: Path, listener: Listener) 
 
 
 def _apply(args: argparse.Namespace, ui: Ui) -> None:
-
     path, file = map(Path, args.files)
     out = Path(args.to) if args.to else None
     loaded = patch.load(file)

@@ -111,7 +111,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _results(done: SweepDone, ui: Ui) -> None:
-
     head, rows = summary.table(done.cells)
     if rows and not ui.json:
         varied = len(done.cells[0]["values"])

@@ -103,7 +103,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
     """Tune as a recipe says in a new folder, and print the final table."""
-
     with screen(ui) as shown:
         result = fleetune.tune(
             recipe, out=args.out, offline=args.offline, listener=shown, tracker=getattr(args, "tracker", ())

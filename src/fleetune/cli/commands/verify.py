@@ -44,7 +44,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _folder(args: argparse.Namespace) -> Path:
-
     if (path := Path(args.model)).is_dir():
         return path
     found = subject.open(args.model, args.out)
