@@ -32,6 +32,7 @@ SPECS: dict[str, Any] = {
 }
 IDS = torch.arange(48).reshape(3, 16) * 5 % 250
 MASK = (torch.arange(16) < torch.tensor([[16], [11], [4]])).long()
+LEAVES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 each = pytest.mark.parametrize(("net", "name"), [(n, s) for n in ("llama", "bert") for s in SPECS])
 
 
@@ -59,3 +60,24 @@ def on(net: str, spec: Any, seed: int = 1, *, tuned: bool = True) -> Model:
 
 def stored(model: Model) -> str:
     return models.digest(models.named_tensors(model.net))
+
+
+def tiny(dtype: torch.dtype = torch.float32) -> Model:
+    model = models.tiny_llama()
+    model.net.to(dtype)
+    return model
+
+
+def attached(seed: int = 1, *, dtype: torch.dtype = torch.float32, **options: Any) -> Model:
+    model = tiny(dtype)
+    adapters.attach(model, adapters.Lora(**({"r": 4, "alpha": 8, "dropout": 0.0} | options)), seed=seed)
+    return model
+
+
+def tuned(seed: int = 1, **options: Any) -> Model:
+    """With numbers in B too, as after training."""
+    model = attached(seed, **options)
+    random = np.random.default_rng(seed)
+    arrays = {n: random.normal(0, 0.1, a.shape).astype(np.float32) for n, a in adapters.export(model).items()}
+    adapters.load_(model, arrays)
+    return model

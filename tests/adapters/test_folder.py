@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from adapters_harness import IDS, MASK, NETS, SPECS, each, on, out, stored
+from adapters_harness import IDS, LEAVES, MASK, NETS, SPECS, each, on, out, stored, tiny, tuned
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -18,32 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fleetune import adapters, models
 from fleetune.adapters import Bottleneck
 from fleetune.errors import FleetuneError, ModelError
-from fleetune.models import Model
 from fleetune.models.cache import cache
 
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-LEAVES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-
-
-def tiny(dtype: torch.dtype = torch.float32) -> Model:
-    model = models.tiny_llama()
-    model.net.to(dtype)
-    return model
-
-
-def attached(seed: int = 1, *, dtype: torch.dtype = torch.float32, **options: Any) -> Model:
-    model = tiny(dtype)
-    adapters.attach(model, adapters.Lora(**({"r": 4, "alpha": 8, "dropout": 0.0} | options)), seed=seed)
-    return model
-
-
-def tuned(seed: int = 1, **options: Any) -> Model:
-    """With numbers in B too, as after training."""
-    model = attached(seed, **options)
-    random = np.random.default_rng(seed)
-    arrays = {n: random.normal(0, 0.1, a.shape).astype(np.float32) for n, a in adapters.export(model).items()}
-    adapters.load_(model, arrays)
-    return model
 
 
 def logits(net: Any) -> torch.Tensor:

@@ -9,34 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters_harness import LEAVES, attached, tiny, tuned
 
 from fleetune import adapters, models
 from fleetune.errors import MessageError, ModelError
 from fleetune.models import Model
 
-LEAVES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35]])
-
-
-def tiny(dtype: torch.dtype = torch.float32) -> Model:
-    model = models.tiny_llama()
-    model.net.to(dtype)
-    return model
-
-
-def attached(seed: int = 1, *, dtype: torch.dtype = torch.float32, **options: Any) -> Model:
-    model = tiny(dtype)
-    adapters.attach(model, adapters.Lora(**({"r": 4, "alpha": 8, "dropout": 0.0} | options)), seed=seed)
-    return model
-
-
-def tuned(seed: int = 1, **options: Any) -> Model:
-    """With numbers in B too, as after training."""
-    model = attached(seed, **options)
-    random = np.random.default_rng(seed)
-    arrays = {n: random.normal(0, 0.1, a.shape).astype(np.float32) for n, a in adapters.export(model).items()}
-    adapters.load_(model, arrays)
-    return model
 
 
 def logits(net: Any) -> torch.Tensor:
@@ -57,21 +36,6 @@ def test_all_linear_layers_but_the_head_and_nothing_else_is_trainable() -> None:
     assert shapes["model.layers.1.self_attn.k_proj.lora_A.weight"] == (4, 32)
     assert shapes["model.layers.1.self_attn.k_proj.lora_B.weight"] == (16, 4)
     assert shapes["model.layers.1.mlp.down_proj.lora_A.weight"] == (4, 72)
-
-
-def test_the_start_is_a_function_of_the_seed_alone() -> None:
-    torch.manual_seed(11)
-    state = torch.get_rng_state()
-    one = adapters.export(attached(7))
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(12)
-    assert adapters.digest(one) == adapters.digest(adapters.export(attached(7)))
-    assert adapters.digest(one) != adapters.digest(adapters.export(attached(8)))
-    some = adapters.export(attached(7, targets="v_proj, q_proj"))
-    assert len(some) == 8
-    for name, array in some.items():  # keyed by name: other layers make no difference
-        assert np.array_equal(array, one[name])
-    assert adapters.digest(one) == "43e57b989cc825c8938f5023e497bf5d8d1dfd8548933ce649e51202282a7cab"
 
 
 def test_export_and_load_are_inverse_and_export_is_a_copy() -> None:

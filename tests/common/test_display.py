@@ -3,57 +3,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from fleetune.common.display import change, human_bytes, human_count, human_time, improved, metric, show
 
 
 @pytest.mark.parametrize(
-    ("count", "text"),
+    ("shown", "number", "text"),
     [
-        (0, "0 B"),
-        (999, "999 B"),
-        (999.6, "1.0 kB"),
-        (99_960, "100 kB"),
-        (999_500, "1.0 MB"),
-        (1.19e9, "1.19 GB"),
-        (5e18, "5000 PB"),
-        (None, "-"),
+        (human_bytes, 0, "0 B"),
+        (human_bytes, 999, "999 B"),
+        (human_bytes, 999.6, "1.0 kB"),
+        (human_bytes, 99_960, "100 kB"),
+        (human_bytes, 999_500, "1.0 MB"),
+        (human_bytes, 1.19e9, "1.19 GB"),
+        (human_bytes, 5e18, "5000 PB"),
+        (human_bytes, None, "-"),
+        (human_time, 0.04, "0.0 s"),
+        (human_time, 9.96, "10 s"),
+        (human_time, 59.6, "1m00s"),
+        (human_time, 124, "2m04s"),
+        (human_time, 3599.6, "1h00m"),
+        (human_time, 86_399, "1d00h"),
+        (human_time, None, "-"),
+        (human_count, 4096, "4,096"),
+        (human_count, 150_000, "150 k"),
+        (human_count, 134_515_008, "135 M"),
+        (human_count, 1.235e9, "1.24 B"),
+        (human_count, 999_600, "1.00 M"),
+        (human_count, None, "-"),
     ],
 )
-def test_bytes_for_people(count: float | None, text: str) -> None:
-    assert human_bytes(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.04, "0.0 s"),
-        (9.96, "10 s"),
-        (59.6, "1m00s"),
-        (124, "2m04s"),
-        (3599.6, "1h00m"),
-        (86_399, "1d00h"),
-        (None, "-"),
-    ],
-)
-def test_time_for_people(seconds: float | None, text: str) -> None:
-    assert human_time(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (4096, "4,096"),
-        (150_000, "150 k"),
-        (134_515_008, "135 M"),
-        (1.235e9, "1.24 B"),
-        (999_600, "1.00 M"),
-        (None, "-"),
-    ],
-)
-def test_counts_for_people(count: float | None, text: str) -> None:
-    assert human_count(count) == text
+def test_numbers_for_people(shown: Callable[[float | None], str], number: float | None, text: str) -> None:
+    assert shown(number) == text
 
 
 def test_change_is_in_percent_for_losses_and_in_points_else() -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from fleetune.common import settings
 from fleetune.common.settings import setting
 from fleetune.tuning import methods
-from fleetune.tuning.run import describe
 
 
 @dataclass(frozen=True)
@@ -43,23 +42,6 @@ def test_conditions_name_settings_of_the_method(name: str) -> None:
     for s in methods.settings(name):
         assert not s.only_if or s.only_if.partition("=")[0] in known
         assert isinstance(s.has_effect(method), bool)
-
-
-SHOWN = {
-    "no client back-propagates": ("fedkseed", {}, ["K 1,024"], ["backprop_lr", "backprop_steps"]),
-    "some do": ("fedkseed", {"backprop": 0.5}, ["backprop_lr 0.0003", "backprop_steps 10"], []),
-    "epochs": ("fedit", {}, ["start default", "epochs 1"], ["steps"]),
-    "steps instead of epochs": ("fedit", {"steps": 3}, ["steps 3"], ["epochs"]),
-    "another module": ("fedpetuning", {"module": "bitfit"}, ["module bitfit"], ["start", "places"]),
-}
-
-
-@pytest.mark.parametrize("case", SHOWN)
-def test_the_header_shows_settings_that_have_an_effect(case: str) -> None:
-    name, values, there, not_there = SHOWN[case]
-    text = describe.letters(methods.make(name, values), name)
-    assert all(word in text for word in there), text
-    assert not any(word in text for word in not_there), text
 
 
 WORDS = st.text(st.sampled_from("ab ,\\"), max_size=6).map(str.strip).filter(lambda w: not w.endswith("\\"))

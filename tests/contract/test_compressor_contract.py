@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import json
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -90,19 +89,10 @@ def nonsense_is_refused_at_once(case: str, tmp: Path) -> None:
 
 
 def it_has_a_page(case: str, tmp: Path) -> None:
-    page = docs_build().compress_page(case)
+    page = runpy.run_path(str(ROOT / "docs" / "build.py"))["compress_page"](case)
     assert f"# {case}\n" in page
     assert compression.entries()[case].summary in page
     assert all(f"| `{s.name}` |" in page for s in settings.of(compression.method_class(case)))
-
-
-def docs_build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- solvers --------------------------------------------------------------------------------------------------

@@ -203,12 +203,11 @@ def test_only_a_ledger_of_scales_makes_a_patch(file: Path) -> None:
         patch_make.of_ledger(file, ledger.with_check(1, "0" * 64))
 
 
-@pytest.mark.parametrize("stop_at", ["bytes compared", "bytes written"])
-def test_a_stop_changes_nothing(stop_at: str, file: Path, tmp_path: Path) -> None:
+def test_a_stop_changes_nothing(file: Path, tmp_path: Path) -> None:
     made, before = patch_make.of_ledger(file, ledger_on(file)[0]), file.read_bytes()
     for out in (None, tmp_path / "new.gguf"):
         with pytest.raises(Interrupted, match="nothing was changed"):
-            patch.apply(file, made, out, Heard(stop_at=stop_at))
+            patch.apply(file, made, out, Heard(stop_at="bytes written"))
     assert file.read_bytes() == before
     assert visible(file.parent) == ["m.gguf"]
     assert not (tmp_path / "new.gguf").exists()

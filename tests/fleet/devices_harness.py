@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import fleetune
@@ -54,6 +55,18 @@ def write_rows(path: str, first: int, last: int) -> None:
     Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
+def lay_out(place: Path, count: int) -> None:
+    """Put a model, rows, a certificate, and the keys of so many devices into a folder."""
+    made = models.tiny_llama()
+    models.save(made.net, made.tokenizer, place / "model")
+    write_rows(str(place / "rows.jsonl"), 1, 31)
+    keys.make_certificate(place / "certs", ["localhost", "127.0.0.1"])
+    (place / "keys").mkdir()
+    for c in range(count):
+        keys.make(place / f"dev-{c}")
+        (place / f"dev-{c}.pub").rename(place / "keys" / f"dev-{c}.pub")
+
+
 def simulated(kind: str, layers: int = 2, rows: int = 20) -> Path:
     """Tune a model in the working directory; its clients' rows are then in rows/."""
     made = models.tiny_llama(layers=layers)
@@ -80,10 +93,12 @@ def door(port: int, wait: int = 2, pace: Pace = QUICK) -> Served:
 class Device(threading.Thread):
     """A device in a thread; `leave` makes it go as a closed lid would."""
 
-    def __init__(self, port: int, number: int, **brings: Any) -> None:
+    def __init__(
+        self, port: int, number: int, *, home: Mapping[str, Any] = MappingProxyType({}), **brings: Any
+    ) -> None:
         super().__init__(daemon=True)
         self.port, self.number = port, number
-        self.home = Home(Path(f"state-{number}"), poll=0.1)
+        self.home = Home(Path(f"state-{number}"), **{"poll": 0.1, **home})
         rows = {"data": f"rows/client-{number:03d}.jsonl", "calibrate": True} | brings
         self.brings = Brings(model="model", device="cpu", threads=1, offline=True, **rows)
         self.leave = threading.Event()
@@ -94,7 +109,7 @@ class Device(threading.Thread):
         """Stay until the end; the outcome is why it is over, or the error."""
         try:
             self.outcome = device.join(
-                f"127.0.0.1:{self.port}",
+                f"{'localhost' if self.home.ca else '127.0.0.1'}:{self.port}",
                 self.brings,
                 self.home,
                 stop=self.leave.is_set,

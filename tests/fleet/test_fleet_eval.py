@@ -196,21 +196,17 @@ def test_the_standard_error_is_that_of_devices_drawn_again() -> None:
     assert ratio(values.tolist(), equal)[1] == pytest.approx(values.std(ddof=1) / 3)
 
 
-def test_the_mean_is_that_of_all_tokens() -> None:
-    each = [
-        DeviceEvaluated(
-            client=c,
-            name="",
-            rows=1,
-            tokens=tokens,
-            base=base,
-            tuned=tuned,
-            digest="",
-            status="ok",
-            reason="",
-        )
-        for c, (base, tuned, tokens) in enumerate([(3.0, 2.0, 10), (5.0, 6.0, 30), (1.0, 0.5, 60)])
+def claims(devices: list[tuple[int, float, float]]) -> list[DeviceEvaluated]:
+    """What devices say of one row each: (tokens, loss of the base, loss of the result)."""
+    one = {"name": "", "rows": 1, "digest": "", "status": "ok", "reason": ""}
+    return [
+        DeviceEvaluated(client=c, tokens=tokens, base=base, tuned=tuned, **one)  # type: ignore[arg-type]
+        for c, (tokens, base, tuned) in enumerate(devices)
     ]
+
+
+def test_the_mean_is_that_of_all_tokens() -> None:
+    each = claims([(10, 3.0, 2.0), (30, 5.0, 6.0), (60, 1.0, 0.5)])
     lost = claimed(rows=0)
     done = mean("m", [*each, lost])
     assert (done.devices, done.asked, done.rows, done.tokens) == (3, 4, 3, 100)
@@ -233,24 +229,11 @@ def test_the_mean_is_that_of_all_tokens() -> None:
 @pytest.mark.parametrize("lie", [0.0, 9900.0])
 def test_a_device_that_claims_all_tokens_neither_decides_nor_seems_certain(lie: float) -> None:
     """Three honest devices; a fourth says that it has 2^31 - 1 rows, and any loss."""
-    honest = [(3.5, 3.1, 3400), (3.7, 3.3, 3600), (3.6, 3.0, 3500)]
-    each = [
-        DeviceEvaluated(
-            client=c,
-            name=f"dev-{c}",
-            rows=1,
-            tokens=tokens,
-            base=base,
-            tuned=tuned,
-            digest="",
-            status="ok",
-            reason="",
-        )
-        for c, (base, tuned, tokens) in enumerate([*honest, (4.0, lie, (2**31 - 1) * 64)])
-    ]
+    honest = [(3400, 3.5, 3.1), (3600, 3.7, 3.3), (3500, 3.6, 3.0)]
+    each = claims([*honest, ((2**31 - 1) * 64, 4.0, lie)])
     done = mean("m", each)
     share = 4 * 3500 / (3400 + 3600 + 3500 + 4 * 3500)
-    by_tokens = sum(t * w for _, t, w in honest) / sum(w for *_, w in honest)
+    by_tokens = sum(w * t for w, _, t in honest) / sum(w for w, *_ in honest)
     assert done.tuned == pytest.approx(share * lie + (1 - share) * by_tokens)
     assert done.tuned_error is not None
     assert done.tuned_error > 0.5 * abs(lie - done.median)
@@ -283,13 +266,7 @@ SAME = [(3000, loss, loss) for loss in (3.1, 3.3, 3.0)]  # of a plain model
     ],
 )
 def test_few_devices_that_decide_the_mean_are_seen(honest: list[Any], lies: list[Any], told: str) -> None:
-    each = [
-        DeviceEvaluated(
-            client=c, name="", rows=1, tokens=n, base=base, tuned=tuned, digest="", status="ok", reason=""
-        )
-        for c, (n, base, tuned) in enumerate([*honest, *lies])
-    ]
-    said = disagreement(mean("m", each))
+    said = disagreement(mean("m", claims([*honest, *lies])))
     assert said.startswith(told)
     assert bool(said) == bool(told)
 
@@ -316,38 +293,6 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.
     Path("one.jsonl").write_text(f"{line}\n{line}\n")
     with pytest.raises(DataError, match="none is left to train on"):
         divided("one.jsonl", 1)
-
-
-BAD = {
-    "no run": ([], "eval takes one RUN"),
-    "a recipe's flag": (["model", "--rounds", "3"], "eval takes no rounds"),
-    "an open door": (["model", "--host", "0.0.0.0"], "needs TLS and registered keys"),
-    "below zero": (["model", "--wait", "-1"], "cannot be negative"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_requests_are_refused(case: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words, what = BAD[case]
-    assert main(["fleet", "eval", *words]) == 2
-    assert what in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "what"),
-    [
-        (["--held-out", "0.1", "--eval-data", "x"], "are both given"),
-        (["--held-out", "1.5"], "neither a share"),
-        (["--held-out", "-1"], "neither a share"),
-        (["--held-out", "nan"], "neither a share"),
-        (["--held-out", "x"], "neither a share"),
-    ],
-)
-def test_what_a_device_holds_out_is_checked(
-    words: list[str], what: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl", *words]) == 2
-    assert what in capsys.readouterr().err
 
 
 def test_events_are_as_the_schema_says(capsys: pytest.CaptureFixture[str]) -> None:

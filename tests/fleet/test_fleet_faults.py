@@ -19,21 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_loopback import FEDIT, FEDKSEED, QUICK, Device, devices, folder, free_port, place, split
+from devices_harness import free_port
+from test_loopback import FEDIT, FEDKSEED, device, devices, folder, place, served, split
 from test_remote import JOB, Memory
-from test_worker import job, make_worker, message
+from test_worker import job
 from test_worker import place as device_place
 
 import fleetune
 from fault_report import Injected
-from fleetune.errors import MessageError
 from fleetune.fleet import audit as audits
 from fleetune.fleet import line
 from fleetune.fleet.audit import verify
-from fleetune.fleet.orders import NOTHING_KEPT, Job, Order, Reply
 from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.remote import Pace, RemoteFleet
-from fleetune.fleet.server import Place, Served
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
@@ -49,10 +47,6 @@ def simulated(recipe: dict[str, Any]) -> str:
     digest = str(fleetune.tune(recipes.make(recipe), out="simulated").done.digest)
     split(recipe)
     return digest
-
-
-def served(port: int, pace: Pace = QUICK) -> Served:
-    return Served(Place("127.0.0.1", port, Path("keys"), Path("certs")), pace=pace)
 
 
 # Clocks -------------------------------------------------------------------------------------------
@@ -239,7 +233,7 @@ def test_two_processes_with_one_key_are_one_device(place: Path, injected: Inject
     port, recipe = free_port(), recipes.make({**FEDIT, "rounds": 8})
     shutil.copytree("rows", "rows-again")
     with devices(port), served(port) as fleets:
-        twin = Device(port, 0)
+        twin = device(port, 0)
         twin.home = dataclasses.replace(twin.home, state=Path("state-twin"))
         twin.start()
         found = running.start(recipe, Path("real"), fleetune.Silent(), offline=True, fleets=fleets)
@@ -255,15 +249,3 @@ def test_two_processes_with_one_key_are_one_device(place: Path, injected: Inject
     assert found.done.digest
     assert verify(run / audits.FILE).bad == 0
     injected("two processes with one key", 1)
-
-
-def test_an_order_before_the_job_names_the_other_process(
-    device_place: Path, tmp_path: Path, job: Job
-) -> None:
-    worker = make_worker(device_place, tmp_path)
-    order = Order("work", 1, 0, 7, message(device_place, job, 1), NOTHING_KEPT)
-    said = Reply.decode(worker.answer(order.encode()))
-    assert said.what == "failed"
-    assert "does another process use its key?" in said.reason
-    with pytest.raises(MessageError):
-        worker.answer(b"junk")

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_fleet_faults import served, simulated
-from test_loopback import FEDIT, FEDKSEED, devices, folder, free_port, place
+from devices_harness import free_port
+from test_fleet_faults import simulated
+from test_loopback import FEDIT, FEDKSEED, devices, folder, place, served
 from test_worker import job, make_worker, message, take
 from test_worker import place as device_place
 
 import fleetune
 from fault_report import Injected
-from fleetune.common import files
 from fleetune.errors import FleetuneError, StorageError
 from fleetune.fleet import audit as audits
 from fleetune.fleet import table
@@ -76,20 +76,6 @@ def torn_table(folder: Path, count: int) -> int:
     return done
 
 
-def torn_status(folder: Path, count: int) -> int:
-    content = {"t": 1.5, "pid": 7, "round": 3, "devices": [{"name": "dev-0", "client": 0, "does": "ready"}]}
-    file, done = folder / "fleet.json", 0
-    for data in spoilt(files.json_text(content).encode(), count, "status"):
-        file.write_bytes(data)
-        error = refusal(lambda: files.read_json(file, "start it again"))
-        if error is None:
-            assert len(files.read_json(file, "")) == len(content)  # a letter may be another
-        else:
-            assert str(file) in error.message
-        done += 1
-    return done
-
-
 def torn_log(folder: Path, count: int) -> int:
     audit = Audit(folder)
     for i in range(8):
@@ -109,13 +95,13 @@ def torn_log(folder: Path, count: int) -> int:
     return done
 
 
-@pytest.mark.parametrize("spoil", [torn_table, torn_status, torn_log])
+@pytest.mark.parametrize("spoil", [torn_table, torn_log])
 def test_torn_files_of_the_server_are_mended_or_named(tmp_path: Path, spoil: Any) -> None:
     assert spoil(tmp_path, 30) > 60
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("spoil", [torn_table, torn_status, torn_log])
+@pytest.mark.parametrize("spoil", [torn_table, torn_log])
 def test_torn_files_of_the_server_at_many_places(tmp_path: Path, injected: Injected, spoil: Any) -> None:
     injected("torn files of the server", spoil(tmp_path, 500))
 

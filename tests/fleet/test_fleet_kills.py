@@ -6,29 +6,27 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
-import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import preloaded
 import pytest
+from devices_harness import free_port, lay_out
 
 from fault_report import Injected
-from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.fleet.audit import FILE, verify
 from fleetune.runs import rundir
 
 KILLS = int(os.environ.get("FLEETUNE_KILLS", "12"))
-ALONE = int(os.environ.get("FLEETUNE_KILLS", "2"))  # of the server alone
+ALONE = int(os.environ.get("FLEETUNE_KILLS", "1"))  # of the server alone
 DEVICES = 2
 PATIENCE = 120.0  # seconds for a part of the work without a kill
 MINUTES = float(
@@ -60,14 +58,14 @@ FORKED.set_forkserver_preload(["preloaded"])
 class Process:
     """A command of ours that can be killed and started again."""
 
-    def __init__(self, name: str, *words: str, held: bool = False) -> None:
-        self.name, self.words, self.held = name, words, held
+    def __init__(self, name: str, words: str, held: bool = False) -> None:
+        self.name, self.words, self.held = name, words.split(), held
         self.running: ForkServerProcess | None = None
 
     def start(self) -> None:
         """Start it; what it says is added to its own file."""
         self.running = FORKED.Process(
-            target=preloaded.command, args=(["fleet", *self.words], f"{self.name}.txt", self.held)
+            target=preloaded.command, args=(self.words, f"{self.name}.txt", self.held)
         )
         self.running.start()
 
@@ -86,25 +84,8 @@ class Process:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
-    made = models.tiny_llama()
-    models.save(made.net, made.tokenizer, tmp_path / "model")
-    rows = [
-        {"instruction": f"count to {i}", "response": " ".join(map(str, range(1 + i % 8)))}
-        for i in range(1, 31)
-    ]
-    Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert main(["fleet", "keys", "certificate", "certs", "localhost", "127.0.0.1", "-qq"]) == 0
-    Path("keys").mkdir()
-    for c in range(DEVICES):
-        assert main(["fleet", "keys", "new", f"dev-{c}", "-qq"]) == 0
-        Path(f"dev-{c}.pub").rename(f"keys/dev-{c}.pub")
+    lay_out(tmp_path, DEVICES)
     return tmp_path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def digest_of(out: str) -> str:
@@ -118,24 +99,14 @@ def started(recipe: str, *, held: bool = False) -> tuple[Process, Process, list[
     assert main(["tune", "-c", "recipe.toml", "--out", "simulated", "-qq"]) == 0
     assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-qq"]) == 0
     port = free_port()
-    common = ("--port", str(port), "--keys", "keys", "--certificate", "certs", "--out", "real")
-    begin = Process("server", "serve", "-c", "recipe.toml", *common)
-    again = Process("server", "serve", "--resume", "latest", *common)
+    common = f"--port {port} --keys keys --certificate certs --out real"
+    begin = Process("server", f"fleet serve -c recipe.toml {common}")
+    again = Process("server", f"fleet serve --resume latest {common}")
     devices = [
         Process(
             f"device-{c}",
-            "join",
-            f"localhost:{port}",
-            "--data",
-            f"rows/client-{c:03d}.jsonl",
-            "--model",
-            "model",
-            "--key",
-            f"dev-{c}",
-            "--ca",
-            "certs/ca.pem",
-            "--state",
-            f"state-{c}",
+            f"fleet join localhost:{port} --data rows/client-{c:03d}.jsonl --model model --key dev-{c} "
+            f"--ca certs/ca.pem --state state-{c}",
             held=held,
         )
         for c in range(DEVICES)
@@ -236,7 +207,7 @@ def said(name: str) -> str:
     return file.read_text(errors="replace") if file.exists() else ""
 
 
-def wait_until(met, process: Process | None, seconds: float = PATIENCE) -> None:
+def wait_until(met: Callable[[], bool], process: Process | None, seconds: float = PATIENCE) -> None:
     until = time.monotonic() + seconds
     while not met():
         assert process is None or process.ended is None, said(process.name)[-2000:]

@@ -33,6 +33,17 @@ __all__ = ["folder", "place"]  # fixtures
         ),
         (["serve", "-c", "recipe.toml", "--grace", "-1"], "cannot be negative"),
         (["serve", "more"], "takes no 'more'"),
+        (["serve"], "fleetune fleet serve -c recipe.toml"),
+        (["status"], "status takes one"),
+        (["eval", "model", "--rounds", "3"], "eval takes no rounds"),
+        (["eval", "model", "--host", "0.0.0.0"], "needs TLS and registered keys"),
+        (["eval", "model", "--wait", "-1"], "cannot be negative"),
+        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "1.5"], "neither a share"),
+        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "nan"], "neither a share"),
+        (
+            ["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "1", "--eval-data", "x"],
+            "both given",
+        ),
         (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--max-load", "50"], "no share of the processors"),
         (["join", "192.168.1.9:8470", "--data", "rows.jsonl"], "with TLS alone"),
         (["join", "nowhere", "--data", "rows.jsonl"], "is not HOST:PORT"),
@@ -69,13 +80,6 @@ def test_the_line_for_devices_names_the_server_as_its_certificate_does(place: Pa
         Served(Place("0.0.0.0", 8470, Path("keys"), Path("odd")))
 
 
-def test_a_certificate_is_asked_for_by_the_names_that_devices_call() -> None:
-    for host, said in (("0.0.0.0", "certs HOST"), ("192.168.1.10", "certs 192.168.1.10")):
-        with pytest.raises(UsageError) as caught:
-            Place(host).check()
-        assert said in str(caught.value.hint)
-
-
 def test_a_device_reads_its_rows_before_it_looks_for_a_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,11 +89,6 @@ def test_a_device_reads_its_rows_before_it_looks_for_a_server(
     Path("rows.jsonl").write_text('{"ask": "Why?", "say": "So."}\n')
     assert main(["fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl"]) == 2
     assert "rows.jsonl:1" in capsys.readouterr().err
-
-
-def test_a_server_without_a_recipe_says_how_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fleet", "serve"]) == 2
-    assert "fleetune fleet serve -c recipe.toml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["cryptography", "uvicorn"])

@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ from fleetune.tuning.run import run as running
 
 RUN = "d" * 32
 SET = {"r": 2, "steps": 1, "dropout": 0.0}
+ADAPTER = Path("adapter-5")  # as `saved` names it
 WORDS = ("wolpertinger", "seropositive", "quokkahaus", "Obersulm")
 
 
@@ -94,9 +96,24 @@ def take(device: Worker, **changes: Any) -> Reply:
     return ask(device, "job", json.dumps(job(**changes)).encode())
 
 
+def body(
+    scalars: Mapping[str, Any] = MappingProxyType({}), arrays: Mapping[str, Any] = MappingProxyType({})
+) -> bytes:
+    """An order's body with these parts."""
+    return encode(Message(0, bytes(8), Payload(dict(arrays), dict(scalars))))
+
+
 def files(**scalars: bytes) -> bytes:
     """An order's body that brings files."""
-    return encode(Message(0, bytes(8), Payload({}, {result.FILE + n: b for n, b in scalars.items()})))
+    return body({result.FILE + n: b for n, b in scalars.items()})
+
+
+def saved(seed: int = 5) -> Path:
+    """A result to be measured: the start of an adapter by its seed."""
+    model, folder = models.load("model", device="cpu"), Path(f"adapter-{seed}")
+    methods.make("fedit", SET).init(model, seed)
+    fleetune.adapters.save(model, folder)
+    return folder
 
 
 # Files ------------------------------------------------------------------------------------------------
@@ -160,48 +177,21 @@ def lora(rank: int, columns: int = 1) -> bytes:
     return encode(Message(1, bytes(8), Payload(arrays, {"seed": 1})))
 
 
+def pool(arrays: dict[str, np.ndarray], **scalars: Any) -> bytes:
+    """Sums of the steps over a pool of seeds, as a zeroth-order method sends them."""
+    stated = {"run_key": 1, "law": "hashed", **scalars}
+    return encode(Message(1, bytes(8), Payload(arrays, stated)))
+
+
+MEZO = {"method": "mezo", "set": {"tau": 1, "K": 16}}
+PRO = {"method": "fedkseed", "set": {"tau": 1, "K": 16, "pro": True}}
+CHANCES = {"a": np.zeros((1, 16), np.int8), "p": np.ones(1 << 22, np.float32)}
 BOMBS: dict[str, tuple[dict[str, Any], bytes]] = {
     "an adapter of another rank": ({}, lora(10**6)),
     "no arrays": ({}, encode(Message(1, bytes(8), Payload({}, {"seed": 1})))),
-    "sums of another pool": (
-        {"method": "mezo", "set": {"tau": 1, "K": 16}},
-        encode(
-            Message(
-                1,
-                bytes(8),
-                Payload(
-                    {"a": np.zeros((1, 1 << 22), np.int8)},
-                    {"run_key": 1, "law": "hashed", "grid": 1e-9, "step": 0},
-                ),
-            )
-        ),
-    ),
-    "many pools": (
-        {"method": "mezo", "set": {"tau": 1, "K": 16}},
-        encode(
-            Message(
-                1,
-                bytes(8),
-                Payload(
-                    {"a": np.ones((1 << 18, 16), np.int8)},
-                    {"run_key": 1, "law": "hashed", "grid": 1e-9, "step": 0},
-                ),
-            )
-        ),
-    ),
-    "probabilities of another pool": (
-        {"method": "fedkseed", "set": {"tau": 1, "K": 16, "pro": True}},
-        encode(
-            Message(
-                1,
-                bytes(8),
-                Payload(
-                    {"a": np.zeros((1, 16), np.int8), "p": np.ones(1 << 22, np.float32)},
-                    {"run_key": 1, "law": "hashed", "grid": float(np.float32(3e-7) / np.float32(256))},
-                ),
-            )
-        ),
-    ),
+    "sums of another pool": (MEZO, pool({"a": np.zeros((1, 1 << 22), np.int8)}, grid=1e-9, step=0)),
+    "many pools": (MEZO, pool({"a": np.ones((1 << 18, 16), np.int8)}, grid=1e-9, step=0)),
+    "probabilities of another pool": (PRO, pool(CHANCES, grid=float(np.float32(3e-7) / np.float32(256)))),
 }
 
 
@@ -218,12 +208,7 @@ def test_a_message_larger_than_the_job_is_refused_before_it_is_taken(place: Path
 
 @pytest.mark.parametrize("r", [10**7, 3])
 def test_an_adapter_that_states_another_size_than_its_tensors_is_refused(place: Path, r: int) -> None:
-    made = Path("sent")
-    made.mkdir()
-    model = models.load("model", device="cpu")
-    methods.make("fedit", SET).init(model, 5)
-    fleetune.adapters.save(model, made / "adapter")
-    adapter = made / "adapter"
+    adapter = saved()
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": r}))
     sums.write(adapter)
@@ -231,7 +216,7 @@ def test_an_adapter_that_states_another_size_than_its_tensors_is_refused(place: 
     stated = result.digest_of(adapter)
     assert take(device, task="eval", result=stated).what == "ready"
     before = rss()
-    reply = ask(device, "eval", encode(Message(0, bytes(8), Payload({}, result.packed(adapter)))))
+    reply = ask(device, "eval", body(result.packed(adapter)))
     assert reply.code == "model"
     assert rss() - before < 64 << 20
 
@@ -303,7 +288,7 @@ def sums_of(device: Worker, adapter: Path, windows: int, length: int) -> np.ndar
     stated = result.digest_of(adapter)
     assert take(device, task="calibrate", result=stated).what == "ready"
     asked = {"windows": windows, "length": length, **result.packed(adapter)}
-    begun = ask(device, "begin", encode(Message(0, bytes(8), Payload({}, asked))))
+    begun = ask(device, "begin", body(asked))
     if begun.what != "done":
         return begun.code
     answer = decode(ask(device, "block", b"").body).payload
@@ -324,9 +309,7 @@ def tokens_in(more: np.ndarray, less: np.ndarray) -> list[int]:
 def test_tokens_are_read_out_of_two_sums_where_a_device_lets_them(
     place: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
 ) -> None:
-    model = models.load("model", device="cpu")
-    methods.make("fedit", SET).init(model, 5)
-    fleetune.adapters.save(model, Path("adapter"))
+    saved()
     plain = models.load("model", device="cpu")
     ids = np.concatenate([row.ids for row in encode_rows(plain, data.read("rows-0.jsonl"), 48)[0]])
     if not guarded:
@@ -334,20 +317,20 @@ def test_tokens_are_read_out_of_two_sums_where_a_device_lets_them(
         monkeypatch.setattr(DeviceState, "allow_calibration", lambda self, *asked, note: None)
         found: list[int] = []
         before = np.zeros((32, 32))
-        for n in range(1, 25):
-            now = sums_of(worker(calibrate=True), Path("adapter"), n, 1)
+        for n in range(1, 9):
+            now = sums_of(worker(calibrate=True), ADAPTER, n, 1)
             assert isinstance(now, np.ndarray)
             found += tokens_in(now, before)
             before = now
-        assert found == ids[:24].tolist()
+        assert found == ids[:8].tolist()
         return
     for n in (1, 2, 60, 143):
-        assert sums_of(worker(calibrate=True), Path("adapter"), n, 1) == "few-tokens 144"
-    first = sums_of(worker(calibrate=True), Path("adapter"), 150, 1)
+        assert sums_of(worker(calibrate=True), ADAPTER, n, 1) == "few-tokens 144"
+    first = sums_of(worker(calibrate=True), ADAPTER, 150, 1)
     assert isinstance(first, np.ndarray)
     for n, length in ((151, 1), (149, 1), (75, 2), (10, 16)):
-        assert sums_of(worker(calibrate=True), Path("adapter"), n, length) == "calibrated 150 1"
-    again = sums_of(worker(calibrate=True), Path("adapter"), 150, 1)
+        assert sums_of(worker(calibrate=True), ADAPTER, n, length) == "calibrated 150 1"
+    again = sums_of(worker(calibrate=True), ADAPTER, 150, 1)
     assert (again == first).all()  # the same sums tell nothing more
 
 
@@ -477,14 +460,12 @@ def test_no_byte_that_leaves_a_device_is_of_its_rows(place: Path, monkeypatch: p
 
 def test_a_calibration_that_was_begun_in_one_job_is_checked_again_in_another(place: Path) -> None:
     """The rows are cut by the job's max_length, so the windows of the same order may be others."""
-    model = models.load("model", device="cpu")
-    methods.make("fedit", SET).init(model, 5)
-    fleetune.adapters.save(model, Path("adapter"))
-    device, files = worker(calibrate=True), result.packed(Path("adapter"))
-    body = encode(Message(0, bytes(8), Payload({}, {"windows": 800, "length": 1, **files})))
+    saved()
+    device = worker(calibrate=True)
+    asked = body({"windows": 800, "length": 1, **result.packed(ADAPTER)})
     assert take(device, task="calibrate", result="e" * 64, max_length=48).what == "ready"
-    assert ask(device, "begin", body).code == "order"  # it is another result than the job's
-    stated = result.digest_of(Path("adapter"))
+    assert ask(device, "begin", asked).code == "order"  # it is another result than the job's
+    stated = result.digest_of(ADAPTER)
     for max_length, code in (
         (2, "few-tokens"),
         (3, "few-tokens"),
@@ -493,7 +474,7 @@ def test_a_calibration_that_was_begun_in_one_job_is_checked_again_in_another(pla
         (2, "few-tokens"),
     ):
         assert take(device, task="calibrate", result=stated, max_length=max_length).what == "ready"
-        assert ask(device, "begin", body).code.partition(" ")[0] == code
+        assert ask(device, "begin", asked).code.partition(" ")[0] == code
 
 
 def test_results_are_measured_a_few_times_and_to_a_few_digits(
@@ -501,14 +482,10 @@ def test_results_are_measured_a_few_times_and_to_a_few_digits(
 ) -> None:
     monkeypatch.setattr("fleetune.fleet.device_state.MOST_MEASUREMENTS", 2)
     codes = []
-    for seed in (10, 20, 30):
-        model = models.load("model", device="cpu")
-        methods.make("fedit", SET).init(model, seed)
-        fleetune.adapters.save(model, Path(f"adapter-{seed}"))
     for seed in (10, 20, 30, 10):
-        device, adapter = worker(held_out=4), Path(f"adapter-{seed}")
+        device, adapter = worker(held_out=4), saved(seed)
         assert take(device, task="eval", result=result.digest_of(adapter)).what == "ready"
-        reply = ask(device, "eval", encode(Message(0, bytes(8), Payload({}, result.packed(adapter)))))
+        reply = ask(device, "eval", body(result.packed(adapter)))
         codes.append(reply.code)
         if not reply.code:
             told = decode(reply.body).payload.scalars
@@ -524,13 +501,11 @@ def test_a_model_made_for_it_tells_no_large_number(place: Path, monkeypatch: pyt
         eval_device, "all_row_losses", lambda *asked: (np.array([1e6, 2e6]), np.array([3, 4]))
     )
     device = worker(held_out=4)
-    model = models.load("model", device="cpu")
-    methods.make("fedit", SET).init(model, 5)
-    fleetune.adapters.save(model, Path("adapter"))
-    assert take(device, task="eval", result=result.digest_of(Path("adapter"))).what == "ready"
-    reply = ask(device, "eval", encode(Message(0, bytes(8), Payload({}, result.packed(Path("adapter"))))))
+    saved()
+    assert take(device, task="eval", result=result.digest_of(ADAPTER)).what == "ready"
+    reply = ask(device, "eval", body(result.packed(ADAPTER)))
     told = decode(reply.body).payload.scalars
-    most = 2 * math.log(model.net.config.vocab_size)
+    most = 2 * math.log(models.load_config("model").vocab_size)
     assert float(told["tuned"]) / float(told["tokens"]) == pytest.approx(most, abs=1e-3)
 
 
@@ -542,12 +517,8 @@ def test_a_file_whose_head_is_large_is_not_read_and_nothing_is_left(
     files = {"file adapter_model.safetensors": (1 << 21).to_bytes(8, "little") + b"{" * (1 << 21)}
     device = worker(held_out=4, calibrate=True)
     assert take(device, task=task, result="e" * 64).what == "ready"
-    body = encode(
-        Message(
-            0, bytes(8), Payload({}, {**files, **({"windows": 150, "length": 1} if what == "begin" else {})})
-        )
-    )
-    assert ask(device, what, body).code == "order"
+    more = {"windows": 150, "length": 1} if what == "begin" else {}
+    assert ask(device, what, body({**files, **more})).code == "order"
     assert not [p for p in Path("state").glob("run-*/*") if p.name in ("result", "calibration")]
 
 
@@ -595,7 +566,7 @@ def measured(**changes: Any) -> str:
     """The code of a device's answer, which was started anew, to the order to measure the base as a job has it."""
     device = worker(held_out=4)
     assert take(device, task="eval", **changes).what == "ready"
-    return ask(device, "eval", encode(Message(0, bytes(8), Payload()))).code
+    return ask(device, "eval", body()).code
 
 
 def test_held_out_rows_are_measured_at_one_length_and_few_times_whatever_a_server_chooses(
@@ -617,40 +588,34 @@ def test_held_out_rows_are_measured_at_one_length_and_few_times_whatever_a_serve
 
 def test_every_file_of_an_adapter_is_in_the_list_that_the_job_states(place: Path) -> None:
     """Else one digest would stand for as many results as a server likes."""
-    model = models.load("model", device="cpu")
-    methods.make("fedit", SET).init(model, 5)
-    fleetune.adapters.save(model, Path("adapter"))
-    listed = Path("adapter/SHA256SUMS")
+    saved()
+    listed = ADAPTER / "SHA256SUMS"
     listed.write_text("".join(x for x in listed.read_text().splitlines(True) if "safetensors" not in x))
     device = worker(held_out=4)
-    assert take(device, task="eval", result=result.digest_of(Path("adapter"))).what == "ready"
-    body = encode(Message(0, bytes(8), Payload({}, result.packed(Path("adapter")))))
-    assert ask(device, "eval", body).code == "order"
+    assert take(device, task="eval", result=result.digest_of(ADAPTER)).what == "ready"
+    assert ask(device, "eval", body(result.packed(ADAPTER))).code == "order"
 
 
 def test_windows_go_through_one_compressed_form_of_each_block(place: Path) -> None:
     """Behind weights of the server's choice the sums of the same tokens are others, as many as it likes."""
-    model = models.load("model", device="cpu")
-    methods.make("fedit", SET).init(model, 5)
-    fleetune.adapters.save(model, Path("adapter"))
+    saved()
     block = driver.linears_of(models.load("model", device="cpu"))[0][1]
     weights = {name: p.detach().numpy() for name, p in parameters_of(block, ()).items()}
     grids = json.dumps(dict.fromkeys(weights))
 
     def behind(times: float) -> Reply:
         device = worker(calibrate=True)
-        sums_of(device, Path("adapter"), 150, 1)
+        sums_of(device, ADAPTER, 150, 1)
         arrays = {name: w * np.float32(times) for name, w in weights.items()}
         return ask(device, "block", encode(Message(1, bytes(8), Payload(arrays, {"grids": grids}))), 1)
 
     first = behind(1.0)
     assert first.what == "done"
-    begun = {"windows": 150, "length": 1, **result.packed(Path("adapter"))}
+    begun = {"windows": 150, "length": 1, **result.packed(ADAPTER)}
     device = worker(calibrate=True)
-    assert take(device, task="calibrate", result=result.digest_of(Path("adapter"))).what == "ready"
+    assert take(device, task="calibrate", result=result.digest_of(ADAPTER)).what == "ready"
     for arrays, more in (({}, {"x": 1}), ({}, {"file x": b""}), ({"x": np.zeros(1)}, {})):
-        odd = encode(Message(0, bytes(8), Payload(arrays, {**begun, **more})))
-        assert ask(device, "begin", odd).code == "order"
+        assert ask(device, "begin", body({**begun, **more}, arrays)).code == "order"
     own = DeviceState(Path("state"))
     own.remove(own.run(RUN) / "calibration")  # the same compression from its beginning
     assert behind(1.0).body == first.body
@@ -745,7 +710,7 @@ def test_a_stop_is_heard_between_the_rows_of_an_evaluation(place: Path) -> None:
     device, heard = worker(held_out=4), list[int]()
     assert take(device, task="eval", method="").what == "ready"
     device.on_step = lambda client, number: heard.append(number)
-    assert ask(device, "eval", encode(Message(0, bytes(8), Payload()))).what == "done"
+    assert ask(device, "eval", body()).what == "done"
     assert len(heard) == 4
 
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -83,18 +83,25 @@ def stayed(way: line.Line, key: keys.PrivateKey, state: Path, server: Server) ->
     return stay
 
 
+def joined(address: str, state: Path, over: Callable[[], bool] | None = None) -> list[str]:
+    """What a device says that stays with a server until `over`, or until it has said something."""
+    said = list[str]()
+    key = keys.make(state / f"key-{time.monotonic_ns()}")
+    stay(Server(address), key, state, lambda order: b"", over=over or (lambda: bool(said)), note=said.append)
+    return said
+
+
 @pytest.mark.parametrize(
     ("handler", "why"), [(Bomb, "compresses what it sends"), (Endless, "sends more than the")]
 )
 def test_no_answer_fills_a_devices_memory(tmp_path: Path, handler: type[Quiet], why: str) -> None:
     """Neither that to its request for an order, nor that to another."""
-    key, said, before = keys.make(tmp_path / "key"), list[str](), rss()
+    key, before = keys.make(tmp_path / "key"), rss()
     with hostile(handler) as address:
         server = Server(address)
         with (way := line.Line(server, False)).http, pytest.raises(line.TooMuch, match=why):
             stayed(way, key, tmp_path, server)._send("", b"", "order")
-        stay(server, key, tmp_path, lambda order: b"", over=lambda: bool(said), note=said.append)
-        assert why in said[0]
+        assert why in joined(address, tmp_path)[0]
     assert rss() - before < 30 * MILLION
     assert handler.asked.pop()["accept-encoding"] == "identity"
 
@@ -136,15 +143,7 @@ def test_no_proxy_is_between_a_machine_and_itself(tmp_path: Path, monkeypatch: p
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
         monkeypatch.delenv("no_proxy", raising=False)
-        said = list[str]()
-        stay(
-            Server(address),
-            keys.make(tmp_path / "key"),
-            tmp_path,
-            lambda order: b"",
-            over=lambda: bool(said),
-            note=said.append,
-        )
+        joined(address, tmp_path)
         proxy.settimeout(0.1)
         with pytest.raises(TimeoutError):
             proxy.accept()
@@ -158,12 +157,10 @@ def test_what_is_wrong_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             self.send_response(403)
             self.end_headers()
 
-    Told.asked, said = [], list[str]()
+    Told.asked = []
     monkeypatch.setattr(line, "LONGEST", 0.01)
-    key = keys.make(tmp_path / "key")
     with hostile(Told) as address:
-        over = lambda: len(Told.asked) >= 6  # noqa: E731
-        stay(Server(address), key, tmp_path, lambda order: b"", over=over, note=said.append)
+        said = joined(address, tmp_path, lambda: len(Told.asked) >= 6)
     assert said == [f"{line.REFUSED[403]}; trying again"]
 
 
@@ -192,32 +189,16 @@ class Processing(Quiet):
 
 @pytest.mark.parametrize("handler", [Drips, Processing])
 def test_a_device_that_comes_in_hears_that_it_shall_leave(tmp_path: Path, handler: type[Quiet]) -> None:
-    key, began = keys.make(tmp_path / "key"), time.monotonic()
+    began = time.monotonic()
     with hostile(handler) as address:
-        stay(
-            Server(address),
-            key,
-            tmp_path,
-            lambda order: b"",
-            over=lambda: time.monotonic() - began > 1,
-            note=lambda text: None,
-        )
+        joined(address, tmp_path, lambda: time.monotonic() - began > 1)
         assert time.monotonic() - began < 8
 
 
 def test_a_small_answer_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line, "PATIENCE", 0.5)
-    said = list[str]()
     with hostile(Drips) as address:
-        stay(
-            Server(address),
-            keys.make(tmp_path / "key"),
-            tmp_path,
-            lambda order: b"",
-            over=lambda: bool(said),
-            note=said.append,
-        )
-    assert said == ["no server there (ReadTimeout); trying again"]
+        assert joined(address, tmp_path) == ["no server there (ReadTimeout); trying again"]
 
 
 @pytest.mark.parametrize("handler", [Drips, Processing])

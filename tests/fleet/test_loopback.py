@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import socket
-import ssl
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import devices_harness
 import httpx
 import pytest
+from devices_harness import Device, Heard, free_port
 
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import Interrupted, UsageError
-from fleetune.fleet import device as devices_module
 from fleetune.fleet import keys, server, worker
 from fleetune.fleet import status as fleet_status
 from fleetune.fleet.audit import FILE, verify
-from fleetune.fleet.device import Home
 from fleetune.fleet.remote import Pace
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.worker import Brings
@@ -38,18 +34,7 @@ from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
 
 CLIENTS = 3
-COMMON: dict[str, Any] = {
-    "model": "model",
-    "data": "rows.jsonl",
-    "clients": CLIENTS,
-    "rounds": 3,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "max_length": 48,
-    "device": "cpu",
-    "threads": 1,
-}
+COMMON: dict[str, Any] = {**devices_harness.COMMON, "clients": CLIENTS, "rounds": 3}
 FEDKSEED = {**COMMON, "method": "fedkseed", "set": {"K": 16, "tau": 2, "lr": 1e-2, "backprop": 0.5}}
 FEDIT = {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}}
 QUICK = Pace(grace=20, poll=0.01)
@@ -59,18 +44,7 @@ QUICK = Pace(grace=20, poll=0.01)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, rows, the rows of each client, keys and certificates."""
     place = tmp_path_factory.mktemp("fleet")
-    made = models.tiny_llama()
-    models.save(made.net, made.tokenizer, place / "model")
-    rows = [
-        {"instruction": f"count to {i}", "response": " ".join(map(str, range(1 + i % 8)))}
-        for i in range(1, 31)
-    ]
-    (place / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    keys.make_certificate(place / "certs", ["localhost", "127.0.0.1"])
-    (place / "keys").mkdir()
-    for c in range(CLIENTS):
-        keys.make(place / f"dev-{c}")
-        (place / f"dev-{c}.pub").rename(place / "keys" / f"dev-{c}.pub")
+    devices_harness.lay_out(place, CLIENTS)
     keys.make(place / "stranger")
     return place
 
@@ -83,46 +57,14 @@ def place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def device(port: int, number: int, **home: Any) -> Device:
+    """A device that has its key and the server's certificate; `home` gives others."""
+    own = {"key": Path(f"dev-{number}"), "ca": Path("certs/ca.pem"), "poll": 0.02}
+    return Device(port, number, home=own | home)
 
 
-class Device(threading.Thread):
-    """A device in a thread; `leave` makes it go as a closed lid would."""
-
-    def __init__(self, port: int, number: int, **home: Any) -> None:
-        super().__init__(daemon=True)
-        self.port, self.number = port, number
-        own = {"key": Path(f"dev-{number}"), "ca": Path("certs/ca.pem"), **home}
-        self.home = Home(Path(f"state-{number}"), **own, poll=0.02)
-        self.brings = Brings(f"rows/client-{number:03d}.jsonl", "model", "cpu", 1, offline=True)
-        self.leave = threading.Event()
-        self.notes: list[str] = []
-        self.outcome: object = None
-
-    def run(self) -> None:
-        address = f"localhost:{self.port}" if self.home.ca else f"127.0.0.1:{self.port}"
-        try:
-            self.outcome = devices_module.join(
-                address, self.brings, self.home, stop=self.leave.is_set, note=self.notes.append
-            )
-        except Exception as error:
-            self.outcome = error
-
-
-@contextlib.contextmanager
-def devices(port: int, count: int = CLIENTS, **home: Any) -> Iterator[list[Device]]:
-    made = [Device(port, c, **home) for c in range(count)]
-    for device in made:
-        device.start()
-    try:
-        yield made
-    finally:
-        for device in made:
-            device.leave.set()
-            device.join(20)
+def devices(port: int, count: int = CLIENTS) -> contextlib.AbstractContextManager[list[Device]]:
+    return devices_harness.devices(*(device(port, c) for c in range(count)))
 
 
 def split(recipe: dict[str, Any]) -> None:
@@ -130,13 +72,8 @@ def split(recipe: dict[str, Any]) -> None:
     assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-q"]) == 0
 
 
-class Heard(fleetune.Silent):
-    """Keeps the remarks."""
-
-    text = ""
-
-    def note(self, text: str) -> None:
-        self.text += f"{text}\n"
+def served(port: int, pace: Pace = QUICK) -> Served:
+    return Served(Place("127.0.0.1", port, Path("keys"), Path("certs")), pace=pace)
 
 
 @pytest.mark.parametrize("kinds", ["", "0,0,1"], ids=["fedit", "fedkseed"])
@@ -156,16 +93,14 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
     simulated = fleetune.tune(recipes.make(recipe | {"kinds": kinds}), out="simulated")
     split(recipe)
     port = free_port()
-    with (
-        devices(port) as joined,
-        Served(Place("127.0.0.1", port, Path("keys"), Path("certs")), pace=QUICK) as fleets,
-    ):
+    with devices(port) as joined, served(port) as fleets:
         heard = Heard()
         found = running.start(
             recipes.make(recipe | {"drop": 0.9}), Path("real"), heard, offline=True, fleets=fleets
         )
-    assert f"join 127.0.0.1:{port} --data ROWS.jsonl --model PATH --key KEY --ca ca.pem" in heard.text
-    assert "drop of the recipe only simulate" in heard.text
+    said = "\n".join(heard.notes)
+    assert f"join 127.0.0.1:{port} --data ROWS.jsonl --model PATH --key KEY --ca ca.pem" in said
+    assert "drop of the recipe only simulate" in said
     assert found.done.digest == simulated.done.digest
     assert (found.done.bytes_up, found.done.bytes_down) == (
         simulated.done.bytes_up,
@@ -219,7 +154,6 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
     simulated = fleetune.tune(recipe, out="simulated")
     split(FEDIT)
     port = free_port()
-    where = Place("127.0.0.1", port, Path("keys"), Path("certs"))
 
     class StopAfterRound2(fleetune.Silent):
         rounds = 0
@@ -236,7 +170,7 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
             return False
 
     with devices(port) as joined:
-        with pytest.raises(Interrupted) as stopped, Served(where, pace=QUICK) as fleets:
+        with pytest.raises(Interrupted) as stopped, served(port) as fleets:
             running.start(recipe, Path("real"), StopAfterRound2(), offline=True, fleets=fleets)
         (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
         shown = fleet_status.look(run)
@@ -249,9 +183,9 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
         goes_on = Resumed()
         joined[1].leave.set()  # and one is replaced by a new process meanwhile
         joined[1].join(20)
-        joined[1] = Device(port, 1)
+        joined[1] = device(port, 1)
         joined[1].start()
-        with Served(where, pace=QUICK) as fleets:
+        with served(port) as fleets:
             found = resuming.resume(run, goes_on, offline=True, fleets=fleets)
     assert found.done.digest == simulated.done.digest
     assert goes_on.rounds == {2}
@@ -286,31 +220,18 @@ def status_of_the_fleet(run: str) -> None:
     assert main(["fleet", "devices", run, "--out", "real"]) == 0
 
 
-def test_status_and_stop_of_a_run_that_nobody_serves(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fleetune.tune(recipes.make(FEDKSEED), out="simulated")
-    for action, what in (
-        ("status", "not the run of a real fleet"),
-        ("stop", "no server has"),
-        ("audit", "audit.jsonl"),
-    ):
-        assert main(["fleet", action, "latest", "--out", "simulated"]) in (1, 2)
-        assert what in capsys.readouterr().err
-    assert main(["fleet", "status"]) == 2
-    assert "takes one RUN" in capsys.readouterr().err
-
-
 def test_the_door(place: Path) -> None:
     """A stranger's key, a device without TLS, and everything that is not the devices' interface stay outside."""
     split(FEDKSEED)
     port = free_port()
     where = Place("127.0.0.1", port, Path("keys"), Path("certs"))
     with Served(where) as fleets:
-        stranger = Device(port, 0, key=Path("stranger"))
+        stranger = device(port, 0, key=Path("stranger"))
         stranger.start()
-        plain = Device(port, 1, ca=None)
+        plain = device(port, 1, ca=None)
         plain.start()
         keys.make_certificate(Path("other"), ["localhost"])
-        misled = Device(port, 2, ca=Path("other/ca.pem"))
+        misled = device(port, 2, ca=Path("other/ca.pem"))
         misled.start()
         with httpx.Client(verify=False, base_url=f"https://127.0.0.1:{port}") as client:
             for path in ("/v1/control/start-run", "/", "/docs", "/openapi.json"):
@@ -321,9 +242,9 @@ def test_the_door(place: Path) -> None:
             if stranger.notes and plain.notes and misled.notes:
                 break
             until.wait(0.05)
-        for device in (stranger, plain, misled):
-            device.leave.set()
-            device.join(20)
+        for one in (stranger, plain, misled):
+            one.leave.set()
+            one.join(20)
         assert "the server does not know this device's key: bring its .pub" in stranger.notes[1]
         assert "certificate is not trusted: " in misled.notes[1]
         assert "no server there" in plain.notes[1] or "answered" in plain.notes[1]
@@ -341,7 +262,7 @@ def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
         (Path("some") / f"dev-{c}.pub").write_bytes(Path(f"keys/dev-{c}.pub").read_bytes())
     port = free_port()
     notes: list[str] = []
-    third = Device(port, 2)
+    third = device(port, 2)
 
     class Watch(fleetune.Silent):
         def note(self, text: str) -> None:
@@ -358,15 +279,15 @@ def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
                 (Path("some") / "odd.pub").unlink(missing_ok=True)
                 (Path("some") / "dev-0.pub").unlink()
 
-    pace = Pace(grace=4, poll=0.01)
+    pace = Pace(grace=2, poll=0.01)
     recipe = recipes.make({**FEDKSEED, "clients": 2})
     with (
         devices(port, 2) as joined,
         Served(Place("127.0.0.1", port, Path("some"), Path("certs")), pace=pace) as fleets,
     ):
         found = running.start(recipe, Path("real"), Watch(), offline=True, fleets=fleets)
-        for device in (joined[0], third):
-            device.leave.set()
+        for one in (joined[0], third):
+            one.leave.set()
     assert any("the keys stay as they are" in n for n in notes)
     assert any("dev-0 is revoked" in n and "dev-2 may join" in n for n in notes)
     (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
@@ -379,17 +300,6 @@ def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
     assert found.done.digest
 
 
-def answer_to_head(port: int, head: str) -> bytes:
-    """What the server answers to the head of a request, before any of its body."""
-    context = ssl.create_default_context(cafile="certs/ca.pem")
-    with (
-        socket.create_connection(("localhost", port), timeout=10) as plain,
-        context.wrap_socket(plain, server_hostname="localhost") as opened,
-    ):
-        opened.sendall(f"{head}\r\nhost: localhost\r\n\r\n".encode())
-        return opened.recv(4096)
-
-
 def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -400,7 +310,7 @@ def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(
     models.save(other.net, other.tokenizer, Path("other"))
     Path("one").mkdir()
     Path("one/dev-0.pub").write_bytes(Path("keys/dev-0.pub").read_bytes())
-    odd = Device(port := free_port(), 0)
+    odd = device(port := free_port(), 0)
     odd.brings = Brings("rows/client-000.jsonl", "other", "cpu", 1, offline=True)
     odd.start()
     where = ["--port", str(port), "--keys", "one", "--certificate", "certs", "--out", "real", "--wait", "1"]

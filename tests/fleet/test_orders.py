@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 
 import pytest
 from hypothesis import given
@@ -85,7 +84,7 @@ def test_an_order_is_no_answer_and_the_other_way_round():
 
 
 @pytest.mark.parametrize("name", ["client", "key", "body", "kept_round", "kept_crc", "oldest", "reason"])
-@pytest.mark.parametrize("value", [1.5, [1]])
+@pytest.mark.parametrize("value", [1.5, True])
 def test_an_order_with_a_part_of_another_type_is_refused(name, value):
     whole = {
         "what": "work",
@@ -97,37 +96,8 @@ def test_an_order_with_a_part_of_another_type_is_refused(name, value):
         "oldest": 0,
         "reason": "",
     }
-    if value == [1]:
-        whole[name] = True
-    else:
-        whole[name] = value
     with pytest.raises(MessageError):
-        Order.decode(encode(Message(0, bytes(16), Payload({}, whole))))
-
-
-def test_a_mutated_answer_is_refused_or_another_answer():
-    """Ten thousand mutated bodies with a good checksum: each is refused with a MessageError, or decodes."""
-    rng, refused = random.Random(7), 0
-    whole = Reply("done", bytes(16), 3, b"x" * 40, (2, 9), 1.0, 5, "").encode()
-    for _ in range(10_000):
-        body = bytearray(whole[7:])
-        for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(len(body))
-            match rng.randrange(3):
-                case 0:
-                    body[at] = rng.randrange(256)
-                case 1:
-                    del body[at : at + rng.randint(1, 9)]
-                case 2:
-                    body[at:at] = rng.randbytes(rng.randint(1, 9))
-        import zlib
-
-        data = whole[:3] + zlib.crc32(bytes(body)).to_bytes(4, "little") + bytes(body)
-        try:
-            Reply.decode(data)
-        except MessageError:
-            refused += 1
-    assert refused > 8_000
+        Order.decode(encode(Message(0, bytes(16), Payload({}, {**whole, name: value}))))
 
 
 def test_a_job_comes_back():
@@ -223,33 +193,20 @@ def test_a_reason_is_a_code_with_its_numbers_and_nothing_else(reason):
 
 
 def test_every_error_of_ours_has_a_code_of_the_list():
-    errors = [
-        DataError("'HIV positive' is none of the words"),
-        ModelError("m"),
-        FitError("f"),
-        StorageError("s"),
-        MessageError("m"),
-        LedgerError("l"),
-        UsageError("u"),
-        FleetError("f"),
-        ValueError("v"),
-        MemoryError(),
-        Declined("busy", 75),
-    ]
-    told = [reason_of(error, 5 << 20) for error in errors]
-    assert told == [
-        "rows",
-        "model",
-        "memory 5",
-        "storage",
-        "order",
-        "order",
-        "settings",
-        "fault",
-        "fault",
-        "memory 5",
-        "busy 75",
-    ]
+    told = {
+        DataError("'HIV positive' is none of the words"): "rows",
+        ModelError("m"): "model",
+        FitError("f"): "memory 5",
+        StorageError("s"): "storage",
+        MessageError("m"): "order",
+        LedgerError("l"): "order",
+        UsageError("u"): "settings",
+        FleetError("f"): "fault",
+        ValueError("v"): "fault",
+        MemoryError(): "memory 5",
+        Declined("busy", 75): "busy 75",
+    }
+    assert {error: reason_of(error, 5 << 20) for error in told} == told
     assert in_words("busy 75") == "other programs take 75 % of its processors" == Declined("busy", 75).message
     assert all(in_words(" ".join([code, *["7"] * words.count("{}")])) for code, words in WORDS.items())
 
@@ -264,13 +221,11 @@ def test_what_is_no_job_is_refused(text):
 
 def test_a_device_comes_back_and_its_claim_of_rows_is_bounded():
     assert Device.from_json(DEVICE.to_json()) == DEVICE
-    for rows in (0, -1, 1 << 22, 1 << 70):
-        with pytest.raises(MessageError, match="rows"):
-            Device.from_json(json.dumps(json.loads(DEVICE.to_json()) | {"rows": rows}).encode())
     able = dataclasses.replace(DEVICE, speed=41.5, kinds=(0, 2))
     assert Device.from_json(able.to_json()) == able
     whole = json.loads(DEVICE.to_json())
     for name, odd in (
+        *(("rows", rows) for rows in (0, -1, 1 << 22, 1 << 70, True, 1.0, "9")),
         ("speed", -1.0),
         ("speed", float("nan")),
         ("speed", float("inf")),
@@ -281,8 +236,5 @@ def test_a_device_comes_back_and_its_claim_of_rows_is_bounded():
         ("kinds", 0),
         ("speed", "3"),
     ):
-        with pytest.raises(MessageError):
+        with pytest.raises(MessageError, match=name):
             Device.from_json(json.dumps(whole | {name: odd}).encode())
-    for odd in (True, 1.0, "9"):
-        with pytest.raises(MessageError, match="rows"):
-            Device.from_json(json.dumps(json.loads(DEVICE.to_json()) | {"rows": odd}).encode())

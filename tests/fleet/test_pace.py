@@ -82,14 +82,6 @@ def test_the_round_is_over_when_as_many_have_replied_as_are_needed(tmp_path: Pat
     assert {a.status for a in asked(fleet, 2).values()} == {"ok"}
 
 
-def test_a_late_reply_is_dropped(tmp_path: Path) -> None:
-    there, fleet, _ = made(tmp_path, pace=PACE)
-    there.slow = {"k1"}
-    assert asked(fleet, 1, goal=3)[1].status == "late"
-    there.slow = set()
-    assert {a.data for a in asked(fleet, 2).values()} == {f"k{c} did r2".encode() for c in range(4)}
-
-
 def test_after_the_deadline_those_at_work_are_late(tmp_path: Path) -> None:
     there, fleet, _ = made(tmp_path, pace=dataclasses.replace(PACE, deadline=0.05))
     there.slow = {"k0", "k1", "k2", "k3"}

@@ -12,9 +12,9 @@ from pathlib import Path
 import fleet_run
 import httpx
 import pytest
+from devices_harness import free_port
 from fleet_run import EVIL
 from prometheus_client.parser import text_string_to_metric_families
-from test_loopback import free_port
 
 from fleetune.errors import UsageError
 from fleetune.fleet import keys, page

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from deploy_harness import compressed, tiny
-from test_loopback import CLIENTS, COMMON, Device, folder, free_port, place, split
+from devices_harness import devices, free_port
+from test_loopback import CLIENTS, COMMON, device, folder, place, split
 
 import fleetune
 from fleetune.cli.main import main
@@ -27,34 +28,17 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
     recipe["aggregation"] = "mean:1"  # what a mean is where rows are what devices say
     split(recipe)
     port = free_port()
-    joined = [Device(port, number) for number in range(CLIENTS)]
-    for device in joined:
-        device.brings = dataclasses.replace(device.brings, model=f"copy-{device.number}.gguf")
+    joined = [device(port, number) for number in range(CLIENTS)]
+    for one in joined:
+        one.brings = dataclasses.replace(one.brings, model=f"copy-{one.number}.gguf")
     simulated = fleetune.tune(recipes.make(recipe), out="simulated")
-    for device in joined:
-        shutil.copy("codes/codes.gguf", device.brings.model)
+    for one in joined:
+        shutil.copy("codes/codes.gguf", one.brings.model)
     Path("codes/codes.gguf").unlink()
     capsys.readouterr()
-    for device in joined:
-        device.start()
-    words = [
-        "--port",
-        str(port),
-        "--keys",
-        "keys",
-        "--certificate",
-        "certs",
-        "--grace",
-        "20",
-        "--out",
-        "real",
-    ]
-    try:
-        assert main(["fleet", "serve", "-c", "recipe.toml", *words]) == 0
-    finally:
-        for device in joined:
-            device.leave.set()
-            device.join(20)
+    words = f"fleet serve -c recipe.toml --port {port} --keys keys --certificate certs --grace 20 --out real"
+    with devices(*joined):
+        assert main(words.split()) == 0
     assert "codes/codes.gguf, now written" in capsys.readouterr().err
     (run,) = fleetune.list_runs("real")
     assert run.done.digest == simulated.done.digest

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from deploy_harness import compressed, tiny
+from devices_harness import write_rows
 
 from fleetune import data, models
 from fleetune.common.display import human_bytes
@@ -39,11 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("device")
     made = models.tiny_llama(layers=2)
     models.save(made.net, made.tokenizer, folder / "model")
-    rows = [
-        {"instruction": f"count to {i}", "response": " ".join(map(str, range(1 + i % 8)))}
-        for i in range(1, 13)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_rows(str(folder / "rows.jsonl"), 1, 13)
     return folder
 
 

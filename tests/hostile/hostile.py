@@ -10,11 +10,12 @@ import faulthandler
 import json
 import random
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fault_report import Injected
 from fleetune.errors import FleetuneError, MessageError
 
 SECONDS = 10  # of processor time that a hostile file may cost; six times that by the clock
@@ -128,3 +129,23 @@ def refusal(work: Callable[[], object], seconds: float = SECONDS) -> str | None:
     assert len(error.message) < 2_000, f"a reason of {len(error.message)} characters"
     assert error.hint or isinstance(error, MessageError), f"no word of what to do: {error}"
     return error.message
+
+
+def survived(
+    kind: str,
+    damaged: Iterable[tuple[str, Callable[[], object]]],
+    use: Callable[[], object],
+    injected: Injected,
+) -> dict[str, int]:
+    """Make each damaged file and use it: refused and accepted are counted; any other error, or no end, is a fault."""
+    counts, faults = {"refused": 0, "accepted": 0}, []
+    for what, make in damaged:
+        make()
+        try:
+            counts["refused" if refusal(use) else "accepted"] += 1
+        except (Exception, NoEnd) as error:
+            faults.append(f"{what}: {type(error).__name__}: {str(error)[:150]}")
+    done = sum(counts.values())
+    injected(kind, done + len(faults), survived=done)
+    assert not faults, f"{len(faults)} of {done + len(faults)}:\n" + "\n".join(faults)
+    return counts

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,30 +129,27 @@ def cases(raw: bytes, form: str) -> dict[str, bytes | None]:
     return found
 
 
-def sweep(honest: Path, work: Path, model: Model, form: str, every: int, injected: Injected) -> None:
-    counts, faults = {"refused": 0, "accepted": 0}, []
-    raw = (honest / f"x.{form}").read_bytes()
-    for what, changed in list(cases(raw, form).items())[::every]:
-        put(work / f"x.{form}", changed)
-        try:
-            counts["refused" if refusal(lambda: use(work / f"x.{form}", model)) else "accepted"] += 1
-        except (Exception, hostile.NoEnd) as error:
-            faults.append(f"{what}: {type(error).__name__}: {str(error)[:150]}")
-    injected("damaged data files", sum(counts.values()) + len(faults), survived=sum(counts.values()))
-    assert not faults, f"{len(faults)}:\n" + "\n".join(faults)
+def sweep(file: Path, model: Model, damaged: Iterable[tuple[str, bytes | None]], injected: Injected) -> None:
+    each = ((what, partial(put, file, changed)) for what, changed in damaged)
+    hostile.survived("damaged data files", each, lambda: use(file, model), injected)
+
+
+def every(honest: Path, form: str, step: int) -> list[tuple[str, bytes | None]]:
+    """One in `step` of the damaged contents of a form."""
+    return list(cases((honest / f"x.{form}").read_bytes(), form).items())[::step]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_sample_of_damaged_files(
     honest: Path, tmp_path: Path, model: Model, injected: Injected, form: str
 ) -> None:
-    sweep(honest, tmp_path, model, form, 7, injected)
+    sweep(tmp_path / f"x.{form}", model, every(honest, form, 7), injected)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("form", FORMS)
 def test_all_damaged_files(honest: Path, tmp_path: Path, model: Model, injected: Injected, form: str) -> None:
-    sweep(honest, tmp_path, model, form, 1, injected)
+    sweep(tmp_path / f"x.{form}", model, every(honest, form, 1), injected)
 
 
 @pytest.mark.faults
@@ -159,15 +157,9 @@ def test_parquet_with_many_bits_flipped(
     honest: Path, tmp_path: Path, model: Model, injected: Injected
 ) -> None:
     raw = (honest / "x.parquet").read_bytes()
-    counts, faults = {"refused": 0, "accepted": 0}, []
-    for bit in range(0, 8 * len(raw), 17):
-        flipped = bytearray(raw)
-        flipped[bit // 8] ^= 1 << bit % 8
-        put(tmp_path / "x.parquet", bytes(flipped))
-        try:
-            said = refusal(lambda: use(tmp_path / "x.parquet", model))
-            counts["refused" if said else "accepted"] += 1
-        except (Exception, hostile.NoEnd) as error:
-            faults.append(f"bit {bit}: {type(error).__name__}: {str(error)[:150]}")
-    injected("damaged data files", sum(counts.values()) + len(faults), survived=sum(counts.values()))
-    assert not faults, f"{len(faults)}:\n" + "\n".join(faults)
+
+    def flipped(bit: int) -> bytes:
+        return raw[: bit // 8] + bytes([raw[bit // 8] ^ 1 << bit % 8]) + raw[bit // 8 + 1 :]
+
+    damaged = ((f"bit {bit}", flipped(bit)) for bit in range(0, 8 * len(raw), 17))
+    sweep(tmp_path / "x.parquet", model, damaged, injected)

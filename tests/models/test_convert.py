@@ -70,12 +70,6 @@ def test_smollm_splits_digits_off_their_space(tmp_path: Path) -> None:
     assert [p for p, _ in pieces] == ["in", "ĠĠ", "2", "0", "2", "4"]
 
 
-def test_unknown_text_splitting_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_gguf(tmp_path / "m.gguf", models.tiny_llama().net, "llama", pre="martian")
-    models.resolve(str(tmp_path / "m.gguf"))
-    assert "martian" in caplog.text
-
-
 def test_gguf_config_is_read_without_weights(tmp_path: Path) -> None:
     net = models.tiny_llama().net
     write_gguf(tmp_path / "m.gguf", net, "llama")

@@ -127,24 +127,6 @@ def test_other_labels_mean_a_new_head_and_a_warning(tmp_path: Path, caplog: Any)
     assert models.load(str(tmp_path / "own"), labels=("a", "b", "c", "d")).net.classifier.weight.shape[0] == 4
 
 
-@pytest.mark.parametrize(
-    ("labels", "said"),
-    [
-        ((), "chooses among 2 to 64 label words; 0 were given"),
-        (("yes",), "1 were given, such as 'yes'"),
-        (("yes", ""), "2 were given"),
-        (tuple(f"answer {i}" for i in range(65)), "65 were given, such as 'answer 0'"),
-    ],
-)
-def test_what_cannot_be_label_words_is_said_with_what_to_do(
-    tmp_path: Path, labels: tuple[str, ...], said: str
-) -> None:
-    path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
-    with pytest.raises(ModelError, match=said) as failed:
-        models.load(str(path), labels=labels)
-    assert "--labels yes,no" in str(failed.value.hint)
-
-
 def test_an_encoder_that_lacks_more_than_its_head_is_refused(tmp_path: Path) -> None:
     path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
     tensors = load_file(path / "model.safetensors")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from fleetune import models
-from fleetune.errors import ModelError
 from fleetune.models.cache import cache, names
 
 
@@ -27,14 +26,6 @@ def test_a_short_name_is_its_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert asked == [short.hub for short in names.SHORT_NAMES.values()]
     assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", hub) for hub in asked)
     assert not {*names.SHORT_NAMES} & {*cache.ORIGINS}
-
-
-def test_offline_the_error_names_the_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match="model 'google/gemma-3-1b-it' is not in the hub cache"):
-        models.resolve("gemma-3-1b", offline=True)
-    with pytest.raises(ModelError, match=r"[Dd]id you mean '?qwen3-0\.6b"):
-        models.resolve("qwen3-06b", offline=True)
 
 
 def test_a_folder_of_that_name_goes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from fleetune import models
 from fleetune.common.display import human_bytes
+from fleetune.common.shell import quoted
 from fleetune.errors import FitError, RecipeError
 from fleetune.models.shapes import shape_of
 from fleetune.planning import choose, device_cost
@@ -16,14 +15,6 @@ from fleetune.planning.plan import Search
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    model = models.tiny_llama()
-    folder = tmp_path_factory.mktemp("choose") / "tiny"
-    models.save(model.net, model.tokenizer, folder)
-    return str(folder)
 
 
 def recipe(model: str, **values: object) -> Recipe:
@@ -92,30 +83,18 @@ def test_a_method_is_counted_with_the_rows_that_its_steps_will_have(
 
 
 def test_a_base_that_memory_cannot_hold_stays_in_its_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = models.tiny_llama(vocab=8192, hidden=512, layers=8, heads=8)
-    models.save(model.net, model.tokenizer, tmp_path / "m")
-    name = str(tmp_path / "m")
-    tried = Search(shape_of(models.load_config(name)), None, {"length": 512, "dtype": "fp32"}).tried("fedit")
+    tried = Search(shape_of(models.load_config(large)), None, {"length": 512, "dtype": "fp32"}).tried("fedit")
     in_memory, mapped = [s.peak for s in tried][:2]
     for ram, base in ((in_memory * 10 // 9 + 1, "auto"), (mapped * 10 // 9 + 1, "mapped")):
         monkeypatch.setattr(models, "device_memory", lambda device, ram=ram: ram)
-        _, found, why = choose.method_for(recipe(name, set={"r": 16, "dropout": 0.05}), offline=True)
+        _, found, why = choose.method_for(recipe(large, set={"r": 16, "dropout": 0.05}), offline=True)
         assert found == base
         assert why.endswith("base mapped") == (base == "mapped")
 
 
 # The base, and what is refused ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model of 30 M parameters, in fp32 in its file."""
-    model = models.tiny_llama(vocab=8192, hidden=512, layers=8, heads=8)
-    folder = tmp_path_factory.mktemp("choose") / "large"
-    models.save(model.net, model.tokenizer, folder)
-    return str(folder)
 
 
 def settled_base(recipe: Recipe) -> tuple[Recipe, choose.CheckMemory, str]:
@@ -164,7 +143,7 @@ def test_what_cannot_fit_is_refused_by_what_no_file_backs_with_what_fits(
         f"{human_bytes(own)} beside pages of files, and there are {human_bytes(own - 1)}"
         in error.value.message
     )
-    assert f"what fits: fleetune plan {large} --ram" in (error.value.hint or "")
+    assert f"what fits: fleetune plan {quoted(large)} --ram" in (error.value.hint or "")
     check(own - 1, tokens=100)  # shorter rows
     check(own - 1, rows=8)  # a client has fewer rows than a step
     check(own - 1, set={"batch_size": 8})

@@ -84,13 +84,6 @@ def test_what_was_asked_for_stays(shape: Any) -> None:
         found(shape, 1_000, asked=asked)
     assert "3 x 100 tokens a step in fp32" in error.value.message
     assert error.value.hint == "leave out --batch, --length, --dtype, or take a smaller model"
-    for base, hint in (
-        ("memory", "leave out --base, or take a smaller model"),
-        ("mapped", "take a smaller model"),
-    ):
-        with pytest.raises(FitError) as error:
-            found(shape, 1, asked={"base": base})
-        assert error.value.hint == hint, "a mapped base needs least"
 
 
 def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:
@@ -135,22 +128,14 @@ def test_only_what_tune_does_not_do_by_itself_is_said() -> None:
 # --- the command and the function --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    model = models.tiny_llama(vocab=8192, hidden=512, layers=8, heads=8)
-    path = tmp_path_factory.mktemp("fit") / "a model"
-    models.save(model.net, model.tokenizer, path)
-    return str(path)
-
-
 def test_the_printed_command_makes_tune_use_what_was_planned(
-    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    large: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    every = list(Search(shape_of(models.load_config(folder)), 1).tried("fedit"))
+    every = list(Search(shape_of(models.load_config(large)), 1).tried("fedit"))
     ram = min(s.peak for s in every) * 10 // 9 + 1
     (wanted, *_) = [s.work for s in every if s.peak <= 0.9 * ram]
     assert wanted.base == "mapped"
-    assert main(["plan", folder, "--ram", str(ram), "--json"]) == 0
+    assert main(["plan", large, "--ram", str(ram), "--json"]) == 0
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()][-1]
     assert told["event"] == "plan_settings"
     assert (told["method"], told["dtype"], told["base"], told["ram"]) == (
@@ -161,7 +146,7 @@ def test_the_printed_command_makes_tune_use_what_was_planned(
     )
     assert told["batch_size"] < 8
     assert told["peak"] <= 0.9 * ram
-    assert main(["plan", folder, "--ram", str(ram)]) == 0
+    assert main(["plan", large, "--ram", str(ram)]) == 0
     out = capsys.readouterr().out
     assert told["command"] in out
     assert (
@@ -184,13 +169,13 @@ def test_the_printed_command_makes_tune_use_what_was_planned(
     )
 
 
-def test_the_function_returns_the_settings_as_arguments_of_tune(folder: str) -> None:
-    whole = fleetune.plan(folder, ram="64GB")
+def test_the_function_returns_the_settings_as_arguments_of_tune(large: str) -> None:
+    whole = fleetune.plan(large, ram="64GB")
     assert whole.settings().options() == {"method": "fedit"}
     assert whole.settings().method == "fedit"
     assert whole.settings().work.length == plan.longest() == 512
-    small = fleetune.plan(folder, ram="64GB", batch=3, length=100, dtype="fp32").settings()
+    small = fleetune.plan(large, ram="64GB", batch=3, length=100, dtype="fp32").settings()
     assert small.options() == {"method": "fedit", "settings": {"batch_size": 3}, "max_length": 100}
     with pytest.raises(UsageError, match="--batch 0"):
-        fleetune.plan(folder, batch=0)
+        fleetune.plan(large, batch=0)
     assert device_cost.Workload().batch == 8

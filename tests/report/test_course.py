@@ -117,19 +117,6 @@ def test_client_name_is_that_of_the_data(tmp_path: Path) -> None:
     assert "one client per site" in text
 
 
-def test_equal_bytes_are_a_sentence_and_loss_by_bytes_is_left_out(tmp_path: Path) -> None:
-    run = restated(fake_run(tmp_path, rounds=3), "round", bytes_up=3_737_150, bytes_down=3_737_120)
-    assert "In every round the clients sent and received 7.5 MB together." in page_of(run).text
-    assert "loss-bytes" not in idents(run)
-    lines = lines_of(run)
-    for line in lines:
-        if line["event"] == "round":
-            line["bytes_down"] = 1_000_000 * int(str(line["round"]))
-    write_lines(run, lines)
-    assert "In every round" not in page_of(run).text
-    assert "loss-bytes" in idents(run)
-
-
 def test_values_that_are_not_finite_are_not_drawn(tmp_path: Path) -> None:
     run = fake_run(tmp_path, rounds=3)
     nan = [

@@ -61,18 +61,6 @@ def test_summary_before_the_end_is_reckoned_from_the_rounds(tmp_path: Path) -> N
     assert report.table([run, run]) == [found, found]
 
 
-def test_summary_leaves_out_a_torn_last_line(run24: Path, tmp_path: Path) -> None:
-    lines = (run24 / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    before = b"".join(lines[:60])
-    (tmp_path / "metrics.jsonl").write_bytes(before)
-    whole = report.summary(tmp_path)
-    assert whole["rounds"] == 2
-    for torn in (b'{"event": "\xff\xfe', lines[60][: len(lines[60]) // 2]):
-        (tmp_path / "metrics.jsonl").write_bytes(before + torn)
-        assert report.summary(tmp_path) == whole
-    assert "1 damaged line of" in page_of(tmp_path).text
-
-
 def test_summary_counts_a_round_that_stands_twice_once(tmp_path: Path) -> None:
     run = fake_run(tmp_path, rounds=4, status="interrupted")
     before, events = report.summary(run), lines_of(run)

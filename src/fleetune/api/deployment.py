@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
 from fleetune.api.names import Rows, Setting, words
+from fleetune.common.events import Serving
 from fleetune.common.settings import parse_bytes
+from fleetune.compression.jobs import job
+from fleetune.deploy import serve as serving
 from fleetune.deploy import targets
 from fleetune.errors import UsageError
 from fleetune.models.cache import names
+from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener, heard_by
+from fleetune.tuning.recipe import objects
 
 if TYPE_CHECKING:
     from fleetune.compression.jobs.job import CompressResult
@@ -66,8 +71,6 @@ def compress(
     """
     if isinstance(model, str | Path):
         subjects.open_weights(model, out)  # refused before torch is imported
-    from fleetune.compression.jobs import job
-    from fleetune.tuning.recipe import objects
 
     watching = heard_by(listener, progress)
     options = {
@@ -104,9 +107,6 @@ def resume_compression(
 
     `folder` is a name, number, path or result; `served` is the door for devices, where these calibrate.
     """
-    from fleetune.compression.jobs import job
-    from fleetune.runs import compression_folder
-
     found = getattr(folder, "folder", None)
     path = found if isinstance(found, Path) else compression_folder.get(str(folder), Path(out))
     return job.resume(
@@ -133,7 +133,6 @@ def _size(size: float | str) -> int:
 def _devices(served: Served | None) -> Calibrators | None:
     if served is None:
         return None
-    from fleetune.fleet.calibration_server import Calibrators
 
     return Calibrators(served)
 
@@ -205,7 +204,6 @@ def measure(
     ]  # what is no model is refused before torch is imported
     if kept_gain and found:
         measuring.check_kept(found)
-    from fleetune.tuning.recipe import objects
 
     options = measuring.MeasureOptions(
         text=str(text) if text else None,
@@ -250,9 +248,6 @@ def serve(
     environment's LLAMA_API_KEY); on a `host` beyond this machine one is always needed, and made where none is given.
     UsageError for options that cannot be, FleetuneError for an engine that ends or does not load the model.
     """
-    from fleetune.common.events import Serving
-    from fleetune.deploy import serve as serving
-
     watching = heard_by(listener, progress)
     options = serving.Options(engine, threads, context, host, port, key)
     with serving.opened(subjects.open(model, out=out), options, watching, offline=offline) as served:
@@ -281,8 +276,6 @@ def chat(
     Temperature 0 gives the likeliest answer, the same each time; above it an answer is drawn with `seed`.  It has at most
     `max_tokens` tokens.  The engine's arguments and the errors are those of `serve`; `generate` needs no engine.
     """
-    from fleetune.deploy import serve as serving
-
     options = serving.Options(engine, threads, context, key=None)
     sampling = serving.Sampling(temperature, max_tokens, seed)
     sampling.check()

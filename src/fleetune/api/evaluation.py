@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any, Final
 from fleetune import subject as subjects
 from fleetune.api.names import Rows, words
 from fleetune.common.display import counted
+from fleetune.common.events import evaluated
 from fleetune.common.shell import command
+from fleetune.data import Example, read, read_text, readers
+from fleetune.deploy.serve import Sampling
 from fleetune.errors import DataError, RecipeError, UsageError
 from fleetune.runs.listener import Listener, heard_by
 from fleetune.subject import Compressed, Run, Subject, logits_of
+from fleetune.tuning.recipe import objects
 
 if TYPE_CHECKING:
-    from fleetune.data import Example
     from fleetune.evaluation.losses import OnRows
 
 WHOLE: Final = 1 << 20  # tokens: a prompt is not cut
@@ -60,8 +63,6 @@ def evaluate(
     found = subjects.open(model, out=out)  # before torch is imported
     dense = subjects.open(reference, out=out) if reference is not None else None
     _check_options(found, limit, answer_tokens, text)
-    from fleetune.common.events import evaluated
-    from fleetune.data import read_text
     from fleetune.data.encode import check_answers
     from fleetune.evaluation import measures
 
@@ -128,9 +129,6 @@ def evaluate(
 
 def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bool) -> list[Example]:
     """Read the rows that were given, none for None: by `columns` or, without, by the `usual` ones where they fit."""
-    from fleetune.data import read
-    from fleetune.tuning.recipe import objects
-
     file = objects.data_name(data, out)
     if not file:
         return []
@@ -153,8 +151,6 @@ def _note_trained_on(found: Subject, rows: Sequence[Example], heard: Listener, *
 
 
 def _check_options(found: Subject, limit: int, answer_tokens: int, text: str | Path | None) -> None:
-    from fleetune.data import readers
-
     if text:
         readers.require_text(str(text), hint=command("eval", found.argument, text))
     numbers: dict[str, object] = {"limit": limit, "answer_tokens": answer_tokens}
@@ -184,12 +180,9 @@ def generate(
     answer is drawn with `seed`.  It has at most `max_tokens` tokens.  RecipeError for an encoder; UsageError for an empty
     prompt, for one that leaves no room for an answer, or for a number that means nothing.
     """
-    from fleetune.deploy.serve import Sampling
-
     Sampling(temperature, max_tokens, seed).check()
     if not prompt.strip():
         raise UsageError("the prompt is empty", hint='fleetune.generate(model, "What is ..")')
-    from fleetune.data import Example
     from fleetune.data.encode import prompt_ids
     from fleetune.evaluation import answers, losses
     from fleetune.models.net.model import Model

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fleetune import compression
 from fleetune import subject as subjects
 from fleetune.common import settings
 from fleetune.common.settings import Value
+from fleetune.deploy import targets as export_targets
 from fleetune.subject import Subject
+from fleetune.tuning import methods as tuning_methods
 
 if TYPE_CHECKING:
     from fleetune.tuning.result.finished import TuneResult
@@ -45,20 +48,14 @@ def list_runs(out: str | Path = "runs") -> list[TuneResult]:
 
 def methods() -> list[str]:
     """Return the names of all tuning methods, those of other packages included."""
-    from fleetune.tuning import methods as found
-
-    return list(found.entries())
+    return list(tuning_methods.entries())
 
 
 def compressors() -> list[str]:
     """Return the names of all compression methods, those of other packages included."""
-    from fleetune import compression
-
     return list(compression.entries())
 
 
 def targets() -> list[str]:
     """Return the names of all export targets, those of other packages included."""
-    from fleetune.deploy import targets as found
-
-    return list(found.every())
+    return list(export_targets.every())

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack, cast
 
+from fleetune import models
 from fleetune import subject as subjects
 from fleetune.api.names import Rows, Setting, words
 from fleetune.common.settings import Value, parse_bytes, parse_rate
@@ -19,6 +20,8 @@ from fleetune.models.cache.names import is_master
 from fleetune.runs import rundir, trackers
 from fleetune.runs.listener import Listener, heard_by
 from fleetune.subject import Compressed, Run
+from fleetune.tuning import methods
+from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
 
@@ -127,7 +130,6 @@ def plan(
 
         fleetune.tune(model, data, **fleetune.plan(model, ram="2GB").settings().options())
     """
-    from fleetune import models
     from fleetune.planning import device_cost
     from fleetune.planning import plan as planning
 
@@ -238,8 +240,6 @@ def recipe_for(
     listener: Listener,
 ) -> Recipe:
     """The recipe for what a caller handed over; the options are checked before any object is saved."""
-    from fleetune.tuning.recipe import objects
-
     model = path_of(model)
     if isinstance(model, Recipe):
         check_plain(model.model, out, recipes.trained(model))
@@ -273,8 +273,6 @@ def recipe_for(
 
 def _method_of(method: object) -> tuple[str, dict[str, Value]]:
     from fleetune.common.settings import named
-    from fleetune.tuning import methods
-    from fleetune.tuning.recipe import objects
 
     modules = {n: e.module for n, e in methods.entries().items()}
     if isinstance(method, str | type) or type(method).__module__ in modules.values():

@@ -325,6 +325,7 @@ def _lists(owner: Indices, clients: int) -> list[Indices]:
     return np.split(by_owner, np.cumsum(sizes)[:-1])
 
 
+CLIENT_COLUMNS: Final = ("client", "user", "device", "site", "author", "speaker")  # also with "id"
 FEW_CLIENTS: Final = 8  # most methods' usual number, which stands however few the rows are
 ROWS_EACH: Final = 8  # rows of a client at least where a method's usual clients are more than that
 
@@ -399,6 +400,20 @@ def split(rows: RowsSpec, usual_clients: int, *, fewer: bool = False, offline: b
                 "(--clients)"
             )
         usual_clients = most
+    if rule == "iid" and (name := _like_clients(examples)):
+        notes.append(
+            f"the column {name!r} looks like clients, and is not used: --partition column:{name} follows it"
+        )
     clients = rows.clients or (None if rule.startswith("column:") else usual_clients)
     parts = partition([examples[i] for i in train], rule, clients, rows.seed)
     return Split(examples, [train[part] for part in parts], held, column, rule, tuple(notes))
+
+
+def _like_clients(examples: Sequence[Example]) -> str:
+    """Return the column with such a name and several values, but fewer than there are rows; "" for none."""
+    for name in examples[0].meta:
+        values = {example.meta.get(name, "") for example in examples}
+        named = name.lower().removesuffix("id").rstrip("_- ") in CLIENT_COLUMNS
+        if named and 1 < len(values) < len(examples):
+            return name
+    return ""

@@ -15,6 +15,7 @@ from fleetune.common.memory import usable_memory
 from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import PORT
 from fleetune.fleet import keys as keyring
+from fleetune.fleet.line import FIRST, Server, stay
 from fleetune.fleet.worker import Brings, Worker
 
 MEMORY: Final = 1 << 33  # bytes, where the system does not tell
@@ -123,8 +124,6 @@ def join(
     _, held_out = brings.divided(note)
     note(f"this device {brings.part(len(held_out))}")
     with _alone(home.state):
-        from fleetune.fleet.line import FIRST, Server, stay
-
         key = keyring.read(home.key) if home.key else _own_key(home.state)
 
         def step(client: int, number: int) -> None:

@@ -22,9 +22,9 @@
     410 no such session: the server has begun anew           404, 411, 413 no request of a device
 
 A signature is of the server's name and certificate authority too, so that no server can use it to be the device elsewhere.
-Before a session is known, no body is read; an answer belongs to an open order of the device and has a bound (`link.py`).  A
-device has one answer and one order on their way.  The state is in memory: a run's folder has all that a restarted server needs, and its
-devices come in again.  No clock of a device matters.
+Before a session is known, no body is read; an answer belongs to an open order of the device and has a bound (`link.py`).
+A device has one answer and one order on their way.  The state is in memory: a run's folder has all that a restarted server
+needs, and its devices come in again.  No clock of a device matters.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ device, NAME.pub goes to the server's folder of keys, and taking it out of there
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.util
@@ -15,14 +16,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from fleetune.common.files import PRIVATE, storage_error, write_atomic
 from fleetune.common.shell import pip_install, quoted
 from fleetune.errors import UsageError
 
-if TYPE_CHECKING:
+with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed` says what is missing
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives import serialization as forms
     from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
 
 DAYS: Final = 3650  # that a certificate is valid
 INSTALL: Final = pip_install("fleet")
@@ -63,24 +70,16 @@ def check_installed() -> None:
 
 def sign(key: PrivateKey, text: bytes) -> bytes:
     """Return the ECDSA signature of a text, with SHA-256."""
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.hashes import SHA256
-
-    return key.secret.sign(text, ec.ECDSA(SHA256()))
+    return key.secret.sign(text, ec.ECDSA(hashes.SHA256()))
 
 
 def has_signed(key: PublicKey, signature: bytes, text: bytes) -> bool:
     """Tell whether a signature is this key's of this text; ValueError for a key that is none."""
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    public = load_pem_public_key(key.pem)
+    public = forms.load_pem_public_key(key.pem)
     if not isinstance(public, ec.EllipticCurvePublicKey) or _pem(public) != key.pem:
         raise ValueError("not a key on a NIST curve, or in another form than ours")
     try:
-        public.verify(signature, text, ec.ECDSA(SHA256()))
+        public.verify(signature, text, ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
         return False
     return True
@@ -88,9 +87,6 @@ def has_signed(key: PublicKey, signature: bytes, text: bytes) -> bool:
 
 def make(path: Path) -> PrivateKey:
     """Make a key: `path`, for its owner alone, and `path`.pub; UsageError where there is one already."""
-    from cryptography.hazmat.primitives import serialization as forms
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     if path.exists():
         raise UsageError(f"{path} is there already", hint="take another name; a key is not replaced")
     secret = ec.generate_private_key(ec.SECP384R1())
@@ -104,12 +100,9 @@ def make(path: Path) -> PrivateKey:
 
 def read(path: Path) -> PrivateKey:
     """Read a device's key; UsageError where it is none."""
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-
     hint = f"make one: fleetune fleet keys new {quoted(path)}"
     try:
-        secret = load_ssh_private_key(path.read_bytes(), None)
+        secret = forms.load_ssh_private_key(path.read_bytes(), None)
     except OSError as error:
         raise UsageError(f"cannot read the key {path}: {error.strerror}", hint=hint) from error
     except Exception as error:
@@ -121,13 +114,10 @@ def read(path: Path) -> PrivateKey:
 
 def registered(folder: Path) -> list[PublicKey]:
     """Return the public keys in a folder (NAME.pub), by name; UsageError where there are none or one is bad."""
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-
     found = []
     for path in sorted(folder.glob("*.pub")):
         try:
-            public = load_ssh_public_key(path.read_bytes())
+            public = forms.load_ssh_public_key(path.read_bytes())
         except Exception as error:
             raise UsageError(f"{path} is not a public key in OpenSSH's form ({error})") from error
         if not isinstance(public, ec.EllipticCurvePublicKey):
@@ -151,12 +141,6 @@ def make_certificate(folder: Path, hosts: Sequence[str]) -> Path:
 
     Returns ca.pem.  UsageError where there is one already.
     """
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives import serialization as forms
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
     if (folder / "ca.pem").exists():
         raise UsageError(f"{folder / 'ca.pem'} is there already", hint="take another folder")
     _folder(folder)
@@ -191,9 +175,7 @@ def make_certificate(folder: Path, hosts: Sequence[str]) -> Path:
     return folder / "ca.pem"
 
 
-def _general_name(host: str):  # type: ignore[no-untyped-def]
-    from cryptography import x509
-
+def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
@@ -202,8 +184,6 @@ def _general_name(host: str):  # type: ignore[no-untyped-def]
 
 def hosts_of(certificate: Path) -> list[str]:
     """Return the names and addresses that a server's certificate (PEM) is for; UsageError where it is none."""
-    from cryptography import x509
-
     try:
         found = x509.load_pem_x509_certificate(certificate.read_bytes())
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -250,6 +230,4 @@ def _folder(folder: Path) -> None:
 
 
 def _pem(public: ec.EllipticCurvePublicKey) -> bytes:
-    from cryptography.hazmat.primitives import serialization as forms
-
     return public.public_bytes(forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo)

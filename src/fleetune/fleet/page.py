@@ -21,9 +21,12 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 from urllib.parse import urlsplit
 
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -40,9 +43,6 @@ from fleetune.fleet.keys import is_loopback
 from fleetune.report import page
 from fleetune.report.single import sections as report_sections
 from fleetune.runs import metrics
-
-if TYPE_CHECKING:
-    from prometheus_client.core import Metric
 
 PORT: Final = 8471
 FRESH: Final = 2.0  # seconds for which an answer is given again
@@ -196,8 +196,6 @@ def _status(now: FleetShown) -> Response:
 
 
 def _metrics(now: FleetShown) -> Response:
-    from prometheus_client import CollectorRegistry, generate_latest
-    from prometheus_client.registry import Collector
 
     class Now(Collector):
         """The registry asks it once."""
@@ -212,8 +210,6 @@ def _metrics(now: FleetShown) -> Response:
 
 def _families(now: FleetShown) -> Iterator[Metric]:
     """Yield what Prometheus reads.  Counters are of finished rounds; no device has a series of its own."""
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
-
     yield InfoMetricFamily("fleetune_run", "The run.", {"run": Path(now.run).name})
     for name, what, value in (
         ("fleetune_round", "Round in progress, 0 before the first.", now.round),

@@ -20,6 +20,8 @@ from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import PORT, status
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.audit import Audit
+from fleetune.fleet.door import Door
+from fleetune.fleet.http_server import Address
 from fleetune.fleet.keys import PublicKey
 from fleetune.fleet.orders import Job, is_path, job_of
 from fleetune.fleet.remote import Pace, RemoteFleet
@@ -123,9 +125,6 @@ class Served:
         self._keys = self.place.check()
 
     def __enter__(self) -> Served:
-        from fleetune.fleet.door import Door
-        from fleetune.fleet.http_server import Address
-
         certificate = self.place.certificate
         files = (certificate / "server.pem", certificate / "server.key") if certificate else (None, None)
         address = Address(self.place.host, self.place.port, *files)

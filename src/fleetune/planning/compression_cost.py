@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
+from fleetune.evaluation.head_loss import CHUNK_BYTES
 from fleetune.models.shapes import Linear, Shape
 from fleetune.planning import device_cost
 from fleetune.planning.device_cost import FLOOR, KERNELS, PIECE
@@ -98,8 +99,6 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
             list(shape.experts)
         )  # of the compressed model, in its place
     if work.measured:
-        from fleetune.evaluation.head_loss import CHUNK_BYTES
-
         rows, length = EVALUATED
         stages["measuring"] = rows * length * work.size * shape.widest + 2 * CHUNK_BYTES
     return {

@@ -32,10 +32,15 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from fleetune.errors import UsageError
+from fleetune.evaluation.head_loss import BLOCK, CHUNK_BYTES
 from fleetune.models.cache.cache import PLACES
 from fleetune.models.families.number_types import WEIGHTS
+from fleetune.models.net.layers import SMALL
 from fleetune.models.shapes import Shape
+from fleetune.models.stored import KEPT
 from fleetune.seeds import chosen_kernels
+from fleetune.seeds.descent import PAIRED
+from fleetune.seeds.weights import CHUNK
 from fleetune.tuning.exchange.footprint import Footprint, Module
 
 MOST_STEPS: Final = 1_000_000  # of a round: a pool of directions holds as many
@@ -138,7 +143,6 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
         parts |= _backward(shape, work, footprint)
         curved = parts | _curvature(shape, work, footprint) if footprint.hessian_products else parts
         return max(parts, curved, key=lambda p: sum(p.values()))
-    from fleetune.seeds.weights import CHUNK
 
     n, s = work.tokens, work.size
     moves_weights = footprint.gradient == "two-point" and not module.tensors
@@ -169,8 +173,6 @@ def least(shape: Shape, work: Workload, footprint: Footprint, *, in_file: bool) 
 
 
 def _runs_both_signs(shape: Shape, work: Workload, footprint: Footprint) -> bool:
-    from fleetune.seeds.descent import PAIRED
-
     return work.tokens <= PAIRED and not shape.labels and not footprint.stores_direction
 
 
@@ -178,8 +180,6 @@ def _weights(shape: Shape, work: Workload, footprint: Footprint) -> int:
     trains_all = footprint.gradient == "backward" and not footprint.module.tensors and not footprint.projects
     if work.base == "memory" or trains_all:
         return shape.params * work.size
-    from fleetune.models.stored import KEPT
-    from fleetune.seeds.weights import CHUNK
 
     seen = footprint.projects or (footprint.gradient == "two-point" and not footprint.module.tensors)
     largest = max((linear.out * linear.into for linear in shape.linears), default=shape.largest)
@@ -188,8 +188,6 @@ def _weights(shape: Shape, work: Workload, footprint: Footprint) -> int:
 
 def _logits(shape: Shape, work: Workload) -> tuple[int, float]:
     """Return fp32 bytes of the logits of a chunk, and how many chunks a step's positions make."""
-    from fleetune.evaluation.head_loss import CHUNK_BYTES
-
     whole = (work.batch if shape.labels else work.tokens) * shape.outputs * 4
     return min(whole, CHUNK_BYTES), max(1.0, whole / CHUNK_BYTES)
 
@@ -210,8 +208,6 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
 
 def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> dict[str, int]:
     """Return bytes of what backward needs of a forward pass: activations, of one layer or of all, and the loss's."""
-    from fleetune.models.net.layers import SMALL
-
     needed = activation_bytes(shape, work, footprint.module)
     entering = shape.layers * work.tokens * shape.hidden * work.size
     if footprint.checkpointing and entering >= SMALL:
@@ -220,8 +216,6 @@ def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> d
         activations = max(needed, HEAP * needed - beside)  # gradients and moments fill what was freed
     chunk, chunks = _logits(shape, work)
     if footprint.module.tensors:  # the head is not trained: its rows go by in blocks
-        from fleetune.evaluation.head_loss import BLOCK
-
         logits = LOGITS_FROZEN * min(chunk, work.tokens * (BLOCK // shape.hidden) * 4)
     else:
         logits = (LOGITS_BACKWARD + LOGITS_CHUNK * (chunks - 1)) * chunk
@@ -229,9 +223,6 @@ def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> d
 
 
 def _projected(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
-    from fleetune.evaluation.head_loss import CHUNK_BYTES
-    from fleetune.seeds.weights import CHUNK
-
     n, s = work.tokens, work.size
     layer = LAYERS * activation_bytes(shape, work, module) / shape.layers
     whole = (work.batch if shape.labels else n) * shape.outputs * 4

@@ -20,6 +20,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+import msgpack
+import numpy as np
+
 from fleetune.common import ggml
 from fleetune.common.display import counted, human_bytes, human_count, human_time
 from fleetune.errors import FitError, UsageError
@@ -57,8 +60,6 @@ def message_bytes(arrays: Mapping[str, tuple[str, tuple[int, ...]]], scalars: Ma
 
     An array adds as much as an empty one, plus its values and the wider encoding of its lengths.
     """
-    import msgpack
-    import numpy as np
 
     def packed(value: object) -> int:
         return len(msgpack.packb(value))

@@ -21,6 +21,7 @@ from typing import Any, Final
 from fleetune.common.files import finite, json_text, read_json, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
+from fleetune.models.cache.names import is_master
 from fleetune.runs import rundir
 
 RECORD: Final = "compress.json"
@@ -154,8 +155,6 @@ def is_one(folder: Path) -> bool:
 
 def is_complete(folder: Path) -> bool:
     """Whether the compressed model is there, as an artefact of codes or as plain weights."""
-    from fleetune.models.cache.names import is_master
-
     return is_master(folder / "model") or any((folder / "model").glob("model*.safetensors"))
 
 

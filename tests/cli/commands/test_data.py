@@ -144,7 +144,33 @@ def test_no_row_of_a_check_steers_the_terminal(at: Path, capsys: Capture) -> Non
     assert "\x1b" not in "".join(capsys.readouterr())
 
 
-# Truncation, order, and what is told of options ----------------------------------------------------------
+def test_a_column_that_looks_like_clients_is_named_with_its_flag(at: Path, capsys: Capture) -> None:
+    told = (
+        "the column 'client_id' looks like clients, and is not used: --partition column:client_id follows it"
+    )
+    write(at / "ids.jsonl", [{"prompt": f"p {i}", "response": "r", "client_id": i % 3} for i in range(12)])
+    write(at / "alone.jsonl", [{"prompt": f"p {i}", "response": "r", "client_id": i} for i in range(12)])
+    assert checked(capsys, "ids.jsonl")["remarks"].count(told) == 1
+    for other in (["ids.jsonl", "--partition", "column:client_id"], ["alone.jsonl"]):
+        assert told not in checked(capsys, *other)["remarks"]
+
+
+def test_an_encoder_cuts_at_its_positions_where_the_tokenizer_states_no_length(
+    at: Path, capsys: Capture
+) -> None:
+    model = models.tiny_bert(labels=("0", "1"))
+    models.save(model.net, model.tokenizer, at / "bert")
+    file = at / "bert" / "tokenizer_config.json"
+    stated = json.loads(file.read_text())
+    del stated["model_max_length"]
+    file.write_text(json.dumps(stated))
+    tokenizer = models.load_tokenizer("bert")
+    assert tokenizer.model_max_length > 10**6
+    write(at / "labelled.jsonl", [{"text": "word " * (1 + 20 * i), "label": i % 2} for i in range(8)])
+    whole = [len(tokenizer(e.texts[0], verbose=False)["input_ids"]) for e in read("labelled.jsonl")]
+    for most, limit in (("32", 32), ("512", 128)):
+        found = checked(capsys, "labelled.jsonl", "--model", "bert", "--max-length", most)
+        assert (found["lengths"]["longest"], found["cut"]) == (max(whole), sum(n > limit for n in whole))
 
 
 # Whole runs ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from fleetune.cli.commands.serve import ended_by_signals, engine_arguments
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.common.events import Answered
+from fleetune.deploy.serve import Refused
 from fleetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _talk(ui: Ui, talk: Conversation) -> None:
-    from fleetune.deploy.serve import Refused
-
     with suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its line editing)
     ui.note(KEYS)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fleetune
+from fleetune import compression
+from fleetune.api.deployment import file_size
 from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
@@ -19,6 +21,7 @@ from fleetune.common.display import COMPARED, human_bytes, human_time, show_with
 from fleetune.common.events import CompressChecked, MethodListed
 from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import command, quoted
+from fleetune.compression.jobs import job
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import FLEET, OPTIONS, RECORD, CompressRequest
@@ -39,8 +42,6 @@ BESIDE = {*(f"{name}_error" for name in COMPARED), "kl_tokens"}  # these have no
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from fleetune import compression
-
     sub.add_argument("model", metavar="RUN|MODEL", nargs="?", help="what to make smaller")
     sub.add_argument(
         "--method",
@@ -218,9 +219,6 @@ def _check_resume(args: argparse.Namespace, folder: Path) -> None:
 
 def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: ConsoleListener) -> None:
     """Load the model and data and check the request; write nothing."""
-    from fleetune.api.deployment import file_size
-    from fleetune.compression.jobs import job
-
     out = Path(args.out)
     if resumed is not None:
         request = compression_folder.request_of(resumed)
@@ -236,8 +234,6 @@ def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: C
 
 
 def _list(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune import compression
-
     for name, entry in compression.entries().items():
         if args.list.replace("_", "-") not in ("all", name):
             continue

@@ -11,6 +11,7 @@ from fleetune.cli.console import Ui
 from fleetune.common.display import clean, one_line
 from fleetune.common.events import DataChecked, RowShown
 from fleetune.common.shell import quoted
+from fleetune.tuning.prepare import data_check
 from fleetune.tuning.recipe import recipe as recipes
 
 HELP = "look at rows before they are trained on: lengths, clients, repeated rows, samples"
@@ -36,8 +37,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Check the rows, and print what they are."""
-    from fleetune.tuning.prepare import data_check
-
     given = flags.given(args)
     model = given.pop("model", "")
     recipe = recipes.make({"model": model or "none", "data": args.data, **given})

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fleetune
+from fleetune import models
+from fleetune.cli.commands import compress, export, tune
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.common.display import human_bytes
 from fleetune.common.events import Answered
 from fleetune.common.shell import quoted
 from fleetune.subject import Run
+from fleetune.tuning.recipe.recipe import make
 
 if TYPE_CHECKING:
     from fleetune.tuning.recipe.recipe import Recipe
@@ -41,9 +44,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Run the pipeline, each stage shown as its own command shows it."""
-    from fleetune import models
-    from fleetune.cli.commands import compress, export, tune
-
     with ui.bar(MODEL, human_bytes) as bar:
         models.pull(MODEL, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what))
     run, _ = [tune.run_recipe(recipe, args, ui) for recipe in recipes(quick=args.quick)]
@@ -71,7 +71,6 @@ def indented(text: str) -> str:
 
 
 def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
-    from fleetune import models
     from fleetune.evaluation import answers
 
     row = run.held_out(offline=offline)[0]
@@ -82,8 +81,6 @@ def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
 
 def recipes(*, quick: bool = False) -> list[Recipe]:
     """Return the demo's recipes, in order; `quick` takes a few steps of each, to see the path."""
-    from fleetune.tuning.recipe.recipe import make
-
     shared: dict[str, Any] = {
         "model": MODEL,
         "data": "demo",

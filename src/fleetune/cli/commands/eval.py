@@ -70,7 +70,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Measure, and print value by task."""
-
     tasks = [t.strip() for t in (args.tasks or "").split(",") if t.strip()]
     if args.tasks is not None and not tasks:
         raise RecipeError(["--tasks names no task"], hint="fleetune eval --help")

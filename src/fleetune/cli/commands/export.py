@@ -11,6 +11,7 @@ from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.common.display import human_bytes
+from fleetune.deploy import targets
 
 if TYPE_CHECKING:
     from fleetune.deploy.export import ExportResult
@@ -26,8 +27,6 @@ fleetune export latest --to peft                           the adapter alone, fo
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from fleetune.deploy import targets
-
     sub.add_argument(
         "subject",
         metavar="RUN|FOLDER|MODEL",
@@ -42,7 +41,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Export, and print what was written."""
-
     with console_listener(ui) as listener:
         result = fleetune.export(args.subject, listener=listener, **flags.options(args, "to path text"))
     show(ui, result)

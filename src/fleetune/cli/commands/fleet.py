@@ -12,15 +12,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fleetune import subject
+from fleetune.api import tuning
 from fleetune.cli import flags
 from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
-from fleetune.cli.listener import InterruptHandler
+from fleetune.cli.listener import InterruptHandler, console_listener
 from fleetune.common.display import human_bytes, human_time
+from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import quoted
+from fleetune.data import check_columns, sources
+from fleetune.data.read_rows import row_of
 from fleetune.errors import RecipeError, StorageError, UsageError
-from fleetune.fleet import PORT
+from fleetune.fleet import PORT, flower, keys
+from fleetune.fleet import audit as log
+from fleetune.fleet import status as standing
+from fleetune.fleet.flower import shim
+from fleetune.fleet.table import Devices
 from fleetune.runs import compression_folder, rundir
+from fleetune.tuning import methods
+from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
@@ -120,8 +131,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _serve(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.api import tuning
-    from fleetune.fleet import status
     from fleetune.planning import choose
 
     _no_words(args)
@@ -131,7 +140,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     values = {} if path else _values(args)
     recipe = recipes.make(values) if values else None
     fleets = flags.served(args)
-    before = status.resume(path) if path is not None and (path / status.FILE).is_file() else ""
+    before = standing.resume(path) if path is not None and (path / standing.FILE).is_file() else ""
     if before and before != f"fleetune fleet serve --resume {quoted(path)}{fleets.flags()}":
         ui.note(f"it was served otherwise before, and devices look for it there: {before}")
     if recipe:
@@ -164,8 +173,6 @@ def _values(args: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _eval(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune import subject
-    from fleetune.cli.listener import console_listener
     from fleetune.fleet import eval_server
 
     name = _word(args, "latest")
@@ -217,11 +224,8 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
 
 
 def _simulate(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.api import tuning
-    from fleetune.fleet import flower
     from fleetune.fleet.flower import simulate
     from fleetune.planning import choose
-    from fleetune.tuning.recipe import objects
     from fleetune.tuning.result import finished, foundations
 
     _no_words(args)
@@ -251,8 +255,6 @@ def _simulate(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _join(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.common.settings import parse_bytes
-    from fleetune.data import check_columns, sources
     from fleetune.fleet.device import Conditions, Home, join
     from fleetune.fleet.worker import Brings
 
@@ -318,8 +320,6 @@ def _held_out(own: Mapping[str, str]) -> float:
 
 
 def _split(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.data.read_rows import row_of
-    from fleetune.tuning import methods
     from fleetune.tuning.prepare import prepare
 
     _no_words(args)
@@ -338,8 +338,6 @@ def _split(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _keys(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet import keys
-
     keys.check_installed()
     match args.words:
         case ["new", name]:
@@ -371,9 +369,6 @@ def _word(args: argparse.Namespace, such: str) -> str:
 
 
 def _app(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet import flower
-    from fleetune.fleet.flower import shim
-
     flower.check_installed()
     folder = Path(_word(args, "fleetune-app"))
     shim.write(folder)
@@ -389,9 +384,6 @@ def _app(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _devices(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet.table import Devices
-    from fleetune.tuning import methods
-
     run = _run_of(args)
     found, names = Devices(run), [""]
     if not compression_folder.is_one(run):
@@ -421,8 +413,6 @@ def _devices(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _status(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet import status as standing
-
     now = standing.look(_run_of(args))
     ui.event(now)
     ago = human_time(now.heard)
@@ -437,15 +427,11 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _stop(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet import status as standing
-
     standing.ask_to_stop(run := _run_of(args))
     ui.note(f"asked: it stops after this step; go on with: {standing.resume(run)}")
 
 
 def _audit(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet import audit as log
-
     file = _run_of(args) / log.FILE
     found = log.verify(file)
     if found.bad:

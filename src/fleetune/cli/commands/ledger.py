@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetune import subject
 from fleetune.cli import flags
 from fleetune.cli.console import Ui
+from fleetune.cli.listener import console_listener
 from fleetune.common.display import counted, human_bytes
 from fleetune.common.events import DigestFound, LedgerDifference, LedgerShown, LedgerVerified, LedgerWritten
 from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, UsageError
+from fleetune.seeds import ledger as ledgers
 
 if TYPE_CHECKING:
     from fleetune.seeds.ledger import Ledger, LedgerHead
@@ -70,8 +73,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Carry out an action on one ledger or two; a run stands for its ledger."""
-    from fleetune.seeds import ledger as ledgers
-
     wanted = 2 if args.action in ("diff", "merge") else 1
     if len(args.files) != wanted:
         raise UsageError(f"ledger {args.action} takes {wanted} FILE, {len(args.files)} given")
@@ -81,8 +82,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def file_of(name: str, out: str) -> Path:
     """The ledger file that a name means: a file, a run's folder, or a run by name or number."""
-    from fleetune import subject
-
     path = Path(name)
     if path.is_file():
         return path
@@ -162,7 +161,6 @@ def _rate(head: LedgerHead) -> str:
 
 
 def _replay(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
-    from fleetune.cli.listener import console_listener
     from fleetune.tuning.result import finished
 
     ledger = loaded[0] if args.round is None else loaded[0].truncate(args.round)
@@ -183,7 +181,6 @@ def _digest(ui: Ui, digest: str) -> None:
 
 
 def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
-    from fleetune.cli.listener import console_listener
     from fleetune.tuning.result import finished
 
     ledger = loaded[0]

@@ -14,6 +14,7 @@ from fleetune.common import settings
 from fleetune.common.display import COMPARED, change, human_bytes, is_noise, metric, show, show_with_error
 from fleetune.common.events import Measured
 from fleetune.common.shell import quoted
+from fleetune.deploy.harness import FILE
 
 if TYPE_CHECKING:
     from fleetune.deploy.measure import MeasureResult
@@ -88,8 +89,6 @@ def _shown(row: Measured, name: str) -> str:
 
 
 def _show(ui: Ui, result: MeasureResult) -> None:
-    from fleetune.deploy.harness import FILE
-
     names = list(dict.fromkeys(name for row in result.rows for name in row.values))
     rows = [
         [

@@ -7,6 +7,7 @@ import argparse
 
 from fleetune.cli.console import Ui
 from fleetune.common.events import MethodListed, SettingListed
+from fleetune.tuning import methods
 
 HELP = "list the tuning methods, or one with its settings"
 ORDER = 130
@@ -23,8 +24,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """List the methods, or the settings of one."""
-    from fleetune.tuning import methods
-
     if args.name:
         _settings(args.name, ui)
         return
@@ -36,8 +35,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _settings(name: str, ui: Ui) -> None:
-    from fleetune.tuning import methods
-
     entry, found = methods.entry(name), methods.settings(name)
     for s in found:
         ui.event(

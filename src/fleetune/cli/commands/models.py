@@ -8,6 +8,7 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
+from fleetune import models
 from fleetune.cli.console import Ui
 from fleetune.common.display import counted, human_bytes, human_count
 from fleetune.common.events import ModelCached, ModelListed, ModelPulled, ModelRemoved
@@ -114,8 +115,6 @@ def _rm(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _pull(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune import models
-
     if not args.name:
         raise UsageError("pull needs the name of a model", hint="fleetune models pull smollm2-135m")
     with ui.bar(args.name, human_bytes) as bar:

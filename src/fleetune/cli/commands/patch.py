@@ -8,11 +8,17 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetune import subject
 from fleetune.cli import flags
+from fleetune.cli.commands.ledger import file_of
 from fleetune.cli.console import Ui
+from fleetune.cli.listener import console_listener
 from fleetune.common.display import human_bytes
 from fleetune.common.events import PatchApplied, PatchMade
+from fleetune.common.files import write_atomic
+from fleetune.deploy import patch
 from fleetune.errors import UsageError, called
+from fleetune.seeds import ledger as ledgers
 
 HELP = "update a quantised model on a device by a file of kilobytes"
 ORDER = 65
@@ -50,9 +56,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _make(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.cli.listener import console_listener
-    from fleetune.common.files import write_atomic
-    from fleetune.deploy import patch, patch_make, tunable_file
+    from fleetune.deploy import patch_make, tunable_file
 
     out = flags.new_path(args.to, "patch make")
     patch.require_folder(out)
@@ -70,10 +74,7 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _patch(args: argparse.Namespace, name: str, base: Path, listener: Listener) -> Patch:
-    from fleetune import subject
-    from fleetune.cli.commands.ledger import file_of
     from fleetune.deploy import patch_make
-    from fleetune.seeds import ledger as ledgers
 
     run = args.files[1]
     found = None if Path(run).is_file() else subject.open(run, args.out)
@@ -88,9 +89,6 @@ def _patch(args: argparse.Namespace, name: str, base: Path, listener: Listener) 
 
 
 def _apply(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.cli.listener import console_listener
-    from fleetune.deploy import patch
-
     path, file = map(Path, args.files)
     out = Path(args.to) if args.to else None
     loaded = patch.load(file)

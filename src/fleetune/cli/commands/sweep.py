@@ -7,6 +7,7 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
+from fleetune.api import tuning
 from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import ConsoleListener
@@ -14,6 +15,7 @@ from fleetune.common.display import counted
 from fleetune.common.events import Event, SweepDone, SweepPlanned, SweepRun, SweepStart
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, UsageError
+from fleetune.report import sweep as summary
 from fleetune.runs.listener import run_words
 
 HELP = "tune over a grid of values and seeds, on one page"
@@ -72,7 +74,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Begin a sweep or resume one."""
-    from fleetune.api import tuning
     from fleetune.planning import choose
     from fleetune.tuning import sweep as sweeps
 
@@ -110,8 +111,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _results(done: SweepDone, ui: Ui) -> None:
-    from fleetune.report import sweep as summary
-
     head, rows = summary.table(done.cells)
     if rows and not ui.json:
         varied = len(done.cells[0]["values"])

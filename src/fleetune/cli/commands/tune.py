@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import fleetune
 from fleetune import report
+from fleetune.api import tuning
 from fleetune.cli import flags
 from fleetune.cli.console import Bar, Ui
 from fleetune.cli.listener import InterruptHandler
@@ -102,7 +103,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
     """Tune as a recipe says in a new folder, and print the final table."""
-
     with screen(ui) as shown:
         result = fleetune.tune(
             recipe, out=args.out, offline=args.offline, listener=shown, tracker=getattr(args, "tracker", ())
@@ -174,7 +174,6 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.api import tuning
     from fleetune.planning import choose
     from fleetune.tuning.prepare import prepare
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fleetune import models, subject
 from fleetune.cli.console import Ui
 from fleetune.common import sums
 from fleetune.common.events import FilesVerified
@@ -43,8 +44,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _folder(args: argparse.Namespace) -> Path:
-    from fleetune import models, subject
-
     if (path := Path(args.model)).is_dir():
         return path
     found = subject.open(args.model, args.out)

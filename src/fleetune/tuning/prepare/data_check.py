@@ -20,7 +20,7 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from fleetune.data.encode import Cut
 
@@ -139,12 +139,23 @@ def _in_tokens(
     examples: Sequence[Example], chosen: Sequence[int], model: str, recipe: Recipe, offline: bool
 ) -> _Measured:
     from fleetune import models
-    from fleetune.data.encode import count_cut, encode_all
+    from fleetune.data.encode import Cut, count_cut, encode_all, positions_of, text_lengths  # torch
     from fleetune.models.checks import is_encoder
+    from fleetune.models.families import widths
 
     tokenizer = models.load_tokenizer(model, offline=offline)
-    if is_encoder(models.load_config(model, offline=offline)):
-        return _for_encoder(examples, chosen, tokenizer, recipe.max_length)
+    config = models.load_config(model, offline=offline)
+    if is_encoder(config):
+        net: list[PreTrainedModel] = []
+        widths.class_of(config, net.append, encoder=True)  # without weights
+        most = min(recipe.max_length, positions_of(net[0], tokenizer))
+        lengths = list(text_lengths(tokenizer, examples))
+        longer = sum(length > most for length in lengths)
+        texts = [
+            ("\n".join(examples[i].texts) or _turns(examples[i])[0], examples[i].response) for i in chosen
+        ]
+        cut = Cut(len(lengths), longer, longer, 0, max(lengths))
+        return _Measured("tokens", lengths, texts, cut, len(lengths))
     rows, kept = encode_all(examples, tokenizer, recipe.max_length)
     tokens: Counter[int] = Counter()
     shown: dict[int, tuple[str, str]] = {}
@@ -159,19 +170,6 @@ def _in_tokens(
             shown[i] = before, after + (f" [.. {row.lost:,} tokens cut]" if row.lost else "")
     texts = [shown.get(i, ("(nothing that the tokenizer knows)", "")) for i in chosen]
     return _Measured("tokens", list(tokens.values()), texts, count_cut(rows), len(rows))
-
-
-def _for_encoder(
-    examples: Sequence[Example], chosen: Sequence[int], tokenizer: PreTrainedTokenizerBase, most: int
-) -> _Measured:
-    from fleetune.data.encode import Cut, text_lengths
-
-    lengths = list(text_lengths(tokenizer, examples))
-    longer = sum(length > most for length in lengths)
-    texts = [("\n".join(examples[i].texts) or _turns(examples[i])[0], examples[i].response) for i in chosen]
-    return _Measured(
-        "tokens", lengths, texts, Cut(len(lengths), longer, longer, 0, max(lengths)), len(lengths)
-    )
 
 
 def _names(parts: Split) -> list[str]:
