@@ -355,9 +355,10 @@ def load_with_rows(
     _check_dtype(subject, dtype, device)
     rows = rows_of(subject, given, offline=offline)
     if not rows and needs_rows and not isinstance(subject, Run):
-        what = "this model" if isinstance(subject, Compressed) else "a model"
+        what = "a compressed model" if isinstance(subject, Compressed) else "no run here but a model"
         raise UsageError(
-            f"eval of {what} needs DATA", hint=f"fleetune eval {quoted(subject.argument)} data.jsonl"
+            f"{subject.argument} is {what}: it is measured on DATA",
+            hint=f"fleetune eval {quoted(subject.argument)} data.jsonl; the runs: fleetune runs list",
         )
     words = list(labels) or sorted({e.response.strip() for e in rows})
     model = load_alone(subject, labels=words, dtype=dtype, device=device, base=base, offline=offline)

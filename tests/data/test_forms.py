@@ -184,6 +184,7 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, name: str) -> N
             Example((("user", "q\np"),), "a"),
         ),
         ({"instruction": "q", "response": "bad", "good": "a"}, "response=good", Example(ASKED, "a")),
+        ({"a, b": "q", "answer": "a"}, "prompt=a\\, b,response=answer", Example(ASKED, "a")),
     ],
 )
 def test_columns_are_read_under_other_names(
@@ -206,6 +207,18 @@ def test_a_mapping_that_is_none_is_refused(tmp_path: Path, columns: str, says: s
     with pytest.raises(RecipeError, match=says) as failed:
         read(write(tmp_path / "a.jsonl", {"q": "q", "a": "a"}), columns=columns)
     assert "--columns prompt=question,response=answer" in str(failed.value.hint)
+
+
+def test_names_of_a_tables_columns_have_no_space_around_them(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question , answer\nq,a\n")
+    assert read(tmp_path / "a.csv", columns="prompt=question,response=answer") == [Example(ASKED, "a")]
+
+
+def test_bad_rows_are_counted_and_the_first_are_shown(tmp_path: Path) -> None:
+    rows = [{"instruction": "q", "response": "a" * (i % 2)} for i in range(20)]
+    with pytest.raises(DataError, match=r"^10 bad rows in .*, the first 5:\n") as failed:
+        read(write(tmp_path / "a.jsonl", *rows))
+    assert failed.value.message.count("\n") == 5
 
 
 def test_a_column_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ column stays, and `client` is a column too, so that `--partition column:client` 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -87,10 +88,13 @@ COLUMNS_HINT: Final = f"say which columns are which: --columns {EXAMPLE}; all fo
 
 
 def parse_columns(spec: str, known: Collection[str]) -> dict[str, str]:
-    """Return name -> column of a list `NAME=COLUMN,..`; {} for "".  RecipeError for what is none, and for unknown names."""
+    r"""Return name -> column of a list `NAME=COLUMN,..`; {} for "".  A comma of a column is written `\,`.
+
+    RecipeError for what is none, and for unknown names.
+    """
     found: dict[str, str] = {}
-    for part in spec.split(",") if spec else []:
-        name, equals, column = (piece.strip() for piece in part.partition("="))
+    for part in re.split(r"(?<!\\),", spec) if spec else []:
+        name, equals, column = (piece.strip().replace("\\,", ",") for piece in part.partition("="))
         why = ""
         if not (name and equals and column):
             why = f"{part.strip()!r} is not NAME=COLUMN"

@@ -188,13 +188,14 @@ def _collect(
             found += make(row)
         except BadRow as bad:
             problems.append(Problem(row.where, *bad.args))
-            if len(problems) == SHOWN or isinstance(bad, NoForm):
+            if isinstance(bad, NoForm):
                 break
-    if problems:
-        many = f"the first {SHOWN} bad rows" if len(problems) == SHOWN else counted(len(problems), "bad row")
-        lines = [f"{problem.where}: {problem.what}" for problem in problems]
-        fixes = dict.fromkeys(problem.fix for problem in problems)
-        raise DataError("\n  ".join([f"{many} in {source}", *lines]), hint="; ".join(fixes))
+    if shown := problems[:SHOWN]:
+        first = f", the first {SHOWN}:" if len(problems) > SHOWN else ""
+        lines = [f"{problem.where}: {problem.what}" for problem in shown]
+        fixes = dict.fromkeys(problem.fix for problem in shown)
+        head = f"{counted(len(problems), 'bad row')} in {source}{first}"
+        raise DataError("\n  ".join([head, *lines]), hint="; ".join(fixes))
     if not found:
         raise DataError(f"{source} has no rows", hint="check that the file was written or downloaded in full")
     return found

@@ -112,7 +112,7 @@ def _csv(path: Path, shown: str) -> Iterator[FileRow | Problem]:
             yield Problem(where, f"not CSV: {error}", fix)
             return
         if header is None:
-            header = cells
+            header = [name.strip() for name in cells]
             twice = [name for name, times in Counter(header).items() if times > 1]
             if twice:
                 what = f"column {twice[0][:40]!r} is there twice"

@@ -140,7 +140,8 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     values = {} if path else _values(args)
     recipe = recipes.make(values) if values else None
     fleets = flags.served(args)
-    before = standing.resume(path) if path is not None and (path / standing.FILE).is_file() else ""
+    served = path is not None and (path / standing.FILE).is_file() and standing.standing(path) != "done"
+    before = standing.resume(path) if path is not None and served else ""
     if before and before != f"fleetune fleet serve --resume {quoted(path)}{fleets.flags()}":
         ui.note(f"it was served otherwise before, and devices look for it there: {before}")
     if recipe:
@@ -364,7 +365,7 @@ def _no_words(args: argparse.Namespace) -> None:
 def _word(args: argparse.Namespace, such: str) -> str:
     """Return the one word that an action takes, such as `such`."""
     if len(args.words) != 1:
-        raise UsageError(f"{args.action} takes one WORD", hint=f"fleetune fleet {args.action} {such}")
+        raise UsageError(f"{args.action} takes one RUN", hint=f"fleetune fleet {args.action} {such}")
     return str(args.words[0])
 
 

@@ -102,7 +102,7 @@ def check(adapter: Path, kind: str | None) -> None:
     """Raise UsageError unless the directory holds a plain LoRA in PEFT's layout; ModelError when it is damaged."""
     file = adapter / "adapter_config.json"
     if not file.is_file():
-        raise UsageError(f"{adapter} holds no LoRA, which is all that GGUF has a place for", hint=INSTEAD)
+        raise UsageError("the result has no LoRA, which is all that gguf:lora writes", hint=INSTEAD)
     try:
         settings = json.loads(file.read_bytes())
         wrong = [k for k, value in PLAIN.items() if (settings.get(k) or value) != value]

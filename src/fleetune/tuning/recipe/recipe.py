@@ -429,7 +429,9 @@ def read(path: Path) -> dict[str, Any]:
             [f"{path} is not TOML: {error}"], hint="strings need quotes; numbers do not"
         ) from error
     except OSError as error:
-        raise RecipeError([f"cannot read {path}: {error.strerror}"]) from error
+        raise RecipeError(
+            [f"cannot read {path}: {error.strerror}"], hint="give a TOML file, or a run folder's run.toml"
+        ) from error
 
 
 def to_toml(recipe: Recipe) -> str:
