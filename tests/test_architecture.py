@@ -172,3 +172,9 @@ def test_any_kind_of_import_is_seen(text: str):
     modules = {"fleetune.a": 0, "fleetune.b": 0}
     assert set(imported(text, modules)) == {"fleetune.b"} or "typing" in text
     assert circle({"fleetune.a": set(imported(text, modules)), "fleetune.b": {"fleetune.a"}}) != []
+
+
+def test_names_of_test_files_are_their_own():
+    """Pytest takes two files of one basename for one module: the second is an error of collection."""
+    names = [file.name for file in Path(__file__).parent.rglob("*.py") if file.name != "conftest.py"]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
