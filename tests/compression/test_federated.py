@@ -256,12 +256,15 @@ def test_sums_that_count_for_all_others_are_refused(kind: str, why: str, tmp_pat
     same(parts, others)
 
 
-def test_a_lie_within_the_factor_is_heard_and_of_two_devices_none_is_refused(tmp_path: Path) -> None:
+def test_a_lie_within_the_factor_is_heard_and_of_two_devices_the_larger_is_refused(tmp_path: Path) -> None:
     model = models.tiny_llama()
     _, replies = by_clients(model, SIX, tmp_path / "six", lying("3.5"))
     assert {r.status for r in replies} == {"ok"}
-    _, replies = by_clients(model, {c: SIX[c] for c in range(2)}, tmp_path / "two", lying("1e5"))
+    two = {c: SIX[c] for c in range(2)}
+    _, replies = by_clients(model, two, tmp_path / "two")
     assert {r.status for r in replies} == {"ok"}
+    _, replies = by_clients(model, two, tmp_path / "a liar", lying("1e5"))
+    assert {(r.client, r.status) for r in replies} == {(0, "refused"), (1, "ok")}
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 500])

@@ -265,9 +265,9 @@ WORK: dict[str, Case] = {
 JOB: dict[str, Case] = {
     "done for the job": Case(lambda h: h.ready(b"", "done"), "'job' was answered with 'done'"),
     "refused for no reason": Case(lambda h: h.ready(b"", "refused"), "the reason '' is none"),
-    "nothing": Case(lambda h: h.ready(b""), "invalid json"),
-    "not UTF-8": Case(lambda h: h.ready(b'{"rows": "\xff"}'), "invalid json"),
-    "100,000 lists": Case(lambda h: h.ready(b"[" * 100_000), "invalid json"),
+    "nothing": Case(lambda h: h.ready(b""), "Invalid JSON"),
+    "not UTF-8": Case(lambda h: h.ready(b'{"rows": "\xff"}'), "Invalid JSON"),
+    "100,000 lists": Case(lambda h: h.ready(b"[" * 100_000), "Invalid JSON"),
     "a list": Case(lambda h: h.ready(b"[]"), "not as agreed"),
     "2 MB of blanks": Case(lambda h: h.ready(b" " * (2 << 20)), "2,097,152 characters"),
     "a field more": Case(lambda h: h.told(more=1), "more = 1"),

@@ -133,8 +133,9 @@ def _size(size: float | str) -> int:
 def _devices(served: Served | None) -> Calibrators | None:
     if served is None:
         return None
+    from fleetune.fleet import calibration_server
 
-    return Calibrators(served)
+    return calibration_server.Calibrators(served)
 
 
 def export(

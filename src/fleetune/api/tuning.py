@@ -27,7 +27,6 @@ from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
 
 if TYPE_CHECKING:
     from fleetune.planning.plan import Plan
-    from fleetune.subject import Compressed
     from fleetune.tuning.methods import Method
     from fleetune.tuning.result.finished import TuneResult
     from fleetune.tuning.sweep import SweepResult

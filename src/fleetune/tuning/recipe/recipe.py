@@ -55,7 +55,7 @@ def problem_text(error: Mapping[str, Any]) -> str:
     text = str(error["msg"])
     for words, ours in WORDS.items():
         text = text.replace(words, ours)
-    return f"{name} = {shown}: {text}"
+    return f"{name} = {shown}: {text}" if name else text
 
 
 def _shown(value: object) -> str:
