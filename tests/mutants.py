@@ -113,7 +113,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'return int(min(claimed, most))', 'return claimed',
            'tuning/rounds/test_replies.py -k times_the_median'),
     Mutant('tuning/rounds/replies.py', 'Replies.gather',
-           'self.kept = lighter(self.kept)', 'pass',
+           'lighter(self.kept) if self.rule.times < math.inf else ()', '()',
            'tuning/rounds/test_replies.py -k no_weight'),
     Mutant('tuning/rounds/replies.py', 'Replies._checked',
            'reach = distance_with(asked.usual)', 'reach = distance_with(n)',
