@@ -115,7 +115,7 @@ class LivePage:
                 if given and not await self._made_wait():
                     return Response(status_code=429)
                 return Response(status_code=401, headers={"www-authenticate": 'Basic realm="fleetune"'})
-        elif not is_loopback(urlsplit(f"//{request.headers.get('host', '')}").hostname or ""):
+        elif not is_loopback(_host(request.headers.get("host", ""))):
             return Response("this page is shown on this machine alone", 400)  # another site's name for it
         response = await call_next(request)
         response.headers["cache-control"] = "no-store"
@@ -231,6 +231,14 @@ def _families(now: FleetShown) -> Iterator[Metric]:
     for direction, count in (("up", now.bytes_up), ("down", now.bytes_down)):
         traffic.add_metric([direction], count)
     yield from (states, replies, traffic)
+
+
+def _host(stated: str) -> str:
+    """Return the name or address in a request's `host`, "" where there is none."""
+    try:
+        return urlsplit(f"//{stated}").hostname or ""
+    except ValueError:
+        return ""
 
 
 ANSWERS: Final[dict[str, Callable[[FleetShown], Response]]] = {
