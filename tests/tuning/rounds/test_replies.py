@@ -142,7 +142,7 @@ class Walking(Averaging):
 @pytest.mark.parametrize("rule", [Rule(times=1.0), Rule("median"), Rule("norm-clip")])
 def test_rows_that_are_claimed_excuse_no_distance(rule: Rule, clients: int, tmp_path: Path) -> None:
     """A claim of 2^31 rows used to excuse 14,654 times the distance; four times the median's rows excuse twice."""
-    most = allowed(SIZE) * (1 if clients == 2 else 2)
+    most = allowed(SIZE) * 2
     for times, refused in ((0.9 * most, []), (1.1 * most, [1])):
         moves = {1: told(np.full(SIZE, -times), ANY)}
         fleet = Devices(
@@ -152,6 +152,15 @@ def test_rows_that_are_claimed_excuse_no_distance(rule: Rule, clients: int, tmp_
         )
         (folder := tmp_path / f"{times}").mkdir()
         assert list(play(folder, fleet, Walking(), rule=rule).refused()) == refused
+
+
+@pytest.mark.parametrize(("rows", "far"), [((10, 40), 7.0), ((40, 10), 0.3)])
+def test_of_two_devices_no_honest_one_is_refused_for_a_claim_of_either(
+    rows: tuple[int, int], far: float, tmp_path: Path
+) -> None:
+    """Four times the steps go up to four times as far; and who claims them goes half as far as it does."""
+    fleet = Devices(lambda r, c, w: told(w + (far if c else 1.0), rows[c]), 2, declared=dict(enumerate(rows)))
+    assert not play(tmp_path, fleet, Walking(), rule=Rule("median")).refused()
 
 
 def test_a_reply_of_which_no_row_may_count_is_refused(tmp_path: Path) -> None:

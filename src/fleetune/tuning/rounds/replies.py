@@ -14,7 +14,7 @@ known to be wrong need not be used in part.
 - Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
   may send fewer than it was asked for, and the slack is not its to choose.
 - With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.  Under every rule
-  but the plain mean, two are held against the one that reaches less far: better too little is learned than anything.
+  but the plain mean, two are held against the one that goes less far: better too little is learned than anything.
   There a kind is also held against the replies of all kinds, which may differ `APART` times more: liars may be a whole kind.
 - The median is not known before the last reply has come.  Until then replies lie on disk, so memory does not grow with
   their number.
@@ -28,6 +28,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from types import TracebackType
 from typing import Any, Final, NamedTuple
 
@@ -109,8 +110,8 @@ class Replies:
 
     @property
     def mostly_not_finite(self) -> bool:
-        """Whether more replies are refused for not being finite than count."""
-        return self.not_finite > self.accepted
+        """Whether the replies of most that were asked, and of two at least, are refused for not being finite."""
+        return self.not_finite > max(1, self.asked / 2)
 
     # As they come ---------------------------------------------------------------------------------------
 
@@ -269,21 +270,24 @@ def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]
     """Return the replies that go too far, each with the reason: more than `bound` times the median of their kind.
 
     The median is the lower one, of those that move anything: silence is usual where a step rounds to nothing.  A kind of fewer
-    than `fewest` that do has none.  Where two are enough, these are compared by `reach`, and no median is more than `APART`
-    times that of all kinds.
+    than `fewest` that do has none.  Where two are enough, no median is more than `APART` times that of all kinds; and of two,
+    one is refused that goes too far by `reach` as well: the other may look short by its claim, or it has many more rows.
     """
-    found, kinds = [], by_kind(kept)
-    few = [sum(k.distance > 0 for k in same) < FEWEST for same in kinds]
-    far = [[k.reach if two else k.distance for k in same] for same, two in zip(kinds, few, strict=True)]
-    everyone = usual_distance([distance for distances in far for distance in distances], fewest)
-    for same, distances in zip(kinds, far, strict=True):
-        middle = usual_distance(distances, fewest)
+    found = []
+    for same in by_kind(kept):
+        ways = [attrgetter("distance")]
+        if sum(k.distance > 0 for k in same) < FEWEST:
+            ways.append(attrgetter("reach"))
+        middles = [usual_distance([far(k) for k in same], fewest) for far in ways]
         if fewest < FEWEST:
-            middle = min(middle, APART * everyone)
-        for k, distance in zip(same, distances, strict=True):
-            if not distance <= k.bound * middle:
-                times = f"{distance / middle:.3g} times as far as the median of the round"
-                found.append((k, f"it goes {times}, {k.bound:.3g} at most"))
+            everyone = [APART * usual_distance([far(k) for k in kept], fewest) for far in ways]
+            middles = list(map(min, middles, everyone))
+        for k in same:
+            if not any(far(k) <= k.bound * middle for far, middle in zip(ways, middles, strict=True)):
+                times = min(far(k) / middle for far, middle in zip(ways, middles, strict=True))
+                found.append(
+                    (k, f"it goes {times:.3g} times as far as the median of the round, {k.bound:.3g} at most")
+                )
     return found
 
 
