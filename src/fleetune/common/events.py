@@ -641,22 +641,6 @@ class MeasureDone(Event, event="done"):
     kept: Mapping[str, Mapping[str, Any]]  # by measure: gain of tuning; value, the share that is left
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskScore:
-    """A metric of a task of lm-evaluation-harness, in the harness's own unit (an accuracy is a share of 1)."""
-
-    task: str  # name of the task, group or tag
-    metric: str  # name of the metric
-    filter: str  # how answers were read; none for as they are
-    value: float  # of the metric
-    stderr: float | None  # standard error, as the harness states it; null where it states none
-    rows: int | None  # questions asked; null for a group of tasks, as the next two
-    of: int | None  # questions that the task has
-    shots: int | None  # examples before each question
-    version: str | None  # of the task
-    higher_is_better: bool | None  # null where the harness does not say
-
-
 class EvalDone(Compared, event="eval"):
     """`eval`: the measures of one model."""
 
@@ -667,7 +651,6 @@ class EvalDone(Compared, event="eval"):
     loss_error: float | None = None  # standard error of the loss, over the rows
     base_loss: float | None = None  # of a run: loss of its base model on the same rows
     change_error: float | None = None  # standard error of `loss` less `base_loss`, taken row by row
-    harness: Sequence[TaskScore] | None = None  # of the tasks of lm-evaluation-harness
 
 
 def evaluated(
@@ -678,9 +661,8 @@ def evaluated(
     of: int,
     max_length: int,
     rows_of: tuple[RowLosses | None, RowLosses | None] = (None, None),
-    harness: Sequence[TaskScore] = (),
 ) -> EvalDone:
-    """The event for the measures of one model on the first `rows` of so many rows, and of tasks of the harness.
+    """The event for the measures of one model on the first `rows` of so many rows.
 
     `rows_of` are the losses of the rows under the base model and under this one, where they were measured.
     """
@@ -694,9 +676,7 @@ def evaluated(
             "base_loss": paired.ratio(base.sums, base.counts)[0],
             "change_error": change and change.error,
         }
-    return EvalDone(
-        model=model, rows=rows, of=of, max_length=max_length, harness=tuple(harness) or None, **values
-    )
+    return EvalDone(model=model, rows=rows, of=of, max_length=max_length, **values)
 
 
 # Planning, lists, ledgers, serving
