@@ -685,10 +685,11 @@ def test_a_ledger_is_replayed_in_the_passes_of_any_run_and_a_stop_is_heard(
         model, 5, law=law, K=4, lr=1e-3, eps=1e-3, rule="", method="mezo", hyper={}, aggregation="mean"
     ).head
 
-    def saved(passes: int) -> Path:
+    def saved(passes: int, stated: bool = False) -> Path:
         ids = np.arange(1, passes + 1, dtype=np.uint64) << np.uint64(32)
         ones = np.ones(passes, np.int32)
-        Ledger(head, ids, ones, ones.astype(np.uint32)).save(tmp_path / "ledger")
+        ledger = Ledger(head, ids, ones, ones.astype(np.uint32))
+        (ledger.with_check(1, "0" * 64) if stated else ledger).save(tmp_path / "ledger")
         return tmp_path / "ledger"
 
     with pytest.raises(LedgerError, match=f"takes {most + 1:,} passes over the weights, {most:,} at most"):
@@ -698,7 +699,7 @@ def test_a_ledger_is_replayed_in_the_passes_of_any_run_and_a_stop_is_heard(
         raise Interrupted("stopped")
 
     with pytest.raises(Interrupted):
-        result.put_on(model, saved(40), stop)
+        result.put_on(model, saved(40, stated=True), stop)
     with pytest.raises(LedgerError, match="states no digest"):
         result.put_on(model, saved(40), lambda: None)
 

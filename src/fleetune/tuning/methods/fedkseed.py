@@ -16,7 +16,8 @@ whatever the number of rounds, and K numbers carry it.
 ## Differences from the paper
 
 - The K directions are the +1/-1 directions of a pool (one pass over the weights replays them all; the paper's
-  way is K passes).  `law=rademacher` gives independent ones, `gaussian` the paper's.
+  way is K passes).  `law=rademacher` gives independent ones, `gaussian` the paper's:
+  a pass each in every forward.
 - Devices draw from the pool with a sampler that the server seeds, so a step is one byte (`messages.LogCode`, unbiased) and
   the directions cost nothing; what is decoded is what the device itself steps by.
 - Where neither `lr` nor `server_lr` is given, the server steps by the square root of the clients asked times their mean

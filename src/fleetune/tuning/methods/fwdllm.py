@@ -239,7 +239,7 @@ class Method(methods.Method):
     def move(self, state: State, step: Passes) -> State:
         """Take a step of SGD and go on to the next batch."""
         view = self.view(state.tensors, state.seed, self.rate(state.round))
-        view.place(step, fold=False)
+        view.place(step)
         tensors = {name: seen.numpy() for name, seen in view.tensors()}
         last = {name: state.tensors[name] - tensor for name, tensor in tensors.items()}
         return state._replace(
