@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show a run round by round, and its clients: loss, spread, whose data, who got better or worse, which replies did not count."""
+"""Show a run round by round, and its clients: loss, whose data, who got better or worse, which replies did not count."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from fleetune.report.page import TableCell, span, true_minus
 from fleetune.report.runlog import Event, Number, RunLog, Step, list_of, map_of, num_of, number, text_of
 
 EQUAL = 0.02  # bytes of rounds that differ by less than this share are told in a sentence
-MAX_DOTS = 4000  # above it the spread plot shows ranges in place of single clients
 MOST = 64  # clients that are drawn
 LISTED = 1000  # clients in a table
 NAMED = 3  # clients that the words name
 
 
 def course(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
-    """Return plots of the loss and its spread over the clients, the costs in words, and the table of all rounds."""
+    """Return plots of the loss, the costs in words, and the table of all rounds."""
     measured = [s for s in steps if "loss" in s.losses]
     moved = [float(s.up or 0) + float(s.down or 0) for s in steps if s.up or s.down]
     constant = not moved or max(moved) - min(moved) <= EQUAL * max(moved)
     figures = _losses(measured, by_bytes=not constant) if len(measured) > 1 else ""
-    figures += _spread(run)
     words = [] if (peak := number(facts["peak_rss"])) is None else [f"Peak memory {human_bytes(peak)}."]
     if moved and constant:
         each = human_bytes(statistics.fmean(moved))
@@ -57,59 +55,6 @@ def _losses(measured: Sequence[Step], *, by_bytes: bool) -> str:
         plot.line(list(zip(places, losses, strict=True)), 0, tips)
         figures += page.figure(plot.svg(), title, words)
     return figures
-
-
-def _spread(run: RunLog) -> str:
-    """Draw a dot a client or, for many, bands, with the medians of the rounds."""
-    rounds: dict[int, list[Event]] = {}
-    for event in run.clients:
-        if num_of(event, "loss") is not None:
-            rounds.setdefault(int(num_of(event, "round") or 0), []).append(event)
-    if not rounds:
-        return ""
-    losses = {r: sorted(float(num_of(e, "loss") or 0) for e in events) for r, events in rounds.items()}
-    quartiles = {r: _quartiles(values) for r, values in losses.items()}
-    every = [v for values in losses.values() for v in values]
-    desc = f"{len(every)} losses of clients in {len(rounds)} rounds, {min(every):.3f} to {max(every):.3f}."
-    x = svg.integers(list(map(float, rounds)), "round", pad=0.6)
-    y = svg.numbers(every, "training loss")
-    plot = svg.Plot("spread", "Training loss of each client by round", desc, x, y)
-    if len(every) > MAX_DOTS:
-        words = "Bands: all clients and their middle half. Line: median."
-        plot.band([(r, values[0], values[-1]) for r, values in losses.items()])
-        plot.band([(r, low, high) for r, (low, _, high) in quartiles.items()])
-    else:
-        words = "One dot per client. Line: median."
-        slot = min(0.6 * (svg.WIDTH - plot.left - plot.right) / (x.hi - x.lo), 70.0)
-        for r, events in rounds.items():
-            for i, event in enumerate(events):
-                loss = float(num_of(event, "loss") or 0)
-                aside = ((i * 0.618034 + 0.5) % 1 - 0.5) * slot
-                plot.dot(
-                    r,
-                    loss,
-                    0,
-                    f"round {r}, client {client_name(run, event.get('client'))}: {loss:.3f}",
-                    aside,
-                )
-    plot.line([(r, middle) for r, (_, middle, _) in quartiles.items()], -1)
-    rows: list[list[str | TableCell]] = []
-    for r, values in losses.items():
-        cells = [TableCell(f"{v:.3f}") for v in (values[0], *quartiles[r], values[-1])]
-        rows.append([str(r), TableCell(str(len(values))), *cells])
-    head = ["round", "clients", "lowest", "quarter", "median", "three quarters", "highest"]
-    words += (
-        " As the clients report it: the mean over their local steps of the round, on the rows they train on."
-    )
-    data = page.table("Training loss over the clients of a round", head, rows)
-    return page.figure(plot.svg(), "Training loss over the clients", words, data=data)
-
-
-def _quartiles(ordered: Sequence[float]) -> tuple[float, float, float]:
-    if len(ordered) < 2:
-        return (ordered[0],) * 3
-    low, middle, high = statistics.quantiles(ordered, n=4, method="inclusive")
-    return low, middle, high
 
 
 def _every_round(steps: Sequence[Step]) -> str:
@@ -221,8 +166,6 @@ def partition_words(run: RunLog) -> str:
         return f"Dirichlet α {rest[0]} over {rest[1]}"
     if kind == "column" and len(rest) == 1:
         return "the clients that the data names" if rest[0] == "client" else f"one client per {rest[0]}"
-    if kind == "shards" and rest:
-        return f"shards of {rest[0]}"
     return spec
 
 
