@@ -55,7 +55,7 @@ VARIANTS = [
     "fedit:wire=fp16",
     "fedkseed:law=gaussian",
     "fedkseed:backprop=0.5,backprop_lr=0.05",
-    "fwdllm:variance_gate=false,discriminative=false",
+    "fwdllm:patience=1,discriminative=false",
     "fwdllm:module=adapter,targets=query-value",
     "mezo:K=32,decay=200",
     "onebyte:wire=sign",

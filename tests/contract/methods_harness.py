@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mezo": {"K": 32, "tau": 20},
     "onebyte": {"K": 32, "directions": 8},
     "onebyte sign": {"K": 32, "directions": 8, "wire": "sign"},
-    "fwdllm": {"r": 2, "alpha": 4, "P": 8, "variance_gate": False, "decay": 0, "discriminative": False},
+    "fwdllm": {"r": 2, "alpha": 4, "P": 8, "patience": 1, "decay": 0, "discriminative": False},
 }
 
 

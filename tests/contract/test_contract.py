@@ -211,8 +211,6 @@ DEFAULTS = {  # the papers' own (specs: MeZO table and reference code; FedKSeed 
         "P": 1,
         "threshold": 0.1,
         "decay": 3000,
-        "candidates": 10,
-        "variance_gate": True,
         "discriminative": True,
         "r": 8,
         "alpha": 16,
