@@ -40,7 +40,7 @@ from fleetune.runs.listener import Silent
 from fleetune.seeds.ledger import Ledger
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
-from fleetune.tuning.methods._zeroth import new_ledger
+from fleetune.tuning.methods import mezo
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.run import run as running
 
@@ -681,9 +681,7 @@ def test_a_ledger_is_replayed_in_the_passes_of_any_run_and_a_stop_is_heard(
     tmp_path: Path, law: str, most: int
 ) -> None:
     model = models.tiny_llama()
-    head = new_ledger(
-        model, 5, law=law, K=4, lr=1e-3, eps=1e-3, rule="", method="mezo", hyper={}, aggregation="mean"
-    ).head
+    head = mezo.Method(law=law, K=4, lr=1e-3, eps=1e-3).empty(model, 5).head
 
     def saved(passes: int, stated: bool = False) -> Path:
         ids = np.arange(1, passes + 1, dtype=np.uint64) << np.uint64(32)
