@@ -57,7 +57,7 @@ def test_partition_is_that_of_the_metrics(run24: Path) -> None:
         assert row[1:-1] == [str(start["counts"][name][i]) for name in table[0][1:-1]]
         assert row[-1] == str(start["rows_per_client"][i])  # type: ignore[index]
     text = (run24 / "report.html").read_text()
-    assert text.count('class="mark c0"') == 22
+    assert text.count('class="mark c0"') == 11
 
 
 def test_partition_of_many_clients_draws_the_largest_and_groups_small_categories(tmp_path: Path) -> None:

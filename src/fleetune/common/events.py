@@ -868,13 +868,8 @@ class Failed(Event, event="error"):
     exit_code: int  # of the command
 
 
-class Stopped(Event, event="interrupted"):
-    """The command was stopped by Ctrl-C; `hint` resumes it."""
-
-    type: str  # Interrupted
-    message: str  # where it stopped
-    hint: str | None  # command that resumes
-    exit_code: int  # of the command: 130
+class Stopped(Failed, event="interrupted"):
+    """The command was stopped by Ctrl-C: `type` is Interrupted, `message` says where, `hint` resumes it."""
 
 
 # The headings of docs/events.md, and the first event under each.

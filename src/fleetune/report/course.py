@@ -20,13 +20,12 @@ NAMED = 3  # clients that the words name
 
 
 def course(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
-    """Return plots of the loss, the costs in words, and the table of all rounds."""
+    """Return a plot of the loss, the costs in words, and the table of all rounds."""
     measured = [s for s in steps if "loss" in s.losses]
     moved = [float(s.up or 0) + float(s.down or 0) for s in steps if s.up or s.down]
-    constant = not moved or max(moved) - min(moved) <= EQUAL * max(moved)
-    figures = _losses(measured, by_bytes=not constant) if len(measured) > 1 else ""
+    figures = _losses(measured) if len(measured) > 1 else ""
     words = [] if (peak := number(facts["peak_rss"])) is None else [f"Peak memory {human_bytes(peak)}."]
-    if moved and constant:
+    if moved and max(moved) - min(moved) <= EQUAL * max(moved):
         each = human_bytes(statistics.fmean(moved))
         words.insert(0, f"In every round the clients sent and received {each} together.")
     body = f'<div class="figures">{figures}</div>' if figures else ""
@@ -34,27 +33,23 @@ def course(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
     return body + told + (_every_round(steps) if run.rounds else "")
 
 
-def _losses(measured: Sequence[Step], *, by_bytes: bool) -> str:
-    """Draw the validation loss by round and, where rounds differ in them, by bytes exchanged."""
-    losses = [float(s.losses["loss"]) for s in measured]
+def _losses(measured: Sequence[Step]) -> str:
+    """Draw the validation loss by round."""
+    losses, rounds = [float(s.losses["loss"]) for s in measured], [float(s.round) for s in measured]
     tips = [f"round {s.round}: {show('loss', s.losses['loss'])}, {human_bytes(s.total)}" for s in measured]
     first, last = measured[0].round, measured[-1].round
     desc = f"From {losses[0]:.3f} in round {first} to {losses[-1]:.3f} in round {last}."
-    rounds, total = [float(s.round) for s in measured], [float(s.total or 0) for s in measured]
-    drawn = [("round", svg.integers(rounds, "round"), rounds, "Round 0 is the model before tuning.")]
-    if by_bytes:
-        axis = svg.sizes(total, "bytes sent and received so far")
-        drawn.append(("bytes exchanged", axis, total, "Cumulative, both ways, all clients."))
-    figures = ""
-    for name, x, places, words in drawn:
-        title, y = f"Validation loss by {name}", svg.numbers(losses, "validation loss")
-        plot = svg.Plot(f"loss-{name.split()[0]}", title, desc, x, y, right=50.0)
-        plot.end((places[-1], losses[-1]), f"{losses[-1]:.3f}", 0)
-        if first == 0:
-            plot.reference(losses[0], f"base {losses[0]:.3f}")
-        plot.line(list(zip(places, losses, strict=True)), 0, tips)
-        figures += page.figure(plot.svg(), title, words)
-    return figures
+    title, x, y = (
+        "Validation loss by round",
+        svg.integers(rounds, "round"),
+        svg.numbers(losses, "validation loss"),
+    )
+    plot = svg.Plot("loss-round", title, desc, x, y, right=50.0)
+    plot.end((rounds[-1], losses[-1]), f"{losses[-1]:.3f}", 0)
+    if first == 0:
+        plot.reference(losses[0], f"base {losses[0]:.3f}")
+    plot.line(list(zip(rounds, losses, strict=True)), 0, tips)
+    return page.figure(plot.svg(), title, "Round 0 is the model before tuning.")
 
 
 def _every_round(steps: Sequence[Step]) -> str:

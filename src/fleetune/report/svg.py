@@ -21,7 +21,6 @@ WIDTH = 460.0  # of a drawing: its text is about 12 px where two stand side by s
 WIDEST = 7.2  # advance of bold text, and of the larger text of a telephone: for names that must not be cut
 CHAR = 6.1  # mean advance of an 11 px system font, used to keep labels apart
 BETTER, WORSE, SAME = 0, 1, 7  # colours
-_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 _TINY = 1e-18  # what is nearer to zero is drawn as zero
 
 
@@ -94,14 +93,6 @@ def integers(values: Iterable[float], label: str) -> PlotAxis:
     lo, hi = _range(values, zero=False)
     step = max(1.0, nice_step(hi - lo, 10))
     return _linear(lo, hi, step, label, lambda v: f"{v:.0f}", snap=False)
-
-
-def sizes(values: Iterable[float], label: str) -> PlotAxis:
-    """Make a linear axis of bytes from zero, all ticks in one decimal unit."""
-    lo, hi = _range(values, zero=True)
-    scale, unit = next((s, u) for s, u in _UNITS if hi >= s or s == 1.0)
-    step = max(nice_step(hi - lo, 8), 1.0)
-    return _linear(lo, hi, step, label, lambda v: f"{v / scale:g} {unit}" if v else "0", snap=False)
 
 
 def _linear(
