@@ -97,7 +97,6 @@ def test_client_name_is_that_of_the_data(tmp_path: Path) -> None:
         f"client {names[2]}: ",
     ):
         assert part in bars
-    assert "round 1, client bakery-lyon: " in drawing(text, "spread")
     assert "the clients that the data names" in text
     text = report.write(restated(run, names=["a", 7, None], partition="column:site")).read_text()
     assert ">a</text>" in drawing(text, "partition")
