@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
-from fleetune.api.names import Rows, Setting, words
+from fleetune.api.names import Rows, Setting
 from fleetune.common.events import Serving
 from fleetune.common.settings import parse_bytes
 from fleetune.compression.jobs import job
@@ -175,9 +175,6 @@ def measure(
     length: int = 512,
     data: Rows | None = None,
     limit: int = 200,
-    tasks: Sequence[str] = (),
-    answer_tokens: int = 96,
-    labels: Sequence[str] = (),
     threads: int = 1,
     prompt_tokens: int = 128,
     new_tokens: int = 32,
@@ -212,9 +209,6 @@ def measure(
         length=length,
         data=objects.data_name(data, Path(out)) or None,
         limit=limit,
-        tasks=tuple(words(tasks)),
-        answer_tokens=answer_tokens,
-        labels=tuple(words(labels)),
         threads=threads,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,

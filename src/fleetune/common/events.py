@@ -540,7 +540,6 @@ class StepDone(Event, event="step"):
     step: int  # from 1
     steps: int  # number of steps
     loss: float  # of this step; in distillation and of scales the divergence from the teacher
-    reward: float | None = None  # mean reward of the answers that the student wrote in this step
 
 
 class ModelPruned(Event, event="pruned"):

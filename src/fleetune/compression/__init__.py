@@ -112,12 +112,11 @@ class Trainer(Protocol):
         rows: Sequence[Encoded],
         seed: int,
         folder: Path,
-        on_step: Callable[[int, int, float, float | None], None],
+        on_step: Callable[[int, int, float], None],
     ) -> None:
         """Train in place; resume from the checkpoint in `folder`.
 
-        `on_step(step, steps, loss, reward)` is called after every step.  It may raise Interrupted, which saves the
-        step.  `reward` is the mean reward of the answers that the student wrote in this step, or None.
+        `on_step(step, steps, loss)` is called after every step.  It may raise Interrupted, which saves the step.
         """
 
     def distance(self, student: Model, teacher: Model, rows: Sequence[Encoded]) -> float:

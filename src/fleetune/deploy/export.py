@@ -41,7 +41,6 @@ from fleetune.deploy.targets import Target, check_place, find
 from fleetune.errors import ModelError, UsageError, called
 from fleetune.models.artefact import ArtefactHead, Master
 from fleetune.models.cache import names
-from fleetune.models.cache.names import is_master
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import has_block_widths, mark_config
 from fleetune.models.net.model import Model, stored_tensors
@@ -177,8 +176,6 @@ def _checked(
     """Export the folder `source`, and run what was written and `source` on the same windows of a text, if there is one."""
     rows = _rows(source, text) if text else []
     report = write(source, target.name, out, made=made)
-    if is_master(source) and (warning := harness.warning(Master(source))):
-        report = dataclasses.replace(report, notes=(*report.notes, warning))
     return _finish(source, target, _done(report, listener), rows, listener)
 
 
