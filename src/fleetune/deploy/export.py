@@ -33,7 +33,7 @@ from fleetune.common.files import default_mode, storage_error
 from fleetune.common.folders import appeared, locked, scratch, staged
 from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
-from fleetune.deploy import harness, patch, patch_make, targets
+from fleetune.deploy import harness, patch_make, targets
 from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
 from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary, gguf, ollama
 from fleetune.deploy.harness import MeasureJob, Row
@@ -188,9 +188,8 @@ def _with_other_scales(run: Run, target: Target, out: Path, listener: Listener, 
     name, notes = run.recipe.model, list[str]()
     source = patch_make.file_of(name, offline=offline)
     with called(source, name), _staged(target, out) as place:
-        made = patch_make.of_run(source, run.folder, name=name, offline=offline, listener=listener)
         file = place if target.suffix else place / ollama.FILE
-        patch.write(source, made, file, listener)
+        patch_make.write_run(source, run.folder, file, name=name, offline=offline, listener=listener)
         report = patch_make.report(file)
         if not target.suffix:
             notes = ollama.add_modelfile(models.load_tokenizer(name, offline=offline), place)
