@@ -67,7 +67,7 @@ TOUR = {
     f"compress tiny --data rows.jsonl {PRUNE}": {"ModelPruned", "CompressDone"},
     "compress --resume 4": {"CompressDone"},
     "export 4 --to hf --text text.txt": {"ExportDone", "ExportChecked"},
-    "export 2 --to peft": {"ExportDone"},
+    "export 2 --to gguf:lora": {"ExportDone"},
     "measure 4 --text text.txt --length 16 --windows 1 --limit 2 --prompt-tokens 4 --new-tokens 2 --repeats 1": {
         "Measured",
         "MeasureDone",

@@ -281,7 +281,7 @@ BAD = {
     "a kept gain of a model": (["measure", "little", "--kept-gain"], "compressed run's folder"),
     "windows beyond the model": (["measure", "little", "--text", "text.txt", "--length", "4096"], "made for"),
     "an export's text that is none": (["export", "2", "--to", "hf", "--text", "no.txt"], "no text file"),
-    "an adapter's perplexity": (["export", "1", "--to", "peft", "--text", "text.txt"], "adapter alone"),
+    "an adapter's perplexity": (["export", "1", "--to", "gguf:lora", "--text", "text.txt"], "adapter alone"),
 }
 
 

@@ -16,7 +16,6 @@ from fleetune.compression.jobs import job
 from fleetune.deploy import serve as serving
 from fleetune.deploy import targets
 from fleetune.errors import UsageError
-from fleetune.models.cache import names
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener, heard_by
 from fleetune.tuning.recipe import objects
@@ -149,7 +148,7 @@ def export(
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> ExportResult:
-    """Write a model for a runtime, and read it back; of PEFT's adapter in a folder: to gguf:lora or peft.
+    """Write a model for a runtime, and read it back.
 
     `to` is a target (`fleetune.targets()`; default `gguf`; for a run `hf`), `path` a new file or folder (default: in the
     folder of the run or compression; of a plain model here).  With a text file `text`, the perplexity of the source in
@@ -157,15 +156,10 @@ def export(
     """
     place, file = Path(path) if path else None, str(text) if text else None
     targets.check(to, place, file)  # before torch is imported
-    adapter = names.peft_folder(model)
-    subject = None if adapter else subjects.open(model, out=out)
+    subject = subjects.open(model, out=out)
     from fleetune.deploy import export as exporting
 
-    watching = heard_by(listener, progress)
-    if subject is None:
-        assert adapter is not None
-        return exporting.of_adapter(adapter, to, place, watching, offline=offline)
-    return exporting.export(subject, to, place, file, watching, offline=offline)
+    return exporting.export(subject, to, place, file, heard_by(listener, progress), offline=offline)
 
 
 def measure(

@@ -581,7 +581,6 @@ class ExportDone(Event, event="export"):
     path: str  # of the new file or folder
     digest: str | None = None  # SHA-256 of a run's weights; only of a run as `hf`
     bytes: int | None = None  # of all files
-    files: int | None = None  # of a copied adapter: files equal to the source's
     tensors: int | None = None  # number of tensors
     exact: int | None = None  # tensors that hold the source's values bit for bit
     types: Mapping[str, int] | None = None  # number of tensors by their type in the file
