@@ -64,7 +64,6 @@ REQUESTS = [
     ("m --bytes 1MB --set bits=5", "chooses bits"),
     ("m --bytes 1MB --method rtn", "rtn does not"),
     ("m --bytes 1MB --method llm-pruner", "leaves floats"),
-    ("m --bpw 0", "holds nothing"),
     ("m --bpw nan", "below 33"),
     ("m --method rtn --train-scales 5", "takes none"),
     ("m --method sparsegpt --train-scales 5", "no scales"),

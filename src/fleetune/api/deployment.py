@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from fleetune.deploy.export import ExportResult
     from fleetune.deploy.measure import MeasureResult
     from fleetune.deploy.serve import Conversation, Session
-    from fleetune.fleet.calibration_server import Calibrators
     from fleetune.fleet.server import Served
     from fleetune.models.artefact import ArtefactHead
     from fleetune.models.net.model import Model
@@ -88,9 +88,7 @@ def compress(
         "dtype": dtype,
     }
     request = job.request_for(model, method, settings or {}, options, tokenizer=tokenizer, out=Path(out))
-    return job.start(
-        request, watching, Path(out), offline=offline, devices=_devices(served), beside=file_size
-    )
+    return job.start(request, watching, Path(out), _prepare(watching, out, offline, served))
 
 
 def resume_compression(
@@ -108,13 +106,18 @@ def resume_compression(
     """
     found = getattr(folder, "folder", None)
     path = found if isinstance(found, Path) else compression_folder.get(str(folder), Path(out))
-    return job.resume(
-        path,
-        heard_by(listener, progress),
-        Path(out),
-        offline=offline,
-        devices=_devices(served),
-        beside=file_size,
+    watching = heard_by(listener, progress)
+    return job.resume(path, watching, _prepare(watching, out, offline, served))
+
+
+def _prepare(listener: Listener, out: str | Path, offline: bool, served: Served | None) -> job.Prepare:
+    devices = None
+    if served is not None:
+        from fleetune.fleet import calibration_server
+
+        devices = calibration_server.Calibrators(served)
+    return functools.partial(
+        job.prepare, listener=listener, out=Path(out), offline=offline, devices=devices, beside=file_size
     )
 
 
@@ -127,14 +130,6 @@ def file_size(model: Model, quantised: Collection[str], head: ArtefactHead, name
 
 def _size(size: float | str) -> int:
     return int(size) if isinstance(size, int | float) else parse_bytes(size, "--bytes", least=1) or 0
-
-
-def _devices(served: Served | None) -> Calibrators | None:
-    if served is None:
-        return None
-    from fleetune.fleet import calibration_server
-
-    return calibration_server.Calibrators(served)
 
 
 def export(

@@ -20,20 +20,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Final,
-    Literal,
-    NamedTuple,
-    Protocol,
-    TypeAlias,
-    runtime_checkable,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from fleetune.common import settings
-from fleetune.common.registry import Registry
+from fleetune.common.registry import Member, Registry
 from fleetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -177,20 +167,9 @@ REGISTRY: Final = Registry(
 )
 
 
-class CompressorEntry(NamedTuple):
-    """A method as it is listed."""
-
-    name: str
-    paper: str
-    summary: str
-
-
-def entries() -> dict[str, CompressorEntry]:
+def entries() -> dict[str, Member]:
     """Return every method by name, those of other packages included."""
-    return {
-        name: CompressorEntry(name, member.text("PAPER"), member.summary)
-        for name, member in REGISTRY.members().items()
-    }
+    return REGISTRY.members()
 
 
 def kind_of(name: str) -> Kind:

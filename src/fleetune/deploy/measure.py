@@ -85,8 +85,6 @@ def measure(
     """
     check(options)
     measurables = [of(subject, offline=offline) for subject in subjects]
-    if options.kept_gain and measurables[0].folder:
-        solve.check_base(measurables[0].folder)
     length, examples = _row_length(options, measurables), _examples(options, measurables, offline=offline)
     if not examples and options.kept_gain:
         raise UsageError("a kept gain needs rows", hint="--data FILE")
@@ -375,6 +373,7 @@ def check_kept(subjects: Sequence[Subject]) -> None:
             hint="leave out --kept-gain; or compress with one grid: --set grid=iq4_nl",
         )
     compression_folder.model_in(compressed.folder)
+    solve.solver_of(request)
 
 
 def _kept(rows: Sequence[Measured], losses: Mapping[str, list[tuple[float, int]]]) -> KeptGain:

@@ -95,11 +95,7 @@ class Trainer:
         folder: Path,
         on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     ) -> None:
-        """Train `student.net` in place; resume from the checkpoint in `folder`.
-
-        `on_step(step, steps, loss)` is called after every step.  It may raise Interrupted, which saves the step.
-        FleetuneError when the loss or its gradient is not finite.
-        """
+        """Run algorithm 1 on `student.net`, in place.  FleetuneError when the loss or its gradient is not finite."""
         parameters = dict(named_tensors(student.net))
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=0.0)
         models = "".join(digest(named_tensors(model.net)) for model in (student, teacher))

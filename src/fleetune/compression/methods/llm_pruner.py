@@ -127,10 +127,7 @@ class Pruner:
         folder: Path,
         on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     ) -> Model:
-        """Train the pruned model in place and return it; resume from the checkpoint in `folder`.
-
-        `on_step(step, steps, loss)` is called after every step.  It may raise Interrupted, which saves the step.
-        """
+        """Train the pruned model in place and return it."""
         if self.recover == "lora":
             attach(pruned, Lora(self.r, self.alpha, self.dropout), seed=seed)
             try:
