@@ -121,8 +121,8 @@ def test_a_slip_in_the_target_or_the_place_loads_nothing(at: Path) -> None:
 
 
 BAD = {
-    "an unknown target": (["export", "{model}", "--to", "gguf:q4"], "Did you mean"),
-    "codes from a plain model": (["export", "{model}", "--to", "gguf:q4_0"], "compress"),
+    "an unknown target": (["export", "{model}", "--to", "gguf:q8"], "Did you mean"),
+    "codes from a plain model": (["export", "{model}", "--to", "mlx"], "compress"),
     "an adapter of no run": (["export", "{model}", "--to", "gguf:lora"], "only a run has an adapter"),
     "no run": (["export", "latest"], "no run 'latest'"),
     "a folder named as a file": (["export", "{model}", "--to", "hf", "--path", "a.gguf"], "not named .gguf"),
