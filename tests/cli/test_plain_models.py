@@ -128,7 +128,6 @@ def test_every_command_says_that_an_adapter_is_merged_first(place: Path, tmp_pat
     for words in (
         ["tune", mine, "demo"],
         ["eval", mine, "demo"],
-        ["eval", "tiny", "demo", "--reference", mine],
         ["export", mine],
         ["export", mine, "--to", "gguf:f16"],
         ["compress", mine],

@@ -655,7 +655,7 @@ class TaskScore:
     higher_is_better: bool | None  # null where the harness does not say
 
 
-class EvalDone(Compared, event="eval"):
+class EvalDone(Measures, event="eval"):
     """`eval`: the measures of one model."""
 
     model: str  # as a command takes it
