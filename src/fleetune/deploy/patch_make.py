@@ -88,7 +88,7 @@ def of_ledger(
     entries = Entries(
         head.run_key, head.law, head.K, head.grid, compact.ids, compact.coefficients.astype(np.int64)
     )
-    if not entries.fit():
+    if head.trains == SCALES and not entries.fit():
         raise UsageError(
             f"the ledger takes {counted(entries.passes, 'pass', 'passes')}, more than a device computes",
             hint="export the run, and send the file: fleetune export RUN --to gguf",
