@@ -30,7 +30,7 @@ GKD = (
     "--method gkd --set teacher=same --set keep_layers=2 --set steps=2 --set batch_size=1 --set max_new_tokens=4 "
     "--set lmbda=0"
 )
-PRUNE = "--method llm-pruner --set ratio=0.3 --set recover=none"
+PRUNE = "--method llm-pruner --set ratio=0.5 --set recover=none --set first=0 --set last=0"
 
 # In order; numbers are those of the runs that the commands before have made.
 TOUR = {
