@@ -62,10 +62,9 @@ class Solver(rtn.Solver):
 
     damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
 
-    def __post_init__(self) -> None:
-        if problems := damping_problems(self.damping):
-            raise ValueError(*problems)
-        super().__post_init__()
+    def problems(self) -> list[str]:
+        """List what is wrong with the settings."""
+        return [*super().problems(), *damping_problems(self.damping)]
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Run algorithm 1 of the paper on one matrix."""

@@ -53,8 +53,12 @@ class Solver:
         "ggml", "grid", "ggml, symmetric, asymmetric, universal, iq4_nl; q6_k, q5_k, q4_k, q3_k, q2_k, iq4_xs"
     )
 
+    def problems(self) -> list[str]:
+        """List what is wrong with the settings."""
+        return grid_problems(self.grid, self.bits, self.group)
+
     def __post_init__(self) -> None:
-        if problems := grid_problems(self.grid, self.bits, self.group):
+        if problems := self.problems():
             raise ValueError(*problems)
         for name, value in zip(("bits", "group"), settled(self.grid, self.bits, self.group), strict=True):
             object.__setattr__(self, name, value)  # what the grid says
