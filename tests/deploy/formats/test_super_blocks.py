@@ -188,7 +188,7 @@ def test_llama_cpp_reads_the_same_weights(kind: str, tmp_path: Path) -> None:
     model, _ = in_super_blocks(tmp_path / "m", kind)
     ids, found = list(range(40, 104)), {}
     for to in ("gguf", "gguf:f32"):
-        path = export(tmp_path / "m", to, tmp_path / f"{to[4:]}.gguf").path
+        path = export(tmp_path / "m", to, tmp_path / f"m{to[5:]}.gguf").path
         with llamacpp.opened(path, 1) as engine:
             found[to] = np.concatenate([piece.copy() for piece in engine.scored_logits([(ids, 1)])])
     with torch.inference_mode():
