@@ -16,7 +16,7 @@ from fleetune.data import Example, read, read_text, readers
 from fleetune.deploy.serve import Sampling
 from fleetune.errors import DataError, RecipeError, UsageError
 from fleetune.runs.listener import Listener, heard_by
-from fleetune.subject import Compressed, Run, Subject, logits_of
+from fleetune.subject import Compressed, Run, Subject
 from fleetune.tuning.recipe import objects
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ def evaluate(
     answer_tokens: int = 96,
     text: str | Path | None = None,
     labels: Sequence[str] = (),
-    reference: object | None = None,
     dtype: str | None = None,
     device: str = "auto",
     base: str | None = None,
@@ -53,52 +52,44 @@ def evaluate(
     the loss of its base model on the same rows as well, and how sure the change is.  Losses are in nats per token (of an
     encoder: per row); perplexity has no unit; the others are in percent.
     `base` is memory or mapped: where the base's weights are (a run: as while it was tuned).
-    With a model `reference` the values have kl_divergence as well, of the next-token distributions from that model's (nats
-    a token), and same_top (percent), with their standard errors over the tokens (`_error`) and the number of these
-    (kl_tokens): on `text`, else on the answers of the rows.
     """
     found = subjects.open(model, out=out)  # before torch is imported
-    dense = subjects.open(reference, out=out) if reference is not None else None
     _check_options(found, limit, answer_tokens, text)
     from fleetune.data.encode import check_answers
     from fleetune.evaluation import measures
 
     heard, labels = heard_by(listener, progress), words(labels)
     wanted = measures.check_tasks(words(tasks))
-    if text and wanted and dense is None and "perplexity" not in wanted:
+    if text and wanted and "perplexity" not in wanted:
         problem = f"{text} is for the task perplexity, which --tasks does not name"
         raise RecipeError([problem], hint="fleetune eval --help")
     where: dict[str, Any] = {"dtype": dtype, "device": device, "offline": offline}
     longest = found.max_length
-    if dense is not None:
-        subjects.check_same_tokens(found, dense, offline=offline)
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
     if labels and "accuracy" in wanted:
         answers = [example.response.strip() for example in given[:limit]]
         check_answers(answers, labels, f"labels = {', '.join(labels)}", "name all label words of the data")
     if given:
         _note_trained_on(found, given[:limit], heard, offline=offline)
-    texts, compared = read_text(str(text)) if text else [], subjects.rows_of(found, given, offline=offline)
+    texts = read_text(str(text)) if text else []
 
     def told(what: str) -> OnRows:
         return lambda done, total: heard.progress(what, done, total)
 
-    with logits_of(dense, compared[:limit], texts, heard, max_length=longest, **where) as kept:
-        loaded, every = subjects.load_with_rows(
-            found, compared, labels=labels, base=base, needs_rows=not texts, **where
-        )
-        values, rows = measures.evaluate(
-            loaded,
-            every[:limit],
-            wanted,
-            max_length=longest,
-            max_new_tokens=answer_tokens,
-            labels=labels,
-            texts=texts,
-            told=told,
-        )
-        values |= kept.compare(loaded, told("rows compared")).values() if kept else {}
+    loaded, every = subjects.load_with_rows(
+        found, given, labels=labels, base=base, needs_rows=not texts, **where
+    )
     measured = every[:limit]
+    values, rows = measures.evaluate(
+        loaded,
+        measured,
+        wanted,
+        max_length=longest,
+        max_new_tokens=answer_tokens,
+        labels=labels,
+        texts=texts,
+        told=told,
+    )
     before = subjects.base_losses(found, loaded, measured, told) if rows else None  # makes `loaded` the base
     counts = {"of": len(every), "max_length": longest}
     heard.event(evaluated(found.argument, len(measured), values, **counts, rows_of=(before, rows)))
