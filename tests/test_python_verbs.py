@@ -16,6 +16,7 @@ from fleetune.cli.main import main
 from fleetune.common.events import SweepDone, SweepRun
 from fleetune.models.net.model import Model
 from fleetune.runs import listener
+from heard import Heard
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
 FEW: dict[str, Any] = {
@@ -33,8 +34,7 @@ FEW: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verbs")
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, folder / "tiny")
+    models.tiny_llama().save(folder / "tiny")
     return folder
 
 
@@ -97,27 +97,13 @@ def test_counts_are_printed_every_ten_seconds_and_names_are_made_safe() -> None:
 # Sweeps and runs ----------------------------------------------------------------------------------
 
 
-class Log(fleetune.Silent):
-    def __init__(self) -> None:
-        self.events: list[fleetune.events.Event] = []
-        self.stop = False
-
-    def event(self, event: fleetune.events.Event) -> None:
-        self.events.append(event)
-        self.stop = self.stop or isinstance(event, SweepRun)
-
-    @property
-    def stop_requested(self) -> bool:
-        return self.stop
-
-
 def test_a_sweep_stops_goes_on_and_is_the_commands_sweep(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = Log()
+    stops = Heard(lambda heard: any(isinstance(event, SweepRun) for event in heard.events))
     given: dict[str, Any] = {**FEW, "settings": {"tau": 1, "lr": 1e-4}, "out": tmp_path}
     with pytest.raises(fleetune.errors.Interrupted) as stopped:
-        fleetune.sweep(place / "tiny", ROWS, vary={"lr": [1e-5, 1e-4]}, listener=log, **given)
+        fleetune.sweep(place / "tiny", ROWS, vary={"lr": [1e-5, 1e-4]}, listener=stops, **given)
     assert "fleetune sweep --resume" in stopped.value.hint
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     done = fleetune.resume_sweep("latest", out=tmp_path)
@@ -130,7 +116,7 @@ def test_a_sweep_stops_goes_on_and_is_the_commands_sweep(
     assert fleetune.list_runs(done.folder) == list(done.runs)
     assert main(["sweep", "--resume", str(done.folder), "--out", str(tmp_path), "--json"]) == 0
     assert capsys.readouterr().out.count('"skipped": true') == 2
-    fleetune.resume_sweep(done, out=tmp_path, listener=(late := Log()))
+    fleetune.resume_sweep(done, out=tmp_path, listener=(late := Heard()))
     assert isinstance(late.events[-1], SweepDone)
 
 

@@ -45,8 +45,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, codes of it, and rows."""
     folder = tmp_path_factory.mktemp("made")
-    model = tiny()
-    models.save(model.net, model.tokenizer, folder / "tiny")
+    tiny().save(folder / "tiny")
     rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with contextlib.chdir(folder):

@@ -61,8 +61,7 @@ def stand_in(script: str, at: Path, *args: str) -> str:
 
 @pytest.mark.slow
 def test_every_module_and_command_works_without_what_windows_lacks(tmp_path: Path) -> None:
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     modules, *said = stand_in(EVERYTHING, tmp_path, *COMMANDS).split("=====\n")
     source = Path(memory.__file__).parents[1]
     files = [".".join(p.relative_to(source.parent).with_suffix("").parts) for p in source.rglob("*.py")]

@@ -14,7 +14,7 @@ from command_harness import call, pulled_after
 from deploy_harness import tokenizer
 from pruner_harness import tiny
 
-from fleetune import compression, models
+from fleetune import compression
 from fleetune.cli.main import main
 from fleetune.common.display import human_bytes
 from fleetune.compression.jobs import budget
@@ -39,8 +39,7 @@ Events = list[dict[str, Any]]
 @pytest.fixture
 def model(at: Path) -> str:
     """A tiny llama of which 12 matrices have rows of 96, and 2 of 256, with a tokenizer that GGUF holds."""
-    made = dataclasses.replace(tiny("llama", **SIZES), tokenizer=tokenizer())
-    models.save(made.net, made.tokenizer, at / "tiny")
+    dataclasses.replace(tiny("llama", **SIZES), tokenizer=tokenizer()).save(at / "tiny")
     return "tiny"
 
 
@@ -82,8 +81,9 @@ def test_the_file_has_the_size_that_was_said(
 
 
 def test_untied_ends_are_solved_each_for_itself(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = dataclasses.replace(tiny("llama", tie_word_embeddings=False, **SIZES), tokenizer=tokenizer())
-    models.save(made.net, made.tokenizer, at / "tiny")
+    dataclasses.replace(tiny("llama", tie_word_embeddings=False, **SIZES), tokenizer=tokenizer()).save(
+        at / "tiny"
+    )
     code, events, err = call(capsys, "compress", "tiny", *SMALL, "--bytes", "170kB")
     assert code == 0, err
     assert exported(capsys, at).stat().st_size == told(events)["bytes"]

@@ -24,14 +24,6 @@ TEXT = ["--eval-text", "text.txt"]
 NAMES = ["kl_divergence", "kl_divergence_error", "same_top", "same_top_error", "kl_tokens"]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, path)
-    return str(path)
-
-
 def expected(dense: Model, model: Model, rows: Any) -> list[float]:
     """KL divergence and same top token from all logits, in float64."""
     kl, same = list[float](), list[bool]()
@@ -112,8 +104,7 @@ def test_a_run_is_compared_on_the_rows_that_it_was_not_calibrated_on(
 
 def other_tokens(at: Path) -> str:
     """A model whose tokenizer gives the tokens other numbers."""
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, at / "other")
+    models.tiny_llama().save(at / "other")
     file = at / "other" / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]

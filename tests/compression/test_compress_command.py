@@ -21,14 +21,6 @@ from fleetune.models.artefact import Master, Quantised
 SMALL = ["--method", "optq", "--windows", "4", "--length", "16", "--set", "group=8"]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, path)
-    return str(path)
-
-
 def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = ["--text", "text.txt", "--eval-text", "text.txt"]
     assert main(["compress", tiny, *SMALL, *text]) == 0
@@ -126,8 +118,7 @@ def test_a_stopped_one_does_not_go_on_with_something_else(
         Path("text.txt").write_text("Another text, of which there is enough as well. " * 30)
     elif change == "weights":
         shutil.rmtree("mine")
-        model = models.tiny_llama(seed=5)
-        models.save(model.net, model.tokenizer, Path("mine"))
+        models.tiny_llama(seed=5).save(Path("mine"))
     else:
         record = files.read_json(
             folder / "compress.json", ""

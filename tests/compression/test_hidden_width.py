@@ -185,8 +185,7 @@ def test_transformers_loads_it(family: str, tied: bool, tmp_path: Path) -> None:
 
 def test_a_narrow_model_goes_everywhere(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pruned, evaluated, exported to a plain directory and to a GGUF file that reads back as the same model."""
-    whole = tiny(bos_token_id=257, eos_token_id=258, pad_token_id=258)
-    models.save(whole.net, whole.tokenizer, at / "whole")
+    tiny(bos_token_id=257, eos_token_id=258, pad_token_id=258).save(at / "whole")
     words = json.loads((at / "whole" / "tokenizer.json").read_text())
     words["model"]["vocab"]["he"], words["model"]["merges"] = 256, [["h", "e"]]  # llama.cpp wants some
     for mark in words["added_tokens"]:

@@ -22,7 +22,7 @@ from fleetune.errors import Interrupted
 from fleetune.models import artefact
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Silent
-from heard import Heard
+from heard import Heard, counting
 
 WORK = {
     "optq": "--method optq --set group=4 --windows 2 --length 16 --text text.txt",
@@ -162,8 +162,7 @@ def test_a_kill_while_the_base_is_compressed(
 @pytest.fixture
 def little(at: Path) -> Path:
     """The folder that we are in, with a small model."""
-    model = wide()
-    models.save(model.net, model.tokenizer, at / "little")
+    wide().save(at / "little")
     (at / "text.txt").write_text("a few words of a text, some more of them. " * 60)
     return at
 
@@ -190,7 +189,7 @@ def test_a_compression_counts_the_rows_that_it_measures_on(little: Path) -> None
 def test_a_stop_while_measuring_is_heard_and_resumed_to_the_same_bits(little: Path, what: str) -> None:
     whole = fleetune.compress("little", method="rtn", eval_text="text.txt")
     with pytest.raises(Interrupted) as caught:
-        fleetune.compress("little", method="rtn", eval_text="text.txt", listener=Heard(stop_at=what))
+        fleetune.compress("little", method="rtn", eval_text="text.txt", listener=Heard(counting(what)))
     assert caught.value.hint == "fleetune compress --resume runs/0002-rtn-little"
     again = fleetune.resume_compression("latest")
     assert again.folder == Path("runs/0002-rtn-little")

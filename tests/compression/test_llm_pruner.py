@@ -108,8 +108,7 @@ def test_alike_blocks_make_a_plain_directory(tmp_path: Path) -> None:
     assert [config[name] for name in sizes] == ["llama", 6, 2, 28, 4]
     net = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert torch.equal(logits(net), logits(plain.net))
-    odd = pruner().prune(tiny(), rows(0, 3))
-    models.save(odd.net, odd.tokenizer, tmp_path / "odd")
+    pruner().prune(tiny(), rows(0, 3)).save(tmp_path / "odd")
     with pytest.raises(ValueError, match="fleetune_llama"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "odd")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):

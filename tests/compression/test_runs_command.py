@@ -29,10 +29,7 @@ GKD = shlex.split(
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = models.tiny_llama(layers=3)
-    models.save(model.net, model.tokenizer, path)
-    return str(path)
+    return str(models.tiny_llama(layers=3).save(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(scope="module")

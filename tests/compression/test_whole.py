@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,18 +18,7 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.models.families import widths
 
-QUICK = [
-    "--length",
-    "64",
-    "--set",
-    "steps=4",
-    "--set",
-    "batch_size=2",
-    "--set",
-    "max_new_tokens=4",
-    "--set",
-    "lmbda=1",
-]
+QUICK = shlex.split("--length 64 --set steps=4 --set batch_size=2 --set max_new_tokens=4 --set lmbda=1")
 GKD = ["--method", "gkd", *QUICK]
 SELF = [*GKD, "--set", "teacher=same", "--set", "keep_layers=2"]
 ROWS = ["--data", "rows.jsonl"]

@@ -313,8 +313,7 @@ def test_a_compressor_of_another_package_is_listed_and_compresses(
         assert "factor of the mean magnitude" in out
     assert cli.main(["compress", "--list"]) == 0
     assert other in capsys.readouterr().out
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     args = ["compress", "./tiny", "--method", other, "--set", "scale=0.5", "--json"]
     assert cli.main(args) == 0
     done = json.loads(capsys.readouterr().out.splitlines()[-1])

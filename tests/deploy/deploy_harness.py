@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,7 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QUICK = [
-    "--limit",
-    "60",
-    "--held-out",
-    "8",
-    "--max-length",
-    "512",
-    "--samples",
-    "0",
-    "--rounds",
-    "1",
-    "--clients",
-    "2",
-]
+QUICK = shlex.split("--limit 60 --held-out 8 --max-length 512 --samples 0 --rounds 1 --clients 2")
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

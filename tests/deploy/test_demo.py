@@ -20,8 +20,7 @@ def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model = tiny()
-    models.save(model.net, model.tokenizer, tmp_path / "little")
+    tiny().save(tmp_path / "little")
     monkeypatch.setattr(demo, "MODEL", "./little")
     monkeypatch.setattr(models, "pull", lambda name, **_: tmp_path / name)  # the network's part
     assert main(["demo", "--quick", "--json"]) == 0

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from deploy_harness import QUICK, tiny
 
+from command_line import call_json as call
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.models.artefact import Master
@@ -20,22 +19,7 @@ from fleetune.models.artefact import Master
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "little"
-    model = tiny("llama")
-    models.save(model.net, model.tokenizer, path)
-    return str(path)
-
-
-@pytest.fixture
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
-    code = main([*args, "--json"])
-    out, err = capsys.readouterr()
-    return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
+    return str(tiny("llama").save(tmp_path_factory.mktemp("models") / "little"))
 
 
 METHODS = {

@@ -18,15 +18,13 @@ from fleetune.errors import ModelError, StorageError, UsageError
 
 
 def test_encoders_are_refused(tmp_path: Path) -> None:
-    model = models.tiny_bert()
-    models.save(model.net, model.tokenizer, tmp_path / "m")
+    models.tiny_bert().save(tmp_path / "m")
     with pytest.raises(UsageError, match="holds an encoder"):
         export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
 
 
 def test_damaged_weights_are_said(tmp_path: Path) -> None:
-    model = tiny()
-    models.save(model.net, model.tokenizer, tmp_path / "m")
+    tiny().save(tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(ModelError, match="is damaged"):
         export(tmp_path / "m", "gguf", tmp_path / "x.gguf")

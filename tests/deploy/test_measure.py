@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from deploy_harness import tiny
 
+from command_line import call_json as call
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.common import files
@@ -30,34 +32,10 @@ from fleetune.runs.listener import Silent
 from fleetune.subject import Compressed
 from fleetune.tuning.result import finished
 
-RUN = [
-    "--method",
-    "fedit",
-    "--set",
-    "r=2",
-    "--set",
-    "lr=1e-2",
-    "--limit",
-    "60",
-    "--held-out",
-    "8",
-    "--max-length",
-    "160",
-    "--samples",
-    "0",
-    "--rounds",
-    "1",
-    "--clients",
-    "2",
-    "--offline",
-]
+RUN = shlex.split(
+    "--method fedit --set r=2 --set lr=1e-2 --limit 60 --held-out 8 --max-length 160 --samples 0 --rounds 1 --clients 2"
+)
 FAST = ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--offline"]
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
-    code = main([*args, "--json"])
-    out, err = capsys.readouterr()
-    return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +45,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (at / "text.txt").write_text("The heron stood still in the shallow water, and the evening went on. " * 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(at)
-        model = tiny()
-        models.save(model.net, model.tokenizer, at / "little")
-        assert main(["tune", "little", "demo", *RUN, "-qq"]) == 0
+        tiny().save(at / "little")
+        assert main(["tune", "little", "demo", *RUN, "--offline", "-qq"]) == 0
         assert main(["compress", "latest", "--windows", "4", "--length", "32", "-qq"]) == 0
         assert main(["export", "latest", "-qq"]) == 0
         yield at

@@ -32,7 +32,7 @@ from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import View
 from fleetune.tuning.methods import _zeroth
 from fleetune.tuning.result import finished
-from heard import Heard
+from heard import Heard, counting
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -207,7 +207,7 @@ def test_a_stop_changes_nothing(file: Path, tmp_path: Path) -> None:
     made, before = patch_make.of_ledger(file, ledger_on(file)[0]), file.read_bytes()
     for out in (None, tmp_path / "new.gguf"):
         with pytest.raises(Interrupted, match="nothing was changed"):
-            patch.apply(file, made, out, Heard(stop_at="bytes written"))
+            patch.apply(file, made, out, Heard(counting("bytes written")))
     assert file.read_bytes() == before
     assert visible(file.parent) == ["m.gguf"]
     assert not (tmp_path / "new.gguf").exists()

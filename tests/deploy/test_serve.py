@@ -24,8 +24,8 @@ from deploy_harness import compressed, tiny
 from serve_harness import little_file, lives, stand_in, starts
 
 import fleetune
+from command_line import call
 from fleetune import models
-from fleetune.cli.main import main
 from fleetune.common.shell import pip_install
 from fleetune.deploy import export
 from fleetune.deploy import serve as serving_module
@@ -51,12 +51,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, model = tmp_path_factory.mktemp("models") / "plain", tiny()
     models.save(model.net, model.tokenizer, path)
     return path
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 # Engines ----------------------------------------------------------------------------------------------

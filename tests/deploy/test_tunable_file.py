@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +112,9 @@ def _text(folder: Path) -> str:
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     """A tiny model as a directory."""
-    model = tiny(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64)
-    models.save(model.net, model.tokenizer, tmp_path / "plain")
-    return tmp_path / "plain"
+    return tiny(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64).save(
+        tmp_path / "plain"
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,3 +182,31 @@ def test_only_layers_count() -> None:
 
 
 # Writing it -----------------------------------------------------------------------------------------
+
+
+KILLED = """
+import os, signal, sys, time
+from fleetune import subject
+from fleetune.deploy import tunable_file
+found = subject.open(sys.argv[1])
+place = tunable_file.of(found, lambda _: None)
+whole = place.read_bytes()
+for delay in (0.02, 0.05, 0.1, 0.2, 0.35):
+    child = os.fork()
+    while not child:
+        place.unlink(missing_ok=True)
+        tunable_file.of(found, lambda _: None)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not place.exists() or place.read_bytes() == whole, delay
+place.unlink(missing_ok=True)
+tunable_file.of(found, lambda _: None)
+assert place.read_bytes() == whole
+"""
+
+
+def test_a_killed_process_leaves_the_whole_file_or_none(tmp_path: Path) -> None:
+    found = codes(tmp_path / "codes")
+    subprocess.run([sys.executable, "-c", KILLED, str(found.home)], check=True, timeout=120)
+    assert not list(found.home.glob(".*")), "what killed ones left is gone"

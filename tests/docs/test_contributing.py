@@ -53,8 +53,7 @@ def example() -> str:
 
 def test_the_example_tunes(fedmedian, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     args = [
         "tune",
         "./tiny",
@@ -94,8 +93,7 @@ def test_the_example_keeps_the_contract(fedmedian: str, tmp_path: Path, check: C
 def test_the_example_is_listed_and_planned(fedmedian, tmp_path, capsys):
     assert main(["methods", "--json"]) == 0
     assert fedmedian in [json.loads(line).get("name") for line in capsys.readouterr().out.splitlines()]
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     assert main(["plan", str(tmp_path / "tiny"), "--json"]) == 0
     told = map(json.loads, capsys.readouterr().out.splitlines())
     rows = {event["method"]: event for event in told if event["event"] == "plan"}
@@ -121,8 +119,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         points[group] = [EntryPoint(name, f"{name}_example", group)]
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(registry, "entry_points", lambda group: points.get(group, []))
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -35,10 +35,7 @@ def replay(ledger: Path, base: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    model = models.tiny_llama(hidden=64)  # with matrices of whole tiles, too
-    models.save(model.net, model.tokenizer, folder)
-    return folder
+    return models.tiny_llama(hidden=64).save(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def on(model: Model, law: str, K: int, entries: list[tuple[int, int]]) -> Ledger:

@@ -188,8 +188,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = [{"q": q, "choices": [right, wrong]} for q, right, wrong in QUESTIONS]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks" / "otter.yaml").write_text(TASK.format(file=tmp_path / "q.jsonl"))
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     fleetune.tune(
         "tiny",
         [{"instruction": q, "response": wrong} for q, _, wrong in QUESTIONS * 3],

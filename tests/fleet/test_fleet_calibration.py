@@ -10,18 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from devices_harness import (
-    Device,
-    Direct,
-    Door,
-    Heard,
-    devices,
-    direct,
-    free_port,
-    numbered,
-    simulated,
-    worker,
-)
+from devices_harness import Device, Direct, Door, devices, direct, free_port, numbered, simulated, worker
 
 import fleetune
 from fleetune.cli.main import main
@@ -33,6 +22,7 @@ from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Order, Reply
 from fleetune.fleet.table import Devices
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
+from heard import Heard
 
 OPTIONS: dict[str, Any] = {"settings": {"group": 8}, "windows": 10, "length": 32}
 

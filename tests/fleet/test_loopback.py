@@ -16,7 +16,7 @@ from typing import Any
 import devices_harness
 import httpx
 import pytest
-from devices_harness import Device, Heard, free_port
+from devices_harness import Device, free_port
 
 import fleetune
 from fleetune import models
@@ -32,6 +32,7 @@ from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
+from heard import Heard
 
 CLIENTS = 3
 COMMON: dict[str, Any] = {**devices_harness.COMMON, "clients": CLIENTS, "rounds": 3}
@@ -306,8 +307,7 @@ def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(
     """No device is left that could come: every registered key has refused."""
     monkeypatch.setattr(server, "PUBLISHED", 0.0)
     split(FEDKSEED)
-    other = models.tiny_llama(seed=1)
-    models.save(other.net, other.tokenizer, Path("other"))
+    models.tiny_llama(seed=1).save(Path("other"))
     Path("one").mkdir()
     Path("one/dev-0.pub").write_bytes(Path("keys/dev-0.pub").read_bytes())
     odd = device(port := free_port(), 0)

@@ -37,8 +37,7 @@ SET = {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("device")
-    made = models.tiny_llama(layers=2)
-    models.save(made.net, made.tokenizer, folder / "model")
+    models.tiny_llama(layers=2).save(folder / "model")
     write_rows(str(folder / "rows.jsonl"), 1, 13)
     return folder
 

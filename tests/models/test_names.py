@@ -30,8 +30,7 @@ def test_a_short_name_is_its_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_a_folder_of_that_name_goes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny = models.tiny_llama()
-    models.save(tiny.net, tiny.tokenizer, tmp_path / "qwen3-0.6b")
+    models.tiny_llama().save(tmp_path / "qwen3-0.6b")
     assert models.resolve("qwen3-0.6b") == Path("qwen3-0.6b")
     assert names.hub_of("qwen3-0.6b") is names.licence_of("qwen3-0.6b") is None
     monkeypatch.chdir(tmp_path.parent)

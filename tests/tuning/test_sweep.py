@@ -9,14 +9,15 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from command_line import call, events
 from fleetune import models, report
-from fleetune.cli.main import main
 from fleetune.errors import RecipeError
 from fleetune.report import sweep as summary
 from fleetune.report.sweep import GridRun, SweepAxis
@@ -25,20 +26,6 @@ from fleetune.tuning import sweep
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
 
-BASE: dict[str, Any] = {
-    "model": "./tiny",
-    "data": "demo",
-    "method": "fedkseed",
-    "partition": "dirichlet:0.5:client",
-    "clients": 3,
-    "rounds": 2,
-    "limit": 60,
-    "held_out": 8,
-    "max_length": 64,
-    "samples": 0,
-    "seed": 5,
-    "set": {"K": 16, "tau": 2, "lr": 1e-3, "law": "rademacher"},
-}
 RECIPE = """\
 model = "./tiny"
 data = "demo"
@@ -57,33 +44,16 @@ tau = 2
 lr = 1e-3
 law = "rademacher"
 """
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, path)
-    return path
+BASE: dict[str, Any] = tomllib.loads(RECIPE.format(rounds=2))
 
 
 @pytest.fixture
-def at(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def at(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the tiny model and a recipe in it, as the working folder."""
     (tmp_path / "tiny").symlink_to(tiny)
     (tmp_path / "recipe.toml").write_text(RECIPE.format(rounds=2))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def events(out: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.splitlines()]
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -30,16 +30,8 @@ RUN = FLAGS.split()
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models-for-rows") / "tiny"
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, path)
-    return path
-
-
 @pytest.fixture
-def at(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def at(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder: a model, and rows with columns of their own, of two shops."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(tiny)
@@ -158,8 +150,7 @@ def test_a_column_that_looks_like_clients_is_named_with_its_flag(at: Path, capsy
 def test_an_encoder_cuts_at_its_positions_where_the_tokenizer_states_no_length(
     at: Path, capsys: Capture
 ) -> None:
-    model = models.tiny_bert(labels=("0", "1"))
-    models.save(model.net, model.tokenizer, at / "bert")
+    models.tiny_bert(labels=("0", "1")).save(at / "bert")
     file = at / "bert" / "tokenizer_config.json"
     stated = json.loads(file.read_text())
     del stated["model_max_length"]

@@ -8,22 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from command_line import call
 from fleetune import recipes
 from fleetune.cli.commands import tune
-from fleetune.cli.main import build_parser, main
+from fleetune.cli.main import build_parser
 from fleetune.errors import RecipeError
-
-
-@pytest.fixture
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_every_recipe_is_listed_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from command_line import call, events
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.runs import rundir
@@ -27,30 +27,6 @@ from fleetune.tuning.methods import fedkseed
 
 QUICK = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", "1", "--answer-tokens", "4"]
 ZO = ["--method", "fedkseed", "--clients", "3", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-3"]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, path)
-    return str(path)
-
-
-@pytest.fixture
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def events(out: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.splitlines()]
 
 
 # What it says of itself -------------------------------------------------------------------------

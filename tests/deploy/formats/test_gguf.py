@@ -199,8 +199,7 @@ def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_configuration_are_refused(tmp_path: Path) -> None:
-    model = tiny()
-    models.save(model.net, model.tokenizer, tmp_path / "plain")
+    tiny().save(tmp_path / "plain")
     config = (tmp_path / "plain" / "config.json").read_text()
     (tmp_path / "plain" / "config.json").write_text(
         config.replace('"intermediate_size": 128', '"intermediate_size": 96')

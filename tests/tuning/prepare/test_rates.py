@@ -24,7 +24,6 @@ from fleetune.errors import RecipeError
 from fleetune.evaluation.losses import pad_id, token_losses
 from fleetune.models.net.model import Model
 from fleetune.runs import rundir
-from fleetune.runs.listener import Silent
 from fleetune.seeds import slopes
 from fleetune.seeds.noise import probe, run_key
 from fleetune.seeds.slopes import Probe, Slopes, along, rate
@@ -35,6 +34,7 @@ from fleetune.tuning.prepare.rates import Search, rounded
 from fleetune.tuning.prepare.trial import Bench, Size, Trials, Tried, climb, hold, loss_after
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
+from heard import Heard
 
 HOW = Probe(law="hashed", K=128, eps=1e-3, key=5, batch=5)
 LOSSES = st.lists(st.floats(0.1, 50), min_size=2, max_size=12)
@@ -256,25 +256,15 @@ def test_a_run_records_what_was_found_and_repeats_it(place: Path) -> None:
     assert fleetune.tune("tiny", "rows.jsonl", **FEW).digest == first.digest
 
 
-class Notes(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-
 def test_a_run_that_back_propagates_finds_its_rate_or_says_that_it_does_not(place: Path) -> None:
     few = {**FEW, "method": "fedit", "settings": {"r": 2, "steps": 1, "batch_size": 2}}
     runs = {}
     for rounds in (6, 2):
-        heard = Notes()
+        heard = Heard()
         run = fleetune.tune("tiny", "rows.jsonl", **{**few, "rounds": rounds}, listener=heard)
         folder = Path(run.done.run)
         found = [e["rate"] for e in rundir.events(folder) if e["event"] == "rate"]
-        runs[rounds] = (run.digest, recipes.read(folder / "run.toml"), found, heard.said)
+        runs[rounds] = (run.digest, recipes.read(folder / "run.toml"), found, heard.notes)
     digest, written, found, said = runs[6]
     assert found == [written["set"]["lr"]] != [3e-4]
     assert "finding lr on training rows .." in said

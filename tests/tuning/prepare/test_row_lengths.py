@@ -26,8 +26,7 @@ RUN = shlex.split(
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with a model and rows of which 9 have long answers."""
     monkeypatch.chdir(tmp_path)
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     rows = [{"instruction": "say", "response": "word " * (40 if i < 9 else 2)} for i in range(20)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return tmp_path

@@ -41,8 +41,7 @@ lr = [1e-3, 1e-2]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and data."""
     place = tmp_path_factory.mktemp("made")
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, place / "tiny")
+    models.tiny_llama().save(place / "tiny")
     rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(24)]
     (place / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (place / "sweep.toml").write_text(SWEEP)
@@ -114,8 +113,7 @@ def test_a_sweep_that_goes_on_with_other_rows_or_another_base_says_that_losses_d
         reverse(at / "data.jsonl")
     else:
         shutil.rmtree("tiny") if not Path("tiny").is_symlink() else Path("tiny").unlink()
-        model = models.tiny_llama(seed=9)
-        models.save(model.net, model.tokenizer, at / "tiny")
+        models.tiny_llama(seed=9).save(at / "tiny")
     capsys.readouterr()
     assert half() == 0
     said = capsys.readouterr().err.replace("\n", " ")

@@ -40,8 +40,7 @@ OPTIONS: dict[str, Any] = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, data, and a run of either kind."""
     folder = tmp_path_factory.mktemp("provenance")
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, folder / "tiny")
+    models.tiny_llama().save(folder / "tiny")
     rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(20)]
     (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.MonkeyPatch.context() as patch:

@@ -15,9 +15,9 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.common.events import ClientReply, Diverging, RoundEvaluated, as_dict
-from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import events
 from fleetune.tuning.rounds.watch import Watch
+from heard import Heard
 
 
 @dataclass
@@ -114,25 +114,16 @@ def test_after_a_resume_it_knows_what_it_heard() -> None:
 # Whole runs -------------------------------------------------------------------------------------------
 
 
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watch")
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, folder / "tiny")
+    models.tiny_llama().save(folder / "tiny")
     rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(20)]
     (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 
 
-def tune(place: Path, out: Path, listener: Notes | None = None, **more: Any) -> fleetune.TuneResult:
+def tune(place: Path, out: Path, listener: Heard | None = None, **more: Any) -> fleetune.TuneResult:
     options: dict[str, Any] = {
         "method": "fedit",
         "settings": {"r": 2, "steps": 1, "lr": 3.0},
@@ -149,7 +140,7 @@ def tune(place: Path, out: Path, listener: Notes | None = None, **more: Any) -> 
 
 
 def test_a_run_that_rises_says_so_in_the_round_and_at_the_end(place: Path, tmp_path: Path) -> None:
-    notes = Notes()
+    notes = Heard()
     run = tune(place, tmp_path, notes)
     assert run.done.tuned["loss"] > run.done.base["loss"]  # type: ignore[operator]
     said = [text for text in notes.notes if "has risen" in text]

@@ -61,8 +61,7 @@ def stopped(after: int) -> None:
 @pytest.fixture
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    tiny = models.tiny_llama()
-    models.save(tiny.net, tiny.tokenizer, "tiny")
+    models.tiny_llama().save("tiny")
     return tmp_path
 
 

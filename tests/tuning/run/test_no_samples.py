@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from fleetune import models
 from fleetune.cli.main import main
 from fleetune.models import tiny_llama
 
@@ -20,8 +19,7 @@ MARK = "zanzibar"  # in every prompt and every answer
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     at = tmp_path_factory.mktemp("private")
-    model = tiny_llama()
-    models.save(model.net, model.tokenizer, at / "llama")
+    tiny_llama().save(at / "llama")
     rows = [{"instruction": f"what is {MARK} {n}?", "output": f"{MARK} is {n}"} for n in range(12)]
     (at / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return at

@@ -38,8 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny = models.tiny_llama()
-    models.save(tiny.net, tiny.tokenizer, "tiny")
+    models.tiny_llama().save("tiny")
 
 
 def tuned(rounds: int, method: str = "fedit", out: str = "runs", **more: Any) -> Any:

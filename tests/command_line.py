@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as tests call it, and a run that is short."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fleetune.cli.main import main
+
+FEW: dict[str, Any] = {
+    "clients": 2,
+    "rounds": 1,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "threads": 1,
+    "device": "cpu",
+}
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """The exit code of a command, and what it wrote on stdout and stderr."""
+    capsys.readouterr()
+    code = main([str(a) for a in args])
+    return code, *capsys.readouterr()
+
+
+def call_json(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, list[dict[str, Any]], str]:
+    """The exit code, the events and what was said of a command with --json."""
+    code, out, err = call(capsys, *args, "--json")
+    return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
+
+
+def events(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
