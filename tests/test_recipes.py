@@ -59,7 +59,6 @@ def test_a_recipe_names_options_settings_and_a_method_that_exist(path: Path) -> 
 @pytest.mark.parametrize("path", PROMISING, ids=named)
 def test_a_recipe_gives_what_it_promises(path: Path, tmp_path: Path) -> None:
     promise = expected(path)
-    assert promise is not None
     done = fleetune.tune(recipe.make(recipe.read(path)), out=tmp_path).done
     base, tuned = done.base["loss"], done.tuned["loss"]
     assert base == pytest.approx(promise.base, rel=NEAR)

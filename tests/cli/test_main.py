@@ -34,6 +34,9 @@ LIGHT = [
     "tune --help",
     "runs",
     "tun",
+    "data check rows.jsonl",
+    "export 3 --to nonsense",
+    "export 3 --to gguf --path rows.jsonl",
 ]
 
 

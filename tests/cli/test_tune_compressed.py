@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from deploy_harness import compressed, tiny
 
+import command_line
 import fleetune
 from fleetune import models
 from fleetune.api import tuning
@@ -23,16 +24,7 @@ from fleetune.deploy import harness
 from fleetune.planning import plan as planning
 from fleetune.tuning.recipe import recipe as recipes
 
-FEW: dict[str, Any] = {
-    "clients": 2,
-    "rounds": 2,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "client_rows": 0,
-    "threads": 1,
-    "device": "cpu",
-}
+FEW: dict[str, Any] = command_line.FEW | {"rounds": 2, "client_rows": 0}
 CODES, FILE = "runs/0001-rtn-tiny", "runs/0001-rtn-tiny/0001-rtn-tiny.gguf"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo": ("mezo", {"tau": 4, "lr": 0.05}),

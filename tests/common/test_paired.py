@@ -37,7 +37,6 @@ def test_the_formula_by_hand() -> None:
 def test_the_error_is_that_of_the_bootstrap_over_rows() -> None:
     before, after = rows(1, 300)
     found = difference(before, after)
-    assert found is not None
     assert found.error is not None
     d, T = np.array(after.sums) - np.array(before.sums), np.array(before.counts)
     draws = np.random.default_rng(2).integers(0, 300, (4000, 300))
@@ -49,7 +48,6 @@ def test_the_error_is_that_of_the_bootstrap_over_rows() -> None:
 def test_the_paired_error_is_far_below_that_of_either_loss() -> None:
     before, after = rows(3, 200)
     found = difference(before, after)
-    assert found is not None
     assert found.error is not None
     alone = ratio(after.sums, after.counts)[1]
     assert alone is not None
@@ -72,15 +70,12 @@ def test_what_does_not_pair() -> None:
     assert difference(before, RowLosses(after.sums[:3], after.counts[:3])) is None
     one = difference(RowLosses([2.0], [1]), RowLosses([1.0], [1]))
     assert one == Difference(-1.0, None, 1)
-    assert one is not None
     assert one.noise
     bad = difference(before, RowLosses([math.inf, *after.sums[1:]], after.counts))
-    assert bad is not None
     assert bad.value == math.inf
     assert bad.error is None
     assert not bad.noise
     both = difference(RowLosses([math.inf], [1]), RowLosses([math.inf], [1]))
-    assert both is not None
     assert math.isnan(both.value)
 
 

@@ -95,7 +95,6 @@ def test_a_lock_is_had_by_one_and_waited_for(windows: bool, tmp_path: Path) -> N
     handle = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     assert lock(handle)
     with subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
         assert other.stdout.readline() == "False\n"
         for _ in range(2000):
             if (tmp_path / "asked").exists():

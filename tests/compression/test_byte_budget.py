@@ -12,7 +12,7 @@ import pytest
 import torch
 from command_harness import call, pulled_after
 from deploy_harness import tokenizer
-from pruner_harness import tiny
+from pruner_harness import SIZES, tiny
 
 from fleetune import compression
 from fleetune.cli.main import main
@@ -23,14 +23,6 @@ from fleetune.compression.layerwise.driver import End
 from fleetune.models.artefact import Master
 
 SMALL = ("--text", "text.txt", "--windows", "4", "--length", "16")
-SIZES = {
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "num_hidden_layers": 2,
-}
 
 
 Events = list[dict[str, Any]]
@@ -167,7 +159,6 @@ def test_a_choice_comes_back_as_it_was_kept_and_a_damaged_one_not_at_all(tmp_pat
     budget.save_choice(kept, tmp_path, "o")
     assert budget.saved_choice(tmp_path, "another") is None
     found = budget.saved_choice(tmp_path, "o")
-    assert found is not None
     assert dataclasses.replace(found, ends=[]) == dataclasses.replace(kept, ends=[])
     torch.testing.assert_close(found.ends[0].table, table)
     assert [end[:2] for end in found.ends] == [("b", 0.25), ("c", 1.0)]

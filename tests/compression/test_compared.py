@@ -116,16 +116,15 @@ def other_tokens(at: Path) -> str:
     return str(at / "other")
 
 
-@pytest.mark.parametrize("command", ["measure"])
 def test_a_reference_with_other_tokens_is_refused_before_a_model_is_loaded(
-    command: str, tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_model(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
     other = other_tokens(at)
     monkeypatch.setattr(models, "load", no_model)
-    code, told, _ = call(capsys, command, tiny, "--reference", other, "--text", "text.txt")
+    code, told, _ = call(capsys, "measure", tiny, "--reference", other, "--text", "text.txt")
     assert code == 2
     assert "have different tokens" in told[-1]["message"]
     assert "the model that it was made from" in told[-1]["hint"]

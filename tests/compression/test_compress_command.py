@@ -16,7 +16,7 @@ from command_harness import call, pulled_after
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
-from fleetune.models.artefact import Master, Quantised
+from fleetune.models.artefact import Master
 
 SMALL = ["--method", "optq", "--windows", "4", "--length", "16", "--set", "group=8"]
 
@@ -69,9 +69,7 @@ def test_a_tuned_run_is_compressed_from_its_ledger(
     master = Master(Path(done["folder"]) / "model")
     assert master.head.base == models.digest(models.named_tensors(run.net)) != run.digest
     for name, weight in parts.items():
-        assert isinstance(weight, Quantised)
         found = master.quantised(name)
-        assert found is not None
         assert torch.equal(found.codes, weight.codes)
         assert torch.equal(found.scale, weight.scale)
     assert done["before"]["loss"] != done["after"]["loss"]

@@ -27,7 +27,7 @@ from fleetune.compression.layerwise.federated import (
     lower_triangle,
 )
 from fleetune.models import Model
-from fleetune.models.artefact import Quantised, dense
+from fleetune.models.artefact import dense
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 
 
@@ -101,8 +101,6 @@ def test_many_clients_give_the_central_result_on_the_union(tmp_path: Path) -> No
     same(parts, again)
     for name in central:
         a, b = central[name], parts[name]
-        assert isinstance(a, Quantised)
-        assert isinstance(b, Quantised)
         assert (a.codes != b.codes).float().mean() < 0.002
         assert torch.allclose(a.scale.float(), b.scale.float(), rtol=1e-2)
 

@@ -42,7 +42,6 @@ def test_u_holds_every_inverse() -> None:
     """U_ii^2 and U_ii U[i, i:] against explicit inverses of what is left."""
     _, H = work(9, 1, 12)
     U, _, _, notes = hessian.inverse_cholesky(H.clone(), 0.05)
-    assert U is not None
     assert notes == ()
     for i in range(12):
         left = torch.linalg.inv(damped(H, 0.05)[i:, i:])
@@ -53,7 +52,6 @@ def test_u_holds_every_inverse() -> None:
 def test_u_of_a_wide_layer_is_put_together_of_halves(C: int) -> None:
     _, H = work(4, 1, C)
     U, *_ = hessian.inverse_cholesky(H.clone(), 0.05)
-    assert U is not None
     assert torch.equal(U, U.triu())
     assert (U.diagonal() > 0).all()
     torch.testing.assert_close(U.T @ U, torch.linalg.inv(damped(H, 0.05)), rtol=1e-9, atol=1e-12)

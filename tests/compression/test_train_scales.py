@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_harness import call, pulled_after
 from deploy_harness import tokenizer
-from pruner_harness import tiny
+from pruner_harness import SIZES, tiny
 from torch import Tensor
 
 from fleetune import compression, models
@@ -26,14 +26,6 @@ from fleetune.runs.compression_folder import CompressRequest
 from heard import Heard
 
 SMALL = ("--method", "optq", "--text", "text.txt", "--windows", "4", "--length", "32")
-SIZES = {
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "num_hidden_layers": 2,
-}
 GRIDS = [
     ("ggml", 4),
     ("iq4_nl", 4),

@@ -80,9 +80,6 @@ def test_runs_as_student_and_as_teacher(
 PRUNER_BASE = ["--method", "llm-pruner", "--length", "64"]
 PRUNER = [*PRUNER_BASE, "--set", "first=1", "--set", "last=1", "--set", "round_to=4", "--set", "ratio=0.34"]
 FEW = ["--set", "steps=4", "--set", "batch_size=2"]
-ROWS = ["--data", "rows.jsonl"]
-
-
 KILL = """
 import os, signal, sys
 from fleetune.cli.main import main

@@ -88,7 +88,6 @@ def test_bert_marks_a_pair_with_segments_and_roberta_without() -> None:
     a, b, c, d = (letters[x] for x in "abcd")
     assert kept.tolist() == [0, 1]
     assert rows[0].ids.tolist() == [start, a, b, end, c, end]
-    assert rows[0].segments is not None
     assert rows[0].segments.tolist() == [0, 0, 0, 0, 1, 1]
     assert [row.target for row in rows] == [1, 0]  # of the label words no, yes
     assert rows[1].ids.tolist() == [start, d, end]
@@ -136,7 +135,6 @@ def test_batches_pad_texts_and_segments_and_hold_one_target_a_row() -> None:
     assert batch.input_ids[1].tolist()[3:] == [258] * 3
     assert batch.attention_mask.tolist() == [[1] * 6, [1] * 3 + [0] * 3]
     assert batch.labels.tolist() == [1, 0]
-    assert batch.token_type_ids is not None
     assert batch.token_type_ids.tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6]
 
 

@@ -26,7 +26,7 @@ from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
 from fleetune.deploy import harness, llamacpp
 from fleetune.evaluation.losses import response_loss
-from fleetune.models.artefact import Master, Quantised
+from fleetune.models.artefact import Master
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.listener import Silent
 from fleetune.subject import Compressed
@@ -123,9 +123,7 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
     assert told == own.calibration == Master(path).head.calibration
     parts = driver.run(base, compression.make(compression.DEFAULT, {}), windows, at / "parts")
     for name, weight in parts.items():
-        assert isinstance(weight, Quantised)
         found = Master(path).quantised(name)
-        assert found is not None
         assert torch.equal(found.codes, weight.codes)
         assert torch.equal(found.scale, weight.scale)
     assert not (folder / "base" / "parts").exists()

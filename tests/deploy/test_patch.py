@@ -242,7 +242,6 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_pa
         child = subprocess.Popen(
             [*command, str(tmp_path / "p"), str(tmp_path / "back")], stdout=subprocess.PIPE
         )
-        assert child.stdout is not None
         child.stdout.readline()
         time.sleep(drawn.uniform(0, 0.3))
         child.send_signal(signal.SIGKILL)
@@ -383,7 +382,6 @@ def test_a_patch_that_asks_for_more_than_a_run_makes_is_refused_before_any_work(
     finally:
         tracemalloc.stop()
     entries = patch.load(asking(most)).entries
-    assert entries is not None
     assert entries.passes == most
 
 

@@ -142,7 +142,6 @@ def serving(*args: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]
     )
     with process:
         try:
-            assert process.stdout is not None
             event: dict[str, Any] = {}
             while event.get("event") != "serving":
                 event = json.loads(process.stdout.readline())
@@ -181,7 +180,6 @@ def test_serve_ends_with_an_error_when_the_engine_does(at: Path) -> None:
     with serving("tiny.gguf") as (process, _):
         os.kill(starts(at / "bin")[0]["pid"], signal.SIGKILL)
         assert process.wait(20) == 1
-        assert process.stdout is not None
         assert "llama-server has ended (signal 9)" in json.loads(process.stdout.readlines()[-1])["message"]
 
 

@@ -146,7 +146,6 @@ def test_a_checkpoint_states_what_it_stands_on(made) -> None:
     round, file = rundir.checkpoints(path)[-1]
     payload = checkpoint.decode(file.read_bytes())
     stated = checkpoint.stands_on(payload)
-    assert stated is not None
     assert stated[0] == checkpoint.stated_in(file)
     assert (stated[0].recipe["rounds"], stated[0].recipe["set.scaffold"]) == (3, True)
     assert stated[0].base == rundir.made_on(path)["base"]
@@ -279,7 +278,6 @@ def test_what_a_killed_process_leaves_is_swept_and_a_living_ones_stays(tmp_path:
     foreign.mkdir()
     words = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         (left,) = tmp_path.glob(f"*{SUFFIX}")
         sweep(tmp_path)

@@ -170,7 +170,6 @@ def test_a_second_process_is_refused_until_the_first_is_gone(run):
         assert f"{run.path} is in use by another process" in text
     run.close()
     with holder(run.path) as other:
-        assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         with pytest.raises(UsageError, match="in use by another process"):
             RunDir(run.path)
@@ -281,7 +280,6 @@ def test_the_last_checkpoints_are_kept_and_the_newest_is_restored(run):
     for r in range(5):
         put(run, r, state(r))
         found = get(run)
-        assert found is not None
         assert found[0] == r
         assert found[1].scalars == {"round": r}
         assert found[1].arrays["w"].tolist() == [r] * 50
@@ -308,13 +306,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, kind):
     newest = run.path / "checkpoints" / "round-000005.ckpt"
     newest.write_bytes(damages(newest.read_bytes())[kind])
     found = get(run)
-    assert found is not None
     assert (found[0], found[1].scalars["round"]) == (4, 4)
     assert "checkpoint round-000005.ckpt is not usable" in (run.path / "log.txt").read_text()
     run.cut(4)
     put(run, 5, state(55))
     again = get(run)
-    assert again is not None
     assert again[1].scalars["round"] == 55
 
 

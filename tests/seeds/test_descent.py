@@ -123,7 +123,6 @@ def test_plus_comes_first_and_the_view_is_left_clean(view: View) -> None:
     before, calls = digest(view.tensors()), list[tuple[int, float]]()
 
     def loss() -> float:
-        assert view.direction is not None
         calls.append((view.direction[0], float(view.direction[1][0])))
         return float(len(calls))
 

@@ -621,9 +621,6 @@ def test_diff():
 A, B = TENSORS
 
 
-A, B = TENSORS
-
-
 @pytest.mark.parametrize(
     ("model", "tokenizer", "tensors", "reason"),
     [

@@ -229,13 +229,12 @@ def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
     assert digests(Path("whole") / "0001-sweep-recipe") == digests(folder)
 
 
-@pytest.mark.parametrize("error", [IndexError("too few directions")])
-def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys, monkeypatch, error):
+def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys, monkeypatch):
     real = prepare.prepare
 
     def failing(recipe: recipe.Recipe, *, offline: bool, measure: bool) -> prepare.TuneJob:
         if recipe.set["K"] == 8:
-            raise error
+            raise IndexError("too few directions")
         return real(recipe, offline=offline, measure=measure)
 
     monkeypatch.setattr(prepare, "prepare", failing)
@@ -317,7 +316,6 @@ def test_a_final_measure_is_the_mean_over_seeds_with_the_spread_of_the_change(tm
     base, losses, runs = table(tmp_path / "a", np.random.default_rng(2))
     end = summary.final(1, 512, "loss", runs)
     by_seed = losses[:, 1, :, -1].mean(axis=0)  # over alpha
-    assert end is not None
     assert end.mean == pytest.approx(by_seed.mean())
     assert end.spread == pytest.approx(np.std(by_seed - base, ddof=1))
     assert end.number == 4

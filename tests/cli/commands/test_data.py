@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,15 +118,6 @@ def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
     assert (found["equal_training"], found["equal_held_out"]) == (0, 1)
     assert "1 of 2 held-out rows are trained on too (rows 21)" in found["remarks"][0]
     assert "trained on too" not in "".join(checked(capsys, "labelled.jsonl", "--held-out", "1")["remarks"])
-
-
-def test_a_check_without_a_model_loads_no_torch(at: Path) -> None:
-    script = (
-        "import sys\nfrom fleetune.cli.main import main\nprint(main(sys.argv[1:]), 'torch' in sys.modules)"
-    )
-    words = ["data", "check", "own.jsonl", *COLUMNS, "-qq"]
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "False"]
 
 
 def test_no_row_of_a_check_steers_the_terminal(at: Path, capsys: Capture) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import command_line
 import fleetune
 from fleetune import adapters, models
 from fleetune.data import collate
@@ -219,16 +220,7 @@ def test_where_the_published_rate_moves_nothing_it_is_searched_for_in_any_run(na
 
 # Whole runs -------------------------------------------------------------------------------------------
 
-FEW: dict[str, Any] = {
-    "clients": 2,
-    "rounds": 2,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "threads": 1,
-    "device": "cpu",
-    "settings": {"K": 16, "tau": 4, "batch_size": 2},
-}
+FEW: dict[str, Any] = command_line.FEW | {"rounds": 2, "settings": {"K": 16, "tau": 4, "batch_size": 2}}
 
 
 @pytest.fixture
@@ -304,16 +296,11 @@ def test_with_a_rate_that_is_found_the_server_steps_by_the_root_of_the_clients(
     assert prepare.prepare(job.recipe).recipe.set["server_lr"] == step  # a run that is repeated
 
 
-@pytest.mark.parametrize(
-    ("given", "why"),
-    [({"set": {"backprop_lr": "auto"}}, "backprop_lr=auto does nothing: it is used only with backprop")],
-)
-def test_auto_is_refused_where_no_device_would_use_the_rate(given: dict[str, Any], why: str) -> None:
-    recipe = recipes.make({"model": "m", "data": "d", "method": "fedkseed", **given})
-    with pytest.raises(RecipeError, match=why):
-        prepare.check(recipe)
-    some = {"set": {"backprop_lr": "auto", "backprop": 0.5}}
-    prepare.check(recipes.make({"model": "m", "data": "d", "method": "fedkseed", "kinds": "0,1", **some}))
+def test_auto_is_refused_where_no_device_would_use_the_rate() -> None:
+    with pytest.raises(RecipeError, match="backprop_lr=auto does nothing: it is used only with backprop"):
+        prepare.check(recipe_of("fedkseed", backprop_lr="auto"))
+    some = recipe_of("fedkseed", backprop_lr="auto", backprop=0.5)
+    prepare.check(dataclasses.replace(some, kinds="0,1"))
 
 
 def test_auto_is_refused_where_it_cannot_be_found(place: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import command_line
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
@@ -27,15 +28,9 @@ def test_what_decides_the_bits_is_compared() -> None:
 
 # --- a whole run that is stopped and resumed ------------------------------------------------------------------
 
-FEW: dict[str, Any] = {
+FEW: dict[str, Any] = command_line.FEW | {
     "method": "fedit",
     "settings": {"r": 2, "batch_size": 2, "lr": 1e-2},
-    "clients": 2,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "threads": 1,
-    "device": "cpu",
     "limit": 30,
     "max_length": 64,
     "rounds": 2,
