@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from deploy_harness import changed, compressed, on_codebook, on_grid, tiny
+from deploy_harness import write_codes as write
 
 from fleetune import adapters, models
 from fleetune.cli.main import main
@@ -26,7 +27,7 @@ from fleetune.deploy.export import write_adapter as export_adapter
 from fleetune.deploy.formats import Report
 from fleetune.errors import StorageError, UsageError
 from fleetune.models import artefact
-from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models.artefact import Quantised
 from fleetune.models.families import widths
 from fleetune.models.families.number_types import SUPER_TYPES
 
@@ -57,11 +58,6 @@ def npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "entry_points",
         lambda group: [*own(group=group), point] if group == point.group else own(group=group),
     )
-
-
-def write(model: models.Model, folder: Path, quantised: dict[str, Quantised]) -> Path:
-    artefact.write(folder, model, quantised, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
-    return folder
 
 
 def matrices(model: models.Model, bits: int = 4, group: int = 32, **grid: int) -> dict[str, Quantised]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy_harness import BLOCKS, LAYER, compressed, on_grid, tiny
+from deploy_harness import BLOCKS, LAYER, compressed, on_grid, tiny, write_codes
 from family_harness import save
 
 import fleetune
@@ -18,7 +18,6 @@ from fleetune.common import ggml
 from fleetune.compression.layerwise.grids import Grid, rounded
 from fleetune.deploy import tunable_file
 from fleetune.errors import UsageError
-from fleetune.models import artefact
 from fleetune.runs.listener import Silent
 from fleetune.seeds.scale_view import moved_tensors
 
@@ -157,9 +156,7 @@ def test_of_a_file_of_several_types_those_that_can_be_are_tuned(tmp_path: Path) 
         if name.split(".")[-2] in LAYER:
             wide = ".mlp." in name
             quantised[name] = rounded(tensor, Grid("q4_k", 4), 32) if wide else on_grid(tensor, 4, 32)
-    head = artefact.ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest)
-    artefact.write(tmp_path / "codes", model, quantised, head)
-    found = subject.open(tmp_path / "codes")
+    found = subject.open(write_codes(model, tmp_path / "codes", quantised))
     assert isinstance(found, subject.Compressed)
     scales = ggml.scales_in(tunable_file.kinds_of(found))
     assert scales == {name.removesuffix(".weight"): 1 for name in quantised if ".mlp." not in name}

@@ -19,11 +19,6 @@ from fleetune.evaluation.objectives import BUILT_IN, get, loss_tensor, split
 from fleetune.models import Model, tiny_llama
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    return tiny_llama(seed=3)
-
-
 def _examples(*labels: str) -> list[Example]:
     return [Example((("user", "why " * (i + 1)),), label, {}) for i, label in enumerate(labels)]
 

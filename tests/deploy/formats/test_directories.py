@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from deploy_harness import changed, compressed, on_grid, tiny
+from deploy_harness import write_codes as write
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -20,8 +21,8 @@ from fleetune import models
 from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import compressed_tensors, gptq, hf
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.models import Model, artefact
-from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models import Model
+from fleetune.models.artefact import Quantised
 from fleetune.models.net import saving
 
 
@@ -37,11 +38,6 @@ def matrix(codes: list[list[int]], scale: list[list[float]], zero: list[list[int
 
 def unsigned(words: torch.Tensor) -> list[list[int]]:
     return (words.to(torch.int64) & 0xFFFFFFFF).tolist()
-
-
-def write(model: Model, folder: Path, grids: dict[str, Quantised]) -> Path:
-    artefact.write(folder, model, grids, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
-    return folder
 
 
 def grids_of(model: Model, bits: int = 4, group: int = 32) -> dict[str, Quantised]:

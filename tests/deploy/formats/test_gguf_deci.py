@@ -24,6 +24,8 @@ from fleetune.models import Model
 from fleetune.models.families import widths
 from fleetune.models.families.widths import KeptUnits
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 IDS: Final = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
 
 
@@ -49,12 +51,6 @@ def narrowed(found: list[tuple[int, int]], ratio: int = 2, whole: int = 2, **siz
         [KeptUnits(some(whole, heads), some(model.net.config.intermediate_size, c)) for heads, c in found],
     )
     return model
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own for what the importer converts."""
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
 @contextmanager

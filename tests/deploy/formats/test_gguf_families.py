@@ -26,14 +26,12 @@ from fleetune.errors import ModelError, UsageError
 from fleetune.models.families import table
 
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore"),
+]  # of transformers, about made-up sizes
 SAME = 1e-5  # nats: llama.cpp's cache of keys and values is fp16
 SEEN = 30 * SAME  # what one tensor in another order must be off by at least
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
 def fields(path: Path) -> dict[str, Any]:

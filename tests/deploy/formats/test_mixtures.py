@@ -27,13 +27,11 @@ from fleetune.models.loading import load_artefact
 from fleetune.runs.listener import Silent
 
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore"),
+]  # of transformers, about made-up sizes
 PARTED = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "ernie4_5_moe"]  # stored as a matrix an expert
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
 def tensors(path: Path) -> dict[str, Any]:

@@ -30,14 +30,10 @@ from fleetune.models.cache.names import MASTER
 from fleetune.models.families.number_types import SUPER_TYPES, SUPER_WIDTH
 from fleetune.tuning.exchange.messages import decode
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TYPES = sorted(SUPER_TYPES)
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own for what the importer converts."""
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
 def drawn(kind: str, seed: int, R: int = 3, blocks: int = 2) -> Quantised:
