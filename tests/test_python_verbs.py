@@ -54,9 +54,6 @@ class Terminal(io.StringIO):
         return True
 
 
-# Progress -----------------------------------------------------------------------------------------
-
-
 def test_a_run_prints_on_a_terminal_and_nothing_into_a_pipe(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,9 +91,6 @@ def test_counts_are_printed_every_ten_seconds_and_names_are_made_safe() -> None:
     assert stream.getvalue().splitlines() == ["blocks 10/30", "blocks 20/30", "a client\\x1b[31m"]
 
 
-# Sweeps and runs ----------------------------------------------------------------------------------
-
-
 def test_a_sweep_stops_goes_on_and_is_the_commands_sweep(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,9 +121,6 @@ def test_finished_runs_are_listed_with_their_results(place: Path, tmp_path: Path
     assert [run.folder.name for run in found] == [first.folder.name]
     assert found[0].done.tuned == first.done.tuned
     assert fleetune.list_runs(tmp_path / "nowhere") == []
-
-
-# Answers ------------------------------------------------------------------------------------------
 
 
 def test_a_model_answers_by_name_and_in_memory(place: Path, model: Model) -> None:

@@ -66,7 +66,7 @@ def test_a_run_is_resumed_from_another_folder(elsewhere: Path, capsys: pytest.Ca
     assert f"result    {run}/adapter" in capsys.readouterr().out
 
 
-def test_a_run_is_repeated_from_another_folder(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_repeated_from_another_folder(elsewhere: Path) -> None:
     assert main(["tune", "-c", str(run_in(elsewhere) / "run.toml"), "-qq"]) == 0
     digests = [
         next(e for e in rundir.events(run_in(p)) if e["event"] == "done")["digest"]

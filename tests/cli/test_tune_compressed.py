@@ -205,9 +205,6 @@ def _trained(plan: Any) -> int:
     return int(next(row for row in plan.rows if row.method == "fedpetuning").trainable)
 
 
-# What is refused ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

@@ -140,9 +140,6 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
         assert content in (b"a" * 400_000, b"b" * 400_000)
 
 
-# --- regular files alone ------------------------------------------------------------------------------------
-
-
 @contextmanager
 def at_once() -> Iterator[None]:
     """What takes ten seconds waits without end."""

@@ -57,7 +57,7 @@ def test_a_layer_that_is_read_twice_counts_twice() -> None:
         torch.testing.assert_close(H[name].double(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
 
 
-def test_layers_that_read_one_tensor_share_a_hessian(tmp_path: Path) -> None:
+def test_layers_that_read_one_tensor_share_a_hessian() -> None:
     model = models.tiny_llama()
     _, linears = linears_of(model)[0]
     with torch.inference_mode():
@@ -105,7 +105,7 @@ def test_drifts_are_of_the_inputs_in_both_models(family: str, tmp_path: Path) ->
         assert torch.equal(dense(Solved(parts[f"{name}.weight"])), want)
 
 
-def test_the_dense_stream_is_that_of_the_model(tmp_path: Path) -> None:
+def test_the_dense_stream_is_that_of_the_model() -> None:
     """Bit for bit, through blocks that are solved and blocks that are passed over after a stop."""
     model, windows = models.tiny_llama(layers=3), text(3, 20)
     blocks = [linears for _, linears in linears_of(model)]

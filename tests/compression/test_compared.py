@@ -99,9 +99,6 @@ def test_a_run_is_compared_on_the_rows_that_it_was_not_calibrated_on(
     assert seen[-1]["base_loss"] > 0
 
 
-# --- eval ---------------------------------------------------------------------------------------------------
-
-
 def other_tokens(at: Path) -> str:
     """A model whose tokenizer gives the tokens other numbers."""
     models.tiny_llama().save(at / "other")

@@ -298,8 +298,6 @@ def test_memory_does_not_grow_with_the_devices(tmp_path: Path) -> None:
     assert len(list((tmp_path / "devices").iterdir())) == 20
 
 
-# The command ----------------------------------------------------------------------------------------
-
 QUICK = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", "0", "--rounds", "1"]
 ZO = ["--method", "fedkseed", "--clients", "3", "--set", "tau=2", "--set", "K=16", "--set", "lr=1e-2"]
 SMALL = ["--set", "group=8", "--windows", "6", "--length", "32"]

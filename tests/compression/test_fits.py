@@ -223,9 +223,6 @@ def test_the_bits_of_a_weight_are_those_of_the_file(kind: str) -> None:
         assert found == (8 * grid.block[1] / grid.block[0] if grid.block else None), bits
 
 
-# --- OPTQ -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", TYPES)
 def test_optq_is_the_surgeon_on_super_blocks(kind: str) -> None:
     """A super-block is fitted when it is reached, a group's multiples again when it is."""
@@ -273,9 +270,6 @@ def test_dead_inputs_and_matrices_that_nothing_reached() -> None:
         assert not dense(solved)[:, 256:].any()
         plain = dense(solver.solve(W.clone(), torch.zeros_like(H)))
         assert torch.equal(plain, dense(compression.make("rtn", {"grid": kind}).solve(W.clone(), H)))
-
-
-# --- settings -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["optq", "rtn"])

@@ -98,9 +98,6 @@ def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert many < whole / 3
 
 
-# The file -------------------------------------------------------------------------------------------
-
-
 @given(
     kinds=st.lists(st.sampled_from(TYPES), min_size=1, max_size=8),
     names=st.lists(st.text('abxyz.é"\\ ', min_size=1, max_size=6), min_size=8, max_size=8, unique=True),
@@ -119,9 +116,6 @@ def test_the_file_is_what_safetensors_writes(kinds: list[torch.dtype], names: li
         write_in_turn(ours, table, reversed(list(tensors.items())), {"master": note})
         save_file(tensors, theirs, metadata={"master": note})
         assert ours.read_bytes() == theirs.read_bytes()
-
-
-# The plan -------------------------------------------------------------------------------------------
 
 
 def llama(layers: int = 2, **sizes: int) -> LlamaConfig:

@@ -126,8 +126,6 @@ def test_a_plain_result_is_compressed_further_and_codes_are_not(
     assert "is not finished" in refused(capsys, "compress", "3", *RTN)
 
 
-# --- one process at a time ----------------------------------------------------------------------------------
-
 HOLD = """
 import sys
 from pathlib import Path

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -327,9 +326,6 @@ def test_9_adapters_and_models_are_not_mixed_up(to: str, tmp_path: Path, sources
     assert not out.exists()
 
 
-# ---------------------------------------------------------------- a target from another package
-
-
 def test_a_registered_target_is_in_the_help_and_in_hints(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(targets.every())[-1] == "npz"
     with pytest.raises(SystemExit):
@@ -338,15 +334,3 @@ def test_a_registered_target_is_in_the_help_and_in_hints(capsys: pytest.CaptureF
     with pytest.raises(UsageError, match="Did you mean 'npz'") as caught:
         targets.find("npzz")
     assert str(caught.value.hint).endswith(", npz")
-
-
-def test_no_package_takes_the_name_of_a_target(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "package" / "other_example.py").write_text('"""Another."""\n\nTARGETS = {"gguf": "mine"}\n')
-    importlib.invalidate_caches()
-    points = [EntryPoint("other", "other_example", targets.FORMATS.group)]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    with caplog.at_level("WARNING"):
-        assert targets.every()["gguf"].format.module == "fleetune.deploy.formats.gguf"
-    assert "the export target 'gguf' of other_example is left out" in caplog.text

@@ -111,16 +111,6 @@ def test_tokens_are_those_of_the_chat_template(example, template, eos, after_end
     assert prompt_ids(example, tok, 10_000).tolist() == prompt
 
 
-def test_exact_text_and_mask_of_chatml():
-    tok = tokenizer()
-    prompt, answer = halves(encode(ASK, tok, 1000), tok)
-    assert prompt == (
-        "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nWhat is 2+2?<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
-    assert answer == "It is 4.<|im_end|>"
-
-
 @pytest.mark.parametrize(
     ("template", "eos", "answer", "stops"),
     [
@@ -184,21 +174,6 @@ def test_a_refusing_template_is_a_clear_error():
     with pytest.raises(DataError, match=r"row 2: .*System role not supported") as caught:
         encode_all([ASK, TALK], tok, 100)
     assert "system turn" in (caught.value.hint or "")
-
-
-def test_the_middle_of_the_prompt_is_cut_first():
-    tok = tokenizer(None, eos="<|im_end|>")
-    example = Example((("user", "A" * 50 + "B" * 50),), "answer")  # 100 + 1 and 7 tokens
-    full = encode(example, tok, 1000)
-    assert len(full.ids) == full.n_prompt + 7
-    assert encode(example, tok, len(full.ids)).ids.tolist() == full.ids.tolist()
-    row = encode(example, tok, 60)
-    prompt, answer = halves(row, tok)
-    whole_prompt = halves(full, tok)[0]
-    assert answer == "answer<|im_end|>"
-    assert len(row.ids) == 60
-    assert prompt == whole_prompt[:26] + whole_prompt[-27:]  # of 53 tokens 26 and 27
-    assert len(encode(example, tok, len(full.ids) - 1).ids) == len(full.ids) - 1
 
 
 def test_a_long_answer_leaves_the_prompt_a_quarter_and_loses_its_end():

@@ -90,8 +90,6 @@ def test_a_row_without_a_label_among_labelled_ones_is_not_a_text(tmp_path: Path)
         read(write(tmp_path / "a.jsonl", {"text": "u"}, {"text": "t", "label": 1}))
 
 
-# Tools, calls and parts that are not text -------------------------------------------------------------
-
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
 GAVE = {"role": "tool", "content": "5"}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
@@ -142,9 +140,6 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, name: str) -> N
     found = read(write(tmp_path / "a.jsonl", plain, {"messages": messages}), note=notes.append)
     assert found[1:] == ([expected] if expected else [])
     assert notes == [f"left out of the conversations: {told}"]
-
-
-# Columns ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -242,9 +237,6 @@ def test_a_column_of_the_mapped_name_is_hidden(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"body": "B", "text": "old"}, {"text": "old"})
     with pytest.raises(DataError, match=r"a\.jsonl:2: field 'text' is missing"):
         read(file, columns="text=body")
-
-
-# A folder with one file per client --------------------------------------------------------------------
 
 
 def test_auto_divides_by_clients_that_the_data_name(tmp_path: Path) -> None:

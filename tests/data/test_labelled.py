@@ -17,9 +17,6 @@ from fleetune.errors import DataError
 QNLI = {"question": "Who?", "sentence": "It was she.", "label": "entailment"}
 
 
-# ---------------------------------------------------------------- which form
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 @pytest.mark.parametrize("labels", [("entailment", "not_entailment"), (0, 1), ("0", "1")])
 def test_qnli_reads_the_same_from_every_file_type_and_either_kind_of_label(
@@ -71,9 +68,6 @@ def test_other_forms_are_told_by_their_fields(tmp_path: Path, texts: tuple[str, 
 def test_a_bad_row_is_named_with_its_line_and_field(tmp_path: Path, row: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         read(write(tmp_path / "a.jsonl", [QNLI, row]))
-
-
-# ---------------------------------------------------------------- what an encoder reads
 
 
 def example(*texts: str, answer: str = "yes") -> Example:

@@ -22,8 +22,6 @@ from fleetune.deploy.harness import KEPT_BAR, MeasureJob, kept_gain
 from fleetune.errors import DataError, FleetuneError, UsageError
 from fleetune.models.artefact import Master
 
-# ---------------------------------------------------------------- kept gain
-
 
 def test_kept_gain_where_less_is_better_and_where_more_is() -> None:
     less = kept_gain("loss", base=3.0, tuned=2.0, small_base=3.25, small_tuned=2.5)
@@ -58,9 +56,6 @@ def test_the_direction_of_a_measure_does_not_matter(b: float, t: float, cb: floa
         assert less.value is None
 
 
-# ---------------------------------------------------------------- bits
-
-
 def test_bits_of_artefacts_and_files_are_exact(tmp_path: Path) -> None:
     model = tiny()
     compressed(model, tmp_path / "four", bits=4, group=32)
@@ -79,9 +74,6 @@ def test_bits_of_artefacts_and_files_are_exact(tmp_path: Path) -> None:
     embedding = sum(n.values()) - linear - norms
     assert file.all == (4.5 * linear + 8.5 * embedding + 32 * norms) / sum(n.values())
     assert harness.bits(tmp_path / "bf16") == (16.0, 16.0)
-
-
-# ---------------------------------------------------------------- speed
 
 
 class Paced:
@@ -150,9 +142,6 @@ def test_no_gain_is_kept_where_the_gain_is_within_noise() -> None:
     alone = kept_gain("loss", 3.0, 2.0, 3.0, 2.5, (b[:1], t[:1], b[:1], t[:1]))
     assert alone.value is None
     assert "not measurable on 1 row:" in alone.text
-
-
-# ---------------------------------------------------------------- windows, losses, the process
 
 
 def test_windows_are_apart_and_the_last_may_be_short() -> None:
@@ -241,9 +230,6 @@ def test_what_goes_wrong_in_the_process_is_told(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(FleetuneError, match=rf"ended with -{number}") as ended:
             harness.measured(MeasureJob("gguf", "a.gguf", 1))
         assert hint in (ended.value.hint or "")
-
-
-# ---------------------------------------------------------------- what an export says
 
 
 @pytest.mark.parametrize(

@@ -228,9 +228,6 @@ def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
     assert pip_install("llamacpp") in err
 
 
-# ---------------------------------------------------------------- export
-
-
 def test_an_export_is_run_where_it_is_for(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = models.load("little").tokenizer
     count = len(words(Path("text.txt").read_text())["input_ids"])
@@ -248,8 +245,6 @@ def test_an_export_is_run_where_it_is_for(at: Path, capsys: pytest.CaptureFixtur
     assert (code, told[-1]["runtime"]) == (0, "transformers")
     assert told[-1]["ratio"] == pytest.approx(1, rel=1e-5)
 
-
-# ---------------------------------------------------------------- bad input
 
 BAD = {
     "a text of one token": (["measure", "little", "--text", "one.txt"], "1 tokens: nothing to predict"),

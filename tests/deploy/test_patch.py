@@ -256,9 +256,6 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_pa
     assert visible(file.parent) == ["m.gguf"], "what killed ones left is gone"
 
 
-# A run ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", ["fedkseed", "onebyte"])
 def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path) -> None:
     """From the rows to the patched file: export, patch and replay give one file, which lost nothing."""
@@ -287,9 +284,6 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
     made = patch_make.of_ledger(file, finished.ledger_of(Path(run.done.run)))
     assert made.result == sha256(out)
     assert len(made.file) < 20_000
-
-
-# Files of patches ------------------------------------------------------------------------------------
 
 
 def test_a_damaged_or_another_patch_is_named_as_such(file: Path, tmp_path: Path) -> None:

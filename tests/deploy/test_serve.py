@@ -53,9 +53,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# Engines ----------------------------------------------------------------------------------------------
-
-
 def test_engines_are_told_all_but_the_key(at: Path) -> None:
     asked, file = Options("llama-server", 3, 2048, port=4711, key="secret"), Path("/models/a b.gguf")
     line = serving_module._command(file, asked)
@@ -116,9 +113,6 @@ def test_the_engine_of_the_wheel_serves_and_answers(plain: Path) -> None:
     assert not lives(session.process.pid)
     with fleetune.chat(plain, max_tokens=8, **asked) as talk:
         assert talk.say("hello") == talk.turns[-1]["content"] != ""
-
-
-# serve ------------------------------------------------------------------------------------------------
 
 
 def _hearing() -> None:
@@ -228,9 +222,6 @@ def test_serve_refuses_before_an_engine_is_started(
     assert not (at / "bin" / "started").exists()
 
 
-# What is served ---------------------------------------------------------------------------------------
-
-
 def served(model: object) -> dict[str, Any]:
     """How the engine is started for a model, whose file is gone afterwards where it was made for the session."""
     with fleetune.chat(model) as talk:
@@ -283,9 +274,6 @@ def test_a_finished_run_is_served_and_its_adapter_is_no_model(at: Path, plain: P
     fleetune.export("1", to="gguf:lora")
     assert list(Path("runs").glob("0001-*/*.gguf"))
     assert served("1")["--alias"] == start["--alias"]
-
-
-# chat -------------------------------------------------------------------------------------------------
 
 
 def test_chat_answers_once_to_a_prompt_or_a_pipe(

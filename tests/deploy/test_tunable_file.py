@@ -83,9 +83,6 @@ def test_another_file_in_its_place_is_refused_and_stays(other: Any, tmp_path: Pa
     assert place.read_bytes() == changed
 
 
-# What cannot be tuned -------------------------------------------------------------------------------
-
-
 def compression(folder: Path, model: Path, method: str = "rtn", **settings: Any) -> subject.Compressed:
     done = fleetune.compress(
         str(model),
@@ -176,9 +173,6 @@ def test_only_layers_count() -> None:
     assert (
         ggml.share(several) == "the scales of 2 of the layers' 6 matrices; those in F16, Q2_K and Q6_K stay"
     )
-
-
-# Writing it -----------------------------------------------------------------------------------------
 
 
 KILLED = """

@@ -103,8 +103,6 @@ def test_the_example_is_listed_and_planned(fedmedian, tmp_path, capsys):
     assert list(rows).index(fedmedian) < list(rows).index("inference")
 
 
-# --- the compressor and the command -----------------------------------------------------------------------------
-
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
 EXAMPLES = {"fleetune.compressors": ("magnitude", "\nclass Solver"), "fleetune.commands": ("count", "\nHELP")}
 

@@ -109,8 +109,6 @@ def test_logits_of_minus_infinity_are_harmless(few: int, pieces: tuple[int, int]
     torch.testing.assert_close(rows.grad.double(), gradient, rtol=1e-4, atol=1e-5)
 
 
-# ---------------------------------------------------------------- logits that a model changes after its head
-
 each_change = pytest.mark.parametrize(
     "change",
     [Change("final_logit_softcapping", 2.0), Change("logits_scaling", 0.7), Change("logit_scale", 0.3)],

@@ -91,8 +91,6 @@ def test_tasks_that_are_not_named_are_chosen_by_what_there_is(tiny: Model) -> No
     assert len(caught.value.problems) == 2
 
 
-# --- lm-evaluation-harness ------------------------------------------------------------------------------------
-
 RESULTS: dict[str, Any] = {
     "results": {
         "arc_easy": {

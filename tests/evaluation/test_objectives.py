@@ -27,9 +27,6 @@ def _batch(model: Model, examples: list[Example]) -> Batch:
     return collate(encode_all(examples, model.tokenizer, 256)[0], 257)
 
 
-# --- built in ---------------------------------------------------------------------------------------------
-
-
 def test_a_batch_splits_into_prompts_and_references(tiny: Model) -> None:
     examples = _examples("yes", "no, never", "maybe")
     prompts, references = split(_batch(tiny, examples))
@@ -122,8 +119,6 @@ def test_values_repeat_and_the_model_is_left_as_it_was() -> None:
     assert all(module.training for module in model.net.modules())
     assert all(torch.equal(p, q) for p, q in zip(model.net.parameters(), before, strict=True))
 
-
-# --- a function of one's own ------------------------------------------------------------------------------
 
 OWN = """
 import torch

@@ -296,7 +296,7 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.
         divided("one.jsonl", 1)
 
 
-def test_events_are_as_the_schema_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_are_as_the_schema_says() -> None:
     from jsonschema import Draft202012Validator
 
     from fleetune.common.events import as_dict

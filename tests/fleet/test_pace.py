@@ -190,8 +190,6 @@ def test_it_is_said_who_is_waited_for_and_how_many_are_needed() -> None:
     ]
 
 
-# Who does what ----------------------------------------------------------------------------------------
-
 EVERY_OTHER = Wanted(("two-point", "back-propagation"), lambda client: client % 2)
 
 

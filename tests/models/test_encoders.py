@@ -72,9 +72,6 @@ def trained_head(path: Path, labels: tuple[str, ...] = ("no", "yes")) -> models.
     return model
 
 
-# ---------------------------------------------------------------- the head
-
-
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_a_bare_encoder_gets_a_new_head_and_keeps_everything_else(tmp_path: Path, kind: str) -> None:
     make, new = KINDS[kind]
@@ -135,8 +132,6 @@ def test_an_encoder_that_lacks_more_than_its_head_is_refused(tmp_path: Path) -> 
     with pytest.raises(ModelError, match=r"lacks 1 tensors .*bert\.encoder\.layer\.0\.output\.dense\.weight"):
         models.load(str(path), labels=("no", "yes"))
 
-
-# ---------------------------------------------------------------- accuracy
 
 PAIRS = [
     Example((("user", f"{q}|{s}"),), "yes" if s in q else "no", {}, (q, s))
@@ -199,9 +194,6 @@ def test_what_an_encoder_cannot_do_is_refused() -> None:
             evaluate(model, PAIRS, [task])
     with pytest.raises(DataError, match=r"1 other response such as \['maybe'\]"):
         label_accuracy(model, [Example((("user", "q"),), "maybe", {}, ("q",))])
-
-
-# ---------------------------------------------------------------- a run
 
 
 def data(path: Path, label: str = "label") -> str:

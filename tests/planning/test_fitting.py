@@ -125,9 +125,6 @@ def test_only_what_tune_does_not_do_by_itself_is_said() -> None:
     assert list(plan.axes(5)["batch"]) == [5, 2, 1]
 
 
-# --- the command and the function --------------------------------------------------------------------------
-
-
 def test_the_printed_command_makes_tune_use_what_was_planned(
     large: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,9 +42,6 @@ SMALL: dict[str, Any] = {
 }
 
 
-# --- counting a model -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     ("family", "more"),
@@ -92,9 +89,6 @@ def test_llama_7b_gives_the_figures_of_the_papers() -> None:
     assert "108 GB to tune with Adam" in text
 
 
-# --- time -------------------------------------------------------------------------------------------------
-
-
 def test_time_follows_the_rates() -> None:
     config = AutoConfig.for_model("llama", **SMALL, tie_word_embeddings=True)
     work = device_cost.Workload(batch=2, length=10, steps=7)
@@ -111,9 +105,6 @@ def test_time_follows_the_rates() -> None:
         for f in (1, 4)
     )
     assert [s / 4 for s in slow if s] == pytest.approx([s for s in fast if s])
-
-
-# --- what fits --------------------------------------------------------------------------------------------
 
 
 def _rows(ram: int | None, **peaks: int) -> list[plan.Row]:
@@ -148,16 +139,10 @@ def test_recommended_methods_come_first_unless_their_sending_is_slow() -> None:
     assert "fedit" not in plan.order(unknown)
 
 
-# --- work -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"length": -1}, {"steps": 0}, {"dtype": "int4"}])
 def test_work_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
         device_cost.Workload(**wrong)
-
-
-# --- the command ------------------------------------------------------------------------------------------
 
 
 def test_the_command_says_that_nothing_fits_after_the_table(tiny: str, capsys: Any) -> None:
@@ -168,9 +153,6 @@ def test_the_command_says_that_nothing_fits_after_the_table(tiny: str, capsys: A
     assert "no method fits 100 MB: the smallest, " in events[-1]["message"]
     assert events[0]["fits"].startswith("no: ")
     assert events[0]["peak"] == sum(events[0]["parts"].values())
-
-
-# --- memory -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

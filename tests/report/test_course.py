@@ -25,10 +25,6 @@ def drawing(text: str, ident: str) -> str:
     return found
 
 
-def idents(run: Path) -> set[str]:
-    return set(re.findall(r'aria-labelledby="(\S+)-t ', report.write(run).read_text()))
-
-
 def test_rounds_are_those_of_the_metrics(run24: Path) -> None:
     events = lines_of(run24)
     rounds = {e["round"]: e for e in events if e["event"] == "round"}

@@ -62,9 +62,6 @@ def refused(said: Said, *words: str) -> None:
         assert word in said.text, said.text
 
 
-# --- what a checkpoint stands on ------------------------------------------------------------------------------
-
-
 def only_newest(path: Path) -> list[Path]:
     """The memories that the newest checkpoint stands on; the checkpoints before it go."""
     *earlier, (round, _) = rundir.checkpoints(path)
@@ -198,9 +195,6 @@ def test_lost_lines_are_told(tmp_path: Path) -> None:
     assert "are lost" in Metrics(tmp_path).cut(3, size)
 
 
-# --- status, signals, reports ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
     class Ui:
@@ -227,9 +221,6 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
     finally:
         signal.signal(number, before)
     assert "stopping after this step" in said[0]
-
-
-# --- links, modes, leftovers ----------------------------------------------------------------------------------
 
 
 def test_rm_of_a_link_leaves_what_it_leads_to(copy, tmp_path: Path) -> None:

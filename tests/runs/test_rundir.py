@@ -74,9 +74,6 @@ def failing(code: int):
     return fail
 
 
-# --- numbers and names --------------------------------------------------------------------------------------
-
-
 def test_runs_are_numbered_and_latest_points_to_the_newest(tmp_path):
     out = tmp_path / "deep" / "runs"
     names = []
@@ -140,8 +137,6 @@ def test_latest_never_points_to_a_run_that_is_gone(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- one process at a time ----------------------------------------------------------------------------------
-
 HOLD = """
 import sys
 from pathlib import Path
@@ -190,12 +185,6 @@ def test_a_folder_is_held_by_one_and_is_left_as_it_was(tmp_path):
     with rundir.locked(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
-
-
-# --- small files --------------------------------------------------------------------------------------------
-
-
-# --- metrics ------------------------------------------------------------------------------------------------
 
 
 def test_events_are_recorded_one_a_line_and_read_back(run):
@@ -272,9 +261,6 @@ def test_cut_removes_temporary_files_and_checkpoints_of_later_rounds(run):
     assert (run.path / "run.toml").exists()
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------
-
-
 def test_the_last_checkpoints_are_kept_and_the_newest_is_restored(run):
     assert get(run) is None
     for r in range(5):
@@ -325,9 +311,6 @@ def test_when_all_are_damaged_it_is_said_and_nothing_is_lost(run):
     for _, path in checkpoints(run.path):  # what the hint says
         path.unlink()
     assert get(run) is None
-
-
-# --- full and read-only disks -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

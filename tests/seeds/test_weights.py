@@ -141,9 +141,6 @@ def test_a_stored_direction_is_that_of_the_law() -> None:
         assert digest(view.tensors()) == digest(reference(named_tensors(net), "hashed", ENTRIES, EPS))
 
 
-# --- cached sums ----------------------------------------------------------------------------------------------
-
-
 def point(law: str, K: int, count: int, seed: int, scale: int = 3000) -> noise.Passes:
     rng = np.random.default_rng(seed)
     epochs, members = (rng.integers(0, top, 3 * count).astype(np.uint64) for top in (count, K))
@@ -188,9 +185,6 @@ def test_sums_that_could_pass_2_to_24_are_not_folded() -> None:
     view.place(big)
     assert not view.folded.sums
     assert digest(view.tensors()) == plain
-
-
-# --- the choice of kernels --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

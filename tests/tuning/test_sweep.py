@@ -64,9 +64,6 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-# Which runs ---------------------------------------------------------------------------------------
-
-
 def test_every_combination_once_and_whole_seeds_first():
     grid = sweep.make_grid({**BASE, "sweep": {"seeds": 2, "alpha": [0.5, 2.0], "K": [8, 16, 64]}})
     assert [(p.seed, *p.values) for p in grid.points] == [
@@ -154,9 +151,6 @@ def test_a_dry_run_lists_the_runs_and_leaves_nothing(at, capsys):
     assert "0004-k-16-seed-6" in out
     assert "4 runs" in err
     assert not (at / "runs").exists()
-
-
-# Doing them ---------------------------------------------------------------------------------------
 
 
 def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
@@ -266,9 +260,6 @@ def test_a_sweep_in_use_or_changed_is_refused(at, capsys):
     code, _, err = call(capsys, "sweep", "--resume", "7")
     assert code == 2
     assert "no sweep '7'" in err
-
-
-# The numbers --------------------------------------------------------------------------------------
 
 
 def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: list[float]) -> GridRun:

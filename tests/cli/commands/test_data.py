@@ -154,9 +154,6 @@ def test_an_encoder_cuts_at_its_positions_where_the_tokenizer_states_no_length(
         assert (found["lengths"]["longest"], found["cut"]) == (max(whole), sum(n > limit for n in whole))
 
 
-# Whole runs ---------------------------------------------------------------------------------------------
-
-
 def test_training_goes_on_with_plain_texts(at: Path, capsys: Capture) -> None:
     write(
         at / "texts.jsonl",
@@ -184,7 +181,7 @@ def test_training_goes_on_with_plain_texts(at: Path, capsys: Capture) -> None:
     assert again["loss"] == pytest.approx(done["tuned"]["loss"], abs=1e-6)
 
 
-def test_columns_stay_with_the_run_and_its_recipe(at: Path, capsys: Capture) -> None:
+def test_columns_stay_with_the_run_and_its_recipe(at: Path) -> None:
     (at / "recipe.toml").write_text(
         'model = "tiny"\ndata = "own.jsonl"\ncolumns = "prompt=ask,response=say"\n'
     )
@@ -217,9 +214,7 @@ class Piped:
         return self.terminal
 
 
-def test_rows_from_standard_input_are_kept_for_a_resume(
-    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_from_standard_input_are_kept_for_a_resume(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = (at / "own.jsonl").read_bytes()
     monkeypatch.setattr(sys, "stdin", Piped(raw))
     assert main(["tune", "tiny", "-", *COLUMNS[:2], *RUN]) == 0

@@ -29,9 +29,6 @@ QUICK = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", 
 ZO = ["--method", "fedkseed", "--clients", "3", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-3"]
 
 
-# What it says of itself -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("error", [MemoryError(), OSError("x.so: failed to map segment from shared object")])
 def test_a_lack_of_memory_is_told_as_what_does_not_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -78,9 +75,6 @@ def test_every_recipe_field_is_a_flag(capsys):
         main(["tune", "--help"])
     text = capsys.readouterr().out
     assert all(f"--{n.replace('_', '-')}" in text for n in recipe.fields() if n not in ("model", "data"))
-
-
-# A whole run ------------------------------------------------------------------------------------
 
 
 def test_a_run_from_start_to_ledger(tiny, at, capsys):
@@ -206,9 +200,6 @@ def test_a_fleet_that_cannot_work_ends_the_run(tiny, at, capsys, monkeypatch, ro
     assert rounds == "1" or [r for r, _ in rundir.checkpoints(at / "runs" / "latest")][-1] == 4
 
 
-# Stops ------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def whole(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of a run that nothing stops."""
@@ -261,8 +252,6 @@ def test_kill_9_then_resume_gives_the_same_bits(tiny, at, capsys, whole):
     assert code == 0
     assert "finished already" in err
 
-
-# Bad input: a clear error, the right code, nothing half-written -----------------------------------
 
 BAD = {  # command line: exit code, words of the error
     "tune {tiny}": (2, "data is missing"),

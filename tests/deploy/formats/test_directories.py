@@ -46,18 +46,12 @@ def grids_of(model: Model, bits: int = 4, group: int = 32) -> dict[str, Quantise
     }
 
 
-# ---------------------------------------------------------------- words
-
-
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(1, 70), st.integers(0, 2**32 - 1))
 def test_words_come_back(bits: int, rows: int, columns: int, seed: int) -> None:
     codes = torch.from_numpy(
         np.random.default_rng(seed).integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
     )
     assert torch.equal(hf.unwords(hf.words(codes, bits), bits, columns), codes)
-
-
-# ---------------------------------------------------------------- packers
 
 
 def test_compressed_tensors_golden() -> None:
@@ -166,9 +160,6 @@ def test_whole_rows_are_channels_and_layers_left_out_are_ignored(tmp_path: Path)
     assert found["ignore"] == ["lm_head", left]
 
 
-# ---------------------------------------------------------------- plain
-
-
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_a_plain_directory_gives_the_same_logits(tmp_path: Path, kind: str) -> None:
     model = tiny(kind)
@@ -201,9 +192,6 @@ def test_a_plain_directory_in_16_bits(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-# ---------------------------------------------------------------- refusals
-
-
 def refused(tmp_path: Path, model: Model, grids: dict[str, Quantised], to: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         export(write(model, tmp_path / "m", grids), to, tmp_path / "a")
@@ -225,9 +213,6 @@ def test_what_compressed_tensors_does_not_hold(tmp_path: Path) -> None:
     refused(
         tmp_path, model, grids_of(model), "compressed-tensors", "model.norm.weight has values beyond fp16"
     )
-
-
-# ---------------------------------------------------------------- reading back
 
 
 def one_tensor() -> Iterator[tuple[str, torch.Tensor]]:

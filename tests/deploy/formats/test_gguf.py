@@ -183,9 +183,6 @@ def test_llama_3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
     assert stored.data.max() == 8
 
 
-# ---------------------------------------------------------------- refusals
-
-
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
     model = tiny()
     model.net.model.layers[1].mlp.up_proj.weight[3, 4] = 1e5
@@ -214,9 +211,6 @@ def test_weights_of_another_configuration_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match=r"holds model.layers.1.* does not have"):
         export(tmp_path / "plain", "gguf", tmp_path / "x.gguf")
-
-
-# ---------------------------------------------------------------- reading back
 
 
 def test_every_damaged_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:

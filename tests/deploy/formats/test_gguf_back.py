@@ -136,9 +136,6 @@ def test_marks_template_and_logits(both: tuple[models.Model, models.Model]) -> N
     )
 
 
-# ---------------------------------------------------------------- rescaled frequencies
-
-
 def file_with(folder: Path, rescaled: dict[str, Any], **changed: Any) -> Path:
     tiny(head_dim=32, rope_parameters=rescaled).save(folder / "m")
     return export(folder / "m", "gguf:f32", folder / "x.gguf").path

@@ -138,9 +138,7 @@ def test_a_pruned_llama_comes_back_from_its_file(model: Model, to: str) -> None:
         ({"attention.value_length": [32]}, r"16 wide, and attention.value_length is 32"),
     ],
 )
-def test_what_is_no_narrower_llama_is_refused_up_front(
-    tmp_path: Path, said: dict[str, list[int]], why: str
-) -> None:
+def test_what_is_no_narrower_llama_is_refused_up_front(said: dict[str, list[int]], why: str) -> None:
     with exported(narrowed([(2, 128), (1, 96), (2, 32)]), "gguf:f32") as (path, _):
         reader = package.GGUFReader(path, "r+")
         for key, numbers in said.items():

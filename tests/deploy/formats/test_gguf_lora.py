@@ -98,9 +98,6 @@ def test_base_file_and_adapter_file_make_the_merged_file(
         np.testing.assert_allclose(merged[name], want, atol=1e-6)
 
 
-# ---------------------------------------------------------------- refusals
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -164,9 +161,6 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"\x00" * 9)
     with pytest.raises(ModelError, match="not a usable adapter"):
         export_adapter(tmp_path / "adapter", tmp_path / "base", "gguf:lora", tmp_path / "m.gguf")
-
-
-# ---------------------------------------------------------------- the command
 
 
 def test_a_folder_of_peft_is_exported_by_the_command(

@@ -38,9 +38,6 @@ def tensors(path: Path) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in package.GGUFReader(path).tensors}
 
 
-# ---------------------------------------------------------------- joining
-
-
 @pytest.mark.parametrize("case", PARTED)
 def test_parts_are_joined(case: str, tmp_path: Path) -> None:
     net = save(case, tmp_path / "m")
@@ -74,9 +71,6 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         export(tmp_path / "m", "hf", tmp_path / "hf")
 
 
-# ---------------------------------------------------------------- what the file holds
-
-
 def test_three_stacked_tensors_and_a_router(tmp_path: Path) -> None:
     net = save("qwen3_moe", tmp_path / "m")
     found = tensors(export(tmp_path / "m", "gguf:f16", tmp_path / "x.gguf").path)
@@ -91,9 +85,6 @@ def test_three_stacked_tensors_and_a_router(tmp_path: Path) -> None:
     router = found["blk.2.ffn_gate_inp.weight"]  # in fp32, as llama.cpp's converter has it
     assert router.tensor_type.name == "F32"
     assert np.array_equal(router.data, own.gate.weight.numpy())
-
-
-# ---------------------------------------------------------------- adapters
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,6 @@ def said(folder: Path) -> dict[str, Any]:
     return found
 
 
-# ---------------------------------------------------------------- golden bytes
-
-
 def matrix(codes: list[int], scale: list[float], zero: list[int], bits: int) -> Quantised:
     return Quantised(
         torch.tensor([codes], dtype=torch.uint8),
@@ -131,9 +128,6 @@ def test_codes_scales_and_biases_are_the_masters(
     assert any("in which MLX computes then" in note for note in report.notes) == ("F32" in types)
     assert report.tensors - report.exact == len(models.named_tensors(model.net)) - 14
     assert torch.equal(tensors["model.norm.weight"], model.net.model.norm.weight.half())
-
-
-# ---------------------------------------------------------------- what config.json states, refusals, notes
 
 
 def test_what_the_configuration_says(tmp_path: Path) -> None:
@@ -215,9 +209,6 @@ def test_what_a_family_has_no_place_for(case: str, changes: dict[str, Any], why:
     assert why in str(mlx.misfit(config(case, **changes)))
 
 
-# ---------------------------------------------------------------- layers of experts
-
-
 def decoded(tensors: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
     """The weights of 4-bit codes in groups of 32, by what mlx.core.quantize documents: the first code in the lowest bits."""
     codes = tensors[f"{layer}.weight"][..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & np.uint32(15)
@@ -277,9 +268,6 @@ def test_codes_of_experts_that_have_no_place(kinds: dict[str, Any], why: str, tm
         export(tmp_path / "m", "mlx", tmp_path / "out" / "x")
     assert "use --to" in (caught.value.hint or "")
     assert list((tmp_path / "out").iterdir()) == []
-
-
-# ---------------------------------------------------------------- mlx-lm itself
 
 
 @pytest.mark.parametrize(

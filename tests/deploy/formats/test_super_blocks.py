@@ -72,9 +72,6 @@ def in_super_blocks(
     return model, found
 
 
-# --- bytes ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", TYPES)
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40)
@@ -86,9 +83,6 @@ def test_all_that_a_type_can_hold_is_read_as_the_same_weights(kind: str, seed: i
     assert raw.shape == (3, 2 * gguf.GGML_QUANT_SIZES[type_][1])
     read = gguf.quants.dequantize(raw, type_)
     assert np.array_equal(read.view(np.int32), q.dense().numpy().view(np.int32))
-
-
-# --- the artefact ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -148,9 +142,6 @@ def test_parts_that_are_no_super_blocks_are_refused(part: str, change, why: str,
     save_file(tensors, file, metadata={"format": "pt", "master": head})
     with pytest.raises(ModelError, match=why):
         Master(tmp_path / "m").quantised(name)
-
-
-# --- exports --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TYPES)

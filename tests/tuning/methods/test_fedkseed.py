@@ -38,9 +38,6 @@ def begun(method: Method) -> tuple[models.Model, State]:
     return model, method.init(model, harness.key())
 
 
-# --- an ordinary model in float64, whose weights are written --------------------------------------------------
-
-
 class Norm(torch.nn.Module):
     """x / rms(x) * w in the type it is given; the library's norm goes through float32."""
 
@@ -108,9 +105,6 @@ def batches(model: models.Model, count: int, size: int, key: int, client: int) -
     return list(Batches(fleet.clients[client], fleet.pad_id, key, client=client).steps(count, size))
 
 
-# --- a device -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("changes", [{}, {"pro": True}, {"clip": 0.3}])
 def test_a_devices_walk_is_algorithm_1_in_float64(changes: dict[str, Any]) -> None:
     """a_k <- a_k - g / (K p_k) along drawn directions, from a point that is not the base."""
@@ -160,9 +154,6 @@ def test_the_mean_two_point_step_is_the_projected_gradient() -> None:
     two_point = np.array([reference.two_point(x, k, 1e-5, b) for k in range(K)])
     assert np.abs(two_point).max() > 10
     np.testing.assert_allclose(two_point, reference.slopes(x, b), rtol=0, atol=2e-5)
-
-
-# --- the server -----------------------------------------------------------------------------------------------
 
 
 def answers(sums: list[np.ndarray], rows: list[int], name: str = "sums") -> list[Reply]:
@@ -228,9 +219,6 @@ def test_resume_is_bit_equal_and_the_ledger_file_alone_rebuilds_the_weights(chan
     assert models.digest(again.tensors()) == models.digest(view.tensors()) != models.digest(named)
 
 
-# --- Pro ------------------------------------------------------------------------------------------------------
-
-
 def test_pro_probabilities_are_the_softmax_of_scaled_sizes() -> None:
     """Section 3.3 by hand: unseen directions count as the median, an outlier as the 95 % quantile."""
     method = tiny(pro=True)
@@ -280,9 +268,6 @@ def test_pro_learns_the_sizes_of_the_slopes_that_devices_saw(wire: str) -> None:
     np.testing.assert_allclose((new.size - state.size)[picks], np.abs(g), rtol=near)
     assert (new.seen - state.seen)[picks].tolist() == [1] * 4
     assert (new.seen - state.seen).sum() == 4
-
-
-# --- mixed fleets ---------------------------------------------------------------------------------------------
 
 
 def test_the_share_that_back_propagates_is_spread_over_the_clients() -> None:
@@ -360,9 +345,6 @@ def test_both_kinds_enter_one_ledger_by_precision(wire: str) -> None:
     w = 30 / (1 + (K - 1) / 6)
     expected = (w * summed + 20 * whole) / (w + 20)
     np.testing.assert_allclose(of_round(new.ledger, 1) * UNITS, expected, rtol=0, atol=0.5 + 1e-9)
-
-
-# --- renewed pools, and what cannot be ------------------------------------------------------------------------
 
 
 def test_a_new_pool_knows_nothing_of_the_old_even_if_its_first_round_brings_no_reply() -> None:

@@ -36,9 +36,6 @@ def rows() -> list[Encoded]:
     return encode_all(examples, tiny_llama().tokenizer, 64)[0]
 
 
-# --- the warm-up and the choice ----------------------------------------------------------------------------
-
-
 def warm_reply(state: State, client: int, n: int, scores: list[float], kept: float, rng: Any) -> Reply:
     w = {name: rng.normal(size=t.shape).astype(np.float32) for name, t in state.tensors.items()}
     return Reply(client, 0, Payload(w | {"scores": np.array(scores)}, {"n": n, "loss": 1.0, "kept": kept}))
@@ -81,9 +78,6 @@ def test_only_chosen_prompts_exist_and_travel_afterwards(rows: list[Encoded]) ->
     assert sizes[1] * 2 == sizes[0] == 4 * 2 * 16 * 4  # layers, key and value, 16 wide, 4 bytes
     chosen.apply(model, state)
     assert {fedpeptao.layer_of(n) for n in adapters.trainable(model)} == set(state.layers.tolist())
-
-
-# --- adaptive optimization ---------------------------------------------------------------------------------
 
 
 class Paper:
@@ -164,9 +158,6 @@ def test_a_curvature_that_is_not_finite_is_the_devices_failure(rows: list[Encode
     model, method = tiny_llama(), tiny(lr=1e30, lanczos=50)
     with pytest.raises(FleetError, match="the curvature of the loss is not finite"):
         method.local(model, method.broadcast(method.init(model, 8)), Batches(rows, PAD, 1), 1, {})
-
-
-# --- the rest ----------------------------------------------------------------------------------------------
 
 
 def test_a_classifiers_head_travels_with_the_prompts() -> None:

@@ -34,9 +34,6 @@ def batch(rows: list[Encoded]) -> Batch:
     return collate(rows[:4], PAD)
 
 
-# --- the score of a layer ---------------------------------------------------------------------------------
-
-
 def slow_score(texts: Sequence[np.ndarray]) -> float:
     """The published formula on unpadded outputs [T_i, d] of the rows, cosine by cosine."""
     S = np.eye(len(texts))
@@ -71,9 +68,6 @@ def test_every_layer_of_a_model_is_scored_by_what_it_hands_on(rows: list[Encoded
                 seen[n].append(h[0].double().numpy())
     found = fedpeptao.layer_scores(model, collate(rows[:3], PAD))
     np.testing.assert_allclose(found, [slow_score(texts) for texts in seen], rtol=1e-3)
-
-
-# --- the spectrum of the Hessian ---------------------------------------------------------------------------
 
 
 def symmetric(size: int, seed: int = 0) -> np.ndarray:
@@ -146,9 +140,6 @@ def test_the_models_spectrum_and_change_are_the_explicit_hessians(batch: Batch) 
     assert pytest.approx(np.linalg.norm(H - moved, 2), rel=1e-4) == L
 
 
-# --- how many layers --------------------------------------------------------------------------------------
-
-
 def test_the_lipschitz_rule_on_a_worked_example() -> None:
     """Eigenvalues 0, 1, 2, 7, 8, 20 with L = 1: the first gap over 4 is 2 -> 7, so m = 3 of R = 6 may go."""
     spectrum = Spectrum(np.array([0.0, 1, 2, 7, 8, 20]), np.full(6, 1 / 6))
@@ -161,9 +152,6 @@ def test_the_lipschitz_rule_on_a_worked_example() -> None:
 
 def test_shares_become_layers_that_are_enough() -> None:
     assert [fedpeptao.layer_count(x, 12) for x in (0.0, 0.01, 1 / 12, 0.5, 0.51, 1.0)] == [1, 1, 1, 6, 7, 12]
-
-
-# --- a device's reply --------------------------------------------------------------------------------------
 
 
 def test_a_device_measures_what_the_formulas_say(rows: list[Encoded]) -> None:

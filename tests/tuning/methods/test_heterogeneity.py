@@ -31,9 +31,6 @@ SIZES = {"a": (2, 2), "b": (3,)}
 CURVATURE = {"a": np.array([[0.5, 2.0], [1.0, 3.0]]), "b": np.array([4.0, 0.1, 1.0])}
 
 
-# --- the toy ----------------------------------------------------------------------------------------------
-
-
 def pole(name: str, token: float) -> np.ndarray:
     """Where a row pulls a tensor to."""
     return np.sin(token + np.arange(math.prod(SIZES[name]))).reshape(SIZES[name])
@@ -70,9 +67,6 @@ def start() -> dict[str, np.ndarray]:
 def Training(**settings: Any) -> fedit.Method:
     """A way of training, with a learning rate that stays."""
     return fedit.Method(**settings)
-
-
-# --- the reference ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -149,9 +143,6 @@ def test_what_no_strength_can_be_is_said(name: str, value: float) -> None:
         fedit.Method(**{name: value})
 
 
-# --- a device ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "how",
     [
@@ -185,9 +176,6 @@ def test_fedproxs_gradient_is_that_of_the_loss_with_the_pull() -> None:
     assert plain.grad is not None
     assert whole.grad is not None
     torch.testing.assert_close(plain.grad, whole.grad, rtol=0, atol=1e-14)
-
-
-# --- SCAFFOLD ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [Training(lr=0.1, epochs=4), Training(lr=0.2, epochs=3, decay=True, clip=2)])
@@ -241,9 +229,6 @@ def test_a_walk_that_ran_away_leaves_no_variate(toy: Any) -> None:
         how = Training(lr=1e300, epochs=3, scaffold=True)
         how.trained(toy, Payload(start(), {"seed": 1}), batches([1]), 0, memory)
     assert memory == {}
-
-
-# --- the server's rules in the methods ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["fedit", "fedpetuning"])

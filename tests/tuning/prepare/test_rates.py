@@ -45,9 +45,6 @@ def of(gradient: float, noise: float, curvature: float) -> Slopes:
     return Slopes(gradient, noise, curvature, (), ())
 
 
-# Formulas ---------------------------------------------------------------------------------------------
-
-
 @given(LOSSES, st.integers(0, 1000))
 def test_slope_variance_and_curvature_are_those_of_a_ratio_of_sums(middle: list[float], seed: int) -> None:
     draw = np.random.default_rng(seed)
@@ -95,9 +92,6 @@ def test_rounding_keeps_within_a_quarter_and_is_stable(value: float) -> None:
     assert len(f"{found:.9e}".rstrip("0").split("e")[0].replace(".", "").rstrip("0")) <= 2
 
 
-# On a model -------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def model() -> Model:
     return models.tiny_llama()
@@ -137,9 +131,6 @@ def direction_of(model: Model, k: int) -> dict[str, torch.Tensor]:
         return {n: (t - dict(named)[n]).round().clone() for n, t in view.tensors()}
     finally:
         view.remove()
-
-
-# Trials -----------------------------------------------------------------------------------------------
 
 
 def test_rates_are_tried_up_and_down_until_clearly_worse() -> None:
@@ -217,8 +208,6 @@ def test_a_rate_that_nobody_gave_is_searched_for_as_far_as_the_run_is_long(name:
 def test_where_the_published_rate_moves_nothing_it_is_searched_for_in_any_run(name: str) -> None:
     assert [s.due for s in searches(recipe_of(name, 1))] == [True]
 
-
-# Whole runs -------------------------------------------------------------------------------------------
 
 FEW: dict[str, Any] = command_line.FEW | {"rounds": 2, "settings": {"K": 16, "tau": 4, "batch_size": 2}}
 

@@ -60,9 +60,6 @@ def reverse(file: Path) -> None:
     file.write_text("".join(file.read_text().splitlines(keepends=True)[::-1]))
 
 
-# A run -----------------------------------------------------------------------------------------------
-
-
 def test_a_run_whose_data_changed_is_not_measured_on_them(
     at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,9 +79,6 @@ def test_a_run_whose_data_changed_is_not_measured_on_them(
     )  # rows that are named are no held-out ones
     shutil.copy("kept.jsonl", "data.jsonl")
     assert main(["eval", "1", "--tasks", "loss"]) == 0
-
-
-# A sweep ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -64,9 +64,6 @@ def folder_of(method: str) -> Path:
     return next(Path("runs").glob(f"000?-{method}-tiny"))
 
 
-# Settings ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", ["fedit", "mezo"])
 def test_run_toml_has_every_setting_and_repeats_the_run(at: Path, method: str, tmp_path: Path) -> None:
     run = folder_of(method)
@@ -95,9 +92,6 @@ def test_what_stands_for_another_value_is_written_out_and_means_the_same() -> No
     assert settled(by_column).clients == 0
 
 
-# Data -------------------------------------------------------------------------------------------------
-
-
 def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at: Path) -> None:
     env = files.read_json(folder_of("fedit") / "env.json", "")
     assert env["data_sha256"] == {"data.jsonl": hashlib.sha256(Path("data.jsonl").read_bytes()).hexdigest()}
@@ -113,9 +107,6 @@ def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at: Path) -
         foundations.of_job(job).held_out,
     )
     assert {"tokenizers", "jinja2", "threads"} <= set(env)
-
-
-# The tuned model --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["fedit", "mezo"])

@@ -201,8 +201,6 @@ def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(
     assert resume(run, Silent(), offline=True).digest == tuned(tmp_path / "whole", 4).digest
 
 
-# Early stop and the best round: each round adds 1 to w, and `losses` says what that makes of the loss -----------------
-
 FELL_THEN_ROSE = (9.0, 7.0, 5.0, 6.0, 4.0, 4.5, 4.0, 8.0, 9.0, 3.0, 2.0)  # by round; 4 is the best until 9
 
 

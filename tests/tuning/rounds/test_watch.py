@@ -107,9 +107,6 @@ def test_after_a_resume_it_knows_what_it_heard() -> None:
     assert Watch(Some(), "loss", said).heard(evaluated(3, 9.0)) is None
 
 
-# Whole runs -------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watch")

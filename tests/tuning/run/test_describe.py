@@ -26,8 +26,6 @@ def test_what_decides_the_bits_is_compared() -> None:
     assert told.startswith("since the last sitting there changed: torch 2.6 -> 2.7, threads 2 -> 1;")
 
 
-# --- a whole run that is stopped and resumed ------------------------------------------------------------------
-
 FEW: dict[str, Any] = command_line.FEW | {
     "method": "fedit",
     "settings": {"r": 2, "batch_size": 2, "lr": 1e-2},

@@ -148,9 +148,6 @@ def test_an_encoder_with_a_new_head_says_so(places: Path, tmp_path: Path) -> Non
     assert "head is new" in new.report.read_text()
 
 
-# --- objectives ---------------------------------------------------------------------------------------------
-
-
 def test_a_custom_objective_is_measured_before_and_after(places: Path, tmp_path: Path) -> None:
     objective = f"{places}/own.py:size"
     settings = {"objective": objective, "K": 4, "tau": 2, "batch_size": 4}
@@ -171,9 +168,6 @@ def test_an_accuracy_that_is_trained_is_measured(objective: str, places: Path, t
     done = tune(places, tmp_path, settings=settings).done
     assert set(done.base) == set(done.tuned) == {"loss", "accuracy"}
     assert 0 <= (done.base["accuracy"] or 0) <= 100
-
-
-# --- labels -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -199,9 +193,6 @@ def test_label_words_are_checked_before_the_model_is_loaded(
         tune(places, tmp_path, labels=labels, settings={"objective": objective})
     assert caught.value.hint
     assert ("a comma in a word: \\," in caught.value.hint) == ("another answer" in says)
-
-
-# --- nothing moved ------------------------------------------------------------------------------------------
 
 
 def test_a_run_of_zeros_says_that_nothing_moved(places: Path, tmp_path: Path, capsys: Any) -> None:
