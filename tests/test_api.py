@@ -33,18 +33,10 @@ ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)
 SMALL = {"K": 16, "tau": 2, "lr": 1e-2, "batch_size": 2}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("api")
-    models.tiny_llama().save(folder / "tiny")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def at(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "tiny").symlink_to(place / "tiny")
-    (tmp_path / "rows.jsonl").symlink_to(place / "rows.jsonl")
+def at(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "tiny").symlink_to(tiny)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

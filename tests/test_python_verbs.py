@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import fleetune
-from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import SweepDone, SweepRun
 from fleetune.models.net.model import Model
@@ -32,21 +31,12 @@ FEW: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verbs")
-    models.tiny_llama().save(folder / "tiny")
-    return folder
+def model(tiny: str) -> Model:
+    return fleetune.open(tiny).load()
 
 
-@pytest.fixture(scope="module")
-def model(place: Path) -> Model:
-    return fleetune.open(place / "tiny").load()
-
-
-def tune(place: Path, out: Path, **given: Any) -> fleetune.TuneResult:
-    return fleetune.tune(
-        place / "tiny", ROWS, **{**FEW, "settings": {"tau": 1, "lr": 1e-4}, "out": out, **given}
-    )
+def tune(tiny: str, out: Path, **given: Any) -> fleetune.TuneResult:
+    return fleetune.tune(tiny, ROWS, **{**FEW, "settings": {"tau": 1, "lr": 1e-4}, "out": out, **given})
 
 
 class Terminal(io.StringIO):
@@ -55,12 +45,12 @@ class Terminal(io.StringIO):
 
 
 def test_a_run_prints_on_a_terminal_and_nothing_into_a_pipe(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: dict[str, str] = {}
     for name, stream in (("terminal", Terminal()), ("pipe", io.StringIO())):
         monkeypatch.setattr(sys, "stdout", stream)
-        tune(place, tmp_path / name)
+        tune(tiny, tmp_path / name)
         said[name] = stream.getvalue()
     assert said["pipe"] == ""
     assert "\x1b" not in said["terminal"]
@@ -92,12 +82,12 @@ def test_counts_are_printed_every_ten_seconds_and_names_are_made_safe() -> None:
 
 
 def test_a_sweep_stops_goes_on_and_is_the_commands_sweep(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stops = Heard(lambda heard: any(isinstance(event, SweepRun) for event in heard.events))
     given: dict[str, Any] = {**FEW, "settings": {"tau": 1, "lr": 1e-4}, "out": tmp_path}
     with pytest.raises(fleetune.errors.Interrupted) as stopped:
-        fleetune.sweep(place / "tiny", ROWS, vary={"lr": [1e-5, 1e-4]}, listener=stops, **given)
+        fleetune.sweep(tiny, ROWS, vary={"lr": [1e-5, 1e-4]}, listener=stops, **given)
     assert "fleetune sweep --resume" in stopped.value.hint
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     done = fleetune.resume_sweep("latest", out=tmp_path)
@@ -114,8 +104,8 @@ def test_a_sweep_stops_goes_on_and_is_the_commands_sweep(
     assert isinstance(late.events[-1], SweepDone)
 
 
-def test_finished_runs_are_listed_with_their_results(place: Path, tmp_path: Path) -> None:
-    first, second = tune(place, tmp_path), tune(place, tmp_path, seed=7)
+def test_finished_runs_are_listed_with_their_results(tiny: str, tmp_path: Path) -> None:
+    first, second = tune(tiny, tmp_path), tune(tiny, tmp_path, seed=7)
     (second.folder / "status").write_text("interrupted\n")
     found = fleetune.list_runs(tmp_path)
     assert [run.folder.name for run in found] == [first.folder.name]
@@ -123,9 +113,9 @@ def test_finished_runs_are_listed_with_their_results(place: Path, tmp_path: Path
     assert fleetune.list_runs(tmp_path / "nowhere") == []
 
 
-def test_a_model_answers_by_name_and_in_memory(place: Path, model: Model) -> None:
+def test_a_model_answers_by_name_and_in_memory(tiny: str, model: Model) -> None:
     asked: dict[str, Any] = {"max_tokens": 6, "system": "Be short."}
     answer = fleetune.generate(model, "hello", **asked)
-    assert fleetune.generate(place / "tiny", "hello", **asked) == answer
+    assert fleetune.generate(tiny, "hello", **asked) == answer
     drawn = {fleetune.generate(model, "hello", temperature=2.0, seed=s, max_tokens=6) for s in (1, 1, 2)}
     assert len(drawn) == 2
