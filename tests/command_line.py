@@ -34,5 +34,12 @@ def call_json(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, l
     return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
 
 
+def ok(capsys: pytest.CaptureFixture[str], *args: object) -> list[dict[str, Any]]:
+    """The events of a command that succeeds."""
+    code, told, err = call_json(capsys, *args)
+    assert code == 0, err
+    return told
+
+
 def events(out: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from command_line import call_json as call
+from command_line import ok
 
 ZEROTH = ("--method", "fedkseed", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2")
 QUICK = shlex.split("--limit 30 --held-out 8 --max-length 512 --samples 0 --rounds 1 --clients 2")
@@ -16,8 +16,7 @@ LORA = ("--method", "fedit", "--set", "r=2", "--set", "lr=1e-1")
 
 def tuned(capsys: pytest.CaptureFixture[str], model: str, method: tuple[str, ...] = ZEROTH) -> None:
     """Tune a tiny model for one round."""
-    code, _, err = call(capsys, "tune", model, "demo", *QUICK, *method)
-    assert code == 0, err
+    ok(capsys, "tune", model, "demo", *QUICK, *method)
 
 
 def pulled_after(count: int) -> type:

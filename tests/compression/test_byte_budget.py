@@ -10,10 +10,12 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from command_harness import call, pulled_after
+from command_harness import pulled_after
 from deploy_harness import tokenizer
 from pruner_harness import SIZES, tiny
 
+from command_line import call_json as call
+from command_line import ok
 from fleetune import compression
 from fleetune.cli.main import main
 from fleetune.common.display import human_bytes
@@ -50,16 +52,14 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 def exported(capsys: pytest.CaptureFixture[str], folder: Path) -> Path:
     """The newest compressed model as a file with the name that `export` gives it."""
-    code, events, err = call(capsys, "export", "latest", "--to", "gguf")
-    assert code == 0, err
+    events = ok(capsys, "export", "latest", "--to", "gguf")
     return folder / events[0]["path"]
 
 
 def test_the_file_has_the_size_that_was_said(
     model: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, events, err = call(capsys, "compress", model, *SMALL, "--bytes", "140kB", "--method", "optq")
-    assert code == 0, err
+    events = ok(capsys, "compress", model, *SMALL, "--bytes", "140kB", "--method", "optq")
     found, limit = told(events), 140_000
     names = [event["event"] for event in events]
     assert names.index("start") < names.index("choosing") < names.index("budget") < names.index("block")
@@ -76,8 +76,7 @@ def test_untied_ends_are_solved_each_for_itself(at: Path, capsys: pytest.Capture
     dataclasses.replace(tiny("llama", tie_word_embeddings=False, **SIZES), tokenizer=tokenizer()).save(
         at / "tiny"
     )
-    code, events, err = call(capsys, "compress", "tiny", *SMALL, "--bytes", "170kB")
-    assert code == 0, err
+    events = ok(capsys, "compress", "tiny", *SMALL, "--bytes", "170kB")
     assert exported(capsys, at).stat().st_size == told(events)["bytes"]
     grids = Master(Path(events[-1]["folder"]) / "model").head.grids
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(grids)
@@ -94,8 +93,7 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(
     err = refused(capsys, "compress", model, *SMALL, "--bpw", "3")
     assert "3 bits a weight are too few" in err
     bits = float(err.split("--bpw ")[1].split()[0])
-    code, events, err = call(capsys, "compress", model, *SMALL, "--bpw", str(bits))
-    assert code == 0, err
+    events = ok(capsys, "compress", model, *SMALL, "--bpw", str(bits))
     matrices = [t for t in gguf.GGUFReader(exported(capsys, at)).tensors if len(t.shape) == 2]
     assert 8 * sum(t.n_bytes for t in matrices) / sum(t.n_elements for t in matrices) <= bits
     head = Master(Path(events[-1]["folder"]) / "model").head
@@ -126,8 +124,7 @@ def test_a_dry_run_writes_no_text_and_says_the_same_of_it(
     assert asked_to_write == []
     assert "no calibration text is given: the model would write 6 windows itself" in err
     assert checked["text"] == "text of its own · 6 windows of 16 tokens"
-    code, events, err = call(capsys, "compress", model, *flags)
-    assert code == 0, err
+    events = ok(capsys, "compress", model, *flags)
     assert asked_to_write == [6]
     planned = human_bytes(next(event["planned"] for event in events if event["event"] == "start"))
     assert checked["memory"] == f"about {planned}"
@@ -147,8 +144,7 @@ def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(
     monkeypatch.undo()
     monkeypatch.chdir(at)
     chosen = told(events)
-    code, events, err = call(capsys, "compress", "--resume", "2")
-    assert code == 0, err
+    events = ok(capsys, "compress", "--resume", "2")
     assert told(events)["kinds"] == chosen["kinds"]
     assert events[-1]["digest"] == whole
 

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_harness import LORA, call, tuned
+from command_harness import LORA, tuned
 
+from command_line import call_json as call
+from command_line import ok
 from fleetune import models
 from fleetune.data.encode import encode_all
 from fleetune.evaluation.losses import text_rows
@@ -79,21 +81,18 @@ def test_a_run_is_compared_on_the_rows_that_it_was_not_calibrated_on(
     tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tuned(capsys, tiny, LORA)
-    code, told, err = call(capsys, "compress", "1", "--windows", "2", "--length", "16", "--set", "group=8")
-    assert code == 0, err
+    told = ok(capsys, "compress", "1", "--windows", "2", "--length", "16", "--set", "group=8")
     folder = Path(told[-1]["folder"])
     dense = finished.load(at / "runs" / "0001-fedit-tiny", offline=True)
     rows = encode_all(Compressed(folder).held_out(offline=True), dense.tokenizer, 512)[0]
     close(told[-1]["after"], expected(dense, models.load_artefact(folder / "model"), rows))
-    code, seen, err = call(capsys, "eval", "2", "--reference", "1", "--tasks", "loss", "--device", "cpu")
-    assert code == 0, err
+    seen = ok(capsys, "eval", "2", "--reference", "1", "--tasks", "loss", "--device", "cpu")
     assert {name: seen[-1][name] for name in NAMES} == pytest.approx(
         {name: told[-1]["after"][name] for name in NAMES}, rel=1e-5
     )
     assert seen[-1]["loss"] == pytest.approx(told[-1]["after"]["loss"], rel=1e-6)
     # of the tuned model, the one that it was tuned from is a reference as well
-    code, seen, err = call(capsys, "eval", "1", "--reference", tiny, "--tasks", "loss", "--device", "cpu")
-    assert code == 0, err
+    seen = ok(capsys, "eval", "1", "--reference", tiny, "--tasks", "loss", "--device", "cpu")
     rows = encode_all(finished.held_out(at / "runs" / "0001-fedit-tiny"), dense.tokenizer, 512)[0]
     close(seen[-1], expected(models.load(tiny), dense, rows))
     assert seen[-1]["base_loss"] > 0
@@ -138,8 +137,7 @@ def test_a_compressed_model_is_measured_in_the_type_and_on_the_device_that_are_n
     losses = {}
     for dtype in ("fp32", "bf16"):
         for subject in ("1", "runs/0001-rtn-tiny/model", "plain"):
-            code, seen, err = call(capsys, "eval", subject, *LOSS, "--dtype", dtype, "--device", "cpu")
-            assert code == 0, err
+            seen = ok(capsys, "eval", subject, *LOSS, "--dtype", dtype, "--device", "cpu")
             losses[subject, dtype] = seen[-1]["loss"]
         assert losses["1", dtype] == losses["runs/0001-rtn-tiny/model", dtype] == losses["plain", dtype]
     assert losses["1", "fp32"] != losses["1", "bf16"]

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from command_harness import call, pulled_after
+from command_harness import pulled_after
 
+from command_line import call_json as call
+from command_line import ok
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
@@ -60,8 +62,7 @@ def test_a_tuned_run_is_compressed_from_its_ledger(
     quick = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", "0", "--rounds", "1"]
     zo = ["--method", "fedkseed", "--clients", "2", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2"]
     assert call(capsys, "tune", tiny, "demo", *quick, *zo)[0] == 0
-    code, out, err = call(capsys, "compress", "latest", "--method", "rtn", "--set", "group=8")
-    assert code == 0, err
+    out = ok(capsys, "compress", "latest", "--method", "rtn", "--set", "group=8")
     done = out[-1]
     run = finished.load(at / "runs" / "latest")
     finished.merge_weights(run)
@@ -76,12 +77,10 @@ def test_a_tuned_run_is_compressed_from_its_ledger(
     assert Path(done["folder"]).name == "0002-rtn-fedkseed-tiny"
     values = {}
     for name in ("latest", "1", "2"):
-        code, out, err = call(capsys, "eval", name, "--tasks", "loss")
-        assert code == 0, err
+        out = ok(capsys, "eval", name, "--tasks", "loss")
         values[name] = out[-1]["loss"]
     assert values["latest"] == values["2"] != values["1"], "latest is the newer of run and compressed model"
-    code, out, _ = call(capsys, "compress", "latest", *SMALL)  # its held-out rows are the calibration text
-    assert code == 0
+    out = ok(capsys, "compress", "latest", *SMALL)
     assert "loss" in out[-1]["after"]
 
 
@@ -96,8 +95,7 @@ def test_a_stopped_one_is_taken_up_again(
     folder = at / "runs" / "0001-optq-tiny"
     assert [p.name for p in (folder / "parts").glob("block-*")] == ["block-0000.safetensors"]
     assert not (folder / "model").exists()
-    code, resumed, err = call(capsys, "compress", "--resume", "latest")
-    assert code == 0, err
+    resumed = ok(capsys, "compress", "--resume", "latest")
     assert resumed[-1]["folder"] == "runs/0001-optq-tiny"
     _, whole, _ = call(capsys, "compress", tiny, *SMALL, "--seed", "7")
     assert whole[-1]["digest"] == resumed[-1]["digest"]
@@ -129,8 +127,7 @@ def test_a_stopped_one_does_not_go_on_with_something_else(
 
 
 def test_methods_are_listed_with_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    code, listed, _ = call(capsys, "compress", "--list")
-    assert code == 0
+    listed = ok(capsys, "compress", "--list")
     settings = {e["name"]: {s["name"] for s in e["settings"]} for e in listed}
     assert set(settings) == {"gkd", "llm-pruner", "optq", "qronos", "rtn", "sparsegpt"}
     assert settings["sparsegpt"] >= {"sparsity", "n", "m"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from command_line import call_json
+from command_line import call_json, ok
 from fleetune import compression, models
 from fleetune.cli.listener import InterruptHandler
 from fleetune.cli.main import main
@@ -318,8 +318,7 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
     from fleetune.tuning.result import finished
 
     out = ["--out", str(tuned_run)]
-    code, events, err = call_json(capsys, "compress", "latest", *SMALL, "--calibrate", "clients", *out)
-    assert code == 0, err
+    events = ok(capsys, "compress", "latest", *SMALL, "--calibrate", "clients", *out)
     done = events[-1]
     replies = [e for e in events if e["event"] == "client"]
     assert {r["client"] for r in replies} == {0, 1, 2}
@@ -343,10 +342,7 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
     master = Master(Path(done["folder"]) / "model")
     for name in want:
         assert torch.equal(master.weight(name), dense(want[name]))
-    code, events, _ = call_json(
-        capsys, "compress", "latest", *SMALL, "--calibrate", "clients", "--clients", "2", *out
-    )
-    assert code == 0
+    events = ok(capsys, "compress", "latest", *SMALL, "--calibrate", "clients", "--clients", "2", *out)
     assert len({e["client"] for e in events if e["event"] == "client"}) == 2
 
 
@@ -372,8 +368,7 @@ def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(
     (log,) = tuned_run.glob("*/parts/replies.jsonl")
     with log.open("a") as file:
         file.write('{"block": 1, "cl')  # a kill
-    code, second, err = call_json(capsys, "compress", "--resume", "latest", "--out", str(tuned_run))
-    assert code == 0, err
+    second = ok(capsys, "compress", "--resume", "latest", "--out", str(tuned_run))
     before, after = ([e for e in events if e["event"] == "client"] for events in (first, second))
     assert [r["client"] for r in before] == [0, 1, 2, 0, 2]
     assert [r["client"] for r in after] == [0, 2]

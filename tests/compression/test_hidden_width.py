@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from command_harness import call
 from gkd_harness import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from command_line import call_json as call
+from command_line import ok
 from fleetune import models
 from fleetune.compression.pruning import hidden_width
 from fleetune.data import Encoded
@@ -207,10 +208,6 @@ def test_a_narrow_model_goes_everywhere(at: Path, capsys: pytest.CaptureFixture[
     made = models.load(str(at / done[-1]["folder"] / "model"), device="cpu")
     assert made.digest == done[-1]["digest"]
     for to in ("hf", "gguf:f32"):
-        code, seen, err = call(capsys, "export", "latest", "--to", to)
-        assert code == 0, seen
-        code, seen, err = call(
-            capsys, "eval", seen[-1]["path"], "--text", "text.txt", "--tasks", "perplexity"
-        )
-        assert code == 0, err
+        seen = ok(capsys, "export", "latest", "--to", to)
+        seen = ok(capsys, "eval", seen[-1]["path"], "--text", "text.txt", "--tasks", "perplexity")
         assert seen[-1]["perplexity"] == pytest.approx(done[-1]["after"]["perplexity"], rel=1e-4)

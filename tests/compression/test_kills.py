@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_harness import call, tuned
+from command_harness import tuned
 from deploy_harness import tiny as wide
 from pruner_harness import tiny
 
 import fleetune
+from command_line import call_json as call
+from command_line import ok
 from fleetune import models
 from fleetune.compression.jobs import solve
 from fleetune.compression.methods import optq, rtn
@@ -90,8 +92,7 @@ def nothing_is_done_again(patch: pytest.MonkeyPatch) -> None:
 def test_a_kill_near_the_end_loses_nothing(
     method: str, model: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, events, err = call(capsys, "compress", model, *WORK[method].split())
-    assert code == 0, err
+    events = ok(capsys, "compress", model, *WORK[method].split())
     want = events[-1]["digest"]
     for number, (point, (done, kill)) in enumerate(POINTS.items(), 2):
         with pytest.MonkeyPatch.context() as patch:
@@ -116,13 +117,11 @@ def test_a_kill_near_the_end_loses_nothing(
 def test_a_finished_one_whose_model_is_gone_is_made_anew(
     model: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, first, err = call(capsys, "compress", model, *WORK["optq"].split())
-    assert code == 0, err
+    first = ok(capsys, "compress", model, *WORK["optq"].split())
     made = at / "runs" / "0001-optq-small" / "model"
     shutil.rmtree(made)
     made.mkdir()
-    code, again, err = call(capsys, "compress", "--resume", "latest")
-    assert code == 0, err
+    again = ok(capsys, "compress", "--resume", "latest")
     assert [e["event"] for e in again] == [e["event"] for e in first]
     assert again[-1]["digest"] == first[-1]["digest"]
 
@@ -139,8 +138,7 @@ def test_a_kill_while_the_base_is_compressed(
     point: str, model: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tuned(capsys, model)
-    code, _, err = call(capsys, "compress", "latest", "--method", "rtn", "--set", "group=4")
-    assert code == 0, err
+    ok(capsys, "compress", "latest", "--method", "rtn", "--set", "group=4")
     folder = next((at / "runs").glob("0002-*"))
     with pytest.MonkeyPatch.context() as patch:
         if point == "before it is written":

@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command_harness import QUICK, ZEROTH, call
+from command_harness import QUICK, ZEROTH
 
+from command_line import call_json as call
+from command_line import ok
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.runs import rundir
@@ -94,8 +96,7 @@ def test_a_run_is_recorded_by_a_name_that_stays_its_own(
         "../../elsewhere": "../../runs/0001-fedkseed-tiny",
     }
     for name, want in names.items():
-        code, told, err = call(capsys, "compress", name, *RTN, "--out", "..")
-        assert code == 0, err
+        told = ok(capsys, "compress", name, *RTN, "--out", "..")
         assert told[0]["model"] == want
         assert told[-1]["folder"].endswith("-rtn-fedkseed-tiny")
 
@@ -107,21 +108,19 @@ def test_a_plain_result_is_compressed_further_and_codes_are_not(
     assert call(capsys, "compress", "1", *RTN)[0] == 0
     assert call(capsys, "compress", tiny, *GKD)[0] == 0
     for subject in ("3", "latest", "runs/0003-gkd-tiny/model"):
-        code, told, err = call(capsys, "compress", subject, *RTN)
-        assert code == 0, err
+        told = ok(capsys, "compress", subject, *RTN)
         assert told[0]["model"] == "runs/0003-gkd-tiny/model", subject
         assert not told[0]["run"]
         assert told[-1]["folder"].endswith("-rtn-gkd-tiny")
     of = {e["name"]: e["of"] for e in call(capsys, "runs")[1] if e["event"] == "compressed"}
     assert of["0004-rtn-gkd-tiny"] == "0003-gkd-tiny"
     assert "is needed by runs/0004-rtn-gkd-tiny" in refused(capsys, "runs", "rm", "3")
-    code, _, err = call(capsys, "eval", "4", "rows.jsonl", "--tasks", "loss")
-    assert code == 0, err
+    ok(capsys, "eval", "4", "rows.jsonl", "--tasks", "loss")
     assert "compressed with rtn" in refused(capsys, "compress", "2", *RTN)
     assert "compressed with rtn" in refused(capsys, "compress", "runs/0004-rtn-gkd-tiny", *RTN)
     a_run(made)
-    code, told, err = call(capsys, "compress", "latest", *RTN)
-    assert (code, told[0]["model"]) == (0, "runs/0007-fedkseed-tiny"), "the run is the newer one"
+    told = ok(capsys, "compress", "latest", *RTN)
+    assert told[0]["model"] == "runs/0007-fedkseed-tiny", "the run is the newer one"
     shutil.rmtree("runs/0003-gkd-tiny/model")
     assert "is not finished" in refused(capsys, "compress", "3", *RTN)
 

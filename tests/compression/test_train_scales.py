@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_harness import call, pulled_after
+from command_harness import pulled_after
 from deploy_harness import tokenizer
 from pruner_harness import SIZES, tiny
 from torch import Tensor
 
+from command_line import call_json as call
+from command_line import ok
 from fleetune import compression, models
 from fleetune.compression import distillation
 from fleetune.compression.jobs import scales
@@ -149,8 +151,7 @@ def model(at: Path) -> str:
 
 def after(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[float, str, Path]:
     """The divergence on the text, the digest and the folder of a compression."""
-    code, events, err = call(capsys, "compress", *SMALL, "--eval-text", "text.txt", *flags)
-    assert code == 0, err
+    events = ok(capsys, "compress", *SMALL, "--eval-text", "text.txt", *flags)
     return events[-1]["after"]["kl_divergence"], events[-1]["digest"], Path(events[-1]["folder"])
 
 
@@ -179,8 +180,7 @@ def test_it_resumes_with_the_same_bits(
     model: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = (model, *SMALL, "--bytes", "150kB", "--train-scales", "9")
-    code, events, err = call(capsys, "compress", *flags)
-    assert code == 0, err
+    events = ok(capsys, "compress", *flags)
     whole, kept = events[-1]["digest"], at / "runs" / "0002-optq-tiny" / "parts" / "scales"
     with monkeypatch.context() as patch:
         patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(38))
@@ -188,8 +188,7 @@ def test_it_resumes_with_the_same_bits(
     assert code == 130
     assert kept.is_dir(), "stopped within the training"
     assert sum(event["event"] == "step" for event in events) < 9
-    code, events, err = call(capsys, "compress", "--resume", "2")
-    assert code == 0, err
+    events = ok(capsys, "compress", "--resume", "2")
     assert 0 < sum(event["event"] == "step" for event in events) < 9
     assert events[-1]["digest"] == whole
     assert not kept.exists()

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_harness import call, tuned
+from command_harness import tuned
 from pruner_harness import tiny as pruned_one
 
+from command_line import call_json as call
+from command_line import ok
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.models.families import widths
@@ -49,11 +51,9 @@ def test_a_model_teaches_a_shallower_self(
     assert len(model.net.model.layers) == 2
     assert model.digest == result["digest"]
     assert len({result[when]["perplexity"] for when in ("before", "after", "teacher")}) == 3
-    code, seen, err = call(capsys, "eval", "1", "--text", "text.txt", "--tasks", "perplexity")
-    assert code == 0, err
+    seen = ok(capsys, "eval", "1", "--text", "text.txt", "--tasks", "perplexity")
     assert seen[-1]["perplexity"] == pytest.approx(result["after"]["perplexity"], rel=1e-5)
-    code, again, err = call(capsys, "compress", tiny["deep"], *SELF, *ROWS)
-    assert code == 0, err
+    again = ok(capsys, "compress", tiny["deep"], *SELF, *ROWS)
     assert again[-1]["digest"] == result["digest"]  # the same work, the same weights
     assert [e["step"] for e in again if e["event"] == "step" and "reward" not in e] == [1, 2, 3, 4]
 
@@ -64,17 +64,14 @@ def test_runs_as_student_and_as_teacher(
     """The held-out rows of the run that are not trained on measure both; eval finds them again."""
     tuned(capsys, tiny["deep"])
     learn = ["--set", "lr=1e-2", "--set", "steps=10", "--set", "lmbda=0"]
-    code, done, err = call(capsys, "compress", "latest", *GKD, *learn, "--set", f"teacher={tiny['other']}")
-    assert code == 0, err
+    done = ok(capsys, "compress", "latest", *GKD, *learn, "--set", f"teacher={tiny['other']}")
     before, after, teacher = (done[-1][when] for when in ("before", "after", "teacher"))
     assert after["divergence"] < before["divergence"]
     assert "divergence" not in teacher
-    code, seen, err = call(capsys, "eval", "2", "--tasks", "loss")
-    assert code == 0, err
+    seen = ok(capsys, "eval", "2", "--tasks", "loss")
     assert seen[-1]["loss"] == pytest.approx(after["loss"], rel=1e-5)
     assert seen[-1]["rows"] == 4
-    code, done, err = call(capsys, "compress", tiny["other"], *GKD, *ROWS, "--set", "teacher=1")
-    assert code == 0, err
+    done = ok(capsys, "compress", tiny["other"], *GKD, *ROWS, "--set", "teacher=1")
 
 
 PRUNER_BASE = ["--method", "llm-pruner", "--length", "64"]
@@ -112,12 +109,10 @@ def test_a_model_is_pruned_trained_quantised_and_exported(
     assert model.digest == result["digest"]
     assert result["parameters"]["after"] == model.n_params < result["parameters"]["before"]
     assert len({result[when]["perplexity"] for when in ("before", "pruned", "after")}) == 3
-    code, seen, err = call(capsys, "eval", "1", "--text", "text.txt", "--tasks", "perplexity")
-    assert code == 0, err
+    seen = ok(capsys, "eval", "1", "--text", "text.txt", "--tasks", "perplexity")
     assert seen[-1]["perplexity"] == pytest.approx(result["after"]["perplexity"], rel=1e-5)
     solve = ["--method", "optq", "--set", "group=4", "--text", "text.txt", "--length", "32"]
-    code, _, err = call(capsys, "compress", "runs/0001-llm-pruner-llama/model", *solve, *text)
-    assert code == 0, err
+    ok(capsys, "compress", "runs/0001-llm-pruner-llama/model", *solve, *text)
     code, exported, err = call(capsys, "export", "latest", "--to", "hf", "--text", "text.txt")
     assert (code, exported.pop()["runtime"]) == (0, None), err
     assert "not run: transformers does not load blocks of different widths" in err
@@ -137,8 +132,7 @@ def test_a_killed_one_goes_on(tiny: dict[str, str], at: Path, capsys: pytest.Cap
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = at / "runs" / "0001-llm-pruner-llama"
     assert sorted(p.name for p in (folder / "parts").iterdir()) == ["recovery"]
-    code, resumed, err = call(capsys, "compress", "--resume", "latest")
-    assert code == 0, err
+    resumed = ok(capsys, "compress", "--resume", "latest")
     assert [e["step"] for e in resumed if e["event"] == "step"] == [3, 4, 5, 6, 7, 8]
     assert not (folder / "parts").exists()
     _, whole, _ = call(capsys, *args)

@@ -13,6 +13,7 @@ import torch
 from deploy_harness import QUICK, compressed, tiny
 
 from command_line import call_json as call
+from command_line import ok
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.deploy.export import write as export
@@ -36,10 +37,8 @@ METHODS = {
 def test_from_a_tuned_run_to_a_file_that_reads_back(
     method: str, llama: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, tuned, err = call(capsys, "tune", llama, "demo", *METHODS[method], *QUICK)
-    assert code == 0, err
-    code, done, err = call(capsys, "compress", "latest", "--windows", "4", "--length", "32")
-    assert code == 0, err
+    tuned = ok(capsys, "tune", llama, "demo", *METHODS[method], *QUICK)
+    done = ok(capsys, "compress", "latest", "--windows", "4", "--length", "32")
     folder = Path(done[-1]["folder"])
     if method == "fedit":
         code, exported, err = call(capsys, "export", "1", "--to", "peft")
@@ -47,8 +46,7 @@ def test_from_a_tuned_run_to_a_file_that_reads_back(
         copied = sorted(file for file in Path(exported[-1]["path"]).rglob("*") if file.is_file())
         assert exported[-1]["files"] == len(copied) > 1
         assert exported[-1]["bytes"] == sum(file.stat().st_size for file in copied)
-    code, exported, err = call(capsys, "export", "latest")  # the newer of the two: the compressed one
-    assert code == 0, err
+    exported = ok(capsys, "export", "latest")
     assert exported[-1]["to"] == "gguf"
     file = folder / f"{folder.name}.gguf"
     assert exported[-1]["path"] == str(file)
@@ -58,13 +56,10 @@ def test_from_a_tuned_run_to_a_file_that_reads_back(
     for name in master.head.grids:
         assert torch.equal(weights[name], master.weight(name))
     # on the held-out rows that it was not calibrated on, by the artefact and by the file
-    code, seen, err = call(capsys, "eval", "2", "--tasks", "loss")
-    assert code == 0, err
+    seen = ok(capsys, "eval", "2", "--tasks", "loss")
     assert seen[-1]["loss"] == pytest.approx(done[-1]["after"]["loss"], rel=1e-5)
-    code, through, err = call(capsys, "eval", str(file), "demo", "--limit", "8", "--tasks", "loss")
-    assert code == 0, err
-    code, direct, err = call(capsys, "eval", str(folder / "model"), "demo", "--limit", "8", "--tasks", "loss")
-    assert code == 0, err
+    through = ok(capsys, "eval", str(file), "demo", "--limit", "8", "--tasks", "loss")
+    direct = ok(capsys, "eval", str(folder / "model"), "demo", "--limit", "8", "--tasks", "loss")
     assert through[-1]["loss"] == pytest.approx(
         direct[-1]["loss"], rel=0.01
     )  # the embedding is Q8_0 in the file
@@ -75,19 +70,16 @@ def test_a_run_and_a_model_are_exported_as_they_are(
     llama: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(capsys, "tune", llama, "demo", *METHODS["fedkseed"], *QUICK)[0] == 0
-    code, exported, err = call(capsys, "export", "latest", "--to", "gguf:f32")
-    assert code == 0, err
+    exported = ok(capsys, "export", "latest", "--to", "gguf:f32")
     assert exported[-1]["exact"] == exported[-1]["tensors"]
-    code, plain, _ = call(capsys, "export", "latest")
-    assert code == 0
+    plain = ok(capsys, "export", "latest")
     assert (plain[-1]["event"], plain[-1]["to"]) == ("export", "hf")
     assert plain[-1]["bytes"] == sum(file.stat().st_size for file in Path(plain[-1]["path"]).iterdir())
     assert exported[-1]["to"] == "gguf:f32"
     back = models.load(exported[-1]["path"])
     assert back.digest == plain[-1]["digest"]  # the tuned weights, byte for byte
     assert not list(at.glob("runs/*/.export-*"))
-    code, model, err = call(capsys, "export", llama, "--to", "gguf:f32", "--path", "little.gguf")
-    assert code == 0, err
+    model = ok(capsys, "export", llama, "--to", "gguf:f32", "--path", "little.gguf")
     assert models.load("./little.gguf").digest == models.load(llama).digest
     assert model[-1]["types"] == {"F32": 20}
     code, refused, _ = call(capsys, "export", llama)  # its place when none is given is taken

@@ -16,6 +16,7 @@ import torch
 from deploy_harness import tiny
 
 from command_line import call_json as call
+from command_line import ok
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.common import files
@@ -150,10 +151,7 @@ def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixt
 def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, run = folder_of(at), rundir.find("1", at / "runs")
     asked = ["--data", "demo", "--limit", "2", "--tasks", "em,loss", "--answer-tokens", "2"]
-    code, told, err = call(
-        capsys, "measure", "little", str(run), str(folder), str(folder / "model"), *FAST, *asked
-    )
-    assert code == 0, err
+    told = ok(capsys, "measure", "little", str(run), str(folder), str(folder / "model"), *FAST, *asked)
     rows = told[-1]["rows"]
     files = [f"{folder.name}.gguf"] if llamacpp.available() else []
     assert [row["name"] for row in rows] == ["little", run.name, folder.name, *files, "model"]
@@ -191,13 +189,11 @@ def test_every_model_is_compared_with_a_reference_that_is_named(
 ) -> None:
     folder = folder_of(at)
     text = ["--text", "text.txt", "--length", "64", "--windows", "3", *FAST]
-    code, told, err = call(capsys, "measure", "little", "2", "--reference", "little", *text)
-    assert code == 0, err
+    told = ok(capsys, "measure", "little", "2", "--reference", "little", *text)
     base, small = told[-1]["rows"][:2]
     assert (base["name"], base["kl_divergence"], base["same_top"]) == ("little", 0.0, 100.0)
     assert base["kl_tokens"] == small["kl_tokens"] == 3 * 63
-    code, told, _ = call(capsys, "measure", str(folder), "--reference", "1", *text)
-    assert code == 0
+    told = ok(capsys, "measure", str(folder), "--reference", "1", *text)
     rows = {row["name"]: row for row in told[-1]["rows"]}
     assert (
         rows["tuned"]["kl_divergence"] < 1e-9 < rows["compressed"]["kl_divergence"] < small["kl_divergence"]
@@ -216,8 +212,7 @@ def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
     file = next(folder_of(at).glob("*.gguf"))
     shutil.copy(file, "a.gguf")
     text = ["--text", "text.txt", "--length", "64"]
-    code, told, err = call(capsys, "measure", "a.gguf", *text, *FAST)
-    assert code == 0, err
+    told = ok(capsys, "measure", "a.gguf", *text, *FAST)
     rows = told[-1]["rows"]
     assert [row["engine"] for row in rows] == (["torch", "llama.cpp"] if llamacpp.available() else ["torch"])
     assert rows[0]["bytes"] == Path("a.gguf").stat().st_size
@@ -233,8 +228,7 @@ def test_an_export_is_run_where_it_is_for(at: Path, capsys: pytest.CaptureFixtur
     count = len(words(Path("text.txt").read_text())["input_ids"])
     for to in ("hf", "gguf:f32"):
         place = "b.gguf" if to == "gguf:f32" else to
-        code, told, err = call(capsys, "export", "2", "--to", to, "--path", place, "--text", "text.txt")
-        assert code == 0, err
+        told = ok(capsys, "export", "2", "--to", to, "--path", place, "--text", "text.txt")
         found = told[-1]
         assert found["event"] == "check"
         if to == "hf" or llamacpp.available():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command_line import call, events
+from command_line import call, events, ok
 from fleetune import models, report
 from fleetune.errors import RecipeError
 from fleetune.report import sweep as summary
@@ -154,9 +154,7 @@ def test_a_dry_run_lists_the_runs_and_leaves_nothing(at, capsys):
 
 
 def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
-    code, out, err = call(capsys, "sweep", "recipe.toml", "--vary", "alpha=0.5,2", "--seeds", "2", "--json")
-    assert code == 0, err
-    said = events(out)
+    said = ok(capsys, "sweep", "recipe.toml", "--vary", "alpha=0.5,2", "--seeds", "2")
     runs = [e for e in said if e["event"] == "run"]
     assert said[0]["event"] == "sweep"
     assert said[0]["axes"] == {"alpha": [0.5, 2]}
@@ -166,8 +164,7 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
     folder = Path(done["path"])
     assert (folder / "status").read_text() == "done\n"
 
-    _, out, _ = call(
-        capsys,
+    again = [
         "tune",
         "-c",
         "recipe.toml",
@@ -175,11 +172,10 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
         "dirichlet:2:client",
         "--seed",
         "6",
-        "--json",
         "--out",
         "alone",
-    )
-    assert digests(folder)["0004-alpha-2-seed-6"] == events(out)[-1]["digest"]
+    ]
+    assert digests(folder)["0004-alpha-2-seed-6"] == ok(capsys, *again)[-1]["digest"]
     assert len(set(digests(folder).values())) == 4
 
     for cell in done["cells"]:  # mean and spread against the runs' own records
@@ -197,8 +193,7 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
     assert {r["status"] for r in rows} == {"done"}
 
     assert f"fleetune runs --out {folder}" in call(capsys, "runs")[2]
-    code, out, _ = call(capsys, "runs", "--out", folder, "--json")
-    assert [e["name"] for e in events(out)] == [Path(e["run"]).name for e in runs]
+    assert [e["name"] for e in ok(capsys, "runs", "--out", folder)] == [Path(e["run"]).name for e in runs]
 
 
 @pytest.mark.faults
@@ -216,9 +211,7 @@ def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
     process.kill()
     process.wait()
     assert list(folder.glob("0002-*/checkpoints/*.ckpt")), "the second run did not start"
-    code, out, err = call(capsys, "sweep", "--resume", folder, "--json")
-    assert code == 0, err
-    assert events(out)[-1]["event"] == "done"
+    assert ok(capsys, "sweep", "--resume", folder)[-1]["event"] == "done"
     assert call(capsys, *args, "--out", "whole", "-qq")[0] == 0
     assert digests(Path("whole") / "0001-sweep-recipe") == digests(folder)
 

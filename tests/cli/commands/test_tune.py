@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command_line import call, events
+from command_line import call, events, ok
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.runs import rundir
@@ -78,14 +78,13 @@ def test_every_recipe_field_is_a_flag(capsys):
 
 
 def test_a_run_from_start_to_ledger(tiny, at, capsys):
-    code, out, err = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "2", "--json")
-    assert code == 0, err
-    kinds = [e["event"] for e in events(out)]
+    told = ok(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "2")
+    kinds = [e["event"] for e in told]
     assert kinds[0] == "start"
     assert kinds[-1] == "done"
     assert kinds.count("client") == 6
     assert kinds.count("round") == 2
-    done = events(out)[-1]
+    done = told[-1]
     run = Path(done["run"])
     files = "run.toml env.json metrics.jsonl ledger.safetensors eval.json samples.md report.html status"
     assert all((run / name).exists() for name in files.split())
@@ -94,31 +93,25 @@ def test_a_run_from_start_to_ledger(tiny, at, capsys):
 
     digests = set()
     for threads, backend in ((2, "numba"), (1, "torch")):
-        code, out, _ = call(
-            capsys, "ledger", "replay", run, "--json", "--threads", threads, "--backend", backend
-        )
-        digests.add(events(out)[-1]["digest"])
+        told = ok(capsys, "ledger", "replay", run, "--threads", threads, "--backend", backend)
+        digests.add(told[-1]["digest"])
     ledger = ledgers.load(run / "ledger.safetensors")
     order = np.random.default_rng(0).permutation(len(ledger))
     shuffled = ledgers.Ledger(
         ledger.head, ledger.ids[order], ledger.coefficients[order], ledger.rounds[order]
     )
     shuffled.save(at / "shuffled.safetensors")
-    _, out, _ = call(capsys, "ledger", "replay", at / "shuffled.safetensors", "--json", "--model", tiny)
-    digests.add(events(out)[-1]["digest"])
-    code, out, _ = call(capsys, "ledger", "verify", run, "--json")
-    assert code == 0
-    digests.add(events(out)[-1]["digest"])
+    for more in (("replay", at / "shuffled.safetensors", "--model", tiny), ("verify", run)):
+        digests.add(ok(capsys, "ledger", *more)[-1]["digest"])
     assert digests == {done["digest"]}
 
 
 def test_bad_clients_do_not_stop_a_round(tiny, at, capsys):
     weather = ["--drop", "0.3", "--stragglers", "0.5", "--deadline", "3", "--clients", "12"]
-    code, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, *weather, "--rounds", "2", "--json")
-    assert code == 0
-    statuses = [e["status"] for e in events(out) if e["event"] == "client"]
+    told = ok(capsys, "tune", tiny, "demo", *ZO, *QUICK, *weather, "--rounds", "2")
+    statuses = [e["status"] for e in told if e["event"] == "client"]
     assert set(statuses) == {"ok", "dropped", "late"}
-    assert all(e["reason"] for e in events(out) if e["event"] == "client" and e["status"] != "ok")
+    assert all(e["reason"] for e in told if e["event"] == "client" and e["status"] != "ok")
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, *clients: int, error: BaseException | None = None) -> None:
@@ -232,9 +225,7 @@ def test_ctrl_c_says_how_to_resume_and_the_bits_are_the_same(tiny, at, capsys, w
     assert "fleetune tune --resume runs/0001-" in err
     assert "Traceback" not in err
     assert (at / "runs" / "latest" / "status").read_text() == "interrupted\n"
-    code, out, _ = call(capsys, "tune", "--resume", "latest", "--json")
-    assert code == 0
-    assert events(out)[-1]["digest"] == whole
+    assert ok(capsys, "tune", "--resume", "latest")[-1]["digest"] == whole
     lines = [json.loads(x) for x in (at / "runs" / "latest" / "metrics.jsonl").read_text().splitlines()]
     assert [e["round"] for e in lines if e["event"] == "round"] == list(range(1, 9))
 
@@ -245,9 +236,7 @@ def test_kill_9_then_resume_gives_the_same_bits(tiny, at, capsys, whole):
     wait_for_round(at, 3)
     process.kill()
     process.communicate()
-    code, out, _ = call(capsys, "tune", "--resume", "latest", "--json")
-    assert code == 0
-    assert events(out)[-1]["digest"] == whole
+    assert ok(capsys, "tune", "--resume", "latest")[-1]["digest"] == whole
     code, _, err = call(capsys, "tune", "--resume", "latest")
     assert code == 0
     assert "finished already" in err
@@ -324,11 +313,9 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, at, capsys, monkeypatc
     assert "free some space, then: fleetune tune --resume runs/0001" in err.replace(str(at) + "/", "")
     assert "Traceback" not in err
     monkeypatch.setattr(rd, "write_atomic", real)
-    code, out, _ = call(capsys, "tune", "--resume", "latest", "--json")
-    assert code == 0
-    resumed = events(out)[-1]["digest"]
-    _, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3", "--json", "--out", "whole")
-    assert events(out)[-1]["digest"] == resumed
+    resumed = ok(capsys, "tune", "--resume", "latest")[-1]["digest"]
+    whole = ok(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3", "--out", "whole")
+    assert whole[-1]["digest"] == resumed
 
 
 def test_a_read_only_folder_is_said_before_any_work(tiny, at, capsys, monkeypatch):
