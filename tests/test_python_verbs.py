@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import command_line
 import fleetune
 from fleetune.cli.main import main
 from fleetune.common.events import SweepDone, SweepRun
@@ -18,16 +19,7 @@ from fleetune.runs import listener
 from heard import Heard
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
-FEW: dict[str, Any] = {
-    "clients": 2,
-    "rounds": 1,
-    "held_out": 2,
-    "samples": 0,
-    "threads": 1,
-    "device": "cpu",
-    "method": "mezo",
-    "max_length": 32,
-}
+FEW: dict[str, Any] = command_line.FEW | {"held_out": 2, "method": "mezo", "max_length": 32}
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import fleetune
+from command_line import ok
 from fleetune import models
 from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.sums import sha256
@@ -152,16 +153,9 @@ def test_a_patch_that_would_make_another_model_is_not_made(
 def test_the_command_prints_json_for_a_devices_script(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fleetune.cli.main import main
-
     ledger_on(file)[0].save(tmp_path / "ledger.safetensors")
-    lines = []
-    for words in (
-        ["make", str(file), str(tmp_path / "ledger.safetensors"), "--to", str(tmp_path / "p")],
-        ["apply", str(file), str(tmp_path / "p")],
-    ):
-        assert main(["patch", *words, "--json"]) == 0
-        lines.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    made = ok(capsys, "patch", "make", file, tmp_path / "ledger.safetensors", "--to", tmp_path / "p")
+    lines = [made[-1], ok(capsys, "patch", "apply", file, tmp_path / "p")[-1]]
     assert [line["event"] for line in lines] == ["patch", "patched"]
     assert lines[0]["result"] == lines[1]["result"] == sha256(file)
 

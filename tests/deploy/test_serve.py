@@ -24,7 +24,7 @@ from deploy_harness import compressed, tiny
 from serve_harness import little_file, lives, stand_in, starts
 
 import fleetune
-from command_line import call
+from command_line import FEW, call
 from fleetune import models
 from fleetune.common.shell import pip_install
 from fleetune.deploy import export
@@ -256,18 +256,7 @@ def test_codes_that_gguf_has_no_blocks_for_are_served_in_fp32(
 
 
 def test_a_finished_run_is_served_and_its_adapter_is_no_model(at: Path, plain: Path) -> None:
-    fleetune.tune(
-        str(plain),
-        "demo",
-        method="fedit",
-        settings={"lr": 0.05},
-        clients=2,
-        rounds=1,
-        limit=24,
-        held_out=4,
-        max_length=64,
-        samples=0,
-    )
+    fleetune.tune(plain, "demo", method="fedit", settings={"lr": 0.05}, limit=24, max_length=64, **FEW)
     start = served("latest")
     assert start["magic"] == "GGUF"
     assert start["--alias"].startswith("0001-fedit")

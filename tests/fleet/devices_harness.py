@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import fleetune
+from command_line import FEW
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import Interrupted
@@ -28,18 +29,7 @@ from fleetune.runs.listener import Listener
 from fleetune.tuning.recipe import recipe as recipes
 
 QUICK = Pace(grace=60, poll=0.03)
-COMMON: dict[str, Any] = {
-    "model": "model",
-    "data": "rows.jsonl",
-    "clients": 2,
-    "rounds": 1,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "max_length": 48,
-    "device": "cpu",
-    "threads": 1,
-}
+COMMON: dict[str, Any] = FEW | {"model": "model", "data": "rows.jsonl", "max_length": 48}
 RECIPES = {
     "ledger": {**COMMON, "method": "fedkseed", "set": {"K": 4, "tau": 1, "lr": 1e-2}},
     "adapter": {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 1, "lr": 1e-2, "dropout": 0.0}},

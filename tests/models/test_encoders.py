@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import fleetune
+from command_line import FEW
 from fleetune import models
 from fleetune.data import Example
 from fleetune.data.encode import encode, encode_rows
@@ -216,12 +217,9 @@ def test_a_run_of_an_encoder_on_labelled_rows(tmp_path: Path) -> None:
         data(tmp_path / "qnli.jsonl"),
         out=tmp_path / "runs",
         method="fedpetuning",
-        clients=2,
-        rounds=2,
-        held_out=6,
-        samples=2,
-        max_length=32,
         settings={"module": "bitfit", "batch_size": 4},
+        max_length=32,
+        **FEW | {"rounds": 2, "samples": 2},
     )
     assert set(found.done.base) == set(found.done.tuned) == {"loss", "accuracy"}
     run = found.folder
@@ -263,13 +261,7 @@ def test_a_label_word_may_have_a_comma(tmp_path: Path) -> None:
     names = ["a, b", "c\\,d", "e"]
     rows = [{"text": f"t{i}", "label": names[i % 3]} for i in range(18)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    few: dict[str, Any] = {
-        "method": "fedpetuning",
-        "clients": 2,
-        "rounds": 1,
-        "samples": 0,
-        "out": tmp_path / "runs",
-    }
+    few: dict[str, Any] = FEW | {"method": "fedpetuning", "out": tmp_path / "runs"}
     run = fleetune.tune(path, tmp_path / "a.jsonl", settings={"module": "bitfit"}, max_length=16, **few)
     recipe = fleetune.open(run).recipe
     assert recipe.labels == "a\\, b,c\\\\,d,e"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import fleetune
+from command_line import ok
 from fleetune import models
 from fleetune.cli.main import build_parser, main
 from fleetune.errors import FitError, UsageError
@@ -132,8 +133,7 @@ def test_the_printed_command_makes_tune_use_what_was_planned(
     ram = min(s.peak for s in every) * 10 // 9 + 1
     (wanted, *_) = [s.work for s in every if s.peak <= 0.9 * ram]
     assert wanted.base == "mapped"
-    assert main(["plan", large, "--ram", str(ram), "--json"]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()][-1]
+    told = ok(capsys, "plan", large, "--ram", str(ram))[-1]
     assert told["event"] == "plan_settings"
     assert (told["method"], told["dtype"], told["base"], told["ram"]) == (
         "fedit",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from command_line import ok
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.data import read
@@ -47,9 +48,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def checked(capsys: Capture, *words: str) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main(["data", "check", *words, "--json"]) == 0, capsys.readouterr().err
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    (found,) = ok(capsys, "data", "check", *words)
     return found
 
 
@@ -198,8 +197,7 @@ def test_a_folder_is_a_fleet(at: Path, capsys: Capture) -> None:
     (at / "devices").mkdir()
     for name, count in (("oslo", 6), ("bonn", 9)):
         write(at / "devices" / f"{name}.jsonl", [{"prompt": f"{i}", "completion": "a"} for i in range(count)])
-    assert main(["tune", "tiny", "devices", *RUN, "--clients", "0", "--json"]) == 0
-    start = json.loads(capsys.readouterr().out.splitlines()[0])
+    start = ok(capsys, "tune", "tiny", "devices", *RUN, "--clients", "0")[0]
     assert (start["clients"], start["partition"], sum(start["rows_per_client"])) == (2, "column:client", 11)
     assert recipes.read(rundir.listing(at / "runs")[-1] / "run.toml")["partition"] == "column:client"
 
@@ -288,17 +286,12 @@ def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys
     write(at / "named.jsonl", [{"prompt": "what of 1", "response": "word word"}])
     write(at / "more.jsonl", [{"ask": "what of 1", "say": "word word"}])
     write(at / "third.jsonl", [{"q": "what of 1", "a": "word word"}])
-    found = []
-    for words in (
+    named = (
         ["latest", "more.jsonl"],
         ["latest", "named.jsonl"],
         ["latest", "third.jsonl", "--columns", "prompt=q,response=a"],
-    ):
-        capsys.readouterr()
-        assert main(["eval", *words, "--tasks", "loss", "--device", "cpu", "--json"]) == 0, (
-            capsys.readouterr().err
-        )
-        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["loss"])
+    )
+    found = [ok(capsys, "eval", *words, "--tasks", "loss", "--device", "cpu")[-1]["loss"] for words in named]
     assert found[0] == found[1] == found[2]
     assert main(["eval", "latest", "third.jsonl", "--device", "cpu"]) == 2
     assert main(["eval", "tiny", "more.jsonl", *mapping, "--tasks", "loss", "--device", "cpu"]) == 0

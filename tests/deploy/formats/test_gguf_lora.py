@@ -13,6 +13,7 @@ import pytest
 from deploy_harness import tiny
 from safetensors.numpy import load_file, save_file
 
+from command_line import ok
 from fleetune import adapters, models
 from fleetune.cli.main import main
 from fleetune.deploy.export import write as export
@@ -173,8 +174,7 @@ def test_a_folder_of_peft_is_exported_by_the_command(
     change_in = tmp_path / "mine" / "adapter_config.json"
     settings = json.loads(change_in.read_text())
     assert settings["base_model_name_or_path"] == "base"
-    assert main(["export", "mine", "--to", "gguf:lora", "--json"]) == 0
-    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    done = ok(capsys, "export", "mine", "--to", "gguf:lora")[-1]
     assert (done["path"], done["exact"], done["tensors"]) == ("mine-lora.gguf", 28, 28)
     header = {key: f.contents() for key, f in package.GGUFReader("mine-lora.gguf").fields.items()}
     assert header.pop("general.name") == "mine-lora"

@@ -14,6 +14,7 @@ import pytest
 from toy import BASE, Averaging, Devices, State, honest, play, start, told, with_liars
 
 import fleetune
+from command_line import FEW
 from fleetune import Silent
 from fleetune.common.events import Recorded, RoundDone, as_dict
 from fleetune.errors import FleetError, RecipeError, StorageError
@@ -163,14 +164,8 @@ def tuned(out: Path, rounds_: int, **more: Any) -> TuneResult:
         out=out,
         method="fedit",
         settings={"r": 2, "steps": 1, "lr": 1e-2},
-        clients=3,
-        rounds=rounds_,
-        held_out=3,
-        samples=0,
-        threads=1,
-        device="cpu",
         offline=True,
-        **more,
+        **FEW | {"clients": 3, "rounds": rounds_, "held_out": 3} | more,
     )
 
 
