@@ -41,5 +41,14 @@ def ok(capsys: pytest.CaptureFixture[str], *args: object) -> list[dict[str, Any]
     return told
 
 
+def refused(capsys: pytest.CaptureFixture[str], *args: object, code: int = 2) -> str:
+    """What is said, with the hint, of a command that cannot be carried out."""
+    found, _, err = call(capsys, *args)
+    assert found == code, err
+    assert f"\n{err}".count("\nerror: ") == 1
+    assert "Traceback" not in err
+    return err
+
+
 def events(out: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]

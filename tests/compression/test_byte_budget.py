@@ -15,9 +15,8 @@ from deploy_harness import tokenizer
 from pruner_harness import SIZES, tiny
 
 from command_line import call_json as call
-from command_line import ok
+from command_line import ok, refused
 from fleetune import compression
-from fleetune.cli.main import main
 from fleetune.common.display import human_bytes
 from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise import driver
@@ -40,14 +39,6 @@ def model(at: Path) -> str:
 def told(events: Events) -> dict[str, Any]:
     (found,) = [event for event in events if event["event"] == "budget"]
     return found
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """What a command that is refused says."""
-    code = main(list(args))
-    err = capsys.readouterr().err
-    assert code == 2, err
-    return err
 
 
 def exported(capsys: pytest.CaptureFixture[str], folder: Path) -> Path:

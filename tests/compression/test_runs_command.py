@@ -17,7 +17,7 @@ import pytest
 from command_harness import QUICK, ZEROTH
 
 from command_line import call_json as call
-from command_line import ok
+from command_line import ok, refused
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.runs import rundir
@@ -46,16 +46,6 @@ def a_run(made: Path) -> None:
     """Copy it as the next one."""
     with rundir.create(Path("runs"), "fedkseed", "tiny") as run:
         shutil.copytree(made, run.path, dirs_exist_ok=True)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: str, code: int = 2) -> str:
-    """What is said, with the hint, of a command that cannot be carried out."""
-    found = main(list(args))
-    err = capsys.readouterr().err
-    assert found == code, err
-    assert err.startswith("error: ")
-    assert "Traceback" not in err
-    return err
 
 
 def test_a_run_that_something_was_made_from_stays(

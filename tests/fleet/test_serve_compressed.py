@@ -13,6 +13,7 @@ from devices_harness import devices, free_port
 from test_loopback import CLIENTS, COMMON, device, folder, place, split
 
 import fleetune
+from command_line import refused
 from fleetune.cli.main import main
 from fleetune.tuning.recipe import recipe as recipes
 
@@ -50,5 +51,6 @@ def test_a_compressed_model_without_train_is_refused(place: Path, capsys: pytest
     Path("recipe.toml").write_text(
         recipes.to_toml(recipes.make({**COMMON, "model": "codes", "method": "mezo"}))
     )
-    assert main(["fleet", "serve", "-c", "recipe.toml", "--port", "0"]) == 2
-    assert "codes is a compressed model: codes, not plain weights" in capsys.readouterr().err
+    assert "codes is a compressed model: codes, not plain weights" in refused(
+        capsys, "fleet", "serve", "-c", "recipe.toml", "--port", "0"
+    )

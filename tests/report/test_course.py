@@ -7,17 +7,11 @@ import json
 import re
 from pathlib import Path
 
-import pytest
 from report_harness import CATEGORIES, fake_run, lines_of, page_of, restated, write_lines
 
 from fleetune import report
 from fleetune.common.display import human_bytes, human_time
 from fleetune.report import course, svg
-
-
-@pytest.fixture(scope="module")
-def run24(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_run(tmp_path_factory.mktemp("runs"))
 
 
 def drawing(text: str, ident: str) -> str:

@@ -18,11 +18,6 @@ from fleetune.common import sums
 from fleetune.runs import metrics, rundir
 
 
-@pytest.fixture(scope="module")
-def run24(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_run(tmp_path_factory.mktemp("runs"))
-
-
 def test_summary_of_a_run(run24: Path) -> None:
     done = lines_of(run24)[-1]
     assert report.summary(run24) == {

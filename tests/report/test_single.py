@@ -21,11 +21,6 @@ from fleetune.report import page as parts
 from fleetune.report import svg
 
 
-@pytest.fixture(scope="module")
-def run24(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_run(tmp_path_factory.mktemp("runs"))
-
-
 def pairs_of(text: str) -> dict[str, str]:
     return dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
 

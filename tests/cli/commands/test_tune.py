@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command_line import call, events, ok
+from command_line import call, events, ok, refused
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.runs import rundir
@@ -128,8 +128,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, *clients: int, error: BaseException 
 
 def test_an_objective_that_ends_the_process_is_an_error_of_the_recipe(tiny, at, capsys):
     (at / "now.py").write_text("import sys\ndef f(model, batch):\n    sys.exit(0)\n")
-    code, _, err = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--set", f"objective={at}/now.py:f")
-    assert code == 2
+    err = refused(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--set", f"objective={at}/now.py:f")
     assert "it ended the process, SystemExit: 0" in err
 
 
@@ -181,8 +180,7 @@ def test_a_round_whose_only_client_fails_leaves_the_model_and_the_run_goes_on(ti
 def test_a_fleet_that_cannot_work_ends_the_run(tiny, at, capsys, monkeypatch, rounds, clients):
     broken(monkeypatch, 0, 1, 2)
     args = [*ZO, *QUICK, "--clients", clients, "--rounds", rounds]
-    code, _, err = call(capsys, "tune", tiny, "demo", *args)
-    assert code == 4
+    err = refused(capsys, "tune", tiny, "demo", *args, code=4)
     last = min(3, int(rounds))
     assert (
         f"every client failed, {last} round{'s' * (last > 1)} in a row; the first of round {last}: IndexError"
@@ -290,8 +288,7 @@ def test_bad_input_is_a_clear_error_and_leaves_nothing_behind(line, tiny, at, ca
 def test_a_data_file_whose_name_is_not_utf_8_is_refused_before_a_folder_is_made(tiny, at, capsys):
     name = "d\udcff.jsonl"
     (at / name).write_text('{"instruction": "a", "response": "b"}\n' * 20)
-    code, _, err = call(capsys, "tune", tiny, name, *ZO, *QUICK, "--rounds", "1")
-    assert code == 2
+    err = refused(capsys, "tune", tiny, name, *ZO, *QUICK, "--rounds", "1")
     assert "is not text in UTF-8" in err
     assert not (at / "runs").exists()
 
@@ -307,8 +304,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, at, capsys, monkeypatc
         real(path, data, mode=mode)
 
     monkeypatch.setattr(rd, "write_atomic", full)
-    code, _, err = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3")
-    assert code == 1
+    err = refused(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3", code=1)
     assert "the disk is full" in err
     assert "free some space, then: fleetune tune --resume runs/0001" in err.replace(str(at) + "/", "")
     assert "Traceback" not in err
@@ -326,8 +322,7 @@ def test_a_read_only_folder_is_said_before_any_work(tiny, at, capsys, monkeypatc
 
     monkeypatch.setattr(rundir.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(models, "load", refuse)
-    code, _, err = call(capsys, "tune", tiny, "demo", *ZO)
-    assert code == 1
+    err = refused(capsys, "tune", tiny, "demo", *ZO, code=1)
     assert "read-only" in err
     assert "can write to" in err
 
