@@ -10,6 +10,7 @@ import pytest
 
 from fleetune.cli.main import main
 
+Capture = pytest.CaptureFixture[str]
 FEW: dict[str, Any] = {
     "clients": 2,
     "rounds": 1,
@@ -21,27 +22,27 @@ FEW: dict[str, Any] = {
 }
 
 
-def call(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+def call(capsys: Capture, *args: object) -> tuple[int, str, str]:
     """The exit code of a command, and what it wrote on stdout and stderr."""
     capsys.readouterr()
     code = main([str(a) for a in args])
     return code, *capsys.readouterr()
 
 
-def call_json(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, list[dict[str, Any]], str]:
+def call_json(capsys: Capture, *args: object) -> tuple[int, list[dict[str, Any]], str]:
     """The exit code, the events and what was said of a command with --json."""
     code, out, err = call(capsys, *args, "--json")
     return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
 
 
-def ok(capsys: pytest.CaptureFixture[str], *args: object) -> list[dict[str, Any]]:
+def ok(capsys: Capture, *args: object) -> list[dict[str, Any]]:
     """The events of a command that succeeds."""
     code, told, err = call_json(capsys, *args)
     assert code == 0, err
     return told
 
 
-def refused(capsys: pytest.CaptureFixture[str], *args: object, code: int = 2) -> str:
+def refused(capsys: Capture, *args: object, code: int = 2) -> str:
     """What is said, with the hint, of a command that cannot be carried out."""
     found, _, err = call(capsys, *args)
     assert found == code, err

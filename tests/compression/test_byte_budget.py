@@ -14,8 +14,8 @@ from command_harness import pulled_after
 from deploy_harness import tokenizer
 from pruner_harness import SIZES, tiny
 
+from command_line import Capture, ok, refused
 from command_line import call_json as call
-from command_line import ok, refused
 from fleetune import compression
 from fleetune.common.display import human_bytes
 from fleetune.compression.jobs import budget
@@ -41,15 +41,13 @@ def told(events: Events) -> dict[str, Any]:
     return found
 
 
-def exported(capsys: pytest.CaptureFixture[str], folder: Path) -> Path:
+def exported(capsys: Capture, folder: Path) -> Path:
     """The newest compressed model as a file with the name that `export` gives it."""
     events = ok(capsys, "export", "latest", "--to", "gguf")
     return folder / events[0]["path"]
 
 
-def test_the_file_has_the_size_that_was_said(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_has_the_size_that_was_said(model: str, at: Path, capsys: Capture) -> None:
     events = ok(capsys, "compress", model, *SMALL, "--bytes", "140kB", "--method", "optq")
     found, limit = told(events), 140_000
     names = [event["event"] for event in events]
@@ -63,7 +61,7 @@ def test_the_file_has_the_size_that_was_said(
     assert sum(found["kinds"].values()) == 15, "the tied embedding is one of them"
 
 
-def test_untied_ends_are_solved_each_for_itself(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_untied_ends_are_solved_each_for_itself(at: Path, capsys: Capture) -> None:
     dataclasses.replace(tiny("llama", tie_word_embeddings=False, **SIZES), tokenizer=tokenizer()).save(
         at / "tiny"
     )
@@ -73,9 +71,7 @@ def test_untied_ends_are_solved_each_for_itself(at: Path, capsys: pytest.Capture
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(grids)
 
 
-def test_a_budget_that_cannot_be_met_names_the_least_that_can(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_budget_that_cannot_be_met_names_the_least_that_can(model: str, at: Path, capsys: Capture) -> None:
     err = refused(capsys, "compress", model, *SMALL, "--bytes", "100kB")
     assert "no file of 100 kB can hold this model" in err
     assert not list(at.glob("runs/*")), "refused before a folder is made"
@@ -107,7 +103,7 @@ def asked_to_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_dry_run_writes_no_text_and_says_the_same_of_it(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str], asked_to_write: list[int]
+    model: str, at: Path, capsys: Capture, asked_to_write: list[int]
 ) -> None:
     flags = ("--length", "16", "--windows", "6")
     code, (checked,), err = call(capsys, "compress", model, *flags, "--dry-run")
@@ -122,7 +118,7 @@ def test_a_dry_run_writes_no_text_and_says_the_same_of_it(
 
 
 def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = (*SMALL, "--bytes", "150kB")
     code, events, _ = call(capsys, "compress", model, *flags)

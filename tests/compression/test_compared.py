@@ -12,8 +12,8 @@ import pytest
 import torch
 from command_harness import LORA, tuned
 
+from command_line import Capture, ok
 from command_line import call_json as call
-from command_line import ok
 from fleetune import models
 from fleetune.data.encode import encode_all
 from fleetune.evaluation.losses import text_rows
@@ -55,9 +55,7 @@ def close(values: dict[str, float], wanted: list[float]) -> None:
     assert values["kl_divergence"] > 0
 
 
-def test_a_compressed_model_is_compared_with_the_dense_one(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_compressed_model_is_compared_with_the_dense_one(tiny: str, at: Path, capsys: Capture) -> None:
     code, told, err = call(capsys, "compress", tiny, *RTN, *TEXT)
     assert code == 0, err
     before, after = told[-1]["before"], told[-1]["after"]
@@ -78,7 +76,7 @@ def test_a_compressed_model_is_compared_with_the_dense_one(
 
 
 def test_a_run_is_compared_on_the_rows_that_it_was_not_calibrated_on(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, at: Path, capsys: Capture
 ) -> None:
     tuned(capsys, tiny, LORA)
     told = ok(capsys, "compress", "1", "--windows", "2", "--length", "16", "--set", "group=8")
@@ -113,7 +111,7 @@ def other_tokens(at: Path) -> str:
 
 
 def test_a_reference_with_other_tokens_is_refused_before_a_model_is_loaded(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_model(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was loaded")
@@ -130,7 +128,7 @@ LOSS = ["rows.jsonl", "--tasks", "loss"]
 
 
 def test_a_compressed_model_is_measured_in_the_type_and_on_the_device_that_are_named(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, at: Path, capsys: Capture
 ) -> None:
     assert call(capsys, "compress", tiny, *RTN)[0] == 0
     assert call(capsys, "export", "1", "--to", "hf", "--path", "plain")[0] == 0

@@ -13,8 +13,8 @@ import pytest
 import torch
 from command_harness import pulled_after
 
+from command_line import Capture, ok
 from command_line import call_json as call
-from command_line import ok
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
@@ -23,7 +23,7 @@ from fleetune.models.artefact import Master
 SMALL = ["--method", "optq", "--windows", "4", "--length", "16", "--set", "group=8"]
 
 
-def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: Capture) -> None:
     text = ["--text", "text.txt", "--eval-text", "text.txt"]
     assert main(["compress", tiny, *SMALL, *text]) == 0
     out, err = capsys.readouterr()
@@ -51,9 +51,7 @@ def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: pytest.
     assert [e["block"] for e in events if e["event"] == "block"] == [0, 1]
 
 
-def test_a_tuned_run_is_compressed_from_its_ledger(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tuned_run_is_compressed_from_its_ledger(tiny: str, at: Path, capsys: Capture) -> None:
     """What is compressed is the tuned model: rounding its weights to nearest by hand gives the same artefact."""
     from fleetune import compression
     from fleetune.compression.layerwise import driver
@@ -85,7 +83,7 @@ def test_a_tuned_run_is_compressed_from_its_ledger(
 
 
 def test_a_stopped_one_is_taken_up_again(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(10))
@@ -103,7 +101,7 @@ def test_a_stopped_one_is_taken_up_again(
 
 @pytest.mark.parametrize("change", ["text", "weights", "settings"])
 def test_a_stopped_one_does_not_go_on_with_something_else(
-    change: str, tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    change: str, tiny: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny, at / "mine")
     with monkeypatch.context() as patch:
@@ -126,7 +124,7 @@ def test_a_stopped_one_does_not_go_on_with_something_else(
     assert [p.name for p in (folder / "parts").glob("block-*")] == ["block-0000.safetensors"]
 
 
-def test_methods_are_listed_with_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_are_listed_with_their_settings(capsys: Capture) -> None:
     listed = ok(capsys, "compress", "--list")
     settings = {e["name"]: {s["name"] for s in e["settings"]} for e in listed}
     assert set(settings) == {"gkd", "llm-pruner", "optq", "qronos", "rtn", "sparsegpt"}

@@ -15,8 +15,8 @@ from deploy_harness import tiny as wide
 from pruner_harness import tiny
 
 import fleetune
+from command_line import Capture, ok
 from command_line import call_json as call
-from command_line import ok
 from fleetune import models
 from fleetune.compression.jobs import solve
 from fleetune.compression.methods import optq, rtn
@@ -89,9 +89,7 @@ def nothing_is_done_again(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", WORK)
-def test_a_kill_near_the_end_loses_nothing(
-    method: str, model: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_kill_near_the_end_loses_nothing(method: str, model: str, at: Path, capsys: Capture) -> None:
     events = ok(capsys, "compress", model, *WORK[method].split())
     want = events[-1]["digest"]
     for number, (point, (done, kill)) in enumerate(POINTS.items(), 2):
@@ -114,9 +112,7 @@ def test_a_kill_near_the_end_loses_nothing(
         assert json.loads((folder / "compress.json").read_text())["result"]["digest"] == want, point
 
 
-def test_a_finished_one_whose_model_is_gone_is_made_anew(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_one_whose_model_is_gone_is_made_anew(model: str, at: Path, capsys: Capture) -> None:
     first = ok(capsys, "compress", model, *WORK["optq"].split())
     made = at / "runs" / "0001-optq-small" / "model"
     shutil.rmtree(made)
@@ -134,9 +130,7 @@ def test_a_finished_one_whose_model_is_gone_is_made_anew(
         pytest.param("while parts are removed", marks=pytest.mark.faults),
     ],
 )
-def test_a_kill_while_the_base_is_compressed(
-    point: str, model: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_kill_while_the_base_is_compressed(point: str, model: str, at: Path, capsys: Capture) -> None:
     tuned(capsys, model)
     ok(capsys, "compress", "latest", "--method", "rtn", "--set", "group=4")
     folder = next((at / "runs").glob("0002-*"))

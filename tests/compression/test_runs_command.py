@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from command_harness import QUICK, ZEROTH
 
+from command_line import Capture, ok, refused
 from command_line import call_json as call
-from command_line import ok, refused
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.runs import rundir
@@ -48,9 +48,7 @@ def a_run(made: Path) -> None:
         shutil.copytree(made, run.path, dirs_exist_ok=True)
 
 
-def test_a_run_that_something_was_made_from_stays(
-    tiny: str, made: Path, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_something_was_made_from_stays(tiny: str, made: Path, at: Path, capsys: Capture) -> None:
     a_run(made)
     a_run(made)
     for subject in ("runs/latest", "2"):  # a link that may soon point elsewhere, and a number
@@ -74,7 +72,7 @@ def test_a_run_that_something_was_made_from_stays(
 
 
 def test_a_run_is_recorded_by_a_name_that_stays_its_own(
-    tiny: str, made: Path, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, made: Path, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a_run(made)
     Path("elsewhere").symlink_to("runs/0001-fedkseed-tiny")
@@ -92,7 +90,7 @@ def test_a_run_is_recorded_by_a_name_that_stays_its_own(
 
 
 def test_a_plain_result_is_compressed_further_and_codes_are_not(
-    tiny: str, made: Path, at: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, made: Path, at: Path, capsys: Capture
 ) -> None:
     a_run(made)
     assert call(capsys, "compress", "1", *RTN)[0] == 0
@@ -134,7 +132,7 @@ def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
         yield other
 
 
-def test_a_compression_in_use_is_left_alone(tiny: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_compression_in_use_is_left_alone(tiny: str, at: Path, capsys: Capture) -> None:
     assert call(capsys, "compress", tiny, *RTN)[0] == 0
     folder = Path("runs/0001-rtn-tiny")
     before = sorted(p.name for p in folder.rglob("*"))

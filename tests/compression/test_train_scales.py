@@ -13,8 +13,8 @@ from deploy_harness import tokenizer
 from pruner_harness import SIZES, tiny
 from torch import Tensor
 
+from command_line import Capture, ok
 from command_line import call_json as call
-from command_line import ok
 from fleetune import compression, models
 from fleetune.compression import distillation
 from fleetune.compression.jobs import scales
@@ -149,15 +149,13 @@ def model(at: Path) -> str:
     return "tiny"
 
 
-def after(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[float, str, Path]:
+def after(capsys: Capture, *flags: str) -> tuple[float, str, Path]:
     """The divergence on the text, the digest and the folder of a compression."""
     events = ok(capsys, "compress", *SMALL, "--eval-text", "text.txt", *flags)
     return events[-1]["after"]["kl_divergence"], events[-1]["digest"], Path(events[-1]["folder"])
 
 
-def test_training_brings_the_model_nearer_to_the_dense_one(
-    model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_brings_the_model_nearer_to_the_dense_one(model: str, capsys: Capture) -> None:
     flags = (model, "--set", "bits=3", "--set", "grid=asymmetric")
     plain, _, one = after(capsys, *flags)
     trained, _, two = after(capsys, *flags, "--train-scales", "40")
@@ -177,7 +175,7 @@ def test_little_text_is_said() -> None:
 
 
 def test_it_resumes_with_the_same_bits(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = (model, *SMALL, "--bytes", "150kB", "--train-scales", "9")
     events = ok(capsys, "compress", *flags)

@@ -14,8 +14,8 @@ import pytest
 from command_harness import tuned
 from pruner_harness import tiny as pruned_one
 
+from command_line import Capture, ok
 from command_line import call_json as call
-from command_line import ok
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.models.families import widths
@@ -35,9 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(folder / name) for name in made}
 
 
-def test_a_model_teaches_a_shallower_self(
-    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_teaches_a_shallower_self(tiny: dict[str, str], at: Path, capsys: Capture) -> None:
     assert main(["compress", tiny["deep"], *SELF, *ROWS, "--eval-text", "text.txt"]) == 0
     out, err = capsys.readouterr()
     assert "step 4/4  divergence" in err
@@ -58,9 +56,7 @@ def test_a_model_teaches_a_shallower_self(
     assert [e["step"] for e in again if e["event"] == "step" and "reward" not in e] == [1, 2, 3, 4]
 
 
-def test_runs_as_student_and_as_teacher(
-    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_as_student_and_as_teacher(tiny: dict[str, str], at: Path, capsys: Capture) -> None:
     """The held-out rows of the run that are not trained on measure both; eval finds them again."""
     tuned(capsys, tiny["deep"])
     learn = ["--set", "lr=1e-2", "--set", "steps=10", "--set", "lmbda=0"]
@@ -92,7 +88,7 @@ main(sys.argv[1:])
 
 
 def test_a_model_is_pruned_trained_quantised_and_exported(
-    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
+    tiny: dict[str, str], at: Path, capsys: Capture
 ) -> None:
     text = ["--eval-text", "text.txt"]
     assert main(["compress", tiny["llama"], *PRUNER, *FEW, *ROWS, *text]) == 0
@@ -124,7 +120,7 @@ def test_a_model_is_pruned_trained_quantised_and_exported(
 
 
 @pytest.mark.faults
-def test_a_killed_one_goes_on(tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_one_goes_on(tiny: dict[str, str], at: Path, capsys: Capture) -> None:
     """Killed without a word after its third step: the kept steps are not done again."""
     more = [f"--set={x}" for x in ("batch_size=2", "steps=8", "save_every=2", "lr=1e-3")]
     args = ["compress", tiny["llama"], *PRUNER, *ROWS, *more]

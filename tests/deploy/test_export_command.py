@@ -12,8 +12,8 @@ import pytest
 import torch
 from deploy_harness import QUICK, compressed, tiny
 
+from command_line import Capture, ok
 from command_line import call_json as call
-from command_line import ok
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.deploy.export import write as export
@@ -35,7 +35,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_from_a_tuned_run_to_a_file_that_reads_back(
-    method: str, llama: str, at: Path, capsys: pytest.CaptureFixture[str]
+    method: str, llama: str, at: Path, capsys: Capture
 ) -> None:
     tuned = ok(capsys, "tune", llama, "demo", *METHODS[method], *QUICK)
     done = ok(capsys, "compress", "latest", "--windows", "4", "--length", "32")
@@ -66,9 +66,7 @@ def test_from_a_tuned_run_to_a_file_that_reads_back(
     assert tuned[-1]["digest"]
 
 
-def test_a_run_and_a_model_are_exported_as_they_are(
-    llama: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_and_a_model_are_exported_as_they_are(llama: str, at: Path, capsys: Capture) -> None:
     assert call(capsys, "tune", llama, "demo", *METHODS["fedkseed"], *QUICK)[0] == 0
     exported = ok(capsys, "export", "latest", "--to", "gguf:f32")
     assert exported[-1]["exact"] == exported[-1]["tensors"]
@@ -101,9 +99,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_a_clear_error(
-    case: str, llama: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_a_clear_error(case: str, llama: str, at: Path, capsys: Capture) -> None:
     args, text = BAD[case]
     code = main([a.format(model=llama) for a in args])
     out, err = capsys.readouterr()

@@ -15,8 +15,8 @@ import pytest
 import torch
 from deploy_harness import tiny
 
+from command_line import Capture, ok
 from command_line import call_json as call
-from command_line import ok
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.common import files
@@ -69,7 +69,7 @@ def folder_of(at: Path) -> Path:
     return folder.parent
 
 
-def test_the_kept_gain_of_a_compressed_run(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_kept_gain_of_a_compressed_run(at: Path, capsys: Capture) -> None:
     folder = folder_of(at)
     code, told, err = call(
         capsys, "measure", "latest", "--kept-gain", "--text", "text.txt", "--length", "64", *FAST
@@ -137,7 +137,7 @@ def _calibrated_on(folder: Path) -> Any:
     return finished.held_out(Path(compression_folder.request_of(folder).model), offline=True)[::2]
 
 
-def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_of_other_windows_is_refused(at: Path, capsys: Capture) -> None:
     folder = folder_of(at)
     shutil.rmtree(folder / "base", ignore_errors=True)
     record = files.read_json(folder / "compress.json", "")
@@ -148,7 +148,7 @@ def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixt
     assert not (folder / "base").exists()
 
 
-def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_subjects_have_a_line_each(at: Path, capsys: Capture) -> None:
     folder, run = folder_of(at), rundir.find("1", at / "runs")
     asked = ["--data", "demo", "--limit", "2", "--tasks", "em,loss", "--answer-tokens", "2"]
     told = ok(capsys, "measure", "little", str(run), str(folder), str(folder / "model"), *FAST, *asked)
@@ -161,7 +161,7 @@ def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_compressed_model_and_its_file_are_compared_with_what_was_compressed(
-    at: Path, capsys: pytest.CaptureFixture[str]
+    at: Path, capsys: Capture
 ) -> None:
     """Without a text on the rows: the number that `compress` stated; the tuned model is the reference, in every engine."""
     folder = folder_of(at)
@@ -184,9 +184,7 @@ def test_a_compressed_model_and_its_file_are_compared_with_what_was_compressed(
     assert json.loads((folder / harness.FILE).read_text())["reference"] == "runs/0001-fedit-little"
 
 
-def test_every_model_is_compared_with_a_reference_that_is_named(
-    at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_model_is_compared_with_a_reference_that_is_named(at: Path, capsys: Capture) -> None:
     folder = folder_of(at)
     text = ["--text", "text.txt", "--length", "64", "--windows", "3", *FAST]
     told = ok(capsys, "measure", "little", "2", "--reference", "little", *text)
@@ -207,7 +205,7 @@ def test_every_model_is_compared_with_a_reference_that_is_named(
 
 
 def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
-    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = next(folder_of(at).glob("*.gguf"))
     shutil.copy(file, "a.gguf")
@@ -223,7 +221,7 @@ def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
     assert pip_install("llamacpp") in err
 
 
-def test_an_export_is_run_where_it_is_for(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_is_run_where_it_is_for(at: Path, capsys: Capture) -> None:
     words = models.load("little").tokenizer
     count = len(words(Path("text.txt").read_text())["input_ids"])
     for to in ("hf", "gguf:f32"):
@@ -254,7 +252,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_a_clear_error(case: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_a_clear_error(case: str, at: Path, capsys: Capture) -> None:
     args, text = BAD[case]
     Path("one.txt").write_text("a")
     Path("empty.txt").touch()

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import fleetune
-from command_line import ok
+from command_line import Capture, ok
 from fleetune import models
 from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.sums import sha256
@@ -150,9 +150,7 @@ def test_a_patch_that_would_make_another_model_is_not_made(
         patch_make.of_ledger(file, ledger)
 
 
-def test_the_command_prints_json_for_a_devices_script(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_json_for_a_devices_script(file: Path, tmp_path: Path, capsys: Capture) -> None:
     ledger_on(file)[0].save(tmp_path / "ledger.safetensors")
     made = ok(capsys, "patch", "make", file, tmp_path / "ledger.safetensors", "--to", tmp_path / "p")
     lines = [made[-1], ok(capsys, "patch", "apply", file, tmp_path / "p")[-1]]

@@ -24,7 +24,7 @@ from deploy_harness import compressed, tiny
 from serve_harness import little_file, lives, stand_in, starts
 
 import fleetune
-from command_line import FEW, call, refused
+from command_line import FEW, Capture, call, refused
 from fleetune import models
 from fleetune.common.shell import pip_install
 from fleetune.deploy import export
@@ -206,11 +206,7 @@ def test_a_key_is_passed_on_and_made_off_this_machine(at: Path, monkeypatch: pyt
     ],
 )
 def test_serve_refuses_before_an_engine_is_started(
-    args: list[str],
-    message: str,
-    at: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    args: list[str], message: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else real(name))
@@ -245,9 +241,7 @@ def test_a_compressed_model_is_exported_and_an_export_that_is_there_is_taken(at:
     assert served("latest")["--model"] == str((folder / "kept.gguf").resolve())
 
 
-def test_codes_that_gguf_has_no_blocks_for_are_served_in_fp32(
-    at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_codes_that_gguf_has_no_blocks_for_are_served_in_fp32(at: Path, capsys: Capture) -> None:
     compressed(tiny(), at / "four", group=4)
     code, out, err = call(capsys, "chat", str(at / "four"), "--prompt", "hello")
     assert (code, out) == (0, "1:hello\n"), err
@@ -265,7 +259,7 @@ def test_a_finished_run_is_served_and_its_adapter_is_no_model(at: Path, plain: P
 
 
 def test_chat_answers_once_to_a_prompt_or_a_pipe(
-    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call(capsys, *CHAT, "--prompt", "hello")[:2] == (0, "1:hello\n")
     args = ["--system", "s", "--temperature", "1.5", "--seed", "7", "--max-tokens", "9", "--prompt", "hello"]
@@ -294,7 +288,7 @@ def test_chat_answers_once_to_a_prompt_or_a_pipe(
     ],
 )
 def test_what_cannot_be_answered_is_an_error(
-    args: list[str], code: int, message: str, at: Path, capsys: pytest.CaptureFixture[str]
+    args: list[str], code: int, message: str, at: Path, capsys: Capture
 ) -> None:
     found, _, err = call(capsys, *CHAT, *args)
     assert (found, message in err) == (code, True), err
@@ -323,9 +317,7 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return sit
 
 
-def test_chat_remembers_and_forgets(
-    at: Path, capsys: pytest.CaptureFixture[str], typed: Callable[..., None]
-) -> None:
+def test_chat_remembers_and_forgets(at: Path, capsys: Capture, typed: Callable[..., None]) -> None:
     typed("a", "", "b", "too long", "/help", "/new", "c", "/exit", "never")
     code, out, err = call(capsys, *CHAT, "--system", "s")
     assert (code, out) == (0, "2:a\n4:b\n2:c\n")

@@ -16,6 +16,7 @@ import torch
 from losses_harness import examples_of
 
 import fleetune
+from command_line import Capture
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import TaskScore
@@ -213,9 +214,7 @@ def accuracy(model: models.Model) -> float:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_the_harness_runs_the_tuned_weights_and_gives_its_standard_error(
-    at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_harness_runs_the_tuned_weights_and_gives_its_standard_error(at: Path, capsys: Capture) -> None:
     code = main(
         ["eval", "latest", "--tasks", "otter_choice,loss", "--task-files", "tasks", "--offline", "--json"]
     )

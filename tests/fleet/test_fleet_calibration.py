@@ -13,7 +13,7 @@ import pytest
 from devices_harness import Device, Direct, Door, devices, direct, free_port, numbered, simulated, worker
 
 import fleetune
-from command_line import refused
+from command_line import Capture, refused
 from fleetune.cli.main import main
 from fleetune.compression.layerwise.federated import check_sums
 from fleetune.errors import DataError, FleetError, Interrupted, MessageError, UsageError
@@ -76,7 +76,7 @@ def replies(heard: Heard) -> list[tuple[int, int, str, int, int]]:
 
 
 def test_over_the_network_the_artefact_is_that_of_the_simulated_clients(
-    place: Path, want: Heard, capsys: pytest.CaptureFixture[str]
+    place: Path, want: Heard, capsys: Capture
 ) -> None:
     numbered(Path("runs/latest").resolve())
     port = free_port()
@@ -143,7 +143,7 @@ def test_a_device_that_is_killed_goes_on_from_its_disk(place: Path, want: Heard,
 
 
 def test_a_stopped_compression_goes_on_with_the_same_devices(
-    place: Path, want: Heard, capsys: pytest.CaptureFixture[str]
+    place: Path, want: Heard, capsys: Capture
 ) -> None:
     stopped = Heard(lambda heard: len(heard.of("block")) == 1)
     with pytest.raises(Interrupted) as caught:
@@ -275,15 +275,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_requests_are_refused_before_any_device_joins(
-    place: Path, case: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_requests_are_refused_before_any_device_joins(place: Path, case: str, capsys: Capture) -> None:
     words, what = BAD[case]
     assert what in refused(capsys, "compress", *words)
     assert len(list(Path("runs").iterdir())) == 2
 
 
-def test_a_dry_run_needs_no_device(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_needs_no_device(place: Path, capsys: Capture) -> None:
     assert (
         main(
             ["compress", "latest", "--calibrate", "fleet", "--set", "group=8", "--length", "32", "--dry-run"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import fleetune
+from command_line import Capture
 from fleetune import Silent, models
 from fleetune.common.events import ClientReply, RoundDone
 from fleetune.errors import Interrupted, UsageError
@@ -122,9 +123,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Broken
 
 
-def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
-    at: Path, broken: Any, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(at: Path, broken: Any, capfd: Capture) -> None:
     broken.where, broken.error = "log", SystemExit(7)
     heard = Heard()
     run = tune(at, ["json", "tensorboard"], heard, rounds=2)

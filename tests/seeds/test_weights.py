@@ -24,7 +24,7 @@ from view_harness import (
     view_of,
 )
 
-from command_line import refused
+from command_line import Capture, refused
 from fleetune import seeds
 from fleetune.errors import UsageError
 from fleetune.models import DTYPES, digest, named_tensors, tiny_llama
@@ -219,8 +219,6 @@ def test_numba_where_it_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert kernels(CPU).__name__ == "fleetune.seeds.kernels_torch"
 
 
-def test_another_word_is_refused_before_any_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_word_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv(seeds.VARIABLE, "moon")
     assert "moon" in refused(capsys, "tune", "no such model", "no such data")

@@ -39,11 +39,6 @@ SMALL_BODY = bytes.fromhex(
 )
 
 
-def wrap(body: bytes) -> bytes:
-    """A body with a right head: what an attacker can make without effort."""
-    return b"FT1" + zlib.crc32(body).to_bytes(4, "little") + body
-
-
 def assert_same(left: Message, right: Message) -> None:
     assert (left.round, left.base) == (right.round, right.base)
     a, b = left.payload, right.payload

@@ -297,14 +297,3 @@ def test_auto_is_refused_where_it_cannot_be_found(place: Path) -> None:
         fleetune.tune("tiny", "rows.jsonl", **{**FEW, "settings": {"lr": "auto", "objective": "rouge_l"}})
     with pytest.raises(RecipeError, match="K = 'auto' is not an integer"):
         fleetune.tune("tiny", "rows.jsonl", **{**FEW, "settings": {"K": "auto"}})
-
-
-def test_rounding_of_coarse_weights_is_not_taken_for_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
-    seen = [of(1.0, 1.0, 10.0)]
-    monkeypatch.setattr(slopes, "measure", lambda model, rows, how, *_: asked.append(how.eps) or seen)
-    for dtype in ("fp32", "bf16"):
-        method: Any = methods.make("fedkseed", {})
-        coarse = dataclasses.replace(models.tiny_llama(), dtype=dtype)
-        rates.from_slopes(method, "lr", coarse, [], 1, 2, lambda *_: None)
-    assert asked == [5e-4, 2e-3]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Capture
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.tuning.run import run as jobs
@@ -60,9 +61,7 @@ def reverse(file: Path) -> None:
     file.write_text("".join(file.read_text().splitlines(keepends=True)[::-1]))
 
 
-def test_a_run_whose_data_changed_is_not_measured_on_them(
-    at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_whose_data_changed_is_not_measured_on_them(at: Path, capsys: Capture) -> None:
     assert main(["tune", "tiny", "data.jsonl", *RUN]) == 0
     assert main(["eval", "1", "--tasks", "loss"]) == 0
     shutil.copy("data.jsonl", "kept.jsonl")
@@ -82,7 +81,7 @@ def test_a_run_whose_data_changed_is_not_measured_on_them(
 
 
 @pytest.fixture
-def half(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[], int]:
+def half(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Callable[[], int]:
     """A sweep of which one of two runs is finished; what continues it."""
     tune = jobs.tune
     begun: list[object] = []
@@ -101,7 +100,7 @@ def half(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("what", ["data", "base"])
 def test_a_sweep_that_goes_on_with_other_rows_or_another_base_says_that_losses_do_not_compare(
-    what: str, at: Path, half: Callable[[], int], capsys: pytest.CaptureFixture[str]
+    what: str, at: Path, half: Callable[[], int], capsys: Capture
 ) -> None:
     if what == "data":
         reverse(at / "data.jsonl")

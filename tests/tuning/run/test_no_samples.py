@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Capture
 from fleetune.cli.main import main
 from fleetune.models import tiny_llama
 
@@ -47,9 +48,7 @@ def holding(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in files if MARK.encode() in p.read_bytes()}
 
 
-def test_no_samples_keeps_no_text_anywhere(
-    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_samples_keeps_no_text_anywhere(places: Path, tmp_path: Path, capsys: Capture) -> None:
     assert (
         tune(places, tmp_path, "--no-samples", "--rouge-rows", "2", "--answer-tokens", "4", "--set", "r=1")
         == 0
@@ -65,7 +64,7 @@ def test_no_samples_keeps_no_text_anywhere(
 
 
 def test_text_that_is_kept_is_the_owners_alone_and_is_told(
-    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    places: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     assert tune(places, tmp_path, "--samples", "2", "--answer-tokens", "4") == 0
     (run,) = tmp_path.glob("0001-*")
