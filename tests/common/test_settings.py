@@ -126,8 +126,3 @@ def test_speeds(text: str, rate: float) -> None:
 def test_what_is_no_speed(text: str) -> None:
     with pytest.raises(UsageError, match="--uplink"):
         sizes.parse_rate(text)
-
-
-def test_nothing_stays_nothing() -> None:
-    assert sizes.parse_bytes(None) is None
-    assert sizes.parse_rate(None) is None

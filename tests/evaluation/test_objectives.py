@@ -35,15 +35,6 @@ def test_a_batch_splits_into_prompts_and_references(tiny: Model) -> None:
         assert tiny.tokenizer.decode(reference.tolist()) == example.response + "<|im_end|>"
 
 
-def test_loss_is_the_models_own(tiny: Model) -> None:
-    batch = _batch(tiny, _examples("yes", "no, never", "maybe"))
-    with torch.no_grad():
-        expected = float(tiny.net(**batch._asdict()).loss)
-    assert get()(tiny, batch) == pytest.approx(expected, abs=1e-6)
-    assert get("loss")(tiny, batch) == get()(tiny, batch)
-    assert isinstance(get()(tiny, batch), float)
-
-
 def test_loss_tensor_has_the_models_own_gradient() -> None:
     model = tiny_llama(seed=1)
     model.net.requires_grad_(True)

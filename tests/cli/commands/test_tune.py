@@ -245,8 +245,6 @@ BAD = {  # command line: exit code, words of the error
     "tune {tiny} rowz.jsonl": (2, "rows.jsonl"),
     "tune {tiny} broken.jsonl": (2, "broken.jsonl:2"),
     "tune {tiny} demo --method fedkseeed": (2, "Did you mean 'fedkseed'"),
-    "tune {tiny} demo --set taus=3": (2, "Did you mean 'tau'"),
-    "tune {tiny} demo --set tau=many": (2, "is not an integer"),
     "tune {tiny} demo --set K=1000": (2, "try K=512 or K=1024"),
     "tune {tiny} demo --model other": (2, "two values of model"),
     "tune rows.jsonl {tiny}": (2, "MODEL and DATA are swapped"),
