@@ -5,7 +5,7 @@ A cell is a whole run of one round (`fleetune.tune`), then
 
     ledger        the logits of the run's model (base and ledger, through the view) against those of the exported Hugging
                   Face directory in transformers: equal bit for bit
-    LoRA          our model with its adapter against PEFT's, from the directory of `export --to peft`: the same
+    LoRA          our model with its adapter against PEFT's, from the run's directory: the same
     prefix,       likewise, within 1e-4 (PEFT's attention adds up in another order)
     prompt
     bitfit, full  the model with its parameters against the directory of `export --to hf`: the same
@@ -28,7 +28,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fleetune
-from command_line import FEW
 from fleetune import models
 from fleetune.errors import FleetuneError
 from fleetune.tuning.result.finished import TuneResult
@@ -89,7 +88,18 @@ def tune(model: Path, column: Column, out: Path) -> TuneResult:
     words = ("no", "yes") if model.name in ENCODERS else ("up and down", "left and right")
     rows = [{"instruction": f"say {i}", "output": words[i % 2]} for i in range(ROWS)]
     return fleetune.tune(
-        model, rows, method=column.method, settings=column.settings, out=out, max_length=64, **FEW
+        model,
+        rows,
+        method=column.method,
+        settings=column.settings,
+        out=out,
+        clients=2,
+        rounds=1,
+        samples=0,
+        max_length=64,
+        device="cpu",
+        threads=1,
+        held_out=4,
     )
 
 
@@ -119,18 +129,20 @@ def is_prefix(result: TuneResult) -> bool:
 
 
 def peer_of(result: TuneResult, model: Path, peer: str) -> Any:
-    """Export a run, and load it as its users do, without Fleetune."""
+    """Load the result of a run as its users do, without Fleetune."""
     kind = AutoModelForSequenceClassification if model.name in ENCODERS else AutoModelForCausalLM
-    written = fleetune.export(result, to=peer, path=result.folder / peer)
+    if peer == "peft":
+        return (
+            PeftModel.from_pretrained(kind.from_pretrained(model), str(result.path))
+            .eval()
+            .requires_grad_(False)
+        )
+    written = fleetune.export(result, to="hf", path=result.folder / "hf")
     if (
         result.path.is_file() and written.done.digest != result.digest
     ):  # a ledger's run states that of its weights
         raise Fault("the directory has other weights than the run")
-    if peer == "hf":
-        return kind.from_pretrained(written.path).eval().requires_grad_(False)
-    return (
-        PeftModel.from_pretrained(kind.from_pretrained(model), str(written.path)).eval().requires_grad_(False)
-    )
+    return kind.from_pretrained(written.path).eval().requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -16,7 +16,6 @@ import torch
 from losses_harness import examples_of
 
 import fleetune
-from command_line import Capture
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import TaskScore
@@ -29,6 +28,12 @@ from fleetune.evaluation.answers import generate, rouge_l, token_f1
 from fleetune.evaluation.losses import eval_mode, perplexity, response_loss
 from fleetune.evaluation.measures import TASKS, check_tasks, evaluate
 from fleetune.models import Model, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Model:
+    return tiny_llama(seed=3)
+
 
 TEXT = "the river runs past the old stone mill, and the wind turns its wheel at night"
 
@@ -91,6 +96,8 @@ def test_tasks_that_are_not_named_are_chosen_by_what_there_is(tiny: Model) -> No
         check_tasks(["rogue_l", "loss", "gsm8k"])
     assert len(caught.value.problems) == 2
 
+
+# --- lm-evaluation-harness ------------------------------------------------------------------------------------
 
 RESULTS: dict[str, Any] = {
     "results": {
@@ -181,7 +188,8 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = [{"q": q, "choices": [right, wrong]} for q, right, wrong in QUESTIONS]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks" / "otter.yaml").write_text(TASK.format(file=tmp_path / "q.jsonl"))
-    models.tiny_llama().save(tmp_path / "tiny")
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, tmp_path / "tiny")
     fleetune.tune(
         "tiny",
         [{"instruction": q, "response": wrong} for q, _, wrong in QUESTIONS * 3],
@@ -214,7 +222,9 @@ def accuracy(model: models.Model) -> float:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_the_harness_runs_the_tuned_weights_and_gives_its_standard_error(at: Path, capsys: Capture) -> None:
+def test_the_harness_runs_the_tuned_weights_and_gives_its_standard_error(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = main(
         ["eval", "latest", "--tasks", "otter_choice,loss", "--task-files", "tasks", "--offline", "--json"]
     )

@@ -621,6 +621,9 @@ def test_diff():
 A, B = TENSORS
 
 
+A, B = TENSORS
+
+
 @pytest.mark.parametrize(
     ("model", "tokenizer", "tensors", "reason"),
     [

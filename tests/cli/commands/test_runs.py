@@ -8,9 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from command_line import call
+from fleetune.cli import main as cli
 
-pytestmark = pytest.mark.usefixtures("at", "own_cache")
+
+@pytest.fixture(autouse=True)
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(list(words))
+    return code, *capsys.readouterr()
+
+
+# models -------------------------------------------------------------------------------------------
+
+
+# completion ---------------------------------------------------------------------------------------
+
+
+# runs ---------------------------------------------------------------------------------------------
 
 
 def made(number: int, status: str, **options: object) -> Path:

@@ -19,7 +19,6 @@ import pytest
 from flower_app import CLIENTS, digest_of
 
 import fleetune
-from command_line import Capture
 from fleetune.cli.main import main
 from fleetune.errors import FleetError
 from fleetune.fleet import keys
@@ -34,7 +33,9 @@ programs = pytest.mark.skipif(
 
 @programs
 @pytest.mark.slow
-def test_a_simulation_in_two_processes_ends_in_the_digest_of_tune(place: Path, capsys: Capture) -> None:
+def test_a_simulation_in_two_processes_ends_in_the_digest_of_tune(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("ray")
     simulated = fleetune.tune(recipes.make(recipes.read(Path("recipe.toml"))), out="simulated")
     flags = ["--workers", "2", "--out", "real", "--offline"]

@@ -19,7 +19,6 @@ from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger, load
 from fleetune.seeds.view import View
 from fleetune.seeds.weights import kernels, layout
-from fleetune.tuning.exchange import server_rules
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, check
 from fleetune.tuning.methods import Reply, fedkseed, make
 from fleetune.tuning.methods._zeroth import UNITS, draw
@@ -36,6 +35,9 @@ def tiny(**changes: Any) -> Method:
 def begun(method: Method) -> tuple[models.Model, State]:
     model = models.tiny_llama()
     return model, method.init(model, harness.key())
+
+
+# --- an ordinary model in float64, whose weights are written --------------------------------------------------
 
 
 class Norm(torch.nn.Module):
@@ -105,6 +107,9 @@ def batches(model: models.Model, count: int, size: int, key: int, client: int) -
     return list(Batches(fleet.clients[client], fleet.pad_id, key, client=client).steps(count, size))
 
 
+# --- a device -------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("changes", [{}, {"pro": True}, {"clip": 0.3}])
 def test_a_devices_walk_is_algorithm_1_in_float64(changes: dict[str, Any]) -> None:
     """a_k <- a_k - g / (K p_k) along drawn directions, from a point that is not the base."""
@@ -156,6 +161,9 @@ def test_the_mean_two_point_step_is_the_projected_gradient() -> None:
     np.testing.assert_allclose(two_point, reference.slopes(x, b), rtol=0, atol=2e-5)
 
 
+# --- the server -----------------------------------------------------------------------------------------------
+
+
 def answers(sums: list[np.ndarray], rows: list[int], name: str = "sums") -> list[Reply]:
     more = {"steps": 6} if name == "sums" else {}
     return [
@@ -171,10 +179,35 @@ def of_round(ledger: Ledger, number: int) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("rule", server_rules.ETA)
+def avg(deltas: list[np.ndarray], lr: float) -> list[np.ndarray]:
+    return [lr * d for d in deltas]
+
+
+def avgm(deltas: list[np.ndarray], lr: float) -> list[np.ndarray]:
+    return [lr * sum(0.9 ** (t - s) * deltas[s] for s in range(t + 1)) for t in range(len(deltas))]
+
+
+def adam(deltas: list[np.ndarray], lr: float) -> list[np.ndarray]:
+    """Algorithm 2 of Reddi et al., number by number; m unrolled."""
+    out = []
+    for t in range(len(deltas)):
+        m = sum(0.1 * 0.9 ** (t - s) * deltas[s] for s in range(t + 1))
+        step = np.zeros(K)
+        for k in range(K):
+            v = 1e-3**2
+            for d in (deltas[s][k] ** 2 for s in range(t + 1)):
+                v = 0.99 * v + 0.01 * d
+            step[k] = lr * m[k] / (math.sqrt(v) + 1e-3)
+        out.append(step)
+    return out
+
+
+RULES = {"avg": avg, "avgm": avgm, "adam": adam}
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("lr", [0.0, 0.5])
 def test_server_rules_over_the_K_sums_in_float64(rule: str, lr: float) -> None:
-    """By the steps that `test_server_rules.py` holds against the papers."""
     method = tiny(wire="sums", server=rule, server_lr=lr)
     _, state = begun(method)
     rng, rows, deltas = np.random.default_rng(3), [3, 1, 6], []
@@ -182,13 +215,8 @@ def test_server_rules_over_the_K_sums_in_float64(rule: str, lr: float) -> None:
         sums = [rng.integers(-2000, 2000, K) * (rng.random(K) < 0.6) for _ in rows]
         deltas.append(sum(n * s for n, s in zip(rows, sums, strict=True)) / sum(rows) / UNITS)
         state = method.aggregate(state, answers(sums, rows))
-    at, moments = {"a": np.zeros(K)}, {}
-    for number, delta in enumerate(deltas, 1):
-        before = at["a"]
-        at, moments = server_rules.step(
-            rule, at, {"a": delta}, moments, lr=lr or (0.1 if rule == "adam" else 1.0)
-        )
-        step = at["a"] - before
+    expected = RULES[rule](deltas, lr or {"avg": 1.0, "avgm": 1.0}.get(rule, 0.1))
+    for number, step in enumerate(expected, 1):
         assert np.abs(step).max() > 2 / UNITS
         np.testing.assert_allclose(of_round(state.ledger, number), step, rtol=0, atol=0.5 / UNITS + 1e-9)
 
@@ -217,6 +245,9 @@ def test_resume_is_bit_equal_and_the_ledger_file_alone_rebuilds_the_weights(chan
     again.kernels = kernels(again.device, "torch")
     again.place(ledger.passes())
     assert models.digest(again.tensors()) == models.digest(view.tensors()) != models.digest(named)
+
+
+# --- Pro ------------------------------------------------------------------------------------------------------
 
 
 def test_pro_probabilities_are_the_softmax_of_scaled_sizes() -> None:
@@ -268,6 +299,9 @@ def test_pro_learns_the_sizes_of_the_slopes_that_devices_saw(wire: str) -> None:
     np.testing.assert_allclose((new.size - state.size)[picks], np.abs(g), rtol=near)
     assert (new.seen - state.seen)[picks].tolist() == [1] * 4
     assert (new.seen - state.seen).sum() == 4
+
+
+# --- mixed fleets ---------------------------------------------------------------------------------------------
 
 
 def test_the_share_that_back_propagates_is_spread_over_the_clients() -> None:
@@ -345,6 +379,9 @@ def test_both_kinds_enter_one_ledger_by_precision(wire: str) -> None:
     w = 30 / (1 + (K - 1) / 6)
     expected = (w * summed + 20 * whole) / (w + 20)
     np.testing.assert_allclose(of_round(new.ledger, 1) * UNITS, expected, rtol=0, atol=0.5 + 1e-9)
+
+
+# --- renewed pools, and what cannot be ------------------------------------------------------------------------
 
 
 def test_a_new_pool_knows_nothing_of_the_old_even_if_its_first_round_brings_no_reply() -> None:
