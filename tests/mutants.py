@@ -212,7 +212,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'check_size(head.law, head.K, found.count_passes())', 'pass',
            'seeds/test_ledger.py'),
     Mutant('deploy/patch.py', 'write',
-           'if sha.hexdigest() != patch.result:', 'if False:',
+           'if result and sha.hexdigest() != result:', 'if False:',
            'deploy/test_patch.py -k not_the_stated'),
 )
 # fmt: on

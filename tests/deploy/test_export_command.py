@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -40,13 +42,7 @@ def test_from_a_tuned_run_to_a_file_that_reads_back(
     tuned = ok(capsys, "tune", llama, "demo", *METHODS[method], *QUICK)
     done = ok(capsys, "compress", "latest", "--windows", "4", "--length", "32")
     folder = Path(done[-1]["folder"])
-    if method == "fedit":
-        code, exported, err = call(capsys, "export", "1", "--to", "peft")
-        assert (code, exported[-1]["to"], exported[-1]["event"]) == (0, "peft", "export"), err
-        copied = sorted(file for file in Path(exported[-1]["path"]).rglob("*") if file.is_file())
-        assert exported[-1]["files"] == len(copied) > 1
-        assert exported[-1]["bytes"] == sum(file.stat().st_size for file in copied)
-    exported = ok(capsys, "export", "latest")
+    exported = ok(capsys, "export", "latest")  # the newer of the two: the compressed one
     assert exported[-1]["to"] == "gguf"
     file = folder / f"{folder.name}.gguf"
     assert exported[-1]["path"] == str(file)
@@ -88,10 +84,26 @@ def test_a_run_and_a_model_are_exported_as_they_are(llama: str, at: Path, capsys
     assert (code, half[-1]["path"], half[-1]["types"]) == (0, "little.gguf", {"F16": 15, "F32": 5})
 
 
+def test_a_slip_in_the_target_or_the_place_loads_nothing(at: Path) -> None:
+    """Before torch: the whole command takes less time than its import."""
+    script = "import sys; from fleetune.cli.main import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    Path("there.gguf").touch()
+    for args, said in (
+        (["3", "--to", "nonsense"], "no target named 'nonsense'"),
+        (["3", "--to", "gguf", "--path", "there.gguf"], "exists already"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, "export", *args], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "2 False\n"
+        assert said in done.stderr
+        assert "mlx" in done.stderr or "nonsense" not in args
+
+
 BAD = {
-    "an unknown target": (["export", "{model}", "--to", "gguf:q4"], "Did you mean"),
-    "codes from a plain model": (["export", "{model}", "--to", "gguf:q4_0"], "compress"),
-    "an adapter of no run": (["export", "{model}", "--to", "peft"], "only a run has an adapter"),
+    "an unknown target": (["export", "{model}", "--to", "gguf:q8"], "Did you mean"),
+    "codes from a plain model": (["export", "{model}", "--to", "mlx"], "compress"),
+    "an adapter of no run": (["export", "{model}", "--to", "gguf:lora"], "only a run has an adapter"),
     "no run": (["export", "latest"], "no run 'latest'"),
     "a folder named as a file": (["export", "{model}", "--to", "hf", "--path", "a.gguf"], "not named .gguf"),
     "a file named as a folder": (["export", "{model}", "--path", "folder"], "named .gguf"),
