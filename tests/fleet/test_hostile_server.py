@@ -54,8 +54,7 @@ WORDS = ("wolpertinger", "seropositive", "quokkahaus", "Obersulm")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and rows whose words are found nowhere else."""
     place = tmp_path_factory.mktemp("hostile")
-    tiny = models.tiny_llama(layers=2)
-    models.save(tiny.net, tiny.tokenizer, place / "model")
+    models.tiny_llama(layers=2).save(place / "model")
     for c in range(2):
         rows = [
             {

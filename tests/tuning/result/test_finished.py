@@ -47,7 +47,7 @@ def test_a_replay_says_what_work_is_ahead_and_how_far_it_is(model: Model) -> Non
     assert done == sorted(done)
     assert len(done) > 3
     with pytest.raises(Interrupted, match="nothing was written"):
-        finished.rebuild(model, ledger, listener=Heard(stop=True))
+        finished.rebuild(model, ledger, listener=Heard(lambda _: True))
 
 
 def test_a_ledger_that_asks_for_endless_replays_is_refused_before_the_first(
