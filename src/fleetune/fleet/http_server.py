@@ -90,8 +90,7 @@ class HttpServer:
     async def _serve(self, opened: socket.socket) -> None:
         self._loop = loop = asyncio.get_running_loop()
         if self.address.certificate is not None:  # uvicorn has no option for it
-            listen = functools.partial(loop.create_server, ssl_handshake_timeout=HEAD)
-            loop.create_server = listen  # type: ignore[method-assign]
+            loop.create_server = functools.partial(loop.create_server, ssl_handshake_timeout=HEAD)  # type: ignore[method-assign]
         await self._server.serve(sockets=[opened])
 
     def call(self, function: Callable[[], None]) -> None:

@@ -270,22 +270,22 @@ class Served:
                 found, self._files = keyring.registered(folder), files
             except UsageError as error:
                 complaint = error.message
-                found = [k for k in self._keys or [] if files.get(k.name) == self._files[k.name]]
+                found = [k for k in self._keys or [] if files.get(k.name) == self._files.get(k.name, b"")]
             if complaint not in ("", self._complaint):
                 self._news.append(f"no key is added: {complaint}")
             self._complaint = complaint
-            if found != self._keys:
-                before, now = set(self._keys or []), set(found)
-                self._keys = found
-                self._door.admit(found)
-                changed = [f"{k.name} may join" for k in now - before]
-                changed += [f"{k.name} is revoked" for k in before - now]
-                self._news.append(f"keys: {', '.join(sorted(changed))}")
-                if self._fleet is not None and not self._fleet.round and len(found) < self._count:
-                    self._news.append(
-                        f"the run waits for {self._count} devices, and {counted(len(found), 'key')} are left: stop it, and go "
-                        f"on with --wait {max(1, len(found))}"
-                    )
+            before, now, self._keys = set(self._keys or []), set(found), found
+            if before == now:
+                return
+            self._door.admit(found)
+            changed = [f"{k.name} may join" for k in now - before]
+            changed += [f"{k.name} is revoked" for k in before - now]
+            self._news.append(f"keys: {', '.join(sorted(changed))}")
+            if self._fleet is not None and not self._fleet.round and len(found) < self._count:
+                self._news.append(
+                    f"the run waits for {self._count} devices, and {len(found)} keys are left: stop it, and go on with "
+                    f"--wait {max(1, len(found))}"
+                )
 
     def _log_refusals(self, audit: Audit) -> None:
         """Write down which requests the door has refused: how many of each status, path and claimed key."""
