@@ -30,7 +30,7 @@ from fleetune.errors import Interrupted, LedgerError, ModelError, UsageError, Ve
 from fleetune.models.net.model import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import View
-from fleetune.tuning.methods import _zeroth
+from fleetune.tuning.methods import _zeroth, mezo
 from fleetune.tuning.result import finished
 from heard import Heard, counting
 
@@ -65,18 +65,7 @@ def load(file: Path) -> Model:
 def ledger_on(file: Path) -> tuple[Ledger, str]:
     """A ledger of 40 steps, and the digest of the weights that it leads to."""
     model = load(file)
-    made = _zeroth.new_ledger(
-        model,
-        5,
-        law="hashed",
-        K=64,
-        lr=0.02,
-        eps=0.01,
-        rule="constant",
-        method="mezo",
-        hyper={},
-        aggregation="mean",
-    )
+    made = mezo.Method(K=64, lr=0.02, eps=0.01).empty(model, 5)
     rng = np.random.default_rng(1)
     made = made.append(np.arange(40, dtype=np.uint64), rng.integers(-90, 90, 40), 1)
     view = _zeroth.place_at(model, made)
@@ -169,9 +158,7 @@ def test_a_result_that_is_not_the_stated_one_is_not_kept(file: Path) -> None:
 
 def test_only_a_ledger_of_scales_makes_a_patch(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.load(str(file), device="cpu", base="mapped")
-    weights = _zeroth.new_ledger(
-        model, 5, law="hashed", K=64, lr=0.02, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
-    )
+    weights = mezo.Method(K=64, lr=0.02, eps=0.01).empty(model, 5)
     with pytest.raises(UsageError, match="moves all weights"):
         patch_make.of_ledger(file, weights)
     ledger, _ = ledger_on(file)
