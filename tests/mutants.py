@@ -101,7 +101,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'if isinstance(value, str | bytes) or not low <= value <= high:', 'if isinstance(value, str | bytes) or not value <= high:',
            'tuning/exchange/test_messages.py'),
     Mutant('tuning/rounds/replies.py', 'too_far',
-           'if not k.distance <= k.bound * middle:', 'if not k.distance <= 1e9 * k.bound * middle:',
+           'far(k) <= k.bound * middle for', 'far(k) <= 1e9 * k.bound * middle for',
            'tuning/rounds/test_replies.py'),
     Mutant('tuning/rounds/replies.py', '_rows_of',
            'if claimed > rows:', 'if claimed > 2 * rows:',

@@ -264,7 +264,7 @@ SAME = [(3000, loss, loss) for loss in (3.1, 3.3, 3.0)]  # of a plain model
         (BETTER, [(3000, 4.0, 3.2)], ""),
         (BETTER, [(3000, 4.0, 9.0)], "the change is +0."),
         (GOOD, [(3332, 3.92, 3.02)], ""),
-        (GOOD, [(2**40, 3.7, 4.05)], "the change is -0.02"),
+        (GOOD, [(2**40, 3.7, 4.05)], "the change is -0.0"),
         (GOOD, [(2**40, 4.3, 2.3)], "the change is -1.6"),
         (SAME, [], ""),
         (SAME, [(3000, 9900.0, 9900.0)], "the loss is +2477 in the mean by tokens and +3.2 in the median"),
