@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notice as soon as it shows that a run diverges, and say once what to change.
 
-It shows in a client's reply (its loss is a multiple of what it was, or its numbers are not finite) or in the validation: the
-loss has risen from its lowest by more than noise, and by more than half of what the run had gained.  The second part leaves
-out the ups and downs of training, which are larger than the noise of the rows.  The noise is two standard errors of the
-change from the base, row by row.  Events recorded before a resume count too.
+It shows in the clients' replies (most are not finite, or the losses of most are a multiple of what they were; one may lie) or
+in the validation: the loss has risen from its lowest by more than noise, and by more than half of what the run had gained.
+The second part leaves out the ups and downs of training, which are larger than the noise of the rows.  The noise is two
+standard errors of the change from the base, row by row.  Events recorded before a resume count too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from fleetune.common.events import ClientReply, Diverging, Event, RoundEvaluated
+from fleetune.common.events import ClientReply, Diverging, Event, RoundDone, RoundEvaluated
 from fleetune.common.paired import ERRORS
 
 BLOWN_UP: Final = 2.0  # times a client's first loss, or the base's validation loss
@@ -49,6 +49,9 @@ class Watch:
         self.first = self.lowest = math.nan  # validation loss before round 1, and the lowest so far
         self.best = 0
         self.clients: dict[int, float] = {}  # the first loss that each stated
+        self.grown: dict[
+            int, tuple[float, float]
+        ] = {}  # in a round: (times the first, loss); NaN where a reply is
         for event in past:
             self.told |= event["event"] == Diverging.event
             if event["event"] == ClientReply.event and event.get("status") == "ok":
@@ -66,7 +69,9 @@ class Watch:
         """Return what there is to say after an event, None for nothing."""
         text = ""
         if isinstance(event, ClientReply):
-            text = self._of_reply(event)
+            self._replied(event)
+        elif isinstance(event, RoundDone):
+            text = self._of_replies(event.round)
         elif isinstance(event, RoundEvaluated):
             text = self._of_round(event)
         if not text or self.told:
@@ -74,17 +79,25 @@ class Watch:
         self.told = True
         return Diverging(round=event.round, text=text)  # type: ignore[attr-defined]
 
-    def _of_reply(self, event: ClientReply) -> str:
-        if event.status != "ok":
-            if "not finite" not in event.reason:
-                return ""
-            return f"round {event.round}: the reply of client {event.client} is not finite; {advice(self.method, 10)}"
-        before = self.clients.get(event.client, self.first)
-        self._client(event.client, event.loss)
-        if not isinstance(event.loss, float) or not event.loss > BLOWN_UP * before > 0:
+    def _replied(self, event: ClientReply) -> None:
+        self.grown.pop(event.client, None)  # a reply may be refused later on
+        if event.status == "ok" and isinstance(event.loss, float):
+            before = self.clients.get(event.client, self.first)
+            self.grown[event.client] = (event.loss / before if before > 0 else 0.0, event.loss)
+            self._client(event.client, event.loss)
+        elif "not finite" in event.reason:
+            self.grown[event.client] = (math.nan, math.nan)
+
+    def _of_replies(self, round: int) -> str:
+        count, good = len(self.grown), sorted(told for told in self.grown.values() if told[0] == told[0])
+        self.grown = {}
+        if 2 * len(good) < count:
+            return f"round {round}: {count - len(good)} of {count} replies are not finite; {advice(self.method, 10)}"
+        times, loss = good[(len(good) - 1) // 2] if good else (0.0, 0.0)
+        if times <= BLOWN_UP:
             return ""
         return (
-            f"round {event.round}: the training loss of client {event.client} is {event.loss:.3f}, and was {before:.3f}; "
+            f"round {round}: the training loss of the median client is {loss:.3f}, {times:.3g} times what it was; "
             f"{advice(self.method, 10)}"
         )
 
