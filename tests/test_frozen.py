@@ -102,9 +102,6 @@ def test_each_row_of_the_survey_is_frozen() -> None:
     assert set(SURVEY.split(",")) <= {key for _, key in KEYS}
 
 
-# What is found: in a process of its own, `python test_frozen.py FILE KEY ...` in an empty folder -----------------
-
-
 def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
