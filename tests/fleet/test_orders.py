@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleetune.common.display import one_line
 from fleetune.errors import (
     DataError,
     FitError,
@@ -20,7 +21,7 @@ from fleetune.errors import (
     StorageError,
     UsageError,
 )
-from fleetune.fleet.orders import WORDS, Declined, Device, Job, Order, Reply, in_words, reason_of
+from fleetune.fleet.orders import WORDS, Declined, Device, Job, Order, Reply, in_words, made_job, reason_of
 from fleetune.tuning.exchange.messages import Message, Payload, encode
 
 JOB = Job(
@@ -40,10 +41,10 @@ crc = st.integers(0, 2**32 - 1)
     st.binary(max_size=99),
     st.tuples(st.integers(-1, 2**31 - 1), crc),
     small,
-    st.text(),
+    st.text(max_size=99).map(lambda text: one_line(text.encode("utf-8", "ignore").decode())),
 )
 def test_an_order_comes_back(what, round, client, key, body, kept, oldest, reason):
-    order = Order(what, round, client, key, body, kept, oldest, reason.encode("utf-8", "ignore").decode())
+    order = Order(what, round, client, key, body, kept, oldest, reason)
     assert Order.decode(order.encode()) == order
 
 
@@ -145,12 +146,25 @@ def test_a_job_comes_back():
         {"dtype": "fp8"},
         {"train": "all"},
         {"task": "calibrated"},
-        {"model": "m" * 5000},
+        {"model": "m" * 1001},
+        # what would write lines of its own on a device's console
+        {"model": "tiny)\n  try: this"},
+        {"set": {"objective": "x:y\r"}},
+        {"labels": ["a\u2028b"]},
+        {"model": "a\u200fb"},
+        {"model": "a\u061cb\x1b[2J"},
     ],
 )
 def test_a_job_of_another_form_or_size_is_refused(change):
     with pytest.raises(MessageError, match="the job is not as agreed"):
         Job.from_json(json.dumps(json.loads(JOB.to_json()) | change))
+
+
+def test_a_job_may_have_any_letters_of_a_line():
+    job = dataclasses.replace(JOB, model="modèle 模型", labels=("می\u200cخواهم", "👩\u200d🔬"))
+    assert Job.from_json(job.to_json()) == job
+    with pytest.raises(MessageError, match="the job is not as agreed: model"):
+        made_job(**{**dataclasses.asdict(JOB), "model": "a\nb"})
 
 
 @pytest.mark.parametrize("set_", ['{"lr": NaN}', '{"lr": 1e999}', '{"K": 1' + "0" * 5000 + "}"])

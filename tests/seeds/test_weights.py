@@ -182,14 +182,55 @@ def test_many_passes_are_folded_and_few_are_computed() -> None:
     assert view.point.ids.tolist() == [7]
 
 
-def test_sums_that_could_pass_2_to_24_are_not_folded() -> None:
+def test_sums_that_could_pass_2_to_24_are_not_folded(caplog: pytest.LogCaptureFixture) -> None:
     view = view_of(tiny_llama().net, "rademacher")
     big = point("rademacher", 1, 40, 1, scale=1 << 22)
     view.place(big, fold=False)
     plain = digest(view.tensors())
-    view.place(big)
+    for _ in range(3):
+        view.place(big)
     assert not view.folded.sums
     assert digest(view.tensors()) == plain
+    assert caplog.text.count("slow: the sums of 40 directions") == 1
+
+
+@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
+def test_a_sweep_of_many_passes_is_made_in_pieces_that_hear_a_stop(
+    monkeypatch: pytest.MonkeyPatch, law: str
+) -> None:
+    view, heard = view_of(tiny_llama().net, law), list[int]()
+    slot = max(view.slots, key=lambda slot: slot.tensor.numel())
+    size = slot.tensor.numel()
+    assert size % 4096
+    view.place(point(law, 1, 5, 0), fold=False)
+    assert view.point is not None
+    count = len(view.point.ids)
+    whole = view.piece(slot, 0, size).clone()
+    monkeypatch.setattr(weights, "WORK", count * 4096)
+    view.limit(lambda: heard.append(1))
+    assert torch.equal(view.piece(slot, 0, size), whole)
+    assert len(heard) == -(-size // 4096)
+    view.probe(probe(law, 1, 5), EPS)
+    view.paired = 1
+    plus, minus = (sign.clone() for sign in view.signs(slot, 0, size))
+    assert len(heard) == 2 * -(-size // 4096)
+    view.paired = 0
+    assert torch.equal(view.piece(slot, 0, size), plus)
+    view.probe(probe(law, 1, 5), -EPS)
+    assert torch.equal(view.piece(slot, 0, size), minus)
+
+
+def test_a_limit_is_of_passes_over_all_weights() -> None:
+    view = view_of(tiny_llama().net, "gaussian")
+    view.place(point("gaussian", 1, 5, 0))
+    assert view.point is not None
+    view.limit(lambda: None, 2 * len(view.point.ids))
+    for _ in range(2):
+        digest(view.tensors())
+    with pytest.raises(UsageError, match="more passes over the weights"):
+        digest(view.tensors())
+    view.limit(lambda: None)
+    digest(view.tensors())
 
 
 # --- the choice of kernels --------------------------------------------------------------------------------------

@@ -30,9 +30,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, field
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from fleetune.common.display import one_line
 from fleetune.errors import MessageError, cut_reason
 from fleetune.models.cache import names
 from fleetune.tuning.exchange.messages import Message, Payload, Scalar, decode, encode
@@ -56,7 +57,17 @@ REFUSED: Final = b"refused"  # body of an "end" for a device that cannot take pa
 NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there
 MAX_JOB: Final = 1 << 20  # characters
 MAX_NAMES: Final = 16  # of an order's or an answer's parts
-MAX_TEXT: Final = 4096  # characters of one, but for bodies
+MAX_TEXT: Final = 1000  # characters of one, but for bodies
+
+
+def _in_a_line(text: str) -> str:
+    """Return a text that can stand in a line of a console; ValueError for one that could end the line or turn its direction."""
+    if one_line(text) != text:
+        raise ValueError("it is no printable line")
+    return text
+
+
+Printable = AfterValidator(_in_a_line)
 
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -66,8 +77,8 @@ Id = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]  # it names a folder on the
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 OptionalDigest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{0,64}$")]  # of a method or a setting
-Label = Annotated[str, Field(min_length=1, max_length=200)]
-Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Label = Annotated[str, Field(min_length=1, max_length=200), Printable]
+Text = Annotated[str, Field(max_length=MAX_TEXT), Printable]
 Line = Annotated[str, Field(pattern=r"^[ -~]{0,64}$")]  # printable ASCII
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Setting = bool | Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | Number | Text
@@ -136,18 +147,23 @@ def is_path(model: str) -> bool:
 def job_of(job: TuneJob, run: str) -> Job:
     """Return what devices are told of a run."""
     recipe, model = job.recipe, job.model
-    return Job(
-        run,
-        recipe.method,
-        dict(recipe.set),
-        recipe.model,
-        model.digest,
-        recipe.dtype,
-        recipe.max_length,
-        label_words(recipe.labels),
-        recipe.rounds,
+    return made_job(
+        run=run,
+        method=recipe.method,
+        set=dict(recipe.set),
+        model=recipe.model,
+        base=model.digest,
+        dtype=recipe.dtype,
+        max_length=recipe.max_length,
+        labels=label_words(recipe.labels),
+        rounds=recipe.rounds,
         train=recipe.train,
     )
+
+
+def made_job(**fields: Any) -> Job:
+    """Return a job; MessageError for fields that no device would take."""
+    return _made(Job, fields, "the job")
 
 
 @dataclass(frozen=True, config=EXACT)

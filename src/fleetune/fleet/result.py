@@ -17,13 +17,13 @@ from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, MessageError, UsageError
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.orders import Job
+from fleetune.fleet.orders import Job, made_job
 from fleetune.models.net.model import Model
 from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.noise import POOL
 from fleetune.tuning.exchange.messages import Scalar
-from fleetune.tuning.methods._zeroth import MOST_PASSES, MOST_POOLS
+from fleetune.tuning.methods._zeroth import MOST_PASSES, MOST_POOLS, MOST_SWEEPS
 from fleetune.tuning.recipe.recipe import label_words
 from fleetune.tuning.result import finished
 
@@ -47,19 +47,19 @@ FILES: Final = frozenset(
 def job_of_run(folder: Path, run: str, task: str, steps: int = 0) -> Job:
     """Return what devices are told of a finished run whose result is measured, or calibrated in so many steps."""
     recipe = finished.recipe_of(folder)
-    return Job(
-        run,
-        recipe.method,
-        dict(recipe.set),
-        recipe.model,
-        rundir.made_on(folder)["base"],
-        recipe.dtype,
-        recipe.max_length,
-        label_words(recipe.labels),
-        steps,
-        task,
-        digest_of(finished.result_of(folder)),
-        recipe.train,
+    return made_job(
+        run=run,
+        method=recipe.method,
+        set=dict(recipe.set),
+        model=recipe.model,
+        base=rundir.made_on(folder)["base"],
+        dtype=recipe.dtype,
+        max_length=recipe.max_length,
+        labels=label_words(recipe.labels),
+        rounds=steps,
+        task=task,
+        result=digest_of(finished.result_of(folder)),
+        train=recipe.train,
     )
 
 
@@ -124,7 +124,7 @@ def put_on(model: Model, result: Path, heard: Callable[[], None]) -> None:
     most = MOST_POOLS if ledger.head.law == POOL else MOST_PASSES
     if (count := ledger.count_passes()) > most:
         raise LedgerError(f"the ledger takes {count:,} passes over the weights, {most:,} at most on a device")
-    view = finished.place_at(model, ledger, heard)
+    view = finished.place_at(model, ledger, heard, sweeps=MOST_SWEEPS)
     if (stated := ledger.final_check()) is None:
         raise LedgerError("the ledger states no digest of its weights")
     finished.require_digest(models.digest(view.pieces()), stated, "the ledger")

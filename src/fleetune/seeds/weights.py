@@ -41,6 +41,9 @@ FOLD = 16  # passes that are computed in each forward before they are folded
 PIECE = 1 << 20  # elements that are folded at a time
 EXACT = 1 << 24  # integers below this are exact in float32
 CHUNK = 1 << 20  # elements of scratch: 4 MB in fp32, so that it stays in the cache until the product reads it
+WORK = (
+    1 << 29
+)  # elements times passes of a CPU between two looks whether to stop: a second, normal numbers some
 
 
 def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
@@ -108,7 +111,8 @@ class MovedWeights:
         self.direction: Direction | None = None
         self.stored: StoredDirection | None = None  # where a probe's direction is written out, if anywhere
         self.reached: set[str] = set()
-        self.heard: Callable[[], None] = lambda: None  # called before each piece of work, and may raise
+        self.swept = self.most = 0
+        self.limit(lambda: None)
         self.paired = 0  # rows of a half of the batch, while both signs of a probe run in one forward
         self.folded = FoldedSums(self)
         self._scratch = torch.empty(0)
@@ -117,6 +121,14 @@ class MovedWeights:
     def layout(named: Iterable[tuple[str, Tensor]]) -> list[WeightSlot]:
         """Return the tensors that change, and where in a direction the numbers of each begin."""
         return layout(named)
+
+    def limit(self, heard: Callable[[], None], most: int = 0) -> None:
+        """Call `heard()`, which may raise, before each piece of work from now on; UsageError after `most` passes (0: any number).
+
+        A pass is one direction, or one epoch of a pool, over as many elements as are moved.
+        """
+        self.heard, self.swept = heard, 0
+        self.most = most * sum(slot.tensor.numel() for slot in self.moved_slots())
 
     def moved_slots(self) -> list[WeightSlot]:
         """Return what directions move: here the weights themselves."""
@@ -159,11 +171,11 @@ class MovedWeights:
         The result lives in `out`, or in shared scratch that the next call overwrites, or (when nothing is
         placed or probed) is the stored memory itself.
         """
-        self.heard()
         self.reached.add(slot.name)
         base = read_stored(slot, first, last)
         sums = self.folded.of(slot, first, last)
         if self.point is None and self.direction is None and sums is None:
+            self.heard()
             return base if out is None else out.copy_(base)
         if out is None:
             out = self._take(last - first, base.dtype)
@@ -194,12 +206,27 @@ class MovedWeights:
         probe: Direction | None,
         *,
         grid: float | None = None,
-        **more: Any,
+        **more: Tensor | None,
     ) -> None:
         """Set out = base moved by passes and by the probe, as `kernels_torch.sweep`, which takes `minus` and `sums` too."""
-        more |= {"gaussian": self.law == "gaussian", "threads": self.threads}
-        grid = self.grid if grid is None else grid
-        self.kernels.sweep(out, base, start, self.run_key, passes or EMPTY, grid, probe, **more)
+        passes, grid = passes or EMPTY, self.grid if grid is None else grid
+        how = {"gaussian": self.law == "gaussian", "threads": self.threads}
+        piece = WORK // max(1, len(passes.ids)) // TILE * TILE if self.device.type == "cpu" else out.numel()
+        step = max(TILE, piece)
+        for first in range(0, out.numel(), step):
+            self.heard()
+            part = slice(first, first + step)
+            self.swept += len(passes.ids) * out[part].numel()
+            if 0 < self.most < self.swept:
+                raise UsageError(
+                    "the directions take more passes over the weights than a device makes at a time",
+                    hint="law=hashed takes a pass for K directions; or take fewer directions, or fewer steps",
+                )
+            parts = {name: None if tensor is None else tensor[part] for name, tensor in more.items()}
+            begin = start + first
+            self.kernels.sweep(
+                out[part], base[part], begin, self.run_key, passes, grid, probe, **how, **parts
+            )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of every trainable tensor at the view's point, in name order."""
@@ -297,6 +324,7 @@ class FoldedSums:
         self.weights = weights
         self.folded: Passes | None = None
         self.reach = 0  # the largest sum anywhere
+        self.told = False  # that nothing is cached
         self.sums: dict[str, Tensor] = {}
 
     def rest(self, point: Passes | None) -> Passes | None:
@@ -310,10 +338,12 @@ class FoldedSums:
         if len(left.ids) <= FOLD and self.reach + _most(left) < EXACT:
             return left
         if self.reach + _most(left) >= EXACT:
-            log.warning(
-                "slow: the sums of %d directions could pass 2^24: they are computed anew each time",
-                len(left.ids),
-            )
+            if not self.told:
+                log.warning(
+                    "slow: the sums of %d directions could pass 2^24: they are computed anew each time",
+                    len(left.ids),
+                )
+            self.told = True
             self.forget()
             return point
         try:
@@ -341,7 +371,6 @@ class FoldedSums:
                 self.sums[slot.name] = torch.zeros(slot.tensor.numel(), device=slot.tensor.device)
             sums = self.sums[slot.name]
             for first in range(0, sums.numel(), PIECE):
-                self.weights.heard()
                 part = sums[first : first + PIECE]
                 self.weights.sweep(part, part, slot.start + first, passes, None, grid=1.0)
             low, high = torch.aminmax(sums)

@@ -163,6 +163,24 @@ def test_shares_become_layers_that_are_enough() -> None:
     assert [fedpeptao.layer_count(x, 12) for x in (0.0, 0.01, 1 / 12, 0.5, 0.51, 1.0)] == [1, 1, 1, 6, 7, 12]
 
 
+def test_a_score_is_of_few_rows_and_a_stop_is_heard_before_each_layers(rows: list[Encoded]) -> None:
+    heard, sizes, model = list[int](), list[int](), tiny_llama()
+    fedpeptao.layer_scores(model, collate(rows[:4], PAD), lambda: heard.append(1))
+    assert len(heard) == 2
+    chosen = Method(tokens=1, steps=1, batch_size=1000, layers_rule="half")
+    many = Batches(rows * (400 // len(rows) + 1), PAD, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fedpeptao, "layer_scores", lambda model, batch, heard: sizes.append(len(batch.labels)))
+        patch.setattr(Method, "train", stopped)
+        with pytest.raises(InterruptedError):
+            chosen.local(model, chosen.broadcast(chosen.init(model, 8)), many, 77, {})
+    assert sizes == [fedpeptao.SCORED] == [256]
+
+
+def stopped(*asked: object) -> float:
+    raise InterruptedError
+
+
 # --- a device's reply --------------------------------------------------------------------------------------
 
 
