@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OPTQ on one matrix, against optimal-brain updates with explicit inverses in float64; what solvers do with odd ones."""
+"""OPTQ and SparseGPT on one matrix, against optimal-brain updates with explicit inverses in float64; what solvers do with odd ones."""
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from solver_harness import brain_surgeon, curvature, damped, dense, onto, work
 from torch import Tensor
 
@@ -79,43 +79,11 @@ def test_weights_in_another_layout_are_solved_alike_and_stay(
         assert torch.equal(dense(found), want)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("order", ["none", "gar"])
-def test_optq_in_any_order_is_the_surgeon_on_sorted_columns(kind: str, order: str) -> None:
-    W, H = work(2, 4, 32)
-    group = 8
-    solver = compression.make("optq", {"group": group, "grid": kind, "order": order, "damping": 0.02})
-    got = dense(solver.solve(W.clone(), H.clone()))
-    sort = {
-        "none": list(range(32)),
-        "gar": list(
-            itertools.chain.from_iterable(
-                sorted(columns, key=lambda i: -H[i, i].item())
-                for columns in sorted(
-                    (range(g, g + group) for g in range(0, 32, group)),
-                    key=lambda columns: -max(H[i, i].item() for i in columns),
-                )
-            )
-        ),
-    }[order]
-    grid, fits = Grid(kind, 4), dict[int, tuple[Tensor, Tensor]]()
-    h = curvature(damped(H, 0.02)[sort][:, sort])
-
-    def settle(i: int, now: Tensor) -> Tensor:
-        g = sort[i] // group
-        if g not in fits:
-            fits[g] = grid.find(now[:, i : i + group], h[i : i + group])
-        return onto(grid, now[:, i], *fits[g])
-
-    want = brain_surgeon(W[:, sort], damped(H, 0.02)[sort][:, sort], settle)
-    torch.testing.assert_close(got.double()[:, sort], want, rtol=0, atol=1e-6)
-
-
 def test_pruned_weights_stay_zero_when_they_are_quantised_later() -> None:
     W, H = work(5, 16, 64, torch.float32)
     pruned = dense(compression.make("sparsegpt", {"n": 2, "m": 4}).solve(W.clone(), H.clone()))
-    for kind, order in itertools.product(UNIFORM, ("none", "gar")):
-        solver = compression.make("optq", {"grid": kind, "order": order, "group": 16})
+    for kind in UNIFORM:
+        solver = compression.make("optq", {"grid": kind, "group": 16})
         assert not dense(solver.solve(pruned.clone(), H.clone()))[pruned == 0].any()
 
 
@@ -139,19 +107,19 @@ def test_exact_zeros_stay_zero_however_few_they_are(count: int) -> None:
     W, H = work(5, 16, 64, torch.float32)
     places = torch.randperm(W.numel(), generator=torch.Generator().manual_seed(count))[:count]
     W.view(-1)[places] = 0.0
-    for order in ("none", "gar"):
-        solver = compression.make("optq", {"bits": 8, "order": order, "group": 16})
-        assert not dense(solver.solve(W.clone(), H.clone()))[W == 0].any()
+    solver = compression.make("optq", {"bits": 8, "group": 16})
+    assert not dense(solver.solve(W.clone(), H.clone()))[W == 0].any()
 
 
 @pytest.mark.parametrize(
     ("method", "values"),
     [
-        ("optq", {"grid": kind, "order": order, "group": 16})
-        for kind in ("ggml", "asymmetric")
-        for order in ("none", "gar")
-    ]
-    + [("sparsegpt", {}), ("sparsegpt", {"n": 2}), ("sparsegpt", {"bits": 3, "group": 16})],
+        ("optq", {"grid": "ggml", "group": 16}),
+        ("optq", {"grid": "asymmetric", "group": 16}),
+        ("sparsegpt", {}),
+        ("sparsegpt", {"n": 2}),
+        ("sparsegpt", {"bits": 3, "group": 16}),
+    ],
 )
 def test_the_loss_that_the_loop_tells_is_that_of_the_matrix(method: str, values: dict[str, object]) -> None:
     """Over several blocks, with dead inputs, and zeros that stay; damping is not a part of it."""
@@ -203,3 +171,57 @@ def test_matrices_that_do_not_fit_are_told_what_would() -> None:
     assert "patterns of 4" in compression.make("sparsegpt", {"n": 2}).check("q", 9, 31)
     assert compression.make("sparsegpt", {"group": 7}).check("q", 9, 31) == ""
     assert compression.make("optq", {"group": 0}).check("q", 9, 31) == ""
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_sparsegpt_unstructured_is_the_surgeon_with_a_mask(bits: int) -> None:
+    """C < 128: one block, so the mask comes from the weights and U as they are at its start."""
+    W, H = work(3, 6, 16)
+    solver = compression.make("sparsegpt", {"sparsity": 0.4, "bits": bits, "group": 8, "grid": "asymmetric"})
+    got = dense(solver.solve(W.clone(), H.clone())).double()
+    H = damped(H, 0.01)
+    spread = torch.tensor([torch.linalg.inv(H[i:, i:])[0, 0] for i in range(16)], dtype=W.dtype)
+    score = (W**2 / spread).reshape(-1)
+    mask = torch.zeros(len(score), dtype=torch.bool)
+    mask[score.argsort()[: int(0.4 * len(score))]] = True
+    mask = mask.view_as(W)
+    assert int((got == 0).sum()) >= int(mask.sum()) == 38
+    fits: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def settle(i: int, now: Tensor) -> Tensor:
+        if not bits:
+            return now[:, i].masked_fill(mask[:, i], 0.0)
+        if i % 8 == 0:
+            fits[i // 8] = Grid("asymmetric", 4).find(now[:, i : i + 8].masked_fill(mask[:, i : i + 8], 0.0))
+        scale, zero = fits[i // 8]
+        q = scale * ((torch.round(now[:, i] / scale) + zero).clamp(0, 15) - zero)
+        return q.masked_fill(mask[:, i], 0.0)
+
+    torch.testing.assert_close(got, brain_surgeon(W, H, settle), rtol=0, atol=1e-6 if bits else 1e-9)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4)])
+def test_sparsegpt_patterns_follow_the_updated_weights(n: int, m: int) -> None:
+    W, H = work(4, 6, 32)
+    got = dense(compression.make("sparsegpt", {"n": n, "m": m}).solve(W.clone(), H.clone()))
+    assert ((got.view(6, -1, m) == 0).sum(2) == n).all()
+    H = damped(H, 0.01)
+    spread = torch.tensor([torch.linalg.inv(H[i:, i:])[0, 0] for i in range(32)], dtype=W.dtype)
+    mask = torch.zeros_like(W, dtype=torch.bool)
+
+    def settle(i: int, now: Tensor) -> Tensor:
+        if i % m == 0:
+            score = now[:, i : i + m] ** 2 / spread[i : i + m]
+            mask[:, i : i + m].scatter_(1, score.argsort(1)[:, :n], True)
+        return now[:, i].masked_fill(mask[:, i], 0.0)
+
+    torch.testing.assert_close(got, brain_surgeon(W, H, settle), rtol=0, atol=1e-9)
+
+
+@given(seed=st.integers(0, 99), sparsity=st.floats(0, 0.99), C=st.integers(1, 200), R=st.integers(1, 8))
+@settings(max_examples=15)
+def test_exactly_the_share_of_each_block_is_pruned(seed: int, sparsity: float, C: int, R: int) -> None:
+    W, H = work(seed, R, C, torch.float32)
+    got = dense(compression.make("sparsegpt", {"sparsity": sparsity}).solve(W.clone(), H))
+    want = [int(len(W[:, a : a + 128].reshape(-1)) * sparsity) for a in range(0, C, 128)]
+    assert [int((got[:, a : a + 128] == 0).sum()) for a in range(0, C, 128)] == want

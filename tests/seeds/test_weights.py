@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights at a point, a piece at a time: those of the definition, whatever kernels, threads, pieces and cached sums make them."""
+"""Weights at a point, a piece at a time: those of the definition, whatever kernels, threads and pieces make them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fleetune import seeds
 from fleetune.cli.main import main
 from fleetune.errors import UsageError
 from fleetune.models import DTYPES, digest, named_tensors, tiny_llama
-from fleetune.seeds import noise, weights
+from fleetune.seeds import weights
 from fleetune.seeds.descent import two_point
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.weights import MovedWeights, kernels, layout
@@ -142,89 +142,40 @@ def test_a_stored_direction_is_that_of_the_law() -> None:
         assert digest(view.tensors()) == digest(reference(named_tensors(net), "hashed", ENTRIES, EPS))
 
 
-# --- cached sums ----------------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------------------
 
 
-def point(law: str, K: int, count: int, seed: int, scale: int = 3000) -> noise.Passes:
-    rng = np.random.default_rng(seed)
-    epochs, members = (rng.integers(0, top, 3 * count).astype(np.uint64) for top in (count, K))
-    return passes(law, K, epochs << np.uint64(32) | members, rng.integers(-scale, scale, 3 * count))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("law", "K"), [("rademacher", 1), ("hashed", 8)])
-def test_a_walk_of_points_has_the_bits_of_plain_passes(dtype: torch.dtype, law: str, K: int) -> None:
-    model = tiny_llama()
-    model.net.to(dtype)
-    view, direction = view_of(model.net, law), probe(law, K, 5)
-    # many passes, a few more, many others, fewer than are worth folding, none
-    for count, seed in ((60, 0), (61, 0), (64, 1), (3, 3), (0, 4), (30, 5)):
-        at = point(law, K, count, seed) if count else None
-        seen = []
-        for fold in (False, True):
-            view.place(at, fold=fold)
-            for eps in (0.0, 1e-3):
-                view.probe(direction if eps else None, eps)
-                seen.append(digest(view.tensors()))
-            view.probe(None)
-        assert seen[:2] == seen[2:]
-
-
-def test_many_passes_are_folded_and_few_are_computed() -> None:
-    view = view_of(tiny_llama().net, "rademacher")
-    first = point("rademacher", 1, 60, 0)
-    view.place(first)
-    assert view.point is None
-    assert view.folded.sums
-    more = passes("rademacher", 1, np.append(first.ids, np.uint64(7)), np.append(first.tables[:, 0], 5))
-    view.place(more)
-    assert view.point is not None
-    assert view.point.ids.tolist() == [7]
-
-
-def test_sums_that_could_pass_2_to_24_are_not_folded(caplog: pytest.LogCaptureFixture) -> None:
-    view = view_of(tiny_llama().net, "rademacher")
-    big = point("rademacher", 1, 40, 1, scale=1 << 22)
-    view.place(big, fold=False)
-    plain = digest(view.tensors())
-    for _ in range(3):
-        view.place(big)
-    assert not view.folded.sums
-    assert digest(view.tensors()) == plain
-    assert caplog.text.count("slow: the sums of 40 directions") == 1
+def moved_far(law: str) -> tuple[MovedWeights, int]:
+    """Weights at five passes from their base, and the number of passes."""
+    view = view_of(tiny_llama().net, law)
+    view.place(passes(law, 1, np.arange(5, dtype=np.uint64), np.arange(1, 6)))
+    return view, 5
 
 
 @pytest.mark.parametrize("law", ["gaussian", "rademacher"])
-def test_a_sweep_of_many_passes_is_made_in_pieces_that_hear_a_stop(
-    monkeypatch: pytest.MonkeyPatch, law: str
-) -> None:
-    view, heard = view_of(tiny_llama().net, law), list[int]()
+def test_many_passes_are_made_in_pieces_that_hear_a_stop(monkeypatch: pytest.MonkeyPatch, law: str) -> None:
+    (view, count), heard = moved_far(law), list[int]()
     slot = max(view.slots, key=lambda slot: slot.tensor.numel())
     size = slot.tensor.numel()
-    assert size % 4096
-    view.place(point(law, 1, 5, 0), fold=False)
-    assert view.point is not None
-    count = len(view.point.ids)
-    whole = view.piece(slot, 0, size).clone()
+    pieces = -(-size // 4096)
+    assert pieces > 1
+    view.probe(probe(law, 1, 5), EPS)
+    plus = view.piece(slot, 0, size).clone()
+    view.probe(probe(law, 1, 5), -EPS)
+    minus = view.piece(slot, 0, size).clone()
     monkeypatch.setattr(weights, "WORK", count * 4096)
     view.limit(lambda: heard.append(1))
-    assert torch.equal(view.piece(slot, 0, size), whole)
-    assert len(heard) == -(-size // 4096)
-    view.probe(probe(law, 1, 5), EPS)
-    view.paired = 1
-    plus, minus = (sign.clone() for sign in view.signs(slot, 0, size))
-    assert len(heard) == 2 * -(-size // 4096)
-    view.paired = 0
-    assert torch.equal(view.piece(slot, 0, size), plus)
-    view.probe(probe(law, 1, 5), -EPS)
     assert torch.equal(view.piece(slot, 0, size), minus)
+    assert len(heard) == pieces
+    view.probe(probe(law, 1, 5), EPS)
+    view.paired = 1  # both signs in one forward
+    assert all(map(torch.equal, view.signs(slot, 0, size), (plus, minus)))
+    assert len(heard) == 2 * pieces
 
 
 def test_a_limit_is_of_passes_over_all_weights() -> None:
-    view = view_of(tiny_llama().net, "gaussian")
-    view.place(point("gaussian", 1, 5, 0))
-    assert view.point is not None
-    view.limit(lambda: None, 2 * len(view.point.ids))
+    view, count = moved_far("gaussian")
+    view.limit(lambda: None, 2 * count)
     for _ in range(2):
         digest(view.tensors())
     with pytest.raises(UsageError, match="more passes over the weights"):

@@ -45,7 +45,7 @@ class Part:
         """Fold their effect into the stored weights (call `remove` after); ModelError if that is impossible."""
         raise ModelError(
             f"{self.what} cannot be folded into the weights",
-            hint="fleetune export --to peft, or use the run's folder",
+            hint="use the run's folder: its adapter/ is a directory for PEFT",
         )
 
 
@@ -133,12 +133,6 @@ class Attachment:
     spec: AdapterSpec
     parameters: Mapping[str, nn.Parameter]
     parts: tuple[Part, ...]
-
-    @property
-    def added(self) -> int:
-        """Return how many parameters the net has beside the base's own: copies take the place of theirs."""
-        copies = {n for part in self.parts if isinstance(part, ParameterCopies) for n in part.parameters}
-        return sum(p.numel() for n, p in self.parameters.items() if n not in copies)
 
     @property
     def words(self) -> str:

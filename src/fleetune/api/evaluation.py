@@ -16,7 +16,7 @@ from fleetune.data import Example, read, read_text, readers
 from fleetune.deploy.serve import Sampling
 from fleetune.errors import DataError, RecipeError, UsageError
 from fleetune.runs.listener import Listener, heard_by
-from fleetune.subject import Compressed, Run, Subject, logits_of
+from fleetune.subject import Compressed, Run, Subject
 from fleetune.tuning.recipe import objects
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ def evaluate(
     answer_tokens: int = 96,
     text: str | Path | None = None,
     labels: Sequence[str] = (),
-    task_files: str | Path | None = None,
-    reference: object | None = None,
     dtype: str | None = None,
     device: str = "auto",
     base: str | None = None,
@@ -52,79 +50,50 @@ def evaluate(
     default is loss and rouge_l; for an encoder, loss and accuracy; with a `text`, perplexity too.  At most `limit` rows are
     measured, cut to the `max_length` of the run that the model comes from (512 tokens for others).  The event of a run has
     the loss of its base model on the same rows as well, and how sure the change is.  Losses are in nats per token (of an
-    encoder: per row); perplexity has no unit; the others are in percent.  Any other name is a task of lm-evaluation-harness,
-    of which at most `limit` questions are asked; `task_files` is a folder of tasks of one's own.  Its values are named
-    TASK.METRIC and have the harness's unit; the event has their standard errors.
+    encoder: per row); perplexity has no unit; the others are in percent.
     `base` is memory or mapped: where the base's weights are (a run: as while it was tuned).
-    With a model `reference` the values have kl_divergence as well, of the next-token distributions from that model's (nats
-    a token), and same_top (percent), with their standard errors over the tokens (`_error`) and the number of these
-    (kl_tokens): on `text`, else on the answers of the rows.
     """
     found = subjects.open(model, out=out)  # before torch is imported
-    dense = subjects.open(reference, out=out) if reference is not None else None
     _check_options(found, limit, answer_tokens, text)
     from fleetune.data.encode import check_answers
     from fleetune.evaluation import measures
 
     heard, labels = heard_by(listener, progress), words(labels)
-    own, others = measures.divided(words(tasks))
-    if text and own and dense is None and not {"perplexity", "ppl"} & set(own):
+    wanted = measures.check_tasks(words(tasks))
+    if text and wanted and "perplexity" not in wanted:
         problem = f"{text} is for the task perplexity, which --tasks does not name"
         raise RecipeError([problem], hint="fleetune eval --help")
-    wanted = measures.check_tasks(list(own))
-    if dense is not None and others and not own:
-        raise UsageError("a reference is compared with on rows or a text", hint="--tasks loss as well")
-    harness = measures.HarnessTasks(others, task_files) if others else None
     where: dict[str, Any] = {"dtype": dtype, "device": device, "offline": offline}
     longest = found.max_length
-    if harness is not None and not own:  # which needs no rows
-        loaded = subjects.load_alone(found, base=base, **where)
-        scores = harness.evaluate(loaded, limit=limit)
-        heard.event(evaluated(found.argument, 0, {}, of=0, max_length=longest, harness=scores))
-        return measures.by_name(scores)
-    if dense is not None:
-        subjects.check_same_tokens(found, dense, offline=offline)
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
     if labels and "accuracy" in wanted:
         answers = [example.response.strip() for example in given[:limit]]
         check_answers(answers, labels, f"labels = {', '.join(labels)}", "name all label words of the data")
     if given:
         _note_trained_on(found, given[:limit], heard, offline=offline)
-    texts, compared = read_text(str(text)) if text else [], subjects.rows_of(found, given, offline=offline)
+    texts = read_text(str(text)) if text else []
 
     def told(what: str) -> OnRows:
         return lambda done, total: heard.progress(what, done, total)
 
-    with logits_of(dense, compared[:limit], texts, heard, max_length=longest, **where) as kept:
-        loaded, every = subjects.load_with_rows(
-            found, compared, labels=labels, base=base, needs_rows=not texts, **where
-        )
-        values, rows = measures.evaluate(
-            loaded,
-            every[:limit],
-            wanted,
-            max_length=longest,
-            max_new_tokens=answer_tokens,
-            labels=labels,
-            texts=texts,
-            told=told,
-        )
-        values |= kept.compare(loaded, told("rows compared")).values() if kept else {}
-    scores = harness.evaluate(loaded, limit=limit) if harness is not None else []
-    measured = every[:limit]
-    before = subjects.base_losses(found, loaded, measured, told) if rows else None  # makes `loaded` the base
-    heard.event(
-        evaluated(
-            found.argument,
-            len(measured),
-            values,
-            of=len(every),
-            max_length=longest,
-            rows_of=(before, rows),
-            harness=scores,
-        )
+    loaded, every = subjects.load_with_rows(
+        found, given, labels=labels, base=base, needs_rows=not texts, **where
     )
-    return values | measures.by_name(scores)
+    measured = every[:limit]
+    values, rows = measures.evaluate(
+        loaded,
+        measured,
+        wanted,
+        max_length=longest,
+        max_new_tokens=answer_tokens,
+        labels=labels,
+        texts=texts,
+        told=told,
+    )
+    before = subjects.base_losses(found, loaded, measured, told) if rows else None  # makes `loaded` the base
+    counts = {"of": len(every), "max_length": longest}
+    heard.event(evaluated(found.argument, len(measured), values, **counts, rows_of=(before, rows)))
+    return values
 
 
 def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bool) -> list[Example]:

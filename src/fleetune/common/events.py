@@ -540,7 +540,6 @@ class StepDone(Event, event="step"):
     step: int  # from 1
     steps: int  # number of steps
     loss: float  # of this step; in distillation and of scales the divergence from the teacher
-    reward: float | None = None  # mean reward of the answers that the student wrote in this step
 
 
 class ModelPruned(Event, event="pruned"):
@@ -582,7 +581,6 @@ class ExportDone(Event, event="export"):
     path: str  # of the new file or folder
     digest: str | None = None  # SHA-256 of a run's weights; only of a run as `hf`
     bytes: int | None = None  # of all files
-    files: int | None = None  # of a copied adapter: files equal to the source's
     tensors: int | None = None  # number of tensors
     exact: int | None = None  # tensors that hold the source's values bit for bit
     types: Mapping[str, int] | None = None  # number of tensors by their type in the file
@@ -641,23 +639,7 @@ class MeasureDone(Event, event="done"):
     kept: Mapping[str, Mapping[str, Any]]  # by measure: gain of tuning; value, the share that is left
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskScore:
-    """A metric of a task of lm-evaluation-harness, in the harness's own unit (an accuracy is a share of 1)."""
-
-    task: str  # name of the task, group or tag
-    metric: str  # name of the metric
-    filter: str  # how answers were read; none for as they are
-    value: float  # of the metric
-    stderr: float | None  # standard error, as the harness states it; null where it states none
-    rows: int | None  # questions asked; null for a group of tasks, as the next two
-    of: int | None  # questions that the task has
-    shots: int | None  # examples before each question
-    version: str | None  # of the task
-    higher_is_better: bool | None  # null where the harness does not say
-
-
-class EvalDone(Compared, event="eval"):
+class EvalDone(Measures, event="eval"):
     """`eval`: the measures of one model."""
 
     model: str  # as a command takes it
@@ -667,7 +649,6 @@ class EvalDone(Compared, event="eval"):
     loss_error: float | None = None  # standard error of the loss, over the rows
     base_loss: float | None = None  # of a run: loss of its base model on the same rows
     change_error: float | None = None  # standard error of `loss` less `base_loss`, taken row by row
-    harness: Sequence[TaskScore] | None = None  # of the tasks of lm-evaluation-harness
 
 
 def evaluated(
@@ -678,9 +659,8 @@ def evaluated(
     of: int,
     max_length: int,
     rows_of: tuple[RowLosses | None, RowLosses | None] = (None, None),
-    harness: Sequence[TaskScore] = (),
 ) -> EvalDone:
-    """The event for the measures of one model on the first `rows` of so many rows, and of tasks of the harness.
+    """The event for the measures of one model on the first `rows` of so many rows.
 
     `rows_of` are the losses of the rows under the base model and under this one, where they were measured.
     """
@@ -694,9 +674,7 @@ def evaluated(
             "base_loss": paired.ratio(base.sums, base.counts)[0],
             "change_error": change and change.error,
         }
-    return EvalDone(
-        model=model, rows=rows, of=of, max_length=max_length, harness=tuple(harness) or None, **values
-    )
+    return EvalDone(model=model, rows=rows, of=of, max_length=max_length, **values)
 
 
 # Planning, lists, ledgers, serving
@@ -888,13 +866,8 @@ class Failed(Event, event="error"):
     exit_code: int  # of the command
 
 
-class Stopped(Event, event="interrupted"):
-    """The command was stopped by Ctrl-C; `hint` resumes it."""
-
-    type: str  # Interrupted
-    message: str  # where it stopped
-    hint: str | None  # command that resumes
-    exit_code: int  # of the command: 130
+class Stopped(Failed, event="interrupted"):
+    """The command was stopped by Ctrl-C: `type` is Interrupted, `message` says where, `hint` resumes it."""
 
 
 # The headings of docs/events.md, and the first event under each.
