@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 CALL = 16  # rows of a table that are made in about the time of a call
 CHUNK = 1 << 20  # elements of scratch: 4 MB in fp32, so that it stays in the cache until the product reads it
-WORK = 1 << 29  # elements times passes between two looks whether to stop, on a CPU: seconds
+WORK = 1 << 27  # elements times passes between two looks whether to stop, on a CPU: seconds
 
 
 def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
