@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from fleetune.errors import FleetError, RecipeError
 from fleetune.models import tiny_bert, tiny_llama
 from fleetune.models.net.layers import layers_of
 from fleetune.tuning import methods
+from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.exchange.messages import Payload
 from fleetune.tuning.methods import Reply, fedpeptao
 from fleetune.tuning.methods.fedpeptao import Method, State
@@ -145,6 +147,28 @@ def test_the_servers_rounds_are_the_papers() -> None:
             for k, own in paper.c_k.items():
                 np.testing.assert_allclose(state.c_k[f"{k}/{name}"], own, rtol=0, atol=1e-4)
     assert state.eta_s == pytest.approx(0.05 * 0.99**4)
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed-mean", "norm-clip"])
+def test_variates_do_not_add_up_under_a_rule_that_leaves_numbers_out(name: str, tmp_path: Path) -> None:
+    """Where all answer, the step is that of the momentum alone; what a median left out used to pile up in c_k."""
+    chosen, rng = tiny(layers_rule="all"), np.random.default_rng(6)
+    state = chosen.init(tiny_llama(), 4)
+    rule = replace(aggregation.parse(name), spool=(spool := aggregation.Spool(tmp_path)))
+    v = {x: np.zeros(t.shape) for x, t in state.tensors.items()}
+    for number in range(4):
+        replies, combined = [], rule.combining(state.tensors)
+        for k in range(3):
+            w_k = {x: t + rng.normal(k, 1, t.shape).astype(np.float32) for x, t in state.tensors.items()}
+            combined.add(1, w_k)
+            replies.append(Reply(k, 0, Payload(w_k, {"n": 8, "loss": 1.0})))
+        wbar = combined.tensors()
+        v = {x: 0.9 * v[x] + 0.1 * (state.tensors[x] - wbar[x]) if number else v[x] for x in v}
+        state = chosen.aggregate(state, iter(replies), rule)
+        for x in v:
+            np.testing.assert_allclose(state.v[x], v[x], atol=1e-6)
+            np.testing.assert_allclose(state.tensors[x], wbar[x] - state.eta_s * v[x], atol=1e-5)
+    spool.close()
 
 
 def test_the_servers_step_shrinks_to_its_floor_and_zero_is_fedavg() -> None:

@@ -155,6 +155,24 @@ def test_replies_that_are_not_finite_though_the_model_is_good_leave_it(tmp_path:
     assert np.array_equal(kept.tensors["w"], good.tensors["w"])
 
 
+@pytest.mark.parametrize(("clients", "broken", "error"), [(1, 1, 0.0), (2, 1, 0.0), (4, 3, 1.0)])
+def test_few_replies_that_are_not_finite_withdraw_no_round_and_neither_does_a_rise_within_noise(
+    clients: int, broken: int, error: float, tmp_path: Path
+) -> None:
+    """One device's NaN ended the run of all, and a round was withdrawn for 0.001 of its loss."""
+
+    def reply(round: int, client: int, w: np.ndarray) -> Payload:
+        lost = round == 3 and client < broken
+        return told(np.full(w.shape, np.nan)) if lost else honest(round, client, w)
+
+    def evaluate(state: State) -> dict[str, float]:
+        return {"loss": 1.0 + 0.01 * float(state.tensors["w"].mean()), "change_error": error}
+
+    run = create(tmp_path, "averaging", "toy")
+    play(tmp_path, Devices(reply, clients), rounds_=4, evaluate=evaluate, run=run)
+    assert [r for r, _ in checkpoints(run.path)][-1] == 4
+
+
 def tuned(out: Path, rounds_: int, **more: Any) -> TuneResult:
     """A whole run of three clients on the tiny llama."""
     return fleetune.tune(
