@@ -21,8 +21,9 @@ from fleetune.errors import (
     StorageError,
     UsageError,
 )
-from fleetune.fleet.orders import WORDS, Declined, Device, Job, Order, Reply, in_words, made_job, reason_of
+from fleetune.fleet.orders import WORDS, Declined, Device, Job, Order, Reply, in_words, job_of, reason_of
 from fleetune.tuning.exchange.messages import Message, Payload, encode
+from fleetune.tuning.recipe import recipe as recipes
 
 JOB = Job(
     "a" * 32, "fedkseed", {"K": 64, "lr": 1e-3, "clip": 0.0}, "m", "b" * 64, "fp32", 64, ("yes", "no"), 3
@@ -163,8 +164,9 @@ def test_a_job_of_another_form_or_size_is_refused(change):
 def test_a_job_may_have_any_letters_of_a_line():
     job = dataclasses.replace(JOB, model="modèle 模型", labels=("می\u200cخواهم", "👩\u200d🔬"))
     assert Job.from_json(job.to_json()) == job
-    with pytest.raises(MessageError, match=r"model = .*: it is no printable line"):
-        made_job(**{**dataclasses.asdict(JOB), "model": "a\nb"})
+    recipe = recipes.make({"model": "tiny", "data": "rows.jsonl", "method": "mezo"})
+    with pytest.raises(MessageError, match=r"model = .* it is no printable line"):
+        job_of(recipe, JOB.run, JOB.base, model="a\nb")
 
 
 @pytest.mark.parametrize("set_", ['{"lr": NaN}', '{"lr": 1e999}', '{"K": 1' + "0" * 5000 + "}"])

@@ -28,23 +28,28 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, field
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from fleetune.common.display import one_line
-from fleetune.errors import MessageError, cut_reason
+from fleetune.common.memory import is_out_of_memory
+from fleetune.errors import (
+    DataError,
+    FitError,
+    FleetError,
+    LedgerError,
+    MessageError,
+    ModelError,
+    StorageError,
+    UsageError,
+    cut_reason,
+)
 from fleetune.models.cache import names
 from fleetune.tuning.exchange.messages import Message, Payload, Scalar, decode, encode
-from fleetune.tuning.recipe.recipe import label_words, problem_text
-
-if TYPE_CHECKING:
-    from fleetune.tuning.prepare.prepare import TuneJob
-from types import MappingProxyType
-
-from fleetune.common.memory import is_out_of_memory
-from fleetune.errors import DataError, FitError, FleetError, LedgerError, ModelError, StorageError, UsageError
+from fleetune.tuning.recipe.recipe import Recipe, label_words, problem_text
 
 T = TypeVar("T")
 
@@ -145,26 +150,11 @@ def is_path(model: str) -> bool:
     return not names.can_be_fetched(model)
 
 
-def job_of(job: TuneJob, run: str) -> Job:
-    """Return what devices are told of a run."""
-    recipe, model = job.recipe, job.model
-    return made_job(
-        run=run,
-        method=recipe.method,
-        set=dict(recipe.set),
-        model=recipe.model,
-        base=model.digest,
-        dtype=recipe.dtype,
-        max_length=recipe.max_length,
-        labels=label_words(recipe.labels),
-        rounds=recipe.rounds,
-        train=recipe.train,
-    )
-
-
-def made_job(**fields: Any) -> Job:
-    """Return a job; MessageError for fields that no device would take."""
-    return _made(Job, fields, "the job")
+def job_of(recipe: Recipe, run: str, base: str, **other: Any) -> Job:
+    """Return what devices are told of a run with this recipe; MessageError where it has words that no device would take."""
+    same = ("method", "model", "dtype", "max_length", "rounds", "train")
+    told = {name: getattr(recipe, name) for name in same} | {"set": dict(recipe.set)} | other
+    return _made(Job, {**told, "run": run, "base": base, "labels": label_words(recipe.labels)}, "the job")
 
 
 @dataclass(frozen=True, config=EXACT)
