@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,9 +18,6 @@ from hypothesis import strategies as st
 from methods_harness import CLIENTS, begun, bits
 from methods_harness import mean_of as float32_mean
 
-import fleetune
-from fleetune import errors, models
-from fleetune.models import tiny_llama
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.exchange.aggregation import MEAN, REDUCE, Rule, Spool, cut, parse, product_mean, trimmed
@@ -463,26 +459,3 @@ def test_a_method_of_ones_own_keeps_its_rule() -> None:
         cannot_combine = methods.Method.cannot_combine
 
     assert "leave aggregation out" in Own().rule_problem(parse("median"), 9)
-
-
-class Stop(fleetune.Silent):
-    """Stop after the first round; keep the header."""
-
-    shown: dict[str, str]
-
-    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        self.shown = dict(rows)
-
-    def event(self, event: Any) -> None:
-        if event.event == "round":
-            raise errors.Interrupted("stopped")
-
-
-@pytest.fixture
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    model = tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
-    rows = [{"instruction": f"say {n}", "output": f"{n} {n}"} for n in range(24)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path

@@ -14,6 +14,7 @@ import pytest
 from toy import BASE, Averaging, Devices, State, honest, play, start, told, with_liars
 
 import fleetune
+from command_line import FEW
 from fleetune import Silent
 from fleetune.common.events import Recorded, RoundDone, as_dict
 from fleetune.errors import FleetError, RecipeError, StorageError
@@ -181,14 +182,8 @@ def tuned(out: Path, rounds_: int, **more: Any) -> TuneResult:
         out=out,
         method="fedit",
         settings={"r": 2, "steps": 1, "lr": 1e-2},
-        clients=3,
-        rounds=rounds_,
-        held_out=3,
-        samples=0,
-        threads=1,
-        device="cpu",
         offline=True,
-        **more,
+        **FEW | {"clients": 3, "rounds": rounds_, "held_out": 3} | more,
     )
 
 
@@ -218,8 +213,6 @@ def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(
     assert (run / weights).read_bytes() == (once.folder / weights).read_bytes()
     assert resume(run, Silent(), offline=True).digest == tuned(tmp_path / "whole", 4).digest
 
-
-# Early stop and the best round: each round adds 1 to w, and `losses` says what that makes of the loss -----------------
 
 FELL_THEN_ROSE = (9.0, 7.0, 5.0, 6.0, 4.0, 4.5, 4.0, 8.0, 9.0, 3.0, 2.0)  # by round; 4 is the best until 9
 
