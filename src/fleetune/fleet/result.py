@@ -23,7 +23,7 @@ from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.noise import POOL
 from fleetune.tuning.exchange.messages import Scalar
-from fleetune.tuning.methods._zeroth import MOST_PASSES, MOST_POOLS, MOST_SWEEPS
+from fleetune.tuning.methods._zeroth import MOST_PASSES, MOST_POOLS
 from fleetune.tuning.result import finished
 
 FILE: Final = "file "  # begins the name of a file's bytes in a message
@@ -110,7 +110,7 @@ def put_on(model: Model, result: Path, heard: Callable[[], None]) -> None:
     most = MOST_POOLS if ledger.head.law == POOL else MOST_PASSES
     if (count := ledger.count_passes()) > most:
         raise LedgerError(f"the ledger takes {count:,} passes over the weights, {most:,} at most on a device")
-    view = finished.place_at(model, ledger, heard, sweeps=MOST_SWEEPS)
+    view = finished.place_at(model, ledger, heard)
     if (stated := ledger.final_check()) is None:
         raise LedgerError("the ledger states no digest of its weights")
     finished.require_digest(models.digest(view.pieces()), stated, "the ledger")

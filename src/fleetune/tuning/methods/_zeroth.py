@@ -32,8 +32,7 @@ INT32 = (1 << 31) - 1
 MOST_SUMS = 1 << 20  # in a message, of all pools so far; a device takes 40 bytes for each
 MOST_POOLS = 1 << 12  # a pass over all weights for each
 MOST_PASSES = 1 << 15  # of a law without pools: one for each direction
-# passes over the weights in a round's work or an evaluation, each of whose forwards makes them anew: 10,000 in 400 forwards
-MOST_SWEEPS = 1 << 22
+MOST_SWEEPS = 1 << 22  # passes in all forwards of a round or an evaluation: 10,000 directions in 400 forwards
 MOST = 1e3  # of a learning rate and a perturbation: far beyond any that learns
 UNITS = 256  # grid = lr / 256: a slope of 1 is 256 units, so a usual step is hundreds to thousands
 
@@ -173,16 +172,13 @@ def view_of(model: Model, run_key: int, law: str, grid: float) -> View:
     return made
 
 
-def place_at(
-    model: Model, ledger: Ledger, heard: Callable[[], None] = lambda: None, *, sweeps: int = 0
-) -> View:
+def place_at(model: Model, ledger: Ledger, heard: Callable[[], None] | None = None) -> View:
     """Put `model` at the point of a ledger (its stored weights stay the base's).
 
-    `heard()` is called before each piece of that work and of what is done with the view, and may raise; `sweeps` limits all that
-    in passes over the weights (0: not), as `View.limit`.
+    `heard()`, on a device, is called before each piece of that work and of the view's, and may raise: `View.limit`.
     """
     model.trains = ledger.head.trains
     view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
-    view.limit(heard, sweeps)
+    view.limit(heard or (lambda: None), MOST_SWEEPS if heard else 0)
     view.place(ledger.passes())
     return view

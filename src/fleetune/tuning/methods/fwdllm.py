@@ -183,9 +183,8 @@ class Method(methods.Method):
         tensors = {n: payload.array(n) for n in parameters}
         adapters.check_form(model, tensors)
         view = self.view(tensors, payload.int("seed"), payload.float("rate"), model.device)
-        if (seeds := payload.arrays.get("seeds")) is not None and (
-            seeds.dtype != np.uint64 or seeds.ndim != 1 or len(seeds) > MOST_SEEDS
-        ):
+        seeds = payload.arrays.get("seeds", IDS)
+        if seeds.dtype != np.uint64 or seeds.ndim != 1 or len(seeds) > MOST_SEEDS:
             raise MessageError(f"the seeds are {seeds.dtype} {list(seeds.shape)}, uint64 of one axis are")
         ids = self.directions(seeds, key)
         same = batches.repeat_batch(payload.int("batch"), self.batch_size, self.P)
