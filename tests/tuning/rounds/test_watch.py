@@ -89,7 +89,7 @@ def test_a_loss_that_is_twice_what_it_was_is_said_before_the_model_is_evaluated(
     *before, blown = heard(Watch(Clipped(), "loss", ()), *calm, ended(3))
     assert before == [None] * 6
     assert blown.text.startswith(
-        "round 3: the training loss of the median client is 10.100, 2.02 times what it was; lower the learning rate"
+        "round 3: the median client's loss is 10.100, 2.02 times its first; lower the learning rate"
     )
     assert "clip" not in blown.text  # it has one
     first = heard(Watch(Some(), "loss", ()), evaluated(0, 4.0), replied(1, 8.1), ended(1))[-1]
@@ -98,8 +98,8 @@ def test_a_loss_that_is_twice_what_it_was_is_said_before_the_model_is_evaluated(
 
 def test_replies_that_are_not_finite_are_said_in_their_round() -> None:
     lost = replied(1, None, "refused", "2752 values that are not finite")
-    *_, found = heard(Watch(Some(), "loss", ()), lost, ended(1))
-    assert "1 of 1 replies are not finite; lower the learning rate" in found.text
+    *_, found = heard(Watch(Some(), "loss", ()), evaluated(0, 4.0), lost, ended(1))
+    assert "the median client's reply is not finite; lower the learning rate" in found.text
     assert heard(Watch(Some(), "loss", ()), replied(1, None, "refused", "too far"), ended(1)) == [None] * 2
 
 

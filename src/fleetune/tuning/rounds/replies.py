@@ -283,11 +283,10 @@ def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]
             everyone = [APART * usual_distance([far(k) for k in kept], fewest) for far in ways]
             middles = list(map(min, middles, everyone))
         for k in same:
-            if not any(far(k) <= k.bound * middle for far, middle in zip(ways, middles, strict=True)):
-                times = min(far(k) / middle for far, middle in zip(ways, middles, strict=True))
-                found.append(
-                    (k, f"it goes {times:.3g} times as far as the median of the round, {k.bound:.3g} at most")
-                )
+            times = min(far(k) / middle for far, middle in zip(ways, middles, strict=True))
+            if not times <= k.bound:
+                reason = f"it goes {times:.3g} times as far as the median of the round, {k.bound:.3g} at most"
+                found.append((k, reason))
     return found
 
 

@@ -49,13 +49,11 @@ class Watch:
         self.first = self.lowest = math.nan  # validation loss before round 1, and the lowest so far
         self.best = 0
         self.clients: dict[int, float] = {}  # the first loss that each stated
-        self.grown: dict[
-            int, tuple[float, float]
-        ] = {}  # in a round: (times the first, loss); NaN where a reply is
+        self.now: dict[int, float | None] = {}  # the last of a round; infinity of a reply that is not finite
         for event in past:
             self.told |= event["event"] == Diverging.event
-            if event["event"] == ClientReply.event and event.get("status") == "ok":
-                self._client(int(event["client"]), event.get("loss"))
+            if event["event"] == ClientReply.event and isinstance(event.get("loss"), float):
+                self.clients.setdefault(int(event["client"]), event["loss"])
             elif event["event"] == RoundEvaluated.event:
                 self._evaluated(int(event["round"]), event.get("loss"))
                 if event["round"] == 0 and start is not None:
@@ -69,7 +67,8 @@ class Watch:
         """Return what there is to say after an event, None for nothing."""
         text = ""
         if isinstance(event, ClientReply):
-            self._replied(event)
+            lost = math.inf if "not finite" in event.reason else None
+            self.now[event.client] = event.loss if event.status == "ok" else lost
         elif isinstance(event, RoundDone):
             text = self._of_replies(event.round)
         elif isinstance(event, RoundEvaluated):
@@ -79,27 +78,17 @@ class Watch:
         self.told = True
         return Diverging(round=event.round, text=text)  # type: ignore[attr-defined]
 
-    def _replied(self, event: ClientReply) -> None:
-        self.grown.pop(event.client, None)  # a reply may be refused later on
-        if event.status == "ok" and isinstance(event.loss, float):
-            before = self.clients.get(event.client, self.first)
-            self.grown[event.client] = (event.loss / before if before > 0 else 0.0, event.loss)
-            self._client(event.client, event.loss)
-        elif "not finite" in event.reason:
-            self.grown[event.client] = (math.nan, math.nan)
-
     def _of_replies(self, round: int) -> str:
-        count, good = len(self.grown), sorted(told for told in self.grown.values() if told[0] == told[0])
-        self.grown = {}
-        if 2 * len(good) < count:
-            return f"round {round}: {count - len(good)} of {count} replies are not finite; {advice(self.method, 10)}"
-        times, loss = good[(len(good) - 1) // 2] if good else (0.0, 0.0)
+        now, before = {c: x for c, x in self.now.items() if x is not None}, self.clients
+        told = sorted((x / first, x) for c, x in now.items() if (first := before.get(c, self.first)) > 0)
+        self.now, self.clients = {}, {c: x for c, x in now.items() if x < math.inf} | before
+        times, loss = told[(len(told) - 1) // 2] if told else (0.0, 0.0)
         if times <= BLOWN_UP:
             return ""
-        return (
-            f"round {round}: the training loss of the median client is {loss:.3f}, {times:.3g} times what it was; "
-            f"{advice(self.method, 10)}"
+        what = (
+            "reply is not finite" if times == math.inf else f"loss is {loss:.3f}, {times:.3g} times its first"
         )
+        return f"round {round}: the median client's {what}; {advice(self.method, 10)}"
 
     def _of_round(self, event: RoundEvaluated) -> str:
         loss, lowest, best = event.loss, self.lowest, self.best
@@ -116,10 +105,6 @@ class Watch:
             f"round {event.round}: the validation loss has risen to {loss:.3f} from {lowest:.3f} {since}, by more than noise "
             f"({noise:.3f}); {words}{keeps}"
         )
-
-    def _client(self, client: int, loss: Any) -> None:
-        if isinstance(loss, float) and math.isfinite(loss):
-            self.clients.setdefault(client, loss)
 
     def _evaluated(self, round: int, loss: Any) -> None:
         if not isinstance(loss, float) or not math.isfinite(loss):
