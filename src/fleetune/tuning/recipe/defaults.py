@@ -17,7 +17,8 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds.rounds import share_of
 
-# The first that fits: one liar of three leads clipped adapters, and of noisy slopes a median learns less (docs/safety.md)
+# The first that fits (docs/safety.md).  Adapters: median first, because under clipping one liar in three still leads.
+# Ledgers: norm-clip first, because the median of noisy slopes learns less.
 DEFAULT_RULES: Final = {"adapter": ("median", "norm-clip"), "ledger": ("norm-clip", "sign-vote")}
 FOUND: Final = ("iid", "column:client")  # what `partition = auto` becomes
 
