@@ -77,10 +77,7 @@ def options_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def settled_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as `options_of` names them with what they leave open written out.
-
-    Options that no method takes stay as they are.
-    """
+    """Return options, named as by `options_of`, with what they leave open written out; those that no method takes stay."""
     found = dict(options)
     given = {name.removeprefix("set."): v for name, v in found.items() if name.startswith("set.")}
     try:
