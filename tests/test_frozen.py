@@ -27,6 +27,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -101,9 +102,6 @@ def test_each_row_of_the_survey_is_frozen() -> None:
     assert set(SURVEY.split(",")) <= {key for _, key in KEYS}
 
 
-# What is found: in a process of its own, `python test_frozen.py FILE KEY ...` in an empty folder -----------------
-
-
 def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
@@ -167,9 +165,11 @@ def said(line: str) -> list[Any]:
     """The exit code of a command line, and the lines that it writes to stdout, but for what differs from run to run."""
     from fleetune.cli.main import main
 
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    words = shlex.split(line)
+    env = dict([words.pop(0).split("=")]) if "=" in words[0] else {}
+    with contextlib.redirect_stdout(io.StringIO()) as out, mock.patch.dict(os.environ, env):
         try:
-            code = main([*shlex.split(line), "--offline"])
+            code = main([*words, "--offline"])
         except SystemExit as end:
             code = int(end.code or 0)
     text = out.getvalue().replace(str(Path.cwd()), "HERE")

@@ -81,8 +81,7 @@ def test_peft_loads_decoder_modules_and_says_the_same(name: str, tmp_path: Path)
 def test_peft_loads_an_encoders_lora_with_its_head(net: str, tmp_path: Path) -> None:
     model = on(net, SPECS["lora everywhere"])
     adapters.save(model, tmp_path / "module")
-    base = NETS[net]()
-    models.save(base.net, base.tokenizer, tmp_path / "base")
+    NETS[net]().save(tmp_path / "base")
     encoder = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     theirs = PeftModel.from_pretrained(encoder, tmp_path / "module").eval()
     with torch.inference_mode():

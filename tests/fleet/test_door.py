@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import socket
 import struct
 import threading
@@ -19,7 +20,7 @@ import httpx
 import pytest
 
 from fault_report import Injected
-from fleetune.fleet import door, http_server, keys, line, link
+from fleetune.fleet import door, http_server, keys, line, link, server
 from fleetune.fleet.audit import FILE, Audit, verify
 from fleetune.fleet.door import (
     CHALLENGE,
@@ -223,6 +224,37 @@ def test_a_revoked_key_is_thrown_out_and_a_new_one_comes_in(house: House) -> Non
     assert house.pull(number) == [(number, None)]
     house.come(house.stranger)
     assert house.stranger.public.fingerprint in house.door.online()
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "a stray file", "a copy", "the rest is gone", "a new key too"])
+def test_a_removal_holds_whatever_else_is_wrong_and_though_nobody_waits_for_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """A stray file kept revoked devices in, as did an empty folder, and a server that was adding up."""
+    monkeypatch.setattr(server, "LOOK", 0.0)
+    house, folder = House(tmp_path), tmp_path / "known"
+    folder.mkdir()
+    for name in ("one", "two"):
+        shutil.copy(tmp_path / f"{name}.pub", folder)
+    with Served(Place("127.0.0.1", house.port, folder)) as served, house.http:
+        house.come(house.one)
+        house.come(house.two)
+        (folder / "two.pub").unlink()
+        if wrong == "the rest is gone":
+            (folder / "one.pub").unlink()
+        elif wrong != "nothing":
+            shutil.copy(tmp_path / "one.pub", folder / "copy.pub")
+        if wrong == "a stray file":
+            (folder / "copy.pub").write_text("no key")
+        if wrong == "a new key too":
+            shutil.copy(tmp_path / "stranger.pub", folder)
+        assert house.post("alive", house.heads["two"]).status_code == 410
+        assert house.post("session", house.signed(house.two)).status_code == 403
+        stays = 410 if wrong == "the rest is gone" else 204
+        assert house.post("alive", house.heads["one"]).status_code == stays
+        assert house.post("session", house.signed(house.stranger)).status_code == 403
+        assert any("two is revoked" in text for text in served._news)
+        assert len(served._news) == (1 if wrong == "nothing" else 2)  # what is wrong is said once
 
 
 def test_a_key_that_is_revoked_while_it_comes_in_stays_out(
@@ -568,7 +600,6 @@ def test_an_order_that_is_not_read_is_not_kept(house: House) -> None:
         until = time.monotonic() + 5
         while (sending := house.session(house.one).sending) is None and time.monotonic() < until:
             time.sleep(0.01)
-        assert sending is not None
         with house.raw("/fleet/exchange", house.heads["one"]):
             until = time.monotonic() + 5
             while not sending.done() and time.monotonic() < until:
@@ -645,6 +676,21 @@ def test_a_head_that_does_not_end_is_not_kept(house: House, begin: bytes) -> Non
         with contextlib.suppress(ConnectionError):
             answered = opened.recv(4096)
         assert sent < 50 * http_server.LONGEST_HEAD or answered[:12] == b"HTTP/1.1 400"
+
+
+def test_a_connection_that_does_not_greet_in_tls_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "HEAD", 0.3)
+    keys.make_certificate(tmp_path, ["127.0.0.1"])
+    house = House(tmp_path)
+    house.door = Door(
+        Address("127.0.0.1", house.port, tmp_path / "server.pem", tmp_path / "server.key"), None
+    )
+    house.door.open()
+    with house.http, socket.create_connection(("127.0.0.1", house.port), timeout=10) as opened:
+        assert opened.recv(1) == b""
+    house.door.close()
 
 
 def test_refusals_are_counted_in_bounded_memory() -> None:

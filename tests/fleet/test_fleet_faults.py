@@ -49,9 +49,6 @@ def simulated(recipe: dict[str, Any]) -> str:
     return digest
 
 
-# Clocks -------------------------------------------------------------------------------------------
-
-
 class Jumped(datetime.datetime):
     """The machine's clock, `by` too far ahead."""
 
@@ -87,9 +84,6 @@ def test_a_run_goes_on_while_the_clock_jumps(place: Path, injected: Injected, da
     assert found.done.digest == expected
     assert [d.outcome for d in joined] == ["the run is finished"] * 3
     injected("clock of server and devices set by a day in a run", 1)
-
-
-# The network --------------------------------------------------------------------------------------
 
 
 class Proxy:
@@ -154,9 +148,6 @@ def test_connections_that_are_cut_in_the_middle_of_a_message(
     assert [d.outcome for d in joined] == ["the run is finished"] * 3
     assert proxy.done >= 15  # the others had ended before
     injected("connections cut in a message", proxy.done)
-
-
-# Twice, late, or out of order ---------------------------------------------------------------------
 
 
 class Unruly(Memory):

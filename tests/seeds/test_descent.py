@@ -65,9 +65,6 @@ def z_of(view: View, id: int) -> dict[str, np.ndarray]:
     }
 
 
-# --- the two-point estimate ---------------------------------------------------------------------------------
-
-
 def gradient_at(view: View, model: Model) -> dict[str, np.ndarray]:
     """Back-propagation in float64, of a net that holds the weights at the view's point."""
     moved = dict(view.tensors())
@@ -123,7 +120,6 @@ def test_plus_comes_first_and_the_view_is_left_clean(view: View) -> None:
     before, calls = digest(view.tensors()), list[tuple[int, float]]()
 
     def loss() -> float:
-        assert view.direction is not None
         calls.append((view.direction[0], float(view.direction[1][0])))
         return float(len(calls))
 
@@ -165,9 +161,6 @@ def test_a_position_is_the_sum_of_its_moves(tiny: Model, view: View) -> None:
 
 def empty() -> Position:
     return Position("hashed", K, np.zeros(0, np.uint64), np.zeros(0, np.int64))
-
-
-# --- descent ------------------------------------------------------------------------------------------------
 
 
 def walk(
@@ -244,9 +237,6 @@ def test_each_step_starts_where_the_last_one_ended(view: View) -> None:
             want.append(digest(view.tensors()))
     view.probe(None)
     assert seen == want
-
-
-# --- a gradient along the pool ------------------------------------------------------------------------------
 
 
 def dense(K: int, start: int, g: np.ndarray) -> np.ndarray:
@@ -350,8 +340,6 @@ def test_a_gradient_that_is_not_finite_is_no_step() -> None:
     assert (taken.steps, taken.loss) == (0, float("inf"))
     assert not taken.moved.any()
 
-
-# --- draws --------------------------------------------------------------------------------------------------
 
 UNIFORMS_SHA = "945a3071fc154ed9e69079299f3d57b1490e9511c61233166ae9a1676c56d139"
 DRAWS = [

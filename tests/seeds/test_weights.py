@@ -24,8 +24,8 @@ from view_harness import (
     view_of,
 )
 
+from command_line import Capture, refused
 from fleetune import seeds
-from fleetune.cli.main import main
 from fleetune.errors import UsageError
 from fleetune.models import DTYPES, digest, named_tensors, tiny_llama
 from fleetune.seeds import weights
@@ -135,14 +135,10 @@ def test_a_stored_direction_is_that_of_the_law() -> None:
     view = placed(view_of(net))
     with view.storing():
         view.probe(probe("hashed", K, DIRECTION), EPS)
-        assert view.stored is not None
         for slot in view.slots:
             z = direction("hashed", DIRECTION, slot.start, slot.tensor.numel())
             assert np.array_equal(view.stored.z[slot.name].numpy(), z)
         assert digest(view.tensors()) == digest(reference(named_tensors(net), "hashed", ENTRIES, EPS))
-
-
-# --- the choice of kernels --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,9 +173,6 @@ def test_numba_where_it_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert kernels(CPU).__name__ == "fleetune.seeds.kernels_torch"
 
 
-def test_another_word_is_refused_before_any_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_word_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv(seeds.VARIABLE, "moon")
-    assert main(["tune", "no such model", "no such data"]) == 2
-    assert "moon" in capsys.readouterr().err
+    assert "moon" in refused(capsys, "tune", "no such model", "no such data")

@@ -182,8 +182,11 @@ class Door:
     Its requests run in a thread with an event loop; what every link has may be called from another.
     """
 
-    def __init__(self, address: Address, keys: Sequence[PublicKey] | None) -> None:
-        self.address, self.refusals, self.mail = address, Refusals(), Mail()
+    def __init__(
+        self, address: Address, keys: Sequence[PublicKey] | None, look: Callable[[], None] = lambda: None
+    ) -> None:
+        """Before a key or a session is believed, `look()` may `admit` others."""
+        self.address, self.refusals, self.mail, self._look = address, Refusals(), Mail(), look
         self.mail.ring = self._ring
         self._challenges = Challenges()
         self._numbers = itertools.count(1)
@@ -308,6 +311,7 @@ class Door:
     def _key(self, request: Request) -> PublicKey:
         """Return the key that a request states; HTTPException 403 where it may not come in."""
         stated = request.headers.get(KEY, "")
+        self._look()
         try:
             pem = b64decode(stated, validate=True) if len(stated) <= LONGEST_KEY else b""
             key = PublicKey("", pem)
@@ -335,6 +339,7 @@ class Door:
         """Return the session of a request, heard now; HTTPException 410 where there is none."""
         way, _, stated = request.headers.get("authorization", "").partition(" ")
         key, _, secret = stated.partition(".")
+        self._look()
         session = self._sessions.get(key)
         if way != "Bearer" or session is None or not _same(session.secret, secret):
             raise HTTPException(410)

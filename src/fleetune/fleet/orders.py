@@ -68,11 +68,12 @@ OptionalDigest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{0,64}$")]  # of a method or a setting
 Label = Annotated[str, Field(min_length=1, max_length=200)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
-Line = Annotated[str, Field(pattern=r"^[ -~]{0,64}$")]  # printable ASCII
+ODD: Final = "[^A-Za-z0-9 ()@._+-]"  # what no `Line` has
+Line = Annotated[str, Field(pattern=f"^[{ODD[2:]}{{0,64}}$")]  # that a console shows among the server's words
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Setting = bool | Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | Number | Text
 Kinds = Annotated[tuple[Annotated[int, Field(ge=0, lt=1000)], ...], Field(min_length=1, max_length=1000)]
-Speed = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Speed = Annotated[float, Field(ge=0, le=1e12)]
 Dtype = Annotated[str, Field(pattern="^(fp32|bf16|fp16)$")]
 Task = Annotated[str, Field(pattern="^(tune|eval|calibrate)$")]
 Trained = Annotated[str, Field(pattern="^(weights|scales)$")]
@@ -207,7 +208,7 @@ class Reply:
     round: Count = 0
     body: bytes = b""  # the method's reply, or a `Device` as JSON
     kept: Kept = NOTHING_KEPT  # round and CRC-32 of what the device remembers now
-    seconds: Annotated[float, Field(ge=0, lt=1e9)] = 0.0
+    seconds: Annotated[float, Field(ge=0, lt=1e7)] = 0.0
     rss: Bytes = 0
     code: Annotated[str, Field(max_length=60)] = ""  # why it is not done: one of `WORDS`, with its numbers
     reason: Text = ""  # the same in words; it is not sent

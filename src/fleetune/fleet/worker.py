@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -54,6 +55,7 @@ from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.orders import (
     NOTHING_KEPT,
+    ODD,
     REFUSED,
     TASKS,
     Declined,
@@ -480,5 +482,5 @@ def _model(job: Job, brings: Brings) -> str:
 def _processor(device: str | torch.device) -> str:
     """Return the kind of processor behind a device of torch's, with the instructions that torch uses on it."""
     if str(device) == "cuda":
-        return torch.cuda.get_device_name()
+        return re.sub(ODD, " ", torch.cuda.get_device_name())[:64]
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -40,9 +40,6 @@ def begun(method: Method) -> tuple[models.Model, State]:
     return model, method.init(model, harness.key())
 
 
-# --- an ordinary model in float64, whose weights are written --------------------------------------------------
-
-
 class Norm(torch.nn.Module):
     """x / rms(x) * w in the type it is given; the library's norm goes through float32."""
 
@@ -110,9 +107,6 @@ def batches(model: models.Model, count: int, size: int, key: int, client: int) -
     return list(Batches(fleet.clients[client], fleet.pad_id, key, client=client).steps(count, size))
 
 
-# --- a device -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("changes", [{}, {"pro": True}, {"clip": 0.3}])
 def test_a_devices_walk_is_algorithm_1_in_float64(changes: dict[str, Any]) -> None:
     """a_k <- a_k - g / (K p_k) along drawn directions, rounded to a level of a byte, from a point that is not the base."""
@@ -165,9 +159,6 @@ def test_the_mean_two_point_step_is_the_projected_gradient() -> None:
     np.testing.assert_allclose(two_point, reference.slopes(x, b), rtol=0, atol=2e-5)
 
 
-# --- the server -----------------------------------------------------------------------------------------------
-
-
 def of_round(ledger: Ledger, number: int) -> np.ndarray:
     """float64 [K]: the coefficients of a round, in units of lr."""
     at, out = ledger.rounds == number, np.zeros(K)
@@ -209,9 +200,6 @@ def test_resume_is_bit_equal_and_the_ledger_file_alone_rebuilds_the_weights(chan
     again.kernels = kernels(again.device, "torch")
     again.place(ledger.passes())
     assert models.digest(again.tensors()) == models.digest(view.tensors()) != models.digest(named)
-
-
-# --- Pro ------------------------------------------------------------------------------------------------------
 
 
 def test_pro_probabilities_are_the_softmax_of_scaled_sizes() -> None:
@@ -275,9 +263,6 @@ def test_a_device_refuses_what_is_no_probability_of_each_direction(p: np.ndarray
         method.local(
             model, tiny().broadcast(state), Batches(fleet.clients[0], fleet.pad_id, 1, client=0), 1, {}
         )
-
-
-# --- mixed fleets ---------------------------------------------------------------------------------------------
 
 
 def test_the_share_that_back_propagates_is_spread_over_the_clients() -> None:
@@ -345,9 +330,6 @@ def test_both_kinds_enter_one_ledger_by_precision() -> None:
     w = 30 / (1 + (K - 1) / 6)
     expected = (w * summed + 20 * LogCode.decode(codes)) / (w + 20)
     np.testing.assert_allclose(of_round(new.ledger, 1) * UNITS, expected, rtol=0, atol=0.5 + 1e-9)
-
-
-# --- what cannot be -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,6 @@ def hadamard(n: int) -> np.ndarray:
     return rows
 
 
-# ---------------------------------------------------------------- the gate
-
-
 @pytest.mark.parametrize("n", [2, 8, 30])
 def test_the_gate_is_the_published_variance_exactly_for_orthogonal_signs(n: int) -> None:
     """|sum of g_k v_k over a half|^2 is then d sum g_k^2, so nothing is left to chance."""
@@ -169,8 +166,6 @@ def test_the_rate_falls_linearly_to_nothing() -> None:
     assert method.broadcast(start(round=25)).float("rate") == pytest.approx(0.1)
 
 
-# ---------------------------------------------------------------- the ranking
-
 LAST = np.random.default_rng(8).normal(size=3400)
 U = LAST / np.linalg.norm(LAST)
 
@@ -216,9 +211,6 @@ def test_devices_draw_different_seeds_of_the_offer_and_the_server_knows_which() 
     assert drawn == [method.directions(seeds, key).tolist() for key in range(50)]
     assert len({id for ids in drawn for id in ids}) == 40  # all of the offer is used
     assert len({tuple(method.directions(None, key).tolist()) for key in range(50)}) == 50
-
-
-# ---------------------------------------------------------------- a device
 
 
 SIZELESS = {"targets": "query-value", "r": 8, "alpha": 16}  # the defaults, which are all that bitfit takes
@@ -308,9 +300,6 @@ def test_accuracy_needs_no_gradient() -> None:
     g = method.local(model, method.broadcast(state), Batches(rows, 258, 1), 1, {}).array("g")
     assert np.any(g)
     np.testing.assert_allclose(g * 8, np.rint(g * 8), atol=1e-5)  # eighths / (2 h), h = 1/2
-
-
-# ---------------------------------------------------------------- a run
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,8 @@ class Trained(methods.Method):
             return (
                 "signs do not say how far the numbers of a module go; use aggregation=median or trimmed-mean"
             )
+        if self.scaffold and rule.name != "norm-clip":
+            return f"what a {rule.name} leaves out adds up in scaffold's variates; use aggregation=norm-clip"
         return ""
 
 

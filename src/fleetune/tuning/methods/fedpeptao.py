@@ -36,6 +36,8 @@ Every layer has a prompt of its own: keys and values that its attention finds in
   for the whole run).  So eta K_k, the way that a device could go, is the sum of the rates that it used.
 - rho is the share of the devices seen so far that answered, and a new device starts at c_k = c.  With rho fixed and
   c_k = 0, c starts far too small, and the correction pulls back what was just learned.
+- Under another rule than the mean, c_k = D_k / (sum of the steps' eta), and c moves by the combination of c_k - c: what a
+  median leaves out would stay in the variates of its device, and add up.
 - Prompts have no dropout.  They start small, yet the model with untrained ones is not the base: a run reports both.
 - Curvature is measured with 20 Hessian products on two rows (the code: 50 on a batch, which is
   `lanczos=50 curvature_rows=0`).
@@ -250,11 +252,12 @@ class Method(_adapter.Trained):
     def step(self, state: State, replies: Iterable[Reply], rule: Rule) -> State:
         """Take every device's momentum step from wbar, averaged (section 4.2; no momentum in the first round)."""
         w, answered, c_k = state.tensors, 0, dict(state.c_k)
-        w_k, mean, changes = rule.combining(w), rule.combining(), rule.combining()
+        past = state.c_k if rule.name == "mean" else NOTHING
+        w_k, mean, changes = rule.combining(w), MEAN.combining(), rule.combining()
         for reply in replies:
             answered += 1
             n, sent = reply.payload.int("n"), reply.payload.arrays
-            old = {x: state.c_k.get(f"{reply.client}/{x}", state.c[x]) for x in w}  # a new device starts at c
+            old = {x: past.get(f"{reply.client}/{x}", state.c[x]) for x in w}  # a new device starts at c
             new = rounded(client_variate(old, state.c, w, sent, self.walked(reply.rows or n)[0]))
             c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
             w_k.add(n, {x: sent[x] for x in w})
@@ -263,8 +266,9 @@ class Method(_adapter.Trained):
         if not answered:
             return state
         rho = min(1.0, answered * len(w) / len(c_k))  # the share of the devices seen so far that answered
-        c = {x: state.c[x] + rho * change for x, change in changes.tensors().items()}
-        own, wbar, v, eta_s = mean.tensors(), w_k.tensors(), state.v, state.eta_s
+        moved, wbar, v, eta_s = changes.tensors(), w_k.tensors(), state.v, state.eta_s
+        c = {x: state.c[x] + rho * change for x, change in moved.items()}
+        own = mean.tensors() if rule.name == "mean" else {x: state.c[x] + moved[x] for x in w}
         if state.steps:
             eta_s = max(0.99 * eta_s, min(1e-4, self.server_lr))
             beta = self.beta
