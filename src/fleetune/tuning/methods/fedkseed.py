@@ -192,13 +192,13 @@ class Method(_zeroth.OfLedger):
         p = payload.array("p") if self.pro else None
         if p is not None and not (p.shape == (self.K,) and ((p > 0) & (p <= 1)).all()):
             raise MessageError(f"the probabilities are not of {self.K} directions")
-        k, coins = draw(key, self.tau, self.K, p), uniforms(key, "rounding", self.tau)
-        weights = pro_weights(p, self.K)[k]
+        drawn, coins = draw(key, self.tau, self.K, p), uniforms(key, "rounding", self.tau)
+        weights = pro_weights(p, self.K)[drawn]
         steps = descend(
             model,
             view,
             position,
-            k.tolist(),
+            drawn.tolist(),
             batches.steps(self.tau, self.batch_size),
             objectives.get(self.objective),
             eps=self.eps,
