@@ -184,11 +184,14 @@ def pool(arrays: dict[str, np.ndarray], **scalars: Any) -> bytes:
 
 
 MEZO = {"method": "mezo", "set": {"tau": 1, "K": 16}}
+PRO = {"method": "fedkseed", "set": {"tau": 1, "K": 16, "pro": True}}
+CHANCES = {"a": np.zeros((1, 16), np.int8), "p": np.ones(1 << 22, np.float32)}
 BOMBS: dict[str, tuple[dict[str, Any], bytes]] = {
     "an adapter of another rank": ({}, lora(10**6)),
     "no arrays": ({}, encode(Message(1, bytes(8), Payload({}, {"seed": 1})))),
     "sums of another pool": (MEZO, pool({"a": np.zeros((1, 1 << 22), np.int8)}, grid=1e-9, step=0)),
     "many pools": (MEZO, pool({"a": np.ones((1 << 18, 16), np.int8)}, grid=1e-9, step=0)),
+    "probabilities of another pool": (PRO, pool(CHANCES, grid=float(np.float32(3e-7) / np.float32(256)))),
 }
 
 

@@ -99,9 +99,13 @@ def check_pool(law: str, K: int, *, lr: float, eps: float, tau: int, batch_size:
         raise ValueError(f"tau = {tau} and batch_size = {batch_size} must be at least 1")
 
 
-def draw(key: int, count: int, K: int) -> np.ndarray:
-    """Draw int64[count] members of a pool of K: the walk through it."""
-    return np.asarray(uniforms(key, "walk", count) * K, np.int64)
+def draw(key: int, count: int, K: int, p: np.ndarray | None = None) -> np.ndarray:
+    """Draw int64[count] members of a pool of K, uniformly or with the probabilities p [K]: the walk through it."""
+    u = uniforms(key, "walk", count)
+    if p is None:
+        return np.asarray(u * K, np.int64)
+    edges = np.cumsum(p.astype(np.float64))
+    return np.minimum(np.searchsorted(edges / edges[-1], u, side="right"), K - 1)
 
 
 def rounded(steps: np.ndarray) -> np.ndarray:

@@ -350,7 +350,7 @@ def score(outputs: Tensor, mask: Tensor) -> float:
 def layer_scores(model: Model, batch: Batch, heard: Callable[[], None] = lambda: None) -> np.ndarray:
     """Return float64[L], the score of every layer on one batch; `model` must carry no prompts.
 
-    `heard()` is called before each, and may raise.  A layer's output is what it hands on; a decoder's list has the last normed.
+    `heard()` is called before each, and may raise.  A layer's output is what it hands on: a decoder's list has the last normed.
     """
     outputs: list[Tensor] = []
     hooks = [
