@@ -68,7 +68,7 @@ class Watch:
         text = ""
         if isinstance(event, ClientReply):
             lost = math.inf if "not finite" in event.reason else None
-            self.now[event.client] = event.loss if event.status == "ok" else lost
+            self.now[event.client] = event.loss if isinstance(event.loss, float) else lost
         elif isinstance(event, RoundDone):
             text = self._of_replies(event.round)
         elif isinstance(event, RoundEvaluated):
