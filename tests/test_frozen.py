@@ -46,7 +46,7 @@ RECIPE = 'model = "tiny"\ndata = "rows.jsonl"\nmethod = "fedit"\npartition = "co
 KEYS = [
     (section, key) for section, entries in json.loads(FROZEN.read_text("utf-8")).items() for key in entries
 ]
-SURVEY = "FedIT,FedPepTAO,FedPETuning,ZO-SGD,MeZO,FedKSeed,one-byte,FwdLLM,GKD,LLM-Pruner,OPTQ,SparseGPT,case study"
+SURVEY = "FedIT,FedPepTAO,FedPETuning,ZO-SGD,MeZO,FedKSeed,FedKSeed: Pro,one-byte,FwdLLM,GKD,LLM-Pruner,OPTQ,SparseGPT,case study"
 
 
 @pytest.fixture(scope="session")

@@ -318,7 +318,7 @@ def inputs(seen: list[Batch], layer: str) -> np.ndarray:
 def eva(model: Model, seen: list[Batch], rank: int = R) -> dict[str, np.ndarray]:
     part = adapters.attachment_of(model).parts[0]
     assert isinstance(part, adapters.LoraPart)
-    return lora_init.directions(model, part.layers, rank, seen)
+    return lora_init.explained_directions(model, part.layers, rank, seen)
 
 
 @pytest.mark.parametrize("layer", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"])

@@ -304,6 +304,15 @@ def test_a_held_batch_is_the_same_in_every_round(n, size, number, key):
     ]
 
 
+def test_a_held_batch_takes_the_order_of_a_pass_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "fleetune.data.encode.keyed_order", lambda *key: made.append(key) or keyed_order(*key)
+    )
+    (batch,) = firsts(Batches(ROWS, 0, 7).repeat_batch(3, 8, 1))
+    assert (len(batch), made) == (8, [(0, 2, 10), (0, 3, 10)])
+
+
 def test_epochs_take_every_row_once():
     batches = Batches(ROWS, 0, key=7)
     assert batches.n == 10

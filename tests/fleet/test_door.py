@@ -63,15 +63,16 @@ class House:
         key: PrivateKey,
         *,
         by: PrivateKey | None = None,
-        host: str = "127.0.0.1",
+        address: str = "",
         stated: str = "",
         trusted: str = "",
     ) -> Head:
-        """The head by which a key comes in: signed by another (`by`), or for one host and stated to be of another."""
+        """The head by which a key comes in: signed by another (`by`), or for one address and stated to be of another."""
+        address = address or f"127.0.0.1:{self.port}"
         claim = {KEY: b64encode(key.public.pem).decode()}
         challenge = self.post("challenge", claim).headers.get(CHALLENGE, "")
-        signature = b64encode(keys.sign(by or key, door.signed_text(host, trusted, challenge))).decode()
-        return claim | {CHALLENGE: challenge, SIGNATURE: signature, HOST: stated or host, TRUSTED: trusted}
+        signature = b64encode(keys.sign(by or key, door.signed_text(address, trusted, challenge))).decode()
+        return claim | {CHALLENGE: challenge, SIGNATURE: signature, HOST: stated or address, TRUSTED: trusted}
 
     def come(self, key: PrivateKey, heartbeat: str = "30") -> Head:
         """Come in anew; the head of the device's requests."""
@@ -163,9 +164,14 @@ def forgeries(house: House) -> dict[str, Callable[[], httpx.Response]]:
             "challenge", {KEY: b64encode(house.stranger.public.pem).decode()}
         ),
         "its key, signed with another": lambda: house.post("session", house.signed(house.one, by=house.two)),
-        "signed for another server": lambda: house.post("session", house.signed(house.one, host="a.org")),
+        "signed for another server": lambda: house.post(
+            "session", house.signed(house.one, address=f"a.org:{house.port}")
+        ),
+        "signed for another server on this machine": lambda: house.post(
+            "session", house.signed(house.one, address=f"127.0.0.1:{house.port - 1}")
+        ),
         "for another server, said to be for this": lambda: house.post(
-            "session", house.signed(house.one, host="a.org", stated="127.0.0.1")
+            "session", house.signed(house.one, address="a.org:1", stated=f"127.0.0.1:{house.port}")
         ),
         "signed for a server that another certificate vouches for": lambda: house.post(
             "session", house.signed(house.one, trusted="ab" * 32)
@@ -312,7 +318,10 @@ def test_a_challenge_is_for_one_key_once_within_a_minute(monkeypatch: pytest.Mon
         (["a.example.org", "*.fleet.org", "10.0.0.1"], "10.0.0.1", True),
         (["a.example.org", "*.fleet.org", "10.0.0.1"], "b.example.org", False),
         (["a.example.org", "*.fleet.org", "10.0.0.1"], "fleet.org", False),
+        ([], "127.0.0.1", True),
         ([], "localhost", True),
+        ([], "127.0.0.2", False),
+        ([], "[::1]", False),
         ([], "fleet.org", False),
     ],
 )
@@ -322,7 +331,8 @@ def test_a_server_is_called_by_its_certificate(
     if certificate:
         keys.make_certificate(tmp_path, certificate)
     address = Address("127.0.0.1", 1, tmp_path / "server.pem" if certificate else None)
-    assert Door(address, None)._is_called(host) is called
+    assert Door(address, None)._is_called(f"{host}:1") is called
+    assert Door(address, None)._is_called(f"{host}:2") is (called and bool(certificate))  # a proxy's port
 
 
 def test_a_device_that_has_gone_is_known_to_have_whatever_interval_it_named(house: House) -> None:

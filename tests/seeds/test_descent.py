@@ -373,6 +373,23 @@ def test_draws_never_change(key: int, pool: int, want: str) -> None:
     assert (k == np.floor(uniforms(key, "walk", 500) * pool)).all()
 
 
+def test_draws_follow_their_probabilities() -> None:
+    n, pool = 1 << 17, 64
+    p = np.exp(np.linspace(-3, 1, pool)).astype(np.float32)
+    p[10] = 0.0
+    p /= p.sum()
+    k = draw(5, n, pool, p)
+    want = n * p.astype(float) / p.sum(dtype=float)
+    counts = np.bincount(k, minlength=pool)
+    assert counts[10] == 0
+    some = want > 0
+    chi2 = float(((counts - want)[some] ** 2 / want[some]).sum())
+    assert abs(chi2 - (pool - 2)) < 4 * math.sqrt(2 * (pool - 2))
+    assert (draw(5, 1000, pool, p * np.float32(3)) == k[:1000]).all()  # only the ratios count
+    even = draw(5, 5000, pool, np.full(pool, 1 / pool, np.float32))
+    assert (even == draw(5, 5000, pool)).mean() > 0.99
+
+
 def test_direction_ids_hold_the_epoch_above_the_member() -> None:
     assert pool_ids(3, np.array([0, 1023])).tolist() == [3 << 32, 3 << 32 | 1023]
     assert pool_ids(2**31, np.array([1])).dtype == np.uint64

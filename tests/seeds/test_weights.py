@@ -141,6 +141,45 @@ def test_a_stored_direction_is_that_of_the_law() -> None:
         assert digest(view.tensors()) == digest(reference(named_tensors(net), "hashed", ENTRIES, EPS))
 
 
+def moved_far(law: str) -> tuple[MovedWeights, int]:
+    """Weights at five passes from their base, and the number of passes."""
+    view = view_of(tiny_llama().net, law)
+    view.place(passes(law, 1, np.arange(5, dtype=np.uint64), np.arange(1, 6)))
+    return view, 5
+
+
+@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
+def test_many_passes_are_made_in_pieces_that_hear_a_stop(monkeypatch: pytest.MonkeyPatch, law: str) -> None:
+    (view, count), heard = moved_far(law), list[int]()
+    slot = max(view.slots, key=lambda slot: slot.tensor.numel())
+    size = slot.tensor.numel()
+    pieces = -(-size // 4096)
+    assert pieces > 1
+    view.probe(probe(law, 1, 5), EPS)
+    plus = view.piece(slot, 0, size).clone()
+    view.probe(probe(law, 1, 5), -EPS)
+    minus = view.piece(slot, 0, size).clone()
+    monkeypatch.setattr(weights, "WORK", count * 4096)
+    view.limit(lambda: heard.append(1))
+    assert torch.equal(view.piece(slot, 0, size), minus)
+    assert len(heard) == pieces
+    view.probe(probe(law, 1, 5), EPS)
+    view.paired = 1  # both signs in one forward
+    assert all(map(torch.equal, view.signs(slot, 0, size), (plus, minus)))
+    assert len(heard) == 2 * pieces
+
+
+def test_a_limit_is_of_passes_over_all_weights() -> None:
+    view, count = moved_far("gaussian")
+    view.limit(lambda: None, 2 * count)
+    for _ in range(2):
+        digest(view.tensors())
+    with pytest.raises(UsageError, match="more passes over the weights"):
+        digest(view.tensors())
+    view.limit(lambda: None)
+    digest(view.tensors())
+
+
 @pytest.mark.parametrize(
     ("word", "asked", "device", "want"),
     [

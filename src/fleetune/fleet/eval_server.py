@@ -236,16 +236,5 @@ def _job(subject: Run | Compressed | Plain, run: str, offline: bool) -> tuple[Jo
             "devices, and measure that",
         )
     model = subject.load(offline=offline)
-    job = Job(
-        secrets.token_hex(16),
-        "",
-        {},
-        subject.name,
-        model.digest,
-        model.dtype,
-        subject.max_length,
-        (),
-        0,
-        "eval",
-    )
-    return job, Payload()
+    run, length = secrets.token_hex(16), subject.max_length
+    return Job(run, "", {}, subject.name, model.digest, model.dtype, length, (), 0, "eval"), Payload()

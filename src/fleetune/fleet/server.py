@@ -205,7 +205,7 @@ class Served:
                 f"{', '.join(simulated)} of the recipe only simulate; for real devices: --round-deadline SECONDS"
             )
         devices = Devices(run.path)
-        told = job_of(job, devices.run)
+        told = job_of(job.recipe, devices.run, job.model.digest)
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
         kinds = wanted(job.method, job.recipe.kinds)
         return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds)

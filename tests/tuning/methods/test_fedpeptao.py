@@ -340,6 +340,23 @@ def test_shares_become_layers_that_are_enough() -> None:
     assert [fedpeptao.layer_count(x, 12) for x in (0.0, 0.01, 1 / 12, 0.5, 0.51, 1.0)] == [1, 1, 1, 6, 7, 12]
 
 
+def test_a_score_is_of_few_rows_and_a_stop_is_heard_before_each_layers(rows: list[Encoded]) -> None:
+    heard, sizes = list[int](), list[int]()
+    fedpeptao.layer_scores(tiny_llama(), collate(rows[:4], PAD), lambda: heard.append(1))
+    assert len(heard) == 2
+
+    def scored(model: Model, batch: Batch, heard: Any) -> None:
+        sizes.append(len(batch.labels))
+        raise InterruptedError
+
+    chosen, model = Method(tokens=1, steps=1, batch_size=1000, layers_rule="half"), tiny_llama()
+    many = Batches(rows * (400 // len(rows) + 1), PAD, 5)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(fedpeptao, "layer_scores", scored)
+        chosen.local(model, chosen.broadcast(chosen.init(model, 8)), many, 77, {})
+    assert sizes == [fedpeptao.SCORED] == [256]
+
+
 def test_a_device_measures_what_the_formulas_say(rows: list[Encoded]) -> None:
     """Scores and kept share of a real device's reply, measured again here at the prompts that it sends."""
     model, chosen = tiny_llama(), Method(tokens=1, epochs=1, batch_size=4, lanczos=64, lr=1e-3)

@@ -216,6 +216,25 @@ def test_devices_draw_different_seeds_of_the_offer_and_the_server_knows_which() 
 SIZELESS = {"targets": "query-value", "r": 8, "alpha": 16}  # the defaults, which are all that bitfit takes
 
 
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        np.zeros((1 << 26, 0), np.uint64),
+        np.zeros(4, np.int64),
+        np.full(4, np.nan),
+        np.zeros((2, 2), np.uint64),
+        np.zeros((1 << 20) + 1, np.uint64),
+    ],
+    ids=lambda seeds: f"{seeds.dtype}{list(seeds.shape)}",
+)
+def test_seeds_of_another_form_are_refused(seeds: np.ndarray) -> None:
+    model, method = models.tiny_llama(), quick()
+    sent = method.broadcast(method.init(model, 5))
+    batches = Batches(harness.rows(model), pad_id(model), 1)
+    with pytest.raises(MessageError, match="uint64 of one axis"):
+        method.local(model, Payload({**sent.arrays, "seeds": seeds}, sent.scalars), batches, 77, {})
+
+
 def quick(**changes: Any) -> Method:
     made = methods.make("fwdllm", harness.QUICK["fwdllm"] | changes)
     assert isinstance(made, Method)

@@ -38,7 +38,7 @@ from torch import nn
 
 from fleetune import adapters, data
 from fleetune.adapters.lora_init import FROM_WEIGHTS as FROM_WEIGHTS
-from fleetune.adapters.lora_init import directions
+from fleetune.adapters.lora_init import explained_directions
 from fleetune.common.settings import setting
 from fleetune.data import Batches, collate, encode_rows
 from fleetune.evaluation.losses import pad_id
@@ -437,7 +437,7 @@ def start_from_rows(model: Model, source: str) -> None:
     spec, part = attachment.spec, attachment.parts[0]
     assert isinstance(spec, adapters.Lora)
     assert isinstance(part, adapters.LoraPart)
-    adapters.load_(model, adapters.export(model) | directions(model, part.layers, spec.r, batches))
+    adapters.load_(model, adapters.export(model) | explained_directions(model, part.layers, spec.r, batches))
 
 
 def check_targets(targets: str) -> None:
