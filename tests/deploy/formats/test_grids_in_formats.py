@@ -43,7 +43,7 @@ def solved(draw: st.DrawFn) -> tuple[str, Quantised]:
     for part in x.split(GROUP, 1):
         shape = SHAPES[draw(st.sampled_from(sorted(SHAPES)))]
         groups.append(shape(part) * 2.0 ** draw(st.integers(-20, 12)))
-    grid = Grid(kind, bits, draw(st.booleans()) and kind in UNIFORM)
+    grid = Grid(kind, bits)
     weight = quantise(torch.cat(groups, 1), grid, GROUP, nearest).solved(grid, GROUP).weight
     assert isinstance(weight, Quantised)
     return kind, weight
