@@ -47,7 +47,7 @@ from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import server_rules
-from fleetune.tuning.exchange.aggregation import MEAN, Rule, Tensors
+from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, norm
@@ -165,6 +165,8 @@ class Trained(methods.Method):
         return moved / (math.sqrt(sum(w_k[n].size for n in tensors)) * walk)
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
+        if rule.name == PRIVATE and self.scaffold:
+            return "scaffold remembers a variate of every device, which no noise hides; set scaffold=false"
         if rule.name == "sign-vote":
             return (
                 "signs do not say how far the numbers of a module go; use aggregation=median or trimmed-mean"

@@ -38,7 +38,7 @@ from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.methods import Method, MethodEntry
-from fleetune.tuning.prepare import estimate, rates
+from fleetune.tuning.prepare import estimate, private, rates
 from fleetune.tuning.prepare.estimate import Estimate
 from fleetune.tuning.prepare.rates import Search
 from fleetune.tuning.recipe import recipe as recipes
@@ -203,7 +203,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
             problems += error.problems
         except ValueError as error:
             problems.append(str(error))
-    problems += label_problems(recipe)
+    problems += label_problems(recipe) + private.problems(recipe)
     if not problems:
         method = methods.make(recipe.method, recipe.set)
         problems += rates.problems(recipe, method)
@@ -281,8 +281,12 @@ def prepare(
         job, search = _timed(job, searches, note)
     job = replace(job, recipe=replace(job.recipe, within=""))
     if names and (find or search is None):
-        note(rates.told(names, job.method, search, job.estimate))
-    return _with_rates(job, names, given, search, progress) if find and search else job
+        rows = "training" if recipe.privacy == private.NONE else "held-out"
+        note(rates.told(names, job.method, search, job.estimate, rows))
+    if not find:
+        return job
+    job = _with_rates(job, names, given, search, progress) if search else job
+    return replace(job, recipe=private.with_clip(job.recipe, job.method, job.model, job.held))
 
 
 def _divided(
@@ -295,6 +299,7 @@ def _divided(
         parts = replace(parts, clients=[])
     recipe = settled(recipe) if simulated else replace(settled(recipe), clients=recipe.clients)
     if clients := len(parts.clients) or recipe.clients:
+        recipe = private.settled(recipe, method, clients)
         check_aggregation(recipe, method, clients)
         _check_quorum(recipe, clients)
     return recipe, parts
@@ -403,7 +408,8 @@ def _with_rates(
 ) -> TuneJob:
     """Return the job with the learning rates that are found on training rows: from here on none changes."""
     recipe = rates.for_clients(job.recipe, job.method, given, job.asked)[0] if "lr" in names else job.recipe
-    recipe, found = rates.find(recipe, names, job.model, job.train, job.asked, progress, search.size)
+    rows = job.train if recipe.privacy == private.NONE else job.held
+    recipe, found = rates.find(recipe, names, job.model, rows, job.asked, progress, search.size)
     return replace(job, recipe=recipe, method=methods.make(recipe.method, recipe.set), found_rates=found)
 
 

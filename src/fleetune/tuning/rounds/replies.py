@@ -120,13 +120,22 @@ class Replies:
             self.bytes_down += answer.sent
             self.bytes_up += len(answer.data or b"")
             self._take(answer)
+        self._compare()
+        self.kept.sort(key=lambda kept: kept.answer.client)
+
+    def _compare(self) -> None:
+        """Refuse replies that go too far beside the others, and let rows weigh less.
+
+        Not of a private sum, where no client may decide whether another counts: its clip is the bound.
+        """
+        if self.rule.privacy is not None:
+            return
         claimed = self.rule.times < math.inf
         bounded = claimed or self.rule.name != "mean"  # two are then held against the one that goes less far
         for kept, reason in too_far(self.kept, FEWEST - bounded):
             self._refuse(kept, reason)
         if claimed:
             self.kept = lighter(self.kept)
-        self.kept.sort(key=lambda kept: kept.answer.client)
 
     def _take(self, answer: Answer) -> None:
         payload, status, reason = None, answer.status, cut_reason(answer.reason)
@@ -216,7 +225,8 @@ class Replies:
     def _record(
         self, answer: Answer, payload: Payload | None, status: str, reason: str, size: int = 0
     ) -> None:
-        scalars = payload.scalars if payload else {}
+        private = self.rule.privacy is not None  # a loss is of a client's rows
+        scalars = payload.scalars if payload and not private else {}
         self.emit(
             ClientReply(
                 round=self.round.number,

@@ -26,6 +26,7 @@ from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange.aggregation import MEAN, Rule, usual
 from fleetune.tuning.exchange.messages import Message, Payload, encode
+from fleetune.tuning.exchange.privacy import sample as poisson_sample
 from fleetune.tuning.methods import Method
 from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.rounds.checkpoint import Course, StandsOn, Totals
@@ -75,6 +76,8 @@ class RoundPlan:
     patience: int = 0  # evaluated rounds in a row without a better one after which the run ends; 0: never
     keep_best: bool = False  # whether the best evaluated round's state is the result
     max_rows: int = 0  # that a reply counts at most; 0: any number
+    budget: int | None = None  # rounds after which the privacy budget is spent; None: there is none
+    spent: Callable[[int], float] | None = None  # epsilon after so many rounds
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, 
     """
     last, state, totals, course = _start(run, fleet, state, plan, hooks)
     failures = 0
-    for r in range(last + 1, plan.rounds + 1):
+    rounds = plan.rounds if plan.budget is None else min(plan.rounds, plan.budget)
+    for r in range(last + 1, rounds + 1):
         if plan.patience and course.stale >= plan.patience:
             break
         began = time.monotonic()
@@ -131,10 +135,10 @@ def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, 
                 bytes_total=totals.bytes_up + totals.bytes_down,
                 seconds=round(seconds, 3),
                 rss=rss(),
-                report=method.report(new) or None,
+                report=method.report(new) | ({"epsilon": plan.spent(r)} if plan.spent else {}) or None,
             )
         )
-        if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
+        if r == rounds or (plan.eval_every and r % plan.eval_every == 0):
             hooks.emit(evaluated := round_evaluated(r, measured := hooks.evaluate(new)))
             if evaluated.loss is not None and not math.isfinite(evaluated.loss):
                 raise ModelLostError(f"the model's loss after round {r} is not finite", r - 1, state)
@@ -223,7 +227,10 @@ def _played(
     """Return the state that a round gives, and its replies."""
     present = fleet.present()
     goal = share_of(len(present), plan.participation)
-    chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection)
+    if plan.rule.privacy is None:
+        chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection)
+    else:  # the draw that the accountant counts on; nobody can repeat it
+        chosen, goal = poisson_sample(present, plan.rule.privacy.q), len(present)
     kinds = {client: fleet.kind(client) for client in chosen}
     if plan.rule.times < math.inf:
         kinds = of_two(kinds)
@@ -284,7 +291,11 @@ def _aggregated(method: Method, replies: Replies, plan: RoundPlan) -> Any:
     """Return the new state, or the old one where too few replies are good; ModelLostError when it is not finite."""
     number, state = replies.round.number, replies.round.state
     new = replies.aggregate()
-    if replies.mostly_not_finite or replies.accepted < plan.quorum:
+    if (
+        plan.rule.privacy is not None
+    ):  # released as it is, noise alone included: whether to is no client's choice
+        pass
+    elif replies.mostly_not_finite or replies.accepted < plan.quorum:
         log.warning(
             "round %d: %d good replies (quorum %d), %d not finite; the model stays",
             number,
@@ -314,7 +325,7 @@ def _check_model(replies: Replies, run: RunDir, hooks: Hooks) -> None:
     That it is the model, and not these clients, is seen on the validation rows: its loss is not finite, or higher than that
     of the round before.  The round before is then the last good one: its model is kept and the newer checkpoint removed.
     """
-    if not replies.mostly_not_finite:
+    if replies.rule.privacy is not None or not replies.mostly_not_finite:
         return
     number = replies.round.number
     loss = hooks.evaluate(replies.round.state).get("loss", 0.0)
