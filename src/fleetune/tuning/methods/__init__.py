@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 REGISTRY = Registry("method", __name__, "fleetune.methods", ("KIND", "PAPER", "SENDS"), "fleetune methods")
 
 
-OWN_DIRECTIONS = "every device tries directions of its own, so noise would have to hide each number alone; use fedkseed, mezo or fedit"
+OWN_DIRECTIONS = "every device tries directions of its own, so noise would hide each number alone; use fedkseed, mezo or fedit"
 
 
 class Reply(NamedTuple):
@@ -109,9 +109,7 @@ class Method(ABC):
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         """Return why `rule`, not the mean, does not fit replies of `asked` clients, and what to do; "" where it does."""
         return (
-            OWN_DIRECTIONS
-            if rule.name == PRIVATE
-            else "this method has a rule of its own; leave aggregation out"
+            OWN_DIRECTIONS if rule.name == PRIVATE else "this method has its own rule; leave aggregation out"
         )
 
     def written_out(self) -> Self:

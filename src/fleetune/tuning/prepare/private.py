@@ -85,6 +85,11 @@ def settled(recipe: Recipe, method: Method, clients: int) -> Recipe:
         )
     except ValueError as error:
         raise RecipeError([str(error)], hint="raise --epsilon, or lower --rounds") from error
+    if recipe.epsilon and accountant.epsilon(noise, recipe.participation, 1, delta) > recipe.epsilon:
+        raise RecipeError(
+            [f"noise = {noise:g} spends more than epsilon = {recipe.epsilon:g} in the first round"],
+            hint="leave --noise out: it follows from the budget",
+        )
     return replace(recipe, delta=delta, noise=noise, client_rows=0)
 
 
