@@ -76,7 +76,7 @@ class PrivateSum:
         self._sums = {name: np.zeros(t.shape, np.int64) for name, t in start.items()}
 
     def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
-        """Count `tensors` once, whatever the weight `n`; ValueError for other names or shapes than agreed."""
+        """Count `tensors` once, whatever the weight `n`."""
         moves = {name: np.asarray(tensors[name], np.float64) - t for name, t in self._start.items()}
         for name, units in units_of(moves, self._privacy.clip, self._privacy.grid).items():
             self._sums[name] += units
@@ -99,10 +99,11 @@ def units_of(moves: Mapping[str, np.ndarray], clip: float, grid: float) -> dict[
 
     Moves that are not finite become 0.
     """
-    norm = math.sqrt(sum(float(np.square(move).sum()) for move in moves.values()))
-    if not math.isfinite(norm):
+    top = max((float(np.abs(move).max(initial=0.0)) for move in moves.values()), default=0.0)
+    if not 0.0 < top < math.inf:
         return {name: np.zeros(move.shape, np.int64) for name, move in moves.items()}
-    factor = min(1.0, clip / norm) * MARGIN / grid if norm else 0.0
+    norm = top * math.sqrt(sum(float(np.square(move / top).sum()) for move in moves.values()))
+    factor = min(1.0, clip / norm) * MARGIN / grid
     return {name: np.trunc(move * factor).astype(np.int64) for name, move in moves.items()}
 
 
