@@ -51,7 +51,7 @@ def test_epsilon_of_published_runs(
     z: float, q: float, steps: int, delta: float, moments: float, pld: float | None
 ) -> None:
     """The published numbers are of the moments accountant; ours are tighter, and never above the Renyi bound."""
-    assert by_moments(z, q, steps, delta) == pytest.approx(moments, rel=3e-3)  # of whole orders alone
+    assert by_moments(z, q, steps, delta) == pytest.approx(moments, rel=4e-3)  # of whole orders alone
     ours = accountant.epsilon(z, q, steps, delta)
     assert ours < accountant.renyi_epsilon(z, q, steps, delta) < moments
     if pld is not None:

@@ -99,7 +99,7 @@ def units_of(moves: Mapping[str, np.ndarray], clip: float, grid: float) -> dict[
 
     Moves that are not finite become 0.
     """
-    top = max((float(np.abs(move).max(initial=0.0)) for move in moves.values()), default=0.0)
+    top = float(np.max([np.abs(move).max(initial=0.0) for move in moves.values()], initial=0.0))  # NaN where one is
     if not 0.0 < top < math.inf:
         return {name: np.zeros(move.shape, np.int64) for name, move in moves.items()}
     norm = top * math.sqrt(sum(float(np.square(move / top).sum()) for move in moves.values()))
